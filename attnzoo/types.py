@@ -1,0 +1,86 @@
+"""Shape legend, dtypes, and strict construction of configuration dataclasses.
+
+Shape suffixes, used in every name that holds a tensor:
+
+    B batch      T new tokens     S cached (context) tokens     V vocabulary
+    D model dim  N query heads    K key/value heads             G = N / K query heads per kv head
+    H head dim   P rows of a position table                     W width of a convolution
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+
+from attnzoo.errors import suggest
+
+C = TypeVar("C")
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float64": torch.float64,
+    "fp64": torch.float64,
+}
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The torch dtype for a name such as "bf16" or "float32". Raises ValueError that lists the known names."""
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}{suggest(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def dtype_bytes(dtype: torch.dtype) -> int:
+    """Bytes of one element."""
+    return torch.empty((), dtype=dtype).element_size()
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over time are kept: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def build_config(cls: type[C], values: Mapping[str, Any], where: str) -> C:
+    """Constructs the dataclass `cls` from a mapping and refuses what it does not know.
+
+    `where` names the section for messages, for example "model.attention". Raises ValueError for an unknown
+    key (with the nearest known one), a missing key, or a value of the wrong type. Integers are accepted for
+    floats; nothing else is converted, so that `"8"` for a number of heads is an error, not a guess.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"unknown key {where}.{key}{suggest(str(key), fields)}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise ValueError(f"{where}.{name} is missing: set it to a value of type {hints[name]}")
+    return cls(**{key: _checked(value, hints[key], f"{where}.{key}") for key, value in values.items()})
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in allowed:
+        if kind is Any or (kind is type(None) and value is None):
+            return value
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if kind is int and isinstance(value, bool):
+            continue
+        if typing.get_origin(kind) is typing.Literal:
+            if value in typing.get_args(kind):
+                return value
+            raise ValueError(f"{where}={value!r} is not one of {', '.join(map(repr, typing.get_args(kind)))}")
+        if isinstance(kind, type) and isinstance(value, kind):
+            return value
+    names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
+    raise ValueError(f"{where}={value!r} has type {type(value).__name__}; it must be {names}")
