@@ -1,0 +1,105 @@
+"""A variant as a composition: projection, optional convolution over time, mixing; its three forms follow."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.attention.base import Attention, Cost, Traits
+from attnzoo.attention.parts import LinearMixing, Mixing, Projection, QKVConv, QKVConvState, SoftmaxMixing
+from attnzoo.kvcache.state import State, new_zeros
+from attnzoo.ops.impl import Impl
+from attnzoo.types import dtype_bytes
+
+
+@dataclass
+class ComposedState(State):
+    """lengths_B: int64 tokens seen so far (the next logical position); conv: carried rows; mixing: its own."""
+
+    lengths_B: Tensor
+    conv: QKVConvState | None
+    mixing: State
+
+
+class ComposedAttention(Attention):
+    """forward, extend, reference and cost from the parts. Subclasses choose the parts in `__init__`."""
+
+    def __init__(
+        self, config: Any, *, projection: Projection, mixing: Mixing, conv: QKVConv | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.projection = projection
+        self.conv = conv
+        self.mixing = mixing
+
+    @property
+    def traits(self) -> Traits:
+        if isinstance(self.mixing, SoftmaxMixing):
+            return Traits(position=self.mixing.position.kind, growth="O(T)")
+        assert isinstance(self.mixing, LinearMixing)
+        return Traits(position="recurrence" if self.mixing.decay_logit is not None else "none", growth="O(1)")
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self._parallel(x_BTD, "auto")
+
+    def reference(self, x_BTD: Tensor) -> Tensor:
+        return self._parallel(x_BTD, "reference")
+
+    def _parallel(self, x_BTD: Tensor, impl: Impl) -> Tensor:
+        qkv = self.projection(x_BTD)
+        if self.conv is not None:
+            qkv = self.conv(*qkv, impl)
+        return self.projection.merge(self.mixing(qkv, impl))
+
+    def init_state(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ComposedState:
+        weight = self.projection.query.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        return ComposedState(
+            new_zeros(batch, device=device, dtype=torch.int64),
+            None if self.conv is None else self.conv.init_state(batch, device=device, dtype=dtype),
+            self.mixing.init_state(batch, capacity, device=device, dtype=dtype),
+        )
+
+    def extend(
+        self, x_BTD: Tensor, state: ComposedState, counts_B: Tensor | None = None
+    ) -> tuple[Tensor, ComposedState]:
+        tokens = x_BTD.shape[1]
+        qkv, conv = self.projection(x_BTD), state.conv
+        if self.conv is not None:
+            qkv, conv = self.conv.extend(qkv, conv, counts_B)
+        positions_BT = state.lengths_B[:, None] + torch.arange(tokens, device=x_BTD.device)
+        o_BNTH, mixing = self.mixing.extend(qkv, state.mixing, positions_BT, counts_B)
+        lengths_B = state.lengths_B + (tokens if counts_B is None else counts_B)
+        return self.projection.merge(o_BNTH), ComposedState(lengths_B, conv, mixing)
+
+    def cost(self, batch: int, tokens: int, context: int) -> Cost:
+        dtype = self.projection.query.weight.dtype
+        width = dtype_bytes(dtype)
+        state_bytes = batch * dtype_bytes(torch.int64) + self.mixing.state_bytes(batch, context, dtype)
+        flops = self.projection.flops(batch, tokens) + self.mixing.flops(batch, tokens, context)
+        if self.conv is not None:
+            state_bytes += self.conv.state_bytes(batch, dtype)
+            flops += self.conv.flops(batch, tokens)
+        parameters = sum(p.numel() for p in self.parameters())
+        activations = 2 * batch * tokens * self.config.model_dim
+        return Cost(
+            flops=flops,
+            bytes_moved=width * (parameters + activations) + state_bytes,
+            state_bytes=state_bytes,
+            parameters=parameters,
+        )
+
+    def reset_parameters(self, std: float, output_std: float) -> None:
+        self.projection.reset_parameters(std, output_std)
+        self.mixing.reset_parameters(std)
+        if self.conv is not None:
+            self.conv.reset_parameters()

@@ -1,0 +1,24 @@
+"""The parts variants are made of: projection, token mixing (convolution), position, mixing over time.
+
+Each part owns its parallel form, its streaming form, its reference and its cost.
+"""
+
+from attnzoo.attention.parts.mixing import LinearMixing, Mixing, SoftmaxMixing
+from attnzoo.attention.parts.position import NoPosition, Position, RelativeSinusoid, RelativeTable, Rope
+from attnzoo.attention.parts.projection import Projection
+from attnzoo.attention.parts.token_mixing import ConvInit, QKVConv, QKVConvState
+
+__all__ = [
+    "ConvInit",
+    "LinearMixing",
+    "Mixing",
+    "NoPosition",
+    "Position",
+    "Projection",
+    "QKVConv",
+    "QKVConvState",
+    "RelativeSinusoid",
+    "RelativeTable",
+    "Rope",
+    "SoftmaxMixing",
+]

@@ -1,0 +1,176 @@
+"""How tokens read the past: a softmax over cached keys, or a running sum of outer products."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnzoo.attention.parts.position import Position
+from attnzoo.attention.parts.projection import Heads
+from attnzoo.kvcache.base import CachePolicy
+from attnzoo.kvcache.state import State, new_zeros
+from attnzoo.ops.impl import Impl
+from attnzoo.ops.linear_attention import linear_attention
+from attnzoo.types import accumulation_dtype, dtype_bytes
+
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+class Mixing(nn.Module, ABC):
+    """Base of mixings: o_BNTH from q_BTNH, k_BTKH, v_BTKH."""
+
+    @abstractmethod
+    def forward(self, qkv: QKV, impl: Impl = "auto") -> Tensor:
+        """The parallel form from position 0."""
+
+    @abstractmethod
+    def init_state(
+        self, batch: int, capacity: int, *, device: torch.device | str | None, dtype: torch.dtype
+    ) -> State:
+        """The empty state."""
+
+    @abstractmethod
+    def extend(
+        self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """The streaming form: (o_BNTH, new state)."""
+
+    @abstractmethod
+    def state_bytes(self, batch: int, capacity: int, dtype: torch.dtype) -> int:
+        """Bytes that `init_state` allocates."""
+
+    @abstractmethod
+    def flops(self, batch: int, tokens: int, context: int) -> int:
+        """FLOPs over the pairs that causality leaves."""
+
+    def reset_parameters(self, std: float) -> None:  # noqa: B027 - not every mixing has parameters
+        """Initialises the mixing's parameters."""
+
+
+class SoftmaxMixing(Mixing):
+    """Softmax attention with a position and a cache policy."""
+
+    def __init__(self, heads: Heads, position: Position, cache: CachePolicy) -> None:
+        super().__init__()
+        self.heads, self.position, self.cache = heads, position, cache
+
+    def forward(self, qkv: QKV, impl: Impl = "auto") -> Tensor:
+        q, k, v = qkv
+        positions_1T = torch.arange(q.shape[1], device=q.device)[None]
+        q, k = self.position.encode(q, k, positions_1T, impl)
+        heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.position.attend(heads_first, None, None, impl)
+
+    def init_state(
+        self, batch: int, capacity: int, *, device: torch.device | str | None, dtype: torch.dtype
+    ) -> State:
+        return self.cache.init(
+            batch, self.heads.num_kv_heads, self.heads.head_dim, capacity, device=device, dtype=dtype
+        )
+
+    def extend(
+        self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None
+    ) -> tuple[Tensor, State]:
+        q, k, v = qkv
+        q, k = self.position.encode(q, k, positions_BT, "auto")
+        state, view = self.cache.append(state, k.transpose(1, 2), v.transpose(1, 2), positions_BT, counts_B)
+        heads_first = (q.transpose(1, 2), view.keys_BKSH, view.values_BKSH)
+        return self.position.attend(heads_first, positions_BT, view.positions_BKS, "auto"), state
+
+    def state_bytes(self, batch: int, capacity: int, dtype: torch.dtype) -> int:
+        return self.cache.nbytes(batch, self.heads.num_kv_heads, self.heads.head_dim, capacity, dtype)
+
+    def flops(self, batch: int, tokens: int, context: int) -> int:
+        pairs = tokens * (context - tokens) + tokens * (tokens + 1) // 2
+        scores_and_sums = 4 * batch * pairs * self.heads.num_heads * self.heads.head_dim
+        return scores_and_sums + self.position.flops(batch, tokens, context)
+
+    def reset_parameters(self, std: float) -> None:
+        self.position.reset_parameters(std)
+
+
+FeatureMap = Literal["elu1", "relu", "identity"]
+
+
+@dataclass
+class LinearState(State):
+    """memory_BKHH: the running sum of k v^T, with the normaliser as last column if there is one."""
+
+    memory_BKHH: Tensor
+
+
+class LinearMixing(Mixing):
+    """Linear attention: phi(q_t) . sum_{s<=t} phi(k_s) v_s^T, optionally normalised and decayed.
+
+    With `decay`, each kv head forgets at a learned rate sigmoid(decay_logit), at first 1 - 2^(-5-head) as in
+    RetNet (arXiv 2307.08621, eq. 8).
+    """
+
+    def __init__(self, heads: Heads, *, feature_map: FeatureMap, normalise: bool, decay: bool) -> None:
+        super().__init__()
+        if normalise and feature_map != "elu1":
+            raise ValueError(
+                f"normalise=True with feature_map={feature_map!r}: the normaliser can be zero or negative; "
+                "use feature_map='elu1' or normalise=False"
+            )
+        self.heads, self.feature_map, self.normalise = heads, feature_map, normalise
+        self.decay_logit = nn.Parameter(torch.empty(heads.num_kv_heads)) if decay else None
+        self.reset_parameters(0.0)
+
+    def reset_parameters(self, std: float) -> None:
+        if self.decay_logit is not None:
+            rate = 1.0 - 2.0 ** (-5.0 - torch.arange(self.heads.num_kv_heads, dtype=torch.float64))
+            with torch.no_grad():
+                self.decay_logit.copy_(rate.logit())
+
+    def _features(self, x: Tensor) -> Tensor:
+        if self.feature_map == "elu1":
+            return F.elu(x) + 1
+        return F.relu(x) if self.feature_map == "relu" else x
+
+    def _run(
+        self, qkv: QKV, memory: Tensor | None, counts_B: Tensor | None, impl: Impl
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = (x.transpose(1, 2) for x in qkv)
+        decay_K = None
+        if self.decay_logit is not None:
+            decay_K = torch.sigmoid(self.decay_logit.to(accumulation_dtype(q.dtype)))
+        return linear_attention(
+            self._features(q),
+            self._features(k),
+            v,
+            decay_K=decay_K,
+            memory_BKHH=memory,
+            counts_B=counts_B,
+            normalise=self.normalise,
+            impl=impl,
+        )
+
+    def forward(self, qkv: QKV, impl: Impl = "auto") -> Tensor:
+        return self._run(qkv, None, None, impl)[0]
+
+    def init_state(
+        self, batch: int, capacity: int, *, device: torch.device | str | None, dtype: torch.dtype
+    ) -> LinearState:
+        head_dim = self.heads.head_dim
+        shape = (batch, self.heads.num_kv_heads, head_dim, head_dim + int(self.normalise))
+        return LinearState(new_zeros(*shape, device=device, dtype=accumulation_dtype(dtype)))
+
+    def extend(
+        self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None
+    ) -> tuple[Tensor, LinearState]:
+        o_BNTH, memory = self._run(qkv, state.memory_BKHH, counts_B, "auto")
+        return o_BNTH, LinearState(memory)
+
+    def state_bytes(self, batch: int, capacity: int, dtype: torch.dtype) -> int:
+        entries = self.heads.head_dim * (self.heads.head_dim + int(self.normalise))
+        return batch * self.heads.num_kv_heads * entries * dtype_bytes(accumulation_dtype(dtype))
+
+    def flops(self, batch: int, tokens: int, context: int) -> int:
+        """The recurrent form: update and read one [H, H] matrix a head and token."""
+        width = self.heads.head_dim + int(self.normalise)
+        heads = self.heads.num_heads + self.heads.num_kv_heads
+        return 2 * batch * tokens * heads * self.heads.head_dim * width

@@ -1,0 +1,84 @@
+"""Linear maps into heads and back, with fewer kv heads than query heads if asked."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """Sizes shared by all parts of one variant. Raises ValueError when they do not divide."""
+
+    model_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, model_dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> "Heads":
+        """Fills in defaults: as many kv heads as query heads, head_dim = model_dim / num_heads."""
+        if min(model_dim, num_heads, num_kv_heads or 1, head_dim or 1) < 1:
+            raise ValueError(
+                f"model_dim={model_dim}, num_heads={num_heads}, num_kv_heads={num_kv_heads}, head_dim={head_dim}: "
+                "all sizes must be at least 1"
+            )
+        if head_dim is None and model_dim % num_heads:
+            raise ValueError(
+                f"model_dim={model_dim} is not a multiple of num_heads={num_heads}; change one of them or set head_dim"
+            )
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads % kv_heads:
+            raise ValueError(f"num_heads={num_heads} is not a multiple of num_kv_heads={kv_heads}")
+        return cls(
+            model_dim=model_dim,
+            num_heads=num_heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim or model_dim // num_heads,
+        )
+
+
+class Projection(nn.Module):
+    """q, k, v = x W_q, x W_k, x W_v per head, and the output map; biases as asked."""
+
+    def __init__(
+        self,
+        heads: Heads,
+        *,
+        query_bias: bool = False,
+        key_bias: bool = False,
+        value_bias: bool = False,
+        output_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        query_width = heads.num_heads * heads.head_dim
+        kv_width = heads.num_kv_heads * heads.head_dim
+        self.query = nn.Linear(heads.model_dim, query_width, bias=query_bias)
+        self.key = nn.Linear(heads.model_dim, kv_width, bias=key_bias)
+        self.value = nn.Linear(heads.model_dim, kv_width, bias=value_bias)
+        self.output = nn.Linear(query_width, heads.model_dim, bias=output_bias)
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(q_BTNH, k_BTKH, v_BTKH)."""
+        head_dim = self.heads.head_dim
+        return (
+            self.query(x_BTD).unflatten(-1, (self.heads.num_heads, head_dim)),
+            self.key(x_BTD).unflatten(-1, (self.heads.num_kv_heads, head_dim)),
+            self.value(x_BTD).unflatten(-1, (self.heads.num_kv_heads, head_dim)),
+        )
+
+    def merge(self, o_BNTH: Tensor) -> Tensor:
+        """y_BTD from the heads' outputs."""
+        merged: Tensor = self.output(o_BNTH.transpose(1, 2).flatten(2))
+        return merged
+
+    def reset_parameters(self, std: float, output_std: float) -> None:
+        for layer in (self.query, self.key, self.value, self.output):
+            nn.init.normal_(layer.weight, std=output_std if layer is self.output else std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def flops(self, batch: int, tokens: int) -> int:
+        """Two FLOPs a weight and token."""
+        weights = sum(m.weight.numel() for m in (self.query, self.key, self.value, self.output))
+        return 2 * batch * tokens * weights

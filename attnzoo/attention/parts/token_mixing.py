@@ -1,0 +1,114 @@
+"""Causal depthwise convolution of q, k and v over time, carrying the rows before the chunk.
+
+Without the carried rows a streamed sequence is another function than the parallel form: with segments of two
+tokens and a kernel of three the query convolution would see no history at all.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.attention.parts.projection import Heads
+from attnzoo.kvcache.state import State, new_zeros
+from attnzoo.ops.depthwise_conv import depthwise_conv
+from attnzoo.ops.impl import Impl
+from attnzoo.types import dtype_bytes
+
+ConvInit = Literal["primer", "uniform"]
+
+
+@dataclass
+class QKVConvState(State):
+    """The last W-1 rows of q, k and v before convolution, oldest first: [B, W-1, N or K, H]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class QKVConv(nn.Module):
+    """One kernel per (head, channel), or per channel with `share_heads`, for each of q, k and v.
+
+    init "primer": 0.5 on the current token and 0.5 / (W-1) on each earlier one (Primer, arXiv 2109.08668,
+    spatial d-conv initialisation); "uniform": U(-1/sqrt(W), 1/sqrt(W)), torch's default for a depthwise
+    convolution, which the RCMHA authors' base uses.
+    """
+
+    def __init__(self, heads: Heads, *, width: int, share_heads: bool, bias: bool, init: ConvInit) -> None:
+        super().__init__()
+        if width < 2:
+            raise ValueError(f"conv_width={width} mixes no tokens; use at least 2, or a variant without convolution")
+        self.heads, self.width, self.init = heads, width, init
+        for name, count in (("query", heads.num_heads), ("key", heads.num_kv_heads), ("value", heads.num_kv_heads)):
+            rows = 1 if share_heads else count
+            kernel = nn.Parameter(torch.empty(rows, heads.head_dim, width))
+            self.register_parameter(f"{name}_kernel", kernel)
+            offset = nn.Parameter(torch.empty(rows, heads.head_dim)) if bias else None
+            self.register_parameter(f"{name}_bias", offset)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.width**-0.5
+        for name, parameter in self.named_parameters():
+            if self.init == "uniform":
+                nn.init.uniform_(parameter, -bound, bound)
+            elif name.endswith("_bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.constant_(parameter, 0.5 / (self.width - 1))
+                nn.init.constant_(parameter[..., -1], 0.5)
+
+    def forward(
+        self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, impl: Impl = "auto"
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v convolved from the start of the sequence."""
+        return (
+            depthwise_conv(q_BTNH, self.query_kernel, bias_NH=self.query_bias, impl=impl),
+            depthwise_conv(k_BTKH, self.key_kernel, bias_NH=self.key_bias, impl=impl),
+            depthwise_conv(v_BTKH, self.value_kernel, bias_NH=self.value_bias, impl=impl),
+        )
+
+    def init_state(self, batch: int, *, device: torch.device | str | None, dtype: torch.dtype) -> QKVConvState:
+        def tail(heads: int) -> Tensor:
+            return new_zeros(batch, self.width - 1, heads, self.heads.head_dim, device=device, dtype=dtype)
+
+        return QKVConvState(
+            tail(self.heads.num_heads), tail(self.heads.num_kv_heads), tail(self.heads.num_kv_heads)
+        )
+
+    def extend(
+        self, qkv: tuple[Tensor, Tensor, Tensor], state: QKVConvState, counts_B: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], QKVConvState]:
+        """q, k and v convolved with the carried rows, and the rows to carry on."""
+        q, k, v = qkv
+        convolved = (
+            depthwise_conv(q, self.query_kernel, bias_NH=self.query_bias, tail_BWNH=state.query),
+            depthwise_conv(k, self.key_kernel, bias_NH=self.key_bias, tail_BWNH=state.key),
+            depthwise_conv(v, self.value_kernel, bias_NH=self.value_bias, tail_BWNH=state.value),
+        )
+        carried = QKVConvState(
+            _next_tail(state.query, q, counts_B),
+            _next_tail(state.key, k, counts_B),
+            _next_tail(state.value, v, counts_B),
+        )
+        return convolved, carried
+
+    def state_bytes(self, batch: int, dtype: torch.dtype) -> int:
+        rows = self.heads.num_heads + 2 * self.heads.num_kv_heads
+        return batch * (self.width - 1) * rows * self.heads.head_dim * dtype_bytes(dtype)
+
+    def flops(self, batch: int, tokens: int) -> int:
+        rows = self.heads.num_heads + 2 * self.heads.num_kv_heads
+        return 2 * batch * tokens * rows * self.heads.head_dim * self.width
+
+
+def _next_tail(tail_BWNH: Tensor, x_BTNH: Tensor, counts_B: Tensor | None) -> Tensor:
+    """The last W-1 real rows of [tail ; x]."""
+    width = tail_BWNH.shape[1]
+    rows = torch.cat([tail_BWNH, x_BTNH], dim=1)
+    if counts_B is None:
+        return rows[:, -width:]
+    index_BW = counts_B[:, None] + torch.arange(width, device=counts_B.device)
+    return rows[torch.arange(len(rows), device=rows.device)[:, None], index_BW]

@@ -1,0 +1,55 @@
+"""Attention with free tables of relative position.
+
+A_ij = (q_i + u) . k_j + q_i . R[i-j] + S[i-j],  o_i = sum_j softmax_j(scale * A_ij) v_j
+(the table form of Transformer-XL's relative attention, arXiv 1901.02860; used by RCMHA, arXiv 2308.03429).
+Causal, so only distances i-j >= 0 have rows; distances beyond the table use its last row.
+"""
+
+from torch import Tensor
+
+from attnzoo.ops.impl import Impl, choose
+from attnzoo.ops.masks import check_heads
+from attnzoo.ops.relative_sdpa.reference import relative_sdpa_reference
+from attnzoo.ops.relative_sdpa.torch import relative_sdpa_torch
+
+
+def relative_sdpa(
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    *,
+    content_bias_NH: Tensor,
+    table_NPH: Tensor,
+    table_bias_NP: Tensor,
+    query_positions_BT: Tensor | None = None,
+    key_positions_BKS: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Returns o_BNTH; content_bias is u, table is R, table_bias is S above; the scale is 1/sqrt(H).
+
+    Positions as in `sdpa`. Raises ValueError when shapes do not fit or `impl` is unknown.
+    """
+    check_heads(q_BNTH, k_BKSH, v_BKSH)
+    heads, head_dim = q_BNTH.shape[1], q_BNTH.shape[3]
+    rows = table_bias_NP.shape[-1]
+    if content_bias_NH.shape != (heads, head_dim) or table_NPH.shape != (heads, rows, head_dim):
+        raise ValueError(
+            f"content_bias {tuple(content_bias_NH.shape)}, table {tuple(table_NPH.shape)} and table_bias "
+            f"{tuple(table_bias_NP.shape)} do not fit {heads} heads of {head_dim}: they must be "
+            f"[{heads}, {head_dim}], [{heads}, P, {head_dim}] and [{heads}, P]"
+        )
+    known = {"reference": relative_sdpa_reference, "torch": relative_sdpa_torch}
+    out: Tensor = choose("relative_sdpa", impl, known)(
+        q_BNTH,
+        k_BKSH,
+        v_BKSH,
+        content_bias_NH,
+        table_NPH,
+        table_bias_NP,
+        query_positions_BT,
+        key_positions_BKS,
+    )
+    return out
+
+
+__all__ = ["relative_sdpa"]

@@ -1,0 +1,58 @@
+"""Transformer-XL's relative attention with sinusoids.
+
+A_ij = q_i . k_j + q_i . (W_R r_{i-j}) + u . k_j + v . (W_R r_{i-j}),  o_i = sum_j softmax_j(scale * A_ij) value_j
+with r_n = [sin(n w) ; cos(n w)], w_t = 10000^(-2t/D) (Dai et al. 2019, arXiv 1901.02860, section 3.3).
+"""
+
+from torch import Tensor
+
+from attnzoo.ops.impl import Impl, choose
+from attnzoo.ops.masks import check_heads
+from attnzoo.ops.sinusoid_sdpa.reference import sinusoid_sdpa_reference
+from attnzoo.ops.sinusoid_sdpa.torch import sinusoid_sdpa_torch
+
+
+def sinusoid_sdpa(
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    *,
+    content_bias_NH: Tensor,
+    position_bias_NH: Tensor,
+    weight_NHD: Tensor,
+    query_positions_BT: Tensor | None = None,
+    key_positions_BKS: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Returns o_BNTH; content_bias is u, position_bias is v, weight is W_R per head; the scale is 1/sqrt(H).
+
+    D, the number of sinusoids, must be even. Positions as in `sdpa`.
+    Raises ValueError when shapes do not fit or `impl` is unknown.
+    """
+    check_heads(q_BNTH, k_BKSH, v_BKSH)
+    expected = (q_BNTH.shape[1], q_BNTH.shape[3])
+    shapes = {
+        "content_bias": tuple(content_bias_NH.shape),
+        "position_bias": tuple(position_bias_NH.shape),
+        "weight": tuple(weight_NHD.shape[:2]),
+    }
+    for name, shape in shapes.items():
+        if shape != expected:
+            raise ValueError(f"{name} starts with {shape}; it must be [heads, head_dim] = {expected}")
+    if weight_NHD.shape[2] % 2:
+        raise ValueError(f"weight has {weight_NHD.shape[2]} sinusoids; sines and cosines need an even number")
+    known = {"reference": sinusoid_sdpa_reference, "torch": sinusoid_sdpa_torch}
+    out: Tensor = choose("sinusoid_sdpa", impl, known)(
+        q_BNTH,
+        k_BKSH,
+        v_BKSH,
+        content_bias_NH,
+        position_bias_NH,
+        weight_NHD,
+        query_positions_BT,
+        key_positions_BKS,
+    )
+    return out
+
+
+__all__ = ["sinusoid_sdpa"]
