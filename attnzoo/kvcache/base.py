@@ -63,7 +63,5 @@ class CachePolicy(ABC):
         """
 
     @abstractmethod
-    def nbytes(
-        self, batch: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype
-    ) -> int:
+    def nbytes(self, batch: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
         """Bytes that `init` allocates, to the byte."""

@@ -37,9 +37,7 @@ class FullCache(CachePolicy):
             new_zeros(*shape, device=device, dtype=dtype), new_zeros(*shape, device=device, dtype=dtype)
         )
 
-    def nbytes(
-        self, batch: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype
-    ) -> int:
+    def nbytes(self, batch: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
         return 2 * batch * num_kv_heads * capacity * head_dim * dtype_bytes(dtype)
 
     def append(

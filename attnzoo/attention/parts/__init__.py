@@ -3,13 +3,15 @@
 Each part owns its parallel form, its streaming form, its reference and its cost.
 """
 
-from attnzoo.attention.parts.mixing import LinearMixing, Mixing, SoftmaxMixing
+from attnzoo.attention.parts.mixing import FeatureMap, LinearMixing, Mixing, SoftmaxMixing
 from attnzoo.attention.parts.position import NoPosition, Position, RelativeSinusoid, RelativeTable, Rope
-from attnzoo.attention.parts.projection import Projection
+from attnzoo.attention.parts.projection import Heads, Projection
 from attnzoo.attention.parts.token_mixing import ConvInit, QKVConv, QKVConvState
 
 __all__ = [
     "ConvInit",
+    "FeatureMap",
+    "Heads",
     "LinearMixing",
     "Mixing",
     "NoPosition",

@@ -69,8 +69,15 @@ class Rope(NoPosition):
 
     kind = "rope"
 
-    def __init__(self, theta: float) -> None:
+    def __init__(self, heads: Heads, theta: float) -> None:
         super().__init__()
+        if heads.head_dim % 2:
+            raise ValueError(
+                f"head_dim={heads.head_dim} is odd; rotary positions turn pairs of channels: change num_heads or "
+                "set an even head_dim"
+            )
+        if theta <= 0:
+            raise ValueError(f"rope_theta={theta} must be positive; 10000.0 is usual")
         self.theta = theta
 
     def encode(
@@ -133,7 +140,9 @@ class RelativeSinusoid(Position):
     def __init__(self, heads: Heads) -> None:
         super().__init__()
         if heads.model_dim % 2:
-            raise ValueError(f"model_dim={heads.model_dim} is odd; sinusoids come in pairs of sine and cosine")
+            raise ValueError(
+                f"model_dim={heads.model_dim} is odd; sinusoids come in pairs of sine and cosine"
+            )
         self.heads = heads
         self.content_bias = nn.Parameter(torch.zeros(heads.num_heads, heads.head_dim))
         self.position_bias = nn.Parameter(torch.zeros(heads.num_heads, heads.head_dim))

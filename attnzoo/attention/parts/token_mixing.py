@@ -39,9 +39,15 @@ class QKVConv(nn.Module):
     def __init__(self, heads: Heads, *, width: int, share_heads: bool, bias: bool, init: ConvInit) -> None:
         super().__init__()
         if width < 2:
-            raise ValueError(f"conv_width={width} mixes no tokens; use at least 2, or a variant without convolution")
+            raise ValueError(
+                f"conv_width={width} mixes no tokens; use at least 2, or a variant without convolution"
+            )
         self.heads, self.width, self.init = heads, width, init
-        for name, count in (("query", heads.num_heads), ("key", heads.num_kv_heads), ("value", heads.num_kv_heads)):
+        for name, count in (
+            ("query", heads.num_heads),
+            ("key", heads.num_kv_heads),
+            ("value", heads.num_kv_heads),
+        ):
             rows = 1 if share_heads else count
             kernel = nn.Parameter(torch.empty(rows, heads.head_dim, width))
             self.register_parameter(f"{name}_kernel", kernel)
@@ -70,7 +76,9 @@ class QKVConv(nn.Module):
             depthwise_conv(v_BTKH, self.value_kernel, bias_NH=self.value_bias, impl=impl),
         )
 
-    def init_state(self, batch: int, *, device: torch.device | str | None, dtype: torch.dtype) -> QKVConvState:
+    def init_state(
+        self, batch: int, *, device: torch.device | str | None, dtype: torch.dtype
+    ) -> QKVConvState:
         def tail(heads: int) -> Tensor:
             return new_zeros(batch, self.width - 1, heads, self.heads.head_dim, device=device, dtype=dtype)
 

@@ -47,7 +47,12 @@ def linear_attention_torch(
         if counts_B is not None:
             real_B = (counts_B - start).clamp(0, length)
         out, memory_BKHH = _one_chunk(
-            q_BKGTH[:, :, :, chunk], k_BKTH[:, :, chunk], v_BKTH[:, :, chunk], log_decay_K, memory_BKHH, real_B
+            q_BKGTH[:, :, :, chunk],
+            k_BKTH[:, :, chunk],
+            v_BKTH[:, :, chunk],
+            log_decay_K,
+            memory_BKHH,
+            real_B,
         )
         outputs.append(out)
     o_BKGTH = torch.cat(outputs, dim=3)

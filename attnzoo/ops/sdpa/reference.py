@@ -15,7 +15,12 @@ def sdpa_reference(
     scale: float,
 ) -> Tensor:
     return attend_reference(
-        q_BNTH, k_BKSH, v_BKSH, query_positions_BT, key_positions_BKS, lambda b, n, q, k, i, j: scale * (k @ q)
+        q_BNTH,
+        k_BKSH,
+        v_BKSH,
+        query_positions_BT,
+        key_positions_BKS,
+        lambda b, n, q, k, i, j: scale * (k @ q),
     )
 
 

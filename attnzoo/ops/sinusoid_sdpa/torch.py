@@ -30,9 +30,7 @@ def sinusoid_sdpa_torch(
         query_positions_BT, key_positions_BKS = aligned_positions(q_BNTH.shape[2], q_BNTH.device)
     # Angles grow with the position: in half precision a position of a few thousand has no phase left.
     dtype = accumulation_dtype(q_BNTH.dtype)
-    query_BNTD = torch.matmul(
-        (q_BNTH + position_bias_NH[:, None]).to(dtype), (weight_NHD * scale).to(dtype)
-    )
+    query_BNTD = torch.matmul((q_BNTH + position_bias_NH[:, None]).to(dtype), (weight_NHD * scale).to(dtype))
     a, b = query_BNTD.chunk(2, dim=-1)
     sin_i, cos_i = _angles(query_positions_BT[:, None], weight_NHD.shape[-1], dtype)
     rotated_BNTD = torch.cat([a * sin_i + b * cos_i, b * sin_i - a * cos_i], dim=-1)

@@ -1,0 +1,7 @@
+"""Models that take any attention variant by configuration."""
+
+from attnzoo.models.config import DecoderConfig
+from attnzoo.models.decoder_lm import DecoderLM
+from attnzoo.models.generate import generate
+
+__all__ = ["DecoderConfig", "DecoderLM", "generate"]

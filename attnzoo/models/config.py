@@ -1,0 +1,90 @@
+"""Configuration of the decoder language model: strict to read, complete to write."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from attnzoo.attention import ATTENTION
+from attnzoo.types import build_config
+
+AttentionSpec = str | dict[str, Any]
+"""A variant's name, or {"kind": name, option: value, ...}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Sizes and choices of a `DecoderLM`.
+
+    attention: one variant for all layers, or a list that is repeated over the layers from the first one on, for
+    example ["rcmha", "linear"]. max_positions: the longest context the model is meant for; variants with a
+    position table get a table of that length unless they set their own `max_distance`.
+    mlp_dim: None means 4 * model_dim, and 8/3 of it, rounded up to a multiple of 32, for the gated "swiglu", so that
+    the number of weights stays about the same.
+    """
+
+    vocab_size: int
+    model_dim: int
+    num_layers: int
+    attention: str | dict | list = "rcmha"
+    max_positions: int = 256
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    mlp: Literal["swiglu", "gelu", "relu"] = "swiglu"
+    mlp_dim: int | None = None
+    tie_embeddings: bool = True
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "model_dim", "num_layers", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.mlp_dim is not None and self.mlp_dim < 1:
+            raise ValueError(f"mlp_dim={self.mlp_dim} must be at least 1, or null for the default")
+        if self.init_std <= 0:
+            raise ValueError(f"init_std={self.init_std} must be positive")
+        specs = self.attention if isinstance(self.attention, list) else [self.attention]
+        if not specs or self.num_layers % len(specs):
+            raise ValueError(
+                f"attention lists {len(specs)} variants, which does not divide num_layers={self.num_layers}; "
+                "the list is repeated over the layers"
+            )
+        for layer in range(len(specs)):
+            self.layer_attention(layer)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "DecoderConfig":
+        """Reads a mapping. Raises ValueError for unknown, missing or ill-typed keys and sizes that do not fit."""
+        return build_config(cls, values, "model")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A mapping that `from_dict` reads back and JSON can hold."""
+        return dataclasses.asdict(self)
+
+    def layer_attention(self, layer: int) -> tuple[str, dict[str, Any]]:
+        """(kind, options) of the variant of layer `layer`, model_dim and table length filled in."""
+        specs = self.attention if isinstance(self.attention, list) else [self.attention]
+        spec = specs[layer % len(specs)]
+        where = f"model.attention[{layer % len(specs)}]" if len(specs) > 1 else "model.attention"
+        if isinstance(spec, str):
+            spec = {"kind": spec}
+        if not isinstance(spec, dict) or not isinstance(spec.get("kind"), str):
+            raise ValueError(
+                f"{where}={spec!r}: give a variant's name, or a mapping with `kind: <name>` and its options"
+            )
+        kind, options = spec["kind"], {key: value for key, value in spec.items() if key != "kind"}
+        config_class = ATTENTION.get(kind).Config
+        if "model_dim" in options:
+            raise ValueError(f"{where}.model_dim is the model's own; set model.model_dim")
+        options["model_dim"] = self.model_dim
+        if "max_distance" in {field.name for field in dataclasses.fields(config_class)}:
+            options.setdefault("max_distance", self.max_positions)
+        build_config(config_class, options, where)
+        return kind, options
+
+    def hidden_width(self) -> int:
+        """Width of the MLP's hidden layer."""
+        if self.mlp_dim is not None:
+            return self.mlp_dim
+        if self.mlp == "swiglu":
+            return -(-8 * self.model_dim // 3 // 32) * 32
+        return 4 * self.model_dim

@@ -1,0 +1,61 @@
+"""Greedy and sampled generation through `extend`: the plain loop, for samples and as the server's oracle."""
+
+from collections.abc import Sequence
+
+import torch
+
+from attnzoo.models.decoder_lm import DecoderLM
+from attnzoo.models.sampling import sample
+
+
+@torch.no_grad()
+def generate(
+    model: DecoderLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    stop_token: int | None = None,
+) -> list[list[int]]:
+    """Continues each prompt (token ids, unequal lengths welcome) by up to max_new_tokens; returns the new tokens.
+
+    A sequence ends before `stop_token`, which is not returned. The model stays in its mode. Raises ValueError
+    for no prompts, an empty prompt, a token outside the vocabulary, or sampling options out of range.
+    """
+    if not prompts or any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError(
+            "prompts must hold at least one prompt, and no prompt may be empty: start with the bos token"
+        )
+    vocabulary = model.config.vocab_size
+    for prompt in prompts:
+        for token in prompt:
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"prompt token {token} is outside the vocabulary of {vocabulary}")
+    device = model.embedding.weight.device
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+
+    lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    tokens_BT = torch.zeros(len(prompts), int(lengths_B.max()), dtype=torch.long, device=device)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, : len(prompt)] = torch.tensor(list(prompt))
+    state = model.init_state(len(prompts), tokens_BT.shape[1] + max_new_tokens)
+    logits_BTV, state = model.extend(tokens_BT, state, lengths_B)
+    logits_BV = logits_BTV[torch.arange(len(prompts), device=device), lengths_B - 1]
+
+    outputs: list[list[int]] = [[] for _ in prompts]
+    running = set(range(len(prompts)))
+    for step in range(max_new_tokens):
+        next_B = sample(logits_BV, temperature, top_p, top_k, generator)
+        for row, token in enumerate(next_B.tolist()):
+            if row in running and token == stop_token:
+                running.discard(row)
+            elif row in running:
+                outputs[row].append(token)
+        if not running or step == max_new_tokens - 1:
+            break
+        logits_BTV, state = model.extend(next_B[:, None], state)
+        logits_BV = logits_BTV[:, -1]
+    return outputs

@@ -1,0 +1,161 @@
+"""One schema for every measured number: what was run, where, what came out, and whether the claims hold."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+PACKAGES = ("attnzoo", "torch", "deepspeed", "ray", "sentencepiece")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What was to be reached and what was measured; whether it holds is computed, never typed.
+
+    kind "at_most": measured <= expected + tolerance; "at_least": measured >= expected - tolerance;
+    "equal": |measured - expected| <= tolerance.
+    """
+
+    name: str
+    expected: float
+    measured: float
+    tolerance: float = 0.0
+    kind: Literal["at_most", "at_least", "equal"] = "at_most"
+
+    @property
+    def holds(self) -> bool:
+        """False also for a measurement that is not a number."""
+        if self.kind == "at_most":
+            return self.measured <= self.expected + self.tolerance
+        if self.kind == "at_least":
+            return self.measured >= self.expected - self.tolerance
+        return abs(self.measured - self.expected) <= self.tolerance
+
+
+@dataclass(kw_only=True)
+class Report:
+    """`start` one at the beginning of a measurement (it reads the machine's load), fill it, `write` it."""
+
+    command: list[str]
+    commit: str
+    seed: int
+    device: str
+    load_before: float
+    versions: dict[str, str]
+    quick: bool = False
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+    figures: list[str] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, *, command: list[str] | None = None, seed: int = 0, quick: bool = False) -> "Report":
+        """A report of this process. `quick` says that sizes were cut down and numbers are no measurement."""
+        return cls(
+            command=sys.argv if command is None else command,
+            commit=_commit(),
+            seed=seed,
+            device=_device(),
+            load_before=round(os.getloadavg()[0], 2),
+            versions=_versions(),
+            quick=quick,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The schema: plain JSON, each claim with its `holds`."""
+        content = asdict(self)
+        content["claims"] = [{**asdict(claim), "holds": claim.holds} for claim in self.claims]
+        return content
+
+    def write(self, path: Path) -> None:
+        """Writes JSON atomically."""
+        from attnzoo.checkpoint import write_atomic
+
+        write_atomic(Path(path), (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+
+    def print_table(self) -> None:
+        """Rows and claims as aligned text on stdout."""
+        if self.rows:
+            print(format_table(self.rows))
+        if self.claims:
+            print(format_table([_claim_row(claim) for claim in self.claims]))
+        note = " (quick: sizes cut down, not a measurement)" if self.quick else ""
+        print(f"{self.device}, load before {self.load_before}, commit {self.commit}{note}")
+
+    def exit_status(self) -> int:
+        """0 when every claim holds, 1 otherwise."""
+        return 0 if all(claim.holds for claim in self.claims) else 1
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of the same keys as aligned columns; numbers to the right."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_cell(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(len(column), *(len(line[i]) for line in cells)) for i, column in enumerate(columns)]
+    numeric = [all(isinstance(row.get(column, 0), int | float) for row in rows) for column in columns]
+
+    def line(texts: list[str]) -> str:
+        padded = (
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(texts, widths, numeric, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(columns), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _claim_row(claim: Claim) -> dict[str, Any]:
+    return {
+        "claim": claim.name,
+        "expected": f"{claim.kind.replace('_', ' ')} {claim.expected:.4g}",
+        "measured": claim.measured,
+        "holds": "yes" if claim.holds else "NO",
+    }
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip()
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"CPU {_processor()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
