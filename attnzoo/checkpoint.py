@@ -54,9 +54,7 @@ def save_model(
     return directory
 
 
-def load_model(
-    directory: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> DecoderLM:
+def load_model(directory: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> DecoderLM:
     """Reads a model in evaluation mode; `dtype` None keeps the dtype on disk.
 
     Raises ValueError, naming the file, when one is missing, damaged or does not fit its config.
@@ -67,13 +65,9 @@ def load_model(
     try:
         tensors = load_file(str(path))
     except FileNotFoundError:
-        raise ValueError(
-            f"{path} does not exist; give a directory written by training (its export/)"
-        ) from None
+        raise ValueError(f"{path} does not exist; give a directory written by training (its export/)") from None
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({error}); export the model again"
-        ) from None
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); export the model again") from None
     if config.tie_embeddings and "embedding.weight" in tensors:
         tensors["head.weight"] = tensors["embedding.weight"]
     with torch.device("meta"):
@@ -110,9 +104,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{path} does not exist; give a directory written by training (its export/)"
-        ) from None
+        raise ValueError(f"{path} does not exist; give a directory written by training (its export/)") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}); export the model again") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -30,9 +30,7 @@ class Registry(Generic[T]):
 
         def enter(item: T) -> T:
             if name in self._items:
-                raise ValueError(
-                    f"{self.kind} name {name!r} is taken by {self._items[name]!r}; choose another name"
-                )
+                raise ValueError(f"{self.kind} name {name!r} is taken by {self._items[name]!r}; choose another name")
             self._items[name] = item
             return item
 

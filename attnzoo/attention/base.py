@@ -110,7 +110,7 @@ class Attention(nn.Module, ABC):
         `tokens == context` is the parallel form (and a prefill); `tokens == 1` is a decode step.
         """
 
-    def reset_parameters(self, std: float, output_std: float) -> None:  # noqa: B027 - optional to override
+    def reset_parameters(self, std: float, output_std: float) -> None:
         """Initialises linear maps: normal(0, std), output projection normal(0, output_std)."""
 
 

@@ -25,9 +25,7 @@ class ComposedState(State):
 class ComposedAttention(Attention):
     """forward, extend, reference and cost from the parts. Subclasses choose the parts in `__init__`."""
 
-    def __init__(
-        self, config: Any, *, projection: Projection, mixing: Mixing, conv: QKVConv | None = None
-    ) -> None:
+    def __init__(self, config: Any, *, projection: Projection, mixing: Mixing, conv: QKVConv | None = None) -> None:
         super().__init__()
         self.config = config
         self.projection = projection
@@ -74,7 +72,7 @@ class ComposedAttention(Attention):
     ) -> tuple[Tensor, ComposedState]:
         tokens = x_BTD.shape[1]
         qkv, conv = self.projection(x_BTD), state.conv
-        if self.conv is not None:
+        if self.conv is not None and conv is not None:
             qkv, conv = self.conv.extend(qkv, conv, counts_B)
         positions_BT = state.lengths_B[:, None] + torch.arange(tokens, device=x_BTD.device)
         o_BNTH, mixing = self.mixing.extend(qkv, state.mixing, positions_BT, counts_B)

@@ -112,7 +112,8 @@ def load_state(template: S, path: Path) -> S:
         tensor = loaded[name]
         if tensor.dtype != like.dtype or tensor.dim() != like.dim():
             raise ValueError(
-                f"{path}: {name} is {tensor.dtype} of rank {tensor.dim()}, the model needs {like.dtype} of rank {like.dim()}"
+                f"{path}: {name} is {tensor.dtype} of rank {tensor.dim()}, "
+                f"the model needs {like.dtype} of rank {like.dim()}"
             )
         return tensor.to(like.device)
 

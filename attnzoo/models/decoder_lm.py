@@ -1,6 +1,7 @@
 """A decoder language model over any causal attention variant."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,10 @@ class DecoderLM(nn.Module):
         mlp = MLP(config.mlp, config.model_dim, config.hidden_width())
         return Block(attention, mlp, config.norm, config.model_dim)
 
+    def layers(self) -> list[Block]:
+        """The blocks in order."""
+        return cast(list[Block], list(self.blocks))
+
     def reset_parameters(self) -> None:
         """Initialises all weights from torch's global random state."""
         std = self.config.init_std
@@ -58,7 +63,7 @@ class DecoderLM(nn.Module):
         nn.init.normal_(self.embedding.weight, std=std)
         if not self.config.tie_embeddings:
             nn.init.normal_(self.head.weight, std=std)
-        for block in self.blocks:
+        for block in self.layers():
             block.attention.reset_parameters(std, output_std)
             block.mlp.reset_parameters(std, output_std)
 
@@ -69,7 +74,7 @@ class DecoderLM(nn.Module):
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """hidden_BTD after the final norm."""
         x_BTD = self.embedding(tokens_BT)
-        for block in self.blocks:
+        for block in self.layers():
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_BTD = checkpoint(block, x_BTD, use_reentrant=False)
             else:
@@ -97,10 +102,7 @@ class DecoderLM(nn.Module):
     ) -> DecoderState:
         """Empty state of `batch` sequences with room for `capacity` tokens each."""
         return DecoderState(
-            tuple(
-                block.attention.init_state(batch, capacity, device=device, dtype=dtype)
-                for block in self.blocks
-            )
+            tuple(block.attention.init_state(batch, capacity, device=device, dtype=dtype) for block in self.layers())
         )
 
     def extend(
@@ -116,7 +118,7 @@ class DecoderLM(nn.Module):
         """`extend` up to the final norm, for callers that need the logits of few rows."""
         x_BTD = self.embedding(tokens_BT)
         layers = []
-        for block, layer_state in zip(self.blocks, state.layers, strict=True):
+        for block, layer_state in zip(self.layers(), state.layers, strict=True):
             x_BTD, layer_state = block.extend(x_BTD, layer_state, counts_B)
             layers.append(layer_state)
         return self.norm(x_BTD), DecoderState(tuple(layers))
@@ -134,7 +136,7 @@ class DecoderLM(nn.Module):
         Convolution kernels and position tables have two or more axes as well, but are no linear maps.
         """
         return [
-            (f"blocks.{name}.weight", module.weight)
+            (f"blocks.{name}.weight", cast(nn.Parameter, module.weight))
             for name, module in self.blocks.named_modules()
             if isinstance(module, nn.Linear)
         ]
@@ -142,10 +144,10 @@ class DecoderLM(nn.Module):
     def cost(self, batch: int, tokens: int, context: int) -> Cost:
         """Cost of `tokens` new tokens up to length `context`; training costs three times the FLOPs."""
         width = self.embedding.weight.element_size()
-        attention = sum((b.attention.cost(batch, tokens, context) for b in self.blocks), Cost())
+        attention = sum((b.attention.cost(batch, tokens, context) for b in self.layers()), Cost())
         others = self.num_parameters() - attention.parameters
         head_flops = 2 * batch * tokens * self.head.weight.numel()
-        mlp_flops = sum(block.mlp.flops(batch, tokens) for block in self.blocks)
+        mlp_flops = sum(block.mlp.flops(batch, tokens) for block in self.layers())
         activations = batch * tokens * (self.config.model_dim + self.config.vocab_size)
         # An embedding's unread rows are not moved; a tied table is read whole by the head.
         unread = 0 if self.config.tie_embeddings else self.embedding.weight.numel()

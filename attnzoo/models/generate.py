@@ -26,9 +26,7 @@ def generate(
     for no prompts, an empty prompt, a token outside the vocabulary, or sampling options out of range.
     """
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError(
-            "prompts must hold at least one prompt, and no prompt may be empty: start with the bos token"
-        )
+        raise ValueError("prompts must hold at least one prompt, and no prompt may be empty: start with the bos token")
     vocabulary = model.config.vocab_size
     for prompt in prompts:
         for token in prompt:

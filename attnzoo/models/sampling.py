@@ -21,9 +21,7 @@ def filter_logits(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
         ordered_BV, index_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
         mass_before_BV = ordered_BV.softmax(-1).cumsum(-1) - ordered_BV.softmax(-1)
         drop_BV = (mass_before_BV >= top_p).index_fill(-1, torch.zeros(1, dtype=torch.long), False)
-        logits_BV = logits_BV.masked_fill(
-            torch.zeros_like(drop_BV).scatter(-1, index_BV, drop_BV), float("-inf")
-        )
+        logits_BV = logits_BV.masked_fill(torch.zeros_like(drop_BV).scatter(-1, index_BV, drop_BV), float("-inf"))
     return logits_BV
 
 

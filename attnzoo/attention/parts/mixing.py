@@ -27,15 +27,11 @@ class Mixing(nn.Module, ABC):
         """The parallel form from position 0."""
 
     @abstractmethod
-    def init_state(
-        self, batch: int, capacity: int, *, device: torch.device | str | None, dtype: torch.dtype
-    ) -> State:
+    def init_state(self, batch: int, capacity: int, *, device: torch.device | str | None, dtype: torch.dtype) -> State:
         """The empty state."""
 
     @abstractmethod
-    def extend(
-        self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None
-    ) -> tuple[Tensor, State]:
+    def extend(self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None) -> tuple[Tensor, State]:
         """The streaming form: (o_BNTH, new state)."""
 
     @abstractmethod
@@ -46,7 +42,7 @@ class Mixing(nn.Module, ABC):
     def flops(self, batch: int, tokens: int, context: int) -> int:
         """FLOPs over the pairs that causality leaves."""
 
-    def reset_parameters(self, std: float) -> None:  # noqa: B027 - not every mixing has parameters
+    def reset_parameters(self, std: float) -> None:
         """Initialises the mixing's parameters."""
 
 
@@ -64,16 +60,12 @@ class SoftmaxMixing(Mixing):
         heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.position.attend(heads_first, None, None, impl)
 
-    def init_state(
-        self, batch: int, capacity: int, *, device: torch.device | str | None, dtype: torch.dtype
-    ) -> State:
+    def init_state(self, batch: int, capacity: int, *, device: torch.device | str | None, dtype: torch.dtype) -> State:
         return self.cache.init(
             batch, self.heads.num_kv_heads, self.heads.head_dim, capacity, device=device, dtype=dtype
         )
 
-    def extend(
-        self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None
-    ) -> tuple[Tensor, State]:
+    def extend(self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None) -> tuple[Tensor, State]:
         q, k, v = qkv
         q, k = self.position.encode(q, k, positions_BT, "auto")
         state, view = self.cache.append(state, k.transpose(1, 2), v.transpose(1, 2), positions_BT, counts_B)
@@ -131,9 +123,7 @@ class LinearMixing(Mixing):
             return F.elu(x) + 1
         return F.relu(x) if self.feature_map == "relu" else x
 
-    def _run(
-        self, qkv: QKV, memory: Tensor | None, counts_B: Tensor | None, impl: Impl
-    ) -> tuple[Tensor, Tensor]:
+    def _run(self, qkv: QKV, memory: Tensor | None, counts_B: Tensor | None, impl: Impl) -> tuple[Tensor, Tensor]:
         q, k, v = (x.transpose(1, 2) for x in qkv)
         decay_K = None
         if self.decay_logit is not None:
@@ -159,9 +149,7 @@ class LinearMixing(Mixing):
         shape = (batch, self.heads.num_kv_heads, head_dim, head_dim + int(self.normalise))
         return LinearState(new_zeros(*shape, device=device, dtype=accumulation_dtype(dtype)))
 
-    def extend(
-        self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None
-    ) -> tuple[Tensor, LinearState]:
+    def extend(self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None) -> tuple[Tensor, LinearState]:
         o_BNTH, memory = self._run(qkv, state.memory_BKHH, counts_B, "auto")
         return o_BNTH, LinearState(memory)
 

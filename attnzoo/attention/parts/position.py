@@ -17,15 +17,15 @@ from attnzoo.ops.rope import rope
 from attnzoo.ops.sdpa import sdpa
 from attnzoo.ops.sinusoid_sdpa import sinusoid_sdpa
 
+PositionKind = Literal["none", "rope", "table", "sinusoid"]
+
 
 class Position(nn.Module, ABC):
     """Base of positions. `kind` is the name used by `Traits.position`."""
 
-    kind: ClassVar[Literal["none", "rope", "table", "sinusoid"]]
+    kind: ClassVar[PositionKind]
 
-    def encode(
-        self, q_BTNH: Tensor, k_BTKH: Tensor, positions_BT: Tensor, impl: Impl
-    ) -> tuple[Tensor, Tensor]:
+    def encode(self, q_BTNH: Tensor, k_BTKH: Tensor, positions_BT: Tensor, impl: Impl) -> tuple[Tensor, Tensor]:
         """q and k as they enter the scores and the cache."""
         return q_BTNH, k_BTKH
 
@@ -39,7 +39,7 @@ class Position(nn.Module, ABC):
     ) -> Tensor:
         """o_BNTH from (q_BNTH, k_BKSH, v_BKSH); positions None means the parallel form."""
 
-    def reset_parameters(self, std: float) -> None:  # noqa: B027 - most positions have no parameters
+    def reset_parameters(self, std: float) -> None:
         """Initialises the position's parameters."""
 
     def flops(self, batch: int, tokens: int, context: int) -> int:
@@ -50,7 +50,7 @@ class Position(nn.Module, ABC):
 class NoPosition(Position):
     """Scores know no order beyond causality."""
 
-    kind = "none"
+    kind: ClassVar[PositionKind] = "none"
 
     def attend(
         self,
@@ -59,9 +59,7 @@ class NoPosition(Position):
         key_positions_BKS: Tensor | None,
         impl: Impl,
     ) -> Tensor:
-        return sdpa(
-            *qkv, query_positions_BT=query_positions_BT, key_positions_BKS=key_positions_BKS, impl=impl
-        )
+        return sdpa(*qkv, query_positions_BT=query_positions_BT, key_positions_BKS=key_positions_BKS, impl=impl)
 
 
 class Rope(NoPosition):
@@ -80,9 +78,7 @@ class Rope(NoPosition):
             raise ValueError(f"rope_theta={theta} must be positive; 10000.0 is usual")
         self.theta = theta
 
-    def encode(
-        self, q_BTNH: Tensor, k_BTKH: Tensor, positions_BT: Tensor, impl: Impl
-    ) -> tuple[Tensor, Tensor]:
+    def encode(self, q_BTNH: Tensor, k_BTKH: Tensor, positions_BT: Tensor, impl: Impl) -> tuple[Tensor, Tensor]:
         return (
             rope(q_BTNH, positions_BT, theta=self.theta, impl=impl),
             rope(k_BTKH, positions_BT, theta=self.theta, impl=impl),
@@ -140,9 +136,7 @@ class RelativeSinusoid(Position):
     def __init__(self, heads: Heads) -> None:
         super().__init__()
         if heads.model_dim % 2:
-            raise ValueError(
-                f"model_dim={heads.model_dim} is odd; sinusoids come in pairs of sine and cosine"
-            )
+            raise ValueError(f"model_dim={heads.model_dim} is odd; sinusoids come in pairs of sine and cosine")
         self.heads = heads
         self.content_bias = nn.Parameter(torch.zeros(heads.num_heads, heads.head_dim))
         self.position_bias = nn.Parameter(torch.zeros(heads.num_heads, heads.head_dim))

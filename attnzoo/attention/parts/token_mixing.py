@@ -39,21 +39,17 @@ class QKVConv(nn.Module):
     def __init__(self, heads: Heads, *, width: int, share_heads: bool, bias: bool, init: ConvInit) -> None:
         super().__init__()
         if width < 2:
-            raise ValueError(
-                f"conv_width={width} mixes no tokens; use at least 2, or a variant without convolution"
-            )
+            raise ValueError(f"conv_width={width} mixes no tokens; use at least 2, or a variant without convolution")
         self.heads, self.width, self.init = heads, width, init
-        for name, count in (
-            ("query", heads.num_heads),
-            ("key", heads.num_kv_heads),
-            ("value", heads.num_kv_heads),
-        ):
-            rows = 1 if share_heads else count
-            kernel = nn.Parameter(torch.empty(rows, heads.head_dim, width))
-            self.register_parameter(f"{name}_kernel", kernel)
-            offset = nn.Parameter(torch.empty(rows, heads.head_dim)) if bias else None
-            self.register_parameter(f"{name}_bias", offset)
+        self.query_kernel, self.query_bias = self._kernel(heads.num_heads, share_heads, bias)
+        self.key_kernel, self.key_bias = self._kernel(heads.num_kv_heads, share_heads, bias)
+        self.value_kernel, self.value_bias = self._kernel(heads.num_kv_heads, share_heads, bias)
         self.reset_parameters()
+
+    def _kernel(self, count: int, share_heads: bool, bias: bool) -> tuple[nn.Parameter, nn.Parameter | None]:
+        rows = 1 if share_heads else count
+        kernel = nn.Parameter(torch.empty(rows, self.heads.head_dim, self.width))
+        return kernel, nn.Parameter(torch.empty(rows, self.heads.head_dim)) if bias else None
 
     def reset_parameters(self) -> None:
         bound = self.width**-0.5
@@ -76,15 +72,11 @@ class QKVConv(nn.Module):
             depthwise_conv(v_BTKH, self.value_kernel, bias_NH=self.value_bias, impl=impl),
         )
 
-    def init_state(
-        self, batch: int, *, device: torch.device | str | None, dtype: torch.dtype
-    ) -> QKVConvState:
+    def init_state(self, batch: int, *, device: torch.device | str | None, dtype: torch.dtype) -> QKVConvState:
         def tail(heads: int) -> Tensor:
             return new_zeros(batch, self.width - 1, heads, self.heads.head_dim, device=device, dtype=dtype)
 
-        return QKVConvState(
-            tail(self.heads.num_heads), tail(self.heads.num_kv_heads), tail(self.heads.num_kv_heads)
-        )
+        return QKVConvState(tail(self.heads.num_heads), tail(self.heads.num_kv_heads), tail(self.heads.num_kv_heads))
 
     def extend(
         self, qkv: tuple[Tensor, Tensor, Tensor], state: QKVConvState, counts_B: Tensor | None

@@ -24,9 +24,7 @@ def relative_sdpa_torch(
         bias_BNTS = _aligned_bias(q_BNTH, table_NPH, table_bias_NP, scale)
     else:
         distance_BKTS = query_positions_BT[:, None, :, None] - key_positions_BKS[:, :, None, :]
-        bias_BNTS = _gathered_bias(
-            q_BNTH, table_NPH, table_bias_NP, per_query_head(distance_BKTS, heads), scale
-        )
+        bias_BNTS = _gathered_bias(q_BNTH, table_NPH, table_bias_NP, per_query_head(distance_BKTS, heads), scale)
         mask_BNTS = per_query_head(causal_mask(query_positions_BT, key_positions_BKS), heads)
         bias_BNTS = bias_BNTS.masked_fill(~mask_BNTS, float("-inf"))
     return F.scaled_dot_product_attention(

@@ -16,13 +16,9 @@ def sdpa_torch(
 ) -> Tensor:
     grouped = q_BNTH.shape[1] != k_BKSH.shape[1]
     if query_positions_BT is None or key_positions_BKS is None:
-        return F.scaled_dot_product_attention(
-            q_BNTH, k_BKSH, v_BKSH, is_causal=True, scale=scale, enable_gqa=grouped
-        )
+        return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, scale=scale, enable_gqa=grouped)
     mask_BNTS = per_query_head(causal_mask(query_positions_BT, key_positions_BKS), q_BNTH.shape[1])
-    return F.scaled_dot_product_attention(
-        q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_BNTS, scale=scale, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_BNTS, scale=scale, enable_gqa=grouped)
 
 
 def per_query_head(mask_BKTS: Tensor, heads: int) -> Tensor:

@@ -1,0 +1,291 @@
+"""What every attention variant must keep; `verify_contract` checks all of it.
+
+Sizes are odd or prime and all different where the maths allows, so that a transposed axis fails.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.attention import ATTENTION, Attention, build_attention
+from attnzoo.attention.composed import ComposedAttention
+from attnzoo.attention.parts import SoftmaxMixing
+from attnzoo.kvcache import load_state, save_state
+
+BATCH, TOKENS, MODEL_DIM = 2, 13, 22
+TIGHT = 1e-10
+"""Largest difference of two float64 results of order 1 that differ only in the order of sums."""
+
+Build = Callable[[], Attention]
+
+CASES: dict[str, list[dict[str, Any]]] = {
+    "mha": [{}, {"num_kv_heads": 1}, {"position": "none"}, {"qkv_bias": True, "output_bias": True}],
+    "rmha": [{}, {"num_kv_heads": 1}, {"position": "sinusoid"}, {"position": "sinusoid", "num_kv_heads": 1}],
+    "mdha": [
+        {},
+        {"position": "none", "conv_share_heads": True, "conv_bias": True, "conv_init": "uniform"},
+        {"num_kv_heads": 1, "conv_width": 4},
+    ],
+    "rcmha": [
+        {},
+        {"conv_share_heads": True, "conv_bias": True, "conv_init": "uniform"},
+        {"num_kv_heads": 1, "conv_width": 2},
+    ],
+    "linear": [
+        {},
+        {"normalise": False, "decay": False, "feature_map": "identity"},
+        {"normalise": False, "feature_map": "relu", "num_kv_heads": 1},
+        {"decay": False, "num_kv_heads": 1},
+    ],
+}
+"""Options to test beside the defaults; a variant that is not named here is tested with its defaults."""
+
+SIZES = {"model_dim": MODEL_DIM, "num_heads": 3, "head_dim": 14, "max_distance": 7}
+
+
+def all_cases() -> list[tuple[str, dict[str, Any]]]:
+    """(kind, options) of every registered variant."""
+    return [(kind, options) for kind in ATTENTION for options in CASES.get(kind, [{}])]
+
+
+def case_name(kind: str, options: dict[str, Any]) -> str:
+    return "-".join([kind, *(f"{key}={value}" for key, value in options.items())])
+
+
+def build_case(kind: str, options: dict[str, Any], seed: int = 0) -> Attention:
+    """The variant at the contract's sizes in float64, every parameter random: zero tables would hide mistakes."""
+    fields = {field.name for field in dataclasses.fields(ATTENTION.get(kind).Config)}
+    values = {key: value for key, value in SIZES.items() if key in fields} | options
+    attention = build_attention(kind, values).double()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.4, generator=generator)
+    return attention
+
+
+def inputs(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = TIGHT) -> None:
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)} is not {tuple(expected.shape)}"
+    error = (actual - expected).abs().max().item() if actual.numel() else 0.0
+    assert error <= tolerance, f"{what}: differs by {error:.3g}, more than {tolerance:.3g}"
+
+
+def stream(attention: Attention, x_BTD: Tensor, cuts: list[int], capacity: int) -> Tensor:
+    """extend over chunks of the given lengths, from an empty state."""
+    state = attention.init_state(len(x_BTD), capacity)
+    outputs = []
+    for chunk in x_BTD.split(cuts, dim=1):
+        out, state = attention.extend(chunk, state)
+        outputs.append(out)
+    return torch.cat(outputs, dim=1)
+
+
+def gradients(attention: Attention, out: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """Gradients of a fixed random functional of `out`, for the input and every parameter."""
+    names = ["input", *(name for name, _ in attention.named_parameters())]
+    grads = torch.autograd.grad((out * inputs(*out.shape, seed=7)).sum(), [x, *attention.parameters()])
+    return dict(zip(names, grads, strict=True))
+
+
+def check_reference(build: Build) -> None:
+    """forward == reference in float64, outputs and gradients of input and parameters."""
+    attention, x = build(), inputs(BATCH, TOKENS, MODEL_DIM).requires_grad_()
+    actual, expected = attention(x), attention.reference(x)
+    assert_close(actual, expected, "forward against reference")
+    expected_grads = gradients(attention, expected, x)
+    for name, grad in gradients(attention, actual, x).items():
+        assert_close(grad, expected_grads[name], f"gradient of {name}", tolerance=1e-9)
+
+
+def check_low_precision(build: Build) -> None:
+    """In bfloat16, forward is at most twice as far from the float64 reference as the bfloat16 reference is."""
+    attention, x = build(), inputs(BATCH, TOKENS, MODEL_DIM)
+    with torch.no_grad():
+        half = build().to(torch.bfloat16)
+        # Weights and inputs that bfloat16 can hold: the error measured is that of the arithmetic.
+        for exact, rounded in zip(attention.parameters(), half.parameters(), strict=True):
+            exact.copy_(rounded)
+        x = x.bfloat16().double()
+        exact_out = attention.reference(x)
+
+        def error(out: Tensor) -> float:
+            return (out.double() - exact_out).square().mean().sqrt().item()
+
+        ours, theirs = error(half(x.bfloat16())), error(half.reference(x.bfloat16()))
+    assert ours <= 2 * theirs, f"bfloat16 error {ours:.3g} is more than twice the reference's {theirs:.3g}"
+
+
+def check_partitions(build: Build) -> None:
+    """extend over any partition == forward: all ones, one chunk, random cuts, with and without room to grow."""
+    attention, x = build(), inputs(BATCH, TOKENS, MODEL_DIM)
+    generator = torch.Generator().manual_seed(2)
+    partitions = [[1] * TOKENS, [TOKENS]]
+    for _ in range(6):
+        marks = torch.randperm(TOKENS - 1, generator=generator)[: int(torch.randint(1, 6, (), generator=generator))]
+        edges = [0, *sorted((marks + 1).tolist()), TOKENS]
+        partitions.append([end - start for start, end in zip(edges, edges[1:], strict=False)])
+    with torch.no_grad():
+        expected = attention(x)
+        for cuts in partitions:
+            for capacity in (TOKENS, 3):
+                assert_close(stream(attention, x, cuts, capacity), expected, f"extend over {cuts}, room {capacity}")
+
+
+def check_saved_state(build: Build) -> None:
+    """A state saved to disk and loaded continues the same sequence."""
+    attention, x = build(), inputs(BATCH, TOKENS, MODEL_DIM)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        first, state = attention.extend(x[:, :5], attention.init_state(BATCH, TOKENS))
+        path = Path(folder) / "state.safetensors"
+        save_state(state, path)
+        second, _ = attention.extend(x[:, 5:], load_state(attention.init_state(BATCH, TOKENS), path))
+        assert_close(torch.cat([first, second], dim=1), attention(x), "continued from a saved state")
+
+
+def check_causality(build: Build) -> None:
+    """Changing token t changes no output before t, exactly 0.0, and does change the output at t."""
+    attention, x = build(), inputs(BATCH, TOKENS, MODEL_DIM)
+    if not attention.traits.causal:
+        return
+    with torch.no_grad():
+        base = attention(x)
+        for t in range(TOKENS):
+            changed = x.clone()
+            changed[:, t] += 1.0
+            difference = (attention(changed) - base).abs().amax(dim=(0, 2))
+            assert difference[:t].sum() == 0.0, f"token {t} changes outputs before it: {difference[:t].tolist()}"
+            assert difference[t] > 0.0, f"token {t} does not change its own output"
+
+
+def check_unequal_batch(build: Build) -> None:
+    """Rows of different lengths in one batch equal the single runs; padding may hold anything, NaN included."""
+    attention = build()
+    first, second = [3, 7, 0], [5, 1, 4]
+    x = inputs(3, 12, MODEL_DIM)
+    with torch.no_grad():
+        state = attention.init_state(3, 12)
+        outputs: list[list[Tensor]] = [[], [], []]
+        used = [0, 0, 0]
+        for counts in (first, second):
+            chunk = torch.full((3, max(counts), MODEL_DIM), float("nan"), dtype=torch.float64)
+            for row, count in enumerate(counts):
+                chunk[row, :count] = x[row, used[row] : used[row] + count]
+            out, state = attention.extend(chunk, state, torch.tensor(counts))
+            for row, count in enumerate(counts):
+                outputs[row].append(out[row, :count])
+                used[row] += count
+        for row in range(3):
+            alone = attention(x[row : row + 1, : used[row]])[0]
+            assert_close(torch.cat(outputs[row]), alone, f"row {row} of lengths {first} then {second}")
+
+
+def check_empty_chunk_keeps_state(build: Build) -> None:
+    """A row with no real tokens in a chunk keeps its state, bit for bit."""
+    attention, x = build(), inputs(BATCH, TOKENS, MODEL_DIM)
+    with torch.no_grad():
+        _, state = attention.extend(x[:, :5], attention.init_state(BATCH, TOKENS))
+        before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+        _, state = attention.extend(x[:, 5:8], state, torch.tensor([3, 0]))
+    for name, tensor in state.tensors().items():
+        assert torch.equal(tensor[1], before[name][1]), f"{name} of an idle row changed"
+
+
+def check_rows(build: Build) -> None:
+    """A pool of sequences: extending a slice of rows and storing it leaves the other rows alone."""
+    attention, x = build(), inputs(3, TOKENS, MODEL_DIM)
+    with torch.no_grad():
+        pool = attention.init_state(3, TOKENS)
+        for row in (2, 0, 1):
+            _, state = attention.extend(x[row : row + 1, : row + 4], pool.rows(slice(row, row + 1)))
+            pool.store(slice(row, row + 1), state)
+        pool.reset(slice(1, 2))
+        for row, seen in ((0, 4), (1, 0), (2, 6)):
+            out, _ = attention.extend(x[row : row + 1, seen : seen + 3], pool.clone().rows(slice(row, row + 1)))
+            alone = attention(x[row : row + 1, : seen + 3])[:, seen:]
+            assert_close(out, alone, f"row {row} of a pool")
+
+
+def check_gradients(build: Build) -> None:
+    """gradcheck of forward and of extend over two chunks, and streamed parameter gradients == forward's."""
+    attention = build()
+    x = inputs(1, 5, MODEL_DIM).requires_grad_()
+    torch.autograd.gradcheck(attention, (x,), fast_mode=True)
+    torch.autograd.gradcheck(lambda x: stream(attention, x, [2, 1, 2], 5), (x,), fast_mode=True)
+    expected = gradients(attention, attention(x), x)
+    for name, grad in gradients(attention, stream(attention, x, [2, 1, 2], 5), x).items():
+        assert_close(grad, expected[name], f"gradient of {name} through extend", tolerance=1e-9)
+
+
+def check_shift(build: Build) -> None:
+    """Adding n to all logical positions changes nothing, for variants that promise it."""
+    attention = build()
+    if not (isinstance(attention, ComposedAttention) and isinstance(attention.mixing, SoftmaxMixing)):
+        return
+    assert attention.traits.shift_invariant
+    position, heads = attention.mixing.position, attention.mixing.heads
+    q = inputs(BATCH, TOKENS, heads.num_heads, heads.head_dim)
+    k = inputs(BATCH, TOKENS, heads.num_kv_heads, heads.head_dim, seed=2)
+    v = inputs(BATCH, TOKENS, heads.num_kv_heads, heads.head_dim, seed=3)
+
+    def run(shift: int) -> Tensor:
+        positions = torch.arange(TOKENS).expand(BATCH, TOKENS) + shift
+        turned_q, turned_k = position.encode(q, k, positions, "auto")
+        qkv = (turned_q.transpose(1, 2), turned_k.transpose(1, 2), v.transpose(1, 2))
+        return position.attend(qkv, positions, positions[:, None], "auto")
+
+    with torch.no_grad():
+        assert_close(run(1009), run(0), "positions shifted by 1009", tolerance=1e-9)
+
+
+def check_cost(build: Build) -> None:
+    """Measured state bytes, for every dtype, growth and parameter count equal what `cost` and the traits say."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        attention = build().to(dtype)
+        for batch, capacity in ((1, 5), (3, 11)):
+            measured = attention.init_state(batch, capacity).nbytes()
+            claimed = attention.cost(batch, 1, capacity).state_bytes
+            assert measured == claimed, f"{dtype}: state has {measured} bytes, cost says {claimed}"
+        with torch.no_grad():
+            x = inputs(BATCH, 5, MODEL_DIM).to(dtype)
+            _, state = attention.extend(x, attention.init_state(BATCH, 5))
+        assert state.nbytes() == attention.cost(BATCH, 1, 5).state_bytes, "extend within capacity changes the bytes"
+    attention = build()
+    assert attention.cost(1, 1, 1).parameters == sum(p.numel() for p in attention.parameters())
+    growing = [attention.cost(1, 1, context).state_bytes for context in (100, 200, 300)]
+    steps = [growing[1] - growing[0], growing[2] - growing[1]]
+    if attention.traits.growth == "O(1)":
+        assert steps == [0, 0], f"growth O(1), yet state bytes are {growing}"
+    if attention.traits.growth == "O(T)":
+        assert steps[0] == steps[1] > 0, f"growth O(T), yet state bytes are {growing}"
+    prefill, decode = attention.cost(1, 8, 8).flops, sum(attention.cost(1, 1, t).flops for t in range(1, 9))
+    if attention.traits.position in ("none", "rope", "recurrence"):
+        assert prefill == decode, f"8 tokens cost {prefill} FLOPs at once and {decode} one by one"
+
+
+ITEMS: dict[str, Callable[[Build], None]] = {
+    "reference": check_reference,
+    "low_precision": check_low_precision,
+    "partitions": check_partitions,
+    "saved_state": check_saved_state,
+    "causality": check_causality,
+    "unequal_batch": check_unequal_batch,
+    "empty_chunk": check_empty_chunk_keeps_state,
+    "rows": check_rows,
+    "gradients": check_gradients,
+    "shift": check_shift,
+    "cost": check_cost,
+}
+
+
+def verify_contract(build: Build) -> None:
+    """Raises AssertionError at the first promise that the variant made by `build` does not keep."""
+    for check in ITEMS.values():
+        check(build)
