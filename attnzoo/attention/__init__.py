@@ -50,4 +50,4 @@ for _module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{_module.name}")
 load_plugins(os.environ.get(PLUGINS_VARIABLE, ""))
 
-__all__ = ["ATTENTION", "Attention", "Cost", "Traits", "build_attention", "load_plugins"]
+__all__ = ["ATTENTION", "PLUGINS_VARIABLE", "Attention", "Cost", "Traits", "build_attention", "load_plugins"]

@@ -1,0 +1,112 @@
+"""The import law, read from the syntax trees: who may import whom, and what stays out of a light import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ["attnzoo", "train", "serve"]
+SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+
+ORDER = ["errors", "types", "registry", "ops", "kvcache", "attention", "models", "tokenizer", "checkpoint", "report"]
+"""Inside attnzoo each may import only what stands before it."""
+
+OWNERS = {"deepspeed": ["train/engine.py"], "ray": ["serve/deployment.py"]}
+"""Packages that one file owns."""
+
+FORBIDDEN = {
+    "attnzoo": {"deepspeed", "ray", "fastapi", "datasets", "omegaconf", "train", "serve", "scripts", "tests"},
+    "train": {"serve", "scripts", "tests", "fastapi"},
+    "serve": {"train", "scripts", "tests", "deepspeed"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of all modules a file imports, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; say where it comes from"
+            assert node.module
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def short(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=short)
+def test_import_law(path):
+    room = path.relative_to(ROOT).parts[0]
+    for name in imported(path):
+        package = name.split(".")[0]
+        assert package not in FORBIDDEN[room], f"{short(path)} imports {name}"
+        if package in OWNERS:
+            assert short(path) in OWNERS[package], f"{short(path)} imports {name}; only {OWNERS[package]} may"
+        if package == "triton":
+            assert path.name == "triton.py", f"{short(path)} imports triton; only triton.py files may"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if short(p).startswith("attnzoo/")], ids=short)
+def test_order_inside_attnzoo(path):
+    own = path.relative_to(ROOT / "attnzoo").parts[0].removesuffix(".py")
+    if own in ("__init__", "__main__"):
+        return
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "attnzoo" and len(parts) > 1 and parts[1] != own:
+            assert ORDER.index(parts[1]) < ORDER.index(own), f"{short(path)} imports {name} against the order"
+
+
+def loaded_by(statement: str, names: list[str]) -> list[str]:
+    """Which of the top-level packages a fresh interpreter has loaded after `statement`."""
+    code = f"import sys; {statement}; print(*(n for n in {names!r} if n in sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return result.stdout.split()
+
+
+def test_import_is_light():
+    heavy = [
+        "deepspeed",
+        "ray",
+        "fastapi",
+        "datasets",
+        "omegaconf",
+        "sentencepiece",
+        "matplotlib",
+        "triton",
+        "pydantic",
+    ]
+    everything = "import attnzoo, attnzoo.attention, attnzoo.models, attnzoo.checkpoint, attnzoo.tokenizer"
+    by_torch = loaded_by("import torch", heavy)
+    assert sorted(loaded_by(everything, heavy)) == sorted(by_torch)
+
+
+def test_files_and_functions_stay_small():
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 400, f"{short(path)} has more than 400 lines; split it"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= 60, f"{short(path)}: {node.name} has {length} lines; split it"
+                arguments = node.args.args + node.args.kwonlyargs + node.args.posonlyargs
+                # Operations are pure functions of tensors: what would be a config object elsewhere is their input.
+                most = 9 if short(path).startswith("attnzoo/ops/") else 8
+                assert len([a for a in arguments if a.arg not in ("self", "cls")]) <= most, (
+                    f"{short(path)}: {node.name} takes more than {most} parameters; use a config object"
+                )
+
+
+def test_nothing_unpickles_what_others_wrote():
+    """Exports are safetensors and JSON; pickle appears nowhere, torch.load only where training reads its own files."""
+    for path in SOURCES:
+        assert not {name for name in imported(path) if name.split(".")[0] in ("pickle", "dill", "cloudpickle")}, path
+        if short(path) not in ("train/checkpoint.py", "train/engine.py"):
+            assert "torch.load(" not in path.read_text(encoding="utf-8"), short(path)

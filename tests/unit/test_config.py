@@ -1,0 +1,105 @@
+"""Registries and strict configs: what is wrong is named, with the way out."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from attnzoo.errors import suggest
+from attnzoo.models import DecoderConfig
+from attnzoo.registry import Registry
+from attnzoo.types import build_config, parse_dtype
+
+
+@dataclass(frozen=True)
+class Sizes:
+    width: int
+    rate: float = 0.5
+    kind: Literal["a", "b"] = "a"
+    depth: int | None = None
+    on: bool = False
+
+
+def test_suggest():
+    assert suggest("rmah", ["mha", "rmha"]) == "; did you mean 'rmha'? known: mha, rmha"
+    assert suggest("xyz", ["mha"]) == "; known: mha"
+
+
+def test_registry():
+    shapes: Registry[type] = Registry("shape")
+
+    @shapes.register("square")
+    class Square:
+        pass
+
+    assert shapes.get("square") is Square
+    assert shapes.name_of(Square) == "square"
+    assert list(shapes) == shapes.names() == ["square"]
+    with pytest.raises(ValueError, match="unknown shape 'sqare'; did you mean 'square'"):
+        shapes.get("sqare")
+    with pytest.raises(ValueError, match="shape name 'square' is taken"):
+        shapes.register("square")(int)
+    with pytest.raises(ValueError, match="is not a registered shape"):
+        shapes.name_of(int)
+
+
+def test_build_config_accepts():
+    assert build_config(Sizes, {"width": 3, "rate": 1, "depth": None}, "sizes") == Sizes(3, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, r"sizes.width is missing"),
+        ({"width": 3, "widht": 4}, r"unknown key sizes.widht; did you mean 'width'"),
+        ({"width": "3"}, r"sizes.width='3' has type str; it must be int"),
+        ({"width": True}, r"sizes.width=True has type bool"),
+        ({"width": 3.0}, r"sizes.width=3.0 has type float"),
+        ({"width": 3, "kind": "c"}, r"sizes.kind='c' is not one of 'a', 'b'"),
+        ({"width": 3, "depth": "x"}, r"sizes.depth='x' has type str; it must be int or NoneType"),
+        ({"width": 3, "on": 1}, r"sizes.on=1 has type int; it must be bool"),
+    ],
+)
+def test_build_config_refuses(values, message):
+    with pytest.raises(ValueError, match=message):
+        build_config(Sizes, values, "sizes")
+
+
+def test_parse_dtype():
+    with pytest.raises(ValueError, match="unknown dtype 'bf61'; did you mean 'bf16'"):
+        parse_dtype("bf61")
+
+
+BASE = {"vocab_size": 50, "model_dim": 32, "num_layers": 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention": "rcmah"}, "unknown attention 'rcmah'; did you mean 'rcmha'"),
+        ({"attention": ["mha", "linear", "rmha"]}, "lists 3 variants, which does not divide num_layers=4"),
+        ({"attention": []}, "lists 0 variants"),
+        ({"attention": {"num_heads": 4}}, "with `kind: <name>`"),
+        (
+            {"attention": {"kind": "mha", "num_hads": 4}},
+            r"unknown key model.attention.num_hads; did you mean 'num_heads'",
+        ),
+        ({"attention": ["mha", {"kind": "mha", "num_hads": 4}]}, r"unknown key model.attention\[1\].num_hads"),
+        ({"attention": {"kind": "mha", "model_dim": 4}}, "model_dim is the model's own"),
+        ({"num_layers": 0}, "num_layers=0 must be at least 1"),
+        ({"mlp": "silu"}, "model.mlp='silu' is not one of"),
+        ({"mlp_dim": 0}, "mlp_dim=0"),
+        ({"init_std": 0.0}, "init_std=0.0 must be positive"),
+        ({"vocabsize": 3}, "unknown key model.vocabsize; did you mean 'vocab_size'"),
+    ],
+)
+def test_decoder_config_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig.from_dict(BASE | changes)
+
+
+def test_decoder_config_round_trip():
+    config = DecoderConfig.from_dict(BASE | {"attention": ["rcmha", {"kind": "linear", "num_heads": 2}]})
+    assert DecoderConfig.from_dict(config.to_dict()) == config
+    assert config.layer_attention(2) == ("rcmha", {"model_dim": 32, "max_distance": 256})
+    assert config.layer_attention(3) == ("linear", {"model_dim": 32, "num_heads": 2})

@@ -1,0 +1,154 @@
+"""The language model: mixing variants, initialisation, counts, and its streaming form."""
+
+import math
+
+import pytest
+import torch
+
+from attnzoo.attention import ATTENTION
+from attnzoo.models import DecoderConfig, DecoderLM, generate
+
+V = 47
+
+
+def build(**changes) -> DecoderLM:
+    torch.manual_seed(0)
+    values = {"vocab_size": V, "model_dim": 24, "num_layers": 2, "max_positions": 11} | changes
+    return DecoderLM(DecoderConfig.from_dict(values))
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+ATTENTIONS = [*ATTENTION, ["rcmha", "linear"], [{"kind": "mha", "num_kv_heads": 2}, "rmha"]]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
+def test_extend_equals_forward(attention):
+    model, ids = build(attention=attention).double(), tokens(3, 17)
+    with torch.no_grad():
+        expected, state, outputs = model(ids), model.init_state(3, 5), []
+        for chunk in ids.split([1, 4, 2, 1, 9], dim=1):
+            logits, state = model.extend(chunk, state)
+            outputs.append(logits)
+    torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu", "relu"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_choices(norm, mlp, tie):
+    model = build(norm=norm, mlp=mlp, tie_embeddings=tie)
+    assert (model.head.weight is model.embedding.weight) == tie
+    loss = model.loss(tokens(2, 9), tokens(2, 9, seed=1))
+    # Small weights predict nothing yet: the loss of a uniform guess.
+    assert abs(loss.item() - math.log(V)) < 0.1
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_initialisation():
+    model = build(model_dim=192, num_layers=8, vocab_size=997, attention={"kind": "mha", "num_heads": 4})
+    block = model.layers()[3]
+    small = 0.02 / math.sqrt(16)
+    for weight, std in [
+        (model.embedding.weight, 0.02),
+        (block.attention.projection.query.weight, 0.02),
+        (block.mlp.up.weight, 0.02),
+        (block.attention.projection.output.weight, small),
+        (block.mlp.down.weight, small),
+    ]:
+        assert abs(weight.std().item() / std - 1) < 0.05
+
+
+def test_ignored_targets_do_not_count():
+    model, ids, targets = build(), tokens(2, 9), tokens(2, 9, seed=1)
+    targets[:, 5:] = -100
+    expected = torch.nn.functional.cross_entropy(model(ids)[:, :5].flatten(0, 1), targets[:, :5].flatten())
+    torch.testing.assert_close(model.loss(ids, targets), expected)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    model, ids, targets = build(attention=["rcmha", "linear"]), tokens(2, 9), tokens(2, 9, seed=1)
+    model.loss(ids, targets).backward()
+    plain = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.activation_checkpointing = True
+    model.loss(ids, targets).backward()
+    for before, parameter in zip(plain, model.parameters(), strict=True):
+        assert torch.equal(before, parameter.grad)
+
+
+def test_parameter_counts_by_hand():
+    model = build(attention={"kind": "rcmha", "num_heads": 4}, mlp="relu", tie_embeddings=False)
+    dim, heads, width, rows = 24, 4, 6, 11
+    attention = 4 * dim * dim + dim + 3 * heads * width * 3 + heads * width + heads * rows * (width + 1)
+    block = attention + 2 * dim * 4 * dim + 2 * dim
+    assert model.num_parameters(embeddings=False) == 2 * block + dim
+    assert model.num_parameters() == 2 * block + dim + 2 * V * dim
+    assert model.cost(1, 1, 1).parameters == model.num_parameters()
+
+
+def test_matrix_parameters_are_linear_maps_of_the_blocks():
+    model = build(attention=["rcmha", "linear"])
+    names = [name for name, _ in model.matrix_parameters()]
+    known = dict(model.named_parameters())
+    assert all(known[name] is parameter for name, parameter in model.matrix_parameters())
+    assert len(names) == 2 * (4 + 3)
+    assert not [name for name in names if "conv" in name or "table" in name or "embedding" in name or "head" in name]
+
+
+def test_cost_of_a_decode_step_by_hand():
+    model = build(attention={"kind": "mha", "num_heads": 4}, mlp="relu")
+    weights = 2 * (4 * 24 * 24 + 2 * 24 * 96) + V * 24
+    attention = 2 * (2 * 2 * 24 * 10)  # two layers: q.k and p.v over 10 tokens
+    cost = model.cost(batch=3, tokens=1, context=10)
+    assert cost.flops == 3 * (2 * weights + attention)
+    assert cost.state_bytes == model.init_state(3, 10).nbytes() == 3 * 2 * (2 * 10 * 24 * 4 + 8)
+
+
+def test_non_causal_variant_is_refused(monkeypatch):
+    from dataclasses import replace
+
+    from attnzoo.attention.composed import ComposedAttention
+
+    causal = ComposedAttention.traits.fget
+    monkeypatch.setattr(ComposedAttention, "traits", property(lambda self: replace(causal(self), causal=False)))
+    with pytest.raises(ValueError, match="'mha' is not causal"):
+        build(attention="mha")
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
+def test_greedy_generation_equals_the_parallel_form(attention):
+    """Each new token is the argmax of the parallel form over all tokens so far; rows do not disturb each other."""
+    model = build(attention=attention).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    prompts = [[1, 2, 3, 4, 5], [6], [7, 8]]
+    outputs = generate(model, prompts, max_new_tokens=6)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        so_far = list(prompt)
+        with torch.no_grad():
+            for token in output:
+                assert token == model(torch.tensor([so_far]))[0, -1].argmax().item()
+                so_far.append(token)
+        assert len(output) == 6
+
+
+def test_generation_stops_and_seeds():
+    model = build(attention="mha")
+    greedy = generate(model, [[1, 2]], max_new_tokens=5)[0]
+    stopped = generate(model, [[1, 2]], max_new_tokens=5, stop_token=greedy[0])[0]
+    assert stopped == []
+    drawn = [generate(model, [[1, 2]], max_new_tokens=20, temperature=1.0, seed=seed)[0] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [([], "at least one prompt"), ([[]], "no prompt may be empty"), ([[V]], "prompt token 47 is outside")],
+)
+def test_generation_refuses(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        generate(build(), prompts, max_new_tokens=1)

@@ -1,0 +1,86 @@
+"""State trees: names, bytes, rows, and what is refused."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnzoo.kvcache import FullCache, State, load_state, save_state
+
+
+@dataclass
+class Leaf(State):
+    values: Tensor
+    extra: Tensor | None = None
+
+
+@dataclass
+class Tree(State):
+    layers: tuple[Leaf, ...]
+    lengths: Tensor
+
+
+def tree(batch: int = 3) -> Tree:
+    layers = tuple(Leaf(torch.arange(batch * 4.0).view(batch, 4) + 100 * i) for i in range(2))
+    return Tree(layers, torch.arange(batch))
+
+
+def test_names_and_bytes():
+    state = tree()
+    assert list(state.tensors()) == ["layers.0.values", "layers.1.values", "lengths"]
+    assert state.nbytes() == 2 * 3 * 4 * 4 + 3 * 8
+
+
+def test_rows_are_views_and_clone_is_not():
+    state = tree()
+    copy = state.clone()
+    state.rows(slice(1, 2)).layers[0].values.fill_(-1)
+    assert state.layers[0].values[1].tolist() == [-1] * 4
+    assert copy.layers[0].values[1].tolist() == [4, 5, 6, 7]
+
+
+def test_store_and_reset():
+    state, other = tree(), tree(1).map(lambda _, tensor: tensor + 1000)
+    state.store(slice(2, 3), other)
+    assert state.layers[1].values[2].tolist() == [1100, 1101, 1102, 1103]
+    state.reset(slice(2, 3))
+    assert state.lengths.tolist() == [0, 1, 0]
+    assert state.layers[1].values[2].tolist() == [0] * 4
+
+
+def test_store_refuses_what_has_outgrown_the_pool():
+    pool, grown = tree(), tree(1)
+    grown.layers[1].values = torch.zeros(1, 8)
+    with pytest.raises(ValueError, match=r"state 'layers.1.values'.*larger capacity"):
+        pool.store(slice(0, 1), grown)
+
+
+def test_save_and_load(tmp_path):
+    path = tmp_path / "state.safetensors"
+    save_state(tree(), path)
+    loaded = load_state(tree(), path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.tensors().values(), tree().tensors().values(), strict=True))
+
+
+def test_load_refuses_another_model(tmp_path):
+    path = tmp_path / "state.safetensors"
+    save_state(Leaf(torch.zeros(1, 2)), path)
+    with pytest.raises(ValueError, match="not a state of this model"):
+        load_state(tree(), path)
+    with pytest.raises(ValueError, match=r"values is torch.float32 of rank 2"):
+        load_state(Leaf(torch.zeros(1, 2, 1)), path)
+
+
+def test_full_cache_grows_by_doubling_and_counts_its_bytes():
+    cache = FullCache()
+    state = cache.init(1, 2, 3, 4, device=None, dtype=torch.float32)
+    assert state.nbytes() == cache.nbytes(1, 2, 3, 4, torch.float32) == 2 * 2 * 4 * 3 * 4
+    capacities = set()
+    for t in range(20):
+        keys = torch.full((1, 2, 1, 3), float(t))
+        state, view = cache.append(state, keys, keys, torch.tensor([[t]]), None)
+        capacities.add(state.keys_BKSH.shape[2])
+        assert view.positions_BKS.tolist() == [[list(range(t + 1))]]
+        assert view.keys_BKSH[0, 1, :, 2].tolist() == list(range(t + 1))
+    assert capacities == {4, 8, 16, 32}
