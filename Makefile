@@ -1,0 +1,47 @@
+# make demo   set up, train a small RCMHA language model with DeepSpeed, serve it on Ray Serve, print what was measured
+# make test   set up, run the whole suite
+# make help   everything else
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PORT ?= 8000
+CHECKPOINT ?= runs/demo/export
+
+.PHONY: help install demo train serve test slow check format clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.installed: pyproject.toml scripts/install.sh
+	@scripts/install.sh $(VENV) $(PYTHON)
+
+install: $(VENV)/.installed  ## create .venv and install the project
+
+demo: install  ## train on 2 ranks, serve, complete; summary in runs/demo/summary.json (under 10 minutes)
+	$(BIN)/python scripts/demo.py
+
+train: install  ## a longer run of the same model (up to 30 minutes), then its n-gram baselines
+	$(BIN)/python scripts/demo.py --train-only --config long.yaml --run-dir runs/long
+
+serve: install  ## serve CHECKPOINT (default: the demo's) on PORT until interrupted
+	$(BIN)/python -m serve --checkpoint $(CHECKPOINT) --port $(PORT)
+
+test: install  ## the whole suite but the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+slow: install  ## the slow suites: all ZeRO stages, soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+check: install  ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install  ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove runs, caches and the virtual environment
+	rm -rf runs .cache $(VENV)

@@ -1,0 +1,119 @@
+"""Models on disk: round trip, atomic replacement, and damaged or foreign files."""
+
+import json
+
+import pytest
+import torch
+
+from attnzoo.checkpoint import load_model, load_tokenizer, read_metadata, replace_directory, save_model, write_atomic
+from attnzoo.models import DecoderConfig, DecoderLM
+
+
+def build(**changes) -> DecoderLM:
+    torch.manual_seed(1)
+    values = {"vocab_size": 31, "model_dim": 16, "num_layers": 2, "attention": ["rcmha", "linear"]} | changes
+    return DecoderLM(DecoderConfig.from_dict(values))
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip(tmp_path, tie, dtype):
+    model = build(tie_embeddings=tie).to(dtype)
+    save_model(tmp_path / "model", model, metadata={"steps": 3})
+    loaded = load_model(tmp_path / "model")
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert read_metadata(tmp_path / "model") == {"steps": 3}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    assert (loaded.head.weight is loaded.embedding.weight) == tie
+    assert load_model(tmp_path / "model", dtype=torch.float64).embedding.weight.dtype == torch.float64
+
+
+def test_only_three_kinds_of_file_and_no_pickle(tmp_path):
+    save_model(tmp_path / "model", build())
+    names = sorted(path.name for path in (tmp_path / "model").iterdir())
+    assert names == ["config.json", "model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_replacing_keeps_one_whole_model(tmp_path):
+    save_model(tmp_path / "model", build(), metadata={"steps": 1})
+    save_model(tmp_path / "model", build(model_dim=32), metadata={"steps": 2})
+    assert load_model(tmp_path / "model").config.model_dim == 32
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_failed_write_leaves_the_old_model(tmp_path):
+    save_model(tmp_path / "model", build(), metadata={"steps": 1})
+    with pytest.raises(FileNotFoundError):
+        save_model(tmp_path / "model", build(model_dim=32), tokenizer=tmp_path / "missing.model")
+    assert load_model(tmp_path / "model").config.model_dim == 16
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_write_atomic(tmp_path):
+    path = tmp_path / "deep" / "latest"
+    write_atomic(path, b"one")
+    write_atomic(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [p.name for p in path.parent.iterdir()] == ["latest"]
+    with pytest.raises(TypeError):
+        write_atomic(path, "text")  # type: ignore[arg-type]
+    assert path.read_bytes() == b"two"
+    assert [p.name for p in path.parent.iterdir()] == ["latest"]
+
+
+def test_replace_directory_is_readable_by_others(tmp_path):
+    (tmp_path / "new").mkdir(mode=0o700)
+    replace_directory(tmp_path / "new", tmp_path / "final")
+    assert (tmp_path / "final").stat().st_mode & 0o777 == 0o755
+
+
+def damaged(directory, what: str) -> None:
+    weights, config = directory / "model.safetensors", directory / "config.json"
+    content = json.loads(config.read_text())
+    if what == "no weights":
+        weights.unlink()
+    elif what == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif what == "no config":
+        config.unlink()
+    elif what == "no json":
+        config.write_text("{")
+    elif what == "no mapping":
+        config.write_text("[]")
+    elif what == "other format":
+        config.write_text(json.dumps(content | {"format": "attnzoo-decoder-9"}))
+    elif what == "other sizes":
+        content["model"]["model_dim"] = 32
+        config.write_text(json.dumps(content))
+    elif what == "unknown key":
+        content["model"]["colour"] = "red"
+        config.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no weights", r"model.safetensors does not exist; give a directory written by training"),
+        ("cut weights", r"is not a readable safetensors file"),
+        ("no config", r"config.json does not exist; give a directory"),
+        ("no json", r"config.json is not JSON"),
+        ("no mapping", r"format='list' is not 'attnzoo-decoder-1'"),
+        ("other format", r"format='attnzoo-decoder-9' is not"),
+        ("other sizes", r"does not fit config.json: .* differ"),
+        ("unknown key", r"unknown key model.colour"),
+    ],
+)
+def test_damage_is_named(tmp_path, what, message):
+    save_model(tmp_path / "model", build())
+    damaged(tmp_path / "model", what)
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path / "model")
+
+
+def test_missing_tokenizer_is_named(tmp_path):
+    save_model(tmp_path / "model", build())
+    with pytest.raises(ValueError, match=r"tokenizer.model does not exist"):
+        load_tokenizer(tmp_path / "model")

@@ -1,0 +1,54 @@
+"""Reports: whether a claim holds is computed, and the file says where numbers come from."""
+
+import json
+import math
+
+import pytest
+
+from attnzoo.report import Claim, Report, format_table
+
+
+@pytest.mark.parametrize(
+    ("kind", "measured", "holds"),
+    [
+        ("at_most", 2.05, True),
+        ("at_most", 2.2, False),
+        ("at_least", 1.95, True),
+        ("at_least", 1.8, False),
+        ("equal", 2.1, True),
+        ("equal", 1.8, False),
+        ("at_most", math.nan, False),
+        ("at_least", math.nan, False),
+        ("equal", math.nan, False),
+    ],
+)
+def test_claim(kind, measured, holds):
+    assert Claim(name="c", expected=2.0, measured=measured, tolerance=0.125, kind=kind).holds is holds
+
+
+def test_report_file(tmp_path, capsys):
+    report = Report.start(command=["bench", "--quick"], seed=3, quick=True)
+    report.rows.append({"name": "a", "value": 1.5})
+    report.claims.append(Claim(name="fast", expected=1.0, measured=2.0))
+    report.write(tmp_path / "report.json")
+    content = json.loads((tmp_path / "report.json").read_text())
+    expected = {"command", "commit", "seed", "device", "load_before", "versions", "quick", "rows", "claims", "figures"}
+    assert set(content) == expected
+    assert content["claims"] == [
+        {"name": "fast", "expected": 1.0, "measured": 2.0, "tolerance": 0.0, "kind": "at_most", "holds": False}
+    ]
+    assert report.exit_status() == 1
+    report.claims.clear()
+    assert report.exit_status() == 0
+    report.print_table()
+    assert "not a measurement" in capsys.readouterr().out
+
+
+def test_table():
+    rows = [{"name": "a", "count": 1200}, {"name": "long", "count": 7, "more": 0.12345}]
+    assert format_table(rows).splitlines() == [
+        "name  count    more",
+        "----  -----  ------",
+        "a     1,200",
+        "long      7  0.1235",
+    ]
