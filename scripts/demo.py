@@ -1,0 +1,211 @@
+"""The main job in one command: train a language model with DeepSpeed, serve it on Ray Serve, say what was measured.
+
+    python scripts/demo.py                               # what `make demo` runs
+    python scripts/demo.py --run-dir runs/mine --port 8123
+    python scripts/demo.py --train-only --config long.yaml --run-dir runs/long      # what `make train` runs
+
+A finished training run in --run-dir is not repeated: delete the directory to start afresh. The summary is written to
+RUN_DIR/summary.json; the exit status is 1 when one of its claims does not hold.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attnzoo.report import Claim, Report
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = ["def read_lines(path):\n", "import os\nimport sys\n\n\nclass "]
+READY_SECONDS = 180
+
+
+@dataclass
+class Parts:
+    """How long each part took, in the order they ran."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        print(f"\n== {name}", flush=True)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        print(f"-- {name}: {self.seconds[name]:.1f} s", flush=True)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def train(config: str, run_dir: Path, ranks: int, overrides: list[str]) -> dict[str, Any]:
+    """Runs DeepSpeed on `ranks` processes and returns the report that training wrote."""
+    launcher = Path(sys.executable).parent / "deepspeed"
+    command = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    command += ["train/main.py", "--config", config, f"run_dir={run_dir}", *overrides]
+    print("$ deepspeed", " ".join(command[1:]), flush=True)
+    subprocess.run(command, cwd=ROOT, check=True, env=cpu_environment())
+    report: dict[str, Any] = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    return report
+
+
+def cpu_environment() -> dict[str, str]:
+    """The environment of child processes: this virtual environment's tools first, CPU if there is no GPU."""
+    import torch
+
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = os.environ | {"PATH": path}
+    return environment if torch.cuda.is_available() else environment | {"DS_ACCELERATOR": "cpu"}
+
+
+@contextmanager
+def served(checkpoint: Path, port: int) -> Iterator[str]:
+    """Starts `python -m serve` on the checkpoint; the URL while it runs; then SIGTERM and a clean exit."""
+    command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", str(port)]
+    print("$ python", " ".join(command[1:]), flush=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=cpu_environment())
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready(url, process)
+        yield url
+        process.send_signal(signal.SIGTERM)
+        status = process.wait(timeout=60)
+        if status != 0:
+            raise RuntimeError(f"the server exited with status {status} after SIGTERM")
+        print("the server shut down cleanly (exit status 0)", flush=True)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
+    """Returns when /health answers 200. Raises RuntimeError when the server ends or takes too long."""
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended with status {process.returncode} before it was ready")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise RuntimeError(f"the server was not ready after {READY_SECONDS} s")
+
+
+def complete(url: str, prompt: str, max_tokens: int) -> dict[str, Any]:
+    """One streaming completion through the OpenAI client: its text and what was measured."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    model = client.models.list().data[0].id
+    start = time.perf_counter()
+    stamps, pieces, usage = [], [], None
+    stream = client.completions.create(
+        model=model,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        temperature=0.7,
+        top_p=0.95,
+        seed=1,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    for chunk in stream:
+        usage = chunk.usage or usage
+        if chunk.choices and chunk.choices[0].text:
+            stamps.append(time.perf_counter())
+            pieces.append(chunk.choices[0].text)
+    assert usage is not None, "the server sent no usage"
+    extra = usage.model_dump()["attnzoo"]
+    seconds = time.perf_counter() - start
+    return {
+        "prompt tokens": usage.prompt_tokens,
+        "new tokens": usage.completion_tokens,
+        "ttft ms": 1000 * (stamps[0] - start) if stamps else float("nan"),
+        "tokens/s": usage.completion_tokens / seconds,
+        "kv bytes/token": extra["kv_bytes_per_token"],
+        "kv bytes": extra["kv_bytes"],
+        "text": "".join(pieces),
+    }
+
+
+def complete_concurrently(url: str, max_tokens: int) -> list[dict[str, Any]]:
+    """All prompts at once, each printed when it is whole."""
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        answers = list(pool.map(lambda prompt: complete(url, prompt, max_tokens), PROMPTS))
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        print(f"--- prompt\n{prompt}--- completion\n{answer['text']}\n---")
+    return answers
+
+
+def baselines(run_dir: Path) -> dict[int, float]:
+    """Bits per byte of the n-gram models on the run's own training and validation text."""
+    from scripts.ngram_baseline import measure
+
+    return measure(run_dir / "config.yaml", orders=(3, 5))
+
+
+def quality_claims(measured: float, ngrams: dict[int, float], long_run: bool) -> list[Claim]:
+    """Below the order-3 model always; below the order-5 model only a longer run is asked to be."""
+    orders = (3, 5) if long_run else (3,)
+    return [
+        Claim(name=f"validation bits per byte below the order-{order} n-gram model", expected=ngrams[order], measured=measured)
+        for order in orders
+    ]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="demo.yaml", help="training config (default: %(default)s)")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="(default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=2, help="training processes (default: %(default)s)")
+    parser.add_argument("--port", type=int, help="port of the server (default: a free one)")
+    parser.add_argument("--max-tokens", type=int, default=96, help="of each completion (default: %(default)s)")
+    parser.add_argument("--train-only", action="store_true", help="neither serve nor complete; ask for order 5 too")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="training options")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Trains, compares, serves, reports."""
+    chosen = parse()
+    run_dir = (ROOT / chosen.run_dir).resolve()
+    parts, report = Parts(), Report.start(command=["python", "scripts/demo.py", *sys.argv[1:]])
+    with parts.time("train"):
+        trained = train(chosen.config, run_dir, chosen.ranks, chosen.overrides)
+    final = trained["rows"][-1]
+    with parts.time("n-gram baselines"):
+        ngrams = baselines(run_dir)
+    answers: list[dict[str, Any]] = []
+    if not chosen.train_only:
+        with parts.time("serve"), served(run_dir / "export", chosen.port or free_port()) as url:
+            answers = complete_concurrently(url, chosen.max_tokens)
+
+    report.rows += [{key: value for key, value in answer.items() if key != "text"} for answer in answers]
+    if answers:
+        print("\ncompletions, two at once:")
+    report.print_table()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
