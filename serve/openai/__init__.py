@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP interface: `protocol` says what is accepted, `routes` answers."""
