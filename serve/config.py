@@ -1,0 +1,132 @@
+"""Settings of the engine and of the server around it: one flat, strict mapping."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from attnzoo.errors import suggest
+from attnzoo.types import build_config, parse_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What the engine needs.
+
+    checkpoint: an export directory. max_num_seqs: sequences that run at the same time (slots of the state).
+    max_model_len: prompt and completion together, in tokens; None takes the model's max_positions.
+    max_batched_tokens: tokens that one step may send through the model. max_queue: requests that may wait.
+    dtype: None keeps the checkpoint's. threads: CPU threads of torch, None leaves them as they are.
+    step_timeout_s: a step that takes longer makes the engine unhealthy.
+    """
+
+    checkpoint: str
+    max_num_seqs: int = 8
+    max_model_len: int | None = None
+    max_batched_tokens: int = 512
+    max_queue: int = 64
+    device: str = "cpu"
+    dtype: str | None = None
+    threads: int | None = None
+    step_timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_batched_tokens", "max_model_len", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.max_queue < 0:
+            raise ValueError(f"max_queue={self.max_queue} must be at least 0")
+        if self.max_batched_tokens <= self.max_num_seqs:
+            raise ValueError(
+                f"max_batched_tokens={self.max_batched_tokens} must be larger than max_num_seqs={self.max_num_seqs}"
+            )
+        if self.step_timeout_s <= 0:
+            raise ValueError(f"step_timeout_s={self.step_timeout_s} must be positive")
+        if self.dtype is not None:
+            parse_dtype(self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(EngineConfig):
+    """The engine's settings and the server's.
+
+    host, port: where HTTP listens; loopback unless you say otherwise. model_name: the name clients use; None takes
+    the checkpoint's directory name (its parent's when that is "export"). api_key_env: name of an environment variable
+    that holds the API key; None leaves the API open to whoever reaches the port. max_body_bytes: largest request body.
+    max_choices: completions (prompts times n) of one request. num_cpus: CPUs that the local Ray may plan with.
+    drain_timeout_s: how long running requests may take to end at shutdown. cluster: address of a running Ray cluster
+    ("auto" finds it); None starts a local one.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    model_name: str | None = None
+    api_key_env: str | None = None
+    max_body_bytes: int = 1 << 20
+    max_choices: int = 16
+    num_cpus: int = 2
+    drain_timeout_s: float = 30.0
+    cluster: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port={self.port} must be between 0 (any free port) and 65535")
+        for name in ("max_body_bytes", "max_choices", "num_cpus"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.drain_timeout_s < 0:
+            raise ValueError(f"drain_timeout_s={self.drain_timeout_s} must not be negative")
+
+    @property
+    def served_name(self) -> str:
+        """The model's name in the API."""
+        if self.model_name:
+            return self.model_name
+        path = Path(self.checkpoint).resolve()
+        return path.parent.name if path.name == "export" and path.parent.name else path.name
+
+
+SERVE_FIELDS = tuple(field.name for field in fields(ServeConfig))
+
+
+def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
+    """{"port": 8001} from ["port=8001"]; values are read as YAML. Raises ValueError for what is no key=value."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{pair!r} is not key=value{suggest(pair, SERVE_FIELDS)}")
+        values[key] = parse_value(key, text)
+    return values
+
+
+def parse_value(key: str, text: Any) -> Any:
+    """A value given as text, read as YAML; names and paths stay text, as does what is not text at all."""
+    if not isinstance(text, str) or key in ("checkpoint", "model_name", "host", "device", "dtype", "api_key_env"):
+        return None if text in ("null", "none", "None") and key != "checkpoint" else text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{key}={text!r} is not a YAML value ({error})") from None
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ValueError that names the file."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the configuration {path}: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; write one `key: value` a line")
+    return values
+
+
+def build_serve_config(values: Mapping[str, Any]) -> ServeConfig:
+    """A `ServeConfig` from a mapping. Raises ValueError for unknown (nearest name given), missing or wrong values."""
+    return build_config(ServeConfig, values, "serve")

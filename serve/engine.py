@@ -1,0 +1,186 @@
+"""The engine: requests in, text out, one `step()` at a time. No threads, no network, no Ray."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from attnzoo.checkpoint import load_model, load_tokenizer
+from attnzoo.models import DecoderLM
+from attnzoo.tokenizer import Tokenizer
+from attnzoo.types import parse_dtype
+from serve.config import EngineConfig
+from serve.metrics import Metrics
+from serve.request import (
+    Completion,
+    ContextLengthError,
+    Delta,
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+)
+from serve.runner import Runner
+from serve.sampler import make_generator, sample_rows
+from serve.scheduler import Scheduler
+from serve.text import TextStream
+
+
+class Engine:
+    """Continuous batching of one model.
+
+    `model` and `tokenizer` are read from `config.checkpoint` unless given. Raises ValueError when the checkpoint is
+    damaged or the limits do not fit it. Use from one thread.
+    """
+
+    def __init__(
+        self, config: EngineConfig, *, model: DecoderLM | None = None, tokenizer: Tokenizer | None = None
+    ) -> None:
+        self.config = config
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        directory = Path(config.checkpoint)
+        dtype = None if config.dtype is None else parse_dtype(config.dtype)
+        self.model = model or load_model(directory, device=config.device, dtype=dtype)
+        self.tokenizer = tokenizer or load_tokenizer(directory)
+        if self.tokenizer.vocab_size > self.model.config.vocab_size:
+            raise ValueError(
+                f"{directory}: the tokenizer knows {self.tokenizer.vocab_size} tokens, the model only "
+                f"{self.model.config.vocab_size}; export the model with its own tokenizer"
+            )
+        self.max_model_len = config.max_model_len or self.model.config.max_positions
+        if self.max_model_len < 2:
+            raise ValueError(f"max_model_len={self.max_model_len} leaves no room for a prompt and a token")
+        self.scheduler = Scheduler(config.max_num_seqs, config.max_batched_tokens, config.max_queue)
+        self.runner = Runner(self.model, config.max_num_seqs, self.max_model_len)
+        self.metrics = Metrics(self.runner.pool_bytes)
+        self._requests: dict[str, Request] = {}
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a text prompt, the beginning-of-sequence token first."""
+        return self.tokenizer.encode(prompt, bos=True)
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Raises ValueError for a prompt this model cannot continue, ContextLengthError when it is too long."""
+        vocabulary = self.model.config.vocab_size
+        if not prompt:
+            raise ValueError("the prompt is empty; give at least one token")
+        for token in prompt:
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"prompt token {token} is outside the vocabulary of {vocabulary}")
+        total = len(prompt) + params.max_tokens
+        if total > self.max_model_len:
+            raise ContextLengthError(
+                f"this model's context is {self.max_model_len} tokens, but {total} were asked for "
+                f"({len(prompt)} in the prompt, max_tokens={params.max_tokens}); shorten the prompt or lower max_tokens"
+            )
+
+    def add_request(
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams, arrived: float | None = None
+    ) -> None:
+        """Queues a request; `arrived` (time.perf_counter) starts its clock. Raises as `check` and `Scheduler.add`."""
+        self.check(prompt, params)
+        self.scheduler.add(request_id, len(prompt))
+        self._requests[request_id] = Request(
+            request_id=request_id,
+            prompt=list(prompt),
+            params=params,
+            text=TextStream(self.tokenizer, params.stop),
+            generator=make_generator(params, self.runner.device),
+            arrived=time.perf_counter() if arrived is None else arrived,
+        )
+
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return self.scheduler.has_work()
+
+    def step(self) -> list[Delta]:
+        """Runs every sequence that can run; returns what is new. Does nothing without work."""
+        if not self.has_work():
+            return []
+        plan = self.scheduler.schedule()
+        logits_RV = self.runner.run(plan, self._requests)
+        rows = [self._requests[request_id] for request_id in plan.sampled]
+        tokens, logprobs = sample_rows(logits_RV, rows)
+        deltas = self._update(rows, tokens, logprobs)
+        self.metrics.step(plan.num_tokens, self.scheduler.num_running, self.scheduler.num_waiting, self._kv_bytes())
+        return deltas
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request at once and frees its slot; False when it is not known (any more)."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._leave(request, "abort")
+        return True
+
+    def generate(self, prompts: Sequence[str | Sequence[int]], params: SamplingParams) -> list[Completion]:
+        """Completes all prompts (text or token ids) and waits for them; more than the queue holds is fine."""
+        pending = [self.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        for prompt in pending:
+            self.check(prompt, params)
+        todo = list(enumerate(pending))[::-1]
+        texts: dict[int, str] = dict.fromkeys(range(len(pending)), "")
+        logprobs: dict[int, list[TokenLogprobs]] = {index: [] for index in texts}
+        done: dict[int, Completion] = {}
+        while len(done) < len(pending):
+            while todo and len(self._requests) < self.config.max_num_seqs:
+                index, prompt = todo.pop()
+                self.add_request(f"generate-{index}", prompt, params)
+            running = dict(self._requests)
+            for delta in self.step():
+                index = int(delta.request_id.removeprefix("generate-"))
+                texts[index] += delta.text
+                logprobs[index] += delta.logprobs
+                if delta.finish_reason is not None:
+                    tokens = running[delta.request_id].generated
+                    done[index] = Completion(texts[index], tokens, delta.finish_reason, logprobs[index], delta)
+        return [done[index] for index in range(len(pending))]
+
+    def _update(
+        self, rows: list[Request], tokens: list[int], logprobs: list[TokenLogprobs | None]
+    ) -> list[Delta]:
+        now = time.perf_counter()
+        deltas = []
+        for request, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            request.generated.append(token)
+            self.metrics.token(request, now)
+            eos = token == self.tokenizer.eos_id and not request.params.ignore_eos
+            text = "" if eos else request.text.push(token, logprob)
+            reason = self._finish_reason(request, eos)
+            if reason is not None:
+                text += request.text.finish()
+                # The rest of a character or a held back text may complete a stop string.
+                reason = "stop" if request.text.stopped else reason
+            deltas.append(self._delta(request, text, reason))
+            if reason is not None:
+                self._leave(request, reason)
+        return deltas
+
+    @staticmethod
+    def _finish_reason(request: Request, eos: bool) -> FinishReason | None:
+        if eos or request.text.stopped:
+            return "stop"
+        return "length" if len(request.generated) >= request.params.max_tokens else None
+
+    def _delta(self, request: Request, text: str, reason: FinishReason | None) -> Delta:
+        delta = Delta(request.request_id, text, len(request.generated), finish_reason=reason)
+        if request.params.logprobs is not None:
+            delta.logprobs = request.text.take_logprobs(finished=reason is not None)
+        if reason is not None:
+            delta.prompt_tokens = len(request.prompt)
+            delta.ttft_s = request.first_token - request.arrived
+            delta.kv_bytes = self.runner.kv_bytes(request.context)
+        return delta
+
+    def _leave(self, request: Request, reason: FinishReason) -> None:
+        release = self.scheduler.finish(request.request_id)
+        if release is not None:
+            self.runner.release(release)
+        del self._requests[request.request_id]
+        self.metrics.finished(request, reason)
+
+    def _kv_bytes(self) -> int:
+        running = (self._requests[request_id] for request_id in self.scheduler.slots.ids)
+        return sum(self.runner.kv_bytes(request.context) for request in running)

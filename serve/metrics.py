@@ -1,0 +1,80 @@
+"""What operators watch, in Prometheus' text format, with the names that vLLM's dashboards know under our prefix."""
+
+import time
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from serve.request import FinishReason, Request
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+FIRST_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+TOKEN_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+REQUEST_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+class Metrics:
+    """Counters of one engine, in a registry of their own."""
+
+    def __init__(self, pool_bytes: int) -> None:
+        self.registry = CollectorRegistry(auto_describe=True)
+        self._running = self._gauge("num_requests_running", "Requests with a slot")
+        self._waiting = self._gauge("num_requests_waiting", "Requests without a slot")
+        self._kv_bytes = self._gauge("kv_bytes", "Bytes of the state filled by running sequences")
+        self._gauge("kv_pool_bytes", "Bytes of the state as allocated").set(pool_bytes)
+        self._prompt = self._counter("prompt_tokens", "Prompt tokens of finished and aborted requests")
+        self._generated = self._counter("generation_tokens", "Tokens generated")
+        self._requests = Counter(
+            "attnzoo_request_success", "Requests that left the engine", ["finished_reason"], registry=self.registry
+        )
+        for reason in ("stop", "length", "abort"):
+            self._requests.labels(reason)
+        self._queue = self._histogram("request_queue_time_seconds", "Arrival to first work", REQUEST_S)
+        self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN_S)
+        self._itl = self._histogram("inter_token_latency_seconds", "Between tokens of a request", TOKEN_S)
+        self._e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token", REQUEST_S)
+        self._steps = self._counter("steps", "Steps of the engine")
+        self._step_tokens = self._counter("step_tokens", "Tokens that went through the model")
+
+    def step(self, tokens: int, running: int, waiting: int, kv_bytes: int) -> None:
+        """After each step."""
+        self._steps.inc()
+        self._step_tokens.inc(tokens)
+        self.load(running, waiting, kv_bytes)
+
+    def load(self, running: int, waiting: int, kv_bytes: int) -> None:
+        """The gauges."""
+        self._running.set(running)
+        self._waiting.set(waiting)
+        self._kv_bytes.set(kv_bytes)
+
+    def token(self, request: Request, now: float) -> None:
+        """For each new token, at time `now`."""
+        self._generated.inc()
+        if request.first_token:
+            self._itl.observe(now - request.last_token)
+        else:
+            request.first_token = now
+            self._ttft.observe(now - request.arrived)
+            self._queue.observe(request.started - request.arrived)
+        request.last_token = now
+
+    def finished(self, request: Request, reason: FinishReason) -> None:
+        """When a request leaves, however it does."""
+        self._requests.labels(reason).inc()
+        self._prompt.inc(len(request.prompt))
+        if reason != "abort":
+            self._e2e.observe(time.perf_counter() - request.arrived)
+
+    def render(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self.registry)
+
+    def _gauge(self, name: str, help_text: str) -> Gauge:
+        return Gauge(f"attnzoo_{name}", help_text, registry=self.registry)
+
+    def _counter(self, name: str, help_text: str) -> Counter:
+        return Counter(f"attnzoo_{name}", help_text, registry=self.registry)
+
+    def _histogram(self, name: str, help_text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(f"attnzoo_{name}", help_text, buckets=buckets, registry=self.registry)

@@ -1,0 +1,114 @@
+"""What a client asks for, what the engine remembers of it, and what it hands back step by step."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+    from serve.text import TextStream
+
+FinishReason = Literal["stop", "length", "abort"]
+
+MAX_STOP_STRINGS, MAX_STOP_LENGTH, MAX_LOGPROBS = 8, 256, 20
+
+
+class ContextLengthError(ValueError):
+    """Prompt and completion do not fit into the model's context."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens and when to stop.
+
+    temperature 0 is greedy. top_k 0 is off. seed: the same seed gives the same text, alone or in a batch; None draws
+    one. stop: strings that end the text and are not part of it. logprobs: how many alternatives to report; None: no
+    log probabilities at all. Raises ValueError naming the field.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
+        if not 0.0 <= self.temperature <= 100.0:
+            raise ValueError(f"temperature={self.temperature} must be between 0 (greedy) and 100")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p} must be greater than 0 and at most 1")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be 0 (off) or at least 1")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must fit into 64 bits")
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise ValueError(f"stop holds {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are possible")
+        if not all(0 < len(text) <= MAX_STOP_LENGTH for text in self.stop):
+            raise ValueError(f"stop strings must be between 1 and {MAX_STOP_LENGTH} characters long")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"logprobs={self.logprobs} must be between 0 and {MAX_LOGPROBS}")
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Log probability of the chosen token under the model, and the most likely ones with theirs, best first."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+    offset: int = 0
+
+
+@dataclass(slots=True)
+class Delta:
+    """News of one request after one step; the last one has a `finish_reason`.
+
+    text: characters that are final. tokens: all tokens of the request so far. ttft_s: from arrival to the first token.
+    kv_bytes: bytes of the state that the sequence fills.
+    """
+
+    request_id: str
+    text: str
+    tokens: int
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+    ttft_s: float = 0.0
+    kv_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Request:
+    """One sequence in the engine. Times are seconds of `time.perf_counter`."""
+
+    request_id: str
+    prompt: list[int]
+    params: SamplingParams
+    text: "TextStream"
+    generator: "torch.Generator | None"
+    arrived: float
+    generated: list[int] = field(default_factory=list)
+    started: float = 0.0
+    first_token: float = 0.0
+    last_token: float = 0.0
+
+    @property
+    def context(self) -> int:
+        """Tokens in the state: all but the newest, which has not been through the model."""
+        return len(self.prompt) + max(len(self.generated) - 1, 0)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished request, for callers without a stream."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprobs]
+    last: Delta

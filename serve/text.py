@@ -1,0 +1,67 @@
+"""From tokens to text that may be shown: whole characters only, and nothing that could belong to a stop string."""
+
+from attnzoo.tokenizer import Tokenizer
+from serve.request import TokenLogprobs
+
+
+class TextStream:
+    """Decodes one sequence. `push` returns the text that has become final; `stopped` tells that a stop string came."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+        self._decoder = tokenizer.decoder()
+        self._stop = stop
+        self._held = ""
+        self._emitted = 0
+        self._logprobs: list[TokenLogprobs] = []
+        self.stopped = False
+
+    def push(self, token: int, logprobs: TokenLogprobs | None = None) -> str:
+        """Adds a token."""
+        if logprobs is not None:
+            logprobs.offset = self._emitted + len(self._held)
+            self._logprobs.append(logprobs)
+        return self._add(self._decoder.push(token))
+
+    def finish(self) -> str:
+        """What was held back, once no token will follow."""
+        if self.stopped:
+            return ""
+        text = self._add(self._decoder.finish())
+        if not self.stopped:
+            text, self._held = text + self._held, ""
+            self._emitted += len(text)
+        return text
+
+    def take_logprobs(self, finished: bool) -> list[TokenLogprobs]:
+        """Log probabilities whose tokens' text is out; at the end all but those behind a stop string."""
+        if finished:
+            out = [x for x in self._logprobs if not self.stopped or x.offset < self._emitted]
+            self._logprobs = []
+            return out
+        count = sum(x.offset < self._emitted for x in self._logprobs)
+        out, self._logprobs = self._logprobs[:count], self._logprobs[count:]
+        return out
+
+    def _add(self, text: str) -> str:
+        if not self._stop:
+            self._emitted += len(text)
+            return text
+        self._held += text
+        ends = [index for index in (self._held.find(stop) for stop in self._stop) if index >= 0]
+        if ends:
+            self.stopped = True
+            final, self._held = self._held[: min(ends)], ""
+        else:
+            keep = max(_overlap(self._held, stop) for stop in self._stop)
+            cut = len(self._held) - keep
+            final, self._held = self._held[:cut], self._held[cut:]
+        self._emitted += len(final)
+        return final
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop` (not all of it)."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
