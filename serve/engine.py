@@ -23,7 +23,7 @@ from serve.request import (
 )
 from serve.runner import Runner
 from serve.sampler import make_generator, sample_rows
-from serve.scheduler import Scheduler
+from serve.scheduler import Plan, Scheduler
 from serve.text import TextStream
 
 
@@ -100,11 +100,13 @@ class Engine:
         if not self.has_work():
             return []
         plan = self.scheduler.schedule()
+        self._mark_started(plan)
         logits_RV = self.runner.run(plan, self._requests)
         rows = [self._requests[request_id] for request_id in plan.sampled]
         tokens, logprobs = sample_rows(logits_RV, rows)
         deltas = self._update(rows, tokens, logprobs)
-        self.metrics.step(plan.num_tokens, self.scheduler.num_running, self.scheduler.num_waiting, self._kv_bytes())
+        self.metrics.step(plan.num_tokens)
+        self._publish_load()
         return deltas
 
     def abort(self, request_id: str) -> bool:
@@ -113,6 +115,7 @@ class Engine:
         if request is None:
             return False
         self._leave(request, "abort")
+        self._publish_load()
         return True
 
     def generate(self, prompts: Sequence[str | Sequence[int]], params: SamplingParams) -> list[Completion]:
@@ -138,9 +141,7 @@ class Engine:
                     done[index] = Completion(texts[index], tokens, delta.finish_reason, logprobs[index], delta)
         return [done[index] for index in range(len(pending))]
 
-    def _update(
-        self, rows: list[Request], tokens: list[int], logprobs: list[TokenLogprobs | None]
-    ) -> list[Delta]:
+    def _update(self, rows: list[Request], tokens: list[int], logprobs: list[TokenLogprobs | None]) -> list[Delta]:
         now = time.perf_counter()
         deltas = []
         for request, token, logprob in zip(rows, tokens, logprobs, strict=True):
@@ -181,6 +182,13 @@ class Engine:
         del self._requests[request.request_id]
         self.metrics.finished(request, reason)
 
-    def _kv_bytes(self) -> int:
+    def _mark_started(self, plan: Plan) -> None:
+        now = time.perf_counter()
+        for chunk in plan.prefill:
+            if chunk.start == 0:
+                self._requests[chunk.request_id].started = now
+
+    def _publish_load(self) -> None:
         running = (self._requests[request_id] for request_id in self.scheduler.slots.ids)
-        return sum(self.runner.kv_bytes(request.context) for request in running)
+        kv_bytes = sum(self.runner.kv_bytes(request.context) for request in running)
+        self.metrics.load(self.scheduler.num_running, self.scheduler.num_waiting, kv_bytes)

@@ -36,14 +36,13 @@ class Metrics:
         self._steps = self._counter("steps", "Steps of the engine")
         self._step_tokens = self._counter("step_tokens", "Tokens that went through the model")
 
-    def step(self, tokens: int, running: int, waiting: int, kv_bytes: int) -> None:
-        """After each step."""
+    def step(self, tokens: int) -> None:
+        """After each step, with the tokens that went through the model."""
         self._steps.inc()
         self._step_tokens.inc(tokens)
-        self.load(running, waiting, kv_bytes)
 
     def load(self, running: int, waiting: int, kv_bytes: int) -> None:
-        """The gauges."""
+        """The gauges, whenever a request came or left."""
         self._running.set(running)
         self._waiting.set(waiting)
         self._kv_bytes.set(kv_bytes)

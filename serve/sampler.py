@@ -26,9 +26,7 @@ def sample_rows(logits_RV: Tensor, requests: Sequence[Request]) -> tuple[list[in
     for row, request in enumerate(requests):
         params = request.params
         if params.temperature > 0:
-            drawn = sample(
-                logits_RV[row : row + 1], params.temperature, params.top_p, params.top_k, request.generator
-            )
+            drawn = sample(logits_RV[row : row + 1], params.temperature, params.top_p, params.top_k, request.generator)
             tokens[row] = int(drawn)
         if params.logprobs is not None:
             logprobs[row] = _logprobs(logits_RV[row], tokens[row], params.logprobs)

@@ -1,0 +1,201 @@
+"""The engine in a thread of its own, and asyncio streams of what it says.
+
+One hop each way: requests and aborts go into an inbox that the thread empties before every step; the news of a step
+come back in one callback on the event loop. The loop never waits for the model, the model never for a client: what a
+slow client has not read yet waits in its stream, bounded by max_tokens.
+"""
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from serve.engine import Engine
+from serve.request import Delta, SamplingParams
+from serve.scheduler import QueueFullError
+
+logger = logging.getLogger("attnzoo.serve")
+
+
+class EngineUnavailableError(Exception):
+    """The engine does not take requests: it drains before a shutdown, or it has failed."""
+
+
+class EngineFailedError(Exception):
+    """The engine failed while it worked on this request."""
+
+
+class Stream:
+    """News of the requests of one call. Iterate with `next`; always `close`, which aborts what is unfinished."""
+
+    def __init__(self, owner: "AsyncEngine", request_ids: list[str]) -> None:
+        self.request_ids = request_ids
+        self._owner = owner
+        self._unfinished = set(request_ids)
+        self._news: list[Delta] = []
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._wake = asyncio.Event()
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing will come any more (what came may still wait to be read)."""
+        return self._closed or not self._unfinished
+
+    async def next(self) -> list[Delta]:
+        """All news since the last call, waiting for some; empty at the end, or after `close`.
+
+        Raises EngineFailedError when the engine fails before the end.
+        """
+        while not self._news and not self.finished and self._failure is None:
+            self._wake.clear()
+            await self._wake.wait()
+        if self._news and not self._closed:
+            news, self._news = self._news, []
+            return news
+        if self._failure is not None and not self.finished:
+            raise EngineFailedError(str(self._failure)) from self._failure
+        return []
+
+    def close(self) -> None:
+        """Aborts what is unfinished: its slots are free before the next step. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            self._owner._abandon(self._unfinished)
+            self._wake.set()
+
+    def _put(self, delta: Delta) -> None:
+        self._news.append(delta)
+        if delta.finish_reason is not None:
+            self._unfinished.discard(delta.request_id)
+        self._wake.set()
+
+    def _fail(self, failure: BaseException) -> None:
+        self._failure = failure
+        self._wake.set()
+
+
+class AsyncEngine:
+    """Owns an `Engine` and its thread. All methods are for one event loop, that of the first `submit`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.draining = False
+        self._limit = engine.config.max_num_seqs + engine.config.max_queue
+        self._streams: dict[str, Stream] = {}
+        self._ids = itertools.count()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._inbox: list[Callable[[], object]] = []
+        self._condition = threading.Condition()
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._step_started: float | None = None
+        self._thread = threading.Thread(target=self._run, name="attnzoo-engine", daemon=True)
+        self._thread.start()
+
+    def health(self) -> str | None:
+        """None when all is well, else what is wrong. Also the watchdog: a step that takes too long fails all."""
+        started, limit = self._step_started, self.engine.config.step_timeout_s
+        if self._failure is None and started is not None and time.perf_counter() - started > limit:
+            self._fail_all(TimeoutError(f"a step took longer than step_timeout_s={limit}"))
+        if self._failure is not None:
+            return f"the engine failed: {type(self._failure).__name__}"
+        return None if self._thread.is_alive() else "the engine has stopped"
+
+    def submit(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Stream:
+        """Queues all prompts or none. The order of `request_ids` is that of the prompts.
+
+        Raises as `Engine.check`; QueueFullError; EngineUnavailableError.
+        """
+        if self.draining or self.health() is not None:
+            raise EngineUnavailableError(self.health() or "the server is shutting down")
+        for prompt, param in zip(prompts, params, strict=True):
+            self.engine.check(prompt, param)
+        if len(self._streams) + len(prompts) > self._limit:
+            raise QueueFullError(f"{len(self._streams)} requests are running or waiting, the limit is {self._limit}")
+        self._loop = self._loop or asyncio.get_running_loop()
+        arrived = time.perf_counter()
+        stream = Stream(self, [f"r{next(self._ids)}" for _ in prompts])
+        commands = []
+        for request_id, prompt, param in zip(stream.request_ids, prompts, params, strict=True):
+            self._streams[request_id] = stream
+            commands.append(lambda i=request_id, t=prompt, p=param: self.engine.add_request(i, t, p, arrived))
+        self._send(commands)
+        return stream
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes no more requests and waits for the running ones; False when some are left after `timeout_s`."""
+        self.draining = True
+        deadline = time.perf_counter() + timeout_s
+        while self._streams and self._failure is None and time.perf_counter() < deadline:
+            await asyncio.sleep(0.02)
+        return not self._streams
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Ends the thread after its current step; unfinished requests get no more news."""
+        self.draining = True
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        self._thread.join(timeout_s)
+
+    def _send(self, commands: list[Callable[[], object]]) -> None:
+        with self._condition:
+            self._inbox += commands
+            self._condition.notify()
+
+    def _abandon(self, request_ids: set[str]) -> None:
+        for request_id in request_ids:
+            self._streams.pop(request_id, None)
+        if request_ids and self._failure is None:
+            self._send([lambda i=request_id: self.engine.abort(i) for request_id in request_ids])
+
+    def _run(self) -> None:
+        """The thread."""
+        try:
+            while True:
+                with self._condition:
+                    while not (self._inbox or self._stopping or self.engine.has_work()):
+                        self._condition.wait()
+                    inbox, self._inbox = self._inbox, []
+                if self._stopping:
+                    return
+                self._step_started = time.perf_counter()
+                for command in inbox:
+                    command()
+                news = self.engine.step()
+                self._step_started = None
+                if news:
+                    self._post(self._deliver, news)
+        except Exception as failure:
+            # The exception's text may quote a prompt; its type and place are enough to find the fault.
+            logger.error("engine step failed: %s", type(failure).__name__, exc_info=_without_text(failure))
+            self._failure = failure
+            self._post(self._fail_all, failure)
+
+    def _post(self, callback: Callable[..., None], argument: object) -> None:
+        assert self._loop is not None, "news before the first submit"
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback, argument)
+
+    def _deliver(self, news: list[Delta]) -> None:
+        for delta in news:
+            stream = self._streams.get(delta.request_id)
+            if stream is None:
+                continue  # closed while this step ran
+            if delta.finish_reason is not None:
+                del self._streams[delta.request_id]
+            stream._put(delta)
+
+    def _fail_all(self, failure: BaseException) -> None:
+        self._failure = failure
+        for stream in set(self._streams.values()):
+            stream._fail(failure)
+        self._streams.clear()
+
+
+def _without_text(failure: BaseException) -> BaseException:
+    """The same traceback under an exception without a message."""
+    return RuntimeError("message withheld").with_traceback(failure.__traceback__)

@@ -1,0 +1,173 @@
+"""What clients may send, what they get back, and how refusals look: OpenAI's completions interface, strictly read.
+
+A field that this server does not support is refused by name, never ignored; its neutral value is accepted.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from serve.request import MAX_LOGPROBS, SamplingParams, TokenLogprobs
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "frequency_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "presence_penalty": (None, 0),
+    "suffix": (None, ""),
+}
+"""Fields of OpenAI's interface without support here, and the values under which they change nothing."""
+
+
+class ApiError(Exception):
+    """A refusal in OpenAI's shape."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = headers or {}
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer."""
+        kind = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable"}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    """`include_usage`: one more chunk before the end, with the usage of the whole request."""
+
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+Tokens = Annotated[list[int], Field(min_length=1)]
+
+
+class CompletionRequest(_Strict):
+    """Body of POST /v1/completions. `top_k`, `ignore_eos`: extensions, as vLLM names them."""
+
+    model: str
+    prompt: str | Tokens | list[str] | list[Tokens]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    ignore_eos: bool | None = None
+    user: str | None = None
+    best_of: Any = None
+    echo: Any = None
+    frequency_penalty: Any = None
+    logit_bias: Any = None
+    presence_penalty: Any = None
+    suffix: Any = None
+
+    def texts_or_tokens(self) -> list[str | list[int]]:
+        """The prompts, one or many."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+    def sampling(self, max_tokens: int, choice: int) -> SamplingParams:
+        """Parameters of the choice number `choice` (from 0 to n-1). Raises ApiError naming the field."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        try:
+            return SamplingParams(
+                max_tokens=max_tokens,
+                temperature=1.0 if self.temperature is None else self.temperature,
+                top_p=1.0 if self.top_p is None else self.top_p,
+                top_k=self.top_k or 0,
+                # The choices of one prompt differ, and the first is that of n=1.
+                seed=None if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63,
+                stop=tuple(stop),
+                logprobs=self.logprobs,
+                ignore_eos=bool(self.ignore_eos),
+            )
+        except ValueError as error:
+            raise ApiError(400, str(error), param=str(error).split("=")[0].split()[0]) from None
+
+
+def parse_completion(body: bytes) -> CompletionRequest:
+    """Reads a body. Raises ApiError 400 naming the first field that is wrong, unknown or not supported."""
+    try:
+        request = CompletionRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise _explain(error) from None
+    for name, neutral in NEUTRAL.items():
+        value = getattr(request, name)
+        if not any(value == allowed and type(value) in (type(allowed), int, float) for allowed in neutral):
+            raise ApiError(400, f"{name} is not supported by this server; leave it out", param=name, code="unsupported")
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(400, "stream_options is only allowed with stream=true", param="stream_options")
+    return request
+
+
+def _explain(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    kind, where = first["type"], first["loc"]
+    if kind == "json_invalid":
+        # pydantic's message says where, and what it expected there; it does not quote the body.
+        return ApiError(
+            400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}", code="invalid_json"
+        )
+    if not where:
+        return ApiError(400, "the body must be a JSON object with the fields model and prompt", code="invalid_json")
+    name = ".".join(str(part) for part in (where[:2] if where[0] == "stream_options" else where[:1]))
+    if kind == "extra_forbidden":
+        return ApiError(400, f"unknown field {name!r}; this server does not support it", param=name, code="unsupported")
+    if kind == "missing":
+        return ApiError(400, f"{name} is missing", param=name)
+    if name == "prompt":
+        expected = "a text, a list of token ids, a list of texts or a list of lists of token ids, none of them empty"
+        return ApiError(400, f"prompt must be {expected}", param="prompt")
+    if name == "stop":
+        return ApiError(400, "stop must be a text or a list of texts", param="stop")
+    return ApiError(400, f"{name}: {first['msg']}", param=name)
+
+
+def logprobs_object(logprobs: Sequence[TokenLogprobs], alternatives: int, spell: Any) -> dict[str, Any]:
+    """The `logprobs` of a choice; `spell(id)` names a token."""
+    return {
+        "tokens": [spell(x.token) for x in logprobs],
+        "token_logprobs": [x.logprob for x in logprobs],
+        "top_logprobs": [{spell(token): value for token, value in x.top} for x in logprobs] if alternatives else None,
+        "text_offset": [x.offset for x in logprobs],
+    }
+
+
+def spell_token(data: bytes) -> str:
+    """A token's bytes as text; bytes that are no character of their own as OpenAI spells them: bytes:\\xe2\\x82."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def dump(value: Any) -> bytes:
+    """Compact JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
