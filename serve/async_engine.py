@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from serve.engine import Engine
 from serve.request import Delta, SamplingParams
@@ -118,10 +119,10 @@ class AsyncEngine:
         self._loop = self._loop or asyncio.get_running_loop()
         arrived = time.perf_counter()
         stream = Stream(self, [f"r{next(self._ids)}" for _ in prompts])
-        commands = []
+        commands: list[Callable[[], object]] = []
         for request_id, prompt, param in zip(stream.request_ids, prompts, params, strict=True):
             self._streams[request_id] = stream
-            commands.append(lambda i=request_id, t=prompt, p=param: self.engine.add_request(i, t, p, arrived))
+            commands.append(partial(self.engine.add_request, request_id, prompt, param, arrived))
         self._send(commands)
         return stream
 
@@ -150,7 +151,7 @@ class AsyncEngine:
         for request_id in request_ids:
             self._streams.pop(request_id, None)
         if request_ids and self._failure is None:
-            self._send([lambda i=request_id: self.engine.abort(i) for request_id in request_ids])
+            self._send([partial(self.engine.abort, request_id) for request_id in request_ids])
 
     def _run(self) -> None:
         """The thread."""

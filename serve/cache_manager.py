@@ -48,7 +48,7 @@ class SlotTable:
         """Removes a sequence and closes the gap."""
         hole = self.slot_of(request_id)
         assert len(self.ids) - self.decoding <= 1, "two unfinished prompts between steps"
-        moves = []
+        moves: list[tuple[int, int]] = []
         if hole < self.decoding:
             self.decoding -= 1
             hole = self._move(self.decoding, hole, moves)

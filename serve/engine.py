@@ -3,12 +3,12 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from attnzoo.checkpoint import load_model, load_tokenizer
 from attnzoo.models import DecoderLM
-from attnzoo.tokenizer import Tokenizer
 from attnzoo.types import parse_dtype
 from serve.config import EngineConfig
 from serve.metrics import Metrics
@@ -26,6 +26,9 @@ from serve.sampler import make_generator, sample_rows
 from serve.scheduler import Plan, Scheduler
 from serve.text import TextStream
 
+if TYPE_CHECKING:
+    from attnzoo.tokenizer import Tokenizer
+
 
 class Engine:
     """Continuous batching of one model.
@@ -35,7 +38,7 @@ class Engine:
     """
 
     def __init__(
-        self, config: EngineConfig, *, model: DecoderLM | None = None, tokenizer: Tokenizer | None = None
+        self, config: EngineConfig, *, model: DecoderLM | None = None, tokenizer: "Tokenizer | None" = None
     ) -> None:
         self.config = config
         if config.threads is not None:

@@ -1,13 +1,17 @@
 """From tokens to text that may be shown: whole characters only, and nothing that could belong to a stop string."""
 
-from attnzoo.tokenizer import Tokenizer
+from typing import TYPE_CHECKING
+
 from serve.request import TokenLogprobs
+
+if TYPE_CHECKING:
+    from attnzoo.tokenizer import Tokenizer
 
 
 class TextStream:
     """Decodes one sequence. `push` returns the text that has become final; `stopped` tells that a stop string came."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: "Tokenizer", stop: tuple[str, ...]) -> None:
         self._decoder = tokenizer.decoder()
         self._stop = stop
         self._held = ""

@@ -1,0 +1,223 @@
+"""The engine against the plain generation loop: batching, chunking, moving slots and aborts change no token."""
+
+import random
+
+import pytest
+import torch
+
+from attnzoo.models import generate
+from serve.cache_manager import Release
+from serve.config import EngineConfig
+from serve.engine import Engine
+from serve.request import ContextLengthError, SamplingParams
+from tests.serving import KINDS, MAX_LEN, TOKENS, small_model, tokenizer
+
+
+def make_engine(kind: str = "rcmha", **settings) -> Engine:
+    settings = {"max_num_seqs": 4, "max_batched_tokens": 9, "max_queue": 100, **settings}
+    return Engine(EngineConfig(checkpoint="none", **settings), model=small_model(kind), tokenizer=tokenizer())
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(3, TOKENS) for _ in range(draw.choice([1, 2, 3, 5, 11, 23, 37]))] for _ in range(count)]
+
+
+def run_staggered(engine: Engine, work: list[tuple[list[int], SamplingParams]], seed: int = 1) -> list[list[int]]:
+    """Requests arrive at random steps; returns their tokens."""
+    draw = random.Random(seed)
+    waiting = list(enumerate(work))[::-1]
+    out: dict[int, list[int]] = {}
+    seen: dict[str, list[int]] = {}
+    while waiting or engine.has_work():
+        while waiting and (draw.random() < 0.4 or not engine.has_work()):
+            index, (prompt, params) = waiting.pop()
+            engine.add_request(str(index), prompt, params)
+            seen[str(index)] = engine._requests[str(index)].generated
+        for delta in engine.step():
+            if delta.finish_reason is not None:
+                out[int(delta.request_id)] = seen[delta.request_id]
+    assert_empty(engine)
+    return [out[index] for index in range(len(work))]
+
+
+def assert_empty(engine: Engine) -> None:
+    assert engine.scheduler.num_running == engine.scheduler.num_waiting == 0
+    for name, tensor in engine.runner.pool.tensors().items():
+        assert not tensor.any(), f"{name} holds something of a sequence that left"
+
+
+def greedy(count: int, **options) -> SamplingParams:
+    return SamplingParams(max_tokens=count, ignore_eos=True, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_text_is_the_same_alone_and_in_a_batch(kind):
+    engine = make_engine(kind)
+    draw = random.Random(3)
+    work = [(prompt, greedy(draw.randrange(1, 20))) for prompt in prompts(50)]
+    batched = run_staggered(engine, work)
+    alone = [generate(engine.model, [p], max_new_tokens=params.max_tokens)[0] for p, params in work]
+    assert batched == alone
+    # The weights must be sharp enough, and the context matter enough, for this to mean something.
+    assert len({tuple(tokens) for tokens in alone if len(tokens) > 3}) > 25
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"), [("rcmha", "conv"), ("mixed", "memory"), ("mha", "keys"), ("mha", "lengths")]
+)
+def test_a_part_of_the_state_that_does_not_move_is_caught(kind, part, monkeypatch):
+    """The test above must be able to fail: here one part of the state stays behind when a sequence moves."""
+    work = [(prompt[:5], greedy(2 + index % 7)) for index, prompt in enumerate(prompts(20))]
+    right = run_staggered(make_engine(kind), work)
+    engine = make_engine(kind)
+    release = engine.runner.release
+
+    def lossy(plan: Release) -> None:
+        kept = {name: x.clone() for name, x in engine.runner.pool.tensors().items() if part in name}
+        assert kept
+        release(Release(plan.moves, plan.freed))
+        for name, tensor in engine.runner.pool.tensors().items():
+            for _, target in plan.moves if name in kept else ():
+                tensor[target] = kept[name][target]
+
+    with torch.inference_mode():
+        monkeypatch.setattr(engine.runner, "release", lossy)
+        assert run_staggered(engine, work) != right
+
+
+def test_a_slot_that_is_not_emptied_is_caught(monkeypatch):
+    work = [(prompt[:5], greedy(2 + index % 7)) for index, prompt in enumerate(prompts(20))]
+    engine = make_engine("linear")
+    right = run_staggered(engine, work)
+    monkeypatch.setattr(engine.runner.pool, "reset", lambda rows: None)
+    with pytest.raises(AssertionError, match="holds something"):
+        run_staggered(engine, work)
+    monkeypatch.setattr(f"{__name__}.assert_empty", lambda engine: None)
+    assert run_staggered(engine, work) != right
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_a_count_of_zero_leaves_a_row_as_it_is(kind):
+    model = small_model(kind)
+    state = model.init_state(3, MAX_LEN)
+    tokens = torch.randint(3, TOKENS, (3, 5))
+    _, state = model.extend(tokens, state)
+    before = {name: tensor[1].clone() for name, tensor in state.tensors().items()}
+    _, state = model.extend(tokens[:, :2], state, torch.tensor([2, 0, 1]))
+    for name, tensor in state.tensors().items():
+        assert torch.equal(tensor[1], before[name]), name
+
+
+def test_drawn_text_depends_on_the_seed_alone():
+    work = [
+        (prompt, SamplingParams(max_tokens=9, temperature=30.0, top_p=0.95, top_k=40, seed=i, ignore_eos=True))
+        for i, prompt in enumerate(prompts(20))
+    ]
+    together = run_staggered(make_engine(), work)
+    alone = [run_staggered(make_engine(max_num_seqs=1), [one])[0] for one in work]
+    assert together == alone
+    other = [(prompt, SamplingParams(max_tokens=9, temperature=30.0, seed=99, ignore_eos=True)) for prompt, _ in work]
+    assert run_staggered(make_engine(), other) != together
+
+
+def test_without_a_seed_draws_differ():
+    engine = make_engine()
+    prompt = prompts(1)[0]
+    params = SamplingParams(max_tokens=20, temperature=50.0, ignore_eos=True)
+    first, second = engine.generate([prompt, prompt], params)
+    assert first.tokens != second.tokens
+
+
+def test_text_is_that_of_the_tokens_and_ends_at_a_stop_string():
+    engine = make_engine()
+    whole = engine.generate([prompts(1)[0]], greedy(20))[0]
+    assert whole.finish_reason == "length"
+    assert whole.text == engine.tokenizer.decode(whole.tokens)
+    for cut in range(1, len(whole.text) - 3):
+        stop = whole.text[cut : cut + 3]
+        first = whole.text.index(stop)
+        stopped = engine.generate([prompts(1)[0]], greedy(20, stop=(stop, "never in there")))[0]
+        assert (stopped.text, stopped.finish_reason) == (whole.text[:first], "stop")
+
+
+def test_eos_ends_a_sequence_unless_ignored():
+    engine = make_engine("mha")
+    prompt = next(p for p in prompts(300, seed=5) if _reaches_eos(engine, p))
+    ended = engine.generate([prompt], SamplingParams(max_tokens=30))[0]
+    assert ended.finish_reason == "stop"
+    assert ended.tokens[-1] == engine.tokenizer.eos_id
+    assert ended.tokens.count(engine.tokenizer.eos_id) == 1
+    ignored = engine.generate([prompt], SamplingParams(max_tokens=30, ignore_eos=True))[0]
+    assert len(ignored.tokens) == 30
+    assert ignored.tokens[: len(ended.tokens)] == ended.tokens
+
+
+def _reaches_eos(engine: Engine, prompt: list[int]) -> bool:
+    return len(prompt) < 12 and engine.tokenizer.eos_id in engine.generate([prompt], greedy(20))[0].tokens[:-1]
+
+
+def test_logprobs_are_those_of_the_parallel_form():
+    engine = make_engine()
+    prompt = prompts(1, seed=2)[0]
+    done = engine.generate([prompt, prompts(2)[1]], greedy(8, logprobs=3))[0]
+    expected = engine.model(torch.tensor([prompt + done.tokens]))[0].log_softmax(-1)[len(prompt) - 1 : -1]
+    assert [x.token for x in done.logprobs] == done.tokens
+    for row, entry in zip(expected, done.logprobs, strict=True):
+        assert entry.logprob == pytest.approx(float(row[entry.token]), abs=2e-4)
+        assert [token for token, _ in entry.top] == row.topk(3).indices.tolist()
+    texts = [engine.tokenizer.decode(done.tokens[:index]) for index in range(len(done.tokens))]
+    complete = [index for index, text in enumerate(texts) if "\ufffd" not in text]
+    assert complete
+    assert [done.logprobs[index].offset for index in complete] == [len(texts[index]) for index in complete]
+
+
+def test_abort_frees_the_slot_at_once_and_disturbs_nobody():
+    engine = make_engine()
+    work = prompts(12, seed=4)
+    expected = [generate(engine.model, [p], max_new_tokens=10)[0] for p in work]
+    tokens = {}
+    for index, prompt in enumerate(work):
+        engine.add_request(str(index), prompt, greedy(10))
+        tokens[str(index)] = engine._requests[str(index)].generated
+    aborted = {"0", "2", "5", "11"}
+    for step in range(200):
+        for victim in sorted(aborted):
+            if step == int(victim) and victim in engine._requests:
+                running = engine.scheduler.num_running
+                waiting = engine.scheduler.num_waiting
+                assert engine.abort(victim)
+                assert engine.scheduler.num_running + engine.scheduler.num_waiting == running + waiting - 1
+                assert not engine.abort(victim)
+        engine.step()
+    assert_empty(engine)
+    for index in range(len(work)):
+        if str(index) not in aborted:
+            assert tokens[str(index)] == expected[index]
+
+
+def test_reported_bytes_are_those_of_a_state_of_that_length():
+    for kind in KINDS:
+        engine = make_engine(kind)
+        prompt = prompts(3)[2]
+        done = engine.generate([prompt], greedy(7))[0]
+        assert done.last.kv_bytes == engine.model.init_state(1, len(prompt) + 6).nbytes()
+
+
+def test_prompts_that_do_not_fit_are_refused():
+    engine = make_engine()
+    with pytest.raises(ContextLengthError, match=r"context is 64 tokens, but 65 were asked for \(60 in the prompt"):
+        engine.add_request("a", [5] * 60, SamplingParams(max_tokens=5))
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        engine.add_request("a", [TOKENS], SamplingParams(max_tokens=5))
+    with pytest.raises(ValueError, match="empty"):
+        engine.add_request("a", [], SamplingParams(max_tokens=5))
+    engine.add_request("a", [5] * 59, greedy(5))
+    while engine.has_work():
+        engine.step()
+    assert_empty(engine)
+
+
+def test_the_step_of_an_idle_engine_does_nothing():
+    assert make_engine().step() == []

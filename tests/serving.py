@@ -1,0 +1,71 @@
+"""What the serving tests share: small sharp models with random weights, and a tokenizer trained on a few lines."""
+
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from attnzoo.tokenizer import Tokenizer
+from train.tokenizer import train_tokenizer
+
+from attnzoo.checkpoint import save_model
+from attnzoo.models import DecoderConfig, DecoderLM
+
+KINDS: dict[str, list] = {
+    "mha": ["mha"],
+    "rmha": ["rmha"],
+    "mdha": ["mdha"],
+    "rcmha": ["rcmha"],
+    "linear": ["linear"],
+    "mixed": ["rcmha", "linear"],
+}
+MAX_LEN = 64
+
+TEXT = """The slots of the state are numbered, and a sequence that leaves is replaced by the last one.
+Der Zustand einer Folge ist mehr als Schlüssel und Werte: es gehören auch die letzten Zeilen dazu.
+Le serveur répond à chaque pas; 数据 流 进来, 文字 出去. Emoji too: 🙂 🚀.
+def step(self): return self.update(self.sample(self.run(self.schedule())))
+"""
+
+
+@lru_cache(maxsize=1)
+def tokenizer_path() -> Path:
+    """A sentencepiece model of 300 pieces, with byte fallback."""
+    directory = Path(tempfile.mkdtemp(prefix="attnzoo-test-"))
+    return train_tokenizer(TEXT.splitlines() * 20, vocab_size=TOKENS, path=directory / "tokenizer.model")
+
+
+TOKENS = 400
+
+
+def small_model(kind: str, *, layers: int = 2, dim: int = 32, seed: int = 0, max_len: int = MAX_LEN) -> DecoderLM:
+    """Random weights, scaled so that the context matters and the best token wins clearly.
+
+    Tables, kernels and biases that start at zero are drawn as well: a state that is lost must change the text.
+    """
+    torch.manual_seed(seed)
+    config = DecoderConfig(
+        vocab_size=TOKENS,
+        model_dim=dim,
+        num_layers=layers,
+        attention=[{"kind": name, "num_heads": 4} for name in KINDS[kind]] if len(KINDS[kind]) > 1 else kind,
+        max_positions=max_len,
+        tie_embeddings=False,
+        init_std=0.3,
+    )
+    model = DecoderLM(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "table" in name or "bias" in name or "kernel" in name:
+            parameter.add_(torch.randn_like(parameter) * 0.5)
+    model.head.weight.mul_(20)
+    return model
+
+
+def export(directory: Path, kind: str = "rcmha", **options: int) -> Path:
+    """A checkpoint with a small model."""
+    return save_model(directory, small_model(kind, **options), tokenizer=tokenizer_path())
+
+
+@lru_cache(maxsize=1)
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(tokenizer_path())
