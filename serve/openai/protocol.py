@@ -65,7 +65,7 @@ class CompletionRequest(_Strict):
     """Body of POST /v1/completions. `top_k`, `ignore_eos`: extensions, as vLLM names them."""
 
     model: str
-    prompt: str | Tokens | list[str] | list[Tokens]
+    prompt: str | Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -1,0 +1,70 @@
+"""Settings: strict, with the nearest name, and the same from a file, from words and from Ray's arguments."""
+
+from pathlib import Path
+
+import pytest
+
+from serve.config import build_serve_config, parse_settings, read_config_file
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def build(*pairs: str):
+    return build_serve_config(parse_settings(["checkpoint=runs/demo/export", *pairs]))
+
+
+def test_values_are_read_by_type():
+    config = build("max_num_seqs=3", "port=9000", "drain_timeout_s=2", "api_key_env=KEY", "max_model_len=null")
+    assert (config.max_num_seqs, config.port, config.drain_timeout_s, config.api_key_env) == (3, 9000, 2.0, "KEY")
+    assert config.max_model_len is None
+    assert config.host == "127.0.0.1"
+
+
+def test_the_served_name_is_the_run():
+    assert build().served_name == "demo"
+    assert build("model_name=5").served_name == "5"
+    assert build_serve_config({"checkpoint": "models/tiny"}).served_name == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("max_num_seq=3", "did you mean 'max_num_seqs'"),
+        ("max_num_seqs=three", "max_num_seqs='three'"),
+        ("max_num_seqs=0", "max_num_seqs=0"),
+        ("max_batched_tokens=8", "max_batched_tokens=8"),
+        ("max_queue=-1", "max_queue=-1"),
+        ("port=70000", "port=70000"),
+        ("step_timeout_s=0", "step_timeout_s"),
+        ("drain_timeout_s=-1", "drain_timeout_s"),
+        ("max_body_bytes=0", "max_body_bytes"),
+        ("threads=0", "threads=0"),
+        ("dtype=fp23", "fp23"),
+        ("max_queue=[", "max_queue"),
+        ("max_queue", "is not key=value"),
+        ("=5", "is not key=value"),
+    ],
+)
+def test_mistakes_are_named(pair, message):
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        build(pair)
+
+
+def test_a_checkpoint_is_needed():
+    with pytest.raises(ValueError, match="checkpoint is missing"):
+        build_serve_config({})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/serve").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs(path):
+    build_serve_config({"checkpoint": "x", **read_config_file(path)})
+
+
+def test_files_that_hold_no_mapping(tmp_path):
+    (tmp_path / "empty.yaml").write_text("")
+    assert read_config_file(tmp_path / "empty.yaml") == {}
+    (tmp_path / "list.yaml").write_text("- 5")
+    with pytest.raises(ValueError, match=r"list\.yaml holds a list"):
+        read_config_file(tmp_path / "list.yaml")
+    with pytest.raises(ValueError, match=r"missing\.yaml"):
+        read_config_file(tmp_path / "missing.yaml")
