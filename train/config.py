@@ -1,0 +1,387 @@
+"""Configuration: YAML files with `base:` inheritance and `key=value` overrides, into typed dataclasses.
+
+Every mistake names the key, the nearest known one, and the place it was written (file:line or the command line).
+configs/base.yaml holds every key with a comment.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from attnzoo.errors import suggest
+from attnzoo.models import DecoderConfig
+from attnzoo.types import build_config
+
+PROJECT = Path(__file__).resolve().parents[1]
+CONFIGS = PROJECT / "configs"
+COMMAND_LINE = "command line"
+FREE_SECTIONS = ("model", "data", "tokenizer")
+"""Sections whose keys belong to others (DecoderConfig, train.data): checked by their owners, not by OmegaConf."""
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration file or override; its text is one line for the user."""
+
+
+@dataclass
+class OptimConfig:
+    """name: adamw | muon. Rates are peaks; `schedule` scales them. Weight decay touches linear maps only."""
+
+    name: str = "adamw"
+    lr: float = 3e-3
+    muon_lr: float = 2e-2
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.95
+    newton_schulz_steps: int = 5
+
+
+@dataclass
+class ScheduleConfig:
+    """kind: cosine | wsd | constant. decay_fraction: the last part of all steps in which wsd falls."""
+
+    kind: str = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    final_fraction: float = 0.1
+
+
+@dataclass
+class TrainConfig:
+    """steps or max_minutes (or both: the smaller); batch_size counts sequences a step over all ranks."""
+
+    steps: int | None = None
+    max_minutes: float | None = None
+    stop_at_step: int | None = None
+    batch_size: int = 32
+    micro_batch_size: int = 16
+    gradient_clipping: float = 1.0
+    activation_checkpointing: bool = False
+    compile: bool = False
+    threads: int | None = None
+
+
+@dataclass
+class ZeroConfig:
+    """DeepSpeed ZeRO: what is cut over the ranks (0 nothing, 1 optimiser, 2 + gradients, 3 + parameters)."""
+
+    stage: int = 1
+    offload_optimizer: bool = False
+
+
+@dataclass
+class EvalConfig:
+    """every: steps between evaluations (null: only the last). max_blocks: validation blocks at most."""
+
+    every: int | None = 200
+    batch_size: int = 16
+    max_blocks: int | None = None
+
+
+@dataclass
+class SampleConfig:
+    """every: steps between text samples (null: none)."""
+
+    every: int | None = None
+    prompts: list[str] = field(default_factory=lambda: ["def "])
+    max_new_tokens: int = 64
+    temperature: float = 0.8
+    top_p: float = 0.95
+
+
+@dataclass
+class LogConfig:
+    """peak_flops: of one rank's device, for MFU where the device is not known."""
+
+    every: int = 1
+    progress: bool = True
+    tensorboard: bool = True
+    wandb: bool = False
+    peak_flops: float | None = None
+
+
+@dataclass
+class CheckpointConfig:
+    """resume: auto | never | a checkpoint directory. init_from: an export to take weights from."""
+
+    every: int | None = 500
+    keep: int = 2
+    resume: str = "auto"
+    init_from: str | None = None
+
+
+@dataclass
+class Config:
+    """All of a run. `model`, `data` and `tokenizer` hold the keys of DecoderConfig, DataConfig and the tokenizer."""
+
+    name: str = "attnzoo"
+    seed: int = 0
+    run_dir: str | None = None
+    cache_dir: str | None = None
+    precision: str = "fp32"
+    model: dict[str, Any] = field(default_factory=dict)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def run_path(self) -> Path:
+        """Where the run writes: run_dir, or runs/<name> below the current directory."""
+        return Path(self.run_dir or Path("runs") / self.name)
+
+    @property
+    def cache_path(self) -> Path:
+        """Where prepared data, tokenizers and compiled extensions are kept."""
+        return Path(self.cache_dir) if self.cache_dir else PROJECT / ".cache"
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of one training sequence."""
+        return int(self.data.get("sequence_length", 256))
+
+    def model_config(self, vocab_size: int) -> DecoderConfig:
+        """The model's configuration, with the tokenizer's vocabulary."""
+        return DecoderConfig.from_dict({**self.model, "vocab_size": vocab_size})
+
+    def to_yaml(self) -> str:
+        """Every key with its value; `load_config` reads it back."""
+        return OmegaConf.to_yaml(OmegaConf.structured(self))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One source of values: a nested mapping, and the place of every dotted key in it."""
+
+    values: dict[str, Any]
+    places: dict[str, str]
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a file (a bare name is looked up in configs/), its bases, and `key=value` overrides.
+
+    Raises ConfigError for unknown keys, wrong types, values out of range, and files that cannot be read.
+    """
+    layers = [*_chain(find_config(name), ()), *(_override(text) for text in overrides)]
+    places: dict[str, str] = {}
+    merged = OmegaConf.structured(Config)
+    for layer in layers:
+        places.update(layer.places)
+        _check_keys(layer)
+        merged = _merge(merged, layer)
+    config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    for key, problem in _problems(config):
+        raise ConfigError(f"{_place(places, key)}: {problem}")
+    _check_sections(config, places)
+    return config
+
+
+def find_config(name: str) -> Path:
+    """The file meant by --config. Raises ConfigError that lists configs/ when there is none."""
+    path = Path(name)
+    candidates = [path] if path.parent != Path(".") else [CONFIGS / name, path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted(p.name for p in CONFIGS.glob("*.yaml"))
+    raise ConfigError(f"--config: no file {name!r}{suggest(name, known)}")
+
+
+def _chain(path: Path, seen: tuple[Path, ...]) -> list[Layer]:
+    """Layers from the farthest base to `path`."""
+    path = path.resolve()
+    if path in seen:
+        names = " -> ".join(p.name for p in (*seen, path))
+        raise ConfigError(f"{_short(path)}: base files form a cycle: {names}")
+    layer = _read(path)
+    base = layer.values.pop("base", None)
+    if base is None:
+        return [layer]
+    base_path = path.parent / str(base)
+    if not base_path.is_file():
+        raise ConfigError(f"{layer.places['base']}: base: {base} does not exist beside {path.name}")
+    return [*_chain(base_path, (*seen, path)), layer]
+
+
+def _read(path: Path) -> Layer:
+    try:
+        text = path.read_text(encoding="utf-8")
+        node, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        detail = " ".join(str(error).split())
+        raise ConfigError(f"{_short(path)}: cannot be read as YAML: {detail}") from None
+    if values is None:
+        return Layer({}, {})
+    if not isinstance(values, dict):
+        raise ConfigError(f"{_short(path)}:1: the file must be a mapping of keys to values")
+    return Layer(values, dict(_line_numbers(node, "", _short(path))))
+
+
+def _line_numbers(node: Any, prefix: str, file: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            yield name, f"{file}:{key.start_mark.line + 1}"
+            yield from _line_numbers(value, f"{name}.", file)
+
+
+def _override(text: str) -> Layer:
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"{COMMAND_LINE}: {text!r} is not of the form key=value, for example train.steps=100")
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{COMMAND_LINE}: {text!r}: {' '.join(str(error).split())}") from None
+    places = {}
+    parts = key.strip().split(".")
+    for i in range(len(parts), 0, -1):
+        places[".".join(parts[:i])] = COMMAND_LINE
+        nested = {parts[i - 1]: nested}
+    return Layer(nested, places)
+
+
+def _check_keys(layer: Layer) -> None:
+    for prefix, values, known in _sections(layer.values):
+        if values is None:
+            continue
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"{_place(layer.places, prefix)}: {prefix}={values!r} must be a section with the keys {', '.join(known)}"
+            )
+        for key in values:
+            if known and key not in known:
+                name = f"{prefix}.{key}" if prefix else str(key)
+                raise ConfigError(f"{_place(layer.places, name)}: unknown key {name}{suggest(str(key), known)}")
+
+
+def _sections(values: dict[str, Any]) -> Iterator[tuple[str, Any, list[str]]]:
+    yield "", values, [f.name for f in fields(Config)]
+    for section in fields(Config):
+        if section.name in values and is_dataclass(section.type):
+            yield section.name, values[section.name], [f.name for f in fields(section.type)]
+        elif section.name in values and section.name in FREE_SECTIONS:
+            yield section.name, values[section.name], []
+
+
+def _merge(config: Any, layer: Layer) -> Any:
+    attention = (layer.values.get("model") or {}).get("attention")
+    if isinstance(attention, dict) and "kind" in attention:
+        # Options of the variant that is replaced mean nothing to the new one.
+        config.model.pop("attention", None)
+    try:
+        return OmegaConf.merge(config, {k: v for k, v in layer.values.items() if v is not None or k in _LEAVES})
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{_place(layer.places, key)}: {key}: {reason}") from None
+
+
+_LEAVES = frozenset(f.name for f in fields(Config) if not is_dataclass(f.type) and f.name not in FREE_SECTIONS)
+
+CHOICES = {
+    "precision": ("fp32", "bf16", "bf16_autocast"),
+    "optim.name": ("adamw", "muon"),
+    "schedule.kind": ("cosine", "wsd", "constant"),
+    "zero.stage": (0, 1, 2, 3),
+}
+AT_LEAST_ONE = (
+    "train.steps train.stop_at_step train.batch_size train.micro_batch_size train.threads eval.every eval.batch_size "
+    "eval.max_blocks sample.every sample.max_new_tokens log.every checkpoint.every checkpoint.keep "
+    "optim.newton_schulz_steps"
+).split()
+POSITIVE = "train.max_minutes optim.lr optim.muon_lr optim.eps log.peak_flops".split()
+NOT_NEGATIVE = "optim.weight_decay schedule.warmup_steps train.gradient_clipping sample.temperature".split()
+FRACTIONS = "schedule.decay_fraction schedule.final_fraction optim.beta1 optim.beta2 optim.momentum sample.top_p".split()
+
+
+def _problems(config: Config) -> Iterator[tuple[str, str]]:
+    """(key, message) for every value out of range."""
+
+    def get(key: str) -> Any:
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        return value
+
+    for key, known in CHOICES.items():
+        if get(key) not in known:
+            yield key, f"unknown {key} {get(key)!r}{suggest(str(get(key)), map(str, known))}"
+    bounds = ((AT_LEAST_ONE, 1, "at least 1"), (NOT_NEGATIVE, 0, "at least 0"))
+    for keys, least, words in bounds:
+        yield from ((k, f"{k}={get(k)} must be {words}") for k in keys if get(k) is not None and get(k) < least)
+    yield from ((k, f"{k}={get(k)} must be positive") for k in POSITIVE if get(k) is not None and get(k) <= 0)
+    yield from ((k, f"{k}={get(k)} must lie in [0, 1]") for k in FRACTIONS if not 0 <= get(k) <= 1)
+    if config.train.steps is None and config.train.max_minutes is None:
+        yield "train", "train.steps and train.max_minutes are both unset: give one, for example train.steps=1000"
+    if config.optim.name == "muon" and config.zero.offload_optimizer:
+        yield (
+            "zero.offload_optimizer",
+            "optim.name=muon needs its matrices on the device; set zero.offload_optimizer=false or optim.name=adamw",
+        )
+    if config.zero.offload_optimizer and config.zero.stage == 0:
+        yield "zero.offload_optimizer", "zero.offload_optimizer needs zero.stage of 1, 2 or 3, not 0"
+    if config.train.compile and config.zero.stage == 3:
+        yield "train.compile", "train.compile does not work with zero.stage=3, whose hooks break the graph; use 0, 1 or 2"
+    warmup = config.schedule.warmup_steps
+    if config.train.max_minutes is not None and warmup < MEASURED_STEPS:
+        yield (
+            "schedule.warmup_steps",
+            f"schedule.warmup_steps={warmup}: train.max_minutes measures the first {MEASURED_STEPS} steps before the "
+            f"schedule is fixed, so the warmup must last at least as long",
+        )
+
+
+MEASURED_STEPS = 20
+"""Steps after which `train.max_minutes` is turned into a number of steps."""
+
+
+def _check_sections(config: Config, places: dict[str, str]) -> None:
+    """Lets the owners of free sections check them, and adds the place to their message."""
+    from train.data import DataConfig
+
+    # The tokenizer decides the vocabulary in the end; any number serves the check.
+    checks = {
+        "model": lambda: config.model_config(int(config.model.get("vocab_size", 1))),
+        "data": lambda: build_config(DataConfig, config.data, "data"),
+    }
+    for section, check in checks.items():
+        try:
+            check()
+        except ValueError as error:
+            raise ConfigError(f"{_mentioned(places, section, str(error))}: {error}") from None
+
+
+def _mentioned(places: dict[str, str], section: str, message: str) -> str:
+    """The place of the deepest key of `section` that the message names."""
+    words = set(re.findall(r"\w+", message.split(";")[0]))
+    keys = [k for k in places if k.startswith(f"{section}.") and k.rsplit(".", 1)[1] in words]
+    return _place(places, max(keys, key=lambda k: k.count("."), default=section))
+
+
+def _place(places: dict[str, str], key: str) -> str:
+    while key and key not in places:
+        key = key.rpartition(".")[0]
+    return places.get(key, "configuration")
+
+
+def _short(path: Path) -> str:
+    """Relative to the current directory where that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

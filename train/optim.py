@@ -1,0 +1,184 @@
+"""AdamW for all parameters, or Muon for the weights of linear maps and AdamW for the rest.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): the momentum of a weight matrix is replaced
+by the nearest semi-orthogonal matrix, found by a Newton-Schulz iteration, times sqrt(max(1, rows / columns)).
+It needs whole matrices. ZeRO hands an optimizer flat pieces of them, so `train.engine` tells it where the matrices
+lie (`ShardLayout`): momentum stays cut over the ranks, and one all-gather a group makes the matrices whole for the
+iteration. Ranks repeat the iteration for the matrices of which they hold a part.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from attnzoo.models import DecoderLM
+from train.config import OptimConfig
+
+
+@dataclass(frozen=True)
+class MatrixSlot:
+    """A matrix inside the flat tensors: its shape, and the offset and length of its piece (or of all of it)."""
+
+    shape: tuple[int, int]
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """How a rank's flat tensor of `numel` elements maps to whole matrices.
+
+    cut_each False (ZeRO 1 and 2): the ranks' tensors end to end hold one matrix after the other; offsets count
+    from the first rank's first element. cut_each True (ZeRO 3): every matrix is cut over all ranks; a slot's
+    offset and length are those of the piece, the same on every rank, the last one padded.
+    """
+
+    slots: tuple[MatrixSlot, ...]
+    numel: int
+    rank: int
+    world: int
+    group: Any
+    cut_each: bool
+
+
+def param_groups(model: DecoderLM, config: OptimConfig) -> list[dict[str, Any]]:
+    """Groups for `MatrixAdamW`: weights of linear maps in blocks; an untied head; everything else without decay.
+
+    Convolution kernels, position tables, embeddings, norms and biases are neither decayed nor given to Muon.
+    """
+    matrices = [p for _, p in model.matrix_parameters() if p.requires_grad]
+    head = [] if model.head.weight is model.embedding.weight else [model.head.weight]
+    taken = {id(p) for p in (*matrices, *head)}
+    rest = [p for p in model.parameters() if id(p) not in taken and p.requires_grad]
+    muon = config.name == "muon"
+    groups = [
+        {"name": "matrices", "params": matrices, "weight_decay": config.weight_decay, "orthogonal": muon},
+        {"name": "head", "params": head, "weight_decay": config.weight_decay, "orthogonal": False},
+        {"name": "rest", "params": rest, "weight_decay": 0.0, "orthogonal": False},
+    ]
+    for group in groups:
+        group["peak_lr"] = group["lr"] = config.muon_lr if group["orthogonal"] else config.lr
+        group["momentum"] = config.momentum
+        group["newton_schulz_steps"] = config.newton_schulz_steps
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: DecoderLM, config: OptimConfig) -> "MatrixAdamW":
+    """The optimizer of a run."""
+    return MatrixAdamW(
+        param_groups(model, config), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
+    )
+
+
+def set_rate(optimizer: Any, factor: float) -> None:
+    """Scales the learning rate of every group to `factor` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+class MatrixAdamW(torch.optim.AdamW):
+    """torch's AdamW, except that groups with `orthogonal` true are stepped by Muon (with decoupled weight decay).
+
+    `layouts` maps the id of a flat parameter to its `ShardLayout`; parameters without one must be whole matrices.
+    """
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.layouts: dict[int, ShardLayout] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update of all groups that hold gradients."""
+        groups = self.param_groups
+        try:
+            self.param_groups = [group for group in groups if not group["orthogonal"]]
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["orthogonal"]:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._muon_step(parameter, group)
+        return loss
+
+    def _muon_step(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer, gradient = state["momentum_buffer"], parameter.grad
+        assert gradient is not None
+        buffer.lerp_(gradient, 1 - group["momentum"])
+        update = gradient.lerp(buffer, group["momentum"])  # Nesterov
+        layout = self.layouts.get(id(parameter))
+        steps = group["newton_schulz_steps"]
+        update = direction(update, steps) if layout is None else _sharded_direction(update, layout, steps)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update, alpha=-group["lr"])
+
+
+def direction(matrix: Tensor, steps: int) -> Tensor:
+    """The update of a whole matrix: orthogonalised, scaled by sqrt(max(1, rows / columns))."""
+    if matrix.dim() != 2:
+        raise ValueError(f"Muon needs matrices, got shape {tuple(matrix.shape)}; give others to AdamW")
+    rows, columns = matrix.shape
+    return orthogonalize(matrix, steps) * max(1.0, rows / columns) ** 0.5
+
+
+def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
+    """Newton-Schulz: singular values move to about 1 (0.7 to 1.2 after 5 steps), singular vectors stay.
+
+    The quintic's coefficients have the steepest slope at 0 that still converges into that band. In bfloat16 on a GPU,
+    where the iteration is known to be stable; in float32 elsewhere.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.to(torch.bfloat16) if matrix.is_cuda else matrix.float()
+    wide = x.shape[0] <= x.shape[1]
+    x = x if wide else x.mT
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).to(matrix.dtype)
+
+
+def _sharded_direction(update: Tensor, layout: ShardLayout, steps: int) -> Tensor:
+    """`direction` for a flat piece: gather all pieces, work on whole matrices, keep this rank's piece."""
+    whole_WS = update.new_empty(layout.world, layout.numel)
+    if layout.world == 1:
+        whole_WS[0] = update
+    else:
+        dist.all_gather_into_tensor(whole_WS.view(-1), update.contiguous(), group=layout.group)
+    result = torch.zeros_like(update)
+    for slot in layout.slots:
+        if layout.cut_each:
+            _cut_matrix(whole_WS, slot, layout.rank, steps, result)
+        else:
+            _packed_matrix(whole_WS.view(-1), slot, layout, steps, result)
+    return result
+
+
+def _cut_matrix(whole_WS: Tensor, slot: MatrixSlot, rank: int, steps: int, result: Tensor) -> None:
+    rows, columns = slot.shape
+    pieces_WL = whole_WS[:, slot.offset : slot.offset + slot.length]
+    moved = direction(pieces_WL.reshape(-1)[: rows * columns].view(rows, columns), steps).reshape(-1)
+    mine = moved[rank * slot.length : (rank + 1) * slot.length]
+    result[slot.offset : slot.offset + mine.numel()] = mine
+
+
+def _packed_matrix(flat: Tensor, slot: MatrixSlot, layout: ShardLayout, steps: int, result: Tensor) -> None:
+    start, end = layout.rank * layout.numel, (layout.rank + 1) * layout.numel
+    first, last = max(slot.offset, start), min(slot.offset + slot.length, end)
+    if first >= last:
+        return
+    matrix = flat[slot.offset : slot.offset + slot.length].view(slot.shape)
+    moved = direction(matrix, steps).reshape(-1)
+    result[first - start : last - start] = moved[first - slot.offset : last - slot.offset]
+
+
+def optimizer_bytes(model: nn.Module, groups: list[dict[str, Any]]) -> int:
+    """Bytes of optimizer state for all ranks together: two float32 moments for AdamW, one for Muon."""
+    return sum(4 * p.numel() * (1 if g["orthogonal"] else 2) for g in groups for p in g["params"])
