@@ -1,0 +1,91 @@
+"""Serve a checkpoint: python -m serve --checkpoint runs/demo/export"""
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from serve.config import ServeConfig, build_serve_config, parse_settings, read_config_file
+
+EXAMPLES = """examples:
+  python -m serve --checkpoint runs/demo/export
+  python -m serve --checkpoint runs/demo/export --port 8001 max_num_seqs=4 max_model_len=512
+  python -m serve --checkpoint runs/demo/export --config configs/serve/private.yaml
+
+  curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
+       -d '{"model": "demo", "prompt": "def ", "max_tokens": 32, "stream": true}'
+
+Settings are key=value and override the file; serve/config.py lists them. Stop with Ctrl-C or SIGTERM: running
+requests finish first. Only this machine can connect unless you set host=0.0.0.0 (then set api_key_env too)."""
+
+
+def parse(argv: Sequence[str]) -> ServeConfig:
+    """The configuration from command-line words. Usage errors exit with status 2 and a message on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m serve",
+        description="Serve a checkpoint over an OpenAI-compatible API on Ray Serve.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", help="an export directory, as written by training to <run dir>/export")
+    parser.add_argument("--port", type=int, help="port to listen on (default 8000)")
+    parser.add_argument("--config", type=Path, help="a YAML file of settings, for example configs/serve/default.yaml")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting")
+    arguments = parser.parse_args(argv)
+    try:
+        values = {} if arguments.config is None else read_config_file(arguments.config)
+        values |= parse_settings(arguments.settings)
+        values |= {key: value for key in ("checkpoint", "port") if (value := getattr(arguments, key)) is not None}
+        if "checkpoint" in values:
+            values["checkpoint"] = str(Path(values["checkpoint"]).resolve())
+        config = build_serve_config(values)
+        check_checkpoint(config)
+    except ValueError as error:
+        parser.error(str(error))
+    return config
+
+
+def check_checkpoint(config: ServeConfig) -> None:
+    """Finds out before Ray starts. Raises ValueError when there is no checkpoint to load."""
+    from attnzoo.checkpoint import load_tokenizer, read_metadata
+    from serve.openai.routes import read_api_key
+
+    read_metadata(Path(config.checkpoint))
+    load_tokenizer(Path(config.checkpoint))
+    read_api_key(config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves until SIGINT or SIGTERM; returns the exit status."""
+    config = parse(sys.argv[1:] if argv is None else argv)
+    # Heavy, and only once the arguments are right.
+    from serve import deployment
+
+    ended = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: ended.set())
+    print(f"starting Ray and loading {config.checkpoint} ...", file=sys.stderr)
+    try:
+        url = deployment.start(config, Path(".cache"))
+    except (ValueError, RuntimeError, ConnectionError) as error:
+        print(f"python -m serve: {error}", file=sys.stderr)
+        deployment.stop()
+        return 1
+    print(f"serving {config.served_name!r} on {url}", flush=True)
+    print(
+        f"  curl {url}/v1/completions -H 'content-type: application/json' "
+        f'-d \'{{"model": "{config.served_name}", "prompt": "Once", "max_tokens": 32}}\'',
+        flush=True,
+    )
+    ended.wait()
+    print("finishing running requests ...", file=sys.stderr)
+    if not deployment.drain(config.drain_timeout_s):
+        print(f"some requests did not end within drain_timeout_s={config.drain_timeout_s}", file=sys.stderr)
+    deployment.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,139 @@
+"""The server on Ray Serve: the only file that knows Ray.
+
+    serve run serve.deployment:app checkpoint=runs/demo/export max_num_seqs=8
+    python -m serve --checkpoint runs/demo/export
+
+One deployment is ingress and engine in one, so a token makes one hop: from the replica to Ray's HTTP proxy.
+"""
+
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_ENABLE_HA_PROXY": "0",  # its proxy listens on all interfaces, whatever the host says
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+}
+"""Environment for Ray's processes; set before Ray is imported, because it reads them then."""
+
+for _name, _value in QUIET.items():
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402
+from ray import serve  # noqa: E402
+from ray.serve.config import HTTPOptions  # noqa: E402
+from ray.serve.handle import DeploymentHandle  # noqa: E402
+from starlette.types import ASGIApp  # noqa: E402
+
+from serve.async_engine import AsyncEngine  # noqa: E402
+from serve.config import ServeConfig, build_serve_config, parse_value  # noqa: E402
+from serve.engine import Engine  # noqa: E402
+from serve.openai.routes import build_app  # noqa: E402
+
+APP_NAME = "attnzoo"
+RUN_ONLY = ("host", "port", "num_cpus", "cluster")
+"""Settings of the process that starts Ray; `serve run` has its own ways to say them."""
+
+
+@serve.deployment(name="attnzoo", num_replicas=1)
+@serve.ingress()
+class Server:
+    """One replica: an engine in a thread, and the HTTP application in front of it."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._engine = AsyncEngine(Engine(config))
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Ray asks for the application here, after the constructor."""
+        return build_app(self._engine, self._config)
+
+    def check_health(self) -> None:
+        """Called by Ray every few seconds: a replica that raises is replaced."""
+        problem = self._engine.health()
+        if problem is not None:
+            raise RuntimeError(problem)
+
+    async def drain(self) -> bool:
+        """Refuses new requests and waits for the running ones; False when some did not end in time."""
+        return await self._engine.drain(self._config.drain_timeout_s)
+
+
+def build(config: ServeConfig) -> serve.Application:
+    """The application of a configuration. The API key's variable must be set where the replica runs."""
+    # Admission is the engine's: Ray's own limits would answer in another shape. Room above them lets 429 out.
+    limit = 4 * (config.max_num_seqs + config.max_queue) + 64
+    options: dict[str, Any] = {
+        "max_ongoing_requests": limit,
+        "graceful_shutdown_timeout_s": config.drain_timeout_s,
+        "graceful_shutdown_wait_loop_s": 0.1,
+        "health_check_period_s": 5.0,
+        "ray_actor_options": {"num_cpus": 1},
+    }
+    return Server.options(**options).bind(config)
+
+
+def app(args: Mapping[str, Any]) -> serve.Application:
+    """What `serve run serve.deployment:app key=value ...` calls. Raises ValueError for keys it does not know."""
+    values = {key: parse_value(key, value) for key, value in args.items()}
+    for key in RUN_ONLY:
+        if key in values:
+            raise ValueError(f"{key} is set by Ray's own options under `serve run`; leave it out, or use python -m serve")
+    if "checkpoint" in values:
+        values["checkpoint"] = str(Path(values["checkpoint"]).resolve())
+    return build(build_serve_config(values))
+
+
+def start(config: ServeConfig, cache: Path) -> str:
+    """Starts a local Ray (or joins `config.cluster`), deploys, waits until it answers; returns the base URL.
+
+    A local Ray listens on loopback only, has no dashboard, and asks for a token that is kept in `cache`.
+    Raises ValueError for what the configuration got wrong, RuntimeError when the deployment does not come up.
+    """
+    application = build(config)
+    if config.cluster is None:
+        protect(cache)
+        ray.init(
+            num_cpus=config.num_cpus,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            log_to_driver=False,
+            logging_level="warning",
+            configure_logging=False,
+        )
+    else:
+        ray.init(address=config.cluster, log_to_driver=False)
+    serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=config.host, port=config.port))
+    serve.run(application, name=APP_NAME, route_prefix="/")
+    return f"http://{config.host}:{config.port}"
+
+
+def protect(cache: Path) -> None:
+    """Turns on Ray's token authentication, with a random token of this project unless the environment has one."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    path = cache.resolve() / "ray_token"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+
+
+def drain(timeout_s: float) -> bool:
+    """Asks the replica to finish what runs; False when it could not in time."""
+    handle: DeploymentHandle = serve.get_app_handle(APP_NAME)
+    try:
+        return bool(handle.drain.remote().result(timeout_s=timeout_s + 5.0))
+    except Exception:
+        return False
+
+
+def stop() -> None:
+    """Ends the application and Ray's processes."""
+    serve.shutdown()
+    ray.shutdown()
