@@ -1,0 +1,286 @@
+"""The only file that knows DeepSpeed: builds its configuration, and hides its differences between ZeRO stages."""
+
+import contextlib
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from attnzoo.models import DecoderLM
+from train.config import Config, ConfigError
+from train.optim import MatrixAdamW, MatrixSlot, ShardLayout, build_optimizer, set_rate
+
+DTYPES = {"fp32": torch.float32, "bf16_autocast": torch.float32, "bf16": torch.bfloat16}
+"""The dtype of the weights a rank computes with, by `precision`."""
+
+
+def start(config: Config, local_rank: int) -> torch.device:
+    """Joins the ranks (or makes a group of one, on a free port) and returns this rank's device.
+
+    Sets what DeepSpeed reads from the environment, so it must run before anything imports deepspeed.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str((config.cache_path / "torch_extensions").resolve()))
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(max(local_rank, 0))
+    deepspeed = _deepspeed()
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    return torch.device("cuda", max(local_rank, 0)) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def finish() -> None:
+    """Leaves the group of ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _deepspeed() -> Any:
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration of a run. Raises ConfigError when the batch does not divide."""
+    train = config.train
+    per_pass = train.micro_batch_size * world
+    if train.batch_size % per_pass:
+        raise ConfigError(
+            f"train.batch_size={train.batch_size} is not a multiple of train.micro_batch_size * ranks = "
+            f"{train.micro_batch_size} * {world} = {per_pass}; change one of them"
+        )
+    zero: dict[str, Any] = {"stage": config.zero.stage}
+    if config.zero.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.batch_size // per_pass,
+        "gradient_clipping": train.gradient_clipping,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # The optimizer is torch's: DeepSpeed's CPU Adam would need a compiler on every machine.
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+class LossModule(nn.Module):
+    """The model behind one forward that returns its loss: what DeepSpeed wraps."""
+
+    def __init__(self, model: DecoderLM, autocast: torch.device | None) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        with (
+            torch.autocast(self.autocast.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
+        ):
+            return self.model.loss(tokens_BT, targets_BT)
+
+
+class Engine:
+    """Model and optimizer over all ranks. Every method is called by every rank unless it says otherwise."""
+
+    def __init__(self, config: Config, model: DecoderLM, device: torch.device) -> None:
+        self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
+        self.stage = config.zero.stage
+        settings = deepspeed_config(config, self.world)
+        self.accumulation: int = settings["gradient_accumulation_steps"]
+        self.model = model.to(device)
+        self.model_config = model.config
+        model.activation_checkpointing = config.train.activation_checkpointing
+        optimizer = build_optimizer(model, config.optim)
+        module = LossModule(model, device if config.precision == "bf16_autocast" else None)
+        self._names = [name for name, _ in model.named_parameters()]
+        with _quiet():
+            self._engine, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, config=settings)
+        self.optimizer: MatrixAdamW = self._engine.basic_optimizer
+        if any(group["orthogonal"] for group in self.optimizer.param_groups):
+            self.optimizer.layouts.update(_layouts(self._engine.optimizer, self.stage, self.optimizer))
+        if config.train.compile:
+            self._engine.compile()
+
+    # --- one step -----------------------------------------------------------------------------------------------
+
+    def forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Adds the gradient of one micro batch; returns its loss, detached."""
+        loss: Tensor = self._engine(tokens_BT.to(self.device), targets_BT.to(self.device))
+        self._engine.backward(loss)
+        # DeepSpeed steps (reduces and updates) only at the boundary of accumulation; it counts the calls.
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        if not boundary:
+            self._engine.step()
+        return loss.detach()
+
+    def step(self, factor: float) -> float:
+        """The update, at `factor` times the peak learning rates; returns the norm of the gradient before clipping."""
+        set_rate(self.optimizer, factor)
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    @torch.no_grad()
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Loss without gradient."""
+        value: Tensor = self._engine(tokens_BT.to(self.device), targets_BT.to(self.device))
+        return value
+
+    def train(self, mode: bool = True) -> None:
+        """Training or evaluation mode."""
+        self._engine.train(mode)
+
+    # --- ranks --------------------------------------------------------------------------------------------------
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over ranks, in float64."""
+        if self.world == 1:
+            return list(values)
+        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        return totals.tolist()  # type: ignore[no-any-return]
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        dist.barrier()
+
+    # --- weights and checkpoints --------------------------------------------------------------------------------
+
+    def full_state(self) -> dict[str, Tensor] | None:
+        """All weights in float32 on the CPU (master weights where the precision is lower), on rank 0; None elsewhere."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        found: dict[str, Tensor] = {}
+        masters = self._unfused_masters()
+        for name, parameter in self.model.named_parameters():
+            if self.stage == 0:
+                weight = masters.get(id(parameter), parameter)
+            else:
+                weight = safe_get_full_fp32_param(parameter)
+            if self.rank == 0:
+                found[name] = weight.detach().float().cpu().clone()
+        return found if self.rank == 0 else None
+
+    def full_model(self) -> DecoderLM | None:
+        """A copy of the model with all weights, on rank 0's CPU; None elsewhere."""
+        state = self.full_state()
+        if state is None:
+            return None
+        with torch.device("meta"):
+            model = DecoderLM(self.model_config)
+        if self.model_config.tie_embeddings:
+            state["head.weight"] = state["embedding.weight"]
+        model.load_state_dict(state, assign=True)
+        if self.model_config.tie_embeddings:
+            model.head.weight = model.embedding.weight
+        return model.eval()
+
+    def _unfused_masters(self) -> dict[int, Tensor]:
+        """The float32 copies that DeepSpeed keeps of bf16 weights without ZeRO."""
+        wrapper = self._engine.optimizer
+        if self.stage or not hasattr(wrapper, "fp32_groups"):
+            return {}
+        pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+        return {id(low): full for lows, fulls in pairs for low, full in zip(lows, fulls, strict=True)}
+
+    def save(self, directory: Path, tag: str) -> None:
+        """Writes weights and optimizer state of all ranks to directory/tag. Not atomic: see train.checkpoint."""
+        with _quiet():
+            self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+
+    def load(self, directory: Path, tag: str) -> None:
+        """Reads what `save` wrote at the same world size and ZeRO stage."""
+        with _quiet():
+            path, _ = self._engine.load_checkpoint(str(directory), tag=tag)
+        if path is None:
+            raise ValueError(f"{directory / tag} holds no DeepSpeed checkpoint")
+
+
+def _layouts(wrapper: Any, stage: int, optimizer: MatrixAdamW) -> dict[int, ShardLayout]:
+    """Where ZeRO put the matrices of Muon's groups; empty at stage 0, which keeps them whole."""
+    if stage == 0:
+        return {}
+    return _packed_layouts(wrapper, optimizer) if stage < 3 else _cut_layouts(wrapper, optimizer)
+
+
+def _packed_layouts(wrapper: Any, optimizer: MatrixAdamW) -> dict[int, ShardLayout]:
+    layouts = {}
+    for i, group in enumerate(optimizer.param_groups):
+        if not group["orthogonal"]:
+            continue
+        matrices, offsets = wrapper.round_robin_bit16_groups[i], wrapper.round_robin_bit16_offsets[i]
+        process_group = wrapper.real_dp_process_group[i]
+        layouts[id(wrapper.single_partition_of_fp32_groups[i])] = ShardLayout(
+            slots=tuple(
+                MatrixSlot((p.shape[0], p.shape[1]), offset, p.numel())
+                for p, offset in zip(matrices, offsets, strict=True)
+            ),
+            numel=wrapper.partition_size[i],
+            rank=dist.get_rank(process_group),
+            world=dist.get_world_size(process_group),
+            group=process_group,
+            cut_each=False,
+        )
+    return layouts
+
+
+def _cut_layouts(wrapper: Any, optimizer: MatrixAdamW) -> dict[int, ShardLayout]:
+    layouts = {}
+    for i, matrices in enumerate(wrapper.fp16_groups):
+        if not optimizer.param_groups[wrapper.sub_group_to_group_id[i]]["orthogonal"]:
+            continue
+        slots, offset = [], 0
+        for parameter in matrices:
+            length = parameter.partition_numel()
+            slots.append(MatrixSlot((parameter.ds_shape[0], parameter.ds_shape[1]), offset, length))
+            offset += length
+        process_group = wrapper.sub_group_process_groups[i]
+        layouts[id(wrapper.fp32_partitioned_groups_flat[i])] = ShardLayout(
+            slots=tuple(slots),
+            numel=offset,
+            rank=dist.get_rank(process_group),
+            world=dist.get_world_size(process_group),
+            group=process_group,
+            cut_each=True,
+        )
+    return layouts
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Keeps DeepSpeed's progress reports off the user's screen; its warnings stay."""
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
