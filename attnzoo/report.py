@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from attnzoo.files import write_atomic
+
 PACKAGES = ("attnzoo", "torch", "deepspeed", "ray", "sentencepiece")
 
 
@@ -73,8 +75,6 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Writes JSON atomically."""
-        from attnzoo.checkpoint import write_atomic
-
         write_atomic(Path(path), (json.dumps(self.to_dict(), indent=2) + "\n").encode())
 
     def print_table(self) -> None:

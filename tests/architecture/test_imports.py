@@ -11,7 +11,19 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ["attnzoo", "train", "serve"]
 SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
-ORDER = ["errors", "types", "registry", "ops", "kvcache", "attention", "models", "tokenizer", "checkpoint", "report"]
+ORDER = [
+    "errors",
+    "files",
+    "types",
+    "registry",
+    "ops",
+    "kvcache",
+    "attention",
+    "models",
+    "tokenizer",
+    "checkpoint",
+    "report",
+]
 """Inside attnzoo each may import only what stands before it."""
 
 OWNERS = {"deepspeed": ["train/engine.py"], "ray": ["serve/deployment.py"]}

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from attnzoo.checkpoint import load_model, load_tokenizer, read_metadata, replace_directory, save_model, write_atomic
+from attnzoo.checkpoint import load_model, load_tokenizer, read_metadata, save_model
+from attnzoo.files import replace_directory, write_atomic
 from attnzoo.models import DecoderConfig, DecoderLM
 
 

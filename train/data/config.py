@@ -1,0 +1,34 @@
+"""What to train on."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """source: "stdlib" (the Python standard library of this interpreter), a path of a .txt, .jsonl or .parquet file or
+    of a directory of text files, or "hub:<dataset id>[:<config name>]" for the `datasets` library.
+
+    text_field: column or key of the text in jsonl, parquet and hub sources. split: of a hub dataset.
+    validation_fraction: of the documents, or of the text where there are few. sequence_length: tokens of a block.
+    max_bytes: stop after about that much text.
+    """
+
+    source: str = "stdlib"
+    text_field: str = "text"
+    split: str = "train"
+    validation_fraction: float = 0.05
+    sequence_length: int = 256
+    seed: int = 0
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.validation_fraction < 1.0:
+            raise ValueError(
+                f"data.validation_fraction={self.validation_fraction} must be between 0 and 1; 0.05 is usual"
+            )
+        if self.sequence_length < 1:
+            raise ValueError(f"data.sequence_length={self.sequence_length} must be at least 1")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise ValueError(f"data.max_bytes={self.max_bytes} must be at least 1, or null for all text")
+        if not self.source:
+            raise ValueError("data.source is empty; give 'stdlib', a path, or 'hub:<dataset id>'")

@@ -1,0 +1,59 @@
+"""Blocks of tokens in an order that depends on the seed alone: not on the number of processes, nor on restarts."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class BatchStream:
+    """An endless stream of training batches over a token array.
+
+    Every epoch cuts the tokens into blocks from another random offset and visits them in another random order. The
+    position in the stream is two integers, so a checkpoint can hold it.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int, seed: int) -> None:
+        self._tokens, self._length, self._seed = tokens, length, seed
+        self._epoch, self._used = 0, 0
+        self._starts = self._epoch_starts()
+
+    def _epoch_starts(self) -> np.ndarray:
+        """First tokens of the blocks of this epoch, in the order of their visit."""
+        random = np.random.default_rng((self._seed, self._epoch))
+        room = (len(self._tokens) - 1) % self._length
+        offset = int(random.integers(0, room + 1))
+        count = (len(self._tokens) - 1 - offset) // self._length
+        starts: np.ndarray = offset + self._length * random.permutation(count)
+        return starts
+
+    def next(self, batch_size: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
+        """(tokens_BT, targets_BT) of process `rank`: its part of the next batch_size * world blocks.
+
+        Blocks that do not fill a global batch at the end of an epoch are left out. Raises ValueError when the corpus
+        has fewer blocks than one global batch.
+        """
+        wanted = batch_size * world
+        if self._used + wanted > len(self._starts):
+            self._epoch, self._used = self._epoch + 1, 0
+            self._starts = self._epoch_starts()
+            if wanted > len(self._starts):
+                raise ValueError(
+                    f"one global batch takes {wanted} blocks of {self._length} tokens and the corpus has "
+                    f"{len(self._starts)}; use a smaller batch, shorter sequences or more text"
+                )
+        first = self._used + rank * batch_size
+        self._used += wanted
+        rows = [self._tokens[s : s + self._length + 1] for s in self._starts[first : first + batch_size]]
+        block = torch.from_numpy(np.stack(rows).astype(np.int64))
+        return block[:, :-1], block[:, 1:]
+
+    def state(self) -> dict[str, int]:
+        """Where the stream stands."""
+        return {"epoch": self._epoch, "used": self._used}
+
+    def load(self, state: Mapping[str, int]) -> None:
+        """Continues from a `state`."""
+        self._epoch, self._used = int(state["epoch"]), int(state["used"])
+        self._starts = self._epoch_starts()

@@ -1,0 +1,135 @@
+"""Trains the tokenizer: sentencepiece pieces with byte fallback, whitespace kept.
+
+    python -m train.tokenizer --source stdlib --vocab-size 2048 --out tokenizer.model
+    python -m train.tokenizer --source my.jsonl --text-field body --vocab-size 8000 --out tokenizer.model
+
+The same corpus and settings give the same file, byte for byte.
+"""
+
+import argparse
+import hashlib
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from attnzoo.files import write_atomic
+from attnzoo.tokenizer import SPACE, Tokenizer
+from train.data.config import DataConfig
+from train.data.corpora import fingerprint, split_documents
+
+SAMPLE_BYTES = 4_000_000
+"""Text that training reads; more changes few pieces and takes longer."""
+LONGEST_LINE = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """vocab_size: pieces, the 256 bytes and 4 control tokens included. path: a trained model to use instead."""
+
+    vocab_size: int = 2048
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 270 <= self.vocab_size <= 65536:
+            raise ValueError(
+                f"tokenizer.vocab_size={self.vocab_size} must be between 270 (all bytes, the control tokens and a few "
+                "pieces) and 65536"
+            )
+
+
+def ensure_tokenizer(config: TokenizerConfig, data: DataConfig, cache_dir: Path) -> Path:
+    """The model file: `config.path`, or one trained on the training split of `data` and kept under `cache_dir`."""
+    if config.path is not None:
+        Tokenizer.load(Path(config.path))
+        return Path(config.path)
+    key = hashlib.sha256(f"{fingerprint(data)} {asdict(config)} {SAMPLE_BYTES}".encode()).hexdigest()[:16]
+    path = Path(cache_dir) / "tokenizers" / f"{key}.model"
+    if not path.is_file():
+        documents = (document for is_train, document in split_documents(data) if is_train)
+        train_tokenizer(sample_lines(documents, SAMPLE_BYTES), config.vocab_size, path)
+    return path
+
+
+def sample_lines(documents: Iterable[str], most_bytes: int) -> Iterator[str]:
+    """Lines of about `most_bytes` in all, every k-th line of the whole corpus rather than its beginning."""
+    lines = [line for document in documents for line in document.split("\n") if line]
+    total = sum(len(line.encode()) for line in lines)
+    yield from lines[:: max(1, -(-total // most_bytes))]
+
+
+def train_tokenizer(lines: Iterable[str], vocab_size: int, path: Path) -> Path:
+    """Trains on lines of text and writes the model file atomically.
+
+    Raises ValueError when there is no text, or too little for `vocab_size` pieces.
+    """
+    from sentencepiece import SentencePieceTrainer
+
+    # A newline ends a sentence for sentencepiece, so it is never learnt; it gets a piece of its own.
+    pieces = (piece for line in lines for piece in line.split("\n") if piece.strip(" ") and SPACE not in piece)
+    text = [piece[start : start + LONGEST_LINE] for piece in pieces for start in range(0, len(piece), LONGEST_LINE)]
+    if not text:
+        raise ValueError("the corpus holds no text to train a tokenizer on; check data.source")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            SentencePieceTrainer.train(
+                sentence_iterator=iter(text),
+                model_prefix=f"{folder}/tokenizer",
+                model_type="bpe",
+                vocab_size=vocab_size,
+                byte_fallback=True,
+                character_coverage=0.9995,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                user_defined_symbols=["\n"],
+                max_sentence_length=4 * LONGEST_LINE,
+                pad_id=Tokenizer.pad_id,
+                bos_id=Tokenizer.bos_id,
+                eos_id=Tokenizer.eos_id,
+                unk_id=Tokenizer.unk_id,
+                pad_piece="<pad>",
+                num_threads=1,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            size = sum(len(line.encode()) for line in text)
+            raise ValueError(
+                f"tokenizer.vocab_size={vocab_size} is too large for {size:,} bytes of text; lower it or give more "
+                f"text ({error})"
+            ) from None
+        write_atomic(Path(path), Path(f"{folder}/tokenizer.model").read_bytes())
+    return Path(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status, 2 for wrong usage."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = {field.name: field.default for field in fields(DataConfig)}
+    parser.add_argument("--source", default=defaults["source"], help="as data.source (default: %(default)s)")
+    parser.add_argument("--text-field", default=defaults["text_field"], help="of jsonl, parquet, hub sources")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="model file to write")
+    chosen = parser.parse_args(arguments)
+    try:
+        data = DataConfig(source=chosen.source, text_field=chosen.text_field)
+        config = TokenizerConfig(vocab_size=chosen.vocab_size)
+        start = time.perf_counter()
+        documents = [document for is_train, document in split_documents(data) if is_train]
+        train_tokenizer(sample_lines(documents, SAMPLE_BYTES), config.vocab_size, chosen.out)
+    except ValueError as error:
+        print(f"train.tokenizer: error: {error}", file=sys.stderr)
+        return 2
+    tokenizer, sample = Tokenizer.load(chosen.out), "\n".join(documents)[:1_000_000]
+    ratio = len(sample.encode()) / len(tokenizer.encode(sample))
+    print(
+        f"{chosen.out}: {tokenizer.vocab_size} pieces, {ratio:.2f} bytes per token, {time.perf_counter() - start:.1f} s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
