@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from serve.config import ServeConfig, build_serve_config, parse_settings, read_config_file
+from serve.environment import prepare_environment
 
 EXAMPLES = """examples:
   python -m serve --checkpoint runs/demo/export
@@ -60,7 +61,8 @@ def check_checkpoint(config: ServeConfig) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves until SIGINT or SIGTERM; returns the exit status."""
     config = parse(sys.argv[1:] if argv is None else argv)
-    # Heavy, and only once the arguments are right.
+    prepare_environment(Path(".cache"))
+    # Heavy, only once the arguments are right, and after the environment that Ray reads at import.
     from serve import deployment
 
     ended = threading.Event()
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(name, lambda *_: ended.set())
     print(f"starting Ray and loading {config.checkpoint} ...", file=sys.stderr)
     try:
-        url = deployment.start(config, Path(".cache"))
+        url = deployment.start(config)
     except (ValueError, RuntimeError, ConnectionError) as error:
         print(f"python -m serve: {error}", file=sys.stderr)
         deployment.stop()

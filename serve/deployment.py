@@ -6,32 +6,20 @@
 One deployment is ingress and engine in one, so a token makes one hop: from the replica to Ray's HTTP proxy.
 """
 
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_SERVE_ENABLE_HA_PROXY": "0",  # its proxy listens on all interfaces, whatever the host says
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-}
-"""Environment for Ray's processes; set before Ray is imported, because it reads them then."""
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
 
-for _name, _value in QUIET.items():
-    os.environ.setdefault(_name, _value)
-
-import ray  # noqa: E402
-from ray import serve  # noqa: E402
-from ray.serve.config import HTTPOptions  # noqa: E402
-from ray.serve.handle import DeploymentHandle  # noqa: E402
-from starlette.types import ASGIApp  # noqa: E402
-
-from serve.async_engine import AsyncEngine  # noqa: E402
-from serve.config import ServeConfig, build_serve_config, parse_value  # noqa: E402
-from serve.engine import Engine  # noqa: E402
-from serve.openai.routes import build_app  # noqa: E402
+from serve.async_engine import AsyncEngine
+from serve.config import ServeConfig, build_serve_config, parse_value
+from serve.engine import Engine
+from serve.openai.routes import build_app
 
 APP_NAME = "attnzoo"
 RUN_ONLY = ("host", "port", "num_cpus", "cluster")
@@ -87,15 +75,14 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     return build(build_serve_config(values))
 
 
-def start(config: ServeConfig, cache: Path) -> str:
+def start(config: ServeConfig) -> str:
     """Starts a local Ray (or joins `config.cluster`), deploys, waits until it answers; returns the base URL.
 
-    A local Ray listens on loopback only, has no dashboard, and asks for a token that is kept in `cache`.
+    Call `prepare_environment` before this module is imported: it turns Ray's token authentication on.
     Raises ValueError for what the configuration got wrong, RuntimeError when the deployment does not come up.
     """
     application = build(config)
     if config.cluster is None:
-        protect(cache)
         ray.init(
             num_cpus=config.num_cpus,
             include_dashboard=False,
@@ -109,19 +96,6 @@ def start(config: ServeConfig, cache: Path) -> str:
     serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=config.host, port=config.port))
     serve.run(application, name=APP_NAME, route_prefix="/")
     return f"http://{config.host}:{config.port}"
-
-
-def protect(cache: Path) -> None:
-    """Turns on Ray's token authentication, with a random token of this project unless the environment has one."""
-    os.environ["RAY_AUTH_MODE"] = "token"
-    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return
-    path = cache.resolve() / "ray_token"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
 
 
 def drain(timeout_s: float) -> bool:

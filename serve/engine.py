@@ -66,7 +66,7 @@ class Engine:
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raises ValueError for a prompt this model cannot continue, ContextLengthError when it is too long."""
-        vocabulary = self.model.config.vocab_size
+        vocabulary = self.tokenizer.vocab_size
         if not prompt:
             raise ValueError("the prompt is empty; give at least one token")
         for token in prompt:
@@ -106,7 +106,8 @@ class Engine:
         self._mark_started(plan)
         logits_RV = self.runner.run(plan, self._requests)
         rows = [self._requests[request_id] for request_id in plan.sampled]
-        tokens, logprobs = sample_rows(logits_RV, rows)
+        # A vocabulary may be padded beyond the tokenizer's; what stands for nothing is never chosen.
+        tokens, logprobs = sample_rows(logits_RV[:, : self.tokenizer.vocab_size], rows)
         deltas = self._update(rows, tokens, logprobs)
         self.metrics.step(plan.num_tokens)
         self._publish_load()

@@ -19,7 +19,7 @@ KINDS: dict[str, list] = {
     "linear": ["linear"],
     "mixed": ["rcmha", "linear"],
 }
-MAX_LEN = 64
+MAX_LEN, TOKENS = 64, 400
 
 TEXT = """The slots of the state are numbered, and a sequence that leaves is replaced by the last one.
 Der Zustand einer Folge ist mehr als Schlüssel und Werte: es gehören auch die letzten Zeilen dazu.
@@ -30,12 +30,9 @@ def step(self): return self.update(self.sample(self.run(self.schedule())))
 
 @lru_cache(maxsize=1)
 def tokenizer_path() -> Path:
-    """A sentencepiece model of 300 pieces, with byte fallback."""
+    """A sentencepiece model of `TOKENS` pieces, with byte fallback."""
     directory = Path(tempfile.mkdtemp(prefix="attnzoo-test-"))
     return train_tokenizer(TEXT.splitlines() * 20, vocab_size=TOKENS, path=directory / "tokenizer.model")
-
-
-TOKENS = 400
 
 
 def small_model(kind: str, *, layers: int = 2, dim: int = 32, seed: int = 0, max_len: int = MAX_LEN) -> DecoderLM:

@@ -1,0 +1,32 @@
+"""What Ray reads from the environment when it is imported; so this comes first, and imports nothing of Ray."""
+
+import os
+import secrets
+from pathlib import Path
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_ENABLE_HA_PROXY": "0",  # its proxy listens on all interfaces, whatever the host says
+    # Where Ray expects no cluster it takes loopback for the node's address; elsewhere it looks up a public one.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+
+
+def prepare_environment(cache: Path) -> None:
+    """Turns usage reports off and Ray's token authentication on, before Ray is imported.
+
+    The token is the environment's if it has one, else a random one that is kept in `cache`, readable only by its
+    owner, so that a second server of this project can be started or joined. RAY_AUTH_MODE=disabled is left alone.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token":
+        return
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    path = cache.resolve() / "ray_token"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
