@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from attnzoo.checkpoint import replace_directory, write_atomic
+from attnzoo.files import replace_directory, write_atomic
 from train.config import Config
 from train.engine import Engine
 
@@ -37,6 +37,7 @@ class Progress:
     step: int = 0
     total_steps: int | None = None
     seconds: float = 0.0
+    evaluation_seconds: float = 0.0
     data: dict[str, Any] = field(default_factory=dict)
 
 

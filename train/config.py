@@ -353,11 +353,13 @@ MEASURED_STEPS = 20
 def _check_sections(config: Config, places: dict[str, str]) -> None:
     """Lets the owners of free sections check them, and adds the place to their message."""
     from train.data import DataConfig
+    from train.tokenizer import TokenizerConfig
 
     # The tokenizer decides the vocabulary in the end; any number serves the check.
     checks = {
         "model": lambda: config.model_config(int(config.model.get("vocab_size", 1))),
         "data": lambda: build_config(DataConfig, config.data, "data"),
+        "tokenizer": lambda: build_config(TokenizerConfig, config.tokenizer, "tokenizer"),
     }
     for section, check in checks.items():
         try:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,17 @@ def start(config: Config, local_rank: int) -> torch.device:
     if torch.cuda.is_available():
         torch.cuda.set_device(max(local_rank, 0))
     deepspeed = _deepspeed()
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    # Ranks wait for rank 0 while it prepares the corpus, for longer than the default of 10 minutes allows.
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(hours=2))
     return torch.device("cuda", max(local_rank, 0)) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def finish() -> None:
@@ -164,9 +174,7 @@ class Engine:
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return from_main(value)
 
     def barrier(self) -> None:
         """Waits for every rank."""
@@ -218,10 +226,14 @@ class Engine:
 
     def load(self, directory: Path, tag: str) -> None:
         """Reads what `save` wrote at the same world size and ZeRO stage."""
+        # A checkpoint brings the rates it was written with; the configuration of this run decides.
+        options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         with _quiet():
             path, _ = self._engine.load_checkpoint(str(directory), tag=tag)
         if path is None:
             raise ValueError(f"{directory / tag} holds no DeepSpeed checkpoint")
+        for group, mine in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(mine)
 
 
 def _layouts(wrapper: Any, stage: int, optimizer: MatrixAdamW) -> dict[int, ShardLayout]:

@@ -1,0 +1,57 @@
+"""Validation loss over all ranks, and text samples."""
+
+import math
+
+import torch
+
+from attnzoo.models import generate
+from attnzoo.tokenizer import Tokenizer
+from train.config import EvalConfig, SampleConfig
+from train.data import TokenData
+from train.engine import Engine
+
+
+def bits_per_byte(loss_nats: float, bytes_per_token: float) -> float:
+    """Mean loss of a token in nats, as bits for each byte of text: comparable over tokenizers."""
+    return loss_nats / math.log(2) / bytes_per_token
+
+
+def validation_loss(engine: Engine, data: TokenData, config: EvalConfig) -> float:
+    """Mean loss in nats of all validation targets (of the first max_blocks blocks)."""
+    tokens_NT, targets_NT = data.validation_blocks()
+    blocks = tokens_NT.shape[0] if config.max_blocks is None else min(config.max_blocks, tokens_NT.shape[0])
+    starts = range(0, blocks, config.batch_size)
+    engine.train(False)
+    total, count = 0.0, 0.0
+    for i in range(engine.rank, math.ceil(len(starts) / engine.world) * engine.world, engine.world):
+        # Every rank runs the same number of passes (ZeRO 3 gathers weights in each); the surplus counts nothing.
+        surplus = i >= len(starts)
+        start = 0 if surplus else starts[i]
+        rows = slice(start, min(start + config.batch_size, blocks))
+        targets = 0 if surplus else int((targets_NT[rows] != -100).sum())
+        total += float(engine.loss(tokens_NT[rows], targets_NT[rows])) * targets
+        count += targets
+    engine.train(True)
+    total, count = engine.sum(total, count)
+    return total / count
+
+
+def samples(engine: Engine, tokenizer: Tokenizer, config: SampleConfig, seed: int) -> list[str] | None:
+    """Each prompt with its continuation, on rank 0; None elsewhere. The global random state is left alone."""
+    model = engine.full_model() if engine.stage == 3 else (engine.model if engine.rank == 0 else None)
+    texts = None
+    if model is not None:
+        prompts = [tokenizer.encode(prompt, bos=True) for prompt in config.prompts]
+        with torch.no_grad():
+            outputs = generate(
+                model,
+                prompts,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                seed=seed,
+                stop_token=tokenizer.eos_id,
+            )
+        texts = [tokenizer.decode(p + out) for p, out in zip(prompts, outputs, strict=True)]
+    engine.barrier()
+    return texts

@@ -1,0 +1,216 @@
+"""Trains a language model.
+
+    deepspeed --num_accelerators 2 train/main.py --config rcmha.yaml
+    deepspeed train/main.py --config rcmha.yaml train.steps=200 optim.lr=1e-3 run_dir=runs/try
+    python train/main.py --config demo.yaml                # one process
+    python train/main.py --config rcmha.yaml --dry-run     # what it would take
+
+A bare name is looked up in configs/. configs/base.yaml explains every key. SIGTERM or Ctrl-C finishes the step,
+saves a checkpoint and exits 0; the same command then goes on where it stopped.
+"""
+
+import argparse
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    # Run as a file: put the project, not train/, on the path, so that `train` is the package and train/tokenizer.py
+    # is no top-level module.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from attnzoo.files import write_atomic
+from attnzoo.models import DecoderLM
+from attnzoo.report import Report
+from attnzoo.tokenizer import Tokenizer
+from attnzoo.types import build_config
+from train import engine as engines
+from train.checkpoint import Checkpoints, Progress, find_resume, identity
+from train.config import Config, ConfigError, load_config
+from train.data import DataConfig, TokenData, prepare
+from train.engine import Engine
+from train.evaluate import bits_per_byte
+from train.export import export, file_hash, init_from
+from train.loop import Run, train
+from train.metrics import Metrics, check_wandb, read_metrics
+from train.plan import describe
+from train.plot import plot_losses
+from train.tokenizer import TokenizerConfig, ensure_tokenizer
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 0 after training or a stop by signal, 2 for a mistake of the user (on stderr, by rank 0 only)."""
+    options = _parse(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        check_wandb(config.log.wandb)
+        if options.dry_run:
+            if _is_main():
+                print(describe(config, _planned_vocabulary(config), int(os.environ.get("WORLD_SIZE", "1"))))
+            return 0
+        engines.deepspeed_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+        run_training(config, options.local_rank)
+    except ValueError as error:
+        if _is_main():
+            print(f"train: {error}", file=sys.stderr)
+        return 2
+    finally:
+        engines.finish()
+    return 0
+
+
+def run_training(config: Config, local_rank: int) -> None:
+    """Prepares, trains, and writes everything the run directory holds. Raises ValueError for what the user can mend."""
+    device = engines.start(config, local_rank)
+    tokenizer_path, data = _prepare_data(config)
+    tokenizer = Tokenizer.load(tokenizer_path)
+    model = _build_model(config, tokenizer, tokenizer_path)
+    # Counted before ZeRO 3 cuts the weights: forward once, backward twice.
+    flops = 3 * model.cost(config.train.batch_size, config.sequence_length, config.sequence_length).flops
+    parameters = model.num_parameters()
+    engine = Engine(config, model, device)
+    settings = identity(config, model.config.to_dict(), file_hash(tokenizer_path), engine.world)
+    checkpoints = Checkpoints(config.run_path / "checkpoints", config.checkpoint.keep, settings)
+    progress = _resume(config, engine, checkpoints, data)
+    metrics = None
+    if engine.rank == 0:
+        metrics = Metrics(config, progress.step)
+        write_atomic(config.run_path / "config.yaml", config.to_yaml().encode())
+    run = Run(config, engine, data, tokenizer, checkpoints, progress, metrics, parameters, flops)
+    reason = train(run)
+    if metrics is not None:
+        metrics.close()
+    bits = bits_per_byte(run.validation, data.bytes_per_token)
+    metadata = {"steps": progress.step, "validation_loss": run.validation, "bits_per_byte": bits, "name": config.name}
+    export(engine, config.run_path / "export", tokenizer_path, metadata if reason is None else {"steps": progress.step})
+    if engine.rank == 0:
+        _summarize(run, reason)
+
+
+def _prepare_data(config: Config) -> tuple[Path, TokenData]:
+    """Tokenizer and tokens: rank 0 builds what is missing, then the others open it; a mistake ends all ranks."""
+    data_config = build_config(DataConfig, {"seed": config.seed, **config.data}, "data")
+    tokenizer_config = build_config(TokenizerConfig, config.tokenizer, "tokenizer")
+
+    def prepared(is_main: bool) -> tuple[Path, TokenData]:
+        path = ensure_tokenizer(tokenizer_config, data_config, config.cache_path)
+        return path, prepare(data_config, path, config.cache_path, is_main=is_main, progress=is_main)
+
+    result, mistake = None, None
+    if _is_main():
+        try:
+            result = prepared(True)
+        except ValueError as error:
+            mistake = str(error)
+    mistake = engines.from_main(mistake)
+    if mistake is not None:
+        raise ValueError(mistake)
+    return result or prepared(False)
+
+
+def _build_model(config: Config, tokenizer: Tokenizer, tokenizer_path: Path) -> DecoderLM:
+    """The same weights on every rank."""
+    _seed(config.seed)
+    model_config = config.model_config(tokenizer.vocab_size)
+    if config.sequence_length > model_config.max_positions:
+        raise ConfigError(
+            f"data.sequence_length={config.sequence_length} is longer than model.max_positions="
+            f"{model_config.max_positions}; raise the latter"
+        )
+    model = DecoderLM(model_config)
+    if config.checkpoint.init_from is not None:
+        init_from(model, Path(config.checkpoint.init_from), tokenizer_path)
+    return model
+
+
+def _resume(config: Config, engine: Engine, checkpoints: Checkpoints, data: TokenData) -> Progress:
+    path = find_resume(checkpoints, config.checkpoint.resume)
+    if engine.rank == 0:
+        checkpoints.clean()
+    if path is None:
+        _seed(config.seed + 1 + engine.rank)
+        total = config.train.steps if config.train.max_minutes is None else None
+        return Progress(total_steps=total)
+    progress = checkpoints.load(engine, path)
+    data.train.load(progress.data)
+    if config.train.max_minutes is None:
+        progress.total_steps = config.train.steps
+    if engine.rank == 0:
+        tqdm.write(f"resuming from {path} at step {progress.step}", file=sys.stderr)
+    return progress
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _summarize(run: Run, reason: str | None) -> None:
+    """loss.png, summary.json, and a few lines for people."""
+    config, progress = run.config, run.progress
+    records = [r for r in read_metrics(config.run_path / "metrics.jsonl") if r["kind"] == "train"]
+    seconds = sorted(r["step_seconds"] for r in records)
+    report = Report.start(seed=config.seed)
+    report.rows.append(
+        {
+            "name": config.name,
+            "steps": progress.step,
+            "complete": reason is None,
+            "minutes": progress.seconds / 60,
+            "validation_loss": run.validation,
+            "bits_per_byte": bits_per_byte(run.validation, run.data.bytes_per_token),
+            "tokens_per_second": run.tokens_per_step / seconds[len(seconds) // 2] if seconds else 0.0,
+            "ranks": run.engine.world,
+            "parameters": run.parameters,
+        }
+    )
+    figure = plot_losses(
+        config.run_path / "metrics.jsonl", config.run_path / "loss.png", run.data.bytes_per_token, config.name
+    )
+    report.figures.append(figure.name)
+    report.write(config.run_path / "summary.json")
+    report.print_table()
+    if reason is not None:
+        print(f"stopped by {reason} after step {progress.step}; the same command goes on from there")
+    print(f"run directory {config.run_path} (server: checkpoint={config.run_path / 'export'})", flush=True)
+
+
+def _planned_vocabulary(config: Config) -> int:
+    tokenizer = build_config(TokenizerConfig, config.tokenizer, "tokenizer")
+    return tokenizer.vocab_size if tokenizer.path is None else Tokenizer.load(Path(tokenizer.path)).vocab_size
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="a name in configs/, or a path")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration, sizes and memory; train nothing")
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=int(os.environ.get("LOCAL_RANK", "0")), help=argparse.SUPPRESS
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
+    return parser.parse_args(arguments)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Only rank 0 prints a mistake."""
+
+    def error(self, message: str) -> Any:
+        if _is_main():
+            super().error(message)
+        raise SystemExit(2)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,112 @@
+"""What a run reports: metrics.jsonl, TensorBoard, W&B, a progress bar, memory and model FLOPs utilisation."""
+
+import importlib.util
+import json
+import re
+import resource
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from attnzoo.files import write_atomic
+from train.config import Config, ConfigError
+
+PEAK_BF16_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+"""Dense bfloat16 FLOP/s from the vendor's data sheets, by a part of the device's name; the first match counts."""
+
+
+def check_wandb(wanted: bool) -> None:
+    """Raises ConfigError when W&B is asked for and not installed."""
+    if wanted and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("log.wandb=true, but the package wandb is not installed: install it or set log.wandb=false")
+
+
+def peak_flops(config: Config) -> float | None:
+    """FLOP/s of one rank's device: log.peak_flops, or the data sheet's for a known GPU in bfloat16; else None."""
+    if config.log.peak_flops is not None:
+        return config.log.peak_flops
+    if torch.cuda.is_available() and config.precision != "fp32":
+        name = torch.cuda.get_device_name()
+        return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+    return None
+
+
+def peak_memory_mib() -> float:
+    """Peak of the allocator on a GPU, of the resident set on a CPU, in MiB, of this rank."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+class Metrics:
+    """Writers of rank 0. `write` takes one record; files are cut back to `step` when a run resumes there."""
+
+    def __init__(self, config: Config, step: int) -> None:
+        run = config.run_path
+        run.mkdir(parents=True, exist_ok=True)
+        self.path, self.samples_path = run / "metrics.jsonl", run / "samples.txt"
+        _cut_records(self.path, step)
+        _cut_samples(self.samples_path, step)
+        self._file: TextIO = self.path.open("a", encoding="utf-8")
+        self._board: Any = None
+        self._wandb: Any = None
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        if config.log.wandb:
+            import wandb
+
+            self._wandb = wandb.init(project="attnzoo", name=config.name, dir=str(run), id=run.name, resume="allow")
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """One record, flushed: a killed run keeps what it has measured."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def write_samples(self, step: int, texts: list[str]) -> None:
+        """Appends text samples to samples.txt."""
+        with self.samples_path.open("a", encoding="utf-8") as file:
+            for text in texts:
+                file.write(f"=== step {step} ===\n{text}\n")
+
+    def close(self) -> None:
+        """Flushes and closes all writers."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Records of metrics.jsonl; an unfinished last line (of a killed run) is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _cut_records(path: Path, step: int) -> None:
+    if path.is_file():
+        kept = [json.dumps(r) + "\n" for r in read_metrics(path) if step and r["step"] <= step]
+        write_atomic(path, "".join(kept).encode())
+
+
+def _cut_samples(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    later = next((m.start() for m in re.finditer(r"^=== step (\d+) ===$", text, re.M) if int(m[1]) > step), None)
+    write_atomic(path, text[: len(text) if later is None else later].encode())

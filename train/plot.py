@@ -1,0 +1,28 @@
+"""loss.png: training and validation bits per byte over steps."""
+
+from pathlib import Path
+
+from train.evaluate import bits_per_byte
+from train.metrics import read_metrics
+
+
+def plot_losses(metrics: Path, figure: Path, bytes_per_token: float, title: str) -> Path:
+    """Draws the curves of a metrics.jsonl and returns the figure's path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = read_metrics(metrics)
+    fig, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for kind, label, style in (("train", "training", "-"), ("eval", "validation", "o-")):
+        chosen = [r for r in records if r["kind"] == kind]
+        steps = [r["step"] for r in chosen]
+        values = [bits_per_byte(r["loss"], bytes_per_token) for r in chosen]
+        axes.plot(steps, values, style, label=label, linewidth=1, markersize=3)
+    axes.set(xlabel="step", ylabel="bits per byte", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    fig.savefig(figure, dpi=150)
+    plt.close(fig)
+    return figure

@@ -1,0 +1,58 @@
+"""Ending early without losing work: SIGTERM, SIGINT, or a launcher that has gone."""
+
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+import psutil
+
+
+class StopRequest:
+    """`requested()` turns true after SIGTERM or SIGINT, and when the `deepspeed` command that started this has died.
+
+    The deepspeed command does not forward SIGTERM: it dies and leaves its ranks running. They notice here. A
+    second SIGINT interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._previous: dict[int, Any] = {}
+        self._launcher = _launcher()
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def requested(self) -> bool:
+        """True once the run should finish its step, save and end."""
+        if self.signal is None and self._launcher is not None and _launcher() != self._launcher:
+            self.signal = "loss of the launcher"
+        return self.signal is not None
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if name == self.signal == "SIGINT":
+            raise KeyboardInterrupt
+        self.signal = name
+
+
+def _launcher() -> tuple[int, int] | None:
+    """(parent, grandparent) when they are DeepSpeed's per-node launcher and its command; else None."""
+    try:
+        parent = psutil.Process(os.getppid())
+        grandparent = psutil.Process(parent.ppid())
+        if "deepspeed.launcher.launch" not in parent.cmdline():
+            return None
+        if not any(os.path.basename(part).startswith("deepspeed") for part in grandparent.cmdline()[:2]):
+            return None
+    except psutil.Error:
+        return None
+    return parent.pid, grandparent.pid
