@@ -66,15 +66,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from serve import deployment
 
     ended = threading.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: ended.set())
     print(f"starting Ray and loading {config.checkpoint} ...", file=sys.stderr)
     try:
         url = deployment.start(config)
     except (ValueError, RuntimeError, ConnectionError) as error:
-        print(f"python -m serve: {error}", file=sys.stderr)
-        deployment.stop()
+        print(f"python -m serve: error: {error}", file=sys.stderr)
+        deployment.stop(config)
         return 1
+    # Not earlier: Ray installs handlers of its own when it starts, and a signal during the start simply ends it.
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: ended.set())
     print(f"serving {config.served_name!r} on {url}", flush=True)
     print(
         f"  curl {url}/v1/completions -H 'content-type: application/json' "
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("finishing running requests ...", file=sys.stderr)
     if not deployment.drain(config.drain_timeout_s):
         print(f"some requests did not end within drain_timeout_s={config.drain_timeout_s}", file=sys.stderr)
-    deployment.stop()
+    deployment.stop(config)
     return 0
 
 

@@ -6,6 +6,8 @@
 One deployment is ingress and engine in one, so a token makes one hop: from the replica to Ray's HTTP proxy.
 """
 
+import logging
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ class Server:
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
+        keep_on_loopback()
         self._engine = AsyncEngine(Engine(config))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -48,6 +51,20 @@ class Server:
     async def drain(self) -> bool:
         """Refuses new requests and waits for the running ones; False when some did not end in time."""
         return await self._engine.drain(self._config.drain_timeout_s)
+
+
+def keep_on_loopback() -> None:
+    """Keeps the replica's own gRPC server on loopback where the node is.
+
+    Ray 2.60 binds it to all interfaces, after the constructor. The token guards it, but who has no business with it
+    should not reach it; tests/integration/test_serve_ray.py lists the sockets.
+    """
+    if ray.util.get_node_ip_address() != "127.0.0.1":
+        return
+    from ray.serve._private import replica
+
+    add_port = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", "127.0.0.1"))
 
 
 def build(config: ServeConfig) -> serve.Application:
@@ -69,7 +86,9 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     values = {key: parse_value(key, value) for key, value in args.items()}
     for key in RUN_ONLY:
         if key in values:
-            raise ValueError(f"{key} is set by Ray's own options under `serve run`; leave it out, or use python -m serve")
+            raise ValueError(
+                f"{key} is set by Ray's own options under `serve run`; leave it out, or use python -m serve"
+            )
     if "checkpoint" in values:
         values["checkpoint"] = str(Path(values["checkpoint"]).resolve())
     return build(build_serve_config(values))
@@ -82,6 +101,8 @@ def start(config: ServeConfig) -> str:
     Raises ValueError for what the configuration got wrong, RuntimeError when the deployment does not come up.
     """
     application = build(config)
+    port = free_port(config.host, config.port)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if config.cluster is None:
         ray.init(
             num_cpus=config.num_cpus,
@@ -89,13 +110,24 @@ def start(config: ServeConfig) -> str:
             _node_ip_address="127.0.0.1",
             log_to_driver=False,
             logging_level="warning",
-            configure_logging=False,
         )
     else:
         ray.init(address=config.cluster, log_to_driver=False)
-    serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=config.host, port=config.port))
+    serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=config.host, port=port))
     serve.run(application, name=APP_NAME, route_prefix="/")
-    return f"http://{config.host}:{config.port}"
+    return f"http://{config.host}:{port}"
+
+
+def free_port(host: str, port: int) -> int:
+    """`port`, or a free one for 0. Raises ValueError when it is taken: Ray would only say so in a log file."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"cannot listen on {host}:{port} ({error.strerror}); choose another port") from None
+        found: int = probe.getsockname()[1]
+        return found
 
 
 def drain(timeout_s: float) -> bool:
@@ -107,7 +139,10 @@ def drain(timeout_s: float) -> bool:
         return False
 
 
-def stop() -> None:
-    """Ends the application and Ray's processes."""
-    serve.shutdown()
+def stop(config: ServeConfig) -> None:
+    """Ends the application, and Ray's processes where `start` started them; others' applications stay."""
+    if not ray.is_initialized():
+        return
+    if config.cluster is not None:
+        serve.delete(APP_NAME)
     ray.shutdown()

@@ -1,0 +1,261 @@
+"""The real server: `python -m serve` with Ray Serve, started once for all tests of this module."""
+
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from attnzoo.models import generate
+from serve.__main__ import main
+from tests.serving import export, small_model, tokenizer
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Ray's own deprecations
+    from serve.deployment import app, free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+class Running:
+    """A server process, its URL, and what it wrote."""
+
+    def __init__(self, directory: Path, *settings: str) -> None:
+        checkpoint = export(directory / "tiny" / "export", max_len=1024)
+        command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", "0", *settings]
+        # In a directory of its own: the token lands in its .cache.
+        self.directory = directory
+        self.process = subprocess.Popen(
+            command, cwd=directory, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        self.errors: list[str] = []
+        threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True).start()
+        line = self.process.stdout.readline()
+        found = re.search(r"serving 'tiny' on (http://127\.0\.0\.1:\d+)", line)
+        assert found, f"{line!r}, stderr: {''.join(self.errors)}"
+        self.url = found[1]
+        self.curl = self.process.stdout.readline()
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def family(self) -> list[psutil.Process]:
+        return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+
+    def metric(self, name: str) -> float:
+        text = httpx.get(f"{self.url}/metrics").text
+        return float(re.search(rf"^attnzoo_{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    running = Running(tmp_path_factory.mktemp("server"), "max_num_seqs=2", "max_queue=2")
+    yield running
+    if running.process.poll() is None:
+        running.process.kill()
+        running.process.wait(10)
+
+
+def expected(prompt: str, count: int) -> str:
+    tokens = [tokenizer().encode(prompt, bos=True)]
+    return tokenizer().decode(generate(small_model("rcmha", max_len=1024), tokens, max_new_tokens=count)[0])
+
+
+def test_two_streams_one_cancelled(server):
+    def complete(prompt: str) -> str:
+        stream = server.client.completions.create(
+            model="tiny", prompt=prompt, max_tokens=200, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        return "".join(chunk.choices[0].text for chunk in stream)
+
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(complete, "One")
+        cancelled = server.client.completions.create(
+            model="tiny", prompt="Two", max_tokens=900, stream=True, extra_body={"ignore_eos": True}
+        )
+        for _, _chunk in zip(range(3), cancelled, strict=False):
+            pass
+        cancelled.close()
+        assert whole.result(60) == expected("One", 200)
+    for _ in range(200):
+        if server.metric("num_requests_running") == 0:
+            break
+        time.sleep(0.02)
+    assert server.metric('request_success_total{finished_reason="abort"}') == 1
+    assert server.metric("generation_tokens_total") < 1000
+    assert server.metric("kv_bytes") == 0
+
+
+def test_answers_and_refusals_go_through_unchanged(server):
+    answer = server.client.completions.create(model="tiny", prompt="Hello", max_tokens=30, temperature=0)
+    assert answer.choices[0].text == expected("Hello", 30)
+    assert answer.usage.model_extra["attnzoo"]["kv_bytes"] > 0
+    assert [model.id for model in server.client.models.list()] == ["tiny"]
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    for method, path, status in [("GET", "/nowhere", 404), ("GET", "/v1/completions", 405)]:
+        response = httpx.request(method, server.url + path)
+        assert response.status_code == status
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    with pytest.raises(openai.BadRequestError, match="logit_bias"):
+        server.client.completions.create(model="tiny", prompt="a", logit_bias={"5": 1})
+
+
+def test_overload_is_refused_in_openai_shape(server):
+    def one(_: int) -> int:
+        try:
+            server.client.completions.create(model="tiny", prompt="Hi", max_tokens=300, extra_body={"ignore_eos": True})
+        except openai.RateLimitError as error:
+            assert error.response.headers["retry-after"] == "1"
+            return 429
+        return 200
+
+    with ThreadPoolExecutor(8) as pool:
+        codes = sorted(pool.map(one, range(8)))
+    assert codes[:4] == [200] * 4
+    assert codes[-1] == 429
+
+
+def test_only_loopback_listens_and_the_token_is_private(server):
+    addresses = {
+        connection.laddr.ip
+        for process in server.family()
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    token = server.directory / ".cache" / "ray_token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert len(token.read_text()) == 64
+
+
+def test_sigterm_finishes_what_runs_and_leaves_nothing(server):
+    """The last test: it ends the server."""
+    family = server.family()
+    assert len(family) > 3
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(
+            server.client.completions.create,
+            model="tiny", prompt="Hi", max_tokens=800, extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        while server.metric("num_requests_running") == 0:
+            assert not answer.done()
+        server.process.send_signal(signal.SIGTERM)
+        assert answer.result(60).usage.completion_tokens == 800
+    assert server.process.wait(60) == 0
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+    assert "Hi" not in "".join(server.errors)
+    assert "Traceback" not in "".join(server.errors)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "checkpoint is missing"),
+        (["--checkpoint", "nowhere"], "nowhere"),
+        (["--checkpoint", "x", "max_num_seq=4"], "did you mean 'max_num_seqs'"),
+        (["--checkpoint", "x", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--checkpoint", "x", "--port", "http"], "--port"),
+        (["--checkpoint", "x", "port=-5"], "port=-5"),
+        (["--checkpoint", "x", "verbose"], "is not key=value"),
+    ],
+    ids=str,
+)
+def test_usage_errors_exit_2(words, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
+
+
+def test_usage_errors_of_the_command():
+    command = [sys.executable, "-m", "serve", "--port", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "checkpoint is missing" in done.stderr
+
+
+def test_help_has_examples(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "curl" in capsys.readouterr().out
+
+
+def test_the_builder_is_strict(tmp_path):
+    application = app({"checkpoint": str(tmp_path), "max_num_seqs": "3"})
+    config = application._bound_deployment.init_args[0]
+    assert (config.max_num_seqs, config.checkpoint) == (3, str(tmp_path))
+    with pytest.raises(ValueError, match="did you mean 'max_num_seqs'"):
+        app({"checkpoint": "x", "max_num_seq": "3"})
+    with pytest.raises(ValueError, match="port is set by Ray's own options"):
+        app({"checkpoint": "x", "port": "3"})
+    with pytest.raises(ValueError, match="checkpoint is missing"):
+        app({})
+
+
+def test_a_taken_port_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"127.0.0.1:{port}"):
+            free_port("127.0.0.1", port)
+    assert free_port("127.0.0.1", 0) > 0
+
+
+@pytest.mark.slow
+def test_serve_run(tmp_path):
+    """Ray's own command line finds the application by its import path, from the repository's root."""
+    checkpoint = export(tmp_path / "tiny" / "export", max_len=1024)
+    port = free_port("127.0.0.1", 0)
+    config = tmp_path / "serve.yaml"
+    config.write_text(
+        f"""
+http_options: {{host: 127.0.0.1, port: {port}}}
+applications:
+- name: attnzoo
+  route_prefix: /
+  import_path: serve.deployment:app
+  args: {{checkpoint: {checkpoint}, max_num_seqs: 2}}
+"""
+    )
+    command = [str(Path(sys.executable).parent / "serve"), "run", str(config)]
+    process = subprocess.Popen(command, cwd=ROOT, env={**environment(), "HOME": str(tmp_path)})
+    family = []
+    try:
+        for _ in range(600):
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            except httpx.HTTPError:
+                pass
+            assert process.poll() is None
+            time.sleep(0.1)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        answer = client.completions.create(model="tiny", prompt="Hello", max_tokens=30, temperature=0)
+        assert answer.choices[0].text == expected("Hello", 30)
+        family = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
