@@ -28,7 +28,6 @@ RUN_ONLY = ("host", "port", "num_cpus", "cluster")
 """Settings of the process that starts Ray; `serve run` has its own ways to say them."""
 
 
-@serve.deployment(name="attnzoo", num_replicas=1)
 @serve.ingress()
 class Server:
     """One replica: an engine in a thread, and the HTTP application in front of it."""
@@ -76,9 +75,10 @@ def build(config: ServeConfig) -> serve.Application:
         "graceful_shutdown_timeout_s": config.drain_timeout_s,
         "graceful_shutdown_wait_loop_s": 0.1,
         "health_check_period_s": 5.0,
-        "ray_actor_options": {"num_cpus": 1},
+        # Ray hides GPUs from replicas that ask for none.
+        "ray_actor_options": {"num_cpus": 1, "num_gpus": int(config.device.startswith("cuda"))},
     }
-    return Server.options(**options).bind(config)
+    return serve.deployment(name="attnzoo", num_replicas=1, **options)(Server).bind(config)
 
 
 def app(args: Mapping[str, Any]) -> serve.Application:
@@ -109,7 +109,7 @@ def start(config: ServeConfig) -> str:
             include_dashboard=False,
             _node_ip_address="127.0.0.1",
             log_to_driver=False,
-            logging_level="warning",
+            logging_level=logging.WARNING,
         )
     else:
         ray.init(address=config.cluster, log_to_driver=False)

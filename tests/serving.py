@@ -5,11 +5,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from attnzoo.tokenizer import Tokenizer
-from train.tokenizer import train_tokenizer
 
 from attnzoo.checkpoint import save_model
 from attnzoo.models import DecoderConfig, DecoderLM
+from attnzoo.tokenizer import Tokenizer
+from train.tokenizer import train_tokenizer
 
 KINDS: dict[str, list] = {
     "mha": ["mha"],
