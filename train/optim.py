@@ -147,11 +147,7 @@ def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
 
 def _sharded_direction(update: Tensor, layout: ShardLayout, steps: int) -> Tensor:
     """`direction` for a flat piece: gather all pieces, work on whole matrices, keep this rank's piece."""
-    whole_WS = update.new_empty(layout.world, layout.numel)
-    if layout.world == 1:
-        whole_WS[0] = update
-    else:
-        dist.all_gather_into_tensor(whole_WS.view(-1), update.contiguous(), group=layout.group)
+    whole_WS = gather(update, layout.group, layout.world)
     result = torch.zeros_like(update)
     for slot in layout.slots:
         if layout.cut_each:
@@ -159,6 +155,15 @@ def _sharded_direction(update: Tensor, layout: ShardLayout, steps: int) -> Tenso
         else:
             _packed_matrix(whole_WS.view(-1), slot, layout, steps, result)
     return result
+
+
+def gather(piece: Tensor, group: Any, world: int) -> Tensor:
+    """The pieces of all ranks, one row each."""
+    if world == 1:
+        return piece[None]
+    pieces = [torch.empty_like(piece) for _ in range(world)]
+    dist.all_gather(pieces, piece, group=group)
+    return torch.stack(pieces)
 
 
 def _cut_matrix(whole_WS: Tensor, slot: MatrixSlot, rank: int, steps: int, result: Tensor) -> None:

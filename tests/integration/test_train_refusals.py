@@ -1,0 +1,77 @@
+"""What training refuses: exit status 2, one message by rank 0, and the way out."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.training import launch, write_tiny
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("refusals"))
+
+
+@pytest.fixture(scope="module")
+def started(tiny: Path) -> Path:
+    """A run on one rank that has a checkpoint."""
+    run = tiny.parent / "started"
+    launch(tiny, f"run_dir={run}", "train.steps=1", ranks=1)
+    return run
+
+
+def refusal(config: Path, *overrides: str, ranks: int = 1) -> str:
+    """The message on stderr."""
+    result = launch(config, *overrides, ranks=ranks, status=2)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("train: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+def test_only_rank_0_tells_an_unknown_key(tiny: Path) -> None:
+    found = refusal(tiny, "train.stepz=1", ranks=2)
+    assert found.startswith("train: command line: unknown key train.stepz; did you mean 'steps'?")
+
+
+def test_batches_that_do_not_divide(tiny: Path) -> None:
+    assert "train.batch_size=7 is not a multiple of train.micro_batch_size * ranks = 2 * 1 = 2" in refusal(
+        tiny, "train.batch_size=7"
+    )
+
+
+def test_another_number_of_ranks(tiny: Path, started: Path) -> None:
+    found = refusal(tiny, f"run_dir={started}", ranks=2)
+    assert "was written by 1 ranks and this run has 2" in found
+    assert "checkpoint.init_from=" in found
+
+
+def test_another_model_or_optimizer(tiny: Path, started: Path) -> None:
+    found = refusal(tiny, f"run_dir={started}", "model.mlp=gelu")
+    assert "written with model.mlp='swiglu' and this run has 'gelu'" in found
+
+
+def test_a_used_run_directory_with_resume_never(tiny: Path, started: Path) -> None:
+    found = refusal(tiny, f"run_dir={started}", "checkpoint.resume=never")
+    assert "set run_dir to a new directory" in found
+
+
+def test_a_corpus_that_is_not_there(tiny: Path) -> None:
+    assert "nowhere.txt" in refusal(tiny, "data.source=nowhere.txt", f"run_dir={tiny.parent / 'none'}")
+
+
+def test_wandb_that_is_not_installed(tiny: Path) -> None:
+    pytest.importorskip("torch")
+    assert "wandb is not installed" in refusal(tiny, "log.wandb=true")
+
+
+def test_dry_run_trains_nothing(tiny: Path) -> None:
+    run = tiny.parent / "dry"
+    text = launch(tiny, f"run_dir={run}", "--dry-run", ranks=1).stdout
+    assert "tokens per step: 128 = 8 sequences of 16, 1 ranks x 4 passes of 2" in text
+    assert "parameters: 22,504 in all" in text
+    assert not run.exists()
+
+
+def test_help_shows_examples(tiny: Path) -> None:
+    assert "train/main.py --config rcmha.yaml" in launch(tiny, "--help", ranks=1).stdout

@@ -1,0 +1,172 @@
+"""Whole runs under the `deepspeed` command on two ranks (`pytest -s` shows the losses that are compared)."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from attnzoo.checkpoint import load_model, load_tokenizer, read_metadata
+from attnzoo.models import generate
+from tests.training import launch, losses, write_tiny
+
+FREE = "train.gradient_clipping=1000"
+"""The stages add the squares of the gradient's norm in different orders, which a clipped step would show."""
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Configuration of a tiny run; its tokenizer and tokens are prepared once."""
+    return write_tiny(tmp_path_factory.mktemp("training"))
+
+
+Runner = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def trained(tiny: Path) -> Runner:
+    """Runs a training once for each set of options; returns its run directory."""
+    done: dict[tuple[object, ...], Path] = {}
+
+    def run(*overrides: str, ranks: int = 2) -> Path:
+        key = (*overrides, ranks)
+        if key not in done:
+            directory = tiny.parent / f"run{len(done)}"
+            launch(tiny, f"run_dir={directory}", *overrides, ranks=ranks)
+            done[key] = directory
+        return done[key]
+
+    return run
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "export" / "model.safetensors")
+
+
+def assert_same(left: Path, right: Path) -> None:
+    assert losses(left) == losses(right)
+    assert losses(left, "eval") == losses(right, "eval")
+    mine, theirs = weights(left), weights(right)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("pair", [(0, 1), (2, 3)])
+def test_zero_stages_agree_bit_for_bit(trained: Runner, pair: tuple[int, int]) -> None:
+    left, right = (trained(FREE, f"zero.stage={stage}") for stage in pair)
+    assert len(losses(left)) == 6
+    assert_same(left, right)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_autocast"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_combination_learns_and_resumes(trained: Runner, precision: str, optimizer: str, stage: int) -> None:
+    options = (f"precision={precision}", f"optim.name={optimizer}", f"zero.stage={stage}")
+    whole, split = trained(*options), trained(*options, "train.stop_at_step=3")
+    config = split / "config.yaml"
+    launch(config, "train.stop_at_step=null")
+    assert_same(whole, split)
+    assert losses(whole)[6] < losses(whole)[1] - 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_changes_nothing_much(trained: Runner, stage: int) -> None:
+    options = ("optim.name=adamw", f"zero.stage={stage}")
+    plain, offloaded = trained(*options), trained(*options, "zero.offload_optimizer=true")
+    assert losses(offloaded) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_bf16_stays_near_fp32(trained: Runner) -> None:
+    full, low = losses(trained(FREE, "zero.stage=1")), losses(trained(FREE, "zero.stage=1", "precision=bf16"))
+    assert low != full
+    # bfloat16 has 8 bits of mantissa: 0.4 % a rounding, on losses that fall by 15 %.
+    assert low == pytest.approx(full, rel=0.01)
+
+
+def test_accumulated_passes_equal_one_pass(trained: Runner) -> None:
+    two, one = trained(FREE, "zero.stage=1"), trained(FREE, "zero.stage=1", "train.micro_batch_size=4")
+    assert losses(one) == pytest.approx(losses(two), rel=1e-5)
+
+
+def test_one_rank_sees_the_same_batches(trained: Runner) -> None:
+    two, one = trained(FREE, "zero.stage=1"), trained(FREE, "zero.stage=1", ranks=1)
+    assert losses(one) == pytest.approx(losses(two), rel=1e-5)
+
+
+def test_activation_checkpointing_changes_no_bit(trained: Runner) -> None:
+    two = trained(FREE, "zero.stage=1", ranks=1)
+    assert_same(two, trained(FREE, "zero.stage=1", "train.activation_checkpointing=true", ranks=1))
+
+
+def test_resume_is_bit_exact(trained: Runner, tiny: Path) -> None:
+    whole = trained(FREE, "zero.stage=1")
+    split = tiny.parent / "split"
+    options = (FREE, "zero.stage=1", f"run_dir={split}")
+    launch(tiny, *options, "train.stop_at_step=3")
+    first = losses(split)
+    assert list(first) == [1, 2, 3]
+    launch(tiny, *options)
+    print("\nuninterrupted:", *losses(whole).values())
+    print("3 + 3 steps:  ", *losses(split).values())
+    assert_same(whole, split)
+    for rank in range(2):
+        name = f"checkpoints/step-00000006/random-{rank}.safetensors"
+        mine, theirs = load_file(split / name), load_file(whole / name)
+        assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    states = [json.loads((r / "checkpoints/step-00000006/state.json").read_text()) for r in (whole, split)]
+    assert states[0]["progress"]["data"] == states[1]["progress"]["data"]
+    assert len(set(losses(whole).values())) == 6
+
+
+def test_a_run_directory_holds_what_it_promises(trained: Runner) -> None:
+    run = trained(FREE, "zero.stage=1")
+    expected = {"config.yaml", "metrics.jsonl", "checkpoints", "export", "loss.png", "summary.json"}
+    assert expected <= {path.name for path in run.iterdir()}
+    row = json.loads((run / "summary.json").read_text())["rows"][0]
+    assert row["steps"] == 6
+    assert row["bits_per_byte"] < json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["bits_per_byte"]
+    assert not list(run.glob("export/*.pt"))
+    assert read_metadata(run / "export")["bits_per_byte"] == row["bits_per_byte"]
+    tokenizer = load_tokenizer(run / "export")
+    (tokens,) = generate(load_model(run / "export"), [tokenizer.encode("the cat", bos=True)], max_new_tokens=3)
+    assert len(tokens) == 3
+
+
+def test_init_from_starts_at_the_exports_loss(trained: Runner, tiny: Path) -> None:
+    source = trained(FREE, "zero.stage=1")
+    run = tiny.parent / "second"
+    launch(tiny, f"run_dir={run}", "train.steps=1", f"checkpoint.init_from={source / 'export'}", ranks=1)
+    assert losses(run, "eval")[0] == pytest.approx(losses(source, "eval")[6], rel=1e-6)
+    wrong = launch(
+        tiny,
+        f"run_dir={tiny.parent / 'third'}",
+        "model.mlp=gelu",
+        f"checkpoint.init_from={source / 'export'}",
+        ranks=1,
+        status=2,
+    )
+    assert "has model.mlp='swiglu' and this run has 'gelu'" in wrong.stderr
+
+
+def test_a_minute_budget_becomes_a_number_of_steps(tiny: Path) -> None:
+    run = tiny.parent / "minutes"
+    options = ("train.steps=null", "train.max_minutes=0.05", "schedule.warmup_steps=20", "eval.every=20")
+    launch(tiny, f"run_dir={run}", *options, "log.tensorboard=true", "sample.every=20", ranks=1)
+    states = sorted(run.glob("checkpoints/step-*/state.json"))
+    progress = json.loads(states[-1].read_text())["progress"]
+    assert progress["total_steps"] == progress["step"] == max(losses(run)) > 20
+    assert list(run.glob("tensorboard/events.*"))
+    assert (run / "samples.txt").read_text(encoding="utf-8").startswith("=== step 20 ===\n")
+
+
+def test_compile_runs(tiny: Path) -> None:
+    run = tiny.parent / "compiled"
+    launch(tiny, f"run_dir={run}", "train.compile=true", "train.steps=2", "zero.stage=0", ranks=1)
+    plain = tiny.parent / "eager"
+    launch(tiny, f"run_dir={plain}", "train.steps=2", "zero.stage=0", ranks=1)
+    assert losses(run) == pytest.approx(losses(plain), rel=1e-4)
