@@ -133,10 +133,8 @@ async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, bod
     events = []
     while size := int((await reader.readuntil(b"\r\n")).strip(), 16):
         chunk = await reader.readexactly(size + 2)
-        now = time.perf_counter()
-        if b"[DONE]" not in chunk[:20]:
-            last = now
-            first = first or now
+        last = time.perf_counter()
+        first = first or last
         events.append(chunk[:-2])
     await reader.readuntil(b"\r\n")
     choices = [json.loads(event[6:])["choices"][0] for event in b"".join(events).split(b"\n\n") if event[6:7] == b"{"]

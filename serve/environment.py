@@ -7,6 +7,8 @@ from pathlib import Path
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_ENABLE_HA_PROXY": "0",  # its proxy listens on all interfaces, whatever the host says
+    # The engine has a thread of its own and never blocks the event loop, so a second loop would only cost hops.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     # Where Ray expects no cluster it takes loopback for the node's address; elsewhere it looks up a public one.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }

@@ -81,9 +81,9 @@ def submit(engine: AsyncEngine, work: Work) -> Stream:
 class CompletionAnswer(Response):
     """Runs the request while it answers, so that it can listen for the client going away at the same time."""
 
-    def __init__(self, request: CompletionRequest, engine: AsyncEngine, work: Work) -> None:
+    def __init__(self, request: CompletionRequest, engine: AsyncEngine, work: Work, *, interval_s: float = 0.0) -> None:
         super().__init__()
-        self.request, self.engine = request, engine
+        self.request, self.engine, self.interval_s = request, engine, interval_s
         self.stream = submit(engine, work)
         self.prompt_tokens = sum(len(tokens) for tokens, _ in work[:: request.n or 1])
         self.index = {request_id: index for index, request_id in enumerate(self.stream.request_ids)}
@@ -149,17 +149,26 @@ class CompletionAnswer(Response):
         try:
             while news:
                 data = b"".join(self._event(delta) for delta in news)
+                if self.stream.finished:
+                    break
                 if data:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
+                    if self.interval_s:
+                        await asyncio.sleep(self.interval_s)
                 news = await self.stream.next()
+            else:
+                return  # the client is gone
         except EngineFailedError as error:
-            body = b"data: " + dump(_failure(error).body()) + b"\n\n"
-            await send({"type": "http.response.body", "body": body, "more_body": False})
+            data = b"data: " + dump(_failure(error).body()) + b"\n\n"
+            await send({"type": "http.response.body", "body": data, "more_body": False})
             return
-        end = b"data: [DONE]\n\n"
-        if self.request.stream_options is not None and self.request.stream_options.include_usage:
-            end = b"data: " + dump({**self.head, "choices": [], "usage": self._usage()}) + b"\n\n" + end
-        await send({"type": "http.response.body", "body": end, "more_body": False})
+        # The last text and the end in one message: every message is a hop through Ray's proxy.
+        await send({"type": "http.response.body", "body": data + self._end(), "more_body": False})
+
+    def _end(self) -> bytes:
+        if self.request.stream_options is None or not self.request.stream_options.include_usage:
+            return b"data: [DONE]\n\n"
+        return b"data: " + dump({**self.head, "choices": [], "usage": self._usage()}) + b"\n\ndata: [DONE]\n\n"
 
     def _event(self, delta: Delta) -> bytes:
         self.last[delta.request_id] = delta

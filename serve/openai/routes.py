@@ -94,7 +94,8 @@ def build_app(engine: AsyncEngine, config: ServeConfig) -> FastAPI:
     @app.post("/v1/completions", openapi_extra={"requestBody": body})
     async def completions(request: Request) -> Response:
         completion = parse_completion(await read_body(request, config.max_body_bytes))
-        return CompletionAnswer(completion, engine, await prepare(completion, engine, config))
+        work = await prepare(completion, engine, config)
+        return CompletionAnswer(completion, engine, work, interval_s=config.stream_interval_ms / 1000)
 
     return app
 
