@@ -128,6 +128,21 @@ def test_stream_and_whole_are_the_same(url, extra):
     assert len(whole["choices"]) == 2 * extra.get("n", 1)
 
 
+def test_an_interval_between_events_changes_no_text(url):
+    fields = {"temperature": 0, "max_tokens": 60, "ignore_eos": True, "logprobs": 0}
+    body = {"model": MODEL, "prompt": "Hello", "stream": True, "stream_options": {"include_usage": True}, **fields}
+    with running(stream_interval_ms=40.0) as (slow_url, _):
+        with httpx.stream("POST", f"{slow_url}/v1/completions", json=body) as response:
+            parts = [part for part in response.iter_raw() if part]
+    chunks = events(b"".join(parts).decode())
+    whole = post(url, **fields).json()
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1]) == whole["choices"][0]["text"]
+    assert sum(len(chunk["choices"][0]["logprobs"]["tokens"]) for chunk in chunks[:-1]) == 60
+    assert whole["choices"][0]["logprobs"]["top_logprobs"] is None
+    assert chunks[-1]["usage"]["completion_tokens"] == 60
+    assert len(parts) < 30
+
+
 def test_openai_client(client):
     whole = client.completions.create(model=MODEL, prompt="Hello", max_tokens=12, temperature=0, logprobs=1)
     assert whole.choices[0].logprobs.token_logprobs[0] <= 0

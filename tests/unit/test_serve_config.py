@@ -37,6 +37,7 @@ def test_the_served_name_is_the_run():
         ("port=70000", "port=70000"),
         ("step_timeout_s=0", "step_timeout_s"),
         ("drain_timeout_s=-1", "drain_timeout_s"),
+        ("stream_interval_ms=-1", "stream_interval_ms"),
         ("max_body_bytes=0", "max_body_bytes"),
         ("threads=0", "threads=0"),
         ("dtype=fp23", "fp23"),
