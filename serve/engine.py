@@ -122,6 +122,12 @@ class Engine:
         self._publish_load()
         return True
 
+    def render_metrics(self) -> bytes:
+        """The metrics as Prometheus reads them. Any thread may call it: bytes are summed here, not in every step."""
+        running = [request for request in list(self._requests.values()) if request.started]
+        self.metrics.kv_bytes(sum(self.runner.kv_bytes(request.context) for request in running))
+        return self.metrics.render()
+
     def generate(self, prompts: Sequence[str | Sequence[int]], params: SamplingParams) -> list[Completion]:
         """Completes all prompts (text or token ids) and waits for them; more than the queue holds is fine."""
         pending = [self.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
@@ -193,6 +199,4 @@ class Engine:
                 self._requests[chunk.request_id].started = now
 
     def _publish_load(self) -> None:
-        running = (self._requests[request_id] for request_id in self.scheduler.slots.ids)
-        kv_bytes = sum(self.runner.kv_bytes(request.context) for request in running)
-        self.metrics.load(self.scheduler.num_running, self.scheduler.num_waiting, kv_bytes)
+        self.metrics.load(self.scheduler.num_running, self.scheduler.num_waiting)

@@ -41,11 +41,14 @@ class Metrics:
         self._steps.inc()
         self._step_tokens.inc(tokens)
 
-    def load(self, running: int, waiting: int, kv_bytes: int) -> None:
-        """The gauges, whenever a request came or left."""
+    def load(self, running: int, waiting: int) -> None:
+        """After each step and each abort."""
         self._running.set(running)
         self._waiting.set(waiting)
-        self._kv_bytes.set(kv_bytes)
+
+    def kv_bytes(self, filled: int) -> None:
+        """Bytes of the state that running sequences fill, before `render`."""
+        self._kv_bytes.set(filled)
 
     def token(self, request: Request, now: float) -> None:
         """For each new token, at time `now`."""

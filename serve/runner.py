@@ -22,6 +22,8 @@ class Runner:
         self.pool: State = model.init_state(max_num_seqs, max_model_len)
         self.pool_bytes = self.pool.nbytes()
         self.kv_bytes = lru_cache(maxsize=4096)(self._kv_bytes)
+        # The pool's tensors stay where they are, so views of the same rows are made once.
+        self._views: dict[tuple[int, int], State] = {}
 
     def _kv_bytes(self, context: int) -> int:
         """Bytes of the state that a sequence of `context` tokens fills, without what is only reserved."""
@@ -53,7 +55,10 @@ class Runner:
 
     def _extend(self, tokens_BT: Tensor, first_slot: int, counts_B: Tensor | None) -> Tensor:
         rows = slice(first_slot, first_slot + len(tokens_BT))
-        hidden_BTD, state = self.model.extend_hidden(tokens_BT, self.pool.rows(rows), counts_B)  # type: ignore[arg-type]
+        key = (rows.start, rows.stop)
+        if key not in self._views:
+            self._views[key] = self.pool.rows(rows)
+        hidden_BTD, state = self.model.extend_hidden(tokens_BT, self._views[key], counts_B)  # type: ignore[arg-type]
         self.pool.store(rows, state)
         return hidden_BTD
 

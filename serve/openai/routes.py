@@ -136,7 +136,7 @@ def _add_information(app: FastAPI, engine: AsyncEngine, config: ServeConfig) -> 
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(engine.engine.metrics.render(), media_type=CONTENT_TYPE)
+        return Response(engine.engine.render_metrics(), media_type=CONTENT_TYPE)
 
     @app.get("/v1/models")
     async def models() -> Response:

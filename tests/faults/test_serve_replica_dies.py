@@ -15,16 +15,15 @@ def test_a_killed_replica_is_replaced(tmp_path):
     try:
         replica = next(process for process in server.family() if "ServeReplica" in " ".join(process.cmdline()))
         body = {"model": "tiny", "prompt": "Hi", "max_tokens": 1000, "stream": True, "ignore_eos": True}
-        text = ""
-        with (
-            pytest.raises(httpx.HTTPError),
-            httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response,
-        ):
-            for part in response.iter_text():
-                text += part
-                psutil.Process(replica.pid).kill()
+        text: list[str] = []
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response:
+            parts = response.iter_text()
+            text.append(next(parts))
+            psutil.Process(replica.pid).kill()
+            with pytest.raises(httpx.HTTPError):
+                text.extend(parts)
         assert text
-        assert "[DONE]" not in text
+        assert "[DONE]" not in "".join(text)
         deadline = time.perf_counter() + 60
         while time.perf_counter() < deadline:
             try:

@@ -131,9 +131,11 @@ def test_stream_and_whole_are_the_same(url, extra):
 def test_an_interval_between_events_changes_no_text(url):
     fields = {"temperature": 0, "max_tokens": 60, "ignore_eos": True, "logprobs": 0}
     body = {"model": MODEL, "prompt": "Hello", "stream": True, "stream_options": {"include_usage": True}, **fields}
-    with running(stream_interval_ms=40.0) as (slow_url, _):
-        with httpx.stream("POST", f"{slow_url}/v1/completions", json=body) as response:
-            parts = [part for part in response.iter_raw() if part]
+    with (
+        running(stream_interval_ms=40.0) as (slow_url, _),
+        httpx.stream("POST", f"{slow_url}/v1/completions", json=body) as response,
+    ):
+        parts = [part for part in response.iter_raw() if part]
     chunks = events(b"".join(parts).decode())
     whole = post(url, **fields).json()
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1]) == whole["choices"][0]["text"]
