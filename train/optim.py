@@ -109,6 +109,8 @@ class MatrixAdamW(torch.optim.AdamW):
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
+            state["step"] = torch.tensor(0.0)  # torch's AdamW expects one in every state it loads
+        state["step"] += 1
         buffer, gradient = state["momentum_buffer"], parameter.grad
         assert gradient is not None
         buffer.lerp_(gradient, 1 - group["momentum"])
