@@ -11,7 +11,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 
-WORDS = "the cat sat on a mat while every small dog ran round green trees and sang".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "every",
+    "small",
+    "dog",
+    "ran",
+    "round",
+    "green",
+    "trees",
+    "and",
+    "sang",
+]
 
 TINY = """\
 base: {base}

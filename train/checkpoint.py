@@ -54,7 +54,7 @@ def identity(config: Config, model: dict[str, Any], tokenizer_hash: str, world: 
         "train.batch_size": config.train.batch_size,
         "ranks": world,
     }
-    return json.loads(json.dumps(keys))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(keys))
 
 
 class Checkpoints:
@@ -122,7 +122,7 @@ class Checkpoints:
                     f"{path} was written with {key}={saved.get(key)!r} and this run has {self.settings.get(key)!r}; "
                     f"set it back, or choose another run_dir"
                 )
-        return content  # type: ignore[no-any-return]
+        return content
 
     def clean(self) -> None:
         """Deletes what interrupted writes left (rank 0)."""

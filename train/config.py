@@ -299,14 +299,32 @@ CHOICES = {
     "schedule.kind": ("cosine", "wsd", "constant"),
     "zero.stage": (0, 1, 2, 3),
 }
-AT_LEAST_ONE = (
-    "train.steps train.stop_at_step train.batch_size train.micro_batch_size train.threads eval.every eval.batch_size "
-    "eval.max_blocks sample.every sample.max_new_tokens log.every checkpoint.every checkpoint.keep "
-    "optim.newton_schulz_steps"
-).split()
-POSITIVE = "train.max_minutes optim.lr optim.muon_lr optim.eps log.peak_flops".split()
-NOT_NEGATIVE = "optim.weight_decay schedule.warmup_steps train.gradient_clipping sample.temperature".split()
-FRACTIONS = "schedule.decay_fraction schedule.final_fraction optim.beta1 optim.beta2 optim.momentum sample.top_p".split()
+AT_LEAST_ONE = [
+    "train.steps",
+    "train.stop_at_step",
+    "train.batch_size",
+    "train.micro_batch_size",
+    "train.threads",
+    "eval.every",
+    "eval.batch_size",
+    "eval.max_blocks",
+    "sample.every",
+    "sample.max_new_tokens",
+    "log.every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "optim.newton_schulz_steps",
+]
+POSITIVE = ["train.max_minutes", "optim.lr", "optim.muon_lr", "optim.eps", "log.peak_flops"]
+NOT_NEGATIVE = ["optim.weight_decay", "schedule.warmup_steps", "train.gradient_clipping", "sample.temperature"]
+FRACTIONS = [
+    "schedule.decay_fraction",
+    "schedule.final_fraction",
+    "optim.beta1",
+    "optim.beta2",
+    "optim.momentum",
+    "sample.top_p",
+]
 
 
 def _problems(config: Config) -> Iterator[tuple[str, str]]:
@@ -336,7 +354,10 @@ def _problems(config: Config) -> Iterator[tuple[str, str]]:
     if config.zero.offload_optimizer and config.zero.stage == 0:
         yield "zero.offload_optimizer", "zero.offload_optimizer needs zero.stage of 1, 2 or 3, not 0"
     if config.train.compile and config.zero.stage == 3:
-        yield "train.compile", "train.compile does not work with zero.stage=3, whose hooks break the graph; use 0, 1 or 2"
+        yield (
+            "train.compile",
+            "train.compile does not work with zero.stage=3, whose hooks break the graph; use 0, 1 or 2",
+        )
     warmup = config.schedule.warmup_steps
     if config.train.max_minutes is not None and warmup < MEASURED_STEPS:
         yield (

@@ -105,9 +105,7 @@ class LossModule(nn.Module):
         self.autocast = autocast
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        with (
-            torch.autocast(self.autocast.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
-        ):
+        with torch.autocast(self.autocast.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
             return self.model.loss(tokens_BT, targets_BT)
 
 
@@ -170,7 +168,7 @@ class Engine:
             return list(values)
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(totals)
-        return totals.tolist()  # type: ignore[no-any-return]
+        return totals.tolist()
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""

@@ -3,6 +3,7 @@
 import statistics
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from tqdm import tqdm
 
@@ -87,9 +88,7 @@ def take_step(run: Run, stop: StopRequest) -> Step:
     """Forward and backward over this rank's part of the global batch, and one update."""
     engine, config, progress = run.engine, run.config, run.progress
     begin = time.perf_counter()
-    tokens_BT, targets_BT = run.data.train.next(
-        config.train.batch_size // engine.world, engine.rank, engine.world
-    )
+    tokens_BT, targets_BT = run.data.train.next(config.train.batch_size // engine.world, engine.rank, engine.world)
     size = config.train.micro_batch_size
     losses = [
         engine.forward_backward(tokens_BT[i : i + size], targets_BT[i : i + size])
@@ -148,7 +147,7 @@ def write_samples(run: Run) -> None:
         run.metrics.write_samples(run.progress.step, texts)
 
 
-def report(run: Run, step: Step, bar: "tqdm[None]") -> None:
+def report(run: Run, step: Step, bar: Any) -> None:
     """The step's numbers into the metrics and the progress bar."""
     if run.metrics is None:
         return
@@ -187,7 +186,7 @@ def _due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def _bar(run: Run) -> "tqdm[None]":
+def _bar(run: Run) -> Any:
     return tqdm(
         initial=run.progress.step,
         total=run.progress.total_steps,

@@ -13,7 +13,6 @@ import argparse
 import os
 import random
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +164,9 @@ def _summarize(run: Run, reason: str | None) -> None:
             "steps": progress.step,
             "complete": reason is None,
             "minutes": progress.seconds / 60,
-            "validation_loss": run.validation,
-            "bits_per_byte": bits_per_byte(run.validation, run.data.bytes_per_token),
+            # Unknown after a stop: the run has not been evaluated at its last step.
+            "validation_loss": run.validation if reason is None else None,
+            "bits_per_byte": bits_per_byte(run.validation, run.data.bytes_per_token) if reason is None else None,
             "tokens_per_second": run.tokens_per_step / seconds[len(seconds) // 2] if seconds else 0.0,
             "ranks": run.engine.world,
             "parameters": run.parameters,

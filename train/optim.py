@@ -68,9 +68,7 @@ def param_groups(model: DecoderLM, config: OptimConfig) -> list[dict[str, Any]]:
 
 def build_optimizer(model: DecoderLM, config: OptimConfig) -> "MatrixAdamW":
     """The optimizer of a run."""
-    return MatrixAdamW(
-        param_groups(model, config), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps
-    )
+    return MatrixAdamW(param_groups(model, config), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
 
 def set_rate(optimizer: Any, factor: float) -> None:

@@ -17,12 +17,13 @@ def describe(config: Config, vocab_size: int, world: int) -> str:
     with torch.device("meta"):
         model = DecoderLM(config.model_config(vocab_size))
     tokens = config.train.batch_size * config.sequence_length
+    total, inner = model.num_parameters(), model.num_parameters(embeddings=False)
     rows = [memory_row(config, model, stage, world) for stage in range(4)]
     return "\n".join(
         [
             config.to_yaml().rstrip(),
             "",
-            f"parameters: {model.num_parameters():,} in all, {model.num_parameters(embeddings=False):,} without embeddings",
+            f"parameters: {total:,} in all, {inner:,} without embeddings",
             f"tokens per step: {tokens:,} = {config.train.batch_size} sequences of {config.sequence_length}, "
             f"{world} ranks x {accumulation} passes of {config.train.micro_batch_size}",
             f"MiB a rank, estimated (chosen: zero.stage={config.zero.stage}):",

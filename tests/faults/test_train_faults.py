@@ -92,7 +92,7 @@ def test_kill_in_the_middle_of_a_checkpoint_leaves_the_previous_one(tiny: Path) 
     run, whole = tiny.parent / "killed", tiny.parent / "whole"
     options = ("checkpoint.every=2", "checkpoint.keep=2")
     killed = subprocess.run(
-        command(tiny, f"run_dir={run}", *options),
+        command(tiny, f"run_dir={run}", *options, ranks=1),
         env=environment(ATTNZOO_FAULT="checkpoint_write:4"),
         capture_output=True,
         timeout=200,
@@ -105,8 +105,8 @@ def test_kill_in_the_middle_of_a_checkpoint_leaves_the_previous_one(tiny: Path) 
     assert not (checkpoints / "step-00000004").exists()
     assert max(losses(run)) == 4
 
-    launch(tiny, f"run_dir={run}", *options)
-    launch(tiny, f"run_dir={whole}", *options)
+    launch(tiny, f"run_dir={run}", *options, ranks=1)
+    launch(tiny, f"run_dir={whole}", *options, ranks=1)
     assert losses(run) == losses(whole)
     assert not (checkpoints / ".step-00000004.tmp").exists()
     assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-00000004", "step-00000006"]

@@ -1,0 +1,139 @@
+"""Training throughput of the DeepSpeed engine against a bare PyTorch loop: same model, batches and optimizer.
+
+    OMP_NUM_THREADS=1 python scripts/bench_train.py
+    OMP_NUM_THREADS=1 python scripts/bench_train.py --json docs/results/train.json
+    OMP_NUM_THREADS=1 python scripts/bench_train.py --quick
+
+One rank, ZeRO 0, one process; the two loops take turns, and medians over the turns are compared.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from attnzoo.models import DecoderLM
+from attnzoo.report import Claim, Report
+from train.config import Config, load_config
+from train.engine import Engine, finish, start
+from train.optim import build_optimizer, set_rate
+
+BUSY = 0.75
+"""Load average above which numbers are not worth taking."""
+VOCABULARY = 2048
+
+Batch = tuple[Tensor, Tensor]
+StepFunction = Callable[[Batch], float]
+
+
+def build(config: Config) -> DecoderLM:
+    """The same weights for both loops."""
+    torch.manual_seed(config.seed)
+    return DecoderLM(config.model_config(VOCABULARY))
+
+
+def bare_step(config: Config) -> StepFunction:
+    """The loop one would write without a framework."""
+    model = build(config)
+    optimizer = build_optimizer(model, config.optim)
+    set_rate(optimizer, 1.0)
+
+    def step(batch: Batch) -> float:
+        optimizer.zero_grad()
+        loss = model.loss(*batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.train.gradient_clipping)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def engine_step(config: Config, device: torch.device) -> StepFunction:
+    """The engine that train/main.py uses."""
+    engine = Engine(config, build(config), device)
+
+    def step(batch: Batch) -> float:
+        loss = engine.forward_backward(*batch)
+        engine.step(1.0)
+        return loss.item()
+
+    return step
+
+
+def measure(steps: dict[str, StepFunction], batches: list[Batch], turns: int) -> dict[str, list[float]]:
+    """Seconds a step, by loop and turn; the loops take turns in alternating order. Raises when losses part."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(turns + 1):
+        names = list(steps) if turn % 2 else list(reversed(steps))
+        losses = {}
+        for name in names:
+            begin = time.perf_counter()
+            losses[name] = [steps[name](batch) for batch in batches]
+            if turn > 0:  # the first turn warms up
+                seconds[name].append((time.perf_counter() - begin) / len(batches))
+        first, second = losses.values()
+        if not torch.allclose(torch.tensor(first), torch.tensor(second), rtol=1e-3):
+            raise RuntimeError(f"the loops do not train the same model: {first} against {second}")
+    return seconds
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints a table; exit status 1 when the claim does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="rcmha.yaml", help="a name in configs/, or a path")
+    parser.add_argument("--turns", type=int, default=9, help="turns of each loop")
+    parser.add_argument("--json", type=Path, help="write the report here")
+    parser.add_argument("--quick", action="store_true", help="small sizes; says nothing about speed")
+    options = parser.parse_args(arguments)
+    size = ["train.batch_size=8", "train.micro_batch_size=8", "zero.stage=0", "train.threads=1"]
+    if options.quick:
+        size = [
+            "train.batch_size=2",
+            "train.micro_batch_size=2",
+            "zero.stage=0",
+            "train.threads=1",
+            "model.num_layers=1",
+        ]
+    config = load_config(options.config, size)
+    report = Report.start(seed=config.seed, quick=options.quick)
+    if report.load_before > BUSY:
+        print(f"load average {report.load_before} is above {BUSY}: others use this machine", file=sys.stderr)
+    device = start(config, 0)
+    generator = torch.Generator().manual_seed(config.seed)
+    shape = (config.train.batch_size, config.sequence_length + 1)
+    blocks = [torch.randint(0, VOCABULARY, shape, generator=generator) for _ in range(3)]
+    batches = [(block[:, :-1], block[:, 1:]) for block in blocks]
+    steps = {"bare PyTorch": bare_step(config), "attnzoo engine": engine_step(config, device)}
+    seconds = measure(steps, batches, 2 if options.quick else options.turns)
+    finish()
+    tokens = config.train.batch_size * config.sequence_length
+    for name, values in seconds.items():
+        report.rows.append(
+            {
+                "loop": name,
+                "step_ms": statistics.median(values) * 1e3,
+                "fastest_ms": min(values) * 1e3,
+                "slowest_ms": max(values) * 1e3,
+                "tokens_per_second": tokens / statistics.median(values),
+            }
+        )
+    bare, mine = seconds.values()
+    # Neighbouring turns see the same load, so the median of their ratios is steadier than the ratio of medians.
+    ratio = statistics.median(b / m for b, m in zip(bare, mine, strict=True))
+    report.claims.append(Claim(name="throughput over bare PyTorch", expected=0.95, measured=ratio, kind="at_least"))
+    report.print_table()
+    if options.json:
+        report.write(options.json)
+    return report.exit_status()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
