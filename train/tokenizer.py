@@ -8,8 +8,8 @@ The same corpus and settings give the same file, byte for byte.
 
 import argparse
 import hashlib
+import io
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -72,36 +72,36 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, path: Path) -> Path:
     text = [piece[start : start + LONGEST_LINE] for piece in pieces for start in range(0, len(piece), LONGEST_LINE)]
     if not text:
         raise ValueError("the corpus holds no text to train a tokenizer on; check data.source")
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            SentencePieceTrainer.train(
-                sentence_iterator=iter(text),
-                model_prefix=f"{folder}/tokenizer",
-                model_type="bpe",
-                vocab_size=vocab_size,
-                byte_fallback=True,
-                character_coverage=0.9995,
-                normalization_rule_name="identity",
-                add_dummy_prefix=False,
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True,
-                user_defined_symbols=["\n"],
-                max_sentence_length=4 * LONGEST_LINE,
-                pad_id=Tokenizer.pad_id,
-                bos_id=Tokenizer.bos_id,
-                eos_id=Tokenizer.eos_id,
-                unk_id=Tokenizer.unk_id,
-                pad_piece="<pad>",
-                num_threads=1,
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            size = sum(len(line.encode()) for line in text)
-            raise ValueError(
-                f"tokenizer.vocab_size={vocab_size} is too large for {size:,} bytes of text; lower it or give more "
-                f"text ({error})"
-            ) from None
-        write_atomic(Path(path), Path(f"{folder}/tokenizer.model").read_bytes())
+    # Not to a file of sentencepiece's own: it would write the file's path into the model.
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(text),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=["\n"],
+            max_sentence_length=4 * LONGEST_LINE,
+            pad_id=Tokenizer.pad_id,
+            bos_id=Tokenizer.bos_id,
+            eos_id=Tokenizer.eos_id,
+            unk_id=Tokenizer.unk_id,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        size = sum(len(line.encode()) for line in text)
+        raise ValueError(
+            f"tokenizer.vocab_size={vocab_size} does not suit {size:,} bytes of text: too few pieces for its characters, "
+            f"or more than it has to offer ({error})"
+        ) from None
+    write_atomic(Path(path), model.getvalue())
     return Path(path)
 
 
