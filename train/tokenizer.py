@@ -98,8 +98,8 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, path: Path) -> Path:
     except RuntimeError as error:
         size = sum(len(line.encode()) for line in text)
         raise ValueError(
-            f"tokenizer.vocab_size={vocab_size} does not suit {size:,} bytes of text: too few pieces for its characters, "
-            f"or more than it has to offer ({error})"
+            f"tokenizer.vocab_size={vocab_size} does not suit {size:,} bytes of text: too few pieces for "
+            f"its characters, or more than it has to offer ({error})"
         ) from None
     write_atomic(Path(path), model.getvalue())
     return Path(path)
