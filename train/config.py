@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from attnzoo.errors import suggest
 from attnzoo.models import DecoderConfig
 from attnzoo.types import build_config
+from train.limits import problems
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIGS = PROJECT / "configs"
@@ -184,7 +185,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         _check_keys(layer)
         merged = _merge(merged, layer)
     config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    for key, problem in _problems(config):
+    for key, problem in problems(config):
         raise ConfigError(f"{_place(places, key)}: {problem}")
     _check_sections(config, places)
     return config
@@ -260,9 +261,8 @@ def _check_keys(layer: Layer) -> None:
         if values is None:
             continue
         if not isinstance(values, Mapping):
-            raise ConfigError(
-                f"{_place(layer.places, prefix)}: {prefix}={values!r} must be a section with the keys {', '.join(known)}"
-            )
+            place, keys = _place(layer.places, prefix), ", ".join(known)
+            raise ConfigError(f"{place}: {prefix}={values!r} must be a section with the keys {keys}")
         for key in values:
             if known and key not in known:
                 name = f"{prefix}.{key}" if prefix else str(key)
@@ -292,83 +292,6 @@ def _merge(config: Any, layer: Layer) -> Any:
 
 
 _LEAVES = frozenset(f.name for f in fields(Config) if not is_dataclass(f.type) and f.name not in FREE_SECTIONS)
-
-CHOICES = {
-    "precision": ("fp32", "bf16", "bf16_autocast"),
-    "optim.name": ("adamw", "muon"),
-    "schedule.kind": ("cosine", "wsd", "constant"),
-    "zero.stage": (0, 1, 2, 3),
-}
-AT_LEAST_ONE = [
-    "train.steps",
-    "train.stop_at_step",
-    "train.batch_size",
-    "train.micro_batch_size",
-    "train.threads",
-    "eval.every",
-    "eval.batch_size",
-    "eval.max_blocks",
-    "sample.every",
-    "sample.max_new_tokens",
-    "log.every",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "optim.newton_schulz_steps",
-]
-POSITIVE = ["train.max_minutes", "optim.lr", "optim.muon_lr", "optim.eps", "log.peak_flops"]
-NOT_NEGATIVE = ["optim.weight_decay", "schedule.warmup_steps", "train.gradient_clipping", "sample.temperature"]
-FRACTIONS = [
-    "schedule.decay_fraction",
-    "schedule.final_fraction",
-    "optim.beta1",
-    "optim.beta2",
-    "optim.momentum",
-    "sample.top_p",
-]
-
-
-def _problems(config: Config) -> Iterator[tuple[str, str]]:
-    """(key, message) for every value out of range."""
-
-    def get(key: str) -> Any:
-        value: Any = config
-        for part in key.split("."):
-            value = getattr(value, part)
-        return value
-
-    for key, known in CHOICES.items():
-        if get(key) not in known:
-            yield key, f"unknown {key} {get(key)!r}{suggest(str(get(key)), map(str, known))}"
-    bounds = ((AT_LEAST_ONE, 1, "at least 1"), (NOT_NEGATIVE, 0, "at least 0"))
-    for keys, least, words in bounds:
-        yield from ((k, f"{k}={get(k)} must be {words}") for k in keys if get(k) is not None and get(k) < least)
-    yield from ((k, f"{k}={get(k)} must be positive") for k in POSITIVE if get(k) is not None and get(k) <= 0)
-    yield from ((k, f"{k}={get(k)} must lie in [0, 1]") for k in FRACTIONS if not 0 <= get(k) <= 1)
-    if config.train.steps is None and config.train.max_minutes is None:
-        yield "train", "train.steps and train.max_minutes are both unset: give one, for example train.steps=1000"
-    if config.optim.name == "muon" and config.zero.offload_optimizer:
-        yield (
-            "zero.offload_optimizer",
-            "optim.name=muon needs its matrices on the device; set zero.offload_optimizer=false or optim.name=adamw",
-        )
-    if config.zero.offload_optimizer and config.zero.stage == 0:
-        yield "zero.offload_optimizer", "zero.offload_optimizer needs zero.stage of 1, 2 or 3, not 0"
-    if config.train.compile and config.zero.stage == 3:
-        yield (
-            "train.compile",
-            "train.compile does not work with zero.stage=3, whose hooks break the graph; use 0, 1 or 2",
-        )
-    warmup = config.schedule.warmup_steps
-    if config.train.max_minutes is not None and warmup < MEASURED_STEPS:
-        yield (
-            "schedule.warmup_steps",
-            f"schedule.warmup_steps={warmup}: train.max_minutes measures the first {MEASURED_STEPS} steps before the "
-            f"schedule is fixed, so the warmup must last at least as long",
-        )
-
-
-MEASURED_STEPS = 20
-"""Steps after which `train.max_minutes` is turned into a number of steps."""
 
 
 def _check_sections(config: Config, places: dict[str, str]) -> None:

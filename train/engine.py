@@ -181,7 +181,7 @@ class Engine:
     # --- weights and checkpoints --------------------------------------------------------------------------------
 
     def full_state(self) -> dict[str, Tensor] | None:
-        """All weights in float32 on the CPU (master weights where the precision is lower), on rank 0; None elsewhere."""
+        """All weights in float32 on the CPU (masters where the precision is lower), on rank 0; None elsewhere."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         found: dict[str, Tensor] = {}

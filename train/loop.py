@@ -9,10 +9,11 @@ from tqdm import tqdm
 
 from attnzoo.tokenizer import Tokenizer
 from train.checkpoint import Checkpoints, Progress
-from train.config import MEASURED_STEPS, Config
+from train.config import Config
 from train.data import TokenData
 from train.engine import Engine
 from train.evaluate import bits_per_byte, samples, validation_loss
+from train.limits import MEASURED_STEPS
 from train.metrics import Metrics, peak_flops, peak_memory_mib
 from train.schedule import rate
 from train.stop import StopRequest
