@@ -101,9 +101,9 @@ def launch(
     return result
 
 
-def losses(run: Path, kind: str = "train") -> dict[int, float]:
+def losses(run: Path, kind: str = "train", field: str = "loss") -> dict[int, float]:
     """Losses by step, to the last bit."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     chosen = [r for r in records if r["kind"] == kind]
     assert len({r["step"] for r in chosen}) == len(chosen), "a step was recorded twice"
-    return {r["step"]: r["loss"] for r in chosen}
+    return {r["step"]: r[field] for r in chosen}

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ def _deepspeed() -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # torch 2.13 renames the collective that DeepSpeed 0.19 gathers weights with; nothing a user could do about it.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     return deepspeed
 
 
@@ -85,7 +88,8 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.batch_size // per_pass,
-        "gradient_clipping": train.gradient_clipping,
+        # Without ZeRO DeepSpeed clips float32 gradients but does not tell their norm: `Engine.step` does both.
+        "gradient_clipping": 0.0 if _clips_itself(config) else train.gradient_clipping,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         # The optimizer is torch's: DeepSpeed's CPU Adam would need a compiler on every machine.
@@ -94,6 +98,10 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+
+
+def _clips_itself(config: Config) -> bool:
+    return config.zero.stage == 0 and config.precision != "bf16"
 
 
 class LossModule(nn.Module):
@@ -115,6 +123,7 @@ class Engine:
     def __init__(self, config: Config, model: DecoderLM, device: torch.device) -> None:
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
         self.stage = config.zero.stage
+        self._clipping = config.train.gradient_clipping if _clips_itself(config) else None
         settings = deepspeed_config(config, self.world)
         self.accumulation: int = settings["gradient_accumulation_steps"]
         self.model = model.to(device)
@@ -146,9 +155,16 @@ class Engine:
     def step(self, factor: float) -> float:
         """The update, at `factor` times the peak learning rates; returns the norm of the gradient before clipping."""
         set_rate(self.optimizer, factor)
+        if self._clipping is None:
+            self._engine.step()
+            return float(self._engine.get_global_grad_norm())
+        # `backward` has summed the gradients over the ranks.
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self._clipping:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clipping, norm)
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return float(norm)
 
     @torch.no_grad()
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:

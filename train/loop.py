@@ -37,6 +37,7 @@ class Run:
     flops_per_step: int
     validation: float = float("nan")
     validation_step: int = -1
+    saved_step: int = -1
     step_seconds: list[float] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
@@ -81,7 +82,8 @@ def train(run: Run) -> str | None:
                 save(run)
         if reason is None and run.validation_step != progress.step:
             evaluate(run)
-        save(run)
+        if run.saved_step != progress.step:
+            save(run)
     return reason
 
 
@@ -176,6 +178,7 @@ def save(run: Run) -> None:
     """A checkpoint of this moment."""
     run.progress.seconds, run.started = _elapsed(run), time.monotonic()
     run.checkpoints.save(run.engine, run.progress)
+    run.saved_step = run.progress.step
 
 
 def _elapsed(run: Run) -> float:

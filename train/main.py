@@ -77,12 +77,13 @@ def run_training(config: Config, local_rank: int) -> None:
     engine = Engine(config, model, device)
     settings = identity(config, model.config.to_dict(), file_hash(tokenizer_path), engine.world)
     checkpoints = Checkpoints(config.run_path / "checkpoints", config.checkpoint.keep, settings)
-    progress = _resume(config, engine, checkpoints, data)
+    progress, resumed = _resume(config, engine, checkpoints, data)
     metrics = None
     if engine.rank == 0:
         metrics = Metrics(config, progress.step)
         write_atomic(config.run_path / "config.yaml", config.to_yaml().encode())
     run = Run(config, engine, data, tokenizer, checkpoints, progress, metrics, parameters, flops)
+    run.saved_step = progress.step if resumed else -1
     reason = train(run)
     if metrics is not None:
         metrics.close()
@@ -129,21 +130,22 @@ def _build_model(config: Config, tokenizer: Tokenizer, tokenizer_path: Path) -> 
     return model
 
 
-def _resume(config: Config, engine: Engine, checkpoints: Checkpoints, data: TokenData) -> Progress:
+def _resume(config: Config, engine: Engine, checkpoints: Checkpoints, data: TokenData) -> tuple[Progress, bool]:
+    """Where the run stands, and whether that came from a checkpoint."""
     path = find_resume(checkpoints, config.checkpoint.resume)
     if engine.rank == 0:
         checkpoints.clean()
     if path is None:
         _seed(config.seed + 1 + engine.rank)
         total = config.train.steps if config.train.max_minutes is None else None
-        return Progress(total_steps=total)
+        return Progress(total_steps=total), False
     progress = checkpoints.load(engine, path)
     data.train.load(progress.data)
     if config.train.max_minutes is None:
         progress.total_steps = config.train.steps
     if engine.rank == 0:
         tqdm.write(f"resuming from {path} at step {progress.step}", file=sys.stderr)
-    return progress
+    return progress, True
 
 
 def _seed(seed: int) -> None:

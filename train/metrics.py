@@ -48,7 +48,7 @@ class Metrics:
         run = config.run_path
         run.mkdir(parents=True, exist_ok=True)
         self.path, self.samples_path = run / "metrics.jsonl", run / "samples.txt"
-        _cut_records(self.path, step)
+        self._written = _cut_records(self.path, step)
         _cut_samples(self.samples_path, step)
         self._file: TextIO = self.path.open("a", encoding="utf-8")
         self._board: Any = None
@@ -63,7 +63,13 @@ class Metrics:
             self._wandb = wandb.init(project="attnzoo", name=config.name, dir=str(run), id=run.name, resume="allow")
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """One record, flushed: a killed run keeps what it has measured."""
+        """One record, flushed: a killed run keeps what it has measured. A record that is there is not repeated.
+
+        (The command of a finished run, given again, evaluates its last step again.)
+        """
+        if (kind, step) in self._written:
+            return
+        self._written.add((kind, step))
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -98,10 +104,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _cut_records(path: Path, step: int) -> None:
+def _cut_records(path: Path, step: int) -> set[tuple[str, int]]:
+    """Drops records later than `step`; returns (kind, step) of those that stay."""
+    kept = [r for r in read_metrics(path) if step and r["step"] <= step]
     if path.is_file():
-        kept = [json.dumps(r) + "\n" for r in read_metrics(path) if step and r["step"] <= step]
-        write_atomic(path, "".join(kept).encode())
+        write_atomic(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+    return {(r["kind"], r["step"]) for r in kept}
 
 
 def _cut_samples(path: Path, step: int) -> None:

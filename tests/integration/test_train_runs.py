@@ -57,6 +57,8 @@ def test_zero_0_and_1_agree_bit_for_bit_with_accumulation(trained: Runner) -> No
     left, right = (trained(FREE, f"zero.stage={stage}") for stage in (0, 1))
     assert len(losses(left)) == 6
     assert_same(left, right)
+    norms = [losses(run, field="gradient_norm") for run in (left, right)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 def test_zero_1_and_2_agree_bit_for_bit_in_one_pass(trained: Runner) -> None:
@@ -132,6 +134,9 @@ def test_resume_is_bit_exact(trained: Runner, tiny: Path) -> None:
         name = f"checkpoints/step-00000006/random-{rank}.safetensors"
         mine, theirs = load_file(split / name), load_file(whole / name)
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    before = (split / "metrics.jsonl").read_text()
+    launch(tiny, *options)  # a finished run, asked for again, changes nothing
+    assert (split / "metrics.jsonl").read_text() == before
     states = [json.loads((r / "checkpoints/step-00000006/state.json").read_text()) for r in (whole, split)]
     assert states[0]["progress"]["data"] == states[1]["progress"]["data"]
     assert len(set(losses(whole).values())) == 6
