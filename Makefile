@@ -20,10 +20,10 @@ $(VENV)/.installed: pyproject.toml scripts/install.sh
 install: $(VENV)/.installed  ## create .venv and install the project
 
 demo: install  ## train on 2 ranks, serve, complete; summary in runs/demo/summary.json (under 10 minutes)
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python -m scripts.demo
 
 train: install  ## a longer run of the same model (up to 30 minutes), then its n-gram baselines
-	$(BIN)/python scripts/demo.py --train-only --config long.yaml --run-dir runs/long
+	$(BIN)/python -m scripts.demo --train-only --config long.yaml --run-dir runs/long
 
 serve: install  ## serve CHECKPOINT (default: the demo's) on PORT until interrupted
 	$(BIN)/python -m serve --checkpoint $(CHECKPOINT) --port $(PORT)

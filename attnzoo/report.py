@@ -82,7 +82,7 @@ class Report:
         if self.rows:
             print(format_table(self.rows))
         if self.claims:
-            print(format_table([_claim_row(claim) for claim in self.claims]))
+            print(format_claims(self.claims))
         note = " (quick: sizes cut down, not a measurement)" if self.quick else ""
         print(f"{self.device}, load before {self.load_before}, commit {self.commit}{note}")
 
@@ -106,6 +106,11 @@ def format_table(rows: list[dict[str, Any]]) -> str:
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(columns), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def format_claims(claims: list[Claim]) -> str:
+    """A table of what was expected, what was measured, and whether it holds."""
+    return format_table([_claim_row(claim) for claim in claims])
 
 
 def _cell(value: Any) -> str:

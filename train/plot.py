@@ -1,13 +1,16 @@
 """loss.png: training and validation bits per byte over steps."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from train.evaluate import bits_per_byte
 from train.metrics import read_metrics
 
 
-def plot_losses(metrics: Path, figure: Path, bytes_per_token: float, title: str) -> Path:
-    """Draws the curves of a metrics.jsonl and returns the figure's path."""
+def plot_losses(
+    metrics: Path, figure: Path, bytes_per_token: float, title: str, baselines: Mapping[str, float] | None = None
+) -> Path:
+    """Draws the curves of a metrics.jsonl, and baselines (label, bits per byte) as lines; returns the figure's path."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -20,6 +23,9 @@ def plot_losses(metrics: Path, figure: Path, bytes_per_token: float, title: str)
         steps = [r["step"] for r in chosen]
         values = [bits_per_byte(r["loss"], bytes_per_token) for r in chosen]
         axes.plot(steps, values, style, label=label, linewidth=1, markersize=3)
+    for label, value in (baselines or {}).items():
+        axes.axhline(value, linestyle="--", linewidth=1, color="gray")
+        axes.annotate(f"{label}: {value:.2f}", (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     axes.set(xlabel="step", ylabel="bits per byte", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
