@@ -1,0 +1,80 @@
+"""Renders the README's tables from the reports in docs/results.
+
+    python scripts/readme_tables.py            # rewrites README.md
+    python scripts/readme_tables.py --check    # exit status 1 when README.md does not show what the reports hold
+
+A table stands between `<!-- rows FILE [TABLE] -->` or `<!-- claims FILE -->` and `<!-- end -->`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results"
+MARKED = re.compile(r"(<!-- (rows|claims) (\S+)(?: ([^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def cell(value: Any) -> str:
+    """A value as the README shows it: four significant digits, thousands set apart."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table; a column for every key."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, ["---"] * len(columns), *([cell(row.get(c, "")) for c in columns] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def provenance(report: dict[str, Any]) -> str:
+    """Where the numbers come from, in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if name != "attnzoo")
+    command = " ".join(report["command"])
+    return f"`{command}`, commit {report['commit']}, {report['device']}, load before {report['load_before']}, {versions}\n"
+
+
+def render(text: str) -> str:
+    """The text with every marked table rendered anew. Raises ValueError for a marker without rows."""
+
+    def table(match: re.Match[str]) -> str:
+        opening, kind, name, wanted, closing = match.groups()
+        report = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+        if kind == "claims":
+            keys = ("name", "kind", "expected", "measured", "holds")
+            rows = [{key: claim[key] for key in keys} for claim in report["claims"]]
+        else:
+            rows = [dict(row) for row in report["rows"] if wanted is None or row.get("table") == wanted]
+            for row in rows:
+                row.pop("table", None)
+        if not rows:
+            raise ValueError(f"docs/results/{name} has no {kind} {wanted or ''}")
+        return f"{opening}{markdown(rows)}\n{provenance(report)}{closing}"
+
+    return MARKED.sub(table, text)
+
+
+def main() -> int:
+    """Rewrites or checks; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    chosen = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
+    rendered = render(text)
+    if chosen.check:
+        if rendered != text:
+            print("README.md does not show docs/results; run python scripts/readme_tables.py", file=sys.stderr)
+        return int(rendered != text)
+    README.write_text(rendered, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
