@@ -22,7 +22,7 @@ install: $(VENV)/.installed  ## create .venv and install the project
 demo: install  ## train on 2 ranks, serve, complete; summary in runs/demo/summary.json (under 10 minutes)
 	$(BIN)/python -m scripts.demo
 
-train: install  ## a longer run of the same model (up to 30 minutes), then its n-gram baselines
+train: install  ## a longer run of the same model (some 15 minutes), against the n-gram models
 	$(BIN)/python -m scripts.demo --train-only --config long.yaml --run-dir runs/long
 
 serve: install  ## serve CHECKPOINT (default: the demo's) on PORT until interrupted

@@ -38,7 +38,8 @@ def provenance(report: dict[str, Any]) -> str:
     """Where the numbers come from, in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if name != "attnzoo")
     command = " ".join(report["command"])
-    return f"`{command}`, commit {report['commit']}, {report['device']}, load before {report['load_before']}, {versions}\n"
+    place = f"{report['device']}, load before {report['load_before']}"
+    return f"`{command}`, commit {report['commit']}, {place}, {versions}\n"
 
 
 def render(text: str) -> str:

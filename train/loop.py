@@ -144,10 +144,11 @@ def evaluate(run: Run) -> None:
 
 
 def write_samples(run: Run) -> None:
-    """Text samples into samples.txt."""
+    """Text samples into samples.txt, the first one on the screen too."""
     texts = samples(run.engine, run.tokenizer, run.config.sample, seed=run.config.seed + run.progress.step)
     if run.metrics is not None and texts is not None:
         run.metrics.write_samples(run.progress.step, texts)
+        tqdm.write(f"step {run.progress.step}: sample {texts[0]!r}")
 
 
 def report(run: Run, step: Step, bar: Any) -> None:

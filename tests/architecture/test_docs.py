@@ -1,0 +1,50 @@
+"""What README and configs say is so."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from attnzoo.attention import ATTENTION
+from scripts.readme_tables import README, render
+from train.config import load_config
+from train.plan import describe
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+
+
+def test_readme_shows_the_stored_results():
+    text = README.read_text(encoding="utf-8")
+    assert render(text) == text, "run python scripts/readme_tables.py"
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_files_that_documents_name_exist(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    named = re.findall(r"\b((?:attnzoo|train|serve|scripts|tests|configs|docs)/[\w/.-]*\w)", text)
+    assert named
+    for path in named:
+        assert (ROOT / path).exists() or path.startswith("attnzoo/attention/mine"), f"{document} names {path}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_that_ships_can_be_planned(name):
+    printed = describe(load_config(name, []), 2048, 2)
+    assert "parameters" in printed
+
+
+@pytest.mark.parametrize("kind", ["mha", "rmha", "mdha", "rcmha", "linear"])
+def test_every_variant_has_a_config_and_a_line_in_the_readme(kind):
+    assert kind in ATTENTION
+    assert f"{kind}.yaml" in CONFIGS
+    assert f"| `{kind}` |" in README.read_text(encoding="utf-8")
+
+
+def test_no_machine_paths():
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    home = re.compile(r"/(home|root|Users)/\w")
+    for name in filter(None, tracked.split("\0")):
+        if not name.endswith((".png", "test_docs.py")):
+            assert not home.search((ROOT / name).read_text(encoding="utf-8")), name
