@@ -68,7 +68,7 @@ def train(config: str, run_dir: Path, ranks: int, overrides: list[str]) -> dict[
     command += ["train/main.py", "--config", config, f"run_dir={run_dir}", *overrides]
     print("$ deepspeed", " ".join(command[1:]), flush=True)
     subprocess.run(command, cwd=ROOT, check=True, env=cpu_environment())
-    report: dict[str, Any] = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    report: dict[str, Any] = json.loads((run_dir / "training.json").read_text(encoding="utf-8"))
     return report
 
 

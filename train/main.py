@@ -155,7 +155,7 @@ def _seed(seed: int) -> None:
 
 
 def _summarize(run: Run, reason: str | None) -> None:
-    """loss.png, summary.json, and a few lines for people."""
+    """loss.png, training.json, and a few lines for people."""
     config, progress = run.config, run.progress
     records = [r for r in read_metrics(config.run_path / "metrics.jsonl") if r["kind"] == "train"]
     seconds = sorted(r["step_seconds"] for r in records)
@@ -178,7 +178,7 @@ def _summarize(run: Run, reason: str | None) -> None:
         config.run_path / "metrics.jsonl", config.run_path / "loss.png", run.data.bytes_per_token, config.name
     )
     report.figures.append(figure.name)
-    report.write(config.run_path / "summary.json")
+    report.write(config.run_path / "training.json")
     report.print_table()
     if reason is not None:
         print(f"stopped by {reason} after step {progress.step}; the same command goes on from there")

@@ -144,9 +144,9 @@ def test_resume_is_bit_exact(trained: Runner, tiny: Path) -> None:
 
 def test_a_run_directory_holds_what_it_promises(trained: Runner) -> None:
     run = trained(FREE, "zero.stage=1")
-    expected = {"config.yaml", "metrics.jsonl", "checkpoints", "export", "loss.png", "summary.json"}
+    expected = {"config.yaml", "metrics.jsonl", "checkpoints", "export", "loss.png", "training.json"}
     assert expected <= {path.name for path in run.iterdir()}
-    row = json.loads((run / "summary.json").read_text())["rows"][0]
+    row = json.loads((run / "training.json").read_text())["rows"][0]
     assert row["steps"] == 6
     assert row["bits_per_byte"] < json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["bits_per_byte"]
     assert not list(run.glob("export/*.pt"))
