@@ -73,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"python -m serve: error: {error}", file=sys.stderr)
         deployment.stop(config)
         return 1
+    except KeyboardInterrupt:
+        deployment.stop(config)
+        return 130
     # Not earlier: Ray installs handlers of its own when it starts, and a signal during the start simply ends it.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: ended.set())
