@@ -10,7 +10,6 @@ RUN_DIR/summary.json; the exit status is 1 when one of its claims does not hold.
 
 import argparse
 import json
-import math
 import os
 import signal
 import socket
@@ -171,8 +170,7 @@ def baselines(run_dir: Path) -> dict[int, float]:
 def draw(run_dir: Path, trained: dict[str, Any], ngrams: dict[int, float]) -> None:
     """loss.png with the n-gram models as lines."""
     lines = {f"order-{order} n-gram": value for order, value in ngrams.items()}
-    bytes_per_token = trained["validation_loss"] / math.log(2) / trained["bits_per_byte"]
-    plot_losses(run_dir / "metrics.jsonl", run_dir / "loss.png", bytes_per_token, trained["name"], lines)
+    plot_losses(run_dir, trained["train_bytes_per_token"], trained["name"], lines)
 
 
 def claims(

@@ -80,7 +80,7 @@ class ZeroConfig:
 
 @dataclass
 class EvalConfig:
-    """every: steps between evaluations (null: only the last). max_blocks: validation blocks at most."""
+    """every: steps between evaluations (null: only the last). max_blocks: of those on the way."""
 
     every: int | None = 200
     batch_size: int = 16

@@ -1,12 +1,13 @@
 """Validation loss over all ranks, and text samples."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from attnzoo.models import generate
 from attnzoo.tokenizer import Tokenizer
-from train.config import EvalConfig, SampleConfig
+from train.config import SampleConfig
 from train.data import TokenData
 from train.engine import Engine
 
@@ -16,24 +17,35 @@ def bits_per_byte(loss_nats: float, bytes_per_token: float) -> float:
     return loss_nats / math.log(2) / bytes_per_token
 
 
-def validation_loss(engine: Engine, data: TokenData, config: EvalConfig) -> float:
-    """Mean loss in nats of all validation targets (of the first max_blocks blocks)."""
-    tokens_NT, targets_NT = data.validation_blocks()
-    blocks = tokens_NT.shape[0] if config.max_blocks is None else min(config.max_blocks, tokens_NT.shape[0])
-    starts = range(0, blocks, config.batch_size)
+class Validation(NamedTuple):
+    """Mean loss of a target in nats, and the same as bits for each byte of the text behind these targets."""
+
+    loss: float
+    bits_per_byte: float
+
+
+UNMEASURED = Validation(math.nan, math.nan)
+
+
+def validate(engine: Engine, data: TokenData, batch_size: int, most_blocks: int | None) -> Validation:
+    """Loss over the validation blocks; `most_blocks`: over that many, spread evenly."""
+    tokens_NT, targets_NT = data.validation_blocks(most_blocks)
+    blocks = len(tokens_NT)
+    starts = range(0, blocks, batch_size)
     engine.train(False)
     total, count = 0.0, 0.0
     for i in range(engine.rank, math.ceil(len(starts) / engine.world) * engine.world, engine.world):
         # Every rank runs the same number of passes (ZeRO 3 gathers weights in each); the surplus counts nothing.
         surplus = i >= len(starts)
         start = 0 if surplus else starts[i]
-        rows = slice(start, min(start + config.batch_size, blocks))
+        rows = slice(start, min(start + batch_size, blocks))
         targets = 0 if surplus else int((targets_NT[rows] != -100).sum())
         total += float(engine.loss(tokens_NT[rows], targets_NT[rows])) * targets
         count += targets
     engine.train(True)
     total, count = engine.sum(total, count)
-    return total / count
+    loss = total / count
+    return Validation(loss, bits_per_byte(loss, data.bytes_per_token(targets_NT)))
 
 
 def samples(engine: Engine, tokenizer: Tokenizer, config: SampleConfig, seed: int) -> list[str] | None:

@@ -12,7 +12,7 @@ from train.checkpoint import Checkpoints, Progress
 from train.config import Config
 from train.data import TokenData
 from train.engine import Engine
-from train.evaluate import bits_per_byte, samples, validation_loss
+from train.evaluate import UNMEASURED, Validation, samples, validate
 from train.limits import MEASURED_STEPS
 from train.metrics import Metrics, peak_flops, peak_memory_mib
 from train.schedule import rate
@@ -35,8 +35,7 @@ class Run:
     metrics: Metrics | None
     parameters: int
     flops_per_step: int
-    validation: float = float("nan")
-    validation_step: int = -1
+    validation: Validation = UNMEASURED
     saved_step: int = -1
     step_seconds: list[float] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
@@ -68,7 +67,7 @@ def train(run: Run) -> str | None:
             step = take_step(run, stop)
             fix_total_steps(run)
             report(run, step, bar)
-            if _due(config.eval.every, progress.step):
+            if _due(config.eval.every, progress.step) and progress.step != progress.total_steps:
                 evaluate(run)
             if _due(config.sample.every, progress.step):
                 write_samples(run)
@@ -80,8 +79,8 @@ def train(run: Run) -> str | None:
                 break
             if _due(config.checkpoint.every, progress.step):
                 save(run)
-        if reason is None and run.validation_step != progress.step:
-            evaluate(run)
+        if reason is None:
+            evaluate(run, whole=True)
         if run.saved_step != progress.step:
             save(run)
     return reason
@@ -130,17 +129,16 @@ def fix_total_steps(run: Run) -> None:
     progress.total_steps = run.engine.from_main(total)
 
 
-def evaluate(run: Run) -> None:
-    """Validation loss and bits per byte, into the metrics."""
-    begin = time.perf_counter()
-    run.validation = validation_loss(run.engine, run.data, run.config.eval)
-    run.validation_step = run.progress.step
+def evaluate(run: Run, whole: bool = False) -> None:
+    """Validation loss and bits per byte, into the metrics; over all blocks with `whole`."""
+    begin, config = time.perf_counter(), run.config.eval
+    run.validation = validate(run.engine, run.data, config.batch_size, None if whole else config.max_blocks)
     run.progress.evaluation_seconds = time.perf_counter() - begin
     if run.metrics is not None:
-        bits = bits_per_byte(run.validation, run.data.bytes_per_token)
-        values = {"loss": run.validation, "bits_per_byte": bits, "seconds": run.progress.evaluation_seconds}
+        values = {**run.validation._asdict(), "seconds": run.progress.evaluation_seconds}
         run.metrics.write("eval", run.progress.step, values)
-        tqdm.write(f"step {run.progress.step}: validation {run.validation:.4f} nats, {bits:.4f} bits per byte")
+        loss, bits = run.validation
+        tqdm.write(f"step {run.progress.step}: validation {loss:.4f} nats, {bits:.4f} bits per byte")
 
 
 def write_samples(run: Run) -> None:

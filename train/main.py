@@ -35,7 +35,6 @@ from train.checkpoint import Checkpoints, Progress, find_resume, identity
 from train.config import Config, ConfigError, load_config
 from train.data import DataConfig, TokenData, prepare
 from train.engine import Engine
-from train.evaluate import bits_per_byte
 from train.export import export, file_hash, init_from
 from train.loop import Run, train
 from train.metrics import Metrics, check_wandb, read_metrics
@@ -87,8 +86,8 @@ def run_training(config: Config, local_rank: int) -> None:
     reason = train(run)
     if metrics is not None:
         metrics.close()
-    bits = bits_per_byte(run.validation, data.bytes_per_token)
-    metadata = {"steps": progress.step, "validation_loss": run.validation, "bits_per_byte": bits, "name": config.name}
+    loss, bits = run.validation
+    metadata = {"steps": progress.step, "validation_loss": loss, "bits_per_byte": bits, "name": config.name}
     export(engine, config.run_path / "export", tokenizer_path, metadata if reason is None else {"steps": progress.step})
     if engine.rank == 0:
         _summarize(run, reason)
@@ -167,16 +166,15 @@ def _summarize(run: Run, reason: str | None) -> None:
             "complete": reason is None,
             "minutes": progress.seconds / 60,
             # Unknown after a stop: the run has not been evaluated at its last step.
-            "validation_loss": run.validation if reason is None else None,
-            "bits_per_byte": bits_per_byte(run.validation, run.data.bytes_per_token) if reason is None else None,
+            "validation_loss": run.validation.loss if reason is None else None,
+            "bits_per_byte": run.validation.bits_per_byte if reason is None else None,
             "tokens_per_second": run.tokens_per_step / seconds[len(seconds) // 2] if seconds else 0.0,
             "ranks": run.engine.world,
             "parameters": run.parameters,
+            "train_bytes_per_token": run.data.num_train_bytes / run.data.num_train_tokens,
         }
     )
-    figure = plot_losses(
-        config.run_path / "metrics.jsonl", config.run_path / "loss.png", run.data.bytes_per_token, config.name
-    )
+    figure = plot_losses(config.run_path, run.data.num_train_bytes / run.data.num_train_tokens, config.name)
     report.figures.append(figure.name)
     report.write(config.run_path / "training.json")
     report.print_table()

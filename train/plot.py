@@ -8,20 +8,20 @@ from train.metrics import read_metrics
 
 
 def plot_losses(
-    metrics: Path, figure: Path, bytes_per_token: float, title: str, baselines: Mapping[str, float] | None = None
+    run_dir: Path, train_bytes_per_token: float, title: str, baselines: Mapping[str, float] | None = None
 ) -> Path:
-    """Draws the curves of a metrics.jsonl, and baselines (label, bits per byte) as lines; returns the figure's path."""
+    """Draws the curves of a run's metrics, and baselines (label, bits per byte) as lines; returns the figure's path."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    records = read_metrics(metrics)
+    records = read_metrics(run_dir / "metrics.jsonl")
     fig, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for kind, label, style in (("train", "training", "-"), ("eval", "validation", "o-")):
         chosen = [r for r in records if r["kind"] == kind]
         steps = [r["step"] for r in chosen]
-        values = [bits_per_byte(r["loss"], bytes_per_token) for r in chosen]
+        values = [r.get("bits_per_byte") or bits_per_byte(r["loss"], train_bytes_per_token) for r in chosen]
         axes.plot(steps, values, style, label=label, linewidth=1, markersize=3)
     for label, value in (baselines or {}).items():
         axes.axhline(value, linestyle="--", linewidth=1, color="gray")
@@ -29,6 +29,7 @@ def plot_losses(
     axes.set(xlabel="step", ylabel="bits per byte", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
+    figure = run_dir / "loss.png"
     fig.savefig(figure, dpi=150)
     plt.close(fig)
     return figure

@@ -1,6 +1,7 @@
 """Whole runs under the `deepspeed` command on two ranks (`pytest -s` shows the losses that are compared)."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,10 @@ from safetensors.torch import load_file
 
 from attnzoo.checkpoint import load_model, load_tokenizer, read_metadata
 from attnzoo.models import generate
+from attnzoo.types import build_config
 from tests.training import launch, losses, write_tiny
+from train.config import load_config
+from train.data import DataConfig, prepare
 
 FREE = "train.gradient_clipping=1000"
 """The stages add the squares of the gradient's norm in different orders, which a clipped step would show."""
@@ -154,6 +158,22 @@ def test_a_run_directory_holds_what_it_promises(trained: Runner) -> None:
     tokenizer = load_tokenizer(run / "export")
     (tokens,) = generate(load_model(run / "export"), [tokenizer.encode("the cat", bos=True)], max_new_tokens=3)
     assert len(tokens) == 3
+
+
+def test_the_last_evaluation_covers_all_validation_text(trained: Runner, tiny: Path) -> None:
+    """Bits per byte in the report, summed up anew from the export: all nats over all bytes of the validation text."""
+    run = trained(FREE, "zero.stage=1")
+    config = load_config(str(tiny), [])
+    data_config = build_config(DataConfig, {"seed": config.seed, **config.data}, "data")
+    data = prepare(data_config, run / "export" / "tokenizer.model", config.cache_path, is_main=False)
+    tokens, targets = data.validation_blocks()
+    assert len(tokens) > config.eval.max_blocks
+    with torch.no_grad():
+        logits = load_model(run / "export")(tokens)
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+    text = load_tokenizer(run / "export").decode(targets.flatten().tolist())
+    bits = json.loads((run / "training.json").read_text())["rows"][0]["bits_per_byte"]
+    assert bits == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
 
 
 def test_init_from_starts_at_the_exports_loss(trained: Runner, tiny: Path) -> None:

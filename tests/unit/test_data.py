@@ -114,7 +114,11 @@ def test_prepared_tokens(corpus, tokenizer_path, tmp_path):
     assert targets.flatten().tolist() == expected[1 : tokens.numel() + 1]
     assert len(expected) - 1 - tokens.numel() < 16
     covered = b"".join(tokenizer.token_bytes(token) for token in targets.flatten().tolist())
-    assert data.bytes_per_token == len(covered) / targets.numel()
+    assert data.bytes_per_token(targets) == pytest.approx(len(covered) / targets.numel(), rel=1e-6)
+    some_tokens, some_targets = data.validation_blocks(3)
+    assert torch.equal(some_targets[:, :-1], some_tokens[:, 1:])
+    spread = [len(tokens) * part // 3 for part in range(3)]
+    assert torch.equal(some_tokens, tokens[spread])
 
 
 def test_cache_is_built_once_and_by_the_main_process(corpus, tokenizer_path, tmp_path, monkeypatch):

@@ -28,18 +28,29 @@ class TokenData:
     train: BatchStream
     validation_tokens: np.ndarray
     sequence_length: int
-    bytes_per_token: float
-    """UTF-8 bytes per target of the validation blocks: bits per byte = nats per target / ln 2 / bytes_per_token.
-
-    Targets without bytes (begin, end of a document) count as targets, so a model pays for predicting them.
-    """
+    token_bytes: Tensor
+    """UTF-8 bytes of every token of the vocabulary; none for begin and end of a document."""
     num_train_tokens: int
     num_train_bytes: int
     num_validation_bytes: int
 
-    def validation_blocks(self) -> tuple[Tensor, Tensor]:
-        """(tokens_NT, targets_NT): blocks side by side; every token but the first and a rest is a target once."""
-        return blocks_of(self.validation_tokens, self.sequence_length)
+    def validation_blocks(self, most: int | None = None) -> tuple[Tensor, Tensor]:
+        """(tokens_NT, targets_NT): blocks side by side; every token but the first and a rest is a target once.
+
+        `most`: that many of them, spread evenly over the text.
+        """
+        tokens_NT, targets_NT = blocks_of(self.validation_tokens, self.sequence_length)
+        if most is None or most >= len(tokens_NT):
+            return tokens_NT, targets_NT
+        chosen = torch.arange(most) * len(tokens_NT) // most
+        return tokens_NT[chosen], targets_NT[chosen]
+
+    def bytes_per_token(self, targets_NT: Tensor) -> float:
+        """UTF-8 bytes per target: bits per byte = nats per target / ln 2 / bytes_per_token of the same targets.
+
+        Targets without bytes count as targets, so a model pays for predicting where a document ends.
+        """
+        return float(self.token_bytes[targets_NT].sum() / targets_NT.numel())
 
 
 def blocks_of(tokens: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
@@ -72,13 +83,11 @@ def prepare(
                 f"the {side} split of data.source={config.source!r} has {len(tokens[side])} tokens, fewer than one "
                 f"block of data.sequence_length={config.sequence_length}; give more text or shorter sequences"
             )
-    sizes = np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
-    targets = blocks_of(tokens["validation"], config.sequence_length)[1].numpy()
     return TokenData(
         train=BatchStream(tokens["train"], config.sequence_length, config.seed),
         validation_tokens=tokens["validation"],
         sequence_length=config.sequence_length,
-        bytes_per_token=float(sizes[targets].sum() / targets.size),
+        token_bytes=torch.tensor([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)]),
         num_train_tokens=len(tokens["train"]),
         num_train_bytes=about["train_bytes"],
         num_validation_bytes=about["validation_bytes"],
