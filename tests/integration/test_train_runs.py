@@ -179,7 +179,8 @@ def test_the_last_evaluation_covers_all_validation_text(trained: Runner, tiny: P
 def test_init_from_starts_at_the_exports_loss(trained: Runner, tiny: Path) -> None:
     source = trained(FREE, "zero.stage=1")
     run = tiny.parent / "second"
-    launch(tiny, f"run_dir={run}", "train.steps=1", f"checkpoint.init_from={source / 'export'}", ranks=1)
+    options = ("train.steps=1", "eval.max_blocks=null", f"checkpoint.init_from={source / 'export'}")
+    launch(tiny, f"run_dir={run}", *options, ranks=1)
     assert losses(run, "eval")[0] == pytest.approx(losses(source, "eval")[6], rel=1e-6)
     wrong = launch(
         tiny,
