@@ -280,7 +280,14 @@ def _sections(values: dict[str, Any]) -> Iterator[tuple[str, Any, list[str]]]:
 
 def _merge(config: Any, layer: Layer) -> Any:
     attention = (layer.values.get("model") or {}).get("attention")
-    if isinstance(attention, dict) and "kind" in attention:
+    known = config.model.get("attention")
+    if isinstance(attention, dict) and "kind" not in attention and known is not None:
+        if not OmegaConf.is_dict(known):
+            raise ConfigError(
+                f"{_place(layer.places, 'model.attention')}: model.attention is {known!r}, so its options cannot be "
+                "set one by one; give the whole value, for example model.attention={kind: rcmha, num_heads: 8}"
+            )
+    elif attention is not None:
         # Options of the variant that is replaced mean nothing to the new one.
         config.model.pop("attention", None)
     try:

@@ -50,6 +50,27 @@ def test_a_new_variant_drops_the_old_ones_options(tmp_path: Path) -> None:
     assert kept == {"kind": "rcmha", "num_heads": 4, "conv_width": 5}
 
 
+@pytest.mark.parametrize(
+    ("override", "attention"),
+    [
+        ("model.attention=[rcmha,linear]", ["rcmha", "linear"]),
+        ("model.attention=linear", "linear"),
+        ("model.attention={kind: mha}", {"kind": "mha"}),
+        ("model.attention=[{kind: mha, num_heads: 8}, rcmha]", [{"kind": "mha", "num_heads": 8}, "rcmha"]),
+    ],
+)
+def test_every_form_of_attention_replaces_every_other(override: str, attention: object) -> None:
+    assert load_config("rcmha.yaml", [override]).model["attention"] == attention
+    listed = ["model.attention=[rmha,mdha]", override]
+    assert load_config("rcmha.yaml", listed).model["attention"] == attention
+
+
+def test_options_of_a_list_cannot_be_set_one_by_one() -> None:
+    text = message("rcmha.yaml", "model.attention=[rcmha,linear]", "model.attention.num_heads=8")
+    assert "model.attention is ['rcmha', 'linear'], so its options cannot be set one by one" in text
+    assert "command line" in text
+
+
 def test_resolved_yaml_reads_back(tmp_path: Path) -> None:
     config = load_config("rcmha.yaml", ["train.steps=3"])
     assert load_config(write(tmp_path / "config.yaml", config.to_yaml())) == config
