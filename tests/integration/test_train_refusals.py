@@ -61,7 +61,6 @@ def test_a_corpus_that_is_not_there(tiny: Path) -> None:
 
 
 def test_wandb_that_is_not_installed(tiny: Path) -> None:
-    pytest.importorskip("torch")
     assert "wandb is not installed" in refusal(tiny, "log.wandb=true")
 
 

@@ -1,5 +1,7 @@
 """One query at a time, in plain sums: what is right."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,14 @@ def sdpa_reference(
     )
 
 
-def attend_reference(q_BNTH, k_BKSH, v_BKSH, query_positions_BT, key_positions_BKS, score):  # type: ignore[no-untyped-def]
+def attend_reference(
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    query_positions_BT: Tensor | None,
+    key_positions_BKS: Tensor | None,
+    score: Callable[[int, int, Tensor, Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
     """Softmax attention for any score: `score(b, n, q_H, keys_JH, i, j_J)` gives the logits of the visible keys.
 
     i is the query's logical position, j_J the visible keys' logical positions.
