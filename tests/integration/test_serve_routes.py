@@ -77,7 +77,7 @@ def events(response_text: str) -> list:
 
 
 def wait_until(condition, what: str) -> None:
-    for _ in range(1000):
+    for _ in range(6000):
         if condition():
             return
         time.sleep(0.005)
@@ -273,7 +273,7 @@ def open_request(url: str, **fields) -> socket.socket:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_slot(stream):
-    with running(delay_s=0.02, max_num_seqs=1) as (url, owner):
+    with running(delay_s=0.1, max_num_seqs=1) as (url, owner):
         scheduler = owner.engine.scheduler
         decoding = open_request(url, max_tokens=240, stream=stream)
         wait_until(lambda: scheduler.num_running == 1, "running")
@@ -288,11 +288,10 @@ def test_a_client_that_goes_away_frees_its_slot(stream):
         wait_until(lambda: scheduler.num_running == 0, "gone from its slot")
         steps = owner.engine.metrics.registry.get_sample_value("attnzoo_steps_total")
         assert steps < 200
-        aborted = owner.engine.metrics.registry.get_sample_value(
-            "attnzoo_request_success_total", {"finished_reason": "abort"}
-        )
-        assert aborted == 2
-        assert not owner._streams
+        counted = owner.engine.metrics.registry.get_sample_value
+        name, reason = "attnzoo_request_success_total", {"finished_reason": "abort"}
+        wait_until(lambda: counted(name, reason) == 2, "counted")  # after the slot is free, by the engine's thread
+        wait_until(lambda: not owner._streams, "streams closed")
         assert post(url, max_tokens=2).status_code == 200
 
 
