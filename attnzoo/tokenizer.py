@@ -7,7 +7,7 @@ ids to bytes by a table of our own, and a literal U+2581 is encoded as its three
 import codecs
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SPACE = "\u2581"
 PROBES = [" a", "a  b ", "\ttab\n", "\ufb01\u00a0\uff21e\u0301", "\u4e2d\U0001f600"]
-"""Texts that normalisation, a dummy prefix, trimming or missing byte fallback would change."""
+"""Texts that a dummy prefix, trimming or missing byte fallback would change."""
 SPECIAL = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
 
 
@@ -56,6 +56,10 @@ class Tokenizer:
                 raise ValueError(f"{where}: token {token} is not {piece!r}; train it with python -m train.tokenizer")
         if len(self._byte_ids) != 256:
             raise ValueError(f"{where} has no byte fallback and cannot hold every text; train with byte_fallback")
+        if has_normalisation_rules(self._processor.serialized_model_proto()):
+            raise ValueError(
+                f"{where} has normalisation rules, which change text: train it with normalisation identity"
+            )
         for text in PROBES:
             if self.decode(self.encode(text)) != text:
                 raise ValueError(
@@ -113,6 +117,44 @@ class StreamDecoder:
     def finish(self) -> str:
         """What is left: U+FFFD for a character that was never completed."""
         return self._utf8.decode(b"", final=True)
+
+
+def has_normalisation_rules(model: bytes) -> bool:
+    """Whether a serialised sentencepiece model rewrites characters before it encodes.
+
+    Rules may hold for any sequence of characters, so no probe text could find them all. They are
+    ModelProto.normalizer_spec (field 3) .precompiled_charsmap (field 2), which is empty or absent for the identity.
+    """
+    specs = (content for number, content in _protobuf_fields(model) if number == 3)
+    return any(number == 2 and content for spec in specs for number, content in _protobuf_fields(spec))
+
+
+def _protobuf_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """(number, content) of the fields of a message; content is empty for fields that are plain numbers."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(message):
+        tag = varint()
+        number, kind = tag >> 3, tag & 7
+        if kind == 0:
+            varint()
+            yield number, b""
+            continue
+        assert kind in (1, 2, 5), f"protobuf wire type {kind} in a model that sentencepiece has read"
+        size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+        yield number, message[at : at + size] if kind == 2 else b""
+        at += size
 
 
 def _piece_bytes(processor: "SentencePieceProcessor", token: int) -> bytes:

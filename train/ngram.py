@@ -29,7 +29,7 @@ class Table:
 
     @classmethod
     def of(cls, grams: np.ndarray, counts: np.ndarray) -> "Table":
-        discounts = _discounts(counts)[np.minimum(counts, 3)]
+        discounts = estimate_discounts(counts)[np.minimum(counts, 3)]
         contexts, starts = np.unique(grams >> np.uint64(8), return_index=True)
         totals = np.add.reduceat(counts, starts)
         return cls(grams, counts, discounts, contexts, totals, np.add.reduceat(discounts, starts))
@@ -49,7 +49,7 @@ def _find(table: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return index, table[index] == wanted
 
 
-def _discounts(counts: np.ndarray) -> np.ndarray:
+def estimate_discounts(counts: np.ndarray) -> np.ndarray:
     """[0, D1, D2, D3+] from the numbers of n-grams seen once to four times."""
     seen = [float(np.count_nonzero(counts == times)) for times in range(1, 5)]
     if min(seen) == 0.0:  # too little text for the estimate

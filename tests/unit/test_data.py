@@ -1,6 +1,7 @@
 """Corpora, splits, tokens on disk and the order of batches."""
 
 import json
+import sys
 
 import numpy as np
 import pyarrow
@@ -154,6 +155,7 @@ def test_interrupted_preparation_leaves_nothing_to_be_taken(corpus, tokenizer_pa
             prepare(config(corpus), tokenizer_path, tmp_path, is_main=True, progress=False)
     with pytest.raises(ValueError, match="prepare them in the main process first"):
         prepare(config(corpus), tokenizer_path, tmp_path, is_main=False)
+    assert not list((tmp_path / "tokens").iterdir())
     whole = prepare(config(corpus), tokenizer_path, tmp_path, is_main=True, progress=False)
     assert whole.num_train_tokens > 0
 
@@ -201,6 +203,12 @@ def test_resuming_continues_exactly():
         assert torch.equal(original.next(12, 0, 1)[0], resumed.next(12, 0, 1)[0])
 
 
+@pytest.mark.parametrize(("batch", "rank", "world"), [(4, 2, 2), (4, -1, 2), (0, 0, 1)])
+def test_impossible_batches_are_refused(batch, rank, world):
+    with pytest.raises(ValueError, match=f"batch_size={batch}, rank={rank}, world={world}"):
+        stream().next(batch, rank, world)
+
+
 def test_seed_changes_the_order():
     assert not torch.equal(stream(0).next(12, 0, 1)[0], stream(1).next(12, 0, 1)[0])
 
@@ -231,6 +239,9 @@ def test_fingerprint_follows_the_files(corpus):
         ("a.jsonl", b"{bad", {}, r"a.jsonl:1 is not JSON"),
         ("a.jsonl", b'{"body": "x"}', {}, r"data.text_field='text' is no text in .*a.jsonl:1; found body"),
         ("a.jsonl", b"[1]", {}, "found list"),
+        ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}', {}, r"a.jsonl:2 is not UTF-8 text \(byte 10\); convert it"),
+        ("a.jsonl", b'{"text": null}', {}, r"data.text_field='text' holds NoneType in .*a.jsonl:1, not text"),
+        ("a.parquet", b"no parquet", {}, r"a.parquet is not a readable parquet file"),
     ],
 )
 def test_bad_sources_are_named(tmp_path, name, content, changes, message):
@@ -244,6 +255,12 @@ def test_parquet_without_the_column_is_named(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"data.text_field='text' is no text in .*; found body"):
         list(documents(config(tmp_path / "a.parquet")))
+
+
+def test_hub_without_the_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"data.source='hub:a/b' needs the package `datasets`"):
+        list(documents(config("hub:a/b")))
 
 
 def test_hub_without_network_is_named(monkeypatch):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train.ngram import join, ngram_bits_per_byte, ngram_probabilities
+from train.ngram import estimate_discounts, join, ngram_bits_per_byte, ngram_probabilities
 
 TEXT = (b"the cat sat on the mat, the dog sat on the log; " * 30) + b"and then all of them went home. " * 10
 
@@ -29,6 +29,24 @@ def test_bigram_by_hand():
     below = {byte: (count - 0.5 + 1.5 / 256) / 4 for byte, count in lower.items()}
     probability = ngram_probabilities(b"abac", b"ab", [2])[2][1]
     np.testing.assert_allclose(probability, (1 - 0.5) / 2 + (1.0 / 2) * below[ord("b")])
+
+
+def test_lower_orders_count_distinct_neighbours():
+    """In "xyxyxyz" y comes three times but only after x: in the order below it weighs as little as z does.
+
+    The text is preceded by a zero, so x follows 0 and y (2), y follows x (1), z follows y (1).
+    """
+    below = (1 - 0.5 + 1.5 / 256) / 4
+    unseen = ngram_probabilities(b"xyxyxyz", b"qy", [2])[2][1]  # q was never seen: the order below decides
+    np.testing.assert_allclose(unseen, below)
+
+
+def test_discounts_by_hand():
+    """Chen and Goodman's estimates: 6 n-grams seen once, 4 twice, 3 three times, 2 four times: Y = 6 / (6 + 2 * 4)."""
+    counts = np.array([1] * 6 + [2] * 4 + [3] * 3 + [4] * 2)
+    y = 6 / 14
+    wanted = [0.0, 1 - 2 * y * 4 / 6, 2 - 3 * y * 3 / 4, 3 - 4 * y * 2 / 3]
+    np.testing.assert_allclose(estimate_discounts(counts), wanted)
 
 
 def test_longer_contexts_predict_better_and_all_beat_a_uniform_guess():

@@ -109,7 +109,7 @@ GOOD = {
     ("changes", "message"),
     [
         ({"byte_fallback": False, "vocab_size": 60}, "no byte fallback"),
-        ({"normalization_rule_name": "nmt_nfkc"}, "changes .*identity normalisation"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "has normalisation rules"),
         ({"add_dummy_prefix": True}, "changes"),
         ({"remove_extra_whitespaces": True}, "changes"),
         ({"pad_id": 3, "unk_id": 0}, "token 0 is not '<pad>'"),
@@ -122,6 +122,16 @@ def test_models_that_cannot_round_trip_are_refused(tmp_path, changes, message):
     SentencePieceTrainer.train(sentence_iterator=iter(TEXT), model_prefix=prefix, **(GOOD | changes))
     with pytest.raises(ValueError, match=message):
         Tokenizer.load(tmp_path / "other.model")
+
+
+def test_a_rule_for_one_letter_is_refused(tmp_path):
+    from sentencepiece import SentencePieceTrainer
+
+    (tmp_path / "rule.tsv").write_text("51 75\t71\n")  # "Qu" becomes "q": no probe text would show it
+    changes = {"normalization_rule_name": "", "normalization_rule_tsv": str(tmp_path / "rule.tsv")}
+    SentencePieceTrainer.train(sentence_iterator=iter(TEXT), model_prefix=str(tmp_path / "rule"), **(GOOD | changes))
+    with pytest.raises(ValueError, match="has normalisation rules"):
+        Tokenizer.load(tmp_path / "rule.model")
 
 
 def test_training_refuses_nothing_and_too_little(tmp_path):

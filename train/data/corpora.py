@@ -136,21 +136,27 @@ def _read_text(path: Path) -> str:
 
 
 def _read_jsonl(path: Path, config: DataConfig) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number} is not UTF-8 text (byte {error.start}); convert it") from None
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number} is not JSON ({error.msg})") from None
             yield _text_of(record, config, f"{path}:{number}")
 
 
 def _read_parquet(path: Path, config: DataConfig) -> Iterator[str]:
+    import pyarrow
     import pyarrow.parquet
 
-    file = pyarrow.parquet.ParquetFile(path)
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a readable parquet file ({error}); write it again") from None
     if config.text_field not in file.schema_arrow.names:
         _text_of(dict.fromkeys(file.schema_arrow.names), config, str(path))
     for batch in file.iter_batches(columns=[config.text_field]):
@@ -159,7 +165,13 @@ def _read_parquet(path: Path, config: DataConfig) -> Iterator[str]:
 
 
 def _read_hub(config: DataConfig) -> Iterator[str]:
-    import datasets
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"data.source={config.source!r} needs the package `datasets`, which is not installed; "
+            "pip install 'attnzoo[train]', or give a local path"
+        ) from None
 
     name, _, variant = config.source.removeprefix("hub:").partition(":")
     try:
@@ -177,6 +189,11 @@ def _read_hub(config: DataConfig) -> Iterator[str]:
 
 def _text_of(record: Any, config: DataConfig, where: str) -> str:
     value = record.get(config.text_field) if isinstance(record, dict) else None
+    if isinstance(record, dict) and config.text_field in record and not isinstance(value, str):
+        raise ValueError(
+            f"data.text_field={config.text_field!r} holds {type(value).__name__} in {where}, not text; remove such "
+            "records or name another field"
+        )
     if not isinstance(value, str):
         keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(

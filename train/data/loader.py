@@ -32,8 +32,13 @@ class BatchStream:
         """(tokens_BT, targets_BT) of process `rank`: its part of the next batch_size * world blocks.
 
         Blocks that do not fill a global batch at the end of an epoch are left out. Raises ValueError when the corpus
-        has fewer blocks than one global batch.
+        has fewer blocks than one global batch, for a rank outside the world and for an empty batch.
         """
+        if batch_size < 1 or not 0 <= rank < world:
+            raise ValueError(
+                f"batch_size={batch_size}, rank={rank}, world={world}: a batch takes at least 1 block, and a rank is "
+                "between 0 and world - 1"
+            )
         wanted = batch_size * world
         if self._used + wanted > len(self._starts):
             self._epoch, self._used = self._epoch + 1, 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ class TokenData:
 
         Targets without bytes count as targets, so a model pays for predicting where a document ends.
         """
-        return float(self.token_bytes[targets_NT].sum() / targets_NT.numel())
+        return int(self.token_bytes[targets_NT].sum()) / targets_NT.numel()
 
 
 def blocks_of(tokens: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
@@ -102,8 +103,17 @@ def _cache_directory(config: DataConfig, tokenizer_path: Path, cache_dir: Path) 
 
 
 def _build(config: DataConfig, tokenizer: Tokenizer, directory: Path, progress: bool) -> None:
-    """Writes train.bin, validation.bin and about.json into a directory that appears only when it is whole."""
+    """The directory appears only when it is whole; what an interrupted build wrote is removed."""
     temporary = temporary_directory(directory)
+    try:
+        _write_tokens(config, tokenizer, temporary, progress)
+        replace_directory(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_tokens(config: DataConfig, tokenizer: Tokenizer, temporary: Path, progress: bool) -> None:
+    """Writes train.bin, validation.bin and about.json."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     num_bytes = dict.fromkeys(SIDES, 0)
     with (temporary / "train.bin").open("wb") as train, (temporary / "validation.bin").open("wb") as validation:
@@ -119,7 +129,6 @@ def _build(config: DataConfig, tokenizer: Tokenizer, directory: Path, progress: 
                 f"no document of data.source={config.source!r} fell to {side}; give more text or another "
                 f"data.validation_fraction than {config.validation_fraction}"
             )
-    replace_directory(temporary, directory)
 
 
 def _with_progress(documents: Iterator[tuple[bool, str]], progress: bool) -> Iterator[tuple[str, str]]:
