@@ -1,9 +1,11 @@
 """The only file that knows DeepSpeed: builds its configuration, and hides its differences between ZeRO stages."""
 
 import contextlib
+import fcntl
 import logging
 import os
 import socket
+import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -38,10 +40,32 @@ def start(config: Config, local_rank: int) -> torch.device:
     if torch.cuda.is_available():
         torch.cuda.set_device(max(local_rank, 0))
     deepspeed = _deepspeed()
+    if not torch.cuda.is_available():
+        _load_extension(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     # Ranks wait for rank 0 while it prepares the corpus, for longer than the default of 10 minutes allows.
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(hours=2))
     return torch.device("cuda", max(local_rank, 0)) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _load_extension(directory: Path) -> None:
+    """Compiles (once) and loads the collective that DeepSpeed uses between CPU ranks, before the ranks join.
+
+    torch guards a build by a file named lock, which a killed process leaves behind: every later launch would wait
+    for it for ever. The system drops an flock with the process that holds it; so under ours no build is running, and
+    a lock that is there is a leftover.
+    """
+    from deepspeed.ops.op_builder import ShareMemCommBuilder
+
+    # The ninja that is installed beside this Python, whether the environment is activated or not: another version
+    # distrusts the first one's log and compiles everything again.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "guard").open("w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        for leftover in directory.glob("*/lock"):
+            leftover.unlink()
+        ShareMemCommBuilder().load()
 
 
 def from_main(value: Any) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.training import command, environment, launch, losses, write_tiny
+from tests.training import ROOT, command, environment, launch, losses, write_tiny
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +110,12 @@ def test_kill_in_the_middle_of_a_checkpoint_leaves_the_previous_one(tiny: Path) 
     assert losses(run) == losses(whole)
     assert not (checkpoints / ".step-00000004.tmp").exists()
     assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-00000004", "step-00000006"]
+
+
+def test_a_lock_left_by_a_killed_compilation_holds_up_nobody(tiny: Path) -> None:
+    """torch waits for ever for the lock file of a build whose process is gone."""
+    extension = ROOT / ".cache" / "torch_extensions" / "deepspeed_shm_comm"
+    extension.mkdir(parents=True, exist_ok=True)
+    (extension / "lock").touch()
+    launch(tiny, f"run_dir={tiny.parent / 'locked'}", "train.steps=1")
+    assert not (extension / "lock").exists()

@@ -26,7 +26,7 @@ def test_demo(tmp_path: Path) -> None:
         "--max-tokens",
         "4",
     ]
-    options = ["model.max_positions=64", "data.sequence_length=32", "optim.lr=0.0", "optim.muon_lr=0.0"]
+    options = ["model.max_positions=64", "data.sequence_length=32", "optim.lr=1e-9", "optim.muon_lr=1e-9"]
     for _ in range(2):  # the second time nothing is trained again
         result = subprocess.run(
             [*command, *options], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
