@@ -45,6 +45,8 @@ def start(config: Config, local_rank: int) -> torch.device:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     # Ranks wait for rank 0 while it prepares the corpus, for longer than the default of 10 minutes allows.
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(hours=2))
+    if not torch.cuda.is_available():
+        _unlink_buffers()
     return torch.device("cuda", max(local_rank, 0)) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -66,6 +68,17 @@ def _load_extension(directory: Path) -> None:
         for leftover in directory.glob("*/lock"):
             leftover.unlink()
         ShareMemCommBuilder().load()
+
+
+def _unlink_buffers() -> None:
+    """Removes the names of DeepSpeed's shared buffers (66 MiB a rank) once all ranks of the machine have them mapped.
+
+    DeepSpeed never does, so every launch would leave them in memory; without a name they end with the processes.
+    """
+    dist.barrier()
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{host}_{port}_*"):
+        buffer.unlink(missing_ok=True)
 
 
 def from_main(value: Any) -> Any:

@@ -112,6 +112,14 @@ def test_kill_in_the_middle_of_a_checkpoint_leaves_the_previous_one(tiny: Path) 
     assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-00000004", "step-00000006"]
 
 
+def test_shared_memory_is_given_back(training: Training) -> None:
+    """DeepSpeed's buffers have no name while a run is on, so that not even a kill can leave them behind."""
+    port = training.process.args[training.process.args.index("--master_port") + 1]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
+    for rank in training.ranks:
+        assert "deepspeed_allreduce_buffer" in (Path("/proc") / str(rank.pid) / "maps").read_text()
+
+
 def test_a_lock_left_by_a_killed_compilation_holds_up_nobody(tiny: Path) -> None:
     """torch waits for ever for the lock file of a build whose process is gone."""
     extension = ROOT / ".cache" / "torch_extensions" / "deepspeed_shm_comm"
