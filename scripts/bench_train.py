@@ -17,8 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from attnzoo.models import DecoderLM
 from attnzoo.report import Claim, Report
 from train.config import Config, load_config

@@ -43,7 +43,11 @@ def provenance(report: dict[str, Any]) -> str:
 
 
 def render(text: str) -> str:
-    """The text with every marked table rendered anew. Raises ValueError for a marker without rows."""
+    """The text with every marked table rendered anew, the first one of a report with its provenance.
+
+    Raises ValueError for a marker without rows.
+    """
+    told: set[str] = set()
 
     def table(match: re.Match[str]) -> str:
         opening, kind, name, wanted, closing = match.groups()
@@ -57,7 +61,9 @@ def render(text: str) -> str:
                 row.pop("table", None)
         if not rows:
             raise ValueError(f"docs/results/{name} has no {kind} {wanted or ''}")
-        return f"{opening}{markdown(rows)}\n{provenance(report)}{closing}"
+        origin = "" if name in told else f"\n{provenance(report)}"
+        told.add(name)
+        return f"{opening}{markdown(rows)}{origin}{closing}"
 
     return MARKED.sub(table, text)
 

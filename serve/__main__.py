@@ -58,6 +58,12 @@ def check_checkpoint(config: ServeConfig) -> None:
     read_api_key(config)
 
 
+def end_on_signals(ended: threading.Event) -> None:
+    """Lets SIGINT and SIGTERM set `ended`."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: ended.set())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves until SIGINT or SIGTERM; returns the exit status."""
     config = parse(sys.argv[1:] if argv is None else argv)
@@ -68,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ended = threading.Event()
     print(f"starting Ray and loading {config.checkpoint} ...", file=sys.stderr)
     try:
-        url = deployment.start(config)
+        url = deployment.start(config, connected=lambda: end_on_signals(ended))
     except (ValueError, RuntimeError, ConnectionError) as error:
         print(f"python -m serve: error: {error}", file=sys.stderr)
         deployment.stop(config)
@@ -76,9 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         deployment.stop(config)
         return 130
-    # Not earlier: Ray installs handlers of its own when it starts, and a signal during the start simply ends it.
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: ended.set())
     print(f"serving {config.served_name!r} on {url}", flush=True)
     print(
         f"  curl {url}/v1/completions -H 'content-type: application/json' "

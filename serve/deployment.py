@@ -8,7 +8,7 @@ One deployment is ingress and engine in one, so a token makes one hop: from the 
 
 import logging
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +94,12 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     return build(build_serve_config(values))
 
 
-def start(config: ServeConfig) -> str:
+def start(config: ServeConfig, connected: Callable[[], None]) -> str:
     """Starts a local Ray (or joins `config.cluster`), deploys, waits until it answers; returns the base URL.
 
-    Call `prepare_environment` before this module is imported: it turns Ray's token authentication on.
+    `connected` is called once Ray has installed its signal handlers and before clients can see the server: the place
+    to install one's own. Call `prepare_environment` before this module is imported: it turns Ray's token
+    authentication on.
     Raises ValueError for what the configuration got wrong, RuntimeError when the deployment does not come up.
     """
     application = build(config)
@@ -113,6 +115,7 @@ def start(config: ServeConfig) -> str:
         )
     else:
         ray.init(address=config.cluster, log_to_driver=False)
+    connected()
     serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=config.host, port=port))
     serve.run(application, name=APP_NAME, route_prefix="/")
     return f"http://{config.host}:{port}"

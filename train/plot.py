@@ -25,7 +25,8 @@ def plot_losses(
         axes.plot(steps, values, style, label=label, linewidth=1, markersize=3)
     for label, value in (baselines or {}).items():
         axes.axhline(value, linestyle="--", linewidth=1, color="gray")
-        axes.annotate(f"{label}: {value:.2f}", (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        # Beside the axes: inside, the labels of neighbouring lines would cover the curves.
+        axes.text(1.01, value, f"{label}: {value:.2f}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
     axes.set(xlabel="step", ylabel="bits per byte", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

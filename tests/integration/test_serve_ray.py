@@ -162,6 +162,34 @@ def test_sigterm_finishes_what_runs_and_leaves_nothing(server):
     assert "Traceback" not in "".join(server.errors)
 
 
+def test_sigterm_at_the_first_sign_of_health_ends_cleanly(tmp_path):
+    """Clients see the server before its command has printed the URL; a signal then must not meet Ray's own handler."""
+    checkpoint = export(tmp_path / "tiny" / "export", max_len=64)
+    port = free_port("127.0.0.1", 0)
+    command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", str(port)]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        while not healthy(port):
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        assert "Traceback" not in errors
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+def healthy(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
