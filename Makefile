@@ -7,8 +7,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PORT ?= 8000
 CHECKPOINT ?= runs/demo/export
+TEXT ?= ../shared/data/tinyshakespeare/input.txt
 
-.PHONY: help install demo train serve test slow check format clean
+.PHONY: help install demo train compare serve test slow check format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -24,6 +25,9 @@ demo: install  ## train on 2 ranks, serve, complete; summary in runs/demo/summar
 
 train: install  ## a longer run of the same model (some 15 minutes), against the n-gram models
 	$(BIN)/python -m scripts.demo --train-only --config long.yaml --run-dir runs/long
+
+compare: install  ## train the variants side by side on the characters of TEXT (some 70 minutes on two cores)
+	$(BIN)/python -m attnzoo compare text=$(TEXT) --json runs/compare/report.json --figures runs/compare
 
 serve: install  ## serve CHECKPOINT (default: the demo's) on PORT until interrupted
 	$(BIN)/python -m serve --checkpoint $(CHECKPOINT) --port $(PORT)

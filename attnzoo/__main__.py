@@ -1,4 +1,4 @@
-"""`python -m attnzoo list` and `python -m attnzoo describe <variant>`: what there is, and what it costs."""
+"""`python -m attnzoo list`, `describe <variant>` and `plan`: what there is, what it costs, and what fits."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,9 @@ from attnzoo.types import parse_dtype
 EXAMPLES = f"""examples:
   python -m attnzoo list
   python -m attnzoo describe rcmha
+  python -m attnzoo compare --quick
   python -m attnzoo describe mha num_heads=8 num_kv_heads=2 --model-dim 512 --context 4096 --dtype bf16
+  python -m attnzoo plan --model configs/rcmha.yaml --gpus 64 --gpu-memory 80 --context 131072
   {PLUGINS_VARIABLE}=my_variant.py python -m attnzoo list
 """
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -110,13 +112,21 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit status, 2 for wrong usage."""
+    from attnzoo.evaluate import plan
+
     parser = argparse.ArgumentParser(
         prog="python -m attnzoo",
         description="What attention variants there are, and what each is and costs.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["compare"]:
+        from attnzoo.evaluate.cli import main as compare
+
+        return compare(arguments[1:])
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("compare", help="train variants side by side and measure them; see compare --help")
     listing = commands.add_parser("list", help="one line a variant")
     describing = commands.add_parser("describe", help="source, formula, traits, options, parameters, cost, configs")
     describing.add_argument("variant", help="a name that `list` shows")
@@ -125,8 +135,11 @@ def main(arguments: list[str] | None = None) -> int:
     for command in (listing, describing):
         command.add_argument("--model-dim", type=int, default=256, help="model dimension (default: %(default)s)")
         command.add_argument("--context", type=int, default=1024, help="tokens of context (default: %(default)s)")
+    plan.add_arguments(commands.add_parser("plan", help="what fits on so many GPUs, and how fast it can be"))
     chosen = parser.parse_args(arguments)
     try:
+        if chosen.command == "plan":
+            return plan.run(chosen)
         if chosen.context < 2:
             raise ValueError(f"--context={chosen.context} must be at least 2")
         if chosen.command == "list":

@@ -1,9 +1,9 @@
-"""Renders the README's tables from the reports in docs/results.
+"""Renders the tables of README.md and docs/compare.md from the reports in docs/results.
 
-    python scripts/readme_tables.py            # rewrites README.md
-    python scripts/readme_tables.py --check    # exit status 1 when README.md does not show what the reports hold
+    python scripts/readme_tables.py            # rewrites both
+    python scripts/readme_tables.py --check    # exit status 1 when one does not show what the reports hold
 
-A table stands between `<!-- rows FILE [TABLE] -->` or `<!-- claims FILE -->` and `<!-- end -->`.
+A table stands between `<!-- rows FILE [TABLE] [| COLUMN, COLUMN] -->` or `<!-- claims FILE -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results"
-MARKED = re.compile(r"(<!-- (rows|claims) (\S+)(?: ([^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+DOCUMENTS = [README, ROOT / "docs" / "compare.md"]
+MARKED = re.compile(r"(<!-- (rows|claims) (\S+)(?: ([^|>]+?))?(?: \| ([^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def cell(value: Any) -> str:
@@ -39,7 +40,8 @@ def provenance(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if name != "attnzoo")
     command = " ".join(report["command"])
     place = f"{report['device']}, load before {report['load_before']}"
-    return f"`{command}`, commit {report['commit']}, {place}, {versions}\n"
+    note = "; **quick: sizes cut down, not a measurement**" if report.get("quick") else ""
+    return f"`{command}`, commit {report['commit']}, {place}, {versions}{note}\n"
 
 
 def render(text: str) -> str:
@@ -50,17 +52,17 @@ def render(text: str) -> str:
     told: set[str] = set()
 
     def table(match: re.Match[str]) -> str:
-        opening, kind, name, wanted, closing = match.groups()
+        opening, kind, name, wanted, columns, closing = match.groups()
         report = json.loads((RESULTS / name).read_text(encoding="utf-8"))
         if kind == "claims":
             keys = ("name", "kind", "expected", "measured", "holds")
             rows = [{key: claim[key] for key in keys} for claim in report["claims"]]
         else:
             rows = [dict(row) for row in report["rows"] if wanted is None or row.get("table") == wanted]
-            for row in rows:
-                row.pop("table", None)
-        if not rows:
-            raise ValueError(f"docs/results/{name} has no {kind} {wanted or ''}")
+            kept = columns.split(", ") if columns else None
+            rows = [{k: v for k, v in row.items() if (k in kept if kept else k != "table")} for row in rows]
+        if not all(rows) or not rows:
+            raise ValueError(f"docs/results/{name} has no {kind} {wanted or ''} {columns or ''}")
         origin = "" if name in told else f"\n{provenance(report)}"
         told.add(name)
         return f"{opening}{markdown(rows)}{origin}{closing}"
@@ -73,14 +75,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing")
     chosen = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    rendered = render(text)
-    if chosen.check:
-        if rendered != text:
-            print("README.md does not show docs/results; run python scripts/readme_tables.py", file=sys.stderr)
-        return int(rendered != text)
-    README.write_text(rendered, encoding="utf-8")
-    return 0
+    stale = 0
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        rendered = render(text)
+        if not chosen.check:
+            document.write_text(rendered, encoding="utf-8")
+        elif rendered != text:
+            stale = 1
+            print(f"{document.name} does not show docs/results; run python scripts/readme_tables.py", file=sys.stderr)
+    return stale
 
 
 if __name__ == "__main__":

@@ -11,13 +11,15 @@ from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.tokenizer import Tokenizer
 from train.tokenizer import train_tokenizer
 
-KINDS: dict[str, list] = {
-    "mha": ["mha"],
-    "rmha": ["rmha"],
-    "mdha": ["mdha"],
-    "rcmha": ["rcmha"],
-    "linear": ["linear"],
-    "mixed": ["rcmha", "linear"],
+KINDS: dict[str, list[dict]] = {
+    "mha": [{"kind": "mha"}],
+    "rmha": [{"kind": "rmha"}],
+    "sinusoid": [{"kind": "rmha", "position": "sinusoid"}],
+    "mdha": [{"kind": "mdha"}],
+    "rcmha": [{"kind": "rcmha"}],
+    "linear": [{"kind": "linear"}],
+    "mixed": [{"kind": "rcmha"}, {"kind": "linear"}],
+    "window": [{"kind": "rcmha", "window": 7, "sinks": 2}],
 }
 MAX_LEN, TOKENS = 64, 400
 
@@ -45,7 +47,7 @@ def small_model(kind: str, *, layers: int = 2, dim: int = 32, seed: int = 0, max
         vocab_size=TOKENS,
         model_dim=dim,
         num_layers=layers,
-        attention=[{"kind": name, "num_heads": 4} for name in KINDS[kind]] if len(KINDS[kind]) > 1 else kind,
+        attention=[spec | {"num_heads": 4} for spec in KINDS[kind]],
         max_positions=max_len,
         tie_embeddings=False,
         init_std=0.3,

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from attnzoo.models import DecoderLM
+from attnzoo.ops.masks import marked_starts
+from attnzoo.tokenizer import Tokenizer
 from train.config import Config, ConfigError
 from train.optim import MatrixAdamW, MatrixSlot, ShardLayout, build_optimizer, set_rate
 
@@ -144,14 +146,16 @@ def _clips_itself(config: Config) -> bool:
 class LossModule(nn.Module):
     """The model behind one forward that returns its loss: what DeepSpeed wraps."""
 
-    def __init__(self, model: DecoderLM, autocast: torch.device | None) -> None:
+    def __init__(self, model: DecoderLM, autocast: torch.device | None, isolate_documents: bool) -> None:
         super().__init__()
         self.model = model
         self.autocast = autocast
+        self.isolate_documents = isolate_documents
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         with torch.autocast(self.autocast.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
-            return self.model.loss(tokens_BT, targets_BT)
+            starts_BT = marked_starts(tokens_BT, Tokenizer.bos_id) if self.isolate_documents else None
+            return self.model.loss(tokens_BT, targets_BT, starts_BT)
 
 
 class Engine:
@@ -167,7 +171,8 @@ class Engine:
         self.model_config = model.config
         model.activation_checkpointing = config.train.activation_checkpointing
         optimizer = build_optimizer(model, config.optim)
-        module = LossModule(model, device if config.precision == "bf16_autocast" else None)
+        autocast = device if config.precision == "bf16_autocast" else None
+        module = LossModule(model, autocast, bool(config.data.get("isolate_documents", False)))
         self._names = [name for name, _ in model.named_parameters()]
         with _quiet():
             self._engine, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, config=settings)

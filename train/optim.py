@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnzoo.models import DecoderLM
 from train.config import OptimConfig
@@ -182,8 +182,3 @@ def _packed_matrix(flat: Tensor, slot: MatrixSlot, layout: ShardLayout, steps: i
     matrix = flat[slot.offset : slot.offset + slot.length].view(slot.shape)
     moved = direction(matrix, steps).reshape(-1)
     result[first - start : last - start] = moved[first - slot.offset : last - slot.offset]
-
-
-def optimizer_bytes(model: nn.Module, groups: list[dict[str, Any]]) -> int:
-    """Bytes of optimizer state for all ranks together: two float32 moments for AdamW, one for Muon."""
-    return sum(4 * p.numel() * (1 if g["orthogonal"] else 2) for g in groups for p in g["params"])

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from attnzoo.attention.base import ATTENTION
 from attnzoo.attention.composed import ComposedAttention
-from attnzoo.attention.parts import Heads, Position, Projection, SoftmaxMixing
-from attnzoo.kvcache import FullCache
+from attnzoo.attention.parts import QKV, Heads, Position, Projection, SoftmaxMixing
 from attnzoo.ops.impl import Impl
+from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.relative_sdpa import relative_sdpa
 
 
@@ -46,13 +46,7 @@ class Slope(Position):
         self.slope = nn.Parameter(torch.empty(heads.num_heads))
         self.reset_parameters(0.0)
 
-    def attend(
-        self,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        query_positions_BT: Tensor | None,
-        key_positions_BKS: Tensor | None,
-        impl: Impl,
-    ) -> Tensor:
+    def attend(self, qkv: QKV, mask: CausalMask, impl: Impl) -> Tensor:
         distance_P = torch.arange(self.max_distance, device=self.slope.device)
         heads, head_dim = self.heads.num_heads, self.heads.head_dim
         return relative_sdpa(
@@ -60,8 +54,7 @@ class Slope(Position):
             content_bias_NH=self.slope.new_zeros(heads, head_dim),
             table_NPH=self.slope.new_zeros(heads, self.max_distance, head_dim),
             table_bias_NP=-self.slope[:, None] * distance_P,
-            query_positions_BT=query_positions_BT,
-            key_positions_BKS=key_positions_BKS,
+            mask=mask,
             impl=impl,
         )
 
@@ -83,5 +76,5 @@ class Mine(ComposedAttention):
         super().__init__(
             config,
             projection=Projection(heads),
-            mixing=SoftmaxMixing(heads, Slope(heads, config.max_distance), FullCache()),
+            mixing=SoftmaxMixing(heads, Slope(heads, config.max_distance)),
         )

@@ -11,6 +11,7 @@ One function in three forms, and what it costs:
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.kvcache.state import State
+from attnzoo.ops.impl import Impl
 from attnzoo.registry import Registry
+from attnzoo.tape import Buffer, Step, Tape
+
+PositionTrait = Literal["none", "rope", "table", "sinusoid", "recurrence"]
+Growth = Literal["O(T)", "O(window)", "O(1)"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +32,13 @@ class Traits:
     """What a variant promises; a contract test skips only what a trait rules out.
 
     causal: no output depends on later tokens. position: where order comes from. growth: how the state grows
-    with the context. cross: queries may come from another sequence than keys. varlen: packed documents
-    (`cu_seqlens`) in one row. shift_invariant: adding n to all positions changes nothing.
+    with the context. cross: queries may come from another sequence than keys. varlen: documents packed in one
+    row, and padded rows, by `starts_BT`. shift_invariant: adding n to all positions changes nothing.
     """
 
     causal: bool = True
-    position: Literal["none", "rope", "table", "sinusoid", "recurrence"] = "none"
-    growth: Literal["O(T)", "O(window)", "O(1)"] = "O(T)"
+    position: PositionTrait = "none"
+    growth: Growth = "O(T)"
     cross: bool = False
     varlen: bool = False
     shift_invariant: bool = True
@@ -40,17 +46,32 @@ class Traits:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call costs. Sums of costs add up field by field.
+    """What a call costs. Sums of costs add up field by field, but for workspace, of which the
+    largest counts.
 
-    flops: multiply and add counted apart, in matrix products, convolutions and attention over the pairs that
-    causality leaves. bytes_moved: parameters read once, input and output, and state read and written.
-    state_bytes: bytes of the state at that context. parameters: number of parameters.
+    flops: multiply and add counted apart, in matrix products, convolutions and attention over the pairs that the mask
+    leaves; what an implementation computes beyond them and drops is not counted, nor are elementwise operations.
+    bytes_moved: a lower bound, what must pass between memory and processor even if all else stays on chip: parameters
+    that the call reads, input and output, and the state once. state_bytes: bytes of the state at that context.
+    parameters: number of parameters.
+
+    Of training with the implementation "torch", where the call is the parallel form (else 0):
+    activation_bytes: what the forward pass leaves for the backward pass, its output included. workspace_bytes: the most
+    that either pass holds beyond that at once: temporaries and gradients of activations. Parameters, their gradients
+    (allocated before, and added to), the input and the output's gradient are counted in neither.
     """
 
     flops: int = 0
     bytes_moved: int = 0
     state_bytes: int = 0
     parameters: int = 0
+    activation_bytes: int = 0
+    workspace_bytes: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that a forward and backward pass takes at once."""
+        return self.activation_bytes + self.workspace_bytes
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
@@ -58,15 +79,34 @@ class Cost:
             self.bytes_moved + other.bytes_moved,
             self.state_bytes + other.state_bytes,
             self.parameters + other.parameters,
+            self.activation_bytes + other.activation_bytes,
+            max(self.workspace_bytes, other.workspace_bytes),
         )
 
 
+def training_memory(
+    play: Callable[[Tape, Buffer], Buffer], tape: Tape, model_dim: int, parallel: bool
+) -> tuple[int, int]:
+    """(activation_bytes, workspace_bytes) of a forward and backward pass, 0 for streaming."""
+    if not parallel:
+        return 0, 0
+    out = play(tape, Buffer(tape.rows(model_dim)))
+    kept = tape.held
+    tape.backward(out)
+    return kept, tape.peak - kept
+
+
 class Attention(nn.Module, ABC):
-    """Base of all variants. `source` cites the paper; `Config` is a frozen dataclass whose first field is model_dim."""
+    """Base of all variants. `source` cites the paper; `Config` is a frozen dataclass whose first field is model_dim.
+
+    `impl` chooses how operations are computed, in forward and extend: "auto" is by device, anything else is what it
+    says or an error.
+    """
 
     source: ClassVar[str]
     Config: ClassVar[type]
     config: Any
+    impl: Impl = "auto"
 
     @property
     @abstractmethod
@@ -74,8 +114,12 @@ class Attention(nn.Module, ABC):
         """What this variant, as configured, promises."""
 
     @abstractmethod
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """The parallel form: y_BTD of whole sequences that start at position 0."""
+    def forward(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+        """The parallel form: y_BTD of whole sequences that start at position 0.
+
+        `starts_BT` (int64, variants with the trait varlen): the index of the first token each token may see, for rows
+        packed with documents or padded (`attnzoo.ops.masks.document_starts` and `padding_starts` make it).
+        """
 
     @abstractmethod
     def init_state(
@@ -100,7 +144,7 @@ class Attention(nn.Module, ABC):
         """
 
     @abstractmethod
-    def reference(self, x_BTD: Tensor) -> Tensor:
+    def reference(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """`forward` in plain sums, float64-clean: slow, obvious, differentiable."""
 
     @abstractmethod
@@ -109,6 +153,12 @@ class Attention(nn.Module, ABC):
 
         `tokens == context` is the parallel form (and a prefill); `tokens == 1` is a decode step.
         """
+
+    def play(self, tape: Tape, x: Buffer) -> Buffer:
+        """`forward` on a tape of memory; here from what `cost` says."""
+        cost = self.cost(tape.batch, tape.tokens, tape.tokens)
+        keeps = max(cost.activation_bytes - x.size, 0)
+        return tape.do(Step(out=x.size, inputs=[x], saves=[x], keeps=keeps, backward=cost.workspace_bytes))
 
     def reset_parameters(self, std: float, output_std: float) -> None:
         """Initialises linear maps: normal(0, std), output projection normal(0, output_std)."""

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.attention.base import Attention, Cost, Traits
+from attnzoo.attention.base import Attention, Cost, Growth, PositionTrait, Traits, training_memory
 from attnzoo.attention.parts import LinearMixing, Mixing, Projection, QKVConv, QKVConvState, SoftmaxMixing
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.impl import Impl
+from attnzoo.tape import Buffer, Tape
 from attnzoo.types import dtype_bytes
 
 
@@ -35,21 +36,23 @@ class ComposedAttention(Attention):
     @property
     def traits(self) -> Traits:
         if isinstance(self.mixing, SoftmaxMixing):
-            return Traits(position=self.mixing.position.kind, growth="O(T)")
+            growth: Growth = "O(T)" if self.mixing.mask.window is None else "O(window)"
+            return Traits(position=self.mixing.position.kind, growth=growth, varlen=True)
         assert isinstance(self.mixing, LinearMixing)
-        return Traits(position="recurrence" if self.mixing.decay_logit is not None else "none", growth="O(1)")
+        position: PositionTrait = "recurrence" if self.mixing.decay_logit is not None else "none"
+        return Traits(position=position, growth="O(1)", varlen=True)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self._parallel(x_BTD, "auto")
+    def forward(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+        return self._parallel(x_BTD, starts_BT, self.impl)
 
-    def reference(self, x_BTD: Tensor) -> Tensor:
-        return self._parallel(x_BTD, "reference")
+    def reference(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+        return self._parallel(x_BTD, starts_BT, "reference")
 
-    def _parallel(self, x_BTD: Tensor, impl: Impl) -> Tensor:
+    def _parallel(self, x_BTD: Tensor, starts_BT: Tensor | None, impl: Impl) -> Tensor:
         qkv = self.projection(x_BTD)
         if self.conv is not None:
-            qkv = self.conv(*qkv, impl)
-        return self.projection.merge(self.mixing(qkv, impl))
+            qkv = self.conv(qkv, starts_BT, impl)
+        return self.projection.merge(self.mixing(qkv, starts_BT, impl))
 
     def init_state(
         self,
@@ -73,9 +76,9 @@ class ComposedAttention(Attention):
         tokens = x_BTD.shape[1]
         qkv, conv = self.projection(x_BTD), state.conv
         if self.conv is not None and conv is not None:
-            qkv, conv = self.conv.extend(qkv, conv, counts_B)
+            qkv, conv = self.conv.extend(qkv, conv, counts_B, self.impl)
         positions_BT = state.lengths_B[:, None] + torch.arange(tokens, device=x_BTD.device)
-        o_BNTH, mixing = self.mixing.extend(qkv, state.mixing, positions_BT, counts_B)
+        o_BNTH, mixing = self.mixing.extend(qkv, state.mixing, positions_BT, counts_B, self.impl)
         lengths_B = state.lengths_B + (tokens if counts_B is None else counts_B)
         return self.projection.merge(o_BNTH), ComposedState(lengths_B, conv, mixing)
 
@@ -88,13 +91,26 @@ class ComposedAttention(Attention):
             state_bytes += self.conv.state_bytes(batch, dtype)
             flops += self.conv.flops(batch, tokens)
         parameters = sum(p.numel() for p in self.parameters())
-        activations = 2 * batch * tokens * self.config.model_dim
+        moved = parameters - self.mixing.unread(context) + 2 * batch * tokens * self.config.model_dim
+        memory = training_memory(self.play, Tape(batch, tokens, dtype), self.config.model_dim, tokens == context)
         return Cost(
             flops=flops,
-            bytes_moved=width * (parameters + activations) + state_bytes,
+            bytes_moved=width * moved + state_bytes,
             state_bytes=state_bytes,
             parameters=parameters,
+            activation_bytes=memory[0],
+            workspace_bytes=memory[1],
         )
+
+    def play(self, tape: Tape, x: Buffer) -> Buffer:
+        qkv = self.projection.play(tape, x)
+        if self.conv is not None:
+            projected, qkv = qkv, self.conv.play(tape, qkv)
+            tape.drop(*projected)
+        o = self.mixing.play(tape, qkv)
+        y = self.projection.play_merge(tape, o)
+        tape.drop(o, *qkv)
+        return y
 
     def reset_parameters(self, std: float, output_std: float) -> None:
         self.projection.reset_parameters(std, output_std)

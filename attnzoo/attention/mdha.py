@@ -25,12 +25,14 @@ from attnzoo.attention.parts import (
     Rope,
     SoftmaxMixing,
 )
-from attnzoo.kvcache import FullCache
 
 
 @dataclass(frozen=True, kw_only=True)
 class MDHAConfig:
-    """`conv_share_heads`: one kernel per channel for all heads instead of one per head and channel."""
+    """`conv_share_heads`: one kernel per channel for all heads instead of one per head and channel.
+
+    `window`, `sinks`: each token sees the last `window` tokens and the first `sinks` ones; None: all.
+    """
 
     model_dim: int
     num_heads: int = 4
@@ -38,6 +40,8 @@ class MDHAConfig:
     head_dim: int | None = None
     position: Literal["rope", "none"] = "rope"
     rope_theta: float = 10000.0
+    window: int | None = None
+    sinks: int = 0
     conv_width: int = 3
     conv_share_heads: bool = False
     conv_bias: bool = False
@@ -57,7 +61,7 @@ class MDHA(ComposedAttention):
         super().__init__(
             config,
             projection=Projection(heads),
-            mixing=SoftmaxMixing(heads, position, FullCache()),
+            mixing=SoftmaxMixing(heads, position, window=config.window, sinks=config.sinks),
             conv=QKVConv(
                 heads,
                 width=config.conv_width,

@@ -15,12 +15,14 @@ from typing import Literal
 from attnzoo.attention.base import ATTENTION
 from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.parts import Heads, NoPosition, Projection, Rope, SoftmaxMixing
-from attnzoo.kvcache import FullCache
 
 
 @dataclass(frozen=True, kw_only=True)
 class MHAConfig:
-    """Sizes default to one kv head a query head and head_dim = model_dim / num_heads."""
+    """Sizes default to one kv head a query head and head_dim = model_dim / num_heads.
+
+    `window`, `sinks`: each token sees the last `window` tokens and the first `sinks` ones; None: all.
+    """
 
     model_dim: int
     num_heads: int = 4
@@ -28,6 +30,8 @@ class MHAConfig:
     head_dim: int | None = None
     position: Literal["rope", "none"] = "rope"
     rope_theta: float = 10000.0
+    window: int | None = None
+    sinks: int = 0
     qkv_bias: bool = False
     output_bias: bool = False
 
@@ -51,5 +55,5 @@ class MHA(ComposedAttention):
                 value_bias=config.qkv_bias,
                 output_bias=config.output_bias,
             ),
-            mixing=SoftmaxMixing(heads, position, FullCache()),
+            mixing=SoftmaxMixing(heads, position, window=config.window, sinks=config.sinks),
         )

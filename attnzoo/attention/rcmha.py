@@ -17,18 +17,22 @@ from dataclasses import dataclass
 from attnzoo.attention.base import ATTENTION
 from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.parts import ConvInit, Heads, Projection, QKVConv, RelativeTable, SoftmaxMixing
-from attnzoo.kvcache import FullCache
 
 
 @dataclass(frozen=True, kw_only=True)
 class RCMHAConfig:
-    """`max_distance`: rows of the position table; `conv_share_heads`: one kernel per channel for all heads."""
+    """`max_distance`: rows of the position table; `conv_share_heads`: one kernel per channel for all heads.
+
+    `window`, `sinks`: each token sees the last `window` tokens and the first `sinks` ones; None: all.
+    """
 
     model_dim: int
     num_heads: int = 4
     num_kv_heads: int | None = None
     head_dim: int | None = None
     max_distance: int = 256
+    window: int | None = None
+    sinks: int = 0
     conv_width: int = 3
     conv_share_heads: bool = False
     conv_bias: bool = False
@@ -47,7 +51,9 @@ class RCMHA(ComposedAttention):
         super().__init__(
             config,
             projection=Projection(heads, value_bias=True),
-            mixing=SoftmaxMixing(heads, RelativeTable(heads, config.max_distance), FullCache()),
+            mixing=SoftmaxMixing(
+                heads, RelativeTable(heads, config.max_distance), window=config.window, sinks=config.sinks
+            ),
             conv=QKVConv(
                 heads,
                 width=config.conv_width,

@@ -20,12 +20,14 @@ from typing import Literal
 from attnzoo.attention.base import ATTENTION
 from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.parts import Heads, Projection, RelativeSinusoid, RelativeTable, SoftmaxMixing
-from attnzoo.kvcache import FullCache
 
 
 @dataclass(frozen=True, kw_only=True)
 class RMHAConfig:
-    """`max_distance`: rows of the table; only read by position="table"."""
+    """`max_distance`: rows of the table; only read by position="table".
+
+    `window`, `sinks`: each token sees the last `window` tokens and the first `sinks` ones; None: all.
+    """
 
     model_dim: int
     num_heads: int = 4
@@ -33,6 +35,8 @@ class RMHAConfig:
     head_dim: int | None = None
     position: Literal["table", "sinusoid"] = "table"
     max_distance: int = 256
+    window: int | None = None
+    sinks: int = 0
 
 
 @ATTENTION.register("rmha")
@@ -49,5 +53,5 @@ class RMHA(ComposedAttention):
         super().__init__(
             config,
             projection=Projection(heads, value_bias=table),
-            mixing=SoftmaxMixing(heads, position, FullCache()),
+            mixing=SoftmaxMixing(heads, position, window=config.window, sinks=config.sinks),
         )

@@ -3,6 +3,7 @@
 from attnzoo.kvcache.base import EMPTY, CachePolicy, CacheView
 from attnzoo.kvcache.full import FullCache, FullCacheState
 from attnzoo.kvcache.state import State, load_state, save_state
+from attnzoo.kvcache.window import WindowCache, WindowCacheState
 
 __all__ = [
     "EMPTY",
@@ -11,6 +12,8 @@ __all__ = [
     "FullCache",
     "FullCacheState",
     "State",
+    "WindowCache",
+    "WindowCacheState",
     "load_state",
     "save_state",
 ]

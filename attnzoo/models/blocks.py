@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.attention import Attention
+from attnzoo.attention.parts.projection import play_linear
+from attnzoo.attention.segment_memory import SegmentMemory, attend_segment
 from attnzoo.kvcache.state import State
+from attnzoo.tape import Buffer, Step, Tape
 
 Norm = Literal["rmsnorm", "layernorm"]
 Activation = Literal["swiglu", "gelu", "relu"]
@@ -16,6 +19,19 @@ Activation = Literal["swiglu", "gelu", "relu"]
 def build_norm(kind: Norm, dim: int) -> nn.Module:
     """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) with a learned gain, epsilon 1e-5."""
     return nn.RMSNorm(dim, eps=1e-5) if kind == "rmsnorm" else nn.LayerNorm(dim, eps=1e-5)
+
+
+def play_norm(tape: Tape, norm: nn.Module, x: Buffer) -> Buffer:
+    """A norm on a tape: keeps its input and one or two sums a token; RMSNorm, which torch has no kernel for on a CPU,
+    the normed values before their gain too."""
+    weights = sum(p.numel() for p in norm.parameters()) * tape.width
+    exact = x.size * tape.sum_width // tape.width
+    sums = tape.batch * tape.tokens * tape.sum_width
+    if isinstance(norm, nn.LayerNorm):
+        return tape.do(Step(out=x.size, inputs=[x], saves=[x], keeps=2 * sums, weights=weights))
+    # In half precision it widens its input, and keeps that and what it narrows again.
+    kept = exact if tape.width == tape.sum_width else exact + x.size
+    return tape.do(Step(out=x.size, inputs=[x], saves=[x], keeps=sums + kept, backward=2 * exact, weights=weights))
 
 
 class MLP(nn.Module):
@@ -43,6 +59,23 @@ class MLP(nn.Module):
         """Two FLOPs a weight and token."""
         return 2 * batch * tokens * sum(p.numel() for p in self.parameters())
 
+    def play(self, tape: Tape, x: Buffer) -> Buffer:
+        """`forward` on a tape: the activation keeps its input, the product its factors, `down` the hidden layer."""
+        up = play_linear(tape, self.up, x)
+        if self.gate is None:
+            # relu keeps its result, which `down` keeps anyway.
+            relu = self.activation is F.relu
+            hidden = tape.do(Step(out=up.size, inputs=[up], saves=[] if relu else [up], saves_out=relu))
+        else:
+            gate = play_linear(tape, self.gate, x)
+            weight = tape.do(Step(out=gate.size, inputs=[gate], saves=[gate]))
+            tape.drop(gate)
+            hidden = tape.do(Step(out=up.size, inputs=[weight, up], saves=[weight, up]))
+            tape.drop(weight)
+        y = play_linear(tape, self.down, hidden)
+        tape.drop(up, hidden)
+        return y
+
 
 class Block(nn.Module):
     """x + attention(norm x), then x + mlp(norm x)."""
@@ -54,9 +87,29 @@ class Block(nn.Module):
         self.mlp_norm = build_norm(norm, dim)
         self.mlp = mlp
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
+    def forward(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), starts_BT)
         out: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return out
+
+    def segment(self, x_BTD: Tensor, memory: SegmentMemory) -> tuple[Tensor, SegmentMemory]:
+        """A segment that also reads its memory; what is remembered are the inputs of the attention, after the norm."""
+        mixed, memory = attend_segment(self.attention, self.attention_norm(x_BTD), memory)
+        x_BTD = x_BTD + mixed
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), memory
+
+    def play(self, tape: Tape, x: Buffer) -> Buffer:
+        """`forward` on a tape; the caller holds x."""
+        normed = play_norm(tape, self.attention_norm, x)
+        mixed = self.attention.play(tape, normed)
+        tape.drop(normed)
+        middle = tape.do(Step(out=x.size, inputs=[x, mixed], passes=True))
+        tape.drop(mixed)
+        normed = play_norm(tape, self.mlp_norm, middle)
+        mixed = self.mlp.play(tape, normed)
+        tape.drop(normed)
+        out = tape.do(Step(out=x.size, inputs=[middle, mixed], passes=True))
+        tape.drop(mixed, middle)
         return out
 
     def extend(self, x_BTD: Tensor, state: Any, counts_B: Tensor | None) -> tuple[Tensor, State]:

@@ -17,7 +17,8 @@ class DecoderConfig:
     """Sizes and choices of a `DecoderLM`.
 
     attention: one variant for all layers, or a list that is repeated over the layers from the first one on, for
-    example ["rcmha", "linear"]. max_positions: the longest context the model is meant for; variants with a
+    example ["rcmha", "linear"]. attention_impl: how their operations are computed; "auto" is by device, anything
+    else is what it says or an error. max_positions: the longest context the model is meant for; variants with a
     position table get a table of that length unless they set their own `max_distance`.
     mlp_dim: None means 4 * model_dim, and 8/3 of it, rounded up to a multiple of 32, for the gated "swiglu", so that
     the number of weights stays about the same.
@@ -27,6 +28,7 @@ class DecoderConfig:
     model_dim: int
     num_layers: int
     attention: str | dict | list = "rcmha"
+    attention_impl: Literal["auto", "reference", "torch", "triton"] = "auto"
     max_positions: int = 256
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     mlp: Literal["swiglu", "gelu", "relu"] = "swiglu"

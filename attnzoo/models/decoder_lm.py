@@ -1,6 +1,6 @@
 """A decoder language model over any causal attention variant."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attnzoo.attention import Cost, build_attention
+from attnzoo.attention.segment_memory import SegmentMemory
 from attnzoo.kvcache.state import State
-from attnzoo.models.blocks import MLP, Block, build_norm
+from attnzoo.models.blocks import MLP, Block, build_norm, play_norm
 from attnzoo.models.config import DecoderConfig
+from attnzoo.tape import Buffer, Step, Tape, Weight
 
 
 @dataclass
@@ -45,6 +47,7 @@ class DecoderLM(nn.Module):
         config = self.config
         kind, options = config.layer_attention(layer)
         attention = build_attention(kind, options, "model.attention")
+        attention.impl = config.attention_impl
         if not attention.traits.causal:
             raise ValueError(
                 f"model.attention: {kind!r} is not causal, and a decoder language model needs a causal variant"
@@ -67,18 +70,25 @@ class DecoderLM(nn.Module):
             block.attention.reset_parameters(std, output_std)
             block.mlp.reset_parameters(std, output_std)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """logits_BTV of the parallel form."""
-        return self.logits(self.hidden(tokens_BT))
+    def forward(self, tokens_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+        """logits_BTV of the parallel form; `starts_BT` as in `Attention.forward`."""
+        return self.logits(self.hidden(tokens_BT, starts_BT))
 
-    def hidden(self, tokens_BT: Tensor) -> Tensor:
-        """hidden_BTD after the final norm."""
+    def hidden(self, tokens_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+        """hidden_BTD after the final norm. Raises ValueError for `starts_BT` where a variant is not varlen."""
+        if starts_BT is not None:
+            for block in self.layers():
+                if not block.attention.traits.varlen:
+                    raise ValueError(
+                        f"starts_BT: {type(block.attention).__name__} cannot keep documents of one row apart "
+                        "(trait varlen); give it one document a row"
+                    )
         x_BTD = self.embedding(tokens_BT)
         for block in self.layers():
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, starts_BT, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD)
+                x_BTD = block(x_BTD, starts_BT)
         out: Tensor = self.norm(x_BTD)
         return out
 
@@ -87,9 +97,9 @@ class DecoderLM(nn.Module):
         out: Tensor = self.head(hidden_BTD)
         return out
 
-    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Mean cross entropy in nats over targets; -100 marks targets that do not count."""
-        logits_BTV = self(tokens_BT).float()
+        logits_BTV = self(tokens_BT, starts_BT).float()
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=-100)
 
     def init_state(
@@ -123,6 +133,26 @@ class DecoderLM(nn.Module):
             layers.append(layer_state)
         return self.norm(x_BTD), DecoderState(tuple(layers))
 
+    def init_memory(self, batch: int, length: int) -> tuple[SegmentMemory, ...]:
+        """Transformer-XL's memory of `length` tokens a layer, empty. Raises ValueError for a length below 1."""
+        like = self.embedding.weight
+        return tuple(
+            SegmentMemory.empty(batch, length, self.config.model_dim, device=like.device, dtype=like.dtype)
+            for _ in self.blocks
+        )
+
+    def segment(self, tokens_BT: Tensor, memory: tuple[SegmentMemory, ...]) -> tuple[Tensor, tuple[SegmentMemory, ...]]:
+        """(logits_BTV, memory): a segment that also reads what its layers remember (see attention/segment_memory.py).
+
+        Gradients end at the memory. Unlike `extend`, the past is bounded, and what a token sees of it depends on where
+        segments end.
+        """
+        x_BTD, after = self.embedding(tokens_BT), []
+        for block, remembered in zip(self.layers(), memory, strict=True):
+            x_BTD, remembered = block.segment(x_BTD, remembered)
+            after.append(remembered)
+        return self.logits(self.norm(x_BTD)), tuple(after)
+
     def num_parameters(self, embeddings: bool = True) -> int:
         """Number of weights, a tied head counted once; without `embeddings`, neither embedding nor head."""
         total = sum(p.numel() for p in self.parameters())
@@ -141,8 +171,36 @@ class DecoderLM(nn.Module):
             if isinstance(module, nn.Linear)
         ]
 
+    def play_loss(self, tape: Tape) -> Buffer:
+        """`loss` on a tape, with activation checkpointing where it is on."""
+        table = self.embedding.weight.numel() * tape.width
+        tied = Weight(table) if self.config.tie_embeddings else None
+        weights = 0 if self.config.tie_embeddings else table
+        x = tape.do(Step(out=tape.rows(self.config.model_dim), shared=tied, weights=weights))
+        for block in self.layers():
+            before = x
+            x = tape.checkpoint(block.play, x) if self.activation_checkpointing else block.play(tape, x)
+            tape.drop(before)
+        hidden = play_norm(tape, self.norm, x)
+        tape.drop(x)
+        logits = tape.do(
+            Step(out=tape.rows(self.config.vocab_size), inputs=[hidden], saves=[hidden], shared=tied, weights=weights)
+        )
+        tape.drop(hidden)
+        exact = logits
+        if tape.width < 4:
+            exact = tape.do(Step(out=logits.size * 4 // tape.width, inputs=[logits], grads=[logits.size]))
+            tape.drop(logits)
+        log_probabilities = tape.do(Step(out=exact.size, inputs=[exact], saves_out=True))
+        loss = tape.do(Step(out=4, inputs=[log_probabilities], saves=[log_probabilities]))
+        tape.drop(log_probabilities, exact)
+        return loss
+
     def cost(self, batch: int, tokens: int, context: int) -> Cost:
-        """Cost of `tokens` new tokens up to length `context`; training costs three times the FLOPs."""
+        """Cost of `tokens` new tokens up to length `context`; training costs three times the FLOPs.
+
+        Activations and workspace are those of `loss` and its backward pass.
+        """
         width = self.embedding.weight.element_size()
         attention = sum((b.attention.cost(batch, tokens, context) for b in self.layers()), Cost())
         others = self.num_parameters() - attention.parameters
@@ -151,8 +209,19 @@ class DecoderLM(nn.Module):
         activations = batch * tokens * (self.config.model_dim + self.config.vocab_size)
         # An embedding's unread rows are not moved; a tied table is read whole by the head.
         unread = 0 if self.config.tie_embeddings else self.embedding.weight.numel()
-        return attention + Cost(
+        total = attention + Cost(
             flops=head_flops + mlp_flops,
             bytes_moved=width * (others - unread + activations),
             parameters=others,
         )
+        kept, workspace = self.training_memory(batch, tokens) if tokens == context else (0, 0)
+        return replace(total, activation_bytes=kept, workspace_bytes=workspace)
+
+    def training_memory(self, batch: int, tokens: int, dtype: torch.dtype | None = None) -> tuple[int, int]:
+        """(bytes that the forward pass keeps, bytes that `loss` and its backward pass hold beyond that at once), as in
+        `Cost`; `dtype` of activations, None: that of the weights."""
+        tape = Tape(batch, tokens, dtype or self.embedding.weight.dtype)
+        loss = self.play_loss(tape)
+        kept = tape.held
+        tape.backward(loss, gradient=loss.size)
+        return kept, tape.peak - kept

@@ -1,1 +1,1 @@
-"""Operations: pure functions of tensors, one folder each with the same files (reference, torch)."""
+"""Operations: pure functions of tensors, one folder each with the same files (reference, torch, triton)."""

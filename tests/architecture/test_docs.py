@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from attnzoo.attention import ATTENTION
-from scripts.readme_tables import README, render
+from scripts.readme_tables import DOCUMENTS, README, render
 from train.config import load_config
 from train.plan import describe
 
@@ -15,12 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 
 
-def test_readme_shows_the_stored_results():
-    text = README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_show_the_stored_results(document):
+    text = document.read_text(encoding="utf-8")
     assert render(text) == text, "run python scripts/readme_tables.py"
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/compare.md"])
 def test_files_that_documents_name_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     named = re.findall(r"\b((?:attnzoo|train|serve|scripts|tests|configs|docs)/[\w/.-]*\w)", text)

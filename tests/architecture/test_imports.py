@@ -15,6 +15,7 @@ ORDER = [
     "errors",
     "files",
     "types",
+    "tape",
     "registry",
     "ops",
     "kvcache",
@@ -23,11 +24,12 @@ ORDER = [
     "tokenizer",
     "checkpoint",
     "report",
+    "evaluate",
 ]
 """Inside attnzoo each may import only what stands before it."""
 
-OWNERS = {"deepspeed": ["train/engine.py"], "ray": ["serve/deployment.py"]}
-"""Packages that one file owns."""
+OWNERS = {"deepspeed": ["train/engine.py"], "ray": ["serve/deployment.py", "train/sweep.py"]}
+"""Packages that few files own: ray.serve is the deployment's, ray.tune the sweep's."""
 
 FORBIDDEN = {
     "attnzoo": {"deepspeed", "ray", "fastapi", "datasets", "omegaconf", "train", "serve", "scripts", "tests"},
@@ -108,6 +110,8 @@ def test_files_and_functions_stay_small():
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or 0) - node.lineno + 1
                 assert length <= 60, f"{short(path)}: {node.name} has {length} lines; split it"
+                if "triton.jit" in map(ast.unparse, node.decorator_list):
+                    continue  # a kernel has no objects to bundle its pointers in
                 arguments = node.args.args + node.args.kwonlyargs + node.args.posonlyargs
                 # Operations are pure functions of tensors: what would be a config object elsewhere is their input.
                 most = 9 if short(path).startswith("attnzoo/ops/") else 8

@@ -17,6 +17,7 @@ from attnzoo.attention import ATTENTION, Attention, build_attention
 from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.parts import SoftmaxMixing
 from attnzoo.kvcache import load_state, save_state
+from attnzoo.ops.masks import CausalMask, document_starts, padding_starts
 
 BATCH, TOKENS, MODEL_DIM = 2, 13, 22
 TIGHT = 1e-10
@@ -25,17 +26,33 @@ TIGHT = 1e-10
 Build = Callable[[], Attention]
 
 CASES: dict[str, list[dict[str, Any]]] = {
-    "mha": [{}, {"num_kv_heads": 1}, {"position": "none"}, {"qkv_bias": True, "output_bias": True}],
-    "rmha": [{}, {"num_kv_heads": 1}, {"position": "sinusoid"}, {"position": "sinusoid", "num_kv_heads": 1}],
+    "mha": [
+        {},
+        {"num_kv_heads": 1},
+        {"position": "none"},
+        {"qkv_bias": True, "output_bias": True},
+        {"window": 4},
+        {"window": 3, "sinks": 2, "num_kv_heads": 1},
+    ],
+    "rmha": [
+        {},
+        {"num_kv_heads": 1},
+        {"window": 3, "sinks": 2},
+        {"position": "sinusoid"},
+        {"position": "sinusoid", "num_kv_heads": 1},
+        {"position": "sinusoid", "window": 4, "sinks": 1},
+    ],
     "mdha": [
         {},
         {"position": "none", "conv_share_heads": True, "conv_bias": True, "conv_init": "uniform"},
         {"num_kv_heads": 1, "conv_width": 4},
+        {"window": 1},
     ],
     "rcmha": [
         {},
         {"conv_share_heads": True, "conv_bias": True, "conv_init": "uniform"},
         {"num_kv_heads": 1, "conv_width": 2},
+        {"window": 4, "sinks": 3},
     ],
     "linear": [
         {},
@@ -199,6 +216,30 @@ def check_empty_chunk_keeps_state(build: Build) -> None:
         assert torch.equal(tensor[1], before[name][1]), f"{name} of an idle row changed"
 
 
+def check_packing(build: Build) -> None:
+    """Documents packed in rows equal the documents alone, outputs and gradients; one that crosses a row's end starts
+    anew. Left- and right-padded rows equal the single runs."""
+    attention = build()
+    if not attention.traits.varlen:
+        return
+    x = inputs(BATCH, TOKENS, MODEL_DIM).requires_grad_()
+    edges = torch.tensor([0, 3, 4, 9, 15, BATCH * TOKENS])
+    packed = attention(x, document_starts(edges, BATCH, TOKENS))
+    assert_close(packed, attention.reference(x, document_starts(edges, BATCH, TOKENS)), "packed against reference")
+    pieces = [(0, 0, 3), (0, 3, 4), (0, 4, 9), (0, 9, 13), (1, 0, 2), (1, 2, 13)]
+    alone = torch.cat([attention(x[row : row + 1, first:end])[0] for row, first, end in pieces])
+    assert_close(packed.flatten(0, 1), alone, "packed documents")
+    expected = gradients(attention, alone.view_as(packed), x)
+    for name, grad in gradients(attention, packed, x).items():
+        assert_close(grad, expected[name], f"gradient of {name} of packed documents", tolerance=1e-9)
+    lengths = torch.tensor([5, TOKENS])
+    with torch.no_grad():
+        for side, kept in (("right", slice(0, 5)), ("left", slice(TOKENS - 5, None))):
+            out = attention(x, padding_starts(lengths, TOKENS, side))
+            assert_close(out[0, kept], attention(x[:1, kept])[0], f"{side}-padded row")
+            assert_close(out[1], attention(x[1:])[0], f"unpadded row beside a {side}-padded one")
+
+
 def check_rows(build: Build) -> None:
     """A pool of sequences: extending a slice of rows and storing it leaves the other rows alone."""
     attention, x = build(), inputs(3, TOKENS, MODEL_DIM)
@@ -240,7 +281,8 @@ def check_shift(build: Build) -> None:
         positions = torch.arange(TOKENS).expand(BATCH, TOKENS) + shift
         turned_q, turned_k = position.to(dtype).encode(q.to(dtype), k.to(dtype), positions, "auto")
         qkv = (turned_q.transpose(1, 2), turned_k.transpose(1, 2), v.to(dtype).transpose(1, 2))
-        return position.attend(qkv, positions, positions[:, None], "auto").double()
+        mask = CausalMask(query_positions_BT=positions, key_positions_BKS=positions[:, None])
+        return position.attend(qkv, mask, "auto").double()
 
     with torch.no_grad():
         exact = run(0, torch.float64)
@@ -265,13 +307,22 @@ def check_cost(build: Build) -> None:
     assert attention.cost(1, 1, 1).parameters == sum(p.numel() for p in attention.parameters())
     growing = [attention.cost(1, 1, context).state_bytes for context in (100, 200, 300)]
     steps = [growing[1] - growing[0], growing[2] - growing[1]]
-    if attention.traits.growth == "O(1)":
-        assert steps == [0, 0], f"growth O(1), yet state bytes are {growing}"
+    if attention.traits.growth in ("O(1)", "O(window)"):
+        assert steps == [0, 0], f"growth {attention.traits.growth}, yet state bytes are {growing}"
     if attention.traits.growth == "O(T)":
         assert steps[0] == steps[1] > 0, f"growth O(T), yet state bytes are {growing}"
-    prefill, decode = attention.cost(1, 8, 8).flops, sum(attention.cost(1, 1, t).flops for t in range(1, 9))
-    if attention.traits.position in ("none", "rope", "recurrence"):
-        assert prefill == decode, f"8 tokens cost {prefill} FLOPs at once and {decode} one by one"
+    tokens = SIZES["max_distance"]  # farther ones share a row of the table, which streaming multiplies once
+    prefill, decode = (
+        sum(attention.cost(1, chunk, t).flops for t in range(chunk, tokens + 1, chunk)) for chunk in (tokens, 1)
+    )
+    windowed_table = attention.traits.position == "table" and attention.traits.growth == "O(window)"
+    if attention.traits.position != "sinusoid" and not windowed_table:
+        assert prefill == decode, f"{tokens} tokens cost {prefill} FLOPs at once and {decode} one by one"
+    training, streaming = attention.cost(2, tokens, tokens), attention.cost(2, 1, tokens)
+    out_bytes = 2 * tokens * MODEL_DIM * 8
+    assert training.activation_bytes >= out_bytes, "the forward pass leaves less than its output"
+    assert training.workspace_bytes > 0, "gradients take no memory"
+    assert (streaming.activation_bytes, streaming.peak_bytes) == (0, 0), "streaming keeps nothing for a backward pass"
 
 
 ITEMS: dict[str, Callable[[Build], None]] = {
@@ -282,6 +333,7 @@ ITEMS: dict[str, Callable[[Build], None]] = {
     "causality": check_causality,
     "unequal_batch": check_unequal_batch,
     "empty_chunk": check_empty_chunk_keeps_state,
+    "packing": check_packing,
     "rows": check_rows,
     "gradients": check_gradients,
     "shift": check_shift,

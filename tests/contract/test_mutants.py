@@ -1,7 +1,9 @@
 """Broken variants must not pass: each mutant is one plausible mistake, and the contract has to notice it."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.attention.parts import mixing, token_mixing
-from attnzoo.kvcache import full
+from attnzoo.kvcache import full, window
+from attnzoo.ops import masks, row_blocks
 from attnzoo.ops.linear_attention import torch as linear_torch
-from attnzoo.ops.relative_sdpa import torch as relative_torch
 from attnzoo.ops.rope import torch as rope_torch
 from attnzoo.ops.sinusoid_sdpa import torch as sinusoid_torch
 from tests.contract.contract import ITEMS, build_case, verify_contract
@@ -21,39 +23,58 @@ Patch = pytest.MonkeyPatch
 
 def shift_off_by_one(patch: Patch) -> None:
     """Every distance reads the row of its neighbour."""
-    right = relative_torch._aligned_bias
-
-    def wrong(q: Tensor, table: Tensor, table_bias: Tensor, scale: float) -> Tensor:
-        return right(q, table.roll(1, dims=1), table_bias.roll(1, dims=1), scale)
-
-    patch.setattr(relative_torch, "_aligned_bias", wrong)
+    right = row_blocks._table_rows
+    patch.setattr(row_blocks, "_table_rows", lambda tokens, rows, device: (right(tokens, rows, device) - 1).clamp(0))
 
 
 def unmasked_corner(patch: Patch) -> None:
-    """What the shift wraps around into the upper triangle stays visible."""
+    """What the shift moves right of the diagonal stays visible."""
+    patch.setattr(row_blocks, "_hide", lambda scores, rows, span, mask, row: None)
 
-    def wrong(q: Tensor, table: Tensor, table_bias: Tensor, scale: float) -> Tensor:
-        batch, heads, tokens, _ = q.shape
-        rows = torch.arange(tokens - 1, -1, -1).clamp(max=table_bias.shape[-1] - 1)
-        logits = relative_torch._distance_logits(q, table[:, rows], table_bias[:, rows], scale)
-        return F.pad(logits, (1, 0)).view(batch, heads, tokens + 1, tokens)[:, :, 1:]
 
-    patch.setattr(relative_torch, "_aligned_bias", wrong)
+def documents_leak(patch: Patch) -> None:
+    """A block of rows leaves out keys before its documents, but a row sees all documents of its block."""
+    right = row_blocks._hide
+
+    def wrong(scores, rows, span, mask, row):
+        right(scores, rows, span, replace(mask, starts_BT=None), row)
+
+    patch.setattr(row_blocks, "_hide", wrong)
+
+
+def convolution_across_documents(patch: Patch) -> None:
+    """The first rows of a document are convolved with the last ones of the document before."""
+    right = token_mixing.depthwise_conv_qkv
+    patch.setattr(
+        token_mixing,
+        "depthwise_conv_qkv",
+        lambda qkv, kernels, **rest: right(qkv, kernels, **(rest | {"starts_BT": None})),
+    )
+
+
+def window_of_one_less(patch: Patch) -> None:
+    """The ring of slots is one too short."""
+    right = window.WindowCache.__init__
+    patch.setattr(window.WindowCache, "__init__", lambda self, size, sinks=0: right(self, size - 1, sinks))
+
+
+def sinks_fall_out(patch: Patch) -> None:
+    """The first tokens leave the ring like all others."""
+    right = window.WindowCache.__init__
+    patch.setattr(window.WindowCache, "__init__", lambda self, size, sinks=0: right(self, size, 0))
 
 
 def streamed_mask_of_the_chunk(patch: Patch) -> None:
     """The table is read for any distance, but hidden keys are not hidden while streaming."""
-    patch.setattr(relative_torch, "causal_mask", lambda queries, keys: keys[:, :, None, :] >= -1)
+    patch.setattr(masks.CausalMask, "visible", lambda self, tokens, device: self.key_positions_BKS[:, :, None] >= -1)
 
 
 def convolution_without_state(patch: Patch) -> None:
     """Each chunk is convolved as if it were the start of the sequence."""
-    right = token_mixing.depthwise_conv
-
-    def wrong(x: Tensor, kernel: Tensor, *, tail_BWNH: Tensor | None = None, **rest: object) -> Tensor:
-        return right(x, kernel, **rest)
-
-    patch.setattr(token_mixing, "depthwise_conv", wrong)
+    right = token_mixing.depthwise_conv_qkv
+    patch.setattr(
+        token_mixing, "depthwise_conv_qkv", lambda qkv, kernels, **rest: right(qkv, kernels, **(rest | {"tails": None}))
+    )
 
 
 def tail_of_padding(patch: Patch) -> None:
@@ -65,9 +86,9 @@ def one_conv_tail_for_all(patch: Patch) -> None:
     """The value convolution continues with the key's rows."""
     right = token_mixing.QKVConv.extend
 
-    def wrong(self, qkv, state, counts_B):
+    def wrong(self, qkv, state, counts_B, impl):
         mixed = token_mixing.QKVConvState(state.query, state.key, state.key)
-        return right(self, qkv, mixed, counts_B)
+        return right(self, qkv, mixed, counts_B, impl)
 
     patch.setattr(token_mixing.QKVConv, "extend", wrong)
 
@@ -76,12 +97,12 @@ def rotation_restarts(patch: Patch) -> None:
     """Rotary positions count from the start of the chunk."""
     right = mixing.SoftmaxMixing.extend
 
-    def wrong(self, qkv, state, positions_BT, counts_B):
+    def wrong(self, qkv, state, positions_BT, counts_B, impl):
         q, k, v = qkv
         chunk_BT = positions_BT - positions_BT[:, :1]
         q, k = self.position.encode(q, k, chunk_BT, "auto")
         patch.setattr(type(self.position), "encode", lambda _, q, k, positions, impl: (q, k))
-        return right(self, (q, k, v), state, positions_BT, counts_B)
+        return right(self, (q, k, v), state, positions_BT, counts_B, impl)
 
     patch.setattr(mixing.SoftmaxMixing, "extend", wrong)
 
@@ -114,34 +135,31 @@ def cache_forgets_growth(patch: Patch) -> None:
 
 def sinusoids_of_the_wrong_sign(patch: Patch) -> None:
     """r_{j-i} in place of r_{i-j}."""
-    right = sinusoid_torch._angles
+    right = sinusoid_torch.waves
 
-    def wrong(positions: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        sin, cos = right(positions, width, dtype)
-        return -sin, cos
+    def wrong(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        sin, cos = right(rows, width, device, dtype).chunk(2, dim=-1)
+        return torch.cat([-sin, cos], dim=-1)
 
-    patch.setattr(sinusoid_torch, "_angles", wrong)
+    patch.setattr(sinusoid_torch, "waves", wrong)
 
 
 def linear_chunk_memory_undecayed(patch: Patch) -> None:
     """Between chunks the memory does not decay."""
-    right = linear_torch._one_chunk
+    right = linear_torch._scan
 
-    def wrong(q, k, v, log_decay, memory, real):
-        out, after = right(q, k, v, log_decay, memory, real)
-        decayed = (log_decay * real[:, None]).exp()[..., None, None] * memory
-        return out, after - decayed + memory
+    def wrong(added: Tensor, first: Tensor, weights: object, backwards: bool = False) -> tuple[Tensor, Tensor]:
+        return right(added, first, dataclasses.replace(weights, kept=None), backwards)
 
-    patch.setattr(linear_torch, "_one_chunk", wrong)
+    patch.setattr(linear_torch, "_scan", wrong)
 
 
 def linear_reads_before_it_writes(patch: Patch) -> None:
     """A query does not see its own key."""
     right = linear_torch.linear_attention_torch
 
-    def wrong(q, k, v, decay, memory, counts, normalise):
-        late_k, late_v = F.pad(k, (0, 0, 1, -1)), F.pad(v, (0, 0, 1, -1))
-        return right(q, late_k, late_v, decay, memory, counts, normalise)
+    def wrong(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        return right(q, F.pad(k, (0, 0, 1, -1)), F.pad(v, (0, 0, 1, -1)), *rest)
 
     patch.setattr("attnzoo.ops.linear_attention.linear_attention_torch", wrong)
 
@@ -155,6 +173,10 @@ MUTANTS: list[tuple[Callable[[Patch], None], str, dict, str]] = [
     (shift_off_by_one, "rmha", {}, "reference"),
     (shift_off_by_one, "rcmha", {}, "reference"),
     (unmasked_corner, "rmha", {}, "causality"),
+    (documents_leak, "rmha", {}, "packing"),
+    (convolution_across_documents, "mdha", {}, "packing"),
+    (window_of_one_less, "mha", {"window": 4}, "partitions"),
+    (sinks_fall_out, "rcmha", {"window": 4, "sinks": 3}, "partitions"),
     (streamed_mask_of_the_chunk, "rmha", {}, "partitions"),
     (convolution_without_state, "rcmha", {}, "partitions"),
     (convolution_without_state, "mdha", {}, "partitions"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import attnzoo.attention
 from attnzoo.attention import ATTENTION
+from tests.contract.contract import ITEMS
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(attnzoo.attention.__file__).parent / "_template.py"
@@ -29,7 +30,7 @@ def test_plugin_outside_the_tree(tmp_path):
     shutil.copyfile(TEMPLATE, plugin)
     result = contract_run(cwd=ROOT, ATTNZOO_PLUGINS=str(plugin))
     assert result.returncode == 0, result.stdout
-    assert "11 passed" in result.stdout
+    assert f"{len(ITEMS)} passed" in result.stdout
     listed = run("-m", "attnzoo", "list", cwd=ROOT, ATTNZOO_PLUGINS=str(plugin))
     assert "\nmine " in listed.stdout
 
@@ -42,15 +43,21 @@ def test_copy_of_the_template_in_the_tree(tmp_path):
     shutil.copyfile(TEMPLATE, tree / "attnzoo" / "attention" / "mine.py")
     result = contract_run(cwd=tree, PYTHONPATH=str(tree))
     assert result.returncode == 0, result.stdout
-    assert "11 passed" in result.stdout
+    assert f"{len(ITEMS)} passed" in result.stdout
 
 
 def test_broken_plugin_is_caught(tmp_path):
     """A plugin whose streaming form forgets its distance fails the contract."""
     text = TEMPLATE.read_text(encoding="utf-8")
-    broken = text.replace("query_positions_BT=query_positions_BT", "query_positions_BT=shifted(query_positions_BT)")
+    broken = text.replace("mask=mask", "mask=shifted(mask)")
     assert broken != text
-    broken += "\n\ndef shifted(positions):\n    return positions if positions is None else positions + 1\n"
+    broken += (
+        "\n\ndef shifted(mask):\n"
+        "    if mask.parallel:\n"
+        "        return mask\n"
+        "    return dataclasses.replace(mask, query_positions_BT=mask.query_positions_BT + 1)\n"
+    )
+    broken = broken.replace("from dataclasses", "import dataclasses\nfrom dataclasses")
     plugin = tmp_path / "broken.py"
     plugin.write_text(broken, encoding="utf-8")
     result = contract_run(cwd=ROOT, ATTNZOO_PLUGINS=str(plugin))

@@ -172,7 +172,7 @@ def test_sigterm_at_the_first_sign_of_health_ends_cleanly(tmp_path):
     )
     try:
         while not healthy(port):
-            assert process.poll() is None
+            assert process.poll() is None, process.communicate()
             time.sleep(0.002)
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)

@@ -131,7 +131,7 @@ def test_cache_is_built_once_and_by_the_main_process(corpus, tokenizer_path, tmp
         raise AssertionError("the cache was built again")
 
     monkeypatch.setattr(tokens_module, "_build", no_build)
-    other = prepare(config(corpus, sequence_length=8), tokenizer_path, tmp_path, is_main=False)
+    other = prepare(config(corpus, sequence_length=8, isolate_documents=True), tokenizer_path, tmp_path, is_main=False)
     assert other.validation_blocks()[0].shape[1] == 8
     with pytest.raises(AssertionError):
         prepare(config(corpus, seed=5), tokenizer_path, tmp_path, is_main=True)

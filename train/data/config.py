@@ -10,6 +10,7 @@ class DataConfig:
 
     text_field: column or key of the text in jsonl, parquet and hub sources. split: of a hub dataset.
     validation_fraction: of the documents, or of the text where there are few. sequence_length: tokens of a block.
+    isolate_documents: a token sees its own document only, not what was packed before it into the same block.
     max_bytes: stop after about that much text.
     """
 
@@ -18,6 +19,7 @@ class DataConfig:
     split: str = "train"
     validation_fraction: float = 0.05
     sequence_length: int = 256
+    isolate_documents: bool = False
     seed: int = 0
     max_bytes: int | None = None
 

@@ -96,7 +96,8 @@ def prepare(
 
 
 def _cache_directory(config: DataConfig, tokenizer_path: Path, cache_dir: Path) -> Path:
-    settings = {key: value for key, value in asdict(config).items() if key != "sequence_length"}
+    same_tokens = ("sequence_length", "isolate_documents")
+    settings = {key: value for key, value in asdict(config).items() if key not in same_tokens}
     pieces = hashlib.sha256(Path(tokenizer_path).read_bytes()).hexdigest()
     key = hashlib.sha256(f"{FORMAT} {fingerprint(config)} {settings} {pieces}".encode()).hexdigest()[:16]
     return Path(cache_dir) / "tokens" / key

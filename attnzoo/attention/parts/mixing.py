@@ -1,37 +1,40 @@
 """How tokens read the past: a softmax over cached keys, or a running sum of outer products."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.attention.parts.position import Position
+from attnzoo.attention.parts.position import QKV, Buffers, Position, visible_pairs
 from attnzoo.attention.parts.projection import Heads
-from attnzoo.kvcache.base import CachePolicy
+from attnzoo.kvcache import CachePolicy, FullCache, WindowCache
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.impl import Impl
 from attnzoo.ops.linear_attention import linear_attention
+from attnzoo.ops.linear_attention.memory import LinearSizes
+from attnzoo.ops.masks import CausalMask
+from attnzoo.tape import Buffer, Step, Tape
 from attnzoo.types import accumulation_dtype, dtype_bytes
-
-QKV = tuple[Tensor, Tensor, Tensor]
 
 
 class Mixing(nn.Module, ABC):
     """Base of mixings: o_BNTH from q_BTNH, k_BTKH, v_BTKH."""
 
     @abstractmethod
-    def forward(self, qkv: QKV, impl: Impl = "auto") -> Tensor:
-        """The parallel form from position 0."""
+    def forward(self, qkv: QKV, starts_BT: Tensor | None, impl: Impl) -> Tensor:
+        """The parallel form; `starts_BT` as in `CausalMask`, None: every row is one sequence."""
 
     @abstractmethod
     def init_state(self, batch: int, capacity: int, *, device: torch.device | str | None, dtype: torch.dtype) -> State:
         """The empty state."""
 
     @abstractmethod
-    def extend(self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None) -> tuple[Tensor, State]:
+    def extend(
+        self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None, impl: Impl
+    ) -> tuple[Tensor, State]:
         """The streaming form: (o_BNTH, new state)."""
 
     @abstractmethod
@@ -42,43 +45,65 @@ class Mixing(nn.Module, ABC):
     def flops(self, batch: int, tokens: int, context: int) -> int:
         """FLOPs over the pairs that causality leaves."""
 
+    @abstractmethod
+    def play(self, tape: Tape, qkv: Buffers) -> Buffer:
+        """`forward` on a tape."""
+
+    def unread(self, context: int) -> int:
+        """Number of parameters that a context of this length does not read."""
+        return 0
+
     def reset_parameters(self, std: float) -> None:
         """Initialises the mixing's parameters."""
 
 
 class SoftmaxMixing(Mixing):
-    """Softmax attention with a position and a cache policy."""
+    """Softmax attention with a position, over all of the past or over a window and the first tokens (`sinks`)."""
 
-    def __init__(self, heads: Heads, position: Position, cache: CachePolicy) -> None:
+    def __init__(self, heads: Heads, position: Position, *, window: int | None = None, sinks: int = 0) -> None:
         super().__init__()
-        self.heads, self.position, self.cache = heads, position, cache
+        self.heads, self.position = heads, position
+        self.mask = CausalMask(window=window, sinks=sinks)
+        self.cache: CachePolicy = FullCache() if window is None else WindowCache(window, sinks)
 
-    def forward(self, qkv: QKV, impl: Impl = "auto") -> Tensor:
+    def forward(self, qkv: QKV, starts_BT: Tensor | None, impl: Impl) -> Tensor:
         q, k, v = qkv
         positions_1T = torch.arange(q.shape[1], device=q.device)[None]
         q, k = self.position.encode(q, k, positions_1T, impl)
         heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.position.attend(heads_first, None, None, impl)
+        return self.position.attend(heads_first, replace(self.mask, starts_BT=starts_BT), impl)
 
     def init_state(self, batch: int, capacity: int, *, device: torch.device | str | None, dtype: torch.dtype) -> State:
         return self.cache.init(
             batch, self.heads.num_kv_heads, self.heads.head_dim, capacity, device=device, dtype=dtype
         )
 
-    def extend(self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None) -> tuple[Tensor, State]:
+    def extend(
+        self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None, impl: Impl
+    ) -> tuple[Tensor, State]:
         q, k, v = qkv
-        q, k = self.position.encode(q, k, positions_BT, "auto")
+        q, k = self.position.encode(q, k, positions_BT, impl)
         state, view = self.cache.append(state, k.transpose(1, 2), v.transpose(1, 2), positions_BT, counts_B)
         heads_first = (q.transpose(1, 2), view.keys_BKSH, view.values_BKSH)
-        return self.position.attend(heads_first, positions_BT, view.positions_BKS, "auto"), state
+        mask = replace(self.mask, query_positions_BT=positions_BT, key_positions_BKS=view.positions_BKS)
+        return self.position.attend(heads_first, mask, impl), state
 
     def state_bytes(self, batch: int, capacity: int, dtype: torch.dtype) -> int:
         return self.cache.nbytes(batch, self.heads.num_kv_heads, self.heads.head_dim, capacity, dtype)
 
     def flops(self, batch: int, tokens: int, context: int) -> int:
-        pairs = tokens * (context - tokens) + tokens * (tokens + 1) // 2
+        pairs = visible_pairs(tokens, context, self.mask)
         scores_and_sums = 4 * batch * pairs * self.heads.num_heads * self.heads.head_dim
-        return scores_and_sums + self.position.flops(batch, tokens, context)
+        return scores_and_sums + self.position.flops(batch, tokens, context, self.mask)
+
+    def unread(self, context: int) -> int:
+        return self.position.unread(context)
+
+    def play(self, tape: Tape, qkv: Buffers) -> Buffer:
+        q, k = self.position.play_encode(tape, *qkv[:2])
+        o = self.position.play_attend(tape, (q, k, qkv[2]), self.mask, self.heads)
+        tape.drop(q, k)
+        return o
 
     def reset_parameters(self, std: float) -> None:
         self.position.reset_parameters(std)
@@ -123,7 +148,7 @@ class LinearMixing(Mixing):
             return F.elu(x) + 1
         return F.relu(x) if self.feature_map == "relu" else x
 
-    def _run(self, qkv: QKV, memory: Tensor | None, counts_B: Tensor | None, impl: Impl) -> tuple[Tensor, Tensor]:
+    def _run(self, qkv: QKV, impl: Impl, **options: Tensor | None) -> tuple[Tensor, Tensor]:
         q, k, v = (x.transpose(1, 2) for x in qkv)
         decay_K = None
         if self.decay_logit is not None:
@@ -133,14 +158,13 @@ class LinearMixing(Mixing):
             self._features(k),
             v,
             decay_K=decay_K,
-            memory_BKHH=memory,
-            counts_B=counts_B,
             normalise=self.normalise,
             impl=impl,
+            **options,
         )
 
-    def forward(self, qkv: QKV, impl: Impl = "auto") -> Tensor:
-        return self._run(qkv, None, None, impl)[0]
+    def forward(self, qkv: QKV, starts_BT: Tensor | None, impl: Impl) -> Tensor:
+        return self._run(qkv, impl, starts_BT=starts_BT)[0]
 
     def init_state(
         self, batch: int, capacity: int, *, device: torch.device | str | None, dtype: torch.dtype
@@ -149,8 +173,10 @@ class LinearMixing(Mixing):
         shape = (batch, self.heads.num_kv_heads, head_dim, head_dim + int(self.normalise))
         return LinearState(new_zeros(*shape, device=device, dtype=accumulation_dtype(dtype)))
 
-    def extend(self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None) -> tuple[Tensor, LinearState]:
-        o_BNTH, memory = self._run(qkv, state.memory_BKHH, counts_B, "auto")
+    def extend(
+        self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None, impl: Impl
+    ) -> tuple[Tensor, LinearState]:
+        o_BNTH, memory = self._run(qkv, impl, memory_BKHH=state.memory_BKHH, counts_B=counts_B)
         return o_BNTH, LinearState(memory)
 
     def state_bytes(self, batch: int, capacity: int, dtype: torch.dtype) -> int:
@@ -162,3 +188,41 @@ class LinearMixing(Mixing):
         width = self.heads.head_dim + int(self.normalise)
         heads = self.heads.num_heads + self.heads.num_kv_heads
         return 2 * batch * tokens * heads * self.heads.head_dim * width
+
+    def play(self, tape: Tape, qkv: Buffers) -> Buffer:
+        sizes = LinearSizes(
+            batch=tape.batch,
+            tokens=tape.tokens,
+            heads=self.heads.num_heads,
+            kv_heads=self.heads.num_kv_heads,
+            head_dim=self.heads.head_dim,
+            width=tape.width,
+            sum_width=tape.sum_width,
+            normalise=self.normalise,
+            decay=self.decay_logit is not None,
+        )
+        q, k = self._play_features(tape, qkv[0]), self._play_features(tape, qkv[1])
+        inputs = (q, k, qkv[2])
+        step = Step(
+            out=tape.rows(self.heads.num_heads * self.heads.head_dim),
+            inputs=inputs,
+            saves=inputs,
+            saves_out=self.normalise,
+            keeps=sizes.kept(),
+            scratch=sizes.forward(),
+            backward=sizes.backward(),
+            scatters=True,
+            heads_first=True,
+        )
+        o = tape.do(step)
+        tape.drop(q, k)
+        return o
+
+    def _play_features(self, tape: Tape, x: Buffer) -> Buffer:
+        """elu keeps its input, relu its result."""
+        if self.feature_map == "identity":
+            x.references += 1
+            return x
+        if self.feature_map == "relu":
+            return tape.do(Step(out=x.size, inputs=[x], saves_out=True, scatters=True))
+        return tape.do(Step(out=x.size, inputs=[x], saves=[x], scratch=x.size, scatters=True))

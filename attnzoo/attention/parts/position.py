@@ -1,7 +1,7 @@
 """Where order comes from: nothing, rotation, or relative terms in the scores.
 
-A position encodes q and k before the cache (`encode`) and attends with logical positions (`attend`), so the
-same code serves the parallel form, streaming, and caches that have dropped tokens.
+A position encodes q and k before the cache (`encode`) and attends under a mask of logical positions (`attend`), so
+the same code serves the parallel form, streaming, and caches that have dropped tokens.
 """
 
 from abc import ABC, abstractmethod
@@ -12,11 +12,18 @@ from torch import Tensor, nn
 
 from attnzoo.attention.parts.projection import Heads
 from attnzoo.ops.impl import Impl
+from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.relative_sdpa import relative_sdpa
 from attnzoo.ops.rope import rope
+from attnzoo.ops.row_blocks_memory import RowBlockSizes
+from attnzoo.ops.sdpa import memory as sdpa_memory
 from attnzoo.ops.sdpa import sdpa
 from attnzoo.ops.sinusoid_sdpa import sinusoid_sdpa
+from attnzoo.ops.sinusoid_sdpa.waves import STRIDE
+from attnzoo.tape import Buffer, Step, Tape
 
+QKV = tuple[Tensor, Tensor, Tensor]
+Buffers = tuple[Buffer, Buffer, Buffer]
 PositionKind = Literal["none", "rope", "table", "sinusoid"]
 
 
@@ -30,21 +37,30 @@ class Position(nn.Module, ABC):
         return q_BTNH, k_BTKH
 
     @abstractmethod
-    def attend(
-        self,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        query_positions_BT: Tensor | None,
-        key_positions_BKS: Tensor | None,
-        impl: Impl,
-    ) -> Tensor:
-        """o_BNTH from (q_BNTH, k_BKSH, v_BKSH); positions None means the parallel form."""
+    def attend(self, qkv: QKV, mask: CausalMask, impl: Impl) -> Tensor:
+        """o_BNTH from (q_BNTH, k_BKSH, v_BKSH) over the keys that the mask leaves visible."""
 
     def reset_parameters(self, std: float) -> None:
         """Initialises the position's parameters."""
 
-    def flops(self, batch: int, tokens: int, context: int) -> int:
+    def flops(self, batch: int, tokens: int, context: int, mask: CausalMask) -> int:
         """FLOPs beyond q.k and the weighted sum of values."""
         return 0
+
+    def unread(self, context: int) -> int:
+        """Number of parameters that a context of this length does not read."""
+        return 0
+
+    def play_encode(self, tape: Tape, q: Buffer, k: Buffer) -> tuple[Buffer, Buffer]:
+        """`encode` on a tape; the caller holds what comes out beside what went in."""
+        q.references += 1
+        k.references += 1
+        return q, k
+
+    def play_attend(self, tape: Tape, qkv: Buffers, mask: CausalMask, heads: Heads) -> Buffer:
+        """`attend` in the parallel form on a tape; here: by blocks of rows, with a table of relative positions."""
+        weights = sum(p.numel() for p in self.parameters()) * tape.sum_width
+        return play_row_blocks(tape, qkv, mask, heads, weights=weights, tables=True)
 
 
 class NoPosition(Position):
@@ -52,14 +68,23 @@ class NoPosition(Position):
 
     kind: ClassVar[PositionKind] = "none"
 
-    def attend(
-        self,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        query_positions_BT: Tensor | None,
-        key_positions_BKS: Tensor | None,
-        impl: Impl,
-    ) -> Tensor:
-        return sdpa(*qkv, query_positions_BT=query_positions_BT, key_positions_BKS=key_positions_BKS, impl=impl)
+    def attend(self, qkv: QKV, mask: CausalMask, impl: Impl) -> Tensor:
+        return sdpa(*qkv, mask=mask, impl=impl)
+
+    def play_attend(self, tape: Tape, qkv: Buffers, mask: CausalMask, heads: Heads) -> Buffer:
+        if not mask.plain:
+            return play_row_blocks(tape, qkv, mask, heads, weights=0, tables=False)
+        sizes = (tape.batch, heads.num_heads, tape.tokens, tape.sum_width)
+        step = Step(
+            out=tape.rows(heads.num_heads * heads.head_dim),
+            inputs=qkv,
+            saves=qkv,
+            saves_out=True,
+            keeps=sdpa_memory.saved_sums(*sizes),
+            scratch=sdpa_memory.forward_scratch(tape.tokens, heads.head_dim, tape.sum_width),
+            backward=sdpa_memory.backward_scratch(*sizes),
+        )
+        return tape.do(step)
 
 
 class Rope(NoPosition):
@@ -76,13 +101,25 @@ class Rope(NoPosition):
             )
         if theta <= 0:
             raise ValueError(f"rope_theta={theta} must be positive; 10000.0 is usual")
-        self.theta = theta
+        self.theta, self.head_dim = theta, heads.head_dim
 
     def encode(self, q_BTNH: Tensor, k_BTKH: Tensor, positions_BT: Tensor, impl: Impl) -> tuple[Tensor, Tensor]:
+        # Elementwise, and torch's on every device: there is no kernel to ask for.
+        impl = "reference" if impl == "reference" else "torch"
         return (
             rope(q_BTNH, positions_BT, theta=self.theta, impl=impl),
             rope(k_BTKH, positions_BT, theta=self.theta, impl=impl),
         )
+
+    def play_encode(self, tape: Tape, q: Buffer, k: Buffer) -> tuple[Buffer, Buffer]:
+        return self._play_turn(tape, q), self._play_turn(tape, k)
+
+    def _play_turn(self, tape: Tape, x: Buffer) -> Buffer:
+        """Sines and cosines are kept, q and k are not: a rotation is undone by the rotation back."""
+        angles = tape.tokens * self.head_dim * tape.sum_width
+        exact = x.size * tape.sum_width // tape.width
+        copied = 2 * exact if tape.width != tape.sum_width else 0
+        return tape.do(Step(out=x.size, inputs=[x], keeps=angles, scratch=exact + copied, backward=exact + copied))
 
 
 class RelativeTable(Position):
@@ -102,20 +139,13 @@ class RelativeTable(Position):
         self.table = nn.Parameter(torch.zeros(heads.num_heads, max_distance, heads.head_dim))
         self.table_bias = nn.Parameter(torch.zeros(heads.num_heads, max_distance))
 
-    def attend(
-        self,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        query_positions_BT: Tensor | None,
-        key_positions_BKS: Tensor | None,
-        impl: Impl,
-    ) -> Tensor:
+    def attend(self, qkv: QKV, mask: CausalMask, impl: Impl) -> Tensor:
         return relative_sdpa(
             *qkv,
             content_bias_NH=self.content_bias,
             table_NPH=self.table,
             table_bias_NP=self.table_bias,
-            query_positions_BT=query_positions_BT,
-            key_positions_BKS=key_positions_BKS,
+            mask=mask,
             impl=impl,
         )
 
@@ -123,9 +153,15 @@ class RelativeTable(Position):
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
-    def flops(self, batch: int, tokens: int, context: int) -> int:
-        rows = min(context, self.table_bias.shape[1])
-        return 2 * batch * tokens * rows * self.heads.num_heads * self.heads.head_dim
+    def flops(self, batch: int, tokens: int, context: int, mask: CausalMask) -> int:
+        """Queries meet a row of the table for every pair in the parallel form, and every row that they may need, once,
+        in streaming."""
+        products = table_products(tokens, context, mask, self.table_bias.shape[1])
+        return 2 * batch * products * self.heads.num_heads * self.heads.head_dim
+
+    def unread(self, context: int) -> int:
+        rows = max(self.table_bias.shape[1] - context, 0)
+        return rows * self.heads.num_heads * (self.heads.head_dim + 1)
 
 
 class RelativeSinusoid(Position):
@@ -143,20 +179,13 @@ class RelativeSinusoid(Position):
         self.weight = nn.Parameter(torch.zeros(heads.num_heads, heads.head_dim, heads.model_dim))
         self.reset_parameters(0.02)
 
-    def attend(
-        self,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        query_positions_BT: Tensor | None,
-        key_positions_BKS: Tensor | None,
-        impl: Impl,
-    ) -> Tensor:
+    def attend(self, qkv: QKV, mask: CausalMask, impl: Impl) -> Tensor:
         return sinusoid_sdpa(
             *qkv,
             content_bias_NH=self.content_bias,
             position_bias_NH=self.position_bias,
             weight_NHD=self.weight,
-            query_positions_BT=query_positions_BT,
-            key_positions_BKS=key_positions_BKS,
+            mask=mask,
             impl=impl,
         )
 
@@ -165,6 +194,82 @@ class RelativeSinusoid(Position):
         nn.init.zeros_(self.position_bias)
         nn.init.normal_(self.weight, std=std)
 
-    def flops(self, batch: int, tokens: int, context: int) -> int:
-        width = self.heads.model_dim
-        return 2 * batch * tokens * self.heads.num_heads * width * (self.heads.head_dim + context)
+    def flops(self, batch: int, tokens: int, context: int, mask: CausalMask) -> int:
+        """A table of all distances where there are many queries; where few, sines and cosines at every position, in
+        whole strides."""
+        heads, width = self.heads, self.heads.model_dim
+        if tokens < context and tokens <= heads.head_dim:
+            positions = -(-context // STRIDE) * STRIDE
+            return 2 * batch * tokens * heads.num_heads * width * (heads.head_dim + positions)
+        table = 2 * context * heads.num_heads * heads.head_dim * (width + 1)
+        products = table_products(tokens, context, mask, context)
+        return table + 2 * batch * products * heads.num_heads * heads.head_dim
+
+    def play_attend(self, tape: Tape, qkv: Buffers, mask: CausalMask, heads: Heads) -> Buffer:
+        """The table and its bias are tensors of this call, made from W_R and v."""
+        rows = tape.tokens * heads.num_heads
+        weights = sum(p.numel() for p in self.parameters()) * tape.width
+        size = rows * (heads.head_dim + 1) * tape.width
+        copied = 0 if tape.width == tape.sum_width else rows * heads.head_dim * tape.sum_width
+        tables = tape.do(Step(out=size, keeps=copied, backward=size + copied, weights=weights))
+        out = play_row_blocks(tape, qkv, mask, heads, tables=True, made=tables)
+        tape.drop(tables)
+        return out
+
+
+def visible_pairs(tokens: int, context: int, mask: CausalMask) -> int:
+    """Pairs of query and key that the last `tokens` of `context` tokens make under the window and sinks of a mask."""
+    if mask.window is None:
+        return tokens * (context - tokens) + tokens * (tokens + 1) // 2
+    reach = mask.window + mask.sinks  # from this many keys on, a query sees no more
+    growing = max(min(context, reach) - (context - tokens), 0)
+    first = context - tokens + 1
+    return growing * first + growing * (growing - 1) // 2 + (tokens - growing) * reach
+
+
+def table_products(tokens: int, context: int, mask: CausalMask, table_rows: int) -> int:
+    """Products of a query and a row of the table: pairs in the parallel form; the rows within reach in streaming."""
+    if tokens == context:
+        return visible_pairs(tokens, context, mask)
+    reach = context if mask.window is None or mask.sinks else min(context, mask.window + tokens - 1)
+    return tokens * min(reach, table_rows)
+
+
+def play_row_blocks(
+    tape: Tape,
+    qkv: Buffers,
+    mask: CausalMask,
+    heads: Heads,
+    *,
+    tables: bool,
+    weights: int = 0,
+    made: Buffer | None = None,
+) -> Buffer:
+    """`row_block_attention` on a tape. `weights`: bytes of the gradients of tables that are parameters; `made`: tables
+    that are tensors of this call."""
+    sizes = RowBlockSizes(
+        tokens=tape.tokens,
+        head_dim=heads.head_dim,
+        width=tape.width,
+        sum_width=tape.sum_width,
+        mask=mask,
+        tables=tables,
+    )
+    inputs = [*qkv] if made is None else [*qkv, made]
+    results = sum(buffer.size for buffer in inputs) + weights
+    sums = results * tape.sum_width // tape.width
+    temporary = sizes.backward()
+    # Where sums are wider than the results they stand beside them in the end.
+    backward = temporary if sums == results else max(temporary + sums - results, sums)
+    return tape.do(
+        Step(
+            out=tape.rows(heads.num_heads * heads.head_dim),
+            inputs=inputs,
+            saves=inputs,
+            scratch=sizes.forward(),
+            backward=backward,
+            weights=weights,
+            scatters=True,
+            heads_first=True,
+        )
+    )

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from attnzoo.tape import Buffer, Step, Tape
+
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
@@ -82,3 +84,24 @@ class Projection(nn.Module):
         """Two FLOPs a weight and token."""
         weights = sum(m.weight.numel() for m in (self.query, self.key, self.value, self.output))
         return 2 * batch * tokens * weights
+
+    def play(self, tape: Tape, x: Buffer) -> tuple[Buffer, Buffer, Buffer]:
+        """`forward` on a tape."""
+        q, k, v = (play_linear(tape, layer, x) for layer in (self.query, self.key, self.value))
+        return q, k, v
+
+    def play_merge(self, tape: Tape, o: Buffer) -> Buffer:
+        """`merge` on a tape: heads that come first in memory are copied, and the copy is what the output map keeps."""
+        if not o.heads_first:
+            return play_linear(tape, self.output, o)
+        flat = tape.do(Step(out=o.size, inputs=[o], passes=True))
+        y = play_linear(tape, self.output, flat)
+        tape.drop(flat)
+        return y
+
+
+def play_linear(tape: Tape, layer: nn.Linear, x: Buffer) -> Buffer:
+    """A linear map on a tape: keeps its input. A gradient whose memory has heads first is copied on the way back."""
+    weights = sum(p.numel() for p in layer.parameters()) * tape.width
+    out = tape.rows(layer.out_features)
+    return tape.do(Step(out=out, inputs=[x], saves=[x], weights=weights, copies=True))

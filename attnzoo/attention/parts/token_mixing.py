@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from attnzoo.attention.parts.projection import Heads
 from attnzoo.kvcache.state import State, new_zeros
-from attnzoo.ops.depthwise_conv import depthwise_conv
+from attnzoo.ops.depthwise_conv import depthwise_conv_qkv
+from attnzoo.ops.depthwise_conv.memory import backward_scratch
 from attnzoo.ops.impl import Impl
+from attnzoo.tape import Buffer, Step, Tape
 from attnzoo.types import dtype_bytes
 
+QKV = tuple[Tensor, Tensor, Tensor]
 ConvInit = Literal["primer", "uniform"]
 
 
@@ -62,15 +65,15 @@ class QKVConv(nn.Module):
                 nn.init.constant_(parameter, 0.5 / (self.width - 1))
                 nn.init.constant_(parameter[..., -1], 0.5)
 
-    def forward(
-        self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, impl: Impl = "auto"
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v convolved from the start of the sequence."""
-        return (
-            depthwise_conv(q_BTNH, self.query_kernel, bias_NH=self.query_bias, impl=impl),
-            depthwise_conv(k_BTKH, self.key_kernel, bias_NH=self.key_bias, impl=impl),
-            depthwise_conv(v_BTKH, self.value_kernel, bias_NH=self.value_bias, impl=impl),
-        )
+    def forward(self, qkv: QKV, starts_BT: Tensor | None, impl: Impl) -> QKV:
+        """q, k and v convolved from the start of the sequence, or of each document (`starts_BT`, see CausalMask)."""
+        return depthwise_conv_qkv(qkv, self._kernels(), biases=self._biases(), starts_BT=starts_BT, impl=impl)
+
+    def _kernels(self) -> QKV:
+        return self.query_kernel, self.key_kernel, self.value_kernel
+
+    def _biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.query_bias, self.key_bias, self.value_bias
 
     def init_state(self, batch: int, *, device: torch.device | str | None, dtype: torch.dtype) -> QKVConvState:
         def tail(heads: int) -> Tensor:
@@ -78,22 +81,12 @@ class QKVConv(nn.Module):
 
         return QKVConvState(tail(self.heads.num_heads), tail(self.heads.num_kv_heads), tail(self.heads.num_kv_heads))
 
-    def extend(
-        self, qkv: tuple[Tensor, Tensor, Tensor], state: QKVConvState, counts_B: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], QKVConvState]:
+    def extend(self, qkv: QKV, state: QKVConvState, counts_B: Tensor | None, impl: Impl) -> tuple[QKV, QKVConvState]:
         """q, k and v convolved with the carried rows, and the rows to carry on."""
-        q, k, v = qkv
-        convolved = (
-            depthwise_conv(q, self.query_kernel, bias_NH=self.query_bias, tail_BWNH=state.query),
-            depthwise_conv(k, self.key_kernel, bias_NH=self.key_bias, tail_BWNH=state.key),
-            depthwise_conv(v, self.value_kernel, bias_NH=self.value_bias, tail_BWNH=state.value),
-        )
-        carried = QKVConvState(
-            _next_tail(state.query, q, counts_B),
-            _next_tail(state.key, k, counts_B),
-            _next_tail(state.value, v, counts_B),
-        )
-        return convolved, carried
+        tails = (state.query, state.key, state.value)
+        convolved = depthwise_conv_qkv(qkv, self._kernels(), biases=self._biases(), tails=tails, impl=impl)
+        carried = (_next_tail(tail, x, counts_B) for tail, x in zip(tails, qkv, strict=True))
+        return convolved, QKVConvState(*carried)
 
     def state_bytes(self, batch: int, dtype: torch.dtype) -> int:
         rows = self.heads.num_heads + 2 * self.heads.num_kv_heads
@@ -102,6 +95,20 @@ class QKVConv(nn.Module):
     def flops(self, batch: int, tokens: int) -> int:
         rows = self.heads.num_heads + 2 * self.heads.num_kv_heads
         return 2 * batch * tokens * rows * self.heads.head_dim * self.width
+
+    def play(self, tape: Tape, qkv: tuple[Buffer, Buffer, Buffer]) -> tuple[Buffer, Buffer, Buffer]:
+        """`forward` on a tape: each convolution keeps its input."""
+        q, k, v = (
+            self._play_one(tape, x, kernel, bias)
+            for x, kernel, bias in zip(qkv, self._kernels(), self._biases(), strict=True)
+        )
+        return q, k, v
+
+    def _play_one(self, tape: Tape, x: Buffer, kernel: Tensor, bias: Tensor | None) -> Buffer:
+        weights = (kernel.numel() + (0 if bias is None else bias.numel())) * tape.width
+        channels = x.size // tape.rows(1)
+        scratch = backward_scratch(tape.batch, tape.tokens, channels, self.width, tape.width, tape.sum_width)
+        return tape.do(Step(out=x.size, inputs=[x], saves=[x], backward=scratch, weights=weights))
 
 
 def _next_tail(tail_BWNH: Tensor, x_BTNH: Tensor, counts_B: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ def linear_attention_reference(
     decay_K: Tensor | None,
     memory_BKHH: Tensor | None,
     counts_B: Tensor | None,
+    starts_BT: Tensor | None,
     normalise: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, _ = q_BNTH.shape
@@ -28,12 +29,16 @@ def linear_attention_reference(
             if memory_BKHH is not None:
                 memory = memory_BKHH[b, kv]
             for t in range(tokens):
-                if counts_B is None or t < counts_B[b]:
-                    value = v_BKTH[b, kv, t].to(dtype)
-                    if normalise:
-                        value = torch.cat([value, torch.ones_like(value[:1])])
-                    decay = 1.0 if decay_K is None else decay_K[kv]
-                    memory = decay * memory + torch.outer(k_BKTH[b, kv, t].to(dtype), value)
+                if counts_B is not None and t >= counts_B[b]:
+                    outputs.append(torch.zeros_like(v_BKTH[b, kv, t], dtype=dtype))
+                    continue
+                if starts_BT is not None and t == starts_BT[b, t]:
+                    memory = torch.zeros_like(memory)
+                value = v_BKTH[b, kv, t].to(dtype)
+                if normalise:
+                    value = torch.cat([value, torch.ones_like(value[:1])])
+                decay = 1.0 if decay_K is None else decay_K[kv]
+                memory = decay * memory + torch.outer(k_BKTH[b, kv, t].to(dtype), value)
                 out = q_BNTH[b, n, t].to(dtype) @ memory
                 outputs.append(out[:-1] / out[-1] if normalise else out)
             if n % (heads // kv_heads) == 0:

@@ -7,10 +7,16 @@ Causal, so only distances i-j >= 0 have rows; distances beyond the table use its
 
 from torch import Tensor
 
-from attnzoo.ops.impl import Impl, choose
-from attnzoo.ops.masks import check_heads
+from attnzoo.ops.impl import Impl, choose, lazily
+from attnzoo.ops.masks import PLAIN, CausalMask, check_heads, check_mask
 from attnzoo.ops.relative_sdpa.reference import relative_sdpa_reference
 from attnzoo.ops.relative_sdpa.torch import relative_sdpa_torch
+
+IMPLEMENTATIONS = {
+    "reference": relative_sdpa_reference,
+    "torch": relative_sdpa_torch,
+    "triton": lazily("attnzoo.ops.relative_sdpa.triton", "relative_sdpa_triton"),
+}
 
 
 def relative_sdpa(
@@ -21,15 +27,16 @@ def relative_sdpa(
     content_bias_NH: Tensor,
     table_NPH: Tensor,
     table_bias_NP: Tensor,
-    query_positions_BT: Tensor | None = None,
-    key_positions_BKS: Tensor | None = None,
+    mask: CausalMask = PLAIN,
     impl: Impl = "auto",
 ) -> Tensor:
     """Returns o_BNTH; content_bias is u, table is R, table_bias is S above; the scale is 1/sqrt(H).
 
-    Positions as in `sdpa`. Raises ValueError when shapes do not fit or `impl` is unknown.
+    Memory of the parallel form is linear in T, forward and backward. Gradients of the tables are deterministic.
+    Raises ValueError when shapes do not fit or `impl` is unknown or cannot run here.
     """
     check_heads(q_BNTH, k_BKSH, v_BKSH)
+    check_mask(mask, q_BNTH, k_BKSH)
     heads, head_dim = q_BNTH.shape[1], q_BNTH.shape[3]
     rows = table_bias_NP.shape[-1]
     if content_bias_NH.shape != (heads, head_dim) or table_NPH.shape != (heads, rows, head_dim):
@@ -38,17 +45,8 @@ def relative_sdpa(
             f"{tuple(table_bias_NP.shape)} do not fit {heads} heads of {head_dim}: they must be "
             f"[{heads}, {head_dim}], [{heads}, P, {head_dim}] and [{heads}, P]"
         )
-    known = {"reference": relative_sdpa_reference, "torch": relative_sdpa_torch}
-    out: Tensor = choose("relative_sdpa", impl, known)(
-        q_BNTH,
-        k_BKSH,
-        v_BKSH,
-        content_bias_NH,
-        table_NPH,
-        table_bias_NP,
-        query_positions_BT,
-        key_positions_BKS,
-    )
+    run = choose("relative_sdpa", impl, IMPLEMENTATIONS, q_BNTH)
+    out: Tensor = run(q_BNTH, k_BKSH, v_BKSH, content_bias_NH, table_NPH, table_bias_NP, mask, head_dim**-0.5)
     return out
 
 

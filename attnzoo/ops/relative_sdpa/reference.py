@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.sdpa.reference import attend_reference
 
 
@@ -12,10 +13,9 @@ def relative_sdpa_reference(
     content_bias_NH: Tensor,
     table_NPH: Tensor,
     table_bias_NP: Tensor,
-    query_positions_BT: Tensor | None,
-    key_positions_BKS: Tensor | None,
+    mask: CausalMask,
+    scale: float,
 ) -> Tensor:
-    scale = q_BNTH.shape[-1] ** -0.5
     last = table_bias_NP.shape[-1] - 1
 
     def score(b: int, n: int, q_H: Tensor, k_JH: Tensor, i: Tensor, j_J: Tensor) -> Tensor:
@@ -23,5 +23,5 @@ def relative_sdpa_reference(
         content = k_JH @ (q_H + content_bias_NH[n])
         return scale * (content + table_NPH[n][row_J] @ q_H + table_bias_NP[n][row_J])
 
-    out: Tensor = attend_reference(q_BNTH, k_BKSH, v_BKSH, query_positions_BT, key_positions_BKS, score)
+    out: Tensor = attend_reference(q_BNTH, k_BKSH, v_BKSH, mask, score)
     return out

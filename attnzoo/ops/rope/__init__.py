@@ -15,7 +15,7 @@ def rope(x_BTNH: Tensor, positions_BT: Tensor, *, theta: float = 10000.0, impl: 
     if x_BTNH.shape[-1] % 2:
         raise ValueError(f"head_dim={x_BTNH.shape[-1]} is odd; rotary positions turn pairs of channels")
     known = {"reference": rope_reference, "torch": rope_torch}
-    out: Tensor = choose("rope", impl, known)(x_BTNH, positions_BT, theta)
+    out: Tensor = choose("rope", impl, known, x_BTNH)(x_BTNH, positions_BT, theta)
     return out
 
 

@@ -6,10 +6,16 @@ with r_n = [sin(n w) ; cos(n w)], w_t = 10000^(-2t/D) (Dai et al. 2019, arXiv 19
 
 from torch import Tensor
 
-from attnzoo.ops.impl import Impl, choose
-from attnzoo.ops.masks import check_heads
+from attnzoo.ops.impl import Impl, choose, lazily
+from attnzoo.ops.masks import PLAIN, CausalMask, check_heads, check_mask
 from attnzoo.ops.sinusoid_sdpa.reference import sinusoid_sdpa_reference
 from attnzoo.ops.sinusoid_sdpa.torch import sinusoid_sdpa_torch
+
+IMPLEMENTATIONS = {
+    "reference": sinusoid_sdpa_reference,
+    "torch": sinusoid_sdpa_torch,
+    "triton": lazily("attnzoo.ops.sinusoid_sdpa.triton", "sinusoid_sdpa_triton"),
+}
 
 
 def sinusoid_sdpa(
@@ -20,16 +26,16 @@ def sinusoid_sdpa(
     content_bias_NH: Tensor,
     position_bias_NH: Tensor,
     weight_NHD: Tensor,
-    query_positions_BT: Tensor | None = None,
-    key_positions_BKS: Tensor | None = None,
+    mask: CausalMask = PLAIN,
     impl: Impl = "auto",
 ) -> Tensor:
     """Returns o_BNTH; content_bias is u, position_bias is v, weight is W_R per head; the scale is 1/sqrt(H).
 
-    D, the number of sinusoids, must be even. Positions as in `sdpa`.
-    Raises ValueError when shapes do not fit or `impl` is unknown.
+    D, the number of sinusoids, must be even. Memory of the parallel form is linear in T, forward and backward.
+    Raises ValueError when shapes do not fit or `impl` is unknown or cannot run here.
     """
     check_heads(q_BNTH, k_BKSH, v_BKSH)
+    check_mask(mask, q_BNTH, k_BKSH)
     expected = (q_BNTH.shape[1], q_BNTH.shape[3])
     shapes = {
         "content_bias": tuple(content_bias_NH.shape),
@@ -41,16 +47,9 @@ def sinusoid_sdpa(
             raise ValueError(f"{name} starts with {shape}; it must be [heads, head_dim] = {expected}")
     if weight_NHD.shape[2] % 2:
         raise ValueError(f"weight has {weight_NHD.shape[2]} sinusoids; sines and cosines need an even number")
-    known = {"reference": sinusoid_sdpa_reference, "torch": sinusoid_sdpa_torch}
-    out: Tensor = choose("sinusoid_sdpa", impl, known)(
-        q_BNTH,
-        k_BKSH,
-        v_BKSH,
-        content_bias_NH,
-        position_bias_NH,
-        weight_NHD,
-        query_positions_BT,
-        key_positions_BKS,
+    run = choose("sinusoid_sdpa", impl, IMPLEMENTATIONS, q_BNTH)
+    out: Tensor = run(
+        q_BNTH, k_BKSH, v_BKSH, content_bias_NH, position_bias_NH, weight_NHD, mask, q_BNTH.shape[-1] ** -0.5
     )
     return out
 

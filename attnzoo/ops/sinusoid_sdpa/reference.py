@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.sdpa.reference import attend_reference
 
 
@@ -13,10 +14,9 @@ def sinusoid_sdpa_reference(
     content_bias_NH: Tensor,
     position_bias_NH: Tensor,
     weight_NHD: Tensor,
-    query_positions_BT: Tensor | None,
-    key_positions_BKS: Tensor | None,
+    mask: CausalMask,
+    scale: float,
 ) -> Tensor:
-    scale = q_BNTH.shape[-1] ** -0.5
     width = weight_NHD.shape[-1]
 
     def score(b: int, n: int, q_H: Tensor, k_JH: Tensor, i: Tensor, j_J: Tensor) -> Tensor:
@@ -27,5 +27,5 @@ def sinusoid_sdpa_reference(
         content = k_JH @ (q_H + content_bias_NH[n])
         return scale * (content + relative_JH @ (q_H + position_bias_NH[n]))
 
-    out: Tensor = attend_reference(q_BNTH, k_BKSH, v_BKSH, query_positions_BT, key_positions_BKS, score)
+    out: Tensor = attend_reference(q_BNTH, k_BKSH, v_BKSH, mask, score)
     return out

@@ -1,16 +1,23 @@
-"""The relative term by the angle-difference identities, as an additive bias for torch's attention.
+"""Sinusoids by way of a table where there are many queries, by the angle-difference identities where there are few.
 
-With [a ; b] = W_R^T (q_i + v) split into the sine and cosine halves,
+Table: with R[d] = W_R r_d the scores are those of `relative_sdpa`, (q_i + u) . k_j + q_i . R[d] + v . R[d]: once
+2 * S * D FLOPs a row of W_R, and then H FLOPs a pair.
+
+Identities: with [a ; b] = W_R^T (q_i + v) split into the sine and cosine halves,
 (q_i + v) . W_R r_{i-j} = [a sin(w i) + b cos(w i) ; b sin(w i) - a cos(w i)] . [cos(w j) ; sin(w j)],
-so the term is an inner product of a query part and a key part without parameters: no shift, no table of T x D.
+so the term is an inner product of a query part and a key part without parameters, D FLOPs a pair: less for a decode
+step, since nothing depends on W_R but the query, and (D + H) / (2 H) times more for a long sequence. The key part is
+split once more, j = 64 m + n: the query part is turned by each w 64 m, and then meets 64 rows instead of all.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.ops.masks import aligned_positions, causal_mask
+from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.relative_sdpa.torch import relative_sdpa_torch
 from attnzoo.ops.sdpa.torch import per_query_head
+from attnzoo.ops.sinusoid_sdpa.waves import STRIDE, angles, turns, waves
 from attnzoo.types import accumulation_dtype
 
 
@@ -21,37 +28,55 @@ def sinusoid_sdpa_torch(
     content_bias_NH: Tensor,
     position_bias_NH: Tensor,
     weight_NHD: Tensor,
-    query_positions_BT: Tensor | None,
-    key_positions_BKS: Tensor | None,
+    mask: CausalMask,
+    scale: float,
 ) -> Tensor:
+    tokens, head_dim = q_BNTH.shape[2:]
+    if mask.parallel or tokens > head_dim:
+        tables = as_tables(weight_NHD, position_bias_NH, farthest(mask, tokens) + 1)
+        return relative_sdpa_torch(q_BNTH, k_BKSH, v_BKSH, content_bias_NH, *tables, mask, scale)
     heads = q_BNTH.shape[1]
-    scale = q_BNTH.shape[-1] ** -0.5
-    if query_positions_BT is None or key_positions_BKS is None:
-        query_positions_BT, key_positions_BKS = aligned_positions(q_BNTH.shape[2], q_BNTH.device)
-    # Angles grow with the position: in half precision a position of a few thousand has no phase left.
-    dtype = accumulation_dtype(q_BNTH.dtype)
-    query_BNTD = torch.matmul((q_BNTH + position_bias_NH[:, None]).to(dtype), (weight_NHD * scale).to(dtype))
-    a, b = query_BNTD.chunk(2, dim=-1)
-    sin_i, cos_i = _angles(query_positions_BT[:, None], weight_NHD.shape[-1], dtype)
-    rotated_BNTD = torch.cat([a * sin_i + b * cos_i, b * sin_i - a * cos_i], dim=-1)
-    sin_j, cos_j = _angles(key_positions_BKS, weight_NHD.shape[-1], dtype)
-    waves_BKSD = torch.cat([cos_j, sin_j], dim=-1)
-    if waves_BKSD.shape[1] not in (1, heads):
-        waves_BKSD = waves_BKSD.repeat_interleave(heads // waves_BKSD.shape[1], dim=1)
-    bias_BNTS = torch.matmul(rotated_BNTD, waves_BKSD.mT).to(q_BNTH.dtype)
-    mask_BNTS = per_query_head(causal_mask(query_positions_BT, key_positions_BKS), heads)
+    bias_BNTS = _bias(q_BNTH + position_bias_NH[:, None], weight_NHD * scale, mask)
+    hidden_BNTS = ~per_query_head(mask.visible(tokens, q_BNTH.device), heads)
     return F.scaled_dot_product_attention(
         q_BNTH + content_bias_NH[:, None],
         k_BKSH,
         v_BKSH,
-        attn_mask=bias_BNTS.masked_fill(~mask_BNTS, float("-inf")),
+        attn_mask=bias_BNTS.masked_fill(hidden_BNTS, float("-inf")),
         scale=scale,
         enable_gqa=heads != k_BKSH.shape[1],
     )
 
 
-def _angles(positions: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(sin, cos) of position * w_t, each [..., width / 2]."""
-    exponents = torch.arange(0, width, 2, dtype=dtype, device=positions.device) / width
-    angles = positions.to(dtype)[..., None] * 10000.0**-exponents
-    return angles.sin(), angles.cos()
+def as_tables(weight_NHD: Tensor, position_bias_NH: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """(table_NPH, table_bias_NP) of `relative_sdpa` for distances 0..rows-1."""
+    dtype = accumulation_dtype(weight_NHD.dtype)
+    r_PD = waves(rows, weight_NHD.shape[-1], weight_NHD.device, dtype)
+    table_NPH = torch.einsum("pd,nhd->nph", r_PD, weight_NHD.to(dtype))
+    table_bias_NP = torch.einsum("nph,nh->np", table_NPH, position_bias_NH.to(dtype))
+    return table_NPH.to(weight_NHD.dtype), table_bias_NP.to(weight_NHD.dtype)
+
+
+def farthest(mask: CausalMask, tokens: int) -> int:
+    """The largest distance that may be asked for."""
+    if mask.query_positions_BT is None or mask.key_positions_BKS is None:
+        return tokens - 1
+    return int(mask.query_positions_BT.max())
+
+
+def _bias(q_BNTH: Tensor, weight_NHD: Tensor, mask: CausalMask) -> Tensor:
+    """(q_i + v) . W_R r_{i-j} for every query and key: [B, N, T, S]."""
+    batch, heads, tokens, _ = q_BNTH.shape
+    queries_BT, keys_BKS = mask.positions(tokens, q_BNTH.device)
+    width, dtype, device = weight_NHD.shape[-1], accumulation_dtype(q_BNTH.dtype), q_BNTH.device
+    a_BNTD, b_BNTD = torch.matmul(q_BNTH.to(dtype), weight_NHD.to(dtype)).chunk(2, dim=-1)
+    angle_B1TD = angles(queries_BT, width)[:, None]
+    sin, cos = angle_B1TD.sin().to(dtype), angle_B1TD.cos().to(dtype)
+    parts_BNTD = torch.complex(b_BNTD * sin - a_BNTD * cos, a_BNTD * sin + b_BNTD * cos)
+    # x sin(w j) + y cos(w j) for all positions j at once; keys pick theirs: numbers are cheaper to gather than rows.
+    blocks = farthest(mask, tokens) // STRIDE + 1
+    turned_BNTMD = torch.view_as_real(parts_BNTD[..., None, :] * turns(blocks, width, device, dtype)).flatten(-2)
+    fine_PD = waves(STRIDE, width, device, dtype).unflatten(-1, (2, -1)).mT.flatten(1)
+    logits_BNTP = F.linear(turned_BNTMD, fine_PD).flatten(-2)
+    index = per_query_head(keys_BKS.clamp(0, logits_BNTP.shape[-1] - 1)[:, :, None], heads)
+    return logits_BNTP.gather(-1, index.expand(batch, heads, tokens, -1)).to(q_BNTH.dtype)

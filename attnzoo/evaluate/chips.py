@@ -1,0 +1,131 @@
+"""Peak numbers of chips that people train and serve on, from the vendors' data sheets, and of this machine's CPU."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from attnzoo.errors import suggest
+
+CPU = "cpu"
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """flops: dense FLOP/s by precision, without sparsity; bandwidth: bytes/s of memory; memory: bytes (data sheets say
+    GB and mean 2^30 bytes, as stacks of memory come).
+
+    link: bytes/s that one chip sends to others of its node; network: bytes/s to other nodes. Both one way.
+    """
+
+    name: str
+    bf16_flops: float
+    fp32_flops: float
+    bandwidth: float
+    memory: float
+    link: float
+    network: float
+    source: str
+
+    def flops(self, precision: str) -> float:
+        """Peak FLOP/s of matrix products."""
+        return self.bf16_flops if precision == "bf16" else self.fp32_flops
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            name="H100",
+            bf16_flops=989e12,
+            fp32_flops=67e12,
+            bandwidth=3.35e12,
+            memory=80 * GIB,
+            link=450e9,
+            network=50e9,
+            source="NVIDIA H100 data sheet, SXM; NVLink 4, one 400 Gb/s port a GPU",
+        ),
+        Chip(
+            name="H200",
+            bf16_flops=989e12,
+            fp32_flops=67e12,
+            bandwidth=4.8e12,
+            memory=141 * GIB,
+            link=450e9,
+            network=50e9,
+            source="NVIDIA H200 data sheet, SXM; NVLink 4, one 400 Gb/s port a GPU",
+        ),
+        Chip(
+            name="A100",
+            bf16_flops=312e12,
+            fp32_flops=19.5e12,
+            bandwidth=2.039e12,
+            memory=80 * GIB,
+            link=300e9,
+            network=25e9,
+            source="NVIDIA A100 80GB data sheet, SXM; NVLink 3, one 200 Gb/s port a GPU",
+        ),
+        Chip(
+            name="MI300X",
+            bf16_flops=1307e12,
+            fp32_flops=163.4e12,
+            bandwidth=5.3e12,
+            memory=192 * GIB,
+            link=448e9,
+            network=50e9,
+            source="AMD Instinct MI300X data sheet; 7 Infinity Fabric links, one 400 Gb/s port a GPU",
+        ),
+    )
+}
+
+
+def chosen_chips(names: list[str] | None) -> list[Chip]:
+    """The chips named (None: all, this CPU last). Raises ValueError that lists the known names."""
+    known = {name.lower(): name for name in (*CHIPS, CPU)}
+    chips = []
+    for name in known.values() if names is None else names:
+        if name.lower() not in known:
+            raise ValueError(f"--chip: unknown chip {name!r}{suggest(name, known.values())}")
+        key = known[name.lower()]
+        chips.append(this_cpu() if key == CPU else CHIPS[key])
+    return chips
+
+
+def this_cpu() -> Chip:
+    """This machine, measured for about a second: a product of 2048 x 2048 matrices in either precision, and reading
+    256 MiB. Ranks on one machine share both, and its memory is their link."""
+    size = 2048
+    flops = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = (torch.ones(size, size, dtype=dtype) for _ in range(2))
+        flops[dtype] = 2 * size**3 / _seconds(lambda left=left, right=right: left @ right)  # type: ignore[misc]
+    row = torch.ones(64 << 20)
+    bandwidth = row.nbytes / _seconds(row.sum)
+    return Chip(
+        name=CPU,
+        bf16_flops=flops[torch.bfloat16],
+        fp32_flops=flops[torch.float32],
+        bandwidth=bandwidth,
+        memory=_machine_memory(),
+        link=bandwidth / 2,
+        network=bandwidth / 2,
+        source=f"measured here with {torch.get_num_threads()} threads",
+    )
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """The shortest of three runs."""
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def _machine_memory() -> float:
+    import os
+
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -1,0 +1,58 @@
+"""Equal parameters, or equal training FLOPs, by the width of the MLP's hidden layer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from attnzoo.models import DecoderConfig, DecoderLM
+
+By = Literal["parameters", "flops"]
+TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Match:
+    """A variant's hidden width, what it then has of the matched quantity, and how far that is from the target."""
+
+    variant: str
+    mlp_dim: int
+    parameters: int
+    train_flops_per_token: float
+    deviation: float
+
+
+def sizes(config: DecoderConfig, length: int) -> tuple[int, float]:
+    """(parameters, training FLOPs a token in sequences of `length`): three times the forward pass."""
+    with torch.device("meta"):
+        model = DecoderLM(config)
+        return model.num_parameters(), 3 * model.cost(1, length, length).flops / length
+
+
+def match(configs: dict[str, Callable[[int], DecoderConfig]], by: By, base: int, length: int) -> dict[str, Match]:
+    """One `Match` a variant. `configs` builds a variant's model for a hidden width.
+
+    The target is the largest variant at the hidden width `base`, so that no variant gets less than the paper's.
+    Both quantities are linear in the width, so two widths give the third. Raises ValueError when a variant does
+    not come within 1 %.
+    """
+
+    def quantity(name: str, width: int) -> float:
+        return sizes(configs[name](width), length)[by == "flops"]
+
+    at_base = {name: quantity(name, base) for name in configs}
+    target = max(at_base.values())
+    matches = {}
+    for name, build in configs.items():
+        slope = quantity(name, base + 1) - at_base[name]
+        width = base + round((target - at_base[name]) / slope)
+        parameters, flops = sizes(build(width), length)
+        deviation = (flops if by == "flops" else parameters) / target - 1
+        if abs(deviation) > TOLERANCE:
+            raise ValueError(
+                f"{name} with mlp_dim={width} is {deviation:+.1%} away from {target:,.0f} {by}; matching needs "
+                f"{TOLERANCE:.0%}: raise model_dim or num_layers"
+            )
+        matches[name] = Match(name, width, parameters, flops, deviation)
+    return matches

@@ -1,0 +1,99 @@
+"""A model's configuration from what people have at hand: a training config, a checkpoint directory, or JSON."""
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attnzoo.checkpoint import CONFIG
+from attnzoo.models import DecoderConfig
+
+DEFAULT_VOCABULARY = 32768
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """The model, and where its vocabulary's size comes from."""
+
+    config: DecoderConfig
+    vocabulary_source: str
+
+
+def read_model(path: Path, vocab_size: int | None = None) -> ModelFile:
+    """Reads a YAML of configs/ (with its `base:` files), a checkpoint directory, or its config.json.
+
+    Of a training config only `model` and `tokenizer.vocab_size` are read; `vocab_size` overrides both.
+    Raises ValueError that names the file, the key and the way out.
+    """
+    if path.is_dir():
+        path = path / CONFIG
+    if not path.is_file():
+        raise ValueError(f"--model: no file {str(path)!r}; give a training config (.yaml) or a checkpoint directory")
+    content = _read_json(path) if path.suffix == ".json" else _read_yaml(path, ())
+    section = content.get("model", content)
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{path}: model={section!r} must be a section with keys such as model_dim")
+    values = dict(section)
+    source = "the model's own"
+    if vocab_size is not None:
+        values["vocab_size"], source = vocab_size, "--vocab-size"
+    elif "vocab_size" not in values:
+        tokenizer = content.get("tokenizer") or {}
+        found = tokenizer.get("vocab_size") if isinstance(tokenizer, Mapping) else None
+        values["vocab_size"] = DEFAULT_VOCABULARY if found is None else found
+        source = "a default; --vocab-size sets it" if found is None else "tokenizer.vocab_size; --vocab-size sets it"
+    try:
+        return ModelFile(DecoderConfig.from_dict(values), source)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+    return _mapping(path, content)
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """A YAML file over its base, as training merges them: attention's options add up unless it names another kind."""
+    try:
+        yaml = importlib.import_module("yaml")
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"{path}: reading YAML needs the package pyyaml: pip install pyyaml, or give a checkpoint directory"
+        ) from None
+    if path.resolve() in seen:
+        raise ValueError(f"{path}: base files form a cycle")
+    try:
+        content = _mapping(path, yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    base_path = path.parent / str(base)
+    if not base_path.is_file():
+        raise ValueError(f"{path}: base: {base} does not exist beside it")
+    return _merged(_read_yaml(base_path, (*seen, path.resolve())), content)
+
+
+def _merged(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in content.items():
+        known = merged.get(key)
+        replaces = key == "attention" and isinstance(value, dict) and "kind" in value
+        if isinstance(known, dict) and isinstance(value, dict) and not replaces:
+            merged[key] = _merged(known, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _mapping(path: Path, content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: the file must be a mapping of keys to values")
+    return content

@@ -1,0 +1,80 @@
+"""Characters of a text as token ids, split by position, and read as parallel streams."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+VALIDATION_TENTHS = 1
+
+
+@dataclass(frozen=True)
+class Text:
+    """Ids of the first nine tenths (`train`) and of the last one (`validation`); `characters` in order of ids."""
+
+    characters: str
+    train: Tensor
+    validation: Tensor
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different characters in the whole file, as the RCMHA authors count them."""
+        return len(self.characters)
+
+
+def load_text(path: str, validation_chars: int = 0) -> Text:
+    """Reads a UTF-8 file. `validation_chars` keeps only the start of the validation part (0: all of it).
+
+    Raises ValueError when the file is missing, is not UTF-8 or is too short to split.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"text={path}: {error.strerror}; give a text file with text=PATH (the paper's is tiny-shakespeare, the "
+            "input.txt of karpathy/char-rnn)"
+        ) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"text={path} is not UTF-8 text; convert it, or give another file") from None
+    characters = "".join(sorted(set(text)))
+    if len(text) < 1000 or len(characters) < 2:
+        raise ValueError(f"text={path} has {len(text)} characters; at least 1000 are needed to split it 90/10")
+    index = {character: i for i, character in enumerate(characters)}
+    ids = torch.tensor([index[character] for character in text])
+    cut = len(ids) * (10 - VALIDATION_TENTHS) // 10
+    validation = ids[cut:]
+    return Text(characters, ids[:cut], validation[:validation_chars] if validation_chars else validation)
+
+
+def streams(ids: Tensor, batch: int, segment: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless (tokens_BT, targets_BT): `batch` places spread evenly over the text, each read on in order.
+
+    The seed chooses where the first stream starts; the text is a ring. Streams never start anew: segment n+1 of a
+    row continues segment n, which is what a carried state needs.
+    """
+    length = len(ids)
+    if length < segment + 1:
+        raise ValueError(f"the text has {length} characters, too few for segments of {segment}")
+    offset = int(torch.randint(length, (1,), generator=torch.Generator().manual_seed(seed)))
+    starts_B1 = (torch.arange(batch) * length // batch + offset)[:, None]
+    reach_T = torch.arange(segment + 1)
+    while True:
+        rows_BT = ids[(starts_B1 + reach_T) % length]
+        yield rows_BT[:, :-1], rows_BT[:, 1:]
+        starts_B1 = (starts_B1 + segment) % length
+
+
+def windows(ids: Tensor, length: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(tokens_BT, targets_BT) of windows of `length` end to end: every character but the first is a target once.
+
+    The last, shorter window comes in a batch of its own.
+    """
+    whole = (len(ids) - 1) // length
+    tokens = ids[: whole * length].view(whole, length)
+    targets = ids[1 : whole * length + 1].view(whole, length)
+    yield from zip(tokens.split(batch), targets.split(batch), strict=True)
+    rest = ids[whole * length :]
+    if len(rest) > 1:
+        yield rest[None, :-1], rest[None, 1:]

@@ -1,0 +1,1 @@
+"""Arbitrary positions, forward only: what a cache serves."""

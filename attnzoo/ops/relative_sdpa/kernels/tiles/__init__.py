@@ -1,0 +1,1 @@
+"""What the kernels share: loading a tile, the rows of the relative table, the skew, the mask."""

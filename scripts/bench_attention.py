@@ -1,0 +1,288 @@
+"""Attention on this machine: time and memory of training, time of decoding, against torch's and an eager form.
+
+    python scripts/bench_attention.py
+    python scripts/bench_attention.py --json docs/results/bench_attention.json
+    python scripts/bench_attention.py --quick
+
+All contenders take turns in one process on the same tensors. Two peers join where they can: labml-nn, whose eager
+relative attention is the base of the RCMHA authors' code (installed in an environment of its own; without it the same
+form is written out here), and torch's flex_attention (forward only: it has no backward on CPU).
+"""
+
+import argparse
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo.attention import build_attention
+from attnzoo.evaluate.memory import peak_bytes
+from attnzoo.ops.linear_attention import linear_attention
+from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.relative_sdpa import relative_sdpa
+from attnzoo.ops.sdpa import sdpa
+from attnzoo.ops.sinusoid_sdpa import sinusoid_sdpa
+from attnzoo.report import Claim, Report
+
+BUSY = 0.75
+"""Load average above which numbers are not worth taking."""
+HEADS, HEAD_DIM, MODEL_DIM = 8, 64, 512
+MIB = 2**20
+
+Function = Callable[[], Tensor]
+
+
+def tensors(tokens: int) -> dict[str, Tensor]:
+    """q, k and v of one sequence, and the parameters of the relative forms, all with gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        **dict.fromkeys("qkv", (1, HEADS, tokens, HEAD_DIM)),
+        "u": (HEADS, HEAD_DIM),
+        "table": (HEADS, tokens, HEAD_DIM),
+        "table_bias": (HEADS, tokens),
+        "position_bias": (HEADS, HEAD_DIM),
+        "weight": (HEADS, HEAD_DIM, MODEL_DIM),
+    }
+    return {name: torch.randn(*shape, generator=generator).requires_grad_() for name, shape in shapes.items()}
+
+
+def eager_table(t: dict[str, Tensor]) -> Tensor:
+    """Transformer-XL's shift on whole matrices of scores: pad a column, reshape, drop a row, mask."""
+    tokens = t["q"].shape[2]
+    relative = t["q"] @ t["table"].flip(1).mT + t["table_bias"].flip(1)[:, None]
+    shifted = F.pad(relative, (1, 0)).view(1, HEADS, tokens + 1, tokens)[:, :, 1:]
+    scores = (t["q"] + t["u"][:, None]) @ t["k"].mT + shifted
+    hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    return (scores * HEAD_DIM**-0.5).masked_fill(hidden, float("-inf")).softmax(-1) @ t["v"]
+
+
+def labml_table(tokens: int) -> Function | None:
+    """The same scores by labml-nn's module, softmax and sum over values around them; None where it is not installed."""
+    if importlib.util.find_spec("labml_nn") is None:
+        return None
+    from labml_nn.transformers.xl.relative_mha import RelativeMultiHeadAttention
+
+    module = RelativeMultiHeadAttention(HEADS, MODEL_DIM, 0.0)
+    q, k, v = (torch.randn(tokens, 1, HEADS, HEAD_DIM).requires_grad_() for _ in range(3))
+
+    def run() -> Tensor:
+        scores = module.get_scores(q, k) * HEAD_DIM**-0.5
+        hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)[:, :, None, None]
+        out: Tensor = torch.einsum("ijbh,jbhd->ibhd", scores.masked_fill(hidden, float("-inf")).softmax(1), v)
+        return out
+
+    return run
+
+
+def training_contenders(t: dict[str, Tensor]) -> dict[str, Function]:
+    """Forward passes by name; the first is what the others are compared with."""
+    tokens, qkv = t["q"].shape[2], (t["q"], t["k"], t["v"])
+    table = {"content_bias_NH": t["u"], "table_NPH": t["table"], "table_bias_NP": t["table_bias"]}
+    waves = {"content_bias_NH": t["u"], "position_bias_NH": t["position_bias"], "weight_NHD": t["weight"]}
+    contenders: dict[str, Function] = {
+        "MHA (torch SDPA)": lambda: sdpa(*qkv),
+        "RMHA table": lambda: relative_sdpa(*qkv, **table),
+        "RMHA sinusoid": lambda: sinusoid_sdpa(*qkv, **waves),
+        "RMHA table, window 256": lambda: relative_sdpa(*qkv, mask=CausalMask(window=256), **table),
+        "linear": lambda: linear_attention(t["q"].sigmoid(), t["k"].sigmoid(), t["v"], normalise=True)[0],
+        "table, eager": lambda: eager_table(t),
+    }
+    peer = labml_table(tokens)
+    return contenders if peer is None else contenders | {"table, labml-nn": peer}
+
+
+def with_backward(function: Function) -> Callable[[], None]:
+    """Forward and backward of the sum."""
+
+    def run() -> None:
+        out = function()
+        out.backward(torch.ones_like(out))
+
+    return run
+
+
+def take_turns(functions: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
+    """Median seconds of each, one warm-up each, then in turns, so that a change of the machine's speed hits all."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(turns + 1):
+        for name, function in functions.items():
+            begin = time.perf_counter()
+            function()
+            if turn:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def training(report: Report, tokens: int, turns: int) -> dict[str, dict[str, float]]:
+    """Milliseconds and peak MiB of forward and backward, by contender."""
+    t = tensors(tokens)
+    contenders = {name: with_backward(f) for name, f in training_contenders(t).items()}
+    found: dict[str, dict[str, float]] = {}
+    for name, seconds in take_turns(contenders, turns).items():
+        for tensor in t.values():
+            tensor.grad = None
+        found[name] = {"ms": seconds * 1e3, "MiB": peak_bytes(contenders[name]) / MIB}
+    base = found["MHA (torch SDPA)"]["ms"]
+    for name, row in found.items():
+        report.rows.append(
+            {"what": "forward + backward", "T": tokens, "contender": name, **row, "x MHA": row["ms"] / base}
+        )
+    return found
+
+
+def flex_forward(report: Report, tokens: int, turns: int) -> None:
+    """flex_attention can express the table's scores; torch compiles it for CPU without a backward."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    t = {name: tensor.detach() for name, tensor in tensors(tokens).items()}
+    mask = create_block_mask(lambda b, n, i, j: i >= j, None, None, tokens, tokens, device="cpu")
+    flex = torch.compile(flex_attention)
+    contenders: dict[str, Function] = {
+        "MHA (torch SDPA)": lambda: sdpa(t["q"], t["k"], t["v"]),
+        "MHA (flex_attention)": lambda: flex(t["q"], t["k"], t["v"], block_mask=mask),
+        "RMHA table": training_contenders(t)["RMHA table"],
+    }
+    with torch.no_grad():
+        for name, seconds in take_turns(contenders, turns).items():
+            report.rows.append({"what": "forward", "T": tokens, "contender": name, "ms": seconds * 1e3})
+
+
+def decoding(report: Report, context: int, turns: int) -> dict[str, float]:
+    """Microseconds of one token of one sequence through a whole layer at a full cache, by variant."""
+    variants: dict[str, dict[str, Any]] = {
+        "mha": {},
+        "rmha": {"max_distance": context},
+        "rmha sinusoid": {"position": "sinusoid"},
+        "mdha": {},
+        "rcmha": {"max_distance": context},
+        "linear": {},
+    }
+    steps = {}
+    for name, options in variants.items():
+        torch.manual_seed(0)
+        layer = build_attention(name.split()[0], {"model_dim": MODEL_DIM, "num_heads": HEADS, **options}).eval()
+        state = layer.init_state(1, context + turns + 2)
+        with torch.no_grad():
+            _, state = layer.extend(torch.randn(1, context, MODEL_DIM), state)
+        steps[name] = _decoder(layer, state)
+    with torch.no_grad():
+        found = {name: seconds * 1e6 for name, seconds in take_turns(steps, turns).items()}
+    for name, microseconds in found.items():
+        report.rows.append(
+            {
+                "what": "decode, one token",
+                "T": context,
+                "contender": name,
+                "us": microseconds,
+                "x MHA": microseconds / found["mha"],
+            }
+        )
+    return found
+
+
+def _decoder(layer: Any, state: Any) -> Callable[[], None]:
+    x = torch.randn(1, 1, MODEL_DIM)
+    held = [state]
+
+    def step() -> None:
+        _, held[0] = layer.extend(x, held[0])
+
+    return step
+
+
+def linear_growth(report: Report, tokens: int, turns: int) -> tuple[float, float]:
+    """(time at 2T over time at T of linear attention, SDPA's time over its at 2T)."""
+    runs: dict[str, Callable[[], None]] = {}
+    for length in (tokens, 2 * tokens):
+        contenders = training_contenders(tensors(length))
+        runs[f"linear {length}"] = with_backward(contenders["linear"])
+    runs["MHA"] = with_backward(contenders["MHA (torch SDPA)"])
+    found = take_turns(runs, turns)
+    short, long = found[f"linear {tokens}"], found[f"linear {2 * tokens}"]
+    for name, length, seconds in (
+        ("linear", tokens, short),
+        ("linear", 2 * tokens, long),
+        ("MHA (torch SDPA)", 2 * tokens, found["MHA"]),
+    ):
+        report.rows.append({"what": "forward + backward", "T": length, "contender": name, "ms": seconds * 1e3})
+    return long / short, found["MHA"] / long
+
+
+def memory_growth(tokens: int) -> dict[str, float]:
+    """Peak bytes at 2T over peak bytes at T of the relative forms."""
+    peaks: dict[str, list[int]] = {"RMHA table": [], "RMHA sinusoid": []}
+    for length in (tokens, 2 * tokens):
+        contenders = training_contenders(tensors(length))
+        for name, values in peaks.items():
+            run = with_backward(contenders[name])
+            run()  # constants that all calls share are made once
+            values.append(peak_bytes(run))
+    return {name: large / small for name, (small, large) in peaks.items()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints a table; exit status 1 when a claim does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=9, help="timed runs of each contender (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the report here")
+    parser.add_argument("--quick", action="store_true", help="small sizes; says nothing about speed")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    report = Report.start(quick=options.quick)
+    if report.load_before > BUSY:
+        print(f"load average {report.load_before} is above {BUSY}: others use this machine", file=sys.stderr)
+    tokens, turns = (256, 2) if options.quick else (2048, options.turns)
+    found = training(report, tokens, turns)
+    flex_forward(report, tokens, turns)
+    growth, lead = linear_growth(report, 2 * tokens, max(turns // 2, 2))
+    memory = memory_growth(tokens)
+    decode = decoding(report, 2 * tokens, 3 * turns)
+    report.claims += claims(found, growth, lead, memory, decode)
+    report.print_table()
+    if options.json:
+        report.write(options.json)
+    return report.exit_status()
+
+
+def claims(
+    found: dict[str, dict[str, float]],
+    growth: float,
+    lead: float,
+    memory: dict[str, float],
+    decode: dict[str, float],
+) -> list[Claim]:
+    """What the zoo is to reach, from one run."""
+    eager = found.get("table, labml-nn", found["table, eager"])
+    table, sinusoid, mha = (found[name] for name in ("RMHA table", "RMHA sinusoid", "MHA (torch SDPA)"))
+    made = [
+        Claim(name="table: share of the eager form's memory", expected=1 / 8, measured=table["MiB"] / eager["MiB"]),
+        Claim(
+            name="table: times the eager form's speed", expected=2, measured=eager["ms"] / table["ms"], kind="at_least"
+        ),
+        Claim(name="table: times MHA's time", expected=2.5, measured=table["ms"] / mha["ms"]),
+        Claim(name="sinusoid: times MHA's time", expected=2.5, measured=sinusoid["ms"] / mha["ms"]),
+        Claim(name="linear: time at twice the length", expected=2.2, measured=growth),
+        Claim(name="linear: times faster than MHA at the longer one", expected=8, measured=lead, kind="at_least"),
+    ]
+    made += [
+        Claim(name=f"{name}: memory at twice the length", expected=2, tolerance=0.1, measured=ratio)
+        for name, ratio in memory.items()
+    ]
+    made += [
+        Claim(name=f"decode {name}: times MHA's time", expected=1.5, measured=time / decode["mha"])
+        for name, time in decode.items()
+        if name != "mha"
+    ]
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(main())

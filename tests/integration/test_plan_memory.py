@@ -1,0 +1,60 @@
+"""The plan's memory against real runs: DeepSpeed's engine on one and two ranks, and a server's state."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnzoo.evaluate.serving import cache_policies
+from attnzoo.models import DecoderConfig, DecoderLM
+from serve.runner import Runner
+from tests.training import DEEPSPEED, ROOT, environment
+
+WORKER = Path(__file__).resolve().parents[1] / "memory_run.py"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [
+        (1, ["0:fp32", "1:fp32", "0:bf16", "1:bf16"]),
+        (2, ["0:fp32", "1:fp32"]),
+        pytest.param(2, ["2:fp32", "3:fp32", "1:bf16", "2:bf16", "3:bf16"], marks=pytest.mark.slow),
+    ],
+)
+def test_planned_memory_of_a_rank_is_what_training_takes(ranks, cases):
+    """Within 10 %: weights, master copies, gradients, optimizer state, activations and workspace, at their peak in two
+    steps of two passes, from the allocator's records of a rank."""
+    command = [str(WORKER), *cases]
+    if ranks > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [str(DEEPSPEED), "--num_accelerators", str(ranks), "--master_port", str(port), *command]
+    result = subprocess.run(
+        [sys.executable, *command],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = [json.loads(text[text.index("{") :]) for text in result.stdout.splitlines() if '"measured"' in text]
+    print(found)
+    assert [numbers["case"] for numbers in found] == cases
+    for numbers in found:
+        assert numbers["planned"] == pytest.approx(numbers["measured"], rel=0.10), numbers
+
+
+@pytest.mark.parametrize("attention", ["mha", "rcmha", "linear", {"kind": "mha", "window": 20, "sinks": 2}], ids=str)
+def test_planned_state_of_sequences_is_what_a_server_allocates(attention):
+    config = DecoderConfig(vocab_size=64, model_dim=24, num_layers=2, attention=attention)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = DecoderLM(config).to(dtype)
+        state = list(cache_policies(model, 100).values())[-1]
+        assert Runner(model, 7, 100).pool_bytes == 7 * state

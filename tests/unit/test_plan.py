@@ -1,0 +1,167 @@
+"""`python -m attnzoo plan`: what it reads, prints and refuses."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnzoo.__main__ import main
+from attnzoo.checkpoint import save_model
+from attnzoo.evaluate import plan
+from attnzoo.evaluate.chips import CHIPS
+from attnzoo.evaluate.fits import GIB, Setup, communicated_bytes, optimizer_bytes, training_memory
+from attnzoo.evaluate.model_file import DEFAULT_VOCABULARY, read_model
+from attnzoo.evaluate.serving import cache_policies
+from attnzoo.models import DecoderConfig, DecoderLM
+from train.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+RCMHA = str(ROOT / "configs" / "rcmha.yaml")
+
+
+def config(**changes) -> DecoderConfig:
+    return DecoderConfig(**{"vocab_size": 512, "model_dim": 64, "num_layers": 2, "max_positions": 256} | changes)
+
+
+def request(**changes) -> plan.Request:
+    values = {
+        "model": DecoderLM(config()), "gpus": 4, "nodes": 1, "memory": 3 * GIB, "context": 256,
+        "precision": "fp32", "optimizer": "adamw", "batch_tokens": None,
+    }  # fmt: skip
+    return plan.Request(**values | changes)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_config_is_read_as_training_reads_it(path):
+    trained = load_config(path.name, [])
+    assert read_model(path).config == trained.model_config(trained.tokenizer["vocab_size"])
+
+
+def test_checkpoints_and_their_json_are_read(tmp_path):
+    save_model(tmp_path / "export", DecoderLM(config()))
+    for path in (tmp_path / "export", tmp_path / "export" / "config.json"):
+        assert read_model(path).config == config()
+        assert read_model(path, 77).config == replace(config(), vocab_size=77)
+
+
+def test_a_base_is_merged_and_a_missing_vocabulary_said(tmp_path):
+    (tmp_path / "base.yaml").write_text("model: {model_dim: 32, num_layers: 2, attention: {kind: mha, num_heads: 4}}")
+    child = tmp_path / "child.yaml"
+    child.write_text("base: base.yaml\nmodel: {num_layers: 3, attention: {window: 9}}")
+    found = read_model(child)
+    assert found.config.attention == {"kind": "mha", "num_heads": 4, "window": 9}
+    assert (found.config.num_layers, found.config.vocab_size) == (3, DEFAULT_VOCABULARY)
+    assert "--vocab-size" in found.vocabulary_source
+    child.write_text("base: base.yaml\nmodel: {attention: {kind: linear}}")
+    assert read_model(child).config.attention == {"kind": "linear"}
+
+
+def test_without_pyyaml_the_way_out_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "yaml", None)
+    with pytest.raises(ValueError, match="pip install pyyaml"):
+        read_model(Path(RCMHA))
+
+
+def test_it_prints_what_fits(capsys):
+    arguments = ["--gpus", "64", "--gpu-memory", "80", "--context", "131072", "--chip", "h100", "--chip", "MI300X"]
+    assert main(["plan", "--model", RCMHA, *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "2,373,568 parameters" in printed
+    assert "64 GPUs in 8 machines" in printed
+    assert len(re.findall(r"^\*? +[0-3] +(?:yes|no) +\d+ ", printed, flags=re.MULTILINE)) == 8
+    assert "a model, not a measurement" in printed
+    assert "NVIDIA H100 data sheet" in printed
+    assert "A100" not in printed
+    # 4 layers, keys and values of 192 channels in 2 bytes.
+    assert str(round(4 * 2 * 192 * 2 * 131072 / 2**20)) in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--context", "0"], "--context=0 must be at least 1"),
+        (["--gpus", "0"], "--gpus=0 must be at least 1"),
+        (["--gpus", "2", "--nodes", "3"], "--nodes=3 is more than --gpus=2"),
+        (["--gpu-memory", "0"], "--gpu-memory=0.0 must be positive"),
+        (["--chip", "H1000"], "unknown chip 'H1000'; did you mean 'H100'?"),
+        (["--gpus", "8", "--context", "1024", "--batch-tokens", "1000"], "--batch-tokens=1000 is less than"),
+        (["--vocab-size", "0"], "vocab_size=0 must be at least 1"),
+        (["--model", "nowhere.yaml"], "no file 'nowhere.yaml'"),
+    ],
+)
+def test_wrong_usage_ends_with_status_2(arguments, message, capsys):
+    assert main(["plan", "--model", RCMHA, "--chip", "H100", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert not captured.out
+
+
+def test_what_fits_nowhere_says_what_would_do(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model": config(model_dim=512, num_layers=16, vocab_size=8192).to_dict()}))
+    command = ["plan", "--model", str(path), "--chip", "H100", "--precision", "fp32"]
+    arguments = {"--gpus": "2", "--gpu-memory": "2.4", "--context": "16384"}
+    assert main([*command, *(word for pair in arguments.items() for word in pair)]) == 1
+    message = capsys.readouterr().err
+    assert "nothing fits" in message
+    ways = dict(re.findall(r"(--[\w-]+) ([\d.]+)", message.split("would do:")[1]))
+    assert {"--gpu-memory", "--context"} <= ways.keys()
+    for option, value in ways.items():
+        changed = arguments | {option: value}
+        assert main([*command, *(word for pair in changed.items() for word in pair)]) == 0, (option, value)
+
+
+def test_the_micro_batch_is_the_largest_that_fits():
+    for setup in plan.setups(request()):
+        option = plan.largest(request(), setup)
+        assert option.memory.total <= 3 * GIB
+        more = replace(option.setup, micro_batch=option.setup.micro_batch + 1)
+        assert training_memory(request().model, more).total > 3 * GIB
+
+
+def test_the_choice_prefers_less_communication_then_no_recomputation():
+    option = plan.largest(request(), Setup(ranks=4, tokens=256))
+    cheap, again = replace(option, communication=5), replace(option, setup=replace(option.setup, checkpointing=True))
+    assert plan.choose([replace(option, communication=6), replace(again, communication=5), cheap]) is cheap
+
+
+def test_zero_cuts_what_it_says():
+    model = DecoderLM(config())
+    count = model.num_parameters()
+    at = [training_memory(model, Setup(stage=s, ranks=4, tokens=8, precision="bf16")) for s in range(4)]
+    assert [m.optimizer for m in at] == [8 * count, 2 * count, 2 * count, 2 * count]
+    assert [m.master for m in at] == [4 * count, count, count, count]
+    assert [m.parameters for m in at] == [2 * count] * 3 + [2 * count // 4 + 2 * count]  # gathered while in use
+    matrices = sum(p.numel() for _, p in model.matrix_parameters())
+    assert optimizer_bytes(model, "muon") == 8 * count - 4 * matrices
+    assert communicated_bytes(model, Setup(stage=1, ranks=4, precision="bf16")) == 2 * (2 * count * 3 // 4)
+    assert communicated_bytes(model, Setup(stage=3, ranks=4, precision="bf16"), 2) == 6 * (2 * count * 3 // 4)
+    assert communicated_bytes(model, Setup(stage=2)) == 0
+
+
+def test_cache_policies_of_a_model():
+    window = {"kind": "mha", "num_heads": 4, "window": 10}
+    by_attention = {
+        "full": cache_policies(DecoderLM(config(attention="mha")), 100),
+        "window": cache_policies(DecoderLM(config(attention=[window, "linear"])), 100),
+        "constant": cache_policies(DecoderLM(config(attention="linear")), 100),
+    }
+    assert by_attention["full"] == {"full": 2 * (2 * 100 * 64 * 4 + 8)}
+    assert list(by_attention["constant"]) == ["constant state"]
+    both = by_attention["window"]
+    assert both["full"] - both["window"] == 2 * 100 * 64 * 4 - 10 * (2 * 64 * 4 + 8)
+
+
+def test_chips_and_roofline():
+    assert {"H100", "H200", "A100", "MI300X"} == set(CHIPS)
+    asked = request(gpus=2, model=DecoderLM(config()).bfloat16(), precision="bf16")
+    option = plan.largest(asked, Setup(stage=1, ranks=2, tokens=256, precision="bf16"))
+    text = plan.step_table(asked, option, [CHIPS["A100"]])
+    cost = asked.model.cost(option.setup.micro_batch, 256, 256)
+    assert f"{3 * cost.flops:.4g} FLOPs" in text
+    assert f"{3 * cost.flops / 312e12:.4g}" in text
+    assert torch.get_default_dtype() is torch.float32

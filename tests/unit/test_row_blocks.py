@@ -1,0 +1,94 @@
+"""Blocks of rows: every mask and table against dense sums across the borders of blocks, memory linear in T."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from attnzoo.ops import row_blocks
+from attnzoo.ops.masks import CausalMask, document_starts, padding_starts
+from attnzoo.ops.row_blocks import Tables, row_block_attention
+
+B, N, K, T, H = 2, 4, 2, 45, 6
+STARTS = document_starts(torch.tensor([0, 3, 4, 30, 45, 61, 90]), B, T)
+MASKS = {
+    "causal": CausalMask(),
+    "window": CausalMask(window=7),
+    "window of one": CausalMask(window=1),
+    "window of a block": CausalMask(window=16, sinks=1),
+    "sinks": CausalMask(window=5, sinks=3),
+    "sinks of more than a block": CausalMask(window=3, sinks=20),
+    "documents": CausalMask(starts_BT=STARTS),
+    "documents, window, sinks": CausalMask(starts_BT=STARTS, window=6, sinks=2),
+    "left padding": CausalMask(starts_BT=padding_starts(torch.tensor([13, 45]), T, "left")),
+    "right padding": CausalMask(starts_BT=padding_starts(torch.tensor([13, 45]), T, "right"), window=9),
+}
+
+
+def rand(*shape: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+def dense(q, k, v, tables: Tables | None, mask: CausalMask, scale: float) -> torch.Tensor:
+    """The definition, all pairs at once."""
+    k, v = k.repeat_interleave(N // K, dim=1), v.repeat_interleave(N // K, dim=1)
+    scores = q @ k.mT
+    if tables is not None:
+        rows = (torch.arange(T)[:, None] - torch.arange(T)).clamp(0, tables.table_NPH.shape[1] - 1)
+        scores = (q + tables.content_bias_NH[:, None]) @ k.mT
+        scores = scores + torch.einsum("bnth,ntsh->bnts", q, tables.table_NPH[:, rows])
+        scores = scores + tables.table_bias_NP[:, rows]
+    hidden = ~mask.visible(T, q.device)
+    return (scores * scale).masked_fill(hidden, float("-inf")).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("rows", [0, 1, 11, 45, 60], ids=lambda rows: f"{rows} rows of table")
+@pytest.mark.parametrize("name", MASKS)
+def test_outputs_and_gradients_against_all_pairs_at_once(name, rows, block, monkeypatch):
+    monkeypatch.setattr(row_blocks, "BLOCK", block)
+    inputs = [rand(B, N, T, H, seed=0), rand(B, K, T, H, seed=1), rand(B, K, T, H, seed=2)]
+    tables = None
+    if rows:
+        tables = Tables(rand(N, H, seed=3), rand(N, rows, H, seed=4), rand(N, rows, seed=5))
+        inputs += [tables.content_bias_NH, tables.table_NPH, tables.table_bias_NP]
+    actual = row_block_attention(*inputs[:3], tables, MASKS[name], 0.3)
+    expected = dense(*inputs[:3], tables, MASKS[name], 0.3)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    weights = torch.randn(actual.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    grads, right = (torch.autograd.grad((out * weights).sum(), inputs) for out in (actual, expected))
+    for got, want in zip(grads, right, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+
+
+def test_gradients_are_deterministic():
+    inputs = [rand(1, N, 200, H, seed=0), rand(1, K, 200, H, seed=1), rand(1, K, 200, H, seed=2)]
+    tables = Tables(rand(N, H, seed=3), rand(N, 90, H, seed=4), rand(N, 90, seed=5))
+    inputs += [tables.content_bias_NH, tables.table_NPH, tables.table_bias_NP]
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        out = row_block_attention(*inputs[:3], tables, CausalMask(), 0.3)
+        return torch.autograd.grad(out.square().sum(), inputs)
+
+    for first, second in zip(gradients(), gradients(), strict=True):
+        assert torch.equal(first, second)
+
+
+def peak_bytes(tokens: int) -> int:
+    """Largest sum of live allocations of a forward and backward with a table, beyond inputs."""
+    inputs = [torch.randn(1, 2, tokens, 8, requires_grad=True) for _ in range(3)]
+    tables = Tables(*(torch.zeros(*shape, requires_grad=True) for shape in ((2, 8), (2, tokens, 8), (2, tokens))))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        row_block_attention(*inputs, tables, CausalMask(), 0.3).sum().backward()
+    events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def test_memory_is_linear_in_the_length():
+    small, large = peak_bytes(512), peak_bytes(1024)
+    assert 1.9 < large / small < 2.1
+    assert large < 4 * 2 * 1024 * 1024, "as much as one matrix of scores of all pairs"
