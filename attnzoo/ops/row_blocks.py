@@ -6,7 +6,7 @@ the softmax of whole rows, and is forgotten; the backward pass computes it again
 The relative shift costs nothing. With the table reversed, column c of `q R^T` belongs to distance W-1-c for W keys,
 and row r needs it at column c + r - (rows-1): one column further left than row r+1. In a buffer whose rows are W+1
 wide that is the same memory read with rows of width W from offset rows-1 on, so the product of queries and table is
-written in the one shape, and the product of queries and keys added in the other (Transformer-XL shifts a padded copy
+written in the one shape and added to that of queries and keys in the other (Transformer-XL shifts a padded copy
 instead, arXiv 1901.02860, appendix B). What lands right of the diagonal is of other rows, and is masked.
 """
 
@@ -22,7 +22,10 @@ from attnzoo.ops.masks import CausalMask
 from attnzoo.types import accumulation_dtype
 
 BLOCK = 128
-"""Rows of a block (64 and 512 were slower on CPU); memory is BLOCK * T elements, in the backward twice."""
+"""Rows of a block: fewer make products that are slow, more make memory."""
+TILE_BYTES = 2 << 20
+"""Scores of a block in one product: as many heads, then sequences, as fit. Few large operators need few meetings of
+threads, small ones stay in the cache."""
 
 _softmax = torch.ops.aten._softmax
 _softmax_backward = torch.ops.aten._softmax_backward_data
@@ -58,6 +61,10 @@ class _Rows:
     sinks: tuple[int, int] | None
 
     @property
+    def block(self) -> slice:
+        return slice(self.first, self.end)
+
+    @property
     def spans(self) -> list[tuple[int, int]]:
         near = (self.low, self.end)
         return [near] if self.sinks is None else [self.sinks, near]
@@ -76,61 +83,64 @@ def _blocks(tokens: int, mask: CausalMask, row: int) -> Iterator[_Rows]:
         yield _Rows(first, end, low, sinks if mask.sinks and sinks[1] > sinks[0] else None)
 
 
-def _hide(scores_RW: Tensor, rows: _Rows, span: tuple[int, int], mask: CausalMask, row: int) -> None:
+def _hide(scores_PRW: Tensor, rows: _Rows, span: tuple[int, int], mask: CausalMask, row: int) -> None:
     """Sets the scores of hidden keys to -inf, in place."""
     low, high = span
     if high > rows.first:
-        corner = scores_RW[:, rows.first - low :]
-        corner.masked_fill_(torch.ones_like(corner, dtype=torch.bool).triu(1), -math.inf)
+        corner = scores_PRW[:, :, rows.first - low :]
+        corner.masked_fill_(torch.ones_like(corner[0], dtype=torch.bool).triu(1), -math.inf)
     if mask.window is None and mask.starts_BT is None:
         return
-    index_R1 = torch.arange(rows.first, rows.end, device=scores_RW.device)[:, None]
-    key_W = torch.arange(low, high, device=scores_RW.device)
+    index_R1 = torch.arange(rows.first, rows.end, device=scores_PRW.device)[:, None]
+    key_W = torch.arange(low, high, device=scores_PRW.device)
     start_R1 = 0 if mask.starts_BT is None else mask.starts_BT[row, rows.first : rows.end, None]
     hidden = key_W < start_R1
     if mask.window is not None:
         hidden = hidden | ((index_R1 - key_W >= mask.window) & (key_W - start_R1 >= mask.sinks))
-    scores_RW.masked_fill_(hidden, -math.inf)
+    scores_PRW.masked_fill_(hidden, -math.inf)
 
 
 @dataclass(frozen=True)
-class _Head:
-    """One query head of one sequence in the accumulation dtype; queries scaled. `far_LH`, `far_bias_L`: the table from
-    the farthest distance T-1 down to 0 and one row of padding."""
+class _Group:
+    """P pairs of a sequence and a query head that are computed together, in the accumulation dtype; queries scaled.
 
-    q_TH: Tensor
-    biased_q_TH: Tensor
-    k_TH: Tensor
-    v_TH: Tensor
-    far_LH: Tensor | None
-    far_bias_L: Tensor | None
+    `far_PLH`, `far_bias_PL`: the tables from the farthest distance T-1 down to 0 and one row of padding.
+    """
+
+    sequences: slice
+    heads: slice
+    kv_heads: list[int]
+    q_PTH: Tensor
+    biased_q_PTH: Tensor
+    k_PTH: Tensor
+    v_PTH: Tensor
+    far_PLH: Tensor | None
+    far_bias_PL: Tensor | None
 
     def distances(self, rows: _Rows, span: tuple[int, int]) -> slice:
-        """Where `far_LH` holds the distances between rows and a span, the farthest (rows.end-1 to low) first."""
-        first = len(self.q_TH) - (rows.end - span[0])
+        """Where `far_PLH` holds the distances between rows and a span, the farthest (rows.end-1 to low) first."""
+        first = self.q_PTH.shape[1] - (rows.end - span[0])
         return slice(first, first + _product_width(rows, span))
 
-    def scores(self, rows: _Rows, span: tuple[int, int]) -> Tensor:
-        """scores_RW of the rows against the keys of a span, nothing hidden yet."""
-        low, high = span
-        biased, keys = self.biased_q_TH[rows.first : rows.end], self.k_TH[low:high]
-        if self.far_LH is None or self.far_bias_L is None:
-            return biased @ keys.T
-        where = self.distances(rows, span)
-        product, shifted = _skewed(self.q_TH, rows, span)
-        torch.addmm(self.far_bias_L[where], self.q_TH[rows.first : rows.end], self.far_LH[where].T, out=product)
-        return shifted.addmm_(biased, keys.T)
-
-    def weights(self, rows: _Rows, mask: CausalMask, row: int) -> Tensor:
-        """Softmax over all spans, side by side: [R, sum of widths]."""
+    def weights(self, rows: _Rows, mask: CausalMask) -> Tensor:
+        """Softmax over all spans, side by side: [P, R, sum of widths]."""
         tiles = []
         for span in rows.spans:
-            tile = self.scores(rows, span)
-            _hide(tile, rows, span, mask, row)
+            tile = self._scores(rows, span)
+            _hide(tile, rows, span, mask, self.sequences.start)
             tiles.append(tile)
-        scores = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
+        scores = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=2)
         out: Tensor = _softmax.out(scores, -1, False, out=scores)
         return out
+
+    def _scores(self, rows: _Rows, span: tuple[int, int]) -> Tensor:
+        """scores_PRW of the rows against the keys of a span, nothing hidden yet."""
+        scores = torch.bmm(self.biased_q_PTH[:, rows.block], self.k_PTH[:, slice(*span)].mT)
+        if self.far_PLH is not None and self.far_bias_PL is not None:
+            where = self.distances(rows, span)
+            bias_P1L, far_PLH = self.far_bias_PL[:, None, where], self.far_PLH[:, where]
+            scores += _shifted(torch.baddbmm(bias_P1L, self.q_PTH[:, rows.block], far_PLH.mT), rows, span)
+        return scores
 
 
 def _product_width(rows: _Rows, span: tuple[int, int]) -> int:
@@ -139,29 +149,63 @@ def _product_width(rows: _Rows, span: tuple[int, int]) -> int:
     return width + 1 if span[1] == rows.end else width + count - 1
 
 
-def _skewed(like: Tensor, rows: _Rows, span: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """(a buffer for queries times table, the same memory as rows against keys): the shift of the module's head."""
-    count, columns = rows.end - rows.first, _product_width(rows, span)
-    product = like.new_empty(count, columns)
-    return product, product.as_strided((count, span[1] - span[0]), (columns - 1, 1), count - 1)
+def _shifted(product_PRL: Tensor, rows: _Rows, span: tuple[int, int]) -> Tensor:
+    """Queries times table, read as rows against keys: the shift of the module's head."""
+    pairs, count, columns = product_PRL.shape
+    return product_PRL.as_strided((pairs, count, span[1] - span[0]), (count * columns, columns - 1, 1), count - 1)
 
 
-def _heads(inputs: list[Tensor], scale: float) -> Iterator[tuple[int, int, int, _Head]]:
-    """(sequence b, query head n, kv head, its tensors), all sequences of a head one after the other."""
+def _groups(inputs: list[Tensor], mask: CausalMask, scale: float) -> Iterator[_Group]:
+    """All pairs of sequence and head. Sequences with documents of their own are computed one by one."""
     (q, k, v), tables = inputs[:3], inputs[3:]
     dtype, group = accumulation_dtype(q.dtype), q.shape[1] // k.shape[1]
-    for n in range(q.shape[1]):
+    together, in_step = group_size(q.shape[0], q.shape[1], q.shape[2], mask, dtype.itemsize)
+    for n in range(0, q.shape[1], together):
+        heads = slice(n, min(n + together, q.shape[1]))
+        kv_heads = [head // group for head in range(heads.start, heads.stop)]
+        kv: slice | list[int] = heads if group == 1 else kv_heads
         far = far_bias = None
         if tables:
-            _, table, table_bias = tables
-            order_T = _table_rows(q.shape[2], table.shape[1], q.device)
-            far = torch.cat([table[n, order_T], table[n, :1]]).to(dtype)
-            far_bias = torch.cat([table_bias[n, order_T], table_bias[n, :1]]).to(dtype) * scale
-        for b in range(q.shape[0]):
-            head_q = q[b, n].to(dtype) * scale
-            biased = torch.add(head_q, tables[0][n].to(dtype), alpha=scale) if tables else head_q
-            kv = n // group
-            yield b, n, kv, _Head(head_q, biased, k[b, kv].to(dtype), v[b, kv].to(dtype), far, far_bias)
+            far, far_bias = _far(tables[1][heads], q.shape[2], dtype), _far(tables[2][heads], q.shape[2], dtype) * scale
+        for b in range(0, q.shape[0], in_step):
+            sequences = slice(b, min(b + in_step, q.shape[0]))
+            head_q = q[sequences, heads].flatten(0, 1).to(dtype) * scale
+            biased = head_q
+            if tables:
+                bias_P1H = _repeated(tables[0][heads], sequences.stop - b)[:, None]
+                biased = torch.add(head_q, bias_P1H.to(dtype), alpha=scale)
+            keys, values = (x[sequences][:, kv].flatten(0, 1).to(dtype) for x in (k, v))
+            yield _Group(
+                sequences,
+                heads,
+                kv_heads,
+                head_q,
+                biased,
+                keys,
+                values,
+                *(None if x is None else _repeated(x, sequences.stop - b) for x in (far, far_bias)),
+            )
+
+
+def group_size(batch: int, heads: int, tokens: int, mask: CausalMask, width: int) -> tuple[int, int]:
+    """(heads, sequences) of a group, for sums of `width` bytes an element."""
+    rows = min(BLOCK, tokens)
+    keys = tokens if mask.window is None else min(tokens, mask.window - 1 + rows)
+    fitting = max(1, TILE_BYTES // (rows * keys * width))
+    together = min(heads, fitting)
+    in_step = 1 if together < heads or mask.starts_BT is not None else max(1, min(batch, fitting // heads))
+    return together, in_step
+
+
+def _far(table_NP: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    """A table by distance, from T-1 down to 0, and one row of padding."""
+    order_T = _table_rows(tokens, table_NP.shape[1], table_NP.device)
+    return torch.cat([table_NP[:, order_T], table_NP[:, :1]], dim=1).to(dtype)
+
+
+def _repeated(x_N: Tensor, times: int) -> Tensor:
+    """The heads' tensors once for each sequence: [sequences * heads, ...]."""
+    return x_N if times == 1 else x_N.expand(times, *x_N.shape).flatten(0, 1)
 
 
 def _table_rows(tokens: int, rows: int, device: torch.device) -> Tensor:
@@ -184,11 +228,12 @@ def _row_blocks(
     """`tables`: u_NH, table_NPH and table_bias_NP, or nothing for plain attention."""
     mask = CausalMask(window=window, sinks=sinks, starts_BT=starts)
     o_BNTH = q.new_empty(*q.shape[:3], v.shape[-1])
-    for b, n, _, head in _heads([q, k, v, *tables], scale):
-        for rows in _blocks(q.shape[2], mask, b):
-            near = head.v_TH[rows.low : rows.end]
-            values = near if rows.sinks is None else torch.cat([head.v_TH[slice(*rows.sinks)], near])
-            o_BNTH[b, n, rows.first : rows.end] = head.weights(rows, mask, b) @ values
+    for group in _groups([q, k, v, *tables], mask, scale):
+        out_BNTH = o_BNTH[group.sequences, group.heads]
+        for rows in _blocks(q.shape[2], mask, group.sequences.start):
+            values = [group.v_PTH[:, low:high] for low, high in rows.spans]
+            out = torch.bmm(group.weights(rows, mask), values[0] if len(values) == 1 else torch.cat(values, dim=1))
+            out_BNTH[:, :, rows.block] = out.view(*out_BNTH.shape[:2], *out.shape[1:])
     return o_BNTH
 
 
@@ -202,13 +247,16 @@ def _row_blocks_backward(
     scale: float,
 ) -> list[Tensor]:
     """Gradients of q, k, v and the tables."""
-    mask, sums = CausalMask(window=window, sinks=sinks, starts_BT=starts), _Gradients(inputs)
-    for b, n, kv, head in _heads(inputs, scale):
-        sums.begin()
-        for rows in _blocks(inputs[0].shape[2], mask, b):
-            sums.add(head, rows, head.weights(rows, mask, b), grad[b, n, rows.first : rows.end])
-        sums.end(b, n, kv, scale)
-    return sums.finished()
+    mask = CausalMask(window=window, sinks=sinks, starts_BT=starts)
+    totals = [
+        torch.zeros_like(x, dtype=accumulation_dtype(x.dtype), memory_format=torch.contiguous_format) for x in inputs
+    ]
+    for group in _groups(inputs, mask, scale):
+        sums, grad_PTH = _Sums(group), grad[group.sequences, group.heads].flatten(0, 1)
+        for rows in _blocks(inputs[0].shape[2], mask, group.sequences.start):
+            sums.add(rows, group.weights(rows, mask), grad_PTH[:, rows.block])
+        sums.add_to(totals, scale)
+    return [total.to(x.dtype) for x, total in zip(inputs, totals, strict=True)]
 
 
 @_row_blocks.register_fake
@@ -236,83 +284,75 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _row_blocks.register_autograd(_differentiate, setup_context=_save)
 
 
-class _Gradients:
-    """Sums of gradients. Keys, values and table are summed transposed, where products of matrices are faster."""
+class _Sums:
+    """Gradients of a group. Those of keys, values and tables are summed transposed, where products are faster."""
 
-    def __init__(self, inputs: list[Tensor]) -> None:
-        self.inputs, q, v = inputs, inputs[0], inputs[2]
-        dtype, tokens, head_dim = accumulation_dtype(q.dtype), q.shape[2], q.shape[3]
-        self.totals = [torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in inputs]
-        self.q_TH, self.biased_q_TH = (q.new_zeros(tokens, head_dim, dtype=dtype) for _ in range(2))
-        self.k_HT = q.new_zeros(head_dim, tokens, dtype=dtype)
-        self.v_HT = q.new_zeros(v.shape[-1], tokens, dtype=dtype)
-        distances = tokens + 1 if len(inputs) > 3 else 0
-        self.far_HL = q.new_zeros(head_dim, distances, dtype=dtype)
-        self.far_bias_L = q.new_zeros(distances, dtype=dtype)
+    def __init__(self, group: _Group) -> None:
+        self.group = group
+        self.q_PTH, self.biased_q_PTH = torch.zeros_like(group.q_PTH), torch.zeros_like(group.q_PTH)
+        self.k_PHT, self.v_PHT = (x.new_zeros(x.shape[0], x.shape[2], x.shape[1]) for x in (group.k_PTH, group.v_PTH))
+        self.far_PHL = self.far_bias_PL = None
+        if group.far_PLH is not None:
+            pairs, distances, head_dim = group.far_PLH.shape
+            self.far_PHL = group.far_PLH.new_zeros(pairs, head_dim, distances)
+            self.far_bias_PL = group.far_PLH.new_zeros(pairs, distances)
 
-    def begin(self) -> None:
-        """Before a head of a sequence: its own sums are zero."""
-        for total in (self.q_TH, self.biased_q_TH, self.k_HT, self.v_HT, self.far_HL, self.far_bias_L):
-            total.zero_()
-
-    def add(self, head: _Head, rows: _Rows, weights_RW: Tensor, grad_RH: Tensor) -> None:
+    def add(self, rows: _Rows, weights_PRW: Tensor, grad_PRH: Tensor) -> None:
         """A block's part, from its weights and the gradient of its outputs."""
-        block, grad_RH = slice(rows.first, rows.end), grad_RH.to(weights_RW.dtype)
+        group, grad_PRH = self.group, grad_PRH.to(weights_PRW.dtype)
         widths = [high - low for low, high in rows.spans]
-        products = [] if head.far_LH is None else [_skewed(weights_RW, rows, span) for span in rows.spans]
-        # A single span is written where the shift's way back reads it.
-        grads = products[0][1] if len(products) == 1 else torch.empty_like(weights_RW)
-        for part, weights, (low, high) in zip(
-            grads.split(widths, dim=1), weights_RW.split(widths, dim=1), rows.spans, strict=True
-        ):
-            torch.mm(grad_RH, head.v_TH[low:high].T, out=part)
-            self.v_HT[:, low:high].addmm_(grad_RH.T, weights)
-        _softmax_backward.out(grads, weights_RW, -1, weights_RW.dtype, grad_input=grads)
-        for part, (low, high) in zip(grads.split(widths, dim=1), rows.spans, strict=True):
-            self.biased_q_TH[block].addmm_(part, head.k_TH[low:high])
-            self.k_HT[:, low:high].addmm_(head.biased_q_TH[block].T, part)
-        for place, part, span in zip(products, grads.split(widths, dim=1), rows.spans, strict=False):
-            self._add_relative(head, rows, span, place, part)
+        grads = [torch.bmm(grad_PRH, group.v_PTH[:, low:high].mT) for low, high in rows.spans]
+        grads_PRW = grads[0] if len(grads) == 1 else torch.cat(grads, dim=2)
+        for weights, (low, high) in zip(weights_PRW.split(widths, dim=2), rows.spans, strict=True):
+            self.v_PHT[:, :, low:high] += torch.bmm(grad_PRH.mT, weights)
+        _softmax_backward.out(grads_PRW, weights_PRW, -1, weights_PRW.dtype, grad_input=grads_PRW)
+        for part, span in zip(grads_PRW.split(widths, dim=2), rows.spans, strict=True):
+            low, high = span
+            self.biased_q_PTH[:, rows.block] += torch.bmm(part, group.k_PTH[:, low:high])
+            self.k_PHT[:, :, low:high] += torch.bmm(group.biased_q_PTH[:, rows.block].mT, part)
+            if group.far_PLH is not None:
+                self._add_relative(rows, span, part)
 
-    def _add_relative(
-        self, head: _Head, rows: _Rows, span: tuple[int, int], place: tuple[Tensor, Tensor], scores_RW: Tensor
-    ) -> None:
-        """The way back of the shift: what no key and row wrote is zero."""
-        assert head.far_LH is not None
-        product, shifted = place
-        if shifted.data_ptr() == scores_RW.data_ptr():
-            flat, count = product.view(-1), len(product)
-            flat[: count - 1], flat[count - 1 + scores_RW.numel() :] = 0.0, 0.0
+    def _add_relative(self, rows: _Rows, span: tuple[int, int], grads_PRW: Tensor) -> None:
+        """The way back of the shift: what no pair of row and key wrote is zero."""
+        group = self.group
+        assert group.far_PLH is not None
+        assert self.far_PHL is not None
+        assert self.far_bias_PL is not None
+        pairs, count, width = grads_PRW.shape
+        product = grads_PRW.new_empty(pairs, count, _product_width(rows, span))
+        if span[1] == rows.end:
+            edges = product.view(pairs, -1)
+            edges[:, : count - 1], edges[:, count - 1 + count * width :] = 0.0, 0.0
         else:
             product.zero_()
-            shifted.copy_(scores_RW)
-        block, where = slice(rows.first, rows.end), head.distances(rows, span)
-        self.q_TH[block].addmm_(product, head.far_LH[where])
-        self.far_HL[:, where].addmm_(head.q_TH[block].T, product)
-        self.far_bias_L[where] += product.sum(0)
+        _shifted(product, rows, span).copy_(grads_PRW)
+        where = group.distances(rows, span)
+        self.q_PTH[:, rows.block] += torch.bmm(product, group.far_PLH[:, where])
+        self.far_PHL[:, :, where] += torch.bmm(group.q_PTH[:, rows.block].mT, product)
+        self.far_bias_PL[:, where] += product.sum(1)
 
-    def end(self, b: int, n: int, kv: int, scale: float) -> None:
-        """After a head of a sequence: its sums go where they belong. Queries were scaled, keys met scaled queries."""
-        (q, k, v), tables = self.totals[:3], self.totals[3:]
-        torch.add(self.q_TH, self.biased_q_TH, out=q[b, n]).mul_(scale)
-        k[b, kv] += self.k_HT.T
-        v[b, kv] += self.v_HT.T
+    def add_to(self, totals: list[Tensor], scale: float) -> None:
+        """Adds to the gradients of all inputs. Queries were scaled, keys met scaled queries."""
+        group, (q, k, v), tables = self.group, totals[:3], totals[3:]
+        heads = len(group.kv_heads)
+        q[group.sequences, group.heads] = (self.q_PTH.add_(self.biased_q_PTH) * scale).unflatten(0, (-1, heads))
+        for total, part_PHT in ((k, self.k_PHT), (v, self.v_PHT)):
+            part_BNTH = part_PHT.unflatten(0, (-1, heads)).mT
+            for i, kv in enumerate(group.kv_heads):
+                total[group.sequences, kv] += part_BNTH[:, i]
         if tables:
-            bias, table, table_bias = tables
-            bias[n].add_(self.biased_q_TH.sum(0), alpha=scale)
-            order_T = _table_rows(q.shape[2], table.shape[1], q.device)
-            _add_rows(table[n], order_T, self.far_HL[:, :-1].T)
-            _add_rows(table_bias[n], order_T, self.far_bias_L[:-1] * scale)
-
-    def finished(self) -> list[Tensor]:
-        """Gradients in the order and dtype of the inputs."""
-        return [total.to(x.dtype) for x, total in zip(self.inputs, self.totals, strict=True)]
+            assert self.far_PHL is not None
+            assert self.far_bias_PL is not None
+            bias, table, table_bias = (total[group.heads] for total in tables)
+            bias.add_(self.biased_q_PTH.unflatten(0, (-1, heads)).sum((0, 2)), alpha=scale)
+            _add_rows(table, self.far_PHL.unflatten(0, (-1, heads)).sum(0)[..., :-1].mT)
+            _add_rows(table_bias, self.far_bias_PL.unflatten(0, (-1, heads)).sum(0)[:, :-1] * scale)
 
 
-def _add_rows(target: Tensor, order_T: Tensor, rows: Tensor) -> None:
-    """target[order[t]] += rows[t], in a fixed order of sums: only the last row of the table comes more than once."""
-    last = len(target) - 1
-    shared = max(len(order_T) - last, 0)  # distances from the last row's on; they come first
-    target[last] += rows[:shared].sum(0)
-    near = min(last, len(order_T))
-    target[:near] += rows[shared:].flip(0)
+def _add_rows(target_NP: Tensor, rows_NT: Tensor) -> None:
+    """Adds rows by distance, from T-1 down to 0, to a table: only its last row gets more than one, in a fixed order."""
+    last, tokens = target_NP.shape[1] - 1, rows_NT.shape[1]
+    shared = max(tokens - last, 0)
+    target_NP[:, last] += rows_NT[:, :shared].sum(1)
+    target_NP[:, : min(last, tokens)] += rows_NT[:, shared:].flip(1)

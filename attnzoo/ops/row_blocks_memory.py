@@ -1,6 +1,6 @@
-"""What `row_blocks` holds beyond its inputs and results, in bytes: one head's tensors and the widest block's scores.
+"""What `row_blocks` holds beyond its inputs and results, in bytes: a group's tensors and its widest block's scores.
 
-Follows the code of `row_blocks` for rows of one document each.
+Follows the code of `row_blocks` for rows of one document each, q, k and v laid out token by token.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,9 @@ INDEX = 8
 class RowBlockSizes:
     """A call: its sizes, bytes of an element and of an element of sums, the mask, and whether it reads tables."""
 
+    batch: int
+    heads: int
+    kv_heads: int
     tokens: int
     head_dim: int
     width: int
@@ -26,19 +29,35 @@ class RowBlockSizes:
     def forward(self) -> int:
         """Bytes of temporaries of the forward pass."""
         near, sinks = self._widest()
-        values = (near + sinks) * self.head_dim * self.sum_width if sinks else 0
-        block = max(self._scoring(), self.sum_width * self._rows() * (near + sinks + self.head_dim) + values)
-        return max(self._head() + block, 2 * self._head())
+        values = (near + sinks) * self.head_dim if sinks else 0
+        summing = self._pairs() * (self._rows() * (near + sinks + self.head_dim) + values)
+        return max(self._held() + max(self._scoring(), self.sum_width * summing), self._loading())
 
     def backward(self) -> int:
         """Bytes of temporaries of the backward pass, without the gradients themselves."""
         near, sinks = self._widest()
         scores = self._rows() * (near + sinks)
-        gradients = (self._products() if self.tables else 0) + (scores if sinks or not self.tables else 0)
-        block = max(self._scoring(), self.sum_width * (scores + gradients))
+        grads = scores * (2 if sinks else 1)
+        product = self._rows() * (near + 1) + self.head_dim * (near + 1) if self.tables else self.head_dim * near
+        block = max(self._scoring(), self.sum_width * self._pairs() * (scores + grads + product))
+        tokens = self.tokens * self.head_dim
         distances = (self.tokens + 1) * (self.head_dim + 1) if self.tables else 0
-        sums = self.sum_width * (4 * self.tokens * self.head_dim + distances)
-        return sums + max(self._head() + block, 2 * self._head())
+        sums = self.sum_width * self._pairs() * (4 * tokens + distances)
+        copied = self.width * self._pairs() * tokens if self._sequences() > 1 else 0
+        adding = self.sum_width * (self._pairs() * tokens + (2 * self._together() * tokens if self.tables else 0))
+        return sums + copied + max(self._held() + max(block, adding), self._loading())
+
+    def _group(self) -> tuple[int, int]:
+        return row_blocks.group_size(self.batch, self.heads, self.tokens, self.mask, self.sum_width)
+
+    def _together(self) -> int:
+        return self._group()[0]
+
+    def _sequences(self) -> int:
+        return self._group()[1]
+
+    def _pairs(self) -> int:
+        return self._together() * self._sequences()
 
     def _rows(self) -> int:
         return min(row_blocks.BLOCK, self.tokens)
@@ -50,28 +69,29 @@ class RowBlockSizes:
         near = min(self.tokens, self.mask.window - 1 + self._rows())
         return near, min(self.mask.sinks, self.tokens - near)
 
-    def _products(self) -> int:
-        """Elements of the buffers in which queries meet the table, one for each span of keys."""
-        near, sinks = self._widest()
-        return self._rows() * (near + 1 + (sinks + self._rows() - 1 if sinks else 0))
-
     def _scoring(self) -> int:
         """Bytes while a block's weights are made: scores of every span, what hides keys, and all spans side by side."""
         near, sinks = self._widest()
-        rows = self._rows()
-        scores = self.sum_width * (self._products() if self.tables else rows * (near + sinks))
-        hidden = 2 * rows * rows
+        tile = self.sum_width * self._pairs() * self._rows()
+        hidden = 2 * self._rows() ** 2
         if self.mask.window is not None:
-            hidden = rows * near * (INDEX + 1)
-        together = self.sum_width * rows * (near + sinks) if sinks else 0
-        return scores + max(hidden, together)
+            hidden = self._rows() * near * (INDEX + 1)
+        relative = tile * (near + 1) if self.tables else 0
+        together = tile * (near + sinks) if sinks else 0
+        return tile * (near + sinks) + max(hidden, relative, together)
 
-    def _head(self) -> int:
-        """Bytes of one query head's tensors in the dtype of sums: queries, biased queries, the table by distance."""
-        rows = self.tokens * self.head_dim
+    def _held(self) -> int:
+        """Bytes of a group's tensors: queries, biased queries, copies of keys and values, the table by distance."""
+        rows = self._pairs() * self.tokens * self.head_dim
         total = self.sum_width * rows
         if self.tables:
-            total += self.sum_width * (rows + (self.tokens + 1) * (self.head_dim + 1)) + INDEX * self.tokens
-        if self.width != self.sum_width:
-            total += 2 * self.sum_width * rows  # keys and values are copied
+            distances = self._together() * (self.tokens + 1) * (self.head_dim + 1)
+            repeated = self._pairs() * (self.tokens + 1) * (self.head_dim + 1) if self._sequences() > 1 else 0
+            total += self.sum_width * (rows + distances + repeated)
+        if self.width != self.sum_width or self._sequences() > 1 or self.heads != self.kv_heads:
+            total += 2 * self.sum_width * rows
         return total
+
+    def _loading(self) -> int:
+        """Bytes while the next group is made beside the last one."""
+        return 2 * self._held()

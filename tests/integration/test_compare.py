@@ -93,7 +93,15 @@ def test_compare_from_end_to_end(text, tmp_path, capsys):
 def test_ctrl_c_keeps_finished_runs(text, tmp_path):
     words = [*TOY, text, "steps=100000", "tables=recall,parameters", "variants=linear", "seeds=1"]
     command = [sys.executable, "-m", "attnzoo", "compare", *words, "--run-dir", str(tmp_path), "--workers", "2"]
-    process = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        text=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        # A shell's background jobs ignore interrupts, and so would whatever the suite starts when it is one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "recall-linear-seed0.json").exists():
         assert process.poll() is None

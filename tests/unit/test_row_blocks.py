@@ -42,11 +42,14 @@ def dense(q, k, v, tables: Tables | None, mask: CausalMask, scale: float) -> tor
     return (scores * scale).masked_fill(hidden, float("-inf")).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize(
+    ("block", "tile"), [(16, 1), (16, 13_000), (64, 2 << 20)], ids=["a head at a time", "two heads", "all at once"]
+)
 @pytest.mark.parametrize("rows", [0, 1, 11, 45, 60], ids=lambda rows: f"{rows} rows of table")
 @pytest.mark.parametrize("name", MASKS)
-def test_outputs_and_gradients_against_all_pairs_at_once(name, rows, block, monkeypatch):
+def test_outputs_and_gradients_against_all_pairs_at_once(name, rows, block, tile, monkeypatch):
     monkeypatch.setattr(row_blocks, "BLOCK", block)
+    monkeypatch.setattr(row_blocks, "TILE_BYTES", tile)
     inputs = [rand(B, N, T, H, seed=0), rand(B, K, T, H, seed=1), rand(B, K, T, H, seed=2)]
     tables = None
     if rows:

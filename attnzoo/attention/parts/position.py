@@ -248,6 +248,9 @@ def play_row_blocks(
     """`row_block_attention` on a tape. `weights`: bytes of the gradients of tables that are parameters; `made`: tables
     that are tensors of this call."""
     sizes = RowBlockSizes(
+        batch=tape.batch,
+        heads=heads.num_heads,
+        kv_heads=heads.num_kv_heads,
         tokens=tape.tokens,
         head_dim=heads.head_dim,
         width=tape.width,
