@@ -225,3 +225,20 @@ def test_refusals():
         depthwise_conv_qkv(qkv, (kernels[0], kernels[1], kernels[2][..., :2]))
     with pytest.raises(ValueError, match="depthwise_conv has no implementation 'cuda'"):
         depthwise_conv_qkv(qkv, kernels, impl="cuda")
+
+
+@pytest.mark.parametrize("given", ["nothing", "tails", "documents"])
+def test_the_form_for_the_compiler_is_the_same(given):
+    """What torch.compile is given in place of tiles, without compiling it: outputs and gradients."""
+
+    x, kernel, bias = (rand(*s, seed=i).requires_grad_() for i, s in enumerate([(2, 9, 3, 4), (3, 4, 3), (3, 4)]))
+    tail = rand(2, 2, 3, 4, seed=3).requires_grad_() if given == "tails" else None
+    age = torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3, 4]] * 2) if given == "documents" else None
+    inputs = [x, kernel, bias] if tail is None else [x, kernel, bias, tail]
+    expected = conv_torch._DepthwiseConv.apply(x, kernel, bias, tail, age)
+    actual = conv_torch._for_the_compiler(x, kernel, bias, tail, age)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    weights = rand(*actual.shape, seed=4)
+    right = torch.autograd.grad((expected * weights).sum(), inputs)
+    for got, want in zip(torch.autograd.grad((actual * weights).sum(), inputs), right, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
