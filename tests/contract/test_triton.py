@@ -28,6 +28,20 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None
 
 
 @pytest.mark.parametrize("case", all_cases(), ids=lambda case: case_name(*case))
+def test_an_implementation_is_what_it_says_in_both_forms(case):
+    """A name that no operation has: whatever falls back to another one, in the parallel form or in streaming, runs."""
+    attention, x = build_case(*case), inputs(BATCH, TOKENS, MODEL_DIM)
+    attention.impl = "no such"
+    with pytest.raises(ValueError, match="has no implementation 'no such'"):
+        attention(x)
+    for mixing_alone in (False, True):
+        if mixing_alone:
+            attention.conv = None  # it is asked first; what follows must refuse too
+        with pytest.raises(ValueError, match="has no implementation 'no such'"):
+            attention.extend(x, attention.init_state(BATCH, TOKENS))
+
+
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case_name(*case))
 def test_kernels_make_the_same_function(case):
     exact, attention = build_case(*case), build_case(*case).float()
     attention.impl = "triton"

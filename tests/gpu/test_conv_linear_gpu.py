@@ -12,7 +12,6 @@ from tests.unit.test_triton_conv_linear import (
     check_repeatable,
 )
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device here")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 LARGE_CONV = {
