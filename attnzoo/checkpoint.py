@@ -84,12 +84,12 @@ def load_model(directory: Path, *, device: torch.device | str = "cpu", dtype: to
 
 def load_tokenizer(directory: Path) -> "Tokenizer":
     """The tokenizer saved beside a model. Raises ValueError when there is none."""
-    from attnzoo.tokenizer import Tokenizer
+    from attnzoo.tokenizer import SentencePieceTokenizer
 
     path = Path(directory) / TOKENIZER
     if not path.is_file():
         raise ValueError(f"{path} does not exist; save the model with its tokenizer")
-    return Tokenizer.load(path)
+    return SentencePieceTokenizer.load(path)
 
 
 def read_metadata(directory: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 
 from attnzoo.checkpoint import save_model
 from attnzoo.models import DecoderConfig, DecoderLM
-from attnzoo.tokenizer import Tokenizer
+from attnzoo.tokenizer import SentencePieceTokenizer, Tokenizer
 from train.tokenizer import train_tokenizer
 
 KINDS: dict[str, list[dict]] = {
@@ -67,4 +67,4 @@ def export(directory: Path, kind: str = "rcmha", **options: int) -> Path:
 
 @lru_cache(maxsize=1)
 def tokenizer() -> Tokenizer:
-    return Tokenizer.load(tokenizer_path())
+    return SentencePieceTokenizer.load(tokenizer_path())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attnzoo.models import DecoderLM
 from attnzoo.ops.masks import marked_starts
-from attnzoo.tokenizer import Tokenizer
+from attnzoo.tokenizer import SentencePieceTokenizer
 from train.config import Config, ConfigError
 from train.optim import MatrixAdamW, MatrixSlot, ShardLayout, build_optimizer, set_rate
 
@@ -154,7 +154,7 @@ class LossModule(nn.Module):
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         with torch.autocast(self.autocast.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
-            starts_BT = marked_starts(tokens_BT, Tokenizer.bos_id) if self.isolate_documents else None
+            starts_BT = marked_starts(tokens_BT, SentencePieceTokenizer.bos_id) if self.isolate_documents else None
             return self.model.loss(tokens_BT, targets_BT, starts_BT)
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from attnzoo.files import write_atomic
 from attnzoo.models import DecoderLM
 from attnzoo.report import Report
-from attnzoo.tokenizer import Tokenizer
+from attnzoo.tokenizer import SentencePieceTokenizer, Tokenizer
 from attnzoo.types import build_config
 from train import engine as engines
 from train.checkpoint import Checkpoints, Progress, find_resume, identity
@@ -68,7 +68,7 @@ def run_training(config: Config, local_rank: int) -> None:
     """Prepares, trains, and writes everything the run directory holds. Raises ValueError for what the user can mend."""
     device = engines.start(config, local_rank)
     tokenizer_path, data = _prepare_data(config)
-    tokenizer = Tokenizer.load(tokenizer_path)
+    tokenizer = SentencePieceTokenizer.load(tokenizer_path)
     model = _build_model(config, tokenizer, tokenizer_path)
     # Counted before ZeRO 3 cuts the weights: forward once, backward twice.
     flops = 3 * model.cost(config.train.batch_size, config.sequence_length, config.sequence_length).flops
@@ -185,7 +185,9 @@ def _summarize(run: Run, reason: str | None) -> None:
 
 def _planned_vocabulary(config: Config) -> int:
     tokenizer = build_config(TokenizerConfig, config.tokenizer, "tokenizer")
-    return tokenizer.vocab_size if tokenizer.path is None else Tokenizer.load(Path(tokenizer.path)).vocab_size
+    return (
+        tokenizer.vocab_size if tokenizer.path is None else SentencePieceTokenizer.load(Path(tokenizer.path)).vocab_size
+    )
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

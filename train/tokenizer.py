@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from attnzoo.files import write_atomic
-from attnzoo.tokenizer import SPACE, Tokenizer
+from attnzoo.tokenizer.sentencepiece import SPACE, SentencePieceTokenizer
 from train.data.config import DataConfig
 from train.data.corpora import fingerprint, split_documents
 
@@ -43,7 +43,7 @@ class TokenizerConfig:
 def ensure_tokenizer(config: TokenizerConfig, data: DataConfig, cache_dir: Path) -> Path:
     """The model file: `config.path`, or one trained on the training split of `data` and kept under `cache_dir`."""
     if config.path is not None:
-        Tokenizer.load(Path(config.path))
+        SentencePieceTokenizer.load(Path(config.path))
         return Path(config.path)
     key = hashlib.sha256(f"{fingerprint(data)} {asdict(config)} {SAMPLE_BYTES}".encode()).hexdigest()[:16]
     path = Path(cache_dir) / "tokenizers" / f"{key}.model"
@@ -88,10 +88,10 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, path: Path) -> Path:
             allow_whitespace_only_pieces=True,
             user_defined_symbols=["\n"],
             max_sentence_length=4 * LONGEST_LINE,
-            pad_id=Tokenizer.pad_id,
-            bos_id=Tokenizer.bos_id,
-            eos_id=Tokenizer.eos_id,
-            unk_id=Tokenizer.unk_id,
+            pad_id=SentencePieceTokenizer.pad_id,
+            bos_id=SentencePieceTokenizer.bos_id,
+            eos_id=SentencePieceTokenizer.eos_id,
+            unk_id=SentencePieceTokenizer.unk_id,
             num_threads=1,
             minloglevel=2,
         )
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"train.tokenizer: error: {error}", file=sys.stderr)
         return 2
-    tokenizer, sample = Tokenizer.load(chosen.out), "\n".join(documents)[:1_000_000]
+    tokenizer, sample = SentencePieceTokenizer.load(chosen.out), "\n".join(documents)[:1_000_000]
     ratio = len(sample.encode()) / len(tokenizer.encode(sample))
     print(
         f"{chosen.out}: {tokenizer.vocab_size} pieces, {ratio:.2f} bytes per token, {time.perf_counter() - start:.1f} s"

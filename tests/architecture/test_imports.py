@@ -96,6 +96,11 @@ def test_import_is_light():
         "matplotlib",
         "triton",
         "pydantic",
+        "tokenizers",
+        "jinja2",
+        "gguf",
+        "transformers",
+        "peft",
     ]
     everything = "import attnzoo, attnzoo.attention, attnzoo.models, attnzoo.checkpoint, attnzoo.tokenizer"
     by_torch = loaded_by("import torch", heavy)

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from attnzoo.tokenizer import Tokenizer
+from attnzoo.tokenizer import SentencePieceTokenizer
 from train.data import BatchStream, DataConfig, prepare
 from train.data import tokens as tokens_module
 from train.data.corpora import documents, fingerprint, split_documents
@@ -105,7 +105,7 @@ def test_few_documents_are_split_by_position(tmp_path):
 
 def test_prepared_tokens(corpus, tokenizer_path, tmp_path):
     data = prepare(config(corpus), tokenizer_path, tmp_path, is_main=True, progress=False)
-    tokenizer = Tokenizer.load(tokenizer_path)
+    tokenizer = SentencePieceTokenizer.load(tokenizer_path)
     validation = [d for side, d in split_documents(config(corpus)) if not side]
     expected = [token for d in validation for token in tokenizer.encode(d, bos=True, eos=True)]
     assert data.validation_tokens.tolist() == expected
@@ -141,7 +141,7 @@ def test_cache_is_built_once_and_by_the_main_process(corpus, tokenizer_path, tmp
 
 
 def test_interrupted_preparation_leaves_nothing_to_be_taken(corpus, tokenizer_path, tmp_path, monkeypatch):
-    right = Tokenizer.encode
+    right = SentencePieceTokenizer.encode
     calls = iter(range(30))
 
     def fails_midway(self, *arguments, **options):
@@ -150,7 +150,7 @@ def test_interrupted_preparation_leaves_nothing_to_be_taken(corpus, tokenizer_pa
         return right(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Tokenizer, "encode", fails_midway)
+        patch.setattr(SentencePieceTokenizer, "encode", fails_midway)
         with pytest.raises(KeyboardInterrupt):
             prepare(config(corpus), tokenizer_path, tmp_path, is_main=True, progress=False)
     with pytest.raises(ValueError, match="prepare them in the main process first"):

@@ -5,10 +5,10 @@ import torch
 
 from attnzoo.attention.base import Traits
 from attnzoo.models import DecoderConfig, DecoderLM
-from attnzoo.tokenizer import Tokenizer
+from attnzoo.tokenizer import SentencePieceTokenizer
 from train.engine import LossModule
 
-BOS = Tokenizer.bos_id
+BOS = SentencePieceTokenizer.bos_id
 
 
 def model(attention: object = "rcmha") -> DecoderLM:

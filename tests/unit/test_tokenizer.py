@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from attnzoo.tokenizer import Tokenizer
+from attnzoo.tokenizer import SentencePieceTokenizer
 from train.tokenizer import TokenizerConfig, main, sample_lines, train_tokenizer
 
 TEXT = [
@@ -26,7 +26,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(path):
-    return Tokenizer.load(path)
+    return SentencePieceTokenizer.load(path)
 
 
 ANY_TEXT = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\t\r\0\u2581<>0x sfoe/")))
@@ -86,16 +86,16 @@ def test_training_is_deterministic(path, tmp_path):
 
 
 def test_save(tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "copy.model")
-    assert Tokenizer.load(tmp_path / "copy.model").encode("fox") == tokenizer.encode("fox")
+    tokenizer.save(tmp_path / "copy")
+    assert SentencePieceTokenizer.load(tmp_path / "copy" / "tokenizer.model").encode("fox") == tokenizer.encode("fox")
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"'.*none.model' does not exist; train one"):
-        Tokenizer.load(tmp_path / "none.model")
+        SentencePieceTokenizer.load(tmp_path / "none.model")
     (tmp_path / "bad.model").write_bytes(b"\xff\xfe no model")
     with pytest.raises(ValueError, match="is not a sentencepiece model"):
-        Tokenizer.load(tmp_path / "bad.model")
+        SentencePieceTokenizer.load(tmp_path / "bad.model")
 
 
 GOOD = {
@@ -121,7 +121,7 @@ def test_models_that_cannot_round_trip_are_refused(tmp_path, changes, message):
     prefix = str(tmp_path / "other")
     SentencePieceTrainer.train(sentence_iterator=iter(TEXT), model_prefix=prefix, **(GOOD | changes))
     with pytest.raises(ValueError, match=message):
-        Tokenizer.load(tmp_path / "other.model")
+        SentencePieceTokenizer.load(tmp_path / "other.model")
 
 
 def test_a_rule_for_one_letter_is_refused(tmp_path):
@@ -131,7 +131,7 @@ def test_a_rule_for_one_letter_is_refused(tmp_path):
     changes = {"normalization_rule_name": "", "normalization_rule_tsv": str(tmp_path / "rule.tsv")}
     SentencePieceTrainer.train(sentence_iterator=iter(TEXT), model_prefix=str(tmp_path / "rule"), **(GOOD | changes))
     with pytest.raises(ValueError, match="has normalisation rules"):
-        Tokenizer.load(tmp_path / "rule.model")
+        SentencePieceTokenizer.load(tmp_path / "rule.model")
 
 
 def test_training_refuses_nothing_and_too_little(tmp_path):
@@ -159,7 +159,7 @@ def test_command(tmp_path):
         [sys.executable, "-m", "train.tokenizer", *arguments], capture_output=True, text=True, check=True
     )
     assert "300 pieces" in result.stdout
-    assert Tokenizer.load(tmp_path / "t.model").vocab_size == 300
+    assert SentencePieceTokenizer.load(tmp_path / "t.model").vocab_size == 300
 
 
 def test_command_refuses(tmp_path, capsys):

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attnzoo.files import replace_directory, temporary_directory
-from attnzoo.tokenizer import Tokenizer
+from attnzoo.tokenizer import SentencePieceTokenizer, Tokenizer
 from train.data.config import DataConfig
 from train.data.corpora import fingerprint, split_documents
 from train.data.loader import BatchStream
@@ -70,7 +70,7 @@ def prepare(
     than a block, or when a process that is not the main one finds nothing.
     """
     directory = _cache_directory(config, tokenizer_path, cache_dir)
-    tokenizer = Tokenizer.load(tokenizer_path)
+    tokenizer = SentencePieceTokenizer.load(tokenizer_path)
     if not directory.is_dir():
         if not is_main:
             raise ValueError(f"no prepared tokens in {directory}; prepare them in the main process first")

@@ -4,28 +4,30 @@ Sentencepiece writes a space as U+2581; a literal U+2581 in a text would come ba
 ids to bytes by a table of our own, and a literal U+2581 is encoded as its three bytes.
 """
 
-import codecs
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnzoo.files import write_atomic
+from attnzoo.tokenizer.base import Tokenizer, check_text
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
+FILE = "tokenizer.model"
 SPACE = "\u2581"
 PROBES = [" a", "a  b ", "\ttab\n", "\ufb01\u00a0\uff21e\u0301", "\u4e2d\U0001f600"]
 """Texts that a dummy prefix, trimming or missing byte fallback would change."""
 SPECIAL = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
 
 
-class Tokenizer:
-    """A trained tokenizer. Ids 0-3 are padding, begin, end and unknown; they stand for no text."""
+class SentencePieceTokenizer(Tokenizer):
+    """A tokenizer trained here. Ids 0-3 are padding, begin, end and unknown; they stand for no text."""
 
     pad_id, bos_id, eos_id, unk_id = 0, 1, 2, 3
+    stop_ids = frozenset([eos_id])
 
     def __init__(self, processor: "SentencePieceProcessor", path: Path) -> None:
         self._processor = processor
@@ -36,7 +38,7 @@ class Tokenizer:
         self._check()
 
     @classmethod
-    def load(cls, path: Path) -> "Tokenizer":
+    def load(cls, path: Path) -> "SentencePieceTokenizer":
         """Reads a sentencepiece model file. Raises ValueError when it is missing, damaged or cannot round-trip."""
         from sentencepiece import SentencePieceProcessor
 
@@ -67,19 +69,12 @@ class Tokenizer:
                     "remove_extra_whitespaces off, as python -m train.tokenizer does"
                 )
 
-    def save(self, path: Path) -> None:
-        """Writes the model file."""
-        write_atomic(Path(path), self._path.read_bytes())
+    def save(self, directory: Path) -> None:
+        """Writes tokenizer.model."""
+        write_atomic(Path(directory) / FILE, self._path.read_bytes())
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of `text`, between the begin and end ids if asked. Raises ValueError for lone surrogates."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"text holds a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}, "
-                "which UTF-8 cannot represent; remove it"
-            ) from None
+        check_text(text)
         ids = [self.bos_id] if bos else []
         for part in re.split(f"({SPACE})", text):
             if part == SPACE:
@@ -88,35 +83,16 @@ class Tokenizer:
                 ids += self._processor.encode(part)
         return [*ids, self.eos_id] if eos else ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; what is not UTF-8 becomes U+FFFD. Raises ValueError for an id outside the vocabulary."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
-
     def token_bytes(self, token: int) -> bytes:
         """UTF-8 bytes that a token stands for; none for control tokens."""
         if not 0 <= token < self.vocab_size:
             raise ValueError(f"token {token} is outside the vocabulary of {self.vocab_size}")
         return self._bytes[token]
 
-    def decoder(self) -> "StreamDecoder":
-        """A decoder for ids that arrive one by one."""
-        return StreamDecoder(self)
-
-
-class StreamDecoder:
-    """Text as soon as its characters are whole: the pushed texts and the last add up to `decode` of all ids."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        """The characters that `token` completes; "" while one is still open."""
-        return self._utf8.decode(self._tokenizer.token_bytes(token))
-
-    def finish(self) -> str:
-        """What is left: U+FFFD for a character that was never completed."""
-        return self._utf8.decode(b"", final=True)
+    def spelling(self, token: int) -> str:
+        """The piece, as sentencepiece writes it."""
+        piece: str = self._processor.id_to_piece(token)
+        return piece
 
 
 def has_normalisation_rules(model: bytes) -> bool:

@@ -1,0 +1,75 @@
+"""What every tokenizer does, and text that comes token by token."""
+
+import codecs
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back. Every token stands for bytes of UTF-8; control tokens stand for none.
+
+    vocab_size: ids are below it. bos_id, eos_id, pad_id: begin, end and padding, None where the vocabulary has none.
+    stop_ids: tokens that end a text, `eos_id` among them. chat_template: source of the Jinja template that turns a
+    conversation into text, None where there is none (see `attnzoo.tokenizer.chat`).
+    """
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    stop_ids: frozenset[int]
+    chat_template: str | None = None
+
+    @abstractmethod
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        """Ids of `text`, between the begin and end ids if asked and there are such. Raises ValueError for lone
+        surrogates."""
+
+    @abstractmethod
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 bytes that a token stands for, in the middle of a text; none for control tokens. Raises ValueError for
+        an id outside the vocabulary."""
+
+    @abstractmethod
+    def spelling(self, token: int) -> str:
+        """How the vocabulary writes a token, control tokens included: what a chat template puts into its text."""
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Writes what `load_tokenizer` reads into a directory."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; what is not UTF-8 becomes U+FFFD. Raises ValueError for an id outside the vocabulary."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def decoder(self) -> "StreamDecoder":
+        """A decoder for ids that arrive one by one."""
+        return StreamDecoder(self)
+
+
+class StreamDecoder:
+    """Text as soon as its characters are whole: the pushed texts and the last add up to `decode` of all ids."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """The characters that `token` completes; "" while one is still open."""
+        return self._utf8.decode(self._tokenizer.token_bytes(token))
+
+    def finish(self) -> str:
+        """What is left: U+FFFD for a character that was never completed."""
+        return self._utf8.decode(b"", final=True)
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError for a text that UTF-8 cannot represent."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text holds a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}, "
+            "which UTF-8 cannot represent; remove it"
+        ) from None
