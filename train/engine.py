@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from attnzoo.models import DecoderLM
+from attnzoo.models import DecoderLM, build_shapes
 from attnzoo.ops.masks import marked_starts
 from attnzoo.tokenizer import SentencePieceTokenizer
 from train.config import Config, ConfigError
@@ -258,8 +258,7 @@ class Engine:
         state = self.full_state()
         if state is None:
             return None
-        with torch.device("meta"):
-            model = DecoderLM(self.model_config)
+        model = build_shapes(self.model_config)
         if self.model_config.tie_embeddings:
             state["head.weight"] = state["embedding.weight"]
         model.load_state_dict(state, assign=True)

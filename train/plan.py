@@ -3,7 +3,7 @@
 import torch
 
 from attnzoo.evaluate.fits import Setup, training_memory
-from attnzoo.models import DecoderLM
+from attnzoo.models import DecoderLM, build_shapes
 from attnzoo.report import format_table
 from train.config import Config
 from train.engine import deepspeed_config
@@ -14,8 +14,7 @@ MIB = 2**20
 def describe(config: Config, vocab_size: int, world: int) -> str:
     """The resolved configuration, sizes, and the memory a rank takes at every ZeRO stage."""
     accumulation = deepspeed_config(config, world)["gradient_accumulation_steps"]
-    with torch.device("meta"):
-        model = DecoderLM(config.model_config(vocab_size))
+    model = build_shapes(config.model_config(vocab_size))
     tokens = config.train.batch_size * config.sequence_length
     total, inner = model.num_parameters(), model.num_parameters(embeddings=False)
     rows = [memory_row(config, model, stage, world) for stage in range(4)]

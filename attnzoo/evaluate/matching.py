@@ -4,9 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from attnzoo.models import DecoderConfig, DecoderLM
+from attnzoo.models import DecoderConfig, build_shapes
 
 By = Literal["parameters", "flops"]
 TOLERANCE = 0.01
@@ -25,9 +23,8 @@ class Match:
 
 def sizes(config: DecoderConfig, length: int) -> tuple[int, float]:
     """(parameters, training FLOPs a token in sequences of `length`): three times the forward pass."""
-    with torch.device("meta"):
-        model = DecoderLM(config)
-        return model.num_parameters(), 3 * model.cost(1, length, length).flops / length
+    model = build_shapes(config)
+    return model.num_parameters(), 3 * model.cost(1, length, length).flops / length
 
 
 def match(configs: dict[str, Callable[[int], DecoderConfig]], by: By, base: int, length: int) -> dict[str, Match]:

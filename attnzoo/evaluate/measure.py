@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from attnzoo.evaluate.segments import Form, Memory, empty_memory, segment_forward
-from attnzoo.models import DecoderConfig, DecoderLM
+from attnzoo.models import DecoderConfig, DecoderLM, build_shapes
 
 MIB = 2**20
 
@@ -70,8 +70,7 @@ def measure_segments(config: DecoderConfig, batch: int, segment: int, keep: int,
 
 def standing_bytes(config: DecoderConfig) -> int:
     """Bytes of weights and of Adam's two moments."""
-    with torch.device("meta"):
-        return 3 * sum(parameter.nbytes for parameter in DecoderLM(config).parameters())
+    return 3 * sum(parameter.nbytes for parameter in build_shapes(config).parameters())
 
 
 def peak_bytes(call: Callable[[], None]) -> int:

@@ -13,13 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from attnzoo.evaluate.chips import CHIPS, CPU, Chip, chosen_chips
 from attnzoo.evaluate.fits import GIB, Setup, TrainingMemory, communicated_bytes, training_memory
 from attnzoo.evaluate.model_file import ModelFile, read_model
 from attnzoo.evaluate.serving import serving_report
-from attnzoo.models import DecoderLM
+from attnzoo.models import DecoderLM, build_shapes
 from attnzoo.report import format_table
 
 RESERVE = 0.05
@@ -105,8 +103,7 @@ def checked(options: argparse.Namespace, file: ModelFile) -> Request:
             f"--batch-tokens={options.batch_tokens} is less than one sequence a GPU: --gpus={options.gpus} times "
             f"--context={context} is {options.gpus * context}; give more tokens, fewer GPUs or a shorter context"
         )
-    with torch.device("meta"):
-        model = DecoderLM(file.config)
+    model = build_shapes(file.config)
     return Request(
         model=model.bfloat16() if options.precision == "bf16" else model,
         gpus=options.gpus,

@@ -3,5 +3,6 @@
 from attnzoo.models.config import DecoderConfig
 from attnzoo.models.decoder_lm import DecoderLM
 from attnzoo.models.generate import generate
+from attnzoo.models.shapes import build_shapes
 
-__all__ = ["DecoderConfig", "DecoderLM", "generate"]
+__all__ = ["DecoderConfig", "DecoderLM", "build_shapes", "generate"]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.attention import Attention
-from attnzoo.attention.parts.projection import play_linear
+from attnzoo.attention.parts.projection import play_linear, play_norm
 from attnzoo.attention.segment_memory import SegmentMemory, attend_segment
 from attnzoo.kvcache.state import State
 from attnzoo.tape import Buffer, Step, Tape
@@ -16,32 +16,19 @@ Norm = Literal["rmsnorm", "layernorm"]
 Activation = Literal["swiglu", "gelu", "relu"]
 
 
-def build_norm(kind: Norm, dim: int) -> nn.Module:
-    """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) with a learned gain, epsilon 1e-5."""
-    return nn.RMSNorm(dim, eps=1e-5) if kind == "rmsnorm" else nn.LayerNorm(dim, eps=1e-5)
-
-
-def play_norm(tape: Tape, norm: nn.Module, x: Buffer) -> Buffer:
-    """A norm on a tape: keeps its input and one or two sums a token; RMSNorm, which torch has no kernel for on a CPU,
-    the normed values before their gain too."""
-    weights = sum(p.numel() for p in norm.parameters()) * tape.width
-    exact = x.size * tape.sum_width // tape.width
-    sums = tape.batch * tape.tokens * tape.sum_width
-    if isinstance(norm, nn.LayerNorm):
-        return tape.do(Step(out=x.size, inputs=[x], saves=[x], keeps=2 * sums, weights=weights))
-    # In half precision it widens its input, and keeps that and what it narrows again.
-    kept = exact if tape.width == tape.sum_width else exact + x.size
-    return tape.do(Step(out=x.size, inputs=[x], saves=[x], keeps=sums + kept, backward=2 * exact, weights=weights))
+def build_norm(kind: Norm, dim: int, eps: float = 1e-5) -> nn.RMSNorm | nn.LayerNorm:
+    """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) with a learned gain."""
+    return nn.RMSNorm(dim, eps=eps) if kind == "rmsnorm" else nn.LayerNorm(dim, eps=eps)
 
 
 class MLP(nn.Module):
-    """down(act(up x)); with "swiglu", down(silu(gate x) * up x) (Shazeer 2020, arXiv 2002.05202). No biases."""
+    """down(act(up x)); with "swiglu", down(silu(gate x) * up x) (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(self, kind: Activation, dim: int, hidden: int) -> None:
+    def __init__(self, kind: Activation, dim: int, hidden: int, bias: bool = False) -> None:
         super().__init__()
-        self.up = nn.Linear(dim, hidden, bias=False)
-        self.gate = nn.Linear(dim, hidden, bias=False) if kind == "swiglu" else None
-        self.down = nn.Linear(hidden, dim, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=bias)
+        self.gate = nn.Linear(dim, hidden, bias=bias) if kind == "swiglu" else None
+        self.down = nn.Linear(hidden, dim, bias=bias)
         self.activation: Callable[[Tensor], Tensor] = F.relu if kind == "relu" else F.gelu
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,10 +41,12 @@ class MLP(nn.Module):
         for layer in (self.up, self.gate, self.down):
             if layer is not None:
                 nn.init.normal_(layer.weight, std=output_std if layer is self.down else std)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def flops(self, batch: int, tokens: int) -> int:
         """Two FLOPs a weight and token."""
-        return 2 * batch * tokens * sum(p.numel() for p in self.parameters())
+        return 2 * batch * tokens * sum(p.numel() for p in self.parameters() if p.dim() == 2)
 
     def play(self, tape: Tape, x: Buffer) -> Buffer:
         """`forward` on a tape: the activation keeps its input, the product its factors, `down` the hidden layer."""
@@ -80,11 +69,11 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(norm x), then x + mlp(norm x)."""
 
-    def __init__(self, attention: Attention, mlp: MLP, norm: Norm, dim: int) -> None:
+    def __init__(self, attention: Attention, mlp: MLP, norm: Norm, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.attention_norm = build_norm(norm, dim)
+        self.attention_norm = build_norm(norm, dim, eps)
         self.attention = attention
-        self.mlp_norm = build_norm(norm, dim)
+        self.mlp_norm = build_norm(norm, dim, eps)
         self.mlp = mlp
 
     def forward(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:

@@ -31,8 +31,10 @@ class DecoderConfig:
     attention_impl: Literal["auto", "reference", "torch", "triton"] = "auto"
     max_positions: int = 256
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = 1e-5
     mlp: Literal["swiglu", "gelu", "relu"] = "swiglu"
     mlp_dim: int | None = None
+    mlp_bias: bool = False
     tie_embeddings: bool = True
     init_std: float = 0.02
 
@@ -42,8 +44,9 @@ class DecoderConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.mlp_dim is not None and self.mlp_dim < 1:
             raise ValueError(f"mlp_dim={self.mlp_dim} must be at least 1, or null for the default")
-        if self.init_std <= 0:
-            raise ValueError(f"init_std={self.init_std} must be positive")
+        for name in ("init_std", "norm_eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
         specs = self.attention if isinstance(self.attention, list) else [self.attention]
         if not specs or self.num_layers % len(specs):
             raise ValueError(

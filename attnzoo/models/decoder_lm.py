@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attnzoo.attention import Cost, build_attention
+from attnzoo.attention.parts.projection import play_norm
 from attnzoo.attention.segment_memory import SegmentMemory
 from attnzoo.kvcache.state import State
-from attnzoo.models.blocks import MLP, Block, build_norm, play_norm
+from attnzoo.models.blocks import MLP, Block, build_norm
 from attnzoo.models.config import DecoderConfig
 from attnzoo.tape import Buffer, Step, Tape, Weight
 
@@ -37,7 +38,7 @@ class DecoderLM(nn.Module):
         self.activation_checkpointing = False
         self.embedding = nn.Embedding(config.vocab_size, config.model_dim)
         self.blocks = nn.ModuleList(self._block(layer) for layer in range(config.num_layers))
-        self.norm = build_norm(config.norm, config.model_dim)
+        self.norm = build_norm(config.norm, config.model_dim, config.norm_eps)
         self.head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -52,8 +53,8 @@ class DecoderLM(nn.Module):
             raise ValueError(
                 f"model.attention: {kind!r} is not causal, and a decoder language model needs a causal variant"
             )
-        mlp = MLP(config.mlp, config.model_dim, config.hidden_width())
-        return Block(attention, mlp, config.norm, config.model_dim)
+        mlp = MLP(config.mlp, config.model_dim, config.hidden_width(), config.mlp_bias)
+        return Block(attention, mlp, config.norm, config.model_dim, config.norm_eps)
 
     def layers(self) -> list[Block]:
         """The blocks in order."""

@@ -33,6 +33,9 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"qkv_bias": True, "output_bias": True},
         {"window": 4},
         {"window": 3, "sinks": 2, "num_kv_heads": 1},
+        {"qk_norm": True, "num_kv_heads": 1},
+        {"rope_scaling": {"kind": "llama3", "factor": 4.0, "original_max_positions": 64}},
+        {"rope_scaling": {"kind": "linear", "factor": 3.0}},
     ],
     "rmha": [
         {},

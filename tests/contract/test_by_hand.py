@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 
 from attnzoo.attention import Attention
@@ -122,6 +123,50 @@ def table(attention: Attention, x: np.ndarray, convolution: bool = False) -> np.
 def test_mha():
     compare(build_case("mha", {"position": "none"}), plain)
     compare(build_case("mha", {"num_kv_heads": 1, "qkv_bias": True, "output_bias": True}), rotary)
+
+
+def test_mha_with_normed_heads():
+    def by_hand(attention: Attention, x: np.ndarray) -> np.ndarray:
+        """Qwen3: every head of q and k divided by its root mean square, times a gain, before it is turned."""
+        w = weights(attention)
+        q, k, v = project(attention, x)
+        q, k = (
+            y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * w[f"projection.{name}_norm.weight"]
+            for name, y in (("query", q), ("key", k))
+        )
+        q, k = rotate(q, 10000.0), rotate(k, 10000.0)
+        return attend(attention, q, k, v, lambda n, i, j: q[i, n] @ k[j, n * k.shape[1] // q.shape[1]])
+
+    compare(build_case("mha", {"qk_norm": True, "num_kv_heads": 1}), by_hand)
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+def test_mha_with_stretched_rotation(kind):
+    """Llama 3.1's rule with the context cut to 64 positions, so that all three of its cases occur among 7 pairs."""
+
+    def frequency(c: int) -> float:
+        plain = 10000.0 ** (-c / 7)
+        wavelength = 2 * math.pi / plain
+        if kind == "linear" or wavelength > 64 / 1.0:
+            return plain / 4.0
+        if wavelength < 64 / 4.0:
+            return plain
+        smooth = (64 / wavelength - 1.0) / (4.0 - 1.0)
+        return (1 - smooth) * plain / 4.0 + smooth * plain
+
+    def turned(y: np.ndarray) -> np.ndarray:
+        pairs = y[..., :7] + 1j * y[..., 7:]
+        angles = np.arange(len(y))[:, None] * np.array([frequency(c) for c in range(7)])
+        pairs = pairs * np.exp(1j * angles)[:, None]
+        return np.concatenate([pairs.real, pairs.imag], axis=-1)
+
+    def by_hand(attention: Attention, x: np.ndarray) -> np.ndarray:
+        q, k, v = project(attention, x)
+        q, k = turned(q), turned(k)
+        return attend(attention, q, k, v, lambda n, i, j: q[i, n] @ k[j, n * k.shape[1] // q.shape[1]])
+
+    scaling = {"kind": kind, "factor": 4.0, "original_max_positions": 64}
+    compare(build_case("mha", {"rope_scaling": scaling}), by_hand)
 
 
 def test_mdha():

@@ -17,6 +17,7 @@ VARIANTS: list[tuple[str, dict]] = [
     ("mha", {}),
     ("mha", {"num_kv_heads": 1}),
     ("mha", {"window": 100, "sinks": 4}),
+    ("mha", {"qk_norm": True, "qkv_bias": True, "num_kv_heads": 2}),
     ("rmha", {}),
     ("rmha", {"position": "sinusoid"}),
     ("mdha", {}),

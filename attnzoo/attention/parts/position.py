@@ -14,7 +14,7 @@ from attnzoo.attention.parts.projection import Heads
 from attnzoo.ops.impl import Impl
 from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.relative_sdpa import relative_sdpa
-from attnzoo.ops.rope import rope
+from attnzoo.ops.rope import RopeScaling, rope
 from attnzoo.ops.row_blocks_memory import RowBlockSizes
 from attnzoo.ops.sdpa import memory as sdpa_memory
 from attnzoo.ops.sdpa import sdpa
@@ -92,7 +92,7 @@ class Rope(NoPosition):
 
     kind = "rope"
 
-    def __init__(self, heads: Heads, theta: float) -> None:
+    def __init__(self, heads: Heads, theta: float, scaling: RopeScaling | None = None) -> None:
         super().__init__()
         if heads.head_dim % 2:
             raise ValueError(
@@ -101,14 +101,14 @@ class Rope(NoPosition):
             )
         if theta <= 0:
             raise ValueError(f"rope_theta={theta} must be positive; 10000.0 is usual")
-        self.theta, self.head_dim = theta, heads.head_dim
+        self.theta, self.scaling, self.head_dim = theta, scaling, heads.head_dim
 
     def encode(self, q_BTNH: Tensor, k_BTKH: Tensor, positions_BT: Tensor, impl: Impl) -> tuple[Tensor, Tensor]:
         # Elementwise, and torch's on every device: there is no kernel to ask for.
         impl = "reference" if impl == "reference" else "torch"
         return (
-            rope(q_BTNH, positions_BT, theta=self.theta, impl=impl),
-            rope(k_BTKH, positions_BT, theta=self.theta, impl=impl),
+            rope(q_BTNH, positions_BT, theta=self.theta, scaling=self.scaling, impl=impl),
+            rope(k_BTKH, positions_BT, theta=self.theta, scaling=self.scaling, impl=impl),
         )
 
     def play_encode(self, tape: Tape, q: Buffer, k: Buffer) -> tuple[Buffer, Buffer]:

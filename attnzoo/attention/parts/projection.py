@@ -40,7 +40,10 @@ class Heads:
 
 
 class Projection(nn.Module):
-    """q, k, v = x W_q, x W_k, x W_v per head, and the output map; biases as asked."""
+    """q, k, v = x W_q, x W_k, x W_v per head, and the output map; biases as asked.
+
+    `qk_norm_eps`: epsilon of an RMSNorm over the channels of every head of q and of k; None: no norm.
+    """
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class Projection(nn.Module):
         key_bias: bool = False,
         value_bias: bool = False,
         output_bias: bool = False,
+        qk_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -59,15 +63,19 @@ class Projection(nn.Module):
         self.key = nn.Linear(heads.model_dim, kv_width, bias=key_bias)
         self.value = nn.Linear(heads.model_dim, kv_width, bias=value_bias)
         self.output = nn.Linear(query_width, heads.model_dim, bias=output_bias)
+        normed = qk_norm_eps is not None
+        self.query_norm = nn.RMSNorm(heads.head_dim, eps=qk_norm_eps) if normed else None
+        self.key_norm = nn.RMSNorm(heads.head_dim, eps=qk_norm_eps) if normed else None
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(q_BTNH, k_BTKH, v_BTKH)."""
         head_dim = self.heads.head_dim
-        return (
-            self.query(x_BTD).unflatten(-1, (self.heads.num_heads, head_dim)),
-            self.key(x_BTD).unflatten(-1, (self.heads.num_kv_heads, head_dim)),
-            self.value(x_BTD).unflatten(-1, (self.heads.num_kv_heads, head_dim)),
-        )
+        q_BTNH = self.query(x_BTD).unflatten(-1, (self.heads.num_heads, head_dim))
+        k_BTKH = self.key(x_BTD).unflatten(-1, (self.heads.num_kv_heads, head_dim))
+        v_BTKH = self.value(x_BTD).unflatten(-1, (self.heads.num_kv_heads, head_dim))
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+        return q_BTNH, k_BTKH, v_BTKH
 
     def merge(self, o_BNTH: Tensor) -> Tensor:
         """y_BTD from the heads' outputs."""
@@ -79,6 +87,9 @@ class Projection(nn.Module):
             nn.init.normal_(layer.weight, std=output_std if layer is self.output else std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+        for norm in (self.query_norm, self.key_norm):
+            if norm is not None:
+                nn.init.ones_(norm.weight)
 
     def flops(self, batch: int, tokens: int) -> int:
         """Two FLOPs a weight and token."""
@@ -88,6 +99,10 @@ class Projection(nn.Module):
     def play(self, tape: Tape, x: Buffer) -> tuple[Buffer, Buffer, Buffer]:
         """`forward` on a tape."""
         q, k, v = (play_linear(tape, layer, x) for layer in (self.query, self.key, self.value))
+        if self.query_norm is not None and self.key_norm is not None:
+            linear = (q, k)
+            q, k = play_norm(tape, self.query_norm, q), play_norm(tape, self.key_norm, k)
+            tape.drop(*linear)
         return q, k, v
 
     def play_merge(self, tape: Tape, o: Buffer) -> Buffer:
@@ -105,3 +120,17 @@ def play_linear(tape: Tape, layer: nn.Linear, x: Buffer) -> Buffer:
     weights = sum(p.numel() for p in layer.parameters()) * tape.width
     out = tape.rows(layer.out_features)
     return tape.do(Step(out=out, inputs=[x], saves=[x], weights=weights, copies=True))
+
+
+def play_norm(tape: Tape, norm: nn.RMSNorm | nn.LayerNorm, x: Buffer) -> Buffer:
+    """A norm on a tape: keeps its input and one or two sums a row; RMSNorm, which torch has no kernel for on a CPU,
+    the normed values before their gain too."""
+    weights = sum(p.numel() for p in norm.parameters()) * tape.width
+    exact = x.size * tape.sum_width // tape.width
+    rows = x.size // (norm.normalized_shape[0] * tape.width)
+    sums = rows * tape.sum_width
+    if isinstance(norm, nn.LayerNorm):
+        return tape.do(Step(out=x.size, inputs=[x], saves=[x], keeps=2 * sums, weights=weights))
+    # In half precision it widens its input, and keeps that and what it narrows again.
+    kept = exact if tape.width == tape.sum_width else exact + x.size
+    return tape.do(Step(out=x.size, inputs=[x], saves=[x], keeps=sums + kept, backward=2 * exact, weights=weights))

@@ -1,0 +1,16 @@
+"""Models on disk: our own format, directories of transformers, GGUF files. Nothing read here is executed."""
+
+from attnzoo.checkpoint.base import Checkpoint
+from attnzoo.checkpoint.load import load_model, load_tokenizer, open_checkpoint, read_metadata
+from attnzoo.checkpoint.native import CONFIG, TOKENIZER, save_model
+
+__all__ = [
+    "CONFIG",
+    "TOKENIZER",
+    "Checkpoint",
+    "load_model",
+    "load_tokenizer",
+    "open_checkpoint",
+    "read_metadata",
+    "save_model",
+]

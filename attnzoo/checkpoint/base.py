@@ -1,0 +1,54 @@
+"""A model on disk, whatever its format: its configuration, and its tensors under the format's own names."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.models import DecoderConfig
+
+Shape = tuple[int, ...]
+Piece = tuple[str, int, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What `load_model` needs to know before it reads.
+
+    shapes: of all tensors that the files hold, by their names there. read: yields them in pieces (name, first row,
+    rows), each valid until the next is asked for. name: the files' name of one of the model's own tensors. ignored:
+    tensors that hold nothing to load. dtype: what most weights are in. metadata: what was saved beside the model.
+    """
+
+    path: Path
+    config: DecoderConfig
+    shapes: Mapping[str, Shape]
+    read: Callable[[], Iterator[Piece]]
+    dtype: torch.dtype
+    name: Callable[[str], str] = str
+    ignored: Callable[[str], bool] = lambda name: False
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def check_shapes(path: Path, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    """Raises ValueError that names the first tensors that are missing, unexpected or of another shape."""
+    missing = [f"{name} {list(expected[name])}" for name in sorted(expected.keys() - found.keys())]
+    unexpected = [f"{name} {list(found[name])}" for name in sorted(found.keys() - expected.keys())]
+    wrong = [
+        f"{name} is {list(found[name])}, not {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name] != expected[name]
+    ]
+    problems = [
+        f"{kind}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"{path}: the tensors do not fit the configuration; {'; '.join(problems)}. Is it complete, and are "
+            "configuration and weights of one model?"
+        )

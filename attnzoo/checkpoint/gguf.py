@@ -1,0 +1,180 @@
+"""GGUF files of the architecture "llama", dequantised on loading.
+
+The format's rotary positions turn neighbouring channels (2c, 2c + 1), ours halves (c, c + H/2), so rows of W_q and W_k
+are put back in order; quantisation works along rows and does not notice.
+"""
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnzoo.checkpoint.base import Checkpoint, Piece
+from attnzoo.checkpoint.names import GGUF, rename
+from attnzoo.gguf_file import GGUFFile, GGUFTensor, read_gguf
+from attnzoo.models import DecoderConfig
+
+PIECE = 1 << 21
+"""Elements that are dequantised at a time."""
+FREQUENCIES = "rope_freqs.weight"
+LLAMA3_FACTORS = (8.0, 32.0)
+"""Of Llama 3.1 and of Llama 3.2: files hold what each frequency is divided by instead of the rule."""
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The metadata under "llama.", with errors that name file and field."""
+
+    file: GGUFFile
+
+    def get(self, name: str, kind: type, default: Any = None) -> Any:
+        value = self.file.metadata.get(f"llama.{name}", default)
+        if value is None:
+            raise ValueError(f"{self.file.path}: llama.{name} is missing; convert the model again")
+        if type(value) is not kind:
+            raise ValueError(f"{self.file.path}: llama.{name}={value!r} is not supported; it must be {kind.__name__}")
+        return value
+
+    def optional(self, name: str, kind: type) -> Any:
+        return self.get(name, kind) if f"llama.{name}" in self.file.metadata else None
+
+
+def open_file(path: Path) -> Checkpoint:
+    """The model in a GGUF file. Raises ValueError naming the file, and the field or tensor that is not supported."""
+    file = read_gguf(path)
+    package = _package()
+    config = _config(file)
+    heads = config.layer_attention(0)[1]
+    for name, tensor in file.tensors.items():
+        _check_kind(file, name, tensor, package)
+
+    def read() -> Iterator[Piece]:
+        for name, tensor in file.tensors.items():
+            if name == FREQUENCIES:
+                continue
+            count = {"attn_q": heads["num_heads"], "attn_k": heads["num_kv_heads"]}.get(name.split(".")[-2])
+            rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+            step = rows if count is not None else max(1, PIECE * rows // max(tensor.size, 1))
+            for first in range(0, rows, step):
+                piece = _dequantise(file, tensor, first, min(first + step, rows), package)
+                if count is not None:
+                    piece = piece.unflatten(0, (count, -1, 2)).transpose(1, 2).flatten(0, 2)
+                yield name, first, piece.reshape(-1) if len(tensor.shape) == 1 else piece
+
+    return Checkpoint(
+        path=path,
+        config=config,
+        shapes={name: tensor.shape for name, tensor in file.tensors.items()},
+        read=read,
+        dtype=torch.float32,
+        name=lambda own: rename(own, GGUF),
+        ignored=lambda name: name == FREQUENCIES,
+        metadata={key: value for key, value in file.metadata.items() if key.startswith("general.")},
+    )
+
+
+def _config(file: GGUFFile) -> DecoderConfig:
+    architecture = file.metadata.get("general.architecture")
+    if architecture != "llama":
+        raise ValueError(f"{file.path}: general.architecture={architecture!r} is not supported; known: llama")
+    fields = _Fields(file)
+    if fields.get("expert_count", int, 0):
+        raise ValueError(
+            f"{file.path}: llama.expert_count={fields.get('expert_count', int)}: experts are not supported"
+        )
+    dim, heads = fields.get("embedding_length", int), fields.get("attention.head_count", int)
+    head_dim = fields.get("attention.key_length", int, dim // heads)
+    for name, value in (("rope.dimension_count", head_dim), ("attention.value_length", head_dim)):
+        if fields.get(name, int, value) != value:
+            raise ValueError(
+                f"{file.path}: llama.{name}={fields.get(name, int)} differs from the head's {value}; not supported"
+            )
+    theta = fields.get("rope.freq_base", float, 10000.0)
+    vocabulary = file.tensors.get("token_embd.weight")
+    attention = {
+        "kind": "mha",
+        "num_heads": heads,
+        "num_kv_heads": fields.get("attention.head_count_kv", int, heads),
+        "head_dim": head_dim,
+        "rope_theta": theta,
+        "rope_scaling": _scaling(file, fields, theta, head_dim // 2),
+        "window": fields.optional("attention.sliding_window", int),
+    }
+    try:
+        return DecoderConfig(
+            vocab_size=vocabulary.shape[0] if vocabulary else fields.get("vocab_size", int),
+            model_dim=dim,
+            num_layers=fields.get("block_count", int),
+            attention=attention,
+            max_positions=fields.get("context_length", int),
+            norm_eps=fields.get("attention.layer_norm_rms_epsilon", float),
+            mlp_dim=fields.get("feed_forward_length", int),
+            tie_embeddings="output.weight" not in file.tensors,
+        )
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
+
+
+def _scaling(file: GGUFFile, fields: _Fields, theta: float, half: int) -> dict[str, Any] | None:
+    """Options of `RopeScaling`; Llama 3's rule is found again from the divisors that it left."""
+    kind = fields.get("rope.scaling.type", str, "none")
+    if kind == "linear":
+        return {"kind": "linear", "factor": fields.get("rope.scaling.factor", float)}
+    if kind != "none":
+        raise ValueError(f"{file.path}: llama.rope.scaling.type={kind!r} is not supported; known: none, linear")
+    if FREQUENCIES not in file.tensors:
+        return None
+    from attnzoo.ops.rope.scaling import RopeScaling, frequencies
+
+    found = _dequantise(file, file.tensors[FREQUENCIES], 0, 1, _package()).flatten().double()
+    plain = frequencies(half, theta, None, like=found)
+    for factor in LLAMA3_FACTORS:
+        options = {"kind": "llama3", "factor": factor, "original_max_positions": 8192}
+        expected = plain / frequencies(half, theta, RopeScaling.of(options), like=found)
+        if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4):
+            return options
+    raise ValueError(f"{file.path}: {FREQUENCIES} follows no rule known here (Llama 3.1 and 3.2 are); not supported")
+
+
+def _package() -> ModuleType:
+    try:
+        return importlib.import_module("gguf")
+    except ModuleNotFoundError:
+        raise ValueError("reading GGUF files needs the package gguf: pip install 'attnzoo[weights]'") from None
+
+
+def _check_kind(file: GGUFFile, name: str, tensor: GGUFTensor, package: ModuleType) -> None:
+    """Raises ValueError for a quantisation that the package does not know, or a tensor beyond the end of the file."""
+    where = f"{file.path}: tensor {name}"
+    try:
+        block, width = package.GGML_QUANT_SIZES[package.GGMLQuantizationType(tensor.kind)]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{where} is of a type that is not known ({error}); convert the model again") from None
+    if not tensor.shape or tensor.shape[-1] % block:
+        raise ValueError(
+            f"{where} has shape {list(tensor.shape)}, not whole blocks of {block}; convert the model again"
+        )
+    if tensor.offset + tensor.size // block * width > file.path.stat().st_size:
+        raise ValueError(f"{where} reaches past the end of the file; copy it again")
+    try:
+        _dequantise(file, tensor, 0, 1, package)
+    except (NotImplementedError, KeyError) as error:
+        raise ValueError(f"{where} cannot be dequantised ({error}); convert the model to another type") from None
+
+
+def _dequantise(file: GGUFFile, tensor: GGUFTensor, first: int, end: int, package: ModuleType) -> Tensor:
+    """Rows first to end in float32; a vector is one row."""
+    kind = package.GGMLQuantizationType(tensor.kind)
+    block, width = package.GGML_QUANT_SIZES[kind]
+    row_bytes = tensor.shape[-1] // block * width
+    data = np.fromfile(
+        file.path, dtype=np.uint8, count=(end - first) * row_bytes, offset=tensor.offset + first * row_bytes
+    )
+    rows = package.quants.dequantize(data.reshape(end - first, row_bytes), kind)
+    return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))

@@ -1,0 +1,68 @@
+"""The project's own format: model.safetensors, config.json and the tokenizer in one directory, written atomically.
+
+No optimiser state and no pickle: what is loaded cannot run code. A reader sees the old directory or the new one,
+never half of one.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from attnzoo.checkpoint.base import Checkpoint
+from attnzoo.checkpoint.shards import WEIGHTS, Shards
+from attnzoo.files import replace_directory, temporary_directory
+from attnzoo.models import DecoderConfig, DecoderLM
+
+CONFIG, TOKENIZER = "config.json", "tokenizer.model"
+FORMAT = "attnzoo-decoder-1"
+
+
+def save_model(
+    directory: Path,
+    model: DecoderLM,
+    *,
+    tokenizer: Path | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> Path:
+    """Writes `model` to `directory`, replacing what was there; returns the directory.
+
+    `tokenizer` is a sentencepiece model file to copy along; `metadata` any JSON (loss, steps, provenance).
+    """
+    directory = Path(directory)
+    temporary = temporary_directory(directory)
+    try:
+        tensors = {
+            name: tensor.detach().contiguous().cpu()
+            for name, tensor in model.state_dict().items()
+            if not (model.config.tie_embeddings and name == "head.weight")
+        }
+        save_file(tensors, str(temporary / WEIGHTS))
+        content = {"format": FORMAT, "model": model.config.to_dict(), "metadata": metadata or {}}
+        (temporary / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, temporary / TOKENIZER)
+        replace_directory(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return directory
+
+
+def open_directory(directory: Path, content: Mapping[str, Any], config_path: Path) -> Checkpoint:
+    """The model in a directory of our own, `content` being its config.json. Raises ValueError naming the file."""
+    try:
+        config = DecoderConfig.from_dict(content["model"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{config_path}: {error}; export the model again") from None
+    shards = Shards.of(directory)
+    return Checkpoint(
+        path=directory,
+        config=config,
+        shapes=shards.shapes,
+        read=shards.read,
+        dtype=shards.main_dtype(),
+        metadata=dict(content.get("metadata") or {}),
+    )

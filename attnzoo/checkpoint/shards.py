@@ -1,0 +1,101 @@
+"""Tensors in one or many safetensors files: shapes at once, contents one by one in little memory."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from attnzoo.checkpoint.base import Piece, Shape
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+MAPPED_BYTES = 64 << 20
+"""A file is mapped anew after so many bytes: while they are mapped, pages that were read count as memory in use."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """`files`: every tensor's file. `shapes`, `dtypes` of all tensors."""
+
+    files: dict[str, Path]
+    shapes: dict[str, Shape]
+    dtypes: dict[str, torch.dtype]
+
+    @classmethod
+    def of(cls, directory: Path) -> "Shards":
+        """The weights in `directory`: the files that its index lists, or the one file.
+
+        Raises ValueError, naming file and tensor, for what is missing, damaged or not a floating point number.
+        """
+        index = directory / INDEX
+        paths = _indexed(index) if index.is_file() else {directory / WEIGHTS: None}
+        files: dict[str, Path] = {}
+        shapes: dict[str, Shape] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        for path, promised in paths.items():
+            with _open(path) as file:
+                names = set(file.keys())
+                if promised is not None and promised != names:
+                    odd = sorted(promised ^ names)
+                    raise ValueError(f"{path}: {INDEX} says otherwise about {', '.join(odd[:4])}; copy all files again")
+                for name in names:
+                    piece = file.get_slice(name)
+                    if piece.get_dtype() not in DTYPES:
+                        raise ValueError(
+                            f"{path}: tensor {name} has dtype {piece.get_dtype()}; only {', '.join(DTYPES)} are "
+                            "supported: give an unquantised checkpoint"
+                        )
+                    files[name], shapes[name] = path, tuple(piece.get_shape())
+                    dtypes[name] = DTYPES[piece.get_dtype()]
+        return cls(files, shapes, dtypes)
+
+    def main_dtype(self) -> torch.dtype:
+        """The dtype of most elements."""
+        elements: dict[torch.dtype, int] = {}
+        for name, dtype in self.dtypes.items():
+            elements[dtype] = elements.get(dtype, 0) + torch.Size(self.shapes[name]).numel()
+        return max(elements, key=lambda dtype: elements[dtype])
+
+    def read(self) -> Iterator[Piece]:
+        """All tensors, each in one piece, file by file."""
+        for path in dict.fromkeys(self.files.values()):
+            names = [name for name, file in self.files.items() if file == path]
+            while names:
+                with _open(path) as file:
+                    mapped = 0
+                    while names and mapped < MAPPED_BYTES:
+                        name = names.pop()
+                        tensor = file.get_tensor(name)
+                        mapped += tensor.nbytes
+                        yield name, 0, tensor
+                        del tensor
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt")
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; is the checkpoint complete?") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); copy or export it again") from None
+
+
+def _indexed(index: Path) -> dict[Path, set[str] | None]:
+    """Files, and the tensors they are to hold. Raises ValueError for an index that is damaged or names other places."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        pairs = [(str(name), str(file)) for name, file in weight_map.items()]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} has no readable weight_map ({type(error).__name__}); copy it again") from None
+    promised: dict[Path, set[str] | None] = {}
+    for name, file in pairs:
+        if Path(file).name != file:
+            raise ValueError(f"{index}: {name} lies in {file!r}, which is not a file beside the index")
+        names = promised.setdefault(index.parent / file, set())
+        assert names is not None
+        names.add(name)
+    return promised
