@@ -64,7 +64,7 @@ def decoder_steps(tokenizer: "Tokenizer") -> list[dict[str, Any]]:
 
 
 class ByteLevelSpelling:
-    """GPT-2's spelling of bytes: printable characters of Latin-1 stand for themselves, the others for U+0100 onwards."""
+    """GPT-2's spelling of bytes: printable Latin-1 characters stand for themselves, others are U+0100 onwards."""
 
     def __init__(self) -> None:
         printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}

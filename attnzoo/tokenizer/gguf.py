@@ -5,6 +5,7 @@ name (`tokenizer.ggml.pre`). "llama" vocabularies are sentencepiece BPE: there a
 pair whose token has the best score merges first.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,9 +65,11 @@ def load_gguf_tokenizer(path: Path) -> HuggingFaceTokenizer:
     if model not in builders:
         raise ValueError(f"'{path}': unknown tokenizer.ggml.model {model!r}{suggest(model, builders)}")
     tokens = fields.get("tokens", list)
-    if len(set(tokens)) != len(tokens):
-        twice = next(token for n, token in enumerate(tokens) if token in tokens[:n])
-        raise ValueError(f"'{path}': token {twice!r} is in tokenizer.ggml.tokens twice; convert the model again")
+    token, count = Counter(tokens).most_common(1)[0] if tokens else ("", 0)
+    if count != 1:
+        raise ValueError(
+            f"'{path}': token {token!r} is in tokenizer.ggml.tokens {count} times; convert the model again"
+        )
     backend, add_bos = builders[model](fields, tokens)
     _add_special_tokens(backend, fields, tokens)
     bos = fields.token("bos_token_id", tokens)
@@ -80,7 +83,7 @@ def load_gguf_tokenizer(path: Path) -> HuggingFaceTokenizer:
         stop_ids=frozenset(
             fields.get(name, int) for name in ("eos_token_id", "eot_token_id", "eom_token_id") if fields.has(name)
         ),
-        chat_template=fields.metadata.get("tokenizer.chat_template"),
+        chat_template=fields.template(),
     )
     return HuggingFaceTokenizer(backend, settings, source=str(path))
 
@@ -103,12 +106,20 @@ class _Fields:
             raise ValueError(f"'{self.path}': tokenizer.ggml.{name} is {found}; convert the model again")
         return value
 
+    def template(self) -> str | None:
+        """The chat template, None where there is none."""
+        template = self.metadata.get("tokenizer.chat_template")
+        if not isinstance(template, str | None):
+            raise ValueError(f"'{self.path}': tokenizer.chat_template is not text; convert the model again")
+        return template
+
     def array(self, name: str, size: int) -> list[Any]:
         """A list with one value for each token."""
         values: list[Any] = self.get(name, list)
         if len(values) != size:
             raise ValueError(
-                f"'{self.path}': tokenizer.ggml.{name} has {len(values)} values for {size} tokens; convert the model again"
+                f"'{self.path}': tokenizer.ggml.{name} has {len(values)} values for {size} tokens; "
+                "convert the model again"
             )
         return values
 
@@ -119,8 +130,8 @@ class _Fields:
         number: int = self.get(name, int)
         if not 0 <= number < len(tokens):
             raise ValueError(
-                f"'{self.path}': tokenizer.ggml.{name}={number} is outside the vocabulary of {len(tokens)}; convert the "
-                "model again"
+                f"'{self.path}': tokenizer.ggml.{name}={number} is outside the vocabulary of {len(tokens)}; "
+                "convert the model again"
             )
         return tokens[number]
 

@@ -29,22 +29,21 @@ class TokenizerSettings:
     """What a vocabulary does not say of itself.
 
     bos_token, eos_token, pad_token: spellings of the begin, end and padding tokens. stop_ids: tokens that end a text,
-    besides `eos_token`. add_bos: whether texts begin with `bos_token`; None asks the vocabulary's post-processor.
+    besides `eos_token`. Whether texts begin with `bos_token` the vocabulary does say: its post-processor puts it there.
     """
 
     bos_token: str | None = None
     eos_token: str | None = None
     pad_token: str | None = None
     stop_ids: frozenset[int] = frozenset()
-    add_bos: bool | None = None
     chat_template: str | None = None
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A vocabulary of the package tokenizers: byte-level BPE, or BPE that writes a space as U+2581.
 
-    `encode(bos=True)` adds a begin token only where the model was trained with one: a checkpoint may name a begin token
-    that begins no text.
+    `encode(bos=True)` adds a begin token only where the post-processor does. A checkpoint may name a begin token that
+    begins no text; the flag add_bos_token, which older loaders read, is ignored here as it is in transformers 5.
     """
 
     def __init__(
@@ -75,10 +74,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"{source}: stop token {outside[0]} is outside the vocabulary of {self.vocab_size}; its configuration "
                 "belongs to another tokenizer: download both again"
             )
-        adds_bos = prefix is not None if settings.add_bos is None else settings.add_bos
-        # Where the two name different tokens, the post-processor's is the one that texts really begin with.
-        begin = self.bos_id if prefix is None or settings.add_bos is not None else prefix
-        self._begin = [begin] if adds_bos and begin is not None else []
+        self._begin = [] if prefix is None else [prefix]
         self.chat_template = settings.chat_template
 
     @classmethod
@@ -142,7 +138,6 @@ class HuggingFaceTokenizer(Tokenizer):
             "bos_token": self._settings.bos_token,
             "eos_token": self._settings.eos_token,
             "pad_token": self._settings.pad_token,
-            "add_bos_token": self._settings.add_bos,
             "chat_template": self.chat_template,
             "clean_up_tokenization_spaces": False,
         }
@@ -181,16 +176,13 @@ def _read_settings(directory: Path, tokenizer: "tokenizers.Tokenizer") -> Tokeni
     for field in ("bos_token", "eos_token", "pad_token"):
         name, values = (CONFIG, config) if field in config else (SPECIAL_TOKENS, special)
         spellings[field] = _spelling(values.get(field), f"{directory / name}: {field}")
-    add_bos = config.get("add_bos_token")
-    if not isinstance(add_bos, bool | None):
-        raise ValueError(f"{directory / CONFIG}: add_bos_token={add_bos!r} must be true, false or null")
     stop_ids = _stop_ids(directory / GENERATION) or _stop_ids(directory / MODEL)
     if spellings["eos_token"] is None and stop_ids:
         spellings["eos_token"] = tokenizer.id_to_token(stop_ids[0])
     template = _template(config.get("chat_template"), directory / CONFIG)
     if (directory / TEMPLATE).is_file():  # the newer place, which wins
         template = _read_text(directory / TEMPLATE)
-    return TokenizerSettings(**spellings, stop_ids=frozenset(stop_ids), add_bos=add_bos, chat_template=template)
+    return TokenizerSettings(**spellings, stop_ids=frozenset(stop_ids), chat_template=template)
 
 
 def _read_text(path: Path) -> str:
@@ -263,7 +255,7 @@ def _prefix(tokenizer: "tokenizers.Tokenizer", source: str) -> int | None:
     at = next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)
     if at > 1:
         raise ValueError(
-            f"{source}: texts begin with {at} special tokens ({whole[:at]}), one at most is supported; use a checkpoint "
-            "with one begin token"
+            f"{source}: texts begin with {at} special tokens ({whole[:at]}), but one at most is supported; "
+            "use a checkpoint with one begin token"
         )
     return whole[0] if at else None
