@@ -26,8 +26,8 @@ STEPS: dict[str, dict[str, Any]] = {
 """What the parameters of a step may be: steps that are not named here have none that matter."""
 
 
-def byte_table(tokenizer: "Tokenizer", size: int, source: str) -> tuple[list[bytes], bool]:
-    """(bytes of the tokens 0 .. size - 1, whether decoding strips a text's first space).
+def byte_table(tokenizer: "Tokenizer", vocab: dict[str, int], source: str) -> tuple[list[bytes], bool]:
+    """(bytes of all tokens up to the last of `vocab`, whether decoding strips a text's first space).
 
     Special tokens and ids that the vocabulary leaves out stand for nothing. Raises ValueError, naming `source`, for a
     decoder of another family.
@@ -43,8 +43,8 @@ def byte_table(tokenizer: "Tokenizer", size: int, source: str) -> tuple[list[byt
         )
     spelled = ByteLevelSpelling() if byte_level else None
     fallback = "ByteFallback" in kinds
-    table = [b""] * size
-    for token, number in tokenizer.get_vocab(with_added_tokens=True).items():
+    table = [b""] * (max(vocab.values()) + 1)
+    for token, number in vocab.items():
         table[number] = spelled.read(token) if spelled else _spaced_bytes(token, fallback)
     for number, added in tokenizer.get_added_tokens_decoder().items():
         if added.special:

@@ -60,8 +60,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer = tokenizer
         self._settings = settings
         self._files = files
-        self.vocab_size = _vocab_size(tokenizer, source)
-        self._bytes, self.strips_first_space = byte_table(tokenizer, self.vocab_size, source)
+        vocab = tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = _vocab_size(vocab, source)
+        self._bytes, self.strips_first_space = byte_table(tokenizer, vocab, source)
         prefix = _prefix(tokenizer, source)
         bos = self._find("bos_token", source)
         self.bos_id = prefix if bos is None else bos
@@ -235,8 +236,7 @@ def _stop_ids(path: Path) -> list[int]:
     return ids
 
 
-def _vocab_size(tokenizer: "tokenizers.Tokenizer", source: str) -> int:
-    vocab = tokenizer.get_vocab(with_added_tokens=True)
+def _vocab_size(vocab: dict[str, int], source: str) -> int:
     if not vocab:
         raise ValueError(f"{source}: the vocabulary is empty; download it again")
     last = max(vocab, key=lambda token: vocab[token])
