@@ -154,6 +154,14 @@ def test_default_words(vocabulary, tmp_path):
     assert [word for word, _ in cut] == ["a", ".", "b", "\u0120", "123", "45"]
 
 
+def test_a_word_that_is_a_token_needs_no_merges_in_llama_3(vocabulary, tmp_path):
+    tokens = [*vocabulary["tokens"], "zqzqz"]
+    arrays = vocabulary | {"tokens": tokens, "token_type": [*vocabulary["token_type"], NORMAL]}
+    for pre, whole in [("llama-bpe", True), ("gpt-2", False)]:
+        ours = load_tokenizer(write_gguf(tmp_path / "m.gguf", arrays=arrays, pre=pre))
+        assert (ours.encode("zqzqz") == [len(tokens) - 1]) == whole
+
+
 def test_begin_and_stop_tokens(vocabulary, tmp_path):
     def load(**fields):
         return load_tokenizer(write_gguf(tmp_path / "m.gguf", arrays=vocabulary, **fields))
@@ -242,6 +250,19 @@ def test_scores_merge_as_sentencepiece_does(spm, text):
     ids = ours.encode(text)
     assert ids == processor.encode(text)
     assert ours.decode(ids) == stream(ours, ids) == processor.decode(ids)
+
+
+def test_scores_decide_and_not_the_order_of_tokens(tmp_path):
+    """Training writes tokens by their scores, but a file may hold them in any order."""
+    arrays = {
+        "model": "llama",
+        "tokens": ["<unk>", "<s>", "</s>", "ab", "bc", "a", "b", "c"],
+        "scores": [0.0, 0.0, 0.0, -2.0, -1.0, -3.0, -4.0, -5.0],
+        "token_type": [UNKNOWN, CONTROL, CONTROL, *[NORMAL] * 5],
+        "add_space_prefix": False,
+    }
+    ours = load_tokenizer(write_gguf(tmp_path / "m.gguf", arrays=arrays))
+    assert [ours.spelling(token) for token in ours.encode("abc")] == ["a", "bc"]
 
 
 def test_sentencepiece_vocabulary(spm, tmp_path):
