@@ -54,7 +54,7 @@ class HuggingFaceTokenizer(Tokenizer):
         source: str,
         files: tuple[Path, ...] = (),
     ) -> None:
-        """`source` names the vocabulary in errors. `save` copies `files`; without any it writes `tokenizer` and `settings`."""
+        """`source` names the vocabulary in errors. `save` copies `files`, or writes the two objects."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
