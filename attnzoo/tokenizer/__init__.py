@@ -1,6 +1,17 @@
 """Text to token ids and back, whatever the vocabulary came in."""
 
 from attnzoo.tokenizer.base import StreamDecoder, Tokenizer
+from attnzoo.tokenizer.foreign_sentencepiece import ForeignSentencePieceTokenizer
+from attnzoo.tokenizer.huggingface import HuggingFaceTokenizer, TokenizerSettings
+from attnzoo.tokenizer.load import load_tokenizer
 from attnzoo.tokenizer.sentencepiece import SentencePieceTokenizer
 
-__all__ = ["SentencePieceTokenizer", "StreamDecoder", "Tokenizer"]
+__all__ = [
+    "ForeignSentencePieceTokenizer",
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "StreamDecoder",
+    "Tokenizer",
+    "TokenizerSettings",
+    "load_tokenizer",
+]

@@ -11,7 +11,8 @@ class Tokenizer(ABC):
 
     vocab_size: ids are below it. bos_id, eos_id, pad_id: begin, end and padding, None where the vocabulary has none.
     stop_ids: tokens that end a text, `eos_id` among them. chat_template: source of the Jinja template that turns a
-    conversation into text, None where there is none (see `attnzoo.tokenizer.chat`).
+    conversation into text, None where there is none (see `attnzoo.tokenizer.chat`). strips_first_space: whether
+    encoding put a space before the text, which decoding has to take away again.
     """
 
     vocab_size: int
@@ -20,11 +21,12 @@ class Tokenizer(ABC):
     pad_id: int | None
     stop_ids: frozenset[int]
     chat_template: str | None = None
+    strips_first_space: bool = False
 
     @abstractmethod
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of `text`, between the begin and end ids if asked and there are such. Raises ValueError for lone
-        surrogates."""
+        """Ids of `text`, between the begin and end ids if asked and the model's texts have such. Raises ValueError for
+        lone surrogates."""
 
     @abstractmethod
     def token_bytes(self, token: int) -> bytes:
@@ -39,25 +41,36 @@ class Tokenizer(ABC):
     def save(self, directory: Path) -> None:
         """Writes what `load_tokenizer` reads into a directory."""
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; what is not UTF-8 becomes U+FFFD. Raises ValueError for an id outside the vocabulary."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+    def decode(self, ids: Iterable[int], *, start: bool = True) -> str:
+        """The text of `ids`; what is not UTF-8 becomes U+FFFD. Raises ValueError for an id outside the vocabulary.
 
-    def decoder(self) -> "StreamDecoder":
-        """A decoder for ids that arrive one by one."""
-        return StreamDecoder(self)
+        `start` says whether `ids` begin a text. False is for the continuation of one: its first space is its own.
+        """
+        text = b"".join(map(self.token_bytes, ids))
+        if start and self.strips_first_space:
+            text = text.removeprefix(b" ")
+        return text.decode("utf-8", errors="replace")
+
+    def decoder(self, *, start: bool = True) -> "StreamDecoder":
+        """A decoder for ids that arrive one by one; `start` as in `decode`."""
+        return StreamDecoder(self, start=start)
 
 
 class StreamDecoder:
     """Text as soon as its characters are whole: the pushed texts and the last add up to `decode` of all ids."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, start: bool = True) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._strip = start and tokenizer.strips_first_space
 
     def push(self, token: int) -> str:
         """The characters that `token` completes; "" while one is still open."""
-        return self._utf8.decode(self._tokenizer.token_bytes(token))
+        piece = self._tokenizer.token_bytes(token)
+        if self._strip and piece:
+            self._strip = False
+            piece = piece.removeprefix(b" ")
+        return self._utf8.decode(piece)
 
     def finish(self) -> str:
         """What is left: U+FFFD for a character that was never completed."""

@@ -33,23 +33,15 @@ class SentencePieceTokenizer(Tokenizer):
         self._processor = processor
         self._path = path
         self.vocab_size: int = processor.get_piece_size()
-        self._bytes = [_piece_bytes(processor, token) for token in range(self.vocab_size)]
+        self._bytes = [piece_bytes(processor, token) for token in range(self.vocab_size)]
         self._byte_ids = {self._bytes[t]: t for t in range(self.vocab_size) if processor.is_byte(t)}
         self._check()
 
     @classmethod
     def load(cls, path: Path) -> "SentencePieceTokenizer":
         """Reads a sentencepiece model file. Raises ValueError when it is missing, damaged or cannot round-trip."""
-        from sentencepiece import SentencePieceProcessor
-
         path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"tokenizer {os.fspath(path)!r} does not exist; train one with python -m train.tokenizer")
-        try:
-            processor = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"tokenizer {os.fspath(path)!r} is not a sentencepiece model ({error})") from None
-        return cls(processor, path)
+        return cls(read_processor(path), path)
 
     def _check(self) -> None:
         where = f"tokenizer {os.fspath(self._path)!r}"
@@ -95,6 +87,24 @@ class SentencePieceTokenizer(Tokenizer):
         return piece
 
 
+def read_processor(path: Path) -> "SentencePieceProcessor":
+    """The sentencepiece model in a file. Raises ValueError, naming the file, when it is missing or damaged."""
+    from sentencepiece import SentencePieceProcessor
+
+    if not path.is_file():
+        raise ValueError(f"tokenizer {os.fspath(path)!r} does not exist; train one with python -m train.tokenizer")
+    try:
+        return SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"tokenizer {os.fspath(path)!r} is not a sentencepiece model ({error})") from None
+
+
+def has_own_pieces(processor: "SentencePieceProcessor") -> bool:
+    """Whether a model has the special pieces of those trained here, where they are expected."""
+    size = processor.get_piece_size()
+    return all(token < size and processor.id_to_piece(token) == piece for piece, token in SPECIAL.items())
+
+
 def has_normalisation_rules(model: bytes) -> bool:
     """Whether a serialised sentencepiece model rewrites characters before it encodes.
 
@@ -133,7 +143,8 @@ def _protobuf_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
         at += size
 
 
-def _piece_bytes(processor: "SentencePieceProcessor", token: int) -> bytes:
+def piece_bytes(processor: "SentencePieceProcessor", token: int) -> bytes:
+    """UTF-8 bytes that a piece stands for; none for control and unknown pieces."""
     piece: str = processor.id_to_piece(token)
     if processor.is_control(token) or processor.is_unknown(token):
         return b""

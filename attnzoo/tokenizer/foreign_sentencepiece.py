@@ -1,0 +1,61 @@
+"""Sentencepiece models of others (Llama 2, Mistral): tokenizer.model with rules and special ids of its own.
+
+Models that are trained here round-trip any text, and `SentencePieceTokenizer` refuses what does not. Those of others
+put a space before a text, and some rewrite characters: they decode to what sentencepiece itself would decode.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attnzoo.files import write_atomic
+from attnzoo.tokenizer.base import Tokenizer, check_text
+from attnzoo.tokenizer.sentencepiece import FILE, SPACE, piece_bytes, read_processor
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+
+class ForeignSentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model as it is. It has no chat template, and special pieces written in a text stay text."""
+
+    def __init__(self, processor: "SentencePieceProcessor", path: Path) -> None:
+        self._processor = processor
+        self._path = path
+        self.vocab_size = processor.get_piece_size()
+        self.bos_id, self.eos_id, self.pad_id = (
+            token if token >= 0 else None for token in (processor.bos_id(), processor.eos_id(), processor.pad_id())
+        )
+        self.stop_ids = frozenset() if self.eos_id is None else frozenset([self.eos_id])
+        self._bytes = [piece_bytes(processor, token) for token in range(self.vocab_size)]
+        unknown = processor.unk_id()
+        # What stands for a character without a piece is in the model; between two others nothing of it is stripped.
+        self._bytes[unknown] = processor.decode([unknown]).encode()
+        first: str = processor.id_to_piece(processor.encode("a")[0])
+        self.strips_first_space = first.startswith(SPACE)
+
+    @classmethod
+    def load(cls, path: Path) -> "ForeignSentencePieceTokenizer":
+        """Reads a sentencepiece model file. Raises ValueError when it is missing or damaged."""
+        path = Path(path)
+        return cls(read_processor(path), path)
+
+    def save(self, directory: Path) -> None:
+        """Writes tokenizer.model."""
+        write_atomic(Path(directory) / FILE, self._path.read_bytes())
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        check_text(text)
+        ids: list[int] = self._processor.encode(text)
+        begin = [self.bos_id] if bos and self.bos_id is not None else []
+        return begin + ids + ([self.eos_id] if eos and self.eos_id is not None else [])
+
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 bytes that a token stands for; none for control tokens."""
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token {token} is outside the vocabulary of {self.vocab_size}")
+        return self._bytes[token]
+
+    def spelling(self, token: int) -> str:
+        """The piece, as sentencepiece writes it."""
+        piece: str = self._processor.id_to_piece(token)
+        return piece

@@ -1,0 +1,261 @@
+"""Tokenizers of open-weight checkpoints: tokenizer.json and what stands beside it.
+
+The package tokenizers turns text into ids; from ids to text a table of our own goes, so that a text streams byte for
+byte. Special tokens that are written in a text become those tokens, as they do in transformers.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnzoo.files import write_atomic
+from attnzoo.tokenizer.base import Tokenizer, check_text
+from attnzoo.tokenizer.byte_table import byte_table
+
+if TYPE_CHECKING:
+    import tokenizers
+
+FILE = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
+TEMPLATE = "chat_template.jinja"
+GENERATION = "generation_config.json"
+MODEL = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
+    """What a vocabulary does not say of itself.
+
+    bos_token, eos_token, pad_token: spellings of the begin, end and padding tokens. stop_ids: tokens that end a text,
+    besides `eos_token`. Whether texts begin with `bos_token` the vocabulary does say: its post-processor puts it there.
+    """
+
+    bos_token: str | None = None
+    eos_token: str | None = None
+    pad_token: str | None = None
+    stop_ids: frozenset[int] = frozenset()
+    chat_template: str | None = None
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A vocabulary of the package tokenizers: byte-level BPE, or BPE that writes a space as U+2581.
+
+    `encode(bos=True)` adds a begin token only where the post-processor does. A checkpoint may name a begin token that
+    begins no text; the flag add_bos_token, which older loaders read, is ignored here as it is in transformers 5.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "tokenizers.Tokenizer",
+        settings: TokenizerSettings,
+        *,
+        source: str,
+        files: tuple[Path, ...] = (),
+    ) -> None:
+        """`source` names the vocabulary in errors. `save` copies `files`, or writes the two objects."""
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._files = files
+        vocab = tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = _vocab_size(vocab, source)
+        self._bytes, self.strips_first_space = byte_table(tokenizer, vocab, source)
+        prefix = _prefix(tokenizer, source)
+        bos = self._find("bos_token", source)
+        self.bos_id = prefix if bos is None else bos
+        self.eos_id = self._find("eos_token", source)
+        self.pad_id = self._find("pad_token", source)
+        self.stop_ids = settings.stop_ids | ({self.eos_id} if self.eos_id is not None else set())
+        outside = [token for token in self.stop_ids if not 0 <= token < self.vocab_size]
+        if outside:
+            raise ValueError(
+                f"{source}: stop token {outside[0]} is outside the vocabulary of {self.vocab_size}; its configuration "
+                "belongs to another tokenizer: download both again"
+            )
+        self._begin = [] if prefix is None else [prefix]
+        self.chat_template = settings.chat_template
+
+    @classmethod
+    def load(cls, directory: Path) -> "HuggingFaceTokenizer":
+        """Reads tokenizer.json, and beside it tokenizer_config.json, special_tokens_map.json, chat_template.jinja,
+        generation_config.json and config.json where they exist. Raises ValueError, naming the file, when one is
+        missing, damaged or does not fit."""
+        directory = Path(directory)
+        path = directory / FILE
+        tokenizer = _read_tokenizer(path)
+        settings = _read_settings(directory, tokenizer)
+        names = (FILE, CONFIG, SPECIAL_TOKENS, TEMPLATE, GENERATION)
+        files = tuple(directory / name for name in names if (directory / name).is_file())
+        return cls(tokenizer, settings, source=str(path), files=files)
+
+    def save(self, directory: Path) -> None:
+        """Copies the files it was read from, or writes tokenizer.json and tokenizer_config.json if it was built."""
+        directory = Path(directory)
+        for path in self._files:
+            write_atomic(directory / path.name, path.read_bytes())
+        names = {path.name for path in self._files}
+        if FILE not in names:
+            write_atomic(directory / FILE, self._tokenizer.to_str(pretty=True).encode())
+            write_atomic(directory / CONFIG, _to_json(self._to_config()))
+        if GENERATION not in names and self._settings.stop_ids:
+            # Stop tokens may come from config.json, which belongs to the model and is not copied.
+            write_atomic(directory / GENERATION, _to_json({"eos_token_id": sorted(self.stop_ids)}))
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        """Ids of `text`; special tokens that are written in it become those tokens."""
+        check_text(text)
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        begin = self._begin if bos else []
+        return begin + ids + ([self.eos_id] if eos and self.eos_id is not None else [])
+
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 bytes that a token stands for; none for special tokens and for ids that the vocabulary leaves out."""
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token {token} is outside the vocabulary of {self.vocab_size}")
+        return self._bytes[token]
+
+    def spelling(self, token: int) -> str:
+        """The token as the vocabulary writes it; "" for an id that the vocabulary leaves out."""
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token {token} is outside the vocabulary of {self.vocab_size}")
+        return self._tokenizer.id_to_token(token) or ""
+
+    def _find(self, field: str, source: str) -> int | None:
+        token: str | None = getattr(self._settings, field)
+        if token is None:
+            return None
+        found: int | None = self._tokenizer.token_to_id(token)
+        if found is None and field != "pad_token":  # no text holds padding: a vocabulary without it serves as well
+            raise ValueError(f"{source}: {field}={token!r} is not in the vocabulary; download it again with {CONFIG}")
+        return found
+
+    def _to_config(self) -> dict[str, Any]:
+        """tokenizer_config.json of a tokenizer that was built in memory."""
+        fields = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self._settings.bos_token,
+            "eos_token": self._settings.eos_token,
+            "pad_token": self._settings.pad_token,
+            "chat_template": self.chat_template,
+            "clean_up_tokenization_spaces": False,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+def import_tokenizers() -> None:
+    """Raises ValueError, saying what to install, where the package tokenizers is missing."""
+    try:
+        import tokenizers  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "this tokenizer needs the package tokenizers, which is not installed; pip install 'attnzoo[weights]'"
+        ) from None
+
+
+def _read_tokenizer(path: Path) -> "tokenizers.Tokenizer":
+    if not path.is_file():
+        raise ValueError(f"tokenizer '{path}' does not exist; give a directory with a {FILE}")
+    import_tokenizers()
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        return Backend.from_str(path.read_bytes().decode("utf-8"))
+    except Exception as error:  # the package raises plain Exception for all that it cannot read
+        raise ValueError(
+            f"'{path}' is not a tokenizer that the installed package tokenizers can read ({error}); download it again, "
+            "or update the package"
+        ) from None
+
+
+def _read_settings(directory: Path, tokenizer: "tokenizers.Tokenizer") -> TokenizerSettings:
+    config = _read_json(directory / CONFIG)
+    special = _read_json(directory / SPECIAL_TOKENS)
+    spellings = {}
+    for field in ("bos_token", "eos_token", "pad_token"):
+        name, values = (CONFIG, config) if field in config else (SPECIAL_TOKENS, special)
+        spellings[field] = _spelling(values.get(field), f"{directory / name}: {field}")
+    stop_ids = _stop_ids(directory / GENERATION) or _stop_ids(directory / MODEL)
+    if spellings["eos_token"] is None and stop_ids:
+        spellings["eos_token"] = tokenizer.id_to_token(stop_ids[0])
+    template = _template(config.get("chat_template"), directory / CONFIG)
+    if (directory / TEMPLATE).is_file():  # the newer place, which wins
+        template = _read_text(directory / TEMPLATE)
+    return TokenizerSettings(**spellings, stop_ids=frozenset(stop_ids), chat_template=template)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' is not UTF-8 ({error}); download it again") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"'{path}' is not JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' holds {type(content).__name__}, not an object; download it again")
+    return content
+
+
+def _to_json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _spelling(value: Any, name: str) -> str | None:
+    """A token is written as text or as an object with its text and flags."""
+    spelling = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(spelling, str | None) or (value is not None and spelling is None):
+        raise ValueError(f'{name}={value!r} must be text or an object with "content"')
+    return spelling
+
+
+def _template(value: Any, path: Path) -> str | None:
+    """A template is text, or a list of named ones, of which "default" is for conversations."""
+    if isinstance(value, list):
+        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+        value = named.get("default")
+    if not isinstance(value, str | None):
+        raise ValueError(f'{path}: chat_template must be text or a list of {{"name", "template"}}, not {value!r}')
+    return value
+
+
+def _stop_ids(path: Path) -> list[int]:
+    value = _read_json(path).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(token) is not int for token in ids):
+        raise ValueError(f"{path}: eos_token_id={value!r} must be a number or a list of numbers")
+    return ids
+
+
+def _vocab_size(vocab: dict[str, int], source: str) -> int:
+    if not vocab:
+        raise ValueError(f"{source}: the vocabulary is empty; download it again")
+    last = max(vocab, key=lambda token: vocab[token])
+    # Some ids may be left out, yet a table of all ids must stay in proportion to the file.
+    if vocab[last] >= 2 * len(vocab) + 1024:
+        raise ValueError(
+            f"{source}: token {last!r} has id {vocab[last]} in a vocabulary of {len(vocab)} tokens; download it again"
+        )
+    return vocab[last] + 1
+
+
+def _prefix(tokenizer: "tokenizers.Tokenizer", source: str) -> int | None:
+    """The token that the post-processor puts before a text, found by encoding one with it and without."""
+    whole: list[int] = tokenizer.encode("a", add_special_tokens=True).ids
+    plain: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
+    at = next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)
+    if at > 1:
+        raise ValueError(
+            f"{source}: texts begin with {at} special tokens ({whole[:at]}), but one at most is supported; "
+            "use a checkpoint with one begin token"
+        )
+    return whole[0] if at else None
