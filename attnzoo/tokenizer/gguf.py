@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.errors import suggest
+from attnzoo.gguf_file import read_gguf
 from attnzoo.tokenizer.byte_table import SPACE
-from attnzoo.tokenizer.gguf_metadata import read_gguf_metadata
 from attnzoo.tokenizer.huggingface import HuggingFaceTokenizer, TokenizerSettings, import_tokenizers
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ WORDS = {
 def load_gguf_tokenizer(path: Path) -> HuggingFaceTokenizer:
     """The tokenizer of a GGUF file. Raises ValueError, naming file and field, for what is missing or not supported."""
     path = Path(path)
-    fields = _Fields(read_gguf_metadata(path), path)
+    fields = _Fields(read_gguf(path).metadata, path)
     import_tokenizers()
     model = fields.get("model", str)
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}

@@ -119,5 +119,5 @@ def test_damage_is_named(tmp_path, what, message):
 
 def test_missing_tokenizer_is_named(tmp_path):
     save_model(tmp_path / "model", build())
-    with pytest.raises(ValueError, match=r"tokenizer.model does not exist"):
+    with pytest.raises(ValueError, match=r"holds neither tokenizer.json nor tokenizer.model"):
         load_tokenizer(tmp_path / "model")

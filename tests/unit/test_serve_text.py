@@ -11,7 +11,7 @@ from serve.text import TextStream
 class Bytes:
     """A tokenizer whose tokens are the bytes of UTF-8, decoded as the real one does."""
 
-    def decoder(self):
+    def decoder(self, *, start: bool = True):
         import codecs
 
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode

