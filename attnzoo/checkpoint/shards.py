@@ -13,8 +13,8 @@ from attnzoo.checkpoint.base import Piece, Shape
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-MAPPED_BYTES = 64 << 20
-"""A file is mapped anew after so many bytes: while they are mapped, pages that were read count as memory in use."""
+MAPPED_BYTES = 16 << 20
+"""The most that is read of a mapping: while a file is mapped, pages that were read count as memory in use."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +61,16 @@ class Shards:
         return max(elements, key=lambda dtype: elements[dtype])
 
     def read(self) -> Iterator[Piece]:
-        """All tensors, each in one piece, file by file."""
-        for path in dict.fromkeys(self.files.values()):
-            names = [name for name, file in self.files.items() if file == path]
-            while names:
+        """All tensors in pieces of rows, file by file; every piece is mapped by itself."""
+        for name, path in sorted(self.files.items(), key=lambda item: (item[1], item[0])):
+            shape = self.shapes[name]
+            rows = shape[0] if shape else 1
+            row_bytes = torch.Size(shape).numel() * self.dtypes[name].itemsize // max(rows, 1)
+            step = max(1, MAPPED_BYTES // max(row_bytes, 1))
+            for first in range(0, rows, step):
                 with _open(path) as file:
-                    mapped = 0
-                    while names and mapped < MAPPED_BYTES:
-                        name = names.pop()
-                        tensor = file.get_tensor(name)
-                        mapped += tensor.nbytes
-                        yield name, 0, tensor
-                        del tensor
+                    whole = not shape or rows <= step
+                    yield name, first, file.get_tensor(name) if whole else file.get_slice(name)[first : first + step]
 
 
 def _open(path: Path) -> Any:
