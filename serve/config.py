@@ -15,7 +15,7 @@ from attnzoo.types import build_config, parse_dtype
 class EngineConfig:
     """What the engine needs.
 
-    checkpoint: an export directory. max_num_seqs: sequences that run at the same time (slots of the state).
+    checkpoint: an export directory of ours or of transformers, or a .gguf file. max_num_seqs: sequences that run at the same time (slots of the state).
     max_model_len: prompt and completion together, in tokens; None takes the model's max_positions.
     max_batched_tokens: tokens that one step may send through the model. max_queue: requests that may wait.
     dtype: None keeps the checkpoint's. threads: CPU threads of torch, None leaves them as they are.
@@ -91,7 +91,8 @@ class ServeConfig(EngineConfig):
         if self.model_name:
             return self.model_name
         path = Path(self.checkpoint).resolve()
-        return path.parent.name if path.name == "export" and path.parent.name else path.name
+        name = path.name.removesuffix(".gguf")
+        return path.parent.name if name == "export" and path.parent.name else name
 
 
 SERVE_FIELDS = tuple(field.name for field in fields(ServeConfig))
