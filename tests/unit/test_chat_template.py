@@ -370,7 +370,9 @@ def test_a_template_that_needs_much_memory_is_stopped():
     """All in one process of bounded memory: without the limits it fails, or runs for hours."""
     program = f"""
 import json, resource, sys, time
+from attnzoo.tokenizer import chat
 from attnzoo.tokenizer.chat import ChatTemplate
+chat.MAX_SECONDS = 0.5
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 for name, source in json.load(sys.stdin).items():
     started, words = time.perf_counter(), "no error"
