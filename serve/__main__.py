@@ -63,6 +63,7 @@ def check_checkpoint(config: ServeConfig) -> None:
 
 def example(url: str, name: str, chat: bool) -> str:
     """A command that asks the server for something."""
+    content: dict[str, object]
     if chat:
         path, content = "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
     else:

@@ -35,8 +35,7 @@ class Engine:
     """Continuous batching of one model.
 
     `model` and `tokenizer` are read from `config.checkpoint` unless given. Raises ValueError when the checkpoint is
-    damaged (its chat template included) or the limits do not fit it. Use from one thread; `encode` and `encode_chat` from
-    any.
+    damaged (its chat template included) or the limits do not fit it. Use from one thread; any may encode.
     """
 
     def __init__(
@@ -68,8 +67,8 @@ class Engine:
         return self.tokenizer.encode(prompt, bos=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation up to the assistant's answer. Raises ValueError when the model has no chat template
-        or its template refuses the conversation."""
+        """Token ids of a conversation up to the assistant's answer. Raises ValueError without a chat template, and when
+        the template refuses the conversation."""
         if self.chat_template is None:
             raise ValueError("this model has no chat template; give a prompt instead of messages")
         # The template writes the special tokens itself, the first one included.

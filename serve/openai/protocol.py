@@ -53,8 +53,8 @@ class StreamOptions(Strict):
 class GenerationRequest(Strict):
     """What both interfaces take. `top_k`, `ignore_eos`: extensions, as vLLM names them.
 
-    expected: what the fields of a subclass hold, for errors. neutral: fields of OpenAI's interface without support here,
-    and the values under which they change nothing.
+    expected: what the fields of a subclass hold, for errors. neutral: fields of OpenAI's interface without support
+    here, and the values under which they change nothing.
     """
 
     expected: ClassVar[dict[str, str]] = {}
@@ -112,10 +112,10 @@ Tokens = Annotated[list[int], Field(min_length=1)]
 class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
-    expected = {  # noqa: RUF012 - declared above
+    expected: ClassVar[dict[str, str]] = {
         "prompt": "a text, a list of token ids, a list of texts or a list of lists of token ids, none of them empty"
     }
-    neutral = {  # noqa: RUF012
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "best_of": (None, 1),
         "echo": (None, False),
         "frequency_penalty": (None, 0),

@@ -1,7 +1,7 @@
 """OpenAI's chat interface, strictly read: see `serve.openai.protocol`. Conversations of text, without tools."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, WithJsonSchema
 
@@ -51,8 +51,8 @@ class ChatMessage(Strict):
 class ChatRequest(GenerationRequest):
     """Body of POST /v1/chat/completions. The chat template is the model's; a request cannot bring one."""
 
-    expected = {"messages": "a list of messages, at least one"}  # noqa: RUF012 - declared in the base class
-    neutral = {  # noqa: RUF012
+    expected: ClassVar[dict[str, str]] = {"messages": "a list of messages, at least one"}
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "audio": (None,),
         "frequency_penalty": (None, 0),
         "function_call": (None, "none", "auto"),
