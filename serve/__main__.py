@@ -1,6 +1,8 @@
 """Serve a checkpoint: python -m serve --checkpoint runs/demo/export"""
 
 import argparse
+import json
+import shlex
 import signal
 import sys
 import threading
@@ -51,11 +53,23 @@ def parse(argv: Sequence[str]) -> ServeConfig:
 def check_checkpoint(config: ServeConfig) -> None:
     """Finds out before Ray starts. Raises ValueError when there is no checkpoint to load."""
     from attnzoo.checkpoint import load_tokenizer, read_metadata
+    from attnzoo.tokenizer.chat import ChatTemplate
     from serve.openai.routes import read_api_key
 
     read_metadata(Path(config.checkpoint))
-    load_tokenizer(Path(config.checkpoint))
+    ChatTemplate.of(load_tokenizer(Path(config.checkpoint)))
     read_api_key(config)
+
+
+def example(url: str, name: str, chat: bool) -> str:
+    """A command that asks the server for something."""
+    content: dict[str, object]
+    if chat:
+        path, content = "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
+    else:
+        path, content = "completions", {"prompt": "Once", "max_tokens": 32}
+    body = json.dumps({"model": name, **content})
+    return f"curl {url}/v1/{path} -H 'content-type: application/json' -d {shlex.quote(body)}"
 
 
 def end_on_signals(ended: threading.Event) -> None:
@@ -69,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(sys.argv[1:] if argv is None else argv)
     prepare_environment(Path(".cache"))
     # Heavy, only once the arguments are right, and after the environment that Ray reads at import.
+    from attnzoo.checkpoint import load_tokenizer
     from serve import deployment
 
     ended = threading.Event()
@@ -83,11 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         deployment.stop(config)
         return 130
     print(f"serving {config.served_name!r} on {url}", flush=True)
-    print(
-        f"  curl {url}/v1/completions -H 'content-type: application/json' "
-        f'-d \'{{"model": "{config.served_name}", "prompt": "Once", "max_tokens": 32}}\'',
-        flush=True,
-    )
+    chat = load_tokenizer(Path(config.checkpoint)).chat_template is not None
+    print(f"  {example(url, config.served_name, chat)}", flush=True)
     ended.wait()
     print("finishing running requests ...", file=sys.stderr)
     if not deployment.drain(config.drain_timeout_s):

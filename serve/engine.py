@@ -1,14 +1,15 @@
 """The engine: requests in, text out, one `step()` at a time. No threads, no network, no Ray."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attnzoo.checkpoint import load_model, load_tokenizer
 from attnzoo.models import DecoderLM
+from attnzoo.tokenizer.chat import ChatTemplate
 from attnzoo.types import parse_dtype
 from serve.config import EngineConfig
 from serve.metrics import Metrics
@@ -34,7 +35,7 @@ class Engine:
     """Continuous batching of one model.
 
     `model` and `tokenizer` are read from `config.checkpoint` unless given. Raises ValueError when the checkpoint is
-    damaged or the limits do not fit it. Use from one thread.
+    damaged (its chat template included) or the limits do not fit it. Use from one thread; any may encode.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Engine:
                 f"{directory}: the tokenizer knows {self.tokenizer.vocab_size} tokens, the model only "
                 f"{self.model.config.vocab_size}; export the model with its own tokenizer"
             )
+        self.chat_template = ChatTemplate.of(self.tokenizer)
         self.max_model_len = config.max_model_len or self.model.config.max_positions
         if self.max_model_len < 2:
             raise ValueError(f"max_model_len={self.max_model_len} leaves no room for a prompt and a token")
@@ -61,8 +63,16 @@ class Engine:
         self._requests: dict[str, Request] = {}
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of a text prompt, the beginning-of-sequence token first."""
+        """Token ids of a text prompt, the beginning-of-sequence token first where the vocabulary has one."""
         return self.tokenizer.encode(prompt, bos=True)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation up to the assistant's answer. Raises ValueError without a chat template, and when
+        the template refuses the conversation."""
+        if self.chat_template is None:
+            raise ValueError("this model has no chat template; give a prompt instead of messages")
+        # The template writes the special tokens itself, the first one included.
+        return self.tokenizer.encode(self.chat_template.render(messages))
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raises ValueError for a prompt this model cannot continue, ContextLengthError when it is too long."""
@@ -157,9 +167,9 @@ class Engine:
         for request, token, logprob in zip(rows, tokens, logprobs, strict=True):
             request.generated.append(token)
             self.metrics.token(request, now)
-            eos = token == self.tokenizer.eos_id and not request.params.ignore_eos
-            text = "" if eos else request.text.push(token, logprob)
-            reason = self._finish_reason(request, eos)
+            ends = token in self.tokenizer.stop_ids and not request.params.ignore_eos
+            text = "" if ends else request.text.push(token, logprob)
+            reason = self._finish_reason(request, ends)
             if reason is not None:
                 text += request.text.finish()
                 # The rest of a character or a held back text may complete a stop string.
@@ -170,8 +180,8 @@ class Engine:
         return deltas
 
     @staticmethod
-    def _finish_reason(request: Request, eos: bool) -> FinishReason | None:
-        if eos or request.text.stopped:
+    def _finish_reason(request: Request, ends: bool) -> FinishReason | None:
+        if ends or request.text.stopped:
             return "stop"
         return "length" if len(request.generated) >= request.params.max_tokens else None
 

@@ -68,3 +68,19 @@ def export(directory: Path, kind: str = "rcmha", **options: int) -> Path:
 @lru_cache(maxsize=1)
 def tokenizer() -> Tokenizer:
     return SentencePieceTokenizer.load(tokenizer_path())
+
+
+CHAT_TEMPLATE = """{%- for message in messages -%}
+{%- if message.role == 'system' and not loop.first -%}{{ raise_exception('system must come first') }}{%- endif -%}
+{{ bos_token }}{{ message.role }}: {{ message.content }}{{ eos_token }}
+{% endfor -%}
+{%- if add_generation_prompt -%}assistant:{% endif -%}"""
+
+
+@lru_cache(maxsize=1)
+def chat_tokenizer() -> Tokenizer:
+    """The same one, of a model that knows conversations. Token 5 ends an answer as the end token does."""
+    found = SentencePieceTokenizer.load(tokenizer_path())
+    found.chat_template = CHAT_TEMPLATE
+    found.stop_ids = found.stop_ids | {5}  # an instance's own
+    return found

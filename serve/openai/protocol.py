@@ -1,25 +1,15 @@
-"""What clients may send, what they get back, and how refusals look: OpenAI's completions interface, strictly read.
+"""What clients may send, what they get back, and how refusals look: OpenAI's interface, strictly read.
 
 A field that this server does not support is refused by name, never ignored; its neutral value is accepted.
 """
 
 import json
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve.request import MAX_LOGPROBS, SamplingParams, TokenLogprobs
-
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "frequency_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
-    "suffix": (None, ""),
-}
-"""Fields of OpenAI's interface without support here, and the values under which they change nothing."""
 
 
 class ApiError(Exception):
@@ -47,26 +37,30 @@ class ApiError(Exception):
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable"}
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """JSON read without conversions and without fields that nobody knows."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """`include_usage`: one more chunk before the end, with the usage of the whole request."""
 
     include_usage: bool = False
     include_obfuscation: bool | None = None
 
 
-Tokens = Annotated[list[int], Field(min_length=1)]
+class GenerationRequest(Strict):
+    """What both interfaces take. `top_k`, `ignore_eos`: extensions, as vLLM names them.
 
+    expected: what the fields of a subclass hold, for errors. neutral: fields of OpenAI's interface without support
+    here, and the values under which they change nothing.
+    """
 
-class CompletionRequest(_Strict):
-    """Body of POST /v1/completions. `top_k`, `ignore_eos`: extensions, as vLLM names them."""
+    expected: ClassVar[dict[str, str]] = {}
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     model: str
-    prompt: str | Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
@@ -75,23 +69,23 @@ class CompletionRequest(_Strict):
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     ignore_eos: bool | None = None
     user: str | None = None
-    best_of: Any = None
-    echo: Any = None
-    frequency_penalty: Any = None
-    logit_bias: Any = None
-    presence_penalty: Any = None
-    suffix: Any = None
 
-    def texts_or_tokens(self) -> list[str | list[int]]:
-        """The prompts, one or many."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)  # type: ignore[arg-type]
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives to report for each token; None: no log probabilities at all."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises ApiError for fields that do not go together."""
+        for name, values in self.neutral.items():
+            value = getattr(self, name)
+            if not any(value == allowed and type(value) in (type(allowed), int, float) for allowed in values):
+                message = f"{name} is not supported by this server; leave it out"
+                raise ApiError(400, message, param=name, code="unsupported")
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options is only allowed with stream=true", param="stream_options")
 
     def sampling(self, max_tokens: int, choice: int) -> SamplingParams:
         """Parameters of the choice number `choice` (from 0 to n-1). Raises ApiError naming the field."""
@@ -105,29 +99,73 @@ class CompletionRequest(_Strict):
                 # The choices of one prompt differ, and the first is that of n=1.
                 seed=None if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63,
                 stop=tuple(stop),
-                logprobs=self.logprobs,
+                logprobs=self.alternatives,
                 ignore_eos=bool(self.ignore_eos),
             )
         except ValueError as error:
             raise ApiError(400, str(error), param=str(error).split("=")[0].split()[0]) from None
 
 
+Tokens = Annotated[list[int], Field(min_length=1)]
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    expected: ClassVar[dict[str, str]] = {
+        "prompt": "a text, a list of token ids, a list of texts or a list of lists of token ids, none of them empty"
+    }
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "best_of": (None, 1),
+        "echo": (None, False),
+        "frequency_penalty": (None, 0),
+        "logit_bias": (None, {}),
+        "presence_penalty": (None, 0),
+        "suffix": (None, ""),
+    }
+
+    prompt: str | Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: Any = None
+    echo: Any = None
+    frequency_penalty: Any = None
+    logit_bias: Any = None
+    presence_penalty: Any = None
+    suffix: Any = None
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    def texts_or_tokens(self) -> list[str | list[int]]:
+        """The prompts, one or many."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+Body = TypeVar("Body", bound=GenerationRequest)
+
+
 def parse_completion(body: bytes) -> CompletionRequest:
     """Reads a body. Raises ApiError 400 naming the first field that is wrong, unknown or not supported."""
+    return parse_body(CompletionRequest, body)
+
+
+def parse_body(kind: type[Body], body: bytes) -> Body:
+    """Reads the body of a request of this kind. Raises ApiError as `parse_completion`."""
     try:
-        request = CompletionRequest.model_validate_json(body)
+        request = kind.model_validate_json(body)
     except ValidationError as error:
-        raise _explain(error) from None
-    for name, neutral in NEUTRAL.items():
-        value = getattr(request, name)
-        if not any(value == allowed and type(value) in (type(allowed), int, float) for allowed in neutral):
-            raise ApiError(400, f"{name} is not supported by this server; leave it out", param=name, code="unsupported")
-    if request.stream_options is not None and not request.stream:
-        raise ApiError(400, "stream_options is only allowed with stream=true", param="stream_options")
+        raise _explain(kind, error) from None
+    request.check()
     return request
 
 
-def _explain(error: ValidationError) -> ApiError:
+def _explain(request: type[GenerationRequest], error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_context=False)[0]
     kind, where = first["type"], first["loc"]
     if kind == "json_invalid":
@@ -136,26 +174,32 @@ def _explain(error: ValidationError) -> ApiError:
             400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}", code="invalid_json"
         )
     if not where:
-        return ApiError(400, "the body must be a JSON object with the fields model and prompt", code="invalid_json")
-    name = ".".join(str(part) for part in (where[:2] if where[0] == "stream_options" else where[:1]))
+        needed = " and ".join(name for name, field in request.model_fields.items() if field.is_required())
+        return ApiError(400, f"the body must be a JSON object with the fields {needed}", code="invalid_json")
+    name = str(where[0])
+    if name in ("stream_options", "messages"):
+        name += "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where[1:3])
     if kind == "extra_forbidden":
         return ApiError(400, f"unknown field {name!r}; this server does not support it", param=name, code="unsupported")
     if kind == "missing":
         return ApiError(400, f"{name} is missing", param=name)
-    if name == "prompt":
-        expected = "a text, a list of token ids, a list of texts or a list of lists of token ids, none of them empty"
-        return ApiError(400, f"prompt must be {expected}", param="prompt")
-    if name == "stop":
-        return ApiError(400, "stop must be a text or a list of texts", param="stop")
+    expected = {"stop": "a text or a list of texts", **request.expected}
+    if name in expected:
+        return ApiError(400, f"{name} must be {expected[name]}", param=name)
     return ApiError(400, f"{name}: {first['msg']}", param=name)
 
 
-def logprobs_object(logprobs: Sequence[TokenLogprobs], alternatives: int, spell: Any) -> dict[str, Any]:
-    """The `logprobs` of a choice; `spell(id)` names a token."""
+Spell = Callable[[int], bytes]
+"""The bytes of a token."""
+
+
+def logprobs_object(logprobs: Sequence[TokenLogprobs], alternatives: int, spell: Spell) -> dict[str, Any]:
+    """The `logprobs` of a completion's choice."""
+    tops = [{spell_token(spell(token)): value for token, value in x.top} for x in logprobs]
     return {
-        "tokens": [spell(x.token) for x in logprobs],
+        "tokens": [spell_token(spell(x.token)) for x in logprobs],
         "token_logprobs": [x.logprob for x in logprobs],
-        "top_logprobs": [{spell(token): value for token, value in x.top} for x in logprobs] if alternatives else None,
+        "top_logprobs": tops if alternatives else None,
         "text_offset": [x.offset for x in logprobs],
     }
 

@@ -14,8 +14,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
 from serve.metrics import CONTENT_TYPE
-from serve.openai.completions import CompletionAnswer, check_model, prepare
-from serve.openai.protocol import ApiError, CompletionRequest, dump, parse_completion
+from serve.openai.answer import check_model
+from serve.openai.chat import ChatAnswer, prepare_chat
+from serve.openai.completions import CompletionAnswer, prepare
+from serve.openai.protocol import ApiError, CompletionRequest, GenerationRequest, dump, parse_completion
+from serve.openai.protocol_chat import ChatRequest, parse_chat
 
 OPEN_PATHS = ("/health",)
 """Paths that need no API key."""
@@ -88,16 +91,28 @@ def build_app(engine: AsyncEngine, config: ServeConfig) -> FastAPI:
     _add_error_handlers(app)
     _add_information(app, engine, config)
 
-    schema = CompletionRequest.model_json_schema()
-    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    _add_generation(app, engine, config)
+    return app
 
-    @app.post("/v1/completions", openapi_extra={"requestBody": body})
+
+def _add_generation(app: FastAPI, engine: AsyncEngine, config: ServeConfig) -> None:
+    interval_s = config.stream_interval_ms / 1000
+
+    @app.post("/v1/completions", openapi_extra=_body_schema(CompletionRequest))
     async def completions(request: Request) -> Response:
         completion = parse_completion(await read_body(request, config.max_body_bytes))
         work = await prepare(completion, engine, config)
-        return CompletionAnswer(completion, engine, work, interval_s=config.stream_interval_ms / 1000)
+        return CompletionAnswer(completion, engine, work, interval_s=interval_s)
 
-    return app
+    @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        chat = parse_chat(await read_body(request, config.max_body_bytes))
+        work = await prepare_chat(chat, engine, config)
+        return ChatAnswer(chat, engine, work, interval_s=interval_s)
+
+
+def _body_schema(kind: type[GenerationRequest]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
 
 
 def _add_error_handlers(app: FastAPI) -> None:

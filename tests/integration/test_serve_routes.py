@@ -25,11 +25,11 @@ MODEL = "small"
 
 
 @contextlib.contextmanager
-def running(kind: str = "rcmha", *, delay_s: float = 0.0, **settings):
-    """A server on a free port; yields (base url, engine). `delay_s` slows every step down."""
+def running(kind: str = "rcmha", *, delay_s: float = 0.0, words=None, **settings):
+    """A server on a free port; yields (base url, engine). `delay_s` slows every step down; `words`: its tokenizer."""
     settings = {"max_num_seqs": 4, "max_batched_tokens": 16, "max_queue": 32, "model_name": MODEL, **settings}
     config = ServeConfig(checkpoint="none", drain_timeout_s=5.0, **settings)
-    engine = Engine(config, model=small_model(kind, max_len=256), tokenizer=tokenizer())
+    engine = Engine(config, model=small_model(kind, max_len=256), tokenizer=words or tokenizer())
     if delay_s:
         step = engine.step
         engine.step = lambda: (time.sleep(delay_s), step())[1]

@@ -5,8 +5,11 @@ import json
 import pytest
 
 from serve.openai.protocol import ApiError, dump, parse_completion, spell_token
+from serve.openai.protocol_chat import chat_logprobs_object, parse_chat
+from serve.request import TokenLogprobs
 
 GOOD = {"model": "m", "prompt": "hello"}
+USER = {"role": "user", "content": "hello"}
 
 
 def parse(**fields):
@@ -119,3 +122,126 @@ def test_tokens_that_are_no_text_are_spelled_as_bytes():
     assert spell_token("é".encode()) == "é"
     assert spell_token("é".encode()[:1]) == "bytes:\\xc3"
     assert dump({"a": "é"}) == '{"a":"é"}'.encode()
+
+
+def chat(**fields):
+    return parse_chat(json.dumps({"model": "m", "messages": [USER], **fields}).encode())
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"messages": []}, "messages", None),
+        ({"messages": "hello"}, "messages", None),
+        ({"messages": None}, "messages", None),
+        ({"messages": ["hello"]}, "messages[0]", None),
+        ({"messages": [USER, {"role": "user"}]}, "messages[1].content", None),
+        ({"messages": [{"content": "x"}]}, "messages[0].role", None),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", None),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role", None),
+        ({"messages": [{"role": "tool", "content": "x", "name": "f"}]}, "messages[0].role", "unsupported"),
+        ({"messages": [{**USER, "content": None}]}, "messages[0].content", None),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content", None),
+        ({"messages": [{**USER, "content": 5}]}, "messages[0].content", None),
+        ({"messages": [{**USER, "content": []}]}, "messages[0].content", None),
+        ({"messages": [{**USER, "content": ["x"]}]}, "messages[0].content[0]", None),
+        ({"messages": [{**USER, "content": [{"type": "text"}]}]}, "messages[0].content[0]", None),
+        ({"messages": [{**USER, "content": [{"type": "text", "text": "a", "b": 1}]}]}, "messages[0].content[0]", None),
+        ({"messages": [{**USER, "content": [{"type": ["text"], "text": "a"}]}]}, "messages[0].content[0]", None),
+        (
+            {"messages": [USER, {**USER, "content": [{"type": "text", "text": "a"}, IMAGE]}]},
+            "messages[1].content[1]",
+            "unsupported",
+        ),
+        ({"messages": [{**USER, "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]", "unsupported"),
+        ({"messages": [{**USER, "name": "Ada"}]}, "messages[0].name", "unsupported"),
+        ({"messages": [{**USER, "oddity": 1}]}, "messages[0].oddity", "unsupported"),
+        ({"messages": [{**USER, "role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls", "unsupported"),
+        ({"max_tokens": 0}, "max_tokens", None),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", None),
+        ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens", None),
+        ({"logprobs": 1}, "logprobs", None),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", None),
+        ({"top_logprobs": 2}, "top_logprobs", None),
+        ({"logprobs": False, "top_logprobs": 2}, "top_logprobs", None),
+        ({"stream_options": {"include_usage": True}}, "stream_options", None),
+        ({"temperature": -1}, "temperature", None),
+        ({"stop": "x" * 257}, "stop", None),
+        ({"prompt": "x"}, "prompt", "unsupported"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template", "unsupported"),
+        ({"tools": [{"type": "function"}]}, "tools", "unsupported"),
+        ({"tool_choice": "required"}, "tool_choice", "unsupported"),
+        ({"functions": [{}]}, "functions", "unsupported"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported"),
+        ({"presence_penalty": 0.5}, "presence_penalty", "unsupported"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported"),
+        ({"modalities": ["text", "audio"]}, "modalities", "unsupported"),
+        ({"store": True}, "store", "unsupported"),
+    ],
+    ids=str,
+)
+def test_bad_fields_of_a_chat_are_named(fields, param, code):
+    with pytest.raises(ApiError) as error:
+        chat(**fields).sampling(16, 0)
+    body = error.value.body()["error"]
+    assert (error.value.status, body["param"], body["code"]) == (400, param, code)
+    assert param.split(".")[-1] in body["message"]
+
+
+def test_what_is_no_chat_at_all():
+    with pytest.raises(ApiError, match="fields model and messages"):
+        parse_chat(b"[]")
+    with pytest.raises(ApiError, match="messages is missing"):
+        parse_chat(b'{"model": "m"}')
+
+
+def test_a_conversation_is_roles_and_texts():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    echoed = {"role": "assistant", "content": "", "refusal": None, "annotations": [], "audio": None, "tool_calls": None}
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}, echoed, USER]
+    assert chat(messages=messages).conversation() == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "a\nb"},
+        {"role": "assistant", "content": ""},
+        USER,
+    ]
+
+
+def test_neutral_values_of_unsupported_chat_fields_are_accepted():
+    neutral = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "modalities": ["text"]}
+    chat(**neutral, parallel_tool_calls=True, presence_penalty=0.0, logit_bias={}, store=False, user="someone", n=1)
+
+
+def test_limits_and_logprobs_of_a_chat():
+    assert chat().limit is None
+    assert chat(max_tokens=5).limit == chat(max_completion_tokens=5).limit == 5
+    assert chat(max_tokens=5, max_completion_tokens=5).limit == 5
+    assert chat(max_completion_tokens=5).limit_name == "max_completion_tokens"
+    assert chat().sampling(5, 0).logprobs is None
+    assert chat(logprobs=True).sampling(5, 0).logprobs == 0
+    assert chat(logprobs=True, top_logprobs=3).sampling(5, 0).logprobs == 3
+
+
+def test_a_refusal_of_a_chat_does_not_quote_the_conversation():
+    for messages in (["SECRET"], [{**USER, "role": "SECRET"}], [{**USER, "content": [{"type": "SECRET"}]}]):
+        with pytest.raises(ApiError) as error:
+            chat(messages=messages)
+        assert "SECRET" not in json.dumps(error.value.body())
+
+
+def test_logprobs_in_the_shape_of_a_chat():
+    spell = [b"a", "é".encode()[:1]].__getitem__
+    assert chat_logprobs_object([TokenLogprobs(1, -0.5, [(0, -0.25)])], spell) == {
+        "content": [
+            {
+                "token": "bytes:\\xc3",
+                "logprob": -0.5,
+                "bytes": [0xC3],
+                "top_logprobs": [{"token": "a", "logprob": -0.25, "bytes": [97]}],
+            }
+        ]
+    }

@@ -1,0 +1,200 @@
+"""From a parsed request to tokens, and from the engine's stream to one answer or many events: for both interfaces."""
+
+import asyncio
+import time
+import uuid
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from serve.async_engine import AsyncEngine, EngineFailedError, EngineUnavailableError, Stream
+from serve.config import ServeConfig
+from serve.openai.protocol import ApiError, GenerationRequest, dump
+from serve.request import ContextLengthError, Delta, FinishReason, SamplingParams, TokenLogprobs
+from serve.scheduler import QueueFullError
+
+LONG_TEXT = 20_000
+"""Characters from which on a prompt is encoded in a thread, so that other streams go on."""
+
+Work = list[tuple[list[int], SamplingParams]]
+
+
+def check_model(name: str, config: ServeConfig) -> None:
+    """Raises ApiError 404 for a model that this server does not have."""
+    if name != config.served_name:
+        message = f"the model {name!r} does not exist; this server has {config.served_name!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def check_choices(prompts: int, copies: int, config: ServeConfig) -> None:
+    """Raises ApiError for more completions than one request may ask for."""
+    if prompts * copies > config.max_choices:
+        message = f"{prompts} prompts times n={copies} are more than the {config.max_choices} completions allowed"
+        raise ApiError(400, f"{message} in one request", param="n" if copies > 1 else "prompt")
+
+
+def check_work(tokens: list[int], params: SamplingParams, engine: AsyncEngine, names: tuple[str, str]) -> None:
+    """Raises ApiError for what the model cannot continue; `names`: the fields of the prompt and of its limit."""
+    prompt, limit = names
+    try:
+        engine.engine.check(tokens, params)
+    except ContextLengthError as error:
+        param = prompt if len(tokens) >= engine.engine.max_model_len else limit
+        raise ApiError(400, str(error), param=param, code="context_length_exceeded") from None
+    except ValueError as error:
+        raise ApiError(400, str(error), param=prompt) from None
+
+
+def submit(engine: AsyncEngine, work: Work) -> Stream:
+    """Hands the work to the engine. Raises ApiError 429 or 503."""
+    try:
+        return engine.submit([tokens for tokens, _ in work], [params for _, params in work])
+    except QueueFullError as error:
+        message = f"the server is at its limit ({error}); try again in a moment"
+        raise ApiError(429, message, code="queue_full", headers={"retry-after": "1"}) from None
+    except EngineUnavailableError as error:
+        raise ApiError(503, str(error), code="unavailable", headers={"retry-after": "5"}) from None
+
+
+class Answer(Response):
+    """Runs the request while it answers, so that it can listen for the client going away at the same time.
+
+    Subclasses say what the objects of their interface look like.
+    """
+
+    prefix: str
+    whole: str
+    chunk: str
+
+    def __init__(self, request: GenerationRequest, engine: AsyncEngine, work: Work, *, interval_s: float = 0.0) -> None:
+        super().__init__()
+        self.request, self.engine, self.interval_s = request, engine, interval_s
+        self.stream = submit(engine, work)
+        self.prompt_tokens = sum(len(tokens) for tokens, _ in work[:: request.n or 1])
+        self.index = {request_id: index for index, request_id in enumerate(self.stream.request_ids)}
+        self.last: dict[str, Delta] = {}
+        self.head = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "object": self.chunk if request.stream else self.whole,
+            "created": int(time.time()),
+            "model": request.model,
+        }
+
+    def choice(self, index: int, text: str, logprobs: list[TokenLogprobs], reason: FinishReason) -> dict[str, Any]:
+        """A finished choice."""
+        raise NotImplementedError
+
+    def news(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        """The choices of the chunks that tell of `delta`."""
+        raise NotImplementedError
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watcher = asyncio.create_task(self._watch(receive))
+        try:
+            await (self._events(send) if self.request.stream else self._whole(scope, receive, send))
+        except OSError:
+            pass  # the client went away while we wrote to it
+        finally:
+            self.stream.close()
+            watcher.cancel()
+
+    async def _watch(self, receive: Receive) -> None:
+        """Aborts the request once the client is gone."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.stream.close()
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        texts = [""] * len(self.index)
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in texts]
+        try:
+            while news := await self.stream.next():
+                for delta in news:
+                    texts[self.index[delta.request_id]] += delta.text
+                    logprobs[self.index[delta.request_id]] += delta.logprobs
+                    self.last[delta.request_id] = delta
+        except EngineFailedError as error:
+            await _failed(error)(scope, receive, send)
+            return
+        if len(self.last) < len(self.index) or any(d.finish_reason is None for d in self.last.values()):
+            return  # the client is gone
+        choices = []
+        for request_id, index in self.index.items():
+            reason = self.last[request_id].finish_reason
+            assert reason is not None
+            choices.append(self.choice(index, texts[index], logprobs[index], reason))
+        body = dump({**self.head, "choices": choices, "usage": self._usage()})
+        await Response(body, media_type="application/json")(scope, receive, send)
+
+    async def _events(self, send: Send) -> None:
+        """Server-sent events; the status is chosen once the first news are there."""
+        try:
+            news = await self.stream.next()
+        except EngineFailedError as error:
+            await _send_response(_failed(error), send)
+            return
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            while news:
+                data = b"".join(self._event(delta) for delta in news)
+                if self.stream.finished:
+                    break
+                if data:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    if self.interval_s:
+                        await asyncio.sleep(self.interval_s)
+                news = await self.stream.next()
+            else:
+                return  # the client is gone
+        except EngineFailedError as error:
+            data = b"data: " + dump(_failure(error).body()) + b"\n\n"
+            await send({"type": "http.response.body", "body": data, "more_body": False})
+            return
+        # The last text and the end in one message: every message is a hop through Ray's proxy.
+        await send({"type": "http.response.body", "body": data + self._end(), "more_body": False})
+
+    def _end(self) -> bytes:
+        if self.request.stream_options is None or not self.request.stream_options.include_usage:
+            return b"data: [DONE]\n\n"
+        return b"data: " + dump({**self.head, "choices": [], "usage": self._usage()}) + b"\n\ndata: [DONE]\n\n"
+
+    def _event(self, delta: Delta) -> bytes:
+        self.last[delta.request_id] = delta
+        if not delta.text and not delta.logprobs and delta.finish_reason is None:
+            return b""
+        choices = self.news(self.index[delta.request_id], delta)
+        return b"".join(b"data: " + dump({**self.head, "choices": [choice]}) + b"\n\n" for choice in choices)
+
+    def _usage(self) -> dict[str, Any]:
+        """Tokens in and out; ours: bytes of state when finished, all choices together, and the first token's time."""
+        deltas = list(self.last.values())
+        completion = sum(delta.tokens for delta in deltas)
+        kv_bytes = sum(delta.kv_bytes for delta in deltas)
+        held = sum(delta.prompt_tokens + delta.tokens - 1 for delta in deltas)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": self.prompt_tokens + completion,
+            "attnzoo": {
+                "kv_bytes": kv_bytes,
+                "kv_bytes_per_token": round(kv_bytes / max(held, 1), 3),
+                "ttft_ms": round(1000 * min((delta.ttft_s for delta in deltas), default=0.0), 3),
+            },
+        }
+
+
+def _failure(error: EngineFailedError) -> ApiError:
+    """What the client may know of it: that it was not the client's fault."""
+    return ApiError(500, "the engine failed while it worked on this request", code="engine_failed")
+
+
+def _failed(error: EngineFailedError) -> Response:
+    failure = _failure(error)
+    return Response(dump(failure.body()), failure.status, media_type="application/json")
+
+
+async def _send_response(response: Response, send: Send) -> None:
+    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body})

@@ -1,0 +1,74 @@
+"""POST /v1/chat/completions: a conversation in the words of the model's chat template, and messages as choices."""
+
+import asyncio
+from typing import Any
+
+from serve.async_engine import AsyncEngine
+from serve.config import ServeConfig
+from serve.openai.answer import LONG_TEXT, Answer, Work, check_choices, check_model, check_work
+from serve.openai.protocol import ApiError
+from serve.openai.protocol_chat import ChatRequest, chat_logprobs_object
+from serve.request import Delta, FinishReason, TokenLogprobs
+
+
+async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeConfig) -> Work:
+    """Tokens and parameters of every choice. Without a limit an answer may fill the context. Raises ApiError."""
+    check_model(request.model, config)
+    if engine.engine.chat_template is None:
+        message = f"the model {config.served_name!r} has no chat template; use /v1/completions with a prompt"
+        raise ApiError(400, message, param="model", code="no_chat_template")
+    copies = request.n or 1
+    check_choices(1, copies, config)
+    tokens = await _encode(request.conversation(), engine)
+    limit = request.limit or max(1, engine.engine.max_model_len - len(tokens))
+    work: Work = []
+    for copy in range(copies):
+        params = request.sampling(limit, copy)
+        check_work(tokens, params, engine, ("messages", request.limit_name))
+        work.append((tokens, params))
+    return work
+
+
+async def _encode(messages: list[dict[str, str]], engine: AsyncEngine) -> list[int]:
+    try:
+        if sum(len(message["content"]) for message in messages) > LONG_TEXT:
+            return await asyncio.to_thread(engine.engine.encode_chat, messages)
+        return engine.engine.encode_chat(messages)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages", code="chat_template_error") from None
+
+
+class ChatAnswer(Answer):
+    """Objects of the chat interface: the first chunk of a choice names the role, the last one is empty and says why."""
+
+    prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, request: ChatRequest, engine: AsyncEngine, work: Work, *, interval_s: float = 0.0) -> None:
+        super().__init__(request, engine, work, interval_s=interval_s)
+        self.begun: set[int] = set()
+
+    def choice(self, index: int, text: str, logprobs: list[TokenLogprobs], reason: FinishReason) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text}
+        return {"index": index, "message": message, "logprobs": self._logprobs(logprobs), "finish_reason": reason}
+
+    def news(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        chunks = []
+        if index not in self.begun:
+            self.begun.add(index)
+            chunks.append(_chunk(index, {"role": "assistant", "content": ""}))
+        if delta.text or delta.logprobs:
+            chunks.append(_chunk(index, {"content": delta.text}, self._logprobs(delta.logprobs)))
+        if delta.finish_reason is not None:
+            chunks.append(_chunk(index, {}, reason=delta.finish_reason))
+        return chunks
+
+    def _logprobs(self, logprobs: list[TokenLogprobs]) -> dict[str, Any] | None:
+        if self.request.alternatives is None:
+            return None
+        return chat_logprobs_object(logprobs, self.engine.engine.tokenizer.token_bytes)
+
+
+def _chunk(
+    index: int, delta: dict[str, str], logprobs: dict[str, Any] | None = None, reason: FinishReason | None = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
