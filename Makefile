@@ -29,8 +29,8 @@ train: install  ## a longer run of the same model (some 15 minutes), against the
 compare: install  ## train the variants side by side on the characters of TEXT (some 70 minutes on two cores)
 	$(BIN)/python -m attnzoo compare text=$(TEXT) --json runs/compare/report.json --figures runs/compare
 
-serve: install  ## serve CHECKPOINT (default: the demo's) on PORT until interrupted
-	$(BIN)/python -m serve --checkpoint $(CHECKPOINT) --port $(PORT)
+serve: install  ## serve CHECKPOINT (default: the demo's) on PORT until interrupted; MODEL=smollm2: a chat model
+	$(BIN)/python -m serve $(if $(MODEL),--config configs/serve/$(MODEL).yaml,--checkpoint $(CHECKPOINT)) --port $(PORT)
 
 test: install  ## the whole suite but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -9,13 +9,14 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve.config import ServeConfig, build_serve_config, parse_settings, read_config_file
+from serve.config import ServeConfig, absolute, build_serve_config, parse_settings, read_config_file
 from serve.environment import prepare_environment
 
 EXAMPLES = """examples:
   python -m serve --checkpoint runs/demo/export
   python -m serve --checkpoint runs/demo/export --port 8001 max_num_seqs=4 max_model_len=512
   python -m serve --checkpoint runs/demo/export --config configs/serve/private.yaml
+  python -m serve --config configs/serve/smollm2.yaml
 
   curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
        -d '{"model": "demo", "prompt": "def ", "max_tokens": 32, "stream": true}'
@@ -32,7 +33,10 @@ def parse(argv: Sequence[str]) -> ServeConfig:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", help="an export directory, as written by training to <run dir>/export")
+    parser.add_argument(
+        "--checkpoint",
+        help="an export directory (training writes <run dir>/export), one of transformers, a .gguf file, or smollm2",
+    )
     parser.add_argument("--port", type=int, help="port to listen on (default 8000)")
     parser.add_argument("--config", type=Path, help="a YAML file of settings, for example configs/serve/default.yaml")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting")
@@ -42,7 +46,7 @@ def parse(argv: Sequence[str]) -> ServeConfig:
         values |= parse_settings(arguments.settings)
         values |= {key: value for key in ("checkpoint", "port") if (value := getattr(arguments, key)) is not None}
         if "checkpoint" in values:
-            values["checkpoint"] = str(Path(values["checkpoint"]).resolve())
+            values["checkpoint"] = absolute(values["checkpoint"])
         config = build_serve_config(values)
         check_checkpoint(config)
     except ValueError as error:
@@ -52,12 +56,13 @@ def parse(argv: Sequence[str]) -> ServeConfig:
 
 def check_checkpoint(config: ServeConfig) -> None:
     """Finds out before Ray starts. Raises ValueError when there is no checkpoint to load."""
-    from attnzoo.checkpoint import load_tokenizer, read_metadata
+    from attnzoo.checkpoint import find_checkpoint, load_tokenizer, open_checkpoint
     from attnzoo.tokenizer.chat import ChatTemplate
     from serve.openai.routes import read_api_key
 
-    read_metadata(Path(config.checkpoint))
-    ChatTemplate.of(load_tokenizer(Path(config.checkpoint)))
+    path = find_checkpoint(config.checkpoint)
+    open_checkpoint(path)
+    ChatTemplate.of(load_tokenizer(path))
     read_api_key(config)
 
 
@@ -83,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(sys.argv[1:] if argv is None else argv)
     prepare_environment(Path(".cache"))
     # Heavy, only once the arguments are right, and after the environment that Ray reads at import.
-    from attnzoo.checkpoint import load_tokenizer
+    from attnzoo.checkpoint import find_checkpoint, load_tokenizer
     from serve import deployment
 
     ended = threading.Event()
@@ -98,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         deployment.stop(config)
         return 130
     print(f"serving {config.served_name!r} on {url}", flush=True)
-    chat = load_tokenizer(Path(config.checkpoint)).chat_template is not None
+    chat = load_tokenizer(find_checkpoint(config.checkpoint)).chat_template is not None
     print(f"  {example(url, config.served_name, chat)}", flush=True)
     ended.wait()
     print("finishing running requests ...", file=sys.stderr)

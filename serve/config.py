@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from attnzoo.checkpoint import PACKAGED
 from attnzoo.errors import suggest
 from attnzoo.types import build_config, parse_dtype
 
@@ -15,8 +16,9 @@ from attnzoo.types import build_config, parse_dtype
 class EngineConfig:
     """What the engine needs.
 
-    checkpoint: an export directory of ours or of transformers, or a .gguf file. max_num_seqs: sequences that run at the same time (slots of the state).
-    max_model_len: prompt and completion together, in tokens; None takes the model's max_positions.
+    checkpoint: an export directory of ours or of transformers, a .gguf file, or the name of a model that comes in a
+    package ("smollm2"). max_num_seqs: sequences that run at the same time (slots of the state). max_model_len: prompt
+    and completion together, in tokens; None takes the model's max_positions.
     max_batched_tokens: tokens that one step may send through the model. max_queue: requests that may wait.
     dtype: None keeps the checkpoint's. threads: CPU threads of torch, None leaves them as they are.
     step_timeout_s: a step that takes longer makes the engine unhealthy.
@@ -90,6 +92,8 @@ class ServeConfig(EngineConfig):
         """The model's name in the API."""
         if self.model_name:
             return self.model_name
+        if self.checkpoint in PACKAGED:
+            return self.checkpoint
         path = Path(self.checkpoint).resolve()
         name = path.name.removesuffix(".gguf")
         return path.parent.name if name == "export" and path.parent.name else name
@@ -130,6 +134,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; write one `key: value` a line")
     return values
+
+
+def absolute(checkpoint: str) -> str:
+    """A path that holds in every process; the name of a packaged model as it is."""
+    return checkpoint if checkpoint in PACKAGED else str(Path(checkpoint).resolve())
 
 
 def build_serve_config(values: Mapping[str, Any]) -> ServeConfig:

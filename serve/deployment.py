@@ -9,7 +9,6 @@ One deployment is ingress and engine in one, so a token makes one hop: from the 
 import logging
 import socket
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from serve.async_engine import AsyncEngine
-from serve.config import ServeConfig, build_serve_config, parse_value
+from serve.config import ServeConfig, absolute, build_serve_config, parse_value
 from serve.engine import Engine
 from serve.openai.routes import build_app
 
@@ -90,7 +89,7 @@ def app(args: Mapping[str, Any]) -> serve.Application:
                 f"{key} is set by Ray's own options under `serve run`; leave it out, or use python -m serve"
             )
     if "checkpoint" in values:
-        values["checkpoint"] = str(Path(values["checkpoint"]).resolve())
+        values["checkpoint"] = absolute(values["checkpoint"])
     return build(build_serve_config(values))
 
 

@@ -2,12 +2,11 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnzoo.checkpoint import load_model, load_tokenizer
+from attnzoo.checkpoint import find_checkpoint, load_model, load_tokenizer
 from attnzoo.models import DecoderLM
 from attnzoo.tokenizer.chat import ChatTemplate
 from attnzoo.types import parse_dtype
@@ -44,7 +43,7 @@ class Engine:
         self.config = config
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        directory = Path(config.checkpoint)
+        directory = find_checkpoint(config.checkpoint)
         dtype = None if config.dtype is None else parse_dtype(config.dtype)
         self.model = model or load_model(directory, device=config.device, dtype=dtype)
         self.tokenizer = tokenizer or load_tokenizer(directory)
