@@ -30,6 +30,7 @@ import torch
 from attnzoo.checkpoint import save_model
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.report import Claim, Report
+from attnzoo.tokenizer import SentencePieceTokenizer
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.request import SamplingParams
@@ -65,7 +66,7 @@ def make_checkpoint(directory: Path) -> Path:
     from train.tokenizer import train_tokenizer
 
     lines = [line for path in sorted(ROOT.glob("*/*.py")) for line in path.read_text(encoding="utf-8").splitlines()]
-    tokenizer = train_tokenizer(lines, 1024, directory / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer.load(train_tokenizer(lines, 1024, directory / "tokenizer.model"))
     torch.manual_seed(0)
     config = DecoderConfig(vocab_size=1024, model_dim=128, num_layers=4, attention="rcmha", max_positions=512)
     return save_model(directory / "random" / "export", DecoderLM(config), tokenizer=tokenizer)

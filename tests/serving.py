@@ -62,7 +62,7 @@ def small_model(kind: str, *, layers: int = 2, dim: int = 32, seed: int = 0, max
 
 def export(directory: Path, kind: str = "rcmha", **options: int) -> Path:
     """A checkpoint with a small model."""
-    return save_model(directory, small_model(kind, **options), tokenizer=tokenizer_path())
+    return save_model(directory, small_model(kind, **options), tokenizer=tokenizer())
 
 
 @lru_cache(maxsize=1)

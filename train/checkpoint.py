@@ -51,6 +51,7 @@ def identity(config: Config, model: dict[str, Any], tokenizer_hash: str, world: 
         "precision": config.precision,
         "optim.name": config.optim.name,
         "zero.stage": config.zero.stage,
+        **({} if config.lora.rank is None else {f"lora.{key}": value for key, value in asdict(config.lora).items()}),
         "train.batch_size": config.train.batch_size,
         "ranks": world,
     }

@@ -79,6 +79,16 @@ class ZeroConfig:
 
 
 @dataclass
+class LoraConfig:
+    """rank: of the adapters (null: none, all weights train). targets: the linear maps that get one, in every layer."""
+
+    rank: int | None = None
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["query", "value"])
+
+
+@dataclass
 class EvalConfig:
     """every: steps between evaluations (null: only the last). max_blocks: of those on the way."""
 
@@ -111,12 +121,15 @@ class LogConfig:
 
 @dataclass
 class CheckpointConfig:
-    """resume: auto | never | a checkpoint directory. init_from: an export to take weights from."""
+    """resume: auto | never | a checkpoint directory. init_from: a model to take weights from: an export, a directory of
+    transformers, a .gguf file or the name of a packaged model. adopt_model: take its model and tokenizer too; `model`
+    and `tokenizer` then say nothing but `model.attention_impl`."""
 
     every: int | None = 500
     keep: int = 2
     resume: str = "auto"
     init_from: str | None = None
+    adopt_model: bool = False
 
 
 @dataclass
@@ -135,6 +148,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     log: LogConfig = field(default_factory=LogConfig)

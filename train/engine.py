@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from attnzoo.models import DecoderLM, build_shapes
 from attnzoo.ops.masks import marked_starts
-from attnzoo.tokenizer import SentencePieceTokenizer
 from train.config import Config, ConfigError
+from train.lora import add_adapters, merge_adapters
 from train.optim import MatrixAdamW, MatrixSlot, ShardLayout, build_optimizer, set_rate
 
 DTYPES = {"fp32": torch.float32, "bf16_autocast": torch.float32, "bf16": torch.bfloat16}
@@ -146,24 +146,30 @@ def _clips_itself(config: Config) -> bool:
 class LossModule(nn.Module):
     """The model behind one forward that returns its loss: what DeepSpeed wraps."""
 
-    def __init__(self, model: DecoderLM, autocast: torch.device | None, isolate_documents: bool) -> None:
+    def __init__(self, model: DecoderLM, autocast: torch.device | None, document_start: int | None) -> None:
         super().__init__()
         self.model = model
         self.autocast = autocast
-        self.isolate_documents = isolate_documents
+        self.document_start = document_start
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         with torch.autocast(self.autocast.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
-            starts_BT = marked_starts(tokens_BT, SentencePieceTokenizer.bos_id) if self.isolate_documents else None
+            starts_BT = None if self.document_start is None else marked_starts(tokens_BT, self.document_start)
             return self.model.loss(tokens_BT, targets_BT, starts_BT)
 
 
 class Engine:
-    """Model and optimizer over all ranks. Every method is called by every rank unless it says otherwise."""
+    """Model and optimizer over all ranks. Every method is called by every rank unless it says otherwise.
 
-    def __init__(self, config: Config, model: DecoderLM, device: torch.device) -> None:
+    `document_start`: the token that begins a document, where documents of one row are to be kept apart; else None.
+    """
+
+    def __init__(
+        self, config: Config, model: DecoderLM, device: torch.device, document_start: int | None = None
+    ) -> None:
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
         self.stage = config.zero.stage
+        self._lora = config.lora
         self._clipping = config.train.gradient_clipping if _clips_itself(config) else None
         settings = deepspeed_config(config, self.world)
         self.accumulation: int = settings["gradient_accumulation_steps"]
@@ -172,7 +178,7 @@ class Engine:
         model.activation_checkpointing = config.train.activation_checkpointing
         optimizer = build_optimizer(model, config.optim)
         autocast = device if config.precision == "bf16_autocast" else None
-        module = LossModule(model, autocast, bool(config.data.get("isolate_documents", False)))
+        module = LossModule(model, autocast, document_start)
         self._names = [name for name, _ in model.named_parameters()]
         with _quiet():
             self._engine, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, config=settings)
@@ -245,7 +251,7 @@ class Engine:
         found: dict[str, Tensor] = {}
         masters = self._unfused_masters()
         for name, parameter in self.model.named_parameters():
-            if self.stage == 0:
+            if self.stage == 0 or not parameter.requires_grad:
                 weight = masters.get(id(parameter), parameter)
             else:
                 weight = safe_get_full_fp32_param(parameter)
@@ -259,12 +265,14 @@ class Engine:
         if state is None:
             return None
         model = build_shapes(self.model_config)
+        if self._lora.rank is not None:
+            add_adapters(model, self._lora)
         if self.model_config.tie_embeddings:
             state["head.weight"] = state["embedding.weight"]
         model.load_state_dict(state, assign=True)
         if self.model_config.tie_embeddings:
             model.head.weight = model.embedding.weight
-        return model.eval()
+        return merge_adapters(model).eval() if self._lora.rank is not None else model.eval()
 
     def _unfused_masters(self) -> dict[int, Tensor]:
         """The float32 copies that DeepSpeed keeps of bf16 weights without ZeRO."""

@@ -1,43 +1,48 @@
 """From a run to what a server loads, and from an export to the start of another run."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
-from attnzoo.checkpoint import TOKENIZER, load_model, save_model
-from attnzoo.models import DecoderLM
+from attnzoo.checkpoint import find_checkpoint, load_model, load_tokenizer, open_checkpoint, save_model
+from attnzoo.models import DecoderConfig, DecoderLM
+from attnzoo.tokenizer import Tokenizer
 from train.engine import Engine
 
 
-def export(engine: Engine, directory: Path, tokenizer: Path, metadata: dict[str, Any]) -> None:
-    """Writes weights (float32, gathered from all ranks), config.json and tokenizer.model; called by every rank."""
+def export(engine: Engine, directory: Path, tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
+    """Writes weights (float32, gathered from all ranks, adapters merged), config.json and the tokenizer.
+
+    Called by every rank.
+    """
     model = engine.full_model()
     if model is not None:
         save_model(directory, model, tokenizer=tokenizer, metadata=metadata)
     engine.barrier()
 
 
-def init_from(model: DecoderLM, directory: Path, tokenizer: Path) -> None:
-    """Copies the weights of an export into a new model.
+def init_from(model: DecoderLM, checkpoint: str, tokenizer: Tokenizer) -> None:
+    """Copies the weights of a checkpoint into a new model.
 
     Raises ValueError that names the field when its model or tokenizer is not the one of this run.
     """
-    source = load_model(directory)
+    path = find_checkpoint(checkpoint)
+    source = load_model(path, dtype=model.embedding.weight.dtype)
     theirs, mine = source.config.to_dict(), model.config.to_dict()
     for key in mine:
-        if theirs.get(key) != mine[key]:
+        # How operations are computed is no property of the weights.
+        if theirs.get(key) != mine[key] and key != "attention_impl":
             raise ValueError(
-                f"checkpoint.init_from={directory} has model.{key}={theirs.get(key)!r} and this run has {mine[key]!r}; "
-                "set it to the export's"
+                f"checkpoint.init_from={checkpoint} has model.{key}={theirs.get(key)!r} and this run has "
+                f"{mine[key]!r}; set it to the checkpoint's, or take its whole model with checkpoint.adopt_model=true"
             )
-    saved = directory / TOKENIZER
-    if saved.is_file() and file_hash(saved) != file_hash(tokenizer):
+    if load_tokenizer(path).fingerprint() != tokenizer.fingerprint():
         raise ValueError(
-            f"checkpoint.init_from={directory} was trained with another tokenizer; set tokenizer.path={saved}"
+            f"checkpoint.init_from={checkpoint} was trained with another tokenizer; set tokenizer.path={path}"
         )
     model.load_state_dict(source.state_dict())
 
 
-def file_hash(path: Path) -> str:
-    """The beginning of the SHA-256 of a file's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def adopted_model(checkpoint: str, attention_impl: str) -> DecoderConfig:
+    """The configuration of a checkpoint's model, computed as this run says."""
+    config = open_checkpoint(find_checkpoint(checkpoint)).config
+    return DecoderConfig.from_dict({**config.to_dict(), "attention_impl": attention_impl})

@@ -32,8 +32,9 @@ AT_LEAST_ONE = [
     "checkpoint.every",
     "checkpoint.keep",
     "optim.newton_schulz_steps",
+    "lora.rank",
 ]
-POSITIVE = ["train.max_minutes", "optim.lr", "optim.muon_lr", "optim.eps", "log.peak_flops"]
+POSITIVE = ["train.max_minutes", "optim.lr", "optim.muon_lr", "optim.eps", "log.peak_flops", "lora.alpha"]
 NOT_NEGATIVE = ["optim.weight_decay", "schedule.warmup_steps", "train.gradient_clipping", "sample.temperature"]
 FRACTIONS = [
     "schedule.decay_fraction",
@@ -42,6 +43,7 @@ FRACTIONS = [
     "optim.beta2",
     "optim.momentum",
     "sample.top_p",
+    "lora.dropout",
 ]
 
 
@@ -71,6 +73,17 @@ def problems(config: "Config") -> Iterator[tuple[str, str]]:
         )
     if config.zero.offload_optimizer and config.zero.stage == 0:
         yield "zero.offload_optimizer", "zero.offload_optimizer needs zero.stage of 1, 2 or 3, not 0"
+    if config.checkpoint.adopt_model and config.checkpoint.init_from is None:
+        yield "checkpoint.adopt_model", "checkpoint.adopt_model=true needs checkpoint.init_from: whose model?"
+    if config.lora.rank is not None:
+        if not config.lora.targets:
+            yield "lora.targets", "lora.targets is empty: nothing would train; name linear maps such as query"
+        if config.checkpoint.init_from is None:
+            yield "lora.rank", "lora.rank needs checkpoint.init_from: adapters of random weights learn nothing"
+        if config.zero.stage == 3:
+            yield "zero.stage", "zero.stage=3 does not go with lora.rank: frozen weights are cut too; use 0, 1 or 2"
+        if config.optim.name == "muon":
+            yield "optim.name", "optim.name=muon does not go with lora.rank: adapters are narrow; use adamw"
     if config.train.compile and config.zero.stage == 3:
         yield (
             "train.compile",

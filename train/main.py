@@ -4,6 +4,7 @@
     deepspeed train/main.py --config rcmha.yaml train.steps=200 optim.lr=1e-3 run_dir=runs/try
     python train/main.py --config demo.yaml                # one process
     python train/main.py --config rcmha.yaml --dry-run     # what it would take
+    deepspeed train/main.py --config finetune.yaml checkpoint.init_from=smollm2   # a model of others, by adapters
 
 A bare name is looked up in configs/. configs/base.yaml explains every key. SIGTERM or Ctrl-C finishes the step,
 saves a checkpoint and exits 0; the same command then goes on where it stopped.
@@ -13,6 +14,7 @@ import argparse
 import os
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from attnzoo.checkpoint import find_checkpoint
 from attnzoo.files import write_atomic
-from attnzoo.models import DecoderLM
+from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.report import Report
-from attnzoo.tokenizer import SentencePieceTokenizer, Tokenizer
+from attnzoo.tokenizer import Tokenizer, load_tokenizer
 from attnzoo.types import build_config
 from train import engine as engines
 from train.checkpoint import Checkpoints, Progress, find_resume, identity
 from train.config import Config, ConfigError, load_config
 from train.data import DataConfig, TokenData, prepare
 from train.engine import Engine
-from train.export import export, file_hash, init_from
+from train.export import adopted_model, export, init_from
 from train.loop import Run, train
+from train.lora import add_adapters
 from train.metrics import Metrics, check_wandb, read_metrics
 from train.plan import describe
 from train.plot import plot_losses
@@ -51,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_wandb(config.log.wandb)
         if options.dry_run:
             if _is_main():
-                print(describe(config, _planned_vocabulary(config), int(os.environ.get("WORLD_SIZE", "1"))))
+                print(describe(config, _planned_model(config), int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
         engines.deepspeed_config(config, int(os.environ.get("WORLD_SIZE", "1")))
         run_training(config, options.local_rank)
@@ -68,13 +72,15 @@ def run_training(config: Config, local_rank: int) -> None:
     """Prepares, trains, and writes everything the run directory holds. Raises ValueError for what the user can mend."""
     device = engines.start(config, local_rank)
     tokenizer_path, data = _prepare_data(config)
-    tokenizer = SentencePieceTokenizer.load(tokenizer_path)
-    model = _build_model(config, tokenizer, tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
+    model = _build_model(config, tokenizer)
     # Counted before ZeRO 3 cuts the weights: forward once, backward twice.
     flops = 3 * model.cost(config.train.batch_size, config.sequence_length, config.sequence_length).flops
     parameters = model.num_parameters()
-    engine = Engine(config, model, device)
-    settings = identity(config, model.config.to_dict(), file_hash(tokenizer_path), engine.world)
+    if config.lora.rank is not None:
+        add_adapters(model, config.lora)
+    engine = Engine(config, model, device, tokenizer.bos_id if config.data.get("isolate_documents") else None)
+    settings = identity(config, model.config.to_dict(), tokenizer.fingerprint(), engine.world)
     checkpoints = Checkpoints(config.run_path / "checkpoints", config.checkpoint.keep, settings)
     progress, resumed = _resume(config, engine, checkpoints, data)
     metrics = None
@@ -88,7 +94,7 @@ def run_training(config: Config, local_rank: int) -> None:
         metrics.close()
     loss, bits = run.validation
     metadata = {"steps": progress.step, "validation_loss": loss, "bits_per_byte": bits, "name": config.name}
-    export(engine, config.run_path / "export", tokenizer_path, metadata if reason is None else {"steps": progress.step})
+    export(engine, config.run_path / "export", tokenizer, metadata if reason is None else {"steps": progress.step})
     if engine.rank == 0:
         _summarize(run, reason)
 
@@ -97,6 +103,8 @@ def _prepare_data(config: Config) -> tuple[Path, TokenData]:
     """Tokenizer and tokens: rank 0 builds what is missing, then the others open it; a mistake ends all ranks."""
     data_config = build_config(DataConfig, {"seed": config.seed, **config.data}, "data")
     tokenizer_config = build_config(TokenizerConfig, config.tokenizer, "tokenizer")
+    if config.checkpoint.adopt_model and config.checkpoint.init_from is not None:
+        tokenizer_config = replace(tokenizer_config, path=str(find_checkpoint(config.checkpoint.init_from)))
 
     def prepared(is_main: bool) -> tuple[Path, TokenData]:
         path = ensure_tokenizer(tokenizer_config, data_config, config.cache_path)
@@ -114,10 +122,10 @@ def _prepare_data(config: Config) -> tuple[Path, TokenData]:
     return result or prepared(False)
 
 
-def _build_model(config: Config, tokenizer: Tokenizer, tokenizer_path: Path) -> DecoderLM:
+def _build_model(config: Config, tokenizer: Tokenizer) -> DecoderLM:
     """The same weights on every rank."""
     _seed(config.seed)
-    model_config = config.model_config(tokenizer.vocab_size)
+    model_config = _model_config(config, tokenizer.vocab_size)
     if config.sequence_length > model_config.max_positions:
         raise ConfigError(
             f"data.sequence_length={config.sequence_length} is longer than model.max_positions="
@@ -125,8 +133,14 @@ def _build_model(config: Config, tokenizer: Tokenizer, tokenizer_path: Path) -> 
         )
     model = DecoderLM(model_config)
     if config.checkpoint.init_from is not None:
-        init_from(model, Path(config.checkpoint.init_from), tokenizer_path)
+        init_from(model, config.checkpoint.init_from, tokenizer)
     return model
+
+
+def _model_config(config: Config, vocab_size: int) -> DecoderConfig:
+    if config.checkpoint.adopt_model and config.checkpoint.init_from is not None:
+        return adopted_model(config.checkpoint.init_from, config.model.get("attention_impl", "auto"))
+    return config.model_config(vocab_size)
 
 
 def _resume(config: Config, engine: Engine, checkpoints: Checkpoints, data: TokenData) -> tuple[Progress, bool]:
@@ -183,10 +197,12 @@ def _summarize(run: Run, reason: str | None) -> None:
     print(f"run directory {config.run_path} (server: checkpoint={config.run_path / 'export'})", flush=True)
 
 
-def _planned_vocabulary(config: Config) -> int:
+def _planned_model(config: Config) -> DecoderConfig:
+    """What `run_training` would build, without preparing data."""
     tokenizer = build_config(TokenizerConfig, config.tokenizer, "tokenizer")
-    return (
-        tokenizer.vocab_size if tokenizer.path is None else SentencePieceTokenizer.load(Path(tokenizer.path)).vocab_size
+    known = tokenizer.path is None or config.checkpoint.adopt_model
+    return _model_config(
+        config, tokenizer.vocab_size if known else load_tokenizer(Path(str(tokenizer.path))).vocab_size
     )
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from attnzoo.evaluate.fits import Setup, training_memory
-from attnzoo.models import DecoderLM, build_shapes
+from attnzoo.models import DecoderConfig, DecoderLM, build_shapes
 from attnzoo.report import format_table
 from train.config import Config
 from train.engine import deepspeed_config
@@ -11,10 +11,10 @@ from train.engine import deepspeed_config
 MIB = 2**20
 
 
-def describe(config: Config, vocab_size: int, world: int) -> str:
+def describe(config: Config, model_config: DecoderConfig, world: int) -> str:
     """The resolved configuration, sizes, and the memory a rank takes at every ZeRO stage."""
     accumulation = deepspeed_config(config, world)["gradient_accumulation_steps"]
-    model = build_shapes(config.model_config(vocab_size))
+    model = build_shapes(model_config)
     tokens = config.train.batch_size * config.sequence_length
     total, inner = model.num_parameters(), model.num_parameters(embeddings=False)
     rows = [memory_row(config, model, stage, world) for stage in range(4)]
@@ -25,7 +25,8 @@ def describe(config: Config, vocab_size: int, world: int) -> str:
             f"parameters: {total:,} in all, {inner:,} without embeddings",
             f"tokens per step: {tokens:,} = {config.train.batch_size} sequences of {config.sequence_length}, "
             f"{world} ranks x {accumulation} passes of {config.train.micro_batch_size}",
-            f"MiB a rank, by a model (chosen: zero.stage={config.zero.stage}):",
+            f"MiB a rank, by a model (chosen: zero.stage={config.zero.stage}):"
+            + (" all weights trained, with lora.rank it is less" if config.lora.rank is not None else ""),
             format_table(rows),
         ]
     )

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from attnzoo.files import write_atomic
+from attnzoo.tokenizer import load_tokenizer
 from attnzoo.tokenizer.sentencepiece import SPACE, SentencePieceTokenizer
 from train.data.config import DataConfig
 from train.data.corpora import fingerprint, split_documents
@@ -27,7 +28,8 @@ LONGEST_LINE = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """vocab_size: pieces, the 256 bytes and 4 control tokens included. path: a trained model to use instead."""
+    """vocab_size: pieces, the 256 bytes and 4 control tokens included. path: a trained one to use instead: a file or
+    directory as `attnzoo.tokenizer.load_tokenizer` reads."""
 
     vocab_size: int = 2048
     path: str | None = None
@@ -43,7 +45,7 @@ class TokenizerConfig:
 def ensure_tokenizer(config: TokenizerConfig, data: DataConfig, cache_dir: Path) -> Path:
     """The model file: `config.path`, or one trained on the training split of `data` and kept under `cache_dir`."""
     if config.path is not None:
-        SentencePieceTokenizer.load(Path(config.path))
+        load_tokenizer(Path(config.path))
         return Path(config.path)
     key = hashlib.sha256(f"{fingerprint(data)} {asdict(config)} {SAMPLE_BYTES}".encode()).hexdigest()[:16]
     path = Path(cache_dir) / "tokenizers" / f"{key}.model"

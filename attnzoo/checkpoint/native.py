@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 
@@ -17,7 +17,10 @@ from attnzoo.checkpoint.shards import WEIGHTS, Shards
 from attnzoo.files import replace_directory, temporary_directory
 from attnzoo.models import DecoderConfig, DecoderLM
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.model"
+if TYPE_CHECKING:
+    from attnzoo.tokenizer import Tokenizer
+
+CONFIG = "config.json"
 FORMAT = "attnzoo-decoder-1"
 
 
@@ -25,12 +28,12 @@ def save_model(
     directory: Path,
     model: DecoderLM,
     *,
-    tokenizer: Path | None = None,
+    tokenizer: "Tokenizer | None" = None,
     metadata: dict[str, Any] | None = None,
 ) -> Path:
     """Writes `model` to `directory`, replacing what was there; returns the directory.
 
-    `tokenizer` is a sentencepiece model file to copy along; `metadata` any JSON (loss, steps, provenance).
+    `tokenizer` is saved along; `metadata` is any JSON (loss, steps, provenance).
     """
     directory = Path(directory)
     temporary = temporary_directory(directory)
@@ -44,7 +47,7 @@ def save_model(
         content = {"format": FORMAT, "model": model.config.to_dict(), "metadata": metadata or {}}
         (temporary / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, temporary / TOKENIZER)
+            tokenizer.save(temporary)
         replace_directory(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,6 +1,7 @@
 """What every tokenizer does, and text that comes token by token."""
 
 import codecs
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,6 +37,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def spelling(self, token: int) -> str:
         """How the vocabulary writes a token, control tokens included: what a chat template puts into its text."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that two tokenizers share only when they are the same."""
 
     @abstractmethod
     def save(self, directory: Path) -> None:
@@ -75,6 +80,11 @@ class StreamDecoder:
     def finish(self) -> str:
         """What is left: U+FFFD for a character that was never completed."""
         return self._utf8.decode(b"", final=True)
+
+
+def short_hash(content: bytes) -> str:
+    """The beginning of the SHA-256 of some bytes."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def check_text(text: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnzoo.files import write_atomic
-from attnzoo.tokenizer.base import Tokenizer, check_text
+from attnzoo.tokenizer.base import Tokenizer, check_text, short_hash
 from attnzoo.tokenizer.sentencepiece import FILE, SPACE, piece_bytes, read_processor
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ class ForeignSentencePieceTokenizer(Tokenizer):
         """Reads a sentencepiece model file. Raises ValueError when it is missing or damaged."""
         path = Path(path)
         return cls(read_processor(path), path)
+
+    def fingerprint(self) -> str:
+        return short_hash(self._path.read_bytes())
 
     def save(self, directory: Path) -> None:
         """Writes tokenizer.model."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.files import write_atomic
-from attnzoo.tokenizer.base import Tokenizer, check_text
+from attnzoo.tokenizer.base import Tokenizer, check_text, short_hash
 from attnzoo.tokenizer.byte_table import byte_table
 
 if TYPE_CHECKING:
@@ -90,6 +90,9 @@ class HuggingFaceTokenizer(Tokenizer):
         names = (FILE, CONFIG, SPECIAL_TOKENS, TEMPLATE, GENERATION)
         files = tuple(directory / name for name in names if (directory / name).is_file())
         return cls(tokenizer, settings, source=str(path), files=files)
+
+    def fingerprint(self) -> str:
+        return short_hash(f"{self._tokenizer.to_str()} {self.bos_id} {self.eos_id} {self.pad_id}".encode())
 
     def save(self, directory: Path) -> None:
         """Copies the files it was read from, or writes tokenizer.json and tokenizer_config.json if it was built."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnzoo.files import write_atomic
-from attnzoo.tokenizer.base import Tokenizer, check_text
+from attnzoo.tokenizer.base import Tokenizer, check_text, short_hash
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -60,6 +60,9 @@ class SentencePieceTokenizer(Tokenizer):
                     f"{where} changes {text!r}: train it with the identity normalisation, no dummy prefix and "
                     "remove_extra_whitespaces off, as python -m train.tokenizer does"
                 )
+
+    def fingerprint(self) -> str:
+        return short_hash(self._path.read_bytes())
 
     def save(self, directory: Path) -> None:
         """Writes tokenizer.model."""

@@ -10,6 +10,13 @@ from attnzoo.files import replace_directory, write_atomic
 from attnzoo.models import DecoderConfig, DecoderLM
 
 
+class Unwritable:
+    """A tokenizer whose files are gone."""
+
+    def save(self, directory):
+        raise FileNotFoundError(directory)
+
+
 def build(**changes) -> DecoderLM:
     torch.manual_seed(1)
     values = {"vocab_size": 31, "model_dim": 16, "num_layers": 2, "attention": ["rcmha", "linear"]} | changes
@@ -48,7 +55,7 @@ def test_replacing_keeps_one_whole_model(tmp_path):
 def test_failed_write_leaves_the_old_model(tmp_path):
     save_model(tmp_path / "model", build(), metadata={"steps": 1})
     with pytest.raises(FileNotFoundError):
-        save_model(tmp_path / "model", build(model_dim=32), tokenizer=tmp_path / "missing.model")
+        save_model(tmp_path / "model", build(model_dim=32), tokenizer=Unwritable())
     assert load_model(tmp_path / "model").config.model_dim == 16
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

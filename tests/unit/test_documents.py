@@ -31,7 +31,7 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
 def test_isolated_loss_is_that_of_the_documents_alone(attention, checkpointing):
     lm, (tokens, targets) = model(attention), rows()
     lm.activation_checkpointing = checkpointing
-    isolated = LossModule(lm, None, isolate_documents=True)(tokens, targets)
+    isolated = LossModule(lm, None, document_start=BOS)(tokens, targets)
     pieces = [(0, 0, 5), (0, 5, 12), (1, 0, 3), (1, 3, 12)]
     alone = sum(
         lm.loss(tokens[row : row + 1, first:end], targets[row : row + 1, first:end]) * (end - first)
@@ -39,7 +39,7 @@ def test_isolated_loss_is_that_of_the_documents_alone(attention, checkpointing):
     )
     # The loss is taken in float32 in whatever dtype the model is.
     torch.testing.assert_close(isolated, alone / 24, rtol=0, atol=1e-6)
-    together = LossModule(lm, None, isolate_documents=False)(tokens, targets)
+    together = LossModule(lm, None, document_start=None)(tokens, targets)
     assert abs(together - isolated) > 1e-3
     for got, want in zip(
         torch.autograd.grad(isolated, lm.parameters()), torch.autograd.grad(alone / 24, lm.parameters()), strict=True
@@ -51,7 +51,7 @@ def test_a_variant_that_cannot_keep_documents_apart_is_refused(monkeypatch):
     lm, (tokens, targets) = model(), rows()
     monkeypatch.setattr(type(lm.blocks[0].attention), "traits", Traits(varlen=False))
     with pytest.raises(ValueError, match="RCMHA cannot keep documents of one row apart"):
-        LossModule(lm, None, isolate_documents=True)(tokens, targets)
+        LossModule(lm, None, document_start=BOS)(tokens, targets)
 
 
 def test_an_explicit_implementation_reaches_every_layer():

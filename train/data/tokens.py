@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attnzoo.files import replace_directory, temporary_directory
-from attnzoo.tokenizer import SentencePieceTokenizer, Tokenizer
+from attnzoo.tokenizer import Tokenizer, load_tokenizer
 from train.data.config import DataConfig
 from train.data.corpora import fingerprint, split_documents
 from train.data.loader import BatchStream
@@ -69,8 +69,13 @@ def prepare(
     The other processes call this after the main one. Raises ValueError as `split_documents`, when a split is shorter
     than a block, or when a process that is not the main one finds nothing.
     """
-    directory = _cache_directory(config, tokenizer_path, cache_dir)
-    tokenizer = SentencePieceTokenizer.load(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
+    if config.isolate_documents and tokenizer.encode("", bos=True) == []:
+        raise ValueError(
+            "data.isolate_documents=true needs a tokenizer whose texts have a begin token; this one's have none: set "
+            "it to false"
+        )
+    directory = _cache_directory(config, tokenizer, cache_dir)
     if not directory.is_dir():
         if not is_main:
             raise ValueError(f"no prepared tokens in {directory}; prepare them in the main process first")
@@ -95,11 +100,12 @@ def prepare(
     )
 
 
-def _cache_directory(config: DataConfig, tokenizer_path: Path, cache_dir: Path) -> Path:
+def _cache_directory(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -> Path:
     same_tokens = ("sequence_length", "isolate_documents")
     settings = {key: value for key, value in asdict(config).items() if key not in same_tokens}
-    pieces = hashlib.sha256(Path(tokenizer_path).read_bytes()).hexdigest()
-    key = hashlib.sha256(f"{FORMAT} {fingerprint(config)} {settings} {pieces}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{FORMAT} {fingerprint(config)} {settings} {tokenizer.fingerprint()}".encode()).hexdigest()[
+        :16
+    ]
     return Path(cache_dir) / "tokens" / key
 
 

@@ -1,0 +1,57 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) by the package peft: put in, then merged."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from attnzoo.models import DecoderLM
+
+if TYPE_CHECKING:
+    from train.config import LoraConfig
+
+
+def add_adapters(model: DecoderLM, config: "LoraConfig") -> DecoderLM:
+    """Puts adapters into the linear maps that `config.targets` names, and freezes everything else; the same model.
+
+    Raises ValueError when peft is missing or a target names no linear map of the model.
+    """
+    peft = _peft()
+    maps = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target in config.targets:
+        if target not in maps:
+            raise ValueError(
+                f"lora.targets: {target!r} is no linear map of this model; known: {', '.join(sorted(maps))}"
+            )
+    settings = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.targets)
+    )
+    peft.inject_adapter_in_model(settings, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+    return model
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter belongs to an adapter."""
+    return ".lora_" in name
+
+
+def merge_adapters(model: DecoderLM) -> DecoderLM:
+    """Adds the adapters' products to the weights that they adapt and removes them; the same model."""
+    from peft.tuners.lora import LoraLayer
+
+    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for name, module in adapted:
+        layer: Any = module
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    return model
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ModuleNotFoundError:
+        raise ValueError("lora.rank: adapters need the package peft: pip install 'attnzoo[hf]'") from None
+    return peft
