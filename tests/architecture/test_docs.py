@@ -32,7 +32,8 @@ def test_files_that_documents_name_exist(document):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_that_ships_can_be_planned(name):
-    printed = describe(load_config(name, []), 2048, 2)
+    config = load_config(name, [])
+    printed = describe(config, config.model_config(2048), 2)
     assert "parameters" in printed
 
 
