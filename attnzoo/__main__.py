@@ -1,4 +1,5 @@
-"""`python -m attnzoo list`, `describe <variant>` and `plan`: what there is, what it costs, and what fits."""
+"""`python -m attnzoo list`, `describe <variant>`, `plan` and `export`: what there is, what it costs, what fits, and
+models for transformers."""
 
 import argparse
 import dataclasses
@@ -19,6 +20,7 @@ EXAMPLES = f"""examples:
   python -m attnzoo compare --quick
   python -m attnzoo describe mha num_heads=8 num_kv_heads=2 --model-dim 512 --context 4096 --dtype bf16
   python -m attnzoo plan --model configs/rcmha.yaml --gpus 64 --gpu-memory 80 --context 131072
+  python -m attnzoo export runs/mha/export out
   {PLUGINS_VARIABLE}=my_variant.py python -m attnzoo list
 """
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -112,6 +114,7 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit status, 2 for wrong usage."""
+    from attnzoo import export
     from attnzoo.evaluate import plan
 
     parser = argparse.ArgumentParser(
@@ -136,10 +139,13 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--model-dim", type=int, default=256, help="model dimension (default: %(default)s)")
         command.add_argument("--context", type=int, default=1024, help="tokens of context (default: %(default)s)")
     plan.add_arguments(commands.add_parser("plan", help="what fits on so many GPUs, and how fast it can be"))
+    export.add_arguments(commands.add_parser("export", help="a checkpoint as a directory of transformers"))
     chosen = parser.parse_args(arguments)
     try:
         if chosen.command == "plan":
             return plan.run(chosen)
+        if chosen.command == "export":
+            return export.run(chosen)
         if chosen.context < 2:
             raise ValueError(f"--context={chosen.context} must be at least 2")
         if chosen.command == "list":

@@ -1,6 +1,10 @@
-"""Models on disk: our own format, directories of transformers, GGUF files. Nothing read here is executed."""
+"""Models on disk: our own format, directories of transformers (read and written), GGUF files.
+
+Nothing read here is executed.
+"""
 
 from attnzoo.checkpoint.base import Checkpoint
+from attnzoo.checkpoint.huggingface_export import export_model
 from attnzoo.checkpoint.load import load_model, load_tokenizer, open_checkpoint, read_metadata
 from attnzoo.checkpoint.native import CONFIG, save_model
 from attnzoo.checkpoint.packaged import PACKAGED, find_checkpoint
@@ -9,6 +13,7 @@ __all__ = [
     "CONFIG",
     "PACKAGED",
     "Checkpoint",
+    "export_model",
     "find_checkpoint",
     "load_model",
     "load_tokenizer",

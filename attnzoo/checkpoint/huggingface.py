@@ -15,6 +15,8 @@ from attnzoo.models import DecoderConfig
 from attnzoo.types import build_config
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+OWN = "attnzoo"
+"""The model type of `attnzoo.hf`: our configuration under "decoder", our names below "model"."""
 UNSUPPORTED = {
     "quantization_config": (None,),
     "partial_rotary_factor": (None, 1, 1.0),
@@ -123,7 +125,7 @@ def read_config(content: Mapping[str, Any], path: Path) -> DecoderConfig:
     """The configuration in a config.json. Raises ValueError naming file and key."""
     family = content.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"{path}: model_type={family!r} is not supported; known: {', '.join(FAMILIES)}")
+        raise ValueError(f"{path}: model_type={family!r} is not supported; known: {', '.join(FAMILIES)}, {OWN}")
     for key, neutral in UNSUPPORTED.items():
         if key in content and content[key] not in neutral:
             raise ValueError(f"{path}: {key}={content[key]!r} is not supported; give a checkpoint without it")
@@ -141,7 +143,8 @@ def read_config(content: Mapping[str, Any], path: Path) -> DecoderConfig:
 
 def open_directory(directory: Path, content: Mapping[str, Any], config_path: Path) -> Checkpoint:
     """The model in a directory of transformers, `content` being its config.json. Raises ValueError naming the file."""
-    config, shards = read_config(content, config_path), Shards.of(directory)
+    own_type = content["model_type"] == OWN
+    config, shards = (_own_config if own_type else read_config)(content, config_path), Shards.of(directory)
     tied = config.tie_embeddings
     return Checkpoint(
         path=directory,
@@ -149,7 +152,16 @@ def open_directory(directory: Path, content: Mapping[str, Any], config_path: Pat
         shapes=shards.shapes,
         read=shards.read,
         dtype=shards.main_dtype(),
-        name=lambda own: rename(own, HUGGING_FACE),
+        name=lambda own: f"model.{own}" if own_type else rename(own, HUGGING_FACE),
         # Older files carry the rotary frequencies; of a tied head there may be a copy.
-        ignored=lambda name: name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"),
+        ignored=lambda name: (
+            name.endswith("rotary_emb.inv_freq") or (tied and name in ("lm_head.weight", "model.head.weight"))
+        ),
     )
+
+
+def _own_config(content: Mapping[str, Any], path: Path) -> DecoderConfig:
+    try:
+        return DecoderConfig.from_dict(content["decoder"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: decoder: {error}; export the model again") from None

@@ -2,7 +2,8 @@
 
 Two families of decoders have an exact table. Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM2) spells each byte as one
 printable character. Sentencepiece-like BPE (Llama 2, Mistral) writes a space as U+2581 and bytes without a piece as
-<0x..>; its decoder may strip the space that encoding put before a text.
+<0x..>; its decoder may strip the space that encoding put before a text. One that was trained here writes a space as it
+is (`attnzoo.tokenizer.convert`).
 """
 
 import json
@@ -18,6 +19,8 @@ SPACED = [
     ("Metaspace",),
 ]
 """Decoders, as their steps, of the family that writes a space as U+2581."""
+PLAIN = ("ByteFallback", "Fuse")
+"""The decoder of a vocabulary in which every character stands for itself."""
 STEPS: dict[str, dict[str, Any]] = {
     "Replace": {"pattern": {"String": SPACE}, "content": " "},
     "Strip": {"content": " ", "start": 1, "stop": 0},
@@ -35,17 +38,18 @@ def byte_table(tokenizer: "Tokenizer", vocab: dict[str, int], source: str) -> tu
     steps = decoder_steps(tokenizer)
     kinds = tuple(step["type"] for step in steps)
     byte_level = kinds == ("ByteLevel",)
-    if not byte_level and not (kinds in SPACED and all(map(_is_known, steps))):
+    plain = kinds == PLAIN
+    if not byte_level and not plain and not (kinds in SPACED and all(map(_is_known, steps))):
         raise ValueError(
             f"{source}: decoder {json.dumps(steps, ensure_ascii=False) if steps else 'None'} is not supported; known: "
-            f"ByteLevel, {', '.join('+'.join(known) for known in SPACED)} with {SPACE!r} for a space. Use a checkpoint "
-            "with a byte-level or sentencepiece-like BPE tokenizer"
+            f"ByteLevel, {'+'.join(PLAIN)}, {', '.join('+'.join(known) for known in SPACED)} with {SPACE!r} for a "
+            "space. Use a checkpoint with a byte-level or sentencepiece-like BPE tokenizer"
         )
     spelled = ByteLevelSpelling() if byte_level else None
     fallback = "ByteFallback" in kinds
     table = [b""] * (max(vocab.values()) + 1)
     for token, number in vocab.items():
-        table[number] = spelled.read(token) if spelled else _spaced_bytes(token, fallback)
+        table[number] = spelled.read(token) if spelled else _spaced_bytes(token, fallback, "" if plain else SPACE)
     for number, added in tokenizer.get_added_tokens_decoder().items():
         if added.special:
             table[number] = b""
@@ -79,13 +83,13 @@ class ByteLevelSpelling:
         return token.encode()
 
 
-def _spaced_bytes(token: str, fallback: bool) -> bytes:
+def _spaced_bytes(token: str, fallback: bool, space: str) -> bytes:
     if fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         try:
             return bytes.fromhex(token[3:5])
         except ValueError:
             pass  # a token like <0xyz> is text
-    return token.replace(SPACE, " ").encode()
+    return (token.replace(space, " ") if space else token).encode()
 
 
 def _is_known(step: dict[str, Any]) -> bool:

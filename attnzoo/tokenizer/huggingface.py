@@ -1,7 +1,8 @@
 """Tokenizers of open-weight checkpoints: tokenizer.json and what stands beside it.
 
 The package tokenizers turns text into ids; from ids to text a table of our own goes, so that a text streams byte for
-byte. Special tokens that are written in a text become those tokens, as they do in transformers.
+byte. Special tokens that are written in a text become those tokens, as they do in transformers, unless the vocabulary
+has `split_special_tokens`.
 """
 
 import json
@@ -30,6 +31,7 @@ class TokenizerSettings:
 
     bos_token, eos_token, pad_token: spellings of the begin, end and padding tokens. stop_ids: tokens that end a text,
     besides `eos_token`. Whether texts begin with `bos_token` the vocabulary does say: its post-processor puts it there.
+    split_special_tokens: whether special tokens that are written in a text stay text.
     """
 
     bos_token: str | None = None
@@ -37,6 +39,7 @@ class TokenizerSettings:
     pad_token: str | None = None
     stop_ids: frozenset[int] = frozenset()
     chat_template: str | None = None
+    split_special_tokens: bool = False
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -57,6 +60,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """`source` names the vocabulary in errors. `save` copies `files`, or writes the two objects."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        tokenizer.encode_special_tokens = settings.split_special_tokens
         self._tokenizer = tokenizer
         self._settings = settings
         self._files = files
@@ -92,7 +96,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return cls(tokenizer, settings, source=str(path), files=files)
 
     def fingerprint(self) -> str:
-        return short_hash(f"{self._tokenizer.to_str()} {self.bos_id} {self.eos_id} {self.pad_id}".encode())
+        split = " split" if self._settings.split_special_tokens else ""
+        return short_hash(f"{self._tokenizer.to_str()} {self.bos_id} {self.eos_id} {self.pad_id}{split}".encode())
 
     def save(self, directory: Path) -> None:
         """Copies the files it was read from, or writes tokenizer.json and tokenizer_config.json if it was built."""
@@ -108,7 +113,7 @@ class HuggingFaceTokenizer(Tokenizer):
             write_atomic(directory / GENERATION, _to_json({"eos_token_id": sorted(self.stop_ids)}))
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of `text`; special tokens that are written in it become those tokens."""
+        """Ids of `text`; special tokens that are written in it become those tokens, but for `split_special_tokens`."""
         check_text(text)
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         begin = self._begin if bos else []
@@ -143,6 +148,7 @@ class HuggingFaceTokenizer(Tokenizer):
             "eos_token": self._settings.eos_token,
             "pad_token": self._settings.pad_token,
             "chat_template": self.chat_template,
+            "split_special_tokens": self._settings.split_special_tokens or None,
             "clean_up_tokenization_spaces": False,
         }
         return {name: value for name, value in fields.items() if value is not None}
@@ -186,7 +192,12 @@ def _read_settings(directory: Path, tokenizer: "tokenizers.Tokenizer") -> Tokeni
     template = _template(config.get("chat_template"), directory / CONFIG)
     if (directory / TEMPLATE).is_file():  # the newer place, which wins
         template = _read_text(directory / TEMPLATE)
-    return TokenizerSettings(**spellings, stop_ids=frozenset(stop_ids), chat_template=template)
+    return TokenizerSettings(
+        **spellings,
+        stop_ids=frozenset(stop_ids),
+        chat_template=template,
+        split_special_tokens=_flag(config, "split_special_tokens", directory / CONFIG),
+    )
 
 
 def _read_text(path: Path) -> str:
@@ -228,6 +239,13 @@ def _template(value: Any, path: Path) -> str | None:
         value = named.get("default")
     if not isinstance(value, str | None):
         raise ValueError(f'{path}: chat_template must be text or a list of {{"name", "template"}}, not {value!r}')
+    return value
+
+
+def _flag(config: dict[str, Any], field: str, path: Path) -> bool:
+    value = config.get(field, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{path}: {field}={value!r} must be true or false")
     return value
 
 

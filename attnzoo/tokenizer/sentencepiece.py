@@ -6,6 +6,7 @@ ids to bytes by a table of our own, and a literal U+2581 is encoded as its three
 
 import os
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,6 +65,12 @@ class SentencePieceTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         return short_hash(self._path.read_bytes())
 
+    @property
+    def model(self) -> bytes:
+        """The model, serialised."""
+        serialised: bytes = self._processor.serialized_model_proto()
+        return serialised
+
     def save(self, directory: Path) -> None:
         """Writes tokenizer.model."""
         write_atomic(Path(directory) / FILE, self._path.read_bytes())
@@ -114,12 +121,40 @@ def has_normalisation_rules(model: bytes) -> bool:
     Rules may hold for any sequence of characters, so no probe text could find them all. They are
     ModelProto.normalizer_spec (field 3) .precompiled_charsmap (field 2), which is empty or absent for the identity.
     """
-    specs = (content for number, content in _protobuf_fields(model) if number == 3)
-    return any(number == 2 and content for spec in specs for number, content in _protobuf_fields(spec))
+    return any(number == 2 and content for spec in _messages(model, 3) for number, content in _protobuf_fields(spec))
 
 
-def _protobuf_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """(number, content) of the fields of a message; content is empty for fields that are plain numbers."""
+def read_pieces(model: bytes) -> list[tuple[str, float, int]]:
+    """(spelling, score, type) of all pieces of a serialised model; types as sentencepiece and GGUF number them.
+
+    They are ModelProto.pieces (field 1), messages of piece (1), score (2, a float) and type (3, 1 where it is absent).
+    """
+    pieces = []
+    for message in _messages(model, 1):
+        values = dict(_protobuf_fields(message))
+        spelling, score, kind = values.get(1, b""), values.get(2, bytes(4)), values.get(3, 1)
+        assert isinstance(spelling, bytes)
+        assert isinstance(score, bytes)
+        assert isinstance(kind, int)
+        pieces.append((spelling.decode(), struct.unpack("<f", score)[0], kind))
+    return pieces
+
+
+def is_bpe(model: bytes) -> bool:
+    """Whether a serialised model merges pairs: ModelProto.trainer_spec (field 2) .model_type (field 3) is 2."""
+    return any(dict(_protobuf_fields(spec)).get(3) == 2 for spec in _messages(model, 2))
+
+
+def _messages(message: bytes, number: int) -> Iterator[bytes]:
+    """Contents of all fields of that number, which hold messages."""
+    for found, content in _protobuf_fields(message):
+        if found == number:
+            assert isinstance(content, bytes), f"field {number} of a model is no message"
+            yield content
+
+
+def _protobuf_fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
+    """(number, content) of the fields of a message: bytes, or an integer for what is written as one."""
     at = 0
 
     def varint() -> int:
@@ -137,12 +172,11 @@ def _protobuf_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
         tag = varint()
         number, kind = tag >> 3, tag & 7
         if kind == 0:
-            varint()
-            yield number, b""
+            yield number, varint()
             continue
         assert kind in (1, 2, 5), f"protobuf wire type {kind} in a model that sentencepiece has read"
         size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
-        yield number, message[at : at + size] if kind == 2 else b""
+        yield number, message[at : at + size]
         at += size
 
 

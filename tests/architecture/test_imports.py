@@ -26,6 +26,8 @@ ORDER = [
     "checkpoint",
     "report",
     "evaluate",
+    "hf",
+    "export",
 ]
 """Inside attnzoo each may import only what stands before it."""
 
@@ -66,6 +68,8 @@ def test_import_law(path):
             assert short(path) in OWNERS[package], f"{short(path)} imports {name}; only {OWNERS[package]} may"
         if package == "triton":
             assert path.name == "triton.py", f"{short(path)} imports triton; only triton.py files may"
+        if package == "transformers":
+            assert short(path).startswith("attnzoo/hf/"), f"{short(path)} imports transformers; only attnzoo/hf may"
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if short(p).startswith("attnzoo/")], ids=short)
@@ -103,7 +107,9 @@ def test_import_is_light():
         "transformers",
         "peft",
     ]
-    everything = "import attnzoo, attnzoo.attention, attnzoo.models, attnzoo.checkpoint, attnzoo.tokenizer"
+    everything = (
+        "import attnzoo, attnzoo.attention, attnzoo.models, attnzoo.checkpoint, attnzoo.tokenizer, attnzoo.export"
+    )
     by_torch = loaded_by("import torch", heavy)
     assert sorted(loaded_by(everything, heavy)) == sorted(by_torch)
 

@@ -1,0 +1,82 @@
+"""`python -m attnzoo export`: a checkpoint as a directory of transformers."""
+
+import argparse
+from pathlib import Path
+
+from attnzoo.checkpoint import CONFIG, export_model, find_checkpoint, load_model
+from attnzoo.checkpoint.huggingface_export import family_config
+from attnzoo.models import DecoderConfig
+from attnzoo.tokenizer import Tokenizer, huggingface, load_tokenizer, sentencepiece
+
+EXAMPLES = """examples:
+  python -m attnzoo export runs/mha/export out
+  python -m attnzoo export runs/rcmha/export out --format attnzoo
+  python -m attnzoo export model.gguf out
+  python -m attnzoo export smollm2 out
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options and examples."""
+    parser.epilog, parser.formatter_class = EXAMPLES, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("checkpoint", help="a directory of training or of transformers, a .gguf file, or smollm2")
+    parser.add_argument("out", type=Path, help="directory to write; a model that is there is replaced")
+    parser.add_argument(
+        "--format",
+        choices=["auto", "native", "attnzoo"],
+        default="auto",
+        help="native: Llama, Mistral, Qwen2 or Qwen3, which load without this project; attnzoo: any model, which needs "
+        "`import attnzoo.hf`; auto: native where there is such a form (default: %(default)s)",
+    )
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """Exports and says what was written. Raises ValueError for wrong usage."""
+    path, out = find_checkpoint(chosen.checkpoint), chosen.out.resolve()
+    _check_target(path, out)
+    model, tokenizer = load_model(path), _tokenizer(path)
+    kind, reason = _form(model.config, chosen.format)
+    if kind == "attnzoo":
+        try:
+            from attnzoo.hf import export_model as export
+        except ImportError as error:
+            raise ValueError(str(error)) from None
+        export(out, model, tokenizer=tokenizer)
+    else:
+        export_model(out, model, tokenizer=tokenizer)
+    print(f"{chosen.out}: {kind}, {model.num_parameters():,} parameters, {model.embedding.weight.dtype}")
+    if reason:
+        print(reason)
+    if tokenizer is None:
+        print("without a tokenizer: the checkpoint has none")
+    before = "import attnzoo.hf, then " if kind == "attnzoo" else ""
+    print(f"load it: {before}AutoModelForCausalLM.from_pretrained({str(chosen.out)!r})")
+    return 0
+
+
+def _form(config: DecoderConfig, asked: str) -> tuple[str, str]:
+    """(model type to write, why it is not a native one). Raises ValueError for --format native where there is none."""
+    if asked == "attnzoo":
+        return asked, ""
+    try:
+        return family_config(config)["model_type"], ""
+    except ValueError as error:
+        if asked == "native":
+            raise
+        return "attnzoo", str(error).partition("; ")[0]
+
+
+def _check_target(path: Path, out: Path) -> None:
+    """Raises ValueError for a directory whose replacement would lose something else than a model."""
+    if path == out or out in path.parents:
+        raise ValueError(f"OUT={str(out)!r} holds the checkpoint itself and would be replaced; give another directory")
+    if out.exists() and not (out / CONFIG).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"OUT={str(out)!r} exists and is not a model; give a new directory")
+
+
+def _tokenizer(path: Path) -> Tokenizer | None:
+    """The checkpoint's; None for a directory that has none."""
+    names = (huggingface.FILE, sentencepiece.FILE)
+    if path.is_dir() and not any((path / name).is_file() for name in names):
+        return None
+    return load_tokenizer(path)

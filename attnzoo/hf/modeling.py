@@ -1,0 +1,206 @@
+"""`DecoderLM` behind the interface of transformers: forward with labels and masks, generate, save and load."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple
+
+from attnzoo.hf.cache import DecoderCache
+from attnzoo.hf.config import AttnzooConfig
+from attnzoo.models import DecoderLM
+
+
+class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):
+    """Any `DecoderLM`; `decoder` is one to take as it is, weights and all.
+
+    Tokens that `attention_mask` leaves out are as if they were not there: a padded row gives what it gives alone.
+    Refused, not ignored: inputs_embeds, position_ids, attentions and hidden states, caches of other kinds.
+    """
+
+    config_class = AttnzooConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    # Assisted generation takes tokens back, which a state cannot: transformers refuses it for stateful models.
+    _is_stateful = True
+
+    def __init__(self, config: AttnzooConfig, decoder: DecoderLM | None = None) -> None:
+        super().__init__(config)
+        self.model = DecoderLM(config.decoder_config()) if decoder is None else decoder
+        for parameter in self.model.parameters():
+            parameter._is_hf_initialized = not parameter.is_meta  # type: ignore[attr-defined]
+        self.post_init()
+
+    @classmethod
+    def of(cls, decoder: DecoderLM) -> "AttnzooForCausalLM":
+        """Around a model, without copying it."""
+        wrapped = cls(AttnzooConfig(decoder=decoder.config.to_dict()), decoder)
+        wrapped.config.dtype = decoder.embedding.weight.dtype
+        return wrapped.train(decoder.training)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: DecoderCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, the loss of `labels`, and with `use_cache` or `cache` the cache for the next chunk.
+
+        attention_mask: [B, T], or [B, columns of the cache + T] as `generate` gives it; 0 is padding, on any side.
+        labels: input_ids, -100 where nothing is to be learnt; they are shifted here. Padding predicts nothing, so that
+        the first token of a left-padded row does not count. cache: consumed and returned; past_key_values is its older
+        name. use_cache: None means whether a cache is given; without one the parallel form runs, which trains.
+        """
+        cache = _merge_names(cache, kwargs.pop("past_key_values", None))
+        items = kwargs.pop("num_items_in_batch", None)
+        self._check_arguments(input_ids, cache, labels, use_cache, logits_to_keep, kwargs)
+        assert input_ids is not None
+        if use_cache and cache is None:
+            cache = DecoderCache()
+        real_BT = _real_tokens(input_ids, attention_mask, cache)
+        hidden_BTD = self._hidden(input_ids, real_BT, cache)
+        logits_BTV = self.model.logits(slice_logits_to_keep(hidden_BTD, logits_to_keep))
+        loss = None
+        if labels is not None:
+            if real_BT is not None:
+                targets = labels[:, 1:].masked_fill(~real_BT[:, :-1], -100)
+                labels = torch.cat([labels[:, :1], targets], dim=1)
+            loss = self.loss_function(
+                logits=logits_BTV, labels=labels, vocab_size=logits_BTV.shape[-1], num_items_in_batch=items
+            )
+        return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, cache=cache)
+
+    def _hidden(self, tokens_BT: Tensor, real_BT: Tensor | None, cache: DecoderCache | None) -> Tensor:
+        """hidden_BTD of a chunk, zero at padding.
+
+        Real tokens come first in their rows, in order, and padding after them: the one layout that every variant's
+        streaming form takes, and in which causality keeps padding out of the parallel form.
+        """
+        order_BT, counts_B = None, None
+        if real_BT is not None:
+            order_BT, counts_B = torch.argsort((~real_BT).int(), dim=1, stable=True), real_BT.sum(1)
+            tokens_BT = tokens_BT.gather(1, order_BT)
+        if cache is None:
+            hidden_BTD = self.model.hidden(tokens_BT)
+        else:
+            state = self.model.init_state(*tokens_BT.shape) if cache.state is None else cache.state
+            hidden_BTD, state = self.model.extend_hidden(tokens_BT, state, counts_B)
+            cache.append(state, torch.ones_like(tokens_BT, dtype=torch.bool) if real_BT is None else real_BT)
+        if order_BT is None or real_BT is None:
+            return hidden_BTD
+        back_BTD = order_BT.argsort(1)[..., None].expand_as(hidden_BTD)
+        return hidden_BTD.gather(1, back_BTD).masked_fill(~real_BT[..., None], 0.0)
+
+    def _check_arguments(
+        self,
+        input_ids: Tensor | None,
+        cache: Any,
+        labels: Tensor | None,
+        use_cache: bool | None,
+        logits_to_keep: int | Tensor,
+        others: dict[str, Any],
+    ) -> None:
+        """Raises ValueError, naming the argument, for what would have to be ignored."""
+        for name in ("output_hidden_states", "output_attentions"):
+            asked = others.pop(name, None)
+            if asked or (asked is None and getattr(self.config, name, False)):
+                raise ValueError(f"{name}=True is not supported: variants do not show what is inside; leave it out")
+        given = {name: value for name, value in others.items() if value is not None}
+        if given:
+            raise ValueError(f"{', '.join(given)}: not supported by AttnzooForCausalLM; leave it out")
+        if input_ids is None or input_ids.dim() != 2:
+            shape = None if input_ids is None else tuple(input_ids.shape)
+            raise ValueError(f"input_ids has shape {shape}; give token ids of shape (batch, tokens)")
+        if cache is not None and not isinstance(cache, DecoderCache):
+            raise ValueError(
+                f"cache is a {type(cache).__name__}; give attnzoo.hf.DecoderCache(), or use_cache=True for a new one"
+            )
+        if cache is not None and use_cache is False:
+            raise ValueError("use_cache=False with a cache: leave one of them out")
+        if cache is not None and cache.batch_size not in (-1, len(input_ids)):
+            raise ValueError(
+                f"input_ids has {len(input_ids)} rows and the cache {cache.batch_size}; repeat its rows with "
+                "batch_repeat_interleave, or begin with a new cache"
+            )
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(f"labels has shape {tuple(labels.shape)}; it must be {tuple(input_ids.shape)}")
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("labels with logits_to_keep: the loss needs all logits; leave one of them out")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: `DecoderLM` draws its own weights. Raises ValueError for those that a checkpoint lacks."""
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
+                where = next((path for path, found in self.named_modules() if found is module), "")
+                raise ValueError(f"the checkpoint lacks {where}.{name}, or has it in another shape; is it complete?")
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        if every_n_layers != 1:
+            raise ValueError(f"every_n_layers={every_n_layers} is not supported; every layer is recomputed, or none")
+        self.model.activation_checkpointing = enable
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """False: the cache is made in `forward`, by whoever knows what a variant's state is."""
+        return False
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding)
+        self.model.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        assert isinstance(new_embeddings, nn.Linear)
+        self.model.head = new_embeddings
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        if new_num_tokens not in (None, self.config.vocab_size):
+            raise ValueError(
+                f"new_num_tokens={new_num_tokens}: the vocabulary of {self.config.vocab_size} is fixed; train a model "
+                "with the larger vocab_size"
+            )
+        return self.model.embedding
+
+
+def _merge_names(cache: Any, past_key_values: Any) -> Any:
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are one argument; give cache")
+    return past_key_values if cache is None else cache
+
+
+def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None, cache: DecoderCache | None) -> Tensor | None:
+    """Which tokens of the chunk are not padding; None: all. Raises ValueError for a mask that does not fit."""
+    if attention_mask is None:
+        return None
+    batch, tokens = input_ids.shape
+    past = 0 if cache is None else cache.get_seq_length()
+    if attention_mask.shape not in ((batch, tokens), (batch, past + tokens)):
+        wanted = f"({batch}, {tokens})" if not past else f"({batch}, {tokens}) or ({batch}, {past + tokens})"
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {wanted}")
+    mask = attention_mask.bool()
+    seen_BS = None if cache is None else cache.real_BS
+    if seen_BS is not None and mask.shape[1] > tokens and not torch.equal(mask[:, :past], seen_BS):
+        raise ValueError("attention_mask hides or shows tokens that the cache holds; begin with a new cache")
+    real_BT = mask[:, -tokens:]
+    if cache is not None and not bool((real_BT.any(1) | (cache.real_BS.any(1) if past else False)).all()):
+        raise ValueError("attention_mask leaves a row without any token; begin it with the bos token")
+    return None if bool(real_BT.all()) else real_BT

@@ -1,0 +1,50 @@
+"""A tokenizer trained here as a tokenizer.json, for transformers."""
+
+from attnzoo.tokenizer.byte_table import SPACE
+from attnzoo.tokenizer.gguf import USER_DEFINED, merges_by_score
+from attnzoo.tokenizer.huggingface import HuggingFaceTokenizer, TokenizerSettings, import_tokenizers
+from attnzoo.tokenizer.sentencepiece import SPECIAL, SentencePieceTokenizer, is_bpe, read_pieces
+
+
+def to_huggingface(tokenizer: SentencePieceTokenizer) -> HuggingFaceTokenizer:
+    """The same ids for the same text, by the package tokenizers.
+
+    Sentencepiece's U+2581 is not taken over: the vocabulary has spaces where a piece stands for one, so that a literal
+    U+2581 in a text falls back to its three bytes here as there. `<s>` written in a text stays text here as there
+    (`split_special_tokens`). Raises ValueError for a model that is not BPE, or has user-defined pieces of more than one
+    character.
+    """
+    import_tokenizers()
+    from tokenizers import AddedToken, decoders, processors
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.models import BPE
+
+    if not is_bpe(tokenizer.model):
+        raise ValueError("the tokenizer is not BPE and has no form as tokenizer.json; train it with train.tokenizer")
+    spellings, scores, kinds = zip(*read_pieces(tokenizer.model), strict=True)
+    pieces = [spelling.replace(SPACE, " ") for spelling in spellings]
+    for piece, kind in zip(pieces, kinds, strict=True):
+        # One character needs no rule: it is a token, and no merge has it.
+        if kind == USER_DEFINED and len(piece) != 1:
+            raise ValueError(
+                f"the tokenizer has the user-defined piece {piece!r} of more than one character, which has no form as "
+                "tokenizer.json; train it with train.tokenizer"
+            )
+    vocab = {piece: token for token, piece in enumerate(pieces)}
+    merges = merges_by_score(pieces, list(scores), list(kinds))
+    backend = Backend(BPE(vocab=vocab, merges=merges, byte_fallback=True))
+    backend.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in SPECIAL])
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    bos = pieces[tokenizer.bos_id]
+    backend.post_processor = processors.TemplateProcessing(
+        single=[f"{bos}:0", "$A:0"],
+        pair=[f"{bos}:0", "$A:0", f"{bos}:1", "$B:1"],
+        special_tokens=[(bos, tokenizer.bos_id)],
+    )
+    settings = TokenizerSettings(
+        bos_token=bos,
+        eos_token=pieces[tokenizer.eos_id],
+        pad_token=pieces[tokenizer.pad_id],
+        split_special_tokens=True,
+    )
+    return HuggingFaceTokenizer(backend, settings, source="a converted tokenizer")
