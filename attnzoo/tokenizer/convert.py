@@ -45,6 +45,8 @@ def to_huggingface(tokenizer: SentencePieceTokenizer) -> HuggingFaceTokenizer:
         bos_token=bos,
         eos_token=pieces[tokenizer.eos_id],
         pad_token=pieces[tokenizer.pad_id],
+        stop_ids=frozenset(tokenizer.stop_ids - {tokenizer.eos_id}),
+        chat_template=tokenizer.chat_template,
         split_special_tokens=True,
     )
     return HuggingFaceTokenizer(backend, settings, source="a converted tokenizer")
