@@ -173,7 +173,7 @@ def test_loss_and_gradients(kind):
         inputs = batch(prompts(), side)
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         losses = [
-            F.cross_entropy(model(torch.tensor([row])).logits[0, :-1], torch.tensor(row[1:]), reduction="sum")
+            F.cross_entropy(model(torch.tensor([row])).logits[0, :-1], torch.tensor(row)[1:], reduction="sum")
             for row in prompts()
         ]
         count = sum(LENGTHS) - len(LENGTHS)
@@ -221,7 +221,7 @@ def test_save_and_load(tied, dtype, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).dtype == torch.float64
 
 
-@pytest.mark.parametrize("kind", ATTENTION)
+@pytest.mark.parametrize("kind", list(ATTENTION))
 def test_every_registered_variant(kind, tmp_path):
     torch.manual_seed(6)
     decoder = DecoderLM(DecoderConfig(vocab_size=TOKENS, model_dim=32, num_layers=2, attention=kind)).eval()
