@@ -35,7 +35,7 @@ class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = DecoderLM(config.decoder_config()) if decoder is None else decoder
         for parameter in self.model.parameters():
-            parameter._is_hf_initialized = not parameter.is_meta  # type: ignore[attr-defined]
+            parameter._is_hf_initialized = not parameter.is_meta
         self.post_init()
 
     @classmethod
@@ -201,6 +201,7 @@ def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None, cache: Decode
     if seen_BS is not None and mask.shape[1] > tokens and not torch.equal(mask[:, :past], seen_BS):
         raise ValueError("attention_mask hides or shows tokens that the cache holds; begin with a new cache")
     real_BT = mask[:, -tokens:]
-    if cache is not None and not bool((real_BT.any(1) | (cache.real_BS.any(1) if past else False)).all()):
+    begun_B = real_BT.any(1) if seen_BS is None else real_BT.any(1) | seen_BS.any(1)
+    if cache is not None and not bool(begun_B.all()):
         raise ValueError("attention_mask leaves a row without any token; begin it with the bos token")
     return None if bool(real_BT.all()) else real_BT

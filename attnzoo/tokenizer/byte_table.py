@@ -42,8 +42,8 @@ def byte_table(tokenizer: "Tokenizer", vocab: dict[str, int], source: str) -> tu
     if not byte_level and not plain and not (kinds in SPACED and all(map(_is_known, steps))):
         raise ValueError(
             f"{source}: decoder {json.dumps(steps, ensure_ascii=False) if steps else 'None'} is not supported; known: "
-            f"ByteLevel, {'+'.join(PLAIN)}, {', '.join('+'.join(known) for known in SPACED)} with {SPACE!r} for a "
-            "space. Use a checkpoint with a byte-level or sentencepiece-like BPE tokenizer"
+            f"ByteLevel, {', '.join('+'.join(known) for known in SPACED)} with {SPACE!r} for a space, "
+            f"{'+'.join(PLAIN)}. Use a checkpoint with a byte-level or sentencepiece-like BPE tokenizer"
         )
     spelled = ByteLevelSpelling() if byte_level else None
     fallback = "ByteFallback" in kinds
