@@ -19,6 +19,8 @@ def replace_directory(temporary: Path, final: Path) -> None:
     content stands beside it under a name that starts with a dot.
     """
     for path in sorted(temporary.rglob("*")):
+        if path.is_file():  # safetensors writes files that only their owner can read
+            os.chmod(path, path.stat().st_mode | 0o044)
         _flush(path)
     _flush(temporary)
     os.chmod(temporary, 0o755)  # mkdtemp makes directories that only their owner can read

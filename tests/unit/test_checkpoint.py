@@ -76,6 +76,8 @@ def test_replace_directory_is_readable_by_others(tmp_path):
     (tmp_path / "new").mkdir(mode=0o700)
     replace_directory(tmp_path / "new", tmp_path / "final")
     assert (tmp_path / "final").stat().st_mode & 0o777 == 0o755
+    save_model(tmp_path / "model", build())
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o044 == 0o044
 
 
 def damaged(directory, what: str) -> None:
