@@ -3,11 +3,12 @@
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from attnzoo.checkpoint import CONFIG
+from attnzoo.checkpoint import CONFIG, PACKAGED, find_checkpoint, open_checkpoint
+from attnzoo.checkpoint.huggingface import read_config
 from attnzoo.models import DecoderConfig
 
 DEFAULT_VOCABULARY = 32768
@@ -22,16 +23,24 @@ class ModelFile:
 
 
 def read_model(path: Path, vocab_size: int | None = None) -> ModelFile:
-    """Reads a YAML of configs/ (with its `base:` files), a checkpoint directory, or its config.json.
+    """Reads a YAML of configs/ (with its `base:` files), the config.json of a checkpoint of ours or of transformers (or
+    its directory, weights or not), a .gguf file, or the name of a packaged model.
 
     Of a training config only `model` and `tokenizer.vocab_size` are read; `vocab_size` overrides both.
     Raises ValueError that names the file, the key and the way out.
     """
+    path = find_checkpoint(str(path)) if str(path) in PACKAGED else path
+    if path.suffix == ".gguf":
+        config = open_checkpoint(path).config
+        return ModelFile(config if vocab_size is None else replace(config, vocab_size=vocab_size), _whose(vocab_size))
     if path.is_dir():
         path = path / CONFIG
     if not path.is_file():
-        raise ValueError(f"--model: no file {str(path)!r}; give a training config (.yaml) or a checkpoint directory")
+        raise ValueError(f"--model: no file {str(path)!r}; give a training config (.yaml) or a checkpoint")
     content = _read_json(path) if path.suffix == ".json" else _read_yaml(path, ())
+    if "model_type" in content:
+        config = read_config(content, path)
+        return ModelFile(config if vocab_size is None else replace(config, vocab_size=vocab_size), _whose(vocab_size))
     section = content.get("model", content)
     if not isinstance(section, Mapping):
         raise ValueError(f"{path}: model={section!r} must be a section with keys such as model_dim")
@@ -48,6 +57,10 @@ def read_model(path: Path, vocab_size: int | None = None) -> ModelFile:
         return ModelFile(DecoderConfig.from_dict(values), source)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _whose(vocab_size: int | None) -> str:
+    return "the model's own" if vocab_size is None else "--vocab-size"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from attnzoo.evaluate.fits import GIB, Setup, communicated_bytes, optimizer_byte
 from attnzoo.evaluate.model_file import DEFAULT_VOCABULARY, read_model
 from attnzoo.evaluate.serving import cache_policies
 from attnzoo.models import DecoderConfig, DecoderLM
+from tests.unit.test_gguf_models import smollm2
 from train.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +59,23 @@ def test_a_base_is_merged_and_a_missing_vocabulary_said(tmp_path):
     assert "--vocab-size" in found.vocabulary_source
     child.write_text("base: base.yaml\nmodel: {attention: {kind: linear}}")
     assert read_model(child).config.attention == {"kind": "linear"}
+
+
+def test_models_of_others_are_read(tmp_path):
+    """By config.json alone: a plan comes before the download. The export's own type too."""
+    values = {"model_type": "qwen3", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    values |= {"num_attention_heads": 4, "vocab_size": 50, "head_dim": 32}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    for path in (tmp_path, tmp_path / "config.json"):
+        config = read_model(path).config
+        assert config.layer_attention(0)[1]["qk_norm"]
+        assert read_model(path, 70).config.vocab_size == 70
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "attnzoo", "decoder": config.to_dict()}))
+    assert read_model(tmp_path).config == config
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma"}))
+    with pytest.raises(ValueError, match="model_type='gemma' is not supported"):
+        read_model(tmp_path)
+    assert read_model(smollm2()).config.vocab_size == 49152
 
 
 def test_without_pyyaml_the_way_out_is_named(monkeypatch):
