@@ -122,8 +122,10 @@ def scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def read_config(content: Mapping[str, Any], path: Path) -> DecoderConfig:
-    """The configuration in a config.json. Raises ValueError naming file and key."""
+    """The configuration in a config.json, of a family or of our own type. Raises ValueError naming file and key."""
     family = content.get("model_type")
+    if family == OWN:
+        return _own_config(content, path)
     if family not in FAMILIES:
         raise ValueError(f"{path}: model_type={family!r} is not supported; known: {', '.join(FAMILIES)}, {OWN}")
     for key, neutral in UNSUPPORTED.items():
@@ -141,11 +143,17 @@ def read_config(content: Mapping[str, Any], path: Path) -> DecoderConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
+def _own_config(content: Mapping[str, Any], path: Path) -> DecoderConfig:
+    try:
+        return DecoderConfig.from_dict(content["decoder"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: decoder: {error}; export the model again") from None
+
+
 def open_directory(directory: Path, content: Mapping[str, Any], config_path: Path) -> Checkpoint:
     """The model in a directory of transformers, `content` being its config.json. Raises ValueError naming the file."""
-    own_type = content["model_type"] == OWN
-    config, shards = (_own_config if own_type else read_config)(content, config_path), Shards.of(directory)
-    tied = config.tie_embeddings
+    config, shards = read_config(content, config_path), Shards.of(directory)
+    own_type, tied = content["model_type"] == OWN, config.tie_embeddings
     return Checkpoint(
         path=directory,
         config=config,
@@ -158,10 +166,3 @@ def open_directory(directory: Path, content: Mapping[str, Any], config_path: Pat
             name.endswith("rotary_emb.inv_freq") or (tied and name in ("lm_head.weight", "model.head.weight"))
         ),
     )
-
-
-def _own_config(content: Mapping[str, Any], path: Path) -> DecoderConfig:
-    try:
-        return DecoderConfig.from_dict(content["decoder"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: decoder: {error}; export the model again") from None
