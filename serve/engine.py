@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attnzoo.checkpoint import find_checkpoint, load_model, load_tokenizer
-from attnzoo.models import DecoderLM
+from attnzoo.models import DecoderLM, can_pack, pack_weights
 from attnzoo.tokenizer.chat import ChatTemplate
 from attnzoo.types import parse_dtype
 from serve.config import EngineConfig
@@ -44,8 +45,7 @@ class Engine:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         directory = find_checkpoint(config.checkpoint)
-        dtype = None if config.dtype is None else parse_dtype(config.dtype)
-        self.model = model or load_model(directory, device=config.device, dtype=dtype)
+        self.model = model or _load(directory, config)
         self.tokenizer = tokenizer or load_tokenizer(directory)
         if self.tokenizer.vocab_size > self.model.config.vocab_size:
             raise ValueError(
@@ -209,3 +209,11 @@ class Engine:
 
     def _publish_load(self) -> None:
         self.metrics.load(self.scheduler.num_running, self.scheduler.num_waiting)
+
+
+def _load(path: Path, config: EngineConfig) -> DecoderLM:
+    dtype = None if config.dtype is None else parse_dtype(config.dtype)
+    model = load_model(path, device=config.device, dtype=dtype)
+    if config.pack_weights or (config.pack_weights is None and can_pack(model)):
+        pack_weights(model)
+    return model

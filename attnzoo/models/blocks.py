@@ -30,10 +30,17 @@ class MLP(nn.Module):
         self.gate = nn.Linear(dim, hidden, bias=bias) if kind == "swiglu" else None
         self.down = nn.Linear(hidden, dim, bias=bias)
         self.activation: Callable[[Tensor], Tensor] = F.relu if kind == "relu" else F.gelu
+        self.joined: Callable[[Tensor], Tensor] | None = None
+        """gate and up by one product, where weights have been packed for inference."""
 
     def forward(self, x: Tensor) -> Tensor:
-        up = self.up(x)
-        hidden = self.activation(up) if self.gate is None else F.silu(self.gate(x)) * up
+        if self.gate is None:
+            hidden = self.activation((self.joined or self.up)(x))
+        elif self.joined is None:
+            hidden = F.silu(self.gate(x)) * self.up(x)
+        else:
+            gate, up = self.joined(x).chunk(2, dim=-1)
+            hidden = F.silu(gate) * up
         out: Tensor = self.down(hidden)
         return out
 

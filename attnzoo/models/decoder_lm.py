@@ -111,7 +111,8 @@ class DecoderLM(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> DecoderState:
-        """Empty state of `batch` sequences with room for `capacity` tokens each."""
+        """Empty state of `batch` sequences with room for `capacity` tokens each, where and in what the model is."""
+        device, dtype = device or self.embedding.weight.device, dtype or self.embedding.weight.dtype
         return DecoderState(
             tuple(block.attention.init_state(batch, capacity, device=device, dtype=dtype) for block in self.layers())
         )

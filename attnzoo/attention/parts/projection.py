@@ -1,5 +1,6 @@
 """Linear maps into heads and back, with fewer kv heads than query heads if asked."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -63,6 +64,8 @@ class Projection(nn.Module):
         self.key = nn.Linear(heads.model_dim, kv_width, bias=key_bias)
         self.value = nn.Linear(heads.model_dim, kv_width, bias=value_bias)
         self.output = nn.Linear(query_width, heads.model_dim, bias=output_bias)
+        self.joined: Callable[[Tensor], Tensor] | None = None
+        """q, k and v by one product, where weights have been packed for inference."""
         normed = qk_norm_eps is not None
         self.query_norm = nn.RMSNorm(heads.head_dim, eps=qk_norm_eps) if normed else None
         self.key_norm = nn.RMSNorm(heads.head_dim, eps=qk_norm_eps) if normed else None
@@ -70,9 +73,14 @@ class Projection(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(q_BTNH, k_BTKH, v_BTKH)."""
         head_dim = self.heads.head_dim
-        q_BTNH = self.query(x_BTD).unflatten(-1, (self.heads.num_heads, head_dim))
-        k_BTKH = self.key(x_BTD).unflatten(-1, (self.heads.num_kv_heads, head_dim))
-        v_BTKH = self.value(x_BTD).unflatten(-1, (self.heads.num_kv_heads, head_dim))
+        if self.joined is None:
+            q, k, v = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        else:
+            widths = [self.query.out_features, self.key.out_features, self.value.out_features]
+            q, k, v = self.joined(x_BTD).split(widths, dim=-1)
+        q_BTNH = q.unflatten(-1, (self.heads.num_heads, head_dim))
+        k_BTKH = k.unflatten(-1, (self.heads.num_kv_heads, head_dim))
+        v_BTKH = v.unflatten(-1, (self.heads.num_kv_heads, head_dim))
         if self.query_norm is not None and self.key_norm is not None:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         return q_BTNH, k_BTKH, v_BTKH

@@ -1,0 +1,83 @@
+"""Packed weights: the same function, the same counts, and no way to lose weights by mistake."""
+
+import pytest
+import torch
+
+from attnzoo.checkpoint import save_model
+from attnzoo.models import DecoderConfig, DecoderLM, can_pack, generate, pack_weights
+from tests.serving import KINDS, small_model
+
+LLAMA_LIKE = {"kind": "mha", "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "output_bias": True, "qk_norm": True}
+
+
+def llama_like(dtype: torch.dtype = torch.float32, **changes) -> DecoderLM:
+    torch.manual_seed(2)
+    values = {"vocab_size": 77, "model_dim": 48, "num_layers": 2, "attention": LLAMA_LIKE, "init_std": 0.2}
+    model = DecoderLM(DecoderConfig(**values | changes))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def twins(build, *arguments, **options) -> tuple[DecoderLM, DecoderLM]:
+    return build(*arguments, **options), pack_weights(build(*arguments, **options))
+
+
+MODELS = [
+    *((small_model, (kind,), {}) for kind in KINDS),
+    (llama_like, (), {}),
+    (llama_like, (), {"mlp_bias": True, "tie_embeddings": False}),
+    (llama_like, (), {"mlp": "gelu", "mlp_bias": True}),
+    (llama_like, (torch.bfloat16,), {}),
+]
+
+
+@pytest.mark.parametrize(("build", "arguments", "options"), MODELS, ids=str)
+def test_the_same_function(build, arguments, options):
+    plain, packed = twins(build, *arguments, **options)
+    tokens = torch.randint(plain.config.vocab_size, (3, 29), generator=torch.Generator().manual_seed(1))
+    expected = plain(tokens)
+    close = {"rtol": 0, "atol": 1e-4 * float(expected.abs().max())} if expected.dtype == torch.float32 else {}
+    torch.testing.assert_close(packed(tokens), expected, **close)
+    states = [model.init_state(3, 8) for model in (plain, packed)]
+    for chunk in tokens.split([5, 1, 1, 22], dim=1):
+        outs = []
+        for i, model in enumerate((plain, packed)):
+            out, states[i] = model.extend(chunk, states[i])
+            outs.append(out)
+        torch.testing.assert_close(outs[1], outs[0], **close)
+
+
+def test_the_same_text():
+    plain, packed = twins(small_model, "rcmha")
+    prompts = [[5, 9, 12], [7] * 9, [300, 20]]
+    assert generate(packed, prompts, max_new_tokens=20) == generate(plain, prompts, max_new_tokens=20)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_counts_stay(tie):
+    plain, packed = twins(llama_like, tie_embeddings=tie)
+    assert packed.cost(2, 1, 9) == plain.cost(2, 1, 9)
+    assert packed.num_parameters() == plain.num_parameters()
+    assert packed.num_parameters(embeddings=False) == plain.num_parameters(embeddings=False)
+    state = packed.init_state(2, 5)
+    assert all(tensor.device.type == "cpu" for tensor in state.tensors().values())
+
+
+def test_weights_lose_their_storage_and_saving_fails(tmp_path):
+    packed = pack_weights(llama_like(tie_embeddings=False))
+    held = {name for name, parameter in packed.named_parameters() if not parameter.is_meta and parameter.dim() == 2}
+    assert held == {"embedding.weight"}
+    with pytest.raises((NotImplementedError, RuntimeError, ValueError)):
+        save_model(tmp_path / "model", packed)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        packed.layers()[0].mlp.up(torch.zeros(1, 48)).item()
+
+
+def test_what_cannot_be_packed_is_refused():
+    model = llama_like(torch.float64)
+    assert not can_pack(model)
+    with pytest.raises(ValueError, match=r"weights in torch.float64 on cpu cannot be packed"):
+        pack_weights(model)
