@@ -9,8 +9,10 @@ model has the same numbers through either (tests/integration/test_eval_lm.py com
 - A context and its continuation that are too long for the model lose tokens on the left; the continuation stays whole.
 - A generated text is decoded as one that begins: a vocabulary that puts a space before texts takes that space away.
 
-Otherwise: log probabilities are computed in float32, generation ends at any of the tokenizer's `stop_ids`, and without
-`max_gen_toks` it is 256 tokens or half of what the model holds, whichever is less.
+What differs: where two continuations of one text have different lengths, each has its own value (the other adapter's
+cache of logits, in 0.4.13, scores the shorter against the wrong rows; off by `logits_cache=False`). Log probabilities
+are computed in float32. Generation ends at any of the tokenizer's `stop_ids`, and without `max_gen_toks` after 256
+tokens or half of what the model holds, whichever is less.
 """
 
 import json

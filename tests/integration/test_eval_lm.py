@@ -29,6 +29,7 @@ CLOSE = 1e-4
 """Two implementations of one model in float32; sums of up to some hundred log probabilities."""
 PAIRS = [
     ("The quick brown", " fox"),
+    ("The quick", " brown fox"),  # the same text as before, of which more is asked
     ("The quick brown ", "fox jumps"),
     ("", "over the lazy dog"),
     ("def read(path):\n", "    return 1234"),
@@ -93,7 +94,10 @@ def theirs(checkpoint):
     model = LlamaForCausalLM.from_pretrained(checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.pad_token = tokenizer.eos_token
-    return HFLM(pretrained=model, tokenizer=tokenizer, max_length=LENGTH, batch_size=1, device="cpu")
+    # Their cache of logits takes the first rows, not the last, where two continuations of one text differ in length.
+    return HFLM(
+        pretrained=model, tokenizer=tokenizer, max_length=LENGTH, batch_size=1, device="cpu", logits_cache=False
+    )
 
 
 def requests(kind, arguments, task="some_task"):
@@ -349,6 +353,8 @@ def test_wrong_usage(export, tmp_path):
         ([export, "--tasks", gone], "task 'attnzoo_sums'"),
         ([tmp_path / "none", "--tasks", TASKS], "does not exist"),
         ([export, "--tasks", TASKS, "--limit", "0"], "--limit=0 must be at least 1"),
+        ([export, "--tasks", TASKS, "--num-fewshot", "-1"], "--num-fewshot=-1 must be at least 0"),
+        ([export, "--tasks", TASKS, "--json", broken / "task.yaml" / "eval.json"], "--json: "),
         ([export, "--tasks", TASKS, "--dtype", "bfloat17"], "unknown dtype 'bfloat17'"),
         ([export, "--tasks", TASKS, "--device", "nowhere"], "--device: 'nowhere' cannot be used"),
         ([export, "--tasks", TASKS, "--max-length", "4096"], "at most the model's 128 positions"),
