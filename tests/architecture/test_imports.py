@@ -35,9 +35,20 @@ OWNERS = {"deepspeed": ["train/engine.py"], "ray": ["serve/deployment.py", "trai
 """Packages that few files own: ray.serve is the deployment's, ray.tune the sweep's."""
 
 FORBIDDEN = {
-    "attnzoo": {"deepspeed", "ray", "fastapi", "datasets", "omegaconf", "train", "serve", "scripts", "tests"},
-    "train": {"serve", "scripts", "tests", "fastapi"},
-    "serve": {"train", "scripts", "tests", "deepspeed"},
+    "attnzoo": {
+        "deepspeed",
+        "ray",
+        "fastapi",
+        "datasets",
+        "omegaconf",
+        "lm_eval",
+        "train",
+        "serve",
+        "scripts",
+        "tests",
+    },
+    "train": {"serve", "scripts", "tests", "fastapi", "lm_eval"},
+    "serve": {"train", "scripts", "tests", "deepspeed", "lm_eval"},
 }
 
 

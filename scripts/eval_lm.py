@@ -1,0 +1,247 @@
+"""A checkpoint on tasks of the harness lm-eval, from files on this machine.
+
+A task is what lm-eval reads: a YAML file, and the data that it names. Data files are looked for beside the YAML, or
+beside that of the group which a task is in. No hub is asked, and the tasks that come with lm-eval are left out. A task
+may name Python code beside it, which then runs: give tasks that you trust.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Read when datasets, transformers and lm-eval are first imported.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+# Small samples are resampled in this process, not in a pool of others.
+os.environ.update(DISABLE_MULTIPROC="1")
+
+import torch
+import yaml
+
+from attnzoo.checkpoint import find_checkpoint, load_model, load_tokenizer
+from attnzoo.report import Report
+from attnzoo.types import parse_dtype
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+    from scripts.lm_adapter import AdaptedLM
+
+EXAMPLES = """examples:
+  python -m scripts.eval_lm runs/demo/export --tasks tests/data/eval
+  python -m scripts.eval_lm smollm2 --tasks tests/data/eval --limit 8 --json eval.json
+  python -m scripts.eval_lm smollm2 --tasks tests/data/eval/sums.yaml --dtype bfloat16 --max-length 1024 --chat
+
+exit status: 0 done, 2 wrong usage or a task that cannot be run
+"""
+QUICK_LIMIT = 4
+RESAMPLES = 1000
+"""For standard errors of metrics that are no means."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with lm-eval's `!function`, which is not followed here."""
+
+
+_Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def check_package() -> None:
+    """Raises ValueError, saying what to install, where lm-eval is missing."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise ValueError("the package lm-eval is not installed; pip install 'attnzoo[eval]'") from None
+
+
+def find_tasks(path: Path) -> tuple["TaskManager", list[str]]:
+    """(manager, names) of the tasks and groups in a directory and below, or in one YAML file.
+
+    Raises ValueError for a path that holds none, and for a file that lm-eval would pass over in silence.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if path.is_dir():
+        files, folder = sorted(path.rglob("*.yaml")), path
+    elif path.is_file() and path.suffix == ".yaml":
+        files, folder = [path], path.parent
+    else:
+        raise ValueError(f"--tasks: '{path}' is neither a directory nor a .yaml file")
+    declared = {file.resolve(): name for file in files if (name := _declared(file)) is not None}
+    if not declared:
+        raise ValueError(f"--tasks: '{path}' holds no task: a .yaml file with a key `task` or `group`")
+    manager = TaskManager(include_path=str(folder.resolve()), include_defaults=False)
+    found = {
+        Path(entry.yaml_path).resolve(): name
+        for name, entry in manager.task_index.items()
+        if entry.yaml_path is not None
+    }
+    for file, name in declared.items():
+        if found.get(file) != name:
+            raise ValueError(
+                f"{file}: lm-eval does not find {name!r}; another file may have that name, or its `include:` is missing"
+            )
+    return manager, list(declared.values())
+
+
+def _declared(path: Path) -> str | None:
+    """The task or group that a file declares; None for one that others include."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, not a task")
+    name = content.get("group") or content.get("task")
+    return name if isinstance(name, str) else None
+
+
+def load_tasks(manager: "TaskManager", names: list[str]) -> list[Any]:
+    """The tasks with their data. Raises ValueError that names the task and what is wrong with it."""
+    from lm_eval.api.group import Group
+
+    loaded: dict[str, Any] = {}
+    for name in names:
+        file = manager.task_index[name].yaml_path
+        assert file is not None
+        try:
+            with contextlib.chdir(file.parent):
+                content = manager.load([name])
+        except Exception as error:  # of lm-eval, datasets, or a task's own code
+            raise ValueError(f"task {name!r} ({file}) cannot be loaded: {type(error).__name__}: {error}") from error
+        groups = content.get("groups", {})
+        loaded |= {name: groups[name]} if name in groups else content["tasks"]
+    inside = {child for group in loaded.values() if isinstance(group, Group) for child in group.child_names}
+    return [item for name, item in loaded.items() if name not in inside]
+
+
+def rows(results: dict[str, Any], truncated: dict[str, int]) -> list[dict[str, Any]]:
+    """A row a task and metric of lm-eval's results."""
+    found = []
+    for task, metrics in sorted(results["results"].items()):
+        items = results["n-samples"].get(task, {}).get("effective", "")
+        for key, value in metrics.items():
+            metric, _, chosen = key.partition(",")
+            if not chosen or metric.endswith("_stderr"):
+                continue
+            error = metrics.get(f"{metric}_stderr,{chosen}")
+            found.append(
+                {
+                    "task": task,
+                    "metric": metric,
+                    "filter": chosen,
+                    "value": value,
+                    "stderr": error if isinstance(error, float) else "",
+                    "items": items,
+                    "shots": results["n-shot"].get(task, ""),
+                    "truncated": truncated.get(task, 0),
+                }
+            )
+    return found
+
+
+def build_lm(options: argparse.Namespace) -> "AdaptedLM":
+    """The checkpoint behind lm-eval's interface. Raises ValueError."""
+    from scripts.lm_adapter import AdaptedLM
+
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {options.device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    path = find_checkpoint(options.checkpoint)
+    tokenizer = load_tokenizer(path)
+    model = load_model(path, device=device, dtype=parse_dtype(options.dtype) if options.dtype else None)
+    return AdaptedLM(
+        model,
+        tokenizer,
+        max_length=options.max_length,
+        batch_size=options.batch_size,
+        chat=options.chat,
+        seed=options.seed,
+    )
+
+
+def run(options: argparse.Namespace, report: Report) -> None:
+    """Fills the report. Raises ValueError."""
+    check_package()
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit={options.limit} must be at least 1")
+    if options.num_fewshot is not None and options.num_fewshot < 0:
+        raise ValueError(f"--num-fewshot={options.num_fewshot} must be at least 0")
+    if options.json:
+        try:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--json: '{options.json}' cannot be written ({error.strerror})") from None
+    limit = min(options.limit or QUICK_LIMIT, QUICK_LIMIT) if options.quick else options.limit
+    manager, names = find_tasks(options.tasks)
+    lm = build_lm(options)
+    tasks = load_tasks(manager, names)
+    from lm_eval import simple_evaluate
+
+    start = time.perf_counter()
+    results = simple_evaluate(
+        model=lm,
+        tasks=tasks,
+        task_manager=manager,
+        limit=limit,
+        num_fewshot=options.num_fewshot,
+        apply_chat_template=options.chat,
+        bootstrap_iters=RESAMPLES,
+        log_samples=False,
+        random_seed=options.seed,
+        numpy_random_seed=options.seed,
+        torch_random_seed=options.seed,
+        fewshot_random_seed=options.seed,
+    )
+    seconds = time.perf_counter() - start
+    report.versions["lm_eval"] = metadata.version("lm_eval")
+    report.rows += rows(results, lm.truncated)
+    dtype = str(lm.model.embedding.weight.dtype).removeprefix("torch.")
+    print(f"{options.checkpoint}: {dtype}, at most {lm.max_length:,} tokens, {seconds:.1f} s")
+
+
+def main() -> int:
+    """Evaluates and reports; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.eval_lm",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="an export directory, one of transformers, a .gguf file, or smollm2")
+    parser.add_argument("--tasks", type=Path, required=True, metavar="DIR_OR_YAML", help="what to evaluate on")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="where to write the report")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N items of each task only")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each item (default: the task's)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="texts a pass (default: %(default)s)")
+    parser.add_argument("--dtype", help="of weights, for example bfloat16 (default: the checkpoint's)")
+    parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--max-length", type=int, metavar="L", help="tokens the model sees (default: its positions)")
+    parser.add_argument("--chat", action="store_true", help="put items into the model's chat template")
+    parser.add_argument("--seed", type=int, default=0, help="of few-shot examples and sampling (default: %(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"at most {QUICK_LIMIT} items of each task: a check that it runs"
+    )
+    options = parser.parse_args()
+    report = Report.start(
+        command=["python", "-m", "scripts.eval_lm", *sys.argv[1:]], seed=options.seed, quick=options.quick
+    )
+    try:
+        run(options, report)
+    except ValueError as error:
+        print(f"eval_lm: error: {error}", file=sys.stderr)
+        return 2
+    report.print_table()
+    if options.json:
+        report.write(options.json)
+    return report.exit_status()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

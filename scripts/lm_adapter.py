@@ -1,0 +1,308 @@
+"""A decoder language model as the harness lm-eval sees one: log-likelihoods of texts, and texts that go on.
+
+It stands beside the scripts and not in attnzoo: lm-eval imports datasets, evaluate and more, which no part of the
+library may ask for. Where lm-eval leaves a choice, the choice is that of its own adapter for transformers, so that a
+model has the same numbers through either (tests/integration/test_eval_lm.py compares them):
+
+- Texts begin with the begin token where the model's texts have one; a rolling text too, although the harness puts the
+  begin token (or else the end token) before it once more.
+- A context and its continuation that are too long for the model lose tokens on the left; the continuation stays whole.
+- A generated text is decoded as one that begins: a vocabulary that puts a space before texts takes that space away.
+
+What differs: where two continuations of one text have different lengths, each has its own value (the other adapter's
+cache of logits, in 0.4.13, scores the shorter against the wrong rows; off by `logits_cache=False`). Log probabilities
+are computed in float32. Generation ends at any of the tokenizer's `stop_ids`, and without `max_gen_toks` after 256
+tokens or half of what the model holds, whichever is less.
+"""
+
+import json
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+
+from attnzoo.models import DecoderLM
+from attnzoo.models.sampling import sample
+from attnzoo.tokenizer import StreamDecoder, Tokenizer
+from attnzoo.tokenizer.chat import ChatTemplate
+
+DEFAULT_NEW_TOKENS = 256
+GENERATION = ("do_sample", "max_gen_toks", "temperature", "top_k", "top_p", "until")
+"""What a task may ask of generation, besides lm-eval's other names for max_gen_toks."""
+Pair = tuple[tuple[str, str] | None, list[int], list[int]]
+"""(context and continuation as text, ids of the context, ids of the continuation)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """How to continue a text; temperature 0 takes the most likely token."""
+
+    until: tuple[str, ...]
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], max_length: int) -> "Generation":
+        """Reads a request's kwargs. Raises ValueError for what is unknown, contradicts itself or does not fit."""
+        default = min(DEFAULT_NEW_TOKENS, max_length // 2)
+        known: dict[str, Any] = dict(normalize_gen_kwargs(values, default))
+        unknown = sorted(set(known) - set(GENERATION))
+        if unknown:
+            raise ValueError(f"generation_kwargs: {unknown[0]!r} is not supported; known: {', '.join(GENERATION)}")
+        until = tuple(known["until"])
+        if not all(isinstance(text, str) for text in until):
+            raise ValueError(f"generation_kwargs: until={list(until)} must be texts")
+        temperature = float(known.get("temperature") or 0.0)
+        if known["do_sample"] and temperature <= 0:
+            raise ValueError(f"generation_kwargs: do_sample=true needs a temperature above 0, not {temperature}")
+        tokens = known["max_gen_toks"]
+        if not 1 <= tokens < max_length:
+            raise ValueError(
+                f"generation_kwargs: max_gen_toks={tokens} must be at least 1 and leave room for a context in the "
+                f"{max_length} tokens of the model"
+            )
+        return cls(
+            until=until,
+            max_tokens=tokens,
+            temperature=temperature if known["do_sample"] else 0.0,
+            top_p=float(known.get("top_p", 1.0)),
+            top_k=int(known.get("top_k", 0)),
+        )
+
+
+class AdaptedLM(TemplateLM):
+    """What lm-eval asks of a model, answered by a `DecoderLM` and its tokenizer.
+
+    max_length: tokens that the model sees at most; None: its `max_positions`. batch_size: texts a forward pass. seed:
+    of sampled generation, whose texts also depend on the batch size. `truncated` counts, by task, the requests that
+    lost tokens on the left. Raises ValueError for sizes out of range and a tokenizer that does not fit.
+    """
+
+    def __init__(
+        self,
+        model: DecoderLM,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int | None = None,
+        batch_size: int = 8,
+        chat: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        most = model.config.max_positions
+        max_length = most if max_length is None else max_length
+        if not 2 <= max_length <= most:
+            raise ValueError(f"max_length={max_length} must be at least 2 and at most the model's {most} positions")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer knows {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
+                "export the model with its own tokenizer"
+            )
+        if tokenizer.bos_id is None and tokenizer.eos_id is None:
+            raise ValueError("the tokenizer has neither a begin nor an end token, and a text without context needs one")
+        self.template = ChatTemplate.of(tokenizer) if chat else None
+        if chat and self.template is None:
+            raise ValueError("the model has no chat template; evaluate it without --chat")
+        self.model, self.tokenizer = model, tokenizer
+        self.max_length, self.batch_size, self.seed = max_length, batch_size, seed
+        self.truncated: Counter[str] = Counter()
+        self._device = model.embedding.weight.device
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end token; the begin token where there is none."""
+        eos = self.tokenizer.eos_id
+        return self.prefix_token_id if eos is None else eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context: the begin token, else the end token."""
+        token = self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+        assert token is not None
+        return token
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What tells tokenizers and their templates apart."""
+        return self.tokenizer.fingerprint()
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a text; None begins it as the model's texts do, unless it spells its begin token itself."""
+        if add_special_tokens is None:
+            add_special_tokens = self.tokenizer.encode(string)[:1] != [self.prefix_token_id]
+        return self.tokenizer.encode(string, bos=add_special_tokens)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation. Without a generation prompt it ends inside the last message, to be continued."""
+        if self.template is None:
+            raise ValueError("the model was opened without its chat template; say --chat")
+        text = self.template.render(chat_history, add_generation_prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].strip()
+        at = text.rfind(last)
+        if at < 0:
+            raise ValueError("the chat template changes the last message, so that it cannot be continued")
+        return text[: at + len(last)]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log probability, whether greedy generation would write it) of continuations, given contexts.
+
+        Raises ValueError for a continuation without tokens of its own, and for one longer than the model sees.
+        """
+        return self._loglikelihood_tokens([self._pair(request) for request in requests], disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log probabilities of whole texts, in windows as long as the model sees, each token predicted once."""
+        windows: list[Pair] = []
+        owners = []
+        for index, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(index)
+        totals = [0.0] * len(requests)
+        for index, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[index] += value
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations of contexts, up to the first of a request's stop strings, which is left out."""
+        groups: dict[Generation, list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            groups[Generation.parse(request.args[1], self.max_length)].append(index)
+        contexts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+        generator = torch.Generator(self._device).manual_seed(self.seed)
+        texts = [""] * len(requests)
+        with _progress(len(requests), "generate_until", disable_tqdm) as bar:
+            for options, indices in groups.items():
+                room = self.max_length - options.max_tokens
+                for index in indices:
+                    self.truncated[requests[index].task_name or ""] += len(contexts[index]) > room
+                indices.sort(key=lambda index: -len(contexts[index]))
+                for batch in _batches(indices, self.batch_size):
+                    new = self._continue([contexts[index][-room:] for index in batch], options, generator)
+                    for index, text in zip(batch, new, strict=True):
+                        texts[index] = text
+                    bar.update(len(batch))
+        return texts
+
+    def _pair(self, request: Instance) -> Pair:
+        """The ids of a request: context and continuation are encoded together and cut where the context ends."""
+        context, continuation = request.args
+        if context:
+            before, after = self._encode_pair(context, continuation)
+        else:
+            before, after = [], self.tok_encode(continuation, add_special_tokens=False)
+            if after[:1] == [self.prefix_token_id]:
+                before, after = after[:1], after[1:]
+        before = before or [self.prefix_token_id]
+        where = f"task {request.task_name!r}: the continuation {json.dumps(continuation[:60])}"
+        if not after:
+            raise ValueError(f"{where} has no token of its own after its context; write it and the context differently")
+        if len(after) > self.max_length:
+            raise ValueError(f"{where} has {len(after)} tokens, and the model sees at most {self.max_length}")
+        self.truncated[request.task_name or ""] += len(before) + len(after) > self.max_length + 1
+        return (context, continuation), before, after
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Of texts that share all but their last token the model sees one: choices of one token cost one pass."""
+        shared: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, (_text, before, after) in enumerate(requests):
+            # All but the last token go in; what is too long loses its beginning.
+            shared[tuple((before + after)[-(self.max_length + 1) :][:-1])].append(index)
+        answers = [(0.0, False)] * len(requests)
+        inputs = sorted(shared, key=lambda tokens: (-len(tokens), tokens))
+        with _progress(len(requests), "loglikelihood", disable_tqdm) as bar:
+            for batch in _batches(inputs, self.batch_size):
+                # Padding stands on the right, where a causal model cannot see it.
+                hidden_BTD = self.model.hidden(_pad(batch, self._device))
+                for hidden_TD, tokens in zip(hidden_BTD, batch, strict=True):
+                    longest = max(len(requests[index][2]) for index in shared[tokens])
+                    logits_TV = self.model.logits(hidden_TD[len(tokens) - longest : len(tokens)]).float()
+                    for index in shared[tokens]:
+                        answers[index] = _answer(logits_TV, requests[index][2])
+                    bar.update(len(shared[tokens]))
+        return answers
+
+    @torch.no_grad()
+    def _continue(self, contexts: list[list[int]], options: Generation, generator: torch.Generator) -> list[str]:
+        lengths_B = torch.tensor([len(context) for context in contexts], device=self._device)
+        state = self.model.init_state(len(contexts), int(lengths_B.max()) + options.max_tokens)
+        hidden_BTD, state = self.model.extend_hidden(_pad(contexts, self._device), state, lengths_B)
+        hidden_BD = hidden_BTD[torch.arange(len(contexts), device=self._device), lengths_B - 1]
+        texts = [_Text(self.tokenizer, options.until) for _ in contexts]
+        for step in range(options.max_tokens):
+            # A model may have more rows than its tokenizer has tokens.
+            logits_BV = self.model.logits(hidden_BD)[:, : self.tokenizer.vocab_size]
+            next_B = sample(logits_BV, options.temperature, options.top_p, options.top_k, generator)
+            for text, token in zip(texts, next_B.tolist(), strict=True):
+                text.push(token)
+            if step == options.max_tokens - 1 or all(text.done for text in texts):
+                break
+            hidden_BTD, state = self.model.extend_hidden(next_B[:, None], state)
+            hidden_BD = hidden_BTD[:, -1]
+        return [text.finish() for text in texts]
+
+
+class _Text:
+    """A text that grows until a stop token comes or a stop string is in it."""
+
+    def __init__(self, tokenizer: Tokenizer, until: tuple[str, ...]) -> None:
+        self.done = False
+        self._stop_ids, self._until = tokenizer.stop_ids, [stop for stop in until if stop]
+        self._decoder: StreamDecoder = tokenizer.decoder()
+        self._text = ""
+
+    def push(self, token: int) -> None:
+        self.done = self.done or token in self._stop_ids
+        if not self.done:
+            self._text += self._decoder.push(token)
+            self.done = any(stop in self._text for stop in self._until)
+
+    def finish(self) -> str:
+        text: str = postprocess_generated_text(self._text + self._decoder.finish(), self._until, None)
+        return text
+
+
+def _answer(logits_TV: Tensor, continuation: list[int]) -> tuple[float, bool]:
+    """(log probability, is greedy) of a continuation whose last token the last row predicts."""
+    logits_TV = logits_TV[-len(continuation) :]
+    targets_T = torch.tensor(continuation, device=logits_TV.device)
+    values_T = logits_TV.log_softmax(-1).gather(-1, targets_T[:, None])
+    return values_T.double().sum().item(), bool((logits_TV.argmax(-1) == targets_T).all())
+
+
+def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """tokens_BT with zeros on the right."""
+    tokens_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        tokens_BT[row, : len(tokens)] = torch.tensor(tokens)
+    return tokens_BT.to(device)
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
+
+
+def _progress(total: int, name: str, disable: bool) -> "tqdm[Any]":
+    """A bar with its rate; a line every half minute where nobody watches."""
+    every = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(total=total, desc=name, unit="request", disable=disable, mininterval=every)
