@@ -106,10 +106,8 @@ class Rope(NoPosition):
     def encode(self, q_BTNH: Tensor, k_BTKH: Tensor, positions_BT: Tensor, impl: Impl) -> tuple[Tensor, Tensor]:
         # Elementwise, and torch's on every device: there is no kernel to ask for.
         impl = "reference" if impl == "reference" else "torch"
-        return (
-            rope(q_BTNH, positions_BT, theta=self.theta, scaling=self.scaling, impl=impl),
-            rope(k_BTKH, positions_BT, theta=self.theta, scaling=self.scaling, impl=impl),
-        )
+        q, k = rope(q_BTNH, k_BTKH, positions_BT=positions_BT, theta=self.theta, scaling=self.scaling, impl=impl)
+        return q, k
 
     def play_encode(self, tape: Tape, q: Buffer, k: Buffer) -> tuple[Buffer, Buffer]:
         angles = tape.tokens * self.head_dim * tape.sum_width

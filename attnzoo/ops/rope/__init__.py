@@ -9,21 +9,23 @@ from attnzoo.ops.rope.torch import rope_torch
 
 
 def rope(
-    x_BTNH: Tensor,
+    *xs_BTNH: Tensor,
     positions_BT: Tensor,
-    *,
     theta: float = 10000.0,
     scaling: RopeScaling | None = None,
     impl: Impl = "auto",
-) -> Tensor:
-    """Rotates channel pair (c, c + H/2) of x_BTNH by positions_BT * theta^(-2c/H), frequencies stretched by `scaling`.
+) -> tuple[Tensor, ...]:
+    """Rotates channel pair (c, c + H/2) of every x_BTNH by positions_BT * theta^(-2c/H), frequencies stretched by
+    `scaling`; tensors given together share their angles.
 
-    Returns x's shape and dtype. Raises ValueError when H is odd or `impl` is unknown.
+    Returns tensors of the same shapes and dtypes. Raises ValueError when H is odd or differs, or `impl` is unknown.
     """
-    if x_BTNH.shape[-1] % 2:
-        raise ValueError(f"head_dim={x_BTNH.shape[-1]} is odd; rotary positions turn pairs of channels")
+    head_dim = xs_BTNH[0].shape[-1]
+    if head_dim % 2 or any(x.shape[-1] != head_dim for x in xs_BTNH):
+        sizes = ", ".join(str(x.shape[-1]) for x in xs_BTNH)
+        raise ValueError(f"head_dim={sizes} must be even and the same: rotary positions turn pairs of channels")
     known = {"reference": rope_reference, "torch": rope_torch}
-    out: Tensor = choose("rope", impl, known, x_BTNH)(x_BTNH, positions_BT, theta, scaling)
+    out: tuple[Tensor, ...] = choose("rope", impl, known, xs_BTNH[0])(xs_BTNH, positions_BT, theta, scaling)
     return out
 
 

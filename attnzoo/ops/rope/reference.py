@@ -1,6 +1,7 @@
 """Every pair as a complex number, turned on its own: what is right."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +9,13 @@ from torch import Tensor
 from attnzoo.ops.rope.scaling import RopeScaling
 
 
-def rope_reference(x_BTNH: Tensor, positions_BT: Tensor, theta: float, scaling: RopeScaling | None) -> Tensor:
+def rope_reference(
+    xs_BTNH: Sequence[Tensor], positions_BT: Tensor, theta: float, scaling: RopeScaling | None
+) -> tuple[Tensor, ...]:
+    return tuple(_turned(x, positions_BT, theta, scaling) for x in xs_BTNH)
+
+
+def _turned(x_BTNH: Tensor, positions_BT: Tensor, theta: float, scaling: RopeScaling | None) -> Tensor:
     half = x_BTNH.shape[-1] // 2
     channels: list[Tensor] = [torch.empty(0)] * (2 * half)
     for c in range(half):
