@@ -12,6 +12,7 @@ at the rate at which this run reads a large tensor.
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from attnzoo.checkpoint import find_checkpoint, load_tokenizer, open_checkpoint
+from attnzoo.checkpoint import export_model, find_checkpoint, load_model, load_tokenizer, open_checkpoint
 from attnzoo.models import build_shapes
 from attnzoo.report import Claim, Report
 from serve.config import EngineConfig
@@ -82,10 +83,10 @@ def transformers_contender(checkpoint: str, sizes: Sizes) -> Callable[[Prompts],
     except ModuleNotFoundError:
         print("transformers is not installed (pip install 'attnzoo[hf]'): left out", file=sys.stderr)
         return None
-    path = find_checkpoint(checkpoint)
-    where: dict[str, Any] = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    source = path.parent if where else path
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **where).eval()
+    # From a directory: from a GGUF file transformers would take weights that stay quantised, which is another product.
+    with tempfile.TemporaryDirectory() as directory:
+        export_model(Path(directory) / "model", load_model(find_checkpoint(checkpoint), dtype=torch.bfloat16))
+        model = AutoModelForCausalLM.from_pretrained(Path(directory) / "model", dtype=torch.bfloat16).eval()
 
     def generate(prompts: Prompts, new: int) -> float:
         ids = torch.tensor(prompts)
