@@ -23,16 +23,21 @@ class Tokenizer(ABC):
     stop_ids: frozenset[int]
     chat_template: str | None = None
     strips_first_space: bool = False
+    _bytes: list[bytes]
 
     @abstractmethod
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`, between the begin and end ids if asked and the model's texts have such. Raises ValueError for
         lone surrogates."""
 
-    @abstractmethod
     def token_bytes(self, token: int) -> bytes:
-        """UTF-8 bytes that a token stands for, in the middle of a text; none for control tokens. Raises ValueError for
-        an id outside the vocabulary."""
+        """UTF-8 bytes that a token stands for, in the middle of a text; none for control tokens and ids left out.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token {token} is outside the vocabulary of {self.vocab_size}")
+        return self._bytes[token]
 
     @abstractmethod
     def spelling(self, token: int) -> str:

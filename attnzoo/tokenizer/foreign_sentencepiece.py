@@ -52,12 +52,6 @@ class ForeignSentencePieceTokenizer(Tokenizer):
         begin = [self.bos_id] if bos and self.bos_id is not None else []
         return begin + ids + ([self.eos_id] if eos and self.eos_id is not None else [])
 
-    def token_bytes(self, token: int) -> bytes:
-        """UTF-8 bytes that a token stands for; none for control tokens."""
-        if not 0 <= token < self.vocab_size:
-            raise ValueError(f"token {token} is outside the vocabulary of {self.vocab_size}")
-        return self._bytes[token]
-
     def spelling(self, token: int) -> str:
         """The piece, as sentencepiece writes it."""
         piece: str = self._processor.id_to_piece(token)

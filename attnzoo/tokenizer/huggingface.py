@@ -119,12 +119,6 @@ class HuggingFaceTokenizer(Tokenizer):
         begin = self._begin if bos else []
         return begin + ids + ([self.eos_id] if eos and self.eos_id is not None else [])
 
-    def token_bytes(self, token: int) -> bytes:
-        """UTF-8 bytes that a token stands for; none for special tokens and for ids that the vocabulary leaves out."""
-        if not 0 <= token < self.vocab_size:
-            raise ValueError(f"token {token} is outside the vocabulary of {self.vocab_size}")
-        return self._bytes[token]
-
     def spelling(self, token: int) -> str:
         """The token as the vocabulary writes it; "" for an id that the vocabulary leaves out."""
         if not 0 <= token < self.vocab_size:

@@ -85,12 +85,6 @@ class SentencePieceTokenizer(Tokenizer):
                 ids += self._processor.encode(part)
         return [*ids, self.eos_id] if eos else ids
 
-    def token_bytes(self, token: int) -> bytes:
-        """UTF-8 bytes that a token stands for; none for control tokens."""
-        if not 0 <= token < self.vocab_size:
-            raise ValueError(f"token {token} is outside the vocabulary of {self.vocab_size}")
-        return self._bytes[token]
-
     def spelling(self, token: int) -> str:
         """The piece, as sentencepiece writes it."""
         piece: str = self._processor.id_to_piece(token)
