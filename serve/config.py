@@ -21,7 +21,9 @@ class EngineConfig:
     and completion together, in tokens; None takes the model's max_positions.
     max_batched_tokens: tokens that one step may send through the model. max_queue: requests that may wait.
     dtype: None keeps the checkpoint's. pack_weights: lay weights out for reading on a CPU (bfloat16 and float32), twice
-    as fast for single tokens; None: where the machine can. threads: CPU threads of torch, None leaves them as they are.
+    as fast for single tokens; None: where the machine can. compile_decode: decode steps through torch's compiler,
+    faster on a CPU by a quarter and more; needs a C++ compiler and some 15 seconds at the start. threads: CPU threads
+    of torch, None leaves them as they are.
     step_timeout_s: a step that takes longer makes the engine unhealthy.
     """
 
@@ -33,6 +35,7 @@ class EngineConfig:
     device: str = "cpu"
     dtype: str | None = None
     pack_weights: bool | None = None
+    compile_decode: bool = False
     threads: int | None = None
     step_timeout_s: float = 120.0
 

@@ -57,7 +57,7 @@ class Engine:
         if self.max_model_len < 2:
             raise ValueError(f"max_model_len={self.max_model_len} leaves no room for a prompt and a token")
         self.scheduler = Scheduler(config.max_num_seqs, config.max_batched_tokens, config.max_queue)
-        self.runner = Runner(self.model, config.max_num_seqs, self.max_model_len)
+        self.runner = Runner(self.model, config.max_num_seqs, self.max_model_len, config.compile_decode)
         self.metrics = Metrics(self.runner.pool_bytes)
         self._requests: dict[str, Request] = {}
 

@@ -6,24 +6,38 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from attnzoo.kvcache.state import State
-from attnzoo.models import DecoderLM
+from attnzoo.models import CompiledDecode, DecoderLM
+from attnzoo.models.decoder_lm import DecoderState
 from serve.cache_manager import Release
 from serve.request import Request
 from serve.scheduler import Chunk, Plan
 
 
 class Runner:
-    """Runs plans on a pool of `max_num_seqs` rows with room for `max_model_len` tokens each."""
+    """Runs plans on a pool of `max_num_seqs` rows with room for `max_model_len` tokens each.
 
-    def __init__(self, model: DecoderLM, max_num_seqs: int, max_model_len: int) -> None:
+    `compile_decode`: compiles decode steps here and now. Raises ValueError for a model whose steps cannot be compiled,
+    and without a C++ compiler.
+    """
+
+    def __init__(self, model: DecoderLM, max_num_seqs: int, max_model_len: int, compile_decode: bool = False) -> None:
         self.model = model
         self.device = model.embedding.weight.device
-        self.pool: State = model.init_state(max_num_seqs, max_model_len)
+        self.pool = model.init_state(max_num_seqs, max_model_len)
         self.pool_bytes = self.pool.nbytes()
         self.kv_bytes = lru_cache(maxsize=4096)(self._kv_bytes)
         # The pool's tensors stay where they are, so views of the same rows are made once.
-        self._views: dict[tuple[int, int], State] = {}
+        self._views: dict[tuple[int, int], DecoderState] = {}
+        self._compiled = CompiledDecode(model) if compile_decode else None
+        if self._compiled is not None:
+            self._warm_up(self._compiled, max_num_seqs)
+
+    @torch.inference_mode()
+    def _warm_up(self, step: CompiledDecode, max_num_seqs: int) -> None:
+        """Compiles for one sequence and for several, so that no request waits for it."""
+        for count in {1, min(2, max_num_seqs)}:
+            step(self._tensor([[0]] * count), self._rows(slice(0, count)))
+            self.pool.reset(slice(0, count))
 
     def _kv_bytes(self, context: int) -> int:
         """Bytes of the state that a sequence of `context` tokens fills, without what is only reserved."""
@@ -35,7 +49,7 @@ class Runner:
         parts = []
         if plan.decode:
             tokens_B1 = self._tensor([[requests[request_id].generated[-1]] for request_id in plan.decode])
-            hidden_BTD = self._extend(tokens_B1, 0, None)
+            hidden_BTD = self._decode(tokens_B1)
             parts.append(hidden_BTD[:, -1])
         for chunks in _groups(plan.prefill):
             parts.append(self._prefill(chunks, requests))
@@ -53,14 +67,22 @@ class Runner:
         ended = [row for row, chunk in enumerate(chunks) if chunk.last]
         return hidden_BTD[ended, [counts[row] - 1 for row in ended]]
 
+    def _decode(self, tokens_B1: Tensor) -> Tensor:
+        if self._compiled is None:
+            return self._extend(tokens_B1, 0, None)
+        return self._compiled(tokens_B1, self._rows(slice(0, len(tokens_B1))))
+
     def _extend(self, tokens_BT: Tensor, first_slot: int, counts_B: Tensor | None) -> Tensor:
-        rows = slice(first_slot, first_slot + len(tokens_BT))
+        rows = self._rows(slice(first_slot, first_slot + len(tokens_BT)))
+        hidden_BTD, state = self.model.extend_hidden(tokens_BT, rows, counts_B)
+        rows.fill(state)
+        return hidden_BTD
+
+    def _rows(self, rows: slice) -> DecoderState:
         key = (rows.start, rows.stop)
         if key not in self._views:
             self._views[key] = self.pool.rows(rows)
-        hidden_BTD, state = self.model.extend_hidden(tokens_BT, self._views[key], counts_B)  # type: ignore[arg-type]
-        self.pool.store(rows, state)
-        return hidden_BTD
+        return self._views[key]
 
     def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)

@@ -10,6 +10,7 @@ from attnzoo.attention.base import Attention, Cost, Growth, PositionTrait, Trait
 from attnzoo.attention.parts import LinearMixing, Mixing, Projection, QKVConv, QKVConvState, SoftmaxMixing
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.impl import Impl
+from attnzoo.ops.recent import recent
 from attnzoo.tape import Buffer, Tape
 from attnzoo.types import dtype_bytes
 
@@ -77,7 +78,7 @@ class ComposedAttention(Attention):
         qkv, conv = self.projection(x_BTD), state.conv
         if self.conv is not None and conv is not None:
             qkv, conv = self.conv.extend(qkv, conv, counts_B, self.impl)
-        positions_BT = state.lengths_B[:, None] + torch.arange(tokens, device=x_BTD.device)
+        positions_BT = _positions(state.lengths_B, tokens)
         o_BNTH, mixing = self.mixing.extend(qkv, state.mixing, positions_BT, counts_B, self.impl)
         lengths_B = state.lengths_B + (tokens if counts_B is None else counts_B)
         return self.projection.merge(o_BNTH), ComposedState(lengths_B, conv, mixing)
@@ -117,3 +118,15 @@ class ComposedAttention(Attention):
         self.mixing.reset_parameters(std)
         if self.conv is not None:
             self.conv.reset_parameters()
+
+
+def _positions(lengths_B: Tensor, tokens: int) -> Tensor:
+    """positions_BT of the tokens that come next, one tensor for all layers of a step."""
+    if lengths_B.device.type != "cpu" or torch.compiler.is_compiling():  # values would have to be waited for
+        return lengths_B[:, None] + torch.arange(tokens, device=lengths_B.device)
+    return _positions_after(tuple(lengths_B.tolist()), tokens)
+
+
+@recent
+def _positions_after(lengths: tuple[int, ...], tokens: int) -> Tensor:
+    return torch.tensor(lengths)[:, None] + torch.arange(tokens)

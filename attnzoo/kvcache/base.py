@@ -24,12 +24,14 @@ class CacheView:
     """What to attend to.
 
     keys_BKSH, values_BKSH; positions_BKS: int64 logical positions, `EMPTY` where an entry holds nothing; its
-    K axis is 1 when all kv heads keep the same entries.
+    K axis is 1 when all kv heads keep the same entries. alone: the entries are the new tokens of every row, in order
+    and without padding, so that causality is all there is to a mask of positions.
     """
 
     keys_BKSH: Tensor
     values_BKSH: Tensor
     positions_BKS: Tensor
+    alone: bool = False
 
 
 class CachePolicy(ABC):

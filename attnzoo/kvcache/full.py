@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attnzoo.kvcache.base import EMPTY, CachePolicy, CacheView
 from attnzoo.kvcache.state import State, new_zeros
+from attnzoo.ops.recent import recent
 from attnzoo.types import dtype_bytes
 
 
@@ -17,6 +18,9 @@ class FullCacheState(State):
 
     keys_BKSH: Tensor
     values_BKSH: Tensor
+
+    def cut(self, tokens: int) -> "FullCacheState":
+        return FullCacheState(self.keys_BKSH[:, :, :tokens], self.values_BKSH[:, :, :tokens])
 
 
 class FullCache(CachePolicy):
@@ -48,28 +52,69 @@ class FullCache(CachePolicy):
         positions_BT: Tensor,
         counts_B: Tensor | None,
     ) -> tuple[FullCacheState, CacheView]:
-        batch, tokens = positions_BT.shape
-        ends_B = positions_BT[:, 0] + (tokens if counts_B is None else counts_B)
-        used = int(ends_B.max())
-        keys = _with_room(state.keys_BKSH, used, keys_BKTH)
-        values = _with_room(state.values_BKSH, used, values_BKTH)
-
-        rows_BT = torch.arange(batch, device=positions_BT.device)[:, None].expand(batch, tokens)
-        if counts_B is None:
-            real = (rows_BT, positions_BT)
-            new_keys, new_values = keys_BKTH.transpose(1, 2), values_BKTH.transpose(1, 2)
-        else:
-            mask_BT = positions_BT < ends_B[:, None]
-            real = (rows_BT[mask_BT], positions_BT[mask_BT])
-            new_keys, new_values = keys_BKTH.transpose(1, 2)[mask_BT], values_BKTH.transpose(1, 2)[mask_BT]
-        # Indexing B and S around the K axis puts K after the indexed axes: [..., K, H], as in new_keys.
-        keys[real[0], :, real[1]] = new_keys.to(keys.dtype)
-        values[real[0], :, real[1]] = new_values.to(values.dtype)
-
-        slots_S = torch.arange(used, device=positions_BT.device)
-        positions_B1S = torch.where(slots_S < ends_B[:, None], slots_S, EMPTY)[:, None]
-        view = CacheView(keys[:, :, :used], values[:, :, :used], positions_B1S)
+        # Lengths are values, which the compiler does not know: what it is given has been cut to what is used.
+        compiling = torch.compiler.is_compiling()
+        slots = _slots(positions_BT, counts_B, state.keys_BKSH.shape[2] if compiling else None)
+        keys = _with_room(state.keys_BKSH, slots.used, keys_BKTH)
+        values = _with_room(state.values_BKSH, slots.used, values_BKTH)
+        slots.write(keys, keys_BKTH)
+        slots.write(values, values_BKTH)
+        view = CacheView(
+            keys[:, :, : slots.used], values[:, :, : slots.used], slots.positions_B1S, alone=slots.first == 0
+        )
+        if keys is state.keys_BKSH:
+            return state, view
         return FullCacheState(keys, values), view
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """Where a chunk goes, and what is used then.
+
+    first: the slot of the first token where all rows are equally long and all tokens are real; else None, and `rows`
+    and `targets` index B and S for the tokens that real_BT picks (None: all). used: slots of the longest row after the
+    chunk; positions_B1S: the logical positions in them.
+    """
+
+    first: int | None
+    rows: Tensor
+    targets: Tensor
+    real_BT: Tensor | None
+    used: int
+    positions_B1S: Tensor
+
+    def write(self, buffer_BKSH: Tensor, new_BKTH: Tensor) -> None:
+        if self.first is not None:
+            buffer_BKSH[:, :, self.first : self.used].copy_(new_BKTH)
+        else:
+            # Indexing B and S around the K axis puts K after the indexed axes: [..., K, H].
+            new_BTKH = new_BKTH.transpose(1, 2)
+            new = new_BTKH if self.real_BT is None else new_BTKH[self.real_BT]
+            buffer_BKSH[self.rows, :, self.targets] = new.to(buffer_BKSH.dtype)
+
+
+@recent
+def _slots(positions_BT: Tensor, counts_B: Tensor | None, used: int | None) -> _Slots:
+    """`used`: None to look it up."""
+    batch, tokens = positions_BT.shape
+    starts_B = positions_BT[:, 0]
+    ends_B = starts_B + (tokens if counts_B is None else counts_B)
+    first = None
+    if used is None:
+        starts, ends = starts_B.tolist(), ends_B.tolist()
+        used = max(ends)
+        first = used - tokens if min(starts) == used - tokens and min(ends) == used else None
+    real_BT = None if counts_B is None else positions_BT < ends_B[:, None]
+    rows_BT = torch.arange(batch, device=positions_BT.device)[:, None].expand(batch, tokens)
+    slots_S = torch.arange(used, device=positions_BT.device)
+    return _Slots(
+        first=first,
+        rows=rows_BT if real_BT is None else rows_BT[real_BT],
+        targets=positions_BT if real_BT is None else positions_BT[real_BT],
+        real_BT=real_BT,
+        used=used,
+        positions_B1S=torch.where(slots_S < ends_B[:, None], slots_S, EMPTY)[:, None],
+    )
 
 
 def _with_room(buffer_BKSH: Tensor, used: int, new_BKTH: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ States are consumed: `extend` may write into the buffers of the state it is give
 `clone()` first to continue one state in two ways.
 """
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +44,13 @@ class State:
         """Views of the sequences in `index`: no copy, and in-place writes of `extend` reach the whole."""
         return self.map(lambda _, tensor: tensor[index])
 
+    def cut(self: S, tokens: int) -> S:
+        """Views of what sequences of at most `tokens` tokens fill, so that in-place writes reach the whole.
+
+        States that do not grow are themselves; those that do say how.
+        """
+        return _cut(self, tokens)
+
     def clone(self: S) -> S:
         """An independent copy: the way to continue one state in two ways."""
         return self.map(lambda _, tensor: tensor.clone())
@@ -55,21 +61,58 @@ class State:
         Tensors of `other` that already live in these rows (keys and values that `extend` wrote in place) cost
         nothing. Raises ValueError when shapes differ, for example when `other` has grown past this capacity.
         """
-        mine, theirs = self.tensors(), other.tensors()
-        for name, target in mine.items():
-            rows, source = target[index], theirs[name]
-            if rows.shape != source.shape:
-                raise ValueError(
-                    f"state {name!r}: rows of shape {tuple(rows.shape)} cannot hold {tuple(source.shape)}; "
-                    "allocate the state with a larger capacity"
-                )
-            if rows.data_ptr() != source.data_ptr():
-                rows.copy_(source)
+        self.rows(index).fill(other)
+
+    def fill(self, other: "State") -> None:
+        """Writes `other` into this state, in place; what of it is this state's already costs nothing.
+
+        Raises ValueError as `store`.
+        """
+        _fill(self, other, "")
 
     def reset(self, index: slice) -> None:
         """Empties the sequences in `index`, in place: every variant's empty state is all zeros."""
         for tensor in self.tensors().values():
             tensor[index].zero_()
+
+
+def _cut(node: Any, tokens: int) -> Any:
+    if isinstance(node, tuple):
+        return tuple(item.cut(tokens) for item in node)
+    if not isinstance(node, State):
+        return node
+    return type(node)(
+        **{
+            key: value.cut(tokens) if isinstance(value, State) else _cut(value, tokens)
+            for key in _field_names(type(node))
+            for value in [getattr(node, key)]
+        }
+    )
+
+
+def _fill(mine: Any, theirs: Any, name: str) -> None:
+    if mine is theirs:
+        return
+    if isinstance(mine, Tensor):
+        if mine.shape != theirs.shape:
+            raise ValueError(
+                f"state {name!r}: rows of shape {tuple(mine.shape)} cannot hold {tuple(theirs.shape)}; "
+                "allocate the state with a larger capacity"
+            )
+        if torch.compiler.is_compiling() or mine.data_ptr() != theirs.data_ptr():
+            mine.copy_(theirs)
+    elif isinstance(mine, tuple):
+        for i, (target, source) in enumerate(zip(mine, theirs, strict=True)):
+            _fill(target, source, f"{name}.{i}")
+    else:
+        prefix = f"{name}." if name else ""
+        for key in _field_names(type(mine)):
+            _fill(getattr(mine, key), getattr(theirs, key), prefix + key)
+
+
+def _field_names(kind: type[Any]) -> tuple[str, ...]:
+    # dataclasses.fields would say the same, but neither quickly nor to torch's compiler.
+    return tuple(kind.__dataclass_fields__)
 
 
 def _map(node: Any, name: str, fn: Callable[[str, Tensor], Tensor]) -> Any:
@@ -79,10 +122,7 @@ def _map(node: Any, name: str, fn: Callable[[str, Tensor], Tensor]) -> Any:
         return tuple(_map(item, f"{name}.{i}", fn) for i, item in enumerate(node))
     if isinstance(node, State):
         prefix = f"{name}." if name else ""
-        values = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}  # type: ignore[arg-type]
-        return dataclasses.replace(  # type: ignore[type-var]
-            node, **{key: _map(value, prefix + key, fn) for key, value in values.items()}
-        )
+        return type(node)(**{key: _map(getattr(node, key), prefix + key, fn) for key in _field_names(type(node))})
     assert node is None, f"a state may not hold {type(node).__name__} ({name})"
     return None
 

@@ -1,9 +1,10 @@
 """Models that take any attention variant by configuration."""
 
+from attnzoo.models.compiled import CompiledDecode
 from attnzoo.models.config import DecoderConfig
 from attnzoo.models.decoder_lm import DecoderLM
 from attnzoo.models.generate import generate
 from attnzoo.models.packing import can_pack, pack_weights
 from attnzoo.models.shapes import build_shapes
 
-__all__ = ["DecoderConfig", "DecoderLM", "build_shapes", "can_pack", "generate", "pack_weights"]
+__all__ = ["CompiledDecode", "DecoderConfig", "DecoderLM", "build_shapes", "can_pack", "generate", "pack_weights"]

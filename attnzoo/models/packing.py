@@ -12,6 +12,20 @@ from attnzoo.models.blocks import MLP
 from attnzoo.models.decoder_lm import DecoderLM
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, width: int = 0) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+# To the compiler the product is a name and a shape: it has no rule for packed weights that are arguments.
+_LIBRARY = torch.library.Library("attnzoo", "FRAGMENT")
+_LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias, int width) -> Tensor")
+_LIBRARY.impl("packed_linear", _product, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "attnzoo::packed_linear", lambda x, weight, bias, width: x.new_empty(*x.shape[:-1], width), lib=_LIBRARY
+)
+
+
 class PackedMaps:
     """One product for one or several linear maps of the same input; calling it gives their outputs side by side."""
 
@@ -20,11 +34,14 @@ class PackedMaps:
         # One row is what the layout is for; measured, many rows are no slower than with a layout of their own.
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
         biases = [weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in maps]
+        self._width = len(weight)
         self._bias = None if all(layer.bias is None for layer in maps) else torch.cat(biases)
 
     def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return out
+        if torch.compiler.is_compiling():
+            opaque: Tensor = torch.ops.attnzoo.packed_linear.default(x, self._weight, self._bias, self._width)
+            return opaque
+        return _product(x, self._weight, self._bias)
 
 
 class PackedLinear(nn.Linear):

@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from attnzoo.ops.recent import recent
+
 
 @dataclass(frozen=True, kw_only=True)
 class CausalMask:
@@ -56,13 +58,34 @@ class CausalMask:
 
     def visible(self, tokens: int, device: torch.device) -> Tensor:
         """visible_BKTS: True where the query may look; B and K may be 1."""
-        queries_BT, keys_BKS = self.positions(tokens, device)
-        queries_B1T1, keys_BK1S = queries_BT[:, None, :, None], keys_BKS[:, :, None, :]
-        starts_B1T1 = 0 if self.starts_BT is None else self.starts_BT[:, None, :, None]
-        seen = (keys_BK1S >= starts_B1T1) & (keys_BK1S <= queries_B1T1)
-        if self.window is not None:
-            seen = seen & ((queries_B1T1 - keys_BK1S < self.window) | (keys_BK1S - starts_B1T1 < self.sinks))
-        return seen
+        return _visible(*self.positions(tokens, device), self.starts_BT, self.window, self.sinks)
+
+    def bias(self, tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """bias_BKTS to be added to scores: 0 where the query may look, -inf elsewhere; B and K may be 1. Layers that
+        give the same positions share it."""
+        return _bias(*self.positions(tokens, device), self.starts_BT, self.window, self.sinks, dtype)
+
+
+def _visible(queries_BT: Tensor, keys_BKS: Tensor, starts_BT: Tensor | None, window: int | None, sinks: int) -> Tensor:
+    queries_B1T1, keys_BK1S = queries_BT[:, None, :, None], keys_BKS[:, :, None, :]
+    starts_B1T1 = 0 if starts_BT is None else starts_BT[:, None, :, None]
+    seen = (keys_BK1S >= starts_B1T1) & (keys_BK1S <= queries_B1T1)
+    if window is not None:
+        seen = seen & ((queries_B1T1 - keys_BK1S < window) | (keys_BK1S - starts_B1T1 < sinks))
+    return seen
+
+
+@recent
+def _bias(
+    queries_BT: Tensor,
+    keys_BKS: Tensor,
+    starts_BT: Tensor | None,
+    window: int | None,
+    sinks: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    seen = _visible(queries_BT, keys_BKS, starts_BT, window, sinks)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
 def check_window(window: int | None, sinks: int) -> None:

@@ -85,7 +85,14 @@ class SoftmaxMixing(Mixing):
         q, k = self.position.encode(q, k, positions_BT, impl)
         state, view = self.cache.append(state, k.transpose(1, 2), v.transpose(1, 2), positions_BT, counts_B)
         heads_first = (q.transpose(1, 2), view.keys_BKSH, view.values_BKSH)
-        mask = replace(self.mask, query_positions_BT=positions_BT, key_positions_BKS=view.positions_BKS)
+        if view.alone:  # a whole prompt: the parallel form computes no pair that causality hides
+            return self.position.attend(heads_first, self.mask, impl), state
+        mask = CausalMask(
+            window=self.mask.window,
+            sinks=self.mask.sinks,
+            query_positions_BT=positions_BT,
+            key_positions_BKS=view.positions_BKS,
+        )
         return self.position.attend(heads_first, mask, impl), state
 
     def state_bytes(self, batch: int, capacity: int, dtype: torch.dtype) -> int:

@@ -110,14 +110,13 @@ class Rope(NoPosition):
         return q, k
 
     def play_encode(self, tape: Tape, q: Buffer, k: Buffer) -> tuple[Buffer, Buffer]:
-        angles = tape.tokens * self.head_dim * tape.sum_width
+        angles = 2 * tape.tokens * self.head_dim * tape.sum_width
         return self._play_turn(tape, q, angles), self._play_turn(tape, k, 0)
 
     def _play_turn(self, tape: Tape, x: Buffer, angles: int) -> Buffer:
         """Sines and cosines are kept, q and k are not: a rotation is undone by the rotation back."""
         exact = x.size * tape.sum_width // tape.width
-        copied = 2 * exact if tape.width != tape.sum_width else 0
-        return tape.do(Step(out=x.size, inputs=[x], keeps=angles, scratch=exact + copied, backward=exact + copied))
+        return tape.do(Step(out=x.size, inputs=[x], keeps=angles, scratch=2 * exact, backward=2 * exact))
 
 
 class RelativeTable(Position):

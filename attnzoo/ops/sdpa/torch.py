@@ -1,5 +1,6 @@
 """torch's fused attention where causality is all there is, row blocks for other masks, a dense mask in streaming."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,23 +16,37 @@ def sdpa_torch(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: CausalMask,
     if mask.parallel:
         return row_block_attention(q_BNTH, k_BKSH, v_BKSH, None, mask, scale)
     if q_BNTH.shape[2] == 1:
-        return _one_query(q_BNTH, k_BKSH, v_BKSH, mask.visible(1, q_BNTH.device), scale)
+        return _one_query(q_BNTH, k_BKSH, v_BKSH, mask, scale)
     visible_BNTS = per_query_head(mask.visible(q_BNTH.shape[2], q_BNTH.device), q_BNTH.shape[1])
     return F.scaled_dot_product_attention(
         q_BNTH, k_BKSH, v_BKSH, attn_mask=visible_BNTS, scale=scale, enable_gqa=grouped
     )
 
 
-def _one_query(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, visible_BK1S: Tensor, scale: float) -> Tensor:
-    """A decode step: the queries that share a kv head are rows of one product.
+def _one_query(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: CausalMask, scale: float) -> Tensor:
+    """A decode step: the queries that share a kv head are rows of one product, so that keys are read once for all.
 
-    The fused kernel walks through keys once a query head, and for a single query it does so on one thread.
+    The fused kernel does that when it is told that they are consecutive queries; with several sequences products are
+    faster, if keys stand on the left (on the right, in half precision, they would be transposed in memory first).
     """
-    groups = q_BN1H.shape[1] // k_BKSH.shape[1]
-    q_BKGH = q_BN1H.flatten(1, 2).unflatten(1, (-1, groups)) * scale
-    scores_BKGS = (q_BKGH @ k_BKSH.mT).to(accumulation_dtype(q_BN1H.dtype))
-    weights_BKGS = scores_BKGS.masked_fill(~visible_BK1S, float("-inf")).softmax(-1)
-    return (weights_BKGS.to(v_BKSH.dtype) @ v_BKSH).flatten(1, 2).unsqueeze(2)
+    batch, heads, _, head_dim = q_BN1H.shape
+    q_BKGH = q_BN1H.reshape(batch, k_BKSH.shape[1], -1, head_dim)
+    if batch == 1:
+        bias_BK1S = mask.bias(1, q_BN1H.device, q_BN1H.dtype)
+        o_BKGH = F.scaled_dot_product_attention(q_BKGH, k_BKSH, v_BKSH, attn_mask=bias_BK1S, scale=scale)
+        return o_BKGH.reshape(batch, heads, 1, head_dim)
+    bias_BK1S = mask.bias(1, q_BN1H.device, accumulation_dtype(q_BN1H.dtype))
+    scores_BKGS = (k_BKSH @ q_BKGH.mT).mT
+    weights_BKGS = torch.add(bias_BK1S, scores_BKGS, alpha=scale).softmax(-1)
+    return (weights_BKGS.to(v_BKSH.dtype) @ v_BKSH).reshape(batch, heads, 1, head_dim)
+
+
+def _fused_sums(q_BKGH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: CausalMask, scale: float) -> Tensor:
+    """Scores and outputs as sums of elementwise products, which the compiler makes loops of: no product to start."""
+    exact = accumulation_dtype(q_BKGH.dtype)
+    scores_BKGS = (q_BKGH[:, :, :, None].to(exact) * k_BKSH[:, :, None].to(exact)).sum(-1)
+    weights_BKGS = (scores_BKGS * scale + mask.bias(1, q_BKGH.device, exact)).softmax(-1)
+    return (weights_BKGS[..., None] * v_BKSH[:, :, None].to(exact)).sum(-2)
 
 
 def per_query_head(mask_BKTS: Tensor, heads: int) -> Tensor:

@@ -1,0 +1,57 @@
+"""What layers share: found again by the same tensors and equal values, never by anything else."""
+
+import torch
+
+from attnzoo.ops.recent import KEPT, recent
+
+
+def counted():
+    calls = []
+
+    @recent
+    def double(x, factor):
+        calls.append(factor)
+        return x * factor
+
+    return double, calls
+
+
+def test_the_same_tensor_is_computed_once():
+    double, calls = counted()
+    x, equal = torch.ones(2), torch.ones(2)
+    with torch.no_grad():
+        assert double(x, 2) is double(x, 2)
+        assert calls == [2]
+        assert double(x, 3) is not double(equal, 3)
+    assert calls == [2, 3, 3]
+
+
+def test_only_the_last_results_are_kept():
+    double, calls = counted()
+    tensors = [torch.ones(1) for _ in range(KEPT + 1)]
+    with torch.no_grad():
+        for x in tensors:
+            double(x, 2)
+        double(tensors[-1], 2)
+        assert len(calls) == KEPT + 1
+        double(tensors[0], 2)
+    assert len(calls) == KEPT + 2
+
+
+def test_inference_tensors_stay_in_inference_mode():
+    double, calls = counted()
+    x = torch.ones(2)
+    with torch.inference_mode():
+        assert double(x, 2).is_inference()
+    with torch.no_grad():
+        assert not double(x, 2).is_inference()
+    assert len(calls) == 2
+
+
+def test_nothing_is_kept_while_gradients_are_on():
+    double, calls = counted()
+    x = torch.ones(2, requires_grad=True)
+    double(x, 2).sum().backward()
+    double(x, 2).sum().backward()
+    assert calls == [2, 2]
+    assert x.grad.tolist() == [4.0, 4.0]
