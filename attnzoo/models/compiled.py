@@ -22,6 +22,9 @@ from attnzoo.models.decoder_lm import DecoderLM, DecoderState
 BUCKET = 64
 """Slots of a cache are attended to in multiples of this many, so that views of them are made now and then."""
 
+ABSOLUTE = ("none", "rope")
+"""Positions without relative terms, whose tables are looked up by values that the compiler does not know."""
+
 DecodeBlock = Callable[[Block, Tensor, State], Tensor]
 
 
@@ -112,8 +115,9 @@ def _check(block: Block, layer: int) -> None:
     attention = block.attention
     if isinstance(attention, ComposedAttention):
         mixing = attention.mixing
-        keeps_all = isinstance(mixing, SoftmaxMixing) and type(mixing.cache) is FullCache
-        if isinstance(mixing, LinearMixing) or (keeps_all and mixing.position.kind in ("none", "rope")):
+        if isinstance(mixing, LinearMixing):
+            return
+        if isinstance(mixing, SoftmaxMixing) and type(mixing.cache) is FullCache and mixing.position.kind in ABSOLUTE:
             return
     raise ValueError(
         f"layer {layer}: decoding cannot be compiled for {type(attention).__name__} with this configuration; it needs "
