@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from attnzoo.ops.masks import CausalMask
-from attnzoo.ops.relative_sdpa.torch import gathered_bias
+from attnzoo.ops.relative_sdpa.torch import streamed_bias
 from attnzoo.ops.row_blocks import Tables
-from attnzoo.ops.sdpa.torch import per_query_head
 from attnzoo.types import accumulation_dtype
 
 ROWS = 128
@@ -67,11 +66,12 @@ class _Part:
         at_BR = queries_BT[:, block]
         used = _reach(keys_BKS, at_BR)
         mask = replace(self.mask, query_positions_BT=at_BR, key_positions_BKS=keys_BKS[:, :, :used])
-        q_BNRH, bias, votes = self.q_BNTH[:, :, block] * self.scale, None, None
-        content = q_BNRH
+        q, bias, votes = self.q_BNTH[:, :, block], None, None
+        content = q * self.scale
         if self.tables is not None:
-            content = (self.q_BNTH[:, :, block] + self.tables.content_bias_NH[:, None]) * self.scale
-            bias = _bias(q_BNRH, self.tables, mask, self.scale)
+            content = (q + self.tables.content_bias_NH[:, None]) * self.scale
+            tables = self.tables
+            bias = streamed_bias(q, tables.table_NPH, tables.table_bias_NP, mask, self.scale)
         if self.log_votes_BKS is not None:
             votes = self.log_votes_BKS[:, :, :used]
         weights_BKGRS = _weights(content, self.k_BKSH[:, :, :used], mask, bias, votes)
@@ -85,14 +85,6 @@ def _reach(keys_BKS: Tensor, queries_BR: Tensor) -> int:
     """Slots up to the last one that some query of the block may see."""
     seen_S = ((keys_BKS >= 0) & (keys_BKS <= queries_BR.amax(1)[:, None, None])).any(0).any(0)
     return int((seen_S * torch.arange(1, len(seen_S) + 1, device=seen_S.device)).max())
-
-
-def _bias(q_BNRH: Tensor, tables: Tables, mask: CausalMask, scale: float) -> Tensor:
-    """q_BNRH is scaled."""
-    queries_BR, keys_BKS = mask.positions(q_BNRH.shape[2], q_BNRH.device)
-    distance = per_query_head(queries_BR[:, None, :, None] - keys_BKS[:, :, None, :], q_BNRH.shape[1])
-    distance = distance.expand(q_BNRH.shape[0], -1, -1, -1)
-    return gathered_bias(q_BNRH, tables.table_NPH, tables.table_bias_NP * scale, distance)
 
 
 def _weights(
