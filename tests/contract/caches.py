@@ -51,7 +51,7 @@ LOSSLESS: dict[str, list[dict[str, Any]]] = {
     "d2o": [{"keep_ratio": 1.0}, {"max_tokens": 40}, {"max_tokens": 40, "votes": True, "prefill": "stream"}],
     "think": [{"channel_ratio": 1.0}],
     "random_channels": [{"channel_ratio": 1.0}],
-    "d2o+think": [{"max_tokens": 80}, {"keep_ratio": 1.0, "channel_ratio": 1.0}],
+    "d2o+think": [{"max_tokens": 80, "channel_ratio": 1.0}, {"keep_ratio": 1.0, "channel_ratio": 1.0}],
 }
 """Options that keep everything, of every policy."""
 
