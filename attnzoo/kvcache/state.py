@@ -1,8 +1,9 @@
 """What a sequence leaves behind for its next token: trees of tensors with the batch axis first.
 
-A `State` is a dataclass whose fields are tensors, other states, tuples of states, or None. Because every
-tensor has the batch as its first axis, a server can hold one batched state and let sequences join and leave
-by rows, without knowing what an attention variant keeps (keys and values, convolution tails, a matrix, ...).
+A `State` is a dataclass whose fields are tensors, other states, tuples of states, or None; what else it knows and
+tensors do not hold (its policy) is a field with the metadata `STATIC`, which is passed on as it is and never saved.
+Because every tensor has the batch as its first axis, a server can hold one batched state and let sequences join and
+leave by rows, without knowing what an attention variant keeps (keys and values, convolution tails, a matrix, ...).
 
 States are consumed: `extend` may write into the buffers of the state it is given when autograd is off.
 `clone()` first to continue one state in two ways.
@@ -16,6 +17,10 @@ import torch
 from torch import Tensor
 
 S = TypeVar("S", bound="State")
+
+
+STATIC = {"static": True}
+"""Metadata of a dataclass field that is no part of the tree: states made from this one share its value."""
 
 
 class State:
@@ -81,13 +86,13 @@ def _cut(node: Any, tokens: int) -> Any:
         return tuple(item.cut(tokens) for item in node)
     if not isinstance(node, State):
         return node
-    return type(node)(
-        **{
-            key: value.cut(tokens) if isinstance(value, State) else _cut(value, tokens)
-            for key in _field_names(type(node))
-            for value in [getattr(node, key)]
-        }
-    )
+    return _rebuilt(node, lambda _, value: value.cut(tokens) if isinstance(value, State) else _cut(value, tokens))
+
+
+def _rebuilt(node: S, fn: Callable[[str, Any], Any]) -> S:
+    """The state with `fn(name, value)` for its fields; static ones stay."""
+    fields = _fields(type(node))
+    return type(node)(**{key: getattr(node, key) if static else fn(key, getattr(node, key)) for key, static in fields})
 
 
 def _fill(mine: Any, theirs: Any, name: str) -> None:
@@ -106,13 +111,15 @@ def _fill(mine: Any, theirs: Any, name: str) -> None:
             _fill(target, source, f"{name}.{i}")
     else:
         prefix = f"{name}." if name else ""
-        for key in _field_names(type(mine)):
-            _fill(getattr(mine, key), getattr(theirs, key), prefix + key)
+        for key, static in _fields(type(mine)):
+            if not static:
+                _fill(getattr(mine, key), getattr(theirs, key), prefix + key)
 
 
-def _field_names(kind: type[Any]) -> tuple[str, ...]:
+def _fields(kind: type[Any]) -> list[tuple[str, bool]]:
+    """(name, whether it is static) of each."""
     # dataclasses.fields would say the same, but neither quickly nor to torch's compiler.
-    return tuple(kind.__dataclass_fields__)
+    return [(name, "static" in field.metadata) for name, field in kind.__dataclass_fields__.items()]
 
 
 def _map(node: Any, name: str, fn: Callable[[str, Tensor], Tensor]) -> Any:
@@ -122,7 +129,7 @@ def _map(node: Any, name: str, fn: Callable[[str, Tensor], Tensor]) -> Any:
         return tuple(_map(item, f"{name}.{i}", fn) for i, item in enumerate(node))
     if isinstance(node, State):
         prefix = f"{name}." if name else ""
-        return type(node)(**{key: _map(getattr(node, key), prefix + key, fn) for key in _field_names(type(node))})
+        return _rebuilt(node, lambda key, value: _map(value, prefix + key, fn))
     assert node is None, f"a state may not hold {type(node).__name__} ({name})"
     return None
 

@@ -22,9 +22,6 @@ from attnzoo.models.decoder_lm import DecoderLM, DecoderState
 BUCKET = 64
 """Slots of a cache are attended to in multiples of this many, so that views of them are made now and then."""
 
-ABSOLUTE = ("none", "rope")
-"""Positions without relative terms, whose tables are looked up by values that the compiler does not know."""
-
 DecodeBlock = Callable[[Block, Tensor, State], Tensor]
 
 
@@ -117,7 +114,9 @@ def _check(block: Block, layer: int) -> None:
         mixing = attention.mixing
         if isinstance(mixing, LinearMixing):
             return
-        if isinstance(mixing, SoftmaxMixing) and type(mixing.cache) is FullCache and mixing.position.kind in ABSOLUTE:
+        keeps_all = isinstance(mixing, SoftmaxMixing) and type(mixing.cache) is FullCache
+        # Relative terms are looked up by distances, which are values that the compiler does not know.
+        if keeps_all and not mixing.position.relative:  # type: ignore[union-attr]
             return
     raise ValueError(
         f"layer {layer}: decoding cannot be compiled for {type(attention).__name__} with this configuration; it needs "
