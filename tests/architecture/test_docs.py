@@ -44,9 +44,11 @@ def test_every_variant_has_a_config_and_a_line_in_the_readme(kind):
     assert f"| `{kind}` |" in README.read_text(encoding="utf-8")
 
 
-def test_no_machine_paths():
+def test_no_machine_paths_nor_unfinished_merges():
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     home = re.compile(r"/(home|root|Users)/\w")
     for name in filter(None, tracked.split("\0")):
         if not name.endswith((".png", "test_docs.py")):
-            assert not home.search((ROOT / name).read_text(encoding="utf-8")), name
+            text = (ROOT / name).read_text(encoding="utf-8")
+            assert not home.search(text), name
+            assert not re.search(r"^(<{7}|>{7}) ", text, re.MULTILINE), f"{name} holds a merge that was not ended"
