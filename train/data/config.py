@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """source: "stdlib" (the Python standard library of this interpreter), a path of a .txt, .jsonl or .parquet file or
+    """source: "stdlib" (the Python standard library of this interpreter), "retrieval" (generated tasks whose answers alone
+    are targets: see train.data.retrieval), a path of a .txt, .jsonl or .parquet file or
     of a directory of text files, or "hub:<dataset id>[:<config name>]" for the `datasets` library.
 
     text_field: column or key of the text in jsonl, parquet and hub sources. split: of a hub dataset.

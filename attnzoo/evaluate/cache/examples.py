@@ -1,0 +1,45 @@
+"""What a retrieval task asks: a context, and questions about it whose answers are in it by construction."""
+
+from dataclasses import dataclass
+
+Ids = tuple[int, ...]
+"""Tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """`prompt` asks, `lead` begins the answer without telling it, `answer` is what a right model goes on with.
+
+    The first token of an answer is thus never predicted from a prompt whose state is still whole: at least the lead
+    is read after compression. `places` are the positions in the context that the answer depends on.
+    """
+
+    prompt: Ids
+    lead: Ids
+    answer: Ids
+    places: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> Ids:
+        """All of it, the answer given."""
+        return self.prompt + self.lead + self.answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A context (`body`) of a task, and questions about it that differ from one another."""
+
+    task: str
+    body: Ids
+    questions: tuple[Question, ...]
+
+
+def answered(questions: tuple[Question, ...] | list[Question]) -> tuple[list[int], list[bool]]:
+    """(tokens, asked): questions and answers one after the other, and which tokens are answers."""
+    tokens: list[int] = []
+    asked: list[bool] = []
+    for question in questions:
+        tokens += question.tokens
+        told = len(question.answer)
+        asked += [False] * (len(question.tokens) - told) + [True] * told
+    return tokens, asked
