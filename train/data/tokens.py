@@ -67,8 +67,8 @@ def prepare(
 ) -> TokenData | TaskData:
     """Opens the tokens of the corpus; the main process builds them first if they are not there.
 
-    The other processes call this after the main one. Generated tasks are not stored. Raises ValueError as `split_documents`, when a split is shorter
-    than a block, or when a process that is not the main one finds nothing.
+    The other processes call this after the main one. Generated tasks are not stored. Raises ValueError as
+    `split_documents`, when a split is shorter than a block, or when a process that is not the main one finds nothing.
     """
     tokenizer = load_tokenizer(tokenizer_path)
     if config.source == SOURCE:

@@ -1,6 +1,7 @@
 """What a retrieval task asks: a context, and questions about it whose answers are in it by construction."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 Ids = tuple[int, ...]
 """Tokens."""
@@ -33,8 +34,19 @@ class Example:
     body: Ids
     questions: tuple[Question, ...]
 
+    def translated(self, tokens: Sequence[int]) -> "Example":
+        """The same example in other tokens: `tokens[t]` stands for t."""
 
-def answered(questions: tuple[Question, ...] | list[Question]) -> tuple[list[int], list[bool]]:
+        def told(ids: Ids) -> Ids:
+            return tuple(tokens[token] for token in ids)
+
+        questions = (
+            replace(q, prompt=told(q.prompt), lead=told(q.lead), answer=told(q.answer)) for q in self.questions
+        )
+        return replace(self, body=told(self.body), questions=tuple(questions))
+
+
+def answered(questions: Sequence[Question]) -> tuple[list[int], list[bool]]:
     """(tokens, asked): questions and answers one after the other, and which tokens are answers."""
     tokens: list[int] = []
     asked: list[bool] = []

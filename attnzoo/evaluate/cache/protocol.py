@@ -40,13 +40,13 @@ class Answer:
 
 
 @torch.no_grad()
-def prefill(model: DecoderLM, tokens_BT: Tensor, policy: CachePolicy, *, chunk: int = 256) -> Prefill:
-    """Reads a prompt in chunks and compresses its state.
+def prefill(model: DecoderLM, tokens_BT: Tensor, policy: CachePolicy, *, chunk: int = 256, room: int = 0) -> Prefill:
+    """Reads a prompt in chunks and compresses its state; `room`: tokens that are to follow in the same buffers.
 
     The peak is the largest state that existed after a chunk or after compression. State that lives only inside a call
     is not seen by it.
     """
-    state = model.init_state(tokens_BT.shape[0], tokens_BT.shape[1], cache=policy)
+    state = model.init_state(tokens_BT.shape[0], tokens_BT.shape[1] + room, cache=policy)
     peak = 0
     for start in range(0, tokens_BT.shape[1], chunk):
         _, state = model.extend_hidden(tokens_BT[:, start : start + chunk], state)

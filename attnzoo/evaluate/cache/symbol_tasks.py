@@ -89,7 +89,7 @@ def recall(length: int, rng: random.Random) -> tuple[str, list[Question]]:
 def variables(length: int, rng: random.Random) -> tuple[str, list[Question]]:
     """Chains of variables, their assignments interleaved in an order that defines a variable before it is read."""
     names = rng.sample(KEYS, CHAINS * (HOPS + 1))
-    chains = [names[i :: CHAINS] for i in range(CHAINS)]
+    chains = [names[i::CHAINS] for i in range(CHAINS)]
     values = [rng.choice(VALUES) for _ in chains]
     turns = [chain for chain in range(CHAINS) for _ in range(HOPS + 1)]
     rng.shuffle(turns)

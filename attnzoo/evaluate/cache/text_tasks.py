@@ -37,7 +37,7 @@ NOUNS = ("apple", "river", "candle", "tiger", "pencil", "garden", "silver", "win
          "island", "lemon", "pepper", "rocket", "saddle", "tunnel", "velvet", "wagon", "zebra")  # fmt: skip
 NAMES = ("alpha", "beta", "gamma", "delta", "sigma", "omega", "kappa", "theta", "zeta")
 
-NEEDLES, PAIRS, CHAINS, HOPS = 5, 12, 3, 2
+NEEDLES, PAIRS, CHAINS, HOPS = 4, 12, 3, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def passkey(rng: random.Random) -> tuple[list[str], list[Ask]]:
 def needles(rng: random.Random) -> tuple[list[str], list[Ask]]:
     """Magic numbers of several cities."""
     cities = rng.sample(CITIES, NEEDLES)
-    numbers = [_number(4, rng) for _ in cities]
+    numbers = [_number(3, rng) for _ in cities]
     items = [f" The magic number of {c} is {n}." for c, n in zip(cities, numbers, strict=True)]
     asks = [
         Ask(
@@ -101,7 +101,7 @@ def variables(rng: random.Random) -> tuple[list[str], list[Ask]]:
     items: list[str] = []
     asks = []
     for chain in range(CHAINS):
-        own, value = names[chain :: CHAINS], _number(4, rng)
+        own, value = names[chain::CHAINS], _number(4, rng)
         first = len(items)
         items.append(f" Let {own[0]} be {value}.")
         items += [f" Let {own[step]} be equal to {own[step - 1]}." for step in range(1, HOPS + 1)]
@@ -120,15 +120,15 @@ def words(rng: random.Random) -> tuple[list[str], list[Ask]]:
     items, asks = [], []
     for kind, pool in (("city", CITIES), ("thing", NOUNS)):
         common = rng.choice(pool)
-        others = rng.sample([word for word in pool if word != common], 6)
+        others = rng.sample([word for word in pool if word != common], 5)
         places = []
-        for word in rng.sample([common] * 8 + others, 14):
+        for word in rng.sample([common] * 7 + others, 12):
             if word == common:
                 places.append(len(items))
-            items.append(f" The next {kind} on the list is {word}.")
+            items.append(f" Next {kind}: {word}.")
         ask = Ask(
-            prompt=f" Which {kind} is most often on the list?",
-            lead=f" The {kind} that is most often on the list is",
+            prompt=f" Which {kind} was named most often?",
+            lead=f" The {kind} that was named most often is",
             answer=f" {common}",
             items=tuple(places),
         )
