@@ -146,9 +146,8 @@ def roofline(model: DecoderLM, speeds: dict[str, Speed], report: Report) -> None
     """What the measured bytes would promise on other chips; a model."""
     weights = model.num_parameters(embeddings=False) + model.head.weight.numel()
     width = dtype_bytes(model.embedding.weight.dtype)
-    _, options = model.config.layer_attention(0)
-    heads = options.get("num_heads", 4)
-    group = heads // (options.get("num_kv_heads") or heads)
+    attention = model.layers()[0].attention.config
+    group = attention.num_heads // (attention.num_kv_heads or attention.num_heads)
     costs = {
         name: step_cost(
             weight_bytes=speed.weight_bytes,

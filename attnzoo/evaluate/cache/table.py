@@ -82,17 +82,10 @@ def quality_claims(table: str, results: Sequence[Result], tasks: Sequence[str]) 
 
 
 def byte_budget_claims(table: str, results: Sequence[Result]) -> list[Claim]:
-    """Over all examples a policy takes no more than its share of the full cache's bytes."""
-    full = next(result for result in results if result.budget == 1.0)
-    return [
-        Claim(
-            name=f"{table}: {r.contender.name} within {r.budget:.0%} of the bytes",
-            expected=r.budget,
-            measured=round(r.score.nbytes / full.score.nbytes, 4),
-        )
-        for r in results
-        if r.budget < 1.0
-    ]
+    """Over all examples no policy takes more than its share of the full cache's bytes."""
+    full = next(result for result in results if result.budget == 1.0).score.nbytes
+    used = [r.score.nbytes / (r.budget * full) for r in results if r.budget < 1.0]
+    return [Claim(name=f"{table}: bytes over the budget, the most of all policies", expected=1.0, measured=max(used))]
 
 
 def speed_rows(speeds: dict[str, Speed]) -> list[dict[str, Any]]:

@@ -175,7 +175,8 @@ def _fill(encode: Encode, items: list[str], length: int, rng: random.Random) -> 
     gaps = sorted(rng.randint(0, len(sentences)) for _ in items)
     surplus = sum(map(len, sentences)) - room
     if surplus:
-        sentences[0] = sentences[0][surplus:]
+        # The last one was needed in part: the end of it opens the context.
+        sentences.insert(0, sentences.pop()[surplus:])
     body: list[int] = []
     spans = []
     for place in range(len(sentences) + 1):
