@@ -151,7 +151,6 @@ def test_accuracy_counts_tasks_and_conditions_alike():
     assert score.accuracy() == pytest.approx(0.5)
     assert score.accuracy(seed=1) == 0.5
     assert math.isnan(score.accuracy("c"))
-    assert score.only(["b"]).accuracy() == 0.5
 
 
 def test_tasks_must_be_solved_under_every_condition():

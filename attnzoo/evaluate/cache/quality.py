@@ -10,7 +10,7 @@ from attnzoo.evaluate.cache.budget import Fit, fit_budget
 from attnzoo.evaluate.cache.metrics import Fidelity, FidelityMeter
 from attnzoo.evaluate.cache.policies import FULL, Contender
 from attnzoo.evaluate.cache.protocol import fidelity, forced_logits, prefill
-from attnzoo.evaluate.cache.retrieval import Batches, Score, score
+from attnzoo.evaluate.cache.retrieval import Batches, Score, ask_all
 from attnzoo.models import DecoderLM
 
 TEXTS_AT_ONCE = 4
@@ -70,7 +70,7 @@ def measure(
     results = []
     for contender, budget, fit in entries:
         label = f"{contender.name} at {budget:.0%}"
-        found = score(model, batches, contender.build(fit.ratio), lambda done, label=label: tick(done, label))  # type: ignore[misc]
+        found = ask_all(model, batches, contender.build(fit.ratio), lambda done, label=label: tick(done, label))  # type: ignore[misc]
         results.append(Result(contender=contender, budget=budget, fit=fit, score=found))
     return results
 

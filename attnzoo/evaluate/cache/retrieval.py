@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from attnzoo.evaluate.cache.examples import Example
 from attnzoo.evaluate.cache.protocol import CONDITIONS, ask
@@ -27,11 +27,6 @@ class Score:
     peak_nbytes: int = 0
     tokens: int = 0
     seconds: float = 0.0
-
-    def only(self, tasks: Iterable[str]) -> "Score":
-        """The score of some of the tasks."""
-        kept = set(tasks)
-        return replace(self, right={key: answers for key, answers in self.right.items() if key[0] in kept})
 
     def accuracy(self, task: str | None = None, condition: str | None = None, seed: int | None = None) -> float:
         """Share of right answers; None: over all. Tasks and conditions count alike. NaN where nothing was asked."""
@@ -63,7 +58,7 @@ def _shape(example: Example) -> tuple[int, ...]:
     return (len(example.body), *(len(part) for q in asked for part in (q.prompt, q.lead, q.answer)))
 
 
-def score(model: DecoderLM, batches: Batches, policy: CachePolicy, tick: Callable[[int], None]) -> Score:
+def ask_all(model: DecoderLM, batches: Batches, policy: CachePolicy, tick: Callable[[int], None]) -> Score:
     """Asks everything under a policy; `tick` gets the number of examples done."""
     result = Score()
     for (task, seed), groups in batches.items():

@@ -11,7 +11,7 @@ from attnzoo.evaluate.cache.models import Reader, prose
 from attnzoo.evaluate.cache.peer import run_peer
 from attnzoo.evaluate.cache.policies import CHANNELS, FULL, TOKENS, Contender
 from attnzoo.evaluate.cache.quality import Result, longest_prompt, measure, measure_fidelity, plan
-from attnzoo.evaluate.cache.retrieval import Batches, Maker, make_batches, solved_tasks
+from attnzoo.evaluate.cache.retrieval import Batches, Maker, ask_all, make_batches, solved_tasks
 from attnzoo.evaluate.cache.roofline import step_cost
 from attnzoo.evaluate.cache.settings import QualitySizes, Settings
 from attnzoo.evaluate.cache.speed import Speed, measure_speed
@@ -52,7 +52,9 @@ def symbols(reader: Reader, settings: Settings, report: Report) -> None:
         example = symbol_example(task, sizes.context, seed)
         return example.translated(tokens_S.tolist())
 
-    _quality("symbols", reader.model, make, settings.seeds, sizes, report)
+    results, _ = _quality("symbols", reader.model, make, settings.seeds, sizes, report)
+    if not report.quick:
+        report.claims.append(table.solved_claim("symbols", results[0], sizes.tasks, sizes.least))
 
 
 def text(reader: Reader, settings: Settings, report: Report, peer: Peer | None) -> None:
@@ -73,34 +75,39 @@ def _quality(
 ) -> tuple[list[Result], Batches]:
     """All contenders at all budgets, on the tasks that the full cache solves."""
     batches = make_batches(make, sizes.tasks, seeds, sizes.count, sizes.batch)
-    examples = seeds * sizes.count
+    batches = _solved(name, model, batches, sizes, report)
+    tasks = list(dict.fromkeys(task for task, _ in batches))
     wanted: list[tuple[Contender, Sequence[float]]] = [(c, sizes.token_budgets) for c in TOKENS]
     wanted += [(c, sizes.channel_budgets) for c in CHANNELS]
     found = plan(model, longest_prompt(batches), wanted)
     for contender, budget in found.skipped:
         print(f"{name}: {contender} cannot get down to {budget:.0%} of the full cache's bytes", file=sys.stderr)
-    progress = Progress(examples * len(sizes.tasks))
-    (full,) = measure(model, batches, found.entries[:1], progress.add)
+    progress = Progress(seeds * sizes.count * len(tasks) * len(found.entries))
+    results = measure(model, batches, found.entries, progress.add)
     progress.close()
-    solved = solved_tasks(full.score, sizes.tasks, sizes.least)
-    report.rows.append(
-        {"table": f"{name}: full cache", **{task: round(full.score.accuracy(task), 4) for task in sizes.tasks}}
-    )
-    for task in sorted(set(sizes.tasks) - set(solved)):
-        print(f"{name}: {task} left out, as the full cache is below {sizes.least:.0%} on it", file=sys.stderr)
-    if not solved:
-        raise ValueError(f"{name}: the full cache solves none of {', '.join(sizes.tasks)}; use another model")
-    batches = {key: groups for key, groups in batches.items() if key[0] in solved}
-    full = replace(full, score=full.score.only(solved))
-    progress = Progress(examples * len(solved) * (len(found.entries) - 1))
-    results = [full, *measure(model, batches, found.entries[1:], progress.add)]
-    progress.close()
-    report.rows += [table.quality_row(name, result, solved) for result in results]
-    report.rows += [row for result in results for row in table.seed_rows(f"{name} by seed", result, solved, seeds)]
+    report.rows += [table.quality_row(name, result, tasks) for result in results]
+    report.rows += [row for result in results for row in table.seed_rows(f"{name} by seed", result, tasks, seeds)]
     report.claims += table.byte_budget_claims(name, results)
     if not report.quick:
-        report.claims += table.quality_claims(name, results, solved)
+        report.claims += table.quality_claims(name, results, tasks)
     return results, batches
+
+
+def _solved(name: str, model: DecoderLM, batches: Batches, sizes: QualitySizes, report: Report) -> Batches:
+    """The tasks that the full cache solves; reports all. Raises ValueError when it solves none."""
+    progress = Progress(sum(len(examples) for groups in batches.values() for examples in groups))
+    score = ask_all(model, batches, FULL.build(), lambda done: progress.add(done, f"{name}: full cache"))
+    progress.close()
+    solved = solved_tasks(score, sizes.tasks, sizes.least)
+    report.rows.append(
+        {"table": f"{name}: full cache", **{task: round(score.accuracy(task), 4) for task in sizes.tasks}}
+    )
+    for task in sizes.tasks:
+        if task not in solved:
+            print(f"{name}: {task} left out, as the full cache is below {sizes.least:.0%} on it", file=sys.stderr)
+    if not solved:
+        raise ValueError(f"{name}: the full cache solves none of {', '.join(sizes.tasks)}; use another model")
+    return {key: groups for key, groups in batches.items() if key[0] in solved}
 
 
 def _fidelity(reader: Reader, settings: Settings, results: Sequence[Result], report: Report) -> None:

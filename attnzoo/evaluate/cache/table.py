@@ -81,6 +81,12 @@ def quality_claims(table: str, results: Sequence[Result], tasks: Sequence[str]) 
     return claims
 
 
+def solved_claim(table: str, full: Result, tasks: Sequence[str], least: float) -> Claim:
+    """Every task is one that the model answers with the full cache; on others the comparison would say nothing."""
+    answered = {task for task, _, _ in full.score.right}
+    return _at_least(f"{table}: tasks that the full cache solves to {least:.0%}", len(tasks), len(answered))
+
+
 def byte_budget_claims(table: str, results: Sequence[Result]) -> list[Claim]:
     """Over all examples no policy takes more than its share of the full cache's bytes."""
     full = next(result for result in results if result.budget == 1.0).score.nbytes
