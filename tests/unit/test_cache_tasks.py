@@ -1,7 +1,9 @@
 """Retrieval tasks: the same for the same seed, answers right by an independent reading of the context."""
 
+import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from attnzoo.evaluate.cache.symbol_tasks import (
 )
 from attnzoo.evaluate.cache.text_tasks import TEXT_TASKS, text_example
 from train.data import DataConfig, prepare
-from train.data.retrieval import TaskStream, task_sequence
+from train.data.retrieval import TaskStream, task_document, task_sequence
 from train.tokenizer import TokenizerConfig, ensure_tokenizer
 
 SEEDS = range(20)
@@ -87,7 +89,7 @@ def test_places_are_where_the_answer_stands(task):
 def test_places_of_a_variable_are_its_whole_chain():
     example = symbol_example("variables", 101, 0)
     body = decode(example.body)
-    assert {len(question.places) for question in example.questions} == {6, 9}
+    assert {len(question.places) for question in example.questions} == {3, 6, 9}
     for question in example.questions:
         chain = "".join(body[p] for p in question.places)
         assert value_of(decode(question.lead)[1], chain) == decode(question.answer)
@@ -114,8 +116,6 @@ def test_unknown_tasks_are_refused():
 
 
 def test_scatter_keeps_order_and_length():
-    import random
-
     text, starts = scatter(["!aBB", "!cDD"], 31, random.Random(1))
     assert len(text) == 31
     assert [text[start : start + 4] for start in starts] == ["!aBB", "!cDD"]
@@ -165,32 +165,43 @@ def text_value(name: str, body: str) -> str:
     return values[name]
 
 
+TOKENS = list(range(100, 100 + len(ALPHABET)))
+
+
 def test_training_sequences_are_the_same_for_any_number_of_ranks_and_after_a_restart():
-    tokens_S = torch.arange(100, 100 + len(ALPHABET))
-    whole = TaskStream(tokens_S, 161, seed=5)
+    whole = TaskStream(1, TOKENS, 161, seed=5)
     first, second = whole.next(6, 0, 1), whole.next(6, 0, 1)
     for rank in range(3):
-        parts = TaskStream(tokens_S, 161, seed=5)
+        parts = TaskStream(1, TOKENS, 161, seed=5)
         tokens_BT, targets_BT = parts.next(2, rank, 3)
         assert torch.equal(tokens_BT, first[0][2 * rank : 2 * rank + 2])
         assert torch.equal(targets_BT, first[1][2 * rank : 2 * rank + 2])
-        resumed = TaskStream(tokens_S, 161, seed=5)
+        resumed = TaskStream(1, TOKENS, 161, seed=5)
         resumed.load(parts.state())
         assert torch.equal(resumed.next(2, rank, 3)[0], second[0][2 * rank : 2 * rank + 2])
-    assert not torch.equal(first[0], TaskStream(tokens_S, 161, seed=6).next(6, 0, 1)[0])
+    assert not torch.equal(first[0], TaskStream(1, TOKENS, 161, seed=6).next(6, 0, 1)[0])
 
 
 def test_targets_are_answers_alone():
-    symbols, asked = task_sequence(162, "0 7")
-    tokens_BT, targets_BT = TaskStream(torch.arange(len(ALPHABET)), 161, seed=0).next(8, 0, 1)
-    assert torch.equal(tokens_BT[7], torch.tensor(symbols[:-1]))
-    wanted = [symbol if told else -100 for symbol, told in zip(symbols, asked, strict=True)]
+    sequence, asked = task_sequence(402, "0 7", 1, TOKENS)
+    tokens_BT, targets_BT = TaskStream(1, TOKENS, 401, seed=0).next(8, 0, 1)
+    assert torch.equal(tokens_BT[7], torch.tensor(sequence[:-1]))
+    wanted = [token if told else -100 for token, told in zip(sequence, asked, strict=True)]
     assert torch.equal(targets_BT[7], torch.tensor(wanted[1:]))
-    assert 10 < sum(asked) < 100
+
+
+def test_every_question_of_a_document_is_asked_once():
+    for seed in SEEDS:
+        sequence, asked = task_document(150, random.Random(seed), 1, TOKENS)
+        assert sequence.count(1) == 1
+        text = "".join(ALPHABET[token - 100] for token in sequence[1:])
+        questions = re.findall(r"\?([^?]+)", text)
+        assert len(questions) == len(set(questions)) >= 2
+        assert 2 <= sum(asked) <= 20
 
 
 def test_the_source_brings_its_own_tokenizer(tmp_path):
-    config = DataConfig(source="retrieval", sequence_length=160)
+    config = DataConfig(source="retrieval", sequence_length=160, isolate_documents=True)
     path = ensure_tokenizer(TokenizerConfig(vocab_size=VOCABULARY), config, tmp_path)
     data = prepare(config, path, tmp_path, is_main=True, progress=False)
     tokens_NT, targets_NT = data.validation_blocks(5)
@@ -199,7 +210,9 @@ def test_the_source_brings_its_own_tokenizer(tmp_path):
     assert data.bytes_per_token(targets_NT) == 1.0
     assert not torch.equal(tokens_NT, data.train.next(5, 0, 1)[0])
     with pytest.raises(ValueError, match=r"data.sequence_length=100 is too short for data.source='retrieval'"):
-        prepare(DataConfig(source="retrieval", sequence_length=100), path, tmp_path, is_main=True)
+        prepare(replace(config, sequence_length=100), path, tmp_path, is_main=True)
+    with pytest.raises(ValueError, match=r"data.isolate_documents=False: .* set it to true"):
+        prepare(replace(config, isolate_documents=False), path, tmp_path, is_main=True)
 
 
 def test_a_tokenizer_that_spells_a_symbol_with_two_tokens_is_refused():

@@ -1,7 +1,8 @@
 """Generated retrieval tasks as training data: the small model that compressed caches are measured with learns them.
 
-A sequence is one context of `attnzoo.evaluate.cache.symbol_tasks` and questions about it until it is full; only the
-answers are targets. The sequence of an index is always the same, so nothing is stored.
+A document is one context of `attnzoo.evaluate.cache.symbol_tasks` and its questions, each asked once: asked again, it
+could be answered from the first answer. Documents fill a sequence one after the other, and only answers are targets.
+The sequence of an index is always the same, so nothing is stored.
 """
 
 import random
@@ -28,33 +29,40 @@ def retrieval_documents(config: DataConfig) -> Iterator[str]:
     yield f" {ALPHABET}\n" * 100
 
 
-def task_sequence(length: int, index: str) -> tuple[list[int], list[bool]]:
-    """(symbols, asked) of `length` symbols: a context, then its questions in random order, again and again."""
-    rng = random.Random(index)
+def task_document(longest: int, rng: random.Random, bos: int, tokens: list[int]) -> tuple[list[int], list[bool]]:
+    """(tokens, asked) of a begin token, a context of at most `longest` symbols, and its questions."""
     task = rng.choice(list(SYMBOL_TASKS))
-    context = rng.randint(SHORTEST_CONTEXT, max(SHORTEST_CONTEXT, 3 * length // 5))
-    example = symbol_example(task, context, index)
-    symbols, asked = list(example.body), [False] * context
-    while len(symbols) < length:
-        more, told = answered(rng.sample(example.questions, len(example.questions)))
-        symbols += more
+    context = rng.randint(SHORTEST_CONTEXT, max(SHORTEST_CONTEXT, longest))
+    example = symbol_example(task, context, rng.getrandbits(64)).translated(tokens)
+    questions, asked = answered(example.questions)
+    return [bos, *example.body, *questions], [False] * (1 + context) + asked
+
+
+def task_sequence(length: int, index: str, bos: int, tokens: list[int]) -> tuple[list[int], list[bool]]:
+    """(tokens, asked) of `length` tokens: documents one after the other, the last one cut."""
+    rng = random.Random(index)
+    sequence: list[int] = []
+    asked: list[bool] = []
+    while len(sequence) < length:
+        more, told = task_document(3 * length // 5, rng, bos, tokens)
+        sequence += more
         asked += told
-    return symbols[:length], asked[:length]
+    return sequence[:length], asked[:length]
 
 
 class TaskStream:
     """Training batches: sequence n of the stream belongs to the n-th place in the global batches."""
 
-    def __init__(self, tokens_S: Tensor, length: int, seed: int) -> None:
-        self._tokens_S, self._length, self._seed, self._used = tokens_S, length, seed, 0
+    def __init__(self, bos: int, tokens: list[int], length: int, seed: int) -> None:
+        """`tokens`: that of every symbol."""
+        self._bos, self._tokens, self._length, self._seed, self._used = bos, tokens, length, seed, 0
 
     def next(self, batch_size: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
         """(tokens_BT, targets_BT) of process `rank`; targets are -100 but for answers."""
         first = self._used + rank * batch_size
         self._used += batch_size * world
-        return task_block(
-            self._tokens_S, self._length, [f"{self._seed} {index}" for index in range(first, first + batch_size)]
-        )
+        indices = [f"{self._seed} {index}" for index in range(first, first + batch_size)]
+        return task_block(self._bos, self._tokens, self._length, indices)
 
     def state(self) -> dict[str, int]:
         """Where the stream stands."""
@@ -65,10 +73,10 @@ class TaskStream:
         self._used = int(state["used"])
 
 
-def task_block(tokens_S: Tensor, length: int, indices: list[str]) -> tuple[Tensor, Tensor]:
-    """(tokens_BT, targets_BT) of sequences; `tokens_S`: the token of every symbol."""
-    rows = [task_sequence(length + 1, index) for index in indices]
-    tokens_BT = tokens_S[torch.tensor([symbols for symbols, _ in rows])]
+def task_block(bos: int, tokens: list[int], length: int, indices: list[str]) -> tuple[Tensor, Tensor]:
+    """(tokens_BT, targets_BT) of the sequences of these indices; targets are -100 but for answers."""
+    rows = [task_sequence(length + 1, index, bos, tokens) for index in indices]
+    tokens_BT = torch.tensor([sequence for sequence, _ in rows])
     asked_BT = torch.tensor([asked for _, asked in rows])
     return tokens_BT[:, :-1], torch.where(asked_BT, tokens_BT, IGNORED)[:, 1:]
 
@@ -94,17 +102,23 @@ class TaskData:
 
 
 def prepare_tasks(config: DataConfig, tokenizer: Tokenizer) -> TaskData:
-    """Training data of the tasks. Raises ValueError for a sequence too short to hold a context and a question, and for
-    a tokenizer that has no token for a symbol."""
+    """Training data of the tasks. Raises ValueError for a sequence too short to hold a context and its questions, for
+    documents that are not kept apart, and for a tokenizer that has no token of its own for a symbol."""
     if config.sequence_length < 2 * SHORTEST_CONTEXT:
         raise ValueError(
             f"data.sequence_length={config.sequence_length} is too short for data.source={SOURCE!r}: a context takes "
             f"{SHORTEST_CONTEXT} tokens and questions as many; give at least {2 * SHORTEST_CONTEXT}"
         )
-    tokens_S = symbol_tokens(tokenizer.encode)
+    if not config.isolate_documents or tokenizer.bos_id is None:
+        raise ValueError(
+            f"data.isolate_documents={config.isolate_documents}: documents of data.source={SOURCE!r} use the same "
+            "symbols for other things, so a sequence must keep them apart; set it to true, with a tokenizer that has a "
+            "begin token"
+        )
+    bos, tokens = tokenizer.bos_id, symbol_tokens(tokenizer.encode)
     indices = [f"validation {index}" for index in range(VALIDATION_SEQUENCES)]
     return TaskData(
-        TaskStream(tokens_S, config.sequence_length, config.seed),
+        TaskStream(bos, tokens, config.sequence_length, config.seed),
         config.sequence_length,
-        task_block(tokens_S, config.sequence_length, indices),
+        task_block(bos, tokens, config.sequence_length, indices),
     )

@@ -45,6 +45,11 @@ class Example:
         )
         return replace(self, body=told(self.body), questions=tuple(questions))
 
+    def after(self, begin: Ids) -> "Example":
+        """The same example with tokens before its context."""
+        questions = (replace(q, places=tuple(place + len(begin) for place in q.places)) for q in self.questions)
+        return replace(self, body=begin + self.body, questions=tuple(questions))
+
 
 def answered(questions: Sequence[Question]) -> tuple[list[int], list[bool]]:
     """(tokens, asked): questions and answers one after the other, and which tokens are answers."""

@@ -7,22 +7,25 @@ import torch
 from torch import Tensor
 
 from attnzoo.checkpoint import find_checkpoint, load_model, load_tokenizer
+from attnzoo.evaluate.cache.examples import Ids
 from attnzoo.evaluate.cache.text_tasks import Encode
 from attnzoo.models import DecoderConfig, DecoderLM
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A model and how text becomes its tokens."""
+    """A model, how text becomes its tokens, and what its texts begin with."""
 
     model: DecoderLM
     encode: Encode
+    begin: Ids = ()
 
 
 def load_reader(checkpoint: str, dtype: torch.dtype = torch.float32) -> Reader:
     """Model and tokenizer of a checkpoint. Raises ValueError for what cannot be read."""
     path = find_checkpoint(checkpoint)
-    return Reader(load_model(path, dtype=dtype), load_tokenizer(path).encode)
+    tokenizer = load_tokenizer(path)
+    return Reader(load_model(path, dtype=dtype), tokenizer.encode, tuple(tokenizer.encode("", bos=True)))
 
 
 def random_reader(attention: str = "mha") -> Reader:

@@ -45,12 +45,10 @@ class Peer:
 
 def symbols(reader: Reader, settings: Settings, report: Report) -> None:
     """Retrieval over symbols with the small model that was trained on it."""
-    tokens_S = symbol_tokens(reader.encode)
-    sizes = settings.symbols
+    tokens, sizes = symbol_tokens(reader.encode), settings.symbols
 
     def make(task: str, seed: int) -> Any:
-        example = symbol_example(task, sizes.context, seed)
-        return example.translated(tokens_S.tolist())
+        return symbol_example(task, sizes.context, seed).translated(tokens).after(reader.begin)
 
     results, _ = _quality("symbols", reader.model, make, settings.seeds, sizes, report)
     if not report.quick:
@@ -62,7 +60,7 @@ def text(reader: Reader, settings: Settings, report: Report, peer: Peer | None) 
     sizes = settings.text
 
     def make(task: str, seed: int) -> Any:
-        return text_example(reader.encode, task, sizes.context, seed)
+        return text_example(reader.encode, task, sizes.context, seed).after(reader.begin)
 
     results, batches = _quality("text", reader.model, make, settings.seeds, sizes, report)
     _fidelity(reader, settings, results, report)

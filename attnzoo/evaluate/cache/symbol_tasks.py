@@ -9,7 +9,7 @@ tasks:
 - needles: several `!kAB`; `?!k` `!k` `AB` (multi-key needle, RULER, Hsieh et al. 2024, arXiv 2404.06654).
 - recall: many pairs `kA` (MQAR, Arora et al. 2023, arXiv 2312.04927); `?k` `k` `A`.
 - variables: `=aV` gives a the value V, `>ab` gives b the value of a, in chains; `?=b` `=b` `V` (RULER's variable
-  tracking, asked for the value rather than for all names).
+  tracking, asked for the value of any variable rather than for all names).
 - words: lower and upper case symbols, one of each far more often than all others; `?*` `*` `a` and `?+` `+` `A` ask
   for them (RULER's common-word extraction, one word a question).
 """
@@ -17,9 +17,6 @@ tasks:
 import random
 import string
 from collections.abc import Callable, Sequence
-
-import torch
-from torch import Tensor
 
 from attnzoo.evaluate.cache.examples import Example, Question
 
@@ -66,15 +63,16 @@ def _question(sign: str, answer: str, *spans: tuple[int, int]) -> Question:
 
 def passkey(length: int, rng: random.Random) -> tuple[str, list[Question]]:
     """Two keys of four symbols, each hidden once."""
-    marks = rng.sample("#%", 2)
-    items = [mark + "".join(rng.choices(VALUES, k=4)) for mark in marks]
+    values = rng.sample(VALUES, 8)
+    items = [mark + "".join(values[i::2]) for i, mark in enumerate(rng.sample("#%", 2))]
     text, starts = scatter(items, length, rng)
     return text, [_question(item[0], item[1:], (start, 5)) for item, start in zip(items, starts, strict=True)]
 
 
 def needles(length: int, rng: random.Random) -> tuple[str, list[Question]]:
     """Several needles with keys of their own."""
-    items = [f"!{key}{''.join(rng.choices(VALUES, k=2))}" for key in rng.sample(KEYS, NEEDLES)]
+    values = rng.sample(VALUES, 2 * NEEDLES)
+    items = [f"!{key}{''.join(values[i::NEEDLES])}" for i, key in enumerate(rng.sample(KEYS, NEEDLES))]
     text, starts = scatter(items, length, rng)
     return text, [_question(item[:2], item[2:], (start, 4)) for item, start in zip(items, starts, strict=True)]
 
@@ -103,9 +101,9 @@ def variables(length: int, rng: random.Random) -> tuple[str, list[Question]]:
     found = dict(zip(items, starts, strict=True))
     questions = []
     for own, value in zip(chains, values, strict=True):
-        spans = [(found[f"={own[0]}{value}"], 3)]
-        for step in range(1, HOPS + 1):
-            spans.append((found[f">{own[step - 1]}{own[step]}"], 3))
+        spans: list[tuple[int, int]] = []
+        for step in range(HOPS + 1):
+            spans.append((found[f"={own[0]}{value}" if step == 0 else f">{own[step - 1]}{own[step]}"], 3))
             questions.append(_question(f"={own[step]}", value, *spans))
     return text, questions
 
@@ -137,7 +135,7 @@ SYMBOL_TASKS: dict[str, Callable[[int, random.Random], tuple[str, list[Question]
 }
 
 
-def symbol_tokens(encode: Callable[[str], Sequence[int]]) -> Tensor:
+def symbol_tokens(encode: Callable[[str], Sequence[int]]) -> list[int]:
     """The token of every symbol of `ALPHABET`. Raises ValueError where a tokenizer has no token of its own for one."""
     tokens = [encode(symbol) for symbol in ALPHABET]
     for symbol, found in zip(ALPHABET, tokens, strict=True):
@@ -146,7 +144,7 @@ def symbol_tokens(encode: Callable[[str], Sequence[int]]) -> Tensor:
                 f"the tokenizer needs {len(found)} tokens for the symbol {symbol!r} of the retrieval tasks; train one "
                 f"with data.source=retrieval and tokenizer.vocab_size={VOCABULARY}"
             )
-    return torch.tensor([found[0] for found in tokens])
+    return [found[0] for found in tokens]
 
 
 def symbol_example(task: str, length: int, seed: int | str) -> Example:
