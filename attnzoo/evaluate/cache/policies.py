@@ -21,13 +21,14 @@ class Contender:
 
     def build(self, ratio: float | None = None) -> CachePolicy:
         """The policy at a value of its knob."""
-        chosen = {} if self.knob is None or ratio is None else {self.knob: ratio}
+        chosen: dict[str, Any] = {} if self.knob is None or ratio is None else {self.knob: ratio}
         return build_cache(self.policy, {**self.options, **chosen})
 
 
 FULL = Contender(name="full", policy="full", knob=None, role="full")
 TOKENS = (
     Contender(name="d2o", policy="d2o", knob="keep_ratio", role="ours"),
+    Contender(name="d2o, streamed", policy="d2o", knob="keep_ratio", role="ours", options={"prefill": "stream"}),
     Contender(name="snapkv", policy="snapkv", knob="keep_ratio", role="ours"),
     Contender(name="streaming", policy="streaming", knob="keep_ratio", role="control"),
     Contender(name="random_tokens", policy="random_tokens", knob="keep_ratio", role="control"),

@@ -17,6 +17,9 @@ from attnzoo.evaluate.cache.metrics import FidelityMeter
 from attnzoo.kvcache import CachePolicy
 from attnzoo.models import DecoderLM
 
+CHUNK = 128
+"""Tokens of a prompt that are read at once; a policy that compresses as it goes does so after each."""
+
 CONDITIONS = ("inside", "outside", "second")
 """Where a question stands. inside: at the end of the prompt, where policies look for what queries want; outside: it
 comes after compression; second: it comes after compression, and the prompt ended with another one."""
@@ -40,7 +43,7 @@ class Answer:
 
 
 @torch.no_grad()
-def prefill(model: DecoderLM, tokens_BT: Tensor, policy: CachePolicy, *, chunk: int = 256, room: int = 0) -> Prefill:
+def prefill(model: DecoderLM, tokens_BT: Tensor, policy: CachePolicy, *, chunk: int = CHUNK, room: int = 0) -> Prefill:
     """Reads a prompt in chunks and compresses its state; `room`: tokens that are to follow in the same buffers.
 
     The peak is the largest state that existed after a chunk or after compression. State that lives only inside a call
@@ -77,7 +80,7 @@ class Told:
     seconds: float
 
 
-def ask(model: DecoderLM, examples: list[Example], policy: CachePolicy) -> Told:
+def ask(model: DecoderLM, examples: list[Example], policy: CachePolicy, *, chunk: int = CHUNK) -> Told:
     """Answers under all conditions to examples whose contexts and first two questions have the same lengths.
 
     The first question is asked inside and outside, the second one after the first was answered.
@@ -92,12 +95,12 @@ def ask(model: DecoderLM, examples: list[Example], policy: CachePolicy) -> Told:
     answers = []
     # Inside: all of the first question belongs to the prompt; what is decoded begins with its lead.
     prompt_BT = torch.cat([body_BT, column(first, "prompt")], dim=1)
-    inside = prefill(model, prompt_BT, policy)
+    inside = prefill(model, prompt_BT, policy, chunk=chunk)
     logits_BTV, state, seconds = force(model, inside.state, column(first, "lead", "answer"))
     answers += [Answer("inside", right) for right in _right(logits_BTV, column(first, "answer"))]
     logits_BTV, _, more = force(model, state, column(second, "prompt", "lead", "answer"))
     answers += [Answer("second", right) for right in _right(logits_BTV, column(second, "answer"))]
-    outside = prefill(model, body_BT, policy)
+    outside = prefill(model, body_BT, policy, chunk=chunk)
     logits_BTV, _, rest = force(model, outside.state, column(first, "prompt", "lead", "answer"))
     answers += [Answer("outside", right) for right in _right(logits_BTV, column(first, "answer"))]
     forced = len(examples) * (2 * len(first[0].tokens) + len(second[0].tokens) - len(first[0].prompt))

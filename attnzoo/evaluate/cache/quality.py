@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from attnzoo.evaluate.cache.protocol import fidelity, forced_logits, prefill
 from attnzoo.evaluate.cache.retrieval import Batches, Score, ask_all
 from attnzoo.models import DecoderLM
 
+Entry = tuple[Contender, float, Fit]
+"""A contender, its budget, and the value of its knob that meets it."""
 TEXTS_AT_ONCE = 4
 """Logits of all of them over a large vocabulary are held twice."""
 
@@ -34,7 +37,7 @@ class Result:
 class Plan:
     """What is to be measured: contenders and the budgets they are measured at. `examples` are asked at each."""
 
-    entries: tuple[tuple[Contender, float, Fit], ...]
+    entries: tuple[Entry, ...]
     skipped: tuple[tuple[str, float], ...]
 
 
@@ -45,17 +48,18 @@ def longest_prompt(batches: Batches) -> Tensor:
     return torch.tensor([max(prompts, key=len)])
 
 
-def plan(model: DecoderLM, prompt_1T: Tensor, wanted: Sequence[tuple[Contender, Sequence[float]]]) -> Plan:
+def plan(model: DecoderLM, prompt_1T: Tensor, wanted: Sequence[tuple[Contender, Sequence[float]]], chunk: int) -> Plan:
     """Finds every contender's knob for every budget by measuring real states of this prompt."""
-    full = prefill(model, prompt_1T, FULL.build()).nbytes
-    entries: list[tuple[Contender, float, Fit]] = [(FULL, 1.0, Fit(1.0, full))]
+
+    def measured(contender: Contender, ratio: float) -> int:
+        return prefill(model, prompt_1T, contender.build(ratio), chunk=chunk).nbytes
+
+    full = measured(FULL, 1.0)
+    entries: list[Entry] = [(FULL, 1.0, Fit(1.0, full))]
     skipped = []
     for contender, budgets in wanted:
         for budget in budgets:
-            fit = fit_budget(
-                lambda ratio, contender=contender: prefill(model, prompt_1T, contender.build(ratio)).nbytes,  # type: ignore[misc]
-                int(budget * full),
-            )
+            fit = fit_budget(partial(measured, contender), int(budget * full))
             if fit is None:
                 skipped.append((contender.name, budget))
             else:
@@ -63,20 +67,22 @@ def plan(model: DecoderLM, prompt_1T: Tensor, wanted: Sequence[tuple[Contender, 
     return Plan(tuple(entries), tuple(skipped))
 
 
-def measure(
-    model: DecoderLM, batches: Batches, entries: Sequence[tuple[Contender, float, Fit]], tick: Tick
-) -> list[Result]:
+def measure(model: DecoderLM, batches: Batches, entries: Sequence[Entry], chunk: int, tick: Tick) -> list[Result]:
     """Scores every entry on the same examples."""
     results = []
     for contender, budget, fit in entries:
         label = f"{contender.name} at {budget:.0%}"
-        found = ask_all(model, batches, contender.build(fit.ratio), lambda done, label=label: tick(done, label))  # type: ignore[misc]
+        found = ask_all(model, batches, contender.build(fit.ratio), chunk, partial(_labelled, tick, label))
         results.append(Result(contender=contender, budget=budget, fit=fit, score=found))
     return results
 
 
+def _labelled(tick: Tick, label: str, done: int) -> None:
+    tick(done, label)
+
+
 def measure_fidelity(
-    model: DecoderLM, texts_NT: Tensor, prompt: int, entries: Sequence[tuple[Contender, float, Fit]], tick: Tick
+    model: DecoderLM, texts_NT: Tensor, prompt: int, entries: Sequence[Entry], tick: Tick
 ) -> dict[tuple[str, float], Fidelity]:
     """By (contender, budget): how the policy's predictions differ from the full cache's on the same texts, after a
     prompt of `prompt` tokens of each."""

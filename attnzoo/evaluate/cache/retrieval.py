@@ -58,12 +58,13 @@ def _shape(example: Example) -> tuple[int, ...]:
     return (len(example.body), *(len(part) for q in asked for part in (q.prompt, q.lead, q.answer)))
 
 
-def ask_all(model: DecoderLM, batches: Batches, policy: CachePolicy, tick: Callable[[int], None]) -> Score:
-    """Asks everything under a policy; `tick` gets the number of examples done."""
+def ask_all(model: DecoderLM, batches: Batches, policy: CachePolicy, chunk: int, tick: Callable[[int], None]) -> Score:
+    """Asks everything under a policy, prompts read `chunk` tokens at a time; `tick` gets the number of examples
+    done."""
     result = Score()
     for (task, seed), groups in batches.items():
         for examples in groups:
-            told = ask(model, examples, policy)
+            told = ask(model, examples, policy, chunk=chunk)
             for answer in told.answers:
                 result.right[task, answer.condition, seed].append(answer.right)
             result.nbytes = max(result.nbytes, told.nbytes)

@@ -77,11 +77,11 @@ def _quality(
     tasks = list(dict.fromkeys(task for task, _ in batches))
     wanted: list[tuple[Contender, Sequence[float]]] = [(c, sizes.token_budgets) for c in TOKENS]
     wanted += [(c, sizes.channel_budgets) for c in CHANNELS]
-    found = plan(model, longest_prompt(batches), wanted)
+    found = plan(model, longest_prompt(batches), wanted, sizes.chunk)
     for contender, budget in found.skipped:
         print(f"{name}: {contender} cannot get down to {budget:.0%} of the full cache's bytes", file=sys.stderr)
     progress = Progress(seeds * sizes.count * len(tasks) * len(found.entries))
-    results = measure(model, batches, found.entries, progress.add)
+    results = measure(model, batches, found.entries, sizes.chunk, progress.add)
     progress.close()
     report.rows += [table.quality_row(name, result, tasks) for result in results]
     report.rows += [row for result in results for row in table.seed_rows(f"{name} by seed", result, tasks, seeds)]
@@ -94,7 +94,7 @@ def _quality(
 def _solved(name: str, model: DecoderLM, batches: Batches, sizes: QualitySizes, report: Report) -> Batches:
     """The tasks that the full cache solves; reports all. Raises ValueError when it solves none."""
     progress = Progress(sum(len(examples) for groups in batches.values() for examples in groups))
-    score = ask_all(model, batches, FULL.build(), lambda done: progress.add(done, f"{name}: full cache"))
+    score = ask_all(model, batches, FULL.build(), sizes.chunk, lambda done: progress.add(done, f"{name}: full cache"))
     progress.close()
     solved = solved_tasks(score, sizes.tasks, sizes.least)
     report.rows.append(

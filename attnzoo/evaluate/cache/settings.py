@@ -10,13 +10,15 @@ from attnzoo.evaluate.cache.text_tasks import TEXT_TASKS
 @dataclass(frozen=True, kw_only=True)
 class QualitySizes:
     """context: tokens that questions are about. count: examples of a task and seed. batch: of them side by side.
-    token_budgets, channel_budgets: shares of the full cache's bytes, for policies that drop tokens and for those that
-    drop channels of keys. least: accuracy of the full cache that makes a task worth asking."""
+    chunk: tokens of a prompt that are read at once. token_budgets, channel_budgets: shares of the full cache's bytes,
+    for policies that drop tokens and for those that drop channels of keys. least: accuracy of the full cache that makes
+    a task worth asking."""
 
     tasks: tuple[str, ...]
     context: int
     count: int
     batch: int
+    chunk: int
     least: float
     token_budgets: tuple[float, ...]
     channel_budgets: tuple[float, ...]
@@ -42,6 +44,7 @@ class Settings:
             context=192,
             count=32,
             batch=32,
+            chunk=64,
             least=0.95,
             token_budgets=(0.5, 0.3, 0.2),
             channel_budgets=(0.8, 0.7),
@@ -53,6 +56,7 @@ class Settings:
             context=512,
             count=4,
             batch=4,
+            chunk=128,
             least=0.75,
             token_budgets=(0.5, 0.2),
             channel_budgets=(0.75,),
@@ -69,12 +73,20 @@ QUICK = Settings(
         context=96,
         count=2,
         batch=2,
+        chunk=32,
         least=0.0,
         token_budgets=(0.6,),
         channel_budgets=(0.85,),
     ),
     text=QualitySizes(
-        tasks=("passkey",), context=256, count=2, batch=2, least=0.0, token_budgets=(0.6,), channel_budgets=(0.85,)
+        tasks=("passkey",),
+        context=256,
+        count=2,
+        batch=2,
+        chunk=128,
+        least=0.0,
+        token_budgets=(0.6,),
+        channel_budgets=(0.85,),
     ),
     fidelity=FidelitySizes(texts=1, prompt=96, forced=128),
     speed=SpeedSizes(context=256, batch=2, steps=2, turns=1, chunk=128),

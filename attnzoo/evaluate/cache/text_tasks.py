@@ -117,7 +117,8 @@ def variables(rng: random.Random) -> tuple[list[str], list[Ask]]:
 
 def words(rng: random.Random) -> tuple[list[str], list[Ask]]:
     """Word lists of two kinds, each with one word far more often than the others."""
-    items, asks = [], []
+    items: list[str] = []
+    asks = []
     for kind, pool in (("city", CITIES), ("thing", NOUNS)):
         common = rng.choice(pool)
         others = rng.sample([word for word in pool if word != common], 5)
