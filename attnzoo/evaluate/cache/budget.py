@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-STEPS = 128
-"""Values of a knob that are looked at: 1/128, 2/128, ... 1."""
+STEPS = 64
+"""Values of a knob that are looked at: 1/64, 2/64, ... 1."""
 
 
 @dataclass(frozen=True)

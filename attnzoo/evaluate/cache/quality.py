@@ -14,6 +14,7 @@ from attnzoo.evaluate.cache.protocol import fidelity, forced_logits, prefill
 from attnzoo.evaluate.cache.retrieval import Batches, Score, ask_all
 from attnzoo.models import DecoderLM
 
+MARGIN = 0.02
 Entry = tuple[Contender, float, Fit]
 """A contender, its budget, and the value of its knob that meets it."""
 TEXTS_AT_ONCE = 4
@@ -41,25 +42,29 @@ class Plan:
     skipped: tuple[tuple[str, float], ...]
 
 
-def longest_prompt(batches: Batches) -> Tensor:
-    """tokens_1T of the longest context with its first question."""
-    examples = [example for groups in batches.values() for group in groups for example in group]
-    prompts = [example.body + example.questions[0].prompt for example in examples]
-    return torch.tensor([max(prompts, key=len)])
+def longest_prompts(batches: Batches) -> Tensor:
+    """tokens_BT of the batch whose contexts with their first questions are longest."""
+    groups = [examples for several in batches.values() for examples in several]
+    longest = max(groups, key=lambda examples: (len(examples[0].body + examples[0].questions[0].prompt), len(examples)))
+    return torch.tensor([example.body + example.questions[0].prompt for example in longest])
 
 
-def plan(model: DecoderLM, prompt_1T: Tensor, wanted: Sequence[tuple[Contender, Sequence[float]]], chunk: int) -> Plan:
-    """Finds every contender's knob for every budget by measuring real states of this prompt."""
+def plan(model: DecoderLM, prompts_BT: Tensor, wanted: Sequence[tuple[Contender, Sequence[float]]], chunk: int) -> Plan:
+    """Finds every contender's knob for every budget by measuring real states of these prompts.
+
+    A batch holds as many slots a layer as its neediest sequence, so bytes differ a little from batch to batch: `MARGIN`
+    of the budget stays unused here, that all batches keep to it.
+    """
 
     def measured(contender: Contender, ratio: float) -> int:
-        return prefill(model, prompt_1T, contender.build(ratio), chunk=chunk).nbytes
+        return prefill(model, prompts_BT, contender.build(ratio), chunk=chunk).nbytes // len(prompts_BT)
 
     full = measured(FULL, 1.0)
     entries: list[Entry] = [(FULL, 1.0, Fit(1.0, full))]
     skipped = []
     for contender, budgets in wanted:
         for budget in budgets:
-            fit = fit_budget(partial(measured, contender), int(budget * full))
+            fit = fit_budget(partial(measured, contender), int((1 - MARGIN) * budget * full))
             if fit is None:
                 skipped.append((contender.name, budget))
             else:
