@@ -255,7 +255,7 @@ def test_quick_runs_all_of_it(tmp_path, capsys):
     assert figure.read_bytes().startswith(b"\x89PNG")
     tables = {row["table"] for row in content["rows"]}
     assert {"symbols", "symbols by seed", "text", "fidelity", "decode"} <= tables
-    policies = {row["policy"] for row in content["rows"] if row["table"] == "symbols"}
+    policies = {row["policy"] for row in content["rows"] if row["table"] == "text"}
     assert {"full", "d2o", "streaming", "random_tokens", "snapkv", "think", "random_channels"} <= policies
     full = next(row for row in content["rows"] if row["table"] == "fidelity" and row["policy"] == "full")
     assert full["KL mean"] == 0.0

@@ -71,7 +71,11 @@ def force(model: DecoderLM, state: Any, tokens_BT: Tensor) -> tuple[Tensor, Any,
 
 @dataclass(frozen=True)
 class Told:
-    """Answers to a batch of examples, the bytes of one sequence, and the rate of decoding."""
+    """Answers to a batch of examples, the bytes of its first sequence alone, and the rate of decoding.
+
+    Alone, because a batch has as many slots a layer as the neediest of its sequences, whose layers may want different
+    shares; the answers of a batch are those of single runs all the same.
+    """
 
     answers: list[Answer]
     nbytes: int
@@ -104,8 +108,8 @@ def ask(model: DecoderLM, examples: list[Example], policy: CachePolicy, *, chunk
     logits_BTV, _, rest = force(model, outside.state, column(first, "prompt", "lead", "answer"))
     answers += [Answer("outside", right) for right in _right(logits_BTV, column(first, "answer"))]
     forced = len(examples) * (2 * len(first[0].tokens) + len(second[0].tokens) - len(first[0].prompt))
-    rows = len(examples)
-    return Told(answers, inside.nbytes // rows, inside.peak_nbytes // rows, forced, seconds + more + rest)
+    alone = inside if len(examples) == 1 else prefill(model, prompt_BT[:1], policy, chunk=chunk)
+    return Told(answers, alone.nbytes, alone.peak_nbytes, forced, seconds + more + rest)
 
 
 def _right(logits_BTV: Tensor, answers_BT: Tensor) -> list[bool]:

@@ -42,28 +42,29 @@ class Plan:
     skipped: tuple[tuple[str, float], ...]
 
 
-def longest_prompts(batches: Batches) -> Tensor:
-    """tokens_BT of the batch whose contexts with their first questions are longest."""
-    groups = [examples for several in batches.values() for examples in several]
-    longest = max(groups, key=lambda examples: (len(examples[0].body + examples[0].questions[0].prompt), len(examples)))
-    return torch.tensor([example.body + example.questions[0].prompt for example in longest])
+def longest_prompt(batches: Batches) -> Tensor:
+    """tokens_1T of the longest context with its first question."""
+    examples = [example for groups in batches.values() for group in groups for example in group]
+    prompts = [example.body + example.questions[0].prompt for example in examples]
+    return torch.tensor([max(prompts, key=len)])
 
 
-def plan(model: DecoderLM, prompts_BT: Tensor, wanted: Sequence[tuple[Contender, Sequence[float]]], chunk: int) -> Plan:
-    """Finds every contender's knob for every budget by measuring real states of these prompts.
+def plan(model: DecoderLM, prompt_1T: Tensor, wanted: Sequence[tuple[Contender, Sequence[float]]], chunk: int) -> Plan:
+    """Finds every contender's knob for every budget by measuring real states of this prompt.
 
-    A batch holds as many slots a layer as its neediest sequence, so bytes differ a little from batch to batch: `MARGIN`
-    of the budget stays unused here, that all batches keep to it.
+    What a layer is given depends on the prompt, and slots come in pages: `MARGIN` of the budget stays unused here, that
+    other prompts keep to it too.
     """
 
     def measured(contender: Contender, ratio: float) -> int:
-        return prefill(model, prompts_BT, contender.build(ratio), chunk=chunk).nbytes // len(prompts_BT)
+        return prefill(model, prompt_1T, contender.build(ratio), chunk=chunk).nbytes
 
     full = measured(FULL, 1.0)
     entries: list[Entry] = [(FULL, 1.0, Fit(1.0, full))]
     skipped = []
     for contender, budgets in wanted:
         for budget in budgets:
+            tick(1, f"bytes of {contender.name} at {budget:.0%}")
             fit = fit_budget(partial(measured, contender), int((1 - MARGIN) * budget * full))
             if fit is None:
                 skipped.append((contender.name, budget))

@@ -10,7 +10,7 @@ from attnzoo.evaluate.cache import table
 from attnzoo.evaluate.cache.models import Reader, prose
 from attnzoo.evaluate.cache.peer import run_peer
 from attnzoo.evaluate.cache.policies import CHANNELS, FULL, TOKENS, Contender
-from attnzoo.evaluate.cache.quality import Result, longest_prompts, measure, measure_fidelity, plan
+from attnzoo.evaluate.cache.quality import Result, longest_prompt, measure, measure_fidelity, plan
 from attnzoo.evaluate.cache.retrieval import Batches, Maker, ask_all, make_batches, solved_tasks
 from attnzoo.evaluate.cache.roofline import step_cost
 from attnzoo.evaluate.cache.settings import QualitySizes, Settings
@@ -77,7 +77,9 @@ def _quality(
     tasks = list(dict.fromkeys(task for task, _ in batches))
     wanted: list[tuple[Contender, Sequence[float]]] = [(c, sizes.token_budgets) for c in TOKENS]
     wanted += [(c, sizes.channel_budgets) for c in CHANNELS]
-    found = plan(model, longest_prompts(batches), wanted, sizes.chunk)
+    progress = Progress(sum(len(budgets) for _, budgets in wanted))
+    found = plan(model, longest_prompt(batches), wanted, sizes.chunk, progress.add)
+    progress.close()
     for contender, budget in found.skipped:
         print(f"{name}: {contender} cannot get down to {budget:.0%} of the full cache's bytes", file=sys.stderr)
     progress = Progress(seeds * sizes.count * len(tasks) * len(found.entries))
