@@ -49,7 +49,9 @@ def longest_prompt(batches: Batches) -> Tensor:
     return torch.tensor([max(prompts, key=len)])
 
 
-def plan(model: DecoderLM, prompt_1T: Tensor, wanted: Sequence[tuple[Contender, Sequence[float]]], chunk: int) -> Plan:
+def plan(
+    model: DecoderLM, prompt_1T: Tensor, wanted: Sequence[tuple[Contender, Sequence[float]]], chunk: int, tick: Tick
+) -> Plan:
     """Finds every contender's knob for every budget by measuring real states of this prompt.
 
     What a layer is given depends on the prompt, and slots come in pages: `MARGIN` of the budget stays unused here, that
