@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from attnzoo.kvcache import Compression
 from attnzoo.kvcache.state import State
 from attnzoo.ops.impl import Impl
 from attnzoo.registry import Registry
@@ -129,10 +130,13 @@ class Attention(nn.Module, ABC):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        cache: Compression | None = None,
     ) -> State:
         """The empty state of `batch` sequences with room for `capacity` tokens each.
 
-        Device and dtype default to the parameters'. A state grows past its capacity by copying.
+        Device and dtype default to the parameters'. A state grows past its capacity by copying. `cache`: how keys and
+        values are kept (`attnzoo.kvcache.build_cache`), None: exactly; only given where asked for. Raises ValueError
+        where the variant cannot keep them so.
         """
 
     @abstractmethod

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attnzoo.attention.base import Attention, Cost, Growth, PositionTrait, Traits, training_memory
 from attnzoo.attention.parts import LinearMixing, Mixing, Projection, QKVConv, QKVConvState, SoftmaxMixing
+from attnzoo.kvcache import Compression
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.impl import Impl
 from attnzoo.tape import Buffer, Tape
@@ -61,13 +62,14 @@ class ComposedAttention(Attention):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        cache: Compression | None = None,
     ) -> ComposedState:
         weight = self.projection.query.weight
         device, dtype = device or weight.device, dtype or weight.dtype
         return ComposedState(
             new_zeros(batch, device=device, dtype=torch.int64),
             None if self.conv is None else self.conv.init_state(batch, device=device, dtype=dtype),
-            self.mixing.init_state(batch, capacity, device=device, dtype=dtype),
+            self.mixing.init_state(batch, capacity, device=device, dtype=dtype, cache=cache),
         )
 
     def extend(

@@ -1,19 +1,47 @@
-"""Cache policies: one policy, one file. `base.py` is their contract, `state.py` what all state is made of."""
+"""Cache policies: one policy, one file. `base.py` is their contract, `state.py` what all state is made of.
 
-from attnzoo.kvcache.base import EMPTY, CachePolicy, CacheView
+Every module here is imported, so a new file that registers a policy is found at once.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from attnzoo.kvcache.base import CACHES, EMPTY, CachePolicy, CacheView, Compression, Layer, Reader
 from attnzoo.kvcache.full import FullCache, FullCacheState
 from attnzoo.kvcache.state import State, load_state, save_state
 from attnzoo.kvcache.window import WindowCache, WindowCacheState
+from attnzoo.types import build_config
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+
+def build_cache(name: str, options: Mapping[str, Any] | None = None) -> Compression:
+    """The policy registered as `name`, configured by `options` (its Config's fields).
+
+    Raises ValueError for an unknown policy or option (with the nearest known one), or a value out of its range.
+    """
+    cls = CACHES.get(name)
+    policy: Compression = cls(build_config(cls.Config, options or {}, f"cache.{name}"))
+    return policy
+
 
 __all__ = [
+    "CACHES",
     "EMPTY",
     "CachePolicy",
     "CacheView",
+    "Compression",
     "FullCache",
     "FullCacheState",
+    "Layer",
+    "Reader",
     "State",
     "WindowCache",
     "WindowCacheState",
+    "build_cache",
     "load_state",
     "save_state",
 ]

@@ -1,19 +1,27 @@
 """The contract every cache policy keeps.
 
-A policy decides which keys and values of the past stay, where, and in what form. Attention asks it for one
-thing: append the new ones and return what to attend to, with the logical position of every entry. Positions
-are logical (the index of the token in its sequence) and survive eviction, so that rotary and relative terms
-stay right when entries are dropped or moved.
+A policy decides which keys and values of the past stay, where, and in what form. Positions are logical (the index of
+the token in its sequence) and survive eviction, so that rotary and relative terms stay right when entries are dropped,
+merged or moved.
+
+Exact policies (`CachePolicy`: full, window) are asked for one thing: append the new entries and return what to attend
+to. Compressing ones (`Compression`) attend themselves, because what they keep is not always keys and values of full
+width, and because they decide by what queries and softmax weights say.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from attnzoo.kvcache.state import State
+from attnzoo.ops.impl import Impl
+from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.row_blocks import Tables
+from attnzoo.registry import Registry
 
 EMPTY = -1
 """Logical position of a cache entry that holds nothing."""
@@ -65,3 +73,86 @@ class CachePolicy(ABC):
     @abstractmethod
     def nbytes(self, batch: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
         """Bytes that `init` allocates, to the byte."""
+
+
+class Reader(Protocol):
+    """What attention lends to a compression: its scores. q_BNTH as they meet cached keys (rotated, nothing added)."""
+
+    impl: Impl
+
+    def attend(self, q_BNTH: Tensor, view: CacheView, positions_BT: Tensor) -> Tensor:
+        """o_BNTH by the variant's own operation, the same that reads the full cache."""
+
+    def terms(self, q_BNTH: Tensor, mask: CausalMask) -> tuple[Tensor, Tensor | None]:
+        """(content_BNTH, bias_BNTS): the logits are content . k / sqrt(H) + bias."""
+
+    def tables(self, mask: CausalMask, tokens: int) -> Tables | None:
+        """The relative terms by distance, None without any."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a model whose cache is to be compressed; lengths_B: tokens seen by each sequence."""
+
+    state: Any
+    reader: Reader
+    lengths_B: Tensor
+
+
+class Compression(ABC):
+    """A policy that keeps less than all. `Config` is a frozen dataclass of options; `source` cites the paper.
+
+    `prefill` is "oneshot" (the prompt is read with the full cache, `compress` ends it) or "stream" (it is compressed
+    after every chunk too, so that the peak falls).
+    """
+
+    source: ClassVar[str]
+    Config: ClassVar[type]
+    config: Any
+
+    @property
+    @abstractmethod
+    def prefill(self) -> str:
+        """When prompts are compressed."""
+
+    @abstractmethod
+    def init(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> State:
+        """An empty cache with room for `capacity` tokens a sequence until `compress`."""
+
+    @abstractmethod
+    def attend(
+        self,
+        state: Any,
+        reader: Reader,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        positions_BT: Tensor,
+        counts_B: Tensor | None,
+    ) -> tuple[Tensor, State]:
+        """Adds the new entries and attends: (o_BNTH, state) from (q_BNTH, k_BKTH, v_BKTH)."""
+
+    @abstractmethod
+    def compress(self, layers: Sequence[Layer], final: bool) -> list[State]:
+        """The layers' states, smaller; `final`: the prompt has ended (else only a chunk of it has)."""
+
+    @abstractmethod
+    def nbytes(self, batch: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
+        """Bytes that `init` allocates, to the byte."""
+
+    @abstractmethod
+    def compressed_nbytes(
+        self, batch: int, num_kv_heads: int, head_dim: int, prompt: int, dtype: torch.dtype, *, tokens: int = 0
+    ) -> int:
+        """Bytes a layer of state after `compress` of prompts of this length and `tokens` more tokens, to the byte, for
+        prompts of equal lengths and equal budgets of layers."""
+
+
+CACHES: Registry[Any] = Registry("cache policy")

@@ -1,8 +1,9 @@
 """What a sequence leaves behind for its next token: trees of tensors with the batch axis first.
 
-A `State` is a dataclass whose fields are tensors, other states, tuples of states, or None. Because every
-tensor has the batch as its first axis, a server can hold one batched state and let sequences join and leave
-by rows, without knowing what an attention variant keeps (keys and values, convolution tails, a matrix, ...).
+A `State` is a dataclass whose fields are tensors, other states, tuples of states, or None; what else it knows and
+tensors do not hold (its policy) is a field with the metadata `STATIC`, which is passed on as it is and never saved.
+Because every tensor has the batch as its first axis, a server can hold one batched state and let sequences join and
+leave by rows, without knowing what an attention variant keeps (keys and values, convolution tails, a matrix, ...).
 
 States are consumed: `extend` may write into the buffers of the state it is given when autograd is off.
 `clone()` first to continue one state in two ways.
@@ -17,6 +18,10 @@ import torch
 from torch import Tensor
 
 S = TypeVar("S", bound="State")
+
+
+STATIC = {"static": True}
+"""Metadata of a dataclass field that is no part of the tree: states made from this one share its value."""
 
 
 class State:
@@ -79,7 +84,8 @@ def _map(node: Any, name: str, fn: Callable[[str, Tensor], Tensor]) -> Any:
         return tuple(_map(item, f"{name}.{i}", fn) for i, item in enumerate(node))
     if isinstance(node, State):
         prefix = f"{name}." if name else ""
-        values = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}  # type: ignore[arg-type]
+        fields = dataclasses.fields(node)  # type: ignore[arg-type]
+        values = {f.name: getattr(node, f.name) for f in fields if "static" not in f.metadata}
         return dataclasses.replace(  # type: ignore[type-var]
             node, **{key: _map(value, prefix + key, fn) for key, value in values.items()}
         )

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attnzoo.attention import Cost, build_attention
+from attnzoo.attention.cached import compress_layers, streams
 from attnzoo.attention.parts.projection import play_norm
 from attnzoo.attention.segment_memory import SegmentMemory
+from attnzoo.kvcache import Compression
 from attnzoo.kvcache.state import State
 from attnzoo.models.blocks import MLP, Block, build_norm
 from attnzoo.models.config import DecoderConfig
@@ -110,12 +112,36 @@ class DecoderLM(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        cache: Compression | None = None,
     ) -> DecoderState:
-        """Empty state of `batch` sequences with room for `capacity` tokens each, where and in what the model is."""
+        """Empty state of `batch` sequences with room for `capacity` tokens each, where and in what the model is.
+
+        `cache`: how keys and values are kept (`attnzoo.kvcache.build_cache`), None: exactly; layers of constant state
+        keep theirs. Raises ValueError where no layer has keys to compress, or one has a window.
+        """
         device, dtype = device or self.embedding.weight.device, dtype or self.embedding.weight.dtype
+        attentions = [block.attention for block in self.layers()]
+        options = {} if cache is None else {"cache": cache}
+        if any(attention.traits.growth != "O(1)" for attention in attentions):
+            per_layer = [{} if attention.traits.growth == "O(1)" else options for attention in attentions]
+        else:
+            per_layer = [options for _ in attentions]  # each says why it cannot
         return DecoderState(
-            tuple(block.attention.init_state(batch, capacity, device=device, dtype=dtype) for block in self.layers())
+            tuple(
+                attention.init_state(batch, capacity, device=device, dtype=dtype, **given)
+                for attention, given in zip(attentions, per_layer, strict=True)
+            )
         )
+
+    @torch.no_grad()
+    def compress(self, state: DecoderState) -> DecoderState:
+        """The prompts have ended: the state after its cache policy's compression, with all layers in view.
+
+        The given state is consumed. Without a policy, or with one that has nothing to do, the state itself. Raises
+        ValueError for a state that has been compressed.
+        """
+        attentions = [block.attention for block in self.layers()]
+        return DecoderState(compress_layers(attentions, state.layers, final=True))
 
     def extend(
         self, tokens_BT: Tensor, state: DecoderState, counts_B: Tensor | None = None
@@ -133,7 +159,10 @@ class DecoderLM(nn.Module):
         for block, layer_state in zip(self.layers(), state.layers, strict=True):
             x_BTD, layer_state = block.extend(x_BTD, layer_state, counts_B)
             layers.append(layer_state)
-        return self.norm(x_BTD), DecoderState(tuple(layers))
+        after = tuple(layers)
+        if streams(after):
+            after = compress_layers([block.attention for block in self.layers()], after, final=False)
+        return self.norm(x_BTD), DecoderState(after)
 
     def init_memory(self, batch: int, length: int) -> tuple[SegmentMemory, ...]:
         """Transformer-XL's memory of `length` tokens a layer, empty. Raises ValueError for a length below 1."""

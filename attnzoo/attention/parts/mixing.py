@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from attnzoo.attention.parts.position import QKV, Buffers, Position, visible_pairs
 from attnzoo.attention.parts.projection import Heads
-from attnzoo.kvcache import CachePolicy, FullCache, WindowCache
+from attnzoo.kvcache import CachePolicy, CacheView, Compression, FullCache, WindowCache
+from attnzoo.kvcache.compressed import CompressedState
+from attnzoo.kvcache.keep_all import KeepAll
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.impl import Impl
 from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.ops.linear_attention.memory import LinearSizes
 from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.row_blocks import Tables
 from attnzoo.tape import Buffer, Step, Tape
 from attnzoo.types import accumulation_dtype, dtype_bytes
 
@@ -28,8 +31,17 @@ class Mixing(nn.Module, ABC):
         """The parallel form; `starts_BT` as in `CausalMask`, None: every row is one sequence."""
 
     @abstractmethod
-    def init_state(self, batch: int, capacity: int, *, device: torch.device | str | None, dtype: torch.dtype) -> State:
-        """The empty state."""
+    def init_state(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+        cache: Compression | None = None,
+    ) -> State:
+        """The empty state; `cache`: how keys and values are kept, None: exactly. Raises ValueError where there are
+        none."""
 
     @abstractmethod
     def extend(
@@ -73,16 +85,40 @@ class SoftmaxMixing(Mixing):
         heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.position.attend(heads_first, replace(self.mask, starts_BT=starts_BT), impl)
 
-    def init_state(self, batch: int, capacity: int, *, device: torch.device | str | None, dtype: torch.dtype) -> State:
-        return self.cache.init(
-            batch, self.heads.num_kv_heads, self.heads.head_dim, capacity, device=device, dtype=dtype
-        )
+    def init_state(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+        cache: Compression | None = None,
+    ) -> State:
+        policy: CachePolicy | Compression = self.cache
+        if cache is not None and not isinstance(cache, KeepAll):
+            if self.mask.window is not None:
+                raise ValueError(
+                    f"cache: attention with window={self.mask.window} keeps a constant number of tokens already; leave "
+                    "the cache or the window out"
+                )
+            policy = cache
+        return policy.init(batch, self.heads.num_kv_heads, self.heads.head_dim, capacity, device=device, dtype=dtype)
+
+    def reader(self, impl: Impl) -> "SoftmaxReader":
+        """The scores, as a compressing cache reads them."""
+        return SoftmaxReader(self.position, self.mask, impl)
 
     def extend(
         self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None, impl: Impl
     ) -> tuple[Tensor, State]:
         q, k, v = qkv
         q, k = self.position.encode(q, k, positions_BT, impl)
+        if isinstance(state, CompressedState):
+            heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+            out: tuple[Tensor, State] = state.policy.attend(
+                state, self.reader(impl), heads_first, positions_BT, counts_B
+            )
+            return out
         state, view = self.cache.append(state, k.transpose(1, 2), v.transpose(1, 2), positions_BT, counts_B)
         heads_first = (q.transpose(1, 2), view.keys_BKSH, view.values_BKSH)
         mask = replace(self.mask, query_positions_BT=positions_BT, key_positions_BKS=view.positions_BKS)
@@ -107,6 +143,25 @@ class SoftmaxMixing(Mixing):
 
     def reset_parameters(self, std: float) -> None:
         self.position.reset_parameters(std)
+
+
+@dataclass(frozen=True)
+class SoftmaxReader:
+    """`attnzoo.kvcache.Reader` of softmax attention with a position."""
+
+    position: Position
+    mask: CausalMask
+    impl: Impl
+
+    def attend(self, q_BNTH: Tensor, view: CacheView, positions_BT: Tensor) -> Tensor:
+        mask = replace(self.mask, query_positions_BT=positions_BT, key_positions_BKS=view.positions_BKS)
+        return self.position.attend((q_BNTH, view.keys_BKSH, view.values_BKSH), mask, self.impl)
+
+    def terms(self, q_BNTH: Tensor, mask: CausalMask) -> tuple[Tensor, Tensor | None]:
+        return self.position.terms(q_BNTH, mask)
+
+    def tables(self, mask: CausalMask, tokens: int) -> Tables | None:
+        return self.position.tables(mask, tokens)
 
 
 FeatureMap = Literal["elu1", "relu", "identity"]
@@ -167,8 +222,18 @@ class LinearMixing(Mixing):
         return self._run(qkv, impl, starts_BT=starts_BT)[0]
 
     def init_state(
-        self, batch: int, capacity: int, *, device: torch.device | str | None, dtype: torch.dtype
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+        cache: Compression | None = None,
     ) -> LinearState:
+        if cache is not None:
+            raise ValueError(
+                "cache: linear attention keeps one matrix of constant size and no keys to compress; use cache=None"
+            )
         head_dim = self.heads.head_dim
         shape = (batch, self.heads.num_kv_heads, head_dim, head_dim + int(self.normalise))
         return LinearState(new_zeros(*shape, device=device, dtype=accumulation_dtype(dtype)))

@@ -14,11 +14,14 @@ from attnzoo.attention.parts.projection import Heads
 from attnzoo.ops.impl import Impl
 from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.relative_sdpa import relative_sdpa
+from attnzoo.ops.relative_sdpa.torch import streamed_bias
 from attnzoo.ops.rope import RopeScaling, rope
+from attnzoo.ops.row_blocks import Tables
 from attnzoo.ops.row_blocks_memory import RowBlockSizes
 from attnzoo.ops.sdpa import memory as sdpa_memory
 from attnzoo.ops.sdpa import sdpa
 from attnzoo.ops.sinusoid_sdpa import sinusoid_sdpa
+from attnzoo.ops.sinusoid_sdpa.torch import as_tables, farthest, streamed_waves
 from attnzoo.ops.sinusoid_sdpa.waves import STRIDE
 from attnzoo.tape import Buffer, Step, Tape
 
@@ -39,6 +42,24 @@ class Position(nn.Module, ABC):
     @abstractmethod
     def attend(self, qkv: QKV, mask: CausalMask, impl: Impl) -> Tensor:
         """o_BNTH from (q_BNTH, k_BKSH, v_BKSH) over the keys that the mask leaves visible."""
+
+    def terms(self, q_BNTH: Tensor, mask: CausalMask) -> tuple[Tensor, Tensor | None]:
+        """(content_BNTH, bias_BNTS): the scores are content . k / sqrt(H) + bias, with positions as the mask has them.
+
+        For caches whose keys have lost channels, which the terms of position know nothing of. Raises ValueError where a
+        position has no such form.
+        """
+        raise self._unsaid()
+
+    def tables(self, mask: CausalMask, tokens: int) -> Tables | None:
+        """The relative terms as tables by distance, None without any. Raises ValueError as `terms`."""
+        raise self._unsaid()
+
+    def _unsaid(self) -> ValueError:
+        return ValueError(
+            f"{type(self).__name__} does not say its scores as content . key + bias, which this cache needs: write its "
+            "`terms` and `tables`, or use cache=None"
+        )
 
     def reset_parameters(self, std: float) -> None:
         """Initialises the position's parameters."""
@@ -70,6 +91,12 @@ class NoPosition(Position):
 
     def attend(self, qkv: QKV, mask: CausalMask, impl: Impl) -> Tensor:
         return sdpa(*qkv, mask=mask, impl=impl)
+
+    def terms(self, q_BNTH: Tensor, mask: CausalMask) -> tuple[Tensor, Tensor | None]:
+        return q_BNTH, None
+
+    def tables(self, mask: CausalMask, tokens: int) -> Tables | None:
+        return None
 
     def play_attend(self, tape: Tape, qkv: Buffers, mask: CausalMask, heads: Heads) -> Buffer:
         if not mask.plain:
@@ -147,6 +174,13 @@ class RelativeTable(Position):
             impl=impl,
         )
 
+    def terms(self, q_BNTH: Tensor, mask: CausalMask) -> tuple[Tensor, Tensor | None]:
+        bias_BNTS = streamed_bias(q_BNTH, self.table, self.table_bias, mask, q_BNTH.shape[-1] ** -0.5)
+        return q_BNTH + self.content_bias[:, None], bias_BNTS
+
+    def tables(self, mask: CausalMask, tokens: int) -> Tables | None:
+        return Tables(self.content_bias, self.table, self.table_bias)
+
     def reset_parameters(self, std: float) -> None:
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
@@ -186,6 +220,14 @@ class RelativeSinusoid(Position):
             mask=mask,
             impl=impl,
         )
+
+    def terms(self, q_BNTH: Tensor, mask: CausalMask) -> tuple[Tensor, Tensor | None]:
+        scale = q_BNTH.shape[-1] ** -0.5
+        bias_BNTS = streamed_waves(q_BNTH + self.position_bias[:, None], self.weight * scale, mask)
+        return q_BNTH + self.content_bias[:, None], bias_BNTS
+
+    def tables(self, mask: CausalMask, tokens: int) -> Tables | None:
+        return Tables(self.content_bias, *as_tables(self.weight, self.position_bias, farthest(mask, tokens) + 1))
 
     def reset_parameters(self, std: float) -> None:
         nn.init.zeros_(self.content_bias)

@@ -23,9 +23,7 @@ def relative_sdpa_torch(
         tables = Tables(content_bias_NH, table_NPH, table_bias_NP)
         return row_block_attention(q_BNTH, k_BKSH, v_BKSH, tables, mask, scale)
     tokens, heads = q_BNTH.shape[2], q_BNTH.shape[1]
-    queries_BT, keys_BKS = mask.positions(tokens, q_BNTH.device)
-    distance_BNTS = per_query_head(queries_BT[:, None, :, None] - keys_BKS[:, :, None, :], heads)
-    bias_BNTS = _gathered_bias(q_BNTH * scale, table_NPH, table_bias_NP * scale, distance_BNTS)
+    bias_BNTS = streamed_bias(q_BNTH, table_NPH, table_bias_NP, mask, scale)
     hidden_BNTS = ~per_query_head(mask.visible(tokens, q_BNTH.device), heads)
     return F.scaled_dot_product_attention(
         q_BNTH + content_bias_NH[:, None],
@@ -35,6 +33,13 @@ def relative_sdpa_torch(
         scale=scale,
         enable_gqa=heads != k_BKSH.shape[1],
     )
+
+
+def streamed_bias(q_BNTH: Tensor, table_NPH: Tensor, table_bias_NP: Tensor, mask: CausalMask, scale: float) -> Tensor:
+    """scale * (q_i . R[i-j] + S[i-j]) for every query and key: [B, N, T, S]."""
+    queries_BT, keys_BKS = mask.positions(q_BNTH.shape[2], q_BNTH.device)
+    distance_BNTS = per_query_head(queries_BT[:, None, :, None] - keys_BKS[:, :, None, :], q_BNTH.shape[1])
+    return _gathered_bias(q_BNTH * scale, table_NPH, table_bias_NP * scale, distance_BNTS)
 
 
 def _gathered_bias(q_BNTH: Tensor, table_NPH: Tensor, table_bias_NP: Tensor, distance_BNTS: Tensor) -> Tensor:

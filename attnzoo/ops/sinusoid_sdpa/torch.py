@@ -36,7 +36,7 @@ def sinusoid_sdpa_torch(
         tables = as_tables(weight_NHD, position_bias_NH, farthest(mask, tokens) + 1)
         return relative_sdpa_torch(q_BNTH, k_BKSH, v_BKSH, content_bias_NH, *tables, mask, scale)
     heads = q_BNTH.shape[1]
-    bias_BNTS = _bias(q_BNTH + position_bias_NH[:, None], weight_NHD * scale, mask)
+    bias_BNTS = streamed_waves(q_BNTH + position_bias_NH[:, None], weight_NHD * scale, mask)
     hidden_BNTS = ~per_query_head(mask.visible(tokens, q_BNTH.device), heads)
     return F.scaled_dot_product_attention(
         q_BNTH + content_bias_NH[:, None],
@@ -64,7 +64,7 @@ def farthest(mask: CausalMask, tokens: int) -> int:
     return int(mask.query_positions_BT.max())
 
 
-def _bias(q_BNTH: Tensor, weight_NHD: Tensor, mask: CausalMask) -> Tensor:
+def streamed_waves(q_BNTH: Tensor, weight_NHD: Tensor, mask: CausalMask) -> Tensor:
     """(q_i + v) . W_R r_{i-j} for every query and key: [B, N, T, S]."""
     batch, heads, tokens, _ = q_BNTH.shape
     queries_BT, keys_BKS = mask.positions(tokens, q_BNTH.device)

@@ -1,0 +1,263 @@
+"""The state of compressed caches, and how it is read: a prefix that a compression left and a tail of whole entries.
+
+Until `compress` there is no prefix, and the tail is the full cache. Autograd is refused: evicted tokens have no
+gradient.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo.kvcache.base import EMPTY, CacheView, Compression, Reader
+from attnzoo.kvcache.full import FullCache, FullCacheState
+from attnzoo.kvcache.state import STATIC, State, new_zeros
+from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.paged_decode import Decoded, Entries, paged_decode
+from attnzoo.types import dtype_bytes
+
+FULL = FullCache()
+PAGE = 64
+"""Slots by which a tail grows."""
+BLOCK_BYTES = 64 << 20
+"""Scores of queries over a compressed cache that exist at once."""
+
+
+@dataclass
+class Prefix(State):
+    """P slots a kv head. places_BKP: int32 position + 1, 0 for an empty slot; None: slot s holds position s, up to
+    where the tail starts. channels_BKC, value_channels_BKV (int64): what is stored of keys and values, [B, K, 0] for
+    all. mass_BKP: accumulated attention; norms_BKP: of the stored keys; votes_BKP: tokens that an entry stands for.
+    """
+
+    keys_BKPC: Tensor
+    values_BKPV: Tensor
+    channels_BKC: Tensor | None = None
+    value_channels_BKV: Tensor | None = None
+    places_BKP: Tensor | None = None
+    mass_BKP: Tensor | None = None
+    norms_BKP: Tensor | None = None
+    votes_BKP: Tensor | None = None
+
+    @property
+    def slots(self) -> int:
+        return self.keys_BKPC.shape[2]
+
+    def map_entries(self, fn: Callable[[Tensor], Tensor]) -> "Prefix":
+        """The prefix with `fn` applied to all tensors that have a slot axis."""
+        return self.map(lambda name, x: x if name.endswith(("channels_BKC", "channels_BKV")) else fn(x))
+
+
+@dataclass
+class Ring(State):
+    """R = window + 1 whole entries, position p in slot p mod R; no slots until tokens are evicted one by one."""
+
+    keys_BKRH: Tensor
+    values_BKRH: Tensor
+    mass_BKR: Tensor | None = None
+    votes_BKR: Tensor | None = None
+
+
+@dataclass
+class CompressedState(State):
+    """prefix, then the tail whose slot s holds position starts_B + s, or the ring.
+
+    queries_BNWH: the last W queries, the newest last (no rows where they are not needed). mass_BKS: accumulated
+    attention of the tail. moments_BK3: number, sum and sum of squares of the mass of columns that were evicted while
+    the prompt was read. budgets_B: tokens to keep (where all stay: tokens of the prompt), 0 until `compress`.
+    thresholds_BK: of merging, plus 2, so that 0 is none yet.
+    """
+
+    prefix: Prefix
+    tail: FullCacheState
+    starts_B: Tensor
+    budgets_B: Tensor
+    queries_BNWH: Tensor | None = None
+    mass_BKS: Tensor | None = None
+    moments_BK3: Tensor | None = None
+    thresholds_BK: Tensor | None = None
+    ring: Ring | None = None
+    policy: Any = field(default=None, compare=False, metadata=STATIC)
+
+
+def empty_state(
+    policy: Compression,
+    batch: int,
+    num_kv_heads: int,
+    head_dim: int,
+    capacity: int,
+    *,
+    device: torch.device | str | None,
+    dtype: torch.dtype,
+) -> CompressedState:
+    """The full cache's tail and a prefix without slots."""
+
+    def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return new_zeros(batch, *shape, device=device, dtype=kind)
+
+    entries = (num_kv_heads, 0, head_dim)
+    return CompressedState(
+        prefix=Prefix(zeros(*entries), zeros(*entries)),
+        tail=FULL.init(batch, num_kv_heads, head_dim, capacity, device=device, dtype=dtype),
+        starts_B=zeros(kind=torch.int64),
+        budgets_B=zeros(kind=torch.int64),
+        policy=policy,
+    )
+
+
+def empty_bytes(batch: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
+    """Bytes of `empty_state`."""
+    return batch * (2 * num_kv_heads * capacity * head_dim * dtype_bytes(dtype) + 16)
+
+
+def reading(state: CompressedState) -> bool:
+    """Whether the prompt has not ended."""
+    return not bool((state.budgets_B > 0).any())
+
+
+def refuse_autograd(*tensors: Tensor) -> None:
+    """Raises ValueError where gradients would be silently wrong."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError("a compressed cache has no gradients: extend under torch.no_grad(), or use cache=None")
+
+
+def append(
+    state: CompressedState, k_BKTH: Tensor, v_BKTH: Tensor, positions_BT: Tensor, counts_B: Tensor | None
+) -> tuple[CompressedState, CacheView]:
+    """The chunk in the tail, and a view of the tail at logical positions."""
+    starts_B1 = state.starts_B[:, None]
+    tail = state.tail
+    if state.prefix.slots:
+        # Pages, not doubling: a tail beside a compressed prefix should stay small.
+        needed = int((positions_BT[:, 0] - state.starts_B).max()) + positions_BT.shape[1]
+        tail = FullCacheState(paged(tail.keys_BKSH, needed), paged(tail.values_BKSH, needed))
+    tail, view = FULL.append(tail, k_BKTH, v_BKTH, positions_BT - starts_B1, counts_B)
+    places = view.positions_BKS
+    if state.prefix.slots:
+        places = torch.where(places >= 0, places + starts_B1[:, None], EMPTY)
+    return replace(state, tail=tail), CacheView(view.keys_BKSH, view.values_BKSH, places)
+
+
+def paged(buffer_BKSX: Tensor, needed: int) -> Tensor:
+    """The buffer with at least `needed` slots, in whole pages where it grows."""
+    missing = needed - buffer_BKSX.shape[2]
+    if missing <= 0:
+        return buffer_BKSX
+    return F.pad(buffer_BKSX, (0, 0, 0, pages(needed) - buffer_BKSX.shape[2]))
+
+
+def pages(slots: int) -> int:
+    """Slots in whole pages."""
+    return -(-slots // PAGE) * PAGE
+
+
+def prefix_positions(state: CompressedState) -> Tensor:
+    """positions_BKP, K axis 1 where kv heads hold the same."""
+    prefix = state.prefix
+    if prefix.places_BKP is not None:
+        return prefix.places_BKP.long() - 1
+    slots_P = torch.arange(prefix.slots, device=state.starts_B.device)
+    return torch.where(slots_P < state.starts_B[:, None], slots_P, EMPTY)[:, None]
+
+
+def prefix_entries(state: CompressedState) -> Entries:
+    """The prefix as attention reads it."""
+    prefix = state.prefix
+    return Entries(
+        keys_BKSC=prefix.keys_BKPC,
+        values_BKSV=prefix.values_BKPV,
+        positions_BKS=prefix_positions(state),
+        channels_BKC=_stored(prefix.channels_BKC),
+        value_channels_BKV=_stored(prefix.value_channels_BKV),
+        log_votes_BKS=None if prefix.votes_BKP is None else prefix.votes_BKP.clamp(min=1).log(),
+    )
+
+
+def _stored(channels_BKC: Tensor | None) -> Tensor | None:
+    return None if channels_BKC is None or channels_BKC.shape[2] == 0 else channels_BKC
+
+
+def whole(state: CompressedState) -> bool:
+    """Whether the prefix's keys and values have all channels and weigh as one token each: any attention can read it."""
+    prefix = state.prefix
+    return (
+        _stored(prefix.channels_BKC) is None
+        and _stored(prefix.value_channels_BKV) is None
+        and (prefix.votes_BKP is None or prefix.slots == 0)
+    )
+
+
+def attend(state: CompressedState, reader: Reader, q_BNTH: Tensor, view: CacheView, positions_BT: Tensor) -> Tensor:
+    """o_BNTH over the prefix and a view of the tail."""
+    if state.prefix.slots == 0:
+        return reader.attend(q_BNTH, view, positions_BT)
+    if q_BNTH.shape[2] > 1 and whole(state):
+        return reader.attend(q_BNTH, joined(state, view), positions_BT)
+    tail = Entries(keys_BKSC=view.keys_BKSH, values_BKSV=view.values_BKSH, positions_BKS=view.positions_BKS)
+    return read(reader, q_BNTH, positions_BT, prefix_entries(state), tail).out_BNTH
+
+
+def joined(state: CompressedState, view: CacheView) -> CacheView:
+    """Prefix and tail as one, where keys and values are whole."""
+    prefix, places = state.prefix, prefix_positions(state)
+    heads = max(places.shape[1], view.positions_BKS.shape[1])
+    positions = [x.expand(-1, heads, -1) for x in (places, view.positions_BKS)]
+    return CacheView(
+        torch.cat([prefix.keys_BKPC, view.keys_BKSH], dim=2),
+        torch.cat([prefix.values_BKPV, view.values_BKSH], dim=2),
+        torch.cat(positions, dim=2),
+    )
+
+
+def read(
+    reader: Reader,
+    q_BNTH: Tensor,
+    positions_BT: Tensor,
+    prefix: Entries,
+    tail: Entries,
+    *,
+    probe_BKC: Tensor | None = None,
+    key_mass: bool = False,
+) -> Decoded:
+    """`paged_decode` with the reader's scores, as many queries at a time as keep the scores small."""
+    kept, last = prefix.positions_BKS, tail.positions_BKS
+    heads = max(kept.shape[1], last.shape[1])
+    keys_BKS = torch.cat([kept.expand(-1, heads, -1), last.expand(-1, heads, -1)], dim=2)
+    batch, num_heads, tokens, _ = q_BNTH.shape
+    rows = max(1, BLOCK_BYTES // (batch * num_heads * keys_BKS.shape[2] * 4))
+    parts = []
+    for first in range(0, tokens, rows):
+        block = slice(first, first + rows)
+        mask = CausalMask(query_positions_BT=positions_BT[:, block], key_positions_BKS=keys_BKS)
+        content, bias = reader.terms(q_BNTH[:, :, block], mask)
+        parts.append(
+            paged_decode(
+                content,
+                prefix,
+                tail,
+                query_positions_BT=positions_BT[:, block],
+                bias_BNTS=bias,
+                probe_BKC=probe_BKC,
+                key_mass=key_mass,
+                impl=reader.impl,
+            )
+        )
+    if len(parts) == 1:
+        return parts[0]
+    assert not key_mass, "mass of many queries is the operation key_mass's"
+    return replace(parts[0], out_BNTH=torch.cat([part.out_BNTH for part in parts], dim=2))
+
+
+def last_queries(before_BNWH: Tensor | None, q_BNTH: Tensor, counts_B: Tensor | None, width: int) -> Tensor:
+    """The last `width` real queries of [before ; q], the newest last; zeros where there were fewer."""
+    batch, heads, tokens, head_dim = q_BNTH.shape
+    if before_BNWH is None or before_BNWH.shape[1] == 0:
+        before_BNWH = q_BNTH.new_zeros(batch, heads, width, head_dim)
+    rows = torch.cat([before_BNWH, q_BNTH], dim=2)
+    if counts_B is None:
+        return rows[:, :, tokens:].clone()
+    index_BW = counts_B[:, None] + torch.arange(width, device=q_BNTH.device)
+    return rows.gather(2, index_BW[:, None, :, None].expand(-1, heads, -1, head_dim))

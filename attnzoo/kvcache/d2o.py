@@ -1,0 +1,110 @@
+"""D2O: each layer keeps as many tokens as its attention is spread, and what leaves is merged into what is alike.
+
+Source: Wan et al. 2024, "D2O: Dynamic Discriminative Operations for Efficient Long-Context Inference" (arXiv
+2406.13035), sections 3.2 and 3.3. With S tokens asked for, layer l keeps S_l = alpha_l S (see `budgets`): the first
+`sinks`, the most recent, and those of the highest accumulated attention, 3 of these for 1 recent one. An evicted token
+is merged into the kept token of the most similar key, if it is similar enough (see
+`attnzoo.ops.evict_merge.MergeRule`).
+
+Differs from the paper: column sums grow with the prompt, so exp(-F) would leave all to one layer; variances are scaled
+to 0..1 over the layers first. A budget that a layer cannot use goes to the others. One kept set a kv head
+(per="layer": one a layer). While decoding, who leaves is decided before the step's own attention is added.
+flavor="official", the authors' code: variances scaled over the heads of a layer, the first two layers and the last
+keep all, as many recent as heavy tokens, beta 0.5 on the mean similarity, and merging by u_i and 1/(1+n). The
+threshold is of one sequence, theirs survives into the next.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from attnzoo.kvcache.base import CACHES, Layer
+from attnzoo.kvcache.budgets import allocate, layer_weights, moments, variance
+from attnzoo.kvcache.eviction import EvictingCache, all_entries
+from attnzoo.kvcache.options import TokenOptions, check_ratio
+from attnzoo.ops.evict_merge import MergeRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class D2OConfig(TokenOptions):
+    """flavor: what "paper" and "official" differ in is in the head of this file; per and beta default to the flavor's.
+
+    budget: "layer" by the attention of each layer, or "uniform". per: one kept set a "kv_head" or a "layer". beta:
+    weight of the newest similarity in the threshold. heavy_ratio: of the kept tokens that are not sinks, the part
+    chosen by attention. merge: whether evicted tokens are merged. votes: merged entries weigh as the tokens they stand
+    for (log p in the logits, after KeepKV, arXiv 2504.09936).
+    """
+
+    flavor: Literal["paper", "official"] = "paper"
+    budget: Literal["layer", "uniform"] = "layer"
+    per: Literal["kv_head", "layer"] | None = None
+    beta: float | None = None
+    heavy_ratio: float | None = None
+    merge: bool = True
+    votes: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("beta", "heavy_ratio"):
+            value = getattr(self, name)
+            if value is not None:
+                check_ratio(name, value)
+
+
+WHOLE_FIRST, WHOLE_LAST = 2, 1
+"""Layers that the authors' code never compresses."""
+
+
+@CACHES.register("d2o")
+class D2OCache(EvictingCache):
+    """The token of the least accumulated attention leaves."""
+
+    source = "Wan et al. 2024, arXiv 2406.13035, sections 3.2 and 3.3"
+    Config: Any = D2OConfig
+    accumulates = True
+
+    def __init__(self, config: D2OConfig) -> None:
+        super().__init__(config)
+        official = config.flavor == "official"
+        self.shared = (config.per or ("layer" if official else "kv_head")) == "layer"
+        heavy = config.heavy_ratio or (0.5 if official else 0.75)
+        self.recent_share = 1.0 - heavy
+        self.votes = config.votes
+        self.rule = MergeRule(
+            kind="drop" if not config.merge else config.flavor,
+            beta=config.beta or (0.5 if official else 0.7),
+            together=official and self.shared,
+        )
+
+    def priorities(self, positions_BKS: Tensor, mass_BKS: Tensor | None, kv_heads: int) -> Tensor:
+        assert mass_BKS is not None
+        return mass_BKS
+
+    def layer_budgets(self, layers: Sequence[Layer], asked_B: Tensor) -> list[Tensor]:
+        lengths_B = layers[0].lengths_B
+        official = self.config.flavor == "official"
+        whole = {*range(WHOLE_FIRST), *range(len(layers) - WHOLE_LAST, len(layers))} if official else set()
+        some = [i for i in range(len(layers)) if i not in whole]
+        # A layer can use no more than the prompt has, unless more was asked for.
+        high_B = torch.maximum(lengths_B, asked_B)
+        budgets = [high_B for _ in layers]
+        if not some:
+            return budgets
+        if self.config.budget == "uniform":
+            shares = asked_B.expand(len(some), -1)
+        else:
+            weights_LB = layer_weights(torch.stack([_spread(layers[i]) for i in some]), per_head=official)
+            low_B = torch.full_like(asked_B, self.config.least)
+            shares = allocate(weights_LB, len(some) * asked_B, low_B, high_B)
+        for i, budget_B in zip(some, shares, strict=True):
+            budgets[i] = budget_B
+        return budgets
+
+
+def _spread(layer: Layer) -> Tensor:
+    """[B, K]: variance of the column sums of a layer's attention, evicted columns included."""
+    places, (_, _, mass, _) = all_entries(layer.state, layer.lengths_B)
+    return variance(layer.state.moments_BK3 + moments(mass, (places >= 0).expand_as(mass)))

@@ -1,0 +1,392 @@
+"""Caches that keep a fixed number of tokens: when one comes, one goes. What differs between policies is who goes, and
+whether it is merged into what stays.
+
+While the prompt is read the tail is the full cache; `compress` leaves the prefix, and from then on the newest tokens
+pass through a ring of whole entries. The oldest of the ring takes the slot of the token that leaves the prefix, so
+that nothing is ever shifted. Who leaves is decided by what was known before the step: then its key can meet the others
+while attention reads them anyway.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.kvcache import compressed as cc
+from attnzoo.kvcache.base import CacheView, Compression, Layer, Reader
+from attnzoo.kvcache.budgets import asked_tokens, moments
+from attnzoo.kvcache.compressed import CompressedState, Prefix, Ring
+from attnzoo.kvcache.full import FullCacheState
+from attnzoo.kvcache.ring_step import step
+from attnzoo.kvcache.state import new_zeros
+from attnzoo.ops.evict_merge import Merged, MergeRule, evict_merge
+from attnzoo.ops.key_mass import key_mass
+from attnzoo.ops.masks import CausalMask
+from attnzoo.types import accumulation_dtype, dtype_bytes
+
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+class EvictingCache(Compression):
+    """Subclasses say who stays: `priorities`. `config` has TokenOptions."""
+
+    accumulates = False
+    """Whether priorities need the accumulated attention of every key."""
+    rule = MergeRule(kind="drop")
+    votes = False
+    window = 0
+    """Tokens besides the newest whose keys stay whole."""
+    recent_share = 0.25
+    """Of the kept tokens that are not sinks, how many are the most recent ones."""
+    shared = False
+    """Whether the kv heads of a layer keep the same tokens."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @property
+    def prefill(self) -> str:
+        return str(self.config.prefill)
+
+    def priorities(self, positions_BKS: Tensor, mass_BKS: Tensor | None, kv_heads: int) -> Tensor:
+        """Who stays longer, [B, K, S]: the lowest leaves."""
+        raise NotImplementedError
+
+    def layer_budgets(self, layers: Sequence[Layer], asked_B: Tensor) -> list[Tensor]:
+        """budgets_B of each layer; here the same for all."""
+        return [asked_B for _ in layers]
+
+    def thin(self, state: CompressedState) -> CompressedState:
+        """Called when the prefix of a prompt is final: policies that prune channels do it here."""
+        return state
+
+    def init(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> CompressedState:
+        state = cc.empty_state(self, batch, num_kv_heads, head_dim, capacity, device=device, dtype=dtype)
+        if self.config.lossless:
+            return state
+        exact = accumulation_dtype(dtype)
+
+        def zeros(*shape: int, kind: torch.dtype) -> Tensor:
+            return new_zeros(batch, *shape, device=device, dtype=kind)
+
+        heads = (num_kv_heads,)
+        prefix = replace(
+            state.prefix,
+            places_BKP=zeros(*heads, 0, kind=torch.int32),
+            mass_BKP=zeros(*heads, 0, kind=exact) if self.accumulates else None,
+            norms_BKP=zeros(*heads, 0, kind=dtype) if self.rule.kind != "drop" else None,
+            votes_BKP=zeros(*heads, 0, kind=exact) if self.votes else None,
+        )
+        ring = Ring(
+            zeros(*heads, 0, head_dim, kind=dtype),
+            zeros(*heads, 0, head_dim, kind=dtype),
+            zeros(*heads, 0, kind=exact) if self.accumulates else None,
+            zeros(*heads, 0, kind=exact) if self.votes else None,
+        )
+        return replace(
+            state,
+            prefix=prefix,
+            ring=ring,
+            mass_BKS=zeros(*heads, capacity, kind=exact) if self.accumulates else None,
+            moments_BK3=zeros(*heads, 3, kind=torch.float64) if self.accumulates else None,
+            thresholds_BK=zeros(*heads, kind=exact) if self.rule.kind != "drop" else None,
+        )
+
+    def nbytes(self, batch: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
+        total = cc.empty_bytes(batch, num_kv_heads, head_dim, capacity, dtype)
+        if not self.config.lossless:
+            mass = num_kv_heads * capacity * dtype_bytes(accumulation_dtype(dtype)) * int(self.accumulates)
+            total += batch * (self._fixed_bytes(num_kv_heads, dtype) + mass)
+        return total
+
+    def _fixed_bytes(self, num_kv_heads: int, dtype: torch.dtype) -> int:
+        """Moments and thresholds."""
+        threshold = dtype_bytes(accumulation_dtype(dtype)) if self.rule.kind != "drop" else 0
+        return num_kv_heads * (24 * int(self.accumulates) + threshold)
+
+    def key_width(self, head_dim: int) -> int:
+        """Channels of a key of the prefix."""
+        return head_dim
+
+    def value_width(self, head_dim: int) -> int:
+        """Channels of a value of the prefix."""
+        return head_dim
+
+    def index_bytes(self, head_dim: int) -> int:
+        """Bytes a kv head of channel indices."""
+        return 0
+
+    def compressed_nbytes(
+        self, batch: int, num_kv_heads: int, head_dim: int, prompt: int, dtype: torch.dtype, *, tokens: int = 0
+    ) -> int:
+        budget = prompt if self.config.lossless else self.budget(prompt)
+        if prompt + tokens <= budget or self.config.lossless:
+            # Nothing was evicted: the full cache in whole pages of what it was opened with.
+            return self.nbytes(batch, num_kv_heads, head_dim, prompt + tokens, dtype)
+        width, exact = dtype_bytes(dtype), dtype_bytes(accumulation_dtype(dtype))
+        extra = exact * (int(self.accumulates) + int(self.votes))
+        entry = width * (self.key_width(head_dim) + self.value_width(head_dim)) + 4 + extra
+        entry += width if self.rule.kind != "drop" else 0
+        ring = (self.window + 1) * (2 * head_dim * width + extra)
+        per_head = (budget - self.window) * entry + ring + self.index_bytes(head_dim)
+        return batch * (16 + num_kv_heads * per_head + self._fixed_bytes(num_kv_heads, dtype))
+
+    def budget(self, prompt: int) -> int:
+        """Tokens kept of a prompt of this length, where layers have equal budgets."""
+        return int(self._asked(torch.tensor([prompt]))[0])
+
+    def _asked(self, lengths_B: Tensor) -> Tensor:
+        return asked_tokens(lengths_B, self.config.ratio, self.config.max_tokens, self.config.least)
+
+    def recents(self, budgets_B: Tensor) -> Tensor:
+        """How many of the newest tokens may not leave."""
+        share_B = ((budgets_B - self.config.sinks) * self.recent_share).long()
+        return torch.minimum(share_B.clamp(min=max(1, self.window)), budgets_B - self.config.sinks - 1)
+
+    def attend(
+        self, state: CompressedState, reader: Reader, qkv: QKV, positions_BT: Tensor, counts_B: Tensor | None
+    ) -> tuple[Tensor, CompressedState]:
+        cc.refuse_autograd(*qkv)
+        if not self.config.lossless and self._full(state, positions_BT):
+            state = self._bounded(Layer(state, reader, positions_BT[:, 0]), state.budgets_B)
+        if state.ring is not None and state.ring.keys_BKRH.shape[2]:
+            return self._one_by_one(state, reader, qkv, positions_BT, counts_B)
+        state, view = cc.append(state, qkv[1], qkv[2], positions_BT, counts_B)
+        o_BNTH = cc.attend(state, reader, qkv[0], view, positions_BT)
+        if self.accumulates and not self.config.lossless:
+            state = self._accumulated(state, reader, qkv[0], view, positions_BT, counts_B)
+        return o_BNTH, state
+
+    def _full(self, state: CompressedState, positions_BT: Tensor) -> bool:
+        """Whether a token of this chunk is one more than a sequence may keep after its prompt."""
+        assert state.ring is not None
+        if state.ring.keys_BKRH.shape[2]:
+            return False
+        after_B = positions_BT[:, 0] + positions_BT.shape[1]
+        return bool(((state.budgets_B > 0) & (after_B > state.budgets_B)).any())
+
+    def _one_by_one(
+        self, state: CompressedState, reader: Reader, qkv: QKV, positions_BT: Tensor, counts_B: Tensor | None
+    ) -> tuple[Tensor, CompressedState]:
+        outputs = []
+        for t in range(positions_BT.shape[1]):
+            one = (qkv[0][:, :, t : t + 1], qkv[1][:, :, t : t + 1], qkv[2][:, :, t : t + 1])
+            active_B = None if counts_B is None else counts_B > t
+            out, state = step(self, state, reader, one, positions_BT[:, t], active_B)
+            outputs.append(out)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), state
+
+    def _accumulated(
+        self,
+        state: CompressedState,
+        reader: Reader,
+        q_BNTH: Tensor,
+        view: CacheView,
+        positions_BT: Tensor,
+        counts_B: Tensor | None,
+    ) -> CompressedState:
+        """The attention of a chunk added to the mass of prefix and tail."""
+        seen = view if state.prefix.slots == 0 else cc.joined(state, view)
+        mask = CausalMask(query_positions_BT=positions_BT, key_positions_BKS=seen.positions_BKS)
+        votes = None
+        if state.prefix.votes_BKP is not None and state.prefix.slots:
+            kept = state.prefix.votes_BKP.clamp(min=1).log()
+            votes = torch.cat([kept, kept.new_zeros(*kept.shape[:2], view.keys_BKSH.shape[2])], dim=2)
+        mass_BKS = key_mass(
+            q_BNTH,
+            seen.keys_BKSH,
+            mask=mask,
+            counts_B=counts_B,
+            tables=reader.tables(mask, q_BNTH.shape[2]),
+            log_votes_BKS=votes,
+            impl=reader.impl,
+        )
+        assert state.mass_BKS is not None
+        slots, kept_slots = state.tail.keys_BKSH.shape[2], state.prefix.slots
+        total = state.mass_BKS
+        if total.shape[2] < slots:
+            total = torch.cat([total, total.new_zeros(*total.shape[:2], slots - total.shape[2])], dim=2)
+        total[:, :, : mass_BKS.shape[2] - kept_slots] += mass_BKS[:, :, kept_slots:]
+        if kept_slots and state.prefix.mass_BKP is not None:
+            state.prefix.mass_BKP += mass_BKS[:, :, :kept_slots]
+        return replace(state, mass_BKS=total)
+
+    def compress(self, layers: Sequence[Layer], final: bool) -> list[Any]:
+        if self.config.lossless:
+            return [layer.state for layer in layers]
+        lengths_B = layers[0].lengths_B
+        budgets = self.layer_budgets(layers, self._asked(lengths_B))
+        states = []
+        for layer, budgets_B in zip(layers, budgets, strict=True):
+            state = layer.state
+            if state.ring.keys_BKRH.shape[2]:
+                raise ValueError("compress: this state has been compressed already; extend it, or start a new one")
+            over = bool((lengths_B > budgets_B).any())
+            if over:
+                state = self._bounded(layer, budgets_B) if final else self._shrunk(layer, budgets_B)
+            # Sequences that fit stay as they are until a token is one too many.
+            states.append(replace(state, budgets_B=budgets_B.clone()) if final else state)
+        return states
+
+    def _bounded(self, layer: Layer, budgets_B: Tensor) -> CompressedState:
+        """The state of decoding: the newest `window` tokens in the ring, the others in the prefix."""
+        state = replace(self._shrunk(layer, budgets_B), budgets_B=budgets_B)
+        return self.thin(_ringed(state, layer.lengths_B, self.window))
+
+    def _shrunk(self, layer: Layer, budgets_B: Tensor) -> CompressedState:
+        """All entries of the state, but those that are evicted and merged, in a prefix; no tail."""
+        state, lengths_B = layer.state, layer.lengths_B
+        entries = all_entries(state, lengths_B)
+        places, (keys, values, mass, votes) = entries
+        kv_heads = keys.shape[1]
+        held = places >= 0
+        priority = self.priorities(places, mass, kv_heads).expand(-1, kv_heads, -1)
+        keep = self._kept(places.expand(-1, kv_heads, -1), priority, budgets_B, lengths_B)
+        evict = held & ~keep
+        slots = int(keep.sum(-1).max())
+        before = None if state.thresholds_BK is None else state.thresholds_BK
+        threshold = keys.new_full(keys.shape[:2], torch.nan, dtype=accumulation_dtype(keys.dtype))
+        if before is not None:
+            threshold = torch.where(before == 0, torch.nan, before - 2)
+        merged = evict_merge(
+            keys,
+            values,
+            keep_BKS=keep,
+            evict_BKS=evict,
+            slots=slots,
+            rule=self.rule,
+            threshold_BK=threshold,
+            votes_BKS=votes,
+            impl=layer.reader.impl,
+        )
+        counted = state.moments_BK3
+        if counted is not None and mass is not None:
+            counted = counted + moments(mass, evict)
+        return replace(
+            _packed(state, merged, places, mass, lengths_B),
+            moments_BK3=counted,
+            thresholds_BK=None if before is None else torch.nan_to_num(merged.threshold_BK + 2, nan=0.0),
+        )
+
+    def _kept(self, places_BKS: Tensor, priority_BKS: Tensor, budgets_B: Tensor, lengths_B: Tensor) -> Tensor:
+        """keep_BKS: sinks, the most recent, and of the others those of the highest priority."""
+        protected = self.protected(places_BKS, budgets_B, lengths_B)
+        rank = priority_BKS.masked_fill(protected, torch.inf).masked_fill(places_BKS < 0, -torch.inf)
+        if self.shared:
+            rank = rank.mean(1, keepdim=True).expand_as(rank)
+        order = rank.argsort(-1, descending=True, stable=True)
+        within = torch.arange(order.shape[-1], device=order.device) < budgets_B[:, None, None]
+        keep = torch.zeros_like(protected).scatter_(-1, order, within.expand_as(order))
+        return keep & (places_BKS >= 0)
+
+    def protected(self, places_BKS: Tensor, budgets_B: Tensor, lengths_B: Tensor) -> Tensor:
+        """Sinks and the most recent tokens."""
+        first_recent_B = lengths_B - self.recents(budgets_B)
+        return (places_BKS < self.config.sinks) | (places_BKS >= first_recent_B[:, None, None])
+
+
+def all_entries(state: CompressedState, lengths_B: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Any, Any]]:
+    """positions_BKS (K axis 1 before the first eviction), and (keys, values, mass, votes) of prefix and tail."""
+    used = int((lengths_B - state.starts_B).max())
+    slots_S = torch.arange(used, device=lengths_B.device)
+    at_BS = state.starts_B[:, None] + slots_S
+    places = torch.where(at_BS < lengths_B[:, None], at_BS, -1)[:, None]
+    keys, values = state.tail.keys_BKSH[:, :, :used], state.tail.values_BKSH[:, :, :used]
+    mass = None if state.mass_BKS is None else state.mass_BKS[:, :, :used]
+    votes = (
+        None if state.prefix.votes_BKP is None else keys.new_ones(keys.shape[:3], dtype=state.prefix.votes_BKP.dtype)
+    )
+    if state.prefix.slots == 0:
+        return places, (keys, values, mass, votes)
+    prefix = state.prefix
+    view = cc.joined(state, CacheView(keys, values, places))
+    mass = None if mass is None or prefix.mass_BKP is None else torch.cat([prefix.mass_BKP, mass], dim=2)
+    votes = None if votes is None or prefix.votes_BKP is None else torch.cat([prefix.votes_BKP, votes], dim=2)
+    return view.positions_BKS, (view.keys_BKSH, view.values_BKSH, mass, votes)
+
+
+def _packed(
+    state: CompressedState, merged: Merged, places_BKS: Tensor, mass_BKS: Tensor | None, lengths_B: Tensor
+) -> CompressedState:
+    """The state with the merged entries as its prefix and an empty tail."""
+    index, empty = merged.source_BKM.clamp(min=0), merged.source_BKM < 0
+
+    def picked(x_BKS: Tensor) -> Tensor:
+        return x_BKS.expand(*empty.shape[:2], -1).gather(-1, index).masked_fill(empty, 0)
+
+    old = state.prefix
+    prefix = Prefix(
+        keys_BKPC=merged.keys_BKMC,
+        values_BKPV=merged.values_BKMV,
+        channels_BKC=old.channels_BKC,
+        value_channels_BKV=old.value_channels_BKV,
+        places_BKP=picked(places_BKS + 1).to(torch.int32),
+        mass_BKP=None if mass_BKS is None else picked(mass_BKS),
+        norms_BKP=None if old.norms_BKP is None else stored_norms(merged.keys_BKMC, empty),
+        votes_BKP=merged.votes_BKM,
+    )
+    nothing = state.tail.keys_BKSH[:, :, :0]
+    return replace(
+        state,
+        prefix=prefix,
+        # New memory: a view of no slots would keep the whole buffer alive.
+        tail=FullCacheState(nothing.clone(), nothing.clone()),
+        starts_B=lengths_B.clone(),
+        mass_BKS=None if state.mass_BKS is None else state.mass_BKS[:, :, :0].clone(),
+    )
+
+
+def stored_norms(keys_BKPC: Tensor, empty_BKP: Tensor) -> Tensor:
+    """Norms of keys, 0 for empty slots, in the keys' dtype."""
+    exact = keys_BKPC.to(accumulation_dtype(keys_BKPC.dtype))
+    return exact.norm(dim=-1).masked_fill(empty_BKP, 0.0).to(keys_BKPC.dtype)
+
+
+def _ringed(state: CompressedState, lengths_B: Tensor, window: int) -> CompressedState:
+    """Moves the newest `window` entries of the prefix, whose positions ascend, into the ring."""
+    prefix, ring = state.prefix, state.ring
+    assert prefix.places_BKP is not None
+    assert ring is not None
+    held = (prefix.places_BKP > 0).sum(-1)
+    newest_BW = lengths_B[:, None] - window + torch.arange(window, device=lengths_B.device)
+    slots_BKW = (held[..., None] - window + torch.arange(window, device=held.device)).clamp(min=0)
+    turn_BKR = torch.full((*held.shape, window + 1), -1, device=held.device)
+    place_BW = torch.where(newest_BW >= 0, newest_BW % (window + 1), window)
+    source = torch.where((newest_BW >= 0)[:, None], slots_BKW, -1)
+    # Slots before the sequence began all write -1 to a slot that the next token takes.
+    safe_BW = torch.where(newest_BW >= 0, place_BW, (lengths_B % (window + 1))[:, None])
+    turn_BKR.scatter_(-1, safe_BW[:, None].expand(-1, held.shape[1], -1), source)
+    index, gone = turn_BKR.clamp(min=0), turn_BKR < 0
+
+    def rows(x_BKPX: Tensor) -> Tensor:
+        picked = x_BKPX.gather(2, index[..., None].expand(-1, -1, -1, x_BKPX.shape[3]))
+        return picked.masked_fill(gone[..., None], 0.0)
+
+    def numbers(x_BKP: Tensor | None) -> Tensor | None:
+        return None if x_BKP is None else x_BKP.gather(-1, index).masked_fill(gone, 0.0)
+
+    new = Ring(rows(prefix.keys_BKPC), rows(prefix.values_BKPV), numbers(prefix.mass_BKP), numbers(prefix.votes_BKP))
+    left = (held - window).clamp(min=0)
+    return replace(state, ring=new, prefix=_cut(prefix, left))
+
+
+def _cut(prefix: Prefix, counts_BK: Tensor) -> Prefix:
+    """The first `counts_BK` entries, in no more slots than the longest needs, at least one."""
+    slots = max(1, int(counts_BK.max()))
+    empty = torch.arange(slots, device=counts_BK.device) >= counts_BK[..., None]
+
+    def cut(x: Tensor) -> Tensor:
+        return x[:, :, :slots].masked_fill(empty[..., None] if x.dim() == 4 else empty, 0)
+
+    return prefix.map_entries(cut)

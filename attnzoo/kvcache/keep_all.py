@@ -1,0 +1,67 @@
+"""The policy "full": the variant's own exact cache, all tokens or its window. `model.compress` changes nothing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.kvcache import compressed as cc
+from attnzoo.kvcache.base import CACHES, Compression, Layer, Reader
+from attnzoo.kvcache.full import FullCache
+from attnzoo.kvcache.state import State
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullConfig:
+    """No options."""
+
+
+@CACHES.register("full")
+class KeepAll(Compression):
+    """Nothing is ever dropped. Attention uses its own cache in place of this one, whose state is the same."""
+
+    source = "exact"
+    Config = FullConfig
+
+    def __init__(self, config: FullConfig) -> None:
+        self.config = config
+
+    @property
+    def prefill(self) -> str:
+        return "oneshot"
+
+    def init(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> State:
+        return FullCache().init(batch, num_kv_heads, head_dim, capacity, device=device, dtype=dtype)
+
+    def attend(
+        self,
+        state: Any,
+        reader: Reader,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        positions_BT: Tensor,
+        counts_B: Tensor | None,
+    ) -> tuple[Tensor, State]:
+        state, view = cc.FULL.append(state, qkv[1], qkv[2], positions_BT, counts_B)
+        return reader.attend(qkv[0], view, positions_BT), state
+
+    def compress(self, layers: Sequence[Layer], final: bool) -> list[State]:
+        return [layer.state for layer in layers]
+
+    def nbytes(self, batch: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
+        return FullCache().nbytes(batch, num_kv_heads, head_dim, capacity, dtype)
+
+    def compressed_nbytes(
+        self, batch: int, num_kv_heads: int, head_dim: int, prompt: int, dtype: torch.dtype, *, tokens: int = 0
+    ) -> int:
+        return self.nbytes(batch, num_kv_heads, head_dim, prompt + tokens, dtype)

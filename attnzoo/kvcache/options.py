@@ -1,0 +1,71 @@
+"""Options that several policies share, and their ranges."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Prefill = Literal["oneshot", "stream"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenOptions:
+    """How many tokens stay. keep_ratio: the part of the prompt that is kept, in (0, 1]; 1 keeps all, generated tokens
+    too. max_tokens: as many tokens whatever the prompt; set one of both (neither: keep_ratio 0.2). sinks: first tokens
+    that always stay. prefill: "oneshot", or "stream" to compress after every chunk of the prompt."""
+
+    keep_ratio: float | None = None
+    max_tokens: int | None = None
+    sinks: int = 4
+    prefill: Prefill = "oneshot"
+
+    def __post_init__(self) -> None:
+        if self.keep_ratio is not None and self.max_tokens is not None:
+            raise ValueError(
+                f"keep_ratio={self.keep_ratio} and max_tokens={self.max_tokens} are two budgets: set one of them"
+            )
+        if self.keep_ratio is not None:
+            check_ratio("keep_ratio", self.keep_ratio)
+        check_least("sinks", self.sinks, 0)
+        if self.max_tokens is not None:
+            check_least("max_tokens", self.max_tokens, self.least)
+
+    @property
+    def least(self) -> int:
+        """The fewest tokens that can be kept: sinks, the window, one to evict and one recent."""
+        return self.sinks + max(1, getattr(self, "window", 0)) + 1
+
+    @property
+    def ratio(self) -> float | None:
+        """keep_ratio with its default, None where max_tokens counts."""
+        return 0.2 if self.keep_ratio is None and self.max_tokens is None else self.keep_ratio
+
+    @property
+    def lossless(self) -> bool:
+        """Whether no token is ever evicted."""
+        return self.ratio == 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelOptions:
+    """channel_ratio: the part of every key's channels that is kept, in (0, 1]: H - floor((1 - channel_ratio) H) of H.
+    value_channel_ratio: the same of values. window: the newest tokens whose keys stay whole."""
+
+    channel_ratio: float = 0.5
+    value_channel_ratio: float = 1.0
+    window: int = 32
+
+    def __post_init__(self) -> None:
+        check_ratio("channel_ratio", self.channel_ratio)
+        check_ratio("value_channel_ratio", self.value_channel_ratio)
+        check_least("window", self.window, 1)
+
+
+def check_ratio(name: str, value: float) -> None:
+    """Raises ValueError outside (0, 1]."""
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"{name}={value} is the part that is kept: it must be greater than 0 and at most 1")
+
+
+def check_least(name: str, value: int, least: int) -> None:
+    """Raises ValueError below `least`."""
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}")

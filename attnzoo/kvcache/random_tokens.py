@@ -1,0 +1,35 @@
+"""Random tokens: the control for every choice of tokens. Sinks and the most recent tokens stay as in D2O, the others by
+lot.
+
+A token's lot depends on the seed, its position and the kv head alone, so that runs repeat, and a sequence keeps the
+same tokens in every batch and in chunks of any length.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnzoo.kvcache.base import CACHES
+from attnzoo.kvcache.channels import hashed
+from attnzoo.kvcache.eviction import EvictingCache
+from attnzoo.kvcache.options import TokenOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomTokensConfig(TokenOptions):
+    """`seed`: of the lots."""
+
+    seed: int = 0
+
+
+@CACHES.register("random_tokens")
+class RandomTokensCache(EvictingCache):
+    """The token of the lowest lot leaves."""
+
+    source = "control"
+    Config = RandomTokensConfig
+
+    def priorities(self, positions_BKS: Tensor, mass_BKS: Tensor | None, kv_heads: int) -> Tensor:
+        heads_K1 = torch.arange(kv_heads, device=positions_BKS.device)[:, None]
+        return hashed(positions_BKS * 1021 + heads_K1, self.config.seed)

@@ -1,0 +1,140 @@
+"""SnapKV: the tokens of the prompt that the last queries looked at.
+
+Source: Li et al. 2024, "SnapKV: LLM Knows What You are Looking for Before Generation" (arXiv 2404.14469), section 4.
+The attention of the last `window` queries is summed over them and over the query heads of a kv head, smoothed over
+neighbours, and the highest stay, beside the window; generated tokens all stay.
+
+Differs from the paper: with grouped kv heads one kept set a kv head; with prefill="stream" the choice is made again
+after every chunk among what is left.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo.kvcache import compressed as cc
+from attnzoo.kvcache.base import CACHES, CacheView, Layer
+from attnzoo.kvcache.budgets import asked_tokens
+from attnzoo.kvcache.compressed import CompressedState, Prefix
+from attnzoo.kvcache.options import TokenOptions, check_least
+from attnzoo.kvcache.tailed import TailedCache, cut_tail
+from attnzoo.ops.evict_merge import MergeRule, evict_merge
+from attnzoo.ops.key_mass import key_mass
+from attnzoo.ops.masks import CausalMask
+from attnzoo.types import accumulation_dtype, dtype_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapKVConfig(TokenOptions):
+    """window: queries that are observed, and the newest tokens that stay. pool: neighbours that are smoothed over, odd.
+    kind: of smoothing. sinks stay too, by default none as in the paper."""
+
+    sinks: int = 0
+    window: int = 32
+    pool: int = 7
+    kind: Literal["mean", "max"] = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least("window", self.window, 1)
+        check_least("pool", self.pool, 1)
+        if self.pool % 2 == 0:
+            raise ValueError(f"pool={self.pool} must be odd: as many neighbours on either side")
+
+
+@CACHES.register("snapkv")
+class SnapKVCache(TailedCache):
+    """What the observation window attends to stays."""
+
+    source = "Li et al. 2024, arXiv 2404.14469, section 4"
+    Config: Any = SnapKVConfig
+    observes = True
+
+    @property
+    def lossless(self) -> bool:
+        return bool(self.config.lossless)
+
+    def budgets(self, lengths_B: Tensor) -> Tensor:
+        if self.lossless:
+            return lengths_B.clone()
+        return asked_tokens(lengths_B, self.config.ratio, self.config.max_tokens, self.config.least)
+
+    def init(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> CompressedState:
+        state = super().init(batch, num_kv_heads, head_dim, capacity, device=device, dtype=dtype)
+        places = state.starts_B.new_zeros(batch, num_kv_heads, 0, dtype=torch.int32)
+        return state if self.lossless else replace(state, prefix=replace(state.prefix, places_BKP=places))
+
+    def shrink(self, layer: Layer) -> CompressedState:
+        state, lengths_B, budgets_B = layer.state, layer.lengths_B, self.budgets(layer.lengths_B)
+        if bool((lengths_B <= budgets_B).all()):
+            return state
+        first_B = torch.maximum(lengths_B - self.config.window, state.starts_B)
+        view = self._entries(state, lengths_B)
+        kv_heads = view.keys_BKSH.shape[1]
+        places = view.positions_BKS.expand(-1, kv_heads, -1)
+        rank = self._smoothed(self._seen(layer, view), places)
+        rank = rank.masked_fill(places < self.config.sinks, torch.inf)
+        before = (places >= 0) & (places < first_B[:, None, None])
+        order = rank.masked_fill(~before, -torch.inf).argsort(-1, descending=True, stable=True)
+        room_B = torch.where(lengths_B <= budgets_B, lengths_B, budgets_B - (lengths_B - first_B))
+        within = torch.arange(order.shape[2], device=order.device) < room_B[:, None, None]
+        keep = torch.zeros_like(before).scatter_(-1, order, within.expand_as(order)) & before
+        merged = evict_merge(
+            view.keys_BKSH,
+            view.values_BKSH,
+            keep_BKS=keep,
+            evict_BKS=before & ~keep,
+            slots=int(keep.sum(-1).max()),
+            rule=MergeRule(kind="drop"),
+            threshold_BK=torch.zeros(
+                keep.shape[:2], dtype=accumulation_dtype(view.keys_BKSH.dtype), device=keep.device
+            ),
+            impl=layer.reader.impl,
+        )
+        empty = merged.source_BKM < 0
+        kept = places.gather(-1, merged.source_BKM.clamp(min=0)).masked_fill(empty, -1)
+        prefix = Prefix(merged.keys_BKMC, merged.values_BKMV, places_BKP=(kept + 1).to(torch.int32))
+        return replace(state, prefix=prefix, tail=cut_tail(state, first_B, lengths_B), starts_B=first_B)
+
+    def _entries(self, state: CompressedState, lengths_B: Tensor) -> CacheView:
+        used = int((lengths_B - state.starts_B).max())
+        at_BS = state.starts_B[:, None] + torch.arange(used, device=lengths_B.device)
+        places = torch.where(at_BS < lengths_B[:, None], at_BS, -1)[:, None]
+        tail = CacheView(state.tail.keys_BKSH[:, :, :used], state.tail.values_BKSH[:, :, :used], places)
+        return tail if state.prefix.slots == 0 else cc.joined(state, tail)
+
+    def _seen(self, layer: Layer, view: CacheView) -> Tensor:
+        """mass_BKS of the observed queries; those before the sequence began see nothing."""
+        steps = torch.arange(self.config.window, device=layer.lengths_B.device) - self.config.window
+        at_BW = layer.lengths_B[:, None] + steps
+        mask = CausalMask(query_positions_BT=at_BW, key_positions_BKS=view.positions_BKS)
+        tables = layer.reader.tables(mask, len(steps))
+        return key_mass(layer.state.queries_BNWH, view.keys_BKSH, mask=mask, tables=tables, impl=layer.reader.impl)
+
+    def _smoothed(self, mass_BKS: Tensor, places_BKS: Tensor) -> Tensor:
+        mass_BKS = mass_BKS.masked_fill(places_BKS < 0, 0.0)
+        pooled = F.avg_pool1d if self.config.kind == "mean" else F.max_pool1d
+        return pooled(mass_BKS, self.config.pool, stride=1, padding=self.config.pool // 2)
+
+    def compressed_nbytes(
+        self, batch: int, num_kv_heads: int, head_dim: int, prompt: int, dtype: torch.dtype, *, tokens: int = 0
+    ) -> int:
+        budget = int(self.budgets(torch.tensor([prompt]))[0])
+        if self.lossless or prompt <= budget:
+            return self.nbytes(batch, num_kv_heads, head_dim, prompt + tokens, dtype)
+        whole = 2 * head_dim * dtype_bytes(dtype)
+        slots = cc.pages(self.config.window + tokens)
+        prefix = budget - self.config.window
+        return batch * (num_kv_heads * (prefix * (whole + 4) + slots * whole) + 16)

@@ -1,0 +1,31 @@
+"""Sinks and a window: the first tokens and the most recent ones stay.
+
+Source: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453), section 3.2.
+
+Differs from the paper: positions stay logical, StreamingLLM counts them within the cache; with prefill="oneshot" the
+prompt is read with all of it.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from attnzoo.kvcache.base import CACHES
+from attnzoo.kvcache.eviction import EvictingCache
+from attnzoo.kvcache.options import TokenOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingConfig(TokenOptions):
+    """The window is what the budget leaves beside the sinks."""
+
+
+@CACHES.register("streaming")
+class StreamingCache(EvictingCache):
+    """The oldest token that is no sink leaves."""
+
+    source = "Xiao et al. 2023, arXiv 2309.17453, section 3.2"
+    Config = StreamingConfig
+
+    def priorities(self, positions_BKS: Tensor, mass_BKS: Tensor | None, kv_heads: int) -> Tensor:
+        return positions_BKS.expand(-1, kv_heads, -1).double()

@@ -1,0 +1,107 @@
+"""Caches that compress the prompt once and append what comes after it whole: a fixed prefix and a growing tail."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.kvcache import compressed as cc
+from attnzoo.kvcache.base import Compression, Layer, Reader
+from attnzoo.kvcache.compressed import CompressedState
+from attnzoo.kvcache.full import FullCacheState
+
+
+class TailedCache(Compression):
+    """Subclasses compress one layer: `shrink`. `config` has window and prefill."""
+
+    observes = False
+    """Whether the last `window` queries are needed."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @property
+    def lossless(self) -> bool:
+        """Whether nothing is ever lost, whatever the prompt."""
+        raise NotImplementedError
+
+    def shrink(self, layer: Layer) -> CompressedState:
+        """The layer's state with all but the newest `window` tokens in the prefix."""
+        raise NotImplementedError
+
+    @property
+    def prefill(self) -> str:
+        return str(self.config.prefill)
+
+    def init(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> CompressedState:
+        state = cc.empty_state(self, batch, num_kv_heads, head_dim, capacity, device=device, dtype=dtype)
+        if not self.observes or self.lossless:
+            return state
+        # No head until the first chunk says how many query heads there are.
+        nothing = state.tail.keys_BKSH.new_zeros(batch, 0, self.config.window, head_dim)
+        return replace(state, queries_BNWH=nothing)
+
+    def nbytes(self, batch: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
+        return cc.empty_bytes(batch, num_kv_heads, head_dim, capacity, dtype)
+
+    def attend(
+        self,
+        state: CompressedState,
+        reader: Reader,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        positions_BT: Tensor,
+        counts_B: Tensor | None,
+    ) -> tuple[Tensor, CompressedState]:
+        cc.refuse_autograd(*qkv)
+        if state.queries_BNWH is not None and cc.reading(state):
+            seen = cc.last_queries(state.queries_BNWH, qkv[0], counts_B, self.config.window)
+            state = replace(state, queries_BNWH=seen)
+        state = self.before_append(state, reader, positions_BT)
+        state, view = cc.append(state, qkv[1], qkv[2], positions_BT, counts_B)
+        return cc.attend(state, reader, qkv[0], view, positions_BT), state
+
+    def before_append(self, state: CompressedState, reader: Reader, positions_BT: Tensor) -> CompressedState:
+        """The state that a chunk is added to; here: as it is."""
+        return state
+
+    def compress(self, layers: Sequence[Layer], final: bool) -> list[Any]:
+        return [self._compressed(layer, final) for layer in layers]
+
+    def _compressed(self, layer: Layer, final: bool) -> CompressedState:
+        state = layer.state if self.lossless else self.shrink(layer)
+        if not final:
+            return state
+        if state.queries_BNWH is not None:
+            state = replace(state, queries_BNWH=state.queries_BNWH[:, :0].clone())
+        return replace(state, budgets_B=self.budgets(layer.lengths_B))
+
+    def budgets(self, lengths_B: Tensor) -> Tensor:
+        """Tokens kept of a prompt; here all."""
+        return lengths_B.clone()
+
+
+def cut_tail(state: CompressedState, first_B: Tensor, lengths_B: Tensor) -> FullCacheState:
+    """The tail from position first_B on, in new memory of whole pages."""
+    tail = state.tail
+    slots = cc.pages(max(1, int((lengths_B - first_B).max())))
+    steps_S = torch.arange(slots, device=lengths_B.device)
+    index_BS = (first_B - state.starts_B)[:, None] + steps_S
+    gone_BS = first_B[:, None] + steps_S >= lengths_B[:, None]
+    index_BS = index_BS.clamp(max=tail.keys_BKSH.shape[2] - 1)
+
+    def cut(x_BKSH: Tensor) -> Tensor:
+        rows = x_BKSH.gather(2, index_BS[:, None, :, None].expand(-1, x_BKSH.shape[1], -1, x_BKSH.shape[3]))
+        return rows.masked_fill_(gone_BS[:, None, :, None], 0.0)
+
+    return FullCacheState(cut(tail.keys_BKSH), cut(tail.values_BKSH))

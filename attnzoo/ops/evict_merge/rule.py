@@ -1,0 +1,56 @@
+"""How evicted entries go into kept ones, and what the two operations read and write."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRule:
+    """kind "drop": evicted entries are gone. "paper" (arXiv 2406.13035, eq. 8-11) and "official" (the authors' code):
+
+    u_i = max_j cos(k_i, k_j), j* its argmax (the lowest slot wins ties); i merges into j* iff u_i >= threshold.
+    threshold: the mean of u at first; then "paper" beta * max(u) + (1 - beta) * before, "official" beta * mean(u) +
+    (1 - beta) * before. Merged entries, x a key or a value, i over those that come to j:
+    "paper":    x_j <- (e p_j x_j + sum_i exp(u_i) p_i x_i) / (e p_j + sum_i exp(u_i) p_i)
+    "official": x_j <- (p_j x_j + sum_i u_i p_i x_i) / (p_j + sum_i p_i)
+    with p the votes (1 without votes; p_j <- p_j + sum_i p_i). together: the kv heads of a sequence evict the same
+    positions and decide by the mean of their u and thresholds; each still merges into its own j*.
+    """
+
+    kind: Literal["drop", "paper", "official"] = "paper"
+    beta: float = 0.7
+    together: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """M slots a kv head. source_BKM (int64): the slot an entry came from, ascending, -1 where there is none (keys and
+    values are 0 there). votes_BKM: where votes were given. threshold_BK: NaN where nothing was ever evicted."""
+
+    keys_BKMC: Tensor
+    values_BKMV: Tensor
+    source_BKM: Tensor
+    votes_BKM: Tensor | None
+    threshold_BK: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """Entries that a step changes in place. norms_BKP: Euclidean norms of the keys as stored; a slot whose norm is 0
+    holds nothing, or a key that nothing merges into. votes_BKP: None without votes."""
+
+    keys_BKPC: Tensor
+    values_BKPV: Tensor
+    norms_BKP: Tensor
+    votes_BKP: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """One entry a kv head, to be written to slot_BK (int64; -1: nothing arrives)."""
+
+    key_BKC: Tensor
+    value_BKV: Tensor
+    slot_BK: Tensor

@@ -1,0 +1,182 @@
+"""Matches by products with the kept keys, a block of entries at a time; a step by gathers and scatters of one row."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from attnzoo.ops.evict_merge.rule import Arrival, Merged, MergeRule, Slots
+from attnzoo.types import accumulation_dtype
+
+BLOCK_BYTES = 16 << 20
+"""Cosines of a block of entries with all kept ones."""
+
+
+def evict_merge_torch(
+    keys_BKSC: Tensor,
+    values_BKSV: Tensor,
+    keep_BKS: Tensor,
+    evict_BKS: Tensor,
+    slots: int,
+    rule: MergeRule,
+    threshold_BK: Tensor,
+    votes_BKS: Tensor | None,
+) -> Merged:
+    source_BKM = _compacted(keep_BKS, slots)
+    index_BKM, empty_BKM = source_BKM.clamp(min=0), source_BKM < 0
+    keys, values = (_rows(x, index_BKM).masked_fill_(empty_BKM[..., None], 0.0) for x in (keys_BKSC, values_BKSV))
+    votes = None if votes_BKS is None else votes_BKS.gather(-1, index_BKM).masked_fill_(empty_BKM, 0.0)
+    if rule.kind == "drop" or not bool(evict_BKS.any()):
+        return Merged(
+            keys_BKMC=keys, values_BKMV=values, source_BKM=source_BKM, votes_BKM=votes, threshold_BK=threshold_BK
+        )
+    near_BKS, place_BKS = _nearest(keys_BKSC, keys)
+    near_BKS = near_BKS.masked_fill_(~evict_BKS, -math.inf)
+    decisive_BKS = near_BKS.mean(1, keepdim=True).expand_as(near_BKS) if rule.together else near_BKS
+    threshold_BK = _next_threshold(decisive_BKS, threshold_BK, rule)
+    merge_BKS = (decisive_BKS >= threshold_BK[..., None]) & (near_BKS > -math.inf)
+    weight_BKS = near_BKS.exp() if rule.kind == "paper" else near_BKS
+    counted_BKS = merge_BKS.to(weight_BKS.dtype) if votes_BKS is None else votes_BKS.to(weight_BKS.dtype) * merge_BKS
+    weight_BKS = weight_BKS.masked_fill(~merge_BKS, 0.0) * counted_BKS
+    place_BKS = place_BKS.masked_fill_(~merge_BKS, slots)
+    own_BKM = torch.ones_like(empty_BKM, dtype=weight_BKS.dtype) if votes is None else votes.to(weight_BKS.dtype)
+    added_BKM = _sums(counted_BKS[..., None], None, place_BKS, slots)[..., 0]
+    scale = math.e if rule.kind == "paper" else 1.0
+    total = own_BKM * scale
+    total += _sums(weight_BKS[..., None], None, place_BKS, slots)[..., 0] if rule.kind == "paper" else added_BKM
+    total.masked_fill_(empty_BKM, 1.0)
+    keys, values = (
+        ((own_BKM * scale)[..., None] * kept + _sums(x, weight_BKS, place_BKS, slots))
+        .div_(total[..., None])
+        .to(x.dtype)
+        for kept, x in ((keys, keys_BKSC), (values, values_BKSV))
+    )
+    return Merged(
+        keys_BKMC=keys,
+        values_BKMV=values,
+        source_BKM=source_BKM,
+        votes_BKM=None if votes is None else votes + added_BKM.to(votes.dtype),
+        threshold_BK=threshold_BK,
+    )
+
+
+def _compacted(keep_BKS: Tensor, slots: int) -> Tensor:
+    """source_BKM: the kept entries in order, then -1."""
+    place_BKS = torch.where(keep_BKS, keep_BKS.cumsum(-1) - 1, slots)
+    source = torch.full((*keep_BKS.shape[:2], slots + 1), -1, dtype=torch.int64, device=keep_BKS.device)
+    order = torch.arange(keep_BKS.shape[2], device=keep_BKS.device).expand_as(keep_BKS)
+    return source.scatter_(-1, place_BKS, order)[..., :slots]
+
+
+def _rows(x_BKSC: Tensor, index_BKM: Tensor) -> Tensor:
+    return x_BKSC.gather(2, index_BKM[..., None].expand(-1, -1, -1, x_BKSC.shape[3]))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of length 1; a row of zeros stays one."""
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def _nearest(keys_BKSC: Tensor, kept_BKMC: Tensor) -> tuple[Tensor, Tensor]:
+    """(largest cosine with a kept key that is not zero, its place) of every entry."""
+    batch, kv_heads, count, _ = keys_BKSC.shape
+    dtype = accumulation_dtype(keys_BKSC.dtype)
+    kept = kept_BKMC.to(dtype)
+    zero_BK1M = (kept == 0).all(-1)[:, :, None]
+    unit_BKCM = _unit(kept).mT.contiguous()
+    near = torch.empty(keys_BKSC.shape[:3], dtype=dtype, device=keys_BKSC.device)
+    place = torch.empty(keys_BKSC.shape[:3], dtype=torch.int64, device=keys_BKSC.device)
+    block = max(1, BLOCK_BYTES // (batch * kv_heads * max(kept.shape[2], 1) * dtype.itemsize))
+    for first in range(0, count, block):
+        part = slice(first, first + block)
+        cosines = (_unit(keys_BKSC[:, :, part].to(dtype)) @ unit_BKCM).masked_fill_(zero_BK1M, -math.inf)
+        near[:, :, part], place[:, :, part] = cosines.max(-1)
+    return near, place
+
+
+def _next_threshold(near_BKS: Tensor, before_BK: Tensor, rule: MergeRule) -> Tensor:
+    """Of the entries whose `near` is finite; where there are none the threshold stays."""
+    finite = near_BKS > -math.inf
+    count = finite.sum(-1)
+    mean = near_BKS.masked_fill(~finite, 0.0).sum(-1) / count.clamp(min=1)
+    new = near_BKS.amax(-1) if rule.kind == "paper" else mean
+    later = rule.beta * new + (1 - rule.beta) * before_BK
+    return torch.where(count == 0, before_BK, torch.where(before_BK.isnan(), mean, later).to(before_BK.dtype))
+
+
+def _sums(x_BKSC: Tensor, weight_BKS: Tensor | None, place_BKS: Tensor, slots: int) -> Tensor:
+    """Rows of x, weighted, summed by the slot they go to; place `slots` is for none."""
+    batch, kv_heads, _, width = x_BKSC.shape
+    heads = torch.arange(batch * kv_heads, device=x_BKSC.device).view(batch, kv_heads, 1)
+    index_L = (place_BKS + heads * (slots + 1)).flatten()
+    rows = x_BKSC if weight_BKS is None else x_BKSC.to(weight_BKS.dtype) * weight_BKS[..., None]
+    out = rows.new_zeros(batch * kv_heads * (slots + 1), width)
+    out.scatter_add_(0, index_L[:, None].expand(-1, width), rows.reshape(-1, width))
+    return out.view(batch, kv_heads, slots + 1, width)[:, :, :slots]
+
+
+def evict_merge_step_torch(
+    slots: Slots, victim_BK: Tensor, dots_BKP: Tensor, arrival: Arrival, rule: MergeRule, threshold_BK: Tensor
+) -> Tensor:
+    leaves_BK1 = (victim_BK >= 0)[..., None]
+    victim_BK1 = victim_BK.clamp(min=0)[..., None]
+    if rule.kind != "drop":
+        threshold_BK = _merge_victims(slots, victim_BK1, leaves_BK1, dots_BKP, rule, threshold_BK)
+    norms = slots.norms_BKP
+    norms.scatter_(-1, victim_BK1, norms.gather(-1, victim_BK1).masked_fill_(leaves_BK1, 0.0))
+    place_BK1, comes_BK1 = arrival.slot_BK.clamp(min=0)[..., None], (arrival.slot_BK >= 0)[..., None]
+    length_BK1 = arrival.key_BKC.to(dots_BKP.dtype).norm(dim=-1, keepdim=True).to(norms.dtype)
+    _write(slots.keys_BKPC, place_BK1, comes_BK1, arrival.key_BKC)
+    _write(slots.values_BKPV, place_BK1, comes_BK1, arrival.value_BKV)
+    norms.scatter_(-1, place_BK1, torch.where(comes_BK1, length_BK1, norms.gather(-1, place_BK1)))
+    if slots.votes_BKP is not None:
+        slots.votes_BKP.scatter_(-1, place_BK1, slots.votes_BKP.gather(-1, place_BK1).masked_fill_(comes_BK1, 1.0))
+    return threshold_BK
+
+
+def _merge_victims(
+    slots: Slots,
+    victim_BK1: Tensor,
+    leaves_BK1: Tensor,
+    dots_BKP: Tensor,
+    rule: MergeRule,
+    threshold_BK: Tensor,
+) -> Tensor:
+    dtype, norms = dots_BKP.dtype, slots.norms_BKP
+    # The victim is nobody's nearest, least of all its own.
+    others = norms.scatter(-1, victim_BK1, 0.0)
+    cosines = (dots_BKP / others).masked_fill_(others == 0, -math.inf)
+    near_BK1, place_BK1 = cosines.max(-1, keepdim=True)
+    own_norm = norms.gather(-1, victim_BK1).to(dtype)
+    near_BK1 = torch.where(own_norm > 0, near_BK1 / own_norm, near_BK1.clamp(max=0.0))
+    near_BK1 = near_BK1.masked_fill(~leaves_BK1, -math.inf)
+    decisive = near_BK1.mean(1, keepdim=True).expand_as(near_BK1) if rule.together else near_BK1
+    threshold_BK = _next_threshold(decisive, threshold_BK, rule)
+    merge_BK1 = (decisive >= threshold_BK[..., None]) & (near_BK1 > -math.inf)
+    own, weight = torch.full_like(near_BK1, math.e if rule.kind == "paper" else 1.0), near_BK1
+    if rule.kind == "paper":
+        weight = near_BK1.exp()
+    count: Tensor | float = 1.0
+    if slots.votes_BKP is not None:
+        mine, theirs = (slots.votes_BKP.gather(-1, index).to(dtype) for index in (place_BK1, victim_BK1))
+        own, weight, count = own * mine, weight * theirs, theirs
+        slots.votes_BKP.scatter_(-1, place_BK1, torch.where(merge_BK1, mine + theirs, mine).to(slots.votes_BKP.dtype))
+    total = own + (weight if rule.kind == "paper" else count)
+    own, weight = (torch.where(merge_BK1, own / total, 1.0), torch.where(merge_BK1, weight / total, 0.0))
+    for tensor in (slots.keys_BKPC, slots.values_BKPV):
+        kept, gone = (_row(tensor, index).to(dtype) for index in (place_BK1, victim_BK1))
+        mixed = (own * kept + weight * gone).to(tensor.dtype)
+        tensor.scatter_(2, place_BK1[..., None].expand(-1, -1, 1, tensor.shape[3]), mixed[:, :, None])
+        if tensor is slots.keys_BKPC:
+            length_BK1 = mixed.to(dtype).norm(dim=-1, keepdim=True).to(norms.dtype)
+            norms.scatter_(-1, place_BK1, torch.where(merge_BK1, length_BK1, norms.gather(-1, place_BK1)))
+    return threshold_BK
+
+
+def _row(x_BKPC: Tensor, index_BK1: Tensor) -> Tensor:
+    return x_BKPC.gather(2, index_BK1[..., None].expand(-1, -1, 1, x_BKPC.shape[3]))[:, :, 0]
+
+
+def _write(x_BKPC: Tensor, place_BK1: Tensor, comes_BK1: Tensor, row_BKC: Tensor) -> None:
+    row_BKC = torch.where(comes_BK1, row_BKC, _row(x_BKPC, place_BK1))
+    x_BKPC.scatter_(2, place_BK1[..., None].expand(-1, -1, 1, x_BKPC.shape[3]), row_BKC[:, :, None])

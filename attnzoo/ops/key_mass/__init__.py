@@ -1,0 +1,44 @@
+"""How much attention each key got: the column sums that token eviction decides by.
+
+mass_j = sum over queries i, and over the query heads of j's kv head, of softmax_j(A_ij), with the scores of `sdpa` or
+of `relative_sdpa` (accumulated attention: Zhang et al. 2023, arXiv 2306.14048; D2O: Wan et al., arXiv 2406.13035).
+Computed a block of query rows at a time: memory is linear in the number of keys.
+"""
+
+from torch import Tensor
+
+from attnzoo.ops.impl import Impl, choose
+from attnzoo.ops.key_mass.reference import key_mass_reference
+from attnzoo.ops.key_mass.torch import key_mass_torch
+from attnzoo.ops.masks import PLAIN, CausalMask, check_heads, check_mask
+from attnzoo.ops.row_blocks import Tables
+
+IMPLEMENTATIONS = {"reference": key_mass_reference, "torch": key_mass_torch}
+
+
+def key_mass(
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    *,
+    mask: CausalMask = PLAIN,
+    counts_B: Tensor | None = None,
+    tables: Tables | None = None,
+    log_votes_BKS: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Returns mass_BKS in the accumulation dtype, 0 for keys that no query sees.
+
+    counts_B: how many queries of each row are real (None: all); others add nothing. tables: the relative terms of
+    `relative_sdpa`. log_votes_BKS: added to the logits. No gradients. Raises ValueError as `sdpa`, and for documents
+    (`mask.starts_BT`), which a cache does not hold.
+    """
+    check_heads(q_BNTH, k_BKSH, k_BKSH)
+    check_mask(mask, q_BNTH, k_BKSH)
+    if mask.starts_BT is not None:
+        raise ValueError("key_mass is for sequences that are cached: mask.starts_BT must be None")
+    run = choose("key_mass", impl, IMPLEMENTATIONS, q_BNTH)
+    out: Tensor = run(q_BNTH, k_BKSH, mask, counts_B, tables, log_votes_BKS, q_BNTH.shape[-1] ** -0.5)
+    return out
+
+
+__all__ = ["Tables", "key_mass"]

@@ -1,0 +1,43 @@
+"""One query at a time: what is right."""
+
+import torch
+from torch import Tensor
+
+from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.row_blocks import Tables
+from attnzoo.types import accumulation_dtype
+
+
+def key_mass_reference(
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    mask: CausalMask,
+    counts_B: Tensor | None,
+    tables: Tables | None,
+    log_votes_BKS: Tensor | None,
+    scale: float,
+) -> Tensor:
+    batch, heads, tokens, _ = q_BNTH.shape
+    kv_heads = k_BKSH.shape[1]
+    dtype = accumulation_dtype(q_BNTH.dtype)
+    q, k = q_BNTH.to(dtype), k_BKSH.to(dtype)
+    queries_BT, keys_BKS = mask.positions(tokens, q.device)
+    visible = mask.visible(tokens, q.device).expand(batch, kv_heads, tokens, -1)
+    queries_BT, keys_BKS = queries_BT.expand(batch, -1), keys_BKS.expand(batch, kv_heads, -1)
+    mass = torch.zeros(k.shape[:3], dtype=dtype, device=k.device)
+    for b in range(batch):
+        for n in range(heads):
+            kv = n // (heads // kv_heads)
+            for t in range(tokens if counts_B is None else int(counts_B[b])):
+                seen = visible[b, kv, t]
+                logits = k[b, kv] @ q[b, n, t]
+                if tables is not None:
+                    rows = (queries_BT[b, t] - keys_BKS[b, kv]).clamp(0, tables.table_bias_NP.shape[1] - 1)
+                    logits = logits + k[b, kv] @ tables.content_bias_NH[n].to(dtype)
+                    logits = logits + tables.table_NPH[n][rows].to(dtype) @ q[b, n, t]
+                    logits = logits + tables.table_bias_NP[n][rows].to(dtype)
+                logits = logits * scale
+                if log_votes_BKS is not None:
+                    logits = logits + log_votes_BKS[b, kv]
+                mass[b, kv, seen] += logits[seen].softmax(-1)
+    return mass

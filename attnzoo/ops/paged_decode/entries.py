@@ -1,0 +1,38 @@
+"""Keys and values at logical positions: what attention over a compressed cache reads, and what it gives."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entries:
+    """One segment of a cache.
+
+    keys_BKSC [B, K, S, C] and values_BKSV [B, K, S, V]. positions_BKS (int64): logical positions, below 0 where a slot
+    holds nothing; its K axis is 1 when all kv heads hold the same entries. channels_BKC (int64, distinct): which of the
+    H channels of a key the C stored ones are; None: all, in order. value_channels_BKV: the same of values.
+    log_votes_BKS (accumulation dtype): added to the logits, the logarithm of how many tokens an entry stands for.
+    """
+
+    keys_BKSC: Tensor
+    values_BKSV: Tensor
+    positions_BKS: Tensor
+    channels_BKC: Tensor | None = None
+    value_channels_BKV: Tensor | None = None
+    log_votes_BKS: Tensor | None = None
+
+    @property
+    def slots(self) -> int:
+        return self.keys_BKSC.shape[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """out_BNTH. mass_BKS (accumulation dtype, S over prefix then tail): weights summed over the T queries and over the
+    query heads of a kv head. dots_BKP (accumulation dtype): probe . stored key, unscaled, for every slot of the prefix.
+    """
+
+    out_BNTH: Tensor
+    mass_BKS: Tensor | None = None
+    dots_BKP: Tensor | None = None

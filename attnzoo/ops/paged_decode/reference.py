@@ -1,0 +1,58 @@
+"""One query at a time over keys put back to full width: what is right."""
+
+import torch
+from torch import Tensor
+
+from attnzoo.ops.paged_decode.entries import Decoded, Entries
+from attnzoo.types import accumulation_dtype
+
+
+def widened(x_BKSC: Tensor, channels_BKC: Tensor | None, width: int) -> Tensor:
+    """Full-width rows with zeros in the channels that were left out."""
+    if channels_BKC is None:
+        return x_BKSC
+    out = x_BKSC.new_zeros(*x_BKSC.shape[:3], width)
+    return out.scatter(-1, channels_BKC[:, :, None].expand_as(x_BKSC), x_BKSC)
+
+
+def paged_decode_reference(
+    q_BNTH: Tensor,
+    prefix: Entries | None,
+    tail: Entries,
+    query_positions_BT: Tensor,
+    bias_BNTS: Tensor | None,
+    probe_BKC: Tensor | None,
+    key_mass: bool,
+) -> Decoded:
+    batch, heads, tokens, head_dim = q_BNTH.shape
+    parts = [part for part in (prefix, tail) if part is not None]
+    kv_heads = tail.keys_BKSC.shape[1]
+    dtype = accumulation_dtype(q_BNTH.dtype)
+    keys = torch.cat([widened(part.keys_BKSC, part.channels_BKC, head_dim) for part in parts], dim=2).to(dtype)
+    values = torch.cat([widened(part.values_BKSV, part.value_channels_BKV, head_dim) for part in parts], dim=2)
+    values = values.to(dtype)
+    positions = torch.cat([part.positions_BKS.expand(part.keys_BKSC.shape[:3]) for part in parts], dim=2)
+    votes = torch.cat([_log_votes(part, dtype) for part in parts], dim=2)
+    out = torch.zeros(batch, heads, tokens, head_dim, dtype=dtype, device=q_BNTH.device)
+    mass = torch.zeros(keys.shape[:3], dtype=dtype, device=q_BNTH.device)
+    for b in range(batch):
+        for n in range(heads):
+            kv = n // (heads // kv_heads)
+            for t in range(tokens):
+                seen = (positions[b, kv] >= 0) & (positions[b, kv] <= query_positions_BT[b, t])
+                logits = keys[b, kv] @ q_BNTH[b, n, t].to(dtype) * head_dim**-0.5 + votes[b, kv]
+                if bias_BNTS is not None:
+                    logits = logits + bias_BNTS[b, n, t].to(dtype)
+                weights = logits[seen].softmax(-1)
+                out[b, n, t] = weights @ values[b, kv][seen]
+                mass[b, kv, seen] += weights
+    dots = None
+    if probe_BKC is not None and prefix is not None:
+        dots = torch.einsum("bkc,bksc->bks", probe_BKC.to(dtype), prefix.keys_BKSC.to(dtype))
+    return Decoded(out_BNTH=out.to(q_BNTH.dtype), mass_BKS=mass if key_mass else None, dots_BKP=dots)
+
+
+def _log_votes(part: Entries, dtype: torch.dtype) -> Tensor:
+    if part.log_votes_BKS is None:
+        return torch.zeros(part.keys_BKSC.shape[:3], dtype=dtype, device=part.keys_BKSC.device)
+    return part.log_votes_BKS.to(dtype)

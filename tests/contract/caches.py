@@ -1,0 +1,266 @@
+"""What every cache policy must keep; the checks run for every policy of the registry and every variant with keys."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.kvcache import Compression, build_cache, load_state, save_state
+from attnzoo.models import DecoderConfig, DecoderLM
+from attnzoo.models.decoder_lm import DecoderState
+from tests.contract.contract import TIGHT, assert_close
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mha": {"kind": "mha", "num_heads": 3, "head_dim": 6},
+    "gqa": {"kind": "mha", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
+    "rmha": {"kind": "rmha", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "max_distance": 9},
+    "sinusoid": {"kind": "rmha", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "position": "sinusoid"},
+    "mdha": {"kind": "mdha", "num_heads": 3, "head_dim": 6},
+    "rcmha": {"kind": "rcmha", "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "max_distance": 9},
+}
+
+POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "streaming": ("streaming", {"keep_ratio": 0.5, "sinks": 2}),
+    "random_tokens": ("random_tokens", {"keep_ratio": 0.5, "sinks": 1, "seed": 3}),
+    "snapkv": ("snapkv", {"keep_ratio": 0.5, "window": 3, "pool": 3}),
+    "d2o": ("d2o", {"keep_ratio": 0.5, "sinks": 2}),
+    "d2o-uniform": ("d2o", {"keep_ratio": 0.5, "sinks": 2, "budget": "uniform"}),
+    "d2o-official": ("d2o", {"keep_ratio": 0.5, "sinks": 2, "flavor": "official"}),
+    "d2o-votes": ("d2o", {"keep_ratio": 0.5, "sinks": 2, "votes": True, "per": "layer"}),
+    "think": ("think", {"channel_ratio": 0.5, "window": 3}),
+    "think-greedy": ("think", {"channel_ratio": 0.5, "window": 3, "score": "greedy"}),
+    "think-values": ("think", {"channel_ratio": 0.7, "value_channel_ratio": 0.5, "window": 3}),
+    "think-retail": ("think", {"channel_ratio": 0.5, "window": 3, "retail": 2}),
+    "random_channels": ("random_channels", {"channel_ratio": 0.5, "window": 3}),
+    "d2o+think": ("d2o+think", {"keep_ratio": 0.6, "sinks": 2, "window": 3}),
+    "d2o+think-votes": (
+        "d2o+think",
+        {"keep_ratio": 0.6, "sinks": 2, "window": 3, "votes": True, "value_channel_ratio": 0.5},
+    ),
+}
+"""Options that lose something within a dozen tokens."""
+
+LOSSLESS: dict[str, list[dict[str, Any]]] = {
+    "full": [{}],
+    "streaming": [{"keep_ratio": 1.0}, {"max_tokens": 40}],
+    "random_tokens": [{"keep_ratio": 1.0}, {"max_tokens": 40}],
+    "snapkv": [{"keep_ratio": 1.0}, {"max_tokens": 40}],
+    "d2o": [{"keep_ratio": 1.0}, {"max_tokens": 40}, {"max_tokens": 40, "votes": True, "prefill": "stream"}],
+    "think": [{"channel_ratio": 1.0}],
+    "random_channels": [{"channel_ratio": 1.0}],
+    "d2o+think": [{"max_tokens": 80}, {"keep_ratio": 1.0, "channel_ratio": 1.0}],
+}
+"""Options that keep everything, of every policy."""
+
+LAYERS, MODEL_DIM = 4, 14
+
+
+def build_model(variant: str, seed: int = 0, layers: int = LAYERS) -> DecoderLM:
+    """Random parameters everywhere: zero tables would hide mistakes."""
+    config = DecoderConfig(vocab_size=29, model_dim=MODEL_DIM, num_layers=layers, attention=VARIANTS[variant])
+    model = DecoderLM(config).double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5, generator=generator)
+    return model.requires_grad_(False)
+
+
+def policy_of(name: str, **changes: Any) -> Compression:
+    kind, options = POLICIES[name]
+    return build_cache(kind, options | changes)
+
+
+def prompt(batch: int, tokens: int, seed: int = 1) -> Tensor:
+    return torch.randint(0, 29, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def run(
+    model: DecoderLM,
+    policy: Compression | None,
+    tokens_BT: Tensor,
+    read: int,
+    *,
+    lengths: Tensor | None = None,
+    chunk: int | None = None,
+    step: int = 1,
+) -> tuple[Tensor, DecoderState]:
+    """Prefill of `read` tokens in chunks, compress, then the rest `step` tokens at a time: logits of the rest."""
+    batch = len(tokens_BT)
+    state = model.init_state(batch, tokens_BT.shape[1], cache=policy)
+    for part in tokens_BT[:, :read].split(chunk or read, dim=1):
+        _, state = model.extend(part, state, lengths)
+    state = model.compress(state)
+    outputs = []
+    for part in tokens_BT[:, read:].split(step, dim=1):
+        logits, state = model.extend(part, state)
+        outputs.append(logits)
+    return torch.cat(outputs, dim=1), state
+
+
+def check_unequal_batch(variant: str, name: str) -> None:
+    """Three prompts of unequal lengths in one batch equal the three alone, one token at a time and several."""
+    model, tokens, lengths = build_model(variant), prompt(3, 24), torch.tensor([14, 3, 9])
+    rest = tokens[:, 14:]
+    for step in (1, 3):
+        state = model.init_state(3, 24, cache=policy_of(name))
+        _, state = model.extend(tokens[:, :14], state, lengths)
+        state, outputs = model.compress(state), []
+        for part in rest.split(step, dim=1):
+            logits, state = model.extend(part, state)
+            outputs.append(logits)
+        together = torch.cat(outputs, dim=1)
+        for row, length in enumerate(lengths.tolist()):
+            alone = torch.cat([tokens[row, :length], rest[row]])[None]
+            expected, _ = run(model, policy_of(name), alone, length)
+            assert_close(together[row : row + 1], expected, f"row {row} in steps of {step}", tolerance=1e-9)
+
+
+def check_idle_rows(variant: str, name: str) -> None:
+    """A sequence without a token in a chunk goes on as if the chunk had not been."""
+    model, tokens = build_model(variant), prompt(2, 20)
+    expected, state = run(model, policy_of(name), tokens, 12)
+    _, state = run(model, policy_of(name), tokens[:, :14], 12)
+    idle = torch.cat([tokens[:1, 14:17], torch.full((1, 3), 7)])
+    _, state = model.extend(idle, state, torch.tensor([3, 0]))
+    logits, _ = model.extend(tokens[1:, 14:].expand(2, -1), state, torch.tensor([0, 6]))
+    assert_close(logits[1:], expected[1:, 2:], "idle row", tolerance=1e-9)
+
+
+def check_saved(variant: str, name: str) -> None:
+    """Saved while generating and loaded into a fresh state, a sequence goes on bit for bit; so does a second run."""
+    model, tokens = build_model(variant), prompt(2, 22)
+    expected, _ = run(model, policy_of(name), tokens, 12)
+    again, _ = run(model, policy_of(name), tokens, 12)
+    assert torch.equal(expected, again), "two runs differ"
+    _, state = run(model, policy_of(name), tokens[:, :16], 12)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state.safetensors"
+        save_state(state, path)
+        state = load_state(model.init_state(2, 1, cache=policy_of(name)), path)
+    outputs = []
+    for t in range(16, 22):
+        logits, state = model.extend(tokens[:, t : t + 1], state)
+        outputs.append(logits)
+    assert torch.equal(torch.cat(outputs, dim=1), expected[:, 4:]), "saved and loaded"
+
+
+def check_bytes(variant: str, name: str) -> None:
+    """Bytes fall below the full cache's, and what one layer holds is what the policy says, before and after."""
+    model, tokens = build_model(variant), prompt(2, 64)
+    changes = {"budget": "uniform"} if name.startswith("d2o") and "official" not in name else {}
+    policy = policy_of(name, **changes)
+    attention = model.layers()[0].attention
+    heads = attention.mixing.heads
+    sizes = (2, heads.num_kv_heads, heads.head_dim)
+    opened = model.init_state(2, 61, cache=policy)
+    assert opened.layers[2].mixing.nbytes() == policy.nbytes(*sizes, 61, torch.float64)
+    for after in (1, 2, 3):
+        _, state = run(model, policy, tokens[:, : 61 + after], 61)
+        measured = [layer.mixing.nbytes() for layer in state.layers]
+        if "official" in name:  # whole layers on either end
+            measured = measured[2:3]
+        claimed = policy.compressed_nbytes(*sizes, 61, torch.float64, tokens=after)
+        assert measured == [claimed] * len(measured), f"{measured} bytes a layer, the policy says {claimed}"
+        if "think-" not in name and name not in ("think", "random_channels"):
+            assert claimed < policy.nbytes(*sizes, 61, torch.float64)
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in state.tensors().values()}
+    assert sum(storages.values()) <= state.nbytes() * 1.001 + 64, "a view keeps a larger buffer alive"
+
+
+def check_positions(variant: str, name: str) -> None:
+    """What is kept are the keys of the full cache at the positions they claim, on the channels they claim; no position
+    twice; sinks and the newest are there."""
+    model, tokens = build_model(variant), prompt(2, 26)
+    changes = {"merge": False} if name.startswith("d2o") else {}
+    policy = policy_of(name, **changes)
+    # The first layer's keys depend on tokens and positions alone.
+    _, state = run(model, policy, tokens, 20)
+    _, full = run(model, None, tokens, 20)
+    exact = full.layers[0].mixing.keys_BKSH
+    found = kept_keys(state.layers[0].mixing, 26)
+    for b, rows in enumerate(found):
+        for k, entries in enumerate(rows):
+            positions = [p for p, _, _ in entries]
+            assert len(set(positions)) == len(positions), "a position is held twice"
+            assert 25 in positions, "the newest token is not there"
+            if "sinks" in POLICIES[name][1]:
+                assert set(range(policy.config.sinks)) <= set(positions)
+            for p, key, channels in entries:
+                want = exact[b, k, p] if channels is None else exact[b, k, p][channels]
+                assert_close(key, want, f"key at position {p}")
+
+
+def kept_keys(state: Any, length: int) -> list[list[list[tuple[int, Tensor, Tensor | None]]]]:
+    """(position, key, its channels) of every entry, by sequence and kv head, read slot by slot."""
+    out = []
+    prefix = state.prefix
+    for b in range(len(state.starts_B)):
+        rows = []
+        for k in range(prefix.keys_BKPC.shape[1]):
+            entries = []
+            index = (
+                None if prefix.channels_BKC is None or prefix.channels_BKC.shape[2] == 0 else prefix.channels_BKC[b, k]
+            )
+            for s in range(prefix.slots):
+                if prefix.places_BKP is None:
+                    position = s if s < state.starts_B[b] else -1
+                else:
+                    position = int(prefix.places_BKP[b, k, s]) - 1
+                if position >= 0:
+                    entries.append((position, prefix.keys_BKPC[b, k, s], index))
+            ring = None if state.ring is None or state.ring.keys_BKRH.shape[2] == 0 else state.ring.keys_BKRH
+            if ring is None:
+                for s in range(length - int(state.starts_B[b])):
+                    entries.append((int(state.starts_B[b]) + s, state.tail.keys_BKSH[b, k, s], None))
+            else:
+                count = ring.shape[2]
+                # The oldest of the ring has moved into the prefix.
+                for p in range(max(0, length - count + 1), length):
+                    entries.append((p, ring[b, k, p % count], None))
+            rows.append(entries)
+        out.append(rows)
+    return out
+
+
+def check_stream(variant: str, name: str) -> None:
+    """Compressed after every chunk, the largest state of the prefill is smaller, and generation still goes on."""
+    model, tokens = build_model(variant), prompt(2, 60)
+    sizes: dict[str, int] = {}
+    for prefill in ("oneshot", "stream"):
+        policy = policy_of(name, prefill=prefill)
+        state, peak = model.init_state(2, 6, cache=policy), 0
+        for part in tokens[:, :54].split(6, dim=1):
+            _, state = model.extend(part, state)
+            peak = max(peak, state.nbytes())
+        state = model.compress(state)
+        logits, state = model.extend(tokens[:, 54:], state)
+        assert torch.isfinite(logits).all()
+        sizes[prefill] = peak
+    assert sizes["stream"] < sizes["oneshot"], f"peaks {sizes}"
+
+
+CHECKS = {
+    "unequal_batch": check_unequal_batch,
+    "idle_rows": check_idle_rows,
+    "saved": check_saved,
+    "bytes": check_bytes,
+    "positions": check_positions,
+    "stream": check_stream,
+}
+
+
+def check_everything_kept(variant: str, kind: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """With nothing to lose, logits equal the full cache's bit for bit: prompts in chunks, then steps of one and two."""
+    model = build_model(variant).to(dtype)
+    tokens = prompt(3, 22)
+    for chunk, step in ((14, 1), (5, 2)):
+        expected, _ = run(model, None, tokens, 14, chunk=chunk, step=step)
+        actual, state = run(model, build_cache(kind, options), tokens, 14, chunk=chunk, step=step)
+        assert torch.equal(actual, expected), f"{kind} {options}: differs by {(actual - expected).abs().max():.3g}"
+    assert dataclasses.is_dataclass(state)
+
+
+__all__ = ["CHECKS", "LOSSLESS", "POLICIES", "TIGHT", "VARIANTS"]

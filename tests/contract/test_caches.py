@@ -1,0 +1,37 @@
+"""Every cache policy keeps the contract with every variant that has keys."""
+
+import pytest
+import torch
+
+from attnzoo.kvcache import CACHES
+from tests.contract.caches import CHECKS, LOSSLESS, POLICIES, VARIANTS, check_everything_kept
+
+FULL_MATRIX = ("gqa", "rcmha")
+"""Variants that meet every policy and check; the others meet the policies that read their scores differently."""
+
+
+def cases() -> list[tuple[str, str]]:
+    some = ("think", "d2o", "d2o+think", "snapkv")
+    return [(v, p) for v in VARIANTS for p in POLICIES if v in FULL_MATRIX or p in some]
+
+
+def test_every_policy_is_tested():
+    assert set(LOSSLESS) == set(CACHES)
+    assert {kind for kind, _ in POLICIES.values()} | {"full"} == set(CACHES)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(("variant", "policy"), cases(), ids="-".join)
+def test_cache(variant, policy, check):
+    CHECKS[check](variant, policy)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(k, o) for k, many in LOSSLESS.items() for o in many],
+    ids=lambda x: x if isinstance(x, str) else "-".join(f"{k}={v}" for k, v in x.items()),
+)
+def test_everything_kept_is_the_full_cache(variant, kind, options):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        check_everything_kept(variant, kind, options, dtype)
