@@ -48,7 +48,7 @@ def greedy_scores(queries_BNWH: Tensor, keys_BKSH: Tensor, held_BKS: Tensor) -> 
 
 def best_channels(scores_BKH: Tensor, count: int) -> Tensor:
     """channels_BKC: the `count` highest, ascending; the lower channel wins ties."""
-    order = scores_BKH.argsort(-1, descending=True, stable=True)[..., :count]
+    order = scores_BKH.argsort(dim=-1, descending=True, stable=True)[..., :count]
     return order.sort(-1).values
 
 

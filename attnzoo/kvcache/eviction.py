@@ -285,7 +285,7 @@ class EvictingCache(Compression):
         rank = priority_BKS.masked_fill(protected, torch.inf).masked_fill(places_BKS < 0, -torch.inf)
         if self.shared:
             rank = rank.mean(1, keepdim=True).expand_as(rank)
-        order = rank.argsort(-1, descending=True, stable=True)
+        order = rank.argsort(dim=-1, descending=True, stable=True)
         within = torch.arange(order.shape[-1], device=order.device) < budgets_B[:, None, None]
         keep = torch.zeros_like(protected).scatter_(-1, order, within.expand_as(order))
         return keep & (places_BKS >= 0)

@@ -87,7 +87,7 @@ class SnapKVCache(TailedCache):
         rank = self._smoothed(self._seen(layer, view), places)
         rank = rank.masked_fill(places < self.config.sinks, torch.inf)
         before = (places >= 0) & (places < first_B[:, None, None])
-        order = rank.masked_fill(~before, -torch.inf).argsort(-1, descending=True, stable=True)
+        order = rank.masked_fill(~before, -torch.inf).argsort(dim=-1, descending=True, stable=True)
         room_B = torch.where(lengths_B <= budgets_B, lengths_B, budgets_B - (lengths_B - first_B))
         within = torch.arange(order.shape[2], device=order.device) < room_B[:, None, None]
         keep = torch.zeros_like(before).scatter_(-1, order, within.expand_as(order)) & before
