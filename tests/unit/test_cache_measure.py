@@ -28,10 +28,10 @@ def logits(*probabilities: float) -> torch.Tensor:
 
 
 def test_kl_by_hand():
-    full, other = logits(0.5, 0.25, 0.25), logits(0.25, 0.25, 0.5)
+    full, other = logits(0.5, 0.25, 0.25), logits(0.125, 0.375, 0.5)
     found = kl_divergence(full.view(1, 1, 3), other.view(1, 1, 3))
     assert found.shape == (1, 1)
-    assert found.item() == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2))
+    assert found.item() == pytest.approx(0.5 * math.log(4) + 0.25 * math.log(2 / 3) + 0.25 * math.log(1 / 2))
     assert kl_divergence(full[None, None], full[None, None] + 7.0).item() == pytest.approx(0.0, abs=1e-12)
 
 
@@ -123,6 +123,28 @@ def test_answers_under_the_full_cache_are_those_of_the_parallel_form(reader):
         later = guesses[text.shape[1] - len(second.answer) - 1 : -1] == list(second.answer)
         assert seen["inside"][number] == seen["outside"][number] == right
         assert seen["second"][number] == later
+
+
+def test_what_is_read_before_compression_and_what_after(reader, monkeypatch):
+    from attnzoo.evaluate.cache import protocol
+
+    prompts, forced = [], []
+
+    def read(model, tokens_BT, policy, *, chunk):
+        prompts.append(tokens_BT.tolist())
+        return prefill(model, tokens_BT, policy, chunk=chunk)
+
+    def told(model, state, tokens_BT):
+        forced.append(tokens_BT.tolist())
+        return force(model, state, tokens_BT)
+
+    monkeypatch.setattr(protocol, "prefill", read)
+    monkeypatch.setattr(protocol, "force", told)
+    example = text_example(reader.encode, "recall", 300, 0)
+    first, second = example.questions[:2]
+    ask(reader.model, [example], build_cache("full", {}))
+    assert prompts == [[[*example.body, *first.prompt]], [list(example.body)]]
+    assert forced == [[[*first.lead, *first.answer]], [list(second.tokens)], [list(first.tokens)]]
 
 
 def test_what_the_model_says_counts_as_right(reader):

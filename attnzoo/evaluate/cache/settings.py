@@ -42,8 +42,8 @@ class Settings:
         default_factory=lambda: QualitySizes(
             tasks=tuple(SYMBOL_TASKS),
             context=192,
-            count=32,
-            batch=32,
+            count=16,
+            batch=16,
             chunk=64,
             least=0.95,
             token_budgets=(0.5, 0.3, 0.2),
