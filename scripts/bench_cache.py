@@ -14,6 +14,7 @@ kept. kvpress (pip install kvpress, in an environment of its own) takes part on 
 its Python is given.
 """
 
+import subprocess
 from pathlib import Path
 
 from attnzoo.evaluate.cache.cli import run
@@ -27,7 +28,13 @@ def trained(run_dir: Path) -> Path:
     """The export of the small model; trained on two ranks where it is not there. Raises ValueError when that fails."""
     export = run_dir.resolve() / "export"
     if not export.exists():
-        train(CONFIG, run_dir.resolve(), 2, [])
+        try:
+            train(CONFIG, run_dir.resolve(), 2, [])
+        except subprocess.CalledProcessError as error:
+            raise ValueError(
+                f"training the small model ended with status {error.returncode} (its messages are above); mend it, or "
+                "give a --run-dir that has an export"
+            ) from None
     return export
 
 

@@ -296,3 +296,13 @@ def test_wrong_usage(arguments, words, capsys):
         main(arguments)
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_peer_that_fails_does_not_lose_what_was_measured(tmp_path, capsys):
+    report = tmp_path / "report.json"
+    nothing = tmp_path / "python"
+    options = ["--quick", "--sections", "text", "--run-dir", str(tmp_path / "run"), "--json", str(report)]
+    assert main([*options, "--kvpress-python", str(nothing)]) == 1
+    assert "kvpress is left out" in capsys.readouterr().err
+    tables = {row["table"] for row in json.loads(report.read_text(encoding="utf-8"))["rows"]}
+    assert {"text", "fidelity"} <= tables

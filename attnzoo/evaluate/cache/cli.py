@@ -62,30 +62,28 @@ def run(description: str, arguments: list[str] | None, train: Trainer, peer_scri
     report = Report.start(quick=chosen.quick)
     if report.load_before > BUSY:
         print(f"load average {report.load_before} is above {BUSY}: others use this machine", file=sys.stderr)
-    try:
-        _measure(chosen, names, report, train, peer_script)
-    except ValueError as error:
-        print(f"bench_cache: error: {error}", file=sys.stderr)
-        return 2
-    except PeerError as error:
-        print(f"bench_cache: {error}", file=sys.stderr)
-        return 1
+    failed = False
+    for name in names:
+        try:
+            _measure(name, chosen, report, train, peer_script)
+        except ValueError as error:
+            print(f"bench_cache: error: {error}", file=sys.stderr)
+            return 2
+        except PeerError as error:
+            print(f"bench_cache: kvpress is left out: {error}", file=sys.stderr)
+            failed = True
+        _save(chosen, report)
     _show(report)
-    if chosen.figure is not None:
-        drawn = [row for row in report.rows if row["table"] in ("symbols", "text")]
-        if drawn:
-            report.figures.append(plot_quality(drawn, chosen.figure).name)
-    if chosen.json is not None:
-        report.write(chosen.json)
-    return report.exit_status()
+    return 1 if failed else report.exit_status()
 
 
-def _measure(chosen: argparse.Namespace, names: list[str], report: Report, train: Trainer, peer_script: Path) -> None:
+def _measure(name: str, chosen: argparse.Namespace, report: Report, train: Trainer, peer_script: Path) -> None:
+    """One section."""
     settings = QUICK if chosen.quick else Settings()
-    if "symbols" in names:
+    if name == "symbols":
         reader = random_reader("mdha") if chosen.quick else load_reader(str(train(chosen.run_dir)))
         sections.symbols(reader, settings, report)
-    if "text" in names:
+    elif name == "text":
         reader = random_reader() if chosen.quick else load_reader(chosen.checkpoint)
         peer = None
         if chosen.kvpress_python is not None:
@@ -93,11 +91,20 @@ def _measure(chosen: argparse.Namespace, names: list[str], report: Report, train
             directory.mkdir(parents=True, exist_ok=True)
             peer = sections.Peer(Path(chosen.kvpress_python), peer_script, directory)
         sections.text(reader, settings, report, peer)
-    if "speed" in names:
+    else:
         reader = random_reader() if chosen.quick else load_reader(chosen.checkpoint, torch.bfloat16)
         speeds = sections.speed(reader.model, settings, report)
         if chosen.roofline:
             sections.roofline(reader.model, speeds, report)
+
+
+def _save(chosen: argparse.Namespace, report: Report) -> None:
+    """Figure and report of what is measured so far, so that a later section cannot lose it."""
+    drawn = [row for row in report.rows if row["table"] in ("symbols", "text")]
+    if chosen.figure is not None and drawn:
+        report.figures = [plot_quality(drawn, chosen.figure).name]
+    if chosen.json is not None:
+        report.write(chosen.json)
 
 
 def _show(report: Report) -> None:

@@ -50,8 +50,7 @@ def run_peer(
     cannot run kvpress.
     """
     exported = directory / "model"
-    if not exported.exists():
-        export_model(exported, model)
+    export_model(exported, model)
     keys, items = [], []
     for (task, seed), groups in batches.items():
         for example in (example for group in groups for example in group):
