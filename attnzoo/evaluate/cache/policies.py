@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from attnzoo.kvcache import CachePolicy, build_cache
+from attnzoo.kvcache import Compression, build_cache
 
 Knob = Literal["keep_ratio", "channel_ratio"]
 
@@ -19,7 +19,7 @@ class Contender:
     role: Literal["full", "ours", "control"]
     options: dict[str, Any] = field(default_factory=dict)
 
-    def build(self, ratio: float | None = None) -> CachePolicy:
+    def build(self, ratio: float | None = None) -> Compression:
         """The policy at a value of its knob."""
         chosen: dict[str, Any] = {} if self.knob is None or ratio is None else {self.knob: ratio}
         return build_cache(self.policy, {**self.options, **chosen})

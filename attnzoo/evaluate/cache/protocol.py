@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnzoo.evaluate.cache.examples import Example
 from attnzoo.evaluate.cache.metrics import FidelityMeter
-from attnzoo.kvcache import CachePolicy
+from attnzoo.kvcache import Compression
 from attnzoo.models import DecoderLM
 
 CHUNK = 128
@@ -43,7 +43,7 @@ class Answer:
 
 
 @torch.no_grad()
-def prefill(model: DecoderLM, tokens_BT: Tensor, policy: CachePolicy, *, chunk: int = CHUNK, room: int = 0) -> Prefill:
+def prefill(model: DecoderLM, tokens_BT: Tensor, policy: Compression, *, chunk: int = CHUNK, room: int = 0) -> Prefill:
     """Reads a prompt in chunks and compresses its state; `room`: tokens that are to follow in the same buffers.
 
     The peak is the largest state that existed after a chunk or after compression. State that lives only inside a call
@@ -84,7 +84,7 @@ class Told:
     seconds: float
 
 
-def ask(model: DecoderLM, examples: list[Example], policy: CachePolicy, *, chunk: int = CHUNK) -> Told:
+def ask(model: DecoderLM, examples: list[Example], policy: Compression, *, chunk: int = CHUNK) -> Told:
     """Answers under all conditions to examples whose contexts and first two questions have the same lengths.
 
     The first question is asked inside and outside, the second one after the first was answered.
@@ -121,7 +121,7 @@ def _right(logits_BTV: Tensor, answers_BT: Tensor) -> list[bool]:
 
 
 def fidelity(
-    model: DecoderLM, tokens_BT: Tensor, prompt: int, policy: CachePolicy, full_BTV: Tensor, meter: FidelityMeter
+    model: DecoderLM, tokens_BT: Tensor, prompt: int, policy: Compression, full_BTV: Tensor, meter: FidelityMeter
 ) -> Prefill:
     """Adds to `meter` how the policy's logits over the tokens after `prompt` differ from the full cache's (`full_BTV`,
     by `forced_logits`); the prediction made by the prompt itself, before compression, does not count."""
@@ -131,7 +131,7 @@ def fidelity(
     return done
 
 
-def forced_logits(model: DecoderLM, tokens_BT: Tensor, prompt: int, policy: CachePolicy) -> Tensor:
+def forced_logits(model: DecoderLM, tokens_BT: Tensor, prompt: int, policy: Compression) -> Tensor:
     """Logits after each token from `prompt` on, the last one left out: it has nothing to predict."""
     done = prefill(model, tokens_BT[:, :prompt], policy)
     return force(model, done.state, tokens_BT[:, prompt:-1])[0]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from attnzoo.evaluate.cache.examples import Example
 from attnzoo.evaluate.cache.protocol import CONDITIONS, ask
-from attnzoo.kvcache import CachePolicy
+from attnzoo.kvcache import Compression
 from attnzoo.models import DecoderLM
 
 Maker = Callable[[str, int], Example]
@@ -58,7 +58,7 @@ def _shape(example: Example) -> tuple[int, ...]:
     return (len(example.body), *(len(part) for q in asked for part in (q.prompt, q.lead, q.answer)))
 
 
-def ask_all(model: DecoderLM, batches: Batches, policy: CachePolicy, chunk: int, tick: Callable[[int], None]) -> Score:
+def ask_all(model: DecoderLM, batches: Batches, policy: Compression, chunk: int, tick: Callable[[int], None]) -> Score:
     """Asks everything under a policy, prompts read `chunk` tokens at a time; `tick` gets the number of examples
     done."""
     result = Score()

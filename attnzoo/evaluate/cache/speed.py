@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from attnzoo.evaluate.cache.protocol import prefill
-from attnzoo.kvcache import CachePolicy
+from attnzoo.kvcache import Compression
 from attnzoo.models import DecoderLM
 
 
@@ -69,7 +69,7 @@ def weight_bytes(model: DecoderLM) -> int:
 
 @torch.no_grad()
 def measure_speed(
-    model: DecoderLM, policies: dict[str, CachePolicy], sizes: SpeedSizes, say: Callable[[str], None]
+    model: DecoderLM, policies: dict[str, Compression], sizes: SpeedSizes, say: Callable[[str], None]
 ) -> dict[str, Speed]:
     """Speeds by policy, which take turns; `say` gets a line at each. All states are held at the same time."""
     generator = torch.Generator().manual_seed(0)
