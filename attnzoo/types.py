@@ -68,7 +68,9 @@ def build_config(cls: type[C], values: Mapping[str, Any], where: str) -> C:
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    # Literal[...] | None is a typing.Union, int | None a types.UnionType.
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    allowed = typing.get_args(hint) if union else (hint,)
     for kind in allowed:
         if kind is Any or (kind is type(None) and value is None):
             return value

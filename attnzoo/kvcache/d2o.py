@@ -16,7 +16,7 @@ threshold is of one sequence, theirs survives into the next.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class D2OCache(EvictingCache):
     """The token of the least accumulated attention leaves."""
 
     source = "Wan et al. 2024, arXiv 2406.13035, sections 3.2 and 3.3"
-    Config: Any = D2OConfig
+    Config: ClassVar[type] = D2OConfig
     accumulates = True
 
     def __init__(self, config: D2OConfig) -> None:

@@ -9,7 +9,7 @@ after every chunk among what is left.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ class SnapKVCache(TailedCache):
     """What the observation window attends to stays."""
 
     source = "Li et al. 2024, arXiv 2404.14469, section 4"
-    Config: Any = SnapKVConfig
+    Config: ClassVar[type] = SnapKVConfig
     observes = True
 
     @property

@@ -11,7 +11,7 @@ relative attention the terms of position keep all channels of the query.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -52,8 +52,12 @@ class ThinKCache(TailedCache):
     """All tokens stay, their keys get thinner."""
 
     source = "Xu et al. 2024, arXiv 2407.21018, section 3"
-    Config: Any = ThinKConfig
+    Config: ClassVar[type] = ThinKConfig
     observes = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.one_by_one = config.retail is not None
 
     @property
     def lossless(self) -> bool:
@@ -82,20 +86,27 @@ class ThinKCache(TailedCache):
 
     def before_append(self, state: CompressedState, reader: Reader, positions_BT: Tensor) -> CompressedState:
         retail, lengths_B = self.config.retail, positions_BT[:, 0]
-        if retail is None or state.prefix.slots == 0 or cc.reading(state):
+        if retail is None or self.lossless or cc.reading(state):
             return state
-        longest = int((lengths_B - state.starts_B).max())
-        return self.shrink(Layer(state, reader, lengths_B)) if longest >= self.config.window + retail else state
+        long_B = lengths_B - state.starts_B >= self.config.window + retail
+        if not bool(long_B.any()):
+            return state
+        # Only the long ones: what happens to a sequence does not depend on its neighbours.
+        ends_B = torch.where(long_B, lengths_B - self.config.window, state.starts_B)
+        return self._pruned(state, lengths_B, ends_B)
 
     def shrink(self, layer: Layer) -> CompressedState:
-        state, lengths_B, old = layer.state, layer.lengths_B, layer.state.prefix
-        ends_B = torch.maximum(lengths_B - self.config.window, state.starts_B)
-        if bool((ends_B == state.starts_B).all()):
-            return state
+        ends_B = torch.maximum(layer.lengths_B - self.config.window, layer.state.starts_B)
+        return self._pruned(layer.state, layer.lengths_B, ends_B)
+
+    def _pruned(self, state: CompressedState, lengths_B: Tensor, ends_B: Tensor) -> CompressedState:
+        """What the tail holds before position ends_B, pruned and in the prefix. The first call chooses the channels,
+        even where nothing is to be pruned yet."""
+        old = state.prefix
         used = int((lengths_B - state.starts_B).max())
         keys, values = state.tail.keys_BKSH[:, :, :used], state.tail.values_BKSH[:, :, :used]
         channels, value_channels = old.channels_BKC, old.value_channels_BKV
-        if old.slots == 0:
+        if _unchosen(channels) and _unchosen(value_channels):
             held = (torch.arange(used, device=lengths_B.device) < lengths_B[:, None])[:, None]
             channels, value_channels = self.masks(state.queries_BNWH, keys, values, held)
         prefix = Prefix(
@@ -142,9 +153,13 @@ class ThinKCache(TailedCache):
 
 def thin(x_BKSH: Tensor, channels_BKC: Tensor | None) -> Tensor:
     """x_BKSC, or all of x where no channels are named."""
-    if channels_BKC is None or channels_BKC.shape[2] == 0:
+    if channels_BKC is None or _unchosen(channels_BKC):
         return x_BKSH
     return take_channels(x_BKSH, channels_BKC)
+
+
+def _unchosen(channels_BKC: Tensor | None) -> bool:
+    return channels_BKC is None or channels_BKC.shape[2] == 0
 
 
 def _joined(prefix_BKPC: Tensor, tail_BKSC: Tensor, starts_B: Tensor, ends_B: Tensor) -> Tensor:

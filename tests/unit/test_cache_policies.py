@@ -1,0 +1,188 @@
+"""Cache policies: options, budgets, scores by hand, and the mistakes that the contract must notice."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnzoo.kvcache import CACHES, build_cache
+from attnzoo.kvcache.budgets import allocate, asked_tokens, layer_weights, moments, variance
+from attnzoo.kvcache.channels import best_channels, channel_scores, greedy_scores, hashed, kept_channels
+from attnzoo.models import DecoderConfig, DecoderLM
+from tests.contract.caches import build_model, policy_of, prompt, run
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("d20", {}, "unknown cache policy 'd20'; did you mean 'd2o'"),
+        ("think", {"chanel_ratio": 0.5}, "did you mean 'channel_ratio'"),
+        ("think", {"channel_ratio": 0.0}, "channel_ratio=0.0 is the part that is kept"),
+        ("d2o", {"keep_ratio": 1.5}, "keep_ratio=1.5"),
+        ("d2o", {"keep_ratio": 0.2, "max_tokens": 50}, "two budgets: set one"),
+        ("d2o", {"max_tokens": 5}, "max_tokens=5 must be at least 6"),
+        ("d2o", {"beta": 0.0}, "beta=0.0"),
+        ("d2o", {"flavor": "papers"}, "cache.d2o.flavor='papers' is not one of 'paper', 'official'"),
+        ("d2o+think", {"keep_ratio": 1.0}, "use the policy 'think'"),
+        ("snapkv", {"pool": 4}, "pool=4 must be odd"),
+        ("streaming", {"sinks": -1}, "sinks=-1"),
+        ("think", {"retail": 0}, "retail=0"),
+    ],
+)
+def test_bad_options_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_cache(name, options)
+
+
+def test_names():
+    assert set(CACHES) == {
+        "full", "streaming", "think", "d2o", "d2o+think", "random_tokens", "random_channels", "snapkv",
+    }  # fmt: skip
+
+
+def test_linear_attention_and_windows_say_why():
+    linear = DecoderConfig(vocab_size=9, model_dim=8, num_layers=2, attention="linear")
+    with pytest.raises(ValueError, match="linear attention keeps one matrix of constant size"):
+        DecoderLM(linear).init_state(1, 4, cache=build_cache("d2o"))
+    window = DecoderConfig(vocab_size=9, model_dim=8, num_layers=2, attention={"kind": "mha", "window": 3})
+    with pytest.raises(ValueError, match="window=3 keeps a constant number of tokens already"):
+        DecoderLM(window).init_state(1, 4, cache=build_cache("think"))
+    assert DecoderLM(window).init_state(1, 4, cache=build_cache("full")).nbytes()
+
+
+def test_mixed_models_compress_the_layers_that_have_keys():
+    config = DecoderConfig(vocab_size=9, model_dim=8, num_layers=4, attention=["rcmha", "linear"])
+    model = DecoderLM(config).requires_grad_(False)
+    tokens = torch.arange(9)[None].expand(2, -1)
+    state = model.init_state(2, 9, cache=build_cache("d2o", {"max_tokens": 7}))
+    _, state = model.extend(tokens, state)
+    before = state.nbytes()
+    state = model.compress(state)
+    assert state.nbytes() < before
+    assert torch.isfinite(model.extend(tokens[:, :1], state)[0]).all()
+
+
+def test_gradients_are_refused():
+    model = build_model("gqa").requires_grad_(True)
+    with pytest.raises(ValueError, match="no gradients"):
+        model.extend(prompt(1, 3), model.init_state(1, 3, cache=build_cache("think")))
+
+
+def test_compress_twice_is_refused():
+    model = build_model("gqa")
+    _, state = run(model, policy_of("d2o"), prompt(1, 20), 18)
+    with pytest.raises(ValueError, match="compressed already"):
+        model.compress(state)
+
+
+def test_think_scores_by_hand():
+    """Two query heads share a kv head. Channel 0: queries 1, 2 (head 0) and 0, 1 (head 1), squares 6; keys 1, 2,
+    squares 5: 30. Channel 1: queries 1, 0 and 3, 0, squares 10; keys 1, 1, squares 2: 20. A mask a query head takes
+    (1 + 4) * 5 = 25 against 1 * 2 for head 0, and 1 * 5 against 9 * 2 = 18 for head 1."""
+    queries = torch.tensor([[[[1.0, 1], [2, 0]], [[0, 3], [1, 0]]]])
+    keys = torch.tensor([[[[1.0, 1], [2, 1], [9, 9]]]])
+    held = torch.tensor([[[True, True, False]]])
+    scores = channel_scores(queries, keys, held)
+    assert scores.tolist() == [[[30.0, 20.0]]]
+    assert best_channels(scores, 1).tolist() == [[[0]]]
+
+
+def test_think_score_is_what_a_channel_adds_to_the_products():
+    queries, keys = torch.randn(1, 2, 3, 5).double(), torch.randn(1, 1, 4, 5).double()
+    scores = channel_scores(queries, keys, torch.ones(1, 1, 4, dtype=torch.bool))
+    for d in range(5):
+        products = torch.einsum("nw,s->nws", queries[0, :, :, d], keys[0, 0, :, d])
+        assert scores[0, 0, d].item() == pytest.approx(products.square().sum().item())
+
+
+def test_greedy_removal_sees_channels_that_cancel():
+    """One query (1, 1, 1); columns of keys (1, 0), (1, a), (-1, b) with a^2 = 0.1, b^2 = 0.2. Alone the channels cost
+    1, 1.1 and 1.2; 0 and 1 add up to 1 + 1.1 + 2 = 4.1, and 0 and 2 nearly cancel: 1 + 1.2 - 2 = 0.2."""
+    queries = torch.ones(1, 1, 1, 3).double()
+    keys = torch.tensor([[[[1.0, 1, -1], [0, 0.1**0.5, 0.2**0.5]]]]).double()
+    held = torch.ones(1, 1, 2, dtype=torch.bool)
+    assert best_channels(channel_scores(queries, keys, held), 1).tolist() == [[[2]]]
+    assert best_channels(greedy_scores(queries, keys, held), 1).tolist() == [[[1]]]
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(0.6, 39), (0.5, 32), (0.4, 26), (1.0, 64), (0.01, 1)])
+def test_kept_channels_is_the_papers_floor(ratio, kept):
+    """H - floor((1 - ratio) 64): 64 - floor(25.6) = 39, 64 - 32, 64 - floor(38.4) = 26, 64, 64 - floor(63.36) = 1."""
+    assert kept_channels(64, ratio) == kept
+
+
+def test_variance_of_columns_in_two_parts_is_that_of_all():
+    mass, held = torch.rand(2, 3, 9).double(), torch.rand(2, 3, 9) > 0.3
+    first = torch.arange(9) < 4
+    parts = moments(mass, held & first) + moments(mass, held & ~first)
+    for b in range(2):
+        for k in range(3):
+            expected = mass[b, k][held[b, k]].var(correction=0).item()
+            assert variance(parts)[b, k].item() == pytest.approx(expected)
+
+
+def test_layer_weights_by_hand():
+    """Variances 0, 5 and 10 become 0, 1/2 and 1, whatever their unit: weights 3 exp(-x) / sum."""
+    for unit in (1.0, 1e6):
+        weights = layer_weights(torch.tensor([0.0, 5, 10]).double().view(3, 1, 1) * unit, per_head=False)
+        total = 1 + math.exp(-0.5) + math.exp(-1)
+        assert weights[:, 0].tolist() == pytest.approx([3 * x / total for x in (1, math.exp(-0.5), math.exp(-1))])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.lists(st.floats(0.01, 5.0), min_size=1, max_size=7),
+    low=st.integers(0, 5),
+    span=st.integers(0, 40),
+    share=st.floats(0.0, 1.0),
+)
+def test_budgets_sum_to_what_was_asked(weights, low, span, share):
+    """Within the bounds, exactly; more weight never gets less, up to the rounding of one token."""
+    layers, high = len(weights), low + span
+    total = round(layers * low + share * layers * span)
+    budgets = allocate(
+        torch.tensor(weights).double()[:, None], torch.tensor([total]), torch.tensor([low]), torch.tensor([high])
+    )[:, 0].tolist()
+    assert sum(budgets) == total
+    assert all(low <= budget <= high for budget in budgets)
+    order = sorted(range(layers), key=lambda i: weights[i])
+    assert all(budgets[a] <= budgets[b] + 1 for a, b in itertools.pairwise(order))
+
+
+def test_asked_tokens_are_a_part_of_the_prompt():
+    lengths = torch.tensor([35, 10, 2])
+    assert asked_tokens(lengths, 0.2, None, 3).tolist() == [7, 3, 3]
+    assert asked_tokens(lengths, None, 50, 3).tolist() == [50, 50, 50]
+
+
+def test_d2o_keeps_the_asked_total_over_layers():
+    model, tokens = build_model("rcmha", layers=5), prompt(2, 60)
+    state = model.init_state(2, 60, cache=build_cache("d2o", {"keep_ratio": 0.3}))
+    _, state = model.extend(tokens, state)
+    state = model.compress(state)
+    budgets = torch.stack([layer.mixing.budgets_B for layer in state.layers])
+    assert budgets.sum(0).tolist() == [5 * 18, 5 * 18]
+    assert len(set(budgets[:, 0].tolist())) > 1, "layers differ"
+    for layer, budgets_B in zip(state.layers, budgets, strict=True):
+        # One slot of the budget is the ring's, which takes the next token.
+        held = (layer.mixing.prefix.places_BKP > 0).sum(-1)
+        assert (held == budgets_B[:, None]).all()
+
+
+def test_lots_do_not_repeat_and_are_spread():
+    lots = hashed(torch.arange(4000), seed=3)
+    assert len(set(lots.tolist())) > 3990
+    assert lots.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert not torch.equal(lots, hashed(torch.arange(4000), seed=4))
+
+
+def test_threshold_belongs_to_one_sequence():
+    """Two sequences of one process: the second starts from no threshold, so it gives what it gives first."""
+    model, policy, tokens = build_model("gqa"), policy_of("d2o"), prompt(1, 24)
+    expected, _ = run(model, policy, tokens, 14)
+    run(model, policy, prompt(1, 24, seed=9), 14)
+    again, _ = run(model, policy, tokens, 14)
+    assert torch.equal(expected, again)
