@@ -75,8 +75,8 @@ def _quality(
     batches = make_batches(make, sizes.tasks, seeds, sizes.count, sizes.batch)
     batches = _solved(name, model, batches, sizes, report)
     tasks = list(dict.fromkeys(task for task, _ in batches))
-    wanted: list[tuple[Contender, Sequence[float]]] = [(c, sizes.token_budgets) for c in TOKENS]
-    wanted += [(c, sizes.channel_budgets) for c in CHANNELS]
+    wanted: list[tuple[Contender, Sequence[float]]] = [(c.observing(sizes.window), sizes.token_budgets) for c in TOKENS]
+    wanted += [(c.observing(sizes.window), sizes.channel_budgets) for c in CHANNELS]
     progress = Progress(sum(len(budgets) for _, budgets in wanted))
     found = plan(model, longest_prompt(batches), wanted, sizes.chunk, progress.add)
     progress.close()

@@ -10,15 +10,16 @@ from attnzoo.evaluate.cache.text_tasks import TEXT_TASKS
 @dataclass(frozen=True, kw_only=True)
 class QualitySizes:
     """context: tokens that questions are about. count: examples of a task and seed. batch: of them side by side.
-    chunk: tokens of a prompt that are read at once. token_budgets, channel_budgets: shares of the full cache's bytes,
-    for policies that drop tokens and for those that drop channels of keys. least: accuracy of the full cache that makes
-    a task worth asking."""
+    chunk: tokens of a prompt that are read at once. window: of observation, for policies that have one. token_budgets,
+    channel_budgets: shares of the full cache's bytes, for policies that drop tokens and for those that drop channels of
+    keys. least: accuracy of the full cache that makes a task worth asking."""
 
     tasks: tuple[str, ...]
     context: int
     count: int
     batch: int
     chunk: int
+    window: int
     least: float
     token_budgets: tuple[float, ...]
     channel_budgets: tuple[float, ...]
@@ -45,9 +46,10 @@ class Settings:
             count=16,
             batch=16,
             chunk=64,
+            window=8,
             least=0.95,
             token_budgets=(0.5, 0.3, 0.2),
-            channel_budgets=(0.8, 0.7),
+            channel_budgets=(0.85, 0.75),
         )
     )
     text: QualitySizes = field(
@@ -57,6 +59,7 @@ class Settings:
             count=4,
             batch=4,
             chunk=128,
+            window=32,
             least=0.75,
             token_budgets=(0.5, 0.2),
             channel_budgets=(0.75,),
@@ -74,6 +77,7 @@ QUICK = Settings(
         count=2,
         batch=2,
         chunk=32,
+        window=8,
         least=0.0,
         token_budgets=(0.6,),
         channel_budgets=(0.85,),
@@ -84,6 +88,7 @@ QUICK = Settings(
         count=2,
         batch=2,
         chunk=128,
+        window=32,
         least=0.0,
         token_budgets=(0.6,),
         channel_budgets=(0.85,),
