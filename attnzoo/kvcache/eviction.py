@@ -297,7 +297,8 @@ class EvictingCache(Compression):
 
     def protected(self, places_BKS: Tensor, budgets_B: Tensor, lengths_B: Tensor) -> Tensor:
         """Sinks and the most recent tokens."""
-        first_recent_B = lengths_B - self.recents(budgets_B)
+        # In the dtype of the places: a comparison of two dtypes would copy them.
+        first_recent_B = (lengths_B - self.recents(budgets_B)).to(places_BKS.dtype)
         return (places_BKS < self.config.sinks) | (places_BKS >= first_recent_B[:, None, None])
 
 
