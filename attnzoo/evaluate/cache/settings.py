@@ -55,9 +55,9 @@ class Settings:
     text: QualitySizes = field(
         default_factory=lambda: QualitySizes(
             tasks=tuple(TEXT_TASKS),
-            context=512,
-            count=4,
-            batch=4,
+            context=384,
+            count=3,
+            batch=3,
             chunk=128,
             window=32,
             least=0.75,
