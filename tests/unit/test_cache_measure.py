@@ -204,6 +204,14 @@ def test_speed_claims_are_computed():
     assert sequences.measured == pytest.approx((1 + 960 // 20) / 10)
 
 
+def test_a_slow_baseline_is_told():
+    name = "decode: full cache's bytes/s over the best policy's"
+    fair = {"full": speed(100, 100, 1.1), "d2o": speed(20, 40, 0.3)}
+    slow = {"full": speed(100, 100, 11.0), "d2o": speed(20, 40, 0.3)}
+    assert next(claim for claim in speed_claims(fair) if claim.name == name).holds
+    assert not next(claim for claim in speed_claims(slow) if claim.name == name).holds
+
+
 def test_the_roofline_by_hand():
     cost = step_cost(weight_bytes=2000, weights=1000, state_bytes=400, width=2, group=3, batch=4)
     assert cost.nbytes == 2000 + 4 * 400

@@ -49,6 +49,11 @@ class Speed:
         """What a step must read: weights once, every state once."""
         return self.weight_bytes + self.batch * self.state_bytes
 
+    @property
+    def read_rate(self) -> float:
+        """Bytes a second at which a step gets through what it must read."""
+        return self.read_bytes / self.step_seconds
+
     def sequences_in(self, memory: int) -> int:
         """How many sequences a cache of `memory` bytes holds when the last one to come in needs its peak.
 
