@@ -134,9 +134,9 @@ def test_what_is_read_before_compression_and_what_after(reader, monkeypatch):
         prompts.append(tokens_BT.tolist())
         return prefill(model, tokens_BT, policy, chunk=chunk)
 
-    def told(model, state, tokens_BT):
-        forced.append(tokens_BT.tolist())
-        return force(model, state, tokens_BT)
+    def told(model, state, tokens_BT, *, together):
+        forced.append((tokens_BT.tolist(), together))
+        return force(model, state, tokens_BT, together=together)
 
     monkeypatch.setattr(protocol, "prefill", read)
     monkeypatch.setattr(protocol, "force", told)
@@ -144,7 +144,11 @@ def test_what_is_read_before_compression_and_what_after(reader, monkeypatch):
     first, second = example.questions[:2]
     ask(reader.model, [example], build_cache("full", {}))
     assert prompts == [[[*example.body, *first.prompt]], [list(example.body)]]
-    assert forced == [[[*first.lead, *first.answer]], [list(second.tokens)], [list(first.tokens)]]
+    assert forced == [
+        ([[*first.lead, *first.answer]], len(first.lead)),
+        ([list(second.tokens)], len(second.tokens) - len(second.answer)),
+        ([list(first.tokens)], len(first.tokens) - len(first.answer)),
+    ]
 
 
 def test_what_the_model_says_counts_as_right(reader):

@@ -1,8 +1,8 @@
 """Prefill, compress, then force tokens one by one: the only order in which compression is really measured.
 
 One pass over a text never reads a compressed state, so a perplexity from it says nothing. Here the prompt is read in
-chunks, its state compressed once it is whole, and all that follows is decoded from what was kept, a token at a time,
-as a server would.
+chunks, its state compressed once it is whole, and all that follows is read from what was kept: a later question in one
+chunk and every answer a token at a time, as a server would.
 """
 
 import time
@@ -59,11 +59,15 @@ def prefill(model: DecoderLM, tokens_BT: Tensor, policy: Compression, *, chunk: 
 
 
 @torch.no_grad()
-def force(model: DecoderLM, state: Any, tokens_BT: Tensor) -> tuple[Tensor, Any, float]:
-    """(logits_BTV, state, seconds): feeds tokens one at a time; logits t are read after token t."""
-    begin = time.perf_counter()
+def force(model: DecoderLM, state: Any, tokens_BT: Tensor, *, together: int = 0) -> tuple[Tensor, Any, float]:
+    """(logits_BTV, state, seconds): feeds the first `together` tokens in one chunk and the others one at a time; logits
+    t are read after token t. Seconds are those of single tokens."""
     logits = []
-    for step in range(tokens_BT.shape[1]):
+    if together:
+        logits_BTV, state = model.extend(tokens_BT[:, :together], state)
+        logits.append(logits_BTV)
+    begin = time.perf_counter()
+    for step in range(together, tokens_BT.shape[1]):
         logits_B1V, state = model.extend(tokens_BT[:, step : step + 1], state)
         logits.append(logits_B1V)
     return torch.cat(logits, dim=1), state, time.perf_counter() - begin
@@ -100,14 +104,17 @@ def ask(model: DecoderLM, examples: list[Example], policy: Compression, *, chunk
     # Inside: all of the first question belongs to the prompt; what is decoded begins with its lead.
     prompt_BT = torch.cat([body_BT, column(first, "prompt")], dim=1)
     inside = prefill(model, prompt_BT, policy, chunk=chunk)
-    logits_BTV, state, seconds = force(model, inside.state, column(first, "lead", "answer"))
+    told = force(model, inside.state, column(first, "lead", "answer"), together=len(first[0].lead))
+    logits_BTV, state, seconds = told
     answers += [Answer("inside", right) for right in _right(logits_BTV, column(first, "answer"))]
-    logits_BTV, _, more = force(model, state, column(second, "prompt", "lead", "answer"))
+    whole, asked = column(second, "prompt", "lead", "answer"), len(second[0].tokens) - len(second[0].answer)
+    logits_BTV, _, more = force(model, state, whole, together=asked)
     answers += [Answer("second", right) for right in _right(logits_BTV, column(second, "answer"))]
     outside = prefill(model, body_BT, policy, chunk=chunk)
-    logits_BTV, _, rest = force(model, outside.state, column(first, "prompt", "lead", "answer"))
+    whole, asked = column(first, "prompt", "lead", "answer"), len(first[0].tokens) - len(first[0].answer)
+    logits_BTV, _, rest = force(model, outside.state, whole, together=asked)
     answers += [Answer("outside", right) for right in _right(logits_BTV, column(first, "answer"))]
-    forced = len(examples) * (2 * len(first[0].tokens) + len(second[0].tokens) - len(first[0].prompt))
+    forced = len(examples) * (2 * len(first[0].answer) + len(second[0].answer))
     alone = inside if len(examples) == 1 else prefill(model, prompt_BT[:1], policy, chunk=chunk)
     return Told(answers, alone.nbytes, alone.peak_nbytes, forced, seconds + more + rest)
 
