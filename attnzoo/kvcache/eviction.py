@@ -230,13 +230,13 @@ class EvictingCache(Compression):
     def compress(self, layers: Sequence[Layer], final: bool) -> list[Any]:
         if self.config.lossless:
             return [layer.state for layer in layers]
+        if any(layer.state.ring.keys_BKRH.shape[2] for layer in layers):
+            raise ValueError("compress: this state has been compressed already; extend it, or start a new one")
         lengths_B = layers[0].lengths_B
         budgets = self.layer_budgets(layers, self._asked(lengths_B))
         states = []
         for layer, budgets_B in zip(layers, budgets, strict=True):
             state = layer.state
-            if state.ring.keys_BKRH.shape[2]:
-                raise ValueError("compress: this state has been compressed already; extend it, or start a new one")
             over = bool((lengths_B > budgets_B).any())
             if over or (final and self.thins):
                 state = self._bounded(layer, budgets_B) if final else self._shrunk(layer, budgets_B)

@@ -166,7 +166,8 @@ def check_bytes(variant: str, name: str) -> None:
         assert measured == [claimed] * len(measured), f"{measured} bytes a layer, the policy says {claimed}"
         if "think-" not in name and name not in ("think", "random_channels"):
             assert claimed < policy.nbytes(*sizes, 61, torch.float64)
-    for layer in state.layers:
+    _, state = model.extend(tokens[:, :61], opened)
+    for layer in model.compress(state).layers:
         for tensor_name, x in layer.mixing.tensors().items():
             assert x.untyped_storage().nbytes() <= x.nbytes, f"{tensor_name} keeps a larger buffer alive"
 
