@@ -8,7 +8,7 @@ import torch
 from attnzoo.models import generate
 from attnzoo.tokenizer import Tokenizer
 from train.config import SampleConfig
-from train.data import TokenData
+from train.data import TrainingData
 from train.engine import Engine
 
 
@@ -27,7 +27,7 @@ class Validation(NamedTuple):
 UNMEASURED = Validation(math.nan, math.nan)
 
 
-def validate(engine: Engine, data: TokenData, batch_size: int, most_blocks: int | None) -> Validation:
+def validate(engine: Engine, data: TrainingData, batch_size: int, most_blocks: int | None) -> Validation:
     """Loss over the validation blocks; `most_blocks`: over that many, spread evenly."""
     tokens_NT, targets_NT = data.validation_blocks(most_blocks)
     blocks = len(tokens_NT)

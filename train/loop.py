@@ -10,7 +10,7 @@ from tqdm import tqdm
 from attnzoo.tokenizer import Tokenizer
 from train.checkpoint import Checkpoints, Progress
 from train.config import Config
-from train.data import TokenData
+from train.data import TrainingData
 from train.engine import Engine
 from train.evaluate import UNMEASURED, Validation, samples, validate
 from train.limits import MEASURED_STEPS
@@ -28,7 +28,7 @@ class Run:
 
     config: Config
     engine: Engine
-    data: TokenData
+    data: TrainingData
     tokenizer: Tokenizer
     checkpoints: Checkpoints
     progress: Progress

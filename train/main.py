@@ -36,7 +36,7 @@ from attnzoo.types import build_config
 from train import engine as engines
 from train.checkpoint import Checkpoints, Progress, find_resume, identity
 from train.config import Config, ConfigError, load_config
-from train.data import DataConfig, TokenData, prepare
+from train.data import DataConfig, TrainingData, prepare
 from train.engine import Engine
 from train.export import adopted_model, export, init_from
 from train.loop import Run, train
@@ -99,14 +99,14 @@ def run_training(config: Config, local_rank: int) -> None:
         _summarize(run, reason)
 
 
-def _prepare_data(config: Config) -> tuple[Path, TokenData]:
+def _prepare_data(config: Config) -> tuple[Path, TrainingData]:
     """Tokenizer and tokens: rank 0 builds what is missing, then the others open it; a mistake ends all ranks."""
     data_config = build_config(DataConfig, {"seed": config.seed, **config.data}, "data")
     tokenizer_config = build_config(TokenizerConfig, config.tokenizer, "tokenizer")
     if config.checkpoint.adopt_model and config.checkpoint.init_from is not None:
         tokenizer_config = replace(tokenizer_config, path=str(find_checkpoint(config.checkpoint.init_from)))
 
-    def prepared(is_main: bool) -> tuple[Path, TokenData]:
+    def prepared(is_main: bool) -> tuple[Path, TrainingData]:
         path = ensure_tokenizer(tokenizer_config, data_config, config.cache_path)
         return path, prepare(data_config, path, config.cache_path, is_main=is_main, progress=is_main)
 
@@ -143,7 +143,7 @@ def _model_config(config: Config, vocab_size: int) -> DecoderConfig:
     return config.model_config(vocab_size)
 
 
-def _resume(config: Config, engine: Engine, checkpoints: Checkpoints, data: TokenData) -> tuple[Progress, bool]:
+def _resume(config: Config, engine: Engine, checkpoints: Checkpoints, data: TrainingData) -> tuple[Progress, bool]:
     """Where the run stands, and whether that came from a checkpoint."""
     path = find_resume(checkpoints, config.checkpoint.resume)
     if engine.rank == 0:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """source: "stdlib" (the Python standard library of this interpreter), a path of a .txt, .jsonl or .parquet file or
-    of a directory of text files, or "hub:<dataset id>[:<config name>]" for the `datasets` library.
+    """source: "stdlib" (the Python standard library of this interpreter), "retrieval" (generated tasks whose targets
+    are the answers, see train.data.retrieval), a path of a .txt, .jsonl or .parquet file or of a directory of text
+    files, or "hub:<dataset id>[:<config name>]" for the `datasets` library.
 
     text_field: column or key of the text in jsonl, parquet and hub sources. split: of a hub dataset.
     validation_fraction: of the documents, or of the text where there are few. sequence_length: tokens of a block.
@@ -33,4 +34,4 @@ class DataConfig:
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ValueError(f"data.max_bytes={self.max_bytes} must be at least 1, or null for all text")
         if not self.source:
-            raise ValueError("data.source is empty; give 'stdlib', a path, or 'hub:<dataset id>'")
+            raise ValueError("data.source is empty; give 'stdlib', 'retrieval', a path or 'hub:<dataset id>'")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from train.data.config import DataConfig
+from train.data.retrieval import SOURCE, retrieval_documents
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex")
 FEW_DOCUMENTS = 20
@@ -67,7 +68,7 @@ def fingerprint(config: DataConfig) -> str:
     """Changes when the text of the source may have changed: names, sizes and times of its files, or the hub id."""
     parts = [config.source, config.text_field, config.split, str(config.max_bytes)]
     parts += [str(config.validation_fraction), str(config.seed)]
-    if config.source.startswith("hub:"):
+    if config.source == SOURCE or config.source.startswith("hub:"):
         return " ".join(parts)
     files = _stdlib_files() if config.source == "stdlib" else _files(config)
     stamps = ((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
@@ -77,6 +78,8 @@ def fingerprint(config: DataConfig) -> str:
 def _reader(config: DataConfig) -> Callable[[DataConfig], Iterator[str]]:
     if config.source == "stdlib":
         return _read_stdlib
+    if config.source == SOURCE:
+        return retrieval_documents
     if config.source.startswith("hub:"):
         return _read_hub
     return _read_files

@@ -17,6 +17,7 @@ from attnzoo.tokenizer import Tokenizer, load_tokenizer
 from train.data.config import DataConfig
 from train.data.corpora import fingerprint, split_documents
 from train.data.loader import BatchStream
+from train.data.retrieval import SOURCE, TaskData, prepare_tasks
 
 FORMAT = 1
 SIDES = ("train", "validation")
@@ -63,13 +64,15 @@ def blocks_of(tokens: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
 
 def prepare(
     config: DataConfig, tokenizer_path: Path, cache_dir: Path, *, is_main: bool, progress: bool = True
-) -> TokenData:
+) -> TokenData | TaskData:
     """Opens the tokens of the corpus; the main process builds them first if they are not there.
 
-    The other processes call this after the main one. Raises ValueError as `split_documents`, when a split is shorter
-    than a block, or when a process that is not the main one finds nothing.
+    The other processes call this after the main one. Generated tasks are not stored. Raises ValueError as
+    `split_documents`, when a split is shorter than a block, or when a process that is not the main one finds nothing.
     """
     tokenizer = load_tokenizer(tokenizer_path)
+    if config.source == SOURCE:
+        return prepare_tasks(config, tokenizer)
     if config.isolate_documents and tokenizer.encode("", bos=True) == []:
         raise ValueError(
             "data.isolate_documents=true needs a tokenizer whose texts have a begin token; this one's have none: set "

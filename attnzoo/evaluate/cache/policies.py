@@ -1,0 +1,55 @@
+"""Which policies are compared, and by which option each is given more or fewer bytes."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from attnzoo.kvcache import Compression, build_cache
+
+Knob = Literal["keep_ratio", "channel_ratio"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A policy under a name of its own. `knob`: the option that is searched for a budget of bytes; None: it has no
+    choice. `role`: what it is in the comparison. `observes`: whether it has an observation window, whose queries and
+    whole keys count as bytes."""
+
+    name: str
+    policy: str
+    knob: Knob | None
+    role: Literal["full", "ours", "control"]
+    options: dict[str, Any] = field(default_factory=dict)
+    observes: bool = False
+
+    def build(self, ratio: float | None = None) -> Compression:
+        """The policy at a value of its knob."""
+        chosen: dict[str, Any] = {} if self.knob is None or ratio is None else {self.knob: ratio}
+        return build_cache(self.policy, {**self.options, **chosen})
+
+    def observing(self, window: int) -> "Contender":
+        """The same with a window of that many tokens, where it has one."""
+        return replace(self, options={**self.options, "window": window}) if self.observes else self
+
+
+FULL = Contender(name="full", policy="full", knob=None, role="full")
+TOKENS = (
+    Contender(name="d2o", policy="d2o", knob="keep_ratio", role="ours"),
+    Contender(name="d2o, streamed", policy="d2o", knob="keep_ratio", role="ours", options={"prefill": "stream"}),
+    Contender(name="snapkv", policy="snapkv", knob="keep_ratio", role="ours", observes=True),
+    Contender(name="streaming", policy="streaming", knob="keep_ratio", role="control"),
+    Contender(name="random_tokens", policy="random_tokens", knob="keep_ratio", role="control"),
+    Contender(
+        name="d2o+think",
+        policy="d2o+think",
+        knob="keep_ratio",
+        role="ours",
+        options={"channel_ratio": 0.5},
+        observes=True,
+    ),
+)
+"""Policies that drop tokens: any budget."""
+CHANNELS = (
+    Contender(name="think", policy="think", knob="channel_ratio", role="ours", observes=True),
+    Contender(name="random_channels", policy="random_channels", knob="channel_ratio", role="control", observes=True),
+)
+"""Policies that drop channels of keys: all values stay, so that no budget below half is in their reach."""

@@ -1,0 +1,181 @@
+"""The parts of the benchmark: each measures one thing and adds its rows and claims to the report."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from attnzoo.evaluate.cache import table
+from attnzoo.evaluate.cache.models import Reader, prose
+from attnzoo.evaluate.cache.peer import run_peer
+from attnzoo.evaluate.cache.policies import CHANNELS, FULL, TOKENS, Contender
+from attnzoo.evaluate.cache.quality import Result, longest_prompt, measure, measure_fidelity, plan
+from attnzoo.evaluate.cache.retrieval import Batches, Maker, ask_all, make_batches, solved_tasks
+from attnzoo.evaluate.cache.roofline import step_cost
+from attnzoo.evaluate.cache.settings import QualitySizes, Settings
+from attnzoo.evaluate.cache.speed import Speed, measure_speed
+from attnzoo.evaluate.cache.symbol_tasks import symbol_example, symbol_tokens
+from attnzoo.evaluate.cache.text_tasks import text_example
+from attnzoo.evaluate.chips import chosen_chips
+from attnzoo.evaluate.progress import Progress
+from attnzoo.kvcache import build_cache
+from attnzoo.models import DecoderLM
+from attnzoo.report import Report
+from attnzoo.types import dtype_bytes
+
+SPEED_POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("full", {}),
+    "d2o": ("d2o", {"keep_ratio": 0.2, "prefill": "stream"}),
+    "think": ("think", {"channel_ratio": 0.5}),
+    "d2o+think": ("d2o+think", {"keep_ratio": 0.2, "channel_ratio": 0.5, "prefill": "stream"}),
+}
+"""What decoding is timed with: D2O at 20 %, ThinK at 50 %, both."""
+ROOFLINE_CHIPS = ["H100", "MI300X"]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """kvpress: its Python, the script to run there, and a directory for the exchange."""
+
+    python: Path
+    script: Path
+    directory: Path
+
+
+def symbols(reader: Reader, settings: Settings, report: Report) -> None:
+    """Retrieval over symbols with the small model that was trained on it."""
+    tokens, sizes = symbol_tokens(reader.encode), settings.symbols
+
+    def make(task: str, seed: int) -> Any:
+        return symbol_example(task, sizes.context, seed).translated(tokens).after(reader.begin)
+
+    results, _ = _quality("symbols", reader.model, make, settings.seeds, sizes, report)
+    if not report.quick:
+        report.claims.append(table.solved_claim("symbols", results[0], sizes.tasks, sizes.least))
+
+
+def text(reader: Reader, settings: Settings, report: Report, peer: Peer | None) -> None:
+    """Retrieval in English and the fidelity of prose with a real checkpoint; kvpress on the same, where it is given."""
+    sizes = settings.text
+
+    def make(task: str, seed: int) -> Any:
+        return text_example(reader.encode, task, sizes.context, seed).after(reader.begin)
+
+    results, batches = _quality("text", reader.model, make, settings.seeds, sizes, report)
+    _fidelity(reader, settings, results, report)
+    if peer is not None:
+        _peer(reader.model, batches, results, sizes, report, peer)
+
+
+def _quality(
+    name: str, model: DecoderLM, make: Maker, seeds: int, sizes: QualitySizes, report: Report
+) -> tuple[list[Result], Batches]:
+    """All contenders at all budgets, on the tasks that the full cache solves."""
+    batches = make_batches(make, sizes.tasks, seeds, sizes.count, sizes.batch)
+    batches = _solved(name, model, batches, sizes, report)
+    tasks = list(dict.fromkeys(task for task, _ in batches))
+    wanted: list[tuple[Contender, Sequence[float]]] = [(c.observing(sizes.window), sizes.token_budgets) for c in TOKENS]
+    wanted += [(c.observing(sizes.window), sizes.channel_budgets) for c in CHANNELS]
+    progress = Progress(sum(len(budgets) for _, budgets in wanted))
+    found = plan(model, longest_prompt(batches), wanted, sizes.chunk, progress.add)
+    progress.close()
+    for contender, budget in found.skipped:
+        print(f"{name}: {contender} cannot get down to {budget:.0%} of the full cache's bytes", file=sys.stderr)
+    progress = Progress(seeds * sizes.count * len(tasks) * len(found.entries))
+    results = measure(model, batches, found.entries, sizes.chunk, progress.add)
+    progress.close()
+    report.rows += [table.quality_row(name, result, tasks) for result in results]
+    report.rows += [row for result in results for row in table.seed_rows(f"{name} by seed", result, tasks, seeds)]
+    report.claims += table.byte_budget_claims(name, results)
+    if not report.quick:
+        report.claims += table.quality_claims(name, results, tasks)
+    return results, batches
+
+
+def _solved(name: str, model: DecoderLM, batches: Batches, sizes: QualitySizes, report: Report) -> Batches:
+    """The tasks that the full cache solves; reports all. Raises ValueError when it solves none."""
+    progress = Progress(sum(len(examples) for groups in batches.values() for examples in groups))
+    score = ask_all(model, batches, FULL.build(), sizes.chunk, lambda done: progress.add(done, f"{name}: full cache"))
+    progress.close()
+    solved = solved_tasks(score, sizes.tasks, sizes.least)
+    report.rows.append(
+        {"table": f"{name}: full cache", **{task: round(score.accuracy(task), 4) for task in sizes.tasks}}
+    )
+    for task in sizes.tasks:
+        if task not in solved:
+            print(f"{name}: {task} left out, as the full cache is below {sizes.least:.0%} on it", file=sys.stderr)
+    if not solved:
+        raise ValueError(f"{name}: the full cache solves none of {', '.join(sizes.tasks)}; use another model")
+    return {key: groups for key, groups in batches.items() if key[0] in solved}
+
+
+def _fidelity(reader: Reader, settings: Settings, results: Sequence[Result], report: Report) -> None:
+    """KL, agreement and perplexity over tokens that follow a compressed prompt of prose."""
+    sizes = settings.fidelity
+    texts_NT = prose(reader.encode, sizes.texts, sizes.prompt + sizes.forced + 1)
+    entries = [(result.contender, result.budget, result.fit) for result in results]
+    progress = Progress(len(texts_NT) * len(entries))
+    found = measure_fidelity(reader.model, texts_NT, sizes.prompt, entries, progress.add)
+    progress.close()
+    report.rows += [table.fidelity_row("fidelity", policy, budget, value) for (policy, budget), value in found.items()]
+
+
+def _peer(
+    model: DecoderLM, batches: Batches, results: Sequence[Result], sizes: QualitySizes, report: Report, peer: Peer
+) -> None:
+    """kvpress at the budgets of the token policies."""
+    tasks = list(dict.fromkeys(task for task, _ in batches))
+    full = results[0]
+    for budget in sizes.token_budgets:
+        scores = run_peer(peer.python, peer.script, model, batches, budget, peer.directory)
+        for press, score in scores.items():
+            contender = Contender(name=press, policy=press, knob=None, role="control")
+            result = replace(full, contender=contender, budget=budget, fit=replace(full.fit, ratio=budget), score=score)
+            report.rows.append(table.quality_row("text", result, tasks))
+        best = max(scores, key=lambda press: scores[press].accuracy())
+        mine = next(r for r in results if r.contender.name == table.D2O and r.budget == budget)
+        name = f"text, {budget:.0%} of the bytes"
+        report.claims.append(table.peer_claim(name, mine.score.accuracy(), best, scores[best].accuracy()))
+
+
+def speed(model: DecoderLM, settings: Settings, report: Report) -> dict[str, Speed]:
+    """Decoding at a long context."""
+    policies = {name: build_cache(kind, options) for name, (kind, options) in SPEED_POLICIES.items()}
+    found = measure_speed(model, policies, settings.speed, lambda line: print(f"decode: {line}", file=sys.stderr))
+    report.rows += table.speed_rows(found)
+    if not report.quick:
+        report.claims += table.speed_claims(found)
+    return found
+
+
+def roofline(model: DecoderLM, speeds: dict[str, Speed], report: Report) -> None:
+    """What the measured bytes would promise on other chips; a model."""
+    weights = model.num_parameters(embeddings=False) + model.head.weight.numel()
+    width = dtype_bytes(model.embedding.weight.dtype)
+    attention = model.layers()[0].attention.config
+    group = attention.num_heads // (attention.num_kv_heads or attention.num_heads)
+    costs = {
+        name: step_cost(
+            weight_bytes=speed.weight_bytes,
+            weights=weights,
+            state_bytes=speed.state_bytes,
+            width=width,
+            group=group,
+            batch=speed.batch,
+        )
+        for name, speed in speeds.items()
+    }
+    for chip in chosen_chips(ROOFLINE_CHIPS):
+        for name, cost in costs.items():
+            report.rows.append(
+                {
+                    "table": "roofline (a model, not a measurement)",
+                    "chip": chip.name,
+                    "policy": name,
+                    "MB/step": round(cost.nbytes / 1e6, 1),
+                    "GFLOP/step": round(cost.flops / 1e9, 2),
+                    "us/step": round(1e6 * cost.seconds(chip), 1),
+                    "times full": round(costs[FULL.name].seconds(chip) / cost.seconds(chip), 2),
+                }
+            )

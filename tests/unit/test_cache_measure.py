@@ -1,0 +1,320 @@
+"""The measurement of compressed caches: metrics by hand, the search for a budget, the protocol, what is claimed."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnzoo.evaluate.cache.budget import Fit, fit_budget
+from attnzoo.evaluate.cache.metrics import FidelityMeter, kl_divergence
+from attnzoo.evaluate.cache.models import prose, random_reader
+from attnzoo.evaluate.cache.peer import PRESSES, PeerError, run_peer, work_items
+from attnzoo.evaluate.cache.protocol import ask, force, forced_logits, prefill
+from attnzoo.evaluate.cache.retrieval import Score, make_batches, solved_tasks
+from attnzoo.evaluate.cache.roofline import step_cost
+from attnzoo.evaluate.cache.speed import Speed, weight_bytes
+from attnzoo.evaluate.cache.table import peer_claim, speed_claims
+from attnzoo.evaluate.cache.text_tasks import text_example
+from attnzoo.evaluate.chips import CHIPS
+from attnzoo.kvcache import build_cache
+from scripts.bench_cache import main
+
+
+def logits(*probabilities: float) -> torch.Tensor:
+    return torch.tensor(probabilities, dtype=torch.float64).log()
+
+
+def test_kl_by_hand():
+    full, other = logits(0.5, 0.25, 0.25), logits(0.125, 0.375, 0.5)
+    found = kl_divergence(full.view(1, 1, 3), other.view(1, 1, 3))
+    assert found.shape == (1, 1)
+    assert found.item() == pytest.approx(0.5 * math.log(4) + 0.25 * math.log(2 / 3) + 0.25 * math.log(1 / 2))
+    assert kl_divergence(full[None, None], full[None, None] + 7.0).item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_fidelity_by_hand():
+    meter = FidelityMeter()
+    same = logits(0.5, 0.25, 0.25).repeat(1, 98, 1)
+    meter.add(same, same, torch.zeros(1, 98, dtype=torch.long))
+    # Two tokens more: the likeliest differs, the text takes the one that has become less likely.
+    full, other = logits(0.5, 0.25, 0.25).repeat(1, 2, 1), logits(0.25, 0.25, 0.5).repeat(1, 2, 1)
+    meter.add(full, other, torch.zeros(1, 2, dtype=torch.long))
+    found = meter.result()
+    moved = 0.25 * math.log(2)
+    assert found.kl_mean == pytest.approx(0.02 * moved)
+    assert found.kl_p99 == pytest.approx(moved)
+    assert found.agreement == pytest.approx(0.98)
+    assert found.full_perplexity == pytest.approx(2.0)
+    assert found.perplexity == pytest.approx(2.0**0.98 * 4.0**0.02)
+
+
+def test_a_meter_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="no tokens were measured"):
+        FidelityMeter().result()
+
+
+@pytest.mark.parametrize("budget", [99, 100, 149, 1034, 1035, 5000])
+def test_the_fit_is_the_largest_ratio_within_the_budget(budget):
+    def measure(ratio: float) -> int:
+        return 85 + int(ratio * 100) * 10  # steps, and bytes that no ratio removes
+
+    affordable = [ratio for ratio in (n / 64 for n in range(1, 65)) if measure(ratio) <= budget]
+    assert fit_budget(measure, budget) == Fit(max(affordable), measure(max(affordable)))
+
+
+def test_a_budget_below_everything_has_no_fit():
+    assert fit_budget(lambda ratio: 10, 9) is None
+
+
+def test_the_search_measures_few_ratios():
+    asked = []
+    fit_budget(lambda ratio: asked.append(ratio) or 0, 1)
+    assert len(asked) <= 7
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return random_reader("mdha")
+
+
+def test_forced_tokens_are_read_one_by_one_and_mean_the_same_as_at_once(reader):
+    generator = torch.Generator().manual_seed(1)
+    tokens_BT = torch.randint(256, (3, 53), generator=generator)
+    whole_BTV = reader.model(tokens_BT)
+    found = forced_logits(reader.model, tokens_BT, 31, build_cache("full", {}))
+    assert found.shape == (3, 21, 256)
+    torch.testing.assert_close(found, whole_BTV[:, 31:-1], rtol=1e-4, atol=1e-5)
+
+
+def test_prefill_in_chunks_reports_its_bytes(reader):
+    tokens_BT = torch.zeros(2, 50, dtype=torch.long)
+    done = prefill(reader.model, tokens_BT, build_cache("full", {}), chunk=7)
+    assert done.nbytes == done.peak_nbytes == done.state.nbytes()
+    assert done.nbytes == reader.model.cost(2, 1, 50).state_bytes
+    roomy = prefill(reader.model, tokens_BT, build_cache("full", {}), room=10)
+    assert roomy.nbytes == reader.model.cost(2, 1, 60).state_bytes
+
+
+def test_a_policy_that_keeps_less_takes_fewer_bytes_and_its_peak_is_seen(reader):
+    tokens_BT = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(0))
+    full = prefill(reader.model, tokens_BT, build_cache("full", {}))
+    done = prefill(reader.model, tokens_BT, build_cache("streaming", {"keep_ratio": 0.5}))
+    assert done.nbytes < 0.75 * full.nbytes
+    assert done.peak_nbytes >= done.nbytes
+    assert force(reader.model, done.state, tokens_BT[:, :3])[0].shape == (2, 3, 256)
+
+
+def test_answers_under_the_full_cache_are_those_of_the_parallel_form(reader):
+    model = reader.model
+    batches = make_batches(lambda task, seed: text_example(reader.encode, task, 300, seed), ["recall"], 1, 12, 4)
+    examples = batches["recall", 0][0]
+    # A random model is never right: put what it says in place of the answers of some, so that both outcomes occur.
+    told = ask(model, examples, build_cache("full", {}))
+    seen = {where: [a.right for a in told.answers if a.condition == where] for where in ("inside", "outside", "second")}
+    for number, example in enumerate(examples):
+        first, second = example.questions[:2]
+        text = torch.tensor([[*example.body, *first.tokens, *second.tokens]])
+        guesses = model(text)[0].argmax(-1).tolist()
+        end = len(example.body) + len(first.tokens)
+        right = guesses[end - len(first.answer) - 1 : end - 1] == list(first.answer)
+        later = guesses[text.shape[1] - len(second.answer) - 1 : -1] == list(second.answer)
+        assert seen["inside"][number] == seen["outside"][number] == right
+        assert seen["second"][number] == later
+
+
+def test_what_is_read_before_compression_and_what_after(reader, monkeypatch):
+    from attnzoo.evaluate.cache import protocol
+
+    prompts, forced = [], []
+
+    def read(model, tokens_BT, policy, *, chunk):
+        prompts.append(tokens_BT.tolist())
+        return prefill(model, tokens_BT, policy, chunk=chunk)
+
+    def told(model, state, tokens_BT, *, together):
+        forced.append((tokens_BT.tolist(), together))
+        return force(model, state, tokens_BT, together=together)
+
+    monkeypatch.setattr(protocol, "prefill", read)
+    monkeypatch.setattr(protocol, "force", told)
+    example = text_example(reader.encode, "recall", 300, 0)
+    first, second = example.questions[:2]
+    ask(reader.model, [example], build_cache("full", {}))
+    assert prompts == [[[*example.body, *first.prompt]], [list(example.body)]]
+    assert forced == [
+        ([[*first.lead, *first.answer]], len(first.lead)),
+        ([list(second.tokens)], len(second.tokens) - len(second.answer)),
+        ([list(first.tokens)], len(first.tokens) - len(first.answer)),
+    ]
+
+
+def test_what_the_model_says_counts_as_right(reader):
+    """An example whose answers are what the model itself goes on with."""
+    from dataclasses import replace
+
+    model = reader.model
+    example = text_example(reader.encode, "recall", 300, 0)
+    tokens = list(example.body)
+    questions = []
+    for question in example.questions[:2]:
+        tokens += [*question.prompt, *question.lead]
+        answer: list[int] = []
+        for _ in question.answer:
+            answer.append(int(model(torch.tensor([tokens + answer]))[0, -1].argmax()))
+        tokens += answer
+        questions.append(replace(question, answer=tuple(answer)))
+    told = ask(model, [replace(example, questions=tuple(questions))], build_cache("full", {}))
+    assert [(a.condition, a.right) for a in told.answers] == [("inside", True), ("second", True), ("outside", True)]
+
+
+def test_accuracy_counts_tasks_and_conditions_alike():
+    score = Score({("a", "inside", 0): [True] * 8, ("a", "second", 0): [False] * 2, ("b", "inside", 1): [True, False]})
+    assert score.accuracy("a") == 0.5
+    assert score.accuracy(condition="inside") == 0.75
+    assert score.accuracy() == pytest.approx(0.5)
+    assert score.accuracy(seed=1) == 0.5
+    assert math.isnan(score.accuracy("c"))
+
+
+def test_tasks_must_be_solved_under_every_condition():
+    where = ("inside", "outside", "second")
+    right = {("a", c, 0): [True] for c in where} | {("b", c, 0): [c != "second"] for c in where}
+    assert solved_tasks(Score(right), ["a", "b"], 0.9) == ["a"]
+
+
+def speed(state: int, peak: int, seconds: float) -> Speed:
+    return Speed(step_seconds=seconds, state_bytes=state, peak_bytes=peak, weight_bytes=100, batch=10)
+
+
+def test_sequences_in_a_budget_count_the_peak_of_the_last_one():
+    assert speed(20, 100, 1.0).sequences_in(1000) == 1 + 900 // 20
+    assert speed(20, 100, 1.0).sequences_in(99) == 0
+    assert speed(100, 100, 1.0).sequences_in(1000) == 10
+
+
+def test_speed_claims_are_computed():
+    speeds = {"full": speed(100, 100, 4.0), "d2o": speed(20, 40, 1.0), "think": speed(75, 100, 4.5)}
+    found = {claim.name: claim for claim in speed_claims(speeds)}
+    ratio = found["decode: d2o, times the full cache's tokens/s"]
+    assert (ratio.measured, ratio.holds) == (4.0, True)
+    (share,) = (claim for name, claim in found.items() if "that its bytes allow" in name)
+    assert share.measured == pytest.approx(4.0 / (1100 / 300), abs=1e-4)
+    assert not found["decode: think, times the full cache's tokens/s"].holds
+    assert found["think: share of the full cache's bytes that is gone"].measured == 0.25
+    sequences = found["d2o: sequences in the memory of the full cache's, prefill peak counted"]
+    assert sequences.measured == pytest.approx((1 + 960 // 20) / 10)
+
+
+def test_a_slow_baseline_is_told():
+    name = "decode: full cache's bytes/s over the best policy's"
+    fair = {"full": speed(100, 100, 1.1), "d2o": speed(20, 40, 0.3)}
+    slow = {"full": speed(100, 100, 11.0), "d2o": speed(20, 40, 0.3)}
+    assert next(claim for claim in speed_claims(fair) if claim.name == name).holds
+    assert not next(claim for claim in speed_claims(slow) if claim.name == name).holds
+
+
+def test_the_roofline_by_hand():
+    cost = step_cost(weight_bytes=2000, weights=1000, state_bytes=400, width=2, group=3, batch=4)
+    assert cost.nbytes == 2000 + 4 * 400
+    assert cost.flops == 4 * 2 * (1000 + 3 * 200)
+    assert cost.seconds(CHIPS["H100"]) == pytest.approx(cost.nbytes / 3.35e12)
+
+
+def test_weight_bytes_count_a_tied_table_once(reader):
+    assert weight_bytes(reader.model) == sum(p.nbytes for p in reader.model.parameters())
+
+
+def test_prose_is_as_long_as_asked(reader):
+    assert prose(reader.encode, 2, 300).shape == (2, 300)
+    with pytest.raises(ValueError, match="more than Python's documentation has"):
+        prose(reader.encode, 10**6, 100)
+
+
+ECHO = """
+import json, sys
+work = json.load(open(sys.argv[1]))
+right = [[index % 2 == 0 for index in range(len(item["spans"]))] for item in work["items"]]
+found = {"right": right, "nbytes": [len(item["prompt"]) for item in work["items"]]}
+json.dump({press: found for press in work["presses"]}, open(sys.argv[2], "w"))
+"""
+
+
+def test_the_peer_gets_the_same_tokens_and_its_answers_find_their_conditions(tmp_path):
+    reader = random_reader()
+    batches = make_batches(lambda task, seed: text_example(reader.encode, task, 300, seed), ["recall"], 2, 2, 2)
+    script = tmp_path / "echo.py"
+    script.write_text(ECHO, encoding="utf-8")
+    scores = run_peer(Path(sys.executable), script, reader.model, batches, 0.25, tmp_path)
+    assert set(scores) == set(PRESSES)
+    score = scores["SnapKVPress"]
+    assert score.accuracy(condition="inside") == score.accuracy(condition="outside") == 1.0
+    assert score.accuracy(condition="second") == 0.0
+    work = json.loads((tmp_path / "work.json").read_text(encoding="utf-8"))
+    assert work["ratio"] == 0.75
+    assert len(work["items"]) == 8
+    for item in work_items([batches["recall", 0][0][0]]):
+        first, second = batches["recall", 0][0][0].questions[:2]
+        answers = [item["forced"][start:end] for start, end in item["spans"]]
+        assert answers[0] == list(first.answer)
+        assert answers[1:] in ([], [list(second.answer)])
+
+
+def test_a_peer_that_fails_says_why(tmp_path):
+    reader = random_reader()
+    batches = make_batches(lambda task, seed: text_example(reader.encode, task, 300, seed), ["recall"], 1, 1, 1)
+    script = tmp_path / "fails.py"
+    script.write_text("import no_such_package_of_anyone", encoding="utf-8")
+    with pytest.raises(PeerError, match="No module named 'no_such_package_of_anyone'"):
+        run_peer(Path(sys.executable), script, reader.model, batches, 0.5, tmp_path)
+    with pytest.raises(PeerError, match="cannot be run"):
+        run_peer(tmp_path / "nothing", script, reader.model, batches, 0.5, tmp_path)
+
+
+def test_the_peer_claim_needs_the_mean_of_the_best_press():
+    assert peer_claim("text", 0.5, "SnapKVPress", 0.5).holds
+    assert not peer_claim("text", 0.5, "SnapKVPress", 0.51).holds
+
+
+def test_quick_runs_all_of_it(tmp_path, capsys):
+    figure, report = tmp_path / "figure.png", tmp_path / "report.json"
+    status = main(["--quick", "--roofline", "--figure", str(figure), "--json", str(report)])
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    content = json.loads(report.read_text(encoding="utf-8"))
+    assert content["quick"] is True
+    assert content["figures"] == ["figure.png"]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    tables = {row["table"] for row in content["rows"]}
+    assert {"symbols", "symbols by seed", "text", "fidelity", "decode"} <= tables
+    policies = {row["policy"] for row in content["rows"] if row["table"] == "text"}
+    assert {"full", "d2o", "streaming", "random_tokens", "snapkv", "think", "random_channels"} <= policies
+    full = next(row for row in content["rows"] if row["table"] == "fidelity" and row["policy"] == "full")
+    assert full["KL mean"] == 0.0
+    assert full["top-1 agreement"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sections", "symbol"], "unknown section 'symbol'; known: symbols, text, speed"),
+        (["--sections", "text", "--roofline"], "--roofline needs the bytes"),
+    ],
+)
+def test_wrong_usage(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_peer_that_fails_does_not_lose_what_was_measured(tmp_path, capsys):
+    report = tmp_path / "report.json"
+    nothing = tmp_path / "python"
+    options = ["--quick", "--sections", "text", "--run-dir", str(tmp_path / "run"), "--json", str(report)]
+    assert main([*options, "--kvpress-python", str(nothing)]) == 1
+    assert "kvpress is left out" in capsys.readouterr().err
+    tables = {row["table"] for row in json.loads(report.read_text(encoding="utf-8"))["rows"]}
+    assert {"text", "fidelity"} <= tables

@@ -1,0 +1,124 @@
+"""Generated retrieval tasks as training data: the small model that compressed caches are measured with learns them.
+
+A document is one context of `attnzoo.evaluate.cache.symbol_tasks` and its questions, each asked once: asked again, it
+could be answered from the first answer. Documents fill a sequence one after the other, and only answers are targets.
+The sequence of an index is always the same, so nothing is stored.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnzoo.evaluate.cache.examples import answered
+from attnzoo.evaluate.cache.symbol_tasks import ALPHABET, SYMBOL_TASKS, symbol_example, symbol_tokens
+from attnzoo.tokenizer import Tokenizer
+from train.data.config import DataConfig
+
+SOURCE = "retrieval"
+IGNORED = -100
+VALIDATION_SEQUENCES = 256
+SHORTEST_CONTEXT = 80
+"""Symbols that hold the items of every task."""
+
+
+def retrieval_documents(config: DataConfig) -> Iterator[str]:
+    """The alphabet over and over: what a tokenizer learns its symbols from, all alike."""
+    yield f" {ALPHABET}\n" * 100
+
+
+def task_document(longest: int, rng: random.Random, bos: int, tokens: list[int]) -> tuple[list[int], list[bool]]:
+    """(tokens, asked) of a begin token, a context of at most `longest` symbols, and its questions."""
+    task = rng.choice(list(SYMBOL_TASKS))
+    context = rng.randint(SHORTEST_CONTEXT, max(SHORTEST_CONTEXT, longest))
+    example = symbol_example(task, context, rng.getrandbits(64)).translated(tokens)
+    questions, asked = answered(example.questions)
+    return [bos, *example.body, *questions], [False] * (1 + context) + asked
+
+
+def task_sequence(length: int, index: str, bos: int, tokens: list[int]) -> tuple[list[int], list[bool]]:
+    """(tokens, asked) of `length` tokens: documents one after the other, the last one cut."""
+    rng = random.Random(index)
+    sequence: list[int] = []
+    asked: list[bool] = []
+    while len(sequence) < length:
+        more, told = task_document(3 * length // 5, rng, bos, tokens)
+        sequence += more
+        asked += told
+    return sequence[:length], asked[:length]
+
+
+class TaskStream:
+    """Training batches: sequence n of the stream belongs to the n-th place in the global batches."""
+
+    def __init__(self, bos: int, tokens: list[int], length: int, seed: int) -> None:
+        """`tokens`: that of every symbol."""
+        self._bos, self._tokens, self._length, self._seed, self._used = bos, tokens, length, seed, 0
+
+    def next(self, batch_size: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
+        """(tokens_BT, targets_BT) of process `rank`; targets are -100 but for answers."""
+        first = self._used + rank * batch_size
+        self._used += batch_size * world
+        indices = [f"{self._seed} {index}" for index in range(first, first + batch_size)]
+        return task_block(self._bos, self._tokens, self._length, indices)
+
+    def state(self) -> dict[str, int]:
+        """Where the stream stands."""
+        return {"used": self._used}
+
+    def load(self, state: Mapping[str, int]) -> None:
+        """Continues from a `state`."""
+        self._used = int(state["used"])
+
+
+def task_block(bos: int, tokens: list[int], length: int, indices: list[str]) -> tuple[Tensor, Tensor]:
+    """(tokens_BT, targets_BT) of the sequences of these indices; targets are -100 but for answers."""
+    rows = [task_sequence(length + 1, index, bos, tokens) for index in indices]
+    tokens_BT = torch.tensor([sequence for sequence, _ in rows])
+    asked_BT = torch.tensor([asked for _, asked in rows])
+    return tokens_BT[:, :-1], torch.where(asked_BT, tokens_BT, IGNORED)[:, 1:]
+
+
+@dataclass
+class TaskData:
+    """Generated training and validation sequences; a symbol is a byte of text."""
+
+    train: TaskStream
+    sequence_length: int
+    validation: tuple[Tensor, Tensor]
+    num_train_tokens: int = 1
+    num_train_bytes: int = 1
+
+    def validation_blocks(self, most: int | None = None) -> tuple[Tensor, Tensor]:
+        """(tokens_NT, targets_NT): all of the validation sequences, or the first `most`."""
+        tokens_NT, targets_NT = self.validation
+        return tokens_NT[:most], targets_NT[:most]
+
+    def bytes_per_token(self, targets_NT: Tensor) -> float:
+        """1.0: every symbol is one byte."""
+        return 1.0
+
+
+def prepare_tasks(config: DataConfig, tokenizer: Tokenizer) -> TaskData:
+    """Training data of the tasks. Raises ValueError for a sequence too short to hold a context and its questions, for
+    documents that are not kept apart, and for a tokenizer that has no token of its own for a symbol."""
+    if config.sequence_length < 2 * SHORTEST_CONTEXT:
+        raise ValueError(
+            f"data.sequence_length={config.sequence_length} is too short for data.source={SOURCE!r}: a context takes "
+            f"{SHORTEST_CONTEXT} tokens and questions as many; give at least {2 * SHORTEST_CONTEXT}"
+        )
+    if not config.isolate_documents or tokenizer.bos_id is None:
+        raise ValueError(
+            f"data.isolate_documents={config.isolate_documents}: documents of data.source={SOURCE!r} use the same "
+            "symbols for other things, so a sequence must keep them apart; set it to true, with a tokenizer that has a "
+            "begin token"
+        )
+    bos, tokens = tokenizer.bos_id, symbol_tokens(tokenizer.encode)
+    indices = [f"validation {index}" for index in range(VALIDATION_SEQUENCES)]
+    return TaskData(
+        TaskStream(bos, tokens, config.sequence_length, config.seed),
+        config.sequence_length,
+        task_block(bos, tokens, config.sequence_length, indices),
+    )
