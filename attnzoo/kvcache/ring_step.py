@@ -19,6 +19,7 @@ from attnzoo.kvcache.channels import take_channels
 from attnzoo.kvcache.compressed import CompressedState, Prefix, Ring
 from attnzoo.ops.evict_merge import Arrival, Slots, evict_merge_step
 from attnzoo.ops.paged_decode import Decoded, Entries
+from attnzoo.ops.rows import put
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -99,7 +100,7 @@ def _enter(ring: Ring, k_BK1H: Tensor, v_BK1H: Tensor, turn: _Turn) -> None:
         row = new.to(buffer.dtype)
         if turn.active_B is not None:
             row = torch.where(turn.active_B[:, None, None, None], row, buffer.gather(2, where))
-        buffer.scatter_(2, where, row)
+        put(buffer, where[..., 0], row)
     for numbers, first in ((ring.mass_BKR, 0.0), (ring.votes_BKR, 1.0)):
         if numbers is not None:
             where = index_B111[..., 0].expand(-1, numbers.shape[1], 1)
@@ -107,7 +108,7 @@ def _enter(ring: Ring, k_BK1H: Tensor, v_BK1H: Tensor, turn: _Turn) -> None:
             fresh = (
                 turn.active_B[:, None, None] if turn.active_B is not None else torch.ones_like(row, dtype=torch.bool)
             )
-            numbers.scatter_(2, where, row.masked_fill(fresh, first))
+            put(numbers, where, row.masked_fill(fresh, first))
 
 
 def _ring_entries(ring: Ring, at_B: Tensor) -> Entries:
@@ -174,7 +175,7 @@ def _replaced(policy: Any, state: CompressedState, reader: Reader, turn: _Turn, 
 
 
 def _put(x_BKP: Tensor, index_BK1: Tensor, comes_BK1: Tensor, new_BK1: Tensor) -> None:
-    x_BKP.scatter_(-1, index_BK1, torch.where(comes_BK1, new_BK1, x_BKP.gather(-1, index_BK1)))
+    put(x_BKP, index_BK1, torch.where(comes_BK1, new_BK1, x_BKP.gather(-1, index_BK1)))
 
 
 def _ring_rows(x_BKRH: Tensor, source_B: Tensor) -> Tensor:

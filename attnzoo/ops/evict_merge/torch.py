@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.ops.evict_merge.rule import Arrival, Merged, MergeRule, Slots
+from attnzoo.ops.rows import put
 from attnzoo.types import accumulation_dtype
 
 BLOCK_BYTES = 16 << 20
@@ -123,14 +124,14 @@ def evict_merge_step_torch(
     if rule.kind != "drop":
         threshold_BK = _merge_victims(slots, victim_BK1, leaves_BK1, dots_BKP, rule, threshold_BK)
     norms = slots.norms_BKP
-    norms.scatter_(-1, victim_BK1, norms.gather(-1, victim_BK1).masked_fill_(leaves_BK1, 0.0))
+    put(norms, victim_BK1, norms.gather(-1, victim_BK1).masked_fill_(leaves_BK1, 0.0))
     place_BK1, comes_BK1 = arrival.slot_BK.clamp(min=0)[..., None], (arrival.slot_BK >= 0)[..., None]
     length_BK1 = arrival.key_BKC.to(dots_BKP.dtype).norm(dim=-1, keepdim=True).to(norms.dtype)
     _write(slots.keys_BKPC, place_BK1, comes_BK1, arrival.key_BKC)
     _write(slots.values_BKPV, place_BK1, comes_BK1, arrival.value_BKV)
-    norms.scatter_(-1, place_BK1, torch.where(comes_BK1, length_BK1, norms.gather(-1, place_BK1)))
+    put(norms, place_BK1, torch.where(comes_BK1, length_BK1, norms.gather(-1, place_BK1)))
     if slots.votes_BKP is not None:
-        slots.votes_BKP.scatter_(-1, place_BK1, slots.votes_BKP.gather(-1, place_BK1).masked_fill_(comes_BK1, 1.0))
+        put(slots.votes_BKP, place_BK1, slots.votes_BKP.gather(-1, place_BK1).masked_fill_(comes_BK1, 1.0))
     return threshold_BK
 
 
@@ -144,7 +145,8 @@ def _merge_victims(
 ) -> Tensor:
     dtype, norms = dots_BKP.dtype, slots.norms_BKP
     # The victim is nobody's nearest, least of all its own.
-    others = norms.scatter(-1, victim_BK1, 0.0)
+    others = norms.clone()
+    put(others, victim_BK1, 0.0)
     cosines = (dots_BKP / others).masked_fill_(others == 0, -math.inf)
     near_BK1, place_BK1 = cosines.max(-1, keepdim=True)
     own_norm = norms.gather(-1, victim_BK1).to(dtype)
@@ -160,16 +162,16 @@ def _merge_victims(
     if slots.votes_BKP is not None:
         mine, theirs = (slots.votes_BKP.gather(-1, index).to(dtype) for index in (place_BK1, victim_BK1))
         own, weight, count = own * mine, weight * theirs, theirs
-        slots.votes_BKP.scatter_(-1, place_BK1, torch.where(merge_BK1, mine + theirs, mine).to(slots.votes_BKP.dtype))
+        put(slots.votes_BKP, place_BK1, torch.where(merge_BK1, mine + theirs, mine).to(slots.votes_BKP.dtype))
     total = own + (weight if rule.kind == "paper" else count)
     own, weight = (torch.where(merge_BK1, own / total, 1.0), torch.where(merge_BK1, weight / total, 0.0))
     for tensor in (slots.keys_BKPC, slots.values_BKPV):
         kept, gone = (_row(tensor, index).to(dtype) for index in (place_BK1, victim_BK1))
         mixed = (own * kept + weight * gone).to(tensor.dtype)
-        tensor.scatter_(2, place_BK1[..., None].expand(-1, -1, 1, tensor.shape[3]), mixed[:, :, None])
+        put(tensor, place_BK1, mixed[:, :, None])
         if tensor is slots.keys_BKPC:
             length_BK1 = mixed.to(dtype).norm(dim=-1, keepdim=True).to(norms.dtype)
-            norms.scatter_(-1, place_BK1, torch.where(merge_BK1, length_BK1, norms.gather(-1, place_BK1)))
+            put(norms, place_BK1, torch.where(merge_BK1, length_BK1, norms.gather(-1, place_BK1)))
     return threshold_BK
 
 
@@ -179,4 +181,4 @@ def _row(x_BKPC: Tensor, index_BK1: Tensor) -> Tensor:
 
 def _write(x_BKPC: Tensor, place_BK1: Tensor, comes_BK1: Tensor, row_BKC: Tensor) -> None:
     row_BKC = torch.where(comes_BK1, row_BKC, _row(x_BKPC, place_BK1))
-    x_BKPC.scatter_(2, place_BK1[..., None].expand(-1, -1, 1, x_BKPC.shape[3]), row_BKC[:, :, None])
+    put(x_BKPC, place_BK1, row_BKC[:, :, None])

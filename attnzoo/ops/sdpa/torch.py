@@ -23,6 +23,11 @@ def sdpa_torch(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: CausalMask,
     )
 
 
+COPIED_BYTES = 2 << 20
+"""Keys of this many bytes take part in one product. torch copies those of a cache with room to spare, and the copy of
+few sequences is read again before it has left the processor's cache."""
+
+
 def _one_query(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: CausalMask, scale: float) -> Tensor:
     """A decode step: the queries that share a kv head are rows of one product, so that keys are read once for all.
 
@@ -35,18 +40,17 @@ def _one_query(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: CausalMask,
         bias_BK1S = mask.bias(1, q_BN1H.device, q_BN1H.dtype)
         o_BKGH = F.scaled_dot_product_attention(q_BKGH, k_BKSH, v_BKSH, attn_mask=bias_BK1S, scale=scale)
         return o_BKGH.reshape(batch, heads, 1, head_dim)
-    bias_BK1S = mask.bias(1, q_BN1H.device, accumulation_dtype(q_BN1H.dtype))
+    bias_BK1S = mask.bias(1, q_BN1H.device, accumulation_dtype(q_BN1H.dtype)).expand(batch, -1, -1, -1)
+    rows = batch if torch.compiler.is_compiling() else max(1, COPIED_BYTES // (k_BKSH[0].numel() * k_BKSH.itemsize))
+    parts = [x.split(rows) for x in (q_BKGH, k_BKSH, v_BKSH, bias_BK1S)]
+    o_BKGH = torch.cat([_products(q, k, v, bias, scale) for q, k, v, bias in zip(*parts, strict=True)])
+    return o_BKGH.reshape(batch, heads, 1, head_dim)
+
+
+def _products(q_BKGH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_BK1S: Tensor, scale: float) -> Tensor:
     scores_BKGS = (k_BKSH @ q_BKGH.mT).mT
     weights_BKGS = torch.add(bias_BK1S, scores_BKGS, alpha=scale).softmax(-1)
-    return (weights_BKGS.to(v_BKSH.dtype) @ v_BKSH).reshape(batch, heads, 1, head_dim)
-
-
-def _fused_sums(q_BKGH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: CausalMask, scale: float) -> Tensor:
-    """Scores and outputs as sums of elementwise products, which the compiler makes loops of: no product to start."""
-    exact = accumulation_dtype(q_BKGH.dtype)
-    scores_BKGS = (q_BKGH[:, :, :, None].to(exact) * k_BKSH[:, :, None].to(exact)).sum(-1)
-    weights_BKGS = (scores_BKGS * scale + mask.bias(1, q_BKGH.device, exact)).softmax(-1)
-    return (weights_BKGS[..., None] * v_BKSH[:, :, None].to(exact)).sum(-2)
+    return weights_BKGS.to(v_BKSH.dtype) @ v_BKSH
 
 
 def per_query_head(mask_BKTS: Tensor, heads: int) -> Tensor:
