@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class OpCost:
-    """bytes_read, bytes_written: what must pass between memory and processor even if all else stays on chip, inputs once
-    and results once. flops: of matrix products and weighted sums of rows, multiply and add counted apart; not of
+    """bytes_read, bytes_written: what must pass between memory and processor even if all else stays on chip, inputs
+    once and results once. flops: of matrix products and weighted sums of rows, multiply and add counted apart; not of
     elementwise operations, nor of what an implementation computes and drops."""
 
     bytes_read: int

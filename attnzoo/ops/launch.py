@@ -103,8 +103,8 @@ def _type(value: Any) -> Any:
 
 
 def check_inputs(operation: str, widest: int, **tensors: Tensor | None) -> None:
-    """Raises ValueError for what forward-only kernels cannot do: dtypes that differ or that they do not have, rows wider
-    than `widest`, gradients."""
+    """Raises ValueError for what forward-only kernels cannot do: dtypes that differ or that they do not have, rows
+    wider than `widest`, gradients."""
     given = {name: x for name, x in tensors.items() if x is not None}
     dtypes = {name: x.dtype for name, x in given.items()}
     if len(set(dtypes.values())) > 1 or not {*dtypes.values()} <= {torch.float32, torch.bfloat16, torch.float16}:

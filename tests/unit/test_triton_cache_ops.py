@@ -58,7 +58,9 @@ def channels(batch: int, kv_heads: int, head_dim: int, width: int, seed: int) ->
     return torch.stack(picks).view(batch, kv_heads, width)
 
 
-def entries(batch: int, kv_heads: int, slots: int, head_dim: int, key: int, value: int, seed: int, **rest: Any) -> Entries:
+def entries(
+    batch: int, kv_heads: int, slots: int, head_dim: int, key: int, value: int, seed: int, **rest: Any
+) -> Entries:
     return Entries(
         keys_BKSC=rand(batch, kv_heads, slots, key, seed=seed),
         values_BKSV=rand(batch, kv_heads, slots, value, seed=seed + 1),
@@ -272,7 +274,9 @@ def check_mass(
     right = {name: x if name == "mask" else exact(x) for name, x in right.items()}
     if given["tables"] is not None:
         # q + u is rounded where the queries are of low precision
-        right["tables"] = Tables(*(exact(getattr(given["tables"], f)) for f in ("content_bias_NH", "table_NPH", "table_bias_NP")))
+        right["tables"] = Tables(
+            *(exact(getattr(given["tables"], f)) for f in ("content_bias_NH", "table_NPH", "table_bias_NP"))
+        )
     q, k = right.pop("q_BNTH"), right.pop("k_BKSH")
     expected = key_mass(q, k, impl="reference", **right)
     actual = key_mass_triton(*given.values(), sizes[5] ** -0.5, None, block)
@@ -412,7 +416,9 @@ def test_nothing_evicted_is_copied():
     assert torch.equal(merged.threshold_BK.isnan(), given["threshold_BK"].isnan())
 
 
-def step_inputs(sizes: tuple[int, ...], rule: MergeRule, votes: bool, device: str, dtype: torch.dtype) -> dict[str, Any]:
+def step_inputs(
+    sizes: tuple[int, ...], rule: MergeRule, votes: bool, device: str, dtype: torch.dtype
+) -> dict[str, Any]:
     """Some slots are empty, some heads have no victim, one victim is a key of zeros, the last arrival goes nowhere."""
     B, K, P, C, V = sizes
     generator = torch.Generator().manual_seed(5)
@@ -449,7 +455,9 @@ def step_inputs(sizes: tuple[int, ...], rule: MergeRule, votes: bool, device: st
 
 def check_step(sizes: tuple[int, ...], rule: MergeRule, votes: bool, device: str, dtype: torch.dtype) -> None:
     given = step_inputs(sizes, rule, votes, device, dtype)
-    right = {name: x if name == "rule" else exact(x) for name, x in step_inputs(sizes, rule, votes, device, dtype).items()}
+    right = {
+        name: x if name == "rule" else exact(x) for name, x in step_inputs(sizes, rule, votes, device, dtype).items()
+    }
     results = []
     for values, impl in ((given, "triton"), (right, "reference")):
         state = values.pop("slots")
@@ -481,7 +489,9 @@ def test_what_the_kernels_cannot_do_is_refused():
         run_decode(inputs | {"q_BNTH": inputs["q_BNTH"].double()})
     with pytest.raises(ValueError, match="no gradients"):
         run_decode(inputs | {"q_BNTH": inputs["q_BNTH"].clone().requires_grad_()})
-    wide = {name: moved(x, "cpu", torch.float32) for name, x in decode_inputs((1, 1, 1, 1, 1, 1, 257, 257, 257), {}).items()}
+    wide = {
+        name: moved(x, "cpu", torch.float32) for name, x in decode_inputs((1, 1, 1, 1, 1, 1, 257, 257, 257), {}).items()
+    }
     with pytest.raises(ValueError, match="1 to 256 channels, and queries has 257"):
         run_decode(wide)
     given = mass_inputs(*MASS_CASES["parallel"], "cpu", torch.float32)

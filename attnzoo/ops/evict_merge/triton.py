@@ -156,7 +156,9 @@ def evict_merge_step_triton(
     check_inputs("evict_merge_step", WIDEST_ROW, keys=slots.keys_BKPC, values=slots.values_BKPV, **arrived)
     for name, x in (("keys", slots.keys_BKPC), ("values", slots.values_BKPV), ("norms", slots.norms_BKP)):
         if x.numel() and x.stride(-1) != 1:
-            raise ValueError(f"evict_merge_step with impl='triton' writes {name} in place: their last axis must be dense")
+            raise ValueError(
+                f"evict_merge_step with impl='triton' writes {name} in place: their last axis must be dense"
+            )
     if victim_BK.numel() == 0 or slots.norms_BKP.numel() == 0:
         return threshold_BK
     with torch.no_grad():

@@ -21,7 +21,7 @@ def mass_cost(
     table_rows: int = 0,
     sums_known: bool = False,
 ) -> OpCost:
-    """pairs: of a query and a key that it sees, a head and sequence; None: the queries are the newest of `slots` tokens.
+    """pairs: of a query and a key that it sees, a head and sequence; None: queries are the newest of `slots` tokens.
     width: bytes of an element. position_heads: of key positions (0: the parallel form, without any). table_rows: rows
     of the tables of relative positions, in `width` as well. sums_known: the sums of rows come from elsewhere, and
     scores are computed once instead of twice.

@@ -35,8 +35,8 @@ def decode_cost(
     bias_width: int = 0,
     key_mass: bool = False,
 ) -> OpCost:
-    """width, bias_width: bytes of an element of keys and of the bias (0: no bias). probe_dim: channels of the probe, which
-    meets the first segment (0: none). Of `scratch_bytes` nothing is counted."""
+    """width, bias_width: bytes of an element of keys and of the bias (0: no bias). probe_dim: channels of the probe,
+    which meets the first segment (0: none). Of `scratch_bytes` nothing is counted."""
     slots = sum(part.slots for part in segments)
     read = batch * tokens * (heads * head_dim * width + INDEX) + batch * heads * tokens * slots * bias_width
     read += batch * sum(_segment_bytes(part, kv_heads, width) for part in segments)

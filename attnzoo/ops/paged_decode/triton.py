@@ -37,9 +37,9 @@ MASS_BLOCK = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Pages:
-    """Which page of a pool holds a sequence's entries: keys_BKSC and values_BKSV of a segment are then [pages, K, slots of
-    a page, width], and slot s of sequence b is slot s mod page of pool page table[b, s div page]. Tables [B, I] (int32
-    or int64); positions and votes stay [B, K, I * page]. Slots at a position below 0 are not read, nor are their pages.
+    """Which page of a pool holds a sequence's entries: keys_BKSC and values_BKSV of a segment are then [pages, K, slots
+    of a page, width], and slot s of sequence b is slot s mod page of pool page table[b, s div page]. Tables [B, I]
+    (int32 or int64); positions and votes stay [B, K, I * page]. Slots at a position below 0 are not read.
     """
 
     prefix_BI: Tensor | None = None
@@ -211,9 +211,7 @@ class Call:
         )
 
 
-def _queries(
-    q_BNTH: Tensor, query_positions_BT: Tensor, bias_BNTS: Tensor | None, probe_BKC: Tensor | None
-) -> Queries:
+def _queries(q_BNTH: Tensor, query_positions_BT: Tensor, bias_BNTS: Tensor | None, probe_BKC: Tensor | None) -> Queries:
     q, at, bias = _dense(q_BNTH), _dense(query_positions_BT), None if bias_BNTS is None else _dense(bias_BNTS)
     return Queries(
         x=q,

@@ -238,7 +238,9 @@ def replace_kernel(
             _merge_victim(keys, values, norms, votes, tl.load(places + head), victim, own, b, k, tile)
     tl.debug_barrier()
     if victim >= 0:
-        tl.store(norms.x + b * norms.batch + k * norms.head + victim, tl.zeros([], tl.float32).to(norms.x.dtype.element_ty))
+        tl.store(
+            norms.x + b * norms.batch + k * norms.head + victim, tl.zeros([], tl.float32).to(norms.x.dtype.element_ty)
+        )
     tl.debug_barrier()
     if slot >= 0:
         place = tl.arange(0, 1) + slot

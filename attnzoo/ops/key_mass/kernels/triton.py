@@ -20,8 +20,8 @@ class Rows(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What scores are made of. queries [B, N, T, H], keys [B, K, S, H]; at_queries [B, T] and at_keys with strides, their
-    positions; relative [B, N, T, P] or None: logits by distance, the last for all farther ones; votes [B, K, S] with
+    """What scores are made of. queries [B, N, T, H], keys [B, K, S, H]; at_queries [B, T] and at_keys with strides,
+    their positions; relative [B, N, T, P] or None: logits by distance, the last for all farther ones; votes [B, K, S] with
     strides or None. `scale` and votes are of powers of two: votes are multiplied by `vote_scale`."""
 
     queries: Rows
@@ -134,8 +134,8 @@ def log_sums_kernel(scores, reach, log_sums, tile: tl.constexpr):
 
 @triton.jit
 def columns_kernel(scores, log_sums, log_sums_batch, log_sums_head, begins, mass, tile: tl.constexpr):
-    """Grid (blocks of keys, K, B). Adds to mass [B, K, S]; begins [B, K, blocks]: the first block of queries that sees a
-    block of keys."""
+    """Grid (blocks of keys, K, B). Adds to mass [B, K, S]; begins [B, K, blocks]: the first block of queries that sees
+    a block of keys."""
     block, k = tl.program_id(0), tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     place = b * (tile.heads // tile.group) + k

@@ -202,8 +202,8 @@ def split_kernel(queries, prefix, tail, partial, prefix_splits, blocks, row_bloc
 
 @triton.jit
 def combine_kernel(partial, out, totals, places, prefix_splits, splits, tile: tl.constexpr, SPLITS: tl.constexpr):
-    """Grid (L, K, B). out [B, T, N, H]; totals [B, K, L] or None: log2 of the whole sum. places [B, K, H] or None: where
-    the prefix stores a value's channel, below 0 for nowhere."""
+    """Grid (L, K, B). out [B, T, N, H]; totals [B, K, L] or None: log2 of the whole sum. places [B, K, H] or None:
+    where the prefix stores a value's channel, below 0 for nowhere."""
     row, count = tl.program_id(0), tl.num_programs(0)
     k, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     column = tl.arange(0, tile.tail_wide)
