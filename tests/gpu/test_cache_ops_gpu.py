@@ -6,8 +6,7 @@ import torch
 from attnzoo.ops.evict_merge import MergeRule
 from attnzoo.ops.paged_decode import Entries, paged_decode
 from attnzoo.ops.paged_decode.cost import SegmentSizes, decode_cost
-from tests.gpu.test_relative_gpu import milliseconds
-from tests.unit.test_triton_cache_ops import (
+from tests.cache_kernels import (
     DECODE_CASES,
     MASS_CASES,
     RULES,
@@ -21,6 +20,7 @@ from tests.unit.test_triton_cache_ops import (
     named,
     run_decode,
 )
+from tests.gpu.test_relative_gpu import milliseconds
 
 DEVICE = "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -96,11 +96,12 @@ def test_paged_decode(key, options, dtype):
 @pytest.mark.parametrize("mass", [False, True])
 def test_what_the_kernels_of_paged_decode_keep(mass):
     pytest.importorskip("triton", reason="the package triton is not installed")
-    from attnzoo.ops.paged_decode.triton import Call
+    from attnzoo.ops.paged_decode.launches.triton import Call, Plan
 
     prefix, tail = entries(203, 5, H, K, torch.bfloat16, False), entries(70, H, H, 1, torch.bfloat16, False)
     q, at = torch.randn(B, N, T, H).bfloat16(), torch.full((B, T), 40)
-    call = Call.of(q, prefix, tail, at, None, None, mass, gpu="sm_90", given=(16, 2))
+    call = Call.of(q, prefix, tail, at, None, None, mass, Plan(gpu="sm_90", splits=(16, 2)))
+    assert call.splits.total == 7 + 3
     kept = nbytes(call.partial.out, call.partial.log_sums, call.partial.scores, call.totals_BKL)
     assert kept == scratch_bytes(
         batch=B, tokens=T, heads=N, head_dim=H, splits=call.splits.total, slots=273, key_mass=mass

@@ -21,8 +21,8 @@ class Rows(NamedTuple):
 
 class Scores(NamedTuple):
     """What scores are made of. queries [B, N, T, H], keys [B, K, S, H]; at_queries [B, T] and at_keys with strides,
-    their positions; relative [B, N, T, P] or None: logits by distance, the last for all farther ones; votes [B, K, S] with
-    strides or None. `scale` and votes are of powers of two: votes are multiplied by `vote_scale`."""
+    their positions; relative [B, N, T, P] or None: logits by distance, the last for all farther ones; votes [B, K, S]
+    with strides or None. `scale` and votes are of powers of two: votes are multiplied by `vote_scale`."""
 
     queries: Rows
     keys: Rows

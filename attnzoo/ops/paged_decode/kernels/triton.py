@@ -107,6 +107,33 @@ def _load_rows(queries, channels, row, b, k, width, tile, PROBED: tl.constexpr, 
 
 
 @triton.jit
+def _addresses(segment, b, k, slot, inside):
+    """Where the keys and the values of slots begin."""
+    holder, entry = b, slot.to(tl.int64)
+    if segment.pages is not None:
+        pages = segment.pages + b * tl.cdiv(segment.slots, segment.page)
+        holder = tl.load(pages + slot // segment.page, mask=inside, other=0).to(tl.int64)
+        entry = entry % segment.page
+    keys_at = holder * segment.key_batch + k * segment.key_head + entry * segment.key_slot
+    values_at = holder * segment.value_batch + k * segment.value_head + entry * segment.value_slot
+    return segment.key + keys_at, segment.value + values_at
+
+
+@triton.jit
+def _added(queries, segment, b, k, head, token, slot, first_slot, real, held):
+    """Bias and log votes, in powers of two; 0 without either."""
+    added = 0.0
+    if queries.bias is not None:
+        bias_at = b * queries.bias_batch + head * queries.bias_head + token * queries.bias_time + first_slot
+        bias = queries.bias + bias_at[:, None] + slot[None, :]
+        added += tl.load(bias, mask=real[:, None] & held[None, :], other=0.0).to(tl.float32) * LOG2_E
+    if segment.log_votes is not None:
+        votes_at = segment.log_votes + b * segment.vote_batch + k * segment.vote_head
+        added += (tl.load(votes_at + slot, mask=held, other=0.0).to(tl.float32) * LOG2_E)[None, :]
+    return added
+
+
+@triton.jit
 def _segment(
     queries, segment, partial, b, k, split, splits, index, first_slot, blocks, row_block, scale, tile,
     PROBED: tl.constexpr, KEY_DIM: tl.constexpr, KEY_WIDE: tl.constexpr,
@@ -131,29 +158,17 @@ def _segment(
         position_at = segment.positions + b * segment.position_batch + k * segment.position_head
         positions = tl.load(position_at + slot, mask=inside, other=-1)
         held = (positions >= 0) & (positions <= latest)
-        holder, entry = b, slot.to(tl.int64)
-        if segment.pages is not None:
-            pages = segment.pages + b * tl.cdiv(segment.slots, segment.page)
-            holder = tl.load(pages + slot // segment.page, mask=inside, other=0).to(tl.int64)
-            entry = entry % segment.page
-        keys_at = holder * segment.key_batch + k * segment.key_head + entry * segment.key_slot
-        values_at = holder * segment.value_batch + k * segment.value_head + entry * segment.value_slot
-        # A weight of 0 does not silence a NaN: what is not held is not read. Dots are of whatever lies there.
-        wanted = inside if PROBED else held
+        keys_at, values_at = _addresses(segment, b, k, slot, inside)
+        # A weight of 0 does not silence a NaN: what is not held is not read. Dots are of whatever lies there; but a page
+        # need not be there.
+        wanted = inside if PROBED and segment.pages is None else held
         key_mask = wanted[:, None] & (key_column < KEY_DIM)
-        key = tl.load(segment.key + keys_at[:, None] + key_column, mask=key_mask, other=0.0)
+        key = tl.load(keys_at[:, None] + key_column, mask=key_mask, other=0.0)
         scores = _product(query, tl.trans(key), tile)
         if PROBED:
             dots_at = (b * tile.kv_heads + k) * segment.slots + slot[None, :]
             tl.store(partial.dots + dots_at + 0 * row[:, None], scores, mask=(row == count)[:, None] & inside[None, :])
-        scores = scores * scale
-        if queries.bias is not None:
-            bias_at = b * queries.bias_batch + head * queries.bias_head + token * queries.bias_time + first_slot
-            bias = queries.bias + bias_at[:, None] + slot[None, :]
-            scores += tl.load(bias, mask=real[:, None] & held[None, :], other=0.0).to(tl.float32) * LOG2_E
-        if segment.log_votes is not None:
-            votes_at = segment.log_votes + b * segment.vote_batch + k * segment.vote_head
-            scores += (tl.load(votes_at + slot, mask=held, other=0.0).to(tl.float32) * LOG2_E)[None, :]
+        scores = scores * scale + _added(queries, segment, b, k, head, token, slot, first_slot, real, held)
         seen = held[None, :] & (positions[None, :] <= at[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         if partial.scores is not None:
@@ -161,7 +176,7 @@ def _segment(
             scores_at = partial.scores + scores_at[:, None] + slot[None, :]
             tl.store(scores_at, scores, mask=real[:, None] & inside[None, :])
         value_mask = held[:, None] & (value_column < VALUE_DIM)
-        value = tl.load(segment.value + values_at[:, None] + value_column, mask=value_mask, other=0.0)
+        value = tl.load(values_at[:, None] + value_column, mask=value_mask, other=0.0)
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
         anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a query may have seen no key yet
         weights = tl.exp2(scores - anchor[:, None])
