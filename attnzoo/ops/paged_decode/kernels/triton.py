@@ -159,8 +159,8 @@ def _segment(
         positions = tl.load(position_at + slot, mask=inside, other=-1)
         held = (positions >= 0) & (positions <= latest)
         keys_at, values_at = _addresses(segment, b, k, slot, inside)
-        # A weight of 0 does not silence a NaN: what is not held is not read. Dots are of whatever lies there; but a page
-        # need not be there.
+        # A weight of 0 does not silence a NaN: what is not held is not read. Dots are of whatever lies there, but a
+        # page need not be there.
         wanted = inside if PROBED and segment.pages is None else held
         key_mask = wanted[:, None] & (key_column < KEY_DIM)
         key = tl.load(keys_at[:, None] + key_column, mask=key_mask, other=0.0)
