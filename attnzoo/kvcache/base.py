@@ -80,6 +80,10 @@ class Reader(Protocol):
 
     impl: Impl
 
+    @property
+    def relative(self) -> bool:
+        """Whether scores have terms besides content . key."""
+
     def attend(self, q_BNTH: Tensor, view: CacheView, positions_BT: Tensor) -> Tensor:
         """o_BNTH by the variant's own operation, the same that reads the full cache."""
 

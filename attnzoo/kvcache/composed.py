@@ -56,6 +56,7 @@ class D2OThinKCache(D2OCache):
     def __init__(self, config: D2OThinKConfig) -> None:
         super().__init__(config)
         self.window = config.window
+        self.thins = min(config.channel_ratio, config.value_channel_ratio) < 1.0
 
     def key_width(self, head_dim: int) -> int:
         return kept_channels(head_dim, self.config.channel_ratio)
@@ -77,7 +78,7 @@ class D2OThinKCache(D2OCache):
         dtype: torch.dtype,
     ) -> CompressedState:
         state = super().init(batch, num_kv_heads, head_dim, capacity, device=device, dtype=dtype)
-        if self.config.lossless:
+        if not self.thins:
             return state
         index = state.starts_B.new_zeros(batch, num_kv_heads, 0)
         return replace(
@@ -89,14 +90,15 @@ class D2OThinKCache(D2OCache):
     def attend(
         self, state: CompressedState, reader: Reader, qkv: QKV, positions_BT: Tensor, counts_B: Tensor | None
     ) -> tuple[Tensor, CompressedState]:
-        whole = state.ring is not None and state.ring.keys_BKRH.shape[2] == 0
-        if whole and not self._full(state, positions_BT):
+        if self.thins and state.ring is not None and state.ring.keys_BKRH.shape[2] == 0:
             seen = cc.last_queries(state.queries_BNWH, qkv[0], counts_B, self.window)
             state = replace(state, queries_BNWH=seen)
         return super().attend(state, reader, qkv, positions_BT, counts_B)
 
     def thin(self, state: CompressedState) -> CompressedState:
         """Channels are scored on all survivors, and leave those that are not in the ring."""
+        if not self.thins:
+            return state
         prefix, ring, queries = state.prefix, state.ring, state.queries_BNWH
         assert ring is not None
         assert queries is not None

@@ -203,12 +203,10 @@ def attend(state: CompressedState, reader: Reader, q_BNTH: Tensor, view: CacheVi
 def joined(state: CompressedState, view: CacheView) -> CacheView:
     """Prefix and tail as one, where keys and values are whole."""
     prefix, places = state.prefix, prefix_positions(state)
-    heads = max(places.shape[1], view.positions_BKS.shape[1])
-    positions = [x.expand(-1, heads, -1) for x in (places, view.positions_BKS)]
     return CacheView(
         torch.cat([prefix.keys_BKPC, view.keys_BKSH], dim=2),
         torch.cat([prefix.values_BKPV, view.values_BKSH], dim=2),
-        torch.cat(positions, dim=2),
+        _beside(places, view.positions_BKS),
     )
 
 
@@ -223,16 +221,16 @@ def read(
     key_mass: bool = False,
 ) -> Decoded:
     """`paged_decode` with the reader's scores, as many queries at a time as keep the scores small."""
-    kept, last = prefix.positions_BKS, tail.positions_BKS
-    heads = max(kept.shape[1], last.shape[1])
-    keys_BKS = torch.cat([kept.expand(-1, heads, -1), last.expand(-1, heads, -1)], dim=2)
     batch, num_heads, tokens, _ = q_BNTH.shape
-    rows = max(1, BLOCK_BYTES // (batch * num_heads * keys_BKS.shape[2] * 4))
+    rows = max(1, BLOCK_BYTES // (batch * num_heads * (prefix.slots + tail.slots) * 4))
+    keys_BKS = _beside(prefix.positions_BKS, tail.positions_BKS) if reader.relative else None
     parts = []
     for first in range(0, tokens, rows):
         block = slice(first, first + rows)
-        mask = CausalMask(query_positions_BT=positions_BT[:, block], key_positions_BKS=keys_BKS)
-        content, bias = reader.terms(q_BNTH[:, :, block], mask)
+        content, bias = q_BNTH[:, :, block], None
+        if keys_BKS is not None:
+            mask = CausalMask(query_positions_BT=positions_BT[:, block], key_positions_BKS=keys_BKS)
+            content, bias = reader.terms(content, mask)
         parts.append(
             paged_decode(
                 content,
@@ -249,6 +247,12 @@ def read(
         return parts[0]
     assert not key_mass, "mass of many queries is the operation key_mass's"
     return replace(parts[0], out_BNTH=torch.cat([part.out_BNTH for part in parts], dim=2))
+
+
+def _beside(first_BKS: Tensor, second_BKS: Tensor) -> Tensor:
+    """Positions of two segments as one; the K axis stays 1 where it is for both."""
+    heads = max(first_BKS.shape[1], second_BKS.shape[1])
+    return torch.cat([first_BKS.expand(-1, heads, -1), second_BKS.expand(-1, heads, -1)], dim=2)
 
 
 def last_queries(before_BNWH: Tensor | None, q_BNTH: Tensor, counts_B: Tensor | None, width: int) -> Tensor:

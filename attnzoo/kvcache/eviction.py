@@ -42,6 +42,8 @@ class EvictingCache(Compression):
     """Of the kept tokens that are not sinks, how many are the most recent ones."""
     shared = False
     """Whether the kv heads of a layer keep the same tokens."""
+    thins = False
+    """Whether keys or values lose channels when a prompt ends, however short it is."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -131,15 +133,18 @@ class EvictingCache(Compression):
         self, batch: int, num_kv_heads: int, head_dim: int, prompt: int, dtype: torch.dtype, *, tokens: int = 0
     ) -> int:
         budget = prompt if self.config.lossless else self.budget(prompt)
-        if prompt + tokens <= budget or self.config.lossless:
-            # Nothing was evicted: the full cache in whole pages of what it was opened with.
+        if self.config.lossless or (prompt + tokens <= budget and not self.thins):
+            # Nothing was evicted: the full cache, if it was opened for as many tokens.
             return self.nbytes(batch, num_kv_heads, head_dim, prompt + tokens, dtype)
         width, exact = dtype_bytes(dtype), dtype_bytes(accumulation_dtype(dtype))
         extra = exact * (int(self.accumulates) + int(self.votes))
         entry = width * (self.key_width(head_dim) + self.value_width(head_dim)) + 4 + extra
         entry += width if self.rule.kind != "drop" else 0
         ring = (self.window + 1) * (2 * head_dim * width + extra)
-        per_head = (budget - self.window) * entry + ring + self.index_bytes(head_dim)
+        slots = max(1, min(budget, prompt if self.thins else budget) - self.window)
+        while slots < min(budget, prompt + tokens) - self.window:
+            slots = min(budget - self.window, cc.pages(slots + 1))
+        per_head = slots * entry + ring + self.index_bytes(head_dim)
         return batch * (16 + num_kv_heads * per_head + self._fixed_bytes(num_kv_heads, dtype))
 
     def budget(self, prompt: int) -> int:
@@ -225,15 +230,15 @@ class EvictingCache(Compression):
     def compress(self, layers: Sequence[Layer], final: bool) -> list[Any]:
         if self.config.lossless:
             return [layer.state for layer in layers]
+        if any(layer.state.ring.keys_BKRH.shape[2] for layer in layers):
+            raise ValueError("compress: this state has been compressed already; extend it, or start a new one")
         lengths_B = layers[0].lengths_B
         budgets = self.layer_budgets(layers, self._asked(lengths_B))
         states = []
         for layer, budgets_B in zip(layers, budgets, strict=True):
             state = layer.state
-            if state.ring.keys_BKRH.shape[2]:
-                raise ValueError("compress: this state has been compressed already; extend it, or start a new one")
             over = bool((lengths_B > budgets_B).any())
-            if over:
+            if over or (final and self.thins):
                 state = self._bounded(layer, budgets_B) if final else self._shrunk(layer, budgets_B)
             # Sequences that fit stay as they are until a token is one too many.
             states.append(replace(state, budgets_B=budgets_B.clone()) if final else state)
@@ -292,7 +297,8 @@ class EvictingCache(Compression):
 
     def protected(self, places_BKS: Tensor, budgets_B: Tensor, lengths_B: Tensor) -> Tensor:
         """Sinks and the most recent tokens."""
-        first_recent_B = lengths_B - self.recents(budgets_B)
+        # In the dtype of the places: a comparison of two dtypes would copy them.
+        first_recent_B = (lengths_B - self.recents(budgets_B)).to(places_BKS.dtype)
         return (places_BKS < self.config.sinks) | (places_BKS >= first_recent_B[:, None, None])
 
 

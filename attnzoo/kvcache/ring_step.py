@@ -69,14 +69,15 @@ def _turn(policy: Any, state: CompressedState, at_B: Tensor, active_B: Tensor | 
     leaving_B = at_B - policy.window
     if active_B is not None:
         leaving_B = leaving_B.masked_fill(~active_B, -1)
-    empty = places == 0
-    positions = places.long() - 1
+    # An empty slot has place 0 and counts as a sink: nobody takes it where a sequence has all it may keep.
+    positions = places - 1
     rank = policy.priorities(positions, state.prefix.mass_BKP, places.shape[1]).expand_as(positions)
     if policy.shared:
         rank = rank.mean(1, keepdim=True).expand_as(rank)
     rank = rank.masked_fill(policy.protected(positions, budgets_B, at_B + 1), torch.inf)
-    full_BK = (~empty).sum(-1) >= (budgets_B - policy.window)[:, None]
-    rank = torch.where(empty, torch.where(full_BK, torch.inf, -torch.inf)[..., None], rank)
+    growing_B = at_B < budgets_B
+    if bool(growing_B.any()):
+        rank = rank.masked_fill((places == 0) & growing_B[:, None, None], -torch.inf)
     slot_BK = rank.argmin(-1)
     taken_BK = places.gather(-1, slot_BK[..., None])[..., 0] > 0
     comes_B1 = (leaving_B >= 0)[:, None]

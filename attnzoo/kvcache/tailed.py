@@ -18,6 +18,8 @@ class TailedCache(Compression):
 
     observes = False
     """Whether the last `window` queries are needed."""
+    one_by_one = False
+    """Whether what happens to a token of a chunk depends on those before it in the chunk."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -64,12 +66,33 @@ class TailedCache(Compression):
         counts_B: Tensor | None,
     ) -> tuple[Tensor, CompressedState]:
         cc.refuse_autograd(*qkv)
+        if positions_BT.shape[1] > 1 and self.one_by_one and not cc.reading(state):
+            return self._one_by_one(state, reader, qkv, positions_BT, counts_B)
         if state.queries_BNWH is not None and cc.reading(state):
             seen = cc.last_queries(state.queries_BNWH, qkv[0], counts_B, self.config.window)
             state = replace(state, queries_BNWH=seen)
         state = self.before_append(state, reader, positions_BT)
         state, view = cc.append(state, qkv[1], qkv[2], positions_BT, counts_B)
         return cc.attend(state, reader, qkv[0], view, positions_BT), state
+
+    def _one_by_one(
+        self,
+        state: CompressedState,
+        reader: Reader,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        positions_BT: Tensor,
+        counts_B: Tensor | None,
+    ) -> tuple[Tensor, CompressedState]:
+        outputs = []
+        for t in range(positions_BT.shape[1]):
+            one = (qkv[0][:, :, t : t + 1], qkv[1][:, :, t : t + 1], qkv[2][:, :, t : t + 1])
+            at_B, active_B = positions_BT[:, t], None
+            if counts_B is not None:
+                # A sequence whose tokens have ended stays at its length.
+                at_B, active_B = positions_BT[:, 0] + counts_B.clamp(max=t), (counts_B > t).long()
+            out, state = self.attend(state, reader, one, at_B[:, None], active_B)
+            outputs.append(out)
+        return torch.cat(outputs, dim=2), state
 
     def before_append(self, state: CompressedState, reader: Reader, positions_BT: Tensor) -> CompressedState:
         """The state that a chunk is added to; here: as it is."""

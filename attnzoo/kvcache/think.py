@@ -11,7 +11,7 @@ relative attention the terms of position keep all channels of the query.
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -54,6 +54,10 @@ class ThinKCache(TailedCache):
     source = "Xu et al. 2024, arXiv 2407.21018, section 3"
     Config: ClassVar[type] = ThinKConfig
     observes = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.one_by_one = config.retail is not None
 
     @property
     def lossless(self) -> bool:

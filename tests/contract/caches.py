@@ -51,7 +51,7 @@ LOSSLESS: dict[str, list[dict[str, Any]]] = {
     "d2o": [{"keep_ratio": 1.0}, {"max_tokens": 40}, {"max_tokens": 40, "votes": True, "prefill": "stream"}],
     "think": [{"channel_ratio": 1.0}],
     "random_channels": [{"channel_ratio": 1.0}],
-    "d2o+think": [{"max_tokens": 80}, {"keep_ratio": 1.0, "channel_ratio": 1.0}],
+    "d2o+think": [{"max_tokens": 80, "channel_ratio": 1.0}, {"keep_ratio": 1.0, "channel_ratio": 1.0}],
 }
 """Options that keep everything, of every policy."""
 
@@ -166,7 +166,8 @@ def check_bytes(variant: str, name: str) -> None:
         assert measured == [claimed] * len(measured), f"{measured} bytes a layer, the policy says {claimed}"
         if "think-" not in name and name not in ("think", "random_channels"):
             assert claimed < policy.nbytes(*sizes, 61, torch.float64)
-    for layer in state.layers:
+    _, state = model.extend(tokens[:, :61], opened)
+    for layer in model.compress(state).layers:
         for tensor_name, x in layer.mixing.tensors().items():
             assert x.untyped_storage().nbytes() <= x.nbytes, f"{tensor_name} keeps a larger buffer alive"
 

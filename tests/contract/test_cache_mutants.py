@@ -122,7 +122,7 @@ MUTANTS: list[tuple[Callable[[Patch], None], Callable[[], None]]] = [
     (threshold_of_all_sequences, policies.test_threshold_belongs_to_one_sequence),
     (tail_keeps_the_big_buffer, contract("bytes", "gqa", "think")),
     (tail_positions_restart, contract("unequal_batch", "rcmha", "think")),
-    (idle_rows_enter_the_ring, contract("idle_rows", "gqa", "d2o")),
+    (idle_rows_enter_the_ring, contract("idle_rows", "gqa", "d2o+think")),
     (mass_of_padding, contract("unequal_batch", "gqa", "d2o")),
     (sinks_may_leave, contract("positions", "gqa", "random_tokens")),
 ]

@@ -56,8 +56,8 @@ def test_linear_attention_and_windows_say_why():
 def test_mixed_models_compress_the_layers_that_have_keys():
     config = DecoderConfig(vocab_size=9, model_dim=8, num_layers=4, attention=["rcmha", "linear"])
     model = DecoderLM(config).requires_grad_(False)
-    tokens = torch.arange(9)[None].expand(2, -1)
-    state = model.init_state(2, 9, cache=build_cache("d2o", {"max_tokens": 7}))
+    tokens = torch.arange(45)[None].expand(2, -1) % 9
+    state = model.init_state(2, 45, cache=build_cache("d2o", {"max_tokens": 7}))
     _, state = model.extend(tokens, state)
     before = state.nbytes()
     state = model.compress(state)

@@ -153,6 +153,10 @@ class SoftmaxReader:
     mask: CausalMask
     impl: Impl
 
+    @property
+    def relative(self) -> bool:
+        return self.position.relative
+
     def attend(self, q_BNTH: Tensor, view: CacheView, positions_BT: Tensor) -> Tensor:
         mask = replace(self.mask, query_positions_BT=positions_BT, key_positions_BKS=view.positions_BKS)
         return self.position.attend((q_BNTH, view.keys_BKSH, view.values_BKSH), mask, self.impl)

@@ -34,6 +34,8 @@ class Position(nn.Module, ABC):
     """Base of positions. `kind` is the name used by `Traits.position`."""
 
     kind: ClassVar[PositionKind]
+    relative: ClassVar[bool] = True
+    """Whether scores have terms besides the product with the key."""
 
     def encode(self, q_BTNH: Tensor, k_BTKH: Tensor, positions_BT: Tensor, impl: Impl) -> tuple[Tensor, Tensor]:
         """q and k as they enter the scores and the cache."""
@@ -88,6 +90,7 @@ class NoPosition(Position):
     """Scores know no order beyond causality."""
 
     kind: ClassVar[PositionKind] = "none"
+    relative = False
 
     def attend(self, qkv: QKV, mask: CausalMask, impl: Impl) -> Tensor:
         return sdpa(*qkv, mask=mask, impl=impl)
