@@ -5,7 +5,7 @@
 
 Every triton.py below attnzoo that has a function `aot_cases()` takes part. A case says what to compile: `name`,
 `kernel`, `signature`, `constexprs`, `options`; and if it has them, `target`, the only one it is meant for, and
-`aligned`, the names of arguments that are multiples of 16 (all pointers without it).
+`aligned`, the paths of arguments that are multiples of 16 (all pointers without it).
 attnzoo.ops.launch.Launch is one, made from the launch itself, so that what is compiled is what would run.
 
 This module must run in a process without TRITON_INTERPRET: there the kernels are Python functions.
@@ -55,7 +55,7 @@ def compile_kernel(
     options: dict[str, Any],
     *,
     name: str = "",
-    aligned: set[str] | None = None,
+    aligned: set[tuple[int, ...]] | None = None,
 ) -> Compiled:
     """Compiles for "sm_80", "sm_90" or "gfx942". Without `aligned`, pointers count as aligned, as torch allocates."""
     import triton
@@ -65,7 +65,7 @@ def compile_kernel(
     if aligned is None:
         places = [place for i, kind in enumerate(signature.values()) for place in _aligned(kind, (i,))]
     else:
-        places = [(i,) for i, argument in enumerate(signature) if argument in aligned]
+        places = sorted(aligned)
     source = ASTSource(fn, signature, constexprs, {place: [["tt.divisibility", 16]] for place in places})
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     usage = _nvidia_usage(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd_usage(compiled.asm["amdgcn"])

@@ -1,17 +1,26 @@
 """One kernel launch as data: what runs on a GPU is also what is compiled ahead of time, argument by argument."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
 """Triton's names of element types."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """A kernel, its grid and its arguments by name; calling it runs the kernel.
+    """A kernel, its grid and its arguments by name, tuples among them; calling it runs the kernel.
 
     The properties below describe the launch to an ahead-of-time compiler; for that the tensors may be on the meta
     device. `name` tells cases apart in reports.
@@ -33,36 +42,82 @@ class Launch:
         )
 
     @property
-    def constexprs(self) -> dict[str, Any]:
-        """Arguments fixed at compile time: those annotated so, those left out (None), and 1 (Triton's rule)."""
-        fixed = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
+    def constexprs(self) -> dict[Any, Any]:
+        """Arguments fixed at compile time: those annotated so, by name, and by their path those left out (None), and 1
+        (Triton's rule). A path is the place of an argument, then places inside tuples."""
+        fixed: dict[Any, Any] = {}
+        for place, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            if parameter.is_constexpr:
+                fixed[parameter.name] = value
+            else:
+                fixed |= {path: x for path, x in _leaves(value, (place,)) if _is_fixed(x)}
+        return fixed
+
+    @property
+    def signature(self) -> dict[str, Any]:
+        """Types of all arguments in the order of the kernel's parameters."""
         return {
-            name: value
-            for name, value in self.arguments.items()
-            if name in fixed or value is None or (type(value) is int and value == 1)
+            parameter.name: "constexpr" if parameter.is_constexpr else _type(self.arguments[parameter.name])
+            for parameter in self.kernel.params
         }
 
     @property
-    def signature(self) -> dict[str, str]:
-        """Types of all arguments in the order of the kernel's parameters."""
-        fixed = self.constexprs
-        return {name: "constexpr" if name in fixed else _type(self.arguments[name]) for name in self.kernel.arg_names}
-
-    @property
-    def aligned(self) -> set[str]:
-        """Arguments for which Triton may count on a multiple of 16: tensors, and integers that are one."""
+    def aligned(self) -> set[tuple[int, ...]]:
+        """Paths of what Triton may count on to be a multiple of 16: tensors, and integers that are one."""
         return {
-            name
-            for name, value in self.arguments.items()
+            path
+            for place, parameter in enumerate(self.kernel.params)
+            if not parameter.is_constexpr
+            for path, value in _leaves(self.arguments[parameter.name], (place,))
             if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)
-        } - self.constexprs.keys()
+        }
 
     @property
     def options(self) -> dict[str, Any]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-def _type(value: Any) -> str:
+def _leaves(value: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """What stands inside of tuples, at any depth, and where."""
+    if isinstance(value, tuple):
+        for i, inner in enumerate(value):
+            yield from _leaves(inner, (*path, i))
+    else:
+        yield path, value
+
+
+def _is_fixed(value: Any) -> bool:
+    return value is None or (type(value) is int and value == 1)
+
+
+def _type(value: Any) -> Any:
+    if isinstance(value, tuple):
+        types = [_type(inner) for inner in value]
+        return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+    if _is_fixed(value):
+        return "constexpr"
     if isinstance(value, torch.Tensor):
         return "*" + TYPES[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"
+
+
+def check_inputs(operation: str, widest: int, **tensors: Tensor | None) -> None:
+    """Raises ValueError for what forward-only kernels cannot do: dtypes that differ or that they do not have, rows
+    wider than `widest`, gradients."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    dtypes = {name: x.dtype for name, x in given.items()}
+    if len(set(dtypes.values())) > 1 or not {*dtypes.values()} <= {torch.float32, torch.bfloat16, torch.float16}:
+        found = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise ValueError(
+            f"{operation} with impl='triton' takes one dtype of float32, bfloat16 and float16, not {found}; "
+            "use impl='torch'"
+        )
+    for name, x in given.items():
+        if not 1 <= x.shape[-1] <= widest:
+            raise ValueError(
+                f"{operation} with impl='triton' takes rows of 1 to {widest} channels, and {name} has {x.shape[-1]}; "
+                "use impl='torch'"
+            )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given.values()):
+        raise ValueError(f"{operation} has no gradients: call it under torch.no_grad(), or on detached tensors")

@@ -6,6 +6,8 @@ On a machine without a GPU the kernels run in Triton's interpreter (tests/confte
 import pytest
 import torch
 
+from attnzoo.kvcache import compressed
+from tests.contract.caches import build_model, policy_of, prompt, run
 from tests.contract.contract import (
     BATCH,
     MODEL_DIM,
@@ -57,3 +59,22 @@ def test_kernels_make_the_same_function(case):
         assert_near(grad, right[name], f"gradient of {name}")
     with torch.no_grad():
         assert_near(stream(attention, x32, [5, 1, 1, 6], TOKENS), expected, "streamed")
+
+
+@pytest.mark.parametrize(
+    ("variant", "policy"), [("gqa", "d2o-votes"), ("gqa", "think-values"), ("rcmha", "d2o+think"), ("rcmha", "snapkv")]
+)
+def test_compressed_caches_on_kernels(variant, policy, monkeypatch):
+    """Prefill, compression and decode steps are those of the implementation "torch"."""
+    monkeypatch.setattr(compressed, "PAGE", 4)
+    tokens, outputs = prompt(2, 16), {}
+    for impl in ("torch", "triton"):
+        model = build_model(variant, layers=2).float()
+        for block in model.blocks:
+            block.attention.impl = impl
+        outputs[impl], state = run(model, policy_of(policy), tokens, 12)
+    assert_near(outputs["triton"], outputs["torch"].double(), f"{variant} with {policy}")
+    for block in model.blocks:
+        block.attention.impl = "no such"
+    with pytest.raises(ValueError, match="has no implementation 'no such'"):
+        model.extend(tokens[:, :1], state)

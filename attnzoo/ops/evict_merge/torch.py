@@ -23,7 +23,7 @@ def evict_merge_torch(
     threshold_BK: Tensor,
     votes_BKS: Tensor | None,
 ) -> Merged:
-    source_BKM = _compacted(keep_BKS, slots)
+    source_BKM = compacted(keep_BKS, slots)
     index_BKM, empty_BKM = source_BKM.clamp(min=0), source_BKM < 0
     keys, values = (_rows(x, index_BKM).masked_fill_(empty_BKM[..., None], 0.0) for x in (keys_BKSC, values_BKSV))
     votes = None if votes_BKS is None else votes_BKS.gather(-1, index_BKM).masked_fill_(empty_BKM, 0.0)
@@ -34,7 +34,7 @@ def evict_merge_torch(
     near_BKS, place_BKS = _nearest(keys_BKSC, keys)
     near_BKS = near_BKS.masked_fill_(~evict_BKS, -math.inf)
     decisive_BKS = near_BKS.mean(1, keepdim=True).expand_as(near_BKS) if rule.together else near_BKS
-    threshold_BK = _next_threshold(decisive_BKS, threshold_BK, rule)
+    threshold_BK = next_threshold(decisive_BKS, threshold_BK, rule)
     merge_BKS = (decisive_BKS >= threshold_BK[..., None]) & (near_BKS > -math.inf)
     weight_BKS = near_BKS.exp() if rule.kind == "paper" else near_BKS
     counted_BKS = merge_BKS.to(weight_BKS.dtype) if votes_BKS is None else votes_BKS.to(weight_BKS.dtype) * merge_BKS
@@ -61,7 +61,7 @@ def evict_merge_torch(
     )
 
 
-def _compacted(keep_BKS: Tensor, slots: int) -> Tensor:
+def compacted(keep_BKS: Tensor, slots: int) -> Tensor:
     """source_BKM: the kept entries in order, then -1."""
     place_BKS = torch.where(keep_BKS, keep_BKS.cumsum(-1) - 1, slots)
     source = torch.full((*keep_BKS.shape[:2], slots + 1), -1, dtype=torch.int64, device=keep_BKS.device)
@@ -95,7 +95,7 @@ def _nearest(keys_BKSC: Tensor, kept_BKMC: Tensor) -> tuple[Tensor, Tensor]:
     return near, place
 
 
-def _next_threshold(near_BKS: Tensor, before_BK: Tensor, rule: MergeRule) -> Tensor:
+def next_threshold(near_BKS: Tensor, before_BK: Tensor, rule: MergeRule) -> Tensor:
     """Of the entries whose `near` is finite; where there are none the threshold stays."""
     finite = near_BKS > -math.inf
     count = finite.sum(-1)
@@ -153,7 +153,7 @@ def _merge_victims(
     near_BK1 = torch.where(own_norm > 0, near_BK1 / own_norm, near_BK1.clamp(max=0.0))
     near_BK1 = near_BK1.masked_fill(~leaves_BK1, -math.inf)
     decisive = near_BK1.mean(1, keepdim=True).expand_as(near_BK1) if rule.together else near_BK1
-    threshold_BK = _next_threshold(decisive, threshold_BK, rule)
+    threshold_BK = next_threshold(decisive, threshold_BK, rule)
     merge_BK1 = (decisive >= threshold_BK[..., None]) & (near_BK1 > -math.inf)
     own, weight = torch.full_like(near_BK1, math.e if rule.kind == "paper" else 1.0), near_BK1
     if rule.kind == "paper":

@@ -1,0 +1,256 @@
+"""The launches of key_mass: which queries are dealt with together, which blocks see which, buffers and arguments."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from attnzoo.ops.key_mass.kernels.triton import Rows, Scores, Tile, columns_kernel, log_sums_kernel
+from attnzoo.ops.launch import TYPES, Launch
+from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.relative_sdpa.kernels.streaming.triton import logits_kernel
+from attnzoo.ops.relative_sdpa.tilings import architecture, tiling
+from attnzoo.ops.row_blocks import Tables
+
+LOG2_E = 1.4426950408889634
+LOGITS_BYTES = 64 << 20
+"""Logits by distance, where there are tables: as many queries at once as fit."""
+QUERIES = 16
+"""Queries that the kernel of logits takes at once."""
+NOWHERE = torch.iinfo(torch.int64).max
+
+
+def launches(
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    mask: CausalMask,
+    counts_B: Tensor | None,
+    tables: Tables | None,
+    log_votes_BKS: Tensor | None,
+    scale: float,
+    *,
+    mass_BKS: Tensor,
+    log_sums_BNT: Tensor | None = None,
+    block: int | None = None,
+    gpu: str | None = None,
+) -> Iterator[Launch]:
+    """What adds to `mass_BKS`, a part of the queries after the other where tables ask for logits."""
+    batch, heads, tokens, _ = q_BNTH.shape
+    gpu = architecture() if gpu is None else gpu
+    queries_BT, keys_BKS = (x.expand(batch, *x.shape[1:]) for x in mask.positions(tokens, q_BNTH.device))
+    if counts_B is not None:
+        steps_T = torch.arange(tokens, device=q_BNTH.device)
+        queries_BT = queries_BT.masked_fill(steps_T >= counts_B[:, None], -1)
+    content_BNTH = q_BNTH if tables is None else (q_BNTH + tables.content_bias_NH[:, None]).to(q_BNTH.dtype)
+    common = _common(k_BKSH, keys_BKS, log_votes_BKS, scale)
+    part = tokens
+    if tables is not None:
+        row = 4 * batch * heads * tables.table_bias_NP.shape[1]
+        part = max(QUERIES, LOGITS_BYTES // row // QUERIES * QUERIES)
+    for first in range(0, tokens, part):
+        rows = slice(first, min(first + part, tokens))
+        logits = None
+        if tables is not None:
+            logits = _empty_logits(q_BNTH[:, :, rows], tables)
+            yield _logits_launch(q_BNTH[:, :, rows], tables, logits, gpu)
+        yield from Part.of(
+            content_BNTH[:, :, rows],
+            queries_BT[:, rows],
+            keys_BKS,
+            mask,
+            common,
+            logits,
+            None if log_sums_BNT is None else log_sums_BNT[:, :, rows],
+            block,
+            gpu,
+        ).launches(mass_BKS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """Queries that are dealt with together, and which blocks see which."""
+
+    scores: Scores
+    tile: Tile
+    log_sums_BNT: Tensor
+    known: bool
+    reach_BKI: Tensor
+    begins_BKJ: Tensor
+    gpu: str
+
+    @classmethod
+    def of(
+        cls,
+        q_BNTH: Tensor,
+        queries_BT: Tensor,
+        keys_BKS: Tensor,
+        mask: CausalMask,
+        common: dict[str, Any],
+        logits_BNTP: Tensor | None,
+        log_sums_BNT: Tensor | None,
+        block: int | None,
+        gpu: str,
+    ) -> "Part":
+        queries = _rows(q_BNTH)
+        scores = Scores(
+            queries=queries,
+            at_queries=queries_BT.contiguous(),
+            relative=logits_BNTP,
+            distances=1 if logits_BNTP is None else logits_BNTP.shape[3],
+            tokens=q_BNTH.shape[2],
+            **common,
+        )
+        tile = _tile(q_BNTH, common["keys"].x.shape[1], mask, logits_BNTP is not None, block, gpu)
+        reach_BKI, begins_BKJ = _sees(queries_BT, keys_BKS, tile)
+        shape = (q_BNTH.shape[0], common["keys"].x.shape[1])
+        known = log_sums_BNT is not None
+        if log_sums_BNT is None:
+            log_sums_BNT = torch.empty(q_BNTH.shape[:3], dtype=torch.float32, device=q_BNTH.device)
+        return cls(
+            scores=scores,
+            tile=tile,
+            log_sums_BNT=log_sums_BNT if log_sums_BNT.stride(-1) == 1 else log_sums_BNT.contiguous(),
+            known=known,
+            reach_BKI=reach_BKI.expand(*shape, -1).contiguous(),
+            begins_BKJ=begins_BKJ.expand(*shape, -1).contiguous(),
+            gpu=gpu,
+        )
+
+    def launches(self, mass_BKS: Tensor) -> Iterator[Launch]:
+        batch, heads, _ = self.log_sums_BNT.shape
+        if not self.known:
+            yield self._launch(
+                log_sums_kernel,
+                (self.reach_BKI.shape[2], heads, batch),
+                reach=self.reach_BKI,
+                log_sums=self.log_sums_BNT,
+            )
+        yield self._launch(
+            columns_kernel,
+            (self.begins_BKJ.shape[2], mass_BKS.shape[1], batch),
+            log_sums=self.log_sums_BNT,
+            log_sums_batch=self.log_sums_BNT.stride(0),
+            log_sums_head=self.log_sums_BNT.stride(1),
+            begins=self.begins_BKJ,
+            mass=mass_BKS,
+        )
+
+    def _launch(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> Launch:
+        dtype = self.scores.queries.x.dtype
+        relative = "" if self.scores.relative is None else f" P={self.scores.distances}"
+        return Launch(
+            name=f"key_mass {kernel.__name__.removesuffix('_kernel')} {TYPES[dtype]} H={self.tile.head_dim}{relative}",
+            kernel=kernel,
+            grid=grid,
+            arguments=arguments | {"scores": self.scores, "tile": self.tile},
+            num_warps=4,
+            num_stages=2,
+            target=self.gpu,
+        )
+
+
+def _common(k_BKSH: Tensor, keys_BKS: Tensor, log_votes_BKS: Tensor | None, scale: float) -> dict[str, Any]:
+    """The fields of Scores that are of the keys."""
+    batch, kv_heads, slots, _ = k_BKSH.shape
+    places = keys_BKS if keys_BKS.stride(-1) == 1 else keys_BKS.contiguous()
+    places = places.expand(batch, kv_heads, slots)
+    votes = log_votes_BKS if log_votes_BKS is None or log_votes_BKS.stride(-1) == 1 else log_votes_BKS.contiguous()
+    return {
+        "keys": _rows(k_BKSH),
+        "at_keys": places,
+        "at_batch": places.stride(0),
+        "at_head": places.stride(1),
+        "votes": votes,
+        "vote_batch": 0 if votes is None else votes.stride(0),
+        "vote_head": 0 if votes is None else votes.stride(1),
+        "slots": slots,
+        "scale": scale * LOG2_E,
+        "vote_scale": LOG2_E,
+    }
+
+
+def _rows(x: Tensor) -> Rows:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return Rows(x, *x.stride()[:3])
+
+
+def _sees(queries_BT: Tensor, keys_BKS: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+    """(reach_BKI, begins_BKJ) in int32: exact where positions ascend, and never too few blocks."""
+    latest_BI = _blocks(queries_BT, tile.rows, -1).amax(-1)
+    earliest_BKJ = _blocks(keys_BKS.where(keys_BKS >= 0, NOWHERE), tile.columns, NOWHERE).amin(-1)
+    # Least from here on, and greatest up to here: they ascend, so that a search finds the last block and the first.
+    from_here_BKJ = earliest_BKJ.flip(-1).cummin(-1).values.flip(-1).contiguous()
+    up_to_BKI = latest_BI.cummax(-1).values[:, None].expand(-1, keys_BKS.shape[1], -1).contiguous()
+    latest_BKI = latest_BI[:, None].expand_as(up_to_BKI).contiguous()
+    reach_BKI = torch.searchsorted(from_here_BKJ, latest_BKI, right=True, out_int32=True)
+    begins_BKJ = torch.searchsorted(up_to_BKI, earliest_BKJ.contiguous(), out_int32=True)
+    return reach_BKI, begins_BKJ
+
+
+def _blocks(x: Tensor, block: int, other: int) -> Tensor:
+    """The last axis in blocks."""
+    return F.pad(x, (0, -x.shape[-1] % block), value=other).unflatten(-1, (-1, block))
+
+
+def _tile(q_BNTH: Tensor, kv_heads: int, mask: CausalMask, relative: bool, block: int | None, gpu: str) -> Tile:
+    heads, head_dim = q_BNTH.shape[1], q_BNTH.shape[3]
+    block = block or _block(q_BNTH.dtype, head_dim, relative)
+    return Tile(
+        rows=block,
+        columns=block,
+        heads=heads,
+        group=heads // kv_heads,
+        head_dim=head_dim,
+        wide=max(16, int(triton.next_power_of_2(head_dim))),
+        window=mask.window or 0,
+        sinks=mask.sinks,
+        # NVIDIA's tensor cores take float32 as three products of tf32, which keep its precision; AMD's take float32.
+        precision="tf32x3" if q_BNTH.dtype == torch.float32 and gpu != "gfx942" else "ieee",
+        widen=triton.knobs.runtime.interpret,  # its product of bfloat16 multiplies their bits (3.9)
+    )
+
+
+def _block(dtype: torch.dtype, head_dim: int, relative: bool) -> int:
+    """Queries and keys of a tile, found by compiling ahead of time: they spill nowhere on sm_80, sm_90 and gfx942."""
+    if head_dim > 128:
+        return 16 if relative or dtype == torch.float32 else 32
+    if dtype == torch.float32:
+        return 16 if relative and head_dim > 64 else 32
+    return 32 if relative else 64
+
+
+def _empty_logits(q_BNTH: Tensor, tables: Tables) -> Tensor:
+    shape = (*q_BNTH.shape[:3], tables.table_bias_NP.shape[1])
+    return torch.empty(shape, dtype=torch.float32, device=q_BNTH.device)
+
+
+def _logits_launch(q_BNTH: Tensor, tables: Tables, logits_BNTP: Tensor, gpu: str) -> Launch:
+    """q . R[d] + S[d] of every query and distance."""
+    dtype = torch.float32 if triton.knobs.runtime.interpret else q_BNTH.dtype  # see Tile.widen
+    heads, head_dim, distances = q_BNTH.shape[1], q_BNTH.shape[3], logits_BNTP.shape[3]
+    tiles = tiling("logits", dtype, head_dim, True, gpu)
+    return Launch(
+        name=f"key_mass logits {TYPES[dtype]} H={head_dim} P={distances}",
+        kernel=logits_kernel,
+        grid=(int(triton.cdiv(distances, tiles.block)), heads, q_BNTH.shape[0]),
+        arguments={
+            "q": q_BNTH.to(dtype).transpose(1, 2).contiguous(),
+            "table": tables.table_NPH.to(dtype).contiguous(),
+            "table_bias": tables.table_bias_NP.contiguous(),
+            "logits": logits_BNTP,
+            "tokens": q_BNTH.shape[2],
+            "rows": distances,
+            "HEADS": heads,
+            "HEAD_DIM": head_dim,
+            "WIDTH": max(16, int(triton.next_power_of_2(head_dim))),
+            "QUERIES": QUERIES,
+            "BLOCK": tiles.block,
+        },
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        target=gpu,
+    )

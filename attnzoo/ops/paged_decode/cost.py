@@ -1,0 +1,68 @@
+"""Bytes and FLOPs of decode attention over a compressed cache."""
+
+from dataclasses import dataclass
+
+from attnzoo.ops.cost import OpCost
+
+INDEX, SUM = 8, 4
+"""Bytes of a position or channel, and of a number in the accumulation dtype of float32 and narrower."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentSizes:
+    """slots: entries a kv head that are held (empty slots are skipped). key_dim and value_dim: channels stored;
+    position_heads: 1 where kv heads hold the same entries, else their number."""
+
+    slots: int
+    key_dim: int
+    value_dim: int
+    position_heads: int
+    votes: bool = False
+    channels: bool = False
+    value_channels: bool = False
+
+
+def decode_cost(
+    *,
+    batch: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    width: int,
+    segments: tuple[SegmentSizes, ...],
+    probe_dim: int = 0,
+    bias_width: int = 0,
+    key_mass: bool = False,
+) -> OpCost:
+    """width, bias_width: bytes of an element of keys and of the bias (0: no bias). probe_dim: channels of the probe,
+    which meets the first segment (0: none). Of `scratch_bytes` nothing is counted."""
+    slots = sum(part.slots for part in segments)
+    read = batch * tokens * (heads * head_dim * width + INDEX) + batch * heads * tokens * slots * bias_width
+    read += batch * sum(_segment_bytes(part, kv_heads, width) for part in segments)
+    written = batch * heads * tokens * head_dim * width
+    flops = 2 * batch * heads * tokens * sum(part.slots * (part.key_dim + part.value_dim) for part in segments)
+    if probe_dim:
+        read += batch * kv_heads * probe_dim * width
+        written += batch * kv_heads * segments[0].slots * SUM
+        flops += 2 * batch * kv_heads * segments[0].slots * probe_dim
+    if key_mass:
+        written += batch * kv_heads * slots * SUM
+    return OpCost(bytes_read=read, bytes_written=written, flops=flops)
+
+
+def _segment_bytes(part: SegmentSizes, kv_heads: int, width: int) -> int:
+    """Of one sequence."""
+    entry = (part.key_dim + part.value_dim) * width + (SUM if part.votes else 0)
+    index = part.key_dim * int(part.channels) + part.value_dim * int(part.value_channels)
+    return kv_heads * (part.slots * entry + index * INDEX) + part.position_heads * part.slots * INDEX
+
+
+def scratch_bytes(
+    *, batch: int, tokens: int, heads: int, head_dim: int, splits: int, slots: int, key_mass: bool = False
+) -> int:
+    """What the kernels keep between their launches, each byte written and read once: partial results of `splits` parts
+    of the context with the logs of their sums, and where the mass of keys is asked for the scores of all `slots` and
+    one sum a query."""
+    rows = batch * heads * tokens
+    return SUM * rows * (splits * (head_dim + 1) + (slots + 1 if key_mass else 0))
