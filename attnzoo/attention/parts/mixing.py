@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnzoo.attention.base import Growth, Traits
 from attnzoo.attention.parts.position import QKV, Buffers, Position, visible_pairs
 from attnzoo.attention.parts.projection import Heads
 from attnzoo.kvcache import CachePolicy, FullCache, WindowCache
@@ -22,6 +23,11 @@ from attnzoo.types import accumulation_dtype, dtype_bytes
 
 class Mixing(nn.Module, ABC):
     """Base of mixings: o_BNTH from q_BTNH, k_BTKH, v_BTKH."""
+
+    @property
+    @abstractmethod
+    def traits(self) -> Traits:
+        """What a variant with this mixing promises."""
 
     @abstractmethod
     def forward(self, qkv: QKV, starts_BT: Tensor | None, impl: Impl) -> Tensor:
@@ -65,6 +71,11 @@ class SoftmaxMixing(Mixing):
         self.heads, self.position = heads, position
         self.mask = CausalMask(window=window, sinks=sinks)
         self.cache: CachePolicy = FullCache() if window is None else WindowCache(window, sinks)
+
+    @property
+    def traits(self) -> Traits:
+        growth: Growth = "O(T)" if self.mask.window is None else "O(window)"
+        return Traits(position=self.position.kind, growth=growth, varlen=True)
 
     def forward(self, qkv: QKV, starts_BT: Tensor | None, impl: Impl) -> Tensor:
         q, k, v = qkv
@@ -136,6 +147,10 @@ class LinearMixing(Mixing):
         self.heads, self.feature_map, self.normalise = heads, feature_map, normalise
         self.decay_logit = nn.Parameter(torch.empty(heads.num_kv_heads)) if decay else None
         self.reset_parameters(0.0)
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(position="none" if self.decay_logit is None else "recurrence", growth="O(1)", varlen=True)
 
     def reset_parameters(self, std: float) -> None:
         if self.decay_logit is not None:
