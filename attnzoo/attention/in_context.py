@@ -2,8 +2,8 @@
 
 The last `num_queries` tokens ask and are not read: keys and values come from the others alone, and every token, asking
 or not, reads all of them. So a token depends on later ones: such a variant is not causal, has no streaming form and no
-state, and a decoder language model refuses it. With no feature map, bias, norm or scale the maps W_V, W_K, W_Q and P are
-square by default, as in the papers. The residual is the caller's: e <- e + layer(e).
+state, and a decoder language model refuses it. With no feature map, bias, norm or scale the maps W_V, W_K, W_Q and P
+are square by default, as in the papers. The residual is the caller's: e <- e + layer(e).
 """
 
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ class InContextConfig:
     def __post_init__(self) -> None:
         if min(self.model_dim, self.num_heads, self.head_dim or 1) < 1 or self.num_queries < 0:
             raise ValueError(
-                f"model_dim={self.model_dim}, num_heads={self.num_heads} and head_dim={self.head_dim} must be at least 1, "
-                f"num_queries={self.num_queries} at least 0"
+                f"model_dim={self.model_dim}, num_heads={self.num_heads} and head_dim={self.head_dim} must be at "
+                f"least 1, num_queries={self.num_queries} at least 0"
             )
 
 

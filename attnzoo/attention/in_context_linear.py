@@ -29,10 +29,10 @@ class InContextLinear(InContextAttention):
     def set_gradient_step(self, rate: float, start_D: Tensor | None = None, shrink: float = 0.0) -> None:
         """Weights of one step with rate `rate` (eta / N in the paper) from the weights `start_D` (None: 0).
 
-        W_K = W_Q = diag(I, 0), W_V = [[0, 0], [W0, -1]] and P = rate diag(0, 1) add rate (W0 . x_j - y_j) x_j . x_t to the
-        last coordinate: y_t becomes y_t - dW . x_t, and the query's 0 becomes -dW . x_q. With `shrink` the layer is one of
-        GD++: [[-shrink I, 0], ...] in P W_V turns X into X (I - shrink X^T X).
-        Raises ValueError for several heads, or head_dim other than model_dim.
+        W_K = W_Q = diag(I, 0), W_V = [[0, 0], [W0, -1]] and P = rate diag(0, 1) add rate (W0 . x_j - y_j) x_j . x_t
+        to the last coordinate: y_t becomes y_t - dW . x_t, and the query's 0 becomes -dW . x_q. With `shrink` the
+        layer is one of GD++: [[-shrink I, 0], ...] in P W_V turns X into X (I - shrink X^T X). Raises ValueError for
+        several heads, or head_dim other than model_dim.
         """
         if self.config.num_heads != 1:
             raise ValueError(f"num_heads={self.config.num_heads}: the construction has one head")

@@ -4,8 +4,8 @@ Source: von Oswald et al. 2023, "Uncovering mesa-optimization algorithms in Tran
 
     o_t = (sum_{s<=t} v_s k_s^T) (sum_{s<=t} k_s k_s^T + ridge I)^-1 q_t
 
-The weights of that map minimise sum_s |W k_s - v_s|^2 + ridge |W|^2, which one layer of linear attention only takes a step
-towards. The state are the two sums, [H, H] each, whatever the context.
+The weights of that map minimise sum_s |W k_s - v_s|^2 + ridge |W|^2, which one layer of linear attention only takes a
+step towards. The state are the two sums, [H, H] each, whatever the context.
 
 Differs from the paper: the sums are solved against (Cholesky) instead of an inverse being updated, ridge is one learned
 positive number a kv head instead of a matrix, there is no forgetting, and heads share keys and values if asked.

@@ -6,8 +6,8 @@ Source: Li, Song, Xia, Yu, Zhou 2023, "The Closeness of In-Context Learning and 
     e_t <- e_t + P sum_{j<=N} W_V e_j exp((W_K e_j)^T W_Q e_t) / sum_i exp((W_K e_i)^T W_Q e_t)
 
 For softmax regression f(x) = exp(A x) / <exp(A x), 1> tokens are (a_j, n b_j - 1): rows of A and centred targets. With
-small scores s_j the weights are (1 + s_j - mean s) / n, and because centred values add up to 0 a head is a sum of v_j s_j / n,
-one step of gradient descent on the linearised loss: `set_linearised_step` writes such weights.
+small scores s_j the weights are (1 + s_j - mean s) / n, and because centred values add up to 0 a head is the sum of
+v_j s_j / n, one step of gradient descent on the linearised loss: `set_linearised_step` writes such weights.
 
 Differs from the paper: scores are not divided by sqrt(head_dim) (the maps are free); the residual is the caller's.
 """
@@ -34,8 +34,8 @@ class SoftmaxRegression(InContextAttention):
         """
         if self.config.num_heads != 1 or sharpness <= 0:
             raise ValueError(
-                f"num_heads={self.config.num_heads}, sharpness={sharpness}: the construction has one head and a positive "
-                "sharpness"
+                f"num_heads={self.config.num_heads}, sharpness={sharpness}: the construction has one head and a "
+                "positive sharpness"
             )
         inputs_D = torch.ones(self.config.model_dim, dtype=self.output.weight.dtype)
         inputs_D[-1] = 0.0

@@ -8,8 +8,8 @@ After K steps a solver that starts at w = 0 leaves the residual p(S) w of the tr
     ridge                               p(s) = c / (s + c)
 
 and its weights are q(S) X^T y with q(s) = (1 - p(s)) / s. GD++: each layer does y <- y - a X X^T y, X <- X - g X S and
-x_q <- (I - g S) x_q. If y = X r with r = w at first, then r becomes (I - g S)^-1 (I - a S) r, so that the query's residual
-x_q . r becomes x_q . (I - a S) r: the factors (I - g S) cancel, and the next step's S is S (I - g S)^2.
+x_q <- (I - g S) x_q. If y = X r with r = w at first, then r becomes (I - g S)^-1 (I - a S) r, so that the query's
+residual x_q . r becomes x_q . (I - a S) r: the factors (I - g S) cancel, and the next step's S is S (I - g S)^2.
 """
 
 from collections.abc import Callable
@@ -75,7 +75,8 @@ def newton(steps: int, scale: float | Tensor) -> Residual:
 def chebyshev_rates(steps: int, low: float | Tensor, high: float | Tensor) -> Tensor:
     """Rates whose p is the Chebyshev polynomial of [low, high] scaled to p(0) = 1, the least in maximum there.
 
-    Its zeros are the K points (high+low)/2 + (high-low)/2 cos((2k-1) pi / 2K), and the zeros of prod (1 - a_k s) are 1/a_k.
+    Its zeros are the K points (high+low)/2 + (high-low)/2 cos((2k-1) pi / 2K), and the zeros of prod (1 - a_k s) are
+    1/a_k.
     """
     odd_K = 2 * torch.arange(1, steps + 1, dtype=torch.float64) - 1
     return 1 / ((high + low) / 2 + (high - low) / 2 * torch.cos(odd_K * torch.pi / (2 * steps)))
@@ -100,7 +101,8 @@ SOLVERS = ("gd", "gd per step", "gd++", "gd++ per step", "chebyshev", "newton")
 
 
 def best_descents(name: str, most: int, spectrum: Spectrum, iterations: int = 60) -> list[Solver]:
-    """The solver `name` of `SOLVERS` with 1 to `most` steps, its parameters fitted to the spectrum by L-BFGS in float64.
+    """The solver `name` of `SOLVERS` with 1 to `most` steps, its parameters fitted to the spectrum by L-BFGS in
+    float64.
 
     "gd", "gd++": one rate (and shrink) for all steps; "per step": one each; "chebyshev": the interval; "newton": the
     first scale. Losses are not convex in the rates of many steps: a shared solution starts from that of one step fewer,

@@ -46,13 +46,15 @@ def softmax_hessian(a_TD: Tensor, x_D: Tensor, b_T: Tensor) -> Tensor:
 
 
 def shifted_target(b_T: Tensor, before_T: Tensor, after_T: Tensor) -> Tensor:
-    """b~ = b - (f_after - f_before): |f_after - b| = |f_before - b~| by construction (theorem 1.2's weight shifting)."""
+    """b~ = b - (f_after - f_before): |f_after - b| = |f_before - b~| by construction (theorem 1.2's weight
+    shifting)."""
     return b_T - (after_T - before_T)
 
 
 @dataclass(frozen=True)
 class ShiftBound:
-    """Constants C of |b~ - b| <= C |x' - x|, and of |b~ - b| <= C |A' - A|, for |A|, |x|, |x'| <= R (operator norms)."""
+    """Constants C of |b~ - b| <= C |x' - x|, and of |b~ - b| <= C |A' - A|, for |A|, |x|, |x'| <= R (operator
+    norms)."""
 
     paper: float
     tight: float
@@ -61,9 +63,9 @@ class ShiftBound:
 def shift_bounds(rows: int, radius: float) -> ShiftBound:
     """The paper's M = n^1.5 exp(10 R^2), and R / 2.
 
-    |b~ - b| = |f' - f| is at most the largest |J| on the way times the way of u = A x. |J| <= 1/2: v . J v is the variance
-    of v under f, at most ((max v - min v) / 2)^2 <= |v|^2 / 2. And |A x' - A x| <= R |x' - x|, |A' x - A x| <= R |A' - A|.
-    Since |f' - f| <= sqrt(2) whatever happens, a constant C says nothing once C |x' - x| exceeds that.
+    |b~ - b| = |f' - f| is at most the largest |J| on the way times the way of u = A x. |J| <= 1/2: v . J v is the
+    variance of v under f, at most ((max v - min v) / 2)^2 <= |v|^2 / 2. And |A x' - A x| <= R |x' - x|, |A' x - A x|
+    <= R |A' - A|. Since |f' - f| <= sqrt(2) whatever happens, a constant C says nothing once C |x' - x| exceeds that.
     """
     return ShiftBound(rows**1.5 * math.exp(10 * radius**2), radius / 2)
 
@@ -78,8 +80,8 @@ class SoftmaxTasks:
     target_B: Tensor
 
     def tokens(self) -> Tensor:
-        """[B, T + 1, D + 1]: (a_j, y_j - 1), and the query (a_q, 0). Centred targets add up to 0: a softmax over the tokens
-        averages, and only what has no mean survives as a difference of scores."""
+        """[B, T + 1, D + 1]: (a_j, y_j - 1), and the query (a_q, 0). Centred targets add up to 0: a softmax over the
+        tokens averages, and only what has no mean survives as a difference of scores."""
         asked_B1E = torch.cat([self.query_BD, torch.zeros_like(self.target_B)[:, None]], dim=1)[:, None]
         return torch.cat([torch.cat([self.a_BTD, self.y_BT[..., None] - 1], dim=2), asked_B1E], dim=1)
 
@@ -96,8 +98,8 @@ def softmax_tasks(batch: int, rows: int, dim: int, spread: float, generator: tor
 def softmax_step(tasks: SoftmaxTasks, rate: float | Tensor) -> Tensor:
     """Predictions [B] after one step of gradient descent from x = 0.
 
-    There f = 1/n and the gradient is -A^T (n b - 1) / n^2, as n b - 1 adds up to 0: x = rate A^T (n b - 1) (the n^2 is part
-    of the rate), and the prediction is n exp(a_q . x) / sum_j exp(a_j . x).
+    There f = 1/n and the gradient is -A^T (n b - 1) / n^2, as n b - 1 adds up to 0: x = rate A^T (n b - 1) (the n^2
+    is part of the rate), and the prediction is n exp(a_q . x) / sum_j exp(a_j . x).
     """
     x_BD1 = rate * tasks.a_BTD.mT @ (tasks.y_BT - 1)[..., None]
     total_B = (tasks.a_BTD @ x_BD1)[..., 0].exp().mean(dim=1)

@@ -112,7 +112,8 @@ def _inputs(shape: tuple[int, ...], family: LinearFamily, generator: torch.Gener
 
 
 def sine_tasks(batch: int, examples: int, generator: torch.Generator) -> Tasks:
-    """y = amplitude sin(x + phase): x ~ U(-5, 5), amplitude ~ U(.1, .5), phase ~ U(0, pi) (arXiv 2212.07677, sec. 4)."""
+    """y = amplitude sin(x + phase): x ~ U(-5, 5), amplitude ~ U(.1, .5), phase ~ U(0, pi) (arXiv 2212.07677, sec.
+    4)."""
     x_BT1 = torch.rand(batch, examples + 1, 1, generator=generator) * 10 - 5
     amplitude_B1 = 0.1 + 0.4 * torch.rand(batch, 1, generator=generator)
     phase_B1 = math.pi * torch.rand(batch, 1, generator=generator)

@@ -37,7 +37,7 @@ def test_every_config_that_ships_can_be_planned(name):
     assert "parameters" in printed
 
 
-@pytest.mark.parametrize("kind", ["mha", "rmha", "mdha", "rcmha", "linear"])
+@pytest.mark.parametrize("kind", ["mha", "rmha", "mdha", "rcmha", "linear", "mesa"])
 def test_every_variant_has_a_config_and_a_line_in_the_readme(kind):
     assert kind in ATTENTION
     assert f"{kind}.yaml" in CONFIGS

@@ -1,7 +1,7 @@
 """How an experiment is made of parts that run side by side, and what a part hands back.
 
-A part is a function (config, tick) -> values: plain numbers and lists, which JSON can hold. `judge` turns the values of all
-parts into rows and claims, `draw` into figures, so that nothing is measured twice and nothing is typed.
+A part is a function (config, tick) -> values: plain numbers and lists, which JSON can hold. `judge` turns the values
+of all parts into rows and claims, `draw` into figures, so that nothing is measured twice and nothing is typed.
 """
 
 from collections.abc import Callable

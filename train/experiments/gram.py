@@ -1,8 +1,8 @@
 """Linear self-attention on in-context tasks, in Gram form: the context enters only through G = C^T C.
 
-A layer adds e W_QK G W_VP to every token e (rows), with W_QK = W_Q^T W_K and W_VP = W_V^T P^T, keys and values without the
-query. Applied to the context itself that turns G into M^T G M, M = I + W_QK G W_VP: however many layers, nothing larger
-than [D + 1, D + 1] a task is ever multiplied.
+A layer adds e W_QK G W_VP to every token e (rows), with W_QK = W_Q^T W_K and W_VP = W_V^T P^T, keys and values
+without the query. Applied to the context itself that turns G into M^T G M, M = I + W_QK G W_VP: however many layers,
+nothing larger than [D + 1, D + 1] a task is ever multiplied.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,5 @@
-"""Experiment A, claims 7 and 8: features from an MLP, and pairs that have to be put together first (arXiv 2212.07677)."""
+"""Experiment A, claims 7 and 8: features from an MLP, and pairs that have to be put together first (arXiv
+2212.07677)."""
 
 import torch
 from torch import Tensor, nn

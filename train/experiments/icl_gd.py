@@ -1,7 +1,8 @@
 """Experiment A: one layer of linear self-attention learns one step of gradient descent (arXiv 2212.07677).
 
-Inputs are U(-1, 1)^10 (r = 1, as the paper's text says; its code draws r = .5, and losses scale with r^2), N = 10 examples,
-w ~ N(0, I), no noise. With `variant` the claims about the layer as a black box (A1, A3, A4, A5) are asked of that variant.
+Inputs are U(-1, 1)^10 (r = 1, as the paper's text says; its code draws r = .5, and losses scale with r^2), N = 10
+examples, w ~ N(0, I), no noise. With `variant` the claims about the layer as a black box (A1, A3, A4, A5) are asked of
+that variant.
 """
 
 import torch
@@ -30,8 +31,8 @@ BATCH, TESTED, SPECTRA = 1024, 4096, 4096
 DAMPING, APPLIED = 0.75, (1, 2, 5, 10, 20, 50)
 MIXED = (0.0, 0.25, 0.5, 0.75, 1.0)
 STD = 0.002
-"""Initial weights of the Gram form are products of two matrices; entries of .02 each make products of this order. The y row
-of W_QK gets no gradient in one layer and stays what it was: larger ones make 50 applications blow up."""
+"""Initial weights of the Gram form are products of two matrices; entries of .02 each make products of this order. The
+y row of W_QK gets no gradient in one layer and stays what it was: larger ones make 50 applications blow up."""
 
 SHIFTS: list[tuple[str, dict]] = [
     *((f"x range {radius:g}", {"radius": radius}) for radius in (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)),

@@ -14,7 +14,8 @@ INNER_DIM, HEADS = 32, 2
 
 
 class VariantLayers(nn.Module):
-    """e <- e + write(attention(read(e))) on tokens of width D + 1, `depth` times; `looped`: one layer's weights for all.
+    """e <- e + write(attention(read(e))) on tokens of width D + 1, `depth` times; `looped`: one layer's weights for
+    all.
 
     read and write are linear maps between the tokens and the variant's model_dim, so that a layer can be applied to its
     own output whatever its inner size is. `inner_dim=None`: the variant works on the tokens themselves.
@@ -33,9 +34,7 @@ class VariantLayers(nn.Module):
     ) -> None:
         super().__init__()
         self.depth = depth
-        self.layers = nn.ModuleList(
-            _Layer(kind, options, width, inner_dim, std) for _ in range(1 if looped else depth)
-        )
+        self.layers = nn.ModuleList(_Layer(kind, options, width, inner_dim, std) for _ in range(1 if looped else depth))
 
     def forward(self, tasks: Tasks, depth: int | None = None, damping: float = 1.0) -> Tensor:
         """Predictions [B]: minus the last coordinate of the query after the last layer; see `GramAttention.forward`."""

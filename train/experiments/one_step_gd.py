@@ -1,8 +1,8 @@
 """Experiment B: one step of gradient descent is the best that one layer of linear self-attention can do in context
 (arXiv 2307.03576).
 
-The layer predicts u . G M x_q with G = sum_j v_j v_j^T, v_j = (x_j, y_j): u is a row of the value map, M the first columns of
-W_QK. n = 8 examples, d = 4; losses are mean squared errors, not halved.
+The layer predicts u . G M x_q with G = sum_j v_j v_j^T, v_j = (x_j, y_j): u is a row of the value map, M the first
+columns of W_QK. n = 8 examples, d = 4; losses are mean squared errors, not halved.
 """
 
 from dataclasses import dataclass
@@ -166,7 +166,9 @@ def judge(config: ExperimentConfig, values: dict[str, Values]) -> Judgement:
     out, rows = Judgement(), []
     for case in CASES:
         found, best = values[case.key], values[case.key]["optimum"]
-        rows.append({"family": case.key, **{key: found[key] for key in ("null", "optimum", "step", "loss", "distance")}})
+        rows.append(
+            {"family": case.key, **{key: found[key] for key in ("null", "optimum", "step", "loss", "distance")}}
+        )
         if case.function == "even":
             out.add(f"{case.claim} {case.key}: size of the learned step", 0.0, found["distance"], 0.005)
             continue

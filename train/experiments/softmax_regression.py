@@ -1,5 +1,5 @@
-"""Experiment C: moving x by a step of gradient descent, moving A by attention, and moving the target are one thing in softmax
-regression (arXiv 2304.13276); and what a trained softmax head does of it."""
+"""Experiment C: moving x by a step of gradient descent, moving A by attention, and moving the target are one thing in
+softmax regression (arXiv 2304.13276); and what a trained softmax head does of it."""
 
 from pathlib import Path
 
@@ -173,3 +173,71 @@ def best_rate(predict, tasks: SoftmaxTasks) -> float:  # type: ignore[no-untyped
 
 def _cosine(a_B: Tensor, b_B: Tensor) -> float:
     return torch.nn.functional.cosine_similarity(a_B, b_B, dim=0).item()
+
+
+def parts(config: ExperimentConfig) -> dict[str, Part]:
+    """Derivatives, closeness, and a trained head a setting."""
+    found = {"derivatives": Part(derivatives, 20), "closeness": Part(closeness, 1600)}
+    for setting in [*SETTINGS, LARGE]:
+        found[_name(setting)] = Part(lambda c, tick, setting=setting: learned(c, tick, setting), STEPS)
+    return found
+
+
+def _name(setting: tuple[int, int, float]) -> str:
+    return "n={}, d={}, ws={:g}".format(*setting)
+
+
+def judge(config: ExperimentConfig, values: dict[str, Values]) -> Judgement:
+    """C1 to C4."""
+    out, found = Judgement(), values["derivatives"]
+    out.add("C1 gradient against central differences", 0.0, found["gradient"], 1e-9)
+    out.add("C1 Hessian against central differences", 0.0, found["hessian"], 1e-9)
+    instances = values["closeness"]["instances"]
+    out.add("C2 | |f(x') - b| - |f(x) - b~| |, largest", 0.0, values["closeness"]["identity"], 1e-12)
+    for part, moved in (("x", 1.0), ("A", 0.0)):
+        chosen = [row for row in instances if row["moves x"] == moved]
+        out.add(f"C2 |b~ - b| / (M |move of {part}|), largest", 1.0, max(r["paper"] for r in chosen), 0.0, "at_most")
+        out.add(f"C3 |b~ - b| / (R/2 |move of {part}|), largest", 1.0, max(r["tight"] for r in chosen), 0.0, "at_most")
+    rows = []
+    for radius in (1.0, 2.0, 4.0):
+        chosen = [row for row in instances if row["radius"] == radius]
+        rows.append(
+            {
+                "R": radius,
+                "instances": len(chosen),
+                "largest share of the paper's bound": max(r["paper"] for r in chosen),
+                "largest share of the bound R/2": max(r["tight"] for r in chosen),
+                "paper's bound above sqrt(2)": sum(r["vacuous"] for r in chosen) / len(chosen),
+            }
+        )
+    out.table("C: how much of the bounds is used", rows)
+    _judge_learned(out, values)
+    return out
+
+
+def _judge_learned(out: Judgement, values: dict[str, Values]) -> None:
+    rows = []
+    for setting in [*SETTINGS, LARGE]:
+        found = values[_name(setting)]
+        rows.append(
+            {"setting": _name(setting), **found["losses"]} | {f"cosine to {k}": v for k, v in found["cosines"].items()}
+        )
+    out.table("C: losses of a trained softmax head", rows)
+    for setting, (*expected, cosine) in SETTINGS.items():
+        found = values[_name(setting)]
+        for name, value in zip(NAMES, expected, strict=True):
+            last = name == "trained"  # longer training may end below what the specification saw
+            measured = found["losses"][name] / value
+            out.add(f"C4 {_name(setting)}: {name} / {value}", 1.0, measured, 0.05, "at_most" if last else "equal")
+        out.add(f"C4 {_name(setting)}: cosine to the step", cosine, found["cosines"]["gd"], 0.01, "at_least")
+    found = values[_name(LARGE)]
+    gap = found["cosines"]["linearised"] - found["cosines"]["gd"]
+    out.add(f"C5 {_name(LARGE)}: cosine to the linearised step less cosine to the step", 0.0, gap, 0.0, "at_least")
+
+
+def draw(values: dict[str, Values], directory: Path) -> list[Path]:
+    """The figure."""
+    return [draw_softmax_regression(values, directory)]
+
+
+EXPERIMENT = Experiment("softmax-regression", "C", "Softmax regression and weight shifting", parts, judge, draw)

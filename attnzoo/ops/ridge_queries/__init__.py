@@ -24,8 +24,9 @@ def ridge_queries(
 ) -> tuple[Tensor, Tensor]:
     """(solved_BNTH, gram_BKHH after the chunk), both in at least float32; `ridge_K` positive, one a kv head.
 
-    `gram_BKHH`: the sum before the chunk, None: zeros. `counts_B`, `starts_BT`: as in `linear_attention`; padding may hold
-    anything and gives zeros. Raises ValueError when shapes do not fit or `impl` is not "auto", "reference" or "torch".
+    `gram_BKHH`: the sum before the chunk, None: zeros. `counts_B`, `starts_BT`: as in `linear_attention`; padding may
+    hold anything and gives zeros. Raises ValueError when shapes do not fit or `impl` is not "auto", "reference" or
+    "torch".
     """
     q, k = tuple(q_BNTH.shape), tuple(k_BKTH.shape)
     if len(q) != 4 or len(k) != 4 or q[0] != k[0] or q[2:] != k[2:] or q[1] % k[1] or ridge_K.shape != k[1:2]:
