@@ -115,7 +115,7 @@ def induction(config: ExperimentConfig, tick: Tick) -> Values:
         torch.manual_seed(seeded(config.seed, "icl-gd", "pairs", "weights").initial_seed() % 2**31)
         model = PairModel(std=0.1)
     data = seeded(config.seed, "icl-gd", "pairs", "data")
-    steps, probes = config.steps(5000), linear_tasks(32, FAMILY, seeded(config.seed, "icl-gd", "pairs", "probes"))
+    steps, probes = config.steps(1500), linear_tasks(32, FAMILY, seeded(config.seed, "icl-gd", "pairs", "probes"))
     seen: list[dict[str, float]] = []
 
     def probe(step: int) -> None:
@@ -124,7 +124,7 @@ def induction(config: ExperimentConfig, tick: Tick) -> Values:
         seen.append({"step": step, "own": own, "next": following, "others": rest})
 
     def loss(step: int) -> Tensor:
-        if step % max(1, steps // 40) == 0:
+        if step % max(1, steps // 20) == 0:
             probe(step)
         tasks = linear_tasks(512, FAMILY, data)
         return half_square(model(tasks), tasks.target_B)
