@@ -2,9 +2,9 @@
 
     python -m scripts.reproduce all                                   # all of them, within 10 minutes on two cores
     python -m scripts.reproduce icl-gd --quick                        # the code, in small; no measurement
-    python -m scripts.reproduce icl-gd --variant rcmha                # experiment A of a variant of the zoo (or a
-    plugin) python -m scripts.reproduce depth --variant mine num_heads=2      # its line in 'what does this attention
-    compute?' python -m scripts.reproduce all --json docs/results/in_context_learning.json --figures docs/results
+    python -m scripts.reproduce icl-gd --variant rcmha                # experiment A of any variant, plugins included
+    python -m scripts.reproduce depth --variant mine num_heads=2      # 'what does this attention compute?', it included
+    python -m scripts.reproduce all --results docs/results            # reports and figures, one JSON an experiment
 
 Experiments: icl-gd (A), one-step-gd (B), softmax-regression (C), depth (D). The exit status is 1 when a claim does
 not hold. Every random number comes from a generator of its own key, so a part's result does not depend on what else
@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--workers", type=int, default=cores(), help="parts side by side (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="sizes cut down, within two minutes: no measurement")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the report here")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="write figures (PNG) here; default: beside --json")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write one report of all experiments here")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="write a report an experiment and its figures here")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -63,32 +64,43 @@ def configure(chosen: argparse.Namespace) -> tuple[list[Experiment], ExperimentC
             raise ValueError(
                 f"{chosen.variant!r} is not causal: depth asks for a prediction at every token; use icl-gd"
             )
-    if (chosen.figures or chosen.json) and importlib.util.find_spec("matplotlib") is None:
+    if chosen.results and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("figures need matplotlib: install it (it is in the extra `train`)")
     config = ExperimentConfig(seed=chosen.seed, quick=chosen.quick, variant=chosen.variant, options=options)
     return [experiments[name] for name in names], config
 
 
-def reproduce(experiments: list[Experiment], config: ExperimentConfig, workers: int, figures: Path | None) -> Report:
-    """Measures, judges and draws."""
-    report = Report.start(
-        command=["python", "-m", "scripts.reproduce", *sys.argv[1:]], seed=config.seed, quick=config.quick
-    )
+def reproduce(
+    experiments: list[Experiment], config: ExperimentConfig, workers: int, figures: Path | None
+) -> dict[str, Report]:
+    """Measures, judges and draws: a report an experiment."""
+    command = ["python", "-m", "scripts.reproduce", *sys.argv[1:]]
+    blank = Report.start(command=command, seed=config.seed, quick=config.quick)
     start = time.perf_counter()
     found, seconds = measure(experiments, config, workers)
+    elapsed = time.perf_counter() - start
+    reports = {}
     for experiment in experiments:
         values = {part: value for (name, part), value in found.items() if name == experiment.name}
         judged = experiment.judge(config, values)
-        report.rows += judged.rows
-        report.claims += judged.claims
-        if figures is not None:
-            report.figures += [path.name for path in experiment.draw(values, figures)]
-    report.rows += [
-        {"table": "seconds", "what": name, "seconds": round(value, 1)} for name, value in sorted(seconds.items())
-    ]
-    elapsed = round(time.perf_counter() - start, 1)
-    report.rows.append({"table": "seconds", "what": f"all, {workers} at a time", "seconds": elapsed})
-    return report
+        times = [{"what": part, "seconds": round(seconds[experiment.name, part], 1)} for part in values]
+        times.append({"what": f"all of this run, {workers} at a time", "seconds": round(elapsed, 1)})
+        judged.table(f"{experiment.letter}: seconds", times)
+        drawn = [] if figures is None else experiment.draw(values, figures)
+        reports[experiment.name] = replace(
+            blank, rows=judged.rows, claims=judged.claims, figures=[path.name for path in drawn]
+        )
+    return reports
+
+
+def together(reports: list[Report]) -> Report:
+    """One report of several."""
+    return replace(
+        reports[0],
+        rows=[row for report in reports for row in report.rows],
+        claims=[claim for report in reports for claim in report.claims],
+        figures=[name for report in reports for name in report.figures],
+    )
 
 
 def print_report(report: Report) -> None:
@@ -120,16 +132,19 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"reproduce: error: {error}", file=sys.stderr)
         return 2
-    figures = chosen.figures or (chosen.json.parent if chosen.json else None)
     try:
-        report = reproduce(experiments, config, chosen.workers, figures)
+        reports = reproduce(experiments, config, chosen.workers, chosen.results)
     except PartError as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
+    report = together(list(reports.values()))
     print_report(report)
+    if chosen.results is not None:
+        for name, one in reports.items():
+            one.write(chosen.results / f"{name}.json")
     if chosen.json is not None:
         report.write(chosen.json)
     return report.exit_status()

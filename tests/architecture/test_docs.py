@@ -21,7 +21,9 @@ def test_documents_show_the_stored_results(document):
     assert render(text) == text, "run python scripts/readme_tables.py"
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/compare.md", "docs/experiments/in-context-learning.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/compare.md", "docs/experiments/in-context-learning.md"]
+)
 def test_files_that_documents_name_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     named = re.findall(r"\b((?:attnzoo|train|serve|scripts|tests|configs|docs)/[\w/.-]*\w)", text)

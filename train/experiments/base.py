@@ -36,7 +36,7 @@ class ExperimentConfig:
 
 @dataclass(frozen=True)
 class Part:
-    """A measurement of its own. steps: how many times it ticks, in full size."""
+    """A measurement of its own. steps: how many times it ticks."""
 
     run: Callable[[ExperimentConfig, Tick], Values]
     steps: int

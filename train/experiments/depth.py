@@ -51,13 +51,17 @@ DEPTHS = (1, 3)
 VARIANT_STEPS, VARIANT_BATCH = 1200, 128
 
 
+def most(config: ExperimentConfig) -> int:
+    """The largest depth."""
+    return 3 if config.quick else MOST
+
+
 def known_losses(config: ExperimentConfig, tick: Tick) -> Values:
     """Best solvers of 1 to 8 steps on the family of experiment A."""
     spectrum = Spectrum.of(config.tasks(4096), DESCENT, seeded(config.seed, "depth", "spectrum"))
-    most = 3 if config.quick else MOST
     found = {}
     for name in SOLVERS:
-        found[name] = [solver.loss for solver in best_descents(name, most, spectrum)]
+        found[name] = [solver.loss for solver in best_descents(name, most(config), spectrum)]
         tick()
     return found
 
@@ -69,7 +73,7 @@ def layers(config: ExperimentConfig, tick: Tick, looped: bool) -> Values:
     tasks = linear_tasks(config.tasks(8192), DESCENT, seeded(config.seed, "depth", "test"))
     losses, curves = [], []
     before: GramAttention | None = None
-    for depth in range(1, (3 if config.quick else MOST) + 1):
+    for depth in range(1, most(config) + 1):
         weights = seeded(config.seed, *key, depth, "weights")
         model = GramAttention(DESCENT.dim + 1, depth, looped=looped, std=0.02, generator=weights)
         if before is not None:
@@ -196,10 +200,10 @@ def mesa_is_ridge(config: ExperimentConfig, tick: Tick) -> Values:
 def parts(config: ExperimentConfig) -> dict[str, Part]:
     """Solvers, linear attention at depths, the mesa layer, and variants by families and depths."""
     found = {
-        "solvers": Part(known_losses, 0),
-        "looped": Part(lambda c, tick: layers(c, tick, True), MOST * LAYER_STEPS),
-        "stacked": Part(lambda c, tick: layers(c, tick, False), MOST * LAYER_STEPS),
-        "mesa": Part(mesa_is_ridge, 0),
+        "solvers": Part(known_losses, len(SOLVERS)),
+        "looped": Part(lambda c, tick: layers(c, tick, True), most(config) * config.steps(LAYER_STEPS)),
+        "stacked": Part(lambda c, tick: layers(c, tick, False), most(config) * config.steps(LAYER_STEPS)),
+        "mesa": Part(mesa_is_ridge, 1),
     }
     chosen = VARIANTS | ({config.variant: config.options} if config.variant else {})
     for kind, options in chosen.items():
@@ -209,7 +213,7 @@ def parts(config: ExperimentConfig) -> dict[str, Part]:
                     lambda c, tick, kind=kind, options=options, name=name, depth=depth: variant(
                         c, tick, kind, options, name, depth
                     ),
-                    VARIANT_STEPS,
+                    config.steps(VARIANT_STEPS),
                 )
     return found
 

@@ -14,14 +14,14 @@ NULL = 10 / 6
 
 def parts(config: ExperimentConfig) -> dict[str, Part]:
     """Black-box claims alone for another variant."""
-    found = {"one layer": Part(one_layer, 2000), "two layers": Part(two_layers, 4000)}
+    found = {"one layer": Part(one_layer, config.steps(2000)), "two layers": Part(two_layers, config.steps(4000))}
     if config.variant is None:
         found |= {
-            "softmax, 1 head": Part(partial(softmax_heads, heads=1), 3000),
-            "softmax, 2 heads": Part(partial(softmax_heads, heads=2), 3000),
-            "sine, trained": Part(partial(sine, constructed=False), 4000),
-            "sine, constructed": Part(partial(sine, constructed=True), 4000),
-            "pairs": Part(induction, 1500),
+            "softmax, 1 head": Part(partial(softmax_heads, heads=1), config.steps(3000)),
+            "softmax, 2 heads": Part(partial(softmax_heads, heads=2), config.steps(3000)),
+            "sine, trained": Part(partial(sine, constructed=False), config.steps(4000)),
+            "sine, constructed": Part(partial(sine, constructed=True), config.steps(4000)),
+            "pairs": Part(induction, config.steps(1500)),
         }
     return found
 
@@ -78,7 +78,13 @@ def _judge_others(out: Judgement, values: dict[str, Values]) -> None:
     out.add("A8 sensitivity of layer 1: next token over others", 5.0, last["next"] / last["others"], 0.0, "at_least")
     out.add("A8 sensitivity of layer 1: own token over others", 5.0, last["own"] / last["others"], 0.0, "at_least")
     first = pairs["probes"][0]
-    out.add("A8 sensitivity to the next token, at the end over the start", 5.0, last["next"] / first["next"], 0.0, "at_least")
+    out.add(
+        "A8 sensitivity to the next token, at the end over the start",
+        5.0,
+        last["next"] / first["next"],
+        0.0,
+        "at_least",
+    )
     out.table(
         "A: softmax, sine, pairs",
         [

@@ -31,8 +31,8 @@ BATCH, TESTED, SPECTRA = 1024, 4096, 4096
 DAMPING, APPLIED = 0.75, (1, 2, 5, 10, 20, 50)
 MIXED = (0.0, 0.25, 0.5, 0.75, 1.0)
 STD = 1e-4
-"""Initial weights. In one layer the y row of W_QK and the x columns of W_VP get no gradient and stay what they were, and a
-layer applied to its own output feeds on them: x grows by its own cube. At .002 50 applications blow up."""
+"""Initial weights. In one layer the y row of W_QK and the x columns of W_VP get no gradient and stay what they were,
+and a layer applied to its own output feeds on them: x grows by its own cube. At .002 50 applications blow up."""
 
 SHIFTS: list[tuple[str, dict]] = [
     *((f"x range {radius:g}", {"radius": radius}) for radius in (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)),

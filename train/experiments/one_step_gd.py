@@ -158,7 +158,7 @@ def measure(config: ExperimentConfig, tick: Tick, case: Case) -> Values:
 
 def parts(config: ExperimentConfig) -> dict[str, Part]:
     """One part a family."""
-    return {case.key: Part(lambda c, tick, case=case: measure(c, tick, case), STEPS) for case in CASES}
+    return {case.key: Part(lambda c, tick, case=case: measure(c, tick, case), config.steps(STEPS)) for case in CASES}
 
 
 def judge(config: ExperimentConfig, values: dict[str, Values]) -> Judgement:

@@ -28,21 +28,23 @@ def known_experiments() -> dict[str, Experiment]:
     return {experiment.name: experiment for experiment in found}
 
 
-def measure(experiments: list[Experiment], config: ExperimentConfig, workers: int) -> tuple[Found, dict[str, float]]:
+def measure(
+    experiments: list[Experiment], config: ExperimentConfig, workers: int
+) -> tuple[Found, dict[tuple[str, str], float]]:
     """(values of every part by experiment and name, seconds of every part). Longest parts start first.
 
     Raises PartError when a part fails.
     """
     parts = {(e.name, name): part for e in experiments for name, part in e.parts(config).items()}
     order = sorted(parts, key=lambda key: -parts[key].steps)
-    progress = Progress(sum(config.steps(part.steps) for part in parts.values() if part.steps))
+    progress = Progress(sum(part.steps for part in parts.values()))
     found: Found = {}
-    seconds: dict[str, float] = {}
+    seconds: dict[tuple[str, str], float] = {}
     try:
         if workers == 1:
             for key in order:
                 label = " ".join(key)
-                found[key], seconds[label] = _run(key, config, lambda label=label: progress.add(1, label))
+                found[key], seconds[key] = _run(key, config, lambda label=label: progress.add(1, label))
         else:
             _side_by_side(order, config, workers, progress, found, seconds)
     finally:
@@ -66,7 +68,7 @@ def _side_by_side(
     workers: int,
     progress: Progress,
     found: Found,
-    seconds: dict[str, float],
+    seconds: dict[tuple[str, str], float],
 ) -> None:
     context = multiprocessing.get_context("spawn")
     ticks = context.Queue()
@@ -84,7 +86,7 @@ def _side_by_side(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         for key, future in futures.items():
-            found[key], seconds[" ".join(key)] = future.result()
+            found[key], seconds[key] = future.result()
 
 
 def _start(ticks: Any) -> None:

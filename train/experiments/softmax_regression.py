@@ -177,9 +177,9 @@ def _cosine(a_B: Tensor, b_B: Tensor) -> float:
 
 def parts(config: ExperimentConfig) -> dict[str, Part]:
     """Derivatives, closeness, and a trained head a setting."""
-    found = {"derivatives": Part(derivatives, 20), "closeness": Part(closeness, 1600)}
+    found = {"derivatives": Part(derivatives, 20), "closeness": Part(closeness, config.tasks(1600))}
     for setting in [*SETTINGS, LARGE]:
-        found[_name(setting)] = Part(lambda c, tick, setting=setting: learned(c, tick, setting), STEPS)
+        found[_name(setting)] = Part(lambda c, tick, setting=setting: learned(c, tick, setting), config.steps(STEPS))
     return found
 
 
