@@ -56,12 +56,20 @@ def most(config: ExperimentConfig) -> int:
     return 3 if config.quick else MOST
 
 
+def descent_tasks(config: ExperimentConfig) -> Tasks:
+    """The tasks on which linear attention and solvers are compared."""
+    return linear_tasks(config.tasks(8192), DESCENT, seeded(config.seed, "depth", "test"))
+
+
 def known_losses(config: ExperimentConfig, tick: Tick) -> Values:
-    """Best solvers of 1 to 8 steps on the family of experiment A."""
+    """Best solvers of 1 to 8 steps on the family of experiment A, fitted to spectra, measured on the tasks of
+    `layers`."""
+    tasks = descent_tasks(config)
     spectrum = Spectrum.of(config.tasks(4096), DESCENT, seeded(config.seed, "depth", "spectrum"))
     found = {}
     for name in SOLVERS:
-        found[name] = [solver.loss for solver in best_descents(name, most(config), spectrum)]
+        solvers = best_descents(name, most(config), spectrum)
+        found[name] = [half_square(predict(tasks, s.residual), tasks.target_B.double()).item() for s in solvers]
         tick()
     return found
 
@@ -70,7 +78,7 @@ def layers(config: ExperimentConfig, tick: Tick, looped: bool) -> Values:
     """Linear attention trained at every depth, each starting from the one before: a layer more, which at first does
     nothing (stacked) or the same (looped)."""
     key = ("depth", "looped" if looped else "stacked")
-    tasks = linear_tasks(config.tasks(8192), DESCENT, seeded(config.seed, "depth", "test"))
+    tasks = descent_tasks(config)
     losses, curves = [], []
     before: GramAttention | None = None
     for depth in range(1, most(config) + 1):
