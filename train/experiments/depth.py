@@ -5,6 +5,7 @@ then every variant on the same tasks, its predictions compared with those of kno
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,7 @@ def mesa_is_ridge(config: ExperimentConfig, tick: Tick) -> Values:
     width = 2 * DIM + 1
     layer = Mesa(Mesa.Config(model_dim=width, num_heads=1, head_dim=DIM, ridge=family.noise)).double()
     with torch.no_grad():
+        layer.mixing.log_ridge.fill_(math.log(family.noise))
         for parameter in layer.projection.parameters():
             parameter.zero_()
         layer.projection.query.weight[:, :DIM] = torch.eye(DIM)
