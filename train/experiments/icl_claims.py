@@ -1,5 +1,6 @@
 """Experiment A as a whole: its parts, what is claimed of them, and its figures."""
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -7,9 +8,6 @@ from train.experiments.base import Experiment, ExperimentConfig, Judgement, Part
 from train.experiments.figures import draw_iterations, draw_pairs, draw_shifts, draw_training
 from train.experiments.icl_deep import induction, sine
 from train.experiments.icl_gd import one_layer, softmax_heads, two_layers
-
-NULL = 10 / 6
-"""Loss of predicting nothing: .5 d E x^2 at d = 10, x ~ U(-1, 1)."""
 
 
 def parts(config: ExperimentConfig) -> dict[str, Part]:
@@ -26,6 +24,13 @@ def parts(config: ExperimentConfig) -> dict[str, Part]:
     return found
 
 
+def worst(ratios: list[float]) -> float:
+    """The ratio farthest from 1; not a number if one is none: a run that blew up must not pass."""
+    if any(not math.isfinite(ratio) for ratio in ratios):
+        return math.nan
+    return max(ratios, key=lambda ratio: abs(ratio - 1))
+
+
 def judge(config: ExperimentConfig, values: dict[str, Values]) -> Judgement:
     """A1 to A8; for another variant A1, A3, A4 and A5 alone."""
     out, one = Judgement(), values["one layer"]
@@ -40,9 +45,9 @@ def judge(config: ExperimentConfig, values: dict[str, Values]) -> Judgement:
         out.add("A2 worst interpolated loss / the worse end", 1.0, worst, 0.0, "at_most")
     for what, tolerance in (("x range", 0.05), ("w scale", 0.01)):
         ratios = [row["trained / gd"] for row in one["shifts"] if row["tasks"].startswith(what)]
-        out.add(f"A3 {what}: worst loss / one step", 1.0, max(ratios, key=lambda r: abs(r - 1)), tolerance)
+        out.add(f"A3 {what}: worst loss / one step", 1.0, worst(ratios), tolerance)
     ratios = [row["trained / gd"] for row in one["applied"]]
-    out.add("A4 worst loss / damped descent, 1 to 50 applications", 1.0, max(ratios, key=lambda r: abs(r - 1)), 0.03)
+    out.add("A4 worst loss / damped descent, 1 to 50 applications", 1.0, worst(ratios), 0.03)
     out.table("A: out of distribution", one["shifts"])
     out.table("A: applied again and again", one["applied"])
     _judge_two_layers(out, values["two layers"])
