@@ -107,6 +107,15 @@ def softmax_step(tasks: SoftmaxTasks, rate: float | Tensor) -> Tensor:
 
 
 def linearised_step(tasks: SoftmaxTasks, rate: float | Tensor) -> Tensor:
-    """The same step to first order: 1 + a_q . x."""
+    """The same step to first order: 1 + (a_q - mean a) . x, since n exp(u_q) / sum_j exp(u_j) = 1 + u_q - mean u +
+    ..."""
     x_BD1 = rate * tasks.a_BTD.mT @ (tasks.y_BT - 1)[..., None]
-    return 1 + (tasks.query_BD[:, None] @ x_BD1)[:, 0, 0]
+    return 1 + ((tasks.query_BD - tasks.a_BTD.mean(dim=1))[:, None] @ x_BD1)[:, 0, 0]
+
+
+def softmax_head(tasks: SoftmaxTasks, rate: float | Tensor, sharpness: float | Tensor) -> Tensor:
+    """The constructed head: 1 + rate / sharpness sum_j softmax_j(sharpness a_j . a_q) (y_j - 1), which for small
+    sharpness is 1 + rate / n sum_j (y_j - 1) a_j . a_q: the linearised step but for mean a, which no head can take
+    from a_q."""
+    weights_BT = torch.softmax(sharpness * (tasks.a_BTD @ tasks.query_BD[..., None])[..., 0], dim=1)
+    return 1 + rate / sharpness * (weights_BT * (tasks.y_BT - 1)).sum(1)

@@ -32,7 +32,7 @@ from train.experiments.layers import thinned
 
 MOST = 8
 DESCENT = LinearFamily(dim=10, examples=10, radius=1.0)
-LAYER_STEPS, LAYER_BATCH = 800, 512
+LAYER_STEPS, LAYER_BATCH = 600, 512
 DIM, EXAMPLES, INNER, HEADS = 5, 10, 32, 2
 VARIANTS: dict[str, dict[str, Any]] = {
     "mha": {},
@@ -48,8 +48,8 @@ TASKS = {
         dim=DIM, examples=EXAMPLES, inputs="normal", covariance=(3.0, 1.0, 0.6, 0.3, 0.1), noise=0.1
     ),
 }
-DEPTHS = (1, 3)
-VARIANT_STEPS, VARIANT_BATCH = 1200, 128
+DEPTHS = (1, 2)
+VARIANT_STEPS, VARIANT_BATCH = 600, 128
 
 
 def most(config: ExperimentConfig) -> int:

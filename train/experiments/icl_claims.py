@@ -17,8 +17,8 @@ def parts(config: ExperimentConfig) -> dict[str, Part]:
         found |= {
             "softmax, 1 head": Part(partial(softmax_heads, heads=1), config.steps(3000)),
             "softmax, 2 heads": Part(partial(softmax_heads, heads=2), config.steps(3000)),
-            "sine, trained": Part(partial(sine, constructed=False), config.steps(4000)),
-            "sine, constructed": Part(partial(sine, constructed=True), config.steps(4000)),
+            "sine, trained": Part(partial(sine, constructed=False), config.steps(2500)),
+            "sine, constructed": Part(partial(sine, constructed=True), config.steps(2500)),
             "pairs": Part(induction, config.steps(1500)),
         }
     return found

@@ -55,7 +55,7 @@ def sine(config: ExperimentConfig, tick: Tick, constructed: bool) -> Values:
         tasks = sine_tasks(256, SINE_EXAMPLES, data)
         return half_square(model(tasks), tasks.target_B)
 
-    curve = fit(model, loss, steps=config.steps(4000), rate=2e-3, tick=tick)
+    curve = fit(model, loss, steps=config.steps(2500), rate=5e-3, tick=tick)
     tasks = sine_tasks(4 * config.tasks(4096), SINE_EXAMPLES, seeded(config.seed, "icl-gd", "sine", "test"))
     with torch.no_grad():
         measured = half_square(model(tasks), tasks.target_B).item()

@@ -28,7 +28,7 @@ from train.experiments.layers import thinned
 DIM, EXAMPLES = 4, 8
 SPREAD = (4.0, 2.0, 1.0, 0.25)
 NOISES = (0.0, 0.5)
-TRAINED, TESTED, STEPS, BATCH = 2048, 2**19, 2000, 4096
+TESTED, STEPS, BATCH = 2**21, 2500, 4096
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def measure(config: ExperimentConfig, tick: Tick, case: Case) -> Values:
         tasks = case.draw(BATCH, data)
         return (model(tasks) - tasks.target_B).square().mean() / unit
 
-    curve = [value * unit for value in fit(model, loss, steps=config.steps(STEPS), rate=0.02, tick=tick)]
+    curve = [value * unit for value in fit(model, loss, steps=config.steps(STEPS), rate=0.01, tick=tick)]
     gamma_DD, best = case.optimum()
     errors = {"trained": 0.0, "step": 0.0, "null": 0.0}
     test, total = seeded(config.seed, "one-step-gd", case.key, "test"), config.tasks(TESTED)
