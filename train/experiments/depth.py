@@ -6,6 +6,7 @@ then every variant on the same tasks, its predictions compared with those of kno
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +114,10 @@ class PairLayers(nn.Module):
         fields = {field.name for field in dataclasses.fields(ATTENTION.get(kind).Config)}
         heads = {"num_heads": HEADS} if "num_heads" in fields else {}
         self.read = nn.Linear(2 * DIM + 1, INNER, bias=False)
-        self.layers = nn.ModuleList(
-            build_attention(kind, {"model_dim": INNER} | heads | options, kind) for _ in range(depth)
-        )
-        for layer in self.layers:
-            layer.reset_parameters(0.2, 0.2 / depth)  # type: ignore[operator]
+        layers = [build_attention(kind, {"model_dim": INNER} | heads | options, kind) for _ in range(depth)]
+        for layer in layers:
+            layer.reset_parameters(0.2, 0.2 / depth)
+        self.layers = nn.ModuleList(layers)
         self.write = nn.Linear(INNER, 1, bias=False)
 
     def forward(self, tasks: Tasks) -> Tensor:
@@ -211,20 +211,16 @@ def parts(config: ExperimentConfig) -> dict[str, Part]:
     """Solvers, linear attention at depths, the mesa layer, and variants by families and depths."""
     found = {
         "solvers": Part(known_losses, len(SOLVERS)),
-        "looped": Part(lambda c, tick: layers(c, tick, True), most(config) * config.steps(LAYER_STEPS)),
-        "stacked": Part(lambda c, tick: layers(c, tick, False), most(config) * config.steps(LAYER_STEPS)),
+        "looped": Part(partial(layers, looped=True), most(config) * config.steps(LAYER_STEPS)),
+        "stacked": Part(partial(layers, looped=False), most(config) * config.steps(LAYER_STEPS)),
         "mesa": Part(mesa_is_ridge, 1),
     }
     chosen = VARIANTS | ({config.variant: config.options} if config.variant else {})
     for kind, options in chosen.items():
         for name in TASKS:
             for depth in DEPTHS:
-                found[f"{kind} {name} {depth}"] = Part(
-                    lambda c, tick, kind=kind, options=options, name=name, depth=depth: variant(
-                        c, tick, kind, options, name, depth
-                    ),
-                    config.steps(VARIANT_STEPS),
-                )
+                run = partial(variant, kind=kind, options=options, name=name, depth=depth)
+                found[f"{kind} {name} {depth}"] = Part(run, config.steps(VARIANT_STEPS))
     return found
 
 

@@ -6,6 +6,7 @@ columns of W_QK. n = 8 examples, d = 4; losses are mean squared errors, not halv
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -158,7 +159,7 @@ def measure(config: ExperimentConfig, tick: Tick, case: Case) -> Values:
 
 def parts(config: ExperimentConfig) -> dict[str, Part]:
     """One part a family."""
-    return {case.key: Part(lambda c, tick, case=case: measure(c, tick, case), config.steps(STEPS)) for case in CASES}
+    return {case.key: Part(partial(measure, case=case), config.steps(STEPS)) for case in CASES}
 
 
 def judge(config: ExperimentConfig, values: dict[str, Values]) -> Judgement:

@@ -6,6 +6,7 @@ import queue
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 from attnzoo.evaluate.progress import Progress
@@ -43,8 +44,7 @@ def measure(
     try:
         if workers == 1:
             for key in order:
-                label = " ".join(key)
-                found[key], seconds[key] = _run(key, config, lambda label=label: progress.add(1, label))
+                found[key], seconds[key] = _run(key, config, partial(progress.add, 1, " ".join(key)))
         else:
             _side_by_side(order, config, workers, progress, found, seconds)
     finally:

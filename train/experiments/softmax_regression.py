@@ -2,6 +2,7 @@
 softmax regression (arXiv 2304.13276); and what a trained softmax head does of it."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -176,7 +177,7 @@ def parts(config: ExperimentConfig) -> dict[str, Part]:
     """Derivatives, closeness, and a trained head a setting."""
     found = {"derivatives": Part(derivatives, 20), "closeness": Part(closeness, config.tasks(1600))}
     for setting in [*SETTINGS, LARGE]:
-        found[_name(setting)] = Part(lambda c, tick, setting=setting: learned(c, tick, setting), config.steps(STEPS))
+        found[_name(setting)] = Part(partial(learned, setting=setting), config.steps(STEPS))
     return found
 
 

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.attention.base import Traits
-from attnzoo.attention.parts.mixing import Mixing
+from attnzoo.attention.parts.mixing import Mixing, play_linear_attention
 from attnzoo.attention.parts.position import QKV, Buffers
 from attnzoo.attention.parts.projection import Heads
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.impl import Impl
 from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.ops.ridge_queries import ridge_queries
+from attnzoo.ops.ridge_queries.torch import BLOCK
 from attnzoo.tape import Buffer, Step, Tape
 from attnzoo.types import accumulation_dtype, dtype_bytes
 
@@ -45,7 +46,13 @@ class MesaMixing(Mixing):
         nn.init.constant_(self.log_ridge, torch.tensor(self.ridge).log().item())
 
     def _run(
-        self, qkv: QKV, impl: Impl, state: MesaState | None = None, **options: Tensor | None
+        self,
+        qkv: QKV,
+        impl: Impl,
+        state: MesaState | None = None,
+        *,
+        counts_B: Tensor | None = None,
+        starts_BT: Tensor | None = None,
     ) -> tuple[Tensor, MesaState]:
         dtype = accumulation_dtype(qkv[0].dtype)
         q, k, v = (x.transpose(1, 2).to(dtype) for x in qkv)
@@ -53,8 +60,12 @@ class MesaMixing(Mixing):
         # Solves are torch's on every device: there is no kernel to ask for. A name that nothing has is refused below.
         solving: Impl = "reference" if impl == "reference" else "torch"
         ridge_K = self.log_ridge.to(dtype).exp()
-        solved, gram = ridge_queries(q, k, ridge_K, gram_BKHH=gram, impl=solving, **options)
-        out, memory = linear_attention(solved, k, v, memory_BKHH=memory, impl=impl, **options)
+        solved, gram = ridge_queries(
+            q, k, ridge_K, gram_BKHH=gram, counts_B=counts_B, starts_BT=starts_BT, impl=solving
+        )
+        out, memory = linear_attention(
+            solved, k, v, memory_BKHH=memory, counts_B=counts_B, starts_BT=starts_BT, impl=impl
+        )
         return out.to(qkv[0].dtype), MesaState(gram, memory)
 
     def forward(self, qkv: QKV, starts_BT: Tensor | None, impl: Impl) -> Tensor:
@@ -84,18 +95,24 @@ class MesaMixing(Mixing):
         return batch * tokens * (self.heads.num_kv_heads * per_kv_head + self.heads.num_heads * 4 * head_dim**2)
 
     def play(self, tape: Tape, qkv: Buffers) -> Buffer:
-        """Kept: a factor a token, of [H, H], and the solved queries; on the way back as many again stand at once."""
-        factors = tape.rows(1) // tape.width * self.heads.num_kv_heads * self.heads.head_dim**2 * tape.sum_width
-        solved = tape.rows(self.heads.num_heads * self.heads.head_dim) // tape.width * tape.sum_width
-        return tape.do(
-            Step(
-                out=tape.rows(self.heads.num_heads * self.heads.head_dim),
-                inputs=qkv,
-                saves=qkv,
-                keeps=factors + 2 * solved,
-                scratch=factors,
-                backward=3 * factors,
-                scatters=True,
-                heads_first=True,
-            )
+        """Solving keeps a factor of [H, H] a token, and five of a block's stand at once on the way back; then linear
+        attention of the solved queries."""
+        q, k, v = qkv
+        head_dim, kv_heads = self.heads.head_dim, self.heads.num_kv_heads
+        factor = tape.batch * kv_heads * head_dim**2 * tape.sum_width
+        block = min(BLOCK, tape.tokens) * factor
+        size = q.size // tape.width * tape.sum_width
+        step = Step(
+            out=size,
+            inputs=[q, k],
+            saves=[q, k],
+            keeps=tape.tokens * factor + size,
+            scratch=3 * block,
+            backward=5 * block,
+            scatters=True,
+            heads_first=True,
         )
+        solved = tape.do(step)
+        o = play_linear_attention(tape, (solved, k, v), self.heads, normalise=False, decay=False)
+        tape.drop(solved)
+        return o

@@ -205,31 +205,9 @@ class LinearMixing(Mixing):
         return 2 * batch * tokens * heads * self.heads.head_dim * width
 
     def play(self, tape: Tape, qkv: Buffers) -> Buffer:
-        sizes = LinearSizes(
-            batch=tape.batch,
-            tokens=tape.tokens,
-            heads=self.heads.num_heads,
-            kv_heads=self.heads.num_kv_heads,
-            head_dim=self.heads.head_dim,
-            width=tape.width,
-            sum_width=tape.sum_width,
-            normalise=self.normalise,
-            decay=self.decay_logit is not None,
-        )
         q, k = self._play_features(tape, qkv[0]), self._play_features(tape, qkv[1])
-        inputs = (q, k, qkv[2])
-        step = Step(
-            out=tape.rows(self.heads.num_heads * self.heads.head_dim),
-            inputs=inputs,
-            saves=inputs,
-            saves_out=self.normalise,
-            keeps=sizes.kept(),
-            scratch=sizes.forward(),
-            backward=sizes.backward(),
-            scatters=True,
-            heads_first=True,
-        )
-        o = tape.do(step)
+        decay = self.decay_logit is not None
+        o = play_linear_attention(tape, (q, k, qkv[2]), self.heads, normalise=self.normalise, decay=decay)
         tape.drop(q, k)
         return o
 
@@ -241,3 +219,30 @@ class LinearMixing(Mixing):
         if self.feature_map == "relu":
             return tape.do(Step(out=x.size, inputs=[x], saves_out=True, scatters=True))
         return tape.do(Step(out=x.size, inputs=[x], saves=[x], scratch=x.size, scatters=True))
+
+
+def play_linear_attention(tape: Tape, qkv: Buffers, heads: Heads, *, normalise: bool, decay: bool) -> Buffer:
+    """`linear_attention` on a tape, in the parallel form."""
+    sizes = LinearSizes(
+        batch=tape.batch,
+        tokens=tape.tokens,
+        heads=heads.num_heads,
+        kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
+        width=tape.width,
+        sum_width=tape.sum_width,
+        normalise=normalise,
+        decay=decay,
+    )
+    step = Step(
+        out=tape.rows(heads.num_heads * heads.head_dim),
+        inputs=qkv,
+        saves=qkv,
+        saves_out=normalise,
+        keeps=sizes.kept(),
+        scratch=sizes.forward(),
+        backward=sizes.backward(),
+        scatters=True,
+        heads_first=True,
+    )
+    return tape.do(step)
