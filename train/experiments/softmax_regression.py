@@ -74,7 +74,7 @@ def closeness(config: ExperimentConfig, tick: Tick) -> Values:
     generator = seeded(config.seed, "softmax-regression", "closeness")
     found: list[dict[str, float]] = []
     identity = 0.0
-    for index in range(config.tasks(1600)):
+    for index in range(config.tasks(800)):
         rows, dim = (4, 9, 25)[index % 3], (2, 5)[index % 2]
         radius = (1.0, 2.0, 4.0)[index % 3]
         a_TD, x_D, b_T = _instance(rows, dim, generator, radius)
@@ -175,7 +175,7 @@ def _cosine(a_B: Tensor, b_B: Tensor) -> float:
 
 def parts(config: ExperimentConfig) -> dict[str, Part]:
     """Derivatives, closeness, and a trained head a setting."""
-    found = {"derivatives": Part(derivatives, 20), "closeness": Part(closeness, config.tasks(1600))}
+    found = {"derivatives": Part(derivatives, 20), "closeness": Part(closeness, config.tasks(800))}
     for setting in [*SETTINGS, LARGE]:
         found[_name(setting)] = Part(partial(learned, setting=setting), config.steps(STEPS))
     return found
