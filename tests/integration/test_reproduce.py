@@ -2,6 +2,7 @@
 status."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,8 @@ from attnzoo.report import Report
 from scripts.reproduce import main
 from train.experiments.base import Experiment, ExperimentConfig, Judgement, Part
 from train.experiments.pool import PartError, known_experiments, measure
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_quick_run_writes_report_and_figures(tmp_path, capsys):
@@ -119,3 +122,40 @@ def test_every_experiment_claims_under_its_own_letter():
     assert letters == {"A", "B", "C", "D"}
     assert "mesa" in ATTENTION
     assert Report.start(quick=True).exit_status() == 0
+
+
+class Tiny(ExperimentConfig):
+    """Two steps and 64 tasks: everything runs, nothing is learned."""
+
+    def steps(self, full: int) -> int:
+        return 2
+
+    def tasks(self, full: int) -> int:
+        return 64
+
+
+@pytest.mark.parametrize("name", ["icl-gd", "one-step-gd", "softmax-regression", "depth"])
+def test_every_part_judgement_and_figure(name, tmp_path, monkeypatch):
+    """Every numbered claim of the texts is there, every part is judged, every figure that the page shows is drawn."""
+    monkeypatch.setattr("train.experiments.one_step_gd.BATCH", 64)
+    experiment, config = known_experiments()[name], Tiny(quick=True)
+    found, seconds = measure([experiment], config, 1)
+    values = {part: value for (_, part), value in found.items()}
+    json.dumps(values)
+    assert set(values) == set(experiment.parts(config)) == {part for _, part in seconds}
+    judged = experiment.judge(config, values)
+    numbers = {
+        "icl-gd": range(1, 9),
+        "one-step-gd": range(1, 6),
+        "softmax-regression": range(1, 6),
+        "depth": range(1, 4),
+    }
+    assert {claim.name.split()[0] for claim in judged.claims} == {f"{experiment.letter}{n}" for n in numbers[name]}
+    assert all(row["table"].startswith(f"{experiment.letter}: ") for row in judged.rows)
+    page = (ROOT / "docs" / "experiments" / "in-context-learning.md").read_text(encoding="utf-8")
+    for table in {row["table"] for row in judged.rows}:
+        assert f"<!-- rows {name}.json {table} -->" in page
+    drawn = experiment.draw(values, tmp_path)
+    for path in drawn:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert f"(../results/{path.name})" in page
