@@ -41,7 +41,7 @@ def judge(config: ExperimentConfig, values: dict[str, Values]) -> Judgement:
     if "mixed" in one:
         out.add("A1 last entry of W_VP times the scale of W_QK / -a*", 1.0, -one["learned_rate"] / one["rate"], 0.02)
         out.add("A1 zoo's layer against the Gram form, largest difference", 0.0, one["zoo_difference"], 1e-3)
-        worst = max(one["mixed"]) / max(one["mixed"][0], one["mixed"][-1])
+        largest = max(one["mixed"]) / max(one["mixed"][0], one["mixed"][-1])
         out.add("A2 worst interpolated loss / the worse end", 1.0, largest, 0.0, "at_most")
     for what, tolerance in (("x range", 0.05), ("w scale", 0.01)):
         ratios = [row["trained / gd"] for row in one["shifts"] if row["tasks"].startswith(what)]
