@@ -187,9 +187,8 @@ def mesa_is_ridge(config: ExperimentConfig, tick: Tick) -> Values:
     width = 2 * DIM + 1
     layer = Mesa(Mesa.Config(model_dim=width, num_heads=1, head_dim=DIM, ridge=family.noise)).double()
     with torch.no_grad():
-        layer.mixing.log_ridge.fill_(math.log(family.noise))
-        for parameter in layer.projection.parameters():
-            parameter.zero_()
+        for name, parameter in layer.named_parameters():
+            parameter.fill_(math.log(family.noise) if name == "mixing.log_ridge" else 0.0)
         layer.projection.query.weight[:, :DIM] = torch.eye(DIM)
         layer.projection.key.weight[:, DIM : 2 * DIM] = torch.eye(DIM)
         layer.projection.value.weight[0, -1] = 1.0
