@@ -1,5 +1,6 @@
 """Mixing by ridge regression at every token: linear attention whose queries are solved against the keys so far."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,7 @@ class MesaMixing(Mixing):
         return Traits(growth="O(1)", varlen=True)
 
     def reset_parameters(self, std: float) -> None:
-        nn.init.constant_(self.log_ridge, torch.tensor(self.ridge).log().item())
+        nn.init.constant_(self.log_ridge, math.log(self.ridge))
 
     def _run(
         self,
