@@ -50,7 +50,7 @@ TASKS = {
     ),
 }
 DEPTHS = (1, 2)
-VARIANT_STEPS, VARIANT_BATCH = 500, 128
+VARIANT_STEPS, VARIANT_BATCH = 400, 128
 
 
 def most(config: ExperimentConfig) -> int:
