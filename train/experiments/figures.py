@@ -116,7 +116,7 @@ def draw_one_step(values: Values, directory: Path) -> Path:
     low, high = axes[1].get_xlim()
     axes[1].plot([low, high], [low, high], "k--", linewidth=0.8)
     axes[0].axhline(1.0, linestyle="--", color="black")
-    axes[0].set(xlabel="training step", ylabel="loss / L*", ylim=(0.8, 2.5), title="training reaches the best step")
+    axes[0].set(xlabel="training step", ylabel="loss / L*", ylim=(0.8, 2.5), title="training, mean of four starts")
     axes[1].set(xlabel="entry of the best preconditioner", ylabel="learned entry", title="and learns its matrix")
     axes[0].legend(fontsize=7)
     return save(figure, directory / "one_step_gd.png")
