@@ -33,7 +33,7 @@ from train.experiments.layers import thinned
 
 MOST = 8
 DESCENT = LinearFamily(dim=10, examples=10, radius=1.0)
-LAYER_STEPS, LAYER_BATCH = 600, 512
+LAYER_STEPS, LAYER_BATCH = 500, 512
 DIM, EXAMPLES, INNER, HEADS = 5, 10, 32, 2
 VARIANTS: dict[str, dict[str, Any]] = {
     "mha": {},
@@ -98,7 +98,9 @@ def layers(config: ExperimentConfig, tick: Tick, looped: bool) -> Values:
             drawn = linear_tasks(LAYER_BATCH, DESCENT, data)
             return half_square(model(drawn), drawn.target_B)
 
-        curves.append(thinned(fit(model, loss, steps=config.steps(LAYER_STEPS), rate=5e-3, tick=tick), 30))
+        # The second layer has to discover that changing x pays, which takes longest; the others start with it.
+        steps, rate = config.steps(LAYER_STEPS * (3 if depth == 2 else 1)), 0.01 if depth <= 2 else 0.003
+        curves.append(thinned(fit(model, loss, steps=steps, rate=rate, tick=tick), 30))
         with torch.no_grad():
             losses.append(half_square(model(tasks), tasks.target_B).item())
         before = model
@@ -210,8 +212,8 @@ def parts(config: ExperimentConfig) -> dict[str, Part]:
     """Solvers, linear attention at depths, the mesa layer, and variants by families and depths."""
     found = {
         "solvers": Part(known_losses, len(SOLVERS)),
-        "looped": Part(partial(layers, looped=True), most(config) * config.steps(LAYER_STEPS)),
-        "stacked": Part(partial(layers, looped=False), most(config) * config.steps(LAYER_STEPS)),
+        "looped": Part(partial(layers, looped=True), (most(config) + 2) * config.steps(LAYER_STEPS)),
+        "stacked": Part(partial(layers, looped=False), (most(config) + 2) * config.steps(LAYER_STEPS)),
         "mesa": Part(mesa_is_ridge, 1),
     }
     chosen = VARIANTS | ({config.variant: config.options} if config.variant else {})
@@ -229,25 +231,16 @@ def judge(config: ExperimentConfig, values: dict[str, Values]) -> Judgement:
     looped, stacked = values["looped"]["loss"], values["stacked"]["loss"]
     depths = range(len(looped))
     rows = [
-        {"layers": k + 1, "looped": looped[k], "stacked": stacked[k], **{n: solvers[n][k] for n in SOLVERS}}
+        {"layers": k + 1, "looped": looped[k], "stacked": stacked[k]} | {name: solvers[name][k] for name in SOLVERS}
         for k in depths
     ]
     out.table("D: loss by depth", rows)
-    for k in depths:
-        out.add(
-            f"D1 {k + 1} looped layers / GD++ with one rate and shrink",
-            1.0,
-            looped[k] / solvers["gd++"][k],
-            0.03,
-            "at_most",
-        )
-    out.add(
-        "D2 stacked / looped layers, the worst depth",
-        1.0,
-        max(s / p for s, p in zip(stacked, looped, strict=True)),
-        0.02,
-        "at_most",
-    )
+    worst = max(mine / known for mine, known in zip(looped, solvers["gd"], strict=True))
+    out.add("D1 looped layers / GD with one rate, the worst depth", 1.0, worst, 0.01, "at_most")
+    worst = max(mine / known for mine, known in zip(stacked, looped, strict=True))
+    out.add("D2 stacked / looped layers, the worst depth", 1.0, worst, 0.02, "at_most")
+    last = looped[-1] / solvers["chebyshev"][-1]
+    out.add("D2 looped layers / Chebyshev, the largest depth", 1.0, last, 0.0, "at_most")
     mesa = values["mesa"]
     out.add("D3 constructed mesa layer against ridge, largest difference", 0.0, mesa["difference"], 1e-9)
     out.add(
