@@ -50,6 +50,9 @@ TASKS = {
     ),
 }
 DEPTHS = (1, 2)
+STDS = {"linear": 0.07}
+"""Of initial weights, where not 0.2: without a normaliser two layers are a polynomial of degree 9 that would start at
+10^4."""
 VARIANT_STEPS, VARIANT_BATCH = 400, 128
 
 
@@ -118,7 +121,7 @@ class PairLayers(nn.Module):
         self.read = nn.Linear(2 * DIM + 1, INNER, bias=False)
         layers = [build_attention(kind, {"model_dim": INNER} | heads | options, kind) for _ in range(depth)]
         for layer in layers:
-            layer.reset_parameters(0.2, 0.2 / depth)
+            layer.reset_parameters(STDS.get(kind, 0.2), STDS.get(kind, 0.2) / depth)
         self.layers = nn.ModuleList(layers)
         self.write = nn.Linear(INNER, 1, bias=False)
 

@@ -153,6 +153,7 @@ def draw_depth(values: Values, directory: Path) -> Path:
         losses = values[name]["loss"]
         ax.plot(range(1, len(losses) + 1), losses, style, markersize=4, label=f"trained, {name}")
     ax.set(yscale="log", xlabel="layers, or steps", ylabel="loss", title="linear attention by depth")
+    ax.set_xticks(range(1, len(losses) + 1))
     ax.legend(fontsize=8)
     return save(figure, directory / "icl_depth.png")
 
