@@ -1,9 +1,10 @@
-"""Renders the tables of README.md and docs/compare.md from the reports in docs/results.
+"""Renders the tables of README.md and the pages in docs/ from the reports in docs/results.
 
-    python scripts/readme_tables.py            # rewrites both
+    python scripts/readme_tables.py            # rewrites them
     python scripts/readme_tables.py --check    # exit status 1 when one does not show what the reports hold
 
-A table stands between `<!-- rows FILE [TABLE] [| COLUMN, COLUMN] -->` or `<!-- claims FILE -->` and `<!-- end -->`.
+A table stands between `<!-- rows FILE [TABLE] [| COLUMN, COLUMN] -->` or
+`<!-- claims FILE [PREFIX] [| COLUMN, COLUMN] -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results"
-DOCUMENTS = [README, ROOT / "docs" / "compare.md"]
+DOCUMENTS = [README, ROOT / "docs" / "compare.md", ROOT / "docs" / "experiments" / "in-context-learning.md"]
 MARKED = re.compile(r"(<!-- (rows|claims) (\S+)(?: ([^|>]+?))?(?: \| ([^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -55,8 +56,9 @@ def render(text: str) -> str:
         opening, kind, name, wanted, columns, closing = match.groups()
         report = json.loads((RESULTS / name).read_text(encoding="utf-8"))
         if kind == "claims":
-            keys = ("name", "kind", "expected", "measured", "holds")
-            rows = [{key: claim[key] for key in keys} for claim in report["claims"]]
+            keys = columns.split(", ") if columns else ("name", "kind", "expected", "measured", "holds")
+            chosen = [claim for claim in report["claims"] if claim["name"].startswith(wanted or "")]
+            rows = [{key: claim[key] for key in keys} for claim in chosen]
         else:
             rows = [dict(row) for row in report["rows"] if wanted is None or row.get("table") == wanted]
             kept = columns.split(", ") if columns else None

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.attention.base import Attention, Cost, Growth, PositionTrait, Traits, training_memory
-from attnzoo.attention.parts import LinearMixing, Mixing, Projection, QKVConv, QKVConvState, SoftmaxMixing
+from attnzoo.attention.base import Attention, Cost, Traits, training_memory
+from attnzoo.attention.parts import Mixing, Projection, QKVConv, QKVConvState
 from attnzoo.kvcache import Compression
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.impl import Impl
@@ -37,12 +37,7 @@ class ComposedAttention(Attention):
 
     @property
     def traits(self) -> Traits:
-        if isinstance(self.mixing, SoftmaxMixing):
-            growth: Growth = "O(T)" if self.mixing.mask.window is None else "O(window)"
-            return Traits(position=self.mixing.position.kind, growth=growth, varlen=True)
-        assert isinstance(self.mixing, LinearMixing)
-        position: PositionTrait = "recurrence" if self.mixing.decay_logit is not None else "none"
-        return Traits(position=position, growth="O(1)", varlen=True)
+        return self.mixing.traits
 
     def forward(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         return self._parallel(x_BTD, starts_BT, self.impl)

@@ -21,7 +21,9 @@ def test_documents_show_the_stored_results(document):
     assert render(text) == text, "run python scripts/readme_tables.py"
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/compare.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/compare.md", "docs/experiments/in-context-learning.md"]
+)
 def test_files_that_documents_name_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     named = re.findall(r"\b((?:attnzoo|train|serve|scripts|tests|configs|docs)/[\w/.-]*\w)", text)
@@ -37,7 +39,7 @@ def test_every_config_that_ships_can_be_planned(name):
     assert "parameters" in printed
 
 
-@pytest.mark.parametrize("kind", ["mha", "rmha", "mdha", "rcmha", "linear"])
+@pytest.mark.parametrize("kind", ["mha", "rmha", "mdha", "rcmha", "linear", "mesa"])
 def test_every_variant_has_a_config_and_a_line_in_the_readme(kind):
     assert kind in ATTENTION
     assert f"{kind}.yaml" in CONFIGS

@@ -21,6 +21,7 @@ ORDER = [
     "ops",
     "kvcache",
     "attention",
+    "incontext",
     "models",
     "tokenizer",
     "checkpoint",

@@ -63,6 +63,9 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"normalise": False, "feature_map": "relu", "num_kv_heads": 1},
         {"decay": False, "num_kv_heads": 1},
     ],
+    "mesa": [{}, {"num_kv_heads": 1, "ridge": 0.3}],
+    "in_context_linear": [{}, {"num_heads": 1, "head_dim": None, "num_queries": 0}],
+    "softmax_regression": [{}, {"num_heads": 1, "head_dim": None, "num_queries": 3}],
 }
 """Options to test beside the defaults; a variant that is not named here is tested with its defaults."""
 
@@ -97,6 +100,11 @@ def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float =
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)} is not {tuple(expected.shape)}"
     error = (actual - expected).abs().max().item() if actual.numel() else 0.0
     assert error <= tolerance, f"{what}: differs by {error:.3g}, more than {tolerance:.3g}"
+
+
+def streams(attention: Attention) -> bool:
+    """Whether there is a streaming form: a token that depends on later ones can never be answered for good."""
+    return attention.traits.causal
 
 
 def stream(attention: Attention, x_BTD: Tensor, cuts: list[int], capacity: int) -> Tensor:
@@ -147,6 +155,8 @@ def check_low_precision(build: Build) -> None:
 def check_partitions(build: Build) -> None:
     """extend over any partition == forward: all ones, one chunk, random cuts, with and without room to grow."""
     attention, x = build(), inputs(BATCH, TOKENS, MODEL_DIM)
+    if not streams(attention):
+        return
     generator = torch.Generator().manual_seed(2)
     partitions = [[1] * TOKENS, [TOKENS]]
     for _ in range(6):
@@ -163,6 +173,8 @@ def check_partitions(build: Build) -> None:
 def check_saved_state(build: Build) -> None:
     """A state saved to disk and loaded continues the same sequence."""
     attention, x = build(), inputs(BATCH, TOKENS, MODEL_DIM)
+    if not streams(attention):
+        return
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         first, state = attention.extend(x[:, :5], attention.init_state(BATCH, TOKENS))
         path = Path(folder) / "state.safetensors"
@@ -189,6 +201,8 @@ def check_causality(build: Build) -> None:
 def check_unequal_batch(build: Build) -> None:
     """Rows of different lengths in one batch equal the single runs; padding may hold anything, NaN included."""
     attention = build()
+    if not streams(attention):
+        return
     first, second = [3, 7, 0], [5, 1, 4]
     x = inputs(3, 12, MODEL_DIM)
     with torch.no_grad():
@@ -211,6 +225,8 @@ def check_unequal_batch(build: Build) -> None:
 def check_empty_chunk_keeps_state(build: Build) -> None:
     """A row with no real tokens in a chunk keeps its state, bit for bit."""
     attention, x = build(), inputs(BATCH, TOKENS, MODEL_DIM)
+    if not streams(attention):
+        return
     with torch.no_grad():
         _, state = attention.extend(x[:, :5], attention.init_state(BATCH, TOKENS))
         before = {name: tensor.clone() for name, tensor in state.tensors().items()}
@@ -246,6 +262,8 @@ def check_packing(build: Build) -> None:
 def check_rows(build: Build) -> None:
     """A pool of sequences: extending a slice of rows and storing it leaves the other rows alone."""
     attention, x = build(), inputs(3, TOKENS, MODEL_DIM)
+    if not streams(attention):
+        return
     with torch.no_grad():
         pool = attention.init_state(3, TOKENS)
         for row in (2, 0, 1):
@@ -263,6 +281,8 @@ def check_gradients(build: Build) -> None:
     attention = build()
     x = inputs(1, 5, MODEL_DIM).requires_grad_()
     torch.autograd.gradcheck(attention, (x,), fast_mode=True)
+    if not streams(attention):
+        return
     torch.autograd.gradcheck(lambda x: stream(attention, x, [2, 1, 2], 5), (x,), fast_mode=True)
     expected = gradients(attention, attention(x), x)
     for name, grad in gradients(attention, stream(attention, x, [2, 1, 2], 5), x).items():
@@ -296,7 +316,7 @@ def check_shift(build: Build) -> None:
 
 def check_cost(build: Build) -> None:
     """Measured state bytes, for every dtype, growth and parameter count equal what `cost` and the traits say."""
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16) if streams(build()) else ():
         attention = build().to(dtype)
         for batch, capacity in ((1, 5), (3, 11)):
             measured = attention.init_state(batch, capacity).nbytes()
@@ -319,13 +339,41 @@ def check_cost(build: Build) -> None:
         sum(attention.cost(1, chunk, t).flops for t in range(chunk, tokens + 1, chunk)) for chunk in (tokens, 1)
     )
     windowed_table = attention.traits.position == "table" and attention.traits.growth == "O(window)"
-    if attention.traits.position != "sinusoid" and not windowed_table:
+    if streams(attention) and attention.traits.position != "sinusoid" and not windowed_table:
         assert prefill == decode, f"{tokens} tokens cost {prefill} FLOPs at once and {decode} one by one"
     training, streaming = attention.cost(2, tokens, tokens), attention.cost(2, 1, tokens)
     out_bytes = 2 * tokens * MODEL_DIM * 8
     assert training.activation_bytes >= out_bytes, "the forward pass leaves less than its output"
     assert training.workspace_bytes > 0, "gradients take no memory"
     assert (streaming.activation_bytes, streaming.peak_bytes) == (0, 0), "streaming keeps nothing for a backward pass"
+
+
+def check_batch(build: Build) -> None:
+    """A row's result does not depend on the rows beside it."""
+    attention, x = build(), inputs(3, TOKENS, MODEL_DIM)
+    with torch.no_grad():
+        together = attention(x)
+        for row in range(3):
+            assert_close(together[row], attention(x[row : row + 1])[0], f"row {row} of a batch")
+
+
+def check_refusals(build: Build) -> None:
+    """What the traits rule out is refused by name, never computed as something else."""
+    attention, x = build(), inputs(BATCH, TOKENS, MODEL_DIM)
+    attempts: list[Callable[[], object]] = []
+    if not streams(attention):
+        attempts += [lambda: attention.init_state(BATCH, TOKENS), lambda: attention.extend(x, None)]
+    if not attention.traits.varlen:
+        starts_BT = torch.zeros(BATCH, TOKENS, dtype=torch.int64)
+        attempts += [lambda: attention(x, starts_BT), lambda: attention.reference(x, starts_BT)]
+    for attempt in attempts:
+        problem = None
+        try:
+            attempt()
+        except ValueError as error:
+            problem = str(error)
+        assert problem is not None, f"{attention.traits} rules out what the variant does all the same"
+        assert type(attention).__name__ in problem, f"the refusal does not name the variant: {problem}"
 
 
 ITEMS: dict[str, Callable[[Build], None]] = {
@@ -341,6 +389,8 @@ ITEMS: dict[str, Callable[[Build], None]] = {
     "gradients": check_gradients,
     "shift": check_shift,
     "cost": check_cost,
+    "batch": check_batch,
+    "refusals": check_refusals,
 }
 
 

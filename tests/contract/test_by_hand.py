@@ -229,3 +229,42 @@ def test_linear_as_the_in_context_learning_papers_use_it():
         return out.reshape(len(x), -1) @ weights(attention)["projection.output.weight"].T
 
     compare(build_case("linear", {"normalise": False, "decay": False, "feature_map": "identity"}), by_hand)
+
+
+def test_mesa():
+    """o_t = V^T K (K^T K + ridge I)^-1 q_t over the rows up to t: ridge regression, by numpy's own solver."""
+
+    def by_hand(attention: Attention, x: np.ndarray) -> np.ndarray:
+        q, k, v = project(attention, x)
+        w = weights(attention)
+        out = np.zeros_like(q)
+        for n in range(q.shape[1]):
+            kv = n * k.shape[1] // q.shape[1]
+            ridge = np.exp(w["mixing.log_ridge"][kv]) * np.eye(q.shape[2])
+            for t in range(len(q)):
+                keys, values = k[: t + 1, kv], v[: t + 1, kv]
+                fitted = np.linalg.inv(keys.T @ keys + ridge) @ keys.T @ values
+                out[t, n] = q[t, n] @ fitted
+        return out.reshape(len(x), -1) @ w["projection.output.weight"].T
+
+    for options in ({}, {"num_kv_heads": 1}):
+        compare(build_case("mesa", options), by_hand)
+
+
+@pytest.mark.parametrize("kind", ["in_context_linear", "softmax_regression"])
+def test_in_context_layers(kind):
+    """P sum_j W_V e_j weight(W_K e_j . W_Q e_t) over all tokens but the last two, for every token."""
+
+    def by_hand(attention: Attention, x: np.ndarray) -> np.ndarray:
+        w = weights(attention)
+        count, read = attention.config.num_heads, len(x) - 2
+        q, k, v = (heads(x, w[f"{name}.weight"], None, count) for name in ("query", "key", "value"))
+        out = np.zeros_like(q)
+        for n in range(count):
+            for t in range(len(x)):
+                scores = [k[j, n] @ q[t, n] for j in range(read)]
+                amounts = softmax_rows(scores) if kind == "softmax_regression" else scores
+                out[t, n] = sum(a * v[j, n] for j, a in enumerate(amounts))
+        return out.reshape(len(x), -1) @ w["output.weight"].T
+
+    compare(build_case(kind, {"num_queries": 2}), by_hand)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.attention.parts import mixing, token_mixing
+from attnzoo.attention import in_context
+from attnzoo.attention.parts import mesa, mixing, token_mixing
 from attnzoo.kvcache import full, window
 from attnzoo.ops import masks, row_blocks
 from attnzoo.ops.linear_attention import torch as linear_torch
@@ -164,6 +165,33 @@ def linear_reads_before_it_writes(patch: Patch) -> None:
     patch.setattr("attnzoo.ops.linear_attention.linear_attention_torch", wrong)
 
 
+def mesa_forgets_its_sums(patch: Patch) -> None:
+    """Each chunk solves against its own keys alone."""
+    right = mesa.ridge_queries
+    patch.setattr(mesa, "ridge_queries", lambda q, k, ridge, **rest: right(q, k, ridge, **(rest | {"gram_BKHH": None})))
+
+
+def mesa_documents_leak(patch: Patch) -> None:
+    """Keys of earlier documents stay in the sums."""
+    right = mesa.ridge_queries
+    patch.setattr(mesa, "ridge_queries", lambda q, k, ridge, **rest: right(q, k, ridge, **(rest | {"starts_BT": None})))
+
+
+def query_is_read(patch: Patch) -> None:
+    """The last token, which asks, is among the keys."""
+    right = in_context.InContextAttention._attend
+
+    def wrong(self, x, starts_BT, impl):
+        queries, self.config = self.config, dataclasses.replace(self.config, num_queries=0)
+        out = right(self, x, starts_BT, impl)
+        self.config = queries
+        return out
+
+    patch.setattr(
+        in_context.InContextAttention, "forward", lambda self, x, starts_BT=None: wrong(self, x, starts_BT, "torch")
+    )
+
+
 def state_bytes_forget_the_tail(patch: Patch) -> None:
     """The cost leaves out the carried rows."""
     patch.setattr(token_mixing.QKVConv, "state_bytes", lambda self, batch, dtype: 0)
@@ -190,6 +218,10 @@ MUTANTS: list[tuple[Callable[[Patch], None], str, dict, str]] = [
     (linear_chunk_memory_undecayed, "linear", {}, "partitions"),
     (linear_reads_before_it_writes, "linear", {"normalise": False}, "reference"),
     (state_bytes_forget_the_tail, "rcmha", {}, "cost"),
+    (mesa_forgets_its_sums, "mesa", {}, "partitions"),
+    (mesa_documents_leak, "mesa", {}, "packing"),
+    (query_is_read, "in_context_linear", {}, "reference"),
+    (query_is_read, "softmax_regression", {}, "reference"),
 ]
 
 

@@ -18,7 +18,11 @@ from tests.contract.contract import (
     gradients,
     inputs,
     stream,
+    streams,
 )
+
+CAUSAL = [case for case in all_cases() if streams(build_case(*case))]
+OTHERS = [case for case in all_cases() if case not in CAUSAL]
 
 SINGLE = 2e-4
 """Relative to the largest entry: sums in float32 of numbers that the contract draws with a spread of 0.4 to 1."""
@@ -29,7 +33,7 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None
     assert error < SINGLE, f"{what}: differs by {error:.3g} of the largest entry"
 
 
-@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case_name(*case))
+@pytest.mark.parametrize("case", CAUSAL, ids=lambda case: case_name(*case))
 def test_an_implementation_is_what_it_says_in_both_forms(case):
     """A name that no operation has: whatever falls back to another one, in the parallel form or in streaming, runs."""
     attention, x = build_case(*case), inputs(BATCH, TOKENS, MODEL_DIM)
@@ -43,7 +47,16 @@ def test_an_implementation_is_what_it_says_in_both_forms(case):
             attention.extend(x, attention.init_state(BATCH, TOKENS))
 
 
-@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case_name(*case))
+@pytest.mark.parametrize("impl", ["no such", "triton"])
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case_name(*case))
+def test_an_implementation_that_is_not_there_is_refused(case, impl):
+    attention = build_case(*case)
+    attention.impl = impl
+    with pytest.raises(ValueError, match=f"has no implementation {impl!r}"):
+        attention(inputs(BATCH, TOKENS, MODEL_DIM))
+
+
+@pytest.mark.parametrize("case", CAUSAL, ids=lambda case: case_name(*case))
 def test_kernels_make_the_same_function(case):
     exact, attention = build_case(*case), build_case(*case).float()
     attention.impl = "triton"

@@ -130,6 +130,22 @@ def test_bytes_moved_by_hand():
     assert cost.state_bytes == 3 * (8 + 2 * 10 * DIM * 4)
 
 
+def test_flops_of_layers_that_read_a_whole_context():
+    """Products that run are what `cost` says: every token asks, all but the last `num_queries` are read."""
+    for kind in ("in_context_linear", "softmax_regression"):
+        attention = build_attention(kind, {"model_dim": 48, "num_heads": 2, "head_dim": 24, "num_queries": 3})
+        x = torch.randn(2, 40, 48)
+        assert counted(lambda attention=attention, x=x: attention(x)) == attention.cost(2, 40, 40).flops
+
+
+def test_flops_of_a_mesa_layer_by_hand():
+    """Projections; a kv head: two outer products and a Cholesky factorisation; a query head: two solves and a read."""
+    cost = build_attention("mesa", {"model_dim": 32, "num_heads": 4, "num_kv_heads": 2}).cost(3, 1, 10)
+    projections = 2 * (2 * 32 * 32 + 2 * 32 * 16)
+    assert cost.flops == 3 * (projections + 2 * (2 * 2 * 64 + 512 // 3) + 4 * (2 * 64 + 2 * 64))
+    assert cost.state_bytes == 3 * (8 + 2 * 2 * 64 * 4)
+
+
 def test_costs_add_up():
     total = Cost(1, 2, 3, 4, 5, 60) + Cost(10, 20, 30, 40, 50, 6)
     assert total == Cost(11, 22, 33, 44, 55, 60)
@@ -137,7 +153,7 @@ def test_costs_add_up():
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(4, 256), (2, 512), (1, 1024)])
-@pytest.mark.parametrize(("kind", "options"), VARIANTS, ids=name)
+@pytest.mark.parametrize(("kind", "options"), [*VARIANTS, ("mesa", {}), ("mesa", {"num_kv_heads": 1})], ids=name)
 def test_memory_of_training_a_layer(kind, options, batch, tokens):
     """Counted: all that forward and backward allocate, the output and the input's gradient included; not the input,
     the output's gradient, the parameters and their gradients, which exist before."""

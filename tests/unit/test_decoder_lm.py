@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from attnzoo.attention import ATTENTION
+from attnzoo.attention import ATTENTION, build_attention
 from attnzoo.models import DecoderConfig, DecoderLM, generate
 
 V = 47
@@ -21,7 +21,8 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, V, shape, generator=torch.Generator().manual_seed(seed))
 
 
-ATTENTIONS = [*ATTENTION, ["rcmha", "linear"], [{"kind": "mha", "num_kv_heads": 2}, "rmha"]]
+CAUSAL = [kind for kind in ATTENTION if build_attention(kind, {"model_dim": 8}).traits.causal]
+ATTENTIONS = [*CAUSAL, ["rcmha", "linear"], [{"kind": "mha", "num_kv_heads": 2}, "rmha"]]
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
@@ -117,6 +118,13 @@ def test_non_causal_variant_is_refused(monkeypatch):
     monkeypatch.setattr(ComposedAttention, "traits", property(lambda self: replace(causal(self), causal=False)))
     with pytest.raises(ValueError, match="'mha' is not causal"):
         build(attention="mha")
+
+
+def test_in_context_variants_are_refused():
+    assert [kind for kind in ATTENTION if kind not in CAUSAL] == ["in_context_linear", "softmax_regression"]
+    for kind in ("in_context_linear", "softmax_regression"):
+        with pytest.raises(ValueError, match=f"'{kind}' is not causal, and a decoder language model needs a causal"):
+            build(attention=kind)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS, ids=str)

@@ -3,6 +3,7 @@
 Each part owns its parallel form, its streaming form, its reference and its cost.
 """
 
+from attnzoo.attention.parts.mesa import MesaMixing
 from attnzoo.attention.parts.mixing import FeatureMap, LinearMixing, Mixing, SoftmaxMixing
 from attnzoo.attention.parts.position import QKV, NoPosition, Position, RelativeSinusoid, RelativeTable, Rope
 from attnzoo.attention.parts.projection import Heads, Projection
@@ -14,6 +15,7 @@ __all__ = [
     "FeatureMap",
     "Heads",
     "LinearMixing",
+    "MesaMixing",
     "Mixing",
     "NoPosition",
     "Position",

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnzoo.attention.base import Growth, Traits
 from attnzoo.attention.parts.position import QKV, Buffers, Position, visible_pairs
 from attnzoo.attention.parts.projection import Heads
 from attnzoo.kvcache import CachePolicy, CacheView, Compression, FullCache, WindowCache
@@ -25,6 +26,11 @@ from attnzoo.types import accumulation_dtype, dtype_bytes
 
 class Mixing(nn.Module, ABC):
     """Base of mixings: o_BNTH from q_BTNH, k_BTKH, v_BTKH."""
+
+    @property
+    @abstractmethod
+    def traits(self) -> Traits:
+        """What a variant with this mixing promises."""
 
     @abstractmethod
     def forward(self, qkv: QKV, starts_BT: Tensor | None, impl: Impl) -> Tensor:
@@ -77,6 +83,11 @@ class SoftmaxMixing(Mixing):
         self.heads, self.position = heads, position
         self.mask = CausalMask(window=window, sinks=sinks)
         self.cache: CachePolicy = FullCache() if window is None else WindowCache(window, sinks)
+
+    @property
+    def traits(self) -> Traits:
+        growth: Growth = "O(T)" if self.mask.window is None else "O(window)"
+        return Traits(position=self.position.kind, growth=growth, varlen=True)
 
     def forward(self, qkv: QKV, starts_BT: Tensor | None, impl: Impl) -> Tensor:
         q, k, v = qkv
@@ -143,6 +154,12 @@ class SoftmaxMixing(Mixing):
         self.position.reset_parameters(std)
 
 
+def refuse_cache(cache: Compression | None, name: str) -> None:
+    """Raises ValueError where a cache is asked for and there are no keys to keep."""
+    if cache is not None:
+        raise ValueError(f"cache: {name} keeps a state of constant size and no keys to compress; use cache=None")
+
+
 @dataclass(frozen=True)
 class SoftmaxReader:
     """`attnzoo.kvcache.Reader` of softmax attention with a position."""
@@ -202,6 +219,10 @@ class LinearMixing(Mixing):
         self.decay_logit = nn.Parameter(torch.empty(heads.num_kv_heads)) if decay else None
         self.reset_parameters(0.0)
 
+    @property
+    def traits(self) -> Traits:
+        return Traits(position="none" if self.decay_logit is None else "recurrence", growth="O(1)", varlen=True)
+
     def reset_parameters(self, std: float) -> None:
         if self.decay_logit is not None:
             rate = 1.0 - 2.0 ** (-5.0 - torch.arange(self.heads.num_kv_heads, dtype=torch.float64))
@@ -240,10 +261,7 @@ class LinearMixing(Mixing):
         dtype: torch.dtype,
         cache: Compression | None = None,
     ) -> LinearState:
-        if cache is not None:
-            raise ValueError(
-                "cache: linear attention keeps one matrix of constant size and no keys to compress; use cache=None"
-            )
+        refuse_cache(cache, "linear attention")
         head_dim = self.heads.head_dim
         shape = (batch, self.heads.num_kv_heads, head_dim, head_dim + int(self.normalise))
         return LinearState(new_zeros(*shape, device=device, dtype=accumulation_dtype(dtype)))
@@ -265,31 +283,9 @@ class LinearMixing(Mixing):
         return 2 * batch * tokens * heads * self.heads.head_dim * width
 
     def play(self, tape: Tape, qkv: Buffers) -> Buffer:
-        sizes = LinearSizes(
-            batch=tape.batch,
-            tokens=tape.tokens,
-            heads=self.heads.num_heads,
-            kv_heads=self.heads.num_kv_heads,
-            head_dim=self.heads.head_dim,
-            width=tape.width,
-            sum_width=tape.sum_width,
-            normalise=self.normalise,
-            decay=self.decay_logit is not None,
-        )
         q, k = self._play_features(tape, qkv[0]), self._play_features(tape, qkv[1])
-        inputs = (q, k, qkv[2])
-        step = Step(
-            out=tape.rows(self.heads.num_heads * self.heads.head_dim),
-            inputs=inputs,
-            saves=inputs,
-            saves_out=self.normalise,
-            keeps=sizes.kept(),
-            scratch=sizes.forward(),
-            backward=sizes.backward(),
-            scatters=True,
-            heads_first=True,
-        )
-        o = tape.do(step)
+        decay = self.decay_logit is not None
+        o = play_linear_attention(tape, (q, k, qkv[2]), self.heads, normalise=self.normalise, decay=decay)
         tape.drop(q, k)
         return o
 
@@ -301,3 +297,30 @@ class LinearMixing(Mixing):
         if self.feature_map == "relu":
             return tape.do(Step(out=x.size, inputs=[x], saves_out=True, scatters=True))
         return tape.do(Step(out=x.size, inputs=[x], saves=[x], scratch=x.size, scatters=True))
+
+
+def play_linear_attention(tape: Tape, qkv: Buffers, heads: Heads, *, normalise: bool, decay: bool) -> Buffer:
+    """`linear_attention` on a tape, in the parallel form."""
+    sizes = LinearSizes(
+        batch=tape.batch,
+        tokens=tape.tokens,
+        heads=heads.num_heads,
+        kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
+        width=tape.width,
+        sum_width=tape.sum_width,
+        normalise=normalise,
+        decay=decay,
+    )
+    step = Step(
+        out=tape.rows(heads.num_heads * heads.head_dim),
+        inputs=qkv,
+        saves=qkv,
+        saves_out=normalise,
+        keeps=sizes.kept(),
+        scratch=sizes.forward(),
+        backward=sizes.backward(),
+        scatters=True,
+        heads_first=True,
+    )
+    return tape.do(step)

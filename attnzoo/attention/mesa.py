@@ -1,0 +1,41 @@
+"""Mesa layer: every token is answered by ridge regression over all keys and values so far.
+
+Source: von Oswald et al. 2023, "Uncovering mesa-optimization algorithms in Transformers" (arXiv 2309.05858), section 4.
+
+    o_t = (sum_{s<=t} v_s k_s^T) (sum_{s<=t} k_s k_s^T + ridge I)^-1 q_t
+
+The weights of that map minimise sum_s |W k_s - v_s|^2 + ridge |W|^2, which one layer of linear attention only takes a
+step towards. The state are the two sums, [H, H] each, whatever the context.
+
+Differs from the paper: the sums are solved against (Cholesky) instead of an inverse being updated, ridge is one learned
+positive number a kv head instead of a matrix, there is no forgetting, and heads share keys and values if asked.
+"""
+
+from dataclasses import dataclass
+
+from attnzoo.attention.base import ATTENTION
+from attnzoo.attention.composed import ComposedAttention
+from attnzoo.attention.parts import Heads, MesaMixing, Projection
+
+
+@dataclass(frozen=True, kw_only=True)
+class MesaConfig:
+    """`ridge`: the regulariser's value at first."""
+
+    model_dim: int
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    ridge: float = 1.0
+
+
+@ATTENTION.register("mesa")
+class Mesa(ComposedAttention):
+    """Ridge regression over keys and values so far: state of constant size."""
+
+    source = "von Oswald et al. 2023, arXiv 2309.05858, section 4"
+    Config = MesaConfig
+
+    def __init__(self, config: MesaConfig) -> None:
+        heads = Heads.of(config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim)
+        super().__init__(config, projection=Projection(heads), mixing=MesaMixing(heads, ridge=config.ridge))

@@ -1,0 +1,154 @@
+"""Runs published experiments on attention anew and checks every claim: expected, measured, tolerance, holds.
+
+    python -m scripts.reproduce all                                   # all of them, within 10 minutes on two cores
+    python -m scripts.reproduce icl-gd --quick                        # the code, in small; no measurement
+    python -m scripts.reproduce icl-gd --variant rcmha                # experiment A of any variant, plugins included
+    python -m scripts.reproduce depth --variant mine num_heads=2      # 'what does this attention compute?', it included
+    python -m scripts.reproduce all --results docs/results            # reports and figures, one JSON an experiment
+
+Experiments: icl-gd (A), one-step-gd (B), softmax-regression (C), depth (D). The exit status is 1 when a claim does
+not hold. Every random number comes from a generator of its own key, so a part's result does not depend on what else
+runs.
+"""
+
+import argparse
+import importlib.util
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from attnzoo.__main__ import parse_options
+from attnzoo.attention import ATTENTION, build_attention
+from attnzoo.report import Claim, Report, format_table
+from train.experiments.base import Experiment, ExperimentConfig
+from train.experiments.pool import PartError, cores, known_experiments, measure
+
+WITH_VARIANT = ("icl-gd", "depth")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("experiment", choices=[*known_experiments(), "all"])
+    parser.add_argument("options", nargs="*", metavar="key=value", help="options of --variant, for example num_heads=2")
+    parser.add_argument("--variant", help="a variant in the place of linear attention (icl-gd), or beside all (depth)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--workers", type=int, default=cores(), help="parts side by side (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="sizes cut down, within two minutes: no measurement")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write one report of all experiments here")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="write a report an experiment and its figures here")
+    return parser.parse_intermixed_args(arguments)
+
+
+def configure(chosen: argparse.Namespace) -> tuple[list[Experiment], ExperimentConfig]:
+    """Raises ValueError for what does not fit together, before anything is trained."""
+    options = parse_options(chosen.options)
+    experiments = known_experiments()
+    names = list(experiments) if chosen.experiment == "all" else [chosen.experiment]
+    if chosen.workers < 1:
+        raise ValueError(f"--workers={chosen.workers} must be at least 1")
+    if options and chosen.variant is None:
+        raise ValueError(f"options {', '.join(chosen.options)} are of a variant; say which with --variant")
+    if chosen.variant is not None:
+        ATTENTION.get(chosen.variant)
+        if not set(names) <= set(WITH_VARIANT):
+            raise ValueError(f"--variant={chosen.variant} is for {' and '.join(WITH_VARIANT)}, not {chosen.experiment}")
+        if "model_dim" in options:
+            raise ValueError("model_dim is the experiment's own; leave it out")
+        attention = build_attention(chosen.variant, {"model_dim": 32, **options}, chosen.variant)
+        if "depth" in names and not attention.traits.causal:
+            raise ValueError(
+                f"{chosen.variant!r} is not causal: depth asks for a prediction at every token; use icl-gd"
+            )
+    if chosen.results and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("figures need matplotlib: install it (it is in the extra `train`)")
+    config = ExperimentConfig(seed=chosen.seed, quick=chosen.quick, variant=chosen.variant, options=options)
+    return [experiments[name] for name in names], config
+
+
+def reproduce(
+    experiments: list[Experiment], config: ExperimentConfig, workers: int, figures: Path | None
+) -> dict[str, Report]:
+    """Measures, judges and draws: a report an experiment."""
+    command = ["python", "-m", "scripts.reproduce", *sys.argv[1:]]
+    blank = Report.start(command=command, seed=config.seed, quick=config.quick)
+    start = time.perf_counter()
+    found, seconds = measure(experiments, config, workers)
+    elapsed = time.perf_counter() - start
+    reports = {}
+    for experiment in experiments:
+        values = {part: value for (name, part), value in found.items() if name == experiment.name}
+        judged = experiment.judge(config, values)
+        times = [{"what": part, "seconds": round(seconds[experiment.name, part], 1)} for part in values]
+        times.append({"what": f"all of this run, {workers} at a time", "seconds": round(elapsed, 1)})
+        judged.table(f"{experiment.letter}: seconds", times)
+        drawn = [] if figures is None else experiment.draw(values, figures)
+        reports[experiment.name] = replace(
+            blank, rows=judged.rows, claims=judged.claims, figures=[path.name for path in drawn]
+        )
+    return reports
+
+
+def together(reports: list[Report]) -> Report:
+    """One report of several."""
+    return replace(
+        reports[0],
+        rows=[row for report in reports for row in report.rows],
+        claims=[claim for report in reports for claim in report.claims],
+        figures=[name for report in reports for name in report.figures],
+    )
+
+
+def print_report(report: Report) -> None:
+    """Tables, then every claim, then where the numbers come from."""
+    for name in dict.fromkeys(row["table"] for row in report.rows):
+        rows = [{k: v for k, v in row.items() if k != "table"} for row in report.rows if row["table"] == name]
+        print(f"{name}\n{format_table(rows)}\n")
+    print(format_table([claim_row(claim) for claim in report.claims]))
+    note = " (quick: sizes cut down, not a measurement)" if report.quick else ""
+    print(f"{report.device}, load before {report.load_before}, commit {report.commit}{note}")
+
+
+def claim_row(claim: Claim) -> dict[str, Any]:
+    """Expected, measured, tolerance, holds."""
+    return {
+        "claim": claim.name,
+        "expected": f"{claim.kind.replace('_', ' ')} {claim.expected:.4g}",
+        "measured": claim.measured,
+        "tolerance": claim.tolerance,
+        "holds": "yes" if claim.holds else "NO",
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 0 when all claims hold, 1 when one does not or a part fails, 2 for wrong usage, 130 for Ctrl-C."""
+    chosen = parse(arguments)
+    try:
+        experiments, config = configure(chosen)
+    except ValueError as error:
+        print(f"reproduce: error: {error}", file=sys.stderr)
+        return 2
+    try:
+        reports = reproduce(experiments, config, chosen.workers, chosen.results)
+    except PartError as error:
+        print(f"reproduce: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    report = together(list(reports.values()))
+    print_report(report)
+    if chosen.results is not None:
+        for name, one in reports.items():
+            one.write(chosen.results / f"{name}.json")
+    if chosen.json is not None:
+        report.write(chosen.json)
+    return report.exit_status()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

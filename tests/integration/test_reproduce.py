@@ -1,0 +1,161 @@
+"""`python -m scripts.reproduce`: a quick run from end to end, its refusals, and how claims reach report and exit
+status."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import scripts.reproduce
+from attnzoo.attention import ATTENTION
+from attnzoo.report import Report
+from scripts.reproduce import main
+from train.experiments.base import Experiment, ExperimentConfig, Judgement, Part
+from train.experiments.pool import PartError, known_experiments, measure
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_quick_run_writes_report_and_figures(tmp_path, capsys):
+    path = tmp_path / "one-step-gd.json"
+    status = main(["one-step-gd", "--quick", "--workers", "2", "--results", str(tmp_path)])
+    printed = capsys.readouterr().out
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["quick"] is True
+    assert "quick: sizes cut down, not a measurement" in printed
+    # 80 steps learn little: that is measured, and told by the exit status.
+    assert status == (0 if all(claim["holds"] for claim in report["claims"]) else 1)
+    assert len(report["claims"]) == 17
+    for claim in report["claims"]:
+        assert claim["name"].startswith("B")
+        assert claim["name"] in printed
+    assert report["figures"] == ["one_step_gd.png"]
+    assert (tmp_path / "one_step_gd.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_parts_do_not_depend_on_what_else_runs():
+    """Seeds come from keys: one part alone gives what it gives beside others, in this process or another."""
+    experiment = known_experiments()["softmax-regression"]
+    config = ExperimentConfig(seed=3, quick=True)
+    wanted = {name: part for name, part in experiment.parts(config).items() if name in ("derivatives", "closeness")}
+    fewer = Experiment("softmax-regression", "C", "", lambda c: wanted, experiment.judge, experiment.draw)
+    alone, _ = measure([fewer], config, 1)
+    backwards = Experiment(
+        "softmax-regression", "C", "", lambda c: dict(reversed(wanted.items())), experiment.judge, experiment.draw
+    )
+    beside, _ = measure([backwards], config, 2)
+    assert alone == beside
+
+
+def test_experiment_a_of_another_variant(capsys):
+    """Black-box claims alone; a plain linear layer of the zoo goes through all of them."""
+    options = ["num_heads=1", "normalise=false", "decay=false", "feature_map=identity"]
+    status = main(["icl-gd", "--variant", "linear", *options, "--quick", "--workers", "1"])
+    printed = capsys.readouterr().out
+    assert status in (0, 1)
+    for claim in ("A1 loss of one trained layer", "A3 x range", "A4 worst loss", "A5 two recurrent layers"):
+        assert claim in printed
+    assert "A2" not in printed
+    assert "A6" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["icl-gd", "--variant", "rchma"], "did you mean 'rcmha'"),
+        (["icl-gd", "--variant", "mha", "num_hads=2"], "did you mean 'num_heads'"),
+        (["icl-gd", "num_heads=2"], "say which with --variant"),
+        (["icl-gd", "--variant", "mha", "model_dim=8"], "model_dim is the experiment's own"),
+        (["one-step-gd", "--variant", "mha"], "--variant=mha is for icl-gd and depth, not one-step-gd"),
+        (["depth", "--variant", "in_context_linear"], "'in_context_linear' is not causal"),
+        (["all", "--workers", "0"], "--workers=0 must be at least 1"),
+    ],
+)
+def test_wrong_usage_goes_to_stderr_with_status_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_an_unknown_experiment_is_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["icl"])
+    assert caught.value.code == 2
+    assert "softmax-regression" in capsys.readouterr().err
+
+
+def test_a_claim_that_does_not_hold_is_exit_status_1(monkeypatch, capsys):
+    def judge(config, values):
+        out = Judgement()
+        out.add("Z the answer", 42.0, values["part"]["answer"], 0.5)
+        return out
+
+    def experiment(answer: float) -> Experiment:
+        part = Part(lambda config, tick: {"answer": answer}, 1)
+        return Experiment("icl-gd", "Z", "", lambda config: {"part": part}, judge, lambda values, directory: [])
+
+    for answer, status, shown in ((42.4, 0, "yes"), (43.0, 1, "NO")):
+        known = {"icl-gd": experiment(answer)}
+        monkeypatch.setattr(scripts.reproduce, "known_experiments", lambda known=known: known)
+        monkeypatch.setattr("train.experiments.pool.known_experiments", lambda known=known: known)
+        assert main(["icl-gd", "--workers", "1"]) == status
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Z the answer"))
+        assert line.split()[-2:] == ["0.5", shown]
+
+
+def test_a_part_that_fails_is_named(monkeypatch, capsys):
+    def broken(config, tick):
+        raise RuntimeError("the loss is nan at step 3")
+
+    experiment = Experiment("icl-gd", "Z", "", lambda c: {"odd part": Part(broken, 1)}, lambda c, v: Judgement(), None)
+    monkeypatch.setattr(scripts.reproduce, "known_experiments", lambda: {"icl-gd": experiment})
+    monkeypatch.setattr("train.experiments.pool.known_experiments", lambda: {"icl-gd": experiment})
+    with pytest.raises(PartError, match="icl-gd, odd part: RuntimeError: the loss is nan"):
+        measure([experiment], ExperimentConfig(), 1)
+    assert main(["icl-gd", "--workers", "1"]) == 1
+    assert "odd part" in capsys.readouterr().err
+
+
+def test_every_experiment_claims_under_its_own_letter():
+    letters = {experiment.letter for experiment in known_experiments().values()}
+    assert letters == {"A", "B", "C", "D"}
+    assert "mesa" in ATTENTION
+    assert Report.start(quick=True).exit_status() == 0
+
+
+class Tiny(ExperimentConfig):
+    """Two steps and 64 tasks: everything runs, nothing is learned."""
+
+    def steps(self, full: int) -> int:
+        return 2
+
+    def tasks(self, full: int) -> int:
+        return 64
+
+
+@pytest.mark.parametrize("name", ["icl-gd", "one-step-gd", "softmax-regression", "depth"])
+def test_every_part_judgement_and_figure(name, tmp_path, monkeypatch):
+    """Every numbered claim of the texts is there, every part is judged, every figure that the page shows is drawn."""
+    monkeypatch.setattr("train.experiments.one_step_gd.BATCH", 64)
+    experiment, config = known_experiments()[name], Tiny(quick=True)
+    found, seconds = measure([experiment], config, 1)
+    values = {part: value for (_, part), value in found.items()}
+    json.dumps(values)
+    assert set(values) == set(experiment.parts(config)) == {part for _, part in seconds}
+    judged = experiment.judge(config, values)
+    numbers = {
+        "icl-gd": range(1, 9),
+        "one-step-gd": range(1, 6),
+        "softmax-regression": range(1, 6),
+        "depth": range(1, 4),
+    }
+    assert {claim.name.split()[0] for claim in judged.claims} == {f"{experiment.letter}{n}" for n in numbers[name]}
+    assert all(row["table"].startswith(f"{experiment.letter}: ") for row in judged.rows)
+    page = (ROOT / "docs" / "experiments" / "in-context-learning.md").read_text(encoding="utf-8")
+    for table in {row["table"] for row in judged.rows}:
+        assert f"<!-- rows {name}.json {table} -->" in page
+    drawn = experiment.draw(values, tmp_path)
+    for path in drawn:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert f"(../results/{path.name})" in page
