@@ -45,7 +45,7 @@ def test_names():
 
 def test_linear_attention_and_windows_say_why():
     linear = DecoderConfig(vocab_size=9, model_dim=8, num_layers=2, attention="linear")
-    with pytest.raises(ValueError, match="linear attention keeps one matrix of constant size"):
+    with pytest.raises(ValueError, match="linear attention keeps a state of constant size"):
         DecoderLM(linear).init_state(1, 4, cache=build_cache("d2o"))
     window = DecoderConfig(vocab_size=9, model_dim=8, num_layers=2, attention={"kind": "mha", "window": 3})
     with pytest.raises(ValueError, match="window=3 keeps a constant number of tokens already"):
