@@ -51,6 +51,14 @@ def test_how_the_context_is_split_changes_nothing(splits):
 
 
 @interpreted
+def test_more_splits_than_are_combined_at_once(monkeypatch):
+    from attnzoo.ops.paged_decode.launches import triton as launches
+
+    monkeypatch.setattr(launches, "COMBINED", 2)
+    check_decode(*DECODE_CASES["thin keys"], "cpu", torch.float32, (16, 1))
+
+
+@interpreted
 def test_chosen_by_impl():
     inputs = {name: moved(x, "cpu", torch.float32) for name, x in decode_inputs(*DECODE_CASES["thin keys"]).items()}
     q, prefix, tail = (inputs.pop(name) for name in ("q_BNTH", "prefix", "tail"))
@@ -159,7 +167,7 @@ def test_key_mass_is_never_tokens_by_tokens():
 @pytest.mark.parametrize("votes", [False, True])
 @pytest.mark.parametrize("rule", RULES)
 def test_evict_merge(rule, votes, dtype):
-    check_merge((2, 3, 41, 5, 3), RULES[rule], votes, "cpu", dtype, 16)
+    check_merge((2, 2, 71, 5, 3), RULES[rule], votes, "cpu", dtype, 16)
 
 
 @interpreted
