@@ -69,12 +69,12 @@ def _case(dtype: torch.dtype, head_dim: int, gpu: str, tokens: int, *, relative:
 
     batch, heads, kv_heads, slots = 2, 9, 3, 1500
     places = (meta(batch, tokens, kind=torch.int64), meta(batch, kv_heads, slots, kind=torch.int64))
-    window = {"window": 128, "sinks": 4} if relative else {}
+    window, sinks = (128, 4) if relative else (None, 0)
     tables = Tables(meta(heads, head_dim), meta(heads, 300, head_dim), meta(heads, 300)) if relative else None
     yield from launches(
         meta(batch, heads, tokens, head_dim),
         meta(batch, kv_heads, slots, head_dim),
-        CausalMask(query_positions_BT=places[0], key_positions_BKS=places[1], **window),
+        CausalMask(query_positions_BT=places[0], key_positions_BKS=places[1], window=window, sinks=sinks),
         None,
         tables,
         meta(batch, kv_heads, slots, kind=torch.float32) if relative else None,
