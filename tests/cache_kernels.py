@@ -227,16 +227,18 @@ RULES = {
 def merge_inputs(
     sizes: tuple[int, ...], rule: MergeRule, votes: bool, device: str, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """One kept key twice, one kept key of zeros, one evicted key of zeros; a threshold known for the last sequence."""
+    """The first kept key is also the last one, far from it, and the nearest of an evicted one; a kept and an evicted
+    key are zeros; a threshold is known for the last sequence."""
     B, K, S, C, V = sizes
     generator = torch.Generator().manual_seed(3)
     kinds = torch.randint(0, 3, (B, 1 if rule.together else K, S), generator=generator).expand(B, K, S)
     keep = kinds == 0
     keys = rand(B, K, S, C, seed=1)
-    first, second, third = (keep[0, 0].nonzero()[i, 0] for i in (0, 1, 2))
-    keys[0, :, second] = keys[0, :, first]
-    keys[0, :, third] = 0
-    keys[0, :, (kinds[0, 0] == 1).nonzero()[0, 0]] = 0
+    kept, gone = keep[0, 0].nonzero()[:, 0], (kinds[0, 0] == 1).nonzero()[:, 0]
+    keys[0, :, kept[-1]] = keys[0, :, kept[0]]
+    keys[0, :, gone[1]] = 2 * keys[0, :, kept[0]]
+    keys[0, :, kept[1]] = 0
+    keys[0, :, gone[0]] = 0
     threshold = torch.full((B, K), math.nan)
     threshold[-1] = 0.2
     return {

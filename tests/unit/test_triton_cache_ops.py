@@ -51,6 +51,14 @@ def test_how_the_context_is_split_changes_nothing(splits):
 
 
 @interpreted
+def test_more_splits_than_are_combined_at_once(monkeypatch):
+    from attnzoo.ops.paged_decode.launches import triton as launches
+
+    monkeypatch.setattr(launches, "COMBINED", 2)
+    check_decode(*DECODE_CASES["thin keys"], "cpu", torch.float32, (16, 1))
+
+
+@interpreted
 def test_chosen_by_impl():
     inputs = {name: moved(x, "cpu", torch.float32) for name, x in decode_inputs(*DECODE_CASES["thin keys"]).items()}
     q, prefix, tail = (inputs.pop(name) for name in ("q_BNTH", "prefix", "tail"))
@@ -125,6 +133,19 @@ def test_key_mass_by_parts_of_the_queries(monkeypatch):
     check_mass(*MASS_CASES["tables"], "cpu", torch.float32, 16)
 
 
+@pytest.mark.parametrize("offset", range(20))
+def test_blocks_that_see_each_other(offset):
+    """Where positions ascend neither a block too many nor one too few is visited, wherever the queries begin."""
+    from attnzoo.ops.key_mass.launches.triton import visible_blocks
+
+    queries_BT, keys_BKS = torch.arange(19)[None] + offset, torch.arange(42)[None, None]
+    reach_BKI, begins_BKJ = visible_blocks(queries_BT, keys_BKS, 4, 5)
+    padded = torch.nn.functional.pad(keys_BKS[0, 0] <= queries_BT[0, :, None], (0, 3, 0, 1))
+    sees_IJ = padded.unflatten(1, (-1, 5)).unflatten(0, (-1, 4)).any(-1).any(1)
+    assert torch.equal(reach_BKI[0, 0], sees_IJ.sum(1, dtype=torch.int32))
+    assert torch.equal(begins_BKJ[0, 0], (~sees_IJ).sum(0, dtype=torch.int32))
+
+
 @interpreted
 def test_key_mass_with_known_sums_of_rows():
     """What the forward pass of attention left, log2 of each row's sum, saves the first pass and changes nothing."""
@@ -159,7 +180,7 @@ def test_key_mass_is_never_tokens_by_tokens():
 @pytest.mark.parametrize("votes", [False, True])
 @pytest.mark.parametrize("rule", RULES)
 def test_evict_merge(rule, votes, dtype):
-    check_merge((2, 3, 41, 5, 3), RULES[rule], votes, "cpu", dtype, 16)
+    check_merge((2, 2, 71, 5, 3), RULES[rule], votes, "cpu", dtype, 16)
 
 
 @interpreted

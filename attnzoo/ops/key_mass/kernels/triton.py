@@ -52,7 +52,6 @@ class Tile(NamedTuple):
     wide: int
     window: int
     sinks: int
-    precision: str
     widen: bool
 
 
@@ -94,7 +93,7 @@ def _scores(scores, query, key, row, at_query, slot, at_key, b, head, k, tile):
     """Scores of a tile, -inf where the mask hides the key."""
     if tile.widen:
         query, key = query.to(tl.float32), key.to(tl.float32)
-    product = tl.dot(query, tl.trans(key), input_precision=tile.precision)
+    product = tl.dot(query, tl.trans(key), input_precision="ieee")
     seen = _visible(at_query, at_key, tile)
     if scores.relative is not None:
         distance = tl.minimum(at_query[:, None] - at_key[None, :], scores.distances - 1)

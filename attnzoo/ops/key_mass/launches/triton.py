@@ -104,8 +104,8 @@ class Part:
             tokens=q_BNTH.shape[2],
             **common,
         )
-        tile = _tile(q_BNTH, common["keys"].x.shape[1], mask, logits_BNTP is not None, block, gpu)
-        reach_BKI, begins_BKJ = _sees(queries_BT, keys_BKS, tile)
+        tile = _tile(q_BNTH, common["keys"].x.shape[1], mask, logits_BNTP is not None, block)
+        reach_BKI, begins_BKJ = visible_blocks(queries_BT, keys_BKS, tile.rows, tile.columns)
         shape = (q_BNTH.shape[0], common["keys"].x.shape[1])
         known = log_sums_BNT is not None
         if log_sums_BNT is None:
@@ -141,14 +141,15 @@ class Part:
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> Launch:
         dtype = self.scores.queries.x.dtype
+        single = dtype == torch.float32
         relative = "" if self.scores.relative is None else f" P={self.scores.distances}"
         return Launch(
             name=f"key_mass {kernel.__name__.removesuffix('_kernel')} {TYPES[dtype]} H={self.tile.head_dim}{relative}",
             kernel=kernel,
             grid=grid,
             arguments=arguments | {"scores": self.scores, "tile": self.tile},
-            num_warps=4,
-            num_stages=2,
+            num_warps=8 if single and self.gpu != "gfx942" else 4,
+            num_stages=1 if single else 2,
             target=self.gpu,
         )
 
@@ -178,10 +179,10 @@ def _rows(x: Tensor) -> Rows:
     return Rows(x, *x.stride()[:3])
 
 
-def _sees(queries_BT: Tensor, keys_BKS: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+def visible_blocks(queries_BT: Tensor, keys_BKS: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """(reach_BKI, begins_BKJ) in int32: exact where positions ascend, and never too few blocks."""
-    latest_BI = _blocks(queries_BT, tile.rows, -1).amax(-1)
-    earliest_BKJ = _blocks(keys_BKS.where(keys_BKS >= 0, NOWHERE), tile.columns, NOWHERE).amin(-1)
+    latest_BI = _blocks(queries_BT, rows, -1).amax(-1)
+    earliest_BKJ = _blocks(keys_BKS.where(keys_BKS >= 0, NOWHERE), columns, NOWHERE).amin(-1)
     # Least from here on, and greatest up to here: they ascend, so that a search finds the last block and the first.
     from_here_BKJ = earliest_BKJ.flip(-1).cummin(-1).values.flip(-1).contiguous()
     up_to_BKI = latest_BI.cummax(-1).values[:, None].expand(-1, keys_BKS.shape[1], -1).contiguous()
@@ -196,7 +197,7 @@ def _blocks(x: Tensor, block: int, other: int) -> Tensor:
     return F.pad(x, (0, -x.shape[-1] % block), value=other).unflatten(-1, (-1, block))
 
 
-def _tile(q_BNTH: Tensor, kv_heads: int, mask: CausalMask, relative: bool, block: int | None, gpu: str) -> Tile:
+def _tile(q_BNTH: Tensor, kv_heads: int, mask: CausalMask, relative: bool, block: int | None) -> Tile:
     heads, head_dim = q_BNTH.shape[1], q_BNTH.shape[3]
     block = block or _block(q_BNTH.dtype, head_dim, relative)
     return Tile(
@@ -208,18 +209,16 @@ def _tile(q_BNTH: Tensor, kv_heads: int, mask: CausalMask, relative: bool, block
         wide=max(16, int(triton.next_power_of_2(head_dim))),
         window=mask.window or 0,
         sinks=mask.sinks,
-        # NVIDIA's tensor cores take float32 as three products of tf32, which keep its precision; AMD's take float32.
-        precision="tf32x3" if q_BNTH.dtype == torch.float32 and gpu != "gfx942" else "ieee",
         widen=triton.knobs.runtime.interpret,  # its product of bfloat16 multiplies their bits (3.9)
     )
 
 
 def _block(dtype: torch.dtype, head_dim: int, relative: bool) -> int:
     """Queries and keys of a tile, found by compiling ahead of time: they spill nowhere on sm_80, sm_90 and gfx942."""
-    if head_dim > 128:
-        return 16 if relative or dtype == torch.float32 else 32
     if dtype == torch.float32:
-        return 16 if relative and head_dim > 64 else 32
+        return 16
+    if head_dim > 128:
+        return 16 if relative else 32
     return 32 if relative else 64
 
 
