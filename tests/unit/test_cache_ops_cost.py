@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnzoo.ops.evict_merge import Arrival, MergeRule, Slots, evict_merge, evict_merge_step
-from attnzoo.ops.evict_merge.cost import merge_cost, step_cost
+from attnzoo.ops.evict_merge.cost import Counts, merge_cost, step_cost
 from attnzoo.ops.key_mass import Tables, key_mass
 from attnzoo.ops.key_mass.cost import mass_cost
 from attnzoo.ops.masks import CausalMask
@@ -146,19 +146,9 @@ def test_evict_merge(votes, dtype):
     rule = MergeRule(kind="official", beta=0.0)  # the threshold stays 0, which keys without negative numbers pass
     rest = {"keep_BKS": keep, "evict_BKS": ~keep, "slots": 10, "rule": rule, "votes_BKS": counts}
     merged = evict_merge(keys, values, threshold_BK=threshold, impl="torch", **rest)
-    cost = merge_cost(
-        batch=B,
-        kv_heads=K,
-        entries=count,
-        kept=kept,
-        evicted=count - kept,
-        merged=count - kept,
-        slots=10,
-        key_dim=H,
-        value_dim=5,
-        width=dtype.itemsize,
-        votes=votes,
-    )
+    sizes = {"key_dim": H, "value_dim": 5, "width": dtype.itemsize}
+    what = Counts(entries=count, kept=kept, evicted=count - kept, merged=count - kept, slots=10)
+    cost = merge_cost(what, batch=B, kv_heads=K, votes=votes, **sizes)
     assert cost.bytes_read == nbytes(keys, values, keep, ~keep, threshold, counts)
     results = (merged.keys_BKMC, merged.values_BKMV, merged.source_BKM, merged.votes_BKM, merged.threshold_BK)
     assert cost.bytes_written == nbytes(*results)

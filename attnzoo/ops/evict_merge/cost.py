@@ -1,31 +1,33 @@
 """Bytes and FLOPs of evicting and merging entries of a cache. Sizes are a kv head's; all kv heads are alike."""
 
+from dataclasses import dataclass
+
 from attnzoo.ops.cost import OpCost
 
 INDEX, SUM = 8, 4
 """Bytes of a slot's number, and of a number in the accumulation dtype of float32 and narrower."""
 
 
-def merge_cost(
-    *,
-    batch: int,
-    kv_heads: int,
-    entries: int,
-    kept: int,
-    evicted: int,
-    merged: int,
-    slots: int,
-    key_dim: int,
-    value_dim: int,
-    width: int,
-    votes: bool = False,
-) -> OpCost:
+@dataclass(frozen=True, kw_only=True)
+class Counts:
     """Of `entries`, `kept` stay in `slots` slots and `evicted` leave, `merged` of them into a kept one; the others hold
-    nothing. Rows that are dropped are read as far as their keys, to find out. merged=0 with evicted=0: the rule drops.
-    """
+    nothing."""
+
+    entries: int
+    kept: int
+    evicted: int
+    merged: int
+    slots: int
+
+
+def merge_cost(
+    counts: Counts, *, batch: int, kv_heads: int, key_dim: int, value_dim: int, width: int, votes: bool = False
+) -> OpCost:
+    """Rows that are dropped are read as far as their keys, to find out. merged=0 with evicted=0: the rule drops."""
+    kept, evicted, merged = counts.kept, counts.evicted, counts.merged
     rows = (kept + evicted) * key_dim + (kept + merged) * value_dim
-    read = rows * width + 2 * entries + SUM + (entries * SUM if votes else 0)
-    written = slots * ((key_dim + value_dim) * width + INDEX + (SUM if votes else 0)) + SUM
+    read = rows * width + 2 * counts.entries + SUM + (counts.entries * SUM if votes else 0)
+    written = counts.slots * ((key_dim + value_dim) * width + INDEX + (SUM if votes else 0)) + SUM
     mixed = (merged + min(kept, merged)) * (key_dim + value_dim)
     flops = 2 * kept * evicted * key_dim + 2 * mixed
     heads = batch * kv_heads
