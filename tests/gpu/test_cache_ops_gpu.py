@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from attnzoo.ops.cost import HeadSizes
 from attnzoo.ops.evict_merge import MergeRule
 from attnzoo.ops.paged_decode import Entries, paged_decode
 from attnzoo.ops.paged_decode.cost import SegmentSizes, decode_cost
@@ -106,12 +107,7 @@ def test_how_fast(batch, keep, width, capsys):
     q = torch.randn(batch, heads, 1, head_dim, device=DEVICE, dtype=torch.bfloat16)
     at = torch.full((batch, 1), 10_000, device=DEVICE)
     cost = decode_cost(
-        batch=batch,
-        tokens=1,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        width=2,
+        HeadSizes(batch=batch, tokens=1, heads=heads, kv_heads=kv_heads, head_dim=head_dim, width=2),
         segments=tuple(
             SegmentSizes(
                 slots=x.slots,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from attnzoo.ops.cost import HeadSizes
 from attnzoo.ops.evict_merge import Arrival, MergeRule, Slots, evict_merge, evict_merge_step
 from attnzoo.ops.evict_merge.cost import Counts, merge_cost, step_cost
 from attnzoo.ops.key_mass import Tables, key_mass
@@ -75,12 +76,7 @@ def test_paged_decode(key, options, dtype):
     rest = {"query_positions_BT": at, "bias_BNTS": bias, "probe_BKC": probe, "key_mass": options}
     out = paged_decode(q, prefix, tail, impl="torch", **rest)
     cost = decode_cost(
-        batch=B,
-        tokens=T,
-        heads=N,
-        kv_heads=K,
-        head_dim=H,
-        width=dtype.itemsize,
+        HeadSizes(batch=B, tokens=T, heads=N, kv_heads=K, head_dim=H, width=dtype.itemsize),
         segments=(sizes_of(prefix), sizes_of(tail)),
         probe_dim=key if options else 0,
         bias_width=4 if options else 0,
@@ -117,19 +113,19 @@ def test_key_mass(dtype):
     votes = torch.zeros(B, K, slots)
     mask = CausalMask(query_positions_BT=at, key_positions_BKS=places)
     mass = key_mass(q, k, mask=mask, tables=tables, log_votes_BKS=votes, impl="torch")
-    sizes = {"batch": B, "tokens": tokens, "heads": N, "kv_heads": K, "head_dim": H, "width": dtype.itemsize}
-    cost = mass_cost(slots=slots, position_heads=1, votes=True, table_rows=rows, **sizes)
+    sizes = HeadSizes(batch=B, tokens=tokens, heads=N, kv_heads=K, head_dim=H, width=dtype.itemsize)
+    cost = mass_cost(sizes, slots=slots, position_heads=1, votes=True, table_rows=rows)
     given = (q, k, at, places, votes, tables.content_bias_NH, tables.table_NPH, tables.table_bias_NP)
     assert cost.bytes_read == nbytes(*given)
     assert cost.bytes_written == mass.nbytes
     seen = int(mask.visible(tokens, q.device)[0].sum())
-    plain = mass_cost(slots=slots, **sizes)
+    plain = mass_cost(sizes, slots=slots)
     assert plain.bytes_read == nbytes(q, k)
-    assert plain == mass_cost(slots=slots, pairs=seen, **sizes)
+    assert plain == mass_cost(sizes, slots=slots, pairs=seen)
     # One product of all queries with all keys has 2 H FLOPs a pair; the pairs that are seen, twice over:
     product = flops(lambda: q.unflatten(1, (K, -1)) @ k[:, :, None].mT)
     assert plain.flops * tokens * slots == 2 * product * seen
-    known = mass_cost(slots=slots, sums_known=True, **sizes)
+    known = mass_cost(sizes, slots=slots, sums_known=True)
     assert known.flops * 2 == plain.flops
     assert known.bytes_read - plain.bytes_read == B * N * tokens * 4
     table = flops(lambda: q.transpose(0, 1).flatten(1, 2) @ tables.table_NPH.mT)

@@ -1,20 +1,15 @@
 """Bytes and FLOPs of the column sums of attention."""
 
-from attnzoo.ops.cost import OpCost
+from attnzoo.ops.cost import HeadSizes, OpCost
 
 INDEX, SUM = 8, 4
 """Bytes of a position, and of a number in the accumulation dtype of float32 and narrower."""
 
 
 def mass_cost(
+    sizes: HeadSizes,
     *,
-    batch: int,
-    tokens: int,
     slots: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    width: int,
     pairs: int | None = None,
     position_heads: int = 0,
     votes: bool = False,
@@ -22,10 +17,12 @@ def mass_cost(
     sums_known: bool = False,
 ) -> OpCost:
     """pairs: of a query and a key that it sees, a head and sequence; None: queries are the newest of `slots` tokens.
-    width: bytes of an element. position_heads: of key positions (0: the parallel form, without any). table_rows: rows
+    position_heads: of key positions (0: the parallel form, without any). table_rows: rows
     of the tables of relative positions, in `width` as well. sums_known: the sums of rows come from elsewhere, and
     scores are computed once instead of twice.
     """
+    batch, tokens, heads, kv_heads = sizes.batch, sizes.tokens, sizes.heads, sizes.kv_heads
+    head_dim, width = sizes.head_dim, sizes.width
     if pairs is None:
         pairs = tokens * (slots - tokens) + tokens * (tokens + 1) // 2
     read = batch * (heads * tokens + kv_heads * slots) * head_dim * width

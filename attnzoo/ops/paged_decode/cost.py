@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from attnzoo.ops.cost import OpCost
+from attnzoo.ops.cost import HeadSizes, OpCost
 
 INDEX, SUM = 8, 4
 """Bytes of a position or channel, and of a number in the accumulation dtype of float32 and narrower."""
@@ -23,20 +23,17 @@ class SegmentSizes:
 
 
 def decode_cost(
+    sizes: HeadSizes,
     *,
-    batch: int,
-    tokens: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    width: int,
     segments: tuple[SegmentSizes, ...],
     probe_dim: int = 0,
     bias_width: int = 0,
     key_mass: bool = False,
 ) -> OpCost:
-    """width, bias_width: bytes of an element of keys and of the bias (0: no bias). probe_dim: channels of the probe,
+    """bias_width: bytes of an element of the bias (0: no bias). probe_dim: channels of the probe,
     which meets the first segment (0: none). Of `scratch_bytes` nothing is counted."""
+    batch, tokens, heads, kv_heads = sizes.batch, sizes.tokens, sizes.heads, sizes.kv_heads
+    head_dim, width = sizes.head_dim, sizes.width
     slots = sum(part.slots for part in segments)
     read = batch * tokens * (heads * head_dim * width + INDEX) + batch * heads * tokens * slots * bias_width
     read += batch * sum(_segment_bytes(part, kv_heads, width) for part in segments)

@@ -24,29 +24,31 @@ QUERIES = 16
 NOWHERE = torch.iinfo(torch.int64).max
 
 
-def launches(
-    q_BNTH: Tensor,
-    k_BKSH: Tensor,
-    mask: CausalMask,
-    counts_B: Tensor | None,
-    tables: Tables | None,
-    log_votes_BKS: Tensor | None,
-    scale: float,
-    *,
-    mass_BKS: Tensor,
-    log_sums_BNT: Tensor | None = None,
-    block: int | None = None,
-    gpu: str | None = None,
-) -> Iterator[Launch]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The operation's arguments. log_sums_BNT: log2 of each row's sum of exponentials, where it is known."""
+
+    q_BNTH: Tensor
+    k_BKSH: Tensor
+    mask: CausalMask
+    counts_B: Tensor | None
+    tables: Tables | None
+    log_votes_BKS: Tensor | None
+    scale: float
+    log_sums_BNT: Tensor | None = None
+
+
+def launches(given: Inputs, mass_BKS: Tensor, *, block: int | None = None, gpu: str | None = None) -> Iterator[Launch]:
     """What adds to `mass_BKS`, a part of the queries after the other where tables ask for logits."""
+    q_BNTH, mask, tables = given.q_BNTH, given.mask, given.tables
     batch, heads, tokens, _ = q_BNTH.shape
     gpu = architecture() if gpu is None else gpu
     queries_BT, keys_BKS = (x.expand(batch, *x.shape[1:]) for x in mask.positions(tokens, q_BNTH.device))
-    if counts_B is not None:
+    if given.counts_B is not None:
         steps_T = torch.arange(tokens, device=q_BNTH.device)
-        queries_BT = queries_BT.masked_fill(steps_T >= counts_B[:, None], -1)
+        queries_BT = queries_BT.masked_fill(steps_T >= given.counts_B[:, None], -1)
     content_BNTH = q_BNTH if tables is None else (q_BNTH + tables.content_bias_NH[:, None]).to(q_BNTH.dtype)
-    common = _common(k_BKSH, keys_BKS, log_votes_BKS, scale)
+    common = _common(given.k_BKSH, keys_BKS, given.log_votes_BKS, given.scale)
     part = tokens
     if tables is not None:
         row = 4 * batch * heads * tables.table_bias_NP.shape[1]
@@ -64,7 +66,7 @@ def launches(
             mask,
             common,
             logits,
-            None if log_sums_BNT is None else log_sums_BNT[:, :, rows],
+            None if given.log_sums_BNT is None else given.log_sums_BNT[:, :, rows],
             block,
             gpu,
         ).launches(mass_BKS)
