@@ -21,7 +21,8 @@ LOGITS_BYTES = 64 << 20
 """Logits by distance, where there are tables: as many queries at once as fit."""
 QUERIES = 16
 """Queries that the kernel of logits takes at once."""
-NOWHERE = torch.iinfo(torch.int64).max
+NOWHERE = 1 << 62
+"""Later than all positions, and a number that torch's padding, which takes a float, does not change."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
