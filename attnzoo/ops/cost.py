@@ -21,15 +21,3 @@ class OpCost:
     def intensity(self) -> float:
         """FLOPs a byte."""
         return self.flops / self.bytes_moved
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadSizes:
-    """tokens: queries of a sequence. width: bytes of an element of queries, keys and values."""
-
-    batch: int
-    tokens: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    width: int

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from attnzoo.ops.key_mass.launches.triton import Inputs, launches
+from attnzoo.ops.key_mass.launches.triton import Plan, launches
 from attnzoo.ops.launch import Launch, check_inputs
 from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.relative_sdpa.tilings import ARCHITECTURES
@@ -40,17 +40,8 @@ def key_mass_triton(
     if mass_BKS.numel() == 0 or q_BNTH.numel() == 0:
         return mass_BKS
     with torch.no_grad():
-        given = Inputs(
-            q_BNTH=q_BNTH,
-            k_BKSH=k_BKSH,
-            mask=mask,
-            counts_B=counts_B,
-            tables=tables,
-            log_votes_BKS=log_votes_BKS,
-            scale=scale,
-            log_sums_BNT=log_sums_BNT,
-        )
-        for launch in launches(given, mass_BKS, block=block):
+        given = (q_BNTH, k_BKSH, mask, counts_B, tables, log_votes_BKS, scale)
+        for launch in launches(*given, Plan(mass_BKS=mass_BKS, log_sums_BNT=log_sums_BNT, block=block)):
             launch()
     return mass_BKS
 
@@ -80,13 +71,13 @@ def _case(dtype: torch.dtype, head_dim: int, gpu: str, tokens: int, *, relative:
     places = (meta(batch, tokens, kind=torch.int64), meta(batch, kv_heads, slots, kind=torch.int64))
     window, sinks = (128, 4) if relative else (None, 0)
     tables = Tables(meta(heads, head_dim), meta(heads, 300, head_dim), meta(heads, 300)) if relative else None
-    given = Inputs(
-        q_BNTH=meta(batch, heads, tokens, head_dim),
-        k_BKSH=meta(batch, kv_heads, slots, head_dim),
-        mask=CausalMask(query_positions_BT=places[0], key_positions_BKS=places[1], window=window, sinks=sinks),
-        counts_B=None,
-        tables=tables,
-        log_votes_BKS=meta(batch, kv_heads, slots, kind=torch.float32) if relative else None,
-        scale=0.125,
+    yield from launches(
+        meta(batch, heads, tokens, head_dim),
+        meta(batch, kv_heads, slots, head_dim),
+        CausalMask(query_positions_BT=places[0], key_positions_BKS=places[1], window=window, sinks=sinks),
+        None,
+        tables,
+        meta(batch, kv_heads, slots, kind=torch.float32) if relative else None,
+        0.125,
+        Plan(mass_BKS=meta(batch, kv_heads, slots, kind=torch.float32), gpu=gpu),
     )
-    yield from launches(given, meta(batch, kv_heads, slots, kind=torch.float32), gpu=gpu)

@@ -26,30 +26,34 @@ NOWHERE = 1 << 62
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """The operation's arguments. log_sums_BNT: log2 of each row's sum of exponentials, where it is known."""
+class Plan:
+    """The result, sums of rows that are known (log2), and what tests choose otherwise: size of tiles, GPU."""
 
-    q_BNTH: Tensor
-    k_BKSH: Tensor
-    mask: CausalMask
-    counts_B: Tensor | None
-    tables: Tables | None
-    log_votes_BKS: Tensor | None
-    scale: float
+    mass_BKS: Tensor
     log_sums_BNT: Tensor | None = None
+    block: int | None = None
+    gpu: str | None = None
 
 
-def launches(given: Inputs, mass_BKS: Tensor, *, block: int | None = None, gpu: str | None = None) -> Iterator[Launch]:
-    """What adds to `mass_BKS`, a part of the queries after the other where tables ask for logits."""
-    q_BNTH, mask, tables = given.q_BNTH, given.mask, given.tables
+def launches(
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    mask: CausalMask,
+    counts_B: Tensor | None,
+    tables: Tables | None,
+    log_votes_BKS: Tensor | None,
+    scale: float,
+    plan: Plan,
+) -> Iterator[Launch]:
+    """What adds to `plan.mass_BKS`, a part of the queries after the other where tables ask for logits."""
     batch, heads, tokens, _ = q_BNTH.shape
-    gpu = architecture() if gpu is None else gpu
+    gpu, log_sums_BNT = plan.gpu or architecture(), plan.log_sums_BNT
     queries_BT, keys_BKS = (x.expand(batch, *x.shape[1:]) for x in mask.positions(tokens, q_BNTH.device))
-    if given.counts_B is not None:
+    if counts_B is not None:
         steps_T = torch.arange(tokens, device=q_BNTH.device)
-        queries_BT = queries_BT.masked_fill(steps_T >= given.counts_B[:, None], -1)
+        queries_BT = queries_BT.masked_fill(steps_T >= counts_B[:, None], -1)
     content_BNTH = q_BNTH if tables is None else (q_BNTH + tables.content_bias_NH[:, None]).to(q_BNTH.dtype)
-    common = _common(given.k_BKSH, keys_BKS, given.log_votes_BKS, given.scale)
+    common = _common(k_BKSH, keys_BKS, log_votes_BKS, scale)
     part = tokens
     if tables is not None:
         row = 4 * batch * heads * tables.table_bias_NP.shape[1]
@@ -67,10 +71,10 @@ def launches(given: Inputs, mass_BKS: Tensor, *, block: int | None = None, gpu: 
             mask,
             common,
             logits,
-            None if given.log_sums_BNT is None else given.log_sums_BNT[:, :, rows],
-            block,
+            None if log_sums_BNT is None else log_sums_BNT[:, :, rows],
+            plan.block,
             gpu,
-        ).launches(mass_BKS)
+        ).launches(plan.mass_BKS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,13 +149,15 @@ class Part:
     def _launch(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> Launch:
         dtype = self.scores.queries.x.dtype
         single = dtype == torch.float32
+        wide = self.tile.head_dim > 128 or self.scores.relative is None
+        eight = self.gpu != "gfx942" if single else not wide
         relative = "" if self.scores.relative is None else f" P={self.scores.distances}"
         return Launch(
             name=f"key_mass {kernel.__name__.removesuffix('_kernel')} {TYPES[dtype]} H={self.tile.head_dim}{relative}",
             kernel=kernel,
             grid=grid,
             arguments=arguments | {"scores": self.scores, "tile": self.tile},
-            num_warps=8 if single and self.gpu != "gfx942" else 4,
+            num_warps=8 if eight else 4,
             num_stages=1 if single else 2,
             target=self.gpu,
         )
