@@ -5,7 +5,7 @@ import torch
 
 from attnzoo.ops.evict_merge import MergeRule
 from attnzoo.ops.paged_decode import Entries, paged_decode
-from attnzoo.ops.paged_decode.cost import SegmentSizes, decode_cost
+from attnzoo.ops.paged_decode.cost import DecodeSizes, SegmentSizes, decode_cost
 from tests.cache_kernels import (
     DECODE_CASES,
     MASS_CASES,
@@ -106,22 +106,24 @@ def test_how_fast(batch, keep, width, capsys):
     q = torch.randn(batch, heads, 1, head_dim, device=DEVICE, dtype=torch.bfloat16)
     at = torch.full((batch, 1), 10_000, device=DEVICE)
     cost = decode_cost(
-        batch=batch,
-        tokens=1,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        width=2,
-        segments=tuple(
-            SegmentSizes(
-                slots=x.slots,
-                key_dim=x.keys_BKSC.shape[3],
-                value_dim=head_dim,
-                position_heads=1,
-                channels=x.channels_BKC is not None,
-            )
-            for x in (prefix, last)
-        ),
+        DecodeSizes(
+            batch=batch,
+            tokens=1,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            width=2,
+            segments=tuple(
+                SegmentSizes(
+                    slots=x.slots,
+                    key_dim=x.keys_BKSC.shape[3],
+                    value_dim=head_dim,
+                    position_heads=1,
+                    channels=x.channels_BKC is not None,
+                )
+                for x in (prefix, last)
+            ),
+        )
     )
     times = {}
     for impl in ("triton", "torch"):

@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnzoo.ops.evict_merge import Arrival, MergeRule, Slots, evict_merge, evict_merge_step
-from attnzoo.ops.evict_merge.cost import merge_cost, step_cost
+from attnzoo.ops.evict_merge.cost import MergeSizes, merge_cost, step_cost
 from attnzoo.ops.key_mass import Tables, key_mass
-from attnzoo.ops.key_mass.cost import mass_cost
+from attnzoo.ops.key_mass.cost import MassSizes, mass_cost
 from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.paged_decode import Entries, paged_decode
-from attnzoo.ops.paged_decode.cost import SegmentSizes, decode_cost, scratch_bytes
+from attnzoo.ops.paged_decode.cost import DecodeSizes, SegmentSizes, decode_cost, scratch_bytes
 
 B, T, N, K, H = 2, 1, 6, 3, 8
 DTYPES = [torch.float32, torch.bfloat16]
@@ -75,16 +75,18 @@ def test_paged_decode(key, options, dtype):
     rest = {"query_positions_BT": at, "bias_BNTS": bias, "probe_BKC": probe, "key_mass": options}
     out = paged_decode(q, prefix, tail, impl="torch", **rest)
     cost = decode_cost(
-        batch=B,
-        tokens=T,
-        heads=N,
-        kv_heads=K,
-        head_dim=H,
-        width=dtype.itemsize,
-        segments=(sizes_of(prefix), sizes_of(tail)),
-        probe_dim=key if options else 0,
-        bias_width=4 if options else 0,
-        key_mass=options,
+        DecodeSizes(
+            batch=B,
+            tokens=T,
+            heads=N,
+            kv_heads=K,
+            head_dim=H,
+            width=dtype.itemsize,
+            segments=(sizes_of(prefix), sizes_of(tail)),
+            probe_dim=key if options else 0,
+            bias_width=4 if options else 0,
+            key_mass=options,
+        )
     )
     assert cost.bytes_read == nbytes(q, at, bias, probe) + entry_bytes(prefix) + entry_bytes(tail)
     assert cost.bytes_written == nbytes(out.out_BNTH, out.mass_BKS, out.dots_BKP)
@@ -118,18 +120,18 @@ def test_key_mass(dtype):
     mask = CausalMask(query_positions_BT=at, key_positions_BKS=places)
     mass = key_mass(q, k, mask=mask, tables=tables, log_votes_BKS=votes, impl="torch")
     sizes = {"batch": B, "tokens": tokens, "heads": N, "kv_heads": K, "head_dim": H, "width": dtype.itemsize}
-    cost = mass_cost(slots=slots, position_heads=1, votes=True, table_rows=rows, **sizes)
+    cost = mass_cost(MassSizes(slots=slots, position_heads=1, votes=True, table_rows=rows, **sizes))
     given = (q, k, at, places, votes, tables.content_bias_NH, tables.table_NPH, tables.table_bias_NP)
     assert cost.bytes_read == nbytes(*given)
     assert cost.bytes_written == mass.nbytes
     seen = int(mask.visible(tokens, q.device)[0].sum())
-    plain = mass_cost(slots=slots, **sizes)
+    plain = mass_cost(MassSizes(slots=slots, **sizes))
     assert plain.bytes_read == nbytes(q, k)
-    assert plain == mass_cost(slots=slots, pairs=seen, **sizes)
+    assert plain == mass_cost(MassSizes(slots=slots, pairs=seen, **sizes))
     # One product of all queries with all keys has 2 H FLOPs a pair; the pairs that are seen, twice over:
     product = flops(lambda: q.unflatten(1, (K, -1)) @ k[:, :, None].mT)
     assert plain.flops * tokens * slots == 2 * product * seen
-    known = mass_cost(slots=slots, sums_known=True, **sizes)
+    known = mass_cost(MassSizes(slots=slots, sums_known=True, **sizes))
     assert known.flops * 2 == plain.flops
     assert known.bytes_read - plain.bytes_read == B * N * tokens * 4
     table = flops(lambda: q.transpose(0, 1).flatten(1, 2) @ tables.table_NPH.mT)
@@ -147,17 +149,19 @@ def test_evict_merge(votes, dtype):
     rest = {"keep_BKS": keep, "evict_BKS": ~keep, "slots": 10, "rule": rule, "votes_BKS": counts}
     merged = evict_merge(keys, values, threshold_BK=threshold, impl="torch", **rest)
     cost = merge_cost(
-        batch=B,
-        kv_heads=K,
-        entries=count,
-        kept=kept,
-        evicted=count - kept,
-        merged=count - kept,
-        slots=10,
-        key_dim=H,
-        value_dim=5,
-        width=dtype.itemsize,
-        votes=votes,
+        MergeSizes(
+            batch=B,
+            kv_heads=K,
+            entries=count,
+            kept=kept,
+            evicted=count - kept,
+            merged=count - kept,
+            slots=10,
+            key_dim=H,
+            value_dim=5,
+            width=dtype.itemsize,
+            votes=votes,
+        )
     )
     assert cost.bytes_read == nbytes(keys, values, keep, ~keep, threshold, counts)
     results = (merged.keys_BKMC, merged.values_BKMV, merged.source_BKM, merged.votes_BKM, merged.threshold_BK)

@@ -163,12 +163,12 @@ def test_key_mass_with_known_sums_of_rows():
 
 def test_key_mass_is_never_tokens_by_tokens():
     """What the kernels are given, inputs and scratch alike, grows with T, not with T x T."""
-    from attnzoo.ops.key_mass.launches.triton import launches
+    from attnzoo.ops.key_mass.launches.triton import Plan, launches
 
     def numbers(tokens: int) -> int:
         q, k = (torch.empty(1, n, tokens, 64, dtype=torch.bfloat16, device="meta") for n in (4, 2))
         mass = torch.empty(1, 2, tokens, device="meta")
-        done = launches(q, k, CausalMask(), None, None, None, 0.125, mass_BKS=mass, gpu="sm_90")
+        done = launches(q, k, CausalMask(), None, None, None, 0.125, Plan(mass_BKS=mass, gpu="sm_90"))
         arguments = [x for launch in done for argument in launch.arguments.values() for x in flat(argument)]
         return max(x.numel() for x in arguments if isinstance(x, Tensor))
 

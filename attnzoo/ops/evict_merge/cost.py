@@ -1,34 +1,41 @@
 """Bytes and FLOPs of evicting and merging entries of a cache. Sizes are a kv head's; all kv heads are alike."""
 
+from dataclasses import dataclass
+
 from attnzoo.ops.cost import OpCost
 
 INDEX, SUM = 8, 4
 """Bytes of a slot's number, and of a number in the accumulation dtype of float32 and narrower."""
 
 
-def merge_cost(
-    *,
-    batch: int,
-    kv_heads: int,
-    entries: int,
-    kept: int,
-    evicted: int,
-    merged: int,
-    slots: int,
-    key_dim: int,
-    value_dim: int,
-    width: int,
-    votes: bool = False,
-) -> OpCost:
+@dataclass(frozen=True, kw_only=True)
+class MergeSizes:
     """Of `entries`, `kept` stay in `slots` slots and `evicted` leave, `merged` of them into a kept one; the others hold
     nothing. Rows that are dropped are read as far as their keys, to find out. merged=0 with evicted=0: the rule drops.
     """
-    rows = (kept + evicted) * key_dim + (kept + merged) * value_dim
-    read = rows * width + 2 * entries + SUM + (entries * SUM if votes else 0)
-    written = slots * ((key_dim + value_dim) * width + INDEX + (SUM if votes else 0)) + SUM
-    mixed = (merged + min(kept, merged)) * (key_dim + value_dim)
-    flops = 2 * kept * evicted * key_dim + 2 * mixed
-    heads = batch * kv_heads
+
+    batch: int
+    kv_heads: int
+    entries: int
+    kept: int
+    evicted: int
+    merged: int
+    slots: int
+    key_dim: int
+    value_dim: int
+    width: int
+    votes: bool = False
+
+
+def merge_cost(sizes: MergeSizes) -> OpCost:
+    rows = (sizes.kept + sizes.evicted) * sizes.key_dim + (sizes.kept + sizes.merged) * sizes.value_dim
+    read = rows * sizes.width + 2 * sizes.entries + SUM + (sizes.entries * SUM if sizes.votes else 0)
+    written = (
+        sizes.slots * ((sizes.key_dim + sizes.value_dim) * sizes.width + INDEX + (SUM if sizes.votes else 0)) + SUM
+    )
+    mixed = (sizes.merged + min(sizes.kept, sizes.merged)) * (sizes.key_dim + sizes.value_dim)
+    flops = 2 * sizes.kept * sizes.evicted * sizes.key_dim + 2 * mixed
+    heads = sizes.batch * sizes.kv_heads
     return OpCost(bytes_read=heads * read, bytes_written=heads * written, flops=heads * flops)
 
 

@@ -1,42 +1,48 @@
 """Bytes and FLOPs of the column sums of attention."""
 
+from dataclasses import dataclass
+
 from attnzoo.ops.cost import OpCost
 
 INDEX, SUM = 8, 4
 """Bytes of a position, and of a number in the accumulation dtype of float32 and narrower."""
 
 
-def mass_cost(
-    *,
-    batch: int,
-    tokens: int,
-    slots: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    width: int,
-    pairs: int | None = None,
-    position_heads: int = 0,
-    votes: bool = False,
-    table_rows: int = 0,
-    sums_known: bool = False,
-) -> OpCost:
+@dataclass(frozen=True, kw_only=True)
+class MassSizes:
     """pairs: of a query and a key that it sees, a head and sequence; None: queries are the newest of `slots` tokens.
     width: bytes of an element. position_heads: of key positions (0: the parallel form, without any). table_rows: rows
     of the tables of relative positions, in `width` as well. sums_known: the sums of rows come from elsewhere, and
     scores are computed once instead of twice.
     """
+
+    batch: int
+    tokens: int
+    slots: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    width: int
+    pairs: int | None = None
+    position_heads: int = 0
+    votes: bool = False
+    table_rows: int = 0
+    sums_known: bool = False
+
+
+def mass_cost(sizes: MassSizes) -> OpCost:
+    pairs = sizes.pairs
     if pairs is None:
-        pairs = tokens * (slots - tokens) + tokens * (tokens + 1) // 2
-    read = batch * (heads * tokens + kv_heads * slots) * head_dim * width
-    if position_heads:
-        read += batch * INDEX * (tokens + position_heads * slots)
-    if votes:
-        read += batch * kv_heads * slots * SUM
-    if sums_known:
-        read += batch * heads * tokens * SUM
-    flops = 2 * batch * heads * pairs * head_dim * (1 if sums_known else 2)
-    if table_rows:
-        read += heads * (table_rows * (head_dim + 1) + head_dim) * width
-        flops += 2 * batch * heads * tokens * min(table_rows, slots) * head_dim
-    return OpCost(bytes_read=read, bytes_written=batch * kv_heads * slots * SUM, flops=flops)
+        pairs = sizes.tokens * (sizes.slots - sizes.tokens) + sizes.tokens * (sizes.tokens + 1) // 2
+    read = sizes.batch * (sizes.heads * sizes.tokens + sizes.kv_heads * sizes.slots) * sizes.head_dim * sizes.width
+    if sizes.position_heads:
+        read += sizes.batch * INDEX * (sizes.tokens + sizes.position_heads * sizes.slots)
+    if sizes.votes:
+        read += sizes.batch * sizes.kv_heads * sizes.slots * SUM
+    if sizes.sums_known:
+        read += sizes.batch * sizes.heads * sizes.tokens * SUM
+    flops = 2 * sizes.batch * sizes.heads * pairs * sizes.head_dim * (1 if sizes.sums_known else 2)
+    if sizes.table_rows:
+        read += sizes.heads * (sizes.table_rows * (sizes.head_dim + 1) + sizes.head_dim) * sizes.width
+        flops += 2 * sizes.batch * sizes.heads * sizes.tokens * min(sizes.table_rows, sizes.slots) * sizes.head_dim
+    return OpCost(bytes_read=read, bytes_written=sizes.batch * sizes.kv_heads * sizes.slots * SUM, flops=flops)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from attnzoo.ops.key_mass.launches.triton import launches
+from attnzoo.ops.key_mass.launches.triton import Plan, launches
 from attnzoo.ops.launch import Launch, check_inputs
 from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.relative_sdpa.tilings import ARCHITECTURES
@@ -41,7 +41,7 @@ def key_mass_triton(
         return mass_BKS
     with torch.no_grad():
         given = (q_BNTH, k_BKSH, mask, counts_B, tables, log_votes_BKS, scale)
-        for launch in launches(*given, mass_BKS=mass_BKS, log_sums_BNT=log_sums_BNT, block=block):
+        for launch in launches(*given, Plan(mass_BKS=mass_BKS, log_sums_BNT=log_sums_BNT, block=block)):
             launch()
     return mass_BKS
 
@@ -79,6 +79,5 @@ def _case(dtype: torch.dtype, head_dim: int, gpu: str, tokens: int, *, relative:
         tables,
         meta(batch, kv_heads, slots, kind=torch.float32) if relative else None,
         0.125,
-        mass_BKS=meta(batch, kv_heads, slots, kind=torch.float32),
-        gpu=gpu,
+        Plan(mass_BKS=meta(batch, kv_heads, slots, kind=torch.float32), gpu=gpu),
     )

@@ -22,32 +22,36 @@ class SegmentSizes:
     value_channels: bool = False
 
 
-def decode_cost(
-    *,
-    batch: int,
-    tokens: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    width: int,
-    segments: tuple[SegmentSizes, ...],
-    probe_dim: int = 0,
-    bias_width: int = 0,
-    key_mass: bool = False,
-) -> OpCost:
+@dataclass(frozen=True, kw_only=True)
+class DecodeSizes:
     """width, bias_width: bytes of an element of keys and of the bias (0: no bias). probe_dim: channels of the probe,
     which meets the first segment (0: none). Of `scratch_bytes` nothing is counted."""
-    slots = sum(part.slots for part in segments)
-    read = batch * tokens * (heads * head_dim * width + INDEX) + batch * heads * tokens * slots * bias_width
-    read += batch * sum(_segment_bytes(part, kv_heads, width) for part in segments)
-    written = batch * heads * tokens * head_dim * width
-    flops = 2 * batch * heads * tokens * sum(part.slots * (part.key_dim + part.value_dim) for part in segments)
-    if probe_dim:
-        read += batch * kv_heads * probe_dim * width
-        written += batch * kv_heads * segments[0].slots * SUM
-        flops += 2 * batch * kv_heads * segments[0].slots * probe_dim
-    if key_mass:
-        written += batch * kv_heads * slots * SUM
+
+    batch: int
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    width: int
+    segments: tuple[SegmentSizes, ...]
+    probe_dim: int = 0
+    bias_width: int = 0
+    key_mass: bool = False
+
+
+def decode_cost(sizes: DecodeSizes) -> OpCost:
+    slots = sum(part.slots for part in sizes.segments)
+    rows, kv_rows = sizes.batch * sizes.heads * sizes.tokens, sizes.batch * sizes.kv_heads
+    read = rows * (sizes.head_dim * sizes.width + slots * sizes.bias_width) + sizes.batch * sizes.tokens * INDEX
+    read += sizes.batch * sum(_segment_bytes(part, sizes.kv_heads, sizes.width) for part in sizes.segments)
+    written = rows * sizes.head_dim * sizes.width
+    flops = 2 * rows * sum(part.slots * (part.key_dim + part.value_dim) for part in sizes.segments)
+    if sizes.probe_dim:
+        read += kv_rows * sizes.probe_dim * sizes.width
+        written += kv_rows * sizes.segments[0].slots * SUM
+        flops += 2 * kv_rows * sizes.segments[0].slots * sizes.probe_dim
+    if sizes.key_mass:
+        written += kv_rows * slots * SUM
     return OpCost(bytes_read=read, bytes_written=written, flops=flops)
 
 

@@ -25,6 +25,16 @@ NOWHERE = 1 << 62
 """Later than all positions, and a number that torch's padding, which takes a float, does not change."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The result, sums of rows that are known (log2), and what tests choose otherwise: size of tiles, GPU."""
+
+    mass_BKS: Tensor
+    log_sums_BNT: Tensor | None = None
+    block: int | None = None
+    gpu: str | None = None
+
+
 def launches(
     q_BNTH: Tensor,
     k_BKSH: Tensor,
@@ -33,15 +43,11 @@ def launches(
     tables: Tables | None,
     log_votes_BKS: Tensor | None,
     scale: float,
-    *,
-    mass_BKS: Tensor,
-    log_sums_BNT: Tensor | None = None,
-    block: int | None = None,
-    gpu: str | None = None,
+    plan: Plan,
 ) -> Iterator[Launch]:
-    """What adds to `mass_BKS`, a part of the queries after the other where tables ask for logits."""
+    """What adds to `plan.mass_BKS`, a part of the queries after the other where tables ask for logits."""
     batch, heads, tokens, _ = q_BNTH.shape
-    gpu = architecture() if gpu is None else gpu
+    gpu, log_sums_BNT = plan.gpu or architecture(), plan.log_sums_BNT
     queries_BT, keys_BKS = (x.expand(batch, *x.shape[1:]) for x in mask.positions(tokens, q_BNTH.device))
     if counts_B is not None:
         steps_T = torch.arange(tokens, device=q_BNTH.device)
@@ -66,9 +72,9 @@ def launches(
             common,
             logits,
             None if log_sums_BNT is None else log_sums_BNT[:, :, rows],
-            block,
+            plan.block,
             gpu,
-        ).launches(mass_BKS)
+        ).launches(plan.mass_BKS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,13 +149,15 @@ class Part:
     def _launch(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> Launch:
         dtype = self.scores.queries.x.dtype
         single = dtype == torch.float32
+        wide = self.tile.head_dim > 128 or self.scores.relative is None
+        eight = self.gpu != "gfx942" if single else not wide
         relative = "" if self.scores.relative is None else f" P={self.scores.distances}"
         return Launch(
             name=f"key_mass {kernel.__name__.removesuffix('_kernel')} {TYPES[dtype]} H={self.tile.head_dim}{relative}",
             kernel=kernel,
             grid=grid,
             arguments=arguments | {"scores": self.scores, "tile": self.tile},
-            num_warps=8 if single and self.gpu != "gfx942" else 4,
+            num_warps=8 if eight else 4,
             num_stages=1 if single else 2,
             target=self.gpu,
         )
