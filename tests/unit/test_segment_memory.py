@@ -35,7 +35,18 @@ def test_memory_with_room_for_all_is_the_parallel_form(kind):
         assert_close(torch.cat(outputs, dim=1), lm(tokens), kind)
 
 
-@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case_name(*case))
+CAUSAL = [case for case in all_cases() if build_case(*case).traits.causal]
+OTHERS = [case for case in all_cases() if case not in CAUSAL]
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case_name(*case))
+def test_what_is_not_causal_has_no_memory(case):
+    memory = SegmentMemory.empty(2, 5, MODEL_DIM, dtype=torch.float64)
+    with pytest.raises(ValueError, match="is not causal"):
+        attend_segment(build_case(*case), inputs(2, 3, MODEL_DIM), memory)
+
+
+@pytest.mark.parametrize("case", CAUSAL, ids=lambda case: case_name(*case))
 def test_short_memory_is_a_run_over_memory_and_segment(case):
     attention, x = build_case(*case), inputs(2, 15, MODEL_DIM)
     memory = SegmentMemory.empty(2, 5, MODEL_DIM, dtype=torch.float64)
