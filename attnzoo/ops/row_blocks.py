@@ -47,7 +47,10 @@ def row_block_attention(
     """o_BNTH of the parallel form, for every mask of that form; with tables, the scores of `relative_sdpa`."""
     assert mask.parallel
     relative = [] if tables is None else [tables.content_bias_NH, tables.table_NPH, tables.table_bias_NP]
-    out: Tensor = _row_blocks(q_BNTH, k_BKTH, v_BKTH, relative, mask.starts_BT, mask.window, mask.sinks, scale)
+    # The first call of a custom operator imports the compiler (seconds), and a server's first prompt would wait for it.
+    plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    run = _forward if plain else _row_blocks
+    out: Tensor = run(q_BNTH, k_BKTH, v_BKTH, relative, mask.starts_BT, mask.window, mask.sinks, scale)
     return out
 
 
@@ -213,9 +216,7 @@ def _table_rows(tokens: int, rows: int, device: torch.device) -> Tensor:
     return torch.arange(tokens - 1, -1, -1, device=device).clamp(max=rows - 1)
 
 
-# One operator to torch.compile, which would otherwise unroll the loop over blocks.
-@torch.library.custom_op("attnzoo::row_blocks", mutates_args=())
-def _row_blocks(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -235,6 +236,10 @@ def _row_blocks(
             out = torch.bmm(group.weights(rows, mask), values[0] if len(values) == 1 else torch.cat(values, dim=1))
             out_BNTH[:, :, rows.block] = out.view(*out_BNTH.shape[:2], *out.shape[1:])
     return o_BNTH
+
+
+# One operator to torch.compile, which would otherwise unroll the loop over blocks.
+_row_blocks = torch.library.custom_op("attnzoo::row_blocks", _forward, mutates_args=())
 
 
 @torch.library.custom_op("attnzoo::row_blocks_backward", mutates_args=())

@@ -1,5 +1,8 @@
 """Blocks of rows: every mask and table against dense sums across the borders of blocks, memory linear in T."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -95,3 +98,14 @@ def test_memory_is_linear_in_the_length():
     small, large = peak_bytes(512), peak_bytes(1024)
     assert 1.9 < large / small < 2.1
     assert large < 4 * 2 * 1024 * 1024, "as much as one matrix of scores of all pairs"
+
+
+def test_a_first_prompt_does_not_wait_for_the_compiler():
+    """Torch imports it when a custom operator is first called, which takes seconds."""
+    code = (
+        "import sys, torch; from attnzoo.ops.masks import CausalMask; from attnzoo.ops.row_blocks import row_block_attention;"
+        "q = torch.randn(1, 2, 5, 8); torch.set_grad_enabled(False);"
+        "row_block_attention(q, q, q, None, CausalMask(), 0.3); print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
