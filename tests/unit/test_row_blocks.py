@@ -103,7 +103,8 @@ def test_memory_is_linear_in_the_length():
 def test_a_first_prompt_does_not_wait_for_the_compiler():
     """Torch imports it when a custom operator is first called, which takes seconds."""
     code = (
-        "import sys, torch; from attnzoo.ops.masks import CausalMask; from attnzoo.ops.row_blocks import row_block_attention;"
+        "import sys, torch; from attnzoo.ops.masks import CausalMask;"
+        "from attnzoo.ops.row_blocks import row_block_attention;"
         "q = torch.randn(1, 2, 5, 8); torch.set_grad_enabled(False);"
         "row_block_attention(q, q, q, None, CausalMask(), 0.3); print('torch._dynamo' in sys.modules)"
     )
