@@ -41,6 +41,7 @@ class CompiledDecode:
         self._kinds = [str(model.config.layer_attention(layer)) for layer in range(model.config.num_layers)]
         self._compiled: dict[tuple[str, bool], DecodeBlock] = {}
         self._cut: tuple[DecoderState, int, DecoderState] | None = None
+        self._room = 0
 
     @torch.inference_mode()
     def __call__(self, tokens_B1: Tensor, state: DecoderState) -> Tensor:
@@ -61,10 +62,15 @@ class CompiledDecode:
 
     def _used(self, state: DecoderState) -> DecoderState:
         """Views of what the longest row will fill."""
-        first = state.layers[0]
-        used = -(-(int(first.lengths_B.max()) + 1) // BUCKET) * BUCKET  # type: ignore[attr-defined]
+        needed = int(state.layers[0].lengths_B.max()) + 1  # type: ignore[attr-defined]
+        used = -(-needed // BUCKET) * BUCKET
         if self._cut is None or self._cut[0] is not state or self._cut[1] != used:
             self._cut = (state, used, state.cut(used))
+            slots = [x.shape[2] for name, x in self._cut[2].tensors().items() if name.endswith("_BKSH")]
+            self._room = min(slots, default=used)
+        if needed > self._room:
+            # Compiled code would write beyond the cache, where `extend` makes it grow.
+            raise ValueError(f"the state has room for {self._room} tokens, not {needed}; give it a larger capacity")
         return self._cut[2]
 
 

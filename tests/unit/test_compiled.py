@@ -36,6 +36,14 @@ def test_the_same_function():
     follow(model, 4, [9, 9, 9, 9], 3, step)
 
 
+def test_a_full_state_is_refused():
+    model = llama_like()
+    with torch.inference_mode():
+        _, state = model.extend_hidden(torch.zeros(1, 70, dtype=torch.long), model.init_state(1, 70))
+    with pytest.raises(ValueError, match="room for 70 tokens, not 71"):
+        CompiledDecode(model)(torch.zeros(1, 1, dtype=torch.long), state)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mdha", "linear"])
 def test_the_same_function_for_each_variant(kind):
