@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   python -m serve --checkpoint runs/demo/export --port 8001 max_num_seqs=4 max_model_len=512
   python -m serve --checkpoint runs/demo/export --config configs/serve/private.yaml
   python -m serve --config configs/serve/smollm2.yaml
+  python -m serve --checkpoint runs/demo/export cache='{policy: d2o, keep_ratio: 0.2}'
 
   curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
        -d '{"model": "demo", "prompt": "def ", "max_tokens": 32, "stream": true}'

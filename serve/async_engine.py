@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from serve.caches import CacheChoice
 from serve.engine import Engine
 from serve.request import Delta, SamplingParams
 from serve.scheduler import QueueFullError
@@ -105,15 +106,20 @@ class AsyncEngine:
             return f"the engine failed: {type(self._failure).__name__}"
         return None if self._thread.is_alive() else "the engine has stopped"
 
-    def submit(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Stream:
-        """Queues all prompts or none. The order of `request_ids` is that of the prompts.
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        cache: CacheChoice | None = None,
+    ) -> Stream:
+        """Queues all prompts or none, all with the same `cache`. The order of `request_ids` is that of the prompts.
 
         Raises as `Engine.check`; QueueFullError; EngineUnavailableError.
         """
         if self.draining or self.health() is not None:
             raise EngineUnavailableError(self.health() or "the server is shutting down")
         for prompt, param in zip(prompts, params, strict=True):
-            self.engine.check(prompt, param)
+            self.engine.check(prompt, param, cache)
         if len(self._streams) + len(prompts) > self._limit:
             raise QueueFullError(f"{len(self._streams)} requests are running or waiting, the limit is {self._limit}")
         self._loop = self._loop or asyncio.get_running_loop()
@@ -122,7 +128,7 @@ class AsyncEngine:
         commands: list[Callable[[], object]] = []
         for request_id, prompt, param in zip(stream.request_ids, prompts, params, strict=True):
             self._streams[request_id] = stream
-            commands.append(partial(self.engine.add_request, request_id, prompt, param, arrived))
+            commands.append(partial(self.engine.add_request, request_id, prompt, param, arrived, cache))
         self._send(commands)
         return stream
 

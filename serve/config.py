@@ -10,6 +10,7 @@ import yaml
 from attnzoo.checkpoint import PACKAGED
 from attnzoo.errors import suggest
 from attnzoo.types import build_config, parse_dtype
+from serve.caches import CacheRules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,12 @@ class EngineConfig:
     faster on a CPU by a quarter and more; needs a C++ compiler and some 15 seconds at the start. threads: CPU threads
     of torch, None leaves them as they are.
     step_timeout_s: a step that takes longer makes the engine unhealthy.
+    cache: how keys and values are kept unless a request says otherwise, {"policy": "d2o", "keep_ratio": 0.2}; None
+    takes the model's own choice, else the full cache. cache_bounds: what requests may ask for, {policy: {option:
+    [least, most]}} (`serve.caches.CacheRules`); None: any policy that compresses. max_caches: different choices that
+    run at the same time, each a pass through the model; further ones wait. cache_mib: memory for compressed caches,
+    prompts that are being read included; requests wait for room. By the policies' byte models, and by measured rows:
+    what layers with budgets of their own pad in the newest row may come on top. None: for as many as run.
     """
 
     checkpoint: str
@@ -38,9 +45,14 @@ class EngineConfig:
     compile_decode: bool = False
     threads: int | None = None
     step_timeout_s: float = 120.0
+    cache: dict | None = None
+    cache_bounds: dict | None = None
+    max_caches: int = 4
+    cache_mib: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_batched_tokens", "max_model_len", "threads"):
+        CacheRules(self.cache, self.cache_bounds)
+        for name in ("max_num_seqs", "max_batched_tokens", "max_model_len", "threads", "max_caches", "cache_mib"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,11 @@ from attnzoo.checkpoint import find_checkpoint, load_model, load_tokenizer
 from attnzoo.models import DecoderLM, can_pack, pack_weights
 from attnzoo.tokenizer.chat import ChatTemplate
 from attnzoo.types import parse_dtype
+from serve.caches import CacheChoice, CacheRules
 from serve.config import EngineConfig
 from serve.metrics import Metrics
 from serve.request import (
+    CacheMemoryError,
     Completion,
     ContextLengthError,
     Delta,
@@ -24,7 +27,7 @@ from serve.request import (
 )
 from serve.runner import Runner
 from serve.sampler import make_generator, sample_rows
-from serve.scheduler import Plan, Scheduler
+from serve.scheduler import Demand, Plan, Scheduler
 from serve.text import TextStream
 
 if TYPE_CHECKING:
@@ -56,9 +59,21 @@ class Engine:
         self.max_model_len = config.max_model_len or self.model.config.max_positions
         if self.max_model_len < 2:
             raise ValueError(f"max_model_len={self.max_model_len} leaves no room for a prompt and a token")
-        self.scheduler = Scheduler(config.max_num_seqs, config.max_batched_tokens, config.max_queue)
-        self.runner = Runner(self.model, config.max_num_seqs, self.max_model_len, config.compile_decode)
-        self.metrics = Metrics(self.runner.pool_bytes)
+        self.caches = CacheRules(config.cache or self.model.config.cache, config.cache_bounds)
+        self._demand = lru_cache(maxsize=4096)(self._demand_of)
+        self._demand(self.caches.default, 1, 1)  # refuses a policy that this model cannot have
+        self.scheduler = Scheduler(
+            config.max_num_seqs,
+            config.max_batched_tokens,
+            config.max_queue,
+            max_groups=config.max_caches,
+            max_bytes=None if config.cache_mib is None else config.cache_mib << 20,
+        )
+        rows = config.max_num_seqs if self.caches.exact else 0
+        if config.compile_decode and not rows:
+            raise ValueError(f"compile_decode compiles the full cache's steps, but cache={config.cache} never uses it")
+        self.runner = Runner(self.model, rows, self.max_model_len, config.compile_decode)
+        self.metrics = Metrics()
         self._requests: dict[str, Request] = {}
 
     def encode(self, prompt: str) -> list[int]:
@@ -73,8 +88,29 @@ class Engine:
         # The template writes the special tokens itself, the first one included.
         return self.tokenizer.encode(self.chat_template.render(messages))
 
-    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Raises ValueError for a prompt this model cannot continue, ContextLengthError when it is too long."""
+    def choose_cache(self, asked: Mapping[str, Any] | None) -> CacheChoice:
+        """The cache of a request that asks for `asked` ({"policy": name, option: value}), None: the engine's own.
+
+        Raises ValueError that names the field for what is unknown, out of range, not allowed, or impossible with this
+        model.
+        """
+        choice = self.caches.choose(asked)
+        self._demand(choice, 1, 1)
+        return choice
+
+    def _demand_of(self, choice: CacheChoice, prompt: int, tokens: int) -> Demand:
+        """Bytes that count against `cache_mib`; the full cache's rows are there from the start."""
+        if choice.exact:
+            return Demand(choice)
+        policy = choice.build()
+        read = self.config.max_batched_tokens if policy.prefill == "stream" else prompt
+        after = self.model.compressed_bytes(policy, prompt, tokens)
+        whole = self.model.init_state(1, min(read, prompt), device="meta", cache=policy).nbytes()
+        return Demand(choice, row_bytes=after, prompt_bytes=whole)
+
+    def check(self, prompt: Sequence[int], params: SamplingParams, cache: CacheChoice | None = None) -> None:
+        """Raises ValueError for a prompt this model cannot continue, ContextLengthError when it is too long,
+        CacheMemoryError when its cache is larger than there is memory for."""
         vocabulary = self.tokenizer.vocab_size
         if not prompt:
             raise ValueError("the prompt is empty; give at least one token")
@@ -87,18 +123,32 @@ class Engine:
                 f"this model's context is {self.max_model_len} tokens, but {total} were asked for "
                 f"({len(prompt)} in the prompt, max_tokens={params.max_tokens}); shorten the prompt or lower max_tokens"
             )
+        most = self._demand(cache or self.caches.default, len(prompt), params.max_tokens).most
+        if self.scheduler.max_bytes is not None and most > self.scheduler.max_bytes:
+            raise CacheMemoryError(
+                f"this request's cache needs {most / 2**20:.1f} MiB, and there are cache_mib={self.config.cache_mib}; "
+                "shorten the prompt, or keep less of it"
+            )
 
     def add_request(
-        self, request_id: str, prompt: Sequence[int], params: SamplingParams, arrived: float | None = None
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        arrived: float | None = None,
+        cache: CacheChoice | None = None,
     ) -> None:
-        """Queues a request; `arrived` (time.perf_counter) starts its clock. Raises as `check` and `Scheduler.add`."""
-        self.check(prompt, params)
-        self.scheduler.add(request_id, len(prompt))
+        """Queues a request; `arrived` (time.perf_counter) starts its clock; `cache` is from `choose_cache`. Raises as
+        `check` and `Scheduler.add`."""
+        cache = cache or self.caches.default
+        self.check(prompt, params, cache)
+        self.scheduler.add(request_id, len(prompt), self._demand(cache, len(prompt), params.max_tokens))
         self._requests[request_id] = Request(
             request_id=request_id,
             prompt=list(prompt),
             params=params,
             text=TextStream(self.tokenizer, params.stop),
+            cache=cache,
             generator=make_generator(params, self.runner.device),
             arrived=time.perf_counter() if arrived is None else arrived,
         )
@@ -114,6 +164,8 @@ class Engine:
         plan = self.scheduler.schedule()
         self._mark_started(plan)
         logits_RV = self.runner.run(plan, self._requests)
+        for group, row_bytes in self.runner.joined(plan):
+            self.scheduler.measured(group, row_bytes)
         rows = [self._requests[request_id] for request_id in plan.sampled]
         # A vocabulary may be padded beyond the tokenizer's; what stands for nothing is never chosen.
         tokens, logprobs = sample_rows(logits_RV[:, : self.tokenizer.vocab_size], rows)
@@ -134,14 +186,21 @@ class Engine:
     def render_metrics(self) -> bytes:
         """The metrics as Prometheus reads them. Any thread may call it: bytes are summed here, not in every step."""
         running = [request for request in list(self._requests.values()) if request.started]
-        self.metrics.kv_bytes(sum(self.runner.kv_bytes(request.context) for request in running))
+        self.metrics.memory(sum(self.runner.kv_bytes(request) for request in running), self.runner.pool_bytes)
         return self.metrics.render()
 
-    def generate(self, prompts: Sequence[str | Sequence[int]], params: SamplingParams) -> list[Completion]:
-        """Completes all prompts (text or token ids) and waits for them; more than the queue holds is fine."""
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams,
+        cache: Mapping[str, Any] | None = None,
+    ) -> list[Completion]:
+        """Completes all prompts (text or token ids) and waits for them; more than the queue holds is fine. `cache` as
+        in `choose_cache`."""
+        choice = self.choose_cache(cache)
         pending = [self.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
         for prompt in pending:
-            self.check(prompt, params)
+            self.check(prompt, params, choice)
         todo = list(enumerate(pending))[::-1]
         texts: dict[int, str] = dict.fromkeys(range(len(pending)), "")
         logprobs: dict[int, list[TokenLogprobs]] = {index: [] for index in texts}
@@ -149,7 +208,7 @@ class Engine:
         while len(done) < len(pending):
             while todo and len(self._requests) < self.config.max_num_seqs:
                 index, prompt = todo.pop()
-                self.add_request(f"generate-{index}", prompt, params)
+                self.add_request(f"generate-{index}", prompt, params, cache=choice)
             running = dict(self._requests)
             for delta in self.step():
                 index = int(delta.request_id.removeprefix("generate-"))
@@ -191,13 +250,13 @@ class Engine:
         if reason is not None:
             delta.prompt_tokens = len(request.prompt)
             delta.ttft_s = request.first_token - request.arrived
-            delta.kv_bytes = self.runner.kv_bytes(request.context)
+            delta.kv_bytes = self.runner.kv_bytes(request)
         return delta
 
     def _leave(self, request: Request, reason: FinishReason) -> None:
         release = self.scheduler.finish(request.request_id)
         if release is not None:
-            self.runner.release(release)
+            self.runner.release(request, release)
         del self._requests[request.request_id]
         self.metrics.finished(request, reason)
 

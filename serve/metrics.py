@@ -16,12 +16,12 @@ REQUEST_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 class Metrics:
     """Counters of one engine, in a registry of their own."""
 
-    def __init__(self, pool_bytes: int) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
         self._running = self._gauge("num_requests_running", "Requests with a slot")
         self._waiting = self._gauge("num_requests_waiting", "Requests without a slot")
         self._kv_bytes = self._gauge("kv_bytes", "Bytes of the state filled by running sequences")
-        self._gauge("kv_pool_bytes", "Bytes of the state as allocated").set(pool_bytes)
+        self._pool_bytes = self._gauge("kv_pool_bytes", "Bytes of the state as allocated")
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of finished and aborted requests")
         self._generated = self._counter("generation_tokens", "Tokens generated")
         self._requests = Counter(
@@ -46,9 +46,10 @@ class Metrics:
         self._running.set(running)
         self._waiting.set(waiting)
 
-    def kv_bytes(self, filled: int) -> None:
-        """Bytes of the state that running sequences fill, before `render`."""
+    def memory(self, filled: int, allocated: int) -> None:
+        """Bytes of the states of running sequences and of all states, before `render`."""
         self._kv_bytes.set(filled)
+        self._pool_bytes.set(allocated)
 
     def token(self, request: Request, now: float) -> None:
         """For each new token, at time `now`."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
+    from serve.caches import CacheChoice
     from serve.text import TextStream
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -15,6 +16,10 @@ MAX_STOP_STRINGS, MAX_STOP_LENGTH, MAX_LOGPROBS = 8, 256, 20
 
 class ContextLengthError(ValueError):
     """Prompt and completion do not fit into the model's context."""
+
+
+class CacheMemoryError(ValueError):
+    """The request's compressed cache is larger than all the memory for such caches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +74,7 @@ class Delta:
     """News of one request after one step; the last one has a `finish_reason`.
 
     text: characters that are final. tokens: all tokens of the request so far. ttft_s: from arrival to the first token.
-    kv_bytes: bytes of the state that the sequence fills.
+    kv_bytes: bytes of its state: of a full cache what its tokens fill, of a compressed one what is allocated.
     """
 
     request_id: str
@@ -90,6 +95,7 @@ class Request:
     prompt: list[int]
     params: SamplingParams
     text: "TextStream"
+    cache: "CacheChoice"
     generator: "torch.Generator | None"
     arrived: float
     generated: list[int] = field(default_factory=list)

@@ -149,6 +149,11 @@ class Compression(ABC):
     def compress(self, layers: Sequence[Layer], final: bool) -> list[State]:
         """The layers' states, smaller; `final`: the prompt has ended (else only a chunk of it has)."""
 
+    def settle(self, layers: Sequence[Layer]) -> list[State]:
+        """The layers' states, after `compress`, with the tensors that all sequences of this policy end up with, so that
+        they can stand in one state beside others (`State.joined`). Changes no output beyond rounding."""
+        return [layer.state for layer in layers]
+
     @abstractmethod
     def nbytes(self, batch: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
         """Bytes that `init` allocates, to the byte."""

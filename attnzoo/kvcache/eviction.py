@@ -19,6 +19,7 @@ from attnzoo.kvcache.base import CacheView, Compression, Layer, Reader
 from attnzoo.kvcache.budgets import asked_tokens, moments
 from attnzoo.kvcache.compressed import CompressedState, Prefix, Ring
 from attnzoo.kvcache.full import FullCacheState
+from attnzoo.kvcache.ring_start import ringed
 from attnzoo.kvcache.ring_step import step
 from attnzoo.kvcache.state import new_zeros
 from attnzoo.ops.evict_merge import Merged, MergeRule, evict_merge
@@ -244,10 +245,19 @@ class EvictingCache(Compression):
             states.append(replace(state, budgets_B=budgets_B.clone()) if final else state)
         return states
 
+    def settle(self, layers: Sequence[Layer]) -> list[Any]:
+        # A prompt within its budget has no ring yet.
+        return [
+            layer.state
+            if self.config.lossless or layer.state.ring.keys_BKRH.shape[2]
+            else self._bounded(layer, layer.state.budgets_B)
+            for layer in layers
+        ]
+
     def _bounded(self, layer: Layer, budgets_B: Tensor) -> CompressedState:
         """The state of decoding: the newest `window` tokens in the ring, the others in the prefix."""
         state = replace(self._shrunk(layer, budgets_B), budgets_B=budgets_B)
-        return self.thin(_ringed(state, layer.lengths_B, self.window))
+        return self.thin(ringed(state, layer.lengths_B, self.window))
 
     def _shrunk(self, layer: Layer, budgets_B: Tensor) -> CompressedState:
         """All entries of the state, but those that are evicted and merged, in a prefix; no tail."""
@@ -357,42 +367,3 @@ def stored_norms(keys_BKPC: Tensor, empty_BKP: Tensor) -> Tensor:
     """Norms of keys, 0 for empty slots, in the keys' dtype."""
     exact = keys_BKPC.to(accumulation_dtype(keys_BKPC.dtype))
     return exact.norm(dim=-1).masked_fill(empty_BKP, 0.0).to(keys_BKPC.dtype)
-
-
-def _ringed(state: CompressedState, lengths_B: Tensor, window: int) -> CompressedState:
-    """Moves the newest `window` entries of the prefix, whose positions ascend, into the ring."""
-    prefix, ring = state.prefix, state.ring
-    assert prefix.places_BKP is not None
-    assert ring is not None
-    held = (prefix.places_BKP > 0).sum(-1)
-    newest_BW = lengths_B[:, None] - window + torch.arange(window, device=lengths_B.device)
-    slots_BKW = (held[..., None] - window + torch.arange(window, device=held.device)).clamp(min=0)
-    turn_BKR = torch.full((*held.shape, window + 1), -1, device=held.device)
-    place_BW = torch.where(newest_BW >= 0, newest_BW % (window + 1), window)
-    source = torch.where((newest_BW >= 0)[:, None], slots_BKW, -1)
-    # Slots before the sequence began all write -1 to a slot that the next token takes.
-    safe_BW = torch.where(newest_BW >= 0, place_BW, (lengths_B % (window + 1))[:, None])
-    turn_BKR.scatter_(-1, safe_BW[:, None].expand(-1, held.shape[1], -1), source)
-    index, gone = turn_BKR.clamp(min=0), turn_BKR < 0
-
-    def rows(x_BKPX: Tensor) -> Tensor:
-        picked = x_BKPX.gather(2, index[..., None].expand(-1, -1, -1, x_BKPX.shape[3]))
-        return picked.masked_fill(gone[..., None], 0.0)
-
-    def numbers(x_BKP: Tensor | None) -> Tensor | None:
-        return None if x_BKP is None else x_BKP.gather(-1, index).masked_fill(gone, 0.0)
-
-    new = Ring(rows(prefix.keys_BKPC), rows(prefix.values_BKPV), numbers(prefix.mass_BKP), numbers(prefix.votes_BKP))
-    left = (held - window).clamp(min=0)
-    return replace(state, ring=new, prefix=_cut(prefix, left))
-
-
-def _cut(prefix: Prefix, counts_BK: Tensor) -> Prefix:
-    """The first `counts_BK` entries, in no more slots than the longest needs, at least one."""
-    slots = max(1, int(counts_BK.max()))
-    empty = torch.arange(slots, device=counts_BK.device) >= counts_BK[..., None]
-
-    def cut(x: Tensor) -> Tensor:
-        return x[:, :, :slots].masked_fill(empty[..., None] if x.dim() == 4 else empty, 0)
-
-    return prefix.map_entries(cut)

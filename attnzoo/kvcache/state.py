@@ -9,7 +9,7 @@ States are consumed: `extend` may write into the buffers of the state it is give
 `clone()` first to continue one state in two ways.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,6 +75,39 @@ class State:
         """
         _fill(self, other, "")
 
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return len(next(iter(self.tensors().values())))
+
+    def joined(self: S, other: S) -> S:
+        """The sequences of both, this one's first. Both are consumed, tensor by tensor, so that memory for one tensor
+        more is enough.
+
+        Where one has fewer slots it gets empty ones, which are zeros in every variant's state. Raises ValueError where
+        the two have not the same tensors or dtypes.
+        """
+        theirs = other.tensors()
+        if theirs.keys() != self.tensors().keys():
+            odd = sorted(theirs.keys() ^ self.tensors().keys())
+            raise ValueError(f"states of different kinds cannot be joined; tensors that only one has: {odd}")
+
+        def join(name: str, mine: Tensor) -> Tensor:
+            added = theirs.pop(name)
+            if mine.dtype != added.dtype or mine.dim() != added.dim():
+                raise ValueError(f"state {name!r}: {mine.dtype} of rank {mine.dim()} cannot take {added.dtype}")
+            sizes = [max(pair) for pair in zip(mine.shape[1:], added.shape[1:], strict=True)]
+            out = mine.new_zeros(len(mine) + len(added), *sizes)
+            for rows, x in ((slice(0, len(mine)), mine), (slice(len(mine), None), added)):
+                out[(rows, *(slice(0, size) for size in x.shape[1:]))] = x
+            return out
+
+        return _consume(self, "", join)
+
+    def keep_rows(self: S, order: Sequence[int]) -> S:
+        """The sequences at these indices, in this order, in new memory. This state is consumed, tensor by tensor."""
+        return _consume(self, "", lambda _, x: x[torch.tensor(order, device=x.device, dtype=torch.long)])
+
     def reset(self, index: slice) -> None:
         """Empties the sequences in `index`, in place: every variant's empty state is all zeros."""
         for tensor in self.tensors().values():
@@ -130,6 +163,21 @@ def _map(node: Any, name: str, fn: Callable[[str, Tensor], Tensor]) -> Any:
     if isinstance(node, State):
         prefix = f"{name}." if name else ""
         return _rebuilt(node, lambda key, value: _map(value, prefix + key, fn))
+    assert node is None, f"a state may not hold {type(node).__name__} ({name})"
+    return None
+
+
+def _consume(node: Any, name: str, fn: Callable[[str, Tensor], Tensor]) -> Any:
+    """As `_map`, in place: a tensor is free before the next one is made."""
+    if isinstance(node, Tensor):
+        return fn(name, node)
+    if isinstance(node, tuple):
+        return tuple(_consume(item, f"{name}.{i}", fn) for i, item in enumerate(node))
+    if isinstance(node, State):
+        for key, static in _fields(type(node)):
+            if not static:
+                setattr(node, key, _consume(getattr(node, key), f"{name}.{key}" if name else key, fn))
+        return node
     assert node is None, f"a state may not hold {type(node).__name__} ({name})"
     return None
 

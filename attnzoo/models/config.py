@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from attnzoo.attention import ATTENTION
+from attnzoo.kvcache import build_cache
 from attnzoo.types import build_config
 
 AttentionSpec = str | dict[str, Any]
@@ -22,6 +23,8 @@ class DecoderConfig:
     position table get a table of that length unless they set their own `max_distance`.
     mlp_dim: None means 4 * model_dim, and 8/3 of it, rounded up to a multiple of 32, for the gated "swiglu", so that
     the number of weights stays about the same.
+    cache: how servers keep this model's keys and values unless told otherwise, {"policy": name, option: value}; None:
+    exactly.
     """
 
     vocab_size: int
@@ -37,6 +40,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     tie_embeddings: bool = True
     init_std: float = 0.02
+    cache: dict | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "model_dim", "num_layers", "max_positions"):
@@ -55,6 +59,9 @@ class DecoderConfig:
             )
         for layer in range(len(specs)):
             self.layer_attention(layer)
+        if self.cache is not None:
+            options = {key: value for key, value in self.cache.items() if key != "policy"}
+            build_cache(self.cache.get("policy", ""), options)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DecoderConfig":

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attnzoo.attention import Cost, build_attention
-from attnzoo.attention.cached import compress_layers, streams
+from attnzoo.attention.cached import compress_layers, settle_layers, state_bytes, streams
 from attnzoo.attention.parts.projection import play_norm
 from attnzoo.attention.segment_memory import SegmentMemory
 from attnzoo.kvcache import Compression
@@ -134,14 +134,21 @@ class DecoderLM(nn.Module):
         )
 
     @torch.no_grad()
-    def compress(self, state: DecoderState) -> DecoderState:
+    def compress(self, state: DecoderState, settle: bool = False) -> DecoderState:
         """The prompts have ended: the state after its cache policy's compression, with all layers in view.
 
-        The given state is consumed. Without a policy, or with one that has nothing to do, the state itself. Raises
-        ValueError for a state that has been compressed.
+        The given state is consumed. Without a policy, or with one that has nothing to do, the state itself. `settle`:
+        in a form that can be joined with other sequences' of the policy. Raises ValueError for a state that has been
+        compressed.
         """
         attentions = [block.attention for block in self.layers()]
-        return DecoderState(compress_layers(attentions, state.layers, final=True))
+        layers = compress_layers(attentions, state.layers, final=True)
+        return DecoderState(settle_layers(attentions, layers) if settle else layers)
+
+    def compressed_bytes(self, cache: Compression, prompt: int, tokens: int) -> int:
+        """Bytes of a sequence's state after a compressed prompt and `tokens` more, by the policy's byte model. Raises
+        ValueError as `init_state`."""
+        return state_bytes(self.init_state(1, prompt, device="meta", cache=cache).layers, prompt, tokens)
 
     def extend(
         self, tokens_BT: Tensor, state: DecoderState, counts_B: Tensor | None = None

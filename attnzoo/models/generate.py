@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from attnzoo.kvcache import Compression
 from attnzoo.models.decoder_lm import DecoderLM
 from attnzoo.models.sampling import sample
 
@@ -19,11 +20,13 @@ def generate(
     top_k: int = 0,
     seed: int | None = None,
     stop_token: int | None = None,
+    cache: Compression | None = None,
 ) -> list[list[int]]:
     """Continues each prompt (token ids, unequal lengths welcome) by up to max_new_tokens; returns the new tokens.
 
-    A sequence ends before `stop_token`, which is not returned. The model stays in its mode. Raises ValueError
-    for no prompts, an empty prompt, a token outside the vocabulary, or sampling options out of range.
+    A sequence ends before `stop_token`, which is not returned. `cache` compresses what is kept of the prompts
+    (`attnzoo.kvcache.build_cache`). The model stays in its mode. Raises ValueError for no prompts, an empty prompt, a
+    token outside the vocabulary, sampling options out of range, or a model whose cache cannot be compressed.
     """
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("prompts must hold at least one prompt, and no prompt may be empty: start with the bos token")
@@ -39,8 +42,10 @@ def generate(
     tokens_BT = torch.zeros(len(prompts), int(lengths_B.max()), dtype=torch.long, device=device)
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt)] = torch.tensor(list(prompt))
-    state = model.init_state(len(prompts), tokens_BT.shape[1] + max_new_tokens)
+    state = model.init_state(len(prompts), tokens_BT.shape[1] + max_new_tokens, cache=cache)
     logits_BTV, state = model.extend(tokens_BT, state, lengths_B)
+    if cache is not None:
+        state = model.compress(state)
     logits_BV = logits_BTV[torch.arange(len(prompts), device=device), lengths_B - 1]
 
     outputs: list[list[int]] = [[] for _ in prompts]

@@ -9,15 +9,17 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve.async_engine import AsyncEngine, EngineFailedError, EngineUnavailableError, Stream
+from serve.caches import CacheChoice
 from serve.config import ServeConfig
 from serve.openai.protocol import ApiError, GenerationRequest, dump
-from serve.request import ContextLengthError, Delta, FinishReason, SamplingParams, TokenLogprobs
+from serve.request import CacheMemoryError, ContextLengthError, Delta, FinishReason, SamplingParams, TokenLogprobs
 from serve.scheduler import QueueFullError
 
 LONG_TEXT = 20_000
 """Characters from which on a prompt is encoded in a thread, so that other streams go on."""
 
 Work = list[tuple[list[int], SamplingParams]]
+"""Tokens and parameters of every choice."""
 
 
 def check_model(name: str, config: ServeConfig) -> None:
@@ -34,11 +36,23 @@ def check_choices(prompts: int, copies: int, config: ServeConfig) -> None:
         raise ApiError(400, f"{message} in one request", param="n" if copies > 1 else "prompt")
 
 
-def check_work(tokens: list[int], params: SamplingParams, engine: AsyncEngine, names: tuple[str, str]) -> None:
+def choose_cache(request: GenerationRequest, engine: AsyncEngine) -> CacheChoice:
+    """Raises ApiError naming what is wrong with the request's cache, or not allowed."""
+    try:
+        return engine.engine.choose_cache(request.cache)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="cache") from None
+
+
+def check_work(
+    tokens: list[int], params: SamplingParams, cache: CacheChoice, engine: AsyncEngine, names: tuple[str, str]
+) -> None:
     """Raises ApiError for what the model cannot continue; `names`: the fields of the prompt and of its limit."""
     prompt, limit = names
     try:
-        engine.engine.check(tokens, params)
+        engine.engine.check(tokens, params, cache)
+    except CacheMemoryError as error:
+        raise ApiError(400, str(error), param="cache", code="cache_memory_exceeded") from None
     except ContextLengthError as error:
         param = prompt if len(tokens) >= engine.engine.max_model_len else limit
         raise ApiError(400, str(error), param=param, code="context_length_exceeded") from None
@@ -46,10 +60,10 @@ def check_work(tokens: list[int], params: SamplingParams, engine: AsyncEngine, n
         raise ApiError(400, str(error), param=prompt) from None
 
 
-def submit(engine: AsyncEngine, work: Work) -> Stream:
+def submit(engine: AsyncEngine, work: Work, cache: CacheChoice) -> Stream:
     """Hands the work to the engine. Raises ApiError 429 or 503."""
     try:
-        return engine.submit([tokens for tokens, _ in work], [params for _, params in work])
+        return engine.submit([tokens for tokens, _ in work], [params for _, params in work], cache)
     except QueueFullError as error:
         message = f"the server is at its limit ({error}); try again in a moment"
         raise ApiError(429, message, code="queue_full", headers={"retry-after": "1"}) from None
@@ -70,7 +84,7 @@ class Answer(Response):
     def __init__(self, request: GenerationRequest, engine: AsyncEngine, work: Work, *, interval_s: float = 0.0) -> None:
         super().__init__()
         self.request, self.engine, self.interval_s = request, engine, interval_s
-        self.stream = submit(engine, work)
+        self.stream = submit(engine, work, choose_cache(request, engine))
         self.prompt_tokens = sum(len(tokens) for tokens, _ in work[:: request.n or 1])
         self.index = {request_id: index for index, request_id in enumerate(self.stream.request_ids)}
         self.last: dict[str, Delta] = {}

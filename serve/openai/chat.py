@@ -5,7 +5,7 @@ from typing import Any
 
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
-from serve.openai.answer import LONG_TEXT, Answer, Work, check_choices, check_model, check_work
+from serve.openai.answer import LONG_TEXT, Answer, Work, check_choices, check_model, check_work, choose_cache
 from serve.openai.protocol import ApiError
 from serve.openai.protocol_chat import ChatRequest, chat_logprobs_object
 from serve.request import Delta, FinishReason, TokenLogprobs
@@ -19,12 +19,13 @@ async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeC
         raise ApiError(400, message, param="model", code="no_chat_template")
     copies = request.n or 1
     check_choices(1, copies, config)
+    cache = choose_cache(request, engine)
     tokens = await _encode(request.conversation(), engine)
     limit = request.limit or max(1, engine.engine.max_model_len - len(tokens))
     work: Work = []
     for copy in range(copies):
         params = request.sampling(limit, copy)
-        check_work(tokens, params, engine, ("messages", request.limit_name))
+        check_work(tokens, params, cache, engine, ("messages", request.limit_name))
         work.append((tokens, params))
     return work
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
-from serve.openai.answer import LONG_TEXT, Answer, Work, check_choices, check_model, check_work
+from serve.openai.answer import LONG_TEXT, Answer, Work, check_choices, check_model, check_work, choose_cache
 from serve.openai.protocol import ApiError, CompletionRequest, logprobs_object
 from serve.request import Delta, FinishReason, TokenLogprobs
 
@@ -20,6 +20,7 @@ async def prepare(request: CompletionRequest, engine: AsyncEngine, config: Serve
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ApiError(400, "prompt is empty; give at least one character or token", param="prompt")
     check_choices(len(prompts), copies, config)
+    cache = choose_cache(request, engine)
     work: Work = []
     for prompt in prompts:
         tokens = await _encode(prompt, engine) if isinstance(prompt, str) else prompt
@@ -27,7 +28,7 @@ async def prepare(request: CompletionRequest, engine: AsyncEngine, config: Serve
         max_tokens = request.max_tokens or max(1, min(DEFAULT_MAX_TOKENS, room))
         for copy in range(copies):
             params = request.sampling(max_tokens, copy)
-            check_work(tokens, params, engine, ("prompt", "max_tokens"))
+            check_work(tokens, params, cache, engine, ("prompt", "max_tokens"))
             work.append((tokens, params))
     return work
 

@@ -51,7 +51,8 @@ class StreamOptions(Strict):
 
 
 class GenerationRequest(Strict):
-    """What both interfaces take. `top_k`, `ignore_eos`: extensions, as vLLM names them.
+    """What both interfaces take. `top_k`, `ignore_eos`: extensions, as vLLM names them. `cache`: ours, how keys and
+    values of this request are kept, {"policy": "d2o", "keep_ratio": 0.2}.
 
     expected: what the fields of a subclass hold, for errors. neutral: fields of OpenAI's interface without support
     here, and the values under which they change nothing.
@@ -70,6 +71,7 @@ class GenerationRequest(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+    cache: dict[str, Any] | None = None
     user: str | None = None
 
     @property
@@ -183,11 +185,13 @@ def _explain(request: type[GenerationRequest], error: ValidationError) -> ApiErr
         return ApiError(400, f"unknown field {name!r}; this server does not support it", param=name, code="unsupported")
     if kind == "missing":
         return ApiError(400, f"{name} is missing", param=name)
-    expected = {"stop": "a text or a list of texts", **request.expected}
+    expected = {"stop": "a text or a list of texts", "cache": CACHE_HELP, **request.expected}
     if name in expected:
         return ApiError(400, f"{name} must be {expected[name]}", param=name)
     return ApiError(400, f"{name}: {first['msg']}", param=name)
 
+
+CACHE_HELP = 'an object such as {"policy": "d2o", "keep_ratio": 0.2}'
 
 Spell = Callable[[int], bytes]
 """The bytes of a token."""

@@ -9,7 +9,7 @@ from attnzoo.models import generate
 from serve.cache_manager import Release
 from serve.config import EngineConfig
 from serve.engine import Engine
-from serve.request import ContextLengthError, SamplingParams
+from serve.request import ContextLengthError, Request, SamplingParams
 from tests.serving import KINDS, MAX_LEN, TOKENS, small_model, tokenizer
 
 
@@ -23,8 +23,10 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
     return [[draw.randrange(3, TOKENS) for _ in range(draw.choice([1, 2, 3, 5, 11, 23, 37]))] for _ in range(count)]
 
 
-def run_staggered(engine: Engine, work: list[tuple[list[int], SamplingParams]], seed: int = 1) -> list[list[int]]:
-    """Requests arrive at random steps; returns their tokens."""
+def run_staggered(
+    engine: Engine, work: list[tuple[list[int], SamplingParams]], seed: int = 1, caches: list[dict] | None = None
+) -> list[list[int]]:
+    """Requests arrive at random steps; returns their tokens. `caches`: what each asks for."""
     draw = random.Random(seed)
     waiting = list(enumerate(work))[::-1]
     out: dict[int, list[int]] = {}
@@ -32,7 +34,8 @@ def run_staggered(engine: Engine, work: list[tuple[list[int], SamplingParams]], 
     while waiting or engine.has_work():
         while waiting and (draw.random() < 0.4 or not engine.has_work()):
             index, (prompt, params) = waiting.pop()
-            engine.add_request(str(index), prompt, params)
+            cache = engine.choose_cache(caches[index]) if caches else None
+            engine.add_request(str(index), prompt, params, cache=cache)
             seen[str(index)] = engine._requests[str(index)].generated
         for delta in engine.step():
             if delta.finish_reason is not None:
@@ -43,7 +46,8 @@ def run_staggered(engine: Engine, work: list[tuple[list[int], SamplingParams]], 
 
 def assert_empty(engine: Engine) -> None:
     assert engine.scheduler.num_running == engine.scheduler.num_waiting == 0
-    for name, tensor in engine.runner.pool.tensors().items():
+    held = {} if engine.runner.full is None else engine.runner.full.state.tensors()
+    for name, tensor in held.items():
         assert not tensor.any(), f"{name} holds something of a sequence that left"
 
 
@@ -73,11 +77,11 @@ def test_a_part_of_the_state_that_does_not_move_is_caught(kind, part, monkeypatc
     engine = make_engine(kind)
     release = engine.runner.release
 
-    def lossy(plan: Release) -> None:
-        kept = {name: x.clone() for name, x in engine.runner.pool.tensors().items() if part in name}
+    def lossy(request: Request, plan: Release) -> None:
+        kept = {name: x.clone() for name, x in engine.runner.full.state.tensors().items() if part in name}
         assert kept
-        release(Release(plan.moves, plan.freed))
-        for name, tensor in engine.runner.pool.tensors().items():
+        release(request, plan)
+        for name, tensor in engine.runner.full.state.tensors().items():
             for _, target in plan.moves if name in kept else ():
                 tensor[target] = kept[name][target]
 
@@ -90,7 +94,7 @@ def test_a_slot_that_is_not_emptied_is_caught(monkeypatch):
     work = [(prompt[:5], greedy(2 + index % 7)) for index, prompt in enumerate(prompts(20))]
     engine = make_engine("linear")
     right = run_staggered(engine, work)
-    monkeypatch.setattr(engine.runner.pool, "reset", lambda rows: None)
+    monkeypatch.setattr(engine.runner.full.state, "reset", lambda rows: None)
     with pytest.raises(AssertionError, match="holds something"):
         run_staggered(engine, work)
     monkeypatch.setattr(f"{__name__}.assert_empty", lambda engine: None)

@@ -303,7 +303,7 @@ def test_a_storm_of_dropped_connections_leaves_nothing_behind(server):
             connection.recv(1)
         connection.close()
     wait_until(lambda: not owner._streams and not owner.engine.has_work(), "all gone")
-    assert not any(tensor.any() for tensor in owner.engine.runner.pool.tensors().values())
+    assert not any(tensor.any() for tensor in owner.engine.runner.full.state.tensors().values())
     assert post(url, max_tokens=2).status_code == 200
 
 

@@ -56,6 +56,33 @@ def test_store_refuses_what_has_outgrown_the_pool():
         pool.store(slice(0, 1), grown)
 
 
+def test_joined_sequences_stand_beside_each_other_in_the_room_of_the_longest():
+    mine, added = tree(2), tree(1).map(lambda _, tensor: tensor + 1000)
+    added.layers[0].values = torch.tensor([[1.0, 2, 3, 4, 5]])
+    state = mine.joined(added)
+    assert state.batch == 3
+    assert state.layers[0].values.tolist() == [[0, 1, 2, 3, 0], [4, 5, 6, 7, 0], [1, 2, 3, 4, 5]]
+    assert state.layers[1].values[2].tolist() == [1100, 1101, 1102, 1103]
+    assert state.lengths.tolist() == [0, 1, 1000]
+
+
+def test_rows_that_are_kept_are_in_memory_of_their_own():
+    state = tree()
+    before = state.layers[0].values
+    kept = state.keep_rows([2, 0])
+    assert kept.layers[0].values.tolist() == [[8, 9, 10, 11], [0, 1, 2, 3]]
+    assert kept.lengths.tolist() == [2, 0]
+    assert kept.layers[0].values.untyped_storage().nbytes() == 2 * 4 * 4
+    kept.layers[0].values.fill_(-1)
+    assert before[2].tolist() == [8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("other", [Leaf(torch.zeros(1, 4), torch.zeros(1)), Leaf(torch.zeros(1, 4).long())])
+def test_states_of_different_kinds_are_not_joined(other):
+    with pytest.raises(ValueError, match="different kinds|cannot take"):
+        Leaf(torch.zeros(2, 4)).joined(other)
+
+
 def test_save_and_load(tmp_path):
     path = tmp_path / "state.safetensors"
     save_state(tree(), path)

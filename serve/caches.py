@@ -1,0 +1,126 @@
+"""Which cache policies a server knows: its own, what requests may ask for, and within which bounds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from attnzoo.errors import suggest
+from attnzoo.kvcache import CACHES, Compression, build_cache
+
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class CacheChoice:
+    """A policy and its options, as a key: requests of equal choices decode together. `config` is the policy's own
+    frozen dataclass."""
+
+    policy: str
+    config: Any
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is the model's own cache."""
+        return self.policy == FULL
+
+    def build(self) -> Compression:
+        """The policy."""
+        built: Compression = CACHES.get(self.policy)(self.config)
+        return built
+
+
+def read_choice(values: Mapping[str, Any], where: str = "cache") -> CacheChoice:
+    """{"policy": "d2o", "keep_ratio": 0.2} as a choice.
+
+    Raises ValueError that names the field for an unknown policy or option, or a value out of its range.
+    """
+    if not isinstance(values.get("policy"), str):
+        raise ValueError(f"{where}.policy is missing: name one of {', '.join(sorted(CACHES.names()))}")
+    policy = values["policy"]
+    options = {key: value for key, value in values.items() if key != "policy"}
+    if policy not in CACHES.names():
+        raise ValueError(f"{where}.policy={policy!r} is not known{suggest(policy, CACHES.names())}")
+    return CacheChoice(policy, build_cache(policy, options).config)
+
+
+class CacheRules:
+    """What a request gets when it asks for nothing (`default`), and what it may ask for.
+
+    bounds: {policy: {option: [least, most]}}, or [value, value, ...] for options that are no numbers. Without bounds
+    requests may choose any policy that compresses, with any options the policy takes. With bounds they may choose
+    those policies and no others. The server's own choice is always allowed. Raises ValueError naming the field.
+    """
+
+    def __init__(
+        self, default: Mapping[str, Any] | None, bounds: Mapping[str, Any] | None, where: str = "cache"
+    ) -> None:
+        self.default = read_choice(default or {"policy": FULL}, where)
+        self.bounds = None if bounds is None else {policy: _read_bounds(policy, bounds[policy]) for policy in bounds}
+
+    @property
+    def exact(self) -> bool:
+        """Whether any request can get the full cache."""
+        return self.default.exact or (self.bounds is not None and FULL in self.bounds)
+
+    def choose(self, asked: Mapping[str, Any] | None) -> CacheChoice:
+        """The choice for a request. Raises ValueError that names what is wrong or not allowed, and what is."""
+        if asked is None:
+            return self.default
+        choice = read_choice(asked)
+        if choice != self.default:
+            self._check(choice)
+        return choice
+
+    def _check(self, choice: CacheChoice) -> None:
+        allowed = [name for name in CACHES.names() if name != FULL] if self.bounds is None else list(self.bounds)
+        allowed = sorted({*allowed, self.default.policy})
+        if choice.policy not in allowed or (choice.exact and not self.exact):
+            raise ValueError(f"cache.policy={choice.policy!r} is not allowed here; choose one of {', '.join(allowed)}")
+        if self.bounds is None:
+            return
+        if choice.policy not in self.bounds:
+            raise ValueError(f"cache: of {choice.policy!r} only this server's own options are allowed: {self.default}")
+        for option, bound in self.bounds[choice.policy].items():
+            value = getattr(choice.config, option)
+            if not bound.holds(value):
+                raise ValueError(f"cache.{option}={value!r} is not allowed here; give {bound}")
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A range of numbers, or a list of other values."""
+
+    values: tuple[Any, ...]
+    numbers: bool
+
+    def holds(self, value: Any) -> bool:
+        if not self.numbers:
+            return value in self.values
+        return value is not None and self.values[0] <= value <= self.values[1]
+
+    def __str__(self) -> str:
+        if self.numbers:
+            return f"a number between {self.values[0]} and {self.values[1]}"
+        return f"one of {', '.join(map(repr, self.values))}"
+
+
+def _read_bounds(policy: str, options: Any) -> dict[str, _Bound]:
+    where = f"cache_bounds.{policy}"
+    if policy not in CACHES.names():
+        raise ValueError(f"{where}: no such cache policy{suggest(policy, CACHES.names())}")
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"{where}={options!r} must be a mapping of options to [least, most], or empty")
+    known = [field.name for field in fields(CACHES.get(policy).Config)]
+    for option in options or {}:
+        if option not in known:
+            raise ValueError(f"{where}.{option} is no option of {policy}{suggest(str(option), known)}")
+    return {option: _read_bound(f"{where}.{option}", value) for option, value in (options or {}).items()}
+
+
+def _read_bound(where: str, value: Any) -> _Bound:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{where}={value!r} must be a list: [least, most], or the values that are allowed")
+    numbers = all(isinstance(item, int | float) and not isinstance(item, bool) for item in value)
+    if numbers and (len(value) != 2 or value[0] > value[1]):
+        raise ValueError(f"{where}={value!r} must be [least, most] with least <= most")
+    return _Bound(tuple(value), numbers)

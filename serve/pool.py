@@ -1,0 +1,154 @@
+"""Where states live on the device: rows of one batched state, for sequences that decode together.
+
+`SlotPool` holds full caches: rows of fixed size, made once, in which prompts are read where they will decode.
+`CompactPool` holds compressed caches: a prompt is read in a state of its own, and what compression leaves of it joins
+the pool, which is as large as the sequences in it need and no larger.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attnzoo.kvcache import Compression
+from attnzoo.models import CompiledDecode, DecoderLM
+from attnzoo.models.decoder_lm import DecoderState
+from serve.cache_manager import Release
+from serve.scheduler import Chunk
+
+Prompts = Sequence[tuple[Chunk, Sequence[int]]]
+"""Chunks of neighbouring slots, each with the whole prompt."""
+
+
+class SlotPool:
+    """`rows` sequences with room for `tokens` tokens each.
+
+    `compile_decode`: compiles decode steps here and now. Raises ValueError for a model whose steps cannot be compiled,
+    and without a C++ compiler.
+    """
+
+    def __init__(self, model: DecoderLM, rows: int, tokens: int, compile_decode: bool = False) -> None:
+        self.model = model
+        self.state = model.init_state(rows, tokens)
+        self.nbytes = self.state.nbytes()
+        # The tensors stay where they are, so views of the same rows are made once.
+        self._views: dict[tuple[int, int], DecoderState] = {}
+        self._compiled = CompiledDecode(model) if compile_decode else None
+        if self._compiled is not None:
+            self._warm_up(self._compiled, rows)
+
+    def _warm_up(self, step: CompiledDecode, rows: int) -> None:
+        """Compiles for one sequence and for several, so that no request waits for it."""
+        for count in {1, min(2, rows)}:
+            step(_tensor(self.model, [[0]] * count), self._rows(slice(0, count)))
+            self.state.reset(slice(0, count))
+
+    def decode(self, tokens_B1: Tensor) -> Tensor:
+        """hidden_BD behind the next token of the first B slots."""
+        if self._compiled is None:
+            return self._extend(tokens_B1, 0, None)[:, -1]
+        return self._compiled(tokens_B1, self._rows(slice(0, len(tokens_B1))))[:, -1]
+
+    def prefill(self, prompts: Prompts) -> Tensor:
+        """hidden_RD behind the prompts that end in these chunks."""
+        chunks = [chunk for chunk, _ in prompts]
+        counts = [chunk.count for chunk in chunks]
+        width = max(counts)
+        rows = [prompt[c.start : c.start + c.count] for c, prompt in prompts]
+        tokens_BT = _tensor(self.model, [[*row, *[0] * (width - len(row))] for row in rows])
+        counts_B = _tensor(self.model, counts) if min(counts) < width else None
+        hidden_BTD = self._extend(tokens_BT, chunks[0].slot, counts_B)
+        ended = [row for row, chunk in enumerate(chunks) if chunk.last]
+        return hidden_BTD[ended, [counts[row] - 1 for row in ended]]
+
+    def _extend(self, tokens_BT: Tensor, first_slot: int, counts_B: Tensor | None) -> Tensor:
+        rows = self._rows(slice(first_slot, first_slot + len(tokens_BT)))
+        hidden_BTD, state = self.model.extend_hidden(tokens_BT, rows, counts_B)
+        rows.fill(state)
+        return hidden_BTD
+
+    def _rows(self, rows: slice) -> DecoderState:
+        key = (rows.start, rows.stop)
+        if key not in self._views:
+            self._views[key] = self.state.rows(rows)
+        return self._views[key]
+
+    def release(self, request_id: str, release: Release) -> None:
+        """Moves rows and empties the freed one: nothing of a sequence stays behind for the next."""
+        for source, target in release.moves:
+            self.state.store(slice(target, target + 1), self.state.rows(slice(source, source + 1)))
+        self.state.reset(slice(release.freed, release.freed + 1))
+
+
+class CompactPool:
+    """Sequences whose caches `policy` compresses: a row each once their prompts have been read."""
+
+    def __init__(self, model: DecoderLM, policy: Compression) -> None:
+        self.model, self.policy = model, policy
+        self.state: DecoderState | None = None
+        self.prompts: dict[str, DecoderState] = {}
+        """States of prompts that are being read."""
+
+    @property
+    def rows(self) -> int:
+        """Sequences that decode."""
+        return 0 if self.state is None else self.state.batch
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states here, as allocated."""
+        states = [*self.prompts.values(), *([] if self.state is None else [self.state])]
+        return sum(state.nbytes() for state in states)
+
+    def row_bytes(self, request_id: str) -> int:
+        """Bytes of the sequence's state, as allocated: of its prompt's while that is read, then of a row."""
+        prompt = self.prompts.get(request_id)
+        if prompt is not None:
+            return prompt.nbytes()
+        return 0 if self.state is None else self.state.nbytes() // self.rows
+
+    def decode(self, tokens_B1: Tensor) -> Tensor:
+        """hidden_BD behind the next token of all rows."""
+        assert self.state is not None
+        hidden_BTD, self.state = self.model.extend_hidden(tokens_B1, self.state)
+        return hidden_BTD[:, -1]
+
+    def prefill(self, prompts: Prompts) -> Tensor:
+        """hidden_RD behind the prompts that end in these chunks."""
+        return torch.cat([self._read(chunk, prompt) for chunk, prompt in prompts])
+
+    def _read(self, chunk: Chunk, prompt: Sequence[int]) -> Tensor:
+        """hidden_1D behind the chunk, no row of it where the prompt goes on."""
+        state = self.prompts.pop(chunk.request_id, None)
+        if state is None:
+            # A policy that compresses while it reads needs no room for the whole prompt.
+            room = chunk.count if self.policy.prefill == "stream" else len(prompt)
+            state = self.model.init_state(1, room, cache=self.policy)
+        tokens_1T = _tensor(self.model, [prompt[chunk.start : chunk.start + chunk.count]])
+        hidden_1TD, state = self.model.extend_hidden(tokens_1T, state)
+        if not chunk.last:
+            self.prompts[chunk.request_id] = state
+            return hidden_1TD[:0, -1]
+        self._join(chunk.slot, self.model.compress(state, settle=True))
+        return hidden_1TD[:, -1]
+
+    def _join(self, slot: int, row: DecoderState) -> None:
+        assert slot == self.rows, f"slot {slot} is not behind the {self.rows} rows there are"
+        if self.state is None:
+            self.state = row
+        else:
+            self.state = self.state.joined(row)
+
+    def release(self, request_id: str, release: Release) -> None:
+        """Forgets a sequence, its memory with it."""
+        if self.prompts.pop(request_id, None) is not None or self.state is None:
+            return
+        order = list(range(self.rows))
+        for source, target in release.moves:
+            if source < self.rows:  # else a prompt that is being read, whose slot has no row yet
+                order[target] = source
+        self.state = self.state.keep_rows(order[:-1]) if len(order) > 1 else None
+
+
+def _tensor(model: DecoderLM, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.long, device=model.embedding.weight.device)
