@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from attnzoo.models import generate
+from attnzoo.models import Sampling, generate
 from attnzoo.tokenizer import Tokenizer
 from train.config import SampleConfig
 from train.data import TrainingData
@@ -59,8 +59,7 @@ def samples(engine: Engine, tokenizer: Tokenizer, config: SampleConfig, seed: in
                 model,
                 prompts,
                 max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                top_p=config.top_p,
+                sampling=Sampling(temperature=config.temperature, top_p=config.top_p),
                 seed=seed,
                 stop_token=tokenizer.eos_id,
             )

@@ -5,6 +5,16 @@ from attnzoo.models.config import DecoderConfig
 from attnzoo.models.decoder_lm import DecoderLM
 from attnzoo.models.generate import generate
 from attnzoo.models.packing import can_pack, pack_weights
+from attnzoo.models.sampling import Sampling
 from attnzoo.models.shapes import build_shapes
 
-__all__ = ["CompiledDecode", "DecoderConfig", "DecoderLM", "build_shapes", "can_pack", "generate", "pack_weights"]
+__all__ = [
+    "CompiledDecode",
+    "DecoderConfig",
+    "DecoderLM",
+    "Sampling",
+    "build_shapes",
+    "can_pack",
+    "generate",
+    "pack_weights",
+]

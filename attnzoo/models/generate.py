@@ -6,7 +6,9 @@ import torch
 
 from attnzoo.kvcache import Compression
 from attnzoo.models.decoder_lm import DecoderLM
-from attnzoo.models.sampling import sample
+from attnzoo.models.sampling import Sampling, sample
+
+GREEDY = Sampling()
 
 
 @torch.no_grad()
@@ -15,9 +17,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
+    sampling: Sampling = GREEDY,
     seed: int | None = None,
     stop_token: int | None = None,
     cache: Compression | None = None,
@@ -51,7 +51,7 @@ def generate(
     outputs: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
     for step in range(max_new_tokens):
-        next_B = sample(logits_BV, temperature, top_p, top_k, generator)
+        next_B = sample(logits_BV, sampling.temperature, sampling.top_p, sampling.top_k, generator)
         for row, token in enumerate(next_B.tolist()):
             if row in running and token == stop_token:
                 running.discard(row)

@@ -1,7 +1,18 @@
 """From logits to the next token."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn, as `sample` takes it; by default the most likely one."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
 
 
 def filter_logits(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attnzoo.attention import ATTENTION, build_attention
-from attnzoo.models import DecoderConfig, DecoderLM, generate
+from attnzoo.models import DecoderConfig, DecoderLM, Sampling, generate
 
 V = 47
 
@@ -149,7 +149,8 @@ def test_generation_stops_and_seeds():
     greedy = generate(model, [[1, 2]], max_new_tokens=5)[0]
     stopped = generate(model, [[1, 2]], max_new_tokens=5, stop_token=greedy[0])[0]
     assert stopped == []
-    drawn = [generate(model, [[1, 2]], max_new_tokens=20, temperature=1.0, seed=seed)[0] for seed in (1, 1, 2)]
+    hot = Sampling(temperature=1.0)
+    drawn = [generate(model, [[1, 2]], max_new_tokens=20, sampling=hot, seed=seed)[0] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
