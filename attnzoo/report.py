@@ -58,7 +58,7 @@ class Report:
     def start(cls, *, command: list[str] | None = None, seed: int = 0, quick: bool = False) -> "Report":
         """A report of this process. `quick` says that sizes were cut down and numbers are no measurement."""
         return cls(
-            command=sys.argv if command is None else command,
+            command=this_command() if command is None else command,
             commit=_commit(),
             seed=seed,
             device=_device(),
@@ -126,6 +126,19 @@ def _claim_row(claim: Claim) -> dict[str, Any]:
         "measured": claim.measured,
         "holds": "yes" if claim.holds else "NO",
     }
+
+
+def this_command() -> list[str]:
+    """How this process was started, for any machine: `python -m module ...`, or the script's path from the working
+    directory (its name alone where it lies elsewhere, as installed commands do)."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None:  # sys.argv[0] is then the full path of the module's file
+        return ["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
+    script = Path(sys.argv[0])
+    if script.is_absolute():
+        inside = script.is_relative_to(Path.cwd())
+        script = script.relative_to(Path.cwd()) if inside else Path(script.name)
+    return [*(["python"] if script.suffix == ".py" else []), str(script), *sys.argv[1:]]
 
 
 def _commit() -> str:

@@ -10,11 +10,9 @@ from typing import Any, TextIO
 
 import torch
 
+from attnzoo.evaluate.chips import chip_of
 from attnzoo.files import write_atomic
 from train.config import Config, ConfigError
-
-PEAK_BF16_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
-"""Dense bfloat16 FLOP/s from the vendor's data sheets, by a part of the device's name; the first match counts."""
 
 
 def check_wandb(wanted: bool) -> None:
@@ -28,8 +26,8 @@ def peak_flops(config: Config) -> float | None:
     if config.log.peak_flops is not None:
         return config.log.peak_flops
     if torch.cuda.is_available() and config.precision != "fp32":
-        name = torch.cuda.get_device_name()
-        return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+        chip = chip_of(torch.cuda.get_device_name())
+        return None if chip is None else chip.bf16_flops
     return None
 
 

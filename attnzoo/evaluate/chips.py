@@ -48,6 +48,16 @@ CHIPS = {
             source="NVIDIA H100 data sheet, SXM; NVLink 4, one 400 Gb/s port a GPU",
         ),
         Chip(
+            name="H100 PCIe",
+            bf16_flops=756e12,
+            fp32_flops=51e12,
+            bandwidth=2.0e12,
+            memory=80 * GIB,
+            link=300e9,
+            network=50e9,
+            source="NVIDIA H100 data sheet, PCIe; NVLink bridge between two, one 400 Gb/s port a GPU",
+        ),
+        Chip(
             name="H200",
             bf16_flops=989e12,
             fp32_flops=67e12,
@@ -68,6 +78,26 @@ CHIPS = {
             source="NVIDIA A100 80GB data sheet, SXM; NVLink 3, one 200 Gb/s port a GPU",
         ),
         Chip(
+            name="B200",
+            bf16_flops=2250e12,
+            fp32_flops=75e12,
+            bandwidth=8.0e12,
+            memory=180 * GIB,
+            link=900e9,
+            network=50e9,
+            source="NVIDIA HGX B200 data sheet; NVLink 5, one 400 Gb/s port a GPU",
+        ),
+        Chip(
+            name="L40S",
+            bf16_flops=362e12,
+            fp32_flops=91.6e12,
+            bandwidth=864e9,
+            memory=48 * GIB,
+            link=32e9,
+            network=25e9,
+            source="NVIDIA L40S data sheet; PCIe 4 x16, one 200 Gb/s port a GPU",
+        ),
+        Chip(
             name="MI300X",
             bf16_flops=1307e12,
             fp32_flops=163.4e12,
@@ -79,6 +109,12 @@ CHIPS = {
         ),
     )
 }
+
+
+def chip_of(device: str) -> Chip | None:
+    """The chip in a device's name, such as "NVIDIA H100 80GB HBM3"; None where it is not in the table."""
+    names = sorted(CHIPS, key=len, reverse=True)  # an H100 PCIe is an H100 too
+    return next((CHIPS[name] for name in names if name in device), None)
 
 
 def chosen_chips(names: list[str] | None) -> list[Chip]:

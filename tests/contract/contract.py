@@ -348,6 +348,20 @@ def check_cost(build: Build) -> None:
     assert (streaming.activation_bytes, streaming.peak_bytes) == (0, 0), "streaming keeps nothing for a backward pass"
 
 
+def check_storage(build: Build) -> None:
+    """No tensor of a state is a view that keeps the buffers of a long chunk alive, with room for it and without."""
+    if not streams(build()):
+        return
+    attention, x = build(), inputs(BATCH, 8 * TOKENS, MODEL_DIM)
+    for counts_B in (None, torch.tensor([8 * TOKENS, 3])):
+        for capacity in (8 * TOKENS, 2):
+            with torch.no_grad():
+                _, state = attention.extend(x, attention.init_state(BATCH, capacity), counts_B)
+            for name, tensor in state.tensors().items():
+                held = tensor.untyped_storage().nbytes()
+                assert held <= tensor.nbytes, f"{name} of {tensor.nbytes} bytes keeps {held} alive"
+
+
 def check_batch(build: Build) -> None:
     """A row's result does not depend on the rows beside it."""
     attention, x = build(), inputs(3, TOKENS, MODEL_DIM)
@@ -389,6 +403,7 @@ ITEMS: dict[str, Callable[[Build], None]] = {
     "gradients": check_gradients,
     "shift": check_shift,
     "cost": check_cost,
+    "storage": check_storage,
     "batch": check_batch,
     "refusals": check_refusals,
 }

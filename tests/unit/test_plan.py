@@ -11,7 +11,7 @@ import torch
 from attnzoo.__main__ import main
 from attnzoo.checkpoint import save_model
 from attnzoo.evaluate import plan
-from attnzoo.evaluate.chips import CHIPS
+from attnzoo.evaluate.chips import CHIPS, chip_of
 from attnzoo.evaluate.fits import GIB, Setup, communicated_bytes, optimizer_bytes, training_memory
 from attnzoo.evaluate.model_file import DEFAULT_VOCABULARY, read_model
 from attnzoo.evaluate.serving import cache_policies
@@ -174,8 +174,25 @@ def test_cache_policies_of_a_model():
     assert both["full"] - both["window"] == 2 * 100 * 64 * 4 - 10 * (2 * 64 * 4 + 8)
 
 
+@pytest.mark.parametrize(
+    ("device", "chip"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GH200 480GB", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA GB200", "B200"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("NVIDIA GeForce RTX 3090", None),
+    ],
+)
+def test_chip_of_a_device(device, chip):
+    assert chip_of(device) == (None if chip is None else CHIPS[chip])
+
+
 def test_chips_and_roofline():
-    assert {"H100", "H200", "A100", "MI300X"} == set(CHIPS)
+    assert {"H100", "H100 PCIe", "H200", "A100", "B200", "L40S", "MI300X"} == set(CHIPS)
     asked = request(gpus=2, model=DecoderLM(config()).bfloat16(), precision="bf16")
     option = plan.largest(asked, Setup(stage=1, ranks=2, tokens=256, precision="bf16"))
     text = plan.step_table(asked, option, [CHIPS["A100"]])

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +46,34 @@ def test_report_file(tmp_path, capsys):
     assert report.exit_status() == 0
     report.print_table()
     assert "not a measurement" in capsys.readouterr().out
+
+
+def test_command_holds_no_path_of_a_machine(tmp_path):
+    """A module, a package, a script by its relative and its full path, and one from elsewhere, each really started."""
+    text = "from attnzoo.report import this_command; print(this_command())"
+    (tmp_path / "tools" / "whole").mkdir(parents=True)
+    for name in ("tools/bench.py", "tools/whole/__main__.py"):
+        (tmp_path / name).write_text(text)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    cases = [
+        (tmp_path, ["-m", "tools.bench", "--quick"], ["python", "-m", "tools.bench", "--quick"]),
+        (tmp_path, ["-X", "dev", "-m", "tools.whole", "a"], ["python", "-m", "tools.whole", "a"]),
+        (tmp_path, ["tools/bench.py", "-m", "b"], ["python", "tools/bench.py", "-m", "b"]),
+        (tmp_path, [str(tmp_path / "tools/bench.py")], ["python", "tools/bench.py"]),
+        (elsewhere, [str(tmp_path / "tools/bench.py")], ["python", "bench.py"]),
+    ]
+    root = str(Path(__file__).resolve().parents[2])
+    for folder, arguments, expected in cases:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": root, "PYTHONWARNINGS": "ignore"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == str(expected)
 
 
 def test_table():

@@ -112,10 +112,10 @@ class QKVConv(nn.Module):
 
 
 def _next_tail(tail_BWNH: Tensor, x_BTNH: Tensor, counts_B: Tensor | None) -> Tensor:
-    """The last W-1 real rows of [tail ; x]."""
+    """The last W-1 real rows of [tail ; x], in memory of their own: a view would keep the whole chunk alive."""
     width = tail_BWNH.shape[1]
-    rows = torch.cat([tail_BWNH, x_BTNH], dim=1)
     if counts_B is None:
-        return rows[:, -width:]
+        return torch.cat([tail_BWNH[:, x_BTNH.shape[1] :], x_BTNH[:, -width:]], dim=1)
+    rows = torch.cat([tail_BWNH, x_BTNH], dim=1)
     index_BW = counts_B[:, None] + torch.arange(width, device=counts_B.device)
     return rows[torch.arange(len(rows), device=rows.device)[:, None], index_BW]

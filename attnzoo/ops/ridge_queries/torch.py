@@ -38,7 +38,7 @@ def ridge_queries_torch(
         for first in range(0, tokens, BLOCK):
             block = slice(first, min(first + BLOCK, tokens))
             sums_BKTHH = _running_sums(k[:, :, block], gram, None if starts_BT is None else starts_BT[:, block] - first)
-            gram = sums_BKTHH[:, :, -1]
+            gram = sums_BKTHH[:, :, -1].clone()  # a view would keep the sums of the whole block alive
             factor_BKTHH = torch.linalg.cholesky(sums_BKTHH + ridge_K1HH)
             solved.append(torch.cholesky_solve(q_BKTHG[:, :, block], factor_BKTHH))
         solved_BKTHG = torch.cat(solved, dim=2) if len(solved) > 1 else solved[0]
