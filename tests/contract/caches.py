@@ -141,6 +141,33 @@ def check_unequal_batch(variant: str, name: str) -> None:
             assert_close(together[row : row + 1], expected, f"row {row} in steps of {step}", tolerance=1e-9)
 
 
+def check_joined(variant: str, name: str) -> None:
+    """Sequences that join a state and leave it, as a server's do, go on as alone, in no more memory than the longest
+    needs."""
+    model, tokens, lengths = frozen_model(variant, layers_of(name)), prompt(3, 24), [14, 3, 9]
+    rest = tokens[:, 14:]
+    alone = [
+        run(model, policy_of(name), torch.cat([tokens[row, :length], rest[row]])[None], length)[0][0]
+        for row, length in enumerate(lengths)
+    ]
+    state, running, done = None, [], [0, 0, 0]
+    for event in (0, 1, 2, "leaves", "stays"):
+        if isinstance(event, int):
+            new = model.init_state(1, lengths[event], cache=policy_of(name))
+            _, new = model.extend(tokens[event : event + 1, : lengths[event]], new)
+            new = model.compress(new, settle=True)
+            state = new if state is None else state.joined(new)
+            running.append(event)
+        elif event == "leaves":
+            state, running = state.keep_rows([2, 0]), [2, 0]
+            held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in state.tensors().values()}
+            assert sum(held.values()) == state.nbytes()
+        logits, state = model.extend(torch.stack([rest[row, done[row]] for row in running])[:, None], state)
+        for place, row in enumerate(running):
+            assert_close(logits[place, 0], alone[row][done[row]], f"row {row} after {event}")
+            done[row] += 1
+
+
 def check_idle_rows(variant: str, name: str) -> None:
     """A sequence without a token in a chunk goes on as if the chunk had not been."""
     model, tokens = frozen_model(variant, layers_of(name)), prompt(2, 20)
@@ -270,6 +297,7 @@ def check_stream(variant: str, name: str) -> None:
 
 CHECKS = {
     "unequal_batch": check_unequal_batch,
+    "joined": check_joined,
     "idle_rows": check_idle_rows,
     "saved": check_saved,
     "bytes": check_bytes,

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnzoo.kvcache import compressed, eviction, ring_step, tailed, think
+from attnzoo.kvcache import State, compressed, eviction, ring_step, tailed, think
 from attnzoo.ops.evict_merge import torch as merge_torch
 from attnzoo.ops.paged_decode import torch as decode_torch
 from tests.contract.caches import CHECKS
@@ -110,6 +110,17 @@ def sinks_may_leave(patch: Patch) -> None:
     )
 
 
+def short_prompts_join_as_they_are(patch: Patch) -> None:
+    """A prompt within its budget has no ring, which the others read."""
+    patch.setattr(eviction.EvictingCache, "settle", lambda self, layers: [layer.state for layer in layers])
+
+
+def rows_that_left_stay_in_memory(patch: Patch) -> None:
+    """What is kept is a view."""
+    right = State.keep_rows
+    patch.setattr(State, "keep_rows", lambda self, order: right(self, [*order, 0]).rows(slice(0, len(order))))
+
+
 def contract(check: str, variant: str, name: str) -> Callable[[], None]:
     return lambda: CHECKS[check](variant, name)
 
@@ -123,6 +134,8 @@ MUTANTS: list[tuple[Callable[[Patch], None], Callable[[], None]]] = [
     (tail_keeps_the_big_buffer, contract("bytes", "gqa", "think")),
     (tail_positions_restart, contract("unequal_batch", "rcmha", "think")),
     (idle_rows_enter_the_ring, contract("idle_rows", "gqa", "d2o+think")),
+    (short_prompts_join_as_they_are, contract("joined", "gqa", "d2o")),
+    (rows_that_left_stay_in_memory, contract("joined", "gqa", "think")),
     (mass_of_padding, contract("unequal_batch", "gqa", "d2o")),
     (sinks_may_leave, contract("positions", "gqa", "random_tokens")),
 ]
