@@ -113,6 +113,18 @@ def test_answers_and_refusals_go_through_unchanged(server):
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     with pytest.raises(openai.BadRequestError, match="logit_bias"):
         server.client.completions.create(model="tiny", prompt="a", logit_bias={"5": 1})
+    with pytest.raises(openai.BadRequestError, match=r"cache\.policy='d20' is not known; did you mean 'd2o'"):
+        server.client.completions.create(model="tiny", prompt="a", extra_body={"cache": {"policy": "d20"}})
+
+
+def test_a_request_with_a_compressed_cache_takes_less_memory(server):
+    used, before = {}, server.metric("kv_pool_bytes")
+    for policy in ({"policy": "full"}, {"policy": "d2o", "max_tokens": 20}):
+        body = {"model": "tiny", "prompt": list(range(5, 205)), "max_tokens": 8, "ignore_eos": True, "cache": policy}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
+        used[policy["policy"]] = answer["usage"]["attnzoo"]["kv_bytes"]
+    assert used["d2o"] < used["full"] / 4
+    assert server.metric("kv_pool_bytes") == before > 0
 
 
 def test_overload_is_refused_in_openai_shape(server):
