@@ -60,8 +60,8 @@ class Engine:
         if self.max_model_len < 2:
             raise ValueError(f"max_model_len={self.max_model_len} leaves no room for a prompt and a token")
         self.caches = CacheRules(config.cache or self.model.config.cache, config.cache_bounds)
-        self._demand = lru_cache(maxsize=4096)(self._demand_of)
-        self._demand(self.caches.default, 1, 1)  # refuses a policy that this model cannot have
+        self._byte_model = lru_cache(maxsize=256)(lambda choice: self.model.byte_model(choice.build()))
+        self.choose_cache(None)
         self.scheduler = Scheduler(
             config.max_num_seqs,
             config.max_batched_tokens,
@@ -95,18 +95,18 @@ class Engine:
         model.
         """
         choice = self.caches.choose(asked)
-        self._demand(choice, 1, 1)
+        if not choice.exact:
+            self._byte_model(choice)  # refuses what this model cannot have
         return choice
 
-    def _demand_of(self, choice: CacheChoice, prompt: int, tokens: int) -> Demand:
+    def _demand(self, choice: CacheChoice, prompt: int, tokens: int) -> Demand:
         """Bytes that count against `cache_mib`; the full cache's rows are there from the start."""
         if choice.exact:
             return Demand(choice)
-        policy = choice.build()
-        read = self.config.max_batched_tokens if policy.prefill == "stream" else prompt
-        after = self.model.compressed_bytes(policy, prompt, tokens)
-        whole = self.model.init_state(1, min(read, prompt), device="meta", cache=policy).nbytes()
-        return Demand(choice, row_bytes=after, prompt_bytes=whole)
+        model = self._byte_model(choice)
+        streamed = model.policy.prefill == "stream"
+        room = min(self.config.max_batched_tokens, prompt) if streamed else prompt
+        return Demand(choice, row_bytes=model.compressed(prompt, tokens), prompt_bytes=model.reading(room))
 
     def check(self, prompt: Sequence[int], params: SamplingParams, cache: CacheChoice | None = None) -> None:
         """Raises ValueError for a prompt this model cannot continue, ContextLengthError when it is too long,

@@ -1,8 +1,11 @@
 """Compressed caches at the seam between attention and model: whose state it is, and all layers' compression at once."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from attnzoo.attention.base import Attention
 from attnzoo.kvcache import Compression, Layer, State
@@ -43,18 +46,39 @@ def _each(
     return tuple(out)
 
 
-def state_bytes(states: Sequence[Any], prompt: int, tokens: int) -> int:
-    """Bytes of one sequence's states once its prompt is compressed and `tokens` more have come, by the policy's byte
-    model; `states`: as `init_state` makes them for the prompt, on any device."""
-    total = 0
-    for state in states:
-        total += state.nbytes()
-        cached = getattr(state, "mixing", None)
-        if isinstance(cached, CompressedState):
-            keys = cached.tail.keys_BKSH
-            sizes = (1, keys.shape[1], keys.shape[3], prompt, keys.dtype)
-            total += cached.policy.compressed_nbytes(*sizes, tokens=tokens) - cached.nbytes()
-    return total
+@dataclass(frozen=True)
+class ByteModel:
+    """Bytes of one sequence's states under a cache policy. fixed: what no cache is; layers: how many layers have a
+    cache of (kv heads, head dimension, dtype)."""
+
+    policy: Compression
+    fixed: int
+    layers: dict[tuple[int, int, torch.dtype], int]
+
+    @classmethod
+    def of(cls, policy: Compression, states: Sequence[Any]) -> "ByteModel":
+        """`states`: one sequence's, as `init_state` makes them with this policy, on any device."""
+        fixed, layers = 0, Counter[tuple[int, int, torch.dtype]]()
+        for state in states:
+            fixed += state.nbytes()
+            cached = getattr(state, "mixing", None)
+            if isinstance(cached, CompressedState):
+                keys = cached.tail.keys_BKSH
+                fixed -= cached.nbytes()
+                layers[keys.shape[1], keys.shape[3], keys.dtype] += 1
+        return cls(policy, fixed, dict(layers))
+
+    def reading(self, room: int) -> int:
+        """While a prompt is read, with room for that many tokens."""
+        sizes = self.layers.items()
+        return self.fixed + sum(n * self.policy.nbytes(1, k, h, room, dtype) for (k, h, dtype), n in sizes)
+
+    def compressed(self, prompt: int, tokens: int) -> int:
+        """Once the prompt is compressed and `tokens` more have come."""
+        total = self.fixed
+        for (kv_heads, head_dim, dtype), count in self.layers.items():
+            total += count * self.policy.compressed_nbytes(1, kv_heads, head_dim, prompt, dtype, tokens=tokens)
+        return total
 
 
 def streams(states: Sequence[Any]) -> bool:

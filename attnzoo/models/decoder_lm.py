@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attnzoo.attention import Cost, build_attention
-from attnzoo.attention.cached import compress_layers, settle_layers, state_bytes, streams
+from attnzoo.attention.cached import ByteModel, compress_layers, settle_layers, streams
 from attnzoo.attention.parts.projection import play_norm
 from attnzoo.attention.segment_memory import SegmentMemory
 from attnzoo.kvcache import Compression
@@ -145,10 +145,9 @@ class DecoderLM(nn.Module):
         layers = compress_layers(attentions, state.layers, final=True)
         return DecoderState(settle_layers(attentions, layers) if settle else layers)
 
-    def compressed_bytes(self, cache: Compression, prompt: int, tokens: int) -> int:
-        """Bytes of a sequence's state after a compressed prompt and `tokens` more, by the policy's byte model. Raises
-        ValueError as `init_state`."""
-        return state_bytes(self.init_state(1, prompt, device="meta", cache=cache).layers, prompt, tokens)
+    def byte_model(self, cache: Compression) -> ByteModel:
+        """What sequences take under a cache policy. Raises ValueError as `init_state`."""
+        return ByteModel.of(cache, self.init_state(1, 1, device="meta", cache=cache).layers)
 
     def extend(
         self, tokens_BT: Tensor, state: DecoderState, counts_B: Tensor | None = None

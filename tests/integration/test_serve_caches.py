@@ -69,7 +69,7 @@ def test_memory_is_that_of_what_is_kept_and_goes_with_the_sequence():
         engine.add_request(str(index), [5 + index] * 40, greedy(3 + index))
     engine.step()
     engine.step()
-    row = engine.model.compressed_bytes(build(engine.config.cache), 40, 3)
+    row = engine.model.byte_model(build(engine.config.cache)).compressed(40, 3)
     assert engine.runner.pool_bytes == 3 * row
     assert row < engine.model.init_state(1, 40).nbytes() / 2
     done = {delta.request_id: delta for delta in engine.step() if delta.finish_reason}
@@ -125,7 +125,7 @@ def test_rows_that_are_larger_than_expected_count():
     engine.add_request("one more", [5] * 40, greedy(3))
     # Each prompt gives its layers budgets of its own, and a layer's rows are as long as its longest.
     padded = engine.runner.pool_bytes // 3
-    assert padded > engine.model.compressed_bytes(build(engine.config.cache), 40, 3)
+    assert padded > engine.model.byte_model(build(engine.config.cache)).compressed(40, 3)
     prompt = engine.model.init_state(1, 40, cache=build(engine.config.cache)).nbytes()
     assert engine.scheduler._bytes("one more") == 4 * padded + prompt
 
@@ -136,7 +136,7 @@ def test_requests_wait_for_room_in_memory():
     config = EngineConfig(checkpoint="none", max_num_seqs=8, cache=cache, cache_mib=6)
     engine = Engine(config, model=model, tokenizer=tokenizer())
     whole = model.init_state(1, 400, cache=build(cache)).nbytes()
-    row = model.compressed_bytes(build(cache), 400, 20)
+    row = model.byte_model(build(cache)).compressed(400, 20)
     assert row < whole / 2
     fit = ((6 << 20) - whole) // row
     assert 1 < fit < 8
@@ -257,7 +257,7 @@ def test_a_request_chooses_its_cache_over_http(server):
         assert answer["choices"][0]["text"] == tokenizer().decode(tokens)
         used[str(choice)] = answer["usage"]["attnzoo"]["kv_bytes"]
         if choice["policy"] != "full":
-            assert used[str(choice)] == owner.engine.model.compressed_bytes(build(choice), 200, 11)
+            assert used[str(choice)] == owner.engine.model.byte_model(build(choice)).compressed(200, 11)
     # Beside so short a prompt the page that holds think's next tokens is as large as what thinner keys save.
     shorter = [choice for choice in CHOICES[1:] if choice["policy"] != "think"]
     assert all(used[str(choice)] < 0.75 * used[str(CHOICES[0])] for choice in shorter)
