@@ -12,6 +12,7 @@ x_q <- (I - g S) x_q. If y = X r with r = w at first, then r becomes (I - g S)^-
 residual x_q . r becomes x_q . (I - a S) r: the factors (I - g S) cancel, and the next step's S is S (I - g S)^2.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -105,9 +106,9 @@ def best_descents(name: str, most: int, spectrum: Spectrum, iterations: int = 60
     float64.
 
     "gd", "gd++": one rate (and shrink) for all steps; "per step": one each; "chebyshev": the interval; "newton": the
-    first scale. Losses are not convex in the rates of many steps: a shared solution starts from that of one step fewer,
-    a free one from the shared one, spread a little because equal rates are a saddle. Raises ValueError for an unknown
-    name or most < 1.
+    first scale. Losses are not convex in the rates of many steps: a shared solution starts from that of one step fewer;
+    a free one from the shared one, spread a little because equal rates are a saddle, and from its own of one step fewer
+    with a small step behind it, so that more steps are never worse. Raises ValueError for an unknown name or most < 1.
     """
     if name not in SOLVERS or most < 1:
         raise ValueError(f"solver {name!r} with {most} steps: know {', '.join(SOLVERS)}, with at least 1 step")
@@ -116,28 +117,35 @@ def best_descents(name: str, most: int, spectrum: Spectrum, iterations: int = 60
         shared = best_descents(name.removesuffix(" per step"), most, spectrum, iterations)
     found: list[Solver] = []
     for steps in range(1, most + 1):
-        start = _first(name, spectrum) if not found else _values(name, found[-1].parameters)
         if shared is not None:
-            start = _spread(shared[steps - 1].parameters, steps)
-        found.append(_fit(name, steps, start, spectrum, iterations))
+            starts = [_spread(shared[steps - 1].parameters, steps)]
+            starts += [_one_more(found[-1].parameters)] if found else []
+        else:
+            starts = [_values(name, found[-1].parameters) if found else _first(name, spectrum)]
+        fits = [_fit(name, steps, start, spectrum, iterations) for start in starts]
+        found.append(min(fits, key=lambda solver: solver.loss))
     return found
 
 
 def _fit(name: str, steps: int, start: Tensor, spectrum: Spectrum, iterations: int) -> Solver:
+    """The best point that the search saw: a step of it may end where rare contexts overflow."""
     # Logarithms keep everything positive and of order 1.
     free = start.log().clone().requires_grad_()
+    least, best = math.inf, free.detach().clone()
     optimiser = torch.optim.LBFGS([free], max_iter=iterations, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
 
     def closure() -> float:
+        nonlocal least, best
         optimiser.zero_grad()
         loss = spectrum.loss(_residual(name, steps, free.exp()))
         loss.backward()
+        if loss.item() < least:
+            least, best = loss.item(), free.detach().clone()
         return loss.item()
 
     optimiser.step(closure)
-    found = free.detach().exp()
-    loss = spectrum.loss(_residual(name, steps, found)).item()
-    return Solver(name, _residual(name, steps, found), loss, _named(name, steps, found))
+    found = best.exp()
+    return Solver(name, _residual(name, steps, found), least, _named(name, steps, found))
 
 
 def _first(name: str, spectrum: Spectrum) -> Tensor:
@@ -152,6 +160,11 @@ def _spread(shared: dict[str, list[float]], steps: int) -> Tensor:
     factors = torch.linspace(0.8, 1.25, steps, dtype=torch.float64) if steps > 1 else torch.ones(1).double()
     rates = torch.tensor(shared["rates"], dtype=torch.float64) * factors
     return torch.cat([rates, torch.tensor(shared.get("shrinks", []), dtype=torch.float64)])
+
+
+def _one_more(parameters: dict[str, list[float]]) -> Tensor:
+    """The solution of one step fewer, and a step of a hundredth of its last."""
+    return torch.tensor([x for xs in parameters.values() for x in (*xs, xs[-1] / 100)], dtype=torch.float64)
 
 
 def _values(name: str, parameters: dict[str, list[float]]) -> Tensor:

@@ -189,6 +189,10 @@ def test_fitted_solvers():
         assert (
             found["gd per step"][k].loss <= found["chebyshev"][k].loss + 1e-9
         )  # a Chebyshev polynomial is one of them
+    free, shared = (best_descents(name, 5, spectrum) for name in ("gd++ per step", "gd++"))
+    losses = [solver.loss for solver in free]
+    assert losses == sorted(losses, reverse=True)
+    assert all(a.loss <= b.loss + 1e-9 for a, b in zip(free, shared, strict=True))
     with pytest.raises(ValueError, match="know gd, gd per step"):
         best_descents("adam", 1, spectrum)
 
