@@ -42,12 +42,21 @@ class Moment:
 
 @dataclass(frozen=True)
 class _Turn:
-    """What the step decides before attention. slot_BK: where the token that leaves the ring goes, -1: there is none.
-    victim_BK: the same where something is there, else -1. held: no slot is empty."""
+    """What the step decides before attention. slot_BK: where the token that leaves the ring goes, -1: there is none;
+    `into` the same as places. victim_BK: the same where something is there, else -1 (the very tensor where nothing
+    differs). held: no slot is empty. slots: P."""
 
     slot_BK: Tensor
+    into: Places
     victim_BK: Tensor
     held: bool
+    slots: int
+
+    @property
+    def victims(self) -> Places:
+        if self.victim_BK is self.slot_BK:
+            return self.into
+        return places_or_none(self.victim_BK, self.slots)
 
 
 @recent
@@ -85,7 +94,7 @@ def step(policy: Any, state: CompressedState, reader: Reader, qkv: QKV, now: Mom
     _enter(ring, qkv[1], qkv[2], now)
     probe = None
     if policy.rule.kind != "drop":
-        probe = places_or_none(turn.victim_BK, state.prefix.slots).take(state.prefix.keys_BKPC)
+        probe = turn.victims.take(state.prefix.keys_BKPC)
     decoded = cc.read(
         reader,
         qkv[0],
@@ -119,7 +128,8 @@ def _turn(policy: Any, state: CompressedState, now: Moment) -> _Turn:
     if not held:
         there_BK = taken.gather(-1, slot_BK.clamp(min=0)[..., None])[..., 0] > 0
         victim_BK = torch.where(there_BK, slot_BK, -1)
-    return _Turn(slot_BK=slot_BK, victim_BK=victim_BK, held=held)
+    into = places_or_none(slot_BK, taken.shape[2])
+    return _Turn(slot_BK=slot_BK, into=into, victim_BK=victim_BK, held=held, slots=taken.shape[2])
 
 
 def _enter(ring: Ring, k_BK1H: Tensor, v_BK1H: Tensor, now: Moment) -> None:
@@ -187,7 +197,7 @@ def _replaced(
         else torch.where(thresholds == 0, torch.nan, thresholds - 2),
         impl=reader.impl,
     )
-    into = places_or_none(turn.slot_BK, prefix.slots)
+    into = turn.into
     _put(into, prefix.places_BKP, (now.leaving_B + 1)[:, None].expand_as(turn.slot_BK))
     for mine, theirs in ((prefix.mass_BKP, ring.mass_BKR), (prefix.votes_BKP, ring.votes_BKR)):
         if mine is not None and theirs is not None:

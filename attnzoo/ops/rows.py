@@ -29,7 +29,8 @@ class Places:
 
         Not `scatter_`: of rows, on a CPU its time is that of copying all of x.
         """
-        new_BKX = new_BKX.to(x_BKPX.dtype)
+        if new_BKX.dtype != x_BKPX.dtype:
+            new_BKX = new_BKX.to(x_BKPX.dtype)
         if self.meant_BK is not None:
             meant = self.meant_BK if x_BKPX.dim() == 3 else self.meant_BK[..., None]
             new_BKX = torch.where(meant, new_BKX, self.take(x_BKPX))
@@ -54,7 +55,8 @@ class Places:
 
 def places(place_BK: Tensor, slots: int, meant_BK: Tensor | None = None) -> Places:
     """`slots`: P of the tensors that are read and written."""
-    heads_BK = _heads(*place_BK.shape, place_BK.device)
+    batch, heads = place_BK.shape
+    heads_BK = _heads(batch, heads, place_BK.device)
     return Places(place_BK, torch.add(place_BK, heads_BK, alpha=slots).flatten(), meant_BK)
 
 

@@ -120,7 +120,8 @@ def evict_merge_step_torch(
     slots: Slots, victim_BK: Tensor, dots_BKP: Tensor, arrival: Arrival, rule: MergeRule, threshold_BK: Tensor
 ) -> Tensor:
     norms, count = slots.norms_BKP, slots.norms_BKP.shape[2]
-    victims, arrivals = places_or_none(victim_BK, count), places_or_none(arrival.slot_BK, count)
+    victims = places_or_none(victim_BK, count)
+    arrivals = victims if arrival.slot_BK is victim_BK else places_or_none(arrival.slot_BK, count)
     if rule.kind != "drop":
         threshold_BK = _merge_victims(slots, victims, dots_BKP, rule, threshold_BK)
     victims.fill(norms, 0.0)
@@ -166,9 +167,11 @@ def _nearest_slots(norms_BKP: Tensor, victims: Places, dots_BKP: Tensor) -> tupl
     # A slot that holds nothing divides by 0; the victim is nobody's nearest, least of all its own.
     cosines = (dots_BKP / norms_BKP).nan_to_num_(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
     victims.fill(cosines, -math.inf)
-    near_BK, place_BK = cosines.max(-1)
+    # Not `max` with indices, which starts threads for however little.
+    nearest = places(cosines.argmax(-1), norms_BKP.shape[2])
+    near_BK = nearest.take(cosines)
     norm_BK = victims.take(norms_BKP).to(near_BK.dtype)
     near_BK = torch.where(norm_BK > 0, near_BK / norm_BK, near_BK.clamp(max=0.0))
     if victims.meant_BK is not None:
         near_BK = near_BK.masked_fill_(~victims.meant_BK, -math.inf)
-    return near_BK, places(place_BK, norms_BKP.shape[2])
+    return near_BK, nearest
