@@ -163,13 +163,23 @@ def prefix_positions(state: CompressedState) -> Tensor:
     return torch.where(slots_P < state.starts_B[:, None], slots_P, EMPTY)[:, None]
 
 
-def prefix_entries(state: CompressedState) -> Entries:
-    """The prefix as attention reads it."""
+def all_held(state: CompressedState) -> bool:
+    """Whether every slot of the prefix holds an entry, where that can be known without waiting for a device."""
+    prefix = state.prefix
+    if state.starts_B.device.type != "cpu":
+        return False
+    if prefix.places_BKP is not None:
+        return bool(prefix.places_BKP.amin() > 0)
+    return int(state.starts_B.min()) >= prefix.slots
+
+
+def prefix_entries(state: CompressedState, *, seen: bool) -> Entries:
+    """The prefix as attention reads it. seen: every slot holds an entry, and nobody asks for positions."""
     prefix = state.prefix
     return Entries(
         keys_BKSC=prefix.keys_BKPC,
         values_BKSV=prefix.values_BKPV,
-        positions_BKS=prefix_positions(state),
+        positions_BKS=None if seen else prefix_positions(state),
         channels_BKC=_stored(prefix.channels_BKC),
         value_channels_BKV=_stored(prefix.value_channels_BKV),
         log_votes_BKS=None if prefix.votes_BKP is None else prefix.votes_BKP.clamp(min=1).log(),
@@ -197,7 +207,8 @@ def attend(state: CompressedState, reader: Reader, q_BNTH: Tensor, view: CacheVi
     if q_BNTH.shape[2] > 1 and whole(state):
         return reader.attend(q_BNTH, joined(state, view), positions_BT)
     tail = Entries(keys_BKSC=view.keys_BKSH, values_BKSV=view.values_BKSH, positions_BKS=view.positions_BKS)
-    return read(reader, q_BNTH, positions_BT, prefix_entries(state), tail).out_BNTH
+    prefix = prefix_entries(state, seen=not reader.relative and all_held(state))
+    return read(reader, q_BNTH, positions_BT, prefix, tail).out_BNTH
 
 
 def joined(state: CompressedState, view: CacheView) -> CacheView:
@@ -220,10 +231,17 @@ def read(
     probe_BKC: Tensor | None = None,
     key_mass: bool = False,
 ) -> Decoded:
-    """`paged_decode` with the reader's scores, as many queries at a time as keep the scores small."""
+    """`paged_decode` with the reader's scores, as many queries at a time as keep the scores small.
+
+    Entries have positions where the reader's terms are relative.
+    """
     batch, num_heads, tokens, _ = q_BNTH.shape
     rows = max(1, BLOCK_BYTES // (batch * num_heads * (prefix.slots + tail.slots) * 4))
-    keys_BKS = _beside(prefix.positions_BKS, tail.positions_BKS) if reader.relative else None
+    keys_BKS = None
+    if reader.relative:
+        assert prefix.positions_BKS is not None
+        assert tail.positions_BKS is not None
+        keys_BKS = _beside(prefix.positions_BKS, tail.positions_BKS)
     parts = []
     for first in range(0, tokens, rows):
         block = slice(first, first + rows)

@@ -20,7 +20,7 @@ from attnzoo.kvcache.budgets import asked_tokens, moments
 from attnzoo.kvcache.compressed import CompressedState, Prefix, Ring
 from attnzoo.kvcache.full import FullCacheState
 from attnzoo.kvcache.ring_start import ringed
-from attnzoo.kvcache.ring_step import step
+from attnzoo.kvcache.ring_step import moment, step
 from attnzoo.kvcache.state import new_zeros
 from attnzoo.ops.evict_merge import Merged, MergeRule, evict_merge
 from attnzoo.ops.key_mass import key_mass
@@ -188,8 +188,7 @@ class EvictingCache(Compression):
         outputs = []
         for t in range(positions_BT.shape[1]):
             one = (qkv[0][:, :, t : t + 1], qkv[1][:, :, t : t + 1], qkv[2][:, :, t : t + 1])
-            active_B = None if counts_B is None else counts_B > t
-            out, state = step(self, state, reader, one, positions_BT[:, t], active_B)
+            out, state = step(self, state, reader, one, moment(positions_BT, counts_B, t, one[1].shape[1], self.window))
             outputs.append(out)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), state
 

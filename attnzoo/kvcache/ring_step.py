@@ -19,106 +19,139 @@ from attnzoo.kvcache.channels import take_channels
 from attnzoo.kvcache.compressed import CompressedState, Prefix, Ring
 from attnzoo.ops.evict_merge import Arrival, Slots, evict_merge_step
 from attnzoo.ops.paged_decode import Decoded, Entries
-from attnzoo.ops.rows import put
+from attnzoo.ops.recent import recent
+from attnzoo.ops.rows import Places, known, places, places_or_none
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """What the step decides before attention. at_B: position of the new token. leaving_B: the position that leaves the
-    ring, below 0 for none. slot_BK: where it goes. victim_BK: what is there, -1 for nothing."""
+class Moment:
+    """When the step happens, the same for all layers. at_B: position of the new token. active_B: None: all sequences.
+    entering, leaving: slots of the ring, of the token that comes (in active sequences) and of the one that leaves.
+    leaving_B: its position, below 0 for none; some_leave: at least one sequence has none."""
 
     at_B: Tensor
     active_B: Tensor | None
+    entering: Places
+    leaving: Places
     leaving_B: Tensor
+    some_leave: bool
+    ring_full: bool
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What the step decides before attention. slot_BK: where the token that leaves the ring goes, -1: there is none;
+    `into` the same as places. victim_BK: the same where something is there, else -1 (the very tensor where nothing
+    differs). held: no slot is empty. slots: P."""
+
     slot_BK: Tensor
+    into: Places
     victim_BK: Tensor
+    held: bool
+    slots: int
+
+    @property
+    def victims(self) -> Places:
+        if self.victim_BK is self.slot_BK:
+            return self.into
+        return places_or_none(self.victim_BK, self.slots)
 
 
-def step(
-    policy: Any, state: CompressedState, reader: Reader, qkv: QKV, at_B: Tensor, active_B: Tensor | None
-) -> tuple[Tensor, CompressedState]:
-    """(o_BN1H, state) for one token of each sequence, (q_BN1H, k_BK1H, v_BK1H), at positions `at_B`; inactive sequences
-    keep their state."""
-    state = _with_room(policy, state, at_B)
-    turn = _turn(policy, state, at_B, active_B)
+@recent
+def moment(positions_BT: Tensor, counts_B: Tensor | None, t: int, kv_heads: int, window: int) -> Moment:
+    """Of token t of a chunk; rows with fewer tokens are inactive."""
+    at_B, slots = positions_BT[:, t], window + 1
+    active_B = None if counts_B is None else counts_B > t
+    if active_B is not None and known(active_B):
+        active_B = None
+    leaving_B = at_B - window
+    if active_B is not None:
+        leaving_B = leaving_B.masked_fill(~active_B, -1)
+
+    def slot_of(position_B: Tensor) -> Tensor:
+        return (position_B % slots)[:, None].expand(-1, kv_heads)
+
+    active_BK = None if active_B is None else active_B[:, None].expand(-1, kv_heads)
+    return Moment(
+        at_B=at_B,
+        active_B=active_B,
+        entering=places(slot_of(at_B), slots, active_BK),
+        leaving=places(slot_of(leaving_B.clamp(min=0)), slots),
+        leaving_B=leaving_B,
+        some_leave=not known(leaving_B >= 0),
+        ring_full=known(at_B >= window),
+    )
+
+
+def step(policy: Any, state: CompressedState, reader: Reader, qkv: QKV, now: Moment) -> tuple[Tensor, CompressedState]:
+    """(o_BN1H, state) for one token of each sequence, (q_BN1H, k_BK1H, v_BK1H); inactive sequences keep their state."""
+    state = _with_room(policy, state, now.at_B)
+    turn = _turn(policy, state, now)
     ring = state.ring
     assert ring is not None
-    _enter(ring, qkv[1], qkv[2], turn)
+    _enter(ring, qkv[1], qkv[2], now)
     probe = None
     if policy.rule.kind != "drop":
-        index = turn.victim_BK.clamp(min=0)[..., None, None]
-        probe = state.prefix.keys_BKPC.gather(2, index.expand(-1, -1, 1, state.prefix.keys_BKPC.shape[3]))[:, :, 0]
+        probe = turn.victims.take(state.prefix.keys_BKPC)
     decoded = cc.read(
         reader,
         qkv[0],
-        at_B[:, None],
-        cc.prefix_entries(state),
-        _ring_entries(ring, at_B),
+        now.at_B[:, None],
+        cc.prefix_entries(state, seen=turn.held and not reader.relative),
+        _ring_entries(ring, now, seen=now.ring_full and not reader.relative),
         probe_BKC=probe,
         key_mass=policy.accumulates,
     )
     if decoded.mass_BKS is not None:
-        _accumulate(state.prefix, ring, decoded.mass_BKS, active_B)
-    return decoded.out_BNTH, _replaced(policy, state, reader, turn, decoded)
+        _accumulate(state.prefix, ring, decoded.mass_BKS, now.active_B)
+    return decoded.out_BNTH, _replaced(policy, state, reader, (now, turn), decoded)
 
 
-def _turn(policy: Any, state: CompressedState, at_B: Tensor, active_B: Tensor | None) -> _Turn:
-    places, budgets_B = state.prefix.places_BKP, state.budgets_B
-    assert places is not None
-    leaving_B = at_B - policy.window
-    if active_B is not None:
-        leaving_B = leaving_B.masked_fill(~active_B, -1)
+def _turn(policy: Any, state: CompressedState, now: Moment) -> _Turn:
+    taken, budgets_B = state.prefix.places_BKP, state.budgets_B
+    assert taken is not None
     # An empty slot has place 0 and counts as a sink: nobody takes it where a sequence has all it may keep.
-    positions = places - 1
-    rank = policy.priorities(positions, state.prefix.mass_BKP, places.shape[1]).expand_as(positions)
+    positions = taken - 1
+    rank = policy.priorities(positions, state.prefix.mass_BKP, taken.shape[1]).expand_as(positions)
     if policy.shared:
         rank = rank.mean(1, keepdim=True).expand_as(rank)
-    rank = rank.masked_fill(policy.protected(positions, budgets_B, at_B + 1), torch.inf)
-    growing_B = at_B < budgets_B
-    if bool(growing_B.any()):
-        rank = rank.masked_fill((places == 0) & growing_B[:, None, None], -torch.inf)
-    slot_BK = rank.argmin(-1)
-    taken_BK = places.gather(-1, slot_BK[..., None])[..., 0] > 0
-    comes_B1 = (leaving_B >= 0)[:, None]
-    return _Turn(
-        at_B=at_B,
-        active_B=active_B,
-        leaving_B=leaving_B,
-        slot_BK=torch.where(comes_B1, slot_BK, -1),
-        victim_BK=torch.where(comes_B1 & taken_BK, slot_BK, -1),
-    )
+    rank = torch.where(policy.protected(positions, budgets_B, now.at_B + 1), torch.inf, rank)
+    held = cc.all_held(state)
+    if not held:
+        growing_B11 = (now.at_B < budgets_B)[:, None, None]
+        rank = rank.masked_fill_((taken == 0) & growing_B11, -torch.inf)
+    slot_BK = victim_BK = rank.argmin(-1)
+    if now.some_leave:
+        slot_BK = victim_BK = torch.where((now.leaving_B >= 0)[:, None], slot_BK, -1)
+    if not held:
+        there_BK = taken.gather(-1, slot_BK.clamp(min=0)[..., None])[..., 0] > 0
+        victim_BK = torch.where(there_BK, slot_BK, -1)
+    into = places_or_none(slot_BK, taken.shape[2])
+    return _Turn(slot_BK=slot_BK, into=into, victim_BK=victim_BK, held=held, slots=taken.shape[2])
 
 
-def _enter(ring: Ring, k_BK1H: Tensor, v_BK1H: Tensor, turn: _Turn) -> None:
+def _enter(ring: Ring, k_BK1H: Tensor, v_BK1H: Tensor, now: Moment) -> None:
     """The new token in its slot of the ring, with no mass yet and one vote."""
-    slots = ring.keys_BKRH.shape[2]
-    index_B111 = (turn.at_B % slots)[:, None, None, None]
-    for buffer, new in ((ring.keys_BKRH, k_BK1H), (ring.values_BKRH, v_BK1H)):
-        where = index_B111.expand(-1, buffer.shape[1], 1, buffer.shape[3])
-        row = new.to(buffer.dtype)
-        if turn.active_B is not None:
-            row = torch.where(turn.active_B[:, None, None, None], row, buffer.gather(2, where))
-        put(buffer, where[..., 0], row)
+    now.entering.put(ring.keys_BKRH, k_BK1H[:, :, 0])
+    now.entering.put(ring.values_BKRH, v_BK1H[:, :, 0])
     for numbers, first in ((ring.mass_BKR, 0.0), (ring.votes_BKR, 1.0)):
         if numbers is not None:
-            where = index_B111[..., 0].expand(-1, numbers.shape[1], 1)
-            row = numbers.gather(2, where)
-            fresh = (
-                turn.active_B[:, None, None] if turn.active_B is not None else torch.ones_like(row, dtype=torch.bool)
-            )
-            put(numbers, where, row.masked_fill(fresh, first))
+            now.entering.fill(numbers, first)
 
 
-def _ring_entries(ring: Ring, at_B: Tensor) -> Entries:
-    """The ring holds the newest R positions up to `at_B`."""
-    slots = ring.keys_BKRH.shape[2]
-    age_BR = (at_B[:, None] - torch.arange(slots, device=at_B.device)) % slots
+def _ring_entries(ring: Ring, now: Moment, *, seen: bool) -> Entries:
+    """The ring holds the newest R positions. seen: it is full, and nobody asks for positions."""
+    positions_B1R = None
+    if not seen:
+        slots, at_B1 = ring.keys_BKRH.shape[2], now.at_B[:, None]
+        age_BR = (at_B1 - torch.arange(slots, device=at_B1.device)) % slots
+        positions_B1R = (at_B1 - age_BR)[:, None]
     return Entries(
         keys_BKSC=ring.keys_BKRH,
         values_BKSV=ring.values_BKRH,
-        positions_BKS=(at_B[:, None] - age_BR)[:, None],
+        positions_BKS=positions_B1R,
         log_votes_BKS=None if ring.votes_BKR is None else ring.votes_BKR.clamp(min=1).log(),
     )
 
@@ -132,15 +165,17 @@ def _accumulate(prefix: Prefix, ring: Ring, mass_BKS: Tensor, active_B: Tensor |
     ring.mass_BKR += mass_BKS[:, :, prefix.slots :]
 
 
-def _replaced(policy: Any, state: CompressedState, reader: Reader, turn: _Turn, decoded: Decoded) -> CompressedState:
+def _replaced(
+    policy: Any, state: CompressedState, reader: Reader, decision: tuple[Moment, _Turn], decoded: Decoded
+) -> CompressedState:
     """The oldest of the ring in the slot that was chosen, the victim merged."""
     prefix, ring, thresholds = state.prefix, state.ring, state.thresholds_BK
+    (now, turn), leaving = decision, decision[0].leaving
     assert ring is not None
     assert prefix.places_BKP is not None
-    source_B = turn.leaving_B.clamp(min=0) % ring.keys_BKRH.shape[2]
     arrival = Arrival(
-        key_BKC=_thinned(_ring_rows(ring.keys_BKRH, source_B), prefix.channels_BKC),
-        value_BKV=_thinned(_ring_rows(ring.values_BKRH, source_B), prefix.value_channels_BKV),
+        key_BKC=_thinned(leaving.take(ring.keys_BKRH), prefix.channels_BKC),
+        value_BKV=_thinned(leaving.take(ring.values_BKRH), prefix.value_channels_BKV),
         slot_BK=turn.slot_BK,
     )
     norms = prefix.norms_BKP
@@ -162,25 +197,18 @@ def _replaced(policy: Any, state: CompressedState, reader: Reader, turn: _Turn, 
         else torch.where(thresholds == 0, torch.nan, thresholds - 2),
         impl=reader.impl,
     )
-    index, comes = turn.slot_BK.clamp(min=0)[..., None], (turn.slot_BK >= 0)[..., None]
-    here = (turn.leaving_B + 1).to(torch.int32)[:, None, None].expand_as(index)
-    _put(prefix.places_BKP, index, comes, here)
+    into = turn.into
+    _put(into, prefix.places_BKP, (now.leaving_B + 1)[:, None].expand_as(turn.slot_BK))
     for mine, theirs in ((prefix.mass_BKP, ring.mass_BKR), (prefix.votes_BKP, ring.votes_BKR)):
         if mine is not None and theirs is not None:
-            where = source_B[:, None, None].expand(-1, theirs.shape[1], 1)
-            _put(mine, index, comes, theirs.gather(-1, where))
+            _put(into, mine, leaving.take(theirs))
     if thresholds is not None:
         thresholds = torch.nan_to_num(after + 2, nan=0.0)
     return replace(state, thresholds_BK=thresholds)
 
 
-def _put(x_BKP: Tensor, index_BK1: Tensor, comes_BK1: Tensor, new_BK1: Tensor) -> None:
-    put(x_BKP, index_BK1, torch.where(comes_BK1, new_BK1, x_BKP.gather(-1, index_BK1)))
-
-
-def _ring_rows(x_BKRH: Tensor, source_B: Tensor) -> Tensor:
-    index = source_B[:, None, None, None].expand(-1, x_BKRH.shape[1], 1, x_BKRH.shape[3])
-    return x_BKRH.gather(2, index)[:, :, 0]
+def _put(into: Places, x_BKP: Tensor, new_BK: Tensor) -> None:
+    into.put(x_BKP, new_BK)
 
 
 def _thinned(row_BKH: Tensor, channels_BKC: Tensor | None) -> Tensor:

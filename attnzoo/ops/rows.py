@@ -1,14 +1,78 @@
-"""One entry of every kv head, written in place."""
+"""One entry of every kv head, read and written in place."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from attnzoo.ops.recent import recent
 
-def put(x_BKPX: Tensor, place_BK1: Tensor, new_BK1X: Tensor | float) -> None:
-    """x[b, k, place] = new, for x of [B, K, P] or [B, K, P, X].
 
-    Not `scatter_`: on a CPU its time is that of copying all of x.
-    """
-    batch, heads, _ = place_BK1.shape
-    rows_B11 = torch.arange(batch, device=x_BKPX.device)[:, None, None]
-    x_BKPX[rows_B11, torch.arange(heads, device=x_BKPX.device)[:, None], place_BK1] = new_BK1X
+@dataclass(frozen=True)
+class Places:
+    """place_BK: a slot of every kv head; flat_L: the same as rows of [B * K * P]. meant_BK: where it is to be written,
+    None: everywhere."""
+
+    place_BK: Tensor
+    flat_L: Tensor
+    meant_BK: Tensor | None = None
+
+    def take(self, x_BKPX: Tensor) -> Tensor:
+        """x[b, k, place], for x of [B, K, P] or [B, K, P, X]."""
+        shape = (*self.place_BK.shape, *x_BKPX.shape[3:])
+        if x_BKPX.is_contiguous():
+            return x_BKPX.view(-1, *shape[2:]).index_select(0, self.flat_L).view(shape)
+        return x_BKPX[self._index()]
+
+    def put(self, x_BKPX: Tensor, new_BKX: Tensor) -> None:
+        """x[b, k, place] = new where it is meant.
+
+        Not `scatter_`: of rows, on a CPU its time is that of copying all of x.
+        """
+        if new_BKX.dtype != x_BKPX.dtype:
+            new_BKX = new_BKX.to(x_BKPX.dtype)
+        if self.meant_BK is not None:
+            meant = self.meant_BK if x_BKPX.dim() == 3 else self.meant_BK[..., None]
+            new_BKX = torch.where(meant, new_BKX, self.take(x_BKPX))
+        if x_BKPX.is_contiguous():
+            rest = x_BKPX.shape[3:]
+            x_BKPX.view(-1, *rest).index_copy_(0, self.flat_L, new_BKX.reshape(-1, *rest))
+        else:
+            x_BKPX[self._index()] = new_BKX
+
+    def fill(self, x_BKP: Tensor, number: float) -> None:
+        """`put` of one number."""
+        if self.meant_BK is None and x_BKP.is_contiguous():
+            x_BKP.view(-1).index_fill_(0, self.flat_L, number)
+        else:
+            self.put(x_BKP, x_BKP.new_full((), number).expand(self.place_BK.shape))
+
+    def _index(self) -> tuple[Tensor, Tensor, Tensor]:
+        batch, heads = self.place_BK.shape
+        rows_B1 = torch.arange(batch, device=self.place_BK.device)[:, None]
+        return rows_B1, torch.arange(heads, device=self.place_BK.device), self.place_BK
+
+
+def places(place_BK: Tensor, slots: int, meant_BK: Tensor | None = None) -> Places:
+    """`slots`: P of the tensors that are read and written."""
+    batch, heads = place_BK.shape
+    heads_BK = _heads(batch, heads, place_BK.device)
+    return Places(place_BK, torch.add(place_BK, heads_BK, alpha=slots).flatten(), meant_BK)
+
+
+def places_or_none(place_BK: Tensor, slots: int) -> Places:
+    """A place below 0: nothing is written there (slot 0 is read)."""
+    meant_BK = place_BK >= 0
+    if known(meant_BK):
+        return places(place_BK, slots)
+    return places(place_BK.clamp(min=0), slots, meant_BK)
+
+
+def known(true: Tensor) -> bool:
+    """Whether all is true, and finding out waits for nothing (a GPU would be waited for)."""
+    return true.device.type == "cpu" and bool(true.all())
+
+
+@recent
+def _heads(batch: int, heads: int, device: torch.device) -> Tensor:
+    return torch.arange(batch * heads, device=device).view(batch, heads)

@@ -39,8 +39,8 @@ def merged_token_moves(patch: Patch) -> None:
     """A token takes the position of the one whose slot it gets."""
     right = ring_step._put
 
-    def wrong(x, index, comes, new):
-        right(x, index, comes, new - 1 if x.dtype == torch.int32 else new)
+    def wrong(into, x, new):
+        right(into, x, new - 1 if x.dtype == torch.int32 else new)
 
     patch.setattr(ring_step, "_put", wrong)
 
@@ -91,7 +91,11 @@ def tail_positions_restart(patch: Patch) -> None:
 def idle_rows_enter_the_ring(patch: Patch) -> None:
     """Padding is written like a token."""
     right = ring_step._enter
-    patch.setattr(ring_step, "_enter", lambda ring, k, v, turn: right(ring, k, v, replace(turn, active_B=None)))
+
+    def wrong(ring, k, v, now):
+        right(ring, k, v, replace(now, entering=replace(now.entering, meant_BK=None)))
+
+    patch.setattr(ring_step, "_enter", wrong)
 
 
 def mass_of_padding(patch: Patch) -> None:

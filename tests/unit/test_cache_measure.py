@@ -14,12 +14,15 @@ from attnzoo.evaluate.cache.models import prose, random_reader
 from attnzoo.evaluate.cache.peer import PRESSES, PeerError, run_peer, work_items
 from attnzoo.evaluate.cache.protocol import ask, force, forced_logits, prefill
 from attnzoo.evaluate.cache.retrieval import Score, make_batches, solved_tasks
-from attnzoo.evaluate.cache.roofline import step_cost
+from attnzoo.evaluate.cache.roofline import attention_cost, step_cost
 from attnzoo.evaluate.cache.speed import Speed, weight_bytes
 from attnzoo.evaluate.cache.table import peer_claim, speed_claims
 from attnzoo.evaluate.cache.text_tasks import text_example
 from attnzoo.evaluate.chips import CHIPS
-from attnzoo.kvcache import build_cache
+from attnzoo.kvcache import build_cache, compressed, ring_step
+from attnzoo.ops.cost import OpCost
+from attnzoo.ops.evict_merge.cost import step_cost as merge_step_cost
+from attnzoo.ops.paged_decode.cost import DecodeSizes, SegmentSizes, decode_cost
 from scripts.bench_cache import main
 
 
@@ -217,10 +220,72 @@ def test_a_slow_baseline_is_told():
 
 
 def test_the_roofline_by_hand():
-    cost = step_cost(weight_bytes=2000, weights=1000, state_bytes=400, width=2, group=3, batch=4)
-    assert cost.nbytes == 2000 + 4 * 400
-    assert cost.flops == 4 * 2 * (1000 + 3 * 200)
+    attention = OpCost(bytes_read=1500, bytes_written=100, flops=4800)
+    cost = step_cost(weight_bytes=2000, weights=1000, attention=attention, batch=4)
+    assert cost.nbytes == 2000 + 1600
+    assert cost.flops == 4 * 2 * 1000 + 4800
     assert cost.seconds(CHIPS["H100"]) == pytest.approx(cost.nbytes / 3.35e12)
+
+
+def test_a_full_cache_in_the_roofline_by_hand(reader):
+    state = reader.model.init_state(1, 40)
+    _, state = reader.model.extend(torch.arange(37)[None], state)
+    cost = attention_cost(reader.model, state, 3)
+    layers, entries = 2, 38  # the new token's is read too
+    assert cost.bytes_read == layers * 3 * (entries * (2 * 2 * 16 * 4 + 8) + 4 * 16 * 4 + 8)
+    assert cost.bytes_written == layers * 3 * 4 * 16 * 4
+    assert cost.flops == layers * 3 * 2 * 4 * entries * 32
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("d2o", {"keep_ratio": 0.3}),
+        ("think", {"channel_ratio": 0.5}),
+        ("d2o+think", {"keep_ratio": 0.5, "channel_ratio": 0.5, "votes": True}),
+        ("streaming", {"keep_ratio": 0.3}),
+    ],
+)
+def test_the_roofline_counts_what_operations_are_given(reader, policy, options, monkeypatch):
+    """The costs of the operations themselves for what a decode step passes to them."""
+    expected = []
+    decode, merge = compressed.paged_decode, ring_step.evict_merge_step
+
+    def watched_decode(q, prefix, tail, **rest):
+        parts = [
+            SegmentSizes(
+                slots=part.slots,
+                key_dim=part.keys_BKSC.shape[3],
+                value_dim=part.values_BKSV.shape[3],
+                position_heads=2 if part is prefix and policy != "think" else 1,
+                votes=part is prefix and part.log_votes_BKS is not None,
+                channels=part.channels_BKC is not None,
+                value_channels=part.value_channels_BKV is not None,
+            )
+            for part in (prefix, tail)
+        ]
+        probe = rest["probe_BKC"]
+        sizes = {"batch": 3, "tokens": 1, "heads": 4, "kv_heads": 2, "head_dim": 16, "width": 4}
+        sizes |= {"probe_dim": 0 if probe is None else probe.shape[2], "key_mass": rest["key_mass"]}
+        expected.append(decode_cost(DecodeSizes(segments=tuple(parts), **sizes)))
+        return decode(q, prefix, tail, **rest)
+
+    def watched_merge(slots, **rest):
+        dims = {"key_dim": slots.keys_BKPC.shape[3], "value_dim": slots.values_BKPV.shape[3], "width": 4}
+        count, votes = slots.keys_BKPC.shape[2], slots.votes_BKP is not None
+        if rest["rule"].kind != "drop":
+            expected.append(merge_step_cost(batch=3, kv_heads=2, slots=count, votes=votes, **dims))
+        return merge(slots, **rest)
+
+    tokens = torch.randint(256, (1, 96))
+    state = prefill(reader.model, tokens, build_cache(policy, options), chunk=96).state
+    cost = attention_cost(reader.model, state, 3)
+    monkeypatch.setattr(compressed, "paged_decode", watched_decode)
+    monkeypatch.setattr(ring_step, "evict_merge_step", watched_merge)
+    with torch.no_grad():
+        reader.model.extend(tokens[:, :1], state)
+    for name in ("bytes_read", "bytes_written", "flops"):
+        assert getattr(cost, name) == sum(getattr(one, name) for one in expected)
 
 
 def test_weight_bytes_count_a_tied_table_once(reader):

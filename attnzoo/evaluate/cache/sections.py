@@ -22,7 +22,6 @@ from attnzoo.evaluate.progress import Progress
 from attnzoo.kvcache import build_cache
 from attnzoo.models import DecoderLM
 from attnzoo.report import Report
-from attnzoo.types import dtype_bytes
 
 SPEED_POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
@@ -150,18 +149,13 @@ def speed(model: DecoderLM, settings: Settings, report: Report) -> dict[str, Spe
 
 
 def roofline(model: DecoderLM, speeds: dict[str, Speed], report: Report) -> None:
-    """What the measured bytes would promise on other chips; a model."""
+    """What bytes and FLOPs of the measured states would promise on other chips; a model."""
     weights = model.num_parameters(embeddings=False) + model.head.weight.numel()
-    width = dtype_bytes(model.embedding.weight.dtype)
-    attention = model.layers()[0].attention.config
-    group = attention.num_heads // (attention.num_kv_heads or attention.num_heads)
     costs = {
         name: step_cost(
             weight_bytes=speed.weight_bytes,
             weights=weights,
-            state_bytes=speed.state_bytes,
-            width=width,
-            group=group,
+            attention=speed.attention,
             batch=speed.batch,
         )
         for name, speed in speeds.items()

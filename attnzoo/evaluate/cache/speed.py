@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from attnzoo.evaluate.cache.protocol import prefill
+from attnzoo.evaluate.cache.roofline import attention_cost
 from attnzoo.kvcache import Compression
-from attnzoo.models import DecoderLM
+from attnzoo.models import DecoderLM, can_pack, pack_weights
+from attnzoo.ops.cost import OpCost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +30,21 @@ class SpeedSizes:
     chunk: int = 512
 
 
+NOTHING = OpCost(bytes_read=0, bytes_written=0, flops=0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Speed:
     """step_seconds: of a decode step of all sequences, the median of the best turn. state_bytes, peak_bytes: of one
-    sequence, after compression and at most during prefill. weight_bytes: read once a step."""
+    sequence, after compression and at most during prefill. weight_bytes: read once a step. attention: what attention
+    and merging of a step must move and compute, all sequences."""
 
     step_seconds: float
     state_bytes: int
     peak_bytes: int
     weight_bytes: int
     batch: int
+    attention: OpCost = NOTHING
 
     @property
     def tokens_per_second(self) -> float:
@@ -76,16 +83,23 @@ def weight_bytes(model: DecoderLM) -> int:
 def measure_speed(
     model: DecoderLM, policies: dict[str, Compression], sizes: SpeedSizes, say: Callable[[str], None]
 ) -> dict[str, Speed]:
-    """Speeds by policy, which take turns; `say` gets a line at each. All states are held at the same time."""
+    """Speeds by policy, which take turns; `say` gets a line at each. All states are held at the same time.
+
+    Where the CPU can, weights are packed in place, as serving does.
+    """
+    if can_pack(model):
+        pack_weights(model)
     generator = torch.Generator().manual_seed(0)
     prompt_1T = torch.randint(model.config.vocab_size, (1, sizes.context), generator=generator)
     states: dict[str, Any] = {}
     bytes_of: dict[str, tuple[int, int]] = {}
+    costs: dict[str, OpCost] = {}
     for name, policy in policies.items():
         begin = time.perf_counter()
         room = sizes.turns * (sizes.steps + 1)
         done = prefill(model, prompt_1T, policy, chunk=sizes.chunk, room=room)
         bytes_of[name] = (done.nbytes, done.peak_nbytes)
+        costs[name] = attention_cost(model, done.state, sizes.batch)
         states[name] = done.state.map(lambda _, tensor: tensor.repeat_interleave(sizes.batch, dim=0))
         say(f"{name}: prompt of {sizes.context} tokens read in {time.perf_counter() - begin:.1f} s")
     found: dict[str, list[float]] = {name: [] for name in policies}
@@ -108,6 +122,7 @@ def measure_speed(
             peak_bytes=bytes_of[name][1],
             weight_bytes=weights,
             batch=sizes.batch,
+            attention=costs[name],
         )
         for name in policies
     }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.ops.evict_merge.rule import Arrival, Merged, MergeRule, Slots
-from attnzoo.ops.rows import put
+from attnzoo.ops.rows import Places, places, places_or_none
 from attnzoo.types import accumulation_dtype
 
 BLOCK_BYTES = 16 << 20
@@ -119,66 +119,59 @@ def _sums(x_BKSC: Tensor, weight_BKS: Tensor | None, place_BKS: Tensor, slots: i
 def evict_merge_step_torch(
     slots: Slots, victim_BK: Tensor, dots_BKP: Tensor, arrival: Arrival, rule: MergeRule, threshold_BK: Tensor
 ) -> Tensor:
-    leaves_BK1 = (victim_BK >= 0)[..., None]
-    victim_BK1 = victim_BK.clamp(min=0)[..., None]
+    norms, count = slots.norms_BKP, slots.norms_BKP.shape[2]
+    victims = places_or_none(victim_BK, count)
+    arrivals = victims if arrival.slot_BK is victim_BK else places_or_none(arrival.slot_BK, count)
     if rule.kind != "drop":
-        threshold_BK = _merge_victims(slots, victim_BK1, leaves_BK1, dots_BKP, rule, threshold_BK)
-    norms = slots.norms_BKP
-    put(norms, victim_BK1, norms.gather(-1, victim_BK1).masked_fill_(leaves_BK1, 0.0))
-    place_BK1, comes_BK1 = arrival.slot_BK.clamp(min=0)[..., None], (arrival.slot_BK >= 0)[..., None]
-    length_BK1 = arrival.key_BKC.to(dots_BKP.dtype).norm(dim=-1, keepdim=True).to(norms.dtype)
-    _write(slots.keys_BKPC, place_BK1, comes_BK1, arrival.key_BKC)
-    _write(slots.values_BKPV, place_BK1, comes_BK1, arrival.value_BKV)
-    put(norms, place_BK1, torch.where(comes_BK1, length_BK1, norms.gather(-1, place_BK1)))
+        threshold_BK = _merge_victims(slots, victims, dots_BKP, rule, threshold_BK)
+    victims.fill(norms, 0.0)
+    arrivals.put(slots.keys_BKPC, arrival.key_BKC)
+    arrivals.put(slots.values_BKPV, arrival.value_BKV)
+    arrivals.put(norms, arrival.key_BKC.to(dots_BKP.dtype).norm(dim=-1))
     if slots.votes_BKP is not None:
-        put(slots.votes_BKP, place_BK1, slots.votes_BKP.gather(-1, place_BK1).masked_fill_(comes_BK1, 1.0))
+        arrivals.fill(slots.votes_BKP, 1.0)
     return threshold_BK
 
 
-def _merge_victims(
-    slots: Slots,
-    victim_BK1: Tensor,
-    leaves_BK1: Tensor,
-    dots_BKP: Tensor,
-    rule: MergeRule,
-    threshold_BK: Tensor,
-) -> Tensor:
+def _merge_victims(slots: Slots, victims: Places, dots_BKP: Tensor, rule: MergeRule, threshold_BK: Tensor) -> Tensor:
     dtype, norms = dots_BKP.dtype, slots.norms_BKP
-    # The victim is nobody's nearest, least of all its own.
-    others = norms.clone()
-    put(others, victim_BK1, 0.0)
-    cosines = (dots_BKP / others).masked_fill_(others == 0, -math.inf)
-    near_BK1, place_BK1 = cosines.max(-1, keepdim=True)
-    own_norm = norms.gather(-1, victim_BK1).to(dtype)
-    near_BK1 = torch.where(own_norm > 0, near_BK1 / own_norm, near_BK1.clamp(max=0.0))
-    near_BK1 = near_BK1.masked_fill(~leaves_BK1, -math.inf)
-    decisive = near_BK1.mean(1, keepdim=True).expand_as(near_BK1) if rule.together else near_BK1
-    threshold_BK = next_threshold(decisive, threshold_BK, rule)
-    merge_BK1 = (decisive >= threshold_BK[..., None]) & (near_BK1 > -math.inf)
-    own, weight = torch.full_like(near_BK1, math.e if rule.kind == "paper" else 1.0), near_BK1
-    if rule.kind == "paper":
-        weight = near_BK1.exp()
+    near_BK, nearest = _nearest_slots(norms, victims, dots_BKP)
+    decisive_BK = near_BK.mean(1, keepdim=True).expand_as(near_BK) if rule.together else near_BK
+    # `next_threshold` of one entry, which is its own mean and maximum.
+    later_BK = rule.beta * decisive_BK + (1 - rule.beta) * threshold_BK
+    new_BK = torch.where(threshold_BK.isnan(), decisive_BK, later_BK).to(threshold_BK.dtype)
+    threshold_BK = torch.where(decisive_BK > -math.inf, new_BK, threshold_BK)
+    merge_BK = (decisive_BK >= threshold_BK) & (near_BK > -math.inf)
+    own: Tensor | float = math.e if rule.kind == "paper" else 1.0
+    weight_BK = near_BK.exp() if rule.kind == "paper" else near_BK
     count: Tensor | float = 1.0
     if slots.votes_BKP is not None:
-        mine, theirs = (slots.votes_BKP.gather(-1, index).to(dtype) for index in (place_BK1, victim_BK1))
-        own, weight, count = own * mine, weight * theirs, theirs
-        put(slots.votes_BKP, place_BK1, torch.where(merge_BK1, mine + theirs, mine).to(slots.votes_BKP.dtype))
-    total = own + (weight if rule.kind == "paper" else count)
-    own, weight = (torch.where(merge_BK1, own / total, 1.0), torch.where(merge_BK1, weight / total, 0.0))
+        mine, theirs = (where.take(slots.votes_BKP).to(dtype) for where in (nearest, victims))
+        own, weight_BK, count = own * mine, weight_BK * theirs, theirs
+        nearest.put(slots.votes_BKP, torch.where(merge_BK, mine + theirs, mine))
+    total = own + (weight_BK if rule.kind == "paper" else count)
+    own_BK = torch.where(merge_BK, own / total, 1.0)
+    weight_BK = torch.where(merge_BK, weight_BK / total, 0.0)
     for tensor in (slots.keys_BKPC, slots.values_BKPV):
-        kept, gone = (_row(tensor, index).to(dtype) for index in (place_BK1, victim_BK1))
-        mixed = (own * kept + weight * gone).to(tensor.dtype)
-        put(tensor, place_BK1, mixed[:, :, None])
+        kept, gone = (where.take(tensor).to(dtype) for where in (nearest, victims))
+        mixed = (own_BK[..., None] * kept).addcmul_(weight_BK[..., None], gone).to(tensor.dtype)
+        nearest.put(tensor, mixed)
         if tensor is slots.keys_BKPC:
-            length_BK1 = mixed.to(dtype).norm(dim=-1, keepdim=True).to(norms.dtype)
-            put(norms, place_BK1, torch.where(merge_BK1, length_BK1, norms.gather(-1, place_BK1)))
+            length_BK = mixed.to(dtype).norm(dim=-1).to(norms.dtype)
+            nearest.put(norms, torch.where(merge_BK, length_BK, nearest.take(norms)))
     return threshold_BK
 
 
-def _row(x_BKPC: Tensor, index_BK1: Tensor) -> Tensor:
-    return x_BKPC.gather(2, index_BK1[..., None].expand(-1, -1, 1, x_BKPC.shape[3]))[:, :, 0]
-
-
-def _write(x_BKPC: Tensor, place_BK1: Tensor, comes_BK1: Tensor, row_BKC: Tensor) -> None:
-    row_BKC = torch.where(comes_BK1, row_BKC, _row(x_BKPC, place_BK1))
-    put(x_BKPC, place_BK1, row_BKC[:, :, None])
+def _nearest_slots(norms_BKP: Tensor, victims: Places, dots_BKP: Tensor) -> tuple[Tensor, Places]:
+    """(largest cosine of the victim with another key, -inf where there is none; its slot)."""
+    # A slot that holds nothing divides by 0; the victim is nobody's nearest, least of all its own.
+    cosines = (dots_BKP / norms_BKP).nan_to_num_(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+    victims.fill(cosines, -math.inf)
+    # Not `max` with indices, which starts threads for however little.
+    nearest = places(cosines.argmax(-1), norms_BKP.shape[2])
+    near_BK = nearest.take(cosines)
+    norm_BK = victims.take(norms_BKP).to(near_BK.dtype)
+    near_BK = torch.where(norm_BK > 0, near_BK / norm_BK, near_BK.clamp(max=0.0))
+    if victims.meant_BK is not None:
+        near_BK = near_BK.masked_fill_(~victims.meant_BK, -math.inf)
+    return near_BK, nearest

@@ -40,6 +40,8 @@ def paged_decode(
     """
     _check(q_BNTH, prefix, tail, query_positions_BT, bias_BNTS, probe_BKC)
     run = choose("paged_decode", impl, IMPLEMENTATIONS, q_BNTH)
+    if run is not paged_decode_torch:
+        prefix, tail = None if prefix is None else prefix.placed(), tail.placed()
     out: Decoded = run(q_BNTH, prefix, tail, query_positions_BT, bias_BNTS, probe_BKC, key_mass)
     return out
 
@@ -73,8 +75,9 @@ def _check_entries(name: str, part: Entries, batch: int, heads: int, head_dim: i
     keys, values = tuple(part.keys_BKSC.shape), tuple(part.values_BKSV.shape)
     if len(keys) != 4 or keys[0] != batch or keys[:3] != values[:3] or heads % keys[1]:
         raise ValueError(f"{name}: keys {keys} and values {values} do not fit {batch} rows of {heads} query heads")
-    if tuple(part.positions_BKS.shape) not in {(batch, kept, keys[2]) for kept in (1, keys[1])}:
-        raise ValueError(f"{name}: positions {tuple(part.positions_BKS.shape)} must be [B, K or 1, S] of keys {keys}")
+    positions = None if part.positions_BKS is None else tuple(part.positions_BKS.shape)
+    if positions is not None and positions not in {(batch, kept, keys[2]) for kept in (1, keys[1])}:
+        raise ValueError(f"{name}: positions {positions} must be [B, K or 1, S] of keys {keys}")
     for what, width, channels in (
         ("keys", keys[3], part.channels_BKC),
         ("values", values[3], part.value_channels_BKV),

@@ -25,13 +25,15 @@ def paged_decode_reference(
     key_mass: bool,
 ) -> Decoded:
     batch, heads, tokens, head_dim = q_BNTH.shape
-    parts = [part for part in (prefix, tail) if part is not None]
+    parts = [part.placed() for part in (prefix, tail) if part is not None]
     kv_heads = tail.keys_BKSC.shape[1]
     dtype = accumulation_dtype(q_BNTH.dtype)
     keys = torch.cat([widened(part.keys_BKSC, part.channels_BKC, head_dim) for part in parts], dim=2).to(dtype)
     values = torch.cat([widened(part.values_BKSV, part.value_channels_BKV, head_dim) for part in parts], dim=2)
     values = values.to(dtype)
-    positions = torch.cat([part.positions_BKS.expand(part.keys_BKSC.shape[:3]) for part in parts], dim=2)
+    positions = torch.cat(
+        [part.positions_BKS.expand(part.keys_BKSC.shape[:3]) for part in parts if part.positions_BKS is not None], dim=2
+    )
     votes = torch.cat([_log_votes(part, dtype) for part in parts], dim=2)
     out = torch.zeros(batch, heads, tokens, head_dim, dtype=dtype, device=q_BNTH.device)
     mass = torch.zeros(keys.shape[:3], dtype=dtype, device=q_BNTH.device)

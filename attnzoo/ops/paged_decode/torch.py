@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.ops.paged_decode.entries import Decoded, Entries
+from attnzoo.ops.products import with_keys, with_values
 from attnzoo.types import accumulation_dtype
 
 _softmax = torch.ops.aten._softmax
@@ -29,48 +30,47 @@ def paged_decode_torch(
     slots = sum(part.slots for part in parts)
     dtype = accumulation_dtype(q_BNTH.dtype)
     scores_BKLS = torch.empty(batch, kv_heads, groups * tokens, slots, dtype=dtype, device=q_BNTH.device)
+    scores_BKGTS = scores_BKLS.view(batch, kv_heads, groups, tokens, slots)
     dots, first = None, 0
     for part in parts:
         rows_BKLC = _kept(q_BKLH, part.channels_BKC)
         probed = part is prefix and probe_BKC is not None
         if probed and probe_BKC is not None:
             rows_BKLC = torch.cat([rows_BKLC, probe_BKC[:, :, None]], dim=2)
-        product = rows_BKLC @ part.keys_BKSC.mT
+        product = with_keys(rows_BKLC, part.keys_BKSC)
         if probed:
             dots, product = product[:, :, -1].to(dtype), product[:, :, :-1]
-        scores_BKLS[..., first : first + part.slots] = product
+        span_BKGTS = scores_BKGTS[..., first : first + part.slots]
+        _add_terms(product.unflatten(2, (groups, tokens)), part, query_positions_BT, span_BKGTS)
         first += part.slots
-    weights_BKLS = _weights(scores_BKLS, parts, query_positions_BT, bias_BNTS)
+    if bias_BNTS is not None:
+        scores_BKGTS += bias_BNTS.view(scores_BKGTS.shape)
+    weights_BKLS = _softmax.out(scores_BKLS, -1, False, out=scores_BKLS)
     out_BKLH: Tensor | None = None
     for part, weights in zip(parts, weights_BKLS.split([part.slots for part in parts], dim=-1), strict=True):
-        added = _placed(weights.to(part.values_BKSV.dtype) @ part.values_BKSV, part.value_channels_BKV, head_dim)
+        added = _placed(with_values(weights, part.values_BKSV), part.value_channels_BKV, head_dim)
         out_BKLH = added if out_BKLH is None else out_BKLH + added
     assert out_BKLH is not None
     return Decoded(
-        out_BNTH=out_BKLH.reshape(batch, heads, tokens, head_dim),
+        out_BNTH=out_BKLH.reshape(batch, heads, tokens, head_dim).to(q_BNTH.dtype),
         mass_BKS=weights_BKLS.sum(2) if key_mass else None,
         dots_BKP=dots,
     )
 
 
-def _weights(scores_BKLS: Tensor, parts: list[Entries], query_positions_BT: Tensor, bias_BNTS: Tensor | None) -> Tensor:
-    """The softmax over both segments, in the memory of the scores."""
-    batch, kv_heads, _, slots = scores_BKLS.shape
-    tokens = query_positions_BT.shape[1]
-    scores_BKGTS = scores_BKLS.view(batch, kv_heads, -1, tokens, slots)
-    if bias_BNTS is not None:
-        scores_BKGTS += bias_BNTS.view(scores_BKGTS.shape)
-    first = 0
-    for part in parts:
-        span = scores_BKGTS[..., first : first + part.slots]
-        if part.log_votes_BKS is not None:
-            span += part.log_votes_BKS[:, :, None, None]
+def _add_terms(product_BKGTS: Tensor, part: Entries, query_positions_BT: Tensor, out_BKGTS: Tensor) -> None:
+    """Scores in the accumulation dtype: the products, the logs of votes, -inf for what a query may not see."""
+    bias = None if part.log_votes_BKS is None else part.log_votes_BKS[:, :, None, None]
+    if part.positions_BKS is not None:
         positions_BK11S = part.positions_BKS[:, :, None, None]
         hidden = (positions_BK11S < 0) | (positions_BK11S > query_positions_BT[:, None, None, :, None])
-        span.masked_fill_(hidden, -math.inf)
-        first += part.slots
-    out: Tensor = _softmax.out(scores_BKLS, -1, False, out=scores_BKLS)
-    return out
+        if bias is None:
+            bias = torch.zeros((), dtype=out_BKGTS.dtype, device=out_BKGTS.device)
+        bias = torch.where(hidden, -math.inf, bias)
+    if bias is None:
+        out_BKGTS.copy_(product_BKGTS)
+    else:
+        torch.add(product_BKGTS, bias, out=out_BKGTS)
 
 
 def _kept(q_BKLH: Tensor, channels_BKC: Tensor | None) -> Tensor:

@@ -98,7 +98,7 @@ def _case(dtype: torch.dtype, head_dim: int, width: int, tokens: int, gpu: str) 
         prefix,
         tail,
         meta(batch, tokens, kind=index),
-        meta(batch, heads, tokens, slots + tail.positions_BKS.shape[2]) if thin else None,
+        meta(batch, heads, tokens, slots + 64) if thin else None,
         meta(batch, kv_heads, width) if thin else None,
         thin,
         Plan(pages=Pages(tail_BI=meta(batch, 4, kind=torch.int32) if thin else None), gpu=gpu),

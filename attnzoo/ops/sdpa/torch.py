@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.products import with_keys, with_values
 from attnzoo.ops.row_blocks import row_block_attention
 from attnzoo.types import accumulation_dtype
 
@@ -48,9 +49,8 @@ def _one_query(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: CausalMask,
 
 
 def _products(q_BKGH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_BK1S: Tensor, scale: float) -> Tensor:
-    scores_BKGS = (k_BKSH @ q_BKGH.mT).mT
-    weights_BKGS = torch.add(bias_BK1S, scores_BKGS, alpha=scale).softmax(-1)
-    return weights_BKGS.to(v_BKSH.dtype) @ v_BKSH
+    weights_BKGS = torch.add(bias_BK1S, with_keys(q_BKGH, k_BKSH), alpha=scale).softmax(-1)
+    return with_values(weights_BKGS, v_BKSH).to(v_BKSH.dtype)
 
 
 def per_query_head(mask_BKTS: Tensor, heads: int) -> Tensor:

@@ -202,6 +202,7 @@ def _queries(q_BNTH: Tensor, query_positions_BT: Tensor, bias_BNTS: Tensor | Non
 def _segment(name: str, part: Entries, table_BI: Tensor | None, batch: int) -> Segment:
     kv_heads, page = part.keys_BKSC.shape[1:3]
     slots = page
+    assert part.positions_BKS is not None
     if table_BI is not None:
         if table_BI.dim() != 2 or table_BI.shape[0] != batch:
             raise ValueError(f"pages.{name}_BI {tuple(table_BI.shape)} must be [{batch}, pages of a sequence]")
