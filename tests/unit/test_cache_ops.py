@@ -1,6 +1,7 @@
 """Operations of compressed caches: torch against the reference, the formulas by hand, and what is refused."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,6 +120,20 @@ def test_scale_keeps_the_full_head_dim():
         out = paged_decode(q, part, last, query_positions_BT=torch.ones(1, 1).long(), impl=impl).out_BNTH
         first = math.exp(3) / (math.exp(3) + 1)
         torch.testing.assert_close(out.flatten(), torch.tensor([first, 1 - first, 0, 0]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("votes", [False, True])
+def test_entries_without_positions_are_all_seen(impl, votes):
+    """As entries at positions that no query is before."""
+    options = {"log_votes_BKS": rand(2, 2, 5).abs()} if votes else {}
+    part, last = segment(2, 2, 5, positions=torch.full((2, 2, 5), 3), **options), segment(2, 2, 3, seed=7)
+    rest = {"query_positions_BT": torch.tensor([[20, 21], [25, 26]]), "key_mass": True, "impl": impl}
+    q = rand(2, 4, 2, H)
+    right = paged_decode(q, part, last, **rest)
+    bare = paged_decode(q, replace(part, positions_BKS=None), last, **rest)
+    assert torch.equal(bare.out_BNTH, right.out_BNTH)
+    assert torch.equal(bare.mass_BKS, right.mass_BKS)
 
 
 def test_votes_weigh_as_many_equal_entries():
