@@ -1,12 +1,15 @@
 """The presses of kvpress on the same weights and tokens: run by `scripts.bench_cache` under an interpreter of its own.
 
-    python scripts/kvpress_peer.py work.json result.json
+    python scripts/kvpress_peer.py work.json result
 
 kvpress needs an older transformers than this project, so it lives in an environment of its own (pip install kvpress)
 and shares nothing with the caller but files.
-work: {"model": directory, "ratio": share of the prompt's tokens to drop, "presses": [names], "items": [{"prompt":
-[tokens], "forced": [tokens], "spans": [[start, end of an answer in forced], ...]}]}.
-result: {press: {"right": [[true or false a span], ...], "nbytes": [bytes of the compressed cache an item]}}.
+work: {"kind": "retrieval", "model": directory, "ratio": share of the prompt's tokens to drop, "presses": [names],
+"items": [{"prompt": [tokens], "forced": [tokens], "spans": [[start, end of an answer in forced], ...]}]}; result, JSON:
+{press: {"right": [[true or false a span], ...], "nbytes": [bytes of the compressed cache an item]}}.
+work: {"kind": "scores", "model": directory, "prompt": [tokens], "window": queries, "pool": neighbours}; result,
+safetensors, of every layer l: queries.l [1, N, W, H] and keys.l [1, K, S, H] after rotation, rank.l [1, K, H] (place of
+a channel in the order in which ThinKPress prunes), snapkv.l [1, K, S - W] (scores of SnapKVPress).
 """
 
 import json
@@ -21,8 +24,11 @@ from kvpress import (
     ObservedAttentionPress,
     SnapKVPress,
     StreamingLLMPress,
+    ThinKPress,
     TOVAPress,
 )
+from kvpress.presses.base_press import BasePress
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
@@ -36,6 +42,40 @@ PRESSES = {
 }
 EAGER = ("ObservedAttentionPress",)
 """Presses that need the attention weights, which fused kernels do not return."""
+
+
+class Recorder(BasePress):
+    """Presses nothing; notes what ThinKPress and SnapKVPress would say of every layer."""
+
+    def __init__(self, window: int, pool: int) -> None:
+        self.window, self.pool = window, pool
+        self.found: dict[str, torch.Tensor] = {}
+
+    def compress(
+        self, module: Any, hidden_states: Any, keys: Any, values: Any, attentions: Any, kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        width = keys.shape[-1]
+        think = ThinKPress(window_size=self.window)
+        pruned = torch.zeros(keys.shape[0], keys.shape[1], width, dtype=torch.int64)
+        for count in range(1, width):
+            # Half a channel more, that rounding cannot take one away.
+            think.key_channel_compression_ratio = (count + 0.5) / width
+            thin, _ = think.compress(module, hidden_states, keys.clone(), values, attentions, kwargs)
+            pruned += (thin == 0).all(dim=2)
+        snapkv = SnapKVPress(window_size=self.window, kernel_size=self.pool)
+        scores = snapkv.score(module, hidden_states, keys, values, None, kwargs)
+        layer = module.layer_idx
+        queries = think.compute_window_queries(module, kwargs["hidden_states"], kwargs["position_embeddings"])
+        self.found[f"queries.{layer}"] = queries.contiguous()
+        self.found[f"keys.{layer}"] = keys.clone()
+        self.found[f"rank.{layer}"] = width - 1 - pruned
+        self.found[f"snapkv.{layer}"] = scores[..., : -self.window].contiguous()
+        return keys, values
+
+
+def load(directory: str, attention: str) -> Any:
+    """The exported model."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention).eval()
 
 
 @torch.no_grad()
@@ -52,19 +92,9 @@ def run_item(model: Any, press: Any, item: dict[str, Any]) -> tuple[list[bool], 
     return [guesses[start - 1 : end - 1] == forced[start:end] for start, end in item["spans"]], nbytes
 
 
-def main(arguments: list[str]) -> int:
-    """Reads the work, writes the result."""
-    if len(arguments) != 2:
-        print(__doc__, file=sys.stderr)
-        return 2
-    logging.disable_progress_bar()
-    work = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-    models = {
-        attention: AutoModelForCausalLM.from_pretrained(
-            work["model"], dtype=torch.float32, attn_implementation=attention
-        ).eval()
-        for attention in ("sdpa", "eager")
-    }
+def retrieval(work: dict[str, Any], path: Path) -> None:
+    """Answers of every press."""
+    models = {attention: load(work["model"], attention) for attention in ("sdpa", "eager")}
     result = {}
     for name in work["presses"]:
         model = models["eager" if name in EAGER else "sdpa"]
@@ -74,7 +104,26 @@ def main(arguments: list[str]) -> int:
             if number % 20 == 0 or number == len(work["items"]):
                 print(f"kvpress {name}: {number}/{len(work['items'])}", file=sys.stderr, flush=True)
         result[name] = {"right": [right for right, _ in found], "nbytes": [nbytes for _, nbytes in found]}
-    Path(arguments[1]).write_text(json.dumps(result), encoding="utf-8")
+    path.write_text(json.dumps(result), encoding="utf-8")
+
+
+@torch.no_grad()
+def scores(work: dict[str, Any], path: Path) -> None:
+    """Scores of one prompt."""
+    model, recorder = load(work["model"], "sdpa"), Recorder(work["window"], work["pool"])
+    with recorder(model):
+        model.model(input_ids=torch.tensor([work["prompt"]]), past_key_values=DynamicCache())
+    save_file(recorder.found, path)
+
+
+def main(arguments: list[str]) -> int:
+    """Reads the work, writes the result."""
+    if len(arguments) != 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    logging.disable_progress_bar()
+    work = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    {"retrieval": retrieval, "scores": scores}[work["kind"]](work, Path(arguments[1]))
     return 0
 
 

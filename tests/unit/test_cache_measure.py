@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from attnzoo.evaluate.cache.budget import Fit, fit_budget
+from attnzoo.evaluate.cache.merge import merged, section_of
 from attnzoo.evaluate.cache.metrics import FidelityMeter, kl_divergence
 from attnzoo.evaluate.cache.models import prose, random_reader
-from attnzoo.evaluate.cache.peer import PRESSES, PeerError, run_peer, work_items
+from attnzoo.evaluate.cache.peer import PRESSES, Exchange, PeerError, run_peer, work_items
+from attnzoo.evaluate.cache.peer_scores import agreement
 from attnzoo.evaluate.cache.protocol import ask, force, forced_logits, prefill
 from attnzoo.evaluate.cache.retrieval import Score, make_batches, solved_tasks
 from attnzoo.evaluate.cache.roofline import step_cost
@@ -20,6 +23,7 @@ from attnzoo.evaluate.cache.table import peer_claim, speed_claims
 from attnzoo.evaluate.cache.text_tasks import text_example
 from attnzoo.evaluate.chips import CHIPS
 from attnzoo.kvcache import build_cache
+from attnzoo.report import Report
 from scripts.bench_cache import main
 
 
@@ -247,7 +251,7 @@ def test_the_peer_gets_the_same_tokens_and_its_answers_find_their_conditions(tmp
     batches = make_batches(lambda task, seed: text_example(reader.encode, task, 300, seed), ["recall"], 2, 2, 2)
     script = tmp_path / "echo.py"
     script.write_text(ECHO, encoding="utf-8")
-    scores = run_peer(Path(sys.executable), script, reader.model, batches, 0.25, tmp_path)
+    scores = run_peer(Exchange(Path(sys.executable), script, tmp_path), batches, 0.25)
     assert set(scores) == set(PRESSES)
     score = scores["SnapKVPress"]
     assert score.accuracy(condition="inside") == score.accuracy(condition="outside") == 1.0
@@ -268,9 +272,9 @@ def test_a_peer_that_fails_says_why(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text("import no_such_package_of_anyone", encoding="utf-8")
     with pytest.raises(PeerError, match="No module named 'no_such_package_of_anyone'"):
-        run_peer(Path(sys.executable), script, reader.model, batches, 0.5, tmp_path)
+        run_peer(Exchange(Path(sys.executable), script, tmp_path), batches, 0.5)
     with pytest.raises(PeerError, match="cannot be run"):
-        run_peer(tmp_path / "nothing", script, reader.model, batches, 0.5, tmp_path)
+        run_peer(Exchange(tmp_path / "nothing", script, tmp_path), batches, 0.5)
 
 
 def test_the_peer_claim_needs_the_mean_of_the_best_press():
@@ -296,11 +300,71 @@ def test_quick_runs_all_of_it(tmp_path, capsys):
     assert full["top-1 agreement"] == 1.0
 
 
+def test_a_section_is_replaced_and_the_others_stay(tmp_path, capsys):
+    path, figure = tmp_path / "report.json", tmp_path / "figure.png"
+    options = ["--quick", "--json", str(path), "--figure", str(figure), "--update"]
+    assert main([*options, "--sections", "symbols"]) == 0
+    first = json.loads(path.read_text(encoding="utf-8"))
+    first["rows"][1]["mark"], first["claims"][0]["measured"] = "old", 0.125
+    path.write_text(json.dumps(first), encoding="utf-8")
+    assert main([*options, "--sections", "speed"]) == 0
+    both = json.loads(path.read_text(encoding="utf-8"))
+    symbols = [row for row in both["rows"] if row["table"].startswith("symbols")]
+    assert symbols == [row for row in first["rows"] if row["table"].startswith("symbols")]
+    assert both["claims"] == first["claims"]
+    assert [row["section"] for row in both["rows"] if row["table"] == "runs"] == ["symbols", "speed"]
+    assert {"decode"} <= {row["table"] for row in both["rows"]}
+    assert main([*options, "--sections", "symbols"]) == 0
+    again = json.loads(path.read_text(encoding="utf-8"))
+    assert len(again["rows"]) == len(both["rows"])
+    assert not any("mark" in row for row in again["rows"])
+    capsys.readouterr()
+
+
+def test_quick_and_real_numbers_are_not_mixed(tmp_path):
+    path = tmp_path / "report.json"
+    Report.start(quick=True).write(path)
+    with pytest.raises(ValueError, match="quick=True, this run False"):
+        merged(Report.start(), ["text"], path)
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [
+        ("symbols by seed", "symbols"), ("text: full cache", "text"), ("fidelity", "text"),
+        ("text, 50% of the bytes: d2o against kvpress's TOVAPress, mean", "text"), ("decode", "speed"),
+        ("kvpress: channels that think ranks as ThinKPress", "text"), ("d2o+think: share", "speed"),
+    ],
+)  # fmt: skip
+def test_names_tell_their_section(name, section):
+    assert section_of(name) == section
+
+
+def test_scores_agree_when_they_are_the_same_up_to_a_factor():
+    """Queries of 4 heads on 2 kv heads, scored here as kvpress documents it: means over window, group and keys."""
+    torch.manual_seed(0)
+    queries, keys = torch.randn(1, 4, 32, 8), torch.randn(1, 2, 41, 8)
+    think = queries.square().mean(2).view(1, 2, 2, 8).mean(2) * keys.square().mean(2)
+    at = torch.arange(41)
+    logits = queries @ keys.repeat_interleave(2, dim=1).mT / 8**0.5
+    shares = logits.masked_fill(at > at[9:, None], -torch.inf).softmax(-1)[..., :9]
+    pooled = F.avg_pool1d(shares.mean(2), 5, stride=1, padding=2).view(1, 2, 2, 9).mean(2)
+    rank = think.argsort(-1).argsort(-1)
+    found = {"queries.0": queries, "keys.0": keys, "rank.0": rank, "snapkv.0": pooled}
+    same = agreement(found)
+    assert (same.channels, same.same_rank, same.tokens) == (16, 16, 18)
+    assert same.difference < 1e-6
+    other = agreement({**found, "rank.0": rank.flip(-1), "snapkv.0": pooled.flip(-1)})
+    assert other.same_rank < 16
+    assert other.difference > 0.01
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--sections", "symbol"], "unknown section 'symbol'; known: symbols, text, speed"),
         (["--sections", "text", "--roofline"], "--roofline needs the bytes"),
+        (["--update"], "--update needs --json"),
     ],
 )
 def test_wrong_usage(arguments, words, capsys):

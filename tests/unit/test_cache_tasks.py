@@ -37,8 +37,8 @@ def spelled(tokens) -> str:
 def value_of(name: str, body: str) -> str:
     """An interpreter of the variables in a context, assignments in the order in which they stand."""
     values: dict[str, str] = {}
-    for kind, first, second in re.findall(r"([=>])(.)(.)", body):
-        values.update({first: second} if kind == "=" else {second: values[first]})
+    for target, source in re.findall(r"=(.)(.)", body):
+        values[target] = values.get(source, source)
     return values[name]
 
 

@@ -27,6 +27,36 @@ class PeerError(Exception):
         return self.message
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """kvpress's Python, the script to run there, and a directory for the exported model and the files of both sides."""
+
+    python: Path
+    script: Path
+    directory: Path
+
+    def export(self, model: DecoderLM) -> None:
+        """The model as kvpress reads it."""
+        export_model(self.directory / "model", model)
+
+    def run(self, work: dict[str, Any], result: Path) -> Path:
+        """Has the exported model do some work; returns the file of the result. Raises PeerError when it fails."""
+        told, result = self.directory / "work.json", self.directory / result
+        told.write_text(json.dumps({"model": str(self.directory / "model"), **work}), encoding="utf-8")
+        try:
+            done = subprocess.run(
+                [str(self.python), str(self.script), str(told), str(result)], stderr=subprocess.PIPE, text=True
+            )
+        except OSError as error:
+            raise PeerError(
+                f"{self.python} cannot be run ({error}); give the Python of an environment with kvpress"
+            ) from None
+        if done.returncode != 0:
+            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise PeerError(f"kvpress under {self.python} failed: {last[0]}")
+        return result
+
+
 def work_items(examples: list[Example]) -> list[dict[str, Any]]:
     """Two prompts an example: with the first question inside (the second one follows), and with it outside."""
     items = []
@@ -41,32 +71,18 @@ def work_items(examples: list[Example]) -> list[dict[str, Any]]:
     return items
 
 
-def run_peer(
-    python: Path, script: Path, model: DecoderLM, batches: Batches, budget: float, directory: Path
-) -> dict[str, Score]:
+def run_peer(exchange: Exchange, batches: Batches, budget: float) -> dict[str, Score]:
     """Scores by press at a `budget`, the share of the full cache's bytes, which for kvpress is that of its tokens.
 
-    Writes the exported model and the files of the exchange to `directory`. Raises PeerError when the other Python
-    cannot run kvpress.
+    Raises PeerError when the other Python cannot run kvpress.
     """
-    exported = directory / "model"
-    export_model(exported, model)
     keys, items = [], []
     for (task, seed), groups in batches.items():
         for example in (example for group in groups for example in group):
             items += work_items([example])
             keys.append((task, seed))
-    work, result = directory / "work.json", directory / "result.json"
-    work.write_text(
-        json.dumps({"model": str(exported), "ratio": 1 - budget, "presses": PRESSES, "items": items}), encoding="utf-8"
-    )
-    try:
-        done = subprocess.run([str(python), str(script), str(work), str(result)], stderr=subprocess.PIPE, text=True)
-    except OSError as error:
-        raise PeerError(f"{python} cannot be run ({error}); give the Python of an environment with kvpress") from None
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise PeerError(f"kvpress under {python} failed: {last[0]}")
+    work = {"kind": "retrieval", "ratio": 1 - budget, "presses": PRESSES, "items": items}
+    result = exchange.run(work, Path("result.json"))
     return {press: _score(found, keys) for press, found in json.loads(result.read_text(encoding="utf-8")).items()}
 
 

@@ -2,13 +2,13 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from attnzoo.evaluate.cache import table
 from attnzoo.evaluate.cache.models import Reader, prose
-from attnzoo.evaluate.cache.peer import run_peer
+from attnzoo.evaluate.cache.peer import Exchange, run_peer
+from attnzoo.evaluate.cache.peer_scores import compare_scores
 from attnzoo.evaluate.cache.policies import CHANNELS, FULL, TOKENS, Contender
 from attnzoo.evaluate.cache.quality import Result, longest_prompt, measure, measure_fidelity, plan
 from attnzoo.evaluate.cache.retrieval import Batches, Maker, ask_all, make_batches, solved_tasks
@@ -34,15 +34,6 @@ SPEED_POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
 ROOFLINE_CHIPS = ["H100", "MI300X"]
 
 
-@dataclass(frozen=True)
-class Peer:
-    """kvpress: its Python, the script to run there, and a directory for the exchange."""
-
-    python: Path
-    script: Path
-    directory: Path
-
-
 def symbols(reader: Reader, settings: Settings, report: Report) -> None:
     """Retrieval over symbols with the small model that was trained on it."""
     tokens, sizes = symbol_tokens(reader.encode), settings.symbols
@@ -55,7 +46,7 @@ def symbols(reader: Reader, settings: Settings, report: Report) -> None:
         report.claims.append(table.solved_claim("symbols", results[0], sizes.tasks, sizes.least))
 
 
-def text(reader: Reader, settings: Settings, report: Report, peer: Peer | None) -> None:
+def text(reader: Reader, settings: Settings, report: Report, peer: Exchange | None) -> None:
     """Retrieval in English and the fidelity of prose with a real checkpoint; kvpress on the same, where it is given."""
     sizes = settings.text
 
@@ -122,13 +113,17 @@ def _fidelity(reader: Reader, settings: Settings, results: Sequence[Result], rep
 
 
 def _peer(
-    model: DecoderLM, batches: Batches, results: Sequence[Result], sizes: QualitySizes, report: Report, peer: Peer
+    model: DecoderLM, batches: Batches, results: Sequence[Result], sizes: QualitySizes, report: Report, peer: Exchange
 ) -> None:
-    """kvpress at the budgets of the token policies."""
+    """kvpress: scores of the longest prompt, then answers at the budgets of the token policies."""
+    peer.export(model)
+    found = compare_scores(peer, longest_prompt(batches))
+    report.rows.append(table.agreement_row("kvpress: scores of the same queries and keys", found))
+    report.claims += table.agreement_claims("kvpress", found)
     tasks = list(dict.fromkeys(task for task, _ in batches))
     full = results[0]
     for budget in sizes.token_budgets:
-        scores = run_peer(peer.python, peer.script, model, batches, budget, peer.directory)
+        scores = run_peer(peer, batches, budget)
         for press, score in scores.items():
             contender = Contender(name=press, policy=press, knob=None, role="control")
             result = replace(full, contender=contender, budget=budget, fit=replace(full.fit, ratio=budget), score=score)
