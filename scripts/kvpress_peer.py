@@ -4,16 +4,22 @@
 
 kvpress needs an older transformers than this project, so it lives in an environment of its own (pip install kvpress)
 and shares nothing with the caller but files.
-work: {"kind": "retrieval", "model": directory, "ratio": share of the prompt's tokens to drop, "presses": [names],
-"items": [{"prompt": [tokens], "forced": [tokens], "spans": [[start, end of an answer in forced], ...]}]}; result, JSON:
-{press: {"right": [[true or false a span], ...], "nbytes": [bytes of the compressed cache an item]}}.
-work: {"kind": "scores", "model": directory, "prompt": [tokens], "window": queries, "pool": neighbours}; result,
-safetensors, of every layer l: queries.l [1, N, W, H] and keys.l [1, K, S, H] after rotation, rank.l [1, K, H] (place of
-a channel in the order in which ThinKPress prunes), snapkv.l [1, K, S - W] (scores of SnapKVPress).
+work, JSON, has "kind", "model" (a directory), and by kind:
+
+- retrieval: "ratio" (share of the prompt's tokens to drop), "presses" (names), "items": [{"prompt": [tokens], "forced":
+  [tokens], "spans": [[start, end of an answer in forced], ...]}]. Result, JSON: {press: {"right": [[true or false a
+  span], ...], "nbytes": [bytes of the compressed cache an item]}}.
+- logits: "ratio", "presses", "prompts": [[tokens], ...], "forced": [[tokens], ...]. Result, safetensors: press
+  [N, T, V], the logits after each forced token.
+- scores: "prompt": [tokens], "window": queries, "pool": neighbours. Result, safetensors, of every layer l: queries.l
+  [1, N, W, H] and keys.l [1, K, S, H] after rotation, rank.l [1, K, H] (place of a channel in the order in which
+  ThinKPress prunes), snapkv.l [1, K, S - W] (scores of SnapKVPress).
 """
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,32 +85,53 @@ def load(directory: str, attention: str) -> Any:
 
 
 @torch.no_grad()
-def run_item(model: Any, press: Any, item: dict[str, Any]) -> tuple[list[bool], int]:
-    """(right by span, bytes of the compressed cache): the prompt is pressed, then tokens follow at their positions."""
-    prompt, forced = item["prompt"], item["forced"]
+def pressed(model: Any, press: Any, prompt: list[int], forced: list[int]) -> tuple[torch.Tensor, int]:
+    """(logits_TV after every forced token, bytes of the compressed cache): the prompt is pressed, then tokens follow at
+    their positions."""
     cache = DynamicCache()
     with press(model):
         model.model(input_ids=torch.tensor([prompt]), past_key_values=cache)
     nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     positions = torch.arange(len(prompt), len(prompt) + len(forced))[None]
-    logits = model(input_ids=torch.tensor([forced]), past_key_values=cache, position_ids=positions).logits
-    guesses = logits[0].argmax(-1).tolist()
+    return model(input_ids=torch.tensor([forced]), past_key_values=cache, position_ids=positions).logits[0], nbytes
+
+
+def run_item(model: Any, press: Any, item: dict[str, Any]) -> tuple[list[bool], int]:
+    """(right by span, bytes of the compressed cache)."""
+    forced = item["forced"]
+    logits_TV, nbytes = pressed(model, press, item["prompt"], forced)
+    guesses = logits_TV.argmax(-1).tolist()
     return [guesses[start - 1 : end - 1] == forced[start:end] for start, end in item["spans"]], nbytes
+
+
+def each_press(work: dict[str, Any]) -> Iterator[tuple[str, Any, Callable[[], Any]]]:
+    """(name, model, maker of a press) of those that are asked for."""
+    models = {attention: load(work["model"], attention) for attention in ("sdpa", "eager")}
+    for name in work["presses"]:
+        yield (
+            name,
+            models["eager" if name in EAGER else "sdpa"],
+            partial(PRESSES[name], compression_ratio=work["ratio"]),
+        )
 
 
 def retrieval(work: dict[str, Any], path: Path) -> None:
     """Answers of every press."""
-    models = {attention: load(work["model"], attention) for attention in ("sdpa", "eager")}
     result = {}
-    for name in work["presses"]:
-        model = models["eager" if name in EAGER else "sdpa"]
-        found = []
-        for number, item in enumerate(work["items"], 1):
-            found.append(run_item(model, PRESSES[name](compression_ratio=work["ratio"]), item))
-            if number % 20 == 0 or number == len(work["items"]):
-                print(f"kvpress {name}: {number}/{len(work['items'])}", file=sys.stderr, flush=True)
+    for name, model, make in each_press(work):
+        found = [run_item(model, make(), item) for item in work["items"]]
         result[name] = {"right": [right for right, _ in found], "nbytes": [nbytes for _, nbytes in found]}
     path.write_text(json.dumps(result), encoding="utf-8")
+
+
+def logits(work: dict[str, Any], path: Path) -> None:
+    """Predictions of every press."""
+    texts = list(zip(work["prompts"], work["forced"], strict=True))
+    found = {
+        name: torch.stack([pressed(model, make(), prompt, forced)[0] for prompt, forced in texts])
+        for name, model, make in each_press(work)
+    }
+    save_file(found, path)
 
 
 @torch.no_grad()
@@ -123,7 +150,7 @@ def main(arguments: list[str]) -> int:
         return 2
     logging.disable_progress_bar()
     work = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-    {"retrieval": retrieval, "scores": scores}[work["kind"]](work, Path(arguments[1]))
+    {"retrieval": retrieval, "logits": logits, "scores": scores}[work["kind"]](work, Path(arguments[1]))
     return 0
 
 

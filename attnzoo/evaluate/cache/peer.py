@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from attnzoo.checkpoint import export_model
 from attnzoo.evaluate.cache.examples import Example
 from attnzoo.evaluate.cache.retrieval import Batches, Score
@@ -84,6 +87,24 @@ def run_peer(exchange: Exchange, batches: Batches, budget: float) -> dict[str, S
     work = {"kind": "retrieval", "ratio": 1 - budget, "presses": PRESSES, "items": items}
     result = exchange.run(work, Path("result.json"))
     return {press: _score(found, keys) for press, found in json.loads(result.read_text(encoding="utf-8")).items()}
+
+
+def peer_logits(exchange: Exchange, tokens_NT: Tensor, prompt: int, budget: float) -> dict[str, Tensor]:
+    """logits_NTV by press after each token from `prompt` on, the last one left out, as `protocol.forced_logits` has them.
+
+    Raises PeerError when the other Python cannot run kvpress.
+    """
+    work = {
+        "kind": "logits",
+        "ratio": 1 - budget,
+        "presses": PRESSES,
+        "prompts": tokens_NT[:, :prompt].tolist(),
+        "forced": tokens_NT[:, prompt:-1].tolist(),
+    }
+    path = exchange.run(work, Path("logits.safetensors"))
+    found = load_file(path)
+    path.unlink()
+    return found
 
 
 def _score(found: dict[str, Any], keys: list[tuple[str, int]]) -> Score:

@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from attnzoo.evaluate.cache import table
+from attnzoo.evaluate.cache.metrics import FidelityMeter
 from attnzoo.evaluate.cache.models import Reader, prose
-from attnzoo.evaluate.cache.peer import Exchange, run_peer
+from attnzoo.evaluate.cache.peer import Exchange, peer_logits, run_peer
 from attnzoo.evaluate.cache.peer_scores import compare_scores
 from attnzoo.evaluate.cache.policies import CHANNELS, FULL, TOKENS, Contender
+from attnzoo.evaluate.cache.protocol import forced_logits
 from attnzoo.evaluate.cache.quality import Result, longest_prompt, measure, measure_fidelity, plan
 from attnzoo.evaluate.cache.retrieval import Batches, Maker, ask_all, make_batches, solved_tasks
 from attnzoo.evaluate.cache.roofline import step_cost
@@ -56,7 +58,9 @@ def text(reader: Reader, settings: Settings, report: Report, peer: Exchange | No
     results, batches = _quality("text", reader.model, make, settings.seeds, sizes, report)
     _fidelity(reader, settings, results, report)
     if peer is not None:
-        _peer(reader.model, batches, results, sizes, report, peer)
+        peer.export(reader.model)
+        _peer(batches, results, sizes, report, peer)
+        _peer_fidelity(reader, settings, report, peer)
 
 
 def _quality(
@@ -112,11 +116,8 @@ def _fidelity(reader: Reader, settings: Settings, results: Sequence[Result], rep
     report.rows += [table.fidelity_row("fidelity", policy, budget, value) for (policy, budget), value in found.items()]
 
 
-def _peer(
-    model: DecoderLM, batches: Batches, results: Sequence[Result], sizes: QualitySizes, report: Report, peer: Exchange
-) -> None:
+def _peer(batches: Batches, results: Sequence[Result], sizes: QualitySizes, report: Report, peer: Exchange) -> None:
     """kvpress: scores of the longest prompt, then answers at the budgets of the token policies."""
-    peer.export(model)
     found = compare_scores(peer, longest_prompt(batches))
     report.rows.append(table.agreement_row("kvpress: scores of the same queries and keys", found))
     report.claims += table.agreement_claims("kvpress", found)
@@ -132,6 +133,18 @@ def _peer(
         mine = next(r for r in results if r.contender.name == table.D2O and r.budget == budget)
         name = f"text, {budget:.0%} of the bytes"
         report.claims.append(table.peer_claim(name, mine.score.accuracy(), best, scores[best].accuracy()))
+
+
+def _peer_fidelity(reader: Reader, settings: Settings, report: Report, peer: Exchange) -> None:
+    """kvpress's predictions of the same prose, against our full cache's."""
+    sizes = settings.fidelity
+    texts_NT = prose(reader.encode, sizes.texts, sizes.prompt + sizes.forced + 1)
+    full_NTV = forced_logits(reader.model, texts_NT, sizes.prompt, FULL.build())
+    for budget in settings.text.token_budgets:
+        for press, logits_NTV in peer_logits(peer, texts_NT, sizes.prompt, budget).items():
+            meter = FidelityMeter()
+            meter.add(full_NTV, logits_NTV, texts_NT[:, sizes.prompt + 1 :])
+            report.rows.append(table.fidelity_row("fidelity", press, budget, meter.result()))
 
 
 def speed(model: DecoderLM, settings: Settings, report: Report) -> dict[str, Speed]:
