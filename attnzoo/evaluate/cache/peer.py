@@ -90,7 +90,7 @@ def run_peer(exchange: Exchange, batches: Batches, budget: float) -> dict[str, S
 
 
 def peer_logits(exchange: Exchange, tokens_NT: Tensor, prompt: int, budget: float) -> dict[str, Tensor]:
-    """logits_NTV by press after each token from `prompt` on, the last one left out, as `protocol.forced_logits` has them.
+    """logits_NTV by press after each token from `prompt` on, the last one left out, as of `protocol.forced_logits`.
 
     Raises PeerError when the other Python cannot run kvpress.
     """
