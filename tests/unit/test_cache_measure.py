@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from attnzoo.evaluate.cache.budget import Fit, fit_budget
+from attnzoo.evaluate.cache.cli import PEER
 from attnzoo.evaluate.cache.merge import merged, section_of
 from attnzoo.evaluate.cache.metrics import FidelityMeter, kl_divergence
 from attnzoo.evaluate.cache.models import prose, random_reader
-from attnzoo.evaluate.cache.peer import PRESSES, Exchange, PeerError, run_peer, work_items
-from attnzoo.evaluate.cache.peer_scores import agreement
+from attnzoo.evaluate.cache.peer import PRESSES, Exchange, PeerError, peer_logits, run_peer, work_items
+from attnzoo.evaluate.cache.peer_scores import agreement, compare_scores
 from attnzoo.evaluate.cache.protocol import ask, force, forced_logits, prefill
+from attnzoo.evaluate.cache.quality import longest_prompt
 from attnzoo.evaluate.cache.retrieval import Score, make_batches, solved_tasks
 from attnzoo.evaluate.cache.roofline import step_cost
 from attnzoo.evaluate.cache.speed import Speed, weight_bytes
@@ -24,6 +27,7 @@ from attnzoo.evaluate.cache.text_tasks import text_example
 from attnzoo.evaluate.chips import CHIPS
 from attnzoo.kvcache import build_cache
 from attnzoo.report import Report
+from scripts.bench_cache import PEER as SCRIPT
 from scripts.bench_cache import main
 
 
@@ -277,6 +281,23 @@ def test_a_peer_that_fails_says_why(tmp_path):
         run_peer(Exchange(tmp_path / "nothing", script, tmp_path), batches, 0.5)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(PEER not in os.environ, reason=f"{PEER} names no Python of an environment with kvpress")
+def test_kvpress_scores_and_answers_as_we_do(tmp_path):
+    """Channels in ThinKPress's order, tokens with SnapKVPress's scores; nothing dropped, and answers are ours."""
+    reader = random_reader()
+    exchange = Exchange(Path(os.environ[PEER]), SCRIPT, tmp_path)
+    exchange.export(reader.model)
+    batches = make_batches(lambda task, seed: text_example(reader.encode, task, 300, seed), ["recall"], 1, 3, 3)
+    found = compare_scores(exchange, longest_prompt(batches))
+    assert found.channels == found.same_rank == 64
+    assert found.difference < 1e-6
+    texts_NT = prose(reader.encode, 2, 60)
+    full_NTV = forced_logits(reader.model, texts_NT, 40, build_cache("full"))
+    for press, logits_NTV in peer_logits(exchange, texts_NT, 40, 1.0).items():
+        torch.testing.assert_close(logits_NTV, full_NTV, msg=press)
+
+
 def test_the_peer_claim_needs_the_mean_of_the_best_press():
     assert peer_claim("text", 0.5, "SnapKVPress", 0.5).holds
     assert not peer_claim("text", 0.5, "SnapKVPress", 0.51).holds
@@ -380,5 +401,6 @@ def test_a_peer_that_fails_does_not_lose_what_was_measured(tmp_path, capsys):
     options = ["--quick", "--sections", "text", "--run-dir", str(tmp_path / "run"), "--json", str(report)]
     assert main([*options, "--kvpress-python", str(nothing)]) == 1
     assert "kvpress is left out" in capsys.readouterr().err
-    tables = {row["table"] for row in json.loads(report.read_text(encoding="utf-8"))["rows"]}
-    assert {"text", "fidelity"} <= tables
+    content = json.loads(report.read_text(encoding="utf-8"))
+    assert {"text", "fidelity"} <= {row["table"] for row in content["rows"]}
+    assert content["command"][-2:] == ["--kvpress-python", "ENVIRONMENT/bin/python"]

@@ -63,7 +63,7 @@ def run(description: str, arguments: list[str] | None, train: Trainer, peer_scri
         made.error("--roofline needs the bytes that the section speed measures; add it to --sections")
     if chosen.update and chosen.json is None:
         made.error("--update needs --json, the report that is to be updated")
-    report = Report.start(quick=chosen.quick)
+    report = Report.start(command=_command(arguments, chosen), quick=chosen.quick)
     if report.load_before > BUSY:
         print(f"load average {report.load_before} is above {BUSY}: others use this machine", file=sys.stderr)
     failed, done = False, []
@@ -81,6 +81,13 @@ def run(description: str, arguments: list[str] | None, train: Trainer, peer_scri
         _save(chosen, report, done)
     _show(report)
     return 1 if failed else report.exit_status()
+
+
+def _command(arguments: list[str] | None, chosen: argparse.Namespace) -> list[str]:
+    """What was typed, without the place where this machine has kvpress."""
+    typed = sys.argv[1:] if arguments is None else arguments
+    place = str(chosen.kvpress_python)
+    return ["python", "-m", "scripts.bench_cache", *(word.replace(place, "ENVIRONMENT/bin/python") for word in typed)]
 
 
 def _measure(name: str, chosen: argparse.Namespace, report: Report, train: Trainer, peer_script: Path) -> None:
