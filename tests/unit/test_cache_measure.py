@@ -17,7 +17,7 @@ from attnzoo.evaluate.cache.metrics import FidelityMeter, kl_divergence
 from attnzoo.evaluate.cache.models import prose, random_reader
 from attnzoo.evaluate.cache.peer import PRESSES, Exchange, PeerError, peer_logits, run_peer, work_items
 from attnzoo.evaluate.cache.peer_scores import agreement, compare_scores
-from attnzoo.evaluate.cache.protocol import ask, force, forced_logits, prefill
+from attnzoo.evaluate.cache.protocol import ask, begin, force, forced_logits, prefill
 from attnzoo.evaluate.cache.quality import longest_prompt
 from attnzoo.evaluate.cache.retrieval import Score, make_batches, solved_tasks
 from attnzoo.evaluate.cache.roofline import step_cost
@@ -115,6 +115,29 @@ def test_a_policy_that_keeps_less_takes_fewer_bytes_and_its_peak_is_seen(reader)
     assert force(reader.model, done.state, tokens_BT[:, :3])[0].shape == (2, 3, 256)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("full", {}),
+        ("d2o", {"keep_ratio": 0.4}),
+        ("d2o", {"keep_ratio": 0.4, "prefill": "stream"}),
+        ("snapkv", {"keep_ratio": 0.4, "window": 8}),
+        ("streaming", {"keep_ratio": 0.4}),
+        ("d2o+think", {"keep_ratio": 0.5, "channel_ratio": 0.5, "window": 8}),
+    ],
+)
+def test_a_shared_beginning_changes_no_bit(reader, name, options):
+    model, policy = reader.model, build_cache(name, options)
+    tokens_BT = torch.randint(256, (2, 103), generator=torch.Generator().manual_seed(1))
+    begun = begin(model, tokens_BT[:, :90], policy, chunk=32, capacity=103)
+    assert begun.tokens == 64
+    for length in (103, 90, 103):
+        shared = prefill(model, tokens_BT[:, :length], policy, chunk=32, begun=begun)
+        alone = prefill(model, tokens_BT[:, :length], policy, chunk=32)
+        told, expected = (force(model, done.state, tokens_BT[:, :4])[0] for done in (shared, alone))
+        assert torch.equal(told, expected)
+
+
 def test_answers_under_the_full_cache_are_those_of_the_parallel_form(reader):
     model = reader.model
     batches = make_batches(lambda task, seed: text_example(reader.encode, task, 300, seed), ["recall"], 1, 12, 4)
@@ -138,9 +161,9 @@ def test_what_is_read_before_compression_and_what_after(reader, monkeypatch):
 
     prompts, forced = [], []
 
-    def read(model, tokens_BT, policy, *, chunk):
+    def read(model, tokens_BT, policy, *, chunk, begun=None):
         prompts.append(tokens_BT.tolist())
-        return prefill(model, tokens_BT, policy, chunk=chunk)
+        return prefill(model, tokens_BT, policy, chunk=chunk, begun=begun)
 
     def told(model, state, tokens_BT, *, together):
         forced.append((tokens_BT.tolist(), together))
@@ -151,7 +174,8 @@ def test_what_is_read_before_compression_and_what_after(reader, monkeypatch):
     example = text_example(reader.encode, "recall", 300, 0)
     first, second = example.questions[:2]
     ask(reader.model, [example], build_cache("full", {}))
-    assert prompts == [[[*example.body, *first.prompt]], [list(example.body)]]
+    # The last one is measured for its bytes.
+    assert prompts == [[[*example.body, *first.prompt]], [list(example.body)], [[*example.body, *first.prompt]]]
     assert forced == [
         ([[*first.lead, *first.answer]], len(first.lead)),
         ([list(second.tokens)], len(second.tokens) - len(second.answer)),
