@@ -131,10 +131,13 @@ def test_a_shared_beginning_changes_no_bit(reader, name, options):
     tokens_BT = torch.randint(256, (2, 103), generator=torch.Generator().manual_seed(1))
     begun = begin(model, tokens_BT[:, :90], policy, chunk=32, capacity=103)
     assert begun.tokens == 64
-    for length in (103, 90, 103):
-        shared = prefill(model, tokens_BT[:, :length], policy, chunk=32, begun=begun)
-        alone = prefill(model, tokens_BT[:, :length], policy, chunk=32)
-        told, expected = (force(model, done.state, tokens_BT[:, :4])[0] for done in (shared, alone))
+    prompts = [tokens_BT, tokens_BT[:, :90]]
+    prompts.append(torch.cat([prompts[1], prompts[1][:, :13]], dim=1))
+    # All of them are read before any goes on: they must not write over one another.
+    shared = [prefill(model, prompt_BT, policy, chunk=32, begun=begun) for prompt_BT in prompts]
+    alone = [prefill(model, prompt_BT, policy, chunk=32) for prompt_BT in prompts]
+    for mine, other in zip(shared, alone, strict=True):
+        told, expected = (force(model, done.state, tokens_BT[:, :4])[0] for done in (mine, other))
         assert torch.equal(told, expected)
 
 
