@@ -1,16 +1,25 @@
 """The presses of kvpress on the same weights and tokens: run by `scripts.bench_cache` under an interpreter of its own.
 
-    python scripts/kvpress_peer.py work.json result.json
+    python scripts/kvpress_peer.py work.json result
 
 kvpress needs an older transformers than this project, so it lives in an environment of its own (pip install kvpress)
 and shares nothing with the caller but files.
-work: {"model": directory, "ratio": share of the prompt's tokens to drop, "presses": [names], "items": [{"prompt":
-[tokens], "forced": [tokens], "spans": [[start, end of an answer in forced], ...]}]}.
-result: {press: {"right": [[true or false a span], ...], "nbytes": [bytes of the compressed cache an item]}}.
+work, JSON, has "kind", "model" (a directory), and by kind:
+
+- retrieval: "ratio" (share of the prompt's tokens to drop), "presses" (names), "items": [{"prompt": [tokens], "forced":
+  [tokens], "spans": [[start, end of an answer in forced], ...]}]. Result, JSON: {press: {"right": [[true or false a
+  span], ...], "nbytes": [bytes of the compressed cache an item]}}.
+- logits: "ratio", "presses", "prompts": [[tokens], ...], "forced": [[tokens], ...]. Result, safetensors: press
+  [N, T, V], the logits after each forced token.
+- scores: "prompt": [tokens], "window": queries, "pool": neighbours. Result, safetensors, of every layer l: queries.l
+  [1, N, W, H] and keys.l [1, K, S, H] after rotation, rank.l [1, K, H] (place of a channel in the order in which
+  ThinKPress prunes), snapkv.l [1, K, S - W] (scores of SnapKVPress).
 """
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +30,11 @@ from kvpress import (
     ObservedAttentionPress,
     SnapKVPress,
     StreamingLLMPress,
+    ThinKPress,
     TOVAPress,
 )
+from kvpress.presses.base_press import BasePress
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
@@ -38,18 +50,97 @@ EAGER = ("ObservedAttentionPress",)
 """Presses that need the attention weights, which fused kernels do not return."""
 
 
+class Recorder(BasePress):
+    """Presses nothing; notes what ThinKPress and SnapKVPress would say of every layer."""
+
+    def __init__(self, window: int, pool: int) -> None:
+        self.window, self.pool = window, pool
+        self.found: dict[str, torch.Tensor] = {}
+
+    def compress(
+        self, module: Any, hidden_states: Any, keys: Any, values: Any, attentions: Any, kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        width = keys.shape[-1]
+        think = ThinKPress(window_size=self.window)
+        pruned = torch.zeros(keys.shape[0], keys.shape[1], width, dtype=torch.int64)
+        for count in range(1, width):
+            # Half a channel more, that rounding cannot take one away.
+            think.key_channel_compression_ratio = (count + 0.5) / width
+            thin, _ = think.compress(module, hidden_states, keys.clone(), values, attentions, kwargs)
+            pruned += (thin == 0).all(dim=2)
+        snapkv = SnapKVPress(window_size=self.window, kernel_size=self.pool)
+        scores = snapkv.score(module, hidden_states, keys, values, None, kwargs)
+        layer = module.layer_idx
+        queries = think.compute_window_queries(module, kwargs["hidden_states"], kwargs["position_embeddings"])
+        self.found[f"queries.{layer}"] = queries.contiguous()
+        self.found[f"keys.{layer}"] = keys.clone()
+        self.found[f"rank.{layer}"] = width - 1 - pruned
+        self.found[f"snapkv.{layer}"] = scores[..., : -self.window].contiguous()
+        return keys, values
+
+
+def load(directory: str, attention: str) -> Any:
+    """The exported model."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention).eval()
+
+
 @torch.no_grad()
-def run_item(model: Any, press: Any, item: dict[str, Any]) -> tuple[list[bool], int]:
-    """(right by span, bytes of the compressed cache): the prompt is pressed, then tokens follow at their positions."""
-    prompt, forced = item["prompt"], item["forced"]
+def pressed(model: Any, press: Any, prompt: list[int], forced: list[int]) -> tuple[torch.Tensor, int]:
+    """(logits_TV after every forced token, bytes of the compressed cache): the prompt is pressed, then tokens follow at
+    their positions."""
     cache = DynamicCache()
     with press(model):
         model.model(input_ids=torch.tensor([prompt]), past_key_values=cache)
     nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     positions = torch.arange(len(prompt), len(prompt) + len(forced))[None]
-    logits = model(input_ids=torch.tensor([forced]), past_key_values=cache, position_ids=positions).logits
-    guesses = logits[0].argmax(-1).tolist()
+    return model(input_ids=torch.tensor([forced]), past_key_values=cache, position_ids=positions).logits[0], nbytes
+
+
+def run_item(model: Any, press: Any, item: dict[str, Any]) -> tuple[list[bool], int]:
+    """(right by span, bytes of the compressed cache)."""
+    forced = item["forced"]
+    logits_TV, nbytes = pressed(model, press, item["prompt"], forced)
+    guesses = logits_TV.argmax(-1).tolist()
     return [guesses[start - 1 : end - 1] == forced[start:end] for start, end in item["spans"]], nbytes
+
+
+def each_press(work: dict[str, Any]) -> Iterator[tuple[str, Any, Callable[[], Any]]]:
+    """(name, model, maker of a press) of those that are asked for."""
+    models = {attention: load(work["model"], attention) for attention in ("sdpa", "eager")}
+    for name in work["presses"]:
+        yield (
+            name,
+            models["eager" if name in EAGER else "sdpa"],
+            partial(PRESSES[name], compression_ratio=work["ratio"]),
+        )
+
+
+def retrieval(work: dict[str, Any], path: Path) -> None:
+    """Answers of every press."""
+    result = {}
+    for name, model, make in each_press(work):
+        found = [run_item(model, make(), item) for item in work["items"]]
+        result[name] = {"right": [right for right, _ in found], "nbytes": [nbytes for _, nbytes in found]}
+    path.write_text(json.dumps(result), encoding="utf-8")
+
+
+def logits(work: dict[str, Any], path: Path) -> None:
+    """Predictions of every press."""
+    texts = list(zip(work["prompts"], work["forced"], strict=True))
+    found = {
+        name: torch.stack([pressed(model, make(), prompt, forced)[0] for prompt, forced in texts])
+        for name, model, make in each_press(work)
+    }
+    save_file(found, path)
+
+
+@torch.no_grad()
+def scores(work: dict[str, Any], path: Path) -> None:
+    """Scores of one prompt."""
+    model, recorder = load(work["model"], "sdpa"), Recorder(work["window"], work["pool"])
+    with recorder(model):
+        model.model(input_ids=torch.tensor([work["prompt"]]), past_key_values=DynamicCache())
+    save_file(recorder.found, path)
 
 
 def main(arguments: list[str]) -> int:
@@ -59,22 +150,7 @@ def main(arguments: list[str]) -> int:
         return 2
     logging.disable_progress_bar()
     work = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-    models = {
-        attention: AutoModelForCausalLM.from_pretrained(
-            work["model"], dtype=torch.float32, attn_implementation=attention
-        ).eval()
-        for attention in ("sdpa", "eager")
-    }
-    result = {}
-    for name in work["presses"]:
-        model = models["eager" if name in EAGER else "sdpa"]
-        found = []
-        for number, item in enumerate(work["items"], 1):
-            found.append(run_item(model, PRESSES[name](compression_ratio=work["ratio"]), item))
-            if number % 20 == 0 or number == len(work["items"]):
-                print(f"kvpress {name}: {number}/{len(work['items'])}", file=sys.stderr, flush=True)
-        result[name] = {"right": [right for right, _ in found], "nbytes": [nbytes for _, nbytes in found]}
-    Path(arguments[1]).write_text(json.dumps(result), encoding="utf-8")
+    {"retrieval": retrieval, "logits": logits, "scores": scores}[work["kind"]](work, Path(arguments[1]))
     return 0
 
 

@@ -16,7 +16,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results"
-DOCUMENTS = [README, ROOT / "docs" / "compare.md", ROOT / "docs" / "experiments" / "in-context-learning.md"]
+DOCUMENTS = [
+    README,
+    *(ROOT / "docs" / name for name in ("caches.md", "compare.md", "experiments/in-context-learning.md")),
+]
 MARKED = re.compile(r"(<!-- (rows|claims) (\S+)(?: ([^|>]+?))?(?: \| ([^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

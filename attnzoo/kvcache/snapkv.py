@@ -84,9 +84,11 @@ class SnapKVCache(TailedCache):
         view = self._entries(state, lengths_B)
         kv_heads = view.keys_BKSH.shape[1]
         places = view.positions_BKS.expand(-1, kv_heads, -1)
-        rank = self._smoothed(self._seen(layer, view), places)
-        rank = rank.masked_fill(places < self.config.sinks, torch.inf)
         before = (places >= 0) & (places < first_B[:, None, None])
+        # What the window itself received says nothing about its neighbours: it stays whatever they are worth.
+        seen = self._seen(layer, view).masked_fill(~before, 0.0)
+        rank = smoothed(seen, self.config.pool, self.config.kind)
+        rank = rank.masked_fill(places < self.config.sinks, torch.inf)
         order = rank.masked_fill(~before, -torch.inf).argsort(dim=-1, descending=True, stable=True)
         room_B = torch.where(lengths_B <= budgets_B, lengths_B, budgets_B - (lengths_B - first_B))
         within = torch.arange(order.shape[2], device=order.device) < room_B[:, None, None]
@@ -123,11 +125,6 @@ class SnapKVCache(TailedCache):
         tables = layer.reader.tables(mask, len(steps))
         return key_mass(layer.state.queries_BNWH, view.keys_BKSH, mask=mask, tables=tables, impl=layer.reader.impl)
 
-    def _smoothed(self, mass_BKS: Tensor, places_BKS: Tensor) -> Tensor:
-        mass_BKS = mass_BKS.masked_fill(places_BKS < 0, 0.0)
-        pooled = F.avg_pool1d if self.config.kind == "mean" else F.max_pool1d
-        return pooled(mass_BKS, self.config.pool, stride=1, padding=self.config.pool // 2)
-
     def compressed_nbytes(
         self, batch: int, num_kv_heads: int, head_dim: int, prompt: int, dtype: torch.dtype, *, tokens: int = 0
     ) -> int:
@@ -138,3 +135,9 @@ class SnapKVCache(TailedCache):
         slots = cc.pages(self.config.window + tokens)
         prefix = budget - self.config.window
         return batch * (num_kv_heads * (prefix * (whole + 4) + slots * whole) + 16)
+
+
+def smoothed(mass_BKS: Tensor, pool: int, kind: Literal["mean", "max"]) -> Tensor:
+    """mass_BKS pooled over `pool` neighbours, an odd number; nothing stands beyond the ends."""
+    pooled = F.avg_pool1d if kind == "mean" else F.max_pool1d
+    return pooled(mass_BKS, pool, stride=1, padding=pool // 2)

@@ -2,17 +2,23 @@
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from attnzoo.evaluate.cache.budget import Fit, fit_budget
+from attnzoo.evaluate.cache.cli import PEER
+from attnzoo.evaluate.cache.merge import merged, section_of
 from attnzoo.evaluate.cache.metrics import FidelityMeter, kl_divergence
 from attnzoo.evaluate.cache.models import prose, random_reader
-from attnzoo.evaluate.cache.peer import PRESSES, PeerError, run_peer, work_items
-from attnzoo.evaluate.cache.protocol import ask, force, forced_logits, prefill
+from attnzoo.evaluate.cache.peer import PRESSES, Exchange, PeerError, peer_logits, run_peer, work_items
+from attnzoo.evaluate.cache.peer_scores import agreement, compare_scores
+from attnzoo.evaluate.cache.protocol import ask, begin, force, forced_logits, prefill
+from attnzoo.evaluate.cache.quality import longest_prompt
 from attnzoo.evaluate.cache.retrieval import Score, make_batches, solved_tasks
 from attnzoo.evaluate.cache.roofline import attention_cost, step_cost
 from attnzoo.evaluate.cache.speed import Speed, weight_bytes
@@ -23,6 +29,8 @@ from attnzoo.kvcache import build_cache, compressed, ring_step
 from attnzoo.ops.cost import OpCost
 from attnzoo.ops.evict_merge.cost import step_cost as merge_step_cost
 from attnzoo.ops.paged_decode.cost import DecodeSizes, SegmentSizes, decode_cost
+from attnzoo.report import Report
+from scripts.bench_cache import PEER as SCRIPT
 from scripts.bench_cache import main
 
 
@@ -110,6 +118,32 @@ def test_a_policy_that_keeps_less_takes_fewer_bytes_and_its_peak_is_seen(reader)
     assert force(reader.model, done.state, tokens_BT[:, :3])[0].shape == (2, 3, 256)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("full", {}),
+        ("d2o", {"keep_ratio": 0.4}),
+        ("d2o", {"keep_ratio": 0.4, "prefill": "stream"}),
+        ("snapkv", {"keep_ratio": 0.4, "window": 8}),
+        ("streaming", {"keep_ratio": 0.4}),
+        ("d2o+think", {"keep_ratio": 0.5, "channel_ratio": 0.5, "window": 8}),
+    ],
+)
+def test_a_shared_beginning_changes_no_bit(reader, name, options):
+    model, policy = reader.model, build_cache(name, options)
+    tokens_BT = torch.randint(256, (2, 103), generator=torch.Generator().manual_seed(1))
+    begun = begin(model, tokens_BT[:, :90], policy, chunk=32, capacity=103)
+    assert begun.tokens == 64
+    prompts = [tokens_BT, tokens_BT[:, :90]]
+    prompts.append(torch.cat([prompts[1], prompts[1][:, :13]], dim=1))
+    # All of them are read before any goes on: they must not write over one another.
+    shared = [prefill(model, prompt_BT, policy, chunk=32, begun=begun) for prompt_BT in prompts]
+    alone = [prefill(model, prompt_BT, policy, chunk=32) for prompt_BT in prompts]
+    for mine, other in zip(shared, alone, strict=True):
+        told, expected = (force(model, done.state, tokens_BT[:, :4])[0] for done in (mine, other))
+        assert torch.equal(told, expected)
+
+
 def test_answers_under_the_full_cache_are_those_of_the_parallel_form(reader):
     model = reader.model
     batches = make_batches(lambda task, seed: text_example(reader.encode, task, 300, seed), ["recall"], 1, 12, 4)
@@ -133,9 +167,9 @@ def test_what_is_read_before_compression_and_what_after(reader, monkeypatch):
 
     prompts, forced = [], []
 
-    def read(model, tokens_BT, policy, *, chunk):
+    def read(model, tokens_BT, policy, *, chunk, begun=None):
         prompts.append(tokens_BT.tolist())
-        return prefill(model, tokens_BT, policy, chunk=chunk)
+        return prefill(model, tokens_BT, policy, chunk=chunk, begun=begun)
 
     def told(model, state, tokens_BT, *, together):
         forced.append((tokens_BT.tolist(), together))
@@ -146,7 +180,8 @@ def test_what_is_read_before_compression_and_what_after(reader, monkeypatch):
     example = text_example(reader.encode, "recall", 300, 0)
     first, second = example.questions[:2]
     ask(reader.model, [example], build_cache("full", {}))
-    assert prompts == [[[*example.body, *first.prompt]], [list(example.body)]]
+    # The last one is measured for its bytes.
+    assert prompts == [[[*example.body, *first.prompt]], [list(example.body)], [[*example.body, *first.prompt]]]
     assert forced == [
         ([[*first.lead, *first.answer]], len(first.lead)),
         ([list(second.tokens)], len(second.tokens) - len(second.answer)),
@@ -312,7 +347,7 @@ def test_the_peer_gets_the_same_tokens_and_its_answers_find_their_conditions(tmp
     batches = make_batches(lambda task, seed: text_example(reader.encode, task, 300, seed), ["recall"], 2, 2, 2)
     script = tmp_path / "echo.py"
     script.write_text(ECHO, encoding="utf-8")
-    scores = run_peer(Path(sys.executable), script, reader.model, batches, 0.25, tmp_path)
+    scores = run_peer(Exchange(Path(sys.executable), script, tmp_path), batches, 0.25)
     assert set(scores) == set(PRESSES)
     score = scores["SnapKVPress"]
     assert score.accuracy(condition="inside") == score.accuracy(condition="outside") == 1.0
@@ -333,9 +368,26 @@ def test_a_peer_that_fails_says_why(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text("import no_such_package_of_anyone", encoding="utf-8")
     with pytest.raises(PeerError, match="No module named 'no_such_package_of_anyone'"):
-        run_peer(Path(sys.executable), script, reader.model, batches, 0.5, tmp_path)
+        run_peer(Exchange(Path(sys.executable), script, tmp_path), batches, 0.5)
     with pytest.raises(PeerError, match="cannot be run"):
-        run_peer(tmp_path / "nothing", script, reader.model, batches, 0.5, tmp_path)
+        run_peer(Exchange(tmp_path / "nothing", script, tmp_path), batches, 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(PEER not in os.environ, reason=f"{PEER} names no Python of an environment with kvpress")
+def test_kvpress_scores_and_answers_as_we_do(tmp_path):
+    """Channels in ThinKPress's order, tokens with SnapKVPress's scores; nothing dropped, and answers are ours."""
+    reader = random_reader()
+    exchange = Exchange(Path(os.environ[PEER]), SCRIPT, tmp_path)
+    exchange.export(reader.model)
+    batches = make_batches(lambda task, seed: text_example(reader.encode, task, 300, seed), ["recall"], 1, 3, 3)
+    found = compare_scores(exchange, longest_prompt(batches))
+    assert found.channels == found.same_rank == 64
+    assert found.difference < 1e-6
+    texts_NT = prose(reader.encode, 2, 60)
+    full_NTV = forced_logits(reader.model, texts_NT, 40, build_cache("full"))
+    for press, logits_NTV in peer_logits(exchange, texts_NT, 40, 1.0).items():
+        torch.testing.assert_close(logits_NTV, full_NTV, msg=press)
 
 
 def test_the_peer_claim_needs_the_mean_of_the_best_press():
@@ -361,11 +413,71 @@ def test_quick_runs_all_of_it(tmp_path, capsys):
     assert full["top-1 agreement"] == 1.0
 
 
+def test_a_section_is_replaced_and_the_others_stay(tmp_path, capsys):
+    path, figure = tmp_path / "report.json", tmp_path / "figure.png"
+    options = ["--quick", "--json", str(path), "--figure", str(figure), "--update"]
+    assert main([*options, "--sections", "symbols"]) == 0
+    first = json.loads(path.read_text(encoding="utf-8"))
+    first["rows"][1]["mark"], first["claims"][0]["measured"] = "old", 0.125
+    path.write_text(json.dumps(first), encoding="utf-8")
+    assert main([*options, "--sections", "speed"]) == 0
+    both = json.loads(path.read_text(encoding="utf-8"))
+    symbols = [row for row in both["rows"] if row["table"].startswith("symbols")]
+    assert symbols == [row for row in first["rows"] if row["table"].startswith("symbols")]
+    assert both["claims"] == first["claims"]
+    assert [row["section"] for row in both["rows"] if row["table"] == "runs"] == ["symbols", "speed"]
+    assert {"decode"} <= {row["table"] for row in both["rows"]}
+    assert main([*options, "--sections", "symbols"]) == 0
+    again = json.loads(path.read_text(encoding="utf-8"))
+    assert len(again["rows"]) == len(both["rows"])
+    assert not any("mark" in row for row in again["rows"])
+    capsys.readouterr()
+
+
+def test_quick_and_real_numbers_are_not_mixed(tmp_path):
+    path = tmp_path / "report.json"
+    Report.start(quick=True).write(path)
+    with pytest.raises(ValueError, match="quick=True, this run False"):
+        merged(Report.start(), ["text"], path)
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [
+        ("symbols by seed", "symbols"), ("text: full cache", "text"), ("fidelity", "text"),
+        ("text, 50% of the bytes: d2o against kvpress's TOVAPress, mean", "text"), ("decode", "speed"),
+        ("kvpress: channels that think ranks as ThinKPress", "text"), ("d2o+think: share", "speed"),
+    ],
+)  # fmt: skip
+def test_names_tell_their_section(name, section):
+    assert section_of(name) == section
+
+
+def test_scores_agree_when_they_are_the_same_up_to_a_factor():
+    """Queries of 4 heads on 2 kv heads, scored here as kvpress documents it: means over window, group and keys."""
+    torch.manual_seed(0)
+    queries, keys = torch.randn(1, 4, 32, 8), torch.randn(1, 2, 41, 8)
+    think = queries.square().mean(2).view(1, 2, 2, 8).mean(2) * keys.square().mean(2)
+    at = torch.arange(41)
+    logits = queries @ keys.repeat_interleave(2, dim=1).mT / 8**0.5
+    shares = logits.masked_fill(at > at[9:, None], -torch.inf).softmax(-1)[..., :9]
+    pooled = F.avg_pool1d(shares.mean(2), 5, stride=1, padding=2).view(1, 2, 2, 9).mean(2)
+    rank = think.argsort(-1).argsort(-1)
+    found = {"queries.0": queries, "keys.0": keys, "rank.0": rank, "snapkv.0": pooled}
+    same = agreement(found)
+    assert (same.channels, same.same_rank, same.tokens) == (16, 16, 18)
+    assert same.difference < 1e-6
+    other = agreement({**found, "rank.0": rank.flip(-1), "snapkv.0": pooled.flip(-1)})
+    assert other.same_rank < 16
+    assert other.difference > 0.01
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--sections", "symbol"], "unknown section 'symbol'; known: symbols, text, speed"),
         (["--sections", "text", "--roofline"], "--roofline needs the bytes"),
+        (["--update"], "--update needs --json"),
     ],
 )
 def test_wrong_usage(arguments, words, capsys):
@@ -381,5 +493,6 @@ def test_a_peer_that_fails_does_not_lose_what_was_measured(tmp_path, capsys):
     options = ["--quick", "--sections", "text", "--run-dir", str(tmp_path / "run"), "--json", str(report)]
     assert main([*options, "--kvpress-python", str(nothing)]) == 1
     assert "kvpress is left out" in capsys.readouterr().err
-    tables = {row["table"] for row in json.loads(report.read_text(encoding="utf-8"))["rows"]}
-    assert {"text", "fidelity"} <= tables
+    content = json.loads(report.read_text(encoding="utf-8"))
+    assert {"text", "fidelity"} <= {row["table"] for row in content["rows"]}
+    assert content["command"][-2:] == ["--kvpress-python", "ENVIRONMENT/bin/python"]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnzoo.kvcache import CACHES, build_cache
+from attnzoo.kvcache import CACHES, build_cache, snapkv
 from attnzoo.kvcache.budgets import allocate, asked_tokens, layer_weights, moments, variance
 from attnzoo.kvcache.channels import best_channels, channel_scores, greedy_scores, hashed, kept_channels
 from attnzoo.models import DecoderConfig, DecoderLM
@@ -96,6 +96,22 @@ def test_think_score_is_what_a_channel_adds_to_the_products():
     for d in range(5):
         products = torch.einsum("nw,s->nws", queries[0, :, :, d], keys[0, 0, :, d])
         assert scores[0, 0, d].item() == pytest.approx(products.square().sum().item())
+
+
+def test_snapkv_does_not_smooth_what_the_window_received_over_its_neighbours(monkeypatch):
+    """Of 20 tokens the last 3 are the window and hold nearly all attention; 5 and 6 have what there is of it before."""
+    model = build_model("gqa")
+
+    def mass(queries, keys, **_):
+        seen = keys.new_zeros(keys.shape[:3])
+        seen[..., 5:7], seen[..., 17:] = 1.0, 50.0
+        return seen
+
+    monkeypatch.setattr(snapkv, "key_mass", mass)
+    policy = build_cache("snapkv", {"max_tokens": 7, "window": 3, "pool": 3})
+    _, state = run(model, policy, prompt(1, 21), 20)
+    for layer in state.layers:
+        assert (layer.mixing.prefix.places_BKP - 1).sort(-1).values.tolist() == [[[4, 5, 6, 7]] * 2]
 
 
 def test_greedy_removal_sees_channels_that_cancel():

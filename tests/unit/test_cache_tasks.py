@@ -37,8 +37,8 @@ def spelled(tokens) -> str:
 def value_of(name: str, body: str) -> str:
     """An interpreter of the variables in a context, assignments in the order in which they stand."""
     values: dict[str, str] = {}
-    for kind, first, second in re.findall(r"([=>])(.)(.)", body):
-        values.update({first: second} if kind == "=" else {second: values[first]})
+    for target, source in re.findall(r"=(.)(.)", body):
+        values[target] = values.get(source, source)
     return values[name]
 
 
@@ -182,22 +182,44 @@ def test_training_sequences_are_the_same_for_any_number_of_ranks_and_after_a_res
     assert not torch.equal(first[0], TaskStream(1, TOKENS, 161, seed=6).next(6, 0, 1)[0])
 
 
-def test_targets_are_answers_alone():
-    sequence, asked = task_sequence(402, "0 7", 1, TOKENS)
+def test_targets_are_answers_and_the_values_of_assignments():
+    values = 0
+    for seed in SEEDS:
+        sequence, targets = task_document(150, random.Random(seed), 1, TOKENS)
+        assert len(sequence) == len(targets)
+        text = " " + "".join(ALPHABET[token - 100] for token in sequence[1:])
+        body, asked = text[: text.index("?")], text[text.index("?") :]
+        wanted = {}
+        if "=" in body:
+            for found in re.finditer(r"=(.)(.)", body):
+                wanted[found.end() - 1] = value_of(found[1], body)
+            values += 1
+        for found in re.finditer(r"\?([^?]+)", asked):
+            sign = found[1][: found[1].index(found[1][0], 1)]
+            start = len(body) + found.start() + 1 + 2 * len(sign)
+            for place in range(start, len(body) + found.end()):
+                wanted[place - 1] = text[place]
+        told = {place: ALPHABET[t - 100] for place, t in enumerate(targets) if t != -100}
+        assert told == wanted
+    assert values > 0
+
+
+def test_a_batch_holds_its_sequences():
+    sequence, targets = task_sequence(401, "0 7", 1, TOKENS)
     tokens_BT, targets_BT = TaskStream(1, TOKENS, 401, seed=0).next(8, 0, 1)
-    assert torch.equal(tokens_BT[7], torch.tensor(sequence[:-1]))
-    wanted = [token if told else -100 for token, told in zip(sequence, asked, strict=True)]
-    assert torch.equal(targets_BT[7], torch.tensor(wanted[1:]))
+    assert tokens_BT[7].tolist() == sequence
+    assert targets_BT[7].tolist() == targets
+    assert len(sequence) == 401
 
 
 def test_every_question_of_a_document_is_asked_once():
     for seed in SEEDS:
-        sequence, asked = task_document(150, random.Random(seed), 1, TOKENS)
+        sequence, targets = task_document(150, random.Random(seed), 1, TOKENS)
         assert sequence.count(1) == 1
         text = "".join(ALPHABET[token - 100] for token in sequence[1:])
         questions = re.findall(r"\?([^?]+)", text)
         assert len(questions) == len(set(questions)) >= 2
-        assert 2 <= sum(asked) <= 20
+        assert 2 <= sum(target != -100 for target in targets[1 + text.index("?") :]) <= 20
 
 
 def test_the_source_brings_its_own_tokenizer(tmp_path):

@@ -1,7 +1,8 @@
 """Generated retrieval tasks as training data: the small model that compressed caches are measured with learns them.
 
 A document is one context of `attnzoo.evaluate.cache.symbol_tasks` and its questions, each asked once: asked again, it
-could be answered from the first answer. Documents fill a sequence one after the other, and only answers are targets.
+could be answered from the first answer. Documents fill a sequence one after the other, and only answers are targets,
+beside the value of a variable where it is assigned: without this step on the way, chains stay guesses.
 The sequence of an index is always the same, so nothing is stored.
 """
 
@@ -22,6 +23,8 @@ IGNORED = -100
 VALIDATION_SEQUENCES = 256
 SHORTEST_CONTEXT = 80
 """Symbols that hold the items of every task."""
+WEIGHTS = {task: 2 if task == "variables" else 1 for task in SYMBOL_TASKS}
+"""How often a task is drawn, over the others: a value that is looked up up to three times is learned last."""
 
 
 def retrieval_documents(config: DataConfig) -> Iterator[str]:
@@ -29,25 +32,32 @@ def retrieval_documents(config: DataConfig) -> Iterator[str]:
     yield f" {ALPHABET}\n" * 100
 
 
-def task_document(longest: int, rng: random.Random, bos: int, tokens: list[int]) -> tuple[list[int], list[bool]]:
-    """(tokens, asked) of a begin token, a context of at most `longest` symbols, and its questions."""
-    task = rng.choice(list(SYMBOL_TASKS))
+def task_document(longest: int, rng: random.Random, bos: int, tokens: list[int]) -> tuple[list[int], list[int]]:
+    """(tokens, targets) of a begin token, a context of at most `longest` symbols, and its questions; a target is what
+    is to be predicted from a token, or -100."""
+    (task,) = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))
     context = rng.randint(SHORTEST_CONTEXT, max(SHORTEST_CONTEXT, longest))
-    example = symbol_example(task, context, rng.getrandbits(64)).translated(tokens)
+    example = symbol_example(task, context, rng.getrandbits(64)).translated(tokens).after((bos,))
     questions, asked = answered(example.questions)
-    return [bos, *example.body, *questions], [False] * (1 + context) + asked
+    answers = [token if told else IGNORED for token, told in zip(questions, asked, strict=True)]
+    targets = [IGNORED] * (len(example.body) - 1) + answers + [IGNORED]
+    if task == "variables":
+        for question in example.questions:
+            # The last place that an answer depends on ends the assignment of the variable that is asked for.
+            targets[question.places[-1]] = question.answer[0]
+    return [*example.body, *questions], targets
 
 
-def task_sequence(length: int, index: str, bos: int, tokens: list[int]) -> tuple[list[int], list[bool]]:
-    """(tokens, asked) of `length` tokens: documents one after the other, the last one cut."""
+def task_sequence(length: int, index: str, bos: int, tokens: list[int]) -> tuple[list[int], list[int]]:
+    """(tokens, targets) of `length` tokens: documents one after the other, the last one cut."""
     rng = random.Random(index)
     sequence: list[int] = []
-    asked: list[bool] = []
+    targets: list[int] = []
     while len(sequence) < length:
         more, told = task_document(3 * length // 5, rng, bos, tokens)
         sequence += more
-        asked += told
-    return sequence[:length], asked[:length]
+        targets += told
+    return sequence[:length], targets[:length]
 
 
 class TaskStream:
@@ -58,7 +68,7 @@ class TaskStream:
         self._bos, self._tokens, self._length, self._seed, self._used = bos, tokens, length, seed, 0
 
     def next(self, batch_size: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
-        """(tokens_BT, targets_BT) of process `rank`; targets are -100 but for answers."""
+        """(tokens_BT, targets_BT) of process `rank`; targets are -100 where nothing is asked."""
         first = self._used + rank * batch_size
         self._used += batch_size * world
         indices = [f"{self._seed} {index}" for index in range(first, first + batch_size)]
@@ -74,11 +84,9 @@ class TaskStream:
 
 
 def task_block(bos: int, tokens: list[int], length: int, indices: list[str]) -> tuple[Tensor, Tensor]:
-    """(tokens_BT, targets_BT) of the sequences of these indices; targets are -100 but for answers."""
-    rows = [task_sequence(length + 1, index, bos, tokens) for index in indices]
-    tokens_BT = torch.tensor([sequence for sequence, _ in rows])
-    asked_BT = torch.tensor([asked for _, asked in rows])
-    return tokens_BT[:, :-1], torch.where(asked_BT, tokens_BT, IGNORED)[:, 1:]
+    """(tokens_BT, targets_BT) of the sequences of these indices; targets are -100 where nothing is asked."""
+    rows = [task_sequence(length, index, bos, tokens) for index in indices]
+    return torch.tensor([sequence for sequence, _ in rows]), torch.tensor([targets for _, targets in rows])
 
 
 @dataclass

@@ -3,15 +3,16 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from attnzoo.evaluate.cache import sections
 from attnzoo.evaluate.cache.figure import plot_quality
+from attnzoo.evaluate.cache.merge import merged, run_row
 from attnzoo.evaluate.cache.models import load_reader, random_reader
-from attnzoo.evaluate.cache.peer import PeerError
+from attnzoo.evaluate.cache.peer import Exchange, PeerError
 from attnzoo.evaluate.cache.settings import QUICK, Settings
 from attnzoo.report import Report, format_claims, format_table
 
@@ -44,6 +45,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     made.add_argument("--roofline", action="store_true", help="add what a model promises on H100 and MI300X")
     made.add_argument("--json", type=Path, metavar="PATH", help="write the report here")
+    made.add_argument("--update", action="store_true", help="keep what the file of --json holds of other sections")
     made.add_argument("--figure", type=Path, metavar="PATH", help="draw quality against bytes here (PNG)")
     made.add_argument("--quick", action="store_true", help="random tiny models: runs the code, says nothing")
     return made
@@ -59,11 +61,15 @@ def run(description: str, arguments: list[str] | None, train: Trainer, peer_scri
             made.error(f"--sections: unknown section {name!r}; known: {', '.join(SECTIONS)}")
     if chosen.roofline and "speed" not in names:
         made.error("--roofline needs the bytes that the section speed measures; add it to --sections")
-    report = Report.start(quick=chosen.quick)
+    if chosen.update and chosen.json is None:
+        made.error("--update needs --json, the report that is to be updated")
+    report = Report.start(command=_command(arguments, chosen), quick=chosen.quick)
     if report.load_before > BUSY:
         print(f"load average {report.load_before} is above {BUSY}: others use this machine", file=sys.stderr)
-    failed = False
+    failed, done = False, []
     for name in names:
+        done.append(name)
+        report.rows.append(run_row(name, report))
         try:
             _measure(name, chosen, report, train, peer_script)
         except ValueError as error:
@@ -72,9 +78,16 @@ def run(description: str, arguments: list[str] | None, train: Trainer, peer_scri
         except PeerError as error:
             print(f"bench_cache: kvpress is left out: {error}", file=sys.stderr)
             failed = True
-        _save(chosen, report)
+        _save(chosen, report, done)
     _show(report)
     return 1 if failed else report.exit_status()
+
+
+def _command(arguments: list[str] | None, chosen: argparse.Namespace) -> list[str]:
+    """What was typed, without the place where this machine has kvpress."""
+    typed = sys.argv[1:] if arguments is None else arguments
+    place = str(chosen.kvpress_python)
+    return ["python", "-m", "scripts.bench_cache", *(word.replace(place, "ENVIRONMENT/bin/python") for word in typed)]
 
 
 def _measure(name: str, chosen: argparse.Namespace, report: Report, train: Trainer, peer_script: Path) -> None:
@@ -89,7 +102,7 @@ def _measure(name: str, chosen: argparse.Namespace, report: Report, train: Train
         if chosen.kvpress_python is not None:
             directory = chosen.run_dir.parent / "kvpress"
             directory.mkdir(parents=True, exist_ok=True)
-            peer = sections.Peer(Path(chosen.kvpress_python), peer_script, directory)
+            peer = Exchange(Path(chosen.kvpress_python), peer_script, directory)
         sections.text(reader, settings, report, peer)
     else:
         reader = random_reader() if chosen.quick else load_reader(chosen.checkpoint, torch.bfloat16)
@@ -98,8 +111,10 @@ def _measure(name: str, chosen: argparse.Namespace, report: Report, train: Train
             sections.roofline(reader.model, speeds, report)
 
 
-def _save(chosen: argparse.Namespace, report: Report) -> None:
+def _save(chosen: argparse.Namespace, report: Report, done: Sequence[str]) -> None:
     """Figure and report of what is measured so far, so that a later section cannot lose it."""
+    if chosen.update and chosen.json.exists():
+        report = merged(report, done, chosen.json)
     drawn = [row for row in report.rows if row["table"] in ("symbols", "text")]
     if chosen.figure is not None and drawn:
         report.figures = [plot_quality(drawn, chosen.figure).name]

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from attnzoo.checkpoint import export_model
 from attnzoo.evaluate.cache.examples import Example
 from attnzoo.evaluate.cache.retrieval import Batches, Score
@@ -27,6 +30,36 @@ class PeerError(Exception):
         return self.message
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """kvpress's Python, the script to run there, and a directory for the exported model and the files of both sides."""
+
+    python: Path
+    script: Path
+    directory: Path
+
+    def export(self, model: DecoderLM) -> None:
+        """The model as kvpress reads it."""
+        export_model(self.directory / "model", model)
+
+    def run(self, work: dict[str, Any], result: Path) -> Path:
+        """Has the exported model do some work; returns the file of the result. Raises PeerError when it fails."""
+        told, result = self.directory / "work.json", self.directory / result
+        told.write_text(json.dumps({"model": str(self.directory / "model"), **work}), encoding="utf-8")
+        try:
+            done = subprocess.run(
+                [str(self.python), str(self.script), str(told), str(result)], stderr=subprocess.PIPE, text=True
+            )
+        except OSError as error:
+            raise PeerError(
+                f"{self.python} cannot be run ({error}); give the Python of an environment with kvpress"
+            ) from None
+        if done.returncode != 0:
+            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise PeerError(f"kvpress under {self.python} failed: {last[0]}")
+        return result
+
+
 def work_items(examples: list[Example]) -> list[dict[str, Any]]:
     """Two prompts an example: with the first question inside (the second one follows), and with it outside."""
     items = []
@@ -41,33 +74,37 @@ def work_items(examples: list[Example]) -> list[dict[str, Any]]:
     return items
 
 
-def run_peer(
-    python: Path, script: Path, model: DecoderLM, batches: Batches, budget: float, directory: Path
-) -> dict[str, Score]:
+def run_peer(exchange: Exchange, batches: Batches, budget: float) -> dict[str, Score]:
     """Scores by press at a `budget`, the share of the full cache's bytes, which for kvpress is that of its tokens.
 
-    Writes the exported model and the files of the exchange to `directory`. Raises PeerError when the other Python
-    cannot run kvpress.
+    Raises PeerError when the other Python cannot run kvpress.
     """
-    exported = directory / "model"
-    export_model(exported, model)
     keys, items = [], []
     for (task, seed), groups in batches.items():
         for example in (example for group in groups for example in group):
             items += work_items([example])
             keys.append((task, seed))
-    work, result = directory / "work.json", directory / "result.json"
-    work.write_text(
-        json.dumps({"model": str(exported), "ratio": 1 - budget, "presses": PRESSES, "items": items}), encoding="utf-8"
-    )
-    try:
-        done = subprocess.run([str(python), str(script), str(work), str(result)], stderr=subprocess.PIPE, text=True)
-    except OSError as error:
-        raise PeerError(f"{python} cannot be run ({error}); give the Python of an environment with kvpress") from None
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise PeerError(f"kvpress under {python} failed: {last[0]}")
+    work = {"kind": "retrieval", "ratio": 1 - budget, "presses": PRESSES, "items": items}
+    result = exchange.run(work, Path("result.json"))
     return {press: _score(found, keys) for press, found in json.loads(result.read_text(encoding="utf-8")).items()}
+
+
+def peer_logits(exchange: Exchange, tokens_NT: Tensor, prompt: int, budget: float) -> dict[str, Tensor]:
+    """logits_NTV by press after each token from `prompt` on, the last one left out, as of `protocol.forced_logits`.
+
+    Raises PeerError when the other Python cannot run kvpress.
+    """
+    work = {
+        "kind": "logits",
+        "ratio": 1 - budget,
+        "presses": PRESSES,
+        "prompts": tokens_NT[:, :prompt].tolist(),
+        "forced": tokens_NT[:, prompt:-1].tolist(),
+    }
+    path = exchange.run(work, Path("logits.safetensors"))
+    found = load_file(path)
+    path.unlink()
+    return found
 
 
 def _score(found: dict[str, Any], keys: list[tuple[str, int]]) -> Score:

@@ -35,6 +35,15 @@ class Prefill:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """Uncompressed state of the whole chunks at the beginning of a prompt, their tokens, and the peak so far."""
+
+    state: Any
+    tokens: int
+    peak_nbytes: int
+
+
+@dataclass(frozen=True)
 class Answer:
     """How a question was answered: under which condition, and whether every token of the answer was the likeliest."""
 
@@ -43,19 +52,44 @@ class Answer:
 
 
 @torch.no_grad()
-def prefill(model: DecoderLM, tokens_BT: Tensor, policy: Compression, *, chunk: int = CHUNK, room: int = 0) -> Prefill:
+def begin(model: DecoderLM, tokens_BT: Tensor, policy: Compression, *, chunk: int, capacity: int) -> Begun:
+    """Reads the whole chunks of what several prompts begin with; they may get `capacity` tokens long."""
+    state = model.init_state(tokens_BT.shape[0], capacity, cache=policy)
+    return _read(model, tokens_BT[:, : tokens_BT.shape[1] // chunk * chunk], Begun(state, 0, 0), chunk)
+
+
+@torch.no_grad()
+def prefill(
+    model: DecoderLM,
+    tokens_BT: Tensor,
+    policy: Compression,
+    *,
+    chunk: int = CHUNK,
+    room: int = 0,
+    begun: Begun | None = None,
+) -> Prefill:
     """Reads a prompt in chunks and compresses its state; `room`: tokens that are to follow in the same buffers.
+    `begun`: a beginning of it that was read in the same chunks; it may be used again.
 
     The peak is the largest state that existed after a chunk or after compression. State that lives only inside a call
     is not seen by it.
     """
-    state = model.init_state(tokens_BT.shape[0], tokens_BT.shape[1] + room, cache=policy)
-    peak = 0
-    for start in range(0, tokens_BT.shape[1], chunk):
+    if begun is None:
+        begun = Begun(model.init_state(tokens_BT.shape[0], tokens_BT.shape[1] + room, cache=policy), 0, 0)
+    else:
+        begun = Begun(begun.state.map(lambda _, tensor: tensor.clone()), begun.tokens, begun.peak_nbytes)
+    done = _read(model, tokens_BT, begun, chunk)
+    state = model.compress(done.state)
+    return Prefill(state, state.nbytes(), max(done.peak_nbytes, state.nbytes()))
+
+
+def _read(model: DecoderLM, tokens_BT: Tensor, begun: Begun, chunk: int) -> Begun:
+    """What follows the beginning, chunk by chunk. Uses up its state."""
+    state, peak = begun.state, begun.peak_nbytes
+    for start in range(begun.tokens, tokens_BT.shape[1], chunk):
         _, state = model.extend_hidden(tokens_BT[:, start : start + chunk], state)
         peak = max(peak, state.nbytes())
-    state = model.compress(state)
-    return Prefill(state, state.nbytes(), max(peak, state.nbytes()))
+    return Begun(state, tokens_BT.shape[1], peak)
 
 
 @torch.no_grad()
@@ -103,19 +137,20 @@ def ask(model: DecoderLM, examples: list[Example], policy: Compression, *, chunk
     answers = []
     # Inside: all of the first question belongs to the prompt; what is decoded begins with its lead.
     prompt_BT = torch.cat([body_BT, column(first, "prompt")], dim=1)
-    inside = prefill(model, prompt_BT, policy, chunk=chunk)
+    begun = begin(model, body_BT, policy, chunk=chunk, capacity=prompt_BT.shape[1])
+    inside = prefill(model, prompt_BT, policy, chunk=chunk, begun=begun)
     told = force(model, inside.state, column(first, "lead", "answer"), together=len(first[0].lead))
     logits_BTV, state, seconds = told
     answers += [Answer("inside", right) for right in _right(logits_BTV, column(first, "answer"))]
     whole, asked = column(second, "prompt", "lead", "answer"), len(second[0].tokens) - len(second[0].answer)
     logits_BTV, _, more = force(model, state, whole, together=asked)
     answers += [Answer("second", right) for right in _right(logits_BTV, column(second, "answer"))]
-    outside = prefill(model, body_BT, policy, chunk=chunk)
+    outside = prefill(model, body_BT, policy, chunk=chunk, begun=begun)
     whole, asked = column(first, "prompt", "lead", "answer"), len(first[0].tokens) - len(first[0].answer)
     logits_BTV, _, rest = force(model, outside.state, whole, together=asked)
     answers += [Answer("outside", right) for right in _right(logits_BTV, column(first, "answer"))]
     forced = len(examples) * (2 * len(first[0].answer) + len(second[0].answer))
-    alone = inside if len(examples) == 1 else prefill(model, prompt_BT[:1], policy, chunk=chunk)
+    alone = prefill(model, prompt_BT[:1], policy, chunk=chunk)
     return Told(answers, alone.nbytes, alone.peak_nbytes, forced, seconds + more + rest)
 
 

@@ -2,14 +2,16 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from attnzoo.evaluate.cache import table
+from attnzoo.evaluate.cache.metrics import FidelityMeter
 from attnzoo.evaluate.cache.models import Reader, prose
-from attnzoo.evaluate.cache.peer import run_peer
+from attnzoo.evaluate.cache.peer import Exchange, peer_logits, run_peer
+from attnzoo.evaluate.cache.peer_scores import compare_scores
 from attnzoo.evaluate.cache.policies import CHANNELS, FULL, TOKENS, Contender
+from attnzoo.evaluate.cache.protocol import forced_logits
 from attnzoo.evaluate.cache.quality import Result, longest_prompt, measure, measure_fidelity, plan
 from attnzoo.evaluate.cache.retrieval import Batches, Maker, ask_all, make_batches, solved_tasks
 from attnzoo.evaluate.cache.roofline import step_cost
@@ -33,15 +35,6 @@ SPEED_POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
 ROOFLINE_CHIPS = ["H100", "MI300X"]
 
 
-@dataclass(frozen=True)
-class Peer:
-    """kvpress: its Python, the script to run there, and a directory for the exchange."""
-
-    python: Path
-    script: Path
-    directory: Path
-
-
 def symbols(reader: Reader, settings: Settings, report: Report) -> None:
     """Retrieval over symbols with the small model that was trained on it."""
     tokens, sizes = symbol_tokens(reader.encode), settings.symbols
@@ -54,7 +47,7 @@ def symbols(reader: Reader, settings: Settings, report: Report) -> None:
         report.claims.append(table.solved_claim("symbols", results[0], sizes.tasks, sizes.least))
 
 
-def text(reader: Reader, settings: Settings, report: Report, peer: Peer | None) -> None:
+def text(reader: Reader, settings: Settings, report: Report, peer: Exchange | None) -> None:
     """Retrieval in English and the fidelity of prose with a real checkpoint; kvpress on the same, where it is given."""
     sizes = settings.text
 
@@ -64,7 +57,9 @@ def text(reader: Reader, settings: Settings, report: Report, peer: Peer | None) 
     results, batches = _quality("text", reader.model, make, settings.seeds, sizes, report)
     _fidelity(reader, settings, results, report)
     if peer is not None:
-        _peer(reader.model, batches, results, sizes, report, peer)
+        peer.export(reader.model)
+        _peer(batches, results, sizes, report, peer)
+        _peer_fidelity(reader, settings, report, peer)
 
 
 def _quality(
@@ -120,14 +115,15 @@ def _fidelity(reader: Reader, settings: Settings, results: Sequence[Result], rep
     report.rows += [table.fidelity_row("fidelity", policy, budget, value) for (policy, budget), value in found.items()]
 
 
-def _peer(
-    model: DecoderLM, batches: Batches, results: Sequence[Result], sizes: QualitySizes, report: Report, peer: Peer
-) -> None:
-    """kvpress at the budgets of the token policies."""
+def _peer(batches: Batches, results: Sequence[Result], sizes: QualitySizes, report: Report, peer: Exchange) -> None:
+    """kvpress: scores of the longest prompt, then answers at the budgets of the token policies."""
+    found = compare_scores(peer, longest_prompt(batches))
+    report.rows.append(table.agreement_row("kvpress: scores of the same queries and keys", found))
+    report.claims += table.agreement_claims("kvpress", found)
     tasks = list(dict.fromkeys(task for task, _ in batches))
     full = results[0]
     for budget in sizes.token_budgets:
-        scores = run_peer(peer.python, peer.script, model, batches, budget, peer.directory)
+        scores = run_peer(peer, batches, budget)
         for press, score in scores.items():
             contender = Contender(name=press, policy=press, knob=None, role="control")
             result = replace(full, contender=contender, budget=budget, fit=replace(full.fit, ratio=budget), score=score)
@@ -136,6 +132,18 @@ def _peer(
         mine = next(r for r in results if r.contender.name == table.D2O and r.budget == budget)
         name = f"text, {budget:.0%} of the bytes"
         report.claims.append(table.peer_claim(name, mine.score.accuracy(), best, scores[best].accuracy()))
+
+
+def _peer_fidelity(reader: Reader, settings: Settings, report: Report, peer: Exchange) -> None:
+    """kvpress's predictions of the same prose, against our full cache's."""
+    sizes = settings.fidelity
+    texts_NT = prose(reader.encode, sizes.texts, sizes.prompt + sizes.forced + 1)
+    full_NTV = forced_logits(reader.model, texts_NT, sizes.prompt, FULL.build())
+    for budget in settings.text.token_budgets:
+        for press, logits_NTV in peer_logits(peer, texts_NT, sizes.prompt, budget).items():
+            meter = FidelityMeter()
+            meter.add(full_NTV, logits_NTV, texts_NT[:, sizes.prompt + 1 :])
+            report.rows.append(table.fidelity_row("fidelity", press, budget, meter.result()))
 
 
 def speed(model: DecoderLM, settings: Settings, report: Report) -> dict[str, Speed]:

@@ -8,7 +8,7 @@ tasks:
   arXiv 2305.16300).
 - needles: several `!kAB`; `?!k` `!k` `AB` (multi-key needle, RULER, Hsieh et al. 2024, arXiv 2404.06654).
 - recall: many pairs `kA` (MQAR, Arora et al. 2023, arXiv 2312.04927); `?k` `k` `A`.
-- variables: `=aV` gives a the value V, `>ab` gives b the value of a, in chains; `?=b` `=b` `V` (RULER's variable
+- variables: `=aV` gives a the value V, `=ba` gives b the value of a, in chains; `?=b` `=b` `V` (RULER's variable
   tracking, asked for the value of any variable rather than for all names).
 - words: lower and upper case symbols, one of each far more often than all others; `?*` `*` `a` and `?+` `+` `A` ask
   for them (RULER's common-word extraction, one word a question).
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 
 from attnzoo.evaluate.cache.examples import Example, Question
 
-KEYS, VALUES, FILLER, MARKS = string.ascii_lowercase, string.ascii_uppercase, string.digits, "?#%!=>*+"
+KEYS, VALUES, FILLER, MARKS = string.ascii_lowercase, string.ascii_uppercase, string.digits, "?#%!=*+"
 ALPHABET = KEYS + VALUES + FILLER + MARKS
 """Symbols are the indices into it."""
 INDEX = {symbol: index for index, symbol in enumerate(ALPHABET)}
@@ -95,7 +95,7 @@ def variables(length: int, rng: random.Random) -> tuple[str, list[Question]]:
     items = []
     for chain in turns:
         step, own = done[chain], chains[chain]
-        items.append(f"={own[0]}{values[chain]}" if step == 0 else f">{own[step - 1]}{own[step]}")
+        items.append(f"={own[step]}{own[step - 1] if step else values[chain]}")
         done[chain] += 1
     text, starts = scatter(items, length, rng)
     found = dict(zip(items, starts, strict=True))
@@ -103,7 +103,7 @@ def variables(length: int, rng: random.Random) -> tuple[str, list[Question]]:
     for own, value in zip(chains, values, strict=True):
         spans: list[tuple[int, int]] = []
         for step in range(HOPS + 1):
-            spans.append((found[f"={own[0]}{value}" if step == 0 else f">{own[step - 1]}{own[step]}"], 3))
+            spans.append((found[f"={own[step]}{own[step - 1] if step else value}"], 3))
             questions.append(_question(f"={own[step]}", value, *spans))
     return text, questions
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from attnzoo.evaluate.cache.metrics import Fidelity
+from attnzoo.evaluate.cache.peer_scores import Agreement
 from attnzoo.evaluate.cache.protocol import CONDITIONS
 from attnzoo.evaluate.cache.quality import Result
 from attnzoo.evaluate.cache.speed import Speed
@@ -156,6 +157,30 @@ def byte_claims(shares: dict[str, float]) -> list[Claim]:
 def peer_claim(table: str, ours: float, press: str, theirs: float) -> Claim:
     """The mean over tasks at the same bytes against the best press."""
     return _at_least(f"{table}: d2o against kvpress's {press}, mean", theirs, ours)
+
+
+def agreement_row(table: str, found: Agreement) -> dict[str, Any]:
+    """How far scores agree."""
+    return {
+        "table": table,
+        "channels": found.channels,
+        "at the same rank": found.same_rank,
+        "tokens": found.tokens,
+        "largest difference": float(f"{found.difference:.3g}"),
+    }
+
+
+def agreement_claims(name: str, found: Agreement) -> list[Claim]:
+    """ThinK ranks every channel alike; SnapKV's scores differ by no more than rounding in float32."""
+    share = found.same_rank / found.channels
+    return [
+        Claim(name=f"{name}: channels that think ranks as ThinKPress", expected=1.0, measured=share, kind="equal"),
+        Claim(
+            name=f"{name}: snapkv's scores and SnapKVPress's, the largest difference over the largest score",
+            expected=1e-5,
+            measured=float(f"{found.difference:.3g}"),
+        ),
+    ]
 
 
 def _at_least(name: str, expected: float, measured: float) -> Claim:

@@ -1,0 +1,61 @@
+"""One report from runs of single sections: what a run measured replaces what the file held of these sections.
+
+Every section is told apart by the beginning of its tables' and claims' names, and has a row in the table "runs" that
+says which command, commit and machine it comes from.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from attnzoo.report import Claim, Report
+
+RUNS = "runs"
+
+
+def section_of(name: str) -> str:
+    """The section that a table or claim belongs to."""
+    for section, beginnings in {"symbols": ("symbols",), "text": ("text", "fidelity", "kvpress")}.items():
+        if name.startswith(beginnings):
+            return section
+    return "speed"
+
+
+def run_row(section: str, report: Report) -> dict[str, Any]:
+    """Where a section's numbers come from."""
+    return {
+        "table": RUNS,
+        "section": section,
+        "command": " ".join(report.command),
+        "commit": report.commit,
+        "device": report.device,
+        "load before": report.load_before,
+    }
+
+
+def merged(report: Report, sections: Sequence[str], path: Path) -> Report:
+    """`report`, whose run measured `sections`, with what the file at `path` holds of all others.
+
+    Raises ValueError when one of the two is of --quick and the other is not.
+    """
+    old = json.loads(path.read_text(encoding="utf-8"))
+    if old["quick"] != report.quick:
+        raise ValueError(f"{path} has quick={old['quick']}, this run {report.quick}: name another file with --json")
+
+    def kept(row: dict[str, Any]) -> bool:
+        return (row["section"] if row["table"] == RUNS else section_of(row["table"])) not in sections
+
+    claims = [{key: value for key, value in claim.items() if key != "holds"} for claim in old["claims"]]
+    return Report(
+        command=report.command,
+        commit=report.commit,
+        seed=report.seed,
+        device=report.device,
+        load_before=report.load_before,
+        versions=report.versions,
+        quick=report.quick,
+        rows=[row for row in old["rows"] if kept(row)] + report.rows,
+        claims=[Claim(**claim) for claim in claims if section_of(claim["name"]) not in sections] + report.claims,
+        figures=list(dict.fromkeys(old["figures"] + report.figures)),
+    )
