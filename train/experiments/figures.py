@@ -97,8 +97,8 @@ def draw_pairs(values: Values, directory: Path) -> Path:
     for name, label in (("own", "own token"), ("next", "next token (its y)"), ("others", "each other token")):
         axes[1].plot([p["step"] for p in pairs["probes"]], [p[name] for p in pairs["probes"]], label=label)
     axes[1].set(title="what layer 1 depends on", ylabel="gradient norm")
-    for name in ("sine, trained", "sine, constructed"):
-        curve(axes[2], values[name]["curve"], name.replace("sine, ", "") + " layer")
+    for name in (name for name in values if name.startswith("sine, ")):
+        curve(axes[2], values[name]["curve"], name.replace("sine, ", ""))
     axes[2].set(title="sine regression behind an MLP", yscale="log", ylabel="loss")
     for ax in axes:
         ax.set_xlabel("training step")

@@ -44,12 +44,13 @@ class SineModel(nn.Module):
         return self.rate * (likeness_BT * context_BTE[..., -1]).sum(-1) - asked_BE[:, -1]
 
 
-def sine(config: ExperimentConfig, tick: Tick, constructed: bool) -> Values:
-    """A7: loss of one of the two models."""
+def sine(config: ExperimentConfig, tick: Tick, constructed: bool = False, start: int = 0) -> Values:
+    """A7: loss of one of the two models, from one of several random starts."""
+    key = ("icl-gd", "sine", *([start] if start else []))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeded(config.seed, "icl-gd", "sine", "weights").initial_seed() % 2**31)
+        torch.manual_seed(seeded(config.seed, *key, "weights").initial_seed() % 2**31)
         model = SineModel(constructed=constructed)
-    data = seeded(config.seed, "icl-gd", "sine", "data")
+    data = seeded(config.seed, *key, "data")
 
     def loss(step: int) -> Tensor:
         tasks = sine_tasks(256, SINE_EXAMPLES, data)
