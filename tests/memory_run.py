@@ -2,7 +2,7 @@
 
     python tests/memory_run.py 0:fp32 1:bf16    (ZeRO stage and precision; or under the deepspeed launcher)
 
-Prints a line of JSON a case: the most bytes held at once (without DeepSpeed's bucket of a fixed size), and the plan's.
+Prints a line of JSON a case: the most bytes held at once, and the plan's.
 """
 
 import gc
@@ -16,8 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attnzoo.evaluate.fits import BUCKET, Setup, training_memory
-from attnzoo.evaluate.memory import changes
+from attnzoo.evaluate.fits import Setup, training_memory
+from attnzoo.evaluate.memory import peak_bytes
 from attnzoo.models import DecoderLM
 from train.config import Config, load_config
 from train.engine import Engine, finish, start
@@ -29,12 +29,8 @@ a run can look too large, never too small, and the smallest counts."""
 
 
 def measured(training: Callable[[], Engine]) -> int:
-    """The most bytes held at once, without the buckets."""
-    held = peak = 0
-    for change in changes(training):
-        if abs(change) < 2 * BUCKET:
-            held += change
-            peak = max(peak, held)
+    """The most bytes held at once."""
+    peak = peak_bytes(training)
     gc.collect()  # an engine is full of cycles, and released later its memory would count for the next one
     return peak
 
@@ -64,8 +60,7 @@ def main() -> None:
         )
         memory = training_memory(model, setup)
         if os.environ.get("RANK", "0") == "0":
-            planned = memory.total - memory.buckets
-            print(json.dumps({"case": f"{stage}:{precision}", "measured": peak, "planned": planned}), flush=True)
+            print(json.dumps({"case": f"{stage}:{precision}", "measured": peak, "planned": memory.total}), flush=True)
     finish()
 
 
