@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from attnzoo.evaluate.fits import BUCKET
 from attnzoo.models import DecoderLM, build_shapes
 from attnzoo.ops.masks import marked_starts
 from train.config import Config, ConfigError
@@ -172,6 +173,9 @@ class Engine:
         self._lora = config.lora
         self._clipping = config.train.gradient_clipping if _clips_itself(config) else None
         settings = deepspeed_config(config, self.world)
+        # DeepSpeed allocates the bucket in which it sums gradients whole, however small the model is.
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        settings["zero_optimization"]["reduce_bucket_size"] = min(BUCKET, trained)
         self.accumulation: int = settings["gradient_accumulation_steps"]
         self.model = model.to(device)
         self.model_config = model.config

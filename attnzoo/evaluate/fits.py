@@ -14,7 +14,7 @@ Precision = Literal["fp32", "bf16"]
 GIB = 2**30
 BUCKET = 500_000_000
 """Elements of the buffer in which ZeRO 1 to 3 collect gradients (DeepSpeed's default reduce_bucket_size), allocated
-whole however small the model is; on a CPU only what is written takes memory."""
+whole; smaller models get one of their own size (`train.engine`)."""
 LIVE = 1_000_000_000
 """Parameters that ZeRO 3 keeps gathered at once (DeepSpeed's default stage3_max_live_parameters)."""
 
@@ -22,7 +22,7 @@ LIVE = 1_000_000_000
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """How a model is trained. ranks: over which ZeRO cuts; accumulate: whether a step takes more than one pass, so that
-    gradients exist beside activations; gpu: buckets take memory whole, and AdamW steps all tensors at once."""
+    gradients exist beside activations; gpu: AdamW steps all tensors at once."""
 
     stage: int = 0
     ranks: int = 1
@@ -74,7 +74,7 @@ def training_memory(model: DecoderLM, setup: Setup) -> TrainingMemory:
     held = gradients if setup.accumulate or setup.stage == 3 else 0
     if held + kept + workspace < gradients + step:  # the step takes more than the passes do
         kept, workspace, held = 0, step, gradients
-    bucket = width * (BUCKET if setup.gpu else min(BUCKET, count))
+    bucket = width * min(BUCKET, count)
     return TrainingMemory(
         parameters=width * count // (1 if whole else cut) + gathered,
         master=4 * count // cut if setup.stage or width == 2 else 0,
