@@ -1,4 +1,4 @@
-"""The only place that touches the device: plans in, logits out."""
+"""Plans in, logits out: with its pools, the only place that touches the device."""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
