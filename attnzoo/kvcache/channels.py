@@ -19,16 +19,34 @@ def grouped(queries_BNWH: Tensor, kv_heads: int) -> Tensor:
     return q.reshape(batch, kv_heads, heads // kv_heads * width, head_dim)
 
 
-def channel_scores(queries_BNWH: Tensor, keys_BKSH: Tensor, held_BKS: Tensor) -> Tensor:
-    """score_BKH of ThinK. `held_BKS` (K axis 1 or K): entries that hold a key. Queries that are not there are zero."""
+def channel_scores(
+    queries_BNWH: Tensor, keys_BKSH: Tensor, held_BKS: Tensor, before_BKH: Tensor | float = 0.0
+) -> Tensor:
+    """score_BKH of ThinK. `held_BKS` (K axis 1 or K): entries that hold a key. Queries that are not there are zero.
+    before_BKH: sums of squares of keys that are stored elsewhere."""
     q_BKLH = grouped(queries_BNWH, keys_BKSH.shape[1])
-    return q_BKLH.square().sum(2) * squares(keys_BKSH, held_BKS)
+    return q_BKLH.square().sum(2) * (squares(keys_BKSH, held_BKS) + before_BKH)
+
+
+def condensed(queries_BNWH: Tensor, kv_heads: int) -> Tensor:
+    """q_BKWH, the root of the sum of squares over the query heads of a kv head: `channel_scores` of it are those of the
+    queries, in kv heads' memory."""
+    q = queries_BNWH.to(accumulation_dtype(queries_BNWH.dtype)).unflatten(1, (kv_heads, -1))
+    return q.square().sum(2).sqrt().to(queries_BNWH.dtype)
 
 
 def squares(x_BKSH: Tensor, held_BKS: Tensor) -> Tensor:
     """sum_s x_sd^2 over the entries that hold something."""
     x = x_BKSH.to(accumulation_dtype(x_BKSH.dtype))
     return x.masked_fill(~held_BKS[..., None], 0.0).square().sum(2)
+
+
+def stored_squares(x_BKPC: Tensor, channels_BKC: Tensor | None, head_dim: int) -> Tensor:
+    """[B, K, H] sums of squares of pruned entries, 0 for a channel that is not stored; empty slots are zeros."""
+    sums_BKC = x_BKPC.to(accumulation_dtype(x_BKPC.dtype)).square().sum(2)
+    if channels_BKC is None or channels_BKC.shape[2] == 0:
+        return sums_BKC
+    return sums_BKC.new_zeros(*sums_BKC.shape[:2], head_dim).scatter(-1, channels_BKC, sums_BKC)
 
 
 def greedy_scores(queries_BNWH: Tensor, keys_BKSH: Tensor, held_BKS: Tensor) -> Tensor:
@@ -61,6 +79,15 @@ def kept_channels(head_dim: int, ratio: float) -> int:
 def take_channels(x_BKSH: Tensor, channels_BKC: Tensor) -> Tensor:
     """x_BKSC."""
     return x_BKSH.gather(-1, channels_BKC[:, :, None].expand(-1, -1, x_BKSH.shape[2], -1))
+
+
+def change_channels(x_BKPC: Tensor, before_BKC: Tensor, after_BKC: Tensor, head_dim: int) -> Tensor:
+    """x_BKPC of the channels `before`, on the channels `after`: zeros in those that it has not."""
+    order_C = torch.arange(before_BKC.shape[2], device=x_BKPC.device).expand_as(before_BKC)
+    missing = before_BKC.new_full((*before_BKC.shape[:2], head_dim), -1)
+    index_BK1C = missing.scatter(-1, before_BKC, order_C).gather(-1, after_BKC)[:, :, None]
+    found = x_BKPC.gather(-1, index_BK1C.clamp(min=0).expand(-1, -1, x_BKPC.shape[2], -1))
+    return found.masked_fill_(index_BK1C < 0, 0.0)
 
 
 def hashed(positions: Tensor, seed: int) -> Tensor:

@@ -30,6 +30,6 @@ class RandomChannelsCache(ThinKCache):
     Config = RandomChannelsConfig
     observes = False
 
-    def scores(self, queries_BNWH: Tensor | None, keys_BKSH: Tensor, held_BKS: Tensor) -> Tensor:
+    def scores(self, queries_BNWH: Tensor | None, keys_BKSH: Tensor, held_BKS: Tensor, before_BKH: Tensor) -> Tensor:
         batch, kv_heads, _, head_dim = keys_BKSH.shape
         return hashed_heads(kv_heads, head_dim, self.config.seed, keys_BKSH.device).expand(batch, -1, -1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
 from attnzoo.kvcache.base import Compression, Layer, Reader
+from attnzoo.kvcache.channels import condensed
 from attnzoo.kvcache.compressed import CompressedState
 from attnzoo.kvcache.full import FullCacheState
 
@@ -17,7 +18,9 @@ class TailedCache(Compression):
     """Subclasses compress one layer: `shrink`. `config` has window and prefill."""
 
     observes = False
-    """Whether the last `window` queries are needed."""
+    """Whether the last `window` queries of the prompt are needed."""
+    follows = False
+    """Whether those of generated tokens are too; from the prompt's end on, `condensed`."""
     one_by_one = False
     """Whether what happens to a token of a chunk depends on those before it in the chunk."""
 
@@ -68,10 +71,12 @@ class TailedCache(Compression):
         cc.refuse_autograd(*qkv)
         if positions_BT.shape[1] > 1 and self.one_by_one and not cc.reading(state):
             return self._one_by_one(state, reader, qkv, positions_BT, counts_B)
-        if state.queries_BNWH is not None and cc.reading(state):
-            seen = cc.last_queries(state.queries_BNWH, qkv[0], counts_B, self.config.window)
-            state = replace(state, queries_BNWH=seen)
+        # First: what is pruned now is scored by the queries before this chunk.
         state = self.before_append(state, reader, positions_BT)
+        if state.queries_BNWH is not None and (self.follows or cc.reading(state)):
+            q_BNTH = qkv[0] if cc.reading(state) else condensed(qkv[0], qkv[1].shape[1])
+            seen = cc.last_queries(state.queries_BNWH, q_BNTH, counts_B, self.config.window)
+            state = replace(state, queries_BNWH=seen)
         state, view = cc.append(state, qkv[1], qkv[2], positions_BT, counts_B)
         return cc.attend(state, reader, qkv[0], view, positions_BT), state
 
@@ -105,8 +110,11 @@ class TailedCache(Compression):
         state = layer.state if self.lossless else self.shrink(layer)
         if not final:
             return state
-        if state.queries_BNWH is not None:
-            state = replace(state, queries_BNWH=state.queries_BNWH[:, :0].clone())
+        queries = state.queries_BNWH
+        if queries is not None:
+            kv_heads = state.tail.keys_BKSH.shape[1]
+            kept = condensed(queries, kv_heads) if self.follows and queries.shape[1] else queries[:, :0].clone()
+            state = replace(state, queries_BNWH=kept)
         return replace(state, budgets_B=self.budgets(layer.lengths_B))
 
     def budgets(self, lengths_B: Tensor) -> Tensor:

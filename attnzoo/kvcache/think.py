@@ -4,10 +4,20 @@ Source: Xu et al. 2024, "ThinK: Thinner Key Cache by Query-Driven Pruning" (arXi
 head the channels of the highest score stay (see `channels`); queries of the last `window` tokens are observed, whose
 keys and those of all generated tokens stay whole.
 
+Values may lose channels too (value_channel_ratio, off by default): value_score="output" is the paper's appendix D,
+score_d = ||A[-W:] V[:, d]||_F^2 with the softmax weights A of the last W queries, before the output map, summed over
+the query heads of a kv head; "norm" is sum_s v_sd^2, whatever is attended to.
+
+Longer generation: retail=n prunes the tail again when it has n tokens more than the window. mask="kept" does it on the
+channels that the prompt's end chose (as the authors' quantised variant does). mask="recomputed" chooses anew at every
+pruning, and still has one mask a kv head for all that is pruned: of the last W queries and the keys as they are stored
+now, those channels stay whose loss would change Q K^T most (values: sum_s v_sd^2). A channel that an entry has lost is
+zero in it for good, so it neither adds to the score nor comes back; where the mask leaves a channel, older entries lose
+it as well. Entries need no index of their own, and a pruning costs one pass over them.
+
 Differs from the paper: scores of a group are exact for grouped kv heads, and keys are stored once a kv head;
-score="greedy" takes the whole quadratic form; retail=n prunes the tail again when it has n tokens more than the
-window, by the first mask; values lose channels by sum_s v_sd^2 alone (value_channel_ratio, off by default). In
-relative attention the terms of position keep all channels of the query.
+score="greedy" takes the whole quadratic form; the tail can be pruned again. In relative attention the terms of position
+keep all channels of the query.
 """
 
 from dataclasses import dataclass, replace
@@ -17,13 +27,16 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CACHES, Layer, Reader
+from attnzoo.kvcache.base import CACHES, EMPTY, CacheView, Layer, Reader
 from attnzoo.kvcache.channels import (
     best_channels,
+    change_channels,
     channel_scores,
     greedy_scores,
+    grouped,
     kept_channels,
     squares,
+    stored_squares,
     take_channels,
 )
 from attnzoo.kvcache.compressed import CompressedState, Prefix
@@ -34,17 +47,36 @@ from attnzoo.types import dtype_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class ThinKConfig(ChannelOptions):
-    """score: of a key channel, "think" or "greedy". retail: tokens beyond the window at which the tail is pruned, None:
-    never. prefill: "stream" prunes after every chunk of the prompt, by the first chunk's mask."""
+    """score: of a key channel, "think" or "greedy". value_score: of a value channel, "norm" or "output". retail: tokens
+    beyond the window at which the tail is pruned, None: never. prefill: "stream" prunes after every chunk of the
+    prompt. mask: of every pruning after the first, "kept" or "recomputed". The head of this file says what they do."""
 
     score: Literal["think", "greedy"] = "think"
+    value_score: Literal["norm", "output"] = "norm"
     retail: int | None = None
+    mask: Literal["kept", "recomputed"] = "kept"
     prefill: Prefill = "oneshot"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.retail is not None:
             check_least("retail", self.retail, 1)
+        if self.value_score == "output" and self.value_channel_ratio == 1.0:
+            raise ValueError("value_score='output' scores what nothing is pruned by: set value_channel_ratio below 1")
+        if self.mask == "kept":
+            return
+        if self.retail is None and self.prefill == "oneshot":
+            raise ValueError("mask='recomputed' needs a second pruning: set retail, or prefill='stream'")
+        if self.score == "greedy":
+            raise ValueError(
+                "mask='recomputed' observes sums of squares of queries, and score='greedy' needs their products: "
+                "set score='think'"
+            )
+        if self.value_score == "output":
+            raise ValueError(
+                "mask='recomputed' observes sums of squares of queries, and value_score='output' needs their "
+                "attention: set value_score='norm'"
+            )
 
 
 @CACHES.register("think")
@@ -58,16 +90,25 @@ class ThinKCache(TailedCache):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.one_by_one = config.retail is not None
+        self.recomputes = getattr(config, "mask", "kept") == "recomputed"
+        self.follows = self.recomputes and config.retail is not None
 
     @property
     def lossless(self) -> bool:
         return bool(self.config.channel_ratio == 1.0 and self.config.value_channel_ratio == 1.0)
 
-    def scores(self, queries_BNWH: Tensor | None, keys_BKSH: Tensor, held_BKS: Tensor) -> Tensor:
-        """score_BKH of the key channels."""
+    def scores(self, queries_BNWH: Tensor | None, keys_BKSH: Tensor, held_BKS: Tensor, before_BKH: Tensor) -> Tensor:
+        """score_BKH of the key channels. before_BKH: sums of squares of the keys that have been pruned already."""
         assert queries_BNWH is not None
-        score = greedy_scores if self.config.score == "greedy" else channel_scores
-        return score(queries_BNWH, keys_BKSH, held_BKS)
+        if self.config.score == "greedy":  # chooses once, when nothing has been pruned
+            return greedy_scores(queries_BNWH, keys_BKSH, held_BKS)
+        return channel_scores(queries_BNWH, keys_BKSH, held_BKS, before_BKH)
+
+    def value_scores(self, layer: Layer, tail: CacheView, before_BKH: Tensor) -> Tensor:
+        """score_BKH of the value channels."""
+        if getattr(self.config, "value_score", "norm") == "output":
+            return output_scores(layer, tail)
+        return squares(tail.values_BKSH, tail.positions_BKS >= 0) + before_BKH
 
     def init(
         self,
@@ -93,62 +134,97 @@ class ThinKCache(TailedCache):
             return state
         # Only the long ones: what happens to a sequence does not depend on its neighbours.
         ends_B = torch.where(long_B, lengths_B - self.config.window, state.starts_B)
-        return self._pruned(state, lengths_B, ends_B)
+        return self._pruned(Layer(state, reader, lengths_B), ends_B)
 
     def shrink(self, layer: Layer) -> CompressedState:
         ends_B = torch.maximum(layer.lengths_B - self.config.window, layer.state.starts_B)
-        return self._pruned(layer.state, layer.lengths_B, ends_B)
+        return self._pruned(layer, ends_B)
 
-    def _pruned(self, state: CompressedState, lengths_B: Tensor, ends_B: Tensor) -> CompressedState:
+    def _pruned(self, layer: Layer, ends_B: Tensor) -> CompressedState:
         """What the tail holds before position ends_B, pruned and in the prefix. The first call chooses the channels,
         even where nothing is to be pruned yet."""
-        old = state.prefix
-        used = int((lengths_B - state.starts_B).max())
-        keys, values = state.tail.keys_BKSH[:, :, :used], state.tail.values_BKSH[:, :, :used]
-        channels, value_channels = old.channels_BKC, old.value_channels_BKV
-        if _unchosen(channels) and _unchosen(value_channels):
-            held = (torch.arange(used, device=lengths_B.device) < lengths_B[:, None])[:, None]
-            channels, value_channels = self.masks(state.queries_BNWH, keys, values, held)
+        state, old, starts_B = layer.state, layer.state.prefix, layer.state.starts_B
+        tail = _held(layer)
+        masks = old.channels_BKC, old.value_channels_BKV
+        keys, values = old.keys_BKPC, old.values_BKPV
+        if _unchosen(masks[0]) and _unchosen(masks[1]):
+            masks = self.masks(layer, tail)
+        elif self.recomputes:
+            moved_B11 = (ends_B > starts_B)[:, None, None]
+            new = self.masks(layer, tail)
+            masks = torch.where(moved_B11, new[0], masks[0]), torch.where(moved_B11, new[1], masks[1])
+            keys = _changed(keys, old.channels_BKC, masks[0], tail)
+            values = _changed(values, old.value_channels_BKV, masks[1], tail)
         prefix = Prefix(
-            keys_BKPC=_joined(old.keys_BKPC, thin(keys, channels), state.starts_B, ends_B),
-            values_BKPV=_joined(old.values_BKPV, thin(values, value_channels), state.starts_B, ends_B),
-            channels_BKC=channels,
-            value_channels_BKV=value_channels,
+            keys_BKPC=_joined(keys, thin(tail.keys_BKSH, masks[0]), starts_B, ends_B),
+            values_BKPV=_joined(values, thin(tail.values_BKSH, masks[1]), starts_B, ends_B),
+            channels_BKC=masks[0],
+            value_channels_BKV=masks[1],
         )
-        return replace(state, prefix=prefix, tail=cut_tail(state, ends_B, lengths_B), starts_B=ends_B)
+        return replace(state, prefix=prefix, tail=cut_tail(state, ends_B, layer.lengths_B), starts_B=ends_B)
 
-    def masks(
-        self, queries_BNWH: Tensor | None, keys_BKSH: Tensor, values_BKSH: Tensor, held_BKS: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(channels_BKC, value_channels_BKV); none in them where all stay."""
-        head_dim = keys_BKSH.shape[3]
-        none = torch.zeros(*keys_BKSH.shape[:2], 0, dtype=torch.int64, device=keys_BKSH.device)
-        kept, kept_values = (
-            kept_channels(head_dim, ratio) for ratio in (self.config.channel_ratio, self.config.value_channel_ratio)
-        )
-        channels = values = none
+    def masks(self, layer: Layer, tail: CacheView) -> tuple[Tensor, Tensor]:
+        """(channels_BKC, value_channels_BKV) for all that the layer holds; none in them where all stay."""
+        prefix, head_dim = layer.state.prefix, tail.keys_BKSH.shape[3]
+        channels = values = prefix.channels_BKC.new_zeros(*tail.keys_BKSH.shape[:2], 0)
+        kept, kept_values = self._widths(head_dim)
         if kept < head_dim:
-            channels = best_channels(self.scores(queries_BNWH, keys_BKSH, held_BKS), kept)
+            before = stored_squares(prefix.keys_BKPC, prefix.channels_BKC, head_dim)
+            held = tail.positions_BKS >= 0
+            channels = best_channels(self.scores(layer.state.queries_BNWH, tail.keys_BKSH, held, before), kept)
         if kept_values < head_dim:
-            values = best_channels(squares(values_BKSH, held_BKS), kept_values)
+            before = stored_squares(prefix.values_BKPV, prefix.value_channels_BKV, head_dim)
+            values = best_channels(self.value_scores(layer, tail, before), kept_values)
         return channels, values
+
+    def _widths(self, head_dim: int) -> tuple[int, int]:
+        """Channels of a pruned key and value."""
+        return kept_channels(head_dim, self.config.channel_ratio), kept_channels(
+            head_dim, self.config.value_channel_ratio
+        )
 
     def compressed_nbytes(
         self, batch: int, num_kv_heads: int, head_dim: int, prompt: int, dtype: torch.dtype, *, tokens: int = 0
     ) -> int:
-        if self.lossless or prompt <= self.config.window:
+        if self.lossless:
             return self.nbytes(batch, num_kv_heads, head_dim, prompt + tokens, dtype)
-        tail = self.config.window + tokens
-        if self.config.retail is not None:
+        window, retail = self.config.window, self.config.retail
+        tail = min(prompt, window) + tokens
+        if retail is not None:
             # The tail shrinks to the window before the token after the one that filled it.
-            tail = self.config.window + tokens - max(0, tokens - 1) // self.config.retail * self.config.retail
+            tail -= max(0, tail - window - 1) // retail * retail
         pruned = prompt + tokens - tail
-        kept, kept_values = (
-            kept_channels(head_dim, ratio) for ratio in (self.config.channel_ratio, self.config.value_channel_ratio)
-        )
-        index = 8 * sum(count for count in (kept, kept_values) if count < head_dim)
-        entries = pruned * (kept + kept_values) + 2 * head_dim * cc.pages(tail)
+        slots = cc.pages(max(1, tail if pruned else prompt))
+        while slots < tail:  # beside an empty prefix the tail is the full cache, which doubles
+            slots *= 2
+        widths = self._widths(head_dim)
+        index = 8 * sum(count for count in widths if count < head_dim)
+        entries = pruned * sum(widths) + 2 * head_dim * slots + head_dim * window * int(self.follows)
         return batch * (num_kv_heads * (entries * dtype_bytes(dtype) + index) + 16)
+
+
+def output_scores(layer: Layer, tail: CacheView) -> Tensor:
+    """score_BKH of value channels by what the last queries read of them, ||A[-W:] V[:, d]||_F^2; no prefix yet."""
+    queries, lengths_B = layer.state.queries_BNWH, layer.lengths_B
+    positions_BW = lengths_B[:, None] + torch.arange(-queries.shape[2], 0, device=lengths_B.device)
+    o_BNWH = layer.reader.attend(queries, tail, positions_BW.clamp(min=0))
+    # A short prompt has fewer queries than the window has room for.
+    o_BNWH = o_BNWH.masked_fill((positions_BW < 0)[:, None, :, None], 0.0)
+    return grouped(o_BNWH, tail.keys_BKSH.shape[1]).square().sum(2)
+
+
+def _held(layer: Layer) -> CacheView:
+    """The tail as far as any sequence fills it."""
+    tail, starts_B, lengths_B = layer.state.tail, layer.state.starts_B, layer.lengths_B
+    steps_S = torch.arange(int((lengths_B - starts_B).max()), device=lengths_B.device)
+    places_BS = starts_B[:, None] + steps_S
+    places_BS = places_BS.masked_fill(places_BS >= lengths_B[:, None], EMPTY)
+    used = len(steps_S)
+    return CacheView(tail.keys_BKSH[:, :, :used], tail.values_BKSH[:, :, :used], places_BS[:, None])
+
+
+def _changed(x_BKPC: Tensor, before_BKC: Tensor, after_BKC: Tensor, tail: CacheView) -> Tensor:
+    return x_BKPC if _unchosen(before_BKC) else change_channels(x_BKPC, before_BKC, after_BKC, tail.keys_BKSH.shape[3])
 
 
 def thin(x_BKSH: Tensor, channels_BKC: Tensor | None) -> Tensor:

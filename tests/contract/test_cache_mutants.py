@@ -12,6 +12,7 @@ from attnzoo.ops.paged_decode import torch as decode_torch
 from tests.contract.caches import CHECKS
 from tests.unit import test_cache_ops as ops
 from tests.unit import test_cache_policies as policies
+from tests.unit import test_think as think_options
 
 Patch = pytest.MonkeyPatch
 
@@ -125,6 +126,17 @@ def rows_that_left_stay_in_memory(patch: Patch) -> None:
     patch.setattr(State, "keep_rows", lambda self, order: right(self, [*order, 0]).rows(slice(0, len(order))))
 
 
+def mask_of_the_tail_alone(patch: Patch) -> None:
+    """A mask that is chosen anew forgets what has been pruned before."""
+    right = think.stored_squares
+    patch.setattr(think, "stored_squares", lambda *args: right(*args) * 0)
+
+
+def lost_channels_come_back(patch: Patch) -> None:
+    """An old entry shows another channel's number where it has lost one."""
+    patch.setattr(think, "change_channels", lambda x, before, after, head_dim: x)
+
+
 def contract(check: str, variant: str, name: str) -> Callable[[], None]:
     return lambda: CHECKS[check](variant, name)
 
@@ -132,6 +144,8 @@ def contract(check: str, variant: str, name: str) -> Callable[[], None]:
 MUTANTS: list[tuple[Callable[[Patch], None], Callable[[], None]]] = [
     (scale_of_the_kept_channels, ops.test_scale_keeps_the_full_head_dim),
     (mask_of_the_first_query_head, policies.test_think_scores_by_hand),
+    (mask_of_the_tail_alone, lambda: think_options.test_a_recomputed_mask_by_hand("recomputed")),
+    (lost_channels_come_back, contract("positions", "gqa", "think-recomputed")),
     (merged_token_moves, contract("positions", "gqa", "d2o")),
     (weights_without_the_kept_token, ops.test_merge_by_hand),
     (threshold_of_all_sequences, policies.test_threshold_belongs_to_one_sequence),
