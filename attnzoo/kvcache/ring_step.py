@@ -29,7 +29,8 @@ QKV = tuple[Tensor, Tensor, Tensor]
 class Moment:
     """When the step happens, the same for all layers. at_B: position of the new token. active_B: None: all sequences.
     entering, leaving: slots of the ring, of the token that comes (in active sequences) and of the one that leaves.
-    leaving_B: its position, below 0 for none; some_leave: at least one sequence has none."""
+    leaving_B: its position, below 0 for none; some_leave: not all sequences have one. ring_full: every slot of the ring
+    holds a token. Where a device would have to be waited for, not all and not full."""
 
     at_B: Tensor
     active_B: Tensor | None
