@@ -105,10 +105,17 @@ def _measure(name: str, chosen: argparse.Namespace, report: Report, train: Train
             peer = Exchange(Path(chosen.kvpress_python), peer_script, directory)
         sections.text(reader, settings, report, peer)
     else:
-        reader = random_reader() if chosen.quick else load_reader(chosen.checkpoint, torch.bfloat16)
+        reader = random_reader() if chosen.quick else load_reader(chosen.checkpoint, speed_dtype())
         speeds = sections.speed(reader.model, settings, report)
         if chosen.roofline:
             sections.roofline(reader.model, speeds, report)
+
+
+def speed_dtype() -> torch.dtype:
+    """bfloat16, but float32 on a CPU that has no instructions for it: emulation would be what is timed."""
+    if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
 
 
 def _save(chosen: argparse.Namespace, report: Report, done: Sequence[str]) -> None:
