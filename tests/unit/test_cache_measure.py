@@ -224,7 +224,7 @@ def test_tasks_must_be_solved_under_every_condition():
 
 
 def speed(state: int, peak: int, seconds: float) -> Speed:
-    return Speed(step_seconds=seconds, state_bytes=state, peak_bytes=peak, weight_bytes=100, batch=10)
+    return Speed(step_seconds=seconds, state_bytes=state, peak_bytes=peak, weight_bytes=100, batch=10, dtype="float32")
 
 
 def test_sequences_in_a_budget_count_the_peak_of_the_last_one():

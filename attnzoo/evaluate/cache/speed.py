@@ -36,14 +36,15 @@ NOTHING = OpCost(bytes_read=0, bytes_written=0, flops=0)
 @dataclass(frozen=True, kw_only=True)
 class Speed:
     """step_seconds: of a decode step of all sequences, the median of the best turn. state_bytes, peak_bytes: of one
-    sequence, after compression and at most during prefill. weight_bytes: read once a step. attention: what attention
-    and merging of a step must move and compute, all sequences."""
+    sequence, after compression and at most during prefill. weight_bytes: read once a step. dtype: of weights and state.
+    attention: what attention and merging of a step must move and compute, all sequences."""
 
     step_seconds: float
     state_bytes: int
     peak_bytes: int
     weight_bytes: int
     batch: int
+    dtype: str
     attention: OpCost = NOTHING
 
     @property
@@ -122,6 +123,7 @@ def measure_speed(
             peak_bytes=bytes_of[name][1],
             weight_bytes=weights,
             batch=sizes.batch,
+            dtype=str(model.embedding.weight.dtype).removeprefix("torch."),
             attention=costs[name],
         )
         for name in policies

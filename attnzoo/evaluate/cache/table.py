@@ -102,6 +102,7 @@ def speed_rows(speeds: dict[str, Speed]) -> list[dict[str, Any]]:
         {
             "table": "decode",
             "policy": name,
+            "dtype": speed.dtype,
             "tokens/s": round(speed.tokens_per_second, 2),
             "ms/step": round(1000 * speed.step_seconds, 1),
             "GB/s": round(speed.read_rate / 1e9, 2),
