@@ -19,7 +19,7 @@ from attnzoo.evaluate.cache.peer import PRESSES, Exchange, PeerError, peer_logit
 from attnzoo.evaluate.cache.peer_scores import agreement, compare_scores
 from attnzoo.evaluate.cache.protocol import ask, begin, force, forced_logits, prefill
 from attnzoo.evaluate.cache.quality import longest_prompt
-from attnzoo.evaluate.cache.retrieval import Score, make_batches, solved_tasks
+from attnzoo.evaluate.cache.retrieval import Score, keep_answered, make_batches, solved_tasks
 from attnzoo.evaluate.cache.roofline import attention_cost, step_cost
 from attnzoo.evaluate.cache.speed import Speed, weight_bytes
 from attnzoo.evaluate.cache.table import peer_claim, speed_claims
@@ -215,6 +215,24 @@ def test_accuracy_counts_tasks_and_conditions_alike():
     assert score.accuracy() == pytest.approx(0.5)
     assert score.accuracy(seed=1) == 0.5
     assert math.isnan(score.accuracy("c"))
+
+
+def test_examples_are_kept_that_the_full_cache_answers_everywhere(reader):
+    batches = make_batches(
+        lambda task, seed: text_example(reader.encode, task, 300, seed), ["recall", "passkey"], 2, 5, 2
+    )
+    score = Score()
+    for (task, seed), groups in batches.items():
+        for number, _ in enumerate(example for group in groups for example in group):
+            for where in ("inside", "outside", "second"):
+                wrong = (number == 1 and where == "second") or (task == "passkey" and seed == 1 and number < 4)
+                score.right[task, where, seed].append(not wrong)
+    kept = keep_answered(batches, score, count=2, batch=3)
+    assert set(kept) == {("recall", 0), ("recall", 1)}
+    for key, groups in kept.items():
+        drawn = [example for group in batches[key] for example in group]
+        found = [example for group in groups for example in group]
+        assert sorted(map(drawn.index, found)) == [0, 2]
 
 
 def test_tasks_must_be_solved_under_every_condition():

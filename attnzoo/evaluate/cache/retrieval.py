@@ -44,13 +44,16 @@ def make_batches(make: Maker, tasks: Iterable[str], seeds: int, count: int, batc
     batches: Batches = {}
     for task in tasks:
         for seed in range(seeds):
-            groups: dict[tuple[int, ...], list[Example]] = defaultdict(list)
-            for number in range(count):
-                example = make(task, (seed + 1) * SEED_STRIDE + number)
-                groups[_shape(example)].append(example)
-            cut = [group[i : i + batch] for group in groups.values() for i in range(0, len(group), batch)]
-            batches[task, seed] = cut
+            examples = [make(task, (seed + 1) * SEED_STRIDE + number) for number in range(count)]
+            batches[task, seed] = _batched(examples, batch)
     return batches
+
+
+def _batched(examples: Iterable[Example], batch: int) -> list[list[Example]]:
+    groups: dict[tuple[int, ...], list[Example]] = defaultdict(list)
+    for example in examples:
+        groups[_shape(example)].append(example)
+    return [group[i : i + batch] for group in groups.values() for i in range(0, len(group), batch)]
 
 
 def _shape(example: Example) -> tuple[int, ...]:
@@ -73,6 +76,22 @@ def ask_all(model: DecoderLM, batches: Batches, policy: Compression, chunk: int,
             result.seconds += told.seconds
             tick(len(examples))
     return result
+
+
+def keep_answered(batches: Batches, full: Score, count: int, batch: int) -> Batches:
+    """Of each task and seed the first `count` examples that the full cache answers under all conditions, batched anew.
+
+    `full`: answers to all of `batches`. Tasks without as many for every seed are left out.
+    """
+    kept: Batches = {}
+    for (task, seed), groups in batches.items():
+        examples = [example for group in groups for example in group]
+        right = zip(*(full.right[task, where, seed] for where in CONDITIONS), strict=True)
+        answered = [example for example, all_of in zip(examples, right, strict=True) if all(all_of)]
+        if len(answered) >= count:
+            kept[task, seed] = _batched(answered[:count], batch)
+    seeds = {seed for _, seed in batches}
+    return {key: cut for key, cut in kept.items() if all((key[0], seed) in kept for seed in seeds)}
 
 
 def solved_tasks(full: Score, tasks: Iterable[str], least: float) -> list[str]:

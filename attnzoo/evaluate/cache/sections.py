@@ -13,7 +13,7 @@ from attnzoo.evaluate.cache.peer_scores import compare_scores
 from attnzoo.evaluate.cache.policies import CHANNELS, FULL, TOKENS, Contender
 from attnzoo.evaluate.cache.protocol import forced_logits
 from attnzoo.evaluate.cache.quality import Result, longest_prompt, measure, measure_fidelity, plan
-from attnzoo.evaluate.cache.retrieval import Batches, Maker, ask_all, make_batches, solved_tasks
+from attnzoo.evaluate.cache.retrieval import Batches, Maker, ask_all, keep_answered, make_batches, solved_tasks
 from attnzoo.evaluate.cache.roofline import step_cost
 from attnzoo.evaluate.cache.settings import QualitySizes, Settings
 from attnzoo.evaluate.cache.speed import Speed, measure_speed
@@ -66,7 +66,7 @@ def _quality(
     name: str, model: DecoderLM, make: Maker, seeds: int, sizes: QualitySizes, report: Report
 ) -> tuple[list[Result], Batches]:
     """All contenders at all budgets, on the tasks that the full cache solves."""
-    batches = make_batches(make, sizes.tasks, seeds, sizes.count, sizes.batch)
+    batches = make_batches(make, sizes.tasks, seeds, sizes.drawn or sizes.count, sizes.batch)
     batches = _solved(name, model, batches, sizes, report)
     tasks = list(dict.fromkeys(task for task, _ in batches))
     wanted: list[tuple[Contender, Sequence[float]]] = [(c.observing(sizes.window), sizes.token_budgets) for c in TOKENS]
@@ -88,20 +88,24 @@ def _quality(
 
 
 def _solved(name: str, model: DecoderLM, batches: Batches, sizes: QualitySizes, report: Report) -> Batches:
-    """The tasks that the full cache solves; reports all. Raises ValueError when it solves none."""
+    """What the full cache solves: tasks or, where more is drawn than asked, examples; reports accuracy on all. Raises
+    ValueError when it solves none."""
     progress = Progress(sum(len(examples) for groups in batches.values() for examples in groups))
     score = ask_all(model, batches, FULL.build(), sizes.chunk, lambda done: progress.add(done, f"{name}: full cache"))
     progress.close()
-    solved = solved_tasks(score, sizes.tasks, sizes.least)
-    report.rows.append(
-        {"table": f"{name}: full cache", **{task: round(score.accuracy(task), 4) for task in sizes.tasks}}
-    )
-    for task in sizes.tasks:
-        if task not in solved:
-            print(f"{name}: {task} left out, as the full cache is below {sizes.least:.0%} on it", file=sys.stderr)
-    if not solved:
+    accuracy = {task: round(score.accuracy(task), 4) for task in sizes.tasks}
+    report.rows.append({"table": f"{name}: full cache", "examples": sizes.drawn or sizes.count, **accuracy})
+    if sizes.drawn is None:
+        solved = solved_tasks(score, sizes.tasks, sizes.least)
+        kept = {key: groups for key, groups in batches.items() if key[0] in solved}
+    else:
+        kept = keep_answered(batches, score, sizes.count, sizes.batch)
+    left_out = [task for task in sizes.tasks if not any(task == key[0] for key in kept)]
+    if left_out:
+        print(f"{name}: left out, as the full cache does not solve them: {', '.join(left_out)}", file=sys.stderr)
+    if not kept:
         raise ValueError(f"{name}: the full cache solves none of {', '.join(sizes.tasks)}; use another model")
-    return {key: groups for key, groups in batches.items() if key[0] in solved}
+    return kept
 
 
 def _fidelity(reader: Reader, settings: Settings, results: Sequence[Result], report: Report) -> None:

@@ -12,7 +12,9 @@ class QualitySizes:
     """context: tokens that questions are about. count: examples of a task and seed. batch: of them side by side.
     chunk: tokens of a prompt that are read at once. window: of observation, for policies that have one. token_budgets,
     channel_budgets: shares of the full cache's bytes, for policies that drop tokens and for those that drop channels of
-    keys. least: accuracy of the full cache that makes a task worth asking."""
+    keys. least: accuracy of the full cache that makes a task worth asking. drawn: examples of a task and seed of which
+    the first `count` that the full cache answers under all conditions are asked, for models that are not sure of any
+    task; None: all are asked."""
 
     tasks: tuple[str, ...]
     context: int
@@ -23,6 +25,7 @@ class QualitySizes:
     least: float
     token_budgets: tuple[float, ...]
     channel_budgets: tuple[float, ...]
+    drawn: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +52,21 @@ class Settings:
             window=8,
             least=0.95,
             token_budgets=(0.5, 0.3, 0.2),
-            channel_budgets=(0.85, 0.75),
+            channel_budgets=(0.95, 0.85),
         )
     )
     text: QualitySizes = field(
         default_factory=lambda: QualitySizes(
             tasks=tuple(TEXT_TASKS),
             context=384,
-            count=3,
-            batch=3,
+            count=2,
+            batch=2,
             chunk=128,
             window=32,
-            least=0.75,
+            least=1.0,
             token_budgets=(0.5, 0.2),
-            channel_budgets=(0.75,),
+            channel_budgets=(0.85, 0.75),
+            drawn=8,
         )
     )
     fidelity: FidelitySizes = field(default_factory=FidelitySizes)

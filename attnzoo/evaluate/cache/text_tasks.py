@@ -37,7 +37,7 @@ NOUNS = ("apple", "river", "candle", "tiger", "pencil", "garden", "silver", "win
          "island", "lemon", "pepper", "rocket", "saddle", "tunnel", "velvet", "wagon", "zebra")  # fmt: skip
 NAMES = ("alpha", "beta", "gamma", "delta", "sigma", "omega", "kappa", "theta", "zeta")
 
-NEEDLES, PAIRS, CHAINS, HOPS = 4, 12, 3, 2
+NEEDLES, PAIRS, CHAINS, HOPS = 3, 6, 3, 2
 
 
 @dataclass(frozen=True, kw_only=True)
