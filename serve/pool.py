@@ -94,18 +94,19 @@ class CompactPool:
         """Sequences that decode."""
         return 0 if self.state is None else self.state.batch
 
+    # The two that follow are asked by other threads too, while states come and go.
     @property
     def nbytes(self) -> int:
         """Bytes of all states here, as allocated."""
-        states = [*self.prompts.values(), *([] if self.state is None else [self.state])]
-        return sum(state.nbytes() for state in states)
+        states = [*list(self.prompts.values()), self.state]
+        return sum(state.nbytes() for state in states if state is not None)
 
     def row_bytes(self, request_id: str) -> int:
         """Bytes of the sequence's state, as allocated: of its prompt's while that is read, then of a row."""
-        prompt = self.prompts.get(request_id)
+        prompt, state = self.prompts.get(request_id), self.state
         if prompt is not None:
             return prompt.nbytes()
-        return 0 if self.state is None else self.state.nbytes() // self.rows
+        return 0 if state is None else state.nbytes() // state.batch
 
     def decode(self, tokens_B1: Tensor) -> Tensor:
         """hidden_BD behind the next token of all rows."""

@@ -38,8 +38,8 @@ def export_model(directory: Path, model: DecoderLM, *, tokenizer: "Tokenizer | N
     """Writes `model` as a directory of transformers, replacing what was there; returns the directory.
 
     `AutoModelForCausalLM.from_pretrained` loads it without this project, `load_model` as the same model; only
-    `attention_impl`, which is no part of the function, is left behind. Raises ValueError, naming the option, for a
-    model that none of the families can be, and for a tokenizer with more ids than the model.
+    `attention_impl` and `cache`, which are no part of the function, are left behind. Raises ValueError, naming the
+    option, for a model that none of the families can be, and for a tokenizer with more ids than the model.
     """
     directory = Path(directory)
     content = family_config(model.config)
