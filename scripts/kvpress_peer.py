@@ -81,7 +81,9 @@ class Recorder(BasePress):
 
 def load(directory: str, attention: str) -> Any:
     """The exported model."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation=attention, use_safetensors=True
+    ).eval()
 
 
 @torch.no_grad()
