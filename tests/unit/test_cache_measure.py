@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from attnzoo.evaluate.cache.protocol import ask, begin, force, forced_logits, pr
 from attnzoo.evaluate.cache.quality import longest_prompt
 from attnzoo.evaluate.cache.retrieval import Score, keep_answered, make_batches, solved_tasks
 from attnzoo.evaluate.cache.roofline import attention_cost, step_cost
+from attnzoo.evaluate.cache.sections import text
+from attnzoo.evaluate.cache.settings import QUICK
 from attnzoo.evaluate.cache.speed import Speed, weight_bytes
 from attnzoo.evaluate.cache.table import peer_claim, speed_claims
 from attnzoo.evaluate.cache.text_tasks import text_example
@@ -429,6 +432,15 @@ def test_quick_runs_all_of_it(tmp_path, capsys):
     full = next(row for row in content["rows"] if row["table"] == "fidelity" and row["policy"] == "full")
     assert full["KL mean"] == 0.0
     assert full["top-1 agreement"] == 1.0
+
+
+def test_a_model_that_solves_no_task_is_measured_by_its_fidelity():
+    settings = replace(QUICK, text=replace(QUICK.text, drawn=2))
+    report = Report.start(command=["test"], quick=True)
+    text(random_reader(), settings, report, None)
+    assert {row["table"] for row in report.rows} == {"fidelity", "text: full cache"}
+    assert {row["policy"] for row in report.rows if row["table"] == "fidelity"} >= {"full", "d2o", "think"}
+    assert report.claims == []
 
 
 def test_a_section_is_replaced_and_the_others_stay(tmp_path, capsys):

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from attnzoo.evaluate.cache import table
 from attnzoo.evaluate.cache.metrics import FidelityMeter
 from attnzoo.evaluate.cache.models import Reader, prose
@@ -12,7 +14,7 @@ from attnzoo.evaluate.cache.peer import Exchange, peer_logits, run_peer
 from attnzoo.evaluate.cache.peer_scores import compare_scores
 from attnzoo.evaluate.cache.policies import CHANNELS, FULL, TOKENS, Contender
 from attnzoo.evaluate.cache.protocol import forced_logits
-from attnzoo.evaluate.cache.quality import Result, longest_prompt, measure, measure_fidelity, plan
+from attnzoo.evaluate.cache.quality import Plan, Result, longest_prompt, measure, measure_fidelity, plan
 from attnzoo.evaluate.cache.retrieval import Batches, Maker, ask_all, keep_answered, make_batches, solved_tasks
 from attnzoo.evaluate.cache.roofline import step_cost
 from attnzoo.evaluate.cache.settings import QualitySizes, Settings
@@ -36,39 +38,49 @@ ROOFLINE_CHIPS = ["H100", "MI300X"]
 
 
 def symbols(reader: Reader, settings: Settings, report: Report) -> None:
-    """Retrieval over symbols with the small model that was trained on it."""
+    """Retrieval over symbols with the small model that was trained on it. Raises ValueError when it solves no task."""
     tokens, sizes = symbol_tokens(reader.encode), settings.symbols
 
     def make(task: str, seed: int) -> Any:
         return symbol_example(task, sizes.context, seed).translated(tokens).after(reader.begin)
 
-    results, _ = _quality("symbols", reader.model, make, settings.seeds, sizes, report)
+    drawn = _drawn(make, sizes, settings.seeds)
+    batches = _solved("symbols", reader.model, drawn, sizes, report)
+    if not batches:
+        raise ValueError(f"symbols: the full cache solves none of {', '.join(sizes.tasks)}; use another model")
+    results = _quality("symbols", reader.model, batches, _planned("symbols", reader.model, drawn, sizes), sizes, report)
     if not report.quick:
         report.claims.append(table.solved_claim("symbols", results[0], sizes.tasks, sizes.least))
 
 
 def text(reader: Reader, settings: Settings, report: Report, peer: Exchange | None) -> None:
-    """Retrieval in English and the fidelity of prose with a real checkpoint; kvpress on the same, where it is given."""
+    """Fidelity of prose and retrieval in English with a real checkpoint; kvpress on the same, where it is given. A
+    checkpoint that solves no task is measured by its fidelity alone."""
     sizes = settings.text
 
     def make(task: str, seed: int) -> Any:
         return text_example(reader.encode, task, sizes.context, seed).after(reader.begin)
 
-    results, batches = _quality("text", reader.model, make, settings.seeds, sizes, report)
-    _fidelity(reader, settings, results, report)
+    drawn = _drawn(make, sizes, settings.seeds)
+    found = _planned("text", reader.model, drawn, sizes)
+    _fidelity(reader, settings, found, report)
+    batches = _solved("text", reader.model, drawn, sizes, report)
+    results = _quality("text", reader.model, batches, found, sizes, report) if batches else []
     if peer is not None:
         peer.export(reader.model)
-        _peer(batches, results, sizes, report, peer)
+        _peer_scores(longest_prompt(drawn), report, peer)
         _peer_fidelity(reader, settings, report, peer)
+        if batches:
+            _peer_quality(batches, results, sizes, report, peer)
 
 
-def _quality(
-    name: str, model: DecoderLM, make: Maker, seeds: int, sizes: QualitySizes, report: Report
-) -> tuple[list[Result], Batches]:
-    """All contenders at all budgets, on the tasks that the full cache solves."""
-    batches = make_batches(make, sizes.tasks, seeds, sizes.drawn or sizes.count, sizes.batch)
-    batches = _solved(name, model, batches, sizes, report)
-    tasks = list(dict.fromkeys(task for task, _ in batches))
+def _drawn(make: Maker, sizes: QualitySizes, seeds: int) -> Batches:
+    """All examples that the full cache is asked."""
+    return make_batches(make, sizes.tasks, seeds, sizes.drawn or sizes.count, sizes.batch)
+
+
+def _planned(name: str, model: DecoderLM, batches: Batches, sizes: QualitySizes) -> Plan:
+    """All contenders at all budgets that they can meet; says which they cannot."""
     wanted: list[tuple[Contender, Sequence[float]]] = [(c.observing(sizes.window), sizes.token_budgets) for c in TOKENS]
     wanted += [(c.observing(sizes.window), sizes.channel_budgets) for c in CHANNELS]
     progress = Progress(sum(len(budgets) for _, budgets in wanted))
@@ -76,6 +88,15 @@ def _quality(
     progress.close()
     for contender, budget in found.skipped:
         print(f"{name}: {contender} cannot get down to {budget:.0%} of the full cache's bytes", file=sys.stderr)
+    return found
+
+
+def _quality(
+    name: str, model: DecoderLM, batches: Batches, found: Plan, sizes: QualitySizes, report: Report
+) -> list[Result]:
+    """What is planned, on the tasks and examples that the full cache solves."""
+    tasks = list(dict.fromkeys(task for task, _ in batches))
+    seeds = 1 + max(seed for _, seed in batches)
     progress = Progress(seeds * sizes.count * len(tasks) * len(found.entries))
     results = measure(model, batches, found.entries, sizes.chunk, progress.add)
     progress.close()
@@ -84,12 +105,12 @@ def _quality(
     report.claims += table.byte_budget_claims(name, results)
     if not report.quick:
         report.claims += table.quality_claims(name, results, tasks)
-    return results, batches
+    return results
 
 
 def _solved(name: str, model: DecoderLM, batches: Batches, sizes: QualitySizes, report: Report) -> Batches:
-    """What the full cache solves: tasks or, where more is drawn than asked, examples; reports accuracy on all. Raises
-    ValueError when it solves none."""
+    """What the full cache solves: tasks or, where more is drawn than asked, examples; reports accuracy on all. Empty
+    when it solves none."""
     progress = Progress(sum(len(examples) for groups in batches.values() for examples in groups))
     score = ask_all(model, batches, FULL.build(), sizes.chunk, lambda done: progress.add(done, f"{name}: full cache"))
     progress.close()
@@ -103,27 +124,30 @@ def _solved(name: str, model: DecoderLM, batches: Batches, sizes: QualitySizes, 
     left_out = [task for task in sizes.tasks if not any(task == key[0] for key in kept)]
     if left_out:
         print(f"{name}: left out, as the full cache does not solve them: {', '.join(left_out)}", file=sys.stderr)
-    if not kept:
-        raise ValueError(f"{name}: the full cache solves none of {', '.join(sizes.tasks)}; use another model")
     return kept
 
 
-def _fidelity(reader: Reader, settings: Settings, results: Sequence[Result], report: Report) -> None:
+def _fidelity(reader: Reader, settings: Settings, found: Plan, report: Report) -> None:
     """KL, agreement and perplexity over tokens that follow a compressed prompt of prose."""
     sizes = settings.fidelity
     texts_NT = prose(reader.encode, sizes.texts, sizes.prompt + sizes.forced + 1)
-    entries = [(result.contender, result.budget, result.fit) for result in results]
-    progress = Progress(len(texts_NT) * len(entries))
-    found = measure_fidelity(reader.model, texts_NT, sizes.prompt, entries, progress.add)
+    progress = Progress(len(texts_NT) * len(found.entries))
+    values = measure_fidelity(reader.model, texts_NT, sizes.prompt, found.entries, progress.add)
     progress.close()
-    report.rows += [table.fidelity_row("fidelity", policy, budget, value) for (policy, budget), value in found.items()]
+    report.rows += [table.fidelity_row("fidelity", policy, budget, value) for (policy, budget), value in values.items()]
 
 
-def _peer(batches: Batches, results: Sequence[Result], sizes: QualitySizes, report: Report, peer: Exchange) -> None:
-    """kvpress: scores of the longest prompt, then answers at the budgets of the token policies."""
-    found = compare_scores(peer, longest_prompt(batches))
+def _peer_scores(prompt_1T: Tensor, report: Report, peer: Exchange) -> None:
+    """kvpress's scores of channels and tokens, on its own queries and keys of a prompt."""
+    found = compare_scores(peer, prompt_1T)
     report.rows.append(table.agreement_row("kvpress: scores of the same queries and keys", found))
     report.claims += table.agreement_claims("kvpress", found)
+
+
+def _peer_quality(
+    batches: Batches, results: Sequence[Result], sizes: QualitySizes, report: Report, peer: Exchange
+) -> None:
+    """kvpress's answers at the budgets of the token policies."""
     tasks = list(dict.fromkeys(task for task, _ in batches))
     full = results[0]
     for budget in sizes.token_budgets:

@@ -31,7 +31,7 @@ class QualitySizes:
 class FidelitySizes:
     """texts: windows of prose; prompt: tokens before compression; forced: tokens after it, at least 128 of them."""
 
-    texts: int = 4
+    texts: int = 8
     prompt: int = 512
     forced: int = 128
 
@@ -59,14 +59,14 @@ class Settings:
         default_factory=lambda: QualitySizes(
             tasks=("passkey", "needles", "recall"),
             context=384,
-            count=2,
-            batch=6,
+            count=4,
+            batch=8,
             chunk=128,
             window=32,
             least=1.0,
             token_budgets=(0.5, 0.2),
             channel_budgets=(0.85,),
-            drawn=6,
+            drawn=32,
         )
     )
     fidelity: FidelitySizes = field(default_factory=FidelitySizes)
