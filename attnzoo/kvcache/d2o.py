@@ -79,7 +79,7 @@ class D2OCache(EvictingCache):
             together=official and self.shared,
         )
 
-    def priorities(self, positions_BKS: Tensor, mass_BKS: Tensor | None, kv_heads: int) -> Tensor:
+    def priorities(self, taken_BKS: Tensor, mass_BKS: Tensor | None, kv_heads: int) -> Tensor:
         assert mass_BKS is not None
         return mass_BKS
 

@@ -53,8 +53,8 @@ class EvictingCache(Compression):
     def prefill(self) -> str:
         return str(self.config.prefill)
 
-    def priorities(self, positions_BKS: Tensor, mass_BKS: Tensor | None, kv_heads: int) -> Tensor:
-        """Who stays longer, [B, K, S]: the lowest leaves."""
+    def priorities(self, taken_BKS: Tensor, mass_BKS: Tensor | None, kv_heads: int) -> Tensor:
+        """Who stays longer, [B, K, S]: the lowest leaves. taken_BKS: position + 1, 0 where there is no token."""
         raise NotImplementedError
 
     def layer_budgets(self, layers: Sequence[Layer], asked_B: Tensor) -> list[Tensor]:
@@ -265,7 +265,7 @@ class EvictingCache(Compression):
         places, (keys, values, mass, votes) = entries
         kv_heads = keys.shape[1]
         held = places >= 0
-        priority = self.priorities(places, mass, kv_heads).expand(-1, kv_heads, -1)
+        priority = self.priorities(places + 1, mass, kv_heads).expand(-1, kv_heads, -1)
         keep = self._kept(places.expand(-1, kv_heads, -1), priority, budgets_B, lengths_B)
         evict = held & ~keep
         slots = int(keep.sum(-1).max())
@@ -295,7 +295,7 @@ class EvictingCache(Compression):
 
     def _kept(self, places_BKS: Tensor, priority_BKS: Tensor, budgets_B: Tensor, lengths_B: Tensor) -> Tensor:
         """keep_BKS: sinks, the most recent, and of the others those of the highest priority."""
-        protected = self.protected(places_BKS, budgets_B, lengths_B)
+        protected = self.protected(places_BKS + 1, budgets_B, lengths_B)
         rank = priority_BKS.masked_fill(protected, torch.inf).masked_fill(places_BKS < 0, -torch.inf)
         if self.shared:
             rank = rank.mean(1, keepdim=True).expand_as(rank)
@@ -304,11 +304,11 @@ class EvictingCache(Compression):
         keep = torch.zeros_like(protected).scatter_(-1, order, within.expand_as(order))
         return keep & (places_BKS >= 0)
 
-    def protected(self, places_BKS: Tensor, budgets_B: Tensor, lengths_B: Tensor) -> Tensor:
-        """Sinks and the most recent tokens."""
+    def protected(self, taken_BKS: Tensor, budgets_B: Tensor, lengths_B: Tensor) -> Tensor:
+        """Sinks and the most recent tokens, and what holds no token. taken_BKS: position + 1, 0 for none."""
         # In the dtype of the places: a comparison of two dtypes would copy them.
-        first_recent_B = (lengths_B - self.recents(budgets_B)).to(places_BKS.dtype)
-        return (places_BKS < self.config.sinks) | (places_BKS >= first_recent_B[:, None, None])
+        first_recent_B = (lengths_B - self.recents(budgets_B)).to(taken_BKS.dtype)
+        return (taken_BKS <= self.config.sinks) | (taken_BKS > first_recent_B[:, None, None])
 
 
 def all_entries(state: CompressedState, lengths_B: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Any, Any]]:

@@ -113,12 +113,11 @@ def step(policy: Any, state: CompressedState, reader: Reader, qkv: QKV, now: Mom
 def _turn(policy: Any, state: CompressedState, now: Moment) -> _Turn:
     taken, budgets_B = state.prefix.places_BKP, state.budgets_B
     assert taken is not None
-    # An empty slot has place 0 and counts as a sink: nobody takes it where a sequence has all it may keep.
-    positions = taken - 1
-    rank = policy.priorities(positions, state.prefix.mass_BKP, taken.shape[1]).expand_as(positions)
+    rank = policy.priorities(taken, state.prefix.mass_BKP, taken.shape[1]).expand_as(taken)
     if policy.shared:
         rank = rank.mean(1, keepdim=True).expand_as(rank)
-    rank = torch.where(policy.protected(positions, budgets_B, now.at_B + 1), torch.inf, rank)
+    # An empty slot is protected: nobody takes it where a sequence has all it may keep.
+    rank = torch.where(policy.protected(taken, budgets_B, now.at_B + 1), torch.inf, rank)
     held = cc.all_held(state)
     if not held:
         growing_B11 = (now.at_B < budgets_B)[:, None, None]

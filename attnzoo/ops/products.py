@@ -2,7 +2,7 @@
 
 In half precision on a CPU, keys on the right of a product are transposed in memory first. A CPU without instructions
 for a half precision multiplies number by number: float32 copies of blocks, made in passing, take a third of the time
-for keys and a tenth for values.
+for keys and a tenth for values. A single entry is no product worth starting.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,12 +11,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from attnzoo.types import accumulation_dtype
+
 COPIED_BYTES = 4 << 20
 """Of a block in float32."""
 
 
 def with_keys(rows_BKLC: Tensor, keys_BKSC: Tensor) -> Tensor:
     """rows . keys, [B, K, L, S], in their dtype or float32."""
+    if _single(keys_BKSC):
+        return (rows_BKLC.to(accumulation_dtype(rows_BKLC.dtype)) * keys_BKSC).sum(-1, keepdim=True)
     if _emulated(keys_BKSC):
         return _in_blocks(lambda rows, keys: rows @ keys.mT, rows_BKLC, keys_BKSC)
     if keys_BKSC.device.type == "cpu" and keys_BKSC.itemsize < 4:
@@ -26,9 +30,15 @@ def with_keys(rows_BKLC: Tensor, keys_BKSC: Tensor) -> Tensor:
 
 def with_values(weights_BKLS: Tensor, values_BKSV: Tensor) -> Tensor:
     """weights . values, [B, K, L, V], in the values' dtype or float32."""
+    if _single(values_BKSV):
+        return weights_BKLS * values_BKSV
     if _emulated(values_BKSV):
         return _in_blocks(torch.matmul, weights_BKLS, values_BKSV)
     return weights_BKLS.to(values_BKSV.dtype) @ values_BKSV
+
+
+def _single(entries_BKSX: Tensor) -> bool:
+    return entries_BKSX.device.type == "cpu" and not torch.compiler.is_compiling() and entries_BKSX.shape[2] == 1
 
 
 def _in_blocks(product: Callable[[Tensor, Tensor], Tensor], rows: Tensor, entries_BKSX: Tensor) -> Tensor:

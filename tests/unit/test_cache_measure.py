@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from attnzoo.evaluate.cache.roofline import attention_cost, step_cost
 from attnzoo.evaluate.cache.sections import text
 from attnzoo.evaluate.cache.settings import QUICK
 from attnzoo.evaluate.cache.speed import Speed, weight_bytes
-from attnzoo.evaluate.cache.table import peer_claim, speed_claims
+from attnzoo.evaluate.cache.step_parts import step_parts
+from attnzoo.evaluate.cache.table import memory_claims, peer_claim, speed_claims
 from attnzoo.evaluate.cache.text_tasks import text_example
 from attnzoo.evaluate.chips import CHIPS
 from attnzoo.kvcache import build_cache, compressed, ring_step
@@ -256,7 +258,7 @@ def test_sequences_in_a_budget_count_the_peak_of_the_last_one():
 
 def test_speed_claims_are_computed():
     speeds = {"full": speed(100, 100, 4.0), "d2o": speed(20, 40, 1.0), "think": speed(75, 100, 4.5)}
-    found = {claim.name: claim for claim in speed_claims(speeds)}
+    found = {claim.name: claim for claim in speed_claims("decode", speeds) + memory_claims(speeds)}
     ratio = found["decode: d2o, times the full cache's tokens/s"]
     assert (ratio.measured, ratio.holds) == (4.0, True)
     (share,) = (claim for name, claim in found.items() if "that its bytes allow" in name)
@@ -267,12 +269,30 @@ def test_speed_claims_are_computed():
     assert sequences.measured == pytest.approx((1 + 960 // 20) / 10)
 
 
+def test_parts_of_a_step_are_all_of_it():
+    weight, keys, x = torch.randn(300, 300), torch.randn(8, 300, 300), torch.randn(300, 300)
+
+    def run() -> None:
+        for _ in range(3):
+            torch.mm(x, weight)
+            torch.bmm(keys, keys)
+            keys.exp()
+
+    begin = time.perf_counter()
+    run()
+    parts = step_parts(run, 3, seconds := (time.perf_counter() - begin) / 3)
+    assert parts.weights + parts.entries + parts.rest == pytest.approx(seconds)
+    assert min(parts.weights, parts.entries) > 0
+    none = step_parts(lambda: None, 1, 2.0)
+    assert (none.weights, none.entries, none.rest) == (0.0, 0.0, 2.0)
+
+
 def test_a_slow_baseline_is_told():
     name = "decode: full cache's bytes/s over the best policy's"
     fair = {"full": speed(100, 100, 1.1), "d2o": speed(20, 40, 0.3)}
     slow = {"full": speed(100, 100, 11.0), "d2o": speed(20, 40, 0.3)}
-    assert next(claim for claim in speed_claims(fair) if claim.name == name).holds
-    assert not next(claim for claim in speed_claims(slow) if claim.name == name).holds
+    assert next(claim for claim in speed_claims("decode", fair) if claim.name == name).holds
+    assert not next(claim for claim in speed_claims("decode", slow) if claim.name == name).holds
 
 
 def test_the_roofline_by_hand():

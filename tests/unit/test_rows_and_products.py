@@ -74,6 +74,19 @@ def test_products_in_every_form(native, dtype, spare, monkeypatch):
     assert scores.dtype == (torch.float32 if half and not native else dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_products_with_a_single_entry(dtype):
+    """What a full cache has after one token, and what D2O's ring holds."""
+    entry = torch.randn(B, K, P, X).to(dtype)[:, :, 3:4]
+    rows, weights = torch.randn(B, K, 4, X).to(dtype), torch.rand(B, K, 4, 1)
+    scores, sums = with_keys(rows, entry), with_values(weights, entry)
+    assert (scores.shape, sums.shape) == ((B, K, 4, 1), (B, K, 4, X))
+    exact = torch.promote_types(dtype, torch.float32)
+    assert scores.dtype == sums.dtype == exact
+    torch.testing.assert_close(scores, rows.to(exact) @ entry.to(exact).mT)
+    torch.testing.assert_close(sums, weights.to(exact) * entry.to(exact))
+
+
 def test_products_of_no_sequences(monkeypatch):
     monkeypatch.setattr(products, "_native", lambda _: False)
     none = torch.zeros(2, K, 0, X, dtype=torch.bfloat16)

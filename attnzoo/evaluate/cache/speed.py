@@ -1,19 +1,23 @@
 """Decoding at a long context: how fast every policy is on this machine, and how fast the bytes it reads allow.
 
 The state is a real one: one random prompt is read in chunks and compressed, and its rows are then repeated to the
-batch, because reading the prompt once a sequence would take the time of the whole benchmark and change no speed.
+batch, because reading the prompt once a sequence would take the time of the whole benchmark and change no speed. A
+batch's state exists only while its policy has its turn: those of all policies together would not fit.
 """
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from attnzoo.evaluate.cache.protocol import prefill
+from attnzoo.evaluate.cache.protocol import Prefill, prefill
 from attnzoo.evaluate.cache.roofline import attention_cost
+from attnzoo.evaluate.cache.step_parts import StepParts, step_parts
 from attnzoo.kvcache import Compression
 from attnzoo.models import DecoderLM, can_pack, pack_weights
 from attnzoo.ops.cost import OpCost
@@ -21,23 +25,23 @@ from attnzoo.ops.cost import OpCost
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedSizes:
-    """Tokens of the prompt, sequences, decode steps of a turn, turns, tokens of a prefill chunk."""
+    """Tokens of the prompt, numbers of sequences, decode steps of a turn, turns, tokens of a prefill chunk."""
 
     context: int = 8192
-    batch: int = 16
+    batches: tuple[int, ...] = (16, 32)
     steps: int = 8
-    turns: int = 3
+    turns: int = 4
     chunk: int = 512
 
 
-NOTHING = OpCost(bytes_read=0, bytes_written=0, flops=0)
+NOTHING, UNKNOWN = OpCost(bytes_read=0, bytes_written=0, flops=0), StepParts()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
     """step_seconds: of a decode step of all sequences, the median of the best turn. state_bytes, peak_bytes: of one
     sequence, after compression and at most during prefill. weight_bytes: read once a step. dtype: of weights and state.
-    attention: what attention and merging of a step must move and compute, all sequences."""
+    attention: what attention and merging of a step must move and compute, all sequences. parts: of step_seconds."""
 
     step_seconds: float
     state_bytes: int
@@ -46,6 +50,7 @@ class Speed:
     batch: int
     dtype: str
     attention: OpCost = NOTHING
+    parts: StepParts = UNKNOWN
 
     @property
     def tokens_per_second(self) -> float:
@@ -83,8 +88,8 @@ def weight_bytes(model: DecoderLM) -> int:
 @torch.no_grad()
 def measure_speed(
     model: DecoderLM, policies: dict[str, Compression], sizes: SpeedSizes, say: Callable[[str], None]
-) -> dict[str, Speed]:
-    """Speeds by policy, which take turns; `say` gets a line at each. All states are held at the same time.
+) -> dict[int, dict[str, Speed]]:
+    """Speeds by number of sequences and policy; policies take turns. `say` gets a line at each.
 
     Where the CPU can, weights are packed in place, as serving does.
     """
@@ -92,39 +97,56 @@ def measure_speed(
         pack_weights(model)
     generator = torch.Generator().manual_seed(0)
     prompt_1T = torch.randint(model.config.vocab_size, (1, sizes.context), generator=generator)
-    states: dict[str, Any] = {}
-    bytes_of: dict[str, tuple[int, int]] = {}
-    costs: dict[str, OpCost] = {}
+    read: dict[str, Prefill] = {}
     for name, policy in policies.items():
         begin = time.perf_counter()
-        room = sizes.turns * (sizes.steps + 1)
-        done = prefill(model, prompt_1T, policy, chunk=sizes.chunk, room=room)
-        bytes_of[name] = (done.nbytes, done.peak_nbytes)
-        costs[name] = attention_cost(model, done.state, sizes.batch)
-        states[name] = done.state.map(lambda _, tensor: tensor.repeat_interleave(sizes.batch, dim=0))
+        read[name] = prefill(model, prompt_1T, policy, chunk=sizes.chunk, room=sizes.steps + 1 + PROFILED)
         say(f"{name}: prompt of {sizes.context} tokens read in {time.perf_counter() - begin:.1f} s")
-    found: dict[str, list[float]] = {name: [] for name in policies}
-    tokens_B1 = torch.randint(model.config.vocab_size, (sizes.batch, 1), generator=generator)
-    for turn in range(sizes.turns):
-        for name in policies:
-            seconds = []
-            for _ in range(sizes.steps + 1):
-                begin = time.perf_counter()
-                _, states[name] = model.extend(tokens_B1, states[name])
-                seconds.append(time.perf_counter() - begin)
-            # The first step may make room for the tokens to come.
-            found[name].append(statistics.median(seconds[1:]))
-            say(f"turn {turn + 1} of {sizes.turns}, {name}: {1000 * found[name][-1]:.1f} ms a step")
-    weights = weight_bytes(model)
+    turns: dict[tuple[int, str], list[tuple[float, StepParts]]] = defaultdict(list)
+    tokens_B1 = torch.randint(model.config.vocab_size, (max(sizes.batches), 1), generator=generator)
+    for batch in sizes.batches:
+        for turn in range(sizes.turns):
+            for name, done in read.items():
+                turns[batch, name].append(_turn(model, done.state, tokens_B1[:batch], sizes.steps))
+                took = 1000 * turns[batch, name][-1][0]
+                say(f"{batch} sequences, turn {turn + 1} of {sizes.turns}, {name}: {took:.1f} ms a step")
     return {
-        name: Speed(
-            step_seconds=min(found[name]),
-            state_bytes=bytes_of[name][0],
-            peak_bytes=bytes_of[name][1],
-            weight_bytes=weights,
-            batch=sizes.batch,
-            dtype=str(model.embedding.weight.dtype).removeprefix("torch."),
-            attention=costs[name],
-        )
-        for name in policies
+        batch: {name: _speed(model, read[name], batch, turns[batch, name]) for name in read} for batch in sizes.batches
     }
+
+
+PROFILED = 2
+"""Steps of a turn that the profiler watches."""
+
+
+def _turn(model: DecoderLM, state_1: Any, tokens_B1: Tensor, steps: int) -> tuple[float, StepParts]:
+    """(median seconds of a step of as many sequences, its parts) from the state of one."""
+    state = state_1.map(lambda _, tensor: tensor.repeat_interleave(len(tokens_B1), dim=0))
+    seconds = []
+    for _ in range(steps + 1):
+        begin = time.perf_counter()
+        _, state = model.extend(tokens_B1, state)
+        seconds.append(time.perf_counter() - begin)
+    # The first step may make room for the tokens to come.
+    median = statistics.median(seconds[1:])
+
+    def run() -> None:
+        nonlocal state
+        for _ in range(PROFILED):
+            _, state = model.extend(tokens_B1, state)
+
+    return median, step_parts(run, PROFILED, median)
+
+
+def _speed(model: DecoderLM, read: Prefill, batch: int, turns: list[tuple[float, StepParts]]) -> Speed:
+    seconds, parts = min(turns, key=lambda turn: turn[0])
+    return Speed(
+        step_seconds=seconds,
+        parts=parts,
+        state_bytes=read.nbytes,
+        peak_bytes=read.peak_nbytes,
+        weight_bytes=weight_bytes(model),
+        batch=batch,
+        dtype=str(model.embedding.weight.dtype).removeprefix("torch."),
+        attention=attention_cost(model, read.state, batch),
+    )

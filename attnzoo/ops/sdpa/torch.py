@@ -25,8 +25,8 @@ def sdpa_torch(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: CausalMask,
 
 
 COPIED_BYTES = 2 << 20
-"""Keys of this many bytes take part in one product. torch copies those of a cache with room to spare, and the copy of
-few sequences is read again before it has left the processor's cache."""
+"""Keys in half precision of this many bytes take part in one product. torch copies those of a cache with room to spare,
+and the copy of few sequences is read again before it has left the processor's cache."""
 
 
 def _one_query(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: CausalMask, scale: float) -> Tensor:
@@ -42,7 +42,9 @@ def _one_query(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: CausalMask,
         o_BKGH = F.scaled_dot_product_attention(q_BKGH, k_BKSH, v_BKSH, attn_mask=bias_BK1S, scale=scale)
         return o_BKGH.reshape(batch, heads, 1, head_dim)
     bias_BK1S = mask.bias(1, q_BN1H.device, accumulation_dtype(q_BN1H.dtype)).expand(batch, -1, -1, -1)
-    rows = batch if torch.compiler.is_compiling() else max(1, COPIED_BYTES // (k_BKSH[0].numel() * k_BKSH.itemsize))
+    # Copies of what has no room to spare are not made in other dtypes, and many products fill all threads.
+    whole = k_BKSH.itemsize > 2 or torch.compiler.is_compiling()
+    rows = batch if whole else max(1, COPIED_BYTES // (k_BKSH[0].numel() * k_BKSH.itemsize))
     parts = [x.split(rows) for x in (q_BKGH, k_BKSH, v_BKSH, bias_BK1S)]
     o_BKGH = torch.cat([_products(q, k, v, bias, scale) for q, k, v, bias in zip(*parts, strict=True)])
     return o_BKGH.reshape(batch, heads, 1, head_dim)
