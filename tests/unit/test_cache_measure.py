@@ -27,7 +27,7 @@ from attnzoo.evaluate.cache.sections import text
 from attnzoo.evaluate.cache.settings import QUICK
 from attnzoo.evaluate.cache.speed import Speed, weight_bytes
 from attnzoo.evaluate.cache.step_parts import step_parts
-from attnzoo.evaluate.cache.table import memory_claims, peer_claim, speed_claims
+from attnzoo.evaluate.cache.table import memory_claims, parts_claims, peer_claim, speed_claims
 from attnzoo.evaluate.cache.text_tasks import text_example
 from attnzoo.evaluate.chips import CHIPS
 from attnzoo.kvcache import build_cache, compressed, ring_step
@@ -431,6 +431,12 @@ def test_kvpress_scores_and_answers_as_we_do(tmp_path):
         torch.testing.assert_close(logits_NTV, full_NTV, msg=press)
 
 
+def test_a_part_of_d2o_must_bring_it_nearer():
+    kl = {("d2o", 0.5): 0.2, ("d2o, half recent", 0.5): 0.3, ("d2o, nothing merged", 0.5): 0.1, ("streaming", 0.5): 0.0}
+    rows = [{"policy": policy, "budget": budget, "KL mean": value} for (policy, budget), value in kl.items()]
+    assert [claim.holds for claim in parts_claims("parts", rows)] == [True, False]
+
+
 def test_the_peer_claim_needs_the_mean_of_the_best_press():
     assert peer_claim("text", 0.5, "SnapKVPress", 0.5).holds
     assert not peer_claim("text", 0.5, "SnapKVPress", 0.51).holds
@@ -496,6 +502,7 @@ def test_quick_and_real_numbers_are_not_mixed(tmp_path):
     [
         ("symbols by seed", "symbols"), ("text: full cache", "text"), ("fidelity", "text"),
         ("text, 50% of the bytes: d2o against kvpress's TOVAPress, mean", "text"), ("decode", "speed"),
+        ("parts", "parts"), ("parts, 50% of the bytes: KL of d2o against d2o, half recent", "parts"),
         ("kvpress: channels that think ranks as ThinKPress", "text"), ("d2o+think: share", "speed"),
     ],
 )  # fmt: skip
@@ -525,7 +532,7 @@ def test_scores_agree_when_they_are_the_same_up_to_a_factor():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--sections", "symbol"], "unknown section 'symbol'; known: symbols, text, speed"),
+        (["--sections", "symbol"], "unknown section 'symbol'; known: symbols, text, parts, speed"),
         (["--sections", "text", "--roofline"], "--roofline needs the bytes"),
         (["--update"], "--update needs --json"),
     ],

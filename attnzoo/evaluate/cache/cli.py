@@ -16,7 +16,7 @@ from attnzoo.evaluate.cache.peer import Exchange, PeerError
 from attnzoo.evaluate.cache.settings import QUICK, Settings
 from attnzoo.report import Report, format_claims, format_table
 
-SECTIONS = ("symbols", "text", "speed")
+SECTIONS = ("symbols", "text", "parts", "speed")
 PEER = "ATTNZOO_KVPRESS_PYTHON"
 BUSY = 0.75
 """Load average above which timings are not worth taking."""
@@ -32,10 +32,10 @@ def parser(description: str) -> argparse.ArgumentParser:
         "--sections",
         default=",".join(SECTIONS),
         metavar="NAMES",
-        help="which of symbols (the small model), text (a real checkpoint), speed (default: all)",
+        help="which of symbols (the small model), text (a real checkpoint), parts (of D2O), speed (default: all)",
     )
     made.add_argument("--run-dir", type=Path, default=Path("runs/retrieval"), help="of the small model: %(default)s")
-    made.add_argument("--checkpoint", default="smollm2", help="for text and speed (default: %(default)s)")
+    made.add_argument("--checkpoint", default="smollm2", help="for text, parts and speed (default: %(default)s)")
     made.add_argument(
         "--kvpress-python",
         type=Path,
@@ -104,6 +104,9 @@ def _measure(name: str, chosen: argparse.Namespace, report: Report, train: Train
             directory.mkdir(parents=True, exist_ok=True)
             peer = Exchange(Path(chosen.kvpress_python), peer_script, directory)
         sections.text(reader, settings, report, peer)
+    elif name == "parts":
+        reader = random_reader() if chosen.quick else load_reader(chosen.checkpoint)
+        sections.parts(reader, settings, report)
     else:
         reader = random_reader() if chosen.quick else load_reader(chosen.checkpoint, speed_dtype())
         speeds = sections.speed(reader.model, settings, report)

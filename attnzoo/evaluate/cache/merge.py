@@ -16,7 +16,8 @@ RUNS = "runs"
 
 def section_of(name: str) -> str:
     """The section that a table or claim belongs to."""
-    for section, beginnings in {"symbols": ("symbols",), "text": ("text", "fidelity", "kvpress")}.items():
+    told = {"symbols": ("symbols",), "text": ("text", "fidelity", "kvpress"), "parts": ("parts",)}
+    for section, beginnings in told.items():
         if name.startswith(beginnings):
             return section
     return "speed"

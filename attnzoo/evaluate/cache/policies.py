@@ -48,6 +48,21 @@ TOKENS = (
     ),
 )
 """Policies that drop tokens: any budget."""
+PARTS = (
+    TOKENS[0],
+    Contender(name="d2o, nothing merged", policy="d2o", knob="keep_ratio", role="ours", options={"merge": False}),
+    Contender(name="d2o, equal layers", policy="d2o", knob="keep_ratio", role="ours", options={"budget": "uniform"}),
+    Contender(name="d2o, half recent", policy="d2o", knob="keep_ratio", role="ours", options={"heavy_ratio": 0.5}),
+    Contender(
+        name="d2o, all three",
+        policy="d2o",
+        knob="keep_ratio",
+        role="ours",
+        options={"merge": False, "budget": "uniform", "heavy_ratio": 0.5},
+    ),
+    TOKENS[3],
+)
+"""D2O, D2O less one of the parts that its paper adds to accumulated attention, and streaming to compare with."""
 CHANNELS = (
     Contender(name="think", policy="think", knob="channel_ratio", role="ours", observes=True),
     Contender(name="random_channels", policy="random_channels", knob="channel_ratio", role="control", observes=True),

@@ -12,7 +12,7 @@ from attnzoo.evaluate.cache.metrics import FidelityMeter
 from attnzoo.evaluate.cache.models import Reader, prose
 from attnzoo.evaluate.cache.peer import Exchange, peer_logits, run_peer
 from attnzoo.evaluate.cache.peer_scores import compare_scores
-from attnzoo.evaluate.cache.policies import CHANNELS, FULL, TOKENS, Contender
+from attnzoo.evaluate.cache.policies import CHANNELS, FULL, PARTS, TOKENS, Contender
 from attnzoo.evaluate.cache.protocol import forced_logits
 from attnzoo.evaluate.cache.quality import Plan, Result, longest_prompt, measure, measure_fidelity, plan
 from attnzoo.evaluate.cache.retrieval import Batches, Maker, ask_all, keep_answered, make_batches, solved_tasks
@@ -63,7 +63,7 @@ def text(reader: Reader, settings: Settings, report: Report, peer: Exchange | No
 
     drawn = _drawn(make, sizes, settings.seeds)
     found = _planned("text", reader.model, drawn, sizes)
-    _fidelity(reader, settings, found, report)
+    report.rows += _fidelity_rows("fidelity", reader, settings, found)
     batches = _solved("text", reader.model, drawn, sizes, report)
     results = _quality("text", reader.model, batches, found, sizes, report) if batches else []
     if peer is not None:
@@ -72,6 +72,18 @@ def text(reader: Reader, settings: Settings, report: Report, peer: Exchange | No
         _peer_fidelity(reader, settings, report, peer)
         if batches:
             _peer_quality(batches, results, sizes, report, peer)
+
+
+def parts(reader: Reader, settings: Settings, report: Report) -> None:
+    """What each part of D2O does to the fidelity of prose; the same budgets, prompts and texts as the section text."""
+    sizes = settings.text
+    prompt_1T = prose(reader.encode, 1, settings.fidelity.prompt)
+    wanted: list[tuple[Contender, Sequence[float]]] = [(contender, sizes.token_budgets) for contender in PARTS]
+    found = _plan("parts", reader.model, prompt_1T, wanted, sizes.chunk)
+    rows = _fidelity_rows("parts", reader, settings, found)
+    report.rows += rows
+    if not report.quick:
+        report.claims += table.parts_claims("parts", rows)
 
 
 def _drawn(make: Maker, sizes: QualitySizes, seeds: int) -> Batches:
@@ -83,8 +95,14 @@ def _planned(name: str, model: DecoderLM, batches: Batches, sizes: QualitySizes)
     """All contenders at all budgets that they can meet; says which they cannot."""
     wanted: list[tuple[Contender, Sequence[float]]] = [(c.observing(sizes.window), sizes.token_budgets) for c in TOKENS]
     wanted += [(c.observing(sizes.window), sizes.channel_budgets) for c in CHANNELS]
+    return _plan(name, model, longest_prompt(batches), wanted, sizes.chunk)
+
+
+def _plan(
+    name: str, model: DecoderLM, prompt_1T: Tensor, wanted: Sequence[tuple[Contender, Sequence[float]]], chunk: int
+) -> Plan:
     progress = Progress(sum(len(budgets) for _, budgets in wanted))
-    found = plan(model, longest_prompt(batches), wanted, sizes.chunk, progress.add)
+    found = plan(model, prompt_1T, wanted, chunk, progress.add)
     progress.close()
     for contender, budget in found.skipped:
         print(f"{name}: {contender} cannot get down to {budget:.0%} of the full cache's bytes", file=sys.stderr)
@@ -127,14 +145,14 @@ def _solved(name: str, model: DecoderLM, batches: Batches, sizes: QualitySizes, 
     return kept
 
 
-def _fidelity(reader: Reader, settings: Settings, found: Plan, report: Report) -> None:
+def _fidelity_rows(name: str, reader: Reader, settings: Settings, found: Plan) -> list[dict[str, Any]]:
     """KL, agreement and perplexity over tokens that follow a compressed prompt of prose."""
     sizes = settings.fidelity
     texts_NT = prose(reader.encode, sizes.texts, sizes.prompt + sizes.forced + 1)
     progress = Progress(len(texts_NT) * len(found.entries))
     values = measure_fidelity(reader.model, texts_NT, sizes.prompt, found.entries, progress.add)
     progress.close()
-    report.rows += [table.fidelity_row("fidelity", policy, budget, value) for (policy, budget), value in values.items()]
+    return [table.fidelity_row(name, policy, budget, value) for (policy, budget), value in values.items()]
 
 
 def _peer_scores(prompt_1T: Tensor, report: Report, peer: Exchange) -> None:

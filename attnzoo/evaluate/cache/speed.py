@@ -85,13 +85,13 @@ def weight_bytes(model: DecoderLM) -> int:
     return sum(read.values())
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def measure_speed(
     model: DecoderLM, policies: dict[str, Compression], sizes: SpeedSizes, say: Callable[[str], None]
 ) -> dict[int, dict[str, Speed]]:
     """Speeds by number of sequences and policy; policies take turns. `say` gets a line at each.
 
-    Where the CPU can, weights are packed in place, as serving does.
+    As serving does, it runs in inference mode, and where the CPU can, weights are packed in place.
     """
     if can_pack(model):
         pack_weights(model)

@@ -83,6 +83,22 @@ def quality_claims(table: str, results: Sequence[Result], tasks: Sequence[str]) 
     return claims
 
 
+def parts_claims(table: str, rows: Sequence[dict[str, Any]]) -> list[Claim]:
+    """With a part D2O stays nearer to the full cache than without it. `rows`: of fidelity."""
+    found = {(row["policy"], row["budget"]): row["KL mean"] for row in rows}
+    budgets = sorted({budget for policy, budget in found if policy == D2O}, reverse=True)
+    without = dict.fromkeys(policy for policy, _ in found if policy.startswith(f"{D2O}, "))
+    return [
+        Claim(
+            name=f"{table}, {budget:.0%} of the bytes: KL of d2o against {policy}",
+            expected=found[policy, budget],
+            measured=found[D2O, budget],
+        )
+        for budget in budgets
+        for policy in without
+    ]
+
+
 def solved_claim(table: str, full: Result, tasks: Sequence[str], least: float) -> Claim:
     """Every task is one that the model answers with the full cache; on others the comparison would say nothing."""
     answered = {task for task, _, _ in full.score.right}
