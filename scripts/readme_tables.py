@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from attnzoo.evaluate.cache.merge import RUNS, section_of
+
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results"
 DOCUMENTS = [
@@ -39,21 +41,28 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def provenance(report: dict[str, Any]) -> str:
-    """Where the numbers come from, in one line."""
+def provenance(report: dict[str, Any], run: dict[str, Any] | None) -> str:
+    """Where the numbers come from, in one line. run: of the section, where sections were measured one by one."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if name != "attnzoo")
-    command = " ".join(report["command"])
-    place = f"{report['device']}, load before {report['load_before']}"
+    whole = {**report, "command": " ".join(report["command"]), "load before": report["load_before"]}
+    source = whole if run is None else run
+    place = f"{source['device']}, load before {source['load before']}"
     note = "; **quick: sizes cut down, not a measurement**" if report.get("quick") else ""
-    return f"`{command}`, commit {report['commit']}, {place}, {versions}{note}\n"
+    return f"`{source['command']}`, commit {source['commit']}, {place}, {versions}{note}\n"
+
+
+def run_of(report: dict[str, Any], table: str) -> dict[str, Any] | None:
+    """The row of the table "runs" that says where a table or claim comes from; None: the whole report is of one run."""
+    runs = [row for row in report["rows"] if row.get("table") == RUNS]
+    return next((row for row in runs if row["section"] == section_of(table)), None)
 
 
 def render(text: str) -> str:
-    """The text with every marked table rendered anew, the first one of a report with its provenance.
+    """The text with every marked table rendered anew, the first one of a report or section with its provenance.
 
     Raises ValueError for a marker without rows.
     """
-    told: set[str] = set()
+    told: set[tuple[str, str]] = set()
 
     def table(match: re.Match[str]) -> str:
         opening, kind, name, wanted, columns, closing = match.groups()
@@ -68,8 +77,10 @@ def render(text: str) -> str:
             rows = [{k: v for k, v in row.items() if (k in kept if kept else k != "table")} for row in rows]
         if not all(rows) or not rows:
             raise ValueError(f"docs/results/{name} has no {kind} {wanted or ''} {columns or ''}")
-        origin = "" if name in told else f"\n{provenance(report)}"
-        told.add(name)
+        run = run_of(report, wanted or "")
+        part = (name, run["section"] if run else "")
+        origin = "" if part in told or wanted == RUNS else f"\n{provenance(report, run)}"
+        told.add(part)
         return f"{opening}{markdown(rows)}{origin}{closing}"
 
     return MARKED.sub(table, text)

@@ -32,7 +32,7 @@ def plot_quality(rows: Sequence[dict[str, Any]], path: Path) -> Path:
             _panel(ax, mine, full, column)
             ax.set(xlabel="bytes over the full cache's", title=f"{table}: {column}")
         line[0].set_ylabel("accuracy")
-        line[-1].legend(fontsize="small")
+        line[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
@@ -40,11 +40,13 @@ def plot_quality(rows: Sequence[dict[str, Any]], path: Path) -> Path:
 
 
 def _panel(ax: Any, rows: Sequence[dict[str, Any]], full: dict[str, Any], column: str) -> None:
-    for policy in dict.fromkeys(row["policy"] for row in rows if row is not full):
+    policies = dict.fromkeys(row["policy"] for row in rows if row is not full)
+    for number, policy in enumerate(policies):
         points = sorted((row["bytes"] / full["bytes"], row[column]) for row in rows if row["policy"] == policy)
         control = policy in ("streaming", "random_tokens", "random_channels")
         style = "--" if control else (":" if policy.endswith("Press") else "-")
-        ax.plot(*zip(*points, strict=True), marker="o", linestyle=style, label=policy)
+        marker = "os"[number // 10 % 2]  # there are ten colours
+        ax.plot(*zip(*points, strict=True), marker=marker, linestyle=style, label=policy)
     ax.axhline(full[column], color="gray", linewidth=1, label="full")
     ax.set_ylim(-0.03, 1.03)
     ax.grid(alpha=0.3)
