@@ -1,5 +1,6 @@
 """What README and configs say is so."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from attnzoo.attention import ATTENTION
-from scripts.readme_tables import DOCUMENTS, README, render
+from scripts.readme_tables import DOCUMENTS, README, RESULTS, render
 from train.config import load_config
 from train.plan import describe
 
@@ -54,3 +55,11 @@ def test_no_machine_paths_nor_unfinished_merges():
             text = (ROOT / name).read_text(encoding="utf-8")
             assert not home.search(text), name
             assert not re.search(r"^(<{7}|>{7}) ", text, re.MULTILINE), f"{name} holds a merge that was not ended"
+
+
+@pytest.mark.parametrize("section", ["symbols", "text"])
+def test_a_table_names_the_run_of_its_section(section):
+    report = json.loads((RESULTS / "bench_cache.json").read_text(encoding="utf-8"))
+    runs = {row["section"]: row for row in report["rows"] if row["table"] == "runs"}
+    rendered = render(f"<!-- rows bench_cache.json {section} -->\n<!-- end -->")
+    assert f"`{runs[section]['command']}`, commit {runs[section]['commit']}" in rendered

@@ -188,6 +188,17 @@ def test_d2o_keeps_the_asked_total_over_layers():
         assert (held == budgets_B[:, None]).all()
 
 
+def test_sinks_and_recent_tokens_are_protected_to_the_token():
+    """Budgets of 20 and 36 with 4 sinks: a quarter of the other 16 and 32 tokens are the 4 and 8 newest."""
+    policy = build_cache("d2o", {"max_tokens": 20, "sinks": 4})
+    lengths, budgets = torch.tensor([90, 70]), torch.tensor([20, 36])
+    positions = torch.arange(-1, 90)
+    found = policy.protected((positions + 1).expand(2, 1, -1).int(), budgets, lengths)
+    for row, (length, newest) in enumerate([(90, 4), (70, 8)]):
+        expected = (positions < 4) | (positions >= length - newest)
+        assert torch.equal(found[row, 0], expected)
+
+
 def test_lots_do_not_repeat_and_are_spread():
     lots = hashed(torch.arange(4000), seed=3)
     assert len(set(lots.tolist())) > 3990

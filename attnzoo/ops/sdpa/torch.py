@@ -42,7 +42,7 @@ def _one_query(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: CausalMask,
         o_BKGH = F.scaled_dot_product_attention(q_BKGH, k_BKSH, v_BKSH, attn_mask=bias_BK1S, scale=scale)
         return o_BKGH.reshape(batch, heads, 1, head_dim)
     bias_BK1S = mask.bias(1, q_BN1H.device, accumulation_dtype(q_BN1H.dtype)).expand(batch, -1, -1, -1)
-    # Copies of what has no room to spare are not made in other dtypes, and many products fill all threads.
+    # In other dtypes torch copies nothing, and the kv heads of all sequences fill the threads better than those of one.
     whole = k_BKSH.itemsize > 2 or torch.compiler.is_compiling()
     rows = batch if whole else max(1, COPIED_BYTES // (k_BKSH[0].numel() * k_BKSH.itemsize))
     parts = [x.split(rows) for x in (q_BKGH, k_BKSH, v_BKSH, bias_BK1S)]
