@@ -23,8 +23,8 @@ class EngineConfig:
     max_batched_tokens: tokens that one step may send through the model. max_queue: requests that may wait.
     dtype: None keeps the checkpoint's. pack_weights: lay weights out for reading on a CPU (bfloat16 and float32), twice
     as fast for single tokens; None: where the machine can. compile_decode: decode steps through torch's compiler,
-    faster on a CPU by a quarter and more; needs a C++ compiler and some 15 seconds at the start. threads: CPU threads
-    of torch, None leaves them as they are.
+    faster on a CPU by a quarter and more, of the full cache where it may be used and of `cache`; needs a C++ compiler
+    and 15 seconds to two minutes at the start. threads: CPU threads of torch, None leaves them as they are.
     step_timeout_s: a step that takes longer makes the engine unhealthy.
     cache: how keys and values are kept unless a request says otherwise, {"policy": "d2o", "keep_ratio": 0.2}; None
     takes the model's own choice, else the full cache. cache_bounds: what requests may ask for, {policy: {option:

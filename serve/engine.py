@@ -15,6 +15,7 @@ from attnzoo.types import parse_dtype
 from serve.caches import CacheChoice, CacheRules
 from serve.config import EngineConfig
 from serve.metrics import Metrics
+from serve.pool import compiled_step
 from serve.request import (
     CacheMemoryError,
     Completion,
@@ -70,9 +71,10 @@ class Engine:
             max_bytes=None if config.cache_mib is None else config.cache_mib << 20,
         )
         rows = config.max_num_seqs if self.caches.exact else 0
-        if config.compile_decode and not rows:
-            raise ValueError(f"compile_decode compiles the full cache's steps, but cache={config.cache} never uses it")
-        self.runner = Runner(self.model, rows, self.max_model_len, config.compile_decode)
+        choice, steps = self.caches.default, {}
+        if config.compile_decode and not choice.exact:
+            steps[choice] = compiled_step(self.model, choice.build(), config.max_num_seqs, self.max_model_len)
+        self.runner = Runner(self.model, rows, self.max_model_len, config.compile_decode, steps)
         self.metrics = Metrics()
         self._requests: dict[str, Request] = {}
 

@@ -47,7 +47,7 @@ class SlotPool:
         """hidden_BD behind the next token of the first B slots."""
         if self._compiled is None:
             return self._extend(tokens_B1, 0, None)[:, -1]
-        return self._compiled(tokens_B1, self._rows(slice(0, len(tokens_B1))))[:, -1]
+        return self._compiled(tokens_B1, self._rows(slice(0, len(tokens_B1))))[0][:, -1]
 
     def prefill(self, prompts: Prompts) -> Tensor:
         """hidden_RD behind the prompts that end in these chunks."""
@@ -81,10 +81,14 @@ class SlotPool:
 
 
 class CompactPool:
-    """Sequences whose caches `policy` compresses: a row each once their prompts have been read."""
+    """Sequences whose caches `policy` compresses: a row each once their prompts have been read.
 
-    def __init__(self, model: DecoderLM, policy: Compression) -> None:
+    `compiled`: the policy's decode step by torch's compiler (`compiled_step`), None: operator by operator.
+    """
+
+    def __init__(self, model: DecoderLM, policy: Compression, compiled: CompiledDecode | None = None) -> None:
         self.model, self.policy = model, policy
+        self._step = compiled or model.extend_hidden
         self.state: DecoderState | None = None
         self.prompts: dict[str, DecoderState] = {}
         """States of prompts that are being read."""
@@ -111,7 +115,7 @@ class CompactPool:
     def decode(self, tokens_B1: Tensor) -> Tensor:
         """hidden_BD behind the next token of all rows."""
         assert self.state is not None
-        hidden_BTD, self.state = self.model.extend_hidden(tokens_B1, self.state)
+        hidden_BTD, self.state = self._step(tokens_B1, self.state)
         return hidden_BTD[:, -1]
 
     def prefill(self, prompts: Prompts) -> Tensor:
@@ -149,6 +153,23 @@ class CompactPool:
             if source < self.rows:  # else a prompt that is being read, whose slot has no row yet
                 order[target] = source
         self.state = self.state.keep_rows(order[:-1]) if len(order) > 1 else None
+
+
+@torch.inference_mode()
+def compiled_step(model: DecoderLM, policy: Compression, rows: int, tokens: int) -> CompiledDecode:
+    """The decode step of a `CompactPool`, compiled here and now for one sequence and, where there may be several
+    `rows`, for several. tokens: of the longest sequence. Raises ValueError as `CompiledDecode`."""
+    step = CompiledDecode(model, policy)
+    prompt = min(tokens - 1, WARM_UP)
+    for count in {1, min(2, rows)}:
+        tokens_BT = _tensor(model, [[0] * prompt] * count)
+        _, state = model.extend_hidden(tokens_BT, model.init_state(count, prompt, cache=policy))
+        step(tokens_BT[:, :1], model.compress(state, settle=True))
+    return step
+
+
+WARM_UP = 256
+"""Tokens of the prompt for which a step is compiled: enough that a usual budget leaves more than one entry."""
 
 
 def _tensor(model: DecoderLM, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from attnzoo.models import DecoderLM
+from attnzoo.models import CompiledDecode, DecoderLM
 from serve.cache_manager import Release
 from serve.caches import CacheChoice
 from serve.pool import CompactPool, SlotPool
@@ -18,14 +18,23 @@ class Runner:
     """Runs plans on a pool of states for every cache policy in use.
 
     max_num_seqs, max_model_len: rows of the full cache, and the tokens each has room for; max_num_seqs=0: nobody may
-    use it. compile_decode: as `SlotPool`. Raises as `SlotPool`.
+    use it. compile_decode: whether its decode steps are compiled. steps: compiled ones of compressed caches. Raises as
+    `SlotPool`.
     """
 
-    def __init__(self, model: DecoderLM, max_num_seqs: int, max_model_len: int, compile_decode: bool = False) -> None:
+    def __init__(
+        self,
+        model: DecoderLM,
+        max_num_seqs: int,
+        max_model_len: int,
+        compile_decode: bool = False,
+        steps: Mapping[CacheChoice, CompiledDecode] | None = None,
+    ) -> None:
         self.model = model
         self.device = model.embedding.weight.device
         with torch.inference_mode():
             self.full = SlotPool(model, max_num_seqs, max_model_len, compile_decode) if max_num_seqs else None
+        self._steps = steps or {}
         self.compact: dict[CacheChoice, CompactPool] = {}
         self._full_bytes = lru_cache(maxsize=4096)(self._context_bytes)
 
@@ -72,7 +81,7 @@ class Runner:
             assert self.full is not None, "nobody may use the full cache"
             return self.full
         if choice not in self.compact:
-            self.compact[choice] = CompactPool(self.model, choice.build())
+            self.compact[choice] = CompactPool(self.model, choice.build(), self._steps.get(choice))
         return self.compact[choice]
 
     @torch.inference_mode()

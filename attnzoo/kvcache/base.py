@@ -154,6 +154,16 @@ class Compression(ABC):
         they can stand in one state beside others (`State.joined`). Changes no output beyond rounding."""
         return [layer.state for layer in layers]
 
+    @property
+    def compiles(self) -> bool:
+        """Whether a decode step is the same operations whatever the values, once a state is settled and `ready`."""
+        return False
+
+    def ready(self, state: Any, at_B: Tensor) -> Any:
+        """A layer's settled state with room for one more token of each sequence, at these positions: what a step would
+        look up values for. For policies that compile. Raises ValueError for a state that is not settled."""
+        raise NotImplementedError(f"{type(self).__name__} has no step that could be compiled")
+
     @abstractmethod
     def nbytes(self, batch: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
         """Bytes that `init` allocates, to the byte."""

@@ -17,7 +17,8 @@ from attnzoo.kvcache.full import FullCache, FullCacheState
 from attnzoo.kvcache.state import STATIC, State, new_zeros
 from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.paged_decode import Decoded, Entries, paged_decode
-from attnzoo.types import dtype_bytes
+from attnzoo.ops.rows import known
+from attnzoo.types import accumulation_dtype, dtype_bytes
 
 FULL = FullCache()
 PAGE = 64
@@ -166,24 +167,33 @@ def prefix_positions(state: CompressedState) -> Tensor:
 def all_held(state: CompressedState) -> bool:
     """Whether every slot of the prefix holds an entry, where that can be known without waiting for a device."""
     prefix = state.prefix
-    if state.starts_B.device.type != "cpu":
-        return False
     if prefix.places_BKP is not None:
-        return bool(prefix.places_BKP.amin() > 0)
-    return int(state.starts_B.min()) >= prefix.slots
+        return known(prefix.places_BKP.amin() > 0)
+    return known(state.starts_B.min() >= prefix.slots)
 
 
-def prefix_entries(state: CompressedState, *, seen: bool) -> Entries:
-    """The prefix as attention reads it. seen: every slot holds an entry, and nobody asks for positions."""
+def prefix_entries(state: CompressedState, reader: Reader, *, held: bool) -> Entries:
+    """The prefix as attention of later tokens reads it. held: every slot holds an entry."""
     prefix = state.prefix
+    votes = None if prefix.votes_BKP is None else prefix.votes_BKP.clamp(min=1).log()
+    # By positions a kernel leaves empty slots out; in torch they cost more than to say that a slot stands for no token.
+    placed = reader.relative or state.starts_B.device.type != "cpu"
+    if not placed and not held:
+        some = torch.zeros((), dtype=accumulation_dtype(prefix.keys_BKPC.dtype)) if votes is None else votes
+        votes = torch.where(_empty(state), -torch.inf, some).expand(prefix.keys_BKPC.shape[:3])
     return Entries(
         keys_BKSC=prefix.keys_BKPC,
         values_BKSV=prefix.values_BKPV,
-        positions_BKS=None if seen else prefix_positions(state),
+        positions_BKS=prefix_positions(state) if placed else None,
         channels_BKC=_stored(prefix.channels_BKC),
         value_channels_BKV=_stored(prefix.value_channels_BKV),
-        log_votes_BKS=None if prefix.votes_BKP is None else prefix.votes_BKP.clamp(min=1).log(),
+        log_votes_BKS=votes,
     )
+
+
+def _empty(state: CompressedState) -> Tensor:
+    """empty_BKP (bool), K axis 1 where kv heads hold the same."""
+    return prefix_positions(state) < 0 if state.prefix.places_BKP is None else state.prefix.places_BKP == 0
 
 
 def _stored(channels_BKC: Tensor | None) -> Tensor | None:
@@ -207,7 +217,7 @@ def attend(state: CompressedState, reader: Reader, q_BNTH: Tensor, view: CacheVi
     if q_BNTH.shape[2] > 1 and whole(state):
         return reader.attend(q_BNTH, joined(state, view), positions_BT)
     tail = Entries(keys_BKSC=view.keys_BKSH, values_BKSV=view.values_BKSH, positions_BKS=view.positions_BKS)
-    prefix = prefix_entries(state, seen=not reader.relative and all_held(state))
+    prefix = prefix_entries(state, reader, held=all_held(state))
     return read(reader, q_BNTH, positions_BT, prefix, tail).out_BNTH
 
 

@@ -20,7 +20,7 @@ from attnzoo.kvcache.budgets import asked_tokens, moments
 from attnzoo.kvcache.compressed import CompressedState, Prefix, Ring
 from attnzoo.kvcache.full import FullCacheState
 from attnzoo.kvcache.ring_start import ringed
-from attnzoo.kvcache.ring_step import moment, step
+from attnzoo.kvcache.ring_step import moment, step, with_room
 from attnzoo.kvcache.state import new_zeros
 from attnzoo.ops.evict_merge import Merged, MergeRule, evict_merge
 from attnzoo.ops.key_mass import key_mass
@@ -188,6 +188,8 @@ class EvictingCache(Compression):
         outputs = []
         for t in range(positions_BT.shape[1]):
             one = (qkv[0][:, :, t : t + 1], qkv[1][:, :, t : t + 1], qkv[2][:, :, t : t + 1])
+            if not torch.compiler.is_compiling():
+                state = with_room(self, state, positions_BT[:, t])
             out, state = step(self, state, reader, one, moment(positions_BT, counts_B, t, one[1].shape[1], self.window))
             outputs.append(out)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), state
@@ -226,6 +228,15 @@ class EvictingCache(Compression):
         if kept_slots and state.prefix.mass_BKP is not None:
             state.prefix.mass_BKP += mass_BKS[:, :, :kept_slots]
         return replace(state, mass_BKS=total)
+
+    @property
+    def compiles(self) -> bool:
+        return not self.config.lossless
+
+    def ready(self, state: CompressedState, at_B: Tensor) -> CompressedState:
+        if state.ring is None or state.ring.keys_BKRH.shape[2] == 0:
+            raise ValueError("this state is not settled: end its prompt with compress(state, settle=True)")
+        return with_room(self, state, at_B)
 
     def compress(self, layers: Sequence[Layer], final: bool) -> list[Any]:
         if self.config.lossless:

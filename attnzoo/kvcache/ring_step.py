@@ -82,13 +82,15 @@ def moment(positions_BT: Tensor, counts_B: Tensor | None, t: int, kv_heads: int,
         leaving=places(slot_of(leaving_B.clamp(min=0)), slots),
         leaving_B=leaving_B,
         some_leave=not known(leaving_B >= 0),
-        ring_full=known(at_B >= window),
+        ring_full=window == 0 or known(at_B >= window),
     )
 
 
 def step(policy: Any, state: CompressedState, reader: Reader, qkv: QKV, now: Moment) -> tuple[Tensor, CompressedState]:
-    """(o_BN1H, state) for one token of each sequence, (q_BN1H, k_BK1H, v_BK1H); inactive sequences keep their state."""
-    state = _with_room(policy, state, now.at_B)
+    """(o_BN1H, state) for one token of each sequence, (q_BN1H, k_BK1H, v_BK1H); inactive sequences keep their state.
+
+    `state` has room (`with_room`): what follows is the same operations whatever the values.
+    """
     turn = _turn(policy, state, now)
     ring = state.ring
     assert ring is not None
@@ -100,7 +102,7 @@ def step(policy: Any, state: CompressedState, reader: Reader, qkv: QKV, now: Mom
         reader,
         qkv[0],
         now.at_B[:, None],
-        cc.prefix_entries(state, seen=turn.held and not reader.relative),
+        cc.prefix_entries(state, reader, held=turn.held),
         _ring_entries(ring, now, seen=now.ring_full and not reader.relative),
         probe_BKC=probe,
         key_mass=policy.accumulates,
@@ -217,8 +219,9 @@ def _thinned(row_BKH: Tensor, channels_BKC: Tensor | None) -> Tensor:
     return take_channels(row_BKH[:, :, None], channels_BKC)[:, :, 0]
 
 
-def _with_room(policy: Any, state: CompressedState, at_B: Tensor) -> CompressedState:
-    """A page more where a sequence has no empty slot, but may keep more than it has."""
+def with_room(policy: Any, state: CompressedState, at_B: Tensor) -> CompressedState:
+    """What a step at these positions needs: a page more where a sequence has no empty slot, but may keep more than it
+    has."""
     prefix, budgets_B = state.prefix, state.budgets_B
     assert prefix.places_BKP is not None
     most = int(budgets_B.max()) - policy.window

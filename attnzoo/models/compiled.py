@@ -1,11 +1,14 @@
 """Decode steps through torch's compiler: what lies between two products of a block becomes a few loops.
 
-A single token leaves so little to compute that starting operators costs more than the small ones take. Blocks are
-compiled one kind at a time, once for one sequence and once for several, not the model as a whole: seconds, not a
-minute.
+A single token leaves so little to compute that starting operators costs more than the small ones take, and a cache that
+evicts chooses and merges by a hundred of them. Blocks are compiled one kind at a time, once for one sequence and once
+for several, not the model as a whole: seconds, not a minute.
 """
 
+import operator
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -14,13 +17,18 @@ from torch import Tensor
 
 from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.parts import LinearMixing, SoftmaxMixing
-from attnzoo.kvcache import FullCache
+from attnzoo.kvcache import Compression, FullCache
+from attnzoo.kvcache.compressed import CompressedState
+from attnzoo.kvcache.keep_all import KeepAll
 from attnzoo.kvcache.state import State
 from attnzoo.models.blocks import Block
 from attnzoo.models.decoder_lm import DecoderLM, DecoderState
 
 BUCKET = 64
-"""Slots of a cache are attended to in multiples of this many, so that views of them are made now and then."""
+"""Slots of a full cache are attended to in multiples of this many, so that views of them are made now and then."""
+SLOT_AXES = "SP"
+"""Axes of a state's tensors, by the letters in their names, whose sizes differ between layers and change with time."""
+EXPECTED_BATCH, EXPECTED_SLOTS = 16, 1024
 
 DecodeBlock = Callable[[Block, Tensor, State], Tensor]
 
@@ -28,37 +36,49 @@ DecodeBlock = Callable[[Block, Tensor, State], Tensor]
 class CompiledDecode:
     """The decode step of a model for inference on a CPU; the state is written in place.
 
-    Compiles when it is first called with one sequence, and with several. Raises ValueError for a model whose state the
-    compiler cannot follow, and where a CPU has no C++ compiler.
+    cache: the policy of the states it is given, None for exact ones. Compiles when it is first called with one
+    sequence, and with several. Raises ValueError for a model or a policy whose state the compiler cannot follow, and
+    where a CPU has no C++ compiler.
     """
 
-    def __init__(self, model: DecoderLM) -> None:
+    def __init__(self, model: DecoderLM, cache: Compression | None = None) -> None:
+        cache = None if isinstance(cache, KeepAll) else cache
         if model.embedding.weight.device.type == "cpu":
             _check_compiler()
         for number, block in enumerate(model.layers()):
-            _check(block, number)
+            _check(block, number, cache)
         self._model = model
         self._kinds = [str(model.config.layer_attention(layer)) for layer in range(model.config.num_layers)]
-        self._compiled: dict[tuple[str, bool], DecodeBlock] = {}
+        self._compresses = cache is not None
+        self._compiled: dict[tuple[str, bool, bool], DecodeBlock] = {}
         self._cut: tuple[DecoderState, int, DecoderState] | None = None
         self._room = 0
 
     @torch.inference_mode()
-    def __call__(self, tokens_B1: Tensor, state: DecoderState) -> Tensor:
-        """hidden_B1D after the final norm, one new token for every row of the state.
+    def __call__(self, tokens_B1: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """(hidden_B1D after the final norm, state) behind one new token for every row of the state, which is the one
+        given, or in new memory where a compressed cache had to grow.
 
-        Raises ValueError when the state has no room left.
+        Raises ValueError for an exact state without room, and a compressed one that is not settled
+        (`DecoderLM.compress`).
         """
-        batch = len(tokens_B1)
         x_B1D = self._model.embedding(tokens_B1)
-        layers = self._used(state).layers
-        for kind, block, layer in zip(self._kinds, self._model.layers(), layers, strict=True):
-            if (kind, batch > 1) not in self._compiled:
-                _mark_sizes(x_B1D, layer, batch > 1)
-                self._compiled[kind, batch > 1] = _compile(_decode_block)
-            x_B1D = self._compiled[kind, batch > 1](block, x_B1D, layer)
+        if self._compresses:
+            state = _ready(state)
+        used = state if self._compresses else self._used(state)
+        for kind, block, layer in zip(self._kinds, self._model.layers(), used.layers, strict=True):
+            x_B1D = self._step(kind, x_B1D, layer)(block, x_B1D, layer)
         hidden_B1D: Tensor = self._model.norm(x_B1D)
-        return hidden_B1D
+        return hidden_B1D, state
+
+    def _step(self, kind: str, x_B1D: Tensor, layer: State) -> DecodeBlock:
+        """The code for a layer; to the compiler, a size of 1 is a constant."""
+        cached = getattr(layer, "mixing", None)
+        key = (kind, len(x_B1D) > 1, isinstance(cached, CompressedState) and cached.prefix.slots == 1)
+        if key not in self._compiled:
+            _mark_sizes(x_B1D, layer)
+            self._compiled[key] = _compile(_decode_block)
+        return self._compiled[key]
 
     def _used(self, state: DecoderState) -> DecoderState:
         """Views of what the longest row will fill."""
@@ -86,19 +106,38 @@ def _compile(function: DecodeBlock) -> DecodeBlock:
     assert isinstance(function, FunctionType)
     # Compiled code is kept by code object, so that kinds need one each.
     copy = FunctionType(function.__code__.replace(), function.__globals__)
-    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    # In another order a cache would be read after it is written, and be copied for that.
+    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "reorder_for_locality": False}
     compiled: DecodeBlock = torch.compile(copy, fullgraph=True, options=options)
     return compiled
 
 
-def _mark_sizes(x_B1D: Tensor, state: State, several: bool) -> None:
-    """Tells the compiler which sizes will vary: slots of caches, and sequences where there are several."""
-    for tensor in [x_B1D, *state.tensors().values()]:
-        if several:
-            torch._dynamo.mark_dynamic(tensor, 0)
-    for name, tensor in state.tensors().items():
-        if name.endswith("_BKSH"):
-            torch._dynamo.mark_dynamic(tensor, 2)
+def _mark_sizes(x_B1D: Tensor, state: State) -> None:
+    """Tells the compiler which sizes will vary: sequences where there are several, and slots of caches. Whether a loop
+    gets threads is decided by the sizes it is told to expect, not by those it meets."""
+    tensors = state.tensors()
+    if len(x_B1D) > 1:
+        for tensor in (x_B1D, *tensors.values()):
+            torch._dynamo.mark_dynamic(tensor, 0, hint_override=EXPECTED_BATCH)
+    for name, tensor in tensors.items():
+        axes = re.search(r"_(B[A-Z0-9]*)$", name)
+        for axis, letter in enumerate(axes[1] if axes else ""):
+            if letter in SLOT_AXES and tensor.shape[axis] > 1:
+                torch._dynamo.mark_dynamic(tensor, axis, hint_override=EXPECTED_SLOTS)
+
+
+def _ready(state: DecoderState) -> DecoderState:
+    """The state itself, unless a compressed cache needs room."""
+    layers = [_ready_layer(layer) for layer in state.layers]
+    return state if all(map(operator.is_, layers, state.layers)) else DecoderState(tuple(layers))
+
+
+def _ready_layer(layer: State) -> State:
+    cached = getattr(layer, "mixing", None)
+    if not isinstance(cached, CompressedState):
+        return layer
+    ready = cached.policy.ready(cached, layer.lengths_B)  # type: ignore[attr-defined]
+    return layer if ready is cached else replace(layer, mixing=ready)  # type: ignore[type-var]
 
 
 def _check_compiler() -> None:
@@ -114,7 +153,7 @@ def _check_compiler() -> None:
         ) from None
 
 
-def _check(block: Block, layer: int) -> None:
+def _check(block: Block, layer: int, cache: Compression | None) -> None:
     attention = block.attention
     if isinstance(attention, ComposedAttention):
         mixing = attention.mixing
@@ -123,7 +162,12 @@ def _check(block: Block, layer: int) -> None:
         keeps_all = isinstance(mixing, SoftmaxMixing) and type(mixing.cache) is FullCache
         # Relative terms are looked up by distances, which are values that the compiler does not know.
         if keeps_all and not mixing.position.relative:  # type: ignore[union-attr]
-            return
+            if cache is None or cache.compiles:
+                return
+            raise ValueError(
+                f"layer {layer}: decoding cannot be compiled for {type(cache).__name__}, whose state grows with every "
+                "token; choose a policy that keeps a constant number of them, or set compile_decode=False"
+            )
     raise ValueError(
         f"layer {layer}: decoding cannot be compiled for {type(attention).__name__} with this configuration; it needs "
         "a variant made of parts, with a matrix as its state, or all keys (no window) and no relative terms: set "

@@ -38,7 +38,7 @@ def with_values(weights_BKLS: Tensor, values_BKSV: Tensor) -> Tensor:
 
 
 def _single(entries_BKSX: Tensor) -> bool:
-    return entries_BKSX.device.type == "cpu" and not torch.compiler.is_compiling() and entries_BKSX.shape[2] == 1
+    return entries_BKSX.device.type == "cpu" and entries_BKSX.shape[2] == 1
 
 
 def _in_blocks(product: Callable[[Tensor, Tensor], Tensor], rows: Tensor, entries_BKSX: Tensor) -> Tensor:

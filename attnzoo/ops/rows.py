@@ -34,7 +34,7 @@ class Places:
         if self.meant_BK is not None:
             meant = self.meant_BK if x_BKPX.dim() == 3 else self.meant_BK[..., None]
             new_BKX = torch.where(meant, new_BKX, self.take(x_BKPX))
-        if x_BKPX.is_contiguous():
+        if x_BKPX.is_contiguous() and not torch.compiler.is_compiling():
             rest = x_BKPX.shape[3:]
             x_BKPX.view(-1, *rest).index_copy_(0, self.flat_L, new_BKX.reshape(-1, *rest))
         else:
@@ -42,7 +42,7 @@ class Places:
 
     def fill(self, x_BKP: Tensor, number: float) -> None:
         """`put` of one number."""
-        if self.meant_BK is None and x_BKP.is_contiguous():
+        if self.meant_BK is None and x_BKP.is_contiguous() and not torch.compiler.is_compiling():
             x_BKP.view(-1).index_fill_(0, self.flat_L, number)
         else:
             self.put(x_BKP, x_BKP.new_full((), number).expand(self.place_BK.shape))
@@ -69,8 +69,9 @@ def places_or_none(place_BK: Tensor, slots: int) -> Places:
 
 
 def known(true: Tensor) -> bool:
-    """Whether all is true, and finding out waits for nothing (a GPU would be waited for)."""
-    return true.device.type == "cpu" and bool(true.all())
+    """Whether all is true, and finding out waits for nothing: a GPU would be waited for, and compiled code has no
+    values to look at."""
+    return not torch.compiler.is_compiling() and true.device.type == "cpu" and bool(true.all())
 
 
 @recent

@@ -1,10 +1,14 @@
 """Compiled decode steps: the same function as `extend`, whatever the number of rows and their lengths."""
 
+from functools import reduce
+
 import pytest
 import torch
 
 from attnzoo.checkpoint import load_tokenizer
+from attnzoo.kvcache import Compression, build_cache
 from attnzoo.models import CompiledDecode, DecoderConfig, DecoderLM, pack_weights
+from attnzoo.models.decoder_lm import DecoderState
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.request import SamplingParams
@@ -22,7 +26,9 @@ def follow(model: DecoderLM, batch: int, lengths: list[int], steps: int, step: C
             states.append(state)
         for new in torch.randint(model.config.vocab_size, (steps, batch, 1)):
             expected, states[0] = model.extend_hidden(new, states[0])
-            torch.testing.assert_close(step(new, states[1]), expected, rtol=1e-4, atol=1e-4)
+            hidden, same = step(new, states[1])
+            assert same is states[1]
+            torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
     for name, tensor in states[0].tensors().items():
         torch.testing.assert_close(states[1].tensors()[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
 
@@ -44,6 +50,56 @@ def test_a_full_state_is_refused():
         CompiledDecode(model)(torch.zeros(1, 1, dtype=torch.long), state)
 
 
+def follow_compressed(model: DecoderLM, cache: Compression, lengths: list[int], steps: int) -> None:
+    """As `follow`, for prompts that are read alone, compressed, and joined, as a server joins them."""
+    step, generator = CompiledDecode(model, cache), torch.Generator().manual_seed(1)
+    prompts = [torch.randint(model.config.vocab_size, (1, length), generator=generator) for length in lengths]
+    with torch.inference_mode():
+        states = [joined(model, cache, prompts) for _ in range(2)]
+        for new in torch.randint(model.config.vocab_size, (steps, len(lengths), 1), generator=generator):
+            expected, states[0] = model.extend_hidden(new, states[0])
+            hidden, states[1] = step(new, states[1])
+            torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
+    for name, tensor in states[0].tensors().items():
+        torch.testing.assert_close(states[1].tensors()[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def joined(model: DecoderLM, cache: Compression, prompts: list[torch.Tensor]) -> DecoderState:
+    rows = []
+    for prompt in prompts:
+        _, state = model.extend_hidden(prompt, model.init_state(1, prompt.shape[1], cache=cache))
+        rows.append(model.compress(state, settle=True))
+    return reduce(DecoderState.joined, rows)
+
+
+def test_the_same_function_with_a_cache_that_evicts():
+    """Sequences of unequal lengths, that have lost tokens, that lose their first one, and that still take empty slots,
+    the last by a page more."""
+    cache = build_cache("d2o", {"max_tokens": 24, "sinks": 2, "budget": "uniform"})
+    follow_compressed(small_model("mha"), cache, [40, 23, 9], steps=18)
+
+
+CACHES = {
+    "official": ("d2o", {"max_tokens": 24, "flavor": "official"}),
+    "votes": ("d2o", {"keep_ratio": 0.4, "votes": True}),
+    "nothing merged": ("d2o", {"keep_ratio": 0.4, "merge": False}),
+    "streaming": ("streaming", {"keep_ratio": 0.4}),
+    "random": ("random_tokens", {"keep_ratio": 0.4}),
+    "thin": ("d2o+think", {"max_tokens": 20, "window": 4, "value_channel_ratio": 0.5}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mha", "mdha"])
+@pytest.mark.parametrize("name", CACHES)
+def test_the_same_function_with_each_cache_that_evicts(name, kind):
+    cache = build_cache(*CACHES[name])
+    # In float32 two of some thousand choices are so close that the order of a sum decides.
+    model = small_model(kind, layers=4 if name == "official" else 2).double()
+    follow_compressed(model, cache, [40, 23, 12], steps=15)
+    follow_compressed(model, cache, [40], steps=15)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mdha", "linear"])
 def test_the_same_function_for_each_variant(kind):
@@ -53,15 +109,33 @@ def test_the_same_function_for_each_variant(kind):
     follow(model, 3, [61, 17, 40], 6, step)
 
 
-def test_the_engine_says_the_same():
+@pytest.mark.parametrize("cache", [None, {"policy": "streaming", "max_tokens": 12}])
+def test_the_engine_says_the_same(cache):
+    """Sequences come and go: a pool of compressed caches is another state after each."""
     model = small_model("mha")
     texts = []
     for compiled in (False, True):
-        config = EngineConfig(checkpoint=str(tokenizer_path().parent), max_num_seqs=3, compile_decode=compiled)
+        config = EngineConfig(
+            checkpoint=str(tokenizer_path().parent), max_num_seqs=3, compile_decode=compiled, cache=cache
+        )
         engine = Engine(config, model=model, tokenizer=load_tokenizer(tokenizer_path().parent))
-        prompts = [[5, 9, 12], [7] * 9, [300, 20]]
+        prompts = [[5, 9, 12], [7] * 9, [300, 20], [31] * 20]
         texts.append([done.tokens for done in engine.generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))])
     assert texts[0] == texts[1]
+
+
+def test_a_state_that_is_not_settled_is_refused():
+    model, cache = small_model("mha"), build_cache("d2o", {"max_tokens": 24})
+    with torch.inference_mode():
+        _, state = model.extend_hidden(torch.zeros(1, 9, dtype=torch.long), model.init_state(1, 9, cache=cache))
+    with pytest.raises(ValueError, match="settle=True"):
+        CompiledDecode(model, cache)(torch.zeros(1, 1, dtype=torch.long), model.compress(state))
+
+
+@pytest.mark.parametrize("cache", [("think", {}), ("snapkv", {}), ("d2o", {"keep_ratio": 1.0})])
+def test_caches_that_grow_are_refused(cache):
+    with pytest.raises(ValueError, match=r"layer 0: .* grows with every token.*compile_decode=False"):
+        CompiledDecode(small_model("mha"), build_cache(*cache))
 
 
 @pytest.mark.parametrize("kind", ["rmha", "rcmha", "sinusoid", "window"])

@@ -2,7 +2,8 @@
 
 The state is a real one: one random prompt is read in chunks and compressed, and its rows are then repeated to the
 batch, because reading the prompt once a sequence would take the time of the whole benchmark and change no speed. A
-batch's state exists only while its policy has its turn: those of all policies together would not fit.
+batch's state exists only while its policy has its turn: those of all policies together would not fit. Steps are timed
+operator by operator and, where a policy's can be, compiled: the faster form counts.
 """
 
 import statistics
@@ -19,7 +20,7 @@ from attnzoo.evaluate.cache.protocol import Prefill, prefill
 from attnzoo.evaluate.cache.roofline import attention_cost
 from attnzoo.evaluate.cache.step_parts import StepParts, step_parts
 from attnzoo.kvcache import Compression
-from attnzoo.models import DecoderLM, can_pack, pack_weights
+from attnzoo.models import CompiledDecode, DecoderLM, can_pack, pack_weights
 from attnzoo.ops.cost import OpCost
 
 
@@ -39,9 +40,10 @@ NOTHING, UNKNOWN = OpCost(bytes_read=0, bytes_written=0, flops=0), StepParts()
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """step_seconds: of a decode step of all sequences, the median of the best turn. state_bytes, peak_bytes: of one
-    sequence, after compression and at most during prefill. weight_bytes: read once a step. dtype: of weights and state.
-    attention: what attention and merging of a step must move and compute, all sequences. parts: of step_seconds."""
+    """step_seconds: of a decode step of all sequences, the median of the best turn, in the faster form. state_bytes,
+    peak_bytes: of one sequence, after compression and at most during prefill. weight_bytes: read once a step. dtype: of
+    weights and state. attention: what attention and merging of a step must move and compute, all sequences. parts: of
+    step_seconds. operator_seconds: of a step that is not compiled, None where no step is."""
 
     step_seconds: float
     state_bytes: int
@@ -51,6 +53,7 @@ class Speed:
     dtype: str
     attention: OpCost = NOTHING
     parts: StepParts = UNKNOWN
+    operator_seconds: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -102,47 +105,74 @@ def measure_speed(
         begin = time.perf_counter()
         read[name] = prefill(model, prompt_1T, policy, chunk=sizes.chunk, room=sizes.steps + 1 + PROFILED)
         say(f"{name}: prompt of {sizes.context} tokens read in {time.perf_counter() - begin:.1f} s")
-    turns: dict[tuple[int, str], list[tuple[float, StepParts]]] = defaultdict(list)
+    turns: dict[tuple[int, str, str], list[tuple[float, StepParts]]] = defaultdict(list)
+    forms = {name: _forms(model, policy, say) for name, policy in policies.items()}
     tokens_B1 = torch.randint(model.config.vocab_size, (max(sizes.batches), 1), generator=generator)
     for batch in sizes.batches:
         for turn in range(sizes.turns):
-            for name, done in read.items():
-                turns[batch, name].append(_turn(model, done.state, tokens_B1[:batch], sizes.steps))
-                took = 1000 * turns[batch, name][-1][0]
-                say(f"{batch} sequences, turn {turn + 1} of {sizes.turns}, {name}: {took:.1f} ms a step")
+            for name, form in [(name, form) for name, steps in forms.items() for form in steps]:
+                took = _turn(model, forms[name][form], read[name].state, tokens_B1[:batch], sizes.steps)
+                turns[batch, name, form].append(took)
+                which = f"{batch} sequences, turn {turn + 1} of {sizes.turns}, {name}{form}"
+                say(f"{which}: {1000 * took[0]:.1f} ms a step")
     return {
-        batch: {name: _speed(model, read[name], batch, turns[batch, name]) for name in read} for batch in sizes.batches
+        batch: {
+            name: _speed(model, done, batch, {form: turns[batch, name, form] for form in forms[name]})
+            for name, done in read.items()
+        }
+        for batch in sizes.batches
     }
+
+
+Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
+"""(hidden_B1D, state) behind one token more."""
+OPERATORS, COMPILED = "", ", compiled"
+
+
+def _forms(model: DecoderLM, policy: Compression, say: Callable[[str], None]) -> dict[str, Step]:
+    """A policy's steps by the name of their form."""
+    try:
+        return {OPERATORS: model.extend_hidden, COMPILED: CompiledDecode(model, policy)}
+    except ValueError as reason:
+        say(f"not compiled: {reason}")
+        return {OPERATORS: model.extend_hidden}
 
 
 PROFILED = 2
 """Steps of a turn that the profiler watches."""
 
 
-def _turn(model: DecoderLM, state_1: Any, tokens_B1: Tensor, steps: int) -> tuple[float, StepParts]:
+def _turn(model: DecoderLM, step: Step, state_1: Any, tokens_B1: Tensor, steps: int) -> tuple[float, StepParts]:
     """(median seconds of a step of as many sequences, its parts) from the state of one."""
     state = state_1.map(lambda _, tensor: tensor.repeat_interleave(len(tokens_B1), dim=0))
     seconds = []
+
+    def once() -> None:
+        nonlocal state
+        hidden_B1D, state = step(tokens_B1, state)
+        model.logits(hidden_B1D)
+
     for _ in range(steps + 1):
         begin = time.perf_counter()
-        _, state = model.extend(tokens_B1, state)
+        once()
         seconds.append(time.perf_counter() - begin)
-    # The first step may make room for the tokens to come.
+    # The first step may make room for the tokens to come, and compile.
     median = statistics.median(seconds[1:])
 
     def run() -> None:
-        nonlocal state
         for _ in range(PROFILED):
-            _, state = model.extend(tokens_B1, state)
+            once()
 
     return median, step_parts(run, PROFILED, median)
 
 
-def _speed(model: DecoderLM, read: Prefill, batch: int, turns: list[tuple[float, StepParts]]) -> Speed:
-    seconds, parts = min(turns, key=lambda turn: turn[0])
+def _speed(model: DecoderLM, read: Prefill, batch: int, turns: dict[str, list[tuple[float, StepParts]]]) -> Speed:
+    best = {form: min(taken, key=lambda turn: turn[0]) for form, taken in turns.items()}
+    seconds, parts = min(best.values(), key=lambda turn: turn[0])
     return Speed(
         step_seconds=seconds,
         parts=parts,
+        operator_seconds=best[OPERATORS][0] if len(best) > 1 else None,
         state_bytes=read.nbytes,
         peak_bytes=read.peak_nbytes,
         weight_bytes=weight_bytes(model),

@@ -123,6 +123,7 @@ def speed_rows(speeds: dict[str, Speed]) -> list[dict[str, Any]]:
             "dtype": speed.dtype,
             "tokens/s": round(speed.tokens_per_second, 2),
             "ms/step": round(1000 * speed.step_seconds, 1),
+            "not compiled": "" if speed.operator_seconds is None else round(1000 * speed.operator_seconds, 1),
             **{f"ms {part}": round(1000 * took, 1) for part, took in asdict(speed.parts).items()},
             "GB/s": round(speed.read_rate / 1e9, 2),
             "state bytes": speed.state_bytes,

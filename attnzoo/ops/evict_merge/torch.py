@@ -164,8 +164,8 @@ def _merge_victims(slots: Slots, victims: Places, dots_BKP: Tensor, rule: MergeR
 
 def _nearest_slots(norms_BKP: Tensor, victims: Places, dots_BKP: Tensor) -> tuple[Tensor, Places]:
     """(largest cosine of the victim with another key, -inf where there is none; its slot)."""
-    # A slot that holds nothing divides by 0; the victim is nobody's nearest, least of all its own.
-    cosines = (dots_BKP / norms_BKP).nan_to_num_(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+    # The victim is nobody's nearest, least of all its own.
+    cosines = torch.where(norms_BKP > 0, dots_BKP / norms_BKP, -math.inf)
     victims.fill(cosines, -math.inf)
     # Not `max` with indices, which starts threads for however little.
     nearest = places(cosines.argmax(-1), norms_BKP.shape[2])

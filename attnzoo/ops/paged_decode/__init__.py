@@ -76,7 +76,7 @@ def _check_entries(name: str, part: Entries, batch: int, heads: int, head_dim: i
     if len(keys) != 4 or keys[0] != batch or keys[:3] != values[:3] or heads % keys[1]:
         raise ValueError(f"{name}: keys {keys} and values {values} do not fit {batch} rows of {heads} query heads")
     positions = None if part.positions_BKS is None else tuple(part.positions_BKS.shape)
-    if positions is not None and positions not in {(batch, kept, keys[2]) for kept in (1, keys[1])}:
+    if positions is not None and positions not in ((batch, 1, keys[2]), (batch, keys[1], keys[2])):
         raise ValueError(f"{name}: positions {positions} must be [B, K or 1, S] of keys {keys}")
     for what, width, channels in (
         ("keys", keys[3], part.channels_BKC),

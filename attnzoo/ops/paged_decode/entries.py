@@ -14,7 +14,7 @@ class Entries:
     holds nothing; its K axis is 1 when all kv heads hold the same entries; None: every query sees every slot.
     channels_BKC (int64, distinct): which of the H channels of a key the C stored ones are; None: all, in order.
     value_channels_BKV: the same of values. log_votes_BKS (accumulation dtype): added to the logits, the logarithm of
-    how many tokens an entry stands for.
+    how many tokens an entry stands for; -inf: for none.
     """
 
     keys_BKSC: Tensor

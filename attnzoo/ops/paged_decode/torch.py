@@ -1,6 +1,8 @@
 """Few batched products: the queries that share a kv head, and the probe, are rows of one matrix a segment."""
 
 import math
+from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -8,8 +10,6 @@ from torch import Tensor
 from attnzoo.ops.paged_decode.entries import Decoded, Entries
 from attnzoo.ops.products import with_keys, with_values
 from attnzoo.types import accumulation_dtype
-
-_softmax = torch.ops.aten._softmax
 
 
 def paged_decode_torch(
@@ -27,12 +27,12 @@ def paged_decode_torch(
     parts = [tail] if prefix is None else [prefix, tail]
     # Scaling before the products rounds as the full cache's decode step does.
     q_BKLH = (q_BNTH * head_dim**-0.5).reshape(batch, kv_heads, groups * tokens, head_dim)
-    slots = sum(part.slots for part in parts)
     dtype = accumulation_dtype(q_BNTH.dtype)
-    scores_BKLS = torch.empty(batch, kv_heads, groups * tokens, slots, dtype=dtype, device=q_BNTH.device)
-    scores_BKGTS = scores_BKLS.view(batch, kv_heads, groups, tokens, slots)
-    dots, first = None, 0
-    for part in parts:
+    biases: Sequence[Tensor | None] = [None, None]
+    if bias_BNTS is not None:
+        biases = bias_BNTS.view(batch, kv_heads, groups, tokens, -1).split([part.slots for part in parts], dim=-1)
+    dots, scores = None, []
+    for part, bias in zip(parts, biases, strict=False):
         rows_BKLC = _kept(q_BKLH, part.channels_BKC)
         probed = part is prefix and probe_BKC is not None
         if probed and probe_BKC is not None:
@@ -40,37 +40,48 @@ def paged_decode_torch(
         product = with_keys(rows_BKLC, part.keys_BKSC)
         if probed:
             dots, product = product[:, :, -1].to(dtype), product[:, :, :-1]
-        span_BKGTS = scores_BKGTS[..., first : first + part.slots]
-        _add_terms(product.unflatten(2, (groups, tokens)), part, query_positions_BT, span_BKGTS)
-        first += part.slots
-    if bias_BNTS is not None:
-        scores_BKGTS += bias_BNTS.view(scores_BKGTS.shape)
-    weights_BKLS = _softmax.out(scores_BKLS, -1, False, out=scores_BKLS)
+        scores_BKGTS = product.to(dtype, memory_format=torch.contiguous_format).unflatten(2, (groups, tokens))
+        for term in (bias, _terms(part, query_positions_BT, dtype)):
+            if term is not None:
+                scores_BKGTS = scores_BKGTS + term
+        scores.append(scores_BKGTS.flatten(2, 3))
+    weights, scale_BKL1 = _softmax(scores)
     out_BKLH: Tensor | None = None
-    for part, weights in zip(parts, weights_BKLS.split([part.slots for part in parts], dim=-1), strict=True):
-        added = _placed(with_values(weights, part.values_BKSV), part.value_channels_BKV, head_dim)
+    for part, weights_BKLS in zip(parts, weights, strict=True):
+        added = _placed(with_values(weights_BKLS, part.values_BKSV), part.value_channels_BKV, head_dim)
         out_BKLH = added if out_BKLH is None else out_BKLH + added
     assert out_BKLH is not None
+    mass_BKS = None
+    if key_mass:
+        mass_BKS = torch.cat([(weights_BKLS * scale_BKL1).sum(2) for weights_BKLS in weights], dim=-1)
     return Decoded(
-        out_BNTH=out_BKLH.reshape(batch, heads, tokens, head_dim).to(q_BNTH.dtype),
-        mass_BKS=weights_BKLS.sum(2) if key_mass else None,
+        out_BNTH=(out_BKLH * scale_BKL1).reshape(batch, heads, tokens, head_dim).to(q_BNTH.dtype),
+        mass_BKS=mass_BKS,
         dots_BKP=dots,
     )
 
 
-def _add_terms(product_BKGTS: Tensor, part: Entries, query_positions_BT: Tensor, out_BKGTS: Tensor) -> None:
-    """Scores in the accumulation dtype: the products, the logs of votes, -inf for what a query may not see."""
-    bias = None if part.log_votes_BKS is None else part.log_votes_BKS[:, :, None, None]
-    if part.positions_BKS is not None:
-        positions_BK11S = part.positions_BKS[:, :, None, None]
-        hidden = (positions_BK11S < 0) | (positions_BK11S > query_positions_BT[:, None, None, :, None])
-        if bias is None:
-            bias = torch.zeros((), dtype=out_BKGTS.dtype, device=out_BKGTS.device)
-        bias = torch.where(hidden, -math.inf, bias)
-    if bias is None:
-        out_BKGTS.copy_(product_BKGTS)
-    else:
-        torch.add(product_BKGTS, bias, out=out_BKGTS)
+def _terms(part: Entries, query_positions_BT: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What is added to scores_BKGTS: the logs of votes, -inf for what a query may not see."""
+    added = None if part.log_votes_BKS is None else part.log_votes_BKS[:, :, None, None]
+    if part.positions_BKS is None:
+        return added
+    positions_BK11S = part.positions_BKS[:, :, None, None]
+    hidden = (positions_BK11S < 0) | (positions_BK11S > query_positions_BT[:, None, None, :, None])
+    if added is None:
+        added = torch.zeros((), dtype=dtype, device=hidden.device)
+    return torch.where(hidden, -math.inf, added)
+
+
+def _softmax(scores: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
+    """One softmax over the last axis of all parts, not yet scaled: (weights, scale) whose products are it.
+
+    The parts stay apart: side by side they would have to be copied, and their rows would begin anywhere.
+    """
+    peak = reduce(torch.maximum, [part.amax(-1, keepdim=True) for part in scores if part.shape[-1]])
+    weights = [(part - peak).exp_() for part in scores]
+    total = reduce(torch.add, [part.sum(-1, keepdim=True) for part in weights])
+    return weights, total.reciprocal()
 
 
 def _kept(q_BKLH: Tensor, channels_BKC: Tensor | None) -> Tensor:
