@@ -7,6 +7,7 @@ for several, not the model as a whole: seconds, not a minute.
 
 import operator
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from types import FunctionType
@@ -51,7 +52,7 @@ class CompiledDecode:
         self._kinds = [str(model.config.layer_attention(layer)) for layer in range(model.config.num_layers)]
         self._compresses = cache is not None
         self._compiled: dict[tuple[str, bool, bool], DecodeBlock] = {}
-        self._cut: tuple[DecoderState, int, DecoderState] | None = None
+        self._cut: tuple[weakref.ref[DecoderState], int, DecoderState] | None = None
         self._room = 0
 
     @torch.inference_mode()
@@ -84,14 +85,18 @@ class CompiledDecode:
         """Views of what the longest row will fill."""
         needed = int(state.layers[0].lengths_B.max()) + 1  # type: ignore[attr-defined]
         used = -(-needed // BUCKET) * BUCKET
-        if self._cut is None or self._cut[0] is not state or self._cut[1] != used:
-            self._cut = (state, used, state.cut(used))
+        if self._cut is None or self._cut[0]() is not state or self._cut[1] != used:
+            self._cut = (weakref.ref(state, self._forget), used, state.cut(used))
             slots = [x.shape[2] for name, x in self._cut[2].tensors().items() if name.endswith("_BKSH")]
             self._room = min(slots, default=used)
         if needed > self._room:
             # Compiled code would write beyond the cache, where `extend` makes it grow.
             raise ValueError(f"the state has room for {self._room} tokens, not {needed}; give it a larger capacity")
         return self._cut[2]
+
+    def _forget(self, _: object) -> None:
+        """Views keep memory that nobody else does once their state is gone."""
+        self._cut = None
 
 
 def _decode_block(block: Block, x_B1D: Tensor, state: State) -> Tensor:

@@ -25,7 +25,7 @@ from attnzoo.evaluate.cache.retrieval import Score, keep_answered, make_batches,
 from attnzoo.evaluate.cache.roofline import attention_cost, step_cost
 from attnzoo.evaluate.cache.sections import text
 from attnzoo.evaluate.cache.settings import QUICK
-from attnzoo.evaluate.cache.speed import Speed, weight_bytes
+from attnzoo.evaluate.cache.speed import Speed, SpeedSizes, measure_speed, weight_bytes
 from attnzoo.evaluate.cache.step_parts import step_parts
 from attnzoo.evaluate.cache.table import memory_claims, parts_claims, peer_claim, speed_claims
 from attnzoo.evaluate.cache.text_tasks import text_example
@@ -254,6 +254,16 @@ def test_sequences_in_a_budget_count_the_peak_of_the_last_one():
     assert speed(20, 100, 1.0).sequences_in(1000) == 1 + 900 // 20
     assert speed(20, 100, 1.0).sequences_in(99) == 0
     assert speed(100, 100, 1.0).sequences_in(1000) == 10
+
+
+def test_steps_are_timed_in_both_forms_where_there_are_two():
+    said: list[str] = []
+    policies = {"streaming": build_cache("streaming"), "think": build_cache("think")}
+    sizes = SpeedSizes(context=128, batches=(2,), steps=1, turns=1, chunk=64)
+    found = measure_speed(random_reader().model, policies, sizes, said.append)[2]
+    assert found["streaming"].step_seconds <= found["streaming"].operator_seconds
+    assert found["think"].operator_seconds is None
+    assert any("think is not compiled: layer 0" in line for line in said)
 
 
 def test_speed_claims_are_computed():

@@ -40,6 +40,7 @@ def test_the_same_function():
     follow(model, 1, [61], 6, step)
     follow(model, 3, [61, 17, 40], 6, step)
     follow(model, 4, [9, 9, 9, 9], 3, step)
+    assert step._cut is None, "a state that is gone is kept in memory"
 
 
 def test_a_full_state_is_refused():
@@ -144,7 +145,9 @@ def test_what_cannot_be_compiled_is_refused(kind):
         CompiledDecode(small_model(kind))
 
 
-def test_a_compiler_is_needed(monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
-        CompiledDecode(DecoderLM(DecoderConfig(vocab_size=TOKENS, model_dim=16, num_layers=1)))
+def test_a_compiler_is_needed():
+    model = DecoderLM(DecoderConfig(vocab_size=TOKENS, model_dim=16, num_layers=1))
+    # Not monkeypatch: what it puts back, the configuration no longer finds.
+    without = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with without, pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
+        CompiledDecode(model)

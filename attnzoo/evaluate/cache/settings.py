@@ -98,5 +98,5 @@ QUICK = Settings(
         channel_budgets=(0.85,),
     ),
     fidelity=FidelitySizes(texts=1, prompt=96, forced=128),
-    speed=SpeedSizes(context=256, batches=(2, 3), steps=2, turns=1, chunk=128),
+    speed=SpeedSizes(context=256, batches=(2, 3), steps=2, turns=1, chunk=128, compiled=False),
 )

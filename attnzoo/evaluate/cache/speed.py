@@ -26,13 +26,15 @@ from attnzoo.ops.cost import OpCost
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedSizes:
-    """Tokens of the prompt, numbers of sequences, decode steps of a turn, turns, tokens of a prefill chunk."""
+    """Tokens of the prompt, numbers of sequences, decode steps of a turn, turns, tokens of a prefill chunk; compiled:
+    whether steps are timed in that form, too."""
 
     context: int = 8192
     batches: tuple[int, ...] = (16, 32)
     steps: int = 8
     turns: int = 4
     chunk: int = 512
+    compiled: bool = True
 
 
 NOTHING, UNKNOWN = OpCost(bytes_read=0, bytes_written=0, flops=0), StepParts()
@@ -106,7 +108,9 @@ def measure_speed(
         read[name] = prefill(model, prompt_1T, policy, chunk=sizes.chunk, room=sizes.steps + 1 + PROFILED)
         say(f"{name}: prompt of {sizes.context} tokens read in {time.perf_counter() - begin:.1f} s")
     turns: dict[tuple[int, str, str], list[tuple[float, StepParts]]] = defaultdict(list)
-    forms = {name: _forms(model, policy, say) for name, policy in policies.items()}
+    forms: dict[str, dict[str, Step]] = {name: {OPERATORS: model.extend_hidden} for name in policies}
+    if sizes.compiled:
+        _add_compiled(forms, model, policies, say)
     tokens_B1 = torch.randint(model.config.vocab_size, (max(sizes.batches), 1), generator=generator)
     for batch in sizes.batches:
         for turn in range(sizes.turns):
@@ -129,13 +133,14 @@ Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
 OPERATORS, COMPILED = "", ", compiled"
 
 
-def _forms(model: DecoderLM, policy: Compression, say: Callable[[str], None]) -> dict[str, Step]:
-    """A policy's steps by the name of their form."""
-    try:
-        return {OPERATORS: model.extend_hidden, COMPILED: CompiledDecode(model, policy)}
-    except ValueError as reason:
-        say(f"not compiled: {reason}")
-        return {OPERATORS: model.extend_hidden}
+def _add_compiled(
+    forms: dict[str, dict[str, Step]], model: DecoderLM, policies: dict[str, Compression], say: Callable[[str], None]
+) -> None:
+    for name, policy in policies.items():
+        try:
+            forms[name][COMPILED] = CompiledDecode(model, policy)
+        except ValueError as reason:
+            say(f"{name} is not compiled: {reason}")
 
 
 PROFILED = 2
