@@ -167,6 +167,8 @@ def prefix_positions(state: CompressedState) -> Tensor:
 def all_held(state: CompressedState) -> bool:
     """Whether every slot of the prefix holds an entry, where that can be known without waiting for a device."""
     prefix = state.prefix
+    if state.starts_B.device.type != "cpu":
+        return False
     if prefix.places_BKP is not None:
         return known(prefix.places_BKP.amin() > 0)
     return known(state.starts_B.min() >= prefix.slots)

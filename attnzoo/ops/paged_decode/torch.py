@@ -28,11 +28,11 @@ def paged_decode_torch(
     # Scaling before the products rounds as the full cache's decode step does.
     q_BKLH = (q_BNTH * head_dim**-0.5).reshape(batch, kv_heads, groups * tokens, head_dim)
     dtype = accumulation_dtype(q_BNTH.dtype)
-    biases: Sequence[Tensor | None] = [None, None]
+    biases: Sequence[Tensor | None] = [None] * len(parts)
     if bias_BNTS is not None:
         biases = bias_BNTS.view(batch, kv_heads, groups, tokens, -1).split([part.slots for part in parts], dim=-1)
     dots, scores = None, []
-    for part, bias in zip(parts, biases, strict=False):
+    for part, bias in zip(parts, biases, strict=True):
         rows_BKLC = _kept(q_BKLH, part.channels_BKC)
         probed = part is prefix and probe_BKC is not None
         if probed and probe_BKC is not None:
