@@ -74,10 +74,9 @@ def joined(model: DecoderLM, cache: Compression, prompts: list[torch.Tensor]) ->
 
 
 def test_the_same_function_with_a_cache_that_evicts():
-    """Sequences of unequal lengths, that have lost tokens, that lose their first one, and that still take empty slots,
-    the last by a page more."""
-    cache = build_cache("d2o", {"max_tokens": 24, "sinks": 2, "budget": "uniform"})
-    follow_compressed(small_model("mha"), cache, [40, 23, 9], steps=18)
+    """Sequences of unequal lengths: all take empty slots, one in a second page, until it loses a token a step."""
+    cache = build_cache("d2o", {"max_tokens": 80, "sinks": 2, "budget": "uniform"})
+    follow_compressed(small_model("mha"), cache, [60, 12, 9], steps=25)
 
 
 CACHES = {
