@@ -2,7 +2,7 @@
 
 A single token leaves so little to compute that starting operators costs more than the small ones take, and a cache that
 evicts chooses and merges by a hundred of them. Blocks are compiled one kind at a time, once for one sequence and once
-for several, not the model as a whole: seconds, not a minute.
+for several, not the model as a whole, so that the time it takes does not grow with the layers.
 """
 
 import operator
@@ -30,6 +30,7 @@ BUCKET = 64
 SLOT_AXES = "SP"
 """Axes of a state's tensors, by the letters in their names, whose sizes differ between layers and change with time."""
 EXPECTED_BATCH, EXPECTED_SLOTS = 16, 1024
+"""What loops are compiled for: large enough that those over a cache get threads."""
 
 DecodeBlock = Callable[[Block, Tensor, State], Tensor]
 

@@ -25,12 +25,13 @@ from attnzoo.evaluate.cache.retrieval import Score, keep_answered, make_batches,
 from attnzoo.evaluate.cache.roofline import attention_cost, step_cost
 from attnzoo.evaluate.cache.sections import text
 from attnzoo.evaluate.cache.settings import QUICK
-from attnzoo.evaluate.cache.speed import Speed, SpeedSizes, measure_speed, weight_bytes
+from attnzoo.evaluate.cache.speed import PROFILED, Speed, SpeedSizes, measure_speed, weight_bytes
 from attnzoo.evaluate.cache.step_parts import step_parts
 from attnzoo.evaluate.cache.table import memory_claims, parts_claims, peer_claim, speed_claims
 from attnzoo.evaluate.cache.text_tasks import text_example
 from attnzoo.evaluate.chips import CHIPS
 from attnzoo.kvcache import build_cache, compressed, ring_step
+from attnzoo.models import CompiledDecode
 from attnzoo.ops.cost import OpCost
 from attnzoo.ops.evict_merge.cost import step_cost as merge_step_cost
 from attnzoo.ops.paged_decode.cost import DecodeSizes, SegmentSizes, decode_cost
@@ -256,11 +257,16 @@ def test_sequences_in_a_budget_count_the_peak_of_the_last_one():
     assert speed(100, 100, 1.0).sequences_in(1000) == 10
 
 
-def test_steps_are_timed_in_both_forms_where_there_are_two():
+def test_steps_are_timed_in_both_forms_where_there_are_two(monkeypatch):
     said: list[str] = []
+    steps: list[int] = []
+    compiled_call = CompiledDecode.__call__
+    monkeypatch.setattr(CompiledDecode, "__call__", lambda *given: steps.append(1) or compiled_call(*given))
     policies = {"streaming": build_cache("streaming"), "think": build_cache("think")}
     sizes = SpeedSizes(context=128, batches=(2,), steps=1, turns=1, chunk=64)
     found = measure_speed(random_reader().model, policies, sizes, said.append)[2]
+    assert len(steps) == 1 + sizes.steps + PROFILED
+    assert [line for line in said if "turn 1 of 1, streaming, compiled: " in line]
     assert found["streaming"].step_seconds <= found["streaming"].operator_seconds
     assert found["think"].operator_seconds is None
     assert any("think is not compiled: layer 0" in line for line in said)

@@ -110,17 +110,21 @@ def test_the_same_function_for_each_variant(kind):
 
 
 @pytest.mark.parametrize("cache", [None, {"policy": "streaming", "max_tokens": 12}])
-def test_the_engine_says_the_same(cache):
+def test_the_engine_says_the_same(cache, monkeypatch):
     """Sequences come and go: a pool of compressed caches is another state after each."""
     model = small_model("mha")
-    texts = []
+    texts, steps = [], []
+    compiled_call = CompiledDecode.__call__
+    monkeypatch.setattr(CompiledDecode, "__call__", lambda *given: steps.append(1) or compiled_call(*given))
     for compiled in (False, True):
         config = EngineConfig(
             checkpoint=str(tokenizer_path().parent), max_num_seqs=3, compile_decode=compiled, cache=cache
         )
         engine = Engine(config, model=model, tokenizer=load_tokenizer(tokenizer_path().parent))
+        steps.clear()  # those of warming up
         prompts = [[5, 9, 12], [7] * 9, [300, 20], [31] * 20]
         texts.append([done.tokens for done in engine.generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))])
+        assert bool(len(steps) >= 20) is compiled
     assert texts[0] == texts[1]
 
 
