@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.negligible import may_be_peaked, product_bound, softmax_of_peaked_
 from attnzoo.types import accumulation_dtype
 
 BLOCK = 128
@@ -107,7 +108,8 @@ def _hide(scores_PRW: Tensor, rows: _Rows, span: tuple[int, int], mask: CausalMa
 class _Group:
     """P pairs of a sequence and a query head that are computed together, in the accumulation dtype; queries scaled.
 
-    `far_PLH`, `far_bias_PL`: the tables from the farthest distance T-1 down to 0 and one row of padding.
+    `far_PLH`, `far_bias_PL`: the tables from the farthest distance T-1 down to 0 and one row of padding. `peaked`: some
+    weights may be negligible (`attnzoo.ops.negligible`).
     """
 
     sequences: slice
@@ -119,6 +121,7 @@ class _Group:
     v_PTH: Tensor
     far_PLH: Tensor | None
     far_bias_PL: Tensor | None
+    peaked: bool
 
     def distances(self, rows: _Rows, span: tuple[int, int]) -> slice:
         """Where `far_PLH` holds the distances between rows and a span, the farthest (rows.end-1 to low) first."""
@@ -133,6 +136,8 @@ class _Group:
             _hide(tile, rows, span, mask, self.sequences.start)
             tiles.append(tile)
         scores = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=2)
+        if self.peaked:
+            return softmax_of_peaked_(scores)
         out: Tensor = _softmax.out(scores, -1, False, out=scores)
         return out
 
@@ -178,16 +183,21 @@ def _groups(inputs: list[Tensor], mask: CausalMask, scale: float) -> Iterator[_G
                 bias_P1H = _repeated(tables[0][heads], sequences.stop - b)[:, None]
                 biased = torch.add(head_q, bias_P1H.to(dtype), alpha=scale)
             keys, values = (x[sequences][:, kv].flatten(0, 1).to(dtype) for x in (k, v))
-            yield _Group(
-                sequences,
-                heads,
-                kv_heads,
-                head_q,
-                biased,
-                keys,
-                values,
-                *(None if x is None else _repeated(x, sequences.stop - b) for x in (far, far_bias)),
-            )
+            relative = [None if x is None else _repeated(x, sequences.stop - b) for x in (far, far_bias)]
+            peaked = _may_be_peaked(head_q, biased, keys, far, far_bias)
+            yield _Group(sequences, heads, kv_heads, head_q, biased, keys, values, *relative, peaked)
+
+
+def _may_be_peaked(
+    q_PTH: Tensor, biased_q_PTH: Tensor, k_PTH: Tensor, far_NLH: Tensor | None, far_bias_NL: Tensor | None
+) -> bool:
+    """Whether to look for negligible weights; on a GPU they cost nothing, and looking would wait for it."""
+    if q_PTH.device.type != "cpu":
+        return False
+    bounds = [product_bound(biased_q_PTH, k_PTH)]
+    if far_NLH is not None and far_bias_NL is not None:
+        bounds += [product_bound(q_PTH, far_NLH), far_bias_NL.abs().amax()]
+    return may_be_peaked(*bounds)
 
 
 def group_size(batch: int, heads: int, tokens: int, mask: CausalMask, width: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.negligible import softmax_of_peaked_
 from attnzoo.ops.relative_sdpa.torch import streamed_bias
 from attnzoo.ops.row_blocks import Tables
 from attnzoo.types import accumulation_dtype
@@ -14,8 +15,6 @@ ROWS = 128
 """Query rows of a block: fewer make products that are slow."""
 BLOCK_BYTES = 16 << 20
 """Scores of a block: as many sequences as fit, at least one."""
-
-_softmax = torch.ops.aten._softmax
 
 
 def key_mass_torch(
@@ -103,4 +102,4 @@ def _weights(
     hidden_BKRS = ~mask.visible(rows, q_BNRH.device)
     # Not -inf: padding queries may see nothing at all, and their NaN would survive a product with zero.
     scores_BKGRS = scores_BKGRS.masked_fill_(hidden_BKRS[:, :, None], torch.finfo(dtype).min)
-    return _softmax.out(scores_BKGRS, -1, False, out=scores_BKGRS).masked_fill_(hidden_BKRS[:, :, None], 0.0)
+    return softmax_of_peaked_(scores_BKGRS).masked_fill_(hidden_BKRS[:, :, None], 0.0)

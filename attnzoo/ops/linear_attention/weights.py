@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.ops.negligible import without_negligible
 from attnzoo.types import accumulation_dtype
 
 CHUNK = 64
@@ -165,7 +166,7 @@ class Work:
         assert self.decay_K is not None
         exponent = exponent[:, None].clamp(min=0)
         decay = self.decay_K.view(1, -1, *[1] * (exponent.dim() - 2))
-        power = decay ** (exponent - derivative).clamp(min=0).to(self.dtype)
+        power = without_negligible(decay ** (exponent - derivative).clamp(min=0).to(self.dtype))
         if derivative:
             power = power * exponent
         return power if mask is None else power * mask[:, None]

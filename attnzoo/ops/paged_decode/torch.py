@@ -7,6 +7,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from attnzoo.ops.negligible import without_negligible
 from attnzoo.ops.paged_decode.entries import Decoded, Entries
 from attnzoo.ops.products import with_keys, with_values
 from attnzoo.types import accumulation_dtype
@@ -79,7 +80,7 @@ def _softmax(scores: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
     The parts stay apart: side by side they would have to be copied, and their rows would begin anywhere.
     """
     peak = reduce(torch.maximum, [part.amax(-1, keepdim=True) for part in scores if part.shape[-1]])
-    weights = [(part - peak).exp_() for part in scores]
+    weights = [without_negligible((part - peak).exp_()) for part in scores]
     total = reduce(torch.add, [part.sum(-1, keepdim=True) for part in weights])
     return weights, total.reciprocal()
 

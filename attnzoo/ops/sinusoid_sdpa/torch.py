@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.relative_sdpa.torch import relative_sdpa_torch
-from attnzoo.ops.sdpa.torch import per_query_head
+from attnzoo.ops.sdpa.torch import masked_attention, per_query_head
 from attnzoo.ops.sinusoid_sdpa.waves import STRIDE, angles, turns, waves
 from attnzoo.types import accumulation_dtype
 
@@ -37,15 +37,8 @@ def sinusoid_sdpa_torch(
         return relative_sdpa_torch(q_BNTH, k_BKSH, v_BKSH, content_bias_NH, *tables, mask, scale)
     heads = q_BNTH.shape[1]
     bias_BNTS = streamed_waves(q_BNTH + position_bias_NH[:, None], weight_NHD * scale, mask)
-    hidden_BNTS = ~per_query_head(mask.visible(tokens, q_BNTH.device), heads)
-    return F.scaled_dot_product_attention(
-        q_BNTH + content_bias_NH[:, None],
-        k_BKSH,
-        v_BKSH,
-        attn_mask=bias_BNTS.masked_fill(hidden_BNTS, float("-inf")),
-        scale=scale,
-        enable_gqa=heads != k_BKSH.shape[1],
-    )
+    visible_BNTS = per_query_head(mask.visible(tokens, q_BNTH.device), heads)
+    return masked_attention(q_BNTH + content_bias_NH[:, None], k_BKSH, v_BKSH, bias_BNTS, visible_BNTS, scale)
 
 
 def as_tables(weight_NHD: Tensor, position_bias_NH: Tensor, rows: int) -> tuple[Tensor, Tensor]:
