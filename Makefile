@@ -8,6 +8,8 @@ BIN = $(VENV)/bin
 PORT ?= 8000
 CHECKPOINT ?= runs/demo/export
 TEXT ?= ../shared/data/tinyshakespeare/input.txt
+# Tests share cores, one thread each; contiguous halves keep what a file's tests share in one process.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 .PHONY: help install demo train compare serve test slow check format clean
 .DEFAULT_GOAL := help
@@ -33,7 +35,7 @@ serve: install  ## serve CHECKPOINT (default: the demo's) on PORT until interrup
 	$(BIN)/python -m serve $(if $(MODEL),--config configs/serve/$(MODEL).yaml,--checkpoint $(CHECKPOINT)) --port $(PORT)
 
 test: install  ## the whole suite but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 slow: install  ## the slow suites: all ZeRO stages, soak
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
