@@ -34,13 +34,16 @@ from attnzoo.report import Claim, Report
 BUSY = 0.75
 """Load average above which numbers are not worth taking."""
 HEADS, HEAD_DIM, MODEL_DIM = 8, 64, 512
+PEAK, PEAKED_DECAY = 5.0, 0.2
 MIB = 2**20
 
 Function = Callable[[], Tensor]
 
 
-def tensors(tokens: int) -> dict[str, Tensor]:
-    """q, k and v of one sequence, and the parameters of the relative forms, all with gradients."""
+def tensors(tokens: int, peak: float = 1.0) -> dict[str, Tensor]:
+    """q, k and v of one sequence, and the parameters of the relative forms, all with gradients. `peak`: what queries
+    and keys are multiplied by; with 5, scores have a standard deviation of 25, and a fifth of a plain softmax would be
+    denormal numbers."""
     generator = torch.Generator().manual_seed(0)
     shapes = {
         **dict.fromkeys("qkv", (1, HEADS, tokens, HEAD_DIM)),
@@ -50,7 +53,11 @@ def tensors(tokens: int) -> dict[str, Tensor]:
         "position_bias": (HEADS, HEAD_DIM),
         "weight": (HEADS, HEAD_DIM, MODEL_DIM),
     }
-    return {name: torch.randn(*shape, generator=generator).requires_grad_() for name, shape in shapes.items()}
+    sizes = {"q": peak, "k": peak}
+    return {
+        name: (torch.randn(*shape, generator=generator) * sizes.get(name, 1.0)).requires_grad_()
+        for name, shape in shapes.items()
+    }
 
 
 def eager_table(t: dict[str, Tensor]) -> Tensor:
@@ -135,6 +142,25 @@ def training(report: Report, tokens: int, turns: int) -> dict[str, dict[str, flo
             {"what": "forward + backward", "T": tokens, "contender": name, **row, "x MHA": row["ms"] / base}
         )
     return found
+
+
+def peaked(report: Report, tokens: int, turns: int) -> dict[str, float]:
+    """Times of forward and backward on scores and decays that leave denormal numbers, over those on calm ones."""
+    names = ("MHA (torch SDPA)", "RMHA table", "RMHA sinusoid", "RMHA table, window 256")
+    runs: dict[str, Callable[[], None]] = {}
+    for kind, peak, decay in (("calm", 1.0, 0.97), ("peaked", PEAK, PEAKED_DECAY)):
+        t = tensors(tokens, peak)
+        contenders = {name: training_contenders(t)[name] for name in names} | {"linear, decayed": _decayed(t, decay)}
+        runs |= {f"{name}, {kind}": with_backward(run) for name, run in contenders.items()}
+    found = take_turns(runs, turns)
+    for name, seconds in found.items():
+        report.rows.append({"what": "forward + backward", "T": tokens, "contender": name, "ms": seconds * 1e3})
+    return {name: found[f"{name}, peaked"] / found[f"{name}, calm"] for name in (*names, "linear, decayed")}
+
+
+def _decayed(t: dict[str, Tensor], decay: float) -> Function:
+    decay_K = torch.full((HEADS,), decay)
+    return lambda: linear_attention(t["q"].sigmoid(), t["k"].sigmoid(), t["v"], decay_K=decay_K)[0]
 
 
 def flex_forward(report: Report, tokens: int, turns: int) -> None:
@@ -241,11 +267,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"load average {report.load_before} is above {BUSY}: others use this machine", file=sys.stderr)
     tokens, turns = (256, 2) if options.quick else (2048, options.turns)
     found = training(report, tokens, turns)
+    peaks = peaked(report, tokens, max(turns // 2, 2))
     flex_forward(report, tokens, turns)
     growth, lead = linear_growth(report, 2 * tokens, max(turns // 2, 2))
     memory = memory_growth(tokens)
     decode = decoding(report, 2 * tokens, 3 * turns)
-    report.claims += claims(found, growth, lead, memory, decode)
+    report.claims += claims(found, peaks, growth, lead, memory, decode)
     report.print_table()
     if options.json:
         report.write(options.json)
@@ -254,6 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def claims(
     found: dict[str, dict[str, float]],
+    peaks: dict[str, float],
     growth: float,
     lead: float,
     memory: dict[str, float],
@@ -271,6 +299,10 @@ def claims(
         Claim(name="sinusoid: times MHA's time", expected=2.5, measured=sinusoid["ms"] / mha["ms"]),
         Claim(name="linear: time at twice the length", expected=2.2, measured=growth),
         Claim(name="linear: times faster than MHA at the longer one", expected=8, measured=lead, kind="at_least"),
+    ]
+    made += [
+        Claim(name=f"{name}: time on peaked inputs over time on calm ones", expected=1.75, measured=ratio)
+        for name, ratio in peaks.items()
     ]
     made += [
         Claim(name=f"{name}: memory at twice the length", expected=2, tolerance=0.1, measured=ratio)

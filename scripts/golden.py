@@ -1,12 +1,12 @@
 """Writes the golden numbers of every registered variant, which tests/golden compares with.
 
 python scripts/golden.py            # compares, exit status 1 when a number moved
-python scripts/golden.py --write    # enters new numbers and those that moved, leaves all others; say why in CHANGELOG.md
+python scripts/golden.py --write    # enters new numbers and those that moved, no others; say why in CHANGELOG.md
 
-How far a number may move: processors differ in the order of their sums, which shows in proportion to the size of the terms
-that were summed and not of what is left of them. The same case in float32 measures that: its error, scaled down to
-float64's rounding, times `MARGIN`. So a value of 7,000 may move by more than one of 0.1, and a badly conditioned one by
-more than a well conditioned one of its size.
+How far a number may move: processors differ in the order of their sums, which shows in proportion to the size of the
+terms that were summed and not of what is left of them. The same case in float32 measures that: its error, scaled down
+to float64's rounding, times `MARGIN`. So a value of 7,000 may move by more than one of 0.1, and a badly conditioned one
+by more than a well conditioned one of its size.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from attnzoo.report import Report
 
 PATH = Path(__file__).resolve().parent.parent / "tests" / "golden" / "attention.json"
 MARGIN = 32
-"""Two orders of summation may each be off by what float32 shows, which is one draw of many: some are ten times luckier."""
+"""Two orders of summation may each be off by what float32 shows, and that is one draw of many, some of them lucky."""
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "mha": [{}, {"num_kv_heads": 2, "position": "none"}],
     "rmha": [{}, {"position": "sinusoid"}],
@@ -67,7 +67,7 @@ def bound(name: str, values: list[float]) -> float:
 
 def moved(stored: dict[str, list[float]], fresh: dict[str, list[float]]) -> dict[str, str]:
     """What is wrong with each case that is missing, unknown or moved."""
-    problems = {name: "only in one of the two" for name in stored.keys() ^ fresh.keys()}
+    problems = dict.fromkeys(stored.keys() ^ fresh.keys(), "only in one of the two")
     for name in stored.keys() & fresh.keys():
         error = max(abs(a - b) for a, b in zip(stored[name], fresh[name], strict=True))
         allowed = bound(name, fresh[name])

@@ -1,10 +1,10 @@
 """Weights too small to matter are exact zeros before anything is multiplied by them.
 
-A softmax over peaked scores, or a power of a small decay, leaves denormal numbers (below 1.2e-38 in float32). They change
-nothing in a sum beside weights of order one, and a CPU may need a hundred cycles for each product with one: on an Intel
-Xeon a backward pass of relative attention took 19 times as long. Weights are relative to the largest one, so that below
-`smallest_weight` they are beyond the rounding of any sum; what is kept is so large that its product with another kept
-number is no denormal either. GPUs compute with denormals at full speed, so CPU tensors alone are looked at.
+A softmax over peaked scores, or a power of a small decay, leaves denormal numbers (below 1.2e-38 in float32). They
+change nothing in a sum beside weights of order one, and a CPU may need a hundred cycles for each product with one: on
+an Intel Xeon a backward pass of relative attention took 19 times as long. Weights are relative to the largest one, so
+that below `smallest_weight` they are beyond the rounding of any sum; what is kept is so large that its product with
+another kept number is no denormal either. GPUs compute with denormals at full speed: CPU tensors alone are looked at.
 """
 
 import math
@@ -46,7 +46,7 @@ def _longest(x: Tensor) -> Tensor:
 
 
 def softmax_of_peaked_(scores: Tensor) -> Tensor:
-    """Softmax over the last axis, in place, of scores in at least float32: the same bits as torch's where a weight is not
+    """Softmax over the last axis, in place, of scores in at least float32: torch's bits where a weight is not
     negligible. Scores may be -inf, not all of a row."""
     scores.sub_(scores.amax(-1, keepdim=True))
     F.threshold_(scores, math.log(smallest_weight(scores.dtype)), -math.inf)

@@ -21,8 +21,8 @@ from attnzoo.ops.masks import CausalMask, document_starts, padding_starts
 
 BATCH, TOKENS, MODEL_DIM = 2, 13, 22
 TIGHT = 1e-10
-"""Largest difference of two float64 results that differ only in the order of sums, for values of order 1; of larger ones
-in proportion: processors sum in different orders."""
+"""Largest difference of two float64 results that differ only in the order of sums, for values of order 1; of larger
+ones in proportion: processors sum in different orders."""
 
 Build = Callable[[], Attention]
 

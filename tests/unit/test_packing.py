@@ -33,7 +33,11 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize(("build", "arguments", "options"), MODELS, ids=[f"{build.__name__} {arguments} {options}" for build, arguments, options in MODELS])
+@pytest.mark.parametrize(
+    ("build", "arguments", "options"),
+    MODELS,
+    ids=[f"{build.__name__} {arguments} {options}" for build, arguments, options in MODELS],
+)
 def test_the_same_function(build, arguments, options):
     plain = build(*arguments, **options)
     if not can_pack(plain):  # a CPU without products of bfloat16
