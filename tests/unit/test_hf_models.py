@@ -71,7 +71,7 @@ def test_a_finished_row_is_padded():
 @torch.no_grad()
 def test_padding_changes_nothing(kind):
     """Rows padded on either side, with holes, through both forms: the logits of every row alone."""
-    model = wrapped(kind)
+    model = wrapped(kind).double()
     alone = [model(torch.tensor([row])).logits[0] for row in prompts()]
     for side in ("left", "right"):
         inputs = batch(prompts(), side)
@@ -80,19 +80,19 @@ def test_padding_changes_nothing(kind):
             assert torch.isfinite(logits).all()
             for row, expected in enumerate(alone):
                 real = inputs["attention_mask"][row].bool()
-                torch.testing.assert_close(logits[row, real], expected, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(logits[row, real], expected, rtol=1e-10, atol=1e-9)
     row = prompts()[1]
     holes = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1]])
     ids = torch.zeros_like(holes).masked_scatter(holes.bool(), torch.tensor(row))
     logits = model(ids, attention_mask=holes).logits[0, holes[0].bool()]
-    torch.testing.assert_close(logits, alone[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, alone[1], rtol=1e-10, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_chunks_with_padding_of_their_own(kind):
     """Rows of a cache grow by different numbers of tokens."""
-    model, (one, other) = wrapped(kind), (prompts()[1], prompts()[3])
+    model, (one, other) = wrapped(kind).double(), (prompts()[1], prompts()[3])
     alone = [model(torch.tensor([row])).logits[0, -1] for row in (one, other)]
     first = batch([one[:5], other[:2]])
     cache = model(**first, use_cache=True).cache
@@ -104,7 +104,7 @@ def test_chunks_with_padding_of_their_own(kind):
         out = model(second["input_ids"], attention_mask=given, cache=copy)
         assert out.cache is copy
         assert copy.get_seq_length() == mask.shape[1]
-        torch.testing.assert_close(out.logits[:, -1], torch.stack(alone), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out.logits[:, -1], torch.stack(alone), rtol=1e-10, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["rcmha", "mixed", "window"])
@@ -155,7 +155,7 @@ def test_a_conversation_goes_on_from_its_cache():
 @pytest.mark.parametrize("kind", ["rcmha", "linear", "mha"])
 def test_loss_and_gradients(kind):
     """Labels are shifted, -100 is left out, and padding neither predicts nor is predicted."""
-    model = wrapped(kind).train().requires_grad_(True)
+    model = wrapped(kind).double().train().requires_grad_(True)
     ids = torch.tensor(prompts()[1])[None].repeat(2, 1)
     ids[1] = ids[1].flip(0)
     labels = ids.clone()
@@ -167,13 +167,13 @@ def test_loss_and_gradients(kind):
     expected.backward()
     torch.testing.assert_close(model(ids, labels=labels).loss, expected)
     for name, parameter in model.model.named_parameters():
-        torch.testing.assert_close(mine[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(mine[name], parameter.grad, rtol=1e-6, atol=1e-6, msg=name)
 
     for side in ("left", "right"):
         inputs = batch(prompts(), side)
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         losses = [
-            F.cross_entropy(model(torch.tensor([row])).logits[0, :-1], torch.tensor(row)[1:], reduction="sum")
+            F.cross_entropy(model(torch.tensor([row])).logits[0, :-1].float(), torch.tensor(row)[1:], reduction="sum")
             for row in prompts()
         ]
         count = sum(LENGTHS) - len(LENGTHS)
