@@ -8,6 +8,7 @@ Shape suffixes, used in every name that holds a tensor:
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -48,6 +49,26 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+LARGEST = 2**31 - 1
+"""No size, length or count of a layer is larger: what counts tokens elsewhere could not hold it."""
+
+
+class CheckedConfig:
+    """Base of configuration dataclasses whose fields keep to their types, however the object is made: by
+    `build_config` or in Python. Integers are at most LARGEST, floating point numbers finite.
+
+    Raises ValueError that names the field and the value.
+    """
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = _checked(getattr(self, field.name), hints[field.name], field.name)
+            if isinstance(value, int) and abs(value) > LARGEST:
+                raise ValueError(f"{field.name}={value} is out of range; it must be at most {LARGEST}")
+            object.__setattr__(self, field.name, value)
+
+
 def build_config(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     """Constructs the dataclass `cls` from a mapping and refuses what it does not know.
 
@@ -74,8 +95,8 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     for kind in allowed:
         if kind is Any or (kind is type(None) and value is None):
             return value
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return _finite(value, where)
         if kind is int and isinstance(value, bool):
             continue
         if typing.get_origin(kind) is typing.Literal:
@@ -86,3 +107,13 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
             return value
     names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
     raise ValueError(f"{where}={value!r} has type {type(value).__name__}; it must be {names}")
+
+
+def _finite(value: float, where: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{where}={number} must be a finite number")
+    return number

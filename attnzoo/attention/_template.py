@@ -6,57 +6,47 @@ Source: <authors, year, title (arXiv id), section or equation>.
 
 Differs from the paper: <everything that does, or "nothing">.
 
-Copy this file to `attention/mine.py`, write your idea, and run `pytest tests/contract -k mine`. As it stands
-it is multi-head attention with a learned slope per head on the distance (as ALiBi, arXiv 2108.12409, has a fixed
-one): replace `Slope` by your own part, or choose among those of `attnzoo/attention/parts`.
+Copy this file to `attention/mine.py`, write your idea, and run `pytest tests/contract -k mine`. As it stands it is
+multi-head attention with a learned slope a head on the distance (ALiBi, arXiv 2108.12409, has fixed ones):
+
+    A_ij = q_i . k_j / sqrt(H) - slope (i - j),   o_i = sum_{j<=i} softmax_j(A_ij) v_j
+
+Replace `Slope` by your own part, or choose among those of `attnzoo/attention/parts`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from attnzoo.attention.base import ATTENTION
 from attnzoo.attention.composed import ComposedAttention
-from attnzoo.attention.parts import QKV, Heads, Position, Projection, SoftmaxMixing
-from attnzoo.ops.impl import Impl
-from attnzoo.ops.masks import CausalMask
-from attnzoo.ops.relative_sdpa import relative_sdpa
+from attnzoo.attention.parts import DistanceBias, Heads, Projection, SoftmaxMixing
+from attnzoo.types import CheckedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class MineConfig:
+class MineConfig(CheckedConfig):
     """Every option is a field with a type and a default; model_dim comes first and has none."""
 
     model_dim: int
     num_heads: int = 4
     num_kv_heads: int | None = None
     head_dim: int | None = None
-    max_distance: int = 256
 
 
-class Slope(Position):
-    """A_ij = q_i . k_j - slope * min(i - j, max_distance - 1): the table form with S filled from one number."""
+class Slope(DistanceBias):
+    """-slope (i - j), however far; at first the slopes of ALiBi, 2^(-8 n / N) for head n = 1..N."""
 
-    kind = "table"
-
-    def __init__(self, heads: Heads, max_distance: int) -> None:
-        super().__init__()
-        self.heads, self.max_distance = heads, max_distance
+    def __init__(self, heads: Heads) -> None:
+        super().__init__(heads)
         self.slope = nn.Parameter(torch.empty(heads.num_heads))
         self.reset_parameters(0.0)
 
-    def attend(self, qkv: QKV, mask: CausalMask, impl: Impl) -> Tensor:
-        distance_P = torch.arange(self.max_distance, device=self.slope.device)
-        heads, head_dim = self.heads.num_heads, self.heads.head_dim
-        return relative_sdpa(
-            *qkv,
-            content_bias_NH=self.slope.new_zeros(heads, head_dim),
-            table_NPH=self.slope.new_zeros(heads, self.max_distance, head_dim),
-            table_bias_NP=-self.slope[:, None] * distance_P,
-            mask=mask,
-            impl=impl,
-        )
+    def bias(self, distance_P: Tensor) -> Tensor:
+        return -self.slope[:, None] * distance_P
 
     def reset_parameters(self, std: float) -> None:
         heads = self.heads.num_heads
@@ -70,11 +60,27 @@ class Mine(ComposedAttention):
 
     source = "authors year, arXiv id, section"
     Config = MineConfig
+    cases = ({}, {"num_kv_heads": 1})
 
     def __init__(self, config: MineConfig) -> None:
         heads = Heads.of(config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim)
-        super().__init__(
-            config,
-            projection=Projection(heads),
-            mixing=SoftmaxMixing(heads, Slope(heads, config.max_distance)),
+        super().__init__(config, projection=Projection(heads), mixing=SoftmaxMixing(heads, Slope(heads)))
+
+    @staticmethod
+    def by_hand(config: MineConfig, weights: Mapping[str, np.ndarray], x_TD: np.ndarray) -> np.ndarray:
+        """The formula once more, in numpy and without the project's code: what the contract holds the rest to."""
+        tokens, heads = len(x_TD), config.num_heads
+        kv_heads = config.num_kv_heads or heads
+        q, k, v = (
+            (x_TD @ weights[f"projection.{name}.weight"].T).reshape(tokens, count, -1)
+            for name, count in (("query", heads), ("key", kv_heads), ("value", kv_heads))
         )
+        out = np.zeros_like(q)
+        for n in range(heads):
+            kv = n * kv_heads // heads  # the kv head that query head n reads
+            for i in range(tokens):
+                distance = i - np.arange(i + 1)
+                scores = k[: i + 1, kv] @ q[i, n] / q.shape[2] ** 0.5 - weights["mixing.position.slope"][n] * distance
+                p = np.exp(scores - scores.max())
+                out[i, n] = p @ v[: i + 1, kv] / p.sum()
+        return out.reshape(tokens, -1) @ weights["projection.output.weight"].T

@@ -11,20 +11,21 @@ One function in three forms, and what it costs:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from attnzoo.errors import suggest
 from attnzoo.kvcache import Compression
 from attnzoo.kvcache.state import State
 from attnzoo.ops.impl import Impl
 from attnzoo.registry import Registry
 from attnzoo.tape import Buffer, Step, Tape
 
-PositionTrait = Literal["none", "rope", "table", "sinusoid", "recurrence"]
+PositionTrait = Literal["none", "rope", "table", "sinusoid", "bias", "recurrence"]
 Growth = Literal["O(T)", "O(window)", "O(1)"]
 
 
@@ -100,14 +101,34 @@ def training_memory(
 class Attention(nn.Module, ABC):
     """Base of all variants. `source` cites the paper; `Config` is a frozen dataclass whose first field is model_dim.
 
-    `impl` chooses how operations are computed, in forward and extend: "auto" is by device, anything else is what it
-    says or an error.
+    implementations: what `impl` may be besides "auto"; plain torch code is "torch". cases: options that the contract
+    tests. by_hand: the formula in numpy, `by_hand(config, weights, x_TD)` gives y_TD of one sequence in float64,
+    weights by their names in `state_dict`; the contract holds the code to it (variants of the tree have theirs in
+    tests/contract/by_hand.py).
     """
 
     source: ClassVar[str]
     Config: ClassVar[type]
     config: Any
-    impl: Impl = "auto"
+    implementations: ClassVar[Sequence[str]] = ("torch",)
+    cases: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+    by_hand: ClassVar[Callable[..., Any] | None] = None
+    _impl: Impl = "auto"
+
+    @property
+    def impl(self) -> Impl:
+        """How operations are computed, in forward and extend: "auto" is by device, anything else is what it says.
+
+        Setting it raises ValueError for an implementation that the variant does not have.
+        """
+        return self._impl
+
+    @impl.setter
+    def impl(self, value: Impl) -> None:
+        known = ("auto", *self.implementations)
+        if value not in known:
+            raise ValueError(f"{type(self).__name__} has no implementation {value!r}{suggest(value, known)}")
+        self._impl = value
 
     @property
     @abstractmethod

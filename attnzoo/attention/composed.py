@@ -26,7 +26,10 @@ class ComposedState(State):
 
 
 class ComposedAttention(Attention):
-    """forward, extend, reference and cost from the parts. Subclasses choose the parts in `__init__`."""
+    """forward, extend, reference and cost from the parts. Subclasses choose the parts in `__init__`, and say which
+    implementations there are where a part of their own has fewer."""
+
+    implementations = ("reference", "torch", "triton")
 
     def __init__(self, config: Any, *, projection: Projection, mixing: Mixing, conv: QKVConv | None = None) -> None:
         super().__init__()
@@ -46,10 +49,21 @@ class ComposedAttention(Attention):
         return self._parallel(x_BTD, starts_BT, "reference")
 
     def _parallel(self, x_BTD: Tensor, starts_BT: Tensor | None, impl: Impl) -> Tensor:
+        self._check(x_BTD)
         qkv = self.projection(x_BTD)
+        if 0 in qkv[0].shape:  # no sequence or no token: kernels and sums over time would have nothing to begin with
+            return self.projection.merge(qkv[0].transpose(1, 2))
         if self.conv is not None:
             qkv = self.conv(qkv, starts_BT, impl)
         return self.projection.merge(self.mixing(qkv, starts_BT, impl))
+
+    def _check(self, x_BTD: Tensor) -> None:
+        """Raises ValueError for an input of another shape."""
+        model_dim = self.projection.heads.model_dim
+        if x_BTD.dim() != 3 or x_BTD.shape[2] != model_dim:
+            raise ValueError(
+                f"{type(self).__name__} got x of shape {list(x_BTD.shape)}; it must be [batch, tokens, {model_dim}]"
+            )
 
     def init_state(
         self,
@@ -71,8 +85,11 @@ class ComposedAttention(Attention):
     def extend(
         self, x_BTD: Tensor, state: ComposedState, counts_B: Tensor | None = None
     ) -> tuple[Tensor, ComposedState]:
+        self._check(x_BTD)
         tokens = x_BTD.shape[1]
         qkv, conv = self.projection(x_BTD), state.conv
+        if 0 in qkv[0].shape:
+            return self.projection.merge(qkv[0].transpose(1, 2)), state
         if self.conv is not None and conv is not None:
             qkv, conv = self.conv.extend(qkv, conv, counts_B, self.impl)
         positions_BT = _positions(state.lengths_B, tokens)

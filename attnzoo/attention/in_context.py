@@ -17,11 +17,11 @@ from attnzoo.kvcache import Compression
 from attnzoo.kvcache.state import State
 from attnzoo.ops.impl import Impl
 from attnzoo.ops.in_context import Weighting, in_context_attention
-from attnzoo.types import dtype_bytes
+from attnzoo.types import CheckedConfig, dtype_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class InContextConfig:
+class InContextConfig(CheckedConfig):
     """`head_dim`: None means model_dim, the papers' square maps; `num_queries`: last tokens, which are not read."""
 
     model_dim: int
@@ -30,6 +30,7 @@ class InContextConfig:
     num_queries: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if min(self.model_dim, self.num_heads, self.head_dim or 1) < 1 or self.num_queries < 0:
             raise ValueError(
                 f"model_dim={self.model_dim}, num_heads={self.num_heads} and head_dim={self.head_dim} must be at "
@@ -41,6 +42,7 @@ class InContextAttention(Attention):
     """y_t = sum_heads P sum_{j: read} W_V e_j weight(W_K e_j, W_Q e_t); subclasses say which weighting."""
 
     Config = InContextConfig
+    implementations = ("reference", "torch")
     weighting: ClassVar[Weighting]
 
     def __init__(self, config: InContextConfig) -> None:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from attnzoo.attention.base import ATTENTION
 from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.parts import FeatureMap, Heads, LinearMixing, Projection
+from attnzoo.types import CheckedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig:
+class LinearConfig(CheckedConfig):
     """`feature_map`: phi; `normalise`: divide by the sum of weights; `decay`: one learned rate a kv head."""
 
     model_dim: int

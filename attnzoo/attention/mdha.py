@@ -25,10 +25,11 @@ from attnzoo.attention.parts import (
     Rope,
     SoftmaxMixing,
 )
+from attnzoo.types import CheckedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class MDHAConfig:
+class MDHAConfig(CheckedConfig):
     """`conv_share_heads`: one kernel per channel for all heads instead of one per head and channel.
 
     `window`, `sinks`: each token sees the last `window` tokens and the first `sinks` ones; None: all.

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from attnzoo.attention.base import ATTENTION
 from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.parts import Heads, MesaMixing, Projection
+from attnzoo.types import CheckedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class MesaConfig:
+class MesaConfig(CheckedConfig):
     """`ridge`: the regulariser's value at first."""
 
     model_dim: int

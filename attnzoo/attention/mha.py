@@ -18,10 +18,11 @@ from attnzoo.attention.base import ATTENTION
 from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.parts import Heads, NoPosition, Projection, Rope, SoftmaxMixing
 from attnzoo.ops.rope import RopeScaling
+from attnzoo.types import CheckedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class MHAConfig:
+class MHAConfig(CheckedConfig):
     """Sizes default to one kv head a query head and head_dim = model_dim / num_heads.
 
     `window`, `sinks`: each token sees the last `window` tokens and the first `sinks` ones; None: all.

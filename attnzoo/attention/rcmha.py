@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from attnzoo.attention.base import ATTENTION
 from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.parts import ConvInit, Heads, Projection, QKVConv, RelativeTable, SoftmaxMixing
+from attnzoo.types import CheckedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RCMHAConfig:
+class RCMHAConfig(CheckedConfig):
     """`max_distance`: rows of the position table; `conv_share_heads`: one kernel per channel for all heads.
 
     `window`, `sinks`: each token sees the last `window` tokens and the first `sinks` ones; None: all.

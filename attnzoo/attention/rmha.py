@@ -20,10 +20,11 @@ from typing import Literal
 from attnzoo.attention.base import ATTENTION
 from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.parts import Heads, Projection, RelativeSinusoid, RelativeTable, SoftmaxMixing
+from attnzoo.types import CheckedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RMHAConfig:
+class RMHAConfig(CheckedConfig):
     """`max_distance`: rows of the table; only read by position="table".
 
     `window`, `sinks`: each token sees the last `window` tokens and the first `sinks` ones; None: all.

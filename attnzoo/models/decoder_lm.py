@@ -50,7 +50,10 @@ class DecoderLM(nn.Module):
         config = self.config
         kind, options = config.layer_attention(layer)
         attention = build_attention(kind, options, "model.attention")
-        attention.impl = config.attention_impl
+        try:
+            attention.impl = config.attention_impl
+        except ValueError as error:
+            raise ValueError(f"model.attention_impl: {error}") from None
         if not attention.traits.causal:
             raise ValueError(
                 f"model.attention: {kind!r} is not causal, and a decoder language model needs a causal variant"

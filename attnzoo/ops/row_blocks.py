@@ -12,10 +12,11 @@ instead, arXiv 1901.02860, appendix B). What lands right of the diagonal is of o
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.ops.masks import CausalMask
@@ -35,11 +36,24 @@ _softmax_backward = torch.ops.aten._softmax_backward_data
 @dataclass(frozen=True)
 class Tables:
     """u_NH added to the queries where they meet keys; table_NPH and table_bias_NP by distance, the last row for all
-    farther ones."""
+    farther ones. A table of no channels, [N, P, 0], meets no queries: distance adds its bias and nothing else."""
 
     content_bias_NH: Tensor
     table_NPH: Tensor
     table_bias_NP: Tensor
+
+    @classmethod
+    def of_bias(cls, bias_NP: Tensor, head_dim: int, scale: float) -> "Tables":
+        """A bias that is added after the scale, and nothing else."""
+        # Distances of thousands need more digits than half precision has.
+        exact = bias_NP.to(accumulation_dtype(bias_NP.dtype))
+        heads, rows = exact.shape
+        return cls(exact.new_zeros(heads, head_dim), exact.new_zeros(heads, rows, 0), exact / scale)
+
+    def whole(self, head_dim: int) -> "Tables":
+        """With zeros for channels that the table lacks, for kernels that multiply by all of them."""
+        missing = head_dim - self.table_NPH.shape[2]
+        return replace(self, table_NPH=F.pad(self.table_NPH, (0, missing))) if missing else self
 
 
 def row_block_attention(
@@ -147,8 +161,13 @@ class _Group:
         if self.far_PLH is not None and self.far_bias_PL is not None:
             where = self.distances(rows, span)
             bias_P1L, far_PLH = self.far_bias_PL[:, None, where], self.far_PLH[:, where]
-            scores += _shifted(torch.baddbmm(bias_P1L, self.q_PTH[:, rows.block], far_PLH.mT), rows, span)
+            scores += _shifted(torch.baddbmm(bias_P1L, self.asking(rows), far_PLH.mT), rows, span)
         return scores
+
+    def asking(self, rows: _Rows) -> Tensor:
+        """What of a block's queries meets the table: all channels, or none."""
+        assert self.far_PLH is not None
+        return self.q_PTH[:, rows.block, : self.far_PLH.shape[2]]
 
 
 def _product_width(rows: _Rows, span: tuple[int, int]) -> int:
@@ -343,8 +362,8 @@ class _Sums:
             product.zero_()
         _shifted(product, rows, span).copy_(grads_PRW)
         where = group.distances(rows, span)
-        self.q_PTH[:, rows.block] += torch.bmm(product, group.far_PLH[:, where])
-        self.far_PHL[:, :, where] += torch.bmm(group.q_PTH[:, rows.block].mT, product)
+        self.q_PTH[:, rows.block, : group.far_PLH.shape[2]] += torch.bmm(product, group.far_PLH[:, where])
+        self.far_PHL[:, :, where] += torch.bmm(group.asking(rows).mT, product)
         self.far_bias_PL[:, where] += product.sum(1)
 
     def add_to(self, totals: list[Tensor], scale: float) -> None:

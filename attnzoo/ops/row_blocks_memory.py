@@ -14,7 +14,8 @@ INDEX = 8
 
 @dataclass(frozen=True, kw_only=True)
 class RowBlockSizes:
-    """A call: its sizes, bytes of an element and of an element of sums, the mask, and whether it reads tables."""
+    """A call: its sizes, bytes of an element and of an element of sums, the mask, and the channels of its table (0: a
+    bias alone, None: no relative terms)."""
 
     batch: int
     heads: int
@@ -24,7 +25,7 @@ class RowBlockSizes:
     width: int
     sum_width: int
     mask: CausalMask
-    tables: bool
+    channels: int | None
 
     def forward(self) -> int:
         """Bytes of temporaries of the forward pass."""
@@ -38,13 +39,15 @@ class RowBlockSizes:
         near, sinks = self._widest()
         scores = self._rows() * (near + sinks)
         grads = scores * (2 if sinks else 1)
-        product = self._rows() * (near + 1) + self.head_dim * (near + 1) if self.tables else self.head_dim * near
+        product = self.head_dim * near
+        if self.channels is not None:
+            product = max(product, (self._rows() + self.channels) * (near + 1))
         block = max(self._scoring(), self.sum_width * self._pairs() * (scores + grads + product))
         tokens = self.tokens * self.head_dim
-        distances = (self.tokens + 1) * (self.head_dim + 1) if self.tables else 0
+        distances = 0 if self.channels is None else (self.tokens + 1) * (self.channels + 1)
         sums = self.sum_width * self._pairs() * (4 * tokens + distances)
         copied = self.width * self._pairs() * tokens if self._sequences() > 1 else 0
-        adding = self.sum_width * (self._pairs() * tokens + (2 * self._together() * tokens if self.tables else 0))
+        adding = self.sum_width * (self._pairs() * tokens + 2 * self._together() * self.tokens * (self.channels or 0))
         return sums + copied + max(self._held() + max(block, adding), self._loading())
 
     def _group(self) -> tuple[int, int]:
@@ -76,7 +79,7 @@ class RowBlockSizes:
         hidden = 2 * self._rows() ** 2
         if self.mask.window is not None:
             hidden = self._rows() * near * (INDEX + 1)
-        relative = tile * (near + 1) if self.tables else 0
+        relative = 0 if self.channels is None else tile * (near + 1)
         together = tile * (near + sinks) if sinks else 0
         return tile * (near + sinks) + max(hidden, relative, together)
 
@@ -84,9 +87,9 @@ class RowBlockSizes:
         """Bytes of a group's tensors: queries, biased queries, copies of keys and values, the table by distance."""
         rows = self._pairs() * self.tokens * self.head_dim
         total = self.sum_width * rows
-        if self.tables:
-            distances = self._together() * (self.tokens + 1) * (self.head_dim + 1)
-            repeated = self._pairs() * (self.tokens + 1) * (self.head_dim + 1) if self._sequences() > 1 else 0
+        if self.channels is not None:
+            distances = self._together() * (self.tokens + 1) * (self.channels + 1)
+            repeated = self._pairs() * (self.tokens + 1) * (self.channels + 1) if self._sequences() > 1 else 0
             total += self.sum_width * (rows + distances + repeated)
         if self.width != self.sum_width or self._sequences() > 1 or self.heads != self.kv_heads:
             total += 2 * self.sum_width * rows

@@ -10,14 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnzoo.attention import ATTENTION, Attention, build_attention
 from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.parts import SoftmaxMixing
 from attnzoo.kvcache import load_state, save_state
 from attnzoo.ops.masks import CausalMask, document_starts, padding_starts
+from tests.contract.by_hand import BY_HAND
 
 BATCH, TOKENS, MODEL_DIM = 2, 13, 22
 TIGHT = 1e-10
@@ -68,14 +71,20 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "in_context_linear": [{}, {"num_heads": 1, "head_dim": None, "num_queries": 0}],
     "softmax_regression": [{}, {"num_heads": 1, "head_dim": None, "num_queries": 3}],
 }
-"""Options to test beside the defaults; a variant that is not named here is tested with its defaults."""
+"""Options to test beside the defaults; a variant that is not named here says its own (`Attention.cases`)."""
 
 SIZES = {"model_dim": MODEL_DIM, "num_heads": 3, "head_dim": 14, "max_distance": 7}
 
 
 def all_cases() -> list[tuple[str, dict[str, Any]]]:
-    """(kind, options) of every registered variant."""
-    return [(kind, options) for kind in ATTENTION for options in CASES.get(kind, [{}])]
+    """(kind, options) of every registered variant, the defaults first."""
+    return [(kind, options) for kind in ATTENTION for options in cases_of(kind)]
+
+
+def cases_of(kind: str) -> list[dict[str, Any]]:
+    """Options that are tested; the defaults are whatever else is asked for."""
+    asked = [dict(options) for options in CASES.get(kind, ATTENTION.get(kind).cases)]
+    return asked if {} in asked else [{}, *asked]
 
 
 def case_name(kind: str, options: dict[str, Any]) -> str:
@@ -99,6 +108,9 @@ def inputs(*shape: int, seed: int = 1) -> Tensor:
 
 def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = TIGHT) -> None:
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)} is not {tuple(expected.shape)}"
+    for name, tensor in (("result", actual), ("expected", expected)):
+        wrong = (~tensor.isfinite()).nonzero().tolist()
+        assert not wrong, f"{what}: {len(wrong)} numbers of the {name} are NaN or infinite, first at {wrong[:1]}"
     if not actual.numel():
         return
     error, allowed = (actual - expected).abs().max().item(), tolerance * max(1.0, expected.abs().max().item())
@@ -121,20 +133,53 @@ def stream(attention: Attention, x_BTD: Tensor, cuts: list[int], capacity: int) 
 
 
 def gradients(attention: Attention, out: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """Gradients of a fixed random functional of `out`, for the input and every parameter."""
-    names = ["input", *(name for name, _ in attention.named_parameters())]
-    grads = torch.autograd.grad((out * inputs(*out.shape, seed=7)).sum(), [x, *attention.parameters()])
-    return dict(zip(names, grads, strict=True))
+    """Gradients of a fixed random functional of `out`, for the input and every parameter that is trained."""
+    wanted = {"input": x, **{name: p for name, p in attention.named_parameters() if p.requires_grad}}
+    assert out.requires_grad, "the output has no gradient: is it detached, or computed under torch.no_grad()?"
+    total = (out * inputs(*out.shape, seed=7)).sum()
+    grads = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
+    unused = [name for name, grad in zip(wanted, grads, strict=True) if grad is None]
+    assert not unused, (
+        f"{', '.join(unused)}: no part in the output. Use it in this form too (is it detached?), remove it, or keep "
+        "what is not trained as a buffer or with requires_grad=False"
+    )
+    return dict(zip(wanted, grads, strict=True))
 
 
 def check_reference(build: Build) -> None:
     """forward == reference in float64, outputs and gradients of input and parameters."""
     attention, x = build(), inputs(BATCH, TOKENS, MODEL_DIM).requires_grad_()
     actual, expected = attention(x), attention.reference(x)
+    assert actual.shape == x.shape, f"forward returns shape {tuple(actual.shape)} for an input of {tuple(x.shape)}"
     assert_close(actual, expected, "forward against reference")
     expected_grads = gradients(attention, expected, x)
     for name, grad in gradients(attention, actual, x).items():
         assert_close(grad, expected_grads[name], f"gradient of {name}", tolerance=1e-9)
+
+
+def check_by_hand(build: Build) -> None:
+    """forward == the formula in numpy, which shares no code with it: a mistake in a part is in every form of a variant,
+    `reference` included."""
+    attention, x = build(), inputs(1, TOKENS, MODEL_DIM)
+    kind = ATTENTION.name_of(type(attention))
+    formula = BY_HAND.get(kind, type(attention).by_hand)
+    assert formula is not None, (
+        f"{type(attention).__name__} has no by_hand: write the formula once more in numpy, "
+        "by_hand(config, weights, x_TD) -> y_TD, as attnzoo/attention/_template.py does"
+    )
+    weights = {name: tensor.detach().numpy().copy() for name, tensor in attention.state_dict().items()}
+    with torch.no_grad():
+        actual, x_TD = attention(x)[0], x[0].numpy().copy()
+        with NoTorch():
+            expected = formula(attention.config, weights, x_TD)
+    assert_close(actual, torch.as_tensor(np.asarray(expected)), "forward against the formula by hand")
+
+
+class NoTorch(TorchDispatchMode):
+    """Refuses torch's operations: the formula by hand is to be written without the code that it checks."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"by_hand calls torch ({func}): write it in numpy, without the project's parts")
 
 
 def check_low_precision(build: Build) -> None:
@@ -297,7 +342,8 @@ def check_shift(build: Build) -> None:
     attention = build()
     if not (isinstance(attention, ComposedAttention) and isinstance(attention.mixing, SoftmaxMixing)):
         return
-    assert attention.traits.shift_invariant
+    if not attention.traits.shift_invariant:
+        return
     position, heads = attention.mixing.position, attention.mixing.heads
     q = inputs(BATCH, TOKENS, heads.num_heads, heads.head_dim)
     k = inputs(BATCH, TOKENS, heads.num_kv_heads, heads.head_dim, seed=2)
@@ -324,26 +370,34 @@ def check_cost(build: Build) -> None:
         for batch, capacity in ((1, 5), (3, 11)):
             measured = attention.init_state(batch, capacity).nbytes()
             claimed = attention.cost(batch, 1, capacity).state_bytes
-            assert measured == claimed, f"{dtype}: state has {measured} bytes, cost says {claimed}"
+            assert measured == claimed, (
+                f"{dtype}: init_state({batch}, {capacity}) has {measured} bytes, cost says {claimed}"
+            )
         with torch.no_grad():
             x = inputs(BATCH, 5, MODEL_DIM).to(dtype)
             _, state = attention.extend(x, attention.init_state(BATCH, 5))
-        assert state.nbytes() == attention.cost(BATCH, 1, 5).state_bytes, "extend within capacity changes the bytes"
+        said, now = attention.cost(BATCH, 1, 5).state_bytes, state.nbytes()
+        assert now == said, f"{dtype}: after 5 tokens within capacity the state has {now} bytes, cost says {said}"
     attention = build()
-    assert attention.cost(1, 1, 1).parameters == sum(p.numel() for p in attention.parameters())
+    has, said = sum(p.numel() for p in attention.parameters()), attention.cost(1, 1, 1).parameters
+    assert said == has, f"cost says {said} parameters, and there are {has}"
     growing = [attention.cost(1, 1, context).state_bytes for context in (100, 200, 300)]
     steps = [growing[1] - growing[0], growing[2] - growing[1]]
+    at = "bytes of state at 100, 200 and 300 tokens; change the one that is wrong"
     if attention.traits.growth in ("O(1)", "O(window)"):
-        assert steps == [0, 0], f"growth {attention.traits.growth}, yet state bytes are {growing}"
+        assert steps == [0, 0], f"traits say growth={attention.traits.growth!r}, and cost says {growing} {at}"
     if attention.traits.growth == "O(T)":
-        assert steps[0] == steps[1] > 0, f"growth O(T), yet state bytes are {growing}"
+        assert steps[0] == steps[1] > 0, f"traits say growth='O(T)', and cost says {growing} {at}"
     tokens = SIZES["max_distance"]  # farther ones share a row of the table, which streaming multiplies once
     prefill, decode = (
         sum(attention.cost(1, chunk, t).flops for t in range(chunk, tokens + 1, chunk)) for chunk in (tokens, 1)
     )
     windowed_table = attention.traits.position == "table" and attention.traits.growth == "O(window)"
     if streams(attention) and attention.traits.position != "sinusoid" and not windowed_table:
-        assert prefill == decode, f"{tokens} tokens cost {prefill} FLOPs at once and {decode} one by one"
+        assert prefill == decode, (
+            f"cost says {prefill} FLOPs for {tokens} tokens at once and {decode} one by one; both count the pairs of "
+            "query and key that causality leaves, t keys for token t"
+        )
     training, streaming = attention.cost(2, tokens, tokens), attention.cost(2, 1, tokens)
     out_bytes = 2 * tokens * MODEL_DIM * 8
     assert training.activation_bytes >= out_bytes, "the forward pass leaves less than its output"
@@ -377,24 +431,105 @@ def check_batch(build: Build) -> None:
 def check_refusals(build: Build) -> None:
     """What the traits rule out is refused by name, never computed as something else."""
     attention, x = build(), inputs(BATCH, TOKENS, MODEL_DIM)
-    attempts: list[Callable[[], object]] = []
+    starts_BT = torch.zeros(BATCH, TOKENS, dtype=torch.int64)
+    attempts: dict[str, Callable[[], object]] = {}
     if not streams(attention):
-        attempts += [lambda: attention.init_state(BATCH, TOKENS), lambda: attention.extend(x, None)]
+        trait = "causal=False"
+        attempts["init_state(batch, capacity)"] = lambda: attention.init_state(BATCH, TOKENS)
+        attempts["extend(x, state)"] = lambda: attention.extend(x, None)
     if not attention.traits.varlen:
-        starts_BT = torch.zeros(BATCH, TOKENS, dtype=torch.int64)
-        attempts += [lambda: attention(x, starts_BT), lambda: attention.reference(x, starts_BT)]
-    for attempt in attempts:
-        problem = None
+        trait = "varlen=False"
+        attempts["forward(x, starts_BT)"] = lambda: attention(x, starts_BT)
+        attempts["reference(x, starts_BT)"] = lambda: attention.reference(x, starts_BT)
+    for call, attempt in attempts.items():
+        problem = refusal(attempt)
+        assert problem is not None, (
+            f"{call} returns something where the traits say {trait}: raise ValueError there, naming the class, or "
+            "declare what it can do"
+        )
+        assert type(attention).__name__ in problem, f"the error of {call} does not name the class: {problem}"
+
+
+def refusal(attempt: Callable[[], object]) -> str | None:
+    """What a call's ValueError says; None: it raised nothing."""
+    try:
+        attempt()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_implementations(build: Build) -> None:
+    """`impl` is one that the variant has, or an error; those it has are the same function."""
+    attention, x = build(), inputs(BATCH, TOKENS, MODEL_DIM)
+    has = [impl for impl in ("torch", "reference", "triton") if impl in attention.implementations]
+    assert "torch" in has, f"implementations={list(attention.implementations)} lacks 'torch', plain code on any device"
+    for impl in {"torch", "reference", "triton", "no such"} - set(has):
+        problem = refusal(lambda impl=impl: setattr(attention, "impl", impl))  # type: ignore[misc]
+        assert problem is not None, f"impl={impl!r} is accepted, and implementations={has} does not have it"
+        assert impl in problem, f"the error of impl={impl!r} does not name it: {problem}"
+    with torch.no_grad():
+        for impl in has[:2]:  # kernels compute in float32: test_triton has them
+            attention.impl = impl  # type: ignore[assignment]
+            assert_close(attention(x), build()(x), f"impl={impl!r} against 'auto'")
+
+
+def check_empty(build: Build) -> None:
+    """No tokens, and no sequences: an empty output and the state as it was, or a ValueError; never another error."""
+    attention = build()
+    for shape in ((BATCH, 0, MODEL_DIM), (0, TOKENS, MODEL_DIM), (0, 0, MODEL_DIM)):
+        x = torch.zeros(*shape, dtype=torch.float64)
+        calls: dict[str, Callable[[], Tensor]] = {"forward": lambda x=x: attention(x)}  # type: ignore[misc]
+        calls["reference"] = lambda x=x: attention.reference(x)  # type: ignore[misc]
+        if streams(attention):
+            state = attention.init_state(shape[0], TOKENS)
+            before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+            calls["extend"] = lambda x=x, state=state: attention.extend(x, state)[0]  # type: ignore[misc]
+        for form, call in calls.items():
+            try:
+                with torch.no_grad():
+                    out = call()
+            except ValueError:
+                continue
+            except Exception as error:
+                raise AssertionError(
+                    f"{form} of an input of shape {list(shape)} ends in {type(error).__name__} ({error}); return an "
+                    "empty output, or raise ValueError"
+                ) from error
+            assert out.shape == x.shape, f"{form} of {list(shape)} returns {list(out.shape)}"
+            if form == "extend":
+                _, after = attention.extend(x, attention.init_state(shape[0], TOKENS))
+                for name, tensor in after.tensors().items():
+                    assert torch.equal(tensor, before[name]), f"{name} of the state changes when no token comes"
+
+
+def check_defaults(build: Build) -> None:
+    """The variant can be built as a stranger would: with its defaults, and with one head, an odd number and many; fresh
+    parameters are finite and make a finite output."""
+    cls = type(build())
+    kind, fields = ATTENTION.name_of(cls), {field.name for field in dataclasses.fields(cls.Config)}
+    tried: list[dict[str, Any]] = [{"model_dim": 64}, {"model_dim": 96}]
+    if "num_heads" in fields:
+        tried += [{"model_dim": 4 * heads, "num_heads": heads} for heads in (1, 3, 7, 16)]
+    for values in tried:
+        what = f"{kind} with {', '.join(f'{key}={value}' for key, value in values.items())} and else its defaults"
         try:
-            attempt()
-        except ValueError as error:
-            problem = str(error)
-        assert problem is not None, f"{attention.traits} rules out what the variant does all the same"
-        assert type(attention).__name__ in problem, f"the refusal does not name the variant: {problem}"
+            attention = build_attention(kind, values)
+        except Exception as error:
+            raise AssertionError(f"{what} cannot be built: {type(error).__name__}: {error}") from error
+        x = inputs(BATCH, TOKENS, values["model_dim"]).float()
+        for step in ("built", "reset_parameters"):
+            for name, tensor in attention.named_parameters():
+                assert tensor.isfinite().all(), f"{what}: {name} is not finite once {step}"
+            with torch.no_grad():
+                assert_close(attention(x), attention.reference(x), f"{what}, {step}", tolerance=1e-4)
+            attention.reset_parameters(0.02, 0.01)
 
 
 ITEMS: dict[str, Callable[[Build], None]] = {
+    "defaults": check_defaults,
     "reference": check_reference,
+    "by_hand": check_by_hand,
     "low_precision": check_low_precision,
     "partitions": check_partitions,
     "saved_state": check_saved_state,
@@ -409,6 +544,8 @@ ITEMS: dict[str, Callable[[Build], None]] = {
     "storage": check_storage,
     "batch": check_batch,
     "refusals": check_refusals,
+    "implementations": check_implementations,
+    "empty": check_empty,
 }
 
 

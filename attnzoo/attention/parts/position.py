@@ -27,7 +27,7 @@ from attnzoo.tape import Buffer, Step, Tape
 
 QKV = tuple[Tensor, Tensor, Tensor]
 Buffers = tuple[Buffer, Buffer, Buffer]
-PositionKind = Literal["none", "rope", "table", "sinusoid"]
+PositionKind = Literal["none", "rope", "table", "sinusoid", "bias"]
 
 
 class Position(nn.Module, ABC):
@@ -83,7 +83,7 @@ class Position(nn.Module, ABC):
     def play_attend(self, tape: Tape, qkv: Buffers, mask: CausalMask, heads: Heads) -> Buffer:
         """`attend` in the parallel form on a tape; here: by blocks of rows, with a table of relative positions."""
         weights = sum(p.numel() for p in self.parameters()) * tape.sum_width
-        return play_row_blocks(tape, qkv, mask, heads, weights=weights, tables=True)
+        return play_row_blocks(tape, qkv, mask, heads, weights=weights, channels=heads.head_dim)
 
 
 class NoPosition(Position):
@@ -103,7 +103,7 @@ class NoPosition(Position):
 
     def play_attend(self, tape: Tape, qkv: Buffers, mask: CausalMask, heads: Heads) -> Buffer:
         if not mask.plain:
-            return play_row_blocks(tape, qkv, mask, heads, weights=0, tables=False)
+            return play_row_blocks(tape, qkv, mask, heads, channels=None)
         sizes = (tape.batch, heads.num_heads, tape.tokens, tape.sum_width)
         step = Step(
             out=tape.rows(heads.num_heads * heads.head_dim),
@@ -254,7 +254,7 @@ class RelativeSinusoid(Position):
         size = rows * (heads.head_dim + 1) * tape.width
         copied = 0 if tape.width == tape.sum_width else rows * heads.head_dim * tape.sum_width
         tables = tape.do(Step(out=size, keeps=copied, backward=size + copied, weights=weights))
-        out = play_row_blocks(tape, qkv, mask, heads, tables=True, made=tables)
+        out = play_row_blocks(tape, qkv, mask, heads, channels=heads.head_dim, made=tables)
         tape.drop(tables)
         return out
 
@@ -283,12 +283,12 @@ def play_row_blocks(
     mask: CausalMask,
     heads: Heads,
     *,
-    tables: bool,
+    channels: int | None,
     weights: int = 0,
     made: Buffer | None = None,
 ) -> Buffer:
-    """`row_block_attention` on a tape. `weights`: bytes of the gradients of tables that are parameters; `made`: tables
-    that are tensors of this call."""
+    """`row_block_attention` on a tape. `channels`: of the table, as in RowBlockSizes. `weights`: bytes of the gradients
+    of tables that are parameters; `made`: tables that are tensors of this call."""
     sizes = RowBlockSizes(
         batch=tape.batch,
         heads=heads.num_heads,
@@ -298,7 +298,7 @@ def play_row_blocks(
         width=tape.width,
         sum_width=tape.sum_width,
         mask=mask,
-        tables=tables,
+        channels=channels,
     )
     inputs = [*qkv] if made is None else [*qkv, made]
     results = sum(buffer.size for buffer in inputs) + weights

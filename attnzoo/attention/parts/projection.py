@@ -20,18 +20,18 @@ class Heads:
     @classmethod
     def of(cls, model_dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> "Heads":
         """Fills in defaults: as many kv heads as query heads, head_dim = model_dim / num_heads."""
-        if min(model_dim, num_heads, num_kv_heads or 1, head_dim or 1) < 1:
-            raise ValueError(
-                f"model_dim={model_dim}, num_heads={num_heads}, num_kv_heads={num_kv_heads}, head_dim={head_dim}: "
-                "all sizes must be at least 1"
-            )
+        sizes = {"model_dim": model_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                way_out = ", or None for the default" if name in ("num_kv_heads", "head_dim") else ""
+                raise ValueError(f"{name}={size} must be at least 1{way_out}")
         if head_dim is None and model_dim % num_heads:
             raise ValueError(
                 f"model_dim={model_dim} is not a multiple of num_heads={num_heads}; change one of them or set head_dim"
             )
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads % kv_heads:
-            raise ValueError(f"num_heads={num_heads} is not a multiple of num_kv_heads={kv_heads}")
+            raise ValueError(f"num_heads={num_heads} is not a multiple of num_kv_heads={kv_heads}; change one of them")
         return cls(
             model_dim=model_dim,
             num_heads=num_heads,

@@ -34,7 +34,8 @@ def key_mass_reference(
                 if tables is not None:
                     rows = (queries_BT[b, t] - keys_BKS[b, kv]).clamp(0, tables.table_bias_NP.shape[1] - 1)
                     logits = logits + k[b, kv] @ tables.content_bias_NH[n].to(dtype)
-                    logits = logits + tables.table_NPH[n][rows].to(dtype) @ q[b, n, t]
+                    table = tables.table_NPH[n][rows].to(dtype)
+                    logits = logits + table @ q[b, n, t, : table.shape[-1]]
                     logits = logits + tables.table_bias_NP[n][rows].to(dtype)
                 logits = logits * scale
                 if log_votes_BKS is not None:

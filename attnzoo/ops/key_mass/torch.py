@@ -68,7 +68,7 @@ class _Part:
         q, bias, votes = self.q_BNTH[:, :, block], None, None
         content = q * self.scale
         if self.tables is not None:
-            content = (q + self.tables.content_bias_NH[:, None]) * self.scale
+            content = (q + self.tables.content_bias_NH[:, None]).to(q.dtype) * self.scale
             tables = self.tables
             bias = streamed_bias(q, tables.table_NPH, tables.table_bias_NP, mask, self.scale)
         if self.log_votes_BKS is not None:

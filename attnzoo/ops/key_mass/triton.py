@@ -40,7 +40,8 @@ def key_mass_triton(
     if mass_BKS.numel() == 0 or q_BNTH.numel() == 0:
         return mass_BKS
     with torch.no_grad():
-        given = (q_BNTH, k_BKSH, mask, counts_B, tables, log_votes_BKS, scale)
+        whole = None if tables is None else tables.whole(q_BNTH.shape[-1])
+        given = (q_BNTH, k_BKSH, mask, counts_B, whole, log_votes_BKS, scale)
         for launch in launches(*given, Plan(mass_BKS=mass_BKS, log_sums_BNT=log_sums_BNT, block=block)):
             launch()
     return mass_BKS

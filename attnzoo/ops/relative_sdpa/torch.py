@@ -38,9 +38,11 @@ def _gathered_bias(q_BNTH: Tensor, table_NPH: Tensor, table_bias_NP: Tensor, dis
     """q_i . R[d] + S[d] at any distances; those of hidden keys are clamped into the table and masked later."""
     batch, heads, tokens, head_dim = q_BNTH.shape
     rows = min(max(int(distance_BNTS.max()) + 1, 1), table_bias_NP.shape[-1])
+    index = distance_BNTS.clamp(0, rows - 1).expand(batch, heads, tokens, -1)
+    if table_NPH.shape[-1] == 0:  # distance adds a bias, whatever the query
+        return table_bias_NP[:, None].expand(batch, heads, tokens, -1).gather(-1, index)
     # One product a head for the whole batch: a broadcast over the batch would copy the table.
     flat_NLH = q_BNTH.transpose(0, 1).reshape(heads, batch * tokens, head_dim)
     logits_NLP = torch.baddbmm(table_bias_NP[:, None, :rows], flat_NLH, table_NPH[:, :rows].mT)
     logits_BNTP = logits_NLP.view(heads, batch, tokens, rows).transpose(0, 1)
-    index = distance_BNTS.clamp(0, rows - 1).expand(batch, heads, tokens, -1)
     return logits_BNTP.gather(-1, index)

@@ -1,0 +1,70 @@
+"""A bias by distance, however far: ALiBi, T5's buckets, KERPLE's kernels. A subclass writes `bias` and nothing else."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from attnzoo.attention.parts.position import QKV, Buffers, Position, play_row_blocks
+from attnzoo.attention.parts.projection import Heads
+from attnzoo.ops.biased_sdpa import biased_sdpa
+from attnzoo.ops.impl import Impl
+from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.relative_sdpa.torch import streamed_bias
+from attnzoo.ops.row_blocks import Tables
+from attnzoo.ops.sinusoid_sdpa.torch import farthest
+from attnzoo.tape import Buffer, Step, Tape
+from attnzoo.types import accumulation_dtype
+
+
+class DistanceBias(Position):
+    """q_i . k_j / sqrt(H) + bias(i - j): the bias is added after the scale, and has no largest distance."""
+
+    kind = "bias"
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
+        self.heads = heads
+
+    @abstractmethod
+    def bias(self, distance_P: Tensor) -> Tensor:
+        """bias_NP of the distances i - j >= 0, which come as floating point numbers of at least 32 bits (a parameter in
+        half precision times them is exact enough)."""
+
+    def attend(self, qkv: QKV, mask: CausalMask, impl: Impl) -> Tensor:
+        q_BNTH = qkv[0]
+        bias_NP = self._bias(mask, q_BNTH.shape[2], q_BNTH.device, q_BNTH.dtype)
+        return biased_sdpa(*qkv, bias_NP=bias_NP, mask=mask, impl=impl)
+
+    def terms(self, q_BNTH: Tensor, mask: CausalMask) -> tuple[Tensor, Tensor | None]:
+        tokens, head_dim = q_BNTH.shape[2:]
+        tables = Tables.of_bias(self._bias(mask, tokens, q_BNTH.device, q_BNTH.dtype), head_dim, head_dim**-0.5)
+        return q_BNTH, streamed_bias(q_BNTH, tables.table_NPH, tables.table_bias_NP, mask, head_dim**-0.5)
+
+    def tables(self, mask: CausalMask, tokens: int) -> Tables | None:
+        device = torch.device("cpu") if mask.query_positions_BT is None else mask.query_positions_BT.device
+        kept = (x.dtype for x in (*self.parameters(), *self.buffers()) if x.is_floating_point())
+        bias_NP = self._bias(mask, tokens, device, next(kept, torch.float32))
+        return Tables.of_bias(bias_NP, self.heads.head_dim, self.heads.head_dim**-0.5)
+
+    def _bias(self, mask: CausalMask, tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """bias_NP of every distance that may be asked for. Raises ValueError for a subclass's result of another shape:
+        broadcasting would hide it."""
+        dtype = accumulation_dtype(dtype)
+        distance_P = torch.arange(farthest(mask, tokens) + 1, device=device, dtype=dtype)
+        bias_NP = self.bias(distance_P)
+        expected = (self.heads.num_heads, len(distance_P))
+        if bias_NP.shape != expected:
+            raise ValueError(
+                f"{type(self).__name__}.bias returned shape {tuple(bias_NP.shape)} for {len(distance_P)} distances; it "
+                f"must be [num_heads, distances] = {list(expected)}"
+            )
+        return bias_NP.to(dtype)
+
+    def play_attend(self, tape: Tape, qkv: Buffers, mask: CausalMask, heads: Heads) -> Buffer:
+        """The bias is a tensor of this call, whatever it is made from."""
+        weights = sum(p.numel() for p in self.parameters()) * tape.width
+        made = tape.do(Step(out=heads.num_heads * tape.tokens * tape.sum_width, weights=weights))
+        out = play_row_blocks(tape, qkv, mask, heads, channels=0, made=made)
+        tape.drop(made)
+        return out

@@ -1,0 +1,20 @@
+"""The bias on a GPU, by the kernels of relative attention.
+
+They multiply queries with a table of all channels, so a bias alone takes a table of zeros here: as much memory as its
+distances have keys.
+"""
+
+from torch import Tensor
+
+from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.relative_sdpa.triton import relative_sdpa_triton
+from attnzoo.ops.row_blocks import Tables
+
+
+def biased_sdpa_triton(
+    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_NP: Tensor, mask: CausalMask, scale: float
+) -> Tensor:
+    tables = Tables.of_bias(bias_NP, q_BNTH.shape[-1], scale).whole(q_BNTH.shape[-1])
+    return relative_sdpa_triton(
+        q_BNTH, k_BKSH, v_BKSH, tables.content_bias_NH, tables.table_NPH, tables.table_bias_NP, mask, scale
+    )
