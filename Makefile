@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PORT ?= 8000
 CHECKPOINT ?= runs/demo/export
-TEXT ?= ../shared/data/tinyshakespeare/input.txt
+TEXT ?= stdlib
 # Tests share cores, one thread each; contiguous halves keep what a file's tests share in one process.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 

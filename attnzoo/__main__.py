@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from attnzoo.attention import ATTENTION, PLUGINS_VARIABLE, Attention, build_attention
+from attnzoo.attention import ATTENTION, PLUGINS_VARIABLE, Attention, build_attention, variant
 from attnzoo.report import format_table
 from attnzoo.types import parse_dtype
 
@@ -40,33 +40,45 @@ def configs_with(kind: str) -> list[str]:
     return [str(path.relative_to(CONFIGS.parent)) for path in paths if pattern.search(path.read_text("utf-8"))]
 
 
-def list_variants(model_dim: int, context: int) -> str:
-    """One line a variant."""
-    rows = []
+def list_variants(model_dim: int, context: int) -> tuple[str, list[str]]:
+    """(one line a variant, one line for each that cannot be built)."""
+    rows, broken = [], []
     for kind in ATTENTION:
-        cls = ATTENTION.get(kind)
-        attention = build_attention(kind, {"model_dim": model_dim})
-        per_token, constant = state_growth(attention, context)
-        rows.append(
-            {
-                "variant": kind,
-                "position": attention.traits.position,
-                "state": attention.traits.growth,
-                "parameters": attention.cost(1, 1, 1).parameters,
-                "state bytes/token": per_token,
-                "constant bytes": constant,
-                "what it is": (cls.__doc__ or "").splitlines()[0],
-                "source": cls.source,
-            }
-        )
+        try:
+            rows.append(_row(kind, model_dim, context))
+        except Exception as error:  # whatever a variant of somebody's own raises, the others are listed
+            broken.append(f"{kind} ({_file(ATTENTION.get(kind))}) cannot be built: {type(error).__name__}: {error}")
     sizes = f"one layer, model_dim {model_dim}, default options, float32, one sequence"
-    return f"{format_table(rows)}\n\n{sizes}; `python -m attnzoo describe <variant>` says more"
+    return f"{format_table(rows)}\n\n{sizes}; `python -m attnzoo describe <variant>` says more", broken
+
+
+def _row(kind: str, model_dim: int, context: int) -> dict[str, Any]:
+    cls = ATTENTION.get(kind)
+    attention = build_attention(kind, {"model_dim": model_dim})
+    per_token, constant = state_growth(attention, context)
+    return {
+        "variant": kind,
+        "position": attention.traits.position,
+        "state": attention.traits.growth,
+        "parameters": attention.cost(1, 1, 1).parameters,
+        "state bytes/token": per_token,
+        "constant bytes": constant,
+        "what it is": (cls.__doc__ or "").strip().partition("\n")[0],
+        "source": cls.source,
+    }
+
+
+def _file(cls: type) -> str:
+    return Path(inspect.getfile(cls)).name
 
 
 def describe(kind: str, options: dict[str, Any], context: int, dtype: str) -> str:
     """Source, formula, traits, options, parameters, cost and configs of one variant."""
-    cls = ATTENTION.get(kind)
-    attention = build_attention(kind, options, kind).to(parse_dtype(dtype))
+    cls = variant(kind)
+    try:
+        attention = build_attention(kind, options, kind).to(parse_dtype(dtype))
+    except (TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{kind} ({_file(cls)}) cannot be built: {type(error).__name__}: {error}") from error
     per_token, constant = state_growth(attention, context)
     prefill, decode = attention.cost(1, context, context), attention.cost(1, 1, context)
     traits = "  ".join(f"{key}={value}" for key, value in dataclasses.asdict(attention.traits).items())
@@ -80,7 +92,7 @@ def describe(kind: str, options: dict[str, Any], context: int, dtype: str) -> st
         [
             f"{kind}: {inspect.cleandoc(module.__doc__ or cls.__doc__ or '')}",
             f"\nsource: {cls.source}",
-            f"file: {Path(inspect.getfile(cls)).name}",
+            f"file: {_file(cls)}",
             f"traits: {traits}",
             "options:",
             *fields,
@@ -149,10 +161,13 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.context < 2:
             raise ValueError(f"--context={chosen.context} must be at least 2")
         if chosen.command == "list":
-            print(list_variants(chosen.model_dim, chosen.context))
-        else:
-            options = {"model_dim": chosen.model_dim} | parse_options(chosen.options)
-            print(describe(chosen.variant, options, chosen.context, chosen.dtype))
+            printed, broken = list_variants(chosen.model_dim, chosen.context)
+            print(printed)
+            for line in broken:
+                print(f"attnzoo: {line}", file=sys.stderr)
+            return 1 if broken else 0
+        options = {"model_dim": chosen.model_dim} | parse_options(chosen.options)
+        print(describe(chosen.variant, options, chosen.context, chosen.dtype))
     except ValueError as error:
         print(f"attnzoo: error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,9 @@
 """A name for each thing that can be chosen by configuration."""
 
+import re
+import sys
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from attnzoo.errors import suggest
 
@@ -18,9 +20,28 @@ class Registry(Generic[T]):
     True
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, check: Callable[[str, T], None] | None = None) -> None:
+        """`check(name, item)` raises ValueError for an object that cannot be registered."""
         self.kind = kind
         self._items: dict[str, T] = {}
+        self._check = check
+        self._pending: Callable[[], None] | None = None
+
+    def load_first(self, load: Callable[[], None]) -> None:
+        """Calls `load`, which registers more, before anything is looked up: what it raises reaches whoever asks, and
+        an import cannot fail. Called again at the next look-up when it has failed."""
+        self._pending = load
+
+    @property
+    def _loaded(self) -> dict[str, T]:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                pending()
+            except BaseException:
+                self._pending = pending
+                raise
+        return self._items
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that enters an object under `name` and returns it unchanged.
@@ -28,9 +49,17 @@ class Registry(Generic[T]):
         Raises ValueError when the name is taken: two variants of one name would make configs ambiguous.
         """
 
+        if not isinstance(name, str) or not re.fullmatch(r"[\w+.-]+", name):
+            raise ValueError(
+                f"{self.kind} name {name!r}: give a word without spaces, as it stands in configurations: "
+                '@register("name")'
+            )
+
         def enter(item: T) -> T:
+            if self._check is not None:
+                self._check(name, item)
             if name in self._items:
-                raise ValueError(f"{self.kind} name {name!r} is taken by {self._items[name]!r}; choose another name")
+                raise ValueError(f"{self.kind} name {name!r} is taken by {_place(self._items[name])}; choose another")
             self._items[name] = item
             return item
 
@@ -38,23 +67,34 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T:
         """The object registered under `name`. Raises ValueError that lists the known names."""
-        if name not in self._items:
+        if name not in self._loaded:
             raise ValueError(f"unknown {self.kind} {name!r}{suggest(name, self._items)}")
         return self._items[name]
 
+    def remove(self, name: str) -> None:
+        """Takes a name back: of a file that failed after it had registered."""
+        del self._items[name]
+
     def name_of(self, item: T) -> str:
         """The name under which `item` was registered. Raises ValueError when it was not."""
-        for name, known in self._items.items():
+        for name, known in self._loaded.items():
             if known is item:
                 return name
         raise ValueError(f"{item!r} is not a registered {self.kind}")
 
     def names(self) -> list[str]:
         """Registered names in order of registration."""
-        return list(self._items)
+        return list(self._loaded)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
+        return iter(self._loaded)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._items
+        return name in self._loaded
+
+
+def _place(item: Any) -> str:
+    """The object, and the file it is from where that can be known."""
+    file = getattr(sys.modules.get(getattr(item, "__module__", "")), "__file__", None)
+    name = getattr(item, "__qualname__", repr(item))
+    return name if file is None else f"{name} in {file}"

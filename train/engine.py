@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from attnzoo.evaluate.fits import BUCKET
-from attnzoo.models import DecoderLM, build_shapes
+from attnzoo.models import DecoderLM, build_shapes, fill_buffers
 from attnzoo.ops.masks import marked_starts
 from train.config import Config, ConfigError
 from train.lora import add_adapters, merge_adapters
@@ -249,18 +249,28 @@ class Engine:
     # --- weights and checkpoints --------------------------------------------------------------------------------
 
     def full_state(self) -> dict[str, Tensor] | None:
-        """All weights in float32 on the CPU (masters where the precision is lower), on rank 0; None elsewhere."""
+        """All weights in float32 on the CPU (masters where the precision is lower) and saved buffers, on rank 0; None
+        elsewhere."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         found: dict[str, Tensor] = {}
+        first: dict[int, str] = {}
         masters = self._unfused_masters()
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if id(parameter) in first:  # shared by two names; only one is gathered
+                found |= {name: found[first[id(parameter)]]} if self.rank == 0 else {}
+                continue
+            first[id(parameter)] = name
             if self.stage == 0 or not parameter.requires_grad:
                 weight = masters.get(id(parameter), parameter)
             else:
                 weight = safe_get_full_fp32_param(parameter)
             if self.rank == 0:
                 found[name] = weight.detach().float().cpu().clone()
+        saved = self.model.state_dict(keep_vars=True).keys()
+        for name, buffer in self.model.named_buffers(remove_duplicate=False):
+            if self.rank == 0 and name in saved:
+                found[name] = (buffer.float() if buffer.is_floating_point() else buffer).detach().cpu().clone()
         return found if self.rank == 0 else None
 
     def full_model(self) -> DecoderLM | None:
@@ -276,6 +286,7 @@ class Engine:
         model.load_state_dict(state, assign=True)
         if self.model_config.tie_embeddings:
             model.head.weight = model.embedding.weight
+        fill_buffers(model, "cpu", torch.float32)
         return merge_adapters(model).eval() if self._lora.rank is not None else model.eval()
 
     def _unfused_masters(self) -> dict[int, Tensor]:

@@ -26,6 +26,7 @@ from typing import Any
 
 from attnzoo.evaluate import CompareConfig, Comparison, Hooks, Run, parse_settings, run_one
 from attnzoo.evaluate.statistics import interval
+from attnzoo.evaluate.text import STDLIB
 from attnzoo.files import write_atomic
 from attnzoo.report import Report, format_table
 
@@ -89,7 +90,9 @@ def plan(settings: list[str], grid: list[str], run_dir: Path, asha: bool) -> dic
                 f"--asha compares validation losses of a text, and tables={','.join(config.tables)} asks for more: set "
                 "tables=parameters or tables=flops"
             )
-        comparison = Comparison(dataclasses.replace(config, text=str(Path(config.text).expanduser().resolve())))
+        if config.text != STDLIB:
+            config = dataclasses.replace(config, text=str(Path(config.text).expanduser().resolve()))
+        comparison = Comparison(config)
         files = {comparison.name(run): run for run in comparison.plan()}
         place = "_".join(point) or "runs"
         for name, run in files.items():

@@ -1,14 +1,18 @@
 """Attention variants: one variant, one file. `base.py` is their contract, `parts` what they are made of.
 
 Every module here whose name has no leading underscore is imported, so a new file is found at once. Files outside
-the tree are named in the environment variable ATTNZOO_PLUGINS (paths separated by the system's path separator).
+the tree are named in the environment variable ATTNZOO_PLUGINS (paths separated by the system's path separator), and
+imported when a variant is first asked for.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import os
 import pkgutil
+import re
 import sys
+import traceback
 from pathlib import Path
 
 from attnzoo.attention.base import ATTENTION, Attention, Cost, Traits
@@ -20,34 +24,101 @@ PLUGINS_VARIABLE = "ATTNZOO_PLUGINS"
 def build_attention(kind: str, values: dict[str, object], where: str = "attention") -> Attention:
     """The variant registered as `kind`, configured by `values` (its Config's fields).
 
-    Raises ValueError for an unknown variant, an unknown or missing field, or sizes that do not fit.
+    Raises ValueError for an unknown variant, an unknown or missing field, or sizes that do not fit, and for sizes that
+    need more memory than there is.
     """
-    cls = ATTENTION.get(kind)
-    return cls(build_config(cls.Config, values, where))
+    cls = variant(kind)
+    config = build_config(cls.Config, values, where)
+    try:
+        return cls(config)
+    except (RuntimeError, MemoryError) as error:
+        # torch has no kind of error for "can't allocate memory" on a CPU, nor for a product of sizes that overflows.
+        if isinstance(error, MemoryError) or re.search("allocate|memory|storage size|overflow", str(error)):
+            sizes = ", ".join(f"{key}={value!r}" for key, value in values.items())
+            first = str(error).partition("\n")[0]
+            raise ValueError(
+                f"{where}: {kind!r} with {sizes} does not fit into memory; make it smaller ({first})"
+            ) from None
+        raise
+
+
+def variant(kind: str) -> type[Attention]:
+    """The class registered as `kind`. Raises ValueError that lists the known names, and says where others come from."""
+    try:
+        return ATTENTION.get(kind)
+    except ValueError as error:
+        given = os.environ.get(PLUGINS_VARIABLE)
+        read = f"{PLUGINS_VARIABLE}={given!r} was read" if given else f"{PLUGINS_VARIABLE} is not set"
+        raise ValueError(
+            f"{error}. A variant in a file of yours: name the file in {PLUGINS_VARIABLE} ({read})"
+        ) from None
 
 
 def load_plugins(paths: str) -> None:
     """Imports each file of a path list; each registers its variants.
 
-    Raises ValueError for a path that is not a Python file.
+    Raises ValueError, naming the variable and the file, for a path that is not a Python file, a file that fails to
+    import, and one that registers nothing; its message is one line and the place in the file.
     """
-    for entry in filter(None, paths.split(os.pathsep)):
+    for entry in filter(None, (part.strip() for part in paths.split(os.pathsep))):
         path = Path(entry).expanduser().resolve()
-        name = f"attnzoo_plugin_{path.stem}"
-        spec = importlib.util.spec_from_file_location(name, path) if path.is_file() else None
-        if spec is None or spec.loader is None:
-            raise ValueError(
-                f"{PLUGINS_VARIABLE}={paths!r}: {entry!r} is not a Python file; give paths of .py files "
-                f"separated by {os.pathsep!r}"
-            )
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
+        where = f"{PLUGINS_VARIABLE}={paths!r}: {entry!r}"
+        if not path.is_file() or path.suffix != ".py":
+            raise ValueError(f"{where} {_not_a_file(entry, path)}; give paths of .py files separated by {os.pathsep!r}")
+        _import_plugin(path, where)
+
+
+def _not_a_file(entry: str, path: Path) -> str:
+    if path.is_dir():
+        return "is a directory"
+    others = [separator for separator in ",;: " if separator != os.pathsep and f".py{separator}" in entry]
+    if others:
+        return f"is not a Python file: is {others[0]!r} meant to separate two paths?"
+    return "is not a Python file" if path.exists() else "is not a Python file: nothing is there"
+
+
+def _import_plugin(path: Path, where: str) -> None:
+    # Two files of one name in two directories are two modules.
+    name = f"attnzoo_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = ATTENTION.names()
+    sys.modules[name] = module
+    try:
         spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        for added in set(ATTENTION.names()) - set(before):
+            ATTENTION.remove(added)
+        raise ValueError(f"{where} cannot be imported: {_what_and_where(error, path)}") from error
+    if ATTENTION.names() == before:
+        raise ValueError(f'{where} registers no variant; put @ATTENTION.register("name") before your class')
+
+
+def _what_and_where(error: Exception, path: Path) -> str:
+    """The error in one line, with the last line of the file that it came through."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    said = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {said}{'' if line is None else f' (line {line})'}"
 
 
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
         importlib.import_module(f"{__name__}.{_module.name}")
-load_plugins(os.environ.get(PLUGINS_VARIABLE, ""))
+ATTENTION.load_first(lambda: load_plugins(os.environ.get(PLUGINS_VARIABLE, "")))
 
-__all__ = ["ATTENTION", "PLUGINS_VARIABLE", "Attention", "Cost", "Traits", "build_attention", "load_plugins"]
+__all__ = [
+    "ATTENTION",
+    "PLUGINS_VARIABLE",
+    "Attention",
+    "Cost",
+    "Traits",
+    "build_attention",
+    "load_plugins",
+    "variant",
+]

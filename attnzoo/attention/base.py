@@ -10,6 +10,7 @@ One function in three forms, and what it costs:
 `verify_contract` in tests/contract checks all of it for every registered variant.
 """
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -189,4 +190,20 @@ class Attention(nn.Module, ABC):
         """Initialises linear maps: normal(0, std), output projection normal(0, output_std)."""
 
 
-ATTENTION: Registry[type[Attention]] = Registry("attention")
+def check_variant(name: str, cls: Any) -> None:
+    """Raises ValueError, saying what is missing, for what cannot be a variant."""
+    what = f"attention {name!r}: {getattr(cls, '__name__', repr(cls))}"
+    if not (isinstance(cls, type) and issubclass(cls, Attention)):
+        raise ValueError(f"{what} is no subclass of Attention; register a class that is, or of ComposedAttention")
+    missing = sorted(cls.__abstractmethods__)
+    if missing:
+        raise ValueError(f"{what} lacks {', '.join(missing)}; see Attention, or compose it of parts")
+    if not isinstance(getattr(cls, "source", None), str):
+        raise ValueError(f"{what} lacks `source`: say in one line where the idea is from")
+    config = getattr(cls, "Config", None)
+    fields = dataclasses.fields(config) if isinstance(config, type) and dataclasses.is_dataclass(config) else ()
+    if not fields or fields[0].name != "model_dim":
+        raise ValueError(f"{what} lacks `Config`: a frozen dataclass of its options whose first field is model_dim")
+
+
+ATTENTION: Registry[type[Attention]] = Registry("attention", check_variant)

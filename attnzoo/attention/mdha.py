@@ -33,6 +33,7 @@ class MDHAConfig(CheckedConfig):
     """`conv_share_heads`: one kernel per channel for all heads instead of one per head and channel.
 
     `window`, `sinks`: each token sees the last `window` tokens and the first `sinks` ones; None: all.
+    `qkv_bias`, `output_bias`: of the linear maps (labml's code has all of them).
     """
 
     model_dim: int
@@ -43,6 +44,8 @@ class MDHAConfig(CheckedConfig):
     rope_theta: float = 10000.0
     window: int | None = None
     sinks: int = 0
+    qkv_bias: bool = False
+    output_bias: bool = False
     conv_width: int = 3
     conv_share_heads: bool = False
     conv_bias: bool = False
@@ -61,7 +64,13 @@ class MDHA(ComposedAttention):
         position = Rope(heads, config.rope_theta) if config.position == "rope" else NoPosition()
         super().__init__(
             config,
-            projection=Projection(heads),
+            projection=Projection(
+                heads,
+                query_bias=config.qkv_bias,
+                key_bias=config.qkv_bias,
+                value_bias=config.qkv_bias,
+                output_bias=config.output_bias,
+            ),
             mixing=SoftmaxMixing(heads, position, window=config.window, sinks=config.sinks),
             conv=QKVConv(
                 heads,

@@ -25,6 +25,7 @@ class RCMHAConfig(CheckedConfig):
     """`max_distance`: rows of the position table; `conv_share_heads`: one kernel per channel for all heads.
 
     `window`, `sinks`: each token sees the last `window` tokens and the first `sinks` ones; None: all.
+    `qkv_bias`, `output_bias`: of the linear maps; the value's is there in any case, as in the authors' code.
     """
 
     model_dim: int
@@ -34,6 +35,8 @@ class RCMHAConfig(CheckedConfig):
     max_distance: int = 256
     window: int | None = None
     sinks: int = 0
+    qkv_bias: bool = False
+    output_bias: bool = False
     conv_width: int = 3
     conv_share_heads: bool = False
     conv_bias: bool = False
@@ -51,7 +54,13 @@ class RCMHA(ComposedAttention):
         heads = Heads.of(config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim)
         super().__init__(
             config,
-            projection=Projection(heads, value_bias=True),
+            projection=Projection(
+                heads,
+                query_bias=config.qkv_bias,
+                key_bias=config.qkv_bias,
+                value_bias=True,
+                output_bias=config.output_bias,
+            ),
             mixing=SoftmaxMixing(
                 heads, RelativeTable(heads, config.max_distance), window=config.window, sinks=config.sinks
             ),

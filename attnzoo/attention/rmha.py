@@ -28,6 +28,7 @@ class RMHAConfig(CheckedConfig):
     """`max_distance`: rows of the table; only read by position="table".
 
     `window`, `sinks`: each token sees the last `window` tokens and the first `sinks` ones; None: all.
+    `qkv_bias`, `output_bias`: of the linear maps; position="table" has the value's in any case, as labml's code.
     """
 
     model_dim: int
@@ -38,6 +39,8 @@ class RMHAConfig(CheckedConfig):
     max_distance: int = 256
     window: int | None = None
     sinks: int = 0
+    qkv_bias: bool = False
+    output_bias: bool = False
 
 
 @ATTENTION.register("rmha")
@@ -53,6 +56,12 @@ class RMHA(ComposedAttention):
         position = RelativeTable(heads, config.max_distance) if table else RelativeSinusoid(heads)
         super().__init__(
             config,
-            projection=Projection(heads, value_bias=table),
+            projection=Projection(
+                heads,
+                query_bias=config.qkv_bias,
+                key_bias=config.qkv_bias,
+                value_bias=table or config.qkv_bias,
+                output_bias=config.output_bias,
+            ),
             mixing=SoftmaxMixing(heads, position, window=config.window, sinks=config.sinks),
         )

@@ -9,7 +9,7 @@ import torch
 from attnzoo.checkpoint import gguf, huggingface, native
 from attnzoo.checkpoint.base import Checkpoint, check_shapes
 from attnzoo.checkpoint.native import CONFIG, FORMAT
-from attnzoo.models import DecoderLM, build_shapes
+from attnzoo.models import DecoderLM, build_shapes, fill_buffers
 
 if TYPE_CHECKING:
     from attnzoo.tokenizer import Tokenizer
@@ -61,15 +61,23 @@ def load_model(path: Path, *, device: torch.device | str = "cpu", dtype: torch.d
     check_shapes(checkpoint.path, found, {name: tuple(own[theirs[name]].shape) for name in theirs})
     dtype = dtype or checkpoint.dtype
     # Copies in any case: what is read is a view of a file, which may change or go.
-    weights = {name: torch.empty_like(tensor, device=device, dtype=dtype) for name, tensor in own.items()}
+    weights = {
+        name: torch.empty_like(tensor, device=device, dtype=dtype if tensor.is_floating_point() else None)
+        for name, tensor in own.items()
+    }
     for name, first, rows in checkpoint.read():
         if not checkpoint.ignored(name):
-            weights[theirs[name]][first : first + len(rows)] = rows
+            weight = weights[theirs[name]]
+            if weight.is_floating_point() != rows.is_floating_point():
+                raise ValueError(f"{checkpoint.path}: tensor {name} is {rows.dtype}, and the model's is {weight.dtype}")
+            whole = weight.dim() == 0
+            (weight if whole else weight[first : first + len(rows)]).copy_(rows)
     if tied:
         weights["head.weight"] = weights["embedding.weight"]
     model.load_state_dict(weights, assign=True)
     if tied:
         model.head.weight = model.embedding.weight
+    fill_buffers(model, device, dtype)
     return model.eval().requires_grad_(False)
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
+from attnzoo.attention import PLUGINS_VARIABLE
 from attnzoo.checkpoint.base import Checkpoint
-from attnzoo.checkpoint.shards import WEIGHTS, Shards
+from attnzoo.checkpoint.shards import DTYPES, INTEGERS, WEIGHTS, Shards
 from attnzoo.files import replace_directory, temporary_directory
 from attnzoo.models import DecoderConfig, DecoderLM
 
@@ -38,11 +40,7 @@ def save_model(
     directory = Path(directory)
     temporary = temporary_directory(directory)
     try:
-        tensors = {
-            name: tensor.detach().contiguous().cpu()
-            for name, tensor in model.state_dict().items()
-            if not (model.config.tie_embeddings and name == "head.weight")
-        }
+        tensors = saved_tensors(model)
         save_file(tensors, str(temporary / WEIGHTS))
         content = {"format": FORMAT, "model": model.config.to_dict(), "metadata": metadata or {}}
         (temporary / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -54,13 +52,34 @@ def save_model(
     return directory
 
 
+def saved_tensors(model: DecoderLM) -> dict[str, Tensor]:
+    """Everything in the model's `state_dict` but a tied head, on the CPU; every tensor in memory of its own, which
+    safetensors asks for. Raises ValueError, naming the tensor, for a dtype that the format does not have."""
+    tensors: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if model.config.tie_embeddings and name == "head.weight":
+            continue
+        if tensor.dtype not in (*DTYPES.values(), *INTEGERS.values()):
+            raise ValueError(
+                f"{name} has dtype {tensor.dtype}, which cannot be saved; keep it as real numbers, or register it with "
+                "persistent=False where it follows from the configuration"
+            )
+        flat = tensor.detach().contiguous().cpu()
+        tensors[name] = flat.clone() if flat.untyped_storage().data_ptr() in taken else flat
+        taken.add(flat.untyped_storage().data_ptr())
+    return tensors
+
+
 def open_directory(directory: Path, content: Mapping[str, Any], config_path: Path) -> Checkpoint:
     """The model in a directory of our own, `content` being its config.json. Raises ValueError naming the file."""
     try:
         config = DecoderConfig.from_dict(content["model"])
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{config_path}: {error}; export the model again") from None
-    shards = Shards.of(directory)
+        # A variant that is not there is no fault of the file.
+        way_out = "" if PLUGINS_VARIABLE in str(error) else "; export the model again"
+        raise ValueError(f"{config_path}: {error}{way_out}") from None
+    shards = Shards.of(directory, integers=True)
     return Checkpoint(
         path=directory,
         config=config,

@@ -13,6 +13,14 @@ from attnzoo.checkpoint.base import Piece, Shape
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+INTEGERS = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 MAPPED_BYTES = 16 << 20
 """The most that is read of a mapping: while a file is mapped, pages that were read count as memory in use."""
 
@@ -26,11 +34,13 @@ class Shards:
     dtypes: dict[str, torch.dtype]
 
     @classmethod
-    def of(cls, directory: Path) -> "Shards":
-        """The weights in `directory`: the files that its index lists, or the one file.
+    def of(cls, directory: Path, integers: bool = False) -> "Shards":
+        """The weights in `directory`: the files that its index lists, or the one file. `integers`: buffers of a model
+        of our own may be integers; elsewhere they are quantised weights.
 
         Raises ValueError, naming file and tensor, for what is missing, damaged or not a floating point number.
         """
+        known = DTYPES | INTEGERS if integers else DTYPES
         index = directory / INDEX
         paths = _indexed(index) if index.is_file() else {directory / WEIGHTS: None}
         files: dict[str, Path] = {}
@@ -44,19 +54,21 @@ class Shards:
                     raise ValueError(f"{path}: {INDEX} says otherwise about {', '.join(odd[:4])}; copy all files again")
                 for name in names:
                     piece = file.get_slice(name)
-                    if piece.get_dtype() not in DTYPES:
+                    if piece.get_dtype() not in known:
                         raise ValueError(
-                            f"{path}: tensor {name} has dtype {piece.get_dtype()}; only {', '.join(DTYPES)} are "
+                            f"{path}: tensor {name} has dtype {piece.get_dtype()}; only {', '.join(known)} are "
                             "supported: give an unquantised checkpoint"
                         )
                     files[name], shapes[name] = path, tuple(piece.get_shape())
-                    dtypes[name] = DTYPES[piece.get_dtype()]
+                    dtypes[name] = known[piece.get_dtype()]
         return cls(files, shapes, dtypes)
 
     def main_dtype(self) -> torch.dtype:
-        """The dtype of most elements."""
+        """The floating point dtype of most elements."""
         elements: dict[torch.dtype, int] = {}
         for name, dtype in self.dtypes.items():
+            if not dtype.is_floating_point:
+                continue
             elements[dtype] = elements.get(dtype, 0) + torch.Size(self.shapes[name]).numel()
         return max(elements, key=lambda dtype: elements[dtype])
 

@@ -80,7 +80,8 @@ class RecallConfig:
 class CompareConfig:
     """Sizes are the paper's (arXiv 2308.03429); what differs from its setting is the honest part.
 
-    text: a UTF-8 file, read by characters; its last tenth is the validation part. variants: names, each built with
+    text: a UTF-8 file, read by characters, or "stdlib", a million characters of Python's own library, which every
+    machine has; its last tenth is the validation part. variants: names, each built with
     num_heads and else its defaults. tables: which runs to make. segment: tokens of a training sequence, and
     rows of a position table. batch_size: streams read side by side. chunk: tokens at a time when the validation
     part is streamed. validation_chars: how much of that part is read, 0 meaning all; the first extrapolation_chars of
@@ -88,7 +89,7 @@ class CompareConfig:
     tenth.
     """
 
-    text: str = "../shared/data/tinyshakespeare/input.txt"
+    text: str = "stdlib"
     variants: list = field(default_factory=lambda: list(VARIANTS))
     tables: list = field(default_factory=lambda: list(TABLES))
     seeds: int = 3

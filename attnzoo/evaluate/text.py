@@ -1,5 +1,6 @@
 """Characters of a text as token ids, split by position, and read as parallel streams."""
 
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 VALIDATION_TENTHS = 1
+STDLIB, STDLIB_CHARS = "stdlib", 1_000_000
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,16 @@ class Text:
 
 
 def load_text(path: str, validation_chars: int = 0) -> Text:
-    """Reads a UTF-8 file. `validation_chars` keeps only the start of the validation part (0: all of it).
+    """Reads a UTF-8 file, or "stdlib". `validation_chars` keeps only the start of the validation part (0: all of it).
 
     Raises ValueError when the file is missing, is not UTF-8 or is too short to split.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = standard_library() if path == STDLIB else Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(
             f"text={path}: {error.strerror}; give a text file with text=PATH (the paper's is tiny-shakespeare, the "
-            "input.txt of karpathy/char-rnn)"
+            f"input.txt of karpathy/char-rnn), or text={STDLIB}"
         ) from None
     except UnicodeDecodeError:
         raise ValueError(f"text={path} is not UTF-8 text; convert it, or give another file") from None
@@ -46,6 +48,20 @@ def load_text(path: str, validation_chars: int = 0) -> Text:
     cut = len(ids) * (10 - VALIDATION_TENTHS) // 10
     validation = ids[cut:]
     return Text(characters, ids[:cut], validation[:validation_chars] if validation_chars else validation)
+
+
+def standard_library() -> str:
+    """The first STDLIB_CHARS characters of the modules of Python's library, in order of their names. Those that hold
+    more than ASCII are left out: each letter of theirs would be one more character to predict."""
+    parts, total = [], 0
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        content = path.read_bytes()
+        if content.isascii():
+            parts.append(content.decode("ascii"))
+            total += len(content)
+        if total >= STDLIB_CHARS:
+            break
+    return "\n".join(parts)[:STDLIB_CHARS]
 
 
 def streams(ids: Tensor, batch: int, segment: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

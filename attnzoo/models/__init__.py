@@ -6,7 +6,7 @@ from attnzoo.models.decoder_lm import DecoderLM
 from attnzoo.models.generate import generate
 from attnzoo.models.packing import can_pack, pack_weights
 from attnzoo.models.sampling import Sampling
-from attnzoo.models.shapes import build_shapes
+from attnzoo.models.shapes import build_shapes, fill_buffers
 
 __all__ = [
     "CompiledDecode",
@@ -15,6 +15,7 @@ __all__ = [
     "Sampling",
     "build_shapes",
     "can_pack",
+    "fill_buffers",
     "generate",
     "pack_weights",
 ]

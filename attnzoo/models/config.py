@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from attnzoo.attention import ATTENTION
+from attnzoo.attention import variant
 from attnzoo.kvcache import build_cache
 from attnzoo.types import build_config
 
@@ -84,7 +84,7 @@ class DecoderConfig:
                 f"{where}={spec!r}: give a variant's name, or a mapping with `kind: <name>` and its options"
             )
         kind, options = spec["kind"], {key: value for key, value in spec.items() if key != "kind"}
-        config_class = ATTENTION.get(kind).Config
+        config_class = variant(kind).Config
         if "model_dim" in options:
             raise ValueError(f"{where}.model_dim is the model's own; set model.model_dim")
         options["model_dim"] = self.model_dim

@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from attnzoo.attention import Attention, build_attention
 from attnzoo.models.config import DecoderConfig
 from attnzoo.models.decoder_lm import DecoderLM
 
@@ -26,6 +28,43 @@ class _NoDraws(TorchFunctionMode):
 
 
 def build_shapes(config: DecoderConfig) -> DecoderLM:
-    """`DecoderLM` on the meta device, all parameters without storage."""
-    with torch.device("meta"), _NoDraws():
-        return DecoderLM(config)
+    """`DecoderLM` on the meta device, all parameters without storage.
+
+    Raises ValueError for a variant that reads values of tensors while it is built.
+    """
+    try:
+        with torch.device("meta"), _NoDraws():
+            return DecoderLM(config)
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error):
+            raise
+        raise ValueError(
+            "model.attention: a variant reads values of tensors in __init__ or reset_parameters, which have none while "
+            "a model is only sized, or is built to be loaded; compute with numpy or with Python's numbers, and make a "
+            f"tensor of the result ({str(error).splitlines()[0]})"
+        ) from error
+
+
+@torch.no_grad()
+def fill_buffers(model: DecoderLM, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+    """Values for the buffers that no checkpoint holds (persistent=False): those of a variant that is built anew with
+    the same options. Floating point ones in `dtype`, None: in their own."""
+    built: dict[str, Attention] = {}
+    for layer, block in enumerate(model.layers()):
+        for name, buffer in unsaved_buffers(block.attention).items():
+            if buffer.is_meta:
+                kind, options = model.config.layer_attention(layer)
+                key = repr((kind, options))
+                if key not in built:
+                    with torch.random.fork_rng(devices=[]):
+                        built[key] = build_attention(kind, options)
+                buffer = unsaved_buffers(built[key])[name]
+            owner, _, leaf = name.rpartition(".")
+            value = buffer.to(device, dtype if buffer.is_floating_point() else None, copy=True)
+            block.attention.get_submodule(owner)._buffers[leaf] = value
+
+
+def unsaved_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that `state_dict` leaves out, by name."""
+    saved = module.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in module.named_buffers(remove_duplicate=False) if name not in saved}

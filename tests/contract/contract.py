@@ -21,6 +21,7 @@ from attnzoo.attention.parts import SoftmaxMixing
 from attnzoo.kvcache import load_state, save_state
 from attnzoo.ops.masks import CausalMask, document_starts, padding_starts
 from tests.contract.by_hand import BY_HAND
+from tests.contract.served import check_served
 
 BATCH, TOKENS, MODEL_DIM = 2, 13, 22
 TIGHT = 1e-10
@@ -48,18 +49,22 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"position": "sinusoid"},
         {"position": "sinusoid", "num_kv_heads": 1},
         {"position": "sinusoid", "window": 4, "sinks": 1},
+        {"qkv_bias": True, "output_bias": True, "num_kv_heads": 1},
+        {"position": "sinusoid", "qkv_bias": True, "output_bias": True},
     ],
     "mdha": [
         {},
         {"position": "none", "conv_share_heads": True, "conv_bias": True, "conv_init": "uniform"},
         {"num_kv_heads": 1, "conv_width": 4},
         {"window": 1},
+        {"qkv_bias": True, "output_bias": True, "conv_bias": True},
     ],
     "rcmha": [
         {},
         {"conv_share_heads": True, "conv_bias": True, "conv_init": "uniform"},
         {"num_kv_heads": 1, "conv_width": 2},
         {"window": 4, "sinks": 3},
+        {"qkv_bias": True, "output_bias": True, "conv_bias": True, "conv_share_heads": True},
     ],
     "linear": [
         {},
@@ -92,14 +97,37 @@ def case_name(kind: str, options: dict[str, Any]) -> str:
 
 
 def build_case(kind: str, options: dict[str, Any], seed: int = 0) -> Attention:
-    """The variant at the contract's sizes in float64, every parameter random: zero tables would hide mistakes."""
-    fields = {field.name for field in dataclasses.fields(ATTENTION.get(kind).Config)}
-    values = {key: value for key, value in SIZES.items() if key in fields} | options
-    attention = build_attention(kind, values).double()
+    """The variant at the contract's sizes in float64, every trained parameter random: zero tables would hide
+    mistakes."""
+    attention = build_sized(kind, options).double()
     generator = torch.Generator().manual_seed(seed)
     for parameter in attention.parameters():
-        torch.nn.init.normal_(parameter, std=0.4, generator=generator)
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.4, generator=generator)
     return attention
+
+
+def build_sized(kind: str, options: dict[str, Any]) -> Attention:
+    """The variant at the contract's sizes, as its Config has fields for them; without `head_dim`, with a number of
+    heads that divides model_dim. Raises AssertionError where nothing can be built."""
+    fields = {field.name for field in dataclasses.fields(ATTENTION.get(kind).Config)}
+    assert "model_dim" in fields, f"the Config of {kind!r} has no model_dim: make it the first field, without a default"
+    sizes = {key: value for key, value in SIZES.items() if key in fields}
+    counts = [3] if "head_dim" in fields or "num_heads" not in fields else [2, 11, 1]
+    problems = {}
+    for count in counts:
+        values = sizes | ({"num_heads": count} if "num_heads" in fields else {}) | options
+        try:
+            return build_attention(kind, values)
+        except Exception as error:
+            problems[f"{values}"] = error
+    said = "; ".join(f"with {values}: {type(error).__name__}: {error}" for values, error in problems.items())
+    raise AssertionError(f"{kind!r} cannot be built {said}") from error_of(problems)
+
+
+def error_of(problems: dict[str, Exception]) -> Exception:
+    """The last one, for its traceback."""
+    return list(problems.values())[-1]
 
 
 def inputs(*shape: int, seed: int = 1) -> Tensor:
@@ -546,6 +574,7 @@ ITEMS: dict[str, Callable[[Build], None]] = {
     "refusals": check_refusals,
     "implementations": check_implementations,
     "empty": check_empty,
+    "served": check_served,
 }
 
 
