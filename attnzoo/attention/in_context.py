@@ -31,11 +31,11 @@ class InContextConfig(CheckedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.model_dim, self.num_heads, self.head_dim or 1) < 1 or self.num_queries < 0:
-            raise ValueError(
-                f"model_dim={self.model_dim}, num_heads={self.num_heads} and head_dim={self.head_dim} must be at "
-                f"least 1, num_queries={self.num_queries} at least 0"
-            )
+        for name, least in (("model_dim", 1), ("num_heads", 1), ("head_dim", 1), ("num_queries", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                way_out = ", or None for model_dim" if name == "head_dim" else ""
+                raise ValueError(f"{name}={value} must be at least {least}{way_out}")
 
 
 class InContextAttention(Attention):

@@ -20,6 +20,7 @@ from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.parts import SoftmaxMixing
 from attnzoo.kvcache import load_state, save_state
 from attnzoo.ops.masks import CausalMask, document_starts, padding_starts
+from attnzoo.types import accumulation_dtype
 from tests.contract.by_hand import BY_HAND
 from tests.contract.served import check_served
 
@@ -228,6 +229,31 @@ def check_low_precision(build: Build) -> None:
     assert ours <= 2 * theirs, f"bfloat16 error {ours:.3g} is more than twice the reference's {theirs:.3g}"
 
 
+def check_state(build: Build) -> None:
+    """The empty state is zeros, batch first, in the dtype that is asked for or in which sums are kept; `extend` keeps
+    the structure."""
+    if not streams(build()):
+        return
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        attention = build().to(dtype)
+        asked: dict[str, dict[str, Any]] = {"": {}, f", dtype={dtype}, device='cpu'": {"dtype": dtype, "device": "cpu"}}
+        for call, options in asked.items():
+            state = attention.init_state(3, 5, **options)
+            for name, tensor in state.tensors().items():
+                what = f"init_state(3, 5{call}) of a layer in {dtype}: {name}"
+                assert tensor.shape[0] == 3, f"{what} has shape {list(tensor.shape)}; the batch comes first"
+                assert not tensor.any(), f"{what} is not all zeros, which is what an empty slot of a server is"
+                if tensor.is_floating_point():
+                    right = (dtype, accumulation_dtype(dtype))
+                    assert tensor.dtype in right, f"{what} is {tensor.dtype}; make it as `dtype` says, or the weights"
+        before = {name: (x.dtype, x.dim()) for name, x in state.tensors().items()}
+        with torch.no_grad():
+            out, state = attention.extend(inputs(3, 2, MODEL_DIM).to(dtype), state)
+        assert out.dtype == dtype, f"extend of a layer in {dtype} returns {out.dtype}"
+        after = {name: (x.dtype, x.dim()) for name, x in state.tensors().items()}
+        assert after == before, f"extend changes the structure of the state, from {before} to {after}"
+
+
 def check_partitions(build: Build) -> None:
     """extend over any partition == forward: all ones, one chunk, random cuts, with and without room to grow."""
     attention, x = build(), inputs(BATCH, TOKENS, MODEL_DIM)
@@ -295,7 +321,10 @@ def check_unequal_batch(build: Build) -> None:
                 used[row] += count
         for row in range(3):
             alone = attention(x[row : row + 1, : used[row]])[0]
-            assert_close(torch.cat(outputs[row]), alone, f"row {row} of lengths {first} then {second}")
+            what = (
+                f"row {row} of a batch with counts_B={first} and then {second} (the rest of a row is padding, NaN here)"
+            )
+            assert_close(torch.cat(outputs[row]), alone, what)
 
 
 def check_empty_chunk_keeps_state(build: Build) -> None:
@@ -308,7 +337,9 @@ def check_empty_chunk_keeps_state(build: Build) -> None:
         before = {name: tensor.clone() for name, tensor in state.tensors().items()}
         _, state = attention.extend(x[:, 5:8], state, torch.tensor([3, 0]))
     for name, tensor in state.tensors().items():
-        assert torch.equal(tensor[1], before[name][1]), f"{name} of an idle row changed"
+        assert torch.equal(tensor[1], before[name][1]), (
+            f"{name} of row 1 changed in a chunk of which counts_B=[3, 0] says that none of its tokens is real"
+        )
 
 
 def check_packing(build: Build) -> None:
@@ -558,6 +589,7 @@ ITEMS: dict[str, Callable[[Build], None]] = {
     "defaults": check_defaults,
     "reference": check_reference,
     "by_hand": check_by_hand,
+    "state": check_state,
     "low_precision": check_low_precision,
     "partitions": check_partitions,
     "saved_state": check_saved_state,

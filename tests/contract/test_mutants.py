@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.attention import in_context
-from attnzoo.attention.parts import mesa, mixing, token_mixing
+from attnzoo.attention.parts import Projection, Rope, mesa, mixing, position, token_mixing
 from attnzoo.kvcache import full, window
 from attnzoo.ops import masks, row_blocks
 from attnzoo.ops.linear_attention import torch as linear_torch
@@ -190,6 +190,136 @@ def query_is_read(patch: Patch) -> None:
     patch.setattr(
         in_context.InContextAttention, "forward", lambda self, x, starts_BT=None: wrong(self, x, starts_BT, "torch")
     )
+
+
+def rotation_of_another_base(patch: Patch) -> None:
+    """Frequencies of another base, in every implementation."""
+    right = Rope.encode
+
+    def wrong(self, q, k, positions, impl):
+        self.theta = 9000.0
+        return right(self, q, k, positions, impl)
+
+    patch.setattr(Rope, "encode", wrong)
+
+
+def heads_merged_in_another_order(patch: Patch) -> None:
+    """Channels first, then heads."""
+    patch.setattr(Projection, "merge", lambda self, o: self.output(o.transpose(1, 2).transpose(2, 3).flatten(2)))
+
+
+def queries_scaled_twice(patch: Patch) -> None:
+    """The projection divides by sqrt(H), and so do the scores."""
+    right = Projection.forward
+
+    def wrong(self, x):
+        q, k, v = right(self, x)
+        return q / self.heads.head_dim**0.5, k, v
+
+    patch.setattr(Projection, "forward", wrong)
+
+
+def kernel_reversed(patch: Patch) -> None:
+    """The newest token meets the oldest weight."""
+    right = token_mixing.QKVConv._kernels
+    patch.setattr(token_mixing.QKVConv, "_kernels", lambda self: tuple(kernel.flip(-1) for kernel in right(self)))
+
+
+def table_scaled(patch: Patch) -> None:
+    """Distance takes part with half its weight."""
+    right = position.relative_sdpa
+
+    def wrong(*qkv, **rest):
+        return right(*qkv, **(rest | {"table_bias_NP": rest["table_bias_NP"] / 2}))
+
+    patch.setattr(position, "relative_sdpa", wrong)
+
+
+def sinusoid_of_half_its_bias(patch: Patch) -> None:
+    """v of Transformer-XL counts half."""
+    right = position.sinusoid_sdpa
+
+    def wrong(*qkv, **rest):
+        return right(*qkv, **(rest | {"position_bias_NH": rest["position_bias_NH"] / 2}))
+
+    patch.setattr(position, "sinusoid_sdpa", wrong)
+
+
+def decay_squared(patch: Patch) -> None:
+    """Each head forgets twice as fast."""
+    right = mixing.linear_attention
+
+    def wrong(*qkv, decay_K=None, **rest):
+        return right(*qkv, decay_K=None if decay_K is None else decay_K**2, **rest)
+
+    patch.setattr(mixing, "linear_attention", wrong)
+
+
+def another_feature_map(patch: Patch) -> None:
+    """elu without the one that makes it positive enough."""
+    patch.setattr(mixing.LinearMixing, "_features", lambda self, x: F.elu(x) + 1.1)
+
+
+def ridge_squared(patch: Patch) -> None:
+    """The regulariser enters squared."""
+    right = mesa.ridge_queries
+    patch.setattr(mesa, "ridge_queries", lambda q, k, ridge, **rest: right(q, k, ridge**2, **rest))
+
+
+def gain_applied_twice(patch: Patch) -> None:
+    """Normed heads are scaled once more."""
+    right = Projection.forward
+
+    def wrong(self, x):
+        q, k, v = right(self, x)
+        return q * self.query_norm.weight, k, v
+
+    patch.setattr(Projection, "forward", wrong)
+
+
+def window_one_wider(patch: Patch) -> None:
+    """The mask lets one key more through, in all forms."""
+    right = mixing.SoftmaxMixing.__init__
+
+    def wrong(self, heads, position, *, window=None, sinks=0):
+        right(self, heads, position, window=None if window is None else window + 1, sinks=sinks)
+
+    patch.setattr(mixing.SoftmaxMixing, "__init__", wrong)
+
+
+def asking_heads_swapped(patch: Patch) -> None:
+    """In-context layers read with each other's queries."""
+    right = in_context.in_context_attention
+    patch.setattr(in_context, "in_context_attention", lambda q, k, v, **rest: right(q.flip(1), k, v, **rest))
+
+
+SHARED: list[tuple[Callable[[Patch], None], str, dict]] = [
+    (rotation_of_another_base, "mha", {}),
+    (heads_merged_in_another_order, "linear", {}),
+    (queries_scaled_twice, "rcmha", {}),
+    (kernel_reversed, "mdha", {}),
+    (table_scaled, "rmha", {}),
+    (sinusoid_of_half_its_bias, "rmha", {"position": "sinusoid"}),
+    (decay_squared, "linear", {}),
+    (another_feature_map, "linear", {"decay": False}),
+    (ridge_squared, "mesa", {}),
+    (gain_applied_twice, "mha", {"qk_norm": True}),
+    (window_one_wider, "mha", {"window": 4}),
+    (window_one_wider, "rcmha", {"window": 4, "sinks": 3}),
+    (asking_heads_swapped, "softmax_regression", {}),
+]
+"""Mistakes in code that `forward`, `extend` and `reference` share: these agree with each other, and are all wrong."""
+
+
+@pytest.mark.parametrize(("mutate", "kind", "options"), SHARED, ids=[f"{m[0].__name__}-{m[1]}" for m in SHARED])
+def test_a_mistake_that_all_forms_share_is_seen_by_hand(mutate, kind, options, monkeypatch):
+    mutate(monkeypatch)
+    build = functools.partial(build_case, kind, options)
+    ITEMS["reference"](build)
+    if build().traits.causal:
+        ITEMS["partitions"](build)
+    with pytest.raises(AssertionError, match="forward against the formula by hand: differs"):
+        ITEMS["by_hand"](build)
 
 
 def state_bytes_forget_the_tail(patch: Patch) -> None:

@@ -1,16 +1,22 @@
 """What CONTRIBUTING promises a newcomer: copy the template, and the contract finds it, in the tree or outside."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import attnzoo.attention
-from attnzoo.attention import ATTENTION
+from attnzoo.attention import ATTENTION, load_plugins
+from attnzoo.checkpoint import open_checkpoint
 from tests.contract.contract import ITEMS
 
 ROOT = Path(__file__).resolve().parents[2]
+NEWCOMERS = Path(__file__).parent / "newcomers"
 TEMPLATE = Path(attnzoo.attention.__file__).parent / "_template.py"
 
 
@@ -25,32 +31,71 @@ def contract_run(*arguments: str, cwd: Path, **environment: str) -> subprocess.C
     return run("-m", "pytest", "tests/contract", *options, *arguments, cwd=cwd, **environment)
 
 
+def passed(result: subprocess.CompletedProcess[str], cases: int) -> None:
+    assert result.returncode == 0, result.stdout
+    assert f"{len(ITEMS) * cases} passed" in result.stdout
+
+
 def test_plugin_outside_the_tree(tmp_path):
     plugin = tmp_path / "my_variant.py"
     shutil.copyfile(TEMPLATE, plugin)
-    result = contract_run(cwd=ROOT, ATTNZOO_PLUGINS=str(plugin))
-    assert result.returncode == 0, result.stdout
-    assert f"{len(ITEMS)} passed" in result.stdout
+    passed(contract_run(cwd=ROOT, ATTNZOO_PLUGINS=str(plugin)), cases=2)
     listed = run("-m", "attnzoo", "list", cwd=ROOT, ATTNZOO_PLUGINS=str(plugin))
     assert "\nmine " in listed.stdout
 
 
 def test_copy_of_the_template_in_the_tree(tmp_path):
     tree = tmp_path / "tree"
-    for folder in ("attnzoo", "tests"):
+    for folder in ("attnzoo", "train", "serve", "tests"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(ROOT / "pyproject.toml", tree / "pyproject.toml")
     shutil.copyfile(TEMPLATE, tree / "attnzoo" / "attention" / "mine.py")
-    result = contract_run(cwd=tree, PYTHONPATH=str(tree))
-    assert result.returncode == 0, result.stdout
-    assert f"{len(ITEMS)} passed" in result.stdout
+    passed(contract_run(cwd=tree, PYTHONPATH=str(tree)), cases=2)
+
+
+@pytest.mark.parametrize(("name", "cases"), [("kerple", 3), ("buffered", 1), ("running_mean", 1)])
+def test_newcomers(name, cases):
+    """A bias without a largest distance; buffers, numbers and frozen parameters; a variant without any part."""
+    result = contract_run("-k", f"{name} and test_contract", cwd=ROOT, ATTNZOO_PLUGINS=str(NEWCOMERS / f"{name}.py"))
+    passed(result, cases)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "item"),
+    [
+        ("return -self.slope[:, None] * distance_P", "return -self.slope[:, None] * distance_P / 2", "by_hand"),
+        ("/ q.shape[2] ** 0.5", "", "by_hand"),
+        ('source = "authors', 'implementations = ("torch",)\n    source = "authors', None),
+        ("2.0 ** (-8.0", "float('nan') * (-8.0", "defaults"),
+        ("super().__init__(heads)\n", "super().__init__(heads)\n        assert heads.num_heads != 7\n", "defaults"),
+        (
+            "super().__init__(heads)\n",
+            "super().__init__(heads)\n        self.register_buffer('noise', torch.rand(3), persistent=False)\n",
+            "served",
+        ),
+    ],
+    ids=["bias", "formula", "no kernels", "values at first", "head count", "random buffer"],
+)
+def test_mistakes_in_the_template_are_caught(right, wrong, item, tmp_path):
+    """Each by the item that is for it; in code that all forms share, `reference` cannot see a mistake."""
+    text = TEMPLATE.read_text(encoding="utf-8")
+    assert right in text
+    plugin = tmp_path / "my_variant.py"
+    plugin.write_text(text.replace(right, wrong), encoding="utf-8")
+    result = contract_run("-k", "test_contract and mine and not num_kv_heads", cwd=ROOT, ATTNZOO_PLUGINS=str(plugin))
+    failed = re.findall(r"FAILED .*\[mine-(\w+)\]", result.stdout)
+    assert failed == ([] if item is None else [item]), result.stdout
 
 
 def test_broken_plugin_is_caught(tmp_path):
     """A plugin whose streaming form forgets its distance fails the contract."""
     text = TEMPLATE.read_text(encoding="utf-8")
-    broken = text.replace("mask=mask", "mask=shifted(mask)")
-    assert broken != text
+    right = "    def reset_parameters(self"
+    assert right in text
+    broken = text.replace(
+        right,
+        "    def attend(self, qkv, mask, impl):\n        return super().attend(qkv, shifted(mask), impl)\n\n" + right,
+    )
     broken += (
         "\n\ndef shifted(mask):\n"
         "    if mask.parallel:\n"
@@ -65,10 +110,100 @@ def test_broken_plugin_is_caught(tmp_path):
     assert "failed" in result.stdout
 
 
-def test_missing_plugin_is_an_error():
-    result = run("-m", "attnzoo", "list", cwd=ROOT, ATTNZOO_PLUGINS="no_such_file.py")
-    assert result.returncode != 0
-    assert "'no_such_file.py' is not a Python file" in result.stderr
+LIST = ("-m", "attnzoo", "list")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("x = (\n", "SyntaxError: '(' was never closed (line 1)"),
+        ("\nimport no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module' (line 2)"),
+        ("def f():\n    return 1 / 0\nf()\n", "ZeroDivisionError: division by zero (line 2)"),
+        ("x = 1\n", "registers no variant; put @ATTENTION.register"),
+        (
+            "from attnzoo.attention.base import ATTENTION\n@ATTENTION.register('mha')\nclass A: ...\n",
+            "attention 'mha': A is no subclass of Attention",
+        ),
+        (
+            "from attnzoo.attention.mha import MHA\nfrom attnzoo.attention.base import ATTENTION\n"
+            "@ATTENTION.register('mha')\nclass A(MHA): ...\n",
+            "attention name 'mha' is taken by MHA in ",
+        ),
+        (
+            "from attnzoo.attention.base import ATTENTION, Attention\n@ATTENTION.register('a')\n"
+            "class A(Attention):\n    def forward(self, x): ...\n",
+            "attention 'a': A lacks cost, extend, init_state, reference, traits",
+        ),
+        (
+            "from attnzoo.attention.mha import MHA\nfrom attnzoo.attention.base import ATTENTION\n"
+            "@ATTENTION.register\nclass A(MHA): ...\n",
+            'give a word without spaces, as it stands in configurations: @register("name")',
+        ),
+        (
+            "from attnzoo.attention.composed import ComposedAttention as C\n"
+            "from attnzoo.attention.base import ATTENTION\n@ATTENTION.register('a')\nclass A(C): ...\n",
+            "attention 'a': A lacks `source`",
+        ),
+        (
+            "from attnzoo.attention.composed import ComposedAttention as C\n"
+            "from attnzoo.attention.base import ATTENTION\n@ATTENTION.register('a')\n"
+            "class A(C):\n    source, Config = 's', dict\n",
+            "attention 'a': A lacks `Config`",
+        ),
+    ],
+)
+def test_a_plugin_that_cannot_be_imported(content, message, tmp_path, monkeypatch, capsys):
+    """One line that names the variable, the file, and the place in it."""
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(content, encoding="utf-8")
+    known = ATTENTION.names()
+    with pytest.raises(ValueError, match=f"^{re.escape('ATTNZOO_PLUGINS=')}.*{re.escape(str(plugin))}") as error:
+        load_plugins(str(plugin))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert ATTENTION.names() == known
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        ("no_such_file.py", "'no_such_file.py' is not a Python file: nothing is there"),
+        ("a.py,b.py", "is ',' meant to separate two paths?"),
+        ("a.py;b.py", "is ';' meant to separate two paths?"),
+        (str(ROOT), "is a directory"),
+        (str(ROOT / "README.md"), "is not a Python file"),
+    ],
+)
+def test_paths_that_are_no_plugin(paths, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load_plugins(paths)
+    assert str(error.value).startswith(f"ATTNZOO_PLUGINS={paths!r}")
+
+
+def test_a_broken_plugin_is_one_line_of_the_command_line():
+    result = run(*LIST, cwd=ROOT, ATTNZOO_PLUGINS="no_such_file.py")
+    assert result.returncode == 2
+    assert result.stderr.startswith("attnzoo: error: ATTNZOO_PLUGINS='no_such_file.py': ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_list_goes_on_past_a_variant_that_cannot_be_built(tmp_path):
+    text = TEMPLATE.read_text(encoding="utf-8").replace("num_heads: int = 4", "num_heads: int = 7")
+    (tmp_path / "seven.py").write_text(text.replace('register("mine")', 'register("seven")'), encoding="utf-8")
+    result = run(*LIST, cwd=ROOT, ATTNZOO_PLUGINS=str(tmp_path / "seven.py"))
+    assert result.returncode == 1
+    assert "\nsoftmax_regression " in result.stdout
+    assert "attnzoo: seven (seven.py) cannot be built: ValueError: model_dim=256 is not a multiple" in result.stderr
+
+
+def test_a_checkpoint_without_its_plugin(tmp_path):
+    """What is missing is the plug-in: exporting again would not help, and is not possible."""
+    content = {"format": "attnzoo-decoder-1", "model": {"vocab_size": 9, "model_dim": 8, "num_layers": 1}}
+    content["model"]["attention"] = "kerple"
+    (tmp_path / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"unknown attention 'kerple'.*ATTNZOO_PLUGINS is not set") as error:
+        open_checkpoint(tmp_path)
+    assert "export the model again" not in str(error.value)
 
 
 def test_template_itself_is_not_registered():

@@ -179,12 +179,15 @@ def test_paged_decode_refuses_what_does_not_fit(change, message):
     groups=st.integers(1, 3),
     tokens=st.integers(1, 6),
     slots=st.integers(1, 7),
-    relative=st.booleans(),
+    channels=st.sampled_from([None, 0, H]),
     seed=st.integers(0, 99),
 )
-def test_key_mass_is_its_reference(batch, kv_heads, groups, tokens, slots, relative, seed):
-    heads = kv_heads * groups
-    tables = Tables(rand(heads, H, seed=1), rand(heads, 4, H, seed=2), rand(heads, 4, seed=3)) if relative else None
+def test_key_mass_is_its_reference(batch, kv_heads, groups, tokens, slots, channels, seed):
+    """Without relative terms, with a bias by distance alone, and with a table."""
+    heads, relative = kv_heads * groups, channels is not None
+    tables = None
+    if channels is not None:
+        tables = Tables(rand(heads, H, seed=1), rand(heads, 4, channels, seed=2), rand(heads, 4, seed=3))
     queries = 9 + torch.arange(tokens).expand(batch, tokens) + 3 * torch.arange(batch)[:, None]
     mask = CausalMask(query_positions_BT=queries, key_positions_BKS=holes(batch, kv_heads, slots, 12, seed))
     rest = {

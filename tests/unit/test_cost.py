@@ -6,7 +6,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnzoo.attention import Attention, Cost, build_attention
-from attnzoo.attention.parts import SoftmaxMixing
+from attnzoo.attention.composed import ComposedAttention
+from attnzoo.attention.mha import MHAConfig
+from attnzoo.attention.parts import DistanceBias, Heads, Projection, SoftmaxMixing
 from attnzoo.evaluate.memory import kept_bytes, peak_bytes
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.ops import row_blocks
@@ -209,6 +211,30 @@ def test_memory_of_training_in_bfloat16():
 
     step()
     assert peak_bytes(step) == pytest.approx(model.cost(2, 256, 256).peak_bytes, rel=CLOSE)
+
+
+class Alibi(DistanceBias):
+    """Fixed slopes."""
+
+    def bias(self, distance_P: Tensor) -> Tensor:
+        return -(2.0 ** -torch.arange(1.0, self.heads.num_heads + 1))[:, None] * distance_P
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(4, 256), (2, 512), (1, 1024)])
+@pytest.mark.parametrize("window", [None, 100])
+def test_memory_of_training_with_a_bias_by_distance(window, batch, tokens):
+    """No table of zeros: the bias is a number a head and distance."""
+    heads = Heads.of(DIM, 4, None, None)
+    mixing = SoftmaxMixing(heads, Alibi(heads), window=window)
+    attention = ComposedAttention(MHAConfig(model_dim=DIM), projection=Projection(heads), mixing=mixing)
+    x, dy = torch.randn(batch, tokens, DIM, requires_grad=True), torch.randn(batch, tokens, DIM)
+    for parameter in attention.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    attention(x).backward(dy)
+    x.grad = None
+    cost = attention.cost(batch, tokens, tokens)
+    assert kept_bytes(lambda: attention(x)) == pytest.approx(cost.activation_bytes, rel=0.01)
+    assert peak_bytes(lambda: attention(x).backward(dy)) == pytest.approx(cost.peak_bytes, rel=CLOSE)
 
 
 def test_peak_is_seen_inside_operators_and_after_release():

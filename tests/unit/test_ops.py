@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from attnzoo.ops.biased_sdpa import biased_sdpa
 from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.relative_sdpa import relative_sdpa
@@ -31,6 +32,7 @@ def sparse_positions() -> tuple[torch.Tensor, torch.Tensor]:
 
 SOFTMAX_OPS = {
     "sdpa": lambda qkv, **rest: sdpa(*qkv, **rest),
+    "biased_sdpa": lambda qkv, **rest: biased_sdpa(*qkv, bias_NP=rand(N, P, seed=7), **rest),
     "relative_sdpa": lambda qkv, **rest: relative_sdpa(
         *qkv,
         content_bias_NH=rand(N, H, seed=4),
@@ -100,6 +102,25 @@ def test_table_of_wrong_size_is_refused():
     qkv = (rand(B, N, T, H), rand(B, K, T, H), rand(B, K, T, H))
     with pytest.raises(ValueError, match=r"they must be \[6, 7\], \[6, P, 7\] and \[6, P\]"):
         relative_sdpa(*qkv, content_bias_NH=rand(N, H), table_NPH=rand(N, P, H + 1), table_bias_NP=rand(N, P))
+
+
+@pytest.mark.parametrize("shape", [(N + 1, P), (N, P, 1), (N,), (N, 0)], ids=str)
+def test_bias_of_wrong_size_is_refused(shape):
+    qkv = (rand(B, N, T, H), rand(B, K, T, H), rand(B, K, T, H))
+    with pytest.raises(ValueError, match=r"bias has shape .*; it must be \[heads, distances\] = \[6, P\]"):
+        biased_sdpa(*qkv, bias_NP=rand(*shape))
+
+
+def test_a_bias_of_thousands_keeps_its_digits_in_half_precision():
+    """-.5 * 2000 has no neighbour nearer than 4 in bfloat16, and e^4 is much: the bias stays in float32."""
+    q = torch.zeros(1, 1, 4, 8, dtype=torch.bfloat16)
+    v = torch.eye(4)[None, None].bfloat16()
+    bias_NP = -2000.0 - 0.5 * torch.arange(4.0)[None]
+    expected = torch.softmax(torch.tensor([-1.5, -1.0, -0.5, 0.0]), 0)
+    places = CausalMask(query_positions_BT=torch.arange(4)[None], key_positions_BKS=torch.arange(4)[None, None])
+    for mask in (CausalMask(), places):
+        out = biased_sdpa(q, q, v, bias_NP=bias_NP, mask=mask)
+        torch.testing.assert_close(out[0, 0, -1].float(), expected, rtol=0.01, atol=0)
 
 
 def test_rope_refuses_odd_width():

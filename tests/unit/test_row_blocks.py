@@ -39,7 +39,8 @@ def dense(q, k, v, tables: Tables | None, mask: CausalMask, scale: float) -> tor
     if tables is not None:
         rows = (torch.arange(T)[:, None] - torch.arange(T)).clamp(0, tables.table_NPH.shape[1] - 1)
         scores = (q + tables.content_bias_NH[:, None]) @ k.mT
-        scores = scores + torch.einsum("bnth,ntsh->bnts", q, tables.table_NPH[:, rows])
+        channels = tables.table_NPH.shape[2]
+        scores = scores + torch.einsum("bnth,ntsh->bnts", q[..., :channels], tables.table_NPH[:, rows])
         scores = scores + tables.table_bias_NP[:, rows]
     hidden = ~mask.visible(T, q.device)
     return (scores * scale).masked_fill(hidden, float("-inf")).softmax(-1) @ v
@@ -48,15 +49,20 @@ def dense(q, k, v, tables: Tables | None, mask: CausalMask, scale: float) -> tor
 @pytest.mark.parametrize(
     ("block", "tile"), [(16, 1), (16, 13_000), (64, 2 << 20)], ids=["a head at a time", "two heads", "all at once"]
 )
-@pytest.mark.parametrize("rows", [0, 1, 11, 45, 60], ids=lambda rows: f"{rows} rows of table")
+@pytest.mark.parametrize(
+    ("rows", "channels"),
+    [(0, H), (1, H), (11, H), (45, H), (60, H), (1, 0), (11, 0), (60, 0)],
+    ids=str,
+)
 @pytest.mark.parametrize("name", MASKS)
-def test_outputs_and_gradients_against_all_pairs_at_once(name, rows, block, tile, monkeypatch):
+def test_outputs_and_gradients_against_all_pairs_at_once(name, rows, channels, block, tile, monkeypatch):
+    """Also where the table has no channels: a bias by distance alone."""
     monkeypatch.setattr(row_blocks, "BLOCK", block)
     monkeypatch.setattr(row_blocks, "TILE_BYTES", tile)
     inputs = [rand(B, N, T, H, seed=0), rand(B, K, T, H, seed=1), rand(B, K, T, H, seed=2)]
     tables = None
     if rows:
-        tables = Tables(rand(N, H, seed=3), rand(N, rows, H, seed=4), rand(N, rows, seed=5))
+        tables = Tables(rand(N, H, seed=3), rand(N, rows, channels, seed=4), rand(N, rows, seed=5))
         inputs += [tables.content_bias_NH, tables.table_NPH, tables.table_bias_NP]
     actual = row_block_attention(*inputs[:3], tables, MASKS[name], 0.3)
     expected = dense(*inputs[:3], tables, MASKS[name], 0.3)

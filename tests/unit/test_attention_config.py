@@ -1,0 +1,94 @@
+"""Options of variants: what is refused, in what words, and that it is the same from a file and from Python."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from attnzoo.attention import ATTENTION, build_attention
+from attnzoo.types import LARGEST
+from tests.contract.contract import BATCH, MODEL_DIM, TOKENS, build_case, inputs
+
+INTEGERS = [
+    (kind, field.name)
+    for kind in ATTENTION
+    for field in dataclasses.fields(ATTENTION.get(kind).Config)
+    if "int" in str(field.type)
+]
+FLOATS = [
+    (kind, field.name)
+    for kind in ATTENTION
+    for field in dataclasses.fields(ATTENTION.get(kind).Config)
+    if "float" in str(field.type)
+]
+
+
+def refused(kind: str, field: str, value: object) -> None:
+    """By `build_attention` and by the Config itself, both times naming field and value."""
+    values = {"model_dim": 64} | {field: value}
+    shown = repr(value) if not isinstance(value, float) else str(value)
+    for build in (
+        lambda: build_attention(kind, values),
+        lambda: ATTENTION.get(kind)(ATTENTION.get(kind).Config(**values)),
+    ):
+        with pytest.raises(ValueError, match=f"{field}.*") as error:
+            build()
+        assert shown in str(error.value)
+
+
+@pytest.mark.parametrize("value", [-1, True, 2.0, "8", [4], 2**31, 2**70, -(2**70)], ids=repr)
+@pytest.mark.parametrize(("kind", "field"), INTEGERS)
+def test_integers(kind, field, value):
+    refused(kind, field, value)
+
+
+@pytest.mark.parametrize(
+    "field", ["model_dim", "num_heads", "num_kv_heads", "head_dim", "window", "max_distance", "conv_width"]
+)
+def test_no_size_is_zero(field):
+    kinds = [kind for kind, name in INTEGERS if name == field]
+    assert kinds
+    for kind in kinds:
+        refused(kind, field, 0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "1e-6", True, 10**400], ids=lambda v: str(v)[:8])
+@pytest.mark.parametrize(("kind", "field"), FLOATS)
+def test_floats(kind, field, value):
+    if isinstance(value, int) and not isinstance(value, bool):
+        with pytest.raises(ValueError, match=f"{field}=inf must be a finite number"):
+            build_attention(kind, {"model_dim": 64, field: value})
+        return
+    refused(kind, field, value)
+
+
+def test_sinks_are_counted_only_with_a_window():
+    with pytest.raises(ValueError, match="sinks=3 without a window"):
+        build_attention("mha", {"model_dim": 64, "sinks": 3})
+
+
+def test_sizes_that_do_not_fit_into_memory():
+    with pytest.raises(ValueError, match=r"'linear' with model_dim=2147483647.* does not fit into memory; make it"):
+        build_attention("linear", {"model_dim": LARGEST, "num_heads": 1})
+
+
+def test_the_largest_window_is_a_window():
+    attention = build_attention("mha", {"model_dim": 16, "window": LARGEST, "sinks": 5}).double()
+    plain = build_attention("mha", {"model_dim": 16}).double()
+    plain.load_state_dict(attention.state_dict())
+    x = inputs(BATCH, TOKENS, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(x), plain(x), rtol=0, atol=1e-12)
+        streamed, _ = attention.extend(x, attention.init_state(BATCH, TOKENS))
+    torch.testing.assert_close(streamed, plain(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "shape", [(TOKENS, MODEL_DIM), (BATCH, TOKENS, MODEL_DIM + 1), (1, BATCH, TOKENS, MODEL_DIM)], ids=str
+)
+def test_inputs_of_another_shape(shape):
+    attention = build_case("rcmha", {})
+    for call in (attention, attention.reference, lambda x: attention.extend(x, attention.init_state(BATCH, TOKENS))):
+        with pytest.raises(ValueError, match=r"RCMHA got x of shape .*; it must be \[batch, tokens, 22\]"):
+            call(inputs(*shape))
