@@ -13,7 +13,7 @@ from transformers.utils.generic import can_return_tuple
 
 from attnzoo.hf.cache import DecoderCache
 from attnzoo.hf.config import AttnzooConfig
-from attnzoo.models import DecoderLM
+from attnzoo.models import DecoderLM, fill_buffers
 
 
 class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):
@@ -140,7 +140,11 @@ class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("labels with logits_to_keep: the loss needs all logits; leave one of them out")
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: `DecoderLM` draws its own weights. Raises ValueError for those that a checkpoint lacks."""
+        """Nothing: `DecoderLM` draws its own weights. Raises ValueError for those that a checkpoint lacks. Buffers that
+        no checkpoint holds are made again: from_pretrained leaves storage of any content in their place."""
+        unsaved = [module._buffers[name] for name in module._non_persistent_buffers_set]
+        if any(buffer is not None and not buffer.is_meta for buffer in unsaved):
+            fill_buffers(self.model, self.device, self.dtype, lost=True)
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
                 where = next((path for path, found in self.named_modules() if found is module), "")

@@ -46,13 +46,16 @@ def build_shapes(config: DecoderConfig) -> DecoderLM:
 
 
 @torch.no_grad()
-def fill_buffers(model: DecoderLM, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+def fill_buffers(
+    model: DecoderLM, device: torch.device | str, dtype: torch.dtype | None = None, *, lost: bool = False
+) -> None:
     """Values for the buffers that no checkpoint holds (persistent=False): those of a variant that is built anew with
-    the same options. Floating point ones in `dtype`, None: in their own."""
+    the same options. Floating point ones in `dtype`, None: in their own. lost: also where there is storage, for it
+    holds anything."""
     built: dict[str, Attention] = {}
     for layer, block in enumerate(model.layers()):
         for name, buffer in unsaved_buffers(block.attention).items():
-            if buffer.is_meta:
+            if buffer.is_meta or lost:
                 kind, options = model.config.layer_attention(layer)
                 key = repr((kind, options))
                 if key not in built:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnzoo.attention import ATTENTION, Attention, build_attention
@@ -387,13 +388,21 @@ def check_gradients(build: Build) -> None:
     """gradcheck of forward and of extend over two chunks, and streamed parameter gradients == forward's."""
     attention = build()
     x = inputs(1, 5, MODEL_DIM).requires_grad_()
-    torch.autograd.gradcheck(attention, (x,), fast_mode=True)
+    check_differences(attention, x, "forward")
     if not streams(attention):
         return
-    torch.autograd.gradcheck(lambda x: stream(attention, x, [2, 1, 2], 5), (x,), fast_mode=True)
+    check_differences(lambda x: stream(attention, x, [2, 1, 2], 5), x, "extend over chunks of 2, 1 and 2 tokens")
     expected = gradients(attention, attention(x), x)
     for name, grad in gradients(attention, stream(attention, x, [2, 1, 2], 5), x).items():
         assert_close(grad, expected[name], f"gradient of {name} through extend", tolerance=1e-9)
+
+
+def check_differences(call: Callable[[Tensor], Tensor], x: Tensor, form: str) -> None:
+    """gradcheck, its error in words."""
+    try:
+        torch.autograd.gradcheck(call, (x,), fast_mode=True)
+    except GradcheckError as error:
+        raise AssertionError(f"{form}: the gradient is not that of small differences. {error}") from None
 
 
 def check_shift(build: Build) -> None:
@@ -457,11 +466,17 @@ def check_cost(build: Build) -> None:
             f"cost says {prefill} FLOPs for {tokens} tokens at once and {decode} one by one; both count the pairs of "
             "query and key that causality leaves, t keys for token t"
         )
-    training, streaming = attention.cost(2, tokens, tokens), attention.cost(2, 1, tokens)
-    out_bytes = 2 * tokens * MODEL_DIM * 8
-    assert training.activation_bytes >= out_bytes, "the forward pass leaves less than its output"
-    assert training.workspace_bytes > 0, "gradients take no memory"
-    assert (streaming.activation_bytes, streaming.peak_bytes) == (0, 0), "streaming keeps nothing for a backward pass"
+    training, streaming = attention.cost(BATCH, tokens, tokens), attention.cost(BATCH, 1, tokens)
+    out_bytes = BATCH * tokens * MODEL_DIM * 8
+    call = f"cost({BATCH}, {tokens}, {tokens})"
+    assert training.activation_bytes >= out_bytes, (
+        f"{call}.activation_bytes={training.activation_bytes}, less than the output's own {out_bytes} bytes: it is "
+        "what forward leaves for the backward pass, and plans are made from it"
+    )
+    assert training.workspace_bytes > 0, f"{call}.workspace_bytes=0: gradients of activations take memory"
+    assert (streaming.activation_bytes, streaming.workspace_bytes) == (0, 0), (
+        f"cost({BATCH}, 1, {tokens}) has activation_bytes or workspace_bytes: streaming keeps nothing for gradients"
+    )
 
 
 def check_storage(build: Build) -> None:

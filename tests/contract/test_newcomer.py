@@ -26,9 +26,9 @@ def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
     )
 
 
-def contract_run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    options = ("-q", "-p", "no:cacheprovider", "-k", "mine and test_contract")
-    return run("-m", "pytest", "tests/contract", *options, *arguments, cwd=cwd, **environment)
+def contract_run(*names: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    options = ("-q", "-p", "no:cacheprovider", "-k", " or ".join(names))
+    return run("-m", "pytest", "tests/contract/test_contract.py", *options, cwd=cwd, **environment)
 
 
 def passed(result: subprocess.CompletedProcess[str], cases: int) -> None:
@@ -39,7 +39,7 @@ def passed(result: subprocess.CompletedProcess[str], cases: int) -> None:
 def test_plugin_outside_the_tree(tmp_path):
     plugin = tmp_path / "my_variant.py"
     shutil.copyfile(TEMPLATE, plugin)
-    passed(contract_run(cwd=ROOT, ATTNZOO_PLUGINS=str(plugin)), cases=2)
+    passed(contract_run("mine", cwd=ROOT, ATTNZOO_PLUGINS=str(plugin)), cases=2)
     listed = run("-m", "attnzoo", "list", cwd=ROOT, ATTNZOO_PLUGINS=str(plugin))
     assert "\nmine " in listed.stdout
 
@@ -50,41 +50,58 @@ def test_copy_of_the_template_in_the_tree(tmp_path):
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(ROOT / "pyproject.toml", tree / "pyproject.toml")
     shutil.copyfile(TEMPLATE, tree / "attnzoo" / "attention" / "mine.py")
-    passed(contract_run(cwd=tree, PYTHONPATH=str(tree)), cases=2)
+    passed(contract_run("mine", cwd=tree, PYTHONPATH=str(tree)), cases=2)
 
 
-@pytest.mark.parametrize(("name", "cases"), [("kerple", 3), ("buffered", 1), ("running_mean", 1)])
-def test_newcomers(name, cases):
+def test_newcomers():
     """A bias without a largest distance; buffers, numbers and frozen parameters; a variant without any part."""
-    result = contract_run("-k", f"{name} and test_contract", cwd=ROOT, ATTNZOO_PLUGINS=str(NEWCOMERS / f"{name}.py"))
-    passed(result, cases)
+    names = ["kerple", "buffered", "running_mean"]
+    plugins = os.pathsep.join(str(NEWCOMERS / f"{name}.py") for name in names)
+    passed(contract_run(*names, cwd=ROOT, ATTNZOO_PLUGINS=plugins), cases=5)
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong", "item"),
-    [
-        ("return -self.slope[:, None] * distance_P", "return -self.slope[:, None] * distance_P / 2", "by_hand"),
-        ("/ q.shape[2] ** 0.5", "", "by_hand"),
-        ('source = "authors', 'implementations = ("torch",)\n    source = "authors', None),
-        ("2.0 ** (-8.0", "float('nan') * (-8.0", "defaults"),
-        ("super().__init__(heads)\n", "super().__init__(heads)\n        assert heads.num_heads != 7\n", "defaults"),
-        (
-            "super().__init__(heads)\n",
-            "super().__init__(heads)\n        self.register_buffer('noise', torch.rand(3), persistent=False)\n",
-            "served",
-        ),
-    ],
-    ids=["bias", "formula", "no kernels", "values at first", "head count", "random buffer"],
-)
-def test_mistakes_in_the_template_are_caught(right, wrong, item, tmp_path):
+MISTAKES = {
+    "bias": ("return -self.slope[:, None] * distance_P", "return -self.slope[:, None] * distance_P / 2", "by_hand"),
+    "formula": ("/ q.shape[2] ** 0.5", "", "by_hand"),
+    "nothing": ('source = "authors', 'implementations = ("torch",)\n    source = "authors', None),
+    "start": ("2.0 ** (-8.0", "float('nan') * (-8.0", "defaults served"),
+    "count": (
+        "super().__init__(heads)\n",
+        "super().__init__(heads)\n        assert heads.num_heads != 7\n",
+        "defaults",
+    ),
+    "noise": (
+        "super().__init__(heads)\n",
+        "super().__init__(heads)\n        self.register_buffer('noise', torch.rand(3), persistent=False)\n",
+        "served",
+    ),
+    "meta": (
+        "super().__init__(heads)\n",
+        "super().__init__(heads)\n        self.first = float(torch.ones(2)[0])\n",
+        "served",
+    ),
+    "complex": (
+        "super().__init__(heads)\n",
+        "super().__init__(heads)\n        self.register_buffer('turns', torch.ones(3, dtype=torch.complex64))\n",
+        "served",
+    ),
+}
+"""What is written instead of what, and which items notice; None: it is no mistake."""
+
+
+def test_mistakes_in_the_template_are_caught(tmp_path):
     """Each by the item that is for it; in code that all forms share, `reference` cannot see a mistake."""
-    text = TEMPLATE.read_text(encoding="utf-8")
-    assert right in text
-    plugin = tmp_path / "my_variant.py"
-    plugin.write_text(text.replace(right, wrong), encoding="utf-8")
-    result = contract_run("-k", "test_contract and mine and not num_kv_heads", cwd=ROOT, ATTNZOO_PLUGINS=str(plugin))
-    failed = re.findall(r"FAILED .*\[mine-(\w+)\]", result.stdout)
-    assert failed == ([] if item is None else [item]), result.stdout
+    text, plugins = TEMPLATE.read_text(encoding="utf-8"), []
+    for name, (right, wrong, _) in MISTAKES.items():
+        assert right in text
+        plugins.append(tmp_path / f"{name}.py")
+        changed = text.replace(right, wrong).replace('register("mine")', f'register("mine_{name}")')
+        plugins[-1].write_text(changed.replace('{"num_kv_heads": 1}', ""), encoding="utf-8")
+    result = contract_run("mine", cwd=ROOT, ATTNZOO_PLUGINS=os.pathsep.join(map(str, plugins)))
+    found = {name: re.findall(rf"FAILED .*\[mine_{name}-(\w+)\]", result.stdout) for name in MISTAKES}
+    assert found == {name: (items or "").split() for name, (_, _, items) in MISTAKES.items()}, result.stdout
+    assert "a variant reads values of tensors in __init__" in result.stdout
+    assert "has dtype torch.complex64, which cannot be saved" in result.stdout
 
 
 def test_broken_plugin_is_caught(tmp_path):
@@ -105,7 +122,7 @@ def test_broken_plugin_is_caught(tmp_path):
     broken = broken.replace("from dataclasses", "import dataclasses\nfrom dataclasses")
     plugin = tmp_path / "broken.py"
     plugin.write_text(broken, encoding="utf-8")
-    result = contract_run(cwd=ROOT, ATTNZOO_PLUGINS=str(plugin))
+    result = contract_run("mine", cwd=ROOT, ATTNZOO_PLUGINS=str(plugin))
     assert result.returncode == 1, result.stdout
     assert "failed" in result.stdout
 

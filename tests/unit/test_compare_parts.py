@@ -262,3 +262,12 @@ def test_text_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"\xe9" * 2000)
     with pytest.raises(ValueError, match="not UTF-8"):
         load_text(str(tmp_path / "latin.txt"))
+
+
+def test_the_default_text_is_on_every_machine():
+    """The command as the README has it: text enough, few characters, the same at every call."""
+    comparison = Comparison(parse_settings([]))
+    assert comparison.config.text == "stdlib"
+    assert len(comparison.text.train) + len(comparison.text.validation) == 1_000_000
+    assert 90 < comparison.text.vocab_size < 128
+    assert Comparison(parse_settings([])).text_hash == comparison.text_hash

@@ -41,6 +41,31 @@ def test_registry():
         shapes.register("square")(int)
     with pytest.raises(ValueError, match="is not a registered shape"):
         shapes.name_of(int)
+    for name in ("two words", "", Square):
+        with pytest.raises(ValueError, match="give a word without spaces"):
+            shapes.register(name)
+    shapes.remove("square")
+    assert "square" not in shapes
+
+
+def test_a_registry_that_loads_more_when_first_asked():
+    """What fails is told to whoever asks, every time until it succeeds."""
+    shapes: Registry[int] = Registry("shape")
+    attempts = []
+
+    def load() -> None:
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise ValueError("no file")
+        shapes.register("round")(1)
+
+    shapes.load_first(load)
+    for look_up in (shapes.names, lambda: shapes.get("round")):
+        with pytest.raises(ValueError, match="no file"):
+            look_up()
+    assert shapes.get("round") == 1
+    assert "round" in shapes
+    assert len(attempts) == 3
 
 
 def test_build_config_accepts():
