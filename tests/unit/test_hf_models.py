@@ -1,5 +1,8 @@
 """The model type "attnzoo" in transformers: forward, generate, save and load, and adapters of peft."""
 
+import sys
+from pathlib import Path
+
 import peft
 import pytest
 import torch
@@ -7,7 +10,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import attnzoo.hf
-from attnzoo.attention import ATTENTION, build_attention
+from attnzoo.attention import ATTENTION, build_attention, load_plugins
 from attnzoo.checkpoint import load_model, load_tokenizer
 from attnzoo.hf import AttnzooConfig, AttnzooForCausalLM, DecoderCache
 from attnzoo.models import DecoderConfig, DecoderLM, generate
@@ -232,6 +235,34 @@ def test_every_registered_variant(kind, tmp_path):
         assert torch.equal(loaded(ids).logits, decoder(ids))
     assert loaded.generation_config.eos_token_id == tokenizer().eos_id
     assert load_tokenizer(tmp_path / "out").encode("a b") == tokenizer().encode("a b")
+
+
+@pytest.fixture
+def buffered():
+    """A variant outside the tree that keeps buffers of every kind; forgotten again afterwards."""
+    before = set(sys.modules)
+    load_plugins(str(Path(__file__).parents[1] / "contract" / "newcomers" / "buffered.py"))
+    yield "buffered"
+    ATTENTION.remove("buffered")
+    for name in set(sys.modules) - before:
+        if name.startswith("attnzoo_plugin_"):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_buffers_saved_and_not(buffered, dtype, tmp_path):
+    """transformers leaves storage of any content where a buffer is not in the checkpoint."""
+    torch.manual_seed(6)
+    config = DecoderConfig(vocab_size=TOKENS, model_dim=32, num_layers=2, attention=buffered)
+    decoder = DecoderLM(config).eval()
+    ids = torch.tensor([prompts()[1]])
+    with torch.no_grad():
+        assert torch.equal(AttnzooForCausalLM.of(decoder)(ids).logits, decoder(ids))
+        attnzoo.hf.export_model(tmp_path / "out", decoder, tokenizer=tokenizer())
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
+        assert torch.equal(loaded(ids).logits, decoder.to(dtype)(ids))
+        for name, buffer in decoder.named_buffers():
+            assert torch.equal(loaded.model.get_buffer(name), buffer), name
 
 
 def test_from_a_configuration():
