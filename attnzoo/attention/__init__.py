@@ -14,6 +14,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 from attnzoo.attention.base import ATTENTION, Attention, Cost, Traits
 from attnzoo.types import build_config
@@ -28,7 +29,7 @@ def build_attention(kind: str, values: dict[str, object], where: str = "attentio
     need more memory than there is.
     """
     cls = variant(kind)
-    config = build_config(cls.Config, values, where)
+    config: Any = build_config(cls.Config, values, where)
     try:
         return cls(config)
     except (RuntimeError, MemoryError) as error:
