@@ -1,12 +1,11 @@
 """The parallel form in blocks of rows; in streaming, the bias of every pair added by torch's attention."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.relative_sdpa.torch import streamed_bias
 from attnzoo.ops.row_blocks import Tables, row_block_attention
-from attnzoo.ops.sdpa.torch import per_query_head
+from attnzoo.ops.sdpa.torch import masked_attention, per_query_head
 
 
 def biased_sdpa_torch(
@@ -17,12 +16,5 @@ def biased_sdpa_torch(
         return row_block_attention(q_BNTH, k_BKSH, v_BKSH, tables, mask, scale)
     tokens, heads = q_BNTH.shape[2], q_BNTH.shape[1]
     bias_BNTS = streamed_bias(q_BNTH, tables.table_NPH, tables.table_bias_NP, mask, scale)
-    hidden_BNTS = ~per_query_head(mask.visible(tokens, q_BNTH.device), heads)
-    return F.scaled_dot_product_attention(
-        q_BNTH,
-        k_BKSH,
-        v_BKSH,
-        attn_mask=bias_BNTS.masked_fill(hidden_BNTS, float("-inf")),
-        scale=scale,
-        enable_gqa=heads != k_BKSH.shape[1],
-    )
+    visible_BNTS = per_query_head(mask.visible(tokens, q_BNTH.device), heads)
+    return masked_attention(q_BNTH, k_BKSH, v_BKSH, bias_BNTS, visible_BNTS, scale)
