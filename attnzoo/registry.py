@@ -2,6 +2,7 @@
 
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -26,6 +27,7 @@ class Registry(Generic[T]):
         self._items: dict[str, T] = {}
         self._check = check
         self._pending: Callable[[], None] | None = None
+        self._lock = threading.RLock()
 
     def load_first(self, load: Callable[[], None]) -> None:
         """Calls `load`, which registers more, before anything is looked up: what it raises reaches whoever asks, and
@@ -34,21 +36,22 @@ class Registry(Generic[T]):
 
     @property
     def _loaded(self) -> dict[str, T]:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            try:
-                pending()
-            except BaseException:
-                self._pending = pending
-                raise
-        return self._items
+        with self._lock:  # a second thread waits for what the first one loads
+            pending, self._pending = self._pending, None
+            if pending is not None:
+                try:
+                    pending()
+                except BaseException:
+                    self._pending = pending
+                    raise
+            return self._items
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that enters an object under `name` and returns it unchanged.
 
-        Raises ValueError when the name is taken: two variants of one name would make configs ambiguous.
+        Raises ValueError when the name is taken (two variants of one name would make configs ambiguous), is no word, or
+        the object cannot be registered.
         """
-
         if not isinstance(name, str) or not re.fullmatch(r"[\w+.-]+", name):
             raise ValueError(
                 f"{self.kind} name {name!r}: give a word without spaces, as it stands in configurations: "
@@ -67,7 +70,7 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T:
         """The object registered under `name`. Raises ValueError that lists the known names."""
-        if name not in self._loaded:
+        if not isinstance(name, str) or name not in self._loaded:
             raise ValueError(f"unknown {self.kind} {name!r}{suggest(name, self._items)}")
         return self._items[name]
 
