@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from attnzoo.checkpoint import CONFIG, export_model, find_checkpoint, load_model
+from attnzoo.checkpoint import export_model, find_checkpoint, load_model
 from attnzoo.checkpoint.huggingface_export import family_config
+from attnzoo.checkpoint.target import check_export_target
 from attnzoo.models import DecoderConfig
 from attnzoo.tokenizer import Tokenizer, huggingface, load_tokenizer, sentencepiece
 
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options and examples."""
     parser.epilog, parser.formatter_class = EXAMPLES, argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkpoint", help="a directory of training or of transformers, a .gguf file, or smollm2")
-    parser.add_argument("out", type=Path, help="directory to write; a model that is there is replaced")
+    parser.add_argument("out", type=Path, help="directory to write; an earlier export that is there is replaced")
     parser.add_argument(
         "--format",
         choices=["auto", "native", "attnzoo"],
@@ -67,11 +68,13 @@ def _form(config: DecoderConfig, asked: str) -> tuple[str, str]:
 
 
 def _check_target(path: Path, out: Path) -> None:
-    """Raises ValueError for a directory whose replacement would lose something else than a model."""
+    """Raises ValueError for a directory whose replacement would lose anything but an earlier export."""
     if path == out or out in path.parents:
         raise ValueError(f"OUT={str(out)!r} holds the checkpoint itself and would be replaced; give another directory")
-    if out.exists() and not (out / CONFIG).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"OUT={str(out)!r} exists and is not a model; give a new directory")
+    try:
+        check_export_target(out)
+    except ValueError as error:
+        raise ValueError(f"OUT: {error}") from None
 
 
 def _tokenizer(path: Path) -> Tokenizer | None:

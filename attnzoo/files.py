@@ -15,7 +15,8 @@ def temporary_directory(final: Path) -> Path:
 def replace_directory(temporary: Path, final: Path) -> None:
     """Flushes `temporary` to disk and renames it to `final`; an existing `final` is moved aside first.
 
-    A crash leaves either directory whole: between the two renames `final` is missing for a moment, and the old
+    What `final` holds is deleted: whether it may be is for the caller to know (`attnzoo.checkpoint.target`). A crash
+    leaves either directory whole: between the two renames `final` is missing for a moment, and the old
     content stands beside it under a name that starts with a dot.
     """
     for path in sorted(temporary.rglob("*")):
@@ -29,7 +30,12 @@ def replace_directory(temporary: Path, final: Path) -> None:
     else:
         old = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".old", dir=final.parent))
         os.rename(final, old / final.name)
-        os.rename(temporary, final)
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            os.rename(old / final.name, final)
+            old.rmdir()
+            raise
         shutil.rmtree(old, ignore_errors=True)
     _flush(final.parent)
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from attnzoo.checkpoint.base import Checkpoint
 from attnzoo.checkpoint.shards import WEIGHTS, Shards
+from attnzoo.checkpoint.target import check_native_target
 from attnzoo.files import replace_directory, temporary_directory
 from attnzoo.models import DecoderConfig, DecoderLM
 
@@ -22,6 +23,20 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 FORMAT = "attnzoo-decoder-1"
+TOKENIZER = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""Files that tokenizers save."""
+
+
+def check_target(directory: Path) -> None:
+    """Raises ValueError, naming what would be lost, unless `save_model` may write to `directory`."""
+    check_native_target(Path(directory), config=CONFIG, format=FORMAT, names=(CONFIG, WEIGHTS, *TOKENIZER))
 
 
 def save_model(
@@ -31,11 +46,13 @@ def save_model(
     tokenizer: "Tokenizer | None" = None,
     metadata: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes `model` to `directory`, replacing what was there; returns the directory.
+    """Writes `model` to `directory`, replacing an earlier model of this format; returns the directory.
 
-    `tokenizer` is saved along; `metadata` is any JSON (loss, steps, provenance).
+    `tokenizer` is saved along; `metadata` is any JSON (loss, steps, provenance). Raises ValueError for a directory that
+    holds anything else.
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()
+    check_target(directory)
     temporary = temporary_directory(directory)
     try:
         tensors = {
