@@ -1,9 +1,14 @@
-"""Atomic writing: a reader sees the old content or the new one, never half of one."""
+"""Atomic writing: a reader sees the old content or the new one, never half of one. Reading JSON that others wrote."""
 
+import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
+
+MAX_JSON = 64 << 20
+"""Bytes of a JSON file; the index of a model of a million tensors has fewer."""
 
 
 def temporary_directory(final: Path) -> Path:
@@ -55,6 +60,38 @@ def write_atomic(path: Path, data: bytes) -> None:
         Path(name).unlink(missing_ok=True)
         raise
     _flush(path.parent)
+
+
+def read_text(path: Path, limit: int = MAX_JSON) -> str:
+    """The text in a file. Raises ValueError, naming it, for what cannot be read, is not UTF-8 or above `limit` bytes;
+    FileNotFoundError where there is none."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise ValueError(f"'{path}' has more than {limit} bytes; is it the right file?")
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' is not UTF-8 ({error}); copy it again") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(path) from None
+    except OSError as error:
+        raise ValueError(f"'{path}' cannot be read ({error.strerror})") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises as `read_text`, and ValueError, naming it, for anything else than an object."""
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"'{path}' is not JSON ({error}); copy it again") from None
+    except RecursionError:
+        raise ValueError(f"'{path}' is not JSON that can be read: it nests too deep; copy it again") from None
+    except ValueError as error:  # numbers of too many digits
+        raise error if str(path) in str(error) else ValueError(f"'{path}' is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' holds a {type(content).__name__}, not an object; copy it again")
+    return content
 
 
 def _flush(path: Path) -> None:

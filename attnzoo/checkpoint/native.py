@@ -73,9 +73,14 @@ def save_model(
 
 def open_directory(directory: Path, content: Mapping[str, Any], config_path: Path) -> Checkpoint:
     """The model in a directory of our own, `content` being its config.json. Raises ValueError naming the file."""
+    model, metadata = content.get("model"), content.get("metadata") or {}
+    for name, section in (("model", model), ("metadata", metadata)):
+        if not isinstance(section, Mapping):
+            raise ValueError(f"{config_path}: {name}={section!r} must be an object; export the model again")
+    assert isinstance(model, Mapping)
     try:
-        config = DecoderConfig.from_dict(content["model"])
-    except (KeyError, ValueError) as error:
+        config = DecoderConfig.from_dict(model)
+    except ValueError as error:
         raise ValueError(f"{config_path}: {error}; export the model again") from None
     shards = Shards.of(directory)
     return Checkpoint(
@@ -84,5 +89,5 @@ def open_directory(directory: Path, content: Mapping[str, Any], config_path: Pat
         shapes=shards.shapes,
         read=shards.read,
         dtype=shards.main_dtype(),
-        metadata=dict(content.get("metadata") or {}),
+        metadata=dict(metadata),
     )
