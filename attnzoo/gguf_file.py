@@ -49,19 +49,22 @@ def read_gguf(path: Path) -> GGUFFile:
         what = "is a directory" if path.is_dir() else "does not exist"
         raise ValueError(f"'{path}' {what}; give a GGUF file")
     try:
-        file = open(path, "rb")
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(f"'{path}' is not a GGUF file: it does not begin with 'GGUF'")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _parsed(path, data)
     except OSError as error:
         raise ValueError(f"'{path}' cannot be read ({error.strerror})") from None
-    with file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"'{path}' is not a GGUF file: it does not begin with 'GGUF'")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
-                return GGUFFile(path, *_read(data))
-            except (struct.error, UnicodeDecodeError, RecursionError, EOFError) as error:
-                raise ValueError(f"'{path}' is damaged ({error}); download it again") from None
-            except ValueError as error:
-                raise ValueError(f"'{path}': {error}") from None
+
+
+def _parsed(path: Path, data: mmap.mmap) -> GGUFFile:
+    try:
+        return GGUFFile(path, *_read(data))
+    except (struct.error, UnicodeDecodeError, RecursionError, EOFError) as error:
+        raise ValueError(f"'{path}' is damaged ({error}); download it again") from None
+    except ValueError as error:
+        raise ValueError(f"'{path}': {error}") from None
 
 
 def _read(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:

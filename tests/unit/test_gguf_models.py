@@ -191,7 +191,7 @@ def test_linear_scaling_by_llama_cpp_s_rules(changes, expected, tmp_path):
         ({"attention.clamp_kqv": 8.0}, r"llama.attention.clamp_kqv=8.0 is not supported"),
         ({"rope.scaling.attn_factor": 0.5}, r"llama.rope.scaling.attn_factor=0.5 is not supported"),
         ({"arch": "gemma"}, r"general.architecture='gemma' is not supported; known: llama"),
-        ({"expert_count": 8}, r"llama.expert_count=8: experts are not supported"),
+        ({"expert_count": 8}, r"llama.expert_count=8 is not supported"),
         ({"rope.dimension_count": 8}, r"llama.rope.dimension_count=8 differs from the head's 16"),
         ({"rope.scaling.type": "yarn"}, r"llama.rope.scaling.type='yarn' is not supported"),
         ({"attention.head_count": 2.0}, r"llama.attention.head_count=2.0 is not supported; it must be int"),
