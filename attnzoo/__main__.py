@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.attention import ATTENTION, PLUGINS_VARIABLE, Attention, build_attention
+from attnzoo.models.shapes import without_storage
 from attnzoo.report import format_table
 from attnzoo.types import parse_dtype
 
@@ -45,7 +46,8 @@ def list_variants(model_dim: int, context: int) -> str:
     rows = []
     for kind in ATTENTION:
         cls = ATTENTION.get(kind)
-        attention = build_attention(kind, {"model_dim": model_dim})
+        with without_storage():
+            attention = build_attention(kind, {"model_dim": model_dim})
         per_token, constant = state_growth(attention, context)
         rows.append(
             {
@@ -66,7 +68,8 @@ def list_variants(model_dim: int, context: int) -> str:
 def describe(kind: str, options: dict[str, Any], context: int, dtype: str) -> str:
     """Source, formula, traits, options, parameters, cost and configs of one variant."""
     cls = ATTENTION.get(kind)
-    attention = build_attention(kind, options, kind).to(parse_dtype(dtype))
+    with without_storage():
+        attention = build_attention(kind, options, kind).to(parse_dtype(dtype))
     per_token, constant = state_growth(attention, context)
     prefill, decode = attention.cost(1, context, context), attention.cost(1, 1, context)
     traits = "  ".join(f"{key}={value}" for key, value in dataclasses.asdict(attention.traits).items())
@@ -109,6 +112,8 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
             options[key] = json.loads(text)
         except json.JSONDecodeError:
             options[key] = text
+        except (ValueError, RecursionError) as error:  # too many digits, or levels
+            raise ValueError(f"option {key!r} has a value that cannot be read ({error})") from None
     return options
 
 
@@ -153,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             options = {"model_dim": chosen.model_dim} | parse_options(chosen.options)
             print(describe(chosen.variant, options, chosen.context, chosen.dtype))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"attnzoo: error: {error}", file=sys.stderr)
         return 2
     return 0

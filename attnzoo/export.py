@@ -1,6 +1,7 @@
 """`python -m attnzoo export`: a checkpoint as a directory of transformers."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from attnzoo.checkpoint import export_model, find_checkpoint, load_model
@@ -37,14 +38,10 @@ def run(chosen: argparse.Namespace) -> int:
     _check_target(path, out)
     model, tokenizer = load_model(path), _tokenizer(path)
     kind, reason = _form(model.config, chosen.format)
-    if kind == "attnzoo":
-        try:
-            from attnzoo.hf import export_model as export
-        except ImportError as error:
-            raise ValueError(str(error)) from None
-        export(out, model, tokenizer=tokenizer)
-    else:
-        export_model(out, model, tokenizer=tokenizer)
+    try:
+        _writer(kind)(out, model, tokenizer=tokenizer)
+    except OSError as error:
+        raise ValueError(f"OUT={str(out)!r} cannot be written ({error.strerror}); give another directory") from None
     print(f"{chosen.out}: {kind}, {model.num_parameters():,} parameters, {model.embedding.weight.dtype}")
     if reason:
         print(reason)
@@ -53,6 +50,17 @@ def run(chosen: argparse.Namespace) -> int:
     before = "import attnzoo.hf, then " if kind == "attnzoo" else ""
     print(f"load it: {before}AutoModelForCausalLM.from_pretrained({str(chosen.out)!r})")
     return 0
+
+
+def _writer(kind: str) -> Callable[..., Path]:
+    """What writes a model in that form. Raises ValueError where a package is missing."""
+    if kind != "attnzoo":
+        return export_model
+    try:
+        from attnzoo.hf import export_model as export
+    except ImportError as error:
+        raise ValueError(str(error)) from None
+    return export
 
 
 def _form(config: DecoderConfig, asked: str) -> tuple[str, str]:
@@ -80,6 +88,6 @@ def _check_target(path: Path, out: Path) -> None:
 def _tokenizer(path: Path) -> Tokenizer | None:
     """The checkpoint's; None for a directory that has none."""
     names = (huggingface.FILE, sentencepiece.FILE)
-    if path.is_dir() and not any((path / name).is_file() for name in names):
+    if path.is_dir() and not any((path / name).exists() for name in names):
         return None
     return load_tokenizer(path)

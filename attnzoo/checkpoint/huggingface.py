@@ -35,7 +35,7 @@ def read_config(content: Mapping[str, Any], path: Path) -> DecoderConfig:
 def _own_config(content: Mapping[str, Any], path: Path) -> DecoderConfig:
     decoder = content.get("decoder")
     if not isinstance(decoder, dict):
-        raise ValueError(f"{path}: decoder={decoder!r} must be the fields of a model; export the model again")
+        raise ValueError(f"{path}: decoder is a {type(decoder).__name__}, not a model; export it again")
     try:
         return DecoderConfig.from_dict(decoder)
     except ValueError as error:

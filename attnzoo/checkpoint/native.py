@@ -76,7 +76,7 @@ def open_directory(directory: Path, content: Mapping[str, Any], config_path: Pat
     model, metadata = content.get("model"), content.get("metadata") or {}
     for name, section in (("model", model), ("metadata", metadata)):
         if not isinstance(section, Mapping):
-            raise ValueError(f"{config_path}: {name}={section!r} must be an object; export the model again")
+            raise ValueError(f"{config_path}: {name} is a {type(section).__name__}, not an object; export it again")
     assert isinstance(model, Mapping)
     try:
         config = DecoderConfig.from_dict(model)

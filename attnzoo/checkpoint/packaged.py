@@ -12,6 +12,8 @@ def find_checkpoint(name: str) -> Path:
 
     Raises ValueError for a packaged model that is not installed, saying how to install it.
     """
+    if not name:
+        raise ValueError("checkpoint='' names nothing; give a directory, a .gguf file, or " + ", ".join(PACKAGED))
     if name not in PACKAGED or Path(name).exists():
         return Path(name).resolve()
     module, file, package = PACKAGED[name]

@@ -1,5 +1,6 @@
 """Tensors in one or many safetensors files: shapes at once, contents one by one in little memory."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class Shards:
         Raises ValueError, naming file and tensor, for what is missing, damaged or not a floating point number.
         """
         index = directory / INDEX
-        paths = _indexed(index) if index.is_file() else {directory / WEIGHTS: None}
+        paths = _indexed(index) if os.path.lexists(index) else {directory / WEIGHTS: None}
         files: dict[str, Path] = {}
         shapes: dict[str, Shape] = {}
         dtypes: dict[str, torch.dtype] = {}
@@ -96,12 +97,16 @@ def _open(path: Path) -> Any:
 
 def _indexed(index: Path) -> dict[Path, set[str] | None]:
     """Files, and the tensors they are to hold. Raises ValueError for an index that is damaged or names other places."""
-    weight_map = read_object(index).get("weight_map")
+    try:
+        weight_map = read_object(index).get("weight_map")
+    except FileNotFoundError:
+        raise ValueError(f"{index} is a link to a file that does not exist; is the checkpoint complete?") from None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index} has no readable weight_map of tensors to files; copy it again")
     promised: dict[Path, set[str] | None] = {}
     for name, file in weight_map.items():
-        if Path(file).name != file or "\0" in file:
+        # A name of a file, without what no such name has: a zero, or half of a surrogate pair.
+        if Path(file).name != file or file in ("", "..") or not file.isprintable():
             raise ValueError(f"{index}: {name} lies in {file!r}, which is not a file beside the index")
         names = promised.setdefault(index.parent / file, set())
         assert names is not None

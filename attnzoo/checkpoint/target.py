@@ -64,11 +64,14 @@ def check_native_target(directory: Path, *, config: str, format: str, names: Ite
 
 def _entries(directory: Path) -> list[Path]:
     """What is in a directory; nothing where there is none. Raises ValueError for a file."""
-    if not directory.exists():
-        return []
-    if not directory.is_dir():
-        raise ValueError(f"'{directory}' is a file; give a directory")
-    return sorted(directory.iterdir())
+    try:
+        if not directory.exists():
+            return []
+        if not directory.is_dir():
+            raise ValueError(f"'{directory}' is a file; give a directory")
+        return sorted(directory.iterdir())
+    except OSError as error:
+        raise ValueError(f"'{directory}' cannot be read ({error.strerror}); give another directory") from None
 
 
 def _refuse_others(directory: Path, entries: Iterable[Path], ours: set[str]) -> None:

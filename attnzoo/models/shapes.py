@@ -1,6 +1,7 @@
 """A model without weights: shapes and costs at once, or a frame to load weights into."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +26,18 @@ class _NoDraws(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@contextmanager
+def without_storage() -> Iterator[None]:
+    """What is built inside has shapes and costs but takes no memory. Raises ValueError for too large sizes."""
+    try:
+        with torch.device("meta"), _NoDraws():
+            yield
+    except (RuntimeError, OverflowError, TypeError) as error:  # of torch, for numbers of more than 64 bits
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the configuration makes no model ({reason}); make its sizes smaller") from error
+
+
 def build_shapes(config: DecoderConfig) -> DecoderLM:
-    """`DecoderLM` on the meta device, all parameters without storage."""
-    with torch.device("meta"), _NoDraws():
+    """`DecoderLM` on the meta device, all parameters without storage. Raises ValueError for too large sizes."""
+    with without_storage():
         return DecoderLM(config)

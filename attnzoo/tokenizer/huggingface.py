@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnzoo.files import write_atomic
-from attnzoo.tokenizer.base import Tokenizer, check_text, short_hash
+from attnzoo.files import read_object, read_text, write_atomic
+from attnzoo.tokenizer.base import Tokenizer, check_text, refused, short_hash
 from attnzoo.tokenizer.byte_table import byte_table
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 GENERATION = "generation_config.json"
 MODEL = "config.json"
+MAX_BYTES = 256 << 20
+"""Of tokenizer.json; the largest in use have some 35 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,18 +161,16 @@ def import_tokenizers() -> None:
 
 
 def _read_tokenizer(path: Path) -> "tokenizers.Tokenizer":
+    if path.is_dir():
+        raise ValueError(f"tokenizer '{path}' is a directory; give a file")
     if not path.is_file():
         raise ValueError(f"tokenizer '{path}' does not exist; give a directory with a {FILE}")
     import_tokenizers()
     from tokenizers import Tokenizer as Backend
 
-    try:
-        return Backend.from_str(path.read_bytes().decode("utf-8"))
-    except Exception as error:  # the package raises plain Exception for all that it cannot read
-        raise ValueError(
-            f"'{path}' is not a tokenizer that the installed package tokenizers can read ({error}); download it again, "
-            "or update the package"
-        ) from None
+    text = read_text(path, MAX_BYTES)
+    with refused(f"download it again, or update the package: '{path}' is no tokenizer that the installed one can read"):
+        return Backend.from_str(text)
 
 
 def _read_settings(directory: Path, tokenizer: "tokenizers.Tokenizer") -> TokenizerSettings:
@@ -184,8 +184,8 @@ def _read_settings(directory: Path, tokenizer: "tokenizers.Tokenizer") -> Tokeni
     if spellings["eos_token"] is None and stop_ids:
         spellings["eos_token"] = tokenizer.id_to_token(stop_ids[0])
     template = _template(config.get("chat_template"), directory / CONFIG)
-    if (directory / TEMPLATE).is_file():  # the newer place, which wins
-        template = _read_text(directory / TEMPLATE)
+    if (directory / TEMPLATE).exists():  # the newer place, which wins
+        template = read_text(directory / TEMPLATE)
     return TokenizerSettings(
         **spellings,
         stop_ids=frozenset(stop_ids),
@@ -194,24 +194,12 @@ def _read_settings(directory: Path, tokenizer: "tokenizers.Tokenizer") -> Tokeni
     )
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' is not UTF-8 ({error}); download it again") from None
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a file; empty where there is no such file."""
-    if not path.is_file():
-        return {}
     try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"'{path}' is not JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"'{path}' holds {type(content).__name__}, not an object; download it again")
-    return content
+        return read_object(path)
+    except FileNotFoundError:
+        return {}
 
 
 def _to_json(content: dict[str, Any]) -> bytes:
@@ -223,7 +211,16 @@ def _spelling(value: Any, name: str) -> str | None:
     spelling = value.get("content") if isinstance(value, dict) else value
     if not isinstance(spelling, str | None) or (value is not None and spelling is None):
         raise ValueError(f'{name}={value!r} must be text or an object with "content"')
+    _check_utf8(spelling, name)
     return spelling
+
+
+def _check_utf8(text: str | None, name: str) -> None:
+    """JSON can hold what UTF-8 cannot."""
+    try:
+        check_text(text or "")
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _template(value: Any, path: Path) -> str | None:
@@ -233,6 +230,7 @@ def _template(value: Any, path: Path) -> str | None:
         value = named.get("default")
     if not isinstance(value, str | None):
         raise ValueError(f'{path}: chat_template must be text or a list of {{"name", "template"}}, not {value!r}')
+    _check_utf8(value, f"{path}: chat_template")
     return value
 
 

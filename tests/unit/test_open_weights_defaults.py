@@ -201,7 +201,7 @@ def test_keys_mean_what_they_mean_there(case, tmp_path):
         ("llama", {"num_hidden_layers": 10**12}, r"num_hidden_layers=1000000000000 must be at most"),
         ("llama", {"num_hidden_layers": 4000}, r"num_layers=4000, and there are 30 tensors"),
         ("llama", {"vocab_size": 10**30}, r"vocab_size=10+ must be at most"),
-        ("llama", {"head_dim": 10**25}, r"makes no model|must be at most"),
+        ("llama", {"head_dim": 10**25}, r"the configuration makes no model"),
         ("llama", {"rms_norm_eps": float("nan")}, r"rms_norm_eps=nan must be a number"),
         ("llama", {"rms_norm_eps": True}, r"rms_norm_eps=True has type bool"),
         ("mistral-window", {"sliding_window": 0}, r"window=0"),
