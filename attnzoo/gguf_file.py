@@ -45,10 +45,10 @@ class GGUFFile:
 def read_gguf(path: Path) -> GGUFFile:
     """Reads the head. Raises ValueError, naming the file, when it is missing, damaged or no GGUF file."""
     path = Path(path)
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
-        raise ValueError(f"'{path}' {what}; give a GGUF file")
     try:
+        if not path.is_file():
+            what = "is a directory" if path.is_dir() else "does not exist"
+            raise ValueError(f"'{path}' {what}; give a GGUF file")
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise ValueError(f"'{path}' is not a GGUF file: it does not begin with 'GGUF'")

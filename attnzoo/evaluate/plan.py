@@ -98,7 +98,7 @@ def checked(options: argparse.Namespace, file: ModelFile) -> Request:
             raise ValueError(f"{name}={value} must be at least 1")
     if not 0 < options.gpu_memory < MOST_MEMORY:
         raise ValueError(
-            f"--gpu-memory={options.gpu_memory} must be positive and below {MOST_MEMORY}: GiB of one GPU, for example 80"
+            f"--gpu-memory={options.gpu_memory} must be positive, below {MOST_MEMORY}: GiB of one GPU, for example 80"
         )
     if nodes > options.gpus:
         raise ValueError(f"--nodes={nodes} is more than --gpus={options.gpus}; a machine needs at least one GPU")

@@ -89,8 +89,8 @@ class StreamDecoder:
 
 
 @contextmanager
-def refused(message: str) -> Iterator[None]:
-    """Whatever a native library raises inside becomes a ValueError of this message and its own words.
+def refused(what: str, way_out: str) -> Iterator[None]:
+    """Whatever a native library raises inside becomes a ValueError that says what is wrong, in its words too.
 
     The package tokenizers raises plain Exception for all that it does not like, and panics, which are no Exception, for
     what it has not thought of.
@@ -100,7 +100,7 @@ def refused(message: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{message} ({error})") from None
+        raise ValueError(f"{what} ({error}); {way_out}") from None
 
 
 def short_hash(content: bytes) -> str:

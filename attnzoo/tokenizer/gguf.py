@@ -218,13 +218,13 @@ def _bpe(path: Path, tokens: list[str], merges: list[Any], **options: Any) -> "t
     from tokenizers.models import BPE
 
     vocab = {token: number for number, token in enumerate(tokens)}
+    what = f"'{path}': tokenizer.ggml.merges do not fit tokenizer.ggml.tokens"
     for merge in merges:
         if len(merge) != 2 or not vocab.keys() >= {*merge, "".join(merge)}:
             raise ValueError(
-                f"'{path}': tokenizer.ggml.merges has {' '.join(merge)!r}, which is not two tokens of "
-                "tokenizer.ggml.tokens that make a third; convert the model again"
+                f"{what} ({' '.join(merge)!r} is not two tokens that make a third); convert the model again"
             )
-    with refused(f"'{path}': convert the model again: its tokenizer.ggml.merges do not fit tokenizer.ggml.tokens"):
+    with refused(what, "convert the model again"):
         return Backend(BPE(vocab=vocab, merges=merges, **options))
 
 

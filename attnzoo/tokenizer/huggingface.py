@@ -169,7 +169,8 @@ def _read_tokenizer(path: Path) -> "tokenizers.Tokenizer":
     from tokenizers import Tokenizer as Backend
 
     text = read_text(path, MAX_BYTES)
-    with refused(f"download it again, or update the package: '{path}' is no tokenizer that the installed one can read"):
+    what = f"'{path}' is not a tokenizer that the installed package tokenizers can read"
+    with refused(what, "download it again, or update the package"):
         return Backend.from_str(text)
 
 
@@ -181,7 +182,7 @@ def _read_settings(directory: Path, tokenizer: "tokenizers.Tokenizer") -> Tokeni
         name, values = (CONFIG, config) if field in config else (SPECIAL_TOKENS, special)
         spellings[field] = _spelling(values.get(field), f"{directory / name}: {field}")
     stop_ids = _stop_ids(directory / GENERATION) or _stop_ids(directory / MODEL)
-    if spellings["eos_token"] is None and stop_ids:
+    if spellings["eos_token"] is None and stop_ids and 0 <= stop_ids[0] < 1 << 32:  # others are refused later
         spellings["eos_token"] = tokenizer.id_to_token(stop_ids[0])
     template = _template(config.get("chat_template"), directory / CONFIG)
     if (directory / TEMPLATE).exists():  # the newer place, which wins

@@ -78,9 +78,10 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         check_text(text)
         ids = [self.bos_id] if bos else []
-        for part in re.split(f"({SPACE})", text):
-            if part == SPACE:
-                ids += [self._byte_ids[bytes([byte])] for byte in SPACE.encode()]
+        spelled = [self._byte_ids[bytes([byte])] for byte in SPACE.encode()]
+        for part in re.split(f"({SPACE}+)", text):
+            if part.startswith(SPACE):
+                ids += spelled * len(part)
             elif part:
                 ids += self._processor.encode(part)
         return [*ids, self.eos_id] if eos else ids

@@ -296,7 +296,7 @@ def retyped(path: Path) -> None:
         ("index", INDEX, weight_map("a\0b"), load_model, r"lm_head.weight lies in 'a\\x00b'"),
         ("index", INDEX, weight_map("\ud800"), load_model, r"lm_head.weight lies in '\\ud800'"),
         ("index", INDEX, weight_map("none.safetensors"), load_model, r"none.safetensors does not exist; is the check"),
-        ("index", INDEX, weight_map("a" * 5000), load_model, r"is not a readable safetensors file"),
+        ("index", INDEX, weight_map("a" * 5000), load_model, r"a{5000}"),
     ],
 )
 def test_nonsense_is_named(kind, name, harm, load, message, whole, tmp_path):

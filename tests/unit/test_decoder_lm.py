@@ -246,4 +246,6 @@ def test_generation_computes_the_logits_of_last_tokens_alone(attention, dtype):
     lengths = torch.tensor([5, 1, 2])
     padded = torch.tensor([[1, 2, 3, 4, 5], [6, 0, 0, 0, 0], [7, 8, 0, 0, 0]])
     logits, _ = model.extend(padded, model.init_state(3, 11), lengths)
-    assert [row[0] for row in outputs] == logits[torch.arange(3), lengths - 1].argmax(-1).tolist()
+    for row, last_V in zip(outputs, logits[torch.arange(3), lengths - 1], strict=True):
+        # A product of other sizes rounds otherwise, so that nearly equal logits may change places.
+        assert last_V.max() - last_V[row[0]] <= 2 * torch.finfo(dtype).eps * last_V.abs().max()

@@ -167,15 +167,18 @@ def test_templates_and_stop_tokens(pair, tmp_path):
     ("name", "content", "message"),
     [
         ("tokenizer.json", "{", "tokenizer.json' is not a tokenizer that the installed package"),
-        ("tokenizer.json", b"\xff", "tokenizer.json' is not a tokenizer that the installed package"),
+        ("tokenizer.json", b"\xff", "tokenizer.json' is not UTF-8"),
         ("tokenizer_config.json", "{", "tokenizer_config.json' is not JSON"),
-        ("tokenizer_config.json", "[]", "tokenizer_config.json' holds list, not an object"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json' holds a list, not an object"),
         ("tokenizer_config.json", b"\xff", "tokenizer_config.json' is not UTF-8"),
         ("tokenizer_config.json", '{"bos_token": 1}', 'bos_token=1 must be text or an object with "content"'),
         ("tokenizer_config.json", '{"eos_token": "<e>"}', "eos_token='<e>' is not in the vocabulary"),
         ("tokenizer_config.json", '{"chat_template": 1}', "chat_template must be text or a list"),
         ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id='2' must be a number or a list"),
         ("generation_config.json", '{"eos_token_id": 9999}', "stop token 9999 is outside the vocabulary of"),
+        ("generation_config.json", '{"eos_token_id": -1}', "stop token -1 is outside the vocabulary of"),
+        ("tokenizer_config.json", '{"bos_token": "\\ud800"}', "bos_token: text holds a lone surrogate"),
+        ("tokenizer_config.json", '{"chat_template": "\\ud800"}', "chat_template: text holds a lone surrogate"),
     ],
 )
 def test_damaged_files_are_named(pair, tmp_path, name, content, message):
