@@ -115,9 +115,14 @@ class HuggingFaceTokenizer(Tokenizer):
             write_atomic(directory / GENERATION, _to_json({"eos_token_id": sorted(self.stop_ids)}))
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of `text`; special tokens that are written in it become those tokens, but for `split_special_tokens`."""
+        """Ids of `text`; special tokens that are written in it become those tokens, but for `split_special_tokens`.
+
+        Raises ValueError for what the package gives up on, such as an expression of tokenizer.json that backtracks too
+        often.
+        """
         check_text(text)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        with refused("the tokenizer cannot encode this text", "give another, or shorter pieces of it"):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         begin = self._begin if bos else []
         return begin + ids + ([self.eos_id] if eos and self.eos_id is not None else [])
 
@@ -264,8 +269,9 @@ def _vocab_size(vocab: dict[str, int], source: str) -> int:
 
 def _prefix(tokenizer: "tokenizers.Tokenizer", source: str) -> int | None:
     """The token that the post-processor puts before a text, found by encoding one with it and without."""
-    whole: list[int] = tokenizer.encode("a", add_special_tokens=True).ids
-    plain: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
+    with refused(f"{source}: the tokenizer cannot encode 'a'", "download it again"):
+        whole: list[int] = tokenizer.encode("a", add_special_tokens=True).ids
+        plain: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
     at = next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)
     if at > 1:
         raise ValueError(

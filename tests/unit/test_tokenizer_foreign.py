@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from attnzoo.tokenizer import (
@@ -186,6 +186,26 @@ def test_damaged_files_are_named(pair, tmp_path, name, content, message):
     (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         load_tokenizer(directory)
+
+
+def test_an_expression_that_gives_up_is_an_error_of_the_text():
+    """The package panics, which is no Exception and would end whatever thread encodes."""
+    backend = byte_level()
+    split = pre_tokenizers.Split(Regex("(a+)+b"), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer = HuggingFaceTokenizer(backend, TokenizerSettings(), source="built")
+    with pytest.raises(ValueError, match=r"cannot encode this text .*retry-limit-in-match over.*; give another"):
+        tokenizer.encode("a" * 100)
+    assert tokenizer.decode(tokenizer.encode("aab")) == "aab"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\0", "\0" * 1000, "\ufeffa", "\u2028\u2029\x85", "\u202e\u200b", "e" + "\u0301" * 5000]
+)
+def test_odd_texts_come_back(pair, text):
+    assert pair[0].decode(pair[0].encode(text)) == text
 
 
 def test_unsuitable_vocabularies_are_refused():
