@@ -7,6 +7,7 @@ from pathlib import Path
 from attnzoo.checkpoint import export_model, find_checkpoint, load_model
 from attnzoo.checkpoint.huggingface_export import family_config
 from attnzoo.checkpoint.target import check_export_target
+from attnzoo.files import real_path
 from attnzoo.models import DecoderConfig
 from attnzoo.tokenizer import Tokenizer, huggingface, load_tokenizer, sentencepiece
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     """Exports and says what was written. Raises ValueError for wrong usage."""
-    path, out = find_checkpoint(chosen.checkpoint), chosen.out.resolve()
+    path, out = find_checkpoint(chosen.checkpoint), real_path(chosen.out)
     _check_target(path, out)
     model, tokenizer = load_model(path), _tokenizer(path)
     kind, reason = _form(model.config, chosen.format)

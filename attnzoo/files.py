@@ -11,6 +11,11 @@ MAX_JSON = 64 << 20
 """Bytes of a JSON file; the index of a model of a million tensors has fewer."""
 
 
+def real_path(path: Path) -> Path:
+    """Where a path leads; a link to itself leads to itself, where `Path.resolve` raises RuntimeError."""
+    return Path(os.path.realpath(path))
+
+
 def temporary_directory(final: Path) -> Path:
     """An empty directory beside `final`, on the same file system, so that a rename can move it there."""
     final.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from attnzoo.checkpoint.names import HUGGING_FACE, rename
 from attnzoo.checkpoint.native import CONFIG
 from attnzoo.checkpoint.shards import WEIGHTS
 from attnzoo.checkpoint.target import check_export_target, place_export
-from attnzoo.files import temporary_directory
+from attnzoo.files import real_path, temporary_directory
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.ops.rope import RopeScaling
 from attnzoo.types import build_config
@@ -43,7 +43,7 @@ def export_model(directory: Path, model: DecoderLM, *, tokenizer: "Tokenizer | N
     option, for a model that none of the families can be, for a tokenizer with more ids than the model, and for a
     directory that holds anything but an earlier export (`attnzoo.checkpoint.target`).
     """
-    directory = Path(directory).resolve()
+    directory = real_path(directory)
     check_export_target(directory)
     content = family_config(model.config)
     content["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from attnzoo.checkpoint.base import Checkpoint
 from attnzoo.checkpoint.shards import WEIGHTS, Shards
 from attnzoo.checkpoint.target import check_native_target
-from attnzoo.files import replace_directory, temporary_directory
+from attnzoo.files import real_path, replace_directory, temporary_directory
 from attnzoo.models import DecoderConfig, DecoderLM
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def save_model(
     `tokenizer` is saved along; `metadata` is any JSON (loss, steps, provenance). Raises ValueError for a directory that
     holds anything else.
     """
-    directory = Path(directory).resolve()
+    directory = real_path(directory)
     check_target(directory)
     temporary = temporary_directory(directory)
     try:

@@ -65,6 +65,8 @@ def check_native_target(directory: Path, *, config: str, format: str, names: Ite
 def _entries(directory: Path) -> list[Path]:
     """What is in a directory; nothing where there is none. Raises ValueError for a file."""
     try:
+        if directory.is_symlink():  # its target has been looked up, so that it leads nowhere
+            raise ValueError(f"'{directory}' is a link to itself; give a directory")
         if not directory.exists():
             return []
         if not directory.is_dir():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from attnzoo.checkpoint.huggingface_export import GENERATION, save_tokenizer
 from attnzoo.checkpoint.target import check_export_target, place_export
-from attnzoo.files import temporary_directory
+from attnzoo.files import real_path, temporary_directory
 from attnzoo.hf.modeling import AttnzooForCausalLM
 from attnzoo.models import DecoderLM
 from attnzoo.tokenizer import Tokenizer
@@ -17,7 +17,7 @@ def export_model(directory: Path, model: DecoderLM, *, tokenizer: Tokenizer | No
     Loading needs `import attnzoo.hf`; `load_model` reads it as well. Raises ValueError for a tokenizer with more ids
     than the model, and for a directory that holds anything but an earlier export.
     """
-    directory = Path(directory).resolve()
+    directory = real_path(directory)
     check_export_target(directory)
     temporary = temporary_directory(directory)
     try:

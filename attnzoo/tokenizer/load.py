@@ -18,11 +18,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     path = Path(path)
     try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # said below
+        return _load(path)
     except OSError as error:
         raise ValueError(f"'{path}' cannot be read ({error.strerror})") from None
+
+
+def _load(path: Path) -> Tokenizer:
     names = (huggingface.FILE, sentencepiece.FILE)
     if path.is_dir():
         found = next((path / name for name in names if (path / name).exists()), None)

@@ -69,12 +69,15 @@ def test_wrong_usage_goes_to_stderr_with_status_2(arguments, message, capsys):
     assert not captured.out
 
 
-@pytest.mark.parametrize("where", ["file/below", "n" * 300, "/proc/none"])
+@pytest.mark.parametrize("where", ["file/below", "n" * 300, "/proc/none", "loop", "loop/below"])
 def test_an_export_that_cannot_be_written(where, tmp_path, capsys):
     save_model(tmp_path / "model", serving.small_model("mha"))
     (tmp_path / "file").write_text("text")
+    (tmp_path / "loop").symlink_to("loop")
+    assert main(["export", str(tmp_path / "loop"), str(tmp_path / "out")]) == 2
+    assert "loop" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "model"), str(tmp_path / where)]) == 2
-    assert "cannot be" in capsys.readouterr().err
+    assert "give a" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "text"
 
 
