@@ -71,6 +71,8 @@ def read_text(path: Path, limit: int = MAX_JSON) -> str:
     """The text in a file. Raises ValueError, naming it, for what cannot be read, is not UTF-8 or above `limit` bytes;
     FileNotFoundError where there is none."""
     try:
+        if not path.is_file() and path.exists() and not path.is_dir():
+            raise ValueError(f"'{path}' is a pipe or a device, not a file")  # reading it might never end
         with path.open("rb") as file:
             content = file.read(limit + 1)
         if len(content) > limit:

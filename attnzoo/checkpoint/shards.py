@@ -88,6 +88,8 @@ class Shards:
 
 def _open(path: Path) -> Any:
     try:
+        if path.exists() and not path.is_file():  # a pipe would never be opened
+            raise OSError("it is not a file")
         return safe_open(str(path), framework="pt")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; is the checkpoint complete?") from None

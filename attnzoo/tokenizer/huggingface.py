@@ -205,6 +205,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return read_object(path)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise ValueError(f"'{path}' is a link to a file that does not exist; download it again") from None
         return {}
 
 

@@ -209,6 +209,16 @@ def as_endless(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
+def as_pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def as_broken_link(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("nowhere")
+
+
 def as_loop(path: Path) -> None:
     path.unlink(missing_ok=True)
     path.symlink_to(path.name)
@@ -227,8 +237,27 @@ def retyped(path: Path) -> None:
     ("kind", "name", "harm", "load", "message"),
     [
         ("own weights", CONFIG, as_directory, load_model, r"config.json' cannot be read \(Is a directory\)"),
-        ("own weights", CONFIG, as_endless, load_model, r"config.json' has more than 67108864 bytes"),
+        ("own weights", CONFIG, as_endless, load_model, r"config.json' is a pipe or a device"),
         ("own weights", CONFIG, as_loop, load_model, r"config.json' cannot be read \(Too many levels"),
+        ("own weights", CONFIG, as_pipe, load_model, r"config.json' is a pipe or a device"),
+        ("own weights", CONFIG, put(b" " * (65 << 20)), load_model, r"config.json' has more than 67108864 bytes"),
+        (
+            "own weights",
+            WEIGHTS,
+            as_pipe,
+            load_model,
+            r"model.safetensors is not a readable safetensors file .it is not",
+        ),
+        ("own weights", "tokenizer.model", as_pipe, load_tokenizer, r"tokenizer.model"),
+        ("exported tokenizer", "tokenizer_config.json", as_pipe, load_tokenizer, r"tokenizer_config.json' is a pipe"),
+        (
+            "exported tokenizer",
+            "tokenizer_config.json",
+            as_broken_link,
+            load_tokenizer,
+            r"is a link to a file that does",
+        ),
+        ("index", INDEX, as_broken_link, load_model, r"index.json is a link to a file that does not exist"),
         ("own weights", CONFIG, put(b""), load_model, r"config.json' is not JSON \(Expecting value"),
         ("own weights", CONFIG, put(b"\xff\xfe{}"), load_model, r"config.json' is not UTF-8"),
         ("own weights", CONFIG, put('{"a":' * 200_000), load_model, r"config.json' is not JSON .* nests too deep"),
