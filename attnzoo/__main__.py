@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.attention import ATTENTION, PLUGINS_VARIABLE, Attention, build_attention, variant
+from attnzoo.models.shapes import without_storage
 from attnzoo.report import format_table
 from attnzoo.types import parse_dtype
 
@@ -54,7 +55,8 @@ def list_variants(model_dim: int, context: int) -> tuple[str, list[str]]:
 
 def _row(kind: str, model_dim: int, context: int) -> dict[str, Any]:
     cls = ATTENTION.get(kind)
-    attention = build_attention(kind, {"model_dim": model_dim})
+    with without_storage():
+        attention = build_attention(kind, {"model_dim": model_dim})
     per_token, constant = state_growth(attention, context)
     return {
         "variant": kind,
@@ -76,7 +78,8 @@ def describe(kind: str, options: dict[str, Any], context: int, dtype: str) -> st
     """Source, formula, traits, options, parameters, cost and configs of one variant."""
     cls = variant(kind)
     try:
-        attention = build_attention(kind, options, kind).to(parse_dtype(dtype))
+        with without_storage():
+            attention = build_attention(kind, options, kind).to(parse_dtype(dtype))
     except (TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
         raise ValueError(f"{kind} ({_file(cls)}) cannot be built: {type(error).__name__}: {error}") from error
     per_token, constant = state_growth(attention, context)
@@ -121,6 +124,8 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
             options[key] = json.loads(text)
         except json.JSONDecodeError:
             options[key] = text
+        except (ValueError, RecursionError) as error:  # too many digits, or levels
+            raise ValueError(f"option {key!r} has a value that cannot be read ({error})") from None
     return options
 
 
@@ -168,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 1 if broken else 0
         options = {"model_dim": chosen.model_dim} | parse_options(chosen.options)
         print(describe(chosen.variant, options, chosen.context, chosen.dtype))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"attnzoo: error: {error}", file=sys.stderr)
         return 2
     return 0

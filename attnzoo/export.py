@@ -1,10 +1,13 @@
 """`python -m attnzoo export`: a checkpoint as a directory of transformers."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
-from attnzoo.checkpoint import CONFIG, export_model, find_checkpoint, load_model
+from attnzoo.checkpoint import export_model, find_checkpoint, load_model
 from attnzoo.checkpoint.huggingface_export import family_config
+from attnzoo.checkpoint.target import check_export_target
+from attnzoo.files import real_path
 from attnzoo.models import DecoderConfig
 from attnzoo.tokenizer import Tokenizer, huggingface, load_tokenizer, sentencepiece
 
@@ -20,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options and examples."""
     parser.epilog, parser.formatter_class = EXAMPLES, argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkpoint", help="a directory of training or of transformers, a .gguf file, or smollm2")
-    parser.add_argument("out", type=Path, help="directory to write; a model that is there is replaced")
+    parser.add_argument("out", type=Path, help="directory to write; an earlier export that is there is replaced")
     parser.add_argument(
         "--format",
         choices=["auto", "native", "attnzoo"],
@@ -32,18 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     """Exports and says what was written. Raises ValueError for wrong usage."""
-    path, out = find_checkpoint(chosen.checkpoint), chosen.out.resolve()
+    path, out = find_checkpoint(chosen.checkpoint), real_path(chosen.out)
     _check_target(path, out)
     model, tokenizer = load_model(path), _tokenizer(path)
     kind, reason = _form(model.config, chosen.format)
-    if kind == "attnzoo":
-        try:
-            from attnzoo.hf import export_model as export
-        except ImportError as error:
-            raise ValueError(str(error)) from None
-        export(out, model, tokenizer=tokenizer)
-    else:
-        export_model(out, model, tokenizer=tokenizer)
+    try:
+        _writer(kind)(out, model, tokenizer=tokenizer)
+    except OSError as error:
+        raise ValueError(f"OUT={str(out)!r} cannot be written ({error.strerror}); give another directory") from None
     print(f"{chosen.out}: {kind}, {model.num_parameters():,} parameters, {model.embedding.weight.dtype}")
     if reason:
         print(reason)
@@ -52,6 +51,17 @@ def run(chosen: argparse.Namespace) -> int:
     before = "import attnzoo.hf, then " if kind == "attnzoo" else ""
     print(f"load it: {before}AutoModelForCausalLM.from_pretrained({str(chosen.out)!r})")
     return 0
+
+
+def _writer(kind: str) -> Callable[..., Path]:
+    """What writes a model in that form. Raises ValueError where a package is missing."""
+    if kind != "attnzoo":
+        return export_model
+    try:
+        from attnzoo.hf import export_model as export
+    except ImportError as error:
+        raise ValueError(str(error)) from None
+    return export
 
 
 def _form(config: DecoderConfig, asked: str) -> tuple[str, str]:
@@ -67,16 +77,18 @@ def _form(config: DecoderConfig, asked: str) -> tuple[str, str]:
 
 
 def _check_target(path: Path, out: Path) -> None:
-    """Raises ValueError for a directory whose replacement would lose something else than a model."""
+    """Raises ValueError for a directory whose replacement would lose anything but an earlier export."""
     if path == out or out in path.parents:
         raise ValueError(f"OUT={str(out)!r} holds the checkpoint itself and would be replaced; give another directory")
-    if out.exists() and not (out / CONFIG).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"OUT={str(out)!r} exists and is not a model; give a new directory")
+    try:
+        check_export_target(out)
+    except ValueError as error:
+        raise ValueError(f"OUT: {error}") from None
 
 
 def _tokenizer(path: Path) -> Tokenizer | None:
     """The checkpoint's; None for a directory that has none."""
     names = (huggingface.FILE, sentencepiece.FILE)
-    if path.is_dir() and not any((path / name).is_file() for name in names):
+    if path.is_dir() and not any((path / name).exists() for name in names):
         return None
     return load_tokenizer(path)

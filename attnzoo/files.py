@@ -1,9 +1,19 @@
-"""Atomic writing: a reader sees the old content or the new one, never half of one."""
+"""Atomic writing: a reader sees the old content or the new one, never half of one. Reading JSON that others wrote."""
 
+import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
+
+MAX_JSON = 64 << 20
+"""Bytes of a JSON file; the index of a model of a million tensors has fewer."""
+
+
+def real_path(path: Path) -> Path:
+    """Where a path leads; a link to itself leads to itself, where `Path.resolve` raises RuntimeError."""
+    return Path(os.path.realpath(path))
 
 
 def temporary_directory(final: Path) -> Path:
@@ -15,7 +25,8 @@ def temporary_directory(final: Path) -> Path:
 def replace_directory(temporary: Path, final: Path) -> None:
     """Flushes `temporary` to disk and renames it to `final`; an existing `final` is moved aside first.
 
-    A crash leaves either directory whole: between the two renames `final` is missing for a moment, and the old
+    What `final` holds is deleted: whether it may be is for the caller to know (`attnzoo.checkpoint.target`). A crash
+    leaves either directory whole: between the two renames `final` is missing for a moment, and the old
     content stands beside it under a name that starts with a dot.
     """
     for path in sorted(temporary.rglob("*")):
@@ -29,7 +40,12 @@ def replace_directory(temporary: Path, final: Path) -> None:
     else:
         old = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".old", dir=final.parent))
         os.rename(final, old / final.name)
-        os.rename(temporary, final)
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            os.rename(old / final.name, final)
+            old.rmdir()
+            raise
         shutil.rmtree(old, ignore_errors=True)
     _flush(final.parent)
 
@@ -49,6 +65,40 @@ def write_atomic(path: Path, data: bytes) -> None:
         Path(name).unlink(missing_ok=True)
         raise
     _flush(path.parent)
+
+
+def read_text(path: Path, limit: int = MAX_JSON) -> str:
+    """The text in a file. Raises ValueError, naming it, for what cannot be read, is not UTF-8 or above `limit` bytes;
+    FileNotFoundError where there is none."""
+    try:
+        if not path.is_file() and path.exists() and not path.is_dir():
+            raise ValueError(f"'{path}' is a pipe or a device, not a file")  # reading it might never end
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise ValueError(f"'{path}' has more than {limit} bytes; is it the right file?")
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' is not UTF-8 ({error}); copy it again") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(path) from None
+    except OSError as error:
+        raise ValueError(f"'{path}' cannot be read ({error.strerror})") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises as `read_text`, and ValueError, naming it, for anything else than an object."""
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"'{path}' is not JSON ({error}); copy it again") from None
+    except RecursionError:
+        raise ValueError(f"'{path}' is not JSON that can be read: it nests too deep; copy it again") from None
+    except ValueError as error:  # numbers of too many digits
+        raise error if str(path) in str(error) else ValueError(f"'{path}' is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' holds a {type(content).__name__}, not an object; copy it again")
+    return content
 
 
 def _flush(path: Path) -> None:

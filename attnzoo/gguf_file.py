@@ -45,18 +45,26 @@ class GGUFFile:
 def read_gguf(path: Path) -> GGUFFile:
     """Reads the head. Raises ValueError, naming the file, when it is missing, damaged or no GGUF file."""
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"'{path}' does not exist; give a GGUF file")
-    with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"'{path}' is not a GGUF file: it does not begin with 'GGUF'")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
-                return GGUFFile(path, *_read(data))
-            except (struct.error, UnicodeDecodeError, RecursionError, EOFError) as error:
-                raise ValueError(f"'{path}' is damaged ({error}); download it again") from None
-            except ValueError as error:
-                raise ValueError(f"'{path}': {error}") from None
+    try:
+        if not path.is_file():
+            what = "is a directory" if path.is_dir() else "does not exist"
+            raise ValueError(f"'{path}' {what}; give a GGUF file")
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(f"'{path}' is not a GGUF file: it does not begin with 'GGUF'")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _parsed(path, data)
+    except OSError as error:
+        raise ValueError(f"'{path}' cannot be read ({error.strerror})") from None
+
+
+def _parsed(path: Path, data: mmap.mmap) -> GGUFFile:
+    try:
+        return GGUFFile(path, *_read(data))
+    except (struct.error, UnicodeDecodeError, RecursionError, EOFError) as error:
+        raise ValueError(f"'{path}' is damaged ({error}); download it again") from None
+    except ValueError as error:
+        raise ValueError(f"'{path}': {error}") from None
 
 
 def _read(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
@@ -69,6 +77,8 @@ def _read(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     for _ in range(pairs):
         key, at = _text(data, at)
         (kind,) = struct.unpack_from("<I", data, at)
+        if key in metadata:
+            raise ValueError(f"the field {key!r} is there twice; convert the model again")
         metadata[key], at = _value(data, at + 4, kind)
     tensors = {}
     for _ in range(tensor_count):
@@ -77,6 +87,8 @@ def _read(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         axes, at = _numbers(data, at + 4, AXIS, rank)
         kind, offset = struct.unpack_from("<IQ", data, at)
         at += 12
+        if name in tensors:
+            raise ValueError(f"the tensor {name!r} is there twice; convert the model again")
         tensors[name] = GGUFTensor(tuple(reversed(axes)), kind, offset)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:

@@ -157,7 +157,12 @@ def _device() -> str:
 
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"CPU {_processor()}, {len(os.sched_getaffinity(0))} cores"
+    return f"CPU {_processor()}, {available_cores()} cores"
+
+
+def available_cores() -> int:
+    """Cores that this process may run on; where the system does not say, as on macOS, those it has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

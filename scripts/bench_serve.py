@@ -29,7 +29,7 @@ import torch
 
 from attnzoo.checkpoint import save_model
 from attnzoo.models import DecoderConfig, DecoderLM
-from attnzoo.report import Claim, Report
+from attnzoo.report import Claim, Report, available_cores
 from attnzoo.tokenizer import SentencePieceTokenizer
 from serve.config import EngineConfig
 from serve.engine import Engine
@@ -208,7 +208,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer requests: a check that it runs, no measurement")
     parser.add_argument("--busy", action="store_true", help="measure although the machine is busy")
     arguments = parser.parse_args()
-    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    load, cores = os.getloadavg()[0], available_cores()
     if load > cores / 2 and not (arguments.busy or arguments.quick):
         parser.error(f"load average {load:.2f} on {cores} cores: numbers would be noise; wait, or say --busy")
     report = Report.start(quick=arguments.quick)

@@ -21,9 +21,9 @@ from typing import Any
 
 from attnzoo.__main__ import parse_options
 from attnzoo.attention import ATTENTION, build_attention
-from attnzoo.report import Claim, Report, format_table
+from attnzoo.report import Claim, Report, available_cores, format_table
 from train.experiments.base import Experiment, ExperimentConfig
-from train.experiments.pool import PartError, cores, known_experiments, measure
+from train.experiments.pool import PartError, known_experiments, measure
 
 WITH_VARIANT = ("icl-gd", "depth")
 
@@ -37,7 +37,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of --variant, for example num_heads=2")
     parser.add_argument("--variant", help="a variant in the place of linear attention (icl-gd), or beside all (depth)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=cores(), help="parts side by side (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=available_cores(), help="parts side by side (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="sizes cut down, within two minutes: no measurement")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write one report of all experiments here")
     parser.add_argument("--results", type=Path, metavar="DIR", help="write a report an experiment and its figures here")

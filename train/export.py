@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.checkpoint import find_checkpoint, load_model, load_tokenizer, open_checkpoint, save_model
+from attnzoo.checkpoint.native import check_target
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.tokenizer import Tokenizer
 from train.engine import Engine
@@ -18,6 +19,14 @@ def export(engine: Engine, directory: Path, tokenizer: Tokenizer, metadata: dict
     if model is not None:
         save_model(directory, model, tokenizer=tokenizer, metadata=metadata)
     engine.barrier()
+
+
+def check_export(directory: Path) -> None:
+    """Raises ValueError, before anything is trained, for a directory that the export would not replace."""
+    try:
+        check_target(directory)
+    except ValueError as error:
+        raise ValueError(f"run_dir: {error}") from None
 
 
 def init_from(model: DecoderLM, checkpoint: str, tokenizer: Tokenizer) -> None:

@@ -38,7 +38,7 @@ from train.checkpoint import Checkpoints, Progress, find_resume, identity
 from train.config import Config, ConfigError, load_config
 from train.data import DataConfig, TrainingData, prepare
 from train.engine import Engine
-from train.export import adopted_model, export, init_from
+from train.export import adopted_model, check_export, export, init_from
 from train.loop import Run, train
 from train.lora import add_adapters
 from train.metrics import Metrics, check_wandb, read_metrics
@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_training(config: Config, local_rank: int) -> None:
     """Prepares, trains, and writes everything the run directory holds. Raises ValueError for what the user can mend."""
+    check_export(config.run_path / "export")
     device = engines.start(config, local_rank)
     tokenizer_path, data = _prepare_data(config)
     tokenizer = load_tokenizer(tokenizer_path)

@@ -5,7 +5,8 @@ are put back in order; quantisation works along rows and does not notice.
 """
 
 import importlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +24,21 @@ from attnzoo.models import DecoderConfig
 PIECE = 1 << 21
 """Elements that are dequantised at a time."""
 FREQUENCIES = "rope_freqs.weight"
+UNSUPPORTED: Mapping[str, Any] = {
+    "expert_count": 0,
+    "use_parallel_residual": False,
+    "attention.causal": True,
+    "attention.max_alibi_bias": 0.0,
+    "attention.clamp_kqv": 0.0,
+    "attention.scale": 0.0,
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
+    "logit_scale": 0.0,
+    "residual_scale": 0.0,
+    "embedding_scale": 0.0,
+    "rope.scaling.attn_factor": 1.0,
+}
+"""Fields that change the function, and the value under which they do not."""
 LLAMA3_FACTORS = (8.0, 32.0)
 """Of Llama 3.1 and of Llama 3.2: files hold what each frequency is divided by instead of the rule."""
 
@@ -39,20 +55,28 @@ class _Fields:
             raise ValueError(f"{self.file.path}: llama.{name} is missing; convert the model again")
         if type(value) is not kind:
             raise ValueError(f"{self.file.path}: llama.{name}={value!r} is not supported; it must be {kind.__name__}")
+        if kind is float and not math.isfinite(value):
+            raise ValueError(f"{self.file.path}: llama.{name}={value} is no number; convert the model again")
         return value
 
-    def optional(self, name: str, kind: type) -> Any:
-        return self.get(name, kind) if f"llama.{name}" in self.file.metadata else None
+    def size(self, name: str, default: int | None = None) -> int:
+        value: int = self.get(name, int, default)
+        if value < 1:
+            raise ValueError(f"{self.file.path}: llama.{name}={value} must be at least 1; convert the model again")
+        return value
+
+    def optional_size(self, name: str) -> int | None:
+        return self.size(name) if f"llama.{name}" in self.file.metadata else None
 
 
 def open_file(path: Path) -> Checkpoint:
     """The model in a GGUF file. Raises ValueError naming the file, and the field or tensor that is not supported."""
     file = read_gguf(path)
     package = _package()
-    config = _config(file)
-    heads = config.layer_attention(0)[1]
     for name, tensor in file.tensors.items():
         _check_kind(file, name, tensor, package)
+    config = _config(file)
+    heads = config.layer_attention(0)[1]
 
     def read() -> Iterator[Piece]:
         for name, tensor in file.tensors.items():
@@ -84,27 +108,29 @@ def _config(file: GGUFFile) -> DecoderConfig:
     if architecture != "llama":
         raise ValueError(f"{file.path}: general.architecture={architecture!r} is not supported; known: llama")
     fields = _Fields(file)
-    if fields.get("expert_count", int, 0):
-        raise ValueError(
-            f"{file.path}: llama.expert_count={fields.get('expert_count', int)}: experts are not supported"
-        )
-    dim, heads = fields.get("embedding_length", int), fields.get("attention.head_count", int)
-    head_dim = fields.get("attention.key_length", int, dim // heads)
+    for name, neutral in UNSUPPORTED.items():
+        value = file.metadata.get(f"llama.{name}", neutral)
+        if value != neutral:
+            raise ValueError(f"{file.path}: llama.{name}={value!r} is not supported")
+    dim, heads = fields.size("embedding_length"), fields.size("attention.head_count")
+    head_dim = fields.size("attention.key_length", dim // heads)
     for name, value in (("rope.dimension_count", head_dim), ("attention.value_length", head_dim)):
         if fields.get(name, int, value) != value:
             raise ValueError(
                 f"{file.path}: llama.{name}={fields.get(name, int)} differs from the head's {value}; not supported"
             )
     theta = fields.get("rope.freq_base", float, 10000.0)
+    if theta <= 0:
+        raise ValueError(f"{file.path}: llama.rope.freq_base={theta} must be positive; convert the model again")
     vocabulary = file.tensors.get("token_embd.weight")
     attention = {
         "kind": "mha",
         "num_heads": heads,
-        "num_kv_heads": fields.get("attention.head_count_kv", int, heads),
+        "num_kv_heads": fields.size("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "rope_theta": theta,
         "rope_scaling": _scaling(file, fields, theta, head_dim // 2),
-        "window": fields.optional("attention.sliding_window", int),
+        "window": fields.optional_size("attention.sliding_window"),
     }
     try:
         return DecoderConfig(
@@ -122,12 +148,23 @@ def _config(file: GGUFFile) -> DecoderConfig:
 
 
 def _scaling(file: GGUFFile, fields: _Fields, theta: float, half: int) -> dict[str, Any] | None:
-    """Options of `RopeScaling`; Llama 3's rule is found again from the divisors that it left."""
-    kind = fields.get("rope.scaling.type", str, "none")
-    if kind == "linear":
-        return {"kind": "linear", "factor": fields.get("rope.scaling.factor", float)}
-    if kind != "none":
+    """Options of `RopeScaling`, by llama.cpp's rules; Llama 3's is found again from the divisors that it left.
+
+    A factor without a type is linear, and "rope.scale_linear" is its older name; 0 and 1 change nothing.
+    """
+    kind = fields.get("rope.scaling.type", str, "linear")
+    if kind not in ("none", "linear"):
         raise ValueError(f"{file.path}: llama.rope.scaling.type={kind!r} is not supported; known: none, linear")
+    factor = fields.get("rope.scaling.factor", float, fields.get("rope.scale_linear", float, 0.0))
+    linear = {"kind": "linear", "factor": factor} if kind == "linear" and factor not in (0.0, 1.0) else None
+    divided = _divided(file, theta, half)
+    if linear is not None and divided is not None:
+        raise ValueError(f"{file.path}: llama.rope.scaling.factor={factor} together with {FREQUENCIES}: not supported")
+    return linear or divided
+
+
+def _divided(file: GGUFFile, theta: float, half: int) -> dict[str, Any] | None:
+    """The rule that left its divisors in the file; None where there are none, or all are 1."""
     if FREQUENCIES not in file.tensors:
         return None
     from attnzoo.ops.rope.scaling import RopeScaling, frequencies
@@ -158,7 +195,7 @@ def _check_kind(file: GGUFFile, name: str, tensor: GGUFTensor, package: ModuleTy
         block, width = package.GGML_QUANT_SIZES[package.GGMLQuantizationType(tensor.kind)]
     except (ValueError, KeyError) as error:
         raise ValueError(f"{where} is of a type that is not known ({error}); convert the model again") from None
-    if not tensor.shape or tensor.shape[-1] % block:
+    if not tensor.size or not tensor.shape or tensor.shape[-1] % block:
         raise ValueError(
             f"{where} has shape {list(tensor.shape)}, not whole blocks of {block}; convert the model again"
         )

@@ -17,7 +17,8 @@ from attnzoo.attention.parts import Heads
 from attnzoo.checkpoint.names import HUGGING_FACE, rename
 from attnzoo.checkpoint.native import CONFIG
 from attnzoo.checkpoint.shards import WEIGHTS
-from attnzoo.files import replace_directory, temporary_directory
+from attnzoo.checkpoint.target import check_export_target, place_export
+from attnzoo.files import real_path, temporary_directory
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.ops.rope import RopeScaling
 from attnzoo.types import build_config
@@ -35,13 +36,15 @@ CLASSES = {
 
 
 def export_model(directory: Path, model: DecoderLM, *, tokenizer: "Tokenizer | None" = None) -> Path:
-    """Writes `model` as a directory of transformers, replacing what was there; returns the directory.
+    """Writes `model` as a directory of transformers; returns the directory.
 
     `AutoModelForCausalLM.from_pretrained` loads it without this project, `load_model` as the same model; only
     `attention_impl` and `cache`, which are no part of the function, are left behind. Raises ValueError, naming the
-    option, for a model that none of the families can be, and for a tokenizer with more ids than the model.
+    option, for a model that none of the families can be, for a tokenizer with more ids than the model, and for a
+    directory that holds anything but an earlier export (`attnzoo.checkpoint.target`).
     """
-    directory = Path(directory)
+    directory = real_path(directory)
+    check_export_target(directory)
     content = family_config(model.config)
     content["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
     tensors = {
@@ -56,10 +59,9 @@ def export_model(directory: Path, model: DecoderLM, *, tokenizer: "Tokenizer | N
         # Padding is named in the generation config alone: here it would keep a token from being trained further.
         content |= {"bos_token_id": ids.get("bos_token_id"), "eos_token_id": ids.get("eos_token_id")}
         write_json(temporary / CONFIG, content)
-        replace_directory(temporary, directory)
+        return place_export(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return directory
 
 
 def save_tokenizer(directory: Path, tokenizer: "Tokenizer | None", vocab_size: int) -> dict[str, Any]:

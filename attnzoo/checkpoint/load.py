@@ -1,6 +1,5 @@
 """From files to a model, whatever format they are in."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +8,7 @@ import torch
 from attnzoo.checkpoint import gguf, huggingface, native
 from attnzoo.checkpoint.base import Checkpoint, check_shapes
 from attnzoo.checkpoint.native import CONFIG, FORMAT
+from attnzoo.files import read_object
 from attnzoo.models import DecoderLM, build_shapes, fill_buffers
 
 if TYPE_CHECKING:
@@ -26,16 +26,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return gguf.open_file(path)
     config_path = path / CONFIG
     try:
-        content = json.loads(config_path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        content = read_object(config_path)
+    except FileNotFoundError:
         raise ValueError(
             f"{config_path} does not exist; give a directory written by training (its export/) or by transformers, or "
             "a .gguf file"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{config_path} is not JSON ({error}); export the model again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{config_path} holds a {type(content).__name__}, not a configuration; export the model again")
     if "model_type" in content:
         return huggingface.open_directory(path, content, config_path)
     if content.get("format") != FORMAT:
@@ -54,7 +50,7 @@ def load_model(path: Path, *, device: torch.device | str = "cpu", dtype: torch.d
     """
     checkpoint = open_checkpoint(path)
     tied = checkpoint.config.tie_embeddings
-    model = build_shapes(checkpoint.config)
+    model = _frame(checkpoint)
     own = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "head.weight")}
     theirs = {checkpoint.name(name): name for name in own}
     found = {name: shape for name, shape in checkpoint.shapes.items() if not checkpoint.ignored(name)}
@@ -67,11 +63,10 @@ def load_model(path: Path, *, device: torch.device | str = "cpu", dtype: torch.d
     }
     for name, first, rows in checkpoint.read():
         if not checkpoint.ignored(name):
-            weight = weights[theirs[name]]
-            if weight.is_floating_point() != rows.is_floating_point():
-                raise ValueError(f"{checkpoint.path}: tensor {name} is {rows.dtype}, and the model's is {weight.dtype}")
-            whole = weight.dim() == 0
-            (weight if whole else weight[first : first + len(rows)]).copy_(rows)
+            target = weights[theirs[name]]
+            if target.is_floating_point() != rows.is_floating_point():
+                raise ValueError(f"{checkpoint.path}: tensor {name} is {rows.dtype}, and the model's is {target.dtype}")
+            (target[first : first + len(rows)] if target.dim() else target).copy_(rows)
     if tied:
         weights["head.weight"] = weights["embedding.weight"]
     model.load_state_dict(weights, assign=True)
@@ -79,6 +74,20 @@ def load_model(path: Path, *, device: torch.device | str = "cpu", dtype: torch.d
         model.head.weight = model.embedding.weight
     fill_buffers(model, device, dtype)
     return model.eval().requires_grad_(False)
+
+
+def _frame(checkpoint: Checkpoint) -> DecoderLM:
+    """The model without weights. Raises ValueError for a configuration larger than its files or than any model."""
+    config = checkpoint.config
+    if config.num_layers > len(checkpoint.shapes):
+        raise ValueError(
+            f"{checkpoint.path}: the tensors do not fit the configuration; num_layers={config.num_layers}, and there "
+            f"are {len(checkpoint.shapes)} tensors. Is it complete, and are configuration and weights of one model?"
+        )
+    try:
+        return build_shapes(config)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from None
 
 
 def load_tokenizer(path: Path) -> "Tokenizer":

@@ -16,7 +16,8 @@ from torch import Tensor
 from attnzoo.attention import PLUGINS_VARIABLE
 from attnzoo.checkpoint.base import Checkpoint
 from attnzoo.checkpoint.shards import DTYPES, INTEGERS, WEIGHTS, Shards
-from attnzoo.files import replace_directory, temporary_directory
+from attnzoo.checkpoint.target import check_native_target
+from attnzoo.files import real_path, replace_directory, temporary_directory
 from attnzoo.models import DecoderConfig, DecoderLM
 
 if TYPE_CHECKING:
@@ -24,6 +25,20 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 FORMAT = "attnzoo-decoder-1"
+TOKENIZER = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""Files that tokenizers save."""
+
+
+def check_target(directory: Path) -> None:
+    """Raises ValueError, naming what would be lost, unless `save_model` may write to `directory`."""
+    check_native_target(Path(directory), config=CONFIG, format=FORMAT, names=(CONFIG, WEIGHTS, *TOKENIZER))
 
 
 def save_model(
@@ -33,11 +48,13 @@ def save_model(
     tokenizer: "Tokenizer | None" = None,
     metadata: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes `model` to `directory`, replacing what was there; returns the directory.
+    """Writes `model` to `directory`, replacing an earlier model of this format; returns the directory.
 
-    `tokenizer` is saved along; `metadata` is any JSON (loss, steps, provenance).
+    `tokenizer` is saved along; `metadata` is any JSON (loss, steps, provenance). Raises ValueError for a directory that
+    holds anything else.
     """
-    directory = Path(directory)
+    directory = real_path(directory)
+    check_target(directory)
     temporary = temporary_directory(directory)
     try:
         tensors = saved_tensors(model)
@@ -73,9 +90,14 @@ def saved_tensors(model: DecoderLM) -> dict[str, Tensor]:
 
 def open_directory(directory: Path, content: Mapping[str, Any], config_path: Path) -> Checkpoint:
     """The model in a directory of our own, `content` being its config.json. Raises ValueError naming the file."""
+    model, metadata = content.get("model"), content.get("metadata") or {}
+    for name, section in (("model", model), ("metadata", metadata)):
+        if not isinstance(section, Mapping):
+            raise ValueError(f"{config_path}: {name} is a {type(section).__name__}, not an object; export it again")
+    assert isinstance(model, Mapping)
     try:
-        config = DecoderConfig.from_dict(content["model"])
-    except (KeyError, ValueError) as error:
+        config = DecoderConfig.from_dict(model)
+    except ValueError as error:
         # A variant that is not there is no fault of the file.
         way_out = "" if PLUGINS_VARIABLE in str(error) else "; export the model again"
         raise ValueError(f"{config_path}: {error}{way_out}") from None
@@ -86,5 +108,5 @@ def open_directory(directory: Path, content: Mapping[str, Any], config_path: Pat
         shapes=shards.shapes,
         read=shards.read,
         dtype=shards.main_dtype(),
-        metadata=dict(content.get("metadata") or {}),
+        metadata=dict(metadata),
     )

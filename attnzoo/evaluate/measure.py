@@ -106,7 +106,7 @@ def _decode_seconds(model: DecoderLM, context: int, steps: int = 32) -> float:
     steps = min(steps, context - 1)
     tokens_1T = torch.randint(model.config.vocab_size, (1, context))
     state = model.init_state(1, context)
-    _, state = model.extend(tokens_1T[:, : context - steps], state)
+    _, state = model.extend_hidden(tokens_1T[:, : context - steps], state)
     seconds = []
     for place in range(context - steps, context):
         start = time.perf_counter()

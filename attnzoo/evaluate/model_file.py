@@ -1,7 +1,6 @@
 """A model's configuration from what people have at hand: a training config, a checkpoint directory, or JSON."""
 
 import importlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from attnzoo.checkpoint import CONFIG, PACKAGED, find_checkpoint, open_checkpoint
 from attnzoo.checkpoint.huggingface import read_config
+from attnzoo.files import read_object, read_text
 from attnzoo.models import DecoderConfig
 
 DEFAULT_VOCABULARY = 32768
@@ -37,7 +37,7 @@ def read_model(path: Path, vocab_size: int | None = None) -> ModelFile:
         path = path / CONFIG
     if not path.is_file():
         raise ValueError(f"--model: no file {str(path)!r}; give a training config (.yaml) or a checkpoint")
-    content = _read_json(path) if path.suffix == ".json" else _read_yaml(path, ())
+    content = read_object(path) if path.suffix == ".json" else _read_yaml(path, ())
     if "model_type" in content:
         config = read_config(content, path)
         return ModelFile(config if vocab_size is None else replace(config, vocab_size=vocab_size), _whose(vocab_size))
@@ -63,14 +63,6 @@ def _whose(vocab_size: int | None) -> str:
     return "the model's own" if vocab_size is None else "--vocab-size"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
-    return _mapping(path, content)
-
-
 def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """A YAML file over its base, as training merges them: attention's options add up unless it names another kind."""
     try:
@@ -82,8 +74,8 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ValueError(f"{path}: base files form a cycle")
     try:
-        content = _mapping(path, yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        content = _mapping(path, yaml.safe_load(read_text(path)) or {})
+    except (RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     base = content.pop("base", None)
     if base is None:

@@ -22,6 +22,8 @@ from attnzoo.report import format_table
 
 RESERVE = 0.05
 """Part of a GPU's memory that is left free: the driver's context, kernels, and fragments of the allocator."""
+MOST_MEMORY = 1 << 20
+"""GiB of one GPU that nobody has."""
 MOST = 4096
 """Sequences of the largest micro-batch looked for."""
 
@@ -94,8 +96,10 @@ def checked(options: argparse.Namespace, file: ModelFile) -> Request:
     for name, value in (("--context", context), ("--gpus", options.gpus), ("--nodes", nodes)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    if options.gpu_memory <= 0:
-        raise ValueError(f"--gpu-memory={options.gpu_memory} must be positive: GiB of one GPU, for example 80")
+    if not 0 < options.gpu_memory < MOST_MEMORY:
+        raise ValueError(
+            f"--gpu-memory={options.gpu_memory} must be positive, below {MOST_MEMORY}: GiB of one GPU, for example 80"
+        )
     if nodes > options.gpus:
         raise ValueError(f"--nodes={nodes} is more than --gpus={options.gpus}; a machine needs at least one GPU")
     if options.batch_tokens is not None and options.batch_tokens < options.gpus * context:

@@ -1,6 +1,7 @@
 """Configuration of the decoder language model: strict to read, complete to write."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,14 @@ from attnzoo.types import build_config
 
 AttentionSpec = str | dict[str, Any]
 """A variant's name, or {"kind": name, option: value, ...}."""
+LIMITS = {
+    "vocab_size": (1 << 31) - 1,
+    "model_dim": (1 << 31) - 1,
+    "num_layers": 1 << 16,
+    "max_positions": (1 << 31) - 1,
+    "mlp_dim": (1 << 31) - 1,
+}
+"""What no model has more of: beyond them lie mistakes, and numbers that overflow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +52,18 @@ class DecoderConfig:
     cache: dict | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "model_dim", "num_layers", "max_positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.mlp_dim is not None and self.mlp_dim < 1:
-            raise ValueError(f"mlp_dim={self.mlp_dim} must be at least 1, or null for the default")
+        for name, limit in LIMITS.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if value < 1:
+                or_null = ", or null for the default" if name == "mlp_dim" else ""
+                raise ValueError(f"{name}={value} must be at least 1{or_null}")
+            if value > limit:
+                raise ValueError(f"{name}={value} must be at most {limit}")
         for name in ("init_std", "norm_eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
         specs = self.attention if isinstance(self.attention, list) else [self.attention]
         if not specs or self.num_layers % len(specs):
             raise ValueError(
@@ -60,8 +73,10 @@ class DecoderConfig:
         for layer in range(len(specs)):
             self.layer_attention(layer)
         if self.cache is not None:
-            options = {key: value for key, value in self.cache.items() if key != "policy"}
-            build_cache(self.cache.get("policy", ""), options)
+            policy = self.cache.get("policy", "")
+            if not isinstance(policy, str):
+                raise ValueError(f"cache.policy={policy!r} must be the name of a policy")
+            build_cache(policy, {key: value for key, value in self.cache.items() if key != "policy"})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DecoderConfig":

@@ -89,7 +89,7 @@ class DecoderLM(nn.Module):
                         f"starts_BT: {type(block.attention).__name__} cannot keep documents of one row apart "
                         "(trait varlen); give it one document a row"
                     )
-        x_BTD = self.embedding(tokens_BT)
+        x_BTD = self._embed(tokens_BT)
         for block in self.layers():
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_BTD = checkpoint(block, x_BTD, starts_BT, use_reentrant=False)
@@ -97,6 +97,23 @@ class DecoderLM(nn.Module):
                 x_BTD = block(x_BTD, starts_BT)
         out: Tensor = self.norm(x_BTD)
         return out
+
+    def _embed(self, tokens_BT: Tensor) -> Tensor:
+        """x_BTD of token ids. Raises ValueError for no sequences, no tokens, and on a CPU for ids out of range."""
+        if tokens_BT.dim() != 2 or 0 in tokens_BT.shape:
+            raise ValueError(f"tokens_BT has shape {tuple(tokens_BT.shape)}; give at least one sequence and one token")
+        try:
+            x_BTD: Tensor = self.embedding(tokens_BT)
+        except IndexError:
+            raise ValueError(
+                f"tokens_BT holds ids from {int(tokens_BT.min())} to {int(tokens_BT.max())}; the vocabulary has "
+                f"{self.config.vocab_size}"
+            ) from None
+        except RuntimeError as error:
+            if tokens_BT.dtype in (torch.int32, torch.int64):
+                raise
+            raise ValueError(f"tokens_BT is of {tokens_BT.dtype}; token ids are torch.long") from error
+        return x_BTD
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """logits of any rows of hidden states."""
@@ -120,8 +137,10 @@ class DecoderLM(nn.Module):
         """Empty state of `batch` sequences with room for `capacity` tokens each, where and in what the model is.
 
         `cache`: how keys and values are kept (`attnzoo.kvcache.build_cache`), None: exactly; layers of constant state
-        keep theirs. Raises ValueError where no layer has keys to compress, or one has a window.
+        keep theirs. Raises ValueError for no sequences, where no layer has keys to compress, or one has a window.
         """
+        if batch < 1:
+            raise ValueError(f"batch={batch} must be at least 1")
         device, dtype = device or self.embedding.weight.device, dtype or self.embedding.weight.dtype
         attentions = [block.attention for block in self.layers()]
         options = {} if cache is None else {"cache": cache}
@@ -163,7 +182,7 @@ class DecoderLM(nn.Module):
         self, tokens_BT: Tensor, state: DecoderState, counts_B: Tensor | None = None
     ) -> tuple[Tensor, DecoderState]:
         """`extend` up to the final norm, for callers that need the logits of few rows."""
-        x_BTD = self.embedding(tokens_BT)
+        x_BTD = self._embed(tokens_BT)
         layers = []
         for block, layer_state in zip(self.layers(), state.layers, strict=True):
             x_BTD, layer_state = block.extend(x_BTD, layer_state, counts_B)
@@ -187,7 +206,7 @@ class DecoderLM(nn.Module):
         Gradients end at the memory. Unlike `extend`, the past is bounded, and what a token sees of it depends on where
         segments end.
         """
-        x_BTD, after = self.embedding(tokens_BT), []
+        x_BTD, after = self._embed(tokens_BT), []
         for block, remembered in zip(self.layers(), memory, strict=True):
             x_BTD, remembered = block.segment(x_BTD, remembered)
             after.append(remembered)

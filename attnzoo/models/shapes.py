@@ -1,6 +1,7 @@
 """A model without weights: shapes and costs at once, or a frame to load weights into."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,22 +28,31 @@ class _NoDraws(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_shapes(config: DecoderConfig) -> DecoderLM:
-    """`DecoderLM` on the meta device, all parameters without storage.
+@contextmanager
+def without_storage() -> Iterator[None]:
+    """What is built inside has shapes and costs but takes no memory.
 
-    Raises ValueError for a variant that reads values of tensors while it is built.
+    Raises ValueError for too large sizes, and for a variant that reads values of tensors while it is built.
     """
     try:
         with torch.device("meta"), _NoDraws():
-            return DecoderLM(config)
-    except (RuntimeError, NotImplementedError) as error:
-        if "meta" not in str(error):
-            raise
-        raise ValueError(
-            "model.attention: a variant reads values of tensors in __init__ or reset_parameters, which have none while "
-            "a model is only sized, or is built to be loaded; compute with numpy or with Python's numbers, and make a "
-            f"tensor of the result ({str(error).splitlines()[0]})"
-        ) from error
+            yield
+    except (RuntimeError, OverflowError, TypeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        if "meta" in str(error):
+            raise ValueError(
+                "model.attention: a variant reads values of tensors in __init__ or reset_parameters, which have none "
+                "while a model is only sized, or is built to be loaded; compute with numpy or with Python's numbers, "
+                f"and make a tensor of the result ({reason})"
+            ) from error
+        # Else of torch, for numbers of more than 64 bits.
+        raise ValueError(f"the configuration makes no model ({reason}); make its sizes smaller") from error
+
+
+def build_shapes(config: DecoderConfig) -> DecoderLM:
+    """`DecoderLM` on the meta device, all parameters without storage. Raises ValueError as `without_storage`."""
+    with without_storage():
+        return DecoderLM(config)
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 import codecs
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -85,6 +86,21 @@ class StreamDecoder:
     def finish(self) -> str:
         """What is left: U+FFFD for a character that was never completed."""
         return self._utf8.decode(b"", final=True)
+
+
+@contextmanager
+def refused(what: str, way_out: str) -> Iterator[None]:
+    """Whatever a native library raises inside becomes a ValueError that says what is wrong, in its words too.
+
+    The package tokenizers raises plain Exception for all that it does not like, and panics, which are no Exception, for
+    what it has not thought of.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what} ({error}); {way_out}") from None
 
 
 def short_hash(content: bytes) -> str:

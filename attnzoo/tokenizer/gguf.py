@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnzoo.errors import suggest
 from attnzoo.gguf_file import read_gguf
+from attnzoo.tokenizer.base import refused
 from attnzoo.tokenizer.byte_table import SPACE
 from attnzoo.tokenizer.huggingface import HuggingFaceTokenizer, TokenizerSettings, import_tokenizers
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 """Token types that matter here; unused (5) and byte (6) tokens are spelled like any other."""
 
+MAX_TOKEN = 1024
+"""Characters of a token: every way to cut one in two is looked at."""
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -64,7 +67,10 @@ def load_gguf_tokenizer(path: Path) -> HuggingFaceTokenizer:
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if model not in builders:
         raise ValueError(f"'{path}': unknown tokenizer.ggml.model {model!r}{suggest(model, builders)}")
-    tokens = fields.get("tokens", list)
+    tokens = fields.values("tokens", str)
+    longest = max(tokens, key=len, default="")
+    if len(longest) > MAX_TOKEN:
+        raise ValueError(f"'{path}': tokenizer.ggml.tokens has one of {len(longest)} characters; at most {MAX_TOKEN}")
     token, count = Counter(tokens).most_common(1)[0] if tokens else ("", 0)
     if count != 1:
         raise ValueError(
@@ -113,9 +119,20 @@ class _Fields:
             raise ValueError(f"'{self.path}': tokenizer.chat_template is not text; convert the model again")
         return template
 
-    def array(self, name: str, size: int) -> list[Any]:
-        """A list with one value for each token."""
+    def values(self, name: str, kind: type) -> list[Any]:
+        """A list of values of one kind."""
         values: list[Any] = self.get(name, list)
+        wrong = next((value for value in values if type(value) is not kind), None)
+        if wrong is not None:
+            raise ValueError(
+                f"'{self.path}': tokenizer.ggml.{name} holds {type(wrong).__name__}, not {kind.__name__}; "
+                "convert the model again"
+            )
+        return values
+
+    def array(self, name: str, kind: type, size: int) -> list[Any]:
+        """A list with one value for each token."""
+        values = self.values(name, kind)
         if len(values) != size:
             raise ValueError(
                 f"'{self.path}': tokenizer.ggml.{name} has {len(values)} values for {size} tokens; "
@@ -144,7 +161,7 @@ def _byte_level(fields: _Fields, tokens: list[str]) -> tuple["tokenizers.Tokeniz
     if name not in WORDS:
         raise ValueError(f"'{fields.path}': unknown tokenizer.ggml.pre {name!r}{suggest(name, WORDS)}")
     words = WORDS[name]
-    merges = [tuple(merge.split(" ")) for merge in fields.get("merges", list)]
+    merges = [tuple(merge.split(" ")) for merge in fields.values("merges", str)]
     backend = _bpe(fields.path, tokens, merges, ignore_merges=words.whole_words)
     if words.nfc:
         backend.normalizer = normalizers.NFC()
@@ -162,12 +179,12 @@ def _sentencepiece(fields: _Fields, tokens: list[str]) -> tuple["tokenizers.Toke
     """(sentencepiece BPE, True: its texts begin with the begin token where the file does not say otherwise)."""
     from tokenizers import decoders, normalizers
 
-    kinds = fields.array("token_type", len(tokens))
+    kinds = fields.array("token_type", int, len(tokens))
     unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
     backend = _bpe(
         fields.path,
         tokens,
-        merges_by_score(tokens, fields.array("scores", len(tokens)), kinds),
+        merges_by_score(tokens, fields.array("scores", float, len(tokens)), kinds),
         unk_token=unknown,
         fuse_unk=True,
         byte_fallback=True,
@@ -201,18 +218,20 @@ def _bpe(path: Path, tokens: list[str], merges: list[Any], **options: Any) -> "t
     from tokenizers.models import BPE
 
     vocab = {token: number for number, token in enumerate(tokens)}
-    try:
+    what = f"'{path}': tokenizer.ggml.merges do not fit tokenizer.ggml.tokens"
+    for merge in merges:
+        if len(merge) != 2 or not vocab.keys() >= {*merge, "".join(merge)}:
+            raise ValueError(
+                f"{what} ({' '.join(merge)!r} is not two tokens that make a third); convert the model again"
+            )
+    with refused(what, "convert the model again"):
         return Backend(BPE(vocab=vocab, merges=merges, **options))
-    except Exception as error:  # the package raises plain Exception for all that does not fit
-        raise ValueError(
-            f"'{path}': tokenizer.ggml.merges do not fit tokenizer.ggml.tokens ({error}); convert the model again"
-        ) from None
 
 
 def _add_special_tokens(backend: "tokenizers.Tokenizer", fields: _Fields, tokens: list[str]) -> None:
     from tokenizers import AddedToken
 
-    kinds = fields.array("token_type", len(tokens))
+    kinds = fields.array("token_type", int, len(tokens))
     for token, kind in zip(tokens, kinds, strict=True):
         if kind in (UNKNOWN, CONTROL):
             backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])

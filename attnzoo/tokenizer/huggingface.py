@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnzoo.files import write_atomic
-from attnzoo.tokenizer.base import Tokenizer, check_text, short_hash
+from attnzoo.files import read_object, read_text, write_atomic
+from attnzoo.tokenizer.base import Tokenizer, check_text, refused, short_hash
 from attnzoo.tokenizer.byte_table import byte_table
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 GENERATION = "generation_config.json"
 MODEL = "config.json"
+MAX_BYTES = 256 << 20
+"""Of tokenizer.json; the largest in use have some 35 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +115,14 @@ class HuggingFaceTokenizer(Tokenizer):
             write_atomic(directory / GENERATION, _to_json({"eos_token_id": sorted(self.stop_ids)}))
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of `text`; special tokens that are written in it become those tokens, but for `split_special_tokens`."""
+        """Ids of `text`; special tokens that are written in it become those tokens, but for `split_special_tokens`.
+
+        Raises ValueError for what the package gives up on, such as an expression of tokenizer.json that backtracks too
+        often.
+        """
         check_text(text)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        with refused("the tokenizer cannot encode this text", "give another, or shorter pieces of it"):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         begin = self._begin if bos else []
         return begin + ids + ([self.eos_id] if eos and self.eos_id is not None else [])
 
@@ -159,18 +166,17 @@ def import_tokenizers() -> None:
 
 
 def _read_tokenizer(path: Path) -> "tokenizers.Tokenizer":
+    if path.is_dir():
+        raise ValueError(f"tokenizer '{path}' is a directory; give a file")
     if not path.is_file():
         raise ValueError(f"tokenizer '{path}' does not exist; give a directory with a {FILE}")
     import_tokenizers()
     from tokenizers import Tokenizer as Backend
 
-    try:
-        return Backend.from_str(path.read_bytes().decode("utf-8"))
-    except Exception as error:  # the package raises plain Exception for all that it cannot read
-        raise ValueError(
-            f"'{path}' is not a tokenizer that the installed package tokenizers can read ({error}); download it again, "
-            "or update the package"
-        ) from None
+    text = read_text(path, MAX_BYTES)
+    what = f"'{path}' is not a tokenizer that the installed package tokenizers can read"
+    with refused(what, "download it again, or update the package"):
+        return Backend.from_str(text)
 
 
 def _read_settings(directory: Path, tokenizer: "tokenizers.Tokenizer") -> TokenizerSettings:
@@ -181,11 +187,11 @@ def _read_settings(directory: Path, tokenizer: "tokenizers.Tokenizer") -> Tokeni
         name, values = (CONFIG, config) if field in config else (SPECIAL_TOKENS, special)
         spellings[field] = _spelling(values.get(field), f"{directory / name}: {field}")
     stop_ids = _stop_ids(directory / GENERATION) or _stop_ids(directory / MODEL)
-    if spellings["eos_token"] is None and stop_ids:
+    if spellings["eos_token"] is None and stop_ids and 0 <= stop_ids[0] < 1 << 32:  # others are refused later
         spellings["eos_token"] = tokenizer.id_to_token(stop_ids[0])
     template = _template(config.get("chat_template"), directory / CONFIG)
-    if (directory / TEMPLATE).is_file():  # the newer place, which wins
-        template = _read_text(directory / TEMPLATE)
+    if (directory / TEMPLATE).exists():  # the newer place, which wins
+        template = read_text(directory / TEMPLATE)
     return TokenizerSettings(
         **spellings,
         stop_ids=frozenset(stop_ids),
@@ -194,24 +200,14 @@ def _read_settings(directory: Path, tokenizer: "tokenizers.Tokenizer") -> Tokeni
     )
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' is not UTF-8 ({error}); download it again") from None
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a file; empty where there is no such file."""
-    if not path.is_file():
-        return {}
     try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"'{path}' is not JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"'{path}' holds {type(content).__name__}, not an object; download it again")
-    return content
+        return read_object(path)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise ValueError(f"'{path}' is a link to a file that does not exist; download it again") from None
+        return {}
 
 
 def _to_json(content: dict[str, Any]) -> bytes:
@@ -223,7 +219,16 @@ def _spelling(value: Any, name: str) -> str | None:
     spelling = value.get("content") if isinstance(value, dict) else value
     if not isinstance(spelling, str | None) or (value is not None and spelling is None):
         raise ValueError(f'{name}={value!r} must be text or an object with "content"')
+    _check_utf8(spelling, name)
     return spelling
+
+
+def _check_utf8(text: str | None, name: str) -> None:
+    """JSON can hold what UTF-8 cannot."""
+    try:
+        check_text(text or "")
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _template(value: Any, path: Path) -> str | None:
@@ -233,6 +238,7 @@ def _template(value: Any, path: Path) -> str | None:
         value = named.get("default")
     if not isinstance(value, str | None):
         raise ValueError(f'{path}: chat_template must be text or a list of {{"name", "template"}}, not {value!r}')
+    _check_utf8(value, f"{path}: chat_template")
     return value
 
 
@@ -265,8 +271,9 @@ def _vocab_size(vocab: dict[str, int], source: str) -> int:
 
 def _prefix(tokenizer: "tokenizers.Tokenizer", source: str) -> int | None:
     """The token that the post-processor puts before a text, found by encoding one with it and without."""
-    whole: list[int] = tokenizer.encode("a", add_special_tokens=True).ids
-    plain: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
+    with refused(f"{source}: the tokenizer cannot encode 'a'", "download it again"):
+        whole: list[int] = tokenizer.encode("a", add_special_tokens=True).ids
+        plain: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
     at = next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)
     if at > 1:
         raise ValueError(

@@ -17,9 +17,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
     GGUF file. Raises ValueError when it is none of these, and when the file is damaged or not supported.
     """
     path = Path(path)
+    try:
+        return _load(path)
+    except OSError as error:
+        raise ValueError(f"'{path}' cannot be read ({error.strerror})") from None
+
+
+def _load(path: Path) -> Tokenizer:
     names = (huggingface.FILE, sentencepiece.FILE)
     if path.is_dir():
-        found = next((path / name for name in names if (path / name).is_file()), None)
+        found = next((path / name for name in names if (path / name).exists()), None)
         if found is None:
             raise ValueError(f"'{path}' holds neither {' nor '.join(names)}; give a checkpoint with its tokenizer")
         path = found

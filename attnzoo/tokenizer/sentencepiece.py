@@ -78,9 +78,10 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         check_text(text)
         ids = [self.bos_id] if bos else []
-        for part in re.split(f"({SPACE})", text):
-            if part == SPACE:
-                ids += [self._byte_ids[bytes([byte])] for byte in SPACE.encode()]
+        spelled = [self._byte_ids[bytes([byte])] for byte in SPACE.encode()]
+        for part in re.split(f"({SPACE}+)", text):
+            if part.startswith(SPACE):
+                ids += spelled * len(part)
             elif part:
                 ids += self._processor.encode(part)
         return [*ids, self.eos_id] if eos else ids
@@ -95,12 +96,19 @@ def read_processor(path: Path) -> "SentencePieceProcessor":
     """The sentencepiece model in a file. Raises ValueError, naming the file, when it is missing or damaged."""
     from sentencepiece import SentencePieceProcessor
 
+    if path.is_dir():
+        raise ValueError(f"tokenizer {os.fspath(path)!r} is a directory; give a file")
     if not path.is_file():
         raise ValueError(f"tokenizer {os.fspath(path)!r} does not exist; train one with python -m train.tokenizer")
     try:
-        return SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
+        processor = SentencePieceProcessor(model_file=str(path))
+        pieces = [processor.id_to_piece(token) for token in range(processor.get_piece_size())]
+    except (RuntimeError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"tokenizer {os.fspath(path)!r} is not a sentencepiece model ({error})") from None
+    for token, piece in enumerate(pieces):
+        if processor.is_byte(token) and not re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            raise ValueError(f"tokenizer {os.fspath(path)!r}: token {token} is a byte spelled {piece!r}; copy it again")
+    return processor
 
 
 def has_own_pieces(processor: "SentencePieceProcessor") -> bool:

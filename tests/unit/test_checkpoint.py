@@ -109,8 +109,8 @@ def damaged(directory, what: str) -> None:
         ("no weights", r"model.safetensors does not exist; is the checkpoint complete"),
         ("cut weights", r"is not a readable safetensors file"),
         ("no config", r"config.json does not exist; give a directory"),
-        ("no json", r"config.json is not JSON"),
-        ("no mapping", r"config.json holds a list, not a configuration"),
+        ("no json", r"config.json' is not JSON"),
+        ("no mapping", r"config.json' holds a list, not an object"),
         ("other format", r"format='attnzoo-decoder-9' is not"),
         (
             "other sizes",

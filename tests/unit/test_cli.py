@@ -4,6 +4,8 @@ import pytest
 
 from attnzoo.__main__ import main, parse_options
 from attnzoo.attention import ATTENTION
+from attnzoo.checkpoint import save_model
+from tests import serving
 
 
 def test_list_names_every_variant_and_its_source(capsys):
@@ -35,13 +37,70 @@ def test_describe(capsys):
         (["describe", "mha", "num_heads"], "not of the form key=value"),
         (["describe", "mha", "--dtype", "fp23"], "unknown dtype 'fp23'"),
         (["list", "--context", "1"], "--context=1 must be at least 2"),
+        (["list", "--model-dim", "0"], "must be at least 1"),
+        (["list", "--model-dim", str(10**30)], "the configuration makes no model"),
+        (["describe", "mha", "--model-dim", str(10**12)], "the configuration makes no model"),
+        (["describe", "mha", "head_dim=" + "8" * 25], "the configuration makes no model"),
+        (["describe", "mha", "num_heads=" + "9" * 5000], "option 'num_heads' has a value that cannot be read (Exceeds"),
+        (["describe", "mha", "num_heads=" + "[" * 100_000], "option 'num_heads' has a value that cannot be read"),
+        (["describe", "mha", "rope_theta=NaN"], "rope_theta=nan must be a positive number"),
+        (["describe", "mha", "rope_theta=Infinity"], "rope_theta=inf must be a positive number"),
+        (["plan", "--model", "configs/mha.yaml", "--gpu-memory", "nan"], "--gpu-memory=nan must be positive"),
+        (["plan", "--model", "configs/mha.yaml", "--gpu-memory", "inf"], "--gpu-memory=inf must be positive"),
+        (["plan", "--model", "configs/mha.yaml", "--gpu-memory", "1e300"], "--gpu-memory=1e+300 must be positive"),
+        (
+            ["plan", "--model", "configs/mha.yaml", "--vocab-size", str(10**30)],
+            "vocab_size=1" + "0" * 30 + " must be at",
+        ),
+        (["plan", "--model", "configs"], "--model: no file 'configs/config.json'"),
+        (["plan", "--model", "/none/config.json"], "--model: no file '/none/config.json'"),
+        (["export", "", "out"], "checkpoint='' names nothing"),
+        (["export", "/none", "out"], "/none/config.json does not exist"),
+        (["export", "none.gguf", "out"], "none.gguf' does not exist"),
+        (["compare", "--workers", "0"], "--workers=0 must be at least 1"),
+        (["compare", "nope=1"], "nope"),
     ],
 )
 def test_wrong_usage_goes_to_stderr_with_status_2(arguments, message, capsys):
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err
+    assert "Traceback" not in captured.err
     assert not captured.out
+
+
+@pytest.mark.parametrize("where", ["file/below", "n" * 300, "/proc/none", "loop", "loop/below"])
+def test_an_export_that_cannot_be_written(where, tmp_path, capsys):
+    save_model(tmp_path / "model", serving.small_model("mha"))
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "loop").symlink_to("loop")
+    assert main(["export", str(tmp_path / "loop"), str(tmp_path / "out")]) == 2
+    assert "loop" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / where)]) == 2
+    assert "give a" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "text"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"model: [1",
+        b"model: " + b"[" * 5000,
+        b"\xff\xfe",
+        b"model: [1]",
+        b"[1]",
+        b"",
+        b"model: {model_dim: 6400000000000}",
+    ],
+)
+def test_files_that_cannot_be_planned(content, tmp_path, capsys):
+    for name in ("model.yaml", "model.json"):
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert main(["plan", "--model", str(path)]) == 2
+        captured = capsys.readouterr()
+        assert str(path) in captured.err
+        assert not captured.out
 
 
 def test_parse_options():

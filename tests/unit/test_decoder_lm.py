@@ -156,8 +156,96 @@ def test_generation_stops_and_seeds():
 
 @pytest.mark.parametrize(
     ("prompts", "message"),
-    [([], "at least one prompt"), ([[]], "no prompt may be empty"), ([[V]], "prompt token 47 is outside")],
+    [
+        ([], "at least one prompt"),
+        ([[]], "no prompt may be empty"),
+        ([[1], []], "no prompt may be empty"),
+        ([[V]], "prompt token 47 is outside"),
+        ([[-1]], "prompt token -1 is outside"),
+        ([[1.5]], "prompt token 1.5 is not an integer"),
+        (["text"], "prompt token 't' is not an integer"),
+        ([[None]], "prompt token None is not an integer"),
+    ],
 )
 def test_generation_refuses(prompts, message):
     with pytest.raises(ValueError, match=message):
         generate(build(), prompts, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("count", [-1, True, 1.0, None])
+def test_generation_refuses_counts(count):
+    with pytest.raises(ValueError, match=f"max_new_tokens={count} must be an integer of at least 0"):
+        generate(build(), [[1]], max_new_tokens=count)
+
+
+def test_generation_of_nothing():
+    assert generate(build(), [[1], [2, 3]], max_new_tokens=0) == [[], []]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (
+            torch.zeros(2, 0, dtype=torch.long),
+            r"tokens_BT has shape \(2, 0\); give at least one sequence and one token",
+        ),
+        (torch.zeros(0, 3, dtype=torch.long), r"tokens_BT has shape \(0, 3\)"),
+        (torch.zeros(0, 0, dtype=torch.long), r"tokens_BT has shape \(0, 0\)"),
+        (torch.zeros(3, dtype=torch.long), r"tokens_BT has shape \(3,\)"),
+        (torch.zeros(1, 2, 3, dtype=torch.long), r"tokens_BT has shape \(1, 2, 3\)"),
+        (torch.tensor([[1, V]]), r"tokens_BT holds ids from 1 to 47; the vocabulary has 47"),
+        (torch.tensor([[-1, 2]]), r"tokens_BT holds ids from -1 to 2; the vocabulary has 47"),
+        (torch.zeros(1, 2), r"tokens_BT is of torch.float32; token ids are torch.long"),
+    ],
+)
+def test_empty_and_foreign_tokens_are_refused(attention, tokens, message):
+    """Of every form, and the state is as it was."""
+    model = build(attention=attention)
+    state = model.init_state(1, 8)
+    memory = model.init_memory(1, 4)
+    forms = [model, model.hidden, lambda ids: model.extend(ids, state), lambda ids: model.segment(ids, memory)]
+    for form in forms:
+        with pytest.raises(ValueError, match=message):
+            form(tokens)
+    assert torch.equal(
+        model.extend(torch.tensor([[1]]), state)[0], model.extend(torch.tensor([[1]]), model.init_state(1, 8))[0]
+    )
+
+
+@pytest.mark.parametrize("batch", [0, -1])
+def test_states_of_no_sequences_are_refused(batch):
+    with pytest.raises(ValueError, match=f"batch={batch} must be at least 1"):
+        build().init_state(batch, 8)
+
+
+class Rows(torch.overrides.TorchFunctionMode):
+    """The most rows that the head has been asked for."""
+
+    def __init__(self, head: torch.Tensor) -> None:
+        super().__init__()
+        self.head, self.most = head, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.linear and args[1] is self.head:
+            self.most = max(self.most, args[0].shape[:-1].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
+@torch.no_grad()
+def test_generation_computes_the_logits_of_last_tokens_alone(attention, dtype):
+    model = build(attention=attention).to(dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    prompts = [[1, 2, 3, 4, 5], [6], [7, 8]]
+    with Rows(model.head.weight) as rows:
+        outputs = generate(model, prompts, max_new_tokens=6)
+    assert rows.most == len(prompts)
+    lengths = torch.tensor([5, 1, 2])
+    padded = torch.tensor([[1, 2, 3, 4, 5], [6, 0, 0, 0, 0], [7, 8, 0, 0, 0]])
+    logits, _ = model.extend(padded, model.init_state(3, 11), lengths)
+    for row, last_V in zip(outputs, logits[torch.arange(3), lengths - 1], strict=True):
+        # A product of other sizes rounds otherwise, so that nearly equal logits may change places.
+        assert last_V.max() - last_V[row[0]] <= 2 * torch.finfo(dtype).eps * last_V.abs().max()

@@ -149,10 +149,49 @@ def test_divisors_of_llama_3(factor, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"rope.scaling.factor": 4.0}, 4.0),  # without a type
+        ({"rope.scaling.factor": 4.0, "rope.scaling.type": "linear"}, 4.0),
+        ({"rope.scaling.factor": 4.0, "rope.scaling.type": "none"}, None),
+        ({"rope.scaling.factor": 1.0}, None),
+        ({"rope.scaling.type": "linear"}, None),
+        ({"rope.scale_linear": 2.0}, 2.0),  # the older name
+        ({"rope.scale_linear": 2.0, "rope.scaling.factor": 3.0}, 3.0),
+        ({"rope.scale_linear": 0.0}, None),
+        ({}, None),
+    ],
+)
+def test_linear_scaling_by_llama_cpp_s_rules(changes, expected, tmp_path):
+    config = open_checkpoint(write(tmp_path / "m.gguf", random_model(), **changes)).config
+    scaling = None if expected is None else {"kind": "linear", "factor": expected}
+    assert config.layer_attention(0)[1]["rope_scaling"] == scaling
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"rope.scaling.factor": 4.0, "rope.scaling.type": "longrope"},
+            r"rope.scaling.type='longrope' is not supported",
+        ),
+        ({"rope.scaling.factor": 0.5}, r"rope_scaling.factor=0.5 must be at least 1"),
+        ({"rope.scaling.factor": float("nan")}, r"llama.rope.scaling.factor=nan is no number"),
+        (
+            {"rope.scaling.factor": 4.0, "extra": {"rope_freqs.weight": np.full(8, 2, np.float32)}},
+            r"rope_freqs.weight follows no rule known",
+        ),
+        ({"attention.head_count": 0}, r"llama.attention.head_count=0 must be at least 1"),
+        ({"attention.head_count_kv": 0}, r"llama.attention.head_count_kv=0 must be at least 1"),
+        ({"embedding_length": 0}, r"llama.embedding_length=0 must be at least 1"),
+        ({"block_count": 0}, r"num_layers=0 must be at least 1"),
+        ({"block_count": 2**31}, r"num_layers=2147483648 must be at most"),
+        ({"attention.sliding_window": 0}, r"llama.attention.sliding_window=0 must be at least 1"),
+        ({"logit_scale": 2.0}, r"llama.logit_scale=2.0 is not supported"),
+        ({"attention.clamp_kqv": 8.0}, r"llama.attention.clamp_kqv=8.0 is not supported"),
+        ({"rope.scaling.attn_factor": 0.5}, r"llama.rope.scaling.attn_factor=0.5 is not supported"),
         ({"arch": "gemma"}, r"general.architecture='gemma' is not supported; known: llama"),
-        ({"expert_count": 8}, r"llama.expert_count=8: experts are not supported"),
+        ({"expert_count": 8}, r"llama.expert_count=8 is not supported"),
         ({"rope.dimension_count": 8}, r"llama.rope.dimension_count=8 differs from the head's 16"),
         ({"rope.scaling.type": "yarn"}, r"llama.rope.scaling.type='yarn' is not supported"),
         ({"attention.head_count": 2.0}, r"llama.attention.head_count=2.0 is not supported; it must be int"),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import attnzoo.hf
 from attnzoo.__main__ import main
 from attnzoo.checkpoint import export_model, load_model, load_tokenizer, open_checkpoint, save_model
 from attnzoo.checkpoint.huggingface_export import family_config
@@ -141,8 +142,8 @@ def test_files(tmp_path):
     export_model(tmp_path / "out", demo_model().to(torch.bfloat16), tokenizer=serving.chat_tokenizer())
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer.model",
-        "tokenizer_config.json",
+        "attnzoo_export.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer.model", "tokenizer_config.json",
     ]  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
@@ -150,7 +151,7 @@ def test_files(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     assert load_tokenizer(tmp_path / "out").chat_template == serving.CHAT_TEMPLATE
     export_model(tmp_path / "out", demo_model())  # replaced as a whole, tokenizer and all
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert len(list((tmp_path / "out").iterdir())) == 4
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
@@ -306,7 +307,7 @@ def test_command_refuses(tmp_path, capsys):
         ((tmp_path / "none", tmp_path / "b"), "config.json does not exist"),
         ((own, own), "holds the checkpoint itself"),
         ((own, tmp_path), "holds the checkpoint itself"),
-        ((own, tmp_path / "other"), "exists and is not a model"),
+        ((own, tmp_path / "other"), "holds 'letter.txt', and no earlier export; give a new directory"),
     ):
         status, out, err = run(capsys, *arguments)
         assert (status, out) == (2, "")
@@ -316,6 +317,91 @@ def test_command_refuses(tmp_path, capsys):
         main(["export", "--help"])
     assert stop.value.code == 0
     assert "python -m attnzoo export runs/mha/export out" in capsys.readouterr().out
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def foreign(directory: Path, what: str) -> None:
+    """What someone may keep where an export is asked for."""
+    if what in ("sources", "any configuration"):
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+    if what == "sources":
+        (directory / ".git").mkdir()
+        (directory / ".git" / "HEAD").write_text("ref: refs/heads/main")
+        (directory / "train.py").write_text("print('years of work')")
+    elif what == "trained here":
+        save_model(directory, demo_model())
+    elif what == "of others":
+        reference("llama").save_pretrained(directory)
+    elif what == "a marker of someone else":
+        directory.mkdir()
+        (directory / "attnzoo_export.json").write_text('{"files": {}}')
+    elif what == "damaged marker":
+        export_model(directory, demo_model())
+        (directory / "attnzoo_export.json").write_text("{" * 100_000)
+    elif what == "a file":
+        directory.write_text("text")
+    elif what == "notes beside an export":
+        export_model(directory, demo_model())
+        (directory / "README.md").write_text("what I found")
+    elif what == "a directory beside an export":
+        export_model(directory, demo_model())
+        (directory / ".git").mkdir()
+    elif what == "an export trained further":
+        export_model(directory, demo_model())
+        path = directory / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    elif what == "a link in place of a file":
+        export_model(directory, demo_model())
+        (directory / "config.json").rename(directory.parent / "elsewhere.json")
+        (directory / "config.json").symlink_to(directory.parent / "elsewhere.json")
+
+
+FOREIGN = [
+    "sources", "any configuration", "trained here", "of others", "a marker of someone else", "damaged marker",
+    "a file", "notes beside an export", "a directory beside an export", "an export trained further",
+    "a link in place of a file",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["native", "attnzoo"])
+@pytest.mark.parametrize("what", FOREIGN)
+def test_nothing_but_an_earlier_export_is_replaced(what, form, tmp_path, capsys):
+    source = save_model(tmp_path / "source", demo_model())
+    foreign(tmp_path / "out", what)
+    before = contents(tmp_path)
+    capsys.readouterr()  # transformers' progress
+    status, out, err = run(capsys, source, tmp_path / "out", "--format", form)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"attnzoo: error: OUT: '{tmp_path / 'out'}")
+    assert "give a" in err
+    for write in (export_model, attnzoo.hf.export_model):
+        with pytest.raises(ValueError, match=r"give a( new)? directory"):
+            write(tmp_path / "out", demo_model())
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "what", [what for what in FOREIGN if what not in ("trained here", "a link in place of a file")]
+)
+def test_nothing_but_an_earlier_model_is_replaced(what, tmp_path):
+    """`save_model`, which training calls for its export/."""
+    foreign(tmp_path / "out", what)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"give a( new)? directory"):
+        save_model(tmp_path / "out", demo_model())
+    assert contents(tmp_path) == before
+
+
+def test_links_lead_to_the_directory_that_is_replaced(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        export_model(tmp_path / "link", demo_model())
+    assert (tmp_path / "link").is_symlink()
+    check_same_model(load_model(tmp_path / "real"), demo_model())
 
 
 def test_without_transformers():

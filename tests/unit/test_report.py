@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from attnzoo.report import Claim, Report, format_table
+from attnzoo.report import Claim, Report, available_cores, format_table
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,23 @@ def test_command_holds_no_path_of_a_machine(tmp_path):
             check=True,
         )
         assert done.stdout.strip() == str(expected)
+
+
+def test_a_system_that_does_not_say_which_cores_are_ours(monkeypatch):
+    """macOS has no sched_getaffinity, and asking for it ended every report."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert available_cores() == os.cpu_count()
+    assert Report.start(command=["bench"]).device
+
+
+def test_one_function_asks_for_cores():
+    """Whoever else asks for them forgets the systems that do not say."""
+    root = Path(__file__).resolve().parents[2]
+    places = [root / name for name in ("attnzoo", "train", "serve", "scripts")]
+    asking = [
+        path for place in places for path in place.rglob("*.py") if "sched_getaffinity" in path.read_text("utf-8")
+    ]
+    assert asking == [root / "attnzoo" / "report.py"]
 
 
 def test_table():

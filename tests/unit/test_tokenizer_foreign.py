@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from attnzoo.tokenizer import (
@@ -167,15 +167,18 @@ def test_templates_and_stop_tokens(pair, tmp_path):
     ("name", "content", "message"),
     [
         ("tokenizer.json", "{", "tokenizer.json' is not a tokenizer that the installed package"),
-        ("tokenizer.json", b"\xff", "tokenizer.json' is not a tokenizer that the installed package"),
+        ("tokenizer.json", b"\xff", "tokenizer.json' is not UTF-8"),
         ("tokenizer_config.json", "{", "tokenizer_config.json' is not JSON"),
-        ("tokenizer_config.json", "[]", "tokenizer_config.json' holds list, not an object"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json' holds a list, not an object"),
         ("tokenizer_config.json", b"\xff", "tokenizer_config.json' is not UTF-8"),
         ("tokenizer_config.json", '{"bos_token": 1}', 'bos_token=1 must be text or an object with "content"'),
         ("tokenizer_config.json", '{"eos_token": "<e>"}', "eos_token='<e>' is not in the vocabulary"),
         ("tokenizer_config.json", '{"chat_template": 1}', "chat_template must be text or a list"),
         ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id='2' must be a number or a list"),
         ("generation_config.json", '{"eos_token_id": 9999}', "stop token 9999 is outside the vocabulary of"),
+        ("generation_config.json", '{"eos_token_id": -1}', "stop token -1 is outside the vocabulary of"),
+        ("tokenizer_config.json", '{"bos_token": "\\ud800"}', "bos_token: text holds a lone surrogate"),
+        ("tokenizer_config.json", '{"chat_template": "\\ud800"}', "chat_template: text holds a lone surrogate"),
     ],
 )
 def test_damaged_files_are_named(pair, tmp_path, name, content, message):
@@ -183,6 +186,26 @@ def test_damaged_files_are_named(pair, tmp_path, name, content, message):
     (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         load_tokenizer(directory)
+
+
+def test_an_expression_that_gives_up_is_an_error_of_the_text():
+    """The package panics, which is no Exception and would end whatever thread encodes."""
+    backend = byte_level()
+    split = pre_tokenizers.Split(Regex("(a+)+b"), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer = HuggingFaceTokenizer(backend, TokenizerSettings(), source="built")
+    with pytest.raises(ValueError, match=r"cannot encode this text .*retry-limit-in-match over.*; give another"):
+        tokenizer.encode("a" * 100)
+    assert tokenizer.decode(tokenizer.encode("aab")) == "aab"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\0", "\0" * 1000, "\ufeffa", "\u2028\u2029\x85", "\u202e\u200b", "e" + "\u0301" * 5000]
+)
+def test_odd_texts_come_back(pair, text):
+    assert pair[0].decode(pair[0].encode(text)) == text
 
 
 def test_unsuitable_vocabularies_are_refused():

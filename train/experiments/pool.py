@@ -1,7 +1,6 @@
 """The parts of experiments side by side: processes of one thread each, a progress bar over all of them."""
 
 import multiprocessing
-import os
 import queue
 import time
 from collections.abc import Callable
@@ -127,8 +126,3 @@ def _listen(ticks: Any, progress: Progress) -> bool:
         return False
     progress.add(steps, label)
     return True
-
-
-def cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -4,6 +4,7 @@ A position encodes q and k before the cache (`encode`) and attends under a mask 
 the same code serves the parallel form, streaming, and caches that have dropped tokens.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
@@ -129,8 +130,8 @@ class Rope(NoPosition):
                 f"head_dim={heads.head_dim} is odd; rotary positions turn pairs of channels: change num_heads or "
                 "set an even head_dim"
             )
-        if theta <= 0:
-            raise ValueError(f"rope_theta={theta} must be positive; 10000.0 is usual")
+        if not 0 < theta < math.inf:
+            raise ValueError(f"rope_theta={theta} must be a positive number; 10000.0 is usual")
         self.theta, self.scaling, self.head_dim = theta, scaling, heads.head_dim
 
     def encode(self, q_BTNH: Tensor, k_BTKH: Tensor, positions_BT: Tensor, impl: Impl) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,112 @@
+"""Where a model may be written: replacing a directory deletes it, so that it must hold nothing but an earlier model.
+
+Exports carry a list of what was written with its digests: files that someone added or changed since are not ours to
+delete. Our own format is known by the first line of its config.json and by the names that it has.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from attnzoo.files import replace_directory
+
+MARKER = "attnzoo_export.json"
+"""Which files an export has written, and their SHA-256."""
+WRITER = "attnzoo"
+
+
+def check_export_target(directory: Path) -> None:
+    """Raises ValueError, naming what would be lost, unless an export may be written to `directory`.
+
+    It may where nothing is, into an empty directory, and over an earlier export that is as it was written.
+    """
+    entries = _entries(directory)
+    if not entries:
+        return
+    files = _marked_files(directory / MARKER)
+    if files is None:
+        raise ValueError(f"{_holds(directory, entries)}, and no earlier export; give a new directory")
+    _refuse_others(directory, entries, {MARKER, *files})
+    for name, digest in files.items():
+        path = directory / name
+        if path.exists() and _digest(path) != digest:
+            raise ValueError(
+                f"'{path}' has changed since it was exported, and replacing '{directory}' would lose it; give a new "
+                "directory"
+            )
+
+
+def place_export(temporary: Path, directory: Path) -> Path:
+    """Makes `temporary` the export at `directory`, as `check_export_target` allows; returns the directory."""
+    check_export_target(directory)
+    files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+    content = json.dumps({"written_by": WRITER, "files": files}, indent=2) + "\n"
+    (temporary / MARKER).write_text(content, encoding="utf-8")
+    replace_directory(temporary, directory)
+    return directory
+
+
+def check_native_target(directory: Path, *, config: str, format: str, names: Iterable[str]) -> None:
+    """Raises ValueError, naming what would be lost, unless a model of our own format may be written to `directory`.
+
+    It may where nothing is, into an empty directory, and over an earlier model of that format: its file `config` says
+    `format`, and there is nothing but `names`.
+    """
+    entries = _entries(directory)
+    if not entries:
+        return
+    if _read_json(directory / config).get("format") != format:
+        raise ValueError(f"{_holds(directory, entries)}, and no earlier model; give a new directory")
+    _refuse_others(directory, entries, set(names))
+
+
+def _entries(directory: Path) -> list[Path]:
+    """What is in a directory; nothing where there is none. Raises ValueError for a file."""
+    try:
+        if directory.is_symlink():  # its target has been looked up, so that it leads nowhere
+            raise ValueError(f"'{directory}' is a link to itself; give a directory")
+        if not directory.exists():
+            return []
+        if not directory.is_dir():
+            raise ValueError(f"'{directory}' is a file; give a directory")
+        return sorted(directory.iterdir())
+    except OSError as error:
+        raise ValueError(f"'{directory}' cannot be read ({error.strerror}); give another directory") from None
+
+
+def _refuse_others(directory: Path, entries: Iterable[Path], ours: set[str]) -> None:
+    others = [path for path in entries if path.name not in ours or path.is_symlink() or not path.is_file()]
+    if others:
+        raise ValueError(
+            f"{_holds(directory, others)} beside the model, which replacing it would delete; move that away, or give a "
+            "new directory"
+        )
+
+
+def _holds(directory: Path, entries: list[Path]) -> str:
+    names = ", ".join(repr(path.name) for path in entries[:4])
+    return f"'{directory}' holds {names}{f' and {len(entries) - 4} more' if len(entries) > 4 else ''}"
+
+
+def _marked_files(marker: Path) -> dict[str, str] | None:
+    content = _read_json(marker)
+    files = content.get("files")
+    if content.get("written_by") != WRITER or not isinstance(files, dict):
+        return None
+    return {str(name): str(digest) for name, digest in files.items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
