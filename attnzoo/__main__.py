@@ -49,6 +49,8 @@ def list_variants(model_dim: int, context: int) -> tuple[str, list[str]]:
             rows.append(_row(kind, model_dim, context))
         except Exception as error:  # whatever a variant of somebody's own raises, the others are listed
             broken.append(f"{kind} ({_file(ATTENTION.get(kind))}) cannot be built: {type(error).__name__}: {error}")
+    if not rows:  # then it is not the variants that are at fault
+        raise ValueError(broken[0])
     sizes = f"one layer, model_dim {model_dim}, default options, float32, one sequence"
     return f"{format_table(rows)}\n\n{sizes}; `python -m attnzoo describe <variant>` says more", broken
 

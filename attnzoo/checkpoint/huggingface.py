@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from attnzoo.attention import PLUGINS_VARIABLE
 from attnzoo.checkpoint.base import Checkpoint
 from attnzoo.checkpoint.families import DEFAULTS, FamilyConfig
 from attnzoo.checkpoint.names import HUGGING_FACE, rename
@@ -39,15 +40,17 @@ def _own_config(content: Mapping[str, Any], path: Path) -> DecoderConfig:
     try:
         return DecoderConfig.from_dict(decoder)
     except ValueError as error:
-        raise ValueError(f"{path}: decoder: {error}; export the model again") from None
+        way_out = "" if PLUGINS_VARIABLE in str(error) else "; export the model again"
+        raise ValueError(f"{path}: decoder: {error}{way_out}") from None
 
 
 def open_directory(directory: Path, content: Mapping[str, Any], config_path: Path) -> Checkpoint:
     """The model in a directory of transformers, `content` being its config.json. Raises ValueError naming the file."""
-    config, shards = read_config(content, config_path), Shards.of(directory)
+    own_type = content["model_type"] == OWN
+    config, shards = read_config(content, config_path), Shards.of(directory, integers=own_type)
 
     def name(own: str) -> str:
-        return f"model.{own}" if content["model_type"] == OWN else rename(own, HUGGING_FACE)
+        return f"model.{own}" if own_type else rename(own, HUGGING_FACE)
 
     head = name("head.weight")
     if config.tie_embeddings and head in shards.shapes:

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from attnzoo.checkpoint.huggingface_export import GENERATION, save_tokenizer
+from attnzoo.checkpoint.native import saved_tensors
 from attnzoo.checkpoint.target import check_export_target, place_export
 from attnzoo.files import real_path, temporary_directory
 from attnzoo.hf.modeling import AttnzooForCausalLM
@@ -21,7 +22,9 @@ def export_model(directory: Path, model: DecoderLM, *, tokenizer: Tokenizer | No
     check_export_target(directory)
     temporary = temporary_directory(directory)
     try:
-        AttnzooForCausalLM.of(model).save_pretrained(temporary)
+        # Not its own way to the tensors: it refuses buffers that share memory.
+        tensors = {f"model.{name}": tensor for name, tensor in saved_tensors(model).items()}
+        AttnzooForCausalLM.of(model).save_pretrained(temporary, state_dict=tensors)
         (temporary / GENERATION).unlink(missing_ok=True)
         save_tokenizer(temporary, tokenizer, model.config.vocab_size)
         return place_export(temporary, directory)

@@ -49,8 +49,9 @@ def softmax_of_peaked_(scores: Tensor) -> Tensor:
     """Softmax over the last axis, in place, of scores in at least float32: torch's bits where a weight is not
     negligible. Scores may be -inf, not all of a row."""
     scores.sub_(scores.amax(-1, keepdim=True))
-    F.threshold_(scores, math.log(smallest_weight(scores.dtype)), -math.inf)
-    return _softmax.out(scores, -1, False, out=scores)  # type: ignore[no-any-return]
+    F.threshold(scores, math.log(smallest_weight(scores.dtype)), -math.inf, inplace=True)
+    out: Tensor = _softmax.out(scores, -1, False, out=scores)
+    return out
 
 
 def attention_of_peaked(

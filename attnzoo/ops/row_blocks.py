@@ -202,9 +202,9 @@ def _groups(inputs: list[Tensor], mask: CausalMask, scale: float) -> Iterator[_G
                 bias_P1H = _repeated(tables[0][heads], sequences.stop - b)[:, None]
                 biased = torch.add(head_q, bias_P1H.to(dtype), alpha=scale)
             keys, values = (x[sequences][:, kv].flatten(0, 1).to(dtype) for x in (k, v))
-            relative = [None if x is None else _repeated(x, sequences.stop - b) for x in (far, far_bias)]
+            tables_of = [None if x is None else _repeated(x, sequences.stop - b) for x in (far, far_bias)]
             peaked = _may_be_peaked(head_q, biased, keys, far, far_bias)
-            yield _Group(sequences, heads, kv_heads, head_q, biased, keys, values, *relative, peaked)
+            yield _Group(sequences, heads, kv_heads, head_q, biased, keys, values, tables_of[0], tables_of[1], peaked)
 
 
 def _may_be_peaked(

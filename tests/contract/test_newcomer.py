@@ -214,13 +214,13 @@ def test_list_goes_on_past_a_variant_that_cannot_be_built(tmp_path):
 
 
 def test_a_checkpoint_without_its_plugin(tmp_path):
-    """What is missing is the plug-in: exporting again would not help, and is not possible."""
-    content = {"format": "attnzoo-decoder-1", "model": {"vocab_size": 9, "model_dim": 8, "num_layers": 1}}
-    content["model"]["attention"] = "kerple"
-    (tmp_path / "config.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"unknown attention 'kerple'.*ATTNZOO_PLUGINS is not set") as error:
-        open_checkpoint(tmp_path)
-    assert "export the model again" not in str(error.value)
+    """What is missing is the plug-in: exporting again would not help, and is not possible. In both formats."""
+    model = {"vocab_size": 9, "model_dim": 8, "num_layers": 1, "attention": "kerple"}
+    for content in ({"format": "attnzoo-decoder-1", "model": model}, {"model_type": "attnzoo", "decoder": model}):
+        (tmp_path / "config.json").write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"unknown attention 'kerple'.*ATTNZOO_PLUGINS is not set") as error:
+            open_checkpoint(tmp_path)
+        assert "export the model again" not in str(error.value)
 
 
 def test_template_itself_is_not_registered():

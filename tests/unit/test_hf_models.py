@@ -261,8 +261,10 @@ def test_buffers_saved_and_not(buffered, dtype, tmp_path):
         attnzoo.hf.export_model(tmp_path / "out", decoder, tokenizer=tokenizer())
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
         assert torch.equal(loaded(ids).logits, decoder.to(dtype)(ids))
+        ours = load_model(tmp_path / "out", dtype=dtype)
         for name, buffer in decoder.named_buffers():
             assert torch.equal(loaded.model.get_buffer(name), buffer), name
+            assert torch.equal(ours.get_buffer(name), buffer), name
 
 
 def test_from_a_configuration():
