@@ -43,14 +43,15 @@ def configs_with(kind: str) -> list[str]:
 
 def list_variants(model_dim: int, context: int) -> tuple[str, list[str]]:
     """(one line a variant, one line for each that cannot be built)."""
-    rows, broken = [], []
+    rows, broken, first = [], [], None
     for kind in ATTENTION:
         try:
             rows.append(_row(kind, model_dim, context))
         except Exception as error:  # whatever a variant of somebody's own raises, the others are listed
+            first = first or error
             broken.append(f"{kind} ({_file(ATTENTION.get(kind))}) cannot be built: {type(error).__name__}: {error}")
     if not rows:  # then it is not the variants that are at fault
-        raise ValueError(broken[0])
+        raise ValueError(str(first)) from first
     sizes = f"one layer, model_dim {model_dim}, default options, float32, one sequence"
     return f"{format_table(rows)}\n\n{sizes}; `python -m attnzoo describe <variant>` says more", broken
 

@@ -55,7 +55,7 @@ class _Fields:
             raise ValueError(f"{self.file.path}: llama.{name} is missing; convert the model again")
         if type(value) is not kind:
             raise ValueError(f"{self.file.path}: llama.{name}={value!r} is not supported; it must be {kind.__name__}")
-        if kind is float and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{self.file.path}: llama.{name}={value} is no number; convert the model again")
         return value
 

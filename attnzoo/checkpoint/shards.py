@@ -106,7 +106,8 @@ def _open(path: Path) -> Any:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; is the checkpoint complete?") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}); copy or export it again") from None
+        reason = getattr(error, "strerror", None) or error  # else it holds the path once more
+        raise ValueError(f"{path} is not a readable safetensors file ({reason}); copy or export it again") from None
 
 
 def _indexed(index: Path) -> dict[Path, set[str] | None]:
