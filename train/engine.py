@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,26 @@ class LossModule(nn.Module):
             return self.model.loss(tokens_BT, targets_BT, starts_BT)
 
 
+@contextlib.contextmanager
+def _without_axes(model: nn.Module, stage: int) -> Iterator[None]:
+    """Lets DeepSpeed take over parameters without axes, which it cannot do by itself: it sends parameters from rank to
+    rank as bytes, and torch views none that has no axis so. Stage 3 gets them with an axis and gives them back without;
+    the others are told to send nothing, by the attribute of those that DeepSpeed is to leave alone."""
+    single = [parameter for parameter in model.parameters() if parameter.dim() == 0]
+    for parameter in single:
+        dist.broadcast(parameter.data, 0)
+        if stage == 3:
+            parameter.data = parameter.data.view(1)
+        else:
+            parameter.ds_optim_param = None  # type: ignore[attr-defined]
+    yield
+    for parameter in single:
+        if stage == 3:
+            parameter.ds_shape = torch.Size([])  # type: ignore[attr-defined]
+        else:
+            del parameter.ds_optim_param  # type: ignore[attr-defined]
+
+
 class Engine:
     """Model and optimizer over all ranks. Every method is called by every rank unless it says otherwise.
 
@@ -184,7 +205,7 @@ class Engine:
         autocast = device if config.precision == "bf16_autocast" else None
         module = LossModule(model, autocast, document_start)
         self._names = [name for name, _ in model.named_parameters()]
-        with _quiet():
+        with _quiet(), _without_axes(model, self.stage):
             self._engine, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, config=settings)
         self.optimizer: MatrixAdamW = self._engine.basic_optimizer
         if any(group["orthogonal"] for group in self.optimizer.param_groups):

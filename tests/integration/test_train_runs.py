@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from attnzoo.checkpoint import load_model, load_tokenizer, read_metadata
 from attnzoo.models import generate
 from attnzoo.types import build_config
-from tests.training import launch, losses, write_tiny
+from tests.training import ROOT, environment, launch, losses, write_tiny
 from train.config import load_config
 from train.data import DataConfig, prepare
 
@@ -191,6 +193,25 @@ def test_init_from_starts_at_the_exports_loss(trained: Runner, tiny: Path) -> No
         status=2,
     )
     assert "has model.mlp='swiglu' and this run has 'gelu'" in wrong.stderr
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "fp32"), (3, "fp32")])
+def test_buffers_and_frozen_parameters_reach_the_export(stage: int, precision: str, tiny: Path) -> None:
+    """A variant outside the tree that keeps every kind of tensor: trained, exported, loaded, generated from."""
+    plugin = ROOT / "tests" / "contract" / "newcomers" / "buffered.py"
+    run, attention = tiny.parent / f"buffered{stage}", "model.attention={kind: buffered, num_heads: 2}"
+    settings = (attention, f"zero.stage={stage}", f"precision={precision}", "train.steps=2", "eval.every=2")
+    launch(tiny, f"run_dir={run}", *settings, ranks=1, ATTNZOO_PLUGINS=str(plugin))
+    code = (
+        "import torch; from attnzoo.checkpoint import load_model; from attnzoo.models import generate;"
+        f"model = load_model({str(run / 'export')!r}); position = model.blocks[1].attention.mixing.position;"
+        "print(position.slopes.tolist(), position.signs.tolist(), position.enabled.item(), position.frozen.tolist(),"
+        "float(position.gain) != 1.0, len(generate(model, [[5, 6]], max_new_tokens=3)[0]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(ATTNZOO_PLUGINS=str(plugin)), capture_output=True, text=True
+    )
+    assert done.stdout == "[0.0625, 0.00390625] [-1, 1] True [[0.5], [0.5]] True 3\n", done.stderr
 
 
 def test_a_minute_budget_becomes_a_number_of_steps(tiny: Path) -> None:
