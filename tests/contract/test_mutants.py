@@ -102,8 +102,9 @@ def rotation_restarts(patch: Patch) -> None:
         q, k, v = qkv
         chunk_BT = positions_BT - positions_BT[:, :1]
         q, k = self.position.encode(q, k, chunk_BT, "auto")
-        patch.setattr(type(self.position), "encode", lambda _, q, k, positions, impl: (q, k))
-        return right(self, (q, k, v), state, positions_BT, counts_B, impl)
+        with patch.context() as inside:
+            inside.setattr(type(self.position), "encode", lambda _, q, k, positions, impl: (q, k))
+            return right(self, (q, k, v), state, positions_BT, counts_B, impl)
 
     patch.setattr(mixing.SoftmaxMixing, "extend", wrong)
 
