@@ -26,8 +26,13 @@ def generate(
 
     A sequence ends before `stop_token`, which is not returned. `cache` compresses what is kept of the prompts
     (`attnzoo.kvcache.build_cache`). The model stays in its mode. Raises ValueError for no prompts, an empty prompt, a
-    token outside the vocabulary, sampling options out of range, or a model whose cache cannot be compressed.
+    token outside the vocabulary, a negative max_new_tokens, a seed of more than 64 bits, logits that are not finite, or
+    a model whose cache cannot be compressed.
     """
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed={seed} must fit into 64 bits")
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("prompts must hold at least one prompt, and no prompt may be empty: start with the bos token")
     vocabulary = model.config.vocab_size
