@@ -20,7 +20,10 @@ class EngineConfig:
     checkpoint: an export directory of ours or of transformers, a .gguf file, or the name of a model that comes in a
     package ("smollm2"). max_num_seqs: sequences that run at the same time (slots of the state). max_model_len: prompt
     and completion together, in tokens; None takes the model's max_positions.
-    max_batched_tokens: tokens that one step may send through the model. max_queue: requests that may wait.
+    max_batched_tokens: tokens that one step may send through the model. itl_target_ms: while any sequence decodes, a
+    step reads as much of prompts as keeps it within about this time by what steps took so far, at least 16 tokens, so
+    that the next token of a stream does not wait for other prompts; None: as much as max_batched_tokens leaves.
+    max_queue: requests that may wait.
     dtype: None keeps the checkpoint's. pack_weights: lay weights out for reading on a CPU (bfloat16 and float32), twice
     as fast for single tokens; None: where the machine can. compile_decode: decode steps through torch's compiler,
     faster on a CPU by a quarter and more, of the full cache where it may be used and of `cache`; needs a C++ compiler
@@ -29,15 +32,17 @@ class EngineConfig:
     cache: how keys and values are kept unless a request says otherwise, {"policy": "d2o", "keep_ratio": 0.2}; None
     takes the model's own choice, else the full cache. cache_bounds: what requests may ask for, {policy: {option:
     [least, most]}} (`serve.caches.CacheRules`); None: any policy that compresses. max_caches: different choices that
-    run at the same time, each a pass through the model; further ones wait. cache_mib: memory for compressed caches,
-    prompts that are being read included; requests wait for room. By the policies' byte models, and by measured rows:
-    what layers with budgets of their own pad in the newest row may come on top. None: for as many as run.
+    run at the same time besides the server's own, each a pass through the model; further ones wait. cache_mib: memory
+    for compressed caches, prompts that are being read included; requests wait for room. By the policies' byte models,
+    and by measured rows: what layers with budgets of their own pad in the newest row may come on top. None: for as many
+    as run.
     """
 
     checkpoint: str
     max_num_seqs: int = 8
     max_model_len: int | None = None
     max_batched_tokens: int = 512
+    itl_target_ms: float | None = 200.0
     max_queue: int = 64
     device: str = "cpu"
     dtype: str | None = None
@@ -62,6 +67,8 @@ class EngineConfig:
             raise ValueError(
                 f"max_batched_tokens={self.max_batched_tokens} must be larger than max_num_seqs={self.max_num_seqs}"
             )
+        if self.itl_target_ms is not None and not 0 < self.itl_target_ms < float("inf"):
+            raise ValueError(f"itl_target_ms={self.itl_target_ms} must be positive, or null for no bound")
         if self.step_timeout_s <= 0:
             raise ValueError(f"step_timeout_s={self.step_timeout_s} must be positive")
         if self.dtype is not None:

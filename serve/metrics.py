@@ -27,7 +27,7 @@ class Metrics:
         self._requests = Counter(
             "attnzoo_request_success", "Requests that left the engine", ["finished_reason"], registry=self.registry
         )
-        for reason in ("stop", "length", "abort"):
+        for reason in ("stop", "length", "abort", "error"):
             self._requests.labels(reason)
         self._queue = self._histogram("request_queue_time_seconds", "Arrival to first work", REQUEST_S)
         self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN_S)
@@ -66,7 +66,7 @@ class Metrics:
         """When a request leaves, however it does."""
         self._requests.labels(reason).inc()
         self._prompt.inc(len(request.prompt))
-        if reason != "abort":
+        if reason in ("stop", "length"):
             self._e2e.observe(time.perf_counter() - request.arrived)
 
     def render(self) -> bytes:

@@ -1,20 +1,29 @@
 """Continuous batching, planned with integers: which sequences run in the next step, and how many tokens each.
 
 Every sequence that decodes gets its token in every step, so prompts never starve it; what is left of the token budget
-goes to prompts, first come first served, in chunks. A prompt that does not fit the budget is continued in the next
-step, before any other starts; so at most one prompt is unfinished between steps.
+goes to prompts, in chunks. While anything decodes, the caller may bound what prompts get in a step, so that the next
+token of a stream comes soon.
 
-Sequences decode together that keep their past in the same way: each such group has slots of its own.
+Prompts take turns by due time, on a clock of tokens that went through the model: when they arrived, plus `PATIENCE`
+times what is left to be read of them. So a short prompt passes a long one, in the middle of it if need be, and a long
+one is held up by no more than a multiple of its own length: whatever arrives later than its due time comes after it.
+
+Sequences decode together that keep their past in the same way: each such group has slots of its own. A request whose
+group or memory is not there yet lets others pass until it is overdue; from then on nobody starts who could keep it
+waiting. The default group never waits for other groups.
 """
 
-from collections import deque
-from collections.abc import Hashable
+import bisect
+import heapq
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 
 from serve.cache_manager import Release, SlotTable
 
 Group = Hashable
 """What sequences that decode together have in common."""
+PATIENCE = 4
+"""Tokens that may go through the model before a prompt's token is due."""
 
 
 class QueueFullError(Exception):
@@ -49,11 +58,22 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """Two slots of a group whose sequences change places; `tokens`: as many as either has in its state, at most."""
+
+    group: Group
+    slots: tuple[int, int]
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """One step: sequences that decode, by group (the one at index i is in slot i of it), then chunks of prompts."""
+    """One step: exchanges of slots first, then sequences that decode, by group (the one at index i is in slot i of it),
+    then chunks of prompts, those that end before the others."""
 
     decode: tuple[tuple[Group, tuple[str, ...]], ...]
     prefill: tuple[Chunk, ...]
+    exchanges: tuple[Exchange, ...] = ()
 
     @property
     def decoding(self) -> list[str]:
@@ -73,7 +93,8 @@ class Plan:
 
 class Scheduler:
     """Admits, plans and releases. `max_queue`: how many requests may wait while all slots are taken. `max_groups`,
-    `max_bytes`: groups that may run at the same time, and bytes that their demands may sum up to (None: no limit).
+    `max_bytes`: groups beside `default_group` that may run at the same time, and bytes that the demands may sum up to
+    (None: no limit).
 
     Raises ValueError for limits under which prompts could not advance.
     """
@@ -86,6 +107,7 @@ class Scheduler:
         *,
         max_groups: int = 1,
         max_bytes: int | None = None,
+        default_group: Group = None,
     ) -> None:
         if max_num_seqs < 1 or max_queue < 0:
             raise ValueError(f"max_num_seqs={max_num_seqs} must be at least 1, max_queue={max_queue} at least 0")
@@ -99,8 +121,14 @@ class Scheduler:
         self.max_queue = max_queue
         self.max_groups = max_groups
         self.max_bytes = max_bytes
+        self.default_group = default_group
         self.tables: dict[Group, SlotTable] = {}
-        self._waiting: deque[str] = deque()
+        self.clock = 0
+        self._waiting: list[tuple[int, int, str]] = []
+        """(due time, number, request), in this order."""
+        self._arrival: dict[str, tuple[int, int]] = {}
+        """(clock, number) of every unfinished request."""
+        self._count = 0
         self._prompt: dict[str, int] = {}
         self._demand: dict[str, Demand] = {}
         self._planned: dict[str, int] = {}
@@ -123,7 +151,7 @@ class Scheduler:
     def add(self, request_id: str, prompt_tokens: int, demand: Demand | None = None) -> None:
         """Queues a request. Raises QueueFullError when the queue is full, ValueError for a used id, no tokens, or a
         demand that never fits."""
-        demand = demand or Demand()
+        demand = demand or Demand(self.default_group)
         if request_id in self._prompt:
             raise ValueError(f"request id {request_id!r} is in use; give every request its own")
         if prompt_tokens < 1:
@@ -132,77 +160,130 @@ class Scheduler:
             raise ValueError(f"the request needs {demand.most} bytes, more than the {self.max_bytes} there are")
         if len(self._prompt) >= self.max_num_seqs + self.max_queue:
             raise QueueFullError(f"{self.num_running} requests are running and {self.num_waiting} waiting")
-        self._waiting.append(request_id)
         self._prompt[request_id] = prompt_tokens
         self._demand[request_id] = demand
+        self._arrival[request_id] = (self.clock, self._count)
+        self._count += 1
+        bisect.insort(self._waiting, self._turn(request_id))
 
-    def schedule(self) -> Plan:
-        """The next step. The caller must run it: its tokens count as done from now on."""
+    def schedule(self, prompt_tokens: int | None = None) -> Plan:
+        """The next step. The caller must run it: its tokens count as done from now on.
+
+        `prompt_tokens`: how many prompt tokens it may have if anything decodes (at least one is read); None: as many as
+        the budget holds.
+        """
         decode = tuple((group, tuple(t.ids[: t.decoding])) for group, t in self.tables.items() if t.decoding)
-        budget = self.max_batched_tokens - sum(len(ids) for _, ids in decode)
-        chunks: list[Chunk] = []
-        for table in self.tables.values():
-            for request_id in table.ids[table.decoding :]:
-                chunks.append(self._chunk(request_id, budget))
-                budget -= chunks[-1].count
-        while budget > 0 and self._waiting and self._fits(self._waiting[0]):
-            request_id = self._waiting.popleft()
-            group = self._demand[request_id].group
-            self.tables.setdefault(group, SlotTable(self.max_num_seqs)).take(request_id)
-            self._planned[request_id] = 0
-            chunks.append(self._chunk(request_id, budget))
-            budget -= chunks[-1].count
-        for chunk in chunks:
-            self.tables[chunk.group].decoding += chunk.last
-        return Plan(decode, tuple(chunks))
+        decoding = sum(len(ids) for _, ids in decode)
+        budget = self.max_batched_tokens - decoding
+        if decoding and prompt_tokens is not None:
+            budget = min(budget, max(1, prompt_tokens))
+        counts = self._share(budget)
+        plan = self._placed(decode, counts)
+        for request_id, count in counts.items():
+            self._planned[request_id] += count
+        self.clock += plan.num_tokens
+        return plan
 
     def measured(self, group: Group, row_bytes: int) -> None:
         """What a row of a running group really takes, where that is more than was asked for."""
         self._row_bytes[group] = row_bytes
-
-    def _fits(self, request_id: str) -> bool:
-        """Whether the request may run beside those that do. The first that waits is never overtaken."""
-        group = self._demand[request_id].group
-        if self.num_running == self.max_num_seqs:
-            return False
-        if group not in self.tables and len(self.tables) >= self.max_groups:
-            return False
-        return self.max_bytes is None or self._bytes(request_id) <= self.max_bytes
-
-    def _bytes(self, request_id: str) -> int:
-        """Bytes once the request runs too: all rows of a group are as large as its largest, and prompts are read one
-        after the other."""
-        rows: dict[Group, int] = {}
-        largest = dict(self._row_bytes)
-        prompt_bytes = 0
-        for running in (*self._planned, request_id):
-            demand = self._demand[running]
-            rows[demand.group] = rows.get(demand.group, 0) + 1
-            largest[demand.group] = max(largest.get(demand.group, 0), demand.row_bytes)
-            if self._planned.get(running, 0) < self._prompt[running]:
-                prompt_bytes = max(prompt_bytes, demand.prompt_bytes)
-        return prompt_bytes + sum(count * largest[group] for group, count in rows.items())
-
-    def _chunk(self, request_id: str, budget: int) -> Chunk:
-        group = self._demand[request_id].group
-        start, total = self._planned[request_id], self._prompt[request_id]
-        count = min(budget, total - start)
-        self._planned[request_id] += count
-        slot = self.tables[group].slot_of(request_id)
-        return Chunk(request_id, group, slot, start, count, last=start + count == total)
 
     def finish(self, request_id: str) -> Release | None:
         """Removes a request, finished or aborted. Returns what its slot needs, None when it had none.
 
         Raises KeyError for an unknown id.
         """
-        del self._prompt[request_id]
+        turn = self._turn(request_id)
+        del self._prompt[request_id], self._arrival[request_id]
         group = self._demand.pop(request_id).group
         if self._planned.pop(request_id, None) is None:
-            self._waiting.remove(request_id)
+            del self._waiting[bisect.bisect_left(self._waiting, turn)]
             return None
         release = self.tables[group].release(request_id)
         if not self.tables[group]:
             del self.tables[group]
             self._row_bytes.pop(group, None)
         return release
+
+    def _turn(self, request_id: str) -> tuple[int, int, str]:
+        """(due time, number, request): prompts are read in this order."""
+        clock, number = self._arrival[request_id]
+        left = self._prompt[request_id] - self._planned.get(request_id, 0)
+        return clock + PATIENCE * left, number, request_id
+
+    def _overdue(self, due: int) -> bool:
+        """Whether whoever was to have its turn then must not be passed any more. A step is granted to all alike."""
+        return self.clock >= due + PATIENCE * self.max_batched_tokens
+
+    def _share(self, budget: int) -> dict[str, int]:
+        """Prompt tokens of this step, by request; those that start get their slots."""
+        unread = [request_id for table in self.tables.values() for request_id in table.ids[table.decoding :]]
+        reading, counts = set(unread), dict[str, int]()
+        """Prompts whose states are there besides rows: until the end of the step, even where they end in it."""
+        hindered = None
+        for due, _, request_id in list(heapq.merge(sorted(map(self._turn, unread)), self._waiting)):
+            if budget == 0:
+                break
+            if request_id not in self._planned:
+                if not self._may_start(request_id, reading, hindered):
+                    if hindered is None and self._overdue(due):
+                        hindered = request_id
+                    continue
+                self._start(request_id)
+            left = self._prompt[request_id] - self._planned[request_id]
+            counts[request_id] = min(budget, left)
+            budget -= counts[request_id]
+            if counts[request_id] < left:
+                reading.add(request_id)
+        return counts
+
+    def _start(self, request_id: str) -> None:
+        """Gives a slot."""
+        del self._waiting[bisect.bisect_left(self._waiting, self._turn(request_id))]
+        self.tables.setdefault(self._demand[request_id].group, SlotTable(self.max_num_seqs)).take(request_id)
+        self._planned[request_id] = 0
+
+    def _placed(self, decode: tuple[tuple[Group, tuple[str, ...]], ...], counts: dict[str, int]) -> Plan:
+        """The plan, with prompts that end in it moved to where they will decode."""
+        last = {r: self._planned[r] + count == self._prompt[r] for r, count in counts.items()}
+        exchanges = []
+        for group, table in self.tables.items():
+            ended = [r for r in counts if last[r] and self._demand[r].group == group]
+            for pair in table.promote(ended):
+                tokens = max(self._planned[table.ids[slot]] for slot in pair)
+                exchanges.append(Exchange(group, pair, tokens))
+        chunks = []
+        for ends in (True, False):
+            for group, table in self.tables.items():
+                for slot, r in enumerate(table.ids):
+                    if r in counts and last[r] == ends:
+                        chunks.append(Chunk(r, group, slot, self._planned[r], counts[r], last=ends))
+        return Plan(decode, tuple(chunks), tuple(exchanges))
+
+    def _may_start(self, request_id: str, reading: Collection[str], hindered: str | None) -> bool:
+        """Whether a request that waits may run beside those that do, and keeps `hindered`, which is overdue, from
+        nothing that it waits for."""
+        group = self._demand[request_id].group
+        free = self.max_num_seqs - self.num_running
+        if free == 0:
+            return False
+        if hindered is not None:
+            takes_bytes = self.max_bytes is not None and self._demand[request_id].most > 0
+            if free == 1 or group != self.default_group or takes_bytes:
+                return False
+        others = sum(running != self.default_group for running in self.tables)
+        if group not in self.tables and group != self.default_group and others >= self.max_groups:
+            return False
+        return self.max_bytes is None or self._bytes(request_id, reading) <= self.max_bytes
+
+    def _bytes(self, request_id: str, reading: Collection[str] = ()) -> int:
+        """Bytes once the request runs too: all rows of a group are as large as its largest, and its prompt is read
+        beside those that are `reading`."""
+        rows: dict[Group, int] = {}
+        largest = dict(self._row_bytes)
+        for running in (*self._planned, request_id):
+            demand = self._demand[running]
+            rows[demand.group] = rows.get(demand.group, 0) + 1
+            largest[demand.group] = max(largest.get(demand.group, 0), demand.row_bytes)
+        prompts = sum(self._demand[other].prompt_bytes for other in (*reading, request_id))
+        return prompts + sum(count * largest[group] for group, count in rows.items())

@@ -87,15 +87,11 @@ class State:
         Where one has fewer slots it gets empty ones, which are zeros in every variant's state. Raises ValueError where
         the two have not the same tensors or dtypes.
         """
+        self.check_joins(other)
         theirs = other.tensors()
-        if theirs.keys() != self.tensors().keys():
-            odd = sorted(theirs.keys() ^ self.tensors().keys())
-            raise ValueError(f"states of different kinds cannot be joined; tensors that only one has: {odd}")
 
         def join(name: str, mine: Tensor) -> Tensor:
             added = theirs.pop(name)
-            if mine.dtype != added.dtype or mine.dim() != added.dim():
-                raise ValueError(f"state {name!r}: {mine.dtype} of rank {mine.dim()} cannot take {added.dtype}")
             sizes = [max(pair) for pair in zip(mine.shape[1:], added.shape[1:], strict=True)]
             out = mine.new_zeros(len(mine) + len(added), *sizes)
             for rows, x in ((slice(0, len(mine)), mine), (slice(len(mine), None), added)):
@@ -103,6 +99,16 @@ class State:
             return out
 
         return _consume(self, "", join)
+
+    def check_joins(self, other: "State") -> None:
+        """Raises ValueError where `joined` could not; nothing is consumed."""
+        mine, theirs = self.tensors(), other.tensors()
+        if theirs.keys() != mine.keys():
+            odd = sorted(theirs.keys() ^ mine.keys())
+            raise ValueError(f"states of different kinds cannot be joined; tensors that only one has: {odd}")
+        for name, x in mine.items():
+            if x.dtype != theirs[name].dtype or x.dim() != theirs[name].dim():
+                raise ValueError(f"state {name!r}: {x.dtype} of rank {x.dim()} cannot take {theirs[name].dtype}")
 
     def keep_rows(self: S, order: Sequence[int]) -> S:
         """The sequences at these indices, in this order, in new memory. This state is consumed, tensor by tensor."""

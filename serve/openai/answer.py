@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serve.async_engine import AsyncEngine, EngineFailedError, EngineUnavailableError, Stream
+from serve.async_engine import AsyncEngine, EngineFailedError, EngineUnavailableError, RequestFailedError, Stream
 from serve.caches import CacheChoice
 from serve.config import ServeConfig
 from serve.openai.protocol import ApiError, GenerationRequest, dump
@@ -200,7 +200,9 @@ class Answer(Response):
 
 
 def _failure(error: EngineFailedError) -> ApiError:
-    """What the client may know of it: that it was not the client's fault."""
+    """What the client may know of it: of its own request why it failed, of the engine that it did."""
+    if isinstance(error, RequestFailedError):
+        return ApiError(500, str(error), code="request_failed")
     return ApiError(500, "the engine failed while it worked on this request", code="engine_failed")
 
 

@@ -1,5 +1,7 @@
 """Conversations over HTTP: uvicorn in a thread, httpx and the openai client before it."""
 
+from dataclasses import replace
+
 import httpx
 import openai
 import pytest
@@ -125,8 +127,9 @@ def test_every_stop_token_ends_an_answer(route):
             run = owner.engine.runner.run
 
             def only(plan, requests, run=run, token=token):
-                rows = len(run(plan, requests))
-                return torch.nn.functional.one_hot(torch.full((rows,), token), TOKENS).float()
+                ran = run(plan, requests)
+                rows = torch.full((len(ran.sampled),), token)
+                return replace(ran, logits_RV=torch.nn.functional.one_hot(rows, TOKENS).float())
 
             owner.engine.runner.run = only
             answer = httpx.post(f"{forced}/v1/{route}", json=body).json()
