@@ -21,13 +21,14 @@ class EngineConfig:
     package ("smollm2"). max_num_seqs: sequences that run at the same time (slots of the state). max_model_len: prompt
     and completion together, in tokens; None takes the model's max_positions.
     max_batched_tokens: tokens that one step may send through the model. itl_target_ms: while any sequence decodes, a
-    step reads as much of prompts as keeps it within about this time by what steps took so far, at least 16 tokens, so
+    step reads as much of prompts as keeps it within about this time by what steps took so far, at least 32 tokens, so
     that the next token of a stream does not wait for other prompts; None: as much as max_batched_tokens leaves.
     max_queue: requests that may wait.
-    dtype: None keeps the checkpoint's. pack_weights: lay weights out for reading on a CPU (bfloat16 and float32), twice
-    as fast for single tokens; None: where the machine can. compile_decode: decode steps through torch's compiler,
-    faster on a CPU by a quarter and more, of the full cache where it may be used and of `cache`; needs a C++ compiler
-    and 15 seconds to two minutes at the start. threads: CPU threads of torch, None leaves them as they are.
+    dtype: None keeps the checkpoint's. check_weights: refuse a checkpoint with NaN or infinity in it. pack_weights: lay
+    weights out for reading on a CPU (bfloat16 and float32), twice as fast for single tokens; None: where the machine
+    can. compile_decode: decode steps through torch's compiler, faster on a CPU by a quarter and more, of the full cache
+    where it may be used and of `cache`; needs a C++ compiler and 15 seconds to two minutes at the start. threads: CPU
+    threads of torch, None leaves them as they are.
     step_timeout_s: a step that takes longer makes the engine unhealthy.
     cache: how keys and values are kept unless a request says otherwise, {"policy": "d2o", "keep_ratio": 0.2}; None
     takes the model's own choice, else the full cache. cache_bounds: what requests may ask for, {policy: {option:
@@ -46,6 +47,7 @@ class EngineConfig:
     max_queue: int = 64
     device: str = "cpu"
     dtype: str | None = None
+    check_weights: bool = True
     pack_weights: bool | None = None
     compile_decode: bool = False
     threads: int | None = None

@@ -43,7 +43,7 @@ def max_model_len(config: EngineConfig, model: DecoderLM) -> int:
 
 def _load(path: Path, config: EngineConfig) -> DecoderLM:
     dtype = None if config.dtype is None else parse_dtype(config.dtype)
-    model = load_model(path, device=config.device, dtype=dtype)
+    model = load_model(path, device=config.device, dtype=dtype, check_finite=config.check_weights)
     if config.pack_weights or (config.pack_weights is None and can_pack(model)):
         pack_weights(model)
     return model

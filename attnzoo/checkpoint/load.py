@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnzoo.checkpoint import gguf, huggingface, native
+from attnzoo.checkpoint import finite, gguf, huggingface, native
 from attnzoo.checkpoint.base import Checkpoint, check_shapes
 from attnzoo.checkpoint.native import CONFIG, FORMAT
 from attnzoo.models import DecoderLM, build_shapes
@@ -46,11 +46,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return native.open_directory(path, content, config_path)
 
 
-def load_model(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> DecoderLM:
+def load_model(
+    path: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    check_finite: bool = True,
+) -> DecoderLM:
     """Reads a model in evaluation mode, one tensor at a time; `path` as in `open_checkpoint`.
 
     `dtype` None keeps the one most weights are stored in; quantised ones become float32. Raises ValueError that names
-    the file and the tensors that are missing, unexpected or of another shape.
+    the file and the tensors that are missing, unexpected or of another shape, or (unless `check_finite` is False) hold
+    NaN or infinity.
     """
     checkpoint = open_checkpoint(path)
     tied = checkpoint.config.tie_embeddings
@@ -64,7 +71,10 @@ def load_model(path: Path, *, device: torch.device | str = "cpu", dtype: torch.d
     weights = {name: torch.empty_like(tensor, device=device, dtype=dtype) for name, tensor in own.items()}
     for name, first, rows in checkpoint.read():
         if not checkpoint.ignored(name):
-            weights[theirs[name]][first : first + len(rows)] = rows
+            target = weights[theirs[name]][first : first + len(rows)]
+            target.copy_(rows)
+            if check_finite:
+                finite.check_finite(checkpoint.path, name, first, rows, target)
     if tied:
         weights["head.weight"] = weights["embedding.weight"]
     model.load_state_dict(weights, assign=True)
