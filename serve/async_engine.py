@@ -207,6 +207,8 @@ class AsyncEngine:
                     if faults == MAX_FAULTS:
                         raise
                     log("engine step failed, and all requests in it", failure)
+                    with self._condition:
+                        self._inbox = inbox + self._inbox  # what came with it still counts
                     news = self.engine.fail_all(failure)
                 self._step_started = None
                 if news:
@@ -217,8 +219,8 @@ class AsyncEngine:
             self._post(self._fail_all, failure)
 
     def _work(self, inbox: list[Callable[[], object]]) -> list[Delta]:
-        for command in inbox:
-            command()
+        while inbox:
+            inbox.pop(0)()
         return self.engine.step()
 
     def _post(self, callback: Callable[..., None], argument: object) -> None:

@@ -172,7 +172,7 @@ class Engine:
         deltas, self._unread = self._unread, []
         if self.scheduler.has_work():
             try:
-                deltas += self._run_step()
+                self._run_step(deltas)
             except DeviceError:
                 raise
             except BaseException as failure:
@@ -180,7 +180,8 @@ class Engine:
                 raise
         return deltas
 
-    def _run_step(self) -> list[Delta]:
+    def _run_step(self, deltas: list[Delta]) -> None:
+        """Adds the news as they come about: what was said of a request that left stays said, whatever follows."""
         started = time.perf_counter()
         plan = self.scheduler.schedule(self.pace.prompt_tokens)
         self._mark_started(plan)
@@ -191,11 +192,11 @@ class Engine:
         drawn = self._draw(ran, rows)
         decoding = len(plan.decoding)
         self.pace.measured(decoding, plan.num_tokens - decoding, time.perf_counter() - started)
-        deltas = [self._fail(self._requests[request_id], failure) for request_id, failure in ran.failed.items()]
-        deltas += self._update(rows, drawn)
+        for request_id, failure in ran.failed.items():
+            self._fail(self._requests[request_id], failure, deltas)
+        self._update(rows, drawn, deltas)
         self.metrics.step(plan.num_tokens)
         self._publish_load()
-        return deltas
 
     def _draw(self, ran: Ran, rows: list[Request]) -> list[Drawn | Exception]:
         if not rows:
@@ -283,9 +284,8 @@ class Engine:
         finally:
             self._unread = others + self._unread
 
-    def _update(self, rows: list[Request], drawn: list[Drawn | Exception]) -> list[Delta]:
+    def _update(self, rows: list[Request], drawn: list[Drawn | Exception], deltas: list[Delta]) -> None:
         now = time.perf_counter()
-        deltas = []
         for request, found in zip(rows, drawn, strict=True):
             try:
                 if isinstance(found, Exception):
@@ -293,12 +293,11 @@ class Engine:
                 delta = self._advance(request, found, now)
             except Exception as failure:
                 self.runner.check_device(failure)
-                deltas.append(self._fail(request, failure))
+                self._fail(request, failure, deltas)
                 continue
             deltas.append(delta)
             if delta.finish_reason is not None:
                 self._leave(request, delta.finish_reason)
-        return deltas
 
     def _advance(self, request: Request, drawn: Drawn, now: float) -> Delta:
         """A token more."""
@@ -314,11 +313,11 @@ class Engine:
             reason = "stop" if request.text.stopped else reason
         return self._delta(request, text, reason)
 
-    def _fail(self, request: Request, failure: Exception) -> Delta:
+    def _fail(self, request: Request, failure: Exception, deltas: list[Delta]) -> None:
         """Ends one request by what went wrong with it."""
         log(f"request {request.request_id} failed", failure)
+        deltas.append(_failed(request, failure))
         self._leave(request, "error")
-        return _failed(request, failure)
 
     @staticmethod
     def _finish_reason(request: Request, ends: bool) -> FinishReason | None:

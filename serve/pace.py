@@ -2,8 +2,10 @@
 
 FIRST = 64
 """Tokens until something was measured."""
-LEAST = 16
+LEAST = 32
 """Tokens that are always read: fewer cost a pass over the weights all the same. Smaller steps are not measured."""
+PASSES = 2
+"""Passes over the weights, each at the price of a step that only decodes, before the first token of a prompt."""
 WEIGHT = 0.5
 """Of the newest measurement."""
 
@@ -26,7 +28,7 @@ class Pace:
             return None
         if self._token_s is None:
             return FIRST
-        room = int((self.target_s - self._decode_s) / self._token_s)
+        room = int((self.target_s - PASSES * self._decode_s) / self._token_s)
         return max(LEAST, 1 << max(room, 1).bit_length() - 1)
 
     def measured(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
@@ -34,7 +36,8 @@ class Pace:
         if prompt_tokens == 0:
             self._decode_s = _mixed(self._decode_s or seconds, seconds)
         elif prompt_tokens >= LEAST:
-            token_s = max(seconds - (self._decode_s if decoding else 0.0), 1e-9) / prompt_tokens
+            passes_s = (PASSES if decoding else PASSES - 1) * self._decode_s
+            token_s = max(seconds - passes_s, 0.1 * seconds, 1e-9) / prompt_tokens
             self._token_s = _mixed(self._token_s or token_s, token_s)
 
 

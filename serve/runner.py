@@ -117,7 +117,7 @@ class Runner:
         prompts = [(chunk, requests[chunk.request_id].prompt) for chunk in chunks]
         ids = [chunk.request_id for chunk in chunks]
         if isinstance(pool, CompactPool):
-            return self._apart(ids, [partial(pool.read, chunk, prompt) for chunk, prompt in prompts], failed)
+            return self._apart(ids, [partial(pool.read, *prompts[0])], failed)
         try:
             return [([chunk.request_id for chunk in chunks if chunk.last], pool.prefill(prompts))]
         except Exception as failure:
@@ -213,12 +213,13 @@ def _shared(failure: Exception, ids: Sequence[str]) -> Exception:
 
 
 def _batches(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
-    """Chunks that go through the model together: neighbours in one group, as long as padding at most doubles the
-    work."""
+    """Chunks that go through the model together: neighbours in the full cache, as long as padding at most doubles the
+    work. Prompts of compressed caches are read one after the other."""
     batches: list[list[Chunk]] = []
     for chunk in chunks:
         before = batches[-1][-1] if batches else None
-        neighbours = before is not None and before.group == chunk.group and before.slot + 1 == chunk.slot
+        exact = isinstance(chunk.group, CacheChoice) and chunk.group.exact
+        neighbours = exact and before is not None and before.group == chunk.group and before.slot + 1 == chunk.slot
         together = [*batches[-1], chunk] if neighbours else []
         if together and _padded(together) <= 2 * sum(c.count for c in together):
             batches[-1].append(chunk)

@@ -4,17 +4,16 @@ Every sequence that decodes gets its token in every step, so prompts never starv
 goes to prompts, in chunks. While anything decodes, the caller may bound what prompts get in a step, so that the next
 token of a stream comes soon.
 
-Prompts take turns by due time, on a clock of tokens that went through the model: when they arrived, plus `PATIENCE`
-times what is left to be read of them. So a short prompt passes a long one, in the middle of it if need be, and a long
-one is held up by no more than a multiple of its own length: whatever arrives later than its due time comes after it.
+The prompt of which least is left comes first, so a short one passes a long one, in the middle of it if need be. On a
+clock of tokens that went through the model, a prompt is overdue once it has waited `PATIENCE` times as long as itself
+and a full step would take; from then on half of what a step reads goes to overdue prompts, in order of arrival. So no
+prompt waits for ever, and a short one is never held up by more than a few steps.
 
 Sequences decode together that keep their past in the same way: each such group has slots of its own. A request whose
-group or memory is not there yet lets others pass until it is overdue; from then on nobody starts who could keep it
+group or memory is not there yet lets others pass until it is overdue, too; then nobody starts who could keep it
 waiting. The default group never waits for other groups.
 """
 
-import bisect
-import heapq
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ from serve.cache_manager import Release, SlotTable
 Group = Hashable
 """What sequences that decode together have in common."""
 PATIENCE = 4
-"""Tokens that may go through the model before a prompt's token is due."""
+"""How many times its own length, and a full step's, a prompt may wait before it is overdue."""
 
 
 class QueueFullError(Exception):
@@ -124,11 +123,9 @@ class Scheduler:
         self.default_group = default_group
         self.tables: dict[Group, SlotTable] = {}
         self.clock = 0
-        self._waiting: list[tuple[int, int, str]] = []
-        """(due time, number, request), in this order."""
-        self._arrival: dict[str, tuple[int, int]] = {}
-        """(clock, number) of every unfinished request."""
-        self._count = 0
+        self._waiting: dict[str, None] = {}
+        self._arrival: dict[str, int] = {}
+        """The clock when each unfinished request came, in order of arrival."""
         self._prompt: dict[str, int] = {}
         self._demand: dict[str, Demand] = {}
         self._planned: dict[str, int] = {}
@@ -162,9 +159,8 @@ class Scheduler:
             raise QueueFullError(f"{self.num_running} requests are running and {self.num_waiting} waiting")
         self._prompt[request_id] = prompt_tokens
         self._demand[request_id] = demand
-        self._arrival[request_id] = (self.clock, self._count)
-        self._count += 1
-        bisect.insort(self._waiting, self._turn(request_id))
+        self._arrival[request_id] = self.clock
+        self._waiting[request_id] = None
 
     def schedule(self, prompt_tokens: int | None = None) -> Plan:
         """The next step. The caller must run it: its tokens count as done from now on.
@@ -193,11 +189,10 @@ class Scheduler:
 
         Raises KeyError for an unknown id.
         """
-        turn = self._turn(request_id)
         del self._prompt[request_id], self._arrival[request_id]
         group = self._demand.pop(request_id).group
         if self._planned.pop(request_id, None) is None:
-            del self._waiting[bisect.bisect_left(self._waiting, turn)]
+            del self._waiting[request_id]
             return None
         release = self.tables[group].release(request_id)
         if not self.tables[group]:
@@ -205,41 +200,45 @@ class Scheduler:
             self._row_bytes.pop(group, None)
         return release
 
-    def _turn(self, request_id: str) -> tuple[int, int, str]:
-        """(due time, number, request): prompts are read in this order."""
-        clock, number = self._arrival[request_id]
-        left = self._prompt[request_id] - self._planned.get(request_id, 0)
-        return clock + PATIENCE * left, number, request_id
+    def _left(self, request_id: str) -> int:
+        """Tokens of the prompt that have not been read."""
+        return self._prompt[request_id] - self._planned.get(request_id, 0)
 
-    def _overdue(self, due: int) -> bool:
-        """Whether whoever was to have its turn then must not be passed any more. A step is granted to all alike."""
-        return self.clock >= due + PATIENCE * self.max_batched_tokens
+    def _overdue(self, request_id: str) -> bool:
+        """Whether the request has waited for too much other work."""
+        patience = PATIENCE * (self._left(request_id) + self.max_batched_tokens)
+        return self.clock - self._arrival[request_id] >= patience
 
     def _share(self, budget: int) -> dict[str, int]:
         """Prompt tokens of this step, by request; those that start get their slots."""
-        unread = [request_id for table in self.tables.values() for request_id in table.ids[table.decoding :]]
+        unread = {request_id for table in self.tables.values() for request_id in table.ids[table.decoding :]}
         reading, counts = set(unread), dict[str, int]()
         """Prompts whose states are there besides rows: until the end of the step, even where they end in it."""
+        if not unread and self.num_running == self.max_num_seqs:
+            return counts  # whoever waits needs a slot
+        prompts = [request_id for request_id in self._arrival if request_id in unread or request_id in self._waiting]
+        overdue = [request_id for request_id in prompts if self._overdue(request_id)]
+        shortest = sorted(prompts, key=self._left)
         hindered = None
-        for due, _, request_id in list(heapq.merge(sorted(map(self._turn, unread)), self._waiting)):
-            if budget == 0:
-                break
-            if request_id not in self._planned:
-                if not self._may_start(request_id, reading, hindered):
-                    if hindered is None and self._overdue(due):
-                        hindered = request_id
-                    continue
-                self._start(request_id)
-            left = self._prompt[request_id] - self._planned[request_id]
-            counts[request_id] = min(budget, left)
-            budget -= counts[request_id]
-            if counts[request_id] < left:
-                reading.add(request_id)
+        for order, tokens in ((overdue, -(-budget // 2)), (shortest, budget)):
+            for request_id in order:
+                room = tokens - sum(counts.values())
+                if room == 0:
+                    break
+                if request_id not in self._planned:
+                    if not self._may_start(request_id, reading, counts.keys() - reading, hindered):
+                        hindered = hindered or (request_id if order is overdue else None)
+                        continue
+                    self._start(request_id)
+                done = counts.get(request_id, 0)
+                counts[request_id] = done + min(room, self._left(request_id) - done)
+                if counts[request_id] < self._left(request_id):
+                    reading.add(request_id)
         return counts
 
     def _start(self, request_id: str) -> None:
         """Gives a slot."""
-        del self._waiting[bisect.bisect_left(self._waiting, self._turn(request_id))]
+        del self._waiting[request_id]
         self.tables.setdefault(self._demand[request_id].group, SlotTable(self.max_num_seqs)).take(request_id)
         self._planned[request_id] = 0
 
@@ -249,9 +248,8 @@ class Scheduler:
         exchanges = []
         for group, table in self.tables.items():
             ended = [r for r in counts if last[r] and self._demand[r].group == group]
-            for pair in table.promote(ended):
-                tokens = max(self._planned[table.ids[slot]] for slot in pair)
-                exchanges.append(Exchange(group, pair, tokens))
+            tokens = max((self._planned[r] for r in table.ids[table.decoding :]), default=0)
+            exchanges += [Exchange(group, pair, tokens) for pair in table.promote(ended)]
         chunks = []
         for ends in (True, False):
             for group, table in self.tables.items():
@@ -260,7 +258,9 @@ class Scheduler:
                         chunks.append(Chunk(r, group, slot, self._planned[r], counts[r], last=ends))
         return Plan(decode, tuple(chunks), tuple(exchanges))
 
-    def _may_start(self, request_id: str, reading: Collection[str], hindered: str | None) -> bool:
+    def _may_start(
+        self, request_id: str, reading: Collection[str], ending: Collection[str], hindered: str | None
+    ) -> bool:
         """Whether a request that waits may run beside those that do, and keeps `hindered`, which is overdue, from
         nothing that it waits for."""
         group = self._demand[request_id].group
@@ -274,16 +274,17 @@ class Scheduler:
         others = sum(running != self.default_group for running in self.tables)
         if group not in self.tables and group != self.default_group and others >= self.max_groups:
             return False
-        return self.max_bytes is None or self._bytes(request_id, reading) <= self.max_bytes
+        return self.max_bytes is None or self._bytes(request_id, reading, ending) <= self.max_bytes
 
-    def _bytes(self, request_id: str, reading: Collection[str] = ()) -> int:
-        """Bytes once the request runs too: all rows of a group are as large as its largest, and its prompt is read
-        beside those that are `reading`."""
+    def _bytes(self, request_id: str, reading: Collection[str] = (), ending: Collection[str] = ()) -> int:
+        """Bytes once the request runs too: all rows of a group are as large as its largest, and beside the prompts that
+        are `reading` there is its own, or one of those that are read from beginning to end in this step."""
         rows: dict[Group, int] = {}
         largest = dict(self._row_bytes)
         for running in (*self._planned, request_id):
             demand = self._demand[running]
             rows[demand.group] = rows.get(demand.group, 0) + 1
             largest[demand.group] = max(largest.get(demand.group, 0), demand.row_bytes)
-        prompts = sum(self._demand[other].prompt_bytes for other in (*reading, request_id))
+        prompts = sum(self._demand[other].prompt_bytes for other in reading)
+        prompts += max(self._demand[other].prompt_bytes for other in (*ending, request_id))
         return prompts + sum(count * largest[group] for group, count in rows.items())

@@ -154,6 +154,20 @@ def test_requests_wait_for_room_in_memory():
         ).add_request("a", [5] * 400, greedy(20))
 
 
+def test_streams_with_other_caches_keep_no_plain_request_waiting():
+    engine = make_engine("mha", max_num_seqs=8, max_caches=4)
+    for index, choice in enumerate(CHOICES[1:6]):
+        engine.add_request(str(index), [5 + index] * 3, greedy(40), cache=engine.choose_cache(choice))
+    engine.step()
+    engine.add_request("plain", [5, 6], greedy(2))
+    said = {delta.request_id for _ in range(2) for delta in engine.step()}
+    assert "plain" in said
+    assert "4" not in said, "more choices than max_caches run"
+    while engine.has_work():
+        engine.step()
+    assert engine.runner.compact == {}
+
+
 def test_a_model_says_how_its_cache_is_kept_and_a_server_knows_better():
     model = small_model("mha")
     model.config = DecoderConfig.from_dict({**model.config.to_dict(), "cache": CHOICES[1]})
