@@ -18,7 +18,7 @@ def break_after(owner, steps: int, action, times: int = 1) -> None:
     step, calls = owner.engine.step, iter(range(10**9))
 
     def broken():
-        if steps <= next(calls) < steps + times:
+        if owner.engine.scheduler.has_work() and steps <= next(calls) < steps + times:
             action()
         return step()
 

@@ -44,7 +44,7 @@ class Simulation:
         assert plan.num_tokens <= self.scheduler.max_batched_tokens
         for exchange in plan.exchanges:
             rows, (a, b) = self.rows[exchange.group], exchange.slots
-            assert max(self.read.get(row, 0) for row in (rows[a], rows[b]) if row is not None) <= exchange.tokens
+            assert all(self.read[row] <= exchange.tokens for row in (rows[a], rows[b]) if row is not None)
             rows[a], rows[b] = rows[b], rows[a]
         decoding = {group: len(ids) for group, ids in plan.decode}
         for group in "xyz":
