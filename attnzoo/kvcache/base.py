@@ -11,7 +11,7 @@ width, and because they decide by what queries and softmax weights say.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -115,6 +115,10 @@ class Compression(ABC):
     source: ClassVar[str]
     Config: ClassVar[type]
     config: Any
+
+    def describe(self) -> str:
+        """The policy's name and options, for messages and files."""
+        return f"{CACHES.name_of(type(self))} {asdict(self.config)}"
 
     @property
     @abstractmethod
