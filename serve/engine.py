@@ -63,6 +63,8 @@ class Engine:
         self.caches = CacheRules(config.cache or self.model.config.cache, config.cache_bounds)
         self._byte_model = lru_cache(maxsize=256)(lambda choice: self.model.byte_model(choice.build()))
         self.choose_cache(None)
+        for choice in self.caches.examples():
+            self._check_bounds(choice)
         self.scheduler = Scheduler(
             config.max_num_seqs,
             config.max_batched_tokens,
@@ -100,6 +102,14 @@ class Engine:
         if not choice.exact:
             self._byte_model(choice)  # refuses what this model cannot have
         return choice
+
+    def _check_bounds(self, choice: CacheChoice) -> None:
+        """Raises ValueError for a policy that requests may ask for and this model cannot have."""
+        try:
+            if not choice.exact:
+                self._byte_model(choice)
+        except ValueError as error:
+            raise ValueError(f"cache_bounds.{choice.policy}: this model cannot have it: {error}") from None
 
     def _demand(self, choice: CacheChoice, prompt: int, tokens: int) -> Demand:
         """Bytes that count against `cache_mib`; the full cache's rows are there from the start."""

@@ -87,9 +87,15 @@ class D2OThinKCache(D2OCache):
             queries_BNWH=state.tail.keys_BKSH.new_zeros(batch, 0, self.window, head_dim),
         )
 
+    def observed_nbytes(self, batch: int, num_heads: int, head_dim: int, tokens: int, dtype: torch.dtype) -> int:
+        if not self.thins:
+            return 0
+        return cc.observed_bytes(batch, num_heads, head_dim, min(tokens, self.window), dtype)
+
     def attend(
         self, state: CompressedState, reader: Reader, qkv: QKV, positions_BT: Tensor, counts_B: Tensor | None
     ) -> tuple[Tensor, CompressedState]:
+        cc.check_call(*qkv)
         if self.thins and state.ring is not None and state.ring.keys_BKRH.shape[2] == 0:
             seen = cc.last_queries(state.queries_BNWH, qkv[0], counts_B, self.window)
             state = replace(state, queries_BNWH=seen)

@@ -21,6 +21,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from attnzoo.kvcache import compressed as cc
 from attnzoo.kvcache.base import CACHES, Layer
 from attnzoo.kvcache.budgets import allocate, layer_weights, moments, variance
 from attnzoo.kvcache.eviction import EvictingCache, all_entries
@@ -69,14 +70,14 @@ class D2OCache(EvictingCache):
     def __init__(self, config: D2OConfig) -> None:
         super().__init__(config)
         official = config.flavor == "official"
-        self.shared = (config.per or ("layer" if official else "kv_head")) == "layer"
+        self.shared = config.per == "layer"
         heavy = config.heavy_ratio or (0.5 if official else 0.75)
         self.recent_share = 1.0 - heavy
         self.votes = config.votes
         self.rule = MergeRule(
             kind="drop" if not config.merge else config.flavor,
             beta=config.beta or (0.5 if official else 0.7),
-            together=official and self.shared,
+            together=official,
         )
 
     def priorities(self, taken_BKS: Tensor, mass_BKS: Tensor | None, kv_heads: int) -> Tensor:
@@ -96,8 +97,8 @@ class D2OCache(EvictingCache):
         if self.config.budget == "uniform":
             shares = asked_B.expand(len(some), -1)
         else:
-            weights_LB = layer_weights(torch.stack([_spread(layers[i]) for i in some]), per_head=official)
-            low_B = torch.full_like(asked_B, self.config.least)
+            weights_LB = layer_weights([_spread(layers[i]) for i in some], per_head=official)
+            low_B = torch.full_like(asked_B, cc.least_kept(self.config))
             shares = allocate(weights_LB, len(some) * asked_B, low_B, high_B)
         for i, budget_B in zip(some, shares, strict=True):
             budgets[i] = budget_B

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CacheView, Compression, Layer, Reader
+from attnzoo.kvcache.base import CacheView, Compression, Layer, Need, Reader
 from attnzoo.kvcache.budgets import asked_tokens, moments
 from attnzoo.kvcache.compressed import CompressedState, Prefix, Ring
 from attnzoo.kvcache.full import FullCacheState
@@ -131,10 +131,19 @@ class EvictingCache(Compression):
         return 0
 
     def compressed_nbytes(
-        self, batch: int, num_kv_heads: int, head_dim: int, prompt: int, dtype: torch.dtype, *, tokens: int = 0
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        prompt: int,
+        dtype: torch.dtype,
+        *,
+        tokens: int = 0,
+        settled: bool = False,
     ) -> int:
         budget = prompt if self.config.lossless else self.budget(prompt)
-        if self.config.lossless or (prompt + tokens <= budget and not self.thins):
+        started = self.thins or settled
+        if self.config.lossless or (prompt + tokens <= budget and not started):
             # Nothing was evicted: the full cache, if it was opened for as many tokens.
             return self.nbytes(batch, num_kv_heads, head_dim, prompt + tokens, dtype)
         width, exact = dtype_bytes(dtype), dtype_bytes(accumulation_dtype(dtype))
@@ -142,7 +151,7 @@ class EvictingCache(Compression):
         entry = width * (self.key_width(head_dim) + self.value_width(head_dim)) + 4 + extra
         entry += width if self.rule.kind != "drop" else 0
         ring = (self.window + 1) * (2 * head_dim * width + extra)
-        slots = max(1, min(budget, prompt if self.thins else budget) - self.window)
+        slots = max(1, min(budget, prompt if started else budget) - self.window)
         while slots < min(budget, prompt + tokens) - self.window:
             slots = min(budget - self.window, cc.pages(slots + 1))
         per_head = slots * entry + ring + self.index_bytes(head_dim)
@@ -152,8 +161,18 @@ class EvictingCache(Compression):
         """Tokens kept of a prompt of this length, where layers have equal budgets."""
         return int(self._asked(torch.tensor([prompt]))[0])
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        if self.config.lossless:
+            return frozenset()
+        # Who leaves asks for mass; what is merged, thinned or counted in votes is read by terms.
+        plain = self.rule.kind == "drop" and not self.votes and not self.thins and not self.accumulates
+        tables: frozenset[Need] = frozenset({"tables"} if self.accumulates else ())
+        return tables if plain else tables | {"terms"}
+
     def _asked(self, lengths_B: Tensor) -> Tensor:
-        return asked_tokens(lengths_B, self.config.ratio, self.config.max_tokens, self.config.least)
+        config = self.config
+        return asked_tokens(lengths_B, config.ratio, config.max_tokens, cc.least_kept(config))
 
     def recents(self, budgets_B: Tensor) -> Tensor:
         """How many of the newest tokens may not leave."""
@@ -163,7 +182,7 @@ class EvictingCache(Compression):
     def attend(
         self, state: CompressedState, reader: Reader, qkv: QKV, positions_BT: Tensor, counts_B: Tensor | None
     ) -> tuple[Tensor, CompressedState]:
-        cc.refuse_autograd(*qkv)
+        cc.check_call(*qkv)
         if not self.config.lossless and self._full(state, positions_BT):
             state = self._bounded(Layer(state, reader, positions_BT[:, 0]), state.budgets_B)
         if state.ring is not None and state.ring.keys_BKRH.shape[2]:
@@ -239,11 +258,9 @@ class EvictingCache(Compression):
         return with_room(self, state, at_B)
 
     def compress(self, layers: Sequence[Layer], final: bool) -> list[Any]:
-        if self.config.lossless:
-            return [layer.state for layer in layers]
-        if any(layer.state.ring.keys_BKRH.shape[2] for layer in layers):
-            raise ValueError("compress: this state has been compressed already; extend it, or start a new one")
         lengths_B = layers[0].lengths_B
+        if self.config.lossless:
+            return [replace(layer.state, budgets_B=lengths_B.clone()) if final else layer.state for layer in layers]
         budgets = self.layer_budgets(layers, self._asked(lengths_B))
         states = []
         for layer, budgets_B in zip(layers, budgets, strict=True):

@@ -176,7 +176,7 @@ def test_asked_tokens_are_a_part_of_the_prompt():
 
 def test_d2o_keeps_the_asked_total_over_layers():
     model, tokens = build_model("rcmha", layers=5), prompt(2, 60)
-    state = model.init_state(2, 60, cache=build_cache("d2o", {"keep_ratio": 0.3}))
+    state = model.init_state(2, 60, cache=build_cache("d2o", {"keep_ratio": 0.3, "min_tokens": 0}))
     _, state = model.extend(tokens, state)
     state = model.compress(state)
     budgets = torch.stack([layer.mixing.budgets_B for layer in state.layers])

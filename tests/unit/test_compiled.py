@@ -95,11 +95,11 @@ def test_what_is_compiled_for_has_sizes_that_mean_nothing_else():
 def test_a_state_of_another_policy_is_refused():
     model, token = small_model("mha"), torch.zeros(1, 1, dtype=torch.long)
     one, other = (build_cache("streaming", {"max_tokens": count}) for count in (12, 13))
-    with pytest.raises(ValueError, match="compiled for states of streaming .*12.* of streaming .*13"):
+    with pytest.raises(ValueError, match=r"compiled for states of streaming .*12.* of streaming .*13"):
         CompiledDecode(model, one)(token, joined(model, other, [token]))
     with pytest.raises(ValueError, match="compiled for states of the full cache, and this one is of streaming"):
         CompiledDecode(model)(token, joined(model, one, [token]))
-    with pytest.raises(ValueError, match="compiled for states of streaming .*of the full cache"):
+    with pytest.raises(ValueError, match=r"compiled for states of streaming .*of the full cache"):
         CompiledDecode(model, one)(token, model.init_state(1, 8))
 
 
