@@ -262,8 +262,15 @@ class Engine:
         if reason is not None:
             delta.prompt_tokens = len(request.prompt)
             delta.ttft_s = request.first_token - request.arrived
-            delta.kv_bytes = self.runner.kv_bytes(request)
+            self._report_memory(delta, request)
         return delta
+
+    def _report_memory(self, delta: Delta, request: Request) -> None:
+        slot = self.scheduler.tables[request.cache].slot_of(request.request_id)
+        memory = self.runner.memory(request, slot)
+        delta.policy, delta.kept_tokens = request.cache.policy, memory.kept_tokens
+        delta.kv_bytes, delta.kv_bytes_full = memory.kv_bytes, memory.kv_bytes_full
+        delta.not_compressed = memory.not_compressed
 
     def _leave(self, request: Request, reason: FinishReason) -> None:
         release = self.scheduler.finish(request.request_id)

@@ -74,7 +74,7 @@ class Delta:
     """News of one request after one step; the last one has a `finish_reason`.
 
     text: characters that are final. tokens: all tokens of the request so far. ttft_s: from arrival to the first token.
-    kv_bytes: bytes of its state: of a full cache what its tokens fill, of a compressed one what is allocated.
+    policy, and the rest as in `serve.memory.Memory`: how its state was kept, when it is finished.
     """
 
     request_id: str
@@ -84,7 +84,11 @@ class Delta:
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     ttft_s: float = 0.0
+    policy: str = "full"
+    kept_tokens: int = 0
     kv_bytes: int = 0
+    kv_bytes_full: int = 0
+    not_compressed: str | None = None
 
 
 @dataclass(slots=True)

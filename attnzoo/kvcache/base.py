@@ -179,6 +179,10 @@ class Compression(ABC):
         """The layers' states, smaller; `final`: the prompt has ended (else only a chunk of it has). Their prompts are
         still being read."""
 
+    def why_whole(self, prompt: int, context: int) -> str:
+        """Why nothing was left out of a prompt of this length, and of a sequence that has come to `context` tokens."""
+        return f"{self.describe()} keeps everything"
+
     def settle(self, layers: Sequence[Layer]) -> list[State]:
         """The layers' states, after `compress`, with the tensors that all sequences of this policy end up with, so that
         they can stand in one state beside others (`State.joined`). Changes no output beyond rounding."""

@@ -20,7 +20,8 @@ from attnzoo.kvcache.base import CACHES, Reader
 from attnzoo.kvcache.channels import best_channels, channel_scores, greedy_scores, kept_channels, squares
 from attnzoo.kvcache.compressed import CompressedState
 from attnzoo.kvcache.d2o import D2OCache, D2OConfig
-from attnzoo.kvcache.eviction import QKV, stored_norms
+from attnzoo.kvcache.entries import stored_norms
+from attnzoo.kvcache.eviction import QKV
 from attnzoo.kvcache.options import check_least, check_ratio
 from attnzoo.kvcache.think import thin
 

@@ -315,3 +315,33 @@ def led(queries_BNWH: Tensor, width: int) -> Tensor:
 def observed_bytes(batch: int, num_heads: int, head_dim: int, queries: int, dtype: torch.dtype) -> int:
     """Bytes of the last queries."""
     return batch * num_heads * head_dim * queries * dtype_bytes(dtype)
+
+
+@dataclass(frozen=True)
+class Occupied:
+    """What one sequence has in a layer's state. tokens: whose keys and values are there, of the kv head that has most;
+    nbytes: what they fill, with all that is stored beside them; thinned: whether some have lost channels."""
+
+    tokens: int
+    nbytes: int
+    thinned: bool
+
+
+def occupied(state: CompressedState, row: int, length: int) -> Occupied:
+    """Of the sequence in `row`, which has seen `length` tokens; slots that hold nothing of it are not counted."""
+    prefix, tail = state.prefix, length - int(state.starts_B[row])
+    entries = int(state.starts_B[row])
+    if prefix.places_BKP is not None:
+        entries = int((prefix.places_BKP[row] > 0).sum(-1).max()) if prefix.slots else 0
+    ring = 0 if state.ring is None else state.ring.keys_BKRH.shape[2]
+    if ring:  # all but its next slot hold the newest tokens; there is no tail
+        tail = 0
+    total = 0
+    for name, x in state.rows(slice(row, row + 1)).tensors().items():
+        growing = name.startswith("tail.") or name == "mass_BKS"
+        if name.startswith("prefix.") and "channels" not in name:
+            total += x.nbytes * entries // max(1, prefix.slots)
+        else:
+            total += x.nbytes * tail // max(1, x.shape[2]) if growing else x.nbytes
+    thinned = entries > 0 and not (_stored(prefix.channels_BKC) is None and _stored(prefix.value_channels_BKV) is None)
+    return Occupied(entries + (min(length, ring - 1) if ring else tail), total, thinned)

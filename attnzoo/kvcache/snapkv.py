@@ -62,6 +62,12 @@ class SnapKVCache(TailedCache):
             return lengths_B.clone()
         return asked_tokens(lengths_B, self.config.ratio, self.config.max_tokens, cc.least_kept(self.config))
 
+    def why_whole(self, prompt: int, context: int) -> str:
+        if self.lossless:
+            return super().why_whole(prompt, context)
+        kept = int(self.budgets(torch.tensor([prompt]))[0])
+        return f"{self.describe()} keeps {kept} tokens of a prompt of {prompt}, and what is generated"
+
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset() if self.lossless else frozenset({"tables"})

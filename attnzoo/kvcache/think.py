@@ -97,6 +97,14 @@ class ThinKCache(TailedCache):
     def lossless(self) -> bool:
         return bool(self.config.channel_ratio == 1.0 and self.config.value_channel_ratio == 1.0)
 
+    def why_whole(self, prompt: int, context: int) -> str:
+        if self.lossless:
+            return super().why_whole(prompt, context)
+        return (
+            f"{self.describe()} leaves the newest {self.config.window} tokens of a prompt and what is generated whole, "
+            f"and the prompt has {prompt}"
+        )
+
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset() if self.lossless else frozenset({"terms"})

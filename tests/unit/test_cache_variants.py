@@ -238,9 +238,9 @@ def test_a_state_is_loaded_into_its_own_model_and_policy_alone(tmp_path):
     for message, other in others.items():
         with pytest.raises(ValueError, match=message):
             load_state(model.init_state(1, 1, cache=other), path)
-    with pytest.raises(ValueError, match="a state of this model|another policy"):
+    with pytest.raises(ValueError, match=r"a state of this model|another policy"):
         load_state(model.init_state(1, 1), path)
-    with pytest.raises(ValueError, match="of another model: .*weights"):
+    with pytest.raises(ValueError, match=r"of another model: .*weights"):
         load_state(build_model("gqa", seed=1, layers=2).init_state(1, 1, cache=one), path)
     with pytest.raises(ValueError, match="of another model"):
         load_state(build_model("mha", layers=2).init_state(1, 1, cache=one), path)
