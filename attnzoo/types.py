@@ -8,6 +8,7 @@ Shape suffixes, used in every name that holds a tensor:
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -74,8 +75,8 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     for kind in allowed:
         if kind is Any or (kind is type(None) and value is None):
             return value
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return _finite(value, where)
         if kind is int and isinstance(value, bool):
             continue
         if typing.get_origin(kind) is typing.Literal:
@@ -86,3 +87,19 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
             return value
     names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
     raise ValueError(f"{where}={value!r} has type {type(value).__name__}; it must be {names}")
+
+
+def checked(value: Any, hint: Any, where: str) -> Any:
+    """The value, if it has the type `hint` of a field; integers become floats where those are asked for. Raises
+    ValueError that names `where`."""
+    return _checked(value, hint, where)
+
+
+def _finite(value: float, where: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{where}={number} must be a finite number")
+    return number

@@ -32,11 +32,11 @@ class EngineConfig:
     step_timeout_s: a step that takes longer makes the engine unhealthy.
     cache: how keys and values are kept unless a request says otherwise, {"policy": "d2o", "keep_ratio": 0.2}; None
     takes the model's own choice, else the full cache. cache_bounds: what requests may ask for, {policy: {option:
-    [least, most]}} (`serve.caches.CacheRules`); None: any policy that compresses. max_caches: different choices that
-    run at the same time besides the server's own, each a pass through the model; further ones wait. cache_mib: memory
-    for compressed caches, prompts that are being read included; requests wait for room. By the policies' byte models,
-    and by measured rows: what layers with budgets of their own pad in the newest row may come on top. None: for as many
-    as run.
+    [least, most]}} (`serve.caches.CacheRules`), options that are not named keeping their defaults; None: any policy
+    that compresses, with options up to what the model can hold. max_caches: different choices that run at the same time
+    besides the server's own, each a pass through the model; further ones wait. cache_mib: memory for compressed caches,
+    prompts that are being read included; requests wait for room. By the policies' byte models, and by measured rows:
+    what layers with budgets of their own pad in the newest row may come on top. None: for as many as run.
     """
 
     checkpoint: str

@@ -56,6 +56,8 @@ class Engine:
         self.caches = CacheRules(config.cache or self.model.config.cache, config.cache_bounds)
         self._byte_model = lru_cache(maxsize=256)(lambda choice: self.model.byte_model(choice.build()))
         self.choose_cache(None)
+        for choice in self.caches.examples():
+            self._check_bounds(choice)
         self.scheduler = self._new_scheduler()
         rows = config.max_num_seqs if self.caches.exact else 0
         choice, steps = self.caches.default, {}
@@ -102,6 +104,14 @@ class Engine:
         if not choice.exact:
             self._byte_model(choice)  # refuses what this model cannot have
         return choice
+
+    def _check_bounds(self, choice: CacheChoice) -> None:
+        """Raises ValueError for a policy that requests may ask for and this model cannot have."""
+        try:
+            if not choice.exact:
+                self._byte_model(choice)
+        except ValueError as error:
+            raise ValueError(f"cache_bounds.{choice.policy}: this model cannot have it: {error}") from None
 
     def _demand(self, choice: CacheChoice, prompt: int, tokens: int) -> Demand:
         """Bytes that count against `cache_mib`; the full cache's rows are there from the start."""
@@ -332,8 +342,15 @@ class Engine:
         if reason is not None:
             delta.prompt_tokens = len(request.prompt)
             delta.ttft_s = request.first_token - request.arrived
-            delta.kv_bytes = self.runner.kv_bytes(request)
+            self._report_memory(delta, request)
         return delta
+
+    def _report_memory(self, delta: Delta, request: Request) -> None:
+        slot = self.scheduler.tables[request.cache].slot_of(request.request_id)
+        memory = self.runner.memory(request, slot)
+        delta.policy, delta.kept_tokens = request.cache.policy, memory.kept_tokens
+        delta.kv_bytes, delta.kv_bytes_full = memory.kv_bytes, memory.kv_bytes_full
+        delta.not_compressed = memory.not_compressed
 
     def _leave(self, request: Request, reason: FinishReason) -> None:
         release = self.scheduler.finish(request.request_id)

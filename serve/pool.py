@@ -138,6 +138,10 @@ class CompactPool:
         """Sequences that decode."""
         return 0 if self.state is None else self.state.batch
 
+    def row_of(self, slot: int) -> int:
+        """Where the sequence in a slot is in `state`."""
+        return self.slots.index(slot)
+
     # The two that follow are asked by other threads too, while states come and go.
     @property
     def nbytes(self) -> int:

@@ -83,7 +83,7 @@ class Delta:
 
     error: why the request failed, for its owner, with finish_reason "error"; the text it may quote is the owner's own.
     text: characters that are final. tokens: all tokens of the request so far. ttft_s: from arrival to the first token.
-    kv_bytes: bytes of its state: of a full cache what its tokens fill, of a compressed one what is allocated.
+    policy, and the rest as in `serve.memory.Memory`: how its state was kept, when it is finished.
     """
 
     request_id: str
@@ -93,7 +93,11 @@ class Delta:
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     ttft_s: float = 0.0
+    policy: str = "full"
+    kept_tokens: int = 0
     kv_bytes: int = 0
+    kv_bytes_full: int = 0
+    not_compressed: str | None = None
     error: str | None = None
 
 

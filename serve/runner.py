@@ -15,6 +15,7 @@ from attnzoo.models import CompiledDecode, DecoderLM
 from serve.cache_manager import Release
 from serve.caches import CacheChoice
 from serve.faults import DeviceError, SharedError
+from serve.memory import Memory, compressed_memory, exact_memory
 from serve.pool import CompactPool, HalfWrittenError, SlotPool
 from serve.request import Request
 from serve.scheduler import Chunk, Plan
@@ -63,9 +64,18 @@ class Runner:
         full = 0 if self.full is None else self.full.nbytes
         return full + sum(pool.nbytes for pool in list(self.compact.values()))
 
+    def memory(self, request: Request, slot: int) -> Memory:
+        """What the state of a sequence that decodes takes, and would take in the full cache."""
+        full = exact_memory(self.model, request.context, self._full_bytes(request.context))
+        pool = self.compact.get(request.cache)
+        if pool is None or pool.state is None:
+            return full
+        row = pool.row_of(slot)
+        return compressed_memory(pool.policy, pool.state.layers, row, len(request.prompt), full)
+
     def kv_bytes(self, request: Request) -> int:
-        """Bytes of the request's state: of a full cache what its tokens fill, without what is only reserved; of a
-        compressed one what is allocated for it."""
+        """Bytes of a running request's state, for metrics: of a full cache what its tokens fill, without what is only
+        reserved; of a compressed one what is allocated for it."""
         if request.cache.exact:
             return self._full_bytes(request.context)
         pool = self.compact.get(request.cache)
