@@ -59,12 +59,12 @@ def check_checkpoint(config: ServeConfig) -> None:
     """Finds out before Ray starts. Raises ValueError when there is no checkpoint to load."""
     from attnzoo.checkpoint import find_checkpoint, load_tokenizer, open_checkpoint
     from attnzoo.tokenizer.chat import ChatTemplate
-    from serve.openai.routes import read_api_key
+    from serve.front.guard import read_api_key
 
     path = find_checkpoint(config.checkpoint)
     open_checkpoint(path)
     ChatTemplate.of(load_tokenizer(path))
-    read_api_key(config)
+    read_api_key(config.api_key_env)
 
 
 def example(url: str, name: str, chat: bool) -> str:

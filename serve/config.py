@@ -11,6 +11,7 @@ from attnzoo.checkpoint import PACKAGED
 from attnzoo.errors import suggest
 from attnzoo.types import build_config, parse_dtype
 from serve.caches import CacheRules
+from serve.front.limits import Limits, check_host_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,11 @@ class ServeConfig(EngineConfig):
     stream_interval_ms: after one event of a stream, the next waits at least this long and then carries all new text;
     the first comes at once. Saves work where tokens come faster than anyone reads; 0 sends every token by itself.
     max_choices: completions (prompts times n) of one request. num_cpus: CPUs that the local Ray may plan with.
-    drain_timeout_s: how long running requests may take to end at shutdown. cluster: address of a running Ray cluster
+    drain_timeout_s: how long running requests may take to end at shutdown. allowed_hosts: names that clients may call
+    this server by, beside those of loopback ("api.example.com", "*.example.com", "*" for any); None: while host is on
+    loopback no others, else addresses and this machine's name too. header_timeout_s, body_timeout_s: how long a client
+    may take to send either. write_timeout_s: how long it may leave its answer unread. max_reading: requests whose body
+    is on its way; with more, the one that has waited longest ends with 408. cluster: address of a running Ray cluster
     ("auto" finds it); None starts a local one.
     """
 
@@ -92,17 +97,35 @@ class ServeConfig(EngineConfig):
     num_cpus: int = 2
     drain_timeout_s: float = 30.0
     cluster: str | None = None
+    allowed_hosts: list | None = None
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 30.0
+    write_timeout_s: float = 60.0
+    max_reading: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port={self.port} must be between 0 (any free port) and 65535")
-        for name in ("max_body_bytes", "max_choices", "num_cpus"):
+        for name in ("max_body_bytes", "max_choices", "num_cpus", "max_reading"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("drain_timeout_s", "stream_interval_ms"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("header_timeout_s", "body_timeout_s", "write_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for host in self.allowed_hosts or ():
+            check_host_name(host)
+
+    @property
+    def front_limits(self) -> Limits:
+        """What the front needs to know."""
+        hosts = None if self.allowed_hosts is None else tuple(check_host_name(name) for name in self.allowed_hosts)
+        same = ("host", "api_key_env", "max_body_bytes", "header_timeout_s", "body_timeout_s", "write_timeout_s")
+        values = {name: getattr(self, name) for name in same}
+        return Limits(allowed_hosts=hosts, max_reading=self.max_reading, **values)
 
     @property
     def served_name(self) -> str:

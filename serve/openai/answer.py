@@ -11,12 +11,10 @@ from starlette.types import Receive, Scope, Send
 from serve.async_engine import AsyncEngine, EngineFailedError, EngineUnavailableError, Stream
 from serve.caches import CacheChoice
 from serve.config import ServeConfig
-from serve.openai.protocol import ApiError, GenerationRequest, dump
+from serve.openai.errors import ApiError, dump
+from serve.openai.protocol import GenerationRequest
 from serve.request import CacheMemoryError, ContextLengthError, Delta, FinishReason, SamplingParams, TokenLogprobs
 from serve.scheduler import QueueFullError
-
-LONG_TEXT = 20_000
-"""Characters from which on a prompt is encoded in a thread, so that other streams go on."""
 
 Work = list[tuple[list[int], SamplingParams]]
 """Tokens and parameters of every choice."""
