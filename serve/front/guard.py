@@ -1,5 +1,6 @@
 """Who may ask, and how much of a request is read for how long: ASGI middleware, the outermost first.
 
+    Counted     the status of every answer (the application's metrics)
     Doorman     names of this server only; headers that steer Ray are taken away
     ApiKey      the key, before anything of the body is read
     Bodies      JSON only, read to its end within bounds on size, time and the number of half-read requests
@@ -39,8 +40,6 @@ STEERING_PREFIX = "x-serve-router-"
 REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 """A request's name that may stand in logs and in the answer; Ray makes one up where the client's is none."""
 
-Refuse = Callable[[ApiError], Response]
-
 
 def guard(limits: Limits) -> list[Middleware]:
     """The middleware for these limits, the outermost first. Raises ValueError when the API key is not set."""
@@ -67,6 +66,22 @@ def read_api_key(variable: str | None) -> str | None:
 def error_response(error: ApiError) -> Response:
     """An error in OpenAI's shape."""
     return Response(dump(error.body()), error.status, error.headers, media_type="application/json")
+
+
+class Counted:
+    """Tells of the status of every answer to a request for the API."""
+
+    def __init__(self, app: ASGIApp, answered: Callable[[int], None]) -> None:
+        self.app, self._answered = app, answered
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._answered(message["status"])
+            await send(message)
+
+        of_api = scope["type"] == "http" and scope["path"].startswith("/v1/")
+        await self.app(scope, receive, counted if of_api else send)
 
 
 class Doorman:
@@ -182,8 +197,8 @@ class Bodies:
                         if not message.get("more_body", False):
                             return b"".join(parts)
         except TimeoutError:
-            message = f"the body did not arrive within {self._limits.body_timeout_s:g} s, or others were waiting"
-            raise ApiError(408, message, code="body_timeout", headers={"connection": "close"}) from None
+            text = f"the body did not arrive within {self._limits.body_timeout_s:g} s, or others were waiting"
+            raise ApiError(408, text, code="body_timeout", headers={"connection": "close"}) from None
 
     @contextmanager
     def _counted(self) -> Iterator[asyncio.Timeout]:

@@ -199,12 +199,14 @@ class Answer(Response):
 
 def _failure(error: EngineFailedError) -> ApiError:
     """What the client may know of it: that it was not the client's fault."""
+    if isinstance(error.__cause__, EngineUnavailableError):
+        return ApiError(503, str(error), code="shutting_down", headers={"retry-after": "5"})
     return ApiError(500, "the engine failed while it worked on this request", code="engine_failed")
 
 
 def _failed(error: EngineFailedError) -> Response:
     failure = _failure(error)
-    return Response(dump(failure.body()), failure.status, media_type="application/json")
+    return Response(dump(failure.body()), failure.status, failure.headers, media_type="application/json")
 
 
 async def _send_response(response: Response, send: Send) -> None:

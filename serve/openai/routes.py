@@ -7,10 +7,11 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
-from serve.front.guard import error_response, guard
+from serve.front.guard import Counted, error_response, guard
 from serve.metrics import CONTENT_TYPE
 from serve.openai.answer import check_model
 from serve.openai.aside import aside
@@ -35,9 +36,9 @@ def build_app(engine: AsyncEngine, config: ServeConfig) -> FastAPI:
         await engine.drain(config.drain_timeout_s)
         engine.stop()
 
-    app = FastAPI(
-        title="attnzoo", lifespan=lifespan, docs_url=None, redoc_url=None, middleware=guard(config.front_limits)
-    )
+    counted = Middleware(Counted, answered=engine.engine.metrics.answered)
+    middleware = [counted, *guard(config.front_limits)]
+    app = FastAPI(title="attnzoo", lifespan=lifespan, docs_url=None, redoc_url=None, middleware=middleware)
     _add_error_handlers(app)
     _add_information(app, engine, config)
 

@@ -24,14 +24,16 @@ from tests.serving import export, small_model, tokenizer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own deprecations
-    from serve.deployment import app, free_port
+    from serve.deployment import app, explain_failure, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
+TRACE = 'Error:\nTraceback (most recent call last):\n  File "x.py", line 5, in f\n    g()\n    ^^^\n'
 
 
 def environment() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # An address of a cluster that is not there, such as is left in a shell, must not matter.
+    return {**kept, "RAY_ADDRESS": "192.0.2.1:6379", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 class Running:
@@ -229,6 +231,34 @@ def test_usage_errors_of_the_command():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())
     assert (done.returncode, done.stdout) == (2, "")
     assert "checkpoint is missing" in done.stderr
+
+
+def test_what_ends_the_constructor_reaches_the_terminal(tmp_path):
+    """The engine says it in the replica's process, where nobody looks."""
+    checkpoint = export(tmp_path / "tiny" / "export", max_len=64)
+    command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", "0", "max_model_len=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=300)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "python -m serve: error: max_model_len=1 leaves no room" in done.stderr
+    assert "Failed to update" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (TRACE + "ValueError: first\nsecond: line", "ValueError: first\nsecond: line"),
+        (TRACE + "KeyError: 'x'\n\nDuring handling of the above exception:\n\n" + TRACE + "OSError: y", "OSError: y"),
+        ("Error:\nActorDiedError()", "without an exception"),
+        ("Deployment is waiting for CPUs", "Deployment is waiting for CPUs"),
+        ("", "see the logs"),
+    ],
+    ids=range(5),
+)
+def test_why_a_deployment_failed(message, expected):
+    found = explain_failure(message)
+    assert expected in found
+    assert "Traceback" not in found
 
 
 def test_help_has_examples(capsys):

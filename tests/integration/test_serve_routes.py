@@ -259,6 +259,8 @@ def test_a_full_queue_answers_429_and_recovers():
         assert codes[-1] == 429
         refused = next(answer for answer in answers if answer.status_code == 429)
         assert refused.headers["retry-after"] == "1"
+        counted = owner.engine.metrics.registry.get_sample_value
+        assert counted("attnzoo_http_responses_total", {"status": "429"}) == codes.count(429)
         assert refused.json()["error"]["type"] == "rate_limit_error"
         assert post(url, max_tokens=2).status_code == 200
         # All or none: three prompts can never be admitted here, and leave nothing behind.
