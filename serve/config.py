@@ -1,5 +1,6 @@
 """Settings of the engine and of the server around it: one flat, strict mapping."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +13,9 @@ from attnzoo.errors import suggest
 from attnzoo.types import build_config, parse_dtype
 from serve.caches import CacheRules
 from serve.front.limits import Limits, check_host_name
+
+MAX_REQUESTS = 1_000_000
+"""More requests at a time than this no setting may ask for; Ray counts them in 32 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +63,14 @@ class EngineConfig:
                 raise ValueError(f"{name}={value} must be at least 1")
         if self.max_queue < 0:
             raise ValueError(f"max_queue={self.max_queue} must be at least 0")
+        for name in ("max_num_seqs", "max_queue"):
+            if getattr(self, name) > MAX_REQUESTS:
+                raise ValueError(f"{name}={getattr(self, name)} must be at most {MAX_REQUESTS}")
         if self.max_batched_tokens <= self.max_num_seqs:
             raise ValueError(
                 f"max_batched_tokens={self.max_batched_tokens} must be larger than max_num_seqs={self.max_num_seqs}"
             )
-        if self.step_timeout_s <= 0:
-            raise ValueError(f"step_timeout_s={self.step_timeout_s} must be positive")
+        _check_seconds(self, "step_timeout_s")
         if self.dtype is not None:
             parse_dtype(self.dtype)
 
@@ -111,11 +117,10 @@ class ServeConfig(EngineConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("drain_timeout_s", "stream_interval_ms"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be a number, and not negative")
         for name in ("header_timeout_s", "body_timeout_s", "write_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+            _check_seconds(self, name)
         for host in self.allowed_hosts or ():
             check_host_name(host)
 
@@ -137,6 +142,11 @@ class ServeConfig(EngineConfig):
         path = Path(self.checkpoint).resolve()
         name = path.name.removesuffix(".gguf")
         return path.parent.name if name == "export" and path.parent.name else name
+
+
+def _check_seconds(config: EngineConfig, name: str) -> None:
+    if not 0 < getattr(config, name) < math.inf:
+        raise ValueError(f"{name}={getattr(config, name)} must be positive and finite")
 
 
 SERVE_FIELDS = tuple(field.name for field in fields(ServeConfig))
