@@ -194,16 +194,24 @@ def test_a_body_that_goes_on_after_its_refusal_is_not_read_for_ever(monkeypatch,
 
 
 def test_who_does_not_read_is_cut_off():
-    with running(write_timeout_s=0.3) as (url, _):
-        connection = connect(url)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.settimeout(1.0)
-        request = b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n"
-        with contextlib.suppress(TimeoutError):  # the server stops reading while it cannot write
-            for _ in range(300):
-                connection.sendall(request * 100)
-        assert ends_while_sent_to(connection, request)
-        assert post(url, max_tokens=2).status_code == 200
+    ended = threading.Event()
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(64):
+            await send({"type": "http.response.body", "body": b"x" * (1 << 20), "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+        ended.set()
+
+    with serving(app, Limits(write_timeout_s=0.2)) as url:
+        connection = connect(url, b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert ended.wait(10)
+        received = 0
+        with contextlib.suppress(ConnectionError):
+            while part := connection.recv(1 << 20):
+                received += len(part)
+        assert received < 64 << 20
+        connection.close()
 
 
 def test_idle_connections_make_room(monkeypatch):
@@ -350,7 +358,6 @@ def test_keys_are_sent_as_the_standard_says(monkeypatch):
         for given in (
             "",
             "Bearer",
-            "Bearer ",
             "Basic s3cret",
             "s3cret",
             "Bearers3cret",
@@ -416,10 +423,9 @@ def guarded(app, limits: Limits | None = None):
 class serving:  # noqa: N801
     """Any ASGI application on a free port."""
 
-    def __init__(self, app) -> None:
-        config = uvicorn.Config(
-            app, host="127.0.0.1", port=0, log_level="critical", lifespan="off", http=bounded_protocol(Limits())
-        )
+    def __init__(self, app, limits: Limits | None = None) -> None:
+        http = bounded_protocol(limits or Limits())
+        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", lifespan="off", http=http)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)
 
