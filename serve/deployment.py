@@ -19,6 +19,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
@@ -139,9 +140,12 @@ def start(config: ServeConfig, connected: Callable[[], None], cancelled: Callabl
     else:
         ray.init(address=config.cluster, log_to_driver=False)
     connected()
-    serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=config.host, port=port))
-    serve.run_many([serve.RunTarget(application, APP_NAME)], wait_for_applications_running=False)
-    wait_until_running(cancelled)
+    try:
+        serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=config.host, port=port))
+        serve.run_many([serve.RunTarget(application, APP_NAME)], wait_for_applications_running=False)
+        wait_until_running(cancelled)
+    except RayError as error:
+        raise RuntimeError(f"Ray's own processes ended while the model was loading ({type(error).__name__})") from error
     return f"http://{config.host}:{port}"
 
 
