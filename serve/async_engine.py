@@ -21,6 +21,9 @@ from serve.scheduler import QueueFullError
 MAX_FAULTS = 3
 """Steps in a row that may fail as a whole before the engine gives up."""
 
+FLUSH_S = 2.0
+"""How long answers that a shutdown ends may take to say so."""
+
 
 class EngineUnavailableError(Exception):
     """The engine does not take requests: it drains before a shutdown, or it has failed."""
@@ -143,12 +146,19 @@ class AsyncEngine:
         return stream
 
     async def drain(self, timeout_s: float) -> bool:
-        """Takes no more requests and waits for the running ones; False when some are left after `timeout_s`."""
+        """Takes no more requests and waits for the running ones; False when some are left after `timeout_s`. These end
+        with an error, and their answers have `FLUSH_S` to say so."""
         self.draining = True
         deadline = time.perf_counter() + timeout_s
         while self._streams and self._failure is None and time.perf_counter() < deadline:
             await asyncio.sleep(0.02)
-        return not self._streams
+        late = set(self._streams.values())
+        for stream in late:
+            stream._fail(EngineUnavailableError("the server shut down before this request had ended"))
+        deadline = time.perf_counter() + FLUSH_S
+        while not all(stream._closed for stream in late) and time.perf_counter() < deadline:
+            await asyncio.sleep(0.02)
+        return not late
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """Ends the thread after its current step; unfinished requests get no more news."""

@@ -1,5 +1,6 @@
 """Settings of the engine and of the server around it: one flat, strict mapping."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +12,10 @@ from attnzoo.checkpoint import PACKAGED
 from attnzoo.errors import suggest
 from attnzoo.types import build_config, parse_dtype
 from serve.caches import CacheRules
+from serve.front.limits import Limits, check_host_name
+
+MAX_REQUESTS = 1_000_000
+"""More requests at a time than this no setting may ask for; Ray counts them in 32 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +70,16 @@ class EngineConfig:
                 raise ValueError(f"{name}={value} must be at least 1")
         if self.max_queue < 0:
             raise ValueError(f"max_queue={self.max_queue} must be at least 0")
+        for name in ("max_num_seqs", "max_queue"):
+            if getattr(self, name) > MAX_REQUESTS:
+                raise ValueError(f"{name}={getattr(self, name)} must be at most {MAX_REQUESTS}")
         if self.max_batched_tokens <= self.max_num_seqs:
             raise ValueError(
                 f"max_batched_tokens={self.max_batched_tokens} must be larger than max_num_seqs={self.max_num_seqs}"
             )
-        if self.itl_target_ms is not None and not 0 < self.itl_target_ms < float("inf"):
-            raise ValueError(f"itl_target_ms={self.itl_target_ms} must be positive, or null for no bound")
-        if self.step_timeout_s <= 0:
-            raise ValueError(f"step_timeout_s={self.step_timeout_s} must be positive")
+        if self.itl_target_ms is not None:
+            _check_seconds(self, "itl_target_ms")
+        _check_seconds(self, "step_timeout_s")
         if self.dtype is not None:
             parse_dtype(self.dtype)
 
@@ -87,7 +94,11 @@ class ServeConfig(EngineConfig):
     stream_interval_ms: after one event of a stream, the next waits at least this long and then carries all new text;
     the first comes at once. Saves work where tokens come faster than anyone reads; 0 sends every token by itself.
     max_choices: completions (prompts times n) of one request. num_cpus: CPUs that the local Ray may plan with.
-    drain_timeout_s: how long running requests may take to end at shutdown. cluster: address of a running Ray cluster
+    drain_timeout_s: how long running requests may take to end at shutdown. allowed_hosts: names that clients may call
+    this server by, beside those of loopback ("api.example.com", "*.example.com", "*" for any); None: while host is on
+    loopback no others, else addresses and this machine's name too. header_timeout_s, body_timeout_s: how long a client
+    may take to send either. write_timeout_s: how long it may leave its answer unread. max_reading: requests whose body
+    is on its way; with more, the one that has waited longest ends with 408. cluster: address of a running Ray cluster
     ("auto" finds it); None starts a local one.
     """
 
@@ -101,17 +112,34 @@ class ServeConfig(EngineConfig):
     num_cpus: int = 2
     drain_timeout_s: float = 30.0
     cluster: str | None = None
+    allowed_hosts: list | None = None
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 30.0
+    write_timeout_s: float = 60.0
+    max_reading: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port={self.port} must be between 0 (any free port) and 65535")
-        for name in ("max_body_bytes", "max_choices", "num_cpus"):
+        for name in ("max_body_bytes", "max_choices", "num_cpus", "max_reading"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("drain_timeout_s", "stream_interval_ms"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be a number, and not negative")
+        for name in ("header_timeout_s", "body_timeout_s", "write_timeout_s"):
+            _check_seconds(self, name)
+        for host in self.allowed_hosts or ():
+            check_host_name(host)
+
+    @property
+    def front_limits(self) -> Limits:
+        """What the front needs to know."""
+        hosts = None if self.allowed_hosts is None else tuple(check_host_name(name) for name in self.allowed_hosts)
+        same = ("host", "api_key_env", "max_body_bytes", "header_timeout_s", "body_timeout_s", "write_timeout_s")
+        values = {name: getattr(self, name) for name in same}
+        return Limits(allowed_hosts=hosts, max_reading=self.max_reading, **values)
 
     @property
     def served_name(self) -> str:
@@ -123,6 +151,11 @@ class ServeConfig(EngineConfig):
         path = Path(self.checkpoint).resolve()
         name = path.name.removesuffix(".gguf")
         return path.parent.name if name == "export" and path.parent.name else name
+
+
+def _check_seconds(config: EngineConfig, name: str) -> None:
+    if not 0 < getattr(config, name) < math.inf:
+        raise ValueError(f"{name}={getattr(config, name)} must be positive and finite")
 
 
 SERVE_FIELDS = tuple(field.name for field in fields(ServeConfig))

@@ -29,6 +29,14 @@ class Metrics:
         )
         for reason in ("stop", "length", "abort", "error"):
             self._requests.labels(reason)
+        self._answers = Counter(
+            "attnzoo_http_responses",
+            "Answers to requests for /v1, refusals included",
+            ["status"],
+            registry=self.registry,
+        )
+        for status in ("200", "400", "429", "503"):
+            self._answers.labels(status)
         self._queue = self._histogram("request_queue_time_seconds", "Arrival to first work", REQUEST_S)
         self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN_S)
         self._itl = self._histogram("inter_token_latency_seconds", "Between tokens of a request", TOKEN_S)
@@ -68,6 +76,10 @@ class Metrics:
         self._prompt.inc(len(request.prompt))
         if reason in ("stop", "length"):
             self._e2e.observe(time.perf_counter() - request.arrived)
+
+    def answered(self, status: int) -> None:
+        """When the interface answers a request, whether the engine saw it or not."""
+        self._answers.labels(str(status)).inc()
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""

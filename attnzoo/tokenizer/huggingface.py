@@ -23,6 +23,8 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 GENERATION = "generation_config.json"
 MODEL = "config.json"
+LONG_TEXT = 20_000
+"""Characters from which on encoding takes long enough that others should run meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`; special tokens that are written in it become those tokens, but for `split_special_tokens`."""
         check_text(text)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if len(text) < LONG_TEXT:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        else:  # the form for many texts lets other threads run meanwhile, this one does not
+            ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
         begin = self._begin if bos else []
         return begin + ids + ([self.eos_id] if eos and self.eos_id is not None else [])
 

@@ -11,12 +11,10 @@ from starlette.types import Receive, Scope, Send
 from serve.async_engine import AsyncEngine, EngineFailedError, EngineUnavailableError, RequestFailedError, Stream
 from serve.caches import CacheChoice
 from serve.config import ServeConfig
-from serve.openai.protocol import ApiError, GenerationRequest, dump
+from serve.openai.errors import ApiError, dump
+from serve.openai.protocol import GenerationRequest
 from serve.request import CacheMemoryError, ContextLengthError, Delta, FinishReason, SamplingParams, TokenLogprobs
 from serve.scheduler import QueueFullError
-
-LONG_TEXT = 20_000
-"""Characters from which on a prompt is encoded in a thread, so that other streams go on."""
 
 Work = list[tuple[list[int], SamplingParams]]
 """Tokens and parameters of every choice."""
@@ -200,15 +198,17 @@ class Answer(Response):
 
 
 def _failure(error: EngineFailedError) -> ApiError:
-    """What the client may know of it: of its own request why it failed, of the engine that it did."""
+    """What the client may know of it: of its own request why it failed, of the engine that it did, or that it ends."""
     if isinstance(error, RequestFailedError):
         return ApiError(500, str(error), code="request_failed")
+    if isinstance(error.__cause__, EngineUnavailableError):
+        return ApiError(503, str(error), code="shutting_down", headers={"retry-after": "5"})
     return ApiError(500, "the engine failed while it worked on this request", code="engine_failed")
 
 
 def _failed(error: EngineFailedError) -> Response:
     failure = _failure(error)
-    return Response(dump(failure.body()), failure.status, media_type="application/json")
+    return Response(dump(failure.body()), failure.status, failure.headers, media_type="application/json")
 
 
 async def _send_response(response: Response, send: Send) -> None:

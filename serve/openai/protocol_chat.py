@@ -5,7 +5,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, WithJsonSchema
 
-from serve.openai.protocol import ApiError, GenerationRequest, Spell, Strict, parse_body, spell_token
+from serve.openai.errors import ApiError
+from serve.openai.protocol import GenerationRequest, Spell, Strict, parse_body, spell_token
 from serve.request import MAX_LOGPROBS, TokenLogprobs
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}

@@ -141,6 +141,7 @@ def test_every_stop_token_ends_an_answer(route):
             assert endless["usage"]["completion_tokens"] == 8
 
 
+EMPTY = {"role": "user", "content": ""}
 LONG = {"role": "user", "content": "x" * 30_000}
 
 
@@ -152,7 +153,8 @@ LONG = {"role": "user", "content": "x" * 30_000}
         ({"max_tokens": 255}, 400, "max_tokens", "context_length_exceeded", "lower max_tokens"),
         ({"max_completion_tokens": 255}, 400, "max_completion_tokens", "context_length_exceeded", "256"),
         ({"messages": MESSAGES[::-1]}, 400, "messages", "chat_template_error", "system must come first"),
-        ({"messages": [LONG, MESSAGES[0]]}, 400, "messages", "chat_template_error", "system must come first"),
+        ({"messages": [LONG, MESSAGES[0]]}, 400, "messages", "context_length_exceeded", "context is 256 tokens"),
+        ({"messages": [EMPTY] * 257}, 400, "messages", "context_length_exceeded", "send fewer"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/"}}]}]},
          400, "messages[0].content[0]", "unsupported", "image_url"),
         ({"n": 17}, 400, "n", None, "16"),
@@ -161,7 +163,7 @@ LONG = {"role": "user", "content": "x" * 30_000}
         ({"chat_template": "x"}, 400, "chat_template", "unsupported", "chat_template"),
         ({"oddity": 1}, 400, "oddity", "unsupported", "oddity"),
     ],
-    ids=range(12),
+    ids=range(13),
 )  # fmt: skip
 def test_refusals(url, fields, status, param, code, message):
     answer = post(url, **fields)

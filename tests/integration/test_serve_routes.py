@@ -17,6 +17,7 @@ from attnzoo.models import generate
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
 from serve.engine import Engine
+from serve.front.protocol import bounded_protocol
 from serve.openai.routes import build_app
 from serve.request import SamplingParams
 from tests.serving import small_model, tokenizer
@@ -34,7 +35,10 @@ def running(kind: str = "rcmha", *, delay_s: float = 0.0, words=None, **settings
         step = engine.step
         engine.step = lambda: (time.sleep(delay_s), step())[1]
     owner = AsyncEngine(engine)
-    server = uvicorn.Server(uvicorn.Config(build_app(owner, config), host="127.0.0.1", port=0, log_level="warning"))
+    http = bounded_protocol(config.front_limits)
+    server = uvicorn.Server(
+        uvicorn.Config(build_app(owner, config), host="127.0.0.1", port=0, log_level="warning", http=http)
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -220,13 +224,14 @@ def test_unknown_paths_and_methods_answer_in_the_same_shape(url, method, path, s
 
 def test_a_large_body_is_refused_whether_announced_or_not(url):
     body = json.dumps({"model": MODEL, "prompt": "x" * (1 << 20)}).encode()
-    assert httpx.post(f"{url}/v1/completions", content=body).status_code == 413
+    kind = {"content-type": "application/json"}
+    assert httpx.post(f"{url}/v1/completions", content=body, headers=kind).status_code == 413
 
     def chunks():
         for start in range(0, len(body), 1 << 16):
             yield body[start : start + (1 << 16)]
 
-    answer = httpx.post(f"{url}/v1/completions", content=chunks())
+    answer = httpx.post(f"{url}/v1/completions", content=chunks(), headers=kind)
     assert answer.status_code == 413
     assert answer.json()["error"]["code"] == "body_too_large"
 
@@ -254,6 +259,8 @@ def test_a_full_queue_answers_429_and_recovers():
         assert codes[-1] == 429
         refused = next(answer for answer in answers if answer.status_code == 429)
         assert refused.headers["retry-after"] == "1"
+        counted = owner.engine.metrics.registry.get_sample_value
+        assert counted("attnzoo_http_responses_total", {"status": "429"}) == codes.count(429)
         assert refused.json()["error"]["type"] == "rate_limit_error"
         assert post(url, max_tokens=2).status_code == 200
         # All or none: three prompts can never be admitted here, and leave nothing behind.
@@ -266,8 +273,8 @@ def open_request(url: str, **fields) -> socket.socket:
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps({"model": MODEL, "prompt": "Hello", "ignore_eos": True, **fields}).encode()
     connection = socket.create_connection((host, int(port)))
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-    connection.sendall(head.encode() + b"\r\n\r\n" + body)
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
     return connection
 
 

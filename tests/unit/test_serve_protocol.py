@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from serve.openai.protocol import ApiError, dump, parse_completion, spell_token
+from serve.openai.errors import ApiError, dump
+from serve.openai.protocol import parse_completion, spell_token
 from serve.openai.protocol_chat import chat_logprobs_object, parse_chat
 from serve.request import TokenLogprobs
 
