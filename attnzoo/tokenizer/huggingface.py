@@ -6,12 +6,12 @@ has `split_special_tokens`.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.files import write_atomic
-from attnzoo.tokenizer.base import Tokenizer, check_text, short_hash
+from attnzoo.tokenizer.base import Mark, Tokenizer, check_text, short_hash
 from attnzoo.tokenizer.byte_table import byte_table
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer = tokenizer
         self._settings = settings
         self._files = files
+        self._for_text: tuple[frozenset[int], tokenizers.Tokenizer, tokenizers.Tokenizer] | None = None
         vocab = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = _vocab_size(vocab, source)
         self._bytes, self.strips_first_space = byte_table(tokenizer, vocab, source)
@@ -119,6 +120,28 @@ class HuggingFaceTokenizer(Tokenizer):
         begin = self._begin if bos else []
         return begin + ids + ([self.eos_id] if eos and self.eos_id is not None else [])
 
+    def _encode_text(self, text: str, control: frozenset[int], begins: bool) -> list[int]:
+        check_text(text)
+        if self._for_text is None or self._for_text[0] != control:
+            self._for_text = (control, *text_backends(self._tokenizer, control))
+        _, first, later = self._for_text
+        ids: list[int] = (first if begins else later).encode(text, add_special_tokens=False).ids
+        return ids
+
+    def marks(self) -> dict[int, Mark]:
+        """The added tokens; those that end or begin a text have a meaning of their own, special or not."""
+        ends = {self.bos_id, self.eos_id, self.pad_id, *self.stop_ids} - {None}
+        found = {
+            token: Mark(spelling=added.content, control=added.special, lstrip=added.lstrip, rstrip=added.rstrip)
+            for token, added in self._tokenizer.get_added_tokens_decoder().items()
+        }
+        for token in ends:
+            assert token is not None
+            mark = found.get(token) or Mark(spelling=self.spelling(token), control=False)
+            if mark.spelling and not mark.is_word:
+                found[token] = replace(mark, control=True)
+        return found
+
     def spelling(self, token: int) -> str:
         """The token as the vocabulary writes it; "" for an id that the vocabulary leaves out."""
         if not 0 <= token < self.vocab_size:
@@ -146,6 +169,31 @@ class HuggingFaceTokenizer(Tokenizer):
             "clean_up_tokenization_spaces": False,
         }
         return {name: value for name, value in fields.items() if value is not None}
+
+
+def text_backends(
+    backend: "tokenizers.Tokenizer", control: frozenset[int]
+) -> "tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]":
+    """(for the beginning of a text, for what follows a token) the same vocabulary, reading no token of `control`."""
+    from tokenizers import Tokenizer as Backend
+
+    state = json.loads(backend.to_str())
+    for added in state["added_tokens"]:
+        added["special"] = added["special"] or added["id"] in control
+    built = []
+    for begins in (True, False):
+        if not begins:
+            steps = state["pre_tokenizer"] or {}
+            steps = steps.get("pretokenizers", [steps])
+            spaced = [step for step in steps if step.get("prepend_scheme") == "first"]
+            if not spaced:
+                return built[0], built[0]
+            for step in spaced:
+                step["prepend_scheme"] = "never"
+        found = Backend.from_str(json.dumps(state))
+        found.encode_special_tokens = True
+        built.append(found)
+    return built[0], built[1]
 
 
 def import_tokenizers() -> None:
