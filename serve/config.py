@@ -12,6 +12,8 @@ from attnzoo.errors import suggest
 from attnzoo.types import build_config, parse_dtype
 from serve.caches import CacheRules
 
+CONTROL_TOKENS = ("template", "template_only", "everywhere")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -26,6 +28,10 @@ class EngineConfig:
     faster on a CPU by a quarter and more, of the full cache where it may be used and of `cache`; needs a C++ compiler
     and 15 seconds to two minutes at the start. threads: CPU threads of torch, None leaves them as they are.
     step_timeout_s: a step that takes longer makes the engine unhealthy.
+    control_tokens: whose text may hold control tokens such as <|im_end|>. "template": in a conversation what the chat
+    template writes and nothing else, so that a message is text whatever it spells; prompts of /v1/completions are the
+    model's raw input and may hold them. "template_only": they may not. "everywhere": messages may as well, as in
+    transformers and vLLM.
     cache: how keys and values are kept unless a request says otherwise, {"policy": "d2o", "keep_ratio": 0.2}; None
     takes the model's own choice, else the full cache. cache_bounds: what requests may ask for, {policy: {option:
     [least, most]}} (`serve.caches.CacheRules`); None: any policy that compresses. max_caches: different choices that
@@ -45,6 +51,7 @@ class EngineConfig:
     compile_decode: bool = False
     threads: int | None = None
     step_timeout_s: float = 120.0
+    control_tokens: str = "template"
     cache: dict | None = None
     cache_bounds: dict | None = None
     max_caches: int = 4
@@ -62,6 +69,9 @@ class EngineConfig:
             raise ValueError(
                 f"max_batched_tokens={self.max_batched_tokens} must be larger than max_num_seqs={self.max_num_seqs}"
             )
+        if self.control_tokens not in CONTROL_TOKENS:
+            known = ", ".join(CONTROL_TOKENS)
+            raise ValueError(f"control_tokens={self.control_tokens!r} is not known; choose one of {known}")
         if self.step_timeout_s <= 0:
             raise ValueError(f"step_timeout_s={self.step_timeout_s} must be positive")
         if self.dtype is not None:

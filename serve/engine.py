@@ -10,7 +10,7 @@ import torch
 
 from attnzoo.checkpoint import find_checkpoint, load_model, load_tokenizer
 from attnzoo.models import DecoderLM, can_pack, pack_weights
-from attnzoo.tokenizer.chat import ChatTemplate
+from attnzoo.tokenizer.chat_tokens import ChatEncoder
 from attnzoo.types import parse_dtype
 from serve.caches import CacheChoice, CacheRules
 from serve.config import EngineConfig
@@ -56,7 +56,8 @@ class Engine:
                 f"{directory}: the tokenizer knows {self.tokenizer.vocab_size} tokens, the model only "
                 f"{self.model.config.vocab_size}; export the model with its own tokenizer"
             )
-        self.chat_template = ChatTemplate.of(self.tokenizer)
+        self.chat_template = chat = ChatEncoder.of(self.tokenizer)
+        self._control = self.tokenizer.control_tokens() if chat is None else chat.control
         self.max_model_len = config.max_model_len or self.model.config.max_positions
         if self.max_model_len < 2:
             raise ValueError(f"max_model_len={self.max_model_len} leaves no room for a prompt and a token")
@@ -79,16 +80,31 @@ class Engine:
         self._requests: dict[str, Request] = {}
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of a text prompt, the beginning-of-sequence token first where the vocabulary has one."""
+        """Token ids of a text prompt, the beginning-of-sequence token first where the vocabulary has one. Raises
+        ContextLengthError for a text that is longer than the model can read, before it is encoded."""
+        self._check_length(prompt)
+        if self.config.control_tokens == "template_only":
+            return [*self.tokenizer.encode("", bos=True), *self.tokenizer.encode_text(prompt, self._control)]
         return self.tokenizer.encode(prompt, bos=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation up to the assistant's answer. Raises ValueError without a chat template, and when
-        the template refuses the conversation."""
+        the template refuses the conversation; ContextLengthError as `encode`."""
         if self.chat_template is None:
             raise ValueError("this model has no chat template; give a prompt instead of messages")
-        # The template writes the special tokens itself, the first one included.
-        return self.tokenizer.encode(self.chat_template.render(messages))
+        text = self.chat_template.template.render(messages)
+        self._check_length(text)
+        if self.config.control_tokens == "everywhere":
+            return self.tokenizer.encode(text)
+        return self.chat_template.encode_rendered(text)
+
+    def _check_length(self, text: str) -> None:
+        least = self.tokenizer.least_tokens(text)
+        if least >= self.max_model_len:
+            raise ContextLengthError(
+                f"this model's context is {self.max_model_len} tokens, and a text of {len(text)} characters has at "
+                f"least {least}; shorten the prompt"
+            )
 
     def choose_cache(self, asked: Mapping[str, Any] | None) -> CacheChoice:
         """The cache of a request that asks for `asked` ({"policy": name, option: value}), None: the engine's own.

@@ -12,6 +12,9 @@ FIRST_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2
 TOKEN_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 REQUEST_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
+REFUSALS = ("queue_full", "unavailable")
+"""Why a request is refused that would be served at another time: answers of 429, and of 503."""
+
 
 class Metrics:
     """Counters of one engine, in a registry of their own."""
@@ -22,13 +25,20 @@ class Metrics:
         self._waiting = self._gauge("num_requests_waiting", "Requests without a slot")
         self._kv_bytes = self._gauge("kv_bytes", "Bytes of the state filled by running sequences")
         self._pool_bytes = self._gauge("kv_pool_bytes", "Bytes of the state as allocated")
-        self._prompt = self._counter("prompt_tokens", "Prompt tokens of finished and aborted requests")
+        self._prompt = self._counter(
+            "prompt_tokens", "Prompt tokens of finished and aborted requests, once for all choices of one"
+        )
         self._generated = self._counter("generation_tokens", "Tokens generated")
         self._requests = Counter(
             "attnzoo_request_success", "Requests that left the engine", ["finished_reason"], registry=self.registry
         )
         for reason in ("stop", "length", "abort"):
             self._requests.labels(reason)
+        self._refused = Counter(
+            "attnzoo_request_refused", "Requests refused for lack of room, by why", ["reason"], registry=self.registry
+        )
+        for why in REFUSALS:
+            self._refused.labels(why)
         self._queue = self._histogram("request_queue_time_seconds", "Arrival to first work", REQUEST_S)
         self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN_S)
         self._itl = self._histogram("inter_token_latency_seconds", "Between tokens of a request", TOKEN_S)
@@ -65,9 +75,14 @@ class Metrics:
     def finished(self, request: Request, reason: FinishReason) -> None:
         """When a request leaves, however it does."""
         self._requests.labels(reason).inc()
-        self._prompt.inc(len(request.prompt))
+        if request.params.counts_prompt:
+            self._prompt.inc(len(request.prompt))
         if reason != "abort":
             self._e2e.observe(time.perf_counter() - request.arrived)
+
+    def refused(self, reason: str) -> None:
+        """For each request that is not taken: one of `REFUSALS`. Any thread may call it."""
+        self._refused.labels(reason).inc()
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""

@@ -28,7 +28,8 @@ class SamplingParams:
 
     temperature 0 is greedy. top_k 0 is off. seed: the same seed gives the same text, alone or in a batch; None draws
     one. stop: strings that end the text and are not part of it. logprobs: how many alternatives to report; None: no
-    log probabilities at all. Raises ValueError naming the field.
+    log probabilities at all. counts_prompt: whether the metrics count the prompt: once for all choices of one. Raises
+    ValueError naming the field.
     """
 
     max_tokens: int = 16
@@ -39,6 +40,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
+    counts_prompt: bool = True
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -74,6 +76,8 @@ class Delta:
     """News of one request after one step; the last one has a `finish_reason`.
 
     text: characters that are final. tokens: all tokens of the request so far. ttft_s: from arrival to the first token.
+    policy: how its state is kept. kept_tokens: tokens of which something is kept. kv_bytes_full: bytes that the full
+    cache would have. not_compressed: why a policy that compresses has not, None where it has.
     kv_bytes: bytes of its state: of a full cache what its tokens fill, of a compressed one what is allocated.
     """
 
@@ -84,7 +88,11 @@ class Delta:
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     ttft_s: float = 0.0
+    policy: str = "full"
+    kept_tokens: int = 0
     kv_bytes: int = 0
+    kv_bytes_full: int = 0
+    not_compressed: str | None = None
 
 
 @dataclass(slots=True)

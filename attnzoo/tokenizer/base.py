@@ -32,7 +32,8 @@ class Tokenizer(ABC):
     vocab_size: ids are below it. bos_id, eos_id, pad_id: begin, end and padding, None where the vocabulary has none.
     stop_ids: tokens that end a text, `eos_id` among them. chat_template: source of the Jinja template that turns a
     conversation into text, None where there is none (see `attnzoo.tokenizer.chat`). strips_first_space: whether
-    encoding put a space before the text, which decoding has to take away again.
+    encoding put a space before the text, which decoding has to take away again. shrinks: how many times shorter, in
+    bytes, a text may become before it is cut into tokens; infinite where there is no bound.
     """
 
     vocab_size: int
@@ -42,6 +43,7 @@ class Tokenizer(ABC):
     stop_ids: frozenset[int]
     chat_template: str | None = None
     strips_first_space: bool = False
+    shrinks: float = 1.0
     _bytes: list[bytes]
 
     @abstractmethod
@@ -52,6 +54,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def marks(self) -> dict[int, Mark]:
         """Tokens that are written as wholes and never merged from parts, by their id."""
+
+    def control_tokens(self) -> frozenset[int]:
+        """The marks that have a meaning of their own."""
+        return frozenset(token for token, mark in self.marks().items() if mark.control)
 
     def encode_text(self, text: str, control: frozenset[int], *, begins: bool = True) -> list[int]:
         """Ids of `text`, none of them in `control`: whatever it spells, it is text. Raises ValueError as `encode`.
@@ -82,10 +88,18 @@ class Tokenizer(ABC):
         marks = self.marks()
         found: dict[bytes, int] = {}
         for token, data in enumerate(self._bytes):
-            if data and token not in marks and len(data.decode("utf-8", errors="replace")) == 1:
-                if data not in found or self.spelling(found[data]).startswith("<0x"):
-                    found[data] = token
+            single = token not in marks and len(data.decode("utf-8", errors="replace")) == 1
+            if single and (data not in found or self.spelling(found[data]).startswith("<0x")):
+                found[data] = token
         return found
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(1, *map(len, self._bytes), *(len(mark.spelling.encode()) for mark in self.marks().values()))
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that `text` has at least, known without encoding it."""
+        return int(len(text.encode(errors="replace")) / (self._longest * self.shrinks))
 
     def token_bytes(self, token: int) -> bytes:
         """UTF-8 bytes that a token stands for, in the middle of a text; none for control tokens and ids left out.

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from attnzoo.tokenizer.base import Mark, Tokenizer
+from attnzoo.tokenizer.base import Tokenizer
 from attnzoo.tokenizer.chat import ChatTemplate
 from attnzoo.tokenizer.sourced import OWN, Sourced, own_of
 
@@ -17,18 +17,18 @@ _OWN = re.compile(re.escape(OWN) + b"+")
 
 
 class ChatEncoder:
-    """A chat template and the tokenizer it writes for. Threads may share one."""
+    """A chat template and the tokenizer it writes for; `control`: ids of the control tokens. Threads may share one."""
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
         self.template, self._tokenizer = template, tokenizer
         marks = tokenizer.marks()
         # A vocabulary does not call every token special that its template builds turns of.
-        self._control = {t: m for t, m in marks.items() if m.control or (not m.is_word and self._writes(m.spelling))}
-        self._forbidden = frozenset(self._control)
-        spellings = sorted((re.escape(mark.spelling) for mark in self._control.values()), key=len, reverse=True)
+        self._marks = {t: m for t, m in marks.items() if m.control or (not m.is_word and self._writes(m.spelling))}
+        self.control = frozenset(self._marks)
+        spellings = sorted((re.escape(mark.spelling) for mark in self._marks.values()), key=len, reverse=True)
         self._pattern = re.compile("|".join(spellings) or r"(?!)")
-        self._ids = {mark.spelling: token for token, mark in self._control.items()}
-        tokenizer.encode_text("a", self._forbidden)  # what it builds for that is built now, not in the first request
+        self._ids = {mark.spelling: token for token, mark in self._marks.items()}
+        tokenizer.encode_text("a", self.control)  # what it builds for that is built now, not in the first request
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "ChatEncoder | None":
@@ -52,7 +52,7 @@ class ChatEncoder:
         ids: list[int] = []
         at = 0
         for start, end, token in self._found(text):
-            mark = self._control[token]
+            mark = self._marks[token]
             piece = text[at:start]
             ids += self._text(piece.rstrip() if mark.lstrip else piece, at)
             ids.append(token)
@@ -62,7 +62,7 @@ class ChatEncoder:
         return ids + self._text(text[at:], at)
 
     def _text(self, text: str, at: int) -> list[int]:
-        return self._tokenizer.encode_text(str.__str__(text), self._forbidden, begins=at == 0) if text else []
+        return self._tokenizer.encode_text(str.__str__(text), self.control, begins=at == 0) if text else []
 
     def _found(self, text: Sourced) -> Iterator[tuple[int, int, int]]:
         """(start, end, token) of the control tokens that the template wrote."""
@@ -73,4 +73,3 @@ class ChatEncoder:
 
     def _writes(self, spelling: str) -> bool:
         return spelling in self.template.source or spelling in self.template.special.values()
-

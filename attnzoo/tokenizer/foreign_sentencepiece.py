@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class ForeignSentencePieceTokenizer(Tokenizer):
     """A sentencepiece model as it is. It has no chat template, and special pieces written in a text stay text."""
 
+    shrinks = float("inf")  # its rules may drop any character, and one unknown piece may stand for many
+
     def __init__(self, processor: "SentencePieceProcessor", path: Path) -> None:
         self._processor = processor
         self._path = path

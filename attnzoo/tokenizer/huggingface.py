@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnzoo.files import write_atomic
 from attnzoo.tokenizer.base import Mark, Tokenizer, check_text, short_hash
-from attnzoo.tokenizer.byte_table import byte_table
+from attnzoo.tokenizer.byte_table import byte_table, decoder_steps
 
 if TYPE_CHECKING:
     import tokenizers
@@ -23,6 +23,8 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 GENERATION = "generation_config.json"
 MODEL = "config.json"
+LONG = 4096
+"""Characters of a text that takes milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,7 @@ class HuggingFaceTokenizer(Tokenizer):
         vocab = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = _vocab_size(vocab, source)
         self._bytes, self.strips_first_space = byte_table(tokenizer, vocab, source)
+        self.shrinks = _shrinks(tokenizer)
         prefix = _prefix(tokenizer, source)
         bos = self._find("bos_token", source)
         self.bos_id = prefix if bos is None else bos
@@ -116,7 +119,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`; special tokens that are written in it become those tokens, but for `split_special_tokens`."""
         check_text(text)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = _ids(self._tokenizer, text)
         begin = self._begin if bos else []
         return begin + ids + ([self.eos_id] if eos and self.eos_id is not None else [])
 
@@ -125,8 +128,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._for_text is None or self._for_text[0] != control:
             self._for_text = (control, *text_backends(self._tokenizer, control))
         _, first, later = self._for_text
-        ids: list[int] = (first if begins else later).encode(text, add_special_tokens=False).ids
-        return ids
+        return _ids(first if begins else later, text)
 
     def marks(self) -> dict[int, Mark]:
         """The added tokens; those that end or begin a text have a meaning of their own, special or not."""
@@ -171,6 +173,15 @@ class HuggingFaceTokenizer(Tokenizer):
         return {name: value for name, value in fields.items() if value is not None}
 
 
+def _ids(backend: "tokenizers.Tokenizer", text: str) -> list[int]:
+    """Ids of a text. A long one goes through the package's entry for many, which lets other threads run meanwhile."""
+    if len(text) > LONG:
+        long: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return long
+    ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+    return ids
+
+
 def text_backends(
     backend: "tokenizers.Tokenizer", control: frozenset[int]
 ) -> "tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]":
@@ -180,7 +191,7 @@ def text_backends(
     state = json.loads(backend.to_str())
     for added in state["added_tokens"]:
         added["special"] = added["special"] or added["id"] in control
-    built = []
+    built: list[tokenizers.Tokenizer] = []
     for begins in (True, False):
         if not begins:
             steps = state["pre_tokenizer"] or {}
@@ -309,6 +320,23 @@ def _vocab_size(vocab: dict[str, int], source: str) -> int:
             f"{source}: token {last!r} has id {vocab[last]} in a vocabulary of {len(vocab)} tokens; download it again"
         )
     return vocab[last] + 1
+
+
+def _shrinks(tokenizer: "tokenizers.Tokenizer") -> float:
+    """How many times shorter a text may become in front of the model: one for rules that only spell spaces."""
+    normalizer = json.loads(tokenizer.normalizer.__getstate__()) if tokenizer.normalizer is not None else None
+    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    bound = 1.0
+    for step in steps:
+        if step["type"] == "NFC":
+            bound *= 3.0  # three letters of Hangul are one syllable
+        elif step["type"] not in ("Prepend", "ByteLevel") and not (
+            step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"]
+        ):
+            return float("inf")
+    # An unknown token may stand for many characters, and what has no token at all for none.
+    byte_level = [step["type"] for step in decoder_steps(tokenizer)] == ["ByteLevel"]
+    return bound if byte_level or getattr(tokenizer.model, "byte_fallback", False) else float("inf")
 
 
 def _prefix(tokenizer: "tokenizers.Tokenizer", source: str) -> int | None:

@@ -128,9 +128,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"])
         self._rendering = threading.local()
         self.filters |= {"join": _join, "tojson": _tojson}
-        self.filters = {
-            name: self._guarded(name, function) for name, function in self.filters.items() if name not in HTML_FILTERS
-        }
+        kept = {name: function for name, function in self.filters.items() if name not in HTML_FILTERS}
+        self.filters = {name: self._guarded(name, function) for name, function in kept.items()}
         self.globals.pop("lipsum")
         self.globals |= {
             "dict": _dict,
@@ -152,7 +151,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.from_string(source)
 
     def run(self, template: Template, context: Mapping[str, Any], seconds: float) -> Sourced:
-        """The text of a template, and which of it the template wrote. Raises DeadlineError, LimitError, and whatever the template raises."""
+        """The text of a template, and which of it the template wrote.
+
+        Raises DeadlineError, LimitError, and whatever the template raises."""
         self._rendering.guard = Guard(MAX_CHARS, MAX_TOTAL)
         before = sys.gettrace()
         parts, size = [], 0

@@ -103,7 +103,7 @@ class Sourced(str):
     def rpartition(self, sep: str, /) -> tuple["Sourced", "Sourced", "Sourced"]:
         return self._parted(self.rfind(sep), len(sep)) if sep in self else (Sourced(), Sourced(), self)
 
-    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> "Sourced":  # type: ignore[override]
+    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> "Sourced":
         if not old:
             return Sourced(super().replace(old, new, count))
         return Sourced.join(Sourced(new, own_of(new)), self.split(old, count))

@@ -1,14 +1,23 @@
 """POST /v1/chat/completions: a conversation in the words of the model's chat template, and messages as choices."""
 
-import asyncio
 from typing import Any
 
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
-from serve.openai.answer import LONG_TEXT, Answer, Work, check_choices, check_model, check_work, choose_cache
-from serve.openai.protocol import ApiError
+from serve.openai.answer import (
+    MAX_QUOTED,
+    Answer,
+    Work,
+    check_choices,
+    check_model,
+    check_work,
+    choose_cache,
+    too_long,
+)
+from serve.openai.errors import ApiError
+from serve.openai.offload import off_loop
 from serve.openai.protocol_chat import ChatRequest, chat_logprobs_object
-from serve.request import Delta, FinishReason, TokenLogprobs
+from serve.request import ContextLengthError, Delta, FinishReason, TokenLogprobs
 
 
 async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeConfig) -> Work:
@@ -25,18 +34,24 @@ async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeC
     work: Work = []
     for copy in range(copies):
         params = request.sampling(limit, copy)
-        check_work(tokens, params, cache, engine, ("messages", request.limit_name))
+        if copy == 0:  # the others differ by their seed
+            check_work(tokens, params, cache, engine, ("messages", request.limit_name))
         work.append((tokens, params))
     return work
 
 
 async def _encode(messages: list[dict[str, str]], engine: AsyncEngine) -> list[int]:
+    most = engine.engine.max_model_len
+    if len(messages) > most:
+        message = f"messages holds {len(messages)}, and this model's context is {most} tokens; send fewer"
+        raise ApiError(400, message, param="messages", code="context_length_exceeded")
+    size = sum(len(message["content"]) + 16 for message in messages)
     try:
-        if sum(len(message["content"]) for message in messages) > LONG_TEXT:
-            return await asyncio.to_thread(engine.engine.encode_chat, messages)
-        return engine.engine.encode_chat(messages)
+        return await off_loop(size, engine.engine.encode_chat, messages)
+    except ContextLengthError as error:
+        raise too_long(error, "messages") from None
     except ValueError as error:
-        raise ApiError(400, str(error), param="messages", code="chat_template_error") from None
+        raise ApiError(400, str(error)[:MAX_QUOTED], param="messages", code="chat_template_error") from None
 
 
 class ChatAnswer(Answer):

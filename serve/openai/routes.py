@@ -17,7 +17,10 @@ from serve.metrics import CONTENT_TYPE
 from serve.openai.answer import check_model
 from serve.openai.chat import ChatAnswer, prepare_chat
 from serve.openai.completions import CompletionAnswer, prepare
-from serve.openai.protocol import ApiError, CompletionRequest, GenerationRequest, dump, parse_completion
+from serve.openai.errors import ApiError
+from serve.openai.json_body import dump
+from serve.openai.offload import read
+from serve.openai.protocol import CompletionRequest, GenerationRequest, parse_completion
 from serve.openai.protocol_chat import ChatRequest, parse_chat
 
 OPEN_PATHS = ("/health",)
@@ -100,13 +103,13 @@ def _add_generation(app: FastAPI, engine: AsyncEngine, config: ServeConfig) -> N
 
     @app.post("/v1/completions", openapi_extra=_body_schema(CompletionRequest))
     async def completions(request: Request) -> Response:
-        completion = parse_completion(await read_body(request, config.max_body_bytes))
+        completion = await read(parse_completion, await read_body(request, config.max_body_bytes))
         work = await prepare(completion, engine, config)
         return CompletionAnswer(completion, engine, work, interval_s=interval_s)
 
     @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatRequest))
     async def chat_completions(request: Request) -> Response:
-        chat = parse_chat(await read_body(request, config.max_body_bytes))
+        chat = await read(parse_chat, await read_body(request, config.max_body_bytes))
         work = await prepare_chat(chat, engine, config)
         return ChatAnswer(chat, engine, work, interval_s=interval_s)
 

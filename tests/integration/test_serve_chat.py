@@ -14,8 +14,14 @@ from tests.integration.test_serve_routes import MODEL, events, running
 from tests.serving import TOKENS, chat_tokenizer, small_model, tokenizer
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
-PROMPT = "<s>system: Be brief.</s>\n<s>user: Hello</s>\nassistant:"
 LENGTH = 256
+
+
+def encode_prompt() -> list[int]:
+    """What the template makes of MESSAGES: its tokens, and the texts between them."""
+    text, begin, end = tokenizer().encode, tokenizer().bos_id, tokenizer().eos_id
+    first, second = ([begin, *text(words), end] for words in ("system: Be brief.", "user: Hello"))
+    return [*first, *text("\n"), *second, *text("\nassistant:")]
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +48,7 @@ def post(url: str, **fields) -> httpx.Response:
 def test_the_answer_is_that_of_the_plain_loop(server):
     url, owner = server
     body = post(url, temperature=0, max_tokens=20, ignore_eos=True).json()
-    prompt = tokenizer().encode(PROMPT)
-    assert prompt[0] != tokenizer().bos_id  # the template's text is encoded as it is
+    prompt = encode_prompt()
     tokens = generate(owner.engine.model, [prompt], max_new_tokens=20)[0]
     message = {"role": "assistant", "content": tokenizer().decode(tokens)}
     assert body["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "length"}]
@@ -188,7 +193,7 @@ def test_a_broken_template_is_found_before_the_server_starts():
 
 def test_the_engine_itself_takes_conversations(server):
     engine = Engine(ServeConfig(checkpoint="none"), model=server[1].engine.model, tokenizer=chat_tokenizer())
-    assert engine.encode_chat(MESSAGES) == tokenizer().encode(PROMPT)
+    assert engine.encode_chat(MESSAGES) == encode_prompt()
     done = engine.generate([engine.encode_chat(MESSAGES)], SamplingParams(max_tokens=9))[0]
     assert done.text == post(server[0], temperature=0, max_tokens=9).json()["choices"][0]["message"]["content"]
     plain = Engine(engine.config, model=engine.model, tokenizer=tokenizer())
