@@ -11,14 +11,11 @@ from starlette.types import Receive, Scope, Send
 from serve.async_engine import AsyncEngine, EngineFailedError, EngineUnavailableError, Stream
 from serve.caches import CacheChoice
 from serve.config import ServeConfig
-from serve.openai.errors import ApiError, short_name
-from serve.openai.json_body import dump, event
+from serve.openai.aside import too_long
+from serve.openai.errors import MAX_QUOTED, ApiError, dump, event, short_name
 from serve.openai.protocol import GenerationRequest
 from serve.request import CacheMemoryError, ContextLengthError, Delta, FinishReason, SamplingParams, TokenLogprobs
 from serve.scheduler import QueueFullError
-
-MAX_QUOTED = 500
-"""Characters of a message that may hold what a request said."""
 
 Work = list[tuple[list[int], SamplingParams]]
 """Tokens and parameters of every choice."""
@@ -46,11 +43,6 @@ def choose_cache(request: GenerationRequest, engine: AsyncEngine) -> CacheChoice
         raise ApiError(400, str(error)[:MAX_QUOTED], param="cache") from None
 
 
-def too_long(error: ContextLengthError, param: str) -> ApiError:
-    """A prompt, or a prompt and its answer, that the model cannot read."""
-    return ApiError(400, str(error), param=param, code="context_length_exceeded")
-
-
 def check_work(
     tokens: list[int], params: SamplingParams, cache: CacheChoice, engine: AsyncEngine, names: tuple[str, str]
 ) -> None:
@@ -72,11 +64,9 @@ def submit(engine: AsyncEngine, work: Work, cache: CacheChoice) -> Stream:
     try:
         return engine.submit([tokens for tokens, _ in work], [params for _, params in work], cache)
     except QueueFullError as error:
-        engine.engine.metrics.refused("queue_full")
         message = f"the server is at its limit ({error}); try again in a moment"
         raise ApiError(429, message, code="queue_full", headers={"retry-after": "1"}) from None
     except EngineUnavailableError as error:
-        engine.engine.metrics.refused("unavailable")
         raise ApiError(503, str(error), code="unavailable", headers={"retry-after": "5"}) from None
 
 

@@ -4,20 +4,11 @@ from typing import Any
 
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
-from serve.openai.answer import (
-    MAX_QUOTED,
-    Answer,
-    Work,
-    check_choices,
-    check_model,
-    check_work,
-    choose_cache,
-    too_long,
-)
+from serve.openai.answer import Answer, Work, check_choices, check_model, check_work, choose_cache
+from serve.openai.aside import encode_chat
 from serve.openai.errors import ApiError
-from serve.openai.offload import off_loop
 from serve.openai.protocol_chat import ChatRequest, chat_logprobs_object
-from serve.request import ContextLengthError, Delta, FinishReason, TokenLogprobs
+from serve.request import Delta, FinishReason, TokenLogprobs
 
 
 async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeConfig) -> Work:
@@ -29,7 +20,7 @@ async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeC
     copies = request.n or 1
     check_choices(1, copies, config)
     cache = choose_cache(request, engine)
-    tokens = await _encode(request.conversation(), engine)
+    tokens = await encode_chat(request.conversation(), engine, "messages")
     limit = request.limit or max(1, engine.engine.max_model_len - len(tokens))
     work: Work = []
     for copy in range(copies):
@@ -38,20 +29,6 @@ async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeC
             check_work(tokens, params, cache, engine, ("messages", request.limit_name))
         work.append((tokens, params))
     return work
-
-
-async def _encode(messages: list[dict[str, str]], engine: AsyncEngine) -> list[int]:
-    most = engine.engine.max_model_len
-    if len(messages) > most:
-        message = f"messages holds {len(messages)}, and this model's context is {most} tokens; send fewer"
-        raise ApiError(400, message, param="messages", code="context_length_exceeded")
-    size = sum(len(message["content"]) + 16 for message in messages)
-    try:
-        return await off_loop(size, engine.engine.encode_chat, messages)
-    except ContextLengthError as error:
-        raise too_long(error, "messages") from None
-    except ValueError as error:
-        raise ApiError(400, str(error)[:MAX_QUOTED], param="messages", code="chat_template_error") from None
 
 
 class ChatAnswer(Answer):

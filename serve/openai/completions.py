@@ -4,11 +4,11 @@ from typing import Any
 
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
-from serve.openai.answer import Answer, Work, check_choices, check_model, check_work, choose_cache, too_long
+from serve.openai.answer import Answer, Work, check_choices, check_model, check_work, choose_cache
+from serve.openai.aside import check_tokens, encode_text
 from serve.openai.errors import ApiError
-from serve.openai.offload import off_loop
 from serve.openai.protocol import CompletionRequest, logprobs_object
-from serve.request import ContextLengthError, Delta, FinishReason, TokenLogprobs
+from serve.request import Delta, FinishReason, TokenLogprobs
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -24,7 +24,8 @@ async def prepare(request: CompletionRequest, engine: AsyncEngine, config: Serve
     cache = choose_cache(request, engine)
     work: Work = []
     for prompt in prompts:
-        tokens = await _encode(prompt, engine) if isinstance(prompt, str) else prompt
+        tokens = await encode_text(prompt, engine, "prompt") if isinstance(prompt, str) else prompt
+        check_tokens(len(tokens), engine, "prompt")
         room = engine.engine.max_model_len - len(tokens)
         max_tokens = request.max_tokens or max(1, min(DEFAULT_MAX_TOKENS, room))
         for copy in range(copies):
@@ -33,13 +34,6 @@ async def prepare(request: CompletionRequest, engine: AsyncEngine, config: Serve
                 check_work(tokens, params, cache, engine, ("prompt", "max_tokens"))
             work.append((tokens, params))
     return work
-
-
-async def _encode(text: str, engine: AsyncEngine) -> list[int]:
-    try:
-        return await off_loop(len(text), engine.engine.encode, text)
-    except ContextLengthError as error:
-        raise too_long(error, "prompt") from None
 
 
 class CompletionAnswer(Answer):

@@ -1,8 +1,13 @@
-"""Refusals in OpenAI's shape."""
+"""Refusals in OpenAI's shape, for the application and for what stands before it, and JSON in one line."""
 
+import json
 from typing import Any
 
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable"}
+MAX_QUOTED = 500
+"""Characters of a message that may hold what a request said."""
+BREAKS = str.maketrans({char: f"\\u{ord(char):04x}" for char in "\x7f\x85\u2028\u2029"})
+"""Characters that JSON may hold as they are and at which readers of lines break one; others are escaped by JSON."""
 MAX_NAME = 64
 """Characters of a field's name that an answer repeats."""
 
@@ -27,6 +32,17 @@ class ApiError(Exception):
         """The JSON of the answer."""
         kind = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def dump(value: Any) -> bytes:
+    """Compact JSON on one line. Raises ValueError for what is no JSON (NaN)."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.translate(BREAKS).encode()
+
+
+def event(value: Any) -> bytes:
+    """A server-sent event."""
+    return b"data: " + dump(value) + b"\n\n"
 
 
 def short_name(name: str) -> str:

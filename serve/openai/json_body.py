@@ -1,4 +1,4 @@
-"""JSON in and out: bodies read more strictly than Python does, and answers in lines that no reader breaks.
+"""Bodies, read more strictly than Python reads JSON.
 
 Python takes NaN, numbers of any size, half a surrogate pair and a name that is given twice (the last one counts). Each
 of them goes wrong somewhere later, far from the field that it stands in; here they are refused by the field's name.
@@ -14,8 +14,6 @@ MAX_LEVELS = 32
 """Lists and objects inside one another; a conversation needs six."""
 LEAST, MOST = -(2**63), 2**63 - 1
 """Whole numbers that a field may hold."""
-BREAKS = str.maketrans({char: f"\\u{ord(char):04x}" for char in "\x7f\x85\u2028\u2029"})
-"""Characters that JSON may hold as they are and at which readers of lines break one; others are escaped by JSON."""
 
 
 class _Number:
@@ -23,17 +21,6 @@ class _Number:
 
     def __init__(self, text: str) -> None:
         self.text = text
-
-
-def dump(value: Any) -> bytes:
-    """Compact JSON on one line. Raises ValueError for what is no JSON (NaN)."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.translate(BREAKS).encode()
-
-
-def event(value: Any) -> bytes:
-    """A server-sent event."""
-    return b"data: " + dump(value) + b"\n\n"
 
 
 def read_object(body: bytes, needed: str) -> dict[str, Any]:

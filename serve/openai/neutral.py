@@ -85,7 +85,7 @@ CHAT: Mapping[str, Values] = {
     "parallel_tool_calls": ANY_BOOL,
     "prediction": (None,),
     "prompt_cache_options": (None,),
-    "prompt_cache_retention": (None, "in-memory", "in_memory", "24h"),
+    "prompt_cache_retention": (None, "in_memory", "24h"),
     "reasoning_effort": (None, "none"),
     "return_prompt_text": OFF,
     "service_tier": (None, "auto", "default"),

@@ -6,10 +6,10 @@ A field that this server does not support is refused by name, never ignored; its
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from serve.openai.errors import ApiError, short_name
-from serve.openai.json_body import MOST, dump, read_object
+from serve.openai.errors import ApiError, dump, short_name, unsupported
+from serve.openai.json_body import MOST, read_object
 from serve.openai.neutral import COMPLETION, SHARED, Values, take_neutral
 from serve.request import MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_STRINGS, SamplingParams, TokenLogprobs
 
@@ -32,7 +32,9 @@ class StreamOptions(Strict):
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
-    continuous_usage_stats: Annotated[bool | None, Field(json_schema_extra={"enum": [None, False]})] = None
+    continuous_usage_stats: Annotated[
+        bool | None, WithJsonSchema({"anyOf": [{"type": "boolean", "const": False}, {"type": "null"}]})
+    ] = None
 
 
 Label = Annotated[str, Field(max_length=MAX_LABEL)]
@@ -79,8 +81,7 @@ class GenerationRequest(Strict):
     def check(self) -> None:
         """Raises ApiError for fields that do not go together."""
         if self.stream_options is not None and self.stream_options.continuous_usage_stats:
-            name = "stream_options.continuous_usage_stats"
-            raise ApiError(400, f"{name} is not supported by this server; leave it out", param=name, code="unsupported")
+            raise unsupported("stream_options.continuous_usage_stats")
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is only allowed with stream=true", param="stream_options")
 

@@ -17,24 +17,26 @@ PARTS = ("file", "image_url", "input_audio", "refusal", "video_url")
 
 TEXT_PART = {
     "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "properties": {"type": {"type": "string", "const": "text"}, "text": {"type": "string"}},
     "required": ["type", "text"],
     "additionalProperties": False,
 }
 CONTENT = {"anyOf": [{"type": "string"}, {"type": "null"}, {"type": "array", "items": TEXT_PART, "minItems": 1}]}
 MAX_NAME = 256
 """Characters of a participant's name."""
+NAME = {"anyOf": [{"type": "string", "maxLength": MAX_NAME}, {"type": "null"}]}
 EMPTY: Values = (None, [])
-Unused = Annotated[Any, WithJsonSchema({"enum": list(EMPTY)})]
+NOTHING = {"anyOf": [{"type": "array", "items": {"type": "string"}, "maxItems": 0}, {"type": "null"}]}
+Unused = Annotated[Any, WithJsonSchema(NOTHING)]
 
 
 class ChatMessage(Strict):
     """One message; a content of null is an empty text. Fields that clients send back as null from an answer are taken
     as null only."""
 
-    role: Annotated[Any, WithJsonSchema({"enum": list(ROLES)})]
+    role: Annotated[Any, WithJsonSchema({"type": "string", "enum": list(ROLES)})]
     content: Annotated[Any, WithJsonSchema(CONTENT)]
-    name: Annotated[Any, WithJsonSchema({"type": ["string", "null"], "maxLength": MAX_NAME})] = None
+    name: Annotated[Any, WithJsonSchema(NAME)] = None
     refusal: Unused = None
     annotations: Unused = None
     audio: Unused = None

@@ -13,15 +13,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
-from serve.metrics import CONTENT_TYPE
+from serve.metrics import CONTENT_TYPE, REFUSALS
 from serve.openai.answer import check_model
+from serve.openai.aside import aside
 from serve.openai.chat import ChatAnswer, prepare_chat
 from serve.openai.completions import CompletionAnswer, prepare
-from serve.openai.errors import ApiError
-from serve.openai.json_body import dump
-from serve.openai.offload import read
-from serve.openai.protocol import CompletionRequest, GenerationRequest, parse_completion
-from serve.openai.protocol_chat import ChatRequest, parse_chat
+from serve.openai.document import document
+from serve.openai.errors import ApiError, dump
+from serve.openai.protocol import parse_completion
+from serve.openai.protocol_chat import parse_chat
 
 OPEN_PATHS = ("/health",)
 """Paths that need no API key."""
@@ -91,7 +91,8 @@ def build_app(engine: AsyncEngine, config: ServeConfig) -> FastAPI:
     key = read_api_key(config)
     if key is not None:
         app.add_middleware(ApiKeyMiddleware, key=key)
-    _add_error_handlers(app)
+    _add_error_handlers(app, engine)
+    app.openapi = lambda: document("attnzoo")  # type: ignore[method-assign]
     _add_information(app, engine, config)
 
     _add_generation(app, engine, config)
@@ -101,26 +102,26 @@ def build_app(engine: AsyncEngine, config: ServeConfig) -> FastAPI:
 def _add_generation(app: FastAPI, engine: AsyncEngine, config: ServeConfig) -> None:
     interval_s = config.stream_interval_ms / 1000
 
-    @app.post("/v1/completions", openapi_extra=_body_schema(CompletionRequest))
+    @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        completion = await read(parse_completion, await read_body(request, config.max_body_bytes))
+        body = await read_body(request, config.max_body_bytes)
+        completion = await aside(len(body), parse_completion, body)
         work = await prepare(completion, engine, config)
         return CompletionAnswer(completion, engine, work, interval_s=interval_s)
 
-    @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatRequest))
+    @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        chat = await read(parse_chat, await read_body(request, config.max_body_bytes))
+        body = await read_body(request, config.max_body_bytes)
+        chat = await aside(len(body), parse_chat, body)
         work = await prepare_chat(chat, engine, config)
         return ChatAnswer(chat, engine, work, interval_s=interval_s)
 
 
-def _body_schema(kind: type[GenerationRequest]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
-
-
-def _add_error_handlers(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI, engine: AsyncEngine) -> None:
     async def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
+        if error.code in REFUSALS:
+            engine.engine.metrics.refused(error.code)
         return error_response(error)
 
     async def no_route(request: Request, error: Exception) -> Response:
