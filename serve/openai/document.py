@@ -23,6 +23,8 @@ REFUSALS = {
     503: "The server takes no requests now; try again after `Retry-After` seconds",
 }
 """Refusals and what they mean. Which server refuses what depends on its configuration."""
+NEEDS = {"stream_options": "stream", "top_logprobs": "logprobs"}
+"""Fields that are allowed with another one set to true only."""
 DONE = "Server-sent events: `data: ` and the JSON of one {name} each, then `data: [DONE]`; after a failure an ErrorBody"
 
 
@@ -105,8 +107,15 @@ def _requests(kind: type[GenerationRequest]) -> dict[str, Any]:
     properties = found[kind.__name__]["properties"]
     for name, values in kind.neutral.items():
         properties[name] = {"anyOf": _neutral(values), "default": None}
+    needs = {name: _only_with(name, other) for name, other in NEEDS.items() if name in properties}
+    found[kind.__name__]["dependentSchemas"] = needs
     properties["cache"] = {"anyOf": [CACHE, {"type": "null"}], "default": None}
     return found
+
+
+def _only_with(name: str, other: str) -> dict[str, Any]:
+    given = {"properties": {other: {"const": True}}, "required": [other]}
+    return {"anyOf": [{"properties": {name: {"type": "null"}}}, given]}
 
 
 def _neutral(values: Values) -> list[dict[str, Any]]:
