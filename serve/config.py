@@ -17,6 +17,8 @@ from serve.front.limits import Limits, check_host_name
 MAX_REQUESTS = 1_000_000
 """More requests at a time than this no setting may ask for; Ray counts them in 32 bits."""
 
+CONTROL_TOKENS = ("template", "template_only", "everywhere")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -35,6 +37,10 @@ class EngineConfig:
     where it may be used and of `cache`; needs a C++ compiler and 15 seconds to two minutes at the start. threads: CPU
     threads of torch, None leaves them as they are.
     step_timeout_s: a step that takes longer makes the engine unhealthy.
+    control_tokens: whose text may hold control tokens such as <|im_end|>. "template": in a conversation what the chat
+    template writes and nothing else, so that a message is text whatever it spells; prompts of /v1/completions are the
+    model's raw input and may hold them. "template_only": they may not. "everywhere": messages may as well, as in
+    transformers and vLLM.
     cache: how keys and values are kept unless a request says otherwise, {"policy": "d2o", "keep_ratio": 0.2}; None
     takes the model's own choice, else the full cache. cache_bounds: what requests may ask for, {policy: {option:
     [least, most]}} (`serve.caches.CacheRules`), options that are not named keeping their defaults; None: any policy
@@ -57,6 +63,7 @@ class EngineConfig:
     compile_decode: bool = False
     threads: int | None = None
     step_timeout_s: float = 120.0
+    control_tokens: str = "template"
     cache: dict | None = None
     cache_bounds: dict | None = None
     max_caches: int = 4
@@ -77,6 +84,9 @@ class EngineConfig:
             raise ValueError(
                 f"max_batched_tokens={self.max_batched_tokens} must be larger than max_num_seqs={self.max_num_seqs}"
             )
+        if self.control_tokens not in CONTROL_TOKENS:
+            known = ", ".join(CONTROL_TOKENS)
+            raise ValueError(f"control_tokens={self.control_tokens!r} is not known; choose one of {known}")
         if self.itl_target_ms is not None:
             _check_seconds(self, "itl_target_ms")
         _check_seconds(self, "step_timeout_s")

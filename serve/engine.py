@@ -10,7 +10,7 @@ import torch
 
 from attnzoo.checkpoint import find_checkpoint
 from attnzoo.models import DecoderLM
-from attnzoo.tokenizer.chat import ChatTemplate
+from attnzoo.tokenizer.chat_tokens import ChatEncoder
 from serve.caches import CacheChoice, CacheRules
 from serve.config import EngineConfig
 from serve.faults import DeviceError, SharedError, log, message
@@ -51,7 +51,8 @@ class Engine:
             torch.set_num_threads(config.threads)
         directory = find_checkpoint(config.checkpoint)
         self.model, self.tokenizer = load_parts(directory, config, model, tokenizer)
-        self.chat_template = ChatTemplate.of(self.tokenizer)
+        self.chat_template = chat = ChatEncoder.of(self.tokenizer)
+        self._control = self.tokenizer.control_tokens() if chat is None else chat.control
         self.max_model_len = max_model_len(config, self.model)
         self.caches = CacheRules(config.cache or self.model.config.cache, config.cache_bounds)
         self._byte_model = lru_cache(maxsize=256)(lambda choice: self.model.byte_model(choice.build()))
@@ -83,16 +84,31 @@ class Engine:
         )
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of a text prompt, the beginning-of-sequence token first where the vocabulary has one."""
+        """Token ids of a text prompt, the beginning-of-sequence token first where the vocabulary has one. Raises
+        ContextLengthError for a text that is longer than the model can read, before it is encoded."""
+        self._check_length(prompt)
+        if self.config.control_tokens == "template_only":
+            return [*self.tokenizer.encode("", bos=True), *self.tokenizer.encode_text(prompt, self._control)]
         return self.tokenizer.encode(prompt, bos=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation up to the assistant's answer. Raises ValueError without a chat template, and when
-        the template refuses the conversation."""
+        the template refuses the conversation; ContextLengthError as `encode`."""
         if self.chat_template is None:
             raise ValueError("this model has no chat template; give a prompt instead of messages")
-        # The template writes the special tokens itself, the first one included.
-        return self.tokenizer.encode(self.chat_template.render(messages))
+        text = self.chat_template.template.render(messages)
+        self._check_length(text)
+        if self.config.control_tokens == "everywhere":
+            return self.tokenizer.encode(text)
+        return self.chat_template.encode_rendered(text)
+
+    def _check_length(self, text: str) -> None:
+        least = self.tokenizer.least_tokens(text)
+        if least >= self.max_model_len:
+            raise ContextLengthError(
+                f"this model's context is {self.max_model_len} tokens, and a text of {len(text)} characters has at "
+                f"least {least}; shorten the prompt"
+            )
 
     def choose_cache(self, asked: Mapping[str, Any] | None) -> CacheChoice:
         """The cache of a request that asks for `asked` ({"policy": name, option: value}), None: the engine's own.
@@ -290,7 +306,7 @@ class Engine:
                     parts[delta.request_id].append(delta)
                     if delta.finish_reason is not None:
                         tokens = running[delta.request_id].generated
-                        done[delta.request_id] = _completion(parts[delta.request_id], tokens)
+                        done[delta.request_id] = Completion.of(parts[delta.request_id], tokens)
         finally:
             self._unread = others + self._unread
 
@@ -378,10 +394,3 @@ def _failed(request: Request, failure: BaseException) -> Delta:
         prompt_tokens=len(request.prompt),
         error=message(failure),
     )
-
-
-def _completion(parts: list[Delta], tokens: list[int]) -> Completion:
-    last = parts[-1]
-    assert last.finish_reason is not None
-    logprobs = [entry for delta in parts for entry in delta.logprobs]
-    return Completion("".join(delta.text for delta in parts), tokens, last.finish_reason, logprobs, last)

@@ -22,7 +22,9 @@ class Metrics:
         self._waiting = self._gauge("num_requests_waiting", "Requests without a slot")
         self._kv_bytes = self._gauge("kv_bytes", "Bytes of the state filled by running sequences")
         self._pool_bytes = self._gauge("kv_pool_bytes", "Bytes of the state as allocated")
-        self._prompt = self._counter("prompt_tokens", "Prompt tokens of finished and aborted requests")
+        self._prompt = self._counter(
+            "prompt_tokens", "Prompt tokens of finished and aborted requests, once for all choices of one"
+        )
         self._generated = self._counter("generation_tokens", "Tokens generated")
         self._requests = Counter(
             "attnzoo_request_success", "Requests that left the engine", ["finished_reason"], registry=self.registry
@@ -73,7 +75,8 @@ class Metrics:
     def finished(self, request: Request, reason: FinishReason) -> None:
         """When a request leaves, however it does."""
         self._requests.labels(reason).inc()
-        self._prompt.inc(len(request.prompt))
+        if request.params.counts_prompt:
+            self._prompt.inc(len(request.prompt))
         if reason in ("stop", "length"):
             self._e2e.observe(time.perf_counter() - request.arrived)
 

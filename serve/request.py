@@ -28,7 +28,8 @@ class SamplingParams:
 
     temperature 0 is greedy, and so is one below 1e-5. top_k 0 is off. seed: the same seed gives the same text, alone or
     in a batch; None draws one. stop: strings that end the text and are not part of it. logprobs: how many alternatives
-    to report; None: no log probabilities at all. Raises ValueError naming the field.
+    to report; None: no log probabilities at all. counts_prompt: whether the metrics count the prompt: once for all
+    choices of one. Raises ValueError naming the field.
     """
 
     max_tokens: int = 16
@@ -39,6 +40,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
+    counts_prompt: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "top_k", "seed", "logprobs"):
@@ -132,6 +134,14 @@ class Completion:
     finish_reason: FinishReason
     logprobs: list[TokenLogprobs]
     last: Delta
+
+    @classmethod
+    def of(cls, parts: list[Delta], tokens: list[int]) -> "Completion":
+        """From all news of a request."""
+        last = parts[-1]
+        assert last.finish_reason is not None
+        logprobs = [entry for delta in parts for entry in delta.logprobs]
+        return cls("".join(delta.text for delta in parts), tokens, last.finish_reason, logprobs, last)
 
     @property
     def error(self) -> str | None:

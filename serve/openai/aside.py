@@ -2,24 +2,24 @@
 
 Rendering and encoding take time that grows with the text, and the loop carries everybody's streams. So both happen in
 threads: short texts in some, long ones in one of their own, so that whoever sends books waits for books. What the model
-could not read in any case is refused before: a token stands for no more characters than the longest one has.
+could not read in any case is refused before (`Engine.encode`): no token stands for more than the longest one does.
 """
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import Any, TypeVar
 
 from serve.async_engine import AsyncEngine
-from serve.openai.errors import ApiError
+from serve.openai.errors import MAX_QUOTED, ApiError
+from serve.request import ContextLengthError
 
 LONG = 20_000
 """Characters or bytes from which on a text is a long one."""
 MAX_LONG = 32
 """Long texts that may wait for their thread."""
-MESSAGE_CHARACTERS = 4
-"""What a message of a conversation takes at least, however empty it is: templates write its role and its end."""
+MESSAGE_CHARACTERS = 16
+"""What a message of a conversation counts for, however empty it is: templates write its role and its end."""
 
 _SHORT = ThreadPoolExecutor(4, "attnzoo-short-text")
 _BOOKS = ThreadPoolExecutor(1, "attnzoo-long-text")
@@ -44,8 +44,10 @@ async def aside(size: int, work: Callable[..., Result], *arguments: Any) -> Resu
 
 async def encode_text(text: str, engine: AsyncEngine, param: str) -> list[int]:
     """Tokens of a prompt. Raises ApiError that names `param`."""
-    check_characters(len(text), engine, param)
-    return await aside(len(text), engine.engine.encode, text)
+    try:
+        return await aside(len(text), engine.engine.encode, text)
+    except ContextLengthError as error:
+        raise too_long(error, param) from None
 
 
 async def encode_chat(messages: Sequence[Mapping[str, str]], engine: AsyncEngine, param: str) -> list[int]:
@@ -54,22 +56,13 @@ async def encode_chat(messages: Sequence[Mapping[str, str]], engine: AsyncEngine
     if len(messages) > most:
         message = f"{param} holds {len(messages)} messages, and this model's context is {most} tokens; send fewer"
         raise ApiError(400, message, param=param, code="context_length_exceeded")
-    characters = sum(len(message["content"]) for message in messages)
-    check_characters(characters, engine, param)
-    size = characters + MESSAGE_CHARACTERS * len(messages)
+    size = sum(len(message["content"]) + MESSAGE_CHARACTERS for message in messages)
     try:
         return await aside(size, engine.engine.encode_chat, messages)
+    except ContextLengthError as error:
+        raise too_long(error, param) from None
     except ValueError as error:
-        raise ApiError(400, str(error), param=param, code="chat_template_error") from None
-
-
-def check_characters(count: int, engine: AsyncEngine, param: str) -> None:
-    """Raises ApiError for more characters than a prompt of this model can have."""
-    tokens = engine.engine.max_model_len
-    most = tokens * longest_token(engine.engine.tokenizer)
-    if count > most:
-        message = f"this model's context is {tokens} tokens, {most} characters at most, but {param} has {count}"
-        raise ApiError(400, f"{message}; shorten it", param=param, code="context_length_exceeded")
+        raise ApiError(400, str(error)[:MAX_QUOTED], param=param, code="chat_template_error") from None
 
 
 def check_tokens(count: int, engine: AsyncEngine, param: str) -> None:
@@ -80,7 +73,6 @@ def check_tokens(count: int, engine: AsyncEngine, param: str) -> None:
         raise ApiError(400, message, param=param, code="context_length_exceeded")
 
 
-@lru_cache(maxsize=4)
-def longest_token(tokenizer: Any) -> int:
-    """Characters of the longest token; its bytes, where it is no text of its own, are more than its characters."""
-    return max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
+def too_long(error: ContextLengthError, param: str) -> ApiError:
+    """A prompt, or a prompt and its answer, that the model cannot read."""
+    return ApiError(400, str(error), param=param, code="context_length_exceeded")

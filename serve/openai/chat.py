@@ -25,7 +25,8 @@ async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeC
     work: Work = []
     for copy in range(copies):
         params = request.sampling(limit, copy)
-        check_work(tokens, params, cache, engine, ("messages", request.limit_name))
+        if copy == 0:  # the others differ by their seed
+            check_work(tokens, params, cache, engine, ("messages", request.limit_name))
         work.append((tokens, params))
     return work
 

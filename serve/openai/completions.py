@@ -30,7 +30,8 @@ async def prepare(request: CompletionRequest, engine: AsyncEngine, config: Serve
         max_tokens = request.max_tokens or max(1, min(DEFAULT_MAX_TOKENS, room))
         for copy in range(copies):
             params = request.sampling(max_tokens, copy)
-            check_work(tokens, params, cache, engine, ("prompt", "max_tokens"))
+            if copy == 0:  # the others differ by their seed
+                check_work(tokens, params, cache, engine, ("prompt", "max_tokens"))
             work.append((tokens, params))
     return work
 

@@ -17,9 +17,10 @@ from serve.openai.answer import check_model
 from serve.openai.aside import aside
 from serve.openai.chat import ChatAnswer, prepare_chat
 from serve.openai.completions import CompletionAnswer, prepare
+from serve.openai.document import document
 from serve.openai.errors import ApiError, dump
-from serve.openai.protocol import CompletionRequest, GenerationRequest, parse_completion
-from serve.openai.protocol_chat import ChatRequest, parse_chat
+from serve.openai.protocol import parse_completion
+from serve.openai.protocol_chat import parse_chat
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -40,6 +41,7 @@ def build_app(engine: AsyncEngine, config: ServeConfig) -> FastAPI:
     middleware = [counted, *guard(config.front_limits)]
     app = FastAPI(title="attnzoo", lifespan=lifespan, docs_url=None, redoc_url=None, middleware=middleware)
     _add_error_handlers(app)
+    app.openapi = lambda: document("attnzoo")  # type: ignore[method-assign]
     _add_information(app, engine, config)
 
     _add_generation(app, engine, config)
@@ -49,23 +51,19 @@ def build_app(engine: AsyncEngine, config: ServeConfig) -> FastAPI:
 def _add_generation(app: FastAPI, engine: AsyncEngine, config: ServeConfig) -> None:
     interval_s = config.stream_interval_ms / 1000
 
-    @app.post("/v1/completions", openapi_extra=_body_schema(CompletionRequest))
+    @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         body = await request.body()
         completion = await aside(len(body), parse_completion, body)
         work = await prepare(completion, engine, config)
         return CompletionAnswer(completion, engine, work, interval_s=interval_s)
 
-    @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatRequest))
+    @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         body = await request.body()
         chat = await aside(len(body), parse_chat, body)
         work = await prepare_chat(chat, engine, config)
         return ChatAnswer(chat, engine, work, interval_s=interval_s)
-
-
-def _body_schema(kind: type[GenerationRequest]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
 
 
 def _add_error_handlers(app: FastAPI) -> None:
