@@ -89,8 +89,8 @@ class ByteModel:
             if isinstance(cached, CompressedState):
                 keys = cached.tail.keys_BKSH
                 fixed -= cached.nbytes()
-                heads = attention.mixing.heads.num_heads  # type: ignore[union-attr]
-                layers[heads, keys.shape[1], keys.shape[3], keys.dtype] += 1
+                mixing: Any = attention.mixing
+                layers[mixing.heads.num_heads, keys.shape[1], keys.shape[3], keys.dtype] += 1
         return cls(policy, fixed, dict(layers))
 
     def reading(self, room: int) -> int:

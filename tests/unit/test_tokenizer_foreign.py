@@ -19,7 +19,7 @@ from attnzoo.tokenizer import (
     TokenizerSettings,
     load_tokenizer,
 )
-from attnzoo.tokenizer.huggingface import LONG_TEXT
+from attnzoo.tokenizer.huggingface import LONG
 from tests.foreign_tokenizers import (
     ANY_TEXT,
     CONFIG,
@@ -67,7 +67,7 @@ def test_a_long_text_is_encoded_as_a_short_one_is(pair):
     """It takes another way through the package, on which other threads run meanwhile."""
     ours, theirs = pair
     text = "Der Zustand, <s>the state: 数据 🙂 x" * 800
-    assert len(text) > LONG_TEXT
+    assert len(text) > LONG
     assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
