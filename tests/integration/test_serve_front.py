@@ -535,11 +535,17 @@ def test_the_loop_goes_on_while_a_long_text_is_read(url):
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
-def test_nothing_is_encoded_on_the_event_loop():
+def test_nothing_is_encoded_on_the_event_loop(monkeypatch):
     threads = []
     with running() as (url, owner):
-        encode = owner.engine.encode
-        owner.engine.encode = lambda text: (threads.append(threading.current_thread().name), encode(text))[1]
+        words = owner.engine.tokenizer
+        encode = words.encode
+
+        def noted(text, **options):
+            threads.append(threading.current_thread().name)
+            return encode(text, **options)
+
+        monkeypatch.setattr(words, "encode", noted)
         assert post(url, max_tokens=1).status_code == 200
         assert post(url, prompt="Hello " * 4000, max_tokens=1).status_code == 400
     assert [name.rpartition("_")[0] for name in threads] == ["attnzoo-short-text"]
