@@ -28,13 +28,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "streaming": ("streaming", {"keep_ratio": 0.5, "sinks": 2}),
-    "random_tokens": ("random_tokens", {"keep_ratio": 0.5, "sinks": 1, "seed": 3}),
-    "snapkv": ("snapkv", {"keep_ratio": 0.5, "window": 3, "pool": 3}),
-    "d2o": ("d2o", {"keep_ratio": 0.5, "sinks": 2}),
-    "d2o-uniform": ("d2o", {"keep_ratio": 0.5, "sinks": 2, "budget": "uniform"}),
-    "d2o-official": ("d2o", {"keep_ratio": 0.5, "sinks": 2, "flavor": "official"}),
-    "d2o-votes": ("d2o", {"keep_ratio": 0.5, "sinks": 2, "votes": True, "per": "layer"}),
+    "streaming": ("streaming", {"keep_ratio": 0.5, "min_tokens": 0, "sinks": 2}),
+    "random_tokens": ("random_tokens", {"keep_ratio": 0.5, "min_tokens": 0, "sinks": 1, "seed": 3}),
+    "snapkv": ("snapkv", {"keep_ratio": 0.5, "min_tokens": 0, "window": 3, "pool": 3}),
+    "d2o": ("d2o", {"keep_ratio": 0.5, "min_tokens": 0, "sinks": 2}),
+    "d2o-uniform": ("d2o", {"keep_ratio": 0.5, "min_tokens": 0, "sinks": 2, "budget": "uniform"}),
+    "d2o-official": ("d2o", {"keep_ratio": 0.5, "min_tokens": 0, "sinks": 2, "flavor": "official"}),
+    "d2o-votes": ("d2o", {"keep_ratio": 0.5, "min_tokens": 0, "sinks": 2, "votes": True, "per": "layer"}),
     "think": ("think", {"channel_ratio": 0.5, "window": 3}),
     "think-greedy": ("think", {"channel_ratio": 0.5, "window": 3, "score": "greedy"}),
     "think-values": ("think", {"channel_ratio": 0.7, "value_channel_ratio": 0.5, "window": 3}),
@@ -45,13 +45,13 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"channel_ratio": 0.5, "value_channel_ratio": 0.5, "window": 3, "retail": 2, "mask": "recomputed"},
     ),
     "random_channels": ("random_channels", {"channel_ratio": 0.5, "window": 3}),
-    "d2o+think": ("d2o+think", {"keep_ratio": 0.6, "sinks": 2, "window": 3}),
+    "d2o+think": ("d2o+think", {"keep_ratio": 0.6, "min_tokens": 0, "sinks": 2, "window": 3}),
     "d2o+think-votes": (
         "d2o+think",
-        {"keep_ratio": 0.6, "sinks": 2, "window": 3, "votes": True, "value_channel_ratio": 0.5},
+        {"keep_ratio": 0.6, "min_tokens": 0, "sinks": 2, "window": 3, "votes": True, "value_channel_ratio": 0.5},
     ),
 }
-"""Options that lose something within a dozen tokens."""
+"""Options that lose something within a dozen tokens: without `min_tokens` a page would stay."""
 
 LOSSLESS: dict[str, list[dict[str, Any]]] = {
     "full": [{}],

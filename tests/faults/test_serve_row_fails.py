@@ -20,7 +20,7 @@ from tests.integration.test_serve_engine import assert_empty, greedy, make_engin
 from tests.integration.test_serve_routes import post, running, wait_until
 
 SECRET = "SECRET prompt"
-D2O = {"policy": "d2o", "keep_ratio": 0.5}
+D2O = {"policy": "d2o", "keep_ratio": 0.5, "min_tokens": 0}
 VICTIM = "3"
 
 

@@ -18,12 +18,12 @@ from tests.serving import small_model, tokenizer
 
 CHOICES = [
     {"policy": "full"},
-    {"policy": "d2o", "keep_ratio": 0.5},
+    {"policy": "d2o", "keep_ratio": 0.5, "min_tokens": 0},
     {"policy": "d2o", "max_tokens": 12},
     {"policy": "think", "channel_ratio": 0.5, "window": 4},
-    {"policy": "d2o+think", "keep_ratio": 0.6, "channel_ratio": 0.5, "window": 2},
+    {"policy": "d2o+think", "keep_ratio": 0.6, "min_tokens": 0, "channel_ratio": 0.5, "window": 2},
     {"policy": "snapkv", "max_tokens": 10, "window": 3},
-    {"policy": "streaming", "keep_ratio": 0.5, "sinks": 1},
+    {"policy": "streaming", "keep_ratio": 0.5, "min_tokens": 0, "sinks": 1},
 ]
 ANY = dict.fromkeys(choice["policy"] for choice in CHOICES)
 

@@ -144,7 +144,7 @@ def test_layers_whose_kv_heads_differ(name):
     config = DecoderConfig(vocab_size=29, model_dim=14, num_layers=8, attention=MIXED)
     model = DecoderLM(config).double().eval().requires_grad_(False)
     tokens, lengths = prompt(2, 24), torch.tensor([16, 13])
-    policy = policy_of(name, **({"min_tokens": 0} if "keep_ratio" in POLICIES[name][1] else {}))
+    policy = policy_of(name)
     _, state = model.extend(tokens[:, :16], model.init_state(2, 16, cache=policy), lengths)
     logits, _ = model.extend(tokens[:, 16:], model.compress(state))
     alone, _ = run(model, policy, torch.cat([tokens[1:, :13], tokens[1:, 16:]], dim=1), 13)
