@@ -43,10 +43,9 @@ class D2OConfig(TokenOptions):
     """flavor: what "paper" and "official" differ in is in the head of this file; beta defaults to the flavor's.
 
     budget: "layer" by the attention of each layer, or "uniform". per: one kept set a "kv_head" (None too), or a
-    "layer". beta:
-    weight of the newest similarity in the threshold. heavy_ratio: of the kept tokens that are not sinks, the part
-    chosen by attention. merge: whether evicted tokens are merged. votes: merged entries weigh as the tokens they stand
-    for (log p in the logits, after KeepKV, arXiv 2504.09936).
+    "layer". beta: weight of the newest similarity in the threshold. heavy_ratio: of the kept tokens that are not sinks,
+    the part chosen by attention. merge: whether evicted tokens are merged. votes: merged entries weigh as the tokens
+    they stand for (log p in the logits, after KeepKV, arXiv 2504.09936).
     """
 
     flavor: Literal["paper", "official"] = "paper"
