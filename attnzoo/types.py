@@ -109,6 +109,12 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     raise ValueError(f"{where}={value!r} has type {type(value).__name__}; it must be {names}")
 
 
+def checked(value: Any, hint: Any, where: str) -> Any:
+    """The value, if it has the type `hint` of a field; integers become floats where those are asked for. Raises
+    ValueError that names `where`."""
+    return _checked(value, hint, where)
+
+
 def _finite(value: float, where: str) -> float:
     try:
         number = float(value)

@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attnzoo.models import DecoderLM
-from attnzoo.models.sampling import sample
+from attnzoo.models.sampling import check_sampling, sample
 from attnzoo.tokenizer import StreamDecoder, Tokenizer
 from attnzoo.tokenizer.chat import ChatTemplate
 
@@ -66,6 +66,11 @@ class Generation:
         temperature = float(known.get("temperature") or 0.0)
         if known["do_sample"] and temperature <= 0:
             raise ValueError(f"generation_kwargs: do_sample=true needs a temperature above 0, not {temperature}")
+        top_p, top_k = float(known.get("top_p", 1.0)), int(known.get("top_k", 0))
+        try:
+            check_sampling(temperature, top_p, top_k)
+        except ValueError as error:
+            raise ValueError(f"generation_kwargs: {error}") from None
         tokens = known["max_gen_toks"]
         if not 1 <= tokens < max_length:
             raise ValueError(
@@ -76,8 +81,8 @@ class Generation:
             until=until,
             max_tokens=tokens,
             temperature=temperature if known["do_sample"] else 0.0,
-            top_p=float(known.get("top_p", 1.0)),
-            top_k=int(known.get("top_k", 0)),
+            top_p=top_p,
+            top_k=top_k,
         )
 
 

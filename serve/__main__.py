@@ -11,6 +11,7 @@ from pathlib import Path
 
 from serve.config import ServeConfig, absolute, build_serve_config, parse_settings, read_config_file
 from serve.environment import prepare_environment
+from serve.watch import EVERY_S, Watch
 
 EXAMPLES = """examples:
   python -m serve --checkpoint runs/demo/export
@@ -59,12 +60,12 @@ def check_checkpoint(config: ServeConfig) -> None:
     """Finds out before Ray starts. Raises ValueError when there is no checkpoint to load."""
     from attnzoo.checkpoint import find_checkpoint, load_tokenizer, open_checkpoint
     from attnzoo.tokenizer.chat import ChatTemplate
-    from serve.openai.routes import read_api_key
+    from serve.front.guard import read_api_key
 
     path = find_checkpoint(config.checkpoint)
     open_checkpoint(path)
     ChatTemplate.of(load_tokenizer(path))
-    read_api_key(config)
+    read_api_key(config.api_key_env)
 
 
 def example(url: str, name: str, chat: bool) -> str:
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ended = threading.Event()
     print(f"starting Ray and loading {config.checkpoint} ...", file=sys.stderr)
     try:
-        url = deployment.start(config, connected=lambda: end_on_signals(ended))
+        url = deployment.start(config, connected=lambda: end_on_signals(ended), cancelled=ended.is_set)
     except (ValueError, RuntimeError, ConnectionError) as error:
         print(f"python -m serve: error: {error}", file=sys.stderr)
         deployment.stop(config)
@@ -103,10 +104,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         deployment.stop(config)
         return 130
+    if ended.is_set():
+        deployment.stop(config)
+        return 0
     print(f"serving {config.served_name!r} on {url}", flush=True)
     chat = load_tokenizer(find_checkpoint(config.checkpoint)).chat_template is not None
     print(f"  {example(url, config.served_name, chat)}", flush=True)
-    ended.wait()
+    watch = Watch(url, deployment.replica_state, lambda line: print(line, file=sys.stderr, flush=True))
+    while not ended.wait(EVERY_S):
+        if not watch.look():
+            print("python -m serve: error: Ray has ended and does not come back; start again", file=sys.stderr)
+            deployment.stop(config)
+            return 1
     print("finishing running requests ...", file=sys.stderr)
     if not deployment.drain(config.drain_timeout_s):
         print(f"some requests did not end within drain_timeout_s={config.drain_timeout_s}", file=sys.stderr)

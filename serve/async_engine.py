@@ -7,7 +7,6 @@ slow client has not read yet waits in its stream, bounded by max_tokens.
 
 import asyncio
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,10 +14,15 @@ from functools import partial
 
 from serve.caches import CacheChoice
 from serve.engine import Engine
+from serve.faults import DeviceError, log, message
 from serve.request import Delta, SamplingParams
 from serve.scheduler import QueueFullError
 
-logger = logging.getLogger("attnzoo.serve")
+MAX_FAULTS = 3
+"""Steps in a row that may fail as a whole before the engine gives up."""
+
+FLUSH_S = 2.0
+"""How long answers that a shutdown ends may take to say so."""
 
 
 class EngineUnavailableError(Exception):
@@ -27,6 +31,10 @@ class EngineUnavailableError(Exception):
 
 class EngineFailedError(Exception):
     """The engine failed while it worked on this request."""
+
+
+class RequestFailedError(EngineFailedError):
+    """This request failed, and nothing else did; the message is for its owner."""
 
 
 class Stream:
@@ -49,7 +57,7 @@ class Stream:
     async def next(self) -> list[Delta]:
         """All news since the last call, waiting for some; empty at the end, or after `close`.
 
-        Raises EngineFailedError when the engine fails before the end.
+        Raises RequestFailedError when one of the requests fails, EngineFailedError when the engine does.
         """
         while not self._news and not self.finished and self._failure is None:
             self._wake.clear()
@@ -57,6 +65,8 @@ class Stream:
         if self._news and not self._closed:
             news, self._news = self._news, []
             return news
+        if isinstance(self._failure, RequestFailedError) and not self._closed:
+            raise self._failure
         if self._failure is not None and not self.finished:
             raise EngineFailedError(str(self._failure)) from self._failure
         return []
@@ -69,6 +79,9 @@ class Stream:
             self._wake.set()
 
     def _put(self, delta: Delta) -> None:
+        if delta.error is not None:
+            self._fail(RequestFailedError(delta.error))
+            return  # unfinished for ever: no client may take what there is for an answer
         self._news.append(delta)
         if delta.finish_reason is not None:
             self._unfinished.discard(delta.request_id)
@@ -128,17 +141,24 @@ class AsyncEngine:
         commands: list[Callable[[], object]] = []
         for request_id, prompt, param in zip(stream.request_ids, prompts, params, strict=True):
             self._streams[request_id] = stream
-            commands.append(partial(self.engine.add_request, request_id, prompt, param, arrived, cache))
+            commands.append(partial(self._admit, request_id, prompt, param, arrived, cache))
         self._send(commands)
         return stream
 
     async def drain(self, timeout_s: float) -> bool:
-        """Takes no more requests and waits for the running ones; False when some are left after `timeout_s`."""
+        """Takes no more requests and waits for the running ones; False when some are left after `timeout_s`. These end
+        with an error, and their answers have `FLUSH_S` to say so."""
         self.draining = True
         deadline = time.perf_counter() + timeout_s
         while self._streams and self._failure is None and time.perf_counter() < deadline:
             await asyncio.sleep(0.02)
-        return not self._streams
+        late = set(self._streams.values())
+        for stream in late:
+            stream._fail(EngineUnavailableError("the server shut down before this request had ended"))
+        deadline = time.perf_counter() + FLUSH_S
+        while not all(stream._closed for stream in late) and time.perf_counter() < deadline:
+            await asyncio.sleep(0.02)
+        return not late
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """Ends the thread after its current step; unfinished requests get no more news."""
@@ -159,8 +179,24 @@ class AsyncEngine:
         if request_ids and self._failure is None:
             self._send([partial(self.engine.abort, request_id) for request_id in request_ids])
 
+    def _admit(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        arrived: float,
+        cache: CacheChoice | None,
+    ) -> None:
+        """In the thread: what `check` let pass may still fail, alone."""
+        try:
+            self.engine.add_request(request_id, prompt, params, arrived, cache)
+        except Exception as failure:
+            log(f"request {request_id} failed", failure)
+            self._post(self._deliver, [Delta(request_id, "", 0, finish_reason="error", error=message(failure))])
+
     def _run(self) -> None:
         """The thread."""
+        faults = 0
         try:
             while True:
                 with self._condition:
@@ -170,17 +206,32 @@ class AsyncEngine:
                 if self._stopping:
                     return
                 self._step_started = time.perf_counter()
-                for command in inbox:
-                    command()
-                news = self.engine.step()
+                try:
+                    news = self._work(inbox)
+                    if any(delta.error is None for delta in news):
+                        faults = 0
+                except DeviceError:
+                    raise
+                except Exception as failure:
+                    faults += 1
+                    if faults == MAX_FAULTS:
+                        raise
+                    log("engine step failed, and all requests in it", failure)
+                    with self._condition:
+                        self._inbox = inbox + self._inbox  # what came with it still counts
+                    news = self.engine.fail_all(failure)
                 self._step_started = None
                 if news:
                     self._post(self._deliver, news)
         except Exception as failure:
-            # The exception's text may quote a prompt; its type and place are enough to find the fault.
-            logger.error("engine step failed: %s", type(failure).__name__, exc_info=_without_text(failure))
+            log("the engine failed and ends", failure)
             self._failure = failure
             self._post(self._fail_all, failure)
+
+    def _work(self, inbox: list[Callable[[], object]]) -> list[Delta]:
+        while inbox:
+            inbox.pop(0)()
+        return self.engine.step()
 
     def _post(self, callback: Callable[..., None], argument: object) -> None:
         assert self._loop is not None, "news before the first submit"
@@ -201,8 +252,3 @@ class AsyncEngine:
         for stream in set(self._streams.values()):
             stream._fail(failure)
         self._streams.clear()
-
-
-def _without_text(failure: BaseException) -> BaseException:
-    """The same traceback under an exception without a message."""
-    return RuntimeError("message withheld").with_traceback(failure.__traceback__)

@@ -1,9 +1,11 @@
 """Which sequence lives in which slot of the batched model state: integers only.
 
 Running sequences are compact in slots [0, n), and those that decode stand before those whose prompt is still being
-read, so that a decode step is a plain slice of the state. Both survive every departure by at most two row copies.
+read, so that a decode step is a plain slice of the state. Both survive every departure by at most two row copies, and
+every end of a prompt by at most one exchange.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -16,10 +18,8 @@ class Release:
 
 
 class SlotTable:
-    """Slots by position. `decoding`: how many of the first slots hold sequences that decode.
-
-    At most one sequence, the last one, may be in the middle of its prompt between steps.
-    """
+    """Slots by position. `decoding`: how many of the first slots hold sequences that decode; behind them are those
+    whose prompts are being read, in any order."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -44,10 +44,22 @@ class SlotTable:
         """The slot of a running sequence. Raises ValueError when it is not running."""
         return self.ids.index(request_id)
 
+    def promote(self, ended: Sequence[str]) -> list[tuple[int, int]]:
+        """These sequences, whose prompts end, decode from now on: they stand behind those that do already, in this
+        order. Returns the pairs of slots to be exchanged, one pair after the other."""
+        pairs = []
+        for request_id in ended:
+            slot = self.slot_of(request_id)
+            assert slot >= self.decoding, "decodes already"
+            if slot != self.decoding:
+                pairs.append((self.decoding, slot))
+                self.ids[slot], self.ids[self.decoding] = self.ids[self.decoding], self.ids[slot]
+            self.decoding += 1
+        return pairs
+
     def release(self, request_id: str) -> Release:
         """Removes a sequence and closes the gap."""
         hole = self.slot_of(request_id)
-        assert len(self.ids) - self.decoding <= 1, "two unfinished prompts between steps"
         moves: list[tuple[int, int]] = []
         if hole < self.decoding:
             self.decoding -= 1

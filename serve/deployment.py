@@ -1,30 +1,41 @@
 """The server on Ray Serve: the only file that knows Ray.
 
-    serve run serve.deployment:app checkpoint=runs/demo/export max_num_seqs=8
     python -m serve --checkpoint runs/demo/export
+    serve run serve.deployment:app checkpoint=runs/demo/export max_num_seqs=8
+    serve deploy configs/serve/ray/deploy.yaml
+    ATTNZOO_SERVE_CONFIG=configs/serve/smollm2.yaml serve build serve.deployment:application -o deploy.yaml
 
 One deployment is ingress and engine in one, so a token makes one hop: from the replica to Ray's HTTP proxy.
 """
 
 import logging
+import os
+import re
 import socket
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus
 from starlette.types import ASGIApp
 
 from serve.async_engine import AsyncEngine
-from serve.config import ServeConfig, absolute, build_serve_config, parse_value
+from serve.config import ServeConfig, absolute, build_serve_config, parse_value, read_config_file
 from serve.engine import Engine
+from serve.front.limits import VARIABLE
 from serve.openai.routes import build_app
 
 APP_NAME = "attnzoo"
 RUN_ONLY = ("host", "port", "num_cpus", "cluster")
 """Settings of the process that starts Ray; `serve run` has its own ways to say them."""
+CONFIG_VARIABLE = "ATTNZOO_SERVE_CONFIG"
+"""Environment variable that names the YAML file of settings for `application`."""
 
 
 @serve.ingress()
@@ -93,19 +104,33 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     return build(build_serve_config(values))
 
 
-def start(config: ServeConfig, connected: Callable[[], None]) -> str:
+def __getattr__(name: str) -> serve.Application:
+    """`application`, for `serve build`, which cannot give `app` its arguments: the settings are those of the file that
+    `CONFIG_VARIABLE` names, and that variable must be set where the result is deployed. Raises ValueError."""
+    if name != "application":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    path = os.environ.get(CONFIG_VARIABLE)
+    if not path:
+        raise ValueError(f"set {CONFIG_VARIABLE} to a YAML file of settings, such as configs/serve/smollm2.yaml")
+    return app({key: value for key, value in read_config_file(Path(path)).items() if key not in RUN_ONLY})
+
+
+def start(config: ServeConfig, connected: Callable[[], None], cancelled: Callable[[], bool] = lambda: False) -> str:
     """Starts a local Ray (or joins `config.cluster`), deploys, waits until it answers; returns the base URL.
 
     `connected` is called once Ray has installed its signal handlers and before clients can see the server: the place
     to install one's own. Call `prepare_environment` before this module is imported: it turns Ray's token
-    authentication on.
+    authentication on. Once `cancelled` is true nothing is waited for any more.
     Raises ValueError for what the configuration got wrong, RuntimeError when the deployment does not come up.
     """
     application = build(config)
     port = free_port(config.host, config.port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if config.cluster is None:
+        os.environ.pop("RAY_ADDRESS", None)  # of another cluster
+        os.environ[VARIABLE] = config.front_limits.to_json()
         ray.init(
+            address="local",
             num_cpus=config.num_cpus,
             include_dashboard=False,
             _node_ip_address="127.0.0.1",
@@ -115,9 +140,60 @@ def start(config: ServeConfig, connected: Callable[[], None]) -> str:
     else:
         ray.init(address=config.cluster, log_to_driver=False)
     connected()
-    serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=config.host, port=port))
-    serve.run(application, name=APP_NAME, route_prefix="/")
+    try:
+        serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=config.host, port=port))
+        serve.run_many([serve.RunTarget(application, APP_NAME)], wait_for_applications_running=False)
+        wait_until_running(cancelled)
+    except RayError as error:
+        raise RuntimeError(f"Ray's own processes ended while the model was loading ({type(error).__name__})") from error
     return f"http://{config.host}:{port}"
+
+
+def wait_until_running(cancelled: Callable[[], bool]) -> None:
+    """Waits for the replica. Raises RuntimeError with the words in which its constructor failed: at the first attempt
+    for what another attempt cannot change, else when Ray gives up."""
+    while not cancelled():
+        found = serve.status().applications.get(APP_NAME)
+        if found is not None:
+            if found.status == ApplicationStatus.RUNNING:
+                return
+            problems = [status.message for status in found.deployments.values() if status.message]
+            why = explain_failure(problems[0] if problems else found.message)
+            if found.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+                raise RuntimeError(why)
+            if problems and why.startswith("ValueError: "):
+                raise RuntimeError(why.removeprefix("ValueError: "))
+        time.sleep(0.1)
+
+
+def explain_failure(message: str) -> str:
+    """From Ray's message about a deployment: the exception that ended its constructor, else what Ray says."""
+    _, found, trace = message.rpartition("Traceback (most recent call last):\n")
+    if found:
+        # The frames are indented; the exception, of one line or many, is what follows them.
+        exception = re.search(r"^\S.*", trace, re.MULTILINE | re.DOTALL)
+        if exception is not None:
+            return exception[0].strip()
+    if "ActorDiedError" in message or "died" in message:
+        return (
+            "the model's process ended while it was starting, without an exception: killed from outside, for its "
+            f"memory perhaps, or by a crash in native code. Ray says: {message.strip()}"
+        )
+    return message.strip() or "Ray gives no reason; see the logs in /tmp/ray/session_latest/logs/serve"
+
+
+def replica_state() -> str:
+    """What Ray knows of the replica, in a line. Raises whatever Ray raises when it is gone itself."""
+    found = serve.status().applications.get(APP_NAME)
+    if found is None:
+        return "Ray knows no application of this name any more"
+    lines = []
+    for name, status in found.deployments.items():
+        states = ", ".join(f"{count} {state.lower()}" for state, count in status.replica_states.items())
+        lines.append(
+            f"{name}: {states or 'no replica'}" + (f"; {explain_failure(status.message)}" if status.message else "")
+        )
+    return " | ".join(lines) or found.status.lower()
 
 
 def free_port(host: str, port: int) -> int:

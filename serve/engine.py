@@ -1,20 +1,22 @@
 """The engine: requests in, text out, one `step()` at a time. No threads, no network, no Ray."""
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnzoo.checkpoint import find_checkpoint, load_model, load_tokenizer
-from attnzoo.models import DecoderLM, can_pack, pack_weights
-from attnzoo.tokenizer.chat import ChatTemplate
-from attnzoo.types import parse_dtype
+from attnzoo.checkpoint import find_checkpoint
+from attnzoo.models import DecoderLM
+from attnzoo.tokenizer.chat_tokens import ChatEncoder
 from serve.caches import CacheChoice, CacheRules
 from serve.config import EngineConfig
+from serve.faults import DeviceError, SharedError, log, message
+from serve.loading import load_parts, max_model_len
 from serve.metrics import Metrics
+from serve.pace import Pace
 from serve.pool import compiled_step
 from serve.request import (
     CacheMemoryError,
@@ -24,10 +26,9 @@ from serve.request import (
     FinishReason,
     Request,
     SamplingParams,
-    TokenLogprobs,
 )
-from serve.runner import Runner
-from serve.sampler import make_generator, sample_rows
+from serve.runner import Ran, Runner
+from serve.sampler import Drawn, make_generator, sample_rows
 from serve.scheduler import Demand, Plan, Scheduler
 from serve.text import TextStream
 
@@ -49,46 +50,65 @@ class Engine:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         directory = find_checkpoint(config.checkpoint)
-        self.model = model or _load(directory, config)
-        self.tokenizer = tokenizer or load_tokenizer(directory)
-        if self.tokenizer.vocab_size > self.model.config.vocab_size:
-            raise ValueError(
-                f"{directory}: the tokenizer knows {self.tokenizer.vocab_size} tokens, the model only "
-                f"{self.model.config.vocab_size}; export the model with its own tokenizer"
-            )
-        self.chat_template = ChatTemplate.of(self.tokenizer)
-        self.max_model_len = config.max_model_len or self.model.config.max_positions
-        if self.max_model_len < 2:
-            raise ValueError(f"max_model_len={self.max_model_len} leaves no room for a prompt and a token")
+        self.model, self.tokenizer = load_parts(directory, config, model, tokenizer)
+        self.chat_template = chat = ChatEncoder.of(self.tokenizer)
+        self._control = self.tokenizer.control_tokens() if chat is None else chat.control
+        self.max_model_len = max_model_len(config, self.model)
         self.caches = CacheRules(config.cache or self.model.config.cache, config.cache_bounds)
         self._byte_model = lru_cache(maxsize=256)(lambda choice: self.model.byte_model(choice.build()))
         self.choose_cache(None)
-        self.scheduler = Scheduler(
-            config.max_num_seqs,
-            config.max_batched_tokens,
-            config.max_queue,
-            max_groups=config.max_caches,
-            max_bytes=None if config.cache_mib is None else config.cache_mib << 20,
-        )
+        for choice in self.caches.examples():
+            self._check_bounds(choice)
+        self.scheduler = self._new_scheduler()
         rows = config.max_num_seqs if self.caches.exact else 0
         choice, steps = self.caches.default, {}
         if config.compile_decode and not choice.exact:
             steps[choice] = compiled_step(self.model, choice.build(), config.max_num_seqs, self.max_model_len)
         self.runner = Runner(self.model, rows, self.max_model_len, config.compile_decode, steps)
         self.metrics = Metrics()
+        self.pace = Pace(None if config.itl_target_ms is None else config.itl_target_ms / 1000)
         self._requests: dict[str, Request] = {}
+        self._unread: list[Delta] = []
+        """News that the next step hands over: of requests that `generate` or an interrupted step came by."""
+        self._ids = itertools.count()
+
+    def _new_scheduler(self) -> Scheduler:
+        config = self.config
+        return Scheduler(
+            config.max_num_seqs,
+            config.max_batched_tokens,
+            config.max_queue,
+            max_groups=config.max_caches,
+            max_bytes=None if config.cache_mib is None else config.cache_mib << 20,
+            default_group=self.caches.default,
+        )
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of a text prompt, the beginning-of-sequence token first where the vocabulary has one."""
+        """Token ids of a text prompt, the beginning-of-sequence token first where the vocabulary has one. Raises
+        ContextLengthError for a text that is longer than the model can read, before it is encoded."""
+        self._check_length(prompt)
+        if self.config.control_tokens == "template_only":
+            return [*self.tokenizer.encode("", bos=True), *self.tokenizer.encode_text(prompt, self._control)]
         return self.tokenizer.encode(prompt, bos=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation up to the assistant's answer. Raises ValueError without a chat template, and when
-        the template refuses the conversation."""
+        the template refuses the conversation; ContextLengthError as `encode`."""
         if self.chat_template is None:
             raise ValueError("this model has no chat template; give a prompt instead of messages")
-        # The template writes the special tokens itself, the first one included.
-        return self.tokenizer.encode(self.chat_template.render(messages))
+        text = self.chat_template.template.render(messages)
+        self._check_length(text)
+        if self.config.control_tokens == "everywhere":
+            return self.tokenizer.encode(text)
+        return self.chat_template.encode_rendered(text)
+
+    def _check_length(self, text: str) -> None:
+        least = self.tokenizer.least_tokens(text)
+        if least >= self.max_model_len:
+            raise ContextLengthError(
+                f"this model's context is {self.max_model_len} tokens, and a text of {len(text)} characters has at "
+                f"least {least}; shorten the prompt"
+            )
 
     def choose_cache(self, asked: Mapping[str, Any] | None) -> CacheChoice:
         """The cache of a request that asks for `asked` ({"policy": name, option: value}), None: the engine's own.
@@ -100,6 +120,14 @@ class Engine:
         if not choice.exact:
             self._byte_model(choice)  # refuses what this model cannot have
         return choice
+
+    def _check_bounds(self, choice: CacheChoice) -> None:
+        """Raises ValueError for a policy that requests may ask for and this model cannot have."""
+        try:
+            if not choice.exact:
+                self._byte_model(choice)
+        except ValueError as error:
+            raise ValueError(f"cache_bounds.{choice.policy}: this model cannot have it: {error}") from None
 
     def _demand(self, choice: CacheChoice, prompt: int, tokens: int) -> Demand:
         """Bytes that count against `cache_mib`; the full cache's rows are there from the start."""
@@ -144,8 +172,7 @@ class Engine:
         `check` and `Scheduler.add`."""
         cache = cache or self.caches.default
         self.check(prompt, params, cache)
-        self.scheduler.add(request_id, len(prompt), self._demand(cache, len(prompt), params.max_tokens))
-        self._requests[request_id] = Request(
+        request = Request(
             request_id=request_id,
             prompt=list(prompt),
             params=params,
@@ -154,27 +181,68 @@ class Engine:
             generator=make_generator(params, self.runner.device),
             arrived=time.perf_counter() if arrived is None else arrived,
         )
+        self.scheduler.add(request_id, len(prompt), self._demand(cache, len(prompt), params.max_tokens))
+        self._requests[request_id] = request
 
     def has_work(self) -> bool:
-        """Whether any request is unfinished."""
-        return self.scheduler.has_work()
+        """Whether any request is unfinished, or any news unread."""
+        return self.scheduler.has_work() or bool(self._unread)
 
     def step(self) -> list[Delta]:
-        """Runs every sequence that can run; returns what is new. Does nothing without work."""
-        if not self.has_work():
-            return []
-        plan = self.scheduler.schedule()
+        """Runs every sequence that can run; returns what is new. Does nothing without work.
+
+        What goes wrong with one sequence is news of that one (finish_reason "error"), and the others go on. Raises
+        DeviceError when the device is gone. Any other way out of here, an interrupt included, leaves no request in the
+        engine: those that were there are reported as failed by the next step.
+        """
+        deltas, self._unread = self._unread, []
+        if self.scheduler.has_work():
+            try:
+                self._run_step(deltas)
+            except DeviceError:
+                raise
+            except BaseException as failure:
+                self._unread = deltas + self.fail_all(failure)
+                raise
+        return deltas
+
+    def _run_step(self, deltas: list[Delta]) -> None:
+        """Adds the news as they come about: what was said of a request that left stays said, whatever follows."""
+        started = time.perf_counter()
+        plan = self.scheduler.schedule(self.pace.prompt_tokens)
         self._mark_started(plan)
-        logits_RV = self.runner.run(plan, self._requests)
+        ran = self.runner.run(plan, self._requests)
         for group, row_bytes in self.runner.joined(plan):
             self.scheduler.measured(group, row_bytes)
-        rows = [self._requests[request_id] for request_id in plan.sampled]
-        # A vocabulary may be padded beyond the tokenizer's; what stands for nothing is never chosen.
-        tokens, logprobs = sample_rows(logits_RV[:, : self.tokenizer.vocab_size], rows)
-        deltas = self._update(rows, tokens, logprobs)
+        rows = [self._requests[request_id] for request_id in ran.sampled]
+        drawn = self._draw(ran, rows)
+        decoding = len(plan.decoding)
+        self.pace.measured(decoding, plan.num_tokens - decoding, time.perf_counter() - started)
+        for request_id, failure in ran.failed.items():
+            self._fail(self._requests[request_id], failure, deltas)
+        self._update(rows, drawn, deltas)
         self.metrics.step(plan.num_tokens)
         self._publish_load()
-        return deltas
+
+    def _draw(self, ran: Ran, rows: list[Request]) -> list[Drawn | Exception]:
+        if not rows:
+            return []
+        try:
+            # A vocabulary may be padded beyond the tokenizer's; what stands for nothing is never chosen.
+            return sample_rows(ran.logits_RV[:, : self.tokenizer.vocab_size], rows)
+        except Exception as failure:
+            self.runner.check_device(failure)
+            return [SharedError(failure)] * len(rows)
+
+    def fail_all(self, failure: BaseException) -> list[Delta]:
+        """Ends all requests and forgets their states, for who cannot know whose fault `failure` is."""
+        requests, self._requests = list(self._requests.values()), {}
+        self.scheduler = self._new_scheduler()
+        self.runner.clear()
+        for request in requests:
+            self.metrics.finished(request, "error")
+        self._publish_load()
+        return [_failed(request, SharedError(failure)) for request in requests]
 
     def abort(self, request_id: str) -> bool:
         """Ends a request at once and frees its slot; False when it is not known (any more)."""
@@ -198,46 +266,84 @@ class Engine:
         cache: Mapping[str, Any] | None = None,
     ) -> list[Completion]:
         """Completes all prompts (text or token ids) and waits for them; more than the queue holds is fine. `cache` as
-        in `choose_cache`."""
+        in `choose_cache`.
+
+        A completion with finish_reason "error" failed, and says why; the others are not touched. Interrupted, it leaves
+        none of its requests behind. News of requests that others added waits for the next `step`.
+        """
         choice = self.choose_cache(cache)
         pending = [self.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
         for prompt in pending:
             self.check(prompt, params, choice)
-        todo = list(enumerate(pending))[::-1]
-        texts: dict[int, str] = dict.fromkeys(range(len(pending)), "")
-        logprobs: dict[int, list[TokenLogprobs]] = {index: [] for index in texts}
-        done: dict[int, Completion] = {}
-        while len(done) < len(pending):
-            while todo and len(self._requests) < self.config.max_num_seqs:
-                index, prompt = todo.pop()
-                self.add_request(f"generate-{index}", prompt, params, cache=choice)
-            running = dict(self._requests)
-            for delta in self.step():
-                index = int(delta.request_id.removeprefix("generate-"))
-                texts[index] += delta.text
-                logprobs[index] += delta.logprobs
-                if delta.finish_reason is not None:
-                    tokens = running[delta.request_id].generated
-                    done[index] = Completion(texts[index], tokens, delta.finish_reason, logprobs[index], delta)
-        return [done[index] for index in range(len(pending))]
+        call = next(self._ids)
+        indices = {f"generate-{call}-{index}": index for index in range(len(pending))}
+        done: dict[str, Completion] = {}
+        try:
+            self._complete(dict(zip(indices, pending, strict=True)), params, choice, done)
+        finally:
+            for request_id in indices:
+                self.abort(request_id)
+            self._unread = [delta for delta in self._unread if delta.request_id not in indices]
+        return [done[request_id] for request_id in indices]
 
-    def _update(self, rows: list[Request], tokens: list[int], logprobs: list[TokenLogprobs | None]) -> list[Delta]:
+    def _complete(
+        self, prompts: dict[str, list[int]], params: SamplingParams, cache: CacheChoice, done: dict[str, Completion]
+    ) -> None:
+        """Runs until all prompts are done; news of other requests stays unread."""
+        todo = list(prompts.items())[::-1]
+        parts: dict[str, list[Delta]] = {request_id: [] for request_id in prompts}
+        others: list[Delta] = []
+        try:
+            while len(done) < len(prompts):
+                while todo and len(self._requests) < self.config.max_num_seqs:
+                    request_id, prompt = todo.pop()
+                    self.add_request(request_id, prompt, params, cache=cache)
+                running = dict(self._requests)
+                for delta in self.step():
+                    if delta.request_id not in parts:
+                        others.append(delta)
+                        continue
+                    parts[delta.request_id].append(delta)
+                    if delta.finish_reason is not None:
+                        tokens = running[delta.request_id].generated
+                        done[delta.request_id] = Completion.of(parts[delta.request_id], tokens)
+        finally:
+            self._unread = others + self._unread
+
+    def _update(self, rows: list[Request], drawn: list[Drawn | Exception], deltas: list[Delta]) -> None:
         now = time.perf_counter()
-        deltas = []
-        for request, token, logprob in zip(rows, tokens, logprobs, strict=True):
-            request.generated.append(token)
-            self.metrics.token(request, now)
-            ends = token in self.tokenizer.stop_ids and not request.params.ignore_eos
-            text = "" if ends else request.text.push(token, logprob)
-            reason = self._finish_reason(request, ends)
-            if reason is not None:
-                text += request.text.finish()
-                # The rest of a character or a held back text may complete a stop string.
-                reason = "stop" if request.text.stopped else reason
-            deltas.append(self._delta(request, text, reason))
-            if reason is not None:
-                self._leave(request, reason)
-        return deltas
+        for request, found in zip(rows, drawn, strict=True):
+            try:
+                if isinstance(found, Exception):
+                    raise found
+                delta = self._advance(request, found, now)
+            except Exception as failure:
+                self.runner.check_device(failure)
+                self._fail(request, failure, deltas)
+                continue
+            deltas.append(delta)
+            if delta.finish_reason is not None:
+                self._leave(request, delta.finish_reason)
+
+    def _advance(self, request: Request, drawn: Drawn, now: float) -> Delta:
+        """A token more."""
+        token, logprob = drawn
+        request.generated.append(token)
+        self.metrics.token(request, now)
+        ends = token in self.tokenizer.stop_ids and not request.params.ignore_eos
+        text = "" if ends else request.text.push(token, logprob)
+        reason = self._finish_reason(request, ends)
+        if reason is not None:
+            text += request.text.finish()
+            # The rest of a character or a held back text may complete a stop string.
+            reason = "stop" if request.text.stopped else reason
+        return self._delta(request, text, reason)
+
+    def _fail(self, request: Request, failure: Exception, deltas: list[Delta]) -> None:
+        """Ends one request by what went wrong with it."""
+        log(f"request {request.request_id} failed", failure)
+        deltas.append(_failed(request, failure))
+        self._leave(request, "error")
 
     @staticmethod
     def _finish_reason(request: Request, ends: bool) -> FinishReason | None:
@@ -252,8 +358,15 @@ class Engine:
         if reason is not None:
             delta.prompt_tokens = len(request.prompt)
             delta.ttft_s = request.first_token - request.arrived
-            delta.kv_bytes = self.runner.kv_bytes(request)
+            self._report_memory(delta, request)
         return delta
+
+    def _report_memory(self, delta: Delta, request: Request) -> None:
+        slot = self.scheduler.tables[request.cache].slot_of(request.request_id)
+        memory = self.runner.memory(request, slot)
+        delta.policy, delta.kept_tokens = request.cache.policy, memory.kept_tokens
+        delta.kv_bytes, delta.kv_bytes_full = memory.kv_bytes, memory.kv_bytes_full
+        delta.not_compressed = memory.not_compressed
 
     def _leave(self, request: Request, reason: FinishReason) -> None:
         release = self.scheduler.finish(request.request_id)
@@ -272,9 +385,12 @@ class Engine:
         self.metrics.load(self.scheduler.num_running, self.scheduler.num_waiting)
 
 
-def _load(path: Path, config: EngineConfig) -> DecoderLM:
-    dtype = None if config.dtype is None else parse_dtype(config.dtype)
-    model = load_model(path, device=config.device, dtype=dtype)
-    if config.pack_weights or (config.pack_weights is None and can_pack(model)):
-        pack_weights(model)
-    return model
+def _failed(request: Request, failure: BaseException) -> Delta:
+    return Delta(
+        request.request_id,
+        "",
+        len(request.generated),
+        finish_reason="error",
+        prompt_tokens=len(request.prompt),
+        error=message(failure),
+    )

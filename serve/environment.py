@@ -11,6 +11,9 @@ QUIET = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     # Where Ray expects no cluster it takes loopback for the node's address; elsewhere it looks up a public one.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Ray's memory monitor kills its own processes when the machine is full, whoever filled it.
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front.proxy:middlewares",
 }
 
 

@@ -22,13 +22,23 @@ class Metrics:
         self._waiting = self._gauge("num_requests_waiting", "Requests without a slot")
         self._kv_bytes = self._gauge("kv_bytes", "Bytes of the state filled by running sequences")
         self._pool_bytes = self._gauge("kv_pool_bytes", "Bytes of the state as allocated")
-        self._prompt = self._counter("prompt_tokens", "Prompt tokens of finished and aborted requests")
+        self._prompt = self._counter(
+            "prompt_tokens", "Prompt tokens of finished and aborted requests, once for all choices of one"
+        )
         self._generated = self._counter("generation_tokens", "Tokens generated")
         self._requests = Counter(
             "attnzoo_request_success", "Requests that left the engine", ["finished_reason"], registry=self.registry
         )
-        for reason in ("stop", "length", "abort"):
+        for reason in ("stop", "length", "abort", "error"):
             self._requests.labels(reason)
+        self._answers = Counter(
+            "attnzoo_http_responses",
+            "Answers to requests for /v1, refusals included",
+            ["status"],
+            registry=self.registry,
+        )
+        for status in ("200", "400", "429", "503"):
+            self._answers.labels(status)
         self._queue = self._histogram("request_queue_time_seconds", "Arrival to first work", REQUEST_S)
         self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN_S)
         self._itl = self._histogram("inter_token_latency_seconds", "Between tokens of a request", TOKEN_S)
@@ -65,9 +75,14 @@ class Metrics:
     def finished(self, request: Request, reason: FinishReason) -> None:
         """When a request leaves, however it does."""
         self._requests.labels(reason).inc()
-        self._prompt.inc(len(request.prompt))
-        if reason != "abort":
+        if request.params.counts_prompt:
+            self._prompt.inc(len(request.prompt))
+        if reason in ("stop", "length"):
             self._e2e.observe(time.perf_counter() - request.arrived)
+
+    def answered(self, status: int) -> None:
+        """When the interface answers a request, whether the engine saw it or not."""
+        self._answers.labels(str(status)).inc()
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""

@@ -20,6 +20,10 @@ Prompts = Sequence[tuple[Chunk, Sequence[int]]]
 """Chunks of neighbouring slots, each with the whole prompt."""
 
 
+class HalfWrittenError(RuntimeError):
+    """Some layers of a state count a step and some do not: it cannot be taken again."""
+
+
 class SlotPool:
     """`rows` sequences with room for `tokens` tokens each.
 
@@ -43,11 +47,21 @@ class SlotPool:
             step(_tensor(self.model, [[0]] * count), self._rows(slice(0, count)))
             self.state.reset(slice(0, count))
 
+    @property
+    def repeats(self) -> bool:
+        """Whether a decode step that failed may be taken again: then it has written nothing but the new token's keys
+        and values, which are written again. Compiled steps count their tokens layer by layer."""
+        return self._compiled is None
+
     def decode(self, tokens_B1: Tensor) -> Tensor:
         """hidden_BD behind the next token of the first B slots."""
         if self._compiled is None:
             return self._extend(tokens_B1, 0, None)[:, -1]
         return self._compiled(tokens_B1, self._rows(slice(0, len(tokens_B1))))[0][:, -1]
+
+    def decode_one(self, token: int, slot: int) -> Tensor:
+        """hidden_1D behind the next token of one slot: `decode` once more, where it `repeats`."""
+        return self._extend(_tensor(self.model, [[token]]), slot, None)[:, -1]
 
     def prefill(self, prompts: Prompts) -> Tensor:
         """hidden_RD behind the prompts that end in these chunks."""
@@ -61,10 +75,33 @@ class SlotPool:
         ended = [row for row, chunk in enumerate(chunks) if chunk.last]
         return hidden_BTD[ended, [counts[row] - 1 for row in ended]]
 
+    def read_again(self, chunk: Chunk, prompt: Sequence[int]) -> Tensor:
+        """`prefill` of one prompt, from its beginning: after a failure that leaves its row in an unknown state."""
+        self.state.reset(slice(chunk.slot, chunk.slot + 1))
+        end = chunk.start + chunk.count
+        for first in range(0, end, chunk.count):
+            tokens = prompt[first : min(first + chunk.count, end)]
+            hidden_1TD = self._extend(_tensor(self.model, [tokens]), chunk.slot, None)
+        return hidden_1TD[:, -1] if chunk.last else hidden_1TD[:0, -1]
+
+    def exchange(self, slots: tuple[int, int], tokens: int) -> None:
+        """Lets two sequences of at most that many tokens change places."""
+        first, second = (self.state.rows(slice(slot, slot + 1)).cut(max(tokens, 1)) for slot in slots)
+        kept = first.clone()
+        first.fill(second)
+        second.fill(kept)
+
+    def clear(self) -> None:
+        """Empties all rows."""
+        self.state.reset(slice(None))
+
     def _extend(self, tokens_BT: Tensor, first_slot: int, counts_B: Tensor | None) -> Tensor:
         rows = self._rows(slice(first_slot, first_slot + len(tokens_BT)))
         hidden_BTD, state = self.model.extend_hidden(tokens_BT, rows, counts_B)
-        rows.fill(state)
+        try:
+            rows.fill(state)
+        except Exception as failure:
+            raise HalfWrittenError("a state could not be written back") from failure
         return hidden_BTD
 
     def _rows(self, rows: slice) -> DecoderState:
@@ -90,6 +127,9 @@ class CompactPool:
         self.model, self.policy = model, policy
         self._step = compiled or model.extend_hidden
         self.state: DecoderState | None = None
+        self.slots: list[int] = []
+        """The slot of each row, ascending. Between steps these are 0, 1, ...; a prompt that fails leaves a gap until it
+        is released."""
         self.prompts: dict[str, DecoderState] = {}
         """States of prompts that are being read."""
 
@@ -97,6 +137,10 @@ class CompactPool:
     def rows(self) -> int:
         """Sequences that decode."""
         return 0 if self.state is None else self.state.batch
+
+    def row_of(self, slot: int) -> int:
+        """Where the sequence in a slot is in `state`."""
+        return self.slots.index(slot)
 
     # The two that follow are asked by other threads too, while states come and go.
     @property
@@ -118,12 +162,9 @@ class CompactPool:
         hidden_BTD, self.state = self._step(tokens_B1, self.state)
         return hidden_BTD[:, -1]
 
-    def prefill(self, prompts: Prompts) -> Tensor:
-        """hidden_RD behind the prompts that end in these chunks."""
-        return torch.cat([self._read(chunk, prompt) for chunk, prompt in prompts])
-
-    def _read(self, chunk: Chunk, prompt: Sequence[int]) -> Tensor:
-        """hidden_1D behind the chunk, no row of it where the prompt goes on."""
+    def read(self, chunk: Chunk, prompt: Sequence[int]) -> Tensor:
+        """hidden_1D behind the chunk, no row of it where the prompt goes on. What fails leaves no trace of the prompt;
+        `state` is None where it took the other rows with it."""
         state = self.prompts.pop(chunk.request_id, None)
         if state is None:
             # A policy that compresses while it reads needs no room for the whole prompt.
@@ -138,21 +179,33 @@ class CompactPool:
         return hidden_1TD[:, -1]
 
     def _join(self, slot: int, row: DecoderState) -> None:
-        assert slot == self.rows, f"slot {slot} is not behind the {self.rows} rows there are"
+        assert not self.slots or self.slots[-1] < slot, f"slot {slot} is not behind {self.slots}"
         if self.state is None:
             self.state = row
         else:
-            self.state = self.state.joined(row)
+            self.state.check_joins(row)
+            rows, self.state, slots, self.slots = self.state, None, self.slots, []
+            self.state = rows.joined(row)  # consumes what was there
+            self.slots = slots
+        self.slots.append(slot)
+
+    def drop(self) -> None:
+        """Forgets all rows, after a step that failed half way."""
+        self.state, self.slots = None, []
 
     def release(self, request_id: str, release: Release) -> None:
         """Forgets a sequence, its memory with it."""
-        if self.prompts.pop(request_id, None) is not None or self.state is None:
-            return
-        order = list(range(self.rows))
+        self.prompts.pop(request_id, None)
+        rows = {slot: row for row, slot in enumerate(self.slots)}
         for source, target in release.moves:
-            if source < self.rows:  # else a prompt that is being read, whose slot has no row yet
-                order[target] = source
-        self.state = self.state.keep_rows(order[:-1]) if len(order) > 1 else None
+            rows.pop(target, None)
+            if source in rows:
+                rows[target] = rows.pop(source)
+        rows.pop(release.freed, None)
+        order = [rows[slot] for slot in sorted(rows)]
+        if self.state is not None and order != list(range(self.rows)):
+            self.state = self.state.keep_rows(order) if order else None
+        self.slots = sorted(rows)
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from serve.caches import CacheChoice
     from serve.text import TextStream
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_STOP_STRINGS, MAX_STOP_LENGTH, MAX_LOGPROBS = 8, 256, 20
 
@@ -26,9 +26,10 @@ class CacheMemoryError(ValueError):
 class SamplingParams:
     """How to choose tokens and when to stop.
 
-    temperature 0 is greedy. top_k 0 is off. seed: the same seed gives the same text, alone or in a batch; None draws
-    one. stop: strings that end the text and are not part of it. logprobs: how many alternatives to report; None: no
-    log probabilities at all. Raises ValueError naming the field.
+    temperature 0 is greedy, and so is one below 1e-5. top_k 0 is off. seed: the same seed gives the same text, alone or
+    in a batch; None draws one. stop: strings that end the text and are not part of it. logprobs: how many alternatives
+    to report; None: no log probabilities at all. counts_prompt: whether the metrics count the prompt: once for all
+    choices of one. Raises ValueError naming the field.
     """
 
     max_tokens: int = 16
@@ -39,8 +40,17 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
+    counts_prompt: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "seed", "logprobs"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{name}={value!r} has type {type(value).__name__}; it must be a whole number")
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name}={value!r} has type {type(value).__name__}; it must be a number")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
         if not 0.0 <= self.temperature <= 100.0:
@@ -73,8 +83,9 @@ class TokenLogprobs:
 class Delta:
     """News of one request after one step; the last one has a `finish_reason`.
 
+    error: why the request failed, for its owner, with finish_reason "error"; the text it may quote is the owner's own.
     text: characters that are final. tokens: all tokens of the request so far. ttft_s: from arrival to the first token.
-    kv_bytes: bytes of its state: of a full cache what its tokens fill, of a compressed one what is allocated.
+    policy, and the rest as in `serve.memory.Memory`: how its state was kept, when it is finished.
     """
 
     request_id: str
@@ -84,7 +95,12 @@ class Delta:
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     ttft_s: float = 0.0
+    policy: str = "full"
+    kept_tokens: int = 0
     kv_bytes: int = 0
+    kv_bytes_full: int = 0
+    not_compressed: str | None = None
+    error: str | None = None
 
 
 @dataclass(slots=True)
@@ -118,3 +134,16 @@ class Completion:
     finish_reason: FinishReason
     logprobs: list[TokenLogprobs]
     last: Delta
+
+    @classmethod
+    def of(cls, parts: list[Delta], tokens: list[int]) -> "Completion":
+        """From all news of a request."""
+        last = parts[-1]
+        assert last.finish_reason is not None
+        logprobs = [entry for delta in parts for entry in delta.logprobs]
+        return cls("".join(delta.text for delta in parts), tokens, last.finish_reason, logprobs, last)
+
+    @property
+    def error(self) -> str | None:
+        """None unless the request failed."""
+        return self.last.error

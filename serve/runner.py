@@ -1,7 +1,12 @@
-"""Plans in, logits out: with its pools, the only place that touches the device."""
+"""Plans in, logits out: with its pools, the only place that touches the device.
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+What raises while one sequence is computed fails that sequence. What raises while several are computed together is
+computed again for each alone, where that is safe; else all of them fail. Everybody else's step goes on.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -9,9 +14,24 @@ from torch import Tensor
 from attnzoo.models import CompiledDecode, DecoderLM
 from serve.cache_manager import Release
 from serve.caches import CacheChoice
-from serve.pool import CompactPool, SlotPool
+from serve.faults import DeviceError, SharedError
+from serve.memory import Memory, compressed_memory, exact_memory
+from serve.pool import CompactPool, HalfWrittenError, SlotPool
 from serve.request import Request
 from serve.scheduler import Chunk, Plan
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What came of a step: logits_RV of the `sampled` sequences, in that order, and what went wrong with the others."""
+
+    sampled: list[str]
+    logits_RV: Tensor
+    failed: dict[str, Exception]
+
+
+Part = tuple[list[str], Tensor]
+"""Sequences, and hidden_RD of them."""
 
 
 class Runner:
@@ -44,9 +64,18 @@ class Runner:
         full = 0 if self.full is None else self.full.nbytes
         return full + sum(pool.nbytes for pool in list(self.compact.values()))
 
+    def memory(self, request: Request, slot: int) -> Memory:
+        """What the state of a sequence that decodes takes, and would take in the full cache."""
+        full = exact_memory(self.model, request.context, self._full_bytes(request.context))
+        pool = self.compact.get(request.cache)
+        if pool is None or pool.state is None:
+            return full
+        row = pool.row_of(slot)
+        return compressed_memory(pool.policy, pool.state.layers, row, len(request.prompt), full)
+
     def kv_bytes(self, request: Request) -> int:
-        """Bytes of the request's state: of a full cache what its tokens fill, without what is only reserved; of a
-        compressed one what is allocated for it."""
+        """Bytes of a running request's state, for metrics: of a full cache what its tokens fill, without what is only
+        reserved; of a compressed one what is allocated for it."""
         if request.cache.exact:
             return self._full_bytes(request.context)
         pool = self.compact.get(request.cache)
@@ -56,18 +85,113 @@ class Runner:
         return self.model.cost(batch=1, tokens=1, context=context).state_bytes
 
     @torch.inference_mode()
-    def run(self, plan: Plan, requests: Mapping[str, Request]) -> Tensor:
-        """logits_RV of the sequences in `plan.sampled`, in that order."""
-        parts = []
+    def run(self, plan: Plan, requests: Mapping[str, Request]) -> Ran:
+        """Computes the plan. Raises DeviceError when the device is gone."""
+        parts: list[Part] = []
+        failed: dict[str, Exception] = {}
+        for exchange in plan.exchanges:
+            pool = self._pool(exchange.group)
+            if isinstance(pool, SlotPool):
+                pool.exchange(exchange.slots, exchange.tokens)
+        held: dict[object, list[str]] = {group: list(ids) for group, ids in plan.decode}
         for group, ids in plan.decode:
-            last = [[requests[request_id].generated[-1]] for request_id in ids]
-            tokens_B1 = torch.tensor(last, dtype=torch.long, device=self.device)
-            parts.append(self._pool(group).decode(tokens_B1))
+            parts += self._decode(group, [requests[request_id] for request_id in ids], failed)
         for chunks in _batches(plan.prefill):
-            prompts = [(chunk, requests[chunk.request_id].prompt) for chunk in chunks]
-            parts.append(self._pool(chunks[0].group).prefill(prompts))
-        hidden_RD = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return self.model.logits(hidden_RD)
+            found = self._prefill(chunks, requests, failed)
+            parts += found
+            rows = held.setdefault(chunks[0].group, [])
+            rows += [request_id for ids, _ in found for request_id in ids]
+            self._mourn(chunks[0].group, rows, failed)
+        return self._logits(parts, failed)
+
+    def _decode(self, group: object, requests: list[Request], failed: dict[str, Exception]) -> list[Part]:
+        pool = self._pool(group)
+        ids, last = [request.request_id for request in requests], [request.generated[-1] for request in requests]
+        tokens_B1 = torch.tensor(last, dtype=torch.long, device=self.device)[:, None]
+        try:
+            return [(ids, pool.decode(tokens_B1))]
+        except Exception as failure:
+            self.check_device(failure)
+            if isinstance(pool, SlotPool) and pool.repeats and not isinstance(failure, HalfWrittenError):
+                again = [partial(pool.decode_one, token, slot) for slot, token in enumerate(last)]
+                return self._apart(ids, again, failed)
+            if isinstance(pool, CompactPool):
+                pool.drop()
+            failed.update(dict.fromkeys(ids, _shared(failure, ids)))
+            return []
+
+    def _prefill(
+        self, chunks: list[Chunk], requests: Mapping[str, Request], failed: dict[str, Exception]
+    ) -> list[Part]:
+        pool = self._pool(chunks[0].group)
+        prompts = [(chunk, requests[chunk.request_id].prompt) for chunk in chunks]
+        ids = [chunk.request_id for chunk in chunks]
+        if isinstance(pool, CompactPool):
+            return self._apart(ids, [partial(pool.read, *prompts[0])], failed)
+        try:
+            return [([chunk.request_id for chunk in chunks if chunk.last], pool.prefill(prompts))]
+        except Exception as failure:
+            self.check_device(failure)
+            if len(ids) == 1:
+                failed[ids[0]] = failure
+                return []
+            return self._apart(ids, [partial(pool.read_again, chunk, prompt) for chunk, prompt in prompts], failed)
+
+    def _apart(
+        self, ids: Sequence[str], work: Sequence[Callable[[], Tensor]], failed: dict[str, Exception]
+    ) -> list[Part]:
+        """Each sequence by itself; work gives one row, or none."""
+        parts = []
+        for request_id, one in zip(ids, work, strict=True):
+            try:
+                hidden_RD = one()
+                parts.append(([request_id] * len(hidden_RD), hidden_RD))
+            except Exception as failure:
+                self.check_device(failure)
+                failed[request_id] = failure
+        return parts
+
+    def _mourn(self, group: object, rows: list[str], failed: dict[str, Exception]) -> None:
+        """Adds those that have, or had, a row in a group whose rows the newest failure took with it."""
+        pool = self._pool(group)
+        if isinstance(pool, CompactPool) and pool.state is None:
+            lost = [request_id for request_id in rows if request_id not in failed]
+            if lost:
+                failed.update(dict.fromkeys(lost, SharedError(next(reversed(failed.values())))))
+
+    def _logits(self, parts: list[Part], failed: dict[str, Exception]) -> Ran:
+        ids = [request_id for names, _ in parts for request_id in names]
+        if not ids:
+            return Ran([], torch.empty(0, 0), failed)
+        hidden_RD = torch.cat([hidden for _, hidden in parts])
+        kept = [row for row, request_id in enumerate(ids) if request_id not in failed]
+        if len(kept) < len(ids):
+            ids, hidden_RD = [ids[row] for row in kept], hidden_RD[kept]
+        try:
+            return Ran(ids, self.model.logits(hidden_RD), failed)
+        except Exception as failure:
+            self.check_device(failure)
+            rows = [partial(self.model.logits, hidden_RD[row : row + 1]) for row in range(len(ids))]
+            parts = self._apart(ids, rows, failed)
+        if not parts:
+            return Ran([], torch.empty(0, 0), failed)
+        return Ran([names[0] for names, _ in parts], torch.cat([logits for _, logits in parts]), failed)
+
+    def check_device(self, failure: BaseException) -> None:
+        """Raises DeviceError from `failure` when the device does not answer any more."""
+        try:
+            answer = float(torch.ones(2, device=self.device).sum())
+        except Exception:
+            answer = 0.0
+        if answer != 2.0:
+            raise DeviceError(f"the device {self.device} does not answer") from failure
+
+    @torch.inference_mode()
+    def clear(self) -> None:
+        """Forgets the states of all sequences."""
+        self.compact.clear()
+        if self.full is not None:
+            self.full.clear()
 
     def joined(self, plan: Plan) -> list[tuple[CacheChoice, int]]:
         """Compressed pools that have new rows after this step, and the bytes of a row."""
@@ -93,11 +217,20 @@ class Runner:
             del self.compact[request.cache]
 
 
+def _shared(failure: Exception, ids: Sequence[str]) -> Exception:
+    """What several requests read of a failure; the only one reads all of it."""
+    return failure if len(ids) == 1 else SharedError(failure)
+
+
 def _batches(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
-    """Chunks that go through the model together: neighbours, as long as padding at most doubles the work."""
+    """Chunks that go through the model together: neighbours in the full cache, as long as padding at most doubles the
+    work. Prompts of compressed caches are read one after the other."""
     batches: list[list[Chunk]] = []
     for chunk in chunks:
-        together = [*batches[-1], chunk] if batches and batches[-1][0].group == chunk.group else []
+        before = batches[-1][-1] if batches else None
+        exact = isinstance(chunk.group, CacheChoice) and chunk.group.exact
+        neighbours = exact and before is not None and before.group == chunk.group and before.slot + 1 == chunk.slot
+        together = [*batches[-1], chunk] if neighbours else []
         if together and _padded(together) <= 2 * sum(c.count for c in together):
             batches[-1].append(chunk)
         else:

@@ -231,7 +231,10 @@ def merge_inputs(
     key are zeros; a threshold is known for the last sequence."""
     B, K, S, C, V = sizes
     generator = torch.Generator().manual_seed(3)
-    kinds = torch.randint(0, 3, (B, 1 if rule.together else K, S), generator=generator).expand(B, K, S)
+    kinds = torch.randint(0, 3, (B, K, S), generator=generator)
+    if rule.together:  # as many evicted a kv head, not the same ones
+        turns = torch.rand(B, K, S, generator=generator).argsort(-1)
+        kinds = kinds[:, :1].expand(-1, K, -1).gather(-1, turns)
     keep = kinds == 0
     keys = rand(B, K, S, C, seed=1)
     kept, gone = keep[0, 0].nonzero()[:, 0], (kinds[0, 0] == 1).nonzero()[:, 0]
@@ -281,7 +284,7 @@ def step_inputs(
     B, K, P, C, V = sizes
     generator = torch.Generator().manual_seed(5)
     keys = rand(B, K, P, C, seed=1).to(dtype)
-    victims = torch.randint(0, P, (B, 1 if rule.together else K), generator=generator).expand(B, K).clone()
+    victims = torch.randint(0, P, (B, K), generator=generator)
     keys[0, :, victims[0, 0]] = 0
     victims[1] = -1
     norms = keys.double().norm(dim=-1) * (torch.rand(B, K, P, generator=generator) > 0.2)

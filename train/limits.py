@@ -34,7 +34,15 @@ AT_LEAST_ONE = [
     "optim.newton_schulz_steps",
     "lora.rank",
 ]
-POSITIVE = ["train.max_minutes", "optim.lr", "optim.muon_lr", "optim.eps", "log.peak_flops", "lora.alpha"]
+POSITIVE = [
+    "train.max_minutes",
+    "optim.lr",
+    "optim.muon_lr",
+    "optim.eps",
+    "log.peak_flops",
+    "lora.alpha",
+    "sample.top_p",
+]
 NOT_NEGATIVE = ["optim.weight_decay", "schedule.warmup_steps", "train.gradient_clipping", "sample.temperature"]
 FRACTIONS = [
     "schedule.decay_fraction",

@@ -1,5 +1,6 @@
 """Compressed caches at the seam between attention and model: whose state it is, and all layers' compression at once."""
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,23 @@ import torch
 from attnzoo.attention.base import Attention
 from attnzoo.kvcache import Compression, Layer, State
 from attnzoo.kvcache.compressed import CompressedState, reading
+
+
+def cached_state(
+    attention: Attention, batch: int, capacity: int, cache: Compression, *, device: Any, dtype: torch.dtype
+) -> State:
+    """A layer's empty state whose keys and values `cache` keeps. Raises ValueError where the variant cannot."""
+    name = type(attention).__name__
+    own = (
+        f"cache: {name} keeps a state of its own, not the keys and values of attnzoo.attention.parts, so that "
+        f"{cache.describe()} has nothing to compress; use cache=None"
+    )
+    if "cache" not in inspect.signature(attention.init_state).parameters:
+        raise ValueError(own)
+    state = attention.init_state(batch, capacity, device=device, dtype=dtype, cache=cache)
+    if not isinstance(getattr(state, "mixing", None), CompressedState) or not hasattr(attention, "mixing"):
+        raise ValueError(own)
+    return state
 
 
 def cached_layers(attentions: Sequence[Attention], states: Sequence[Any]) -> list[tuple[int, Layer]]:
@@ -23,7 +41,13 @@ def cached_layers(attentions: Sequence[Attention], states: Sequence[Any]) -> lis
 
 
 def compress_layers(attentions: Sequence[Attention], states: Sequence[Any], final: bool) -> tuple[State, ...]:
-    """The states after their policy's `compress`; those of exact caches as they are."""
+    """The states after their policy's `compress`; those of exact caches as they are. Raises ValueError for states that
+    have been compressed, or hold no token."""
+    for _, layer in cached_layers(attentions, states):
+        if not reading(layer.state):
+            raise ValueError("compress: this state has been compressed already; extend it, or start a new one")
+        if final and not bool((layer.lengths_B > 0).any()):
+            raise ValueError("compress: the state holds no token yet; extend it by the prompt first")
     return _each(attentions, states, lambda policy, layers: policy.compress(layers, final))
 
 
@@ -49,35 +73,41 @@ def _each(
 @dataclass(frozen=True)
 class ByteModel:
     """Bytes of one sequence's states under a cache policy. fixed: what no cache is; layers: how many layers have a
-    cache of (kv heads, head dimension, dtype)."""
+    cache of (query heads, kv heads, head dimension, dtype)."""
 
     policy: Compression
     fixed: int
-    layers: dict[tuple[int, int, torch.dtype], int]
+    layers: dict[tuple[int, int, int, torch.dtype], int]
 
     @classmethod
-    def of(cls, policy: Compression, states: Sequence[Any]) -> "ByteModel":
+    def of(cls, policy: Compression, attentions: Sequence[Attention], states: Sequence[Any]) -> "ByteModel":
         """`states`: one sequence's, as `init_state` makes them with this policy, on any device."""
-        fixed, layers = 0, Counter[tuple[int, int, torch.dtype]]()
-        for state in states:
+        fixed, layers = 0, Counter[tuple[int, int, int, torch.dtype]]()
+        for attention, state in zip(attentions, states, strict=True):
             fixed += state.nbytes()
             cached = getattr(state, "mixing", None)
             if isinstance(cached, CompressedState):
                 keys = cached.tail.keys_BKSH
                 fixed -= cached.nbytes()
-                layers[keys.shape[1], keys.shape[3], keys.dtype] += 1
+                mixing: Any = attention.mixing
+                layers[mixing.heads.num_heads, keys.shape[1], keys.shape[3], keys.dtype] += 1
         return cls(policy, fixed, dict(layers))
 
     def reading(self, room: int) -> int:
-        """While a prompt is read, with room for that many tokens."""
-        sizes = self.layers.items()
-        return self.fixed + sum(n * self.policy.nbytes(1, k, h, room, dtype) for (k, h, dtype), n in sizes)
+        """While a prompt is read, with room for that many tokens, which have come; the queries that are remembered
+        included."""
+        total = self.fixed
+        for (heads, kv_heads, head_dim, dtype), count in self.layers.items():
+            total += count * self.policy.nbytes(1, kv_heads, head_dim, room, dtype)
+            total += count * self.policy.observed_nbytes(1, heads, head_dim, room, dtype)
+        return total
 
     def compressed(self, prompt: int, tokens: int) -> int:
-        """Once the prompt is compressed and `tokens` more have come."""
+        """Once the prompt is compressed and settled, and `tokens` more have come."""
         total = self.fixed
-        for (kv_heads, head_dim, dtype), count in self.layers.items():
-            total += count * self.policy.compressed_nbytes(1, kv_heads, head_dim, prompt, dtype, tokens=tokens)
+        for (_, kv_heads, head_dim, dtype), count in self.layers.items():
+            sizes = (1, kv_heads, head_dim, prompt, dtype)
+            total += count * self.policy.compressed_nbytes(*sizes, tokens=tokens, settled=True)
         return total
 
 

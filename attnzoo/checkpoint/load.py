@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnzoo.checkpoint import gguf, huggingface, native
+from attnzoo.checkpoint import finite, gguf, huggingface, native
 from attnzoo.checkpoint.base import Checkpoint, check_shapes
 from attnzoo.checkpoint.native import CONFIG, FORMAT
 from attnzoo.files import read_object
@@ -42,11 +42,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return native.open_directory(path, content, config_path)
 
 
-def load_model(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> DecoderLM:
+def load_model(
+    path: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    check_finite: bool = True,
+) -> DecoderLM:
     """Reads a model in evaluation mode, one tensor at a time; `path` as in `open_checkpoint`.
 
     `dtype` None keeps the one most weights are stored in; quantised ones become float32. Raises ValueError that names
-    the file and the tensors that are missing, unexpected or of another shape.
+    the file and the tensors that are missing, unexpected or of another shape, or (unless `check_finite` is False) hold
+    NaN or infinity.
     """
     checkpoint = open_checkpoint(path)
     tied = checkpoint.config.tie_embeddings
@@ -66,7 +73,10 @@ def load_model(path: Path, *, device: torch.device | str = "cpu", dtype: torch.d
             target = weights[theirs[name]]
             if target.is_floating_point() != rows.is_floating_point():
                 raise ValueError(f"{checkpoint.path}: tensor {name} is {rows.dtype}, and the model's is {target.dtype}")
-            (target[first : first + len(rows)] if target.dim() else target).copy_(rows)
+            target = target[first : first + len(rows)] if target.dim() else target
+            target.copy_(rows)
+            if check_finite and target.is_floating_point():
+                finite.check_finite(checkpoint.path, name, first, rows, target)
     if tied:
         weights["head.weight"] = weights["embedding.weight"]
     model.load_state_dict(weights, assign=True)

@@ -11,8 +11,8 @@ width, and because they decide by what queries and softmax weights say.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,15 @@ class CacheView:
     values_BKSH: Tensor
     positions_BKS: Tensor
     alone: bool = False
+
+
+def check_chunk(keys_BKTH: Tensor) -> None:
+    """Raises ValueError for no sequences, or no tokens of them."""
+    if keys_BKTH.shape[0] == 0 or keys_BKTH.shape[2] == 0:
+        raise ValueError(
+            f"keys of shape {tuple(keys_BKTH.shape)} [batch, kv heads, tokens, head_dim]: a cache is extended by one "
+            "token at least, of one sequence at least"
+        )
 
 
 class CachePolicy(ABC):
@@ -77,6 +86,10 @@ class CachePolicy(ABC):
         """Bytes that `init` allocates, to the byte."""
 
 
+Need = Literal["terms", "tables"]
+"""A method of `Reader` that not every variant has."""
+
+
 class Reader(Protocol):
     """What attention lends to a compression: its scores. q_BNTH as they meet cached keys (rotated, nothing added)."""
 
@@ -85,6 +98,10 @@ class Reader(Protocol):
     @property
     def relative(self) -> bool:
         """Whether scores have terms besides content . key."""
+
+    @property
+    def says(self) -> frozenset[Need]:
+        """Which of `terms` and `tables` the variant has."""
 
     def attend(self, q_BNTH: Tensor, view: CacheView, positions_BT: Tensor) -> Tensor:
         """o_BNTH by the variant's own operation, the same that reads the full cache."""
@@ -116,10 +133,22 @@ class Compression(ABC):
     Config: ClassVar[type]
     config: Any
 
+    def describe(self) -> str:
+        """The policy's name and the options that are not defaults, for messages and files."""
+        usual = type(self.config)()
+        told = [(f.name, getattr(self.config, f.name)) for f in fields(self.config)]
+        options = ", ".join(f"{name}={value!r}" for name, value in told if value != getattr(usual, name))
+        return f"{CACHES.name_of(type(self))}({options})"
+
     @property
     @abstractmethod
     def prefill(self) -> str:
         """When prompts are compressed."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What of a `Reader` this policy, as configured, cannot do without, besides `attend`."""
+        return frozenset()
 
     @abstractmethod
     def init(
@@ -147,7 +176,12 @@ class Compression(ABC):
 
     @abstractmethod
     def compress(self, layers: Sequence[Layer], final: bool) -> list[State]:
-        """The layers' states, smaller; `final`: the prompt has ended (else only a chunk of it has)."""
+        """The layers' states, smaller; `final`: the prompt has ended (else only a chunk of it has). Their prompts are
+        still being read."""
+
+    def why_whole(self, prompt: int, context: int) -> str:
+        """Why nothing was left out of a prompt of this length, and of a sequence that has come to `context` tokens."""
+        return f"{self.describe()} keeps everything"
 
     def settle(self, layers: Sequence[Layer]) -> list[State]:
         """The layers' states, after `compress`, with the tensors that all sequences of this policy end up with, so that
@@ -168,12 +202,24 @@ class Compression(ABC):
     def nbytes(self, batch: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
         """Bytes that `init` allocates, to the byte."""
 
+    def observed_nbytes(self, batch: int, num_heads: int, head_dim: int, tokens: int, dtype: torch.dtype) -> int:
+        """Bytes that come to those of `init` while a prompt of this length is read, by query heads."""
+        return 0
+
     @abstractmethod
     def compressed_nbytes(
-        self, batch: int, num_kv_heads: int, head_dim: int, prompt: int, dtype: torch.dtype, *, tokens: int = 0
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        prompt: int,
+        dtype: torch.dtype,
+        *,
+        tokens: int = 0,
+        settled: bool = False,
     ) -> int:
         """Bytes a layer of state after `compress` of prompts of this length and `tokens` more tokens, to the byte, for
-        prompts of equal lengths and equal budgets of layers."""
+        prompts of equal lengths and equal budgets of layers. settled: after `settle` too."""
 
 
 CACHES: Registry[Any] = Registry("cache policy")

@@ -4,6 +4,8 @@ D2O (Wan et al., arXiv 2406.13035, eq. 3-4): a layer whose attention is spread e
 attention is dense: F_l = Var_j(sum_i A[i, j]), alpha_l = L * softmax(-F)_l, S_l = alpha_l * S.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,13 +32,14 @@ def variance(moments_BK3: Tensor) -> Tensor:
     return (squares / count - (total / count).square()).clamp(min=0)
 
 
-def layer_weights(variances_LBK: Tensor, per_head: bool) -> Tensor:
-    """alpha_LB, whose sum over L layers is L. Variances are scaled to 0..1 first, over the layers ("paper"), or in
-    every layer over its heads, whose mean is the layer's (`per_head`, as the authors' code does)."""
+def layer_weights(variances: Sequence[Tensor], per_head: bool) -> Tensor:
+    """alpha_LB, whose sum over L layers is L, from [B, K] of each layer, whose kv heads may be of other numbers.
+    Variances are scaled to 0..1 first, over the layers ("paper"), or in every layer over its heads, whose mean is the
+    layer's (`per_head`, as the authors' code does)."""
     if per_head:
-        spread_LB = _scaled(variances_LBK, -1).mean(-1)
+        spread_LB = torch.stack([_scaled(layer_BK, -1).mean(-1) for layer_BK in variances])
     else:
-        spread_LB = _scaled(variances_LBK.mean(-1), 0)
+        spread_LB = _scaled(torch.stack([layer_BK.mean(-1) for layer_BK in variances]), 0)
     return len(spread_LB) * (-spread_LB).softmax(0)
 
 

@@ -71,9 +71,9 @@ def best_channels(scores_BKH: Tensor, count: int) -> Tensor:
 
 
 def kept_channels(head_dim: int, ratio: float) -> int:
-    """H - floor((1 - ratio) H) of H channels."""
+    """H - floor((1 - ratio) H) of H channels, which is one at least."""
     # Rounded first: 1 - 0.4 is a little less than 0.6, and the floor of 5.999 would prune one channel less.
-    return head_dim - int(round((1.0 - ratio) * head_dim, 9))
+    return max(1, head_dim - int(round((1.0 - ratio) * head_dim, 9)))
 
 
 def take_channels(x_BKSH: Tensor, channels_BKC: Tensor) -> Tensor:

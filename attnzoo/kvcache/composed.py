@@ -20,7 +20,8 @@ from attnzoo.kvcache.base import CACHES, Reader
 from attnzoo.kvcache.channels import best_channels, channel_scores, greedy_scores, kept_channels, squares
 from attnzoo.kvcache.compressed import CompressedState
 from attnzoo.kvcache.d2o import D2OCache, D2OConfig
-from attnzoo.kvcache.eviction import QKV, stored_norms
+from attnzoo.kvcache.entries import stored_norms
+from attnzoo.kvcache.eviction import QKV
 from attnzoo.kvcache.options import check_least, check_ratio
 from attnzoo.kvcache.think import thin
 
@@ -87,9 +88,15 @@ class D2OThinKCache(D2OCache):
             queries_BNWH=state.tail.keys_BKSH.new_zeros(batch, 0, self.window, head_dim),
         )
 
+    def observed_nbytes(self, batch: int, num_heads: int, head_dim: int, tokens: int, dtype: torch.dtype) -> int:
+        if not self.thins:
+            return 0
+        return cc.observed_bytes(batch, num_heads, head_dim, min(tokens, self.window), dtype)
+
     def attend(
         self, state: CompressedState, reader: Reader, qkv: QKV, positions_BT: Tensor, counts_B: Tensor | None
     ) -> tuple[Tensor, CompressedState]:
+        cc.check_call(*qkv)
         if self.thins and state.ring is not None and state.ring.keys_BKRH.shape[2] == 0:
             seen = cc.last_queries(state.queries_BNWH, qkv[0], counts_B, self.window)
             state = replace(state, queries_BNWH=seen)

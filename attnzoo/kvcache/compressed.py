@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.kvcache.base import EMPTY, CacheView, Compression, Reader
+from attnzoo.kvcache.base import EMPTY, CacheView, Compression, Reader, check_chunk
 from attnzoo.kvcache.full import FullCache, FullCacheState
 from attnzoo.kvcache.state import STATIC, State, new_zeros
 from attnzoo.ops.masks import CausalMask
@@ -114,14 +114,22 @@ def empty_bytes(batch: int, num_kv_heads: int, head_dim: int, capacity: int, dty
     return batch * (2 * num_kv_heads * capacity * head_dim * dtype_bytes(dtype) + 16)
 
 
+def least_kept(config: Any) -> int:
+    """The fewest tokens that a policy with `TokenOptions` keeps of a prompt, where there are as many."""
+    if config.max_tokens is not None:
+        return int(config.least)
+    return int(max(config.least, PAGE if config.min_tokens is None else config.min_tokens))
+
+
 def reading(state: CompressedState) -> bool:
     """Whether the prompt has not ended."""
     return not bool((state.budgets_B > 0).any())
 
 
-def refuse_autograd(*tensors: Tensor) -> None:
-    """Raises ValueError where gradients would be silently wrong."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+def check_call(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> None:
+    """Raises ValueError where gradients would be silently wrong, and for a chunk without tokens."""
+    check_chunk(k_BKTH)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BNTH, k_BKTH, v_BKTH)):
         raise ValueError("a compressed cache has no gradients: extend under torch.no_grad(), or use cache=None")
 
 
@@ -131,8 +139,8 @@ def append(
     """The chunk in the tail, and a view of the tail at logical positions."""
     starts_B1 = state.starts_B[:, None]
     tail = state.tail
-    if state.prefix.slots:
-        # Pages, not doubling: a tail beside a compressed prefix should stay small.
+    if state.prefix.slots or not reading(state):
+        # Pages, not doubling: what comes after a prompt should take little.
         needed = int((positions_BT[:, 0] - state.starts_B).max()) + positions_BT.shape[1]
         tail = FullCacheState(paged(tail.keys_BKSH, needed), paged(tail.values_BKSH, needed))
     tail, view = FULL.append(tail, k_BKTH, v_BKTH, positions_BT - starts_B1, counts_B)
@@ -216,7 +224,7 @@ def attend(state: CompressedState, reader: Reader, q_BNTH: Tensor, view: CacheVi
     """o_BNTH over the prefix and a view of the tail."""
     if state.prefix.slots == 0:
         return reader.attend(q_BNTH, view, positions_BT)
-    if q_BNTH.shape[2] > 1 and whole(state):
+    if whole(state) and (q_BNTH.shape[2] > 1 or "terms" not in reader.says):
         return reader.attend(q_BNTH, joined(state, view), positions_BT)
     tail = Entries(keys_BKSC=view.keys_BKSH, values_BKSV=view.values_BKSH, positions_BKS=view.positions_BKS)
     prefix = prefix_entries(state, reader, held=all_held(state))
@@ -248,7 +256,7 @@ def read(
     Entries have positions where the reader's terms are relative.
     """
     batch, num_heads, tokens, _ = q_BNTH.shape
-    rows = max(1, BLOCK_BYTES // (batch * num_heads * (prefix.slots + tail.slots) * 4))
+    rows = max(1, BLOCK_BYTES // max(1, batch * num_heads * (prefix.slots + tail.slots) * 4))
     keys_BKS = None
     if reader.relative:
         assert prefix.positions_BKS is not None
@@ -285,13 +293,55 @@ def _beside(first_BKS: Tensor, second_BKS: Tensor) -> Tensor:
     return torch.cat([first_BKS.expand(-1, heads, -1), second_BKS.expand(-1, heads, -1)], dim=2)
 
 
-def last_queries(before_BNWH: Tensor | None, q_BNTH: Tensor, counts_B: Tensor | None, width: int) -> Tensor:
-    """The last `width` real queries of [before ; q], the newest last; zeros where there were fewer."""
+def last_queries(before_BNWH: Tensor | None, q_BNTH: Tensor, counts_B: Tensor | None, most: int) -> Tensor:
+    """The last real queries of [before ; q], the newest last: `most` of them, or as many as the longest sequence has;
+    zeros before them where another has fewer."""
     batch, heads, tokens, head_dim = q_BNTH.shape
     if before_BNWH is None or before_BNWH.shape[1] == 0:
-        before_BNWH = q_BNTH.new_zeros(batch, heads, width, head_dim)
-    rows = torch.cat([before_BNWH, q_BNTH], dim=2)
+        before_BNWH = q_BNTH.new_zeros(batch, heads, 0, head_dim)
+    width = min(most, before_BNWH.shape[2] + tokens)
+    rows = torch.cat([led(before_BNWH, width), q_BNTH], dim=2)
     if counts_B is None:
         return rows[:, :, tokens:].clone()
     index_BW = counts_B[:, None] + torch.arange(width, device=q_BNTH.device)
     return rows.gather(2, index_BW[:, None, :, None].expand(-1, heads, -1, head_dim))
+
+
+def led(queries_BNWH: Tensor, width: int) -> Tensor:
+    """As many as `width` queries, zeros before those there are."""
+    return F.pad(queries_BNWH, (0, 0, width - queries_BNWH.shape[2], 0))
+
+
+def observed_bytes(batch: int, num_heads: int, head_dim: int, queries: int, dtype: torch.dtype) -> int:
+    """Bytes of the last queries."""
+    return batch * num_heads * head_dim * queries * dtype_bytes(dtype)
+
+
+@dataclass(frozen=True)
+class Occupied:
+    """What one sequence has in a layer's state. tokens: whose keys and values are there, of the kv head that has most;
+    nbytes: what they fill, with all that is stored beside them; thinned: whether some have lost channels."""
+
+    tokens: int
+    nbytes: int
+    thinned: bool
+
+
+def occupied(state: CompressedState, row: int, length: int) -> Occupied:
+    """Of the sequence in `row`, which has seen `length` tokens; slots that hold nothing of it are not counted."""
+    prefix, tail = state.prefix, length - int(state.starts_B[row])
+    entries = int(state.starts_B[row])
+    if prefix.places_BKP is not None:
+        entries = int((prefix.places_BKP[row] > 0).sum(-1).max()) if prefix.slots else 0
+    ring = 0 if state.ring is None else state.ring.keys_BKRH.shape[2]
+    if ring:  # all but its next slot hold the newest tokens; there is no tail
+        tail = 0
+    total = 0
+    for name, x in state.rows(slice(row, row + 1)).tensors().items():
+        growing = name.startswith("tail.") or name == "mass_BKS"
+        if name.startswith("prefix.") and "channels" not in name:
+            total += x.nbytes * entries // max(1, prefix.slots)
+        else:
+            total += x.nbytes * tail // max(1, x.shape[2]) if growing else x.nbytes
+    thinned = entries > 0 and not (_stored(prefix.channels_BKC) is None and _stored(prefix.value_channels_BKV) is None)
+    return Occupied(entries + (min(length, ring - 1) if ring else tail), total, thinned)

@@ -8,10 +8,18 @@ is merged into the kept token of the most similar key, if it is similar enough (
 
 Differs from the paper: column sums grow with the prompt, so exp(-F) would leave all to one layer; variances are scaled
 to 0..1 over the layers first. A budget that a layer cannot use goes to the others. One kept set a kv head
-(per="layer": one a layer). While decoding, who leaves is decided before the step's own attention is added.
-flavor="official", the authors' code: variances scaled over the heads of a layer, the first two layers and the last
-keep all, as many recent as heavy tokens, beta 0.5 on the mean similarity, and merging by u_i and 1/(1+n). The
-threshold is of one sequence, theirs survives into the next.
+(per="layer": one a layer). While decoding, who leaves is decided before the step's own attention is added, and the
+newest token is nobody's nearest: what leaves is merged among the older ones, before the newest takes its slot.
+
+flavor="official", after the authors' code: variances scaled over the heads of a layer, the first two layers and the
+last keep all, as many recent as heavy tokens, beta 0.5 on the mean similarity, and merging by u_i and 1/(1+n). Every kv
+head has a kept set of its own; whether the n-th evicted token of each head is merged is decided once, by the mean of
+their similarities over the heads, and each goes to the nearest of its own head.
+
+Differs from the authors' code: the kept set, scores and that mean are of kv heads, theirs of query heads. The threshold
+is of one sequence, theirs survives into the next. The newest token cannot be merged into, theirs can. A budget is
+keep_ratio of the prompt, rounded up, of which recent tokens are rounded down; theirs rounds the parts apart, so that it
+can be one token less. Prompts are compressed at their end, theirs before the first step of decoding.
 """
 
 from collections.abc import Sequence
@@ -21,21 +29,23 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from attnzoo.kvcache import compressed as cc
 from attnzoo.kvcache.base import CACHES, Layer
 from attnzoo.kvcache.budgets import allocate, layer_weights, moments, variance
-from attnzoo.kvcache.eviction import EvictingCache, all_entries
+from attnzoo.kvcache.entries import all_entries
+from attnzoo.kvcache.eviction import EvictingCache
 from attnzoo.kvcache.options import TokenOptions, check_ratio
 from attnzoo.ops.evict_merge import MergeRule
 
 
 @dataclass(frozen=True, kw_only=True)
 class D2OConfig(TokenOptions):
-    """flavor: what "paper" and "official" differ in is in the head of this file; per and beta default to the flavor's.
+    """flavor: what "paper" and "official" differ in is in the head of this file; beta defaults to the flavor's.
 
-    budget: "layer" by the attention of each layer, or "uniform". per: one kept set a "kv_head" or a "layer". beta:
-    weight of the newest similarity in the threshold. heavy_ratio: of the kept tokens that are not sinks, the part
-    chosen by attention. merge: whether evicted tokens are merged. votes: merged entries weigh as the tokens they stand
-    for (log p in the logits, after KeepKV, arXiv 2504.09936).
+    budget: "layer" by the attention of each layer, or "uniform". per: one kept set a "kv_head" (None too), or a
+    "layer". beta: weight of the newest similarity in the threshold. heavy_ratio: of the kept tokens that are not sinks,
+    the part chosen by attention. merge: whether evicted tokens are merged. votes: merged entries weigh as the tokens
+    they stand for (log p in the logits, after KeepKV, arXiv 2504.09936).
     """
 
     flavor: Literal["paper", "official"] = "paper"
@@ -69,14 +79,14 @@ class D2OCache(EvictingCache):
     def __init__(self, config: D2OConfig) -> None:
         super().__init__(config)
         official = config.flavor == "official"
-        self.shared = (config.per or ("layer" if official else "kv_head")) == "layer"
+        self.shared = config.per == "layer"
         heavy = config.heavy_ratio or (0.5 if official else 0.75)
         self.recent_share = 1.0 - heavy
         self.votes = config.votes
         self.rule = MergeRule(
             kind="drop" if not config.merge else config.flavor,
             beta=config.beta or (0.5 if official else 0.7),
-            together=official and self.shared,
+            together=official,
         )
 
     def priorities(self, taken_BKS: Tensor, mass_BKS: Tensor | None, kv_heads: int) -> Tensor:
@@ -96,8 +106,8 @@ class D2OCache(EvictingCache):
         if self.config.budget == "uniform":
             shares = asked_B.expand(len(some), -1)
         else:
-            weights_LB = layer_weights(torch.stack([_spread(layers[i]) for i in some]), per_head=official)
-            low_B = torch.full_like(asked_B, self.config.least)
+            weights_LB = layer_weights([_spread(layers[i]) for i in some], per_head=official)
+            low_B = torch.full_like(asked_B, cc.least_kept(self.config))
             shares = allocate(weights_LB, len(some) * asked_B, low_B, high_B)
         for i, budget_B in zip(some, shares, strict=True):
             budgets[i] = budget_B

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CacheView, Compression, Layer, Reader
+from attnzoo.kvcache.base import CacheView, Compression, Layer, Need, Reader
 from attnzoo.kvcache.budgets import asked_tokens, moments
-from attnzoo.kvcache.compressed import CompressedState, Prefix, Ring
-from attnzoo.kvcache.full import FullCacheState
+from attnzoo.kvcache.compressed import CompressedState, Ring
+from attnzoo.kvcache.entries import all_entries, packed
 from attnzoo.kvcache.ring_start import ringed
 from attnzoo.kvcache.ring_step import moment, step, with_room
 from attnzoo.kvcache.state import new_zeros
-from attnzoo.ops.evict_merge import Merged, MergeRule, evict_merge
+from attnzoo.ops.evict_merge import MergeRule, evict_merge
 from attnzoo.ops.key_mass import key_mass
 from attnzoo.ops.masks import CausalMask
 from attnzoo.types import accumulation_dtype, dtype_bytes
@@ -131,10 +131,19 @@ class EvictingCache(Compression):
         return 0
 
     def compressed_nbytes(
-        self, batch: int, num_kv_heads: int, head_dim: int, prompt: int, dtype: torch.dtype, *, tokens: int = 0
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        prompt: int,
+        dtype: torch.dtype,
+        *,
+        tokens: int = 0,
+        settled: bool = False,
     ) -> int:
         budget = prompt if self.config.lossless else self.budget(prompt)
-        if self.config.lossless or (prompt + tokens <= budget and not self.thins):
+        started = self.thins or settled
+        if self.config.lossless or (prompt + tokens <= budget and not started):
             # Nothing was evicted: the full cache, if it was opened for as many tokens.
             return self.nbytes(batch, num_kv_heads, head_dim, prompt + tokens, dtype)
         width, exact = dtype_bytes(dtype), dtype_bytes(accumulation_dtype(dtype))
@@ -142,7 +151,7 @@ class EvictingCache(Compression):
         entry = width * (self.key_width(head_dim) + self.value_width(head_dim)) + 4 + extra
         entry += width if self.rule.kind != "drop" else 0
         ring = (self.window + 1) * (2 * head_dim * width + extra)
-        slots = max(1, min(budget, prompt if self.thins else budget) - self.window)
+        slots = max(1, min(budget, prompt if started else budget) - self.window)
         while slots < min(budget, prompt + tokens) - self.window:
             slots = min(budget - self.window, cc.pages(slots + 1))
         per_head = slots * entry + ring + self.index_bytes(head_dim)
@@ -152,8 +161,26 @@ class EvictingCache(Compression):
         """Tokens kept of a prompt of this length, where layers have equal budgets."""
         return int(self._asked(torch.tensor([prompt]))[0])
 
+    def why_whole(self, prompt: int, context: int) -> str:
+        if self.config.lossless:
+            return super().why_whole(prompt, context)
+        return (
+            f"{self.describe()} keeps at least {self.budget(prompt)} tokens after a prompt of {prompt}, and there are "
+            f"{context}"
+        )
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        if self.config.lossless:
+            return frozenset()
+        # Who leaves asks for mass; what is merged, thinned or counted in votes is read by terms.
+        plain = self.rule.kind == "drop" and not self.votes and not self.thins and not self.accumulates
+        tables: frozenset[Need] = frozenset({"tables"} if self.accumulates else ())
+        return tables if plain else tables | {"terms"}
+
     def _asked(self, lengths_B: Tensor) -> Tensor:
-        return asked_tokens(lengths_B, self.config.ratio, self.config.max_tokens, self.config.least)
+        config = self.config
+        return asked_tokens(lengths_B, config.ratio, config.max_tokens, cc.least_kept(config))
 
     def recents(self, budgets_B: Tensor) -> Tensor:
         """How many of the newest tokens may not leave."""
@@ -163,7 +190,7 @@ class EvictingCache(Compression):
     def attend(
         self, state: CompressedState, reader: Reader, qkv: QKV, positions_BT: Tensor, counts_B: Tensor | None
     ) -> tuple[Tensor, CompressedState]:
-        cc.refuse_autograd(*qkv)
+        cc.check_call(*qkv)
         if not self.config.lossless and self._full(state, positions_BT):
             state = self._bounded(Layer(state, reader, positions_BT[:, 0]), state.budgets_B)
         if state.ring is not None and state.ring.keys_BKRH.shape[2]:
@@ -239,11 +266,9 @@ class EvictingCache(Compression):
         return with_room(self, state, at_B)
 
     def compress(self, layers: Sequence[Layer], final: bool) -> list[Any]:
-        if self.config.lossless:
-            return [layer.state for layer in layers]
-        if any(layer.state.ring.keys_BKRH.shape[2] for layer in layers):
-            raise ValueError("compress: this state has been compressed already; extend it, or start a new one")
         lengths_B = layers[0].lengths_B
+        if self.config.lossless:
+            return [replace(layer.state, budgets_B=lengths_B.clone()) if final else layer.state for layer in layers]
         budgets = self.layer_budgets(layers, self._asked(lengths_B))
         states = []
         for layer, budgets_B in zip(layers, budgets, strict=True):
@@ -299,7 +324,7 @@ class EvictingCache(Compression):
         if counted is not None and mass is not None:
             counted = counted + moments(mass, evict)
         return replace(
-            _packed(state, merged, places, mass, lengths_B),
+            packed(state, merged, places, mass, lengths_B),
             moments_BK3=counted,
             thresholds_BK=None if before is None else torch.nan_to_num(merged.threshold_BK + 2, nan=0.0),
         )
@@ -320,60 +345,3 @@ class EvictingCache(Compression):
         # In the dtype of the places: a comparison of two dtypes would copy them.
         first_recent_B = (lengths_B - self.recents(budgets_B)).to(taken_BKS.dtype)
         return (taken_BKS <= self.config.sinks) | (taken_BKS > first_recent_B[:, None, None])
-
-
-def all_entries(state: CompressedState, lengths_B: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Any, Any]]:
-    """positions_BKS (K axis 1 before the first eviction), and (keys, values, mass, votes) of prefix and tail."""
-    used = int((lengths_B - state.starts_B).max())
-    slots_S = torch.arange(used, device=lengths_B.device)
-    at_BS = state.starts_B[:, None] + slots_S
-    places = torch.where(at_BS < lengths_B[:, None], at_BS, -1)[:, None]
-    keys, values = state.tail.keys_BKSH[:, :, :used], state.tail.values_BKSH[:, :, :used]
-    mass = None if state.mass_BKS is None else state.mass_BKS[:, :, :used]
-    votes = (
-        None if state.prefix.votes_BKP is None else keys.new_ones(keys.shape[:3], dtype=state.prefix.votes_BKP.dtype)
-    )
-    if state.prefix.slots == 0:
-        return places, (keys, values, mass, votes)
-    prefix = state.prefix
-    view = cc.joined(state, CacheView(keys, values, places))
-    mass = None if mass is None or prefix.mass_BKP is None else torch.cat([prefix.mass_BKP, mass], dim=2)
-    votes = None if votes is None or prefix.votes_BKP is None else torch.cat([prefix.votes_BKP, votes], dim=2)
-    return view.positions_BKS, (view.keys_BKSH, view.values_BKSH, mass, votes)
-
-
-def _packed(
-    state: CompressedState, merged: Merged, places_BKS: Tensor, mass_BKS: Tensor | None, lengths_B: Tensor
-) -> CompressedState:
-    """The state with the merged entries as its prefix and an empty tail."""
-    index, empty = merged.source_BKM.clamp(min=0), merged.source_BKM < 0
-
-    def picked(x_BKS: Tensor) -> Tensor:
-        return x_BKS.expand(*empty.shape[:2], -1).gather(-1, index).masked_fill(empty, 0)
-
-    old = state.prefix
-    prefix = Prefix(
-        keys_BKPC=merged.keys_BKMC,
-        values_BKPV=merged.values_BKMV,
-        channels_BKC=old.channels_BKC,
-        value_channels_BKV=old.value_channels_BKV,
-        places_BKP=picked(places_BKS + 1).to(torch.int32),
-        mass_BKP=None if mass_BKS is None else picked(mass_BKS),
-        norms_BKP=None if old.norms_BKP is None else stored_norms(merged.keys_BKMC, empty),
-        votes_BKP=merged.votes_BKM,
-    )
-    nothing = state.tail.keys_BKSH[:, :, :0]
-    return replace(
-        state,
-        prefix=prefix,
-        # New memory: a view of no slots would keep the whole buffer alive.
-        tail=FullCacheState(nothing.clone(), nothing.clone()),
-        starts_B=lengths_B.clone(),
-        mass_BKS=None if state.mass_BKS is None else state.mass_BKS[:, :, :0].clone(),
-    )
-
-
-def stored_norms(keys_BKPC: Tensor, empty_BKP: Tensor) -> Tensor:
-    """Norms of keys, 0 for empty slots, in the keys' dtype."""
-    exact = keys_BKPC.to(accumulation_dtype(keys_BKPC.dtype))
-    return exact.norm(dim=-1).masked_fill(empty_BKP, 0.0).to(keys_BKPC.dtype)

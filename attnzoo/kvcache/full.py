@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.kvcache.base import EMPTY, CachePolicy, CacheView
+from attnzoo.kvcache.base import EMPTY, CachePolicy, CacheView, check_chunk
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.recent import recent
 from attnzoo.types import dtype_bytes
@@ -52,6 +52,7 @@ class FullCache(CachePolicy):
         positions_BT: Tensor,
         counts_B: Tensor | None,
     ) -> tuple[FullCacheState, CacheView]:
+        check_chunk(keys_BKTH)
         # Lengths are values, which the compiler does not know: what it is given has been cut to what is used.
         compiling = torch.compiler.is_compiling()
         slots = _slots(positions_BT, counts_B, state.keys_BKSH.shape[2] if compiling else None)

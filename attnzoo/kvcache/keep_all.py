@@ -62,6 +62,14 @@ class KeepAll(Compression):
         return FullCache().nbytes(batch, num_kv_heads, head_dim, capacity, dtype)
 
     def compressed_nbytes(
-        self, batch: int, num_kv_heads: int, head_dim: int, prompt: int, dtype: torch.dtype, *, tokens: int = 0
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        prompt: int,
+        dtype: torch.dtype,
+        *,
+        tokens: int = 0,
+        settled: bool = False,
     ) -> int:
         return self.nbytes(batch, num_kv_heads, head_dim, prompt + tokens, dtype)

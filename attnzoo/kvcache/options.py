@@ -1,7 +1,7 @@
 """Options that several policies share, and their ranges."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
 
 Prefill = Literal["oneshot", "stream"]
 
@@ -9,11 +9,14 @@ Prefill = Literal["oneshot", "stream"]
 @dataclass(frozen=True, kw_only=True)
 class TokenOptions:
     """How many tokens stay. keep_ratio: the part of the prompt that is kept, in (0, 1]; 1 keeps all, generated tokens
-    too. max_tokens: as many tokens whatever the prompt; set one of both (neither: keep_ratio 0.2). sinks: first tokens
-    that always stay. prefill: "oneshot", or "stream" to compress after every chunk of the prompt."""
+    too. max_tokens: as many tokens whatever the prompt; set one of both (neither: keep_ratio 0.2). min_tokens: what
+    keep_ratio leaves of however short a prompt, generated tokens included; None: a page (`compressed.PAGE`), which the
+    shortest sequence takes anyway. sinks: first tokens that always stay. prefill: "oneshot", or "stream" to compress
+    after every chunk of the prompt."""
 
     keep_ratio: float | None = None
     max_tokens: int | None = None
+    min_tokens: int | None = None
     sinks: int = 4
     prefill: Prefill = "oneshot"
 
@@ -27,6 +30,13 @@ class TokenOptions:
         check_least("sinks", self.sinks, 0)
         if self.max_tokens is not None:
             check_least("max_tokens", self.max_tokens, self.least)
+        if self.min_tokens is not None:
+            check_least("min_tokens", self.min_tokens, 0)
+        if self.min_tokens is not None and self.max_tokens is not None:
+            raise ValueError(
+                f"min_tokens={self.min_tokens} is the least that keep_ratio leaves, and max_tokens={self.max_tokens} "
+                "keeps as many whatever the prompt: leave one of them out"
+            )
 
     @property
     def least(self) -> int:
@@ -69,3 +79,32 @@ def check_least(name: str, value: int, least: int) -> None:
     """Raises ValueError below `least`."""
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed of more than 64 bits."""
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed} must fit into 64 bits")
+
+
+NOT_LENGTHS = {"seed"}
+"""Whole numbers among the options that count no tokens."""
+
+
+def check_lengths(config: Any, positions: int) -> None:
+    """Raises ValueError for an option that counts more tokens than a model can read, `positions`; a default never is.
+
+    Every option that is a whole number counts tokens, unless `NOT_LENGTHS` has its name.
+    """
+    hints = get_type_hints(type(config))
+    for field in fields(config):
+        value = getattr(config, field.name)
+        kinds = get_args(hints[field.name]) or (hints[field.name],)
+        if int not in kinds or field.name in NOT_LENGTHS or value is None:
+            continue
+        usual = 0 if field.default in (MISSING, None) else field.default
+        if value > max(positions, usual):
+            raise ValueError(
+                f"cache.{field.name}={value} is more than the {positions} tokens that this model can read: give at "
+                f"most {positions}"
+            )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnzoo.kvcache.base import CACHES
 from attnzoo.kvcache.channels import hashed_heads
-from attnzoo.kvcache.options import ChannelOptions, Prefill
+from attnzoo.kvcache.options import ChannelOptions, Prefill, check_least, check_seed
 from attnzoo.kvcache.think import ThinKCache
 
 
@@ -20,6 +20,12 @@ class RandomChannelsConfig(ChannelOptions):
     seed: int = 0
     prefill: Prefill = "oneshot"
     retail: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed(self.seed)
+        if self.retail is not None:
+            check_least("retail", self.retail, 1)
 
 
 @CACHES.register("random_channels")

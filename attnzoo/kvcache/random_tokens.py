@@ -13,7 +13,7 @@ from torch import Tensor
 from attnzoo.kvcache.base import CACHES
 from attnzoo.kvcache.channels import hashed
 from attnzoo.kvcache.eviction import EvictingCache
-from attnzoo.kvcache.options import TokenOptions
+from attnzoo.kvcache.options import TokenOptions, check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,10 @@ class RandomTokensConfig(TokenOptions):
     """`seed`: of the lots."""
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed(self.seed)
 
 
 @CACHES.register("random_tokens")

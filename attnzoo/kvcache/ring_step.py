@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import Reader
+from attnzoo.kvcache.base import CacheView, Reader
 from attnzoo.kvcache.channels import take_channels
 from attnzoo.kvcache.compressed import CompressedState, Prefix, Ring
 from attnzoo.ops.evict_merge import Arrival, Slots, evict_merge_step
@@ -95,6 +95,10 @@ def step(policy: Any, state: CompressedState, reader: Reader, qkv: QKV, now: Mom
     ring = state.ring
     assert ring is not None
     _enter(ring, qkv[1], qkv[2], now)
+    if reader.relative and "terms" not in reader.says:
+        # The variant's own operation, which reads keys that are whole.
+        out_BN1H = _read_whole(state, reader, qkv[0], now)
+        return out_BN1H, _replaced(policy, state, reader, (now, turn), Decoded(out_BNTH=out_BN1H))
     probe = None
     if policy.rule.kind != "drop":
         probe = turn.victims.take(state.prefix.keys_BKPC)
@@ -110,6 +114,15 @@ def step(policy: Any, state: CompressedState, reader: Reader, qkv: QKV, now: Mom
     if decoded.mass_BKS is not None:
         _accumulate(state.prefix, ring, decoded.mass_BKS, now.active_B)
     return decoded.out_BNTH, _replaced(policy, state, reader, (now, turn), decoded)
+
+
+def _read_whole(state: CompressedState, reader: Reader, q_BN1H: Tensor, now: Moment) -> Tensor:
+    """o_BN1H over prefix and ring, of a policy that needs nothing else of the variant."""
+    assert state.ring is not None
+    entries = _ring_entries(state.ring, now, seen=False)
+    assert entries.positions_BKS is not None
+    ring = CacheView(entries.keys_BKSC, entries.values_BKSV, entries.positions_BKS)
+    return reader.attend(q_BN1H, cc.joined(state, ring), now.at_B[:, None])
 
 
 def _turn(policy: Any, state: CompressedState, now: Moment) -> _Turn:

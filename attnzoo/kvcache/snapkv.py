@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CACHES, CacheView, Layer
+from attnzoo.kvcache.base import CACHES, CacheView, Layer, Need
 from attnzoo.kvcache.budgets import asked_tokens
 from attnzoo.kvcache.compressed import CompressedState, Prefix
 from attnzoo.kvcache.options import TokenOptions, check_least
@@ -60,7 +60,17 @@ class SnapKVCache(TailedCache):
     def budgets(self, lengths_B: Tensor) -> Tensor:
         if self.lossless:
             return lengths_B.clone()
-        return asked_tokens(lengths_B, self.config.ratio, self.config.max_tokens, self.config.least)
+        return asked_tokens(lengths_B, self.config.ratio, self.config.max_tokens, cc.least_kept(self.config))
+
+    def why_whole(self, prompt: int, context: int) -> str:
+        if self.lossless:
+            return super().why_whole(prompt, context)
+        kept = int(self.budgets(torch.tensor([prompt]))[0])
+        return f"{self.describe()} keeps {kept} tokens of a prompt of {prompt}, and what is generated"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset() if self.lossless else frozenset({"tables"})
 
     def init(
         self,
@@ -119,18 +129,28 @@ class SnapKVCache(TailedCache):
 
     def _seen(self, layer: Layer, view: CacheView) -> Tensor:
         """mass_BKS of the observed queries; those before the sequence began see nothing."""
-        steps = torch.arange(self.config.window, device=layer.lengths_B.device) - self.config.window
+        steps = torch.arange(-layer.state.queries_BNWH.shape[2], 0, device=layer.lengths_B.device)
         at_BW = layer.lengths_B[:, None] + steps
         mask = CausalMask(query_positions_BT=at_BW, key_positions_BKS=view.positions_BKS)
         tables = layer.reader.tables(mask, len(steps))
         return key_mass(layer.state.queries_BNWH, view.keys_BKSH, mask=mask, tables=tables, impl=layer.reader.impl)
 
     def compressed_nbytes(
-        self, batch: int, num_kv_heads: int, head_dim: int, prompt: int, dtype: torch.dtype, *, tokens: int = 0
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        prompt: int,
+        dtype: torch.dtype,
+        *,
+        tokens: int = 0,
+        settled: bool = False,
     ) -> int:
         budget = int(self.budgets(torch.tensor([prompt]))[0])
         if self.lossless or prompt <= budget:
-            return self.nbytes(batch, num_kv_heads, head_dim, prompt + tokens, dtype)
+            # Nothing is left out of the prompt; what comes after it takes whole pages.
+            slots = prompt if tokens == 0 else cc.pages(prompt + tokens)
+            return self.nbytes(batch, num_kv_heads, head_dim, slots, dtype)
         whole = 2 * head_dim * dtype_bytes(dtype)
         slots = cc.pages(self.config.window + tokens)
         prefix = budget - self.config.window

@@ -9,6 +9,8 @@ States are consumed: `extend` may write into the buffers of the state it is give
 `clone()` first to continue one state in two ways.
 """
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +22,8 @@ S = TypeVar("S", bound="State")
 
 
 STATIC = {"static": True}
-"""Metadata of a dataclass field that is no part of the tree: states made from this one share its value."""
+"""Metadata of a dataclass field that is no part of the tree: states made from this one share its value. What it is in a
+file, where it has one, is what its method `describe` says."""
 
 
 class State:
@@ -87,15 +90,11 @@ class State:
         Where one has fewer slots it gets empty ones, which are zeros in every variant's state. Raises ValueError where
         the two have not the same tensors or dtypes.
         """
+        self.check_joins(other)
         theirs = other.tensors()
-        if theirs.keys() != self.tensors().keys():
-            odd = sorted(theirs.keys() ^ self.tensors().keys())
-            raise ValueError(f"states of different kinds cannot be joined; tensors that only one has: {odd}")
 
         def join(name: str, mine: Tensor) -> Tensor:
             added = theirs.pop(name)
-            if mine.dtype != added.dtype or mine.dim() != added.dim():
-                raise ValueError(f"state {name!r}: {mine.dtype} of rank {mine.dim()} cannot take {added.dtype}")
             sizes = [max(pair) for pair in zip(mine.shape[1:], added.shape[1:], strict=True)]
             out = mine.new_zeros(len(mine) + len(added), *sizes)
             for rows, x in ((slice(0, len(mine)), mine), (slice(len(mine), None), added)):
@@ -103,6 +102,16 @@ class State:
             return out
 
         return _consume(self, "", join)
+
+    def check_joins(self, other: "State") -> None:
+        """Raises ValueError where `joined` could not; nothing is consumed."""
+        mine, theirs = self.tensors(), other.tensors()
+        if theirs.keys() != mine.keys():
+            odd = sorted(theirs.keys() ^ mine.keys())
+            raise ValueError(f"states of different kinds cannot be joined; tensors that only one has: {odd}")
+        for name, x in mine.items():
+            if x.dtype != theirs[name].dtype or x.dim() != theirs[name].dim():
+                raise ValueError(f"state {name!r}: {x.dtype} of rank {x.dim()} cannot take {theirs[name].dtype}")
 
     def keep_rows(self: S, order: Sequence[int]) -> S:
         """The sequences at these indices, in this order, in new memory. This state is consumed, tensor by tensor."""
@@ -182,22 +191,45 @@ def _consume(node: Any, name: str, fn: Callable[[str, Tensor], Tensor]) -> Any:
     return None
 
 
+def _origins(node: Any) -> dict[str, str]:
+    """What the static fields of a tree say of themselves, by name; that of all layers is the same, and said once."""
+    found: dict[str, str] = {}
+    if isinstance(node, tuple):
+        for item in node:
+            found |= _origins(item)
+    elif isinstance(node, State):
+        for key, static in _fields(type(node)):
+            value = getattr(node, key)
+            if not static:
+                found |= _origins(value)
+            elif value is not None:
+                found[key] = value.describe()
+    return found
+
+
+ORIGIN = "attnzoo.state"
+"""Key of a file's metadata: JSON of `_origins`."""
+
+
 def save_state(state: State, path: Path) -> None:
-    """Writes all tensors of a state to one safetensors file."""
+    """Writes all tensors of a state to one safetensors file, and which model and cache policy it is of."""
     from safetensors.torch import save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in state.tensors().items()}, str(path))
+    tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()}
+    save_file(tensors, str(path), metadata={ORIGIN: json.dumps(_origins(state))})
 
 
 def load_state(template: S, path: Path) -> S:
     """Reads a state written by `save_state`; `template` (from `init_state`) gives structure, device and dtype.
 
-    The capacity may differ from the template's: the file's is kept. Raises ValueError when a tensor is
-    missing, unexpected, or of another dtype or rank than the template's.
+    The capacity and the number of sequences may differ from the template's: the file's are kept. Raises ValueError for
+    a file that is no state, one of another model or cache policy, and when a tensor is missing, unexpected, or of
+    another dtype, rank or size than the template's.
     """
-    from safetensors.torch import load_file
-
-    loaded = load_file(str(path))
+    loaded, origins = _read(path)
+    for name, mine in _origins(template).items():
+        if origins.get(name) != mine:
+            raise ValueError(f"{path}: a state of another {name}: {_difference(origins.get(name), mine)}")
     expected = template.tensors()
     if loaded.keys() != expected.keys():
         odd = sorted(loaded.keys() ^ expected.keys())
@@ -210,9 +242,46 @@ def load_state(template: S, path: Path) -> S:
                 f"{path}: {name} is {tensor.dtype} of rank {tensor.dim()}, "
                 f"the model needs {like.dtype} of rank {like.dim()}"
             )
+        for axis, letter in enumerate(_axes(name)):
+            if letter in FIXED_AXES and like.shape[axis] and tensor.shape[axis] != like.shape[axis]:
+                raise ValueError(
+                    f"{path}: {name} has shape {tuple(tensor.shape)}, and axis {letter} is {like.shape[axis]} in this "
+                    "model; load it into the model that it was saved from"
+                )
         return tensor.to(like.device)
 
     return template.map(pick)
+
+
+FIXED_AXES = "KHD"
+"""Axes of a state's tensors, by the letters in their names, whose sizes are the model's."""
+
+
+def _axes(name: str) -> str:
+    """The letters of a tensor's axes, in order; none where its name does not say them."""
+    letters = re.search(r"_(B[A-Z0-9]*)$", name)
+    return letters[1] if letters else ""
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, origins) of a file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            origins = json.loads((file.metadata() or {}).get(ORIGIN, "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, origins  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: not a state written by save_state ({error})") from None
+
+
+def _difference(theirs: str | None, mine: str) -> str:
+    """Where two descriptions differ, in a few words."""
+    if theirs is None:
+        return f"the file does not say which, and this one is {mine}"
+    start = next((i for i, (a, b) in enumerate(zip(theirs, mine, strict=False)) if a != b), min(len(theirs), len(mine)))
+    start = max(0, start - 40)
+    return f"the file's is {theirs[start : start + 80]!r} where this one is {mine[start : start + 80]!r}"
 
 
 def new_zeros(*shape: int, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:

@@ -60,6 +60,11 @@ class TailedCache(Compression):
     def nbytes(self, batch: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
         return cc.empty_bytes(batch, num_kv_heads, head_dim, capacity, dtype)
 
+    def observed_nbytes(self, batch: int, num_heads: int, head_dim: int, tokens: int, dtype: torch.dtype) -> int:
+        if not self.observes or self.lossless:
+            return 0
+        return cc.observed_bytes(batch, num_heads, head_dim, min(tokens, self.config.window), dtype)
+
     def attend(
         self,
         state: CompressedState,
@@ -68,7 +73,7 @@ class TailedCache(Compression):
         positions_BT: Tensor,
         counts_B: Tensor | None,
     ) -> tuple[Tensor, CompressedState]:
-        cc.refuse_autograd(*qkv)
+        cc.check_call(*qkv)
         if positions_BT.shape[1] > 1 and self.one_by_one and not cc.reading(state):
             return self._one_by_one(state, reader, qkv, positions_BT, counts_B)
         # First: what is pruned now is scored by the queries before this chunk.
@@ -113,7 +118,9 @@ class TailedCache(Compression):
         queries = state.queries_BNWH
         if queries is not None:
             kv_heads = state.tail.keys_BKSH.shape[1]
-            kept = condensed(queries, kv_heads) if self.follows and queries.shape[1] else queries[:, :0].clone()
+            # Of the window's width from now on, so that sequences can be joined.
+            seen = cc.led(queries, self.config.window)
+            kept = condensed(seen, kv_heads) if self.follows and queries.shape[1] else seen[:, :0].clone()
             state = replace(state, queries_BNWH=kept)
         return replace(state, budgets_B=self.budgets(layer.lengths_B))
 

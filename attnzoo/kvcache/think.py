@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CACHES, EMPTY, CacheView, Layer, Reader
+from attnzoo.kvcache.base import CACHES, EMPTY, CacheView, Layer, Need, Reader
 from attnzoo.kvcache.channels import (
     best_channels,
     change_channels,
@@ -96,6 +96,18 @@ class ThinKCache(TailedCache):
     @property
     def lossless(self) -> bool:
         return bool(self.config.channel_ratio == 1.0 and self.config.value_channel_ratio == 1.0)
+
+    def why_whole(self, prompt: int, context: int) -> str:
+        if self.lossless:
+            return super().why_whole(prompt, context)
+        return (
+            f"{self.describe()} leaves the newest {self.config.window} tokens of a prompt and what is generated whole, "
+            f"and the prompt has {prompt}"
+        )
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset() if self.lossless else frozenset({"terms"})
 
     def scores(self, queries_BNWH: Tensor | None, keys_BKSH: Tensor, held_BKS: Tensor, before_BKH: Tensor) -> Tensor:
         """score_BKH of the key channels. before_BKH: sums of squares of the keys that have been pruned already."""
@@ -184,19 +196,26 @@ class ThinKCache(TailedCache):
         )
 
     def compressed_nbytes(
-        self, batch: int, num_kv_heads: int, head_dim: int, prompt: int, dtype: torch.dtype, *, tokens: int = 0
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        prompt: int,
+        dtype: torch.dtype,
+        *,
+        tokens: int = 0,
+        settled: bool = False,
     ) -> int:
         if self.lossless:
-            return self.nbytes(batch, num_kv_heads, head_dim, prompt + tokens, dtype)
+            slots = prompt if tokens == 0 else cc.pages(prompt + tokens)
+            return self.nbytes(batch, num_kv_heads, head_dim, slots, dtype)
         window, retail = self.config.window, self.config.retail
         tail = min(prompt, window) + tokens
         if retail is not None:
             # The tail shrinks to the window before the token after the one that filled it.
             tail -= max(0, tail - window - 1) // retail * retail
         pruned = prompt + tokens - tail
-        slots = cc.pages(max(1, tail if pruned else prompt))
-        while slots < tail:  # beside an empty prefix the tail is the full cache, which doubles
-            slots *= 2
+        slots = cc.pages(max(1, tail))
         widths = self._widths(head_dim)
         index = 8 * sum(count for count in widths if count < head_dim)
         entries = pruned * sum(widths) + 2 * head_dim * slots + head_dim * window * int(self.follows)

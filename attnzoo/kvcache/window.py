@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.kvcache.base import EMPTY, CachePolicy, CacheView
+from attnzoo.kvcache.base import EMPTY, CachePolicy, CacheView, check_chunk
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.masks import check_window
 from attnzoo.types import dtype_bytes
@@ -67,6 +67,7 @@ class WindowCache(CachePolicy):
         positions_BT: Tensor,
         counts_B: Tensor | None,
     ) -> tuple[WindowCacheState, CacheView]:
+        check_chunk(keys_BKTH)
         tokens = positions_BT.shape[1]
         real_BT = torch.ones_like(positions_BT, dtype=torch.bool)
         if counts_B is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.parts import LinearMixing, SoftmaxMixing
-from attnzoo.kvcache import Compression, FullCache
+from attnzoo.kvcache import Compression, FullCache, FullCacheState
 from attnzoo.kvcache.compressed import CompressedState
 from attnzoo.kvcache.keep_all import KeepAll
 from attnzoo.kvcache.state import State
@@ -51,7 +51,7 @@ class CompiledDecode:
             _check(block, number, cache)
         self._model = model
         self._kinds = [str(model.config.layer_attention(layer)) for layer in range(model.config.num_layers)]
-        self._compresses = cache is not None
+        self._cache = self._known = cache
         self._compiled: dict[tuple[str, bool, bool], DecodeBlock] = {}
         self._cut: tuple[weakref.ref[DecoderState], int, DecoderState] | None = None
         self._room = 0
@@ -61,25 +61,24 @@ class CompiledDecode:
         """(hidden_B1D after the final norm, state) behind one new token for every row of the state, which is the one
         given, or in new memory where a compressed cache had to grow.
 
-        Raises ValueError for an exact state without room, and a compressed one that is not settled
-        (`DecoderLM.compress`).
+        Raises ValueError for an exact state without room, a compressed one that is not settled (`DecoderLM.compress`),
+        and one of another policy than was compiled for.
         """
         x_B1D = self._model.embedding(tokens_B1)
-        if self._compresses:
-            state = _ready(state)
-        used = state if self._compresses else self._used(state)
+        if self._cache is not None:
+            state = self._ready(state)
+        used = state if self._cache is not None else self._used(state)
         for kind, block, layer in zip(self._kinds, self._model.layers(), used.layers, strict=True):
-            x_B1D = self._step(kind, x_B1D, layer)(block, x_B1D, layer)
+            x_B1D = self._step(kind, block, x_B1D, layer)(block, x_B1D, layer)
         hidden_B1D: Tensor = self._model.norm(x_B1D)
         return hidden_B1D, state
 
-    def _step(self, kind: str, x_B1D: Tensor, layer: State) -> DecodeBlock:
+    def _step(self, kind: str, block: Block, x_B1D: Tensor, layer: State) -> DecodeBlock:
         """The code for a layer; to the compiler, a size of 1 is a constant."""
-        cached = getattr(layer, "mixing", None)
-        key = (kind, len(x_B1D) > 1, isinstance(cached, CompressedState) and cached.prefix.slots == 1)
+        key = (kind, len(x_B1D) > 1, _one_slot(getattr(layer, "mixing", None)))
         if key not in self._compiled:
-            _mark_sizes(x_B1D, layer)
             self._compiled[key] = _compile(_decode_block)
+            self._compiled[key](block, *_example(x_B1D, layer))
         return self._compiled[key]
 
     def _used(self, state: DecoderState) -> DecoderState:
@@ -87,6 +86,8 @@ class CompiledDecode:
         needed = int(state.layers[0].lengths_B.max()) + 1  # type: ignore[attr-defined]
         used = -(-needed // BUCKET) * BUCKET
         if self._cut is None or self._cut[0]() is not state or self._cut[1] != used:
+            for layer in state.layers:
+                self._check_policy(getattr(layer, "mixing", None))
             self._cut = (weakref.ref(state, self._forget), used, state.cut(used))
             slots = [x.shape[2] for name, x in self._cut[2].tensors().items() if name.endswith("_BKSH")]
             self._room = min(slots, default=used)
@@ -95,9 +96,34 @@ class CompiledDecode:
             raise ValueError(f"the state has room for {self._room} tokens, not {needed}; give it a larger capacity")
         return self._cut[2]
 
+    def _ready(self, state: DecoderState) -> DecoderState:
+        """The state itself, unless a compressed cache needs room."""
+        layers = []
+        for layer in state.layers:
+            self._check_policy(getattr(layer, "mixing", None))
+            layers.append(_ready_layer(layer))
+        return state if all(map(operator.is_, layers, state.layers)) else replace(state, layers=tuple(layers))
+
+    def _check_policy(self, cached: object) -> None:
+        """Raises ValueError for a state that compiled code would take for another."""
+        policy = cached.policy if isinstance(cached, CompressedState) else None
+        if policy is self._known or (policy is None and not isinstance(cached, FullCacheState)):
+            return
+        if type(policy) is not type(self._cache) or (policy and self._cache and policy.config != self._cache.config):
+            asked, given = (p.describe() if p else "the full cache" for p in (self._cache, policy))
+            raise ValueError(f"the step is compiled for states of {asked}, and this one is of {given}")
+        self._known = policy
+
     def _forget(self, _: object) -> None:
         """Views keep memory that nobody else does once their state is gone."""
         self._cut = None
+
+
+def _one_slot(cached: object) -> bool:
+    """Whether a cache has a single slot, which to the compiler is a constant."""
+    if isinstance(cached, CompressedState):
+        return cached.prefix.slots == 1
+    return isinstance(cached, FullCacheState) and cached.keys_BKSH.shape[2] == 1
 
 
 def _decode_block(block: Block, x_B1D: Tensor, state: State) -> Tensor:
@@ -118,6 +144,56 @@ def _compile(function: DecodeBlock) -> DecodeBlock:
     return compiled
 
 
+def _example(x_B1D: Tensor, layer: State) -> tuple[Tensor, State]:
+    """Zeros in the form of a step's input and a layer's state, of sizes that equal no other size, stride or hint.
+
+    The compiler concludes from equal numbers that sizes and strides are the same, and nothing checks later whether they
+    still are. In what it is called with first they may be equal by chance: a view of all slots of a cache, as many
+    sequences as slots, as many slots as it is told to expect.
+    """
+    tensors = layer.tensors()
+    taken = {EXPECTED_BATCH, EXPECTED_SLOTS}
+    for tensor in (x_B1D, *tensors.values()):
+        taken.update((*tensor.shape, *tensor.stride()))
+    batch, slots, capacity = sizes_besides(taken)
+    if len(x_B1D) == 1:
+        batch = 1
+
+    def like(name: str, tensor: Tensor) -> Tensor:
+        sizes = [batch, *tensor.shape[1:]]
+        grown = _slot_axes(name, tensor)
+        for axis in grown:
+            sizes[axis] = capacity
+        full = tensor.new_zeros(sizes)
+        for axis in grown:
+            # Full caches are read as views of what is used; what a compressed cache holds has no slots beyond.
+            full = full[(slice(None),) * axis + (slice(slots),)]
+        return full if name.endswith("_BKSH") else full.contiguous()
+
+    x, state = x_B1D.new_zeros(batch, *x_B1D.shape[1:]), layer.map(like)
+    _mark_sizes(x, state)
+    return x, state
+
+
+def sizes_besides(taken: set[int]) -> tuple[int, int, int]:
+    """Three different primes, ascending, of which none is taken and none divides a number that is: products of sizes
+    are strides."""
+    found: list[int] = []
+    number = 3
+    while len(found) < 3:
+        if all(number % prime for prime in range(2, number)) and all(size % number or size == 0 for size in taken):
+            found.append(number)
+        number += 2
+    return found[0], found[1], found[2]
+
+
+def _slot_axes(name: str, tensor: Tensor) -> list[int]:
+    """Axes whose sizes change with time; to the compiler, a size of 1 or 0 is a constant."""
+    letters = re.search(r"_(B[A-Z0-9]*)$", name)
+    named = enumerate(letters[1] if letters else "")
+    return [axis for axis, letter in named if letter in SLOT_AXES and tensor.shape[axis] > 1]
+
+
 def _mark_sizes(x_B1D: Tensor, state: State) -> None:
     """Tells the compiler which sizes will vary: sequences where there are several, and slots of caches. Whether a loop
     gets threads is decided by the sizes it is told to expect, not by those it meets."""
@@ -126,16 +202,8 @@ def _mark_sizes(x_B1D: Tensor, state: State) -> None:
         for tensor in (x_B1D, *tensors.values()):
             torch._dynamo.mark_dynamic(tensor, 0, hint_override=EXPECTED_BATCH)
     for name, tensor in tensors.items():
-        axes = re.search(r"_(B[A-Z0-9]*)$", name)
-        for axis, letter in enumerate(axes[1] if axes else ""):
-            if letter in SLOT_AXES and tensor.shape[axis] > 1:
-                torch._dynamo.mark_dynamic(tensor, axis, hint_override=EXPECTED_SLOTS)
-
-
-def _ready(state: DecoderState) -> DecoderState:
-    """The state itself, unless a compressed cache needs room."""
-    layers = [_ready_layer(layer) for layer in state.layers]
-    return state if all(map(operator.is_, layers, state.layers)) else DecoderState(tuple(layers))
+        for axis in _slot_axes(name, tensor):
+            torch._dynamo.mark_dynamic(tensor, axis, hint_override=EXPECTED_SLOTS)
 
 
 def _ready_layer(layer: State) -> State:

@@ -1,7 +1,9 @@
 """A decoder language model over any causal attention variant."""
 
-from dataclasses import dataclass, replace
-from typing import cast
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +11,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attnzoo.attention import Cost, build_attention
-from attnzoo.attention.cached import ByteModel, compress_layers, settle_layers, streams
+from attnzoo.attention.cached import ByteModel, cached_state, compress_layers, settle_layers, streams
 from attnzoo.attention.parts.projection import play_norm
 from attnzoo.attention.segment_memory import SegmentMemory
 from attnzoo.kvcache import Compression
-from attnzoo.kvcache.state import State
+from attnzoo.kvcache.keep_all import KeepAll
+from attnzoo.kvcache.options import check_lengths
+from attnzoo.kvcache.state import STATIC, State
 from attnzoo.models.blocks import MLP, Block, build_norm
 from attnzoo.models.config import DecoderConfig
 from attnzoo.tape import Buffer, Step, Tape, Weight
@@ -21,9 +25,10 @@ from attnzoo.tape import Buffer, Step, Tape, Weight
 
 @dataclass
 class DecoderState(State):
-    """One state a layer."""
+    """One state a layer. model: whose state it is; files say it."""
 
     layers: tuple[State, ...]
+    model: Any = field(default=None, repr=False, compare=False, metadata=STATIC)
 
 
 class DecoderLM(nn.Module):
@@ -137,22 +142,27 @@ class DecoderLM(nn.Module):
         """Empty state of `batch` sequences with room for `capacity` tokens each, where and in what the model is.
 
         `cache`: how keys and values are kept (`attnzoo.kvcache.build_cache`), None: exactly; layers of constant state
-        keep theirs. Raises ValueError for no sequences, where no layer has keys to compress, or one has a window.
+        keep theirs. Raises ValueError where no layer has keys to compress, one has a window or does not say what the
+        policy needs, an option counts more tokens than max_positions, or there is no sequence.
         """
-        if batch < 1:
-            raise ValueError(f"batch={batch} must be at least 1")
+        if batch < 1 or capacity < 0:
+            raise ValueError(f"batch={batch} must be at least 1, capacity={capacity} at least 0")
         device, dtype = device or self.embedding.weight.device, dtype or self.embedding.weight.dtype
         attentions = [block.attention for block in self.layers()]
-        options = {} if cache is None else {"cache": cache}
-        if any(attention.traits.growth != "O(1)" for attention in attentions):
-            per_layer = [{} if attention.traits.growth == "O(1)" else options for attention in attentions]
-        else:
-            per_layer = [options for _ in attentions]  # each says why it cannot
+        if cache is None or isinstance(cache, KeepAll):
+            exact = [each.init_state(batch, capacity, device=device, dtype=dtype) for each in attentions]
+            return DecoderState(tuple(exact), self)
+        check_lengths(cache.config, self.config.max_positions)
+        # Where no layer has keys, each says why it cannot.
+        some = any(attention.traits.growth != "O(1)" for attention in attentions)
         return DecoderState(
             tuple(
-                attention.init_state(batch, capacity, device=device, dtype=dtype, **given)
-                for attention, given in zip(attentions, per_layer, strict=True)
-            )
+                attention.init_state(batch, capacity, device=device, dtype=dtype)
+                if some and attention.traits.growth == "O(1)"
+                else cached_state(attention, batch, capacity, cache, device=device, dtype=dtype)
+                for attention in attentions
+            ),
+            self,
         )
 
     @torch.no_grad()
@@ -161,15 +171,16 @@ class DecoderLM(nn.Module):
 
         The given state is consumed. Without a policy, or with one that has nothing to do, the state itself. `settle`:
         in a form that can be joined with other sequences' of the policy. Raises ValueError for a state that has been
-        compressed.
+        compressed, and for one without a token.
         """
         attentions = [block.attention for block in self.layers()]
         layers = compress_layers(attentions, state.layers, final=True)
-        return DecoderState(settle_layers(attentions, layers) if settle else layers)
+        return replace(state, layers=settle_layers(attentions, layers) if settle else layers)
 
     def byte_model(self, cache: Compression) -> ByteModel:
         """What sequences take under a cache policy. Raises ValueError as `init_state`."""
-        return ByteModel.of(cache, self.init_state(1, 1, device="meta", cache=cache).layers)
+        attentions = [block.attention for block in self.layers()]
+        return ByteModel.of(cache, attentions, self.init_state(1, 1, device="meta", cache=cache).layers)
 
     def extend(
         self, tokens_BT: Tensor, state: DecoderState, counts_B: Tensor | None = None
@@ -181,7 +192,15 @@ class DecoderLM(nn.Module):
     def extend_hidden(
         self, tokens_BT: Tensor, state: DecoderState, counts_B: Tensor | None = None
     ) -> tuple[Tensor, DecoderState]:
-        """`extend` up to the final norm, for callers that need the logits of few rows."""
+        """`extend` up to the final norm, for callers that need the logits of few rows.
+
+        Raises ValueError for a chunk without tokens, or for another number of sequences than the state has."""
+        rows = len(getattr(state.layers[0], "lengths_B", tokens_BT))
+        if tokens_BT.numel() == 0 or len(tokens_BT) != rows:
+            raise ValueError(
+                f"tokens_BT of shape {tuple(tokens_BT.shape)} for a state of {rows} sequences: give every sequence as "
+                "many tokens, one at least"
+            )
         x_BTD = self._embed(tokens_BT)
         layers = []
         for block, layer_state in zip(self.layers(), state.layers, strict=True):
@@ -190,7 +209,7 @@ class DecoderLM(nn.Module):
         after = tuple(layers)
         if streams(after):
             after = compress_layers([block.attention for block in self.layers()], after, final=False)
-        return self.norm(x_BTD), DecoderState(after)
+        return self.norm(x_BTD), replace(state, layers=after)
 
     def init_memory(self, batch: int, length: int) -> tuple[SegmentMemory, ...]:
         """Transformer-XL's memory of `length` tokens a layer, empty. Raises ValueError for a length below 1."""
@@ -211,6 +230,16 @@ class DecoderLM(nn.Module):
             x_BTD, remembered = block.segment(x_BTD, remembered)
             after.append(remembered)
         return self.logits(self.norm(x_BTD)), tuple(after)
+
+    def describe(self) -> str:
+        """The configuration, and a digest of the first numbers of its weights, but for those of linear maps, which may
+        have been packed: which model it is, for files."""
+        digest = hashlib.sha256()
+        for name, module in self.named_modules():
+            for parameter in () if isinstance(module, nn.Linear) else module.parameters(recurse=False):
+                some = parameter.detach().reshape(-1)[:64].double().cpu().numpy()
+                digest.update(name.encode() + some.tobytes())
+        return f"{json.dumps(self.config.to_dict(), sort_keys=True)} with weights {digest.hexdigest()[:16]}"
 
     def num_parameters(self, embeddings: bool = True) -> int:
         """Number of weights, a tied head counted once; without `embeddings`, neither embedding nor head."""

@@ -27,10 +27,12 @@ def generate(
 
     A sequence ends before `stop_token`, which is not returned. `cache` compresses what is kept of the prompts
     (`attnzoo.kvcache.build_cache`). The model stays in its mode. Raises ValueError for no prompts, an empty prompt, a
-    token outside the vocabulary, max_new_tokens below 0, sampling options out of range, or a model whose cache cannot
-    be compressed.
+    token outside the vocabulary, max_new_tokens below 0, a seed of more than 64 bits, sampling options out of range,
+    logits that are not finite, or a model whose cache cannot be compressed.
     """
     _check(prompts, max_new_tokens, model.config.vocab_size)
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed={seed} must fit into 64 bits")
     device = model.embedding.weight.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 

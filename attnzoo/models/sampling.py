@@ -1,18 +1,46 @@
 """From logits to the next token."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this take the most likely token: divided by less, differences of float32 logits overflow, and a
+draw at such a temperature is greedy in all but name."""
+FLAT = 1e30
+"""From this temperature on, all tokens are equally likely in float32."""
+NOT_FINITE = "the model's logits are not finite numbers: its weights, or the precision it runs in, are at fault"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn, as `sample` takes it; by default the most likely one."""
+    """How the next token is drawn, as `sample` takes it; by default the most likely one. Raises ValueError naming the
+    field for a value out of range."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+
+    def __post_init__(self) -> None:
+        check_sampling(self.temperature, self.top_p, self.top_k)
+
+
+def check_sampling(temperature: float, top_p: float, top_k: int) -> None:
+    """Raises ValueError naming the field for what `sample` would not take."""
+    # A comparison with a number that is none is false; a float cannot hold every int.
+    if not (temperature >= 0 and (isinstance(temperature, int) or math.isfinite(temperature))):
+        raise ValueError(f"temperature={temperature} must be a number, 0 (greedy) or positive")
+    if top_k < 0:
+        raise ValueError(f"top_k={top_k} must be 0 (off) or at least 1")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p={top_p} must be greater than 0 and at most 1")
+
+
+def greedy(temperature: float) -> bool:
+    """Whether this temperature takes the most likely token."""
+    return temperature < GREEDY_BELOW
 
 
 def filter_logits(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -21,17 +49,15 @@ def filter_logits(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
     The most likely token always stays. The set of mass top_p is taken after top_k (nucleus sampling, Holtzman
     et al. 2019, arXiv 1904.09751). Raises ValueError for top_k < 0 or top_p outside (0, 1].
     """
-    if top_k < 0:
-        raise ValueError(f"top_k={top_k} must be 0 (off) or at least 1")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p={top_p} must be greater than 0 and at most 1")
+    check_sampling(0.0, top_p, top_k)
     if 0 < top_k < logits_BV.shape[-1]:
         smallest_B1 = logits_BV.topk(top_k, dim=-1).values[..., -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, float("-inf"))
     if top_p < 1.0:
         ordered_BV, index_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
-        mass_before_BV = ordered_BV.softmax(-1).cumsum(-1) - ordered_BV.softmax(-1)
-        drop_BV = (mass_before_BV >= top_p).index_fill(-1, torch.zeros(1, dtype=torch.long), False)
+        mass_BV = ordered_BV.softmax(-1)
+        drop_BV = mass_BV.cumsum(-1) - mass_BV >= top_p
+        drop_BV[..., 0] = False  # whatever top_p rounds to
         logits_BV = logits_BV.masked_fill(torch.zeros_like(drop_BV).scatter(-1, index_BV, drop_BV), float("-inf"))
     return logits_BV
 
@@ -39,13 +65,19 @@ def filter_logits(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
 def sample(
     logits_BV: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """tokens_B drawn from softmax(logits / temperature) after filtering; temperature 0 takes the largest logit.
+    """tokens_B drawn from softmax(logits / temperature) after filtering; a temperature below `GREEDY_BELOW` takes the
+    largest logit.
 
-    Raises ValueError for a negative temperature, and as `filter_logits`.
+    Raises ValueError for options out of range, and for logits of which the largest is not a finite number.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or positive")
-    if temperature == 0:
-        return logits_BV.argmax(-1)
-    probabilities = filter_logits(logits_BV.float() / temperature, top_k, top_p).softmax(-1)
+    check_sampling(temperature, top_p, top_k)
+    # NaN is larger than everything.
+    largest_B1, best_B1 = logits_BV.max(-1, keepdim=True)
+    if not bool(largest_B1.isfinite().all()):
+        raise ValueError(NOT_FINITE)
+    if greedy(temperature):
+        return best_B1[..., 0]
+    # The largest is 0, so nothing overflows upwards; what overflows downwards has no probability.
+    scaled_BV = (logits_BV.float() - largest_B1.float()) / float(min(temperature, FLAT))
+    probabilities = filter_logits(scaled_BV, top_k, top_p).softmax(-1)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

@@ -5,7 +5,26 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A token that is written as a whole. control: whether it has a meaning of its own and stands for no text.
+    lstrip, rstrip: whether the white space before and after it belongs to it."""
+
+    spelling: str
+    control: bool
+    lstrip: bool = False
+    rstrip: bool = False
+
+    @property
+    def is_word(self) -> bool:
+        """Whether it is a word, or white space: vocabulary like any other, not something written for machines."""
+        text = self.spelling.replace("\u2581", " ").strip()
+        return not text or text.isalnum()
 
 
 class Tokenizer(ABC):
@@ -14,7 +33,8 @@ class Tokenizer(ABC):
     vocab_size: ids are below it. bos_id, eos_id, pad_id: begin, end and padding, None where the vocabulary has none.
     stop_ids: tokens that end a text, `eos_id` among them. chat_template: source of the Jinja template that turns a
     conversation into text, None where there is none (see `attnzoo.tokenizer.chat`). strips_first_space: whether
-    encoding put a space before the text, which decoding has to take away again.
+    encoding put a space before the text, which decoding has to take away again. shrinks: how many times shorter, in
+    bytes, a text may become before it is cut into tokens; infinite where there is no bound.
     """
 
     vocab_size: int
@@ -24,12 +44,63 @@ class Tokenizer(ABC):
     stop_ids: frozenset[int]
     chat_template: str | None = None
     strips_first_space: bool = False
+    shrinks: float = 1.0
     _bytes: list[bytes]
 
     @abstractmethod
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`, between the begin and end ids if asked and the model's texts have such. Raises ValueError for
         lone surrogates."""
+
+    @abstractmethod
+    def marks(self) -> dict[int, Mark]:
+        """Tokens that are written as wholes and never merged from parts, by their id."""
+
+    def control_tokens(self) -> frozenset[int]:
+        """The marks that have a meaning of their own."""
+        return frozenset(token for token, mark in self.marks().items() if mark.control)
+
+    def encode_text(self, text: str, control: frozenset[int], *, begins: bool = True) -> list[int]:
+        """Ids of `text`, none of them in `control`: whatever it spells, it is text. Raises ValueError as `encode`.
+
+        begins: whether the text stands at the beginning, where some vocabularies put a space before it.
+        """
+        ids = self._encode_text(text, control, begins)
+        if control.isdisjoint(ids):
+            return ids
+        return [part for token in ids for part in (self._spelled_out(token) if token in control else [token])]
+
+    def _encode_text(self, text: str, control: frozenset[int], begins: bool) -> list[int]:
+        """As `encode_text`, with tokens of `control` where the vocabulary insists on them."""
+        return self.encode(text)
+
+    def _spelled_out(self, token: int) -> list[int]:
+        """The characters of a token's spelling, one by one, or their bytes."""
+        ids: list[int] = []
+        for char in self.spelling(token).replace("\u2581", " "):
+            whole = self._characters.get(char.encode())
+            parts = [whole] if whole is not None else [self._characters.get(bytes([byte])) for byte in char.encode()]
+            ids += [part for part in parts if part is not None]  # a vocabulary without it drops it anywhere
+        return ids
+
+    @cached_property
+    def _characters(self) -> dict[bytes, int]:
+        """Tokens of one character or byte, those that are spelled as bytes last."""
+        marks = self.marks()
+        found: dict[bytes, int] = {}
+        for token, data in enumerate(self._bytes):
+            single = token not in marks and len(data.decode("utf-8", errors="replace")) == 1
+            if single and (data not in found or self.spelling(found[data]).startswith("<0x")):
+                found[data] = token
+        return found
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(1, *map(len, self._bytes), *(len(mark.spelling.encode()) for mark in self.marks().values()))
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that `text` has at least, known without encoding it."""
+        return int(len(text.encode(errors="replace")) / (self._longest * self.shrinks))
 
     def token_bytes(self, token: int) -> bytes:
         """UTF-8 bytes that a token stands for, in the middle of a text; none for control tokens and ids left out.

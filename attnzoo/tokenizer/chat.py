@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.tokenizer.base import Tokenizer
+from attnzoo.tokenizer.sourced import Sourced, written
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -19,6 +20,8 @@ MAX_SOURCE = 256 << 10
 """Characters of a template; the largest in use have some 20,000."""
 MAX_SECONDS = 2.0
 MAX_LEVELS, MAX_QUOTED = 32, 500
+ROLES = frozenset(["assistant", "developer", "function", "ipython", "model", "system", "tool", "user"])
+"""Roles whose names count as the template's own words: templates spell `<|user|>` as '<|' + role + '|>'."""
 
 
 class ChatTemplate:
@@ -31,7 +34,7 @@ class ChatTemplate:
     def __init__(self, source: str, *, special: Mapping[str, str]) -> None:
         if len(source) > MAX_SOURCE:
             raise ValueError(f"the chat template has {len(source)} characters; at most {MAX_SOURCE} are read")
-        self.source, self.special = source, dict(special)
+        self.source, self.special = source, written(dict(special))
         self._sandbox, self._template = _compile(source)
 
     @classmethod
@@ -43,8 +46,8 @@ class ChatTemplate:
         special = {name: tokenizer.spelling(token) for name, token in ids.items() if token is not None}
         return cls(tokenizer.chat_template, special=special)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """The text of a conversation, with the special tokens that the template writes.
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> Sourced:
+        """The text of a conversation, with the special tokens that the template writes, and which of it is from there.
 
         add_generation_prompt: end with the beginning of the assistant's answer. Raises ValueError with the template's
         own words where it refuses the conversation, and when it fails or goes beyond a limit.
@@ -55,7 +58,7 @@ class ChatTemplate:
 
         context = {
             **self.special,
-            "messages": _plain(list(messages), "messages", MAX_LEVELS),
+            "messages": [_message(message, f"messages[{index}]") for index, message in enumerate(messages)],
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
@@ -89,10 +92,19 @@ def _compile(source: str) -> "tuple[Sandbox, Template]":
         raise ValueError(f"the chat template is not valid: {_quoted(error)}{where}; repair it in the model") from None
 
 
+def _message(message: Any, where: str) -> Any:
+    found = _plain(message, where, MAX_LEVELS)
+    if isinstance(found, dict) and isinstance(found.get("role"), str) and found["role"] in ROLES:
+        found["role"] = written(found["role"])
+    return found
+
+
 def _plain(value: Any, where: str, levels: int) -> Any:
     """A copy of JSON data, so that no template sees an object with attributes of its own."""
-    if value is None or isinstance(value, str | int | float):
+    if value is None or isinstance(value, int | float):
         return value
+    if isinstance(value, str):
+        return str.__str__(value)  # a plain text, whatever it knows of itself
     if levels == 0:
         raise ValueError(f"{where} has more than {MAX_LEVELS} levels; flatten it")
     if isinstance(value, Mapping):

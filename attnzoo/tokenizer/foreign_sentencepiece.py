@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnzoo.files import write_atomic
-from attnzoo.tokenizer.base import Tokenizer, check_text, short_hash
-from attnzoo.tokenizer.sentencepiece import FILE, SPACE, piece_bytes, read_processor
+from attnzoo.tokenizer.base import Mark, Tokenizer, check_text, short_hash
+from attnzoo.tokenizer.sentencepiece import FILE, SPACE, piece_bytes, read_marks, read_processor
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 class ForeignSentencePieceTokenizer(Tokenizer):
     """A sentencepiece model as it is. It has no chat template, and special pieces written in a text stay text."""
+
+    shrinks = float("inf")  # its rules may drop any character, and one unknown piece may stand for many
 
     def __init__(self, processor: "SentencePieceProcessor", path: Path) -> None:
         self._processor = processor
@@ -56,3 +58,6 @@ class ForeignSentencePieceTokenizer(Tokenizer):
         """The piece, as sentencepiece writes it."""
         piece: str = self._processor.id_to_piece(token)
         return piece
+
+    def marks(self) -> dict[int, Mark]:
+        return read_marks(self._processor.serialized_model_proto())

@@ -6,13 +6,13 @@ has `split_special_tokens`.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.files import read_object, read_text, write_atomic
-from attnzoo.tokenizer.base import Tokenizer, check_text, refused, short_hash
-from attnzoo.tokenizer.byte_table import byte_table
+from attnzoo.tokenizer.base import Mark, Tokenizer, check_text, refused, short_hash
+from attnzoo.tokenizer.byte_table import byte_table, decoder_steps
 
 if TYPE_CHECKING:
     import tokenizers
@@ -25,6 +25,8 @@ GENERATION = "generation_config.json"
 MODEL = "config.json"
 MAX_BYTES = 256 << 20
 """Of tokenizer.json; the largest in use have some 35 MB."""
+LONG = 4096
+"""Characters of a text that takes milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +68,11 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer = tokenizer
         self._settings = settings
         self._files = files
+        self._for_text: tuple[frozenset[int], tokenizers.Tokenizer, tokenizers.Tokenizer] | None = None
         vocab = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = _vocab_size(vocab, source)
         self._bytes, self.strips_first_space = byte_table(tokenizer, vocab, source)
+        self.shrinks = _shrinks(tokenizer)
         prefix = _prefix(tokenizer, source)
         bos = self._find("bos_token", source)
         self.bos_id = prefix if bos is None else bos
@@ -121,10 +125,30 @@ class HuggingFaceTokenizer(Tokenizer):
         often.
         """
         check_text(text)
-        with refused("the tokenizer cannot encode this text", "give another, or shorter pieces of it"):
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = _ids(self._tokenizer, text)
         begin = self._begin if bos else []
         return begin + ids + ([self.eos_id] if eos and self.eos_id is not None else [])
+
+    def _encode_text(self, text: str, control: frozenset[int], begins: bool) -> list[int]:
+        check_text(text)
+        if self._for_text is None or self._for_text[0] != control:
+            self._for_text = (control, *text_backends(self._tokenizer, control))
+        _, first, later = self._for_text
+        return _ids(first if begins else later, text)
+
+    def marks(self) -> dict[int, Mark]:
+        """The added tokens; those that end or begin a text have a meaning of their own, special or not."""
+        ends = {self.bos_id, self.eos_id, self.pad_id, *self.stop_ids} - {None}
+        found = {
+            token: Mark(spelling=added.content, control=added.special, lstrip=added.lstrip, rstrip=added.rstrip)
+            for token, added in self._tokenizer.get_added_tokens_decoder().items()
+        }
+        for token in ends:
+            assert token is not None
+            mark = found.get(token) or Mark(spelling=self.spelling(token), control=False)
+            if mark.spelling and not mark.is_word:
+                found[token] = replace(mark, control=True)
+        return found
 
     def spelling(self, token: int) -> str:
         """The token as the vocabulary writes it; "" for an id that the vocabulary leaves out."""
@@ -153,6 +177,44 @@ class HuggingFaceTokenizer(Tokenizer):
             "clean_up_tokenization_spaces": False,
         }
         return {name: value for name, value in fields.items() if value is not None}
+
+
+def _ids(backend: "tokenizers.Tokenizer", text: str) -> list[int]:
+    """Ids of a text. A long one goes through the package's entry for many, which lets other threads run meanwhile.
+
+    Raises ValueError for what the package gives up on.
+    """
+    with refused("the tokenizer cannot encode this text", "give another, or shorter pieces of it"):
+        if len(text) > LONG:
+            long: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            return long
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def text_backends(
+    backend: "tokenizers.Tokenizer", control: frozenset[int]
+) -> "tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]":
+    """(for the beginning of a text, for what follows a token) the same vocabulary, reading no token of `control`."""
+    from tokenizers import Tokenizer as Backend
+
+    state = json.loads(backend.to_str())
+    for added in state["added_tokens"]:
+        added["special"] = added["special"] or added["id"] in control
+    built: list[tokenizers.Tokenizer] = []
+    for begins in (True, False):
+        if not begins:
+            steps = state["pre_tokenizer"] or {}
+            steps = steps.get("pretokenizers", [steps])
+            spaced = [step for step in steps if step.get("prepend_scheme") == "first"]
+            if not spaced:
+                return built[0], built[0]
+            for step in spaced:
+                step["prepend_scheme"] = "never"
+        found = Backend.from_str(json.dumps(state))
+        found.encode_special_tokens = True
+        built.append(found)
+    return built[0], built[1]
 
 
 def import_tokenizers() -> None:
@@ -267,6 +329,23 @@ def _vocab_size(vocab: dict[str, int], source: str) -> int:
             f"{source}: token {last!r} has id {vocab[last]} in a vocabulary of {len(vocab)} tokens; download it again"
         )
     return vocab[last] + 1
+
+
+def _shrinks(tokenizer: "tokenizers.Tokenizer") -> float:
+    """How many times shorter a text may become in front of the model: one for rules that only spell spaces."""
+    normalizer = json.loads(tokenizer.normalizer.__getstate__()) if tokenizer.normalizer is not None else None
+    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    bound = 1.0
+    for step in steps:
+        if step["type"] == "NFC":
+            bound *= 3.0  # three letters of Hangul are one syllable
+        elif step["type"] not in ("Prepend", "ByteLevel") and not (
+            step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"]
+        ):
+            return float("inf")
+    # An unknown token may stand for many characters, and what has no token at all for none.
+    byte_level = [step["type"] for step in decoder_steps(tokenizer)] == ["ByteLevel"]
+    return bound if byte_level or getattr(tokenizer.model, "byte_fallback", False) else float("inf")
 
 
 def _prefix(tokenizer: "tokenizers.Tokenizer", source: str) -> int | None:

@@ -7,7 +7,9 @@ Jinja's sandbox keeps a template from Python's internals; it lets `'x' * 10**10`
   before it is made where it can multiply its operands, after it where it can only add to them.
 
 So no value is larger than `MAX_CHARS`, counted through all its levels: a list that holds another one twice, forty
-levels deep, is small until it is printed or compared. Import this module only where Jinja2 is installed.
+levels deep, is small until it is printed or compared. And every constant of a template is marked as its own
+(`attnzoo.tokenizer.sourced`), so that the result tells what the template wrote from what it was given. Import this
+module only where Jinja2 is installed.
 """
 
 import json
@@ -15,7 +17,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import update_wrapper
 from types import FrameType
@@ -26,12 +28,15 @@ from jinja2 import Template, TemplateError, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
+from jinja2.filters import do_join
+from jinja2.nodes import EvalContext
 from jinja2.parser import Parser
-from jinja2.runtime import Context, Macro, markup_join, str_join
+from jinja2.runtime import Context, Macro, markup_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Cycler, Namespace
+from jinja2.utils import Cycler, Namespace, pass_eval_context
 
 from attnzoo.tokenizer.guard import MAX_CHARS, MAX_TOTAL, Guard, LimitError
+from attnzoo.tokenizer.sourced import Sourced, inherit, join, written
 
 FOLD_CHARS, FOLD_TOTAL = 1 << 16, 1 << 20
 """Bounds for constants that Jinja computes while it compiles; what is larger is left for the rendering."""
@@ -59,7 +64,22 @@ def watch(deadline: float) -> Callable[..., Any]:
 
 
 class MeasuringCode(CodeGenerator):
-    """Compiled templates show the environment what Jinja would make without asking it."""
+    """Compiled templates show the environment what Jinja would make without asking it, and which texts are theirs."""
+
+    def visit_Const(self, node: nodes.Const, frame: Frame) -> None:  # noqa: N802
+        value = node.as_const(frame.eval_ctx)
+        if type(value) in (str, list, tuple, dict):
+            self.write(f"environment.written({value!r})")
+        else:
+            super().visit_Const(node, frame)
+
+    def visit_TemplateData(self, node: nodes.TemplateData, frame: Frame) -> None:  # noqa: N802
+        self.write("environment.written(")
+        super().visit_TemplateData(node, frame)
+        self.write(")")
+
+    def _output_const_repr(self, group: Iterable[Any]) -> str:
+        return f"environment.written({super()._output_const_repr(group)})"
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
         escape = "context.eval_ctx.volatile" if frame.eval_ctx.volatile else repr(bool(frame.eval_ctx.autoescape))
@@ -107,10 +127,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"])
         self._rendering = threading.local()
-        self.filters["tojson"] = _tojson
-        self.filters = {
-            name: self._guarded(name, function) for name, function in self.filters.items() if name not in HTML_FILTERS
-        }
+        self.filters |= {"join": _join, "tojson": _tojson}
+        kept = {name: function for name, function in self.filters.items() if name not in HTML_FILTERS}
+        self.filters = {name: self._guarded(name, function) for name, function in kept.items()}
         self.globals.pop("lipsum")
         self.globals |= {
             "dict": _dict,
@@ -131,8 +150,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._rendering.guard = Guard(FOLD_CHARS, FOLD_TOTAL)
         return self.from_string(source)
 
-    def run(self, template: Template, context: Mapping[str, Any], seconds: float) -> str:
-        """The text of a template. Raises DeadlineError, LimitError, and whatever the template raises."""
+    def run(self, template: Template, context: Mapping[str, Any], seconds: float) -> Sourced:
+        """The text of a template, and which of it the template wrote.
+
+        Raises DeadlineError, LimitError, and whatever the template raises."""
         self._rendering.guard = Guard(MAX_CHARS, MAX_TOTAL)
         before = sys.gettrace()
         parts, size = [], 0
@@ -145,7 +166,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 parts.append(part)
         finally:
             sys.settrace(before)
-        return "".join(parts)
+        return join(parts)
 
     # What compiled templates call.
 
@@ -153,21 +174,26 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """A literal, measured."""
         return self.guard.made(value)
 
+    def written(self, value: Any) -> Any:
+        """A constant, as the template's own."""
+        return written(value)
+
     def concatenated(self, escape: bool, parts: tuple[Any, ...]) -> str:
         """`a ~ b`."""
         self.guard.joined(parts)
-        text: str = self.guard.made((markup_join if escape else str_join)(parts))
+        text: str = self.guard.made((markup_join if escape else join)(parts))
         return text
 
     def concat(self, parts: list[str]) -> str:  # type: ignore[override]
         """The text of a macro or a captured block."""
         self.guard.room(sum(map(len, parts)))
-        text: str = self.guard.made("".join(parts))
+        text: str = self.guard.made(join(parts))
         return text
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         self.guard.operands(operator, left, right)
-        return self.guard.made(super().call_binop(context, operator, left, right))
+        result = self.guard.made(super().call_binop(context, operator, left, right))
+        return inherit(result, left, right) if operator == "%" else result
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         guard = __self.guard
@@ -177,7 +203,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(__obj, Macro) and (__obj.catch_varargs or __obj.catch_kwargs):
             guard.measure(args)
             guard.measure([value for key, value in kwargs.items() if not key.startswith("_")])
-        return guard.made(super().call(__context, __obj, *args, **kwargs))
+        result = guard.made(super().call(__context, __obj, *args, **kwargs))
+        return inherit(result, owner, args, kwargs) if isinstance(owner, str) else result
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)
@@ -189,7 +216,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             if value.__name__ == "format_map" and args and isinstance(args[0], Mapping):
                 values = list(args[0].values())
             self.guard.braces(value.__self__, values)
-            return wrapped(*args, **kwargs)
+            return inherit(wrapped(*args, **kwargs), value.__self__, values)
 
         return measured
 
@@ -205,7 +232,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             guard = self.guard
-            return guard.made(function(*args[:first], *guard.filter(name, args[first:], kwargs), **kwargs))
+            values = guard.filter(name, args[first:], kwargs)
+            return inherit(guard.made(function(*args[:first], *values, **kwargs)), values, kwargs)
 
         return update_wrapper(guarded, function)
 
@@ -243,6 +271,13 @@ def _strftime_now(format: str) -> str:
     if len(format) > MAX_DATE_FORMAT:
         raise LimitError(f"strftime_now with a format of more than {MAX_DATE_FORMAT} characters")
     return datetime.now().strftime(format)
+
+
+@pass_eval_context
+def _join(context: EvalContext, value: Iterable[Any], d: str = "", attribute: Any = None) -> str:
+    """Jinja's own, with a separator that keeps apart whose texts it joins."""
+    text: str = do_join(context, value, d if isinstance(d, Sourced) else Sourced(str(d)), attribute)
+    return text
 
 
 def _tojson(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnzoo.files import write_atomic
-from attnzoo.tokenizer.base import Tokenizer, check_text, short_hash
+from attnzoo.tokenizer.base import Mark, Tokenizer, check_text, short_hash
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -22,6 +22,8 @@ SPACE = "\u2581"
 PROBES = [" a", "a  b ", "\ttab\n", "\ufb01\u00a0\uff21e\u0301", "\u4e2d\U0001f600"]
 """Texts that a dummy prefix, trimming or missing byte fallback would change."""
 SPECIAL = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+CONTROL, USER_DEFINED = 3, 4
+"""Types of pieces."""
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -90,6 +92,19 @@ class SentencePieceTokenizer(Tokenizer):
         """The piece, as sentencepiece writes it."""
         piece: str = self._processor.id_to_piece(token)
         return piece
+
+    def marks(self) -> dict[int, Mark]:
+        return read_marks(self.model)
+
+
+def read_marks(model: bytes) -> dict[int, Mark]:
+    """The control pieces of a serialised model, which no text holds, and the user-defined ones, which any may."""
+    pieces = enumerate(read_pieces(model))
+    return {
+        token: Mark(spelling=spelling, control=kind == CONTROL)
+        for token, (spelling, _, kind) in pieces
+        if kind in (CONTROL, USER_DEFINED)
+    }
 
 
 def read_processor(path: Path) -> "SentencePieceProcessor":

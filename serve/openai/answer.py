@@ -8,15 +8,14 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serve.async_engine import AsyncEngine, EngineFailedError, EngineUnavailableError, Stream
+from serve.async_engine import AsyncEngine, EngineFailedError, EngineUnavailableError, RequestFailedError, Stream
 from serve.caches import CacheChoice
 from serve.config import ServeConfig
-from serve.openai.protocol import ApiError, GenerationRequest, dump
+from serve.openai.aside import too_long
+from serve.openai.errors import MAX_QUOTED, ApiError, dump, event, short_name
+from serve.openai.protocol import GenerationRequest
 from serve.request import CacheMemoryError, ContextLengthError, Delta, FinishReason, SamplingParams, TokenLogprobs
 from serve.scheduler import QueueFullError
-
-LONG_TEXT = 20_000
-"""Characters from which on a prompt is encoded in a thread, so that other streams go on."""
 
 Work = list[tuple[list[int], SamplingParams]]
 """Tokens and parameters of every choice."""
@@ -25,7 +24,7 @@ Work = list[tuple[list[int], SamplingParams]]
 def check_model(name: str, config: ServeConfig) -> None:
     """Raises ApiError 404 for a model that this server does not have."""
     if name != config.served_name:
-        message = f"the model {name!r} does not exist; this server has {config.served_name!r}"
+        message = f"the model {short_name(name)!r} does not exist; this server has {config.served_name!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
@@ -41,7 +40,7 @@ def choose_cache(request: GenerationRequest, engine: AsyncEngine) -> CacheChoice
     try:
         return engine.engine.choose_cache(request.cache)
     except ValueError as error:
-        raise ApiError(400, str(error), param="cache") from None
+        raise ApiError(400, str(error)[:MAX_QUOTED], param="cache") from None
 
 
 def check_work(
@@ -55,7 +54,7 @@ def check_work(
         raise ApiError(400, str(error), param="cache", code="cache_memory_exceeded") from None
     except ContextLengthError as error:
         param = prompt if len(tokens) >= engine.engine.max_model_len else limit
-        raise ApiError(400, str(error), param=param, code="context_length_exceeded") from None
+        raise too_long(error, param) from None
     except ValueError as error:
         raise ApiError(400, str(error), param=prompt) from None
 
@@ -163,7 +162,7 @@ class Answer(Response):
             else:
                 return  # the client is gone
         except EngineFailedError as error:
-            data = b"data: " + dump(_failure(error).body()) + b"\n\n"
+            data = event(_failure(error).body())
             await send({"type": "http.response.body", "body": data, "more_body": False})
             return
         # The last text and the end in one message: every message is a hop through Ray's proxy.
@@ -172,41 +171,54 @@ class Answer(Response):
     def _end(self) -> bytes:
         if self.request.stream_options is None or not self.request.stream_options.include_usage:
             return b"data: [DONE]\n\n"
-        return b"data: " + dump({**self.head, "choices": [], "usage": self._usage()}) + b"\n\ndata: [DONE]\n\n"
+        return event({**self.head, "choices": [], "usage": self._usage()}) + b"data: [DONE]\n\n"
 
     def _event(self, delta: Delta) -> bytes:
         self.last[delta.request_id] = delta
         if not delta.text and not delta.logprobs and delta.finish_reason is None:
             return b""
         choices = self.news(self.index[delta.request_id], delta)
-        return b"".join(b"data: " + dump({**self.head, "choices": [choice]}) + b"\n\n" for choice in choices)
+        return b"".join(event({**self.head, "choices": [choice]}) for choice in choices)
 
     def _usage(self) -> dict[str, Any]:
-        """Tokens in and out; ours: bytes of state when finished, all choices together, and the first token's time."""
+        """Tokens in and out, and what the states of all choices took when they were finished.
+
+        kv_bytes and kv_bytes_full: as they were kept, and as a full cache would have them, both of `held` tokens, the
+        last one being never read. not_compressed: why a policy that compresses did not, None where it did.
+        """
         deltas = list(self.last.values())
         completion = sum(delta.tokens for delta in deltas)
         kv_bytes = sum(delta.kv_bytes for delta in deltas)
         held = sum(delta.prompt_tokens + delta.tokens - 1 for delta in deltas)
+        reasons = dict.fromkeys(delta.not_compressed for delta in deltas if delta.not_compressed)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self.prompt_tokens + completion,
             "attnzoo": {
+                "policy": deltas[0].policy if deltas else "full",
                 "kv_bytes": kv_bytes,
+                "kv_bytes_full": sum(delta.kv_bytes_full for delta in deltas),
                 "kv_bytes_per_token": round(kv_bytes / max(held, 1), 3),
+                "kept_tokens": sum(delta.kept_tokens for delta in deltas),
+                "not_compressed": "; ".join(reasons) or None,
                 "ttft_ms": round(1000 * min((delta.ttft_s for delta in deltas), default=0.0), 3),
             },
         }
 
 
 def _failure(error: EngineFailedError) -> ApiError:
-    """What the client may know of it: that it was not the client's fault."""
+    """What the client may know of it: of its own request why it failed, of the engine that it did, or that it ends."""
+    if isinstance(error, RequestFailedError):
+        return ApiError(500, str(error), code="request_failed")
+    if isinstance(error.__cause__, EngineUnavailableError):
+        return ApiError(503, str(error), code="shutting_down", headers={"retry-after": "5"})
     return ApiError(500, "the engine failed while it worked on this request", code="engine_failed")
 
 
 def _failed(error: EngineFailedError) -> Response:
     failure = _failure(error)
-    return Response(dump(failure.body()), failure.status, media_type="application/json")
+    return Response(dump(failure.body()), failure.status, failure.headers, media_type="application/json")
 
 
 async def _send_response(response: Response, send: Send) -> None:

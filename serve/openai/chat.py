@@ -1,12 +1,12 @@
 """POST /v1/chat/completions: a conversation in the words of the model's chat template, and messages as choices."""
 
-import asyncio
 from typing import Any
 
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
-from serve.openai.answer import LONG_TEXT, Answer, Work, check_choices, check_model, check_work, choose_cache
-from serve.openai.protocol import ApiError
+from serve.openai.answer import Answer, Work, check_choices, check_model, check_work, choose_cache
+from serve.openai.aside import encode_chat
+from serve.openai.errors import ApiError
 from serve.openai.protocol_chat import ChatRequest, chat_logprobs_object
 from serve.request import Delta, FinishReason, TokenLogprobs
 
@@ -20,23 +20,15 @@ async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeC
     copies = request.n or 1
     check_choices(1, copies, config)
     cache = choose_cache(request, engine)
-    tokens = await _encode(request.conversation(), engine)
+    tokens = await encode_chat(request.conversation(), engine, "messages")
     limit = request.limit or max(1, engine.engine.max_model_len - len(tokens))
     work: Work = []
     for copy in range(copies):
         params = request.sampling(limit, copy)
-        check_work(tokens, params, cache, engine, ("messages", request.limit_name))
+        if copy == 0:  # the others differ by their seed
+            check_work(tokens, params, cache, engine, ("messages", request.limit_name))
         work.append((tokens, params))
     return work
-
-
-async def _encode(messages: list[dict[str, str]], engine: AsyncEngine) -> list[int]:
-    try:
-        if sum(len(message["content"]) for message in messages) > LONG_TEXT:
-            return await asyncio.to_thread(engine.engine.encode_chat, messages)
-        return engine.engine.encode_chat(messages)
-    except ValueError as error:
-        raise ApiError(400, str(error), param="messages", code="chat_template_error") from None
 
 
 class ChatAnswer(Answer):

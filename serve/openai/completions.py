@@ -1,12 +1,13 @@
 """POST /v1/completions: prompts as texts or tokens, and choices with a text each."""
 
-import asyncio
 from typing import Any
 
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
-from serve.openai.answer import LONG_TEXT, Answer, Work, check_choices, check_model, check_work, choose_cache
-from serve.openai.protocol import ApiError, CompletionRequest, logprobs_object
+from serve.openai.answer import Answer, Work, check_choices, check_model, check_work, choose_cache
+from serve.openai.aside import check_tokens, encode_text
+from serve.openai.errors import ApiError
+from serve.openai.protocol import CompletionRequest, logprobs_object
 from serve.request import Delta, FinishReason, TokenLogprobs
 
 DEFAULT_MAX_TOKENS = 16
@@ -23,20 +24,16 @@ async def prepare(request: CompletionRequest, engine: AsyncEngine, config: Serve
     cache = choose_cache(request, engine)
     work: Work = []
     for prompt in prompts:
-        tokens = await _encode(prompt, engine) if isinstance(prompt, str) else prompt
+        tokens = await encode_text(prompt, engine, "prompt") if isinstance(prompt, str) else prompt
+        check_tokens(len(tokens), engine, "prompt")
         room = engine.engine.max_model_len - len(tokens)
         max_tokens = request.max_tokens or max(1, min(DEFAULT_MAX_TOKENS, room))
         for copy in range(copies):
             params = request.sampling(max_tokens, copy)
-            check_work(tokens, params, cache, engine, ("prompt", "max_tokens"))
+            if copy == 0:  # the others differ by their seed
+                check_work(tokens, params, cache, engine, ("prompt", "max_tokens"))
             work.append((tokens, params))
     return work
-
-
-async def _encode(text: str, engine: AsyncEngine) -> list[int]:
-    if len(text) > LONG_TEXT:
-        return await asyncio.to_thread(engine.engine.encode, text)
-    return engine.engine.encode(text)
 
 
 class CompletionAnswer(Answer):

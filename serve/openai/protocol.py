@@ -3,38 +3,20 @@
 A field that this server does not support is refused by name, never ignored; its neutral value is accepted.
 """
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from serve.request import MAX_LOGPROBS, SamplingParams, TokenLogprobs
+from serve.openai.errors import ApiError, short_name, unsupported
+from serve.openai.json_body import MOST, read_object
+from serve.openai.neutral import COMPLETION, SHARED, Values, take_neutral
+from serve.request import MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_STRINGS, SamplingParams, TokenLogprobs
 
-
-class ApiError(Exception):
-    """A refusal in OpenAI's shape."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = headers or {}
-
-    def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
-        kind = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-
-ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable"}
+MAX_LABEL = 512
+"""Characters of a text that names a user, a session or a cache."""
+LEAST_LOGPROB = -9999.0
+"""What stands for the logarithm of zero, which is no number in JSON."""
 
 
 class Strict(BaseModel):
@@ -46,33 +28,48 @@ class Strict(BaseModel):
 class StreamOptions(Strict):
     """`include_usage`: one more chunk before the end, with the usage of the whole request."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
     include_obfuscation: bool | None = None
+    continuous_usage_stats: Annotated[
+        bool | None, WithJsonSchema({"anyOf": [{"type": "boolean", "const": False}, {"type": "null"}]})
+    ] = None
+
+
+Label = Annotated[str, Field(max_length=MAX_LABEL)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stop = StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)]
 
 
 class GenerationRequest(Strict):
-    """What both interfaces take. `top_k`, `ignore_eos`: extensions, as vLLM names them. `cache`: ours, how keys and
-    values of this request are kept, {"policy": "d2o", "keep_ratio": 0.2}.
+    """What both interfaces take. `top_k` (0 or -1: off), `ignore_eos`: extensions, as vLLM names them. `cache`: ours,
+    how keys and values of this request are kept, {"policy": "d2o", "keep_ratio": 0.2}. `user`, `session_id`,
+    `safety_identifier`, `prompt_cache_key`, `cache_salt` and `metadata` say who asks and change no answer.
 
-    expected: what the fields of a subclass hold, for errors. neutral: fields of OpenAI's interface without support
-    here, and the values under which they change nothing.
+    expected: what the fields of a subclass hold, for errors. neutral: fields without support here, and the values under
+    which they change nothing (`serve.openai.neutral`).
     """
 
     expected: ClassVar[dict[str, str]] = {}
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    neutral: ClassVar[Mapping[str, Values]] = SHARED
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    stop: str | list[str] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MOST)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=MOST)] | None = None
+    n: Count | None = None
+    stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     cache: dict[str, Any] | None = None
-    user: str | None = None
+    user: Label | None = None
+    session_id: Label | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
+    cache_salt: Label | None = None
+    metadata: Annotated[dict[Label, Label], Field(max_length=16)] | None = None
 
     @property
     def alternatives(self) -> int | None:
@@ -81,11 +78,8 @@ class GenerationRequest(Strict):
 
     def check(self) -> None:
         """Raises ApiError for fields that do not go together."""
-        for name, values in self.neutral.items():
-            value = getattr(self, name)
-            if not any(value == allowed and type(value) in (type(allowed), int, float) for allowed in values):
-                message = f"{name} is not supported by this server; leave it out"
-                raise ApiError(400, message, param=name, code="unsupported")
+        if self.stream_options is not None and self.stream_options.continuous_usage_stats:
+            raise unsupported("stream_options.continuous_usage_stats")
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is only allowed with stream=true", param="stream_options")
 
@@ -97,12 +91,13 @@ class GenerationRequest(Strict):
                 max_tokens=max_tokens,
                 temperature=1.0 if self.temperature is None else self.temperature,
                 top_p=1.0 if self.top_p is None else self.top_p,
-                top_k=self.top_k or 0,
+                top_k=max(self.top_k or 0, 0),
                 # The choices of one prompt differ, and the first is that of n=1.
                 seed=None if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63,
                 stop=tuple(stop),
                 logprobs=self.alternatives,
                 ignore_eos=bool(self.ignore_eos),
+                counts_prompt=choice == 0,
             )
         except ValueError as error:
             raise ApiError(400, str(error), param=str(error).split("=")[0].split()[0]) from None
@@ -117,24 +112,11 @@ class CompletionRequest(GenerationRequest):
     expected: ClassVar[dict[str, str]] = {
         "prompt": "a text, a list of token ids, a list of texts or a list of lists of token ids, none of them empty"
     }
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "best_of": (None, 1),
-        "echo": (None, False),
-        "frequency_penalty": (None, 0),
-        "logit_bias": (None, {}),
-        "presence_penalty": (None, 0),
-        "suffix": (None, ""),
-    }
+    neutral: ClassVar[Mapping[str, Values]] = {**SHARED, **COMPLETION}
 
     prompt: str | Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Count | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    best_of: Any = None
-    echo: Any = None
-    frequency_penalty: Any = None
-    logit_bias: Any = None
-    presence_penalty: Any = None
-    suffix: Any = None
 
     @property
     def alternatives(self) -> int | None:
@@ -159,8 +141,10 @@ def parse_completion(body: bytes) -> CompletionRequest:
 
 def parse_body(kind: type[Body], body: bytes) -> Body:
     """Reads the body of a request of this kind. Raises ApiError as `parse_completion`."""
+    values = read_object(body, " and ".join(n for n, field in kind.model_fields.items() if field.is_required()))
+    take_neutral(values, kind.neutral)
     try:
-        request = kind.model_validate_json(body)
+        request = kind.model_validate(values)
     except ValidationError as error:
         raise _explain(kind, error) from None
     request.check()
@@ -168,29 +152,24 @@ def parse_body(kind: type[Body], body: bytes) -> Body:
 
 
 def _explain(request: type[GenerationRequest], error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     kind, where = first["type"], first["loc"]
-    if kind == "json_invalid":
-        # pydantic's message says where, and what it expected there; it does not quote the body.
-        return ApiError(
-            400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}", code="invalid_json"
-        )
-    if not where:
-        needed = " and ".join(name for name, field in request.model_fields.items() if field.is_required())
-        return ApiError(400, f"the body must be a JSON object with the fields {needed}", code="invalid_json")
-    name = str(where[0])
+    name = short_name(str(where[0]))
     if name in ("stream_options", "messages"):
-        name += "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where[1:3])
+        parts = (f"[{part}]" if isinstance(part, int) else f".{short_name(part)}" for part in where[1:3])
+        name += "".join(parts)
     if kind == "extra_forbidden":
         return ApiError(400, f"unknown field {name!r}; this server does not support it", param=name, code="unsupported")
     if kind == "missing":
         return ApiError(400, f"{name} is missing", param=name)
-    expected = {"stop": "a text or a list of texts", "cache": CACHE_HELP, **request.expected}
+    expected = {"stop": STOP_HELP, "cache": CACHE_HELP, "metadata": METADATA_HELP, **request.expected}
     if name in expected:
         return ApiError(400, f"{name} must be {expected[name]}", param=name)
     return ApiError(400, f"{name}: {first['msg']}", param=name)
 
 
+STOP_HELP = f"a text or a list of at most {MAX_STOP_STRINGS} texts, of 1 to {MAX_STOP_LENGTH} characters each"
+METADATA_HELP = f"at most 16 names with a text each, of at most {MAX_LABEL} characters"
 CACHE_HELP = 'an object such as {"policy": "d2o", "keep_ratio": 0.2}'
 
 Spell = Callable[[int], bytes]
@@ -199,10 +178,10 @@ Spell = Callable[[int], bytes]
 
 def logprobs_object(logprobs: Sequence[TokenLogprobs], alternatives: int, spell: Spell) -> dict[str, Any]:
     """The `logprobs` of a completion's choice."""
-    tops = [{spell_token(spell(token)): value for token, value in x.top} for x in logprobs]
+    tops = [{spell_token(spell(token)): max(value, LEAST_LOGPROB) for token, value in x.top} for x in logprobs]
     return {
         "tokens": [spell_token(spell(x.token)) for x in logprobs],
-        "token_logprobs": [x.logprob for x in logprobs],
+        "token_logprobs": [max(x.logprob, LEAST_LOGPROB) for x in logprobs],
         "top_logprobs": tops if alternatives else None,
         "text_offset": [x.offset for x in logprobs],
     }
@@ -214,8 +193,3 @@ def spell_token(data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-def dump(value: Any) -> bytes:
-    """Compact JSON."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,11 +1,13 @@
 """OpenAI's chat interface, strictly read: see `serve.openai.protocol`. Conversations of text, without tools."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, WithJsonSchema
 
-from serve.openai.protocol import ApiError, GenerationRequest, Spell, Strict, parse_body, spell_token
+from serve.openai.errors import ApiError, unsupported
+from serve.openai.neutral import CHAT, SHARED, Values
+from serve.openai.protocol import LEAST_LOGPROB, Count, GenerationRequest, Spell, Strict, parse_body, spell_token
 from serve.request import MAX_LOGPROBS, TokenLogprobs
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -15,83 +17,66 @@ PARTS = ("file", "image_url", "input_audio", "refusal", "video_url")
 
 TEXT_PART = {
     "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "properties": {"type": {"type": "string", "const": "text"}, "text": {"type": "string"}},
     "required": ["type", "text"],
     "additionalProperties": False,
 }
-CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART, "minItems": 1}]}
+CONTENT = {"anyOf": [{"type": "string"}, {"type": "null"}, {"type": "array", "items": TEXT_PART, "minItems": 1}]}
+MAX_NAME = 256
+"""Characters of a participant's name."""
+NAME = {"anyOf": [{"type": "string", "maxLength": MAX_NAME}, {"type": "null"}]}
+EMPTY: Values = (None, [])
+NOTHING = {"anyOf": [{"type": "array", "items": {"type": "string"}, "maxItems": 0}, {"type": "null"}]}
+Unused = Annotated[Any, WithJsonSchema(NOTHING)]
 
 
 class ChatMessage(Strict):
-    """One message. Fields that clients send back as null from an answer are taken as null only."""
+    """One message; a content of null is an empty text. Fields that clients send back as null from an answer are taken
+    as null only."""
 
-    role: Annotated[Any, WithJsonSchema({"enum": list(ROLES)})]
+    role: Annotated[Any, WithJsonSchema({"type": "string", "enum": list(ROLES)})]
     content: Annotated[Any, WithJsonSchema(CONTENT)]
-    name: Any = None
-    refusal: Any = None
-    annotations: Any = None
-    audio: Any = None
-    function_call: Any = None
-    tool_calls: Any = None
+    name: Annotated[Any, WithJsonSchema(NAME)] = None
+    refusal: Unused = None
+    annotations: Unused = None
+    audio: Unused = None
+    function_call: Unused = None
+    tool_calls: Unused = None
+    reasoning: Unused = None
+    reasoning_content: Unused = None
 
     def plain(self, where: str) -> dict[str, str]:
         """What a template sees. `where` names the message. Raises ApiError."""
-        if self.role in ("tool", "function"):
-            message = f"{where}.role: tools are not supported by this server"
-            raise ApiError(400, message, param=f"{where}.role", code="unsupported")
+        if isinstance(self.role, str) and self.role in ("tool", "function"):
+            raise unsupported(f"{where}.role", "of a tool is not supported by this server: it has no tools")
         if not isinstance(self.role, str) or self.role not in ROLES:
             raise ApiError(400, f"{where}.role must be one of {', '.join(ROLES)}", param=f"{where}.role")
-        for name in ("name", "refusal", "annotations", "audio", "function_call", "tool_calls"):
-            if getattr(self, name) not in (None, []):
-                message = f"{where}.{name} is not supported by this server; leave it out"
-                raise ApiError(400, message, param=f"{where}.{name}", code="unsupported")
-        return {"role": ROLES[self.role], "content": _text(self.content, f"{where}.content")}
+        for name in UNUSED:
+            if getattr(self, name) not in EMPTY:
+                raise unsupported(f"{where}.{name}")
+        found = {"role": ROLES[self.role], "content": _text(self.content, f"{where}.content")}
+        if self.name is not None:
+            if not isinstance(self.name, str) or len(self.name) > MAX_NAME:
+                message = f"{where}.name must be a text of at most {MAX_NAME} characters"
+                raise ApiError(400, message, param=f"{where}.name")
+            found["name"] = self.name
+        return found
+
+
+UNUSED = [name for name in ChatMessage.model_fields if name not in ("role", "content", "name")]
 
 
 class ChatRequest(GenerationRequest):
     """Body of POST /v1/chat/completions. The chat template is the model's; a request cannot bring one."""
 
     expected: ClassVar[dict[str, str]] = {"messages": "a list of messages, at least one"}
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "audio": (None,),
-        "frequency_penalty": (None, 0),
-        "function_call": (None, "none", "auto"),
-        "functions": (None, []),
-        "logit_bias": (None, {}),
-        "metadata": (None, {}),
-        "modalities": (None, ["text"]),
-        "parallel_tool_calls": (None, True, False),
-        "prediction": (None,),
-        "presence_penalty": (None, 0),
-        "reasoning_effort": (None,),
-        "response_format": (None, {"type": "text"}),
-        "service_tier": (None, "auto", "default"),
-        "store": (None, False),
-        "tool_choice": (None, "none", "auto"),
-        "tools": (None, []),
-    }
+    neutral: ClassVar[Mapping[str, Values]] = {**SHARED, **CHAT}
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    audio: Any = None
-    frequency_penalty: Any = None
-    function_call: Any = None
-    functions: Any = None
-    logit_bias: Any = None
-    metadata: Any = None
-    modalities: Any = None
-    parallel_tool_calls: Any = None
-    prediction: Any = None
-    presence_penalty: Any = None
-    reasoning_effort: Any = None
-    response_format: Any = None
-    service_tier: Any = None
-    store: Any = None
-    tool_choice: Any = None
-    tools: Any = None
 
     @property
     def alternatives(self) -> int | None:
@@ -128,6 +113,8 @@ def parse_chat(body: bytes) -> ChatRequest:
 
 def _text(content: Any, where: str) -> str:
     """A text, or the texts of a list of parts with newlines between them, as other servers join them."""
+    if content is None:
+        return ""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
@@ -137,8 +124,7 @@ def _text(content: Any, where: str) -> str:
         name = f"{where}[{index}]"
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in PARTS:
-            message = f"{name}: parts of type {kind} are not supported by this server; send text"
-            raise ApiError(400, message, param=name, code="unsupported")
+            raise unsupported(name, f"is of type {kind}, which is not supported by this server; send text")
         if kind != "text" or not isinstance(part.get("text"), str) or len(part) != 2:
             message = f'{name} must be {{"type": "text", "text": ...}} and nothing else'
             raise ApiError(400, message, param=name)
@@ -151,7 +137,7 @@ def chat_logprobs_object(logprobs: Sequence[TokenLogprobs], spell: Spell) -> dic
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         data = spell(token)
-        return {"token": spell_token(data), "logprob": logprob, "bytes": list(data)}
+        return {"token": spell_token(data), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(data)}
 
     content = [{**entry(x.token, x.logprob), "top_logprobs": [entry(*top) for top in x.top]} for x in logprobs]
     return {"content": content}

@@ -1,7 +1,5 @@
 """The HTTP application: runs under uvicorn as it is, and inside Ray Serve."""
 
-import hmac
-import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,70 +7,25 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.middleware import Middleware
 
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
+from serve.front.guard import Counted, error_response, guard
 from serve.metrics import CONTENT_TYPE
 from serve.openai.answer import check_model
+from serve.openai.aside import aside
 from serve.openai.chat import ChatAnswer, prepare_chat
 from serve.openai.completions import CompletionAnswer, prepare
-from serve.openai.protocol import ApiError, CompletionRequest, GenerationRequest, dump, parse_completion
-from serve.openai.protocol_chat import ChatRequest, parse_chat
-
-OPEN_PATHS = ("/health",)
-"""Paths that need no API key."""
+from serve.openai.document import document
+from serve.openai.errors import ApiError, dump
+from serve.openai.protocol import parse_completion
+from serve.openai.protocol_chat import parse_chat
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A JSON answer."""
     return Response(dump(value), status, headers, media_type="application/json")
-
-
-def error_response(error: ApiError) -> Response:
-    """An error in OpenAI's shape."""
-    return json_response(error.body(), error.status, error.headers)
-
-
-class ApiKeyMiddleware:
-    """Refuses requests without `Authorization: Bearer <key>`, whatever their path, but for `OPEN_PATHS`."""
-
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self.app, self.expected = app, b"Bearer " + key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            given = [value for name, value in scope["headers"] if name == b"authorization"]
-            if len(given) != 1 or not hmac.compare_digest(given[0], self.expected):
-                error = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
-                await error_response(error)(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
-
-
-def read_api_key(config: ServeConfig) -> str | None:
-    """The key in the environment variable that the configuration names. Raises ValueError when it is not set."""
-    if config.api_key_env is None:
-        return None
-    key = os.environ.get(config.api_key_env, "")
-    if not key:
-        raise ValueError(f"api_key_env={config.api_key_env!r}: set that environment variable to the API key")
-    return key
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body. Raises ApiError 413 as soon as it is larger than `limit` bytes."""
-    error = ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > limit:
-        raise error
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise error
-        parts.append(part)
-    return b"".join(parts)
 
 
 def build_app(engine: AsyncEngine, config: ServeConfig) -> FastAPI:
@@ -84,11 +37,11 @@ def build_app(engine: AsyncEngine, config: ServeConfig) -> FastAPI:
         await engine.drain(config.drain_timeout_s)
         engine.stop()
 
-    app = FastAPI(title="attnzoo", lifespan=lifespan, docs_url=None, redoc_url=None)
-    key = read_api_key(config)
-    if key is not None:
-        app.add_middleware(ApiKeyMiddleware, key=key)
+    counted = Middleware(Counted, answered=engine.engine.metrics.answered)
+    middleware = [counted, *guard(config.front_limits)]
+    app = FastAPI(title="attnzoo", lifespan=lifespan, docs_url=None, redoc_url=None, middleware=middleware)
     _add_error_handlers(app)
+    app.openapi = lambda: document("attnzoo")  # type: ignore[method-assign]
     _add_information(app, engine, config)
 
     _add_generation(app, engine, config)
@@ -98,21 +51,19 @@ def build_app(engine: AsyncEngine, config: ServeConfig) -> FastAPI:
 def _add_generation(app: FastAPI, engine: AsyncEngine, config: ServeConfig) -> None:
     interval_s = config.stream_interval_ms / 1000
 
-    @app.post("/v1/completions", openapi_extra=_body_schema(CompletionRequest))
+    @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        completion = parse_completion(await read_body(request, config.max_body_bytes))
+        body = await request.body()
+        completion = await aside(len(body), parse_completion, body)
         work = await prepare(completion, engine, config)
         return CompletionAnswer(completion, engine, work, interval_s=interval_s)
 
-    @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatRequest))
+    @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        chat = parse_chat(await read_body(request, config.max_body_bytes))
+        body = await request.body()
+        chat = await aside(len(body), parse_chat, body)
         work = await prepare_chat(chat, engine, config)
         return ChatAnswer(chat, engine, work, interval_s=interval_s)
-
-
-def _body_schema(kind: type[GenerationRequest]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -6,13 +6,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from attnzoo.attention import ATTENTION, Attention
+from attnzoo.attention.parts import SoftmaxMixing
 from attnzoo.kvcache import Compression, build_cache, load_state, save_state
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.models.decoder_lm import DecoderState
-from tests.contract.contract import TIGHT, assert_close
+from tests.contract.contract import MODEL_DIM as CASE_DIM
+from tests.contract.contract import SIZES, TIGHT, assert_close
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "mha": {"kind": "mha", "num_heads": 3, "head_dim": 6},
@@ -24,13 +28,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "streaming": ("streaming", {"keep_ratio": 0.5, "sinks": 2}),
-    "random_tokens": ("random_tokens", {"keep_ratio": 0.5, "sinks": 1, "seed": 3}),
-    "snapkv": ("snapkv", {"keep_ratio": 0.5, "window": 3, "pool": 3}),
-    "d2o": ("d2o", {"keep_ratio": 0.5, "sinks": 2}),
-    "d2o-uniform": ("d2o", {"keep_ratio": 0.5, "sinks": 2, "budget": "uniform"}),
-    "d2o-official": ("d2o", {"keep_ratio": 0.5, "sinks": 2, "flavor": "official"}),
-    "d2o-votes": ("d2o", {"keep_ratio": 0.5, "sinks": 2, "votes": True, "per": "layer"}),
+    "streaming": ("streaming", {"keep_ratio": 0.5, "min_tokens": 0, "sinks": 2}),
+    "random_tokens": ("random_tokens", {"keep_ratio": 0.5, "min_tokens": 0, "sinks": 1, "seed": 3}),
+    "snapkv": ("snapkv", {"keep_ratio": 0.5, "min_tokens": 0, "window": 3, "pool": 3}),
+    "d2o": ("d2o", {"keep_ratio": 0.5, "min_tokens": 0, "sinks": 2}),
+    "d2o-uniform": ("d2o", {"keep_ratio": 0.5, "min_tokens": 0, "sinks": 2, "budget": "uniform"}),
+    "d2o-official": ("d2o", {"keep_ratio": 0.5, "min_tokens": 0, "sinks": 2, "flavor": "official"}),
+    "d2o-votes": ("d2o", {"keep_ratio": 0.5, "min_tokens": 0, "sinks": 2, "votes": True, "per": "layer"}),
     "think": ("think", {"channel_ratio": 0.5, "window": 3}),
     "think-greedy": ("think", {"channel_ratio": 0.5, "window": 3, "score": "greedy"}),
     "think-values": ("think", {"channel_ratio": 0.7, "value_channel_ratio": 0.5, "window": 3}),
@@ -41,13 +45,13 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"channel_ratio": 0.5, "value_channel_ratio": 0.5, "window": 3, "retail": 2, "mask": "recomputed"},
     ),
     "random_channels": ("random_channels", {"channel_ratio": 0.5, "window": 3}),
-    "d2o+think": ("d2o+think", {"keep_ratio": 0.6, "sinks": 2, "window": 3}),
+    "d2o+think": ("d2o+think", {"keep_ratio": 0.6, "min_tokens": 0, "sinks": 2, "window": 3}),
     "d2o+think-votes": (
         "d2o+think",
-        {"keep_ratio": 0.6, "sinks": 2, "window": 3, "votes": True, "value_channel_ratio": 0.5},
+        {"keep_ratio": 0.6, "min_tokens": 0, "sinks": 2, "window": 3, "votes": True, "value_channel_ratio": 0.5},
     ),
 }
-"""Options that lose something within a dozen tokens."""
+"""Options that lose something within a dozen tokens: without `min_tokens` a page would stay."""
 
 LOSSLESS: dict[str, list[dict[str, Any]]] = {
     "full": [{}],
@@ -322,6 +326,47 @@ def check_everything_kept(variant: str, kind: str, options: dict[str, Any], dtyp
         actual, state = run(model, build_cache(kind, options), tokens, 14, chunk=chunk, step=step)
         assert torch.equal(actual, expected), f"{kind} {options}: differs by {(actual - expected).abs().max():.3g}"
     assert dataclasses.is_dataclass(state)
+
+
+def registered_model(kind: str, options: dict[str, Any], layers: int) -> DecoderLM:
+    """A model of a registered variant, with random parameters."""
+    names = {field.name for field in dataclasses.fields(ATTENTION.get(kind).Config)}
+    sizes = {key: value for key, value in SIZES.items() if key in names - {"model_dim"}}
+    spec = {"kind": kind, **sizes, **options}
+    model = DecoderLM(DecoderConfig(vocab_size=29, model_dim=CASE_DIM, num_layers=layers, attention=spec))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model.double().eval().requires_grad_(False)
+
+
+def refusal(attention: Attention, policy: Compression) -> str | None:
+    """What a variant must say where it cannot have a policy; None where it must work."""
+    if attention.traits.growth == "O(1)":
+        return "constant size and no keys to compress|a state of its own"
+    if attention.traits.growth == "O(window)":
+        return r"window=\d+ keeps a constant number of tokens|a state of its own"
+    if not isinstance(getattr(attention, "mixing", None), SoftmaxMixing):
+        return "keeps a state of its own, not the keys and values"
+    return "does not say its scores" if policy.needs - attention.mixing.position.says else None
+
+
+def check_registered(kind: str, options: dict[str, Any]) -> None:
+    """With every policy a variant works, in a batch as alone, or is refused with its reason before the first token."""
+    models = {layers: registered_model(kind, options, layers) for layers in (2, 3, LAYERS)}
+    tokens, lengths = prompt(2, 17), torch.tensor([12, 9])
+    for name in POLICIES:
+        model, policy = models[layers_of(name)], policy_of(name)
+        reason = refusal(model.layers()[0].attention, policy)
+        if reason is not None:
+            with pytest.raises(ValueError, match=reason):
+                model.byte_model(policy)
+            continue
+        assert model.byte_model(policy).reading(12) > 0
+        _, state = model.extend(tokens[:, :12], model.init_state(2, 12, cache=policy), lengths)
+        logits, _ = model.extend(tokens[:, 12:], model.compress(state))
+        alone, _ = run(model, policy_of(name), torch.cat([tokens[1:, :9], tokens[1:, 12:]], dim=1), 9)
+        assert_close(logits[1:], alone, f"{kind} {options} with {name}", tolerance=1e-9)
 
 
 __all__ = ["CHECKS", "LOSSLESS", "POLICIES", "TIGHT", "VARIANTS"]

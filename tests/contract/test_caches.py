@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from attnzoo.kvcache import CACHES, compressed
-from tests.contract.caches import CHECKS, LOSSLESS, POLICIES, VARIANTS, check_everything_kept
+from tests.contract.caches import (
+    CHECKS,
+    LOSSLESS,
+    POLICIES,
+    VARIANTS,
+    check_everything_kept,
+    check_registered,
+    registered_model,
+)
+from tests.contract.contract import all_cases, build_case, case_name
 
 FULL_MATRIX = ("gqa", "rcmha")
 """Variants that meet every policy and check; the others meet the policies that read their scores differently."""
@@ -42,3 +51,16 @@ def test_cache(variant, policy, check):
 def test_everything_kept_is_the_full_cache(variant, kind, options):
     for dtype in (torch.float64, torch.bfloat16):
         check_everything_kept(variant, kind, options, dtype)
+
+
+REGISTERED = [pytest.param(kind, options, id=case_name(kind, options)) for kind, options in all_cases()]
+
+
+@pytest.mark.parametrize(("kind", "options"), REGISTERED)
+def test_every_registered_variant_has_every_policy_or_says_why(kind, options):
+    """Plug-ins included. What is not causal is refused by the decoder."""
+    if build_case(kind, options).traits.causal:
+        check_registered(kind, options)
+    else:
+        with pytest.raises(ValueError, match="not causal"):
+            registered_model(kind, options, 2)

@@ -1,6 +1,8 @@
 """A replica that is killed is replaced, and the clients it served hear of it."""
 
+import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import psutil
@@ -8,32 +10,47 @@ import pytest
 
 from tests.integration.test_serve_ray import Running
 
+BODY = {"model": "tiny", "prompt": "Hi", "max_tokens": 1000, "ignore_eos": True}
+
+
+def complete(url: str, **fields) -> httpx.Response:
+    return httpx.post(f"{url}/v1/completions", json={**BODY, **fields}, timeout=60)
+
+
+def wait_for(condition, what: str) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.05)
+
 
 @pytest.mark.slow
 def test_a_killed_replica_is_replaced(tmp_path):
-    server = Running(tmp_path)
+    server = Running(tmp_path, "max_num_seqs=2")
     try:
         replica = next(process for process in server.family() if "ServeReplica" in " ".join(process.cmdline()))
-        body = {"model": "tiny", "prompt": "Hi", "max_tokens": 1000, "stream": True, "ignore_eos": True}
-        text: list[str] = []
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response:
-            parts = response.iter_text()
-            text.append(next(parts))
+        with ThreadPoolExecutor(3) as pool:
+            streams = [pool.submit(complete, server.url, stream=True) for _ in range(2)]
+            wait_for(lambda: server.metric("generation_tokens_total") > 4, "text")
+            waiting = pool.submit(complete, server.url)
+            wait_for(lambda: server.metric("num_requests_waiting") == 1, "waiting")
             psutil.Process(replica.pid).kill()
-            with pytest.raises(httpx.HTTPError):
-                text.extend(parts)
-        assert text
-        assert "[DONE]" not in "".join(text)
-        deadline = time.perf_counter() + 60
-        while time.perf_counter() < deadline:
-            try:
-                answer = httpx.post(f"{server.url}/v1/completions", json={**body, "stream": False, "max_tokens": 3})
-            except httpx.HTTPError:
-                continue
-            if answer.status_code == 200:
-                break
-            time.sleep(0.2)
-        assert answer.json()["usage"]["completion_tokens"] == 3
+            began = time.monotonic()
+            for stream in (stream.result() for stream in streams):
+                assert stream.status_code == 200
+                last = stream.text.strip().split("\n\n")[-1]
+                assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
+                assert "[DONE]" not in stream.text
+            for answer in (waiting.result(), complete(server.url), httpx.get(f"{server.url}/v1/models", timeout=60)):
+                # A new replica may already be there on a fast machine.
+                if answer.status_code != 200:
+                    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+                    assert answer.json()["error"]["code"] == "unavailable"
+            print(f"all heard after {time.monotonic() - began:.1f} s")
+        wait_for(lambda: complete(server.url, max_tokens=3).status_code == 200, "replaced")
+        assert complete(server.url, max_tokens=3).json()["usage"]["completion_tokens"] == 3
+        wait_for(lambda: any("answering again" in line for line in server.errors), "said on the terminal")
+        assert any("not answering: /health: 503" in line for line in server.errors)
     finally:
         server.process.terminate()
         server.process.wait(60)

@@ -229,6 +229,8 @@ def test_chat(checkpoint):
         ({"num_beams": 4}, "'num_beams' is not supported; known: do_sample, max_gen_toks"),
         ({"max_length": 40}, "'max_length' is not supported"),
         ({"do_sample": True}, "do_sample=true needs a temperature above 0"),
+        ({"do_sample": True, "temperature": float("nan")}, "generation_kwargs: temperature=nan"),
+        ({"top_p": 0.0}, "generation_kwargs: top_p=0.0"),
         ({"max_gen_toks": LENGTH}, "max_gen_toks=47 must be at least 1 and leave room"),
         ({"until": [3]}, "must be texts"),
     ],

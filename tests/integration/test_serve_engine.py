@@ -9,6 +9,7 @@ from attnzoo.models import generate
 from serve.cache_manager import Release
 from serve.config import EngineConfig
 from serve.engine import Engine
+from serve.pool import SlotPool
 from serve.request import ContextLengthError, Request, SamplingParams
 from tests.serving import KINDS, MAX_LEN, TOKENS, small_model, tokenizer
 
@@ -88,6 +89,37 @@ def test_a_part_of_the_state_that_does_not_move_is_caught(kind, part, monkeypatc
     with torch.inference_mode():
         monkeypatch.setattr(engine.runner, "release", lossy)
         assert run_staggered(engine, work) != right
+
+
+def test_slots_that_are_not_exchanged_are_caught(monkeypatch):
+    """A short prompt passes a long one and takes its place among those that decode."""
+    work = [(prompt, greedy(2 + index % 7)) for index, prompt in enumerate(prompts(20))]
+    right = run_staggered(make_engine(), work)
+    exchanged = []
+    monkeypatch.setattr(SlotPool, "exchange", lambda self, slots, tokens: exchanged.append(slots))
+    engine = make_engine()
+    monkeypatch.setattr(f"{__name__}.assert_empty", lambda engine: None)
+    assert run_staggered(engine, work) != right
+    assert exchanged
+
+
+def test_a_long_prompt_holds_up_neither_a_stream_nor_a_short_prompt():
+    engine = make_engine(max_batched_tokens=50, max_num_seqs=3)
+    expected = {
+        name: generate(engine.model, [prompt], max_new_tokens=count)[0]
+        for name, prompt, count in (("stream", [5, 6], 40), ("long", [7] * 55, 5), ("short", [9, 8], 5))
+    }
+    engine.add_request("stream", [5, 6], greedy(40))
+    engine.step()
+    engine.pace.target_s, engine.pace._token_s = 1e-3, 1.0  # a slow machine: as little of a prompt as ever
+    engine.add_request("long", [7] * 55, greedy(5))
+    engine.add_request("short", [9, 8], greedy(5))
+    tokens = {name: engine._requests[name].generated for name in expected}
+    first = [{delta.request_id for delta in engine.step()} for _ in range(2)]
+    assert first == [{"stream", "short"}, {"stream", "short", "long"}]
+    while engine.has_work():
+        engine.step()
+    assert tokens == expected
 
 
 def test_a_slot_that_is_not_emptied_is_caught(monkeypatch):

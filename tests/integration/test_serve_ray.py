@@ -17,6 +17,8 @@ import httpx
 import openai
 import psutil
 import pytest
+import yaml
+from click.testing import CliRunner
 
 from attnzoo.models import generate
 from serve.__main__ import main
@@ -24,14 +26,20 @@ from tests.serving import export, small_model, tokenizer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own deprecations
-    from serve.deployment import app, free_port
+    from ray.serve.schema import ServeDeploySchema
+    from ray.serve.scripts import build as build_command
+
+    from serve.deployment import app, explain_failure, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
+DEPLOYMENT = ROOT / "configs/serve/ray/deploy.yaml"
+TRACE = 'Error:\nTraceback (most recent call last):\n  File "x.py", line 5, in f\n    g()\n    ^^^\n'
 
 
 def environment() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # An address of a cluster that is not there, such as is left in a shell, must not matter.
+    return {**kept, "RAY_ADDRESS": "192.0.2.1:6379", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 class Running:
@@ -231,6 +239,34 @@ def test_usage_errors_of_the_command():
     assert "checkpoint is missing" in done.stderr
 
 
+def test_what_ends_the_constructor_reaches_the_terminal(tmp_path):
+    """The engine says it in the replica's process, where nobody looks."""
+    checkpoint = export(tmp_path / "tiny" / "export", max_len=64)
+    command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", "0", "max_model_len=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=300)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "python -m serve: error: max_model_len=1 leaves no room" in done.stderr
+    assert "Failed to update" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (TRACE + "ValueError: first\nsecond: line", "ValueError: first\nsecond: line"),
+        (TRACE + "KeyError: 'x'\n\nDuring handling of the above exception:\n\n" + TRACE + "OSError: y", "OSError: y"),
+        ("Error:\nActorDiedError()", "without an exception"),
+        ("Deployment is waiting for CPUs", "Deployment is waiting for CPUs"),
+        ("", "see the logs"),
+    ],
+    ids=range(5),
+)
+def test_why_a_deployment_failed(message, expected):
+    found = explain_failure(message)
+    assert expected in found
+    assert "Traceback" not in found
+
+
 def test_help_has_examples(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
@@ -248,6 +284,36 @@ def test_the_builder_is_strict(tmp_path):
         app({"checkpoint": "x", "port": "3"})
     with pytest.raises(ValueError, match="checkpoint is missing"):
         app({})
+
+
+def test_the_shipped_deployment_is_valid():
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(DEPLOYMENT.read_text(encoding="utf-8")))
+    assert schema.http_options.host == "127.0.0.1"
+    (application,) = schema.applications
+    assert application.import_path == "serve.deployment:app"
+    config = app(application.args)._bound_deployment.init_args[0]
+    assert (config.max_num_seqs, config.allowed_hosts) == (8, None)
+
+
+def test_serve_build_writes_a_deployment(tmp_path, monkeypatch):
+    """Ray's command gives no arguments, so the settings are a file's."""
+    settings, written = tmp_path / "settings.yaml", tmp_path / "deploy.yaml"
+    settings.write_text(f"checkpoint: {tmp_path}\nmax_num_seqs: 3\nmax_queue: 5\nport: 9000\n")
+    command = ["serve.deployment:application", "--app-dir", str(ROOT), "--output-path", str(written)]
+    monkeypatch.setenv("ATTNZOO_SERVE_CONFIG", str(settings))
+    done = CliRunner().invoke(build_command, command)
+    assert done.exit_code == 0, done.output
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(written.read_text()))
+    (application,) = schema.applications
+    assert application.import_path == "serve.deployment:application"
+    assert application.deployments[0].max_ongoing_requests == 4 * (3 + 5) + 64
+    monkeypatch.delenv("ATTNZOO_SERVE_CONFIG")
+    done = CliRunner().invoke(build_command, command)
+    assert "set ATTNZOO_SERVE_CONFIG to a YAML file" in str(done.exception)
+    settings.write_text("max_num_seq: 3")
+    monkeypatch.setenv("ATTNZOO_SERVE_CONFIG", str(settings))
+    done = CliRunner().invoke(build_command, command)
+    assert "did you mean 'max_num_seqs'" in str(done.exception)
 
 
 def test_a_taken_port_is_named():
@@ -277,7 +343,8 @@ applications:
 """
     )
     command = [str(Path(sys.executable).parent / "serve"), "run", str(config)]
-    process = subprocess.Popen(command, cwd=ROOT, env={**environment(), "HOME": str(tmp_path)})
+    alone = {name: value for name, value in environment().items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(command, cwd=ROOT, env={**alone, "HOME": str(tmp_path)})
     family = []
     try:
         for _ in range(600):

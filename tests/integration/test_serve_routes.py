@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import openai
@@ -17,8 +18,10 @@ from attnzoo.models import generate
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
 from serve.engine import Engine
+from serve.front.protocol import bounded_protocol
+from serve.openai.completions import CompletionAnswer
 from serve.openai.routes import build_app
-from serve.request import SamplingParams
+from serve.request import Delta, SamplingParams
 from tests.serving import small_model, tokenizer
 
 MODEL = "small"
@@ -34,7 +37,10 @@ def running(kind: str = "rcmha", *, delay_s: float = 0.0, words=None, **settings
         step = engine.step
         engine.step = lambda: (time.sleep(delay_s), step())[1]
     owner = AsyncEngine(engine)
-    server = uvicorn.Server(uvicorn.Config(build_app(owner, config), host="127.0.0.1", port=0, log_level="warning"))
+    http = bounded_protocol(config.front_limits)
+    server = uvicorn.Server(
+        uvicorn.Config(build_app(owner, config), host="127.0.0.1", port=0, log_level="warning", http=http)
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -220,13 +226,14 @@ def test_unknown_paths_and_methods_answer_in_the_same_shape(url, method, path, s
 
 def test_a_large_body_is_refused_whether_announced_or_not(url):
     body = json.dumps({"model": MODEL, "prompt": "x" * (1 << 20)}).encode()
-    assert httpx.post(f"{url}/v1/completions", content=body).status_code == 413
+    kind = {"content-type": "application/json"}
+    assert httpx.post(f"{url}/v1/completions", content=body, headers=kind).status_code == 413
 
     def chunks():
         for start in range(0, len(body), 1 << 16):
             yield body[start : start + (1 << 16)]
 
-    answer = httpx.post(f"{url}/v1/completions", content=chunks())
+    answer = httpx.post(f"{url}/v1/completions", content=chunks(), headers=kind)
     assert answer.status_code == 413
     assert answer.json()["error"]["code"] == "body_too_large"
 
@@ -246,6 +253,67 @@ def test_health_metrics_and_openapi(url):
     assert "/v1/completions" in document["paths"]
 
 
+def test_what_vllm_bench_serve_sends(url):
+    """Its payloads for both backends, as version 0.32 builds them."""
+    body = {"model": MODEL, "repetition_penalty": 1.0, "max_tokens": 6, "logprobs": None, "stream": True}
+    body |= {"stream_options": {"include_usage": True}, "prompt": "Hello", "ignore_eos": True}
+    answer = httpx.post(f"{url}/v1/completions", json=body, headers={"x-request-id": "bench-1"}, timeout=30)
+    assert answer.status_code == 200
+    chunks = events(answer.text)
+    assert chunks[-1]["usage"]["completion_tokens"] == 6
+    sampling = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "temperature": 0.0}
+    sampling |= {"frequency_penalty": 0.0, "presence_penalty": 0.0}
+    assert httpx.post(f"{url}/v1/completions", json=body | sampling, timeout=30).status_code == 200
+
+
+def test_the_prompt_of_several_choices_counts_once():
+    with running() as (url, owner):
+        count = owner.engine.metrics.registry.get_sample_value
+        usage = post(url, n=3, max_tokens=2, ignore_eos=True).json()["usage"]
+        wait_until(lambda: count("attnzoo_generation_tokens_total") == 6, "generated")
+        assert count("attnzoo_prompt_tokens_total") == usage["prompt_tokens"] == len(owner.engine.encode("Hello"))
+        post(url, prompt=["Hello", "Hello"], n=2, max_tokens=2, ignore_eos=True)
+        assert count("attnzoo_prompt_tokens_total") == 3 * usage["prompt_tokens"]
+
+
+def test_usage_says_how_the_state_was_kept(url, monkeypatch):
+    ours = post(url, max_tokens=4, ignore_eos=True).json()["usage"]["attnzoo"]
+    assert ours["policy"] == "full"
+    assert set(ours) == {
+        "policy", "kv_bytes", "kv_bytes_full", "kv_bytes_per_token", "kept_tokens", "not_compressed", "ttft_ms"
+    }  # fmt: skip
+    # What the engine says of each choice is added up; reasons are given once.
+    delta = Delta("r", "", 3, finish_reason="stop", prompt_tokens=5, policy="d2o", kept_tokens=4, kv_bytes=70)
+    answer = CompletionAnswer.__new__(CompletionAnswer)
+    answer.prompt_tokens = 5
+    answer.last = {"a": replace(delta, kv_bytes_full=90), "b": replace(delta, kv_bytes_full=80, not_compressed="short")}
+    found = answer._usage()["attnzoo"]
+    assert (found["policy"], found["kept_tokens"], found["kv_bytes"], found["kv_bytes_full"]) == ("d2o", 8, 140, 170)
+    assert (found["not_compressed"], found["kv_bytes_per_token"]) == ("short", 10.0)
+
+
+def test_no_reader_of_lines_breaks_an_event(client):
+    """A model whose every token is a line separator: the openai client and splitlines see whole events."""
+
+    class Separators(type(tokenizer())):
+        def token_bytes(self, token: int) -> bytes:
+            return ("\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r\n")[token % 6].encode()
+
+    words = Separators.__new__(Separators)
+    words.__dict__ |= tokenizer().__dict__
+    with running(words=words) as (url, _):
+        fields = {"max_tokens": 12, "temperature": 40.0, "seed": 1, "ignore_eos": True}
+        whole = post(url, **fields).json()["choices"][0]["text"]
+        lines = post(url, stream=True, logprobs=1, **fields).text.splitlines()
+        assert all(line.startswith("data: ") for line in lines if line)
+        parsed = [json.loads(line[6:]) for line in lines if line and line != "data: [DONE]"]
+        assert "".join(chunk["choices"][0]["text"] for chunk in parsed) == whole
+        there = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        stream = there.completions.create(model=MODEL, prompt="Hello", stream=True, extra_body={"ignore_eos": True},
+                                          max_tokens=12, temperature=40.0 / 20, seed=1)  # fmt: skip
+        assert len("".join(chunk.choices[0].text for chunk in stream)) >= 12
+
+
 def test_a_full_queue_answers_429_and_recovers():
     with running(delay_s=0.03, max_num_seqs=1, max_queue=1) as (url, owner), ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda i: post(url, max_tokens=8, ignore_eos=True), range(6)))
@@ -254,6 +322,8 @@ def test_a_full_queue_answers_429_and_recovers():
         assert codes[-1] == 429
         refused = next(answer for answer in answers if answer.status_code == 429)
         assert refused.headers["retry-after"] == "1"
+        counted = owner.engine.metrics.registry.get_sample_value
+        assert counted("attnzoo_http_responses_total", {"status": "429"}) == codes.count(429)
         assert refused.json()["error"]["type"] == "rate_limit_error"
         assert post(url, max_tokens=2).status_code == 200
         # All or none: three prompts can never be admitted here, and leave nothing behind.
@@ -266,8 +336,8 @@ def open_request(url: str, **fields) -> socket.socket:
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps({"model": MODEL, "prompt": "Hello", "ignore_eos": True, **fields}).encode()
     connection = socket.create_connection((host, int(port)))
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-    connection.sendall(head.encode() + b"\r\n\r\n" + body)
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
     return connection
 
 

@@ -118,7 +118,7 @@ def test_prefill_in_chunks_reports_its_bytes(reader):
 def test_a_policy_that_keeps_less_takes_fewer_bytes_and_its_peak_is_seen(reader):
     tokens_BT = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(0))
     full = prefill(reader.model, tokens_BT, build_cache("full", {}))
-    done = prefill(reader.model, tokens_BT, build_cache("streaming", {"keep_ratio": 0.5}))
+    done = prefill(reader.model, tokens_BT, build_cache("streaming", {"keep_ratio": 0.5, "min_tokens": 0}))
     assert done.nbytes < 0.75 * full.nbytes
     assert done.peak_nbytes >= done.nbytes
     assert force(reader.model, done.state, tokens_BT[:, :3])[0].shape == (2, 3, 256)
@@ -128,11 +128,11 @@ def test_a_policy_that_keeps_less_takes_fewer_bytes_and_its_peak_is_seen(reader)
     ("name", "options"),
     [
         ("full", {}),
-        ("d2o", {"keep_ratio": 0.4}),
-        ("d2o", {"keep_ratio": 0.4, "prefill": "stream"}),
-        ("snapkv", {"keep_ratio": 0.4, "window": 8}),
-        ("streaming", {"keep_ratio": 0.4}),
-        ("d2o+think", {"keep_ratio": 0.5, "channel_ratio": 0.5, "window": 8}),
+        ("d2o", {"keep_ratio": 0.4, "min_tokens": 0}),
+        ("d2o", {"keep_ratio": 0.4, "min_tokens": 0, "prefill": "stream"}),
+        ("snapkv", {"keep_ratio": 0.4, "min_tokens": 0, "window": 8}),
+        ("streaming", {"keep_ratio": 0.4, "min_tokens": 0}),
+        ("d2o+think", {"keep_ratio": 0.5, "min_tokens": 0, "channel_ratio": 0.5, "window": 8}),
     ],
 )
 def test_a_shared_beginning_changes_no_bit(reader, name, options):
@@ -332,10 +332,10 @@ def test_a_full_cache_in_the_roofline_by_hand(reader):
 @pytest.mark.parametrize(
     ("policy", "options"),
     [
-        ("d2o", {"keep_ratio": 0.3}),
+        ("d2o", {"keep_ratio": 0.3, "min_tokens": 0}),
         ("think", {"channel_ratio": 0.5}),
-        ("d2o+think", {"keep_ratio": 0.5, "channel_ratio": 0.5, "votes": True}),
-        ("streaming", {"keep_ratio": 0.3}),
+        ("d2o+think", {"keep_ratio": 0.5, "min_tokens": 0, "channel_ratio": 0.5, "votes": True}),
+        ("streaming", {"keep_ratio": 0.3, "min_tokens": 0}),
     ],
 )
 def test_the_roofline_counts_what_operations_are_given(reader, policy, options, monkeypatch):

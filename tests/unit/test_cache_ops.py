@@ -211,7 +211,13 @@ def test_key_mass_by_blocks_of_the_parallel_form(monkeypatch):
     assert mass[1, 0].tolist() == pytest.approx([1 + 1 / 2 + 1 / 3, 1 / 2 + 1 / 3, 1 / 3])
 
 
-RULES = [MergeRule(kind="drop"), MergeRule(), MergeRule(kind="official", beta=0.5), MergeRule(together=True)]
+RULES = [
+    MergeRule(kind="drop"),
+    MergeRule(),
+    MergeRule(kind="official", beta=0.5),
+    MergeRule(together=True),
+    MergeRule(kind="official", beta=0.5, together=True),
+]
 
 
 @settings(max_examples=40, deadline=None)
@@ -226,8 +232,10 @@ RULES = [MergeRule(kind="drop"), MergeRule(), MergeRule(kind="official", beta=0.
 )
 def test_evict_merge_is_its_reference(batch, kv_heads, slots, rule, votes, known, seed):
     generator = torch.Generator().manual_seed(seed)
-    kinds = torch.randint(0, 3, (batch, 1 if rule.together else kv_heads, slots), generator=generator)
-    kinds = kinds.expand(batch, kv_heads, slots)
+    kinds = torch.randint(0, 3, (batch, kv_heads, slots), generator=generator)
+    if rule.together:  # as many evicted a kv head, not the same ones
+        turns = torch.rand(batch, kv_heads, slots, generator=generator).argsort(-1)
+        kinds = kinds[:, :1].expand(-1, kv_heads, -1).gather(-1, turns)
     keys, values = rand(batch, kv_heads, slots, H, seed=seed), rand(batch, kv_heads, slots, 3, seed=seed + 1)
     rest = {
         "keep_BKS": kinds == 0,
@@ -259,8 +267,7 @@ def test_evict_merge_step_is_its_reference(kv_heads, slots, rule, votes, seed):
     keys = rand(batch, kv_heads, slots, H, seed=seed)
     lengths = keys.norm(dim=-1)
     norms = lengths * (torch.rand(batch, kv_heads, slots, generator=generator) > 0.2)
-    victims = torch.randint(-1, slots, (batch, 1 if rule.together else kv_heads), generator=generator)
-    victims = victims.expand(batch, kv_heads)
+    victims = torch.randint(-1, slots, (batch, kv_heads), generator=generator)
     place = victims.clamp(min=0)[..., None]
     norms.scatter_(-1, place, lengths.gather(-1, place))  # what leaves was there
     arrival = Arrival(

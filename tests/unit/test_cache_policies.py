@@ -12,6 +12,7 @@ from attnzoo.kvcache import CACHES, build_cache, snapkv
 from attnzoo.kvcache.budgets import allocate, asked_tokens, layer_weights, moments, variance
 from attnzoo.kvcache.channels import best_channels, channel_scores, greedy_scores, hashed, kept_channels
 from attnzoo.models import DecoderConfig, DecoderLM
+from attnzoo.ops.evict_merge import MergeRule, evict_merge
 from tests.contract.caches import build_model, policy_of, prompt, run
 
 
@@ -176,7 +177,7 @@ def test_asked_tokens_are_a_part_of_the_prompt():
 
 def test_d2o_keeps_the_asked_total_over_layers():
     model, tokens = build_model("rcmha", layers=5), prompt(2, 60)
-    state = model.init_state(2, 60, cache=build_cache("d2o", {"keep_ratio": 0.3}))
+    state = model.init_state(2, 60, cache=build_cache("d2o", {"keep_ratio": 0.3, "min_tokens": 0}))
     _, state = model.extend(tokens, state)
     state = model.compress(state)
     budgets = torch.stack([layer.mixing.budgets_B for layer in state.layers])
@@ -213,3 +214,58 @@ def test_threshold_belongs_to_one_sequence():
     run(model, policy, prompt(1, 24, seed=9), 14)
     again, _ = run(model, policy, tokens, 14)
     assert torch.equal(expected, again)
+
+
+def test_official_keeps_a_set_a_head_and_decides_by_the_mean_of_heads():
+    """Through the operations' references, which go head by head, and through the fast ones: the same entries and
+    thresholds, which are equal over heads; the heads' positions are not."""
+    model, policy = build_model("gqa"), build_cache("d2o", {"max_tokens": 12, "sinks": 2, "flavor": "official"})
+    states = []
+    for impl in ("reference", "torch"):
+        for block in model.layers():
+            block.attention.impl = impl
+        states.append(run(model, policy, prompt(2, 30), 24)[1])
+    for name, expected in states[0].tensors().items():
+        torch.testing.assert_close(states[1].tensors()[name], expected, rtol=1e-9, atol=1e-9, msg=name)
+    places, thresholds = (getattr(x, y) for x, y in zip(
+        (states[1].layers[2].mixing.prefix, states[1].layers[2].mixing), ("places_BKP", "thresholds_BK"), strict=True
+    ))  # fmt: skip
+    assert not torch.equal(places[:, 0].sort().values, places[:, 1].sort().values)
+    assert torch.equal(thresholds[:, 0], thresholds[:, 1])
+
+
+def test_heads_that_decide_together_pair_what_they_evict_in_order():
+    """Head 0 evicts slots 1 and 3, head 1 slots 0 and 2. Similarities .9 and .1, and .3 and .5: means .6 and .3 in that
+    order, the threshold .45, so the first of each merges and the second does not."""
+
+    def unit(cosine: float) -> list[float]:
+        return [cosine, (1 - cosine**2) ** 0.5]
+
+    kept, away = [1.0, 0.0], [1.0, 0.0]
+    keys = torch.tensor([[kept, unit(0.9), away, unit(0.1)], [unit(0.3), kept, unit(0.5), away]]).double()[None]
+    evict = torch.tensor([[[False, True, False, True], [True, False, True, False]]])
+    for impl in ("reference", "torch"):
+        merged = evict_merge(
+            keys, keys, keep_BKS=~evict, evict_BKS=evict, slots=2, rule=MergeRule(kind="official", together=True),
+            threshold_BK=torch.full((1, 2), math.nan).double(), votes_BKS=torch.ones(1, 2, 4).double(), impl=impl,
+        )  # fmt: skip
+        assert merged.threshold_BK.tolist() == [[pytest.approx(0.45)] * 2]
+        assert merged.votes_BKM.sum(-1).tolist() == [[3.0, 3.0]]
+        torch.testing.assert_close(merged.keys_BKMC[0, 0, 0], (keys[0, 0, 0] + 0.9 * keys[0, 0, 1]) / 2)
+        torch.testing.assert_close(merged.keys_BKMC[0, 1, 0], (keys[0, 1, 1] + 0.3 * keys[0, 1, 0]) / 2)
+    odd = evict.clone()
+    odd[0, 0, 0] = True
+    with pytest.raises(ValueError, match="evict as many entries each"):
+        evict_merge(
+            keys, keys, keep_BKS=~odd, evict_BKS=odd, slots=2, rule=MergeRule(together=True),
+            threshold_BK=torch.zeros(1, 2).double(),
+        )  # fmt: skip
+
+
+def test_a_short_prompt_keeps_a_page():
+    lengths = torch.tensor([1, 60, 64, 100, 400])
+    for name in ("d2o", "streaming", "random_tokens"):
+        assert build_cache(name, {"keep_ratio": 0.2})._asked(lengths).tolist() == [64, 64, 64, 64, 80]
+        assert build_cache(name, {"keep_ratio": 0.2, "min_tokens": 0})._asked(lengths).tolist() == [6, 12, 13, 20, 80]
+        assert build_cache(name, {"max_tokens": 9})._asked(lengths).tolist() == [9] * 5
+    assert build_cache("snapkv", {"keep_ratio": 0.2}).budgets(lengths).tolist() == [64, 64, 64, 64, 80]

@@ -1,6 +1,7 @@
 """Models on disk: round trip, atomic replacement, and damaged or foreign files."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,10 @@ import torch
 from attnzoo.checkpoint import load_model, load_tokenizer, read_metadata, save_model
 from attnzoo.files import replace_directory, write_atomic
 from attnzoo.models import DecoderConfig, DecoderLM
+from serve.config import EngineConfig
+from serve.engine import Engine
+from serve.request import SamplingParams
+from tests.serving import small_model, tokenizer
 
 
 class Unwritable:
@@ -130,3 +135,39 @@ def test_missing_tokenizer_is_named(tmp_path):
     save_model(tmp_path / "model", build())
     with pytest.raises(ValueError, match=r"holds neither tokenizer.json nor tokenizer.model"):
         load_tokenizer(tmp_path / "model")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path: Path, value: float, dtype: torch.dtype | None):
+    model = small_model("rcmha")
+    name, weight = next((n, p) for n, p in model.named_parameters() if "query" in n and p.dim() == 2)
+    weight[3, 5] = value
+    save_model(tmp_path / "bad", model)
+    with pytest.raises(ValueError, match=rf"bad: tensor {name} is not finite .*first at \[3, 5\]"):
+        load_model(tmp_path / "bad", dtype=dtype)
+    loaded = load_model(tmp_path / "bad", dtype=dtype, check_finite=False)
+    assert not dict(loaded.named_parameters())[name].isfinite().all()
+
+
+def test_weights_too_large_for_the_dtype_are_refused(tmp_path: Path):
+    model = small_model("mha")
+    model.head.weight[0, 0] = 1e6
+    save_model(tmp_path / "large", model)
+    with pytest.raises(
+        ValueError, match=r"head\.weight has numbers that torch\.float16 cannot hold; load it as bfloat16"
+    ):
+        load_model(tmp_path / "large", dtype=torch.float16)
+    assert load_model(tmp_path / "large", dtype=torch.bfloat16).head.weight[0, 0] > 9e5
+
+
+def test_a_server_does_not_start_with_weights_that_are_no_numbers(tmp_path: Path):
+    model = small_model("mha")
+    model.norm.weight[1] = float("nan")
+    save_model(tmp_path / "bad", model, tokenizer=tokenizer())
+    with pytest.raises(ValueError, match=r"tensor norm\.weight is not finite"):
+        Engine(EngineConfig(checkpoint=str(tmp_path / "bad")))
+    engine = Engine(EngineConfig(checkpoint=str(tmp_path / "bad"), check_weights=False))
+    (answer,) = engine.generate([[5, 6]], SamplingParams(max_tokens=3))
+    assert answer.finish_reason == "error"
+    assert "logits are not finite" in answer.error

@@ -8,6 +8,7 @@ import torch
 from attnzoo.checkpoint import load_tokenizer
 from attnzoo.kvcache import Compression, build_cache
 from attnzoo.models import CompiledDecode, DecoderConfig, DecoderLM, pack_weights
+from attnzoo.models.compiled import EXPECTED_BATCH, EXPECTED_SLOTS, _example
 from attnzoo.models.decoder_lm import DecoderState
 from serve.config import EngineConfig
 from serve.engine import Engine
@@ -16,14 +17,17 @@ from tests.serving import TOKENS, small_model, tokenizer_path
 from tests.unit.test_packing import llama_like
 
 
-def follow(model: DecoderLM, batch: int, lengths: list[int], steps: int, step: CompiledDecode) -> None:
+def follow(
+    model: DecoderLM, batch: int, lengths: list[int], steps: int, step: CompiledDecode, capacity: int = 160
+) -> None:
     """Decodes by both forms from the same prompts and compares hidden states and states."""
     tokens = torch.randint(model.config.vocab_size, (batch, max(lengths)), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         states = []
         for _ in range(2):
-            _, state = model.extend_hidden(tokens, model.init_state(batch, 160), torch.tensor(lengths))
-            states.append(state)
+            states.append(model.init_state(batch, capacity))
+            if max(lengths):
+                _, states[-1] = model.extend_hidden(tokens, states[-1], torch.tensor(lengths))
         for new in torch.randint(model.config.vocab_size, (steps, batch, 1)):
             expected, states[0] = model.extend_hidden(new, states[0])
             hidden, same = step(new, states[1])
@@ -41,6 +45,64 @@ def test_the_same_function():
     follow(model, 3, [61, 17, 40], 6, step)
     follow(model, 4, [9, 9, 9, 9], 3, step)
     assert step._cut is None, "a state that is gone is kept in memory"
+
+
+def follow_all(model: DecoderLM, calls: list[tuple[int, int, int]]) -> None:
+    """The same compiled step for (sequences, capacity, tokens before it), in that order."""
+    step = CompiledDecode(model)
+    for batch, capacity, length in calls:
+        follow(model, batch, [length] * batch, 1, step, capacity)
+
+
+def test_a_capacity_that_the_compiler_is_told_to_expect():
+    """First, the hint itself is the real number of slots and the distance between heads; then it is not."""
+    model = small_model("mha", layers=1, max_len=2048)
+    follow_all(model, [(1, EXPECTED_SLOTS, 5), (1, 1, 0), (1, 512, 5), (1, EXPECTED_SLOTS + 1, EXPECTED_SLOTS - 1)])
+
+
+BATCH = EXPECTED_BATCH
+ORDERS = [
+    [(1, 1, 0), (1, 64, 3), (2, 1, 0), (2, 64, 3), (BATCH, EXPECTED_SLOTS, EXPECTED_SLOTS - 2)],
+    [(1, 2048, 1500), (1, 64, 63), (2, 64, 5), (3, 160, 5), (4, EXPECTED_SLOTS, 100), (64, 64, 3), (2, 8, 7)],
+    [(BATCH, EXPECTED_SLOTS, 1000), (BATCH - 1, EXPECTED_SLOTS - 1, 5), (BATCH + 1, EXPECTED_SLOTS + 1, 1024)],
+    [(64, 64, 5), (2, 64, 5), (64, 128, 100), (8, 8, 7), (4, 4, 3)],
+    [(4, 8, 7), (32, 32, 4), (8, EXPECTED_SLOTS, 1023), (1, EXPECTED_SLOTS, 1023), (1, 512, 511), (1, 900, 899)],
+]
+"""Sequences that are as many as slots, heads, channels or hints, and views of all slots before views of a part."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", ORDERS, ids=lambda calls: "-".join(f"{b}x{c}" for b, c, _ in calls))
+def test_every_capacity_and_batch_in_every_order(calls):
+    model = small_model("mha", max_len=4096)
+    follow_all(model, calls)
+    follow_all(model, calls[::-1])
+
+
+def test_what_is_compiled_for_has_sizes_that_mean_nothing_else():
+    model = small_model("mha")
+    state = model.init_state(4, 64)
+    x, example = _example(torch.zeros(4, 1, 32), state.layers[0])
+    keys = example.mixing.keys_BKSH
+    batch, heads, slots, width = keys.shape
+    capacity = keys.stride(1) // width
+    assert (heads, width) == (4, 8)
+    assert len({batch, slots, capacity, heads, width, 64, EXPECTED_BATCH, EXPECTED_SLOTS}) == 8
+    assert len(x) == len(example.lengths_B) == batch
+    assert keys.stride() == (heads * capacity * width, capacity * width, width, 1)
+
+
+def test_a_state_of_another_policy_is_refused():
+    model, token = small_model("mha"), torch.zeros(1, 1, dtype=torch.long)
+    one, other = (build_cache("streaming", {"max_tokens": count}) for count in (12, 13))
+    with pytest.raises(
+        ValueError, match=r"compiled for states of streaming\(max_tokens=12\).* of streaming\(max_tokens=13\)"
+    ):
+        CompiledDecode(model, one)(token, joined(model, other, [token]))
+    with pytest.raises(ValueError, match="compiled for states of the full cache, and this one is of streaming"):
+        CompiledDecode(model)(token, joined(model, one, [token]))
+    with pytest.raises(ValueError, match=r"compiled for states of streaming.* of the full cache"):
+        CompiledDecode(model, one)(token, model.init_state(1, 8))
 
 
 def test_a_full_state_is_refused():
@@ -76,15 +138,15 @@ def joined(model: DecoderLM, cache: Compression, prompts: list[torch.Tensor]) ->
 def test_the_same_function_with_a_cache_that_evicts():
     """Sequences of unequal lengths: all take empty slots, one in a second page, until it loses a token a step."""
     cache = build_cache("d2o", {"max_tokens": 80, "sinks": 2, "budget": "uniform"})
-    follow_compressed(small_model("mha"), cache, [60, 12, 9], steps=25)
+    follow_compressed(small_model("mha", max_len=128), cache, [60, 12, 9], steps=25)
 
 
 CACHES = {
     "official": ("d2o", {"max_tokens": 24, "flavor": "official"}),
-    "votes": ("d2o", {"keep_ratio": 0.4, "votes": True}),
-    "nothing merged": ("d2o", {"keep_ratio": 0.4, "merge": False}),
-    "streaming": ("streaming", {"keep_ratio": 0.4}),
-    "random": ("random_tokens", {"keep_ratio": 0.4}),
+    "votes": ("d2o", {"keep_ratio": 0.4, "min_tokens": 0, "votes": True}),
+    "nothing merged": ("d2o", {"keep_ratio": 0.4, "min_tokens": 0, "merge": False}),
+    "streaming": ("streaming", {"keep_ratio": 0.4, "min_tokens": 0}),
+    "random": ("random_tokens", {"keep_ratio": 0.4, "min_tokens": 0}),
     "thin": ("d2o+think", {"max_tokens": 20, "window": 4, "value_channel_ratio": 0.5}),
 }
 

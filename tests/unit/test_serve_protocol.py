@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from serve.openai.protocol import ApiError, dump, parse_completion, spell_token
+from serve.openai.errors import ApiError, dump
+from serve.openai.protocol import parse_completion, spell_token
 from serve.openai.protocol_chat import chat_logprobs_object, parse_chat
 from serve.request import TokenLogprobs
 
@@ -38,7 +39,7 @@ def parse(**fields):
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
-        ({"top_k": -1}, "top_k"),
+        ({"top_k": -2}, "top_k"),
         ({"n": 0}, "n"),
         ({"n": 2.0}, "n"),
         ({"seed": 2**63}, "seed"),
@@ -143,8 +144,6 @@ IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", None),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role", None),
         ({"messages": [{"role": "tool", "content": "x", "name": "f"}]}, "messages[0].role", "unsupported"),
-        ({"messages": [{**USER, "content": None}]}, "messages[0].content", None),
-        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content", None),
         ({"messages": [{**USER, "content": 5}]}, "messages[0].content", None),
         ({"messages": [{**USER, "content": []}]}, "messages[0].content", None),
         ({"messages": [{**USER, "content": ["x"]}]}, "messages[0].content[0]", None),
@@ -157,7 +156,9 @@ IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}
             "unsupported",
         ),
         ({"messages": [{**USER, "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]", "unsupported"),
-        ({"messages": [{**USER, "name": "Ada"}]}, "messages[0].name", "unsupported"),
+        ({"messages": [{**USER, "name": 5}]}, "messages[0].name", None),
+        ({"messages": [{**USER, "name": "x" * 257}]}, "messages[0].name", None),
+        ({"messages": [{**USER, "reasoning_content": "x"}]}, "messages[0].reasoning_content", "unsupported"),
         ({"messages": [{**USER, "oddity": 1}]}, "messages[0].oddity", "unsupported"),
         ({"messages": [{**USER, "role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls", "unsupported"),
         ({"max_tokens": 0}, "max_tokens", None),
@@ -245,3 +246,38 @@ def test_logprobs_in_the_shape_of_a_chat():
             }
         ]
     }
+
+
+def test_what_clients_of_vllm_always_write_is_accepted():
+    request = {"repetition_penalty": 1.0, "logprobs": None, "stream": True, "stream_options": {"include_usage": True}}
+    parse(**request, max_tokens=5, ignore_eos=True, top_k=-1, min_p=0.0, skip_special_tokens=True, min_tokens=0)
+    chat(**{**request, "logprobs": False}, max_completion_tokens=5, add_generation_prompt=True, echo=False)
+    assert parse(top_k=-1).sampling(1, 0).top_k == 0
+    assert parse(stream=True, stream_options={"include_usage": None}).stream_options.include_usage is None
+    chat(metadata={"a": "b"}, prompt_cache_key="k", safety_identifier="s", session_id="i", user="u", cache_salt="c")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("min_tokens", 1), ("min_tokens", False), ("skip_special_tokens", False), ("skip_special_tokens", 1), ("echo", 0),
+     ("repetition_penalty", 1.1), ("repetition_penalty", True), ("min_p", 0.01), ("bad_words", ["x"]), ("priority", 1),
+     ("stop_token_ids", [5]), ("response_format", {"type": "json_object"}), ("response_format", {}), ("best_of", True),
+     ("length_penalty", "1"), ("vllm_xargs", {"a": 1}), ("add_special_tokens", False), ("prompt_logprobs", 0)],
+)  # fmt: skip
+def test_other_values_of_them_are_refused_by_name(name, value):
+    with pytest.raises(ApiError, match=name) as error:
+        parse(**{name: value})
+    assert (error.value.param, error.value.code) == (name, "unsupported")
+
+
+def test_names_and_empty_contents_of_messages():
+    messages = [{"role": "assistant", "content": None}, {**USER, "name": "Ada"}, {**USER, "name": None}]
+    assert chat(messages=messages).conversation() == [
+        {"role": "assistant", "content": ""},
+        {**USER, "name": "Ada"},
+        USER,
+    ]
+
+
+def test_only_the_first_choice_counts_its_prompt():
+    assert [parse(n=3).sampling(1, choice).counts_prompt for choice in range(3)] == [True, False, False]

@@ -19,6 +19,7 @@ from attnzoo.tokenizer import (
     TokenizerSettings,
     load_tokenizer,
 )
+from attnzoo.tokenizer.huggingface import LONG
 from tests.foreign_tokenizers import (
     ANY_TEXT,
     CONFIG,
@@ -60,6 +61,14 @@ def test_any_text_is_encoded_as_transformers_does(pair, text):
     lost = [*SPECIAL, "\u2581"] if ours.strips_first_space else SPECIAL
     if not any(part in text for part in lost):
         assert ours.decode(ours.encode(text)) == text
+
+
+def test_a_long_text_is_encoded_as_a_short_one_is(pair):
+    """It takes another way through the package, on which other threads run meanwhile."""
+    ours, theirs = pair
+    text = "Der Zustand, <s>the state: 数据 🙂 x" * 800
+    assert len(text) > LONG
+    assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
 @settings(max_examples=300, deadline=None)

@@ -124,6 +124,7 @@ def test_a_mistake_in_a_base_names_the_base(tmp_path: Path) -> None:
         ("train.stepz=1", "command line: unknown key train.stepz; did you mean 'steps'?"),
         ("train.steps=x", "command line: train.steps: Value 'x'"),
         ("model.attention.num_head=1", "command line: unknown key model.attention.num_head"),
+        ("sample.top_p=0", "command line: sample.top_p=0.0 must be positive"),
         ("train.steps", "command line: 'train.steps' is not of the form key=value"),
         ("model.attention=rmah", "command line: unknown attention 'rmah'; did you mean 'rmha'?"),
     ],

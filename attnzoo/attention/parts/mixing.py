@@ -12,6 +12,7 @@ from attnzoo.attention.base import Growth, Traits
 from attnzoo.attention.parts.position import QKV, Buffers, Position, visible_pairs
 from attnzoo.attention.parts.projection import Heads
 from attnzoo.kvcache import CachePolicy, CacheView, Compression, FullCache, WindowCache
+from attnzoo.kvcache.base import Need
 from attnzoo.kvcache.compressed import CompressedState
 from attnzoo.kvcache.keep_all import KeepAll
 from attnzoo.kvcache.state import State, new_zeros
@@ -112,6 +113,7 @@ class SoftmaxMixing(Mixing):
                     f"cache: attention with window={self.mask.window} keeps a constant number of tokens already; leave "
                     "the cache or the window out"
                 )
+            self.position.check_says(cache.needs, cache.describe())
             policy = cache
         return policy.init(batch, self.heads.num_kv_heads, self.heads.head_dim, capacity, device=device, dtype=dtype)
 
@@ -183,6 +185,10 @@ class SoftmaxReader:
             key_positions_BKS=view.positions_BKS,
         )
         return self.position.attend(heads_first, mask, self.impl)
+
+    @property
+    def says(self) -> frozenset[Need]:
+        return self.position.says
 
     def terms(self, q_BNTH: Tensor, mask: CausalMask) -> tuple[Tensor, Tensor | None]:
         return self.position.terms(q_BNTH, mask)

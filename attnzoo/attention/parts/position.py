@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.attention.parts.projection import Heads
+from attnzoo.kvcache.base import Need
 from attnzoo.ops.impl import Impl
 from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.relative_sdpa import relative_sdpa
@@ -52,16 +53,28 @@ class Position(nn.Module, ABC):
         For caches whose keys have lost channels, which the terms of position know nothing of. Raises ValueError where a
         position has no such form.
         """
-        raise self._unsaid()
+        raise self._unsaid("terms")
 
     def tables(self, mask: CausalMask, tokens: int) -> Tables | None:
         """The relative terms as tables by distance, None without any. Raises ValueError as `terms`."""
-        raise self._unsaid()
+        raise self._unsaid("tables")
 
-    def _unsaid(self) -> ValueError:
+    @property
+    def says(self) -> frozenset[Need]:
+        """Which of `terms` and `tables` this position has."""
+        methods: tuple[Need, ...] = ("terms", "tables")
+        return frozenset(name for name in methods if getattr(type(self), name) is not getattr(Position, name))
+
+    def check_says(self, needs: frozenset[Need], cache: str) -> None:
+        """Raises ValueError where a cache needs more of a position than this one has."""
+        missing = sorted(needs - self.says)
+        if missing:
+            raise self._unsaid(" and ".join(missing), cache)
+
+    def _unsaid(self, missing: str, cache: str = "this cache") -> ValueError:
         return ValueError(
-            f"{type(self).__name__} does not say its scores as content . key + bias, which this cache needs: write its "
-            "`terms` and `tables`, or use cache=None"
+            f"cache: {type(self).__name__} does not say its scores as content . key + bias, which {cache} needs: write "
+            f"its `{missing}`, choose streaming or random_tokens, which need no scores, or use cache=None"
         )
 
     def reset_parameters(self, std: float) -> None:

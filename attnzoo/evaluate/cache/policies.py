@@ -24,7 +24,9 @@ class Contender:
     def build(self, ratio: float | None = None) -> Compression:
         """The policy at a value of its knob."""
         chosen: dict[str, Any] = {} if self.knob is None or ratio is None else {self.knob: ratio}
-        return build_cache(self.policy, {**self.options, **chosen})
+        # A benchmark's budget is its budget, however short its prompts.
+        least: dict[str, Any] = {"min_tokens": 0} if self.knob == "keep_ratio" else {}
+        return build_cache(self.policy, {**least, **self.options, **chosen})
 
     def observing(self, window: int) -> "Contender":
         """The same with a window of that many tokens, where it has one."""

@@ -29,9 +29,9 @@ from attnzoo.report import Report
 
 SPEED_POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
-    "d2o": ("d2o", {"keep_ratio": 0.2, "prefill": "stream"}),
+    "d2o": ("d2o", {"keep_ratio": 0.2, "min_tokens": 0, "prefill": "stream"}),
     "think": ("think", {"channel_ratio": 0.5}),
-    "d2o+think": ("d2o+think", {"keep_ratio": 0.2, "channel_ratio": 0.5, "prefill": "stream"}),
+    "d2o+think": ("d2o+think", {"keep_ratio": 0.2, "min_tokens": 0, "channel_ratio": 0.5, "prefill": "stream"}),
 }
 """What decoding is timed with: D2O at 20 %, ThinK at 50 %, both."""
 ROOFLINE_CHIPS = ["H100", "MI300X"]

@@ -38,7 +38,8 @@ def evict_merge(
     """Keeps the entries of `keep_BKS` (bool) in `slots` slots, in order, after merging those of `evict_BKS` into them.
 
     Entries in neither hold nothing. threshold_BK (accumulation dtype): the one before, NaN for none yet. Sums are in
-    the accumulation dtype. Pure. Raises ValueError when shapes do not fit or a kv head keeps more than `slots`.
+    the accumulation dtype. Pure. Raises ValueError when shapes do not fit, a kv head keeps more than `slots`, or kv
+    heads that decide together evict different numbers of entries.
     """
     shape = keys_BKSC.shape[:3]
     for name, tensor in (("values", values_BKSV[..., 0]), ("keep", keep_BKS), ("evict", evict_BKS)):
@@ -49,6 +50,8 @@ def evict_merge(
     most = int(keep_BKS.sum(-1).max()) if keep_BKS.numel() else 0
     if most > slots:
         raise ValueError(f"slots={slots} cannot hold the {most} entries that one kv head keeps")
+    if rule.together and bool((evict_BKS.sum(-1) != evict_BKS[:, :1].sum(-1)).any()):
+        raise ValueError("kv heads that decide together must evict as many entries each")
     run = choose("evict_merge", impl, IMPLEMENTATIONS, keys_BKSC)
     out: Merged = run(keys_BKSC, values_BKSV, keep_BKS, evict_BKS, slots, rule, threshold_BK, votes_BKS)
     return out

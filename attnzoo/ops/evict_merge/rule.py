@@ -15,8 +15,9 @@ class MergeRule:
     (1 - beta) * before. Merged entries, x a key or a value, i over those that come to j:
     "paper":    x_j <- (e p_j x_j + sum_i exp(u_i) p_i x_i) / (e p_j + sum_i exp(u_i) p_i)
     "official": x_j <- (p_j x_j + sum_i u_i p_i x_i) / (p_j + sum_i p_i)
-    with p the votes (1 without votes; p_j <- p_j + sum_i p_i). together: the kv heads of a sequence evict the same
-    positions and decide by the mean of their u and thresholds; each still merges into its own j*.
+    with p the votes (1 without votes; p_j <- p_j + sum_i p_i). together: the kv heads of a sequence evict as
+    many entries each and decide about the first of every head by the mean of their u, about the second, and so on; each
+    still merges into its own j*.
     """
 
     kind: Literal["drop", "paper", "official"] = "paper"

@@ -33,7 +33,7 @@ def evict_merge_torch(
         )
     near_BKS, place_BKS = _nearest(keys_BKSC, keys)
     near_BKS = near_BKS.masked_fill_(~evict_BKS, -math.inf)
-    decisive_BKS = near_BKS.mean(1, keepdim=True).expand_as(near_BKS) if rule.together else near_BKS
+    decisive_BKS = decisive(near_BKS, evict_BKS) if rule.together else near_BKS
     threshold_BK = next_threshold(decisive_BKS, threshold_BK, rule)
     merge_BKS = (decisive_BKS >= threshold_BK[..., None]) & (near_BKS > -math.inf)
     weight_BKS = near_BKS.exp() if rule.kind == "paper" else near_BKS
@@ -67,6 +67,16 @@ def compacted(keep_BKS: Tensor, slots: int) -> Tensor:
     source = torch.full((*keep_BKS.shape[:2], slots + 1), -1, dtype=torch.int64, device=keep_BKS.device)
     order = torch.arange(keep_BKS.shape[2], device=keep_BKS.device).expand_as(keep_BKS)
     return source.scatter_(-1, place_BKS, order)[..., :slots]
+
+
+def decisive(near_BKS: Tensor, evict_BKS: Tensor) -> Tensor:
+    """For the n-th evicted entry of every kv head, the mean of `near` over the n-th of all; -inf for what stays."""
+    order_BKE = compacted(evict_BKS, int(evict_BKS.sum(-1).max()))
+    near_BKE = near_BKS.gather(-1, order_BKE.clamp(min=0)).masked_fill_(order_BKE < 0, -math.inf)
+    mean_BKE = near_BKE.mean(1, keepdim=True).expand_as(near_BKE)
+    count = near_BKS.shape[2]
+    out_BKS = near_BKS.new_full((*near_BKS.shape[:2], count + 1), -math.inf)
+    return out_BKS.scatter_(-1, order_BKE.masked_fill(order_BKE < 0, count), mean_BKE)[..., :count]
 
 
 def _rows(x_BKSC: Tensor, index_BKM: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnzoo.ops.evict_merge.launches.triton import merge_launch, nearest_launch, step_launches
 from attnzoo.ops.evict_merge.rule import Arrival, Merged, MergeRule, Slots
-from attnzoo.ops.evict_merge.torch import compacted, next_threshold
+from attnzoo.ops.evict_merge.torch import compacted, decisive, next_threshold
 from attnzoo.ops.launch import Launch, check_inputs
 from attnzoo.ops.relative_sdpa.tilings import ARCHITECTURES
 
@@ -37,7 +37,7 @@ def evict_merge_triton(
         order = offsets = weight_BKS = None
         if rule.kind != "drop" and source_BKM.numel() and keep_BKS.numel():
             near_BKS, place_BKS = _nearest(keys_BKSC, evict_BKS, source_BKM, rule, block)
-            decisive_BKS = near_BKS.mean(1, keepdim=True).expand_as(near_BKS) if rule.together else near_BKS
+            decisive_BKS = decisive(near_BKS, evict_BKS) if rule.together else near_BKS
             threshold_BK = next_threshold(decisive_BKS, threshold_BK, rule)
             merge_BKS = (decisive_BKS >= threshold_BK[..., None]) & (near_BKS > -torch.inf)
             weight_BKS = near_BKS.exp() if rule.kind == "paper" else near_BKS

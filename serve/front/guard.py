@@ -1,0 +1,256 @@
+"""Who may ask, and how much of a request is read for how long: ASGI middleware, the outermost first.
+
+    Counted     the status of every answer (the application's metrics)
+    Doorman     names of this server only; headers that steer Ray are taken away
+    ApiKey      the key, before anything of the body is read
+    Bodies      JSON only, read to its end within bounds on size, time and the number of half-read requests
+
+What is let through has its whole body at hand. Refusals are JSON in OpenAI's shape.
+"""
+
+import asyncio
+import hmac
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from starlette.middleware import Middleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.front.hosts import Hosts
+from serve.front.limits import MAX_HEADER_BYTES, Limits
+from serve.openai.errors import ApiError, dump
+
+OPEN_PATHS = ("/health", "/-/healthz")
+"""Paths that need no API key: the server's health and that of Ray's proxy."""
+GRACE_S = 2.0
+"""A half-read request this young is never ended in favour of another: in a burst all are young and none is stuck."""
+STEERING = (
+    "x-request-timeout-seconds",
+    "x-request-disconnect-disabled",
+    "serve-multiplexed-model-id",
+    "x-session-id",
+    "traceparent",
+)
+"""Headers by which Ray 2.60 lets a client set the deadline, the cancellation, the replica and the trace of a request;
+with `_` for `-` too. Whoever operates the server decides these, not its clients."""
+STEERING_PREFIX = "x-serve-router-"
+REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
+"""A request's name that may stand in logs and in the answer; Ray makes one up where the client's is none."""
+
+
+def guard(limits: Limits) -> list[Middleware]:
+    """The middleware for these limits, the outermost first. Raises ValueError when the API key is not set."""
+    key = read_api_key(limits.api_key_env)
+    keyed = [] if key is None else [Middleware(ApiKey, key=key)]
+    return [Middleware(Doorman, limits=limits), *keyed, Middleware(Bodies, limits=limits)]
+
+
+def read_api_key(variable: str | None) -> str | None:
+    """The key in the environment variable of that name. Raises ValueError when there is none that a client can send."""
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "")
+    if not key:
+        raise ValueError(f"api_key_env={variable!r}: set that environment variable to the API key")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise ValueError(
+            f"api_key_env={variable!r}: that variable holds spaces, line ends or other characters that no client can "
+            "send in a header; use letters, digits and ASCII punctuation"
+        )
+    return key
+
+
+def error_response(error: ApiError) -> Response:
+    """An error in OpenAI's shape."""
+    return Response(dump(error.body()), error.status, error.headers, media_type="application/json")
+
+
+class Counted:
+    """Tells of the status of every answer to a request for the API."""
+
+    def __init__(self, app: ASGIApp, answered: Callable[[int], None]) -> None:
+        self.app, self._answered = app, answered
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._answered(message["status"])
+            await send(message)
+
+        of_api = scope["type"] == "http" and scope["path"].startswith("/v1/")
+        await self.app(scope, receive, counted if of_api else send)
+
+
+class Doorman:
+    """Refuses requests for names of others, from pages of others, with endless headers, and WebSockets."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self.app, self._hosts = app, Hosts(limits)
+        self._steering = {*STEERING, _dashed(os.environ.get("RAY_SERVE_SESSION_ID_HEADER_KEY", "x-session-id"))}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": "this server has no WebSockets"})
+            return
+        if scope["type"] == "http":
+            error = self._judge(scope)
+            if error is not None:
+                await error_response(error)(scope, receive, send)
+                return
+            scope["headers"] = [(name, value) for name, value in scope["headers"] if self._keeps(name, value)]
+        await self.app(scope, receive, send)
+
+    def _judge(self, scope: Scope) -> ApiError | None:
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        size = sum(len(name) + len(value) + 4 for name, value in headers) + len(scope.get("raw_path") or b"")
+        if size + len(scope["query_string"]) > MAX_HEADER_BYTES:
+            return ApiError(431, f"the headers are larger than {MAX_HEADER_BYTES >> 10} KiB", code="headers_too_large")
+        hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
+        if len(hosts) != 1 or not self._hosts.accepts(hosts[0]):
+            said = f"{hosts[0][:200]!r} is no name of this server" if len(hosts) == 1 else "exactly one is needed"
+            message = f"the Host header is refused: {said}; the server's setting allowed_hosts says which names are"
+            return ApiError(403, message, code="host_not_allowed")
+        for name, value in headers:
+            if name == b"origin" and not self._hosts.accepts_origin(value.decode("latin-1")):
+                message = f"pages of {value.decode('latin-1')[:200]!r} may not use this server; see allowed_hosts"
+                return ApiError(403, message, code="origin_not_allowed")
+        return None
+
+    def _keeps(self, name: bytes, value: bytes) -> bool:
+        dashed = _dashed(name.decode("latin-1"))
+        if dashed == "x-request-id":
+            return REQUEST_ID.fullmatch(value) is not None
+        return dashed not in self._steering and not dashed.startswith(STEERING_PREFIX)
+
+
+def _dashed(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+class ApiKey:
+    """Refuses requests without `Authorization: Bearer <key>`, whatever their path, but for `OPEN_PATHS`."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self.app, self._key = app, key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._knows(scope):
+            error = ApiError(
+                401,
+                "the API key is missing or wrong; send it as Authorization: Bearer <key>",
+                code="invalid_api_key",
+                headers={"www-authenticate": 'Bearer realm="attnzoo"'},
+            )
+            await error_response(error)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _knows(self, scope: Scope) -> bool:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        if len(given) != 1:
+            return False
+        scheme, _, key = given[0].strip(b" \t").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(b" \t"), self._key)
+
+
+class Bodies:
+    """Reads bodies whole. What never arrives ends with 408, and at most `max_reading` requests wait for theirs: one
+    more, and the one that has waited longest is ended, if it has had `GRACE_S`."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self.app, self._limits = app, limits
+        self._reading: dict[asyncio.Timeout, float] = {}  # when each began, the oldest first
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not _has_body(scope):
+            await self.app(scope, receive, send)
+            return
+        error = _judge_body(scope, self._limits.max_body_bytes)
+        body: bytes | None = None
+        if error is None:
+            try:
+                body = await self._read(receive)
+            except ApiError as refusal:
+                error = refusal
+        if error is not None:
+            await error_response(error)(scope, receive, send)
+        elif body is not None:
+            await self.app(scope, replay(body, receive), send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The body, None when the client went away. Raises ApiError."""
+        parts, size, limit = [], 0, self._limits.max_body_bytes
+        try:
+            with self._counted() as deadline:
+                async with deadline:
+                    while True:
+                        message = await receive()
+                        if message["type"] != "http.request":
+                            return None
+                        parts.append(message.get("body", b""))
+                        size += len(parts[-1])
+                        if size > limit:
+                            raise too_large(limit)
+                        if not message.get("more_body", False):
+                            return b"".join(parts)
+        except TimeoutError:
+            text = f"the body did not arrive within {self._limits.body_timeout_s:g} s, or others were waiting"
+            raise ApiError(408, text, code="body_timeout", headers={"connection": "close"}) from None
+
+    @contextmanager
+    def _counted(self) -> Iterator[asyncio.Timeout]:
+        now = asyncio.get_running_loop().time()
+        deadline = asyncio.timeout_at(now + self._limits.body_timeout_s)
+        if len(self._reading) >= self._limits.max_reading:
+            oldest = next(iter(self._reading))
+            oldest.reschedule(max(now, self._reading.pop(oldest) + GRACE_S))
+        self._reading[deadline] = now
+        try:
+            yield deadline
+        finally:
+            self._reading.pop(deadline, None)
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """Gives the body in one message; after it, what else the connection says."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return again
+
+
+def too_large(limit: int) -> ApiError:
+    """The refusal of a body larger than `limit` bytes."""
+    return ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+
+
+def _has_body(scope: Scope) -> bool:
+    """Whether a body is announced and somebody would read it."""
+    if scope["method"] not in ("POST", "PUT", "PATCH"):
+        return False
+    return any(
+        name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0") != b"")
+        for name, value in scope["headers"]
+    )
+
+
+def _judge_body(scope: Scope, limit: int) -> ApiError | None:
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    for name, value in headers:
+        if name == b"content-length" and (not value.isdigit() or len(value) > 15 or int(value) > limit):
+            return too_large(limit)
+        if name == b"content-encoding" and value.strip().lower() != b"identity":
+            return ApiError(415, "send the body without content-encoding", code="unsupported_media_type")
+    kinds = [value.decode("latin-1").lower() for name, value in headers if name == b"content-type"]
+    kind, _, rest = kinds[0].partition(";") if len(kinds) == 1 else ("", "", "")
+    charset = rest.replace(" ", "").replace('"', "")
+    if kind.strip() != "application/json" or charset not in ("", "charset=utf-8", "charset=utf8"):
+        # Also what keeps web pages out: without asking first, a browser sends other types only, or none at all.
+        message = f"the body must be JSON, sent as content-type: application/json, not {', '.join(kinds)[:200]!r}"
+        return ApiError(415, message, code="unsupported_media_type")
+    return None

@@ -1,0 +1,186 @@
+"""uvicorn's HTTP/1.1 protocol with bounds on what comes before the application is asked.
+
+uvicorn's own, on httptools, takes headers of any size and waits for them for ever. Here a request line with its headers
+ends in 431 beyond `MAX_HEADER_BYTES` and in 408 after `header_timeout_s`; a client that does not read its answer for
+`write_timeout_s` is cut off; of connections without a request in work the longest waiting is closed beyond
+`MAX_WAITING`; what is no HTTP is refused in OpenAI's shape. Bodies are for `serve.front.guard`, but for what a client
+goes on sending after its answer.
+"""
+
+import asyncio
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from serve.front.limits import MAX_HEADER_BYTES, Limits
+from serve.openai.errors import ApiError, dump
+
+MAX_WAITING = 512
+LINGER_S = 5.0
+"""How long a connection is read from, and forgotten, after a refusal: closed at once, it might lose the answer."""
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection. Make the class with `bounded_protocol`."""
+
+    limits: Limits
+    waiting: "dict[BoundedProtocol, None]"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._in_head, self._message_open = True, False
+        self._raw_bytes = self._parsed_bytes = self._messages = 0
+        self._refusal: ApiError | None = None
+        self._discarding = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._write_timer = None
+        self.waiting.pop(self, None)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._discarding:
+            return
+        head, before = self._in_head, self._messages
+        super().data_received(data)
+        if self._discarding or self.transport.is_closing() or not self._in_head:
+            return
+        # The rest of an earlier message in the same piece of data is no header; further pieces then count in full.
+        if head and self._messages <= before + 1:
+            self._raw_bytes += len(data)
+        if max(self._raw_bytes, self._parsed_bytes) > MAX_HEADER_BYTES:
+            self._refuse(_headers_too_large())
+        elif self._timer is None:
+            self._await_head()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = self._message_open = True
+        self._messages += 1
+        self._raw_bytes = self._parsed_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value) + 4)
+        if self._in_head:
+            super().on_header(name, value)
+        # Trailers, behind the body: the application has its headers already.
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._parsed_bytes = False, 0
+        self._cancel_timer()
+        self.waiting.pop(self, None)
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_head, self._message_open = True, False
+        self._raw_bytes = 0
+        if self.cycle is not None and self.cycle.response_complete:
+            self._cancel_timer()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            return
+        if self.cycle.response_complete:
+            self._wait()
+            if self._message_open and not self._in_head:
+                self._start_timer(LINGER_S, self.transport.abort)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self.limits.write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        """Called by uvicorn for what its parser refuses, and for what this class does."""
+        self._refuse(self._refusal or ApiError(400, "this is no HTTP/1.1 request", code="invalid_http"))
+
+    def _count(self, size: int) -> None:
+        self._parsed_bytes += size
+        if self._parsed_bytes > MAX_HEADER_BYTES:
+            self._refusal = _headers_too_large()
+            raise httptools.HttpParserCallbackError("headers too large")
+
+    def _wait(self) -> None:
+        """Counts this connection as one without a request in work."""
+        self.waiting.pop(self, None)
+        self.waiting[self] = None
+        if len(self.waiting) > MAX_WAITING:
+            oldest = next(iter(self.waiting))
+            del self.waiting[oldest]
+            oldest.transport.close()
+
+    def _await_head(self) -> None:
+        self._start_timer(self.limits.header_timeout_s, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        self._timer = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._await_head()  # an earlier request on this connection is still being answered
+        elif self._messages == 0 and self._raw_bytes == 0:
+            self.transport.close()
+        else:
+            message = f"the headers did not arrive within {self.limits.header_timeout_s:g} s"
+            self._refuse(ApiError(408, message, code="header_timeout"))
+
+    def _start_timer(self, delay_s: float, action: Any) -> None:
+        self._cancel_timer()
+        self._timer = self.loop.call_later(delay_s, action)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answers instead of the application, and reads no more of what comes."""
+        if self._discarding or self.transport.is_closing():
+            return
+        self._discarding = True
+        cycle = self.cycle
+        busy = cycle is not None and not cycle.response_complete
+        if busy:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        if busy and cycle.response_started:
+            self.transport.abort()
+            return
+        body = dump(error.body())
+        head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+        self.transport.write(STATUS_LINE[error.status] + head + body)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._unset_keepalive_if_required()
+        self.flow.resume_reading()
+        self._start_timer(LINGER_S, self.transport.abort)
+
+
+def _headers_too_large() -> ApiError:
+    return ApiError(431, f"the headers are larger than {MAX_HEADER_BYTES >> 10} KiB", code="headers_too_large")
+
+
+def bounded_protocol(limits: Limits) -> type[BoundedProtocol]:
+    """The class for one server: `uvicorn.Config(app, http=bounded_protocol(limits))`."""
+    return type("BoundedProtocol", (BoundedProtocol,), {"limits": limits, "waiting": {}})

@@ -1,0 +1,149 @@
+"""The OpenAPI document: every path, what may be sent to it, and every answer, refusals included."""
+
+from typing import Any
+
+from serve.openai import answers
+from serve.openai.neutral import Values
+from serve.openai.protocol import CompletionRequest, GenerationRequest
+from serve.openai.protocol_chat import ChatRequest
+
+VERSION = "3.1.0"
+REFUSALS = {
+    400: "A field is wrong, unknown or not supported, or the prompt does not fit the model; `param` names the field",
+    401: "The API key is missing or wrong, where the server has one",
+    403: "The request is for another host or from a page of another",
+    404: "No such path or model",
+    405: "The path is known and the method is not allowed",
+    408: "The request did not arrive in time",
+    413: "The body is too large",
+    415: "The body is not application/json",
+    429: "The server is at its limit; try again after `Retry-After` seconds",
+    431: "The headers are too large",
+    500: "The server failed; it was not the request's fault",
+    503: "The server takes no requests now; try again after `Retry-After` seconds",
+}
+"""Refusals and what they mean. Which server refuses what depends on its configuration."""
+NEEDS = {"stream_options": "stream", "top_logprobs": "logprobs"}
+"""Fields that are allowed with another one set to true only."""
+DONE = "Server-sent events: `data: ` and the JSON of one {name} each, then `data: [DONE]`; after a failure an ErrorBody"
+
+
+def document(title: str) -> dict[str, Any]:
+    """The document as JSON."""
+    listed = _get("The models", "ModelList"), _get("One model", "ModelCard", "model_id")
+    return {
+        "openapi": VERSION,
+        "info": {"title": title, "version": "1"},
+        "paths": {
+            "/v1/completions": {"post": _generate("completions", CompletionRequest, "Completion", "Completion")},
+            "/v1/chat/completions": {
+                "post": _generate("chat_completions", ChatRequest, "ChatCompletion", "ChatCompletionChunk")
+            },
+            "/v1/models": {"get": {"operationId": "models", **listed[0]}},
+            "/v1/models/{model_id}": {"get": {"operationId": "model", **listed[1]}},
+            "/health": {"get": {"operationId": "health", **_get("Whether the server is well", "Health")}},
+            "/metrics": {"get": {"operationId": "metrics", **_text("Metrics in the format of Prometheus")}},
+        },
+        "components": {
+            "schemas": {**answers.schemas(answers.REPLIES), **_requests(CompletionRequest), **_requests(ChatRequest)},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def _generate(name: str, request: type[GenerationRequest], whole: str, chunk: str) -> dict[str, Any]:
+    events = {"type": "string", "description": DONE.format(name=chunk), "x-event": _ref(chunk)}
+    content = {**_json(whole), "text/event-stream": {"schema": events}}
+    return {
+        "operationId": name,
+        "summary": f"{whole} of what is sent, at once or as it comes",
+        "requestBody": {"required": True, "content": _json(request.__name__)},
+        "responses": {
+            "200": {"description": "The answer, or with `stream` its events", "content": content},
+            **_refusals(),
+        },
+    }
+
+
+def _get(summary: str, name: str, parameter: str | None = None) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "summary": summary,
+        "responses": {"200": {"description": summary, "content": _json(name)}, **_refusals()},
+    }
+    if parameter is not None:
+        place = {"name": parameter, "in": "path", "required": True, "schema": {"type": "string"}}
+        found["parameters"] = [place]
+    return found
+
+
+def _text(summary: str) -> dict[str, Any]:
+    content = {"text/plain": {"schema": {"type": "string"}}}
+    answer = {"description": summary, "content": content}
+    return {"summary": summary, "responses": {"200": answer, **_refusals()}}
+
+
+def _refusals() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for status, meaning in REFUSALS.items():
+        found[str(status)] = {"description": meaning, "content": _json("ErrorBody")}
+        if status in (429, 503):
+            retry = {"description": "Seconds to wait", "schema": {"type": "integer"}, "required": False}
+            found[str(status)]["headers"] = {"Retry-After": retry}
+    return found
+
+
+def _json(name: str) -> dict[str, Any]:
+    return {"application/json": {"schema": _ref(name)}}
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _requests(kind: type[GenerationRequest]) -> dict[str, Any]:
+    """The schemas of a body: what is read, and what is accepted with the values under which it changes nothing."""
+    found = answers.schemas((kind,))
+    properties = found[kind.__name__]["properties"]
+    for name, values in kind.neutral.items():
+        properties[name] = {"anyOf": _neutral(values), "default": None}
+    needs = {name: _only_with(name, other) for name, other in NEEDS.items() if name in properties}
+    found[kind.__name__]["dependentSchemas"] = needs
+    properties["cache"] = {"anyOf": [CACHE, {"type": "null"}], "default": None}
+    return found
+
+
+def _only_with(name: str, other: str) -> dict[str, Any]:
+    given = {"properties": {other: {"const": True}}, "required": [other]}
+    return {"anyOf": [{"properties": {name: {"type": "null"}}}, given]}
+
+
+def _neutral(values: Values) -> list[dict[str, Any]]:
+    """Schemas that take these values and no others, in the words that generators of clients know."""
+    found: list[dict[str, Any]] = []
+    bools = [value for value in values if isinstance(value, bool)]
+    if bools:
+        found.append({"type": "boolean"} if len(bools) == 2 else {"type": "boolean", "const": bools[0]})
+    texts = [value for value in values if isinstance(value, str)]
+    if texts:
+        found.append({"type": "string", "enum": texts})
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    found += [{"type": "number", "minimum": value, "maximum": value} for value in numbers]
+    for value in values:
+        if isinstance(value, list):
+            items = {"items": {"type": "string", "enum": value}} if value else {"items": {"type": "string"}}
+            found.append({"type": "array", **items, "minItems": len(value), "maxItems": len(value)})
+        elif isinstance(value, dict):
+            fixed = {name: {"type": "string", "enum": [text]} for name, text in value.items()}
+            closed = {"additionalProperties": False, "required": list(value)} if value else {"maxProperties": 0}
+            found.append({"type": "object", **({"properties": fixed} if fixed else {}), **closed})
+    return [*found, {"type": "null"}]
+
+
+CACHE = {
+    "type": "object",
+    "description": "How keys and values are kept: a policy and its options",
+    "properties": {"policy": {"type": "string"}},
+    "required": ["policy"],
+    "additionalProperties": True,
+}

@@ -1,0 +1,116 @@
+"""Bodies, read more strictly than Python reads JSON.
+
+Python takes NaN, numbers of any size, half a surrogate pair and a name that is given twice (the last one counts). Each
+of them goes wrong somewhere later, far from the field that it stands in; here they are refused by the field's name.
+"""
+
+import json
+import math
+from typing import Any, NoReturn
+
+from serve.openai.errors import ApiError, short_name
+
+MAX_LEVELS = 32
+"""Lists and objects inside one another; a conversation needs six."""
+LEAST, MOST = -(2**63), 2**63 - 1
+"""Whole numbers that a field may hold."""
+
+
+class _Number:
+    """A number that no field holds, in its place until its field is known."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def read_object(body: bytes, needed: str) -> dict[str, Any]:
+    """The object in a body; `needed` names the fields it should have. Raises ApiError 400 that names the field, or says
+    where the body is not JSON."""
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _no_json(f"it is not UTF-8 at byte {error.start}") from None
+    try:
+        found = json.loads(
+            text, object_pairs_hook=_once, parse_int=_integer, parse_float=_number, parse_constant=_Number
+        )
+    except json.JSONDecodeError as error:
+        raise _no_json(f"{error.msg} at line {error.lineno} column {error.colno}") from None
+    except RecursionError:
+        raise _too_deep("it") from None
+    if not isinstance(found, dict):
+        raise ApiError(400, f"the body must be a JSON object with the fields {needed}", code="invalid_json")
+    for name, value in found.items():
+        _check(name, short_name(name))
+        _check(value, short_name(name))
+    return found
+
+
+def _no_json(why: str) -> ApiError:
+    return ApiError(400, f"the body is not JSON: {why}", code="invalid_json")
+
+
+def _too_deep(name: str) -> ApiError:
+    what = f"{name} has more than {MAX_LEVELS} levels of lists and objects; flatten it"
+    return ApiError(400, what, param=None if name == "it" else name, code="invalid_json")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        shown = short_name(name)
+        raise ApiError(400, f"{shown} is given twice in one object; give it once", param=shown, code="invalid_json")
+    return found
+
+
+def _integer(text: str) -> int | _Number:
+    # Python reads no more than 4,300 digits; the sign and nineteen are enough for 64 bits.
+    value = int(text) if len(text) <= 20 else None
+    return value if value is not None and LEAST <= value <= MOST else _Number(text)
+
+
+def _number(text: str) -> float | _Number:
+    value = float(text)
+    return value if math.isfinite(value) else _Number(text)
+
+
+def _check(value: Any, name: str) -> None:
+    """Raises ApiError, naming the field `name` that `value` stands in, for what no field may hold."""
+    level = [value]
+    for _ in range(MAX_LEVELS + 1):
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                _check_text(item, name)
+            elif isinstance(item, list):
+                below += item
+            elif isinstance(item, dict):
+                below += item.keys()
+                below += item.values()
+            elif isinstance(item, _Number):
+                _refuse(item, name)
+        if not below:
+            return
+        level = below
+    raise _too_deep(name)
+
+
+def _check_text(text: str, name: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = f"{name} holds half a surrogate pair (\\u{ord(text[error.start]):04x}), which is no text; remove it"
+        raise ApiError(400, message, param=name, code="invalid_json") from None
+
+
+def _refuse(number: _Number, name: str) -> NoReturn:
+    shown = number.text if len(number.text) <= 24 else number.text[:24] + "..."
+    if shown.lstrip("-") in ("NaN", "Infinity"):
+        message = f"{name}: {shown} is no number in JSON; give a finite one"
+    else:
+        message = f"{name}: the number {shown} is too large; give one of 64 bits"
+    raise ApiError(400, message, param=name)

@@ -1,0 +1,485 @@
+"""A sequence that raises, wherever it does, fails alone: its neighbours' text is what it would have been."""
+
+import json
+import logging
+from dataclasses import replace
+
+import httpx
+import pytest
+import torch
+
+import serve.sampler
+from attnzoo.kvcache.state import State
+from attnzoo.models import DecoderLM
+from serve.engine import Engine
+from serve.faults import DeviceError
+from serve.pool import CompactPool, SlotPool
+from serve.request import Request, SamplingParams
+from serve.text import TextStream
+from tests.integration.test_serve_engine import assert_empty, greedy, make_engine, prompts
+from tests.integration.test_serve_routes import post, running, wait_until
+
+SECRET = "SECRET prompt"
+D2O = {"policy": "d2o", "keep_ratio": 0.5, "min_tokens": 0}
+VICTIM = "3"
+
+
+class Fault:
+    """Raises once, when `armed` says that it is the victim's turn."""
+
+    def __init__(self) -> None:
+        self.fired = 0
+
+    def fire(self) -> None:
+        self.fired += 1
+        raise RuntimeError(SECRET)
+
+
+def texts(engine: Engine, cache: dict | None = None, count: int = 8, **options) -> dict[str, tuple]:
+    """(text, reason, error) of requests that run side by side, all sorts of them."""
+    choice = engine.choose_cache(cache)
+    for index, prompt in enumerate(prompts(count, seed=4)):
+        drawn = {"temperature": 3.0, "top_p": 0.9, "seed": index} if index % 2 else {}
+        params = greedy(5 + index, **{**drawn, **options})
+        engine.add_request(str(index), prompt, params, cache=choice)
+    found: dict[str, tuple] = {str(index): ("", None, None) for index in range(count)}
+    while engine.has_work():
+        for delta in engine.step():
+            text = found[delta.request_id][0] + delta.text
+            found[delta.request_id] = (text, delta.finish_reason, delta.error)
+    assert_empty(engine)
+    assert not engine._requests
+    assert engine.runner.compact == {}
+    return found
+
+
+def at_sampling(fault: Fault, patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    inner = serve.sampler.sample_row
+
+    def sample_row(logits: torch.Tensor, request: Request, best: int):
+        if request.request_id == VICTIM and len(request.generated) == 2:
+            fault.fire()
+        return inner(logits, request, best)
+
+    patch.setattr(serve.sampler, "sample_row", sample_row)
+
+
+def at_logprobs(fault: Fault, patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    inner = serve.sampler.token_logprobs
+    patch.setattr(
+        serve.sampler,
+        "token_logprobs",
+        lambda logits, token, count: fault.fire() if fault.fired == 0 else inner(logits, token, count),
+    )
+
+
+def at_detokenising(fault: Fault, patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    inner = TextStream.push
+
+    def push(self, token, logprobs=None):
+        victim = engine._requests.get(VICTIM)
+        if victim is not None and self is victim.text and len(victim.generated) == 3:
+            fault.fire()
+        return inner(self, token, logprobs)
+
+    patch.setattr(TextStream, "push", push)
+
+
+def at_the_end_of_the_text(fault: Fault, patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    inner = TextStream.finish
+
+    def finish(self):
+        if VICTIM in engine._requests and self is engine._requests[VICTIM].text:
+            fault.fire()
+        return inner(self)
+
+    patch.setattr(TextStream, "finish", finish)
+
+
+def at_bad_logits(fault: Fault, patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    inner = engine.runner.run
+
+    def run(plan, requests):
+        ran = inner(plan, requests)
+        if VICTIM in ran.sampled and len(requests[VICTIM].generated) == 2:
+            fault.fired += 1
+            bad = ran.logits_RV.clone()
+            bad[ran.sampled.index(VICTIM), 7] = torch.nan
+            return replace(ran, logits_RV=bad)
+        return ran
+
+    patch.setattr(engine.runner, "run", run)
+
+
+def at_compression(fault: Fault, patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    inner, calls = DecoderLM.compress, iter(range(1000))
+
+    def compress(self, state, settle=False):
+        if next(calls) == 3:
+            fault.fire()
+        return inner(self, state, settle)
+
+    patch.setattr(DecoderLM, "compress", compress)
+
+
+def at_joining(fault: Fault, patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    inner, calls = CompactPool._join, iter(range(1000))
+
+    def join(self, slot, row):
+        if next(calls) == 3:
+            fault.fire()
+        return inner(self, slot, row)
+
+    patch.setattr(CompactPool, "_join", join)
+
+
+ANYWHERE = [at_sampling, at_detokenising, at_the_end_of_the_text, at_bad_logits]
+
+
+@pytest.mark.parametrize(
+    ("where", "cache"),
+    [*((where, cache) for where in ANYWHERE for cache in (None, D2O)), (at_compression, D2O), (at_joining, D2O)],
+)
+def test_one_sequence_fails_alone(where, cache, monkeypatch, caplog):
+    settings = {"cache_bounds": {"full": None, "d2o": None}, "max_batched_tokens": 16, "max_num_seqs": 5}
+    expected = texts(make_engine(**settings), cache)
+    engine, fault = make_engine(**settings), Fault()
+    with monkeypatch.context() as patch:
+        where(fault, patch, engine)
+        found = texts(engine, cache)
+    assert fault.fired == 1
+    failed = [request_id for request_id, (_, reason, _) in found.items() if reason == "error"]
+    assert len(failed) == 1
+    assert {r: x for r, x in found.items() if r not in failed} == {r: x for r, x in expected.items() if r not in failed}
+    text, _, error = found[failed[0]]
+    assert expected[failed[0]][0].startswith(text)
+    assert ("not finite" if where is at_bad_logits else SECRET) in error
+    assert SECRET not in caplog.text
+    assert "failed" in caplog.text
+    # The engine is as good as new.
+    assert texts(engine, cache) == expected
+
+
+def test_log_probabilities_that_fail_fail_alone(monkeypatch):
+    expected = texts(make_engine(), logprobs=2)
+    engine, fault = make_engine(), Fault()
+    with monkeypatch.context() as patch:
+        at_logprobs(fault, patch, engine)
+        found = texts(engine, logprobs=2)
+    failed = [request_id for request_id, (_, reason, _) in found.items() if reason == "error"]
+    assert len(failed) == fault.fired == 1
+    assert {r: x for r, x in found.items() if r not in failed} == {r: x for r, x in expected.items() if r not in failed}
+
+
+@pytest.mark.parametrize("kind", ["rcmha", "linear", "window", "mixed"])
+@pytest.mark.parametrize("part", ["decode", "prefill"])
+def test_a_batch_that_fails_is_computed_again_for_each_alone(kind, part, monkeypatch):
+    """Half way through its layers, where keys and values of the first are written already; the victim fails again."""
+    expected = texts(make_engine(kind))
+    engine, fired = make_engine(kind), []
+    last = engine.model.layers()[-1]
+    inner, whole, step = last.extend, getattr(SlotPool, part), iter(range(1000))
+
+    def extend(x, state, counts=None):
+        if fired and fired[-1] == "armed":
+            fired[-1] = "raised"
+            raise RuntimeError(SECRET)
+        return inner(x, state, counts)
+
+    def armed(self, work):
+        if len(work) > 1 and next(step) in (0, 2, 5):
+            fired.append("armed")
+        return whole(self, work)
+
+    monkeypatch.setattr(last, "extend", extend)
+    monkeypatch.setattr(SlotPool, part, armed)
+    assert texts(engine) == expected
+    assert fired.count("raised") >= (3 if part == "decode" else 1)
+
+
+def test_of_a_batch_only_the_guilty_fails(monkeypatch):
+    expected = texts(make_engine())
+    engine = make_engine()
+    inner = engine.model.extend_hidden
+
+    def extend(tokens, state, counts=None):
+        if tokens.shape[1] == 1 and VICTIM in engine._requests:
+            generated = engine._requests[VICTIM].generated
+            if len(generated) == 3 and generated[-1] in tokens[:, 0].tolist():
+                raise RuntimeError(SECRET)
+        return inner(tokens, state, counts)
+
+    monkeypatch.setattr(engine.model, "extend_hidden", extend)
+    found = texts(engine)
+    failed = {request_id for request_id, (_, reason, _) in found.items() if reason == "error"}
+    assert VICTIM in failed
+    others = {r: x for r, x in found.items() if r not in failed}
+    assert others == {r: expected[r] for r in others}
+    assert len(others) >= 5
+
+
+def test_a_group_whose_step_fails_half_way_fails_and_the_other_groups_go_on(monkeypatch):
+    """A cache that evicts has lost what it merged: its rows cannot be computed again."""
+    settings = {"cache_bounds": {"full": None, "d2o": None}, "max_batched_tokens": 40}
+    engine = make_engine(**settings)
+    work = prompts(4, seed=4)
+    plain = [completion.text for completion in make_engine(**settings).generate(work[:2], greedy(12))]
+    for index, prompt in enumerate(work):
+        cache = engine.choose_cache(None if index < 2 else D2O)
+        engine.add_request(str(index), prompt, greedy(12), cache=cache)
+    for _ in range(5):
+        engine.step()
+    inner = CompactPool.decode
+
+    def decode(self, tokens):
+        inner(self, tokens)
+        raise RuntimeError(SECRET)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CompactPool, "decode", decode)
+        news = engine.step()
+    failed = {delta.request_id: delta.error for delta in news if delta.error}
+    assert set(failed) == {"2", "3"}
+    assert all("RuntimeError" in error and SECRET not in error for error in failed.values())
+    assert engine.runner.compact == {}
+    tokens = [engine._requests[str(index)].generated for index in range(2)]
+    while engine.has_work():
+        engine.step()
+    assert [engine.tokenizer.decode(out) for out in tokens] == plain
+    again = engine.generate(work[2:], greedy(12), cache=D2O)
+    assert [x.finish_reason for x in again] == ["length", "length"]
+
+
+def test_rows_that_are_lost_while_one_joins_fail_and_no_other(monkeypatch):
+    engine = make_engine(cache_bounds={"full": None, "d2o": None}, max_batched_tokens=64, max_num_seqs=6)
+    choice = engine.choose_cache(D2O)
+    for index in range(3):
+        engine.add_request(str(index), [5 + index] * 9, greedy(20), cache=choice)
+    engine.add_request("plain", [9] * 9, greedy(20))
+    engine.step()
+    joined = State.joined
+
+    def lost(self, other):
+        raise MemoryError
+
+    for name in ("x", "y"):
+        engine.add_request(name, [8] * 9, greedy(3), cache=choice)
+    calls = iter(range(9))
+    monkeypatch.setattr(State, "joined", lambda self, other: (lost if next(calls) == 0 else joined)(self, other))
+    news = engine.step()
+    failed = {delta.request_id for delta in news if delta.error}
+    assert failed == {"0", "1", "2", "x"}
+    assert {delta.request_id for delta in news} == {"0", "1", "2", "x", "y", "plain"}
+    while engine.has_work():
+        assert not any(delta.error for delta in engine.step())
+    assert engine.runner.compact == {}
+
+
+def test_a_dead_device_ends_the_engine(monkeypatch):
+    engine = make_engine()
+    engine.add_request("a", [5, 6], greedy(5))
+    engine.step()
+    monkeypatch.setattr(SlotPool, "decode", lambda self, tokens: Fault().fire())
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: Fault().fire())
+    with pytest.raises(DeviceError, match="cpu does not answer"):
+        engine.step()
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, GeneratorExit, RuntimeError("odd"), SystemExit])
+@pytest.mark.parametrize("where", ["run", "joined", "release"])
+def test_an_interrupted_call_leaves_nothing_behind(failure, where, monkeypatch):
+    settings = {"cache": D2O, "max_num_seqs": 3}
+    work = prompts(7, seed=4)
+    expected = make_engine(**settings).generate(work, greedy(6))
+    engine, calls = make_engine(**settings), iter(range(1000))
+    engine.add_request("other", [5, 6, 7], greedy(30))
+    inner = getattr(engine.runner, where)
+
+    def interrupted(*arguments):
+        result = inner(*arguments)
+        if next(calls) == 3:
+            raise failure
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, where, interrupted)
+        with pytest.raises(failure if isinstance(failure, type) else RuntimeError):
+            engine.generate(work, greedy(6))
+    assert not engine._requests
+    assert not engine.scheduler.has_work()
+    news = {delta.request_id: delta.error for delta in engine.step()}
+    assert "failed while it worked" in news.pop("other")
+    assert not news
+    assert not engine.has_work()
+    assert [x.tokens for x in engine.generate(work, greedy(6))] == [x.tokens for x in expected]
+
+
+def test_whoever_ended_in_a_step_that_fails_later_has_its_end(monkeypatch):
+    engine = make_engine()
+    for index in range(3):
+        engine.add_request(str(index), [5 + index, 6], greedy(1))
+    inner, calls = engine.runner.release, iter(range(9))
+
+    def release(request, plan):
+        if next(calls) == 1:
+            raise RuntimeError("odd")
+        inner(request, plan)
+
+    monkeypatch.setattr(engine.runner, "release", release)
+    with pytest.raises(RuntimeError, match="odd"):
+        engine.step()
+    news = {delta.request_id: delta.finish_reason for delta in engine.step()}
+    assert news == {"0": "length", "1": "error", "2": "error"}
+    assert_empty(engine)
+
+
+def test_news_of_others_waits_while_a_call_runs():
+    engine = make_engine(max_num_seqs=3)
+    expected = make_engine().generate([[5, 6, 7]], greedy(9))[0].text
+    engine.add_request("other", [5, 6, 7], greedy(9))
+    assert len(engine.generate(prompts(4), greedy(12))) == 4
+    text = ""
+    while engine.has_work():
+        for delta in engine.step():
+            assert delta.request_id == "other"
+            text += delta.text
+    assert text == expected
+
+
+def test_a_call_tells_of_a_prompt_that_fails_and_keeps_the_others(monkeypatch):
+    engine, fault = make_engine(), Fault()
+    expected = make_engine().generate(prompts(5), greedy(6))
+    inner, calls = TextStream.push, iter(range(100))
+    monkeypatch.setattr(
+        TextStream, "push", lambda self, *news: fault.fire() if next(calls) == 4 else inner(self, *news)
+    )
+    found = engine.generate(prompts(5), greedy(6))
+    (bad,) = [index for index, completion in enumerate(found) if completion.finish_reason == "error"]
+    assert SECRET in found[bad].error
+    for index, completion in enumerate(found):
+        assert index == bad or (completion.text, completion.error) == (expected[index].text, None)
+
+
+def test_over_http_the_owner_reads_why_and_the_others_nothing(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    with running(max_num_seqs=4) as (url, owner):
+        fine = post(url, prompt="Other", max_tokens=30, ignore_eos=True, temperature=0).json()["choices"][0]["text"]
+        inner = TextStream.push
+
+        def push(self, token, logprobs=None):
+            mine = [r for r in owner.engine._requests.values() if r.text is self]
+            if mine and mine[0].params.max_tokens == 77 and len(mine[0].generated) == 3:
+                Fault().fire()
+            return inner(self, token, logprobs)
+
+        monkeypatch.setattr(TextStream, "push", push)
+        for stream in (False, True):
+            bad = post(url, prompt="Bad", max_tokens=77, ignore_eos=True, temperature=0, stream=stream, n=1)
+            if stream:
+                assert bad.status_code == 200
+                error = json.loads(bad.text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]
+                assert "[DONE]" not in bad.text
+            else:
+                assert bad.status_code == 500
+                error = bad.json()["error"]
+            assert (error["code"], error["type"]) == ("request_failed", "server_error")
+            assert SECRET in error["message"]
+            good = post(url, prompt="Other", max_tokens=30, ignore_eos=True, temperature=0)
+            assert good.json()["choices"][0]["text"] == fine
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert 'finished_reason="error"} 2.0' in httpx.get(f"{url}/metrics").text
+        assert SECRET not in caplog.text
+        assert "failed: RuntimeError" in caplog.text
+        wait_until(lambda: not owner._streams, "left")
+
+
+def test_a_request_that_cannot_be_queued_fails_alone(monkeypatch):
+    with running() as (url, owner):
+        inner = owner.engine.add_request
+
+        def add(request_id, prompt, params, *rest):
+            if params.max_tokens == 77:
+                Fault().fire()
+            inner(request_id, prompt, params, *rest)
+
+        monkeypatch.setattr(owner.engine, "add_request", add)
+        bad = post(url, max_tokens=77)
+        assert (bad.status_code, bad.json()["error"]["code"]) == (500, "request_failed")
+        assert post(url, max_tokens=3).status_code == 200
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_an_extreme_request_harms_nobody():
+    """Every sampling parameter at its ends, all at once."""
+    extremes = [
+        {"temperature": 1e-40},
+        {"temperature": 5e-324, "top_p": 1e-300},
+        {"temperature": 100, "top_k": 2**70},
+        {"temperature": 1, "top_p": 1e-300, "top_k": 1, "logprobs": 20},
+        {"temperature": 1e-5, "seed": -(2**63)},
+        {"temperature": 1e-4, "seed": 2**63 - 1, "top_p": 0.9999999999},
+    ]
+    engine = make_engine()
+    expected = generate_one(make_engine())
+    for index, options in enumerate(extremes):
+        engine.add_request(str(index), [5, 6, 7], greedy(5, **options))
+    engine.add_request("plain", [9, 8, 7], greedy(8))
+    text = ""
+    while engine.has_work():
+        for delta in engine.step():
+            assert delta.error is None
+            text += delta.text if delta.request_id == "plain" else ""
+    assert text == expected
+
+
+def generate_one(engine: Engine) -> str:
+    return engine.generate([[9, 8, 7]], greedy(8))[0].text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 2.0}, "max_tokens=2.0 has type float"),
+        ({"max_tokens": True}, "max_tokens=True"),
+        ({"temperature": "hot"}, "temperature='hot' has type str"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": 10**400}, "temperature=1000"),
+        ({"top_k": -(2**70)}, "top_k=-118"),
+        ({"seed": 2**70}, "seed=118"),
+        ({"logprobs": 2**70}, "logprobs=118"),
+    ],
+)
+def test_parameters_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**options)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": 10**22}, "max_tokens"),
+        ({"n": 10**22}, "n"),
+        ({"top_k": -(10**22)}, "top_k"),
+        ({"seed": 10**22}, "seed"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"top_p": 10**400}, "top_p"),
+        ({"logprobs": 10**400}, "logprobs"),
+        ({"prompt": [10**22]}, "prompt"),
+        ({"prompt": [-(2**63) - 1]}, "prompt"),
+    ],
+)
+def test_large_integers_are_a_400_that_names_the_field(large, fields, param):
+    answer = post(large, **{"max_tokens": 2, **fields})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+@pytest.fixture(scope="module")
+def large():
+    with running() as (url, _):
+        yield url
+
+
+def test_a_context_longer_than_the_model_reads_is_refused():
+    with pytest.raises(ValueError, match=r"max_model_len=65 is more than the model's max_positions=64"):
+        make_engine(max_model_len=65)
+    assert make_engine(max_model_len=64).max_model_len == 64
