@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from attnzoo.models import DecoderLM
 from attnzoo.report import Claim, Report
 from train.config import Config, load_config
-from train.engine import Engine, finish, start
+from train.engine import Engine, start
+from train.ranks import finish
 from train.optim import build_optimizer, set_rate
 
 BUSY = 0.75

@@ -23,7 +23,8 @@ from attnzoo.evaluate.fits import Setup, training_memory
 from attnzoo.evaluate.memory import peak_bytes
 from attnzoo.models import DecoderLM
 from train.config import Config, load_config
-from train.engine import Engine, finish, start
+from train.engine import Engine, start
+from train.ranks import finish
 
 VOCABULARY, MICRO_BATCH, TOKENS, PASSES = 512, 2, 128, 2
 RUNS = 2

@@ -4,6 +4,7 @@ Every mistake names the key, the nearest known one, and the place it was written
 configs/base.yaml holds every key with a comment.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -57,7 +58,11 @@ class ScheduleConfig:
 
 @dataclass
 class TrainConfig:
-    """steps or max_minutes (or both: the smaller); batch_size counts sequences a step over all ranks."""
+    """steps or max_minutes (or both: the smaller); batch_size counts sequences a step over all ranks.
+
+    non_finite_steps: so many steps in a row without an update, because the loss or a gradient was not finite, and the
+    run does what non_finite says: stop (exit status 1) | go_back (to the last checkpoint, past the data in between).
+    """
 
     steps: int | None = None
     max_minutes: float | None = None
@@ -65,6 +70,8 @@ class TrainConfig:
     batch_size: int = 32
     micro_batch_size: int = 16
     gradient_clipping: float = 1.0
+    non_finite: str = "stop"
+    non_finite_steps: int = 5
     activation_checkpointing: bool = False
     compile: bool = False
     threads: int | None = None
@@ -121,15 +128,34 @@ class LogConfig:
 
 @dataclass
 class CheckpointConfig:
-    """resume: auto | never | a checkpoint directory. init_from: a model to take weights from: an export, a directory of
+    """resume: auto | never | a checkpoint directory. fallback: where that one is damaged or not named, take the newest
+    whole one instead of refusing. init_from: a model to take weights from: an export, a directory of
     transformers, a .gguf file or the name of a packaged model. adopt_model: take its model and tokenizer too; `model`
     and `tokenizer` then say nothing but `model.attention_impl`."""
 
     every: int | None = 500
     keep: int = 2
     resume: str = "auto"
+    fallback: bool = False
     init_from: str | None = None
     adopt_model: bool = False
+
+
+@dataclass
+class WatchdogConfig:
+    """Seconds that a phase may take before all ranks print their stacks and end with status 1 (null: no limit).
+
+    start: joining the ranks and the first compilation. data: preparing tokenizer and tokens. load: building the model
+    and reading a checkpoint. step, evaluate, save (and export): each time. stop: the rest of a phase after a signal.
+    """
+
+    start: float | None = 900.0
+    data: float | None = 7200.0
+    load: float | None = 1800.0
+    step: float | None = 900.0
+    evaluate: float | None = 3600.0
+    save: float | None = 1800.0
+    stop: float | None = 120.0
 
 
 @dataclass
@@ -153,16 +179,17 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     @property
     def run_path(self) -> Path:
         """Where the run writes: run_dir, or runs/<name> below the current directory."""
-        return Path(self.run_dir or Path("runs") / self.name)
+        return Path(os.path.expanduser(self.run_dir or Path("runs") / self.name))
 
     @property
     def cache_path(self) -> Path:
         """Where prepared data, tokenizers and compiled extensions are kept."""
-        return Path(self.cache_dir) if self.cache_dir else PROJECT / ".cache"
+        return Path(os.path.expanduser(self.cache_dir)) if self.cache_dir else PROJECT / ".cache"
 
     @property
     def sequence_length(self) -> int:

@@ -3,10 +3,12 @@
 import contextlib
 import fcntl
 import logging
+import math
 import os
-import socket
+import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,12 @@ from attnzoo.evaluate.fits import BUCKET
 from attnzoo.models import DecoderLM, build_shapes
 from attnzoo.ops.masks import marked_starts
 from train.config import Config, ConfigError
+from train.failures import TrainingError
+from train.finite import GradientCheck, describe, first_non_finite
 from train.lora import add_adapters, merge_adapters
-from train.optim import MatrixAdamW, MatrixSlot, ShardLayout, build_optimizer, set_rate
+from train.optim import MatrixAdamW, build_optimizer, set_rate
+from train.ranks import agree, check_port, free_port, from_main, gather, port_taken
+from train.shards import layouts
 
 DTYPES = {"fp32": torch.float32, "bf16_autocast": torch.float32, "bf16": torch.bfloat16}
 """The dtype of the weights a rank computes with, by `precision`."""
@@ -37,17 +43,27 @@ def start(config: Config, local_rank: int) -> torch.device:
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
+    check_port()
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(max(local_rank, 0))
     deepspeed = _deepspeed()
     if not torch.cuda.is_available():
-        _load_extension(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
+        if os.environ["WORLD_SIZE"] == "1":
+            # What is compiled only moves tensors between ranks: one rank needs no compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        else:
+            _load_extension(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    # Ranks wait for rank 0 while it prepares the corpus, for longer than the default of 10 minutes allows.
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(hours=2))
+    try:
+        # How long ranks may wait for each other is the watchdog's to say, by phase.
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(days=30))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error):
+            raise port_taken(os.environ["MASTER_PORT"]) from None
+        raise TrainingError(f"the ranks did not find each other at {os.environ['MASTER_ADDR']}: {error}") from None
     if not torch.cuda.is_available():
         _unlink_buffers()
     return torch.device("cuda", max(local_rank, 0)) if torch.cuda.is_available() else torch.device("cpu")
@@ -70,7 +86,16 @@ def _load_extension(directory: Path) -> None:
         fcntl.flock(guard, fcntl.LOCK_EX)
         for leftover in directory.glob("*/lock"):
             leftover.unlink()
-        ShareMemCommBuilder().load()
+        try:
+            ShareMemCommBuilder().load()
+        except (RuntimeError, OSError, ImportError, SystemExit, subprocess.CalledProcessError) as error:
+            compiler = os.environ.get("CXX", "c++")
+            reason = str(error).strip().splitlines()
+            raise ValueError(
+                f"the ranks of one machine need a library that is compiled once, with a C++ compiler, and that failed "
+                f"({reason[-1] if reason else type(error).__name__}): install one that is called {compiler} (Debian: "
+                "apt-get install g++), or train on one rank, which needs none: python train/main.py"
+            ) from error
 
 
 def _unlink_buffers() -> None:
@@ -82,25 +107,6 @@ def _unlink_buffers() -> None:
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{host}_{port}_*"):
         buffer.unlink(missing_ok=True)
-
-
-def from_main(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def finish() -> None:
-    """Leaves the group of ranks."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _deepspeed() -> Any:
@@ -188,7 +194,8 @@ class Engine:
             self._engine, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, config=settings)
         self.optimizer: MatrixAdamW = self._engine.basic_optimizer
         if any(group["orthogonal"] for group in self.optimizer.param_groups):
-            self.optimizer.layouts.update(_layouts(self._engine.optimizer, self.stage, self.optimizer))
+            self.optimizer.layouts.update(layouts(self._engine.optimizer, self.stage, self.optimizer))
+        self._gradients = GradientCheck(self.model)
         if config.train.compile:
             self._engine.compile()
 
@@ -204,19 +211,37 @@ class Engine:
             self._engine.step()
         return loss.detach()
 
-    def step(self, factor: float) -> float:
-        """The update, at `factor` times the peak learning rates; returns the norm of the gradient before clipping."""
+    def non_finite_gradients(self) -> list[str]:
+        """Parameters that got a gradient with NaN or infinity on this rank since the last call."""
+        return self._gradients.names()
+
+    def step(self, factor: float, skip: bool = False) -> float:
+        """The update, at `factor` times the peak learning rates; returns the norm of the gradient before clipping.
+
+        With `skip` (the same on all ranks), and where the norm is not finite, nothing is updated, at any ZeRO stage;
+        the norm that is returned is then not finite.
+        """
         set_rate(self.optimizer, factor)
-        if self._clipping is None:
+        norm = math.nan
+        if self._clipping is not None and not skip:
+            # `backward` has summed the gradients over the ranks.
+            norm = float(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+            if self._clipping and math.isfinite(norm):
+                nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clipping, torch.tensor(norm))
+            skip = not math.isfinite(norm)
+        self.optimizer.paused = skip
+        try:
             self._engine.step()
-            return float(self._engine.get_global_grad_norm())
-        # `backward` has summed the gradients over the ranks.
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if self._clipping:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clipping, norm)
-        self._engine.step()
-        return float(norm)
+        finally:
+            self.optimizer.paused = False
+        if skip or not self._engine.was_step_applied():
+            return math.nan
+        return norm if self._clipping is not None else float(self._engine.get_global_grad_norm())
+
+    def describe_skip(self, step: int, loss: float, names: list[str]) -> str:
+        """What was not finite in a step, from what every rank found."""
+        losses, found = zip(*gather((loss, names)), strict=True)
+        return describe(step, list(losses), list(found))
 
     @torch.no_grad()
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -245,6 +270,24 @@ class Engine:
     def barrier(self) -> None:
         """Waits for every rank."""
         dist.barrier()
+
+    def check_finite(self, consequence: str) -> None:
+        """Raises AgreedError that names the tensor and the rank when weights or optimizer state are not finite."""
+
+        def look() -> None:
+            name = first_non_finite(self._state())
+            if name is not None:
+                raise TrainingError(f"{name} is not finite: {consequence}")
+
+        agree(look)
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights and optimizer state, as far as this rank holds them."""
+        for name, parameter in self.model.named_parameters():
+            yield name, getattr(parameter, "ds_tensor", parameter)  # at stage 3 the part of this rank
+        for master, state in self.optimizer.state.items():
+            yield "a float32 copy of weights", master
+            yield from ((f"the optimizer's {key}", value) for key, value in state.items() if torch.is_tensor(value))
 
     # --- weights and checkpoints --------------------------------------------------------------------------------
 
@@ -291,66 +334,17 @@ class Engine:
         with _quiet():
             self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
 
-    def load(self, directory: Path, tag: str) -> None:
+    def load(self, path: Path) -> None:
         """Reads what `save` wrote at the same world size and ZeRO stage."""
         # A checkpoint brings the rates it was written with; the configuration of this run decides.
         options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-        with _quiet():
-            path, _ = self._engine.load_checkpoint(str(directory), tag=tag)
-        if path is None:
-            raise ValueError(f"{directory / tag} holds no DeepSpeed checkpoint")
+        # DeepSpeed takes the path for a pattern, so that none with [ ] in it would be found: it gets one without.
+        with _quiet(), contextlib.chdir(path):
+            found, _ = self._engine.load_checkpoint(".", tag=".")
+        if found is None:
+            raise ValueError(f"{path} holds no DeepSpeed checkpoint")
         for group, mine in zip(self.optimizer.param_groups, options, strict=True):
             group.update(mine)
-
-
-def _layouts(wrapper: Any, stage: int, optimizer: MatrixAdamW) -> dict[int, ShardLayout]:
-    """Where ZeRO put the matrices of Muon's groups; empty at stage 0, which keeps them whole."""
-    if stage == 0:
-        return {}
-    return _packed_layouts(wrapper, optimizer) if stage < 3 else _cut_layouts(wrapper, optimizer)
-
-
-def _packed_layouts(wrapper: Any, optimizer: MatrixAdamW) -> dict[int, ShardLayout]:
-    layouts = {}
-    for i, group in enumerate(optimizer.param_groups):
-        if not group["orthogonal"]:
-            continue
-        matrices, offsets = wrapper.round_robin_bit16_groups[i], wrapper.round_robin_bit16_offsets[i]
-        process_group = wrapper.real_dp_process_group[i]
-        layouts[id(wrapper.single_partition_of_fp32_groups[i])] = ShardLayout(
-            slots=tuple(
-                MatrixSlot((p.shape[0], p.shape[1]), offset, p.numel())
-                for p, offset in zip(matrices, offsets, strict=True)
-            ),
-            numel=wrapper.partition_size[i],
-            rank=dist.get_rank(process_group),
-            world=dist.get_world_size(process_group),
-            group=process_group,
-            cut_each=False,
-        )
-    return layouts
-
-
-def _cut_layouts(wrapper: Any, optimizer: MatrixAdamW) -> dict[int, ShardLayout]:
-    layouts = {}
-    for i, matrices in enumerate(wrapper.fp16_groups):
-        if not optimizer.param_groups[wrapper.sub_group_to_group_id[i]]["orthogonal"]:
-            continue
-        slots, offset = [], 0
-        for parameter in matrices:
-            length = parameter.partition_numel()
-            slots.append(MatrixSlot((parameter.ds_shape[0], parameter.ds_shape[1]), offset, length))
-            offset += length
-        process_group = wrapper.sub_group_process_groups[i]
-        layouts[id(wrapper.fp32_partitioned_groups_flat[i])] = ShardLayout(
-            slots=tuple(slots),
-            numel=offset,
-            rank=dist.get_rank(process_group),
-            world=dist.get_world_size(process_group),
-            group=process_group,
-            cut_each=True,
-        )
-    return layouts
 
 
 @contextlib.contextmanager

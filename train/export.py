@@ -7,17 +7,27 @@ from attnzoo.checkpoint import find_checkpoint, load_model, load_tokenizer, open
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.tokenizer import Tokenizer
 from train.engine import Engine
+from train.failures import TrainingError
+from train.finite import first_non_finite
+from train.ranks import agree
 
 
 def export(engine: Engine, directory: Path, tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
     """Writes weights (float32, gathered from all ranks, adapters merged), config.json and the tokenizer.
 
-    Called by every rank.
+    Called by every rank. An export that is there is replaced only by one that is finite and whole.
     """
     model = engine.full_model()
-    if model is not None:
+
+    def write() -> None:
+        if model is None:
+            return
+        name = first_non_finite(model.state_dict().items())
+        if name is not None:
+            raise TrainingError(f"{name} is not finite: {directory} is not written")
         save_model(directory, model, tokenizer=tokenizer, metadata=metadata)
-    engine.barrier()
+
+    agree(write)
 
 
 def init_from(model: DecoderLM, checkpoint: str, tokenizer: Tokenizer) -> None:
@@ -39,6 +49,9 @@ def init_from(model: DecoderLM, checkpoint: str, tokenizer: Tokenizer) -> None:
         raise ValueError(
             f"checkpoint.init_from={checkpoint} was trained with another tokenizer; set tokenizer.path={path}"
         )
+    name = first_non_finite(source.state_dict().items())
+    if name is not None:
+        raise ValueError(f"checkpoint.init_from={checkpoint}: {name} is not finite; take another checkpoint")
     model.load_state_dict(source.state_dict())
 
 

@@ -15,6 +15,7 @@ CHOICES = {
     "precision": ("fp32", "bf16", "bf16_autocast"),
     "optim.name": ("adamw", "muon"),
     "schedule.kind": ("cosine", "wsd", "constant"),
+    "train.non_finite": ("stop", "go_back"),
     "zero.stage": (0, 1, 2, 3),
 }
 AT_LEAST_ONE = [
@@ -23,6 +24,7 @@ AT_LEAST_ONE = [
     "train.batch_size",
     "train.micro_batch_size",
     "train.threads",
+    "train.non_finite_steps",
     "eval.every",
     "eval.batch_size",
     "eval.max_blocks",
@@ -35,6 +37,7 @@ AT_LEAST_ONE = [
     "lora.rank",
 ]
 POSITIVE = ["train.max_minutes", "optim.lr", "optim.muon_lr", "optim.eps", "log.peak_flops", "lora.alpha"]
+POSITIVE += [f"watchdog.{phase}" for phase in ("start", "data", "load", "step", "evaluate", "save", "stop")]
 NOT_NEGATIVE = ["optim.weight_decay", "schedule.warmup_steps", "train.gradient_clipping", "sample.temperature"]
 FRACTIONS = [
     "schedule.decay_fraction",

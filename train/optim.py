@@ -86,10 +86,14 @@ class MatrixAdamW(torch.optim.AdamW):
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options)
         self.layouts: dict[int, ShardLayout] = {}
+        self.paused = False
+        """While true, `step` does nothing: DeepSpeed calls it at every ZeRO stage, so a step can be skipped here."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One update of all groups that hold gradients."""
+        if self.paused:
+            return None
         groups = self.param_groups
         try:
             self.param_groups = [group for group in groups if not group["orthogonal"]]

