@@ -21,7 +21,7 @@ from attnzoo.evaluate.fits import BUCKET
 from attnzoo.models import DecoderLM, build_shapes
 from attnzoo.ops.masks import marked_starts
 from train.config import Config, ConfigError
-from train.failures import TrainingError
+from train.failures import TrainingError, make_directory
 from train.finite import GradientCheck, describe, first_non_finite
 from train.lora import add_adapters, merge_adapters
 from train.optim import MatrixAdamW, build_optimizer, set_rate
@@ -81,7 +81,7 @@ def _load_extension(directory: Path) -> None:
     # The ninja that is installed beside this Python, whether the environment is activated or not: another version
     # distrusts the first one's log and compiles everything again.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory, "cache_dir, or TORCH_EXTENSIONS_DIR")
     with (directory / "guard").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         for leftover in directory.glob("*/lock"):

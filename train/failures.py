@@ -12,8 +12,9 @@ from pathlib import Path
 
 MISTAKE, FAILED = 2, 1
 """Exit statuses: something the user can mend before the run begins; something that went wrong in a run."""
-PAUSE_SECONDS = 3.0
-"""How long a rank waits before it tells what the first rank, or the rank that failed first, tells better."""
+PAUSE_SECONDS = 10.0
+"""How long a rank waits before it tells what the first rank, or the rank that failed first, tells better: by then the
+launcher has ended it."""
 
 
 class TrainingError(RuntimeError):
@@ -21,7 +22,7 @@ class TrainingError(RuntimeError):
 
 
 class AgreedError(Exception):
-    """What went wrong on some rank, raised on all of them by `train.ranks.agree`; the first rank tells it."""
+    """What all ranks know to have gone wrong, and raise together, as `train.ranks.agree` does; the first tells it."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -44,6 +45,14 @@ def explain(error: BaseException) -> str:
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
         return f"{text}; set run_dir and cache_dir to directories that this user may write to"
     return text
+
+
+def make_directory(path: Path, key: str) -> None:
+    """Makes the directory that the configuration's `key` names. Raises ValueError with the key when that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{key}={path} cannot be used as a directory: {explain(error)}") from None
 
 
 def free_bytes(path: Path) -> int:

@@ -15,7 +15,7 @@ from train.config import Config
 from train.data import TrainingData
 from train.engine import Engine
 from train.evaluate import UNMEASURED, Validation, samples, validate
-from train.failures import TrainingError
+from train.failures import FAILED, AgreedError
 from train.limits import MEASURED_STEPS
 from train.metrics import Metrics, peak_flops, peak_memory_mib
 from train.ranks import decide
@@ -73,7 +73,7 @@ class Step:
 def train(run: Run) -> str | None:
     """Trains to the last step, or to a stop; returns why it stopped early, or None when training is complete.
 
-    Raises TrainingError, and saves nothing, when the run is not finite any more.
+    Raises AgreedError, and saves nothing, when the run is not finite any more.
     """
     progress, config = run.progress, run.config
     reason = None
@@ -104,10 +104,12 @@ def train(run: Run) -> str | None:
         if reason is None:
             evaluate(run, whole=True)
             if not math.isfinite(run.validation.loss):
-                raise TrainingError(f"the validation loss of the last step is {run.validation.loss}: {_nothing(run)}")
+                raise AgreedError(
+                    FAILED, f"the validation loss of the last step is {run.validation.loss}: {_nothing(run)}"
+                )
         if run.saved_step != progress.step:
             if run.skips:
-                raise TrainingError(f"the last step was not finite ({run.skips[-1]}): {_nothing(run)}")
+                raise AgreedError(FAILED, f"the last step was not finite ({run.skips[-1]}): {_nothing(run)}")
             save(run)
     return reason
 
@@ -151,15 +153,15 @@ def note_skip(run: Run, loss: float, found: list[str], gradient_norm: float) -> 
 def give_up_or_go_back(run: Run) -> None:
     """Ends the run, or takes the latest checkpoint and goes on past the data between it and here.
 
-    Raises TrainingError, also when the run has gone back to that checkpoint before.
+    Raises AgreedError, also when the run has gone back to that checkpoint before.
     """
     what = f"{len(run.skips)} steps in a row without an update (train.non_finite_steps), the last one: {run.skips[-1]}"
     path = decide(run.checkpoints.latest)
     if run.config.train.non_finite == "stop":
-        raise TrainingError(f"{what}; {_nothing(run)}")
+        raise AgreedError(FAILED, f"{what}; {_nothing(run)}")
     if path is None or path.name in run.returned_to:
         again = "there is no checkpoint to go back to" if path is None else f"going back to {path.name} did not help"
-        raise TrainingError(f"{what}; {again}; {_nothing(run)}")
+        raise AgreedError(FAILED, f"{what}; {again}; {_nothing(run)}")
     run.returned_to.add(path.name)
     with run.watchdog.phase("load"):
         before = run.checkpoints.load(run.engine, run.checkpoints.choose(path, run.engine, fallback=False))

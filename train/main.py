@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run_training(config: Config, device: torch.device, watchdog: Watchdog) -> None:
     """Prepares, trains, and writes everything the run directory holds; called by every rank.
 
-    Raises AgreedError or ValueError for what the user can mend, TrainingError when the run cannot go on.
+    Raises AgreedError for what the ranks found together, TrainingError where one of them cannot go on.
     """
     ranks.decide(lambda: run_directory.check_space(config, _planned_model(config)))
     with watchdog.phase("data"):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from attnzoo.models import DecoderConfig, DecoderLM, build_shapes
 from train.config import Config
-from train.failures import explain, free_bytes
+from train.failures import explain, free_bytes, make_directory
 from train.ranks import agree, decide, from_main, is_first
 
 LOCK = ".lock"
@@ -27,11 +27,11 @@ def locked(directory: Path) -> Iterator[None]:
 
     Raises ValueError that names the host and process of a run that has it, or why it cannot be written.
     """
+    make_directory(directory, "run_dir")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         file = (directory / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"run_dir={directory} cannot be used as a directory: {explain(error)}") from None
+        raise ValueError(f"run_dir={directory} cannot be written to: {explain(error)}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,7 +60,7 @@ def held(config: Config) -> Iterator[None]:
         decide(lambda: stack.enter_context(locked(config.run_path)))
         decide(lambda: _tidy_run(config.run_path))
         _check_shared(config.run_path, "run_dir")
-        decide(lambda: config.cache_path.mkdir(parents=True, exist_ok=True))
+        decide(lambda: make_directory(config.cache_path, "cache_dir"))
         _check_shared(config.cache_path, "cache_dir")
         yield
 
@@ -70,7 +70,14 @@ def _check_shared(directory: Path, key: str) -> None:
     token = from_main(secrets.token_hex(8))
     mark = directory / f".seen-{token}"
     host = from_main(socket.gethostname())
-    decide(lambda: mark.write_text(token, encoding="utf-8"))
+
+    def leave() -> None:
+        try:
+            mark.write_text(token, encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"{key}={directory} cannot be written to: {explain(error)}") from None
+
+    decide(leave)
 
     def look() -> None:
         deadline = time.monotonic() + SEEN_SECONDS

@@ -122,6 +122,39 @@ def test_a_mistake_of_one_rank_is_told_with_its_rank(tiny: Path, tmp_path: Path)
     assert re.match(r"train: rank 1 on \S+: these tokens cannot be read$", lines[0])
 
 
+def test_a_failure_of_one_rank_ends_all_with_its_rank(tiny: Path, tmp_path: Path) -> None:
+    """A variant raises on rank 1 in the middle of a step: its traceback, one line with the rank, status 1, no hang."""
+    (tmp_path / "fails.py").write_text(
+        "import os\n"
+        "from attnzoo.attention.base import ATTENTION\n"
+        "from attnzoo.attention.mha import MHA\n"
+        "@ATTENTION.register('fails')\n"
+        "class Fails(MHA):\n"
+        "    def forward(self, *args, **options):\n"
+        "        if self.training and os.environ['RANK'] == '1':\n"
+        "            raise RuntimeError('the variant has a mistake')\n"
+        "        return super().forward(*args, **options)\n",
+        encoding="utf-8",
+    )
+    options = (f"run_dir={tmp_path / 'run'}", "model.attention={kind: fails, num_heads: 2}", "optim.name=adamw")
+    found = launch(tiny, *options, status=1, ATTNZOO_PLUGINS=str(tmp_path / "fails.py")).stderr
+    lines = re.findall(r"^train: .*", found, re.M)
+    assert re.match(r"train: rank 1 on \S+: ended by RuntimeError: the variant has a mistake$", lines[0]), found
+    assert all("lost the connection" in line for line in lines[1:])
+    assert found.count("Traceback") == 1
+
+
+def test_several_ranks_need_a_compiler(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    bare = {"PATH": str(tmp_path / "bin"), "CXX": "/nowhere/c++", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    found = launch(tiny, f"run_dir={tmp_path / 'run'}", status=2, **bare).stderr
+    lines = re.findall(r"^train: .*", found, re.M)
+    assert len(lines) == 1, found
+    assert "with a C++ compiler, and that failed" in lines[0]
+    assert "or train on one rank, which needs none" in lines[0]
+    assert "Traceback" not in found
+
+
 def test_a_second_launcher_on_the_same_port(tiny: Path, tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("", 0))
@@ -198,7 +231,7 @@ def test_places_and_plugins_that_do_not_work_are_one_line(tiny: Path, tmp_path: 
     huge = ("model.model_dim=200000", "model.num_layers=90", f"run_dir={tmp_path / 'huge'}")
     for overrides, variables, words in (
         ((f"run_dir={tmp_path / 'file'}",), {}, "run_dir="),
-        ((f"cache_dir={tmp_path / 'file'}", f"run_dir={tmp_path / 'a'}"), {}, "File exists"),
+        ((f"cache_dir={tmp_path / 'file'}", f"run_dir={tmp_path / 'a'}"), {}, "cache_dir="),
         (huge, {}, "MiB are free"),
         ((), bad, "bad.py:3"),
     ):

@@ -94,10 +94,20 @@ def test_a_broken_step_is_skipped_and_named(tiny: Path, tmp_path: Path, stage: i
     assert losses(run, field="skipped_steps")[9] == 4
 
 
-def test_going_back_passes_the_broken_data(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        (1, "fp32"),
+        pytest.param(0, "bf16", marks=pytest.mark.slow),
+        pytest.param(2, "bf16", marks=pytest.mark.slow),
+        pytest.param(3, "fp32", marks=pytest.mark.slow),
+    ],
+)
+def test_going_back_passes_the_broken_data(tiny: Path, tmp_path: Path, stage: int, precision: str) -> None:
     run = tmp_path / "run"
     options = (f"run_dir={run}", *MODEL, "checkpoint.every=2", "train.steps=8", "train.non_finite_steps=2")
-    found = launch(tiny, *options, "train.non_finite=go_back", **plugin(tiny, "0:4:5"), ranks=1)
+    more = (f"zero.stage={stage}", f"precision={precision}", "train.non_finite=go_back", "train.micro_batch_size=4")
+    found = launch(tiny, *options, *more, **plugin(tiny, "0:4:5"), ranks=1)
     assert "going back to step-00000002, past the data since then" in found.stderr
     records = losses(run)
     assert list(records) == list(range(1, 9))
