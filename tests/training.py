@@ -73,20 +73,15 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": extensions, **extra}
 
 
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 def command(config: Path, *overrides: str, ranks: int = 2) -> list[str]:
     """The command line of a run; with one rank, plain python."""
     script = [str(ROOT / "train" / "main.py"), "--config", str(config), *overrides]
     if ranks == 1:
         return [sys.executable, *script]
-    launcher = [sys.executable, str(DEEPSPEED), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, str(DEEPSPEED), "--num_accelerators", str(ranks), "--master_port", str(port)]
     return [*launcher, *script]
 
 

@@ -72,14 +72,20 @@ def identity(config: Config, model: dict[str, Any], tokenizer_hash: str, world: 
 
 def steps_in(directory: Path) -> list[Path]:
     """The checkpoints of a directory, oldest first; what only looks like one is none."""
-    return sorted(p for p in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir())
+    found = (p for p in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir())
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
 
 
 def newest_whole(directory: Path, before: Path | None = None) -> Path | None:
     """The newest checkpoint all of whose files are what was written; `before`: of those older than it."""
-    for path in reversed(steps_in(directory)):
-        if before is not None and path.name >= before.name:
-            continue
+    known = steps_in(directory)
+    if before in known:
+        known = known[: known.index(before)]
+    for path in reversed(known):
         try:
             check_files(path)
         except (ValueError, OSError):
@@ -228,9 +234,10 @@ class Checkpoints:
         These are its later steps or, when `path` is not of this run directory, all that are here. Copies of `others`
         (the metrics, which are cut back) go with them. Returns where they are, None when there were none.
         """
-        own = path.resolve().parent == self.directory.resolve()
-        later = [p for p in steps_in(self.directory) if not own or p.name > path.name]
-        if own and self.directory.is_dir():
+        known = steps_in(self.directory)
+        own = path.resolve() in [p.resolve() for p in known]
+        later = [p for p in known if not own or _step(p) > _step(path)]
+        if own:
             write_atomic(self.directory / LATEST, f"{path.name}\n".encode())
         if not later:
             return None
@@ -264,7 +271,7 @@ def find_resume(checkpoints: Checkpoints, resume: str, fallback: bool) -> Path |
                 "set run_dir to a new directory, delete this one, or use checkpoint.resume=auto"
             )
         return None
-    path = Path(os.path.expanduser(resume))
+    path = Path(os.path.expanduser(resume)).resolve()
     for candidate in (path, path / "checkpoints"):
         if (candidate / LATEST).is_file() or steps_in(candidate):
             return _latest(Checkpoints(candidate, 1, {}), fallback)

@@ -1,4 +1,4 @@
-"""The only file that knows DeepSpeed: builds its configuration, and hides its differences between ZeRO stages."""
+"""The only file that imports DeepSpeed: hides its differences between ZeRO stages."""
 
 import contextlib
 import fcntl
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from attnzoo.evaluate.fits import BUCKET
 from attnzoo.models import DecoderLM, build_shapes
 from attnzoo.ops.masks import marked_starts
-from train.config import Config, ConfigError
+from train.config import Config
+from train.deepspeed_config import clips_itself, deepspeed_config
 from train.failures import TrainingError, make_directory
 from train.finite import GradientCheck, describe, first_non_finite
 from train.lora import add_adapters, merge_adapters
@@ -118,38 +119,6 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration of a run. Raises ConfigError when the batch does not divide."""
-    train = config.train
-    per_pass = train.micro_batch_size * world
-    if train.batch_size % per_pass:
-        raise ConfigError(
-            f"train.batch_size={train.batch_size} is not a multiple of train.micro_batch_size * ranks = "
-            f"{train.micro_batch_size} * {world} = {per_pass}; change one of them"
-        )
-    zero: dict[str, Any] = {"stage": config.zero.stage}
-    if config.zero.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
-        "train_batch_size": train.batch_size,
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.batch_size // per_pass,
-        # Without ZeRO DeepSpeed clips float32 gradients but does not tell their norm: `Engine.step` does both.
-        "gradient_clipping": 0.0 if _clips_itself(config) else train.gradient_clipping,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        # The optimizer is torch's: DeepSpeed's CPU Adam would need a compiler on every machine.
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
-
-
-def _clips_itself(config: Config) -> bool:
-    return config.zero.stage == 0 and config.precision != "bf16"
-
-
 class LossModule(nn.Module):
     """The model behind one forward that returns its loss: what DeepSpeed wraps."""
 
@@ -177,7 +146,7 @@ class Engine:
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
         self.stage = config.zero.stage
         self._lora = config.lora
-        self._clipping = config.train.gradient_clipping if _clips_itself(config) else None
+        self._clipping = config.train.gradient_clipping if clips_itself(config) else None
         settings = deepspeed_config(config, self.world)
         # DeepSpeed allocates the bucket in which it sums gradients whole, however small the model is.
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -81,7 +81,8 @@ def train(run: Run) -> str | None:
         if progress.step == 0 and config.eval.every:
             evaluate(run)
         while progress.total_steps is None or progress.step < progress.total_steps:
-            step = take_step(run, stop)
+            with run.watchdog.phase("step"):
+                step = take_step(run, stop)
             fix_total_steps(run)
             report(run, step, bar)
             if len(run.skips) >= config.train.non_finite_steps and not step.stop:
@@ -118,22 +119,21 @@ def take_step(run: Run, stop: StopRequest) -> Step:
     """Forward and backward over this rank's part of the global batch, and one update if all of it is finite."""
     engine, config, progress = run.engine, run.config, run.progress
     begin = time.perf_counter()
-    with run.watchdog.phase("step"):
-        tokens_BT, targets_BT = run.data.train.next(config.train.batch_size // engine.world, engine.rank, engine.world)
-        size = config.train.micro_batch_size
-        losses = [
-            engine.forward_backward(tokens_BT[i : i + size], targets_BT[i : i + size])
-            for i in range(0, len(tokens_BT), size)
-        ]
-        factor = rate(config.schedule, progress.step, progress.total_steps or UNKNOWN)
-        loss, found = float(sum(losses)) / len(losses), engine.non_finite_gradients()
-        # The ranks agree on stopping and on skipping by the same small sum that averages the loss.
-        broken = float(bool(found) or not math.isfinite(loss))
-        total, stopping, skip = engine.sum(loss, float(stop.requested()), broken)
-        gradient_norm = engine.step(factor, skip=skip > 0)
-        progress.step += 1
-        progress.data = run.data.train.state()
-        note_skip(run, loss, found, gradient_norm)
+    tokens_BT, targets_BT = run.data.train.next(config.train.batch_size // engine.world, engine.rank, engine.world)
+    size = config.train.micro_batch_size
+    losses = [
+        engine.forward_backward(tokens_BT[i : i + size], targets_BT[i : i + size])
+        for i in range(0, len(tokens_BT), size)
+    ]
+    factor = rate(config.schedule, progress.step, progress.total_steps or UNKNOWN)
+    loss, found = float(sum(losses)) / len(losses), engine.non_finite_gradients()
+    # The ranks agree on stopping and on skipping by the same small sum that averages the loss.
+    broken = float(bool(found) or not math.isfinite(loss))
+    total, stopping, skip = engine.sum(loss, float(stop.requested()), broken)
+    gradient_norm = engine.step(factor, skip=skip > 0)
+    progress.step += 1
+    progress.data = run.data.train.state()
+    note_skip(run, loss, found, gradient_norm)
     seconds = time.perf_counter() - begin
     run.step_seconds.append(seconds)
     return Step(total / engine.world, gradient_norm, factor, seconds, stopping > 0)

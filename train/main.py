@@ -42,6 +42,7 @@ from train import ranks, run_directory
 from train.checkpoint import Checkpoints, Progress, find_resume, identity
 from train.config import Config, ConfigError, load_config
 from train.data import DataConfig, TrainingData, prepare
+from train.deepspeed_config import deepspeed_config
 from train.engine import Engine
 from train.export import adopted_model, export, init_from
 from train.failures import report
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             if _is_main():
                 print(describe(config, _planned_model(config), int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
-        engines.deepspeed_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+        deepspeed_config(config, int(os.environ.get("WORLD_SIZE", "1")))
         with Watchdog(config.watchdog) as watchdog:
             with watchdog.phase("start"):
                 device = engines.start(config, options.local_rank)

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.training import ROOT, command, environment, free_port, launch, losses, write_tiny
+from tests.training import ROOT, command, environment, launch, losses, write_tiny
+from train.ranks import free_port
 
 LONG = ("train.steps=1000000", "eval.every=null", "schedule.kind=constant")
 

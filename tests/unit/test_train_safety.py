@@ -136,6 +136,26 @@ def test_later_steps_are_set_aside_and_none_is_lost(tmp_path: Path) -> None:
     check_files(directory / "set-aside-2" / "step-00000003")
 
 
+def test_steps_are_numbers_and_links_are_followed(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000, 7):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "step-00000008").touch()
+    (tmp_path / "step-9").mkdir()
+    assert [p.name for p in steps_in(tmp_path)] == ["step-00000007", "step-99999999", "step-100000000"]
+    (tmp_path / "link").symlink_to(tmp_path / "step-99999999")
+    here = Checkpoints(tmp_path, 1, {})
+    found = find_resume(here, str(tmp_path / "link"), False)
+    assert found == tmp_path / "step-99999999"
+    assert newest_whole(tmp_path, found) == tmp_path / "step-00000007"
+    assert here.set_aside(found, []) == tmp_path / "set-aside-1"
+    assert here.latest() == found
+    # A copy beside the steps is none of them.
+    copy = Path(shutil.copytree(found, tmp_path / "copy"))
+    here.set_aside(copy, [])
+    assert here.latest() is None
+    check_files(tmp_path / "set-aside-2" / "step-00000007")
+
+
 def test_a_run_directory_has_one_run_at_a_time(tmp_path: Path) -> None:
     run = tmp_path / "deep" / "run"
     code = f"""
