@@ -177,9 +177,9 @@ def give_up_or_go_back(run: Run) -> None:
 def _nothing(run: Run) -> str:
     kept = run.checkpoints.newest_name()
     there = f"the newest checkpoint is {kept}" if kept is not None else "there is no checkpoint yet"
-    return (
-        f"nothing is saved or exported, {there}. Lower optim.lr, look at the data and at the variant, or let the run "
-        "go back by itself with train.non_finite=go_back"
+    back = ", or let it go back by itself with train.non_finite=go_back"
+    return f"nothing is saved or exported, {there}. Lower optim.lr, or look at the data and at the variant" + (
+        back if run.config.train.non_finite == "stop" else ""
     )
 
 
