@@ -28,8 +28,8 @@ def make_checkpoint(directory: Path, step: int) -> Path:
     path = directory / f"step-{step:08d}"
     path.mkdir(parents=True)
     (path / "state.json").write_text(json.dumps({"step": step}))
-    (path / "model.pt").write_bytes(bytes(range(200)) + step.to_bytes(2, "big"))
-    (path / "optim.pt").write_bytes(step.to_bytes(2, "big") * 100)
+    (path / "model.pt").write_bytes(bytes(range(200)) + step.to_bytes(4, "big"))
+    (path / "optim.pt").write_bytes(step.to_bytes(4, "big") * 50)
     write_digests(path, digest_files(path))
     return path
 
@@ -44,8 +44,8 @@ DAMAGES = {
     "a flipped bit in the model": (lambda p: flip(p / "model.pt"), "model.pt is not what was written"),
     "a flipped bit in the optimizer": (lambda p: flip(p / "optim.pt"), "optim.pt is not what was written"),
     "a flipped bit in the progress": (lambda p: flip(p / "state.json"), "state.json is not what was written"),
-    "cut": (lambda p: os.truncate(p / "model.pt", 100), "model.pt has 100 bytes instead of 202"),
-    "longer": (lambda p: (p / "model.pt").write_bytes(b"x" * 203), "model.pt has 203 bytes instead of 202"),
+    "cut": (lambda p: os.truncate(p / "model.pt", 100), "model.pt has 100 bytes instead of 204"),
+    "longer": (lambda p: (p / "model.pt").write_bytes(b"x" * 205), "model.pt has 205 bytes instead of 204"),
     "emptied": (lambda p: os.truncate(p / "optim.pt", 0), "optim.pt has 0 bytes"),
     "deleted": (lambda p: (p / "optim.pt").unlink(), "optim.pt is missing"),
     "foreign": (lambda p: (p / "other.pt").touch(), "other.pt is no file of this checkpoint"),
