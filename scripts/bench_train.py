@@ -21,8 +21,8 @@ from attnzoo.models import DecoderLM
 from attnzoo.report import Claim, Report
 from train.config import Config, load_config
 from train.engine import Engine, start
-from train.ranks import finish
 from train.optim import build_optimizer, set_rate
+from train.ranks import finish
 
 BUSY = 0.75
 """Load average above which numbers are not worth taking."""
