@@ -116,6 +116,9 @@ def test_prepared_tokens(corpus, tokenizer_path, tmp_path):
     assert len(expected) - 1 - tokens.numel() < 16
     covered = b"".join(tokenizer.token_bytes(token) for token in targets.flatten().tolist())
     assert data.bytes_per_token(targets) == pytest.approx(len(covered) / targets.numel(), rel=1e-6)
+    partly = targets.clone()
+    partly[:, ::2] = -100
+    assert data.bytes_per_token(partly) == data.bytes_per_token(targets[:, 1::2])
     some_tokens, some_targets = data.validation_blocks(3)
     assert torch.equal(some_targets[:, :-1], some_tokens[:, 1:])
     spread = [len(tokens) * part // 3 for part in range(3)]

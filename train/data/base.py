@@ -5,6 +5,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+IGNORED = -100
+"""A target that does not count."""
+
 
 class Batches(Protocol):
     """An endless stream of training batches, the same for any number of processes, resumable to the exact batch."""

@@ -16,10 +16,10 @@ from torch import Tensor
 from attnzoo.evaluate.cache.examples import answered
 from attnzoo.evaluate.cache.symbol_tasks import ALPHABET, SYMBOL_TASKS, symbol_example, symbol_tokens
 from attnzoo.tokenizer import Tokenizer
+from train.data.base import IGNORED
 from train.data.config import DataConfig
 
 SOURCE = "retrieval"
-IGNORED = -100
 VALIDATION_SEQUENCES = 256
 SHORTEST_CONTEXT = 80
 """Symbols that hold the items of every task."""

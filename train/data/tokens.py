@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from attnzoo.files import replace_directory, temporary_directory
 from attnzoo.tokenizer import Tokenizer, load_tokenizer
+from train.data.base import IGNORED
 from train.data.config import DataConfig
 from train.data.corpora import fingerprint, split_documents
 from train.data.loader import BatchStream
@@ -48,11 +49,12 @@ class TokenData:
         return tokens_NT[chosen], targets_NT[chosen]
 
     def bytes_per_token(self, targets_NT: Tensor) -> float:
-        """UTF-8 bytes per target: bits per byte = nats per target / ln 2 / bytes_per_token of the same targets.
+        """UTF-8 bytes per target that counts: bits per byte = nats per target / ln 2 / bytes per target.
 
         Targets without bytes count as targets, so a model pays for predicting where a document ends.
         """
-        return int(self.token_bytes[targets_NT].sum()) / targets_NT.numel()
+        counted = targets_NT[targets_NT != IGNORED]
+        return int(self.token_bytes[counted].sum()) / counted.numel()
 
 
 def blocks_of(tokens: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
