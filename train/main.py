@@ -80,7 +80,7 @@ def run_training(config: Config, local_rank: int) -> None:
     if config.lora.rank is not None:
         add_adapters(model, config.lora)
     engine = Engine(config, model, device, tokenizer.bos_id if config.data.get("isolate_documents") else None)
-    settings = identity(config, model.config.to_dict(), tokenizer.fingerprint(), engine.world)
+    settings = identity(config, model.config.to_dict(), tokenizer.fingerprint(), data.digest, engine.world)
     checkpoints = Checkpoints(config.run_path / "checkpoints", config.checkpoint.keep, settings)
     progress, resumed = _resume(config, engine, checkpoints, data)
     metrics = None
@@ -190,8 +190,9 @@ def _summarize(run: Run, reason: str | None) -> None:
     )
     figure = plot_losses(config.run_path, run.data.num_train_bytes / run.data.num_train_tokens, config.name)
     report.figures.append(figure.name)
-    report.write(config.run_path / "training.json")
     report.print_table()
+    report.rows[0]["data"] = run.data.account  # too much for a table
+    report.write(config.run_path / "training.json")
     if reason is not None:
         print(f"stopped by {reason} after step {progress.step}; the same command goes on from there")
     print(f"run directory {config.run_path} (server: checkpoint={config.run_path / 'export'})", flush=True)

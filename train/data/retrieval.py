@@ -6,9 +6,11 @@ beside the value of a variable where it is assigned: without this step on the wa
 The sequence of an index is always the same, so nothing is stored.
 """
 
+import hashlib
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,6 +100,12 @@ class TaskData:
     validation: tuple[Tensor, Tensor]
     num_train_tokens: int = 1
     num_train_bytes: int = 1
+    account: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Of the validation sequences: they follow from the same generator."""
+        return hashlib.sha256(b"".join(part.numpy().tobytes() for part in self.validation)).hexdigest()[:16]
 
     def validation_blocks(self, most: int | None = None) -> tuple[Tensor, Tensor]:
         """(tokens_NT, targets_NT): all of the validation sequences, or the first `most`."""
