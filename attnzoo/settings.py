@@ -57,7 +57,7 @@ def _problems(node: Any, prefix: str, lines: dict[str, int], done: dict[int, boo
     """(mark, problem) below a node; collects the lines of keys. `done`: nodes that aliases may lead to once more."""
     if id(node) in done:
         if not done[id(node)]:
-            yield node.start_mark, f"{prefix.removesuffix('.')} holds itself"
+            yield node.start_mark, f"{prefix.removesuffix('.') or 'the value'} holds itself"
         return
     done[id(node)] = False
     if node.id == "scalar":
@@ -116,7 +116,7 @@ def _loader() -> Any:
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    class Loader(yaml.SafeLoader):  # type: ignore[name-defined, misc]
+    class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers = kept
 
     for name, rule, first in (

@@ -197,6 +197,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     for layer in layers:
         places.update(layer.places)
         _check_keys(layer)
+        _check_given(layer)
         merged = _merge(merged, layer)
     config = _resolved(merged, places)
     for key, problem in problems(config):
@@ -283,6 +284,24 @@ def _check_keys(layer: Layer) -> None:
             if known and key not in known:
                 name = f"{prefix}.{key}" if prefix else str(key)
                 raise ConfigError(f"{_place(layer.places, name)}: unknown key {name}{suggest(str(key), known)}")
+
+
+def _check_given(layer: Layer) -> None:
+    """OmegaConf takes ??? for a value that is still to come, and keeps the one before."""
+    for key, value in _leaves("", layer.values):
+        if value == "???":
+            raise ConfigError(f"{_place(layer.places, key)}: {key}=??? stands for a value that is not there; give one")
+
+
+def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(f"{prefix}.{key}" if prefix else str(key), inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(prefix, inner)
+    else:
+        yield prefix, value
 
 
 def _sections(values: dict[str, Any]) -> Iterator[tuple[str, Any, list[str]]]:

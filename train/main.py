@@ -35,7 +35,8 @@ from attnzoo.tokenizer import Tokenizer, load_tokenizer
 from attnzoo.types import build_config
 from train import engine as engines
 from train.checkpoint import Checkpoints, Progress, find_resume, identity
-from train.config import Config, ConfigError, load_config
+from train.checks import check_length, check_run
+from train.config import Config, load_config
 from train.data import DataConfig, TrainingData, prepare
 from train.engine import Engine
 from train.export import adopted_model, export, init_from
@@ -55,9 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
         check_wandb(config.log.wandb)
         if options.dry_run:
             if _is_main():
-                print(describe(config, _planned_model(config), int(os.environ.get("WORLD_SIZE", "1"))))
+                planned = _planned_model(config)
+                check_run(config, planned)
+                print(describe(config, planned, int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
         engines.deepspeed_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+        check_run(config, _planned_model(config))
         run_training(config, options.local_rank)
     except ValueError as error:
         if _is_main():
@@ -126,11 +130,7 @@ def _build_model(config: Config, tokenizer: Tokenizer) -> DecoderLM:
     """The same weights on every rank."""
     _seed(config.seed)
     model_config = _model_config(config, tokenizer.vocab_size)
-    if config.sequence_length > model_config.max_positions:
-        raise ConfigError(
-            f"data.sequence_length={config.sequence_length} is longer than model.max_positions="
-            f"{model_config.max_positions}; raise the latter"
-        )
+    check_length(config, model_config)
     model = DecoderLM(model_config)
     if config.checkpoint.init_from is not None:
         init_from(model, config.checkpoint.init_from, tokenizer)
@@ -203,7 +203,7 @@ def _planned_model(config: Config) -> DecoderConfig:
     tokenizer = build_config(TokenizerConfig, config.tokenizer, "tokenizer")
     known = tokenizer.path is None or config.checkpoint.adopt_model
     return _model_config(
-        config, tokenizer.vocab_size if known else load_tokenizer(Path(str(tokenizer.path))).vocab_size
+        config, tokenizer.vocab_size if known else load_tokenizer(Path(str(tokenizer.path)).expanduser()).vocab_size
     )
 
 

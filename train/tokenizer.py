@@ -49,8 +49,9 @@ class TokenizerConfig:
 def ensure_tokenizer(config: TokenizerConfig, data: DataConfig, cache_dir: Path) -> Path:
     """The model file: `config.path`, or one trained on the training split of `data` and kept under `cache_dir`."""
     if config.path is not None:
-        load_tokenizer(Path(config.path))
-        return Path(config.path)
+        path = Path(config.path).expanduser()
+        load_tokenizer(path)
+        return path
     key = hashlib.sha256(f"{fingerprint(data)} {asdict(config)} {SAMPLE_BYTES}".encode()).hexdigest()[:16]
     path = Path(cache_dir) / "tokenizers" / f"{key}.model"
     if not path.is_file():

@@ -43,7 +43,7 @@ def account_line(source: str, counts: dict[str, Any]) -> str:
     """One line of `Account.to_dict` for people."""
     skipped = counts["files_skipped"]
     reasons = "; ".join(f"{number:,} {reason}" for reason, number in skipped.items())
-    names = f", such as {', '.join(counts['examples'])}" if counts["examples"] else ""
+    names = f", such as {', '.join(map(repr, counts['examples']))}" if counts["examples"] else ""
     files = [
         f"{counts['files']:,} files read",
         f"{sum(skipped.values()):,} skipped" + (f" ({reasons}{names})" if skipped else ""),

@@ -92,7 +92,8 @@ Reader = Callable[[Path, DataConfig], Iterator[str]]
 def _kind(path: Path) -> Reader:
     reader = _reader_of(path)
     if reader is None:
-        hint = "; a .json file has to hold one record a line, as .jsonl" if ".json" in path.name.lower() else ""
+        suffixes = [suffix.lower() for suffix in path.suffixes]
+        hint = "; a .json file has to hold one record a line, as .jsonl" if ".json" in suffixes else ""
         raise ValueError(f"data.source={str(path)!r}: unknown kind of file {path.suffix!r}; known: {KNOWN}{hint}")
     return reader
 

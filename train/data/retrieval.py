@@ -120,17 +120,9 @@ class TaskData:
 def prepare_tasks(config: DataConfig, tokenizer: Tokenizer) -> TaskData:
     """Training data of the tasks. Raises ValueError for a sequence too short to hold a context and its questions, for
     documents that are not kept apart, and for a tokenizer that has no token of its own for a symbol."""
-    if config.sequence_length < 2 * SHORTEST_CONTEXT:
-        raise ValueError(
-            f"data.sequence_length={config.sequence_length} is too short for data.source={SOURCE!r}: a context takes "
-            f"{SHORTEST_CONTEXT} tokens and questions as many; give at least {2 * SHORTEST_CONTEXT}"
-        )
-    if not config.isolate_documents or tokenizer.bos_id is None:
-        raise ValueError(
-            f"data.isolate_documents={config.isolate_documents}: documents of data.source={SOURCE!r} use the same "
-            "symbols for other things, so a sequence must keep them apart; set it to true, with a tokenizer that has a "
-            "begin token"
-        )
+    check_tasks(config)
+    if tokenizer.bos_id is None:
+        raise ValueError(f"data.source={SOURCE!r} needs a tokenizer that has a begin token; this one's texts have none")
     bos, tokens = tokenizer.bos_id, symbol_tokens(tokenizer.encode)
     indices = [f"validation {index}" for index in range(VALIDATION_SEQUENCES)]
     return TaskData(
@@ -138,3 +130,17 @@ def prepare_tasks(config: DataConfig, tokenizer: Tokenizer) -> TaskData:
         config.sequence_length,
         task_block(bos, tokens, config.sequence_length, indices),
     )
+
+
+def check_tasks(config: DataConfig) -> None:
+    """Raises ValueError as `prepare_tasks`, for what does not depend on the tokenizer."""
+    if config.sequence_length < 2 * SHORTEST_CONTEXT:
+        raise ValueError(
+            f"data.sequence_length={config.sequence_length} is too short for data.source={SOURCE!r}: a context takes "
+            f"{SHORTEST_CONTEXT} tokens and questions as many; give at least {2 * SHORTEST_CONTEXT}"
+        )
+    if not config.isolate_documents:
+        raise ValueError(
+            f"data.isolate_documents={config.isolate_documents}: documents of data.source={SOURCE!r} use the same "
+            "symbols for other things, so a sequence must keep them apart; set it to true"
+        )

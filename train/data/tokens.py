@@ -131,7 +131,7 @@ def read_about(directory: Path, whole: bool) -> dict[str, Any]:
         account_line("", about["account"])
     except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"the prepared tokens are damaged ({type(error).__name__}: {error}); {mend}") from None
-    return about  # type: ignore[no-any-return]
+    return about
 
 
 def _digest(path: Path) -> str:
