@@ -60,7 +60,7 @@ def engine_step(config: Config, device: torch.device) -> StepFunction:
     engine = Engine(config, build(config), device)
 
     def step(batch: Batch) -> float:
-        loss = engine.forward_backward(*batch)
+        loss = engine.forward_backward(*batch, float(batch[1].numel()))
         engine.step(1.0)
         return loss.item()
 

@@ -77,7 +77,8 @@ def main() -> None:
             engine = Engine(config, DecoderLM(config.model_config(VOCABULARY)), device)
             for _ in range(2):
                 for _ in range(PASSES):
-                    engine.forward_backward(block[:, :-1], block[:, 1:])
+                    targets = float(block[:, 1:].numel() * PASSES * ranks)
+                    engine.forward_backward(block[:, :-1], block[:, 1:], targets)
                 engine.step(1.0)
             return engine
 

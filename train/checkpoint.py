@@ -53,12 +53,16 @@ class Progress:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-def identity(config: Config, model: dict[str, Any], tokenizer_hash: str, world: int) -> dict[str, Any]:
-    """The settings that a checkpoint must share with the run that reads it, by dotted key."""
+def identity(config: Config, model: dict[str, Any], tokenizer: str, data: str, world: int) -> dict[str, Any]:
+    """The settings that a checkpoint must share with the run that reads it, by dotted key.
+
+    `tokenizer` and `data` are digests of what these hold.
+    """
     keys = {f"model.{key}": value for key, value in model.items()}
     keys |= {f"data.{key}": value for key, value in config.data.items()}
     keys |= {
-        "tokenizer (content)": tokenizer_hash,
+        "tokenizer (content)": tokenizer,
+        "data (content)": data,
         "seed": config.seed,
         "precision": config.precision,
         "optim.name": config.optim.name,

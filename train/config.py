@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from attnzoo.errors import suggest
 from attnzoo.models import DecoderConfig
+from attnzoo.settings import parse_lines, parse_yaml
 from attnzoo.types import build_config
 from train.limits import problems
 
@@ -224,12 +224,22 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     for layer in layers:
         places.update(layer.places)
         _check_keys(layer)
+        _check_given(layer)
         merged = _merge(merged, layer)
-    config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    config = _resolved(merged, places)
     for key, problem in problems(config):
         raise ConfigError(f"{_place(places, key)}: {problem}")
     _check_sections(config, places)
     return config
+
+
+def _resolved(merged: Any, places: dict[str, str]) -> Config:
+    """The typed configuration, with ${references} to other keys filled in."""
+    try:
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        raise ConfigError(f"{_place(places, key)}: {key}: {str(error).splitlines()[0]}") from None
 
 
 def find_config(name: str) -> Path:
@@ -260,37 +270,30 @@ def _chain(path: Path, seen: tuple[Path, ...]) -> list[Layer]:
 
 
 def _read(path: Path) -> Layer:
+    name = _short(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        node, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        detail = " ".join(str(error).split())
-        raise ConfigError(f"{_short(path)}: cannot be read as YAML: {detail}") from None
+        values, lines = parse_lines(path.read_text(encoding="utf-8"), name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name}: cannot be read as YAML: {error}") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if values is None:
-        return Layer({}, {})
+        raise ConfigError(f"{name} is empty; write keys and values, for example base: base.yaml")
     if not isinstance(values, dict):
-        raise ConfigError(f"{_short(path)}:1: the file must be a mapping of keys to values")
-    return Layer(values, dict(_line_numbers(node, "", _short(path))))
-
-
-def _line_numbers(node: Any, prefix: str, file: str) -> Iterator[tuple[str, str]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            yield name, f"{file}:{key.start_mark.line + 1}"
-            yield from _line_numbers(value, f"{name}.", file)
+        raise ConfigError(f"{name}:1: the file must be a mapping of keys to values")
+    return Layer(values, {key: f"{name}:{line}" for key, line in lines.items()})
 
 
 def _override(text: str) -> Layer:
     key, separator, value = text.partition("=")
-    if not separator or not key.strip():
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
         raise ConfigError(f"{COMMAND_LINE}: {text!r} is not of the form key=value, for example train.steps=100")
     try:
-        nested: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{COMMAND_LINE}: {text!r}: {' '.join(str(error).split())}") from None
+        nested: Any = parse_yaml(value, f"{COMMAND_LINE}: {key.strip()}")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     places = {}
-    parts = key.strip().split(".")
     for i in range(len(parts), 0, -1):
         places[".".join(parts[:i])] = COMMAND_LINE
         nested = {parts[i - 1]: nested}
@@ -308,6 +311,24 @@ def _check_keys(layer: Layer) -> None:
             if known and key not in known:
                 name = f"{prefix}.{key}" if prefix else str(key)
                 raise ConfigError(f"{_place(layer.places, name)}: unknown key {name}{suggest(str(key), known)}")
+
+
+def _check_given(layer: Layer) -> None:
+    """OmegaConf takes ??? for a value that is still to come, and keeps the one before."""
+    for key, value in _leaves("", layer.values):
+        if value == "???":
+            raise ConfigError(f"{_place(layer.places, key)}: {key}=??? stands for a value that is not there; give one")
+
+
+def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(f"{prefix}.{key}" if prefix else str(key), inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(prefix, inner)
+    else:
+        yield prefix, value
 
 
 def _sections(values: dict[str, Any]) -> Iterator[tuple[str, Any, list[str]]]:
@@ -347,9 +368,13 @@ def _check_sections(config: Config, places: dict[str, str]) -> None:
     from train.data import DataConfig
     from train.tokenizer import TokenizerConfig
 
-    # The tokenizer decides the vocabulary in the end; any number serves the check.
+    if "vocab_size" in config.model:
+        raise ConfigError(
+            f"{_place(places, 'model.vocab_size')}: model.vocab_size={config.model['vocab_size']!r}: the vocabulary is "
+            "the tokenizer's; set tokenizer.vocab_size"
+        )
     checks = {
-        "model": lambda: config.model_config(int(config.model.get("vocab_size", 1))),
+        "model": lambda: config.model_config(1),  # any number serves the check
         "data": lambda: build_config(DataConfig, config.data, "data"),
         "tokenizer": lambda: build_config(TokenizerConfig, config.tokenizer, "tokenizer"),
     }

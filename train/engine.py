@@ -128,10 +128,10 @@ class LossModule(nn.Module):
         self.autocast = autocast
         self.document_start = document_start
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, count: Tensor | None = None) -> Tensor:
         with torch.autocast(self.autocast.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
             starts_BT = None if self.document_start is None else marked_starts(tokens_BT, self.document_start)
-            return self.model.loss(tokens_BT, targets_BT, starts_BT)
+            return self.model.loss(tokens_BT, targets_BT, starts_BT, count)
 
 
 class Engine:
@@ -162,6 +162,7 @@ class Engine:
         with _quiet():
             self._engine, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, config=settings)
         self.optimizer: MatrixAdamW = self._engine.basic_optimizer
+        self._forget_first_step()
         if any(group["orthogonal"] for group in self.optimizer.param_groups):
             self.optimizer.layouts.update(layouts(self._engine.optimizer, self.stage, self.optimizer))
         self._gradients = GradientCheck(self.model)
@@ -170,9 +171,15 @@ class Engine:
 
     # --- one step -----------------------------------------------------------------------------------------------
 
-    def forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Adds the gradient of one micro batch; returns its loss, detached."""
-        loss: Tensor = self._engine(tokens_BT.to(self.device), targets_BT.to(self.device))
+    def forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, targets: float) -> Tensor:
+        """Adds the gradient of one micro batch of a global batch with `targets` targets in all.
+
+        Returns its loss, detached: the mean of these losses over passes and ranks is the mean over all targets.
+        """
+        # DeepSpeed takes the mean over passes and ranks, however many targets each has: so each divides its sum by
+        # what an equal share of the targets would be.
+        share = torch.tensor(max(targets, 1.0) / (self.accumulation * self.world), device=self.device)
+        loss: Tensor = self._engine(tokens_BT.to(self.device), targets_BT.to(self.device), share)
         self._engine.backward(loss)
         # DeepSpeed steps (reduces and updates) only at the boundary of accumulation; it counts the calls.
         boundary = self._engine.is_gradient_accumulation_boundary()
@@ -213,14 +220,22 @@ class Engine:
         return describe(step, list(losses), list(found))
 
     @torch.no_grad()
-    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Loss without gradient."""
-        value: Tensor = self._engine(tokens_BT.to(self.device), targets_BT.to(self.device))
+    def loss_sum(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Sum of the targets' losses in nats, without gradient."""
+        one = torch.ones((), device=self.device)
+        value: Tensor = self._engine(tokens_BT.to(self.device), targets_BT.to(self.device), one)
         return value
 
-    def train(self, mode: bool = True) -> None:
-        """Training or evaluation mode."""
-        self._engine.train(mode)
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without dropout; after it every module is in the mode it was in."""
+        modes = [(module, module.training) for module in self._engine.modules()]
+        self._engine.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
     # --- ranks --------------------------------------------------------------------------------------------------
 
@@ -289,6 +304,15 @@ class Engine:
         if self.model_config.tie_embeddings:
             model.head.weight = model.embedding.weight
         return merge_adapters(model).eval() if self._lora.rank is not None else model.eval()
+
+    def _forget_first_step(self) -> None:
+        """Undoes a step that DeepSpeed takes, with gradients of zero, to have its states made.
+
+        (In bf16 without ZeRO: moments would count one step too many, and the weights would decay once more.)
+        """
+        if self.stage == 0 and hasattr(self._engine.optimizer, "refresh_fp32_params"):
+            self.optimizer.state.clear()
+            self._engine.optimizer.refresh_fp32_params()
 
     def _unfused_masters(self) -> dict[int, Tensor]:
         """The float32 copies that DeepSpeed keeps of bf16 weights without ZeRO."""

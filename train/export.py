@@ -37,14 +37,7 @@ def init_from(model: DecoderLM, checkpoint: str, tokenizer: Tokenizer) -> None:
     """
     path = find_checkpoint(checkpoint)
     source = load_model(path, dtype=model.embedding.weight.dtype)
-    theirs, mine = source.config.to_dict(), model.config.to_dict()
-    for key in mine:
-        # How operations are computed is no property of the weights.
-        if theirs.get(key) != mine[key] and key != "attention_impl":
-            raise ValueError(
-                f"checkpoint.init_from={checkpoint} has model.{key}={theirs.get(key)!r} and this run has "
-                f"{mine[key]!r}; set it to the checkpoint's, or take its whole model with checkpoint.adopt_model=true"
-            )
+    check_same_model(source.config.to_dict(), model.config.to_dict(), checkpoint)
     if load_tokenizer(path).fingerprint() != tokenizer.fingerprint():
         raise ValueError(
             f"checkpoint.init_from={checkpoint} was trained with another tokenizer; set tokenizer.path={path}"
@@ -53,6 +46,17 @@ def init_from(model: DecoderLM, checkpoint: str, tokenizer: Tokenizer) -> None:
     if name is not None:
         raise ValueError(f"checkpoint.init_from={checkpoint}: {name} is not finite; take another checkpoint")
     model.load_state_dict(source.state_dict())
+
+
+def check_same_model(theirs: dict[str, Any], mine: dict[str, Any], checkpoint: str) -> None:
+    """Raises ValueError that names the first key in which the model of a checkpoint is not this run's."""
+    for key in mine:
+        # How operations are computed is no property of the weights.
+        if theirs.get(key) != mine[key] and key != "attention_impl":
+            raise ValueError(
+                f"checkpoint.init_from={checkpoint} has model.{key}={theirs.get(key)!r} and this run has "
+                f"{mine[key]!r}; set it to the checkpoint's, or take its whole model with checkpoint.adopt_model=true"
+            )
 
 
 def adopted_model(checkpoint: str, attention_impl: str) -> DecoderConfig:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from attnzoo.tokenizer import Tokenizer
 from train.checkpoint import Checkpoints, Progress
 from train.config import Config
-from train.data import TrainingData
+from train.data import IGNORED, TrainingData
 from train.engine import Engine
 from train.evaluate import UNMEASURED, Validation, samples, validate
 from train.failures import FAILED, AgreedError
@@ -121,8 +121,9 @@ def take_step(run: Run, stop: StopRequest) -> Step:
     begin = time.perf_counter()
     tokens_BT, targets_BT = run.data.train.next(config.train.batch_size // engine.world, engine.rank, engine.world)
     size = config.train.micro_batch_size
+    (targets,) = engine.sum(float((targets_BT != IGNORED).sum()))
     losses = [
-        engine.forward_backward(tokens_BT[i : i + size], targets_BT[i : i + size])
+        engine.forward_backward(tokens_BT[i : i + size], targets_BT[i : i + size], targets)
         for i in range(0, len(tokens_BT), size)
     ]
     factor = rate(config.schedule, progress.step, progress.total_steps or UNKNOWN)

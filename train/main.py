@@ -40,7 +40,8 @@ from attnzoo.types import build_config
 from train import engine as engines
 from train import ranks, run_directory
 from train.checkpoint import Checkpoints, Progress, find_resume, identity
-from train.config import Config, ConfigError, load_config
+from train.checks import check_length, check_run
+from train.config import Config, load_config
 from train.data import DataConfig, TrainingData, prepare
 from train.deepspeed_config import deepspeed_config
 from train.engine import Engine
@@ -63,9 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
         check_wandb(config.log.wandb)
         if options.dry_run:
             if _is_main():
-                print(describe(config, _planned_model(config), int(os.environ.get("WORLD_SIZE", "1"))))
+                planned = _planned_model(config)
+                check_run(config, planned)
+                print(describe(config, planned, int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
         deepspeed_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+        check_run(config, _planned_model(config))
         with Watchdog(config.watchdog) as watchdog:
             with watchdog.phase("start"):
                 device = engines.start(config, options.local_rank)
@@ -113,7 +117,7 @@ def _begin(
     if config.lora.rank is not None:
         ranks.agree(lambda: add_adapters(model, config.lora))
     engine = Engine(config, model, device, tokenizer.bos_id if config.data.get("isolate_documents") else None)
-    settings = identity(config, model.config.to_dict(), tokenizer.fingerprint(), engine.world)
+    settings = identity(config, model.config.to_dict(), tokenizer.fingerprint(), data.digest, engine.world)
     checkpoints = Checkpoints(config.run_path / "checkpoints", config.checkpoint.keep, settings)
     progress, resumed = _resume(config, engine, checkpoints, data)
     engine.check_finite("training cannot begin with it; look at checkpoint.init_from and at model.init_std")
@@ -149,11 +153,7 @@ def _build_model(config: Config, tokenizer: Tokenizer) -> DecoderLM:
     """The same weights on every rank."""
     _seed(config.seed)
     model_config = _model_config(config, tokenizer.vocab_size)
-    if config.sequence_length > model_config.max_positions:
-        raise ConfigError(
-            f"data.sequence_length={config.sequence_length} is longer than model.max_positions="
-            f"{model_config.max_positions}; raise the latter"
-        )
+    check_length(config, model_config)
     model = DecoderLM(model_config)
     if config.checkpoint.init_from is not None:
         init_from(model, config.checkpoint.init_from, tokenizer)
@@ -219,8 +219,9 @@ def _summarize(run: Run, reason: str | None) -> None:
     )
     figure = plot_losses(config.run_path, run.data.num_train_bytes / run.data.num_train_tokens, config.name)
     report.figures.append(figure.name)
-    report.write(config.run_path / "training.json")
     report.print_table()
+    report.rows[0]["data"] = run.data.account  # too much for a table
+    report.write(config.run_path / "training.json")
     if reason is not None:
         print(f"stopped by {reason} after step {progress.step}; the same command goes on from there")
     print(f"run directory {config.run_path} (server: checkpoint={config.run_path / 'export'})", flush=True)
@@ -231,7 +232,7 @@ def _planned_model(config: Config) -> DecoderConfig:
     tokenizer = build_config(TokenizerConfig, config.tokenizer, "tokenizer")
     known = tokenizer.path is None or config.checkpoint.adopt_model
     return _model_config(
-        config, tokenizer.vocab_size if known else load_tokenizer(Path(str(tokenizer.path))).vocab_size
+        config, tokenizer.vocab_size if known else load_tokenizer(Path(str(tokenizer.path)).expanduser()).vocab_size
     )
 
 
