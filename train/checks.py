@@ -10,11 +10,12 @@ from attnzoo.checkpoint import find_checkpoint, open_checkpoint
 from attnzoo.models import DecoderConfig, DecoderLM, build_shapes
 from attnzoo.tokenizer import load_tokenizer
 from attnzoo.types import build_config
-from train.config import Config, ConfigError
+from train.config import Config
 from train.data import DataConfig
 from train.data.corpora import fingerprint
 from train.data.retrieval import SOURCE, check_tasks
 from train.export import check_same_model
+from train.layers import ConfigError
 from train.lora import add_adapters
 from train.tokenizer import TokenizerConfig
 

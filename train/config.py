@@ -16,19 +16,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from attnzoo.errors import suggest
 from attnzoo.models import DecoderConfig
-from attnzoo.settings import parse_lines, parse_yaml
 from attnzoo.types import build_config
+from train.layers import ConfigError, Layer, place_of, read_layers
 from train.limits import problems
 
 PROJECT = Path(__file__).resolve().parents[1]
-CONFIGS = PROJECT / "configs"
-COMMAND_LINE = "command line"
 FREE_SECTIONS = ("model", "data", "tokenizer")
 """Sections whose keys belong to others (DecoderConfig, train.data): checked by their owners, not by OmegaConf."""
-
-
-class ConfigError(ValueError):
-    """A mistake in a configuration file or override; its text is one line for the user."""
 
 
 @dataclass
@@ -205,30 +199,20 @@ class Config:
         return OmegaConf.to_yaml(OmegaConf.structured(self))
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One source of values: a nested mapping, and the place of every dotted key in it."""
-
-    values: dict[str, Any]
-    places: dict[str, str]
-
-
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """Reads a file (a bare name is looked up in configs/), its bases, and `key=value` overrides.
 
     Raises ConfigError for unknown keys, wrong types, values out of range, and files that cannot be read.
     """
-    layers = [*_chain(find_config(name), ()), *(_override(text) for text in overrides)]
     places: dict[str, str] = {}
     merged = OmegaConf.structured(Config)
-    for layer in layers:
+    for layer in read_layers(name, overrides):
         places.update(layer.places)
         _check_keys(layer)
-        _check_given(layer)
         merged = _merge(merged, layer)
     config = _resolved(merged, places)
     for key, problem in problems(config):
-        raise ConfigError(f"{_place(places, key)}: {problem}")
+        raise ConfigError(f"{place_of(places, key)}: {problem}")
     _check_sections(config, places)
     return config
 
@@ -239,65 +223,7 @@ def _resolved(merged: Any, places: dict[str, str]) -> Config:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         key = error.full_key or ""
-        raise ConfigError(f"{_place(places, key)}: {key}: {str(error).splitlines()[0]}") from None
-
-
-def find_config(name: str) -> Path:
-    """The file meant by --config. Raises ConfigError that lists configs/ when there is none."""
-    path = Path(name)
-    candidates = [path] if path.parent != Path(".") else [CONFIGS / name, path]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    known = sorted(p.name for p in CONFIGS.glob("*.yaml"))
-    raise ConfigError(f"--config: no file {name!r}{suggest(name, known)}")
-
-
-def _chain(path: Path, seen: tuple[Path, ...]) -> list[Layer]:
-    """Layers from the farthest base to `path`."""
-    path = path.resolve()
-    if path in seen:
-        names = " -> ".join(p.name for p in (*seen, path))
-        raise ConfigError(f"{_short(path)}: base files form a cycle: {names}")
-    layer = _read(path)
-    base = layer.values.pop("base", None)
-    if base is None:
-        return [layer]
-    base_path = path.parent / str(base)
-    if not base_path.is_file():
-        raise ConfigError(f"{layer.places['base']}: base: {base} does not exist beside {path.name}")
-    return [*_chain(base_path, (*seen, path)), layer]
-
-
-def _read(path: Path) -> Layer:
-    name = _short(path)
-    try:
-        values, lines = parse_lines(path.read_text(encoding="utf-8"), name)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name}: cannot be read as YAML: {error}") from None
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    if values is None:
-        raise ConfigError(f"{name} is empty; write keys and values, for example base: base.yaml")
-    if not isinstance(values, dict):
-        raise ConfigError(f"{name}:1: the file must be a mapping of keys to values")
-    return Layer(values, {key: f"{name}:{line}" for key, line in lines.items()})
-
-
-def _override(text: str) -> Layer:
-    key, separator, value = text.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
-        raise ConfigError(f"{COMMAND_LINE}: {text!r} is not of the form key=value, for example train.steps=100")
-    try:
-        nested: Any = parse_yaml(value, f"{COMMAND_LINE}: {key.strip()}")
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    places = {}
-    for i in range(len(parts), 0, -1):
-        places[".".join(parts[:i])] = COMMAND_LINE
-        nested = {parts[i - 1]: nested}
-    return Layer(nested, places)
+        raise ConfigError(f"{place_of(places, key)}: {key}: {str(error).splitlines()[0]}") from None
 
 
 def _check_keys(layer: Layer) -> None:
@@ -305,30 +231,12 @@ def _check_keys(layer: Layer) -> None:
         if values is None:
             continue
         if not isinstance(values, Mapping):
-            place, keys = _place(layer.places, prefix), ", ".join(known)
+            place, keys = place_of(layer.places, prefix), ", ".join(known)
             raise ConfigError(f"{place}: {prefix}={values!r} must be a section with the keys {keys}")
         for key in values:
             if known and key not in known:
                 name = f"{prefix}.{key}" if prefix else str(key)
-                raise ConfigError(f"{_place(layer.places, name)}: unknown key {name}{suggest(str(key), known)}")
-
-
-def _check_given(layer: Layer) -> None:
-    """OmegaConf takes ??? for a value that is still to come, and keeps the one before."""
-    for key, value in _leaves("", layer.values):
-        if value == "???":
-            raise ConfigError(f"{_place(layer.places, key)}: {key}=??? stands for a value that is not there; give one")
-
-
-def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(f"{prefix}.{key}" if prefix else str(key), inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _leaves(prefix, inner)
-    else:
-        yield prefix, value
+                raise ConfigError(f"{place_of(layer.places, name)}: unknown key {name}{suggest(str(key), known)}")
 
 
 def _sections(values: dict[str, Any]) -> Iterator[tuple[str, Any, list[str]]]:
@@ -346,7 +254,7 @@ def _merge(config: Any, layer: Layer) -> Any:
     if isinstance(attention, dict) and "kind" not in attention and known is not None:
         if not OmegaConf.is_dict(known):
             raise ConfigError(
-                f"{_place(layer.places, 'model.attention')}: model.attention is {known!r}, so its options cannot be "
+                f"{place_of(layer.places, 'model.attention')}: model.attention is {known!r}, so its options cannot be "
                 "set one by one; give the whole value, for example model.attention={kind: rcmha, num_heads: 8}"
             )
     elif attention is not None:
@@ -357,7 +265,7 @@ def _merge(config: Any, layer: Layer) -> Any:
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{_place(layer.places, key)}: {key}: {reason}") from None
+        raise ConfigError(f"{place_of(layer.places, key)}: {key}: {reason}") from None
 
 
 _LEAVES = frozenset(f.name for f in fields(Config) if not is_dataclass(f.type) and f.name not in FREE_SECTIONS)
@@ -370,8 +278,8 @@ def _check_sections(config: Config, places: dict[str, str]) -> None:
 
     if "vocab_size" in config.model:
         raise ConfigError(
-            f"{_place(places, 'model.vocab_size')}: model.vocab_size={config.model['vocab_size']!r}: the vocabulary is "
-            "the tokenizer's; set tokenizer.vocab_size"
+            f"{place_of(places, 'model.vocab_size')}: model.vocab_size={config.model['vocab_size']!r}: the vocabulary "
+            "is the tokenizer's; set tokenizer.vocab_size"
         )
     checks = {
         "model": lambda: config.model_config(1),  # any number serves the check
@@ -389,18 +297,4 @@ def _mentioned(places: dict[str, str], section: str, message: str) -> str:
     """The place of the deepest key of `section` that the message names."""
     words = set(re.findall(r"\w+", message.split(";")[0]))
     keys = [k for k in places if k.startswith(f"{section}.") and k.rsplit(".", 1)[1] in words]
-    return _place(places, max(keys, key=lambda k: k.count("."), default=section))
-
-
-def _place(places: dict[str, str], key: str) -> str:
-    while key and key not in places:
-        key = key.rpartition(".")[0]
-    return places.get(key, "configuration")
-
-
-def _short(path: Path) -> str:
-    """Relative to the current directory where that is shorter."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    return place_of(places, max(keys, key=lambda k: k.count("."), default=section))

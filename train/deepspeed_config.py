@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from train.config import Config, ConfigError
+from train.config import Config
+from train.layers import ConfigError
 
 
 def deepspeed_config(config: Config, world: int) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import torch
 
 from attnzoo.evaluate.chips import chip_of
 from attnzoo.files import write_atomic
-from train.config import Config, ConfigError
+from train.config import Config
 from train.finite import finite_or_none
+from train.layers import ConfigError
 
 
 def check_wandb(wanted: bool) -> None:

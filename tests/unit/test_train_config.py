@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from train.config import CONFIGS, ConfigError, load_config
+from train.config import load_config
+from train.layers import CONFIGS, ConfigError
 
 
 def write(path: Path, text: str) -> str:
