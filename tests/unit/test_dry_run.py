@@ -64,7 +64,7 @@ REFUSED = [
 def test_both_refuse(
     tiny: Path,
     exported: Path,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     overrides: list[str],
     expected: str,
@@ -76,7 +76,7 @@ def test_both_refuse(
     given = [text.format(dir=directory) for text in overrides]
     before = sorted(path for path in directory.rglob("*"))
     assert main(["--config", str(tiny), *(["--dry-run"] if dry else []), *given]) == 2
-    found = capsys.readouterr()
+    found = capfd.readouterr()
     assert found.err.startswith("train: ")
     assert found.err.count("\n") == 1
     assert expected in found.err
