@@ -29,6 +29,7 @@ from train.engine import Engine
 from train.evaluate import samples, validate
 from train.loop import Run, take_step
 from train.lora import add_adapters
+from train.ranks import finish
 
 VOCABULARY, LENGTH, BATCH = 37, 12, 8
 BASE = [
@@ -168,7 +169,7 @@ def main() -> int:
     results = {name: run(case, device, options.out / f"{name}.safetensors") for name, case in cases.items()}
     if os.environ["RANK"] == "0":
         (options.out / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    engines.finish()
+    finish()
     return 0
 
 

@@ -114,8 +114,8 @@ def _deepspeed() -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # torch 2.13 renames the collective that DeepSpeed 0.19 gathers weights with; nothing a user could do about it.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    # torch 2.13 renames the collectives that DeepSpeed 0.19 moves cut weights with; nothing a user could do about it.
+    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning)
     return deepspeed
 
 
