@@ -11,7 +11,7 @@ from attnzoo.models import DecoderConfig, DecoderLM, build_shapes
 from attnzoo.tokenizer import load_tokenizer
 from attnzoo.types import build_config
 from train.config import Config
-from train.data import DataConfig
+from train.data import DataConfig, TrainingData
 from train.data.corpora import fingerprint
 from train.data.retrieval import SOURCE, check_tasks
 from train.export import check_same_model
@@ -39,6 +39,13 @@ def check_length(config: Config, model_config: DecoderConfig) -> None:
             f"data.sequence_length={config.sequence_length} is longer than model.max_positions="
             f"{model_config.max_positions}; raise the latter"
         )
+
+
+def check_batches(config: Config, data: TrainingData) -> None:
+    """Raises ValueError when the corpus does not fill one global batch: here and not in the first step."""
+    start = data.train.state()
+    data.train.next(config.train.batch_size, 0, 1)
+    data.train.load(start)
 
 
 def _check_data(config: Config) -> None:

@@ -3,12 +3,15 @@
 import math
 from typing import NamedTuple
 
+from torch import Tensor
+
 from attnzoo.models import Sampling, generate
 from attnzoo.tokenizer import Tokenizer
 from train.config import SampleConfig
 from train.data import IGNORED, TrainingData
 from train.engine import Engine
 from train.random_state import random_state, set_random_state
+from train.ranks import agree
 
 
 def bits_per_byte(loss_nats: float, bytes_per_token: float) -> float:
@@ -31,9 +34,7 @@ def validate(engine: Engine, data: TrainingData, batch_size: int, most_blocks: i
     tokens_NT, targets_NT = data.validation_blocks(most_blocks)
     blocks = len(tokens_NT)
     starts = range(0, blocks, batch_size)
-    count = int((targets_NT != IGNORED).sum())
-    if count == 0:
-        raise ValueError(f"none of {blocks} validation sequences has a target that counts: there is nothing to measure")
+    count = agree(lambda: _count(targets_NT))
     total = 0.0
     with engine.evaluating():
         for i in range(engine.rank, math.ceil(len(starts) / engine.world) * engine.world, engine.world):
@@ -46,6 +47,16 @@ def validate(engine: Engine, data: TrainingData, batch_size: int, most_blocks: i
     (total,) = engine.sum(total)
     loss = total / count
     return Validation(loss, bits_per_byte(loss, data.bytes_per_token(targets_NT)))
+
+
+def _count(targets_NT: Tensor) -> int:
+    """Targets that count. Raises ValueError when there are none."""
+    count = int((targets_NT != IGNORED).sum())
+    if count == 0:
+        raise ValueError(
+            f"none of {len(targets_NT)} validation sequences has a target that counts: there is nothing to measure"
+        )
+    return count
 
 
 def samples(engine: Engine, tokenizer: Tokenizer, config: SampleConfig, seed: int) -> list[str] | None:

@@ -40,7 +40,7 @@ from attnzoo.types import build_config
 from train import engine as engines
 from train import ranks, run_directory
 from train.checkpoint import Checkpoints, Progress, find_resume, identity
-from train.checks import check_length, check_run
+from train.checks import check_batches, check_length, check_run
 from train.config import Config, load_config
 from train.data import DataConfig, TrainingData, prepare
 from train.deepspeed_config import deepspeed_config
@@ -90,6 +90,7 @@ def run_training(config: Config, device: torch.device, watchdog: Watchdog) -> No
     ranks.decide(lambda: run_directory.check_space(config, _planned_model(config)))
     with watchdog.phase("data"):
         tokenizer_path, data = _prepare_data(config)
+        ranks.agree(lambda: check_batches(config, data))
     with watchdog.phase("load"):
         run, resumed = _begin(config, device, watchdog, tokenizer_path, data)
     run.saved_step = run.progress.step if resumed else -1

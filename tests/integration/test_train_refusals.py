@@ -43,6 +43,11 @@ def test_batches_that_do_not_divide(tiny: Path) -> None:
     )
 
 
+def test_a_batch_that_the_corpus_does_not_fill(tiny: Path) -> None:
+    options = ("train.batch_size=4096", f"run_dir={tiny.parent / 'wide'}")
+    assert "one global batch takes 4096 blocks of 16 tokens and the corpus has" in refusal(tiny, *options, ranks=2)
+
+
 def test_another_number_of_ranks(tiny: Path, started: Path) -> None:
     found = refusal(tiny, f"run_dir={started}", ranks=2)
     assert "was written by 1 ranks and this run has 2" in found
