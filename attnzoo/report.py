@@ -1,6 +1,7 @@
 """One schema for every measured number: what was run, where, what came out, and whether the claims hold."""
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -74,8 +75,9 @@ class Report:
         return content
 
     def write(self, path: Path) -> None:
-        """Writes JSON atomically."""
-        write_atomic(Path(path), (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+        """Writes JSON atomically; numbers that are not finite, for which JSON has no word, are null."""
+        content = json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False)
+        write_atomic(Path(path), (content + "\n").encode())
 
     def print_table(self) -> None:
         """Rows and claims as aligned text on stdout."""
@@ -89,6 +91,15 @@ class Report:
     def exit_status(self) -> int:
         """0 when every claim holds, 1 otherwise."""
         return 0 if all(claim.holds for claim in self.claims) else 1
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for every NaN and infinity in it."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:

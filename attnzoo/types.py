@@ -9,6 +9,7 @@ Shape suffixes, used in every name that holds a tensor:
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ import torch
 from attnzoo.errors import suggest
 
 C = TypeVar("C")
+
+SCIENTIFIC = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]{1,3}\Z")
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -74,7 +77,8 @@ def build_config(cls: type[C], values: Mapping[str, Any], where: str) -> C:
 
     `where` names the section for messages, for example "model.attention". Raises ValueError for an unknown
     key (with the nearest known one), a missing key, or a value of the wrong type. Integers are accepted for
-    floats; nothing else is converted, so that `"8"` for a number of heads is an error, not a guess.
+    floats, and so is text such as "1e-6", which readers of YAML 1.1 leave as it is; nothing else is converted, so that
+    `"8"` for a number of heads is an error, not a guess.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -95,6 +99,8 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     for kind in allowed:
         if kind is Any or (kind is type(None) and value is None):
             return value
+        if kind is float and isinstance(value, str) and SCIENTIFIC.match(value):
+            value = float(value)
         if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
             return _finite(value, where)
         if kind is int and isinstance(value, bool):

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from attnzoo.models import DecoderLM
 from attnzoo.report import Claim, Report
 from train.config import Config, load_config
-from train.engine import Engine, finish, start
+from train.engine import Engine, start
 from train.optim import build_optimizer, set_rate
+from train.ranks import finish
 
 BUSY = 0.75
 """Load average above which numbers are not worth taking."""
@@ -59,7 +60,7 @@ def engine_step(config: Config, device: torch.device) -> StepFunction:
     engine = Engine(config, build(config), device)
 
     def step(batch: Batch) -> float:
-        loss = engine.forward_backward(*batch)
+        loss = engine.forward_backward(*batch, float(batch[1].numel()))
         engine.step(1.0)
         return loss.item()
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from attnzoo.checkpoint import PACKAGED
 from attnzoo.errors import suggest
+from attnzoo.settings import parse_lines, parse_yaml
 from attnzoo.types import build_config, parse_dtype
 from serve.caches import CacheRules
 from serve.front.limits import Limits, check_host_name
@@ -186,17 +185,14 @@ def parse_value(key: str, text: Any) -> Any:
     """A value given as text, read as YAML; names and paths stay text, as does what is not text at all."""
     if not isinstance(text, str) or key in ("checkpoint", "model_name", "host", "device", "dtype", "api_key_env"):
         return None if text in ("null", "none", "None") and key != "checkpoint" else text
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{key}={text!r} is not a YAML value ({error})") from None
+    return parse_yaml(text, f"{key}={text!r}")
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ValueError that names the file."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = parse_lines(Path(path).read_text(encoding="utf-8"), str(path))[0]
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the configuration {path}: {error}") from None
     if values is None:
         return {}

@@ -23,7 +23,8 @@ from attnzoo.evaluate.fits import Setup, training_memory
 from attnzoo.evaluate.memory import peak_bytes
 from attnzoo.models import DecoderLM
 from train.config import Config, load_config
-from train.engine import Engine, finish, start
+from train.engine import Engine, start
+from train.ranks import finish
 
 VOCABULARY, MICRO_BATCH, TOKENS, PASSES = 512, 2, 128, 2
 RUNS = 2
@@ -76,7 +77,8 @@ def main() -> None:
             engine = Engine(config, DecoderLM(config.model_config(VOCABULARY)), device)
             for _ in range(2):
                 for _ in range(PASSES):
-                    engine.forward_backward(block[:, :-1], block[:, 1:])
+                    targets = float(block[:, 1:].numel() * PASSES * ranks)
+                    engine.forward_backward(block[:, :-1], block[:, 1:], targets)
                 engine.step(1.0)
             return engine
 

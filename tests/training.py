@@ -75,22 +75,31 @@ def environment(**extra: str) -> dict[str, str]:
 
 def command(config: Path, *overrides: str, ranks: int = 2) -> list[str]:
     """The command line of a run; with one rank, plain python."""
-    script = [str(ROOT / "train" / "main.py"), "--config", str(config), *overrides]
+    return launcher([str(ROOT / "train" / "main.py"), "--config", str(config), *overrides], ranks)
+
+
+def launcher(script: list[str], ranks: int) -> list[str]:
+    """The command line of a script on that many ranks."""
     if ranks == 1:
         return [sys.executable, *script]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launcher = [sys.executable, str(DEEPSPEED), "--num_accelerators", str(ranks), "--master_port", str(port)]
-    return [*launcher, *script]
+    front = [sys.executable, str(DEEPSPEED), "--num_accelerators", str(ranks), "--master_port", str(port)]
+    return [*front, *script]
 
 
 def launch(
     config: Path, *overrides: str, ranks: int = 2, status: int = 0, **extra: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs a training to its end and checks its exit status."""
+    return finish(command(config, *overrides, ranks=ranks), status, **extra)
+
+
+def finish(arguments: list[str], status: int = 0, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end and checks its exit status."""
     result = subprocess.run(
-        command(config, *overrides, ranks=ranks),
+        arguments,
         env=environment(**extra),
         capture_output=True,
         text=True,

@@ -1,52 +1,68 @@
 """Checkpoints around DeepSpeed's: atomic, complete (random states, data position, schedule) and checked on reading.
 
     <run dir>/checkpoints/latest                 the name of the newest checkpoint
-    <run dir>/checkpoints/step-00000500/         DeepSpeed's files, state.json, random-<rank>.safetensors
+    <run dir>/checkpoints/step-00000500/         DeepSpeed's files, state.json, random-<rank>.safetensors, digests.json
+    <run dir>/checkpoints/set-aside-1/           later steps of a run that was rolled back; nothing here deletes them
 
 A checkpoint is written to a hidden directory, flushed and renamed; `latest` is replaced after that. A run killed
 at any moment leaves the previous checkpoint as the latest. DeepSpeed's files are pickles that torch.load executes:
 resume only from checkpoints you wrote yourself. (An export, `attnzoo.checkpoint`, holds no pickle.)
 """
 
+import itertools
 import json
 import os
-import random
+import re
 import shutil
 import signal
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from attnzoo.files import replace_directory, write_atomic
 from train.config import Config
+from train.digests import NAME, check_files, digest_files, write_digests
 from train.engine import Engine
+from train.failures import AgreedError, TrainingError, explain, free_bytes, lost_rank
+from train.random_state import random_state, set_random_state
+from train.ranks import agree, decide, gather
 
-FORMAT = "attnzoo-train-1"
+FORMAT = "attnzoo-train-2"
 FAULT = "ATTNZOO_FAULT"
 """Tests set ATTNZOO_FAULT=checkpoint_write:<step> to kill rank 0 half way through writing that checkpoint."""
+LATEST = "latest"
 
 
 @dataclass
 class Progress:
-    """What a run needs besides weights and optimizer state to go on as if nothing had happened."""
+    """What a run needs besides weights and optimizer state to go on as if nothing had happened.
+
+    skipped: steps without an update so far, because something in them was not finite.
+    """
 
     step: int = 0
     total_steps: int | None = None
     seconds: float = 0.0
     evaluation_seconds: float = 0.0
+    skipped: int = 0
     data: dict[str, Any] = field(default_factory=dict)
 
 
-def identity(config: Config, model: dict[str, Any], tokenizer_hash: str, world: int) -> dict[str, Any]:
-    """The settings that a checkpoint must share with the run that reads it, by dotted key."""
+def identity(config: Config, model: dict[str, Any], tokenizer: str, data: str, world: int) -> dict[str, Any]:
+    """The settings that a checkpoint must share with the run that reads it, by dotted key.
+
+    `tokenizer` and `data` are digests of what these hold.
+    """
     keys = {f"model.{key}": value for key, value in model.items()}
     keys |= {f"data.{key}": value for key, value in config.data.items()}
     keys |= {
-        "tokenizer (content)": tokenizer_hash,
+        "tokenizer (content)": tokenizer,
+        "data (content)": data,
         "seed": config.seed,
         "precision": config.precision,
         "optim.name": config.optim.name,
@@ -58,6 +74,30 @@ def identity(config: Config, model: dict[str, Any], tokenizer_hash: str, world: 
     return json.loads(json.dumps(keys))
 
 
+def steps_in(directory: Path) -> list[Path]:
+    """The checkpoints of a directory, oldest first; what only looks like one is none."""
+    found = (p for p in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir())
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def newest_whole(directory: Path, before: Path | None = None) -> Path | None:
+    """The newest checkpoint all of whose files are what was written; `before`: of those older than it."""
+    known = steps_in(directory)
+    if before in known:
+        known = known[: known.index(before)]
+    for path in reversed(known):
+        try:
+            check_files(path)
+        except (ValueError, OSError):
+            continue
+        return path
+    return None
+
+
 class Checkpoints:
     """The checkpoints of one run directory."""
 
@@ -65,40 +105,107 @@ class Checkpoints:
         self.directory, self.keep, self.settings = directory, keep, settings
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None."""
-        pointer = self.directory / "latest"
+        """The checkpoint that `latest` names, or None where there are no checkpoints at all.
+
+        Raises ValueError that names the newest whole one when the name is missing or wrong.
+        """
+        pointer = self.directory / LATEST
         if not pointer.is_file():
-            return None
-        path = self.directory / pointer.read_text(encoding="utf-8").strip()
-        if not (path / "state.json").is_file():
-            raise ValueError(f"{pointer} names {path.name}, which is no complete checkpoint; delete or repair it")
+            if not steps_in(self.directory):
+                return None
+            problem = f"{self.directory} holds checkpoints, but no file {LATEST} that names one"
+            raise ValueError(f"{problem}; {self.offer()}")
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        path = self.directory / name
+        if path not in steps_in(self.directory):
+            raise ValueError(f"{pointer} names {name!r}, which is no checkpoint there; {self.offer()}")
         return path
 
+    def offer(self, before: Path | None = None) -> str:
+        """The way out where a checkpoint cannot be used."""
+        found = newest_whole(self.directory, before)
+        if found is None:
+            return "no other checkpoint there is whole: set another run_dir"
+        return (
+            f"the newest whole one is {found.name}: checkpoint.resume={found} takes it, checkpoint.fallback=true takes "
+            "the newest whole one by itself"
+        )
+
+    def newest_name(self) -> str | None:
+        """The name of the newest checkpoint, for messages."""
+        return next((path.name for path in reversed(steps_in(self.directory))), None)
+
     def save(self, engine: Engine, progress: Progress) -> Path:
-        """Writes a checkpoint (all ranks), makes it the latest, and deletes the oldest beyond `keep`."""
+        """Writes a checkpoint (all ranks), makes it the latest, and deletes the oldest beyond `keep`.
+
+        Raises TrainingError when something in it is not finite, or cannot be written.
+        """
         final = self.directory / f"step-{progress.step:08d}"
+        engine.check_finite(f"checkpoint {final.name} is not written")
         temporary = self.directory / f".{final.name}.tmp"
+        try:
+            self._write(engine, progress, temporary)
+            engine.barrier()
+            if engine.rank == 0:
+                replace_directory(temporary, final)
+                write_atomic(self.directory / LATEST, f"{final.name}\n".encode())
+                self._delete_old(final)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if lost_rank(error):
+                raise
+            raise self._unwritten(final, error) from error
+        engine.barrier()
+        return final
+
+    def _write(self, engine: Engine, progress: Progress, temporary: Path) -> None:
         if engine.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         engine.barrier()
         engine.save(self.directory, temporary.name)
         save_file(random_state(), str(temporary / f"random-{engine.rank}.safetensors"))
-        engine.barrier()
         if engine.rank == 0:
-            _fault(progress.step, temporary)
             content = {"format": FORMAT, "progress": asdict(progress), "settings": self.settings}
             (temporary / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            replace_directory(temporary, final)
-            write_atomic(self.directory / "latest", f"{final.name}\n".encode())
-            self._delete_old()
         engine.barrier()
-        return final
+        shares = gather(digest_files(temporary, engine.rank, engine.world))
+        if engine.rank == 0:
+            _fault(progress.step, temporary)
+            write_digests(temporary, {name: entry for share in shares for name, entry in share.items()})
+
+    def _unwritten(self, final: Path, error: Exception) -> TrainingError:
+        """torch reports a full disk as a RuntimeError without a number: say what is known."""
+        kept = self.newest_name()
+        resume = "" if kept is None else f"the newest checkpoint is {kept}, and the same command goes on from it"
+        free = free_bytes(self.directory) / 2**20
+        return TrainingError(
+            f"checkpoint {final} could not be written: {explain(error)} ({free:,.0f} MiB are free there); {resume}"
+        )
+
+    def choose(self, path: Path, engine: Engine, fallback: bool) -> Path:
+        """`path` when all its files are whole; with `fallback` else the newest older one that is (all ranks).
+
+        Raises AgreedError that names the file and the newest whole checkpoint.
+        """
+        try:
+            agree(lambda: check_files(path, engine.rank, engine.world))
+            return path
+        except AgreedError as error:
+            problem, there = f"checkpoint {path.name} is damaged: {error}", Checkpoints(path.parent, 1, {})
+
+        def other() -> Path:
+            found = newest_whole(path.parent, path) if fallback else None
+            if found is None:
+                raise ValueError(f"{problem}; {there.offer(path)}")
+            tqdm.write(f"{problem}; checkpoint.fallback takes {found.name}", file=sys.stderr)
+            return found
+
+        return decide(other)
 
     def load(self, engine: Engine, path: Path) -> Progress:
         """Restores weights, optimizer and random states (all ranks); returns where the run was."""
-        content = self.read(path)
-        engine.load(path.parent, path.name)
+        content = agree(lambda: self.read(path))
+        engine.load(path)
         set_random_state(load_file(str(path / f"random-{engine.rank}.safetensors")))
         return Progress(**content["progress"])
 
@@ -125,64 +232,67 @@ class Checkpoints:
                 )
         return content
 
-    def clean(self) -> None:
-        """Deletes what interrupted writes left (rank 0)."""
-        for leftover in self.directory.glob(".step-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    def set_aside(self, path: Path, others: list[Path]) -> Path | None:
+        """Moves away what does not belong to the history of `path`, from which this run goes on (rank 0).
 
-    def _delete_old(self) -> None:
-        for path in sorted(self.directory.glob("step-*"))[: -self.keep]:
-            shutil.rmtree(path, ignore_errors=True)
+        These are its later steps or, when `path` is not of this run directory, all that are here. Copies of `others`
+        (the metrics, which are cut back) go with them. Returns where they are, None when there were none.
+        """
+        known = steps_in(self.directory)
+        own = path.resolve() in [p.resolve() for p in known]
+        later = [p for p in known if not own or _step(p) > _step(path)]
+        if own:
+            write_atomic(self.directory / LATEST, f"{path.name}\n".encode())
+        if not later:
+            return None
+        number = next(n for n in itertools.count(1) if not (self.directory / f"set-aside-{n}").exists())
+        place = self.directory / f"set-aside-{number}"
+        place.mkdir()
+        for step in later:
+            os.rename(step, place / step.name)
+        for other in others:
+            if other.is_file():
+                shutil.copy2(other, place / other.name)
+        if not own:
+            (self.directory / LATEST).unlink(missing_ok=True)
+        return place
+
+    def _delete_old(self, newest: Path) -> None:
+        for path in steps_in(self.directory)[: -self.keep]:
+            if path != newest:
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def find_resume(checkpoints: Checkpoints, resume: str) -> Path | None:
+def find_resume(checkpoints: Checkpoints, resume: str, fallback: bool) -> Path | None:
     """The checkpoint that checkpoint.resume asks for. Raises ValueError with the way out."""
     if resume == "auto":
-        return checkpoints.latest()
+        return _latest(checkpoints, fallback)
     if resume == "never":
-        if (found := checkpoints.latest()) is not None:
+        found = steps_in(checkpoints.directory)
+        if found:
             raise ValueError(
-                f"checkpoint.resume=never, but {checkpoints.directory} holds {found.name}; "
+                f"checkpoint.resume=never, but {checkpoints.directory} holds {found[-1].name}; "
                 "set run_dir to a new directory, delete this one, or use checkpoint.resume=auto"
             )
         return None
-    path = Path(resume)
+    path = Path(os.path.expanduser(resume)).resolve()
     for candidate in (path, path / "checkpoints"):
-        if (candidate / "latest").is_file():
-            return Checkpoints(candidate, 1, {}).latest()
-    if not (path / "state.json").is_file():
+        if (candidate / LATEST).is_file() or steps_in(candidate):
+            return _latest(Checkpoints(candidate, 1, {}), fallback)
+    if not any((path / name).is_file() for name in ("state.json", NAME)):
         raise ValueError(f"checkpoint.resume={resume}: not auto, never, a checkpoint or a run directory")
     return path
 
 
-def random_state() -> dict[str, torch.Tensor]:
-    """States of torch's, numpy's and python's generators, as tensors."""
-    version, words, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state()
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor([version, *words], dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.from_numpy(numpy_state[1].astype(np.int64)),
-        "numpy_position": torch.tensor([numpy_state[2], numpy_state[3]], dtype=torch.int64),
-        "numpy_gauss": torch.tensor([numpy_state[4]], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, torch.Tensor]) -> None:
-    """Restores what `random_state` returned."""
-    torch.set_rng_state(state["torch"])
-    version, *words = state["python"].tolist()
-    gauss = state["python_gauss"].tolist()
-    random.setstate((version, tuple(words), gauss[0] if gauss else None))
-    position, has_gauss = state["numpy_position"].tolist()
-    words_np = state["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", words_np, position, has_gauss, state["numpy_gauss"].item()))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def _latest(checkpoints: Checkpoints, fallback: bool) -> Path | None:
+    try:
+        return checkpoints.latest()
+    except ValueError as error:
+        found = newest_whole(checkpoints.directory) if fallback else None
+        if found is None:
+            raise
+        tqdm.write(f"{error}; checkpoint.fallback takes {found.name}", file=sys.stderr)
+        return found
 
 
 def _fault(step: int, directory: Path) -> None:

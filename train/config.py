@@ -4,30 +4,25 @@ Every mistake names the key, the nearest known one, and the place it was written
 configs/base.yaml holds every key with a comment.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from attnzoo.errors import suggest
 from attnzoo.models import DecoderConfig
 from attnzoo.types import build_config
+from train.layers import ConfigError, Layer, place_of, read_layers
 from train.limits import problems
 
 PROJECT = Path(__file__).resolve().parents[1]
-CONFIGS = PROJECT / "configs"
-COMMAND_LINE = "command line"
 FREE_SECTIONS = ("model", "data", "tokenizer")
 """Sections whose keys belong to others (DecoderConfig, train.data): checked by their owners, not by OmegaConf."""
-
-
-class ConfigError(ValueError):
-    """A mistake in a configuration file or override; its text is one line for the user."""
 
 
 @dataclass
@@ -57,7 +52,11 @@ class ScheduleConfig:
 
 @dataclass
 class TrainConfig:
-    """steps or max_minutes (or both: the smaller); batch_size counts sequences a step over all ranks."""
+    """steps or max_minutes (or both: the smaller); batch_size counts sequences a step over all ranks.
+
+    non_finite_steps: so many steps in a row without an update, because the loss or a gradient was not finite, and the
+    run does what non_finite says: stop (exit status 1) | go_back (to the last checkpoint, past the data in between).
+    """
 
     steps: int | None = None
     max_minutes: float | None = None
@@ -65,6 +64,8 @@ class TrainConfig:
     batch_size: int = 32
     micro_batch_size: int = 16
     gradient_clipping: float = 1.0
+    non_finite: str = "stop"
+    non_finite_steps: int = 5
     activation_checkpointing: bool = False
     compile: bool = False
     threads: int | None = None
@@ -121,15 +122,34 @@ class LogConfig:
 
 @dataclass
 class CheckpointConfig:
-    """resume: auto | never | a checkpoint directory. init_from: a model to take weights from: an export, a directory of
+    """resume: auto | never | a checkpoint directory. fallback: where that one is damaged or not named, take the newest
+    whole one instead of refusing. init_from: a model to take weights from: an export, a directory of
     transformers, a .gguf file or the name of a packaged model. adopt_model: take its model and tokenizer too; `model`
     and `tokenizer` then say nothing but `model.attention_impl`."""
 
     every: int | None = 500
     keep: int = 2
     resume: str = "auto"
+    fallback: bool = False
     init_from: str | None = None
     adopt_model: bool = False
+
+
+@dataclass
+class WatchdogConfig:
+    """Seconds that a phase may take before all ranks print their stacks and end with status 1 (null: no limit).
+
+    start: joining the ranks and the first compilation. data: preparing tokenizer and tokens. load: building the model
+    and reading a checkpoint. step, evaluate, save (and export): each time. stop: the rest of a phase after a signal.
+    """
+
+    start: float | None = 900.0
+    data: float | None = 7200.0
+    load: float | None = 1800.0
+    step: float | None = 900.0
+    evaluate: float | None = 3600.0
+    save: float | None = 1800.0
+    stop: float | None = 120.0
 
 
 @dataclass
@@ -153,16 +173,17 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     @property
     def run_path(self) -> Path:
         """Where the run writes: run_dir, or runs/<name> below the current directory."""
-        return Path(self.run_dir or Path("runs") / self.name)
+        return Path(os.path.expanduser(self.run_dir or Path("runs") / self.name))
 
     @property
     def cache_path(self) -> Path:
         """Where prepared data, tokenizers and compiled extensions are kept."""
-        return Path(self.cache_dir) if self.cache_dir else PROJECT / ".cache"
+        return Path(os.path.expanduser(self.cache_dir)) if self.cache_dir else PROJECT / ".cache"
 
     @property
     def sequence_length(self) -> int:
@@ -178,96 +199,31 @@ class Config:
         return OmegaConf.to_yaml(OmegaConf.structured(self))
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One source of values: a nested mapping, and the place of every dotted key in it."""
-
-    values: dict[str, Any]
-    places: dict[str, str]
-
-
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """Reads a file (a bare name is looked up in configs/), its bases, and `key=value` overrides.
 
     Raises ConfigError for unknown keys, wrong types, values out of range, and files that cannot be read.
     """
-    layers = [*_chain(find_config(name), ()), *(_override(text) for text in overrides)]
     places: dict[str, str] = {}
     merged = OmegaConf.structured(Config)
-    for layer in layers:
+    for layer in read_layers(name, overrides):
         places.update(layer.places)
         _check_keys(layer)
         merged = _merge(merged, layer)
-    config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    config = _resolved(merged, places)
     for key, problem in problems(config):
-        raise ConfigError(f"{_place(places, key)}: {problem}")
+        raise ConfigError(f"{place_of(places, key)}: {problem}")
     _check_sections(config, places)
     return config
 
 
-def find_config(name: str) -> Path:
-    """The file meant by --config. Raises ConfigError that lists configs/ when there is none."""
-    path = Path(name)
-    candidates = [path] if path.parent != Path(".") else [CONFIGS / name, path]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    known = sorted(p.name for p in CONFIGS.glob("*.yaml"))
-    raise ConfigError(f"--config: no file {name!r}{suggest(name, known)}")
-
-
-def _chain(path: Path, seen: tuple[Path, ...]) -> list[Layer]:
-    """Layers from the farthest base to `path`."""
-    path = path.resolve()
-    if path in seen:
-        names = " -> ".join(p.name for p in (*seen, path))
-        raise ConfigError(f"{_short(path)}: base files form a cycle: {names}")
-    layer = _read(path)
-    base = layer.values.pop("base", None)
-    if base is None:
-        return [layer]
-    base_path = path.parent / str(base)
-    if not base_path.is_file():
-        raise ConfigError(f"{layer.places['base']}: base: {base} does not exist beside {path.name}")
-    return [*_chain(base_path, (*seen, path)), layer]
-
-
-def _read(path: Path) -> Layer:
+def _resolved(merged: Any, places: dict[str, str]) -> Config:
+    """The typed configuration, with ${references} to other keys filled in."""
     try:
-        text = path.read_text(encoding="utf-8")
-        node, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        detail = " ".join(str(error).split())
-        raise ConfigError(f"{_short(path)}: cannot be read as YAML: {detail}") from None
-    if values is None:
-        return Layer({}, {})
-    if not isinstance(values, dict):
-        raise ConfigError(f"{_short(path)}:1: the file must be a mapping of keys to values")
-    return Layer(values, dict(_line_numbers(node, "", _short(path))))
-
-
-def _line_numbers(node: Any, prefix: str, file: str) -> Iterator[tuple[str, str]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            yield name, f"{file}:{key.start_mark.line + 1}"
-            yield from _line_numbers(value, f"{name}.", file)
-
-
-def _override(text: str) -> Layer:
-    key, separator, value = text.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"{COMMAND_LINE}: {text!r} is not of the form key=value, for example train.steps=100")
-    try:
-        nested: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{COMMAND_LINE}: {text!r}: {' '.join(str(error).split())}") from None
-    places = {}
-    parts = key.strip().split(".")
-    for i in range(len(parts), 0, -1):
-        places[".".join(parts[:i])] = COMMAND_LINE
-        nested = {parts[i - 1]: nested}
-    return Layer(nested, places)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        raise ConfigError(f"{place_of(places, key)}: {key}: {str(error).splitlines()[0]}") from None
 
 
 def _check_keys(layer: Layer) -> None:
@@ -275,12 +231,12 @@ def _check_keys(layer: Layer) -> None:
         if values is None:
             continue
         if not isinstance(values, Mapping):
-            place, keys = _place(layer.places, prefix), ", ".join(known)
+            place, keys = place_of(layer.places, prefix), ", ".join(known)
             raise ConfigError(f"{place}: {prefix}={values!r} must be a section with the keys {keys}")
         for key in values:
             if known and key not in known:
                 name = f"{prefix}.{key}" if prefix else str(key)
-                raise ConfigError(f"{_place(layer.places, name)}: unknown key {name}{suggest(str(key), known)}")
+                raise ConfigError(f"{place_of(layer.places, name)}: unknown key {name}{suggest(str(key), known)}")
 
 
 def _sections(values: dict[str, Any]) -> Iterator[tuple[str, Any, list[str]]]:
@@ -298,7 +254,7 @@ def _merge(config: Any, layer: Layer) -> Any:
     if isinstance(attention, dict) and "kind" not in attention and known is not None:
         if not OmegaConf.is_dict(known):
             raise ConfigError(
-                f"{_place(layer.places, 'model.attention')}: model.attention is {known!r}, so its options cannot be "
+                f"{place_of(layer.places, 'model.attention')}: model.attention is {known!r}, so its options cannot be "
                 "set one by one; give the whole value, for example model.attention={kind: rcmha, num_heads: 8}"
             )
     elif attention is not None:
@@ -309,7 +265,7 @@ def _merge(config: Any, layer: Layer) -> Any:
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{_place(layer.places, key)}: {key}: {reason}") from None
+        raise ConfigError(f"{place_of(layer.places, key)}: {key}: {reason}") from None
 
 
 _LEAVES = frozenset(f.name for f in fields(Config) if not is_dataclass(f.type) and f.name not in FREE_SECTIONS)
@@ -320,9 +276,13 @@ def _check_sections(config: Config, places: dict[str, str]) -> None:
     from train.data import DataConfig
     from train.tokenizer import TokenizerConfig
 
-    # The tokenizer decides the vocabulary in the end; any number serves the check.
+    if "vocab_size" in config.model:
+        raise ConfigError(
+            f"{place_of(places, 'model.vocab_size')}: model.vocab_size={config.model['vocab_size']!r}: the vocabulary "
+            "is the tokenizer's; set tokenizer.vocab_size"
+        )
     checks = {
-        "model": lambda: config.model_config(int(config.model.get("vocab_size", 1))),
+        "model": lambda: config.model_config(1),  # any number serves the check
         "data": lambda: build_config(DataConfig, config.data, "data"),
         "tokenizer": lambda: build_config(TokenizerConfig, config.tokenizer, "tokenizer"),
     }
@@ -337,18 +297,4 @@ def _mentioned(places: dict[str, str], section: str, message: str) -> str:
     """The place of the deepest key of `section` that the message names."""
     words = set(re.findall(r"\w+", message.split(";")[0]))
     keys = [k for k in places if k.startswith(f"{section}.") and k.rsplit(".", 1)[1] in words]
-    return _place(places, max(keys, key=lambda k: k.count("."), default=section))
-
-
-def _place(places: dict[str, str], key: str) -> str:
-    while key and key not in places:
-        key = key.rpartition(".")[0]
-    return places.get(key, "configuration")
-
-
-def _short(path: Path) -> str:
-    """Relative to the current directory where that is shorter."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    return place_of(places, max(keys, key=lambda k: k.count("."), default=section))

@@ -1,10 +1,11 @@
-"""The only file that knows DeepSpeed: builds its configuration, and hides its differences between ZeRO stages."""
+"""The only file that imports DeepSpeed: hides its differences between ZeRO stages."""
 
 import contextlib
 import fcntl
 import logging
+import math
 import os
-import socket
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,9 +20,14 @@ from torch import Tensor, nn
 from attnzoo.evaluate.fits import BUCKET
 from attnzoo.models import DecoderLM, build_shapes, fill_buffers
 from attnzoo.ops.masks import marked_starts
-from train.config import Config, ConfigError
+from train.config import Config
+from train.deepspeed_config import clips_itself, deepspeed_config
+from train.failures import TrainingError, make_directory
+from train.finite import GradientCheck, describe, first_non_finite
 from train.lora import add_adapters, merge_adapters
-from train.optim import MatrixAdamW, MatrixSlot, ShardLayout, build_optimizer, set_rate
+from train.optim import MatrixAdamW, build_optimizer, set_rate
+from train.ranks import agree, check_port, free_port, from_main, gather, port_taken
+from train.shards import layouts
 
 DTYPES = {"fp32": torch.float32, "bf16_autocast": torch.float32, "bf16": torch.bfloat16}
 """The dtype of the weights a rank computes with, by `precision`."""
@@ -38,17 +44,27 @@ def start(config: Config, local_rank: int) -> torch.device:
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
+    check_port()
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(max(local_rank, 0))
     deepspeed = _deepspeed()
     if not torch.cuda.is_available():
-        _load_extension(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
+        if os.environ["WORLD_SIZE"] == "1":
+            # What is compiled only moves tensors between ranks: one rank needs no compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        else:
+            _load_extension(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    # Ranks wait for rank 0 while it prepares the corpus, for longer than the default of 10 minutes allows.
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(hours=2))
+    try:
+        # How long ranks may wait for each other is the watchdog's to say, by phase.
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(days=30))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error):
+            raise port_taken(os.environ["MASTER_PORT"]) from None
+        raise TrainingError(f"the ranks did not find each other at {os.environ['MASTER_ADDR']}: {error}") from None
     if not torch.cuda.is_available():
         _unlink_buffers()
     return torch.device("cuda", max(local_rank, 0)) if torch.cuda.is_available() else torch.device("cpu")
@@ -66,12 +82,21 @@ def _load_extension(directory: Path) -> None:
     # The ninja that is installed beside this Python, whether the environment is activated or not: another version
     # distrusts the first one's log and compiles everything again.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory, "cache_dir, or TORCH_EXTENSIONS_DIR")
     with (directory / "guard").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         for leftover in directory.glob("*/lock"):
             leftover.unlink()
-        ShareMemCommBuilder().load()
+        try:
+            ShareMemCommBuilder().load()
+        except (RuntimeError, OSError, ImportError, SystemExit, subprocess.CalledProcessError) as error:
+            compiler = os.environ.get("CXX", "c++")
+            reason = str(error).strip().splitlines()
+            raise ValueError(
+                f"the ranks of one machine need a library that is compiled once, with a C++ compiler, and that failed "
+                f"({reason[-1] if reason else type(error).__name__}): install one that is called {compiler} (Debian: "
+                "apt-get install g++), or train on one rank, which needs none: python train/main.py"
+            ) from error
 
 
 def _unlink_buffers() -> None:
@@ -85,64 +110,13 @@ def _unlink_buffers() -> None:
         buffer.unlink(missing_ok=True)
 
 
-def from_main(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def finish() -> None:
-    """Leaves the group of ranks."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _deepspeed() -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # torch 2.13 renames the collective that DeepSpeed 0.19 gathers weights with; nothing a user could do about it.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    # torch 2.13 renames the collectives that DeepSpeed 0.19 moves cut weights with; nothing a user could do about it.
+    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning)
     return deepspeed
-
-
-def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration of a run. Raises ConfigError when the batch does not divide."""
-    train = config.train
-    per_pass = train.micro_batch_size * world
-    if train.batch_size % per_pass:
-        raise ConfigError(
-            f"train.batch_size={train.batch_size} is not a multiple of train.micro_batch_size * ranks = "
-            f"{train.micro_batch_size} * {world} = {per_pass}; change one of them"
-        )
-    zero: dict[str, Any] = {"stage": config.zero.stage}
-    if config.zero.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
-        "train_batch_size": train.batch_size,
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.batch_size // per_pass,
-        # Without ZeRO DeepSpeed clips float32 gradients but does not tell their norm: `Engine.step` does both.
-        "gradient_clipping": 0.0 if _clips_itself(config) else train.gradient_clipping,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        # The optimizer is torch's: DeepSpeed's CPU Adam would need a compiler on every machine.
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
-
-
-def _clips_itself(config: Config) -> bool:
-    return config.zero.stage == 0 and config.precision != "bf16"
 
 
 class LossModule(nn.Module):
@@ -154,10 +128,10 @@ class LossModule(nn.Module):
         self.autocast = autocast
         self.document_start = document_start
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, count: Tensor | None = None) -> Tensor:
         with torch.autocast(self.autocast.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
             starts_BT = None if self.document_start is None else marked_starts(tokens_BT, self.document_start)
-            return self.model.loss(tokens_BT, targets_BT, starts_BT)
+            return self.model.loss(tokens_BT, targets_BT, starts_BT, count)
 
 
 @contextlib.contextmanager
@@ -192,7 +166,7 @@ class Engine:
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
         self.stage = config.zero.stage
         self._lora = config.lora
-        self._clipping = config.train.gradient_clipping if _clips_itself(config) else None
+        self._clipping = config.train.gradient_clipping if clips_itself(config) else None
         settings = deepspeed_config(config, self.world)
         # DeepSpeed allocates the bucket in which it sums gradients whole, however small the model is.
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -208,16 +182,24 @@ class Engine:
         with _quiet(), _without_axes(model, self.stage):
             self._engine, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, config=settings)
         self.optimizer: MatrixAdamW = self._engine.basic_optimizer
+        self._forget_first_step()
         if any(group["orthogonal"] for group in self.optimizer.param_groups):
-            self.optimizer.layouts.update(_layouts(self._engine.optimizer, self.stage, self.optimizer))
+            self.optimizer.layouts.update(layouts(self._engine.optimizer, self.stage, self.optimizer))
+        self._gradients = GradientCheck(self.model)
         if config.train.compile:
             self._engine.compile()
 
     # --- one step -----------------------------------------------------------------------------------------------
 
-    def forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Adds the gradient of one micro batch; returns its loss, detached."""
-        loss: Tensor = self._engine(tokens_BT.to(self.device), targets_BT.to(self.device))
+    def forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, targets: float) -> Tensor:
+        """Adds the gradient of one micro batch of a global batch with `targets` targets in all.
+
+        Returns its loss, detached: the mean of these losses over passes and ranks is the mean over all targets.
+        """
+        # DeepSpeed takes the mean over passes and ranks, however many targets each has: so each divides its sum by
+        # what an equal share of the targets would be.
+        share = torch.tensor(max(targets, 1.0) / (self.accumulation * self.world), device=self.device)
+        loss: Tensor = self._engine(tokens_BT.to(self.device), targets_BT.to(self.device), share)
         self._engine.backward(loss)
         # DeepSpeed steps (reduces and updates) only at the boundary of accumulation; it counts the calls.
         boundary = self._engine.is_gradient_accumulation_boundary()
@@ -225,29 +207,55 @@ class Engine:
             self._engine.step()
         return loss.detach()
 
-    def step(self, factor: float) -> float:
-        """The update, at `factor` times the peak learning rates; returns the norm of the gradient before clipping."""
+    def non_finite_gradients(self) -> list[str]:
+        """Parameters that got a gradient with NaN or infinity on this rank since the last call."""
+        return self._gradients.names()
+
+    def step(self, factor: float, skip: bool = False) -> float:
+        """The update, at `factor` times the peak learning rates; returns the norm of the gradient before clipping.
+
+        With `skip` (the same on all ranks), and where the norm is not finite, nothing is updated, at any ZeRO stage;
+        the norm that is returned is then not finite.
+        """
         set_rate(self.optimizer, factor)
-        if self._clipping is None:
+        norm = math.nan
+        if self._clipping is not None and not skip:
+            # `backward` has summed the gradients over the ranks.
+            norm = float(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+            if self._clipping and math.isfinite(norm):
+                nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clipping, torch.tensor(norm))
+            skip = not math.isfinite(norm)
+        self.optimizer.paused = skip
+        try:
             self._engine.step()
-            return float(self._engine.get_global_grad_norm())
-        # `backward` has summed the gradients over the ranks.
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if self._clipping:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clipping, norm)
-        self._engine.step()
-        return float(norm)
+        finally:
+            self.optimizer.paused = False
+        if skip or not self._engine.was_step_applied():
+            return math.nan
+        return norm if self._clipping is not None else float(self._engine.get_global_grad_norm())
+
+    def describe_skip(self, step: int, loss: float, names: list[str]) -> str:
+        """What was not finite in a step, from what every rank found."""
+        losses, found = zip(*gather((loss, names)), strict=True)
+        return describe(step, list(losses), list(found))
 
     @torch.no_grad()
-    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Loss without gradient."""
-        value: Tensor = self._engine(tokens_BT.to(self.device), targets_BT.to(self.device))
+    def loss_sum(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Sum of the targets' losses in nats, without gradient."""
+        one = torch.ones((), device=self.device)
+        value: Tensor = self._engine(tokens_BT.to(self.device), targets_BT.to(self.device), one)
         return value
 
-    def train(self, mode: bool = True) -> None:
-        """Training or evaluation mode."""
-        self._engine.train(mode)
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without dropout; after it every module is in the mode it was in."""
+        modes = [(module, module.training) for module in self._engine.modules()]
+        self._engine.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
     # --- ranks --------------------------------------------------------------------------------------------------
 
@@ -266,6 +274,24 @@ class Engine:
     def barrier(self) -> None:
         """Waits for every rank."""
         dist.barrier()
+
+    def check_finite(self, consequence: str) -> None:
+        """Raises AgreedError that names the tensor and the rank when weights or optimizer state are not finite."""
+
+        def look() -> None:
+            name = first_non_finite(self._state())
+            if name is not None:
+                raise TrainingError(f"{name} is not finite: {consequence}")
+
+        agree(look)
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights and optimizer state, as far as this rank holds them."""
+        for name, parameter in self.model.named_parameters():
+            yield name, getattr(parameter, "ds_tensor", parameter)  # at stage 3 the part of this rank
+        for master, state in self.optimizer.state.items():
+            yield "a float32 copy of weights", master
+            yield from ((f"the optimizer's {key}", value) for key, value in state.items() if torch.is_tensor(value))
 
     # --- weights and checkpoints --------------------------------------------------------------------------------
 
@@ -310,6 +336,15 @@ class Engine:
         fill_buffers(model, "cpu", torch.float32)
         return merge_adapters(model).eval() if self._lora.rank is not None else model.eval()
 
+    def _forget_first_step(self) -> None:
+        """Undoes a step that DeepSpeed takes, with gradients of zero, to have its states made.
+
+        (In bf16 without ZeRO: moments would count one step too many, and the weights would decay once more.)
+        """
+        if self.stage == 0 and hasattr(self._engine.optimizer, "refresh_fp32_params"):
+            self.optimizer.state.clear()
+            self._engine.optimizer.refresh_fp32_params()
+
     def _unfused_masters(self) -> dict[int, Tensor]:
         """The float32 copies that DeepSpeed keeps of bf16 weights without ZeRO."""
         wrapper = self._engine.optimizer
@@ -323,66 +358,17 @@ class Engine:
         with _quiet():
             self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
 
-    def load(self, directory: Path, tag: str) -> None:
+    def load(self, path: Path) -> None:
         """Reads what `save` wrote at the same world size and ZeRO stage."""
         # A checkpoint brings the rates it was written with; the configuration of this run decides.
         options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-        with _quiet():
-            path, _ = self._engine.load_checkpoint(str(directory), tag=tag)
-        if path is None:
-            raise ValueError(f"{directory / tag} holds no DeepSpeed checkpoint")
+        # DeepSpeed takes the path for a pattern, so that none with [ ] in it would be found: it gets one without.
+        with _quiet(), contextlib.chdir(path):
+            found, _ = self._engine.load_checkpoint(".", tag=".")
+        if found is None:
+            raise ValueError(f"{path} holds no DeepSpeed checkpoint")
         for group, mine in zip(self.optimizer.param_groups, options, strict=True):
             group.update(mine)
-
-
-def _layouts(wrapper: Any, stage: int, optimizer: MatrixAdamW) -> dict[int, ShardLayout]:
-    """Where ZeRO put the matrices of Muon's groups; empty at stage 0, which keeps them whole."""
-    if stage == 0:
-        return {}
-    return _packed_layouts(wrapper, optimizer) if stage < 3 else _cut_layouts(wrapper, optimizer)
-
-
-def _packed_layouts(wrapper: Any, optimizer: MatrixAdamW) -> dict[int, ShardLayout]:
-    layouts = {}
-    for i, group in enumerate(optimizer.param_groups):
-        if not group["orthogonal"]:
-            continue
-        matrices, offsets = wrapper.round_robin_bit16_groups[i], wrapper.round_robin_bit16_offsets[i]
-        process_group = wrapper.real_dp_process_group[i]
-        layouts[id(wrapper.single_partition_of_fp32_groups[i])] = ShardLayout(
-            slots=tuple(
-                MatrixSlot((p.shape[0], p.shape[1]), offset, p.numel())
-                for p, offset in zip(matrices, offsets, strict=True)
-            ),
-            numel=wrapper.partition_size[i],
-            rank=dist.get_rank(process_group),
-            world=dist.get_world_size(process_group),
-            group=process_group,
-            cut_each=False,
-        )
-    return layouts
-
-
-def _cut_layouts(wrapper: Any, optimizer: MatrixAdamW) -> dict[int, ShardLayout]:
-    layouts = {}
-    for i, matrices in enumerate(wrapper.fp16_groups):
-        if not optimizer.param_groups[wrapper.sub_group_to_group_id[i]]["orthogonal"]:
-            continue
-        slots, offset = [], 0
-        for parameter in matrices:
-            length = parameter.partition_numel()
-            slots.append(MatrixSlot((parameter.ds_shape[0], parameter.ds_shape[1]), offset, length))
-            offset += length
-        process_group = wrapper.sub_group_process_groups[i]
-        layouts[id(wrapper.fp32_partitioned_groups_flat[i])] = ShardLayout(
-            slots=tuple(slots),
-            numel=offset,
-            rank=dist.get_rank(process_group),
-            world=dist.get_world_size(process_group),
-            group=process_group,
-            cut_each=True,
-        )
-    return layouts
 
 
 @contextlib.contextmanager

@@ -8,17 +8,27 @@ from attnzoo.checkpoint.native import check_target
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.tokenizer import Tokenizer
 from train.engine import Engine
+from train.failures import TrainingError
+from train.finite import first_non_finite
+from train.ranks import agree
 
 
 def export(engine: Engine, directory: Path, tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
     """Writes weights (float32, gathered from all ranks, adapters merged), config.json and the tokenizer.
 
-    Called by every rank.
+    Called by every rank. An export that is there is replaced only by one that is finite and whole.
     """
     model = engine.full_model()
-    if model is not None:
+
+    def write() -> None:
+        if model is None:
+            return
+        name = first_non_finite(model.state_dict().items())
+        if name is not None:
+            raise TrainingError(f"{name} is not finite: {directory} is not written")
         save_model(directory, model, tokenizer=tokenizer, metadata=metadata)
-    engine.barrier()
+
+    agree(write)
 
 
 def check_export(directory: Path) -> None:
@@ -36,7 +46,19 @@ def init_from(model: DecoderLM, checkpoint: str, tokenizer: Tokenizer) -> None:
     """
     path = find_checkpoint(checkpoint)
     source = load_model(path, dtype=model.embedding.weight.dtype)
-    theirs, mine = source.config.to_dict(), model.config.to_dict()
+    check_same_model(source.config.to_dict(), model.config.to_dict(), checkpoint)
+    if load_tokenizer(path).fingerprint() != tokenizer.fingerprint():
+        raise ValueError(
+            f"checkpoint.init_from={checkpoint} was trained with another tokenizer; set tokenizer.path={path}"
+        )
+    name = first_non_finite(source.state_dict().items())
+    if name is not None:
+        raise ValueError(f"checkpoint.init_from={checkpoint}: {name} is not finite; take another checkpoint")
+    model.load_state_dict(source.state_dict())
+
+
+def check_same_model(theirs: dict[str, Any], mine: dict[str, Any], checkpoint: str) -> None:
+    """Raises ValueError that names the first key in which the model of a checkpoint is not this run's."""
     for key in mine:
         # How operations are computed is no property of the weights.
         if theirs.get(key) != mine[key] and key != "attention_impl":
@@ -44,11 +66,6 @@ def init_from(model: DecoderLM, checkpoint: str, tokenizer: Tokenizer) -> None:
                 f"checkpoint.init_from={checkpoint} has model.{key}={theirs.get(key)!r} and this run has "
                 f"{mine[key]!r}; set it to the checkpoint's, or take its whole model with checkpoint.adopt_model=true"
             )
-    if load_tokenizer(path).fingerprint() != tokenizer.fingerprint():
-        raise ValueError(
-            f"checkpoint.init_from={checkpoint} was trained with another tokenizer; set tokenizer.path={path}"
-        )
-    model.load_state_dict(source.state_dict())
 
 
 def adopted_model(checkpoint: str, attention_impl: str) -> DecoderConfig:

@@ -1,6 +1,9 @@
 """Which values a configuration may hold, and which go together."""
 
+import math
+import re
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.errors import suggest
@@ -15,6 +18,7 @@ CHOICES = {
     "precision": ("fp32", "bf16", "bf16_autocast"),
     "optim.name": ("adamw", "muon"),
     "schedule.kind": ("cosine", "wsd", "constant"),
+    "train.non_finite": ("stop", "go_back"),
     "zero.stage": (0, 1, 2, 3),
 }
 AT_LEAST_ONE = [
@@ -23,6 +27,7 @@ AT_LEAST_ONE = [
     "train.batch_size",
     "train.micro_batch_size",
     "train.threads",
+    "train.non_finite_steps",
     "eval.every",
     "eval.batch_size",
     "eval.max_blocks",
@@ -43,6 +48,7 @@ POSITIVE = [
     "lora.alpha",
     "sample.top_p",
 ]
+POSITIVE += [f"watchdog.{phase}" for phase in ("start", "data", "load", "step", "evaluate", "save", "stop")]
 NOT_NEGATIVE = ["optim.weight_decay", "schedule.warmup_steps", "train.gradient_clipping", "sample.temperature"]
 FRACTIONS = [
     "schedule.decay_fraction",
@@ -53,6 +59,37 @@ FRACTIONS = [
     "sample.top_p",
     "lora.dropout",
 ]
+
+
+NAME = re.compile(r"\w([\w .+=@-]*[\w+=@-])?\Z")
+LARGEST_SEED, LARGEST = 2**32 - 1, 2**63 - 1
+
+
+def _names(config: "Config") -> Iterator[tuple[str, str]]:
+    """The name is that of a directory; a directory that is set has a name."""
+    if not NAME.match(config.name) or len(config.name) > 100:
+        yield (
+            "name",
+            f"name={config.name!r} must be the name of a directory: at most 100 letters, digits and . _ - + = @, "
+            "with a letter or digit first; run_dir says where else to write",
+        )
+    for key in ("run_dir", "cache_dir"):
+        if getattr(config, key) == "":
+            yield key, f"{key} is empty; give a directory, or null for the default"
+
+
+def _extremes(config: "Config") -> Iterator[tuple[str, str]]:
+    """Numbers that are none, and whole ones that no machine word holds; seeds that numpy does not take."""
+    if not 0 <= config.seed <= LARGEST_SEED:
+        yield "seed", f"seed={config.seed} must be between 0 and {LARGEST_SEED}"
+    for section in fields(config):
+        value = getattr(config, section.name)
+        for field in fields(value) if is_dataclass(value) else ():
+            key, number = f"{section.name}.{field.name}", getattr(value, field.name)
+            if isinstance(number, float) and not math.isfinite(number):
+                yield key, f"{key}={number} is not a finite number"
+            if isinstance(number, int) and number > LARGEST:
+                yield key, f"{key}={number} must be at most {LARGEST}"
 
 
 def problems(config: "Config") -> Iterator[tuple[str, str]]:
@@ -72,6 +109,11 @@ def problems(config: "Config") -> Iterator[tuple[str, str]]:
         yield from ((k, f"{k}={get(k)} must be {words}") for k in keys if get(k) is not None and get(k) < least)
     yield from ((k, f"{k}={get(k)} must be positive") for k in POSITIVE if get(k) is not None and get(k) <= 0)
     yield from ((k, f"{k}={get(k)} must lie in [0, 1]") for k in FRACTIONS if not 0 <= get(k) <= 1)
+    yield from _names(config)
+    yield from _extremes(config)
+    end, stop = config.train.steps, config.train.stop_at_step
+    if end is not None and stop is not None and stop > end:
+        yield "train.stop_at_step", f"train.stop_at_step={stop} lies beyond the end, train.steps={end}; lower it"
     if config.train.steps is None and config.train.max_minutes is None:
         yield "train", "train.steps and train.max_minutes are both unset: give one, for example train.steps=1000"
     if config.optim.name == "muon" and config.zero.offload_optimizer:

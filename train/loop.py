@@ -1,6 +1,8 @@
 """The training loop. `train` reads from top to bottom."""
 
+import math
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +12,16 @@ from tqdm import tqdm
 from attnzoo.tokenizer import Tokenizer
 from train.checkpoint import Checkpoints, Progress
 from train.config import Config
-from train.data import TrainingData
+from train.data import IGNORED, TrainingData
 from train.engine import Engine
 from train.evaluate import UNMEASURED, Validation, samples, validate
+from train.failures import FAILED, AgreedError
 from train.limits import MEASURED_STEPS
 from train.metrics import Metrics, peak_flops, peak_memory_mib
+from train.ranks import decide
 from train.schedule import rate
 from train.stop import StopRequest
+from train.watchdog import Watchdog
 
 UNKNOWN = 10**9
 """Stands for the number of steps while `train.max_minutes` still measures: the warmup does not depend on it."""
@@ -35,8 +40,14 @@ class Run:
     metrics: Metrics | None
     parameters: int
     flops_per_step: int
+    watchdog: Watchdog
     validation: Validation = UNMEASURED
     saved_step: int = -1
+    skips: list[str] = field(default_factory=list)
+    """What was not finite in the last steps, one after the other, that made no update."""
+    overdue: bool = False
+    """Whether a checkpoint waits for the next step that makes an update."""
+    returned_to: set[str] = field(default_factory=set)
     step_seconds: list[float] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
@@ -47,7 +58,10 @@ class Run:
 
 @dataclass
 class Step:
-    """One finished step: mean loss over the global batch in nats, gradient norm, rate factor, wall time."""
+    """One finished step: mean loss over the global batch in nats, gradient norm, rate factor, wall time.
+
+    Where the norm is not finite, the step made no update.
+    """
 
     loss: float
     gradient_norm: float
@@ -57,16 +71,23 @@ class Step:
 
 
 def train(run: Run) -> str | None:
-    """Trains to the last step, or to a stop; returns why it stopped early, or None when training is complete."""
+    """Trains to the last step, or to a stop; returns why it stopped early, or None when training is complete.
+
+    Raises AgreedError, and saves nothing, when the run is not finite any more.
+    """
     progress, config = run.progress, run.config
     reason = None
     with StopRequest() as stop, _bar(run) as bar:
         if progress.step == 0 and config.eval.every:
             evaluate(run)
         while progress.total_steps is None or progress.step < progress.total_steps:
-            step = take_step(run, stop)
+            with run.watchdog.phase("step"):
+                step = take_step(run, stop)
             fix_total_steps(run)
             report(run, step, bar)
+            if len(run.skips) >= config.train.non_finite_steps and not step.stop:
+                give_up_or_go_back(run)
+                continue
             if _due(config.eval.every, progress.step) and progress.step != progress.total_steps:
                 evaluate(run)
             if _due(config.sample.every, progress.step):
@@ -77,34 +98,90 @@ def train(run: Run) -> str | None:
             if progress.step == config.train.stop_at_step:
                 reason = "train.stop_at_step"
                 break
-            if _due(config.checkpoint.every, progress.step):
-                save(run)
+            if _due(config.checkpoint.every, progress.step) or run.overdue:
+                run.overdue = bool(run.skips)  # what may be broken does not replace what is whole
+                if not run.overdue:
+                    save(run)
         if reason is None:
             evaluate(run, whole=True)
+            if not math.isfinite(run.validation.loss):
+                raise AgreedError(
+                    FAILED, f"the validation loss of the last step is {run.validation.loss}: {_nothing(run)}"
+                )
         if run.saved_step != progress.step:
+            if run.skips:
+                raise AgreedError(FAILED, f"the last step was not finite ({run.skips[-1]}): {_nothing(run)}")
             save(run)
     return reason
 
 
 def take_step(run: Run, stop: StopRequest) -> Step:
-    """Forward and backward over this rank's part of the global batch, and one update."""
+    """Forward and backward over this rank's part of the global batch, and one update if all of it is finite."""
     engine, config, progress = run.engine, run.config, run.progress
     begin = time.perf_counter()
     tokens_BT, targets_BT = run.data.train.next(config.train.batch_size // engine.world, engine.rank, engine.world)
     size = config.train.micro_batch_size
+    (targets,) = engine.sum(float((targets_BT != IGNORED).sum()))
     losses = [
-        engine.forward_backward(tokens_BT[i : i + size], targets_BT[i : i + size])
+        engine.forward_backward(tokens_BT[i : i + size], targets_BT[i : i + size], targets)
         for i in range(0, len(tokens_BT), size)
     ]
     factor = rate(config.schedule, progress.step, progress.total_steps or UNKNOWN)
-    gradient_norm = engine.step(factor)
-    # The ranks agree on stopping by the same small sum that averages the loss.
-    total, stopping = engine.sum(float(sum(losses)) / len(losses), float(stop.requested()))
-    seconds = time.perf_counter() - begin
+    loss, found = float(sum(losses)) / len(losses), engine.non_finite_gradients()
+    # The ranks agree on stopping and on skipping by the same small sum that averages the loss.
+    broken = float(bool(found) or not math.isfinite(loss))
+    total, stopping, skip = engine.sum(loss, float(stop.requested()), broken)
+    gradient_norm = engine.step(factor, skip=skip > 0)
     progress.step += 1
     progress.data = run.data.train.state()
+    note_skip(run, loss, found, gradient_norm)
+    seconds = time.perf_counter() - begin
     run.step_seconds.append(seconds)
     return Step(total / engine.world, gradient_norm, factor, seconds, stopping > 0)
+
+
+def note_skip(run: Run, loss: float, found: list[str], gradient_norm: float) -> None:
+    """Counts a step without an update, and says where what was not finite came from."""
+    if math.isfinite(gradient_norm):
+        run.skips.clear()
+        return
+    run.progress.skipped += 1
+    run.skips.append(run.engine.describe_skip(run.progress.step, loss, found))
+    if run.metrics is not None:
+        tqdm.write(f"train: skipped {run.skips[-1]}", file=sys.stderr)
+
+
+def give_up_or_go_back(run: Run) -> None:
+    """Ends the run, or takes the latest checkpoint and goes on past the data between it and here.
+
+    Raises AgreedError, also when the run has gone back to that checkpoint before.
+    """
+    what = f"{len(run.skips)} steps in a row without an update (train.non_finite_steps), the last one: {run.skips[-1]}"
+    path = decide(run.checkpoints.latest)
+    if run.config.train.non_finite == "stop":
+        raise AgreedError(FAILED, f"{what}; {_nothing(run)}")
+    if path is None or path.name in run.returned_to:
+        again = "there is no checkpoint to go back to" if path is None else f"going back to {path.name} did not help"
+        raise AgreedError(FAILED, f"{what}; {again}; {_nothing(run)}")
+    run.returned_to.add(path.name)
+    with run.watchdog.phase("load"):
+        before = run.checkpoints.load(run.engine, run.checkpoints.choose(path, run.engine, fallback=False))
+    progress, elapsed = run.progress, _elapsed(run)
+    progress.step, progress.total_steps, run.saved_step = before.step, before.total_steps, before.step
+    progress.seconds, run.started = elapsed, time.monotonic()
+    run.skips.clear()
+    if run.metrics is not None:
+        run.metrics.rewind(progress.step)
+        tqdm.write(f"train: {what}; going back to {path.name}, past the data since then", file=sys.stderr)
+
+
+def _nothing(run: Run) -> str:
+    kept = run.checkpoints.newest_name()
+    there = f"the newest checkpoint is {kept}" if kept is not None else "there is no checkpoint yet"
+    back = ", or let it go back by itself with train.non_finite=go_back"
+    return f"nothing is saved or exported, {there}. Lower optim.lr, or look at the data and at the variant" + (
+        back if run.config.train.non_finite == "stop" else ""
+    )
 
 
 def fix_total_steps(run: Run) -> None:
@@ -132,7 +209,8 @@ def fix_total_steps(run: Run) -> None:
 def evaluate(run: Run, whole: bool = False) -> None:
     """Validation loss and bits per byte, into the metrics; over all blocks with `whole`."""
     begin, config = time.perf_counter(), run.config.eval
-    run.validation = validate(run.engine, run.data, config.batch_size, None if whole else config.max_blocks)
+    with run.watchdog.phase("evaluate"):
+        run.validation = validate(run.engine, run.data, config.batch_size, None if whole else config.max_blocks)
     run.progress.evaluation_seconds = time.perf_counter() - begin
     if run.metrics is not None:
         values = {**run.validation._asdict(), "seconds": run.progress.evaluation_seconds}
@@ -143,7 +221,8 @@ def evaluate(run: Run, whole: bool = False) -> None:
 
 def write_samples(run: Run) -> None:
     """Text samples into samples.txt, the first one on the screen too."""
-    texts = samples(run.engine, run.tokenizer, run.config.sample, seed=run.config.seed + run.progress.step)
+    with run.watchdog.phase("evaluate"):
+        texts = samples(run.engine, run.tokenizer, run.config.sample, seed=run.config.seed + run.progress.step)
     if run.metrics is not None and texts is not None:
         run.metrics.write_samples(run.progress.step, texts)
         tqdm.write(f"step {run.progress.step}: sample {texts[0]!r}")
@@ -166,6 +245,7 @@ def report(run: Run, step: Step, bar: Any) -> None:
         "tokens_per_second": run.tokens_per_step / step.seconds,
         "tokens": run.progress.step * run.tokens_per_step,
         "peak_memory_mib": peak_memory_mib(),
+        "skipped_steps": run.progress.skipped,
     }
     peak = peak_flops(run.config)
     if peak is not None:
@@ -176,7 +256,8 @@ def report(run: Run, step: Step, bar: Any) -> None:
 def save(run: Run) -> None:
     """A checkpoint of this moment."""
     run.progress.seconds, run.started = _elapsed(run), time.monotonic()
-    run.checkpoints.save(run.engine, run.progress)
+    with run.watchdog.phase("save"):
+        run.checkpoints.save(run.engine, run.progress)
     run.saved_step = run.progress.step
 
 

@@ -6,8 +6,9 @@
     python train/main.py --config rcmha.yaml --dry-run     # what it would take
     deepspeed train/main.py --config finetune.yaml checkpoint.init_from=smollm2   # a model of others, by adapters
 
-A bare name is looked up in configs/. configs/base.yaml explains every key. SIGTERM or Ctrl-C finishes the step,
-saves a checkpoint and exits 0; the same command then goes on where it stopped.
+A bare name is looked up in configs/. configs/base.yaml explains every key. SIGTERM, Ctrl-C or closing the terminal
+finishes the step, saves a checkpoint and exits 0; the same command then goes on where it stopped. Exit status 2: a
+mistake that can be mended before the run begins; 1: the run could not go on, and says why in one line.
 """
 
 import argparse
@@ -22,6 +23,9 @@ if __package__ in (None, ""):
     # Run as a file: put the project, not train/, on the path, so that `train` is the package and train/tokenizer.py
     # is no top-level module.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from train.failures import import_variants
+
+    import_variants()
 
 import numpy as np
 import torch
@@ -34,70 +38,96 @@ from attnzoo.report import Report
 from attnzoo.tokenizer import Tokenizer, load_tokenizer
 from attnzoo.types import build_config
 from train import engine as engines
+from train import ranks, run_directory
 from train.checkpoint import Checkpoints, Progress, find_resume, identity
-from train.config import Config, ConfigError, load_config
+from train.checks import check_batches, check_length, check_run
+from train.config import Config, load_config
 from train.data import DataConfig, TrainingData, prepare
+from train.deepspeed_config import deepspeed_config
 from train.engine import Engine
 from train.export import adopted_model, check_export, export, init_from
+from train.failures import report
 from train.loop import Run, train
 from train.lora import add_adapters
 from train.metrics import Metrics, check_wandb, read_metrics
 from train.plan import describe
 from train.plot import plot_losses
 from train.tokenizer import TokenizerConfig, ensure_tokenizer
+from train.watchdog import Watchdog
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0 after training or a stop by signal, 2 for a mistake of the user (on stderr, by rank 0 only)."""
+    """Exit status 0 after training or a stop by signal, else what `failures.report` says."""
     options = _parse(arguments)
     try:
         config = load_config(options.config, options.overrides)
         check_wandb(config.log.wandb)
         if options.dry_run:
             if _is_main():
-                print(describe(config, _planned_model(config), int(os.environ.get("WORLD_SIZE", "1"))))
+                planned = _planned_model(config)
+                check_run(config, planned)
+                print(describe(config, planned, int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
-        engines.deepspeed_config(config, int(os.environ.get("WORLD_SIZE", "1")))
-        run_training(config, options.local_rank)
-    except ValueError as error:
-        if _is_main():
-            print(f"train: {error}", file=sys.stderr)
-        return 2
+        deepspeed_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+        check_run(config, _planned_model(config))
+        with Watchdog(config.watchdog) as watchdog:
+            with watchdog.phase("start"):
+                device = engines.start(config, options.local_rank)
+            with run_directory.held(config):
+                run_training(config, device, watchdog)
+    except (Exception, KeyboardInterrupt) as error:
+        return report(error, ranks.joined())
     finally:
-        engines.finish()
+        ranks.finish()
     return 0
 
 
-def run_training(config: Config, local_rank: int) -> None:
-    """Prepares, trains, and writes everything the run directory holds. Raises ValueError for what the user can mend."""
-    check_export(config.run_path / "export")
-    device = engines.start(config, local_rank)
-    tokenizer_path, data = _prepare_data(config)
-    tokenizer = load_tokenizer(tokenizer_path)
-    model = _build_model(config, tokenizer)
+def run_training(config: Config, device: torch.device, watchdog: Watchdog) -> None:
+    """Prepares, trains, and writes everything the run directory holds; called by every rank.
+
+    Raises AgreedError for what the ranks found together, TrainingError where one of them cannot go on.
+    """
+    ranks.decide(lambda: check_export(config.run_path / "export"))
+    ranks.decide(lambda: run_directory.check_space(config, _planned_model(config)))
+    with watchdog.phase("data"):
+        tokenizer_path, data = _prepare_data(config)
+        ranks.agree(lambda: check_batches(config, data))
+    with watchdog.phase("load"):
+        run, resumed = _begin(config, device, watchdog, tokenizer_path, data)
+    run.saved_step = run.progress.step if resumed else -1
+    reason = train(run)
+    if run.metrics is not None:
+        run.metrics.close()
+    progress, (loss, bits) = run.progress, run.validation
+    metadata = {"steps": progress.step, "validation_loss": loss, "bits_per_byte": bits, "name": config.name}
+    with watchdog.phase("save"):
+        whole = metadata if reason is None else {"steps": progress.step}
+        export(run.engine, config.run_path / "export", run.tokenizer, whole)
+    if run.engine.rank == 0:
+        _summarize(run, reason)
+
+
+def _begin(
+    config: Config, device: torch.device, watchdog: Watchdog, tokenizer_path: Path, data: TrainingData
+) -> tuple[Run, bool]:
+    """A run that stands where it is to go on, and whether that came from a checkpoint."""
+    tokenizer = ranks.agree(lambda: load_tokenizer(tokenizer_path))
+    model = ranks.agree(lambda: _build_model(config, tokenizer))
     # Counted before ZeRO 3 cuts the weights: forward once, backward twice.
     flops = 3 * model.cost(config.train.batch_size, config.sequence_length, config.sequence_length).flops
     parameters = model.num_parameters()
     if config.lora.rank is not None:
-        add_adapters(model, config.lora)
+        ranks.agree(lambda: add_adapters(model, config.lora))
     engine = Engine(config, model, device, tokenizer.bos_id if config.data.get("isolate_documents") else None)
-    settings = identity(config, model.config.to_dict(), tokenizer.fingerprint(), engine.world)
+    settings = identity(config, model.config.to_dict(), tokenizer.fingerprint(), data.digest, engine.world)
     checkpoints = Checkpoints(config.run_path / "checkpoints", config.checkpoint.keep, settings)
     progress, resumed = _resume(config, engine, checkpoints, data)
+    engine.check_finite("training cannot begin with it; look at checkpoint.init_from and at model.init_std")
     metrics = None
     if engine.rank == 0:
         metrics = Metrics(config, progress.step)
         write_atomic(config.run_path / "config.yaml", config.to_yaml().encode())
-    run = Run(config, engine, data, tokenizer, checkpoints, progress, metrics, parameters, flops)
-    run.saved_step = progress.step if resumed else -1
-    reason = train(run)
-    if metrics is not None:
-        metrics.close()
-    loss, bits = run.validation
-    metadata = {"steps": progress.step, "validation_loss": loss, "bits_per_byte": bits, "name": config.name}
-    export(engine, config.run_path / "export", tokenizer, metadata if reason is None else {"steps": progress.step})
-    if engine.rank == 0:
-        _summarize(run, reason)
+    return Run(config, engine, data, tokenizer, checkpoints, progress, metrics, parameters, flops, watchdog), resumed
 
 
 def _prepare_data(config: Config) -> tuple[Path, TrainingData]:
@@ -111,27 +141,21 @@ def _prepare_data(config: Config) -> tuple[Path, TrainingData]:
         path = ensure_tokenizer(tokenizer_config, data_config, config.cache_path)
         return path, prepare(data_config, path, config.cache_path, is_main=is_main, progress=is_main)
 
-    result, mistake = None, None
-    if _is_main():
-        try:
-            result = prepared(True)
-        except ValueError as error:
-            mistake = str(error)
-    mistake = engines.from_main(mistake)
-    if mistake is not None:
-        raise ValueError(mistake)
-    return result or prepared(False)
+    def first() -> tuple[Path, TrainingData] | None:
+        if not _is_main():
+            return None
+        with run_directory.preparing(config.cache_path):
+            return prepared(True)
+
+    built = ranks.agree(first)
+    return ranks.agree(lambda: built or prepared(False))
 
 
 def _build_model(config: Config, tokenizer: Tokenizer) -> DecoderLM:
     """The same weights on every rank."""
     _seed(config.seed)
     model_config = _model_config(config, tokenizer.vocab_size)
-    if config.sequence_length > model_config.max_positions:
-        raise ConfigError(
-            f"data.sequence_length={config.sequence_length} is longer than model.max_positions="
-            f"{model_config.max_positions}; raise the latter"
-        )
+    check_length(config, model_config)
     model = DecoderLM(model_config)
     if config.checkpoint.init_from is not None:
         init_from(model, config.checkpoint.init_from, tokenizer)
@@ -146,15 +170,21 @@ def _model_config(config: Config, vocab_size: int) -> DecoderConfig:
 
 def _resume(config: Config, engine: Engine, checkpoints: Checkpoints, data: TrainingData) -> tuple[Progress, bool]:
     """Where the run stands, and whether that came from a checkpoint."""
-    path = find_resume(checkpoints, config.checkpoint.resume)
-    if engine.rank == 0:
-        checkpoints.clean()
+    options = config.checkpoint
+    path = ranks.decide(lambda: find_resume(checkpoints, options.resume, options.fallback))
     if path is None:
         _seed(config.seed + 1 + engine.rank)
         total = config.train.steps if config.train.max_minutes is None else None
         return Progress(total_steps=total), False
+    path = checkpoints.choose(path, engine, options.fallback)
     progress = checkpoints.load(engine, path)
     data.train.load(progress.data)
+    records = [config.run_path / name for name in ("metrics.jsonl", "samples.txt")]
+    aside = ranks.decide(lambda: checkpoints.set_aside(path, records))
+    if aside is not None and engine.rank == 0:
+        tqdm.write(
+            f"checkpoints that do not lead to {path} were moved to {aside}, with a copy of the metrics", sys.stderr
+        )
     if config.train.max_minutes is None:
         progress.total_steps = config.train.steps
     if engine.rank == 0:
@@ -191,8 +221,9 @@ def _summarize(run: Run, reason: str | None) -> None:
     )
     figure = plot_losses(config.run_path, run.data.num_train_bytes / run.data.num_train_tokens, config.name)
     report.figures.append(figure.name)
-    report.write(config.run_path / "training.json")
     report.print_table()
+    report.rows[0]["data"] = run.data.account  # too much for a table
+    report.write(config.run_path / "training.json")
     if reason is not None:
         print(f"stopped by {reason} after step {progress.step}; the same command goes on from there")
     print(f"run directory {config.run_path} (server: checkpoint={config.run_path / 'export'})", flush=True)
@@ -203,7 +234,7 @@ def _planned_model(config: Config) -> DecoderConfig:
     tokenizer = build_config(TokenizerConfig, config.tokenizer, "tokenizer")
     known = tokenizer.path is None or config.checkpoint.adopt_model
     return _model_config(
-        config, tokenizer.vocab_size if known else load_tokenizer(Path(str(tokenizer.path))).vocab_size
+        config, tokenizer.vocab_size if known else load_tokenizer(Path(str(tokenizer.path)).expanduser()).vocab_size
     )
 
 

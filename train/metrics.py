@@ -5,6 +5,7 @@ import json
 import re
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,7 +13,9 @@ import torch
 
 from attnzoo.evaluate.chips import chip_of
 from attnzoo.files import write_atomic
-from train.config import Config, ConfigError
+from train.config import Config
+from train.finite import finite_or_none
+from train.layers import ConfigError
 
 
 def check_wandb(wanted: bool) -> None:
@@ -60,21 +63,32 @@ class Metrics:
 
             self._wandb = wandb.init(project="attnzoo", name=config.name, dir=str(run), id=run.name, resume="allow")
 
-    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """One record, flushed: a killed run keeps what it has measured. A record that is there is not repeated.
+
+        A value that is not finite is null: JSON has no word for it.
 
         (The command of a finished run, given again, evaluates its last step again.)
         """
         if (kind, step) in self._written:
             return
         self._written.add((kind, step))
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        record = {name: finite_or_none(value) for name, value in values.items()}
+        self._file.write(json.dumps({"kind": kind, "step": step, **record}, allow_nan=False) + "\n")
         self._file.flush()
+        known = {f"{kind}/{name}": value for name, value in record.items() if value is not None}
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            for name, value in known.items():
+                self._board.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+            self._wandb.log(known, step=step)
+
+    def rewind(self, step: int) -> None:
+        """Drops what is later than `step`: the run goes on from there."""
+        self._file.close()
+        self._written = _cut_records(self.path, step)
+        _cut_samples(self.samples_path, step)
+        self._file = self.path.open("a", encoding="utf-8")
 
     def write_samples(self, step: int, texts: list[str]) -> None:
         """Appends text samples to samples.txt."""

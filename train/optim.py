@@ -47,10 +47,12 @@ class ShardLayout:
 def param_groups(model: DecoderLM, config: OptimConfig) -> list[dict[str, Any]]:
     """Groups for `MatrixAdamW`: weights of linear maps in blocks; an untied head; everything else without decay.
 
+    Frozen parameters are in none, and a group without parameters is left out. Raises ValueError when nothing trains.
     Convolution kernels, position tables, embeddings, norms and biases are neither decayed nor given to Muon.
     """
     matrices = [p for _, p in model.matrix_parameters() if p.requires_grad]
-    head = [] if model.head.weight is model.embedding.weight else [model.head.weight]
+    untied = model.head.weight is not model.embedding.weight and model.head.weight.requires_grad
+    head = [model.head.weight] if untied else []
     taken = {id(p) for p in (*matrices, *head)}
     rest = [p for p in model.parameters() if id(p) not in taken and p.requires_grad]
     muon = config.name == "muon"
@@ -63,7 +65,10 @@ def param_groups(model: DecoderLM, config: OptimConfig) -> list[dict[str, Any]]:
         group["peak_lr"] = group["lr"] = config.muon_lr if group["orthogonal"] else config.lr
         group["momentum"] = config.momentum
         group["newton_schulz_steps"] = config.newton_schulz_steps
-    return [group for group in groups if group["params"]]
+    filled = [group for group in groups if group["params"]]
+    if not filled:
+        raise ValueError("nothing to train: every parameter of the model is frozen (requires_grad is false)")
+    return filled
 
 
 def build_optimizer(model: DecoderLM, config: OptimConfig) -> "MatrixAdamW":
@@ -86,10 +91,14 @@ class MatrixAdamW(torch.optim.AdamW):
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options)
         self.layouts: dict[int, ShardLayout] = {}
+        self.paused = False
+        """While true, `step` does nothing: DeepSpeed calls it at every ZeRO stage, so a step can be skipped here."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One update of all groups that hold gradients."""
+        if self.paused:
+            return None
         groups = self.param_groups
         try:
             self.param_groups = [group for group in groups if not group["orthogonal"]]

@@ -6,7 +6,7 @@ from attnzoo.evaluate.fits import Setup, training_memory
 from attnzoo.models import DecoderConfig, DecoderLM, build_shapes
 from attnzoo.report import format_table
 from train.config import Config
-from train.engine import deepspeed_config
+from train.deepspeed_config import deepspeed_config
 
 MIB = 2**20
 

@@ -19,7 +19,7 @@ def plot_losses(
     records = read_metrics(run_dir / "metrics.jsonl")
     fig, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for kind, label, style in (("train", "training", "-"), ("eval", "validation", "o-")):
-        chosen = [r for r in records if r["kind"] == kind]
+        chosen = [r for r in records if r["kind"] == kind and r["loss"] is not None]
         steps = [r["step"] for r in chosen]
         values = [r.get("bits_per_byte") or bits_per_byte(r["loss"], train_bytes_per_token) for r in chosen]
         axes.plot(steps, values, style, label=label, linewidth=1, markersize=3)

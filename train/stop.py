@@ -1,4 +1,4 @@
-"""Ending early without losing work: SIGTERM, SIGINT, or a launcher that has gone."""
+"""Ending early without losing work: SIGTERM, SIGINT, SIGHUP, or a launcher that has gone."""
 
 import os
 import signal
@@ -7,12 +7,15 @@ from typing import Any
 
 import psutil
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 class StopRequest:
-    """`requested()` turns true after SIGTERM or SIGINT, and when the `deepspeed` command that started this has died.
+    """`requested()` turns true after a signal of SIGNALS, and when the `deepspeed` command that started this has died.
 
     The deepspeed command does not forward SIGTERM: it dies and leaves its ranks running. They notice here. A
-    second SIGINT interrupts at once.
+    second SIGINT interrupts at once. SIGHUP, a terminal that was closed, is ignored where it was before (nohup); what
+    is written to that terminal afterwards goes nowhere instead of failing.
     """
 
     def __init__(self) -> None:
@@ -21,7 +24,10 @@ class StopRequest:
         self._launcher = _launcher()
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self._terminals = [descriptor for descriptor in (0, 1, 2) if _is_terminal(descriptor)]
+        for number in SIGNALS:
+            if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -41,7 +47,19 @@ class StopRequest:
         name = signal.Signals(number).name
         if name == self.signal == "SIGINT":
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for descriptor in self._terminals:
+                os.dup2(nowhere, descriptor)
+            os.close(nowhere)
         self.signal = name
+
+
+def _is_terminal(descriptor: int) -> bool:
+    try:
+        return os.isatty(descriptor)
+    except OSError:
+        return False
 
 
 def _launcher() -> tuple[int, int] | None:

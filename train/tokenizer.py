@@ -12,7 +12,7 @@ import io
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from attnzoo.files import write_atomic
@@ -23,6 +23,10 @@ from train.data.corpora import fingerprint, split_documents
 
 SAMPLE_BYTES = 4_000_000
 """Text that training reads; more changes few pieces and takes longer."""
+STREAM_BYTES = 64_000_000
+"""Of a corpus that comes over the network the beginning stands for all: it is read once more for its tokens."""
+RATIO_BYTES = 1_000_000
+"""Text on which the command measures bytes per token."""
 LONGEST_LINE = 4096
 
 
@@ -45,21 +49,46 @@ class TokenizerConfig:
 def ensure_tokenizer(config: TokenizerConfig, data: DataConfig, cache_dir: Path) -> Path:
     """The model file: `config.path`, or one trained on the training split of `data` and kept under `cache_dir`."""
     if config.path is not None:
-        load_tokenizer(Path(config.path))
-        return Path(config.path)
+        path = Path(config.path).expanduser()
+        load_tokenizer(path)
+        return path
     key = hashlib.sha256(f"{fingerprint(data)} {asdict(config)} {SAMPLE_BYTES}".encode()).hexdigest()[:16]
     path = Path(cache_dir) / "tokenizers" / f"{key}.model"
     if not path.is_file():
-        documents = (document for is_train, document in split_documents(data) if is_train)
-        train_tokenizer(sample_lines(documents, SAMPLE_BYTES), config.vocab_size, path)
+        train_tokenizer(sample_lines(training_documents(data), SAMPLE_BYTES), config.vocab_size, path)
     return path
 
 
-def sample_lines(documents: Iterable[str], most_bytes: int) -> Iterator[str]:
-    """Lines of about `most_bytes` in all, every k-th line of the whole corpus rather than its beginning."""
-    lines = [line for document in documents for line in document.split("\n") if line]
-    total = sum(len(line.encode()) for line in lines)
-    yield from lines[:: max(1, -(-total // most_bytes))]
+def training_documents(data: DataConfig) -> Iterator[str]:
+    """The training split, one document after the other; of a hub's about the first STREAM_BYTES."""
+    if data.source.startswith("hub:"):
+        data = replace(data, max_bytes=min(data.max_bytes or STREAM_BYTES, STREAM_BYTES))
+    return (document for is_train, document in split_documents(data) if is_train)
+
+
+def sample_lines(documents: Iterable[str], most_bytes: int) -> list[str]:
+    """At most `most_bytes` of lines, every k-th one of the whole corpus rather than its beginning.
+
+    The corpus passes by once, and no more than the sample is held: k doubles whenever the sample is full. Long lines
+    count in pieces of LONGEST_LINE characters.
+    """
+    chosen: list[str] = []
+    step, size = 1, 0
+    for number, line in enumerate(_pieces(documents)):
+        if number % step:
+            continue
+        chosen.append(line)
+        size += len(line.encode())
+        while size > most_bytes and len(chosen) > 1:
+            chosen, step = chosen[::2], 2 * step
+            size = sum(len(line.encode()) for line in chosen)
+    return chosen
+
+
+def _pieces(documents: Iterable[str]) -> Iterator[str]:
+    for document in documents:
+        for line in document.split("\n"):
+            yield from (line[start : start + LONGEST_LINE] for start in range(0, len(line), LONGEST_LINE))
 
 
 def train_tokenizer(lines: Iterable[str], vocab_size: int, path: Path) -> Path:
@@ -120,17 +149,29 @@ def main(arguments: list[str] | None = None) -> int:
         data = DataConfig(source=chosen.source, text_field=chosen.text_field)
         config = TokenizerConfig(vocab_size=chosen.vocab_size)
         start = time.perf_counter()
-        documents = [document for is_train, document in split_documents(data) if is_train]
-        train_tokenizer(sample_lines(documents, SAMPLE_BYTES), config.vocab_size, chosen.out)
+        head: list[str] = []
+        train_tokenizer(
+            sample_lines(_noted(training_documents(data), head), SAMPLE_BYTES), config.vocab_size, chosen.out
+        )
     except ValueError as error:
         print(f"train.tokenizer: error: {error}", file=sys.stderr)
         return 2
-    tokenizer, sample = SentencePieceTokenizer.load(chosen.out), "\n".join(documents)[:1_000_000]
+    tokenizer, sample = SentencePieceTokenizer.load(chosen.out), "\n".join(head)[:RATIO_BYTES]
     ratio = len(sample.encode()) / len(tokenizer.encode(sample))
     print(
         f"{chosen.out}: {tokenizer.vocab_size} pieces, {ratio:.2f} bytes per token, {time.perf_counter() - start:.1f} s"
     )
     return 0
+
+
+def _noted(documents: Iterable[str], head: list[str]) -> Iterator[str]:
+    """The documents; the first RATIO_BYTES characters of them go to `head` too."""
+    noted = 0
+    for document in documents:
+        if noted < RATIO_BYTES:
+            head.append(document[:RATIO_BYTES])
+            noted += len(document)
+        yield document
 
 
 if __name__ == "__main__":

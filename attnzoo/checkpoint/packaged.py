@@ -1,6 +1,7 @@
 """Models that come in Python packages: weights where no hub can be reached."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 from attnzoo.files import real_path
@@ -17,7 +18,7 @@ def find_checkpoint(name: str) -> Path:
     if not name:
         raise ValueError("checkpoint='' names nothing; give a directory, a .gguf file, or " + ", ".join(PACKAGED))
     if name not in PACKAGED or Path(name).exists():
-        return real_path(Path(name))
+        return real_path(Path(os.path.expanduser(name)))
     module, file, package = PACKAGED[name]
     spec = importlib.util.find_spec(module)
     path = None if spec is None or spec.origin is None else Path(spec.origin).parent / file

@@ -1,6 +1,5 @@
 """A model's configuration from what people have at hand: a training config, a checkpoint directory, or JSON."""
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from attnzoo.checkpoint import CONFIG, PACKAGED, find_checkpoint, open_checkpoin
 from attnzoo.checkpoint.huggingface import read_config
 from attnzoo.files import read_object, read_text
 from attnzoo.models import DecoderConfig
+from attnzoo.settings import parse_lines
 
 DEFAULT_VOCABULARY = 32768
 
@@ -65,18 +65,12 @@ def _whose(vocab_size: int | None) -> str:
 
 def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """A YAML file over its base, as training merges them: attention's options add up unless it names another kind."""
-    try:
-        yaml = importlib.import_module("yaml")
-    except ModuleNotFoundError:
-        raise ValueError(
-            f"{path}: reading YAML needs the package pyyaml: pip install pyyaml, or give a checkpoint directory"
-        ) from None
     if path.resolve() in seen:
         raise ValueError(f"{path}: base files form a cycle")
     try:
-        content = _mapping(path, yaml.safe_load(read_text(path)) or {})
-    except (RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+        content = _mapping(path, parse_lines(read_text(path), str(path))[0] or {})
+    except RecursionError:
+        raise ValueError(f"{path} cannot be read as YAML: it nests too deep") from None
     base = content.pop("base", None)
     if base is None:
         return content

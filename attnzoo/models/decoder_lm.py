@@ -125,10 +125,16 @@ class DecoderLM(nn.Module):
         out: Tensor = self.head(hidden_BTD)
         return out
 
-    def loss(self, tokens_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
-        """Mean cross entropy in nats over targets; -100 marks targets that do not count."""
+    def loss(
+        self, tokens_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None = None, count: Tensor | None = None
+    ) -> Tensor:
+        """Mean cross entropy in nats over targets; -100 marks targets that do not count. Without a target it is 0.
+
+        `count`: what the sum is divided by instead of the number of these targets, where they are part of more.
+        """
         logits_BTV = self(tokens_BT, starts_BT).float()
-        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=-100)
+        total = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=-100, reduction="sum")
+        return total / ((targets_BT != -100).sum().clamp_min(1) if count is None else count)
 
     def init_state(
         self,

@@ -14,6 +14,7 @@ SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")
 ORDER = [
     "errors",
     "files",
+    "settings",
     "gguf_file",
     "types",
     "tape",

@@ -1,10 +1,13 @@
 """What training refuses: exit status 2, one message by rank 0, and the way out."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.training import launch, write_tiny
+from train.data import DataConfig
+from train.tokenizer import TokenizerConfig, ensure_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,11 @@ def test_batches_that_do_not_divide(tiny: Path) -> None:
     )
 
 
+def test_a_batch_that_the_corpus_does_not_fill(tiny: Path) -> None:
+    options = ("train.batch_size=4096", f"run_dir={tiny.parent / 'wide'}")
+    assert "one global batch takes 4096 blocks of 16 tokens and the corpus has" in refusal(tiny, *options, ranks=2)
+
+
 def test_another_number_of_ranks(tiny: Path, started: Path) -> None:
     found = refusal(tiny, f"run_dir={started}", ranks=2)
     assert "was written by 1 ranks and this run has 2" in found
@@ -58,6 +66,23 @@ def test_a_used_run_directory_with_resume_never(tiny: Path, started: Path) -> No
 
 def test_a_corpus_that_is_not_there(tiny: Path) -> None:
     assert "nowhere.txt" in refusal(tiny, "data.source=nowhere.txt", f"run_dir={tiny.parent / 'none'}")
+
+
+def test_a_run_knows_its_text(tmp_path: Path) -> None:
+    """Other text of the same size under the same path, with the same tokenizer, is not trained on in silence."""
+    config = write_tiny(tmp_path)
+    corpus, run = tmp_path / "corpus.txt", tmp_path / "run"
+    tokenizer = ensure_tokenizer(TokenizerConfig(vocab_size=300), DataConfig(source=str(corpus)), tmp_path)
+    options = (f"tokenizer.path={tokenizer}", "train.steps=2", "train.stop_at_step=1")
+    first = launch(config, *options, ranks=1)
+    line = f"data.source='{corpus}': 1 files read, 0 skipped, 1 documents, 0 duplicates and 0 empty ones dropped"
+    assert line in first.stderr
+    account = json.loads((run / "training.json").read_text())["rows"][0]["data"]
+    assert (account["files"], account["documents"], account["files_skipped"]) == (1, 1, {})
+    corpus.write_text(corpus.read_text().replace("cat", "cow"))
+    found = refusal(config, *options[:2])
+    assert "was written with data (content)='" in found
+    assert "choose another run_dir" in found
 
 
 def test_wandb_that_is_not_installed(tiny: Path) -> None:

@@ -68,6 +68,16 @@ def test_ignored_targets_do_not_count():
     targets[:, 5:] = -100
     expected = torch.nn.functional.cross_entropy(model(ids)[:, :5].flatten(0, 1), targets[:, :5].flatten())
     torch.testing.assert_close(model.loss(ids, targets), expected)
+    whole = torch.tensor(40.0)
+    torch.testing.assert_close(model.loss(ids, targets, count=whole), expected * 10 / 40)
+
+
+def test_without_a_target_loss_and_gradients_are_zero():
+    model, ids = build(), tokens(2, 9)
+    loss = model.loss(ids, torch.full_like(ids, -100))
+    assert loss.item() == 0.0
+    loss.backward()
+    assert all(not parameter.grad.any() for parameter in model.parameters())
 
 
 def test_activation_checkpointing_changes_no_gradient():

@@ -48,6 +48,19 @@ def test_report_file(tmp_path, capsys):
     assert "not a measurement" in capsys.readouterr().out
 
 
+def test_what_is_not_finite_is_null_in_the_file(tmp_path):
+    report = Report.start(command=["bench"])
+    report.rows.append({"loss": math.nan, "parts": [math.inf, 1.0], "step": 3})
+    report.claims.append(Claim(name="c", expected=1.0, measured=-math.inf, kind="at_least"))
+    report.write(tmp_path / "report.json")
+    text = (tmp_path / "report.json").read_text()
+    assert not any(word in text for word in ("NaN", "Infinity"))
+    content = json.loads(text)
+    assert content["rows"] == [{"loss": None, "parts": [None, 1.0], "step": 3}]
+    assert content["claims"][0]["measured"] is None
+    assert content["claims"][0]["holds"] is False
+
+
 def test_command_holds_no_path_of_a_machine(tmp_path):
     """A module, a package, a script by its relative and its full path, and one from elsewhere, each really started."""
     text = "from attnzoo.report import this_command; print(this_command())"

@@ -82,3 +82,40 @@ def test_files_that_hold_no_mapping(tmp_path):
         read_config_file(tmp_path / "list.yaml")
     with pytest.raises(ValueError, match=r"missing\.yaml"):
         read_config_file(tmp_path / "missing.yaml")
+
+
+def test_scientific_notation_is_a_number(tmp_path):
+    path = tmp_path / "serve.yaml"
+    path.write_text("drain_timeout_s: 2e1\ncache: {policy: d2o, keep_ratio: 2e-1}\n")
+    for values in (
+        parse_settings(["drain_timeout_s=2e1", "cache={policy: d2o, keep_ratio: 2e-1}"]),
+        read_config_file(path),
+        {"drain_timeout_s": "2e1", "cache": {"policy": "d2o", "keep_ratio": "2e-1"}},  # by a reader of YAML 1.1
+    ):
+        config = build_serve_config({"checkpoint": "x", **values})
+        assert config.drain_timeout_s == 20.0
+        assert config.cache is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("port: 1\nport: 2\n", r"serve.yaml:2: port is set twice, first in line 1"),
+        ("cache:\n  policy: d2o\n  policy: think\n", r"serve.yaml:3: cache.policy is set twice"),
+        ("drain_timeout_s: .nan\n", r"serve.yaml:1: drain_timeout_s=.nan is not a finite number"),
+        ("step_timeout_s: .inf\n", r"serve.yaml:1: step_timeout_s=.inf is not a finite number"),
+        ("port: [1\n", r"serve.yaml: cannot be read as YAML"),
+        ("- 1\n", r"holds a list"),
+    ],
+)
+def test_mistakes_in_files_have_their_line(tmp_path, text, message):
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_config_file(path)
+
+
+@pytest.mark.parametrize("pair", ["drain_timeout_s=.nan", "step_timeout_s=.inf", "cache={policy: d2o, policy: think}"])
+def test_mistakes_in_words_are_named(pair):
+    with pytest.raises(ValueError, match=r"^(drain_timeout_s|step_timeout_s|cache)=.*(finite|twice)"):
+        parse_settings([pair])

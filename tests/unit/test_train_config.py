@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from train.config import CONFIGS, ConfigError, load_config
+from train.config import load_config
+from train.layers import CONFIGS, ConfigError
 
 
 def write(path: Path, text: str) -> str:
@@ -140,3 +141,109 @@ def test_cycles_and_missing_files(tmp_path: Path) -> None:
     assert "c.yaml:1: base: none.yaml does not exist" in message(write(tmp_path / "c.yaml", "base: none.yaml\n"))
     assert "did you mean 'rcmha.yaml'?" in message("rcmah.yaml")
     assert "d.yaml: cannot be read as YAML" in message(write(tmp_path / "d.yaml", "a: [1\n"))
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1E-6", "1.0e-6", "0.000001", "+1e-06", "1.e-6"])
+@pytest.mark.parametrize("key", ["optim.eps", "model.norm_eps", "data.validation_fraction", "model.init_std"])
+def test_scientific_notation_is_a_number_everywhere(tmp_path: Path, text: str, key: str) -> None:
+    section, name = key.split(".")
+    base = f"base: {CONFIGS}/base.yaml\n"
+    for config in (
+        load_config("base.yaml", [f"{key}={text}"]),
+        load_config("base.yaml", [f"{section}={{{name}: {text}}}"]),
+        load_config(write(tmp_path / "a.yaml", f"{base}{section}:\n  {name}: {text}\n")),
+    ):
+        found = getattr(config, section)
+        assert (found[name] if isinstance(found, dict) else getattr(found, name)) == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lr=.inf", "optim.lr: .inf is not a finite number"),
+        ("optim.weight_decay=.nan", "optim.weight_decay: .nan is not a finite number"),
+        ("optim.lr=inf", "optim.lr=inf is not a finite number"),
+        ("optim.lr=nan", "optim.lr=nan is not a finite number"),
+        ("optim.lr=1e999", "optim.lr: 1e999 is not a finite number"),
+        ("optim={lr: -.INF}", "optim: lr=-.INF is not a finite number"),
+        ("model.norm_eps=.nan", "model.norm_eps: .nan is not a finite number"),
+        ("model.norm_eps=nan", "model.norm_eps='nan' has type str"),
+        ("data.validation_fraction=.nan", "data.validation_fraction: .nan is not a finite number"),
+        ("model.attention={kind: mha, num_heads: .nan}", "num_heads=.nan is not a finite number"),
+        ("train.max_minutes=.inf", "is not a finite number"),
+        ("optim={lr: 1, lr: 2}", "optim: lr is set twice"),
+        ("seed=-1", "seed=-1 must be between 0 and 4294967295"),
+        ("seed=4294967296", "seed=4294967296 must be between 0 and"),
+        ("seed=99999999999999999999999999", "must be between 0 and"),
+        ("data.seed=-1", "data.seed=-1 must be between 0 and 4294967295"),
+        ("train.batch_size=99999999999999999999999", "train.batch_size=99999999999999999999999 must be at most"),
+        ("model.vocab_size=300", "model.vocab_size=300: the vocabulary is the tokenizer's; set tokenizer.vocab_size"),
+        ("train.stop_at_step=401", "train.stop_at_step=401 lies beyond the end, train.steps=400"),
+        ("name=../../x", "name='../../x' must be the name of a directory"),
+        ("name=..", "name='..' must be"),
+        ("name=a/b", "name='a/b' must be"),
+        ("name=''", "name='' must be"),
+        ("name=/tmp/x", "name='/tmp/x' must be"),
+        ("name='a '", "name='a ' must be"),
+        ('name="a\\nb"', "must be the name of a directory"),
+        ("run_dir=''", "run_dir is empty"),
+        ("cache_dir=''", "cache_dir is empty"),
+        ("name=${nothing}", "name: Interpolation key 'nothing' not found"),
+        ("name=???", "name=??? stands for a value that is not there"),
+        ("model.norm=???", "model.norm=??? stands for"),
+        ("sample.prompts=[a, '???']", "sample.prompts=??? stands for"),
+        ("model.attention={kind: mha, num_heads: '???'}", "model.attention.num_heads=??? stands for"),
+        ("model..norm=rmsnorm", "'model..norm=rmsnorm' is not of the form key=value"),
+        (".=1", "is not of the form key=value"),
+        ("train.steps=!!int x", "train.steps: cannot be read as YAML"),
+        ("model=&a [*a]", "model: the value holds itself"),
+        ("train.steps=[[[[", "train.steps: cannot be read as YAML"),
+    ],
+)
+def test_values_that_no_run_could_use(override: str, expected: str) -> None:
+    found = message("base.yaml", override)
+    assert found.startswith("command line: ")
+    assert expected in found
+
+
+def test_a_step_to_stop_at_may_be_the_last() -> None:
+    assert load_config("base.yaml", ["train.stop_at_step=400"]).train.stop_at_step == 400
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "expected"),
+    [
+        ("train:\n  steps: 1\n  steps: 2\n", 3, "train.steps is set twice, first in line 2; keep one of them"),
+        ("train: {steps: 1}\nseed: 1\ntrain: {steps: 2}\n", 3, "train is set twice, first in line 1"),
+        ("train: {steps: 1}\nmodel:\n  attention:\n    kind: mha\n    kind: rmha\n", 5, "model.attention.kind is"),
+        ("train: {steps: 1}\noptim:\n  lr: .inf\n", 3, "optim.lr=.inf is not a finite number"),
+        ("train: {steps: 1}\nname: ../x\n", 2, "name='../x' must be the name of a directory"),
+        ("train: {steps: 2}\nmodel:\n  vocab_size: 3\n", 3, "model.vocab_size=3"),
+    ],
+)
+def test_mistakes_in_files_have_their_line(tmp_path: Path, text: str, line: int, expected: str) -> None:
+    found = message(write(tmp_path / "bad.yaml", text))
+    assert f"bad.yaml:{line}: " in found
+    assert expected in found
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "# only a comment\n", "---\n", "null\n", "\ufeff"])
+def test_empty_files_are_named(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "empty.yaml", text)
+    assert "empty.yaml is empty; write keys and values" in message(path)
+    assert "empty.yaml is empty" in message(write(tmp_path / "b.yaml", "base: empty.yaml\ntrain: {steps: 1}\n"))
+
+
+def test_words_stay_words(tmp_path: Path) -> None:
+    """YAML 1.1 takes `no` for false, 010 for eight and 1:30 for ninety."""
+    base = f"base: {CONFIGS}/base.yaml\n"
+    path = write(
+        tmp_path / "a.yaml", f"{base}name: no\ntrain: {{steps: 010}}\ndata: {{source: on, text_field: 2026-01-01}}\n"
+    )
+    config = load_config(path)
+    assert (config.name, config.train.steps) == ("no", 10)
+    assert (config.data["source"], config.data["text_field"]) == ("on", "2026-01-01")
+    shared = "x: &x {model_dim: 8}\n"
+    assert "unknown key x" in message(write(tmp_path / "b.yaml", f"{shared}train: {{steps: 1}}\n"))
+    merged = "train: {steps: 1}\nmodel: &m {model_dim: 8, num_layers: 1}\n"
+    assert load_config(write(tmp_path / "c.yaml", merged)).model == {"model_dim": 8, "num_layers": 1}

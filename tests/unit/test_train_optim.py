@@ -44,6 +44,24 @@ def test_muon_takes_linear_maps_of_blocks_only(attention: str, tie: bool) -> Non
         assert (group["weight_decay"] == 0) == (group["name"] == "rest")
 
 
+@pytest.mark.parametrize("frozen", ["", "blocks.", "head.", "embedding.", "norm.", "blocks.0", "head.|norm."])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_frozen_parameters_are_in_no_group(frozen: str, name: str, tie: bool) -> None:
+    lm = model("rcmha", tie)
+    for key, parameter in lm.named_parameters():
+        parameter.requires_grad_(not (frozen and key.startswith(tuple(frozen.split("|")))))
+    groups = param_groups(lm, OptimConfig(name=name))
+    assert all(group["params"] for group in groups)
+    found = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(found) == sorted(id(p) for p in lm.parameters() if p.requires_grad)
+
+
+def test_a_model_without_anything_to_train_is_refused() -> None:
+    with pytest.raises(ValueError, match="every parameter of the model is frozen"):
+        param_groups(model().requires_grad_(False), OptimConfig())
+
+
 def test_convolution_kernels_and_tables_are_in_the_rest() -> None:
     lm = model("rcmha")
     rest = {id(p) for g in param_groups(lm, OptimConfig(name="muon")) if g["name"] == "rest" for p in g["params"]}

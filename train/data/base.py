@@ -1,9 +1,12 @@
 """What training needs of its data, wherever it comes from."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
+
+IGNORED = -100
+"""A target that does not count."""
 
 
 class Batches(Protocol):
@@ -30,6 +33,13 @@ class TrainingData(Protocol):
     def num_train_tokens(self) -> int: ...
     @property
     def num_train_bytes(self) -> int: ...
+    @property
+    def digest(self) -> str:
+        """Of all that is trained and measured on: another one means other data."""
+
+    @property
+    def account(self) -> dict[str, Any]:
+        """What became of the files and documents of the source (`train.data.account`); empty for generated data."""
 
     def validation_blocks(self, most: int | None = None) -> tuple[Tensor, Tensor]:
         """(tokens_NT, targets_NT) of all validation sequences, or of `most` of them."""

@@ -33,5 +33,7 @@ class DataConfig:
             raise ValueError(f"data.sequence_length={self.sequence_length} must be at least 1")
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ValueError(f"data.max_bytes={self.max_bytes} must be at least 1, or null for all text")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"data.seed={self.seed} must be between 0 and {2**32 - 1}")
         if not self.source:
             raise ValueError("data.source is empty; give 'stdlib', 'retrieval', a path or 'hub:<dataset id>'")

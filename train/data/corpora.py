@@ -2,87 +2,115 @@
 
 import hashlib
 import itertools
-import json
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from train.data.account import Account
 from train.data.config import DataConfig
+from train.data.files import MARK, find_files, read_files, text_of
 from train.data.retrieval import SOURCE, retrieval_documents
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex")
+READING = 2
+"""Number of the rules by which sources are read: another one makes prepared tokens and tokenizers be made anew."""
 FEW_DOCUMENTS = 20
 """With fewer documents the split is by position within each, as whole documents would be too coarse."""
 
 
-def split_documents(config: DataConfig) -> Iterator[tuple[bool, str]]:
-    """(is_train, document) for every distinct document, in the order of the source.
+def split_documents(config: DataConfig, account: Account | None = None) -> Iterator[tuple[bool, str]]:
+    """(is_train, document) for every distinct document, in the order of the source; `account` counts what is read.
 
     A document's side follows from its content and the seed, so no text is on both sides and new documents move no old
-    ones. Raises ValueError as `documents`, and when nothing is left for one of the sides.
+    ones. Raises ValueError as `documents`.
     """
-    found = _distinct(documents(config))
+    account = Account() if account is None else account
+    found = _distinct(documents(config, account), account)
     first = list(itertools.islice(found, FEW_DOCUMENTS))
     if len(first) < FEW_DOCUMENTS:
-        yield from itertools.chain.from_iterable(_split_by_position(document, config) for document in first)
+        yield from itertools.chain.from_iterable(split_by_position(document, config) for document in first)
         return
     for document in itertools.chain(first, found):
         digest = hashlib.sha256(f"{config.seed} {document}".encode()).digest()
         yield int.from_bytes(digest[:8], "big") >= config.validation_fraction * 2**64, document
 
 
-def _split_by_position(document: str, config: DataConfig) -> Iterator[tuple[bool, str]]:
-    """The end of the document, from the start of a line on, is for validation."""
+def split_by_position(document: str, config: DataConfig) -> Iterator[tuple[bool, str]]:
+    """The end of the document is for validation: from the start of a line on, else of a word, if one is near.
+
+    Near is before the place that the fraction says, by at most half of what is for validation. Nothing empty.
+    """
     cut = int(len(document) * (1 - config.validation_fraction))
-    cut = document.rfind("\n", 0, cut) + 1 or cut
-    yield True, document[:cut]
-    yield False, document[cut:]
+    nearest = max(0, cut - (len(document) - cut) // 2)
+    for separator in ("\n", " "):
+        place = document.rfind(separator, nearest, cut) + 1
+        if place:
+            cut = place
+            break
+    yield from ((is_train, part) for is_train, part in ((True, document[:cut]), (False, document[cut:])) if part)
 
 
-def _distinct(found: Iterable[str]) -> Iterator[str]:
+def _distinct(found: Iterator[str], account: Account) -> Iterator[str]:
     seen = set()
     for document in found:
         digest = hashlib.sha256(document.encode()).digest()
-        if document and digest not in seen:
+        if not document:
+            account.empty += 1
+        elif digest in seen:
+            account.duplicates += 1
+        else:
             seen.add(digest)
+            account.documents += 1
             yield document
 
 
-def documents(config: DataConfig) -> Iterator[str]:
+def documents(config: DataConfig, account: Account | None = None) -> Iterator[str]:
     """Documents of the source, up to about max_bytes. Raises ValueError that names the source and the way out."""
+    account = Account() if account is None else account
     read = 0
-    for document in _reader(config)(config):
-        # Lone surrogates (from JSON escapes) are no text that UTF-8 could hold.
-        document = document.encode("utf-8", errors="replace").decode("utf-8")
+    for document in _read(config, account):
+        # Lone surrogates (from JSON escapes) are no text that UTF-8 could hold, a byte order mark is no text at all.
+        document = document.lstrip(MARK).encode("utf-8", errors="replace").decode("utf-8")
         yield document
         read += len(document.encode())
         if config.max_bytes is not None and read >= config.max_bytes:
+            account.complete = False
             return
     if read == 0:
         raise ValueError(f"data.source={config.source!r} holds no text")
 
 
 def fingerprint(config: DataConfig) -> str:
-    """Changes when the text of the source may have changed: names, sizes and times of its files, or the hub id."""
-    parts = [config.source, config.text_field, config.split, str(config.max_bytes)]
+    """Changes when the text of the source may have changed: by what the file system tells of its files, or the hub id.
+
+    The time of the last change to a file's entry (ctime) is part of it: nobody can set it back, as they can the time of
+    the last writing.
+    """
+    parts = [str(READING), config.source, config.text_field, config.split, str(config.max_bytes)]
     parts += [str(config.validation_fraction), str(config.seed)]
     if config.source == SOURCE or config.source.startswith("hub:"):
         return " ".join(parts)
-    files = _stdlib_files() if config.source == "stdlib" else _files(config)
-    stamps = ((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    files = _stdlib_files() if config.source == "stdlib" else find_files(config)
+    stamps = ((str(path), *_stamp(path)) for path in files)
     return " ".join([*parts, sys.version.split()[0], hashlib.sha256(repr(list(stamps)).encode()).hexdigest()])
 
 
-def _reader(config: DataConfig) -> Callable[[DataConfig], Iterator[str]]:
+def _stamp(path: Path) -> tuple[int, ...]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); take it out of data.source") from None
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _read(config: DataConfig, account: Account) -> Iterator[str]:
     if config.source == "stdlib":
-        return _read_stdlib
+        return _read_stdlib(account)
     if config.source == SOURCE:
-        return retrieval_documents
+        return retrieval_documents(config)
     if config.source.startswith("hub:"):
-        return _read_hub
-    return _read_files
+        return _read_hub(config)
+    return read_files(config, account)
 
 
 def _stdlib_files() -> list[Path]:
@@ -92,79 +120,15 @@ def _stdlib_files() -> list[Path]:
     return sorted(p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts))
 
 
-def _read_stdlib(config: DataConfig) -> Iterator[str]:
+def _read_stdlib(account: Account) -> Iterator[str]:
     for path in _stdlib_files():
         try:
-            yield path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:  # a few modules declare another encoding
+            account.skip(path.name, "not UTF-8")
             continue
-
-
-def _files(config: DataConfig) -> list[Path]:
-    path = Path(config.source)
-    if not path.exists():
-        raise ValueError(
-            f"data.source={config.source!r} does not exist; give 'stdlib', a path of text, jsonl or parquet, or "
-            "'hub:<dataset id>'"
-        )
-    if path.is_file():
-        return [path]
-    known = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
-    files = sorted(p for p in path.rglob("*") if p.suffix in known and p.is_file())
-    if not files:
-        raise ValueError(f"data.source={config.source!r} holds no file ending in {', '.join(known)}")
-    return files
-
-
-def _read_files(config: DataConfig) -> Iterator[str]:
-    for path in _files(config):
-        if path.suffix == ".jsonl":
-            yield from _read_jsonl(path, config)
-        elif path.suffix == ".parquet":
-            yield from _read_parquet(path, config)
-        elif path.suffix in TEXT_SUFFIXES:
-            yield _read_text(path)
-        else:
-            raise ValueError(
-                f"data.source={config.source!r}: unknown kind of file {path.suffix!r}; known: "
-                f"{', '.join((*TEXT_SUFFIXES, '.jsonl', '.parquet'))}"
-            )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")  # not read_text, which would turn \r\n into \n
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from None
-
-
-def _read_jsonl(path: Path, config: DataConfig) -> Iterator[str]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number} is not UTF-8 text (byte {error.start}); convert it") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} is not JSON ({error.msg})") from None
-            yield _text_of(record, config, f"{path}:{number}")
-
-
-def _read_parquet(path: Path, config: DataConfig) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a readable parquet file ({error}); write it again") from None
-    if config.text_field not in file.schema_arrow.names:
-        _text_of(dict.fromkeys(file.schema_arrow.names), config, str(path))
-    for batch in file.iter_batches(columns=[config.text_field]):
-        for value in batch.column(0).to_pylist():
-            yield _text_of({config.text_field: value}, config, str(path))
+        account.files += 1
+        yield text
 
 
 def _read_hub(config: DataConfig) -> Iterator[str]:
@@ -180,27 +144,12 @@ def _read_hub(config: DataConfig) -> Iterator[str]:
     try:
         found = datasets.load_dataset(name, variant or None, split=config.split, streaming=True)
         for record in found:
-            yield _text_of(record, config, config.source)
+            yield text_of(record, config, config.source)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, ValueError) and str(error).startswith("data."):
             raise
         raise ValueError(
             f"data.source={config.source!r}, data.split={config.split!r} cannot be read from the hub "
-            f"({type(error).__name__}: {error}); check the id and the network, or give a local path"
+            f"({type(error).__name__}: {' '.join(str(error).split())}); check the id and the network, or give a local "
+            "path"
         ) from None
-
-
-def _text_of(record: Any, config: DataConfig, where: str) -> str:
-    value = record.get(config.text_field) if isinstance(record, dict) else None
-    if isinstance(record, dict) and config.text_field in record and not isinstance(value, str):
-        raise ValueError(
-            f"data.text_field={config.text_field!r} holds {type(value).__name__} in {where}, not text; remove such "
-            "records or name another field"
-        )
-    if not isinstance(value, str):
-        keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(
-            f"data.text_field={config.text_field!r} is no text in {where}; found {keys}: "
-            "set data.text_field to one of them"
-        )
-    return value

@@ -10,8 +10,9 @@ from torch import Tensor
 class BatchStream:
     """An endless stream of training batches over a token array.
 
-    Every epoch cuts the tokens into blocks from another random offset and visits them in another random order. The
-    position in the stream is two integers, so a checkpoint can hold it.
+    Every epoch cuts the tokens into blocks from another random place on, as if the last token were followed by the
+    first, and visits them in another random order: so the edges of blocks move, and every epoch has as many blocks.
+    The position in the stream is two integers, so a checkpoint can hold it.
     """
 
     def __init__(self, tokens: np.ndarray, length: int, seed: int) -> None:
@@ -22,11 +23,18 @@ class BatchStream:
     def _epoch_starts(self) -> np.ndarray:
         """First tokens of the blocks of this epoch, in the order of their visit."""
         random = np.random.default_rng((self._seed, self._epoch))
-        room = (len(self._tokens) - 1) % self._length
-        offset = int(random.integers(0, room + 1))
-        count = (len(self._tokens) - 1 - offset) // self._length
-        starts: np.ndarray = offset + self._length * random.permutation(count)
+        size = len(self._tokens)
+        offset = int(random.integers(size))
+        starts: np.ndarray = (offset + self._length * random.permutation(size // self._length)) % size
         return starts
+
+    def _block(self, start: int) -> np.ndarray:
+        """Inputs and the token after them."""
+        end = start + self._length + 1
+        row = self._tokens[start:end]
+        if end <= len(self._tokens):
+            return row
+        return np.concatenate([row, self._tokens[: end - len(self._tokens)]])
 
     def next(self, batch_size: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
         """(tokens_BT, targets_BT) of process `rank`: its part of the next batch_size * world blocks.
@@ -50,7 +58,7 @@ class BatchStream:
                 )
         first = self._used + rank * batch_size
         self._used += wanted
-        rows = [self._tokens[s : s + self._length + 1] for s in self._starts[first : first + batch_size]]
+        rows = [self._block(start) for start in self._starts[first : first + batch_size]]
         block = torch.from_numpy(np.stack(rows).astype(np.int64))
         return block[:, :-1], block[:, 1:]
 

@@ -6,9 +6,11 @@ beside the value of a variable where it is assigned: without this step on the wa
 The sequence of an index is always the same, so nothing is stored.
 """
 
+import hashlib
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +18,10 @@ from torch import Tensor
 from attnzoo.evaluate.cache.examples import answered
 from attnzoo.evaluate.cache.symbol_tasks import ALPHABET, SYMBOL_TASKS, symbol_example, symbol_tokens
 from attnzoo.tokenizer import Tokenizer
+from train.data.base import IGNORED
 from train.data.config import DataConfig
 
 SOURCE = "retrieval"
-IGNORED = -100
 VALIDATION_SEQUENCES = 256
 SHORTEST_CONTEXT = 80
 """Symbols that hold the items of every task."""
@@ -98,6 +100,12 @@ class TaskData:
     validation: tuple[Tensor, Tensor]
     num_train_tokens: int = 1
     num_train_bytes: int = 1
+    account: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Of the validation sequences: they follow from the same generator."""
+        return hashlib.sha256(b"".join(part.numpy().tobytes() for part in self.validation)).hexdigest()[:16]
 
     def validation_blocks(self, most: int | None = None) -> tuple[Tensor, Tensor]:
         """(tokens_NT, targets_NT): all of the validation sequences, or the first `most`."""
@@ -112,17 +120,9 @@ class TaskData:
 def prepare_tasks(config: DataConfig, tokenizer: Tokenizer) -> TaskData:
     """Training data of the tasks. Raises ValueError for a sequence too short to hold a context and its questions, for
     documents that are not kept apart, and for a tokenizer that has no token of its own for a symbol."""
-    if config.sequence_length < 2 * SHORTEST_CONTEXT:
-        raise ValueError(
-            f"data.sequence_length={config.sequence_length} is too short for data.source={SOURCE!r}: a context takes "
-            f"{SHORTEST_CONTEXT} tokens and questions as many; give at least {2 * SHORTEST_CONTEXT}"
-        )
-    if not config.isolate_documents or tokenizer.bos_id is None:
-        raise ValueError(
-            f"data.isolate_documents={config.isolate_documents}: documents of data.source={SOURCE!r} use the same "
-            "symbols for other things, so a sequence must keep them apart; set it to true, with a tokenizer that has a "
-            "begin token"
-        )
+    check_tasks(config)
+    if tokenizer.bos_id is None:
+        raise ValueError(f"data.source={SOURCE!r} needs a tokenizer that has a begin token; this one's texts have none")
     bos, tokens = tokenizer.bos_id, symbol_tokens(tokenizer.encode)
     indices = [f"validation {index}" for index in range(VALIDATION_SEQUENCES)]
     return TaskData(
@@ -130,3 +130,17 @@ def prepare_tasks(config: DataConfig, tokenizer: Tokenizer) -> TaskData:
         config.sequence_length,
         task_block(bos, tokens, config.sequence_length, indices),
     )
+
+
+def check_tasks(config: DataConfig) -> None:
+    """Raises ValueError as `prepare_tasks`, for what does not depend on the tokenizer."""
+    if config.sequence_length < 2 * SHORTEST_CONTEXT:
+        raise ValueError(
+            f"data.sequence_length={config.sequence_length} is too short for data.source={SOURCE!r}: a context takes "
+            f"{SHORTEST_CONTEXT} tokens and questions as many; give at least {2 * SHORTEST_CONTEXT}"
+        )
+    if not config.isolate_documents:
+        raise ValueError(
+            f"data.isolate_documents={config.isolate_documents}: documents of data.source={SOURCE!r} use the same "
+            "symbols for other things, so a sequence must keep them apart; set it to true"
+        )

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +16,14 @@ from tqdm import tqdm
 
 from attnzoo.files import replace_directory, temporary_directory
 from attnzoo.tokenizer import Tokenizer, load_tokenizer
+from train.data.account import Account, account_line
+from train.data.base import IGNORED
 from train.data.config import DataConfig
 from train.data.corpora import fingerprint, split_documents
 from train.data.loader import BatchStream
 from train.data.retrieval import SOURCE, TaskData, prepare_tasks
 
-FORMAT = 1
+FORMAT = 2
 SIDES = ("train", "validation")
 
 
@@ -35,6 +39,8 @@ class TokenData:
     num_train_tokens: int
     num_train_bytes: int
     num_validation_bytes: int
+    digest: str
+    account: dict[str, Any]
 
     def validation_blocks(self, most: int | None = None) -> tuple[Tensor, Tensor]:
         """(tokens_NT, targets_NT): blocks side by side; every token but the first and a rest is a target once.
@@ -48,11 +54,12 @@ class TokenData:
         return tokens_NT[chosen], targets_NT[chosen]
 
     def bytes_per_token(self, targets_NT: Tensor) -> float:
-        """UTF-8 bytes per target: bits per byte = nats per target / ln 2 / bytes_per_token of the same targets.
+        """UTF-8 bytes per target that counts: bits per byte = nats per target / ln 2 / bytes per target.
 
         Targets without bytes count as targets, so a model pays for predicting where a document ends.
         """
-        return int(self.token_bytes[targets_NT].sum()) / targets_NT.numel()
+        counted = targets_NT[targets_NT != IGNORED]
+        return int(self.token_bytes[counted].sum()) / counted.numel()
 
 
 def blocks_of(tokens: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
@@ -83,9 +90,10 @@ def prepare(
         if not is_main:
             raise ValueError(f"no prepared tokens in {directory}; prepare them in the main process first")
         _build(config, tokenizer, directory, progress)
-    about = json.loads((directory / "about.json").read_text(encoding="utf-8"))
-    dtype = np.dtype(about["dtype"])
-    tokens = {side: np.memmap(directory / f"{side}.bin", dtype=dtype, mode="r") for side in SIDES}
+    about = read_about(directory, whole=is_main)
+    if is_main and progress:
+        tqdm.write(account_line(config.source, about["account"]), file=sys.stderr)
+    tokens = {side: np.memmap(directory / f"{side}.bin", dtype=about["dtype"], mode="r") for side in SIDES}
     for side in SIDES:
         if len(tokens[side]) <= config.sequence_length:
             raise ValueError(
@@ -98,9 +106,37 @@ def prepare(
         sequence_length=config.sequence_length,
         token_bytes=torch.tensor([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)]),
         num_train_tokens=len(tokens["train"]),
-        num_train_bytes=about["train_bytes"],
-        num_validation_bytes=about["validation_bytes"],
+        num_train_bytes=about["train"]["text_bytes"],
+        num_validation_bytes=about["validation"]["text_bytes"],
+        digest=hashlib.sha256("".join(about[side]["sha256"] for side in SIDES).encode()).hexdigest()[:16],
+        account=about["account"],
     )
+
+
+def read_about(directory: Path, whole: bool) -> dict[str, Any]:
+    """about.json, checked against the files of tokens: against their sizes, and with `whole` against their content.
+
+    Raises ValueError that names the file and the way out.
+    """
+    mend = f"delete {directory} and start again: it is prepared anew"
+    try:
+        about = json.loads((directory / "about.json").read_text(encoding="utf-8"))
+        for side in SIDES:
+            path, wanted = directory / f"{side}.bin", about[side]
+            size = path.stat().st_size
+            if size != wanted["tokens"] * np.dtype(about["dtype"]).itemsize:
+                raise ValueError(f"{path} is damaged: it has {size:,} bytes, not {wanted['tokens']:,} tokens; {mend}")
+            if whole and _digest(path) != wanted["sha256"]:
+                raise ValueError(f"{path} is damaged: its content is not what was prepared; {mend}")
+        account_line("", about["account"])
+    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"the prepared tokens are damaged ({type(error).__name__}: {error}); {mend}") from None
+    return about
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cache_directory(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -> Path:
@@ -114,31 +150,58 @@ def _cache_directory(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path) 
 
 def _build(config: DataConfig, tokenizer: Tokenizer, directory: Path, progress: bool) -> None:
     """The directory appears only when it is whole; what an interrupted build wrote is removed."""
-    temporary = temporary_directory(directory)
+    temporary = None
     try:
+        temporary = temporary_directory(directory)
         _write_tokens(config, tokenizer, temporary, progress)
         replace_directory(temporary, directory)
+    except OSError as error:
+        raise ValueError(
+            f"the tokens of data.source={config.source!r} cannot be written to {directory} "
+            f"({error.strerror or error}); make room there, or set cache_dir to another directory"
+        ) from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _Side:
+    """The tokens of one side, on their way to a file."""
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self.file, self.dtype, self.hash = path.open("wb"), dtype, hashlib.sha256()
+        self.tokens, self.text_bytes = 0, 0
+
+    def write(self, ids: list[int], document: str) -> None:
+        data = np.array(ids, dtype=self.dtype).tobytes()
+        self.file.write(data)
+        self.hash.update(data)
+        self.tokens += len(ids)
+        self.text_bytes += len(document.encode())
+
+    def about(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "text_bytes": self.text_bytes, "sha256": self.hash.hexdigest()}
 
 
 def _write_tokens(config: DataConfig, tokenizer: Tokenizer, temporary: Path, progress: bool) -> None:
     """Writes train.bin, validation.bin and about.json."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    num_bytes = dict.fromkeys(SIDES, 0)
-    with (temporary / "train.bin").open("wb") as train, (temporary / "validation.bin").open("wb") as validation:
-        for side, document in _with_progress(split_documents(config), progress):
-            ids = tokenizer.encode(document, bos=True, eos=True)
-            (train if side == "train" else validation).write(np.array(ids, dtype=dtype).tobytes())
-            num_bytes[side] += len(document.encode())
-    about = {"dtype": dtype.name, "train_bytes": num_bytes["train"], "validation_bytes": num_bytes["validation"]}
-    (temporary / "about.json").write_text(json.dumps(about), encoding="utf-8")
-    for side in SIDES:
-        if num_bytes[side] == 0:
+    sides, account = {name: _Side(temporary / f"{name}.bin", dtype) for name in SIDES}, Account()
+    try:
+        for side, document in _with_progress(split_documents(config, account), progress):
+            sides[side].write(tokenizer.encode(document, bos=True, eos=True), document)
+    finally:
+        for written in sides.values():
+            written.file.close()
+    for name, written in sides.items():
+        if written.tokens == 0:
             raise ValueError(
-                f"no document of data.source={config.source!r} fell to {side}; give more text or another "
+                f"no document of data.source={config.source!r} fell to {name}; give more text or another "
                 f"data.validation_fraction than {config.validation_fraction}"
             )
+    about = {name: written.about() for name, written in sides.items()}
+    content = {"dtype": dtype.name, **about, "account": account.to_dict()}
+    (temporary / "about.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _with_progress(documents: Iterator[tuple[bool, str]], progress: bool) -> Iterator[tuple[str, str]]:

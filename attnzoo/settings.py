@@ -1,0 +1,131 @@
+"""Settings as text: YAML with the numbers and words that people mean, and no mistake passed over.
+
+Types are those of YAML 1.2: 1e-6 is a number, `no` and `on` are words, 010 is ten. A key that is set twice, and
+numbers that are not finite, are errors. Needs the package pyyaml.
+"""
+
+import functools
+import importlib
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
+BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+INT = re.compile(r"^(?:[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+)$")
+FLOAT = re.compile(
+    r"^(?:[-+]?(?:\.[0-9][0-9_]*|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+"""Tried after INT."""
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a text. Raises ValueError, one line that begins with `where`, for what cannot be read."""
+    return parse_lines(text, where, numbered=False)[0]
+
+
+def parse_lines(text: str, where: str, numbered: bool = True) -> tuple[Any, dict[str, int]]:
+    """(the value, the line of every dotted key). `numbered`: errors say where:line."""
+    yaml = _yaml(where)
+    lines: dict[str, int] = {}
+    try:
+        reader = _loader()(text)
+        try:
+            node = reader.get_single_node()
+            if node is None:
+                return None, {}
+            for mark, problem in _problems(node, "", lines, {}):
+                raise ValueError(f"{where}:{mark.line + 1}: {problem}" if numbered else f"{where}: {problem}")
+            return _constructed(reader, node, where), lines
+        finally:
+            reader.dispose()
+    except (yaml.YAMLError, RecursionError) as error:
+        detail = " ".join(str(error).split())
+        raise ValueError(f"{where}: cannot be read as YAML: {detail}") from None
+
+
+def _constructed(reader: Any, node: Any, where: str) -> Any:
+    try:
+        return reader.construct_document(node)
+    except ValueError as error:  # "!!int word", or more digits than Python reads
+        raise ValueError(f"{where}: cannot be read as YAML: {error}") from None
+
+
+def _problems(node: Any, prefix: str, lines: dict[str, int], done: dict[int, bool]) -> Iterator[tuple[Any, str]]:
+    """(mark, problem) below a node; collects the lines of keys. `done`: nodes that aliases may lead to once more."""
+    if id(node) in done:
+        if not done[id(node)]:
+            yield node.start_mark, f"{prefix.removesuffix('.') or 'the value'} holds itself"
+        return
+    done[id(node)] = False
+    if node.id == "scalar":
+        if node.tag == "tag:yaml.org,2002:float" and not _is_finite(node.value):
+            key = f"{prefix.removesuffix('.')}={node.value}" if prefix else node.value
+            yield node.start_mark, f"{key} is not a finite number"
+    elif node.id == "sequence":
+        for item in node.value:
+            yield from _problems(item, prefix, lines, done)
+    else:
+        own: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            name = f"{prefix}{key.value}" if key.id == "scalar" else prefix
+            if key.id == "scalar":
+                line = key.start_mark.line + 1
+                if (key.tag, key.value) in own:
+                    first = own[key.tag, key.value]
+                    yield key.start_mark, f"{name} is set twice, first in line {first}; keep one of them"
+                lines[name] = own[key.tag, key.value] = line
+            yield from _problems(value, f"{name}.", lines, done)
+    done[id(node)] = True
+
+
+def _yaml(where: str) -> Any:
+    try:
+        return importlib.import_module("yaml")
+    except ModuleNotFoundError:
+        raise ValueError(f"{where}: reading YAML needs the package pyyaml: pip install pyyaml") from None
+
+
+def _is_finite(text: str) -> bool:
+    """False for what is a number and not a finite one."""
+    try:
+        return math.isfinite(_float(text))
+    except ValueError:  # "!!float word"
+        return True
+
+
+def _int(text: str) -> int:
+    digits = text.replace("_", "")
+    return int(digits, 8 if digits.startswith("0o") else 16 if digits.startswith("0x") else 10)
+
+
+def _float(text: str) -> float:
+    digits = text.replace("_", "").lower()
+    return float(digits.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+@functools.cache
+def _loader() -> Any:
+    """pyyaml's safe loader with the scalars of YAML 1.2."""
+    yaml = importlib.import_module("yaml")
+
+    kept = {
+        first: [(tag, rule) for tag, rule in rules if tag.endswith(":merge")]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
+        yaml_implicit_resolvers = kept
+
+    for name, rule, first in (
+        ("null", NULL, ["~", "n", "N", ""]),
+        ("bool", BOOL, list("tTfF")),
+        ("int", INT, list("-+0123456789")),
+        ("float", FLOAT, list("-+.0123456789")),
+    ):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{name}", rule, first)
+    Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: _int(loader.construct_scalar(node)))
+    Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _float(loader.construct_scalar(node)))
+    return Loader

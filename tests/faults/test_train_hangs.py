@@ -1,0 +1,283 @@
+"""Ranks that stop, hosts that do not share, two runs at once, terminals that close, machines without a compiler."""
+
+import fcntl
+import os
+import pty
+import re
+import socket
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.training import ROOT, command, environment, launch, losses, write_tiny
+from train.ranks import free_port
+
+LONG = ("train.steps=1000000", "eval.every=null", "schedule.kind=constant")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("hangs"))
+
+
+def wait_for_steps(process: subprocess.Popen[bytes], run: Path, steps: int = 3) -> None:
+    deadline = time.monotonic() + 200
+    metrics = run / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_text(encoding="utf-8").count("\n") >= steps):
+        assert process.poll() is None, "the run ended early"
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children(recursive=True)
+    ranks = {a: c for c in children for a in c.cmdline() if a.startswith("--local_rank=")}
+    return [ranks[name] for name in sorted(ranks)]
+
+
+def test_a_stopped_rank_ends_the_run_with_stacks(tiny: Path, tmp_path: Path) -> None:
+    """Rank 1 stands still; rank 0 hears of SIGTERM though it waits for rank 1. A second run is refused meanwhile."""
+    run, log = tmp_path / "run", tmp_path / "stderr"
+    options = (f"run_dir={run}", *LONG, "watchdog.stop=2")
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(command(tiny, *options), env=environment(), stdout=stderr, stderr=stderr)
+    ranks: list[psutil.Process] = []
+    try:
+        wait_for_steps(process, run)
+        ranks = ranks_of(process)
+        second = launch(tiny, *options, ranks=1, status=2).stderr
+        assert re.search(rf"train: run_dir=.* is in use by another run \(host .*, pid {ranks[0].pid}\)", second)
+        assert "Traceback" not in second
+        ranks[1].suspend()
+        ranks[0].terminate()
+        deadline = time.monotonic() + 60
+        while ranks[0].is_running() and ranks[0].status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        ranks[1].resume()  # the launcher would kill it after half a minute
+        assert process.wait(timeout=60) == 1
+    finally:
+        for rank in ranks:
+            if rank.is_running():
+                rank.kill()
+        process.kill()
+        process.wait()
+    text = log.read_text(errors="replace")
+    assert "train: rank 0 on" in text
+    assert "was told to stop and its phase step did not end in 2 s (watchdog.stop)" in text
+    assert re.search(
+        r'Thread 0x\w+ \(most recent call first\):\n(  File .*\n)*  File ".*loop.py", line \d+ in take_step', text
+    )
+
+
+def test_hosts_that_do_not_share_the_run_directory(tiny: Path, tmp_path: Path) -> None:
+    """Two ranks that the test starts itself, each in a directory of its own: a relative run_dir means two places."""
+    port, processes = free_port(), []
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        processes.append(
+            subprocess.Popen(
+                command(tiny, "run_dir=run", ranks=1),
+                env=environment(**place),
+                cwd=tmp_path / str(rank),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    told = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], told
+    line = re.findall(r"^train: .*", told[0], re.M)
+    assert len(line) == 1
+    assert re.match(
+        r"train: rank 1 on .*: run_dir=run is not the directory that rank 0 on .* has under this name", line[0]
+    )
+    assert "on a file system that all hosts share" in line[0]
+    assert not re.findall(r"^train: ", told[1], re.M)
+    assert not (tmp_path / "0/run/checkpoints").exists()
+
+
+def test_a_mistake_of_one_rank_is_told_with_its_rank(tiny: Path, tmp_path: Path) -> None:
+    """Only rank 1 has a plug-in, and so a variant, of another making: the run's data are gone for it."""
+    (tmp_path / "plug.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import train.data.tokens as tokens\n"
+        "    def gone(*a, **k):\n"
+        "        raise ValueError('these tokens cannot be read')\n"
+        "    tokens.prepare = gone\n"
+        "    import train.data as data\n"
+        "    data.prepare = gone\n",
+        encoding="utf-8",
+    )
+    found = launch(tiny, f"run_dir={tmp_path / 'run'}", status=2, ATTNZOO_PLUGINS=str(tmp_path / "plug.py")).stderr
+    lines = re.findall(r"^train: .*", found, re.M)
+    assert len(lines) == 1, found
+    assert re.match(r"train: rank 1 on \S+: these tokens cannot be read$", lines[0])
+
+
+def test_a_failure_of_one_rank_ends_all_with_its_rank(tiny: Path, tmp_path: Path) -> None:
+    """A variant raises on rank 1 in the middle of a step: its traceback, one line with the rank, status 1, no hang."""
+    (tmp_path / "fails.py").write_text(
+        "import os\n"
+        "from attnzoo.attention.base import ATTENTION\n"
+        "from attnzoo.attention.mha import MHA\n"
+        "@ATTENTION.register('fails')\n"
+        "class Fails(MHA):\n"
+        "    def forward(self, *args, **options):\n"
+        "        if self.training and os.environ['RANK'] == '1':\n"
+        "            raise RuntimeError('the variant has a mistake')\n"
+        "        return super().forward(*args, **options)\n",
+        encoding="utf-8",
+    )
+    options = (f"run_dir={tmp_path / 'run'}", "model.attention={kind: fails, num_heads: 2}", "optim.name=adamw")
+    found = launch(tiny, *options, status=1, ATTNZOO_PLUGINS=str(tmp_path / "fails.py")).stderr
+    lines = re.findall(r"^train: .*", found, re.M)
+    assert re.match(r"train: rank 1 on \S+: ended by RuntimeError: the variant has a mistake$", lines[0]), found
+    assert all("lost the connection" in line for line in lines[1:])
+    assert found.count("Traceback") == 1
+
+
+def test_several_ranks_need_a_compiler(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    bare = {"PATH": str(tmp_path / "bin"), "CXX": "/nowhere/c++", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    found = launch(tiny, f"run_dir={tmp_path / 'run'}", status=2, **bare).stderr
+    lines = re.findall(r"^train: .*", found, re.M)
+    assert len(lines) == 1, found
+    assert "with a C++ compiler, and that failed" in lines[0]
+    assert "or train on one rank, which needs none" in lines[0]
+    assert "Traceback" not in found
+
+
+def test_a_second_launcher_on_the_same_port(tiny: Path, tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        words = command(tiny, f"run_dir={tmp_path / 'run'}")
+        words[words.index("--master_port") + 1] = str(port)
+        result = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2
+    lines = re.findall(r"^train: .*", result.stderr, re.M)
+    assert len(lines) == 1
+    assert f"port {port} of this machine" in lines[0]
+    assert "deepspeed --master_port " in lines[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_closing_the_terminal_saves(tiny: Path, tmp_path: Path) -> None:
+    """The run has the terminal for its output, so that writing fails once it is closed. No compiler is in reach."""
+    run = tmp_path / "run"
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        command(tiny, f"run_dir={run}", *LONG, "log.progress=true", ranks=1),
+        env=environment(PATH="/nonexistent", CXX="/nonexistent/c++", TORCH_EXTENSIONS_DIR=str(tmp_path / "none")),
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(follower)
+    os.set_blocking(leader, False)
+    try:
+        deadline = time.monotonic() + 120
+        metrics = run / "metrics.jsonl"
+        while not (metrics.is_file() and metrics.read_text(encoding="utf-8").count("\n") >= 3):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            try:
+                os.read(leader, 65536)
+            except BlockingIOError:
+                time.sleep(0.05)
+        os.close(leader)
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+    name = (run / "checkpoints" / "latest").read_text().strip()
+    assert int(name.removeprefix("step-")) == max(losses(run))
+    assert (run / "export" / "config.json").is_file()
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tiny: Path, tmp_path: Path) -> None:
+    """Files may grow to 200 KiB only, as if the disk were full in the middle of a larger checkpoint."""
+    run = tmp_path / "run"
+    launch(tiny, f"run_dir={run}", "train.stop_at_step=2", ranks=1)
+    largest = max(p.stat().st_size for p in (run / "checkpoints" / "step-00000002").iterdir())
+    words = ["prlimit", f"--fsize={largest - 1000}", *command(tiny, f"run_dir={run}", ranks=1)]
+    result = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1, result.stderr
+    lines = re.findall(r"^train: .*", result.stderr, re.M)
+    assert len(lines) == 1
+    assert "step-00000006 could not be written" in lines[0]
+    assert "the newest checkpoint is step-00000002, and the same command goes on from it" in lines[0]
+    assert "Traceback" not in result.stderr
+    launch(tiny, f"run_dir={run}", ranks=1)
+    assert list(losses(run)) == [1, 2, 3, 4, 5, 6]
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_places_and_plugins_that_do_not_work_are_one_line(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "bad.py").write_text("import torch\n\nnonsense\n", encoding="utf-8")
+    bad = {"ATTNZOO_PLUGINS": str(tmp_path / "bad.py")}
+    huge = ("model.model_dim=200000", "model.num_layers=90", f"run_dir={tmp_path / 'huge'}")
+    for overrides, variables, words in (
+        ((f"run_dir={tmp_path / 'file'}",), {}, "run_dir="),
+        ((f"cache_dir={tmp_path / 'file'}", f"run_dir={tmp_path / 'a'}"), {}, "cache_dir="),
+        (huge, {}, "MiB are free"),
+        ((), bad, "bad.py:3"),
+    ):
+        found = launch(tiny, *overrides, ranks=1, status=2, **variables).stderr
+        assert words in found, found
+        assert "Traceback" not in found
+        assert len(re.findall(r"^train: .*", found, re.M)) == 1
+
+
+WATCHED = """
+import sys, time
+sys.path.insert(0, {root!r})
+from train.config import WatchdogConfig
+from train.watchdog import Watchdog
+import train.watchdog as module
+module.OTHERS_SECONDS, module.BACKSTOP_SECONDS = 0.0, 1.0
+with Watchdog(WatchdogConfig(step={step}, stop={stop})) as dog:
+    with dog.phase("step"):
+        pass
+    with dog.phase("step"):
+        {body}
+print("done")
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "stop", "body", "status", "words"),
+    [
+        (30.0, 30.0, "time.sleep(0.01)", 0, ""),
+        (0.3, None, "time.sleep(20)", 1, "its phase step took longer than 0.3 s (watchdog.step)"),
+        (None, None, "time.sleep(0.5)", 0, ""),
+        # A library that holds the interpreter's lock: the system's timer ends the process.
+        (0.1, None, "import ctypes; ctypes.PyDLL(None).sleep(20)", 1, "most recent call first"),
+        (
+            60.0,
+            0.3,
+            "import os, signal; signal.signal(15, lambda *_: None); os.kill(os.getpid(), 15); time.sleep(20)",
+            1,
+            "was told to stop and its phase step did not end in 0.3 s (watchdog.stop)",
+        ),
+    ],
+)
+def test_a_phase_that_lasts_too_long(step: float, stop: float, body: str, status: int, words: str) -> None:
+    code = WATCHED.format(root=str(ROOT), step=step, stop=stop, body=body)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == status, result.stderr
+    assert words in result.stderr
+    assert ("done" in result.stdout) == (status == 0)

@@ -1,0 +1,57 @@
+"""What became of every file and document of a source."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+EXAMPLES = 3
+
+
+@dataclass
+class Account:
+    """Counts while a source is read. `skipped`: files that were not read, by the reason; `examples`: some of them."""
+
+    files: int = 0
+    documents: int = 0
+    duplicates: int = 0
+    empty: int = 0
+    complete: bool = True
+    """False where data.max_bytes ended the reading."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    def skip(self, name: str, reason: str) -> None:
+        """A file that is not read."""
+        self.skipped[reason] += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "files": self.files,
+            "files_skipped": dict(sorted(self.skipped.items())),
+            "examples": self.examples,
+            "documents": self.documents,
+            "duplicates": self.duplicates,
+            "empty": self.empty,
+            "complete": self.complete,
+        }
+
+
+def account_line(source: str, counts: dict[str, Any]) -> str:
+    """One line of `Account.to_dict` for people."""
+    skipped = counts["files_skipped"]
+    reasons = "; ".join(f"{number:,} {reason}" for reason, number in skipped.items())
+    names = f", such as {', '.join(map(repr, counts['examples']))}" if counts["examples"] else ""
+    files = [
+        f"{counts['files']:,} files read",
+        f"{sum(skipped.values()):,} skipped" + (f" ({reasons}{names})" if skipped else ""),
+    ]
+    parts = [
+        *(files if counts["files"] else []),  # a hub has rows alone
+        f"{counts['documents']:,} documents",
+        f"{counts['duplicates']:,} duplicates and {counts['empty']:,} empty ones dropped",
+    ]
+    end = "" if counts["complete"] else "; ended by data.max_bytes"
+    return f"data.source={source!r}: {', '.join(parts)}{end}"

@@ -1,0 +1,70 @@
+"""Digests of the files of a checkpoint: written beside them, checked before anything of it is read."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from attnzoo.files import write_atomic
+
+NAME = "digests.json"
+FORMAT = "attnzoo-digests-1"
+
+
+def digest_files(directory: Path, share: int = 0, shares: int = 1) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every `shares`-th file from `share` on, by name: ranks divide the work."""
+    return {name: _digest(directory / name) for name in _names(directory)[share::shares]}
+
+
+def write_digests(directory: Path, digests: dict[str, dict[str, Any]]) -> None:
+    """Writes what `check_files` compares with."""
+    content = {"format": FORMAT, "files": dict(sorted(digests.items()))}
+    write_atomic(directory / NAME, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def check_files(directory: Path, share: int = 0, shares: int = 1) -> None:
+    """Compares files with their digests: every `shares`-th one, and whether one is missing or too many.
+
+    Raises ValueError that names the file and what is wrong with it.
+    """
+    expected = _read(directory)
+    found = set(_names(directory))
+    for name in sorted(expected.keys() | found):
+        if name not in found:
+            raise ValueError(f"{directory / name} is missing")
+        if name not in expected:
+            raise ValueError(f"{directory / name} is no file of this checkpoint")
+    for name in sorted(expected)[share::shares]:
+        size = (directory / name).stat().st_size
+        if size != expected[name]["bytes"]:
+            raise ValueError(f"{directory / name} has {size} bytes instead of {expected[name]['bytes']}")
+        if _digest(directory / name) != expected[name]:
+            raise ValueError(f"{directory / name} is not what was written: its digest differs")
+
+
+def _read(directory: Path) -> dict[str, dict[str, Any]]:
+    path = directory / NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        files: dict[str, dict[str, Any]] = content["files"]
+        if content["format"] != FORMAT or not all(entry.keys() == {"bytes", "sha256"} for entry in files.values()):
+            raise ValueError(f"not of format {FORMAT}")
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} is missing, so nothing says whether the checkpoint is whole (an older version wrote none: begin a "
+            "new run from its export by checkpoint.init_from)"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    return files
+
+
+def _names(directory: Path) -> list[str]:
+    """Files below `directory`, but for the digests themselves and hidden ones (of file systems and editors)."""
+    paths = (path.relative_to(directory) for path in directory.rglob("*") if not path.is_dir())
+    return sorted(p.as_posix() for p in paths if p.as_posix() != NAME and not p.name.startswith("."))
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

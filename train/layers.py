@@ -1,0 +1,128 @@
+"""Configuration files and overrides as they are written: nested values, and the place of each for messages."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attnzoo.errors import suggest
+from attnzoo.settings import parse_lines, parse_yaml
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+COMMAND_LINE = "command line"
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration file or override; its text is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One source of values: a nested mapping, and the place of every dotted key in it."""
+
+    values: dict[str, Any]
+    places: dict[str, str]
+
+
+def read_layers(name: str, overrides: Sequence[str]) -> list[Layer]:
+    """The farthest base of a file (a bare name is looked up in configs/), ..., the file, the overrides.
+
+    Raises ConfigError.
+    """
+    layers = [*_chain(_find_config(name), ()), *(_override(text) for text in overrides)]
+    for layer in layers:
+        _check_given(layer)
+    return layers
+
+
+def _find_config(name: str) -> Path:
+    """The file meant by --config. Raises ConfigError that lists configs/ when there is none."""
+    path = Path(name)
+    candidates = [path] if path.parent != Path(".") else [CONFIGS / name, path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted(p.name for p in CONFIGS.glob("*.yaml"))
+    raise ConfigError(f"--config: no file {name!r}{suggest(name, known)}")
+
+
+def _chain(path: Path, seen: tuple[Path, ...]) -> list[Layer]:
+    """Layers from the farthest base to `path`."""
+    path = path.resolve()
+    if path in seen:
+        names = " -> ".join(p.name for p in (*seen, path))
+        raise ConfigError(f"{_short(path)}: base files form a cycle: {names}")
+    layer = _read(path)
+    base = layer.values.pop("base", None)
+    if base is None:
+        return [layer]
+    base_path = path.parent / str(base)
+    if not base_path.is_file():
+        raise ConfigError(f"{layer.places['base']}: base: {base} does not exist beside {path.name}")
+    return [*_chain(base_path, (*seen, path)), layer]
+
+
+def _read(path: Path) -> Layer:
+    name = _short(path)
+    try:
+        values, lines = parse_lines(path.read_text(encoding="utf-8"), name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name}: cannot be read as YAML: {error}") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if values is None:
+        raise ConfigError(f"{name} is empty; write keys and values, for example base: base.yaml")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name}:1: the file must be a mapping of keys to values")
+    return Layer(values, {key: f"{name}:{line}" for key, line in lines.items()})
+
+
+def _override(text: str) -> Layer:
+    key, separator, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"{COMMAND_LINE}: {text!r} is not of the form key=value, for example train.steps=100")
+    try:
+        nested: Any = parse_yaml(value, f"{COMMAND_LINE}: {key.strip()}")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    places = {}
+    for i in range(len(parts), 0, -1):
+        places[".".join(parts[:i])] = COMMAND_LINE
+        nested = {parts[i - 1]: nested}
+    return Layer(nested, places)
+
+
+def _check_given(layer: Layer) -> None:
+    """OmegaConf takes ??? for a value that is still to come, and keeps the one before."""
+    for key, value in _leaves("", layer.values):
+        if value == "???":
+            raise ConfigError(
+                f"{place_of(layer.places, key)}: {key}=??? stands for a value that is not there; give one"
+            )
+
+
+def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(f"{prefix}.{key}" if prefix else str(key), inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(prefix, inner)
+    else:
+        yield prefix, value
+
+
+def place_of(places: dict[str, str], key: str) -> str:
+    """Where `key` was written, or the nearest section that it is part of."""
+    while key and key not in places:
+        key = key.rpartition(".")[0]
+    return places.get(key, "configuration")
+
+
+def _short(path: Path) -> str:
+    """Relative to the current directory where that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

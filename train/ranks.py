@@ -1,0 +1,112 @@
+"""What the ranks tell each other besides tensors: values of the first rank, and mistakes of any."""
+
+import errno
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from train.failures import AgreedError, TrainingError, explain, status_of
+
+T = TypeVar("T")
+
+
+def joined() -> bool:
+    """Whether this process has joined the ranks."""
+    return bool(dist.is_initialized())
+
+
+def is_first() -> bool:
+    """Whether this is rank 0."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, by rank, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(work: Callable[[], T]) -> T:
+    """Runs `work`, which must not talk to other ranks, on every rank, and returns this rank's result.
+
+    A ValueError, TrainingError or OSError on any rank becomes an AgreedError on all of them: nobody waits for a rank
+    that has given up, and the first rank can tell what happened where.
+    """
+    result, mistake = None, None
+    try:
+        result = work()
+    except (ValueError, TrainingError, OSError) as error:
+        mistake = (status_of(error), explain(error), socket.gethostname())
+    mistakes = gather(mistake)
+    if any(mistakes):
+        raise _together(mistakes)
+    return result  # type: ignore[return-value]
+
+
+def decide(work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0 only and returns its result on every rank; a mistake is raised everywhere as by `agree`."""
+    return from_main(agree(lambda: work() if is_first() else None))
+
+
+def finish() -> None:
+    """Leaves the group of ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _together(mistakes: list[Any]) -> AgreedError:
+    """One message of all ranks: said once where all say the same, else with rank and host."""
+    told = [mistake for mistake in mistakes if mistake is not None]
+    status = told[0][0]
+    texts = list(dict.fromkeys(text for _, text, _ in told))
+    if len(mistakes) == 1 or (len(texts) == 1 and mistakes[0] is not None):
+        return AgreedError(status, texts[0])
+    lines = []
+    for text in texts:
+        ranks = [rank for rank, mistake in enumerate(mistakes) if mistake is not None and mistake[1] == text]
+        host = mistakes[ranks[0]][2]
+        more = f" (and {len(ranks) - 1} more ranks)" if len(ranks) > 1 else ""
+        lines.append(f"rank {ranks[0]} on {host}{more}: {text}")
+    return AgreedError(status, "; ".join(lines))
+
+
+def check_port() -> None:
+    """Raises ValueError when the ranks' meeting place is taken, before another run's ranks could be joined there."""
+    port = os.environ["MASTER_PORT"]
+    first = os.environ["RANK"] == "0" and os.environ["WORLD_SIZE"] != "1"
+    if not first or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise port_taken(port) from None
+            raise
+
+
+def port_taken(port: str) -> ValueError:
+    """The mistake of a meeting place that is in use."""
+    return ValueError(
+        f"port {port} of this machine, where the ranks would meet, is in use, perhaps by another training: start with "
+        f"deepspeed --master_port {free_port()}"
+    )
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,128 @@
+"""Ends a run that hangs: every phase has a limit, after which each rank prints where it stands and exits with status 1.
+
+A rank that has stopped, or a link that is cut, leaves the others waiting inside a collective operation, where Python
+handles no signal. So a thread keeps the time; signals wake it through a file descriptor, and a rank that was told to
+stop and does not within `watchdog.stop` seconds is ended the same way.
+"""
+
+import contextlib
+import faulthandler
+import os
+import select
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from train.config import WatchdogConfig
+from train.stop import SIGNALS
+
+POLL_SECONDS = 0.25
+OTHERS_SECONDS = 3.0
+"""The first rank to notice waits that long, so that the others, which wait for the same, print their stacks too."""
+BACKSTOP_SECONDS = 30.0
+"""If the thread itself is kept from running (by a library that holds the interpreter's lock), the system's timer of
+faulthandler ends the process that much later, with stacks but without a message."""
+
+
+@dataclass
+class _Phase:
+    name: str
+    limit: float | None
+    deadline: float | None
+    stopping: bool = False
+
+
+class Watchdog:
+    """Use as a context manager in the main thread; `phase` says what the rank is doing."""
+
+    def __init__(self, limits: WatchdogConfig) -> None:
+        self._limits = limits
+        self._phase: _Phase | None = None
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._wake, write = os.pipe()
+        os.set_blocking(write, False)
+        os.set_blocking(self._wake, False)
+        self._previous = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        self._write = write
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        signal.set_wakeup_fd(self._previous)
+        os.write(self._write, b"\0")
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        os.close(self._wake)
+        os.close(self._write)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What the rank does from here on; the limit is `watchdog.<name>`, and counts anew for an outer phase."""
+        outer = self._phase
+        self._begin(name)
+        try:
+            yield
+        finally:
+            self._begin(outer.name if outer is not None else None)
+
+    def _begin(self, name: str | None) -> None:
+        limit = None if name is None else getattr(self._limits, name)
+        with self._lock:
+            deadline = None if limit is None else time.monotonic() + limit
+            self._phase = None if name is None else _Phase(name, limit, deadline)
+        if limit is None:
+            faulthandler.cancel_dump_traceback_later()
+        else:
+            faulthandler.dump_traceback_later(limit + BACKSTOP_SECONDS, exit=True)
+
+    def _watch(self) -> None:
+        while not self._done.is_set():
+            ready, _, _ = select.select([self._wake], [], [], POLL_SECONDS)
+            numbers = os.read(self._wake, 512) if ready else b""
+            if self._done.is_set():
+                return
+            if any(number in numbers for number in SIGNALS):
+                self._hurry()
+            with self._lock:
+                phase = self._phase
+                late = phase is not None and phase.deadline is not None and time.monotonic() > phase.deadline
+            if late and phase is not None:
+                self._end(phase)
+
+    def _hurry(self) -> None:
+        """A signal to stop: the present phase has `watchdog.stop` seconds left."""
+        limit = self._limits.stop
+        with self._lock:
+            phase = self._phase
+            if phase is None or limit is None or phase.stopping:
+                return
+            soon = time.monotonic() + limit
+            if phase.deadline is None or soon < phase.deadline:
+                phase.deadline, phase.stopping = soon, True
+
+    def _end(self, phase: _Phase) -> None:
+        rank = os.environ.get("RANK", "0")
+        if phase.stopping:
+            why = f"was told to stop and its phase {phase.name} did not end in {self._limits.stop:g} s (watchdog.stop)"
+        else:
+            why = f"its phase {phase.name} took longer than {phase.limit:g} s (watchdog.{phase.name})"
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            stacks = file.read().decode(errors="replace")
+        text = (
+            f"train: rank {rank} on {socket.gethostname()}: {why}; a rank without such a message has stopped or cannot "
+            f"be reached. Stacks of rank {rank}:\n{stacks}"
+        )
+        os.write(2, text.encode())
+        time.sleep(OTHERS_SECONDS)
+        os._exit(1)
