@@ -66,7 +66,7 @@ def tokenizer_path(tmp_path_factory):
     return train_tokenizer([text(n) for n in range(30)], 300, tmp_path_factory.mktemp("t") / "tokenizer.model")
 
 
-FLIPPED = bytearray(gzip.compress(b'{"text": "one"}\n' * 50))
+FLIPPED = bytearray(gzip.compress(b'{"text": "one"}\n' * 50, mtime=0))
 """A file of gzip with one damaged byte."""
 FLIPPED[20] ^= 0xFF
 
@@ -400,10 +400,10 @@ def test_what_is_read_of_a_directory_and_what_is_not(tmp_path):
     outside.mkdir()
     files = {
         "a.TXT": b"one\n",
-        "b.txt.gz": gzip.compress(b"two\r\n"),
+        "b.txt.gz": gzip.compress(b"two\r\n", mtime=0),
         "c.Md": "\ufeffthree\n".encode(),
         "d.JSONL": b'\xef\xbb\xbf{"text": "four"}\r\n\r\n\xef\xbb\xbf{"text": "\\ufefffive"}\r\n',
-        "e.jsonl.GZ": gzip.compress(b'{"text": "six"}\n{"text": "six"}\n{"text": ""}'),
+        "e.jsonl.GZ": gzip.compress(b'{"text": "six"}\n{"text": "six"}\n{"text": ""}', mtime=0),
         "deep/f.ndjson": b'{"text": "seven"}',
         "deep/empty.txt": b"",
         "deep/mark.txt": b"\xef\xbb\xbf",
@@ -439,7 +439,7 @@ def test_what_is_read_of_a_directory_and_what_is_not(tmp_path):
 
 
 def test_one_file_of_any_kind_may_be_given(tmp_path):
-    for name, content in {"a.Txt": b"one", "a.JSONL.gz": gzip.compress(b'{"text": "one"}')}.items():
+    for name, content in {"a.Txt": b"one", "a.JSONL.gz": gzip.compress(b'{"text": "one"}', mtime=0)}.items():
         (tmp_path / name).write_bytes(content)
         assert list(documents(config(tmp_path / name))) == ["one"]
 
@@ -496,7 +496,7 @@ def test_short_documents_are_split_into_nothing_empty(document):
         ("a.txt", "abc".encode("utf-16"), {}, r"not UTF-8 text \(byte 0\); it looks like UTF-16; convert it"),
         ("a.jsonl", '{"text": "abc"}'.encode("utf-16"), {}, r"a.jsonl:1 is not UTF-8 .* looks like UTF-16"),
         ("a.txt.gz", b"plain", {}, r"a.txt.gz cannot be read \(Not a gzipped file .*write it again"),
-        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], {}, r"a.txt.gz cannot be read \(Compressed file ended"),
+        ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], {}, r"a.txt.gz cannot be read \(Compressed file ended"),
         ("a.jsonl.gz", FLIPPED, {}, r"a.jsonl.gz:1 is not JSON"),
         ("a.jsonl", b"[" * 100_000, {}, r"a.jsonl:1 is not JSON \("),
         ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", {}, r"a.jsonl:1 is not JSON \("),
@@ -548,7 +548,7 @@ def as_nobody():
 def test_files_without_permission_are_named(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
-    closed = {"a.txt": b"x", "a.jsonl": b'{"text": "x"}', "a.txt.gz": gzip.compress(b"x"), "a.parquet": b"x"}
+    closed = {"a.txt": b"x", "a.jsonl": b'{"text": "x"}', "a.txt.gz": gzip.compress(b"x", mtime=0), "a.parquet": b"x"}
     for name, content in closed.items():
         (folder / name).write_bytes(content)
         (folder / name).chmod(0)
