@@ -201,13 +201,13 @@ class DecoderLM(nn.Module):
         """`extend` up to the final norm, for callers that need the logits of few rows.
 
         Raises ValueError for a chunk without tokens, or for another number of sequences than the state has."""
+        x_BTD = self._embed(tokens_BT)
         rows = len(getattr(state.layers[0], "lengths_B", tokens_BT))
-        if tokens_BT.numel() == 0 or len(tokens_BT) != rows:
+        if len(tokens_BT) != rows:
             raise ValueError(
                 f"tokens_BT of shape {tuple(tokens_BT.shape)} for a state of {rows} sequences: give every sequence as "
-                "many tokens, one at least"
+                "many tokens"
             )
-        x_BTD = self._embed(tokens_BT)
         layers = []
         for block, layer_state in zip(self.layers(), state.layers, strict=True):
             x_BTD, layer_state = block.extend(x_BTD, layer_state, counts_B)
