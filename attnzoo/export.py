@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     """Exports and says what was written. Raises ValueError for wrong usage."""
-    path, out = find_checkpoint(chosen.checkpoint), real_path(chosen.out)
+    path, out = find_checkpoint(chosen.checkpoint), real_path(chosen.out.expanduser())
     _check_target(path, out)
     model, tokenizer = load_model(path), _tokenizer(path)
     kind, reason = _form(model.config, chosen.format)

@@ -61,11 +61,14 @@ def check_checkpoint(config: ServeConfig) -> None:
     from attnzoo.checkpoint import find_checkpoint, load_tokenizer, open_checkpoint
     from attnzoo.tokenizer.chat import ChatTemplate
     from serve.front.guard import read_api_key
+    from serve.loading import check_device
 
     path = find_checkpoint(config.checkpoint)
     open_checkpoint(path)
     ChatTemplate.of(load_tokenizer(path))
     read_api_key(config.api_key_env)
+    if config.cluster is None:  # else a machine of the cluster may have what this one has not
+        check_device(config.device)
 
 
 def example(url: str, name: str, chat: bool) -> str:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from attnzoo.checkpoint import load_model, load_tokenizer
 from attnzoo.models import DecoderLM, can_pack, pack_weights
 from attnzoo.types import parse_dtype
@@ -17,7 +19,9 @@ def load_parts(
 ) -> tuple[DecoderLM, "Tokenizer"]:
     """Model and tokenizer, read from the checkpoint where they are None. Raises ValueError where one is damaged, or
     they do not fit each other."""
-    model = model or _load(directory, config)
+    if model is None:
+        check_device(config.device)
+        model = _load(directory, config)
     tokenizer = tokenizer or load_tokenizer(directory)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
@@ -39,6 +43,20 @@ def max_model_len(config: EngineConfig, model: DecoderLM) -> int:
     if length < 2:
         raise ValueError(f"max_model_len={length} leaves no room for a prompt and a token")
     return length
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError that names `device` where nothing can be computed there."""
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise ValueError(f"device={name!r} has no memory; give cpu or cuda")
+        torch.zeros(1, device=device).add(1).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device={name!r} cannot be used on this machine ({reason}); give cpu, or a GPU it has"
+        ) from None
 
 
 def _load(path: Path, config: EngineConfig) -> DecoderLM:

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnzoo.checkpoint import find_checkpoint, open_checkpoint
+from attnzoo.checkpoint.native import check_saveable
 from attnzoo.models import DecoderConfig, DecoderLM, build_shapes
 from attnzoo.tokenizer import load_tokenizer
 from attnzoo.types import build_config
@@ -67,6 +68,10 @@ def _check_data(config: Config) -> None:
 
 def _check_model(config: Config, model_config: DecoderConfig) -> None:
     shapes = build_shapes(model_config)
+    try:
+        check_saveable(shapes)  # now, not when the trained model is exported
+    except ValueError as error:
+        raise ConfigError(f"model.attention: {error}") from None
     if config.data.get("isolate_documents"):
         for block in shapes.layers():
             if not block.attention.traits.varlen:

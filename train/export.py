@@ -23,7 +23,8 @@ def export(engine: Engine, directory: Path, tokenizer: Tokenizer, metadata: dict
     def write() -> None:
         if model is None:
             return
-        name = first_non_finite(model.state_dict().items())
+        # Parameters: a buffer may well hold -inf, as a mask does.
+        name = first_non_finite(model.named_parameters())
         if name is not None:
             raise TrainingError(f"{name} is not finite: {directory} is not written")
         save_model(directory, model, tokenizer=tokenizer, metadata=metadata)
@@ -51,7 +52,7 @@ def init_from(model: DecoderLM, checkpoint: str, tokenizer: Tokenizer) -> None:
         raise ValueError(
             f"checkpoint.init_from={checkpoint} was trained with another tokenizer; set tokenizer.path={path}"
         )
-    name = first_non_finite(source.state_dict().items())
+    name = first_non_finite(source.named_parameters())
     if name is not None:
         raise ValueError(f"checkpoint.init_from={checkpoint}: {name} is not finite; take another checkpoint")
     model.load_state_dict(source.state_dict())

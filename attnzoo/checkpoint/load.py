@@ -60,6 +60,7 @@ def load_model(
     model = _frame(checkpoint)
     own = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "head.weight")}
     theirs = {checkpoint.name(name): name for name in own}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     found = {name: shape for name, shape in checkpoint.shapes.items() if not checkpoint.ignored(name)}
     check_shapes(checkpoint.path, found, {name: tuple(own[theirs[name]].shape) for name in theirs})
     dtype = dtype or checkpoint.dtype
@@ -75,7 +76,7 @@ def load_model(
                 raise ValueError(f"{checkpoint.path}: tensor {name} is {rows.dtype}, and the model's is {target.dtype}")
             target = target[first : first + len(rows)] if target.dim() else target
             target.copy_(rows)
-            if check_finite and target.is_floating_point():
+            if check_finite and theirs[name] in parameters:  # a buffer may well hold -inf, as a mask does
                 finite.check_finite(checkpoint.path, name, first, rows, target)
     if tied:
         weights["head.weight"] = weights["embedding.weight"]

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from attnzoo.attention import PLUGINS_VARIABLE
 from attnzoo.checkpoint.base import Checkpoint
@@ -71,21 +73,43 @@ def save_model(
 
 def saved_tensors(model: DecoderLM) -> dict[str, Tensor]:
     """Everything in the model's `state_dict` but a tied head, on the CPU; every tensor in memory of its own, which
-    safetensors asks for. Raises ValueError, naming the tensor, for a dtype that the format does not have."""
+    safetensors asks for. Raises ValueError as `check_saveable`."""
+    check_saveable(model)
     tensors: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, tensor in model.state_dict().items():
         if model.config.tie_embeddings and name == "head.weight":
             continue
+        flat = tensor.detach().contiguous().cpu()
+        tensors[name] = flat.clone() if flat.untyped_storage().data_ptr() in taken else flat
+        taken.add(flat.untyped_storage().data_ptr())
+    return tensors
+
+
+def check_saveable(model: DecoderLM) -> None:
+    """Raises ValueError, naming the tensor, for what a checkpoint cannot hold: ask before a training, not after it."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{name} is a {type(tensor).__name__}, and a checkpoint holds tensors alone; keep it as a buffer or in "
+                "the configuration"
+            )
+        if is_lazy(tensor):
+            raise ValueError(f"{name} has no shape yet; make it of its final shape in __init__")
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise ValueError(f"{name} has layout {tensor.layout}, which cannot be saved; keep it as a dense tensor")
+        if tensor.is_meta and not _is_shape(model):
+            raise ValueError(f"{name} is on the meta device and has no values to save")
         if tensor.dtype not in (*DTYPES.values(), *INTEGERS.values()):
             raise ValueError(
                 f"{name} has dtype {tensor.dtype}, which cannot be saved; keep it as real numbers, or register it with "
                 "persistent=False where it follows from the configuration"
             )
-        flat = tensor.detach().contiguous().cpu()
-        tensors[name] = flat.clone() if flat.untyped_storage().data_ptr() in taken else flat
-        taken.add(flat.untyped_storage().data_ptr())
-    return tensors
+
+
+def _is_shape(model: DecoderLM) -> bool:
+    """Whether the model was built to be sized (`build_shapes`): then no tensor has values."""
+    return model.embedding.weight.is_meta
 
 
 def open_directory(directory: Path, content: Mapping[str, Any], config_path: Path) -> Checkpoint:

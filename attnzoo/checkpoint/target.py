@@ -95,7 +95,9 @@ def _marked_files(marker: Path) -> dict[str, str] | None:
     files = content.get("files")
     if content.get("written_by") != WRITER or not isinstance(files, dict):
         return None
-    return {str(name): str(digest) for name, digest in files.items()}
+    # Only names that an export can have written: anything else is no marker of ours.
+    plain = all(isinstance(name, str) and name == Path(name).name for name in files)
+    return {name: str(digest) for name, digest in files.items()} if plain else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

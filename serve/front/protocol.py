@@ -30,7 +30,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._in_head, self._message_open = True, False
-        self._raw_bytes = self._parsed_bytes = self._messages = 0
+        self._raw_bytes = self._parsed_bytes = self._messages = self._heads = 0
         self._refusal: ApiError | None = None
         self._discarding = False
         self._timer: asyncio.TimerHandle | None = None
@@ -52,12 +52,12 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._discarding:
             return
-        head, before = self._in_head, self._messages
+        head, before = self._in_head, self._heads
         super().data_received(data)
         if self._discarding or self.transport.is_closing() or not self._in_head:
             return
-        # The rest of an earlier message in the same piece of data is no header; further pieces then count in full.
-        if head and self._messages <= before + 1:
+        # A piece in which a head ended holds a body, too: what is behind that counts from the next piece on.
+        if head and self._heads == before:
             self._raw_bytes += len(data)
         if max(self._raw_bytes, self._parsed_bytes) > MAX_HEADER_BYTES:
             self._refuse(_headers_too_large())
@@ -82,6 +82,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head, self._parsed_bytes = False, 0
+        self._heads += 1
         self._cancel_timer()
         self.waiting.pop(self, None)
         super().on_headers_complete()

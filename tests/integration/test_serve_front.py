@@ -152,6 +152,14 @@ def test_headers_below_the_bound_are_read(url):
     assert httpx.get(f"{url}/health", headers={"cookie": "a" * 60_000}).status_code == 200
 
 
+@pytest.mark.parametrize("size", [0, 60_000, 65_400, 65_536, 70_000, 100_000, 131_072, 200_000, 262_144])
+def test_a_body_in_one_piece_with_its_headers_is_no_header(url, size):
+    body = BODY + b" " * size
+    for _ in range(3):
+        with connect(url, head_of(body) + body) as connection:
+            assert connection.recv(12) == b"HTTP/1.1 200"
+
+
 def test_endless_trailers_are_refused(hasty):
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     sent = head + b"transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n" + b"x: y\r\n" * 20_000

@@ -65,6 +65,39 @@ def test_failed_write_leaves_the_old_model(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+class Extra(torch.nn.Module):
+    def get_extra_state(self):
+        return {"a": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (torch.eye(2).to_sparse(), "odd has layout torch.sparse_coo"),
+        (torch.eye(2).to_sparse_csr(), "odd has layout torch.sparse_csr"),
+        (torch.empty(2, device="meta"), "odd is on the meta device"),
+        (torch.zeros(2, dtype=torch.complex64), "odd has dtype torch.complex64"),
+        (torch.zeros(2, dtype=torch.float8_e5m2), "odd has dtype torch.float8_e5m2"),
+        (torch.nn.parameter.UninitializedBuffer(), "odd has no shape yet"),
+        (Extra(), "odd._extra_state is a dict, and a checkpoint holds tensors alone"),
+    ],
+    ids=["sparse", "sparse rows", "meta", "complex", "eight bits", "lazy", "extra state"],
+)
+def test_what_no_checkpoint_can_hold_is_refused_by_name(odd, message, tmp_path):
+    model = build()
+    owner = model.blocks[0].attention
+    if isinstance(odd, torch.Tensor):
+        owner.register_buffer("odd", odd)
+    else:
+        owner.odd = odd
+    with pytest.raises(ValueError, match=f"blocks.0.attention.{message}"):
+        save_model(tmp_path / "model", model)
+    assert not (tmp_path / "model").exists()
+
+
 def test_write_atomic(tmp_path):
     path = tmp_path / "deep" / "latest"
     write_atomic(path, b"one")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from serve.config import build_serve_config, parse_settings, read_config_file
+from serve.loading import check_device
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,11 +39,11 @@ def test_the_served_name_is_the_run():
         ("port=70000", "port=70000"),
         ("step_timeout_s=0", "step_timeout_s"),
         ("drain_timeout_s=-1", "drain_timeout_s"),
-        ("drain_timeout_s=.nan", "drain_timeout_s=nan"),
-        ("drain_timeout_s=.inf", "drain_timeout_s=inf"),
-        ("step_timeout_s=.nan", "step_timeout_s=nan"),
+        ("drain_timeout_s=.nan", r".nan is not a finite number"),
+        ("drain_timeout_s=.inf", r".inf is not a finite number"),
+        ("step_timeout_s=.nan", r".nan is not a finite number"),
         ("header_timeout_s=0", "header_timeout_s=0"),
-        ("body_timeout_s=.inf", "body_timeout_s=inf"),
+        ("body_timeout_s=.inf", r".inf is not a finite number"),
         ("write_timeout_s=-3", "write_timeout_s=-3"),
         ("max_reading=0", "max_reading=0"),
         ("max_queue=10000000000000000000000", "max_queue=1000"),
@@ -119,3 +120,10 @@ def test_mistakes_in_files_have_their_line(tmp_path, text, message):
 def test_mistakes_in_words_are_named(pair):
     with pytest.raises(ValueError, match=r"^(drain_timeout_s|step_timeout_s|cache)=.*(finite|twice)"):
         parse_settings([pair])
+
+
+@pytest.mark.parametrize("device", ["x", "", "meta", "cuda:99", "cpu:x"])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(ValueError, match=f"device={device!r}"):
+        check_device(device)
+    check_device("cpu")

@@ -42,6 +42,7 @@ class FixedSlopes(DistanceBias):
         self.register_buffer("signs", SIGNS)
         self.register_buffer("offset", torch.full((count, 1), 0.25))
         self.register_buffer("enabled", torch.tensor(True))
+        self.register_buffer("hidden", torch.tensor([0.0, -torch.inf]))
         self.gain = nn.Parameter(torch.tensor(1.0))
         self.frozen = nn.Parameter(torch.full((count, 1), 0.5), requires_grad=False)
 
