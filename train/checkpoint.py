@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from attnzoo.files import replace_directory, write_atomic
-from train.config import Config
+from train.config import CheckpointConfig, Config
 from train.digests import NAME, check_files, digest_files, write_digests
 from train.engine import Engine
 from train.failures import AgreedError, TrainingError, explain, free_bytes, lost_rank
@@ -263,10 +263,20 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def find_resume(checkpoints: Checkpoints, resume: str, fallback: bool) -> Path | None:
-    """The checkpoint that checkpoint.resume asks for. Raises ValueError with the way out."""
+def check_resume(directory: Path, options: CheckpointConfig) -> None:
+    """Raises ValueError, before anything is prepared, for what `find_resume` would not find in a run's directory."""
+    if any(directory.glob(".*.old")):
+        return  # a kill came between two renames; the run puts things right before it looks
+    find_resume(Checkpoints(directory, options.keep, {}), options.resume, options.fallback, tell=False)
+
+
+def find_resume(checkpoints: Checkpoints, resume: str, fallback: bool, tell: bool = True) -> Path | None:
+    """The checkpoint that checkpoint.resume asks for. Raises ValueError with the way out.
+
+    tell: where another one is taken, the user is told.
+    """
     if resume == "auto":
-        return _latest(checkpoints, fallback)
+        return _latest(checkpoints, fallback, tell)
     if resume == "never":
         found = steps_in(checkpoints.directory)
         if found:
@@ -278,20 +288,21 @@ def find_resume(checkpoints: Checkpoints, resume: str, fallback: bool) -> Path |
     path = Path(os.path.expanduser(resume)).resolve()
     for candidate in (path, path / "checkpoints"):
         if (candidate / LATEST).is_file() or steps_in(candidate):
-            return _latest(Checkpoints(candidate, 1, {}), fallback)
+            return _latest(Checkpoints(candidate, 1, {}), fallback, tell)
     if not any((path / name).is_file() for name in ("state.json", NAME)):
         raise ValueError(f"checkpoint.resume={resume}: not auto, never, a checkpoint or a run directory")
     return path
 
 
-def _latest(checkpoints: Checkpoints, fallback: bool) -> Path | None:
+def _latest(checkpoints: Checkpoints, fallback: bool, tell: bool) -> Path | None:
     try:
         return checkpoints.latest()
     except ValueError as error:
         found = newest_whole(checkpoints.directory) if fallback else None
         if found is None:
             raise
-        tqdm.write(f"{error}; checkpoint.fallback takes {found.name}", file=sys.stderr)
+        if tell:
+            tqdm.write(f"{error}; checkpoint.fallback takes {found.name}", file=sys.stderr)
         return found
 
 

@@ -11,19 +11,23 @@ from attnzoo.checkpoint.native import check_saveable
 from attnzoo.models import DecoderConfig, DecoderLM, build_shapes
 from attnzoo.tokenizer import load_tokenizer
 from attnzoo.types import build_config
+from train.checkpoint import check_resume
 from train.config import Config
 from train.data import DataConfig, TrainingData
 from train.data.corpora import fingerprint
 from train.data.retrieval import SOURCE, check_tasks
-from train.export import check_same_model
+from train.export import check_export, check_same_model
 from train.layers import ConfigError
 from train.lora import add_adapters
+from train.metrics import read_metrics
+from train.run_directory import check_directories
 from train.tokenizer import TokenizerConfig
 
 
 def check_run(config: Config, model_config: DecoderConfig) -> None:
     """Raises ValueError that names the field and the way out. `model_config`: of the model that will be built."""
     check_length(config, model_config)
+    _check_places(config)
     _check_data(config)
     _check_model(config, model_config)
     checkpoint = config.checkpoint.init_from
@@ -47,6 +51,14 @@ def check_batches(config: Config, data: TrainingData) -> None:
     start = data.train.state()
     data.train.next(config.train.batch_size, 0, 1)
     data.train.load(start)
+
+
+def _check_places(config: Config) -> None:
+    """What is in the run directory already, and whether the run may write there."""
+    check_directories(config)
+    check_export(config.run_path / "export")
+    check_resume(config.run_path / "checkpoints", config.checkpoint)
+    read_metrics(config.run_path / "metrics.jsonl")
 
 
 def _check_data(config: Config) -> None:

@@ -45,7 +45,7 @@ from train.config import Config, load_config
 from train.data import DataConfig, TrainingData, prepare
 from train.deepspeed_config import deepspeed_config
 from train.engine import Engine
-from train.export import adopted_model, check_export, export, init_from
+from train.export import adopted_model, export, init_from
 from train.failures import report
 from train.loop import Run, train
 from train.lora import add_adapters
@@ -87,7 +87,6 @@ def run_training(config: Config, device: torch.device, watchdog: Watchdog) -> No
 
     Raises AgreedError for what the ranks found together, TrainingError where one of them cannot go on.
     """
-    ranks.decide(lambda: check_export(config.run_path / "export"))
     ranks.decide(lambda: run_directory.check_space(config, _planned_model(config)))
     with watchdog.phase("data"):
         tokenizer_path, data = _prepare_data(config)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import resource
 import sys
@@ -106,14 +107,30 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of metrics.jsonl; an unfinished last line (of a killed run) is left out."""
+    """Records of metrics.jsonl; an unfinished last line (of a killed run) is left out.
+
+    Raises ValueError that names the file when a run did not write it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if os.path.lexists(path) else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise _foreign(path, str(error)) from None
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise _foreign(path, f"line {number} has no step")
+        if not isinstance(record.get("kind"), str):
+            raise _foreign(path, f"line {number} has no kind")
+        records.append(record)
     return records
+
+
+def _foreign(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} does not hold the metrics of a run ({reason}); move it away, or set another run_dir")
 
 
 def _cut_records(path: Path, step: int) -> set[tuple[str, int]]:
@@ -127,6 +144,7 @@ def _cut_records(path: Path, step: int) -> set[tuple[str, int]]:
 def _cut_samples(path: Path, step: int) -> None:
     if not path.is_file():
         return
-    text = path.read_text(encoding="utf-8")
-    later = next((m.start() for m in re.finditer(r"^=== step (\d+) ===$", text, re.M) if int(m[1]) > step), None)
-    write_atomic(path, text[: len(text) if later is None else later].encode())
+    content = path.read_bytes()  # a kill may have left half a character
+    starts = re.finditer(rb"^=== step (\d+) ===$", content, re.M)
+    later = next((m.start() for m in starts if int(m[1]) > step), None)
+    write_atomic(path, content[:later])

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -12,11 +13,25 @@ from pathlib import Path
 
 from attnzoo.models import DecoderConfig, DecoderLM, build_shapes
 from train.config import Config
+from train.digests import NAME as DIGESTS
 from train.failures import explain, free_bytes, make_directory
 from train.ranks import agree, decide, from_main, is_first
 
 LOCK = ".lock"
 GUARD = ".preparing"
+OWNER = re.compile(r"host .*, pid \d+\n?\Z")
+"""What a run writes into its lock, and what tells its directory from those of others."""
+WRITTEN = (
+    "config.yaml",
+    "metrics.jsonl",
+    "samples.txt",
+    "training.json",
+    "loss.png",
+    "checkpoints",
+    "export",
+    "tensorboard",
+    "wandb",
+)
 SEEN_SECONDS = 10.0
 """A network file system may show another host's new file only after a while."""
 
@@ -29,7 +44,7 @@ def locked(directory: Path) -> Iterator[None]:
     """
     make_directory(directory, "run_dir")
     try:
-        file = (directory / LOCK).open("a+", encoding="utf-8")
+        file = os.fdopen(os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"run_dir={directory} cannot be written to: {explain(error)}") from None
     with file:
@@ -47,10 +62,62 @@ def locked(directory: Path) -> Iterator[None]:
                 "other; set run_dir to another one"
             ) from None
         file.seek(0)
-        file.truncate()
         file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
-        file.flush()
+        file.truncate()  # after the writing: a kill in between leaves a lock that still is a run's
         yield
+
+
+def check_directories(config: Config) -> None:
+    """Whether a run may write into run_dir and cache_dir; makes neither. Raises ValueError that names the way out."""
+    for key, path in (("run_dir", config.run_path), ("cache_dir", config.cache_path)):
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # it will be made, or what it is in is refused below
+        except OSError as error:
+            raise ValueError(f"{key}={path} cannot be used as a directory: {explain(error)}") from None
+        there = path
+        while not os.path.lexists(there):
+            there = there.parent
+        if not there.is_dir():
+            raise ValueError(
+                f"{key}={path} cannot be used as a directory: {there} is none; set run_dir and cache_dir to "
+                "directories that this user may write to"
+            )
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"{key}={path} cannot be written to: {there} does not allow it; set run_dir and cache_dir to "
+                "directories that this user may write to"
+            )
+    _check_owner(config.run_path)
+
+
+def _check_owner(directory: Path) -> None:
+    """Raises ValueError for files under the names that a run writes where no run was: they would be written over.
+
+    A run leaves its lock there before anything else. A copy without hidden files is known by its checkpoints.
+    """
+    try:
+        owner = (directory / LOCK).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        owner = ""
+    except OSError as error:
+        raise ValueError(f"run_dir={directory} cannot be used: {explain(error)}") from None
+    if OWNER.match(owner) or (not owner and any((directory / "checkpoints").glob(f"step-*/{DIGESTS}"))):
+        return
+    there = [name for name in WRITTEN if _holds(directory / name)]
+    if owner:
+        there.append(LOCK)
+    if there:
+        raise ValueError(
+            f"run_dir={directory} holds {there[0]}, which no run of training has written and this one would write "
+            "over; set another run_dir, or move the file away"
+        )
+
+
+def _holds(path: Path) -> bool:
+    """Whether something would be lost there: an empty directory is nothing."""
+    return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
 
 
 @contextlib.contextmanager
@@ -100,14 +167,17 @@ def _check_shared(directory: Path, key: str) -> None:
 
 def _tidy_run(directory: Path) -> None:
     """Removes what killed runs left half written. What a kill caught between the two renames of a swap comes back."""
-    for place in (directory, directory / "checkpoints"):
-        for old in place.glob(".*.old"):
-            for inner in old.iterdir():
-                if not (place / inner.name).exists():
-                    os.rename(inner, place / inner.name)
-            shutil.rmtree(old, ignore_errors=True)
-        _remove(place, ".*.tmp")
+    checkpoints = directory / "checkpoints"
+    for place, names in ((directory, WRITTEN), (checkpoints, ("*",))):
+        for name in names:
+            for old in place.glob(f".{name}.*.old"):
+                for inner in old.iterdir():
+                    if not (place / inner.name).exists():
+                        os.rename(inner, place / inner.name)
+                shutil.rmtree(old, ignore_errors=True)
+            _remove(place, f".{name}.*.tmp")
         _remove(place, ".seen-*")
+    _remove(checkpoints, ".step-*.tmp")
 
 
 @contextlib.contextmanager

@@ -577,6 +577,14 @@ def test_parquet_without_the_column_is_named(tmp_path):
         list(documents(config(tmp_path / "a.parquet")))
 
 
+@pytest.mark.parametrize("name", ["", ":", ":en", " ", "/", "a/", "/a", "a/b/c", ".", "..", "./a", "a b", "a\0"])
+def test_a_hub_source_names_a_dataset(name):
+    with pytest.raises(ValueError, match=r"data\.source='hub:.* names no dataset; give 'hub:<dataset id>'"):
+        config(f"hub:{name}")
+    for known in ("hub:imdb", "hub:a-b/c_d.e", "hub:a/b:en", "hub:a/b:2024.en-x", "hub:a/b:"):
+        assert config(known).source == known
+
+
 def test_hub_without_the_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"data.source='hub:a/b' needs the package `datasets`"):

@@ -9,7 +9,9 @@ from attnzoo.checkpoint import save_model
 from attnzoo.models import DecoderConfig, DecoderLM
 from tests.training import write_tiny
 from train.data import DataConfig
+from train.digests import digest_files, write_digests
 from train.main import main
+from train.run_directory import locked
 from train.tokenizer import TokenizerConfig, ensure_tokenizer
 
 
@@ -56,6 +58,15 @@ REFUSED = [
         "lora.targets: 'querry' is no linear map of this model",
     ),
     (["train.batch_size=7"], "train.batch_size=7 is not a multiple"),
+    (["data.source='hub:'"], "data.source='hub:' names no dataset"),
+    (["checkpoint.resume=/nope"], "checkpoint.resume=/nope: not auto, never, a checkpoint or a run directory"),
+    (["checkpoint.resume=/nope", "checkpoint.fallback=true"], "checkpoint.resume=/nope: not auto"),
+    (["run_dir=/dev/null"], "run_dir=/dev/null cannot be used as a directory"),
+    (["run_dir=/dev/null/below"], "run_dir=/dev/null/below cannot be used as a directory"),
+    (["run_dir={dir}/corpus.txt"], "corpus.txt cannot be used as a directory"),
+    (["cache_dir=" + 300 * "x"], "cannot be used as a directory"),
+    (["cache_dir=/dev/null"], "cache_dir=/dev/null cannot be used as a directory"),
+    (["cache_dir={dir}/corpus.txt/a/b"], "corpus.txt/a/b cannot be used as a directory"),
 ]
 
 
@@ -88,3 +99,84 @@ def test_what_can_run_is_described(tiny: Path, exported: Path, capsys: pytest.Ca
     for given in ([], [f"checkpoint.init_from={exported}", *options]):
         assert main(["--config", str(tiny), "--dry-run", *given]) == 0
         assert "tokens per step: 128" in capsys.readouterr().out
+
+
+FOREIGN = {
+    "config.yaml": "mine\n",
+    "metrics.jsonl": "mine\n",
+    "samples.txt": "mine\n",
+    "training.json": "{}\n",
+    "loss.png": "mine\n",
+    "export/notes.txt": "mine\n",
+    "checkpoints/notes.txt": "mine\n",
+    "tensorboard/notes.txt": "mine\n",
+    "wandb/notes.txt": "mine\n",
+    ".lock": "mine\n",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("dry", [True, False])
+def test_files_of_the_user_are_not_written_over(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, dry: bool
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(FOREIGN[name])
+    before = sorted(tmp_path.rglob("*"))
+    for _ in range(2):  # a refusal leaves nothing that would let the next one pass
+        assert main(["--config", str(tiny), *(["--dry-run"] if dry else []), f"run_dir={tmp_path}"]) == 2
+        error = capfd.readouterr().err
+        assert error.startswith(f"train: run_dir={tmp_path} holds {name.partition('/')[0]}, which no run of training")
+        assert "set another run_dir" in error
+        assert error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / name).read_text() == FOREIGN[name]
+
+
+def test_a_directory_of_a_run_is_taken_again(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also of one that was killed before its first checkpoint, beside other files, and a copy without hidden files."""
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    run.mkdir()
+    (run / "notes.txt").write_text("mine\n")
+    with locked(run):
+        pass
+    for name in ("config.yaml", "metrics.jsonl"):
+        (run / name).touch()
+    step = copy / "checkpoints" / "step-00000001"
+    step.mkdir(parents=True)
+    (step / "state.json").touch()
+    write_digests(step, digest_files(step))
+    (copy / "checkpoints" / "latest").write_text(step.name)
+    (copy / "config.yaml").touch()
+    for path in (run, copy):
+        assert main(["--config", str(tiny), "--dry-run", f"run_dir={path}"]) == 0, capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [bytes(range(128, 256)), b"5\n", b'"a"\n', b"[]\n", b'{"kind": "train"}\n', b'{"kind": [], "step": 1}\n'],
+)
+@pytest.mark.parametrize("dry", [True, False])
+def test_metrics_of_another_kind_are_named(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], content: bytes, dry: bool
+) -> None:
+    with locked(tmp_path):
+        pass
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    assert main(["--config", str(tiny), *(["--dry-run"] if dry else []), f"run_dir={tmp_path}"]) == 2
+    error = capfd.readouterr().err
+    assert f"train: {tmp_path / 'metrics.jsonl'} " in error
+    assert "move it away, or set another run_dir" in error
+    assert (tmp_path / "metrics.jsonl").read_bytes() == content
+
+
+def test_a_checkpoint_that_is_in_the_way_is_told_by_both(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with locked(tmp_path):
+        pass
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    for dry in ([], ["--dry-run"]):
+        for resume, expected in (("never", "set run_dir to a new directory"), ("auto", "no file latest")):
+            assert main(["--config", str(tiny), *dry, f"run_dir={tmp_path}", f"checkpoint.resume={resume}"]) == 2
+            assert expected in capfd.readouterr().err

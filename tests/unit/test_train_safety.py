@@ -193,9 +193,11 @@ def test_leftovers_of_killed_runs_go_and_whole_exports_come_back(tmp_path: Path)
     (tmp_path / ".export.def.old/export/config.json").touch()
     (tmp_path / ".metrics.jsonl.x.tmp").touch()
     (tmp_path / "checkpoints/.latest.y.tmp").touch()
-    (tmp_path / "notes.tmp").touch()
+    mine = [".notes.old", ".notes.tmp", ".other.x.old", "notes.tmp"]
+    for name in mine:
+        (tmp_path / name).touch()
     _tidy_run(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "export", "notes.tmp"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*mine[:3], "checkpoints", "export", mine[3]]
     assert not list((tmp_path / "checkpoints").iterdir())
     assert (tmp_path / "export/config.json").is_file()
 
@@ -291,6 +293,16 @@ def test_metrics_hold_no_bare_nan(tmp_path: Path) -> None:
     records = [json.loads(line, parse_constant=refuse) for line in lines]
     assert [r["loss"] for r in records] == [1.5, None, None]
     assert [r["gradient_norm"] for r in records] == [None, None, 1.0]
+
+
+def test_samples_are_cut_back_to_the_byte(tmp_path: Path) -> None:
+    """What a kill left, half a character too, is no reason to stop."""
+    config = load_config(str(write_tiny(tmp_path)), [f"run_dir={tmp_path / 'run'}"])
+    samples = tmp_path / "run" / "samples.txt"
+    samples.parent.mkdir()
+    samples.write_bytes(b"=== step 2 ===\nwas \xc3\r\n=== step 3 ===\nlater\n")
+    Metrics(config, 2).close()
+    assert samples.read_bytes() == b"=== step 2 ===\nwas \xc3\r\n"
 
 
 def test_errors_of_the_system_are_one_line_with_a_way_out(tmp_path: Path) -> None:

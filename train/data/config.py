@@ -1,6 +1,9 @@
 """What to train on."""
 
+import re
 from dataclasses import dataclass
+
+HUB = re.compile(r"hub:\w[\w.-]*(/\w[\w.-]*)?(:.*)?\Z")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,3 +40,8 @@ class DataConfig:
             raise ValueError(f"data.seed={self.seed} must be between 0 and {2**32 - 1}")
         if not self.source:
             raise ValueError("data.source is empty; give 'stdlib', 'retrieval', a path or 'hub:<dataset id>'")
+        if self.source.startswith("hub:") and not HUB.match(self.source):
+            raise ValueError(
+                f"data.source={self.source!r} names no dataset; give 'hub:<dataset id>' with an id such as name or "
+                "owner/name, or a local path without 'hub:'"
+            )
