@@ -234,7 +234,7 @@ def test_places_and_plugins_that_do_not_work_are_one_line(tiny: Path, tmp_path: 
         ((f"run_dir={tmp_path / 'file'}",), {}, "run_dir="),
         ((f"cache_dir={tmp_path / 'file'}", f"run_dir={tmp_path / 'a'}"), {}, "cache_dir="),
         (huge, {}, "MiB are free"),
-        ((), bad, "bad.py:3"),
+        ((), bad, "bad.py"),
     ):
         found = launch(tiny, *overrides, ranks=1, status=2, **variables).stderr
         assert words in found, found

@@ -72,7 +72,7 @@ class Running:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    running = Running(tmp_path_factory.mktemp("server"), "max_num_seqs=2", "max_queue=2")
+    running = Running(tmp_path_factory.mktemp("server"), "max_num_seqs=2", "max_queue=2", "drain_timeout_s=120")
     yield running
     if running.process.poll() is None:
         running.process.kill()
@@ -174,7 +174,7 @@ def test_sigterm_finishes_what_runs_and_leaves_nothing(server):
         while server.metric("num_requests_running") == 0:
             assert not answer.done()
         server.process.send_signal(signal.SIGTERM)
-        assert answer.result(60).usage.completion_tokens == 800
+        assert answer.result(120).usage.completion_tokens == 800
     assert server.process.wait(60) == 0
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
