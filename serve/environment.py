@@ -13,6 +13,9 @@ QUIET = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Ray's memory monitor kills its own processes when the machine is full, whoever filled it.
     "RAY_memory_monitor_refresh_ms": "0",
+    # Ray kills a proxy that does not answer three times in 5 s, also while it still starts on a busy machine.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front.proxy:middlewares",
 }
 
