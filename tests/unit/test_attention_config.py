@@ -53,7 +53,7 @@ def test_no_size_is_zero(field):
         refused(kind, field, 0)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "1e-6", True, 10**400], ids=lambda v: str(v)[:8])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "1e-6 m", True, 10**400], ids=lambda v: str(v)[:8])
 @pytest.mark.parametrize(("kind", "field"), FLOATS)
 def test_floats(kind, field, value):
     if isinstance(value, int) and not isinstance(value, bool):

@@ -103,7 +103,7 @@ def test_a_constructed_softmax_head():
         (lambda: linear_layer(num_heads=2).set_gradient_step(0.1), "the construction has one head"),
         (lambda: linear_layer(head_dim=3).set_gradient_step(0.1), "with head_dim=None"),
         (lambda: build_attention("softmax_regression", {"model_dim": 4}).set_linearised_step(0.1, 0.0), "sharpness=0"),
-        (lambda: linear_layer(num_queries=-1), "num_queries=-1 at least 0"),
+        (lambda: linear_layer(num_queries=-1), "num_queries=-1 must be at least 0"),
         (lambda: linear_layer(num_queries=8)(TASKS.tokens()), "leave nothing to read"),
         (lambda: build_attention("mesa", {"model_dim": 8, "ridge": 0.0}), "ridge=0.0 must be positive"),
     ],
