@@ -205,8 +205,8 @@ class DecoderLM(nn.Module):
         rows = len(getattr(state.layers[0], "lengths_B", tokens_BT))
         if len(tokens_BT) != rows:
             raise ValueError(
-                f"tokens_BT of shape {tuple(tokens_BT.shape)} for a state of {rows} sequences: give every sequence as "
-                "many tokens"
+                f"tokens_BT has shape {tuple(tokens_BT.shape)}, the state holds {rows} sequences; give one row of "
+                "tokens for each"
             )
         layers = []
         for block, layer_state in zip(self.layers(), state.layers, strict=True):

@@ -192,9 +192,11 @@ def test_empty_inputs_are_refused(name):
     if cache is not None:
         with pytest.raises(ValueError, match="holds no token yet"):
             model.compress(state)
-    for tokens in (prompt(2, 0), prompt(0, 3), prompt(0, 0), prompt(3, 1)):
-        with pytest.raises(ValueError, match="for a state of 2 sequences: give every sequence as many tokens"):
+    for tokens in (prompt(2, 0), prompt(0, 3), prompt(0, 0)):
+        with pytest.raises(ValueError, match="give at least one sequence and one token"):
             model.extend(tokens, state)
+    with pytest.raises(ValueError, match=r"shape \(3, 1\), the state holds 2 sequences; give one row of tokens"):
+        model.extend(prompt(3, 1), state)
     # A sequence without a token beside one that has some goes on from nothing.
     _, state = model.extend(prompt(2, 12), state, torch.tensor([12, 0]))
     logits, _ = model.extend(prompt(2, 3), model.compress(state))
