@@ -7,6 +7,8 @@ import inspect
 import json
 import re
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +137,7 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit status, 2 for wrong usage."""
     from attnzoo import export
-    from attnzoo.evaluate import plan
+    from attnzoo.planner import plan
 
     parser = argparse.ArgumentParser(
         prog="python -m attnzoo",
@@ -145,8 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["compare"]:
-        from attnzoo.evaluate.cli import main as compare
-
+        compare: Callable[[list[str]], int] = import_module("scripts.compare.cli").main
         return compare(arguments[1:])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("compare", help="train variants side by side and measure them; see compare --help")

@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.attention import build_attention
-from attnzoo.evaluate.memory import peak_bytes
 from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.relative_sdpa import relative_sdpa
 from attnzoo.ops.sdpa import sdpa
 from attnzoo.ops.sinusoid_sdpa import sinusoid_sdpa
+from attnzoo.profiling.memory import peak_bytes
 from attnzoo.report import Claim, Report
 
 BUSY = 0.75

@@ -18,7 +18,7 @@ where its Python is given.
 import subprocess
 from pathlib import Path
 
-from attnzoo.evaluate.cache.cli import run
+from scripts.caches.cli import run
 from scripts.demo import train
 
 CONFIG = "retrieval.yaml"

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from attnzoo.evaluate.cache.merge import RUNS, section_of
+from scripts.caches.merge import RUNS, section_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results"

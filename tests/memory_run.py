@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from attnzoo.evaluate.fits import Setup, training_memory
-from attnzoo.evaluate.memory import peak_bytes
 from attnzoo.models import DecoderLM
+from attnzoo.planner.fits import Setup, training_memory
+from attnzoo.profiling.memory import peak_bytes
 from train.config import Config, load_config
 from train.engine import Engine, start
 from train.ranks import finish

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from attnzoo.evaluate.fits import BUCKET
 from attnzoo.models import DecoderLM, build_shapes, fill_buffers
 from attnzoo.ops.masks import marked_starts
+from attnzoo.planner.fits import BUCKET
 from train.config import Config
 from train.deepspeed_config import clips_itself, deepspeed_config
 from train.failures import TrainingError, make_directory

@@ -12,8 +12,8 @@ from typing import Any, TextIO
 
 import torch
 
-from attnzoo.evaluate.chips import chip_of
 from attnzoo.files import write_atomic
+from attnzoo.planner.chips import chip_of
 from train.config import Config
 from train.finite import finite_or_none
 from train.layers import ConfigError

@@ -2,8 +2,8 @@
 
 import torch
 
-from attnzoo.evaluate.fits import Setup, training_memory
 from attnzoo.models import DecoderConfig, DecoderLM, build_shapes
+from attnzoo.planner.fits import Setup, training_memory
 from attnzoo.report import format_table
 from train.config import Config
 from train.deepspeed_config import deepspeed_config

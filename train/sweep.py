@@ -24,11 +24,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from attnzoo.evaluate import CompareConfig, Comparison, Hooks, Run, parse_settings, run_one
-from attnzoo.evaluate.statistics import interval
-from attnzoo.evaluate.text import STDLIB
 from attnzoo.files import write_atomic
 from attnzoo.report import Report, format_table
+from scripts.compare import CompareConfig, Comparison, Hooks, Run, parse_settings, run_one
+from scripts.compare.statistics import interval
+from scripts.compare.text import STDLIB
 
 QUALITY = ("bits_per_character", "accuracy", "mixed_accuracy")
 REPORTS = 10

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from attnzoo.__main__ import main
-from attnzoo.evaluate import Comparison, parse_settings, run_one
-from attnzoo.evaluate.config import QUICK
+from scripts.compare import Comparison, parse_settings, run_one
+from scripts.compare.config import QUICK
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = [

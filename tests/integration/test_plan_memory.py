@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnzoo.evaluate.serving import cache_policies
 from attnzoo.models import DecoderConfig, DecoderLM
+from attnzoo.planner.serving import cache_policies
 from serve.runner import Runner
 from tests.training import DEEPSPEED, ROOT, environment
 

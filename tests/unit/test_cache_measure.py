@@ -12,32 +12,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attnzoo.evaluate.cache.budget import Fit, fit_budget
-from attnzoo.evaluate.cache.cli import PEER
-from attnzoo.evaluate.cache.merge import merged, section_of
-from attnzoo.evaluate.cache.metrics import FidelityMeter, kl_divergence
-from attnzoo.evaluate.cache.models import prose, random_reader
-from attnzoo.evaluate.cache.peer import PRESSES, Exchange, PeerError, peer_logits, run_peer, work_items
-from attnzoo.evaluate.cache.peer_scores import agreement, compare_scores
-from attnzoo.evaluate.cache.protocol import ask, begin, force, forced_logits, prefill
-from attnzoo.evaluate.cache.quality import longest_prompt
-from attnzoo.evaluate.cache.retrieval import Score, keep_answered, make_batches, solved_tasks
-from attnzoo.evaluate.cache.roofline import attention_cost, step_cost
-from attnzoo.evaluate.cache.sections import text
-from attnzoo.evaluate.cache.settings import QUICK
-from attnzoo.evaluate.cache.speed import PROFILED, Speed, SpeedSizes, measure_speed, weight_bytes
-from attnzoo.evaluate.cache.step_parts import step_parts
-from attnzoo.evaluate.cache.table import memory_claims, parts_claims, peer_claim, speed_claims
-from attnzoo.evaluate.cache.text_tasks import text_example
-from attnzoo.evaluate.chips import CHIPS
 from attnzoo.kvcache import build_cache, compressed, ring_step
 from attnzoo.models import CompiledDecode
 from attnzoo.ops.cost import OpCost
 from attnzoo.ops.evict_merge.cost import step_cost as merge_step_cost
 from attnzoo.ops.paged_decode.cost import DecodeSizes, SegmentSizes, decode_cost
+from attnzoo.planner.chips import CHIPS
 from attnzoo.report import Report
+from attnzoo.tasks.text import text_example
 from scripts.bench_cache import PEER as SCRIPT
 from scripts.bench_cache import main
+from scripts.caches.budget import Fit, fit_budget
+from scripts.caches.cli import PEER
+from scripts.caches.merge import merged, section_of
+from scripts.caches.metrics import FidelityMeter, kl_divergence
+from scripts.caches.models import prose, random_reader
+from scripts.caches.peer import PRESSES, Exchange, PeerError, peer_logits, run_peer, work_items
+from scripts.caches.peer_scores import agreement, compare_scores
+from scripts.caches.protocol import ask, begin, force, forced_logits, prefill
+from scripts.caches.quality import longest_prompt
+from scripts.caches.retrieval import Score, keep_answered, make_batches, solved_tasks
+from scripts.caches.roofline import attention_cost, step_cost
+from scripts.caches.sections import text
+from scripts.caches.settings import QUICK
+from scripts.caches.speed import PROFILED, Speed, SpeedSizes, measure_speed, weight_bytes
+from scripts.caches.step_parts import step_parts
+from scripts.caches.table import memory_claims, parts_claims, peer_claim, speed_claims
 
 
 def logits(*probabilities: float) -> torch.Tensor:
@@ -169,7 +169,7 @@ def test_answers_under_the_full_cache_are_those_of_the_parallel_form(reader):
 
 
 def test_what_is_read_before_compression_and_what_after(reader, monkeypatch):
-    from attnzoo.evaluate.cache import protocol
+    from scripts.caches import protocol
 
     prompts, forced = [], []
 

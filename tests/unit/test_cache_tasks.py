@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnzoo.evaluate.cache.examples import Question, answered
-from attnzoo.evaluate.cache.symbol_tasks import (
+from attnzoo.tasks.examples import Question, answered
+from attnzoo.tasks.symbols import (
     ALPHABET,
     SYMBOL_TASKS,
     VOCABULARY,
@@ -18,7 +18,7 @@ from attnzoo.evaluate.cache.symbol_tasks import (
     symbol_example,
     symbol_tokens,
 )
-from attnzoo.evaluate.cache.text_tasks import TEXT_TASKS, text_example
+from attnzoo.tasks.text import TEXT_TASKS, text_example
 from train.data import DataConfig, prepare
 from train.data.retrieval import TaskStream, task_document, task_sequence
 from train.tokenizer import TokenizerConfig, ensure_tokenizer

@@ -5,17 +5,19 @@ import math
 import pytest
 import torch
 
-from attnzoo.evaluate.comparison import Comparison
-from attnzoo.evaluate.config import QUICK, RecallConfig, parse_settings
-from attnzoo.evaluate.losses import segment_losses, window_losses
-from attnzoo.evaluate.measure import peak_bytes, segment_fault
-from attnzoo.evaluate.paper import SAME
-from attnzoo.evaluate.recall import IGNORED, place, recall_accuracy, recall_batch
-from attnzoo.evaluate.segments import attend, empty_memory, segment_forward
-from attnzoo.evaluate.statistics import interval, mean_interval, t_quantile
-from attnzoo.evaluate.text import load_text, streams, windows
-from attnzoo.evaluate.training import Accuracy, cosine, noam
 from attnzoo.models import DecoderConfig, DecoderLM
+from attnzoo.profiling.memory import peak_bytes
+from attnzoo.tasks.recall import IGNORED, place, recall_batch
+from scripts.compare.comparison import Comparison
+from scripts.compare.config import QUICK, RecallConfig, parse_settings
+from scripts.compare.losses import segment_losses, window_losses
+from scripts.compare.measure import segment_fault
+from scripts.compare.paper import SAME
+from scripts.compare.recall import recall_accuracy
+from scripts.compare.segments import attend, empty_memory, segment_forward
+from scripts.compare.statistics import interval, mean_interval, t_quantile
+from scripts.compare.text import load_text, streams, windows
+from scripts.compare.training import Accuracy, cosine, noam
 
 VARIANTS = ["mha", "rmha", "mdha", "rcmha", "linear"]
 

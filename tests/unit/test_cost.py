@@ -9,10 +9,10 @@ from attnzoo.attention import Attention, Cost, build_attention
 from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.mha import MHAConfig
 from attnzoo.attention.parts import DistanceBias, Heads, Projection, SoftmaxMixing
-from attnzoo.evaluate.memory import kept_bytes, peak_bytes
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.ops import row_blocks
 from attnzoo.ops.linear_attention.weights import CHUNK
+from attnzoo.profiling.memory import kept_bytes, peak_bytes
 
 DIM = 128
 VARIANTS: list[tuple[str, dict]] = [

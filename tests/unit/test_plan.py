@@ -10,12 +10,12 @@ import torch
 
 from attnzoo.__main__ import main
 from attnzoo.checkpoint import save_model
-from attnzoo.evaluate import plan
-from attnzoo.evaluate.chips import CHIPS, chip_of
-from attnzoo.evaluate.fits import GIB, Setup, communicated_bytes, optimizer_bytes, training_memory
-from attnzoo.evaluate.model_file import DEFAULT_VOCABULARY, read_model
-from attnzoo.evaluate.serving import cache_policies
 from attnzoo.models import DecoderConfig, DecoderLM
+from attnzoo.planner import plan
+from attnzoo.planner.chips import CHIPS, chip_of
+from attnzoo.planner.fits import GIB, Setup, communicated_bytes, optimizer_bytes, training_memory
+from attnzoo.planner.model_file import DEFAULT_VOCABULARY, read_model
+from attnzoo.planner.serving import cache_policies
 from tests.unit.test_gguf_models import smollm2
 from train.config import load_config
 

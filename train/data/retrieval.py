@@ -1,6 +1,6 @@
 """Generated retrieval tasks as training data: the small model that compressed caches are measured with learns them.
 
-A document is one context of `attnzoo.evaluate.cache.symbol_tasks` and its questions, each asked once: asked again, it
+A document is one context of `attnzoo.tasks.symbols` and its questions, each asked once: asked again, it
 could be answered from the first answer. Documents fill a sequence one after the other, and only answers are targets,
 beside the value of a variable where it is assigned: without this step on the way, chains stay guesses.
 The sequence of an index is always the same, so nothing is stored.
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.evaluate.cache.examples import answered
-from attnzoo.evaluate.cache.symbol_tasks import ALPHABET, SYMBOL_TASKS, symbol_example, symbol_tokens
+from attnzoo.tasks.examples import answered
+from attnzoo.tasks.symbols import ALPHABET, SYMBOL_TASKS, symbol_example, symbol_tokens
 from attnzoo.tokenizer import Tokenizer
 from train.data.base import IGNORED
 from train.data.config import DataConfig

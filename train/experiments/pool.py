@@ -8,7 +8,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
-from attnzoo.evaluate.progress import Progress
+from attnzoo.progress import Progress
 from train.experiments.base import Experiment, ExperimentConfig, Values
 
 Found = dict[tuple[str, str], Values]

@@ -1,0 +1,306 @@
+"""`python -m attnzoo plan`: what fits on so many GPUs, how long a step takes at least, and how many sequences to serve.
+
+    python -m attnzoo plan --model configs/rcmha.yaml --gpus 64 --gpu-memory 80 --context 131072
+
+Memory is modelled tensor by tensor (`attnzoo.tape`), for the implementation "torch", and held against real runs by
+tests; kernels of a GPU need less workspace and keep less of a norm. Times are rooflines: peak numbers of data
+sheets, all of them reached, nothing overlapped with communication.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from attnzoo.models import DecoderLM, build_shapes
+from attnzoo.planner.chips import CHIPS, CPU, Chip, chosen_chips
+from attnzoo.planner.fits import GIB, Setup, TrainingMemory, communicated_bytes, training_memory
+from attnzoo.planner.model_file import ModelFile, read_model
+from attnzoo.planner.serving import serving_report
+from attnzoo.report import format_table
+
+RESERVE = 0.05
+"""Part of a GPU's memory that is left free: the driver's context, kernels, and fragments of the allocator."""
+MOST_MEMORY = 1 << 20
+"""GiB of one GPU that nobody has."""
+MOST = 4096
+"""Sequences of the largest micro-batch looked for."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to train that fits."""
+
+    setup: Setup
+    memory: TrainingMemory
+    communication: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line. memory: bytes of one GPU that may be used."""
+
+    model: DecoderLM
+    gpus: int
+    nodes: int
+    memory: int
+    context: int
+    precision: Any
+    optimizer: Any
+    batch_tokens: int | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument(
+        "--model", required=True, type=Path, help="training config, checkpoint directory or config.json"
+    )
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs in all (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, help="machines they are in (default: 8 GPUs a machine)")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of one (default: %(default)s)")
+    parser.add_argument("--context", type=int, help="tokens of a sequence (default: the model's max_positions)")
+    names = ", ".join([*CHIPS, CPU])
+    parser.add_argument("--chip", action="append", help=f"{names}; may be given again (default: all)")
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"], help="(default: %(default)s)")
+    parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"], help="(default: %(default)s)")
+    parser.add_argument("--batch-tokens", type=int, help="tokens of a step over all GPUs (default: one pass)")
+    parser.add_argument("--vocab-size", type=int, help="where the tokenizer decides (default: the config's)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the plan; exit status 1 when the model cannot be trained there. Raises ValueError for wrong usage."""
+    chips = chosen_chips(options.chip)
+    file = read_model(options.model, options.vocab_size)
+    request = checked(options, file)
+    print(heading(file, request))
+    found = [best for setup in setups(request) if (best := largest(request, setup)) is not None]
+    if found:
+        chosen = choose(found)
+        print(
+            f"\nTraining, GiB of one GPU at the largest micro-batch that fits\n{training_table(request, found, chosen)}"
+        )
+        print(why(chosen))
+        print(f"\nLeast time of a step (a model, not a measurement)\n{step_table(request, chosen, chips)}")
+    else:
+        print(f"\n{nothing_fits(request)}", file=sys.stderr)
+    print(f"\n{serving_report(request.model, request.context, request.memory, request.precision, chips)}")
+    print(f"\nChips\n{chip_table(chips)}")
+    return 0 if found else 1
+
+
+def checked(options: argparse.Namespace, file: ModelFile) -> Request:
+    """The request. Raises ValueError that names the option, its value and the way out."""
+    context = file.config.max_positions if options.context is None else options.context
+    nodes = -(-options.gpus // 8) if options.nodes is None else options.nodes
+    for name, value in (("--context", context), ("--gpus", options.gpus), ("--nodes", nodes)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if not 0 < options.gpu_memory < MOST_MEMORY:
+        raise ValueError(
+            f"--gpu-memory={options.gpu_memory} must be positive, below {MOST_MEMORY}: GiB of one GPU, for example 80"
+        )
+    if nodes > options.gpus:
+        raise ValueError(f"--nodes={nodes} is more than --gpus={options.gpus}; a machine needs at least one GPU")
+    if options.batch_tokens is not None and options.batch_tokens < options.gpus * context:
+        raise ValueError(
+            f"--batch-tokens={options.batch_tokens} is less than one sequence a GPU: --gpus={options.gpus} times "
+            f"--context={context} is {options.gpus * context}; give more tokens, fewer GPUs or a shorter context"
+        )
+    model = build_shapes(file.config)
+    return Request(
+        model=model.bfloat16() if options.precision == "bf16" else model,
+        gpus=options.gpus,
+        nodes=nodes,
+        memory=int(options.gpu_memory * GIB * (1 - RESERVE)),
+        context=context,
+        precision=options.precision,
+        optimizer=options.optimizer,
+        batch_tokens=options.batch_tokens,
+    )
+
+
+def heading(file: ModelFile, request: Request) -> str:
+    """What is planned, in a few lines."""
+    model, config = request.model, file.config
+    attention = config.attention if isinstance(config.attention, list) else [config.attention]
+    kinds = ", ".join(dict.fromkeys(spec if isinstance(spec, str) else spec["kind"] for spec in attention))
+    lines = [
+        f"{kinds}: {model.num_parameters():,} parameters, {model.num_parameters(embeddings=False):,} without "
+        f"embeddings; {config.num_layers} layers of {config.model_dim}, vocabulary {config.vocab_size:,} "
+        f"({file.vocabulary_source})",
+        f"{request.gpus} GPUs in {request.nodes} machines, {request.memory / GIB:.1f} GiB of each "
+        f"({RESERVE:.0%} left free); context {request.context:,}, {request.precision}, {request.optimizer}",
+    ]
+    if request.context > config.max_positions:
+        lines.append(
+            f"note: model.max_positions={config.max_positions} is shorter than the context; a position table keeps "
+            "that many rows, and farther distances share the last one"
+        )
+    return "\n".join(lines)
+
+
+def setups(request: Request) -> list[Setup]:
+    """All ways to train that are looked at."""
+    return [
+        Setup(
+            stage=stage,
+            ranks=request.gpus,
+            tokens=request.context,
+            precision=request.precision,
+            optimizer=request.optimizer,
+            checkpointing=checkpointing,
+        )
+        for stage in range(4)
+        for checkpointing in (False, True)
+    ]
+
+
+def largest(request: Request, setup: Setup) -> Option | None:
+    """The setup with the largest micro-batch that fits; None: not even one sequence does."""
+    most = MOST
+    if request.batch_tokens is not None:
+        most = min(most, request.batch_tokens // (request.gpus * request.context))
+
+    def fits(micro_batch: int) -> bool:
+        return training_memory(request.model, replace(setup, micro_batch=micro_batch)).total <= request.memory
+
+    if not fits(1):
+        return None
+    low, high = 1, 2
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    best = replace(setup, micro_batch=low)
+    communication = communicated_bytes(request.model, best, passes(request, best))
+    return Option(best, training_memory(request.model, best), communication)
+
+
+def passes(request: Request, setup: Setup) -> int:
+    """Forward and backward passes of a step."""
+    if request.batch_tokens is None:
+        return 1
+    return -(-request.batch_tokens // (request.gpus * setup.micro_batch * request.context))
+
+
+def choose(found: list[Option]) -> Option:
+    """Least communication first, then no recomputation, then the largest micro-batch, then the lowest stage."""
+    return min(found, key=lambda o: (o.communication, o.setup.checkpointing, -o.setup.micro_batch, o.setup.stage))
+
+
+def why(chosen: Option) -> str:
+    """The reason for the marked row."""
+    again = "with activations computed again" if chosen.setup.checkpointing else "without computing activations again"
+    return (
+        f"*: least communication among those that fit ({chosen.communication / GIB:.3g} GiB sent by a GPU a step), "
+        f"{again}, then the largest micro-batch, then the lowest stage; train with zero.stage={chosen.setup.stage} "
+        f"train.micro_batch_size={chosen.setup.micro_batch} "
+        f"train.activation_checkpointing={str(chosen.setup.checkpointing).lower()}"
+    )
+
+
+def training_table(request: Request, found: list[Option], chosen: Option) -> str:
+    """A row for every ZeRO stage, with and without activation checkpointing."""
+    known = {(option.setup.stage, option.setup.checkpointing): option for option in found}
+    rows = []
+    for setup in setups(request):
+        option = known.get((setup.stage, setup.checkpointing))
+        memory = training_memory(request.model, setup) if option is None else option.memory
+        row: dict[str, Any] = {
+            "": "*" if option is chosen else "",
+            "ZeRO": setup.stage,
+            "checkpointing": "yes" if setup.checkpointing else "no",
+            "micro-batch": "none" if option is None else str(option.setup.micro_batch),
+        }
+        row |= {name: round(size / GIB, 3) for name, size in vars(memory).items()}
+        reserve = request.memory * RESERVE / (1 - RESERVE)
+        row |= {"reserve": round(reserve / GIB, 3), "sum": round((memory.total + reserve) / GIB, 2)}
+        rows.append(row)
+    note = "micro-batch none: one sequence does not fit; the row shows what it would take\n" if len(found) < 8 else ""
+    return f"{format_table(rows)}\n{note}".rstrip("\n")
+
+
+def step_table(request: Request, chosen: Option, chips: list[Chip]) -> str:
+    """Roofline of the chosen row: arithmetic or memory traffic, whichever is slower, and then communication."""
+    setup, model, count = chosen.setup, request.model, passes(request, chosen.setup)
+    model.activation_checkpointing = setup.checkpointing
+    cost = model.cost(setup.micro_batch, setup.tokens, setup.tokens)
+    head = 2 * setup.micro_batch * setup.tokens * model.head.weight.numel()
+    flops = count * (3 * cost.flops + (cost.flops - head if setup.checkpointing else 0))
+    weights = setup.width * model.num_parameters()
+    cut = setup.ranks if setup.stage else 1
+    update = (weights + 3 * 8 * model.num_parameters()) // cut  # gradient; weight and two moments, read and written
+    moved = count * (3 * weights + 2 * cost.activation_bytes) + update
+    tokens = count * request.gpus * setup.micro_batch * setup.tokens
+    rows = []
+    for chip in chips:
+        compute, traffic = flops / chip.flops(request.precision), moved / chip.bandwidth
+        sending = chosen.communication / (chip.link if request.nodes == 1 else chip.network)
+        seconds = max(compute, traffic) + sending
+        rows.append(
+            {
+                "chip": chip.name,
+                "arithmetic s": compute,
+                "memory s": traffic,
+                "communication s": sending,
+                "step s at least": seconds,
+                "tokens/s at most": tokens / seconds,
+                "bound by": max((compute, "arithmetic"), (traffic, "memory"), (sending, "communication"))[1],
+                "memory": "fits" if chosen.memory.total <= chip.memory * (1 - RESERVE) else "too small",
+            }
+        )
+    text = (
+        f"{tokens:,} tokens a step in {count} passes; {flops:.4g} FLOPs and {moved / GIB:.4g} GiB of memory traffic a "
+        "GPU; 100 % of the roofline, communication not overlapped"
+    )
+    return f"{format_table(rows)}\n{text}"
+
+
+def nothing_fits(request: Request) -> str:
+    """What is missing, and the smallest single changes that would do."""
+    leanest = min(
+        (setup for setup in setups(request) if setup.checkpointing),
+        key=lambda s: training_memory(request.model, s).total,
+    )
+    memory = training_memory(request.model, leanest)
+    largest_part = max(vars(memory), key=lambda name: getattr(memory, name))
+    ways = [f"--gpu-memory {memory.total / GIB / (1 - RESERVE):.1f}"]
+    for gpus in (request.gpus * 2**i for i in range(1, 13)):
+        if training_memory(request.model, replace(leanest, ranks=gpus, stage=3)).total <= request.memory:
+            ways.append(f"--gpus {gpus}")
+            break
+    low, high = 0, request.context
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = training_memory(request.model, replace(leanest, tokens=middle)).total <= request.memory
+        low, high = (middle, high) if fits else (low, middle)
+    if low:
+        ways.append(f"--context {low}")
+    return (
+        f"attnzoo: nothing fits: one sequence of {request.context:,} tokens takes {memory.total / GIB:.2f} GiB with "
+        f"ZeRO {leanest.stage} and activation checkpointing, {(memory.total - request.memory) / GIB:.2f} GiB more than "
+        f"there are ({largest_part} alone {getattr(memory, largest_part) / GIB:.2f} GiB); any of these would do: "
+        + ", ".join(ways)
+    )
+
+
+def chip_table(chips: list[Chip]) -> str:
+    """The numbers that times rest on."""
+    return format_table(
+        [
+            {
+                "chip": chip.name,
+                "TFLOP/s bf16": chip.bf16_flops / 1e12,
+                "TFLOP/s fp32": chip.fp32_flops / 1e12,
+                "memory TB/s": chip.bandwidth / 1e12,
+                "memory GiB": round(chip.memory / GIB),
+                "link GB/s": round(chip.link / 1e9),
+                "network GB/s": round(chip.network / 1e9),
+                "source": chip.source,
+            }
+            for chip in chips
+        ]
+    )

@@ -1,0 +1,67 @@
+"""What serving takes: a sequence's state under each cache policy, and how many sequences fit beside the weights."""
+
+from typing import Any
+
+from attnzoo.attention.composed import ComposedAttention
+from attnzoo.attention.parts import SoftmaxMixing
+from attnzoo.kvcache import FullCache
+from attnzoo.models import DecoderLM
+from attnzoo.planner.chips import Chip
+from attnzoo.report import format_table
+
+MIB, GIB = 2**20, 2**30
+
+
+def cache_policies(model: DecoderLM, context: int) -> dict[str, int]:
+    """Bytes of the state of one sequence of `context` tokens, by cache policy: the one that the model's layers are
+    configured with, and the full cache where that is another one."""
+    configured = model.cost(1, 1, context).state_bytes
+    dtype = model.embedding.weight.dtype
+    full = configured
+    softmax = window = False
+    for block in model.layers():
+        attention = block.attention
+        if not (isinstance(attention, ComposedAttention) and isinstance(attention.mixing, SoftmaxMixing)):
+            continue
+        softmax, mixing = True, attention.mixing
+        if not isinstance(mixing.cache, FullCache):
+            window = True
+            everything = FullCache().nbytes(1, mixing.heads.num_kv_heads, mixing.heads.head_dim, context, dtype)
+            full += everything - mixing.state_bytes(1, context, dtype)
+    if not softmax:
+        return {"constant state": configured}
+    return {"full": full, "window": configured} if window else {"full": configured}
+
+
+def serving_report(model: DecoderLM, context: int, memory: int, precision: str, chips: list[Chip]) -> str:
+    """Sequences that fit in `memory` bytes of one GPU at each cache policy, and the least time of a decode step."""
+    weights = model.num_parameters() * model.embedding.weight.element_size()
+    rows = []
+    for policy, state in cache_policies(model, context).items():
+        # Logits in float32 and a few vectors of the residual stream: small beside the state.
+        row_bytes = state + 4 * model.config.vocab_size + 8 * 4 * model.config.model_dim
+        count = max((memory - weights) // row_bytes, 0)
+        row: dict[str, Any] = {
+            "cache": policy,
+            "MiB a sequence": round(state / MIB, 3),
+            "weights GiB": round(weights / GIB, 3),
+            "sequences a GPU": count,
+        }
+        for chip in chips:
+            if count == 0:
+                row[f"{chip.name} ms a step"] = "none fits"
+                continue
+            flops = count * model.cost(1, 1, context).flops
+            seconds = max((weights + count * state) / chip.bandwidth, flops / chip.flops(precision))
+            row[f"{chip.name} ms a step"] = seconds * 1e3
+        rows.append(row)
+    title = f"Serving, {context:,} tokens of every sequence filled, {torch_name(model)}; least time of a decode step"
+    return (
+        f"{title}\n{format_table(rows)}\neach step gives every sequence one token: weights are read once, each state "
+        "once (a model, not a measurement)"
+    )
+
+
+def torch_name(model: DecoderLM) -> str:
+    """The dtype of weights and state, as people write it."""
+    return str(model.embedding.weight.dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""What a call takes, measured: bytes from the allocator's own records."""

@@ -1,0 +1,48 @@
+"""The models that caches are measured with, and the prose that they read."""
+
+import pydoc_data.topics
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnzoo.checkpoint import find_checkpoint, load_model, load_tokenizer
+from attnzoo.models import DecoderConfig, DecoderLM
+from attnzoo.tasks.examples import Ids
+from attnzoo.tasks.text import Encode
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model, how text becomes its tokens, and what its texts begin with."""
+
+    model: DecoderLM
+    encode: Encode
+    begin: Ids = ()
+
+
+def load_reader(checkpoint: str, dtype: torch.dtype = torch.float32) -> Reader:
+    """Model and tokenizer of a checkpoint. Raises ValueError for what cannot be read."""
+    path = find_checkpoint(checkpoint)
+    tokenizer = load_tokenizer(path)
+    return Reader(load_model(path, dtype=dtype), tokenizer.encode, tuple(tokenizer.encode("", bos=True)))
+
+
+def random_reader(attention: str = "mha") -> Reader:
+    """A tiny model with random weights whose tokens are bytes: the same code in seconds, for --quick and tests."""
+    torch.manual_seed(0)
+    options = {"kind": attention, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+    config = DecoderConfig(vocab_size=256, model_dim=32, num_layers=2, attention=options, max_positions=1024)
+    return Reader(DecoderLM(config).eval().requires_grad_(False), lambda text: list(text.encode("utf-8")))
+
+
+def prose(encode: Encode, texts: int, length: int) -> Tensor:
+    """tokens_NT of Python's own documentation (its topics, in the order of their names), end to end: English with code
+    that every Python brings along. Raises ValueError when there is less of it than asked for."""
+    topics: dict[str, str] = pydoc_data.topics.topics
+    tokens: list[int] = []
+    for name in sorted(topics):
+        tokens += encode(topics[name])
+        if len(tokens) >= texts * length:
+            return torch.tensor(tokens[: texts * length]).view(texts, length)
+    raise ValueError(f"texts={texts} of {length} tokens are more than Python's documentation has; ask for fewer")

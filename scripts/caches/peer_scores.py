@@ -1,0 +1,71 @@
+"""Our scores of channels and tokens against kvpress's, on the queries and keys that kvpress saw.
+
+kvpress 0.5.5 takes means over queries, groups and keys where the papers take sums, so scores agree up to a factor. Its
+ThinKPress tells no scores: the channels that it sets to zero at every ratio give their order. Its SnapKVPress smooths
+by means alone, so kind="max" has nothing to be compared with.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from attnzoo.kvcache.channels import channel_scores
+from attnzoo.kvcache.snapkv import smoothed
+from attnzoo.ops.key_mass import key_mass
+from attnzoo.ops.masks import CausalMask
+from scripts.caches.peer import Exchange
+
+WINDOW, POOL = 32, 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """channels: of all layers and kv heads; same_rank: of them, those at the same place in the order of scores;
+    tokens: scores compared; difference: the largest between two of them, over the largest score of the kv head."""
+
+    channels: int
+    same_rank: int
+    tokens: int
+    difference: float
+
+
+def compare_scores(exchange: Exchange, prompt_1T: Tensor) -> Agreement:
+    """Both on every layer of a prompt. Raises PeerError when the other Python cannot run kvpress."""
+    work = {"kind": "scores", "prompt": prompt_1T[0].tolist(), "window": WINDOW, "pool": POOL}
+    return agreement(load_file(exchange.run(work, Path("scores.safetensors"))))
+
+
+def agreement(found: dict[str, Tensor]) -> Agreement:
+    """From what kvpress saw and said, by layer: queries_BNWH and keys_BKSH after rotation, rank_BKH (0: the channel
+    that is pruned first) and snapkv_BKP, scores of the tokens before the window."""
+    channels = same = tokens = 0
+    difference = 0.0
+    for layer in range(len(found) // 4):
+        queries, keys, rank, snapkv = (found[f"{name}.{layer}"] for name in ("queries", "keys", "rank", "snapkv"))
+        mine = channel_ranks(queries, keys)
+        channels, same = channels + mine.numel(), same + int((mine == rank).sum())
+        ours = snapkv_scores(queries, keys)
+        tokens += ours.numel()
+        # Theirs are means over the queries of the window and the query heads of a group.
+        theirs = snapkv * (queries.shape[1] // keys.shape[1] * queries.shape[2])
+        apart = (ours - theirs).abs().amax(-1) / ours.amax(-1)
+        difference = max(difference, float(apart.max()))
+    return Agreement(channels=channels, same_rank=same, tokens=tokens, difference=difference)
+
+
+def channel_ranks(queries_BNWH: Tensor, keys_BKSH: Tensor) -> Tensor:
+    """rank_BKH: the place of every channel in the ascending order of ThinK's scores."""
+    held = torch.ones(1, 1, keys_BKSH.shape[2], dtype=torch.bool)
+    return channel_scores(queries_BNWH, keys_BKSH, held).argsort(dim=-1, stable=True).argsort(dim=-1)
+
+
+def snapkv_scores(queries_BNWH: Tensor, keys_BKSH: Tensor, pool: int = POOL) -> Tensor:
+    """score_BKP of the tokens before the window, as the policy has them."""
+    at_S = torch.arange(keys_BKSH.shape[2])
+    before = keys_BKSH.shape[2] - queries_BNWH.shape[2]
+    mask = CausalMask(query_positions_BT=at_S[None, before:], key_positions_BKS=at_S[None, None])
+    seen = key_mass(queries_BNWH, keys_BKSH, mask=mask).masked_fill(at_S >= before, 0.0)
+    return smoothed(seen, pool, "mean")[..., :before]

@@ -1,0 +1,104 @@
+"""What a decode step would take on a chip, by a model: the larger of bytes over bandwidth and FLOPs over peak.
+
+A model, not a measurement. It counts the weights once a step for all sequences, two FLOPs a weight and token, and of
+attention and merging what their operations must move and compute (`attnzoo.ops.paged_decode.cost`,
+`attnzoo.ops.evict_merge.cost`). Launches, the writing of new keys, the choice of who leaves and everything that does
+not overlap are left out, so real speed-ups are smaller where steps are short.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from attnzoo.kvcache.compressed import CompressedState
+from attnzoo.kvcache.full import FullCacheState
+from attnzoo.models import DecoderLM
+from attnzoo.ops.cost import OpCost
+from attnzoo.ops.evict_merge.cost import step_cost as merge_step_cost
+from attnzoo.ops.paged_decode.cost import DecodeSizes, SegmentSizes, decode_cost
+from attnzoo.planner.chips import Chip
+from attnzoo.types import dtype_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """Of one decode step of `batch` sequences: bytes moved and FLOPs."""
+
+    nbytes: int
+    flops: int
+
+    def seconds(self, chip: Chip, precision: str = "bf16") -> float:
+        """By the roofline."""
+        return max(self.nbytes / chip.bandwidth, self.flops / chip.flops(precision))
+
+
+def step_cost(*, weight_bytes: int, weights: int, attention: OpCost, batch: int) -> StepCost:
+    """`weights`: parameters that a token is multiplied by; `attention`: of all layers and sequences."""
+    return StepCost(nbytes=weight_bytes + attention.bytes_moved, flops=batch * 2 * weights + attention.flops)
+
+
+def attention_cost(model: DecoderLM, state: Any, batch: int) -> OpCost:
+    """What attention and merging move and compute in the next step of `batch` sequences like the one of `state`, all
+    layers together; of layers without keys nothing is counted."""
+    costs = []
+    for block, layer in zip(model.layers(), state.layers, strict=True):
+        mixing = getattr(layer, "mixing", None)
+        if isinstance(mixing, FullCacheState | CompressedState):
+            costs += _layer_costs(mixing, block.attention.config.num_heads, int(layer.lengths_B.max()) + 1, batch)
+    return OpCost(
+        bytes_read=sum(cost.bytes_read for cost in costs),
+        bytes_written=sum(cost.bytes_written for cost in costs),
+        flops=sum(cost.flops for cost in costs),
+    )
+
+
+def _layer_costs(state: FullCacheState | CompressedState, heads: int, length: int, batch: int) -> list[OpCost]:
+    """Of one layer after `length` tokens, the new one included."""
+    if isinstance(state, FullCacheState):
+        return [_decode_cost(state, (_whole(length, state.keys_BKSH.shape[3]),), heads, batch)]
+    prefix, ring = state.prefix, state.ring
+    kv_heads, head_dim = state.tail.keys_BKSH.shape[1], state.tail.keys_BKSH.shape[3]
+    evicts = ring is not None and ring.keys_BKRH.shape[2] > 0
+    tail = _whole(ring.keys_BKRH.shape[2] if evicts and ring else length - int(state.starts_B.min()), head_dim)
+    if prefix.slots == 0:
+        return [_decode_cost(state.tail, (tail,), heads, batch)]
+    width = dtype_bytes(prefix.keys_BKPC.dtype)
+    key_dim, value_dim = prefix.keys_BKPC.shape[3], prefix.values_BKPV.shape[3]
+    part = SegmentSizes(
+        slots=prefix.slots,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        position_heads=1 if prefix.places_BKP is None else kv_heads,
+        votes=prefix.votes_BKP is not None,
+        channels=key_dim < head_dim,
+        value_channels=value_dim < head_dim,
+    )
+    merges = evicts and prefix.norms_BKP is not None
+    options = {"probe_dim": key_dim if merges else 0, "key_mass": evicts and prefix.mass_BKP is not None}
+    costs = [_decode_cost(state.tail, (part, tail), heads, batch, **options)]
+    if merges:
+        sizes = {"slots": prefix.slots, "key_dim": key_dim, "value_dim": value_dim, "width": width}
+        costs.append(merge_step_cost(batch=batch, kv_heads=kv_heads, votes=part.votes, **sizes))
+    return costs
+
+
+def _whole(slots: int, head_dim: int) -> SegmentSizes:
+    return SegmentSizes(slots=slots, key_dim=head_dim, value_dim=head_dim, position_heads=1)
+
+
+def _decode_cost(
+    like: FullCacheState, segments: tuple[SegmentSizes, ...], heads: int, batch: int, **options: Any
+) -> OpCost:
+    """`like`: a full cache of the layer's kv heads, width and dtype."""
+    _, kv_heads, _, head_dim = like.keys_BKSH.shape
+    return decode_cost(
+        DecodeSizes(
+            batch=batch,
+            tokens=1,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            width=dtype_bytes(like.keys_BKSH.dtype),
+            segments=segments,
+            **options,
+        )
+    )

@@ -1,0 +1,7 @@
+"""Variants side by side: what they learn (`python -m attnzoo compare`), what they take, what fits. Plain torch."""
+
+from scripts.compare.comparison import Comparison, Run
+from scripts.compare.config import CompareConfig, PaperConfig, RecallConfig, parse_settings
+from scripts.compare.runs import Hooks, run_one
+
+__all__ = ["CompareConfig", "Comparison", "Hooks", "PaperConfig", "RecallConfig", "Run", "parse_settings", "run_one"]
