@@ -3,12 +3,13 @@
 Source: Dai et al. 2019, "Transformer-XL" (arXiv 1901.02860), section 3.2: h~ = [stop_gradient(memory) ; x], queries
 from x, keys and values from h~.
 
-What is kept are the layer's inputs and not its keys and values: the current weights project them again in every
-segment, so W_k and W_v have gradients through the memory, as in the paper. The memory is read through the variant's own
-streaming form, which makes convolutions continue and a linear variant start from the memory's sum. It is defined by
-segments: cut a sequence elsewhere, and a token sees another past (`window=` does not depend on cuts).
+What is kept are the layer's inputs and not its keys and values: the current weights norm and project them again in
+every segment, so W_k and W_v have gradients through the memory, as in the paper. The memory is read through the
+variant's own streaming form, which makes convolutions continue and a linear variant start from the memory's sum. It is
+defined by segments: cut a sequence elsewhere, and a token sees another past (`window=` does not depend on cuts).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,14 +46,23 @@ class SegmentMemory(State):
         )
 
 
-def attend_segment(attention: Attention, x_BTD: Tensor, memory: SegmentMemory) -> tuple[Tensor, SegmentMemory]:
-    """(y_BTD, the memory for the next segment)."""
-    batch, length, _ = memory.hidden_BMD.shape
-    state = attention.init_state(batch, length + x_BTD.shape[1])
-    if bool((memory.counts_B > 0).any()):
-        _, state = attention.extend(memory.hidden_BMD, state, memory.counts_B)
-    y_BTD, _ = attention.extend(x_BTD, state)
+def attend_segment(
+    attention: Attention, x_BTD: Tensor, memory: SegmentMemory, norm: Callable[[Tensor], Tensor] = lambda x: x
+) -> tuple[Tensor, SegmentMemory]:
+    """(y_BTD, the memory for the next segment). `norm` stands between the layer's inputs and the attention."""
+    y_BTD, _ = attention.extend(norm(x_BTD), read_memory(attention, memory, x_BTD.shape[1], norm))
     return y_BTD, remember(memory, x_BTD)
+
+
+def read_memory(
+    attention: Attention, memory: SegmentMemory, tokens: int, norm: Callable[[Tensor], Tensor] = lambda x: x
+) -> State:
+    """The attention's state after what is remembered, with room for `tokens` more."""
+    batch, length, _ = memory.hidden_BMD.shape
+    state = attention.init_state(batch, length + tokens)
+    if bool((memory.counts_B > 0).any()):
+        _, state = attention.extend(norm(memory.hidden_BMD), state, memory.counts_B)
+    return state
 
 
 def remember(memory: SegmentMemory, x_BTD: Tensor) -> SegmentMemory:

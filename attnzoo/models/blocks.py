@@ -89,8 +89,8 @@ class Block(nn.Module):
         return out
 
     def segment(self, x_BTD: Tensor, memory: SegmentMemory) -> tuple[Tensor, SegmentMemory]:
-        """A segment that also reads its memory; what is remembered are the inputs of the attention, after the norm."""
-        mixed, memory = attend_segment(self.attention, self.attention_norm(x_BTD), memory)
+        """A segment that also reads its memory; what is remembered are the inputs of the block."""
+        mixed, memory = attend_segment(self.attention, x_BTD, memory, self.attention_norm)
         x_BTD = x_BTD + mixed
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), memory
 

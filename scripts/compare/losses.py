@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.models import DecoderLM
-from scripts.compare.segments import Form, empty_memory, segment_forward
+from scripts.compare.segments import Form, segment_forward
 from scripts.compare.text import streams, windows
 
 
@@ -68,11 +68,11 @@ def window_losses(model: DecoderLM, ids: Tensor, length: int, chunk: int, batch:
 def segment_losses(model: DecoderLM, ids: Tensor, batch: int, segment: int, keep: int, form: Form) -> Losses:
     """The text once in segments with a memory, as `segment_forward` does it, in `batch` streams side by side."""
     nats_T, right_T, count_T = (torch.zeros(segment, dtype=torch.float64) for _ in range(3))
-    memory = empty_memory(model, batch)
+    memory = model.init_memory(batch, keep)
     reader = streams(ids, batch, segment)
     for _ in range(max(1, len(ids) // (batch * segment))):
         tokens_BT, targets_BT = next(reader)
-        logits_BTV, memory = segment_forward(model, tokens_BT, memory, keep, form)
+        logits_BTV, memory = segment_forward(model, tokens_BT, memory, form)
         nats_BT, right_BT = count(logits_BTV, targets_BT)
         nats_T += nats_BT.sum(0)
         right_T += right_BT.sum(0)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from attnzoo.attention.segment_memory import remember
 from attnzoo.models import DecoderConfig, DecoderLM, build_shapes
 from attnzoo.profiling.memory import peak_bytes
-from scripts.compare.segments import Form, Memory, empty_memory, segment_forward
+from scripts.compare.segments import Form, segment_forward
 
 MIB = 2**20
 
@@ -56,10 +57,12 @@ def measure_segments(config: DecoderConfig, batch: int, segment: int, keep: int,
     torch.manual_seed(0)
     model = DecoderLM(config)
     tokens_BT = torch.randint(config.vocab_size, (batch, segment + 1))
-    memory: Memory = tuple(torch.randn(batch, keep, config.model_dim) for _ in empty_memory(model, batch))
+    memory = tuple(
+        remember(part, torch.randn(batch, keep, config.model_dim)) for part in model.init_memory(batch, keep)
+    )
 
     def loss() -> torch.Tensor:
-        logits_BTV, _ = segment_forward(model, tokens_BT[:, :-1], memory, keep, form)
+        logits_BTV, _ = segment_forward(model, tokens_BT[:, :-1], memory, form)
         return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten())
 
     step = _stepper(model, loss)
@@ -114,10 +117,10 @@ def segment_fault(config: DecoderConfig, segment: int, form: Form, tokens: int =
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     tokens_BT = torch.randint(config.vocab_size, (2, tokens))
-    memory = empty_memory(model, 2)
+    memory = model.init_memory(2, tokens)
     pieces = []
     with torch.no_grad():
         for piece_BT in tokens_BT.split(segment, dim=1):
-            logits_BTV, memory = segment_forward(model, piece_BT, memory, tokens, form)
+            logits_BTV, memory = segment_forward(model, piece_BT, memory, form)
             pieces.append(logits_BTV)
         return float((torch.cat(pieces, dim=1) - model(tokens_BT)).abs().max())

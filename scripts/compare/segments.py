@@ -16,46 +16,28 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention import Attention
+from attnzoo.attention.segment_memory import SegmentMemory, read_memory, remember
 from attnzoo.kvcache.state import State
 from attnzoo.models import DecoderLM
 
 Form = Literal["published", "carried"]
-Memory = tuple[Tensor, ...]
-"""One tensor [B, M, D] a layer: the last M hidden states at its input, M growing from 0 to what is kept."""
+Memory = tuple[SegmentMemory, ...]
 
 QUERY_HISTORY = "conv.query"
 """Name of the carried rows of the query convolution in a variant's state."""
 
 
-def empty_memory(model: DecoderLM, batch: int) -> Memory:
-    """The memory before the first segment."""
-    weight = model.embedding.weight
-    empty = torch.zeros(batch, 0, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return tuple(empty for _ in model.layers())
-
-
-def segment_forward(
-    model: DecoderLM, tokens_BT: Tensor, memory: Memory, keep: int, form: Form
-) -> tuple[Tensor, Memory]:
-    """(logits_BTV of one segment, the memory for the next): the last `keep` hidden states at each layer's input."""
-    x_BTD = model.embedding(tokens_BT)
-    kept = []
-    for block, old_BMD in zip(model.layers(), memory, strict=True):
-        kept.append(torch.cat([old_BMD, x_BTD.detach()], dim=1)[:, -keep:])
-        x_BTD = x_BTD + attend(block.attention, block.attention_norm(old_BMD), block.attention_norm(x_BTD), form)
+def segment_forward(model: DecoderLM, tokens_BT: Tensor, memory: Memory, form: Form) -> tuple[Tensor, Memory]:
+    """(logits_BTV of one segment, the memory for the next). "carried" is `DecoderLM.segment`."""
+    if form == "carried":
+        return model.segment(tokens_BT, memory)
+    x_BTD, after = model.embedding(tokens_BT), []
+    for block, remembered in zip(model.layers(), memory, strict=True):
+        state = read_memory(block.attention, remembered, x_BTD.shape[1], block.attention_norm)
+        after.append(remember(remembered, x_BTD))
+        x_BTD = x_BTD + block.attention.extend(block.attention_norm(x_BTD), without_query_history(state))[0]
         x_BTD = x_BTD + block.mlp(block.mlp_norm(x_BTD))
-    return model.logits(model.norm(x_BTD)), tuple(kept)
-
-
-def attend(attention: Attention, memory_BMD: Tensor, x_BTD: Tensor, form: Form) -> Tensor:
-    """y_BTD of a segment: keys and values of memory and segment, queries of the segment."""
-    batch, remembered = memory_BMD.shape[:2]
-    state = attention.init_state(batch, remembered + x_BTD.shape[1])
-    if remembered:
-        _, state = attention.extend(memory_BMD, state)
-    if form == "published":
-        state = without_query_history(state)
-    return attention.extend(x_BTD, state)[0]
+    return model.logits(model.norm(x_BTD)), tuple(after)
 
 
 def without_query_history(state: State) -> State:

@@ -12,7 +12,7 @@ from torch import Tensor
 from attnzoo.models import DecoderLM
 from scripts.compare.config import PaperConfig
 from scripts.compare.losses import count
-from scripts.compare.segments import Form, empty_memory, segment_forward
+from scripts.compare.segments import Form, segment_forward
 from scripts.compare.text import Text, streams
 
 Tick = Callable[[], None]
@@ -95,20 +95,18 @@ def train_as_published(
     accuracy = Accuracy()
     training = streams(text.train, config.batch_size, config.segment, seed)
     validation = streams(text.validation, config.batch_size, config.segment, seed)
-    memory = empty_memory(model, config.batch_size)
+    memory = model.init_memory(config.batch_size, config.memory)
     validation_memory = memory
     for step in range(config.steps):
         optimizer.param_groups[0]["lr"] = config.lr * noam(step, config.warmup_steps, model.config.model_dim)
         tokens_BT, targets_BT = next(training)
-        logits_BTV, memory = segment_forward(model, tokens_BT, memory, config.memory, form)
+        logits_BTV, memory = segment_forward(model, tokens_BT, memory, form)
         _update(model, F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten()), optimizer, clip)
         accuracy.add(count(logits_BTV.detach(), targets_BT)[1])
         if step % 9 == 8:
             tokens_BT, targets_BT = next(validation)
             with torch.no_grad():
-                logits_BTV, validation_memory = segment_forward(
-                    model, tokens_BT, validation_memory, config.memory, form
-                )
+                logits_BTV, validation_memory = segment_forward(model, tokens_BT, validation_memory, form)
             accuracy.add(count(logits_BTV, targets_BT)[1])
         tick()
     return accuracy.value

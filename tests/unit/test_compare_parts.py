@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from attnzoo.attention.segment_memory import SegmentMemory, attend_segment, read_memory, remember
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.profiling.memory import peak_bytes
 from attnzoo.tasks.recall import IGNORED, place, recall_batch
@@ -14,7 +15,7 @@ from scripts.compare.losses import segment_losses, window_losses
 from scripts.compare.measure import segment_fault
 from scripts.compare.paper import SAME
 from scripts.compare.recall import recall_accuracy
-from scripts.compare.segments import attend, empty_memory, segment_forward
+from scripts.compare.segments import segment_forward, without_query_history
 from scripts.compare.statistics import interval, mean_interval, t_quantile
 from scripts.compare.text import load_text, streams, windows
 from scripts.compare.training import Accuracy, cosine, noam
@@ -165,23 +166,24 @@ def test_the_published_query_is_convolved_with_zeros():
     with torch.no_grad():
         attention.conv.query_kernel.zero_()
         attention.conv.query_kernel[..., 0] = 1.0
-    memory, x = torch.randn(2, 5, 24).double(), torch.randn(2, 2, 24).double()
-    flat = attend(attention, memory, x, "published")
+    past, x = torch.randn(2, 5, 24).double(), torch.randn(2, 2, 24).double()
+    memory = remember(SegmentMemory.empty(2, 5, 24, dtype=torch.float64), past)
+    flat, _ = attention.extend(x, without_query_history(read_memory(attention, memory, 2)))
     # No query, so all keys weigh the same: the mean of the values of memory and segment up to the token.
     with torch.no_grad():
         attention.conv.query_kernel.zero_()
-    assert torch.allclose(flat, attend(attention, memory, x, "carried"), atol=1e-12)
+    assert torch.allclose(flat, attend_segment(attention, x, memory)[0], atol=1e-12)
 
 
 def test_memory_keeps_what_is_asked_and_passes_no_gradient_back():
     model = tiny("rcmha")
     tokens = torch.randint(7, (3, 8), generator=torch.Generator().manual_seed(1))
-    memory = empty_memory(model, 3)
+    memory = model.init_memory(3, 5)
     for piece in tokens.split(2, dim=1):
-        _, memory = segment_forward(model, piece, memory, 5, "carried")
-    assert [tuple(m.shape) for m in memory] == [(3, 5, 24)] * 2
-    assert not any(m.requires_grad for m in memory)
-    assert torch.equal(memory[0], model.embedding(tokens[:, -5:]))
+        _, memory = segment_forward(model, piece, memory, "carried")
+    assert [tuple(m.hidden_BMD.shape) for m in memory] == [(3, 5, 24)] * 2
+    assert not any(m.hidden_BMD.requires_grad for m in memory)
+    assert torch.equal(memory[0].hidden_BMD, model.embedding(tokens[:, -5:]))
     losses = segment_losses(model, tokens[0], 2, 2, 5, "carried")
     assert losses.count_T.tolist() == [4, 4]
 
