@@ -22,8 +22,9 @@ from typing import Any
 from attnzoo.__main__ import parse_options
 from attnzoo.attention import ATTENTION, build_attention
 from attnzoo.report import Claim, Report, available_cores, format_table
+from attnzoo.workers import JobError
 from train.experiments.base import Experiment, ExperimentConfig
-from train.experiments.pool import PartError, known_experiments, measure
+from train.experiments.pool import known_experiments, measure
 
 WITH_VARIANT = ("icl-gd", "depth")
 
@@ -136,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         reports = reproduce(experiments, config, chosen.workers, chosen.results)
-    except PartError as error:
+    except JobError as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 from attnzoo.report import Report, available_cores, format_claims, format_table
+from attnzoo.workers import JobError
 from scripts.compare.compare import compare
 from scripts.compare.comparison import Comparison
 from scripts.compare.config import QUICK, CompareConfig, parse_settings
 from scripts.compare.plot import plot_all
-from scripts.compare.workers import RunError
 
 EXAMPLES = """examples:
   python -m attnzoo compare --quick
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"attnzoo compare: error: {error}", file=sys.stderr)
         return 2
-    except RunError as error:
+    except JobError as error:
         print(f"attnzoo compare: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -11,11 +11,12 @@ import torch
 
 from attnzoo.files import write_atomic
 from attnzoo.models import DecoderLM
+from attnzoo.workers import Tick
 from scripts.compare.comparison import Comparison, Run
 from scripts.compare.losses import segment_losses, window_losses
 from scripts.compare.recall import recall_accuracy, recall_batches
 from scripts.compare.text import streams
-from scripts.compare.training import Tick, train, train_as_published
+from scripts.compare.training import train, train_as_published
 
 EXTRAPOLATION = (1, 2, 4)
 """Lengths at which the loss is measured, in trained lengths."""

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.models import DecoderLM
+from attnzoo.workers import Tick
 from scripts.compare.config import PaperConfig
 from scripts.compare.losses import count
 from scripts.compare.segments import Form, segment_forward
 from scripts.compare.text import Text, streams
 
-Tick = Callable[[], None]
 """Called after every step: progress."""
 
 

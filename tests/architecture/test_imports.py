@@ -28,6 +28,7 @@ ORDER = [
     "checkpoint",
     "report",
     "progress",
+    "workers",
     "profiling",
     "tasks",
     "planner",

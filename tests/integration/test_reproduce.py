@@ -9,9 +9,10 @@ import pytest
 import scripts.reproduce
 from attnzoo.attention import ATTENTION
 from attnzoo.report import Report
+from attnzoo.workers import JobError
 from scripts.reproduce import main
 from train.experiments.base import Experiment, ExperimentConfig, Judgement, Part
-from train.experiments.pool import PartError, known_experiments, measure
+from train.experiments.pool import known_experiments, measure
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,7 +112,7 @@ def test_a_part_that_fails_is_named(monkeypatch, capsys):
     experiment = Experiment("icl-gd", "Z", "", lambda c: {"odd part": Part(broken, 1)}, lambda c, v: Judgement(), None)
     monkeypatch.setattr(scripts.reproduce, "known_experiments", lambda: {"icl-gd": experiment})
     monkeypatch.setattr("train.experiments.pool.known_experiments", lambda: {"icl-gd": experiment})
-    with pytest.raises(PartError, match="icl-gd, odd part: RuntimeError: the loss is nan"):
+    with pytest.raises(JobError, match="icl-gd, odd part failed: RuntimeError: the loss is nan"):
         measure([experiment], ExperimentConfig(), 1)
     assert main(["icl-gd", "--workers", "1"]) == 1
     assert "odd part" in capsys.readouterr().err

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.report import Claim
+from attnzoo.workers import Tick
 
-Tick = Callable[[], None]
 Values = dict[str, Any]
 
 
