@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.attention import build_attention
+from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.linear_attention import linear_attention
-from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.relative_sdpa import relative_sdpa
 from attnzoo.ops.sdpa import sdpa
 from attnzoo.ops.sinusoid_sdpa import sinusoid_sdpa
@@ -91,8 +91,8 @@ def labml_table(tokens: int) -> Function | None:
 def training_contenders(t: dict[str, Tensor]) -> dict[str, Function]:
     """Forward passes by name; the first is what the others are compared with."""
     tokens, qkv = t["q"].shape[2], (t["q"], t["k"], t["v"])
-    table = {"content_bias_NH": t["u"], "table_NPH": t["table"], "table_bias_NP": t["table_bias"]}
-    waves = {"content_bias_NH": t["u"], "position_bias_NH": t["position_bias"], "weight_NHD": t["weight"]}
+    table: dict[str, Any] = {"content_bias_NH": t["u"], "table_NPH": t["table"], "table_bias_NP": t["table_bias"]}
+    waves: dict[str, Any] = {"content_bias_NH": t["u"], "position_bias_NH": t["position_bias"], "weight_NHD": t["weight"]}
     contenders: dict[str, Function] = {
         "MHA (torch SDPA)": lambda: sdpa(*qkv),
         "RMHA table": lambda: relative_sdpa(*qkv, **table),

@@ -93,7 +93,7 @@ def updated(content: dict[str, Any], fresh: dict[str, list[float]], run: dict[st
     if not problems:
         return content
     runs = [*content["runs"], run]
-    found = {
+    found: dict[str, dict[str, Any]] = {
         name: {"values": values, "run": len(runs) - 1} if name in problems else content["cases"][name]
         for name, values in sorted(fresh.items())
     }

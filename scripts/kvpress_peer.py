@@ -90,7 +90,7 @@ def load(directory: str, attention: str) -> Any:
 def pressed(model: Any, press: Any, prompt: list[int], forced: list[int]) -> tuple[torch.Tensor, int]:
     """(logits_TV after every forced token, bytes of the compressed cache): the prompt is pressed, then tokens follow at
     their positions."""
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     with press(model):
         model.model(input_ids=torch.tensor([prompt]), past_key_values=cache)
     nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

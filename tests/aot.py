@@ -6,7 +6,7 @@
 Every triton.py below attnzoo that has a function `aot_cases()` takes part. A case says what to compile: `name`,
 `kernel`, `signature`, `constexprs`, `options`; and if it has them, `target`, the only one it is meant for, and
 `aligned`, the paths of arguments that are multiples of 16 (all pointers without it).
-attnzoo.ops.launch.Launch is one, made from the launch itself, so that what is compiled is what would run.
+attnzoo.ops.common.launch.Launch is one, made from the launch itself, so that what is compiled is what would run.
 
 This module must run in a process without TRITON_INTERPRET: there the kernels are Python functions.
 """

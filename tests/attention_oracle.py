@@ -6,7 +6,7 @@ Written from the formula alone; it shares no code with attnzoo.ops but the mask'
 import torch
 from torch import Tensor
 
-from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.common.masks import CausalMask
 
 NAMES = ("q", "k", "v", "content_bias", "table", "table_bias")
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.evict_merge import Arrival, MergeRule, Slots, evict_merge, evict_merge_step
 from attnzoo.ops.key_mass import Tables, key_mass
-from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.paged_decode import Decoded, Entries, paged_decode
 from tests.unit.test_triton_conv_linear import assert_same, rand
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from attnzoo.models import DecoderLM, build_shapes, fill_buffers
-from attnzoo.ops.masks import marked_starts
+from attnzoo.ops.common.masks import marked_starts
 from attnzoo.planner.fits import BUCKET
 from train.config import Config
 from train.deepspeed_config import clips_itself, deepspeed_config

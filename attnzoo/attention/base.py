@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from attnzoo.errors import suggest
 from attnzoo.kvcache import Compression
 from attnzoo.kvcache.state import State
-from attnzoo.ops.impl import Impl
+from attnzoo.ops.common.impl import Impl
 from attnzoo.registry import Registry
 from attnzoo.tape import Buffer, Step, Tape
 
@@ -141,7 +141,7 @@ class Attention(nn.Module, ABC):
         """The parallel form: y_BTD of whole sequences that start at position 0.
 
         `starts_BT` (int64, variants with the trait varlen): the index of the first token each token may see, for rows
-        packed with documents or padded (`attnzoo.ops.masks.document_starts` and `padding_starts` make it).
+        packed with documents or padded (`attnzoo.ops.common.masks.document_starts` and `padding_starts` make it).
         """
 
     @abstractmethod

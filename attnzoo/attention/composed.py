@@ -10,8 +10,8 @@ from attnzoo.attention.base import Attention, Cost, Traits, training_memory
 from attnzoo.attention.parts import Mixing, Projection, QKVConv, QKVConvState
 from attnzoo.kvcache import Compression
 from attnzoo.kvcache.state import State, new_zeros
-from attnzoo.ops.impl import Impl
-from attnzoo.ops.recent import recent
+from attnzoo.ops.common.impl import Impl
+from attnzoo.ops.common.recent import recent
 from attnzoo.tape import Buffer, Tape
 from attnzoo.types import dtype_bytes
 

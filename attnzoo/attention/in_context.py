@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attnzoo.attention.base import Attention, Cost, Traits
 from attnzoo.kvcache import Compression
 from attnzoo.kvcache.state import State
-from attnzoo.ops.impl import Impl
+from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.in_context import Weighting, in_context_attention
 from attnzoo.types import CheckedConfig, dtype_bytes
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache.state import State
-from attnzoo.ops.impl import Impl
-from attnzoo.ops.masks import CausalMask
-from attnzoo.ops.row_blocks import Tables
+from attnzoo.ops.common.impl import Impl
+from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.row_blocks import Tables
 from attnzoo.registry import Registry
 
 EMPTY = -1

@@ -15,9 +15,9 @@ from torch import Tensor
 from attnzoo.kvcache.base import EMPTY, CacheView, Compression, Reader, check_chunk
 from attnzoo.kvcache.full import FullCache, FullCacheState
 from attnzoo.kvcache.state import STATIC, State, new_zeros
-from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.rows import known
 from attnzoo.ops.paged_decode import Decoded, Entries, paged_decode
-from attnzoo.ops.rows import known
 from attnzoo.types import accumulation_dtype, dtype_bytes
 
 FULL = FullCache()

@@ -22,9 +22,9 @@ from attnzoo.kvcache.entries import all_entries, packed
 from attnzoo.kvcache.ring_start import ringed
 from attnzoo.kvcache.ring_step import moment, step, with_room
 from attnzoo.kvcache.state import new_zeros
+from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.evict_merge import MergeRule, evict_merge
 from attnzoo.ops.key_mass import key_mass
-from attnzoo.ops.masks import CausalMask
 from attnzoo.types import accumulation_dtype, dtype_bytes
 
 QKV = tuple[Tensor, Tensor, Tensor]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnzoo.kvcache.base import EMPTY, CachePolicy, CacheView, check_chunk
 from attnzoo.kvcache.state import State, new_zeros
-from attnzoo.ops.recent import recent
+from attnzoo.ops.common.recent import recent
 from attnzoo.types import dtype_bytes
 
 

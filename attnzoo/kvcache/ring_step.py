@@ -17,10 +17,10 @@ from attnzoo.kvcache import compressed as cc
 from attnzoo.kvcache.base import CacheView, Reader
 from attnzoo.kvcache.channels import take_channels
 from attnzoo.kvcache.compressed import CompressedState, Prefix, Ring
+from attnzoo.ops.common.recent import recent
+from attnzoo.ops.common.rows import Places, known, places, places_or_none
 from attnzoo.ops.evict_merge import Arrival, Slots, evict_merge_step
 from attnzoo.ops.paged_decode import Decoded, Entries
-from attnzoo.ops.recent import recent
-from attnzoo.ops.rows import Places, known, places, places_or_none
 
 QKV = tuple[Tensor, Tensor, Tensor]
 

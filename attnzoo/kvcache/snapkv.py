@@ -21,9 +21,9 @@ from attnzoo.kvcache.budgets import asked_tokens
 from attnzoo.kvcache.compressed import CompressedState, Prefix
 from attnzoo.kvcache.options import TokenOptions, check_least
 from attnzoo.kvcache.tailed import TailedCache, cut_tail
+from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.evict_merge import MergeRule, evict_merge
 from attnzoo.ops.key_mass import key_mass
-from attnzoo.ops.masks import CausalMask
 from attnzoo.types import accumulation_dtype, dtype_bytes
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnzoo.kvcache.base import EMPTY, CachePolicy, CacheView, check_chunk
 from attnzoo.kvcache.state import State, new_zeros
-from attnzoo.ops.masks import check_window
+from attnzoo.ops.common.masks import check_window
 from attnzoo.types import dtype_bytes
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from attnzoo.kvcache.channels import channel_scores
 from attnzoo.kvcache.snapkv import smoothed
+from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.key_mass import key_mass
-from attnzoo.ops.masks import CausalMask
 from scripts.caches.peer import Exchange
 
 WINDOW, POOL = 32, 5

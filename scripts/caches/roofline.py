@@ -12,7 +12,7 @@ from typing import Any
 from attnzoo.kvcache.compressed import CompressedState
 from attnzoo.kvcache.full import FullCacheState
 from attnzoo.models import DecoderLM
-from attnzoo.ops.cost import OpCost
+from attnzoo.ops.common.cost import OpCost
 from attnzoo.ops.evict_merge.cost import step_cost as merge_step_cost
 from attnzoo.ops.paged_decode.cost import DecodeSizes, SegmentSizes, decode_cost
 from attnzoo.planner.chips import Chip

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnzoo.kvcache import Compression
 from attnzoo.models import CompiledDecode, DecoderLM, can_pack, pack_weights
-from attnzoo.ops.cost import OpCost
+from attnzoo.ops.common.cost import OpCost
 from scripts.caches.protocol import Prefill, prefill
 from scripts.caches.roofline import attention_cost
 from scripts.caches.step_parts import StepParts, step_parts

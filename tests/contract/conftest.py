@@ -2,7 +2,7 @@
 
 import pytest
 
-from attnzoo.ops import row_blocks
+from attnzoo.ops.common import row_blocks
 
 
 @pytest.fixture(autouse=True)

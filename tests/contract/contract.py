@@ -20,7 +20,7 @@ from attnzoo.attention import ATTENTION, Attention, build_attention
 from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.parts import SoftmaxMixing
 from attnzoo.kvcache import load_state, save_state
-from attnzoo.ops.masks import CausalMask, document_starts, padding_starts
+from attnzoo.ops.common.masks import CausalMask, document_starts, padding_starts
 from attnzoo.types import accumulation_dtype
 from tests.contract.by_hand import BY_HAND
 from tests.contract.served import check_served

@@ -13,7 +13,7 @@ from torch import Tensor
 from attnzoo.attention import in_context
 from attnzoo.attention.parts import Projection, Rope, mesa, mixing, position, token_mixing
 from attnzoo.kvcache import full, window
-from attnzoo.ops import masks, row_blocks
+from attnzoo.ops.common import masks, row_blocks
 from attnzoo.ops.linear_attention import torch as linear_torch
 from attnzoo.ops.rope import torch as rope_torch
 from attnzoo.ops.sinusoid_sdpa import torch as sinusoid_torch

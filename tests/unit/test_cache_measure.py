@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from attnzoo.kvcache import build_cache, compressed, ring_step
 from attnzoo.models import CompiledDecode
-from attnzoo.ops.cost import OpCost
+from attnzoo.ops.common.cost import OpCost
 from attnzoo.ops.evict_merge.cost import step_cost as merge_step_cost
 from attnzoo.ops.paged_decode.cost import DecodeSizes, SegmentSizes, decode_cost
 from attnzoo.planner.chips import CHIPS

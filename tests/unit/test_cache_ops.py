@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.evict_merge import Arrival, MergeRule, Slots, evict_merge, evict_merge_step
 from attnzoo.ops.key_mass import Tables, key_mass
-from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.paged_decode import Entries, paged_decode
 from attnzoo.ops.sdpa import sdpa
 

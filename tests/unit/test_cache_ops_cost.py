@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.evict_merge import Arrival, MergeRule, Slots, evict_merge, evict_merge_step
 from attnzoo.ops.evict_merge.cost import MergeSizes, merge_cost, step_cost
 from attnzoo.ops.key_mass import Tables, key_mass
 from attnzoo.ops.key_mass.cost import MassSizes, mass_cost
-from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.paged_decode import Entries, paged_decode
 from attnzoo.ops.paged_decode.cost import DecodeSizes, SegmentSizes, decode_cost, scratch_bytes
 
@@ -98,7 +98,7 @@ def test_paged_decode(key, options, dtype):
 @pytest.mark.parametrize("mass", [False, True])
 def test_what_the_kernels_of_paged_decode_keep(mass):
     pytest.importorskip("triton", reason="the package triton is not installed")
-    from attnzoo.ops.paged_decode.launches.triton import Call, Plan
+    from attnzoo.ops.paged_decode.launch import Call, Plan
 
     prefix, tail = entries(203, 5, H, K, torch.bfloat16, False), entries(70, H, H, 1, torch.bfloat16, False)
     q, at = torch.randn(B, N, T, H).bfloat16(), torch.full((B, T), 40)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from attnzoo.ops.common.masks import document_starts, padding_starts
 from attnzoo.ops.depthwise_conv import depthwise_conv_qkv
 from attnzoo.ops.depthwise_conv import torch as conv_torch
-from attnzoo.ops.masks import document_starts, padding_starts
 
 B, N, K, H = 3, 6, 2, 5
 TIGHT = 1e-10

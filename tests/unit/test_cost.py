@@ -10,7 +10,7 @@ from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.mha import MHAConfig
 from attnzoo.attention.parts import DistanceBias, Heads, Projection, SoftmaxMixing
 from attnzoo.models import DecoderConfig, DecoderLM
-from attnzoo.ops import row_blocks
+from attnzoo.ops.common import row_blocks
 from attnzoo.ops.linear_attention.weights import CHUNK
 from attnzoo.profiling.memory import kept_bytes, peak_bytes
 

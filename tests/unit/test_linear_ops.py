@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from attnzoo.ops.common.masks import document_starts, padding_starts
 from attnzoo.ops.linear_attention import linear_attention, weights
 from attnzoo.ops.linear_attention import torch as linear_torch
-from attnzoo.ops.masks import document_starts, padding_starts
 
 B, N, K, H, V = 2, 6, 3, 5, 4
 TIGHT = 1e-10

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from attnzoo.ops.impl import choose
-from attnzoo.ops.masks import CausalMask, document_starts, marked_starts, padding_starts
+from attnzoo.ops.common.impl import choose
+from attnzoo.ops.common.masks import CausalMask, document_starts, marked_starts, padding_starts
 
 
 def seen(mask: CausalMask, tokens: int) -> list[str]:
@@ -79,12 +79,12 @@ def test_refused_lengths():
 
 def test_triton_on_a_cpu_is_refused_without_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("attnzoo.ops.impl._has_triton", lambda: True)
+    monkeypatch.setattr("attnzoo.ops.common.impl._has_triton", lambda: True)
     with pytest.raises(ValueError, match="sdpa with impl='triton' on a CPU: use impl='torch' or 'auto'"):
         choose("sdpa", "triton", {"torch": print, "triton": print}, torch.zeros(1))
 
 
 def test_triton_is_refused_where_it_is_not_installed(monkeypatch):
-    monkeypatch.setattr("attnzoo.ops.impl._has_triton", lambda: False)
+    monkeypatch.setattr("attnzoo.ops.common.impl._has_triton", lambda: False)
     with pytest.raises(ValueError, match="the package triton is not installed; pip install triton"):
         choose("sdpa", "triton", {"torch": print, "triton": print}, torch.zeros(1))

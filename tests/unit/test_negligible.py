@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnzoo.ops import row_blocks
+from attnzoo.ops.common import row_blocks
+from attnzoo.ops.common.masks import CausalMask, document_starts
+from attnzoo.ops.common.negligible import attention_of_peaked, smallest_weight, softmax_of_peaked_, without_negligible
 from attnzoo.ops.in_context import in_context_attention
 from attnzoo.ops.key_mass import key_mass
 from attnzoo.ops.linear_attention import linear_attention
-from attnzoo.ops.masks import CausalMask, document_starts
-from attnzoo.ops.negligible import attention_of_peaked, smallest_weight, softmax_of_peaked_, without_negligible
 from attnzoo.ops.paged_decode import paged_decode
 from attnzoo.ops.paged_decode.entries import Entries
 from attnzoo.ops.relative_sdpa import relative_sdpa

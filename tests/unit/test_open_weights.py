@@ -19,7 +19,7 @@ from transformers import (
 
 from attnzoo.checkpoint import load_model, open_checkpoint
 from attnzoo.models import generate
-from attnzoo.ops.masks import padding_starts
+from attnzoo.ops.common.masks import padding_starts
 
 SIZES = {
     "vocab_size": 131,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from attnzoo.ops.biased_sdpa import biased_sdpa
+from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.linear_attention import linear_attention
-from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.relative_sdpa import relative_sdpa
 from attnzoo.ops.rope import rope
 from attnzoo.ops.sdpa import sdpa

@@ -2,7 +2,7 @@
 
 import torch
 
-from attnzoo.ops.recent import KEPT, recent
+from attnzoo.ops.common.recent import KEPT, recent
 
 
 def counted():

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from attnzoo.ops import row_blocks
-from attnzoo.ops.masks import CausalMask, document_starts, padding_starts
-from attnzoo.ops.row_blocks import Tables, row_block_attention
+from attnzoo.ops.common import row_blocks
+from attnzoo.ops.common.masks import CausalMask, document_starts, padding_starts
+from attnzoo.ops.common.row_blocks import Tables, row_block_attention
 
 B, N, K, T, H = 2, 4, 2, 45, 6
 STARTS = document_starts(torch.tensor([0, 3, 4, 30, 45, 61, 90]), B, T)
@@ -109,8 +109,8 @@ def test_memory_is_linear_in_the_length():
 def test_a_first_prompt_does_not_wait_for_the_compiler():
     """Torch imports it when a custom operator is first called, which takes seconds."""
     code = (
-        "import sys, torch; from attnzoo.ops.masks import CausalMask;"
-        "from attnzoo.ops.row_blocks import row_block_attention;"
+        "import sys, torch; from attnzoo.ops.common.masks import CausalMask;"
+        "from attnzoo.ops.common.row_blocks import row_block_attention;"
         "q = torch.randn(1, 2, 5, 8); torch.set_grad_enabled(False);"
         "row_block_attention(q, q, q, None, CausalMask(), 0.3); print('torch._dynamo' in sys.modules)"
     )

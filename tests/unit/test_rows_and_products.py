@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from attnzoo.ops import products
-from attnzoo.ops.products import with_keys, with_values
-from attnzoo.ops.rows import places, places_or_none
+from attnzoo.ops.common import products
+from attnzoo.ops.common.products import with_keys, with_values
+from attnzoo.ops.common.rows import places, places_or_none
 
 B, K, P, X = 3, 2, 7, 5
 

@@ -11,7 +11,7 @@ from attnzoo.kvcache import build_cache, compressed
 from attnzoo.kvcache.base import Layer
 from attnzoo.kvcache.channels import change_channels, channel_scores, condensed
 from attnzoo.kvcache.think import _held, output_scores
-from attnzoo.ops.masks import PLAIN
+from attnzoo.ops.common.masks import PLAIN
 from tests.contract.caches import build_model, prompt
 
 READER = SoftmaxReader(NoPosition(), PLAIN, "auto")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.evict_merge import MergeRule, evict_merge, evict_merge_step
 from attnzoo.ops.key_mass import key_mass
-from attnzoo.ops.masks import CausalMask
 from attnzoo.ops.paged_decode import paged_decode
 from attnzoo.ops.paged_decode.splits import Splits, plan_splits
 from tests.cache_kernels import (
@@ -136,7 +136,7 @@ def test_key_mass_by_parts_of_the_queries(monkeypatch):
 @pytest.mark.parametrize("offset", range(20))
 def test_blocks_that_see_each_other(offset):
     """Where positions ascend neither a block too many nor one too few is visited, wherever the queries begin."""
-    from attnzoo.ops.key_mass.launches.triton import visible_blocks
+    from attnzoo.ops.key_mass.launch import visible_blocks
 
     queries_BT, keys_BKS = torch.arange(19)[None] + offset, torch.arange(42)[None, None]
     reach_BKI, begins_BKJ = visible_blocks(queries_BT, keys_BKS, 4, 5)
@@ -163,7 +163,7 @@ def test_key_mass_with_known_sums_of_rows():
 
 def test_key_mass_is_never_tokens_by_tokens():
     """What the kernels are given, inputs and scratch alike, grows with T, not with T x T."""
-    from attnzoo.ops.key_mass.launches.triton import Plan, launches
+    from attnzoo.ops.key_mass.launch import Plan, launches
 
     def numbers(tokens: int) -> int:
         q, k = (torch.empty(1, n, tokens, 64, dtype=torch.bfloat16, device="meta") for n in (4, 2))

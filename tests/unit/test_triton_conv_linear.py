@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnzoo.ops.common.masks import document_starts, padding_starts
 from attnzoo.ops.depthwise_conv import depthwise_conv_qkv
 from attnzoo.ops.linear_attention import linear_attention
-from attnzoo.ops.masks import document_starts, padding_starts
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 HERE = not torch.cuda.is_available()

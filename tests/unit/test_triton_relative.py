@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from attnzoo.ops.masks import CausalMask, document_starts, padding_starts
+from attnzoo.ops.common.masks import CausalMask, document_starts, padding_starts
 from tests.attention_oracle import NAMES, dense_attention, leaves, random_inputs
 
 if torch.cuda.is_available():

@@ -8,10 +8,10 @@ from torch import Tensor
 from attnzoo.attention.parts.position import QKV, Buffers, Position, play_row_blocks
 from attnzoo.attention.parts.projection import Heads
 from attnzoo.ops.biased_sdpa import biased_sdpa
-from attnzoo.ops.impl import Impl
-from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.common.impl import Impl
+from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.row_blocks import Tables
 from attnzoo.ops.relative_sdpa.torch import streamed_bias
-from attnzoo.ops.row_blocks import Tables
 from attnzoo.ops.sinusoid_sdpa.torch import farthest
 from attnzoo.tape import Buffer, Step, Tape
 from attnzoo.types import accumulation_dtype

@@ -13,7 +13,7 @@ from attnzoo.attention.parts.position import QKV, Buffers
 from attnzoo.attention.parts.projection import Heads
 from attnzoo.kvcache import Compression
 from attnzoo.kvcache.state import State, new_zeros
-from attnzoo.ops.impl import Impl
+from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.ops.ridge_queries import ridge_queries
 from attnzoo.ops.ridge_queries.torch import BLOCK

@@ -16,11 +16,11 @@ from attnzoo.kvcache.base import Need
 from attnzoo.kvcache.compressed import CompressedState
 from attnzoo.kvcache.keep_all import KeepAll
 from attnzoo.kvcache.state import State, new_zeros
-from attnzoo.ops.impl import Impl
+from attnzoo.ops.common.impl import Impl
+from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.row_blocks import Tables
 from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.ops.linear_attention.memory import LinearSizes
-from attnzoo.ops.masks import CausalMask
-from attnzoo.ops.row_blocks import Tables
 from attnzoo.tape import Buffer, Step, Tape
 from attnzoo.types import accumulation_dtype, dtype_bytes
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from attnzoo.attention.parts.projection import Heads
 from attnzoo.kvcache.base import Need
-from attnzoo.ops.impl import Impl
-from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.common.impl import Impl
+from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.row_blocks import Tables
+from attnzoo.ops.common.row_blocks_memory import RowBlockSizes
 from attnzoo.ops.relative_sdpa import relative_sdpa
 from attnzoo.ops.relative_sdpa.torch import streamed_bias
 from attnzoo.ops.rope import RopeScaling, rope
-from attnzoo.ops.row_blocks import Tables
-from attnzoo.ops.row_blocks_memory import RowBlockSizes
 from attnzoo.ops.sdpa import memory as sdpa_memory
 from attnzoo.ops.sdpa import sdpa
 from attnzoo.ops.sinusoid_sdpa import sinusoid_sdpa

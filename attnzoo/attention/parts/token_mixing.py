@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from attnzoo.attention.parts.projection import Heads
 from attnzoo.kvcache.state import State, new_zeros
+from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.depthwise_conv import depthwise_conv_qkv
 from attnzoo.ops.depthwise_conv.memory import backward_scratch
-from attnzoo.ops.impl import Impl
 from attnzoo.tape import Buffer, Step, Tape
 from attnzoo.types import dtype_bytes
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from attnzoo.ops.biased_sdpa.reference import biased_sdpa_reference
 from attnzoo.ops.biased_sdpa.torch import biased_sdpa_torch
-from attnzoo.ops.impl import Impl, choose, lazily
-from attnzoo.ops.masks import PLAIN, CausalMask, check_heads, check_mask
+from attnzoo.ops.common.impl import Impl, choose, lazily
+from attnzoo.ops.common.masks import PLAIN, CausalMask, check_heads, check_mask
 
 IMPLEMENTATIONS = {
     "reference": biased_sdpa_reference,

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.row_blocks import Tables, row_block_attention
 from attnzoo.ops.relative_sdpa.torch import streamed_bias
-from attnzoo.ops.row_blocks import Tables, row_block_attention
 from attnzoo.ops.sdpa.torch import masked_attention, per_query_head
 
 

@@ -6,9 +6,9 @@ distances have keys.
 
 from torch import Tensor
 
-from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.row_blocks import Tables
 from attnzoo.ops.relative_sdpa.triton import relative_sdpa_triton
-from attnzoo.ops.row_blocks import Tables
 
 
 def biased_sdpa_triton(

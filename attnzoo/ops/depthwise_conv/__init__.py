@@ -6,9 +6,9 @@ y_t = sum_w kernel[..., w] x_{t-(W-1)+w} + bias: the last tap weighs the current
 
 from torch import Tensor
 
+from attnzoo.ops.common.impl import Impl, choose, lazily
 from attnzoo.ops.depthwise_conv.reference import depthwise_conv_qkv_reference
 from attnzoo.ops.depthwise_conv.torch import depthwise_conv_qkv_torch
-from attnzoo.ops.impl import Impl, choose, lazily
 
 QKV = tuple[Tensor, Tensor, Tensor]
 OptionalQKV = tuple[Tensor | None, Tensor | None, Tensor | None]

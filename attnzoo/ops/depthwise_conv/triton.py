@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attnzoo.ops.depthwise_conv.kernels.triton import Rows, backward_kernel, forward_kernel
+from attnzoo.ops.depthwise_conv.kernels import Rows, backward_kernel, forward_kernel
 from attnzoo.ops.depthwise_conv.torch import add_tail_gradients
 
 OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}

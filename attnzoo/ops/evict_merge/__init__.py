@@ -6,10 +6,10 @@ taken by another, in place and without moving the rest. The rule is `MergeRule`'
 
 from torch import Tensor
 
+from attnzoo.ops.common.impl import Impl, choose, lazily
 from attnzoo.ops.evict_merge.reference import evict_merge_reference, evict_merge_step_reference
 from attnzoo.ops.evict_merge.rule import Arrival, Merged, MergeRule, Slots
 from attnzoo.ops.evict_merge.torch import evict_merge_step_torch, evict_merge_torch
-from attnzoo.ops.impl import Impl, choose, lazily
 
 IMPLEMENTATIONS = {
     "reference": evict_merge_reference,

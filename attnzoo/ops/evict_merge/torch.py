@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from attnzoo.ops.common.rows import Places, places, places_or_none
 from attnzoo.ops.evict_merge.rule import Arrival, Merged, MergeRule, Slots
-from attnzoo.ops.rows import Places, places, places_or_none
 from attnzoo.types import accumulation_dtype
 
 BLOCK_BYTES = 16 << 20

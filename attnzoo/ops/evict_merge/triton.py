@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from attnzoo.ops.evict_merge.launches.triton import merge_launch, nearest_launch, step_launches
+from attnzoo.ops.common.launch import Launch, check_inputs
+from attnzoo.ops.evict_merge.launch import merge_launch, nearest_launch, step_launches
 from attnzoo.ops.evict_merge.rule import Arrival, Merged, MergeRule, Slots
 from attnzoo.ops.evict_merge.torch import compacted, decisive, next_threshold
-from attnzoo.ops.launch import Launch, check_inputs
 from attnzoo.ops.relative_sdpa.tilings import ARCHITECTURES
 
 WIDEST_ROW = 256

@@ -9,10 +9,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from attnzoo.ops.impl import Impl, choose
+from attnzoo.ops.common.impl import Impl, choose
+from attnzoo.ops.common.masks import check_heads
 from attnzoo.ops.in_context.reference import in_context_reference
 from attnzoo.ops.in_context.torch import in_context_torch
-from attnzoo.ops.masks import check_heads
 
 Weighting = Literal["linear", "softmax"]
 

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.ops.negligible import attention_of_peaked
+from attnzoo.ops.common.negligible import attention_of_peaked
 from attnzoo.ops.sdpa.torch import peaked_backward
 from attnzoo.types import accumulation_dtype
 

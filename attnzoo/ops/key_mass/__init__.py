@@ -7,11 +7,11 @@ Computed a block of query rows at a time: memory is linear in the number of keys
 
 from torch import Tensor
 
-from attnzoo.ops.impl import Impl, choose, lazily
+from attnzoo.ops.common.impl import Impl, choose, lazily
+from attnzoo.ops.common.masks import PLAIN, CausalMask, check_heads, check_mask
+from attnzoo.ops.common.row_blocks import Tables
 from attnzoo.ops.key_mass.reference import key_mass_reference
 from attnzoo.ops.key_mass.torch import key_mass_torch
-from attnzoo.ops.masks import PLAIN, CausalMask, check_heads, check_mask
-from attnzoo.ops.row_blocks import Tables
 
 IMPLEMENTATIONS = {
     "reference": key_mass_reference,

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from attnzoo.ops.masks import CausalMask
-from attnzoo.ops.row_blocks import Tables
+from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.row_blocks import Tables
 from attnzoo.types import accumulation_dtype
 
 

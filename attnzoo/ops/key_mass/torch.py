@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attnzoo.ops.masks import CausalMask
-from attnzoo.ops.negligible import softmax_of_peaked_
+from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.negligible import softmax_of_peaked_
+from attnzoo.ops.common.row_blocks import Tables
 from attnzoo.ops.relative_sdpa.torch import streamed_bias
-from attnzoo.ops.row_blocks import Tables
 from attnzoo.types import accumulation_dtype
 
 ROWS = 128

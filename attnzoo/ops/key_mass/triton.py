@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from attnzoo.ops.key_mass.launches.triton import Plan, launches
-from attnzoo.ops.launch import Launch, check_inputs
-from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.common.launch import Launch, check_inputs
+from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.row_blocks import Tables
+from attnzoo.ops.key_mass.launch import Plan, launches
 from attnzoo.ops.relative_sdpa.tilings import ARCHITECTURES
-from attnzoo.ops.row_blocks import Tables
 
 WIDEST_HEAD = 256
 

@@ -7,10 +7,10 @@ q and k come with their feature map applied.
 
 from torch import Tensor
 
-from attnzoo.ops.impl import Impl, choose, lazily
+from attnzoo.ops.common.impl import Impl, choose, lazily
+from attnzoo.ops.common.masks import check_heads
 from attnzoo.ops.linear_attention.reference import linear_attention_reference
 from attnzoo.ops.linear_attention.torch import linear_attention_torch
-from attnzoo.ops.masks import check_heads
 
 
 def linear_attention(

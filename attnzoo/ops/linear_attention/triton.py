@@ -1,4 +1,4 @@
-"""Launches of the kernels in kernels/triton.py, and what is kept between forward and backward: the inputs alone.
+"""Launches of the kernels, and what is kept between forward and backward: the inputs alone.
 
 Memories of all chunks live while a forward or a backward runs and are computed anew for the backward; every launch
 writes each result from one program, so that two runs agree bit for bit. One token without gradients takes the decode
@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attnzoo.ops.linear_attention.kernels.triton import (
+from attnzoo.ops.linear_attention.kernels import (
     Rows,
     Tile,
     Time,

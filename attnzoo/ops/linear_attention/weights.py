@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.ops.negligible import without_negligible
+from attnzoo.ops.common.negligible import without_negligible
 from attnzoo.types import accumulation_dtype
 
 CHUNK = 64

@@ -8,7 +8,7 @@ the relative terms of relative attention, which are those of the logical positio
 
 from torch import Tensor
 
-from attnzoo.ops.impl import Impl, choose, lazily
+from attnzoo.ops.common.impl import Impl, choose, lazily
 from attnzoo.ops.paged_decode.entries import Decoded, Entries
 from attnzoo.ops.paged_decode.reference import paged_decode_reference
 from attnzoo.ops.paged_decode.torch import paged_decode_torch

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from attnzoo.ops.cost import OpCost
+from attnzoo.ops.common.cost import OpCost
 
 INDEX, SUM = 8, 4
 """Bytes of a position or channel, and of a number in the accumulation dtype of float32 and narrower."""

@@ -7,9 +7,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from attnzoo.ops.negligible import without_negligible
+from attnzoo.ops.common.negligible import without_negligible
+from attnzoo.ops.common.products import with_keys, with_values
 from attnzoo.ops.paged_decode.entries import Decoded, Entries
-from attnzoo.ops.products import with_keys, with_values
 from attnzoo.types import accumulation_dtype
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from attnzoo.ops.launch import Launch, check_inputs
+from attnzoo.ops.common.launch import Launch, check_inputs
 from attnzoo.ops.paged_decode.entries import Decoded, Entries
-from attnzoo.ops.paged_decode.launches.triton import Call, Pages, Plan
+from attnzoo.ops.paged_decode.launch import Call, Pages, Plan
 from attnzoo.ops.relative_sdpa.tilings import ARCHITECTURES
 
 WIDEST_HEAD = 256

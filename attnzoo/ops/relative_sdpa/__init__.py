@@ -7,8 +7,8 @@ Causal, so only distances i-j >= 0 have rows; distances beyond the table use its
 
 from torch import Tensor
 
-from attnzoo.ops.impl import Impl, choose, lazily
-from attnzoo.ops.masks import PLAIN, CausalMask, check_heads, check_mask
+from attnzoo.ops.common.impl import Impl, choose, lazily
+from attnzoo.ops.common.masks import PLAIN, CausalMask, check_heads, check_mask
 from attnzoo.ops.relative_sdpa.reference import relative_sdpa_reference
 from attnzoo.ops.relative_sdpa.torch import relative_sdpa_torch
 

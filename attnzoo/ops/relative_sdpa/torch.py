@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from attnzoo.ops.masks import CausalMask
-from attnzoo.ops.row_blocks import Tables, row_block_attention
+from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.row_blocks import Tables, row_block_attention
 from attnzoo.ops.sdpa.torch import masked_attention, per_query_head
 
 

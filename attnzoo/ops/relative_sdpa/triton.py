@@ -14,9 +14,9 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attnzoo.ops.launch import Launch
-from attnzoo.ops.masks import CausalMask
-from attnzoo.ops.relative_sdpa.launches.triton import Gradients, Operands, Plan, Saved, streaming_launches
+from attnzoo.ops.common.launch import Launch
+from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.relative_sdpa.launch import Gradients, Operands, Plan, Saved, streaming_launches
 from attnzoo.ops.relative_sdpa.tilings import ARCHITECTURES
 
 WIDEST_HEAD = 256

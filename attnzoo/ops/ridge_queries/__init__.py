@@ -7,7 +7,7 @@ There is no kernel: a solve is torch's on every device.
 
 from torch import Tensor
 
-from attnzoo.ops.impl import Impl, choose
+from attnzoo.ops.common.impl import Impl, choose
 from attnzoo.ops.ridge_queries.reference import ridge_queries_reference
 from attnzoo.ops.ridge_queries.torch import ridge_queries_torch
 

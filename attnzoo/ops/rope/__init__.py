@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from attnzoo.ops.impl import Impl, choose
+from attnzoo.ops.common.impl import Impl, choose
 from attnzoo.ops.rope.reference import rope_reference
 from attnzoo.ops.rope.scaling import RopeScaling
 from attnzoo.ops.rope.torch import rope_torch

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnzoo.ops.recent import recent
+from attnzoo.ops.common.recent import recent
 from attnzoo.ops.rope.scaling import RopeScaling, frequencies
 from attnzoo.types import accumulation_dtype
 

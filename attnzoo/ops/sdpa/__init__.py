@@ -6,8 +6,8 @@ o_i = sum_j softmax_j(scale * q_i . k_j) v_j over the keys j that the mask leave
 
 from torch import Tensor
 
-from attnzoo.ops.impl import Impl, choose, lazily
-from attnzoo.ops.masks import PLAIN, CausalMask, check_heads, check_mask
+from attnzoo.ops.common.impl import Impl, choose, lazily
+from attnzoo.ops.common.masks import PLAIN, CausalMask, check_heads, check_mask
 from attnzoo.ops.sdpa.reference import sdpa_reference
 from attnzoo.ops.sdpa.torch import sdpa_torch
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.common.masks import CausalMask
 
 Score = Callable[[int, int, Tensor, Tensor, Tensor, Tensor], Tensor]
 

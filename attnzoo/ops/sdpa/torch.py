@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.ops.masks import CausalMask
-from attnzoo.ops.negligible import attention_of_peaked, may_be_peaked, product_bound, without_negligible
-from attnzoo.ops.products import with_keys, with_values
-from attnzoo.ops.row_blocks import row_block_attention
+from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.negligible import attention_of_peaked, may_be_peaked, product_bound, without_negligible
+from attnzoo.ops.common.products import with_keys, with_values
+from attnzoo.ops.common.row_blocks import row_block_attention
 from attnzoo.types import accumulation_dtype
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.relative_sdpa.triton import relative_sdpa_triton
 
 

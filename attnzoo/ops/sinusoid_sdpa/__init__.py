@@ -6,8 +6,8 @@ with r_n = [sin(n w) ; cos(n w)], w_t = 10000^(-2t/D) (Dai et al. 2019, arXiv 19
 
 from torch import Tensor
 
-from attnzoo.ops.impl import Impl, choose, lazily
-from attnzoo.ops.masks import PLAIN, CausalMask, check_heads, check_mask
+from attnzoo.ops.common.impl import Impl, choose, lazily
+from attnzoo.ops.common.masks import PLAIN, CausalMask, check_heads, check_mask
 from attnzoo.ops.sinusoid_sdpa.reference import sinusoid_sdpa_reference
 from attnzoo.ops.sinusoid_sdpa.torch import sinusoid_sdpa_torch
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.sdpa.reference import attend_reference
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.relative_sdpa.torch import relative_sdpa_torch
 from attnzoo.ops.sdpa.torch import masked_attention, per_query_head
 from attnzoo.ops.sinusoid_sdpa.waves import STRIDE, angles, turns, waves

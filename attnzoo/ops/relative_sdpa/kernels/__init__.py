@@ -1,1 +1,1 @@
-"""The Triton kernels of relative attention. A file that imports triton is named triton.py, hence the folders."""
+"""The Triton kernels of relative attention."""

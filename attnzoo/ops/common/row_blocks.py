@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.ops.masks import CausalMask
-from attnzoo.ops.negligible import may_be_peaked, product_bound, softmax_of_peaked_
+from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.negligible import may_be_peaked, product_bound, softmax_of_peaked_
 from attnzoo.types import accumulation_dtype
 
 BLOCK = 128
@@ -123,7 +123,7 @@ class _Group:
     """P pairs of a sequence and a query head that are computed together, in the accumulation dtype; queries scaled.
 
     `far_PLH`, `far_bias_PL`: the tables from the farthest distance T-1 down to 0 and one row of padding. `peaked`: some
-    weights may be negligible (`attnzoo.ops.negligible`).
+    weights may be negligible (`attnzoo.ops.common.negligible`).
     """
 
     sequences: slice

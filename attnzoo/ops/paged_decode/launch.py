@@ -9,9 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from attnzoo.ops.launch import TYPES, Launch
+from attnzoo.ops.common.launch import TYPES, Launch
 from attnzoo.ops.paged_decode.entries import Entries
-from attnzoo.ops.paged_decode.kernels.triton import (
+from attnzoo.ops.paged_decode.kernels import (
     Partial,
     Queries,
     Segment,

@@ -8,7 +8,7 @@ logits (see tiles): dL_b[m, c] is the skewed ds of tile b where c <= m, and of t
 import triton
 import triton.language as tl
 
-from attnzoo.ops.relative_sdpa.kernels.tiles.triton import (
+from attnzoo.ops.relative_sdpa.kernels.tiles import (
     content_scores,
     distance_logits,
     first_key_block,

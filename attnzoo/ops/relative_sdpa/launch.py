@@ -10,11 +10,11 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from attnzoo.ops.launch import TYPES, Launch
-from attnzoo.ops.masks import CausalMask
-from attnzoo.ops.relative_sdpa.kernels.backward.triton import delta_kernel, key_kernel, query_kernel, table_kernel
-from attnzoo.ops.relative_sdpa.kernels.forward.triton import forward_kernel, key_bias_kernel
-from attnzoo.ops.relative_sdpa.kernels.streaming.triton import logits_kernel, streaming_kernel
+from attnzoo.ops.common.launch import TYPES, Launch
+from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.relative_sdpa.kernels.backward import delta_kernel, key_kernel, query_kernel, table_kernel
+from attnzoo.ops.relative_sdpa.kernels.forward import forward_kernel, key_bias_kernel
+from attnzoo.ops.relative_sdpa.kernels.streaming import logits_kernel, streaming_kernel
 from attnzoo.ops.relative_sdpa.tilings import Tiling, architecture, tiling
 
 LOG2_E = 1.4426950408889634

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from attnzoo.ops.key_mass.kernels.triton import Rows, Scores, Tile, columns_kernel, log_sums_kernel
-from attnzoo.ops.launch import TYPES, Launch
-from attnzoo.ops.masks import CausalMask
-from attnzoo.ops.relative_sdpa.kernels.streaming.triton import logits_kernel
+from attnzoo.ops.common.launch import TYPES, Launch
+from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.row_blocks import Tables
+from attnzoo.ops.key_mass.kernels import Rows, Scores, Tile, columns_kernel, log_sums_kernel
+from attnzoo.ops.relative_sdpa.kernels.streaming import logits_kernel
 from attnzoo.ops.relative_sdpa.tilings import architecture, tiling
-from attnzoo.ops.row_blocks import Tables
 
 LOG2_E = 1.4426950408889634
 LOGITS_BYTES = 64 << 20

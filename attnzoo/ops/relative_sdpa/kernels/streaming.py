@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from attnzoo.ops.relative_sdpa.kernels.tiles.triton import (
+from attnzoo.ops.relative_sdpa.kernels.tiles import (
     distance_logits,
     head_base,
     load_channels,

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attnzoo.ops.recent import recent
+from attnzoo.ops.common.recent import recent
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnzoo.ops.recent import recent
+from attnzoo.ops.common.recent import recent
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ Follows the code of `row_blocks` for rows of one document each, q, k and v laid 
 
 from dataclasses import dataclass
 
-from attnzoo.ops import row_blocks
-from attnzoo.ops.masks import CausalMask
+from attnzoo.ops.common import row_blocks
+from attnzoo.ops.common.masks import CausalMask
 
 INDEX = 8
 """Bytes of an int64."""

@@ -7,7 +7,8 @@ import torch
 import triton
 from torch import Tensor
 
-from attnzoo.ops.evict_merge.kernels.triton import (
+from attnzoo.ops.common.launch import TYPES, Launch
+from attnzoo.ops.evict_merge.kernels import (
     Numbers,
     Rows,
     Tile,
@@ -17,7 +18,6 @@ from attnzoo.ops.evict_merge.kernels.triton import (
     replace_kernel,
 )
 from attnzoo.ops.evict_merge.rule import Arrival, Merged, MergeRule, Slots
-from attnzoo.ops.launch import TYPES, Launch
 from attnzoo.ops.relative_sdpa.tilings import architecture
 
 CHUNK = 8

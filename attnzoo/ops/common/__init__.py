@@ -1,0 +1,1 @@
+"""What operations share: choosing an implementation, masks, launches, blocks of rows, costs."""

@@ -1,1 +1,0 @@
-"""The parallel form, forward."""

@@ -1,1 +1,0 @@
-"""Arbitrary positions, forward only: what a cache serves."""

@@ -1,1 +1,0 @@
-"""What the kernels share: loading a tile, the rows of the relative table, the skew, the mask."""
