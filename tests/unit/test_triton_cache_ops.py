@@ -52,7 +52,7 @@ def test_how_the_context_is_split_changes_nothing(splits):
 
 @interpreted
 def test_more_splits_than_are_combined_at_once(monkeypatch):
-    from attnzoo.ops.paged_decode.launches import triton as launches
+    from attnzoo.ops.paged_decode import launch as launches
 
     monkeypatch.setattr(launches, "COMBINED", 2)
     check_decode(*DECODE_CASES["thin keys"], "cpu", torch.float32, (16, 1))
@@ -127,7 +127,7 @@ def test_key_mass_chosen_by_impl():
 @interpreted
 def test_key_mass_by_parts_of_the_queries(monkeypatch):
     """Where tables ask for logits by distance, only so many queries as LOGITS_BYTES allow are dealt with at once."""
-    from attnzoo.ops.key_mass.launches import triton as kernels
+    from attnzoo.ops.key_mass import launch as kernels
 
     monkeypatch.setattr(kernels, "LOGITS_BYTES", 1)
     check_mass(*MASS_CASES["tables"], "cpu", torch.float32, 16)
@@ -205,7 +205,7 @@ def test_evict_merge_step(rule, votes, dtype):
 
 @interpreted
 def test_a_victim_is_compared_with_all_slots(monkeypatch):
-    from attnzoo.ops.evict_merge.launches import triton as kernels
+    from attnzoo.ops.evict_merge import launch as kernels
 
     monkeypatch.setattr(kernels, "MATCHED", 16)
     check_step((4, 2, 53, 5, 3), MergeRule(), True, "cpu", torch.float32)
