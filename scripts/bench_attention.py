@@ -92,7 +92,11 @@ def training_contenders(t: dict[str, Tensor]) -> dict[str, Function]:
     """Forward passes by name; the first is what the others are compared with."""
     tokens, qkv = t["q"].shape[2], (t["q"], t["k"], t["v"])
     table: dict[str, Any] = {"content_bias_NH": t["u"], "table_NPH": t["table"], "table_bias_NP": t["table_bias"]}
-    waves: dict[str, Any] = {"content_bias_NH": t["u"], "position_bias_NH": t["position_bias"], "weight_NHD": t["weight"]}
+    waves: dict[str, Any] = {
+        "content_bias_NH": t["u"],
+        "position_bias_NH": t["position_bias"],
+        "weight_NHD": t["weight"],
+    }
     contenders: dict[str, Function] = {
         "MHA (torch SDPA)": lambda: sdpa(*qkv),
         "RMHA table": lambda: relative_sdpa(*qkv, **table),

@@ -12,7 +12,6 @@ runs.
 """
 
 import argparse
-import importlib.util
 import sys
 import time
 from dataclasses import replace
@@ -21,6 +20,7 @@ from typing import Any
 
 from attnzoo.__main__ import parse_options
 from attnzoo.attention import ATTENTION, build_attention
+from attnzoo.figures import require_matplotlib
 from attnzoo.report import Claim, Report, available_cores, format_table
 from attnzoo.workers import JobError
 from train.experiments.base import Experiment, ExperimentConfig
@@ -67,8 +67,8 @@ def configure(chosen: argparse.Namespace) -> tuple[list[Experiment], ExperimentC
             raise ValueError(
                 f"{chosen.variant!r} is not causal: depth asks for a prediction at every token; use icl-gd"
             )
-    if chosen.results and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("figures need matplotlib: install it (it is in the extra `train`)")
+    if chosen.results:
+        require_matplotlib("--results")
     config = ExperimentConfig(seed=chosen.seed, quick=chosen.quick, variant=chosen.variant, options=options)
     return [experiments[name] for name in names], config
 

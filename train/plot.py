@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from attnzoo.figures import panels, save
 from train.evaluate import bits_per_byte
 from train.metrics import read_metrics
 
@@ -11,13 +12,8 @@ def plot_losses(
     run_dir: Path, train_bytes_per_token: float, title: str, baselines: Mapping[str, float] | None = None
 ) -> Path:
     """Draws the curves of a run's metrics, and baselines (label, bits per byte) as lines; returns the figure's path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     records = read_metrics(run_dir / "metrics.jsonl")
-    fig, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, ((axes,),) = panels(1, 1, width=7, height=4.5)
     for kind, label, style in (("train", "training", "-"), ("eval", "validation", "o-")):
         chosen = [r for r in records if r["kind"] == kind and r["loss"] is not None]
         steps = [r["step"] for r in chosen]
@@ -28,9 +24,5 @@ def plot_losses(
         # Beside the axes: inside, the labels of neighbouring lines would cover the curves.
         axes.text(1.01, value, f"{label}: {value:.2f}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
     axes.set(xlabel="step", ylabel="bits per byte", title=title)
-    axes.grid(alpha=0.3)
     axes.legend()
-    figure = run_dir / "loss.png"
-    fig.savefig(figure, dpi=150)
-    plt.close(fig)
-    return figure
+    return save(figure, run_dir / "loss.png")

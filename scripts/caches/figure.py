@@ -4,27 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from attnzoo.figures import panels, save
 from scripts.caches.protocol import CONDITIONS
 
 
 def plot_quality(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     """`rows` as `table.quality_row` makes them: a line of panels a table, a panel a condition and one for the mean; a
     line a policy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     tables = list(dict.fromkeys(row["table"] for row in rows))
     columns = (*CONDITIONS, "mean")
-    figure, axes = plt.subplots(
-        len(tables),
-        len(columns),
-        figsize=(4 * len(columns), 3.6 * len(tables)),
-        layout="constrained",
-        squeeze=False,
-        sharey="row",
-    )
+    figure, axes = panels(len(tables), len(columns), width=4, height=3.6, share_y=True)
     for line, table in zip(axes, tables, strict=True):
         mine = [row for row in rows if row["table"] == table]
         full = next(row for row in mine if row["policy"] == "full")
@@ -33,10 +22,7 @@ def plot_quality(rows: Sequence[dict[str, Any]], path: Path) -> Path:
             ax.set(xlabel="bytes over the full cache's", title=f"{table}: {column}")
         line[0].set_ylabel("accuracy")
         line[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def _panel(ax: Any, rows: Sequence[dict[str, Any]], full: dict[str, Any], column: str) -> None:
@@ -49,4 +35,3 @@ def _panel(ax: Any, rows: Sequence[dict[str, Any]], full: dict[str, Any], column
         ax.plot(*zip(*points, strict=True), marker=marker, linestyle=style, label=policy)
     ax.axhline(full[column], color="gray", linewidth=1, label="full")
     ax.set_ylim(-0.03, 1.03)
-    ax.grid(alpha=0.3)

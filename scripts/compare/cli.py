@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from attnzoo.figures import require_matplotlib
 from attnzoo.report import Report, available_cores, format_claims, format_table
 from attnzoo.workers import JobError
 from scripts.compare.compare import compare
@@ -65,7 +66,7 @@ def run(comparison: Comparison, chosen: argparse.Namespace) -> int:
     report = Report.start(command=["python", "-m", "attnzoo", *sys.argv[1:]], quick=chosen.quick)
     directory = chosen.run_dir or Path("runs/compare-quick" if chosen.quick else "runs/compare")
     if chosen.figures is not None:
-        _require_matplotlib()
+        require_matplotlib("--figures")
     comparison.text  # a wrong path is told before anything is trained  # noqa: B018
     results = compare(comparison, directory, chosen.workers, report)
     if chosen.figures is not None:
@@ -105,10 +106,3 @@ def flat(config: CompareConfig) -> dict[str, str]:
         else:
             found[key] = ",".join(value) if isinstance(value, list) else str(value)
     return found
-
-
-def _require_matplotlib() -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--figures needs matplotlib: install it (it is in the extra `train`), or leave --figures out")

@@ -1,8 +1,8 @@
 """Figures of a comparison, as PNG files."""
 
 from pathlib import Path
-from typing import Any
 
+from attnzoo.figures import panels, save
 from scripts.compare.compare import TITLES, Results
 from scripts.compare.comparison import Comparison
 from scripts.compare.statistics import mean_interval
@@ -10,7 +10,6 @@ from scripts.compare.statistics import mean_interval
 
 def plot_all(comparison: Comparison, results: Results, directory: Path) -> list[Path]:
     """Draws what the tables of the comparison allow; returns the files."""
-    directory.mkdir(parents=True, exist_ok=True)
     tables = [table for table in TITLES if table in comparison.config.tables]
     if not tables:
         return []
@@ -21,25 +20,9 @@ def plot_all(comparison: Comparison, results: Results, directory: Path) -> list[
     ]
 
 
-def _figure(columns: int) -> tuple[Any, Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, columns, figsize=(5 * columns, 4), layout="constrained", squeeze=False)
-    return plt, figure, axes[0]
-
-
-def _save(plt: Any, figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(figure)
-    return path
-
-
 def _quality(comparison: Comparison, results: Results, tables: list[str], path: Path) -> Path:
     """Bits per character with intervals, a panel for each matched table."""
-    plt, figure, axes = _figure(len(tables))
+    figure, (axes,) = panels(1, len(tables))
     variants = comparison.config.variants
     for ax, table in zip(axes, tables, strict=True):
         for place, variant in enumerate(variants):
@@ -49,13 +32,12 @@ def _quality(comparison: Comparison, results: Results, tables: list[str], path: 
             ax.plot([place] * len(values), values, "_", color="gray", markersize=10)
         ax.set_xticks(range(len(variants)), variants)
         ax.set(title=TITLES[table], ylabel="validation bits per character (mean, 95 % interval)")
-        ax.grid(alpha=0.3)
-    return _save(plt, figure, path)
+    return save(figure, path)
 
 
 def _positions(comparison: Comparison, results: Results, table: str, path: Path) -> Path:
     """Loss against position in windows of four trained lengths."""
-    plt, figure, (ax,) = _figure(1)
+    figure, ((ax,),) = panels(1, 1)
     for variant in comparison.config.variants:
         runs = results.of(table, variant)
         curves = zip(*(r["loss_by_position"] for r in runs), strict=True)
@@ -63,14 +45,13 @@ def _positions(comparison: Comparison, results: Results, table: str, path: Path)
     ax.axvline(comparison.config.segment, linestyle="--", color="gray", linewidth=1)
     ax.set(xscale="log", xlabel="position in the window (dashed: trained length)", ylabel="nats per character")
     ax.set_title(TITLES[table])
-    ax.grid(alpha=0.3)
     ax.legend()
-    return _save(plt, figure, path)
+    return save(figure, path)
 
 
 def _trade(comparison: Comparison, results: Results, table: str, path: Path) -> Path:
     """Quality against the time and the memory of a training step."""
-    plt, figure, axes = _figure(2)
+    figure, (axes,) = panels(1, 2)
     for variant in comparison.config.variants:
         mean, half = mean_interval([r["bits_per_character"] for r in results.of(table, variant)])
         speed = results.speeds[table, variant]
@@ -78,6 +59,5 @@ def _trade(comparison: Comparison, results: Results, table: str, path: Path) -> 
             ax.errorbar(cost, mean, yerr=None if half != half else half, fmt="o", capsize=4, label=variant)
     for ax, label in zip(axes, ("training step, ms", "peak of a training step, MiB"), strict=True):
         ax.set(xlabel=label, ylabel="validation bits per character", title=TITLES[table])
-        ax.grid(alpha=0.3)
         ax.legend()
-    return _save(plt, figure, path)
+    return save(figure, path)

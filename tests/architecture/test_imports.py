@@ -28,6 +28,7 @@ ORDER = [
     "checkpoint",
     "report",
     "progress",
+    "figures",
     "workers",
     "profiling",
     "tasks",

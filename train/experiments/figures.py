@@ -4,30 +4,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from attnzoo.figures import panels, save
+
 Values = dict[str, Any]
 
 
 def axes_of(columns: int, height: float = 3.6) -> tuple[Any, Any]:
-    """(figure, axes) in a row; needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, columns, figsize=(4.6 * columns, height), layout="constrained", squeeze=False)
-    for ax in axes[0]:
-        ax.grid(alpha=0.3)
+    """(figure, axes) in a row."""
+    figure, axes = panels(1, columns, width=4.6, height=height)
     return figure, axes[0]
-
-
-def save(figure: Any, path: Path) -> Path:
-    """Writes and closes."""
-    import matplotlib.pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
-    return path
 
 
 def curve(ax: Any, points: Iterable[Iterable[float]], label: str) -> None:

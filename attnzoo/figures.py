@@ -1,0 +1,29 @@
+"""The one style of figures: panels with a light grid, written as PNG without a display. Needs the package matplotlib."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+def require_matplotlib(what: str) -> None:
+    """Raises ValueError where matplotlib is not installed. `what` begins the message: what needs it."""
+    if find_spec("matplotlib") is None:
+        raise ValueError(f"{what} needs matplotlib: install it (it is in the extra `train`), or leave figures out")
+
+
+def panels(rows: int, columns: int, *, width: float = 5.0, height: float = 4.0, share_y: bool = False) -> Any:
+    """(figure, axes[row][column]); width and height of one panel in inches. share_y: one scale for each row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey="row" if share_y else False)
+    for ax in axes.flat:
+        ax.grid(alpha=0.3)
+    return figure, axes
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Writes a PNG without a date or a version in it, so that equal figures are equal files; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
+    return path
