@@ -1,4 +1,4 @@
-"""The one style of figures: panels with a light grid, written as PNG without a display. Needs the package matplotlib."""
+"""The one style of figures: panels with a light grid, written as PNG without a display. Needs matplotlib."""
 
 from importlib.util import find_spec
 from pathlib import Path
