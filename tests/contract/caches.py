@@ -15,8 +15,8 @@ from attnzoo.attention.parts import SoftmaxMixing
 from attnzoo.kvcache import Compression, build_cache, load_state, save_state
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.models.decoder_lm import DecoderState
-from tests.contract.contract import MODEL_DIM as CASE_DIM
-from tests.contract.contract import SIZES, TIGHT, assert_close
+from tests.contract.cases import MODEL_DIM as CASE_DIM
+from tests.contract.cases import SIZES, TIGHT, assert_close
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "mha": {"kind": "mha", "num_heads": 3, "head_dim": 6},

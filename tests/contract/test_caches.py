@@ -13,7 +13,7 @@ from tests.contract.caches import (
     check_registered,
     registered_model,
 )
-from tests.contract.contract import all_cases, build_case, case_name
+from tests.contract.cases import all_cases, build_case, case_name
 
 FULL_MATRIX = ("gqa", "rcmha")
 """Variants that meet every policy and check; the others meet the policies that read their scores differently."""

@@ -4,7 +4,8 @@ import functools
 
 import pytest
 
-from tests.contract.contract import ITEMS, all_cases, build_case, case_name
+from tests.contract.cases import all_cases, build_case, case_name
+from tests.contract.contract import ITEMS
 
 
 @pytest.mark.parametrize("item", ITEMS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from attnzoo.attention import Attention
-from tests.contract.contract import BATCH, MODEL_DIM, TOKENS, assert_close, build_case, inputs
+from tests.contract.cases import BATCH, MODEL_DIM, TOKENS, assert_close, build_case, inputs
 
 
 def delta_kernels(attention: Attention) -> None:

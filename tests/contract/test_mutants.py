@@ -17,7 +17,8 @@ from attnzoo.ops.common import masks, row_blocks
 from attnzoo.ops.linear_attention import torch as linear_torch
 from attnzoo.ops.rope import torch as rope_torch
 from attnzoo.ops.sinusoid_sdpa import torch as sinusoid_torch
-from tests.contract.contract import ITEMS, build_case, verify_contract
+from tests.contract.cases import build_case
+from tests.contract.contract import ITEMS, verify_contract
 
 Patch = pytest.MonkeyPatch
 

@@ -9,7 +9,7 @@ import torch
 from attnzoo.attention import ATTENTION
 from attnzoo.kvcache import compressed
 from tests.contract.caches import build_model, policy_of, prompt, run
-from tests.contract.contract import (
+from tests.contract.cases import (
     BATCH,
     MODEL_DIM,
     TOKENS,
@@ -18,9 +18,9 @@ from tests.contract.contract import (
     case_name,
     gradients,
     inputs,
-    refusal,
     stream,
 )
+from tests.contract.promises import refusal
 
 KERNELS = [case for case in all_cases() if "triton" in ATTENTION.get(case[0]).implementations]
 """Variants that say they have kernels; the contract sees that the others refuse impl="triton"."""

@@ -8,7 +8,7 @@ import torch
 
 from attnzoo.attention import ATTENTION, build_attention
 from attnzoo.types import LARGEST
-from tests.contract.contract import BATCH, MODEL_DIM, TOKENS, build_case, inputs
+from tests.contract.cases import BATCH, MODEL_DIM, TOKENS, build_case, inputs
 
 INTEGERS = [
     (kind, field.name)

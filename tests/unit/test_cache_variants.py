@@ -15,7 +15,7 @@ from attnzoo.models import DecoderConfig, DecoderLM, generate
 from serve.config import EngineConfig
 from serve.engine import Engine
 from tests.contract.caches import LOSSLESS, POLICIES, build_model, layers_of, policy_of, prompt, run
-from tests.contract.contract import assert_close
+from tests.contract.cases import assert_close
 from tests.serving import small_model, tokenizer
 
 NEED_NO_SCORES = ("streaming", "random_tokens")

@@ -5,7 +5,7 @@ import torch
 
 from attnzoo.attention.segment_memory import SegmentMemory, attend_segment, remember
 from attnzoo.models import DecoderConfig, DecoderLM
-from tests.contract.contract import MODEL_DIM, all_cases, assert_close, build_case, case_name, inputs
+from tests.contract.cases import MODEL_DIM, all_cases, assert_close, build_case, case_name, inputs
 
 KINDS = ["mha", "rmha", "mdha", "rcmha", "linear"]
 
