@@ -42,13 +42,19 @@ LATEST = "latest"
 class Progress:
     """What a run needs besides weights and optimizer state to go on as if nothing had happened.
 
-    skipped: steps without an update so far, because something in them was not finite.
+    skipped: steps without an update so far, because something in them was not finite. pass_seconds: the median pass of
+    the last evaluation. step_seconds: of the steps so far, until train.max_minutes is turned into `budget`, as
+    `train.budget.Budget` describes it. validation: of all validation text at this step, once it is measured.
     """
 
     step: int = 0
     total_steps: int | None = None
     seconds: float = 0.0
     evaluation_seconds: float = 0.0
+    pass_seconds: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
+    budget: dict[str, Any] | None = None
+    validation: dict[str, float] | None = None
     skipped: int = 0
     data: dict[str, Any] = field(default_factory=dict)
 

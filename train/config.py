@@ -54,12 +54,15 @@ class ScheduleConfig:
 class TrainConfig:
     """steps or max_minutes (or both: the smaller); batch_size counts sequences a step over all ranks.
 
+    min_steps: with max_minutes, so many steps are taken even where the budget ends before; the run says so.
+
     non_finite_steps: so many steps in a row without an update, because the loss or a gradient was not finite, and the
     run does what non_finite says: stop (exit status 1) | go_back (to the last checkpoint, past the data in between).
     """
 
     steps: int | None = None
     max_minutes: float | None = None
+    min_steps: int | None = None
     stop_at_step: int | None = None
     batch_size: int = 32
     micro_batch_size: int = 16
@@ -91,11 +94,15 @@ class LoraConfig:
 
 @dataclass
 class EvalConfig:
-    """every: steps between evaluations (null: only the last). max_blocks: of those on the way."""
+    """every: steps between evaluations (null: only the last). max_blocks: of those on the way.
+
+    below_ngrams: orders of byte n-gram models; scripts/demo.py claims that the run ends below their bits per byte.
+    """
 
     every: int | None = 200
     batch_size: int = 16
     max_blocks: int | None = None
+    below_ngrams: list[int] = field(default_factory=list)
 
 
 @dataclass

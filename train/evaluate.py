@@ -1,6 +1,7 @@
 """Validation loss over all ranks, and text samples."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -29,21 +30,38 @@ class Validation(NamedTuple):
 UNMEASURED = Validation(math.nan, math.nan)
 
 
-def validate(engine: Engine, data: TrainingData, batch_size: int, most_blocks: int | None) -> Validation:
-    """Loss over the validation blocks; `most_blocks`: over that many, spread evenly."""
+def passes(blocks: int, batch_size: int, world: int) -> int:
+    """Passes of each rank in an evaluation over that many blocks."""
+    return math.ceil(math.ceil(blocks / batch_size) / world)
+
+
+def validate(
+    engine: Engine,
+    data: TrainingData,
+    batch_size: int,
+    most_blocks: int | None,
+    go_on: Callable[[], bool] = lambda: True,
+) -> Validation | None:
+    """Loss over the validation blocks; `most_blocks`: over that many, spread evenly.
+
+    go_on: asked after every pass on every rank, which must all get the same answer; False gives the evaluation up, and
+    the result is None.
+    """
     tokens_NT, targets_NT = data.validation_blocks(most_blocks)
     blocks = len(tokens_NT)
     starts = range(0, blocks, batch_size)
     count = agree(lambda: _count(targets_NT))
     total = 0.0
     with engine.evaluating():
-        for i in range(engine.rank, math.ceil(len(starts) / engine.world) * engine.world, engine.world):
+        for i in range(engine.rank, passes(blocks, batch_size, engine.world) * engine.world, engine.world):
             # Every rank runs the same number of passes (ZeRO 3 gathers weights in each); the surplus counts nothing.
             surplus = i >= len(starts)
             start = 0 if surplus else starts[i]
             rows = slice(start, min(start + batch_size, blocks))
             part = float(engine.loss_sum(tokens_NT[rows], targets_NT[rows]))
             total += 0.0 if surplus else part
+            if not go_on():
+                return None
     (total,) = engine.sum(total)
     loss = total / count
     return Validation(loss, bits_per_byte(loss, data.bytes_per_token(targets_NT)))

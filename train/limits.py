@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.errors import suggest
+from train.ngram import HIGHEST_ORDER
 
 if TYPE_CHECKING:
     from train.config import Config
@@ -23,6 +24,7 @@ CHOICES = {
 }
 AT_LEAST_ONE = [
     "train.steps",
+    "train.min_steps",
     "train.stop_at_step",
     "train.batch_size",
     "train.micro_batch_size",
@@ -116,6 +118,9 @@ def problems(config: "Config") -> Iterator[tuple[str, str]]:
         yield "train.stop_at_step", f"train.stop_at_step={stop} lies beyond the end, train.steps={end}; lower it"
     if config.train.steps is None and config.train.max_minutes is None:
         yield "train", "train.steps and train.max_minutes are both unset: give one, for example train.steps=1000"
+    for order in config.eval.below_ngrams:
+        if not 1 <= order <= HIGHEST_ORDER:
+            yield "eval.below_ngrams", f"eval.below_ngrams: order {order} must be between 1 and {HIGHEST_ORDER}"
     if config.optim.name == "muon" and config.zero.offload_optimizer:
         yield (
             "zero.offload_optimizer",

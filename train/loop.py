@@ -1,5 +1,6 @@
 """The training loop. `train` reads from top to bottom."""
 
+import itertools
 import math
 import statistics
 import sys
@@ -10,21 +11,23 @@ from typing import Any
 from tqdm import tqdm
 
 from attnzoo.tokenizer import Tokenizer
+from train.budget import Evaluations, Pace, plan_steps
 from train.checkpoint import Checkpoints, Progress
 from train.config import Config
 from train.data import IGNORED, TrainingData
 from train.engine import Engine
-from train.evaluate import UNMEASURED, Validation, samples, validate
+from train.evaluate import UNMEASURED, Validation, passes, samples, validate
 from train.failures import FAILED, AgreedError
 from train.limits import MEASURED_STEPS
 from train.metrics import Metrics, peak_flops, peak_memory_mib
 from train.ranks import decide
 from train.schedule import rate
-from train.stop import StopRequest
+from train.stop import Launcher, StopRequest
 from train.watchdog import Watchdog
 
 UNKNOWN = 10**9
 """Stands for the number of steps while `train.max_minutes` still measures: the warmup does not depend on it."""
+STOP_AT_STEP = "train.stop_at_step"
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Run:
     parameters: int
     flops_per_step: int
     watchdog: Watchdog
+    launcher: Launcher | None = None
     validation: Validation = UNMEASURED
     saved_step: int = -1
     skips: list[str] = field(default_factory=list)
@@ -48,7 +52,6 @@ class Run:
     overdue: bool = False
     """Whether a checkpoint waits for the next step that makes an update."""
     returned_to: set[str] = field(default_factory=set)
-    step_seconds: list[float] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -76,11 +79,11 @@ def train(run: Run) -> str | None:
     Raises AgreedError, and saves nothing, when the run is not finite any more.
     """
     progress, config = run.progress, run.config
-    reason = None
-    with StopRequest() as stop, _bar(run) as bar:
-        if progress.step == 0 and config.eval.every:
-            evaluate(run)
-        while progress.total_steps is None or progress.step < progress.total_steps:
+    reason = STOP_AT_STEP if _at_its_stop(run) else None
+    with StopRequest(run.launcher) as stop, _bar(run) as bar:
+        if progress.step == 0 and config.eval.every and not evaluate(run, stop):
+            reason = _signal(stop)
+        while reason is None and (progress.total_steps is None or progress.step < progress.total_steps):
             with run.watchdog.phase("step"):
                 step = take_step(run, stop)
             fix_total_steps(run)
@@ -88,31 +91,51 @@ def train(run: Run) -> str | None:
             if len(run.skips) >= config.train.non_finite_steps and not step.stop:
                 give_up_or_go_back(run)
                 continue
-            if _due(config.eval.every, progress.step) and progress.step != progress.total_steps:
-                evaluate(run)
-            if _due(config.sample.every, progress.step):
-                write_samples(run)
-            if step.stop:
-                reason = stop.signal or "a signal to another rank"
-                break
-            if progress.step == config.train.stop_at_step:
-                reason = "train.stop_at_step"
-                break
-            if _due(config.checkpoint.every, progress.step) or run.overdue:
-                run.overdue = bool(run.skips)  # what may be broken does not replace what is whole
-                if not run.overdue:
-                    save(run)
-        if reason is None:
-            evaluate(run, whole=True)
-            if not math.isfinite(run.validation.loss):
-                raise AgreedError(
-                    FAILED, f"the validation loss of the last step is {run.validation.loss}: {_nothing(run)}"
-                )
+            reason = _after_step(run, stop, step)
+        if reason is None and not evaluate(run, stop, whole=True):
+            reason = _signal(stop)
+        if reason is None and not math.isfinite(run.validation.loss):
+            raise AgreedError(FAILED, f"the validation loss of the last step is {run.validation.loss}: {_nothing(run)}")
         if run.saved_step != progress.step:
             if run.skips:
                 raise AgreedError(FAILED, f"the last step was not finite ({run.skips[-1]}): {_nothing(run)}")
             save(run)
     return reason
+
+
+def _after_step(run: Run, stop: StopRequest, step: Step) -> str | None:
+    """What is due after a step: an evaluation, samples, a checkpoint; returns why the run stops here, if it does."""
+    progress, config = run.progress, run.config
+    if step.stop:
+        return _signal(stop)
+    if _due(config.eval.every, progress.step) and progress.step != progress.total_steps and not evaluate(run, stop):
+        return _signal(stop)
+    if _due(config.sample.every, progress.step):
+        write_samples(run)
+    if progress.step == config.train.stop_at_step:
+        return STOP_AT_STEP
+    if _due(config.checkpoint.every, progress.step) or run.overdue:
+        run.overdue = bool(run.skips)  # what may be broken does not replace what is whole
+        if not run.overdue:
+            save(run)
+            if _stopping(run, stop):
+                return _signal(stop)
+    return None
+
+
+def _at_its_stop(run: Run) -> bool:
+    """Whether a run that goes on stands where it was to stop, or has passed it, before its end."""
+    progress, stop = run.progress, run.config.train.stop_at_step
+    return stop is not None and stop <= progress.step != progress.total_steps
+
+
+def _stopping(run: Run, stop: StopRequest) -> bool:
+    """Whether any rank was asked to stop; the same on all of them."""
+    return run.engine.sum(float(stop.requested()))[0] > 0
+
+
+def _signal(stop: StopRequest) -> str:
+    return stop.signal or "a signal to another rank"
 
 
 def take_step(run: Run, stop: StopRequest) -> Step:
@@ -133,10 +156,12 @@ def take_step(run: Run, stop: StopRequest) -> Step:
     total, stopping, skip = engine.sum(loss, float(stop.requested()), broken)
     gradient_norm = engine.step(factor, skip=skip > 0)
     progress.step += 1
+    progress.validation = None
     progress.data = run.data.train.state()
     note_skip(run, loss, found, gradient_norm)
     seconds = time.perf_counter() - begin
-    run.step_seconds.append(seconds)
+    if progress.total_steps is None:
+        progress.step_seconds.append(seconds)
     return Step(total / engine.world, gradient_norm, factor, seconds, stopping > 0)
 
 
@@ -190,33 +215,64 @@ def fix_total_steps(run: Run) -> None:
     A fixed number, kept in the checkpoint, makes the schedule (and so a resumed run) independent of later changes
     in speed; the price is that a machine that slows down after the measurement overruns the budget.
     """
-    progress, config = run.progress, run.config
+    progress, config, engine = run.progress, run.config, run.engine
     if progress.total_steps is not None or progress.step < MEASURED_STEPS:
         return
-    assert config.train.max_minutes is not None
-    left = config.train.max_minutes * 60 - _elapsed(run)
-    # The first steps warm caches up; half of the measured ones are enough for a median.
-    cost = statistics.median(run.step_seconds[len(run.step_seconds) // 2 :])
-    left -= progress.evaluation_seconds  # the last one
-    if config.eval.every:
-        cost += progress.evaluation_seconds / config.eval.every
-    total = progress.step + max(int(left / cost), 1)
-    if config.train.steps is not None:
-        total = min(total, config.train.steps)
-    progress.total_steps = run.engine.from_main(total)
+    size, every = config.eval.batch_size, config.eval.every
+    share = max(1.0, size / config.train.micro_batch_size) / engine.accumulation
+    blocks = len(run.data.validation_blocks()[0])
+    some = blocks if config.eval.max_blocks is None else min(config.eval.max_blocks, blocks)
+    evaluations = Evaluations(
+        every=every,
+        passes=passes(some, size, engine.world),
+        last_passes=passes(blocks, size, engine.world),
+        share=share,
+    )
+    pace = Pace(
+        steps=progress.step_seconds,
+        one_pass=progress.pass_seconds,
+        first_evaluation=progress.evaluation_seconds,
+        elapsed=_elapsed(run),
+    )
+    budget = plan_steps(config.train, config.schedule.warmup_steps, pace, evaluations)
+    progress.budget = engine.from_main(budget.to_dict())
+    progress.total_steps = progress.budget["steps"]
+    progress.step_seconds = []
+    if run.metrics is not None and budget.short is not None:
+        tqdm.write(f"train: warning: {budget.short}", file=sys.stderr)
 
 
-def evaluate(run: Run, whole: bool = False) -> None:
-    """Validation loss and bits per byte, into the metrics; over all blocks with `whole`."""
-    begin, config = time.perf_counter(), run.config.eval
+def evaluate(run: Run, stop: StopRequest, whole: bool = False) -> bool:
+    """Validation loss and bits per byte, into the metrics; over all blocks with `whole`.
+
+    Returns False, with nothing measured, where a rank was asked to stop on the way. What the checkpoint that the run
+    came from holds already is not measured again.
+    """
+    progress, config = run.progress, run.config.eval
+    if whole and progress.validation is not None:
+        run.validation = Validation(**progress.validation)
+        return True
+    marks = [time.perf_counter()]
+
+    def go_on() -> bool:
+        marks.append(time.perf_counter())
+        return not _stopping(run, stop)
+
     with run.watchdog.phase("evaluate"):
-        run.validation = validate(run.engine, run.data, config.batch_size, None if whole else config.max_blocks)
-    run.progress.evaluation_seconds = time.perf_counter() - begin
+        found = validate(run.engine, run.data, config.batch_size, None if whole else config.max_blocks, go_on)
+    if found is None:
+        return False
+    run.validation = found
+    progress.evaluation_seconds = time.perf_counter() - marks[0]
+    progress.pass_seconds = statistics.median(after - before for before, after in itertools.pairwise(marks))
+    if whole and math.isfinite(found.loss):
+        progress.validation, run.saved_step = found._asdict(), -1
     if run.metrics is not None:
-        values = {**run.validation._asdict(), "seconds": run.progress.evaluation_seconds}
-        run.metrics.write("eval", run.progress.step, values)
-        loss, bits = run.validation
-        tqdm.write(f"step {run.progress.step}: validation {loss:.4f} nats, {bits:.4f} bits per byte")
+        values = {**found._asdict(), "seconds": progress.evaluation_seconds}
+        run.metrics.write("eval", progress.step, values)
+        loss, bits = found
+        tqdm.write(f"step {progress.step}: validation {loss:.4f} nats, {bits:.4f} bits per byte")
+    return True
 
 
 def write_samples(run: Run) -> None:

@@ -39,6 +39,7 @@ from attnzoo.tokenizer import Tokenizer, load_tokenizer
 from attnzoo.types import build_config
 from train import engine as engines
 from train import ranks, run_directory
+from train.budget import check_same_budget
 from train.checkpoint import Checkpoints, Progress, find_resume, identity
 from train.checks import check_batches, check_length, check_run
 from train.config import Config, load_config
@@ -47,17 +48,20 @@ from train.deepspeed_config import deepspeed_config
 from train.engine import Engine
 from train.export import adopted_model, export, init_from
 from train.failures import report
-from train.loop import Run, train
+from train.limits import MEASURED_STEPS
+from train.loop import STOP_AT_STEP, Run, train
 from train.lora import add_adapters
 from train.metrics import Metrics, check_wandb, read_metrics
 from train.plan import describe
 from train.plot import plot_losses
+from train.stop import Launcher, find_launcher
 from train.tokenizer import TokenizerConfig, ensure_tokenizer
 from train.watchdog import Watchdog
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 0 after training or a stop by signal, else what `failures.report` says."""
+    launcher = find_launcher()  # now: it may be gone before the training begins
     options = _parse(arguments)
     try:
         config = load_config(options.config, options.overrides)
@@ -74,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
             with watchdog.phase("start"):
                 device = engines.start(config, options.local_rank)
             with run_directory.held(config):
-                run_training(config, device, watchdog)
+                run_training(config, device, watchdog, launcher)
     except (Exception, KeyboardInterrupt) as error:
         return report(error, ranks.joined())
     finally:
@@ -82,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run_training(config: Config, device: torch.device, watchdog: Watchdog) -> None:
+def run_training(config: Config, device: torch.device, watchdog: Watchdog, launcher: Launcher | None = None) -> None:
     """Prepares, trains, and writes everything the run directory holds; called by every rank.
 
     Raises AgreedError for what the ranks found together, TrainingError where one of them cannot go on.
@@ -93,7 +97,7 @@ def run_training(config: Config, device: torch.device, watchdog: Watchdog) -> No
         ranks.agree(lambda: check_batches(config, data))
     with watchdog.phase("load"):
         run, resumed = _begin(config, device, watchdog, tokenizer_path, data)
-    run.saved_step = run.progress.step if resumed else -1
+    run.saved_step, run.launcher = run.progress.step if resumed else -1, launcher
     reason = train(run)
     if run.metrics is not None:
         run.metrics.close()
@@ -173,10 +177,12 @@ def _resume(config: Config, engine: Engine, checkpoints: Checkpoints, data: Trai
     path = ranks.decide(lambda: find_resume(checkpoints, options.resume, options.fallback))
     if path is None:
         _seed(config.seed + 1 + engine.rank)
-        total = config.train.steps if config.train.max_minutes is None else None
-        return Progress(total_steps=total), False
+        steps = config.train.steps
+        decided = config.train.max_minutes is None or (steps is not None and steps <= MEASURED_STEPS)
+        return Progress(total_steps=steps if decided else None), False
     path = checkpoints.choose(path, engine, options.fallback)
     progress = checkpoints.load(engine, path)
+    ranks.agree(lambda: check_same_budget(config.train, progress.budget))
     data.train.load(progress.data)
     records = [config.run_path / name for name in ("metrics.jsonl", "samples.txt")]
     aside = ranks.decide(lambda: checkpoints.set_aside(path, records))
@@ -185,7 +191,7 @@ def _resume(config: Config, engine: Engine, checkpoints: Checkpoints, data: Trai
             f"checkpoints that do not lead to {path} were moved to {aside}, with a copy of the metrics", sys.stderr
         )
     if config.train.max_minutes is None:
-        progress.total_steps = config.train.steps
+        progress.total_steps, progress.budget = config.train.steps, None
     if engine.rank == 0:
         tqdm.write(f"resuming from {path} at step {progress.step}", file=sys.stderr)
     return progress, True
@@ -221,9 +227,16 @@ def _summarize(run: Run, reason: str | None) -> None:
     figure = plot_losses(config.run_path, run.data.num_train_bytes / run.data.num_train_tokens, config.name)
     report.figures.append(figure.name)
     report.print_table()
-    report.rows[0]["data"] = run.data.account  # too much for a table
+    # Too much for a table:
+    report.rows[0] |= {"data": run.data.account, "budget": progress.budget}
     report.write(config.run_path / "training.json")
-    if reason is not None:
+    if progress.budget is not None and progress.budget["short"] is not None:
+        print(f"warning: {progress.budget['short']}")
+    if reason == STOP_AT_STEP:
+        print(
+            f"stopped by {reason}={config.train.stop_at_step} after step {progress.step}; a later one, or none, goes on"
+        )
+    elif reason is not None:
         print(f"stopped by {reason} after step {progress.step}; the same command goes on from there")
     print(f"run directory {config.run_path} (server: checkpoint={config.run_path / 'export'})", flush=True)
 

@@ -8,20 +8,24 @@ from typing import Any
 import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+Launcher = tuple[int, int]
+"""Process ids of DeepSpeed's launcher of this machine and of the `deepspeed` command that started it."""
 
 
 class StopRequest:
     """`requested()` turns true after a signal of SIGNALS, and when the `deepspeed` command that started this has died.
+
+    `launcher`: what `find_launcher` said when the process began; the command may die while data are prepared.
 
     The deepspeed command does not forward SIGTERM: it dies and leaves its ranks running. They notice here. A
     second SIGINT interrupts at once. SIGHUP, a terminal that was closed, is ignored where it was before (nohup); what
     is written to that terminal afterwards goes nowhere instead of failing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launcher: Launcher | None = None) -> None:
         self.signal: str | None = None
         self._previous: dict[int, Any] = {}
-        self._launcher = _launcher()
+        self._launcher = launcher
 
     def __enter__(self) -> "StopRequest":
         self._terminals = [descriptor for descriptor in (0, 1, 2) if _is_terminal(descriptor)]
@@ -39,7 +43,7 @@ class StopRequest:
 
     def requested(self) -> bool:
         """True once the run should finish its step, save and end."""
-        if self.signal is None and self._launcher is not None and _launcher() != self._launcher:
+        if self.signal is None and self._launcher is not None and find_launcher() != self._launcher:
             self.signal = "loss of the launcher"
         return self.signal is not None
 
@@ -62,8 +66,8 @@ def _is_terminal(descriptor: int) -> bool:
         return False
 
 
-def _launcher() -> tuple[int, int] | None:
-    """(parent, grandparent) when they are DeepSpeed's per-node launcher and its command; else None."""
+def find_launcher() -> Launcher | None:
+    """Parent and grandparent where they are DeepSpeed's launcher of this machine and its command; else None."""
     try:
         parent = psutil.Process(os.getppid())
         grandparent = psutil.Process(parent.ppid())
