@@ -105,7 +105,7 @@ def _finite(value: Any) -> Any:
 def format_table(rows: list[dict[str, Any]]) -> str:
     """Rows of the same keys as aligned columns; numbers to the right."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_cell(row.get(column, "")) for column in columns] for row in rows]
+    cells = [[format_value(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(len(column), *(len(line[i]) for line in cells)) for i, column in enumerate(columns)]
     numeric = [all(isinstance(row.get(column, 0), int | float) for row in rows) for column in columns]
 
@@ -124,16 +124,24 @@ def format_claims(claims: list[Claim]) -> str:
     return format_table([_claim_row(claim) for claim in claims])
 
 
-def _cell(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """A value as tables show it, on the console and in documents: four significant digits, thousands set apart."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _claim_row(claim: Claim) -> dict[str, Any]:
+    expected = f"{claim.kind.replace('_', ' ')} {format_value(claim.expected)}"
+    if claim.kind == "equal":
+        expected += f" ± {format_value(claim.tolerance)}"
+    elif claim.tolerance:
+        expected += f" {'+' if claim.kind == 'at_most' else '-'} {format_value(claim.tolerance)}"
     return {
         "claim": claim.name,
-        "expected": f"{claim.kind.replace('_', ' ')} {claim.expected:.4g}",
+        "expected": expected,
         "measured": claim.measured,
         "holds": "yes" if claim.holds else "NO",
     }

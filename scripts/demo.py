@@ -4,11 +4,13 @@
     python -m scripts.demo --run-dir runs/mine --port 8123
     python -m scripts.demo --train-only --config long.yaml --run-dir runs/long      # what `make train` runs
 
-A finished training run in --run-dir is not repeated: delete the directory to start afresh. The summary is written to
-RUN_DIR/summary.json; the exit status is 1 when one of its claims does not hold.
+A run in --run-dir that was interrupted goes on; one that is finished is used again, unless its training did not reach
+what the configuration claims (eval.below_ngrams) or its budget was too small: then it is moved aside and training
+begins anew. The summary is written to RUN_DIR/summary.json; the exit status is 1 when one of its claims does not hold.
 """
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -28,13 +30,18 @@ from typing import Any
 from attnzoo.checkpoint import load_model
 from attnzoo.report import Claim, Report, format_claims, format_table
 from scripts.ngram_baseline import texts
+from train.config import load_config
 from train.ngram import ngram_bits_per_byte
 from train.plot import plot_losses
+from train.run_directory import locked
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["def read_lines(path):\n", "import os\nimport sys\n\n\nclass "]
 READY_SECONDS = 180
 ORDERS = (3, 4, 5, 6)
+"""Of the n-gram models that are shown beside those that the configuration names."""
+BELOW = "validation bits per byte below the order-"
+"""The beginning of the claims on training."""
 
 
 @dataclass
@@ -64,9 +71,9 @@ def train(config: str, run_dir: Path, ranks: int, overrides: list[str]) -> dict[
     """Runs DeepSpeed on `ranks` processes and returns the report that training wrote."""
     launcher = Path(sys.executable).parent / "deepspeed"
     command = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    command += ["train/main.py", "--config", config, f"run_dir={run_dir}", *overrides]
+    command += [str(ROOT / "train" / "main.py"), "--config", config, f"run_dir={run_dir}", *overrides]
     print("$ deepspeed", " ".join(command[1:]), flush=True)
-    subprocess.run(command, cwd=ROOT, check=True, env=cpu_environment())
+    subprocess.run(command, check=True, env=cpu_environment())
     report: dict[str, Any] = json.loads((run_dir / "training.json").read_text(encoding="utf-8"))
     return report
 
@@ -162,9 +169,68 @@ def complete_concurrently(url: str, max_tokens: int) -> list[dict[str, Any]]:
     return answers
 
 
+def why_anew(training: dict[str, Any] | None, summary: dict[str, Any] | None) -> str | None:
+    """Why the run of these reports is not to be used again; None where it is, or where it is not finished.
+
+    The summary may be of an earlier state of the run: then it says nothing.
+    """
+    if training is None or not training["rows"][-1]["complete"]:
+        return None
+    row = training["rows"][-1]
+    rows = [] if summary is None else [r for r in summary["rows"] if r.get("table") == "training"]
+    claims = []
+    if summary is not None and any(
+        r["steps"] == row["steps"] and r["bits_per_byte"] == row["bits_per_byte"] for r in rows
+    ):
+        claims = [claim for claim in summary["claims"] if claim["name"].startswith(BELOW)]
+    failed = [claim["name"] for claim in claims if not claim["holds"]]
+    if failed:
+        return f"did not reach what it claims ({failed[0]})"
+    short = (row.get("budget") or {}).get("short")
+    return None if claims or not short else f"had too small a budget ({short})"
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Moves a run away that is not to be used again, and says so; returns where it is.
+
+    Raises ValueError when another process works in it.
+    """
+    reason = why_anew(*(_read(run_dir / name) for name in ("training.json", "summary.json")))
+    if reason is None:
+        return None
+    names = (run_dir.with_name(f"{run_dir.name}-set-aside-{n}") for n in itertools.count(1))
+    place = next(path for path in names if not path.exists())
+    with locked(run_dir):
+        os.rename(run_dir, place)
+    print(f"the finished run in {shown(run_dir)} {reason}: it is in {shown(place)} now, and training begins anew")
+    return place
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A report that was written before; None where there is none."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is no report of a run ({error}); move it away, or choose another --run-dir") from None
+    return content
+
+
+def shown(path: Path) -> str:
+    """A path as one types it from here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def below(run_dir: Path) -> list[int]:
+    """Orders of the n-gram models that the run's configuration claims to be better than."""
+    return load_config(str(run_dir / "config.yaml")).eval.below_ngrams
+
+
 def baselines(run_dir: Path) -> dict[int, float]:
     """Bits per byte of the n-gram models on the run's own training and validation text."""
-    return ngram_bits_per_byte(*texts(str(run_dir / "config.yaml")), orders=ORDERS)
+    return ngram_bits_per_byte(*texts(str(run_dir / "config.yaml")), orders=sorted({*ORDERS, *below(run_dir)}))
 
 
 def draw(run_dir: Path, trained: dict[str, Any], ngrams: dict[int, float]) -> None:
@@ -176,14 +242,10 @@ def draw(run_dir: Path, trained: dict[str, Any], ngrams: dict[int, float]) -> No
 def claims(
     trained: dict[str, Any], ngrams: dict[int, float], answers: list[dict[str, Any]], run_dir: Path
 ) -> list[Claim]:
-    """Below order 3 after the demo's minutes, below order 5 too after a longer run; the state as small as promised."""
+    """Better than the n-gram models that the configuration names; the state as small as promised."""
     found = [
-        Claim(
-            name=f"validation bits per byte below the order-{order} n-gram model",
-            expected=ngrams[order],
-            measured=trained["bits_per_byte"],
-        )
-        for order in ((3,) if answers else (3, 5))
+        Claim(name=f"{BELOW}{order} n-gram model", expected=ngrams[order], measured=trained["bits_per_byte"])
+        for order in below(run_dir)
     ]
     if answers:
         model = load_model(run_dir / "export")
@@ -202,18 +264,26 @@ def claims(
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="demo.yaml", help="training config (default: %(default)s)")
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="(default: %(default)s)")
+    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "demo", help="(default: runs/demo)")
     parser.add_argument("--ranks", type=int, default=2, help="training processes (default: %(default)s)")
     parser.add_argument("--port", type=int, help="port of the server (default: a free one)")
     parser.add_argument("--max-tokens", type=int, default=96, help="of each completion (default: %(default)s)")
-    parser.add_argument("--train-only", action="store_true", help="neither serve nor complete; ask for order 5 too")
+    parser.add_argument("--train-only", action="store_true", help="neither serve nor complete")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="training options")
     return parser.parse_args(arguments)
 
 
-def summarize(report: Report, parts: Parts, ngrams: dict[int, float], answers: list[dict[str, Any]]) -> None:
-    """Tables for people; the same rows for the report."""
+def summarize(
+    report: Report,
+    parts: Parts,
+    ngrams: dict[int, float],
+    answers: list[dict[str, Any]],
+    budget: dict[str, Any] | None,
+) -> None:
+    """Tables for people; the same rows for the report. budget: what became of train.max_minutes."""
+    shown_budget = {k: v for k, v in (budget or {}).items() if k != "short"}
     tables = {
+        "budget": [shown_budget] if budget else [],
         "n-gram models on the same text": [{"order": n, "bits_per_byte": value} for n, value in ngrams.items()],
         "completions, at the same time": [{k: v for k, v in answer.items() if k != "text"} for answer in answers],
         "time": [{"part": name, "seconds": round(value, 1)} for name, value in parts.seconds.items()],
@@ -222,6 +292,8 @@ def summarize(report: Report, parts: Parts, ngrams: dict[int, float], answers: l
         if rows:
             print(f"\n{title}\n{format_table(rows)}")
             report.rows += [{"table": title, **row} for row in rows]
+    if budget:
+        next(row for row in report.rows if row["table"] == "budget")["short"] = budget["short"]
     print()
     print(format_claims(report.claims))
 
@@ -229,10 +301,11 @@ def summarize(report: Report, parts: Parts, ngrams: dict[int, float], answers: l
 def main() -> int:
     """Trains, compares, serves, reports."""
     chosen = parse()
-    run_dir = (ROOT / chosen.run_dir).resolve()
+    run_dir = chosen.run_dir.expanduser().resolve()
     parts, report = Parts(), Report.start(command=["python", "-m", "scripts.demo", *sys.argv[1:]])
     answers: list[dict[str, Any]] = []
     try:
+        set_aside(run_dir)
         with parts.time("train"):
             training = train(chosen.config, run_dir, chosen.ranks, chosen.overrides)
         trained = training["rows"][-1]
@@ -248,13 +321,19 @@ def main() -> int:
     except (RuntimeError, ValueError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
-    report.rows += [{"table": "training", **row} for row in training["rows"]]
+    report.rows.append({"table": "training", **{k: v for k, v in trained.items() if not isinstance(v, dict)}})
     report.claims += claims(trained, ngrams, answers, run_dir)
     report.figures += training["figures"]
-    summarize(report, parts, ngrams, answers)
+    budget = trained.get("budget")
+    summarize(report, parts, ngrams, answers, budget)
     report.write(run_dir / "summary.json")
+    if budget and budget["short"]:
+        print(f"\nwarning: {budget['short']}")
+    if any(claim.name.startswith(BELOW) and not claim.holds for claim in report.claims):
+        print("\na claim on training does not hold: the same command sets this run aside and trains anew")
+    minutes = sum(parts.seconds.values()) / 60
     print(
-        f"\n{sum(parts.seconds.values()) / 60:.1f} minutes; summary in {chosen.run_dir}/summary.json, plot in loss.png"
+        f"\n{minutes:.1f} minutes; summary in {shown(run_dir / 'summary.json')}, plot in {shown(run_dir / 'loss.png')}"
     )
     return report.exit_status()
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from attnzoo.report import format_value
 from scripts.caches.merge import RUNS, section_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,19 +26,10 @@ DOCUMENTS = [
 MARKED = re.compile(r"(<!-- (rows|claims) (\S+)(?: ([^|>]+?))?(?: \| ([^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def cell(value: Any) -> str:
-    """A value as the README shows it: four significant digits, thousands set apart."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table; a column for every key."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, ["---"] * len(columns), *([cell(row.get(c, "")) for c in columns] for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([format_value(row.get(c, "")) for c in columns] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -68,7 +60,7 @@ def render(text: str) -> str:
         opening, kind, name, wanted, columns, closing = match.groups()
         report = json.loads((RESULTS / name).read_text(encoding="utf-8"))
         if kind == "claims":
-            keys = columns.split(", ") if columns else ("name", "kind", "expected", "measured", "holds")
+            keys = columns.split(", ") if columns else ("name", "kind", "expected", "measured", "tolerance", "holds")
             chosen = [claim for claim in report["claims"] if claim["name"].startswith(wanted or "")]
             rows = [{key: claim[key] for key in keys} for claim in chosen]
         else:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from attnzoo.report import Claim, Report, available_cores, format_table
+from attnzoo.report import Claim, Report, available_cores, format_claims, format_table
+from scripts.readme_tables import markdown
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,25 @@ def test_what_is_not_finite_is_null_in_the_file(tmp_path):
     assert content["rows"] == [{"loss": None, "parts": [None, 1.0], "step": 3}]
     assert content["claims"][0]["measured"] is None
     assert content["claims"][0]["holds"] is False
+
+
+def test_a_table_of_claims_shows_tolerances_and_numbers_as_documents_do():
+    claims = [
+        Claim(name="bytes", expected=1327168, measured=1327168, kind="equal"),
+        Claim(name="ratio", expected=1.5, measured=2.0, tolerance=0.25, kind="equal"),
+        Claim(name="loss", expected=2.0, measured=2.05, tolerance=0.1),
+        Claim(name="rate", expected=12345.6, measured=12300.2, tolerance=100.0, kind="at_least"),
+    ]
+    lines = [line.split("  ") for line in format_claims(claims).splitlines()[2:]]
+    assert [[cell.strip() for cell in line if cell] for line in lines] == [
+        ["bytes", "equal 1,327,168 ± 0", "1,327,168", "yes"],
+        ["ratio", "equal 1.5 ± 0.25", "2", "NO"],
+        ["loss", "at most 2 + 0.1", "2.05", "yes"],
+        ["rate", "at least 12,346 - 100", "12,300", "yes"],
+    ]
+    row = {"a": True, "b": 1327168, "c": 1327168.25, "d": 0.123456, "e": "x"}
+    shown = format_table([row]).splitlines()[2].split()
+    assert markdown([row]).splitlines()[2] == f"| {' | '.join(shown)} |"
 
 
 def test_command_holds_no_path_of_a_machine(tmp_path):

@@ -1,4 +1,4 @@
-"""`train.max_minutes` as a number of steps, by a clock that the test turns: what a run takes against what it may take."""
+"""`train.max_minutes` as a number of steps, by a clock that the test turns: what a run takes, and what it may take."""
 
 from dataclasses import dataclass, field
 from typing import Any
