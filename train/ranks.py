@@ -3,12 +3,15 @@
 import errno
 import os
 import socket
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import psutil
 import torch.distributed as dist
 
 from train.failures import AgreedError, TrainingError, explain, status_of
+from train.stop import find_launcher
 
 T = TypeVar("T")
 
@@ -82,22 +85,57 @@ def _together(mistakes: list[Any]) -> AgreedError:
 
 
 def check_port() -> None:
-    """Raises ValueError when the ranks' meeting place is taken, before another run's ranks could be joined there."""
-    port = os.environ["MASTER_PORT"]
-    first = os.environ["RANK"] == "0" and os.environ["WORLD_SIZE"] != "1"
-    if not first or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    """Raises ValueError when the ranks' meeting place is taken, before they could join the ranks of another run there.
+
+    Where two runs begin at the same moment, the first rank of one of them finds the port in use; its other ranks must
+    not take the place of those that the other run waits for.
+    """
+    port, world = int(os.environ["MASTER_PORT"]), os.environ["WORLD_SIZE"]
+    if world == "1" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return
+    if port == 0:
+        raise ValueError(
+            "port 0 is no place where several ranks can meet: each would take another one; leave --master_port out, or "
+            f"give a free port, for example {free_port()}"
+        )
+    if os.environ["RANK"] == "0":
+        if _in_use(port):
+            raise port_taken(port)
+    elif os.environ.get("LOCAL_SIZE") == world and find_launcher() is not None:
+        while True:
+            in_use = _in_use(port)
+            if _first_rank_listens(port):
+                return
+            if in_use:
+                raise port_taken(port)
+            time.sleep(0.1)
+
+
+def _in_use(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", int(port)))
+            probe.bind(("", port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise port_taken(port) from None
+                return True
             raise
+    return False
 
 
-def port_taken(port: str) -> ValueError:
+def _first_rank_listens(port: int) -> bool:
+    """Whether a process of this run, which are all children of the same launcher, listens at the port."""
+    for process in psutil.Process(os.getppid()).children():
+        try:
+            found = process.net_connections("tcp")
+        except psutil.Error:
+            continue  # it has just ended
+        if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in found):
+            return True
+    return False
+
+
+def port_taken(port: int | str) -> ValueError:
     """The mistake of a meeting place that is in use."""
     return ValueError(
         f"port {port} of this machine, where the ranks would meet, is in use, perhaps by another training: start with "

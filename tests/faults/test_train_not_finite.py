@@ -34,6 +34,33 @@ class Breaks(MHA):
         now = (self.calls + 1) // 2
         return out * float("nan") if first <= now <= last and os.environ["RANK"] == str(rank) else out
 '''
+LOSS = '''\
+"""A loss that is NaN in a step, and whose gradients are finite: what is added has none."""
+
+import os
+
+import torch
+
+from attnzoo.attention.base import ATTENTION
+from attnzoo.attention.mha import MHA
+from attnzoo.models import DecoderLM
+
+ATTENTION.register("plain")(type("Plain", (MHA,), {"__doc__": "What every plug-in has: a variant."}))
+loss, calls = DecoderLM.loss, 0
+
+
+def broken(self, *args, **options):
+    global calls
+    value = loss(self, *args, **options)
+    if not torch.is_grad_enabled():
+        return value
+    calls += 1
+    rank, step = map(int, os.environ["BREAKS"].split(":"))
+    return value + float("nan") if calls == step and os.environ["RANK"] == str(rank) else value
+
+
+DecoderLM.loss = broken
+'''
 MODEL = ("model.attention={kind: breaks, num_heads: 2}", "optim.name=adamw")
 
 
@@ -92,6 +119,18 @@ def test_a_broken_step_is_skipped_and_named(tiny: Path, tmp_path: Path, stage: i
     assert "Traceback" not in second.stderr
     assert files(run) == before
     assert losses(run, field="skipped_steps")[9] == 4
+
+
+def test_a_loss_that_is_nan_with_finite_gradients_is_skipped_by_all_ranks(tiny: Path, tmp_path: Path) -> None:
+    """Nothing but the loss of rank 1 tells: the ranks hear of it, none of them takes the step, the rest goes on."""
+    (tmp_path / "loss.py").write_text(LOSS, encoding="utf-8")
+    options = ("train.steps=3", "train.micro_batch_size=4", "optim.name=adamw", "zero.stage=1")
+    run, variables = tmp_path / "run", {"ATTNZOO_PLUGINS": str(tmp_path / "loss.py"), "BREAKS": "1:2"}
+    told = [t for t in launch(tiny, *options, f"run_dir={run}", **variables).stderr.splitlines() if "skipped" in t]
+    assert told == ["train: skipped step 2: the loss of rank 1 is nan"]
+    assert losses(run, field="skipped_steps") == {1: 0, 2: 1, 3: 1}
+    assert [loss is None for loss in losses(run).values()] == [False, True, False]
+    assert losses(run, field="gradient_norm")[2] is None
 
 
 @pytest.mark.parametrize(

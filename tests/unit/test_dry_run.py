@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from attnzoo.attention import ATTENTION
 from attnzoo.checkpoint import save_model
 from attnzoo.models import DecoderConfig, DecoderLM
 from tests.training import write_tiny
@@ -92,6 +93,43 @@ def test_both_refuse(
     assert found.err.count("\n") == 1
     assert expected in found.err
     assert sorted(path for path in directory.rglob("*")) == before, "something was prepared"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expected"),
+    [
+        (
+            torch.ones(2, dtype=torch.complex64),
+            "has dtype torch.complex64, which cannot be saved; keep it as real numbers",
+        ),
+        (torch.eye(2).to_sparse(), "has layout torch.sparse_coo, which cannot be saved; keep it as a dense tensor"),
+    ],
+)
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_variant_that_cannot_be_saved_is_refused_before_it_trains(
+    tiny: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tensor: torch.Tensor,
+    expected: str,
+    dry: bool,
+) -> None:
+    class Unsaveable(ATTENTION.get("mha")):  # type: ignore[misc]
+        """A buffer that no checkpoint holds, as a plug-in may have one."""
+
+        def __init__(self, config: object) -> None:
+            super().__init__(config)
+            self.register_buffer("kept", tensor)
+
+    monkeypatch.setitem(ATTENTION._items, "unsaveable", Unsaveable)
+    options = ["model.attention={kind: unsaveable, num_heads: 2}", f"run_dir={tmp_path / 'run'}"]
+    options += [f"cache_dir={tmp_path / 'cache'}", "train.steps=1"]
+    assert main(["--config", str(tiny), *(["--dry-run"] if dry else []), *options]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("train: model.attention: blocks.0.attention.kept ")
+    assert expected in error
+    assert not list(tmp_path.iterdir()), "something was prepared"
 
 
 def test_what_can_run_is_described(tiny: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
