@@ -14,7 +14,7 @@ from typing import Any
 
 from attnzoo.attention import ATTENTION, PLUGINS_VARIABLE, Attention, build_attention, variant
 from attnzoo.models.shapes import without_storage
-from attnzoo.report import format_table
+from attnzoo.report import format_table, run_command
 from attnzoo.types import parse_dtype
 
 EXAMPLES = f"""examples:
@@ -177,6 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 1 if broken else 0
         options = {"model_dim": chosen.model_dim} | parse_options(chosen.options)
         print(describe(chosen.variant, options, chosen.context, chosen.dtype))
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"attnzoo: error: {error}", file=sys.stderr)
         return 2
@@ -184,4 +186,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

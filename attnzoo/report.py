@@ -4,8 +4,10 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -122,6 +124,22 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 def format_claims(claims: list[Claim]) -> str:
     """A table of what was expected, what was measured, and whether it holds."""
     return format_table([_claim_row(claim) for claim in claims])
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """A number of things in words: "1 rank", "2 ranks"; many: the plural where it does not end in s alone."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def run_command(main: Callable[[], int]) -> int:
+    """Runs a command and returns its exit status; a reader that has read enough (`| head`) ends it without a word."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        return 128 + signal.SIGPIPE
+    return status
 
 
 def format_value(value: Any) -> str:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from attnzoo.files import replace_directory, write_atomic
+from attnzoo.report import counted
 from train.config import CheckpointConfig, Config
 from train.digests import NAME, check_files, digest_files, write_digests
 from train.engine import Engine
@@ -226,8 +227,8 @@ class Checkpoints:
         saved = content["settings"]
         if saved["ranks"] != self.settings["ranks"]:
             raise ValueError(
-                f"{path} was written by {saved['ranks']} ranks and this run has {self.settings['ranks']}: optimizer "
-                f"states are cut by rank. Start with {saved['ranks']} ranks, or begin a new run from the weights "
+                f"{path} was written by {counted(saved['ranks'], 'rank')} and this run has {self.settings['ranks']}: optimizer "
+                f"states are cut by rank. Start with {counted(saved['ranks'], 'rank')}, or begin a new run from the weights "
                 "alone: checkpoint.init_from=<its export directory> with another run_dir"
             )
         for key in sorted(saved.keys() | self.settings.keys()):

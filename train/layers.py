@@ -58,7 +58,9 @@ def _chain(path: Path, seen: tuple[Path, ...]) -> list[Layer]:
         return [layer]
     base_path = path.parent / str(base)
     if not base_path.is_file():
-        raise ConfigError(f"{layer.places['base']}: base: {base} does not exist beside {path.name}")
+        ours = CONFIGS / Path(str(base)).name
+        way_out = f"write base: {ours} for the one of this project" if ours.is_file() else "give a path from there"
+        raise ConfigError(f"{layer.places['base']}: base: {base} does not exist beside {path.name}; {way_out}")
     return [*_chain(base_path, (*seen, path)), layer]
 
 

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from attnzoo.checkpoint import find_checkpoint
 from attnzoo.files import write_atomic
 from attnzoo.models import DecoderConfig, DecoderLM
-from attnzoo.report import Report
+from attnzoo.report import Report, run_command
 from attnzoo.tokenizer import Tokenizer, load_tokenizer
 from attnzoo.types import build_config
 from train import engine as engines
@@ -80,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
             with run_directory.held(config):
                 run_training(config, device, watchdog, launcher)
     except (Exception, KeyboardInterrupt) as error:
+        if options.dry_run and isinstance(error, BrokenPipeError):
+            raise
         return report(error, ranks.joined())
     finally:
         ranks.finish()
@@ -275,4 +277,4 @@ def _is_main() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main))

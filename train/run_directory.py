@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from attnzoo.models import DecoderConfig, DecoderLM, build_shapes
+from attnzoo.report import counted
 from train.config import Config
 from train.digests import NAME as DIGESTS
 from train.failures import explain, free_bytes, make_directory
@@ -210,7 +211,7 @@ def check_space(config: Config, model_config: DecoderConfig) -> None:
     needed, free = wanted * one + 4 * model.num_parameters(), free_bytes(path)
     if needed > free:
         raise ValueError(
-            f"run_dir={path}: {wanted} checkpoints of {one / 2**20:,.0f} MiB and the export need {needed / 2**20:,.0f} "
+            f"run_dir={path}: {counted(wanted, 'checkpoint')} of {one / 2**20:,.0f} MiB and the export need {needed / 2**20:,.0f} "
             f"MiB, and {free / 2**20:,.0f} MiB are free; make space, set run_dir to a larger disk, or lower "
             f"checkpoint.keep={config.checkpoint.keep}"
         )

@@ -76,7 +76,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return content
     base_path = path.parent / str(base)
     if not base_path.is_file():
-        raise ValueError(f"{path}: base: {base} does not exist beside it")
+        raise ValueError(f"{path}: base: {base} does not exist beside it; give its path from there")
     return _merged(_read_yaml(base_path, (*seen, path.resolve())), content)
 
 

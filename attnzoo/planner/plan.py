@@ -18,7 +18,7 @@ from attnzoo.planner.chips import CHIPS, CPU, Chip, chosen_chips
 from attnzoo.planner.fits import GIB, Setup, TrainingMemory, communicated_bytes, training_memory
 from attnzoo.planner.model_file import ModelFile, read_model
 from attnzoo.planner.serving import serving_report
-from attnzoo.report import format_table
+from attnzoo.report import counted, format_table
 
 RESERVE = 0.05
 """Part of a GPU's memory that is left free: the driver's context, kernels, and fragments of the allocator."""
@@ -129,8 +129,8 @@ def heading(file: ModelFile, request: Request) -> str:
         f"{kinds}: {model.num_parameters():,} parameters, {model.num_parameters(embeddings=False):,} without "
         f"embeddings; {config.num_layers} layers of {config.model_dim}, vocabulary {config.vocab_size:,} "
         f"({file.vocabulary_source})",
-        f"{request.gpus} GPUs in {request.nodes} machines, {request.memory / GIB:.1f} GiB of each "
-        f"({RESERVE:.0%} left free); context {request.context:,}, {request.precision}, {request.optimizer}",
+        f"{counted(request.gpus, 'GPU')} in {counted(request.nodes, 'machine')}, {request.memory / GIB:.1f} GiB of "
+        f"each ({RESERVE:.0%} left free); context {request.context:,}, {request.precision}, {request.optimizer}",
     ]
     if request.context > config.max_positions:
         lines.append(
@@ -217,10 +217,12 @@ def training_table(request: Request, found: list[Option], chosen: Option) -> str
         }
         row |= {name: round(size / GIB, 3) for name, size in vars(memory).items()}
         reserve = request.memory * RESERVE / (1 - RESERVE)
-        row |= {"reserve": round(reserve / GIB, 3), "sum": round((memory.total + reserve) / GIB, 2)}
+        row |= {"reserve": round(reserve / GIB, 3), "sum with reserve": round((memory.total + reserve) / GIB, 2)}
         rows.append(row)
-    note = "micro-batch none: one sequence does not fit; the row shows what it would take\n" if len(found) < 8 else ""
-    return f"{format_table(rows)}\n{note}".rstrip("\n")
+    notes = [] if len(found) == 8 else ["micro-batch none: one sequence does not fit; the row shows what it would take"]
+    if any(option.setup.micro_batch == MOST for option in found):
+        notes.append(f"micro-batch {MOST}: no larger one is looked for, and more may fit")
+    return "\n".join([format_table(rows), *notes])
 
 
 def step_table(request: Request, chosen: Option, chips: list[Chip]) -> str:
@@ -253,8 +255,8 @@ def step_table(request: Request, chosen: Option, chips: list[Chip]) -> str:
             }
         )
     text = (
-        f"{tokens:,} tokens a step in {count} passes; {flops:.4g} FLOPs and {moved / GIB:.4g} GiB of memory traffic a "
-        "GPU; 100 % of the roofline, communication not overlapped"
+        f"{tokens:,} tokens a step in {counted(count, 'pass', 'passes')}; {flops:.4g} FLOPs and "
+        f"{moved / GIB:.4g} GiB of memory traffic a GPU; 100 % of the roofline, communication not overlapped"
     )
     return f"{format_table(rows)}\n{text}"
 

@@ -75,7 +75,7 @@ def test_a_run_knows_its_text(tmp_path: Path) -> None:
     tokenizer = ensure_tokenizer(TokenizerConfig(vocab_size=300), DataConfig(source=str(corpus)), tmp_path)
     options = (f"tokenizer.path={tokenizer}", "train.steps=2", "train.stop_at_step=1")
     first = launch(config, *options, ranks=1)
-    line = f"data.source='{corpus}': 1 files read, 0 skipped, 1 documents, 0 duplicates and 0 empty ones dropped"
+    line = f"data.source='{corpus}': 1 file read, 0 skipped, 1 document, 0 duplicates and 0 empty ones dropped"
     assert line in first.stderr
     account = json.loads((run / "training.json").read_text())["rows"][0]["data"]
     assert (account["files"], account["documents"], account["files_skipped"]) == (1, 1, {})

@@ -1,5 +1,11 @@
 """`python -m attnzoo`: what it prints, and how it refuses."""
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from attnzoo.__main__ import main, parse_options
@@ -114,3 +120,17 @@ def test_help_has_examples(capsys):
         main(["--help"])
     assert stop.value.code == 0
     assert "examples:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command", [["-m", "attnzoo", "list"], ["train/main.py", "--config", "base.yaml", "--dry-run"]]
+)
+def test_a_reader_that_has_read_enough_ends_a_command_without_a_word(command):
+    """As `| head` does once it has its lines: the pipe has no reader when the command writes."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, *command], cwd=root, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.stderr == ""
+    assert done.returncode == 128 + signal.SIGPIPE

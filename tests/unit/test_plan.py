@@ -90,6 +90,7 @@ def test_it_prints_what_fits(capsys):
     printed = capsys.readouterr().out
     assert "2,373,568 parameters" in printed
     assert "64 GPUs in 8 machines" in printed
+    assert "sum with reserve" in printed
     assert len(re.findall(r"^\*? +[0-3] +(?:yes|no) +\d+ ", printed, flags=re.MULTILINE)) == 8
     assert "a model, not a measurement" in printed
     assert "NVIDIA H100 data sheet" in printed
@@ -200,3 +201,14 @@ def test_chips_and_roofline():
     assert f"{3 * cost.flops:.4g} FLOPs" in text
     assert f"{3 * cost.flops / 312e12:.4g}" in text
     assert torch.get_default_dtype() is torch.float32
+
+
+def test_what_a_plan_leaves_out_is_said(capsys):
+    """The largest micro-batch that is looked for, where more may fit; and one is no plural."""
+    assert main(["plan", "--model", RCMHA, "--context", "1", "--chip", "H100"]) == 0
+    printed = capsys.readouterr().out
+    assert "\n1 GPU in 1 machine, " in printed
+    assert " tokens a step in 1 pass; " in printed
+    assert f"micro-batch {plan.MOST}: no larger one is looked for, and more may fit" in printed
+    assert main(["plan", "--model", RCMHA, "--gpu-memory", "1", "--chip", "H100"]) == 0
+    assert "no larger one is looked for" not in capsys.readouterr().out

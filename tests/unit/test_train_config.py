@@ -139,6 +139,9 @@ def test_cycles_and_missing_files(tmp_path: Path) -> None:
     path = write(tmp_path / "b.yaml", "base: a.yaml\n")
     assert "form a cycle: b.yaml -> a.yaml -> b.yaml" in message(path)
     assert "c.yaml:1: base: none.yaml does not exist" in message(write(tmp_path / "c.yaml", "base: none.yaml\n"))
+    elsewhere = message(write(tmp_path / "e.yaml", "name: e\nbase: rcmha.yaml\n"))
+    assert f"e.yaml:2: base: rcmha.yaml does not exist beside e.yaml; write base: {CONFIGS}/rcmha.yaml" in elsewhere
+    assert load_config(write(tmp_path / "e.yaml", f"base: {CONFIGS}/rcmha.yaml\n")).name == "rcmha"
     assert "did you mean 'rcmha.yaml'?" in message("rcmah.yaml")
     assert "d.yaml: cannot be read as YAML" in message(write(tmp_path / "d.yaml", "a: [1\n"))
 

@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from attnzoo.report import counted
+
 EXAMPLES = 3
 
 
@@ -45,13 +47,13 @@ def account_line(source: str, counts: dict[str, Any]) -> str:
     reasons = "; ".join(f"{number:,} {reason}" for reason, number in skipped.items())
     names = f", such as {', '.join(map(repr, counts['examples']))}" if counts["examples"] else ""
     files = [
-        f"{counts['files']:,} files read",
+        f"{counted(counts['files'], 'file')} read",
         f"{sum(skipped.values()):,} skipped" + (f" ({reasons}{names})" if skipped else ""),
     ]
     parts = [
         *(files if counts["files"] else []),  # a hub has rows alone
-        f"{counts['documents']:,} documents",
-        f"{counts['duplicates']:,} duplicates and {counts['empty']:,} empty ones dropped",
+        counted(counts["documents"], "document"),
+        f"{counted(counts['duplicates'], 'duplicate')} and {counted(counts['empty'], 'empty one')} dropped",
     ]
     end = "" if counts["complete"] else "; ended by data.max_bytes"
     return f"data.source={source!r}: {', '.join(parts)}{end}"
