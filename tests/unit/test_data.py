@@ -221,7 +221,7 @@ def test_other_text_of_equal_size_and_time_is_seen(corpus, tokenizer_path, tmp_p
 
 def test_preparation_says_what_became_of_files_and_documents(corpus, tokenizer_path, tmp_path, capsys):
     data = prepare(config(corpus), tokenizer_path, tmp_path, is_main=True)
-    line = "1 files read, 0 skipped, 59 documents, 1 duplicates and 0 empty ones dropped"
+    line = "1 file read, 0 skipped, 59 documents, 1 duplicate and 0 empty ones dropped"
     assert line in capsys.readouterr().err
     (about,) = (tmp_path / "tokens").glob("*/about.json")
     assert json.loads(about.read_text())["account"] == data.account
