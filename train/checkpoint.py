@@ -228,8 +228,8 @@ class Checkpoints:
         if saved["ranks"] != self.settings["ranks"]:
             raise ValueError(
                 f"{path} was written by {counted(saved['ranks'], 'rank')} and this run has {self.settings['ranks']}: "
-                f"optimizer states are cut by rank. Start with {counted(saved['ranks'], 'rank')}, or begin a new run from "
-                "the weights alone: checkpoint.init_from=<its export directory> with another run_dir"
+                f"optimizer states are cut by rank. Start with {counted(saved['ranks'], 'rank')}, or begin a new run "
+                "from the weights alone: checkpoint.init_from=<its export directory> with another run_dir"
             )
         for key in sorted(saved.keys() | self.settings.keys()):
             if saved.get(key) != self.settings.get(key):

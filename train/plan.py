@@ -24,7 +24,8 @@ def describe(config: Config, model_config: DecoderConfig, world: int) -> str:
             "",
             f"parameters: {total:,} in all, {inner:,} without embeddings",
             f"tokens per step: {tokens:,} = {counted(config.train.batch_size, 'sequence')} of "
-            f"{config.sequence_length}, {counted(world, 'rank')} x {counted(accumulation, 'pass', 'passes')} of {config.train.micro_batch_size}",
+            f"{config.sequence_length}, "
+            f"{counted(world, 'rank')} x {counted(accumulation, 'pass', 'passes')} of {config.train.micro_batch_size}",
             f"MiB a rank, by a model (chosen: zero.stage={config.zero.stage}):"
             + (" all weights trained, with lora.rank it is less" if config.lora.rank is not None else ""),
             format_table(rows),

@@ -50,7 +50,7 @@ def test_a_batch_that_the_corpus_does_not_fill(tiny: Path) -> None:
 
 def test_another_number_of_ranks(tiny: Path, started: Path) -> None:
     found = refusal(tiny, f"run_dir={started}", ranks=2)
-    assert "was written by 1 ranks and this run has 2" in found
+    assert "was written by 1 rank  and this run has 2" in found
     assert "checkpoint.init_from=" in found
 
 
