@@ -3,14 +3,15 @@
     deepspeed --num_accelerators 2 tests/engine_run.py --cases cases.json --out directory
 
 cases.json maps names to lists of overrides of configs/base.yaml; beside them `steps`, `untied`, `frozen` (the
-beginning of the names of parameters that do not train) and `samples` (text samples, twice after every step).
+beginning of the names of parameters that do not train), `samples` (text samples, twice after every step) and `counts`
+(as COUNTS).
 """
 
 import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,28 +48,29 @@ BASE = [
     "train.steps=100",
 ]
 COUNTS = (12, 1, 0, 0, 3, 12, 7, 0)
-"""Targets that count in each row of a global batch: rows 2 and 3, one pass of two, have none."""
+"""Targets that count in each row of a global batch, its first ones (below 0: its last ones); rows 2 and 3, one pass of
+two, have none."""
 
 
-def batch(step: int) -> tuple[Tensor, Tensor]:
+def batch(step: int, counts: Sequence[int] = COUNTS) -> tuple[Tensor, Tensor]:
     """(tokens_BT, targets_BT) of a global batch."""
     generator = torch.Generator().manual_seed(step)
     block = torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1), generator=generator)
     tokens_BT, targets_BT = block[:, :-1].clone(), block[:, 1:].clone()
-    for row, count in enumerate(COUNTS):
-        targets_BT[row, count:] = -100
+    for row, count in enumerate(counts):
+        targets_BT[row, slice(count, None) if count >= 0 else slice(None, count)] = -100
     return tokens_BT, targets_BT
 
 
 class Stream:
     """`batch` after `batch`, cut over the ranks."""
 
-    def __init__(self) -> None:
-        self.step = 0
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.step, self.counts = 0, counts
 
     def next(self, batch_size: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
         rows = slice(rank * batch_size, (rank + 1) * batch_size)
-        tokens_BT, targets_BT = batch(self.step)
+        tokens_BT, targets_BT = batch(self.step, self.counts)
         self.step += 1
         return tokens_BT[rows], targets_BT[rows]
 
@@ -84,11 +86,11 @@ class Data:
 
     sequence_length, num_train_tokens, num_train_bytes = LENGTH, 1, 1
 
-    def __init__(self) -> None:
-        self.train = Stream()
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.train, self.counts = Stream(counts), counts
 
     def validation_blocks(self, most: int | None = None) -> tuple[Tensor, Tensor]:
-        tokens_NT, targets_NT = batch(100)
+        tokens_NT, targets_NT = batch(100, self.counts)
         return tokens_NT[:most], targets_NT[:most]
 
     def bytes_per_token(self, targets_NT: Tensor) -> float:
@@ -126,7 +128,7 @@ def build(overrides: list[str], untied: bool = False, frozen: str | None = None)
 def run(case: dict[str, Any], device: torch.device, out: Path) -> dict[str, Any]:
     """Takes the steps of a case; its weights after each go to files."""
     config, model = build(case["overrides"], case.get("untied", False), case.get("frozen"))
-    engine, data = Engine(config, model, device), Data()
+    engine, data = Engine(config, model, device), Data(case.get("counts", COUNTS))
     progress = Progress(total_steps=config.train.steps)
     training = Run(config, engine, data, None, None, progress, None, 1, 1, None)  # type: ignore[arg-type]
     found: dict[str, Any] = {"losses": [], "norms": [], "texts": []}

@@ -44,6 +44,7 @@ class Budget:
     """
 
     minutes: float
+    min_steps: int | None
     affordable: int
     steps: int
     step_seconds: float
@@ -87,6 +88,7 @@ def plan_steps(options: TrainConfig, warmup: int, pace: Pace, evaluations: Evalu
         ) + _consequence(options, steps, expected, least)
     return Budget(
         minutes=options.max_minutes,
+        min_steps=options.min_steps,
         affordable=affordable,
         steps=steps,
         step_seconds=step,
@@ -106,10 +108,15 @@ def _consequence(options: TrainConfig, steps: int, expected: float, least: int) 
 
 def check_same_budget(options: TrainConfig, fixed: dict[str, Any] | None) -> None:
     """Raises ValueError where a run that goes on has another budget than the one that fixed its number of steps."""
-    if fixed is None or options.max_minutes is None or options.max_minutes == fixed["minutes"]:
+    if fixed is None or options.max_minutes is None:
+        return
+    asked = {"train.max_minutes": options.max_minutes, "train.min_steps": options.min_steps}
+    before = {"train.max_minutes": fixed["minutes"], "train.min_steps": fixed["min_steps"]}
+    key = next((key for key in asked if asked[key] != before[key]), None)
+    if key is None:
         return
     raise ValueError(
-        f"train.max_minutes={options.max_minutes:g}: the steps of this run were fixed at {fixed['steps']} by "
-        f"train.max_minutes={fixed['minutes']:g}, and the schedule with them; set it back, set another run_dir to "
-        f"begin anew, or give the number of steps: train.max_minutes=null train.steps={2 * fixed['steps']}"
+        f"{key}={asked[key]}: the steps of this run were fixed at {fixed['steps']} under {key}={before[key]}, and the "
+        "schedule with them; set it back, set another run_dir to begin anew, or give the number of steps, for example "
+        f"train.max_minutes=null train.steps={2 * fixed['steps']}"
     )

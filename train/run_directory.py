@@ -212,8 +212,8 @@ def check_space(config: Config, model_config: DecoderConfig) -> None:
     if needed > free:
         raise ValueError(
             f"run_dir={path}: {counted(wanted, 'checkpoint')} of {one / 2**20:,.0f} MiB and the export need "
-            f"{needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free; make space, set run_dir to a larger disk, or "
-            f"lower checkpoint.keep={config.checkpoint.keep}"
+            f"{needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free; make space, set run_dir to a larger "
+            f"disk, or lower checkpoint.keep={config.checkpoint.keep}"
         )
 
 

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -78,6 +79,118 @@ def test_sigterm_to_the_deepspeed_command_saves(training: Training) -> None:
     assert not alive
     assert len(gone) == 2
     assert training.saved() >= 3
+
+
+SIGNALS = '''\
+"""A signal to this process in the place that the environment names, once."""
+
+import os
+import signal
+
+import train.checkpoint
+import train.loop
+from attnzoo.attention.base import ATTENTION
+from attnzoo.attention.mha import MHA
+
+ATTENTION.register("plain")(type("Plain", (MHA,), {"__doc__": "What every plug-in has: a variant."}))
+validate, write = train.loop.validate, train.checkpoint.Checkpoints._write
+
+
+def passes_after(go_on):
+    """The signal comes in the second pass; another pass would be the first that nobody needs."""
+    for number in (1, 2):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield go_on()
+    raise AssertionError("the evaluation went on")
+
+
+def evaluates(engine, data, size, most, go_on):
+    if os.environ["IN"] != ("last" if most is None else "first"):
+        return validate(engine, data, size, most, go_on)
+    passes = passes_after(go_on)
+    return validate(engine, data, size, most, lambda: next(passes))
+
+
+def writes(self, *args):
+    if os.environ["IN"] == "checkpoint":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return write(self, *args)
+
+
+train.loop.validate, train.checkpoint.Checkpoints._write = evaluates, writes
+'''
+
+
+def test_a_signal_in_an_evaluation_or_a_checkpoint_is_heard_at_once(tiny: Path, tmp_path: Path) -> None:
+    """The evaluation is given up, the checkpoint is finished and no step follows; the same command goes on each time,
+    and what one evaluation has found is not measured again."""
+    (tmp_path / "signals.py").write_text(SIGNALS, encoding="utf-8")
+    run, options = tmp_path / "run", ("checkpoint.every=2", "eval.every=100")
+
+    def go(where: str) -> tuple[str, dict[str, Any]]:
+        found = launch(
+            tiny, f"run_dir={run}", *options, ranks=1, ATTNZOO_PLUGINS=str(tmp_path / "signals.py"), IN=where
+        )
+        assert "Traceback" not in found.stderr
+        return found.stdout + found.stderr, json.loads((run / "training.json").read_text())["rows"][0]
+
+    for where, step in (("first", 0), ("checkpoint", 2), ("last", 6)):
+        told, row = go(where)
+        assert f"stopped by SIGTERM after step {step}; the same command goes on from there" in told
+        assert (row["steps"], row["complete"], row["bits_per_byte"]) == (step, False, None)
+        assert (run / "checkpoints" / "latest").read_text().strip() == f"step-{step:08d}"
+    told, row = go("nowhere")
+    assert row["complete"]
+    assert told.count(": validation ") == 1
+    again, same = go("last")  # there is no last evaluation any more in which a signal could come
+    assert ": validation " not in again
+    assert same["bits_per_byte"] == row["bits_per_byte"]
+    assert list(losses(run)) == [1, 2, 3, 4, 5, 6]
+    assert list(losses(run, "eval")) == [0, 6]
+
+
+def test_ranks_whose_launcher_dies_while_data_are_prepared_stop(tiny: Path, tmp_path: Path) -> None:
+    """They would train to the end, and nobody would know."""
+    (tmp_path / "slow.py").write_text(
+        "import sys, time\n"
+        "from attnzoo.attention import ATTENTION\n"
+        "ATTENTION.register('plug')(type('Plug', (ATTENTION.get('mha'),), {'__doc__': 'A variant.'}))\n"
+        "main = sys.modules['__main__']\n"
+        "def slow(*a, prepare=main.prepare, **k):\n"
+        f"    open({str(tmp_path / 'begun')!r}, 'w').close()\n"
+        "    time.sleep(3)\n"
+        "    return prepare(*a, **k)\n"
+        "main.prepare = slow\n",
+        encoding="utf-8",
+    )
+    run = tmp_path / "run"
+    options = (f"run_dir={run}", "train.steps=1000000", "eval.every=null", "schedule.kind=constant")
+    process = subprocess.Popen(
+        command(tiny, *options),
+        env=environment(ATTNZOO_PLUGINS=str(tmp_path / "slow.py")),
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    family: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "begun").exists():
+            assert process.poll() is None, "the run ended before it prepared data"
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        process.wait(timeout=60)
+        assert not psutil.wait_procs(family, timeout=120)[1]
+    finally:
+        for member in family:
+            if member.is_running():
+                member.kill()
+        process.kill()
+        process.wait()
+    assert list(losses(run)) == [1]
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step-00000001"
 
 
 @pytest.mark.slow

@@ -141,7 +141,8 @@ def test_resume_is_bit_exact(trained: Runner, tiny: Path) -> None:
         mine, theirs = load_file(split / name), load_file(whole / name)
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
     before = (split / "metrics.jsonl").read_text()
-    launch(tiny, *options)  # a finished run, asked for again, changes nothing
+    again = launch(tiny, *options)  # a finished run, asked for again, changes nothing, and measures nothing
+    assert "validation" not in again.stderr
     assert (split / "metrics.jsonl").read_text() == before
     states = [json.loads((r / "checkpoints/step-00000006/state.json").read_text()) for r in (whole, split)]
     assert states[0]["progress"]["data"] == states[1]["progress"]["data"]

@@ -1,6 +1,7 @@
 """One step of the loop under DeepSpeed against the same step in torch: over stages, passes, ranks and precisions."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from attnzoo.models import DecoderLM
-from tests.engine_run import batch, build
+from tests.engine_run import COUNTS, batch, build
 from tests.training import ROOT, finish, launcher
 from train.optim import build_optimizer, set_rate
 
@@ -18,6 +19,14 @@ SMOOTH = "optim.eps=0.1"
 """The first step of Adam is nearly the sign of a gradient; a large epsilon makes it follow its size."""
 ADAMW, MUON = ("optim.name=adamw", SMOOTH), ("optim.name=muon", SMOOTH)
 LORA = ("optim.name=adamw", SMOOTH, "lora.rank=2", "checkpoint.init_from=none", "lora.targets=[query, down]")
+
+
+PATTERNS = {
+    "rank-without-targets": (0, 0, 0, 0, 3, 12, 7, 5),
+    "last-tokens": (-1, -1, -1, -1, -1, -1, -1, -1),
+    "one-target": (0, 0, 0, 0, 0, 0, 0, -1),
+}
+"""Targets that count in the rows of a global batch, which two ranks cut in the middle, and passes by twos."""
 
 
 def cases() -> dict[str, dict[str, Any]]:
@@ -28,6 +37,11 @@ def cases() -> dict[str, dict[str, Any]]:
         found[f"muon-{stage}"] = {"overrides": [*MUON, zero, "train.micro_batch_size=4"], "untied": True}
         found[f"bf16-adamw-{stage}"] = {"overrides": [*ADAMW, zero, "precision=bf16"]}
         found[f"bf16-muon-{stage}"] = {"overrides": [*MUON, zero, "precision=bf16"]}
+        for pattern, counts in PATTERNS.items():
+            found[f"{pattern}-{stage}"] = {"overrides": [*ADAMW, zero], "counts": counts}
+    # A parameter of more than 100,000 numbers is really cut at stage 3; smaller ones every rank keeps.
+    large = [*ADAMW, "zero.stage=3", "model.mlp=gelu", "model.mlp_dim=4200"]
+    found["frozen-large-3"] = {"overrides": large, "frozen": "blocks.0"}
     for stage in range(3):
         zero = f"zero.stage={stage}"
         found[f"lora-{stage}"] = {"overrides": [*LORA, zero], "untied": True}
@@ -65,9 +79,9 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Results(directory)
 
 
-def mean_loss(model: DecoderLM, step: int) -> torch.Tensor:
+def mean_loss(model: DecoderLM, step: int, counts: Sequence[int]) -> torch.Tensor:
     """Of all targets of a global batch."""
-    tokens_BT, targets_BT = batch(step)
+    tokens_BT, targets_BT = batch(step, counts)
     counted = targets_BT != -100
     logits_BTV = model(tokens_BT).float()
     return functional.cross_entropy(logits_BTV[counted], targets_BT[counted])
@@ -79,10 +93,10 @@ def expected(name: str) -> tuple[dict[str, torch.Tensor], float, float, float]:
     config, model = build(case["overrides"], case.get("untied", False), case.get("frozen"))
     if config.precision == "bf16":
         model = model.bfloat16().float()  # masters begin as the rounded weights
-    optimizer = build_optimizer(model, config.optim)
+    optimizer, counts = build_optimizer(model, config.optim), case.get("counts", COUNTS)
     with torch.no_grad():
-        validation = mean_loss(model, 100).item()
-    loss = mean_loss(model, 0)
+        validation = mean_loss(model, 100, counts).item()
+    loss = mean_loss(model, 0, counts)
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
     set_rate(optimizer, 1.0)
