@@ -181,7 +181,7 @@ def _resume(config: Config, engine: Engine, checkpoints: Checkpoints, data: Trai
         _seed(config.seed + 1 + engine.rank)
         steps = config.train.steps
         decided = config.train.max_minutes is None or (steps is not None and steps <= MEASURED_STEPS)
-        return Progress(total_steps=steps if decided else None), False
+        return Progress(total_steps=steps if decided else None, data=data.train.state()), False
     path = checkpoints.choose(path, engine, options.fallback)
     progress = checkpoints.load(engine, path)
     ranks.agree(lambda: check_same_budget(config.train, progress.budget))

@@ -132,6 +132,9 @@ def test_resume_is_bit_exact(trained: Runner, tiny: Path) -> None:
     launch(tiny, *options, "train.stop_at_step=3")
     first = losses(split)
     assert list(first) == [1, 2, 3]
+    again = launch(tiny, *options, "train.stop_at_step=2")  # where it has been: nothing is done
+    assert "stopped by train.stop_at_step=2 after step 3; a later one, or none, goes on" in again.stdout
+    assert losses(split) == first
     launch(tiny, *options)
     print("\nuninterrupted:", *losses(whole).values())
     print("3 + 3 steps:  ", *losses(split).values())
@@ -222,6 +225,10 @@ def test_a_minute_budget_becomes_a_number_of_steps(tiny: Path) -> None:
     states = sorted(run.glob("checkpoints/step-*/state.json"))
     progress = json.loads(states[-1].read_text())["progress"]
     assert progress["total_steps"] == progress["step"] == max(losses(run)) > 20
+    assert json.loads((run / "training.json").read_text())["rows"][0]["budget"] == progress["budget"]
+    assert progress["budget"]["steps"] == progress["step"]
+    other = launch(tiny, f"run_dir={run}", *options, "train.max_minutes=5", ranks=1, status=2)
+    assert f"the steps of this run were fixed at {progress['step']} under train.max_minutes=0.05" in other.stderr
     assert list(run.glob("tensorboard/events.*"))
     assert (run / "samples.txt").read_text(encoding="utf-8").startswith("=== step 20 ===\n")
 
