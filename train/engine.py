@@ -299,6 +299,7 @@ class Engine:
         """All weights in float32 on the CPU (masters where the precision is lower) and saved buffers, on rank 0; None
         elsewhere."""
         from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.zero import GatheredParameters
 
         found: dict[str, Tensor] = {}
         first: dict[int, str] = {}
@@ -308,7 +309,10 @@ class Engine:
                 found |= {name: found[first[id(parameter)]]} if self.rank == 0 else {}
                 continue
             first[id(parameter)] = name
-            if self.stage == 0 or not parameter.requires_grad:
+            if self.stage == 3 and not parameter.requires_grad:
+                with GatheredParameters([parameter]):
+                    weight = parameter.detach().clone()
+            elif self.stage == 0 or not parameter.requires_grad:
                 weight = masters.get(id(parameter), parameter)
             else:
                 weight = safe_get_full_fp32_param(parameter)
