@@ -299,7 +299,7 @@ class Engine:
         """All weights in float32 on the CPU (masters where the precision is lower) and saved buffers, on rank 0; None
         elsewhere."""
         from deepspeed.utils import safe_get_full_fp32_param
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         found: dict[str, Tensor] = {}
         first: dict[int, str] = {}
