@@ -298,8 +298,8 @@ class Engine:
     def full_state(self) -> dict[str, Tensor] | None:
         """All weights in float32 on the CPU (masters where the precision is lower) and saved buffers, on rank 0; None
         elsewhere."""
-        from deepspeed.utils import safe_get_full_fp32_param
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
 
         found: dict[str, Tensor] = {}
         first: dict[int, str] = {}
