@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from train.digests import check_files, digest_files, write_digests
 from train.failures import explain
 from train.finite import GradientCheck, describe, finite_or_none, first_non_finite
 from train.metrics import Metrics
+from train.ranks import check_port
 from train.run_directory import _tidy_run, check_space, checkpoint_bytes, locked, preparing
 
 
@@ -313,3 +315,24 @@ def test_errors_of_the_system_are_one_line_with_a_way_out(tmp_path: Path) -> Non
     )
     assert "that this user may write to" in explain(OSError(30, "Read-only file system", "/x"))
     assert explain(ValueError("a mistake")) == "a mistake"
+
+
+def test_a_rank_does_not_join_another_run_at_the_same_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs that begin at once: rank 1 waits for a process of its own launcher, and goes to no other one."""
+    for key, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr("train.ranks.find_launcher", lambda: (1, 1))
+    with pytest.raises(ValueError, match=r"port 0 is no place .* give a free port, for example \d+"):
+        check_port()
+    code = (
+        "import socket, sys; s = socket.create_server(('', 0)); print(s.getsockname()[1], flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        monkeypatch.setenv("MASTER_PORT", other.stdout.readline().strip())
+        with pytest.raises(ValueError, match="is in use, perhaps by another training: start with deepspeed --master_"):
+            check_port()
+    with socket.create_server(("", 0)) as own:  # a child of this process's parent, as rank 0 is of rank 1's
+        monkeypatch.setenv("MASTER_PORT", str(own.getsockname()[1]))
+        check_port()
