@@ -50,7 +50,7 @@ def test_a_batch_that_the_corpus_does_not_fill(tiny: Path) -> None:
 
 def test_another_number_of_ranks(tiny: Path, started: Path) -> None:
     found = refusal(tiny, f"run_dir={started}", ranks=2)
-    assert "was written by 1 rank  and this run has 2" in found
+    assert "was written by 1 rank and this run has 2" in found
     assert "checkpoint.init_from=" in found
 
 
@@ -92,7 +92,7 @@ def test_wandb_that_is_not_installed(tiny: Path) -> None:
 def test_dry_run_trains_nothing(tiny: Path) -> None:
     run = tiny.parent / "dry"
     text = launch(tiny, f"run_dir={run}", "--dry-run", ranks=1).stdout
-    assert "tokens per step: 128 = 8 sequences of 16, 1 ranks x 4 passes of 2" in text
+    assert "tokens per step: 128 = 8 sequences of 16, 1 rank x 4 passes of 2" in text
     assert "parameters: 22,504 in all" in text
     assert not run.exists()
 
