@@ -13,7 +13,7 @@ from attnzoo.tokenizer import Tokenizer
 from train.checkpoint import Checkpoints, Progress
 from train.config import Config
 from train.data import IGNORED, TrainingData
-from train.engine import Engine
+from train.engine import TrainingEngine
 from train.evaluate import UNMEASURED, Validation, samples, validate
 from train.failures import FAILED, AgreedError
 from train.limits import MEASURED_STEPS
@@ -28,11 +28,11 @@ UNKNOWN = 10**9
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """Everything a step needs. `metrics` is None on all ranks but the first."""
 
     config: Config
-    engine: Engine
+    engine: TrainingEngine
     data: TrainingData
     tokenizer: Tokenizer
     checkpoints: Checkpoints
@@ -57,7 +57,7 @@ class Run:
 
 
 @dataclass
-class Step:
+class StepResult:
     """One finished step: mean loss over the global batch in nats, gradient norm, rate factor, wall time.
 
     Where the norm is not finite, the step made no update.
@@ -70,7 +70,7 @@ class Step:
     stop: bool
 
 
-def train(run: Run) -> str | None:
+def train(run: TrainingRun) -> str | None:
     """Trains to the last step, or to a stop; returns why it stopped early, or None when training is complete.
 
     Raises AgreedError, and saves nothing, when the run is not finite any more.
@@ -115,7 +115,7 @@ def train(run: Run) -> str | None:
     return reason
 
 
-def take_step(run: Run, stop: StopRequest) -> Step:
+def take_step(run: TrainingRun, stop: StopRequest) -> StepResult:
     """Forward and backward over this rank's part of the global batch, and one update if all of it is finite."""
     engine, config, progress = run.engine, run.config, run.progress
     begin = time.perf_counter()
@@ -137,10 +137,10 @@ def take_step(run: Run, stop: StopRequest) -> Step:
     note_skip(run, loss, found, gradient_norm)
     seconds = time.perf_counter() - begin
     run.step_seconds.append(seconds)
-    return Step(total / engine.world, gradient_norm, factor, seconds, stopping > 0)
+    return StepResult(total / engine.world, gradient_norm, factor, seconds, stopping > 0)
 
 
-def note_skip(run: Run, loss: float, found: list[str], gradient_norm: float) -> None:
+def note_skip(run: TrainingRun, loss: float, found: list[str], gradient_norm: float) -> None:
     """Counts a step without an update, and says where what was not finite came from."""
     if math.isfinite(gradient_norm):
         run.skips.clear()
@@ -151,7 +151,7 @@ def note_skip(run: Run, loss: float, found: list[str], gradient_norm: float) -> 
         tqdm.write(f"train: skipped {run.skips[-1]}", file=sys.stderr)
 
 
-def give_up_or_go_back(run: Run) -> None:
+def give_up_or_go_back(run: TrainingRun) -> None:
     """Ends the run, or takes the latest checkpoint and goes on past the data between it and here.
 
     Raises AgreedError, also when the run has gone back to that checkpoint before.
@@ -175,7 +175,7 @@ def give_up_or_go_back(run: Run) -> None:
         tqdm.write(f"train: {what}; going back to {path.name}, past the data since then", file=sys.stderr)
 
 
-def _nothing(run: Run) -> str:
+def _nothing(run: TrainingRun) -> str:
     kept = run.checkpoints.newest_name()
     there = f"the newest checkpoint is {kept}" if kept is not None else "there is no checkpoint yet"
     back = ", or let it go back by itself with train.non_finite=go_back"
@@ -184,7 +184,7 @@ def _nothing(run: Run) -> str:
     )
 
 
-def fix_total_steps(run: Run) -> None:
+def fix_total_steps(run: TrainingRun) -> None:
     """Turns train.max_minutes into a number of steps once MEASURED_STEPS are done, the same on every rank.
 
     A fixed number, kept in the checkpoint, makes the schedule (and so a resumed run) independent of later changes
@@ -206,7 +206,7 @@ def fix_total_steps(run: Run) -> None:
     progress.total_steps = run.engine.from_main(total)
 
 
-def evaluate(run: Run, whole: bool = False) -> None:
+def evaluate(run: TrainingRun, whole: bool = False) -> None:
     """Validation loss and bits per byte, into the metrics; over all blocks with `whole`."""
     begin, config = time.perf_counter(), run.config.eval
     with run.watchdog.phase("evaluate"):
@@ -219,7 +219,7 @@ def evaluate(run: Run, whole: bool = False) -> None:
         tqdm.write(f"step {run.progress.step}: validation {loss:.4f} nats, {bits:.4f} bits per byte")
 
 
-def write_samples(run: Run) -> None:
+def write_samples(run: TrainingRun) -> None:
     """Text samples into samples.txt, the first one on the screen too."""
     with run.watchdog.phase("evaluate"):
         texts = samples(run.engine, run.tokenizer, run.config.sample, seed=run.config.seed + run.progress.step)
@@ -228,7 +228,7 @@ def write_samples(run: Run) -> None:
         tqdm.write(f"step {run.progress.step}: sample {texts[0]!r}")
 
 
-def report(run: Run, step: Step, bar: Any) -> None:
+def report(run: TrainingRun, step: StepResult, bar: Any) -> None:
     """The step's numbers into the metrics and the progress bar."""
     if run.metrics is None:
         return
@@ -253,7 +253,7 @@ def report(run: Run, step: Step, bar: Any) -> None:
     run.metrics.write("train", run.progress.step, values)
 
 
-def save(run: Run) -> None:
+def save(run: TrainingRun) -> None:
     """A checkpoint of this moment."""
     run.progress.seconds, run.started = _elapsed(run), time.monotonic()
     with run.watchdog.phase("save"):
@@ -261,7 +261,7 @@ def save(run: Run) -> None:
     run.saved_step = run.progress.step
 
 
-def _elapsed(run: Run) -> float:
+def _elapsed(run: TrainingRun) -> float:
     """Seconds of training, over all restarts."""
     return run.progress.seconds + time.monotonic() - run.started
 
@@ -270,7 +270,7 @@ def _due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def _bar(run: Run) -> Any:
+def _bar(run: TrainingRun) -> Any:
     return tqdm(
         initial=run.progress.step,
         total=run.progress.total_steps,
