@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from attnzoo.models import DecoderLM
 from attnzoo.report import Claim, Report
 from train.config import Config, load_config
-from train.engine import Engine, start
+from train.engine import TrainingEngine, start
 from train.optim import build_optimizer, set_rate
 from train.ranks import finish
 
@@ -57,7 +57,7 @@ def bare_step(config: Config) -> StepFunction:
 
 def engine_step(config: Config, device: torch.device) -> StepFunction:
     """The engine that train/main.py uses."""
-    engine = Engine(config, build(config), device)
+    engine = TrainingEngine(config, build(config), device)
 
     def step(batch: Batch) -> float:
         loss = engine.forward_backward(*batch, float(batch[1].numel()))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
 
 from attnzoo.errors import suggest
-from attnzoo.kvcache import CACHES, Compression, build_cache
+from attnzoo.kvcache import CACHES, CachePolicy, build_cache, current_names
 from attnzoo.types import checked
 
 FULL = "full"
@@ -25,9 +25,9 @@ class CacheChoice:
         """Whether it is the model's own cache."""
         return self.policy == FULL
 
-    def build(self) -> Compression:
+    def build(self) -> CachePolicy:
         """The policy."""
-        built: Compression = CACHES.get(self.policy)(self.config)
+        built: CachePolicy = CACHES.get(self.policy)(self.config)
         return built
 
 
@@ -72,6 +72,7 @@ class CacheRules:
         """The choice for a request. Raises ValueError that names what is wrong or not allowed, and what is."""
         if asked is None:
             return self.default
+        asked = current_names(asked, "cache")
         choice = read_choice(asked)
         if choice != self.default:
             self._check(choice, asked)
@@ -164,6 +165,7 @@ def _read_bounds(policy: str, options: Any) -> dict[str, _Bound] | None:
         return None
     if not isinstance(options, Mapping):
         raise ValueError(f"{where}={options!r} must be a mapping of options to [least, most], or empty")
+    options = current_names(options, where)
     hints = get_type_hints(CACHES.get(policy).Config)
     known = [field.name for field in fields(CACHES.get(policy).Config)]
     for option in options:

@@ -29,7 +29,7 @@ from serve.request import (
 )
 from serve.runner import Ran, Runner
 from serve.sampler import Drawn, make_generator, sample_rows
-from serve.scheduler import Demand, Plan, Scheduler
+from serve.scheduler import Demand, Scheduler, StepPlan
 from serve.text import TextStream
 
 if TYPE_CHECKING:
@@ -375,7 +375,7 @@ class Engine:
         del self._requests[request.request_id]
         self.metrics.finished(request, reason)
 
-    def _mark_started(self, plan: Plan) -> None:
+    def _mark_started(self, plan: StepPlan) -> None:
         now = time.perf_counter()
         for chunk in plan.prefill:
             if chunk.start == 0:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from attnzoo.kvcache import Compression, WindowCache
+from attnzoo.kvcache import CachePolicy, WindowCache
 from attnzoo.kvcache.compressed import CompressedState, occupied
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def exact_memory(model: "DecoderLM", context: int, kv_bytes: int) -> Memory:
     return Memory(_mean(kept), kv_bytes, kv_bytes)
 
 
-def compressed_memory(policy: Compression, layers: Sequence[Any], row: int, prompt: int, full: Memory) -> Memory:
+def compressed_memory(policy: CachePolicy, layers: Sequence[Any], row: int, prompt: int, full: Memory) -> Memory:
     """Of one row of a state that `policy` keeps. full: what the full cache would take."""
     kv_bytes, kept, context, thinned = 0, [], 0, False
     for layer in layers:

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnzoo.kvcache import Compression
+from attnzoo.kvcache import CachePolicy
 from attnzoo.models import CompiledDecode, DecoderLM
 from attnzoo.models.decoder_lm import DecoderState
-from serve.cache_manager import Release
 from serve.scheduler import Chunk
+from serve.slots import Release
 
 Prompts = Sequence[tuple[Chunk, Sequence[int]]]
 """Chunks of neighbouring slots, each with the whole prompt."""
@@ -123,7 +123,7 @@ class CompactPool:
     `compiled`: the policy's decode step by torch's compiler (`compiled_step`), None: operator by operator.
     """
 
-    def __init__(self, model: DecoderLM, policy: Compression, compiled: CompiledDecode | None = None) -> None:
+    def __init__(self, model: DecoderLM, policy: CachePolicy, compiled: CompiledDecode | None = None) -> None:
         self.model, self.policy = model, policy
         self._step = compiled or model.extend_hidden
         self.state: DecoderState | None = None
@@ -175,7 +175,7 @@ class CompactPool:
         if not chunk.last:
             self.prompts[chunk.request_id] = state
             return hidden_1TD[:0, -1]
-        self._join(chunk.slot, self.model.compress(state, settle=True))
+        self._join(chunk.slot, self.model.compress(state, joinable=True))
         return hidden_1TD[:, -1]
 
     def _join(self, slot: int, row: DecoderState) -> None:
@@ -209,7 +209,7 @@ class CompactPool:
 
 
 @torch.inference_mode()
-def compiled_step(model: DecoderLM, policy: Compression, rows: int, tokens: int) -> CompiledDecode:
+def compiled_step(model: DecoderLM, policy: CachePolicy, rows: int, tokens: int) -> CompiledDecode:
     """The decode step of a `CompactPool`, compiled here and now for one sequence and, where there may be several
     `rows`, for several. tokens: of the longest sequence. Raises ValueError as `CompiledDecode`."""
     step = CompiledDecode(model, policy)
@@ -217,7 +217,7 @@ def compiled_step(model: DecoderLM, policy: Compression, rows: int, tokens: int)
     for count in {1, min(2, rows)}:
         tokens_BT = _tensor(model, [[0] * prompt] * count)
         _, state = model.extend_hidden(tokens_BT, model.init_state(count, prompt, cache=policy))
-        step(tokens_BT[:, :1], model.compress(state, settle=True))
+        step(tokens_BT[:, :1], model.compress(state, joinable=True))
     return step
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from attnzoo.models import CompiledDecode, DecoderLM
-from serve.cache_manager import Release
 from serve.caches import CacheChoice
 from serve.faults import DeviceError, SharedError
 from serve.memory import Memory, compressed_memory, exact_memory
 from serve.pool import CompactPool, HalfWrittenError, SlotPool
 from serve.request import Request
-from serve.scheduler import Chunk, Plan
+from serve.scheduler import Chunk, StepPlan
+from serve.slots import Release
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Runner:
         return self.model.cost(batch=1, tokens=1, context=context).state_bytes
 
     @torch.inference_mode()
-    def run(self, plan: Plan, requests: Mapping[str, Request]) -> Ran:
+    def run(self, plan: StepPlan, requests: Mapping[str, Request]) -> Ran:
         """Computes the plan. Raises DeviceError when the device is gone."""
         parts: list[Part] = []
         failed: dict[str, Exception] = {}
@@ -193,7 +193,7 @@ class Runner:
         if self.full is not None:
             self.full.clear()
 
-    def joined(self, plan: Plan) -> list[tuple[CacheChoice, int]]:
+    def joined(self, plan: StepPlan) -> list[tuple[CacheChoice, int]]:
         """Compressed pools that have new rows after this step, and the bytes of a row."""
         choices = dict.fromkeys(chunk.group for chunk in plan.prefill if chunk.last)
         pools = [(choice, self.compact[choice]) for choice in choices if choice in self.compact]

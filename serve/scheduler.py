@@ -17,7 +17,7 @@ waiting. The default group never waits for other groups.
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 
-from serve.cache_manager import Release, SlotTable
+from serve.slots import Release, SlotTable
 
 Group = Hashable
 """What sequences that decode together have in common."""
@@ -66,7 +66,7 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """One step: exchanges of slots first, then sequences that decode, by group (the one at index i is in slot i of it),
     then chunks of prompts, those that end before the others."""
 
@@ -162,7 +162,7 @@ class Scheduler:
         self._arrival[request_id] = self.clock
         self._waiting[request_id] = None
 
-    def schedule(self, prompt_tokens: int | None = None) -> Plan:
+    def schedule(self, prompt_tokens: int | None = None) -> StepPlan:
         """The next step. The caller must run it: its tokens count as done from now on.
 
         `prompt_tokens`: how many prompt tokens it may have if anything decodes (at least one is read); None: as many as
@@ -242,7 +242,7 @@ class Scheduler:
         self.tables.setdefault(self._demand[request_id].group, SlotTable(self.max_num_seqs)).take(request_id)
         self._planned[request_id] = 0
 
-    def _placed(self, decode: tuple[tuple[Group, tuple[str, ...]], ...], counts: dict[str, int]) -> Plan:
+    def _placed(self, decode: tuple[tuple[Group, tuple[str, ...]], ...], counts: dict[str, int]) -> StepPlan:
         """The plan, with prompts that end in it moved to where they will decode."""
         last = {r: self._planned[r] + count == self._prompt[r] for r, count in counts.items()}
         exchanges = []
@@ -256,7 +256,7 @@ class Scheduler:
                 for slot, r in enumerate(table.ids):
                     if r in counts and last[r] == ends:
                         chunks.append(Chunk(r, group, slot, self._planned[r], counts[r], last=ends))
-        return Plan(decode, tuple(chunks), tuple(exchanges))
+        return StepPlan(decode, tuple(chunks), tuple(exchanges))
 
     def _may_start(
         self, request_id: str, reading: Collection[str], ending: Collection[str], hindered: str | None

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnzoo.ops.accumulated_attention import Tables, accumulated_attention
 from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.evict_merge import Arrival, MergeRule, Slots, evict_merge, evict_merge_step
-from attnzoo.ops.key_mass import Tables, key_mass
 from attnzoo.ops.paged_decode import Decoded, Entries, paged_decode
 from tests.unit.test_triton_conv_linear import assert_same, rand
 
@@ -19,11 +19,12 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.01, torch.float16: 2e-3}
 
 
 def moved(x: Any, device: str, dtype: torch.dtype) -> Any:
-    """Tensors of a dataclass, or one tensor, on a device; floats in `dtype`, but log votes and what is no key."""
+    """Tensors of a dataclass, or one tensor, on a device; floats in `dtype`, but log merge counts and what is no
+    key."""
     if isinstance(x, Tensor):
         return x.to(device, dtype) if x.is_floating_point() else x.to(device)
     if dataclasses.is_dataclass(x):
-        kept = {"log_votes_BKS": torch.float32, "votes_BKP": torch.float32}
+        kept = {"log_counts_BKS": torch.float32, "merge_counts_BKP": torch.float32}
         fields = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
         return type(x)(**{name: moved(value, device, kept.get(name, dtype)) for name, value in fields.items()})
     return x
@@ -60,29 +61,29 @@ def entries(
         positions_BKS=holes(batch, rest.get("heads", kv_heads), slots, 50, seed + 2),
         channels_BKC=channels(batch, kv_heads, head_dim, key, seed + 3),
         value_channels_BKV=channels(batch, kv_heads, head_dim, value, seed + 4),
-        log_votes_BKS=rand(batch, kv_heads, slots, seed=seed + 5).abs() if rest.get("votes") else None,
+        log_counts_BKS=rand(batch, kv_heads, slots, seed=seed + 5).abs() if rest.get("merge_counts") else None,
     )
 
 
 DECODE_CASES: dict[str, tuple[tuple[int, ...], dict[str, bool]]] = {
     # B, K, G, T, slots of the prefix, of the tail, H, C, V
     "plain": ((2, 2, 1, 1, 37, 19, 5, 5, 5), {}),
-    "thin keys": ((2, 2, 3, 1, 37, 19, 7, 4, 7), {"mass": True}),
+    "thin keys": ((2, 2, 3, 1, 37, 19, 7, 4, 7), {"accumulated": True}),
     "thin keys and values, all options": (
         (2, 3, 3, 2, 35, 21, 7, 3, 5),
-        {"mass": True, "votes": True, "bias": True, "probe": True},
+        {"accumulated": True, "merge_counts": True, "bias": True, "probe": True},
     ),
-    "probe in another block of rows": ((1, 1, 8, 4, 35, 3, 5, 2, 5), {"probe": True, "mass": True}),
+    "probe in another block of rows": ((1, 1, 8, 4, 35, 3, 5, 2, 5), {"probe": True, "accumulated": True}),
     "many queries": ((1, 2, 3, 13, 18, 15, 5, 3, 5), {"bias": True}),
-    "no prefix": ((2, 2, 2, 1, 0, 33, 5, 5, 5), {"mass": True}),
+    "no prefix": ((2, 2, 2, 1, 0, 33, 5, 5, 5), {"accumulated": True}),
     "no tail": ((1, 2, 2, 1, 33, 0, 5, 4, 5), {"probe": True}),
-    "one slot": ((2, 1, 1, 1, 1, 1, 16, 16, 16), {"votes": True}),
+    "one slot": ((2, 1, 1, 1, 1, 1, 16, 16, 16), {"merge_counts": True}),
 }
 
 
 def decode_inputs(sizes: tuple[int, ...], options: dict[str, bool]) -> dict[str, Any]:
     B, K, G, T, P, S, H, C, V = sizes
-    prefix = entries(B, K, P, H, C, V, 1, votes=options.get("votes"))
+    prefix = entries(B, K, P, H, C, V, 1, merge_counts=options.get("merge_counts"))
     tail = entries(B, K, S, H, H, H, 11, heads=1)
     for part in (prefix, tail):
         part.positions_BKS[:, :, :1] = 0  # every query sees something
@@ -93,7 +94,7 @@ def decode_inputs(sizes: tuple[int, ...], options: dict[str, bool]) -> dict[str,
         "query_positions_BT": 40 + torch.arange(T).expand(B, T) - 13 * torch.arange(B)[:, None],
         "bias_BNTS": rand(B, K * G, T, P + S, seed=22) if options.get("bias") else None,
         "probe_BKC": rand(B, K, C, seed=23) if options.get("probe") else None,
-        "key_mass": bool(options.get("mass")),
+        "accumulated_attention": bool(options.get("accumulated")),
     }
 
 
@@ -139,7 +140,7 @@ def paged(part: Entries, page: int, seed: int) -> tuple[Entries, Tensor]:
         keys_BKSC=pool(part.keys_BKSC),
         values_BKSV=pool(part.values_BKSV),
         positions_BKS=filled(part.positions_BKS, -1),
-        log_votes_BKS=None if part.log_votes_BKS is None else filled(part.log_votes_BKS, 0.0),
+        log_counts_BKS=None if part.log_counts_BKS is None else filled(part.log_counts_BKS, 0.0),
     )
     return new, table
 
@@ -147,7 +148,7 @@ def paged(part: Entries, page: int, seed: int) -> tuple[Entries, Tensor]:
 def check_pages(device: str, dtype: torch.dtype, sizes: tuple[int, ...], page: int, splits: tuple[int, int]) -> None:
     from attnzoo.ops.paged_decode.triton import Pages
 
-    inputs = decode_inputs(sizes, {"mass": True, "votes": True})
+    inputs = decode_inputs(sizes, {"accumulated": True, "merge_counts": True})
     pooled, tables = dict(inputs), {}
     for name in ("prefix", "tail"):
         pooled[name], tables[f"{name}_BI"] = paged(inputs[name], page, seed=3)
@@ -157,10 +158,12 @@ def check_pages(device: str, dtype: torch.dtype, sizes: tuple[int, ...], page: i
     assert_same({"out": actual.out_BNTH}, {"out": expected.out_BNTH}, TOLERANCE[dtype])
     kept, slots = sizes[4], sizes[5]
     first = tables["prefix_BI"].shape[1] * page
-    assert actual.mass_BKS is not None
-    assert expected.mass_BKS is not None
-    mass = torch.cat([actual.mass_BKS[..., :kept], actual.mass_BKS[..., first : first + slots]], dim=-1)
-    assert_same({"mass": mass}, {"mass": expected.mass_BKS}, TOLERANCE[dtype])
+    assert actual.accumulated_BKS is not None
+    assert expected.accumulated_BKS is not None
+    accumulated = torch.cat(
+        [actual.accumulated_BKS[..., :kept], actual.accumulated_BKS[..., first : first + slots]], dim=-1
+    )
+    assert_same({"accumulated": accumulated}, {"accumulated": expected.accumulated_BKS}, TOLERANCE[dtype])
 
 
 MASS_CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
@@ -168,8 +171,8 @@ MASS_CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "parallel": ((2, 2, 2, 35, 35, 5), {}),
     "parallel, window and sinks": ((1, 2, 1, 37, 37, 5), {"window": 9, "sinks": 2}),
     "holes and counts": ((2, 2, 3, 19, 41, 5), {"counts": True}),
-    "votes": ((2, 1, 2, 1, 37, 6), {"votes": True}),
-    "tables": ((2, 2, 2, 21, 37, 5), {"relative": True, "votes": True, "counts": True}),
+    "merge_counts": ((2, 1, 2, 1, 37, 6), {"merge_counts": True}),
+    "tables": ((2, 2, 2, 21, 37, 5), {"relative": True, "merge_counts": True, "counts": True}),
     "tables of the parallel form": ((1, 1, 2, 35, 35, 5), {"relative": True, "window": 20}),
 }
 
@@ -189,14 +192,14 @@ def mass_inputs(sizes: tuple[int, ...], options: dict[str, Any], device: str, dt
         "mask": CausalMask(**mask),
         "counts_B": (T - torch.arange(B)).to(device) if options.get("counts") else None,
         "tables": Tables(*(moved(x, device, dtype) for x in tables)) if options.get("relative") else None,
-        "log_votes_BKS": rand(B, K, S, seed=6).abs().float().to(device) if options.get("votes") else None,
+        "log_counts_BKS": rand(B, K, S, seed=6).abs().float().to(device) if options.get("merge_counts") else None,
     }
 
 
 def check_mass(
     sizes: tuple[int, ...], options: dict[str, Any], device: str, dtype: torch.dtype, block: int | None = None
 ) -> None:
-    from attnzoo.ops.key_mass.triton import key_mass_triton
+    from attnzoo.ops.accumulated_attention.triton import accumulated_attention_triton
 
     given = mass_inputs(sizes, options, device, dtype)
     right = mass_inputs(sizes, options, "cpu", dtype)
@@ -207,9 +210,9 @@ def check_mass(
             *(exact(getattr(given["tables"], f)) for f in ("content_bias_NH", "table_NPH", "table_bias_NP"))
         )
     q, k = right.pop("q_BNTH"), right.pop("k_BKSH")
-    expected = key_mass(q, k, impl="reference", **right)
-    actual = key_mass_triton(*given.values(), sizes[5] ** -0.5, None, block)
-    assert_same({"mass": actual}, {"mass": expected}, TOLERANCE[dtype])
+    expected = accumulated_attention(q, k, impl="reference", **right)
+    actual = accumulated_attention_triton(*given.values(), sizes[5] ** -0.5, None, block)
+    assert_same({"accumulated": actual}, {"accumulated": expected}, TOLERANCE[dtype])
 
 
 def flat(x: Any) -> list[Any]:
@@ -225,7 +228,7 @@ RULES = {
 
 
 def merge_inputs(
-    sizes: tuple[int, ...], rule: MergeRule, votes: bool, device: str, dtype: torch.dtype
+    sizes: tuple[int, ...], rule: MergeRule, merge_counts: bool, device: str, dtype: torch.dtype
 ) -> dict[str, Any]:
     """The first kept key is also the last one, far from it, and the nearest of an evicted one; a kept and an evicted
     key are zeros; a threshold is known for the last sequence."""
@@ -252,23 +255,28 @@ def merge_inputs(
         "slots": int(keep.sum(-1).max()) + 2,
         "rule": rule,
         "threshold_BK": threshold.to(device),
-        "votes_BKS": (rand(B, K, S, seed=3).abs() + 1).float().to(device) if votes else None,
+        "merge_counts_BKS": (rand(B, K, S, seed=3).abs() + 1).float().to(device) if merge_counts else None,
     }
 
 
 def check_merge(
-    sizes: tuple[int, ...], rule: MergeRule, votes: bool, device: str, dtype: torch.dtype, block: int | None = None
+    sizes: tuple[int, ...],
+    rule: MergeRule,
+    merge_counts: bool,
+    device: str,
+    dtype: torch.dtype,
+    block: int | None = None,
 ) -> None:
     from attnzoo.ops.evict_merge.triton import evict_merge_triton
 
-    given = merge_inputs(sizes, rule, votes, device, dtype)
+    given = merge_inputs(sizes, rule, merge_counts, device, dtype)
     right = {name: exact(x) if name != "rule" else x for name, x in given.items()}
     keys, values = right.pop("keys_BKSC"), right.pop("values_BKSV")
     expected = evict_merge(keys, values, impl="reference", **right)
     actual = evict_merge_triton(*given.values(), block)
     assert torch.equal(actual.source_BKM.cpu(), expected.source_BKM)
     again = actual if device == "cpu" else evict_merge_triton(*given.values(), block)  # programs run one by one there
-    for name in ("keys_BKMC", "values_BKMV", "votes_BKM", "threshold_BK"):
+    for name in ("keys_BKMC", "values_BKMV", "merge_counts_BKM", "threshold_BK"):
         found, wanted = getattr(actual, name), getattr(expected, name)
         assert (found is None) == (wanted is None), name
         if found is not None:
@@ -278,7 +286,7 @@ def check_merge(
 
 
 def step_inputs(
-    sizes: tuple[int, ...], rule: MergeRule, votes: bool, device: str, dtype: torch.dtype
+    sizes: tuple[int, ...], rule: MergeRule, merge_counts: bool, device: str, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Some slots are empty, some heads have no victim, one victim is a key of zeros, the last arrival goes nowhere."""
     B, K, P, C, V = sizes
@@ -301,7 +309,7 @@ def step_inputs(
         keys_BKPC=keys,
         values_BKPV=rand(B, K, P, V, seed=2),
         norms_BKP=norms,
-        votes_BKP=rand(B, K, P, seed=3).abs() + 1 if votes else None,
+        merge_counts_BKP=rand(B, K, P, seed=3).abs() + 1 if merge_counts else None,
     )
     arrival = Arrival(key_BKC=rand(B, K, C, seed=6), value_BKV=rand(B, K, V, seed=7), slot_BK=slot)
     return {
@@ -314,10 +322,11 @@ def step_inputs(
     }
 
 
-def check_step(sizes: tuple[int, ...], rule: MergeRule, votes: bool, device: str, dtype: torch.dtype) -> None:
-    given = step_inputs(sizes, rule, votes, device, dtype)
+def check_step(sizes: tuple[int, ...], rule: MergeRule, merge_counts: bool, device: str, dtype: torch.dtype) -> None:
+    given = step_inputs(sizes, rule, merge_counts, device, dtype)
     right = {
-        name: x if name == "rule" else exact(x) for name, x in step_inputs(sizes, rule, votes, device, dtype).items()
+        name: x if name == "rule" else exact(x)
+        for name, x in step_inputs(sizes, rule, merge_counts, device, dtype).items()
     }
     results = []
     for values, impl in ((given, "triton"), (right, "reference")):

@@ -26,9 +26,9 @@ from attnzoo.models import DecoderLM
 from train import engine as engines
 from train.checkpoint import Progress
 from train.config import Config, load_config
-from train.engine import Engine
+from train.engine import TrainingEngine
 from train.evaluate import samples, validate
-from train.loop import Run, take_step
+from train.loop import TrainingRun, take_step
 from train.lora import add_adapters
 from train.ranks import finish
 
@@ -128,9 +128,9 @@ def build(overrides: list[str], untied: bool = False, frozen: str | None = None)
 def run(case: dict[str, Any], device: torch.device, out: Path) -> dict[str, Any]:
     """Takes the steps of a case; its weights after each go to files."""
     config, model = build(case["overrides"], case.get("untied", False), case.get("frozen"))
-    engine, data = Engine(config, model, device), Data(case.get("counts", COUNTS))
+    engine, data = TrainingEngine(config, model, device), Data(case.get("counts", COUNTS))
     progress = Progress(total_steps=config.train.steps)
-    training = Run(config, engine, data, None, None, progress, None, 1, 1, None)  # type: ignore[arg-type]
+    training = TrainingRun(config, engine, data, None, None, progress, None, 1, 1, None)  # type: ignore[arg-type]
     found: dict[str, Any] = {"losses": [], "norms": [], "texts": []}
 
     class Never:

@@ -23,7 +23,7 @@ from attnzoo.models import DecoderLM
 from attnzoo.planner.fits import Setup, training_memory
 from attnzoo.profiling.memory import peak_bytes
 from train.config import Config, load_config
-from train.engine import Engine, start
+from train.engine import TrainingEngine, start
 from train.ranks import finish
 
 VOCABULARY, MICRO_BATCH, TOKENS, PASSES = 512, 2, 128, 2
@@ -56,7 +56,7 @@ def _held(collective: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def measured(training: Callable[[], Engine]) -> int:
+def measured(training: Callable[[], TrainingEngine]) -> int:
     """The most bytes held at once."""
     peak = peak_bytes(training)
     gc.collect()  # an engine is full of cycles, and released later its memory would count for the next one
@@ -73,8 +73,8 @@ def main() -> None:
         config = load_config("rcmha.yaml", settings(stage, precision, ranks))
         device = device or start(config, int(os.environ.get("LOCAL_RANK", "0")))
 
-        def training(config: Config = config, device: torch.device = device) -> Engine:
-            engine = Engine(config, DecoderLM(config.model_config(VOCABULARY)), device)
+        def training(config: Config = config, device: torch.device = device) -> TrainingEngine:
+            engine = TrainingEngine(config, DecoderLM(config.model_config(VOCABULARY)), device)
             for _ in range(2):
                 for _ in range(PASSES):
                     targets = float(block[:, 1:].numel() * PASSES * ranks)

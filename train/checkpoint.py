@@ -28,7 +28,7 @@ from attnzoo.files import replace_directory, write_atomic
 from attnzoo.report import counted
 from train.config import CheckpointConfig, Config
 from train.digests import NAME, check_files, digest_files, write_digests
-from train.engine import Engine
+from train.engine import TrainingEngine
 from train.failures import AgreedError, TrainingError, explain, free_bytes, lost_rank
 from train.random_state import random_state, set_random_state
 from train.ranks import agree, decide, gather
@@ -142,7 +142,7 @@ class Checkpoints:
         """The name of the newest checkpoint, for messages."""
         return next((path.name for path in reversed(steps_in(self.directory))), None)
 
-    def save(self, engine: Engine, progress: Progress) -> Path:
+    def save(self, engine: TrainingEngine, progress: Progress) -> Path:
         """Writes a checkpoint (all ranks), makes it the latest, and deletes the oldest beyond `keep`.
 
         Raises TrainingError when something in it is not finite, or cannot be written.
@@ -164,7 +164,7 @@ class Checkpoints:
         engine.barrier()
         return final
 
-    def _write(self, engine: Engine, progress: Progress, temporary: Path) -> None:
+    def _write(self, engine: TrainingEngine, progress: Progress, temporary: Path) -> None:
         if engine.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -189,7 +189,7 @@ class Checkpoints:
             f"checkpoint {final} could not be written: {explain(error)} ({free:,.0f} MiB are free there); {resume}"
         )
 
-    def choose(self, path: Path, engine: Engine, fallback: bool) -> Path:
+    def choose(self, path: Path, engine: TrainingEngine, fallback: bool) -> Path:
         """`path` when all its files are whole; with `fallback` else the newest older one that is (all ranks).
 
         Raises AgreedError that names the file and the newest whole checkpoint.
@@ -209,7 +209,7 @@ class Checkpoints:
 
         return decide(other)
 
-    def load(self, engine: Engine, path: Path) -> Progress:
+    def load(self, engine: TrainingEngine, path: Path) -> Progress:
         """Restores weights, optimizer and random states (all ranks); returns where the run was."""
         content = agree(lambda: self.read(path))
         engine.load(path)

@@ -13,11 +13,11 @@ from attnzoo.tokenizer import load_tokenizer
 from attnzoo.types import build_config
 from train.checkpoint import check_resume
 from train.config import Config
+from train.config_layers import ConfigError
 from train.data import DataConfig, TrainingData
 from train.data.corpora import fingerprint
 from train.data.retrieval import SOURCE, check_tasks
 from train.export import check_export, check_same_model
-from train.layers import ConfigError
 from train.lora import add_adapters
 from train.metrics import read_metrics
 from train.run_directory import check_directories

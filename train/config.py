@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from attnzoo.errors import suggest
 from attnzoo.models import DecoderConfig
 from attnzoo.types import build_config
-from train.layers import ConfigError, Layer, place_of, read_layers
+from train.config_layers import ConfigError, ConfigLayer, place_of, read_layers
 from train.limits import problems
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -233,7 +233,7 @@ def _resolved(merged: Any, places: dict[str, str]) -> Config:
         raise ConfigError(f"{place_of(places, key)}: {key}: {str(error).splitlines()[0]}") from None
 
 
-def _check_keys(layer: Layer) -> None:
+def _check_keys(layer: ConfigLayer) -> None:
     for prefix, values, known in _sections(layer.values):
         if values is None:
             continue
@@ -255,7 +255,7 @@ def _sections(values: dict[str, Any]) -> Iterator[tuple[str, Any, list[str]]]:
             yield section.name, values[section.name], []
 
 
-def _merge(config: Any, layer: Layer) -> Any:
+def _merge(config: Any, layer: ConfigLayer) -> Any:
     attention = (layer.values.get("model") or {}).get("attention")
     known = config.model.get("attention")
     if isinstance(attention, dict) and "kind" not in attention and known is not None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from train.config import Config
-from train.layers import ConfigError
+from train.config_layers import ConfigError
 
 
 def deepspeed_config(config: Config, world: int) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def _without_axes(model: nn.Module, stage: int) -> Iterator[None]:
             del parameter.ds_optim_param  # type: ignore[attr-defined]
 
 
-class Engine:
+class TrainingEngine:
     """Model and optimizer over all ranks. Every method is called by every rank unless it says otherwise.
 
     `document_start`: the token that begins a document, where documents of one row are to be kept apart; else None.

@@ -10,7 +10,7 @@ from attnzoo.models import Sampling, generate
 from attnzoo.tokenizer import Tokenizer
 from train.config import SampleConfig
 from train.data import IGNORED, TrainingData
-from train.engine import Engine
+from train.engine import TrainingEngine
 from train.random_state import random_state, set_random_state
 from train.ranks import agree
 
@@ -36,7 +36,7 @@ def passes(blocks: int, batch_size: int, world: int) -> int:
 
 
 def validate(
-    engine: Engine,
+    engine: TrainingEngine,
     data: TrainingData,
     batch_size: int,
     most_blocks: int | None,
@@ -77,7 +77,7 @@ def _count(targets_NT: Tensor) -> int:
     return count
 
 
-def samples(engine: Engine, tokenizer: Tokenizer, config: SampleConfig, seed: int) -> list[str] | None:
+def samples(engine: TrainingEngine, tokenizer: Tokenizer, config: SampleConfig, seed: int) -> list[str] | None:
     """Each prompt with its continuation, on rank 0; None elsewhere. Training goes on as if there had been none."""
     before = random_state()
     try:
@@ -87,7 +87,7 @@ def samples(engine: Engine, tokenizer: Tokenizer, config: SampleConfig, seed: in
         set_random_state(before)
 
 
-def _samples(engine: Engine, tokenizer: Tokenizer, config: SampleConfig, seed: int) -> list[str] | None:
+def _samples(engine: TrainingEngine, tokenizer: Tokenizer, config: SampleConfig, seed: int) -> list[str] | None:
     model = engine.full_model() if engine.stage == 3 else (engine.model if engine.rank == 0 else None)
     texts = None
     if model is not None:

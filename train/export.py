@@ -7,13 +7,13 @@ from attnzoo.checkpoint import find_checkpoint, load_model, load_tokenizer, open
 from attnzoo.checkpoint.native import check_target
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.tokenizer import Tokenizer
-from train.engine import Engine
+from train.engine import TrainingEngine
 from train.failures import TrainingError
 from train.finite import first_non_finite
 from train.ranks import agree
 
 
-def export(engine: Engine, directory: Path, tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
+def export(engine: TrainingEngine, directory: Path, tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
     """Writes weights (float32, gathered from all ranks, adapters merged), config.json and the tokenizer.
 
     Called by every rank. An export that is there is replaced only by one that is finite and whole.

@@ -15,7 +15,7 @@ from train.budget import Evaluations, Pace, plan_steps
 from train.checkpoint import Checkpoints, Progress
 from train.config import Config
 from train.data import IGNORED, TrainingData
-from train.engine import Engine
+from train.engine import TrainingEngine
 from train.evaluate import UNMEASURED, Validation, passes, samples, validate
 from train.failures import FAILED, AgreedError
 from train.limits import MEASURED_STEPS
@@ -31,11 +31,11 @@ STOP_AT_STEP = "train.stop_at_step"
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """Everything a step needs. `metrics` is None on all ranks but the first."""
 
     config: Config
-    engine: Engine
+    engine: TrainingEngine
     data: TrainingData
     tokenizer: Tokenizer
     checkpoints: Checkpoints
@@ -60,7 +60,7 @@ class Run:
 
 
 @dataclass
-class Step:
+class StepResult:
     """One finished step: mean loss over the global batch in nats, gradient norm, rate factor, wall time.
 
     Where the norm is not finite, the step made no update.
@@ -73,7 +73,7 @@ class Step:
     stop: bool
 
 
-def train(run: Run) -> str | None:
+def train(run: TrainingRun) -> str | None:
     """Trains to the last step, or to a stop; returns why it stopped early, or None when training is complete.
 
     Raises AgreedError, and saves nothing, when the run is not finite any more.
@@ -103,7 +103,7 @@ def train(run: Run) -> str | None:
     return reason
 
 
-def _after_step(run: Run, stop: StopRequest, step: Step) -> str | None:
+def _after_step(run: TrainingRun, stop: StopRequest, step: StepResult) -> str | None:
     """What is due after a step: an evaluation, samples, a checkpoint; returns why the run stops here, if it does."""
     progress, config = run.progress, run.config
     if step.stop:
@@ -123,13 +123,13 @@ def _after_step(run: Run, stop: StopRequest, step: Step) -> str | None:
     return None
 
 
-def _at_its_stop(run: Run) -> bool:
+def _at_its_stop(run: TrainingRun) -> bool:
     """Whether a run that goes on stands where it was to stop, or has passed it, before its end."""
     progress, stop = run.progress, run.config.train.stop_at_step
     return stop is not None and stop <= progress.step != progress.total_steps
 
 
-def _stopping(run: Run, stop: StopRequest) -> bool:
+def _stopping(run: TrainingRun, stop: StopRequest) -> bool:
     """Whether any rank was asked to stop; the same on all of them."""
     return run.engine.sum(float(stop.requested()))[0] > 0
 
@@ -138,7 +138,7 @@ def _signal(stop: StopRequest) -> str:
     return stop.signal or "a signal to another rank"
 
 
-def take_step(run: Run, stop: StopRequest) -> Step:
+def take_step(run: TrainingRun, stop: StopRequest) -> StepResult:
     """Forward and backward over this rank's part of the global batch, and one update if all of it is finite."""
     engine, config, progress = run.engine, run.config, run.progress
     begin = time.perf_counter()
@@ -162,10 +162,10 @@ def take_step(run: Run, stop: StopRequest) -> Step:
     seconds = time.perf_counter() - begin
     if progress.total_steps is None:
         progress.step_seconds.append(seconds)
-    return Step(total / engine.world, gradient_norm, factor, seconds, stopping > 0)
+    return StepResult(total / engine.world, gradient_norm, factor, seconds, stopping > 0)
 
 
-def note_skip(run: Run, loss: float, found: list[str], gradient_norm: float) -> None:
+def note_skip(run: TrainingRun, loss: float, found: list[str], gradient_norm: float) -> None:
     """Counts a step without an update, and says where what was not finite came from."""
     if math.isfinite(gradient_norm):
         run.skips.clear()
@@ -176,7 +176,7 @@ def note_skip(run: Run, loss: float, found: list[str], gradient_norm: float) -> 
         tqdm.write(f"train: skipped {run.skips[-1]}", file=sys.stderr)
 
 
-def give_up_or_go_back(run: Run) -> None:
+def give_up_or_go_back(run: TrainingRun) -> None:
     """Ends the run, or takes the latest checkpoint and goes on past the data between it and here.
 
     Raises AgreedError, also when the run has gone back to that checkpoint before.
@@ -200,7 +200,7 @@ def give_up_or_go_back(run: Run) -> None:
         tqdm.write(f"train: {what}; going back to {path.name}, past the data since then", file=sys.stderr)
 
 
-def _nothing(run: Run) -> str:
+def _nothing(run: TrainingRun) -> str:
     kept = run.checkpoints.newest_name()
     there = f"the newest checkpoint is {kept}" if kept is not None else "there is no checkpoint yet"
     back = ", or let it go back by itself with train.non_finite=go_back"
@@ -209,7 +209,7 @@ def _nothing(run: Run) -> str:
     )
 
 
-def fix_total_steps(run: Run) -> None:
+def fix_total_steps(run: TrainingRun) -> None:
     """Turns train.max_minutes into a number of steps once MEASURED_STEPS are done, the same on every rank.
 
     A fixed number, kept in the checkpoint, makes the schedule (and so a resumed run) independent of later changes
@@ -242,7 +242,7 @@ def fix_total_steps(run: Run) -> None:
         tqdm.write(f"train: warning: {budget.short}", file=sys.stderr)
 
 
-def evaluate(run: Run, stop: StopRequest, whole: bool = False) -> bool:
+def evaluate(run: TrainingRun, stop: StopRequest, whole: bool = False) -> bool:
     """Validation loss and bits per byte, into the metrics; over all blocks with `whole`.
 
     Returns False, with nothing measured, where a rank was asked to stop on the way. What the checkpoint that the run
@@ -275,7 +275,7 @@ def evaluate(run: Run, stop: StopRequest, whole: bool = False) -> bool:
     return True
 
 
-def write_samples(run: Run) -> None:
+def write_samples(run: TrainingRun) -> None:
     """Text samples into samples.txt, the first one on the screen too."""
     with run.watchdog.phase("evaluate"):
         texts = samples(run.engine, run.tokenizer, run.config.sample, seed=run.config.seed + run.progress.step)
@@ -284,7 +284,7 @@ def write_samples(run: Run) -> None:
         tqdm.write(f"step {run.progress.step}: sample {texts[0]!r}")
 
 
-def report(run: Run, step: Step, bar: Any) -> None:
+def report(run: TrainingRun, step: StepResult, bar: Any) -> None:
     """The step's numbers into the metrics and the progress bar."""
     if run.metrics is None:
         return
@@ -309,7 +309,7 @@ def report(run: Run, step: Step, bar: Any) -> None:
     run.metrics.write("train", run.progress.step, values)
 
 
-def save(run: Run) -> None:
+def save(run: TrainingRun) -> None:
     """A checkpoint of this moment."""
     run.progress.seconds, run.started = _elapsed(run), time.monotonic()
     with run.watchdog.phase("save"):
@@ -317,7 +317,7 @@ def save(run: Run) -> None:
     run.saved_step = run.progress.step
 
 
-def _elapsed(run: Run) -> float:
+def _elapsed(run: TrainingRun) -> float:
     """Seconds of training, over all restarts."""
     return run.progress.seconds + time.monotonic() - run.started
 
@@ -326,7 +326,7 @@ def _due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def _bar(run: Run) -> Any:
+def _bar(run: TrainingRun) -> Any:
     return tqdm(
         initial=run.progress.step,
         total=run.progress.total_steps,

@@ -45,11 +45,11 @@ from train.checks import check_batches, check_length, check_run
 from train.config import Config, load_config
 from train.data import DataConfig, TrainingData, prepare
 from train.deepspeed_config import deepspeed_config
-from train.engine import Engine
+from train.engine import TrainingEngine
 from train.export import adopted_model, export, init_from
 from train.failures import report
 from train.limits import MEASURED_STEPS
-from train.loop import STOP_AT_STEP, Run, train
+from train.loop import STOP_AT_STEP, TrainingRun, train
 from train.lora import add_adapters
 from train.metrics import Metrics, check_wandb, read_metrics
 from train.plan import describe
@@ -114,7 +114,7 @@ def run_training(config: Config, device: torch.device, watchdog: Watchdog, launc
 
 def _begin(
     config: Config, device: torch.device, watchdog: Watchdog, tokenizer_path: Path, data: TrainingData
-) -> tuple[Run, bool]:
+) -> tuple[TrainingRun, bool]:
     """A run that stands where it is to go on, and whether that came from a checkpoint."""
     tokenizer = ranks.agree(lambda: load_tokenizer(tokenizer_path))
     model = ranks.agree(lambda: _build_model(config, tokenizer))
@@ -123,7 +123,7 @@ def _begin(
     parameters = model.num_parameters()
     if config.lora.rank is not None:
         ranks.agree(lambda: add_adapters(model, config.lora))
-    engine = Engine(config, model, device, tokenizer.bos_id if config.data.get("isolate_documents") else None)
+    engine = TrainingEngine(config, model, device, tokenizer.bos_id if config.data.get("isolate_documents") else None)
     settings = identity(config, model.config.to_dict(), tokenizer.fingerprint(), data.digest, engine.world)
     checkpoints = Checkpoints(config.run_path / "checkpoints", config.checkpoint.keep, settings)
     progress, resumed = _resume(config, engine, checkpoints, data)
@@ -132,7 +132,9 @@ def _begin(
     if engine.rank == 0:
         metrics = Metrics(config, progress.step)
         write_atomic(config.run_path / "config.yaml", config.to_yaml().encode())
-    return Run(config, engine, data, tokenizer, checkpoints, progress, metrics, parameters, flops, watchdog), resumed
+    return TrainingRun(
+        config, engine, data, tokenizer, checkpoints, progress, metrics, parameters, flops, watchdog
+    ), resumed
 
 
 def _prepare_data(config: Config) -> tuple[Path, TrainingData]:
@@ -173,7 +175,9 @@ def _model_config(config: Config, vocab_size: int) -> DecoderConfig:
     return config.model_config(vocab_size)
 
 
-def _resume(config: Config, engine: Engine, checkpoints: Checkpoints, data: TrainingData) -> tuple[Progress, bool]:
+def _resume(
+    config: Config, engine: TrainingEngine, checkpoints: Checkpoints, data: TrainingData
+) -> tuple[Progress, bool]:
     """Where the run stands, and whether that came from a checkpoint."""
     options = config.checkpoint
     path = ranks.decide(lambda: find_resume(checkpoints, options.resume, options.fallback))
@@ -205,7 +209,7 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _summarize(run: Run, reason: str | None) -> None:
+def _summarize(run: TrainingRun, reason: str | None) -> None:
     """loss.png, training.json, and a few lines for people."""
     config, progress = run.config, run.progress
     records = [r for r in read_metrics(config.run_path / "metrics.jsonl") if r["kind"] == "train"]

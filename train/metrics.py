@@ -15,8 +15,8 @@ import torch
 from attnzoo.files import write_atomic
 from attnzoo.planner.chips import chip_of
 from train.config import Config
+from train.config_layers import ConfigError
 from train.finite import finite_or_none
-from train.layers import ConfigError
 
 
 def check_wandb(wanted: bool) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.errors import suggest
-from attnzoo.kvcache import Compression
+from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.state import State
 from attnzoo.ops.common.impl import Impl
 from attnzoo.registry import Registry
@@ -152,7 +152,7 @@ class Attention(nn.Module, ABC):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        cache: Compression | None = None,
+        cache: CachePolicy | None = None,
     ) -> State:
         """The empty state of `batch` sequences with room for `capacity` tokens each.
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from attnzoo.attention.base import Attention
-from attnzoo.kvcache import Compression, Layer, State
+from attnzoo.kvcache import CachedLayer, CachePolicy, State
 from attnzoo.kvcache.compressed import CompressedState, reading
 
 
 def cached_state(
-    attention: Attention, batch: int, capacity: int, cache: Compression, *, device: Any, dtype: torch.dtype
+    attention: Attention, batch: int, capacity: int, cache: CachePolicy, *, device: Any, dtype: torch.dtype
 ) -> State:
     """A layer's empty state whose keys and values `cache` keeps. Raises ValueError where the variant cannot."""
     name = type(attention).__name__
@@ -30,13 +30,13 @@ def cached_state(
     return state
 
 
-def cached_layers(attentions: Sequence[Attention], states: Sequence[Any]) -> list[tuple[int, Layer]]:
+def cached_layers(attentions: Sequence[Attention], states: Sequence[Any]) -> list[tuple[int, CachedLayer]]:
     """(index, layer) of the layers whose cache is compressed."""
     found = []
     for index, (attention, state) in enumerate(zip(attentions, states, strict=True)):
         cached = getattr(state, "mixing", None)
         if isinstance(cached, CompressedState):
-            found.append((index, Layer(cached, attention.mixing.reader(attention.impl), state.lengths_B)))  # type: ignore[union-attr, operator]
+            found.append((index, CachedLayer(cached, attention.mixing.score_function(attention.impl), state.lengths_B)))  # type: ignore[union-attr, operator]
     return found
 
 
@@ -51,15 +51,15 @@ def compress_layers(attentions: Sequence[Attention], states: Sequence[Any], fina
     return _each(attentions, states, lambda policy, layers: policy.compress(layers, final))
 
 
-def settle_layers(attentions: Sequence[Attention], states: Sequence[Any]) -> tuple[State, ...]:
-    """The states after their policy's `settle`; those of exact caches as they are."""
-    return _each(attentions, states, lambda policy, layers: policy.settle(layers))
+def joinable_layers(attentions: Sequence[Attention], states: Sequence[Any]) -> tuple[State, ...]:
+    """The states after their policy's `to_joinable`; those of exact caches as they are."""
+    return _each(attentions, states, lambda policy, layers: policy.to_joinable(layers))
 
 
 def _each(
     attentions: Sequence[Attention],
     states: Sequence[Any],
-    change: Callable[[Compression, list[Layer]], Sequence[State]],
+    change: Callable[[CachePolicy, list[CachedLayer]], Sequence[State]],
 ) -> tuple[State, ...]:
     layers = cached_layers(attentions, states)
     out = list(states)
@@ -75,12 +75,12 @@ class ByteModel:
     """Bytes of one sequence's states under a cache policy. fixed: what no cache is; layers: how many layers have a
     cache of (query heads, kv heads, head dimension, dtype)."""
 
-    policy: Compression
+    policy: CachePolicy
     fixed: int
     layers: dict[tuple[int, int, int, torch.dtype], int]
 
     @classmethod
-    def of(cls, policy: Compression, attentions: Sequence[Attention], states: Sequence[Any]) -> "ByteModel":
+    def of(cls, policy: CachePolicy, attentions: Sequence[Attention], states: Sequence[Any]) -> "ByteModel":
         """`states`: one sequence's, as `init_state` makes them with this policy, on any device."""
         fixed, layers = 0, Counter[tuple[int, int, int, torch.dtype]]()
         for attention, state in zip(attentions, states, strict=True):
@@ -103,11 +103,11 @@ class ByteModel:
         return total
 
     def compressed(self, prompt: int, tokens: int) -> int:
-        """Once the prompt is compressed and settled, and `tokens` more have come."""
+        """Once the prompt is compressed and joinable, and `tokens` more have come."""
         total = self.fixed
         for (_, kv_heads, head_dim, dtype), count in self.layers.items():
             sizes = (1, kv_heads, head_dim, prompt, dtype)
-            total += count * self.policy.compressed_nbytes(*sizes, tokens=tokens, settled=True)
+            total += count * self.policy.compressed_nbytes(*sizes, tokens=tokens, joinable=True)
         return total
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnzoo.attention.base import Attention, Cost, Traits, training_memory
 from attnzoo.attention.parts import Mixing, Projection, QKVConv, QKVConvState
-from attnzoo.kvcache import Compression
+from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.recent import recent
@@ -72,7 +72,7 @@ class ComposedAttention(Attention):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        cache: Compression | None = None,
+        cache: CachePolicy | None = None,
     ) -> ComposedState:
         weight = self.projection.query.weight
         device, dtype = device or weight.device, dtype or weight.dtype

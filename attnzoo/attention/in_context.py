@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.attention.base import Attention, Cost, Traits
-from attnzoo.kvcache import Compression
+from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.state import State
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.in_context import Weighting, in_context_attention
@@ -86,7 +86,7 @@ class InContextAttention(Attention):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        cache: Compression | None = None,
+        cache: CachePolicy | None = None,
     ) -> State:
         raise ValueError(f"{type(self).__name__} is not causal: it has no streaming form; call it on whole sequences")
 

@@ -8,8 +8,9 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from attnzoo.kvcache.base import CACHES, EMPTY, CachePolicy, CacheView, Compression, Layer, Reader
+from attnzoo.kvcache.base import CACHES, EMPTY, CachedLayer, CachePolicy, CacheView, ExactCache, ScoreFunction
 from attnzoo.kvcache.full import FullCache, FullCacheState
+from attnzoo.kvcache.options import current_names
 from attnzoo.kvcache.state import State, load_state, save_state
 from attnzoo.kvcache.window import WindowCache, WindowCacheState
 from attnzoo.types import build_config
@@ -18,13 +19,14 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 
-def build_cache(name: str, options: Mapping[str, Any] | None = None) -> Compression:
+def build_cache(name: str, options: Mapping[str, Any] | None = None) -> CachePolicy:
     """The policy registered as `name`, configured by `options` (its Config's fields).
 
     Raises ValueError for an unknown policy or option (with the nearest known one), or a value out of its range.
     """
     cls = CACHES.get(name)
-    policy: Compression = cls(build_config(cls.Config, options or {}, f"cache.{name}"))
+    where = f"cache.{name}"
+    policy: CachePolicy = cls(build_config(cls.Config, current_names(options or {}, where), where))
     return policy
 
 
@@ -33,15 +35,16 @@ __all__ = [
     "EMPTY",
     "CachePolicy",
     "CacheView",
-    "Compression",
+    "CachedLayer",
+    "ExactCache",
     "FullCache",
     "FullCacheState",
-    "Layer",
-    "Reader",
+    "ScoreFunction",
     "State",
     "WindowCache",
     "WindowCacheState",
     "build_cache",
+    "current_names",
     "load_state",
     "save_state",
 ]

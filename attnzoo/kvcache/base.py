@@ -4,8 +4,8 @@ A policy decides which keys and values of the past stay, where, and in what form
 the token in its sequence) and survive eviction, so that rotary and relative terms stay right when entries are dropped,
 merged or moved.
 
-Exact policies (`CachePolicy`: full, window) are asked for one thing: append the new entries and return what to attend
-to. Compressing ones (`Compression`) attend themselves, because what they keep is not always keys and values of full
+Exact policies (`ExactCache`: full, window) are asked for one thing: append the new entries and return what to attend
+to. Compressing ones (`CachePolicy`) attend themselves, because what they keep is not always keys and values of full
 width, and because they decide by what queries and softmax weights say.
 """
 
@@ -51,7 +51,7 @@ def check_chunk(keys_BKTH: Tensor) -> None:
         )
 
 
-class CachePolicy(ABC):
+class ExactCache(ABC):
     """One way to keep keys and values."""
 
     @abstractmethod
@@ -87,10 +87,10 @@ class CachePolicy(ABC):
 
 
 Need = Literal["terms", "tables"]
-"""A method of `Reader` that not every variant has."""
+"""A method of `ScoreFunction` that not every variant has."""
 
 
-class Reader(Protocol):
+class ScoreFunction(Protocol):
     """What attention lends to a compression: its scores. q_BNTH as they meet cached keys (rotated, nothing added)."""
 
     impl: Impl
@@ -114,15 +114,15 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class Layer:
+class CachedLayer:
     """One layer of a model whose cache is to be compressed; lengths_B: tokens seen by each sequence."""
 
     state: Any
-    reader: Reader
+    score_function: ScoreFunction
     lengths_B: Tensor
 
 
-class Compression(ABC):
+class CachePolicy(ABC):
     """A policy that keeps less than all. `Config` is a frozen dataclass of options; `source` cites the paper.
 
     `prefill` is "oneshot" (the prompt is read with the full cache, `compress` ends it) or "stream" (it is compressed
@@ -147,7 +147,7 @@ class Compression(ABC):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What of a `Reader` this policy, as configured, cannot do without, besides `attend`."""
+        """What of a `ScoreFunction` this policy, as configured, cannot do without, besides `attend`."""
         return frozenset()
 
     @abstractmethod
@@ -167,7 +167,7 @@ class Compression(ABC):
     def attend(
         self,
         state: Any,
-        reader: Reader,
+        score_function: ScoreFunction,
         qkv: tuple[Tensor, Tensor, Tensor],
         positions_BT: Tensor,
         counts_B: Tensor | None,
@@ -175,7 +175,7 @@ class Compression(ABC):
         """Adds the new entries and attends: (o_BNTH, state) from (q_BNTH, k_BKTH, v_BKTH)."""
 
     @abstractmethod
-    def compress(self, layers: Sequence[Layer], final: bool) -> list[State]:
+    def compress(self, layers: Sequence[CachedLayer], final: bool) -> list[State]:
         """The layers' states, smaller; `final`: the prompt has ended (else only a chunk of it has). Their prompts are
         still being read."""
 
@@ -183,19 +183,19 @@ class Compression(ABC):
         """Why nothing was left out of a prompt of this length, and of a sequence that has come to `context` tokens."""
         return f"{self.describe()} keeps everything"
 
-    def settle(self, layers: Sequence[Layer]) -> list[State]:
+    def to_joinable(self, layers: Sequence[CachedLayer]) -> list[State]:
         """The layers' states, after `compress`, with the tensors that all sequences of this policy end up with, so that
         they can stand in one state beside others (`State.joined`). Changes no output beyond rounding."""
         return [layer.state for layer in layers]
 
     @property
     def compiles(self) -> bool:
-        """Whether a decode step is the same operations whatever the values, once a state is settled and `ready`."""
+        """Whether a decode step is the same operations whatever the values, once a state is joinable and `ready`."""
         return False
 
     def ready(self, state: Any, at_B: Tensor) -> Any:
-        """A layer's settled state with room for one more token of each sequence, at these positions: what a step would
-        look up values for. For policies that compile. Raises ValueError for a state that is not settled."""
+        """A layer's joinable state with room for one more token of each sequence, at these positions: what a step would
+        look up values for. For policies that compile. Raises ValueError for a state that is not joinable."""
         raise NotImplementedError(f"{type(self).__name__} has no step that could be compiled")
 
     @abstractmethod
@@ -216,10 +216,10 @@ class Compression(ABC):
         dtype: torch.dtype,
         *,
         tokens: int = 0,
-        settled: bool = False,
+        joinable: bool = False,
     ) -> int:
         """Bytes a layer of state after `compress` of prompts of this length and `tokens` more tokens, to the byte, for
-        prompts of equal lengths and equal budgets of layers. settled: after `settle` too."""
+        prompts of equal lengths and equal budgets of layers. joinable: after `to_joinable` too."""
 
 
 CACHES: Registry[Any] = Registry("cache policy")

@@ -19,9 +19,9 @@ def asked_tokens(lengths_B: Tensor, keep_ratio: float | None, max_tokens: int | 
     return (lengths_B.double() * keep_ratio).round(decimals=6).ceil().long().clamp(min=least)
 
 
-def moments(mass_BKS: Tensor, held_BKS: Tensor) -> Tensor:
+def moments(accumulated_BKS: Tensor, held_BKS: Tensor) -> Tensor:
     """[B, K, 3] in float64: number, sum and sum of squares of the columns that are there."""
-    x = mass_BKS.double().masked_fill(~held_BKS, 0.0)
+    x = accumulated_BKS.double().masked_fill(~held_BKS, 0.0)
     return torch.stack([held_BKS.expand_as(x).sum(-1).double(), x.sum(-1), x.square().sum(-1)], dim=-1)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CACHES, Reader
+from attnzoo.kvcache.base import CACHES, ScoreFunction
 from attnzoo.kvcache.channels import best_channels, channel_scores, greedy_scores, kept_channels, squares
 from attnzoo.kvcache.compressed import CompressedState
 from attnzoo.kvcache.d2o import D2OCache, D2OConfig
@@ -94,13 +94,18 @@ class D2OThinKCache(D2OCache):
         return cc.observed_bytes(batch, num_heads, head_dim, min(tokens, self.window), dtype)
 
     def attend(
-        self, state: CompressedState, reader: Reader, qkv: QKV, positions_BT: Tensor, counts_B: Tensor | None
+        self,
+        state: CompressedState,
+        score_function: ScoreFunction,
+        qkv: QKV,
+        positions_BT: Tensor,
+        counts_B: Tensor | None,
     ) -> tuple[Tensor, CompressedState]:
         cc.check_call(*qkv)
         if self.thins and state.ring is not None and state.ring.keys_BKRH.shape[2] == 0:
             seen = cc.last_queries(state.queries_BNWH, qkv[0], counts_B, self.window)
             state = replace(state, queries_BNWH=seen)
-        return super().attend(state, reader, qkv, positions_BT, counts_B)
+        return super().attend(state, score_function, qkv, positions_BT, counts_B)
 
     def thin(self, state: CompressedState) -> CompressedState:
         """Channels are scored on all survivors, and leave those that are not in the ring."""

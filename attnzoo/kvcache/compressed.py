@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.kvcache.base import EMPTY, CacheView, Compression, Reader, check_chunk
+from attnzoo.kvcache.base import EMPTY, CachePolicy, CacheView, ScoreFunction, check_chunk
 from attnzoo.kvcache.full import FullCache, FullCacheState
 from attnzoo.kvcache.state import STATIC, State, new_zeros
 from attnzoo.ops.common.masks import CausalMask
@@ -31,7 +31,8 @@ BLOCK_BYTES = 64 << 20
 class Prefix(State):
     """P slots a kv head. places_BKP: int32 position + 1, 0 for an empty slot; None: slot s holds position s, up to
     where the tail starts. channels_BKC, value_channels_BKV (int64): what is stored of keys and values, [B, K, 0] for
-    all. mass_BKP: accumulated attention; norms_BKP: of the stored keys; votes_BKP: tokens that an entry stands for.
+    all. accumulated_BKP: accumulated attention; norms_BKP: of the stored keys; merge_counts_BKP: tokens that an entry
+    stands for.
     """
 
     keys_BKPC: Tensor
@@ -39,9 +40,9 @@ class Prefix(State):
     channels_BKC: Tensor | None = None
     value_channels_BKV: Tensor | None = None
     places_BKP: Tensor | None = None
-    mass_BKP: Tensor | None = None
+    accumulated_BKP: Tensor | None = None
     norms_BKP: Tensor | None = None
-    votes_BKP: Tensor | None = None
+    merge_counts_BKP: Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -58,18 +59,18 @@ class Ring(State):
 
     keys_BKRH: Tensor
     values_BKRH: Tensor
-    mass_BKR: Tensor | None = None
-    votes_BKR: Tensor | None = None
+    accumulated_BKR: Tensor | None = None
+    merge_counts_BKR: Tensor | None = None
 
 
 @dataclass
 class CompressedState(State):
     """prefix, then the tail whose slot s holds position starts_B + s, or the ring.
 
-    queries_BNWH: the last W queries, the newest last (no rows where they are not needed). mass_BKS: accumulated
-    attention of the tail. moments_BK3: number, sum and sum of squares of the mass of columns that were evicted while
-    the prompt was read. budgets_B: tokens to keep (where all stay: tokens of the prompt), 0 until `compress`.
-    thresholds_BK: of merging, plus 2, so that 0 is none yet.
+    queries_BNWH: the last W queries, the newest last (no rows where they are not needed). accumulated_BKS: accumulated
+    attention of the tail. moments_BK3: number, sum and sum of squares of the accumulated attention of columns that
+    were evicted while the prompt was read. budgets_B: tokens to keep (where all stay: tokens of the prompt), 0 until
+    `compress`. thresholds_BK: of merging, plus 2, so that 0 is none yet.
     """
 
     prefix: Prefix
@@ -77,7 +78,7 @@ class CompressedState(State):
     starts_B: Tensor
     budgets_B: Tensor
     queries_BNWH: Tensor | None = None
-    mass_BKS: Tensor | None = None
+    accumulated_BKS: Tensor | None = None
     moments_BK3: Tensor | None = None
     thresholds_BK: Tensor | None = None
     ring: Ring | None = None
@@ -85,7 +86,7 @@ class CompressedState(State):
 
 
 def empty_state(
-    policy: Compression,
+    policy: CachePolicy,
     batch: int,
     num_kv_heads: int,
     head_dim: int,
@@ -182,22 +183,24 @@ def all_held(state: CompressedState) -> bool:
     return known(state.starts_B.min() >= prefix.slots)
 
 
-def prefix_entries(state: CompressedState, reader: Reader, *, held: bool) -> Entries:
+def prefix_entries(state: CompressedState, score_function: ScoreFunction, *, held: bool) -> Entries:
     """The prefix as attention of later tokens reads it. held: every slot holds an entry."""
     prefix = state.prefix
-    votes = None if prefix.votes_BKP is None else prefix.votes_BKP.clamp(min=1).log()
+    merge_counts = None if prefix.merge_counts_BKP is None else prefix.merge_counts_BKP.clamp(min=1).log()
     # By positions a kernel leaves empty slots out; in torch they cost more than to say that a slot stands for no token.
-    placed = reader.relative or state.starts_B.device.type != "cpu"
+    placed = score_function.relative or state.starts_B.device.type != "cpu"
     if not placed and not held:
-        some = torch.zeros((), dtype=accumulation_dtype(prefix.keys_BKPC.dtype)) if votes is None else votes
-        votes = torch.where(_empty(state), -torch.inf, some).expand(prefix.keys_BKPC.shape[:3])
+        some = (
+            torch.zeros((), dtype=accumulation_dtype(prefix.keys_BKPC.dtype)) if merge_counts is None else merge_counts
+        )
+        merge_counts = torch.where(_empty(state), -torch.inf, some).expand(prefix.keys_BKPC.shape[:3])
     return Entries(
         keys_BKSC=prefix.keys_BKPC,
         values_BKSV=prefix.values_BKPV,
         positions_BKS=prefix_positions(state) if placed else None,
         channels_BKC=_stored(prefix.channels_BKC),
         value_channels_BKV=_stored(prefix.value_channels_BKV),
-        log_votes_BKS=votes,
+        log_counts_BKS=merge_counts,
     )
 
 
@@ -216,19 +219,21 @@ def whole(state: CompressedState) -> bool:
     return (
         _stored(prefix.channels_BKC) is None
         and _stored(prefix.value_channels_BKV) is None
-        and (prefix.votes_BKP is None or prefix.slots == 0)
+        and (prefix.merge_counts_BKP is None or prefix.slots == 0)
     )
 
 
-def attend(state: CompressedState, reader: Reader, q_BNTH: Tensor, view: CacheView, positions_BT: Tensor) -> Tensor:
+def attend(
+    state: CompressedState, score_function: ScoreFunction, q_BNTH: Tensor, view: CacheView, positions_BT: Tensor
+) -> Tensor:
     """o_BNTH over the prefix and a view of the tail."""
     if state.prefix.slots == 0:
-        return reader.attend(q_BNTH, view, positions_BT)
-    if whole(state) and (q_BNTH.shape[2] > 1 or "terms" not in reader.says):
-        return reader.attend(q_BNTH, joined(state, view), positions_BT)
+        return score_function.attend(q_BNTH, view, positions_BT)
+    if whole(state) and (q_BNTH.shape[2] > 1 or "terms" not in score_function.says):
+        return score_function.attend(q_BNTH, joined(state, view), positions_BT)
     tail = Entries(keys_BKSC=view.keys_BKSH, values_BKSV=view.values_BKSH, positions_BKS=view.positions_BKS)
-    prefix = prefix_entries(state, reader, held=all_held(state))
-    return read(reader, q_BNTH, positions_BT, prefix, tail).out_BNTH
+    prefix = prefix_entries(state, score_function, held=all_held(state))
+    return read(score_function, q_BNTH, positions_BT, prefix, tail).out_BNTH
 
 
 def joined(state: CompressedState, view: CacheView) -> CacheView:
@@ -242,14 +247,14 @@ def joined(state: CompressedState, view: CacheView) -> CacheView:
 
 
 def read(
-    reader: Reader,
+    score_function: ScoreFunction,
     q_BNTH: Tensor,
     positions_BT: Tensor,
     prefix: Entries,
     tail: Entries,
     *,
     probe_BKC: Tensor | None = None,
-    key_mass: bool = False,
+    accumulated_attention: bool = False,
 ) -> Decoded:
     """`paged_decode` with the reader's scores, as many queries at a time as keep the scores small.
 
@@ -258,7 +263,7 @@ def read(
     batch, num_heads, tokens, _ = q_BNTH.shape
     rows = max(1, BLOCK_BYTES // max(1, batch * num_heads * (prefix.slots + tail.slots) * 4))
     keys_BKS = None
-    if reader.relative:
+    if score_function.relative:
         assert prefix.positions_BKS is not None
         assert tail.positions_BKS is not None
         keys_BKS = _beside(prefix.positions_BKS, tail.positions_BKS)
@@ -268,7 +273,7 @@ def read(
         content, bias = q_BNTH[:, :, block], None
         if keys_BKS is not None:
             mask = CausalMask(query_positions_BT=positions_BT[:, block], key_positions_BKS=keys_BKS)
-            content, bias = reader.terms(content, mask)
+            content, bias = score_function.terms(content, mask)
         parts.append(
             paged_decode(
                 content,
@@ -277,13 +282,13 @@ def read(
                 query_positions_BT=positions_BT[:, block],
                 bias_BNTS=bias,
                 probe_BKC=probe_BKC,
-                key_mass=key_mass,
-                impl=reader.impl,
+                accumulated_attention=accumulated_attention,
+                impl=score_function.impl,
             )
         )
     if len(parts) == 1:
         return parts[0]
-    assert not key_mass, "mass of many queries is the operation key_mass's"
+    assert not accumulated_attention, "accumulated attention of many queries is the operation accumulated_attention's"
     return replace(parts[0], out_BNTH=torch.cat([part.out_BNTH for part in parts], dim=2))
 
 
@@ -338,7 +343,7 @@ def occupied(state: CompressedState, row: int, length: int) -> Occupied:
         tail = 0
     total = 0
     for name, x in state.rows(slice(row, row + 1)).tensors().items():
-        growing = name.startswith("tail.") or name == "mass_BKS"
+        growing = name.startswith("tail.") or name == "accumulated_BKS"
         if name.startswith("prefix.") and "channels" not in name:
             total += x.nbytes * entries // max(1, prefix.slots)
         else:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CACHES, Layer
+from attnzoo.kvcache.base import CACHES, CachedLayer
 from attnzoo.kvcache.budgets import allocate, layer_weights, moments, variance
 from attnzoo.kvcache.entries import all_entries
 from attnzoo.kvcache.eviction import EvictingCache
@@ -44,8 +44,8 @@ class D2OConfig(TokenOptions):
 
     budget: "layer" by the attention of each layer, or "uniform". per: one kept set a "kv_head" (None too), or a
     "layer". beta: weight of the newest similarity in the threshold. heavy_ratio: of the kept tokens that are not sinks,
-    the part chosen by attention. merge: whether evicted tokens are merged. votes: merged entries weigh as the tokens
-    they stand for (log p in the logits, after KeepKV, arXiv 2504.09936).
+    the part chosen by attention. merge: whether evicted tokens are merged. merge_counts: merged entries weigh as the
+    tokens they stand for (log p in the logits, after KeepKV, arXiv 2504.09936).
     """
 
     flavor: Literal["paper", "official"] = "paper"
@@ -54,7 +54,7 @@ class D2OConfig(TokenOptions):
     beta: float | None = None
     heavy_ratio: float | None = None
     merge: bool = True
-    votes: bool = False
+    merge_counts: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,18 +82,18 @@ class D2OCache(EvictingCache):
         self.shared = config.per == "layer"
         heavy = config.heavy_ratio or (0.5 if official else 0.75)
         self.recent_share = 1.0 - heavy
-        self.votes = config.votes
+        self.merge_counts = config.merge_counts
         self.rule = MergeRule(
             kind="drop" if not config.merge else config.flavor,
             beta=config.beta or (0.5 if official else 0.7),
             together=official,
         )
 
-    def priorities(self, taken_BKS: Tensor, mass_BKS: Tensor | None, kv_heads: int) -> Tensor:
-        assert mass_BKS is not None
-        return mass_BKS
+    def priorities(self, taken_BKS: Tensor, accumulated_BKS: Tensor | None, kv_heads: int) -> Tensor:
+        assert accumulated_BKS is not None
+        return accumulated_BKS
 
-    def layer_budgets(self, layers: Sequence[Layer], asked_B: Tensor) -> list[Tensor]:
+    def layer_budgets(self, layers: Sequence[CachedLayer], asked_B: Tensor) -> list[Tensor]:
         lengths_B = layers[0].lengths_B
         official = self.config.flavor == "official"
         whole = {*range(WHOLE_FIRST), *range(len(layers) - WHOLE_LAST, len(layers))} if official else set()
@@ -114,7 +114,7 @@ class D2OCache(EvictingCache):
         return budgets
 
 
-def _spread(layer: Layer) -> Tensor:
+def _spread(layer: CachedLayer) -> Tensor:
     """[B, K]: variance of the column sums of a layer's attention, evicted columns included."""
-    places, (_, _, mass, _) = all_entries(layer.state, layer.lengths_B)
-    return variance(layer.state.moments_BK3 + moments(mass, (places >= 0).expand_as(mass)))
+    places, (_, _, accumulated, _) = all_entries(layer.state, layer.lengths_B)
+    return variance(layer.state.moments_BK3 + moments(accumulated, (places >= 0).expand_as(accumulated)))

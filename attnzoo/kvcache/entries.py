@@ -15,27 +15,38 @@ from attnzoo.types import accumulation_dtype
 
 
 def all_entries(state: CompressedState, lengths_B: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Any, Any]]:
-    """positions_BKS (K axis 1 before the first eviction), and (keys, values, mass, votes) of prefix and tail."""
+    """positions_BKS (K axis 1 before the first eviction), and (keys, values, accumulated attention, merge counts) of
+    prefix and tail."""
     used = int((lengths_B - state.starts_B).max())
     slots_S = torch.arange(used, device=lengths_B.device)
     at_BS = state.starts_B[:, None] + slots_S
     places = torch.where(at_BS < lengths_B[:, None], at_BS, -1)[:, None]
     keys, values = state.tail.keys_BKSH[:, :, :used], state.tail.values_BKSH[:, :, :used]
-    mass = None if state.mass_BKS is None else state.mass_BKS[:, :, :used]
-    votes = (
-        None if state.prefix.votes_BKP is None else keys.new_ones(keys.shape[:3], dtype=state.prefix.votes_BKP.dtype)
+    accumulated = None if state.accumulated_BKS is None else state.accumulated_BKS[:, :, :used]
+    merge_counts = (
+        None
+        if state.prefix.merge_counts_BKP is None
+        else keys.new_ones(keys.shape[:3], dtype=state.prefix.merge_counts_BKP.dtype)
     )
     if state.prefix.slots == 0:
-        return places, (keys, values, mass, votes)
+        return places, (keys, values, accumulated, merge_counts)
     prefix = state.prefix
     view = cc.joined(state, CacheView(keys, values, places))
-    mass = None if mass is None or prefix.mass_BKP is None else torch.cat([prefix.mass_BKP, mass], dim=2)
-    votes = None if votes is None or prefix.votes_BKP is None else torch.cat([prefix.votes_BKP, votes], dim=2)
-    return view.positions_BKS, (view.keys_BKSH, view.values_BKSH, mass, votes)
+    accumulated = (
+        None
+        if accumulated is None or prefix.accumulated_BKP is None
+        else torch.cat([prefix.accumulated_BKP, accumulated], dim=2)
+    )
+    merge_counts = (
+        None
+        if merge_counts is None or prefix.merge_counts_BKP is None
+        else torch.cat([prefix.merge_counts_BKP, merge_counts], dim=2)
+    )
+    return view.positions_BKS, (view.keys_BKSH, view.values_BKSH, accumulated, merge_counts)
 
 
 def packed(
-    state: CompressedState, merged: Merged, places_BKS: Tensor, mass_BKS: Tensor | None, lengths_B: Tensor
+    state: CompressedState, merged: Merged, places_BKS: Tensor, accumulated_BKS: Tensor | None, lengths_B: Tensor
 ) -> CompressedState:
     """The state with the merged entries as its prefix and an empty tail."""
     index, empty = merged.source_BKM.clamp(min=0), merged.source_BKM < 0
@@ -50,9 +61,9 @@ def packed(
         channels_BKC=old.channels_BKC,
         value_channels_BKV=old.value_channels_BKV,
         places_BKP=picked(places_BKS + 1).to(torch.int32),
-        mass_BKP=None if mass_BKS is None else picked(mass_BKS),
+        accumulated_BKP=None if accumulated_BKS is None else picked(accumulated_BKS),
         norms_BKP=None if old.norms_BKP is None else stored_norms(merged.keys_BKMC, empty),
-        votes_BKP=merged.votes_BKM,
+        merge_counts_BKP=merged.merge_counts_BKM,
     )
     nothing = state.tail.keys_BKSH[:, :, :0]
     return replace(
@@ -61,7 +72,7 @@ def packed(
         # New memory: a view of no slots would keep the whole buffer alive.
         tail=FullCacheState(nothing.clone(), nothing.clone()),
         starts_B=lengths_B.clone(),
-        mass_BKS=None if state.mass_BKS is None else state.mass_BKS[:, :, :0].clone(),
+        accumulated_BKS=None if state.accumulated_BKS is None else state.accumulated_BKS[:, :, :0].clone(),
     )
 
 

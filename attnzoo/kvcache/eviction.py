@@ -15,28 +15,28 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CacheView, Compression, Layer, Need, Reader
+from attnzoo.kvcache.base import CachedLayer, CachePolicy, CacheView, Need, ScoreFunction
 from attnzoo.kvcache.budgets import asked_tokens, moments
 from attnzoo.kvcache.compressed import CompressedState, Ring
 from attnzoo.kvcache.entries import all_entries, packed
 from attnzoo.kvcache.ring_start import ringed
 from attnzoo.kvcache.ring_step import moment, step, with_room
 from attnzoo.kvcache.state import new_zeros
+from attnzoo.ops.accumulated_attention import accumulated_attention
 from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.evict_merge import MergeRule, evict_merge
-from attnzoo.ops.key_mass import key_mass
 from attnzoo.types import accumulation_dtype, dtype_bytes
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
-class EvictingCache(Compression):
+class EvictingCache(CachePolicy):
     """Subclasses say who stays: `priorities`. `config` has TokenOptions."""
 
     accumulates = False
     """Whether priorities need the accumulated attention of every key."""
     rule = MergeRule(kind="drop")
-    votes = False
+    merge_counts = False
     window = 0
     """Tokens besides the newest whose keys stay whole."""
     recent_share = 0.25
@@ -53,11 +53,11 @@ class EvictingCache(Compression):
     def prefill(self) -> str:
         return str(self.config.prefill)
 
-    def priorities(self, taken_BKS: Tensor, mass_BKS: Tensor | None, kv_heads: int) -> Tensor:
+    def priorities(self, taken_BKS: Tensor, accumulated_BKS: Tensor | None, kv_heads: int) -> Tensor:
         """Who stays longer, [B, K, S]: the lowest leaves. taken_BKS: position + 1, 0 where there is no token."""
         raise NotImplementedError
 
-    def layer_budgets(self, layers: Sequence[Layer], asked_B: Tensor) -> list[Tensor]:
+    def layer_budgets(self, layers: Sequence[CachedLayer], asked_B: Tensor) -> list[Tensor]:
         """budgets_B of each layer; here the same for all."""
         return [asked_B for _ in layers]
 
@@ -87,21 +87,21 @@ class EvictingCache(Compression):
         prefix = replace(
             state.prefix,
             places_BKP=zeros(*heads, 0, kind=torch.int32),
-            mass_BKP=zeros(*heads, 0, kind=exact) if self.accumulates else None,
+            accumulated_BKP=zeros(*heads, 0, kind=exact) if self.accumulates else None,
             norms_BKP=zeros(*heads, 0, kind=dtype) if self.rule.kind != "drop" else None,
-            votes_BKP=zeros(*heads, 0, kind=exact) if self.votes else None,
+            merge_counts_BKP=zeros(*heads, 0, kind=exact) if self.merge_counts else None,
         )
         ring = Ring(
             zeros(*heads, 0, head_dim, kind=dtype),
             zeros(*heads, 0, head_dim, kind=dtype),
             zeros(*heads, 0, kind=exact) if self.accumulates else None,
-            zeros(*heads, 0, kind=exact) if self.votes else None,
+            zeros(*heads, 0, kind=exact) if self.merge_counts else None,
         )
         return replace(
             state,
             prefix=prefix,
             ring=ring,
-            mass_BKS=zeros(*heads, capacity, kind=exact) if self.accumulates else None,
+            accumulated_BKS=zeros(*heads, capacity, kind=exact) if self.accumulates else None,
             moments_BK3=zeros(*heads, 3, kind=torch.float64) if self.accumulates else None,
             thresholds_BK=zeros(*heads, kind=exact) if self.rule.kind != "drop" else None,
         )
@@ -109,8 +109,8 @@ class EvictingCache(Compression):
     def nbytes(self, batch: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
         total = cc.empty_bytes(batch, num_kv_heads, head_dim, capacity, dtype)
         if not self.config.lossless:
-            mass = num_kv_heads * capacity * dtype_bytes(accumulation_dtype(dtype)) * int(self.accumulates)
-            total += batch * (self._fixed_bytes(num_kv_heads, dtype) + mass)
+            accumulated = num_kv_heads * capacity * dtype_bytes(accumulation_dtype(dtype)) * int(self.accumulates)
+            total += batch * (self._fixed_bytes(num_kv_heads, dtype) + accumulated)
         return total
 
     def _fixed_bytes(self, num_kv_heads: int, dtype: torch.dtype) -> int:
@@ -139,15 +139,15 @@ class EvictingCache(Compression):
         dtype: torch.dtype,
         *,
         tokens: int = 0,
-        settled: bool = False,
+        joinable: bool = False,
     ) -> int:
         budget = prompt if self.config.lossless else self.budget(prompt)
-        started = self.thins or settled
+        started = self.thins or joinable
         if self.config.lossless or (prompt + tokens <= budget and not started):
             # Nothing was evicted: the full cache, if it was opened for as many tokens.
             return self.nbytes(batch, num_kv_heads, head_dim, prompt + tokens, dtype)
         width, exact = dtype_bytes(dtype), dtype_bytes(accumulation_dtype(dtype))
-        extra = exact * (int(self.accumulates) + int(self.votes))
+        extra = exact * (int(self.accumulates) + int(self.merge_counts))
         entry = width * (self.key_width(head_dim) + self.value_width(head_dim)) + 4 + extra
         entry += width if self.rule.kind != "drop" else 0
         ring = (self.window + 1) * (2 * head_dim * width + extra)
@@ -173,8 +173,9 @@ class EvictingCache(Compression):
     def needs(self) -> frozenset[Need]:
         if self.config.lossless:
             return frozenset()
-        # Who leaves asks for mass; what is merged, thinned or counted in votes is read by terms.
-        plain = self.rule.kind == "drop" and not self.votes and not self.thins and not self.accumulates
+        # Who leaves asks for accumulated attention; what is merged, thinned or counted in merge counts is read by
+        # terms.
+        plain = self.rule.kind == "drop" and not self.merge_counts and not self.thins and not self.accumulates
         tables: frozenset[Need] = frozenset({"tables"} if self.accumulates else ())
         return tables if plain else tables | {"terms"}
 
@@ -188,17 +189,22 @@ class EvictingCache(Compression):
         return torch.minimum(share_B.clamp(min=max(1, self.window)), budgets_B - self.config.sinks - 1)
 
     def attend(
-        self, state: CompressedState, reader: Reader, qkv: QKV, positions_BT: Tensor, counts_B: Tensor | None
+        self,
+        state: CompressedState,
+        score_function: ScoreFunction,
+        qkv: QKV,
+        positions_BT: Tensor,
+        counts_B: Tensor | None,
     ) -> tuple[Tensor, CompressedState]:
         cc.check_call(*qkv)
         if not self.config.lossless and self._full(state, positions_BT):
-            state = self._bounded(Layer(state, reader, positions_BT[:, 0]), state.budgets_B)
+            state = self._bounded(CachedLayer(state, score_function, positions_BT[:, 0]), state.budgets_B)
         if state.ring is not None and state.ring.keys_BKRH.shape[2]:
-            return self._one_by_one(state, reader, qkv, positions_BT, counts_B)
+            return self._one_by_one(state, score_function, qkv, positions_BT, counts_B)
         state, view = cc.append(state, qkv[1], qkv[2], positions_BT, counts_B)
-        o_BNTH = cc.attend(state, reader, qkv[0], view, positions_BT)
+        o_BNTH = cc.attend(state, score_function, qkv[0], view, positions_BT)
         if self.accumulates and not self.config.lossless:
-            state = self._accumulated(state, reader, qkv[0], view, positions_BT, counts_B)
+            state = self._accumulated(state, score_function, qkv[0], view, positions_BT, counts_B)
         return o_BNTH, state
 
     def _full(self, state: CompressedState, positions_BT: Tensor) -> bool:
@@ -210,51 +216,58 @@ class EvictingCache(Compression):
         return bool(((state.budgets_B > 0) & (after_B > state.budgets_B)).any())
 
     def _one_by_one(
-        self, state: CompressedState, reader: Reader, qkv: QKV, positions_BT: Tensor, counts_B: Tensor | None
+        self,
+        state: CompressedState,
+        score_function: ScoreFunction,
+        qkv: QKV,
+        positions_BT: Tensor,
+        counts_B: Tensor | None,
     ) -> tuple[Tensor, CompressedState]:
         outputs = []
         for t in range(positions_BT.shape[1]):
             one = (qkv[0][:, :, t : t + 1], qkv[1][:, :, t : t + 1], qkv[2][:, :, t : t + 1])
             if not torch.compiler.is_compiling():
                 state = with_room(self, state, positions_BT[:, t])
-            out, state = step(self, state, reader, one, moment(positions_BT, counts_B, t, one[1].shape[1], self.window))
+            out, state = step(
+                self, state, score_function, one, moment(positions_BT, counts_B, t, one[1].shape[1], self.window)
+            )
             outputs.append(out)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), state
 
     def _accumulated(
         self,
         state: CompressedState,
-        reader: Reader,
+        score_function: ScoreFunction,
         q_BNTH: Tensor,
         view: CacheView,
         positions_BT: Tensor,
         counts_B: Tensor | None,
     ) -> CompressedState:
-        """The attention of a chunk added to the mass of prefix and tail."""
+        """The attention of a chunk added to the accumulated attention of prefix and tail."""
         seen = view if state.prefix.slots == 0 else cc.joined(state, view)
         mask = CausalMask(query_positions_BT=positions_BT, key_positions_BKS=seen.positions_BKS)
-        votes = None
-        if state.prefix.votes_BKP is not None and state.prefix.slots:
-            kept = state.prefix.votes_BKP.clamp(min=1).log()
-            votes = torch.cat([kept, kept.new_zeros(*kept.shape[:2], view.keys_BKSH.shape[2])], dim=2)
-        mass_BKS = key_mass(
+        merge_counts = None
+        if state.prefix.merge_counts_BKP is not None and state.prefix.slots:
+            kept = state.prefix.merge_counts_BKP.clamp(min=1).log()
+            merge_counts = torch.cat([kept, kept.new_zeros(*kept.shape[:2], view.keys_BKSH.shape[2])], dim=2)
+        accumulated_BKS = accumulated_attention(
             q_BNTH,
             seen.keys_BKSH,
             mask=mask,
             counts_B=counts_B,
-            tables=reader.tables(mask, q_BNTH.shape[2]),
-            log_votes_BKS=votes,
-            impl=reader.impl,
+            tables=score_function.tables(mask, q_BNTH.shape[2]),
+            log_counts_BKS=merge_counts,
+            impl=score_function.impl,
         )
-        assert state.mass_BKS is not None
+        assert state.accumulated_BKS is not None
         slots, kept_slots = state.tail.keys_BKSH.shape[2], state.prefix.slots
-        total = state.mass_BKS
+        total = state.accumulated_BKS
         if total.shape[2] < slots:
             total = torch.cat([total, total.new_zeros(*total.shape[:2], slots - total.shape[2])], dim=2)
-        total[:, :, : mass_BKS.shape[2] - kept_slots] += mass_BKS[:, :, kept_slots:]
-        if kept_slots and state.prefix.mass_BKP is not None:
-            state.prefix.mass_BKP += mass_BKS[:, :, :kept_slots]
-        return replace(state, mass_BKS=total)
+        total[:, :, : accumulated_BKS.shape[2] - kept_slots] += accumulated_BKS[:, :, kept_slots:]
+        if kept_slots and state.prefix.accumulated_BKP is not None:
+            state.prefix.accumulated_BKP += accumulated_BKS[:, :, :kept_slots]
+        return replace(state, accumulated_BKS=total)
 
     @property
     def compiles(self) -> bool:
@@ -262,10 +275,10 @@ class EvictingCache(Compression):
 
     def ready(self, state: CompressedState, at_B: Tensor) -> CompressedState:
         if state.ring is None or state.ring.keys_BKRH.shape[2] == 0:
-            raise ValueError("this state is not settled: end its prompt with compress(state, settle=True)")
+            raise ValueError("this state is not joinable: end its prompt with compress(state, joinable=True)")
         return with_room(self, state, at_B)
 
-    def compress(self, layers: Sequence[Layer], final: bool) -> list[Any]:
+    def compress(self, layers: Sequence[CachedLayer], final: bool) -> list[Any]:
         lengths_B = layers[0].lengths_B
         if self.config.lossless:
             return [replace(layer.state, budgets_B=lengths_B.clone()) if final else layer.state for layer in layers]
@@ -280,7 +293,7 @@ class EvictingCache(Compression):
             states.append(replace(state, budgets_B=budgets_B.clone()) if final else state)
         return states
 
-    def settle(self, layers: Sequence[Layer]) -> list[Any]:
+    def to_joinable(self, layers: Sequence[CachedLayer]) -> list[Any]:
         # A prompt within its budget has no ring yet.
         return [
             layer.state
@@ -289,19 +302,19 @@ class EvictingCache(Compression):
             for layer in layers
         ]
 
-    def _bounded(self, layer: Layer, budgets_B: Tensor) -> CompressedState:
+    def _bounded(self, layer: CachedLayer, budgets_B: Tensor) -> CompressedState:
         """The state of decoding: the newest `window` tokens in the ring, the others in the prefix."""
         state = replace(self._shrunk(layer, budgets_B), budgets_B=budgets_B)
         return self.thin(ringed(state, layer.lengths_B, self.window))
 
-    def _shrunk(self, layer: Layer, budgets_B: Tensor) -> CompressedState:
+    def _shrunk(self, layer: CachedLayer, budgets_B: Tensor) -> CompressedState:
         """All entries of the state, but those that are evicted and merged, in a prefix; no tail."""
         state, lengths_B = layer.state, layer.lengths_B
         entries = all_entries(state, lengths_B)
-        places, (keys, values, mass, votes) = entries
+        places, (keys, values, accumulated, merge_counts) = entries
         kv_heads = keys.shape[1]
         held = places >= 0
-        priority = self.priorities(places + 1, mass, kv_heads).expand(-1, kv_heads, -1)
+        priority = self.priorities(places + 1, accumulated, kv_heads).expand(-1, kv_heads, -1)
         keep = self._kept(places.expand(-1, kv_heads, -1), priority, budgets_B, lengths_B)
         evict = held & ~keep
         slots = int(keep.sum(-1).max())
@@ -317,14 +330,14 @@ class EvictingCache(Compression):
             slots=slots,
             rule=self.rule,
             threshold_BK=threshold,
-            votes_BKS=votes,
-            impl=layer.reader.impl,
+            merge_counts_BKS=merge_counts,
+            impl=layer.score_function.impl,
         )
         counted = state.moments_BK3
-        if counted is not None and mass is not None:
-            counted = counted + moments(mass, evict)
+        if counted is not None and accumulated is not None:
+            counted = counted + moments(accumulated, evict)
         return replace(
-            packed(state, merged, places, mass, lengths_B),
+            packed(state, merged, places, accumulated, lengths_B),
             moments_BK3=counted,
             thresholds_BK=None if before is None else torch.nan_to_num(merged.threshold_BK + 2, nan=0.0),
         )

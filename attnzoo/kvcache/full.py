@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.kvcache.base import EMPTY, CachePolicy, CacheView, check_chunk
+from attnzoo.kvcache.base import EMPTY, CacheView, ExactCache, check_chunk
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.common.recent import recent
 from attnzoo.types import dtype_bytes
@@ -23,7 +23,7 @@ class FullCacheState(State):
         return FullCacheState(self.keys_BKSH[:, :, :tokens], self.values_BKSH[:, :, :tokens])
 
 
-class FullCache(CachePolicy):
+class FullCache(ExactCache):
     """Grows to whatever is asked of it; memory is 2 * K * H elements a token."""
 
     def init(

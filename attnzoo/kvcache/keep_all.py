@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CACHES, Compression, Layer, Reader
+from attnzoo.kvcache.base import CACHES, CachedLayer, CachePolicy, ScoreFunction
 from attnzoo.kvcache.full import FullCache
 from attnzoo.kvcache.state import State
 
@@ -19,7 +19,7 @@ class FullConfig:
 
 
 @CACHES.register("full")
-class KeepAll(Compression):
+class KeepAll(CachePolicy):
     """Nothing is ever dropped. Attention uses its own cache in place of this one, whose state is the same."""
 
     source = "exact"
@@ -47,15 +47,15 @@ class KeepAll(Compression):
     def attend(
         self,
         state: Any,
-        reader: Reader,
+        score_function: ScoreFunction,
         qkv: tuple[Tensor, Tensor, Tensor],
         positions_BT: Tensor,
         counts_B: Tensor | None,
     ) -> tuple[Tensor, State]:
         state, view = cc.FULL.append(state, qkv[1], qkv[2], positions_BT, counts_B)
-        return reader.attend(qkv[0], view, positions_BT), state
+        return score_function.attend(qkv[0], view, positions_BT), state
 
-    def compress(self, layers: Sequence[Layer], final: bool) -> list[State]:
+    def compress(self, layers: Sequence[CachedLayer], final: bool) -> list[State]:
         return [layer.state for layer in layers]
 
     def nbytes(self, batch: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
@@ -70,6 +70,6 @@ class KeepAll(Compression):
         dtype: torch.dtype,
         *,
         tokens: int = 0,
-        settled: bool = False,
+        joinable: bool = False,
     ) -> int:
         return self.nbytes(batch, num_kv_heads, head_dim, prompt + tokens, dtype)

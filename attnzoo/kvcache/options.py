@@ -1,9 +1,26 @@
 """Options that several policies share, and their ranges."""
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 Prefill = Literal["oneshot", "stream"]
+
+RENAMED = {"votes": "merge_counts", "retail": "repack_every"}
+"""Old names of options, which the next release will refuse."""
+
+
+def current_names(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`options` under the names of today; a FutureWarning says an old one. Raises ValueError for both at once."""
+    found = dict(options)
+    for old, new in RENAMED.items():
+        if old in found:
+            if new in found:
+                raise ValueError(f"{where}.{old} is the old name of {where}.{new}: give the new one alone")
+            warnings.warn(f"{where}.{old} is now called {where}.{new}; the old name ends", FutureWarning, stacklevel=3)
+            found[new] = found.pop(old)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

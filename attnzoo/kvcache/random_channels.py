@@ -19,13 +19,13 @@ class RandomChannelsConfig(ChannelOptions):
 
     seed: int = 0
     prefill: Prefill = "oneshot"
-    retail: int | None = None
+    repack_every: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_seed(self.seed)
-        if self.retail is not None:
-            check_least("retail", self.retail, 1)
+        if self.repack_every is not None:
+            check_least("repack_every", self.repack_every, 1)
 
 
 @CACHES.register("random_channels")

@@ -34,6 +34,6 @@ class RandomTokensCache(EvictingCache):
     source = "control"
     Config = RandomTokensConfig
 
-    def priorities(self, taken_BKS: Tensor, mass_BKS: Tensor | None, kv_heads: int) -> Tensor:
+    def priorities(self, taken_BKS: Tensor, accumulated_BKS: Tensor | None, kv_heads: int) -> Tensor:
         heads_K1 = torch.arange(kv_heads, device=taken_BKS.device)[:, None]
         return hashed((taken_BKS - 1) * 1021 + heads_K1, self.config.seed)

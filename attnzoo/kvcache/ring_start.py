@@ -31,7 +31,12 @@ def ringed(state: CompressedState, lengths_B: Tensor, window: int) -> Compressed
     def numbers(x_BKP: Tensor | None) -> Tensor | None:
         return None if x_BKP is None else x_BKP.gather(-1, index).masked_fill(gone, 0.0)
 
-    new = Ring(rows(prefix.keys_BKPC), rows(prefix.values_BKPV), numbers(prefix.mass_BKP), numbers(prefix.votes_BKP))
+    new = Ring(
+        rows(prefix.keys_BKPC),
+        rows(prefix.values_BKPV),
+        numbers(prefix.accumulated_BKP),
+        numbers(prefix.merge_counts_BKP),
+    )
     left = (held - window).clamp(min=0)
     return replace(state, ring=new, prefix=_cut(prefix, left))
 

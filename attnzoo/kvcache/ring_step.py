@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CacheView, Reader
+from attnzoo.kvcache.base import CacheView, ScoreFunction
 from attnzoo.kvcache.channels import take_channels
 from attnzoo.kvcache.compressed import CompressedState, Prefix, Ring
 from attnzoo.ops.common.recent import recent
@@ -86,7 +86,9 @@ def moment(positions_BT: Tensor, counts_B: Tensor | None, t: int, kv_heads: int,
     )
 
 
-def step(policy: Any, state: CompressedState, reader: Reader, qkv: QKV, now: Moment) -> tuple[Tensor, CompressedState]:
+def step(
+    policy: Any, state: CompressedState, score_function: ScoreFunction, qkv: QKV, now: Moment
+) -> tuple[Tensor, CompressedState]:
     """(o_BN1H, state) for one token of each sequence, (q_BN1H, k_BK1H, v_BK1H); inactive sequences keep their state.
 
     `state` has room (`with_room`): what follows is the same operations whatever the values.
@@ -95,40 +97,40 @@ def step(policy: Any, state: CompressedState, reader: Reader, qkv: QKV, now: Mom
     ring = state.ring
     assert ring is not None
     _enter(ring, qkv[1], qkv[2], now)
-    if reader.relative and "terms" not in reader.says:
+    if score_function.relative and "terms" not in score_function.says:
         # The variant's own operation, which reads keys that are whole.
-        out_BN1H = _read_whole(state, reader, qkv[0], now)
-        return out_BN1H, _replaced(policy, state, reader, (now, turn), Decoded(out_BNTH=out_BN1H))
+        out_BN1H = _read_whole(state, score_function, qkv[0], now)
+        return out_BN1H, _replaced(policy, state, score_function, (now, turn), Decoded(out_BNTH=out_BN1H))
     probe = None
     if policy.rule.kind != "drop":
         probe = turn.victims.take(state.prefix.keys_BKPC)
     decoded = cc.read(
-        reader,
+        score_function,
         qkv[0],
         now.at_B[:, None],
-        cc.prefix_entries(state, reader, held=turn.held),
-        _ring_entries(ring, now, seen=now.ring_full and not reader.relative),
+        cc.prefix_entries(state, score_function, held=turn.held),
+        _ring_entries(ring, now, seen=now.ring_full and not score_function.relative),
         probe_BKC=probe,
-        key_mass=policy.accumulates,
+        accumulated_attention=policy.accumulates,
     )
-    if decoded.mass_BKS is not None:
-        _accumulate(state.prefix, ring, decoded.mass_BKS, now.active_B)
-    return decoded.out_BNTH, _replaced(policy, state, reader, (now, turn), decoded)
+    if decoded.accumulated_BKS is not None:
+        _accumulate(state.prefix, ring, decoded.accumulated_BKS, now.active_B)
+    return decoded.out_BNTH, _replaced(policy, state, score_function, (now, turn), decoded)
 
 
-def _read_whole(state: CompressedState, reader: Reader, q_BN1H: Tensor, now: Moment) -> Tensor:
+def _read_whole(state: CompressedState, score_function: ScoreFunction, q_BN1H: Tensor, now: Moment) -> Tensor:
     """o_BN1H over prefix and ring, of a policy that needs nothing else of the variant."""
     assert state.ring is not None
     entries = _ring_entries(state.ring, now, seen=False)
     assert entries.positions_BKS is not None
     ring = CacheView(entries.keys_BKSC, entries.values_BKSV, entries.positions_BKS)
-    return reader.attend(q_BN1H, cc.joined(state, ring), now.at_B[:, None])
+    return score_function.attend(q_BN1H, cc.joined(state, ring), now.at_B[:, None])
 
 
 def _turn(policy: Any, state: CompressedState, now: Moment) -> _Turn:
     taken, budgets_B = state.prefix.places_BKP, state.budgets_B
     assert taken is not None
-    rank = policy.priorities(taken, state.prefix.mass_BKP, taken.shape[1]).expand_as(taken)
+    rank = policy.priorities(taken, state.prefix.accumulated_BKP, taken.shape[1]).expand_as(taken)
     if policy.shared:
         rank = rank.mean(1, keepdim=True).expand_as(rank)
     # An empty slot is protected: nobody takes it where a sequence has all it may keep.
@@ -148,10 +150,10 @@ def _turn(policy: Any, state: CompressedState, now: Moment) -> _Turn:
 
 
 def _enter(ring: Ring, k_BK1H: Tensor, v_BK1H: Tensor, now: Moment) -> None:
-    """The new token in its slot of the ring, with no mass yet and one vote."""
+    """The new token in its slot of the ring, with no accumulated attention yet and one vote."""
     now.entering.put(ring.keys_BKRH, k_BK1H[:, :, 0])
     now.entering.put(ring.values_BKRH, v_BK1H[:, :, 0])
-    for numbers, first in ((ring.mass_BKR, 0.0), (ring.votes_BKR, 1.0)):
+    for numbers, first in ((ring.accumulated_BKR, 0.0), (ring.merge_counts_BKR, 1.0)):
         if numbers is not None:
             now.entering.fill(numbers, first)
 
@@ -167,21 +169,21 @@ def _ring_entries(ring: Ring, now: Moment, *, seen: bool) -> Entries:
         keys_BKSC=ring.keys_BKRH,
         values_BKSV=ring.values_BKRH,
         positions_BKS=positions_B1R,
-        log_votes_BKS=None if ring.votes_BKR is None else ring.votes_BKR.clamp(min=1).log(),
+        log_counts_BKS=None if ring.merge_counts_BKR is None else ring.merge_counts_BKR.clamp(min=1).log(),
     )
 
 
-def _accumulate(prefix: Prefix, ring: Ring, mass_BKS: Tensor, active_B: Tensor | None) -> None:
-    assert prefix.mass_BKP is not None
-    assert ring.mass_BKR is not None
+def _accumulate(prefix: Prefix, ring: Ring, accumulated_BKS: Tensor, active_B: Tensor | None) -> None:
+    assert prefix.accumulated_BKP is not None
+    assert ring.accumulated_BKR is not None
     if active_B is not None:
-        mass_BKS = mass_BKS * active_B[:, None, None]
-    prefix.mass_BKP += mass_BKS[:, :, : prefix.slots]
-    ring.mass_BKR += mass_BKS[:, :, prefix.slots :]
+        accumulated_BKS = accumulated_BKS * active_B[:, None, None]
+    prefix.accumulated_BKP += accumulated_BKS[:, :, : prefix.slots]
+    ring.accumulated_BKR += accumulated_BKS[:, :, prefix.slots :]
 
 
 def _replaced(
-    policy: Any, state: CompressedState, reader: Reader, decision: tuple[Moment, _Turn], decoded: Decoded
+    policy: Any, state: CompressedState, score_function: ScoreFunction, decision: tuple[Moment, _Turn], decoded: Decoded
 ) -> CompressedState:
     """The oldest of the ring in the slot that was chosen, the victim merged."""
     prefix, ring, thresholds = state.prefix, state.ring, state.thresholds_BK
@@ -199,7 +201,7 @@ def _replaced(
         keys_BKPC=prefix.keys_BKPC,
         values_BKPV=prefix.values_BKPV,
         norms_BKP=prefix.keys_BKPC.new_empty(prefix.keys_BKPC.shape[:3]) if norms is None else norms,
-        votes_BKP=prefix.votes_BKP,
+        merge_counts_BKP=prefix.merge_counts_BKP,
     )
     after = evict_merge_step(
         slots,
@@ -210,11 +212,14 @@ def _replaced(
         threshold_BK=slots.norms_BKP[..., 0]
         if thresholds is None
         else torch.where(thresholds == 0, torch.nan, thresholds - 2),
-        impl=reader.impl,
+        impl=score_function.impl,
     )
     into = turn.into
     _put(into, prefix.places_BKP, (now.leaving_B + 1)[:, None].expand_as(turn.slot_BK))
-    for mine, theirs in ((prefix.mass_BKP, ring.mass_BKR), (prefix.votes_BKP, ring.votes_BKR)):
+    for mine, theirs in (
+        (prefix.accumulated_BKP, ring.accumulated_BKR),
+        (prefix.merge_counts_BKP, ring.merge_counts_BKR),
+    ):
         if mine is not None and theirs is not None:
             _put(into, mine, leaving.take(theirs))
     if thresholds is not None:

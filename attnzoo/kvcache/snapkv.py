@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CACHES, CacheView, Layer, Need
+from attnzoo.kvcache.base import CACHES, CachedLayer, CacheView, Need
 from attnzoo.kvcache.budgets import asked_tokens
 from attnzoo.kvcache.compressed import CompressedState, Prefix
 from attnzoo.kvcache.options import TokenOptions, check_least
 from attnzoo.kvcache.tailed import TailedCache, cut_tail
+from attnzoo.ops.accumulated_attention import accumulated_attention
 from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.evict_merge import MergeRule, evict_merge
-from attnzoo.ops.key_mass import key_mass
 from attnzoo.types import accumulation_dtype, dtype_bytes
 
 
@@ -86,7 +86,7 @@ class SnapKVCache(TailedCache):
         places = state.starts_B.new_zeros(batch, num_kv_heads, 0, dtype=torch.int32)
         return state if self.lossless else replace(state, prefix=replace(state.prefix, places_BKP=places))
 
-    def shrink(self, layer: Layer) -> CompressedState:
+    def shrink(self, layer: CachedLayer) -> CompressedState:
         state, lengths_B, budgets_B = layer.state, layer.lengths_B, self.budgets(layer.lengths_B)
         if bool((lengths_B <= budgets_B).all()):
             return state
@@ -113,7 +113,7 @@ class SnapKVCache(TailedCache):
             threshold_BK=torch.zeros(
                 keep.shape[:2], dtype=accumulation_dtype(view.keys_BKSH.dtype), device=keep.device
             ),
-            impl=layer.reader.impl,
+            impl=layer.score_function.impl,
         )
         empty = merged.source_BKM < 0
         kept = places.gather(-1, merged.source_BKM.clamp(min=0)).masked_fill(empty, -1)
@@ -127,13 +127,15 @@ class SnapKVCache(TailedCache):
         tail = CacheView(state.tail.keys_BKSH[:, :, :used], state.tail.values_BKSH[:, :, :used], places)
         return tail if state.prefix.slots == 0 else cc.joined(state, tail)
 
-    def _seen(self, layer: Layer, view: CacheView) -> Tensor:
-        """mass_BKS of the observed queries; those before the sequence began see nothing."""
+    def _seen(self, layer: CachedLayer, view: CacheView) -> Tensor:
+        """accumulated_BKS of the observed queries; those before the sequence began see nothing."""
         steps = torch.arange(-layer.state.queries_BNWH.shape[2], 0, device=layer.lengths_B.device)
         at_BW = layer.lengths_B[:, None] + steps
         mask = CausalMask(query_positions_BT=at_BW, key_positions_BKS=view.positions_BKS)
-        tables = layer.reader.tables(mask, len(steps))
-        return key_mass(layer.state.queries_BNWH, view.keys_BKSH, mask=mask, tables=tables, impl=layer.reader.impl)
+        tables = layer.score_function.tables(mask, len(steps))
+        return accumulated_attention(
+            layer.state.queries_BNWH, view.keys_BKSH, mask=mask, tables=tables, impl=layer.score_function.impl
+        )
 
     def compressed_nbytes(
         self,
@@ -144,7 +146,7 @@ class SnapKVCache(TailedCache):
         dtype: torch.dtype,
         *,
         tokens: int = 0,
-        settled: bool = False,
+        joinable: bool = False,
     ) -> int:
         budget = int(self.budgets(torch.tensor([prompt]))[0])
         if self.lossless or prompt <= budget:
@@ -157,7 +159,7 @@ class SnapKVCache(TailedCache):
         return batch * (num_kv_heads * (prefix * (whole + 4) + slots * whole) + 16)
 
 
-def smoothed(mass_BKS: Tensor, pool: int, kind: Literal["mean", "max"]) -> Tensor:
-    """mass_BKS pooled over `pool` neighbours, an odd number; nothing stands beyond the ends."""
+def smoothed(accumulated_BKS: Tensor, pool: int, kind: Literal["mean", "max"]) -> Tensor:
+    """accumulated_BKS pooled over `pool` neighbours, an odd number; nothing stands beyond the ends."""
     pooled = F.avg_pool1d if kind == "mean" else F.max_pool1d
-    return pooled(mass_BKS, pool, stride=1, padding=pool // 2)
+    return pooled(accumulated_BKS, pool, stride=1, padding=pool // 2)

@@ -27,5 +27,5 @@ class StreamingCache(EvictingCache):
     source = "Xiao et al. 2023, arXiv 2309.17453, section 3.2"
     Config = StreamingConfig
 
-    def priorities(self, taken_BKS: Tensor, mass_BKS: Tensor | None, kv_heads: int) -> Tensor:
+    def priorities(self, taken_BKS: Tensor, accumulated_BKS: Tensor | None, kv_heads: int) -> Tensor:
         return taken_BKS.expand(-1, kv_heads, -1).double()

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import Compression, Layer, Reader
+from attnzoo.kvcache.base import CachedLayer, CachePolicy, ScoreFunction
 from attnzoo.kvcache.channels import condensed
 from attnzoo.kvcache.compressed import CompressedState
 from attnzoo.kvcache.full import FullCacheState
 
 
-class TailedCache(Compression):
+class TailedCache(CachePolicy):
     """Subclasses compress one layer: `shrink`. `config` has window and prefill."""
 
     observes = False
@@ -32,7 +32,7 @@ class TailedCache(Compression):
         """Whether nothing is ever lost, whatever the prompt."""
         raise NotImplementedError
 
-    def shrink(self, layer: Layer) -> CompressedState:
+    def shrink(self, layer: CachedLayer) -> CompressedState:
         """The layer's state with all but the newest `window` tokens in the prefix."""
         raise NotImplementedError
 
@@ -68,27 +68,27 @@ class TailedCache(Compression):
     def attend(
         self,
         state: CompressedState,
-        reader: Reader,
+        score_function: ScoreFunction,
         qkv: tuple[Tensor, Tensor, Tensor],
         positions_BT: Tensor,
         counts_B: Tensor | None,
     ) -> tuple[Tensor, CompressedState]:
         cc.check_call(*qkv)
         if positions_BT.shape[1] > 1 and self.one_by_one and not cc.reading(state):
-            return self._one_by_one(state, reader, qkv, positions_BT, counts_B)
+            return self._one_by_one(state, score_function, qkv, positions_BT, counts_B)
         # First: what is pruned now is scored by the queries before this chunk.
-        state = self.before_append(state, reader, positions_BT)
+        state = self.before_append(state, score_function, positions_BT)
         if state.queries_BNWH is not None and (self.follows or cc.reading(state)):
             q_BNTH = qkv[0] if cc.reading(state) else condensed(qkv[0], qkv[1].shape[1])
             seen = cc.last_queries(state.queries_BNWH, q_BNTH, counts_B, self.config.window)
             state = replace(state, queries_BNWH=seen)
         state, view = cc.append(state, qkv[1], qkv[2], positions_BT, counts_B)
-        return cc.attend(state, reader, qkv[0], view, positions_BT), state
+        return cc.attend(state, score_function, qkv[0], view, positions_BT), state
 
     def _one_by_one(
         self,
         state: CompressedState,
-        reader: Reader,
+        score_function: ScoreFunction,
         qkv: tuple[Tensor, Tensor, Tensor],
         positions_BT: Tensor,
         counts_B: Tensor | None,
@@ -100,18 +100,20 @@ class TailedCache(Compression):
             if counts_B is not None:
                 # A sequence whose tokens have ended stays at its length.
                 at_B, active_B = positions_BT[:, 0] + counts_B.clamp(max=t), (counts_B > t).long()
-            out, state = self.attend(state, reader, one, at_B[:, None], active_B)
+            out, state = self.attend(state, score_function, one, at_B[:, None], active_B)
             outputs.append(out)
         return torch.cat(outputs, dim=2), state
 
-    def before_append(self, state: CompressedState, reader: Reader, positions_BT: Tensor) -> CompressedState:
+    def before_append(
+        self, state: CompressedState, score_function: ScoreFunction, positions_BT: Tensor
+    ) -> CompressedState:
         """The state that a chunk is added to; here: as it is."""
         return state
 
-    def compress(self, layers: Sequence[Layer], final: bool) -> list[Any]:
+    def compress(self, layers: Sequence[CachedLayer], final: bool) -> list[Any]:
         return [self._compressed(layer, final) for layer in layers]
 
-    def _compressed(self, layer: Layer, final: bool) -> CompressedState:
+    def _compressed(self, layer: CachedLayer, final: bool) -> CompressedState:
         state = layer.state if self.lossless else self.shrink(layer)
         if not final:
             return state

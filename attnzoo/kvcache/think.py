@@ -8,12 +8,12 @@ Values may lose channels too (value_channel_ratio, off by default): value_score=
 score_d = ||A[-W:] V[:, d]||_F^2 with the softmax weights A of the last W queries, before the output map, summed over
 the query heads of a kv head; "norm" is sum_s v_sd^2, whatever is attended to.
 
-Longer generation: retail=n prunes the tail again when it has n tokens more than the window. mask="kept" does it on the
-channels that the prompt's end chose (as the authors' quantised variant does). mask="recomputed" chooses anew at every
-pruning, and still has one mask a kv head for all that is pruned: of the last W queries and the keys as they are stored
-now, those channels stay whose loss would change Q K^T most (values: sum_s v_sd^2). A channel that an entry has lost is
-zero in it for good, so it neither adds to the score nor comes back; where the mask leaves a channel, older entries lose
-it as well. Entries need no index of their own, and a pruning costs one pass over them.
+Longer generation: repack_every=n prunes the tail again when it has n tokens more than the window. mask="kept" does it
+on the channels that the prompt's end chose (as the authors' quantised variant does). mask="recomputed" chooses anew at
+every pruning, and still has one mask a kv head for all that is pruned: of the last W queries and the keys as they are
+stored now, those channels stay whose loss would change Q K^T most (values: sum_s v_sd^2). A channel that an entry has
+lost is zero in it for good, so it neither adds to the score nor comes back; where the mask leaves a channel, older
+entries lose it as well. Entries need no index of their own, and a pruning costs one pass over them.
 
 Differs from the paper: scores of a group are exact for grouped kv heads, and keys are stored once a kv head;
 score="greedy" takes the whole quadratic form; the tail can be pruned again. In relative attention the terms of position
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CACHES, EMPTY, CacheView, Layer, Need, Reader
+from attnzoo.kvcache.base import CACHES, EMPTY, CachedLayer, CacheView, Need, ScoreFunction
 from attnzoo.kvcache.channels import (
     best_channels,
     change_channels,
@@ -47,26 +47,26 @@ from attnzoo.types import dtype_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class ThinKConfig(ChannelOptions):
-    """score: of a key channel, "think" or "greedy". value_score: of a value channel, "norm" or "output". retail: tokens
-    beyond the window at which the tail is pruned, None: never. prefill: "stream" prunes after every chunk of the
+    """score: of a key channel, "think" or "greedy". value_score: of a value channel, "norm" or "output". repack_every:
+    tokens beyond the window at which the tail is pruned, None: never. prefill: "stream" prunes after every chunk of the
     prompt. mask: of every pruning after the first, "kept" or "recomputed". The head of this file says what they do."""
 
     score: Literal["think", "greedy"] = "think"
     value_score: Literal["norm", "output"] = "norm"
-    retail: int | None = None
+    repack_every: int | None = None
     mask: Literal["kept", "recomputed"] = "kept"
     prefill: Prefill = "oneshot"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.retail is not None:
-            check_least("retail", self.retail, 1)
+        if self.repack_every is not None:
+            check_least("repack_every", self.repack_every, 1)
         if self.value_score == "output" and self.value_channel_ratio == 1.0:
             raise ValueError("value_score='output' scores what nothing is pruned by: set value_channel_ratio below 1")
         if self.mask == "kept":
             return
-        if self.retail is None and self.prefill == "oneshot":
-            raise ValueError("mask='recomputed' needs a second pruning: set retail, or prefill='stream'")
+        if self.repack_every is None and self.prefill == "oneshot":
+            raise ValueError("mask='recomputed' needs a second pruning: set repack_every, or prefill='stream'")
         if self.score == "greedy":
             raise ValueError(
                 "mask='recomputed' observes sums of squares of queries, and score='greedy' needs their products: "
@@ -89,9 +89,9 @@ class ThinKCache(TailedCache):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.one_by_one = config.retail is not None
+        self.one_by_one = config.repack_every is not None
         self.recomputes = getattr(config, "mask", "kept") == "recomputed"
-        self.follows = self.recomputes and config.retail is not None
+        self.follows = self.recomputes and config.repack_every is not None
 
     @property
     def lossless(self) -> bool:
@@ -116,7 +116,7 @@ class ThinKCache(TailedCache):
             return greedy_scores(queries_BNWH, keys_BKSH, held_BKS)
         return channel_scores(queries_BNWH, keys_BKSH, held_BKS, before_BKH)
 
-    def value_scores(self, layer: Layer, tail: CacheView, before_BKH: Tensor) -> Tensor:
+    def value_scores(self, layer: CachedLayer, tail: CacheView, before_BKH: Tensor) -> Tensor:
         """score_BKH of the value channels."""
         if getattr(self.config, "value_score", "norm") == "output":
             return output_scores(layer, tail)
@@ -137,22 +137,24 @@ class ThinKCache(TailedCache):
         prefix = replace(state.prefix, channels_BKC=index, value_channels_BKV=index.clone())
         return state if self.lossless else replace(state, prefix=prefix)
 
-    def before_append(self, state: CompressedState, reader: Reader, positions_BT: Tensor) -> CompressedState:
-        retail, lengths_B = self.config.retail, positions_BT[:, 0]
-        if retail is None or self.lossless or cc.reading(state):
+    def before_append(
+        self, state: CompressedState, score_function: ScoreFunction, positions_BT: Tensor
+    ) -> CompressedState:
+        repack_every, lengths_B = self.config.repack_every, positions_BT[:, 0]
+        if repack_every is None or self.lossless or cc.reading(state):
             return state
-        long_B = lengths_B - state.starts_B >= self.config.window + retail
+        long_B = lengths_B - state.starts_B >= self.config.window + repack_every
         if not bool(long_B.any()):
             return state
         # Only the long ones: what happens to a sequence does not depend on its neighbours.
         ends_B = torch.where(long_B, lengths_B - self.config.window, state.starts_B)
-        return self._pruned(Layer(state, reader, lengths_B), ends_B)
+        return self._pruned(CachedLayer(state, score_function, lengths_B), ends_B)
 
-    def shrink(self, layer: Layer) -> CompressedState:
+    def shrink(self, layer: CachedLayer) -> CompressedState:
         ends_B = torch.maximum(layer.lengths_B - self.config.window, layer.state.starts_B)
         return self._pruned(layer, ends_B)
 
-    def _pruned(self, layer: Layer, ends_B: Tensor) -> CompressedState:
+    def _pruned(self, layer: CachedLayer, ends_B: Tensor) -> CompressedState:
         """What the tail holds before position ends_B, pruned and in the prefix. The first call chooses the channels,
         even where nothing is to be pruned yet."""
         state, old, starts_B = layer.state, layer.state.prefix, layer.state.starts_B
@@ -175,7 +177,7 @@ class ThinKCache(TailedCache):
         )
         return replace(state, prefix=prefix, tail=cut_tail(state, ends_B, layer.lengths_B), starts_B=ends_B)
 
-    def masks(self, layer: Layer, tail: CacheView) -> tuple[Tensor, Tensor]:
+    def masks(self, layer: CachedLayer, tail: CacheView) -> tuple[Tensor, Tensor]:
         """(channels_BKC, value_channels_BKV) for all that the layer holds; none in them where all stay."""
         prefix, head_dim = layer.state.prefix, tail.keys_BKSH.shape[3]
         channels = values = prefix.channels_BKC.new_zeros(*tail.keys_BKSH.shape[:2], 0)
@@ -204,16 +206,16 @@ class ThinKCache(TailedCache):
         dtype: torch.dtype,
         *,
         tokens: int = 0,
-        settled: bool = False,
+        joinable: bool = False,
     ) -> int:
         if self.lossless:
             slots = prompt if tokens == 0 else cc.pages(prompt + tokens)
             return self.nbytes(batch, num_kv_heads, head_dim, slots, dtype)
-        window, retail = self.config.window, self.config.retail
+        window, repack_every = self.config.window, self.config.repack_every
         tail = min(prompt, window) + tokens
-        if retail is not None:
+        if repack_every is not None:
             # The tail shrinks to the window before the token after the one that filled it.
-            tail -= max(0, tail - window - 1) // retail * retail
+            tail -= max(0, tail - window - 1) // repack_every * repack_every
         pruned = prompt + tokens - tail
         slots = cc.pages(max(1, tail))
         widths = self._widths(head_dim)
@@ -222,17 +224,17 @@ class ThinKCache(TailedCache):
         return batch * (num_kv_heads * (entries * dtype_bytes(dtype) + index) + 16)
 
 
-def output_scores(layer: Layer, tail: CacheView) -> Tensor:
+def output_scores(layer: CachedLayer, tail: CacheView) -> Tensor:
     """score_BKH of value channels by what the last queries read of them, ||A[-W:] V[:, d]||_F^2; no prefix yet."""
     queries, lengths_B = layer.state.queries_BNWH, layer.lengths_B
     positions_BW = lengths_B[:, None] + torch.arange(-queries.shape[2], 0, device=lengths_B.device)
-    o_BNWH = layer.reader.attend(queries, tail, positions_BW.clamp(min=0))
+    o_BNWH = layer.score_function.attend(queries, tail, positions_BW.clamp(min=0))
     # A short prompt has fewer queries than the window has room for.
     o_BNWH = o_BNWH.masked_fill((positions_BW < 0)[:, None, :, None], 0.0)
     return grouped(o_BNWH, tail.keys_BKSH.shape[1]).square().sum(2)
 
 
-def _held(layer: Layer) -> CacheView:
+def _held(layer: CachedLayer) -> CacheView:
     """The tail as far as any sequence fills it."""
     tail, starts_B, lengths_B = layer.state.tail, layer.state.starts_B, layer.lengths_B
     steps_S = torch.arange(int((lengths_B - starts_B).max()), device=lengths_B.device)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.kvcache.base import EMPTY, CachePolicy, CacheView, check_chunk
+from attnzoo.kvcache.base import EMPTY, CacheView, ExactCache, check_chunk
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.common.masks import check_window
 from attnzoo.types import dtype_bytes
@@ -27,7 +27,7 @@ class WindowCacheState(State):
     next_positions_BC: Tensor
 
 
-class WindowCache(CachePolicy):
+class WindowCache(ExactCache):
     """At most `sinks + window` tokens a sequence. Raises ValueError for a window below 1 or negative sinks."""
 
     def __init__(self, window: int, sinks: int = 0) -> None:

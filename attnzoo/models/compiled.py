@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.parts import LinearMixing, SoftmaxMixing
-from attnzoo.kvcache import Compression, FullCache, FullCacheState
+from attnzoo.kvcache import CachePolicy, FullCache, FullCacheState
 from attnzoo.kvcache.compressed import CompressedState
 from attnzoo.kvcache.keep_all import KeepAll
 from attnzoo.kvcache.state import State
@@ -43,7 +43,7 @@ class CompiledDecode:
     where a CPU has no C++ compiler.
     """
 
-    def __init__(self, model: DecoderLM, cache: Compression | None = None) -> None:
+    def __init__(self, model: DecoderLM, cache: CachePolicy | None = None) -> None:
         cache = None if isinstance(cache, KeepAll) else cache
         if model.embedding.weight.device.type == "cpu":
             _check_compiler()
@@ -61,7 +61,7 @@ class CompiledDecode:
         """(hidden_B1D after the final norm, state) behind one new token for every row of the state, which is the one
         given, or in new memory where a compressed cache had to grow.
 
-        Raises ValueError for an exact state without room, a compressed one that is not settled (`DecoderLM.compress`),
+        Raises ValueError for an exact state without room, a compressed one that is not joinable (`DecoderLM.compress`),
         and one of another policy than was compiled for.
         """
         x_B1D = self._model.embedding(tokens_B1)
@@ -227,7 +227,7 @@ def _check_compiler() -> None:
         ) from None
 
 
-def _check(block: Block, layer: int, cache: Compression | None) -> None:
+def _check(block: Block, layer: int, cache: CachePolicy | None) -> None:
     attention = block.attention
     if isinstance(attention, ComposedAttention):
         mixing = attention.mixing

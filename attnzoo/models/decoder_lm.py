@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attnzoo.attention import Cost, build_attention
-from attnzoo.attention.cached import ByteModel, cached_state, compress_layers, settle_layers, streams
+from attnzoo.attention.cached import ByteModel, cached_state, compress_layers, joinable_layers, streams
 from attnzoo.attention.parts.projection import play_norm
 from attnzoo.attention.segment_memory import SegmentMemory
-from attnzoo.kvcache import Compression
+from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.keep_all import KeepAll
 from attnzoo.kvcache.options import check_lengths
 from attnzoo.kvcache.state import STATIC, State
@@ -143,7 +143,7 @@ class DecoderLM(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        cache: Compression | None = None,
+        cache: CachePolicy | None = None,
     ) -> DecoderState:
         """Empty state of `batch` sequences with room for `capacity` tokens each, where and in what the model is.
 
@@ -172,18 +172,18 @@ class DecoderLM(nn.Module):
         )
 
     @torch.no_grad()
-    def compress(self, state: DecoderState, settle: bool = False) -> DecoderState:
+    def compress(self, state: DecoderState, joinable: bool = False) -> DecoderState:
         """The prompts have ended: the state after its cache policy's compression, with all layers in view.
 
-        The given state is consumed. Without a policy, or with one that has nothing to do, the state itself. `settle`:
-        in a form that can be joined with other sequences' of the policy. Raises ValueError for a state that has been
-        compressed, and for one without a token.
+        The given state is consumed. Without a policy, or with one that has nothing to do, the state itself.
+        `to_joinable`: in a form that can be joined with other sequences' of the policy. Raises ValueError for a state
+        that has been compressed, and for one without a token.
         """
         attentions = [block.attention for block in self.layers()]
         layers = compress_layers(attentions, state.layers, final=True)
-        return replace(state, layers=settle_layers(attentions, layers) if settle else layers)
+        return replace(state, layers=joinable_layers(attentions, layers) if joinable else layers)
 
-    def byte_model(self, cache: Compression) -> ByteModel:
+    def byte_model(self, cache: CachePolicy) -> ByteModel:
         """What sequences take under a cache policy. Raises ValueError as `init_state`."""
         attentions = [block.attention for block in self.layers()]
         return ByteModel.of(cache, attentions, self.init_state(1, 1, device="meta", cache=cache).layers)

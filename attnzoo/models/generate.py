@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from attnzoo.kvcache import Compression
+from attnzoo.kvcache import CachePolicy
 from attnzoo.models.decoder_lm import DecoderLM
 from attnzoo.models.sampling import Sampling, sample
 
@@ -21,7 +21,7 @@ def generate(
     sampling: Sampling = GREEDY,
     seed: int | None = None,
     stop_token: int | None = None,
-    cache: Compression | None = None,
+    cache: CachePolicy | None = None,
 ) -> list[list[int]]:
     """Continues each prompt (token ids, unequal lengths welcome) by up to max_new_tokens; returns the new tokens.
 

@@ -38,7 +38,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanOptions:
     """The command line. memory: bytes of one GPU that may be used."""
 
     model: DecoderLM
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     return 0 if found else 1
 
 
-def checked(options: argparse.Namespace, file: ModelFile) -> Request:
+def checked(options: argparse.Namespace, file: ModelFile) -> PlanOptions:
     """The request. Raises ValueError that names the option, its value and the way out."""
     context = file.config.max_positions if options.context is None else options.context
     nodes = -(-options.gpus // 8) if options.nodes is None else options.nodes
@@ -108,7 +108,7 @@ def checked(options: argparse.Namespace, file: ModelFile) -> Request:
             f"--context={context} is {options.gpus * context}; give more tokens, fewer GPUs or a shorter context"
         )
     model = build_shapes(file.config)
-    return Request(
+    return PlanOptions(
         model=model.bfloat16() if options.precision == "bf16" else model,
         gpus=options.gpus,
         nodes=nodes,
@@ -120,7 +120,7 @@ def checked(options: argparse.Namespace, file: ModelFile) -> Request:
     )
 
 
-def heading(file: ModelFile, request: Request) -> str:
+def heading(file: ModelFile, request: PlanOptions) -> str:
     """What is planned, in a few lines."""
     model, config = request.model, file.config
     attention = config.attention if isinstance(config.attention, list) else [config.attention]
@@ -140,7 +140,7 @@ def heading(file: ModelFile, request: Request) -> str:
     return "\n".join(lines)
 
 
-def setups(request: Request) -> list[Setup]:
+def setups(request: PlanOptions) -> list[Setup]:
     """All ways to train that are looked at."""
     return [
         Setup(
@@ -156,7 +156,7 @@ def setups(request: Request) -> list[Setup]:
     ]
 
 
-def largest(request: Request, setup: Setup) -> Option | None:
+def largest(request: PlanOptions, setup: Setup) -> Option | None:
     """The setup with the largest micro-batch that fits; None: not even one sequence does."""
     most = MOST
     if request.batch_tokens is not None:
@@ -179,7 +179,7 @@ def largest(request: Request, setup: Setup) -> Option | None:
     return Option(best, training_memory(request.model, best), communication)
 
 
-def passes(request: Request, setup: Setup) -> int:
+def passes(request: PlanOptions, setup: Setup) -> int:
     """Forward and backward passes of a step."""
     if request.batch_tokens is None:
         return 1
@@ -202,7 +202,7 @@ def why(chosen: Option) -> str:
     )
 
 
-def training_table(request: Request, found: list[Option], chosen: Option) -> str:
+def training_table(request: PlanOptions, found: list[Option], chosen: Option) -> str:
     """A row for every ZeRO stage, with and without activation checkpointing."""
     known = {(option.setup.stage, option.setup.checkpointing): option for option in found}
     rows = []
@@ -225,7 +225,7 @@ def training_table(request: Request, found: list[Option], chosen: Option) -> str
     return "\n".join([format_table(rows), *notes])
 
 
-def step_table(request: Request, chosen: Option, chips: list[Chip]) -> str:
+def step_table(request: PlanOptions, chosen: Option, chips: list[Chip]) -> str:
     """Roofline of the chosen row: arithmetic or memory traffic, whichever is slower, and then communication."""
     setup, model, count = chosen.setup, request.model, passes(request, chosen.setup)
     model.activation_checkpointing = setup.checkpointing
@@ -261,7 +261,7 @@ def step_table(request: Request, chosen: Option, chips: list[Chip]) -> str:
     return f"{format_table(rows)}\n{text}"
 
 
-def nothing_fits(request: Request) -> str:
+def nothing_fits(request: PlanOptions) -> str:
     """What is missing, and the smallest single changes that would do."""
     leanest = min(
         (setup for setup in setups(request) if setup.checkpointing),

@@ -12,7 +12,7 @@ from attnzoo.report import Report, format_claims, format_table
 from scripts.caches import sections
 from scripts.caches.figure import plot_quality
 from scripts.caches.merge import merged, run_row
-from scripts.caches.models import load_reader, random_reader
+from scripts.caches.models import load_text_model, random_reader
 from scripts.caches.peer import Exchange, PeerError
 from scripts.caches.settings import QUICK, Settings
 
@@ -94,24 +94,24 @@ def _measure(name: str, chosen: argparse.Namespace, report: Report, train: Train
     """One section."""
     settings = QUICK if chosen.quick else Settings()
     if name == "symbols":
-        reader = random_reader("mdha") if chosen.quick else load_reader(str(train(chosen.run_dir)))
-        sections.symbols(reader, settings, report)
+        text_model = random_reader("mdha") if chosen.quick else load_text_model(str(train(chosen.run_dir)))
+        sections.symbols(text_model, settings, report)
     elif name == "text":
-        reader = random_reader() if chosen.quick else load_reader(chosen.checkpoint)
+        text_model = random_reader() if chosen.quick else load_text_model(chosen.checkpoint)
         peer = None
         if chosen.kvpress_python is not None:
             directory = chosen.run_dir.parent / "kvpress"
             directory.mkdir(parents=True, exist_ok=True)
             peer = Exchange(Path(chosen.kvpress_python), peer_script, directory)
-        sections.text(reader, settings, report, peer)
+        sections.text(text_model, settings, report, peer)
     elif name == "parts":
-        reader = random_reader() if chosen.quick else load_reader(chosen.checkpoint)
-        sections.parts(reader, settings, report)
+        text_model = random_reader() if chosen.quick else load_text_model(chosen.checkpoint)
+        sections.parts(text_model, settings, report)
     else:
-        reader = random_reader() if chosen.quick else load_reader(chosen.checkpoint, speed_dtype())
-        speeds = sections.speed(reader.model, settings, report)
+        text_model = random_reader() if chosen.quick else load_text_model(chosen.checkpoint, speed_dtype())
+        speeds = sections.speed(text_model.model, settings, report)
         if chosen.roofline:
-            sections.roofline(reader.model, speeds, report)
+            sections.roofline(text_model.model, speeds, report)
 
 
 def speed_dtype() -> torch.dtype:

@@ -13,7 +13,7 @@ from attnzoo.tasks.text import Encode
 
 
 @dataclass(frozen=True)
-class Reader:
+class TextModel:
     """A model, how text becomes its tokens, and what its texts begin with."""
 
     model: DecoderLM
@@ -21,19 +21,19 @@ class Reader:
     begin: Ids = ()
 
 
-def load_reader(checkpoint: str, dtype: torch.dtype = torch.float32) -> Reader:
+def load_text_model(checkpoint: str, dtype: torch.dtype = torch.float32) -> TextModel:
     """Model and tokenizer of a checkpoint. Raises ValueError for what cannot be read."""
     path = find_checkpoint(checkpoint)
     tokenizer = load_tokenizer(path)
-    return Reader(load_model(path, dtype=dtype), tokenizer.encode, tuple(tokenizer.encode("", bos=True)))
+    return TextModel(load_model(path, dtype=dtype), tokenizer.encode, tuple(tokenizer.encode("", bos=True)))
 
 
-def random_reader(attention: str = "mha") -> Reader:
+def random_reader(attention: str = "mha") -> TextModel:
     """A tiny model with random weights whose tokens are bytes: the same code in seconds, for --quick and tests."""
     torch.manual_seed(0)
     options = {"kind": attention, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
     config = DecoderConfig(vocab_size=256, model_dim=32, num_layers=2, attention=options, max_positions=1024)
-    return Reader(DecoderLM(config).eval().requires_grad_(False), lambda text: list(text.encode("utf-8")))
+    return TextModel(DecoderLM(config).eval().requires_grad_(False), lambda text: list(text.encode("utf-8")))
 
 
 def prose(encode: Encode, texts: int, length: int) -> Tensor:

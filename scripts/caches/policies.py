@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from attnzoo.kvcache import Compression, build_cache
+from attnzoo.kvcache import CachePolicy, build_cache
 
 Knob = Literal["keep_ratio", "channel_ratio"]
 
@@ -21,7 +21,7 @@ class Contender:
     options: dict[str, Any] = field(default_factory=dict)
     observes: bool = False
 
-    def build(self, ratio: float | None = None) -> Compression:
+    def build(self, ratio: float | None = None) -> CachePolicy:
         """The policy at a value of its knob."""
         chosen: dict[str, Any] = {} if self.knob is None or ratio is None else {self.knob: ratio}
         # A benchmark's budget is its budget, however short its prompts.

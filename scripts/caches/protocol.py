@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.kvcache import Compression
+from attnzoo.kvcache import CachePolicy
 from attnzoo.models import DecoderLM
 from attnzoo.tasks.examples import Example
 from scripts.caches.metrics import FidelityMeter
@@ -52,7 +52,7 @@ class Answer:
 
 
 @torch.no_grad()
-def begin(model: DecoderLM, tokens_BT: Tensor, policy: Compression, *, chunk: int, capacity: int) -> Begun:
+def begin(model: DecoderLM, tokens_BT: Tensor, policy: CachePolicy, *, chunk: int, capacity: int) -> Begun:
     """Reads the whole chunks of what several prompts begin with; they may get `capacity` tokens long."""
     state = model.init_state(tokens_BT.shape[0], capacity, cache=policy)
     return _read(model, tokens_BT[:, : tokens_BT.shape[1] // chunk * chunk], Begun(state, 0, 0), chunk)
@@ -62,7 +62,7 @@ def begin(model: DecoderLM, tokens_BT: Tensor, policy: Compression, *, chunk: in
 def prefill(
     model: DecoderLM,
     tokens_BT: Tensor,
-    policy: Compression,
+    policy: CachePolicy,
     *,
     chunk: int = CHUNK,
     room: int = 0,
@@ -122,7 +122,7 @@ class Told:
     seconds: float
 
 
-def ask(model: DecoderLM, examples: list[Example], policy: Compression, *, chunk: int = CHUNK) -> Told:
+def ask(model: DecoderLM, examples: list[Example], policy: CachePolicy, *, chunk: int = CHUNK) -> Told:
     """Answers under all conditions to examples whose contexts and first two questions have the same lengths.
 
     The first question is asked inside and outside, the second one after the first was answered.
@@ -163,7 +163,7 @@ def _right(logits_BTV: Tensor, answers_BT: Tensor) -> list[bool]:
 
 
 def fidelity(
-    model: DecoderLM, tokens_BT: Tensor, prompt: int, policy: Compression, full_BTV: Tensor, meter: FidelityMeter
+    model: DecoderLM, tokens_BT: Tensor, prompt: int, policy: CachePolicy, full_BTV: Tensor, meter: FidelityMeter
 ) -> Prefill:
     """Adds to `meter` how the policy's logits over the tokens after `prompt` differ from the full cache's (`full_BTV`,
     by `forced_logits`); the prediction made by the prompt itself, before compression, does not count."""
@@ -173,7 +173,7 @@ def fidelity(
     return done
 
 
-def forced_logits(model: DecoderLM, tokens_BT: Tensor, prompt: int, policy: Compression) -> Tensor:
+def forced_logits(model: DecoderLM, tokens_BT: Tensor, prompt: int, policy: CachePolicy) -> Tensor:
     """Logits after each token from `prompt` on, the last one left out: it has nothing to predict."""
     done = prefill(model, tokens_BT[:, :prompt], policy)
     return force(model, done.state, tokens_BT[:, prompt:-1])[0]

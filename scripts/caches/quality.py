@@ -35,7 +35,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Measurements:
     """What is to be measured: contenders and the budgets they are measured at. `examples` are asked at each."""
 
     entries: tuple[Entry, ...]
@@ -51,7 +51,7 @@ def longest_prompt(batches: Batches) -> Tensor:
 
 def plan(
     model: DecoderLM, prompt_1T: Tensor, wanted: Sequence[tuple[Contender, Sequence[float]]], chunk: int, tick: Tick
-) -> Plan:
+) -> Measurements:
     """Finds every contender's knob for every budget by measuring real states of this prompt.
 
     What a layer is given depends on the prompt, and slots come in pages: `MARGIN` of the budget stays unused here, that
@@ -72,7 +72,7 @@ def plan(
                 skipped.append((contender.name, budget))
             else:
                 entries.append((contender, budget, fit))
-    return Plan(tuple(entries), tuple(skipped))
+    return Measurements(tuple(entries), tuple(skipped))
 
 
 def measure(model: DecoderLM, batches: Batches, entries: Sequence[Entry], chunk: int, tick: Tick) -> list[Result]:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from attnzoo.kvcache import Compression
+from attnzoo.kvcache import CachePolicy
 from attnzoo.models import DecoderLM
 from attnzoo.tasks.examples import Example
 from scripts.caches.protocol import CONDITIONS, ask
@@ -61,7 +61,7 @@ def _shape(example: Example) -> tuple[int, ...]:
     return (len(example.body), *(len(part) for q in asked for part in (q.prompt, q.lead, q.answer)))
 
 
-def ask_all(model: DecoderLM, batches: Batches, policy: Compression, chunk: int, tick: Callable[[int], None]) -> Score:
+def ask_all(model: DecoderLM, batches: Batches, policy: CachePolicy, chunk: int, tick: Callable[[int], None]) -> Score:
     """Asks everything under a policy, prompts read `chunk` tokens at a time; `tick` gets the number of examples
     done."""
     result = Score()

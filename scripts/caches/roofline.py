@@ -68,16 +68,19 @@ def _layer_costs(state: FullCacheState | CompressedState, heads: int, length: in
         key_dim=key_dim,
         value_dim=value_dim,
         position_heads=1 if prefix.places_BKP is None else kv_heads,
-        votes=prefix.votes_BKP is not None,
+        merge_counts=prefix.merge_counts_BKP is not None,
         channels=key_dim < head_dim,
         value_channels=value_dim < head_dim,
     )
     merges = evicts and prefix.norms_BKP is not None
-    options = {"probe_dim": key_dim if merges else 0, "key_mass": evicts and prefix.mass_BKP is not None}
+    options = {
+        "probe_dim": key_dim if merges else 0,
+        "accumulated_attention": evicts and prefix.accumulated_BKP is not None,
+    }
     costs = [_decode_cost(state.tail, (part, tail), heads, batch, **options)]
     if merges:
         sizes = {"slots": prefix.slots, "key_dim": key_dim, "value_dim": value_dim, "width": width}
-        costs.append(merge_step_cost(batch=batch, kv_heads=kv_heads, votes=part.votes, **sizes))
+        costs.append(merge_step_cost(batch=batch, kv_heads=kv_heads, merge_counts=part.merge_counts, **sizes))
     return costs
 
 

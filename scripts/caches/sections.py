@@ -16,12 +16,12 @@ from attnzoo.tasks.symbols import symbol_example, symbol_tokens
 from attnzoo.tasks.text import text_example
 from scripts.caches import table
 from scripts.caches.metrics import FidelityMeter
-from scripts.caches.models import Reader, prose
+from scripts.caches.models import TextModel, prose
 from scripts.caches.peer import Exchange, peer_logits, run_peer
 from scripts.caches.peer_scores import compare_scores
 from scripts.caches.policies import CHANNELS, FULL, PARTS, TOKENS, Contender
 from scripts.caches.protocol import forced_logits
-from scripts.caches.quality import Plan, Result, longest_prompt, measure, measure_fidelity, plan
+from scripts.caches.quality import Measurements, Result, longest_prompt, measure, measure_fidelity, plan
 from scripts.caches.retrieval import Batches, Maker, ask_all, keep_answered, make_batches, solved_tasks
 from scripts.caches.roofline import step_cost
 from scripts.caches.settings import QualitySizes, Settings
@@ -37,50 +37,52 @@ SPEED_POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
 ROOFLINE_CHIPS = ["H100", "MI300X"]
 
 
-def symbols(reader: Reader, settings: Settings, report: Report) -> None:
+def symbols(text_model: TextModel, settings: Settings, report: Report) -> None:
     """Retrieval over symbols with the small model that was trained on it. Raises ValueError when it solves no task."""
-    tokens, sizes = symbol_tokens(reader.encode), settings.symbols
+    tokens, sizes = symbol_tokens(text_model.encode), settings.symbols
 
     def make(task: str, seed: int) -> Any:
-        return symbol_example(task, sizes.context, seed).translated(tokens).after(reader.begin)
+        return symbol_example(task, sizes.context, seed).translated(tokens).after(text_model.begin)
 
     drawn = _drawn(make, sizes, settings.seeds)
-    batches = _solved("symbols", reader.model, drawn, sizes, report)
+    batches = _solved("symbols", text_model.model, drawn, sizes, report)
     if not batches:
         raise ValueError(f"symbols: the full cache solves none of {', '.join(sizes.tasks)}; use another model")
-    results = _quality("symbols", reader.model, batches, _planned("symbols", reader.model, drawn, sizes), sizes, report)
+    results = _quality(
+        "symbols", text_model.model, batches, _planned("symbols", text_model.model, drawn, sizes), sizes, report
+    )
     if not report.quick:
         report.claims.append(table.solved_claim("symbols", results[0], sizes.tasks, sizes.least))
 
 
-def text(reader: Reader, settings: Settings, report: Report, peer: Exchange | None) -> None:
+def text(text_model: TextModel, settings: Settings, report: Report, peer: Exchange | None) -> None:
     """Fidelity of prose and retrieval in English with a real checkpoint; kvpress on the same, where it is given. A
     checkpoint that solves no task is measured by its fidelity alone."""
     sizes = settings.text
 
     def make(task: str, seed: int) -> Any:
-        return text_example(reader.encode, task, sizes.context, seed).after(reader.begin)
+        return text_example(text_model.encode, task, sizes.context, seed).after(text_model.begin)
 
     drawn = _drawn(make, sizes, settings.seeds)
-    found = _planned("text", reader.model, drawn, sizes)
-    report.rows += _fidelity_rows("fidelity", reader, settings, found)
-    batches = _solved("text", reader.model, drawn, sizes, report)
-    results = _quality("text", reader.model, batches, found, sizes, report) if batches else []
+    found = _planned("text", text_model.model, drawn, sizes)
+    report.rows += _fidelity_rows("fidelity", text_model, settings, found)
+    batches = _solved("text", text_model.model, drawn, sizes, report)
+    results = _quality("text", text_model.model, batches, found, sizes, report) if batches else []
     if peer is not None:
-        peer.export(reader.model)
+        peer.export(text_model.model)
         _peer_scores(longest_prompt(drawn), report, peer)
-        _peer_fidelity(reader, settings, report, peer)
+        _peer_fidelity(text_model, settings, report, peer)
         if batches:
             _peer_quality(batches, results, sizes, report, peer)
 
 
-def parts(reader: Reader, settings: Settings, report: Report) -> None:
+def parts(text_model: TextModel, settings: Settings, report: Report) -> None:
     """What each part of D2O does to the fidelity of prose; the same budgets, prompts and texts as the section text."""
     sizes = settings.text
-    prompt_1T = prose(reader.encode, 1, settings.fidelity.prompt)
+    prompt_1T = prose(text_model.encode, 1, settings.fidelity.prompt)
     wanted: list[tuple[Contender, Sequence[float]]] = [(contender, sizes.token_budgets) for contender in PARTS]
-    found = _plan("parts", reader.model, prompt_1T, wanted, sizes.chunk)
-    rows = _fidelity_rows("parts", reader, settings, found)
+    found = _plan("parts", text_model.model, prompt_1T, wanted, sizes.chunk)
+    rows = _fidelity_rows("parts", text_model, settings, found)
     report.rows += rows
     if not report.quick:
         report.claims += table.parts_claims("parts", rows)
@@ -91,7 +93,7 @@ def _drawn(make: Maker, sizes: QualitySizes, seeds: int) -> Batches:
     return make_batches(make, sizes.tasks, seeds, sizes.drawn or sizes.count, sizes.batch)
 
 
-def _planned(name: str, model: DecoderLM, batches: Batches, sizes: QualitySizes) -> Plan:
+def _planned(name: str, model: DecoderLM, batches: Batches, sizes: QualitySizes) -> Measurements:
     """All contenders at all budgets that they can meet; says which they cannot."""
     wanted: list[tuple[Contender, Sequence[float]]] = [(c.observing(sizes.window), sizes.token_budgets) for c in TOKENS]
     wanted += [(c.observing(sizes.window), sizes.channel_budgets) for c in CHANNELS]
@@ -100,7 +102,7 @@ def _planned(name: str, model: DecoderLM, batches: Batches, sizes: QualitySizes)
 
 def _plan(
     name: str, model: DecoderLM, prompt_1T: Tensor, wanted: Sequence[tuple[Contender, Sequence[float]]], chunk: int
-) -> Plan:
+) -> Measurements:
     progress = Progress(sum(len(budgets) for _, budgets in wanted))
     found = plan(model, prompt_1T, wanted, chunk, progress.add)
     progress.close()
@@ -110,7 +112,7 @@ def _plan(
 
 
 def _quality(
-    name: str, model: DecoderLM, batches: Batches, found: Plan, sizes: QualitySizes, report: Report
+    name: str, model: DecoderLM, batches: Batches, found: Measurements, sizes: QualitySizes, report: Report
 ) -> list[Result]:
     """What is planned, on the tasks and examples that the full cache solves."""
     tasks = list(dict.fromkeys(task for task, _ in batches))
@@ -145,12 +147,12 @@ def _solved(name: str, model: DecoderLM, batches: Batches, sizes: QualitySizes, 
     return kept
 
 
-def _fidelity_rows(name: str, reader: Reader, settings: Settings, found: Plan) -> list[dict[str, Any]]:
+def _fidelity_rows(name: str, text_model: TextModel, settings: Settings, found: Measurements) -> list[dict[str, Any]]:
     """KL, agreement and perplexity over tokens that follow a compressed prompt of prose."""
     sizes = settings.fidelity
-    texts_NT = prose(reader.encode, sizes.texts, sizes.prompt + sizes.forced + 1)
+    texts_NT = prose(text_model.encode, sizes.texts, sizes.prompt + sizes.forced + 1)
     progress = Progress(len(texts_NT) * len(found.entries))
-    values = measure_fidelity(reader.model, texts_NT, sizes.prompt, found.entries, progress.add)
+    values = measure_fidelity(text_model.model, texts_NT, sizes.prompt, found.entries, progress.add)
     progress.close()
     return [table.fidelity_row(name, policy, budget, value) for (policy, budget), value in values.items()]
 
@@ -180,11 +182,11 @@ def _peer_quality(
         report.claims.append(table.peer_claim(name, mine.score.accuracy(), best, scores[best].accuracy()))
 
 
-def _peer_fidelity(reader: Reader, settings: Settings, report: Report, peer: Exchange) -> None:
+def _peer_fidelity(text_model: TextModel, settings: Settings, report: Report, peer: Exchange) -> None:
     """kvpress's predictions of the same prose, against our full cache's."""
     sizes = settings.fidelity
-    texts_NT = prose(reader.encode, sizes.texts, sizes.prompt + sizes.forced + 1)
-    full_NTV = forced_logits(reader.model, texts_NT, sizes.prompt, FULL.build())
+    texts_NT = prose(text_model.encode, sizes.texts, sizes.prompt + sizes.forced + 1)
+    full_NTV = forced_logits(text_model.model, texts_NT, sizes.prompt, FULL.build())
     for budget in settings.text.token_budgets:
         for press, logits_NTV in peer_logits(peer, texts_NT, sizes.prompt, budget).items():
             meter = FidelityMeter()

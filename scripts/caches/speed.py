@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.kvcache import Compression
+from attnzoo.kvcache import CachePolicy
 from attnzoo.models import CompiledDecode, DecoderLM, can_pack, pack_weights
 from attnzoo.ops.common.cost import OpCost
 from scripts.caches.protocol import Prefill, prefill
@@ -92,7 +92,7 @@ def weight_bytes(model: DecoderLM) -> int:
 
 @torch.inference_mode()
 def measure_speed(
-    model: DecoderLM, policies: dict[str, Compression], sizes: SpeedSizes, say: Callable[[str], None]
+    model: DecoderLM, policies: dict[str, CachePolicy], sizes: SpeedSizes, say: Callable[[str], None]
 ) -> dict[int, dict[str, Speed]]:
     """Speeds by number of sequences and policy; policies take turns. `say` gets a line at each.
 
@@ -134,7 +134,7 @@ OPERATORS, COMPILED = "", ", compiled"
 
 
 def _add_compiled(
-    forms: dict[str, dict[str, Step]], model: DecoderLM, policies: dict[str, Compression], say: Callable[[str], None]
+    forms: dict[str, dict[str, Step]], model: DecoderLM, policies: dict[str, CachePolicy], say: Callable[[str], None]
 ) -> None:
     for name, policy in policies.items():
         try:

@@ -22,7 +22,7 @@ Of = Callable[..., list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Step:
+class PaperStep:
     """One training step of the paper's setting with the published table: its time, peak and standing bytes."""
 
     ms: float
@@ -32,7 +32,7 @@ class Step:
     fault: float
 
 
-def measure_paper(comparison: Comparison) -> dict[tuple[str, Form], Step]:
+def measure_paper(comparison: Comparison) -> dict[tuple[str, Form], PaperStep]:
     """Every variant and form that the paper's setting trains, with position tables of the published length."""
     config, paper = comparison.config, comparison.config.paper
     steps = {}
@@ -42,11 +42,11 @@ def measure_paper(comparison: Comparison) -> dict[tuple[str, Form], Step]:
             ms, peak = measure_segments(decoder, paper.batch_size, paper.segment, paper.memory, form)
             fault = segment_fault(comparison.decoder(variant, config.mlp_dim, 32), paper.segment, form)
             parameters = DecoderLM(decoder).num_parameters()
-            steps[variant, form] = Step(ms, peak, standing_bytes(decoder), parameters, fault)
+            steps[variant, form] = PaperStep(ms, peak, standing_bytes(decoder), parameters, fault)
     return steps
 
 
-def paper_rows(comparison: Comparison, of: Of, measured: dict[tuple[str, Form], Step]) -> list[dict[str, Any]]:
+def paper_rows(comparison: Comparison, of: Of, measured: dict[tuple[str, Form], PaperStep]) -> list[dict[str, Any]]:
     """Segments of 2 with a memory of 32, in the published form and with the carried convolution."""
     rows = []
     for (variant, form), step in measured.items():
@@ -72,7 +72,9 @@ def paper_rows(comparison: Comparison, of: Of, measured: dict[tuple[str, Form], 
     return rows
 
 
-def beside_the_paper(comparison: Comparison, of: Of, measured: dict[tuple[str, Form], Step]) -> list[dict[str, Any]]:
+def beside_the_paper(
+    comparison: Comparison, of: Of, measured: dict[tuple[str, Form], PaperStep]
+) -> list[dict[str, Any]]:
     """What the paper says, what was measured, and why they differ."""
     rows = []
     paper = comparison.config.paper
@@ -104,7 +106,7 @@ def beside_the_paper(comparison: Comparison, of: Of, measured: dict[tuple[str, F
     return rows
 
 
-def paper_claims(comparison: Comparison, measured: dict[tuple[str, Form], Step]) -> list[Claim]:
+def paper_claims(comparison: Comparison, measured: dict[tuple[str, Form], PaperStep]) -> list[Claim]:
     """The fault is there in the published form and gone in the carried one; RCMHA takes no less memory than RMHA."""
     claims = []
     for (variant, form), step in measured.items():

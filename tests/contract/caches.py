@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnzoo.attention import ATTENTION, Attention
 from attnzoo.attention.parts import SoftmaxMixing
-from attnzoo.kvcache import Compression, build_cache, load_state, save_state
+from attnzoo.kvcache import CachePolicy, build_cache, load_state, save_state
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.models.decoder_lm import DecoderState
 from tests.contract.cases import MODEL_DIM as CASE_DIM
@@ -34,21 +34,21 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "d2o": ("d2o", {"keep_ratio": 0.5, "min_tokens": 0, "sinks": 2}),
     "d2o-uniform": ("d2o", {"keep_ratio": 0.5, "min_tokens": 0, "sinks": 2, "budget": "uniform"}),
     "d2o-official": ("d2o", {"keep_ratio": 0.5, "min_tokens": 0, "sinks": 2, "flavor": "official"}),
-    "d2o-votes": ("d2o", {"keep_ratio": 0.5, "min_tokens": 0, "sinks": 2, "votes": True, "per": "layer"}),
+    "d2o-merge_counts": ("d2o", {"keep_ratio": 0.5, "min_tokens": 0, "sinks": 2, "merge_counts": True, "per": "layer"}),
     "think": ("think", {"channel_ratio": 0.5, "window": 3}),
     "think-greedy": ("think", {"channel_ratio": 0.5, "window": 3, "score": "greedy"}),
     "think-values": ("think", {"channel_ratio": 0.7, "value_channel_ratio": 0.5, "window": 3}),
-    "think-retail": ("think", {"channel_ratio": 0.5, "window": 3, "retail": 2}),
+    "think-repack_every": ("think", {"channel_ratio": 0.5, "window": 3, "repack_every": 2}),
     "think-output": ("think", {"channel_ratio": 0.7, "value_channel_ratio": 0.5, "window": 3, "value_score": "output"}),
     "think-recomputed": (
         "think",
-        {"channel_ratio": 0.5, "value_channel_ratio": 0.5, "window": 3, "retail": 2, "mask": "recomputed"},
+        {"channel_ratio": 0.5, "value_channel_ratio": 0.5, "window": 3, "repack_every": 2, "mask": "recomputed"},
     ),
     "random_channels": ("random_channels", {"channel_ratio": 0.5, "window": 3}),
     "d2o+think": ("d2o+think", {"keep_ratio": 0.6, "min_tokens": 0, "sinks": 2, "window": 3}),
-    "d2o+think-votes": (
+    "d2o+think-merge_counts": (
         "d2o+think",
-        {"keep_ratio": 0.6, "min_tokens": 0, "sinks": 2, "window": 3, "votes": True, "value_channel_ratio": 0.5},
+        {"keep_ratio": 0.6, "min_tokens": 0, "sinks": 2, "window": 3, "merge_counts": True, "value_channel_ratio": 0.5},
     ),
 }
 """Options that lose something within a dozen tokens: without `min_tokens` a page would stay."""
@@ -58,7 +58,7 @@ LOSSLESS: dict[str, list[dict[str, Any]]] = {
     "streaming": [{"keep_ratio": 1.0}, {"max_tokens": 40}],
     "random_tokens": [{"keep_ratio": 1.0}, {"max_tokens": 40}],
     "snapkv": [{"keep_ratio": 1.0}, {"max_tokens": 40}],
-    "d2o": [{"keep_ratio": 1.0}, {"max_tokens": 40}, {"max_tokens": 40, "votes": True, "prefill": "stream"}],
+    "d2o": [{"keep_ratio": 1.0}, {"max_tokens": 40}, {"max_tokens": 40, "merge_counts": True, "prefill": "stream"}],
     "think": [{"channel_ratio": 1.0}],
     "random_channels": [{"channel_ratio": 1.0}],
     "d2o+think": [{"max_tokens": 80, "channel_ratio": 1.0}, {"keep_ratio": 1.0, "channel_ratio": 1.0}],
@@ -84,7 +84,7 @@ def build_model(variant: str, seed: int = 0, layers: int = LAYERS) -> DecoderLM:
     return model.requires_grad_(False)
 
 
-def policy_of(name: str, **changes: Any) -> Compression:
+def policy_of(name: str, **changes: Any) -> CachePolicy:
     kind, options = POLICIES[name]
     return build_cache(kind, options | changes)
 
@@ -109,7 +109,7 @@ def prompt(batch: int, tokens: int, seed: int = 1) -> Tensor:
 
 def run(
     model: DecoderLM,
-    policy: Compression | None,
+    policy: CachePolicy | None,
     tokens_BT: Tensor,
     read: int,
     *,
@@ -164,7 +164,7 @@ def check_joined(variant: str, name: str) -> None:
         if isinstance(event, int):
             new = model.init_state(1, lengths[event], cache=policy_of(name))
             _, new = model.extend(tokens[event : event + 1, : lengths[event]], new)
-            new = model.compress(new, settle=True)
+            new = model.compress(new, joinable=True)
             state = new if state is None else state.joined(new)
             running.append(event)
         elif event == "leaves":
@@ -340,7 +340,7 @@ def registered_model(kind: str, options: dict[str, Any], layers: int) -> Decoder
     return model.double().eval().requires_grad_(False)
 
 
-def refusal(attention: Attention, policy: Compression) -> str | None:
+def refusal(attention: Attention, policy: CachePolicy) -> str | None:
     """What a variant must say where it cannot have a policy; None where it must work."""
     if attention.traits.growth == "O(1)":
         return "constant size and no keys to compress|a state of its own"

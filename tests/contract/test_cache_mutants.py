@@ -101,8 +101,8 @@ def idle_rows_enter_the_ring(patch: Patch) -> None:
 
 def mass_of_padding(patch: Patch) -> None:
     """Padding queries of a short row count."""
-    right = eviction.key_mass
-    patch.setattr(eviction, "key_mass", lambda *args, **rest: right(*args, **(rest | {"counts_B": None})))
+    right = eviction.accumulated_attention
+    patch.setattr(eviction, "accumulated_attention", lambda *args, **rest: right(*args, **(rest | {"counts_B": None})))
 
 
 def sinks_may_leave(patch: Patch) -> None:
@@ -117,7 +117,7 @@ def sinks_may_leave(patch: Patch) -> None:
 
 def short_prompts_join_as_they_are(patch: Patch) -> None:
     """A prompt within its budget has no ring, which the others read."""
-    patch.setattr(eviction.EvictingCache, "settle", lambda self, layers: [layer.state for layer in layers])
+    patch.setattr(eviction.EvictingCache, "to_joinable", lambda self, layers: [layer.state for layer in layers])
 
 
 def rows_that_left_stay_in_memory(patch: Patch) -> None:

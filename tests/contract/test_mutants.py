@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.attention import in_context
-from attnzoo.attention.parts import Projection, Rope, mesa, mixing, position, token_mixing
+from attnzoo.attention.parts import Projection, Rope, convolution, mesa, mixing, position
 from attnzoo.kvcache import full, window
 from attnzoo.ops.common import masks, row_blocks
 from attnzoo.ops.linear_attention import torch as linear_torch
@@ -46,9 +46,9 @@ def documents_leak(patch: Patch) -> None:
 
 def convolution_across_documents(patch: Patch) -> None:
     """The first rows of a document are convolved with the last ones of the document before."""
-    right = token_mixing.depthwise_conv_qkv
+    right = convolution.depthwise_conv_qkv
     patch.setattr(
-        token_mixing,
+        convolution,
         "depthwise_conv_qkv",
         lambda qkv, kernels, **rest: right(qkv, kernels, **(rest | {"starts_BT": None})),
     )
@@ -73,26 +73,26 @@ def streamed_mask_of_the_chunk(patch: Patch) -> None:
 
 def convolution_without_state(patch: Patch) -> None:
     """Each chunk is convolved as if it were the start of the sequence."""
-    right = token_mixing.depthwise_conv_qkv
+    right = convolution.depthwise_conv_qkv
     patch.setattr(
-        token_mixing, "depthwise_conv_qkv", lambda qkv, kernels, **rest: right(qkv, kernels, **(rest | {"tails": None}))
+        convolution, "depthwise_conv_qkv", lambda qkv, kernels, **rest: right(qkv, kernels, **(rest | {"tails": None}))
     )
 
 
 def tail_of_padding(patch: Patch) -> None:
     """The carried rows are the last rows of the chunk, padding included."""
-    patch.setattr(token_mixing, "_next_tail", lambda tail, x, counts: torch.cat([tail, x], dim=1)[:, -tail.shape[1] :])
+    patch.setattr(convolution, "_next_tail", lambda tail, x, counts: torch.cat([tail, x], dim=1)[:, -tail.shape[1] :])
 
 
 def one_conv_tail_for_all(patch: Patch) -> None:
     """The value convolution continues with the key's rows."""
-    right = token_mixing.QKVConv.extend
+    right = convolution.QKVConv.extend
 
     def wrong(self, qkv, state, counts_B, impl):
-        mixed = token_mixing.QKVConvState(state.query, state.key, state.key)
+        mixed = convolution.QKVConvState(state.query, state.key, state.key)
         return right(self, qkv, mixed, counts_B, impl)
 
-    patch.setattr(token_mixing.QKVConv, "extend", wrong)
+    patch.setattr(convolution.QKVConv, "extend", wrong)
 
 
 def rotation_restarts(patch: Patch) -> None:
@@ -223,8 +223,8 @@ def queries_scaled_twice(patch: Patch) -> None:
 
 def kernel_reversed(patch: Patch) -> None:
     """The newest token meets the oldest weight."""
-    right = token_mixing.QKVConv._kernels
-    patch.setattr(token_mixing.QKVConv, "_kernels", lambda self: tuple(kernel.flip(-1) for kernel in right(self)))
+    right = convolution.QKVConv._kernels
+    patch.setattr(convolution.QKVConv, "_kernels", lambda self: tuple(kernel.flip(-1) for kernel in right(self)))
 
 
 def table_scaled(patch: Patch) -> None:
@@ -326,7 +326,7 @@ def test_a_mistake_that_all_forms_share_is_seen_by_hand(mutate, kind, options, m
 
 def state_bytes_forget_the_tail(patch: Patch) -> None:
     """The cost leaves out the carried rows."""
-    patch.setattr(token_mixing.QKVConv, "state_bytes", lambda self, batch, dtype: 0)
+    patch.setattr(convolution.QKVConv, "state_bytes", lambda self, batch, dtype: 0)
 
 
 MUTANTS: list[tuple[Callable[[Patch], None], str, dict, str]] = [

@@ -75,7 +75,8 @@ def test_kernels_make_the_same_function(case):
 
 
 @pytest.mark.parametrize(
-    ("variant", "policy"), [("gqa", "d2o-votes"), ("gqa", "think-values"), ("rcmha", "d2o+think"), ("rcmha", "snapkv")]
+    ("variant", "policy"),
+    [("gqa", "d2o-merge_counts"), ("gqa", "think-values"), ("rcmha", "d2o+think"), ("rcmha", "snapkv")],
 )
 def test_compressed_caches_on_kernels(variant, policy, monkeypatch):
     """Prefill, compression and decode steps are those of the implementation "torch"."""

@@ -114,10 +114,10 @@ def at_bad_logits(fault: Fault, patch: pytest.MonkeyPatch, engine: Engine) -> No
 def at_compression(fault: Fault, patch: pytest.MonkeyPatch, engine: Engine) -> None:
     inner, calls = DecoderLM.compress, iter(range(1000))
 
-    def compress(self, state, settle=False):
+    def compress(self, state, joinable=False):
         if next(calls) == 3:
             fault.fire()
-        return inner(self, state, settle)
+        return inner(self, state, joinable)
 
     patch.setattr(DecoderLM, "compress", compress)
 

@@ -27,14 +27,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 LARGE_DECODE = {
     # B, K, G, T, slots of the prefix, of the tail, H, C, V
-    "long": ((2, 3, 3, 1, 3001, 257, 64, 38, 64), {"mass": True, "probe": True, "votes": True}),
-    "wide heads": ((2, 2, 4, 2, 513, 129, 128, 64, 96), {"mass": True, "bias": True}),
+    "long": ((2, 3, 3, 1, 3001, 257, 64, 38, 64), {"accumulated": True, "probe": True, "merge_counts": True}),
+    "wide heads": ((2, 2, 4, 2, 513, 129, 128, 64, 96), {"accumulated": True, "bias": True}),
     "widest heads": ((1, 2, 1, 1, 513, 129, 256, 128, 256), {"probe": True}),
-    "more rows than a program takes": ((1, 2, 4, 33, 301, 77, 64, 32, 64), {"mass": True}),
+    "more rows than a program takes": ((1, 2, 4, 33, 301, 77, 64, 32, 64), {"accumulated": True}),
 }
 LARGE_MASS = {
     "long": ((2, 3, 3, 700, 700, 64), {}),
-    "wide heads, tables": ((1, 2, 2, 333, 511, 128), {"relative": True, "votes": True, "counts": True}),
+    "wide heads, tables": ((1, 2, 2, 333, 511, 128), {"relative": True, "merge_counts": True, "counts": True}),
     "widest heads": ((1, 1, 2, 130, 300, 256), {"window": 50, "sinks": 3}),
 }
 
@@ -59,15 +59,15 @@ def test_decode_is_repeatable(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", [*MASS_CASES, *LARGE_MASS])
-def test_key_mass(name, dtype):
+def test_accumulated_attention(name, dtype):
     check_mass(*(MASS_CASES | LARGE_MASS)[name], DEVICE, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("votes", [False, True])
+@pytest.mark.parametrize("merge_counts", [False, True])
 @pytest.mark.parametrize("rule", RULES)
-def test_evict_merge(rule, votes, dtype):
-    check_merge((2, 3, 1001, 64, 64), RULES[rule], votes, DEVICE, dtype)
+def test_evict_merge(rule, merge_counts, dtype):
+    check_merge((2, 3, 1001, 64, 64), RULES[rule], merge_counts, DEVICE, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,10 +77,10 @@ def test_evict_merge_of_other_widths(width, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("votes", [False, True])
+@pytest.mark.parametrize("merge_counts", [False, True])
 @pytest.mark.parametrize("rule", RULES)
-def test_evict_merge_step(rule, votes, dtype):
-    check_step((4, 3, 1501, 38, 64), RULES[rule], votes, DEVICE, dtype)
+def test_evict_merge_step(rule, merge_counts, dtype):
+    check_step((4, 3, 1501, 38, 64), RULES[rule], merge_counts, DEVICE, dtype)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from attnzoo.models import generate
-from serve.cache_manager import Release
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.pool import SlotPool
 from serve.request import ContextLengthError, Request, SamplingParams
+from serve.slots import Release
 from tests.serving import KINDS, MAX_LEN, TOKENS, small_model, tokenizer
 
 

@@ -40,7 +40,9 @@ def asking(policy: str, **options: Any) -> dict[str, Any]:
 
 
 def test_there_are_lengths_to_bound():
-    assert {("snapkv", "pool"), ("think", "retail"), ("d2o+think", "window"), ("streaming", "sinks")} < set(LENGTHS)
+    assert {("snapkv", "pool"), ("think", "repack_every"), ("d2o+think", "window"), ("streaming", "sinks")} < set(
+        LENGTHS
+    )
 
 
 @pytest.mark.parametrize(("policy", "option"), LENGTHS, ids=lambda x: x)
@@ -86,7 +88,7 @@ def test_lengths_are_whole_numbers(policy, option, value):
     [
         ("random_tokens", {"seed": 2**70}, "seed=1180591620717411303424 must fit into 64 bits"),
         ("random_channels", {"seed": -(2**64)}, "must fit into 64 bits"),
-        ("random_channels", {"retail": 0}, "retail=0 must be at least 1"),
+        ("random_channels", {"repack_every": 0}, "repack_every=0 must be at least 1"),
         ("d2o", {"min_tokens": -1}, "min_tokens=-1"),
         ("d2o", {"min_tokens": 5, "max_tokens": 9}, "leave one of them out"),
     ],
@@ -116,7 +118,7 @@ def shipped() -> dict[str, Any]:
             asking("think", window=10),
             "cache.window is not for requests to set here: of 'think' only channel_ratio",
         ),
-        (asking("think", retail=HUGE), "cache.retail is not for requests to set here"),
+        (asking("think", repack_every=HUGE), "cache.repack_every is not for requests to set here"),
         (asking("d2o", keep_ratio=0.3, sinks=4), "leave it out for its default, 4"),
         (asking("d2o", max_tokens=9), "0.1 and 0.5; cache.max_tokens is not for requests to set here"),
         (asking("d2o", keep_ratio=0.3, min_tokens=0), "cache.min_tokens is not for requests to set here"),
@@ -164,8 +166,8 @@ def test_bounds_are_of_the_options_types(bounds, message):
     ("policy", "options"),
     [
         ("think", {}),
-        ("think", {"retail": 2}),
-        ("think", {"retail": 3, "mask": "recomputed"}),
+        ("think", {"repack_every": 2}),
+        ("think", {"repack_every": 3, "mask": "recomputed"}),
         ("snapkv", {"keep_ratio": 0.3, "min_tokens": 0}),
         ("snapkv", {"keep_ratio": 0.3}),
         ("d2o+think", {"keep_ratio": 0.9, "budget": "uniform", "min_tokens": 0}),
@@ -185,7 +187,7 @@ def test_the_windows_memory_is_in_the_byte_model(policy, options, window):
         tokens = prompt(1, length + 3)
         _, state = model.extend(tokens[:, :length], model.init_state(1, length, cache=cache))
         assert state.nbytes() == known.reading(length)
-        state = model.compress(state, settle=True)
+        state = model.compress(state, joinable=True)
         for after in range(3):
             assert state.nbytes() == known.compressed(length, after), f"{after} tokens after {length}"
             _, state = model.extend(tokens[:, length + after : length + after + 1], state)
@@ -195,7 +197,7 @@ def test_the_windows_memory_is_in_the_byte_model(policy, options, window):
 def test_a_settled_row_of_a_short_prompt_is_in_the_byte_model(policy):
     model, cache = small_model("mha"), build_cache(policy)
     _, state = model.extend(torch.tensor([[5, 6, 7]]), model.init_state(1, 3, cache=cache))
-    state = model.compress(state, settle=True)
+    state = model.compress(state, joinable=True)
     for after in range(3):
         assert state.nbytes() == model.byte_model(cache).compressed(3, after)
         _, state = model.extend(torch.tensor([[8]]), state)
@@ -216,3 +218,21 @@ def test_memory_of_the_window_is_refused_at_admission():
     with pytest.raises(ValueError, match=r"this request's cache needs .* MiB, and there are cache_mib=4"):
         engine.generate([[5, 6]], SamplingParams(max_tokens=2), cache={"policy": "d2o+think", "window": 2048})
     assert engine._byte_model(asked).compressed(2, 1) > 2048 * 256 * 4 * 2 * 4
+
+
+def test_old_names_of_options_work_with_a_warning():
+    with pytest.warns(FutureWarning, match="cache.think.retail is now called cache.think.repack_every"):
+        assert build_cache("think", {"retail": 8}).config.repack_every == 8
+    with pytest.warns(FutureWarning, match="cache.d2o.votes is now called cache.d2o.merge_counts"):
+        assert build_cache("d2o", {"votes": True}).config.merge_counts
+    with pytest.raises(
+        ValueError, match=r"cache\.d2o\.votes is the old name of cache.d2o.merge_counts: give the new one"
+    ):
+        build_cache("d2o", {"votes": True, "merge_counts": True})
+    with pytest.warns(FutureWarning, match="cache_bounds.think.retail"):
+        rules = CacheRules(None, {"think": {"retail": [4, 16]}})
+    with pytest.warns(FutureWarning, match="cache.retail"):
+        choice = rules.choose({"policy": "think", "retail": 8})
+    assert choice == rules.choose({"policy": "think", "repack_every": 8})
+    with pytest.raises(ValueError, match=r"cache\.repack_every=64 is not allowed here"):
+        rules.choose({"policy": "think", "repack_every": 64})

@@ -334,7 +334,7 @@ def test_a_full_cache_in_the_roofline_by_hand(reader):
     [
         ("d2o", {"keep_ratio": 0.3, "min_tokens": 0}),
         ("think", {"channel_ratio": 0.5}),
-        ("d2o+think", {"keep_ratio": 0.5, "min_tokens": 0, "channel_ratio": 0.5, "votes": True}),
+        ("d2o+think", {"keep_ratio": 0.5, "min_tokens": 0, "channel_ratio": 0.5, "merge_counts": True}),
         ("streaming", {"keep_ratio": 0.3, "min_tokens": 0}),
     ],
 )
@@ -350,7 +350,7 @@ def test_the_roofline_counts_what_operations_are_given(reader, policy, options, 
                 key_dim=part.keys_BKSC.shape[3],
                 value_dim=part.values_BKSV.shape[3],
                 position_heads=2 if part is prefix and policy != "think" else 1,
-                votes=part is prefix and part.log_votes_BKS is not None,
+                merge_counts=part is prefix and part.log_counts_BKS is not None,
                 channels=part.channels_BKC is not None,
                 value_channels=part.value_channels_BKV is not None,
             )
@@ -358,15 +358,18 @@ def test_the_roofline_counts_what_operations_are_given(reader, policy, options, 
         ]
         probe = rest["probe_BKC"]
         sizes = {"batch": 3, "tokens": 1, "heads": 4, "kv_heads": 2, "head_dim": 16, "width": 4}
-        sizes |= {"probe_dim": 0 if probe is None else probe.shape[2], "key_mass": rest["key_mass"]}
+        sizes |= {
+            "probe_dim": 0 if probe is None else probe.shape[2],
+            "accumulated_attention": rest["accumulated_attention"],
+        }
         expected.append(decode_cost(DecodeSizes(segments=tuple(parts), **sizes)))
         return decode(q, prefix, tail, **rest)
 
     def watched_merge(slots, **rest):
         dims = {"key_dim": slots.keys_BKPC.shape[3], "value_dim": slots.values_BKPV.shape[3], "width": 4}
-        count, votes = slots.keys_BKPC.shape[2], slots.votes_BKP is not None
+        count, merge_counts = slots.keys_BKPC.shape[2], slots.merge_counts_BKP is not None
         if rest["rule"].kind != "drop":
-            expected.append(merge_step_cost(batch=3, kv_heads=2, slots=count, votes=votes, **dims))
+            expected.append(merge_step_cost(batch=3, kv_heads=2, slots=count, merge_counts=merge_counts, **dims))
         return merge(slots, **rest)
 
     tokens = torch.randint(256, (1, 96))

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attnzoo.ops.accumulated_attention import Tables, accumulated_attention
 from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.evict_merge import Arrival, MergeRule, Slots, evict_merge, evict_merge_step
-from attnzoo.ops.key_mass import Tables, key_mass
 from attnzoo.ops.paged_decode import Entries, paged_decode
 from attnzoo.ops.sdpa import sdpa
 
@@ -61,18 +61,18 @@ def segment(batch: int, kv_heads: int, slots: int, *, width: int = H, seed: int 
     prefix=st.integers(0, 7),
     tail=st.integers(1, 5),
     width=st.integers(1, H),
-    votes=st.booleans(),
+    merge_counts=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_paged_decode_is_its_reference(batch, kv_heads, groups, tokens, prefix, tail, width, votes, seed):
+def test_paged_decode_is_its_reference(batch, kv_heads, groups, tokens, prefix, tail, width, merge_counts, seed):
     shape = (batch, kv_heads, prefix)
     part = segment(
         *shape,
         width=width,
         seed=seed,
         channels_BKC=chosen(batch, kv_heads, width, seed),
-        value_channels_BKV=chosen(batch, kv_heads, 4, seed) if votes else None,
-        log_votes_BKS=rand(*shape).abs() if votes else None,
+        value_channels_BKV=chosen(batch, kv_heads, 4, seed) if merge_counts else None,
+        log_counts_BKS=rand(*shape).abs() if merge_counts else None,
     )
     queries = 20 + torch.arange(tokens).expand(batch, tokens) + torch.arange(batch)[:, None]
     last = segment(batch, kv_heads, tail, seed=seed + 5, positions=holes(batch, 1, tail, 21, seed))
@@ -81,13 +81,15 @@ def test_paged_decode_is_its_reference(batch, kv_heads, groups, tokens, prefix, 
         "query_positions_BT": queries,
         "bias_BNTS": rand(batch, heads, tokens, prefix + tail, seed=3),
         "probe_BKC": rand(batch, kv_heads, width, seed=4),
-        "key_mass": True,
+        "accumulated_attention": True,
     }
     q = rand(batch, heads, tokens, H, seed=seed)
     expected, actual = (paged_decode(q, part, last, impl=impl, **rest) for impl in ("reference", "torch"))
-    for name in ("out_BNTH", "mass_BKS", "dots_BKP"):
+    for name in ("out_BNTH", "accumulated_BKS", "dots_BKP"):
         torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=0, atol=1e-11)
-    torch.testing.assert_close(actual.mass_BKS.sum(-1), torch.full((batch, kv_heads), float(groups * tokens)).double())
+    torch.testing.assert_close(
+        actual.accumulated_BKS.sum(-1), torch.full((batch, kv_heads), float(groups * tokens)).double()
+    )
 
 
 def test_paged_decode_with_all_channels_is_attention():
@@ -123,21 +125,21 @@ def test_scale_keeps_the_full_head_dim():
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
-@pytest.mark.parametrize("votes", [False, True])
-def test_entries_without_positions_are_all_seen(impl, votes):
+@pytest.mark.parametrize("merge_counts", [False, True])
+def test_entries_without_positions_are_all_seen(impl, merge_counts):
     """As entries at positions that no query is before."""
-    options = {"log_votes_BKS": rand(2, 2, 5).abs()} if votes else {}
+    options = {"log_counts_BKS": rand(2, 2, 5).abs()} if merge_counts else {}
     part, last = segment(2, 2, 5, positions=torch.full((2, 2, 5), 3), **options), segment(2, 2, 3, seed=7)
-    rest = {"query_positions_BT": torch.tensor([[20, 21], [25, 26]]), "key_mass": True, "impl": impl}
+    rest = {"query_positions_BT": torch.tensor([[20, 21], [25, 26]]), "accumulated_attention": True, "impl": impl}
     q = rand(2, 4, 2, H)
     right = paged_decode(q, part, last, **rest)
     bare = paged_decode(q, replace(part, positions_BKS=None), last, **rest)
     assert torch.equal(bare.out_BNTH, right.out_BNTH)
-    assert torch.equal(bare.mass_BKS, right.mass_BKS)
+    assert torch.equal(bare.accumulated_BKS, right.accumulated_BKS)
 
 
 def test_votes_weigh_as_many_equal_entries():
-    """An entry with three votes gives what three equal entries give."""
+    """An entry with three merge counts gives what three equal entries give."""
     one, last = segment(1, 1, 1, positions=torch.zeros(1, 1, 1).long()), segment(1, 1, 2, seed=9)
     three = Entries(
         keys_BKSC=one.keys_BKSC.expand(-1, -1, 3, -1),
@@ -148,7 +150,7 @@ def test_votes_weigh_as_many_equal_entries():
         keys_BKSC=one.keys_BKSC,
         values_BKSV=one.values_BKSV,
         positions_BKS=one.positions_BKS,
-        log_votes_BKS=torch.tensor([[[math.log(3)]]], dtype=torch.float64),
+        log_counts_BKS=torch.tensor([[[math.log(3)]]], dtype=torch.float64),
     )
     q, at = rand(1, 2, 1, H), torch.tensor([[40]])
     outs = [paged_decode(q, part, last, query_positions_BT=at).out_BNTH for part in (voted, three)]
@@ -182,7 +184,7 @@ def test_paged_decode_refuses_what_does_not_fit(change, message):
     channels=st.sampled_from([None, 0, H]),
     seed=st.integers(0, 99),
 )
-def test_key_mass_is_its_reference(batch, kv_heads, groups, tokens, slots, channels, seed):
+def test_accumulated_attention_is_its_reference(batch, kv_heads, groups, tokens, slots, channels, seed):
     """Without relative terms, with a bias by distance alone, and with a table."""
     heads, relative = kv_heads * groups, channels is not None
     tables = None
@@ -194,21 +196,21 @@ def test_key_mass_is_its_reference(batch, kv_heads, groups, tokens, slots, chann
         "mask": mask,
         "counts_B": torch.arange(batch) + tokens - batch + 1 if tokens >= batch else None,
         "tables": tables,
-        "log_votes_BKS": rand(batch, kv_heads, slots).abs() if relative else None,
+        "log_counts_BKS": rand(batch, kv_heads, slots).abs() if relative else None,
     }
     q, k = rand(batch, heads, tokens, H, seed=seed), rand(batch, kv_heads, slots, H, seed=seed + 1)
-    expected, actual = (key_mass(q, k, impl=impl, **rest) for impl in ("reference", "torch"))
+    expected, actual = (accumulated_attention(q, k, impl=impl, **rest) for impl in ("reference", "torch"))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
 
 
-def test_key_mass_by_blocks_of_the_parallel_form(monkeypatch):
+def test_accumulated_attention_by_blocks_of_the_parallel_form(monkeypatch):
     """Blocks of two rows, one sequence at a time; the columns of equal scores are 1, 1/2, ... summed."""
-    from attnzoo.ops.key_mass import torch as fast
+    from attnzoo.ops.accumulated_attention import torch as fast
 
     monkeypatch.setattr(fast, "ROWS", 2)
     monkeypatch.setattr(fast, "BLOCK_BYTES", 1)
-    mass = key_mass(torch.zeros(2, 1, 3, H), torch.zeros(2, 1, 3, H))
-    assert mass[1, 0].tolist() == pytest.approx([1 + 1 / 2 + 1 / 3, 1 / 2 + 1 / 3, 1 / 3])
+    accumulated = accumulated_attention(torch.zeros(2, 1, 3, H), torch.zeros(2, 1, 3, H))
+    assert accumulated[1, 0].tolist() == pytest.approx([1 + 1 / 2 + 1 / 3, 1 / 2 + 1 / 3, 1 / 3])
 
 
 RULES = [
@@ -226,11 +228,11 @@ RULES = [
     kv_heads=st.integers(1, 3),
     slots=st.integers(2, 8),
     rule=st.sampled_from(RULES),
-    votes=st.booleans(),
+    merge_counts=st.booleans(),
     known=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_evict_merge_is_its_reference(batch, kv_heads, slots, rule, votes, known, seed):
+def test_evict_merge_is_its_reference(batch, kv_heads, slots, rule, merge_counts, known, seed):
     generator = torch.Generator().manual_seed(seed)
     kinds = torch.randint(0, 3, (batch, kv_heads, slots), generator=generator)
     if rule.together:  # as many evicted a kv head, not the same ones
@@ -243,15 +245,15 @@ def test_evict_merge_is_its_reference(batch, kv_heads, slots, rule, votes, known
         "slots": slots,
         "rule": rule,
         "threshold_BK": torch.full((batch, kv_heads), 0.2 if known else math.nan).double(),
-        "votes_BKS": rand(batch, kv_heads, slots).abs() + 1 if votes else None,
+        "merge_counts_BKS": rand(batch, kv_heads, slots).abs() + 1 if merge_counts else None,
     }
     expected, actual = (evict_merge(keys, values, impl=impl, **rest) for impl in ("reference", "torch"))
     assert torch.equal(actual.source_BKM, expected.source_BKM)
-    for name in ("keys_BKMC", "values_BKMV", "votes_BKM", "threshold_BK"):
+    for name in ("keys_BKMC", "values_BKMV", "merge_counts_BKM", "threshold_BK"):
         torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=0, atol=1e-11, equal_nan=True)
-    if votes and rule.kind != "drop":
-        held = (rest["votes_BKS"] * (kinds == 0)).sum(-1)
-        assert (actual.votes_BKM.sum(-1) >= held - 1e-9).all()
+    if merge_counts and rule.kind != "drop":
+        held = (rest["merge_counts_BKS"] * (kinds == 0)).sum(-1)
+        assert (actual.merge_counts_BKM.sum(-1) >= held - 1e-9).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -259,10 +261,10 @@ def test_evict_merge_is_its_reference(batch, kv_heads, slots, rule, votes, known
     kv_heads=st.integers(1, 3),
     slots=st.integers(1, 6),
     rule=st.sampled_from(RULES),
-    votes=st.booleans(),
+    merge_counts=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_evict_merge_step_is_its_reference(kv_heads, slots, rule, votes, seed):
+def test_evict_merge_step_is_its_reference(kv_heads, slots, rule, merge_counts, seed):
     batch, generator = 2, torch.Generator().manual_seed(seed)
     keys = rand(batch, kv_heads, slots, H, seed=seed)
     lengths = keys.norm(dim=-1)
@@ -284,11 +286,11 @@ def test_evict_merge_step_is_its_reference(kv_heads, slots, rule, votes, seed):
             keys_BKPC=keys.clone(),
             values_BKPV=rand(batch, kv_heads, slots, 3, seed=seed + 1),
             norms_BKP=norms.clone(),
-            votes_BKP=rand(batch, kv_heads, slots, seed=seed + 2).abs() + 1 if votes else None,
+            merge_counts_BKP=rand(batch, kv_heads, slots, seed=seed + 2).abs() + 1 if merge_counts else None,
         )
         rest = {"victim_BK": victims, "dots_BKP": dots, "arrival": arrival, "rule": rule, "threshold_BK": threshold}
         out = evict_merge_step(state, impl=impl, **rest)
-        results.append([out, state.keys_BKPC, state.values_BKPV, state.norms_BKP, state.votes_BKP])
+        results.append([out, state.keys_BKPC, state.values_BKPV, state.norms_BKP, state.merge_counts_BKP])
     for actual, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11, equal_nan=True)
 
@@ -302,7 +304,7 @@ def test_merge_by_hand():
     keys = torch.tensor([[1.0, 0], [3, 4], [2, 0], [0, 1]]).double().view(1, 1, 4, 2)
     values = torch.tensor([[10.0, 0], [1, 1], [20, 0], [0, 30]]).double().view(1, 1, 4, 2)
     keep = torch.tensor([[[True, False, False, True]]])
-    rest = {"keep_BKS": keep, "evict_BKS": ~keep, "slots": 2, "votes_BKS": torch.ones(1, 1, 4).double()}
+    rest = {"keep_BKS": keep, "evict_BKS": ~keep, "slots": 2, "merge_counts_BKS": torch.ones(1, 1, 4).double()}
     new = {"threshold_BK": torch.full((1, 1), math.nan).double()}
     for impl in ("reference", "torch"):
         merged = evict_merge(keys, values, rule=MergeRule(), impl=impl, **rest, **new)
@@ -310,7 +312,7 @@ def test_merge_by_hand():
         assert merged.source_BKM.tolist() == [[[0, 3]]]
         torch.testing.assert_close(merged.keys_BKMC[0, 0], torch.tensor([[1.5, 0], [0, 1]]).double())
         torch.testing.assert_close(merged.values_BKMV[0, 0], torch.tensor([[15.0, 0], [0, 30]]).double())
-        assert merged.votes_BKM.tolist() == [[[2.0, 1.0]]]
+        assert merged.merge_counts_BKM.tolist() == [[[2.0, 1.0]]]
         # With a threshold of 0.5 before: 0.7 * max(0.8, 1) + 0.3 * 0.5 = 0.85 (paper), and with the authors' rule
         # 0.5 * 0.9 + 0.5 * 0.5 = 0.7: both merge, k_3 <- ((0, 1) + 0.8 (3, 4)) / 2 = (1.2, 2.1).
         before = {"threshold_BK": torch.full((1, 1), 0.5).double()}

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from attnzoo.ops.accumulated_attention import Tables, accumulated_attention
+from attnzoo.ops.accumulated_attention.cost import MassSizes, mass_cost
 from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.evict_merge import Arrival, MergeRule, Slots, evict_merge, evict_merge_step
 from attnzoo.ops.evict_merge.cost import MergeSizes, merge_cost, step_cost
-from attnzoo.ops.key_mass import Tables, key_mass
-from attnzoo.ops.key_mass.cost import MassSizes, mass_cost
 from attnzoo.ops.paged_decode import Entries, paged_decode
 from attnzoo.ops.paged_decode.cost import DecodeSizes, SegmentSizes, decode_cost, scratch_bytes
 
@@ -35,20 +35,20 @@ def sizes_of(part: Entries) -> SegmentSizes:
         key_dim=part.keys_BKSC.shape[3],
         value_dim=part.values_BKSV.shape[3],
         position_heads=part.positions_BKS.shape[1],
-        votes=part.log_votes_BKS is not None,
+        merge_counts=part.log_counts_BKS is not None,
         channels=part.channels_BKC is not None,
         value_channels=part.value_channels_BKV is not None,
     )
 
 
-def entries(slots: int, key: int, value: int, heads: int, dtype: torch.dtype, votes: bool) -> Entries:
+def entries(slots: int, key: int, value: int, heads: int, dtype: torch.dtype, merge_counts: bool) -> Entries:
     return Entries(
         keys_BKSC=torch.randn(B, K, slots, key).to(dtype),
         values_BKSV=torch.randn(B, K, slots, value).to(dtype),
         positions_BKS=torch.arange(slots).expand(B, heads, slots).contiguous(),
         channels_BKC=None if key == H else torch.arange(key).expand(B, K, key).contiguous(),
         value_channels_BKV=None if value == H else torch.arange(value).expand(B, K, value).contiguous(),
-        log_votes_BKS=torch.zeros(B, K, slots) if votes else None,
+        log_counts_BKS=torch.zeros(B, K, slots) if merge_counts else None,
     )
 
 
@@ -59,7 +59,7 @@ def entry_bytes(part: Entries) -> int:
         part.positions_BKS,
         part.channels_BKC,
         part.value_channels_BKV,
-        part.log_votes_BKS,
+        part.log_counts_BKS,
     )
 
 
@@ -72,7 +72,7 @@ def test_paged_decode(key, options, dtype):
     q, at = torch.randn(B, N, T, H).to(dtype), torch.full((B, T), 40)
     bias = torch.randn(B, N, T, 48) if options else None
     probe = torch.randn(B, K, key).to(dtype) if options else None
-    rest = {"query_positions_BT": at, "bias_BNTS": bias, "probe_BKC": probe, "key_mass": options}
+    rest = {"query_positions_BT": at, "bias_BNTS": bias, "probe_BKC": probe, "accumulated_attention": options}
     out = paged_decode(q, prefix, tail, impl="torch", **rest)
     cost = decode_cost(
         DecodeSizes(
@@ -85,45 +85,45 @@ def test_paged_decode(key, options, dtype):
             segments=(sizes_of(prefix), sizes_of(tail)),
             probe_dim=key if options else 0,
             bias_width=4 if options else 0,
-            key_mass=options,
+            accumulated_attention=options,
         )
     )
     assert cost.bytes_read == nbytes(q, at, bias, probe) + entry_bytes(prefix) + entry_bytes(tail)
-    assert cost.bytes_written == nbytes(out.out_BNTH, out.mass_BKS, out.dots_BKP)
+    assert cost.bytes_written == nbytes(out.out_BNTH, out.accumulated_BKS, out.dots_BKP)
     assert cost.bytes_moved == cost.bytes_read + cost.bytes_written
     assert cost.flops == flops(lambda: paged_decode(q, prefix, tail, impl="torch", **rest))
     assert cost.intensity == cost.flops / cost.bytes_moved
 
 
-@pytest.mark.parametrize("mass", [False, True])
-def test_what_the_kernels_of_paged_decode_keep(mass):
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_what_the_kernels_of_paged_decode_keep(accumulated):
     pytest.importorskip("triton", reason="the package triton is not installed")
-    from attnzoo.ops.paged_decode.launch import Call, Plan
+    from attnzoo.ops.paged_decode.launch import Call, Layout
 
     prefix, tail = entries(203, 5, H, K, torch.bfloat16, False), entries(70, H, H, 1, torch.bfloat16, False)
     q, at = torch.randn(B, N, T, H).bfloat16(), torch.full((B, T), 40)
-    call = Call.of(q, prefix, tail, at, None, None, mass, Plan(gpu="sm_90", splits=(16, 2)))
+    call = Call.of(q, prefix, tail, at, None, None, accumulated, Layout(gpu="sm_90", splits=(16, 2)))
     assert call.splits.total == 7 + 3
     kept = nbytes(call.partial.out, call.partial.log_sums, call.partial.scores, call.totals_BKL)
     assert kept == scratch_bytes(
-        batch=B, tokens=T, heads=N, head_dim=H, splits=call.splits.total, slots=273, key_mass=mass
+        batch=B, tokens=T, heads=N, head_dim=H, splits=call.splits.total, slots=273, accumulated_attention=accumulated
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_key_mass(dtype):
+def test_accumulated_attention(dtype):
     tokens, slots, rows = 5, 19, 7
     q, k = torch.randn(B, N, tokens, H).to(dtype), torch.randn(B, K, slots, H).to(dtype)
     at, places = torch.arange(14, 19).expand(B, tokens).contiguous(), torch.arange(19).expand(B, 1, 19).contiguous()
     tables = Tables(*(torch.randn(N, *shape).to(dtype) for shape in ((H,), (rows, H), (rows,))))
-    votes = torch.zeros(B, K, slots)
+    merge_counts = torch.zeros(B, K, slots)
     mask = CausalMask(query_positions_BT=at, key_positions_BKS=places)
-    mass = key_mass(q, k, mask=mask, tables=tables, log_votes_BKS=votes, impl="torch")
+    accumulated = accumulated_attention(q, k, mask=mask, tables=tables, log_counts_BKS=merge_counts, impl="torch")
     sizes = {"batch": B, "tokens": tokens, "heads": N, "kv_heads": K, "head_dim": H, "width": dtype.itemsize}
-    cost = mass_cost(MassSizes(slots=slots, position_heads=1, votes=True, table_rows=rows, **sizes))
-    given = (q, k, at, places, votes, tables.content_bias_NH, tables.table_NPH, tables.table_bias_NP)
+    cost = mass_cost(MassSizes(slots=slots, position_heads=1, merge_counts=True, table_rows=rows, **sizes))
+    given = (q, k, at, places, merge_counts, tables.content_bias_NH, tables.table_NPH, tables.table_bias_NP)
     assert cost.bytes_read == nbytes(*given)
-    assert cost.bytes_written == mass.nbytes
+    assert cost.bytes_written == accumulated.nbytes
     seen = int(mask.visible(tokens, q.device)[0].sum())
     plain = mass_cost(MassSizes(slots=slots, **sizes))
     assert plain.bytes_read == nbytes(q, k)
@@ -139,14 +139,14 @@ def test_key_mass(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("votes", [False, True])
-def test_evict_merge(votes, dtype):
+@pytest.mark.parametrize("merge_counts", [False, True])
+def test_evict_merge(merge_counts, dtype):
     count, kept = 19, 8
     keys, values = torch.randn(B, K, count, H).abs().to(dtype), torch.randn(B, K, count, 5).to(dtype)
     keep = (torch.arange(count) < kept).expand(B, K, count).contiguous()
-    threshold, counts = torch.zeros(B, K), torch.ones(B, K, count) if votes else None
+    threshold, counts = torch.zeros(B, K), torch.ones(B, K, count) if merge_counts else None
     rule = MergeRule(kind="official", beta=0.0)  # the threshold stays 0, which keys without negative numbers pass
-    rest = {"keep_BKS": keep, "evict_BKS": ~keep, "slots": 10, "rule": rule, "votes_BKS": counts}
+    rest = {"keep_BKS": keep, "evict_BKS": ~keep, "slots": 10, "rule": rule, "merge_counts_BKS": counts}
     merged = evict_merge(keys, values, threshold_BK=threshold, impl="torch", **rest)
     cost = merge_cost(
         MergeSizes(
@@ -160,18 +160,18 @@ def test_evict_merge(votes, dtype):
             key_dim=H,
             value_dim=5,
             width=dtype.itemsize,
-            votes=votes,
+            merge_counts=merge_counts,
         )
     )
     assert cost.bytes_read == nbytes(keys, values, keep, ~keep, threshold, counts)
-    results = (merged.keys_BKMC, merged.values_BKMV, merged.source_BKM, merged.votes_BKM, merged.threshold_BK)
+    results = (merged.keys_BKMC, merged.values_BKMV, merged.source_BKM, merged.merge_counts_BKM, merged.threshold_BK)
     assert cost.bytes_written == nbytes(*results)
     products = flops(lambda: keys[:, :, kept:] @ keys[:, :, :kept].mT)
     assert cost.flops == products + 2 * B * K * (count - kept + kept) * (H + 5)
 
 
-@pytest.mark.parametrize("votes", [False, True])
-def test_evict_merge_step(votes):
+@pytest.mark.parametrize("merge_counts", [False, True])
+def test_evict_merge_step(merge_counts):
     """Bytes of the rows that a step changes are found by comparing the state before and after."""
     slots, dtype = 19, torch.bfloat16
     keys, values = torch.randn(B, K, slots, H).abs().to(dtype), torch.randn(B, K, slots, 5).to(dtype)
@@ -179,7 +179,7 @@ def test_evict_merge_step(votes):
         keys_BKPC=keys,
         values_BKPV=values,
         norms_BKP=keys.float().norm(dim=-1).to(dtype),
-        votes_BKP=torch.full((B, K, slots), 2.0) if votes else None,
+        merge_counts_BKP=torch.full((B, K, slots), 2.0) if merge_counts else None,
     )
     victims = torch.zeros(B, K, dtype=torch.int64)
     dots = (keys[:, :, :1].float() @ keys.float().mT)[:, :, 0]
@@ -194,10 +194,20 @@ def test_evict_merge_step(votes):
         int((now != old).any(-1).sum()) * now[0, 0, 0].nbytes
         for now, old in zip((state.keys_BKPC, state.values_BKPV), before, strict=True)
     ]
-    sizes = {"batch": B, "kv_heads": K, "slots": slots, "key_dim": H, "value_dim": 5, "width": 2, "votes": votes}
+    sizes = {
+        "batch": B,
+        "kv_heads": K,
+        "slots": slots,
+        "key_dim": H,
+        "value_dim": 5,
+        "width": 2,
+        "merge_counts": merge_counts,
+    }
     cost = step_cost(**sizes)
-    numbers = B * K * (3 * 2 + (2 * 4 if votes else 0))  # norms of target, victim and arrival; votes of two
+    numbers = (
+        B * K * (3 * 2 + (2 * 4 if merge_counts else 0))
+    )  # norms of target, victim and arrival; merge counts of two
     assert cost.bytes_written == sum(changed) + after.nbytes + numbers
     rows = 3 * nbytes(arrival.key_BKC, arrival.value_BKV)
     given = nbytes(state.norms_BKP, dots, victims, arrival.slot_BK, threshold)
-    assert cost.bytes_read == given + rows + (B * K * 8 if votes else 0)
+    assert cost.bytes_read == given + rows + (B * K * 8 if merge_counts else 0)

@@ -30,7 +30,7 @@ from tests.contract.caches import build_model, policy_of, prompt, run
         ("d2o+think", {"keep_ratio": 1.0}, "use the policy 'think'"),
         ("snapkv", {"pool": 4}, "pool=4 must be odd"),
         ("streaming", {"sinks": -1}, "sinks=-1"),
-        ("think", {"retail": 0}, "retail=0"),
+        ("think", {"repack_every": 0}, "repack_every=0"),
     ],
 )
 def test_bad_options_are_refused(name, options, message):
@@ -103,12 +103,12 @@ def test_snapkv_does_not_smooth_what_the_window_received_over_its_neighbours(mon
     """Of 20 tokens the last 3 are the window and hold nearly all attention; 5 and 6 have what there is of it before."""
     model = build_model("gqa")
 
-    def mass(queries, keys, **_):
+    def accumulated(queries, keys, **_):
         seen = keys.new_zeros(keys.shape[:3])
         seen[..., 5:7], seen[..., 17:] = 1.0, 50.0
         return seen
 
-    monkeypatch.setattr(snapkv, "key_mass", mass)
+    monkeypatch.setattr(snapkv, "accumulated_attention", accumulated)
     policy = build_cache("snapkv", {"max_tokens": 7, "window": 3, "pool": 3})
     _, state = run(model, policy, prompt(1, 21), 20)
     for layer in state.layers:
@@ -132,12 +132,12 @@ def test_kept_channels_is_the_papers_floor(ratio, kept):
 
 
 def test_variance_of_columns_in_two_parts_is_that_of_all():
-    mass, held = torch.rand(2, 3, 9).double(), torch.rand(2, 3, 9) > 0.3
+    accumulated, held = torch.rand(2, 3, 9).double(), torch.rand(2, 3, 9) > 0.3
     first = torch.arange(9) < 4
-    parts = moments(mass, held & first) + moments(mass, held & ~first)
+    parts = moments(accumulated, held & first) + moments(accumulated, held & ~first)
     for b in range(2):
         for k in range(3):
-            expected = mass[b, k][held[b, k]].var(correction=0).item()
+            expected = accumulated[b, k][held[b, k]].var(correction=0).item()
             assert variance(parts)[b, k].item() == pytest.approx(expected)
 
 
@@ -247,10 +247,11 @@ def test_heads_that_decide_together_pair_what_they_evict_in_order():
     for impl in ("reference", "torch"):
         merged = evict_merge(
             keys, keys, keep_BKS=~evict, evict_BKS=evict, slots=2, rule=MergeRule(kind="official", together=True),
-            threshold_BK=torch.full((1, 2), math.nan).double(), votes_BKS=torch.ones(1, 2, 4).double(), impl=impl,
+            threshold_BK=torch.full((1, 2), math.nan).double(), merge_counts_BKS=torch.ones(1, 2, 4).double(),
+            impl=impl,
         )  # fmt: skip
         assert merged.threshold_BK.tolist() == [[pytest.approx(0.45)] * 2]
-        assert merged.votes_BKM.sum(-1).tolist() == [[3.0, 3.0]]
+        assert merged.merge_counts_BKM.sum(-1).tolist() == [[3.0, 3.0]]
         torch.testing.assert_close(merged.keys_BKMC[0, 0, 0], (keys[0, 0, 0] + 0.9 * keys[0, 0, 1]) / 2)
         torch.testing.assert_close(merged.keys_BKMC[0, 1, 0], (keys[0, 1, 1] + 0.3 * keys[0, 1, 0]) / 2)
     odd = evict.clone()

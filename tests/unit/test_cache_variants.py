@@ -162,10 +162,10 @@ def test_compress_twice_is_refused(name, length):
     """However short the prompt, at once and after tokens have come; the state can still be used."""
     policy, options = ANY[name]
     model = build_model("gqa", layers=layers_of(name))
-    for settle in (False, True):
+    for joinable in (False, True):
         cache = build_cache(policy, options)
         _, state = model.extend(prompt(1, length), model.init_state(1, length, cache=cache))
-        state = model.compress(state, settle=settle)
+        state = model.compress(state, joinable=joinable)
         for _ in range(2):
             with pytest.raises(ValueError, match="compressed already"):
                 model.compress(state)
@@ -216,10 +216,10 @@ def test_caches_refuse_chunks_of_nothing(cache, batch, tokens):
 def test_policies_refuse_chunks_of_nothing(name):
     attention = build_model("gqa", layers=1).layers()[0].attention
     state = attention.init_state(1, 4, cache=policy_of(name))
-    reader = attention.mixing.reader("torch")
+    score_function = attention.mixing.score_function("torch")
     nothing = tuple(torch.zeros(1, heads, 0, 6).double() for heads in (4, 2, 2))
     with pytest.raises(ValueError, match="extended by one token at least"):
-        policy_of(name).attend(state.mixing, reader, nothing, torch.zeros(1, 0, dtype=torch.long), None)
+        policy_of(name).attend(state.mixing, score_function, nothing, torch.zeros(1, 0, dtype=torch.long), None)
 
 
 def saved(model: DecoderLM, path: Any, cache: Any = None) -> Any:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attnzoo.checkpoint import load_tokenizer
-from attnzoo.kvcache import Compression, build_cache
+from attnzoo.kvcache import CachePolicy, build_cache
 from attnzoo.models import CompiledDecode, DecoderConfig, DecoderLM, pack_weights
 from attnzoo.models.compiled import EXPECTED_BATCH, EXPECTED_SLOTS, _example
 from attnzoo.models.decoder_lm import DecoderState
@@ -113,7 +113,7 @@ def test_a_full_state_is_refused():
         CompiledDecode(model)(torch.zeros(1, 1, dtype=torch.long), state)
 
 
-def follow_compressed(model: DecoderLM, cache: Compression, lengths: list[int], steps: int) -> None:
+def follow_compressed(model: DecoderLM, cache: CachePolicy, lengths: list[int], steps: int) -> None:
     """As `follow`, for prompts that are read alone, compressed, and joined, as a server joins them."""
     step, generator = CompiledDecode(model, cache), torch.Generator().manual_seed(1)
     prompts = [torch.randint(model.config.vocab_size, (1, length), generator=generator) for length in lengths]
@@ -127,11 +127,11 @@ def follow_compressed(model: DecoderLM, cache: Compression, lengths: list[int], 
         torch.testing.assert_close(states[1].tensors()[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
 
 
-def joined(model: DecoderLM, cache: Compression, prompts: list[torch.Tensor]) -> DecoderState:
+def joined(model: DecoderLM, cache: CachePolicy, prompts: list[torch.Tensor]) -> DecoderState:
     rows = []
     for prompt in prompts:
         _, state = model.extend_hidden(prompt, model.init_state(1, prompt.shape[1], cache=cache))
-        rows.append(model.compress(state, settle=True))
+        rows.append(model.compress(state, joinable=True))
     return reduce(DecoderState.joined, rows)
 
 
@@ -143,7 +143,7 @@ def test_the_same_function_with_a_cache_that_evicts():
 
 CACHES = {
     "official": ("d2o", {"max_tokens": 24, "flavor": "official"}),
-    "votes": ("d2o", {"keep_ratio": 0.4, "min_tokens": 0, "votes": True}),
+    "merge_counts": ("d2o", {"keep_ratio": 0.4, "min_tokens": 0, "merge_counts": True}),
     "nothing merged": ("d2o", {"keep_ratio": 0.4, "min_tokens": 0, "merge": False}),
     "streaming": ("streaming", {"keep_ratio": 0.4, "min_tokens": 0}),
     "random": ("random_tokens", {"keep_ratio": 0.4, "min_tokens": 0}),
@@ -194,7 +194,7 @@ def test_a_state_that_is_not_settled_is_refused():
     model, cache = small_model("mha"), build_cache("d2o", {"max_tokens": 24})
     with torch.inference_mode():
         _, state = model.extend_hidden(torch.zeros(1, 9, dtype=torch.long), model.init_state(1, 9, cache=cache))
-    with pytest.raises(ValueError, match="settle=True"):
+    with pytest.raises(ValueError, match="joinable=True"):
         CompiledDecode(model, cache)(torch.zeros(1, 1, dtype=torch.long), model.compress(state))
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attnzoo.ops.accumulated_attention import accumulated_attention
 from attnzoo.ops.common import row_blocks
 from attnzoo.ops.common.masks import CausalMask, document_starts
 from attnzoo.ops.common.negligible import attention_of_peaked, smallest_weight, softmax_of_peaked_, without_negligible
 from attnzoo.ops.in_context import in_context_attention
-from attnzoo.ops.key_mass import key_mass
 from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.ops.paged_decode import paged_decode
 from attnzoo.ops.paged_decode.entries import Entries
@@ -172,11 +172,11 @@ def test_decoding_and_its_compressed_form(size):
     entries = Entries(keys_BKSC=k, values_BKSV=v, positions_BKS=positions)
     with Denormals() as mode:
         plain = sdpa(q, k, v, mask=mask, impl="torch")
-        decoded = paged_decode(q, None, entries, query_positions_BT=at_B1, key_mass=True, impl="torch")
-        mass = key_mass(q, k, mask=mask, impl="torch")
+        decoded = paged_decode(q, None, entries, query_positions_BT=at_B1, accumulated_attention=True, impl="torch")
+        accumulated = accumulated_attention(q, k, mask=mask, impl="torch")
     assert mode.found == []
-    assert not has_denormals(mass)
-    assert not has_denormals(decoded.mass_BKS)
+    assert not has_denormals(accumulated)
+    assert not has_denormals(decoded.accumulated_BKS)
     torch.testing.assert_close(plain, sdpa(q, k, v, mask=mask, impl="reference"), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(decoded.out_BNTH, plain, rtol=1e-4, atol=1e-4)
 

@@ -28,12 +28,12 @@ def config(**changes) -> DecoderConfig:
     return DecoderConfig(**{"vocab_size": 512, "model_dim": 64, "num_layers": 2, "max_positions": 256} | changes)
 
 
-def request(**changes) -> plan.Request:
+def request(**changes) -> plan.PlanOptions:
     values = {
         "model": DecoderLM(config()), "gpus": 4, "nodes": 1, "memory": 3 * GIB, "context": 256,
         "precision": "fp32", "optimizer": "adamw", "batch_tokens": None,
     }  # fmt: skip
-    return plan.Request(**values | changes)
+    return plan.PlanOptions(**values | changes)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

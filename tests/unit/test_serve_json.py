@@ -35,7 +35,7 @@ def test_numbers_that_no_field_holds_are_refused_by_its_name(name, number):
     [
         ("prompt", "[1, {}]"),
         ("prompt", "[[1], [{}]]"),
-        ("cache", '{{"policy": "think", "retail": {}}}'),
+        ("cache", '{{"policy": "think", "repack_every": {}}}'),
         ("cache", '{{"policy": {{"a": [{}]}}}}'),
         ("metadata", '{{"a": {}}}'),
         ("stream_options", '{{"include_usage": {}}}'),

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.cache_manager import Release, SlotTable
-from serve.scheduler import PATIENCE, Chunk, Demand, Plan, QueueFullError, Scheduler
+from serve.scheduler import PATIENCE, Chunk, Demand, QueueFullError, Scheduler, StepPlan
+from serve.slots import Release, SlotTable
 
 MAX_BYTES = 100
 
@@ -33,14 +33,14 @@ class Simulation:
         self.demand[request_id] = demand
         self.prompt[request_id], self.left[request_id], self.read[request_id] = prompt, new_tokens, 0
 
-    def step(self, prompt_tokens: int | None = None) -> Plan:
+    def step(self, prompt_tokens: int | None = None) -> StepPlan:
         plan = self.scheduler.schedule(prompt_tokens)
         if prompt_tokens is not None and plan.decode:
             assert sum(chunk.count for chunk in plan.prefill) <= max(1, prompt_tokens)
         self.run(plan)
         return plan
 
-    def run(self, plan: Plan) -> None:
+    def run(self, plan: StepPlan) -> None:
         assert plan.num_tokens <= self.scheduler.max_batched_tokens
         for exchange in plan.exchanges:
             rows, (a, b) = self.rows[exchange.group], exchange.slots

@@ -5,25 +5,25 @@ import math
 import pytest
 import torch
 
-from attnzoo.attention.parts.mixing import SoftmaxReader
+from attnzoo.attention.parts.mixing import SoftmaxScoreFunction
 from attnzoo.attention.parts.position import NoPosition
 from attnzoo.kvcache import build_cache, compressed
-from attnzoo.kvcache.base import Layer
+from attnzoo.kvcache.base import CachedLayer
 from attnzoo.kvcache.channels import change_channels, channel_scores, condensed
 from attnzoo.kvcache.think import _held, output_scores
 from attnzoo.ops.common.masks import PLAIN
 from tests.contract.caches import build_model, prompt
 
-READER = SoftmaxReader(NoPosition(), PLAIN, "auto")
+READER = SoftmaxScoreFunction(NoPosition(), PLAIN, "auto")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mask": "recomputed"}, "needs a second pruning: set retail, or prefill='stream'"),
-        ({"mask": "recomputed", "retail": 4, "score": "greedy"}, "score='greedy' needs their products"),
+        ({"mask": "recomputed"}, "needs a second pruning: set repack_every, or prefill='stream'"),
+        ({"mask": "recomputed", "repack_every": 4, "score": "greedy"}, "score='greedy' needs their products"),
         (
-            {"mask": "recomputed", "retail": 4, "value_score": "output", "value_channel_ratio": 0.5},
+            {"mask": "recomputed", "repack_every": 4, "value_score": "output", "value_channel_ratio": 0.5},
             "value_score='output' needs their attention",
         ),
         ({"value_score": "output"}, "set value_channel_ratio below 1"),
@@ -57,13 +57,13 @@ def test_a_recomputed_mask_by_hand(mask):
     Token 3: key (4, 1), queries (2, 1) and (0, 2), squares (4, 5). Token 4 prunes key 2: 4 (0 + 0 + 0 + 16) = 64
     against 5 (0 + 4 + 9 + 1) = 70, so the mask stays; the tail alone would say 64 against 50.
     """
-    policy = build_cache("think", {"channel_ratio": 0.5, "window": 1, "retail": 1, "mask": mask})
+    policy = build_cache("think", {"channel_ratio": 0.5, "window": 1, "repack_every": 1, "mask": mask})
     keys = tokens_of([[[3, 1], [1, 2], [0, 3], [4, 1], [1, 5]]])
     values = tokens_of([[[1, 0], [0, 1], [2, 2], [3, 1], [0, 4]]])
     queries = tokens_of([[[7, 9], [2, 1], [1, 2], [2, 1], [1, 3]], [[8, 5], [0, 1], [0, 1], [0, 2], [2, 0]]])
     state = policy.init(1, 1, 2, 2, device=None, dtype=torch.float64)
     _, state = fed(policy, state, queries[:, :, :2], keys[:, :, :2], values[:, :, :2], 0)
-    (state,) = policy.compress([Layer(state, READER, torch.tensor([2]))], final=True)
+    (state,) = policy.compress([CachedLayer(state, READER, torch.tensor([2]))], final=True)
     assert state.prefix.channels_BKC.tolist() == [[[0]]]
     assert state.prefix.keys_BKPC.tolist() == [[[[3.0]]]]
     stored, channel = ([0.0, 2.0, 3.0], 1) if mask == "recomputed" else ([3.0, 1.0, 0.0], 0)
@@ -106,7 +106,7 @@ def test_value_channels_by_what_is_read_by_hand():
         policy = build_cache("think", options)
         state = policy.init(1, 1, 2, 3, device=None, dtype=torch.float64)
         _, state = fed(policy, state, queries, keys, values, 0)
-        layer = Layer(state, READER, torch.tensor([3]))
+        layer = CachedLayer(state, READER, torch.tensor([3]))
         if score == "output":
             assert output_scores(layer, _held(layer))[0, 0].tolist() == pytest.approx([0.005, 1.9208])
         (state,) = policy.compress([layer], final=True)
@@ -122,7 +122,7 @@ def test_value_score_is_what_the_channel_adds_to_the_outputs(variant):
     state = model.init_state(2, 11, cache=build_cache("think", options))
     _, state = model.extend(tokens, state, lengths)
     mixing = model.layers()[0].attention.mixing
-    layer = Layer(state.layers[0].mixing, mixing.reader("auto"), lengths)
+    layer = CachedLayer(state.layers[0].mixing, mixing.score_function("auto"), lengths)
     tail = _held(layer)
     scores, queries = output_scores(layer, tail), layer.state.queries_BNWH
     for row, length in enumerate(lengths.tolist()):
@@ -131,12 +131,12 @@ def test_value_score_is_what_the_channel_adds_to_the_outputs(variant):
         places = torch.arange(length)[None]
         view = type(tail)(keys, values, places[:, None])
         last = queries[row : row + 1, :, -rows:]
-        whole = layer.reader.attend(last, view, places[:, -rows:])
+        whole = layer.score_function.attend(last, view, places[:, -rows:])
         for d in range(6):
             for k in range(2):
                 cut = values.clone()
                 cut[:, k, :, d] = 0.0
-                less = layer.reader.attend(last, type(tail)(keys, cut, places[:, None]), places[:, -rows:])
+                less = layer.score_function.attend(last, type(tail)(keys, cut, places[:, None]), places[:, -rows:])
                 assert scores[row, k, d].item() == pytest.approx((whole - less).square().sum().item())
 
 
@@ -158,7 +158,7 @@ def test_a_mask_is_chosen_anew_after_every_chunk_of_a_prompt():
     assert not (found["kept"].prefix.keys_BKPC == 0).any()
 
 
-@pytest.mark.parametrize("options", [{}, {"retail": 3}, {"retail": 3, "mask": "recomputed"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"repack_every": 3}, {"repack_every": 3, "mask": "recomputed"}], ids=str)
 @pytest.mark.parametrize("length", [1, 4, 5, 6, 9])
 def test_bytes_of_prompts_around_the_window(options, length, monkeypatch):
     """Window 5, pages of 4: what is allocated is what the policy says, through many prunings of the tail."""

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from train.config import load_config
-from train.layers import CONFIGS, ConfigError
+from train.config_layers import CONFIGS, ConfigError
 
 
 def write(path: Path, text: str) -> str:

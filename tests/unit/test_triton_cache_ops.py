@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnzoo.ops.accumulated_attention import accumulated_attention
 from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.evict_merge import MergeRule, evict_merge, evict_merge_step
-from attnzoo.ops.key_mass import key_mass
 from attnzoo.ops.paged_decode import paged_decode
 from attnzoo.ops.paged_decode.splits import Splits, plan_splits
 from tests.cache_kernels import (
@@ -112,22 +112,22 @@ def test_splits_share_out_blocks():
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", MASS_CASES)
-def test_key_mass(name, dtype):
+def test_accumulated_attention(name, dtype):
     check_mass(*MASS_CASES[name], "cpu", dtype, 16)
 
 
 @interpreted
-def test_key_mass_chosen_by_impl():
+def test_accumulated_attention_chosen_by_impl():
     given = mass_inputs(*MASS_CASES["holes and counts"], "cpu", torch.float32)
     q, k = given.pop("q_BNTH"), given.pop("k_BKSH")
-    masses = [{"mass": key_mass(q, k, impl=impl, **given)} for impl in ("triton", "torch")]
+    masses = [{"accumulated": accumulated_attention(q, k, impl=impl, **given)} for impl in ("triton", "torch")]
     assert_same(*masses, 1e-5)
 
 
 @interpreted
-def test_key_mass_by_parts_of_the_queries(monkeypatch):
+def test_accumulated_attention_by_parts_of_the_queries(monkeypatch):
     """Where tables ask for logits by distance, only so many queries as LOGITS_BYTES allow are dealt with at once."""
-    from attnzoo.ops.key_mass import launch as kernels
+    from attnzoo.ops.accumulated_attention import launch as kernels
 
     monkeypatch.setattr(kernels, "LOGITS_BYTES", 1)
     check_mass(*MASS_CASES["tables"], "cpu", torch.float32, 16)
@@ -136,7 +136,7 @@ def test_key_mass_by_parts_of_the_queries(monkeypatch):
 @pytest.mark.parametrize("offset", range(20))
 def test_blocks_that_see_each_other(offset):
     """Where positions ascend neither a block too many nor one too few is visited, wherever the queries begin."""
-    from attnzoo.ops.key_mass.launch import visible_blocks
+    from attnzoo.ops.accumulated_attention.launch import visible_blocks
 
     queries_BT, keys_BKS = torch.arange(19)[None] + offset, torch.arange(42)[None, None]
     reach_BKI, begins_BKJ = visible_blocks(queries_BT, keys_BKS, 4, 5)
@@ -147,28 +147,30 @@ def test_blocks_that_see_each_other(offset):
 
 
 @interpreted
-def test_key_mass_with_known_sums_of_rows():
+def test_accumulated_attention_with_known_sums_of_rows():
     """What the forward pass of attention left, log2 of each row's sum, saves the first pass and changes nothing."""
-    from attnzoo.ops.key_mass.triton import key_mass_triton
+    from attnzoo.ops.accumulated_attention.triton import accumulated_attention_triton
 
     given = mass_inputs(*MASS_CASES["parallel"], "cpu", torch.float32)
     q, k = given["q_BNTH"], given["k_BKSH"]
     scores = (q.unflatten(1, (2, -1)) @ k[:, :, None].mT).flatten(1, 2) * 5**-0.5
     scores = scores.masked_fill(torch.ones(35, 35).triu(1).bool(), -math.inf)
     sums = scores.logsumexp(-1) / math.log(2)
-    masses = [{"mass": key_mass_triton(*given.values(), 5**-0.5, x, 16)} for x in (sums, None)]
+    masses = [{"accumulated": accumulated_attention_triton(*given.values(), 5**-0.5, x, 16)} for x in (sums, None)]
     assert_same(*masses, 1e-5)
-    assert (key_mass_triton(*given.values(), 5**-0.5, sums + 1, 16) / masses[0]["mass"] - 0.5).abs().max() < 1e-5
+    assert (
+        accumulated_attention_triton(*given.values(), 5**-0.5, sums + 1, 16) / masses[0]["accumulated"] - 0.5
+    ).abs().max() < 1e-5
 
 
-def test_key_mass_is_never_tokens_by_tokens():
+def test_accumulated_attention_is_never_tokens_by_tokens():
     """What the kernels are given, inputs and scratch alike, grows with T, not with T x T."""
-    from attnzoo.ops.key_mass.launch import Plan, launches
+    from attnzoo.ops.accumulated_attention.launch import Buffers, launches
 
     def numbers(tokens: int) -> int:
         q, k = (torch.empty(1, n, tokens, 64, dtype=torch.bfloat16, device="meta") for n in (4, 2))
-        mass = torch.empty(1, 2, tokens, device="meta")
-        done = launches(q, k, CausalMask(), None, None, None, 0.125, Plan(mass_BKS=mass, gpu="sm_90"))
+        accumulated = torch.empty(1, 2, tokens, device="meta")
+        done = launches(q, k, CausalMask(), None, None, None, 0.125, Buffers(accumulated_BKS=accumulated, gpu="sm_90"))
         arguments = [x for launch in done for argument in launch.arguments.values() for x in flat(argument)]
         return max(x.numel() for x in arguments if isinstance(x, Tensor))
 
@@ -177,10 +179,10 @@ def test_key_mass_is_never_tokens_by_tokens():
 
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("votes", [False, True])
+@pytest.mark.parametrize("merge_counts", [False, True])
 @pytest.mark.parametrize("rule", RULES)
-def test_evict_merge(rule, votes, dtype):
-    check_merge((2, 2, 71, 5, 3), RULES[rule], votes, "cpu", dtype, 16)
+def test_evict_merge(rule, merge_counts, dtype):
+    check_merge((2, 2, 71, 5, 3), RULES[rule], merge_counts, "cpu", dtype, 16)
 
 
 @interpreted
@@ -197,10 +199,10 @@ def test_nothing_evicted_is_copied():
 
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("votes", [False, True])
+@pytest.mark.parametrize("merge_counts", [False, True])
 @pytest.mark.parametrize("rule", RULES)
-def test_evict_merge_step(rule, votes, dtype):
-    check_step((4, 3, 21, 5, 3), RULES[rule], votes, "cpu", dtype)
+def test_evict_merge_step(rule, merge_counts, dtype):
+    check_step((4, 3, 21, 5, 3), RULES[rule], merge_counts, "cpu", dtype)
 
 
 @interpreted
@@ -225,7 +227,7 @@ def test_what_the_kernels_cannot_do_is_refused():
         run_decode(wide)
     given = mass_inputs(*MASS_CASES["parallel"], "cpu", torch.float32)
     with pytest.raises(ValueError, match=r"float64.*use impl='torch'"):
-        key_mass(given["q_BNTH"].double(), given["k_BKSH"], impl="triton")
+        accumulated_attention(given["q_BNTH"].double(), given["k_BKSH"], impl="triton")
     merge = merge_inputs((2, 2, 11, 5, 3), MergeRule(), False, "cpu", torch.float32)
     with pytest.raises(ValueError, match=r"values torch.float64.*use impl='torch'"):
         evict_merge(merge.pop("keys_BKSC"), merge.pop("values_BKSV").double(), impl="triton", **merge)

@@ -3,12 +3,12 @@
 Each part owns its parallel form, its streaming form, its reference and its cost.
 """
 
+from attnzoo.attention.parts.convolution import ConvInit, QKVConv, QKVConvState
 from attnzoo.attention.parts.distance_bias import DistanceBias
 from attnzoo.attention.parts.mesa import MesaMixing
 from attnzoo.attention.parts.mixing import FeatureMap, LinearMixing, Mixing, SoftmaxMixing
 from attnzoo.attention.parts.position import QKV, NoPosition, Position, RelativeSinusoid, RelativeTable, Rope
 from attnzoo.attention.parts.projection import Heads, Projection
-from attnzoo.attention.parts.token_mixing import ConvInit, QKVConv, QKVConvState
 
 __all__ = [
     "QKV",

@@ -11,7 +11,7 @@ from attnzoo.attention.base import Traits
 from attnzoo.attention.parts.mixing import Mixing, play_linear_attention, refuse_cache
 from attnzoo.attention.parts.position import QKV, Buffers
 from attnzoo.attention.parts.projection import Heads
-from attnzoo.kvcache import Compression
+from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.linear_attention import linear_attention
@@ -80,7 +80,7 @@ class MesaMixing(Mixing):
         *,
         device: torch.device | str | None,
         dtype: torch.dtype,
-        cache: Compression | None = None,
+        cache: CachePolicy | None = None,
     ) -> MesaState:
         refuse_cache(cache, "the mesa layer")
         shape = (batch, self.heads.num_kv_heads, self.heads.head_dim, self.heads.head_dim)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attnzoo.attention.base import Growth, Traits
 from attnzoo.attention.parts.position import QKV, Buffers, Position, visible_pairs
 from attnzoo.attention.parts.projection import Heads
-from attnzoo.kvcache import CachePolicy, CacheView, Compression, FullCache, WindowCache
+from attnzoo.kvcache import CachePolicy, CacheView, ExactCache, FullCache, WindowCache
 from attnzoo.kvcache.base import Need
 from attnzoo.kvcache.compressed import CompressedState
 from attnzoo.kvcache.keep_all import KeepAll
@@ -45,7 +45,7 @@ class Mixing(nn.Module, ABC):
         *,
         device: torch.device | str | None,
         dtype: torch.dtype,
-        cache: Compression | None = None,
+        cache: CachePolicy | None = None,
     ) -> State:
         """The empty state; `cache`: how keys and values are kept, None: exactly. Raises ValueError where there are
         none."""
@@ -83,7 +83,7 @@ class SoftmaxMixing(Mixing):
         super().__init__()
         self.heads, self.position = heads, position
         self.mask = CausalMask(window=window, sinks=sinks)
-        self.cache: CachePolicy = FullCache() if window is None else WindowCache(window, sinks)
+        self.cache: ExactCache = FullCache() if window is None else WindowCache(window, sinks)
 
     @property
     def traits(self) -> Traits:
@@ -104,9 +104,9 @@ class SoftmaxMixing(Mixing):
         *,
         device: torch.device | str | None,
         dtype: torch.dtype,
-        cache: Compression | None = None,
+        cache: CachePolicy | None = None,
     ) -> State:
-        policy: CachePolicy | Compression = self.cache
+        policy: ExactCache | CachePolicy = self.cache
         if cache is not None and not isinstance(cache, KeepAll):
             if self.mask.window is not None:
                 raise ValueError(
@@ -117,9 +117,9 @@ class SoftmaxMixing(Mixing):
             policy = cache
         return policy.init(batch, self.heads.num_kv_heads, self.heads.head_dim, capacity, device=device, dtype=dtype)
 
-    def reader(self, impl: Impl) -> "SoftmaxReader":
+    def score_function(self, impl: Impl) -> "SoftmaxScoreFunction":
         """The scores, as a compressing cache reads them."""
-        return SoftmaxReader(self.position, self.mask, impl)
+        return SoftmaxScoreFunction(self.position, self.mask, impl)
 
     def extend(
         self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None, impl: Impl
@@ -129,11 +129,11 @@ class SoftmaxMixing(Mixing):
         if isinstance(state, CompressedState):
             heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
             out: tuple[Tensor, State] = state.policy.attend(
-                state, self.reader(impl), heads_first, positions_BT, counts_B
+                state, self.score_function(impl), heads_first, positions_BT, counts_B
             )
             return out
         state, view = self.cache.append(state, k.transpose(1, 2), v.transpose(1, 2), positions_BT, counts_B)
-        return self.reader(impl).attend(q.transpose(1, 2), view, positions_BT), state
+        return self.score_function(impl).attend(q.transpose(1, 2), view, positions_BT), state
 
     def state_bytes(self, batch: int, capacity: int, dtype: torch.dtype) -> int:
         return self.cache.nbytes(batch, self.heads.num_kv_heads, self.heads.head_dim, capacity, dtype)
@@ -156,14 +156,14 @@ class SoftmaxMixing(Mixing):
         self.position.reset_parameters(std)
 
 
-def refuse_cache(cache: Compression | None, name: str) -> None:
+def refuse_cache(cache: CachePolicy | None, name: str) -> None:
     """Raises ValueError where a cache is asked for and there are no keys to keep."""
     if cache is not None:
         raise ValueError(f"cache: {name} keeps a state of constant size and no keys to compress; use cache=None")
 
 
 @dataclass(frozen=True)
-class SoftmaxReader:
+class SoftmaxScoreFunction:
     """`attnzoo.kvcache.Reader` of softmax attention with a position."""
 
     position: Position
@@ -265,7 +265,7 @@ class LinearMixing(Mixing):
         *,
         device: torch.device | str | None,
         dtype: torch.dtype,
-        cache: Compression | None = None,
+        cache: CachePolicy | None = None,
     ) -> LinearState:
         refuse_cache(cache, "linear attention")
         head_dim = self.heads.head_dim

@@ -32,7 +32,7 @@ def evict_merge(
     slots: int,
     rule: MergeRule,
     threshold_BK: Tensor,
-    votes_BKS: Tensor | None = None,
+    merge_counts_BKS: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Merged:
     """Keeps the entries of `keep_BKS` (bool) in `slots` slots, in order, after merging those of `evict_BKS` into them.
@@ -53,7 +53,7 @@ def evict_merge(
     if rule.together and bool((evict_BKS.sum(-1) != evict_BKS[:, :1].sum(-1)).any()):
         raise ValueError("kv heads that decide together must evict as many entries each")
     run = choose("evict_merge", impl, IMPLEMENTATIONS, keys_BKSC)
-    out: Merged = run(keys_BKSC, values_BKSV, keep_BKS, evict_BKS, slots, rule, threshold_BK, votes_BKS)
+    out: Merged = run(keys_BKSC, values_BKSV, keep_BKS, evict_BKS, slots, rule, threshold_BK, merge_counts_BKS)
     return out
 
 

@@ -24,14 +24,15 @@ class MergeSizes:
     key_dim: int
     value_dim: int
     width: int
-    votes: bool = False
+    merge_counts: bool = False
 
 
 def merge_cost(sizes: MergeSizes) -> OpCost:
     rows = (sizes.kept + sizes.evicted) * sizes.key_dim + (sizes.kept + sizes.merged) * sizes.value_dim
-    read = rows * sizes.width + 2 * sizes.entries + SUM + (sizes.entries * SUM if sizes.votes else 0)
+    read = rows * sizes.width + 2 * sizes.entries + SUM + (sizes.entries * SUM if sizes.merge_counts else 0)
     written = (
-        sizes.slots * ((sizes.key_dim + sizes.value_dim) * sizes.width + INDEX + (SUM if sizes.votes else 0)) + SUM
+        sizes.slots * ((sizes.key_dim + sizes.value_dim) * sizes.width + INDEX + (SUM if sizes.merge_counts else 0))
+        + SUM
     )
     mixed = (sizes.merged + min(sizes.kept, sizes.merged)) * (sizes.key_dim + sizes.value_dim)
     flops = 2 * sizes.kept * sizes.evicted * sizes.key_dim + 2 * mixed
@@ -40,13 +41,13 @@ def merge_cost(sizes: MergeSizes) -> OpCost:
 
 
 def step_cost(
-    *, batch: int, kv_heads: int, slots: int, key_dim: int, value_dim: int, width: int, votes: bool = False
+    *, batch: int, kv_heads: int, slots: int, key_dim: int, value_dim: int, width: int, merge_counts: bool = False
 ) -> OpCost:
     """One victim that merges and one arrival that takes its slot: the norms and dots of all slots, and three rows. All
     numbers of slots are counted, of which a step changes three."""
     row = (key_dim + value_dim) * width
-    read = slots * (width + SUM) + 3 * row + 2 * INDEX + SUM + (2 * SUM if votes else 0)
-    written = 2 * row + 3 * width + SUM + (2 * SUM if votes else 0)
+    read = slots * (width + SUM) + 3 * row + 2 * INDEX + SUM + (2 * SUM if merge_counts else 0)
+    written = 2 * row + 3 * width + SUM + (2 * SUM if merge_counts else 0)
     flops = 2 * 2 * (key_dim + value_dim)
     heads = batch * kv_heads
     return OpCost(bytes_read=heads * read, bytes_written=heads * written, flops=heads * flops)

@@ -93,7 +93,7 @@ def nearest_kernel(keys, evict, source, near, places, slots, kept, tile: tl.cons
 
 @triton.jit
 def merge_kernel(
-    keys, values, votes, source, order, offsets, weights, new_keys, new_values, new_votes, slots, kept,
+    keys, values, merge_counts, source, order, offsets, weights, new_keys, new_values, new_votes, slots, kept,
     tile: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Grid (M, K, B): one kept entry, with what merges into it: order[offsets[m]], ..., order[offsets[m + 1] - 1].
@@ -106,10 +106,10 @@ def merge_kernel(
     origin = tl.load(source + head * kept + m + one)
     key = _load(keys, b, k, origin, origin >= 0, tile.key_dim, tile.key_wide)
     value = _load(values, b, k, origin, origin >= 0, tile.value_dim, tile.value_wide)
-    votes_at = b * votes.batch + k * votes.head
+    votes_at = b * merge_counts.batch + k * merge_counts.head
     own = tl.full([1], 1.0, tl.float32)
-    if votes.x is not None:
-        own = tl.load(votes.x + votes_at + origin, mask=origin >= 0, other=0.0).to(tl.float32)
+    if merge_counts.x is not None:
+        own = tl.load(merge_counts.x + votes_at + origin, mask=origin >= 0, other=0.0).to(tl.float32)
     if order is not None:
         begin, end = tl.load(offsets + head * (kept + 1) + m), tl.load(offsets + head * (kept + 1) + m + 1)
         scale = own * E if tile.paper else own
@@ -126,8 +126,8 @@ def merge_kernel(
             rows = _load(values, b, k, entry, there, tile.value_dim, tile.value_wide).to(tl.float32)
             value_sum += tl.sum(rows * weight[:, None], axis=0)[None, :]
             counts = there.to(tl.float32)
-            if votes.x is not None:
-                counts = tl.load(votes.x + votes_at + entry, mask=there, other=0.0).to(tl.float32)
+            if merge_counts.x is not None:
+                counts = tl.load(merge_counts.x + votes_at + entry, mask=there, other=0.0).to(tl.float32)
             weight_sum += tl.sum(weight, axis=0)
             vote_sum += tl.sum(counts, axis=0)
         total = scale + weight_sum if tile.paper else scale + vote_sum
@@ -170,13 +170,13 @@ def match_kernel(norms, dots, victims, near, places, slots, tile: tl.constexpr, 
 
 
 @triton.jit
-def _merge_victim(keys, values, norms, votes, place, victim, near, b, k, tile):
+def _merge_victim(keys, values, norms, merge_counts, place, victim, near, b, k, tile):
     """The victim's row into that of its nearest entry."""
-    votes_at = b * votes.batch + k * votes.head
+    votes_at = b * merge_counts.batch + k * merge_counts.head
     own, count = 1.0, 1.0
-    if votes.x is not None:
-        own = tl.load(votes.x + votes_at + place).to(tl.float32)
-        count = tl.load(votes.x + votes_at + victim).to(tl.float32)
+    if merge_counts.x is not None:
+        own = tl.load(merge_counts.x + votes_at + place).to(tl.float32)
+        count = tl.load(merge_counts.x + votes_at + victim).to(tl.float32)
     scale, weight = own, near * count
     total = own + count
     if tile.paper:
@@ -195,8 +195,8 @@ def _merge_victim(keys, values, norms, votes, place, victim, near, b, k, tile):
     _store(keys, b, k, kept, key, tile.key_dim, tile.key_wide)
     _store(values, b, k, kept, value, tile.value_dim, tile.value_wide)
     _store_norm(norms, b, k, kept, key)
-    if votes.x is not None:
-        tl.store(votes.x + votes_at + place, (own + count).to(votes.x.dtype.element_ty))
+    if merge_counts.x is not None:
+        tl.store(merge_counts.x + votes_at + place, (own + count).to(merge_counts.x.dtype.element_ty))
 
 
 @triton.jit
@@ -215,7 +215,7 @@ def _store_norm(norms, b, k, slot, key):
 
 @triton.jit
 def replace_kernel(
-    keys, values, norms, votes, victims, near, places, before, after, new_key, new_value, arrivals, beta,
+    keys, values, norms, merge_counts, victims, near, places, before, after, new_key, new_value, arrivals, beta,
     tile: tl.constexpr,
 ):  # fmt: skip
     """Grid (K, B). The victim into its nearest entry, the arrival into its slot; without `near` nothing merges."""
@@ -235,7 +235,7 @@ def replace_kernel(
         new = tl.where(decisive > -float("inf"), new, old)
         tl.store(after + head, new)
         if (decisive >= new) & (own > -float("inf")):
-            _merge_victim(keys, values, norms, votes, tl.load(places + head), victim, own, b, k, tile)
+            _merge_victim(keys, values, norms, merge_counts, tl.load(places + head), victim, own, b, k, tile)
     tl.debug_barrier()
     if victim >= 0:
         tl.store(
@@ -251,5 +251,8 @@ def replace_kernel(
         value = tl.load(new_value + head * tile.value_dim + column, mask=column < tile.value_dim, other=0.0)
         _store(values, b, k, place, value, tile.value_dim, tile.value_wide)
         _store_norm(norms, b, k, place, key)
-        if votes.x is not None:
-            tl.store(votes.x + b * votes.batch + k * votes.head + place, tl.full([1], 1.0, votes.x.dtype.element_ty))
+        if merge_counts.x is not None:
+            tl.store(
+                merge_counts.x + b * merge_counts.batch + k * merge_counts.head + place,
+                tl.full([1], 1.0, merge_counts.x.dtype.element_ty),
+            )

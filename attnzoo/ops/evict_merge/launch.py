@@ -58,14 +58,15 @@ def nearest_launch(
 def merge_launch(
     keys_BKSC: Tensor,
     values_BKSV: Tensor,
-    votes_BKS: Tensor | None,
+    merge_counts_BKS: Tensor | None,
     merged: Merged,
     merging: tuple[Tensor | None, Tensor | None, Tensor | None],
     rule: MergeRule,
     *,
     gpu: str | None = None,
 ) -> Launch:
-    """Fills keys, values and votes of `merged`; merging: (order, offsets, weights), None where nothing merges."""
+    """Fills keys, values and merge counts of `merged`; merging: (order, offsets, weights), None where nothing
+    merges."""
     batch, kv_heads, count, _ = keys_BKSC.shape
     slots = merged.source_BKM.shape[2]
     return _launch(
@@ -76,14 +77,14 @@ def merge_launch(
         1,
         keys=_rows(keys_BKSC),
         values=_rows(values_BKSV),
-        votes=_numbers(votes_BKS),
+        merge_counts=_numbers(merge_counts_BKS),
         source=merged.source_BKM.contiguous(),
         order=merging[0],
         offsets=merging[1],
         weights=merging[2],
         new_keys=merged.keys_BKMC,
         new_values=merged.values_BKMV,
-        new_votes=merged.votes_BKM,
+        new_votes=merged.merge_counts_BKM,
         slots=count,
         kept=slots,
         CHUNK=CHUNK,
@@ -130,7 +131,7 @@ def step_launches(
         keys=_rows(slots.keys_BKPC),
         values=_rows(slots.values_BKPV),
         norms=norms,
-        votes=_numbers(slots.votes_BKP),
+        merge_counts=_numbers(slots.merge_counts_BKP),
         victims=victims,
         near=near,
         places=places,

@@ -17,11 +17,11 @@ def evict_merge_reference(
     slots: int,
     rule: MergeRule,
     threshold_BK: Tensor,
-    votes_BKS: Tensor | None,
+    merge_counts_BKS: Tensor | None,
 ) -> Merged:
     batch, kv_heads, _, _ = keys_BKSC.shape
     dtype = accumulation_dtype(keys_BKSC.dtype)
-    votes = torch.ones(keep_BKS.shape, dtype=dtype) if votes_BKS is None else votes_BKS.to(dtype)
+    merge_counts = torch.ones(keep_BKS.shape, dtype=dtype) if merge_counts_BKS is None else merge_counts_BKS.to(dtype)
     source = torch.full((batch, kv_heads, slots), -1)
     keys = keys_BKSC.new_zeros(batch, kv_heads, slots, keys_BKSC.shape[3])
     values = values_BKSV.new_zeros(batch, kv_heads, slots, values_BKSV.shape[3])
@@ -43,7 +43,7 @@ def evict_merge_reference(
                     merged[place].append((i, u))
             for m, j in enumerate(kept[k]):
                 source[b, k, m] = j
-                p = votes[b, k]
+                p = merge_counts[b, k]
                 x = [(float(_weight(u, rule) * p[i]), i, float(p[i])) for i, u in merged[m]]
                 own = float(p[j]) * (math.e if rule.kind == "paper" else 1.0)
                 total = own + sum(w if rule.kind == "paper" else n for w, _, n in x)
@@ -55,7 +55,7 @@ def evict_merge_reference(
         keys_BKMC=keys,
         values_BKMV=values,
         source_BKM=source,
-        votes_BKM=None if votes_BKS is None else new_votes,
+        merge_counts_BKM=None if merge_counts_BKS is None else new_votes,
         threshold_BK=thresholds,
     )
 
@@ -117,8 +117,8 @@ def evict_merge_step_reference(
                 slots.keys_BKPC[b, k, place] = arrival.key_BKC[b, k]
                 slots.values_BKPV[b, k, place] = arrival.value_BKV[b, k]
                 slots.norms_BKP[b, k, place] = arrival.key_BKC[b, k].to(dtype).norm()
-                if slots.votes_BKP is not None:
-                    slots.votes_BKP[b, k, place] = 1.0
+                if slots.merge_counts_BKP is not None:
+                    slots.merge_counts_BKP[b, k, place] = 1.0
     return out
 
 
@@ -133,7 +133,9 @@ def _cosines(norms_P: Tensor, dots_P: Tensor, victim: int) -> Tensor:
 
 def _merge_one(slots: Slots, place: tuple[int, int], i: int, j: int, u: float, rule: MergeRule) -> None:
     dtype = accumulation_dtype(slots.keys_BKPC.dtype)
-    p_i, p_j = (1.0, 1.0) if slots.votes_BKP is None else (float(slots.votes_BKP[place][x]) for x in (i, j))
+    p_i, p_j = (
+        (1.0, 1.0) if slots.merge_counts_BKP is None else (float(slots.merge_counts_BKP[place][x]) for x in (i, j))
+    )
     own = p_j * (math.e if rule.kind == "paper" else 1.0)
     weight = _weight(u, rule) * p_i
     total = own + (weight if rule.kind == "paper" else p_i)
@@ -141,5 +143,5 @@ def _merge_one(slots: Slots, place: tuple[int, int], i: int, j: int, u: float, r
         rows = tensor[place]
         rows[j] = (own * rows[j].to(dtype) + weight * rows[i].to(dtype)) / total
     slots.norms_BKP[(*place, j)] = slots.keys_BKPC[place][j].to(dtype).norm()
-    if slots.votes_BKP is not None:
-        slots.votes_BKP[(*place, j)] = p_i + p_j
+    if slots.merge_counts_BKP is not None:
+        slots.merge_counts_BKP[(*place, j)] = p_i + p_j

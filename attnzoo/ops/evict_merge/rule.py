@@ -15,8 +15,8 @@ class MergeRule:
     (1 - beta) * before. Merged entries, x a key or a value, i over those that come to j:
     "paper":    x_j <- (e p_j x_j + sum_i exp(u_i) p_i x_i) / (e p_j + sum_i exp(u_i) p_i)
     "official": x_j <- (p_j x_j + sum_i u_i p_i x_i) / (p_j + sum_i p_i)
-    with p the votes (1 without votes; p_j <- p_j + sum_i p_i). together: the kv heads of a sequence evict as
-    many entries each and decide about the first of every head by the mean of their u, about the second, and so on; each
+    with p the merge counts (1 without any; p_j <- p_j + sum_i p_i). together: the kv heads of a sequence evict as many
+    entries each and decide about the first of every head by the mean of their u, about the second, and so on; each
     still merges into its own j*.
     """
 
@@ -28,24 +28,25 @@ class MergeRule:
 @dataclass(frozen=True, kw_only=True)
 class Merged:
     """M slots a kv head. source_BKM (int64): the slot an entry came from, ascending, -1 where there is none (keys and
-    values are 0 there). votes_BKM: where votes were given. threshold_BK: NaN where nothing was ever evicted."""
+    values are 0 there). merge_counts_BKM: where merge counts were given. threshold_BK: NaN where nothing was ever
+    evicted."""
 
     keys_BKMC: Tensor
     values_BKMV: Tensor
     source_BKM: Tensor
-    votes_BKM: Tensor | None
+    merge_counts_BKM: Tensor | None
     threshold_BK: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slots:
     """Entries that a step changes in place. norms_BKP: Euclidean norms of the keys as stored; a slot whose norm is 0
-    holds nothing, or a key that nothing merges into. votes_BKP: None without votes."""
+    holds nothing, or a key that nothing merges into. merge_counts_BKP: None without merge counts."""
 
     keys_BKPC: Tensor
     values_BKPV: Tensor
     norms_BKP: Tensor
-    votes_BKP: Tensor | None = None
+    merge_counts_BKP: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,15 +21,21 @@ def evict_merge_torch(
     slots: int,
     rule: MergeRule,
     threshold_BK: Tensor,
-    votes_BKS: Tensor | None,
+    merge_counts_BKS: Tensor | None,
 ) -> Merged:
     source_BKM = compacted(keep_BKS, slots)
     index_BKM, empty_BKM = source_BKM.clamp(min=0), source_BKM < 0
     keys, values = (_rows(x, index_BKM).masked_fill_(empty_BKM[..., None], 0.0) for x in (keys_BKSC, values_BKSV))
-    votes = None if votes_BKS is None else votes_BKS.gather(-1, index_BKM).masked_fill_(empty_BKM, 0.0)
+    merge_counts = (
+        None if merge_counts_BKS is None else merge_counts_BKS.gather(-1, index_BKM).masked_fill_(empty_BKM, 0.0)
+    )
     if rule.kind == "drop" or not bool(evict_BKS.any()):
         return Merged(
-            keys_BKMC=keys, values_BKMV=values, source_BKM=source_BKM, votes_BKM=votes, threshold_BK=threshold_BK
+            keys_BKMC=keys,
+            values_BKMV=values,
+            source_BKM=source_BKM,
+            merge_counts_BKM=merge_counts,
+            threshold_BK=threshold_BK,
         )
     near_BKS, place_BKS = _nearest(keys_BKSC, keys)
     near_BKS = near_BKS.masked_fill_(~evict_BKS, -math.inf)
@@ -37,10 +43,18 @@ def evict_merge_torch(
     threshold_BK = next_threshold(decisive_BKS, threshold_BK, rule)
     merge_BKS = (decisive_BKS >= threshold_BK[..., None]) & (near_BKS > -math.inf)
     weight_BKS = near_BKS.exp() if rule.kind == "paper" else near_BKS
-    counted_BKS = merge_BKS.to(weight_BKS.dtype) if votes_BKS is None else votes_BKS.to(weight_BKS.dtype) * merge_BKS
+    counted_BKS = (
+        merge_BKS.to(weight_BKS.dtype)
+        if merge_counts_BKS is None
+        else merge_counts_BKS.to(weight_BKS.dtype) * merge_BKS
+    )
     weight_BKS = weight_BKS.masked_fill(~merge_BKS, 0.0) * counted_BKS
     place_BKS = place_BKS.masked_fill_(~merge_BKS, slots)
-    own_BKM = torch.ones_like(empty_BKM, dtype=weight_BKS.dtype) if votes is None else votes.to(weight_BKS.dtype)
+    own_BKM = (
+        torch.ones_like(empty_BKM, dtype=weight_BKS.dtype)
+        if merge_counts is None
+        else merge_counts.to(weight_BKS.dtype)
+    )
     added_BKM = _sums(counted_BKS[..., None], None, place_BKS, slots)[..., 0]
     scale = math.e if rule.kind == "paper" else 1.0
     total = own_BKM * scale
@@ -56,7 +70,7 @@ def evict_merge_torch(
         keys_BKMC=keys,
         values_BKMV=values,
         source_BKM=source_BKM,
-        votes_BKM=None if votes is None else votes + added_BKM.to(votes.dtype),
+        merge_counts_BKM=None if merge_counts is None else merge_counts + added_BKM.to(merge_counts.dtype),
         threshold_BK=threshold_BK,
     )
 
@@ -138,8 +152,8 @@ def evict_merge_step_torch(
     arrivals.put(slots.keys_BKPC, arrival.key_BKC)
     arrivals.put(slots.values_BKPV, arrival.value_BKV)
     arrivals.put(norms, arrival.key_BKC.to(dots_BKP.dtype).norm(dim=-1))
-    if slots.votes_BKP is not None:
-        arrivals.fill(slots.votes_BKP, 1.0)
+    if slots.merge_counts_BKP is not None:
+        arrivals.fill(slots.merge_counts_BKP, 1.0)
     return threshold_BK
 
 
@@ -155,10 +169,10 @@ def _merge_victims(slots: Slots, victims: Places, dots_BKP: Tensor, rule: MergeR
     own: Tensor | float = math.e if rule.kind == "paper" else 1.0
     weight_BK = near_BK.exp() if rule.kind == "paper" else near_BK
     count: Tensor | float = 1.0
-    if slots.votes_BKP is not None:
-        mine, theirs = (where.take(slots.votes_BKP).to(dtype) for where in (nearest, victims))
+    if slots.merge_counts_BKP is not None:
+        mine, theirs = (where.take(slots.merge_counts_BKP).to(dtype) for where in (nearest, victims))
         own, weight_BK, count = own * mine, weight_BK * theirs, theirs
-        nearest.put(slots.votes_BKP, torch.where(merge_BK, mine + theirs, mine))
+        nearest.put(slots.merge_counts_BKP, torch.where(merge_BK, mine + theirs, mine))
     total = own + (weight_BK if rule.kind == "paper" else count)
     own_BK = torch.where(merge_BK, own / total, 1.0)
     weight_BK = torch.where(merge_BK, weight_BK / total, 0.0)

@@ -26,7 +26,7 @@ def evict_merge_triton(
     slots: int,
     rule: MergeRule,
     threshold_BK: Tensor,
-    votes_BKS: Tensor | None,
+    merge_counts_BKS: Tensor | None,
     block: int | None = None,
 ) -> Merged:
     """As `evict_merge`. `block` replaces the chosen tile size (a power of two, at least 16): tests on tiny shapes use
@@ -41,8 +41,8 @@ def evict_merge_triton(
             threshold_BK = next_threshold(decisive_BKS, threshold_BK, rule)
             merge_BKS = (decisive_BKS >= threshold_BK[..., None]) & (near_BKS > -torch.inf)
             weight_BKS = near_BKS.exp() if rule.kind == "paper" else near_BKS
-            if votes_BKS is not None:
-                weight_BKS = weight_BKS * votes_BKS
+            if merge_counts_BKS is not None:
+                weight_BKS = weight_BKS * merge_counts_BKS
             place_BKS = place_BKS.masked_fill(~merge_BKS, slots)
             sorted_BKS, order = place_BKS.sort(dim=-1, stable=True)
             edges = torch.arange(slots + 1, device=order.device, dtype=sorted_BKS.dtype)
@@ -51,12 +51,12 @@ def evict_merge_triton(
             keys_BKMC=keys_BKSC.new_empty(*source_BKM.shape, keys_BKSC.shape[3]),
             values_BKMV=values_BKSV.new_empty(*source_BKM.shape, values_BKSV.shape[3]),
             source_BKM=source_BKM,
-            votes_BKM=None if votes_BKS is None else votes_BKS.new_empty(source_BKM.shape),
+            merge_counts_BKM=None if merge_counts_BKS is None else merge_counts_BKS.new_empty(source_BKM.shape),
             threshold_BK=threshold_BK,
         )
         if source_BKM.numel():
             merging = (order, offsets, None if weight_BKS is None else weight_BKS.float().contiguous())
-            merge_launch(keys_BKSC, values_BKSV, votes_BKS, merged, merging, rule)()
+            merge_launch(keys_BKSC, values_BKSV, merge_counts_BKS, merged, merging, rule)()
     return merged
 
 
@@ -110,12 +110,12 @@ def _case(dtype: torch.dtype, width: int, rule: MergeRule, gpu: str) -> Iterator
         return torch.empty(2, 3, *shape, dtype=kind, device="meta")
 
     count, kept, floats, index = 1000, 200, torch.float32, torch.int64
-    keys, values, votes = meta(count, width), meta(count, width), meta(count, kind=floats)
+    keys, values, merge_counts = meta(count, width), meta(count, width), meta(count, kind=floats)
     merged = Merged(
         keys_BKMC=meta(kept, width),
         values_BKMV=meta(kept, width),
         source_BKM=meta(kept, kind=index),
-        votes_BKM=meta(kept, kind=floats),
+        merge_counts_BKM=meta(kept, kind=floats),
         threshold_BK=meta(kind=floats),
     )
     merging: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
@@ -123,9 +123,9 @@ def _case(dtype: torch.dtype, width: int, rule: MergeRule, gpu: str) -> Iterator
         found = (meta(count, kind=floats), meta(count, kind=torch.int32))
         yield nearest_launch(keys, meta(count, kind=torch.bool), merged.source_BKM, found, rule, gpu=gpu)
         merging = (meta(count, kind=index), meta(kept + 1, kind=index), meta(count, kind=floats))
-    yield merge_launch(keys, values, votes, merged, merging, rule, gpu=gpu)
+    yield merge_launch(keys, values, merge_counts, merged, merging, rule, gpu=gpu)
     yield from step_launches(
-        Slots(keys_BKPC=keys, values_BKPV=values, norms_BKP=meta(count), votes_BKP=votes),
+        Slots(keys_BKPC=keys, values_BKPV=values, norms_BKP=meta(count), merge_counts_BKP=merge_counts),
         meta(kind=index),
         meta(count, kind=floats),
         Arrival(key_BKC=meta(width), value_BKV=meta(width), slot_BK=meta(kind=index)),

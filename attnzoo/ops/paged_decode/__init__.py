@@ -28,21 +28,21 @@ def paged_decode(
     query_positions_BT: Tensor,
     bias_BNTS: Tensor | None = None,
     probe_BKC: Tensor | None = None,
-    key_mass: bool = False,
+    accumulated_attention: bool = False,
     impl: Impl = "auto",
 ) -> Decoded:
     """Attends to every entry at a position in 0..query position; S runs over the slots of the prefix, then the tail's.
 
     bias_BNTS: added to the logits, already scaled. probe_BKC: one more row a kv head (in the prefix's channels) that
-    meets the prefix's keys while they are read: `Decoded.dots_BKP`. key_mass: also `Decoded.mass_BKS`.
-    A query that sees no entry gets an undefined row. No gradients. Raises ValueError when shapes do not fit, for a
-    probe without a prefix, or for an `impl` that is unknown or cannot run here.
+    meets the prefix's keys while they are read: `Decoded.dots_BKP`. accumulated_attention: also
+    `Decoded.accumulated_BKS`. A query that sees no entry gets an undefined row. No gradients. Raises ValueError when
+    shapes do not fit, for a probe without a prefix, or for an `impl` that is unknown or cannot run here.
     """
     _check(q_BNTH, prefix, tail, query_positions_BT, bias_BNTS, probe_BKC)
     run = choose("paged_decode", impl, IMPLEMENTATIONS, q_BNTH)
     if run is not paged_decode_torch:
         prefix, tail = None if prefix is None else prefix.placed(), tail.placed()
-    out: Decoded = run(q_BNTH, prefix, tail, query_positions_BT, bias_BNTS, probe_BKC, key_mass)
+    out: Decoded = run(q_BNTH, prefix, tail, query_positions_BT, bias_BNTS, probe_BKC, accumulated_attention)
     return out
 
 
@@ -86,8 +86,8 @@ def _check_entries(name: str, part: Entries, batch: int, heads: int, head_dim: i
             raise ValueError(f"{name}: {what} have {width} channels, queries {head_dim}; say which channels they are")
         if channels is not None and channels.shape != (batch, keys[1], width):
             raise ValueError(f"{name}: channels {tuple(channels.shape)} of {what} must be {(batch, keys[1], width)}")
-    if part.log_votes_BKS is not None and part.log_votes_BKS.shape != keys[:3]:
-        raise ValueError(f"{name}: log_votes_BKS {tuple(part.log_votes_BKS.shape)} must be {keys[:3]}")
+    if part.log_counts_BKS is not None and part.log_counts_BKS.shape != keys[:3]:
+        raise ValueError(f"{name}: log_counts_BKS {tuple(part.log_counts_BKS.shape)} must be {keys[:3]}")
 
 
 __all__ = ["Decoded", "Entries", "paged_decode"]

@@ -17,7 +17,7 @@ class SegmentSizes:
     key_dim: int
     value_dim: int
     position_heads: int
-    votes: bool = False
+    merge_counts: bool = False
     channels: bool = False
     value_channels: bool = False
 
@@ -36,7 +36,7 @@ class DecodeSizes:
     segments: tuple[SegmentSizes, ...]
     probe_dim: int = 0
     bias_width: int = 0
-    key_mass: bool = False
+    accumulated_attention: bool = False
 
 
 def decode_cost(sizes: DecodeSizes) -> OpCost:
@@ -50,23 +50,23 @@ def decode_cost(sizes: DecodeSizes) -> OpCost:
         read += kv_rows * sizes.probe_dim * sizes.width
         written += kv_rows * sizes.segments[0].slots * SUM
         flops += 2 * kv_rows * sizes.segments[0].slots * sizes.probe_dim
-    if sizes.key_mass:
+    if sizes.accumulated_attention:
         written += kv_rows * slots * SUM
     return OpCost(bytes_read=read, bytes_written=written, flops=flops)
 
 
 def _segment_bytes(part: SegmentSizes, kv_heads: int, width: int) -> int:
     """Of one sequence."""
-    entry = (part.key_dim + part.value_dim) * width + (SUM if part.votes else 0)
+    entry = (part.key_dim + part.value_dim) * width + (SUM if part.merge_counts else 0)
     index = part.key_dim * int(part.channels) + part.value_dim * int(part.value_channels)
     return kv_heads * (part.slots * entry + index * INDEX) + part.position_heads * part.slots * INDEX
 
 
 def scratch_bytes(
-    *, batch: int, tokens: int, heads: int, head_dim: int, splits: int, slots: int, key_mass: bool = False
+    *, batch: int, tokens: int, heads: int, head_dim: int, splits: int, slots: int, accumulated_attention: bool = False
 ) -> int:
     """What the kernels keep between their launches, each byte written and read once: partial results of `splits` parts
-    of the context with the logs of their sums, and where the mass of keys is asked for the scores of all `slots` and
-    one sum a query."""
+    of the context with the logs of their sums, and where the accumulated attention of keys is asked for the scores of
+    all `slots` and one sum a query."""
     rows = batch * heads * tokens
-    return SUM * rows * (splits * (head_dim + 1) + (slots + 1 if key_mass else 0))
+    return SUM * rows * (splits * (head_dim + 1) + (slots + 1 if accumulated_attention else 0))

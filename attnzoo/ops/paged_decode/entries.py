@@ -13,7 +13,7 @@ class Entries:
     keys_BKSC [B, K, S, C] and values_BKSV [B, K, S, V]. positions_BKS (int64): logical positions, below 0 where a slot
     holds nothing; its K axis is 1 when all kv heads hold the same entries; None: every query sees every slot.
     channels_BKC (int64, distinct): which of the H channels of a key the C stored ones are; None: all, in order.
-    value_channels_BKV: the same of values. log_votes_BKS (accumulation dtype): added to the logits, the logarithm of
+    value_channels_BKV: the same of values. log_counts_BKS (accumulation dtype): added to the logits, the logarithm of
     how many tokens an entry stands for; -inf: for none.
     """
 
@@ -22,7 +22,7 @@ class Entries:
     positions_BKS: Tensor | None
     channels_BKC: Tensor | None = None
     value_channels_BKV: Tensor | None = None
-    log_votes_BKS: Tensor | None = None
+    log_counts_BKS: Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -39,10 +39,11 @@ class Entries:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """out_BNTH. mass_BKS (accumulation dtype, S over prefix then tail): weights summed over the T queries and over the
-    query heads of a kv head. dots_BKP (accumulation dtype): probe . stored key, unscaled, for every slot of the prefix.
+    """out_BNTH. accumulated_BKS (accumulation dtype, S over prefix then tail): weights summed over the T queries and
+    over the query heads of a kv head. dots_BKP (accumulation dtype): probe . stored key, unscaled, for every slot of
+    the prefix.
     """
 
     out_BNTH: Tensor
-    mass_BKS: Tensor | None = None
+    accumulated_BKS: Tensor | None = None
     dots_BKP: Tensor | None = None

@@ -1,4 +1,5 @@
-"""Split attention over two segments: partial results of ranges of slots, their combination, and the mass of keys.
+"""Split attention over two segments: partial results of ranges of slots, their combination, and the accumulated
+attention of keys.
 
 A program takes the query heads of one kv head as the rows of its tiles (row l is query l mod T of head l div T), so
 that a key is read once. Scores are powers of two. Splitting the context follows Flash-Decoding (Dao et al. 2023): a
@@ -21,7 +22,7 @@ class Segment(NamedTuple):
     value: Any
     positions: Any
     channels: Any
-    log_votes: Any
+    log_counts: Any
     pages: Any
     slots: Any
     page: Any
@@ -121,15 +122,15 @@ def _addresses(segment, b, k, slot, inside):
 
 @triton.jit
 def _added(queries, segment, b, k, head, token, slot, first_slot, real, held):
-    """Bias and log votes, in powers of two; 0 without either."""
+    """Bias and log merge counts, in powers of two; 0 without either."""
     added = 0.0
     if queries.bias is not None:
         bias_at = b * queries.bias_batch + head * queries.bias_head + token * queries.bias_time + first_slot
         bias = queries.bias + bias_at[:, None] + slot[None, :]
         added += tl.load(bias, mask=real[:, None] & held[None, :], other=0.0).to(tl.float32) * LOG2_E
-    if segment.log_votes is not None:
-        votes_at = segment.log_votes + b * segment.vote_batch + k * segment.vote_head
-        added += (tl.load(votes_at + slot, mask=held, other=0.0).to(tl.float32) * LOG2_E)[None, :]
+    if segment.log_counts is not None:
+        counts_at = segment.log_counts + b * segment.vote_batch + k * segment.vote_head
+        added += (tl.load(counts_at + slot, mask=held, other=0.0).to(tl.float32) * LOG2_E)[None, :]
     return added
 
 
@@ -255,8 +256,9 @@ def combine_kernel(partial, out, totals, places, prefix_splits, splits, tile: tl
 
 
 @triton.jit
-def mass_kernel(scores, totals, mass, count, slots, BLOCK: tl.constexpr):
-    """Grid (blocks of slots, K, B). mass [B, K, S]: weights summed over the rows of a kv head, one after the other."""
+def accumulated_kernel(scores, totals, accumulated, count, slots, BLOCK: tl.constexpr):
+    """Grid (blocks of slots, K, B). accumulated attention [B, K, S]: weights summed over the rows of a kv head, one
+    after the other."""
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     inside = slot < slots
@@ -265,4 +267,4 @@ def mass_kernel(scores, totals, mass, count, slots, BLOCK: tl.constexpr):
         total = tl.load(totals + head * count + row)
         score = tl.load(scores + (head * count + row) * slots + slot, mask=inside, other=-float("inf"))
         summed += tl.where(score == -float("inf"), 0.0, tl.exp2(score - total))
-    tl.store(mass + head * slots + slot, summed, mask=inside)
+    tl.store(accumulated + head * slots + slot, summed, mask=inside)

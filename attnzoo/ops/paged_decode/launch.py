@@ -16,8 +16,8 @@ from attnzoo.ops.paged_decode.kernels import (
     Queries,
     Segment,
     Tile,
+    accumulated_kernel,
     combine_kernel,
-    mass_kernel,
     split_kernel,
 )
 from attnzoo.ops.paged_decode.splits import LEAST_BLOCKS, Splits, plan_splits
@@ -35,7 +35,7 @@ MANY = 1 << 20
 class Pages:
     """Which page of a pool holds a sequence's entries: keys_BKSC and values_BKSV of a segment are then [pages, K, slots
     of a page, width], and slot s of sequence b is slot s mod page of pool page table[b, s div page]. Tables [B, I]
-    (int32 or int64); positions and votes stay [B, K, I * page]. Slots at a position below 0 are not read:
+    (int32 or int64); positions and merge counts stay [B, K, I * page]. Slots at a position below 0 are not read:
     their dots with a probe are 0.
     """
 
@@ -44,7 +44,7 @@ class Pages:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Layout:
     """How the entries lie, and what tests choose otherwise: `splits` (slots of a block, blocks of a program), `gpu`."""
 
     pages: Pages = Pages()
@@ -63,7 +63,7 @@ class Call:
     places_BKH: Tensor | None
     totals_BKL: Tensor | None
     out_BTNH: Tensor
-    mass_BKS: Tensor | None
+    accumulated_BKS: Tensor | None
     splits: Splits
     tile: Tile
     gpu: str
@@ -77,8 +77,8 @@ class Call:
         query_positions_BT: Tensor,
         bias_BNTS: Tensor | None,
         probe_BKC: Tensor | None,
-        key_mass: bool,
-        plan: Plan,
+        accumulated_attention: bool,
+        plan: Layout,
     ) -> "Call":
         batch, heads, tokens, head_dim = q_BNTH.shape
         kv_heads = tail.keys_BKSC.shape[1]
@@ -104,7 +104,7 @@ class Call:
         partial = Partial(
             out=floats(splits.total, count, head_dim),
             log_sums=floats(splits.total, count),
-            scores=floats(count, kept + slots) if key_mass else None,
+            scores=floats(count, kept + slots) if accumulated_attention else None,
             dots=None if probe_BKC is None else floats(kept),
             slots=kept + slots,
         )
@@ -114,9 +114,9 @@ class Call:
             tail=last,
             partial=partial,
             places_BKH=_places(prefix, head_dim),
-            totals_BKL=floats(count) if key_mass else None,
+            totals_BKL=floats(count) if accumulated_attention else None,
             out_BTNH=q_BNTH.new_empty(batch, tokens, heads, head_dim),
-            mass_BKS=floats(kept + slots) if key_mass else None,
+            accumulated_BKS=floats(kept + slots) if accumulated_attention else None,
             splits=splits,
             tile=tile,
             gpu=plan.gpu or architecture(),
@@ -154,14 +154,14 @@ class Call:
             tile=self.tile,
             SPLITS=COMBINED,
         )
-        if self.mass_BKS is not None and self.partial.slots:
+        if self.accumulated_BKS is not None and self.partial.slots:
             yield self._launch(
-                "mass",
-                mass_kernel,
+                "accumulated",
+                accumulated_kernel,
                 (triton.cdiv(self.partial.slots, MASS_BLOCK), *grid),
                 scores=self.partial.scores,
                 totals=self.totals_BKL,
-                mass=self.mass_BKS,
+                accumulated=self.accumulated_BKS,
                 count=count,
                 slots=self.partial.slots,
                 BLOCK=MASS_BLOCK,
@@ -214,13 +214,13 @@ def _segment(name: str, part: Entries, table_BI: Tensor | None, batch: int) -> S
             )
     keys, values = _dense(part.keys_BKSC), _dense(part.values_BKSV)
     positions = _dense(part.positions_BKS).expand(batch, kv_heads, slots)
-    votes = None if part.log_votes_BKS is None else _dense(part.log_votes_BKS)
+    merge_counts = None if part.log_counts_BKS is None else _dense(part.log_counts_BKS)
     return Segment(
         key=keys,
         value=values,
         positions=positions,
         channels=None if part.channels_BKC is None else part.channels_BKC.contiguous(),
-        log_votes=votes,
+        log_counts=merge_counts,
         pages=None if table_BI is None else table_BI.contiguous(),
         slots=slots,
         page=page,
@@ -232,8 +232,8 @@ def _segment(name: str, part: Entries, table_BI: Tensor | None, batch: int) -> S
         value_slot=values.stride(2),
         position_batch=positions.stride(0),
         position_head=positions.stride(1),
-        vote_batch=0 if votes is None else votes.stride(0),
-        vote_head=0 if votes is None else votes.stride(1),
+        vote_batch=0 if merge_counts is None else merge_counts.stride(0),
+        vote_head=0 if merge_counts is None else merge_counts.stride(1),
     )
 
 

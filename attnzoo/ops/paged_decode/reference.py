@@ -22,7 +22,7 @@ def paged_decode_reference(
     query_positions_BT: Tensor,
     bias_BNTS: Tensor | None,
     probe_BKC: Tensor | None,
-    key_mass: bool,
+    accumulated_attention: bool,
 ) -> Decoded:
     batch, heads, tokens, head_dim = q_BNTH.shape
     parts = [part.placed() for part in (prefix, tail) if part is not None]
@@ -34,27 +34,29 @@ def paged_decode_reference(
     positions = torch.cat(
         [part.positions_BKS.expand(part.keys_BKSC.shape[:3]) for part in parts if part.positions_BKS is not None], dim=2
     )
-    votes = torch.cat([_log_votes(part, dtype) for part in parts], dim=2)
+    merge_counts = torch.cat([_log_counts(part, dtype) for part in parts], dim=2)
     out = torch.zeros(batch, heads, tokens, head_dim, dtype=dtype, device=q_BNTH.device)
-    mass = torch.zeros(keys.shape[:3], dtype=dtype, device=q_BNTH.device)
+    accumulated = torch.zeros(keys.shape[:3], dtype=dtype, device=q_BNTH.device)
     for b in range(batch):
         for n in range(heads):
             kv = n // (heads // kv_heads)
             for t in range(tokens):
                 seen = (positions[b, kv] >= 0) & (positions[b, kv] <= query_positions_BT[b, t])
-                logits = keys[b, kv] @ q_BNTH[b, n, t].to(dtype) * head_dim**-0.5 + votes[b, kv]
+                logits = keys[b, kv] @ q_BNTH[b, n, t].to(dtype) * head_dim**-0.5 + merge_counts[b, kv]
                 if bias_BNTS is not None:
                     logits = logits + bias_BNTS[b, n, t].to(dtype)
                 weights = logits[seen].softmax(-1)
                 out[b, n, t] = weights @ values[b, kv][seen]
-                mass[b, kv, seen] += weights
+                accumulated[b, kv, seen] += weights
     dots = None
     if probe_BKC is not None and prefix is not None:
         dots = torch.einsum("bkc,bksc->bks", probe_BKC.to(dtype), prefix.keys_BKSC.to(dtype))
-    return Decoded(out_BNTH=out.to(q_BNTH.dtype), mass_BKS=mass if key_mass else None, dots_BKP=dots)
+    return Decoded(
+        out_BNTH=out.to(q_BNTH.dtype), accumulated_BKS=accumulated if accumulated_attention else None, dots_BKP=dots
+    )
 
 
-def _log_votes(part: Entries, dtype: torch.dtype) -> Tensor:
-    if part.log_votes_BKS is None:
+def _log_counts(part: Entries, dtype: torch.dtype) -> Tensor:
+    if part.log_counts_BKS is None:
         return torch.zeros(part.keys_BKSC.shape[:3], dtype=dtype, device=part.keys_BKSC.device)
-    return part.log_votes_BKS.to(dtype)
+    return part.log_counts_BKS.to(dtype)

@@ -20,7 +20,7 @@ def paged_decode_torch(
     query_positions_BT: Tensor,
     bias_BNTS: Tensor | None,
     probe_BKC: Tensor | None,
-    key_mass: bool,
+    accumulated_attention: bool,
 ) -> Decoded:
     batch, heads, tokens, head_dim = q_BNTH.shape
     kv_heads = tail.keys_BKSC.shape[1]
@@ -52,19 +52,19 @@ def paged_decode_torch(
         added = _placed(with_values(weights_BKLS, part.values_BKSV), part.value_channels_BKV, head_dim)
         out_BKLH = added if out_BKLH is None else out_BKLH + added
     assert out_BKLH is not None
-    mass_BKS = None
-    if key_mass:
-        mass_BKS = torch.cat([(weights_BKLS * scale_BKL1).sum(2) for weights_BKLS in weights], dim=-1)
+    accumulated_BKS = None
+    if accumulated_attention:
+        accumulated_BKS = torch.cat([(weights_BKLS * scale_BKL1).sum(2) for weights_BKLS in weights], dim=-1)
     return Decoded(
         out_BNTH=(out_BKLH * scale_BKL1).reshape(batch, heads, tokens, head_dim).to(q_BNTH.dtype),
-        mass_BKS=mass_BKS,
+        accumulated_BKS=accumulated_BKS,
         dots_BKP=dots,
     )
 
 
 def _terms(part: Entries, query_positions_BT: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What is added to scores_BKGTS: the logs of votes, -inf for what a query may not see."""
-    added = None if part.log_votes_BKS is None else part.log_votes_BKS[:, :, None, None]
+    """What is added to scores_BKGTS: the logs of merge counts, -inf for what a query may not see."""
+    added = None if part.log_counts_BKS is None else part.log_counts_BKS[:, :, None, None]
     if part.positions_BKS is None:
         return added
     positions_BK11S = part.positions_BKS[:, :, None, None]

@@ -1,8 +1,8 @@
 """Decode attention over a compressed cache on a GPU, its context split over programs (Flash-Decoding).
 
-Two launches, and a third for the mass of keys: partial results of ranges of slots, their combination, and weights from
-the scores that the first one left (4 bytes a query head and slot, where reading the keys again would take H elements).
-No atomics: a run is repeatable bit by bit.
+Two launches, and a third for the accumulated attention of keys: partial results of ranges of slots, their combination,
+and weights from the scores that the first one left (4 bytes a query head and slot, where reading the keys again would
+take H elements). No atomics: a run is repeatable bit by bit.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnzoo.ops.common.launch import Launch, check_inputs
 from attnzoo.ops.paged_decode.entries import Decoded, Entries
-from attnzoo.ops.paged_decode.launch import Call, Pages, Plan
+from attnzoo.ops.paged_decode.launch import Call, Layout, Pages
 from attnzoo.ops.relative_sdpa.tilings import ARCHITECTURES
 
 WIDEST_HEAD = 256
@@ -25,7 +25,7 @@ def paged_decode_triton(
     query_positions_BT: Tensor,
     bias_BNTS: Tensor | None,
     probe_BKC: Tensor | None,
-    key_mass: bool,
+    accumulated_attention: bool,
     pages: Pages | None = None,
     splits: tuple[int, int] | None = None,
 ) -> Decoded:
@@ -45,11 +45,13 @@ def paged_decode_triton(
     if tail.channels_BKC is not None or tail.value_channels_BKV is not None:
         raise ValueError("paged_decode with impl='triton' takes tails with all channels; use impl='torch'")
     with torch.no_grad():
-        plan = Plan(pages=pages or Pages(), splits=splits)
-        call = Call.of(q_BNTH, prefix, tail, query_positions_BT, bias_BNTS, probe_BKC, key_mass, plan)
+        plan = Layout(pages=pages or Pages(), splits=splits)
+        call = Call.of(q_BNTH, prefix, tail, query_positions_BT, bias_BNTS, probe_BKC, accumulated_attention, plan)
         for launch in call.launches():
             launch()
-    return Decoded(out_BNTH=call.out_BTNH.transpose(1, 2), mass_BKS=call.mass_BKS, dots_BKP=call.partial.dots)
+    return Decoded(
+        out_BNTH=call.out_BTNH.transpose(1, 2), accumulated_BKS=call.accumulated_BKS, dots_BKP=call.partial.dots
+    )
 
 
 def aot_cases() -> list[Launch]:
@@ -86,7 +88,7 @@ def _case(dtype: torch.dtype, head_dim: int, width: int, tokens: int, gpu: str) 
         positions_BKS=meta(batch, kv_heads, slots, kind=index),
         channels_BKC=meta(batch, kv_heads, width, kind=index) if thin else None,
         value_channels_BKV=meta(batch, kv_heads, width, kind=index) if thin else None,
-        log_votes_BKS=meta(batch, kv_heads, slots, kind=torch.float32) if thin else None,
+        log_counts_BKS=meta(batch, kv_heads, slots, kind=torch.float32) if thin else None,
     )
     tail = Entries(
         keys_BKSC=meta(9, kv_heads, 16, head_dim) if thin else meta(batch, kv_heads, slots, head_dim),
@@ -101,7 +103,7 @@ def _case(dtype: torch.dtype, head_dim: int, width: int, tokens: int, gpu: str) 
         meta(batch, heads, tokens, slots + 64) if thin else None,
         meta(batch, kv_heads, width) if thin else None,
         thin,
-        Plan(pages=Pages(tail_BI=meta(batch, 4, kind=torch.int32) if thin else None), gpu=gpu),
+        Layout(pages=Pages(tail_BI=meta(batch, 4, kind=torch.int32) if thin else None), gpu=gpu),
     ).launches()
 
 

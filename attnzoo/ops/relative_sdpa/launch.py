@@ -23,7 +23,7 @@ QUERIES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Options:
     """What is not a tensor with a gradient."""
 
     mask: CausalMask
@@ -44,11 +44,11 @@ class Operands:
     table_NPH: Tensor | None
     table_bias_NP: Tensor | None
     starts_BT: Tensor | None
-    plan: Plan
+    plan: Options
     architecture: str
 
     @classmethod
-    def of(cls, inputs: tuple[Tensor | None, ...], plan: Plan, gpu: str | None = None) -> "Operands":
+    def of(cls, inputs: tuple[Tensor | None, ...], plan: Options, gpu: str | None = None) -> "Operands":
         """Copies what is laid out otherwise; not the caches of the streaming form, which kernels read as they are."""
         q, k, v, content_bias, table, table_bias = inputs
         assert q is not None

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from attnzoo.ops.common.launch import Launch
 from attnzoo.ops.common.masks import CausalMask
-from attnzoo.ops.relative_sdpa.launch import Gradients, Operands, Plan, Saved, streaming_launches
+from attnzoo.ops.relative_sdpa.launch import Gradients, Operands, Options, Saved, streaming_launches
 from attnzoo.ops.relative_sdpa.tilings import ARCHITECTURES
 
 WIDEST_HEAD = 256
@@ -41,7 +41,7 @@ def relative_sdpa_triton(
     """
     inputs = (q_BNTH, k_BKSH, v_BKSH, content_bias_NH, table_NPH, table_bias_NP)
     _check(inputs, mask)
-    plan = Plan(mask=mask, scale=scale, block=block)
+    plan = Options(mask=mask, scale=scale, block=block)
     if mask.parallel:
         out_BNTH: Tensor = _Attend.apply(*inputs, plan)
         return out_BNTH
@@ -82,7 +82,7 @@ def _check(inputs: tuple[Tensor | None, ...], mask: CausalMask) -> None:
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        """Arguments: q, k, v, content_bias, table, table_bias, Plan."""
+        """Arguments: q, k, v, content_bias, table, table_bias, Options."""
         *inputs, plan = arguments
         operands = Operands.of(tuple(inputs), plan)
         saved = Saved.empty(operands)
@@ -127,7 +127,7 @@ def _training_case(
         starts_BT = torch.empty(2, tokens, dtype=torch.int64, device="meta")
         mask = CausalMask(starts_BT=starts_BT, window=128, sinks=4)
     inputs = _meta_inputs(dtype, head_dim, tokens, rows if with_table else None)
-    operands = Operands.of(inputs, Plan(mask=mask, scale=0.125, block=None), gpu)
+    operands = Operands.of(inputs, Options(mask=mask, scale=0.125, block=None), gpu)
     saved = Saved.empty(operands)
     yield from saved.launches(operands)
     yield from Gradients(operands, saved, saved.out_BTNH).launches()
@@ -137,7 +137,7 @@ def _streaming_case(dtype: torch.dtype, head_dim: int, gpu: str) -> Iterator[Lau
     queries = torch.empty(2, 1000, dtype=torch.int64, device="meta")
     keys = torch.empty(2, 2, 1000, dtype=torch.int64, device="meta")
     mask = CausalMask(query_positions_BT=queries, key_positions_BKS=keys, window=128, sinks=4)
-    operands = Operands.of(_meta_inputs(dtype, head_dim, 1000, 300), Plan(mask=mask, scale=0.125, block=None), gpu)
+    operands = Operands.of(_meta_inputs(dtype, head_dim, 1000, 300), Options(mask=mask, scale=0.125, block=None), gpu)
     yield from streaming_launches(operands, torch.empty_like(operands.q_BTNH))
 
 

@@ -8,13 +8,13 @@ from attnzoo.ops.common.row_blocks import Tables
 from attnzoo.types import accumulation_dtype
 
 
-def key_mass_reference(
+def accumulated_attention_reference(
     q_BNTH: Tensor,
     k_BKSH: Tensor,
     mask: CausalMask,
     counts_B: Tensor | None,
     tables: Tables | None,
-    log_votes_BKS: Tensor | None,
+    log_counts_BKS: Tensor | None,
     scale: float,
 ) -> Tensor:
     batch, heads, tokens, _ = q_BNTH.shape
@@ -24,7 +24,7 @@ def key_mass_reference(
     queries_BT, keys_BKS = mask.positions(tokens, q.device)
     visible = mask.visible(tokens, q.device).expand(batch, kv_heads, tokens, -1)
     queries_BT, keys_BKS = queries_BT.expand(batch, -1), keys_BKS.expand(batch, kv_heads, -1)
-    mass = torch.zeros(k.shape[:3], dtype=dtype, device=k.device)
+    accumulated = torch.zeros(k.shape[:3], dtype=dtype, device=k.device)
     for b in range(batch):
         for n in range(heads):
             kv = n // (heads // kv_heads)
@@ -38,7 +38,7 @@ def key_mass_reference(
                     logits = logits + table @ q[b, n, t, : table.shape[-1]]
                     logits = logits + tables.table_bias_NP[n][rows].to(dtype)
                 logits = logits * scale
-                if log_votes_BKS is not None:
-                    logits = logits + log_votes_BKS[b, kv]
-                mass[b, kv, seen] += logits[seen].softmax(-1)
-    return mass
+                if log_counts_BKS is not None:
+                    logits = logits + log_counts_BKS[b, kv]
+                accumulated[b, kv, seen] += logits[seen].softmax(-1)
+    return accumulated

@@ -17,14 +17,14 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
-class Layer:
+class ConfigLayer:
     """One source of values: a nested mapping, and the place of every dotted key in it."""
 
     values: dict[str, Any]
     places: dict[str, str]
 
 
-def read_layers(name: str, overrides: Sequence[str]) -> list[Layer]:
+def read_layers(name: str, overrides: Sequence[str]) -> list[ConfigLayer]:
     """The farthest base of a file (a bare name is looked up in configs/), ..., the file, the overrides.
 
     Raises ConfigError.
@@ -46,7 +46,7 @@ def _find_config(name: str) -> Path:
     raise ConfigError(f"--config: no file {name!r}{suggest(name, known)}")
 
 
-def _chain(path: Path, seen: tuple[Path, ...]) -> list[Layer]:
+def _chain(path: Path, seen: tuple[Path, ...]) -> list[ConfigLayer]:
     """Layers from the farthest base to `path`."""
     path = path.resolve()
     if path in seen:
@@ -64,7 +64,7 @@ def _chain(path: Path, seen: tuple[Path, ...]) -> list[Layer]:
     return [*_chain(base_path, (*seen, path)), layer]
 
 
-def _read(path: Path) -> Layer:
+def _read(path: Path) -> ConfigLayer:
     name = _short(path)
     try:
         values, lines = parse_lines(path.read_text(encoding="utf-8"), name)
@@ -76,10 +76,10 @@ def _read(path: Path) -> Layer:
         raise ConfigError(f"{name} is empty; write keys and values, for example base: base.yaml")
     if not isinstance(values, dict):
         raise ConfigError(f"{name}:1: the file must be a mapping of keys to values")
-    return Layer(values, {key: f"{name}:{line}" for key, line in lines.items()})
+    return ConfigLayer(values, {key: f"{name}:{line}" for key, line in lines.items()})
 
 
-def _override(text: str) -> Layer:
+def _override(text: str) -> ConfigLayer:
     key, separator, value = text.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
@@ -92,10 +92,10 @@ def _override(text: str) -> Layer:
     for i in range(len(parts), 0, -1):
         places[".".join(parts[:i])] = COMMAND_LINE
         nested = {parts[i - 1]: nested}
-    return Layer(nested, places)
+    return ConfigLayer(nested, places)
 
 
-def _check_given(layer: Layer) -> None:
+def _check_given(layer: ConfigLayer) -> None:
     """OmegaConf takes ??? for a value that is still to come, and keeps the one before."""
     for key, value in _leaves("", layer.values):
         if value == "???":

@@ -25,7 +25,7 @@ class MassSizes:
     width: int
     pairs: int | None = None
     position_heads: int = 0
-    votes: bool = False
+    merge_counts: bool = False
     table_rows: int = 0
     sums_known: bool = False
 
@@ -37,7 +37,7 @@ def mass_cost(sizes: MassSizes) -> OpCost:
     read = sizes.batch * (sizes.heads * sizes.tokens + sizes.kv_heads * sizes.slots) * sizes.head_dim * sizes.width
     if sizes.position_heads:
         read += sizes.batch * INDEX * (sizes.tokens + sizes.position_heads * sizes.slots)
-    if sizes.votes:
+    if sizes.merge_counts:
         read += sizes.batch * sizes.kv_heads * sizes.slots * SUM
     if sizes.sums_known:
         read += sizes.batch * sizes.heads * sizes.tokens * SUM

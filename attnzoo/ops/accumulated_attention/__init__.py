@@ -7,42 +7,42 @@ Computed a block of query rows at a time: memory is linear in the number of keys
 
 from torch import Tensor
 
+from attnzoo.ops.accumulated_attention.reference import accumulated_attention_reference
+from attnzoo.ops.accumulated_attention.torch import accumulated_attention_torch
 from attnzoo.ops.common.impl import Impl, choose, lazily
 from attnzoo.ops.common.masks import PLAIN, CausalMask, check_heads, check_mask
 from attnzoo.ops.common.row_blocks import Tables
-from attnzoo.ops.key_mass.reference import key_mass_reference
-from attnzoo.ops.key_mass.torch import key_mass_torch
 
 IMPLEMENTATIONS = {
-    "reference": key_mass_reference,
-    "torch": key_mass_torch,
-    "triton": lazily("attnzoo.ops.key_mass.triton", "key_mass_triton"),
+    "reference": accumulated_attention_reference,
+    "torch": accumulated_attention_torch,
+    "triton": lazily("attnzoo.ops.accumulated_attention.triton", "accumulated_attention_triton"),
 }
 
 
-def key_mass(
+def accumulated_attention(
     q_BNTH: Tensor,
     k_BKSH: Tensor,
     *,
     mask: CausalMask = PLAIN,
     counts_B: Tensor | None = None,
     tables: Tables | None = None,
-    log_votes_BKS: Tensor | None = None,
+    log_counts_BKS: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Returns mass_BKS in the accumulation dtype, 0 for keys that no query sees.
+    """Returns accumulated_BKS in the accumulation dtype, 0 for keys that no query sees.
 
     counts_B: how many queries of each row are real (None: all); others add nothing. tables: the relative terms of
-    `relative_sdpa`. log_votes_BKS: added to the logits. No gradients. Raises ValueError as `sdpa`, and for documents
+    `relative_sdpa`. log_counts_BKS: added to the logits. No gradients. Raises ValueError as `sdpa`, and for documents
     (`mask.starts_BT`), which a cache does not hold.
     """
     check_heads(q_BNTH, k_BKSH, k_BKSH)
     check_mask(mask, q_BNTH, k_BKSH)
     if mask.starts_BT is not None:
-        raise ValueError("key_mass is for sequences that are cached: mask.starts_BT must be None")
-    run = choose("key_mass", impl, IMPLEMENTATIONS, q_BNTH)
-    out: Tensor = run(q_BNTH, k_BKSH, mask, counts_B, tables, log_votes_BKS, q_BNTH.shape[-1] ** -0.5)
+        raise ValueError("accumulated_attention is for sequences that are cached: mask.starts_BT must be None")
+    run = choose("accumulated_attention", impl, IMPLEMENTATIONS, q_BNTH)
+    out: Tensor = run(q_BNTH, k_BKSH, mask, counts_B, tables, log_counts_BKS, q_BNTH.shape[-1] ** -0.5)
     return out
 
 
-__all__ = ["Tables", "key_mass"]
+__all__ = ["Tables", "accumulated_attention"]

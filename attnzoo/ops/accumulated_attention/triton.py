@@ -9,42 +9,44 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from attnzoo.ops.accumulated_attention.launch import Buffers, launches
 from attnzoo.ops.common.launch import Launch, check_inputs
 from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.common.row_blocks import Tables
-from attnzoo.ops.key_mass.launch import Plan, launches
 from attnzoo.ops.relative_sdpa.tilings import ARCHITECTURES
 
 WIDEST_HEAD = 256
 
 
-def key_mass_triton(
+def accumulated_attention_triton(
     q_BNTH: Tensor,
     k_BKSH: Tensor,
     mask: CausalMask,
     counts_B: Tensor | None,
     tables: Tables | None,
-    log_votes_BKS: Tensor | None,
+    log_counts_BKS: Tensor | None,
     scale: float,
     log_sums_BNT: Tensor | None = None,
     block: int | None = None,
 ) -> Tensor:
-    """mass_BKS in float32.
+    """accumulated_BKS in float32.
 
     log_sums_BNT: log2 of each row's sum of exponentials, where it is known. `block` replaces the chosen tile size (a
     power of two, at least 16): tests on tiny shapes use it. Raises ValueError for what the kernels cannot do: other
     dtypes, heads wider than 256, gradients.
     """
-    check_inputs("key_mass", WIDEST_HEAD, queries=q_BNTH, keys=k_BKSH)
-    mass_BKS = torch.zeros(k_BKSH.shape[:3], dtype=torch.float32, device=k_BKSH.device)
-    if mass_BKS.numel() == 0 or q_BNTH.numel() == 0:
-        return mass_BKS
+    check_inputs("accumulated_attention", WIDEST_HEAD, queries=q_BNTH, keys=k_BKSH)
+    accumulated_BKS = torch.zeros(k_BKSH.shape[:3], dtype=torch.float32, device=k_BKSH.device)
+    if accumulated_BKS.numel() == 0 or q_BNTH.numel() == 0:
+        return accumulated_BKS
     with torch.no_grad():
         whole = None if tables is None else tables.whole(q_BNTH.shape[-1])
-        given = (q_BNTH, k_BKSH, mask, counts_B, whole, log_votes_BKS, scale)
-        for launch in launches(*given, Plan(mass_BKS=mass_BKS, log_sums_BNT=log_sums_BNT, block=block)):
+        given = (q_BNTH, k_BKSH, mask, counts_B, whole, log_counts_BKS, scale)
+        for launch in launches(
+            *given, Buffers(accumulated_BKS=accumulated_BKS, log_sums_BNT=log_sums_BNT, block=block)
+        ):
             launch()
-    return mass_BKS
+    return accumulated_BKS
 
 
 def aot_cases() -> list[Launch]:
@@ -80,5 +82,5 @@ def _case(dtype: torch.dtype, head_dim: int, gpu: str, tokens: int, *, relative:
         tables,
         meta(batch, kv_heads, slots, kind=torch.float32) if relative else None,
         0.125,
-        Plan(mass_BKS=meta(batch, kv_heads, slots, kind=torch.float32), gpu=gpu),
+        Buffers(accumulated_BKS=meta(batch, kv_heads, slots, kind=torch.float32), gpu=gpu),
     )

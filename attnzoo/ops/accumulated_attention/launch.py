@@ -1,4 +1,5 @@
-"""The launches of key_mass: which queries are dealt with together, which blocks see which, buffers and arguments."""
+"""The launches of accumulated_attention: which queries are dealt with together, which blocks see which, buffers and
+arguments."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,10 +10,10 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from attnzoo.ops.accumulated_attention.kernels import Rows, Scores, Tile, columns_kernel, log_sums_kernel
 from attnzoo.ops.common.launch import TYPES, Launch
 from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.common.row_blocks import Tables
-from attnzoo.ops.key_mass.kernels import Rows, Scores, Tile, columns_kernel, log_sums_kernel
 from attnzoo.ops.relative_sdpa.kernels.streaming import logits_kernel
 from attnzoo.ops.relative_sdpa.tilings import architecture, tiling
 
@@ -26,10 +27,10 @@ NOWHERE = 1 << 62
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class Buffers:
     """The result, sums of rows that are known (log2), and what tests choose otherwise: size of tiles, GPU."""
 
-    mass_BKS: Tensor
+    accumulated_BKS: Tensor
     log_sums_BNT: Tensor | None = None
     block: int | None = None
     gpu: str | None = None
@@ -41,11 +42,11 @@ def launches(
     mask: CausalMask,
     counts_B: Tensor | None,
     tables: Tables | None,
-    log_votes_BKS: Tensor | None,
+    log_counts_BKS: Tensor | None,
     scale: float,
-    plan: Plan,
+    plan: Buffers,
 ) -> Iterator[Launch]:
-    """What adds to `plan.mass_BKS`, a part of the queries after the other where tables ask for logits."""
+    """What adds to `plan.accumulated_BKS`, a part of the queries after the other where tables ask for logits."""
     batch, heads, tokens, _ = q_BNTH.shape
     gpu, log_sums_BNT = plan.gpu or architecture(), plan.log_sums_BNT
     queries_BT, keys_BKS = (x.expand(batch, *x.shape[1:]) for x in mask.positions(tokens, q_BNTH.device))
@@ -53,7 +54,7 @@ def launches(
         steps_T = torch.arange(tokens, device=q_BNTH.device)
         queries_BT = queries_BT.masked_fill(steps_T >= counts_B[:, None], -1)
     content_BNTH = q_BNTH if tables is None else (q_BNTH + tables.content_bias_NH[:, None]).to(q_BNTH.dtype)
-    common = _common(k_BKSH, keys_BKS, log_votes_BKS, scale)
+    common = _common(k_BKSH, keys_BKS, log_counts_BKS, scale)
     part = tokens
     if tables is not None:
         row = 4 * batch * heads * tables.table_bias_NP.shape[1]
@@ -74,7 +75,7 @@ def launches(
             None if log_sums_BNT is None else log_sums_BNT[:, :, rows],
             plan.block,
             gpu,
-        ).launches(plan.mass_BKS)
+        ).launches(plan.accumulated_BKS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ class Part:
             gpu=gpu,
         )
 
-    def launches(self, mass_BKS: Tensor) -> Iterator[Launch]:
+    def launches(self, accumulated_BKS: Tensor) -> Iterator[Launch]:
         batch, heads, _ = self.log_sums_BNT.shape
         if not self.known:
             yield self._launch(
@@ -138,12 +139,12 @@ class Part:
             )
         yield self._launch(
             columns_kernel,
-            (self.begins_BKJ.shape[2], mass_BKS.shape[1], batch),
+            (self.begins_BKJ.shape[2], accumulated_BKS.shape[1], batch),
             log_sums=self.log_sums_BNT,
             log_sums_batch=self.log_sums_BNT.stride(0),
             log_sums_head=self.log_sums_BNT.stride(1),
             begins=self.begins_BKJ,
-            mass=mass_BKS,
+            accumulated=accumulated_BKS,
         )
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> Launch:
@@ -152,8 +153,9 @@ class Part:
         wide = self.tile.head_dim > 128 or self.scores.relative is None
         eight = self.gpu != "gfx942" if single else not wide
         relative = "" if self.scores.relative is None else f" P={self.scores.distances}"
+        pass_name = kernel.__name__.removesuffix("_kernel")
         return Launch(
-            name=f"key_mass {kernel.__name__.removesuffix('_kernel')} {TYPES[dtype]} H={self.tile.head_dim}{relative}",
+            name=f"accumulated_attention {pass_name} {TYPES[dtype]} H={self.tile.head_dim}{relative}",
             kernel=kernel,
             grid=grid,
             arguments=arguments | {"scores": self.scores, "tile": self.tile},
@@ -163,20 +165,22 @@ class Part:
         )
 
 
-def _common(k_BKSH: Tensor, keys_BKS: Tensor, log_votes_BKS: Tensor | None, scale: float) -> dict[str, Any]:
+def _common(k_BKSH: Tensor, keys_BKS: Tensor, log_counts_BKS: Tensor | None, scale: float) -> dict[str, Any]:
     """The fields of Scores that are of the keys."""
     batch, kv_heads, slots, _ = k_BKSH.shape
     places = keys_BKS if keys_BKS.stride(-1) == 1 else keys_BKS.contiguous()
     places = places.expand(batch, kv_heads, slots)
-    votes = log_votes_BKS if log_votes_BKS is None or log_votes_BKS.stride(-1) == 1 else log_votes_BKS.contiguous()
+    merge_counts = (
+        log_counts_BKS if log_counts_BKS is None or log_counts_BKS.stride(-1) == 1 else log_counts_BKS.contiguous()
+    )
     return {
         "keys": _rows(k_BKSH),
         "at_keys": places,
         "at_batch": places.stride(0),
         "at_head": places.stride(1),
-        "votes": votes,
-        "vote_batch": 0 if votes is None else votes.stride(0),
-        "vote_head": 0 if votes is None else votes.stride(1),
+        "merge_counts": merge_counts,
+        "vote_batch": 0 if merge_counts is None else merge_counts.stride(0),
+        "vote_head": 0 if merge_counts is None else merge_counts.stride(1),
         "slots": slots,
         "scale": scale * LOG2_E,
         "vote_scale": LOG2_E,
@@ -242,7 +246,7 @@ def _logits_launch(q_BNTH: Tensor, tables: Tables, logits_BNTP: Tensor, gpu: str
     heads, head_dim, distances = q_BNTH.shape[1], q_BNTH.shape[3], logits_BNTP.shape[3]
     tiles = tiling("logits", dtype, head_dim, True, gpu)
     return Launch(
-        name=f"key_mass logits {TYPES[dtype]} H={head_dim} P={distances}",
+        name=f"accumulated_attention logits {TYPES[dtype]} H={head_dim} P={distances}",
         kernel=logits_kernel,
         grid=(int(triton.cdiv(distances, tiles.block)), heads, q_BNTH.shape[0]),
         arguments={

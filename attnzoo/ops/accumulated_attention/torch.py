@@ -17,19 +17,19 @@ BLOCK_BYTES = 16 << 20
 """Scores of a block: as many sequences as fit, at least one."""
 
 
-def key_mass_torch(
+def accumulated_attention_torch(
     q_BNTH: Tensor,
     k_BKSH: Tensor,
     mask: CausalMask,
     counts_B: Tensor | None,
     tables: Tables | None,
-    log_votes_BKS: Tensor | None,
+    log_counts_BKS: Tensor | None,
     scale: float,
 ) -> Tensor:
     batch, heads, tokens, _ = q_BNTH.shape
     slots, dtype = k_BKSH.shape[2], accumulation_dtype(q_BNTH.dtype)
     queries_BT, keys_BKS = (x.expand(batch, *x.shape[1:]) for x in mask.positions(tokens, q_BNTH.device))
-    mass_BKS = torch.zeros(k_BKSH.shape[:3], dtype=dtype, device=k_BKSH.device)
+    accumulated_BKS = torch.zeros(k_BKSH.shape[:3], dtype=dtype, device=k_BKSH.device)
     together = max(1, BLOCK_BYTES // (heads * min(ROWS, tokens) * max(slots, 1) * dtype.itemsize))
     for b in range(0, batch, together):
         rows = slice(b, b + together)
@@ -39,12 +39,12 @@ def key_mass_torch(
             replace(mask, query_positions_BT=queries_BT[rows], key_positions_BKS=keys_BKS[rows]),
             None if counts_B is None else counts_B[rows],
             tables,
-            None if log_votes_BKS is None else log_votes_BKS[rows],
+            None if log_counts_BKS is None else log_counts_BKS[rows],
             scale,
         )
         for first in range(0, tokens, ROWS):
-            part.add_to(mass_BKS[rows], slice(first, min(first + ROWS, tokens)))
-    return mass_BKS
+            part.add_to(accumulated_BKS[rows], slice(first, min(first + ROWS, tokens)))
+    return accumulated_BKS
 
 
 @dataclass(frozen=True)
@@ -56,28 +56,28 @@ class _Part:
     mask: CausalMask
     counts_B: Tensor | None
     tables: Tables | None
-    log_votes_BKS: Tensor | None
+    log_counts_BKS: Tensor | None
     scale: float
 
-    def add_to(self, mass_BKS: Tensor, block: slice) -> None:
+    def add_to(self, accumulated_BKS: Tensor, block: slice) -> None:
         """The block's columns, summed."""
         queries_BT, keys_BKS = self.mask.positions(self.q_BNTH.shape[2], self.q_BNTH.device)
         at_BR = queries_BT[:, block]
         used = _reach(keys_BKS, at_BR)
         mask = replace(self.mask, query_positions_BT=at_BR, key_positions_BKS=keys_BKS[:, :, :used])
-        q, bias, votes = self.q_BNTH[:, :, block], None, None
+        q, bias, merge_counts = self.q_BNTH[:, :, block], None, None
         content = q * self.scale
         if self.tables is not None:
             content = (q + self.tables.content_bias_NH[:, None]).to(q.dtype) * self.scale
             tables = self.tables
             bias = streamed_bias(q, tables.table_NPH, tables.table_bias_NP, mask, self.scale)
-        if self.log_votes_BKS is not None:
-            votes = self.log_votes_BKS[:, :, :used]
-        weights_BKGRS = _weights(content, self.k_BKSH[:, :, :used], mask, bias, votes)
+        if self.log_counts_BKS is not None:
+            merge_counts = self.log_counts_BKS[:, :, :used]
+        weights_BKGRS = _weights(content, self.k_BKSH[:, :, :used], mask, bias, merge_counts)
         if self.counts_B is not None:
-            steps = torch.arange(block.start, block.stop, device=mass_BKS.device)
+            steps = torch.arange(block.start, block.stop, device=accumulated_BKS.device)
             weights_BKGRS *= (steps < self.counts_B[:, None])[:, None, None, :, None]
-        mass_BKS[:, :, :used] += weights_BKGRS.sum((2, 3))
+        accumulated_BKS[:, :, :used] += weights_BKGRS.sum((2, 3))
 
 
 def _reach(keys_BKS: Tensor, queries_BR: Tensor) -> int:
@@ -87,7 +87,7 @@ def _reach(keys_BKS: Tensor, queries_BR: Tensor) -> int:
 
 
 def _weights(
-    q_BNRH: Tensor, k_BKSH: Tensor, mask: CausalMask, bias_BNRS: Tensor | None, log_votes_BKS: Tensor | None
+    q_BNRH: Tensor, k_BKSH: Tensor, mask: CausalMask, bias_BNRS: Tensor | None, log_counts_BKS: Tensor | None
 ) -> Tensor:
     """Softmax of the block: [B, K, G, R, S]; zeros for a query that sees nothing."""
     batch, heads, rows, _ = q_BNRH.shape
@@ -97,8 +97,8 @@ def _weights(
     scores_BKGRS = product.to(dtype).view(batch, kv_heads, heads // kv_heads, rows, slots)
     if bias_BNRS is not None:
         scores_BKGRS = scores_BKGRS + bias_BNRS.view(scores_BKGRS.shape)
-    if log_votes_BKS is not None:
-        scores_BKGRS = scores_BKGRS + log_votes_BKS[:, :, None, None]
+    if log_counts_BKS is not None:
+        scores_BKGRS = scores_BKGRS + log_counts_BKS[:, :, None, None]
     hidden_BKRS = ~mask.visible(rows, q_BNRH.device)
     # Not -inf: padding queries may see nothing at all, and their NaN would survive a product with zero.
     scores_BKGRS = scores_BKGRS.masked_fill_(hidden_BKRS[:, :, None], torch.finfo(dtype).min)

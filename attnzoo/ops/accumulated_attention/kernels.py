@@ -21,8 +21,9 @@ class Rows(NamedTuple):
 
 class Scores(NamedTuple):
     """What scores are made of. queries [B, N, T, H], keys [B, K, S, H]; at_queries [B, T] and at_keys with strides,
-    their positions; relative [B, N, T, P] or None: logits by distance, the last for all farther ones; votes [B, K, S]
-    with strides or None. `scale` and votes are of powers of two: votes are multiplied by `vote_scale`."""
+    their positions; relative [B, N, T, P] or None: logits by distance, the last for all farther ones; merge counts [B,
+    K, S] with strides or None. `scale` and merge counts are of powers of two: merge counts are multiplied by
+    `vote_scale`."""
 
     queries: Rows
     keys: Rows
@@ -32,7 +33,7 @@ class Scores(NamedTuple):
     at_head: Any
     relative: Any
     distances: Any
-    votes: Any
+    merge_counts: Any
     vote_batch: Any
     vote_head: Any
     tokens: Any
@@ -100,10 +101,10 @@ def _scores(scores, query, key, row, at_query, slot, at_key, b, head, k, tile):
         first = ((b * tile.heads + head) * scores.tokens + row) * scores.distances
         product += tl.load(scores.relative + first[:, None] + distance, mask=seen, other=0.0)
     product = product * scores.scale
-    if scores.votes is not None:
-        votes_at = scores.votes + b * scores.vote_batch + k * scores.vote_head + slot
-        votes = tl.load(votes_at, mask=at_key >= 0, other=0.0).to(tl.float32) * scores.vote_scale
-        product += votes[None, :]
+    if scores.merge_counts is not None:
+        votes_at = scores.merge_counts + b * scores.vote_batch + k * scores.vote_head + slot
+        merge_counts = tl.load(votes_at, mask=at_key >= 0, other=0.0).to(tl.float32) * scores.vote_scale
+        product += merge_counts[None, :]
     return tl.where(seen, product, float("-inf"))
 
 
@@ -133,9 +134,9 @@ def log_sums_kernel(scores, reach, log_sums, tile: tl.constexpr):
 
 
 @triton.jit
-def columns_kernel(scores, log_sums, log_sums_batch, log_sums_head, begins, mass, tile: tl.constexpr):
-    """Grid (blocks of keys, K, B). Adds to mass [B, K, S]; begins [B, K, blocks]: the first block of queries that sees
-    a block of keys."""
+def columns_kernel(scores, log_sums, log_sums_batch, log_sums_head, begins, accumulated, tile: tl.constexpr):
+    """Grid (blocks of keys, K, B). Adds to accumulated attention [B, K, S]; begins [B, K, blocks]: the first block of
+    queries that sees a block of keys."""
     block, k = tl.program_id(0), tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     place = b * (tile.heads // tile.group) + k
@@ -153,5 +154,5 @@ def columns_kernel(scores, log_sums, log_sums_batch, log_sums_head, begins, mass
             sums = tl.load(sums_at, mask=row < scores.tokens, other=0.0)
             summed += tl.sum(tl.exp2(tile_scores - sums[:, None]), axis=0)
     inside = slot < scores.slots
-    mass_at = mass + place * scores.slots + slot
+    mass_at = accumulated + place * scores.slots + slot
     tl.store(mass_at, tl.load(mass_at, mask=inside, other=0.0) + summed, mask=inside)
