@@ -36,9 +36,12 @@ def read_choice(values: Mapping[str, Any], where: str = "cache") -> CacheChoice:
 
     Raises ValueError that names the field for an unknown policy or option, or a value out of its range.
     """
-    if not isinstance(values.get("policy"), str):
-        raise ValueError(f"{where}.policy is missing: name one of {', '.join(sorted(CACHES.names()))}")
-    policy = values["policy"]
+    if not isinstance(values, Mapping):
+        raise ValueError(f'{where}={values!r} must be a mapping such as {{"policy": "d2o", "keep_ratio": 0.2}}')
+    policy = values.get("policy")
+    if not isinstance(policy, str):
+        found = " is missing" if policy is None else f"={str(policy)[:40]} is no text"
+        raise ValueError(f"{where}.policy{found}: name one of {', '.join(sorted(CACHES.names()))}")
     options = {key: value for key, value in values.items() if key != "policy"}
     if policy not in CACHES.names():
         raise ValueError(f"{where}.policy={policy!r} is not known{suggest(policy, CACHES.names())}")

@@ -9,18 +9,21 @@ from typing import Any
 from attnzoo.checkpoint import PACKAGED
 from attnzoo.errors import suggest
 from attnzoo.settings import parse_lines, parse_yaml
-from attnzoo.types import build_config, parse_dtype
+from attnzoo.types import CheckedConfig, build_config, parse_dtype
 from serve.caches import CacheRules
 from serve.front.limits import Limits, check_host_name
 
 MAX_REQUESTS = 1_000_000
 """More requests at a time than this no setting may ask for; Ray counts them in 32 bits."""
 
+MAX_THREADS = 1024
+"""Where more cannot be had, torch ends the process without a word."""
+
 CONTROL_TOKENS = ("template", "template_only", "everywhere")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(CheckedConfig):
     """What the engine needs.
 
     checkpoint: an export directory of ours or of transformers, a .gguf file, or the name of a model that comes in a
@@ -69,6 +72,7 @@ class EngineConfig:
     cache_mib: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         CacheRules(self.cache, self.cache_bounds)
         for name in ("max_num_seqs", "max_batched_tokens", "max_model_len", "threads", "max_caches", "cache_mib"):
             value = getattr(self, name)
@@ -79,6 +83,8 @@ class EngineConfig:
         for name in ("max_num_seqs", "max_queue"):
             if getattr(self, name) > MAX_REQUESTS:
                 raise ValueError(f"{name}={getattr(self, name)} must be at most {MAX_REQUESTS}")
+        if self.threads is not None and self.threads > MAX_THREADS:
+            raise ValueError(f"threads={self.threads} must be at most {MAX_THREADS}")
         if self.max_batched_tokens <= self.max_num_seqs:
             raise ValueError(
                 f"max_batched_tokens={self.max_batched_tokens} must be larger than max_num_seqs={self.max_num_seqs}"

@@ -341,6 +341,14 @@ def open_request(url: str, **fields) -> socket.socket:
     return connection
 
 
+def test_more_choices_than_ever_run_or_wait_are_no_full_queue():
+    with running(max_num_seqs=2, max_queue=1) as (url, _):
+        answer = post(url, n=4, max_tokens=2)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+        assert "more than the 3 completions" in answer.json()["error"]["message"]
+        assert post(url, n=3, max_tokens=2).status_code == 200
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_slot(stream):
     with running(delay_s=0.1, max_num_seqs=1) as (url, owner):
