@@ -108,7 +108,8 @@ class ServeConfig(EngineConfig):
     that holds the API key; None leaves the API open to whoever reaches the port. max_body_bytes: largest request body.
     stream_interval_ms: after one event of a stream, the next waits at least this long and then carries all new text;
     the first comes at once. Saves work where tokens come faster than anyone reads; 0 sends every token by itself.
-    max_choices: completions (prompts times n) of one request. num_cpus: CPUs that the local Ray may plan with.
+    max_choices: completions (prompts times n) of one request, never more than run and wait together. num_cpus: CPUs
+    that the local Ray may plan with.
     drain_timeout_s: how long running requests may take to end at shutdown. allowed_hosts: names that clients may call
     this server by, beside those of loopback ("api.example.com", "*.example.com", "*" for any); None: while host is on
     loopback no others, else addresses and this machine's name too. header_timeout_s, body_timeout_s: how long a client
@@ -135,6 +136,8 @@ class ServeConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.host.strip():
+            raise ValueError(f"host={self.host!r} is empty; give 127.0.0.1, or 0.0.0.0 for all interfaces")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port={self.port} must be between 0 (any free port) and 65535")
         for name in ("max_body_bytes", "max_choices", "num_cpus", "max_reading"):
@@ -209,7 +212,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 def absolute(checkpoint: str) -> str:
     """A path that holds in every process; the name of a packaged model as it is."""
-    return checkpoint if checkpoint in PACKAGED else str(Path(checkpoint).resolve())
+    return checkpoint if checkpoint in ("", *PACKAGED) else str(Path(checkpoint).resolve())
 
 
 def build_serve_config(values: Mapping[str, Any]) -> ServeConfig:
