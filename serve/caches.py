@@ -31,13 +31,18 @@ class CacheChoice:
         return built
 
 
+def check_mapping(values: Any, where: str) -> None:
+    """Raises ValueError for a choice that is no mapping."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f'{where}={values!r} must be a mapping such as {{"policy": "d2o", "keep_ratio": 0.2}}')
+
+
 def read_choice(values: Mapping[str, Any], where: str = "cache") -> CacheChoice:
     """{"policy": "d2o", "keep_ratio": 0.2} as a choice.
 
     Raises ValueError that names the field for an unknown policy or option, or a value out of its range.
     """
-    if not isinstance(values, Mapping):
-        raise ValueError(f'{where}={values!r} must be a mapping such as {{"policy": "d2o", "keep_ratio": 0.2}}')
+    check_mapping(values, where)
     policy = values.get("policy")
     if not isinstance(policy, str):
         found = " is missing" if policy is None else f"={str(policy)[:40]} is no text"
@@ -75,6 +80,7 @@ class CacheRules:
         """The choice for a request. Raises ValueError that names what is wrong or not allowed, and what is."""
         if asked is None:
             return self.default
+        check_mapping(asked, "cache")
         asked = current_names(asked, "cache")
         choice = read_choice(asked)
         if choice != self.default:
