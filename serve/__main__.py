@@ -57,10 +57,12 @@ def parse(argv: Sequence[str]) -> ServeConfig:
 
 
 def check_checkpoint(config: ServeConfig) -> None:
-    """Finds out before Ray starts. Raises ValueError when there is no checkpoint to load."""
+    """Finds out before Ray starts. Raises ValueError when there is no checkpoint to load, no
+    place to listen, or no such device."""
     from attnzoo.checkpoint import find_checkpoint, load_tokenizer, open_checkpoint
     from attnzoo.tokenizer.chat import ChatTemplate
     from serve.front.guard import read_api_key
+    from serve.front.port import free_port
     from serve.loading import check_device
 
     path = find_checkpoint(config.checkpoint)
@@ -68,6 +70,7 @@ def check_checkpoint(config: ServeConfig) -> None:
     ChatTemplate.of(load_tokenizer(path))
     read_api_key(config.api_key_env)
     if config.cluster is None:  # else a machine of the cluster may have what this one has not
+        free_port(config.host, config.port)
         check_device(config.device)
 
 

@@ -93,7 +93,7 @@ class Stream:
 
 
 class AsyncEngine:
-    """Owns an `Engine` and its thread. All methods are for one event loop, that of the first `submit`."""
+    """Owns an `Engine` and its thread. All methods are for the event loop that runs, one at a time."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -127,7 +127,8 @@ class AsyncEngine:
     ) -> Stream:
         """Queues all prompts or none, all with the same `cache`. The order of `request_ids` is that of the prompts.
 
-        Raises as `Engine.check`; QueueFullError; EngineUnavailableError.
+        Raises as `Engine.check`; QueueFullError; EngineUnavailableError; RuntimeError outside of an event loop, and
+        while requests of another one are open.
         """
         if self.draining or self.health() is not None:
             raise EngineUnavailableError(self.health() or "the server is shutting down")
@@ -135,7 +136,7 @@ class AsyncEngine:
             self.engine.check(prompt, param, cache)
         if len(self._streams) + len(prompts) > self._limit:
             raise QueueFullError(f"{len(self._streams)} requests are running or waiting, the limit is {self._limit}")
-        self._loop = self._loop or asyncio.get_running_loop()
+        self._enter(asyncio.get_running_loop())
         arrived = time.perf_counter()
         stream = Stream(self, [f"r{next(self._ids)}" for _ in prompts])
         commands: list[Callable[[], object]] = []
@@ -144,6 +145,17 @@ class AsyncEngine:
             commands.append(partial(self._admit, request_id, prompt, param, arrived, cache))
         self._send(commands)
         return stream
+
+    def _enter(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Whatever loop runs is the one that hears the news. Requests of one that has ended are nobody's."""
+        if loop is self._loop:
+            return
+        if self._streams and self._loop is not None and not self._loop.is_closed():
+            raise RuntimeError(
+                "requests of another event loop are still open: submit from that loop, or make an AsyncEngine for each"
+            )
+        self._abandon(set(self._streams))
+        self._loop = loop
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes no more requests and waits for the running ones; False when some are left after `timeout_s`. These end
@@ -161,12 +173,14 @@ class AsyncEngine:
         return not late
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """Ends the thread after its current step; unfinished requests get no more news."""
+        """Ends the thread after its current step; whoever waits for an unfinished request gets EngineFailedError."""
         self.draining = True
         with self._condition:
             self._stopping = True
             self._condition.notify()
         self._thread.join(timeout_s)
+        if self._streams:
+            self._post(self._end_all, EngineUnavailableError("the engine was stopped before this request had ended"))
 
     def _send(self, commands: list[Callable[[], object]]) -> None:
         with self._condition:
@@ -235,8 +249,11 @@ class AsyncEngine:
 
     def _post(self, callback: Callable[..., None], argument: object) -> None:
         assert self._loop is not None, "news before the first submit"
-        if not self._loop.is_closed():
+        try:
             self._loop.call_soon_threadsafe(callback, argument)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
 
     def _deliver(self, news: list[Delta]) -> None:
         for delta in news:
@@ -249,6 +266,9 @@ class AsyncEngine:
 
     def _fail_all(self, failure: BaseException) -> None:
         self._failure = failure
+        self._end_all(failure)
+
+    def _end_all(self, failure: BaseException) -> None:
         for stream in set(self._streams.values()):
             stream._fail(failure)
         self._streams.clear()

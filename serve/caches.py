@@ -31,14 +31,22 @@ class CacheChoice:
         return built
 
 
+def check_mapping(values: Any, where: str) -> None:
+    """Raises ValueError for a choice that is no mapping."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f'{where}={values!r} must be a mapping such as {{"policy": "d2o", "keep_ratio": 0.2}}')
+
+
 def read_choice(values: Mapping[str, Any], where: str = "cache") -> CacheChoice:
     """{"policy": "d2o", "keep_ratio": 0.2} as a choice.
 
     Raises ValueError that names the field for an unknown policy or option, or a value out of its range.
     """
-    if not isinstance(values.get("policy"), str):
-        raise ValueError(f"{where}.policy is missing: name one of {', '.join(sorted(CACHES.names()))}")
-    policy = values["policy"]
+    check_mapping(values, where)
+    policy = values.get("policy")
+    if not isinstance(policy, str):
+        found = " is missing" if policy is None else f"={str(policy)[:40]} is no text"
+        raise ValueError(f"{where}.policy{found}: name one of {', '.join(sorted(CACHES.names()))}")
     options = {key: value for key, value in values.items() if key != "policy"}
     if policy not in CACHES.names():
         raise ValueError(f"{where}.policy={policy!r} is not known{suggest(policy, CACHES.names())}")
@@ -72,6 +80,7 @@ class CacheRules:
         """The choice for a request. Raises ValueError that names what is wrong or not allowed, and what is."""
         if asked is None:
             return self.default
+        check_mapping(asked, "cache")
         asked = current_names(asked, "cache")
         choice = read_choice(asked)
         if choice != self.default:

@@ -9,18 +9,21 @@ from typing import Any
 from attnzoo.checkpoint import PACKAGED
 from attnzoo.errors import suggest
 from attnzoo.settings import parse_lines, parse_yaml
-from attnzoo.types import build_config, parse_dtype
+from attnzoo.types import CheckedConfig, build_config, parse_dtype
 from serve.caches import CacheRules
 from serve.front.limits import Limits, check_host_name
 
 MAX_REQUESTS = 1_000_000
 """More requests at a time than this no setting may ask for; Ray counts them in 32 bits."""
 
+MAX_THREADS = 1024
+"""Where more cannot be had, torch ends the process without a word."""
+
 CONTROL_TOKENS = ("template", "template_only", "everywhere")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(CheckedConfig):
     """What the engine needs.
 
     checkpoint: an export directory of ours or of transformers, a .gguf file, or the name of a model that comes in a
@@ -69,6 +72,7 @@ class EngineConfig:
     cache_mib: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         CacheRules(self.cache, self.cache_bounds)
         for name in ("max_num_seqs", "max_batched_tokens", "max_model_len", "threads", "max_caches", "cache_mib"):
             value = getattr(self, name)
@@ -79,6 +83,8 @@ class EngineConfig:
         for name in ("max_num_seqs", "max_queue"):
             if getattr(self, name) > MAX_REQUESTS:
                 raise ValueError(f"{name}={getattr(self, name)} must be at most {MAX_REQUESTS}")
+        if self.threads is not None and self.threads > MAX_THREADS:
+            raise ValueError(f"threads={self.threads} must be at most {MAX_THREADS}")
         if self.max_batched_tokens <= self.max_num_seqs:
             raise ValueError(
                 f"max_batched_tokens={self.max_batched_tokens} must be larger than max_num_seqs={self.max_num_seqs}"
@@ -102,7 +108,8 @@ class ServeConfig(EngineConfig):
     that holds the API key; None leaves the API open to whoever reaches the port. max_body_bytes: largest request body.
     stream_interval_ms: after one event of a stream, the next waits at least this long and then carries all new text;
     the first comes at once. Saves work where tokens come faster than anyone reads; 0 sends every token by itself.
-    max_choices: completions (prompts times n) of one request. num_cpus: CPUs that the local Ray may plan with.
+    max_choices: completions (prompts times n) of one request, never more than run and wait together. num_cpus: CPUs
+    that the local Ray may plan with.
     drain_timeout_s: how long running requests may take to end at shutdown. allowed_hosts: names that clients may call
     this server by, beside those of loopback ("api.example.com", "*.example.com", "*" for any); None: while host is on
     loopback no others, else addresses and this machine's name too. header_timeout_s, body_timeout_s: how long a client
@@ -129,6 +136,8 @@ class ServeConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.host.strip():
+            raise ValueError(f"host={self.host!r} is empty; give 127.0.0.1, or 0.0.0.0 for all interfaces")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port={self.port} must be between 0 (any free port) and 65535")
         for name in ("max_body_bytes", "max_choices", "num_cpus", "max_reading"):
@@ -203,7 +212,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 def absolute(checkpoint: str) -> str:
     """A path that holds in every process; the name of a packaged model as it is."""
-    return checkpoint if checkpoint in PACKAGED else str(Path(checkpoint).resolve())
+    return checkpoint if checkpoint in ("", *PACKAGED) else str(Path(checkpoint).resolve())
 
 
 def build_serve_config(values: Mapping[str, Any]) -> ServeConfig:

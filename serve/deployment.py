@@ -11,7 +11,6 @@ One deployment is ingress and engine in one, so a token makes one hop: from the 
 import logging
 import os
 import re
-import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig, absolute, build_serve_config, parse_value, read_config_file
 from serve.engine import Engine
 from serve.front.limits import VARIABLE
+from serve.front.port import free_port
 from serve.openai.routes import build_app
 
 APP_NAME = "attnzoo"
@@ -194,18 +194,6 @@ def replica_state() -> str:
             f"{name}: {states or 'no replica'}" + (f"; {explain_failure(status.message)}" if status.message else "")
         )
     return " | ".join(lines) or found.status.lower()
-
-
-def free_port(host: str, port: int) -> int:
-    """`port`, or a free one for 0. Raises ValueError when it is taken: Ray would only say so in a log file."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(f"cannot listen on {host}:{port} ({error.strerror}); choose another port") from None
-        found: int = probe.getsockname()[1]
-        return found
 
 
 def drain(timeout_s: float) -> bool:

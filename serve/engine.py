@@ -1,6 +1,7 @@
 """The engine: requests in, text out, one `step()` at a time. No threads, no network, no Ray."""
 
 import itertools
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -11,13 +12,15 @@ import torch
 from attnzoo.checkpoint import find_checkpoint
 from attnzoo.models import DecoderLM
 from attnzoo.tokenizer.chat_tokens import ChatEncoder
+from serve.alone import alone
 from serve.caches import CacheChoice, CacheRules
 from serve.config import EngineConfig
-from serve.faults import DeviceError, SharedError, log, message
+from serve.faults import DeviceError, SharedError, log
 from serve.loading import load_parts, max_model_len
 from serve.metrics import Metrics
 from serve.pace import Pace
 from serve.pool import compiled_step
+from serve.prompts import Prompt, check_prompt, read_prompts, whole
 from serve.request import (
     CacheMemoryError,
     Completion,
@@ -26,6 +29,7 @@ from serve.request import (
     FinishReason,
     Request,
     SamplingParams,
+    failed,
 )
 from serve.runner import Ran, Runner
 from serve.sampler import Drawn, make_generator, sample_rows
@@ -40,13 +44,15 @@ class Engine:
     """Continuous batching of one model.
 
     `model` and `tokenizer` are read from `config.checkpoint` unless given. Raises ValueError when the checkpoint is
-    damaged (its chat template included) or the limits do not fit it. Use from one thread; any may encode.
+    damaged (its chat template included) or the limits do not fit it. Calls of several threads wait for one another:
+    requests that run together are for one thread, or for `serve.async_engine`. Any may encode at any time.
     """
 
     def __init__(
         self, config: EngineConfig, *, model: DecoderLM | None = None, tokenizer: "Tokenizer | None" = None
     ) -> None:
         self.config = config
+        self.lock = threading.RLock()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         directory = find_checkpoint(config.checkpoint)
@@ -141,12 +147,7 @@ class Engine:
     def check(self, prompt: Sequence[int], params: SamplingParams, cache: CacheChoice | None = None) -> None:
         """Raises ValueError for a prompt this model cannot continue, ContextLengthError when it is too long,
         CacheMemoryError when its cache is larger than there is memory for."""
-        vocabulary = self.tokenizer.vocab_size
-        if not prompt:
-            raise ValueError("the prompt is empty; give at least one token")
-        for token in prompt:
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"prompt token {token} is outside the vocabulary of {vocabulary}")
+        check_prompt(prompt, self.tokenizer.vocab_size)
         total = len(prompt) + params.max_tokens
         if total > self.max_model_len:
             raise ContextLengthError(
@@ -160,6 +161,7 @@ class Engine:
                 "shorten the prompt, or keep less of it"
             )
 
+    @alone
     def add_request(
         self,
         request_id: str,
@@ -174,7 +176,7 @@ class Engine:
         self.check(prompt, params, cache)
         request = Request(
             request_id=request_id,
-            prompt=list(prompt),
+            prompt=[whole(token) for token in prompt],
             params=params,
             text=TextStream(self.tokenizer, params.stop),
             cache=cache,
@@ -188,6 +190,7 @@ class Engine:
         """Whether any request is unfinished, or any news unread."""
         return self.scheduler.has_work() or bool(self._unread)
 
+    @alone
     def step(self) -> list[Delta]:
         """Runs every sequence that can run; returns what is new. Does nothing without work.
 
@@ -234,6 +237,7 @@ class Engine:
             self.runner.check_device(failure)
             return [SharedError(failure)] * len(rows)
 
+    @alone
     def fail_all(self, failure: BaseException) -> list[Delta]:
         """Ends all requests and forgets their states, for who cannot know whose fault `failure` is."""
         requests, self._requests = list(self._requests.values()), {}
@@ -242,8 +246,9 @@ class Engine:
         for request in requests:
             self.metrics.finished(request, "error")
         self._publish_load()
-        return [_failed(request, SharedError(failure)) for request in requests]
+        return [failed(request, SharedError(failure)) for request in requests]
 
+    @alone
     def abort(self, request_id: str) -> bool:
         """Ends a request at once and frees its slot; False when it is not known (any more)."""
         request = self._requests.get(request_id)
@@ -259,9 +264,10 @@ class Engine:
         self.metrics.memory(sum(self.runner.kv_bytes(request) for request in running), self.runner.pool_bytes)
         return self.metrics.render()
 
+    @alone
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         params: SamplingParams,
         cache: Mapping[str, Any] | None = None,
     ) -> list[Completion]:
@@ -272,7 +278,7 @@ class Engine:
         none of its requests behind. News of requests that others added waits for the next `step`.
         """
         choice = self.choose_cache(cache)
-        pending = [self.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        pending = [self.encode(prompt) if isinstance(prompt, str) else prompt for prompt in read_prompts(prompts)]
         for prompt in pending:
             self.check(prompt, params, choice)
         call = next(self._ids)
@@ -342,7 +348,7 @@ class Engine:
     def _fail(self, request: Request, failure: Exception, deltas: list[Delta]) -> None:
         """Ends one request by what went wrong with it."""
         log(f"request {request.request_id} failed", failure)
-        deltas.append(_failed(request, failure))
+        deltas.append(failed(request, failure))
         self._leave(request, "error")
 
     @staticmethod
@@ -383,14 +389,3 @@ class Engine:
 
     def _publish_load(self) -> None:
         self.metrics.load(self.scheduler.num_running, self.scheduler.num_waiting)
-
-
-def _failed(request: Request, failure: BaseException) -> Delta:
-    return Delta(
-        request.request_id,
-        "",
-        len(request.generated),
-        finish_reason="error",
-        prompt_tokens=len(request.prompt),
-        error=message(failure),
-    )

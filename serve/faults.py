@@ -16,6 +16,11 @@ class DeviceError(RuntimeError):
     """The device no longer answers: nothing can be computed any more."""
 
 
+class LogitsError(FloatingPointError):
+    """The model gave no numbers to choose a token by. Where that was noticed says nothing: one line of log is enough,
+    and its message, which is always the same, may stand there."""
+
+
 class SharedError(RuntimeError):
     """Something failed that several requests had in common; without the text of what failed."""
 
@@ -35,6 +40,9 @@ def message(failure: BaseException) -> str:
 
 def log(what: str, failure: BaseException, level: int = logging.ERROR) -> None:
     """Where it failed and with which type, which are enough to find the fault; the text stays out."""
+    if isinstance(failure, LogitsError):
+        logger.log(level, "%s: %s", what, failure)
+        return
     logger.log(level, "%s: %s", what, type(failure).__name__, exc_info=_without_text(failure))
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from serve.faults import message
+
 if TYPE_CHECKING:
     import torch
 
@@ -45,7 +47,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("max_tokens", "top_k", "seed", "logprobs"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            if (value is not None or name in ("max_tokens", "top_k")) and (
+                isinstance(value, bool) or not isinstance(value, int)
+            ):
                 raise ValueError(f"{name}={value!r} has type {type(value).__name__}; it must be a whole number")
         for name in ("temperature", "top_p"):
             value = getattr(self, name)
@@ -61,12 +65,23 @@ class SamplingParams:
             raise ValueError(f"top_k={self.top_k} must be 0 (off) or at least 1")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must fit into 64 bits")
+        for name in ("ignore_eos", "counts_prompt"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} has type {type(value).__name__}; it must be True or False")
+        self._check_stop()
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"logprobs={self.logprobs} must be between 0 and {MAX_LOGPROBS}")
+
+    def _check_stop(self) -> None:
+        if isinstance(self.stop, str):
+            raise ValueError(f"stop={self.stop!r} is one text: give a tuple of them, ({self.stop!r},)")
+        if not isinstance(self.stop, tuple | list) or not all(isinstance(text, str) for text in self.stop):
+            raise ValueError(f"stop={self.stop!r} must be texts in a tuple, such as ('END',)")
         if len(self.stop) > MAX_STOP_STRINGS:
             raise ValueError(f"stop holds {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are possible")
         if not all(0 < len(text) <= MAX_STOP_LENGTH for text in self.stop):
             raise ValueError(f"stop strings must be between 1 and {MAX_STOP_LENGTH} characters long")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise ValueError(f"logprobs={self.logprobs} must be between 0 and {MAX_LOGPROBS}")
 
 
 @dataclass(slots=True)
@@ -123,6 +138,18 @@ class Request:
     def context(self) -> int:
         """Tokens in the state: all but the newest, which has not been through the model."""
         return len(self.prompt) + max(len(self.generated) - 1, 0)
+
+
+def failed(request: Request, failure: BaseException) -> Delta:
+    """The last news of a request that failed."""
+    return Delta(
+        request.request_id,
+        "",
+        len(request.generated),
+        finish_reason="error",
+        prompt_tokens=len(request.prompt),
+        error=message(failure),
+    )
 
 
 @dataclass(frozen=True)

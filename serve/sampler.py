@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.models.sampling import NOT_FINITE, greedy, sample
+from serve.faults import LogitsError
 from serve.request import Request, SamplingParams, TokenLogprobs
 
 Drawn = tuple[int, TokenLogprobs | None]
@@ -26,7 +27,7 @@ def sample_rows(logits_RV: Tensor, requests: Sequence[Request]) -> list[Drawn | 
     largest_R, best_R = logits_RV.max(-1)
     finite, best = largest_R.isfinite().tolist(), best_R.tolist()
     return [
-        _attempt(logits_RV[row : row + 1], request, best[row]) if finite[row] else FloatingPointError(NOT_FINITE)
+        _attempt(logits_RV[row : row + 1], request, best[row]) if finite[row] else LogitsError(NOT_FINITE)
         for row, request in enumerate(requests)
     ]
 

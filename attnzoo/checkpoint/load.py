@@ -24,6 +24,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     path = Path(path)
     if path.suffix == ".gguf":
         return gguf.open_file(path)
+    if path.is_file():
+        near = f" (its directory, {path.parent}, looks like one)" if (path.parent / CONFIG).is_file() else ""
+        raise ValueError(f"'{path}' is a file; a checkpoint is a directory{near}, or a file whose name ends in .gguf")
     config_path = path / CONFIG
     try:
         content = read_object(config_path)

@@ -244,6 +244,9 @@ def _judge_body(scope: Scope, limit: int) -> ApiError | None:
     for name, value in headers:
         if name == b"content-length" and (not value.isdigit() or len(value) > 15 or int(value) > limit):
             return too_large(limit)
+        if name == b"transfer-encoding" and value.strip().lower() != b"chunked":
+            message = "send the body as it is: of transfer-encoding only chunked is understood"
+            return ApiError(415, message, code="unsupported_media_type")
         if name == b"content-encoding" and value.strip().lower() != b"identity":
             return ApiError(415, "send the body without content-encoding", code="unsupported_media_type")
     kinds = [value.decode("latin-1").lower() for name, value in headers if name == b"content-type"]

@@ -21,6 +21,30 @@ LINGER_S = 5.0
 """How long a connection is read from, and forgotten, after a refusal: closed at once, it might lose the answer."""
 
 
+class Parser:
+    """httptools' parser, to which a wish for another protocol is none, as a server is free to take it (RFC 9110, 7.8),
+    but for a WebSocket's. httptools itself takes what follows such a head, a body too, for the other protocol's: so the
+    head is read once more without the wish."""
+
+    def __init__(self, protocol: "BoundedProtocol") -> None:
+        self._protocol = protocol
+        self._inner = httptools.HttpRequestParser(protocol)
+        self._inner.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn: to answer before refusing
+        self.get_method, self.get_http_version = self._inner.get_method, self._inner.get_http_version
+        self.should_upgrade, self.should_keep_alive = self._inner.should_upgrade, self._inner.should_keep_alive
+
+    def feed_data(self, data: bytes) -> None:
+        """Raises as httptools."""
+        try:
+            self._inner.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            head = self._protocol.without_upgrade()
+            if head is None:
+                raise
+            self.__init__(self._protocol)  # type: ignore[misc]
+            self.feed_data(head + data[upgrade.args[0] :])
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """One connection. Make the class with `bounded_protocol`."""
 
@@ -29,6 +53,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.parser = Parser(self)  # type: ignore[assignment]
+        self._ignores_upgrade = False
         self._in_head, self._message_open = True, False
         self._raw_bytes = self._parsed_bytes = self._messages = self._heads = 0
         self._refusal: ApiError | None = None
@@ -81,13 +107,27 @@ class BoundedProtocol(HttpToolsProtocol):
         # Trailers, behind the body: the application has its headers already.
 
     def on_headers_complete(self) -> None:
+        self._ignores_upgrade = self._get_upgrade() is not None and not self._should_upgrade()
+        if self._ignores_upgrade:
+            return  # to be read again
         self._in_head, self._parsed_bytes = False, 0
         self._heads += 1
         self._cancel_timer()
         self.waiting.pop(self, None)
         super().on_headers_complete()
 
+    def without_upgrade(self) -> bytes | None:
+        """The head that was read last, without its wish for another protocol; None where it has none, or gets it."""
+        if not self._ignores_upgrade:
+            return None
+        self._ignores_upgrade = False
+        fields = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        first = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        return b"\r\n".join([first, *fields, b"", b""])
+
     def on_message_complete(self) -> None:
+        if self._ignores_upgrade:
+            return
         self._in_head, self._message_open = True, False
         self._raw_bytes = 0
         if self.cycle is not None and self.cycle.response_complete:

@@ -30,8 +30,9 @@ def check_model(name: str, config: ServeConfig) -> None:
 
 def check_choices(prompts: int, copies: int, config: ServeConfig) -> None:
     """Raises ApiError for more completions than one request may ask for."""
-    if prompts * copies > config.max_choices:
-        message = f"{prompts} prompts times n={copies} are more than the {config.max_choices} completions allowed"
+    most = min(config.max_choices, config.max_num_seqs + config.max_queue)  # more would never run or wait together
+    if prompts * copies > most:
+        message = f"{prompts} prompts times n={copies} are more than the {most} completions allowed"
         raise ApiError(400, f"{message} in one request", param="n" if copies > 1 else "prompt")
 
 

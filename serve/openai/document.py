@@ -16,7 +16,7 @@ REFUSALS = {
     405: "The path is known and the method is not allowed",
     408: "The request did not arrive in time",
     413: "The body is too large",
-    415: "The body is not application/json",
+    415: "The body is not application/json, or in a coding of its own",
     429: "The server is at its limit; try again after `Retry-After` seconds",
     431: "The headers are too large",
     500: "The server failed; it was not the request's fault",

@@ -12,6 +12,8 @@ from serve.openai.errors import ApiError, short_name
 
 MAX_LEVELS = 32
 """Lists and objects inside one another; a conversation needs six."""
+MAX_NAMES = 256
+"""Names of one object; what is read further on collects a mistake for every name that it does not know."""
 LEAST, MOST = -(2**63), 2**63 - 1
 """Whole numbers that a field may hold."""
 
@@ -40,6 +42,8 @@ def read_object(body: bytes, needed: str) -> dict[str, Any]:
         raise _too_deep("it") from None
     if not isinstance(found, dict):
         raise ApiError(400, f"the body must be a JSON object with the fields {needed}", code="invalid_json")
+    if len(found) > MAX_NAMES:
+        raise _too_many("the body", None)
     for name, value in found.items():
         _check(name, short_name(name))
         _check(value, short_name(name))
@@ -53,6 +57,10 @@ def _no_json(why: str) -> ApiError:
 def _too_deep(name: str) -> ApiError:
     what = f"{name} has more than {MAX_LEVELS} levels of lists and objects; flatten it"
     return ApiError(400, what, param=None if name == "it" else name, code="invalid_json")
+
+
+def _too_many(what: str, name: str | None) -> ApiError:
+    return ApiError(400, f"{what} holds an object with more than {MAX_NAMES} names; send fewer", param=name)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -87,6 +95,8 @@ def _check(value: Any, name: str) -> None:
             elif isinstance(item, list):
                 below += item
             elif isinstance(item, dict):
+                if len(item) > MAX_NAMES:
+                    raise _too_many(name, name)
                 below += item.keys()
                 below += item.values()
             elif isinstance(item, _Number):

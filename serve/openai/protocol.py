@@ -38,7 +38,8 @@ class StreamOptions(Strict):
 Label = Annotated[str, Field(max_length=MAX_LABEL)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-Stop = StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)]
+# Every list ends at its first mistake: pydantic keeps Python's lock while it collects all of them.
+Stop = StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)]
 
 
 class GenerationRequest(Strict):
@@ -103,7 +104,7 @@ class GenerationRequest(Strict):
             raise ApiError(400, str(error), param=str(error).split("=")[0].split()[0]) from None
 
 
-Tokens = Annotated[list[int], Field(min_length=1)]
+Tokens = Annotated[list[int], Field(fail_fast=True, min_length=1)]
 
 
 class CompletionRequest(GenerationRequest):
@@ -114,7 +115,12 @@ class CompletionRequest(GenerationRequest):
     }
     neutral: ClassVar[Mapping[str, Values]] = {**SHARED, **COMPLETION}
 
-    prompt: str | Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
+    prompt: (
+        str
+        | Tokens
+        | Annotated[list[str], Field(fail_fast=True, min_length=1)]
+        | Annotated[list[Tokens], Field(fail_fast=True, min_length=1)]
+    )
     max_tokens: Count | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 

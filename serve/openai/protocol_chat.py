@@ -72,7 +72,7 @@ class ChatRequest(GenerationRequest):
     expected: ClassVar[dict[str, str]] = {"messages": "a list of messages, at least one"}
     neutral: ClassVar[Mapping[str, Values]] = {**SHARED, **CHAT}
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None

@@ -22,6 +22,8 @@ from serve.openai.errors import ApiError, dump
 from serve.openai.protocol import parse_completion
 from serve.openai.protocol_chat import parse_chat
 
+READ = ["GET", "HEAD"]
+
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A JSON answer."""
@@ -93,22 +95,22 @@ def _add_information(app: FastAPI, engine: AsyncEngine, config: ServeConfig) -> 
     card = {"id": config.served_name, "object": "model", "created": int(time.time()), "owned_by": "attnzoo"}
     card["max_model_len"] = engine.engine.max_model_len
 
-    @app.get("/health")
+    @app.api_route("/health", methods=READ)
     async def health() -> Response:
         problem = engine.health() or ("draining" if engine.draining else None)
         if problem is not None:
             raise ApiError(503, problem, code="unhealthy")
         return json_response({"status": "ok"})
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=READ)
     async def metrics() -> Response:
         return Response(engine.engine.render_metrics(), media_type=CONTENT_TYPE)
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=READ)
     async def models() -> Response:
         return json_response({"object": "list", "data": [card]})
 
-    @app.get("/v1/models/{model_id:path}")
+    @app.api_route("/v1/models/{model_id:path}", methods=READ)
     async def model(model_id: str) -> Response:
         check_model(model_id, config)
         return json_response(card)

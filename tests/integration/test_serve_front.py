@@ -580,3 +580,41 @@ def test_a_drain_beyond_its_deadline_says_so(stream):
         assert answers[0].status_code == 503
         error = answers[0].json()["error"]
     assert error["code"] == "shutting_down"
+
+
+UPGRADE = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAARAAAAAAAIAAAAA"}
+
+
+@pytest.mark.parametrize("cut", [None, -40, -1])
+def test_a_wish_for_another_protocol_loses_no_body(url, cut):
+    """Java's own client asks for HTTP/2 with its first request, whatever it sends."""
+    sent = head_of(BODY, **UPGRADE) + BODY
+    connection = connect(url, sent[:cut])
+    if cut is not None:
+        time.sleep(0.1)
+        connection.sendall(sent[cut:])
+    assert connection.recv(12) == b"HTTP/1.1 200"
+    connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close, upgrade\r\nupgrade: h2c\r\n\r\n")
+    received = b""
+    while part := connection.recv(1 << 16):
+        received += part
+    connection.close()
+    assert received.endswith(b'{"status":"ok"}')
+
+
+@pytest.mark.parametrize("coding", ["gzip, chunked", "x, chunked", "gzip\r\ntransfer-encoding: chunked"])
+def test_bodies_in_other_codings_are_refused(url, coding):
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
+    sent = f"{head}transfer-encoding: {coding}\r\n\r\n".encode() + chunks
+    assert answer_of(connect(url, sent)) == (415, "unsupported_media_type")
+    plain = f"{head}transfer-encoding: Chunked \r\n\r\n".encode() + chunks
+    assert connect(url, plain).recv(12) == b"HTTP/1.1 200"
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models", f"/v1/models/{MODEL}", "/openapi.json"])
+def test_head_is_get_without_a_body(url, path):
+    found, whole = httpx.head(url + path), httpx.get(url + path)
+    assert (found.status_code, found.content) == (200, b"")
+    assert found.headers["content-type"] == whole.headers["content-type"]
+    assert httpx.head(f"{url}/v1/completions").status_code == 405

@@ -232,6 +232,29 @@ def test_usage_errors_exit_2(words, message, capsys):
     assert printed.out == ""
 
 
+def test_where_nothing_can_be_served_is_said_before_ray_starts(tmp_path, capsys):
+    checkpoint = export(tmp_path / "tiny" / "export", max_len=64)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for words, message in [
+            ([checkpoint, "--port", port], f"cannot listen on 127.0.0.1:{port} (Address already in use)"),
+            ([checkpoint, "host=::1"], "a host that is an IPv4 address or name of this machine"),
+            ([checkpoint, "host="], "host='' is empty; give 127.0.0.1"),
+            ([""], "checkpoint='' names nothing"),
+            (
+                [checkpoint / "config.json"],
+                f"a checkpoint is a directory (its directory, {checkpoint}, looks like one)",
+            ),
+            ([Path(__file__)], "is a file; a checkpoint is a directory, or a file whose name ends in .gguf"),
+        ]:
+            with pytest.raises(SystemExit) as ended:
+                main(["--checkpoint", *map(str, words)])
+            assert ended.value.code == 2
+            assert message in capsys.readouterr().err
+
+
 def test_usage_errors_of_the_command():
     command = [sys.executable, "-m", "serve", "--port", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())

@@ -326,8 +326,8 @@ def test_a_full_queue_answers_429_and_recovers():
         assert counted("attnzoo_http_responses_total", {"status": "429"}) == codes.count(429)
         assert refused.json()["error"]["type"] == "rate_limit_error"
         assert post(url, max_tokens=2).status_code == 200
-        # All or none: three prompts can never be admitted here, and leave nothing behind.
-        assert post(url, prompt=["a", "b", "c"]).status_code == 429
+        # Three prompts can never be admitted here: no waiting helps.
+        assert post(url, prompt=["a", "b", "c"]).status_code == 400
         assert not owner._streams
 
 
@@ -339,6 +339,14 @@ def open_request(url: str, **fields) -> socket.socket:
     head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
     return connection
+
+
+def test_more_choices_than_ever_run_or_wait_are_no_full_queue():
+    with running(max_num_seqs=2, max_queue=1) as (url, _):
+        answer = post(url, n=4, max_tokens=2)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+        assert "more than the 3 completions" in answer.json()["error"]["message"]
+        assert post(url, n=3, max_tokens=2).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -1,0 +1,18 @@
+"""A port to listen on, found out before anything heavy starts."""
+
+import socket
+
+
+def free_port(host: str, port: int) -> int:
+    """`port`, or a free one for 0. Raises ValueError when it is taken: Ray would only say so in a log file."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"cannot listen on {host}:{port} ({error.strerror}); choose another port, or a host that is an IPv4 "
+                "address or name of this machine"
+            ) from None
+        found: int = probe.getsockname()[1]
+        return found
