@@ -19,6 +19,7 @@ from train.config import load_config
 from train.digests import check_files, digest_files, write_digests
 from train.failures import explain
 from train.finite import GradientCheck, describe, finite_or_none, first_non_finite
+from train.layers import ConfigError
 from train.metrics import Metrics
 from train.run_directory import _tidy_run, check_space, checkpoint_bytes, locked, preparing
 
@@ -242,7 +243,9 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     config = load_config("base.yaml", ["run_dir=~/runs/x", "cache_dir=~/cache"])
     assert config.run_path == tmp_path / "runs" / "x"
     assert config.cache_path == tmp_path / "cache"
-    assert load_config("base.yaml", ["run_dir=~nobody-of-this-name/x"]).run_path == Path("~nobody-of-this-name/x")
+    with pytest.raises(ConfigError, match="run_dir='~nobody-of-this-name/x': there is no user of"):
+        load_config("base.yaml", ["run_dir=~nobody-of-this-name/x"])
+    assert load_config("base.yaml", ["run_dir=./~nobody-of-this-name/x"]).run_path == Path("~nobody-of-this-name/x")
 
 
 def test_a_gradient_that_is_not_finite_has_a_name() -> None:
