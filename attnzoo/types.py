@@ -64,7 +64,7 @@ class CheckedConfig:
     """
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = field_types(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = checked(getattr(self, field.name), hints[field.name], field.name)
             if isinstance(value, int) and abs(value) > LARGEST:
@@ -80,7 +80,7 @@ def build_config(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     floats, and so is text such as "1e-6", which readers of YAML 1.1 leave as it is; nothing else is converted, so that
     `"8"` for a number of heads is an error, not a guess.
     """
-    hints = typing.get_type_hints(cls)
+    hints = field_types(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
@@ -90,6 +90,14 @@ def build_config(cls: type[C], values: Mapping[str, Any], where: str) -> C:
         if required and name not in values:
             raise ValueError(f"{where}.{name} is missing: set it to a value of type {hints[name]}")
     return cls(**{key: checked(value, hints[key], f"{where}.{key}") for key, value in values.items()})
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields. Raises ValueError for one that is spelled as text and names nothing."""
+    try:
+        return typing.get_type_hints(cls)
+    except NameError as error:
+        raise ValueError(f"{cls.__name__} has a field of a type that is not there: {error}") from None
 
 
 def checked(value: Any, hint: Any, where: str) -> Any:

@@ -270,6 +270,14 @@ def test_what_a_variant_does_wrong_is_said_of_it(plugged, capsys):
         model(torch.zeros(2, 3, dtype=torch.long))  # a sum would spread it over all tokens
 
 
+def test_a_field_of_a_type_that_is_not_there(plugged):
+    plugged(OPTIONS.replace("tuple[int, ...]", '"Sizes"'))
+    with pytest.raises(
+        ValueError, match=r"Config has a field of a type that is not there: name 'Sizes' is not defined"
+    ):
+        DecoderConfig(vocab_size=9, model_dim=8, num_layers=1, attention="a")
+
+
 def test_options_that_are_tuples_come_back_from_a_file(plugged, tmp_path, capsys):
     """JSON and YAML have lists only; an export says what loading it needs."""
     plugged(OPTIONS)
