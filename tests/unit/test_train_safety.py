@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from train.layers import ConfigError
 
 from tests.training import ROOT, write_tiny
 from train.checkpoint import Checkpoints, find_resume, newest_whole, steps_in
@@ -19,7 +20,6 @@ from train.config import load_config
 from train.digests import check_files, digest_files, write_digests
 from train.failures import explain
 from train.finite import GradientCheck, describe, finite_or_none, first_non_finite
-from train.layers import ConfigError
 from train.metrics import Metrics
 from train.run_directory import _tidy_run, check_space, checkpoint_bytes, locked, preparing
 
