@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.attention import ATTENTION, PLUGINS_VARIABLE, Attention, build_attention, variant
+from attnzoo.files import unique_keys
 from attnzoo.models.shapes import without_storage
 from attnzoo.report import format_table, run_command
 from attnzoo.types import parse_dtype
@@ -85,11 +86,13 @@ def describe(kind: str, options: dict[str, Any], context: int, dtype: str) -> st
     try:
         with without_storage():
             attention = build_attention(kind, options, kind).to(parse_dtype(dtype))
-    except (TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
-        raise ValueError(f"{kind} ({_file(cls)}) cannot be built: {type(error).__name__}: {error}") from error
-    per_token, constant = state_growth(attention, context)
-    prefill, decode = attention.cost(1, context, context), attention.cost(1, 1, context)
-    traits = "  ".join(f"{key}={value}" for key, value in dataclasses.asdict(attention.traits).items())
+        traits = "  ".join(f"{key}={value}" for key, value in dataclasses.asdict(attention.traits).items())
+        per_token, constant = state_growth(attention, context)
+        prefill, decode = attention.cost(1, context, context), attention.cost(1, 1, context)
+    except (ValueError, OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever a variant of somebody's own raises
+        raise ValueError(f"{kind} ({_file(cls)}) cannot be described: {type(error).__name__}: {error}") from error
     fields = [
         f"  {field.name}: {_type_name(field.type)} = {getattr(attention.config, field.name)!r}"
         for field in dataclasses.fields(cls.Config)
@@ -126,10 +129,10 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"option {pair!r} is not of the form key=value, for example num_heads=8")
         try:
-            options[key] = json.loads(text)
+            options[key] = json.loads(text, object_pairs_hook=unique_keys)
         except json.JSONDecodeError:
             options[key] = text
-        except (ValueError, RecursionError) as error:  # too many digits, or levels
+        except (ValueError, RecursionError) as error:  # too many digits or levels, or a key twice
             raise ValueError(f"option {key!r} has a value that cannot be read ({error})") from None
     return options
 

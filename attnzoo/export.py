@@ -4,10 +4,11 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from attnzoo.attention import PLUGINS_VARIABLE, is_plugin
 from attnzoo.checkpoint import export_model, find_checkpoint, load_model
 from attnzoo.checkpoint.huggingface_export import family_config
 from attnzoo.checkpoint.target import check_export_target
-from attnzoo.files import real_path
+from attnzoo.files import real_path, user_path
 from attnzoo.models import DecoderConfig
 from attnzoo.tokenizer import Tokenizer, huggingface, load_tokenizer, sentencepiece
 
@@ -35,22 +36,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     """Exports and says what was written. Raises ValueError for wrong usage."""
-    path, out = find_checkpoint(chosen.checkpoint), real_path(chosen.out.expanduser())
+    path, out = find_checkpoint(chosen.checkpoint), real_path(user_path(chosen.out, "OUT"))
     _check_target(path, out)
     model, tokenizer = load_model(path), _tokenizer(path)
-    kind, reason = _form(model.config, chosen.format)
+    form, reason = _form(model.config, chosen.format)
     try:
-        _writer(kind)(out, model, tokenizer=tokenizer)
+        _writer(form)(out, model, tokenizer=tokenizer)
     except OSError as error:
         raise ValueError(f"OUT={str(out)!r} cannot be written ({error.strerror}); give another directory") from None
-    print(f"{chosen.out}: {kind}, {model.num_parameters():,} parameters, {model.embedding.weight.dtype}")
+    print(f"{chosen.out}: {form}, {model.num_parameters():,} parameters, {model.embedding.weight.dtype}")
     if reason:
         print(reason)
+    for kind in plugged_in(model.config):
+        print(f"{kind} is a variant of {PLUGINS_VARIABLE}, which must name its file wherever the model is loaded")
     if tokenizer is None:
         print("without a tokenizer: the checkpoint has none")
-    before = "import attnzoo.hf, then " if kind == "attnzoo" else ""
+    before = "import attnzoo.hf, then " if form == "attnzoo" else ""
     print(f"load it: {before}AutoModelForCausalLM.from_pretrained({str(chosen.out)!r})")
     return 0
+
+
+def plugged_in(config: DecoderConfig) -> list[str]:
+    """The names of the model's variants that are not of this package."""
+    kinds = {config.layer_attention(layer)[0] for layer in range(config.num_layers)}
+    return sorted(kind for kind in kinds if is_plugin(kind))
 
 
 def _writer(kind: str) -> Callable[..., Path]:
@@ -80,6 +89,11 @@ def _check_target(path: Path, out: Path) -> None:
     """Raises ValueError for a directory whose replacement would lose anything but an earlier export."""
     if path == out or out in path.parents:
         raise ValueError(f"OUT={str(out)!r} holds the checkpoint itself and would be replaced; give another directory")
+    if path.is_dir() and path in out.parents:
+        raise ValueError(
+            f"OUT={str(out)!r} lies in the checkpoint {str(path)!r}, which could not be replaced any more; give "
+            "another directory"
+        )
     try:
         check_export_target(out)
     except ValueError as error:

@@ -16,6 +16,19 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def user_path(path: str | Path, where: str) -> Path:
+    """A path that a user wrote, with ~ as a home directory. Raises ValueError, naming the field `where`, for the ~name
+    of a user that there is not, and for what no path can hold."""
+    text = str(path)
+    if "\0" in text:
+        raise ValueError(f"{where}={text!r} holds a zero, which no path does; give another")
+    found = os.path.expanduser(text)
+    if found.startswith("~"):
+        name = text.partition("/")[0]
+        raise ValueError(f"{where}={text!r}: there is no user of {name!r}; write ./{text} for a file of that name")
+    return Path(found)
+
+
 def temporary_directory(final: Path) -> Path:
     """An empty directory beside `final`, on the same file system, so that a rename can move it there."""
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -88,16 +101,32 @@ def read_text(path: Path, limit: int = MAX_JSON) -> str:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises as `read_text`, and ValueError, naming it, for anything else than an object."""
+    return parse_object(read_text(path), path)
+
+
+def parse_object(text: str, path: Path) -> dict[str, Any]:
+    """The JSON object that a text is. Raises ValueError, naming the file it is from, for anything else, and for a key
+    that is set twice: readers of JSON differ in which of the two they take."""
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         raise ValueError(f"'{path}' is not JSON ({error}); copy it again") from None
     except RecursionError:
         raise ValueError(f"'{path}' is not JSON that can be read: it nests too deep; copy it again") from None
-    except ValueError as error:  # numbers of too many digits
-        raise error if str(path) in str(error) else ValueError(f"'{path}' is not JSON ({error})") from None
+    except ValueError as error:  # numbers of too many digits, keys that are set twice
+        raise ValueError(f"'{path}' is not JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}, not an object; copy it again")
+    return content
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys, for `json.loads`. Raises ValueError for a key that is set twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        again = next(key for key in content if keys.count(key) > 1)
+        raise ValueError(f"{again!r} is set twice; keep one of them")
     return content
 
 

@@ -35,11 +35,14 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """metadata: key -> number, text or list."""
+    """metadata: key -> number, text or list. data: byte where the tensors' data begin, each at a multiple of
+    alignment."""
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+    data: int
+    alignment: int
 
 
 def read_gguf(path: Path) -> GGUFFile:
@@ -67,7 +70,7 @@ def _parsed(path: Path, data: mmap.mmap) -> GGUFFile:
         raise ValueError(f"'{path}': {error}") from None
 
 
-def _read(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
+def _read(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, GGUFTensor], int, int]:
     version, tensor_count, pairs = struct.unpack_from("<IQQ", data, 4)
     if version not in VERSIONS:
         order = " (or it is big-endian)" if version & 0xFFFF == 0 else ""
@@ -94,7 +97,8 @@ def _read(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     if type(alignment) is not int or alignment < 1:
         raise ValueError(f"general.alignment={alignment!r} is not a number of bytes; convert the model again")
     start = -(-at // alignment) * alignment
-    return metadata, {name: GGUFTensor(t.shape, t.kind, start + t.offset) for name, t in tensors.items()}
+    placed = {name: GGUFTensor(t.shape, t.kind, start + t.offset) for name, t in tensors.items()}
+    return metadata, placed, start, alignment
 
 
 def _value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:

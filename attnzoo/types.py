@@ -12,7 +12,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -64,9 +64,9 @@ class CheckedConfig:
     """
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = field_types(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = _checked(getattr(self, field.name), hints[field.name], field.name)
+            value = checked(getattr(self, field.name), hints[field.name], field.name)
             if isinstance(value, int) and abs(value) > LARGEST:
                 raise ValueError(f"{field.name}={value} is out of range; it must be at most {LARGEST}")
             object.__setattr__(self, field.name, value)
@@ -80,7 +80,7 @@ def build_config(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     floats, and so is text such as "1e-6", which readers of YAML 1.1 leave as it is; nothing else is converted, so that
     `"8"` for a number of heads is an error, not a guess.
     """
-    hints = typing.get_type_hints(cls)
+    hints = field_types(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
@@ -89,10 +89,20 @@ def build_config(cls: type[C], values: Mapping[str, Any], where: str) -> C:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise ValueError(f"{where}.{name} is missing: set it to a value of type {hints[name]}")
-    return cls(**{key: _checked(value, hints[key], f"{where}.{key}") for key, value in values.items()})
+    return cls(**{key: checked(value, hints[key], f"{where}.{key}") for key, value in values.items()})
 
 
-def _checked(value: Any, hint: Any, where: str) -> Any:
+def field_types(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields. Raises ValueError for one that is spelled as text and names nothing."""
+    try:
+        return typing.get_type_hints(cls)
+    except NameError as error:
+        raise ValueError(f"{cls.__name__} has a field of a type that is not there: {error}") from None
+
+
+def checked(value: Any, hint: Any, where: str) -> Any:
+    """The value, if it has the type `hint` of a field; integers become floats where those are asked for, and lists
+    tuples, which JSON and YAML do not have. Raises ValueError that names `where`."""
     # Literal[...] | None is a typing.Union, int | None a types.UnionType.
     union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     allowed = typing.get_args(hint) if union else (hint,)
@@ -105,20 +115,28 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
             return _finite(value, where)
         if kind is int and isinstance(value, bool):
             continue
-        if typing.get_origin(kind) is typing.Literal:
+        container = typing.get_origin(kind) or kind
+        if container is typing.Literal:
             if value in typing.get_args(kind):
                 return value
             raise ValueError(f"{where}={value!r} is not one of {', '.join(map(repr, typing.get_args(kind)))}")
-        if isinstance(kind, type) and isinstance(value, kind):
+        if container in (list, tuple) and isinstance(value, list | tuple):
+            return _sequence(value, kind, where)
+        if isinstance(container, type) and isinstance(value, container):
             return value
-    names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
+    names = " or ".join(kind.__name__ if isinstance(kind, type) else str(kind) for kind in allowed)
     raise ValueError(f"{where}={value!r} has type {type(value).__name__}; it must be {names}")
 
 
-def checked(value: Any, hint: Any, where: str) -> Any:
-    """The value, if it has the type `hint` of a field; integers become floats where those are asked for. Raises
-    ValueError that names `where`."""
-    return _checked(value, hint, where)
+def _sequence(value: Sequence[Any], kind: Any, where: str) -> Any:
+    """The items, checked where the hint says their types, in the container that it asks for."""
+    container, items = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if container is list or items[1:] == (...,):
+        items = items[:1] * len(value)
+    elif items and len(items) != len(value):
+        raise ValueError(f"{where}={value!r} has {len(value)} items; it must be {kind}")
+    hints = items or [Any] * len(value)
+    return container(checked(item, hints[i], f"{where}[{i}]") for i, item in enumerate(value))
 
 
 def _finite(value: float, where: str) -> float:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from attnzoo.files import replace_directory, write_atomic
+from attnzoo.files import replace_directory, user_path, write_atomic
 from attnzoo.report import counted
 from train.config import CheckpointConfig, Config
 from train.digests import NAME, check_files, digest_files, write_digests
@@ -292,7 +292,7 @@ def find_resume(checkpoints: Checkpoints, resume: str, fallback: bool, tell: boo
                 "set run_dir to a new directory, delete this one, or use checkpoint.resume=auto"
             )
         return None
-    path = Path(os.path.expanduser(resume)).resolve()
+    path = user_path(resume, "checkpoint.resume").resolve()
     for candidate in (path, path / "checkpoints"):
         if (candidate / LATEST).is_file() or steps_in(candidate):
             return _latest(Checkpoints(candidate, 1, {}), fallback, tell)

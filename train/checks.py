@@ -1,13 +1,13 @@
 """What a run would refuse later, asked before anything is prepared: by `--dry-run` and by the run itself."""
 
 import importlib.util
-from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnzoo.checkpoint import find_checkpoint, open_checkpoint
 from attnzoo.checkpoint.native import check_saveable
+from attnzoo.files import user_path
 from attnzoo.models import DecoderConfig, DecoderLM, build_shapes
 from attnzoo.tokenizer import load_tokenizer
 from attnzoo.types import build_config
@@ -75,7 +75,7 @@ def _check_data(config: Config) -> None:
         fingerprint(data)  # looks for the files
     tokenizer = build_config(TokenizerConfig, config.tokenizer, "tokenizer")
     if tokenizer.path is not None and not config.checkpoint.adopt_model:
-        load_tokenizer(Path(tokenizer.path).expanduser())
+        load_tokenizer(user_path(tokenizer.path, "tokenizer.path"))
 
 
 def _check_model(config: Config, model_config: DecoderConfig) -> None:

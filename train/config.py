@@ -4,7 +4,6 @@ Every mistake names the key, the nearest known one, and the place it was written
 configs/base.yaml holds every key with a comment.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -15,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from attnzoo.errors import suggest
+from attnzoo.files import user_path
 from attnzoo.models import DecoderConfig
 from attnzoo.types import build_config
 from train.config_layers import ConfigError, ConfigLayer, place_of, read_layers
@@ -185,12 +185,12 @@ class Config:
     @property
     def run_path(self) -> Path:
         """Where the run writes: run_dir, or runs/<name> below the current directory."""
-        return Path(os.path.expanduser(self.run_dir or Path("runs") / self.name))
+        return user_path(self.run_dir or Path("runs") / self.name, "run_dir")
 
     @property
     def cache_path(self) -> Path:
         """Where prepared data, tokenizers and compiled extensions are kept."""
-        return Path(os.path.expanduser(self.cache_dir)) if self.cache_dir else PROJECT / ".cache"
+        return user_path(self.cache_dir, "cache_dir") if self.cache_dir else PROJECT / ".cache"
 
     @property
     def sequence_length(self) -> int:

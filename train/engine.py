@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from attnzoo.models import DecoderLM, build_shapes, fill_buffers
+from attnzoo.models import DecoderLM, buffer_dtype, build_shapes, fill_buffers
 from attnzoo.ops.common.masks import marked_starts
 from attnzoo.planner.fits import BUCKET
 from train.config import Config
@@ -321,7 +321,7 @@ class TrainingEngine:
         saved = self.model.state_dict(keep_vars=True).keys()
         for name, buffer in self.model.named_buffers(remove_duplicate=False):
             if self.rank == 0 and name in saved:
-                found[name] = (buffer.float() if buffer.is_floating_point() else buffer).detach().cpu().clone()
+                found[name] = buffer.to(buffer_dtype(buffer.dtype, torch.float32)).detach().cpu().clone()
         return found if self.rank == 0 else None
 
     def full_model(self) -> DecoderLM | None:

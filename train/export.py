@@ -46,7 +46,7 @@ def init_from(model: DecoderLM, checkpoint: str, tokenizer: Tokenizer) -> None:
     Raises ValueError that names the field when its model or tokenizer is not the one of this run.
     """
     path = find_checkpoint(checkpoint)
-    source = load_model(path, dtype=model.embedding.weight.dtype)
+    source = load_model(path)
     check_same_model(source.config.to_dict(), model.config.to_dict(), checkpoint)
     if load_tokenizer(path).fingerprint() != tokenizer.fingerprint():
         raise ValueError(

@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.errors import suggest
+from attnzoo.files import user_path
 from train.ngram import HIGHEST_ORDER
 
 if TYPE_CHECKING:
@@ -55,12 +56,10 @@ NOT_NEGATIVE = ["optim.weight_decay", "schedule.warmup_steps", "train.gradient_c
 FRACTIONS = [
     "schedule.decay_fraction",
     "schedule.final_fraction",
-    "optim.beta1",
-    "optim.beta2",
-    "optim.momentum",
     "sample.top_p",
-    "lora.dropout",
 ]
+BELOW_ONE = ["optim.beta1", "optim.beta2", "optim.momentum", "lora.dropout"]
+"""At 1 nothing new would count: means never move, and AdamW divides by zero."""
 
 
 NAME = re.compile(r"\w([\w .+=@-]*[\w+=@-])?\Z")
@@ -78,6 +77,11 @@ def _names(config: "Config") -> Iterator[tuple[str, str]]:
     for key in ("run_dir", "cache_dir"):
         if getattr(config, key) == "":
             yield key, f"{key} is empty; give a directory, or null for the default"
+        else:
+            try:
+                user_path(getattr(config, key) or "", key)
+            except ValueError as error:
+                yield key, str(error)
 
 
 def _extremes(config: "Config") -> Iterator[tuple[str, str]]:
@@ -111,6 +115,7 @@ def problems(config: "Config") -> Iterator[tuple[str, str]]:
         yield from ((k, f"{k}={get(k)} must be {words}") for k in keys if get(k) is not None and get(k) < least)
     yield from ((k, f"{k}={get(k)} must be positive") for k in POSITIVE if get(k) is not None and get(k) <= 0)
     yield from ((k, f"{k}={get(k)} must lie in [0, 1]") for k in FRACTIONS if not 0 <= get(k) <= 1)
+    yield from ((k, f"{k}={get(k)} must lie in [0, 1)") for k in BELOW_ONE if not 0 <= get(k) < 1)
     yield from _names(config)
     yield from _extremes(config)
     end, stop = config.train.steps, config.train.stop_at_step

@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from attnzoo.checkpoint import find_checkpoint
-from attnzoo.files import write_atomic
+from attnzoo.files import user_path, write_atomic
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.report import Report, run_command
 from attnzoo.tokenizer import Tokenizer, load_tokenizer
@@ -252,7 +252,8 @@ def _planned_model(config: Config) -> DecoderConfig:
     tokenizer = build_config(TokenizerConfig, config.tokenizer, "tokenizer")
     known = tokenizer.path is None or config.checkpoint.adopt_model
     return _model_config(
-        config, tokenizer.vocab_size if known else load_tokenizer(Path(str(tokenizer.path)).expanduser()).vocab_size
+        config,
+        tokenizer.vocab_size if known else load_tokenizer(user_path(str(tokenizer.path), "tokenizer.path")).vocab_size,
     )
 
 

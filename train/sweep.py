@@ -24,7 +24,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from attnzoo.files import write_atomic
+from attnzoo.files import user_path, write_atomic
 from attnzoo.report import Report, format_table
 from scripts.compare import CompareConfig, Comparison, Hooks, Run, parse_settings, run_one
 from scripts.compare.statistics import interval
@@ -91,7 +91,7 @@ def plan(settings: list[str], grid: list[str], run_dir: Path, asha: bool) -> dic
                 "tables=parameters or tables=flops"
             )
         if config.text != STDLIB:
-            config = dataclasses.replace(config, text=str(Path(config.text).expanduser().resolve()))
+            config = dataclasses.replace(config, text=str(user_path(config.text, "text").resolve()))
         comparison = Comparison(config)
         files = {comparison.name(run): run for run in comparison.plan()}
         place = "_".join(point) or "runs"

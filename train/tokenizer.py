@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from attnzoo.files import write_atomic
+from attnzoo.files import user_path, write_atomic
 from attnzoo.tokenizer import load_tokenizer
 from attnzoo.tokenizer.sentencepiece import SPACE, SentencePieceTokenizer
 from train.data.config import DataConfig
@@ -49,7 +49,7 @@ class TokenizerConfig:
 def ensure_tokenizer(config: TokenizerConfig, data: DataConfig, cache_dir: Path) -> Path:
     """The model file: `config.path`, or one trained on the training split of `data` and kept under `cache_dir`."""
     if config.path is not None:
-        path = Path(config.path).expanduser()
+        path = user_path(config.path, "tokenizer.path")
         load_tokenizer(path)
         return path
     key = hashlib.sha256(f"{fingerprint(data)} {asdict(config)} {SAMPLE_BYTES}".encode()).hexdigest()[:16]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.attention.base import ATTENTION, Attention, Cost, Traits
+from attnzoo.files import user_path
 from attnzoo.types import build_config
 
 PLUGINS_VARIABLE = "ATTNZOO_PLUGINS"
@@ -45,14 +46,21 @@ def build_attention(kind: str, values: dict[str, object], where: str = "attentio
 
 def variant(kind: str) -> type[Attention]:
     """The class registered as `kind`. Raises ValueError that lists the known names, and says where others come from."""
+    loaded = ATTENTION.names()  # what a plug-in of the user's raises is said as it is
     try:
         return ATTENTION.get(kind)
     except ValueError as error:
+        assert kind not in loaded
         given = os.environ.get(PLUGINS_VARIABLE)
         read = f"{PLUGINS_VARIABLE}={given!r} was read" if given else f"{PLUGINS_VARIABLE} is not set"
         raise ValueError(
             f"{error}. A variant in a file of yours: name the file in {PLUGINS_VARIABLE} ({read})"
         ) from None
+
+
+def is_plugin(kind: str) -> bool:
+    """Whether the variant registered as `kind` comes from a file of the user's."""
+    return not variant(kind).__module__.startswith(f"{__name__}.")
 
 
 def load_plugins(paths: str) -> None:
@@ -62,8 +70,8 @@ def load_plugins(paths: str) -> None:
     import, and one that registers nothing; its message is one line and the place in the file.
     """
     for entry in filter(None, (part.strip() for part in paths.split(os.pathsep))):
-        path = Path(entry).expanduser().resolve()
         where = f"{PLUGINS_VARIABLE}={paths!r}: {entry!r}"
+        path = user_path(entry, PLUGINS_VARIABLE).resolve()
         if not path.is_file() or path.suffix != ".py":
             raise ValueError(f"{where} {_not_a_file(entry, path)}; give paths of .py files separated by {os.pathsep!r}")
         _import_plugin(path, where)
@@ -91,7 +99,7 @@ def _import_plugin(path: Path, where: str) -> None:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that exits would end the command without a word
         del sys.modules[name]
         for added in set(ATTENTION.names()) - set(before):
             ATTENTION.remove(added)
@@ -100,7 +108,7 @@ def _import_plugin(path: Path, where: str) -> None:
         raise ValueError(f'{where} registers no variant; put @ATTENTION.register("name") before your class')
 
 
-def _what_and_where(error: Exception, path: Path) -> str:
+def _what_and_where(error: BaseException, path: Path) -> str:
     """The error in one line, with the last line of the file that it came through."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
@@ -120,6 +128,7 @@ __all__ = [
     "Cost",
     "Traits",
     "build_attention",
+    "is_plugin",
     "load_plugins",
     "variant",
 ]

@@ -11,6 +11,7 @@ One function in three forms, and what it costs:
 """
 
 import dataclasses
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -200,10 +201,18 @@ def check_variant(name: str, cls: Any) -> None:
         raise ValueError(f"{what} lacks {', '.join(missing)}; see Attention, or compose it of parts")
     if not isinstance(getattr(cls, "source", None), str):
         raise ValueError(f"{what} lacks `source`: say in one line where the idea is from")
+    if not isinstance(cls.cases, Sequence) or not all(isinstance(case, Mapping) for case in cls.cases):
+        raise ValueError(
+            f"{what}: cases={cls.cases!r} must be a list of options to test, such as ({{'num_heads': 2}},)"
+        )
     config = getattr(cls, "Config", None)
     fields = dataclasses.fields(config) if isinstance(config, type) and dataclasses.is_dataclass(config) else ()
     if not fields or fields[0].name != "model_dim":
         raise ValueError(f"{what} lacks `Config`: a frozen dataclass of its options whose first field is model_dim")
+    try:
+        inspect.signature(cls).bind(None)
+    except TypeError as error:
+        raise ValueError(f"{what}.__init__ must take its configuration and nothing else ({error})") from None
 
 
 ATTENTION: Registry[type[Attention]] = Registry("attention", check_variant)

@@ -1,6 +1,6 @@
 """A model on disk, whatever its format: its configuration, and its tensors under the format's own names."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,29 @@ class Checkpoint:
     """What `load_model` needs to know before it reads.
 
     shapes: of all tensors that the files hold, by their names there. read: yields them in pieces (name, first row,
-    rows), each valid until the next is asked for. name: the files' name of one of the model's own tensors. ignored:
-    tensors that hold nothing to load. dtype: what most weights are in. metadata: what was saved beside the model.
+    rows), each valid until the next is asked for. dtypes: in which they are stored, or read where they are quantised.
+    name: the files' name of one of the model's own tensors. ignored: tensors that hold nothing to load. metadata: what
+    was saved beside the model.
     """
 
     path: Path
     config: DecoderConfig
     shapes: Mapping[str, Shape]
     read: Callable[[], Iterator[Piece]]
-    dtype: torch.dtype
+    dtypes: Mapping[str, torch.dtype]
     name: Callable[[str], str] = str
     ignored: Callable[[str], bool] = lambda name: False
     metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def main_dtype(checkpoint: Checkpoint, names: Iterable[str]) -> torch.dtype:
+    """The floating point dtype of most elements of these tensors; float32 where there are none."""
+    elements: dict[torch.dtype, int] = {}
+    for name in names:
+        dtype = checkpoint.dtypes[name]
+        if dtype.is_floating_point:
+            elements[dtype] = elements.get(dtype, 0) + torch.Size(checkpoint.shapes[name]).numel()
+    return max(elements, key=lambda dtype: elements[dtype], default=torch.float32)
 
 
 def check_shapes(path: Path, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:

@@ -73,8 +73,8 @@ def open_file(path: Path) -> Checkpoint:
     """The model in a GGUF file. Raises ValueError naming the file, and the field or tensor that is not supported."""
     file = read_gguf(path)
     package = _package()
-    for name, tensor in file.tensors.items():
-        _check_kind(file, name, tensor, package)
+    ends = {name: _check_kind(file, name, tensor, package) for name, tensor in file.tensors.items()}
+    _check_layout(file, ends)
     config = _config(file)
     heads = config.layer_attention(0)[1]
 
@@ -96,7 +96,7 @@ def open_file(path: Path) -> Checkpoint:
         config=config,
         shapes={name: tensor.shape for name, tensor in file.tensors.items()},
         read=read,
-        dtype=torch.float32,
+        dtypes=dict.fromkeys(file.tensors, torch.float32),
         name=lambda own: rename(own, GGUF),
         ignored=lambda name: name == FREQUENCIES,
         metadata={key: value for key, value in file.metadata.items() if key.startswith("general.")},
@@ -132,17 +132,15 @@ def _config(file: GGUFFile) -> DecoderConfig:
         "rope_scaling": _scaling(file, fields, theta, head_dim // 2),
         "window": fields.optional_size("attention.sliding_window"),
     }
+    sizes = {
+        "vocab_size": vocabulary.shape[0] if vocabulary else fields.get("vocab_size", int),
+        "num_layers": fields.get("block_count", int),
+        "max_positions": fields.get("context_length", int),
+        "mlp_dim": fields.get("feed_forward_length", int),
+    }
+    epsilon, tied = fields.get("attention.layer_norm_rms_epsilon", float), "output.weight" not in file.tensors
     try:
-        return DecoderConfig(
-            vocab_size=vocabulary.shape[0] if vocabulary else fields.get("vocab_size", int),
-            model_dim=dim,
-            num_layers=fields.get("block_count", int),
-            attention=attention,
-            max_positions=fields.get("context_length", int),
-            norm_eps=fields.get("attention.layer_norm_rms_epsilon", float),
-            mlp_dim=fields.get("feed_forward_length", int),
-            tie_embeddings="output.weight" not in file.tensors,
-        )
+        return DecoderConfig(**sizes, model_dim=dim, attention=attention, norm_eps=epsilon, tie_embeddings=tied)
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from None
 
@@ -188,8 +186,9 @@ def _package() -> ModuleType:
         raise ValueError("reading GGUF files needs the package gguf: pip install 'attnzoo[weights]'") from None
 
 
-def _check_kind(file: GGUFFile, name: str, tensor: GGUFTensor, package: ModuleType) -> None:
-    """Raises ValueError for a quantisation that the package does not know, or a tensor beyond the end of the file."""
+def _check_kind(file: GGUFFile, name: str, tensor: GGUFTensor, package: ModuleType) -> int:
+    """The byte where its data end. Raises ValueError for a quantisation that the package does not know, or a tensor
+    beyond the end of the file."""
     where = f"{file.path}: tensor {name}"
     try:
         block, width = package.GGML_QUANT_SIZES[package.GGMLQuantizationType(tensor.kind)]
@@ -199,12 +198,27 @@ def _check_kind(file: GGUFFile, name: str, tensor: GGUFTensor, package: ModuleTy
         raise ValueError(
             f"{where} has shape {list(tensor.shape)}, not whole blocks of {block}; convert the model again"
         )
-    if tensor.offset + tensor.size // block * width > file.path.stat().st_size:
+    end = tensor.offset + tensor.size // block * width
+    if end > file.path.stat().st_size:
         raise ValueError(f"{where} reaches past the end of the file; copy it again")
     try:
         _dequantise(file, tensor, 0, 1, package)
     except (NotImplementedError, KeyError) as error:
         raise ValueError(f"{where} cannot be dequantised ({error}); convert the model to another type") from None
+    return end
+
+
+def _check_layout(file: GGUFFile, ends: Mapping[str, int]) -> None:
+    """Raises ValueError unless the tensors' data stand one after the other, as every writer lays them: a damaged type,
+    shape or place shows in the next tensor. `ends`: the byte where each one's data end."""
+    expected = file.data
+    for name, tensor in sorted(file.tensors.items(), key=lambda item: item[1].offset):
+        if tensor.offset != expected:
+            raise ValueError(
+                f"{file.path}: tensor {name} begins at byte {tensor.offset}, and what stands before it ends at "
+                f"{expected}: an offset, a type or a shape is damaged; download it again"
+            )
+        expected = -(-ends[name] // file.alignment) * file.alignment
 
 
 def _dequantise(file: GGUFFile, tensor: GGUFTensor, first: int, end: int, package: ModuleType) -> Tensor:
@@ -215,5 +229,6 @@ def _dequantise(file: GGUFFile, tensor: GGUFTensor, first: int, end: int, packag
     data = np.fromfile(
         file.path, dtype=np.uint8, count=(end - first) * row_bytes, offset=tensor.offset + first * row_bytes
     )
-    rows = package.quants.dequantize(data.reshape(end - first, row_bytes), kind)
+    with np.errstate(all="ignore"):  # what is not finite is told by name where it is loaded
+        rows = package.quants.dequantize(data.reshape(end - first, row_bytes), kind)
     return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))

@@ -62,7 +62,7 @@ def open_directory(directory: Path, content: Mapping[str, Any], config_path: Pat
         config=config,
         shapes=shards.shapes,
         read=shards.read,
-        dtype=shards.main_dtype(),
+        dtypes=shards.dtypes,
         name=name,
         # Older files carry the rotary frequencies; of a tied head there may be a copy.
         ignored=lambda found: found.endswith("rotary_emb.inv_freq") or (tied and found == head),

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnzoo.checkpoint import finite, gguf, huggingface, native
-from attnzoo.checkpoint.base import Checkpoint, check_shapes
+from attnzoo.checkpoint.base import Checkpoint, check_shapes, main_dtype
 from attnzoo.checkpoint.native import CONFIG, FORMAT
 from attnzoo.files import read_object
-from attnzoo.models import DecoderLM, build_shapes, fill_buffers
+from attnzoo.models import DecoderLM, buffer_dtype, build_shapes, fill_buffers
 
 if TYPE_CHECKING:
     from attnzoo.tokenizer import Tokenizer
@@ -54,9 +54,9 @@ def load_model(
 ) -> DecoderLM:
     """Reads a model in evaluation mode, one tensor at a time; `path` as in `open_checkpoint`.
 
-    `dtype` None keeps the one most weights are stored in; quantised ones become float32. Raises ValueError that names
-    the file and the tensors that are missing, unexpected or of another shape, or (unless `check_finite` is False) hold
-    NaN or infinity.
+    `dtype`: of the weights; None keeps the one most of them are stored in, and every buffer's; quantised ones become
+    float32. Raises ValueError that names the file and the tensors that are missing, unexpected or of another shape, or
+    (unless `check_finite` is False) hold NaN or infinity.
     """
     checkpoint = open_checkpoint(path)
     tied = checkpoint.config.tie_embeddings
@@ -66,12 +66,13 @@ def load_model(
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     found = {name: shape for name, shape in checkpoint.shapes.items() if not checkpoint.ignored(name)}
     check_shapes(checkpoint.path, found, {name: tuple(own[theirs[name]].shape) for name in theirs})
-    dtype = dtype or checkpoint.dtype
+    main = dtype or main_dtype(checkpoint, (checkpoint.name(name) for name in own if name in parameters))
     # Copies in any case: what is read is a view of a file, which may change or go.
-    weights = {
-        name: torch.empty_like(tensor, device=device, dtype=dtype if tensor.is_floating_point() else None)
-        for name, tensor in own.items()
-    }
+    weights = {}
+    for name, tensor in own.items():
+        wanted = main if name in parameters else buffer_dtype(checkpoint.dtypes[checkpoint.name(name)], dtype)
+        kept = tensor.is_floating_point() and wanted.is_floating_point  # else it is refused, or no weight
+        weights[name] = torch.empty_like(tensor, device=device, dtype=wanted if kept else None)
     for name, first, rows in checkpoint.read():
         if not checkpoint.ignored(name):
             target = weights[theirs[name]]
@@ -86,7 +87,7 @@ def load_model(
     model.load_state_dict(weights, assign=True)
     if tied:
         model.head.weight = model.embedding.weight
-    fill_buffers(model, device, dtype)
+    fill_buffers(model, device, None if dtype is None and main == torch.float32 else main)
     return model.eval().requires_grad_(False)
 
 

@@ -19,6 +19,7 @@ from attnzoo.attention import PLUGINS_VARIABLE
 from attnzoo.checkpoint.base import Checkpoint
 from attnzoo.checkpoint.shards import DTYPES, INTEGERS, WEIGHTS, Shards
 from attnzoo.checkpoint.target import check_native_target
+from attnzoo.errors import suggest
 from attnzoo.files import real_path, replace_directory, temporary_directory
 from attnzoo.models import DecoderConfig, DecoderLM
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 FORMAT = "attnzoo-decoder-1"
+KEYS = ("format", "model", "metadata")
+"""Of config.json."""
 TOKENIZER = (
     "tokenizer.model",
     "tokenizer.json",
@@ -114,7 +117,10 @@ def _is_shape(model: DecoderLM) -> bool:
 
 def open_directory(directory: Path, content: Mapping[str, Any], config_path: Path) -> Checkpoint:
     """The model in a directory of our own, `content` being its config.json. Raises ValueError naming the file."""
-    model, metadata = content.get("model"), content.get("metadata") or {}
+    for key in content:
+        if key not in KEYS:
+            raise ValueError(f"{config_path}: unknown key {key}{suggest(key, KEYS)}; export the model again")
+    model, metadata = content.get("model"), content.get("metadata", {})
     for name, section in (("model", model), ("metadata", metadata)):
         if not isinstance(section, Mapping):
             raise ValueError(f"{config_path}: {name} is a {type(section).__name__}, not an object; export it again")
@@ -131,6 +137,6 @@ def open_directory(directory: Path, content: Mapping[str, Any], config_path: Pat
         config=config,
         shapes=shards.shapes,
         read=shards.read,
-        dtype=shards.main_dtype(),
+        dtypes=shards.dtypes,
         metadata=dict(metadata),
     )

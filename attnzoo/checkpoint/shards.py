@@ -64,15 +64,6 @@ class Shards:
                     dtypes[name] = known[piece.get_dtype()]
         return cls(files, shapes, dtypes)
 
-    def main_dtype(self) -> torch.dtype:
-        """The floating point dtype of most elements; float32 where there are none."""
-        elements: dict[torch.dtype, int] = {}
-        for name, dtype in self.dtypes.items():
-            if not dtype.is_floating_point:
-                continue
-            elements[dtype] = elements.get(dtype, 0) + torch.Size(self.shapes[name]).numel()
-        return max(elements, key=lambda dtype: elements[dtype], default=torch.float32)
-
     def read(self) -> Iterator[Piece]:
         """All tensors in pieces of rows, file by file; every piece is mapped by itself."""
         for name, _ in sorted(self.files.items(), key=lambda item: (item[1], item[0])):

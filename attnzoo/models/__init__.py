@@ -6,13 +6,14 @@ from attnzoo.models.decoder_lm import DecoderLM
 from attnzoo.models.generate import generate
 from attnzoo.models.packing import can_pack, pack_weights
 from attnzoo.models.sampling import Sampling
-from attnzoo.models.shapes import build_shapes, fill_buffers
+from attnzoo.models.shapes import buffer_dtype, build_shapes, fill_buffers
 
 __all__ = [
     "CompiledDecode",
     "DecoderConfig",
     "DecoderLM",
     "Sampling",
+    "buffer_dtype",
     "build_shapes",
     "can_pack",
     "fill_buffers",

@@ -84,14 +84,14 @@ class Block(nn.Module):
         self.mlp = mlp
 
     def forward(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), starts_BT)
+        x_BTD = x_BTD + self._mixed(self.attention(self.attention_norm(x_BTD), starts_BT), x_BTD)
         out: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD))
         return out
 
     def segment(self, x_BTD: Tensor, memory: SegmentMemory) -> tuple[Tensor, SegmentMemory]:
         """A segment that also reads its memory; what is remembered are the inputs of the block."""
         mixed, memory = attend_segment(self.attention, x_BTD, memory, self.attention_norm)
-        x_BTD = x_BTD + mixed
+        x_BTD = x_BTD + self._mixed(mixed, x_BTD)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), memory
 
     def play(self, tape: Tape, x: Buffer) -> Buffer:
@@ -110,5 +110,15 @@ class Block(nn.Module):
 
     def extend(self, x_BTD: Tensor, state: Any, counts_B: Tensor | None) -> tuple[Tensor, State]:
         mixed, state = self.attention.extend(self.attention_norm(x_BTD), state, counts_B)
-        x_BTD = x_BTD + mixed
+        x_BTD = x_BTD + self._mixed(mixed, x_BTD)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), state
+
+    def _mixed(self, out: Any, x_BTD: Tensor) -> Tensor:
+        """What the attention made of a chunk. Raises ValueError for another shape, which a sum might spread."""
+        if not isinstance(out, Tensor) or out.shape != x_BTD.shape:
+            found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(
+                f"{type(self.attention).__name__} made {found} of an input of {list(x_BTD.shape)}; a variant keeps the "
+                "shape of its input: mend its forward or extend"
+            )
+        return out

@@ -46,7 +46,9 @@ def without_storage() -> Iterator[None]:
                 f"and make a tensor of the result ({reason})"
             ) from error
         # Else of torch, for numbers of more than 64 bits.
-        raise ValueError(f"the configuration makes no model ({reason}); make its sizes smaller") from error
+        raise ValueError(
+            f"the configuration makes no model ({reason}); make its sizes smaller, or mend its variant"
+        ) from error
 
 
 def build_shapes(config: DecoderConfig) -> DecoderLM:
@@ -60,8 +62,8 @@ def fill_buffers(
     model: DecoderLM, device: torch.device | str, dtype: torch.dtype | None = None, *, lost: bool = False
 ) -> None:
     """Values for the buffers that no checkpoint holds (persistent=False): those of a variant that is built anew with
-    the same options. Floating point ones in `dtype`, None: in their own. lost: also where there is storage, for it
-    holds anything."""
+    the same options. Floating point ones in `buffer_dtype`. lost: also where there is storage, for it holds
+    anything."""
     built: dict[str, Attention] = {}
     for layer, block in enumerate(model.layers()):
         for name, buffer in unsaved_buffers(block.attention).items():
@@ -73,8 +75,19 @@ def fill_buffers(
                         built[key] = build_attention(kind, options)
                 buffer = unsaved_buffers(built[key])[name]
             owner, _, leaf = name.rpartition(".")
-            value = buffer.to(device, dtype if buffer.is_floating_point() else None, copy=True)
+            value = buffer.to(device, buffer_dtype(buffer.dtype, dtype), copy=True)
             block.attention.get_submodule(owner)._buffers[leaf] = value
+
+
+def buffer_dtype(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """What a buffer of dtype `own` becomes in a model of weights in `dtype`; None: nothing else.
+
+    Constants in float64 are so on purpose, and stay; weights of half precision are met by buffers of it, as where
+    a model is converted.
+    """
+    if dtype is None or not own.is_floating_point:
+        return own
+    return dtype if dtype.itemsize < torch.float32.itemsize else torch.promote_types(own, dtype)
 
 
 def unsaved_buffers(module: nn.Module) -> dict[str, torch.Tensor]:

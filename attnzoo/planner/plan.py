@@ -19,6 +19,7 @@ from attnzoo.planner.fits import GIB, Setup, TrainingMemory, communicated_bytes,
 from attnzoo.planner.model_file import ModelFile, read_model
 from attnzoo.planner.serving import serving_report
 from attnzoo.report import counted, format_table
+from attnzoo.types import LARGEST
 
 RESERVE = 0.05
 """Part of a GPU's memory that is left free: the driver's context, kernels, and fragments of the allocator."""
@@ -96,6 +97,8 @@ def checked(options: argparse.Namespace, file: ModelFile) -> PlanOptions:
     for name, value in (("--context", context), ("--gpus", options.gpus), ("--nodes", nodes)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+        if value > LARGEST:
+            raise ValueError(f"{name}={value} must be at most {LARGEST}")
     if not 0 < options.gpu_memory < MOST_MEMORY:
         raise ValueError(
             f"--gpu-memory={options.gpu_memory} must be positive, below {MOST_MEMORY}: GiB of one GPU, for example 80"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnzoo.files import read_object, read_text, write_atomic
+from attnzoo.files import parse_object, read_object, read_text, write_atomic
 from attnzoo.tokenizer.base import Mark, Tokenizer, check_text, refused, short_hash
 from attnzoo.tokenizer.byte_table import byte_table, decoder_steps
 
@@ -114,9 +114,10 @@ class HuggingFaceTokenizer(Tokenizer):
         if FILE not in names:
             write_atomic(directory / FILE, self._tokenizer.to_str(pretty=True).encode())
             write_atomic(directory / CONFIG, _to_json(self._to_config()))
-        if GENERATION not in names and self._settings.stop_ids:
+        kept = _read_json(directory / GENERATION) if GENERATION in names else {}
+        if self._settings.stop_ids and not kept.get("eos_token_id"):
             # Stop tokens may come from config.json, which belongs to the model and is not copied.
-            write_atomic(directory / GENERATION, _to_json({"eos_token_id": sorted(self.stop_ids)}))
+            write_atomic(directory / GENERATION, _to_json(kept | {"eos_token_id": sorted(self.stop_ids)}))
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`; special tokens that are written in it become those tokens, but for `split_special_tokens`.
@@ -238,7 +239,22 @@ def _read_tokenizer(path: Path) -> "tokenizers.Tokenizer":
     text = read_text(path, MAX_BYTES)
     what = f"'{path}' is not a tokenizer that the installed package tokenizers can read"
     with refused(what, "download it again, or update the package"):
-        return Backend.from_str(text)
+        backend = Backend.from_str(text)
+    _check_meaning(backend, parse_object(text, path), path)
+    return backend
+
+
+def _check_meaning(backend: "tokenizers.Tokenizer", content: dict[str, Any], path: Path) -> None:
+    """Raises ValueError where the package takes a file to say something else than it does, and for random encoding."""
+    for added in content.get("added_tokens", []):
+        spelling, token = added["content"], backend.token_to_id(added["content"])
+        if spelling and token != added["id"]:  # the package gives it the next free id without a word
+            raise ValueError(
+                f"{path}: the added token {spelling!r} has id {added['id']}, where the vocabulary has {token} or ends; "
+                "download it again"
+            )
+    if dropout := getattr(backend.model, "dropout", None):
+        raise ValueError(f"{path}: model.dropout={dropout} encodes a text anew each time; set it to null")
 
 
 def _read_settings(directory: Path, tokenizer: "tokenizers.Tokenizer") -> TokenizerSettings:
@@ -322,6 +338,10 @@ def _stop_ids(path: Path) -> list[int]:
 def _vocab_size(vocab: dict[str, int], source: str) -> int:
     if not vocab:
         raise ValueError(f"{source}: the vocabulary is empty; download it again")
+    spelled: dict[int, str] = {}
+    for token, number in vocab.items():
+        if spelled.setdefault(number, token) != token:
+            raise ValueError(f"{source}: {token!r} and {spelled[number]!r} have one id, {number}; download it again")
     last = max(vocab, key=lambda token: vocab[token])
     # Some ids may be left out, yet a table of all ids must stay in proportion to the file.
     if vocab[last] >= 2 * len(vocab) + 1024:

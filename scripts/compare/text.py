@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from attnzoo.files import user_path
+
 VALIDATION_TENTHS = 1
 STDLIB, STDLIB_CHARS = "stdlib", 1_000_000
 
@@ -32,7 +34,7 @@ def load_text(path: str, validation_chars: int = 0) -> Text:
     Raises ValueError when the file is missing, is not UTF-8 or is too short to split.
     """
     try:
-        text = standard_library() if path == STDLIB else Path(path).expanduser().read_text(encoding="utf-8")
+        text = standard_library() if path == STDLIB else user_path(path, "text").read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(
             f"text={path}: {error.strerror}; give a text file with text=PATH (the paper's is tiny-shakespeare, the "

@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import attnzoo.attention
+from attnzoo.__main__ import main
 from attnzoo.attention import ATTENTION, load_plugins
-from attnzoo.checkpoint import open_checkpoint
+from attnzoo.checkpoint import load_model, open_checkpoint, save_model
+from attnzoo.models import DecoderConfig, DecoderLM
 from tests.contract.contract import ITEMS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,6 +133,15 @@ def test_broken_plugin_is_caught(tmp_path):
 LIST = ("-m", "attnzoo", "list")
 
 
+MINE = """\
+from attnzoo.attention.base import ATTENTION
+from attnzoo.attention.mha import MHA
+@ATTENTION.register("a")
+class A(MHA):
+    source = "s"
+"""
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -161,6 +173,14 @@ LIST = ("-m", "attnzoo", "list")
             "from attnzoo.attention.base import ATTENTION\n@ATTENTION.register('a')\nclass A(C): ...\n",
             "attention 'a': A lacks `source`",
         ),
+        ("raise SystemExit\n", "SystemExit:  (line 1)"),
+        ("import sys\nsys.exit('no GPU here')\n", "SystemExit: no GPU here (line 2)"),
+        (MINE + "    cases = {'window': 3}\n", "cases={'window': 3} must be a list of options to test"),
+        (
+            MINE + "    def __init__(self, config, *, depth): ...\n",
+            "A.__init__ must take its configuration and nothing else",
+        ),
+        (MINE + "    def __init__(self): ...\n", "A.__init__ must take its configuration and nothing else"),
         (
             "from attnzoo.attention.composed import ComposedAttention as C\n"
             "from attnzoo.attention.base import ATTENTION\n@ATTENTION.register('a')\n"
@@ -211,6 +231,65 @@ def test_list_goes_on_past_a_variant_that_cannot_be_built(tmp_path):
     assert result.returncode == 1
     assert "\nsoftmax_regression " in result.stdout
     assert "attnzoo: seven (seven.py) cannot be built: ValueError: model_dim=256 is not a multiple" in result.stderr
+
+
+WITHOUT_COST = "    def cost(self, *sizes):\n        return 1 / 0\n"
+NARROW = "    def forward(self, x, starts=None):\n        return super().forward(x, starts)[:, :1]\n"
+OPTIONS = """\
+from dataclasses import dataclass
+from attnzoo.attention.base import ATTENTION
+from attnzoo.attention.mha import MHA, MHAConfig
+@dataclass(frozen=True, kw_only=True)
+class Config(MHAConfig):
+    sizes: tuple[int, ...] = (1, 2)
+@ATTENTION.register("a")
+class A(MHA):
+    source, Config = "s", Config
+"""
+
+
+@pytest.fixture
+def plugged(tmp_path):
+    """Loads a plug-in that registers "a", and takes it back."""
+
+    def load(content: str) -> None:
+        (tmp_path / "plugin.py").write_text(content, encoding="utf-8")
+        load_plugins(str(tmp_path / "plugin.py"))
+
+    yield load
+    ATTENTION.remove("a")
+
+
+def test_what_a_variant_does_wrong_is_said_of_it(plugged, capsys):
+    plugged(MINE + WITHOUT_COST + NARROW)
+    assert main(["describe", "a"]) == 2
+    error = capsys.readouterr().err
+    assert error == "attnzoo: error: a (plugin.py) cannot be described: ZeroDivisionError: division by zero\n"
+    model = DecoderLM(DecoderConfig(vocab_size=9, model_dim=8, num_layers=1, attention="a"))
+    with pytest.raises(ValueError, match=r"A made \[2, 1, 8\] of an input of \[2, 3, 8\]; a variant keeps the shape"):
+        model(torch.zeros(2, 3, dtype=torch.long))  # a sum would spread it over all tokens
+
+
+def test_a_field_of_a_type_that_is_not_there(plugged):
+    plugged(OPTIONS.replace("tuple[int, ...]", '"Sizes"'))
+    with pytest.raises(
+        ValueError, match=r"Config has a field of a type that is not there: name 'Sizes' is not defined"
+    ):
+        DecoderConfig(vocab_size=9, model_dim=8, num_layers=1, attention="a")
+
+
+def test_options_that_are_tuples_come_back_from_a_file(plugged, tmp_path, capsys):
+    """JSON and YAML have lists only; an export says what loading it needs."""
+    plugged(OPTIONS)
+    spec = {"kind": "a", "sizes": [3, 4]}
+    model = DecoderLM(DecoderConfig(vocab_size=9, model_dim=8, num_layers=1, attention=spec)).requires_grad_(False)
+    save_model(tmp_path / "model", model)
+    assert load_model(tmp_path / "model").blocks[0].attention.config.sizes == (3, 4)
+    for value, message in (([3, "4"], r"sizes\[1\]='4' has type str; it must be int"), (7, r"it must be tuple\[int")):
+        with pytest.raises(ValueError, match=message):
+            DecoderConfig(vocab_size=9, model_dim=8, num_layers=1, attention=spec | {"sizes": value})
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out")]) == 0
+    assert "\na is a variant of ATTNZOO_PLUGINS, which must name its file" in capsys.readouterr().out
 
 
 def test_a_checkpoint_without_its_plugin(tmp_path):

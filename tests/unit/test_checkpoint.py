@@ -1,11 +1,14 @@
 """Models on disk: round trip, atomic replacement, and damaged or foreign files."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from attnzoo.attention.mha import MHA
 from attnzoo.checkpoint import load_model, load_tokenizer, read_metadata, save_model
 from attnzoo.files import replace_directory, write_atomic
 from attnzoo.models import DecoderConfig, DecoderLM
@@ -41,6 +44,39 @@ def test_round_trip(tmp_path, tie, dtype):
         assert torch.equal(tensor, loaded.state_dict()[name]), name
     assert (loaded.head.weight is loaded.embedding.weight) == tie
     assert load_model(tmp_path / "model", dtype=torch.float64).embedding.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "buffer", "unsaved"),
+    [
+        (torch.float32, None, torch.float64, torch.float64),
+        (torch.float32, torch.float32, torch.float64, torch.float64),
+        (torch.float32, torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, None, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float64, torch.float64, torch.float64),
+    ],
+)
+def test_buffers_keep_their_precision(stored, asked, buffer, unsaved, tmp_path, monkeypatch):
+    """However many numbers they hold, the model's dtype is that of its weights."""
+    monkeypatch.setattr(MHA, "__init__", with_buffers(MHA.__init__))
+    model = build(attention="mha")
+    model = model if stored == torch.float32 else model.to(stored)  # which would turn the buffers, too
+    save_model(tmp_path / "model", model)
+    loaded = load_model(tmp_path / "model", dtype=asked)
+    assert {p.dtype for p in loaded.parameters()} == {asked or stored}
+    for name, dtype in (("constants", buffer), ("derived", unsaved)):
+        found, saved = (getattr(m.blocks[0].attention, name) for m in (loaded, model))
+        assert found.dtype == dtype
+        assert torch.equal(found, saved.to(dtype)), name
+
+
+def with_buffers(init: Callable[..., None]) -> Callable[..., None]:
+    def built(self: MHA, *arguments: Any) -> None:
+        init(self, *arguments)
+        self.register_buffer("constants", torch.arange(50_000, dtype=torch.float64) / 3)
+        self.register_buffer("derived", torch.arange(3, dtype=torch.float64) / 7, persistent=False)
+
+    return built
 
 
 def test_only_three_kinds_of_file_and_no_pickle(tmp_path):

@@ -63,6 +63,15 @@ def test_describe(capsys):
         (["export", "", "out"], "checkpoint='' names nothing"),
         (["export", "/none", "out"], "/none/config.json does not exist"),
         (["export", "none.gguf", "out"], "none.gguf' does not exist"),
+        (["describe", "mha", 'rope_scaling={"factor": 2, "factor": 3}'], "cannot be read ('factor' is set twice"),
+        (["plan", "--model", "configs/mha.yaml", "--gpus", str(10**30)], "--gpus=1" + "0" * 30 + " must be at most"),
+        (["export", "~no_such_user/x", "out"], "checkpoint='~no_such_user/x': there is no user of '~no_such_user'"),
+        (["export", "a\0b", "out"], r"checkpoint='a\x00b' holds a zero"),
+        (
+            ["export", "pyproject.toml", "out"],
+            "pyproject.toml' is a file and no .gguf; give the directory that it is in",
+        ),
+        (["compare", "text=~no_such_user/x"], "text='~no_such_user/x': there is no user of '~no_such_user'"),
         (["compare", "--workers", "0"], "--workers=0 must be at least 1"),
         (["compare", "nope=1"], "nope"),
     ],
@@ -73,6 +82,24 @@ def test_wrong_usage_goes_to_stderr_with_status_2(arguments, message, capsys):
     assert message in captured.err
     assert "Traceback" not in captured.err
     assert not captured.out
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("~no_such_user/out", "OUT='~no_such_user/out': there is no user of '~no_such_user'"),
+        ("a\0b", r"OUT='a\x00b' holds a zero"),
+        ("model/out", "lies in the checkpoint"),  # whose next export would be refused for it
+        ("model/out/below", "lies in the checkpoint"),
+    ],
+)
+def test_an_export_that_is_out_of_place(where, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "model", serving.small_model("mha"))
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["export", "model", where]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("where", ["file/below", "n" * 300, "/proc/none", "loop", "loop/below"])

@@ -228,6 +228,16 @@ def weight_map(file: Any) -> Callable[[Path], None]:
     return put(json.dumps({"weight_map": {"lm_head.weight": file}}))
 
 
+def twice(key: str) -> Callable[[Path], None]:
+    """Readers of JSON differ in which of the two they take."""
+    again = json.dumps(key) + ": 0, " + json.dumps(key) + ":"
+    return lambda path: path.write_text(path.read_text().replace(json.dumps(key) + ":", again, 1)) and None
+
+
+def with_keys(**keys: Any) -> Callable[[Path], None]:
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | keys)) and None
+
+
 def retyped(path: Path) -> None:
     tensors = load_file(path)
     save_file(tensors | {"embedding.weight": tensors["embedding.weight"].to(torch.float8_e4m3fn)}, path)
@@ -263,6 +273,33 @@ def retyped(path: Path) -> None:
         ("own weights", CONFIG, put('{"a":' * 200_000), load_model, r"config.json' is not JSON .* nests too deep"),
         ("own weights", CONFIG, put("[" * 200_000), load_model, r"config.json' is not JSON .* nests too deep"),
         ("own weights", CONFIG, put('{"a": ' + "9" * 5000 + "}"), load_model, r"config.json' is not JSON \(Exceeds"),
+        (
+            "own weights",
+            CONFIG,
+            twice("vocab_size"),
+            load_model,
+            r"config.json' is not JSON \('vocab_size' is set twice",
+        ),
+        ("own weights", CONFIG, twice("format"), load_model, r"config.json' .*'format' is set twice; keep one of them"),
+        ("own weights", CONFIG, with_keys(metdata={}), load_model, r"unknown key metdata; did you mean 'metadata'"),
+        ("own weights", CONFIG, with_keys(metadata=0), load_model, r"config.json: metadata is a int, not an object"),
+        (
+            "exported configuration",
+            CONFIG,
+            twice("hidden_size"),
+            load_model,
+            r"config.json' .*'hidden_size' is set twice",
+        ),
+        (
+            "exported tokenizer",
+            "tokenizer_config.json",
+            twice("bos_token"),
+            load_tokenizer,
+            r"'bos_token' is set twice",
+        ),
+        ("exported tokenizer", "tokenizer.json", twice("e"), load_tokenizer, r"tokenizer.json' .*'e' is set twice"),
+        ("index", INDEX, twice("weight_map"), load_model, r"index.json' is not JSON \('weight_map' is set twice"),
+        ("index", INDEX, twice("lm_head.weight"), load_model, r"index.json' .*'lm_head.weight' is set twice"),
         ("own weights", CONFIG, put("{}"), load_model, r"config.json: format=None is not"),
         (
             "own weights",

@@ -502,6 +502,7 @@ def test_short_documents_are_split_into_nothing_empty(document):
         ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", {}, r"a.jsonl:1 is not JSON \("),
         ("a.jsonl", b'{"text": "x"} {"text": "y"}', {}, r"a.jsonl:1 is not JSON \(Extra data\)"),
         ("a.jsonl", b'{"text": ["x"]}', {}, r"holds list in .*a.jsonl:1, not text"),
+        ("a.jsonl", b'{"text": "x", "text": "y"}', {}, r"a.jsonl:1 is not JSON \('text' is set twice"),
         ("a.jsonl", b"{bad", {}, r"a.jsonl:1 is not JSON"),
         ("a.jsonl", b'{"body": "x"}', {}, r"data.text_field='text' is no text in .*a.jsonl:1; found body"),
         ("a.jsonl", b"[1]", {}, "found list"),
@@ -515,6 +516,13 @@ def test_bad_sources_are_named(tmp_path, name, content, changes, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(split_documents(config(tmp_path / name, **changes)))
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    pyarrow.parquet.write_table(pyarrow.table(columns, names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet has several columns data.text_field='text'; keep one"):
+        list(documents(config(tmp_path / "a.parquet")))
 
 
 @pytest.mark.parametrize("compression", ["none", "snappy", "gzip", "zstd"])

@@ -1,6 +1,7 @@
 """GGUF files against what transformers makes of the same file, and against the tensors that were put in."""
 
 import importlib.util
+import struct
 from pathlib import Path
 
 import gguf
@@ -184,7 +185,8 @@ def test_linear_scaling_by_llama_cpp_s_rules(changes, expected, tmp_path):
         ({"attention.head_count": 0}, r"llama.attention.head_count=0 must be at least 1"),
         ({"attention.head_count_kv": 0}, r"llama.attention.head_count_kv=0 must be at least 1"),
         ({"embedding_length": 0}, r"llama.embedding_length=0 must be at least 1"),
-        ({"block_count": 0}, r"num_layers=0 must be at least 1"),
+        ({"block_count": 0}, r"^[^:]*m.gguf: num_layers=0 must be at least 1"),
+        ({"feed_forward_length": "x"}, r"^[^:]*m.gguf: llama.feed_forward_length='x' is not supported"),
         ({"block_count": 2**31}, r"num_layers=2147483648 must be at most"),
         ({"attention.sliding_window": 0}, r"llama.attention.sliding_window=0 must be at least 1"),
         ({"logit_scale": 2.0}, r"llama.logit_scale=2.0 is not supported"),
@@ -217,6 +219,27 @@ def test_cut_files_are_refused_before_anything_is_read(tmp_path):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"cut.gguf"):
             open_checkpoint(path)
+
+
+@pytest.mark.parametrize("harm", ["earlier", "later", "uneven", "shared", "smaller type", "fewer elements"])
+def test_data_lie_one_after_the_other(harm, tmp_path):
+    """A type, a shape or a place that lies is seen by its neighbours: what is read would be other tensors' bytes."""
+    path = write(tmp_path / "m.gguf", random_model(tied=True), Kind.F32)
+    content, name = bytearray(path.read_bytes()), b"blk.0.ffn_norm.weight"
+    axes = content.index(name) + len(name) + 4  # after the rank: one size, the type, the offset
+    if harm == "smaller type":
+        struct.pack_into("<I", content, axes + 8, int(Kind.F16))
+    elif harm == "fewer elements":
+        struct.pack_into("<Q", content, axes, 32)
+    else:
+        (offset,) = struct.unpack_from("<Q", content, axes + 12)
+        moved = {"earlier": offset - 32, "later": offset + 32, "uneven": offset + 1, "shared": 0}[harm]
+        struct.pack_into("<Q", content, axes + 12, moved)
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"m.gguf: tensor \S+ begins at byte \d+, and what stands before it ends at \d+"
+    ):
+        open_checkpoint(path)
 
 
 def smollm2() -> Path:

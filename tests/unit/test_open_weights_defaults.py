@@ -18,7 +18,7 @@ from transformers import (
 
 from attnzoo.checkpoint import load_model, open_checkpoint
 from attnzoo.checkpoint.families import DEFAULTS, FamilyConfig
-from tests.unit.test_open_weights import CLOSE, change, reference, saved, tokens
+from tests.unit.test_open_weights import bound, change, reference, saved, tokens
 
 CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 NAMED = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
@@ -78,7 +78,7 @@ def check_against(directory: Path, *shape: int) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
     ours, ids = load_model(directory), tokens(*shape)
     with torch.no_grad():
-        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=CLOSE)
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=bound(theirs, ids))
 
 
 def write(directory: Path, case: str, without=(), keys=None, **options) -> None:
@@ -121,10 +121,11 @@ def test_windows_left_out_have_4096_tokens(family, tmp_path):
     assert open_checkpoint(tmp_path).config.layer_attention(0)[1]["window"] == 4096
     ids = tokens(1, 4200)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
+    close = bound(theirs, ids)
     with torch.no_grad():
-        torch.testing.assert_close(load_model(tmp_path)(ids), theirs(ids).logits, rtol=0, atol=CLOSE)
+        torch.testing.assert_close(load_model(tmp_path)(ids), theirs(ids).logits, rtol=0, atol=close)
         change(tmp_path, sliding_window=8000)
-        assert not torch.allclose(load_model(tmp_path)(ids), theirs(ids).logits, rtol=0, atol=CLOSE)
+        assert not torch.allclose(load_model(tmp_path)(ids), theirs(ids).logits, rtol=0, atol=close)
 
 
 def test_qwen_windows_begin_at_layer_28(tmp_path):

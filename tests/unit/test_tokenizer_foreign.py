@@ -170,6 +170,38 @@ def test_templates_and_stop_tokens(pair, tmp_path):
     check_same(load_tokenizer(tmp_path / "b"), tokenizer)
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.bos_id}))
     assert load_tokenizer(directory).stop_ids == {tokenizer.eos_id, tokenizer.bos_id}
+    # Beside a file that says how to sample and nothing of ends, those of config.json stay.
+    for number, kept in enumerate(({"temperature": 0.6}, {"eos_token_id": []})):
+        (directory / "generation_config.json").write_text(json.dumps(kept))
+        load_tokenizer(directory).save(tmp_path / f"c{number}")
+        check_same(load_tokenizer(tmp_path / f"c{number}"), tokenizer)
+        saved = json.loads((tmp_path / f"c{number}" / "generation_config.json").read_text())
+        assert saved == kept | {"eos_token_id": sorted(tokenizer.stop_ids)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda c: c["added_tokens"][-1].update(id=9),
+            r"the added token '<think>' has id 9, where the vocabulary has",
+        ),
+        (lambda c: c["added_tokens"][-1].update(id=10**6), r"the added token '<think>' has id 1000000, where"),
+        (lambda c: c["model"].update(dropout=0.5), r"model.dropout=0.5 encodes a text anew each time; set it to null"),
+        (
+            lambda c: (c["added_tokens"].clear(), c["model"]["vocab"].update(zz=5)),
+            r"'.*' and '.*' have one id, 5; download",
+        ),
+    ],
+)
+def test_a_vocabulary_means_what_it_says(pair, change, message, tmp_path):
+    """The package takes each of these without a word, and gives other ids than the file."""
+    directory = shutil.copytree(Path(pair[0]._files[0]).parent, tmp_path / "copy")
+    content = json.loads((directory / "tokenizer.json").read_text())
+    change(content)
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"tokenizer.json: {message}"):
+        load_tokenizer(directory)
 
 
 @pytest.mark.parametrize(

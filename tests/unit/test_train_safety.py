@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from train.layers import ConfigError
 
 from tests.training import ROOT, write_tiny
 from train.checkpoint import Checkpoints, find_resume, newest_whole, steps_in
@@ -244,7 +245,9 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     config = load_config("base.yaml", ["run_dir=~/runs/x", "cache_dir=~/cache"])
     assert config.run_path == tmp_path / "runs" / "x"
     assert config.cache_path == tmp_path / "cache"
-    assert load_config("base.yaml", ["run_dir=~nobody-of-this-name/x"]).run_path == Path("~nobody-of-this-name/x")
+    with pytest.raises(ConfigError, match="run_dir='~nobody-of-this-name/x': there is no user of"):
+        load_config("base.yaml", ["run_dir=~nobody-of-this-name/x"])
+    assert load_config("base.yaml", ["run_dir=./~nobody-of-this-name/x"]).run_path == Path("~nobody-of-this-name/x")
 
 
 def test_a_gradient_that_is_not_finite_has_a_name() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from attnzoo.files import unique_keys, user_path
 from train.data.account import Account
 from train.data.config import DataConfig
 
@@ -28,7 +29,7 @@ HIDDEN, OTHER, BROKEN, AGAIN = "hidden", "of another kind", "links to nothing", 
 def find_files(config: DataConfig, account: Account | None = None) -> list[Path]:
     """The files that `read_files` reads, in order. Raises ValueError that names the source and the way out."""
     account = Account() if account is None else account
-    root = Path(config.source).expanduser()
+    root = user_path(config.source, "data.source")
     try:
         if not root.exists():
             raise ValueError(
@@ -134,7 +135,7 @@ def _read_lines(path: Path, config: DataConfig) -> Iterator[str]:
                 text = line.decode("utf-8").removeprefix(MARK)
                 if not text.strip():
                     continue
-                record = json.loads(text)
+                record = json.loads(text, object_pairs_hook=unique_keys)
             except UnicodeDecodeError as error:
                 raise ValueError(f"{where} is not UTF-8 text (byte {error.start}){_coded(line)}; convert it") from None
             except (ValueError, RecursionError) as error:
@@ -154,6 +155,8 @@ def _read_parquet(path: Path, config: DataConfig) -> Iterator[str]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+        if file.schema_arrow.names.count(config.text_field) > 1:
+            raise ValueError(f"{path} has several columns data.text_field={config.text_field!r}; keep one of them")
         if config.text_field not in file.schema_arrow.names:
             text_of(dict.fromkeys(file.schema_arrow.names), config, str(path))
         row = 0

@@ -42,13 +42,16 @@ class FixedSlopes(DistanceBias):
         self.register_buffer("signs", SIGNS)
         self.register_buffer("offset", torch.full((count, 1), 0.25))
         self.register_buffer("enabled", torch.tensor(True))
+        self.register_buffer("third", torch.full((count, 1), 1 / 3, dtype=torch.float64))
+        self.register_buffer("sixth", torch.full((count, 1), 1 / 6, dtype=torch.float64), persistent=False)
         self.register_buffer("hidden", torch.tensor([0.0, -torch.inf]))
         self.gain = nn.Parameter(torch.tensor(1.0))
         self.frozen = nn.Parameter(torch.full((count, 1), 0.5), requires_grad=False)
 
     def bias(self, distance_P: Tensor) -> Tensor:
         slopes_N1 = (self.slopes * self.turned.real.to(self.slopes.dtype))[:, None]
-        gain = self.gain * self.frozen * self.enabled
+        one = (self.third * 2 + self.sixth * 2).to(self.gain.dtype)
+        gain = self.gain * self.frozen * self.enabled * one
         return self.signs[0] * gain * slopes_N1 * (distance_P + self.offset)
 
     def reset_parameters(self, std: float) -> None:
