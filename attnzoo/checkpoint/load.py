@@ -1,5 +1,6 @@
 """From files to a model, whatever format they are in."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     path = Path(path)
     if path.suffix == ".gguf":
         return gguf.open_file(path)
-    if path.is_file():
+    if os.path.isfile(path):  # which Path.is_file is not, for names too long to be one
         near = f" (its directory, {path.parent}, looks like one)" if (path.parent / CONFIG).is_file() else ""
         raise ValueError(f"'{path}' is a file; a checkpoint is a directory{near}, or a file whose name ends in .gguf")
     config_path = path / CONFIG

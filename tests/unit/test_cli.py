@@ -69,7 +69,7 @@ def test_describe(capsys):
         (["export", "a\0b", "out"], r"checkpoint='a\x00b' holds a zero"),
         (
             ["export", "pyproject.toml", "out"],
-            "pyproject.toml' is a file and no .gguf; give the directory that it is in",
+            "pyproject.toml' is a file; a checkpoint is a directory, or a file whose name ends in .gguf",
         ),
         (["compare", "text=~no_such_user/x"], "text='~no_such_user/x': there is no user of '~no_such_user'"),
         (["compare", "--workers", "0"], "--workers=0 must be at least 1"),
