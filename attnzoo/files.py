@@ -29,6 +29,15 @@ def user_path(path: str | Path, where: str) -> Path:
     return Path(found)
 
 
+def home() -> Path:
+    """Where this project keeps what is not a run's: $ATTNZOO_HOME, else attnzoo in the user's cache directory. It need
+    not exist. Raises ValueError as `user_path`."""
+    own = os.environ.get("ATTNZOO_HOME")
+    if own:
+        return user_path(own, "ATTNZOO_HOME")
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "attnzoo"
+
+
 def temporary_directory(final: Path) -> Path:
     """An empty directory beside `final`, on the same file system, so that a rename can move it there."""
     final.parent.mkdir(parents=True, exist_ok=True)

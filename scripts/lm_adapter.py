@@ -30,12 +30,14 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from attnzoo.models import DecoderLM
-from attnzoo.models.sampling import check_sampling, sample
+from attnzoo.models import DecoderLM, GenerationConfig, Sequences
+from attnzoo.models.sampling import check_sampling, choice_seed
 from attnzoo.tokenizer import StreamDecoder, Tokenizer
 from attnzoo.tokenizer.chat import ChatTemplate
 
 DEFAULT_NEW_TOKENS = 256
+SEED_STEP = 0x9E3779B1
+"""Between the seeds of two requests: an odd number that takes them far from those of the next seed."""
 GENERATION = ("do_sample", "max_gen_toks", "temperature", "top_k", "top_p", "until")
 """What a task may ask of generation, besides lm-eval's other names for max_gen_toks."""
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -90,7 +92,7 @@ class AdaptedLM(TemplateLM):
     """What lm-eval asks of a model, answered by a `DecoderLM` and its tokenizer.
 
     max_length: tokens that the model sees at most; None: its `max_positions`. batch_size: texts a forward pass. seed:
-    of sampled generation, whose texts also depend on the batch size. `truncated` counts, by task, the requests that
+    of sampled generation; a text does not depend on its batch. `truncated` counts, by task, the requests that
     lost tokens on the left. Raises ValueError for sizes out of range and a tokenizer that does not fit.
     """
 
@@ -190,7 +192,6 @@ class AdaptedLM(TemplateLM):
         for index, request in enumerate(requests):
             groups[Generation.parse(request.args[1], self.max_length)].append(index)
         contexts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
-        generator = torch.Generator(self._device).manual_seed(self.seed)
         texts = [""] * len(requests)
         with _progress(len(requests), "generate_until", disable_tqdm) as bar:
             for options, indices in groups.items():
@@ -199,7 +200,7 @@ class AdaptedLM(TemplateLM):
                     self.truncated[requests[index].task_name or ""] += len(contexts[index]) > room
                 indices.sort(key=lambda index: -len(contexts[index]))
                 for batch in _batches(indices, self.batch_size):
-                    new = self._continue([contexts[index][-room:] for index in batch], options, generator)
+                    new = self._continue([contexts[index][-room:] for index in batch], options, batch)
                     for index, text in zip(batch, new, strict=True):
                         texts[index] = text
                     bar.update(len(batch))
@@ -246,23 +247,25 @@ class AdaptedLM(TemplateLM):
                     bar.update(len(shared[tokens]))
         return answers
 
-    @torch.no_grad()
-    def _continue(self, contexts: list[list[int]], options: Generation, generator: torch.Generator) -> list[str]:
-        lengths_B = torch.tensor([len(context) for context in contexts], device=self._device)
-        state = self.model.init_state(len(contexts), int(lengths_B.max()) + options.max_tokens)
-        hidden_BTD, state = self.model.extend_hidden(_pad(contexts, self._device), state, lengths_B)
-        hidden_BD = hidden_BTD[torch.arange(len(contexts), device=self._device), lengths_B - 1]
+    def _continue(self, contexts: list[list[int]], options: Generation, indices: Sequence[int]) -> list[str]:
+        config = GenerationConfig(
+            max_new_tokens=options.max_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+        )
+        # Requests that ask the same get texts of their own. On a CPU the low 32 bits of a seed count.
+        seeds = [choice_seed(self.seed, index * SEED_STEP) for index in indices]
+        # A model may have more rows than its tokenizer has tokens.
+        sequences = Sequences(self.model, contexts, config, vocab_size=self.tokenizer.vocab_size, seeds=seeds)
         texts = [_Text(self.tokenizer, options.until) for _ in contexts]
-        for step in range(options.max_tokens):
-            # A model may have more rows than its tokenizer has tokens.
-            logits_BV = self.model.logits(hidden_BD)[:, : self.tokenizer.vocab_size]
-            next_B = sample(logits_BV, options.temperature, options.top_p, options.top_k, generator)
-            for text, token in zip(texts, next_B.tolist(), strict=True):
-                text.push(token)
-            if step == options.max_tokens - 1 or all(text.done for text in texts):
+        for _ in range(options.max_tokens):
+            for row, token, _logprobs in sequences.step():
+                texts[row].push(token)
+                if texts[row].done:
+                    sequences.end(row)
+            if not sequences.running:
                 break
-            hidden_BTD, state = self.model.extend_hidden(next_B[:, None], state)
-            hidden_BD = hidden_BTD[:, -1]
         return [text.finish() for text in texts]
 
 

@@ -37,7 +37,7 @@ def parse(argv: Sequence[str]) -> ServeConfig:
     )
     parser.add_argument(
         "--checkpoint",
-        help="an export directory (training writes <run dir>/export), one of transformers, a .gguf file, or smollm2",
+        help="a directory of training (run or export) or of transformers, a .gguf file, or smollm2",
     )
     parser.add_argument("--port", type=int, help="port to listen on (default 8000)")
     parser.add_argument("--config", type=Path, help="a YAML file of settings, for example configs/serve/default.yaml")
@@ -60,10 +60,10 @@ def check_checkpoint(config: ServeConfig) -> None:
     """Finds out before Ray starts. Raises ValueError when there is no checkpoint to load, no
     place to listen, or no such device."""
     from attnzoo.checkpoint import find_checkpoint, load_tokenizer, open_checkpoint
+    from attnzoo.loading import check_device
     from attnzoo.tokenizer.chat import ChatTemplate
     from serve.front.guard import read_api_key
     from serve.front.port import free_port
-    from serve.loading import check_device
 
     path = find_checkpoint(config.checkpoint)
     open_checkpoint(path)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from serve.caches import CacheChoice
+from attnzoo.kvcache.choice import CacheChoice
 from serve.engine import Engine
 from serve.faults import DeviceError, log, message
 from serve.request import Delta, SamplingParams

@@ -6,51 +6,9 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
 
 from attnzoo.errors import suggest
-from attnzoo.kvcache import CACHES, CachePolicy, build_cache, current_names
+from attnzoo.kvcache import CACHES, current_names
+from attnzoo.kvcache.choice import FULL, CacheChoice, check_mapping, read_choice
 from attnzoo.types import checked
-
-FULL = "full"
-
-
-@dataclass(frozen=True)
-class CacheChoice:
-    """A policy and its options, as a key: requests of equal choices decode together. `config` is the policy's own
-    frozen dataclass."""
-
-    policy: str
-    config: Any
-
-    @property
-    def exact(self) -> bool:
-        """Whether it is the model's own cache."""
-        return self.policy == FULL
-
-    def build(self) -> CachePolicy:
-        """The policy."""
-        built: CachePolicy = CACHES.get(self.policy)(self.config)
-        return built
-
-
-def check_mapping(values: Any, where: str) -> None:
-    """Raises ValueError for a choice that is no mapping."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f'{where}={values!r} must be a mapping such as {{"policy": "d2o", "keep_ratio": 0.2}}')
-
-
-def read_choice(values: Mapping[str, Any], where: str = "cache") -> CacheChoice:
-    """{"policy": "d2o", "keep_ratio": 0.2} as a choice.
-
-    Raises ValueError that names the field for an unknown policy or option, or a value out of its range.
-    """
-    check_mapping(values, where)
-    policy = values.get("policy")
-    if not isinstance(policy, str):
-        found = " is missing" if policy is None else f"={str(policy)[:40]} is no text"
-        raise ValueError(f"{where}.policy{found}: name one of {', '.join(sorted(CACHES.names()))}")
-    options = {key: value for key, value in values.items() if key != "policy"}
-    if policy not in CACHES.names():
-        raise ValueError(f"{where}.policy={policy!r} is not known{suggest(policy, CACHES.names())}")
-    return CacheChoice(policy, build_cache(policy, options).config)
 
 
 class CacheRules:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from attnzoo.checkpoint import PACKAGED
+from attnzoo.checkpoint import PACKAGED, find_checkpoint
 from attnzoo.errors import suggest
 from attnzoo.settings import parse_lines, parse_yaml
 from attnzoo.types import CheckedConfig, build_config, parse_dtype
@@ -26,9 +26,10 @@ CONTROL_TOKENS = ("template", "template_only", "everywhere")
 class EngineConfig(CheckedConfig):
     """What the engine needs.
 
-    checkpoint: an export directory of ours or of transformers, a .gguf file, or the name of a model that comes in a
-    package ("smollm2"). max_num_seqs: sequences that run at the same time (slots of the state). max_model_len: prompt
-    and completion together, in tokens; None takes the model's max_positions.
+    checkpoint: a run or export directory of ours, a directory of transformers, a .gguf file, the name of a model that
+    comes in a package ("smollm2"), or that of one in $ATTNZOO_HOME/models. max_num_seqs: sequences that run at the same
+    time (slots of the state). max_model_len: prompt and completion together, in tokens; None takes the model's
+    max_positions.
     max_batched_tokens: tokens that one step may send through the model. itl_target_ms: while any sequence decodes, a
     step reads as much of prompts as keeps it within about this time by what steps took so far, at least 32 tokens, so
     that the next token of a stream does not wait for other prompts; None: as much as max_batched_tokens leaves.
@@ -210,9 +211,12 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def absolute(checkpoint: str) -> str:
-    """A path that holds in every process; the name of a packaged model as it is."""
-    return checkpoint if checkpoint in ("", *PACKAGED) else str(Path(checkpoint).resolve())
+def absolute(checkpoint: Any) -> Any:
+    """A path that holds in every process; the name of a packaged model, and what is no text, as it is. Raises
+    ValueError as `find_checkpoint`."""
+    if not isinstance(checkpoint, str) or checkpoint in ("", *PACKAGED):
+        return checkpoint
+    return str(find_checkpoint(checkpoint))
 
 
 def build_serve_config(values: Mapping[str, Any]) -> ServeConfig:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnzoo.checkpoint import find_checkpoint
+from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models import DecoderLM
 from attnzoo.tokenizer.chat_tokens import ChatEncoder
+from attnzoo.tokenizer.text_stream import TextStream
 from serve.alone import alone
-from serve.caches import CacheChoice, CacheRules
+from serve.caches import CacheRules
 from serve.config import EngineConfig
 from serve.faults import DeviceError, SharedError, log
 from serve.loading import load_parts, max_model_len
@@ -34,7 +36,6 @@ from serve.request import (
 from serve.runner import Ran, Runner
 from serve.sampler import Drawn, make_generator, sample_rows
 from serve.scheduler import Demand, Scheduler, StepPlan
-from serve.text import TextStream
 
 if TYPE_CHECKING:
     from attnzoo.tokenizer import Tokenizer
@@ -337,12 +338,8 @@ class Engine:
         request.generated.append(token)
         self.metrics.token(request, now)
         ends = token in self.tokenizer.stop_ids and not request.params.ignore_eos
-        text = "" if ends else request.text.push(token, logprob)
-        reason = self._finish_reason(request, ends)
-        if reason is not None:
-            text += request.text.finish()
-            # The rest of a character or a held back text may complete a stop string.
-            reason = "stop" if request.text.stopped else reason
+        last = len(request.generated) >= request.params.max_tokens
+        text, reason = request.text.advance(token, logprob, ends=ends, last=last)
         return self._delta(request, text, reason)
 
     def _fail(self, request: Request, failure: Exception, deltas: list[Delta]) -> None:
@@ -350,12 +347,6 @@ class Engine:
         log(f"request {request.request_id} failed", failure)
         deltas.append(failed(request, failure))
         self._leave(request, "error")
-
-    @staticmethod
-    def _finish_reason(request: Request, ends: bool) -> FinishReason | None:
-        if ends or request.text.stopped:
-            return "stop"
-        return "length" if len(request.generated) >= request.params.max_tokens else None
 
     def _delta(self, request: Request, text: str, reason: FinishReason | None) -> Delta:
         delta = Delta(request.request_id, text, len(request.generated), finish_reason=reason)

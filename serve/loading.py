@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from attnzoo.checkpoint import load_model, load_tokenizer
-from attnzoo.models import DecoderLM, can_pack, pack_weights
+from attnzoo.checkpoint import load_tokenizer
+from attnzoo.checkpoint.load import check_fit
+from attnzoo.loading import load_for_inference
+from attnzoo.models import DecoderLM
 from attnzoo.types import parse_dtype
 from serve.config import EngineConfig
 
@@ -20,14 +20,15 @@ def load_parts(
     """Model and tokenizer, read from the checkpoint where they are None. Raises ValueError where one is damaged, or
     they do not fit each other."""
     if model is None:
-        check_device(config.device)
-        model = _load(directory, config)
-    tokenizer = tokenizer or load_tokenizer(directory)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{directory}: the tokenizer knows {tokenizer.vocab_size} tokens, the model only "
-            f"{model.config.vocab_size}; export the model with its own tokenizer"
+        model = load_for_inference(
+            directory,
+            device=config.device,
+            dtype=None if config.dtype is None else parse_dtype(config.dtype),
+            check_finite=config.check_weights,
+            pack=config.pack_weights,
         )
+    tokenizer = tokenizer or load_tokenizer(directory)
+    check_fit(model, tokenizer, str(directory))
     return model, tokenizer
 
 
@@ -43,25 +44,3 @@ def max_model_len(config: EngineConfig, model: DecoderLM) -> int:
     if length < 2:
         raise ValueError(f"max_model_len={length} leaves no room for a prompt and a token")
     return length
-
-
-def check_device(name: str) -> None:
-    """Raises ValueError that names `device` where nothing can be computed there."""
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise ValueError(f"device={name!r} has no memory; give cpu or cuda")
-        torch.zeros(1, device=device).add(1).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"device={name!r} cannot be used on this machine ({reason}); give cpu, or a GPU it has"
-        ) from None
-
-
-def _load(path: Path, config: EngineConfig) -> DecoderLM:
-    dtype = None if config.dtype is None else parse_dtype(config.dtype)
-    model = load_model(path, device=config.device, dtype=dtype, check_finite=config.check_weights)
-    if config.pack_weights or (config.pack_weights is None and can_pack(model)):
-        pack_weights(model)
-    return model

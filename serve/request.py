@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from attnzoo.kvcache.choice import CacheChoice
+from attnzoo.models.sampling import TokenLogprobs
+from attnzoo.tokenizer.text_stream import TextStream
 from serve.faults import message
 
 if TYPE_CHECKING:
     import torch
-
-    from serve.caches import CacheChoice
-    from serve.text import TextStream
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -85,22 +85,12 @@ class SamplingParams:
 
 
 @dataclass(slots=True)
-class TokenLogprobs:
-    """Log probability of the chosen token under the model, and the most likely ones with theirs, best first."""
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
-    offset: int = 0
-
-
-@dataclass(slots=True)
 class Delta:
     """News of one request after one step; the last one has a `finish_reason`.
 
     error: why the request failed, for its owner, with finish_reason "error"; the text it may quote is the owner's own.
     text: characters that are final. tokens: all tokens of the request so far. ttft_s: from arrival to the first token.
-    policy, and the rest as in `serve.memory.Memory`: how its state was kept, when it is finished.
+    policy, and the rest as in `attnzoo.models.cache_use.CacheUse`: how its state was kept, when it is finished.
     """
 
     request_id: str
@@ -125,8 +115,8 @@ class Request:
     request_id: str
     prompt: list[int]
     params: SamplingParams
-    text: "TextStream"
-    cache: "CacheChoice"
+    text: TextStream
+    cache: CacheChoice
     generator: "torch.Generator | None"
     arrived: float
     generated: list[int] = field(default_factory=list)

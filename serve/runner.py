@@ -11,10 +11,10 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models import CompiledDecode, DecoderLM
-from serve.caches import CacheChoice
+from attnzoo.models.cache_use import CacheUse, compressed_use, exact_use
 from serve.faults import DeviceError, SharedError
-from serve.memory import Memory, compressed_memory, exact_memory
 from serve.pool import CompactPool, HalfWrittenError, SlotPool
 from serve.request import Request
 from serve.scheduler import Chunk, StepPlan
@@ -64,14 +64,14 @@ class Runner:
         full = 0 if self.full is None else self.full.nbytes
         return full + sum(pool.nbytes for pool in list(self.compact.values()))
 
-    def memory(self, request: Request, slot: int) -> Memory:
+    def memory(self, request: Request, slot: int) -> CacheUse:
         """What the state of a sequence that decodes takes, and would take in the full cache."""
-        full = exact_memory(self.model, request.context, self._full_bytes(request.context))
+        full = exact_use(self.model, request.context, self._full_bytes(request.context))
         pool = self.compact.get(request.cache)
         if pool is None or pool.state is None:
             return full
         row = pool.row_of(slot)
-        return compressed_memory(pool.policy, pool.state.layers, row, len(request.prompt), full)
+        return compressed_use(pool.policy, pool.state.layers, row, len(request.prompt), full)
 
     def kv_bytes(self, request: Request) -> int:
         """Bytes of a running request's state, for metrics: of a full cache what its tokens fill, without what is only

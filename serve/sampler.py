@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnzoo.models.sampling import NOT_FINITE, greedy, sample
+from attnzoo.models.sampling import NOT_FINITE, TokenLogprobs, greedy, sample, token_logprobs
 from serve.faults import LogitsError
-from serve.request import Request, SamplingParams, TokenLogprobs
+from serve.request import Request, SamplingParams
 
 Drawn = tuple[int, TokenLogprobs | None]
 """A token, and its log probabilities where the request asks for them."""
@@ -48,11 +48,3 @@ def sample_row(logits_1V: Tensor, request: Request, best: int) -> Drawn:
     if params.logprobs is None:
         return token, None
     return token, token_logprobs(logits_1V[0], token, params.logprobs)
-
-
-def token_logprobs(logits_V: Tensor, token: int, alternatives: int) -> TokenLogprobs:
-    """Of the token, and of the most likely ones."""
-    values_V = logits_V.float().log_softmax(-1)
-    best = values_V.topk(min(alternatives, len(values_V)))
-    top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return TokenLogprobs(token, float(values_V[token]), top)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from attnzoo.checkpoint import save_model
+from attnzoo.language_model import LanguageModel
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.tokenizer import SentencePieceTokenizer, Tokenizer
 from train.tokenizer import train_tokenizer
@@ -68,6 +69,11 @@ def export(directory: Path, kind: str = "rcmha", **options: int) -> Path:
 @lru_cache(maxsize=1)
 def tokenizer() -> Tokenizer:
     return SentencePieceTokenizer.load(tokenizer_path())
+
+
+def lm_of(kind: str = "rcmha") -> LanguageModel:
+    """A small model with its tokenizer."""
+    return LanguageModel(small_model(kind), tokenizer())
 
 
 CHAT_TEMPLATE = """{%- for message in messages -%}

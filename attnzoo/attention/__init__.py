@@ -14,11 +14,14 @@ import re
 import sys
 import traceback
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import torch
 
 from attnzoo.attention.base import ATTENTION, Attention, Cost, Traits
 from attnzoo.files import user_path
-from attnzoo.types import build_config
+from attnzoo.types import build_config, parse_dtype
 
 PLUGINS_VARIABLE = "ATTNZOO_PLUGINS"
 
@@ -61,6 +64,33 @@ def variant(kind: str) -> type[Attention]:
 def is_plugin(kind: str) -> bool:
     """Whether the variant registered as `kind` comes from a file of the user's."""
     return not variant(kind).__module__.startswith(f"{__name__}.")
+
+
+def attention(
+    name: str,
+    /,
+    *,
+    model_dim: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    **options: Any,
+) -> Attention:
+    """A layer of the variant `name` (`attnzoo.variants()` lists them) with random weights, an nn.Module.
+
+    >>> layer = attnzoo.attention("rcmha", model_dim=256, num_heads=8)    # doctest: +SKIP
+    >>> layer(torch.randn(2, 100, 256)).shape                             # doctest: +SKIP
+    torch.Size([2, 100, 256])
+
+    model_dim: size D of its input and output, x_BTD to y_BTD of [batch, tokens, D]. device, dtype: of its weights, by
+    default torch's own. Other options are the variant's, and have defaults (`python -m attnzoo describe rcmha` shows
+    them). The layer also streams: `init_state(batch, capacity)`, then `extend(chunk, state)` of any chunk length; and
+    says what it takes: `cost(batch, tokens, context)`.
+
+    Raises ValueError for an unknown name or option, with the nearest known one, for sizes that do not fit each other,
+    and for an unknown dtype.
+    """
+    kind = parse_dtype(dtype) if isinstance(dtype, str) else dtype
+    return build_attention(name, {"model_dim": model_dim, **options}, name).to(device=device, dtype=kind)
 
 
 def load_plugins(paths: str) -> None:
@@ -116,6 +146,15 @@ def _what_and_where(error: BaseException, path: Path) -> str:
     return f"{type(error).__name__}: {said}{'' if line is None else f' (line {line})'}"
 
 
+class _Callable(ModuleType):
+    """The package itself: `attnzoo.attention("rcmha", ...)` builds a layer, and `import attnzoo.attention` binds the
+    package to the same name."""
+
+    __call__ = staticmethod(attention)
+
+
+sys.modules[__name__].__class__ = _Callable
+
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
         importlib.import_module(f"{__name__}.{_module.name}")
@@ -127,6 +166,7 @@ __all__ = [
     "Attention",
     "Cost",
     "Traits",
+    "attention",
     "build_attention",
     "is_plugin",
     "load_plugins",

@@ -116,3 +116,12 @@ def load_tokenizer(path: Path) -> "Tokenizer":
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata given to `save_model`; empty for formats that have none."""
     return open_checkpoint(path).metadata
+
+
+def check_fit(model: DecoderLM, tokenizer: "Tokenizer", where: str) -> None:
+    """Raises ValueError, beginning with `where`, for a tokenizer that knows more tokens than the model."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{where}: the tokenizer knows {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
+            "export the model with its own tokenizer"
+        )

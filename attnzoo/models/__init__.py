@@ -1,18 +1,25 @@
 """Models that take any attention variant by configuration."""
 
+from attnzoo.models.cache_use import CacheUse
 from attnzoo.models.compiled import CompiledDecode
 from attnzoo.models.config import DecoderConfig
 from attnzoo.models.decoder_lm import DecoderLM
 from attnzoo.models.generate import generate
+from attnzoo.models.generation_config import GenerationConfig
 from attnzoo.models.packing import can_pack, pack_weights
-from attnzoo.models.sampling import Sampling
+from attnzoo.models.sampling import Sampling, TokenLogprobs
+from attnzoo.models.sequences import Sequences
 from attnzoo.models.shapes import buffer_dtype, build_shapes, fill_buffers
 
 __all__ = [
+    "CacheUse",
     "CompiledDecode",
     "DecoderConfig",
     "DecoderLM",
+    "GenerationConfig",
     "Sampling",
+    "Sequences",
+    "TokenLogprobs",
     "buffer_dtype",
     "build_shapes",
     "can_pack",

@@ -14,6 +14,20 @@ FLAT = 1e30
 NOT_FINITE = "the model's logits are not finite numbers: its weights, or the precision it runs in, are at fault"
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely a token was under the model, before temperature, top_k and top_p.
+
+    logprob: natural logarithm of its probability. top: (token, logprob) of the most likely tokens, best first. offset:
+    characters of the text before the token.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    offset: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is drawn, as `sample` takes it; by default the most likely one. Raises ValueError naming the
@@ -81,3 +95,16 @@ def sample(
     scaled_BV = (logits_BV.float() - largest_B1.float()) / float(min(temperature, FLAT))
     probabilities = filter_logits(scaled_BV, top_k, top_p).softmax(-1)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def token_logprobs(logits_V: Tensor, token: int, alternatives: int) -> TokenLogprobs:
+    """Of the token, and of as many of the most likely ones."""
+    values_V = logits_V.float().log_softmax(-1)
+    best = values_V.topk(min(alternatives, len(values_V)))
+    top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return TokenLogprobs(token, float(values_V[token]), tuple(top))
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The seed of the continuation number `choice` (from 0) of a prompt: they differ, and the first has `seed`."""
+    return (seed + choice + 2**63) % 2**64 - 2**63

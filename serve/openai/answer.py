@@ -8,13 +8,14 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from attnzoo.kvcache.choice import CacheChoice
+from attnzoo.models.sampling import TokenLogprobs
 from serve.async_engine import AsyncEngine, EngineFailedError, EngineUnavailableError, RequestFailedError, Stream
-from serve.caches import CacheChoice
 from serve.config import ServeConfig
 from serve.openai.aside import too_long
 from serve.openai.errors import MAX_QUOTED, ApiError, dump, event, short_name
 from serve.openai.protocol import GenerationRequest
-from serve.request import CacheMemoryError, ContextLengthError, Delta, FinishReason, SamplingParams, TokenLogprobs
+from serve.request import CacheMemoryError, ContextLengthError, Delta, FinishReason, SamplingParams
 from serve.scheduler import QueueFullError
 
 Work = list[tuple[list[int], SamplingParams]]

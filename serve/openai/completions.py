@@ -2,13 +2,14 @@
 
 from typing import Any
 
+from attnzoo.models.sampling import TokenLogprobs
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
 from serve.openai.answer import Answer, Work, check_choices, check_model, check_work, choose_cache
 from serve.openai.aside import check_tokens, encode_text
 from serve.openai.errors import ApiError
 from serve.openai.protocol import CompletionRequest, logprobs_object
-from serve.request import Delta, FinishReason, TokenLogprobs
+from serve.request import Delta, FinishReason
 
 DEFAULT_MAX_TOKENS = 16
 

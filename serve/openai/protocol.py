@@ -8,10 +8,11 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
+from attnzoo.models.sampling import TokenLogprobs, choice_seed
 from serve.openai.errors import ApiError, short_name, unsupported
 from serve.openai.json_body import MOST, read_object
 from serve.openai.neutral import COMPLETION, SHARED, Values, take_neutral
-from serve.request import MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_STRINGS, SamplingParams, TokenLogprobs
+from serve.request import MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_STRINGS, SamplingParams
 
 MAX_LABEL = 512
 """Characters of a text that names a user, a session or a cache."""
@@ -94,7 +95,7 @@ class GenerationRequest(Strict):
                 top_p=1.0 if self.top_p is None else self.top_p,
                 top_k=max(self.top_k or 0, 0),
                 # The choices of one prompt differ, and the first is that of n=1.
-                seed=None if self.seed is None else (self.seed + choice + 2**63) % 2**64 - 2**63,
+                seed=None if self.seed is None else choice_seed(self.seed, choice),
                 stop=tuple(stop),
                 logprobs=self.alternatives,
                 ignore_eos=bool(self.ignore_eos),

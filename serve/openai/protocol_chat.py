@@ -5,10 +5,11 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, WithJsonSchema
 
+from attnzoo.models.sampling import TokenLogprobs
 from serve.openai.errors import ApiError, unsupported
 from serve.openai.neutral import CHAT, SHARED, Values
 from serve.openai.protocol import LEAST_LOGPROB, Count, GenerationRequest, Spell, Strict, parse_body, spell_token
-from serve.request import MAX_LOGPROBS, TokenLogprobs
+from serve.request import MAX_LOGPROBS
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 """Roles of the interface, and what templates call them: newer clients of OpenAI send a system text as developer's."""

@@ -11,11 +11,11 @@ import torch
 import serve.sampler
 from attnzoo.kvcache.state import State
 from attnzoo.models import DecoderLM
+from attnzoo.tokenizer.text_stream import TextStream
 from serve.engine import Engine
 from serve.faults import DeviceError
 from serve.pool import CompactPool, SlotPool
 from serve.request import Request, SamplingParams
-from serve.text import TextStream
 from tests.integration.test_serve_engine import assert_empty, greedy, make_engine, prompts
 from tests.integration.test_serve_routes import post, running, wait_until
 

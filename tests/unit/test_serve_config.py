@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from serve.config import build_serve_config, parse_settings, read_config_file
-from serve.loading import check_device
+from attnzoo.loading import check_device
+from serve.config import absolute, build_serve_config, parse_settings, read_config_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,6 +26,19 @@ def test_the_served_name_is_the_run():
     assert build().served_name == "demo"
     assert build("model_name=5").served_name == "5"
     assert build_serve_config({"checkpoint": "models/tiny"}).served_name == "tiny"
+
+
+def test_checkpoints_are_found_as_load_finds_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTNZOO_HOME", str(tmp_path / "home"))
+    for place in ("run/export", "home/models/mine"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "config.json").touch()
+    monkeypatch.chdir(tmp_path)
+    assert absolute("run") == absolute("run/export") == str(tmp_path / "run" / "export")
+    assert build_serve_config({"checkpoint": absolute("run")}).served_name == "run"
+    assert absolute("mine") == str(tmp_path / "home" / "models" / "mine")
+    assert absolute("none") == str(tmp_path / "none")
+    assert (absolute("smollm2"), absolute(None)) == ("smollm2", None)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from attnzoo.models.sampling import TokenLogprobs
 from serve.openai.errors import ApiError, dump
 from serve.openai.protocol import parse_completion, spell_token
 from serve.openai.protocol_chat import chat_logprobs_object, parse_chat
-from serve.request import TokenLogprobs
 
 GOOD = {"model": "m", "prompt": "hello"}
 USER = {"role": "user", "content": "hello"}

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.request import TokenLogprobs
-from serve.text import TextStream
+from attnzoo.models.sampling import TokenLogprobs
+from attnzoo.tokenizer.text_stream import TextStream
 
 
 class Bytes:
@@ -89,3 +89,23 @@ def test_logprobs_come_with_their_text(stop, kept):
     out += text.take_logprobs(finished=True)
     assert [entry.token for entry in out] == list(b"abcd"[:kept])
     assert [entry.offset for entry in out] == list(range(kept))
+
+
+@pytest.mark.parametrize(
+    ("data", "stop", "options", "expected"),
+    [
+        (b"ab", (), [{}, {}], [("a", None), ("b", None)]),
+        (b"ab", (), [{}, {"last": True}], [("a", None), ("b", "length")]),
+        (b"ab", (), [{}, {"ends": True}], [("a", None), ("", "stop")]),
+        (b"ab", ("b",), [{}, {"last": True}], [("a", None), ("", "stop")]),
+        (b"ab", ("bc",), [{}, {"last": True}], [("a", None), ("b", "length")]),
+        (b"ab", ("ac",), [{}, {"ends": True}], [("", None), ("a", "stop")]),
+        (b"a\xc3", ("\ufffd",), [{}, {"last": True}], [("a", None), ("", "stop")]),
+    ],
+)
+def test_why_a_text_ends(data, stop, options, expected):
+    text = TextStream(Bytes(), stop)
+    found = [
+        text.advance(byte, **({"ends": False, "last": False} | kw)) for byte, kw in zip(data, options, strict=True)
+    ]
+    assert found == expected

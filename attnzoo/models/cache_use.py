@@ -1,34 +1,41 @@
-"""What a finished request's state took, for its client: on one definition, whatever its cache.
+"""How a finished sequence's state was kept, and what it took: one definition, whatever its cache.
 
-Bytes are those that the request's own tokens fill, as the tensors hold them: keys, values, positions, masses, channel
-indices, observed queries, rings, and what layers carry besides. Room that is only reserved is not counted: of the full
-cache the slots after the last token, of a compressed one the rest of a page and what a longer neighbour's row needs.
+Bytes are those that the sequence's own tokens fill, as the tensors hold them: keys, values, positions, accumulated
+attention, channel indices, observed queries, rings, and what layers carry besides. Room that is only reserved is not
+counted: of the full cache the slots after the last token, of a compressed one the rest of a page and what a longer
+neighbour's row needs.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from attnzoo.kvcache import CachePolicy, WindowCache
+from attnzoo.kvcache import CACHES, CachePolicy, WindowCache
+from attnzoo.kvcache.choice import FULL
 from attnzoo.kvcache.compressed import CompressedState, occupied
 
 if TYPE_CHECKING:
-    from attnzoo.models import DecoderLM
+    from attnzoo.models.decoder_lm import DecoderLM
 
 
 @dataclass(frozen=True)
-class Memory:
-    """kept_tokens: whose keys and values are there at the end, the mean over the layers that have any. kv_bytes,
-    kv_bytes_full: by the request's cache, and by the full one. not_compressed: why a policy that compresses left
-    everything as it was, or takes more than the full cache; None where it did neither, and where nobody asked."""
+class CacheUse:
+    """What a cache did for one sequence.
 
+    policy: the name of the cache policy. kept_tokens: tokens whose keys and values are there at the end, the mean over
+    the layers that have any. kv_bytes, kv_bytes_full: bytes of the state by this cache, and by the full one.
+    not_compressed: why a policy that compresses left everything as it was, or takes more than the full cache; None
+    where it did neither, and for the full cache.
+    """
+
+    policy: str
     kept_tokens: int
     kv_bytes: int
     kv_bytes_full: int
     not_compressed: str | None = None
 
 
-def exact_memory(model: "DecoderLM", context: int, kv_bytes: int) -> Memory:
+def exact_use(model: "DecoderLM", context: int, kv_bytes: int) -> CacheUse:
     """Of the model's own caches. kv_bytes: of a state of `context` tokens."""
     kept = []
     for block in model.layers():
@@ -37,11 +44,12 @@ def exact_memory(model: "DecoderLM", context: int, kv_bytes: int) -> Memory:
             kept.append(min(context, cache.window + cache.sinks))
         elif block.attention.traits.growth != "O(1)":
             kept.append(context)
-    return Memory(_mean(kept), kv_bytes, kv_bytes)
+    return CacheUse(FULL, _mean(kept), kv_bytes, kv_bytes)
 
 
-def compressed_memory(policy: CachePolicy, layers: Sequence[Any], row: int, prompt: int, full: Memory) -> Memory:
-    """Of one row of a state that `policy` keeps. full: what the full cache would take."""
+def compressed_use(policy: CachePolicy, layers: Sequence[Any], row: int, prompt: int, full: CacheUse) -> CacheUse:
+    """Of one row of the states that `policy` keeps. prompt: tokens of its prompt. full: what the full cache would
+    take."""
     kv_bytes, kept, context, thinned = 0, [], 0, False
     for layer in layers:
         cached = getattr(layer, "mixing", None)
@@ -53,7 +61,7 @@ def compressed_memory(policy: CachePolicy, layers: Sequence[Any], row: int, prom
         kv_bytes += layer.rows(slice(row, row + 1)).nbytes() - cached.rows(slice(row, row + 1)).nbytes() + there.nbytes
         kept.append(there.tokens)
         thinned = thinned or there.thinned
-    found = Memory(_mean(kept), kv_bytes, full.kv_bytes)
+    found = CacheUse(policy_name(policy), _mean(kept), kv_bytes, full.kv_bytes)
     reasons = []
     if not thinned and min(kept) == context:
         reasons.append(policy.why_whole(prompt, context))
@@ -63,6 +71,11 @@ def compressed_memory(policy: CachePolicy, layers: Sequence[Any], row: int, prom
             f"{full.kv_bytes} in the full cache"
         )
     return replace(found, not_compressed="; ".join(reasons)) if reasons else found
+
+
+def policy_name(policy: CachePolicy) -> str:
+    """The name under which a policy is registered; its class's name where it is not."""
+    return next((name for name in CACHES if CACHES.get(name) is type(policy)), type(policy).__name__)
 
 
 def _mean(counts: Sequence[int]) -> int:

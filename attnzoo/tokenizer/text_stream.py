@@ -1,29 +1,53 @@
 """From tokens to text that may be shown: whole characters only, and nothing that could belong to a stop string."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
 
-from serve.request import TokenLogprobs
-
-if TYPE_CHECKING:
-    from attnzoo.tokenizer import Tokenizer
+from attnzoo.models.sampling import TokenLogprobs
+from attnzoo.tokenizer.base import Tokenizer
 
 
 class TextStream:
-    """Decodes one sequence. `push` returns the text that has become final; `stopped` tells that a stop string came."""
+    """The text of one continuation. `advance` takes its tokens one by one and returns what of the text has become
+    final; `stopped` says that a stop string came.
 
-    def __init__(self, tokenizer: "Tokenizer", stop: tuple[str, ...]) -> None:
+    >>> text = TextStream(tokenizer, stop=("END",))    # doctest: +SKIP
+    >>> text.advance(7042, ends=False, last=False)       # doctest: +SKIP
+    (' Paris', None)
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self._decoder = tokenizer.decoder(start=False)
-        self._stop = stop
+        self._stop = tuple(stop)
         self._held = ""
         self._emitted = 0
         self._logprobs: list[TokenLogprobs] = []
         self.stopped = False
 
+    @property
+    def offset(self) -> int:
+        """Characters so far, those that are held back included."""
+        return self._emitted + len(self._held)
+
+    def advance(
+        self, token: int, logprobs: TokenLogprobs | None = None, *, ends: bool, last: bool
+    ) -> tuple[str, Literal["stop", "length"] | None]:
+        """Adds a token: (text that is final by it, why the continuation ends, None while it goes on).
+
+        ends: whether the token ends texts, and is no part of them. last: whether there may be no further token.
+        """
+        text = "" if ends else self.push(token, logprobs)
+        if not (ends or last or self.stopped):
+            return text, None
+        text += self.finish()
+        # The rest of a character or a held back text may complete a stop string.
+        return text, "stop" if ends or self.stopped else "length"
+
     def push(self, token: int, logprobs: TokenLogprobs | None = None) -> str:
-        """Adds a token."""
+        """Adds a token that ends nothing; returns the text that is final."""
         if logprobs is not None:
-            logprobs.offset = self._emitted + len(self._held)
-            self._logprobs.append(logprobs)
+            self._logprobs.append(replace(logprobs, offset=self.offset))
         return self._add(self._decoder.push(token))
 
     def finish(self) -> str:

@@ -1,0 +1,361 @@
+"""A model and its tokenizer, from text to text."""
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeVar, Unpack, overload
+
+import torch
+
+from attnzoo.checkpoint.load import check_fit
+from attnzoo.generation import (
+    Continuation,
+    Generation,
+    GenerationCost,
+    GenerationOptions,
+    GenerationStream,
+    Prompt,
+    StepCost,
+    TextLogprobs,
+    Writer,
+    as_batch,
+    read_options,
+)
+from attnzoo.kvcache import CachePolicy
+from attnzoo.kvcache.choice import FULL, CacheSpec, read_cache
+from attnzoo.kvcache.keep_all import KeepAll
+from attnzoo.models import DecoderConfig, DecoderLM, GenerationConfig, Sequences
+from attnzoo.models.cache_use import policy_name
+from attnzoo.models.score import score
+from attnzoo.models.sequences import check_prompts
+from attnzoo.tokenizer import Tokenizer
+from attnzoo.tokenizer.chat_tokens import ChatEncoder
+from attnzoo.tokenizer.text_stream import TextStream
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """How prompts are continued; cache None: exactly. limits: new tokens of each at most."""
+
+    prompts: list[tuple[str | None, list[int]]]
+    limits: list[int]
+    config: GenerationConfig
+    cache: CachePolicy | None
+
+
+class LanguageModel:
+    """A `DecoderLM` and its tokenizer. `attnzoo.load` reads one; a model of your own:
+
+    >>> lm = LanguageModel(DecoderLM(config), tokenizer)                 # doctest: +SKIP
+    >>> lm.generate("The capital of", max_new_tokens=8).text             # doctest: +SKIP
+
+    name: for messages. Not for several threads at once. Raises ValueError for a tokenizer with more tokens than the
+    model.
+    """
+
+    def __init__(self, model: DecoderLM, tokenizer: Tokenizer, *, name: str = "model") -> None:
+        check_fit(model, tokenizer, name)
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+
+    def __repr__(self) -> str:
+        weight = self.model.embedding.weight
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return f"LanguageModel({self.name!r}, {self.model.num_parameters():,} parameters, {dtype} on {weight.device})"
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The model's configuration: sizes, attention variant, max_positions."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.model.embedding.weight.dtype
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str, and the first overload takes it
+        self,
+        prompts: Prompt,
+        generation_config: GenerationConfig | None = ...,
+        *,
+        cache: CacheSpec | None = ...,
+        batch_size: int = ...,
+        **options: Unpack[GenerationOptions],
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        generation_config: GenerationConfig | None = ...,
+        *,
+        cache: CacheSpec | None = ...,
+        batch_size: int = ...,
+        **options: Unpack[GenerationOptions],
+    ) -> list[Generation]: ...
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        generation_config: GenerationConfig | None = None,
+        *,
+        cache: CacheSpec | None = None,
+        batch_size: int = 8,
+        **options: Unpack[GenerationOptions],
+    ) -> Generation | list[Generation]:
+        """Continues a prompt, or each of a list of prompts: texts or token ids.
+
+        Greedy unless temperature says otherwise, whatever the checkpoint recommends; a text ends at the tokens that the
+        checkpoint says. generation_config, or its fields as keywords, which win. cache: how keys and values are kept,
+        by name, as {"policy": name, option: value} or as a policy; None: as the model's configuration says, else
+        exactly. Options of the policy may be keywords too. batch_size: sequences that run together, which changes no
+        result beyond rounding.
+
+        >>> lm.generate("The capital of France is", cache="d2o", keep_ratio=0.5).text       # doctest: +SKIP
+        >>> [each.text for each in lm.generate(["One", "Two"], temperature=0.8, seed=1)]    # doctest: +SKIP
+
+        Returns a `Generation`, or a list of them in the order of the prompts. Raises ValueError that names the field
+        for an empty prompt, one that does not fit into the context with max_new_tokens, a token outside the vocabulary,
+        an unknown option, a value out of range, or a cache that this model cannot have.
+        """
+        batch, alone = as_batch(prompts)
+        _check_batch_size(batch_size)
+        task = self._task([self._encoded(prompt) for prompt in batch], generation_config, cache, options)
+        found: list[Generation] = []
+        each = max(1, batch_size // task.config.n)
+        for first in range(0, len(batch), each):
+            part = slice(first, first + each)
+            found += _drained(self._run(replace(task, prompts=task.prompts[part], limits=task.limits[part])))
+        return found[0] if alone else found
+
+    def stream(
+        self,
+        prompt: Prompt,
+        generation_config: GenerationConfig | None = None,
+        *,
+        cache: CacheSpec | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> GenerationStream:
+        """Continues one prompt and gives its text piece by piece. Arguments as in `generate`, n being 1.
+
+        >>> for piece in lm.stream("Once upon a time", max_new_tokens=64):    # doctest: +SKIP
+        ...     print(piece, end="", flush=True)
+
+        Pieces are whole characters, and a stop string never shows, not even in part. The stream's `result` is what
+        `generate` returns. Raises ValueError as `generate`, before the first piece.
+        """
+        batch, alone = as_batch(prompt)
+        if not alone:
+            raise ValueError(f"stream takes one prompt, not a list of {len(batch)}; call it for each, or use generate")
+        return self._streamed(self._task([self._encoded(batch[0])], generation_config, cache, options))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        generation_config: GenerationConfig | None = None,
+        *,
+        cache: CacheSpec | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Generation:
+        """Answers a conversation, written by the checkpoint's chat template; what a message spells is text, never a
+        control token. Without max_new_tokens an answer may fill the context.
+
+        >>> lm.chat([{"role": "user", "content": "Name a prime number."}]).text    # doctest: +SKIP
+
+        Other arguments and errors as in `generate`; ValueError too where the checkpoint has no chat template, or the
+        template refuses the conversation.
+        """
+        return _drained(self._run(self._chat_task(messages, generation_config, cache, options)))[0]
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        generation_config: GenerationConfig | None = None,
+        *,
+        cache: CacheSpec | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> GenerationStream:
+        """`chat`, piece by piece as `stream`."""
+        return self._streamed(self._chat_task(messages, generation_config, cache, options))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text as `generate` reads it: the begin token first where the model's texts have one."""
+        return self.tokenizer.encode(text, bos=True)
+
+    @overload
+    def logprobs(  # type: ignore[overload-overlap]  # as in generate
+        self, texts: Prompt, *, batch_size: int = ...
+    ) -> TextLogprobs: ...
+
+    @overload
+    def logprobs(self, texts: Sequence[Prompt], *, batch_size: int = ...) -> list[TextLogprobs]: ...
+
+    def logprobs(self, texts: Prompt | Sequence[Prompt], *, batch_size: int = 8) -> TextLogprobs | list[TextLogprobs]:
+        """How likely the model finds a text, or each of a list of texts (or token ids).
+
+        >>> lm.logprobs("Paris is in France.").total < 0    # doctest: +SKIP
+        True
+
+        Raises ValueError for an empty text, one longer than the model's context, or a token outside the vocabulary.
+        """
+        batch, alone = as_batch(texts)
+        _check_batch_size(batch_size)
+        tokens = [self._encoded(text)[1] for text in batch]
+        for ids in tokens:
+            self._room(len(ids), 0)
+        found: list[TextLogprobs] = []
+        for first in range(0, len(tokens), batch_size):
+            part = tokens[first : first + batch_size]
+            scores = score(self.model, part, self.tokenizer.vocab_size)
+            found += [TextLogprobs(tuple(ids), (None, *each)) for ids, each in zip(part, scores, strict=True)]
+        return found[0] if alone else found
+
+    def cost(
+        self, prompt: Prompt | int, *, batch: int = 1, cache: CacheSpec | None = None, **options: Any
+    ) -> GenerationCost:
+        """What reading a prompt and the first step behind it cost, counted without running the model.
+
+        prompt: a text, token ids, or their number. batch: sequences of this length at once. cache, and options of its
+        policy: as in `generate`.
+
+        >>> lm.cost(1024, cache="d2o", keep_ratio=0.2).decode.kv_bytes    # doctest: +SKIP
+        9717480
+
+        Raises ValueError for a prompt that does not fit into the context, and for the cache as `generate`.
+        """
+        tokens = prompt if isinstance(prompt, int) else len(self._encoded(as_batch(prompt)[0][0])[1])
+        for name, value in (("prompt", tokens), ("batch", batch)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be at least 1")
+        self._room(tokens, 1)
+        _, policy = read_options(None, cache, options)
+        policy = self._checked_cache(policy)
+        kv: tuple[int | None, int | None] = (None, None)
+        if policy is not None:
+            sizes = self.model.byte_model(policy)
+            kv = (batch * sizes.reading(tokens), batch * sizes.compressed(tokens, 1))
+        read = self._step_cost(batch, tokens, tokens, kv[0])
+        step = self._step_cost(batch, 1, tokens + 1, kv[1])
+        return GenerationCost(read, step, FULL if policy is None else policy_name(policy))
+
+    def _step_cost(self, batch: int, tokens: int, context: int, kv_bytes: int | None) -> StepCost:
+        cost = self.model.cost(batch, tokens, context)
+        kv_bytes = cost.state_bytes if kv_bytes is None else kv_bytes
+        return StepCost(cost.flops, cost.bytes_moved - cost.state_bytes + kv_bytes, kv_bytes)
+
+    @cached_property
+    def _chat(self) -> ChatEncoder | None:
+        return ChatEncoder.of(self.tokenizer)
+
+    def _encoded(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """(text, token ids). Raises ValueError for no tokens, or ids outside the vocabulary."""
+        text, ids = (prompt, self.encode(prompt)) if isinstance(prompt, str) else (None, list(prompt))
+        if not ids:
+            raise ValueError("the prompt is empty; give at least one character or token")
+        check_prompts([ids], self.tokenizer.vocab_size)
+        return text, ids
+
+    def _task(
+        self,
+        prompts: list[tuple[str | None, list[int]]],
+        base: GenerationConfig | None,
+        cache: CacheSpec | None,
+        options: Mapping[str, Any],
+    ) -> _Task:
+        config, policy = read_options(base, cache, options)
+        limits = [self._room(len(ids), config.max_new_tokens) for _, ids in prompts]
+        return _Task(prompts, limits, config, self._checked_cache(policy))
+
+    def _chat_task(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        base: GenerationConfig | None,
+        cache: CacheSpec | None,
+        options: Mapping[str, Any],
+    ) -> _Task:
+        if self._chat is None:
+            raise ValueError(f"{self.name} has no chat template; continue a text with generate")
+        if isinstance(messages, str | Mapping) or not all(isinstance(message, Mapping) for message in messages):
+            raise ValueError('messages must be a list such as [{"role": "user", "content": "Hello"}]')
+        default = GenerationConfig(max_new_tokens=None) if base is None else base
+        return self._task([(None, self._chat.encode(messages))], default, cache, options)
+
+    def _checked_cache(self, policy: CachePolicy | None) -> CachePolicy | None:
+        """The policy to use, by default the model's own; None for the exact cache. Raises ValueError where the model
+        cannot have it."""
+        if policy is None and self.config.cache is not None:
+            policy = read_cache(self.config.cache)
+        if policy is None or isinstance(policy, KeepAll):
+            return None
+        self.model.byte_model(policy)
+        return policy
+
+    def _room(self, prompt: int, new: int | None) -> int:
+        """New tokens that may follow a prompt. Raises ValueError where they do not fit into the context."""
+        most = self.config.max_positions
+        total = prompt + (1 if new is None else new)
+        if total > most:
+            asked = "" if not new else f", max_new_tokens={new}"
+            raise ValueError(
+                f"the model's context is {most} tokens, and {total} were asked for ({prompt} in the prompt{asked}); "
+                f"shorten the prompt{' or lower max_new_tokens' if new else ''}"
+            )
+        return most - prompt if new is None else new
+
+    def _streamed(self, task: _Task) -> GenerationStream:
+        if task.config.n > 1:
+            raise ValueError(f"n={task.config.n}: a stream is one text; use generate for several")
+        return GenerationStream(self._run(task))
+
+    def _run(self, task: _Task) -> Generator[str, None, list[Generation]]:
+        """Yields the pieces of all rows as they become final; returns what was generated."""
+        config, stop_ids = task.config, frozenset() if task.config.ignore_eos else self.tokenizer.stop_ids
+        writers = [
+            Writer(TextStream(self.tokenizer, config.stop), limit, stop_ids)
+            for limit in task.limits
+            for _ in range(config.n)
+        ]
+        done: dict[int, Continuation] = {}
+        sequences = Sequences(
+            self.model,
+            [ids for _, ids in task.prompts],
+            replace(config, max_new_tokens=max(task.limits)),
+            cache=task.cache,
+            vocab_size=self.tokenizer.vocab_size,
+        )
+        while sequences.running:
+            for row, token, logprobs in sequences.step():
+                piece = writers[row].push(token, logprobs)
+                if writers[row].ended:
+                    use = sequences.cache_use(row)
+                    done[row] = writers[row].continuation(use, config.logprobs is not None)
+                    sequences.end(row)
+                if piece:
+                    yield piece
+        rows = [done[row] for row in range(len(writers))]
+        return [
+            Generation(text, tuple(ids), tuple(rows[index * config.n : (index + 1) * config.n]))
+            for index, (text, ids) in enumerate(task.prompts)
+        ]
+
+
+def _drained(pieces: Generator[str, None, T]) -> T:
+    """What a generator returns, its pieces left aside."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            found: T = end.value
+            return found
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1")

@@ -1,0 +1,184 @@
+"""The one loop that continues sequences token by token: `generate` collects its tokens, `attnzoo.language_model` writes
+texts of them."""
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attnzoo.kvcache import CachePolicy
+from attnzoo.kvcache.keep_all import KeepAll
+from attnzoo.models.cache_use import CacheUse, compressed_use, exact_use
+from attnzoo.models.decoder_lm import DecoderLM, DecoderState
+from attnzoo.models.generation_config import LEAST_SEED, GenerationConfig
+from attnzoo.models.sampling import (
+    NOT_FINITE,
+    TokenLogprobs,
+    choice_seed,
+    greedy,
+    sample,
+    token_logprobs,
+)
+
+PROMPT_CHUNK = 512
+"""Tokens of a prompt that are read at a time, as many as a step of a server reads unless told otherwise: a policy that
+compresses while it reads does so after each chunk."""
+ROOM = 512
+"""Tokens beyond the prompt that a full cache has room for at once; more make it grow."""
+
+
+class Sequences:
+    """Sequences that a model continues together. `step` draws the next token of each that runs; `end` stops one.
+
+    Row i * n + j is continuation j (of config.n) of prompt i. cache: how keys and values are kept, None: exactly.
+    vocab_size: tokens from this id on are never drawn (a model's table may be longer than its tokenizer's); None: all
+    may be. seeds: of each row; None: config.seed for the first continuation of every prompt, and those that follow it
+    for the others. A row does not depend on the others, beyond rounding.
+
+    Raises ValueError for no prompts, an empty prompt, a token outside the vocabulary, and a model whose cache cannot be
+    compressed.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: DecoderLM,
+        prompts: Sequence[Sequence[int]],
+        config: GenerationConfig,
+        *,
+        cache: CachePolicy | None = None,
+        vocab_size: int | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> None:
+        check_prompts(prompts, model.config.vocab_size)
+        self.model, self.config = model, config
+        self._cache = None if isinstance(cache, KeepAll) else cache
+        self._vocab_size = vocab_size or model.config.vocab_size
+        hidden_BD, state = _read(model, prompts, config.max_new_tokens, self._cache)
+        order = [row for row in range(len(prompts)) for _ in range(config.n)]
+        if config.n > 1:
+            hidden_BD, state = hidden_BD[order], state.keep_rows(order)
+        self._hidden_BD, self._state = hidden_BD, state
+        self._prompts = [len(prompts[row]) for row in order]
+        self._generators = _generators(config, len(order), model.embedding.weight.device, seeds)
+        self._tokens = [0] * len(order)
+        self._lengths = [0] * len(order)
+        self.running = list(range(len(order)))
+        """Rows that have not ended."""
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[int, int, TokenLogprobs | None]]:
+        """(row, token, its log probabilities where config.logprobs asks for them) of every running row.
+
+        Raises ValueError where the model's logits are not finite.
+        """
+        device = self.model.embedding.weight.device
+        if any(self._lengths):
+            next_B = torch.tensor(self._tokens, device=device)
+            hidden_BTD, self._state = self.model.extend_hidden(next_B[:, None], self._state)
+            self._hidden_BD = hidden_BTD[:, -1]
+        logits_BV = self.model.logits(self._hidden_BD)[:, : self._vocab_size]
+        largest_B, best_B = logits_BV.max(-1)  # NaN is larger than everything
+        finite, best = largest_B.isfinite().tolist(), best_B.tolist()
+        drawn = []
+        for row in self.running:
+            if not finite[row]:
+                raise ValueError(NOT_FINITE)
+            token, logits_1V = best[row], logits_BV[row : row + 1]
+            if not greedy(self.config.temperature):
+                config = self.config
+                token = int(sample(logits_1V, config.temperature, config.top_p, config.top_k, self._generators[row]))
+            found = None
+            if self.config.logprobs is not None:
+                found = token_logprobs(logits_1V[0], token, self.config.logprobs)
+            self._tokens[row] = token
+            self._lengths[row] += 1
+            drawn.append((row, token, found))
+        return drawn
+
+    def end(self, row: int) -> None:
+        """No further token of this row."""
+        self.running.remove(row)
+
+    def cache_use(self, row: int) -> CacheUse:
+        """What the state of a running row takes; its newest token has not been through the model."""
+        context = self._prompts[row] + max(self._lengths[row] - 1, 0)
+        kv_bytes = self.model.cost(batch=1, tokens=1, context=context).state_bytes
+        full = exact_use(self.model, context, kv_bytes)
+        if self._cache is None:
+            return full
+        return compressed_use(self._cache, self._state.layers, row, self._prompts[row], full)
+
+
+def _read(
+    model: DecoderLM, prompts: Sequence[Sequence[int]], new: int | None, cache: CachePolicy | None
+) -> tuple[Tensor, DecoderState]:
+    """(hidden_BD behind each prompt, the state there). Prompts of a compressed cache are read one after the other, so
+    that only one full cache exists at a time."""
+    longest = max(map(len, prompts))
+    if cache is None:
+        return _read_together(model, prompts, longest + (ROOM if new is None else min(ROOM, new)), None)
+    hidden: list[Tensor] = []
+    state: DecoderState | None = None
+    for prompt in prompts:
+        # A policy that compresses while it reads needs no room for the whole prompt.
+        room = min(PROMPT_CHUNK, len(prompt)) if cache.prefill == "stream" else len(prompt)
+        hidden_1D, row = _read_together(model, [prompt], room, cache)
+        row = model.compress(row, joinable=True)
+        state = row if state is None else state.joined(row)
+        hidden.append(hidden_1D)
+    assert state is not None
+    return torch.cat(hidden), state
+
+
+def _read_together(
+    model: DecoderLM, prompts: Sequence[Sequence[int]], capacity: int, cache: CachePolicy | None
+) -> tuple[Tensor, DecoderState]:
+    lengths, device = [len(prompt) for prompt in prompts], model.embedding.weight.device
+    tokens_BT = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, : len(prompt)] = torch.tensor(list(prompt))
+    tokens_BT = tokens_BT.to(device)
+    state = model.init_state(len(prompts), capacity, cache=cache)
+    ends: dict[int, Tensor] = {}
+    for first in range(0, max(lengths), PROMPT_CHUNK):
+        chunk_BT = tokens_BT[:, first : first + PROMPT_CHUNK]
+        counts = [min(max(length - first, 0), chunk_BT.shape[1]) for length in lengths]
+        padded = min(counts) < chunk_BT.shape[1]
+        hidden_BTD, state = model.extend_hidden(
+            chunk_BT, state, torch.tensor(counts, device=device) if padded else None
+        )
+        # Of the prompts' last tokens alone: all logits of 8 x 2,048 tokens and a vocabulary of 49,152 take 3.2 GB.
+        for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            if count and first + count == length:
+                ends[row] = hidden_BTD[row, count - 1].clone()
+    return torch.stack([ends[row] for row in range(len(prompts))]), state
+
+
+def _generators(
+    config: GenerationConfig, rows: int, device: torch.device, seeds: Sequence[int] | None
+) -> list[torch.Generator | None]:
+    """A generator of its own for each row that is drawn, so that its text does not depend on its neighbours."""
+    if greedy(config.temperature):
+        return [None] * rows
+    if seeds is None and config.seed is None:
+        seeds = torch.randint(LEAST_SEED, 2**63 - 1, (rows,)).tolist()
+    elif seeds is None:
+        assert config.seed is not None
+        seeds = [choice_seed(config.seed, row % config.n) for row in range(rows)]
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
+    """Raises ValueError for no prompts, an empty one, and what is no token of a vocabulary of this size."""
+    if len(prompts) == 0 or any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("prompts must hold at least one prompt, and no prompt may be empty: start with the bos token")
+    for prompt in prompts:
+        for token in prompt:
+            try:
+                number = operator.index(token)
+            except TypeError:
+                raise ValueError(f"prompt token {token!r} is not an integer; encode the text first") from None
+            if not 0 <= number < vocabulary:
+                raise ValueError(f"prompt token {token} is outside the vocabulary of {vocabulary}")
