@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from attnzoo.models import DecoderLM
 from tests.helpers.engine_run import COUNTS, batch, build
-from tests.helpers.training import ROOT, finish, launcher
+from tests.helpers.training import ROOT, run_ranks
 from train.optim import build_optimizer, set_rate
 
 SMOOTH = "optim.eps=0.1"
@@ -76,7 +76,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     (directory / "cases.json").write_text(json.dumps(CASES), encoding="utf-8")
     command = [str(ROOT / "tests" / "helpers" / "engine_run.py"), "--cases", str(directory / "cases.json")]
     command += ["--out", str(directory)]
-    finish(launcher(command, request.param))
+    run_ranks(command, request.param)
     return Results(directory)
 
 
