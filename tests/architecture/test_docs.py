@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 
 from attnzoo.attention import ATTENTION
-from scripts.readme_tables import DOCUMENTS, README, RESULTS, render
+from scripts.render_tables import DOCUMENTS, RESULTS, render
 from train.config import load_config
 from train.plan import describe
 
 ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_documents_show_the_stored_results(document):
     text = document.read_text(encoding="utf-8")
-    assert render(text) == text, "run python scripts/readme_tables.py"
+    assert render(text) == text, "run python scripts/render_tables.py"
 
 
 @pytest.mark.parametrize(
