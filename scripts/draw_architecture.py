@@ -88,7 +88,7 @@ def edges() -> dict[str, set[str]]:
             own = box_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
             for name in imports(path) if own else ():
                 parts = name.split(".")
-                other = box_of(name) if parts[0] != "attnzoo" or parts[1:2] and parts[1] in modules else None
+                other = box_of(name) if parts[0] != "attnzoo" or (parts[1:2] and parts[1] in modules) else None
                 found[own or ""] |= {other} - {own} if other else set()
     return {name: found.get(name, set()) for name in {*found, *(b for each in found.values() for b in each)}}
 

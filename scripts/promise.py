@@ -22,6 +22,7 @@ from attnzoo.checkpoint import load_model, load_tokenizer
 from attnzoo.figures import panels, save
 from attnzoo.kvcache import build_cache
 from attnzoo.models import DecoderLM
+from attnzoo.models.decoder_lm import DecoderState
 from attnzoo.report import Claim, Report
 from attnzoo.tokenizer import Tokenizer
 from scripts.ngram_baseline import texts
@@ -34,7 +35,7 @@ from train.metrics import read_metrics
 ROOT = Path(__file__).resolve().parent.parent
 STORED, FIGURE = ROOT / "docs" / "results" / "promise.json", ROOT / "docs" / "promise.png"
 BLOCKS, SHOWN, ROUNDING = 24, 256, 1e-4
-POLICIES = {"d2o": "keep_ratio", "streaming": "keep_ratio", "think": "channel_ratio", "d2o+think": "keep_ratio"}
+POLICIES = ("d2o", "streaming", "d2o+think")
 RATIOS = (1.0, 0.7, 0.5, 0.35, 0.25)
 
 
@@ -91,33 +92,32 @@ def served_rows(checkpoint: Path, model: DecoderLM, blocks_BT: Tensor) -> tuple[
 
 
 def forced(model: DecoderLM, blocks_BT: Tensor, policy: str | None, options: dict[str, Any]) -> tuple[Tensor, int]:
-    """(log probabilities of the second halves, bytes of one sequence's state after its prompt)."""
+    """(log probabilities of the second halves, the most bytes of one sequence's state after its prompt)."""
     half, length = blocks_BT.shape[1] // 2, blocks_BT.shape[1]
     cache = None if policy is None else build_cache(policy, options)
-    found, nbytes = [], 0
-    for block_1T in blocks_BT.split(1):
-        state = model.init_state(1, half if cache else length, cache=cache)
-        hidden_1TD, state = model.extend_hidden(block_1T[:, :half], state)
-        last = [hidden_1TD[:, -1:]]
-        if cache:
-            state = model.compress(state)
-        nbytes = max(nbytes, state.nbytes())
-        for at in range(half, length - 1):
-            hidden_1TD, state = model.extend_hidden(block_1T[:, at : at + 1], state)
-            last.append(hidden_1TD)
-        found.append(logprobs(model, torch.cat(last, 1), block_1T[:, half:]))
-    return torch.cat(found), nbytes
+
+    def read(prompts_BT: Tensor) -> tuple[Tensor, DecoderState]:
+        room = length if cache is None else half
+        hidden_BTD, state = model.extend_hidden(prompts_BT, model.init_state(len(prompts_BT), room, cache=cache))
+        return hidden_BTD[:, -1:], state if cache is None else model.compress(state)
+
+    nbytes = max(read(block_1T)[1].nbytes() for block_1T in blocks_BT[:, :half].split(1))
+    last_B1D, state = read(blocks_BT[:, :half])
+    hidden = [last_B1D]
+    for at in range(half, length - 1):
+        last_B1D, state = model.extend_hidden(blocks_BT[:, at : at + 1], state)
+        hidden.append(last_B1D)
+    return logprobs(model, torch.cat(hidden, 1), blocks_BT[:, half:]), nbytes
 
 
 def compressed_rows(model: DecoderLM, blocks_BT: Tensor, bytes_per_token: float) -> tuple[list[dict[str, Any]], float]:
     """(bits per byte of each policy at each ratio, the largest difference between keeping everything and no policy)."""
     exact, _ = forced(model, blocks_BT, None, {})
     rows, worst = [], 0.0
-    for policy, knob in POLICIES.items():
+    for policy in POLICIES:
         for ratio in RATIOS:
-            options = {knob: ratio, **({"channel_ratio": ratio} if policy == "d2o+think" else {})}
-            least = {} if policy == "think" else {"min_tokens": 0}
-            values, nbytes = forced(model, blocks_BT, policy, {**options, **least})
+            options = {"keep_ratio": ratio, "min_tokens": 0, **({"channel_ratio": ratio} if "think" in policy else {})}
+            values, nbytes = forced(model, blocks_BT, policy, options)
             if ratio == 1.0:
                 worst = max(worst, float((values - exact).abs().max()))
             bits = bits_per_byte(-float(values.double().mean()), bytes_per_token)
