@@ -128,6 +128,10 @@ def places(graph: dict[str, set[str]]) -> dict[str, tuple[float, float]]:
     return found
 
 
+def _text(x: float, y: float, style: str, content: str) -> str:
+    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="middle" {style}>{escape(content)}</text>'
+
+
 def draw() -> str:
     """The picture as SVG."""
     graph = edges()
@@ -155,8 +159,8 @@ def draw() -> str:
         lines += [
             f'<rect x="{x - BOX / 2:.0f}" y="{y - HEIGHT / 2:.0f}" width="{BOX}" height="{HEIGHT}" rx="6" '
             f'fill="{colour}" stroke="#556"/>',
-            f'<text x="{x:.0f}" y="{y - 3:.0f}" text-anchor="middle" font-size="14" font-weight="bold">{escape(name)}</text>',
-            f'<text x="{x:.0f}" y="{y + 14:.0f}" text-anchor="middle" font-size="10.5">{escape(SAYS.get(name, ""))}</text>',
+            _text(x, y - 3, 'font-size="14" font-weight="bold"', name),
+            _text(x, y + 14, 'font-size="10.5"', SAYS.get(name, "")),
         ]
     return "\n".join([*lines, "</svg>\n"])
 

@@ -35,6 +35,42 @@ REFERENCE = ROOT / "docs" / "reference"
 OWNERS = {"model": DecoderConfig, "data": DataConfig, "tokenizer": TokenizerConfig}
 """Sections of a training configuration whose keys another class holds."""
 LINE = re.compile(r"( *)(\w+):(?: ([^#]*?))?(?: *# (.*))?")
+KNOWN = {
+    "num_heads": "attention heads",
+    "num_kv_heads": "heads of keys and values; None: as many as num_heads",
+    "head_dim": "channels of a head; None: model_dim / num_heads",
+    "position": "where order comes from",
+    "rope_theta": "base of rotary frequencies",
+    "qkv_bias": "of the linear maps to q, k and v",
+    "output_bias": "of the linear map out of the heads",
+    "qk_norm": "an RMSNorm of every head of q and k",
+    "conv_width": "taps of the convolution over time, the current token included",
+    "conv_bias": "of the convolution",
+    "conv_init": "first values of the convolution",
+    "conv_share_heads": "one kernel per channel for all heads",
+    "model_dim": "size of a token's vector",
+    "num_layers": "blocks of attention and MLP",
+    "norm_eps": "epsilon of the norms",
+    "mlp_bias": "of the MLP's linear maps",
+    "tie_embeddings": "the output matrix is the embedding",
+    "init_std": "standard deviation of first weights",
+    "seed": "of random numbers; equal seeds, equal results",
+    "activation_checkpointing": "forget activations, and compute them again in the backward pass",
+    "dropout": "of the adapters' inputs",
+    "prompts": "what samples begin with",
+    "max_new_tokens": "of a sample",
+    "temperature": "of a sample",
+    "top_p": "of a sample",
+    "tensorboard": "event files beside metrics.jsonl",
+    "step": "one optimizer step",
+    "device": "cpu, cuda or cuda:1",
+    "channel_ratio": "the part of every key's channels that is kept, in (0, 1]",
+    "value_channel_ratio": "the same of values",
+    "window": "the newest tokens whose keys stay whole",
+    "score": "how channels are scored",
+    "prefill": '"oneshot", or "stream" to compress after every chunk of the prompt',
+}
+"""Meanings of keys that neither base.yaml nor a docstring explains."""
 COMMANDS = [
     ("attnzoo", "attnzoo.__main__"),
     ("train/main.py", "train.main"),
@@ -72,16 +108,18 @@ def docstring(cls: type) -> str:
 
 def meanings(cls: type) -> dict[str, str]:
     """{key: what the docstrings of the class and its bases say of it}; "" holds what stands before the first key."""
-    names = "|".join(field.name for field in dataclasses.fields(cls))
-    start = re.compile(rf"(?:^|(?<=[.;] ))((?:`?(?:{names})`?(?:, )?)+): ")
+    known = "|".join(field.name for field in dataclasses.fields(cls))
+    start = re.compile(rf"(?:^|(?<=[.;] ))((?:`?(?:{known})`?(?:, )?)+): ")
     found: dict[str, str] = {}
     for each in cls.__mro__:
         text = docstring(each)
         pieces = start.split(text)
         found.setdefault("", pieces[0].strip())
         for keys, meaning in zip(pieces[1::2], pieces[2::2], strict=True):
-            for key in keys.replace("`", "").split(", "):
-                found.setdefault(key, meaning.strip().rstrip(".;"))
+            names = keys.replace("`", "").split(", ")
+            together = f"{', '.join(names)}: " if len(names) > 1 else ""
+            for key in names:
+                found.setdefault(key, together + meaning.strip().rstrip(".;"))
     return found
 
 
@@ -123,7 +161,7 @@ def table(cls: type, section: str | None = None, skip: Iterable[str] = ()) -> st
             continue
         name = f"{section}.{field.name}" if section else field.name
         value, comment = base.get(name, ("", "")) if section is not None else ("", "")
-        meaning = escaped(comment or said.get(field.name, ""))
+        meaning = escaped(comment or said.get(field.name) or KNOWN.get(field.name, ""))
         given = [] if section is None else [shown(value)]
         lines.append([shown(field.name), shown(type_name(kinds[field.name])), shown(default(field)), *given, meaning])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -149,7 +187,8 @@ def configuration() -> str:
         "# Configuration keys\n\nThis page is written by `python scripts/render_reference.py` from the classes in the "
     )
     page += "code.\n\n" + "".join(training())
-    page += "\n## Serving\n\nKeys of a serving configuration, and `key=value` after `python -m serve`.\n\n### The engine\n\n"
+    page += "\n## Serving\n\nKeys of a serving configuration, and `key=value` after `python -m serve`.\n"
+    page += "\n### The engine\n\n"
     page += table(EngineConfig)
     page += "\n### The server around it\n\n" + table(
         ServeConfig, skip=[f.name for f in dataclasses.fields(EngineConfig)]
@@ -157,7 +196,8 @@ def configuration() -> str:
     page += "\n## Attention variants\n\nOptions of `attnzoo.attention(name, ...)` and of `model.attention`.\n"
     for kind in ATTENTION:
         cls = ATTENTION.get(kind)
-        page += f"\n### {kind}\n\n{escaped(docstring(cls))} Source: {cls.source}.\n\n{escaped(meanings(cls.Config)[''])}\n\n"
+        intro = meanings(cls.Config)[""]
+        page += f"\n### {kind}\n\n{escaped(docstring(cls))} Source: {cls.source}. {escaped(intro)}".rstrip() + "\n\n"
         page += table(cls.Config, skip=["model_dim"])
     page += "\n## Caches\n\nOptions of `cache=` in Python, `cache` in requests, and `cache` in configurations.\n"
     for kind in CACHES:
@@ -170,7 +210,7 @@ def configuration() -> str:
 def help_of(module: str, *words: str) -> str:
     """What `main` of the module prints for --help."""
     printed, before = io.StringIO(), sys.argv
-    sys.argv = [module, *words, "--help"]
+    sys.argv = ["train/main.py" if module == "train.main" else f"python -m {module}", *words, "--help"]
     try:
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
             importlib.import_module(module).main([*words, "--help"]) if words else importlib.import_module(

@@ -21,7 +21,8 @@ PAGES = [
 ]
 LANGUAGES = ("python", "sh", "text", "yaml", "json")
 FENCE = re.compile(
-    r"(?:^<!-- test: (?P<mark>(?:(?!-->).)*?)\s*-->\n)?^(?P<indent> *)```(?P<language>[^\n]*)\n(?P<code>.*?)^(?P=indent)```$",
+    r"(?:^<!-- test: (?P<mark>(?:(?!-->).)*?)\s*-->\n)?"
+    r"^(?P<indent> *)```(?P<language>[^\n]*)\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
 MARK = re.compile(r"run|slow|never, (?P<reason>\S.+)|before\n(?P<before>.+)", re.DOTALL)
