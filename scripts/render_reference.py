@@ -68,6 +68,7 @@ KNOWN = {
     "value_channel_ratio": "the same of values",
     "window": "the newest tokens whose keys stay whole",
     "score": "how channels are scored",
+    "repack_every": "tokens beyond the window at which the tail is pruned, None: never",
     "prefill": '"oneshot", or "stream" to compress after every chunk of the prompt',
 }
 """Meanings of keys that neither base.yaml nor a docstring explains."""
@@ -172,8 +173,8 @@ def training() -> Iterator[str]:
     sections = {
         field.name: kind for field in dataclasses.fields(Config) if dataclasses.is_dataclass(kind := field.type)
     }
-    yield "## Training\n\n`configs/base.yaml` holds every key; other files say `base: base.yaml` and what differs. On the "
-    yield "command line a key is written with its section: `train.steps=200`.\n\n### The run\n\n"
+    yield "## Training\n\n`configs/base.yaml` holds every key; other files say `base: base.yaml` and what differs. "
+    yield "On the command line a key is written with its section: `train.steps=200`.\n\n### The run\n\n"
     yield table(Config, "", skip=[*sections, *OWNERS])
     for name, cls in {**OWNERS, **sections}.items():
         intro = meanings(cls)[""]
