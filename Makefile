@@ -46,7 +46,7 @@ check: install  ## formatting, lint, types
 	$(BIN)/mypy
 
 docs: install  ## the documentation site, in site/; a broken link is an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: install  ## format and fix what can be fixed
 	$(BIN)/ruff format .
