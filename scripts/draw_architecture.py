@@ -116,7 +116,8 @@ def levels(graph: dict[str, set[str]]) -> dict[str, int]:
 
 def places(graph: dict[str, set[str]]) -> dict[str, tuple[float, float]]:
     """{box: its centre}, in the column that `COLUMNS` says, else the first that is free in its row."""
-    rows, found = levels(graph), {}
+    rows = levels(graph)
+    found: dict[str, tuple[float, float]] = {}
     top, width = max(rows.values()), WIDTH / 5
     for row in range(top + 1):
         names = sorted((name for name in graph if rows[name] == row), key=lambda name: (name not in COLUMNS, name))

@@ -170,9 +170,10 @@ def table(cls: type, section: str | None = None, skip: Iterable[str] = ()) -> st
 
 def training() -> Iterator[str]:
     """The sections of a training configuration."""
-    sections = {
-        field.name: kind for field in dataclasses.fields(Config) if dataclasses.is_dataclass(kind := field.type)
-    }
+    sections: dict[str, type] = {}
+    for field in dataclasses.fields(Config):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            sections[field.name] = field.type
     yield "## Training\n\n`configs/base.yaml` holds every key; other files say `base: base.yaml` and what differs. "
     yield "On the command line a key is written with its section: `train.steps=200`.\n\n### The run\n\n"
     yield table(Config, "", skip=[*sections, *OWNERS])
