@@ -18,7 +18,7 @@ from attnzoo.models import DecoderConfig, DecoderLM, build_shapes, generate
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.request import SamplingParams
-from tests.serving import TOKENS, tokenizer
+from tests.helpers.serving import TOKENS, tokenizer
 
 PROMPTS = [[5, 17, 301, 44, 9], [7], [29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39]]
 NEW_TOKENS = 6

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import launch, losses, write_tiny
+from tests.helpers.training import launch, losses, write_tiny
 
 OPTIONS = ("checkpoint.every=2", "checkpoint.keep=3", "eval.every=null")
 

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.training import ROOT, command, environment, launch, losses, write_tiny
+from tests.helpers.training import ROOT, command, environment, launch, losses, write_tiny
 
 
 @pytest.fixture(scope="module")

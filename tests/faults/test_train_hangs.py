@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.training import ROOT, command, environment, launch, losses, write_tiny
+from tests.helpers.training import ROOT, command, environment, launch, losses, write_tiny
 from train.ranks import free_port
 
 LONG = ("train.steps=1000000", "eval.every=null", "schedule.kind=constant")

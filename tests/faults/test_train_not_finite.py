@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.training import launch, losses, write_tiny
+from tests.helpers.training import launch, losses, write_tiny
 
 PLUGIN = '''\
 """MHA whose output is NaN in steps of the environment variable BREAKS (rank:first:last), two passes a step."""

@@ -6,7 +6,8 @@ import torch
 from attnzoo.ops.evict_merge import MergeRule
 from attnzoo.ops.paged_decode import Entries, paged_decode
 from attnzoo.ops.paged_decode.cost import DecodeSizes, SegmentSizes, decode_cost
-from tests.cache_kernels import (
+from tests.gpu.test_relative_gpu import milliseconds
+from tests.helpers.cache_kernels import (
     DECODE_CASES,
     MASS_CASES,
     RULES,
@@ -20,7 +21,6 @@ from tests.cache_kernels import (
     named,
     run_decode,
 )
-from tests.gpu.test_relative_gpu import milliseconds
 
 DEVICE = "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attnzoo.ops.common.masks import CausalMask, document_starts, padding_starts
-from tests.attention_oracle import NAMES, dense_attention, leaves, random_inputs
+from tests.helpers.attention_oracle import NAMES, dense_attention, leaves, random_inputs
 
 DEVICE = "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import ROOT, write_tiny
+from tests.helpers.training import ROOT, write_tiny
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from attnzoo.checkpoint import load_model, load_tokenizer, save_model
 from attnzoo.models import DecoderConfig, DecoderLM
 from scripts.lm_adapter import AdaptedLM, Generation
-from tests import foreign_tokenizers as foreign
+from tests.helpers import foreign_tokenizers as foreign
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ROOT / "tests/data/eval"

@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from attnzoo.checkpoint import load_model, load_tokenizer
-from tests.foreign_tokenizers import byte_level, write
-from tests.training import launch, losses, write_tiny
+from tests.helpers.foreign_tokenizers import byte_level, write
+from tests.helpers.training import launch, losses, write_tiny
 
 ADOPT = ("checkpoint.adopt_model=true", "optim.name=adamw")
 LORA = ("lora.rank=4", "lora.targets=[query,down]", "optim.lr=0.05")

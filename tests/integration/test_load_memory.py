@@ -17,7 +17,7 @@ MOST = 1.2
 
 
 def grown(path: Path, dtype: str) -> float:
-    command = [sys.executable, "-m", "tests.load_run", str(path), dtype]
+    command = [sys.executable, "-m", "tests.helpers.load_run", str(path), dtype]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     numbers = json.loads(result.stdout.splitlines()[-1])
     ratio = numbers["peak"] / numbers["model"]

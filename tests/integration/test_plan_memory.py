@@ -12,9 +12,9 @@ import torch
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.planner.serving import cache_policies
 from serve.runner import Runner
-from tests.training import DEEPSPEED, ROOT, environment
+from tests.helpers.training import DEEPSPEED, ROOT, environment
 
-WORKER = Path(__file__).resolve().parents[1] / "memory_run.py"
+WORKER = Path(__file__).resolve().parents[1] / "helpers" / "memory_run.py"
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from serve.__main__ import example
 from serve.config import ServeConfig
 from serve.engine import Engine
 from serve.request import SamplingParams
+from tests.helpers.serving import TOKENS, chat_tokenizer, small_model, tokenizer
 from tests.integration.test_serve_routes import MODEL, events, running
-from tests.serving import TOKENS, chat_tokenizer, small_model, tokenizer
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 LENGTH = 256
@@ -180,8 +180,8 @@ def test_whose_text_may_hold_control_tokens_is_an_option(whose, pair):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """A model, and a vocabulary of the package tokenizers that reads control tokens out of any text."""
-    from tests import foreign_tokenizers as foreign
-    from tests.serving import CHAT_TEMPLATE
+    from tests.helpers import foreign_tokenizers as foreign
+    from tests.helpers.serving import CHAT_TEMPLATE
     from tests.unit.test_chat_tokens import with_marks
 
     directory = foreign.write(tmp_path_factory.mktemp("words"), with_marks(foreign.byte_level()))

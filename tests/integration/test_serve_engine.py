@@ -11,7 +11,7 @@ from serve.engine import Engine
 from serve.pool import SlotPool
 from serve.request import ContextLengthError, Request, SamplingParams
 from serve.slots import Release
-from tests.serving import KINDS, MAX_LEN, TOKENS, small_model, tokenizer
+from tests.helpers.serving import KINDS, MAX_LEN, TOKENS, small_model, tokenizer
 
 
 def make_engine(kind: str = "rcmha", **settings) -> Engine:

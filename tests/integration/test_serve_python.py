@@ -12,7 +12,7 @@ from serve.async_engine import AsyncEngine, EngineFailedError, EngineUnavailable
 from serve.config import MAX_THREADS, EngineConfig
 from serve.engine import Engine
 from serve.request import SamplingParams
-from tests.serving import small_model, tokenizer
+from tests.helpers.serving import small_model, tokenizer
 
 
 def engine(**settings) -> Engine:

@@ -22,7 +22,7 @@ from click.testing import CliRunner
 
 from attnzoo.models import generate
 from serve.__main__ import main
-from tests.serving import export, small_model, tokenizer
+from tests.helpers.serving import export, small_model, tokenizer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own deprecations

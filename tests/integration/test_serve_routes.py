@@ -22,7 +22,7 @@ from serve.front.protocol import bounded_protocol
 from serve.openai.completions import CompletionAnswer
 from serve.openai.routes import build_app
 from serve.request import Delta, SamplingParams
-from tests.serving import small_model, tokenizer
+from tests.helpers.serving import small_model, tokenizer
 
 MODEL = "small"
 

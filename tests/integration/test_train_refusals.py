@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import launch, write_tiny
+from tests.helpers.training import launch, write_tiny
 from train.data import DataConfig
 from train.tokenizer import TokenizerConfig, ensure_tokenizer
 

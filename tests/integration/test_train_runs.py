@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from attnzoo.checkpoint import load_model, load_tokenizer, read_metadata
 from attnzoo.models import generate
 from attnzoo.types import build_config
-from tests.training import ROOT, environment, launch, losses, write_tiny
+from tests.helpers.training import ROOT, environment, launch, losses, write_tiny
 from train.config import load_config
 from train.data import DataConfig, prepare
 

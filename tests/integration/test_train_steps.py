@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from attnzoo.models import DecoderLM
-from tests.engine_run import COUNTS, batch, build
-from tests.training import ROOT, finish, launcher
+from tests.helpers.engine_run import COUNTS, batch, build
+from tests.helpers.training import ROOT, finish, launcher
 from train.optim import build_optimizer, set_rate
 
 SMOOTH = "optim.eps=0.1"
@@ -74,7 +74,13 @@ class Results:
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     directory = tmp_path_factory.mktemp("steps")
     (directory / "cases.json").write_text(json.dumps(CASES), encoding="utf-8")
-    script = [str(ROOT / "tests" / "engine_run.py"), "--cases", str(directory / "cases.json"), "--out", str(directory)]
+    script = [
+        str(ROOT / "tests" / "helpers" / "engine_run.py"),
+        "--cases",
+        str(directory / "cases.json"),
+        "--out",
+        str(directory),
+    ]
     finish(launcher(script, request.param))
     return Results(directory)
 

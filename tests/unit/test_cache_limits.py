@@ -18,7 +18,7 @@ from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.request import SamplingParams
 from tests.contract.caches import prompt
-from tests.serving import MAX_LEN, small_model, tokenizer
+from tests.helpers.serving import MAX_LEN, small_model, tokenizer
 
 HUGE = 10**22
 LENGTHS = [
@@ -152,7 +152,7 @@ def test_either_budget_where_both_are_bounded():
         ({"d2o": {"flavor": ["papers"]}}, "cache_bounds.d2o.flavor='papers' is not one of"),
         ({"d2o": {"keep_ratio": [math.nan, 0.5]}}, "least <= most"),
         ({"d2o": {"keep_ratio": ["a", "b"]}}, "cache_bounds.d2o.keep_ratio='a' has type str"),
-        (["d2o"], "must be a mapping of policies"),
+        (["d2o"], "cache_bounds=['d2o'] has type list; it must be dict"),
         ({3: {}}, "cache_bounds.3: no such cache policy"),
     ],
 )

@@ -16,7 +16,7 @@ from serve.config import EngineConfig
 from serve.engine import Engine
 from tests.contract.caches import LOSSLESS, POLICIES, build_model, layers_of, policy_of, prompt, run
 from tests.contract.cases import assert_close
-from tests.serving import small_model, tokenizer
+from tests.helpers.serving import small_model, tokenizer
 
 NEED_NO_SCORES = ("streaming", "random_tokens")
 

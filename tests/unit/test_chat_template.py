@@ -13,7 +13,7 @@ import pytest
 
 from attnzoo.tokenizer import chat
 from attnzoo.tokenizer.chat import MAX_SOURCE, ChatTemplate
-from tests.serving import tokenizer
+from tests.helpers.serving import tokenizer
 
 CHATML = """{% for message in messages %}
 {% if loop.first and messages[0]['role'] != 'system' %}

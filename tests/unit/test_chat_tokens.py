@@ -13,8 +13,8 @@ from attnzoo.tokenizer.base import Tokenizer
 from attnzoo.tokenizer.chat import ChatTemplate
 from attnzoo.tokenizer.chat_tokens import ChatEncoder
 from attnzoo.tokenizer.sourced import Sourced, own_of, written
-from tests import foreign_tokenizers as foreign
-from tests.serving import chat_tokenizer
+from tests.helpers import foreign_tokenizers as foreign
+from tests.helpers.serving import chat_tokenizer
 from tests.unit.test_chat_template import CHATML, HEADERS, INST, SPECIAL
 
 ROLE_MARKS = """{{ bos_token }}{% for message in messages %}

@@ -15,7 +15,7 @@ from attnzoo.models import DecoderConfig, DecoderLM
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.request import SamplingParams
-from tests.serving import small_model, tokenizer
+from tests.helpers.serving import small_model, tokenizer
 
 
 class Unwritable:

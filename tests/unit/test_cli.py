@@ -11,7 +11,7 @@ import pytest
 from attnzoo.__main__ import main, parse_options
 from attnzoo.attention import ATTENTION
 from attnzoo.checkpoint import save_model
-from tests import serving
+from tests.helpers import serving
 
 
 def test_list_names_every_variant_and_its_source(capsys):

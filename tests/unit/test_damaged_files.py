@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from attnzoo.checkpoint import export_model, load_model, load_tokenizer, save_model
-from tests import foreign_tokenizers, serving
+from tests.helpers import foreign_tokenizers, serving
 from tests.unit.test_gguf_models import Kind, random_model, write
 from tests.unit.test_hf_export import demo_model
 from tests.unit.test_open_weights import reference

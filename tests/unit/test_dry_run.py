@@ -8,7 +8,7 @@ import torch
 from attnzoo.attention import ATTENTION
 from attnzoo.checkpoint import save_model
 from attnzoo.models import DecoderConfig, DecoderLM
-from tests.training import write_tiny
+from tests.helpers.training import write_tiny
 from train.data import DataConfig
 from train.digests import digest_files, write_digests
 from train.main import main

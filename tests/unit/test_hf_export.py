@@ -22,8 +22,8 @@ from attnzoo.models import DecoderConfig, DecoderLM, generate
 from attnzoo.tokenizer import SentencePieceTokenizer
 from attnzoo.tokenizer.convert import to_huggingface
 from attnzoo.tokenizer.sentencepiece import SPACE
-from tests import serving
-from tests.foreign_tokenizers import ANY_TEXT, TEXTS, check_same
+from tests.helpers import serving
+from tests.helpers.foreign_tokenizers import ANY_TEXT, TEXTS, check_same
 from tests.unit.test_open_weights import CASES, bound, reference, tokens
 from train.config import load_config
 from train.tokenizer import train_tokenizer

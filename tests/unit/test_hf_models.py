@@ -14,7 +14,7 @@ from attnzoo.attention import ATTENTION, build_attention, load_plugins
 from attnzoo.checkpoint import load_model, load_tokenizer
 from attnzoo.hf import AttnzooConfig, AttnzooForCausalLM, DecoderCache
 from attnzoo.models import DecoderConfig, DecoderLM, buffer_dtype, generate
-from tests.serving import KINDS, TOKENS, small_model, tokenizer
+from tests.helpers.serving import KINDS, TOKENS, small_model, tokenizer
 
 LENGTHS = (3, 11, 1, 7)
 NEW = 14

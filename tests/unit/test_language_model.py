@@ -18,7 +18,7 @@ from attnzoo.tokenizer.chat_tokens import ChatEncoder
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.request import SamplingParams
-from tests.serving import MAX_LEN, chat_tokenizer, lm_of, small_model, tokenizer, tokenizer_path
+from tests.helpers.serving import MAX_LEN, chat_tokenizer, lm_of, small_model, tokenizer, tokenizer_path
 
 TEXTS = ["The slots", "def step(self", "数据", "Der Zustand einer Folge ist mehr als", "a"]
 POLICIES: list[dict[str, Any]] = [

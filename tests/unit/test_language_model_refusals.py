@@ -9,7 +9,7 @@ import torch
 from attnzoo import LanguageModel
 from attnzoo.kvcache import build_cache
 from attnzoo.models import DecoderLM
-from tests.serving import lm_of, tokenizer
+from tests.helpers.serving import lm_of, tokenizer
 
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ([], {}, "prompts is empty"),

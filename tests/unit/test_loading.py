@@ -11,7 +11,7 @@ import attnzoo
 from attnzoo.checkpoint import export_model, find_checkpoint, load_model
 from attnzoo.checkpoint.packaged import PACKAGED, models_directory
 from attnzoo.models import generate
-from tests.serving import export, small_model, tokenizer
+from tests.helpers.serving import export, small_model, tokenizer
 
 PROMPT = "The slots of the state"
 

@@ -5,7 +5,7 @@ import torch
 
 from attnzoo.checkpoint import save_model
 from attnzoo.models import DecoderConfig, DecoderLM, can_pack, generate, pack_weights
-from tests.serving import KINDS, small_model
+from tests.helpers.serving import KINDS, small_model
 
 LLAMA_LIKE = {"kind": "mha", "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "output_bias": True, "qk_norm": True}
 

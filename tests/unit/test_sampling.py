@@ -7,7 +7,7 @@ import torch
 
 from attnzoo.models import Sampling, generate
 from attnzoo.models.sampling import filter_logits, sample
-from tests.serving import small_model
+from tests.helpers.serving import small_model
 
 PROBABILITIES = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
 LOGITS = PROBABILITIES.log()

@@ -20,7 +20,7 @@ from attnzoo.tokenizer import (
     load_tokenizer,
 )
 from attnzoo.tokenizer.huggingface import LONG
-from tests.foreign_tokenizers import (
+from tests.helpers.foreign_tokenizers import (
     ANY_TEXT,
     CONFIG,
     CORPUS,

@@ -16,7 +16,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 
 from attnzoo.gguf_file import read_gguf
 from attnzoo.tokenizer import load_tokenizer
-from tests.foreign_tokenizers import (
+from tests.helpers.foreign_tokenizers import (
     ANY_TEXT,
     CORPUS,
     TEXTS,

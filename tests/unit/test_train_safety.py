@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.training import ROOT, write_tiny
+from tests.helpers.training import ROOT, write_tiny
 from train.checkpoint import Checkpoints, find_resume, newest_whole, steps_in
 from train.config import load_config
 from train.config_layers import ConfigError

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.aot import ROOT, SHARED_LIMITS, cases_of
+from tests.helpers.aot import ROOT, SHARED_LIMITS, cases_of
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
@@ -16,7 +16,7 @@ def compiled(target: str, *options: str) -> list[dict]:
     """What kernels take on one target, from another process: this one may run kernels in the interpreter, where nothing
     can be compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.aot", "--json", "--target", target, *options]
+    command = [sys.executable, "-m", "tests.helpers.aot", "--json", "--target", target, *options]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)

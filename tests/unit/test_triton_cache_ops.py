@@ -1,4 +1,4 @@
-"""The kernels of compressed caches in Triton's interpreter; the checks are those of tests/cache_kernels.py."""
+"""The kernels of compressed caches in Triton's interpreter; the checks are those of tests/helpers/cache_kernels.py."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.evict_merge import MergeRule, evict_merge, evict_merge_step
 from attnzoo.ops.paged_decode import paged_decode
 from attnzoo.ops.paged_decode.splits import Splits, plan_splits
-from tests.cache_kernels import (
+from tests.helpers.cache_kernels import (
     DECODE_CASES,
     MASS_CASES,
     RULES,

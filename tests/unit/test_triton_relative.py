@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attnzoo.ops.common.masks import CausalMask, document_starts, padding_starts
-from tests.attention_oracle import NAMES, dense_attention, leaves, random_inputs
+from tests.helpers.attention_oracle import NAMES, dense_attention, leaves, random_inputs
 
 if torch.cuda.is_available():
     pytest.skip("a GPU is here: tests/gpu runs the kernels on it, not in the interpreter", allow_module_level=True)

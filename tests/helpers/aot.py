@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for GPUs that are not here, and reads what they would take of one.
 
-    python -m tests.aot [--only WORD] [--target sm_80]      a table
-    python -m tests.aot --json                              the same as JSON, for tests/unit/test_triton_aot.py
+    python -m tests.helpers.aot [--only WORD] [--target sm_80]      a table
+    python -m tests.helpers.aot --json                              the same as JSON, for tests/unit/test_triton_aot.py
 
 Every triton.py below attnzoo that has a function `aot_cases()` takes part. A case says what to compile: `name`,
 `kernel`, `signature`, `constexprs`, `options`; and if it has them, `target`, the only one it is meant for, and
@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 SHARED_LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 """Bytes of shared memory that one program may take; Triton compiles beyond them without a word."""

@@ -1,4 +1,4 @@
-"""Loads a checkpoint in a process of its own and prints how memory grew: python -m tests.load_run PATH DTYPE"""
+"""Loads a checkpoint in a process of its own and prints how memory grew: python -m tests.helpers.load_run PATH DTYPE"""
 
 import json
 import sys

@@ -1,6 +1,6 @@
 """One rank of a training whose memory is measured: engine, model and two steps of two passes, all of it recorded.
 
-    python tests/memory_run.py 0:fp32 1:bf16    (ZeRO stage and precision; or under the deepspeed launcher)
+    python tests/helpers/memory_run.py 0:fp32 1:bf16    (ZeRO stage and precision; or under the deepspeed launcher)
 
 Prints a line of JSON a case: the most bytes held at once, and the plan's.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from attnzoo.models import DecoderLM
 from attnzoo.planner.fits import Setup, training_memory

@@ -1,6 +1,6 @@
 """Steps of the training loop under DeepSpeed, many settings in one launch: what each reports, and its weights.
 
-    deepspeed --num_accelerators 2 tests/engine_run.py --cases cases.json --out directory
+    deepspeed --num_accelerators 2 tests/helpers/engine_run.py --cases cases.json --out directory
 
 cases.json maps names to lists of overrides of configs/base.yaml; beside them `steps`, `untied`, `frozen` (the
 beginning of the names of parameters that do not train), `samples` (text samples, twice after every step) and `counts`
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 from safetensors.torch import save_file
