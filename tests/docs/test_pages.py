@@ -1,15 +1,11 @@
 """Every command and every piece of Python in the documents: checked or run, or marked with the reason why not."""
 
-import subprocess
-import sys
-
 import pytest
 import yaml
 
 from tests.docs.blocks import PAGES, ROOT, blocks, commands
 from tests.docs.commands import check
-from tests.docs.helpers import small_checkpoint
-from tests.docs.walk import environment, prepare, run_python, shell
+from tests.docs.walk import environment, new_names, prepare, run_python, shell, walk
 
 BLOCKS = {page: blocks(page) for page in PAGES}
 
@@ -56,7 +52,7 @@ def test_wrong_commands_are_found(line, problem):
 @pytest.mark.parametrize("page", pages_with("python", ""), ids=name)
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "__main__", "small_checkpoint": small_checkpoint}
+    names = new_names()
     for block in BLOCKS[page]:
         if block.language == "python" and block.mode == "":
             run_python(block, names)
@@ -80,7 +76,4 @@ def test_yaml_is_yaml():
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("page", sorted({*pages_with("sh", "slow"), *pages_with("python", "slow")}), ids=name)
 def test_a_reader_gets_through_the_page(page, tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.docs.walk", str(page), str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    walk(page, tmp_path)

@@ -1,5 +1,4 @@
-"""Goes through a page as a reader would: python -m tests.docs.walk PAGE DIRECTORY. Blocks run in order, those that are
-marked "never" left out; Python blocks share their names, and shell blocks their environment and directory."""
+"""Runs blocks of the documents. `python -m tests.docs.walk PAGE NUMBER...` runs Python blocks of a page by their numbers."""
 
 import os
 import subprocess
@@ -7,6 +6,7 @@ import sys
 from pathlib import Path
 
 from tests.docs.blocks import ROOT, Block, blocks
+from tests.docs.small import small_checkpoint
 
 
 def prepare(directory: Path) -> None:
@@ -35,21 +35,27 @@ def shell(block: Block, directory: Path, known: dict[str, str]) -> dict[str, str
     return dict(pair.split("=", 1) for pair in left.read_text().split("\0") if pair)
 
 
-def walk(page: Path, directory: Path) -> None:
-    """Runs all blocks of a page but those that never run."""
-    from tests.docs.helpers import small_checkpoint
+def python(group: list[Block], directory: Path, known: dict[str, str]) -> None:
+    """Runs blocks in one new Python. Raises CalledProcessError when one of them raises."""
+    if group:
+        page = group[0].page
+        numbers = [str(blocks(page).index(block)) for block in group]
+        words = [sys.executable, "-m", "tests.docs.walk", str(page), *numbers]
+        subprocess.run(words, cwd=directory, env=known, check=True, timeout=1200)
 
+
+def walk(page: Path, directory: Path) -> None:
+    """Goes through a page as a reader would: all blocks in order but those that never run, nor are commands that are only
+    checked. Shell blocks share their environment; the Python blocks between two of them are one session."""
     prepare(directory)
-    os.chdir(directory)
-    known, names = environment(directory), {"__name__": "__main__", "small_checkpoint": small_checkpoint}
+    known, session = environment(directory), list[Block]()
     for block in blocks(page):
-        if block.mode == "never":
-            continue
         if block.language == "sh" and block.mode in ("run", "slow"):
-            known = shell(block, directory, known)
-            os.environ.update(known)
-        elif block.language == "python":
-            run_python(block, names)
+            python(session, directory, known)
+            known, session = shell(block, directory, known), []
+        elif block.language == "python" and block.mode != "never":
+            session.append(block)
+    python(session, directory, known)
 
 
 def run_python(block: Block, names: dict[str, object]) -> None:
@@ -58,5 +64,12 @@ def run_python(block: Block, names: dict[str, object]) -> None:
     exec(compile("\n" * (block.line - 1) + block.code, str(block.page), "exec"), names)
 
 
+def new_names() -> dict[str, object]:
+    """What blocks find: what hidden ones call."""
+    return {"__name__": "__main__", "small_checkpoint": small_checkpoint}
+
+
 if __name__ == "__main__":
-    walk(Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve())
+    names, found = new_names(), blocks(Path(sys.argv[1]))
+    for number in sys.argv[2:]:
+        run_python(found[int(number)], names)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from attnzoo.checkpoint import save_model
-from tests import serving
+from tests.helpers import serving
 
 
 def small_checkpoint(directory: str) -> Path:
