@@ -1,4 +1,4 @@
-"""Runs blocks of the documents. `python -m tests.docs.walk PAGE NUMBER...` runs Python blocks of a page by their numbers."""
+"""Runs blocks of the documents. `python -m tests.docs.walk PAGE NUMBER...` runs Python blocks of a page."""
 
 import os
 import subprocess
@@ -45,8 +45,8 @@ def python(group: list[Block], directory: Path, known: dict[str, str]) -> None:
 
 
 def walk(page: Path, directory: Path) -> None:
-    """Goes through a page as a reader would: all blocks in order but those that never run, nor are commands that are only
-    checked. Shell blocks share their environment; the Python blocks between two of them are one session."""
+    """Goes through a page as a reader would: all blocks in order, without those that never run and commands that are
+    only checked. Shell blocks share their environment; the Python blocks between two of them are one session."""
     prepare(directory)
     known, session = environment(directory), list[Block]()
     for block in blocks(page):
