@@ -223,6 +223,15 @@ def help_of(module: str, *words: str) -> str:
     return printed.getvalue()
 
 
+def subcommands(text: str) -> list[str]:
+    """The commands that a help text lists, in its order."""
+    listed = re.search(r"^commands:\n((?:  .*\n)+)", text, re.MULTILINE)
+    if listed:
+        return re.findall(r"^  ([\w-]+) ", listed[1], re.MULTILINE)
+    choices = re.search(r"\{([\w,-]+)\} \.\.\.", text)
+    return choices[1].split(",") if choices else []
+
+
 def commands() -> str:
     """The page of commands."""
     os.environ |= {"COLUMNS": "110", "NO_COLOR": "1"}
@@ -230,8 +239,7 @@ def commands() -> str:
     for title, module in COMMANDS:
         text = help_of(module)
         page += f"\n## {title}\n\n```text\n{text.rstrip()}\n```\n"
-        choices = re.search(r"\{([\w,-]+)\} \.\.\.", text)
-        for word in choices[1].split(",") if choices else ():
+        for word in subcommands(text):
             page += f"\n### {title} {word}\n\n```text\n{help_of(module, word).rstrip()}\n```\n"
     return page
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from scripts.render_reference import help_of
+from scripts.render_reference import help_of, subcommands
 from serve.config import SERVE_FIELDS, build_serve_config, parse_settings, read_config_file
 from train.config import load_config
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("attnzoo/", "configs/", "docs/", "scripts/", "serve/", "tests/", "train/")
 TRAINING = {"--num_accelerators", "--num_gpus", "--num_nodes", "--hostfile"}
 """Options of the deepspeed command that the documents use."""
-ENGLISH = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
+ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
 
 
 def check(line: str) -> None:
@@ -47,15 +47,23 @@ def _options(words: list[str], text: str) -> None:
 
 
 def _attnzoo(words: list[str]) -> None:
-    choices = re.search(r"\{([\w,-]+)\}", _help("attnzoo.__main__"))
-    assert choices
-    if not words or words[0] not in choices[1].split(","):
-        raise ValueError(f"attnzoo {' '.join(words)}: known are {choices[1]}")
+    known = subcommands(_help("attnzoo.__main__"))
+    if not words or words[0] not in known:
+        raise ValueError(f"attnzoo {' '.join(words)}: known are {', '.join(known)}")
     _options(words[1:], _help("attnzoo.__main__", words[0]))
+    if words[0] == "serve":
+        _settings(words[1:])
+    if words[0] == "train":
+        _overrides(words[1:])
 
 
 def _serve(words: list[str]) -> None:
     _options(words, _help("serve.__main__"))
+    _settings(words)
+
+
+def _settings(words: list[str]) -> None:
+    """Of a server, as its command reads them."""
     rest = iter(words)
     settings: dict[str, object] = {"checkpoint": "smollm2"}
     for word in rest:
@@ -70,6 +78,11 @@ def _serve(words: list[str]) -> None:
 
 def _train(words: list[str]) -> None:
     _options(words, _help("train.main"))
+    _overrides(words)
+
+
+def _overrides(words: list[str]) -> None:
+    """Of a training run, with its configuration."""
     # The reader's own variant exists on the reader's machine only.
     overrides = [word.replace("attention=mine", "attention=mha") for word in words if "=" in word]
     load_config(words[words.index("--config") + 1], overrides)
@@ -126,7 +139,7 @@ def _ray(words: list[str]) -> None:
 
 def _curl(words: list[str]) -> None:
     path = re.sub(r"http://[\w.]+(:\d+)?", "", next(word for word in words if word.startswith("http://")))
-    if path not in ENGLISH:
+    if path not in ROUTES:
         raise ValueError(f"the server has no {path}")
     if "-d" in words:
         body = json.loads(words[words.index("-d") + 1])
