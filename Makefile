@@ -11,7 +11,7 @@ TEXT ?= stdlib
 # Tests share cores, one thread each; contiguous halves keep what a file's tests share in one process.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: help install demo train compare serve test slow check docs format clean
+.PHONY: help install demo train compare serve quick test slow check docs format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -34,8 +34,11 @@ compare: install  ## train the variants side by side on the characters of TEXT (
 serve: install  ## serve CHECKPOINT (default: the demo's) on PORT until interrupted; MODEL=smollm2: a chat model
 	$(BIN)/python -m serve $(if $(MODEL),--config configs/serve/$(MODEL).yaml,--checkpoint $(CHECKPOINT)) --port $(PORT)
 
-test: install  ## the whole suite but the slow ones
-	$(PYTEST)
+quick: install  ## a sample of the suite, without DeepSpeed and Ray (under 90 seconds on two cores)
+	$(PYTEST) --quick -q
+
+test: install  ## the whole suite but the slow ones; prints the 20 slowest
+	$(PYTEST) --durations=20
 
 slow: install  ## the slow suites: all ZeRO stages, soak
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

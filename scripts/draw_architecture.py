@@ -39,6 +39,8 @@ SAYS = {
     "tasks": "generated tasks",
     "hf": "transformers",
     "export": "models for others",
+    "cli": "the command",
+    "apps": "where the programs are",
     "train": "DeepSpeed",
     "serve": "engine, HTTP, Ray Serve",
     "scripts": "measuring and maintaining",
@@ -47,8 +49,8 @@ SWEEP = ROOT / "train" / "sweep.py"
 """Runs a comparison of scripts/ as trials of Ray Tune; nothing imports it."""
 WIDTH, BOX, HEIGHT, ROW = 1040, 178, 46, 92
 COLUMNS = {
-    **dict.fromkeys(("export", "hf"), 0),
-    **dict.fromkeys(("serve", "front door", "checkpoint", "tokenizer"), 1),
+    **dict.fromkeys(("cli", "export", "hf"), 0),
+    **dict.fromkeys(("serve", "front door", "apps", "checkpoint", "tokenizer"), 1),
     **dict.fromkeys(("scripts", "incontext", "models", "attention", "kvcache", "ops", "foundations"), 2),
     **dict.fromkeys(("train", "planner", "reports"), 3),
     **dict.fromkeys(("tasks", "profiling"), 4),

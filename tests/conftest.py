@@ -2,6 +2,8 @@
 
 import os
 import random
+from collections import Counter
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -22,3 +24,47 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+QUICK_FOLDERS = ("unit", "contract", "architecture", "golden")
+"""Without DeepSpeed, Ray and HTTP."""
+QUICK_KINDS = ("mha", "rcmha", "linear", "in_context_linear")
+"""One variant of each kind of state: keys and values, with a convolution's rows, a sum, none at all."""
+QUICK_CASES = 2
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="a sample for every few minutes: the contract of one variant of each kind, two cases of every other test "
+        "of " + ", ".join(QUICK_FOLDERS),
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--quick"):
+        return
+    cases: Counter[str] = Counter()
+    kept, left = [], []
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        cases[function] += 1
+        (kept if _is_quick(item, cases[function]) else left).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
+
+
+def _is_quick(item: pytest.Item, case: int) -> bool:
+    folder = Path(item.nodeid.partition("::")[0]).parts[1]
+    if folder not in QUICK_FOLDERS or item.get_closest_marker("heavy"):
+        return False
+    if item.nodeid.startswith("tests/contract/test_contract.py"):
+        return any(item.nodeid.endswith(f"[{kind}-{name}]") for kind in QUICK_KINDS for name in _items())
+    return case <= QUICK_CASES
+
+
+def _items() -> tuple[str, ...]:
+    from tests.contract.contract import ITEMS
+
+    return tuple(ITEMS)

@@ -46,6 +46,7 @@ def test_the_names_are_these():
     assert 'attnzoo = ["py.typed"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
+@pytest.mark.heavy
 def test_names_are_loaded_when_they_are_used():
     """Nothing comes with the import: not torch, and of this project nothing but the names."""
     ours = "sorted(n for n in sys.modules if n.split('.')[0] in ('attnzoo', 'torch', 'numpy'))"

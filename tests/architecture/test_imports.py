@@ -114,6 +114,7 @@ def loaded_by(statement: str, names: list[str]) -> list[str]:
     return result.stdout.split()
 
 
+@pytest.mark.heavy
 def test_import_is_light():
     heavy = [
         "deepspeed",

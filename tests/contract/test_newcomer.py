@@ -39,6 +39,7 @@ def passed(result: subprocess.CompletedProcess[str], cases: int) -> None:
     assert f"{len(ITEMS) * cases} passed" in result.stdout
 
 
+@pytest.mark.heavy
 def test_plugin_outside_the_tree(tmp_path):
     plugin = tmp_path / "my_variant.py"
     shutil.copyfile(TEMPLATE, plugin)
@@ -47,6 +48,7 @@ def test_plugin_outside_the_tree(tmp_path):
     assert "\nmine " in listed.stdout
 
 
+@pytest.mark.heavy
 def test_copy_of_the_template_in_the_tree(tmp_path):
     tree = tmp_path / "tree"
     for folder in ("attnzoo", "train", "serve", "tests"):
@@ -56,6 +58,7 @@ def test_copy_of_the_template_in_the_tree(tmp_path):
     passed(contract_run("mine", cwd=tree, PYTHONPATH=str(tree)), cases=2)
 
 
+@pytest.mark.heavy
 def test_newcomers():
     """A bias without a largest distance; buffers, numbers and frozen parameters; a variant without any part."""
     names = ["kerple", "buffered", "running_mean"]
@@ -92,6 +95,7 @@ MISTAKES = {
 """What is written instead of what, and which items notice; None: it is no mistake."""
 
 
+@pytest.mark.heavy
 def test_mistakes_in_the_template_are_caught(tmp_path):
     """Each by the item that is for it; in code that all forms share, `reference` cannot see a mistake."""
     text, plugins = TEMPLATE.read_text(encoding="utf-8"), []
@@ -107,6 +111,7 @@ def test_mistakes_in_the_template_are_caught(tmp_path):
     assert "has dtype torch.complex64, which cannot be saved" in result.stdout
 
 
+@pytest.mark.heavy
 def test_broken_plugin_is_caught(tmp_path):
     """A plugin whose streaming form forgets its distance fails the contract."""
     text = TEMPLATE.read_text(encoding="utf-8")
@@ -217,6 +222,7 @@ def test_paths_that_are_no_plugin(paths, message):
     assert str(error.value).startswith(f"ATTNZOO_PLUGINS={paths!r}")
 
 
+@pytest.mark.heavy
 def test_a_broken_plugin_is_one_line_of_the_command_line():
     result = run(*LIST, cwd=ROOT, ATTNZOO_PLUGINS="no_such_file.py")
     assert result.returncode == 2
@@ -224,6 +230,7 @@ def test_a_broken_plugin_is_one_line_of_the_command_line():
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.heavy
 def test_list_goes_on_past_a_variant_that_cannot_be_built(tmp_path):
     text = TEMPLATE.read_text(encoding="utf-8").replace("num_heads: int = 4", "num_heads: int = 7")
     (tmp_path / "seven.py").write_text(text.replace('register("mine")', 'register("seven")'), encoding="utf-8")

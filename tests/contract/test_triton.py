@@ -74,6 +74,7 @@ def test_kernels_make_the_same_function(case):
         assert_near(stream(attention, x32, [5, 1, 1, 6], TOKENS), expected, "streamed")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("variant", "policy"),
     [("gqa", "d2o-merge_counts"), ("gqa", "think-values"), ("rcmha", "d2o+think"), ("rcmha", "snapkv")],

@@ -74,14 +74,9 @@ class Results:
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     directory = tmp_path_factory.mktemp("steps")
     (directory / "cases.json").write_text(json.dumps(CASES), encoding="utf-8")
-    script = [
-        str(ROOT / "tests" / "helpers" / "engine_run.py"),
-        "--cases",
-        str(directory / "cases.json"),
-        "--out",
-        str(directory),
-    ]
-    finish(launcher(script, request.param))
+    command = [str(ROOT / "tests" / "helpers" / "engine_run.py"), "--cases", str(directory / "cases.json")]
+    command += ["--out", str(directory)]
+    finish(launcher(command, request.param))
     return Results(directory)
 
 

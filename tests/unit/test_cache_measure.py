@@ -257,6 +257,7 @@ def test_sequences_in_a_budget_count_the_peak_of_the_last_one():
     assert speed(100, 100, 1.0).sequences_in(1000) == 10
 
 
+@pytest.mark.heavy
 def test_steps_are_timed_in_both_forms_where_there_are_two(monkeypatch):
     said: list[str] = []
     steps: list[int] = []
@@ -461,6 +462,7 @@ def test_the_peer_claim_needs_the_mean_of_the_best_press():
     assert not peer_claim("text", 0.5, "SnapKVPress", 0.51).holds
 
 
+@pytest.mark.heavy
 def test_quick_runs_all_of_it(tmp_path, capsys):
     figure, report = tmp_path / "figure.png", tmp_path / "report.json"
     status = main(["--quick", "--roofline", "--figure", str(figure), "--json", str(report)])
@@ -479,6 +481,7 @@ def test_quick_runs_all_of_it(tmp_path, capsys):
     assert full["top-1 agreement"] == 1.0
 
 
+@pytest.mark.heavy
 def test_a_model_that_solves_no_task_is_measured_by_its_fidelity():
     settings = replace(QUICK, text=replace(QUICK.text, drawn=2))
     report = Report.start(command=["test"], quick=True)
@@ -488,6 +491,7 @@ def test_a_model_that_solves_no_task_is_measured_by_its_fidelity():
     assert report.claims == []
 
 
+@pytest.mark.heavy
 def test_a_section_is_replaced_and_the_others_stay(tmp_path, capsys):
     path, figure = tmp_path / "report.json", tmp_path / "figure.png"
     options = ["--quick", "--json", str(path), "--figure", str(figure), "--update"]
@@ -563,6 +567,7 @@ def test_wrong_usage(arguments, words, capsys):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_a_peer_that_fails_does_not_lose_what_was_measured(tmp_path, capsys):
     report = tmp_path / "report.json"
     nothing = tmp_path / "python"

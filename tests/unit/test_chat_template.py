@@ -144,6 +144,7 @@ def test_the_text_is_that_of_transformers(reference, name, add_generation_prompt
         assert messages[-1]["content"].strip() in expected or name == "CONTROLS"
 
 
+@pytest.mark.heavy
 def test_the_real_template():
     source = smollm2()
     assert render(source, [{"role": "user", "content": "Hi"}]) == (
@@ -366,6 +367,7 @@ LARGE = {
 }
 
 
+@pytest.mark.heavy
 def test_a_template_that_needs_much_memory_is_stopped():
     """All in one process of bounded memory: without the limits it fails, or runs for hours."""
     program = f"""

@@ -114,6 +114,7 @@ def test_an_export_that_cannot_be_written(where, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "text"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "content",
     [
@@ -149,6 +150,7 @@ def test_help_has_examples(capsys):
     assert "examples:" in capsys.readouterr().out
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "command", [["-m", "attnzoo", "list"], ["train/main.py", "--config", "base.yaml", "--dry-run"]]
 )

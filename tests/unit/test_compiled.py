@@ -37,6 +37,7 @@ def follow(
         torch.testing.assert_close(states[1].tensors()[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.heavy
 def test_the_same_function():
     """Across a bucket's edge (64 slots), for one row and several, of equal and of unequal lengths."""
     model = pack_weights(llama_like())
@@ -54,6 +55,7 @@ def follow_all(model: DecoderLM, calls: list[tuple[int, int, int]]) -> None:
         follow(model, batch, [length] * batch, 1, step, capacity)
 
 
+@pytest.mark.heavy
 def test_a_capacity_that_the_compiler_is_told_to_expect():
     """First, the hint itself is the real number of slots and the distance between heads; then it is not."""
     model = small_model("mha", layers=1, max_len=2048)
@@ -135,6 +137,7 @@ def joined(model: DecoderLM, cache: CachePolicy, prompts: list[torch.Tensor]) ->
     return reduce(DecoderState.joined, rows)
 
 
+@pytest.mark.heavy
 def test_the_same_function_with_a_cache_that_evicts():
     """Sequences of unequal lengths: all take empty slots, one in a second page, until it loses a token a step."""
     cache = build_cache("d2o", {"max_tokens": 80, "sinks": 2, "budget": "uniform"})
@@ -171,6 +174,7 @@ def test_the_same_function_for_each_variant(kind):
     follow(model, 3, [61, 17, 40], 6, step)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("cache", [None, {"policy": "streaming", "max_tokens": 12}])
 def test_the_engine_says_the_same(cache, monkeypatch):
     """Sequences come and go: a pool of compressed caches is another state after each."""

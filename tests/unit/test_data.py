@@ -599,6 +599,7 @@ def test_hub_without_the_package_is_named(monkeypatch):
         list(documents(config("hub:a/b")))
 
 
+@pytest.mark.heavy
 def test_hub_without_network_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match=r"data.source='hub:attnzoo/none'.*cannot be read from the hub"):

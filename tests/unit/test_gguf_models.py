@@ -263,6 +263,7 @@ PROMPTS = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("count", "length"), [(3, 12), pytest.param(10, 64, marks=pytest.mark.slow)])
 def test_smollm2_writes_the_same_text_as_transformers(count, length):
     """Greedy text on the same dequantised weights."""

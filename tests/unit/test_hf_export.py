@@ -124,6 +124,7 @@ save_file({"logits": logits.contiguous(), "new": new.contiguous()}, "result.safe
 """
 
 
+@pytest.mark.heavy
 def test_loads_where_this_project_is_not(tmp_path):
     model, tokenizer = demo_model(), serving.tokenizer()
     export_model(tmp_path / "out", model, tokenizer=tokenizer)

@@ -171,6 +171,7 @@ def test_chebyshev_is_the_least_in_maximum():
         assert largest == pytest.approx(1 / math.cosh(steps * math.acosh((high + low) / (high - low))), rel=1e-6)
 
 
+@pytest.mark.heavy
 def test_fitted_solvers():
     """Known optima at r = .5 in units of the text (20,000 tasks there), and that more freedom is never worse."""
     spectrum = Spectrum.of(6000, LinearFamily(dim=10, examples=10, radius=0.5), seeded(7))

@@ -106,6 +106,7 @@ def test_memory_is_linear_in_the_length():
     assert large < 4 * 2 * 1024 * 1024, "as much as one matrix of scores of all pairs"
 
 
+@pytest.mark.heavy
 def test_a_first_prompt_does_not_wait_for_the_compiler():
     """Torch imports it when a custom operator is first called, which takes seconds."""
     code = (

@@ -151,6 +151,7 @@ def test_sample_spreads_over_the_corpus():
     assert {line[0] for line in lines} == set("abcd")
 
 
+@pytest.mark.heavy
 def test_command(tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(TEXT), encoding="utf-8")

@@ -73,11 +73,13 @@ def smollm_own(smollm_pair):
 SMOLLM_TEXTS = [*TEXTS, *CORPUS[:5], "<|im_start|>user\nHi 42<|im_end|>\n", "<|endoftext|><|im_end|>", "a\u0300 1a2b"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("text", SMOLLM_TEXTS)
 def test_smollm_has_the_ids_of_transformers(smollm_pair, text):
     check_against(*smollm_pair, text)
 
 
+@pytest.mark.heavy
 @settings(max_examples=200, deadline=None)
 @given(text=ANY_TEXT)
 @example("one  2   34")

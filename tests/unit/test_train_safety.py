@@ -159,6 +159,7 @@ def test_steps_are_numbers_and_links_are_followed(tmp_path: Path) -> None:
     check_files(tmp_path / "set-aside-2" / "step-00000007")
 
 
+@pytest.mark.heavy
 def test_a_run_directory_has_one_run_at_a_time(tmp_path: Path) -> None:
     run = tmp_path / "deep" / "run"
     code = f"""

@@ -29,6 +29,7 @@ def check(rows: list[dict], limit: int) -> None:
     assert all(0 < row["registers"] <= 512 for row in rows)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("target", SHARED_LIMITS)
 def test_kernels_fit_the_target_at_their_widest(target):
     rows = compiled(target, "--widest")

@@ -248,6 +248,7 @@ def test_decode(normalise, dtype):
     check_decode("cpu", dtype, normalise)
 
 
+@pytest.mark.heavy
 @interpreted
 def test_repeatable(small_tiles):
     check_repeatable("cpu", 35)

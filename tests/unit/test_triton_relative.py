@@ -110,6 +110,7 @@ def test_parameters_may_be_wider_than_activations():
     assert [x.grad.dtype for x in mixed] == [torch.float16] * 3 + [torch.float32] * 3
 
 
+@pytest.mark.heavy
 def test_backward_is_repeatable():
     inputs = random_inputs(2, 2, 1, 37, 5, 20)
     runs = []
