@@ -11,7 +11,7 @@ TEXT ?= stdlib
 # Tests share cores, one thread each; contiguous halves keep what a file's tests share in one process.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: help install demo train compare serve quick test slow check format clean
+.PHONY: help install demo train compare serve quick test slow check docs format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -48,9 +48,12 @@ check: install  ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: install  ## the documentation site, in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: install  ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove runs, caches and the virtual environment
-	rm -rf runs .cache $(VENV)
+	rm -rf runs .cache site $(VENV)

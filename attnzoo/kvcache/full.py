@@ -104,7 +104,7 @@ def _slots(positions_BT: Tensor, counts_B: Tensor | None, used: int | None) -> _
     if used is None:
         starts, ends = starts_B.tolist(), ends_B.tolist()
         used = max(ends)
-        first = used - tokens if min(starts) == used - tokens and min(ends) == used else None
+        first = starts[0] if min(starts) == max(starts) == min(ends) - tokens else None
     real_BT = None if counts_B is None else positions_BT < ends_B[:, None]
     rows_BT = torch.arange(batch, device=positions_BT.device)[:, None].expand(batch, tokens)
     slots_S = torch.arange(used, device=positions_BT.device)

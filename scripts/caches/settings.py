@@ -54,7 +54,7 @@ class Settings:
             channel_budgets=(0.95, 0.85),
         )
     )
-    # SmolLM2-135M solves neither variables nor words in English (0 of 6 each, DECISIONS.md).
+    # SmolLM2-135M solves neither variables nor words in English (0 of 6 each, docs/lab-notes.md).
     text: QualitySizes = field(
         default_factory=lambda: QualitySizes(
             tasks=("passkey", "needles", "recall"),

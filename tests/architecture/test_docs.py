@@ -8,29 +8,33 @@ from pathlib import Path
 import pytest
 
 from attnzoo.attention import ATTENTION
-from scripts.readme_tables import DOCUMENTS, README, RESULTS, render
+from scripts.draw_architecture import PICTURE, draw
+from scripts.render_reference import commands, configuration
+from scripts.render_tables import DOCUMENTS, RESULTS, render
 from train.config import load_config
 from train.plan import describe
 
 ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+NAMING = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "DECISIONS.md", "SECURITY.md")),
+    *(path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name not in ("lab-notes.md", "commands.md")),
+]
+"""Documents that name files of today."""
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_documents_show_the_stored_results(document):
     text = document.read_text(encoding="utf-8")
-    assert render(text) == text, "run python scripts/readme_tables.py"
+    assert render(text) == text, "run python scripts/render_tables.py"
 
 
-@pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/compare.md", "docs/experiments/in-context-learning.md"]
-)
+@pytest.mark.parametrize("document", NAMING, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_files_that_documents_name_exist(document):
-    text = (ROOT / document).read_text(encoding="utf-8")
-    named = re.findall(r"\b((?:attnzoo|train|serve|scripts|tests|configs|docs)/[\w/.-]*\w)", text)
-    assert named
-    for path in named:
-        assert (ROOT / path).exists() or path.startswith("attnzoo/attention/mine"), f"{document} names {path}"
+    text = document.read_text(encoding="utf-8")
+    for path in re.findall(r"(?<![\w/.-])((?:attnzoo|train|serve|scripts|tests|configs|docs)/[\w/.-]*\w)", text):
+        assert (ROOT / path).exists() or path.startswith("attnzoo/attention/mine"), f"{document.name} names {path}"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -45,6 +49,47 @@ def test_every_variant_has_a_config_and_a_line_in_the_readme(kind):
     assert kind in ATTENTION
     assert f"{kind}.yaml" in CONFIGS
     assert f"| `{kind}` |" in README.read_text(encoding="utf-8")
+
+
+def anchors(text):
+    """What links to a document's headings say after #."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", title)).strip().lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "DECISIONS.md", "SECURITY.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(document):
+    """Pages below docs/ are checked when the site is built."""
+    for target, anchor in re.findall(r"\]\((?!http)([^)#\s]*)(?:#([^)]+))?\)", (ROOT / document).read_text("utf-8")):
+        path = ROOT / (target or document)
+        assert path.exists(), f"{document} links to {target}"
+        assert not anchor or anchor in anchors(path.read_text("utf-8")), f"{document} links to {target}#{anchor}"
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text("utf-8").splitlines()) <= 150
+
+
+def test_the_reference_of_keys_is_current_and_explains_every_key():
+    text = configuration()
+    assert (ROOT / "docs/reference/configuration.md").read_text("utf-8") == text, (
+        "run python scripts/render_reference.py"
+    )
+    unsaid = [line for line in text.splitlines() if line.startswith("| `") and line.endswith("|  |")]
+    assert not unsaid, "say what they mean in the class's docstring"
+
+
+def test_the_reference_of_commands_is_current():
+    """By words: how argparse lays out its help differs between versions of Python."""
+    words = [
+        set(re.findall(r"[\w-]+", text))
+        for text in ((ROOT / "docs/reference/commands.md").read_text("utf-8"), commands())
+    ]
+    assert words[0] == words[1], "run python scripts/render_reference.py"
+
+
+def test_the_picture_of_the_rooms_is_current():
+    assert PICTURE.read_text("utf-8") == draw(), "run python scripts/draw_architecture.py"
 
 
 def test_no_machine_paths_nor_unfinished_merges():

@@ -68,6 +68,17 @@ def test_greedy_text_is_the_same_alone_and_in_a_batch(kind):
     assert len({tuple(tokens) for tokens in alone if len(tokens) > 3}) > 25
 
 
+@pytest.mark.parametrize("kind", ["mha", "rcmha", "window"])
+def test_prompts_of_one_length_that_are_read_side_by_side_in_pieces(kind):
+    """The end of one and the whole of the next are one chunk, and end at the same position."""
+    draw = random.Random(5)
+    equal = [[draw.randrange(3, TOKENS) for _ in range(31)] for _ in range(16)]
+    for budget in (40, 64):
+        engine = make_engine(kind, max_num_seqs=8, max_batched_tokens=budget, itl_target_ms=None)
+        batched = [each.tokens for each in engine.generate(equal, greedy(12))]
+        assert batched == generate(engine.model, equal, max_new_tokens=12)
+
+
 @pytest.mark.parametrize(
     ("kind", "part"), [("rcmha", "conv"), ("mixed", "memory"), ("mha", "keys"), ("mha", "lengths")]
 )

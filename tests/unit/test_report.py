@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts.readme_tables import markdown
 
 from attnzoo.report import Claim, Report, available_cores, format_claims, format_table
-from scripts.readme_tables import markdown
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnzoo import attention
 from attnzoo.kvcache import FullCache, State, load_state, save_state
 
 
@@ -111,3 +112,21 @@ def test_full_cache_grows_by_doubling_and_counts_its_bytes():
         assert view.positions_BKS.tolist() == [[list(range(t + 1))]]
         assert view.keys_BKSH[0, 1, :, 2].tolist() == list(range(t + 1))
     assert capacities == {4, 8, 16, 32}
+
+
+@pytest.mark.parametrize("kind", ["mha", "rmha", "rcmha"])
+def test_rows_that_end_together_may_have_begun_apart(kind):
+    """A prompt's last tokens beside a whole prompt of the same length: both rows then end at one position."""
+    layer = attention.build_attention(kind, {"model_dim": 12, "num_heads": 3}).double().requires_grad_(False)
+    x_BTD = torch.randn(2, 13, 12, dtype=torch.float64)
+    state = layer.init_state(2, 29)
+    _, state = layer.extend(x_BTD[:, :11], state, torch.tensor([11, 0]))
+    chunk_BTD = torch.zeros_like(x_BTD)
+    chunk_BTD[0, :2], chunk_BTD[1] = x_BTD[0, 11:], x_BTD[1]
+    y_BTD, state = layer.extend(chunk_BTD, state, torch.tensor([2, 13]))
+    whole_BTD = layer(x_BTD)
+    torch.testing.assert_close(y_BTD[0, :2], whole_BTD[0, 11:])
+    torch.testing.assert_close(y_BTD[1], whole_BTD[1])
+    token_B1D = torch.randn(2, 1, 12, dtype=torch.float64)
+    last_B1D, _ = layer.extend(token_B1D, state)
+    torch.testing.assert_close(last_B1D, layer(torch.cat([x_BTD, token_B1D], 1))[:, -1:])

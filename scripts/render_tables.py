@@ -1,7 +1,7 @@
-"""Renders the tables of README.md and the pages in docs/ from the reports in docs/results.
+"""Renders the tables of the pages in docs/ from the reports in docs/results.
 
-    python scripts/readme_tables.py            # rewrites them
-    python scripts/readme_tables.py --check    # exit status 1 when one does not show what the reports hold
+    python scripts/render_tables.py            # rewrites them
+    python scripts/render_tables.py --check    # exit status 1 when one does not show what the reports hold
 
 A table stands between `<!-- rows FILE [TABLE] [| COLUMN, COLUMN] -->` or
 `<!-- claims FILE [PREFIX] [| COLUMN, COLUMN] -->` and `<!-- end -->`.
@@ -18,10 +18,9 @@ from attnzoo.report import format_value
 from scripts.caches.merge import RUNS, section_of
 
 ROOT = Path(__file__).resolve().parent.parent
-README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results"
+RESULTS = ROOT / "docs" / "results"
 DOCUMENTS = [
-    README,
-    *(ROOT / "docs" / name for name in ("caches.md", "compare.md", "experiments/in-context-learning.md")),
+    ROOT / "docs" / name for name in ("benchmarks.md", "caches.md", "compare.md", "experiments/in-context-learning.md")
 ]
 MARKED = re.compile(r"(<!-- (rows|claims) (\S+)(?: ([^|>]+?))?(?: \| ([^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -91,7 +90,7 @@ def main() -> int:
             document.write_text(rendered, encoding="utf-8")
         elif rendered != text:
             stale = 1
-            print(f"{document.name} does not show docs/results; run python scripts/readme_tables.py", file=sys.stderr)
+            print(f"{document.name} does not show docs/results; run python scripts/render_tables.py", file=sys.stderr)
     return stale
 
 

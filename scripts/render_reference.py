@@ -1,0 +1,267 @@
+"""Writes docs/reference/configuration.md from the configuration classes, and docs/reference/commands.md from --help.
+
+    python scripts/render_reference.py            # rewrites both pages
+    python scripts/render_reference.py --check    # exit status 1 when one is not current
+
+A key's meaning is its comment in configs/base.yaml, else what the docstring of its class says after `key: `.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import io
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from attnzoo.attention import ATTENTION
+from attnzoo.kvcache import CACHES
+from attnzoo.models import DecoderConfig
+from serve.config import EngineConfig, ServeConfig
+from train.config import Config
+from train.data import DataConfig
+from train.tokenizer import TokenizerConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "docs" / "reference"
+OWNERS = {"model": DecoderConfig, "data": DataConfig, "tokenizer": TokenizerConfig}
+"""Sections of a training configuration whose keys another class holds."""
+LINE = re.compile(r"( *)(\w+):(?: ([^#]*?))?(?: *# (.*))?")
+KNOWN = {
+    "num_heads": "attention heads",
+    "num_kv_heads": "heads of keys and values; None: as many as num_heads",
+    "head_dim": "channels of a head; None: model_dim / num_heads",
+    "position": "where order comes from",
+    "rope_theta": "base of rotary frequencies",
+    "qkv_bias": "of the linear maps to q, k and v",
+    "output_bias": "of the linear map out of the heads",
+    "qk_norm": "an RMSNorm of every head of q and k",
+    "conv_width": "taps of the convolution over time, the current token included",
+    "conv_bias": "of the convolution",
+    "conv_init": "first values of the convolution",
+    "conv_share_heads": "one kernel per channel for all heads",
+    "model_dim": "size of a token's vector",
+    "num_layers": "blocks of attention and MLP",
+    "norm_eps": "epsilon of the norms",
+    "mlp_bias": "of the MLP's linear maps",
+    "tie_embeddings": "the output matrix is the embedding",
+    "init_std": "standard deviation of first weights",
+    "seed": "of random numbers; equal seeds, equal results",
+    "activation_checkpointing": "forget activations, and compute them again in the backward pass",
+    "dropout": "of the adapters' inputs",
+    "prompts": "what samples begin with",
+    "max_new_tokens": "of a sample",
+    "temperature": "of a sample",
+    "top_p": "of a sample",
+    "tensorboard": "event files beside metrics.jsonl",
+    "step": "one optimizer step",
+    "device": "cpu, cuda or cuda:1",
+    "channel_ratio": "the part of every key's channels that is kept, in (0, 1]",
+    "value_channel_ratio": "the same of values",
+    "window": "the newest tokens whose keys stay whole",
+    "score": "how channels are scored",
+    "repack_every": "tokens beyond the window at which the tail is pruned, None: never",
+    "prefill": '"oneshot", or "stream" to compress after every chunk of the prompt',
+}
+"""Meanings of keys that neither base.yaml nor a docstring explains."""
+COMMANDS = [
+    ("attnzoo", "attnzoo.__main__"),
+    ("train/main.py", "train.main"),
+    ("python -m serve", "serve.__main__"),
+    ("python -m train.sweep", "train.sweep"),
+    ("python -m scripts.reproduce", "scripts.reproduce"),
+    ("python -m scripts.eval_lm", "scripts.eval_lm"),
+    ("python -m scripts.demo", "scripts.demo"),
+    ("python -m scripts.bench_attention", "scripts.bench_attention"),
+    ("python -m scripts.bench_cache", "scripts.bench_cache"),
+    ("python -m scripts.bench_generate", "scripts.bench_generate"),
+    ("python -m scripts.bench_serve", "scripts.bench_serve"),
+    ("python -m scripts.bench_train", "scripts.bench_train"),
+]
+"""Title and module of each command; the module's `main` prints --help."""
+
+
+def base_comments() -> dict[str, tuple[str, str]]:
+    """{dotted key: (value, comment)} of configs/base.yaml."""
+    found, path = {}, [""]
+    for line in (ROOT / "configs" / "base.yaml").read_text(encoding="utf-8").splitlines():
+        match = LINE.fullmatch(line)
+        if match:
+            indent, key, value, comment = match.groups()
+            path = [*path[: len(indent) // 2], key]
+            found[".".join(path)] = ((value or "").strip(), comment or "")
+    return found
+
+
+def docstring(cls: type) -> str:
+    """The class's own docstring in one line; a dataclass without one has its signature there, which says nothing."""
+    own = cls.__dict__.get("__doc__") or ""
+    return "" if own.startswith(f"{cls.__name__}(") else re.sub(r"\s+", " ", inspect.cleandoc(own))
+
+
+def meanings(cls: type) -> dict[str, str]:
+    """{key: what the docstrings of the class and its bases say of it}; "" holds what stands before the first key."""
+    known = "|".join(field.name for field in dataclasses.fields(cls))
+    start = re.compile(rf"(?:^|(?<=[.;] ))((?:`?(?:{known})`?(?:, )?)+): ")
+    found: dict[str, str] = {}
+    for each in cls.__mro__:
+        text = docstring(each)
+        pieces = start.split(text)
+        found.setdefault("", pieces[0].strip())
+        for keys, meaning in zip(pieces[1::2], pieces[2::2], strict=True):
+            names = keys.replace("`", "").split(", ")
+            together = f"{', '.join(names)}: " if len(names) > 1 else ""
+            for key in names:
+                found.setdefault(key, together + meaning.strip().rstrip(".;"))
+    return found
+
+
+def shown(value: str) -> str:
+    """A value or type as code; tables of Markdown need their own bars."""
+    return f"`{value}`".replace("|", "\\|") if value else ""
+
+
+def escaped(text: str) -> str:
+    """Prose for a cell of a table: bars and angle brackets are text."""
+    parts = text.split("`")
+    parts[::2] = [part.replace("<", "&lt;") for part in parts[::2]]
+    return "`".join(parts).replace("|", "\\|")
+
+
+def type_name(kind: Any) -> str:
+    """int, str | None, "a" | "b"."""
+    text = kind.__name__ if isinstance(kind, type) and "[" not in str(kind) else str(kind)
+    text = re.sub(r"\b(?:typing|collections\.abc)\.", "", text)
+    text = re.sub(r"Optional\[(.*)\]", r"\1 | None", text)
+    text = re.sub(r"Literal\[([^\]]*)\]", lambda m: m[1].replace("'", '"').replace(", ", " | "), text)
+    return text.replace("NoneType", "None")
+
+
+def default(field: "dataclasses.Field[Any]") -> str:
+    """A field's default as Python writes it; "required" without any."""
+    if field.default_factory is not dataclasses.MISSING:
+        return repr(field.default_factory())
+    return "required" if field.default is dataclasses.MISSING else repr(field.default)
+
+
+def table(cls: type, section: str | None = None, skip: Iterable[str] = ()) -> str:
+    """The keys of a class. section: the dotted name in a training configuration, which has base.yaml's column too."""
+    base, said, kinds = base_comments(), meanings(cls), get_type_hints(cls)
+    columns = ["key", "type", "default", *([] if section is None else ["in `base.yaml`"]), "meaning"]
+    lines = [columns, ["---"] * len(columns)]
+    for field in dataclasses.fields(cls):
+        if field.name in skip:
+            continue
+        name = f"{section}.{field.name}" if section else field.name
+        value, comment = base.get(name, ("", "")) if section is not None else ("", "")
+        meaning = escaped(comment or said.get(field.name) or KNOWN.get(field.name, ""))
+        given = [] if section is None else [shown(value)]
+        lines.append([shown(field.name), shown(type_name(kinds[field.name])), shown(default(field)), *given, meaning])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def training() -> Iterator[str]:
+    """The sections of a training configuration."""
+    sections: dict[str, type] = {}
+    for field in dataclasses.fields(Config):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            sections[field.name] = field.type
+    yield "## Training\n\n`configs/base.yaml` holds every key; other files say `base: base.yaml` and what differs. "
+    yield "On the command line a key is written with its section: `train.steps=200`.\n\n### The run\n\n"
+    yield table(Config, "", skip=[*sections, *OWNERS])
+    for name, cls in {**OWNERS, **sections}.items():
+        intro = meanings(cls)[""]
+        skipped = ["vocab_size"] if name == "model" else []
+        yield f"\n### {name}\n\n{escaped(intro)}{2 * chr(10) if intro else ''}{table(cls, name, skipped)}"
+
+
+def configuration() -> str:
+    """The page of configuration keys."""
+    page = (
+        "# Configuration keys\n\nThis page is written by `python scripts/render_reference.py` from the classes in the "
+    )
+    page += "code.\n\n" + "".join(training())
+    page += "\n## Serving\n\nKeys of a serving configuration, and `key=value` after `python -m serve`.\n"
+    page += "\n### The engine\n\n"
+    page += table(EngineConfig)
+    page += "\n### The server around it\n\n" + table(
+        ServeConfig, skip=[f.name for f in dataclasses.fields(EngineConfig)]
+    )
+    page += "\n## Attention variants\n\nOptions of `attnzoo.attention(name, ...)` and of `model.attention`.\n"
+    for kind in ATTENTION:
+        cls = ATTENTION.get(kind)
+        intro = meanings(cls.Config)[""]
+        page += f"\n### {kind}\n\n{escaped(docstring(cls))} Source: {cls.source}. {escaped(intro)}".rstrip() + "\n\n"
+        page += table(cls.Config, skip=["model_dim"])
+    page += "\n## Caches\n\nOptions of `cache=` in Python, `cache` in requests, and `cache` in configurations.\n"
+    for kind in CACHES:
+        page += (
+            f"\n### {kind}\n\n{table(CACHES.get(kind).Config)}" if dataclasses.fields(CACHES.get(kind).Config) else ""
+        )
+    return page
+
+
+def help_of(module: str, *words: str) -> str:
+    """What `main` of the module prints for --help."""
+    printed, before = io.StringIO(), sys.argv
+    sys.argv = ["train/main.py" if module == "train.main" else f"python -m {module}", *words, "--help"]
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+            importlib.import_module(module).main([*words, "--help"]) if words else importlib.import_module(
+                module
+            ).main()
+    finally:
+        sys.argv = before
+    return printed.getvalue()
+
+
+def subcommands(text: str) -> list[str]:
+    """The commands that a help text lists, in its order."""
+    listed = re.search(r"^commands:\n((?:  .*\n)+)", text, re.MULTILINE)
+    if listed:
+        return re.findall(r"^  ([\w-]+) ", listed[1], re.MULTILINE)
+    choices = re.search(r"\{([\w,-]+)\} \.\.\.", text)
+    return choices[1].split(",") if choices else []
+
+
+def commands() -> str:
+    """The page of commands."""
+    os.environ |= {"COLUMNS": "110", "NO_COLOR": "1"}
+    page = "# Commands\n\nThis page is written by `python scripts/render_reference.py` from what `--help` prints.\n"
+    for title, module in COMMANDS:
+        text = help_of(module)
+        page += f"\n## {title}\n\n```text\n{text.rstrip()}\n```\n"
+        for word in subcommands(text):
+            page += f"\n### {title} {word}\n\n```text\n{help_of(module, word).rstrip()}\n```\n"
+    return page
+
+
+PAGES = {"configuration.md": configuration, "commands.md": commands}
+
+
+def main() -> int:
+    """Writes or checks; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    check, stale = parser.parse_args().check, 0
+    for name, page in PAGES.items():
+        path, text = REFERENCE / name, page()
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            stale = 1
+            print(f"docs/reference/{name} is not current; run python scripts/render_reference.py", file=sys.stderr)
+    return stale
+
+
+if __name__ == "__main__":
+    sys.exit(main())

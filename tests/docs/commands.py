@@ -1,0 +1,181 @@
+"""Checks commands of the documents without running them: programs, options, files and keys have to be there."""
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from scripts.render_reference import help_of, subcommands
+from serve.config import SERVE_FIELDS, build_serve_config, parse_settings, read_config_file
+from train.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("attnzoo/", "configs/", "docs/", "scripts/", "serve/", "tests/", "train/")
+TRAINING = {"--num_accelerators", "--num_gpus", "--num_nodes", "--hostfile"}
+"""Options of the deepspeed command that the documents use."""
+ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
+
+
+def check(line: str) -> None:
+    """Raises ValueError that says what of a command is wrong."""
+    words = shlex.split(line, comments=True)
+    while words and re.fullmatch(r"\w+=.*", words[0], re.DOTALL):
+        words = words[1:]
+    if not words:
+        return
+    for word in words:
+        if word.startswith(ROOMS) and "=" not in word and not (ROOT / word.split(":")[0]).exists():
+            raise ValueError(f"{line}: there is no {word}")
+    program = Path(words[0]).name
+    if program not in PROGRAMS:
+        raise ValueError(f"{line}: nothing here checks the program {words[0]!r}; add it to tests/docs/commands.py")
+    PROGRAMS[program](words[1:])
+
+
+@cache
+def _help(module: str, *words: str) -> str:
+    return help_of(module, *words)
+
+
+def _options(words: list[str], text: str) -> None:
+    known = set(re.findall(r"(?<![\w-])--?[\w-]+", text))
+    for word in words:
+        if word.startswith("-") and word.split("=")[0] not in known:
+            raise ValueError(f"{word} is no option; known: {', '.join(sorted(known))}")
+
+
+def _attnzoo(words: list[str]) -> None:
+    known = subcommands(_help("attnzoo.__main__"))
+    if not words or words[0] not in known:
+        raise ValueError(f"attnzoo {' '.join(words)}: known are {', '.join(known)}")
+    _options(words[1:], _help("attnzoo.__main__", words[0]))
+    if words[0] == "serve":
+        _settings(words[1:])
+    if words[0] == "train":
+        _overrides(words[1:])
+
+
+def _serve(words: list[str]) -> None:
+    _options(words, _help("serve.__main__"))
+    _settings(words)
+
+
+def _settings(words: list[str]) -> None:
+    """Of a server, as its command reads them."""
+    rest = iter(words)
+    settings: dict[str, object] = {"checkpoint": "smollm2"}
+    for word in rest:
+        if word == "--config":
+            settings |= read_config_file(ROOT / next(rest))
+        elif word.startswith("--"):
+            settings[word.removeprefix("--")] = json.loads(next(rest)) if word == "--port" else next(rest)
+        else:
+            settings |= parse_settings([word])
+    build_serve_config(settings)
+
+
+def _train(words: list[str]) -> None:
+    _options(words, _help("train.main"))
+    _overrides(words)
+
+
+def _overrides(words: list[str]) -> None:
+    """Of a training run, with its configuration."""
+    # The reader's own variant exists on the reader's machine only.
+    overrides = [word.replace("attention=mine", "attention=mha") for word in words if "=" in word]
+    load_config(words[words.index("--config") + 1], overrides)
+
+
+def _python(words: list[str]) -> None:
+    if words[0] == "train/main.py":
+        return _train(words[1:])
+    if words[:2] == ["-m", "attnzoo"]:
+        return _attnzoo(words[2:])
+    if words[:2] == ["-m", "serve"]:
+        return _serve(words[2:])
+    if words[0] == "-c":
+        compile(words[1], "-c", "exec")
+        return None
+    module = words[1] if words[0] == "-m" else words[0].removesuffix(".py").replace("/", ".")
+    arguments = words[2:] if words[0] == "-m" else words[1:]
+    if not (ROOT / module.replace(".", "/")).with_suffix(".py").is_file():
+        raise ValueError(f"there is no module {module}")
+    if arguments:
+        _options(arguments, _help(module))
+    return None
+
+
+def _deepspeed(words: list[str]) -> None:
+    at = words.index("train/main.py")
+    for word in words[:at]:
+        if word.startswith("--") and word not in TRAINING:
+            raise ValueError(f"{word} is not among {', '.join(sorted(TRAINING))}")
+    _train(words[at + 1 :])
+
+
+def _make(words: list[str]) -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for word in words:
+        name, equals, value = word.partition("=")
+        if equals and f"$({name})" not in text and f"$(if $({name})" not in text:
+            raise ValueError(f"make {word}: the Makefile does not read {name}")
+        if name == "MODEL" and not (ROOT / "configs" / "serve" / f"{value}.yaml").is_file():
+            raise ValueError(f"make {word}: there is no such model under configs/serve")
+        if not equals and not re.search(rf"^{word}:", text, re.MULTILINE):
+            raise ValueError(f"make {word}: the Makefile has no such target")
+
+
+def _ray(words: list[str]) -> None:
+    if words[0] == "run":
+        module, _, name = words[1].partition(":")
+        if f"def {name}(" not in (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8"):
+            raise ValueError(f"there is no {words[1]}")
+        build_serve_config(parse_settings(words[2:]))
+    elif words[0] != "deploy":
+        raise ValueError(f"serve {words[0]}: run or deploy")
+
+
+def _curl(words: list[str]) -> None:
+    path = re.sub(r"http://[\w.]+(:\d+)?", "", next(word for word in words if word.startswith("http://")))
+    if path not in ROUTES:
+        raise ValueError(f"the server has no {path}")
+    if "-d" in words:
+        body = json.loads(words[words.index("-d") + 1])
+        known = set(_fields(path))
+        if not body.keys() <= known:
+            raise ValueError(f"{path} has no {', '.join(sorted(body.keys() - known))}")
+
+
+def _fields(path: str) -> list[str]:
+    from serve.openai.protocol import CompletionRequest
+    from serve.openai.protocol_chat import ChatRequest
+
+    return list((ChatRequest if "chat" in path else CompletionRequest).model_fields)
+
+
+def _pip(words: list[str]) -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for word in words:
+        extras = re.search(r"\[([\w,]+)\]", word)
+        for extra in extras[1].split(",") if extras else ():
+            if not re.search(rf"^{extra} = \[", text, re.MULTILINE):
+                raise ValueError(f"pip install {word}: there is no extra {extra}")
+
+
+def _anything(words: list[str]) -> None:
+    """Programs of the system, with files of the tree or of the reader's."""
+
+
+PROGRAMS: dict[str, Callable[[list[str]], None]] = {
+    "attnzoo": _attnzoo,
+    "python": _python,
+    "deepspeed": _deepspeed,
+    "make": _make,
+    "serve": _ray,
+    "curl": _curl,
+    "pip": _pip,
+    **dict.fromkeys(("cp", "cd", "git", "pytest", "export", "env", "."), _anything),
+}
+assert "checkpoint" in SERVE_FIELDS
