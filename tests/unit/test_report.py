@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from scripts.readme_tables import markdown
+from scripts.render_tables import markdown
 
 from attnzoo.report import Claim, Report, available_cores, format_claims, format_table
 
