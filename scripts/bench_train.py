@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from attnzoo.models import DecoderLM
 from attnzoo.report import Claim, Report
-from train.config import Config, load_config
+from train.config import Config
+from train.config_reader import load_config
 from train.engine import TrainingEngine, start
 from train.optim import build_optimizer, set_rate
 from train.ranks import finish

@@ -30,7 +30,7 @@ from typing import Any
 from attnzoo.checkpoint import load_model
 from attnzoo.report import Claim, Report, format_claims, format_table
 from scripts.ngram_baseline import texts
-from train.config import load_config
+from train.config_reader import load_config
 from train.ngram import ngram_bits_per_byte
 from train.plot import plot_losses
 from train.run_directory import locked

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from attnzoo.report import Report
 from attnzoo.types import build_config
-from train.config import load_config
+from train.config_reader import load_config
 from train.data import DataConfig
 from train.data.corpora import split_documents
 from train.ngram import join, ngram_bits_per_byte

@@ -4,14 +4,12 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attnzoo.errors import suggest
 from attnzoo.files import user_path
+from train.config import Config
 from train.ngram import HIGHEST_ORDER
-
-if TYPE_CHECKING:
-    from train.config import Config
 
 MEASURED_STEPS = 20
 """Steps after which `train.max_minutes` is turned into a number of steps."""
@@ -66,7 +64,7 @@ NAME = re.compile(r"\w([\w .+=@-]*[\w+=@-])?\Z")
 LARGEST_SEED, LARGEST = 2**32 - 1, 2**63 - 1
 
 
-def _names(config: "Config") -> Iterator[tuple[str, str]]:
+def _names(config: Config) -> Iterator[tuple[str, str]]:
     """The name is that of a directory; a directory that is set has a name."""
     if not NAME.match(config.name) or len(config.name) > 100:
         yield (
@@ -84,7 +82,7 @@ def _names(config: "Config") -> Iterator[tuple[str, str]]:
                 yield key, str(error)
 
 
-def _extremes(config: "Config") -> Iterator[tuple[str, str]]:
+def _extremes(config: Config) -> Iterator[tuple[str, str]]:
     """Numbers that are none, and whole ones that no machine word holds; seeds that numpy does not take."""
     if not 0 <= config.seed <= LARGEST_SEED:
         yield "seed", f"seed={config.seed} must be between 0 and {LARGEST_SEED}"
@@ -98,7 +96,7 @@ def _extremes(config: "Config") -> Iterator[tuple[str, str]]:
                 yield key, f"{key}={number} must be at most {LARGEST}"
 
 
-def problems(config: "Config") -> Iterator[tuple[str, str]]:
+def problems(config: Config) -> Iterator[tuple[str, str]]:
     """(key, message) for every value out of range."""
 
     def get(key: str) -> Any:

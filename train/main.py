@@ -42,7 +42,8 @@ from train import ranks, run_directory
 from train.budget import check_same_budget
 from train.checkpoint import Checkpoints, Progress, find_resume, identity
 from train.checks import check_batches, check_length, check_run
-from train.config import Config, load_config
+from train.config import Config
+from train.config_reader import load_config
 from train.data import DataConfig, TrainingData, prepare
 from train.deepspeed_config import deepspeed_config
 from train.engine import TrainingEngine

@@ -11,7 +11,7 @@ from attnzoo.attention import ATTENTION
 from scripts.draw_architecture import PICTURE, draw
 from scripts.render_reference import commands, configuration
 from scripts.render_tables import DOCUMENTS, RESULTS, render
-from train.config import load_config
+from train.config_reader import load_config
 from train.plan import describe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -163,3 +163,22 @@ def test_nothing_unpickles_what_others_wrote():
         assert not {name for name in imported(path) if name.split(".")[0] in ("pickle", "dill", "cloudpickle")}, path
         if short(path) not in ("train/checkpoint.py", "train/engine.py"):
             assert "torch.load(" not in path.read_text(encoding="utf-8"), short(path)
+
+
+def test_modules_do_not_import_one_another():
+    """No circle of modules, wherever in a file the imports stand."""
+    paths = {dotted(path): path for path in SOURCES}
+    needs = {}
+    for name, path in paths.items():
+        found = imported(path)
+        # A name is a module, or stands in one; what a package gathers from its modules is no circle.
+        parents = {each.rpartition(".")[0] for each in found if each not in paths}
+        needs[name] = (found | {p for p in parents if p in paths and paths[p].name != "__init__.py"}) - {name}
+    while free := [name for name, others in needs.items() if not others & needs.keys()]:
+        for name in free:
+            del needs[name]
+    assert not needs, f"these modules import one another: {', '.join(sorted(needs))}"
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")

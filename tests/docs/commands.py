@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scripts.render_reference import help_of, subcommands
 from serve.config import SERVE_FIELDS, build_serve_config, parse_settings, read_config_file
-from train.config import load_config
+from train.config_reader import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("attnzoo/", "configs/", "docs/", "scripts/", "serve/", "tests/", "train/")

@@ -25,7 +25,8 @@ from torch import Tensor
 from attnzoo.models import DecoderLM
 from train import engine as engines
 from train.checkpoint import Progress
-from train.config import Config, load_config
+from train.config import Config
+from train.config_reader import load_config
 from train.engine import TrainingEngine
 from train.evaluate import samples, validate
 from train.loop import TrainingRun, take_step

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from attnzoo.models import DecoderLM
 from attnzoo.planner.fits import Setup, training_memory
 from attnzoo.profiling.memory import peak_bytes
-from train.config import Config, load_config
+from train.config import Config
+from train.config_reader import load_config
 from train.engine import TrainingEngine, start
 from train.ranks import finish
 

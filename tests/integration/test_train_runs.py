@@ -15,7 +15,7 @@ from attnzoo.checkpoint import load_model, load_tokenizer, read_metadata
 from attnzoo.models import generate
 from attnzoo.types import build_config
 from tests.helpers.training import ROOT, environment, launch, losses, write_tiny
-from train.config import load_config
+from train.config_reader import load_config
 from train.data import DataConfig, prepare
 
 FREE = "train.gradient_clipping=1000"

@@ -8,7 +8,7 @@ import pytest
 
 from attnzoo.report import Claim, Report
 from scripts.demo import BELOW, claims, set_aside, shown, why_anew
-from train.config import load_config
+from train.config_reader import load_config
 from train.run_directory import locked
 
 SHORT = "the budget train.max_minutes=4 is enough for 21 steps"

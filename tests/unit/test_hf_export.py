@@ -25,7 +25,7 @@ from attnzoo.tokenizer.sentencepiece import SPACE
 from tests.helpers import serving
 from tests.helpers.foreign_tokenizers import ANY_TEXT, TEXTS, check_same
 from tests.unit.test_open_weights import CASES, bound, reference, tokens
-from train.config import load_config
+from train.config_reader import load_config
 from train.tokenizer import train_tokenizer
 
 

@@ -17,7 +17,7 @@ from attnzoo.planner.fits import GIB, Setup, communicated_bytes, optimizer_bytes
 from attnzoo.planner.model_file import DEFAULT_VOCABULARY, read_model
 from attnzoo.planner.serving import cache_policies
 from tests.unit.test_gguf_models import smollm2
-from train.config import load_config
+from train.config_reader import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

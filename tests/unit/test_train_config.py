@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from train.config import load_config
 from train.config_layers import CONFIGS, ConfigError
+from train.config_reader import load_config
 
 
 def write(path: Path, text: str) -> str:

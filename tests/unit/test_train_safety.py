@@ -16,8 +16,8 @@ from torch import nn
 
 from tests.helpers.training import ROOT, write_tiny
 from train.checkpoint import Checkpoints, find_resume, newest_whole, steps_in
-from train.config import load_config
 from train.config_layers import ConfigError
+from train.config_reader import load_config
 from train.digests import check_files, digest_files, write_digests
 from train.failures import explain
 from train.finite import GradientCheck, describe, finite_or_none, first_non_finite

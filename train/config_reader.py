@@ -1,0 +1,118 @@
+"""Reading a configuration: YAML files with `base:` inheritance and `key=value` overrides, into `train.config.Config`.
+
+Every mistake names the key, the nearest known one, and the place it was written (file:line or the command line).
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from attnzoo.errors import suggest
+from attnzoo.types import build_config
+from train.config import FREE_SECTIONS, Config
+from train.config_layers import ConfigError, ConfigLayer, place_of, read_layers
+from train.data import DataConfig
+from train.limits import problems
+from train.tokenizer import TokenizerConfig
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a file (a bare name is looked up in configs/), its bases, and `key=value` overrides.
+
+    Raises ConfigError for unknown keys, wrong types, values out of range, and files that cannot be read.
+    """
+    places: dict[str, str] = {}
+    merged = OmegaConf.structured(Config)
+    for layer in read_layers(name, overrides):
+        places.update(layer.places)
+        _check_keys(layer)
+        merged = _merge(merged, layer)
+    config = _resolved(merged, places)
+    for key, problem in problems(config):
+        raise ConfigError(f"{place_of(places, key)}: {problem}")
+    _check_sections(config, places)
+    return config
+
+
+def _resolved(merged: Any, places: dict[str, str]) -> Config:
+    """The typed configuration, with ${references} to other keys filled in."""
+    try:
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        raise ConfigError(f"{place_of(places, key)}: {key}: {str(error).splitlines()[0]}") from None
+
+
+def _check_keys(layer: ConfigLayer) -> None:
+    for prefix, values, known in _sections(layer.values):
+        if values is None:
+            continue
+        if not isinstance(values, Mapping):
+            place, keys = place_of(layer.places, prefix), ", ".join(known)
+            raise ConfigError(f"{place}: {prefix}={values!r} must be a section with the keys {keys}")
+        for key in values:
+            if known and key not in known:
+                name = f"{prefix}.{key}" if prefix else str(key)
+                raise ConfigError(f"{place_of(layer.places, name)}: unknown key {name}{suggest(str(key), known)}")
+
+
+def _sections(values: dict[str, Any]) -> Iterator[tuple[str, Any, list[str]]]:
+    yield "", values, [f.name for f in fields(Config)]
+    for section in fields(Config):
+        if section.name in values and is_dataclass(section.type):
+            yield section.name, values[section.name], [f.name for f in fields(section.type)]
+        elif section.name in values and section.name in FREE_SECTIONS:
+            yield section.name, values[section.name], []
+
+
+def _merge(config: Any, layer: ConfigLayer) -> Any:
+    attention = (layer.values.get("model") or {}).get("attention")
+    known = config.model.get("attention")
+    if isinstance(attention, dict) and "kind" not in attention and known is not None:
+        if not OmegaConf.is_dict(known):
+            raise ConfigError(
+                f"{place_of(layer.places, 'model.attention')}: model.attention is {known!r}, so its options cannot be "
+                "set one by one; give the whole value, for example model.attention={kind: rcmha, num_heads: 8}"
+            )
+    elif attention is not None:
+        # Options of the variant that is replaced mean nothing to the new one.
+        config.model.pop("attention", None)
+    try:
+        return OmegaConf.merge(config, {k: v for k, v in layer.values.items() if v is not None or k in _LEAVES})
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{place_of(layer.places, key)}: {key}: {reason}") from None
+
+
+_LEAVES = frozenset(f.name for f in fields(Config) if not is_dataclass(f.type) and f.name not in FREE_SECTIONS)
+
+
+def _check_sections(config: Config, places: dict[str, str]) -> None:
+    """Lets the owners of free sections check them, and adds the place to their message."""
+    if "vocab_size" in config.model:
+        raise ConfigError(
+            f"{place_of(places, 'model.vocab_size')}: model.vocab_size={config.model['vocab_size']!r}: the vocabulary "
+            "is the tokenizer's; set tokenizer.vocab_size"
+        )
+    checks = {
+        "model": lambda: config.model_config(1),  # any number serves the check
+        "data": lambda: build_config(DataConfig, config.data, "data"),
+        "tokenizer": lambda: build_config(TokenizerConfig, config.tokenizer, "tokenizer"),
+    }
+    for section, check in checks.items():
+        try:
+            check()
+        except ValueError as error:
+            raise ConfigError(f"{_mentioned(places, section, str(error))}: {error}") from None
+
+
+def _mentioned(places: dict[str, str], section: str, message: str) -> str:
+    """The place of the deepest key of `section` that the message names."""
+    words = set(re.findall(r"\w+", message.split(";")[0]))
+    keys = [k for k in places if k.startswith(f"{section}.") and k.rsplit(".", 1)[1] in words]
+    return place_of(places, max(keys, key=lambda k: k.count("."), default=section))
