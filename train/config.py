@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from attnzoo.apps import cache_directory
 from attnzoo.errors import suggest
 from attnzoo.files import user_path
 from attnzoo.models import DecoderConfig
@@ -20,7 +21,6 @@ from attnzoo.types import build_config
 from train.config_layers import ConfigError, ConfigLayer, place_of, read_layers
 from train.limits import problems
 
-PROJECT = Path(__file__).resolve().parents[1]
 FREE_SECTIONS = ("model", "data", "tokenizer")
 """Sections whose keys belong to others (DecoderConfig, train.data): checked by their owners, not by OmegaConf."""
 
@@ -189,8 +189,8 @@ class Config:
 
     @property
     def cache_path(self) -> Path:
-        """Where prepared data, tokenizers and compiled extensions are kept."""
-        return user_path(self.cache_dir, "cache_dir") if self.cache_dir else PROJECT / ".cache"
+        """Where prepared data, tokenizers and compiled extensions are kept: cache_dir, or `attnzoo.apps` says."""
+        return user_path(self.cache_dir, "cache_dir") if self.cache_dir else cache_directory()
 
     @property
     def sequence_length(self) -> int:

@@ -219,7 +219,7 @@ def healthy(port: int) -> bool:
         (["--checkpoint", "x", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--checkpoint", "x", "--port", "http"], "--port"),
         (["--checkpoint", "x", "port=-5"], "port=-5"),
-        (["--checkpoint", "x", "verbose"], "is not key=value"),
+        (["--checkpoint", "x", "verbose"], "is not of the form key=value, for example port=8001"),
     ],
     ids=str,
 )

@@ -69,8 +69,8 @@ def test_checkpoints_are_found_as_load_finds_them(tmp_path, monkeypatch):
         ("threads=0", "threads=0"),
         ("dtype=fp23", "fp23"),
         ("max_queue=[", "max_queue"),
-        ("max_queue", "is not key=value"),
-        ("=5", "is not key=value"),
+        ("max_queue", "is not of the form key=value, for example port=8001"),
+        ("=5", "is not of the form key=value, for example port=8001"),
     ],
 )
 def test_mistakes_are_named(pair, message):
@@ -131,7 +131,7 @@ def test_mistakes_in_files_have_their_line(tmp_path, text, message):
 
 @pytest.mark.parametrize("pair", ["drain_timeout_s=.nan", "step_timeout_s=.inf", "cache={policy: d2o, policy: think}"])
 def test_mistakes_in_words_are_named(pair):
-    with pytest.raises(ValueError, match=r"^(drain_timeout_s|step_timeout_s|cache)=.*(finite|twice)"):
+    with pytest.raises(ValueError, match=r"^(drain_timeout_s|step_timeout_s|cache): .*(finite|twice)"):
         parse_settings([pair])
 
 
