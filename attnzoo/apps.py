@@ -33,8 +33,8 @@ def use() -> None:
 
 
 def find_config(name: str | os.PathLike[str]) -> Path:
-    """The configuration file that a name means: a bare name is looked up in configs/ first, and `configs/NAME` means the
-    file that ships where the current directory has none. A name that leads nowhere stays the path it is."""
+    """The configuration file that a name means: a bare name is looked up in configs/ first, and `configs/NAME` means
+    the file that ships where the current directory has none. A name that leads nowhere stays the path it is."""
     path, configs = Path(name), directory() / "configs"
     if path.parent == Path(".") and (configs / path).is_file():
         return configs / path

@@ -1,8 +1,8 @@
 """Settings as text: YAML with the numbers and words that people mean, and no mistake passed over.
 
 Configuration files of training, serving and planning are read by `read_mapping`, `key=value` words of every command by
-`parse_word`. Types are those of YAML 1.2: 1e-6 is a number, `no` and `on` are words, 010 is ten. A key that is set twice, and
-numbers that are not finite, are errors. Needs the package pyyaml.
+`parse_word`. Types are those of YAML 1.2: 1e-6 is a number, `no` and `on` are words, 010 is ten. A key that is set
+twice, and numbers that are not finite, are errors. Needs the package pyyaml.
 """
 
 import functools
@@ -25,9 +25,7 @@ FLOAT = re.compile(
 """Tried after INT."""
 
 
-def parse_words(
-    words: Iterable[str], example: str, *, as_text: Collection[str] = (), hint: str = ""
-) -> dict[str, Any]:
+def parse_words(words: Iterable[str], example: str, *, as_text: Collection[str] = (), hint: str = "") -> dict[str, Any]:
     """A mapping from `key=value` words; of a key that comes twice the last one counts. Arguments and errors as in
     `parse_word`.
 

@@ -29,9 +29,9 @@ EXAMPLES = """examples:
   curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
        -d '{"model": "demo", "prompt": "def ", "max_tokens": 32, "stream": true}'
 
-python -m serve is the same in a checkout. Settings are key=value and override the file; serve/config.py lists them. Stop
-with Ctrl-C or SIGTERM: running requests finish first. Only this machine can connect unless you set host=0.0.0.0 (then set
-api_key_env too).
+python -m serve is the same in a checkout. Settings are key=value and override the file; serve/config.py lists them.
+Stop with Ctrl-C or SIGTERM: running requests finish first. Only this machine can connect unless you set host=0.0.0.0
+(then set api_key_env too).
 """
 
 
@@ -116,8 +116,9 @@ def run(options: argparse.Namespace) -> int:
     try:
         url = deployment.start(config, connected=lambda: end_on_signals(ended), cancelled=ended.is_set)
     except (ValueError, RuntimeError, ConnectionError) as error:
+        status = complain(NAME, str(error), 1)
         deployment.stop(config)
-        return complain(NAME, str(error), 1)
+        return status
     except KeyboardInterrupt:
         deployment.stop(config)
         return 130
@@ -130,8 +131,9 @@ def run(options: argparse.Namespace) -> int:
     watch = Watch(url, deployment.replica_state, lambda line: print(line, file=sys.stderr, flush=True))
     while not ended.wait(EVERY_S):
         if not watch.look():
+            status = complain(NAME, "Ray has ended and does not come back; start again", 1)
             deployment.stop(config)
-            return complain(NAME, "Ray has ended and does not come back; start again", 1)
+            return status
     print("finishing running requests ...", file=sys.stderr)
     if not deployment.drain(config.drain_timeout_s):
         print(f"some requests did not end within drain_timeout_s={config.drain_timeout_s}", file=sys.stderr)

@@ -8,7 +8,6 @@ from typing import Any
 
 from attnzoo.apps import find_config
 from attnzoo.checkpoint import PACKAGED, find_checkpoint
-from attnzoo.errors import suggest
 from attnzoo.settings import parse_words, parse_yaml, read_mapping
 from attnzoo.types import CheckedConfig, build_config, parse_dtype
 from serve.caches import CacheRules

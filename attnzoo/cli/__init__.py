@@ -1,8 +1,8 @@
 """The command `attnzoo`: its table of commands, and how one of them is found and run.
 
-A command is a module with `add_arguments(parser)` and `run(options) -> exit status`, and the table names it. What stands
-outside the library (train/, serve/, scripts/) is imported by its name when it is asked for. Modules are light: help, the
-list of commands and wrong usage are answered without torch, and what computes is imported by `run`.
+A command is a module with `add_arguments(parser)` and `run(options) -> exit status`, and the table names it. What
+stands outside the library (train/, serve/, scripts/) is imported by its name when it is asked for. Modules are light:
+help, the list of commands and wrong usage are answered without torch, and what computes is imported by `run`.
 """
 
 import argparse
@@ -34,8 +34,8 @@ python -m attnzoo is the same command. Exit status 2 is wrong usage, 130 Ctrl-C.
 
 @dataclass(frozen=True)
 class Command:
-    """module: has `run`, and `add_arguments` unless `arguments` names another module that has it (where `run`'s loads
-    torch). extra: what `pip install 'attnzoo[extra]'` brings that it needs."""
+    """module: has `run`, and `add_arguments` unless `arguments` ("module:function") is in its place, because importing
+    `module` loads torch. extra: what `pip install 'attnzoo[extra]'` brings that it needs."""
 
     module: str
     help: str
@@ -44,7 +44,7 @@ class Command:
 
 
 BENCHMARKS = {
-    name: Command(f"scripts.bench_{name}", text, extra, f"scripts.arguments.bench_{name}")
+    name: Command(f"scripts.bench_{name}", text, extra, f"scripts.arguments:bench_{name}")
     for name, text, extra in (
         ("attention", "time and memory of the variants, against torch's attention", ""),
         ("cache", "what compressed caches still find, at equal bytes", "train"),
@@ -62,9 +62,15 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "serve": Command("serve.__main__", "serve a checkpoint over an OpenAI-compatible API", "serve"),
     "plan": Command("attnzoo.cli.plan", "what fits on so many GPUs, and how fast it can be"),
     "export": Command("attnzoo.cli.export", "a checkpoint as a directory of transformers"),
-    "compare": Command("scripts.compare.cli", "train variants side by side and measure them"),
-    "eval": Command("scripts.eval_lm", "a checkpoint on tasks of the harness lm-eval", "eval"),
-    "reproduce": Command("scripts.reproduce", "published experiments anew, every claim checked"),
+    "compare": Command(
+        "scripts.compare.cli", "train variants side by side and measure them", "", "scripts.arguments:compare"
+    ),
+    "eval": Command(
+        "scripts.eval_lm", "a checkpoint on tasks of the harness lm-eval", "eval", "scripts.arguments:evaluate"
+    ),
+    "reproduce": Command(
+        "scripts.reproduce", "published experiments anew, every claim checked", "", "scripts.arguments:reproduce"
+    ),
     "bench": BENCHMARKS,
     "completion": Command("attnzoo.cli.completion", "completion for bash or zsh"),
 }
@@ -97,7 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def carry_out(
-    name: str, add_arguments: Callable[[Parser], None], run: Callable[[argparse.Namespace], int], words: Sequence[str]
+    name: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], int],
+    words: Sequence[str],
 ) -> int:
     """Parses, runs, and says what went wrong; returns the exit status. `name`: how the user calls it."""
     parser = Parser(prog=name)
@@ -132,24 +141,25 @@ def _grow(parser: Parser, table: Mapping[str, Command | dict[str, Command]]) -> 
         if isinstance(command, dict):
             _grow(commands.add_parser(name, help=_help(command)), command)
         else:
-            _module(command.arguments or command.module).add_arguments(commands.add_parser(name, help=command.help))
+            _declared(command)(commands.add_parser(name, help=command.help))
 
 
 def _dispatch(name: str, command: Command, words: Sequence[str]) -> int:
-    apps.use()
     try:
-        declared = _module(command.arguments or command.module).add_arguments
-        return carry_out(name, declared, lambda options: int(_module(command.module).run(options)), words)
+        run = lambda options: int(importlib.import_module(command.module).run(options))  # noqa: E731
+        return carry_out(name, _declared(command), run, words)
     except ModuleNotFoundError as error:
         if not command.extra or (error.name or "").split(".")[0] in ("attnzoo", "train", "serve", "scripts"):
             raise
         return complain(name, f"the package {error.name} is not installed; pip install 'attnzoo[{command.extra}]'")
 
 
-def _module(name: str) -> Any:
-    if not name.startswith("attnzoo."):
-        apps.use()
-    return importlib.import_module(name)
+def _declared(command: Command) -> Callable[[argparse.ArgumentParser], None]:
+    """What adds the command's arguments to a parser."""
+    apps.use()
+    module, _, function = (command.arguments or f"{command.module}:add_arguments").partition(":")
+    found: Callable[[argparse.ArgumentParser], None] = getattr(importlib.import_module(module), function)
+    return found
 
 
 def _overview(name: str, table: Mapping[str, Command | dict[str, Command]]) -> Parser:

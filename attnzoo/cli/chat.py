@@ -17,8 +17,8 @@ EXAMPLES = f"""examples:
   attnzoo chat smollm2 cache=d2o keep_ratio=0.5
   printf 'Name a prime number.\\nAnother one?\\n' | attnzoo chat smollm2
 
-In the terminal: /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer (what was written stays in
-the conversation). {OPTIONS}"""
+In the terminal: /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer (what was written
+stays in the conversation). {OPTIONS}"""
 PROMPT = "> "
 
 

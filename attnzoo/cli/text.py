@@ -11,9 +11,9 @@ from attnzoo.settings import parse_words
 if TYPE_CHECKING:
     from attnzoo.language_model import LanguageModel
 
-OPTIONS = """options are key=value, as in Python (attnzoo.GenerationConfig): max_new_tokens, temperature (0: the most likely
-token), top_p, top_k, seed, stop (a string or [several]), ignore_eos; cache=POLICY (d2o, think, snapkv, streaming, ...)
-with the policy's own, such as keep_ratio=0.5. Values are YAML: stop="\\n\\n" is two line ends.
+OPTIONS = """options are key=value, as in Python (attnzoo.GenerationConfig): max_new_tokens, temperature (0: the most
+likely token), top_p, top_k, seed, stop (a string or [several]), ignore_eos; cache=POLICY (d2o, think, snapkv,
+streaming, ...) with the policy's own, such as keep_ratio=0.5. Values are YAML: stop="\\n\\n" is two line ends.
 """
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Characters that would drive a terminal instead of being read."""
@@ -25,7 +25,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint", help="a directory of training (run or export) or of transformers, a .gguf file, or smollm2"
     )
     parser.add_argument("--dtype", default="auto", help="of the weights, for example bfloat16 (default: its own)")
-    parser.add_argument("--device", default="auto", help="for example cpu or cuda:1 (default: a GPU where there is one)")
+    parser.add_argument(
+        "--device", default="auto", help="for example cpu or cuda:1 (default: a GPU where there is one)"
+    )
 
 
 def load(options: argparse.Namespace) -> "LanguageModel":

@@ -15,8 +15,8 @@ EXAMPLES = """examples:
   attnzoo train --config rcmha.yaml --ranks 2 data.source=my.jsonl zero.stage=2 precision=bf16
   attnzoo train --config finetune.yaml checkpoint.init_from=smollm2
 
-configs/base.yaml explains every key. Ctrl-C and SIGTERM to a rank finish the step, save a checkpoint and exit 0; the same
-command then goes on where it stopped. Several machines: deepspeed --hostfile FILE train/main.py --config ...
+configs/base.yaml explains every key. Ctrl-C and SIGTERM to a rank finish the step, save a checkpoint and exit 0; the
+same command then goes on where it stopped. Several machines: deepspeed --hostfile FILE train/main.py --config ...
 Exit status 2: a mistake that can be mended before the run begins; 1: the run could not go on.
 """
 

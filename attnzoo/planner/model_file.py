@@ -24,8 +24,9 @@ class ModelFile:
 
 
 def read_model(path: Path, vocab_size: int | None = None) -> ModelFile:
-    """Reads a training config (with its `base:` files; a bare name is looked up in configs/), the config.json of a checkpoint of ours or of transformers (or
-    its directory, weights or not), a .gguf file, or the name of a packaged model.
+    """Reads a training config (with its `base:` files; a bare name is looked up in configs/), the config.json of a
+    checkpoint of ours or of transformers (or its directory, weights or not), a .gguf file, or the name of a packaged
+    model.
 
     Of a training config only `model` and `tokenizer.vocab_size` are read; `vocab_size` overrides both.
     Raises ValueError that names the file, the key and the way out.
@@ -89,4 +90,3 @@ def _merged(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = value
     return merged
-

@@ -10,7 +10,6 @@ sheets, all of them reached, nothing overlapped with communication.
 import argparse
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from attnzoo.models import DecoderLM, build_shapes
@@ -268,8 +267,9 @@ def nothing_fits(request: PlanOptions) -> str:
     if low:
         ways.append(f"--context {low}")
     return (
-        f"attnzoo plan: nothing fits: one sequence of {request.context:,} tokens takes {memory.total / GIB:.2f} GiB with "
-        f"ZeRO {leanest.stage} and activation checkpointing, {(memory.total - request.memory) / GIB:.2f} GiB more than "
+        f"attnzoo plan: nothing fits: one sequence of {request.context:,} tokens takes {memory.total / GIB:.2f} GiB "
+        f"with ZeRO {leanest.stage} and activation checkpointing, "
+        f"{(memory.total - request.memory) / GIB:.2f} GiB more than "
         f"there are ({largest_part} alone {getattr(memory, largest_part) / GIB:.2f} GiB); any of these would do: "
         + ", ".join(ways)
     )

@@ -92,7 +92,7 @@ def test_files_that_hold_no_mapping(tmp_path):
     (tmp_path / "empty.yaml").write_text("")
     assert read_config_file(tmp_path / "empty.yaml") == {}
     (tmp_path / "list.yaml").write_text("- 5")
-    with pytest.raises(ValueError, match=r"list\.yaml holds a list"):
+    with pytest.raises(ValueError, match=r"list\.yaml: the file holds a list"):
         read_config_file(tmp_path / "list.yaml")
     with pytest.raises(ValueError, match=r"missing\.yaml"):
         read_config_file(tmp_path / "missing.yaml")
