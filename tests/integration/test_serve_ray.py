@@ -20,7 +20,6 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from attnzoo.apps import cache_directory
 from attnzoo.models import generate
 from serve.__main__ import main
 from tests.helpers.serving import export, small_model, tokenizer
@@ -49,10 +48,10 @@ class Running:
     def __init__(self, directory: Path, *settings: str) -> None:
         checkpoint = export(directory / "tiny" / "export", max_len=1024)
         command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", "0", *settings]
-        # In a directory of its own: the token lands in its .cache.
         self.directory = directory
+        own = environment() | {"ATTNZOO_HOME": str(directory / "home")}  # where the token goes
         self.process = subprocess.Popen(
-            command, cwd=directory, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command, cwd=directory, env=own, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         self.errors: list[str] = []
         threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True).start()
@@ -158,7 +157,7 @@ def test_only_loopback_listens_and_the_token_is_private(server):
     }
     assert addresses
     assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-    token = cache_directory() / "ray_token"
+    token = server.directory / "home" / "ray_token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     assert len(token.read_text()) == 64
 
