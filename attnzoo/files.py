@@ -11,15 +11,6 @@ MAX_JSON = 64 << 20
 """Bytes of a JSON file; the index of a model of a million tensors has fewer."""
 
 
-def home() -> Path:
-    """Where this project keeps what is not a run's: $ATTNZOO_HOME, else attnzoo in the user's cache directory. It need
-    not exist."""
-    own = os.environ.get("ATTNZOO_HOME")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "attnzoo"
-
-
 def real_path(path: Path) -> Path:
     """Where a path leads; a link to itself leads to itself, where `Path.resolve` raises RuntimeError."""
     return Path(os.path.realpath(path))
