@@ -77,11 +77,13 @@ def describe(kind: str, options: dict[str, Any], context: int, dtype: str) -> st
     try:
         with without_storage():
             attention = build_attention(kind, options, kind).to(parse_dtype(dtype))
-    except (TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
-        raise ValueError(f"{kind} ({_file(cls)}) cannot be built: {type(error).__name__}: {error}") from error
-    per_token, constant = state_growth(attention, context)
-    prefill, decode = attention.cost(1, context, context), attention.cost(1, 1, context)
-    traits = "  ".join(f"{key}={value}" for key, value in dataclasses.asdict(attention.traits).items())
+        traits = "  ".join(f"{key}={value}" for key, value in dataclasses.asdict(attention.traits).items())
+        per_token, constant = state_growth(attention, context)
+        prefill, decode = attention.cost(1, context, context), attention.cost(1, 1, context)
+    except (ValueError, OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever a variant of somebody's own raises
+        raise ValueError(f"{kind} ({_file(cls)}) cannot be described: {type(error).__name__}: {error}") from error
     fields = [
         f"  {field.name}: {_type_name(field.type)} = {getattr(attention.config, field.name)!r}"
         for field in dataclasses.fields(cls.Config)
