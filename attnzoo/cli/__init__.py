@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attnzoo import __version__, apps
+import attnzoo
+from attnzoo import apps
 from attnzoo.errors import complain, suggest
 from attnzoo.report import run_command
 
@@ -172,7 +173,7 @@ def _overview(name: str, table: Mapping[str, Command | dict[str, Command]]) -> P
         epilog=EXAMPLES if name == PROGRAM else f"{name} NAME --help says what a command measures and takes.",
     )
     if name == PROGRAM:
-        parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+        parser.add_argument("--version", action="version", version=f"{PROGRAM} {attnzoo.__version__}")
     return parser
 
 

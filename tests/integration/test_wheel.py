@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import serving
-from tests.training import ROOT, write_tiny
+from tests.helpers import serving
+from tests.helpers.training import ROOT, write_tiny
 
 pytest.importorskip("hatchling", reason="builds the wheel")
 pytest.importorskip("pip", reason="installs the wheel")
@@ -120,7 +120,7 @@ def test_training(installed, tmp_path):
     installed.attnzoo("train", "--config", config, "--ranks", "2", *settings)
     assert (installed.clean / "runs" / "tiny" / "export" / "config.json").is_file()
     assert {"tokens", "tokenizers"} <= {path.name for path in installed.home.iterdir()}
-    wrong = installed.command("train", "--config", config, "train.stepz=2")
+    wrong = installed.command("train", "--config", config, "--dry-run", "train.stepz=2")
     done = subprocess.run(wrong, cwd=installed.clean, env=installed.environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "unknown key train.stepz; did you mean 'steps'?" in done.stderr

@@ -10,8 +10,8 @@ import pytest
 import attnzoo
 from attnzoo.cli import main
 from attnzoo.language_model import LanguageModel
-from tests import serving
-from tests.serving import chat_tokenizer, small_model
+from tests.helpers import serving
+from tests.helpers.serving import chat_tokenizer, small_model
 
 
 class Recording(LanguageModel):

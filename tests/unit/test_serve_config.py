@@ -1,12 +1,17 @@
 """Settings: strict, with the nearest name, and the same from a file, from words and from Ray's arguments."""
 
+import os
 import re
+import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from attnzoo.loading import check_device
 from serve.config import absolute, build_serve_config, parse_settings, read_config_file
+from serve.environment import _leave_token, prepare_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -140,3 +145,24 @@ def test_a_device_that_is_not_there_is_named(device):
     with pytest.raises(ValueError, match=f"device={device!r}"):
         check_device(device)
     check_device("cpu")
+
+
+def test_servers_that_start_at_once_share_a_token(tmp_path):
+    """Whole, for its owner's eyes, and the one that the first of them left."""
+    path = tmp_path / "home" / "ray_token"
+
+    def start(turn: int) -> str:
+        _leave_token(path)
+        return path.read_text()
+
+    with ThreadPoolExecutor(8) as pool:
+        (token,) = set(pool.map(start, range(32)))
+    with patch.dict(os.environ):
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+            os.environ.pop(name, None)
+        prepare_environment(path.parent)
+        assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(path)
+    assert list(path.parent.iterdir()) == [path]
+    assert path.read_text() == token
+    assert len(token) == 64
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
