@@ -252,7 +252,7 @@ def memory_growth(tokens: int) -> dict[str, float]:
 def run(options: argparse.Namespace) -> int:
     """Prints a table; exit status 1 when a claim does not hold."""
     torch.set_num_threads(options.threads)
-    report = Report.start(quick=options.quick)
+    report = Report.start(command=options.command, quick=options.quick)
     if report.load_before > BUSY:
         print(f"load average {report.load_before} is above {BUSY}: others use this machine", file=sys.stderr)
     tokens, turns = (256, 2) if options.quick else (2048, options.turns)

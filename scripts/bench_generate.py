@@ -223,7 +223,7 @@ def run(options: argparse.Namespace) -> int:
     """Prints a table; exit status 1 when a claim does not hold. Raises ValueError for what is no checkpoint."""
     vocabulary = load_tokenizer(find_checkpoint(options.checkpoint)).vocab_size
     sizes = QUICK if options.quick else Sizes()
-    report = Report.start(quick=options.quick)
+    report = Report.start(command=options.command, quick=options.quick)
     if report.load_before > BUSY:
         print(f"load average {report.load_before} is above {BUSY}: others use this machine", file=sys.stderr)
     with tempfile.TemporaryDirectory() as directory:

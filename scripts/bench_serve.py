@@ -209,7 +209,7 @@ def run(options: argparse.Namespace) -> int:
     load, cores = os.getloadavg()[0], available_cores()
     if load > cores / 2 and not (options.busy or options.quick):
         raise ValueError(f"load average {load:.2f} on {cores} cores: numbers would be noise; wait, or say --busy")
-    report = Report.start(quick=options.quick)
+    report = Report.start(command=options.command, quick=options.quick)
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = options.checkpoint or make_checkpoint(Path(directory))
         try:

@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
             "model.num_layers=1",
         ]
     config = load_config(options.config, size)
-    report = Report.start(seed=config.seed, quick=options.quick)
+    report = Report.start(command=options.command, seed=config.seed, quick=options.quick)
     if report.load_before > BUSY:
         print(f"load average {report.load_before} is above {BUSY}: others use this machine", file=sys.stderr)
     device = start(config, 0)

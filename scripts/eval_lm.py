@@ -198,7 +198,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluates and reports; returns the exit status. Raises ValueError."""
-    report = Report.start(seed=options.seed, quick=options.quick)
+    report = Report.start(command=options.command, seed=options.seed, quick=options.quick)
     measure(options, report)
     report.print_table()
     if options.json:

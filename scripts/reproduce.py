@@ -48,10 +48,10 @@ def configure(chosen: argparse.Namespace) -> tuple[list[Experiment], ExperimentC
 
 
 def reproduce(
-    experiments: list[Experiment], config: ExperimentConfig, workers: int, figures: Path | None
+    experiments: list[Experiment], config: ExperimentConfig, workers: int, figures: Path | None, command: list[str]
 ) -> dict[str, Report]:
     """Measures, judges and draws: a report an experiment."""
-    blank = Report.start(seed=config.seed, quick=config.quick)
+    blank = Report.start(command=command, seed=config.seed, quick=config.quick)
     start = time.perf_counter()
     found, seconds = measure(experiments, config, workers)
     elapsed = time.perf_counter() - start
@@ -105,7 +105,7 @@ def run(chosen: argparse.Namespace) -> int:
     wrong usage."""
     experiments, config = configure(chosen)
     try:
-        reports = reproduce(experiments, config, chosen.workers, chosen.results)
+        reports = reproduce(experiments, config, chosen.workers, chosen.results, chosen.command)
     except JobError as error:
         return complain("attnzoo reproduce", str(error), 1)
     except KeyboardInterrupt:

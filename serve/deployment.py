@@ -1,6 +1,6 @@
 """The server on Ray Serve: the only file that knows Ray.
 
-    python -m serve --checkpoint runs/demo/export
+    attnzoo serve --checkpoint runs/demo/export
     serve run serve.deployment:app checkpoint=runs/demo/export max_num_seqs=8
     serve deploy configs/serve/ray/deploy.yaml
     ATTNZOO_SERVE_CONFIG=configs/serve/smollm2.yaml serve build serve.deployment:application -o deploy.yaml
@@ -98,9 +98,7 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     values = {key: parse_value(key, value) for key, value in args.items()}
     for key in RUN_ONLY:
         if key in values:
-            raise ValueError(
-                f"{key} is set by Ray's own options under `serve run`; leave it out, or use python -m serve"
-            )
+            raise ValueError(f"{key} is set by Ray's own options under `serve run`; leave it out, or use attnzoo serve")
     if "checkpoint" in values:
         values["checkpoint"] = absolute(values["checkpoint"])
     return build(build_serve_config(values))

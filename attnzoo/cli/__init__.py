@@ -109,10 +109,12 @@ def carry_out(
     run: Callable[[argparse.Namespace], int],
     words: Sequence[str],
 ) -> int:
-    """Parses, runs, and says what went wrong; returns the exit status. `name`: how the user calls it."""
+    """Parses, runs, and says what went wrong; returns the exit status. `name`: how the user calls it. `run` finds the
+    whole command in options.command, for reports."""
     parser = Parser(prog=name)
     add_arguments(parser)
     options = parser.parse_intermixed_args(words)
+    options.command = [*name.split(), *words]
     try:
         return run(options)
     except (ValueError, OSError) as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from attnzoo.report import Report, format_claims, format_table, this_command
+from attnzoo.report import Report, format_claims, format_table
 from scripts.arguments import CACHE_SECTIONS
 from scripts.caches import sections
 from scripts.caches.figure import plot_quality
@@ -53,7 +53,7 @@ def measure(chosen: argparse.Namespace, train: Trainer, peer_script: Path) -> in
 def _command(chosen: argparse.Namespace) -> list[str]:
     """What was typed, without the place where this machine has kvpress."""
     place = str(chosen.kvpress_python)
-    return [word.replace(place, "ENVIRONMENT/bin/python") for word in this_command()]
+    return [word.replace(place, "ENVIRONMENT/bin/python") for word in chosen.command]
 
 
 def _measure(name: str, chosen: argparse.Namespace, report: Report, train: Trainer, peer_script: Path) -> None:

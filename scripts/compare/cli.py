@@ -41,7 +41,7 @@ def run(chosen: argparse.Namespace) -> int:
 
 def measure(comparison: Comparison, chosen: argparse.Namespace) -> int:
     """Compares, prints the tables, writes report and figures."""
-    report = Report.start(quick=chosen.quick)
+    report = Report.start(command=chosen.command, quick=chosen.quick)
     directory = chosen.run_dir or Path("runs/compare-quick" if chosen.quick else "runs/compare")
     if chosen.figures is not None:
         require_matplotlib("--figures")

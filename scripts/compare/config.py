@@ -1,4 +1,4 @@
-"""What a comparison is made of: every key of `python -m attnzoo compare key=value ...`."""
+"""What a comparison is made of: every key of `attnzoo compare key=value ...`."""
 
 import copy
 import dataclasses

@@ -271,7 +271,7 @@ def test_what_a_variant_does_wrong_is_said_of_it(plugged, capsys):
     plugged(MINE + WITHOUT_COST + NARROW)
     assert main(["describe", "a"]) == 2
     error = capsys.readouterr().err
-    assert error == "attnzoo: error: a (plugin.py) cannot be described: ZeroDivisionError: division by zero\n"
+    assert error == "attnzoo describe: error: a (plugin.py) cannot be described: ZeroDivisionError: division by zero\n"
     model = DecoderLM(DecoderConfig(vocab_size=9, model_dim=8, num_layers=1, attention="a"))
     with pytest.raises(ValueError, match=r"A made \[2, 1, 8\] of an input of \[2, 3, 8\]; a variant keeps the shape"):
         model(torch.zeros(2, 3, dtype=torch.long))  # a sum would spread it over all tokens
