@@ -152,9 +152,10 @@ def _dispatch(name: str, command: Command, words: Sequence[str]) -> int:
         run = lambda options: int(importlib.import_module(command.module).run(options))  # noqa: E731
         return carry_out(name, _declared(command), run, words)
     except ModuleNotFoundError as error:
-        if not command.extra or (error.name or "").split(".")[0] in ("attnzoo", "train", "serve", "scripts"):
+        if (error.name or "").split(".")[0] in ("attnzoo", "train", "serve", "scripts"):
             raise
-        return complain(name, f"the package {error.name} is not installed; pip install 'attnzoo[{command.extra}]'")
+        what = f"attnzoo[{command.extra}]" if command.extra else "attnzoo"
+        return complain(name, f"the package {error.name} is not installed; pip install '{what}'")
 
 
 def _declared(command: Command) -> Callable[[argparse.ArgumentParser], None]:

@@ -248,15 +248,36 @@ def test_an_unknown_command_gets_the_nearest_one(capsys):
     assert capsys.readouterr().err.startswith("attnzoo: error: unknown command 'generat'; did you mean 'generate'?")
 
 
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    assert capsys.readouterr().err.endswith("the package shtab is not installed; pip install 'attnzoo'\n")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "scripts.eval_lm", raising=False)
+    assert main(["eval", "x", "--tasks", "y"]) == 2
+    assert "pip install 'attnzoo[eval]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_completion(shell, capsys):
+def test_completion(shell, capsys, tmp_path):
     pytest.importorskip("shtab")
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
     for word in (*COMMANDS, *BENCHMARKS, "--kvpress-python", "--local-rank"):
         assert (word in script) == (word != "--local-rank")
     if shell == "bash":
-        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+        for words, expected in (
+            ("be", "bench"),
+            ("bench tr", "train"),
+            ("serve --po", "--port"),
+            ("plan --model a", "a.yaml"),
+        ):
+            typed = ["attnzoo", *words.split()]
+            (tmp_path / "a.yaml").touch()
+            state = f"COMP_WORDS=({' '.join(typed)}); COMP_CWORD={len(typed) - 1}"
+            ask = f"{script}\n{state}; _shtab_attnzoo; echo ${{COMPREPLY[@]}}"
+            done = subprocess.run(["bash"], input=ask, capture_output=True, text=True, cwd=tmp_path, check=True)
+            assert done.stdout.split() == [expected]
     assert command_tree().parse_args(["bench", "train", "--quick"]).quick
 
 
