@@ -24,6 +24,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from attnzoo.errors import complain
 from attnzoo.files import user_path, write_atomic
 from attnzoo.report import Report, format_table
 from scripts.compare import CompareConfig, Comparison, Hooks, Run, parse_settings, run_one
@@ -51,8 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         _same_sweep(Path(chosen.run_dir).resolve(), trials, chosen.asha)
         results = run_trials(trials, chosen)
     except (ValueError, ConnectionError) as error:
-        print(f"train.sweep: error: {error}", file=sys.stderr)
-        return 2
+        return complain("train.sweep", str(error))
     except KeyboardInterrupt:
         print(GOES_ON, file=sys.stderr)
         return 130

@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
@@ -155,7 +156,11 @@ def test_servers_that_start_at_once_share_a_token(tmp_path):
         _leave_token(path)
         return path.read_text()
 
-    with ThreadPoolExecutor(8) as pool:
+    def slowly(count: int) -> str:
+        time.sleep(0.02)  # so that others come in between
+        return os.urandom(count).hex()
+
+    with patch("serve.environment.secrets.token_hex", slowly), ThreadPoolExecutor(8) as pool:
         (token,) = set(pool.map(start, range(32)))
     with patch.dict(os.environ):
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
