@@ -132,7 +132,7 @@ def entry() -> int:
 
 
 def command_tree() -> Parser:
-    """One parser of all commands with their arguments, for completion. Leaves out what cannot be imported here."""
+    """One parser of all commands with their arguments, for completion and for documents."""
     parser = _overview(PROGRAM, {})
     _grow(parser, COMMANDS)
     return parser
@@ -144,13 +144,15 @@ def _grow(parser: Parser, table: Mapping[str, Command | dict[str, Command]]) -> 
         if isinstance(command, dict):
             _grow(commands.add_parser(name, help=_help(command)), command)
         else:
-            _declared(command)(commands.add_parser(name, help=command.help))
+            arguments_of(command)(commands.add_parser(name, help=command.help))
 
 
 def _dispatch(name: str, command: Command, words: Sequence[str]) -> int:
+    def run(options: argparse.Namespace) -> int:
+        return int(importlib.import_module(command.module).run(options))
+
     try:
-        run = lambda options: int(importlib.import_module(command.module).run(options))  # noqa: E731
-        return carry_out(name, _declared(command), run, words)
+        return carry_out(name, arguments_of(command), run, words)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in ("attnzoo", "train", "serve", "scripts"):
             raise
@@ -158,8 +160,8 @@ def _dispatch(name: str, command: Command, words: Sequence[str]) -> int:
         return complain(name, f"the package {error.name} is not installed; pip install '{what}'")
 
 
-def _declared(command: Command) -> Callable[[argparse.ArgumentParser], None]:
-    """What adds the command's arguments to a parser."""
+def arguments_of(command: Command) -> Callable[[argparse.ArgumentParser], None]:
+    """The function that adds the command's arguments to a parser."""
     apps.use()
     module, _, function = (command.arguments or f"{command.module}:add_arguments").partition(":")
     found: Callable[[argparse.ArgumentParser], None] = getattr(importlib.import_module(module), function)

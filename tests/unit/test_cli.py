@@ -15,7 +15,7 @@ from attnzoo import __version__
 from attnzoo.__main__ import main
 from attnzoo.attention import ATTENTION
 from attnzoo.checkpoint import save_model
-from attnzoo.cli import BENCHMARKS, COMMANDS, Parser, _declared, command_tree
+from attnzoo.cli import BENCHMARKS, COMMANDS, Parser, arguments_of, command_tree
 from attnzoo.settings import parse_words, read_mapping
 from tests.helpers import serving
 
@@ -204,7 +204,7 @@ def test_help_has_examples_that_the_command_takes(name, capsys):
     for words in found:
         words = words if "$(" in words else words.partition(")")[0]  # eval "$(attnzoo ...)"
         parser = Parser(prog=name)
-        _declared(command)(parser)
+        arguments_of(command)(parser)
         parser.parse_intermixed_args(shlex.split(re.split(r" [<>] ", words)[0], comments=True))
 
 
