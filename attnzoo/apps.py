@@ -25,9 +25,12 @@ def is_installed() -> bool:
 
 
 def use() -> None:
-    """Lets this process and the ones it starts import `train`, `serve` and `scripts`: first on the path."""
+    """Lets this process import `train`, `serve` and `scripts`, first on its path. What it starts finds them too:
+    those of a checkout as it found attnzoo itself, those of an installed package by PYTHONPATH."""
     place = str(directory())
     sys.path[:] = [place, *(entry for entry in sys.path if entry != place)]
+    if not is_installed():
+        return
     others = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != place]
     os.environ["PYTHONPATH"] = os.pathsep.join([place, *others])
 

@@ -118,7 +118,8 @@ async def run_http(port: int, model: str, prompts: Sequence[list[int]], clients:
 async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: dict, sizes: Sizes) -> Timing:
     """One streamed completion over an open connection, read with as little work as possible."""
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n\r\n"
+    fields = f"host: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}"
+    head = f"POST /v1/completions HTTP/1.1\r\n{fields}\r\n\r\n"
     sent = time.perf_counter()
     writer.write(head.encode() + data)
     answer = await reader.readuntil(b"\r\n\r\n")
