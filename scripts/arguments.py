@@ -33,7 +33,7 @@ when a claim does not hold or a run fails.
     parser.add_argument("--quick", action="store_true", help="tiny sizes that end within two minutes: no measurement")
     parser.add_argument("--run-dir", type=Path, help="default: runs/compare, or runs/compare-quick")
     parser.add_argument(
-        "--workers", type=int, default=available_cores(), help="runs side by side (default: %(default)s)"
+        "--workers", type=int, default=available_cores(), help="runs side by side (default: one a core)"
     )
     parser.add_argument("--show", action="store_true", help="print settings and runs, train nothing")
 
@@ -86,7 +86,7 @@ hold. Every random number comes from a generator of its own key, so a part's res
     parser.add_argument("--variant", help="a variant in the place of linear attention (icl-gd), or beside all (depth)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument(
-        "--workers", type=int, default=available_cores(), help="parts side by side (default: %(default)s)"
+        "--workers", type=int, default=available_cores(), help="parts side by side (default: one a core)"
     )
     parser.add_argument("--quick", action="store_true", help="sizes cut down, within two minutes: no measurement")
     _json(parser)
