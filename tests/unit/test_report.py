@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from scripts.render_tables import markdown
 
 from attnzoo.report import Claim, Report, available_cores, format_claims, format_table
+from scripts.render_tables import markdown
 
 
 @pytest.mark.parametrize(
