@@ -32,7 +32,7 @@ compare: install  ## train the variants side by side on the characters of TEXT (
 	$(BIN)/python -m attnzoo compare text=$(TEXT) --json runs/compare/report.json --figures runs/compare
 
 serve: install  ## serve CHECKPOINT (default: the demo's) on PORT until interrupted; MODEL=smollm2: a chat model
-	$(BIN)/python -m serve $(if $(MODEL),--config configs/serve/$(MODEL).yaml,--checkpoint $(CHECKPOINT)) --port $(PORT)
+	$(BIN)/python -m attnzoo serve $(if $(MODEL),--config configs/serve/$(MODEL).yaml,--checkpoint $(CHECKPOINT)) --port $(PORT)
 
 quick: install  ## a sample of the suite, without DeepSpeed and Ray (under 90 seconds on two cores)
 	$(PYTEST) --quick -q

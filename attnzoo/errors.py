@@ -1,5 +1,6 @@
 """Messages for people: every error names the field, the value and the way out."""
 
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -14,3 +15,13 @@ def suggest(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
     return f"{hint} known: {', '.join(names)}"
+
+
+def complain(command: str, message: str, status: int = 2) -> int:
+    """Says on stderr, in one line, why a command ends; returns its exit status, by default that of wrong usage. Every
+    command does it by this function.
+
+    command: as the user calls it, "attnzoo list".
+    """
+    print(f"{command}: error: {message}", file=sys.stderr, flush=True)
+    return status

@@ -1,4 +1,4 @@
-"""`python -m attnzoo export`: a checkpoint as a directory of transformers."""
+"""What `attnzoo export` does: a checkpoint as a directory of transformers."""
 
 import argparse
 from collections.abc import Callable
@@ -11,27 +11,6 @@ from attnzoo.checkpoint.target import check_export_target
 from attnzoo.files import real_path, user_path
 from attnzoo.models import DecoderConfig
 from attnzoo.tokenizer import Tokenizer, huggingface, load_tokenizer, sentencepiece
-
-EXAMPLES = """examples:
-  python -m attnzoo export runs/mha/export out
-  python -m attnzoo export runs/rcmha/export out --format attnzoo
-  python -m attnzoo export model.gguf out
-  python -m attnzoo export smollm2 out
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options and examples."""
-    parser.epilog, parser.formatter_class = EXAMPLES, argparse.RawDescriptionHelpFormatter
-    parser.add_argument("checkpoint", help="a directory of training or of transformers, a .gguf file, or smollm2")
-    parser.add_argument("out", type=Path, help="directory to write; an earlier export that is there is replaced")
-    parser.add_argument(
-        "--format",
-        choices=["auto", "native", "attnzoo"],
-        default="auto",
-        help="native: Llama, Mistral, Qwen2 or Qwen3, which load without this project; attnzoo: any model, which needs "
-        "`import attnzoo.hf`; auto: native where there is such a form (default: %(default)s)",
-    )
 
 
 def run(chosen: argparse.Namespace) -> int:

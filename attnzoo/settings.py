@@ -1,15 +1,19 @@
 """Settings as text: YAML with the numbers and words that people mean, and no mistake passed over.
 
-Types are those of YAML 1.2: 1e-6 is a number, `no` and `on` are words, 010 is ten. A key that is set twice, and
-numbers that are not finite, are errors. Needs the package pyyaml.
+Configuration files of training, serving and planning are read by `read_mapping`, `key=value` words of every command by
+`parse_word`. Types are those of YAML 1.2: 1e-6 is a number, `no` and `on` are words, 010 is ten. A key that is set
+twice, and numbers that are not finite, are errors. Needs the package pyyaml.
 """
 
 import functools
 import importlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 from typing import Any
+
+from attnzoo.files import read_text
 
 NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
 BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
@@ -19,6 +23,51 @@ FLOAT = re.compile(
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
 """Tried after INT."""
+
+
+def parse_words(words: Iterable[str], example: str, *, as_text: Collection[str] = (), hint: str = "") -> dict[str, Any]:
+    """A mapping from `key=value` words; of a key that comes twice the last one counts. Arguments and errors as in
+    `parse_word`.
+
+    >>> parse_words(["port=8001", "cache={policy: d2o}"], "port=8001")
+    {'port': 8001, 'cache': {'policy': 'd2o'}}
+    """
+    return dict(parse_word(word, example, as_text=as_text, hint=hint) for word in words)
+
+
+def parse_word(
+    word: str, example: str, *, as_text: Collection[str] = (), where: str = "", hint: str = ""
+) -> tuple[str, Any]:
+    """(key, value) of `key=value`, the value read as YAML.
+
+    as_text: keys whose value stays the text it is, names and paths for example. where: what messages begin with. Raises
+    ValueError that names the word and `example` for what has no "=", or an empty key (or part of a dotted key), and
+    the key for a value that cannot be read. hint: the end of the former message.
+    """
+    key, equals, text = word.partition("=")
+    key = key.strip()
+    if not equals or not all(key.split(".")):
+        raise ValueError(f"{where}{word!r} is not of the form key=value, for example {example}{hint}")
+    return key, text if key in as_text else parse_yaml(text, f"{where}{key}")
+
+
+def read_mapping(path: Path, name: str | None = None) -> tuple[dict[str, Any] | None, dict[str, int]]:
+    """(what a file holds, the line of every dotted key in it); None for an empty file.
+
+    name: what messages call the file; None: its path. Raises ValueError, beginning with it, for a file that is not
+    there, cannot be read, or holds anything else than a mapping.
+    """
+    name = str(path) if name is None else name
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        raise ValueError(f"{name}: cannot be read: there is no such file") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: cannot be read as YAML: {error}") from None
+    values, lines = parse_lines(text, name)
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{name}: the file holds a {type(values).__name__}; it must be a mapping, `key: value` a line")
+    return values, lines
 
 
 def parse_yaml(text: str, where: str) -> Any:

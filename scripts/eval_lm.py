@@ -1,9 +1,4 @@
-"""A checkpoint on tasks of the harness lm-eval, from files on this machine.
-
-A task is what lm-eval reads: a YAML file, and the data that it names. Data files are looked for beside the YAML, or
-beside that of the group which a task is in. No hub is asked, and the tasks that come with lm-eval are left out. A task
-may name Python code beside it, which then runs: give tasks that you trust.
-"""
+"""`attnzoo eval`: a checkpoint on tasks of the harness lm-eval, from files on this machine."""
 
 import argparse
 import contextlib
@@ -23,22 +18,17 @@ import torch
 import yaml
 
 from attnzoo.checkpoint import find_checkpoint, load_model, load_tokenizer
+from attnzoo.cli import carry_out
 from attnzoo.report import Report
 from attnzoo.types import parse_dtype
+from scripts import arguments
+from scripts.arguments import QUICK_LIMIT
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
     from scripts.lm_adapter import AdaptedLM
 
-EXAMPLES = """examples:
-  python -m scripts.eval_lm runs/demo/export --tasks tests/data/eval
-  python -m scripts.eval_lm smollm2 --tasks tests/data/eval --limit 8 --json eval.json
-  python -m scripts.eval_lm smollm2 --tasks tests/data/eval/sums.yaml --dtype bfloat16 --max-length 1024 --chat
-
-exit status: 0 done, 2 wrong usage or a task that cannot be run
-"""
-QUICK_LIMIT = 4
 RESAMPLES = 1000
 """For standard errors of metrics that are no means."""
 
@@ -166,7 +156,7 @@ def build_lm(options: argparse.Namespace) -> "AdaptedLM":
     )
 
 
-def run(options: argparse.Namespace, report: Report) -> None:
+def measure(options: argparse.Namespace, report: Report) -> None:
     """Fills the report. Raises ValueError."""
     check_package()
     if options.limit is not None and options.limit < 1:
@@ -206,41 +196,19 @@ def run(options: argparse.Namespace, report: Report) -> None:
     print(f"{options.checkpoint}: {dtype}, at most {lm.max_length:,} tokens, {seconds:.1f} s")
 
 
-def main() -> int:
-    """Evaluates and reports; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.eval_lm",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("checkpoint", help="an export directory, one of transformers, a .gguf file, or smollm2")
-    parser.add_argument("--tasks", type=Path, required=True, metavar="DIR_OR_YAML", help="what to evaluate on")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="where to write the report")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N items of each task only")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each item (default: the task's)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="texts a pass (default: %(default)s)")
-    parser.add_argument("--dtype", help="of weights, for example bfloat16 (default: the checkpoint's)")
-    parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--max-length", type=int, metavar="L", help="tokens the model sees (default: its positions)")
-    parser.add_argument("--chat", action="store_true", help="put items into the model's chat template")
-    parser.add_argument("--seed", type=int, default=0, help="of few-shot examples and sampling (default: %(default)s)")
-    parser.add_argument(
-        "--quick", action="store_true", help=f"at most {QUICK_LIMIT} items of each task: a check that it runs"
-    )
-    options = parser.parse_args()
-    report = Report.start(
-        command=["python", "-m", "scripts.eval_lm", *sys.argv[1:]], seed=options.seed, quick=options.quick
-    )
-    try:
-        run(options, report)
-    except ValueError as error:
-        print(f"eval_lm: error: {error}", file=sys.stderr)
-        return 2
+def run(options: argparse.Namespace) -> int:
+    """Evaluates and reports; returns the exit status. Raises ValueError."""
+    report = Report.start(command=options.command, seed=options.seed, quick=options.quick)
+    measure(options, report)
     report.print_table()
     if options.json:
         report.write(options.json)
     return report.exit_status()
+
+
+def main(words: list[str] | None = None) -> int:
+    """`attnzoo eval`; returns the exit status."""
+    return carry_out("attnzoo eval", arguments.evaluate, run, sys.argv[1:] if words is None else words)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from attnzoo.errors import complain
 from attnzoo.report import Report
 from attnzoo.types import build_config
 from train.config_reader import load_config
@@ -43,8 +44,7 @@ def main() -> int:
         start = time.perf_counter()
         bits = ngram_bits_per_byte(train, validation, chosen.orders)
     except ValueError as error:
-        print(f"ngram_baseline: {error}", file=sys.stderr)
-        return 2
+        return complain("ngram_baseline", str(error))
     report.rows += [
         {"order": order, "bits_per_byte": value, "train_bytes": len(train), "validation_bytes": len(validation)}
         for order, value in bits.items()

@@ -75,16 +75,8 @@ KNOWN = {
 COMMANDS = [
     ("attnzoo", "attnzoo.__main__"),
     ("train/main.py", "train.main"),
-    ("python -m serve", "serve.__main__"),
     ("python -m train.sweep", "train.sweep"),
-    ("python -m scripts.reproduce", "scripts.reproduce"),
-    ("python -m scripts.eval_lm", "scripts.eval_lm"),
     ("python -m scripts.demo", "scripts.demo"),
-    ("python -m scripts.bench_attention", "scripts.bench_attention"),
-    ("python -m scripts.bench_cache", "scripts.bench_cache"),
-    ("python -m scripts.bench_generate", "scripts.bench_generate"),
-    ("python -m scripts.bench_serve", "scripts.bench_serve"),
-    ("python -m scripts.bench_train", "scripts.bench_train"),
 ]
 """Title and module of each command; the module's `main` prints --help."""
 
@@ -189,7 +181,7 @@ def configuration() -> str:
         "# Configuration keys\n\nThis page is written by `python scripts/render_reference.py` from the classes in the "
     )
     page += "code.\n\n" + "".join(training())
-    page += "\n## Serving\n\nKeys of a serving configuration, and `key=value` after `python -m serve`.\n"
+    page += "\n## Serving\n\nKeys of a serving configuration, and `key=value` after `attnzoo serve`.\n"
     page += "\n### The engine\n\n"
     page += table(EngineConfig)
     page += "\n### The server around it\n\n" + table(
@@ -237,11 +229,15 @@ def commands() -> str:
     os.environ |= {"COLUMNS": "110", "NO_COLOR": "1"}
     page = "# Commands\n\nThis page is written by `python scripts/render_reference.py` from what `--help` prints.\n"
     for title, module in COMMANDS:
-        text = help_of(module)
-        page += f"\n## {title}\n\n```text\n{text.rstrip()}\n```\n"
-        for word in subcommands(text):
-            page += f"\n### {title} {word}\n\n```text\n{help_of(module, word).rstrip()}\n```\n"
+        page += command(title, module)
     return page
+
+
+def command(title: str, module: str, *words: str) -> str:
+    """The help of a command, and of those below it."""
+    text = help_of(module, *words)
+    page = f"\n##{'#' * len(words)} {' '.join([title, *words])}\n\n```text\n{text.rstrip()}\n```\n"
+    return page + "".join(command(title, module, *words, word) for word in subcommands(text))
 
 
 PAGES = {"configuration.md": configuration, "commands.md": commands}

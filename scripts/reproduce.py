@@ -1,15 +1,4 @@
-"""Runs published experiments on attention anew and checks every claim: expected, measured, tolerance, holds.
-
-    python -m scripts.reproduce all                                   # all of them, within 10 minutes on two cores
-    python -m scripts.reproduce icl-gd --quick                        # the code, in small; no measurement
-    python -m scripts.reproduce icl-gd --variant rcmha                # experiment A of any variant, plugins included
-    python -m scripts.reproduce depth --variant mine num_heads=2      # 'what does this attention compute?', it included
-    python -m scripts.reproduce all --results docs/results            # reports and figures, one JSON an experiment
-
-Experiments: icl-gd (A), one-step-gd (B), softmax-regression (C), depth (D). The exit status is 1 when a claim does
-not hold. Every random number comes from a generator of its own key, so a part's result does not depend on what else
-runs.
-"""
+"""`attnzoo reproduce`: published experiments on attention anew, every claim checked (expected, measured, tolerance)."""
 
 import argparse
 import sys
@@ -18,38 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from attnzoo.__main__ import parse_options
 from attnzoo.attention import ATTENTION, build_attention
+from attnzoo.cli import carry_out
+from attnzoo.errors import complain
 from attnzoo.figures import require_matplotlib
-from attnzoo.report import Claim, Report, available_cores, format_table
+from attnzoo.report import Claim, Report, format_table
+from attnzoo.settings import parse_words
 from attnzoo.workers import JobError
+from scripts import arguments
 from train.experiments.base import Experiment, ExperimentConfig
 from train.experiments.pool import known_experiments, measure
 
 WITH_VARIANT = ("icl-gd", "depth")
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("experiment", choices=[*known_experiments(), "all"])
-    parser.add_argument("options", nargs="*", metavar="key=value", help="options of --variant, for example num_heads=2")
-    parser.add_argument("--variant", help="a variant in the place of linear attention (icl-gd), or beside all (depth)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument(
-        "--workers", type=int, default=available_cores(), help="parts side by side (default: %(default)s)"
-    )
-    parser.add_argument("--quick", action="store_true", help="sizes cut down, within two minutes: no measurement")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write one report of all experiments here")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="write a report an experiment and its figures here")
-    return parser.parse_intermixed_args(arguments)
-
-
 def configure(chosen: argparse.Namespace) -> tuple[list[Experiment], ExperimentConfig]:
     """Raises ValueError for what does not fit together, before anything is trained."""
-    options = parse_options(chosen.options)
+    options = parse_words(chosen.options, "num_heads=2")
     experiments = known_experiments()
     names = list(experiments) if chosen.experiment == "all" else [chosen.experiment]
     if chosen.workers < 1:
@@ -74,10 +48,9 @@ def configure(chosen: argparse.Namespace) -> tuple[list[Experiment], ExperimentC
 
 
 def reproduce(
-    experiments: list[Experiment], config: ExperimentConfig, workers: int, figures: Path | None
+    experiments: list[Experiment], config: ExperimentConfig, workers: int, figures: Path | None, command: list[str]
 ) -> dict[str, Report]:
     """Measures, judges and draws: a report an experiment."""
-    command = ["python", "-m", "scripts.reproduce", *sys.argv[1:]]
     blank = Report.start(command=command, seed=config.seed, quick=config.quick)
     start = time.perf_counter()
     found, seconds = measure(experiments, config, workers)
@@ -127,19 +100,14 @@ def claim_row(claim: Claim) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0 when all claims hold, 1 when one does not or a part fails, 2 for wrong usage, 130 for Ctrl-C."""
-    chosen = parse(arguments)
+def run(chosen: argparse.Namespace) -> int:
+    """Exit status 0 when all claims hold, 1 when one does not or a part fails, 130 for Ctrl-C. Raises ValueError for
+    wrong usage."""
+    experiments, config = configure(chosen)
     try:
-        experiments, config = configure(chosen)
-    except ValueError as error:
-        print(f"reproduce: error: {error}", file=sys.stderr)
-        return 2
-    try:
-        reports = reproduce(experiments, config, chosen.workers, chosen.results)
+        reports = reproduce(experiments, config, chosen.workers, chosen.results, chosen.command)
     except JobError as error:
-        print(f"reproduce: {error}", file=sys.stderr)
-        return 1
+        return complain("attnzoo reproduce", str(error), 1)
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -151,6 +119,11 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.json is not None:
         report.write(chosen.json)
     return report.exit_status()
+
+
+def main(words: list[str] | None = None) -> int:
+    """`attnzoo reproduce`; returns the exit status."""
+    return carry_out("attnzoo reproduce", arguments.reproduce, run, sys.argv[1:] if words is None else words)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Serve a checkpoint: python -m serve --checkpoint runs/demo/export"""
+"""`attnzoo serve`, in a checkout also `python -m serve`: an OpenAI-compatible API in front of a checkpoint."""
 
 import argparse
 import json
@@ -8,33 +8,37 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from serve.config import ServeConfig, absolute, build_serve_config, parse_settings, read_config_file
+from attnzoo.apps import cache_directory
+from attnzoo.cli import carry_out
+from attnzoo.errors import complain
 from serve.environment import prepare_environment
-from serve.watch import EVERY_S, Watch
 
+if TYPE_CHECKING:
+    from serve.config import ServeConfig
+
+NAME = "attnzoo serve"
 EXAMPLES = """examples:
-  python -m serve --checkpoint runs/demo/export
-  python -m serve --checkpoint runs/demo/export --port 8001 max_num_seqs=4 max_model_len=512
-  python -m serve --checkpoint runs/demo/export --config configs/serve/private.yaml
-  python -m serve --config configs/serve/smollm2.yaml
-  python -m serve --checkpoint runs/demo/export cache='{policy: d2o, keep_ratio: 0.2}'
+  attnzoo serve --checkpoint runs/demo/export
+  attnzoo serve --checkpoint runs/demo/export --port 8001 max_num_seqs=4 max_model_len=512
+  attnzoo serve --checkpoint runs/demo/export --config configs/serve/private.yaml
+  attnzoo serve --config configs/serve/smollm2.yaml
+  attnzoo serve --checkpoint runs/demo/export cache='{policy: d2o, keep_ratio: 0.2}'
 
   curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
        -d '{"model": "demo", "prompt": "def ", "max_tokens": 32, "stream": true}'
 
-Settings are key=value and override the file; serve/config.py lists them. Stop with Ctrl-C or SIGTERM: running
-requests finish first. Only this machine can connect unless you set host=0.0.0.0 (then set api_key_env too)."""
+python -m serve is the same in a checkout. Settings are key=value and override the file; serve/config.py lists them.
+Stop with Ctrl-C or SIGTERM: running requests finish first. Only this machine can connect unless you set host=0.0.0.0
+(then set api_key_env too).
+"""
 
 
-def parse(argv: Sequence[str]) -> ServeConfig:
-    """The configuration from command-line words. Usage errors exit with status 2 and a message on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m serve",
-        description="Serve a checkpoint over an OpenAI-compatible API on Ray Serve.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options and examples."""
+    parser.description = "Serve a checkpoint over an OpenAI-compatible API on Ray Serve."
+    parser.epilog = EXAMPLES
     parser.add_argument(
         "--checkpoint",
         help="a directory of training (run or export) or of transformers, a .gguf file, or smollm2",
@@ -42,21 +46,23 @@ def parse(argv: Sequence[str]) -> ServeConfig:
     parser.add_argument("--port", type=int, help="port to listen on (default 8000)")
     parser.add_argument("--config", type=Path, help="a YAML file of settings, for example configs/serve/default.yaml")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting")
-    arguments = parser.parse_args(argv)
-    try:
-        values = {} if arguments.config is None else read_config_file(arguments.config)
-        values |= parse_settings(arguments.settings)
-        values |= {key: value for key in ("checkpoint", "port") if (value := getattr(arguments, key)) is not None}
-        if "checkpoint" in values:
-            values["checkpoint"] = absolute(values["checkpoint"])
-        config = build_serve_config(values)
-        check_checkpoint(config)
-    except ValueError as error:
-        parser.error(str(error))
+
+
+def read_config(options: argparse.Namespace) -> "ServeConfig":
+    """The configuration that the options ask for. Raises ValueError for what nothing can be served with."""
+    from serve.config import absolute, build_serve_config, parse_settings, read_config_file
+
+    values = {} if options.config is None else read_config_file(options.config)
+    values |= parse_settings(options.settings)
+    values |= {key: value for key in ("checkpoint", "port") if (value := getattr(options, key)) is not None}
+    if "checkpoint" in values:
+        values["checkpoint"] = absolute(values["checkpoint"])
+    config = build_serve_config(values)
+    check_checkpoint(config)
     return config
 
 
-def check_checkpoint(config: ServeConfig) -> None:
+def check_checkpoint(config: "ServeConfig") -> None:
     """Finds out before Ray starts. Raises ValueError when there is no checkpoint to load, no
     place to listen, or no such device."""
     from attnzoo.checkpoint import find_checkpoint, load_tokenizer, open_checkpoint
@@ -92,21 +98,27 @@ def end_on_signals(ended: threading.Event) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until SIGINT or SIGTERM; returns the exit status."""
-    config = parse(sys.argv[1:] if argv is None else argv)
-    prepare_environment(Path(".cache"))
+    """`python -m serve`; returns the exit status."""
+    return carry_out(NAME, add_arguments, run, sys.argv[1:] if argv is None else argv)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serves until SIGINT or SIGTERM; returns the exit status. Raises ValueError for wrong usage."""
+    config = read_config(options)
+    prepare_environment(cache_directory())
     # Heavy, only once the arguments are right, and after the environment that Ray reads at import.
     from attnzoo.checkpoint import find_checkpoint, load_tokenizer
     from serve import deployment
+    from serve.watch import EVERY_S, Watch
 
     ended = threading.Event()
     print(f"starting Ray and loading {config.checkpoint} ...", file=sys.stderr)
     try:
         url = deployment.start(config, connected=lambda: end_on_signals(ended), cancelled=ended.is_set)
     except (ValueError, RuntimeError, ConnectionError) as error:
-        print(f"python -m serve: error: {error}", file=sys.stderr)
+        status = complain(NAME, str(error), 1)
         deployment.stop(config)
-        return 1
+        return status
     except KeyboardInterrupt:
         deployment.stop(config)
         return 130
@@ -119,9 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     watch = Watch(url, deployment.replica_state, lambda line: print(line, file=sys.stderr, flush=True))
     while not ended.wait(EVERY_S):
         if not watch.look():
-            print("python -m serve: error: Ray has ended and does not come back; start again", file=sys.stderr)
+            status = complain(NAME, "Ray has ended and does not come back; start again", 1)
             deployment.stop(config)
-            return 1
+            return status
     print("finishing running requests ...", file=sys.stderr)
     if not deployment.drain(config.drain_timeout_s):
         print(f"some requests did not end within drain_timeout_s={config.drain_timeout_s}", file=sys.stderr)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from attnzoo.apps import find_config
 from attnzoo.checkpoint import PACKAGED, find_checkpoint
-from attnzoo.errors import suggest
-from attnzoo.settings import parse_lines, parse_yaml
+from attnzoo.settings import parse_words, parse_yaml, read_mapping
 from attnzoo.types import CheckedConfig, build_config, parse_dtype
 from serve.caches import CacheRules
 from serve.front.limits import Limits, check_host_name
@@ -180,35 +180,27 @@ def _check_seconds(config: EngineConfig, name: str) -> None:
 SERVE_FIELDS = tuple(field.name for field in fields(ServeConfig))
 
 
-def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
-    """{"port": 8001} from ["port=8001"]; values are read as YAML. Raises ValueError for what is no key=value."""
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key:
-            raise ValueError(f"{pair!r} is not key=value{suggest(pair, SERVE_FIELDS)}")
-        values[key] = parse_value(key, text)
-    return values
+TEXT_FIELDS = ("checkpoint", "model_name", "host", "device", "dtype", "api_key_env")
+"""Settings that are names and paths: a number or a YAML bracket in them is text."""
+
+
+def parse_settings(words: Iterable[str]) -> dict[str, Any]:
+    """{"port": 8001} from ["port=8001"]. Raises ValueError for what is no key=value, or cannot be read."""
+    hint = f"; known: {', '.join(SERVE_FIELDS)}"
+    values = parse_words(words, "port=8001", as_text=TEXT_FIELDS, hint=hint)
+    return {key: parse_value(key, value) if key in TEXT_FIELDS else value for key, value in values.items()}
 
 
 def parse_value(key: str, text: Any) -> Any:
-    """A value given as text, read as YAML; names and paths stay text, as does what is not text at all."""
-    if not isinstance(text, str) or key in ("checkpoint", "model_name", "host", "device", "dtype", "api_key_env"):
+    """A setting's value given as text; what is not text stays as it is, as Ray gives it."""
+    if not isinstance(text, str) or key in TEXT_FIELDS:
         return None if text in ("null", "none", "None") and key != "checkpoint" else text
-    return parse_yaml(text, f"{key}={text!r}")
+    return parse_yaml(text, key)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ValueError that names the file."""
-    try:
-        values = parse_lines(Path(path).read_text(encoding="utf-8"), str(path))[0]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the configuration {path}: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; write one `key: value` a line")
-    return values
+    """The mapping in a YAML file; configs/ is where `attnzoo.apps` says. Raises ValueError that names the file."""
+    return read_mapping(find_config(path))[0] or {}
 
 
 def absolute(checkpoint: Any) -> Any:

@@ -1,6 +1,6 @@
 """The server on Ray Serve: the only file that knows Ray.
 
-    python -m serve --checkpoint runs/demo/export
+    attnzoo serve --checkpoint runs/demo/export
     serve run serve.deployment:app checkpoint=runs/demo/export max_num_seqs=8
     serve deploy configs/serve/ray/deploy.yaml
     ATTNZOO_SERVE_CONFIG=configs/serve/smollm2.yaml serve build serve.deployment:application -o deploy.yaml
@@ -8,6 +8,7 @@
 One deployment is ingress and engine in one, so a token makes one hop: from the replica to Ray's HTTP proxy.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -24,6 +25,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 from starlette.types import ASGIApp
 
+from attnzoo.apps import directory
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig, absolute, build_serve_config, parse_value, read_config_file
 from serve.engine import Engine
@@ -96,9 +98,7 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     values = {key: parse_value(key, value) for key, value in args.items()}
     for key in RUN_ONLY:
         if key in values:
-            raise ValueError(
-                f"{key} is set by Ray's own options under `serve run`; leave it out, or use python -m serve"
-            )
+            raise ValueError(f"{key} is set by Ray's own options under `serve run`; leave it out, or use attnzoo serve")
     if "checkpoint" in values:
         values["checkpoint"] = absolute(values["checkpoint"])
     return build(build_serve_config(values))
@@ -126,19 +126,9 @@ def start(config: ServeConfig, connected: Callable[[], None], cancelled: Callabl
     application = build(config)
     port = free_port(config.host, config.port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    if config.cluster is None:
-        os.environ.pop("RAY_ADDRESS", None)  # of another cluster
-        os.environ[VARIABLE] = config.front_limits.to_json()
-        ray.init(
-            address="local",
-            num_cpus=config.num_cpus,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
-    else:
-        ray.init(address=config.cluster, log_to_driver=False)
+    # Ray puts the current directory first on its workers' path, where a serve.py of the user's own would hide this.
+    with contextlib.chdir(directory()):
+        _connect(config)
     connected()
     try:
         serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=config.host, port=port))
@@ -147,6 +137,23 @@ def start(config: ServeConfig, connected: Callable[[], None], cancelled: Callabl
     except RayError as error:
         raise RuntimeError(f"Ray's own processes ended while the model was loading ({type(error).__name__})") from error
     return f"http://{config.host}:{port}"
+
+
+def _connect(config: ServeConfig) -> None:
+    """Starts a local Ray, or joins the cluster."""
+    if config.cluster is not None:
+        ray.init(address=config.cluster, log_to_driver=False)
+        return
+    os.environ.pop("RAY_ADDRESS", None)  # of another cluster
+    os.environ[VARIABLE] = config.front_limits.to_json()
+    ray.init(
+        address="local",
+        num_cpus=config.num_cpus,
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
 
 
 def wait_until_running(cancelled: Callable[[], bool]) -> None:

@@ -1,7 +1,9 @@
 """What Ray reads from the environment when it is imported; so this comes first, and imports nothing of Ray."""
 
+import contextlib
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 QUIET = {
@@ -34,7 +36,18 @@ def prepare_environment(cache: Path) -> None:
         return
     path = cache.resolve() / "ray_token"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
+        _leave_token(path)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+
+
+def _leave_token(path: Path) -> None:
+    """Writes a token that is there whole or not at all; of several servers that start at once the first one's stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # for its owner's eyes only
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(secrets.token_hex(32))
+        with contextlib.suppress(FileExistsError):
+            os.link(name, path)
+    finally:
+        os.unlink(name)

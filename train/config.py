@@ -9,10 +9,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from attnzoo.apps import cache_directory
 from attnzoo.files import user_path
 from attnzoo.models import DecoderConfig
 
-PROJECT = Path(__file__).resolve().parents[1]
 FREE_SECTIONS = ("model", "data", "tokenizer")
 """Sections whose keys belong to others (DecoderConfig, train.data): checked by their owners, not by OmegaConf."""
 
@@ -181,8 +181,8 @@ class Config:
 
     @property
     def cache_path(self) -> Path:
-        """Where prepared data, tokenizers and compiled extensions are kept."""
-        return user_path(self.cache_dir, "cache_dir") if self.cache_dir else PROJECT / ".cache"
+        """Where prepared data, tokenizers and compiled extensions are kept: cache_dir, or `attnzoo.apps` says."""
+        return user_path(self.cache_dir, "cache_dir") if self.cache_dir else cache_directory()
 
     @property
     def sequence_length(self) -> int:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attnzoo.apps import directory, find_config
 from attnzoo.errors import suggest
-from attnzoo.settings import parse_lines, parse_yaml
+from attnzoo.settings import parse_word, read_mapping
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = directory() / "configs"
 COMMAND_LINE = "command line"
 
 
@@ -37,11 +38,9 @@ def read_layers(name: str, overrides: Sequence[str]) -> list[ConfigLayer]:
 
 def _find_config(name: str) -> Path:
     """The file meant by --config. Raises ConfigError that lists configs/ when there is none."""
-    path = Path(name)
-    candidates = [path] if path.parent != Path(".") else [CONFIGS / name, path]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+    path = find_config(name)
+    if path.is_file():
+        return path
     known = sorted(p.name for p in CONFIGS.glob("*.yaml"))
     raise ConfigError(f"--config: no file {name!r}{suggest(name, known)}")
 
@@ -67,28 +66,20 @@ def _chain(path: Path, seen: tuple[Path, ...]) -> list[ConfigLayer]:
 def _read(path: Path) -> ConfigLayer:
     name = _short(path)
     try:
-        values, lines = parse_lines(path.read_text(encoding="utf-8"), name)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name}: cannot be read as YAML: {error}") from None
+        values, lines = read_mapping(path, name)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if values is None:
         raise ConfigError(f"{name} is empty; write keys and values, for example base: base.yaml")
-    if not isinstance(values, dict):
-        raise ConfigError(f"{name}:1: the file must be a mapping of keys to values")
     return ConfigLayer(values, {key: f"{name}:{line}" for key, line in lines.items()})
 
 
 def _override(text: str) -> ConfigLayer:
-    key, separator, value = text.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
-        raise ConfigError(f"{COMMAND_LINE}: {text!r} is not of the form key=value, for example train.steps=100")
     try:
-        nested: Any = parse_yaml(value, f"{COMMAND_LINE}: {key.strip()}")
+        key, nested = parse_word(text, "train.steps=100", where=f"{COMMAND_LINE}: ")
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    places = {}
+    parts, places = key.split("."), {}
     for i in range(len(parts), 0, -1):
         places[".".join(parts[:i])] = COMMAND_LINE
         nested = {parts[i - 1]: nested}

@@ -1,4 +1,4 @@
-"""Trains a language model.
+"""Trains a language model. `attnzoo train --config FILE` starts it on this machine; by DeepSpeed's own command:
 
     deepspeed --num_accelerators 2 train/main.py --config rcmha.yaml
     deepspeed train/main.py --config rcmha.yaml train.steps=200 optim.lr=1e-3 run_dir=runs/try

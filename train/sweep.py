@@ -1,4 +1,4 @@
-"""Runs of `python -m attnzoo compare` as trials of Ray Tune, side by side over variants, seeds and settings.
+"""Runs of `attnzoo compare` as trials of Ray Tune, side by side over variants, seeds and settings.
 
     python -m train.sweep text=input.txt variants=mha,rcmha seeds=3 --run-dir runs/sweep
     python -m train.sweep tables=parameters --grid lr=1e-3,3e-3 --asha       # stops the worse trials early
@@ -24,6 +24,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from attnzoo.errors import complain
 from attnzoo.files import user_path, write_atomic
 from attnzoo.report import Report, format_table
 from scripts.compare import CompareConfig, Comparison, Hooks, Run, parse_settings, run_one
@@ -51,8 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         _same_sweep(Path(chosen.run_dir).resolve(), trials, chosen.asha)
         results = run_trials(trials, chosen)
     except (ValueError, ConnectionError) as error:
-        print(f"train.sweep: error: {error}", file=sys.stderr)
-        return 2
+        return complain("train.sweep", str(error))
     except KeyboardInterrupt:
         print(GOES_ON, file=sys.stderr)
         return 130
@@ -247,7 +247,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m train.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="as for python -m attnzoo compare")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="as for attnzoo compare")
     parser.add_argument("--grid", action="append", default=[], metavar="key=a,b", help="one comparison a value")
     parser.add_argument("--asha", action="store_true", help="stop the trials that are behind (arXiv 1810.05934)")
     parser.add_argument("--run-dir", default="runs/sweep", help="default: %(default)s")

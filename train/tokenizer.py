@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from attnzoo.errors import complain
 from attnzoo.files import user_path, write_atomic
 from attnzoo.tokenizer import load_tokenizer
 from attnzoo.tokenizer.sentencepiece import SPACE, SentencePieceTokenizer
@@ -154,8 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
             sample_lines(_noted(training_documents(data), head), SAMPLE_BYTES), config.vocab_size, chosen.out
         )
     except ValueError as error:
-        print(f"train.tokenizer: error: {error}", file=sys.stderr)
-        return 2
+        return complain("train.tokenizer", str(error))
     tokenizer, sample = SentencePieceTokenizer.load(chosen.out), "\n".join(head)[:RATIO_BYTES]
     ratio = len(sample.encode()) / len(tokenizer.encode(sample))
     print(

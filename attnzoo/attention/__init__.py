@@ -82,7 +82,7 @@ def attention(
     torch.Size([2, 100, 256])
 
     model_dim: size D of its input and output, x_BTD to y_BTD of [batch, tokens, D]. device, dtype: of its weights, by
-    default torch's own. Other options are the variant's, and have defaults (`python -m attnzoo describe rcmha` shows
+    default torch's own. Other options are the variant's, and have defaults (`attnzoo describe rcmha` shows
     them). The layer also streams: `init_state(batch, capacity)`, then `extend(chunk, state)` of any chunk length; and
     says what it takes: `cost(batch, tokens, context)`.
 

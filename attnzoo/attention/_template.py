@@ -56,7 +56,7 @@ class Slope(DistanceBias):
 
 @ATTENTION.register("mine")
 class Mine(ComposedAttention):
-    """One line for `python -m attnzoo list`."""
+    """One line for `attnzoo list`."""
 
     source = "authors year, arXiv id, section"
     Config = MineConfig

@@ -249,5 +249,5 @@ def _scaling(layer: MHAConfig) -> dict[str, Any] | None:
 def _refusal(what: str) -> ValueError:
     return ValueError(
         f"no family of transformers that is known here ({', '.join(CLASSES)}) has {what}; attnzoo.hf exports the model "
-        "as a model type of its own: python -m attnzoo export --format attnzoo"
+        "as a model type of its own: attnzoo export --format attnzoo"
     )

@@ -4,8 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from attnzoo.errors import suggest
 
 CPU = "cpu"
@@ -132,6 +130,8 @@ def chosen_chips(names: list[str] | None) -> list[Chip]:
 def this_cpu() -> Chip:
     """This machine, measured for about a second: a product of 2048 x 2048 matrices in either precision, and reading
     256 MiB. Ranks on one machine share both, and its memory is their link."""
+    import torch
+
     size = 2048
     flops = {}
     for dtype in (torch.float32, torch.bfloat16):

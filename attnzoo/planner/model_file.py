@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from attnzoo.apps import find_config
 from attnzoo.checkpoint import CONFIG, PACKAGED, find_checkpoint, open_checkpoint
 from attnzoo.checkpoint.huggingface import read_config
-from attnzoo.files import read_object, read_text
+from attnzoo.files import read_object
 from attnzoo.models import DecoderConfig
-from attnzoo.settings import parse_lines
+from attnzoo.settings import read_mapping
 
 DEFAULT_VOCABULARY = 32768
 
@@ -23,8 +24,9 @@ class ModelFile:
 
 
 def read_model(path: Path, vocab_size: int | None = None) -> ModelFile:
-    """Reads a YAML of configs/ (with its `base:` files), the config.json of a checkpoint of ours or of transformers (or
-    its directory, weights or not), a .gguf file, or the name of a packaged model.
+    """Reads a training config (with its `base:` files; a bare name is looked up in configs/), the config.json of a
+    checkpoint of ours or of transformers (or its directory, weights or not), a .gguf file, or the name of a packaged
+    model.
 
     Of a training config only `model` and `tokenizer.vocab_size` are read; `vocab_size` overrides both.
     Raises ValueError that names the file, the key and the way out.
@@ -33,6 +35,7 @@ def read_model(path: Path, vocab_size: int | None = None) -> ModelFile:
     if path.suffix == ".gguf":
         config = open_checkpoint(path).config
         return ModelFile(config if vocab_size is None else replace(config, vocab_size=vocab_size), _whose(vocab_size))
+    path = find_config(path)
     if path.is_dir():
         path = path / CONFIG
     if not path.is_file():
@@ -67,10 +70,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """A YAML file over its base, as training merges them: attention's options add up unless it names another kind."""
     if path.resolve() in seen:
         raise ValueError(f"{path}: base files form a cycle")
-    try:
-        content = _mapping(path, parse_lines(read_text(path), str(path))[0] or {})
-    except RecursionError:
-        raise ValueError(f"{path} cannot be read as YAML: it nests too deep") from None
+    content = read_mapping(path)[0] or {}
     base = content.pop("base", None)
     if base is None:
         return content
@@ -90,9 +90,3 @@ def _merged(base: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = value
     return merged
-
-
-def _mapping(path: Path, content: Any) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: the file must be a mapping of keys to values")
-    return content

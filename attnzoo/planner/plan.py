@@ -1,6 +1,6 @@
-"""`python -m attnzoo plan`: what fits on so many GPUs, how long a step takes at least, and how many sequences to serve.
+"""`attnzoo plan`: what fits on so many GPUs, how long a step takes at least, and how many sequences to serve.
 
-    python -m attnzoo plan --model configs/rcmha.yaml --gpus 64 --gpu-memory 80 --context 131072
+    attnzoo plan --model rcmha.yaml --gpus 64 --gpu-memory 80 --context 131072
 
 Memory is modelled tensor by tensor (`attnzoo.tape`), for the implementation "torch", and held against real runs by
 tests; kernels of a GPU need less workspace and keep less of a norm. Times are rooflines: peak numbers of data
@@ -10,11 +10,10 @@ sheets, all of them reached, nothing overlapped with communication.
 import argparse
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from attnzoo.models import DecoderLM, build_shapes
-from attnzoo.planner.chips import CHIPS, CPU, Chip, chosen_chips
+from attnzoo.planner.chips import Chip, chosen_chips
 from attnzoo.planner.fits import GIB, Setup, TrainingMemory, communicated_bytes, training_memory
 from attnzoo.planner.model_file import ModelFile, read_model
 from attnzoo.planner.serving import serving_report
@@ -50,23 +49,6 @@ class PlanOptions:
     precision: Any
     optimizer: Any
     batch_tokens: int | None
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    parser.add_argument(
-        "--model", required=True, type=Path, help="training config, checkpoint directory or config.json"
-    )
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs in all (default: %(default)s)")
-    parser.add_argument("--nodes", type=int, help="machines they are in (default: 8 GPUs a machine)")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of one (default: %(default)s)")
-    parser.add_argument("--context", type=int, help="tokens of a sequence (default: the model's max_positions)")
-    names = ", ".join([*CHIPS, CPU])
-    parser.add_argument("--chip", action="append", help=f"{names}; may be given again (default: all)")
-    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"], help="(default: %(default)s)")
-    parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"], help="(default: %(default)s)")
-    parser.add_argument("--batch-tokens", type=int, help="tokens of a step over all GPUs (default: one pass)")
-    parser.add_argument("--vocab-size", type=int, help="where the tokenizer decides (default: the config's)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -285,8 +267,9 @@ def nothing_fits(request: PlanOptions) -> str:
     if low:
         ways.append(f"--context {low}")
     return (
-        f"attnzoo: nothing fits: one sequence of {request.context:,} tokens takes {memory.total / GIB:.2f} GiB with "
-        f"ZeRO {leanest.stage} and activation checkpointing, {(memory.total - request.memory) / GIB:.2f} GiB more than "
+        f"attnzoo plan: nothing fits: one sequence of {request.context:,} tokens takes {memory.total / GIB:.2f} GiB "
+        f"with ZeRO {leanest.stage} and activation checkpointing, "
+        f"{(memory.total - request.memory) / GIB:.2f} GiB more than "
         f"there are ({largest_part} alone {getattr(memory, largest_part) / GIB:.2f} GiB); any of these would do: "
         + ", ".join(ways)
     )

@@ -1,7 +1,6 @@
 """The command line of the benchmark of cache policies."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 
 from attnzoo.report import Report, format_claims, format_table
+from scripts.arguments import CACHE_SECTIONS
 from scripts.caches import sections
 from scripts.caches.figure import plot_quality
 from scripts.caches.merge import merged, run_row
@@ -16,8 +16,6 @@ from scripts.caches.models import load_text_model, random_reader
 from scripts.caches.peer import Exchange, PeerError
 from scripts.caches.settings import QUICK, Settings
 
-SECTIONS = ("symbols", "text", "parts", "speed")
-PEER = "ATTNZOO_KVPRESS_PYTHON"
 BUSY = 0.75
 """Load average above which timings are not worth taking."""
 
@@ -25,45 +23,17 @@ Trainer = Callable[[Path], Path]
 """Trains the small model in a run directory unless it is there; returns its export. Raises ValueError."""
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The options."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument(
-        "--sections",
-        default=",".join(SECTIONS),
-        metavar="NAMES",
-        help="which of symbols (the small model), text (a real checkpoint), parts (of D2O), speed (default: all)",
-    )
-    made.add_argument("--run-dir", type=Path, default=Path("runs/retrieval"), help="of the small model: %(default)s")
-    made.add_argument("--checkpoint", default="smollm2", help="for text, parts and speed (default: %(default)s)")
-    made.add_argument(
-        "--kvpress-python",
-        type=Path,
-        default=os.environ.get(PEER),
-        metavar="PYTHON",
-        help=f"the Python of an environment with kvpress, to compare with (default: ${PEER}; none: left out)",
-    )
-    made.add_argument("--roofline", action="store_true", help="add what a model promises on H100 and MI300X")
-    made.add_argument("--json", type=Path, metavar="PATH", help="write the report here")
-    made.add_argument("--update", action="store_true", help="keep what the file of --json holds of other sections")
-    made.add_argument("--figure", type=Path, metavar="PATH", help="draw quality against bytes here (PNG)")
-    made.add_argument("--quick", action="store_true", help="random tiny models: runs the code, says nothing")
-    return made
-
-
-def run(description: str, arguments: list[str] | None, train: Trainer, peer_script: Path) -> int:
-    """Exit status 0 when all claims hold, 1 when one does not or a part fails, 2 for wrong usage."""
-    made = parser(description)
-    chosen = made.parse_args(arguments)
+def measure(chosen: argparse.Namespace, train: Trainer, peer_script: Path) -> int:
+    """Exit status 0 when all claims hold, 1 when one does not or a part fails. Raises ValueError for wrong usage."""
     names = chosen.sections.split(",")
     for name in names:
-        if name not in SECTIONS:
-            made.error(f"--sections: unknown section {name!r}; known: {', '.join(SECTIONS)}")
+        if name not in CACHE_SECTIONS:
+            raise ValueError(f"--sections: unknown section {name!r}; known: {', '.join(CACHE_SECTIONS)}")
     if chosen.roofline and "speed" not in names:
-        made.error("--roofline needs the bytes that the section speed measures; add it to --sections")
+        raise ValueError("--roofline needs the bytes that the section speed measures; add it to --sections")
     if chosen.update and chosen.json is None:
-        made.error("--update needs --json, the report that is to be updated")
-    report = Report.start(command=_command(arguments, chosen), quick=chosen.quick)
+        raise ValueError("--update needs --json, the report that is to be updated")
+    report = Report.start(command=_command(chosen), quick=chosen.quick)
     if report.load_before > BUSY:
         print(f"load average {report.load_before} is above {BUSY}: others use this machine", file=sys.stderr)
     failed, done = False, []
@@ -72,22 +42,18 @@ def run(description: str, arguments: list[str] | None, train: Trainer, peer_scri
         report.rows.append(run_row(name, report))
         try:
             _measure(name, chosen, report, train, peer_script)
-        except ValueError as error:
-            print(f"bench_cache: error: {error}", file=sys.stderr)
-            return 2
         except PeerError as error:
-            print(f"bench_cache: kvpress is left out: {error}", file=sys.stderr)
+            print(f"attnzoo bench cache: kvpress is left out: {error}", file=sys.stderr)
             failed = True
         _save(chosen, report, done)
     _show(report)
     return 1 if failed else report.exit_status()
 
 
-def _command(arguments: list[str] | None, chosen: argparse.Namespace) -> list[str]:
+def _command(chosen: argparse.Namespace) -> list[str]:
     """What was typed, without the place where this machine has kvpress."""
-    typed = sys.argv[1:] if arguments is None else arguments
     place = str(chosen.kvpress_python)
-    return ["python", "-m", "scripts.bench_cache", *(word.replace(place, "ENVIRONMENT/bin/python") for word in typed)]
+    return [word.replace(place, "ENVIRONMENT/bin/python") for word in chosen.command]
 
 
 def _measure(name: str, chosen: argparse.Namespace, report: Report, train: Trainer, peer_script: Path) -> None:

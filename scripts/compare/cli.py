@@ -1,69 +1,47 @@
-"""`python -m attnzoo compare`: the command line of a comparison."""
+"""`attnzoo compare`: the command line of a comparison."""
 
 import argparse
 import sys
 from pathlib import Path
 
+from attnzoo.cli import carry_out
+from attnzoo.errors import complain
 from attnzoo.figures import require_matplotlib
-from attnzoo.report import Report, available_cores, format_claims, format_table
+from attnzoo.report import Report, format_claims, format_table
 from attnzoo.workers import JobError
+from scripts import arguments
 from scripts.compare.compare import compare
 from scripts.compare.comparison import Comparison
 from scripts.compare.config import QUICK, CompareConfig, parse_settings
 from scripts.compare.plot import plot_all
 
-EXAMPLES = """examples:
-  python -m attnzoo compare --quick
-  python -m attnzoo compare text=input.txt --workers 4 --json compare.json --figures figures
-  python -m attnzoo compare variants=rmha,rcmha tables=parameters steps=200 seeds=5 --run-dir runs/short
-  python -m attnzoo compare tables=paper paper.steps=157000 --run-dir runs/paper
 
-tables: parameters (equal parameters), flops (equal training FLOPs), recall (associative recall), paper (the RCMHA
-paper's own setting). Runs are kept in the run directory: the same command goes on where it was stopped. Settings and
-their defaults are in scripts/compare/config.py; --show prints them with the runs and trains nothing.
-"""
+def main(words: list[str] | None = None) -> int:
+    """`attnzoo compare`; returns the exit status."""
+    return carry_out("attnzoo compare", arguments.compare, run, sys.argv[1:] if words is None else words)
 
 
-def main(arguments: list[str]) -> int:
-    """Exit status 0 when all claims hold, 1 when one does not or a run fails, 2 for wrong usage, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python -m attnzoo compare",
-        description="Train variants side by side on a text and measure them.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="steps=200, variants=mha,rcmha, paper.steps=9")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the report here")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="write figures (PNG) here; needs matplotlib")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes that end within two minutes: no measurement")
-    parser.add_argument("--run-dir", type=Path, help="default: runs/compare, or runs/compare-quick")
-    parser.add_argument(
-        "--workers", type=int, default=available_cores(), help="runs side by side (default: %(default)s)"
-    )
-    parser.add_argument("--show", action="store_true", help="print settings and runs, train nothing")
-    chosen = parser.parse_intermixed_args(arguments)
+def run(chosen: argparse.Namespace) -> int:
+    """Exit status 0 when all claims hold, 1 when one does not or a run fails, 130 for Ctrl-C. Raises ValueError for
+    wrong usage."""
+    if chosen.workers < 1:
+        raise ValueError(f"--workers={chosen.workers} must be at least 1")
+    comparison = Comparison(parse_settings(chosen.settings, QUICK if chosen.quick else None))
+    if chosen.show:
+        print(show(comparison))
+        return 0
     try:
-        if chosen.workers < 1:
-            raise ValueError(f"--workers={chosen.workers} must be at least 1")
-        comparison = Comparison(parse_settings(chosen.settings, QUICK if chosen.quick else None))
-        if chosen.show:
-            print(show(comparison))
-            return 0
-        return run(comparison, chosen)
-    except ValueError as error:
-        print(f"attnzoo compare: error: {error}", file=sys.stderr)
-        return 2
+        return measure(comparison, chosen)
     except JobError as error:
-        print(f"attnzoo compare: {error}", file=sys.stderr)
-        return 1
+        return complain("attnzoo compare", str(error), 1)
     except KeyboardInterrupt:
         print("interrupted; finished runs are kept, and the same command goes on", file=sys.stderr)
         return 130
 
 
-def run(comparison: Comparison, chosen: argparse.Namespace) -> int:
+def measure(comparison: Comparison, chosen: argparse.Namespace) -> int:
     """Compares, prints the tables, writes report and figures."""
-    report = Report.start(command=["python", "-m", "attnzoo", *sys.argv[1:]], quick=chosen.quick)
+    report = Report.start(command=chosen.command, quick=chosen.quick)
     directory = chosen.run_dir or Path("runs/compare-quick" if chosen.quick else "runs/compare")
     if chosen.figures is not None:
         require_matplotlib("--figures")

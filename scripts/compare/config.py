@@ -1,7 +1,7 @@
-"""What a comparison is made of: every key of `python -m attnzoo compare key=value ...`."""
+"""What a comparison is made of: every key of `attnzoo compare key=value ...`."""
 
+import copy
 import dataclasses
-import json
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,6 +9,7 @@ from typing import Any
 
 from attnzoo.attention import ATTENTION
 from attnzoo.errors import suggest
+from attnzoo.settings import parse_word
 from attnzoo.tasks.recall import RecallTask
 from attnzoo.types import build_config
 
@@ -141,22 +142,21 @@ QUICK: dict[str, Any] = {
 """What --quick sets: the same code at sizes that end within two minutes."""
 
 
-def parse_settings(pairs: Iterable[str], start: dict[str, Any] | None = None) -> CompareConfig:
+def parse_settings(words: Iterable[str], start: dict[str, Any] | None = None) -> CompareConfig:
     """`key=value` words over the values in `start`; sections are set as `paper.steps=100`, lists with commas.
 
     Raises ValueError for a word without "=", an unknown key (with the nearest known one), or a bad value.
     """
-    values: dict[str, Any] = json.loads(json.dumps(start or {}))
+    values: dict[str, Any] = copy.deepcopy(start or {})
     known = _keys()
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise ValueError(f"setting {pair!r} is not of the form key=value, for example steps=200")
+    as_text = [key for key, kind in known.items() if kind in (str, list)]
+    for word in words:
+        key, value = parse_word(word, "steps=200", as_text=as_text)
         if key not in known:
             raise ValueError(f"unknown key {key}{suggest(key, known)}")
         section, _, name = key.rpartition(".")
         target = values.setdefault(section, {}) if section else values
-        target[name] = _value(key, text, known[key])
+        target[name] = _value(key, value, known[key])
     return CompareConfig.from_dict(values)
 
 
@@ -170,16 +170,13 @@ def _keys() -> dict[str, type]:
     return found
 
 
-def _value(key: str, text: str, kind: type) -> Any:
-    if kind is str:
-        return text
+def _value(key: str, value: Any, kind: type) -> Any:
     if kind is list:
-        words = [word.strip(" \"'") for word in text.strip("[]").split(",")]
+        words = [word.strip(" \"'") for word in value.strip("[]").split(",")]
         return [word for word in words if word]
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise ValueError(f"{key}={text!r} must be {'an integer' if kind is int else 'a number'}") from None
+    if kind is not str and isinstance(value, str | None):
+        raise ValueError(f"{key}={value!r} must be {'an integer' if kind is int else 'a number'}")
+    return value
 
 
 def _at_least(config: Any, section: str, least: int, *names: str) -> None:

@@ -1,6 +1,6 @@
 """The front inside Ray's HTTP proxy.
 
-`python -m serve` puts it there. On a cluster of your own, export this where Ray is started, on every node:
+`attnzoo serve` puts it there. On a cluster of your own, export this where Ray is started, on every node:
 
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.front.proxy:middlewares
     ATTNZOO_FRONT='{"host": "0.0.0.0", "allowed_hosts": ["api.example.com"]}'     # see serve.front.limits

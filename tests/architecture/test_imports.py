@@ -14,6 +14,7 @@ SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")
 ORDER = [
     "errors",
     "files",
+    "apps",
     "settings",
     "gguf_file",
     "types",
@@ -38,6 +39,7 @@ ORDER = [
     "planner",
     "hf",
     "export",
+    "cli",
 ]
 """Inside attnzoo each may import only what stands before it."""
 

@@ -226,7 +226,7 @@ def test_paths_that_are_no_plugin(paths, message):
 def test_a_broken_plugin_is_one_line_of_the_command_line():
     result = run(*LIST, cwd=ROOT, ATTNZOO_PLUGINS="no_such_file.py")
     assert result.returncode == 2
-    assert result.stderr.startswith("attnzoo: error: ATTNZOO_PLUGINS='no_such_file.py': ")
+    assert result.stderr.startswith("attnzoo list: error: ATTNZOO_PLUGINS='no_such_file.py': ")
     assert result.stderr.count("\n") == 1
 
 
@@ -237,7 +237,7 @@ def test_list_goes_on_past_a_variant_that_cannot_be_built(tmp_path):
     result = run(*LIST, cwd=ROOT, ATTNZOO_PLUGINS=str(tmp_path / "seven.py"))
     assert result.returncode == 1
     assert "\nsoftmax_regression " in result.stdout
-    assert "attnzoo: seven (seven.py) cannot be built: ValueError: model_dim=256 is not a multiple" in result.stderr
+    assert "attnzoo list: seven (seven.py) cannot be built: ValueError: model_dim=256 is not" in result.stderr
 
 
 WITHOUT_COST = "    def cost(self, *sizes):\n        return 1 / 0\n"
@@ -271,7 +271,7 @@ def test_what_a_variant_does_wrong_is_said_of_it(plugged, capsys):
     plugged(MINE + WITHOUT_COST + NARROW)
     assert main(["describe", "a"]) == 2
     error = capsys.readouterr().err
-    assert error == "attnzoo: error: a (plugin.py) cannot be described: ZeroDivisionError: division by zero\n"
+    assert error == "attnzoo describe: error: a (plugin.py) cannot be described: ZeroDivisionError: division by zero\n"
     model = DecoderLM(DecoderConfig(vocab_size=9, model_dim=8, num_layers=1, attention="a"))
     with pytest.raises(ValueError, match=r"A made \[2, 1, 8\] of an input of \[2, 3, 8\]; a variant keeps the shape"):
         model(torch.zeros(2, 3, dtype=torch.long))  # a sum would spread it over all tokens

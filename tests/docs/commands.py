@@ -50,7 +50,8 @@ def _attnzoo(words: list[str]) -> None:
     known = subcommands(_help("attnzoo.__main__"))
     if not words or words[0] not in known:
         raise ValueError(f"attnzoo {' '.join(words)}: known are {', '.join(known)}")
-    _options(words[1:], _help("attnzoo.__main__", words[0]))
+    depth = 2 if words[0] == "bench" else 1
+    _options(words[depth:], _help("attnzoo.__main__", *words[:depth]))
     if words[0] == "serve":
         _settings(words[1:])
     if words[0] == "train":

@@ -1,4 +1,4 @@
-"""`python -m attnzoo compare` from end to end, at sizes of a toy: resumed, repeated, refused."""
+"""`attnzoo compare` from end to end, at sizes of a toy: resumed, repeated, refused."""
 
 import json
 import random

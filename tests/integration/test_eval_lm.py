@@ -299,7 +299,7 @@ def test_the_command_writes_a_report(export, tmp_path):
     assert 2 < rows["attnzoo_prose", "bits_per_byte"]["value"] < 10
     assert rows["attnzoo_sums", "exact_match"]["value"] == 0
     assert report["versions"]["lm_eval"].startswith("0.4.")
-    assert report["command"][:3] == ["python", "-m", "scripts.eval_lm"]
+    assert report["command"][:2] == ["attnzoo", "eval"]
     assert report["claims"] == []
     assert not report["quick"]
 

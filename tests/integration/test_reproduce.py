@@ -10,6 +10,7 @@ import scripts.reproduce
 from attnzoo.attention import ATTENTION
 from attnzoo.report import Report
 from attnzoo.workers import JobError
+from scripts.arguments import EXPERIMENTS
 from scripts.reproduce import main
 from train.experiments.base import Experiment, ExperimentConfig, Judgement, Part
 from train.experiments.pool import known_experiments, measure
@@ -121,6 +122,7 @@ def test_a_part_that_fails_is_named(monkeypatch, capsys):
 def test_every_experiment_claims_under_its_own_letter():
     letters = {experiment.letter for experiment in known_experiments().values()}
     assert letters == {"A", "B", "C", "D"}
+    assert tuple(known_experiments()) == EXPERIMENTS  # what the command takes, without importing them
     assert "mesa" in ATTENTION
     assert Report.start(quick=True).exit_status() == 0
 

@@ -1,6 +1,9 @@
-"""`python -m attnzoo`: what it prints, and how it refuses."""
+"""The command `attnzoo`: what it prints, and how it refuses."""
 
+import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -8,10 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from attnzoo.__main__ import main, parse_options
+from attnzoo import __version__
+from attnzoo.__main__ import main
 from attnzoo.attention import ATTENTION
 from attnzoo.checkpoint import save_model
+from attnzoo.cli import BENCHMARKS, COMMANDS, Parser, arguments_of, command_tree
+from attnzoo.settings import parse_words, read_mapping
 from tests.helpers import serving
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = [*(name for name in COMMANDS if name != "bench"), *(f"bench {name}" for name in BENCHMARKS)]
 
 
 def test_list_names_every_variant_and_its_source(capsys):
@@ -47,10 +56,10 @@ def test_describe(capsys):
         (["list", "--model-dim", str(10**30)], "model_dim=1" + "0" * 30 + " is out of range"),
         (["describe", "mha", "--model-dim", str(10**12)], "model_dim=1000000000000 is out of range"),
         (["describe", "mha", "head_dim=" + "8" * 25], "head_dim=8888888888888888888888888 is out of range"),
-        (["describe", "mha", "num_heads=" + "9" * 5000], "option 'num_heads' has a value that cannot be read (Exceeds"),
-        (["describe", "mha", "num_heads=" + "[" * 100_000], "option 'num_heads' has a value that cannot be read"),
-        (["describe", "mha", "rope_theta=NaN"], "rope_theta=nan must be a finite number"),
-        (["describe", "mha", "rope_theta=Infinity"], "rope_theta=inf must be a finite number"),
+        (["describe", "mha", "num_heads=" + "9" * 5000], "num_heads: cannot be read as YAML: Exceeds"),
+        (["describe", "mha", "num_heads=" + "[" * 100_000], "num_heads: cannot be read as YAML"),
+        (["describe", "mha", "rope_theta=.nan"], "rope_theta: .nan is not a finite number"),
+        (["describe", "mha", "rope_theta=-.inf"], "rope_theta: -.inf is not a finite number"),
         (["plan", "--model", "configs/mha.yaml", "--gpu-memory", "nan"], "--gpu-memory=nan must be positive"),
         (["plan", "--model", "configs/mha.yaml", "--gpu-memory", "inf"], "--gpu-memory=inf must be positive"),
         (["plan", "--model", "configs/mha.yaml", "--gpu-memory", "1e300"], "--gpu-memory=1e+300 must be positive"),
@@ -63,7 +72,7 @@ def test_describe(capsys):
         (["export", "", "out"], "checkpoint='' names nothing"),
         (["export", "/none", "out"], "/none/config.json does not exist"),
         (["export", "none.gguf", "out"], "none.gguf' does not exist"),
-        (["describe", "mha", 'rope_scaling={"factor": 2, "factor": 3}'], "cannot be read ('factor' is set twice"),
+        (["describe", "mha", 'rope_scaling={"factor": 2, "factor": 3}'], "rope_scaling: factor is set twice"),
         (["plan", "--model", "configs/mha.yaml", "--gpus", str(10**30)], "--gpus=1" + "0" * 30 + " must be at most"),
         (["export", "~no_such_user/x", "out"], "checkpoint='~no_such_user/x': there is no user of '~no_such_user'"),
         (["export", "a\0b", "out"], r"checkpoint='a\x00b' holds a zero"),
@@ -137,17 +146,139 @@ def test_files_that_cannot_be_planned(content, tmp_path, capsys):
         assert not captured.out
 
 
-def test_parse_options():
-    assert parse_options(["a=1", "b=true", "c=null", "d=rope", "e=1.5"]) == {
-        "a": 1, "b": True, "c": None, "d": "rope", "e": 1.5,
+def test_words_are_yaml():
+    words = ["a=1", "b=true", "c=null", "d=rope", "e=1.5", "f=no", "g={h: [1e-6, 010]}", "i==", "path=1e3", "a=2"]
+    assert parse_words(words, "a=1", as_text=["path"]) == {
+        "a": 2, "b": True, "c": None, "d": "rope", "e": 1.5, "f": "no", "g": {"h": [1e-6, 10]}, "i": "=",
+        "path": "1e3",
     }  # fmt: skip
+    for word in ("a", "=1", "a..b=1", " =1"):
+        with pytest.raises(ValueError, match=re.escape(f"{word!r} is not of the form key=value, for example a=1")):
+            parse_words([word], "a=1")
 
 
-def test_help_has_examples(capsys):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no such file"),
+        (b"\xff", "is not UTF-8"),
+        (b"- 1", "the file holds a list; it must be a mapping"),
+        (b"a: 1\na: 2", "2: a is set twice"),
+    ],
+)
+def test_files_that_are_no_mapping(content, message, tmp_path):
+    path = tmp_path / "settings.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}:.*{re.escape(message)}"):
+        read_mapping(path)
+
+
+def helped(words: list[str], capsys) -> str:
+    """What a command prints for --help."""
     with pytest.raises(SystemExit) as stop:
-        main(["--help"])
+        main([*words, "--help"])
     assert stop.value.code == 0
-    assert "examples:" in capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_the_overview_names_every_command(capsys):
+    overview, benchmarks = helped([], capsys), helped(["bench"], capsys)
+    assert "examples:" in overview
+    for name in NAMES:
+        shown = benchmarks if name.startswith("bench ") else overview
+        assert re.search(rf"^  {name.split()[-1]} +\w", shown, re.M), name
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert (stop.value.code, capsys.readouterr().out) == (0, f"attnzoo {__version__}\n")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_has_examples_that_the_command_takes(name, capsys):
+    printed = helped(name.split(), capsys)
+    assert printed.startswith(f"usage: attnzoo {name} ")
+    examples = printed[printed.index("\nexamples:\n") :]
+    found = re.findall(rf"\battnzoo {name}((?: [^\n|]*)?)", examples)
+    assert found
+    command = BENCHMARKS[name.split()[1]] if name.startswith("bench ") else COMMANDS[name]
+    for words in found:
+        words = words if "$(" in words else words.partition(")")[0]  # eval "$(attnzoo ...)"
+        parser = Parser(prog=name)
+        arguments_of(command)(parser)
+        parser.parse_intermixed_args(shlex.split(re.split(r" [<>] ", words)[0], comments=True))
+
+
+def test_help_and_wrong_usage_load_no_torch():
+    """Nor anything else that takes long: all of it in a fraction of a second."""
+    wrong = [
+        ["lst"],
+        ["bench", "x"],
+        ["bench"],
+        [],
+        ["train"],
+        ["plan", "--gpus", "x"],
+        ["--nope"],
+        ["serve", "--port=x"],
+    ]
+    right = [[*name.split(), "--help"] for name in NAMES] + [["--help"], ["bench", "--help"], ["--version"]]
+    code = """
+import contextlib, io, json, sys
+from attnzoo.cli import main
+for words in json.loads(sys.argv[1]):
+    out = io.StringIO()
+    with contextlib.redirect_stderr(out), contextlib.redirect_stdout(out):
+        try:
+            status = main(words)
+        except SystemExit as error:
+            status = error.code
+    print(json.dumps([status, out.getvalue()]))
+print(json.dumps([name for name in ("torch", "numpy", "ray", "deepspeed", "yaml", "omegaconf") if name in sys.modules]))
+"""
+    command = [sys.executable, "-c", code, json.dumps(wrong + right)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    *answers, loaded = map(json.loads, done.stdout.splitlines())
+    assert [status for status, _ in answers] == [2] * len(wrong) + [0] * len(right)
+    for _, printed in answers[: len(wrong)]:
+        assert re.match(r"attnzoo( \w+)*: error: .*\n\Z", printed), printed
+    assert loaded == []
+
+
+def test_an_unknown_command_gets_the_nearest_one(capsys):
+    assert main(["generat"]) == 2
+    assert capsys.readouterr().err.startswith("attnzoo: error: unknown command 'generat'; did you mean 'generate'?")
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    assert capsys.readouterr().err.endswith("the package shtab is not installed; pip install 'attnzoo'\n")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "scripts.eval_lm", raising=False)
+    assert main(["eval", "x", "--tasks", "y"]) == 2
+    assert "pip install 'attnzoo[eval]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(shell, capsys, tmp_path):
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in (*COMMANDS, *BENCHMARKS, "--kvpress-python", "--local-rank"):
+        assert (word in script) == (word != "--local-rank")
+    if shell == "bash":
+        for words, expected in (
+            ("be", "bench"),
+            ("bench tr", "train"),
+            ("serve --po", "--port"),
+            ("plan --model a", "a.yaml"),
+        ):
+            typed = ["attnzoo", *words.split()]
+            (tmp_path / "a.yaml").touch()
+            state = f"COMP_WORDS=({' '.join(typed)}); COMP_CWORD={len(typed) - 1}"
+            ask = f"{script}\n{state}; _shtab_attnzoo; echo ${{COMPREPLY[@]}}"
+            done = subprocess.run(["bash"], input=ask, capture_output=True, text=True, cwd=tmp_path, check=True)
+            assert done.stdout.split() == [expected]
+    assert command_tree().parse_args(["bench", "train", "--quick"]).quick
 
 
 @pytest.mark.heavy
@@ -158,8 +289,7 @@ def test_a_reader_that_has_read_enough_ends_a_command_without_a_word(command):
     """As `| head` does once it has its lines: the pipe has no reader when the command writes."""
     reading, writing = os.pipe()
     os.close(reading)
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, *command], cwd=root, stdout=writing, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert done.stderr == ""
     assert done.returncode == 128 + signal.SIGPIPE

@@ -192,7 +192,7 @@ def test_what_prevents_a_native_form_is_named(changes, message):
     config = replace(demo_model().config, **changes)
     with pytest.raises(ValueError, match=message) as error:
         family_config(config)
-    assert "python -m attnzoo export --format attnzoo" in str(error.value)
+    assert "attnzoo export --format attnzoo" in str(error.value)
 
 
 def test_options_of_one_meaning():
@@ -318,7 +318,7 @@ def test_command_refuses(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["export", "--help"])
     assert stop.value.code == 0
-    assert "python -m attnzoo export runs/mha/export out" in capsys.readouterr().out
+    assert "attnzoo export runs/mha/export out" in capsys.readouterr().out
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -378,7 +378,7 @@ def test_nothing_but_an_earlier_export_is_replaced(what, form, tmp_path, capsys)
     capsys.readouterr()  # transformers' progress
     status, out, err = run(capsys, source, tmp_path / "out", "--format", form)
     assert (status, out) == (2, "")
-    assert err.startswith(f"attnzoo: error: OUT: '{tmp_path / 'out'}")
+    assert err.startswith(f"attnzoo export: error: OUT: '{tmp_path / 'out'}")
     assert "give a" in err
     for write in (export_model, attnzoo.hf.export_model):
         with pytest.raises(ValueError, match=r"give a( new)? directory"):

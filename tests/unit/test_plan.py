@@ -1,4 +1,4 @@
-"""`python -m attnzoo plan`: what it reads, prints and refuses."""
+"""`attnzoo plan`: what it reads, prints and refuses."""
 
 import json
 import re

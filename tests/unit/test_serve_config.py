@@ -1,12 +1,18 @@
 """Settings: strict, with the nearest name, and the same from a file, from words and from Ray's arguments."""
 
+import os
 import re
+import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from attnzoo.loading import check_device
 from serve.config import absolute, build_serve_config, parse_settings, read_config_file
+from serve.environment import _leave_token, prepare_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,8 +75,8 @@ def test_checkpoints_are_found_as_load_finds_them(tmp_path, monkeypatch):
         ("threads=0", "threads=0"),
         ("dtype=fp23", "fp23"),
         ("max_queue=[", "max_queue"),
-        ("max_queue", "is not key=value"),
-        ("=5", "is not key=value"),
+        ("max_queue", "is not of the form key=value, for example port=8001"),
+        ("=5", "is not of the form key=value, for example port=8001"),
     ],
 )
 def test_mistakes_are_named(pair, message):
@@ -92,7 +98,7 @@ def test_files_that_hold_no_mapping(tmp_path):
     (tmp_path / "empty.yaml").write_text("")
     assert read_config_file(tmp_path / "empty.yaml") == {}
     (tmp_path / "list.yaml").write_text("- 5")
-    with pytest.raises(ValueError, match=r"list\.yaml holds a list"):
+    with pytest.raises(ValueError, match=r"list\.yaml: the file holds a list"):
         read_config_file(tmp_path / "list.yaml")
     with pytest.raises(ValueError, match=r"missing\.yaml"):
         read_config_file(tmp_path / "missing.yaml")
@@ -131,7 +137,7 @@ def test_mistakes_in_files_have_their_line(tmp_path, text, message):
 
 @pytest.mark.parametrize("pair", ["drain_timeout_s=.nan", "step_timeout_s=.inf", "cache={policy: d2o, policy: think}"])
 def test_mistakes_in_words_are_named(pair):
-    with pytest.raises(ValueError, match=r"^(drain_timeout_s|step_timeout_s|cache)=.*(finite|twice)"):
+    with pytest.raises(ValueError, match=r"^(drain_timeout_s|step_timeout_s|cache): .*(finite|twice)"):
         parse_settings([pair])
 
 
@@ -140,3 +146,28 @@ def test_a_device_that_is_not_there_is_named(device):
     with pytest.raises(ValueError, match=f"device={device!r}"):
         check_device(device)
     check_device("cpu")
+
+
+def test_servers_that_start_at_once_share_a_token(tmp_path):
+    """Whole, for its owner's eyes, and the one that the first of them left."""
+    path = tmp_path / "home" / "ray_token"
+
+    def start(turn: int) -> str:
+        _leave_token(path)
+        return path.read_text()
+
+    def slowly(count: int) -> str:
+        time.sleep(0.02)  # so that others come in between
+        return os.urandom(count).hex()
+
+    with patch("serve.environment.secrets.token_hex", slowly), ThreadPoolExecutor(8) as pool:
+        (token,) = set(pool.map(start, range(32)))
+    with patch.dict(os.environ):
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+            os.environ.pop(name, None)
+        prepare_environment(path.parent)
+        assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(path)
+    assert list(path.parent.iterdir()) == [path]
+    assert path.read_text() == token
+    assert len(token) == 64
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600

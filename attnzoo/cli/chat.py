@@ -1,0 +1,91 @@
+"""`attnzoo chat`: a conversation in the terminal, or one message a line from stdin."""
+
+import argparse
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from attnzoo.cli.text import OPTIONS, add_model_arguments, generation_options, load, show
+from attnzoo.errors import complain
+
+if TYPE_CHECKING:
+    from attnzoo.language_model import LanguageModel
+
+EXAMPLES = f"""examples:
+  attnzoo chat smollm2
+  attnzoo chat smollm2 --system "Answer in one sentence." temperature=0.7 top_p=0.95
+  attnzoo chat smollm2 cache=d2o keep_ratio=0.5
+  printf 'Name a prime number.\\nAnother one?\\n' | attnzoo chat smollm2
+
+In the terminal: /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer (what was written
+stays in the conversation). {OPTIONS}"""
+PROMPT = "> "
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options and examples."""
+    parser.description = "Talk to a model that has a chat template; answers are written as they come."
+    parser.epilog = EXAMPLES
+    add_model_arguments(parser)
+    parser.add_argument("options", nargs="*", metavar="key=value", help="of generation and of the cache")
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Talks until the end of the input. Raises ValueError for wrong usage, and for a message that cannot be answered
+    where nobody sits at the terminal."""
+    chosen = generation_options(options.options)
+    lm = load(options)
+    system = [] if options.system is None else [{"role": "system", "content": options.system}]
+    lm.stream_chat([*system, {"role": "user", "content": "x"}], **chosen)  # wrong options are told before anybody types
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # input() then edits and remembers lines
+        print(f"{lm}\n/reset forgets the conversation, /exit leaves, Ctrl-C stops an answer", file=sys.stderr)
+    messages = list(system)
+    while (line := _read(terminal)) is not None:
+        if line == "/exit":
+            break
+        if line == "/reset":
+            messages = list(system)
+        elif line:
+            messages = _turn(lm, messages, line, chosen, terminal)
+    return 0
+
+
+def _read(terminal: bool) -> str | None:
+    """The next line without its ends; None at the end of the input. Ctrl-C gives an empty line."""
+    try:
+        return input(PROMPT if terminal else "").strip()
+    except EOFError:
+        if terminal:
+            print()
+        return None
+    except KeyboardInterrupt:
+        if not terminal:
+            raise
+        print("\n(/exit or Ctrl-D leaves)", file=sys.stderr)
+        return ""
+
+
+def _turn(
+    lm: "LanguageModel", messages: list[dict[str, str]], line: str, options: dict[str, Any], terminal: bool
+) -> list[dict[str, str]]:
+    """Answers a message; returns the conversation with both, or as it was where there is no answer."""
+    asked = [*messages, {"role": "user", "content": line}]
+    pieces: list[str] = []
+    try:
+        for piece in lm.stream_chat(asked, **options):
+            pieces.append(piece)
+            show(piece)
+    except KeyboardInterrupt:
+        if not terminal:
+            raise
+    except ValueError as error:
+        if not terminal:
+            raise
+        complain("attnzoo chat", f"{error}; /reset begins anew")
+        return messages
+    print(flush=True)
+    return [*asked, {"role": "assistant", "content": "".join(pieces)}]

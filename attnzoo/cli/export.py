@@ -1,0 +1,33 @@
+"""`attnzoo export`: a checkpoint as a directory of transformers."""
+
+import argparse
+from pathlib import Path
+
+EXAMPLES = """examples:
+  attnzoo export runs/mha/export out
+  attnzoo export runs/rcmha/export out --format attnzoo
+  attnzoo export model.gguf out
+  attnzoo export smollm2 out
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options and examples."""
+    parser.description = "Write a checkpoint as a directory that transformers reads."
+    parser.epilog = EXAMPLES
+    parser.add_argument("checkpoint", help="a directory of training or of transformers, a .gguf file, or smollm2")
+    parser.add_argument("out", type=Path, help="directory to write; an earlier export that is there is replaced")
+    parser.add_argument(
+        "--format",
+        choices=["auto", "native", "attnzoo"],
+        default="auto",
+        help="native: Llama, Mistral, Qwen2 or Qwen3, which load without this project; attnzoo: any model, which needs "
+        "`import attnzoo.hf`; auto: native where there is such a form (default: %(default)s)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exports and says what was written. Raises ValueError for wrong usage."""
+    from attnzoo import export
+
+    return export.run(options)

@@ -1,0 +1,56 @@
+"""`attnzoo generate`: a text continued, streamed to stdout."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from attnzoo.cli.text import OPTIONS, add_model_arguments, generation_options, load, show
+
+if TYPE_CHECKING:
+    from attnzoo.generation import Generation
+
+LENGTH = 128
+"""New tokens unless max_new_tokens says otherwise."""
+EXAMPLES = f"""examples:
+  attnzoo generate smollm2 "The capital of France is"
+  attnzoo generate runs/demo/export "def " max_new_tokens=64 temperature=0.8 seed=1
+  attnzoo generate smollm2 "$(cat report.txt)" cache=d2o keep_ratio=0.5
+  attnzoo generate smollm2 - --json < prompt.txt
+
+{OPTIONS}max_new_tokens is {LENGTH} unless it is set; n=3 writes several texts.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options and examples."""
+    parser.description = "Continue a text; the continuation goes to stdout as it is written."
+    parser.epilog = EXAMPLES
+    add_model_arguments(parser)
+    parser.add_argument("prompt", help="the text to continue; - reads it from stdin")
+    parser.add_argument("options", nargs="*", metavar="key=value", help="of generation and of the cache")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object: texts, token ids, log probabilities, cache"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Generates and prints. Raises ValueError for wrong usage."""
+    chosen = {"max_new_tokens": LENGTH} | generation_options(options.options)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    lm = load(options)
+    if options.json:
+        print(json.dumps(_plain(lm.generate(prompt, **chosen))))
+    elif chosen.get("n", 1) == 1:
+        for piece in lm.stream(prompt, **chosen):
+            show(piece)
+        print()
+    else:
+        for number, each in enumerate(lm.generate(prompt, **chosen).outputs, 1):
+            show(f"[{number}]\n{each.text}\n")
+    return 0
+
+
+def _plain(generation: "Generation") -> dict[str, Any]:
+    return dataclasses.asdict(generation)

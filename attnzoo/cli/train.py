@@ -1,0 +1,76 @@
+"""`attnzoo train`: DeepSpeed's launcher with this machine's ranks."""
+
+import argparse
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from attnzoo import apps
+
+EXAMPLES = """examples:
+  attnzoo train --config rcmha.yaml --dry-run
+  attnzoo train --config rcmha.yaml train.steps=200 optim.lr=1e-3 run_dir=runs/try
+  attnzoo train --config rcmha.yaml --ranks 2 data.source=my.jsonl zero.stage=2 precision=bf16
+  attnzoo train --config finetune.yaml checkpoint.init_from=smollm2
+
+configs/base.yaml explains every key. Ctrl-C and SIGTERM to a rank finish the step, save a checkpoint and exit 0; the
+same command then goes on where it stopped. Several machines: deepspeed --hostfile FILE train/main.py --config ...
+Exit status 2: a mistake that can be mended before the run begins; 1: the run could not go on.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options and examples."""
+    parser.description = "Train a language model with DeepSpeed on this machine's GPUs, or on its CPU."
+    parser.epilog = EXAMPLES
+    parser.add_argument("--config", required=True, metavar="FILE", help="a name in configs/, or a path")
+    parser.add_argument("--ranks", type=int, help="processes (default: one a GPU, one where there is none)")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration, sizes and memory; train nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Becomes the launcher, so that signals and the exit status are its own. Raises ValueError for wrong usage."""
+    words = ["--config", options.config, *options.overrides]
+    if options.ranks is not None and options.ranks < 1:
+        raise ValueError(f"--ranks={options.ranks} must be at least 1")
+    apps.use()
+    if options.dry_run:
+        environment = training_environment() | {"WORLD_SIZE": str(options.ranks or gpus() or 1)}
+        command = [sys.executable, main_file(), *words, "--dry-run"]
+    else:
+        environment = training_environment()
+        command = launch_command(options.ranks or gpus() or 1, words)
+    sys.stdout.flush()
+    os.execve(command[0], command, environment)
+
+
+def launch_command(ranks: int, words: Sequence[str]) -> list[str]:
+    """DeepSpeed's launcher on so many processes of this machine, with `words` for training."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    front = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+    return [*front, "--master_port", str(port), main_file(), *words]
+
+
+def main_file() -> str:
+    """What every rank runs."""
+    return str(apps.directory() / "train" / "main.py")
+
+
+def training_environment() -> dict[str, str]:
+    """The environment of ranks: this interpreter's tools first (ninja compiles an extension), and the CPU where there
+    is no GPU."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    chosen: Mapping[str, str] = {} if gpus() else {"DS_ACCELERATOR": "cpu"}
+    return {**chosen, **os.environ, "PATH": path}
+
+
+def gpus() -> int:
+    """GPUs of this machine that torch can use."""
+    import torch
+
+    return torch.cuda.device_count()

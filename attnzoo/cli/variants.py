@@ -1,0 +1,112 @@
+"""What `attnzoo list` and `attnzoo describe` say about variants."""
+
+import dataclasses
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from attnzoo.apps import directory
+from attnzoo.attention import ATTENTION, Attention, build_attention, variant
+from attnzoo.models.shapes import without_storage
+from attnzoo.report import format_table
+from attnzoo.types import parse_dtype
+
+
+def check_context(context: int) -> None:
+    """Raises ValueError for a context too short to see how a state grows."""
+    if context < 2:
+        raise ValueError(f"--context={context} must be at least 2")
+
+
+def state_growth(attention: Attention, context: int) -> tuple[int, int]:
+    """(bytes each further token adds to the state of one sequence, bytes it takes before the first)."""
+    at, one_less = (attention.cost(1, 1, c).state_bytes for c in (context, context - 1))
+    per_token = at - one_less
+    return per_token, at - per_token * context
+
+
+def configs_with(kind: str) -> list[str]:
+    """Names of the configs under configs/ that name the variant."""
+    pattern = re.compile(rf"(kind|attention):\s*(\[[^\]]*)?\b{re.escape(kind)}\b")
+    root = directory()
+    paths = sorted((root / "configs").rglob("*.yaml"))
+    return [path.relative_to(root).as_posix() for path in paths if pattern.search(path.read_text("utf-8"))]
+
+
+def list_variants(model_dim: int, context: int) -> tuple[str, list[str]]:
+    """(one line a variant, one line for each that cannot be built)."""
+    rows, broken, first = [], [], None
+    for kind in ATTENTION:
+        try:
+            rows.append(_row(kind, model_dim, context))
+        except Exception as error:  # whatever a variant of somebody's own raises, the others are listed
+            first = first or error
+            broken.append(f"{kind} ({_file(ATTENTION.get(kind))}) cannot be built: {type(error).__name__}: {error}")
+    if not rows:  # then it is not the variants that are at fault
+        raise ValueError(str(first)) from first
+    sizes = f"one layer, model_dim {model_dim}, default options, float32, one sequence"
+    return f"{format_table(rows)}\n\n{sizes}; `attnzoo describe <variant>` says more", broken
+
+
+def _row(kind: str, model_dim: int, context: int) -> dict[str, Any]:
+    cls = ATTENTION.get(kind)
+    with without_storage():
+        attention = build_attention(kind, {"model_dim": model_dim})
+    per_token, constant = state_growth(attention, context)
+    return {
+        "variant": kind,
+        "position": attention.traits.position,
+        "state": attention.traits.growth,
+        "parameters": attention.cost(1, 1, 1).parameters,
+        "state bytes/token": per_token,
+        "constant bytes": constant,
+        "what it is": (cls.__doc__ or "").strip().partition("\n")[0],
+        "source": cls.source,
+    }
+
+
+def _file(cls: type) -> str:
+    return Path(inspect.getfile(cls)).name
+
+
+def describe(kind: str, options: dict[str, Any], context: int, dtype: str) -> str:
+    """Source, formula, traits, options, parameters, cost and configs of one variant."""
+    cls = variant(kind)
+    try:
+        with without_storage():
+            attention = build_attention(kind, options, kind).to(parse_dtype(dtype))
+        traits = "  ".join(f"{key}={value}" for key, value in dataclasses.asdict(attention.traits).items())
+        per_token, constant = state_growth(attention, context)
+        prefill, decode = attention.cost(1, context, context), attention.cost(1, 1, context)
+    except (ValueError, OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever a variant of somebody's own raises
+        raise ValueError(f"{kind} ({_file(cls)}) cannot be described: {type(error).__name__}: {error}") from error
+    fields = [
+        f"  {field.name}: {_type_name(field.type)} = {getattr(attention.config, field.name)!r}"
+        for field in dataclasses.fields(cls.Config)
+    ]
+    parameters = [f"  {name} {list(parameter.shape)}" for name, parameter in attention.named_parameters()]
+    module = sys.modules[cls.__module__]
+    return "\n".join(
+        [
+            f"{kind}: {inspect.cleandoc(module.__doc__ or cls.__doc__ or '')}",
+            f"\nsource: {cls.source}",
+            f"file: {_file(cls)}",
+            f"traits: {traits}",
+            "options:",
+            *fields,
+            f"parameters: {prefill.parameters:,}",
+            *parameters,
+            f"state of one sequence, {dtype}: {per_token:,} bytes a token and {constant:,} bytes constant; "
+            f"{decode.state_bytes:,} bytes at {context:,} tokens",
+            f"FLOPs: {prefill.flops:,} for {context:,} tokens at once, {decode.flops:,} for the next token",
+            f"configs: {', '.join(configs_with(kind)) or 'none under configs/'}",
+        ]
+    )
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
