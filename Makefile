@@ -11,7 +11,7 @@ TEXT ?= stdlib
 # Tests share cores, one thread each; contiguous halves keep what a file's tests share in one process.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: help install demo train compare serve quick test slow check docs format clean
+.PHONY: help install demo train compare serve quick test slow check docs release format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -50,6 +50,9 @@ check: install  ## formatting, lint, types
 
 docs: install  ## the documentation site, in site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+release: check docs test  ## build sources and wheel into dist/, check version and changelog; TAG=--tag dates and tags
+	$(BIN)/python -m scripts.release $(TAG)
 
 format: install  ## format and fix what can be fixed
 	$(BIN)/ruff format .
