@@ -3,8 +3,8 @@
     make release            checks and builds into dist/, changes nothing in the repository
     make release TAG=--tag  dates the changelog, commits and tags as well
 
-The version is `attnzoo.__version__`; the changelog begins with it as "## 1.2.0 (unreleased)". Run it after `make check`,
-`make docs` and `make test` (the target does). Nothing is pushed or uploaded: the commands for that are printed.
+The version is `attnzoo.__version__`; the changelog begins with it as "## 1.2.0 (unreleased)". Run it after
+`make check`, `make docs` and `make test` (the target does). Nothing is pushed or uploaded: how to is printed.
 """
 
 import argparse
