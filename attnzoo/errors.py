@@ -12,6 +12,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
     "; did you mean 'rmha'? known: mha, rmha"
     """
     names = sorted(known)
+    if not names:
+        return "; there are none"
     close = get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
     return f"{hint} known: {', '.join(names)}"

@@ -83,6 +83,8 @@ def build_config(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     hints = field_types(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
+        if not fields:
+            raise ValueError(f"unknown key {where}.{key}; {where} has no options")
         if key not in fields:
             raise ValueError(f"unknown key {where}.{key}{suggest(str(key), fields)}")
     for name, field in fields.items():

@@ -236,6 +236,7 @@ def test_what_a_request_may_ask():
     [
         ({"d20": {}}, "cache_bounds.d20: no such cache policy"),
         ({"d2o": {"keep": [0, 1]}}, "cache_bounds.d2o.keep is no option of d2o; did you mean 'keep_ratio'"),
+        ({"full": {"keep": [0, 1]}}, "cache_bounds.full.keep is no option of full; there are none"),
         ({"d2o": {"keep_ratio": 0.5}}, "cache_bounds.d2o.keep_ratio=0.5 must be a list"),
         ({"d2o": {"keep_ratio": [0.5, 0.1]}}, "must be [least, most] with least <= most"),
         ({"d2o": [0.1]}, "must be a mapping of options"),

@@ -23,6 +23,7 @@ class Sizes:
 def test_suggest():
     assert suggest("rmah", ["mha", "rmha"]) == "; did you mean 'rmha'? known: mha, rmha"
     assert suggest("xyz", ["mha"]) == "; known: mha"
+    assert suggest("xyz", []) == "; there are none"
 
 
 def test_registry():

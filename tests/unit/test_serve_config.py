@@ -73,6 +73,7 @@ def test_checkpoints_are_found_as_load_finds_them(tmp_path, monkeypatch):
         ("stream_interval_ms=-1", "stream_interval_ms"),
         ("max_body_bytes=0", "max_body_bytes"),
         ("threads=0", "threads=0"),
+        ("cache={policy: full, x: 1}", "unknown key cache.full.x; cache.full has no options"),
         ("dtype=fp23", "fp23"),
         ("max_queue=[", "max_queue"),
         ("max_queue", "is not of the form key=value, for example port=8001"),
