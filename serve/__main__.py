@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import sys
@@ -97,6 +98,11 @@ def end_on_signals(ended: threading.Event) -> None:
         signal.signal(name, lambda *_: ended.set())
 
 
+def end_without_ray(name: str) -> None:
+    """Ends this process from any thread: no call of the main one to a Ray that is gone would return in time."""
+    os._exit(complain(NAME, f"Ray's process {name} has ended, and the server with it; start it again", 1))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m serve`; returns the exit status."""
     return carry_out(NAME, add_arguments, run, sys.argv[1:] if argv is None else argv)
@@ -114,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
     ended = threading.Event()
     print(f"starting Ray and loading {config.checkpoint} ...", file=sys.stderr)
     try:
-        url = deployment.start(config, connected=lambda: end_on_signals(ended), cancelled=ended.is_set)
+        url = deployment.start(config, lambda: end_on_signals(ended), ended.is_set, end_without_ray)
     except (ValueError, RuntimeError, ConnectionError) as error:
         status = complain(NAME, str(error), 1)
         deployment.stop(config)

@@ -32,8 +32,11 @@ from serve.engine import Engine
 from serve.front.limits import VARIABLE
 from serve.front.port import free_port
 from serve.openai.routes import build_app
+from serve.processes import LocalRay, sigterm_held_back
 
 APP_NAME = "attnzoo"
+_local: list[LocalRay] = []
+"""The Ray that `start` started, until `stop`; like Ray's own state, one in a process."""
 RUN_ONLY = ("host", "port", "num_cpus", "cluster")
 """Settings of the process that starts Ray; `serve run` has its own ways to say them."""
 CONFIG_VARIABLE = "ATTNZOO_SERVE_CONFIG"
@@ -115,21 +118,30 @@ def __getattr__(name: str) -> serve.Application:
     return app({key: value for key, value in read_config_file(Path(path)).items() if key not in RUN_ONLY})
 
 
-def start(config: ServeConfig, connected: Callable[[], None], cancelled: Callable[[], bool] = lambda: False) -> str:
+def start(
+    config: ServeConfig,
+    connected: Callable[[], None],
+    cancelled: Callable[[], bool] = lambda: False,
+    lost: Callable[[str], None] = lambda name: None,
+) -> str:
     """Starts a local Ray (or joins `config.cluster`), deploys, waits until it answers; returns the base URL.
 
     `connected` is called once Ray has installed its signal handlers and before clients can see the server: the place
     to install one's own. Call `prepare_environment` before this module is imported: it turns Ray's token
-    authentication on. Once `cancelled` is true nothing is waited for any more.
+    authentication on. Once `cancelled` is true nothing is waited for any more. `lost` is called, in a thread, with the
+    name of the process that ended when a local Ray ends by itself, at any time until `stop`.
     Raises ValueError for what the configuration got wrong, RuntimeError when the deployment does not come up.
     """
     application = build(config)
     port = free_port(config.host, config.port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    # Ray puts the current directory first on its workers' path, where a serve.py of the user's own would hide this.
-    with contextlib.chdir(directory()):
-        _connect(config)
-    connected()
+    with sigterm_held_back():
+        # Ray puts the current directory first on its workers' path, where a serve.py of the user's own would hide this.
+        with contextlib.chdir(directory()):
+            _connect(config)
+        connected()
+    if config.cluster is None:
+        _local.append(LocalRay(ray._private.worker._global_node, lost))
     try:
         serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=config.host, port=port))
         serve.run_many([serve.RunTarget(application, APP_NAME)], wait_for_applications_running=False)
@@ -218,4 +230,7 @@ def stop(config: ServeConfig) -> None:
         return
     if config.cluster is not None:
         serve.delete(APP_NAME)
-    ray.shutdown()
+    if _local:
+        _local.pop().stop(ray.shutdown)
+    else:
+        ray.shutdown()

@@ -1,6 +1,9 @@
-"""A replica that is killed is replaced, and the clients it served hear of it."""
+"""A replica that is killed is replaced, and the clients it served hear of it. Ray's own processes are not replaced: the
+command ends when one is killed."""
 
 import json
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +11,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.integration.test_serve_ray import Running
+from tests.helpers.serving import export
+from tests.integration.test_serve_ray import Running, environment
 
 BODY = {"model": "tiny", "prompt": "Hi", "max_tokens": 1000, "ignore_eos": True}
 
@@ -51,7 +55,44 @@ def test_a_killed_replica_is_replaced(tmp_path):
         assert complete(server.url, max_tokens=3).json()["usage"]["completion_tokens"] == 3
         wait_for(lambda: any("answering again" in line for line in server.errors), "said on the terminal")
         assert any("not answering: /health: 503" in line for line in server.errors)
+        kill_while_it_drains(server)
     finally:
-        server.process.terminate()
+        server.process.kill()
         server.process.wait(60)
-    assert server.process.returncode == 0
+
+
+def kill_while_it_drains(server: Running) -> None:
+    """Kills Ray's memory of everything, without which nothing in Ray answers, while a request runs."""
+    family = server.family()
+    with ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(complete, server.url, stream=True)
+        wait_for(lambda: server.metric("num_requests_running") == 1, "running")
+        server.process.terminate()
+        wait_for(lambda: any("finishing" in line for line in server.errors), "draining")
+        next(process for process in family if "gcs_server" in process.name()).kill()
+        assert server.process.wait(15) == 1
+        with pytest.raises(httpx.RemoteProtocolError):
+            stream.result()
+    assert not [process for process in family if process.is_running()]
+    wait_for(lambda: any("Ray's process gcs_server has ended" in line for line in server.errors), "said")
+    assert "Traceback" not in "".join(server.errors)
+
+
+@pytest.mark.slow
+def test_a_ray_that_is_killed_while_the_model_loads_ends_the_command(tmp_path):
+    checkpoint = export(tmp_path / "tiny" / "export", max_len=64)
+    command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", "0"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), text=True, stderr=subprocess.PIPE)
+    try:
+        family = psutil.Process(process.pid).children
+        wait_for(lambda: any("Serve" in child.name() for child in family(recursive=True)), "Ray Serve")
+        started = family(recursive=True)
+        next(child for child in started if child.name() == "raylet").kill()
+        _, errors = process.communicate(timeout=15)
+    finally:
+        process.kill()
+        process.wait(10)
+    assert process.returncode == 1
+    assert "Ray's process raylet has ended, and the server with it; start it again" in errors
+    assert "Traceback" not in errors
+    assert not [child for child in started if child.is_running()]

@@ -162,22 +162,22 @@ def test_only_loopback_listens_and_the_token_is_private(server):
     assert len(token.read_text()) == 64
 
 
-def test_sigterm_finishes_what_runs_and_leaves_nothing(server):
-    """The last test: it ends the server."""
+def test_sigterm_to_all_processes_finishes_what_runs_and_leaves_nothing(server):
+    """As systemd sends it, and `timeout` to a process group. The last test: it ends the server."""
     family = server.family()
     assert len(family) > 3
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(
-            server.client.completions.create,
-            model="tiny", prompt="Hi", max_tokens=800, extra_body={"ignore_eos": True},
-        )  # fmt: skip
+        body = {"model": "tiny", "prompt": "Hi", "max_tokens": 900, "ignore_eos": True, "stream": True}
+        answer = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=120)
         while server.metric("num_requests_running") == 0:
             assert not answer.done()
-        server.process.send_signal(signal.SIGTERM)
-        assert answer.result(120).usage.completion_tokens == 800
+        for process in reversed(family):  # the command last: Ray must not be gone before it
+            process.send_signal(signal.SIGTERM)
+        last, done = answer.result(120).text.strip().split("\n\n")[-2:]
+        assert '"finish_reason":"length"' in last
+        assert done == "data: [DONE]"
     assert server.process.wait(60) == 0
-    _, alive = psutil.wait_procs(family, timeout=20)
-    assert not alive
+    assert not [process for process in family if process.is_running()]
     assert "Hi" not in "".join(server.errors)
     assert "Traceback" not in "".join(server.errors)
 
