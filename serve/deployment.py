@@ -141,7 +141,8 @@ def start(
             _connect(config)
         connected()
     if config.cluster is None:
-        _local.append(LocalRay(ray._private.worker._global_node, lost))
+        node: Any = ray._private.worker._global_node
+        _local.append(LocalRay(node, lost))
     try:
         serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=config.host, port=port))
         serve.run_many([serve.RunTarget(application, APP_NAME)], wait_for_applications_running=False)
@@ -158,6 +159,8 @@ def _connect(config: ServeConfig) -> None:
         return
     os.environ.pop("RAY_ADDRESS", None)  # of another cluster
     os.environ[VARIABLE] = config.front_limits.to_json()
+    # Ray prints what befalls its processes on stdout, with pages of its logs; `Watch` and `LocalRay` say it in a line.
+    ray._private.worker.listen_error_messages = lambda *_: None
     ray.init(
         address="local",
         num_cpus=config.num_cpus,

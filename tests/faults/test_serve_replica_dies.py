@@ -82,17 +82,19 @@ def kill_while_it_drains(server: Running) -> None:
 def test_a_ray_that_is_killed_while_the_model_loads_ends_the_command(tmp_path):
     checkpoint = export(tmp_path / "tiny" / "export", max_len=64)
     command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", "0"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), text=True, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     try:
         family = psutil.Process(process.pid).children
         wait_for(lambda: any("Serve" in child.name() for child in family(recursive=True)), "Ray Serve")
         started = family(recursive=True)
         next(child for child in started if child.name() == "raylet").kill()
-        _, errors = process.communicate(timeout=15)
+        printed, errors = process.communicate(timeout=15)
     finally:
         process.kill()
         process.wait(10)
-    assert process.returncode == 1
+    assert (process.returncode, printed) == (1, "")
     assert "Ray's process raylet has ended, and the server with it; start it again" in errors
     assert "Traceback" not in errors
     assert not [child for child in started if child.is_running()]
