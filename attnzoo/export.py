@@ -66,6 +66,8 @@ def _form(config: DecoderConfig, asked: str) -> tuple[str, str]:
 
 def _check_target(path: Path, out: Path) -> None:
     """Raises ValueError for a directory whose replacement would lose anything but an earlier export."""
+    if out == real_path(Path.cwd()):
+        raise ValueError(f"OUT={str(out)!r} is the current directory, which would be replaced; give one in it")
     if path == out or out in path.parents:
         raise ValueError(f"OUT={str(out)!r} holds the checkpoint itself and would be replaced; give another directory")
     if path.is_dir() and path in out.parents:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypedDict
 from attnzoo.errors import suggest
 from attnzoo.kvcache import CACHES, CachePolicy
 from attnzoo.kvcache.choice import CacheSpec, option_names, read_cache
+from attnzoo.kvcache.options import RENAMED
 from attnzoo.models import CacheUse, GenerationConfig, TokenLogprobs
 from attnzoo.models.generation_config import FIELDS
 from attnzoo.tokenizer.text_stream import TextStream
@@ -200,26 +201,45 @@ def as_batch(prompts: Any) -> tuple[list[Prompt], bool]:
     prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
     if isinstance(prompts, str):
         return [prompts], True
-    if isinstance(prompts, Mapping) or not isinstance(prompts, Sequence):
+    if isinstance(prompts, Mapping | bytes | bytearray) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts has type {type(prompts).__name__}; give text, token ids, or a list of either")
     if not prompts:
         raise ValueError("prompts is empty; give a text, token ids, or a list of either")
-    if all(_is_token(item) for item in prompts):
+    if all(is_token(item) for item in prompts):
         return [list(map(operator.index, prompts))], True
     batch: list[Prompt] = []
     for index, item in enumerate(prompts):
         item = item.tolist() if hasattr(item, "tolist") else item
         if isinstance(item, str):
             batch.append(item)
-        elif isinstance(item, Sequence) and all(_is_token(token) for token in item):
+        elif (
+            isinstance(item, Sequence)
+            and not isinstance(item, bytes | bytearray)
+            and all(is_token(token) for token in item)
+        ):
             batch.append(list(map(operator.index, item)))
         else:
             raise ValueError(f"prompts[{index}]={item!r} has type {type(item).__name__}; give text or token ids")
     return batch, False
 
 
-def _is_token(value: Any) -> bool:
+def is_token(value: Any) -> bool:
+    """Whether it is a whole number, of numpy for example."""
     return not isinstance(value, bool) and hasattr(value, "__index__")
+
+
+def check_messages(messages: Any) -> None:
+    """Raises ValueError for what is no conversation. What a role may be, and whether there must be content, is for the
+    template to say."""
+    example = 'a list such as [{"role": "user", "content": "Hello"}]'
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence) or not messages:
+        found = "is empty" if isinstance(messages, Sequence) and not messages else f"has type {type(messages).__name__}"
+        raise ValueError(f"messages {found}; it must be {example}")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise ValueError(f"messages[{index}] has type {type(message).__name__}; messages must be {example}")
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"messages[{index}].role={message.get('role')!r} must be a text such as 'user'")
 
 
 ELSEWHERE = {
@@ -261,7 +281,7 @@ def read_options(
         if cache is None and owners:
             raise ValueError(f"{name}={others[name]!r} is an option of cache policies: name one, cache={owners[0]!r}")
         if known is not None and name not in known:
-            raise ValueError(f"unknown option {name!r}{suggest(name, [*FIELDS, *known])}")
+            raise ValueError(f"unknown option {name!r}{suggest(name, {*FIELDS, *known} - {*RENAMED, *ELSEWHERE})}")
     config = GenerationConfig(**_fields(base) | mine)
     return config, None if cache is None else read_cache(cache, others)
 
@@ -275,4 +295,7 @@ def _cache_options(cache: Any) -> list[str] | None:
     if cache is None:
         return []
     policy = cache.get("policy") if isinstance(cache, Mapping) else cache
-    return option_names(policy) if isinstance(policy, str) and policy in CACHES else None
+    if not isinstance(policy, str) or policy not in CACHES:
+        return None
+    known = option_names(policy)
+    return known + [old for old, new in RENAMED.items() if new in known]

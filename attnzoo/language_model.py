@@ -1,5 +1,6 @@
 """A model and its tokenizer, from text to text."""
 
+import operator
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +20,8 @@ from attnzoo.generation import (
     TextLogprobs,
     Writer,
     as_batch,
+    check_messages,
+    is_token,
     read_options,
 )
 from attnzoo.kvcache import CachePolicy
@@ -26,6 +29,7 @@ from attnzoo.kvcache.choice import FULL, CacheSpec, read_cache
 from attnzoo.kvcache.keep_all import KeepAll
 from attnzoo.models import DecoderConfig, DecoderLM, GenerationConfig, Sequences
 from attnzoo.models.cache_use import policy_name
+from attnzoo.models.generation_config import FIELDS
 from attnzoo.models.score import score
 from attnzoo.models.sequences import check_prompts
 from attnzoo.tokenizer import Tokenizer
@@ -56,6 +60,11 @@ class LanguageModel:
     """
 
     def __init__(self, model: DecoderLM, tokenizer: Tokenizer, *, name: str = "model") -> None:
+        for field, value, kind in (("model", model, DecoderLM), ("tokenizer", tokenizer, Tokenizer)):
+            if not isinstance(value, kind):
+                raise ValueError(
+                    f"{field}={type(value).__name__} is no {kind.__name__}; attnzoo.load(path) reads both of a checkpoint"
+                )
         check_fit(model, tokenizer, name)
         self.model, self.tokenizer, self.name = model, tokenizer, name
 
@@ -187,6 +196,8 @@ class LanguageModel:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as `generate` reads it: the begin token first where the model's texts have one."""
+        if not isinstance(text, str):
+            raise ValueError(f"text has type {type(text).__name__}; give a str")
         return self.tokenizer.encode(text, bos=True)
 
     @overload
@@ -230,11 +241,24 @@ class LanguageModel:
 
         Raises ValueError for a prompt that does not fit into the context, and for the cache as `generate`.
         """
-        tokens = prompt if isinstance(prompt, int) else len(self._encoded(as_batch(prompt)[0][0])[1])
+        tokens: Any = prompt
+        if is_token(prompt):
+            tokens = operator.index(prompt)  # type: ignore[arg-type]  # numpy's numbers as well
+        elif not isinstance(prompt, int):
+            prompts, alone = as_batch(prompt)
+            if not alone:
+                count = len(prompts)
+                raise ValueError(
+                    f"cost takes one prompt, not a list of {count}; batch={count} counts as many of its length"
+                )
+            tokens = len(self._encoded(prompts[0])[1])
         for name, value in (("prompt", tokens), ("batch", batch)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be at least 1")
         self._room(tokens, 1)
+        for name in FIELDS:
+            if name in options:
+                raise ValueError(f"{name}={options[name]!r} is of generation: a cost takes options of the cache alone")
         _, policy = read_options(None, cache, options)
         policy = self._checked_cache(policy)
         kv: tuple[int | None, int | None] = (None, None)
@@ -282,8 +306,7 @@ class LanguageModel:
     ) -> _Task:
         if self._chat is None:
             raise ValueError(f"{self.name} has no chat template; continue a text with generate")
-        if isinstance(messages, str | Mapping) or not all(isinstance(message, Mapping) for message in messages):
-            raise ValueError('messages must be a list such as [{"role": "user", "content": "Hello"}]')
+        check_messages(messages)
         default = GenerationConfig(max_new_tokens=None) if base is None else base
         return self._task([(None, self._chat.encode(messages))], default, cache, options)
 

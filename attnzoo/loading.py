@@ -10,7 +10,7 @@ from attnzoo.checkpoint.packaged import models_directory
 from attnzoo.errors import suggest
 from attnzoo.language_model import LanguageModel
 from attnzoo.models import DecoderLM, can_pack, pack_weights
-from attnzoo.types import parse_dtype
+from attnzoo.types import check_device, parse_dtype
 
 
 def load(
@@ -37,19 +37,27 @@ def load(
     Raises ValueError that says what is wrong and where for a name that leads nowhere, a damaged checkpoint, one without
     a tokenizer, an unknown dtype, or a device that cannot be used.
     """
+    if not isinstance(name, str) and not isinstance(name, os.PathLike):
+        raise ValueError(f"name={name!r} has type {type(name).__name__}; give a path, or one of {', '.join(PACKAGED)}")
+    for option, value, known in (
+        ("pack_weights", pack_weights, "True, False or None"),
+        ("check_finite", check_finite, "True or False"),
+    ):
+        if not isinstance(value, bool) and not (value is None and option == "pack_weights"):
+            raise ValueError(f"{option}={value!r} must be {known}")
     path = find_checkpoint(os.fspath(name))
     if not os.path.exists(path):
         raise ValueError(_nothing(os.fspath(name)))
-    kind = parse_dtype(dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    if not isinstance(kind, torch.dtype | str):
+    if not isinstance(dtype, torch.dtype | str):
         raise ValueError(f'dtype={dtype!r} has type {type(dtype).__name__}; give a name such as "bfloat16"')
+    kind = None if dtype == "auto" else parse_dtype(dtype)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(path)  # soon done, and often what is missing
     model = load_for_inference(
         path,
         device=device,
-        dtype=kind if isinstance(kind, torch.dtype) else None,
+        dtype=kind,
         check_finite=check_finite,
         pack=pack_weights,
     )
@@ -66,20 +74,6 @@ def load_for_inference(
     if pack or (pack is None and can_pack(model)):
         pack_weights(model)
     return model
-
-
-def check_device(name: str | torch.device) -> None:
-    """Raises ValueError that names `device` where nothing can be computed there."""
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise ValueError(f"device={str(name)!r} has no memory; give cpu or cuda")
-        torch.zeros(1, device=device).add(1).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"device={str(name)!r} cannot be used on this machine ({reason}); give cpu, or a GPU it has"
-        ) from None
 
 
 def _nothing(name: str) -> str:

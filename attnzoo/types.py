@@ -1,4 +1,4 @@
-"""Shape legend, dtypes, and strict construction of configuration dataclasses.
+"""Shape legend, dtypes, devices, and strict construction of configuration dataclasses.
 
 Shape suffixes, used in every name that holds a tensor:
 
@@ -35,11 +35,33 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
-def parse_dtype(name: str) -> torch.dtype:
-    """The torch dtype for a name such as "bf16" or "float32". Raises ValueError that lists the known names."""
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}{suggest(name, DTYPES)}")
+def parse_dtype(name: str | torch.dtype) -> torch.dtype:
+    """The torch dtype for a name such as "bf16" or "float32", or for itself. Raises ValueError that lists the known
+    names."""
+    if isinstance(name, torch.dtype) and name in DTYPES.values():
+        return name
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}{suggest(str(name), DTYPES)}")
     return DTYPES[name]
+
+
+def check_device(name: str | torch.device, *, empty: bool = False) -> None:
+    """Raises ValueError that names `device` where nothing can be computed there. empty: "meta" may be, where tensors
+    have shapes and no values."""
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            if empty:
+                return
+            raise ValueError(f"device={str(name)!r} has no memory; give cpu or cuda")
+        torch.zeros(1, device=device).add(1).item()
+    except TypeError:
+        raise ValueError(f"device={name!r} has type {type(name).__name__}; give a name such as 'cpu'") from None
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device={str(name)!r} cannot be used on this machine ({reason}); give cpu, or a GPU it has"
+        ) from None
 
 
 def dtype_bytes(dtype: torch.dtype) -> int:

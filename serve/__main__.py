@@ -67,8 +67,8 @@ def check_checkpoint(config: "ServeConfig") -> None:
     """Finds out before Ray starts. Raises ValueError when there is no checkpoint to load, no
     place to listen, or no such device."""
     from attnzoo.checkpoint import find_checkpoint, load_tokenizer, open_checkpoint
-    from attnzoo.loading import check_device
     from attnzoo.tokenizer.chat import ChatTemplate
+    from attnzoo.types import check_device
     from serve.front.guard import read_api_key
     from serve.front.port import free_port
 

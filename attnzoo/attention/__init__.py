@@ -21,7 +21,7 @@ import torch
 
 from attnzoo.attention.base import ATTENTION, Attention, Cost, Traits
 from attnzoo.files import user_path
-from attnzoo.types import build_config, parse_dtype
+from attnzoo.types import build_config, check_device, parse_dtype
 
 PLUGINS_VARIABLE = "ATTNZOO_PLUGINS"
 
@@ -87,9 +87,11 @@ def attention(
     says what it takes: `cost(batch, tokens, context)`.
 
     Raises ValueError for an unknown name or option, with the nearest known one, for sizes that do not fit each other,
-    and for an unknown dtype.
+    for an unknown dtype, and for a device that cannot be used.
     """
-    kind = parse_dtype(dtype) if isinstance(dtype, str) else dtype
+    kind = None if dtype is None else parse_dtype(dtype)
+    if device is not None:
+        check_device(device, empty=True)
     return build_attention(name, {"model_dim": model_dim, **options}, name).to(device=device, dtype=kind)
 
 

@@ -145,6 +145,14 @@ class Attention(nn.Module, ABC):
         packed with documents or padded (`attnzoo.ops.common.masks.document_starts` and `padding_starts` make it).
         """
 
+    def check_input(self, x_BTD: Tensor) -> None:
+        """Raises ValueError for an input of another shape than [batch, tokens, model_dim]."""
+        model_dim = self.config.model_dim
+        if x_BTD.dim() != 3 or x_BTD.shape[2] != model_dim:
+            raise ValueError(
+                f"{type(self).__name__} got x of shape {list(x_BTD.shape)}; it must be [batch, tokens, {model_dim}]"
+            )
+
     @abstractmethod
     def init_state(
         self,

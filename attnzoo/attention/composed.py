@@ -49,21 +49,13 @@ class ComposedAttention(Attention):
         return self._parallel(x_BTD, starts_BT, "reference")
 
     def _parallel(self, x_BTD: Tensor, starts_BT: Tensor | None, impl: Impl) -> Tensor:
-        self._check(x_BTD)
+        self.check_input(x_BTD)
         qkv = self.projection(x_BTD)
         if 0 in qkv[0].shape:  # no sequence or no token: kernels and sums over time would have nothing to begin with
             return self.projection.merge(qkv[0].transpose(1, 2))
         if self.conv is not None:
             qkv = self.conv(qkv, starts_BT, impl)
         return self.projection.merge(self.mixing(qkv, starts_BT, impl))
-
-    def _check(self, x_BTD: Tensor) -> None:
-        """Raises ValueError for an input of another shape."""
-        model_dim = self.projection.heads.model_dim
-        if x_BTD.dim() != 3 or x_BTD.shape[2] != model_dim:
-            raise ValueError(
-                f"{type(self).__name__} got x of shape {list(x_BTD.shape)}; it must be [batch, tokens, {model_dim}]"
-            )
 
     def init_state(
         self,
@@ -85,12 +77,17 @@ class ComposedAttention(Attention):
     def extend(
         self, x_BTD: Tensor, state: ComposedState, counts_B: Tensor | None = None
     ) -> tuple[Tensor, ComposedState]:
-        self._check(x_BTD)
+        self.check_input(x_BTD)
+        if (self.conv is None) != (state.conv is None):
+            raise ValueError(
+                f"{type(self).__name__} got the state of another variant, which remembers "
+                f"{'no' if state.conv is None else 'a'} convolution; begin with this layer's init_state"
+            )
         tokens = x_BTD.shape[1]
         qkv, conv = self.projection(x_BTD), state.conv
         if 0 in qkv[0].shape:
             return self.projection.merge(qkv[0].transpose(1, 2)), state
-        if self.conv is not None and conv is not None:
+        if self.conv is not None and conv is not None:  # both or neither
             qkv, conv = self.conv.extend(qkv, conv, counts_B, self.impl)
         positions_BT = _positions(state.lengths_B, tokens)
         o_BNTH, mixing = self.mixing.extend(qkv, state.mixing, positions_BT, counts_B, self.impl)

@@ -67,6 +67,7 @@ class InContextAttention(Attention):
     def _attend(self, x_BTD: Tensor, starts_BT: Tensor | None, impl: Impl) -> Tensor:
         if starts_BT is not None:
             raise ValueError(f"{type(self).__name__} takes no starts_BT: a row is one context; give each its own row")
+        self.check_input(x_BTD)
         queries, tokens = self.config.num_queries, x_BTD.shape[1]
         if tokens <= queries:
             raise ValueError(f"{tokens} tokens of which the last num_queries={queries} ask leave nothing to read")

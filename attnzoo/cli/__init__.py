@@ -7,7 +7,10 @@ help, the list of commands and wrong usage are answered without torch, and what 
 
 import argparse
 import importlib
+import io
+import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +87,12 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*arguments, **options)
 
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        """An argument that may be left out (nargs "*") is never told as one that is required."""
+        if options.get("nargs") == "*":
+            options.setdefault("default", [])
+        return super().add_argument(*names, **options)
+
     def error(self, message: str) -> Any:
         raise SystemExit(complain(self.prog, f"{message}; {self.prog} --help says more"))
 
@@ -125,10 +134,29 @@ def carry_out(
 
 def entry() -> int:
     """What the installed command calls: `main`, quiet where Ctrl-C or the end of a pipe stops it."""
+    prepare_streams()
     try:
         return run_command(main)
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def prepare_streams() -> None:
+    """Standard streams that were closed lead nowhere, so that no file gets their place; what stdout cannot encode is
+    written as "?"; a warning about an old name is one line."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    usual = warnings.formatwarning
+
+    def say(message: Any, category: type[Warning], *rest: Any) -> str:
+        if issubclass(category, FutureWarning):
+            return f"{PROGRAM}: warning: {message}\n"
+        return usual(message, category, *rest)
+
+    warnings.formatwarning = say  # type: ignore[assignment]  # the last argument may be left out
 
 
 def command_tree() -> Parser:

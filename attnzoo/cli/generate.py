@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from attnzoo.generation import Generation
 
 LENGTH = 128
-"""New tokens unless max_new_tokens says otherwise."""
+"""New tokens at most, unless max_new_tokens says otherwise."""
 EXAMPLES = f"""examples:
   attnzoo generate smollm2 "The capital of France is"
   attnzoo generate runs/demo/export "def " max_new_tokens=64 temperature=0.8 seed=1
   attnzoo generate smollm2 "$(cat report.txt)" cache=d2o keep_ratio=0.5
   attnzoo generate smollm2 - --json < prompt.txt
 
-{OPTIONS}max_new_tokens is {LENGTH} unless it is set; n=3 writes several texts.
+{OPTIONS}max_new_tokens is {LENGTH}, or what the context has room for, unless it is set; n=3 writes several texts.
 """
 
 
@@ -37,9 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Generates and prints. Raises ValueError for wrong usage."""
-    chosen = {"max_new_tokens": LENGTH} | generation_options(options.options)
+    chosen = generation_options(options.options)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     lm = load(options)
+    if "max_new_tokens" not in chosen:
+        chosen["max_new_tokens"] = max(1, min(LENGTH, lm.config.max_positions - len(lm.encode(prompt))))
     if options.json:
         print(json.dumps(_plain(lm.generate(prompt, **chosen))))
     elif chosen.get("n", 1) == 1:

@@ -38,8 +38,13 @@ def load(options: argparse.Namespace) -> "LanguageModel":
 
 
 def generation_options(words: Sequence[str]) -> dict[str, Any]:
-    """Keyword arguments of `LanguageModel.generate`. Raises ValueError for what is no key=value."""
-    return parse_words(words, "max_new_tokens=64")
+    """Keyword arguments of `LanguageModel.generate`, from its `GenerationConfig` and cache alone. Raises ValueError for
+    what is no key=value, and as `read_options`: before a model is read."""
+    from attnzoo.generation import read_options
+
+    chosen = parse_words(words, "max_new_tokens=64")
+    read_options(None, chosen.get("cache"), {name: value for name, value in chosen.items() if name != "cache"})
+    return chosen
 
 
 def show(piece: str) -> None:

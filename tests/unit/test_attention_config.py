@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import attnzoo
 from attnzoo.attention import ATTENTION, build_attention
 from attnzoo.types import LARGEST
 from tests.contract.cases import BATCH, MODEL_DIM, TOKENS, build_case, inputs
@@ -92,3 +93,33 @@ def test_inputs_of_another_shape(shape):
     for call in (attention, attention.reference, lambda x: attention.extend(x, attention.init_state(BATCH, TOKENS))):
         with pytest.raises(ValueError, match=r"RCMHA got x of shape .*; it must be \[batch, tokens, 22\]"):
             call(inputs(*shape))
+    with pytest.raises(ValueError, match=r"InContextLinear got x of shape .*; it must be \[batch, tokens, 22\]"):
+        build_case("in_context_linear", {})(inputs(*shape))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.int8}, "unknown dtype torch.int8"),
+        ({"dtype": torch.complex64}, "unknown dtype torch.complex64"),
+        ({"dtype": torch.float8_e4m3fn}, "unknown dtype torch.float8_e4m3fn"),
+        ({"dtype": float}, "unknown dtype <class 'float'>"),
+        ({"device": "abacus"}, "device='abacus' cannot be used on this machine"),
+        ({"device": "cuda:99"}, "device='cuda:99' cannot be used on this machine"),
+        ({"device": []}, r"device=\[\] has type list"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_dtypes_and_devices_that_no_layer_can_have(options, message):
+    with pytest.raises(ValueError, match=message):
+        attnzoo.attention("mha", model_dim=16, **options)
+    assert attnzoo.attention("mha", model_dim=16, device="meta", dtype=torch.float64).projection.query.weight.is_meta
+
+
+def test_a_state_of_another_variant_is_no_state_of_this_one():
+    """Else a convolution would begin anew with every chunk, without a word."""
+    x = torch.randn(1, 3, 16)
+    for kind, other in (("rcmha", "rmha"), ("mha", "mdha")):
+        state = attnzoo.attention(other, model_dim=16).init_state(1, 8)
+        with pytest.raises(ValueError, match=r"state of another variant, which remembers (no|a) convolution"):
+            attnzoo.attention(kind, model_dim=16).extend(x, state)

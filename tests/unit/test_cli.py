@@ -1,5 +1,6 @@
 """The command `attnzoo`: what it prints, and how it refuses."""
 
+import io
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from attnzoo import __version__
 from attnzoo.__main__ import main
 from attnzoo.attention import ATTENTION
 from attnzoo.checkpoint import save_model
-from attnzoo.cli import BENCHMARKS, COMMANDS, Parser, arguments_of, command_tree
+from attnzoo.cli import BENCHMARKS, COMMANDS, Parser, arguments_of, command_tree, prepare_streams
 from attnzoo.settings import parse_words, read_mapping
 from tests.helpers import serving
 
@@ -100,6 +102,8 @@ def test_wrong_usage_goes_to_stderr_with_status_2(arguments, message, capsys):
         ("a\0b", r"OUT='a\x00b' holds a zero"),
         ("model/out", "lies in the checkpoint"),  # whose next export would be refused for it
         ("model/out/below", "lies in the checkpoint"),
+        (".", "is the current directory"),  # which a shell would be left in after it is gone
+        ("", "is the current directory"),
     ],
 )
 def test_an_export_that_is_out_of_place(where, message, tmp_path, monkeypatch, capsys):
@@ -279,6 +283,27 @@ def test_completion(shell, capsys, tmp_path):
             done = subprocess.run(["bash"], input=ask, capture_output=True, text=True, cwd=tmp_path, check=True)
             assert done.stdout.split() == [expected]
     assert command_tree().parse_args(["bench", "train", "--quick"]).quick
+
+
+def test_what_may_be_left_out_is_not_told_as_required(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate"])
+    assert "the following arguments are required: checkpoint, prompt;" in capsys.readouterr().err
+
+
+def test_streams_that_are_closed_or_narrow(monkeypatch, capsys, tmp_path):
+    """A closed stream leads nowhere; text that stdout cannot encode is replaced; an old name is told in one line."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    for name in ("stdin", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    prepare_streams()
+    with sys.stdin, sys.stderr:
+        print("caf\N{LATIN SMALL LETTER E WITH ACUTE}", flush=True)
+        assert (raw.getvalue(), sys.stdin.read(), sys.stderr.write("x")) == (b"caf?\n", "", 1)
+    assert warnings.formatwarning(FutureWarning("old"), FutureWarning, "a.py", 1) == "attnzoo: warning: old\n"
+    assert "a.py:1" in warnings.formatwarning(UserWarning("other"), UserWarning, "a.py", 1)
 
 
 @pytest.mark.heavy

@@ -68,6 +68,10 @@ def test_generate_streams_what_python_generates(checkpoint, capsys, monkeypatch)
         (["keep_ratio=0.5"], "name one, cache="),
         (["cache=h2o"], "cache.policy='h2o' is not known"),
         (["stop=5"], "stop=5 must be a string"),
+        (["prompt=x"], "unknown option 'prompt'"),
+        (["self=x"], "unknown option 'self'"),
+        (["--json", "batch_size=4"], "unknown option 'batch_size'"),
+        (["generation_config={n: 2}"], "unknown option 'generation_config'"),
         (["--dtype", "int9"], "unknown dtype 'int9'"),
         (["--device", "tpu0"], "device='tpu0' cannot be used"),
     ],
@@ -78,6 +82,17 @@ def test_wrong_options_are_named(words, message, checkpoint, capsys):
     assert captured.err.startswith("attnzoo generate: error: ")
     assert message in captured.err
     assert not captured.out
+
+
+def test_the_usual_length_is_what_the_context_has_room_for(checkpoint, capsys):
+    """128 new tokens were never asked for: a model of 64 positions writes as many as it can."""
+    lm = attnzoo.load(checkpoint)
+    assert lm.config.max_positions == 64
+    assert main(["generate", checkpoint, "The slots", "--json", "ignore_eos=true"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["prompt_token_ids"]) + len(found["outputs"][0]["token_ids"]) == 64
+    assert main(["generate", checkpoint, "word " * 90]) == 2
+    assert "shorten the prompt" in capsys.readouterr().err
 
 
 def test_a_terminal_gets_no_control_characters(monkeypatch):

@@ -110,6 +110,14 @@ def test_texts_and_caches_are_the_server_s(kind, chance, monkeypatch):
     assert mine[0].cache.kv_bytes < mine[0].cache.kv_bytes_full, "nothing was compressed"
 
 
+def test_old_names_of_options_are_keywords_too():
+    lm = lm_of("mha")
+    for policy, old, new, value in (("d2o", "votes", "merge_counts", True), ("think", "retail", "repack_every", 3)):
+        expected = lm.generate(TEXTS[3], max_new_tokens=6, cache={"policy": policy, new: value})
+        with pytest.warns(FutureWarning, match=f"{old} is now called .*{new}"):
+            assert lm.generate(TEXTS[3], max_new_tokens=6, cache=policy, **{old: value}) == expected
+
+
 def test_a_cache_is_named_described_or_given():
     lm, options = lm_of("mha"), {"max_new_tokens": 6}
     named = lm.generate(TEXTS[3], cache="streaming", keep_ratio=0.5, min_tokens=0, **options)
@@ -220,9 +228,17 @@ def test_chat_continues_what_the_template_writes():
     assert "".join(stream) == lm.chat(messages, max_new_tokens=6, cache="streaming").text == stream.result.text
     with pytest.raises(ValueError, match="model has no chat template; continue a text with generate"):
         lm_of().chat(messages)
-    for wrong in ("Hello", messages[0], ["Hello"]):
-        with pytest.raises(ValueError, match="messages must be a list such as"):
-            lm.chat(wrong)
+    for wrong, said in (
+        ("Hello", "messages has type str; it must be a list such as"),
+        (messages[0], "messages has type dict"),
+        (None, "messages has type NoneType"),
+        (iter(messages), "messages has type list_iterator"),  # else the template finds it read already
+        ([], "messages is empty"),
+        (["Hello"], r"messages\[0\] has type str; messages must be a list such as"),
+        ([*messages, {"content": "a"}], r"messages\[1\].role=None must be a text"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            lm.chat(wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="refuses this conversation: system must come first"):
         lm.chat([*messages, {"role": "system", "content": "late"}])
 

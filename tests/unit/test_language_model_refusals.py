@@ -20,6 +20,8 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (["a", None], {}, r"prompts\[1\]=None has type NoneType"),
     ([[]], {}, "the prompt is empty"),
     ([400], {}, "prompt token 400 is outside the vocabulary of 400"),
+    (b"abc", {}, "prompts has type bytes"),
+    (["a", b"b"], {}, r"prompts\[1\]=b'b' has type bytes"),
     ("a" * 200, {}, r"context is 64 tokens, and \d+ were asked for .*shorten the prompt or lower max_new_tokens"),
     (
         "a",
@@ -54,6 +56,8 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ("a", {"cache": "d2o", "keep_ratio": 1.5}, "keep_ratio=1.5 is the part that is kept"),
     ("a", {"cache": "d2o", "sinks": 65}, "cache.sinks=65 is more than the 64 tokens"),
     ("a", {"cache": {"policy": "d2o", "sinks": 1}, "sinks": 2}, "sinks=2 is given twice, cache has sinks=1"),
+    ("a", {"cache": "streaming", "votes": True}, "unknown option 'votes'"),
+    ("a", {"cache": "d2o", "votes": True, "merge_counts": True}, "votes is the old name of .*merge_counts"),
     ("a", {"cache": build_cache("d2o"), "sinks": 2}, "sinks: the cache is an object, d2o"),
 ]
 
@@ -85,6 +89,17 @@ def test_other_refusals():
         lm.cost(5, batch=0)
     with pytest.raises(ValueError, match="unknown option 'keep'"):
         lm.cost(5, keep=1)
+    with pytest.raises(ValueError, match="n=2 is of generation: a cost takes options of the cache alone"):
+        lm.cost(5, n=2)
+    with pytest.raises(
+        ValueError, match="cost takes one prompt, not a list of 2; batch=2 counts as many of its length"
+    ):
+        lm.cost(["a", "b"])
+    with pytest.raises(ValueError, match="text has type NoneType; give a str"):
+        lm.encode(None)  # type: ignore[arg-type]
+    for model, words, field in ((lm, tokenizer(), "model=LanguageModel"), (lm.model, "smollm2", "tokenizer=str")):
+        with pytest.raises(ValueError, match=f"{field} is no "):
+            LanguageModel(model, words)
     config = dataclasses.replace(lm.config, vocab_size=399)
     with pytest.raises(ValueError, match="mine: the tokenizer knows 400 tokens, the model only 399"):
         LanguageModel(DecoderLM(config), tokenizer(), name="mine")

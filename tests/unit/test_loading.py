@@ -78,11 +78,19 @@ def test_what_cannot_be_loaded_says_the_way_out(exports, tmp_path, monkeypatch):
     for options, message in (
         ({"dtype": "fp23"}, "unknown dtype 'fp23'"),
         ({"dtype": 3}, "dtype=3 has type int"),
+        ({"dtype": torch.int8}, "unknown dtype torch.int8; .*known: bf16"),
+        ({"dtype": torch.complex64}, "unknown dtype torch.complex64"),
+        ({"device": None}, "device=None has type NoneType; give a name such as 'cpu'"),
+        ({"pack_weights": "yes"}, "pack_weights='yes' must be True, False or None"),
+        ({"check_finite": None}, "check_finite=None must be True or False"),
         ({"device": "abacus"}, "device='abacus' cannot be used on this machine"),
         ({"device": "meta"}, "device='meta' has no memory"),
     ):
         with pytest.raises(ValueError, match=message):
             attnzoo.load(exports / "run", **options)
+    for name in (None, 3, b"smollm2", ["smollm2"]):
+        with pytest.raises(ValueError, match=r"name=.* has type .*; give a path, or one of smollm2"):
+            attnzoo.load(name)
     (tmp_path / "going" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="is a training run without an export"):
         attnzoo.load(tmp_path / "going")

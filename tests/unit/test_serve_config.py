@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 
-from attnzoo.loading import check_device
+from attnzoo.types import check_device
 from serve.config import absolute, build_serve_config, parse_settings, read_config_file
 from serve.environment import _leave_token, prepare_environment
 
