@@ -62,9 +62,7 @@ class LanguageModel:
     def __init__(self, model: DecoderLM, tokenizer: Tokenizer, *, name: str = "model") -> None:
         for field, value, kind in (("model", model, DecoderLM), ("tokenizer", tokenizer, Tokenizer)):
             if not isinstance(value, kind):
-                raise ValueError(
-                    f"{field}={type(value).__name__} is no {kind.__name__}; attnzoo.load(path) reads both of a checkpoint"
-                )
+                raise ValueError(f"{field}={type(value).__name__} is no {kind.__name__}; attnzoo.load(path) reads both")
         check_fit(model, tokenizer, name)
         self.model, self.tokenizer, self.name = model, tokenizer, name
 
