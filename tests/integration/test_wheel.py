@@ -10,6 +10,7 @@ import sys
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ import pytest
 from tests.helpers import serving
 from tests.helpers.training import ROOT, write_tiny
 
-pytest.importorskip("hatchling", reason="builds the wheel")
-pytest.importorskip("pip", reason="installs the wheel")
+# Not importorskip: to import pip takes setuptools' own distutils away from this process, and torch's compiler needs it.
+MISSING = [name for name in ("hatchling", "pip") if not list(metadata.distributions(name=name))]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} build and install the wheel")
 
 
 def checked(command: list[str | Path], cwd: Path, **options: object) -> str:
