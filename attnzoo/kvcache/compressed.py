@@ -288,7 +288,7 @@ def read(
         )
     if len(parts) == 1:
         return parts[0]
-    assert not accumulated_attention, "accumulated attention of many queries is the operation accumulated_attention's"
+    assert not accumulated_attention, "the operation accumulated_attention sums over many queries"
     return replace(parts[0], out_BNTH=torch.cat([part.out_BNTH for part in parts], dim=2))
 
 

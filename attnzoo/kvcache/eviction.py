@@ -173,8 +173,7 @@ class EvictingCache(CachePolicy):
     def needs(self) -> frozenset[Need]:
         if self.config.lossless:
             return frozenset()
-        # Who leaves asks for accumulated attention; what is merged, thinned or counted in merge counts is read by
-        # terms.
+        # Priorities need accumulated attention; what was merged or thinned is read by the terms of the scores.
         plain = self.rule.kind == "drop" and not self.merge_counts and not self.thins and not self.accumulates
         tables: frozenset[Need] = frozenset({"tables"} if self.accumulates else ())
         return tables if plain else tables | {"terms"}

@@ -150,7 +150,7 @@ def _turn(policy: Any, state: CompressedState, now: Moment) -> _Turn:
 
 
 def _enter(ring: Ring, k_BK1H: Tensor, v_BK1H: Tensor, now: Moment) -> None:
-    """The new token in its slot of the ring, with no accumulated attention yet and one vote."""
+    """The new token in its slot of the ring, with no accumulated attention yet and a merge count of one."""
     now.entering.put(ring.keys_BKRH, k_BK1H[:, :, 0])
     now.entering.put(ring.values_BKRH, v_BK1H[:, :, 0])
     for numbers, first in ((ring.accumulated_BKR, 0.0), (ring.merge_counts_BKR, 1.0)):

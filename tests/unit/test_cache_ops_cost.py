@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnzoo.ops.accumulated_attention import Tables, accumulated_attention
-from attnzoo.ops.accumulated_attention.cost import MassSizes, mass_cost
+from attnzoo.ops.accumulated_attention.cost import AccumulatedSizes, accumulated_cost
 from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.evict_merge import Arrival, MergeRule, Slots, evict_merge, evict_merge_step
 from attnzoo.ops.evict_merge.cost import MergeSizes, merge_cost, step_cost
@@ -120,18 +120,20 @@ def test_accumulated_attention(dtype):
     mask = CausalMask(query_positions_BT=at, key_positions_BKS=places)
     accumulated = accumulated_attention(q, k, mask=mask, tables=tables, log_counts_BKS=merge_counts, impl="torch")
     sizes = {"batch": B, "tokens": tokens, "heads": N, "kv_heads": K, "head_dim": H, "width": dtype.itemsize}
-    cost = mass_cost(MassSizes(slots=slots, position_heads=1, merge_counts=True, table_rows=rows, **sizes))
+    cost = accumulated_cost(
+        AccumulatedSizes(slots=slots, position_heads=1, merge_counts=True, table_rows=rows, **sizes)
+    )
     given = (q, k, at, places, merge_counts, tables.content_bias_NH, tables.table_NPH, tables.table_bias_NP)
     assert cost.bytes_read == nbytes(*given)
     assert cost.bytes_written == accumulated.nbytes
     seen = int(mask.visible(tokens, q.device)[0].sum())
-    plain = mass_cost(MassSizes(slots=slots, **sizes))
+    plain = accumulated_cost(AccumulatedSizes(slots=slots, **sizes))
     assert plain.bytes_read == nbytes(q, k)
-    assert plain == mass_cost(MassSizes(slots=slots, pairs=seen, **sizes))
+    assert plain == accumulated_cost(AccumulatedSizes(slots=slots, pairs=seen, **sizes))
     # One product of all queries with all keys has 2 H FLOPs a pair; the pairs that are seen, twice over:
     product = flops(lambda: q.unflatten(1, (K, -1)) @ k[:, :, None].mT)
     assert plain.flops * tokens * slots == 2 * product * seen
-    known = mass_cost(MassSizes(slots=slots, sums_known=True, **sizes))
+    known = accumulated_cost(AccumulatedSizes(slots=slots, sums_known=True, **sizes))
     assert known.flops * 2 == plain.flops
     assert known.bytes_read - plain.bytes_read == B * N * tokens * 4
     table = flops(lambda: q.transpose(0, 1).flatten(1, 2) @ tables.table_NPH.mT)

@@ -9,7 +9,7 @@ INDEX, SUM = 8, 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class MassSizes:
+class AccumulatedSizes:
     """pairs: of a query and a key that it sees, a head and sequence; None: queries are the newest of `slots` tokens.
     width: bytes of an element. position_heads: of key positions (0: the parallel form, without any). table_rows: rows
     of the tables of relative positions, in `width` as well. sums_known: the sums of rows come from elsewhere, and
@@ -30,7 +30,7 @@ class MassSizes:
     sums_known: bool = False
 
 
-def mass_cost(sizes: MassSizes) -> OpCost:
+def accumulated_cost(sizes: AccumulatedSizes) -> OpCost:
     pairs = sizes.pairs
     if pairs is None:
         pairs = sizes.tokens * (sizes.slots - sizes.tokens) + sizes.tokens * (sizes.tokens + 1) // 2

@@ -21,9 +21,9 @@ class Rows(NamedTuple):
 
 class Scores(NamedTuple):
     """What scores are made of. queries [B, N, T, H], keys [B, K, S, H]; at_queries [B, T] and at_keys with strides,
-    their positions; relative [B, N, T, P] or None: logits by distance, the last for all farther ones; merge counts [B,
-    K, S] with strides or None. `scale` and merge counts are of powers of two: merge counts are multiplied by
-    `vote_scale`."""
+    their positions; relative [B, N, T, P] or None: logits by distance, the last for all farther ones; the
+    logs of merge counts [B, K, S] with strides, or None. Scores are logs to the base 2: `scale` holds that factor, and
+    the logs of counts are multiplied by `count_scale`."""
 
     queries: Rows
     keys: Rows
@@ -34,12 +34,12 @@ class Scores(NamedTuple):
     relative: Any
     distances: Any
     merge_counts: Any
-    vote_batch: Any
-    vote_head: Any
+    count_batch: Any
+    count_head: Any
     tokens: Any
     slots: Any
     scale: Any
-    vote_scale: Any
+    count_scale: Any
 
 
 class Tile(NamedTuple):
@@ -102,8 +102,8 @@ def _scores(scores, query, key, row, at_query, slot, at_key, b, head, k, tile):
         product += tl.load(scores.relative + first[:, None] + distance, mask=seen, other=0.0)
     product = product * scores.scale
     if scores.merge_counts is not None:
-        votes_at = scores.merge_counts + b * scores.vote_batch + k * scores.vote_head + slot
-        merge_counts = tl.load(votes_at, mask=at_key >= 0, other=0.0).to(tl.float32) * scores.vote_scale
+        counts_at = scores.merge_counts + b * scores.count_batch + k * scores.count_head + slot
+        merge_counts = tl.load(counts_at, mask=at_key >= 0, other=0.0).to(tl.float32) * scores.count_scale
         product += merge_counts[None, :]
     return tl.where(seen, product, float("-inf"))
 
@@ -154,5 +154,5 @@ def columns_kernel(scores, log_sums, log_sums_batch, log_sums_head, begins, accu
             sums = tl.load(sums_at, mask=row < scores.tokens, other=0.0)
             summed += tl.sum(tl.exp2(tile_scores - sums[:, None]), axis=0)
     inside = slot < scores.slots
-    mass_at = accumulated + place * scores.slots + slot
-    tl.store(mass_at, tl.load(mass_at, mask=inside, other=0.0) + summed, mask=inside)
+    accumulated_at = accumulated + place * scores.slots + slot
+    tl.store(accumulated_at, tl.load(accumulated_at, mask=inside, other=0.0) + summed, mask=inside)

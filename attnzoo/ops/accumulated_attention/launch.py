@@ -179,11 +179,11 @@ def _common(k_BKSH: Tensor, keys_BKS: Tensor, log_counts_BKS: Tensor | None, sca
         "at_batch": places.stride(0),
         "at_head": places.stride(1),
         "merge_counts": merge_counts,
-        "vote_batch": 0 if merge_counts is None else merge_counts.stride(0),
-        "vote_head": 0 if merge_counts is None else merge_counts.stride(1),
+        "count_batch": 0 if merge_counts is None else merge_counts.stride(0),
+        "count_head": 0 if merge_counts is None else merge_counts.stride(1),
         "slots": slots,
         "scale": scale * LOG2_E,
-        "vote_scale": LOG2_E,
+        "count_scale": LOG2_E,
     }
 
 

@@ -70,7 +70,7 @@ def evict_merge_step(
     """Merges the victims into what stays, writes the arrivals, both in place; returns the next threshold_BK.
 
     victim_BK (int64): the slot that leaves, -1 for none; without a victim the threshold stays. dots_BKP (accumulation
-    dtype): victim's key . key of every slot. An arrival may take the victim's slot; it gets its norm, and one vote.
+    dtype): victim's key . key of every slot. An arrival may take the victim's slot, with its norm and a count of one.
     A victim that no other entry could take is dropped. No gradients. Raises ValueError when shapes do not fit.
     """
     shape = slots.keys_BKPC.shape[:3]

@@ -93,7 +93,7 @@ def nearest_kernel(keys, evict, source, near, places, slots, kept, tile: tl.cons
 
 @triton.jit
 def merge_kernel(
-    keys, values, merge_counts, source, order, offsets, weights, new_keys, new_values, new_votes, slots, kept,
+    keys, values, merge_counts, source, order, offsets, weights, new_keys, new_values, new_counts, slots, kept,
     tile: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Grid (M, K, B): one kept entry, with what merges into it: order[offsets[m]], ..., order[offsets[m + 1] - 1].
@@ -106,16 +106,16 @@ def merge_kernel(
     origin = tl.load(source + head * kept + m + one)
     key = _load(keys, b, k, origin, origin >= 0, tile.key_dim, tile.key_wide)
     value = _load(values, b, k, origin, origin >= 0, tile.value_dim, tile.value_wide)
-    votes_at = b * merge_counts.batch + k * merge_counts.head
+    counts_at = b * merge_counts.batch + k * merge_counts.head
     own = tl.full([1], 1.0, tl.float32)
     if merge_counts.x is not None:
-        own = tl.load(merge_counts.x + votes_at + origin, mask=origin >= 0, other=0.0).to(tl.float32)
+        own = tl.load(merge_counts.x + counts_at + origin, mask=origin >= 0, other=0.0).to(tl.float32)
     if order is not None:
         begin, end = tl.load(offsets + head * (kept + 1) + m), tl.load(offsets + head * (kept + 1) + m + 1)
         scale = own * E if tile.paper else own
         key_sum = scale[:, None] * key.to(tl.float32)
         value_sum = scale[:, None] * value.to(tl.float32)
-        weight_sum, vote_sum = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
+        weight_sum, count_sum = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
         for first in range(begin, end, CHUNK):
             at = first + tl.arange(0, CHUNK)
             there = at < end
@@ -127,21 +127,21 @@ def merge_kernel(
             value_sum += tl.sum(rows * weight[:, None], axis=0)[None, :]
             counts = there.to(tl.float32)
             if merge_counts.x is not None:
-                counts = tl.load(merge_counts.x + votes_at + entry, mask=there, other=0.0).to(tl.float32)
+                counts = tl.load(merge_counts.x + counts_at + entry, mask=there, other=0.0).to(tl.float32)
             weight_sum += tl.sum(weight, axis=0)
-            vote_sum += tl.sum(counts, axis=0)
-        total = scale + weight_sum if tile.paper else scale + vote_sum
+            count_sum += tl.sum(counts, axis=0)
+        total = scale + weight_sum if tile.paper else scale + count_sum
         if end > begin:
             key = (key_sum / total[:, None]).to(key.dtype)
             value = (value_sum / total[:, None]).to(value.dtype)
-            own += vote_sum
+            own += count_sum
     column = tl.arange(0, tile.key_wide)[None, :]
     new_at = (head * kept + m + one)[:, None]
     tl.store(new_keys + new_at * tile.key_dim + column, key, mask=column < tile.key_dim)
     column = tl.arange(0, tile.value_wide)[None, :]
     tl.store(new_values + new_at * tile.value_dim + column, value, mask=column < tile.value_dim)
-    if new_votes is not None:
-        tl.store(new_votes + head * kept + m + one, own.to(new_votes.dtype.element_ty))
+    if new_counts is not None:
+        tl.store(new_counts + head * kept + m + one, own.to(new_counts.dtype.element_ty))
 
 
 @triton.jit
@@ -172,11 +172,11 @@ def match_kernel(norms, dots, victims, near, places, slots, tile: tl.constexpr, 
 @triton.jit
 def _merge_victim(keys, values, norms, merge_counts, place, victim, near, b, k, tile):
     """The victim's row into that of its nearest entry."""
-    votes_at = b * merge_counts.batch + k * merge_counts.head
+    counts_at = b * merge_counts.batch + k * merge_counts.head
     own, count = 1.0, 1.0
     if merge_counts.x is not None:
-        own = tl.load(merge_counts.x + votes_at + place).to(tl.float32)
-        count = tl.load(merge_counts.x + votes_at + victim).to(tl.float32)
+        own = tl.load(merge_counts.x + counts_at + place).to(tl.float32)
+        count = tl.load(merge_counts.x + counts_at + victim).to(tl.float32)
     scale, weight = own, near * count
     total = own + count
     if tile.paper:
@@ -196,7 +196,7 @@ def _merge_victim(keys, values, norms, merge_counts, place, victim, near, b, k, 
     _store(values, b, k, kept, value, tile.value_dim, tile.value_wide)
     _store_norm(norms, b, k, kept, key)
     if merge_counts.x is not None:
-        tl.store(merge_counts.x + votes_at + place, (own + count).to(merge_counts.x.dtype.element_ty))
+        tl.store(merge_counts.x + counts_at + place, (own + count).to(merge_counts.x.dtype.element_ty))
 
 
 @triton.jit

@@ -84,7 +84,7 @@ def merge_launch(
         weights=merging[2],
         new_keys=merged.keys_BKMC,
         new_values=merged.values_BKMV,
-        new_votes=merged.merge_counts_BKM,
+        new_counts=merged.merge_counts_BKM,
         slots=count,
         kept=slots,
         CHUNK=CHUNK,

@@ -25,7 +25,7 @@ def evict_merge_reference(
     source = torch.full((batch, kv_heads, slots), -1)
     keys = keys_BKSC.new_zeros(batch, kv_heads, slots, keys_BKSC.shape[3])
     values = values_BKSV.new_zeros(batch, kv_heads, slots, values_BKSV.shape[3])
-    new_votes = torch.zeros(batch, kv_heads, slots, dtype=dtype)
+    new_counts = torch.zeros(batch, kv_heads, slots, dtype=dtype)
     thresholds = threshold_BK.clone()
     for b in range(batch):
         heads = range(kv_heads)
@@ -50,12 +50,12 @@ def evict_merge_reference(
                 for old, new in ((keys_BKSC, keys), (values_BKSV, values)):
                     row = old[b, k].to(dtype)
                     new[b, k, m] = (own * row[j] + sum(w * row[i] for w, i, _ in x)) / total
-                new_votes[b, k, m] = p[j] + sum(n for _, _, n in x)
+                new_counts[b, k, m] = p[j] + sum(n for _, _, n in x)
     return Merged(
         keys_BKMC=keys,
         values_BKMV=values,
         source_BKM=source,
-        merge_counts_BKM=None if merge_counts_BKS is None else new_votes,
+        merge_counts_BKM=None if merge_counts_BKS is None else new_counts,
         threshold_BK=thresholds,
     )
 

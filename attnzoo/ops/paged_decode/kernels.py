@@ -34,8 +34,8 @@ class Segment(NamedTuple):
     value_slot: Any
     position_batch: Any
     position_head: Any
-    vote_batch: Any
-    vote_head: Any
+    count_batch: Any
+    count_head: Any
 
 
 class Queries(NamedTuple):
@@ -129,7 +129,7 @@ def _added(queries, segment, b, k, head, token, slot, first_slot, real, held):
         bias = queries.bias + bias_at[:, None] + slot[None, :]
         added += tl.load(bias, mask=real[:, None] & held[None, :], other=0.0).to(tl.float32) * LOG2_E
     if segment.log_counts is not None:
-        counts_at = segment.log_counts + b * segment.vote_batch + k * segment.vote_head
+        counts_at = segment.log_counts + b * segment.count_batch + k * segment.count_head
         added += (tl.load(counts_at + slot, mask=held, other=0.0).to(tl.float32) * LOG2_E)[None, :]
     return added
 

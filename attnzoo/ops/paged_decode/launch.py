@@ -232,8 +232,8 @@ def _segment(name: str, part: Entries, table_BI: Tensor | None, batch: int) -> S
         value_slot=values.stride(2),
         position_batch=positions.stride(0),
         position_head=positions.stride(1),
-        vote_batch=0 if merge_counts is None else merge_counts.stride(0),
-        vote_head=0 if merge_counts is None else merge_counts.stride(1),
+        count_batch=0 if merge_counts is None else merge_counts.stride(0),
+        count_head=0 if merge_counts is None else merge_counts.stride(1),
     )
 
 
