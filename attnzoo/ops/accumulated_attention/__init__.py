@@ -1,7 +1,7 @@
 """How much attention each key got: the column sums that token eviction decides by.
 
 accumulated_j = sum over queries i, and over the query heads of j's kv head, of softmax_j(A_ij), with the scores of
-`sdpa` or of `relative_sdpa` (accumulated attention: Zhang et al. 2023, arXiv 2306.14048; D2O: Wan et al., arXiv 2406.13035).
+`sdpa` or of `relative_sdpa` (Zhang et al. 2023, arXiv 2306.14048; D2O: Wan et al., arXiv 2406.13035).
 Computed a block of query rows at a time: memory is linear in the number of keys.
 """
 
