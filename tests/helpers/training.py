@@ -8,7 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from tests.helpers.forked import start_script
 
 ROOT = Path(__file__).resolve().parents[2]
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
@@ -101,8 +104,8 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a training to its end and checks its exit status.
 
-    The ranks are started as the `deepspeed` command starts them, but without it: its two processes import as much as
-    the ranks do, which is half the time of a small run. Tests of the command itself use `command`.
+    The ranks get what the `deepspeed` command gives them, but come without it and find torch and DeepSpeed imported,
+    which is most of the time of a small run. Tests of the command itself use `command`.
     """
     return run_ranks([str(ROOT / "train" / "main.py"), "--config", str(config), *overrides], ranks, status, **extra)
 
@@ -111,28 +114,25 @@ def run_ranks(script: list[str], ranks: int, status: int = 0, **extra: str) -> s
     """Runs a script on that many ranks of this machine and checks the exit status. The first rank that fails ends the
     others, and its status is the result."""
     meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    arguments = [sys.executable, *script]
     with tempfile.TemporaryDirectory() as directory:
         processes = []
         for rank in range(ranks):
             out, err = (Path(directory, f"{name}-{rank}") for name in ("out", "err"))
             own = {} if ranks == 1 else {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with out.open("wb") as stdout, err.open("wb") as stderr:
-                env = environment(**own, **extra)
-                processes.append(subprocess.Popen(arguments, env=env, stdout=stdout, stderr=stderr))
+            processes.append(start_script(script, environment(**own, **extra), out, err))
         found = _first_failure(processes, time.monotonic() + 300)
         texts = [
             "".join(Path(directory, f"{name}-{rank}").read_text("utf-8", "replace") for rank in range(ranks))
             for name in ("out", "err")
         ]
-    return _checked(subprocess.CompletedProcess(arguments, found, *texts), status)
+    return _checked(subprocess.CompletedProcess([sys.executable, *script], found, *texts), status)
 
 
-def _first_failure(processes: list[subprocess.Popen[bytes]], deadline: float) -> int:
+def _first_failure(processes: list[BaseProcess], deadline: float) -> int:
     """The status of the first process that fails, 0 if none does; none runs on."""
     try:
         while True:
-            states = [process.poll() for process in processes]
+            states = [process.exitcode for process in processes]
             failed = next((state for state in states if state), None)
             if failed is not None:
                 return failed
@@ -144,9 +144,8 @@ def _first_failure(processes: list[subprocess.Popen[bytes]], deadline: float) ->
         for process in processes:
             process.terminate()
         for process in processes:
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
+            process.join(30)
+            if process.is_alive():
                 process.kill()
 
 
