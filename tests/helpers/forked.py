@@ -1,7 +1,7 @@
 """Python scripts in processes of their own that need not import torch and DeepSpeed first.
 
-A server process, one for each process of the test run, has imported them; every script runs in a fork of it. That is
-what `python script.py` would do after its imports, which are most of the time of a small training run.
+A server process, one for each process of the test run, has imported them; every script runs in a fork of it. These
+imports are most of the time of a small training run. The project's own modules are imported by each script anew.
 """
 
 import atexit
@@ -15,9 +15,7 @@ from pathlib import Path
 
 _FORKS = multiprocessing.get_context("forkserver")
 # DeepSpeed's Muon compiles functions as it is imported, and so imports all of torch's compiler.
-_FORKS.set_forkserver_preload(
-    ["deepspeed.runtime.zero.muon.muon_optimizer", "matplotlib.backends.backend_agg", "train.main"]
-)
+_FORKS.set_forkserver_preload(["deepspeed.runtime.zero.muon.muon_optimizer", "matplotlib.backends.backend_agg"])
 
 
 def start_script(arguments: Sequence[str], env: Mapping[str, str], stdout: Path, stderr: Path) -> BaseProcess:
