@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.once import made_once
 from tests.helpers.training import launch, losses, write_tiny
 
 OPTIONS = ("checkpoint.every=2", "checkpoint.keep=3", "eval.every=null")
@@ -18,11 +19,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny: Path) -> Path:
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two ranks with checkpoints of steps 2, 4 and 6, in a directory whose name is a pattern."""
-    run = tiny.parent / "whole [a]*"
-    launch(tiny, f"run_dir='{run}'", *OPTIONS)
-    return run
+    return made_once(tmp_path_factory, "whole [a]*", lambda run: launch(tiny, f"run_dir='{run}'", *OPTIONS))
 
 
 @pytest.fixture

@@ -1,9 +1,6 @@
 """The plan's memory against real runs: DeepSpeed's engine on one and two ranks, and a server's state."""
 
 import json
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,7 @@ import torch
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.planner.serving import cache_policies
 from serve.runner import Runner
-from tests.helpers.training import DEEPSPEED, ROOT, environment
+from tests.helpers.training import run_ranks
 
 WORKER = Path(__file__).resolve().parents[1] / "helpers" / "memory_run.py"
 
@@ -28,22 +25,7 @@ WORKER = Path(__file__).resolve().parents[1] / "helpers" / "memory_run.py"
 def test_planned_memory_of_a_rank_is_what_training_takes(ranks, cases):
     """Within 10 %: weights, master copies, gradients, optimizer state, activations and workspace, at their peak in two
     steps of two passes, from the allocator's records of a rank."""
-    command = [str(WORKER), *cases]
-    if ranks > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [str(DEEPSPEED), "--num_accelerators", str(ranks), "--master_port", str(port), *command]
-    result = subprocess.run(
-        [sys.executable, *command],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=ROOT,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = run_ranks([str(WORKER), *cases], ranks)
     found = [json.loads(text[text.index("{") :]) for text in result.stdout.splitlines() if '"measured"' in text]
     print(found)
     assert [numbers["case"] for numbers in found] == cases

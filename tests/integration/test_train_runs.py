@@ -1,5 +1,6 @@
-"""Whole runs under the `deepspeed` command on two ranks (`pytest -s` shows the losses that are compared)."""
+"""Whole runs on two ranks (`pytest -s` shows the losses that are compared)."""
 
+import hashlib
 import json
 import math
 import subprocess
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from attnzoo.checkpoint import load_model, load_tokenizer, read_metadata
 from attnzoo.models import generate
 from attnzoo.types import build_config
+from tests.helpers.once import made_once
 from tests.helpers.training import ROOT, environment, launch, losses, write_tiny
 from train.config_reader import load_config
 from train.data import DataConfig, prepare
@@ -32,17 +34,16 @@ Runner = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def trained(tiny: Path) -> Runner:
+def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
     """Runs a training once for each set of options; returns its run directory."""
-    done: dict[tuple[object, ...], Path] = {}
 
     def run(*overrides: str, ranks: int = 2) -> Path:
-        key = (*overrides, ranks)
-        if key not in done:
-            directory = tiny.parent / f"run{len(done)}"
-            launch(tiny, f"run_dir={directory}", *overrides, ranks=ranks)
-            done[key] = directory
-        return done[key]
+        key = hashlib.sha256(repr((overrides, ranks)).encode()).hexdigest()[:12]
+        return made_once(
+            tmp_path_factory,
+            f"trained-{key}",
+            lambda directory: launch(tiny, f"run_dir={directory}", *overrides, ranks=ranks),
+        )
 
     return run
 

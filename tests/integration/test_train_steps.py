@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from attnzoo.models import DecoderLM
 from tests.helpers.engine_run import COUNTS, batch, build
+from tests.helpers.once import made_once
 from tests.helpers.training import ROOT, run_ranks
 from train.optim import build_optimizer, set_rate
 
@@ -72,12 +73,13 @@ class Results:
 
 @pytest.fixture(scope="module", params=[1, 2])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    directory = tmp_path_factory.mktemp("steps")
-    (directory / "cases.json").write_text(json.dumps(CASES), encoding="utf-8")
-    command = [str(ROOT / "tests" / "helpers" / "engine_run.py"), "--cases", str(directory / "cases.json")]
-    command += ["--out", str(directory)]
-    run_ranks(command, request.param)
-    return Results(directory)
+
+    def make(directory: Path) -> None:
+        (directory / "cases.json").write_text(json.dumps(CASES), encoding="utf-8")
+        command = [str(ROOT / "tests" / "helpers" / "engine_run.py"), "--cases", str(directory / "cases.json")]
+        run_ranks([*command, "--out", str(directory)], request.param)
+
+    return Results(made_once(tmp_path_factory, f"steps-{request.param}", make))
 
 
 def mean_loss(model: DecoderLM, step: int, counts: Sequence[int]) -> torch.Tensor:
