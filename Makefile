@@ -50,6 +50,7 @@ check: install  ## formatting, lint, types
 
 docs: install  ## the documentation site, in site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the site is in $(CURDIR)/site: open site/index.html in a browser"
 
 release: check docs test  ## build sources and wheel into dist/, check version and changelog; TAG=--tag dates and tags
 	$(BIN)/python -m scripts.release $(TAG)

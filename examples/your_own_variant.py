@@ -1,12 +1,12 @@
-"""KERPLE, logarithmic form: scores fall with the logarithm of the distance, as each head learns it.
+"""KERPLE: a learned kernel of the distance, here its logarithmic form.
 
-Source: T.-C. Chi, T.-H. Fan, P. J. Ramadge, A. I. Rudnicky, 2022, KERPLE (arXiv 2205.09921), logarithmic variant.
+Source: Chi et al. 2022, "KERPLE" (arXiv 2205.09921), section 4.
 
-    A_ij = q_i . k_j / sqrt(H) - r1 log(1 + r2 (i - j)),   o_i = sum_{j<=i} softmax_j(A_ij) v_j
+    A_ij = q_i . k_j / sqrt(H) - r1 log(1 + r2 (i - j)),   o_i = sum_{j<=i} softmax_j(A_ij) v_j,   r1, r2 > 0
 
-Differs from the paper: r1 = softplus(a) and r2 = softplus(b) keep both positive; a and b are what is learned.
+Differs from the paper: r1 and r2 are kept positive by softplus instead of being clipped.
 
-This file is a whole variant, outside the tree of attnzoo. In a checkout
+This file is a whole variant outside the tree of attnzoo. In a checkout
 
     python examples/your_own_variant.py
 
@@ -15,11 +15,11 @@ holds it to every promise of the contract, and ends with
     ok  served
     all 21 promises of the contract hold
 
-With the file named in ATTNZOO_PLUGINS every command knows the variant:
+Where ATTNZOO_PLUGINS names the file, every command knows the variant:
 
     export ATTNZOO_PLUGINS=$PWD/examples/your_own_variant.py
     attnzoo describe kerple
-    attnzoo train --config rcmha.yaml model.attention=kerple name=kerple
+    attnzoo train --config try.yaml model.attention=kerple name=kerple
     attnzoo serve --checkpoint runs/kerple
 """
 
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.attention.base import ATTENTION
@@ -39,72 +40,73 @@ from attnzoo.types import CheckedConfig
 
 @dataclass(frozen=True, kw_only=True)
 class KerpleConfig(CheckedConfig):
-    """The options that users of the variant may set."""
+    """The options that users of the variant may set: sizes, and the window of the attention."""
 
     model_dim: int
     num_heads: int = 4
     num_kv_heads: int | None = None
     head_dim: int | None = None
+    window: int | None = None
 
 
-class LogarithmicBias(DistanceBias):
-    """The new part: -r1 log(1 + r2 distance). Streaming, gradients, cost and compressed caches follow from it."""
+class LogKernel(DistanceBias):
+    """The new part: -r1 log(1 + r2 d). Streaming, gradients, cost and compressed caches follow from it."""
 
     def __init__(self, heads: Heads) -> None:
         super().__init__(heads)
-        self.a = nn.Parameter(torch.empty(heads.num_heads))
-        self.b = nn.Parameter(torch.empty(heads.num_heads))
-        self.reset_parameters(0.0)
+        self.scales = nn.Parameter(torch.zeros(heads.num_heads, 2))
 
     def bias(self, distance_P: Tensor) -> Tensor:
-        r1, r2 = nn.functional.softplus(self.a), nn.functional.softplus(self.b)
-        return -r1[:, None] * torch.log1p(r2[:, None] * distance_P)
+        r1_N, r2_N = F.softplus(self.scales).unbind(1)
+        return -r1_N[:, None] * torch.log1p(r2_N[:, None] * distance_P)
 
     def reset_parameters(self, std: float) -> None:
-        nn.init.zeros_(self.a)
-        nn.init.zeros_(self.b)
+        nn.init.zeros_(self.scales)
 
 
 @ATTENTION.register("kerple")
 class Kerple(ComposedAttention):
-    """a learned logarithm of the distance (KERPLE)"""
+    """Softmax attention with a logarithmic kernel of the distance."""
 
-    source = "arXiv 2205.09921"
+    source = "Chi et al. 2022, arXiv 2205.09921, section 4"
     Config = KerpleConfig
-    cases = ({}, {"num_kv_heads": 1})  # what the contract is tried with
+    cases = ({"num_kv_heads": 1}, {"window": 4})  # what the contract tries beside the defaults
 
     def __init__(self, config: KerpleConfig) -> None:
         heads = Heads.of(config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim)
-        super().__init__(config, projection=Projection(heads), mixing=SoftmaxMixing(heads, LogarithmicBias(heads)))
+        super().__init__(
+            config,
+            projection=Projection(heads),
+            mixing=SoftmaxMixing(heads, LogKernel(heads), window=config.window),
+        )
 
     @staticmethod
     def by_hand(config: KerpleConfig, weights: Mapping[str, np.ndarray], x_TD: np.ndarray) -> np.ndarray:
         """The formula once more, in numpy alone: the contract compares the layer with it."""
-        tokens, heads = len(x_TD), config.num_heads
-        kv_heads = config.num_kv_heads or heads
+        kv_heads = config.num_kv_heads or config.num_heads
         q, k, v = (
-            (x_TD @ weights[f"projection.{name}.weight"].T).reshape(tokens, count, -1)
-            for name, count in (("query", heads), ("key", kv_heads), ("value", kv_heads))
+            (x_TD @ weights[f"projection.{name}.weight"].T).reshape(len(x_TD), count, -1)
+            for name, count in (("query", config.num_heads), ("key", kv_heads), ("value", kv_heads))
         )
-        r1, r2 = (np.logaddexp(0.0, weights[f"mixing.position.{name}"]) for name in "ab")
         out = np.zeros_like(q)
-        for n in range(heads):
-            kv = n * kv_heads // heads
-            for i in range(tokens):
-                distance = i - np.arange(i + 1)
-                scores = k[: i + 1, kv] @ q[i, n] / q.shape[2] ** 0.5 - r1[n] * np.log1p(r2[n] * distance)
-                p = np.exp(scores - scores.max())
-                out[i, n] = p @ v[: i + 1, kv] / p.sum()
-        return out.reshape(tokens, -1) @ weights["projection.output.weight"].T
+        for n in range(config.num_heads):
+            kv = n * kv_heads // config.num_heads
+            r1, r2 = np.log1p(np.exp(weights["mixing.position.scales"][n]))
+            for i in range(len(x_TD)):
+                first = 0 if config.window is None else max(0, i - config.window + 1)
+                j = np.arange(first, i + 1)
+                p = np.exp(k[j, kv] @ q[i, n] / np.sqrt(q.shape[2]) - r1 * np.log(1 + r2 * (i - j)))
+                out[i, n] = p @ v[j, kv] / p.sum()
+        return out.reshape(len(x_TD), -1) @ weights["projection.output.weight"].T
 
 
 def main() -> None:
     """Every promise of the contract, one after the other; the first one that is broken ends the program."""
-    from tests.contract.cases import build_case
+    from tests.contract.cases import build_case, cases_of
     from tests.contract.contract import ITEMS
 
     for promise, check in ITEMS.items():
-        for options in Kerple.cases:
+        for options in cases_of("kerple"):
             check(functools.partial(build_case, "kerple", options))
         print(f"ok  {promise}", flush=True)
     print(f"all {len(ITEMS)} promises of the contract hold")

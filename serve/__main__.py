@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 NAME = "attnzoo serve"
 EXAMPLES = """examples:
-  attnzoo serve --checkpoint runs/demo/export
-  attnzoo serve --checkpoint runs/demo/export --port 8001 max_num_seqs=4 max_model_len=512
-  attnzoo serve --checkpoint runs/demo/export --config configs/serve/private.yaml
+  attnzoo serve --checkpoint runs/demo
+  attnzoo serve --checkpoint runs/demo --port 8001 max_num_seqs=4 max_model_len=512
+  attnzoo serve --checkpoint runs/demo --config configs/serve/private.yaml
   attnzoo serve --config configs/serve/smollm2.yaml
-  attnzoo serve --checkpoint runs/demo/export cache='{policy: d2o, keep_ratio: 0.2}'
+  attnzoo serve --checkpoint runs/demo cache='{policy: d2o, keep_ratio: 0.2}'
 
   curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
        -d '{"model": "demo", "prompt": "def ", "max_tokens": 32, "stream": true}'

@@ -1,7 +1,7 @@
 """The server on Ray Serve: the only file that knows Ray.
 
-    attnzoo serve --checkpoint runs/demo/export
-    serve run serve.deployment:app checkpoint=runs/demo/export max_num_seqs=8
+    attnzoo serve --checkpoint runs/demo
+    serve run serve.deployment:app checkpoint=runs/demo max_num_seqs=8
     serve deploy configs/serve/ray/deploy.yaml
     ATTNZOO_SERVE_CONFIG=configs/serve/smollm2.yaml serve build serve.deployment:application -o deploy.yaml
 

@@ -87,6 +87,8 @@ def _load_extension(directory: Path) -> None:
         fcntl.flock(guard, fcntl.LOCK_EX)
         for leftover in directory.glob("*/lock"):
             leftover.unlink()
+        if os.environ["RANK"] == "0" and not any(directory.glob("deepspeed_shm_comm/*.so")):
+            print("compiling what the ranks talk through: once, a minute or two; one rank needs none", file=sys.stderr)
         try:
             ShareMemCommBuilder().load()
         except (RuntimeError, OSError, ImportError, SystemExit, subprocess.CalledProcessError) as error:

@@ -253,13 +253,15 @@ def evaluate(run: TrainingRun, stop: StopRequest, whole: bool = False) -> bool:
         run.validation = Validation(**progress.validation)
         return True
     marks = [time.perf_counter()]
+    most = None if whole else config.max_blocks
 
     def go_on() -> bool:
         marks.append(time.perf_counter())
+        bar.update()
         return not _stopping(run, stop)
 
-    with run.watchdog.phase("evaluate"):
-        found = validate(run.engine, run.data, config.batch_size, None if whole else config.max_blocks, go_on)
+    with run.watchdog.phase("evaluate"), _evaluation_bar(run, most) as bar:
+        found = validate(run.engine, run.data, config.batch_size, most, go_on)
     if found is None:
         return False
     run.validation = found
@@ -332,6 +334,26 @@ def _bar(run: TrainingRun) -> Any:
         total=run.progress.total_steps,
         desc=run.config.name,
         unit="step",
-        disable=run.metrics is None or not run.config.log.progress,
+        disable=not _shows_progress(run),
         dynamic_ncols=True,
     )
+
+
+def _evaluation_bar(run: TrainingRun, most: int | None) -> Any:
+    """Passes of an evaluation over `most` blocks (None: all of them), on a terminal and while it runs."""
+    shown = _shows_progress(run)
+    blocks = len(run.data.validation_blocks(most)[0]) if shown else 0
+    if shown and most is None:
+        tqdm.write(f"{run.config.name}: measuring on all {blocks:,} validation sequences", file=sys.stderr)
+    return tqdm(
+        total=passes(blocks, run.config.eval.batch_size, run.engine.world),
+        desc="validation",
+        unit="pass",
+        leave=False,
+        disable=not shown or not sys.stderr.isatty(),
+        dynamic_ncols=True,
+    )
+
+
+def _shows_progress(run: TrainingRun) -> bool:
+    return run.metrics is not None and run.config.log.progress

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from attnzoo.checkpoint import find_checkpoint
 from attnzoo.files import user_path, write_atomic
 from attnzoo.models import DecoderConfig, DecoderLM
-from attnzoo.report import Report, run_command
+from attnzoo.report import Report, counted, run_command
 from attnzoo.tokenizer import Tokenizer, load_tokenizer
 from attnzoo.types import build_config
 from train import engine as engines
@@ -77,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_run(config, _planned_model(config))
         with Watchdog(config.watchdog) as watchdog:
             with watchdog.phase("start"):
+                _tell(config, f"starting {counted(int(os.environ.get('WORLD_SIZE', '1')), 'rank')}")
                 device = engines.start(config, options.local_rank)
             with run_directory.held(config):
                 run_training(config, device, watchdog, launcher)
@@ -96,9 +97,11 @@ def run_training(config: Config, device: torch.device, watchdog: Watchdog, launc
     """
     ranks.decide(lambda: run_directory.check_space(config, _planned_model(config)))
     with watchdog.phase("data"):
+        _tell(config, f"preparing the tokenizer and the tokens of data.source={config.data.get('source')!r}")
         tokenizer_path, data = _prepare_data(config)
         ranks.agree(lambda: check_batches(config, data))
     with watchdog.phase("load"):
+        _tell(config, f"building the model; checkpoints and metrics go to {config.run_path}")
         run, resumed = _begin(config, device, watchdog, tokenizer_path, data)
     run.saved_step, run.launcher = run.progress.step if resumed else -1, launcher
     reason = train(run)
@@ -245,7 +248,7 @@ def _summarize(run: TrainingRun, reason: str | None) -> None:
         )
     elif reason is not None:
         print(f"stopped by {reason} after step {progress.step}; the same command goes on from there")
-    print(f"run directory {config.run_path} (server: checkpoint={config.run_path / 'export'})", flush=True)
+    print(f"run directory {config.run_path}; attnzoo serve --checkpoint {config.run_path} serves it", flush=True)
 
 
 def _planned_model(config: Config) -> DecoderConfig:
@@ -276,6 +279,12 @@ class _Parser(argparse.ArgumentParser):
         if _is_main():
             super().error(message)
         raise SystemExit(2)
+
+
+def _tell(config: Config, what: str) -> None:
+    """What the run does now, for whoever waits for the first step."""
+    if config.log.progress and _is_main():
+        tqdm.write(f"{config.name}: {what}", file=sys.stderr)
 
 
 def _is_main() -> bool:

@@ -115,7 +115,12 @@ def _not_a_file(entry: str, path: Path) -> str:
     others = [separator for separator in ",;: " if separator != os.pathsep and f".py{separator}" in entry]
     if others:
         return f"is not a Python file: is {others[0]!r} meant to separate two paths?"
-    return "is not a Python file" if path.exists() else "is not a Python file: nothing is there"
+    if path.exists():
+        return "is not a Python file"
+    start = (
+        "" if Path(entry).expanduser().is_absolute() else f" (read from {Path.cwd()}; a whole path holds everywhere)"
+    )
+    return f"is not a Python file: nothing is there{start}"
 
 
 def _import_plugin(path: Path, where: str) -> None:

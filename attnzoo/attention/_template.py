@@ -1,18 +1,15 @@
-"""<Name>: <what it does, in one line>.
+"""Attention with a learned slope on the distance: scores of distant tokens fall in a straight line.
 
-Source: <authors, year, title (arXiv id), section or equation>.
-
-    <the formula, with the symbols of the code>
-
-Differs from the paper: <everything that does, or "nothing">.
-
-Copy this file to `attention/mine.py`, write your idea, and run `pytest tests/contract -k mine`. As it stands it is
-multi-head attention with a learned slope a head on the distance (ALiBi, arXiv 2108.12409, has fixed ones):
+Source: Press, Smith, Lewis 2021, ALiBi (arXiv 2108.12409), section 3.
 
     A_ij = q_i . k_j / sqrt(H) - slope (i - j),   o_i = sum_{j<=i} softmax_j(A_ij) v_j
 
-Replace `Slope` by your own part, or choose among those of `attnzoo/attention/parts`.
+Differs from the paper: the slopes, one a head, are learned; they begin as those of the paper.
 """
+
+# Copy this file to a place of your own (or, in the tree, to attention/<name>.py) and write your idea: replace `Slope`
+# by your own part, or choose among those of `attnzoo/attention/parts`. `attnzoo describe mine` prints the text above;
+# say there what yours is. `pytest tests/contract -k mine` holds it to the contract.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,9 +53,9 @@ class Slope(DistanceBias):
 
 @ATTENTION.register("mine")
 class Mine(ComposedAttention):
-    """One line for `attnzoo list`."""
+    """Softmax attention; a learned slope on the distance."""
 
-    source = "authors year, arXiv id, section"
+    source = "Press et al. 2021, arXiv 2108.12409, section 3"
     Config = MineConfig
     cases = ({}, {"num_kv_heads": 1})
 

@@ -29,7 +29,7 @@ EXAMPLES = """examples:
   attnzoo generate smollm2 "The capital of France is" cache=d2o keep_ratio=0.5
   attnzoo chat smollm2
   attnzoo train --config rcmha.yaml train.steps=200
-  attnzoo serve --checkpoint runs/rcmha/export
+  attnzoo serve --checkpoint runs/rcmha
   attnzoo COMMAND --help
 
 python -m attnzoo is the same command. Exit status 2 is wrong usage, 130 Ctrl-C.

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 EXAMPLES = """examples:
-  attnzoo export runs/mha/export out
-  attnzoo export runs/rcmha/export out --format attnzoo
+  attnzoo export runs/mha out
+  attnzoo export runs/rcmha out --format attnzoo
   attnzoo export model.gguf out
   attnzoo export smollm2 out
 """

@@ -15,7 +15,7 @@ LENGTH = 128
 """New tokens at most, unless max_new_tokens says otherwise."""
 EXAMPLES = f"""examples:
   attnzoo generate smollm2 "The capital of France is"
-  attnzoo generate runs/demo/export "def " max_new_tokens=64 temperature=0.8 seed=1
+  attnzoo generate runs/demo "def " max_new_tokens=64 temperature=0.8 seed=1
   attnzoo generate smollm2 "$(cat report.txt)" cache=d2o keep_ratio=0.5
   attnzoo generate smollm2 - --json < prompt.txt
 

@@ -7,7 +7,7 @@ from attnzoo.planner.chips import CHIPS, CPU
 
 EXAMPLES = """examples:
   attnzoo plan --model rcmha.yaml --gpus 64 --gpu-memory 80 --context 131072
-  attnzoo plan --model runs/demo/export --gpus 2 --gpu-memory 24 --chip h100
+  attnzoo plan --model runs/demo --gpus 2 --gpu-memory 24 --chip h100
   attnzoo plan --model smollm2 --optimizer muon --batch-tokens 500000
 
 exit status: 1 when nothing fits; the message says what would

@@ -62,14 +62,15 @@ def test_copy_of_the_template_in_the_tree(tmp_path):
 def test_newcomers():
     """A bias without a largest distance; buffers, numbers and frozen parameters; a variant without any part."""
     names = ["kerple", "buffered", "running_mean"]
-    plugins = os.pathsep.join(str(NEWCOMERS / f"{name}.py") for name in names)
+    files = [ROOT / "examples" / "your_own_variant.py", *(NEWCOMERS / f"{name}.py" for name in names[1:])]
+    plugins = os.pathsep.join(map(str, files))
     passed(contract_run(*names, cwd=ROOT, ATTNZOO_PLUGINS=plugins), cases=5)
 
 
 MISTAKES = {
     "bias": ("return -self.slope[:, None] * distance_P", "return -self.slope[:, None] * distance_P / 2", "by_hand"),
     "formula": ("/ q.shape[2] ** 0.5", "", "by_hand"),
-    "nothing": ('source = "authors', 'implementations = ("torch",)\n    source = "authors', None),
+    "nothing": ('source = "Press', 'implementations = ("torch",)\n    source = "Press', None),
     "start": ("2.0 ** (-8.0", "float('nan') * (-8.0", "defaults served"),
     "count": (
         "super().__init__(heads)\n",
@@ -209,7 +210,7 @@ def test_a_plugin_that_cannot_be_imported(content, message, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        ("no_such_file.py", "'no_such_file.py' is not a Python file: nothing is there"),
+        ("no_such_file.py", "'no_such_file.py' is not a Python file: nothing is there (read from "),
         ("a.py,b.py", "is ',' meant to separate two paths?"),
         ("a.py;b.py", "is ';' meant to separate two paths?"),
         (str(ROOT), "is a directory"),

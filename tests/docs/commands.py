@@ -28,7 +28,7 @@ def check(line: str) -> None:
     for word in words:
         if word.startswith(ROOMS) and "=" not in word and not (ROOT / word.split(":")[0]).exists():
             raise ValueError(f"{line}: there is no {word}")
-    program = Path(words[0]).name
+    program = Path(words[0]).name or words[0]
     if program not in PROGRAMS:
         raise ValueError(f"{line}: nothing here checks the program {words[0]!r}; add it to tests/docs/commands.py")
     PROGRAMS[program](words[1:])
