@@ -172,8 +172,9 @@ def test_a_second_launcher_on_the_same_port(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_closing_the_terminal_saves(tiny: Path, tmp_path: Path) -> None:
-    """The run has the terminal for its output, so that writing fails once it is closed. No compiler is in reach."""
-    run = tmp_path / "run"
+    """The run has the terminal for its output, so that writing fails once it is closed. No compiler is in reach. Before
+    that the terminal has said what was done before the first step."""
+    run, shown = tmp_path / "run", b""
     leader, follower = pty.openpty()
     process = subprocess.Popen(
         command(tiny, f"run_dir={run}", *LONG, "log.progress=true", ranks=1),
@@ -193,10 +194,12 @@ def test_closing_the_terminal_saves(tiny: Path, tmp_path: Path) -> None:
             assert process.poll() is None
             assert time.monotonic() < deadline
             try:
-                os.read(leader, 65536)
+                shown += os.read(leader, 65536)
             except BlockingIOError:
                 time.sleep(0.05)
         os.close(leader)
+        lines = re.findall(r"tiny: (starting 1 rank|preparing the tokenizer|building the model)\b", shown.decode())
+        assert lines == ["starting 1 rank", "preparing the tokenizer", "building the model"], shown
         assert process.wait(timeout=60) == 0
     finally:
         process.kill()
