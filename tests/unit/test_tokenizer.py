@@ -1,14 +1,11 @@
 """The tokenizer: any text round-trips, streams decode alike, training is deterministic, bad models are refused."""
 
-import subprocess
-import sys
-
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from attnzoo.tokenizer import SentencePieceTokenizer
-from train.tokenizer import TokenizerConfig, main, sample_lines, train_tokenizer
+from train.tokenizer import train_tokenizer
 
 TEXT = [
     "def read(path):",
@@ -132,39 +129,3 @@ def test_a_rule_for_one_letter_is_refused(tmp_path):
     SentencePieceTrainer.train(sentence_iterator=iter(TEXT), model_prefix=str(tmp_path / "rule"), **(GOOD | changes))
     with pytest.raises(ValueError, match="has normalisation rules"):
         SentencePieceTokenizer.load(tmp_path / "rule.model")
-
-
-def test_training_refuses_nothing_and_too_little(tmp_path):
-    with pytest.raises(ValueError, match="no text to train"):
-        train_tokenizer([" ", ""], 300, tmp_path / "t.model")
-    with pytest.raises(ValueError, match=r"tokenizer.vocab_size=5000 does not suit 9 bytes"):
-        train_tokenizer(["only this"], 5000, tmp_path / "t.model")
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"tokenizer.vocab_size=100 must be between"):
-        TokenizerConfig(vocab_size=100)
-
-
-def test_sample_spreads_over_the_corpus():
-    documents = ["\n".join(f"{d}{i:03d}" for i in range(100)) for d in "abcd"]
-    lines = list(sample_lines(documents, 400))
-    assert sum(map(len, lines)) <= 400
-    assert {line[0] for line in lines} == set("abcd")
-
-
-@pytest.mark.heavy
-def test_command(tmp_path):
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("\n".join(TEXT), encoding="utf-8")
-    arguments = ["--source", str(corpus), "--vocab-size", "300", "--out", str(tmp_path / "t.model")]
-    result = subprocess.run(
-        [sys.executable, "-m", "train.tokenizer", *arguments], capture_output=True, text=True, check=True
-    )
-    assert "300 pieces" in result.stdout
-    assert SentencePieceTokenizer.load(tmp_path / "t.model").vocab_size == 300
-
-
-def test_command_refuses(tmp_path, capsys):
-    assert main(["--source", str(tmp_path / "none.txt"), "--out", str(tmp_path / "t.model")]) == 2
-    assert "does not exist" in capsys.readouterr().err
-    assert main(["--vocab-size", "1", "--out", str(tmp_path / "t.model")]) == 2
-    assert "vocab_size=1 must be" in capsys.readouterr().err
