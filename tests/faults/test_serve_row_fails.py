@@ -13,26 +13,16 @@ from attnzoo.kvcache.state import State
 from attnzoo.models import DecoderLM
 from attnzoo.tokenizer.text_stream import TextStream
 from serve.engine import Engine
-from serve.faults import DeviceError
 from serve.pool import CompactPool, SlotPool
-from serve.request import Request, SamplingParams
-from tests.integration.test_serve_engine import assert_empty, greedy, make_engine, prompts
-from tests.integration.test_serve_routes import post, running, wait_until
+from serve.request import Request
+from tests.helpers.engines import D2O, SECRET, Fault, assert_empty, greedy, make_engine, prompts
+from tests.helpers.http_server import (
+    post,
+    running,
+    wait_until,
+)
 
-SECRET = "SECRET prompt"
-D2O = {"policy": "d2o", "keep_ratio": 0.5, "min_tokens": 0}
 VICTIM = "3"
-
-
-class Fault:
-    """Raises once, when `armed` says that it is the victim's turn."""
-
-    def __init__(self) -> None:
-        self.fired = 0
-
-    def fire(self) -> None:
-        self.fired += 1
-        raise RuntimeError(SECRET)
 
 
 def texts(engine: Engine, cache: dict | None = None, count: int = 8, **options) -> dict[str, tuple]:
@@ -275,91 +265,6 @@ def test_rows_that_are_lost_while_one_joins_fail_and_no_other(monkeypatch):
     assert engine.runner.compact == {}
 
 
-def test_a_dead_device_ends_the_engine(monkeypatch):
-    engine = make_engine()
-    engine.add_request("a", [5, 6], greedy(5))
-    engine.step()
-    monkeypatch.setattr(SlotPool, "decode", lambda self, tokens: Fault().fire())
-    monkeypatch.setattr(torch, "ones", lambda *_, **__: Fault().fire())
-    with pytest.raises(DeviceError, match="cpu does not answer"):
-        engine.step()
-
-
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, GeneratorExit, RuntimeError("odd"), SystemExit])
-@pytest.mark.parametrize("where", ["run", "joined", "release"])
-def test_an_interrupted_call_leaves_nothing_behind(failure, where, monkeypatch):
-    settings = {"cache": D2O, "max_num_seqs": 3}
-    work = prompts(7, seed=4)
-    expected = make_engine(**settings).generate(work, greedy(6))
-    engine, calls = make_engine(**settings), iter(range(1000))
-    engine.add_request("other", [5, 6, 7], greedy(30))
-    inner = getattr(engine.runner, where)
-
-    def interrupted(*arguments):
-        result = inner(*arguments)
-        if next(calls) == 3:
-            raise failure
-        return result
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, where, interrupted)
-        with pytest.raises(failure if isinstance(failure, type) else RuntimeError):
-            engine.generate(work, greedy(6))
-    assert not engine._requests
-    assert not engine.scheduler.has_work()
-    news = {delta.request_id: delta.error for delta in engine.step()}
-    assert "failed while it worked" in news.pop("other")
-    assert not news
-    assert not engine.has_work()
-    assert [x.tokens for x in engine.generate(work, greedy(6))] == [x.tokens for x in expected]
-
-
-def test_whoever_ended_in_a_step_that_fails_later_has_its_end(monkeypatch):
-    engine = make_engine()
-    for index in range(3):
-        engine.add_request(str(index), [5 + index, 6], greedy(1))
-    inner, calls = engine.runner.release, iter(range(9))
-
-    def release(request, plan):
-        if next(calls) == 1:
-            raise RuntimeError("odd")
-        inner(request, plan)
-
-    monkeypatch.setattr(engine.runner, "release", release)
-    with pytest.raises(RuntimeError, match="odd"):
-        engine.step()
-    news = {delta.request_id: delta.finish_reason for delta in engine.step()}
-    assert news == {"0": "length", "1": "error", "2": "error"}
-    assert_empty(engine)
-
-
-def test_news_of_others_waits_while_a_call_runs():
-    engine = make_engine(max_num_seqs=3)
-    expected = make_engine().generate([[5, 6, 7]], greedy(9))[0].text
-    engine.add_request("other", [5, 6, 7], greedy(9))
-    assert len(engine.generate(prompts(4), greedy(12))) == 4
-    text = ""
-    while engine.has_work():
-        for delta in engine.step():
-            assert delta.request_id == "other"
-            text += delta.text
-    assert text == expected
-
-
-def test_a_call_tells_of_a_prompt_that_fails_and_keeps_the_others(monkeypatch):
-    engine, fault = make_engine(), Fault()
-    expected = make_engine().generate(prompts(5), greedy(6))
-    inner, calls = TextStream.push, iter(range(100))
-    monkeypatch.setattr(
-        TextStream, "push", lambda self, *news: fault.fire() if next(calls) == 4 else inner(self, *news)
-    )
-    found = engine.generate(prompts(5), greedy(6))
-    (bad,) = [index for index, completion in enumerate(found) if completion.finish_reason == "error"]
-    assert SECRET in found[bad].error
-    for index, completion in enumerate(found):
-        assert index == bad or (completion.text, completion.error) == (expected[index].text, None)
-
-
 def test_over_http_the_owner_reads_why_and_the_others_nothing(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     with running(max_num_seqs=4) as (url, owner):
@@ -407,79 +312,3 @@ def test_a_request_that_cannot_be_queued_fails_alone(monkeypatch):
         assert (bad.status_code, bad.json()["error"]["code"]) == (500, "request_failed")
         assert post(url, max_tokens=3).status_code == 200
         assert httpx.get(f"{url}/health").status_code == 200
-
-
-def test_an_extreme_request_harms_nobody():
-    """Every sampling parameter at its ends, all at once."""
-    extremes = [
-        {"temperature": 1e-40},
-        {"temperature": 5e-324, "top_p": 1e-300},
-        {"temperature": 100, "top_k": 2**70},
-        {"temperature": 1, "top_p": 1e-300, "top_k": 1, "logprobs": 20},
-        {"temperature": 1e-5, "seed": -(2**63)},
-        {"temperature": 1e-4, "seed": 2**63 - 1, "top_p": 0.9999999999},
-    ]
-    engine = make_engine()
-    expected = generate_one(make_engine())
-    for index, options in enumerate(extremes):
-        engine.add_request(str(index), [5, 6, 7], greedy(5, **options))
-    engine.add_request("plain", [9, 8, 7], greedy(8))
-    text = ""
-    while engine.has_work():
-        for delta in engine.step():
-            assert delta.error is None
-            text += delta.text if delta.request_id == "plain" else ""
-    assert text == expected
-
-
-def generate_one(engine: Engine) -> str:
-    return engine.generate([[9, 8, 7]], greedy(8))[0].text
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_tokens": 2.0}, "max_tokens=2.0 has type float"),
-        ({"max_tokens": True}, "max_tokens=True"),
-        ({"temperature": "hot"}, "temperature='hot' has type str"),
-        ({"temperature": float("nan")}, "temperature=nan"),
-        ({"temperature": 10**400}, "temperature=1000"),
-        ({"top_k": -(2**70)}, "top_k=-118"),
-        ({"seed": 2**70}, "seed=118"),
-        ({"logprobs": 2**70}, "logprobs=118"),
-    ],
-)
-def test_parameters_are_refused_by_name(options, message):
-    with pytest.raises(ValueError, match=message):
-        SamplingParams(**options)
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"max_tokens": 10**22}, "max_tokens"),
-        ({"n": 10**22}, "n"),
-        ({"top_k": -(10**22)}, "top_k"),
-        ({"seed": 10**22}, "seed"),
-        ({"temperature": 10**400}, "temperature"),
-        ({"top_p": 10**400}, "top_p"),
-        ({"logprobs": 10**400}, "logprobs"),
-        ({"prompt": [10**22]}, "prompt"),
-        ({"prompt": [-(2**63) - 1]}, "prompt"),
-    ],
-)
-def test_large_integers_are_a_400_that_names_the_field(large, fields, param):
-    answer = post(large, **{"max_tokens": 2, **fields})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
-
-
-@pytest.fixture(scope="module")
-def large():
-    with running() as (url, _):
-        yield url
-
-
-def test_a_context_longer_than_the_model_reads_is_refused():
-    with pytest.raises(ValueError, match=r"max_model_len=65 is more than the model's max_positions=64"):
-        make_engine(max_model_len=65)
-    assert make_engine(max_model_len=64).max_model_len == 64

@@ -10,7 +10,7 @@ import pytest
 
 from serve.async_engine import MAX_FAULTS
 from serve.faults import DeviceError
-from tests.integration.test_serve_routes import post, running, wait_until
+from tests.helpers.http_server import post, running, wait_until
 
 
 def break_after(owner, steps: int, action, times: int = 1) -> None:

@@ -12,9 +12,9 @@ from serve.caches import CacheRules
 from serve.config import EngineConfig, ServeConfig, parse_settings
 from serve.engine import Engine
 from serve.request import CacheMemoryError, Delta, SamplingParams
+from tests.helpers.engines import greedy, make_engine, prompts, run_staggered
+from tests.helpers.http_server import MODEL, post, running
 from tests.helpers.serving import small_model, tokenizer
-from tests.integration.test_serve_engine import greedy, make_engine, prompts, run_staggered
-from tests.integration.test_serve_routes import MODEL, post, running
 
 CHOICES = [
     {"policy": "full"},

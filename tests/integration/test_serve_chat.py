@@ -14,8 +14,8 @@ from serve.__main__ import example
 from serve.config import ServeConfig
 from serve.engine import Engine
 from serve.request import SamplingParams
+from tests.helpers.http_server import MODEL, events, running
 from tests.helpers.serving import TOKENS, chat_tokenizer, small_model, tokenizer
-from tests.integration.test_serve_routes import MODEL, events, running
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 LENGTH = 256

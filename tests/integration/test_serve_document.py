@@ -10,8 +10,8 @@ import pytest
 from serve.openai.neutral import CHAT, COMPLETION, SHARED
 from serve.openai.protocol import CompletionRequest
 from serve.openai.protocol_chat import ChatRequest
+from tests.helpers.http_server import MODEL, events, running
 from tests.helpers.serving import chat_tokenizer
-from tests.integration.test_serve_routes import MODEL, events, running
 
 USER = [{"role": "user", "content": "Hello"}]
 

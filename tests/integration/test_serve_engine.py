@@ -6,54 +6,12 @@ import pytest
 import torch
 
 from attnzoo.models import generate
-from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.pool import SlotPool
 from serve.request import ContextLengthError, Request, SamplingParams
 from serve.slots import Release
-from tests.helpers.serving import KINDS, MAX_LEN, TOKENS, small_model, tokenizer
-
-
-def make_engine(kind: str = "rcmha", **settings) -> Engine:
-    settings = {"max_num_seqs": 4, "max_batched_tokens": 9, "max_queue": 100, **settings}
-    return Engine(EngineConfig(checkpoint="none", **settings), model=small_model(kind), tokenizer=tokenizer())
-
-
-def prompts(count: int, seed: int = 0) -> list[list[int]]:
-    draw = random.Random(seed)
-    return [[draw.randrange(3, TOKENS) for _ in range(draw.choice([1, 2, 3, 5, 11, 23, 37]))] for _ in range(count)]
-
-
-def run_staggered(
-    engine: Engine, work: list[tuple[list[int], SamplingParams]], seed: int = 1, caches: list[dict] | None = None
-) -> list[list[int]]:
-    """Requests arrive at random steps; returns their tokens. `caches`: what each asks for."""
-    draw = random.Random(seed)
-    waiting = list(enumerate(work))[::-1]
-    out: dict[int, list[int]] = {}
-    seen: dict[str, list[int]] = {}
-    while waiting or engine.has_work():
-        while waiting and (draw.random() < 0.4 or not engine.has_work()):
-            index, (prompt, params) = waiting.pop()
-            cache = engine.choose_cache(caches[index]) if caches else None
-            engine.add_request(str(index), prompt, params, cache=cache)
-            seen[str(index)] = engine._requests[str(index)].generated
-        for delta in engine.step():
-            if delta.finish_reason is not None:
-                out[int(delta.request_id)] = seen[delta.request_id]
-    assert_empty(engine)
-    return [out[index] for index in range(len(work))]
-
-
-def assert_empty(engine: Engine) -> None:
-    assert engine.scheduler.num_running == engine.scheduler.num_waiting == 0
-    held = {} if engine.runner.full is None else engine.runner.full.state.tensors()
-    for name, tensor in held.items():
-        assert not tensor.any(), f"{name} holds something of a sequence that left"
-
-
-def greedy(count: int, **options) -> SamplingParams:
-    return SamplingParams(max_tokens=count, ignore_eos=True, **options)
+from tests.helpers.engines import assert_empty, greedy, make_engine, prompts, run_staggered
+from tests.helpers.serving import KINDS, MAX_LEN, TOKENS, small_model
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,7 +67,7 @@ def test_slots_that_are_not_exchanged_are_caught(monkeypatch):
     exchanged = []
     monkeypatch.setattr(SlotPool, "exchange", lambda self, slots, tokens: exchanged.append(slots))
     engine = make_engine()
-    monkeypatch.setattr(f"{__name__}.assert_empty", lambda engine: None)
+    monkeypatch.setattr("tests.helpers.engines.assert_empty", lambda engine: None)
     assert run_staggered(engine, work) != right
     assert exchanged
 
@@ -140,7 +98,7 @@ def test_a_slot_that_is_not_emptied_is_caught(monkeypatch):
     monkeypatch.setattr(engine.runner.full.state, "reset", lambda rows: None)
     with pytest.raises(AssertionError, match="holds something"):
         run_staggered(engine, work)
-    monkeypatch.setattr(f"{__name__}.assert_empty", lambda engine: None)
+    monkeypatch.setattr("tests.helpers.engines.assert_empty", lambda engine: None)
     assert run_staggered(engine, work) != right
 
 
@@ -253,7 +211,7 @@ def test_reported_bytes_are_those_of_a_state_of_that_length():
 
 
 def test_prompts_that_do_not_fit_are_refused():
-    engine = make_engine()
+    engine = make_engine(max_model_len=MAX_LEN)
     with pytest.raises(ContextLengthError, match=r"context is 64 tokens, but 65 were asked for \(60 in the prompt"):
         engine.add_request("a", [5] * 60, SamplingParams(max_tokens=5))
     with pytest.raises(ValueError, match="outside the vocabulary"):

@@ -88,9 +88,17 @@ def test_a_policy_that_is_no_name_is_repeated(shared, policy):
         ({"stop": (1,)}, r"stop=\(1,\) must be texts"),
         ({"ignore_eos": "no"}, "ignore_eos='no' has type str"),
         ({"max_tokens": None}, "max_tokens=None has type NoneType"),
+        ({"max_tokens": 2.0}, "max_tokens=2.0 has type float"),
+        ({"max_tokens": True}, "max_tokens=True"),
+        ({"temperature": "hot"}, "temperature='hot' has type str"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": 10**400}, "temperature=1000"),
+        ({"top_k": -(2**70)}, "top_k=-118"),
+        ({"seed": 2**70}, "seed=118"),
+        ({"logprobs": 2**70}, "logprobs=118"),
     ],
 )
-def test_parameters_of_another_type_are_refused(options, message):
+def test_parameters_of_another_type_or_size_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**options)
 
@@ -103,12 +111,13 @@ def test_parameters_of_another_type_are_refused(options, message):
         ({"max_num_seqs": True}, "max_num_seqs=True has type bool"),
         ({"max_queue": None}, "max_queue=None"),
         ({"max_model_len": 64.0}, "max_model_len=64.0 has type float"),
+        ({"max_model_len": 513}, "max_model_len=513 is more than the model's max_positions=512"),
         ({"device": 3}, "device=3 has type int"),
         ({"compile_decode": "yes"}, "compile_decode='yes' has type str"),
         ({"threads": 10**6}, f"threads=1000000 must be at most {MAX_THREADS}"),  # torch ends the process there
     ],
 )
-def test_settings_of_another_type_are_refused(settings, message):
+def test_settings_of_another_type_or_size_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         engine(**settings)
 

@@ -1,59 +1,22 @@
 """The HTTP interface over real sockets, without Ray: uvicorn in a thread, httpx and the openai client before it."""
 
 import asyncio
-import contextlib
 import json
-import socket
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from attnzoo.models import generate
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
 from serve.engine import Engine
-from serve.front.protocol import bounded_protocol
 from serve.openai.completions import CompletionAnswer
-from serve.openai.routes import build_app
 from serve.request import Delta, SamplingParams
+from tests.helpers.http_server import MODEL, events, post, running, wait_until
 from tests.helpers.serving import small_model, tokenizer
-
-MODEL = "small"
-
-
-@contextlib.contextmanager
-def running(kind: str = "rcmha", *, delay_s: float = 0.0, words=None, **settings):
-    """A server on a free port; yields (base url, engine). `delay_s` slows every step down; `words`: its tokenizer."""
-    settings = {"max_num_seqs": 4, "max_batched_tokens": 16, "max_queue": 32, "model_name": MODEL, **settings}
-    config = ServeConfig(checkpoint="none", drain_timeout_s=5.0, **settings)
-    engine = Engine(config, model=small_model(kind, max_len=256), tokenizer=words or tokenizer())
-    if delay_s:
-        step = engine.step
-        engine.step = lambda: (time.sleep(delay_s), step())[1]
-    owner = AsyncEngine(engine)
-    http = bounded_protocol(config.front_limits)
-    server = uvicorn.Server(
-        uvicorn.Config(build_app(owner, config), host="127.0.0.1", port=0, log_level="warning", http=http)
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.005)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}", owner
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
-    assert not owner._thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -70,24 +33,6 @@ def url(server):
 @pytest.fixture(scope="module")
 def client(url):
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-
-
-def post(url: str, **fields) -> httpx.Response:
-    return httpx.post(f"{url}/v1/completions", json={"model": MODEL, "prompt": "Hello", **fields}, timeout=30)
-
-
-def events(response_text: str) -> list:
-    lines = [line.removeprefix("data: ") for line in response_text.split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
-
-
-def wait_until(condition, what: str) -> None:
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"never: {what}")
 
 
 def test_completion_is_that_of_the_plain_loop(server):
@@ -212,6 +157,36 @@ def test_refusals(url, fields, status, param, code, message):
 
 
 @pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": 10**22}, "max_tokens"),
+        ({"n": 10**22}, "n"),
+        ({"top_k": -(10**22)}, "top_k"),
+        ({"seed": 10**22}, "seed"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"top_p": 10**400}, "top_p"),
+        ({"logprobs": 10**400}, "logprobs"),
+        ({"prompt": [10**22]}, "prompt"),
+        ({"prompt": [-(2**63) - 1]}, "prompt"),
+    ],
+)
+def test_large_integers_are_a_400_that_names_the_field(url, fields, param):
+    answer = post(url, **{"max_tokens": 2, **fields})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_the_loop_goes_on_while_a_long_text_is_read(url):
+    """1 MB of anything is refused before it is encoded; what is just short enough is encoded elsewhere."""
+    for body in (
+        {"prompt": "x" * 1_000_000},
+        {"prompt": [5] * 300_000},
+        {"prompt": ["x" * 900_000, "y"]},
+    ):
+        answer = post(url, **body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize(
     ("method", "path", "status"),
     [("GET", "/nowhere", 404), ("POST", "/v1", 404), ("GET", "/v1/completions", 405), ("DELETE", "/v1/models", 405),
      ("GET", "/docs", 404), ("GET", "//v1/models", 404), ("GET", "/v1/models/a%2fb", 404)],
@@ -222,6 +197,14 @@ def test_unknown_paths_and_methods_answer_in_the_same_shape(url, method, path, s
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     if status == 405:
         assert answer.headers["allow"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models", f"/v1/models/{MODEL}", "/openapi.json"])
+def test_head_is_get_without_a_body(url, path):
+    found, whole = httpx.head(url + path), httpx.get(url + path)
+    assert (found.status_code, found.content) == (200, b"")
+    assert found.headers["content-type"] == whole.headers["content-type"]
+    assert httpx.head(f"{url}/v1/completions").status_code == 405
 
 
 def test_a_large_body_is_refused_whether_announced_or_not(url):
@@ -314,118 +297,6 @@ def test_no_reader_of_lines_breaks_an_event(client):
         assert len("".join(chunk.choices[0].text for chunk in stream)) >= 12
 
 
-def test_a_full_queue_answers_429_and_recovers():
-    with running(delay_s=0.03, max_num_seqs=1, max_queue=1) as (url, owner), ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda i: post(url, max_tokens=8, ignore_eos=True), range(6)))
-        codes = sorted(answer.status_code for answer in answers)
-        assert codes[:2] == [200, 200]
-        assert codes[-1] == 429
-        refused = next(answer for answer in answers if answer.status_code == 429)
-        assert refused.headers["retry-after"] == "1"
-        counted = owner.engine.metrics.registry.get_sample_value
-        assert counted("attnzoo_http_responses_total", {"status": "429"}) == codes.count(429)
-        assert refused.json()["error"]["type"] == "rate_limit_error"
-        assert post(url, max_tokens=2).status_code == 200
-        # Three prompts can never be admitted here: no waiting helps.
-        assert post(url, prompt=["a", "b", "c"]).status_code == 400
-        assert not owner._streams
-
-
-def open_request(url: str, **fields) -> socket.socket:
-    """Sends a request on a raw socket, so that it can be dropped at any time."""
-    host, port = url.removeprefix("http://").split(":")
-    body = json.dumps({"model": MODEL, "prompt": "Hello", "ignore_eos": True, **fields}).encode()
-    connection = socket.create_connection((host, int(port)))
-    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-    connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-    return connection
-
-
-def test_more_choices_than_ever_run_or_wait_are_no_full_queue():
-    with running(max_num_seqs=2, max_queue=1) as (url, _):
-        answer = post(url, n=4, max_tokens=2)
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
-        assert "more than the 3 completions" in answer.json()["error"]["message"]
-        assert post(url, n=3, max_tokens=2).status_code == 200
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_slot(stream):
-    with running(delay_s=0.1, max_num_seqs=1) as (url, owner):
-        scheduler = owner.engine.scheduler
-        decoding = open_request(url, max_tokens=240, stream=stream)
-        wait_until(lambda: scheduler.num_running == 1, "running")
-        waiting = open_request(url, max_tokens=240, stream=stream)
-        wait_until(lambda: scheduler.num_waiting == 1, "waiting")
-        waiting.close()
-        wait_until(lambda: scheduler.num_waiting == 0, "gone from the queue")
-        assert scheduler.num_running == 1
-        if stream:
-            assert b"200 OK" in decoding.recv(100)
-        decoding.close()
-        wait_until(lambda: scheduler.num_running == 0, "gone from its slot")
-        steps = owner.engine.metrics.registry.get_sample_value("attnzoo_steps_total")
-        assert steps < 200
-        counted = owner.engine.metrics.registry.get_sample_value
-        name, reason = "attnzoo_request_success_total", {"finished_reason": "abort"}
-        wait_until(lambda: counted(name, reason) == 2, "counted")  # after the slot is free, by the engine's thread
-        wait_until(lambda: not owner._streams, "streams closed")
-        assert post(url, max_tokens=2).status_code == 200
-
-
-def test_a_storm_of_dropped_connections_leaves_nothing_behind(server):
-    url, owner = server
-    for index in range(60):
-        connection = open_request(url, max_tokens=200, stream=index % 2 == 0)
-        if index % 3 == 0:
-            connection.recv(1)
-        connection.close()
-
-    def nothing_left() -> bool:
-        """The last requests may reach the server after it was idle for a moment, so the slots are looked at again."""
-        idle = not owner._streams and not owner.engine.has_work()
-        return idle and not any(tensor.any() for tensor in owner.engine.runner.full.state.tensors().values())
-
-    wait_until(nothing_left, "empty slots")
-    assert post(url, max_tokens=2).status_code == 200
-
-
-def test_a_slow_reader_holds_up_nobody():
-    with running() as (url, _):
-        slow = open_request(url, max_tokens=250, stream=True)
-        assert post(url, max_tokens=20).status_code == 200
-        received = b""
-        while b"[DONE]" not in received:
-            received += slow.recv(64)
-        slow.close()
-
-
-def test_every_path_but_health_needs_the_key(monkeypatch):
-    monkeypatch.setenv("TEST_KEY", "s3cret")
-    with running(api_key_env="TEST_KEY") as (url, _):
-        assert httpx.get(f"{url}/health").status_code == 200
-        for path in ("/v1/models", "/metrics", "/openapi.json", "/nowhere", "//health", "/health/", "/%2e/health"):
-            for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "s3cret"}):
-                answer = httpx.get(url + path, headers=headers)
-                assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), path
-        assert httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer s3cret"}).status_code == 200
-        assert openai.OpenAI(base_url=f"{url}/v1", api_key="s3cret").models.list().data[0].id == MODEL
-    monkeypatch.delenv("TEST_KEY")
-    with pytest.raises(ValueError, match="TEST_KEY"), running(api_key_env="TEST_KEY"):
-        pass
-
-
-def test_shutdown_lets_running_requests_finish():
-    with ThreadPoolExecutor(1) as pool:
-        with running(delay_s=0.02) as (url, owner):
-            answer = pool.submit(post, url, max_tokens=40, ignore_eos=True)
-            wait_until(lambda: owner.engine.scheduler.num_running == 1, "running")
-            owner.draining = True
-            assert post(url, max_tokens=2).status_code == 503
-            assert httpx.get(f"{url}/health").status_code == 503
-        assert answer.result().json()["usage"]["completion_tokens"] == 40
-
-
 def test_no_prompt_text_in_logs(caplog, url):
     with caplog.at_level("INFO"):
         post(url, prompt="SECRET words", max_tokens=3)
@@ -459,3 +330,19 @@ def test_streams_of_one_loop_do_not_mix():
     owner.stop()
     alone = Engine(engine.config, model=engine.model, tokenizer=tokenizer())
     assert texts == [done.text for done in alone.generate([[3 + i, 50, 7] for i in range(30)], params)]
+
+
+def test_nothing_is_encoded_on_the_event_loop(monkeypatch):
+    threads = []
+    with running() as (url, owner):
+        words = owner.engine.tokenizer
+        encode = words.encode
+
+        def noted(text, **options):
+            threads.append(threading.current_thread().name)
+            return encode(text, **options)
+
+        monkeypatch.setattr(words, "encode", noted)
+        assert post(url, max_tokens=1).status_code == 200
+        assert post(url, prompt="Hello " * 4000, max_tokens=1).status_code == 400
+    assert [name.rpartition("_")[0] for name in threads] == ["attnzoo-short-text"]
