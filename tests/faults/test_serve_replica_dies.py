@@ -11,8 +11,8 @@ import httpx
 import psutil
 import pytest
 
+from tests.helpers.ray_server import Running, environment
 from tests.helpers.serving import export
-from tests.integration.test_serve_ray import Running, environment
 
 BODY = {"model": "tiny", "prompt": "Hi", "max_tokens": 1000, "ignore_eos": True}
 

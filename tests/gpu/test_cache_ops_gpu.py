@@ -6,7 +6,7 @@ import torch
 from attnzoo.ops.evict_merge import MergeRule
 from attnzoo.ops.paged_decode import Entries, paged_decode
 from attnzoo.ops.paged_decode.cost import DecodeSizes, SegmentSizes, decode_cost
-from tests.gpu.test_relative_gpu import milliseconds
+from tests.gpu.timing import milliseconds
 from tests.helpers.cache_kernels import (
     DECODE_CASES,
     MASS_CASES,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.unit.test_triton_conv_linear import (
+from tests.helpers.conv_linear_kernels import (
     CONV_CASES,
     LINEAR_CASES,
     check_conv,

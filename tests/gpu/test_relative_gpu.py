@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from attnzoo.ops.common.masks import CausalMask, document_starts, padding_starts
+from tests.gpu.timing import milliseconds
 from tests.helpers.attention_oracle import NAMES, dense_attention, leaves, random_inputs
 
 DEVICE = "cuda"
@@ -107,15 +108,3 @@ def test_how_fast(rows, capsys):
     times = {run.__name__: milliseconds(run) for run in (forward, both)}
     with capsys.disabled():
         print(f"\n{torch.cuda.get_device_name()} bf16 B,N,K,T,H={sizes} P={rows}: {times} ms")
-
-
-def milliseconds(run, repeats: int = 10) -> float:
-    for _ in range(3):
-        run()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(repeats):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return round(start.elapsed_time(end) / repeats, 3)

@@ -12,7 +12,7 @@ from attnzoo.ops.accumulated_attention import Tables, accumulated_attention
 from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.evict_merge import Arrival, MergeRule, Slots, evict_merge, evict_merge_step
 from attnzoo.ops.paged_decode import Decoded, Entries, paged_decode
-from tests.unit.test_triton_conv_linear import assert_same, rand
+from tests.helpers.conv_linear_kernels import assert_same, rand
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.01, torch.float16: 2e-3}
 """Share of the largest entry. Inputs are exact in both; in low precision, weights and results are rounded."""

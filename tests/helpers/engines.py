@@ -57,8 +57,6 @@ def greedy(count: int, **options: Any) -> SamplingParams:
 
 SECRET = "SECRET prompt"
 """What a failure says, and no log may hold."""
-
-
 D2O = {"policy": "d2o", "keep_ratio": 0.5, "min_tokens": 0}
 
 

@@ -4,7 +4,7 @@ import json
 
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 CORPUS = [
     "def read(path):\n    with open(path) as file:\n        return file.read()",
@@ -111,3 +111,16 @@ def check_same(one, other):
     assert all(one.spelling(n) == other.spelling(n) for n in range(one.vocab_size))
     for text in TEXTS:
         assert one.encode(text, bos=True, eos=True) == other.encode(text, bos=True, eos=True)
+
+
+MARKS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[INST]", "[/INST]"]
+MARKS += ["<|user|>", "<|assistant|>", "<|system|>"]
+"""Control tokens of the chat templates in `tests.helpers.chat_templates`."""
+
+
+def with_marks(backend):
+    """A tokenizer that reads them, and a few tokens more, out of any text."""
+    backend.add_special_tokens([AddedToken(text, normalized=False) for text in [*SPECIAL, *MARKS]])
+    backend.add_special_tokens([AddedToken("<|end|>", normalized=False, rstrip=True)])
+    backend.add_tokens([AddedToken(text, normalized=False) for text in ("<think>", "</think>", "<table>", "    ")])
+    return backend

@@ -3,6 +3,7 @@
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,6 +60,20 @@ def small_model(kind: str, *, layers: int = 2, dim: int = 32, seed: int = 0, max
             parameter.add_(torch.randn_like(parameter) * 0.5)
     model.head.weight.mul_(20)
     return model
+
+
+LLAMA_LIKE = {"kind": "mha", "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "output_bias": True, "qk_norm": True}
+
+
+def llama_like(dtype: torch.dtype = torch.float32, **changes: Any) -> DecoderLM:
+    """A small model with grouped heads, biases and normalised queries and keys, as open weights have them."""
+    torch.manual_seed(2)
+    values = {"vocab_size": 77, "model_dim": 48, "num_layers": 2, "attention": LLAMA_LIKE, "init_std": 0.2}
+    model = DecoderLM(DecoderConfig(**values | changes))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.to(dtype).eval().requires_grad_(False)
 
 
 def export(directory: Path, kind: str = "rcmha", **options: int) -> Path:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.unit.test_gguf_models import smollm2
+from tests.helpers.gguf_files import smollm2
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST = 1.2

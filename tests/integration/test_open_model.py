@@ -3,7 +3,7 @@
 import attnzoo
 from attnzoo.checkpoint import load_model, load_tokenizer
 from attnzoo.models import generate
-from tests.unit.test_gguf_models import smollm2
+from tests.helpers.gguf_files import smollm2
 
 CAPITAL = "The capital of France is"
 

@@ -182,9 +182,8 @@ def pair(tmp_path_factory):
     """A model, and a vocabulary of the package tokenizers that reads control tokens out of any text."""
     from tests.helpers import foreign_tokenizers as foreign
     from tests.helpers.serving import CHAT_TEMPLATE
-    from tests.unit.test_chat_tokens import with_marks
 
-    directory = foreign.write(tmp_path_factory.mktemp("words"), with_marks(foreign.byte_level()))
+    directory = foreign.write(tmp_path_factory.mktemp("words"), foreign.with_marks(foreign.byte_level()))
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     words = load_tokenizer(directory)
     config = DecoderConfig(

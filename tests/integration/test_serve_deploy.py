@@ -14,8 +14,8 @@ import yaml
 
 from serve.environment import QUIET
 from serve.front.port import free_port
+from tests.helpers.ray_server import DEPLOYMENT, ROOT, environment, expected
 from tests.helpers.serving import export
-from tests.integration.test_serve_ray import DEPLOYMENT, ROOT, environment, expected
 
 BIN = Path(sys.executable).parent
 SAID = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "RAY_memory_monitor_refresh_ms")

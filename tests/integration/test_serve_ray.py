@@ -1,13 +1,10 @@
 """The real server: `python -m serve` with Ray Serve, started once for all tests of this module."""
 
-import os
-import re
 import signal
 import socket
 import stat
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +17,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from attnzoo.models import generate
 from serve.__main__ import main
-from tests.helpers.serving import export, small_model, tokenizer
+from tests.helpers.ray_server import DEPLOYMENT, ROOT, Running, environment, expected
+from tests.helpers.serving import export
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own deprecations
@@ -31,43 +28,7 @@ with warnings.catch_warnings():
 
     from serve.deployment import app, explain_failure, free_port
 
-ROOT = Path(__file__).resolve().parents[2]
-DEPLOYMENT = ROOT / "configs/serve/ray/deploy.yaml"
 TRACE = 'Error:\nTraceback (most recent call last):\n  File "x.py", line 5, in f\n    g()\n    ^^^\n'
-
-
-def environment() -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    # An address of a cluster that is not there, such as is left in a shell, must not matter.
-    return {**kept, "RAY_ADDRESS": "192.0.2.1:6379", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-class Running:
-    """A server process, its URL, and what it wrote."""
-
-    def __init__(self, directory: Path, *settings: str) -> None:
-        checkpoint = export(directory / "tiny" / "export", max_len=1024)
-        command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", "0", *settings]
-        self.directory = directory
-        own = environment() | {"ATTNZOO_HOME": str(directory / "home")}  # where the token goes
-        self.process = subprocess.Popen(
-            command, cwd=directory, env=own, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        self.errors: list[str] = []
-        threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True).start()
-        line = self.process.stdout.readline()
-        found = re.search(r"serving 'tiny' on (http://127\.0\.0\.1:\d+)", line)
-        assert found, f"{line!r}, stderr: {''.join(self.errors)}"
-        self.url = found[1]
-        self.curl = self.process.stdout.readline()
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-    def family(self) -> list[psutil.Process]:
-        return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-
-    def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics").text
-        return float(re.search(rf"^attnzoo_{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +38,6 @@ def server(tmp_path_factory):
     if running.process.poll() is None:
         running.process.kill()
         running.process.wait(10)
-
-
-def expected(prompt: str, count: int) -> str:
-    tokens = [tokenizer().encode(prompt, bos=True)]
-    return tokenizer().decode(generate(small_model("rcmha", max_len=1024), tokens, max_new_tokens=count)[0])
 
 
 def test_two_streams_one_cancelled(server):

@@ -13,8 +13,7 @@ from attnzoo.models.decoder_lm import DecoderState
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.request import SamplingParams
-from tests.helpers.serving import TOKENS, small_model, tokenizer_path
-from tests.unit.test_packing import llama_like
+from tests.helpers.serving import TOKENS, llama_like, small_model, tokenizer_path
 
 
 def follow(

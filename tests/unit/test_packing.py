@@ -4,20 +4,8 @@ import pytest
 import torch
 
 from attnzoo.checkpoint import save_model
-from attnzoo.models import DecoderConfig, DecoderLM, can_pack, generate, pack_weights
-from tests.helpers.serving import KINDS, small_model
-
-LLAMA_LIKE = {"kind": "mha", "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "output_bias": True, "qk_norm": True}
-
-
-def llama_like(dtype: torch.dtype = torch.float32, **changes) -> DecoderLM:
-    torch.manual_seed(2)
-    values = {"vocab_size": 77, "model_dim": 48, "num_layers": 2, "attention": LLAMA_LIKE, "init_std": 0.2}
-    model = DecoderLM(DecoderConfig(**values | changes))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype).eval().requires_grad_(False)
+from attnzoo.models import DecoderLM, can_pack, generate, pack_weights
+from tests.helpers.serving import KINDS, llama_like, small_model
 
 
 def twins(build, *arguments, **options) -> tuple[DecoderLM, DecoderLM]:

