@@ -49,6 +49,9 @@ OWNERS = {"deepspeed": ["train/engine.py"], "ray": ["serve/deployment.py", "trai
 SWEEP = "train/sweep.py"
 """Runs the comparison under scripts/ as trials of Ray Tune; nothing imports it."""
 
+RUN_OTHERS = ["tests/contract/test_cache_mutants.py"]
+"""Test files that run tests of other files: mutants must fail them."""
+
 FORBIDDEN = {
     "attnzoo": {
         "deepspeed",
@@ -141,10 +144,28 @@ def test_import_is_light():
     assert sorted(loaded_by(everything, heavy)) == sorted(by_torch)
 
 
-def test_files_and_functions_stay_small():
+@pytest.mark.parametrize("folder", [*ROOMS, "scripts", "tests"])
+def test_files_stay_small(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= 400, f"{short(path)} has {lines} lines, more than 400; split it by topic"
+
+
+def test_what_tests_share_is_no_test_file():
+    """It stands in tests/helpers, or beside the tests in a file that holds none."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        if short(path) in RUN_OTHERS:
+            continue
+        for name in imported(path):
+            parts = name.split(".")
+            assert not (parts[0] == "tests" and any(part.startswith("test_") for part in parts)), (
+                f"{short(path)} imports {name}; what files share stands in tests/helpers"
+            )
+
+
+def test_functions_stay_small():
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 400, f"{short(path)} has more than 400 lines; split it"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or 0) - node.lineno + 1
