@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from tests.docs.blocks import ROOT
-from tests.integration.test_serve_routes import running
-from tests.unit.test_gguf_models import smollm2
+from tests.helpers.gguf_files import smollm2
+from tests.helpers.http_server import running
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 VARYING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d[\d.,]*(?:e[-+]?\d+)?")
