@@ -231,7 +231,9 @@ class LinearMixing(Mixing):
 
     def reset_parameters(self, std: float) -> None:
         if self.decay_logit is not None:
-            rate = 1.0 - 2.0 ** (-5.0 - torch.arange(self.heads.num_kv_heads, dtype=torch.float64))
+            # On the CPU also for a model without storage: torch computes a range without storage by its compiler.
+            head_K = torch.arange(self.heads.num_kv_heads, dtype=torch.float64, device="cpu")
+            rate = 1.0 - 2.0 ** (-5.0 - head_K)
             with torch.no_grad():
                 self.decay_logit.copy_(rate.logit())
 
