@@ -1,4 +1,4 @@
-"""A model on disk, whatever its format: its configuration, and its tensors under the format's own names."""
+"""A model on disk in any format: its configuration, and its tensors under the format's own names."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,12 +16,12 @@ Piece = tuple[str, int, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What `load_model` needs to know before it reads.
+    """What `load_model` needs to know before it reads weights.
 
     shapes: of all tensors that the files hold, by their names there. read: yields them in pieces (name, first row,
-    rows), each valid until the next is asked for. dtypes: in which they are stored, or read where they are quantised.
-    name: the files' name of one of the model's own tensors. ignored: tensors that hold nothing to load. metadata: what
-    was saved beside the model.
+    rows), each valid until the next is asked for. dtypes: the stored dtypes; of quantised tensors, the dtype they are
+    read in. name: maps our name of a tensor to its name in the files. ignored: whether a tensor of the files is not
+    loaded. metadata: what was saved beside the model.
     """
 
     path: Path

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3: what their config.json says, and what transformers takes where it says nothing.
+"""Llama, Mistral, Qwen2 and Qwen3: how their config.json is read, with the defaults of transformers.
 
 Only what changes the function is read. Keys that a family's class in transformers does not have are ignored there and
 here; where transformers contradicts itself, the file is refused.
@@ -47,8 +47,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "layer_types": None,
     },
 }
-"""The keys that a family has beyond `FamilyConfig`'s own defaults, and their values where a file leaves them out. A
-file without layer sizes is refused instead: it is damaged, not short."""
+"""The keys that a family has beyond those common to all, with transformers' defaults. Layer sizes have none: a file
+without them is damaged and is refused."""
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "partial_rotary_factor": (None, 1, 1.0),
@@ -58,7 +58,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "is_causal": (None, True),
     "per_layer_config": (None, {}),
 }
-"""Keys that change the function in any family, and the values under which they do not."""
+"""Keys that change the function in any family, with the values that leave it unchanged. Other values are refused."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 LAYER_TYPES = {FULL: FULL, SLIDING: SLIDING, "attention": FULL}
 """How layers may be called; "attention" is an older name."""
@@ -67,7 +67,7 @@ ROPE_KEYS: Mapping[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-"""Kinds of rotary positions, and what each reads."""
+"""Kinds of rotary positions, and the keys that each reads."""
 WINDOWS = ("sliding_window", "max_window_layers")
 """Numbers that matter only where a layer has a window."""
 MAX_LAYERS = 1 << 16
@@ -75,10 +75,8 @@ MAX_LAYERS = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyConfig:
-    """What a config.json of these families says about the function, under the names it has there.
-
-    Older files have `rope_theta` and `rope_scaling`, newer ones both in `rope_parameters`. Raises ValueError naming the
-    key.
+    """The keys of a config.json of these families that change the function. Older files have `rope_theta` and
+    `rope_scaling`, newer ones both in `rope_parameters`. Raises ValueError naming the key.
     """
 
     model_type: str
@@ -106,7 +104,7 @@ class FamilyConfig:
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> "FamilyConfig":
-        """From a config.json; what it leaves out is what transformers takes. Raises ValueError naming the key."""
+        """Reads a config.json, with transformers' defaults for missing keys. Raises ValueError naming the key."""
         family = content["model_type"]
         for key, neutral in UNSUPPORTED.items():
             if key in content and content[key] not in neutral:
@@ -142,7 +140,7 @@ class FamilyConfig:
                 )
 
     def decoder(self) -> DecoderConfig:
-        """The same function as our decoder's configuration. Raises ValueError for what it cannot compute."""
+        """The configuration of our decoder that computes the same function. Raises ValueError where there is none."""
         windows = [self._window(layer) for layer in range(self.num_hidden_layers)]
         layers = {window: self._attention(window) for window in set(windows)}
         return DecoderConfig(
@@ -176,7 +174,8 @@ class FamilyConfig:
         return options
 
     def _window(self, layer: int) -> int | None:
-        """Of a layer that its type, or for Qwen its number, gives a window. Raises ValueError where there is none."""
+        """The window of a layer, by its type or (Qwen) its number; None for full attention. Raises ValueError where a
+        sliding layer has no window size."""
         window = self.sliding_window if self.model_type == "mistral" or self.use_sliding_window else None
         if self.layer_types is None:
             sliding = self.model_type == "mistral" or (self.use_sliding_window and layer >= self.max_window_layers)
@@ -191,7 +190,7 @@ class FamilyConfig:
         return window
 
     def _rope(self) -> tuple[float, dict[str, Any] | None]:
-        """(theta, options of `RopeScaling`), from the newer place or the older one as transformers takes them."""
+        """(theta, options of `RopeScaling`), from `rope_scaling` or `rope_parameters` in the order of transformers."""
         place = "rope_scaling" if self.rope_scaling else "rope_parameters"
         rope = dict(self.rope_scaling or self.rope_parameters or {})
         theta = rope.pop("rope_theta", self.rope_theta)
@@ -230,7 +229,7 @@ class FamilyConfig:
 
 
 def _refuse_windows(content: Mapping[str, Any]) -> None:
-    """Llama's class has no window, but its cache in transformers takes one that is there: forward and generate differ.
+    """Llama's class has no window, but its cache in transformers uses one from the file: forward and generate differ.
 
     Raises ValueError.
     """

@@ -1,4 +1,4 @@
-"""Weights that are no numbers: a model with one of them answers the same token for ever, or nothing."""
+"""Checks for NaN and infinity in weights: a model with one of them repeats a single token or answers nothing."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether all elements are, in one pass and without a copy."""
+    """Whether all elements are finite, in one pass and without a copy."""
     if x.numel() == 0:
         return True
     low, high = torch.aminmax(x)  # NaN is both
@@ -15,8 +15,8 @@ def is_finite(x: Tensor) -> bool:
 
 
 def check_finite(path: Path, name: str, first: int, rows: Tensor, loaded: Tensor) -> None:
-    """Raises ValueError that names the tensor where `loaded`, which is `rows` (from row `first` on) in the dtype it was
-    asked for, holds NaN or infinity."""
+    """Raises ValueError that names the tensor where `loaded` holds NaN or infinity: `rows` of the file, from row
+    `first` on, in the dtype that was asked for."""
     if is_finite(loaded):
         return
     if is_finite(rows):

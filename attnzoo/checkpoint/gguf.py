@@ -1,7 +1,7 @@
 """GGUF files of the architecture "llama", dequantised on loading.
 
-The format's rotary positions turn neighbouring channels (2c, 2c + 1), ours halves (c, c + H/2), so rows of W_q and W_k
-are put back in order; quantisation works along rows and does not notice.
+Rotary positions of this format rotate neighbouring channels (2c, 2c + 1), ours rotate (c, c + H/2), so rows of W_q and
+W_k are reordered. Quantisation works along rows and is not affected.
 """
 
 import importlib
@@ -38,9 +38,9 @@ UNSUPPORTED: Mapping[str, Any] = {
     "embedding_scale": 0.0,
     "rope.scaling.attn_factor": 1.0,
 }
-"""Fields that change the function, and the value under which they do not."""
+"""Fields that change the function, with the value that leaves it unchanged. Other values are refused."""
 LLAMA3_FACTORS = (8.0, 32.0)
-"""Of Llama 3.1 and of Llama 3.2: files hold what each frequency is divided by instead of the rule."""
+"""Scaling factors of Llama 3.1 and 3.2. Files hold the divisor of each frequency instead of the rule."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class _Fields:
         if type(value) is not kind:
             raise ValueError(f"{self.file.path}: llama.{name}={value!r} is not supported; it must be {kind.__name__}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{self.file.path}: llama.{name}={value} is no number; convert the model again")
+            raise ValueError(f"{self.file.path}: llama.{name}={value} is not finite; convert the model again")
         return value
 
     def size(self, name: str, default: int | None = None) -> int:
@@ -146,7 +146,7 @@ def _config(file: GGUFFile) -> DecoderConfig:
 
 
 def _scaling(file: GGUFFile, fields: _Fields, theta: float, half: int) -> dict[str, Any] | None:
-    """Options of `RopeScaling`, by llama.cpp's rules; Llama 3's is found again from the divisors that it left.
+    """Options of `RopeScaling`, by llama.cpp's rules; Llama 3's rule is inferred from the divisors in the file.
 
     A factor without a type is linear, and "rope.scale_linear" is its older name; 0 and 1 change nothing.
     """
@@ -162,7 +162,7 @@ def _scaling(file: GGUFFile, fields: _Fields, theta: float, half: int) -> dict[s
 
 
 def _divided(file: GGUFFile, theta: float, half: int) -> dict[str, Any] | None:
-    """The rule that left its divisors in the file; None where there are none, or all are 1."""
+    """The rule that gives the divisors in the file; None where there are none, or all are 1."""
     if FREQUENCIES not in file.tensors:
         return None
     from attnzoo.ops.rope.scaling import RopeScaling, frequencies
@@ -187,8 +187,8 @@ def _package() -> ModuleType:
 
 
 def _check_kind(file: GGUFFile, name: str, tensor: GGUFTensor, package: ModuleType) -> int:
-    """The byte where its data end. Raises ValueError for a quantisation that the package does not know, or a tensor
-    beyond the end of the file."""
+    """The byte where a tensor's data end. Raises ValueError for a quantisation that the package does not know, or a
+    tensor beyond the end of the file."""
     where = f"{file.path}: tensor {name}"
     try:
         block, width = package.GGML_QUANT_SIZES[package.GGMLQuantizationType(tensor.kind)]
@@ -209,8 +209,8 @@ def _check_kind(file: GGUFFile, name: str, tensor: GGUFTensor, package: ModuleTy
 
 
 def _check_layout(file: GGUFFile, ends: Mapping[str, int]) -> None:
-    """Raises ValueError unless the tensors' data stand one after the other, as every writer lays them: a damaged type,
-    shape or place shows in the next tensor. `ends`: the byte where each one's data end."""
+    """Raises ValueError unless the tensors' data follow one another without gaps, as every writer stores them: that
+    reveals a damaged type, shape or offset. ends: the byte where each tensor's data end."""
     expected = file.data
     for name, tensor in sorted(file.tensors.items(), key=lambda item: item[1].offset):
         if tensor.offset != expected:
@@ -222,13 +222,13 @@ def _check_layout(file: GGUFFile, ends: Mapping[str, int]) -> None:
 
 
 def _dequantise(file: GGUFFile, tensor: GGUFTensor, first: int, end: int, package: ModuleType) -> Tensor:
-    """Rows first to end in float32; a vector is one row."""
+    """Rows `first` to `end` - 1 in float32; a vector is one row."""
     kind = package.GGMLQuantizationType(tensor.kind)
     block, width = package.GGML_QUANT_SIZES[kind]
     row_bytes = tensor.shape[-1] // block * width
     data = np.fromfile(
         file.path, dtype=np.uint8, count=(end - first) * row_bytes, offset=tensor.offset + first * row_bytes
     )
-    with np.errstate(all="ignore"):  # what is not finite is told by name where it is loaded
+    with np.errstate(all="ignore"):  # loading reports tensors that are not finite by name
         rows = package.quants.dequantize(data.reshape(end - first, row_bytes), kind)
     return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))

@@ -1,6 +1,6 @@
-"""Directories as transformers writes them: Llama, Mistral, Qwen2 and Qwen3, read as configurations of one decoder.
+"""Directories as transformers writes them: reads Llama, Mistral, Qwen2 and Qwen3 as configurations of our decoder.
 
-Only numbers and names of config.json are read. `auto_map` and whatever else names code is never followed.
+Only data of config.json are read; `auto_map` and other references to code are never followed.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,8 @@ from attnzoo.models import DecoderConfig
 
 FAMILIES = tuple(DEFAULTS)
 OWN = "attnzoo"
-"""The model type of `attnzoo.hf`: our configuration under "decoder", our names below "model"."""
+"""The model type of `attnzoo.hf`: config.json has our configuration under "decoder"; tensors have our names after
+"model."."""
 
 
 def read_config(content: Mapping[str, Any], path: Path) -> DecoderConfig:
@@ -45,7 +46,7 @@ def _own_config(content: Mapping[str, Any], path: Path) -> DecoderConfig:
 
 
 def open_directory(directory: Path, content: Mapping[str, Any], config_path: Path) -> Checkpoint:
-    """The model in a directory of transformers, `content` being its config.json. Raises ValueError naming the file."""
+    """The model in a directory of transformers, whose config.json is `content`. Raises ValueError naming the file."""
     own_type = content["model_type"] == OWN
     config, shards = read_config(content, config_path), Shards.of(directory, integers=own_type)
 
@@ -54,7 +55,7 @@ def open_directory(directory: Path, content: Mapping[str, Any], config_path: Pat
 
     head = name("head.weight")
     if config.tie_embeddings and head in shards.shapes:
-        # transformers ties no weights that differ in the file.
+        # transformers does not tie weights that differ in the file.
         config = replace(config, tie_embeddings=shards.same(head, name("embedding.weight")))
     tied = config.tie_embeddings
     return Checkpoint(
@@ -64,6 +65,6 @@ def open_directory(directory: Path, content: Mapping[str, Any], config_path: Pat
         read=shards.read,
         dtypes=shards.dtypes,
         name=name,
-        # Older files carry the rotary frequencies; of a tied head there may be a copy.
+        # Older files hold the rotary frequencies, and some hold a copy of a tied head.
         ignored=lambda found: found.endswith("rotary_emb.inv_freq") or (tied and found == head),
     )

@@ -1,4 +1,4 @@
-"""Directories that transformers reads by itself: our models as Llama, Mistral, Qwen2 or Qwen3.
+"""Exports our models as Llama, Mistral, Qwen2 or Qwen3, which transformers loads without this project.
 
 The inverse of `attnzoo.checkpoint.huggingface`: what is written here loads there as the same model.
 """
@@ -38,10 +38,10 @@ CLASSES = {
 def export_model(directory: Path, model: DecoderLM, *, tokenizer: "Tokenizer | None" = None) -> Path:
     """Writes `model` as a directory of transformers; returns the directory.
 
-    `AutoModelForCausalLM.from_pretrained` loads it without this project, `load_model` as the same model; only
-    `attention_impl` and `cache`, which are no part of the function, are left behind. Raises ValueError, naming the
-    option, for a model that none of the families can be, for a tokenizer with more ids than the model, and for a
-    directory that holds anything but an earlier export (`attnzoo.checkpoint.target`).
+    `AutoModelForCausalLM.from_pretrained` loads it without this project, and `load_model` loads the same model; only
+    `attention_impl` and `cache`, which do not change the function, are not written. Raises ValueError, naming the
+    option, for a model that no family computes, for a tokenizer with more ids than the model, and for a directory that
+    holds anything but an earlier export (`attnzoo.checkpoint.target`).
     """
     directory = real_path(directory)
     check_export_target(directory)
@@ -56,7 +56,7 @@ def export_model(directory: Path, model: DecoderLM, *, tokenizer: "Tokenizer | N
     try:
         save_file(tensors, str(temporary / WEIGHTS), metadata={"format": "pt"})
         ids = save_tokenizer(temporary, tokenizer, model.config.vocab_size)
-        # Padding is named in the generation config alone: here it would keep a token from being trained further.
+        # Only the generation config names padding: here it would exclude that token's embedding from training.
         content |= {"bos_token_id": ids.get("bos_token_id"), "eos_token_id": ids.get("eos_token_id")}
         write_json(temporary / CONFIG, content)
         return place_export(temporary, directory)
@@ -92,21 +92,21 @@ def save_tokenizer(directory: Path, tokenizer: "Tokenizer | None", vocab_size: i
     }
     content = {name: value for name, value in ids.items() if value is not None}
     path = directory / GENERATION
-    if path.is_file():  # that of the checkpoint it came from, which may also say how to sample
+    if path.is_file():  # copied from the tokenizer's checkpoint, and may also say how to sample
         content |= json.loads(path.read_text(encoding="utf-8"))
     write_json(path, content)
     return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """JSON as people read it."""
+    """Writes indented JSON in UTF-8."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def family_config(config: DecoderConfig) -> dict[str, Any]:
     """The config.json under which transformers computes the same function, without dtype and token ids.
 
-    Raises ValueError naming the option for which there is none.
+    Raises ValueError naming the option that no family has.
     """
     for name, value in (("norm", "rmsnorm"), ("mlp", "swiglu")):
         if getattr(config, name) != value:
@@ -137,18 +137,18 @@ def family_config(config: DecoderConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_theta": first.rope_theta, **(scaling or {"rope_type": "default"})},
-        # The spelling of transformers 4 and of what else reads such files; without it they would take a default.
+        # The keys of transformers 4 and other readers; without them they would use a default.
         "rope_theta": first.rope_theta,
         "rope_scaling": scaling,
         "tie_word_embeddings": config.tie_embeddings,
-        # It says how new weights are drawn, nothing about these, and Llama refuses more than 1.
+        # Only the initialisation of new weights, where Llama refuses more than 1.
         "initializer_range": min(config.init_std, 1.0),
         **_family_options(family, config, first, windows),
     }
 
 
 def _layer(config: DecoderConfig, number: int) -> MHAConfig:
-    """Options of a layer, defaults filled in and one spelling of each. Raises ValueError for what is in no family."""
+    """Options of a layer with defaults, in one spelling. Raises ValueError for an option that no family has."""
     kind, options = config.layer_attention(number)
     if kind != "mha":
         raise _refusal(f"model.attention: kind={kind!r} in layer {number}, where all of them have 'mha'")
@@ -203,7 +203,7 @@ def _family(config: DecoderConfig, layer: MHAConfig, windows: Sequence[int | Non
         return "mistral"
     if config.model_dim % layer.num_heads == 0:
         return "llama"
-    # Llama's configuration refuses this, Mistral's without a window does not.
+    # Llama's configuration refuses this head count, Mistral's without a window does not.
     if not plain:
         raise _refusal(
             f"model.attention: num_heads={layer.num_heads} does not divide model.model_dim={config.model_dim}, with "
@@ -215,7 +215,7 @@ def _family(config: DecoderConfig, layer: MHAConfig, windows: Sequence[int | Non
 def _family_options(
     family: str, config: DecoderConfig, layer: MHAConfig, windows: Sequence[int | None]
 ) -> dict[str, Any]:
-    """The keys that not all families have."""
+    """The keys that only some families have."""
     window = next((window for window in windows if window is not None), None)
     if family == "llama":
         return {"attention_bias": layer.qkv_bias, "mlp_bias": config.mlp_bias}

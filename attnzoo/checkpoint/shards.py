@@ -1,4 +1,4 @@
-"""Tensors in one or many safetensors files: shapes at once, contents one by one in little memory."""
+"""Tensors in one or many safetensors files: all shapes first, then the contents piece by piece in little memory."""
 
 import os
 from collections.abc import Iterator
@@ -23,12 +23,12 @@ INTEGERS = {
     "BOOL": torch.bool,
 }
 MAPPED_BYTES = 16 << 20
-"""The most that is read of a mapping: while a file is mapped, pages that were read count as memory in use."""
+"""Bytes that are read of one mapping at most: while a file is mapped, pages that were read count as memory in use."""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """`files`: every tensor's file. `shapes`, `dtypes` of all tensors."""
+    """All tensors by name: the file that each is in, its shape and its dtype."""
 
     files: dict[str, Path]
     shapes: dict[str, Shape]
@@ -36,10 +36,10 @@ class Shards:
 
     @classmethod
     def of(cls, directory: Path, integers: bool = False) -> "Shards":
-        """The weights in `directory`: the files that its index lists, or the one file. `integers`: buffers of a model
-        of our own may be integers; elsewhere they are quantised weights.
+        """The weights in `directory`: the files that its index lists, or the one file. integers: whether integer
+        tensors are accepted, as buffers of our own models; elsewhere they are quantised weights.
 
-        Raises ValueError, naming file and tensor, for what is missing, damaged or not a floating point number.
+        Raises ValueError, naming file and tensor, for a tensor or file that is missing, damaged or of another dtype.
         """
         known = DTYPES | INTEGERS if integers else DTYPES
         index = directory / INDEX
@@ -70,7 +70,7 @@ class Shards:
             yield from self._pieces(name)
 
     def same(self, one: str, other: str) -> bool:
-        """Whether two tensors are there and hold the same numbers."""
+        """Whether two tensors exist and have equal dtypes, shapes and values."""
         if not (one in self.shapes and other in self.shapes and self.shapes[one] == self.shapes[other]):
             return False
         if self.dtypes[one] != self.dtypes[other]:
@@ -97,12 +97,13 @@ def _open(path: Path) -> Any:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; is the checkpoint complete?") from None
     except (SafetensorError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error  # else it holds the path once more
+        reason = getattr(error, "strerror", None) or error  # the error's text would repeat the path
         raise ValueError(f"{path} is not a readable safetensors file ({reason}); copy or export it again") from None
 
 
 def _indexed(index: Path) -> dict[Path, set[str] | None]:
-    """Files, and the tensors they are to hold. Raises ValueError for an index that is damaged or names other places."""
+    """The files of an index, with the names of the tensors they should hold. Raises ValueError for an index that is
+    damaged or names other places."""
     try:
         weight_map = read_object(index).get("weight_map")
     except FileNotFoundError:
@@ -111,7 +112,7 @@ def _indexed(index: Path) -> dict[Path, set[str] | None]:
         raise ValueError(f"{index} has no readable weight_map of tensors to files; copy it again")
     promised: dict[Path, set[str] | None] = {}
     for name, file in weight_map.items():
-        # A name of a file, without what no such name has: a zero, or half of a surrogate pair.
+        # A plain file name, without characters that no file name can have: NUL, or half of a surrogate pair.
         if Path(file).name != file or file in ("", "..") or not file.isprintable():
             raise ValueError(f"{index}: {name} lies in {file!r}, which is not a file beside the index")
         names = promised.setdefault(index.parent / file, set())

@@ -1,7 +1,7 @@
 """Where a model may be written: replacing a directory deletes it, so that it must hold nothing but an earlier model.
 
-Exports carry a list of what was written with its digests: files that someone added or changed since are not ours to
-delete. Our own format is known by the first line of its config.json and by the names that it has.
+Exports hold a list of their files with digests: files that were added or changed since are never deleted. Our own
+format is recognised by "format" in its config.json and by its file names.
 """
 
 import hashlib
@@ -13,14 +13,14 @@ from typing import Any
 from attnzoo.files import replace_directory
 
 MARKER = "attnzoo_export.json"
-"""Which files an export has written, and their SHA-256."""
+"""The file that lists which files an export has written, with their SHA-256."""
 WRITER = "attnzoo"
 
 
 def check_export_target(directory: Path) -> None:
     """Raises ValueError, naming what would be lost, unless an export may be written to `directory`.
 
-    It may where nothing is, into an empty directory, and over an earlier export that is as it was written.
+    It may if nothing is there, into an empty directory, and over an earlier export that is unchanged.
     """
     entries = _entries(directory)
     if not entries:
@@ -39,7 +39,7 @@ def check_export_target(directory: Path) -> None:
 
 
 def place_export(temporary: Path, directory: Path) -> Path:
-    """Makes `temporary` the export at `directory`, as `check_export_target` allows; returns the directory."""
+    """Moves `temporary` to `directory` as an export, and returns it. Raises ValueError as `check_export_target`."""
     check_export_target(directory)
     files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
     content = json.dumps({"written_by": WRITER, "files": files}, indent=2) + "\n"
@@ -51,8 +51,8 @@ def place_export(temporary: Path, directory: Path) -> Path:
 def check_native_target(directory: Path, *, config: str, format: str, names: Iterable[str]) -> None:
     """Raises ValueError, naming what would be lost, unless a model of our own format may be written to `directory`.
 
-    It may where nothing is, into an empty directory, and over an earlier model of that format: its file `config` says
-    `format`, and there is nothing but `names`.
+    It may if nothing is there, into an empty directory, and over an earlier model of that format: its file `config` has
+    `format`, and all files are among `names`.
     """
     entries = _entries(directory)
     if not entries:
@@ -63,9 +63,9 @@ def check_native_target(directory: Path, *, config: str, format: str, names: Ite
 
 
 def _entries(directory: Path) -> list[Path]:
-    """What is in a directory; nothing where there is none. Raises ValueError for a file."""
+    """The entries of a directory; empty where it does not exist. Raises ValueError for a file."""
     try:
-        if directory.is_symlink():  # its target has been looked up, so that it leads nowhere
+        if directory.is_symlink():  # links were followed before, so this one leads nowhere
             raise ValueError(f"'{directory}' is a link to itself; give a directory")
         if not directory.exists():
             return []
@@ -95,13 +95,13 @@ def _marked_files(marker: Path) -> dict[str, str] | None:
     files = content.get("files")
     if content.get("written_by") != WRITER or not isinstance(files, dict):
         return None
-    # Only names that an export can have written: anything else is no marker of ours.
+    # An export writes plain file names only; with any other name this is not a marker of ours.
     plain = all(isinstance(name, str) and name == Path(name).name for name in files)
     return {name: str(digest) for name, digest in files.items()} if plain else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one where there is none that can be read."""
+    """The JSON object in a file; empty where the file is missing, unreadable or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -3,8 +3,8 @@
     import attnzoo.hf
     model = AutoModelForCausalLM.from_pretrained(directory)
 
-Importing registers the type with AutoConfig and AutoModelForCausalLM. It is for what no family of transformers
-computes; `attnzoo.checkpoint.export_model` writes the others so that they load without this project.
+Importing registers the type with AutoConfig and AutoModelForCausalLM. It is for models that no family of transformers
+computes; `attnzoo.checkpoint.export_model` writes others so that they load without this project.
 """
 
 try:

@@ -10,10 +10,10 @@ from attnzoo.models.decoder_lm import DecoderState
 
 
 class DecoderCache(Cache):
-    """`state`: None before the first chunk. `real_BS`: which of the columns seen so far held tokens, not padding.
+    """state: the model's state, None before the first chunk. real_BS (bool): which columns so far are not padding.
 
-    Its length is counted in columns, as transformers counts, while rows of the state are as long as they have tokens.
-    Rows can be picked and repeated, which beam search needs; tokens cannot be taken back out of a state.
+    Its length counts columns, padding included, as transformers does; rows of the state count their tokens only. Rows
+    can be selected and repeated, which beam search needs; tokens cannot be removed from a state.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class DecoderCache(Cache):
         self.real_BS: Tensor | None = None
 
     def append(self, state: DecoderState, real_BT: Tensor) -> None:
-        """The state after a chunk, and which of the chunk's columns held tokens."""
+        """Keeps the state after a chunk. real_BT (bool): which columns of the chunk hold tokens."""
         self.state = state
         self.real_BS = real_BT if self.real_BS is None else torch.cat([self.real_BS, real_BT], dim=1)
 
@@ -37,7 +37,7 @@ class DecoderCache(Cache):
         return 0 if self.real_BS is None else self.real_BS.shape[1]
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: a state grows."""
+        """-1: no largest length, as a state grows."""
         return -1
 
     @property
@@ -58,15 +58,15 @@ class DecoderCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """What makes transformers ask for the length; a list without a False would say that there is none."""
+        """Without a False in this list, transformers would assume that the cache has no length."""
         return [False]
 
     def reset(self) -> None:
-        """Empty again."""
+        """Empties the cache."""
         self.state = self.real_BS = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was."""
+        """Row i becomes a copy of row beam_idx[i]."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -76,22 +76,22 @@ class DecoderCache(Cache):
             self.real_BS = self.real_BS.index_select(0, indices.to(self.real_BS.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times."""
+        """Repeats every row `repeats` times."""
         if self.real_BS is not None:
             rows = torch.arange(len(self.real_BS), device=self.real_BS.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        _refuse("crop", "tokens cannot be taken back out of a state; generate again from the shorter text")
+        _refuse("crop", "tokens cannot be removed from a state; generate again from the shorter text")
 
     def activate_past_recording(self) -> None:
-        _refuse("activate_past_recording", "assisted generation takes tokens back, which a state cannot")
+        _refuse("activate_past_recording", "assisted generation removes tokens, which a state cannot do")
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> NoReturn:
-        _refuse("update", "a state is not keys and values alone; AttnzooForCausalLM extends it")
+        _refuse("update", "a state holds more than keys and values; only AttnzooForCausalLM extends it")
 
     def early_initialization(self, *args: Any, **kwargs: Any) -> None:
-        _refuse("early_initialization", "the model opens the state at the first chunk")
+        _refuse("early_initialization", "the model creates the state at the first chunk")
 
 
 def _refuse(method: str, why: str) -> NoReturn:

@@ -13,11 +13,11 @@ SIZES = {
     "max_position_embeddings": "max_positions",
     "tie_word_embeddings": "tie_embeddings",
 }
-"""What transformers and its tools ask every language model for, and where it stands in `decoder`."""
+"""Attributes that transformers expects of every language model, and their fields in `decoder`."""
 
 
 class AttnzooConfig(PreTrainedConfig):
-    """`decoder`: fields of `DecoderConfig`, checked and completed. The sizes below it repeat what it says.
+    """`decoder`: fields of `DecoderConfig`, checked and completed. The sizes below repeat its values.
 
     Raises ValueError for fields that `DecoderConfig` refuses and for a size that contradicts it.
     """
@@ -36,7 +36,7 @@ class AttnzooConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.decoder is None:  # transformers compares with a configuration of defaults alone
+        if self.decoder is None:  # transformers builds one without arguments, to compare with defaults
             return
         self.decoder = DecoderConfig.from_dict(self.decoder).to_dict()
         for name, field in SIZES.items():
@@ -46,11 +46,11 @@ class AttnzooConfig(PreTrainedConfig):
             setattr(self, name, value)
 
     def decoder_config(self) -> DecoderConfig:
-        """`decoder` as the model takes it. Raises ValueError where there is none."""
+        """`decoder` as a `DecoderConfig`. Raises ValueError where it is None."""
         if self.decoder is None:
             raise ValueError("decoder=None: give the fields of DecoderConfig, as DecoderConfig.to_dict() writes them")
         return DecoderConfig.from_dict(self.decoder)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "AttnzooConfig":
-        """This one: transformers would take the field `decoder` for a configuration of its own kind."""
+        """Returns itself: transformers would take the field `decoder` for a configuration of its own."""
         return self

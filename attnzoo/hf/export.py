@@ -1,4 +1,4 @@
-"""Models as directories of the model type "attnzoo"."""
+"""Exports models as directories of the model type "attnzoo"."""
 
 import shutil
 from pathlib import Path
@@ -22,7 +22,7 @@ def export_model(directory: Path, model: DecoderLM, *, tokenizer: Tokenizer | No
     check_export_target(directory)
     temporary = temporary_directory(directory)
     try:
-        # Not its own way to the tensors: it refuses buffers that share memory.
+        # With tensors of our own, because save_pretrained refuses buffers that share memory.
         tensors = {f"model.{name}": tensor for name, tensor in saved_tensors(model).items()}
         AttnzooForCausalLM.of(model).save_pretrained(temporary, state_dict=tensors)
         (temporary / GENERATION).unlink(missing_ok=True)

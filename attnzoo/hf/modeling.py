@@ -17,10 +17,10 @@ from attnzoo.models import DecoderLM, fill_buffers
 
 
 class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):
-    """Any `DecoderLM`; `decoder` is one to take as it is, weights and all.
+    """Any `DecoderLM` as a model of transformers. decoder: an existing model to wrap, with its weights.
 
-    Tokens that `attention_mask` leaves out are as if they were not there: a padded row gives what it gives alone.
-    Refused, not ignored: inputs_embeds, position_ids, attentions and hidden states, caches of other kinds.
+    Tokens with attention_mask 0 have no effect: a padded row gives the same logits as alone. Refused, not ignored:
+    inputs_embeds, position_ids, attentions and hidden states, caches of other kinds.
     """
 
     config_class = AttnzooConfig
@@ -28,7 +28,7 @@ class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
     _no_split_modules = ["Block"]  # noqa: RUF012
-    # Assisted generation takes tokens back, which a state cannot: transformers refuses it for stateful models.
+    # Assisted generation removes tokens, which a state cannot do: transformers refuses it for stateful models.
     _is_stateful = True
 
     def __init__(self, config: AttnzooConfig, decoder: DecoderLM | None = None) -> None:
@@ -40,7 +40,7 @@ class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def of(cls, decoder: DecoderLM) -> "AttnzooForCausalLM":
-        """Around a model, without copying it."""
+        """Wraps a model without copying it."""
         wrapped = cls(AttnzooConfig(decoder=decoder.config.to_dict()), decoder)
         wrapped.config.dtype = decoder.embedding.weight.dtype
         return wrapped.train(decoder.training)
@@ -59,9 +59,10 @@ class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits, the loss of `labels`, and with `use_cache` or `cache` the cache for the next chunk.
 
         attention_mask: [B, T], or [B, columns of the cache + T] as `generate` gives it; 0 is padding, on any side.
-        labels: input_ids, -100 where nothing is to be learnt; they are shifted here. Padding predicts nothing, so that
-        the first token of a left-padded row does not count. cache: consumed and returned; past_key_values is its older
-        name. use_cache: None means whether a cache is given; without one the parallel form runs, which trains.
+        labels: [B, T], input_ids, with -100 at tokens that do not count; they are shifted here. Padding predicts
+        nothing, so the first token of a left-padded row does not count. cache: consumed and returned; past_key_values
+        is its older name. use_cache: None means True if a cache is given; without a cache the parallel form runs, which
+        trains. Raises ValueError, naming the argument, for one that is not supported.
         """
         cache = _merge_names(cache, kwargs.pop("past_key_values", None))
         items = kwargs.pop("num_items_in_batch", None)
@@ -85,8 +86,8 @@ class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):
     def _hidden(self, tokens_BT: Tensor, real_BT: Tensor | None, cache: DecoderCache | None) -> Tensor:
         """hidden_BTD of a chunk, zero at padding.
 
-        Real tokens come first in their rows, in order, and padding after them: the one layout that every variant's
-        streaming form takes, and in which causality keeps padding out of the parallel form.
+        Rows are reordered so that real tokens come first and padding last: every variant's streaming form requires it,
+        and in the parallel form causality then keeps padding out.
         """
         order_BT, counts_B = None, None
         if real_BT is not None:
@@ -112,7 +113,7 @@ class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor,
         others: dict[str, Any],
     ) -> None:
-        """Raises ValueError, naming the argument, for what would have to be ignored."""
+        """Raises ValueError, naming the argument, for any that would have to be ignored."""
         for name in ("output_hidden_states", "output_attentions"):
             asked = others.pop(name, None)
             if asked or (asked is None and getattr(self.config, name, False)):
@@ -140,8 +141,8 @@ class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("labels with logits_to_keep: the loss needs all logits; leave one of them out")
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: `DecoderLM` draws its own weights. Raises ValueError for those that a checkpoint lacks. Buffers that
-        no checkpoint holds are made again: from_pretrained leaves storage of any content in their place."""
+        """Initialises no weights, which `DecoderLM` does itself. Raises ValueError for weights that a checkpoint lacks.
+        Fills the buffers that no checkpoint holds, which from_pretrained leaves uninitialised."""
         unsaved = [module._buffers[name] for name in module._non_persistent_buffers_set]
         if any(buffer is not None and not buffer.is_meta for buffer in unsaved):
             fill_buffers(self.model, self.device, self.dtype, lost=True)
@@ -159,7 +160,7 @@ class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """False: the cache is made in `forward`, by whoever knows what a variant's state is."""
+        """False: `forward` creates the cache, because only the model knows its variants' states."""
         return False
 
     def get_input_embeddings(self) -> nn.Module:
@@ -192,7 +193,8 @@ def _merge_names(cache: Any, past_key_values: Any) -> Any:
 
 
 def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None, cache: DecoderCache | None) -> Tensor | None:
-    """Which tokens of the chunk are not padding; None: all. Raises ValueError for a mask that does not fit."""
+    """real_BT (bool): tokens of the chunk that are not padding; None: all. Raises ValueError for a mask that does not
+    fit."""
     if attention_mask is None:
         return None
     batch, tokens = input_ids.shape

@@ -1,4 +1,4 @@
-"""In-context regression: tasks, the algorithms attention is compared with, and their closed forms.
+"""In-context regression: tasks, the algorithms that attention is compared with, and their closed forms.
 
 Letters, beside the legend of `attnzoo.types`: B tasks, T examples in context (N or n in the papers), D dimension of an
 input (d). A task is x_BTD with targets y_BT, one query x_BD and its target. Everything here is a pure function of

@@ -26,7 +26,8 @@ Residual = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Eigenvalues of S of many contexts, and c_i = v_i . Sigma v_i for their eigenvectors; variance of the noise.
+    """Eigenvalues s_i of S of many contexts, c_i = v_i . Sigma v_i for their eigenvectors v_i, and the noise's
+    variance.
 
     The loss of a solver follows without drawing w, query or noise:
     .5 E |x_q . p(S) w - x_q . q(S) X^T eps|^2 = .5 sum_i c_i (p(s_i)^2 + noise s_i q(s_i)^2), for w ~ N(0, I).
@@ -38,7 +39,7 @@ class Spectrum:
 
     @classmethod
     def of(cls, batch: int, family: LinearFamily, generator: torch.Generator) -> "Spectrum":
-        """From `batch` contexts of a family, in float64."""
+        """The spectrum of `batch` contexts drawn from a family, in float64."""
         x_BTD = linear_tasks(batch, family, generator).x_BTD.double()
         eigenvalues_BD, vectors_BDD = torch.linalg.eigh(x_BTD.mT @ x_BTD)
         weights_BD = (vectors_BDD.square() * family.variances()[:, None]).sum(dim=1)
@@ -55,7 +56,7 @@ class Spectrum:
 
 
 def descend(rates: Tensor, shrinks: Tensor | None = None) -> Residual:
-    """Residual polynomial of gradient descent with a rate a step, of GD++ with `shrinks` (the g_k)."""
+    """Residual polynomial of gradient descent with one rate a_k per step; with `shrinks` (the g_k), of GD++."""
 
     def residual(s: Tensor) -> Tensor:
         p = torch.ones_like(s)
@@ -74,7 +75,7 @@ def newton(steps: int, scale: float | Tensor) -> Residual:
 
 
 def chebyshev_rates(steps: int, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """Rates whose p is the Chebyshev polynomial of [low, high] scaled to p(0) = 1, the least in maximum there.
+    """Rates whose p is the Chebyshev polynomial of [low, high] scaled to p(0) = 1, which has the least maximum there.
 
     Its zeros are the K points (high+low)/2 + (high-low)/2 cos((2k-1) pi / 2K), and the zeros of prod (1 - a_k s) are
     1/a_k.
@@ -106,9 +107,10 @@ def best_descents(name: str, most: int, spectrum: Spectrum, iterations: int = 60
     float64.
 
     "gd", "gd++": one rate (and shrink) for all steps; "per step": one each; "chebyshev": the interval; "newton": the
-    first scale. Losses are not convex in the rates of many steps: a shared solution starts from that of one step fewer;
-    a free one from the shared one, spread a little because equal rates are a saddle, and from its own of one step fewer
-    with a small step behind it, so that more steps are never worse. Raises ValueError for an unknown name or most < 1.
+    first scale. Losses are not convex in the rates of many steps: a shared solution starts from that with one step
+    fewer. One with a rate per step starts from the shared one, spread a little because equal rates are a saddle, and
+    from its own with one step fewer and a small step added, so that more steps are never worse. Raises ValueError for
+    an unknown name or most < 1.
     """
     if name not in SOLVERS or most < 1:
         raise ValueError(f"solver {name!r} with {most} steps: know {', '.join(SOLVERS)}, with at least 1 step")
@@ -128,7 +130,7 @@ def best_descents(name: str, most: int, spectrum: Spectrum, iterations: int = 60
 
 
 def _fit(name: str, steps: int, start: Tensor, spectrum: Spectrum, iterations: int) -> Solver:
-    """The best point that the search saw: a step of it may end where rare contexts overflow."""
+    """The best point that the search visited; its last one may be where rare contexts overflow."""
     # Logarithms keep everything positive and of order 1.
     free = start.log().clone().requires_grad_()
     least, best = math.inf, free.detach().clone()
@@ -149,7 +151,7 @@ def _fit(name: str, steps: int, start: Tensor, spectrum: Spectrum, iterations: i
 
 
 def _first(name: str, spectrum: Spectrum) -> Tensor:
-    """Where the fit of one step starts, by the spectrum's size."""
+    """Start of the fit for one step, from the size of the spectrum."""
     top, mean = spectrum.eigenvalues_BD.amax(dim=1).mean(), spectrum.eigenvalues_BD.mean()
     if name == "chebyshev":
         return torch.stack([mean / 10, top])
@@ -163,12 +165,12 @@ def _spread(shared: dict[str, list[float]], steps: int) -> Tensor:
 
 
 def _one_more(parameters: dict[str, list[float]]) -> Tensor:
-    """The solution of one step fewer, and a step of a hundredth of its last."""
+    """The solution with one step fewer, and a further step of a hundredth of its last."""
     return torch.tensor([x for xs in parameters.values() for x in (*xs, xs[-1] / 100)], dtype=torch.float64)
 
 
 def _values(name: str, parameters: dict[str, list[float]]) -> Tensor:
-    """The free values of a shared solution."""
+    """The fitted values of a solution whose steps share them."""
     if name == "chebyshev":
         low, high = parameters["interval"]
         return torch.tensor([low, high - low], dtype=torch.float64)
@@ -200,7 +202,7 @@ def _named(name: str, steps: int, values: Tensor) -> dict[str, list[float]]:
 
 
 def solved_weights(tasks: Tasks, residual: Residual) -> Tensor:
-    """w of each task that a solver ends at, q(S) X^T y, [B, D] in float64: also d yhat / d x_q of its prediction."""
+    """Weights w = q(S) X^T y that a solver ends at, [B, D] in float64; also d yhat / d x_q of its prediction."""
     tasks = tasks.double()
     s_BD, vectors_BDD = torch.linalg.eigh(tasks.x_BTD.mT @ tasks.x_BTD)
     s_BD = s_BD.clamp(min=1e-10)

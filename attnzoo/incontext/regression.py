@@ -1,4 +1,4 @@
-"""Closed forms of one step of gradient descent on in-context linear regression: best rate, least loss, preconditioner.
+"""Closed forms for one gradient descent step on in-context linear regression: best rate, least loss, preconditioner.
 
 One step from w = 0 on half the squared error predicts a sum_j y_j x_j . x_q = a x_q^T X^T y.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best rate of a step and the loss it leaves."""
+    """The best learning rate of one step, and the loss after it."""
 
     rate: float
     loss: float

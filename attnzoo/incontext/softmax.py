@@ -31,7 +31,7 @@ def softmax_gradient(a_TD: Tensor, x_D: Tensor, b_T: Tensor) -> Tensor:
 
 
 def softmax_hessian(a_TD: Tensor, x_D: Tensor, b_T: Tensor) -> Tensor:
-    """d2L/dx2 = A^T [J^2 + diag(c*f - <f,c> f) - (c*f) f^T - f (c*f)^T + 2 <f,c> f f^T] A, [D, D].
+    """d^2L/dx^2 = A^T [J^2 + diag(c*f - <f,c> f) - (c*f) f^T - f (c*f)^T + 2 <f,c> f f^T] A, [D, D].
 
     J c = c*f - <f,c> f. Moving f by df = J du with c = f - b moves it by J dc = J^2 du, and with c held by
     c*df - <df,c> f - <f,c> df = [diag(c) J - f (J c)^T - <f,c> J] du; written out, the three are
@@ -80,8 +80,8 @@ class SoftmaxTasks:
     target_B: Tensor
 
     def tokens(self) -> Tensor:
-        """[B, T + 1, D + 1]: (a_j, y_j - 1), and the query (a_q, 0). Centred targets add up to 0: a softmax over the
-        tokens averages, and only what has no mean survives as a difference of scores."""
+        """[B, T + 1, D + 1]: (a_j, y_j - 1), and the query (a_q, 0). Targets are centred to sum 0, because a softmax
+        over the tokens averages them."""
         asked_B1E = torch.cat([self.query_BD, torch.zeros_like(self.target_B)[:, None]], dim=1)[:, None]
         return torch.cat([torch.cat([self.a_BTD, self.y_BT[..., None] - 1], dim=2), asked_B1E], dim=1)
 
@@ -115,7 +115,7 @@ def linearised_step(tasks: SoftmaxTasks, rate: float | Tensor) -> Tensor:
 
 def softmax_head(tasks: SoftmaxTasks, rate: float | Tensor, sharpness: float | Tensor) -> Tensor:
     """The constructed head: 1 + rate / sharpness sum_j softmax_j(sharpness a_j . a_q) (y_j - 1), which for small
-    sharpness is 1 + rate / n sum_j (y_j - 1) a_j . a_q: the linearised step but for mean a, which no head can take
+    sharpness is 1 + rate / n sum_j (y_j - 1) a_j . a_q: `linearised_step` without mean a, which no head can subtract
     from a_q."""
     weights_BT = torch.softmax(sharpness * (tasks.a_BTD @ tasks.query_BD[..., None])[..., 0], dim=1)
     return 1 + rate / sharpness * (weights_BT * (tasks.y_BT - 1)).sum(1)

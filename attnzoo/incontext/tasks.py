@@ -1,4 +1,4 @@
-"""Random regression tasks, each drawn from a generator whose seed is a key, never from a global state."""
+"""Random regression tasks, each drawn from a generator seeded with a key, never from torch's global one."""
 
 import hashlib
 import math
@@ -12,7 +12,7 @@ Inputs = Literal["uniform", "normal", "laplace", "exponential", "binary", "spars
 
 
 def seeded(seed: int, *key: object) -> torch.Generator:
-    """A generator for one purpose: equal (seed, key) give equal numbers whatever else runs, in whatever order."""
+    """A random generator for one purpose: equal (seed, key) give equal numbers, whatever else runs."""
     text = "/".join(map(str, (seed, *key)))
     digest = hashlib.sha256(text.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -20,7 +20,7 @@ def seeded(seed: int, *key: object) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Tasks:
-    """x_BTD, y_BT: examples in context; query_BD, target_B: what is asked, and the answer."""
+    """x_BTD, y_BT: examples in context; query_BD, target_B: the query, and its answer."""
 
     x_BTD: Tensor
     y_BT: Tensor

@@ -31,7 +31,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=bias)
         self.activation: Callable[[Tensor], Tensor] = F.relu if kind == "relu" else F.gelu
         self.joined: Callable[[Tensor], Tensor] | None = None
-        """gate and up by one product, where weights have been packed for inference."""
+        """One product for gate and up; set where weights are packed for inference."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
@@ -52,14 +52,14 @@ class MLP(nn.Module):
                     nn.init.zeros_(layer.bias)
 
     def flops(self, batch: int, tokens: int) -> int:
-        """Two FLOPs a weight and token."""
+        """FLOPs of `tokens` tokens of `batch` sequences: two per weight and token."""
         return 2 * batch * tokens * sum(p.numel() for p in self.parameters() if p.dim() == 2)
 
     def play(self, tape: Tape, x: Buffer) -> Buffer:
-        """`forward` on a tape: the activation keeps its input, the product its factors, `down` the hidden layer."""
+        """Memory of `forward` on a tape: the activation saves its input, the product both factors, `down` its input."""
         up = play_linear(tape, self.up, x)
         if self.gate is None:
-            # relu keeps its result, which `down` keeps anyway.
+            # relu saves its output, which `down` saves anyway.
             relu = self.activation is F.relu
             hidden = tape.do(Step(out=up.size, inputs=[up], saves=[] if relu else [up], saves_out=relu))
         else:
@@ -89,13 +89,13 @@ class Block(nn.Module):
         return out
 
     def segment(self, x_BTD: Tensor, memory: SegmentMemory) -> tuple[Tensor, SegmentMemory]:
-        """A segment that also reads its memory; what is remembered are the inputs of the block."""
+        """The output of a segment that also attends to its memory, and the new memory: inputs of the block."""
         mixed, memory = attend_segment(self.attention, x_BTD, memory, self.attention_norm)
         x_BTD = x_BTD + self._mixed(mixed, x_BTD)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), memory
 
     def play(self, tape: Tape, x: Buffer) -> Buffer:
-        """`forward` on a tape; the caller holds x."""
+        """Memory of `forward` on a tape; the caller drops x."""
         normed = play_norm(tape, self.attention_norm, x)
         mixed = self.attention.play(tape, normed)
         tape.drop(normed)
@@ -114,11 +114,11 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), state
 
     def _mixed(self, out: Any, x_BTD: Tensor) -> Tensor:
-        """What the attention made of a chunk. Raises ValueError for another shape, which a sum might spread."""
+        """The attention's output. Raises ValueError for a shape unlike the input's: the sum would broadcast it."""
         if not isinstance(out, Tensor) or out.shape != x_BTD.shape:
             found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(
-                f"{type(self.attention).__name__} made {found} of an input of {list(x_BTD.shape)}; a variant keeps the "
-                "shape of its input: mend its forward or extend"
+                f"{type(self.attention).__name__} returned {found} for an input of {list(x_BTD.shape)}; a "
+                "variant must keep the shape of its input: correct its forward or extend"
             )
         return out

@@ -1,9 +1,8 @@
-"""How a finished sequence's state was kept, and what it took: one definition, whatever its cache.
+"""What a cache kept of a finished sequence and how many bytes it took, in one definition for all caches.
 
-Bytes are those that the sequence's own tokens fill, as the tensors hold them: keys, values, positions, accumulated
-attention, channel indices, observed queries, rings, and what layers carry besides. Room that is only reserved is not
-counted: of the full cache the slots after the last token, of a compressed one the rest of a page and what a longer
-neighbour's row needs.
+Bytes are those that the sequence's own tokens fill: keys, values, positions, accumulated attention, channel indices,
+observed queries, rings, and other state of the layers. Reserved room is not counted: slots after the last token of a
+full cache, the rest of a page in a compressed one, and slots that only a longer sequence of the batch fills.
 """
 
 from collections.abc import Sequence
@@ -22,10 +21,9 @@ if TYPE_CHECKING:
 class CacheUse:
     """What a cache did for one sequence.
 
-    policy: the name of the cache policy. kept_tokens: tokens whose keys and values are there at the end, the mean over
-    the layers that have any. kv_bytes, kv_bytes_full: bytes of the state by this cache, and by the full one.
-    not_compressed: why a policy that compresses left everything as it was, or takes more than the full cache; None
-    where it did neither, and for the full cache.
+    policy: the name of the cache policy. kept_tokens: number of tokens whose keys and values are stored at the end,
+    averaged over the layers that store any. kv_bytes, kv_bytes_full: bytes of the state in this cache, and in the full
+    one. not_compressed: why a compressing policy left out nothing or takes more than the full cache, or None.
     """
 
     policy: str
@@ -36,7 +34,7 @@ class CacheUse:
 
 
 def exact_use(model: "DecoderLM", context: int, kv_bytes: int) -> CacheUse:
-    """Of the model's own caches. kv_bytes: of a state of `context` tokens."""
+    """Use of the model's own caches. kv_bytes: bytes of a state of `context` tokens."""
     kept = []
     for block in model.layers():
         cache = getattr(getattr(block.attention, "mixing", None), "cache", None)
@@ -48,8 +46,7 @@ def exact_use(model: "DecoderLM", context: int, kv_bytes: int) -> CacheUse:
 
 
 def compressed_use(policy: CachePolicy, layers: Sequence[Any], row: int, prompt: int, full: CacheUse) -> CacheUse:
-    """Of one row of the states that `policy` keeps. prompt: tokens of its prompt. full: what the full cache would
-    take."""
+    """Use of sequence `row` in the layers' states. prompt: its prompt's tokens. full: use of the full cache."""
     kv_bytes, kept, context, thinned = 0, [], 0, False
     for layer in layers:
         cached = getattr(layer, "mixing", None)

@@ -1,8 +1,8 @@
-"""Decode steps through torch's compiler: what lies between two products of a block becomes a few loops.
+"""Decode steps through torch.compile, which fuses what a block computes between two matrix products.
 
-A single token leaves so little to compute that starting operators costs more than the small ones take, and a cache that
-evicts chooses and merges by a hundred of them. Blocks are compiled one kind at a time, once for one sequence and once
-for several, not the model as a whole, so that the time it takes does not grow with the layers.
+For a single token, starting a small operator costs more than computing it, and an evicting cache needs about a hundred
+of them. Blocks are compiled, once per kind of block for one sequence and once for several, and not the whole model, so
+that compile time does not grow with the number of layers.
 """
 
 import operator
@@ -26,11 +26,11 @@ from attnzoo.models.blocks import Block
 from attnzoo.models.decoder_lm import DecoderLM, DecoderState
 
 BUCKET = 64
-"""Slots of a full cache are attended to in multiples of this many, so that views of them are made now and then."""
+"""Attention reads the slots of a full cache in multiples of this many, so that its views are rarely made anew."""
 SLOT_AXES = "SP"
 """Axes of a state's tensors, by the letters in their names, whose sizes differ between layers and change with time."""
 EXPECTED_BATCH, EXPECTED_SLOTS = 16, 1024
-"""What loops are compiled for: large enough that those over a cache get threads."""
+"""Sizes that the compiler is told to expect: large enough that loops over a cache run in threads."""
 
 DecodeBlock = Callable[[Block, Tensor, State], Tensor]
 
@@ -38,9 +38,9 @@ DecodeBlock = Callable[[Block, Tensor, State], Tensor]
 class CompiledDecode:
     """The decode step of a model for inference on a CPU; the state is written in place.
 
-    cache: the policy of the states it is given, None for exact ones. Compiles when it is first called with one
-    sequence, and with several. Raises ValueError for a model or a policy whose state the compiler cannot follow, and
-    where a CPU has no C++ compiler.
+    cache: the policy of the states; None: the full cache. It compiles at the first call with one sequence, and at the
+    first with several. Raises ValueError for a model or policy whose state cannot be compiled, and without a C++
+    compiler.
     """
 
     def __init__(self, model: DecoderLM, cache: CachePolicy | None = None) -> None:
@@ -58,8 +58,8 @@ class CompiledDecode:
 
     @torch.inference_mode()
     def __call__(self, tokens_B1: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """(hidden_B1D after the final norm, state) behind one new token for every row of the state, which is the one
-        given, or in new memory where a compressed cache had to grow.
+        """(hidden_B1D after the final norm, state) after one new token for every row. The state is the given one, or a
+        new one where a compressed cache had to grow.
 
         Raises ValueError for an exact state without room, a compressed one that is not joinable (`DecoderLM.compress`),
         and one of another policy than was compiled for.
@@ -74,7 +74,7 @@ class CompiledDecode:
         return hidden_B1D, state
 
     def _step(self, kind: str, block: Block, x_B1D: Tensor, layer: State) -> DecodeBlock:
-        """The code for a layer; to the compiler, a size of 1 is a constant."""
+        """The compiled code for a layer. Sizes of 1 get their own, as the compiler treats them as constants."""
         key = (kind, len(x_B1D) > 1, _one_slot(getattr(layer, "mixing", None)))
         if key not in self._compiled:
             self._compiled[key] = _compile(_decode_block)
@@ -82,7 +82,7 @@ class CompiledDecode:
         return self._compiled[key]
 
     def _used(self, state: DecoderState) -> DecoderState:
-        """Views of what the longest row will fill."""
+        """Views of the slots that the longest row will fill."""
         needed = int(state.layers[0].lengths_B.max()) + 1  # type: ignore[attr-defined]
         used = -(-needed // BUCKET) * BUCKET
         if self._cut is None or self._cut[0]() is not state or self._cut[1] != used:
@@ -105,7 +105,7 @@ class CompiledDecode:
         return state if all(map(operator.is_, layers, state.layers)) else replace(state, layers=tuple(layers))
 
     def _check_policy(self, cached: object) -> None:
-        """Raises ValueError for a state that compiled code would take for another."""
+        """Raises ValueError for a state of another policy, which compiled code would misread."""
         policy = cached.policy if isinstance(cached, CompressedState) else None
         if policy is self._known or (policy is None and not isinstance(cached, FullCacheState)):
             return
@@ -115,12 +115,12 @@ class CompiledDecode:
         self._known = policy
 
     def _forget(self, _: object) -> None:
-        """Views keep memory that nobody else does once their state is gone."""
+        """Drops views once their state is gone, so that they do not keep its memory."""
         self._cut = None
 
 
 def _one_slot(cached: object) -> bool:
-    """Whether a cache has a single slot, which to the compiler is a constant."""
+    """Whether a cache has a single slot, a size that the compiler treats as a constant."""
     if isinstance(cached, CompressedState):
         return cached.prefix.slots == 1
     return isinstance(cached, FullCacheState) and cached.keys_BKSH.shape[2] == 1
@@ -133,23 +133,22 @@ def _decode_block(block: Block, x_B1D: Tensor, state: State) -> Tensor:
 
 
 def _compile(function: DecodeBlock) -> DecodeBlock:
-    """A compiled copy of a function. It does not check what it was compiled for (that costs as much as all else it
-    does besides products): the caller keeps one for every kind of block and number of dimensions that vary."""
+    """A compiled copy of a function, without torch's guards (checking them costs as much as all operations besides the
+    products). The caller keeps one copy for every kind of block and every set of sizes that vary."""
     assert isinstance(function, FunctionType)
-    # Compiled code is kept by code object, so that kinds need one each.
+    # torch keeps compiled code by code object, so every copy needs its own.
     copy = FunctionType(function.__code__.replace(), function.__globals__)
-    # In another order a cache would be read after it is written, and be copied for that.
+    # Reordering would read a cache after it is written, which costs a copy of it.
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "reorder_for_locality": False}
     compiled: DecodeBlock = torch.compile(copy, fullgraph=True, options=options)
     return compiled
 
 
 def _example(x_B1D: Tensor, layer: State) -> tuple[Tensor, State]:
-    """Zeros in the form of a step's input and a layer's state, of sizes that equal no other size, stride or hint.
+    """Zeros for a step's input and a layer's state, with sizes that equal no other size, stride or hint.
 
-    The compiler concludes from equal numbers that sizes and strides are the same, and nothing checks later whether they
-    still are. In what it is called with first they may be equal by chance: a view of all slots of a cache, as many
-    sequences as slots, as many slots as it is told to expect.
+    The compiler takes equal numbers for the same size or stride, and without guards nothing checks later that they
+    still are. In real inputs they may be equal by chance, for example as many sequences as slots.
     """
     tensors = layer.tensors()
     taken = {EXPECTED_BATCH, EXPECTED_SLOTS}
@@ -166,7 +165,7 @@ def _example(x_B1D: Tensor, layer: State) -> tuple[Tensor, State]:
             sizes[axis] = capacity
         full = tensor.new_zeros(sizes)
         for axis in grown:
-            # Full caches are read as views of what is used; what a compressed cache holds has no slots beyond.
+            # Full caches are read as views of their used slots; compressed ones have no slots beyond these.
             full = full[(slice(None),) * axis + (slice(slots),)]
         return full if name.endswith("_BKSH") else full.contiguous()
 
@@ -176,8 +175,7 @@ def _example(x_B1D: Tensor, layer: State) -> tuple[Tensor, State]:
 
 
 def sizes_besides(taken: set[int]) -> tuple[int, int, int]:
-    """Three different primes, ascending, of which none is taken and none divides a number that is: products of sizes
-    are strides."""
+    """Three ascending primes that divide no number of `taken` (sizes, and strides, which are products of sizes)."""
     found: list[int] = []
     number = 3
     while len(found) < 3:
@@ -195,8 +193,8 @@ def _slot_axes(name: str, tensor: Tensor) -> list[int]:
 
 
 def _mark_sizes(x_B1D: Tensor, state: State) -> None:
-    """Tells the compiler which sizes will vary: sequences where there are several, and slots of caches. Whether a loop
-    gets threads is decided by the sizes it is told to expect, not by those it meets."""
+    """Tells the compiler which sizes will vary: the batch where it is above 1, and slots of caches. It decides by the
+    sizes it is told to expect, not by those it meets, whether a loop runs in threads."""
     tensors = state.tensors()
     if len(x_B1D) > 1:
         for tensor in (x_B1D, *tensors.values()):
@@ -234,7 +232,7 @@ def _check(block: Block, layer: int, cache: CachePolicy | None) -> None:
         if isinstance(mixing, LinearMixing):
             return
         keeps_all = isinstance(mixing, SoftmaxMixing) and type(mixing.cache) is FullCache
-        # Relative terms are looked up by distances, which are values that the compiler does not know.
+        # Relative terms are looked up by distance, a value that the compiler does not know.
         if keeps_all and not mixing.position.relative:  # type: ignore[union-attr]
             if cache is None or cache.compiles:
                 return

@@ -25,7 +25,7 @@ from attnzoo.tape import Buffer, Step, Tape, Weight
 
 @dataclass
 class DecoderState(State):
-    """One state a layer. model: whose state it is; files say it."""
+    """One state per layer. model: the model that the state belongs to, which files of it name."""
 
     layers: tuple[State, ...]
     model: Any = field(default=None, repr=False, compare=False, metadata=STATIC)
@@ -92,7 +92,7 @@ class DecoderLM(nn.Module):
                 if not block.attention.traits.varlen:
                     raise ValueError(
                         f"starts_BT: {type(block.attention).__name__} cannot keep documents of one row apart "
-                        "(trait varlen); give it one document a row"
+                        "(trait varlen); give it one document per row"
                     )
         x_BTD = self._embed(tokens_BT)
         for block in self.layers():
@@ -130,7 +130,7 @@ class DecoderLM(nn.Module):
     ) -> Tensor:
         """Mean cross entropy in nats over targets; -100 marks targets that do not count. Without a target it is 0.
 
-        `count`: what the sum is divided by instead of the number of these targets, where they are part of more.
+        count: divides the sum instead of the number of these targets, for a batch that is part of a larger one.
         """
         logits_BTV = self(tokens_BT, starts_BT).float()
         total = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=-100, reduction="sum")
@@ -145,11 +145,12 @@ class DecoderLM(nn.Module):
         dtype: torch.dtype | None = None,
         cache: CachePolicy | None = None,
     ) -> DecoderState:
-        """Empty state of `batch` sequences with room for `capacity` tokens each, where and in what the model is.
+        """Empty state of `batch` sequences with room for `capacity` tokens each, by default on the model's device, in
+        its dtype.
 
-        `cache`: how keys and values are kept (`attnzoo.kvcache.build_cache`), None: exactly; layers of constant state
-        keep theirs. Raises ValueError where no layer has keys to compress, one has a window or does not say what the
-        policy needs, an option counts more tokens than max_positions, or there is no sequence.
+        cache: the policy for keys and values (`attnzoo.kvcache.build_cache`), None: the full cache; layers whose state
+        has constant size keep it. Raises ValueError where no layer has keys to compress, a layer has a window or lacks
+        what the policy needs, an option counts more tokens than max_positions, or batch is below 1.
         """
         if batch < 1 or capacity < 0:
             raise ValueError(f"batch={batch} must be at least 1, capacity={capacity} at least 0")
@@ -159,7 +160,7 @@ class DecoderLM(nn.Module):
             exact = [each.init_state(batch, capacity, device=device, dtype=dtype) for each in attentions]
             return DecoderState(tuple(exact), self)
         check_lengths(cache.config, self.config.max_positions)
-        # Where no layer has keys, each says why it cannot.
+        # Where no layer has keys, `cached_state` raises and says why.
         some = any(attention.traits.growth != "O(1)" for attention in attentions)
         return DecoderState(
             tuple(
@@ -173,18 +174,18 @@ class DecoderLM(nn.Module):
 
     @torch.no_grad()
     def compress(self, state: DecoderState, joinable: bool = False) -> DecoderState:
-        """The prompts have ended: the state after its cache policy's compression, with all layers in view.
+        """Compresses the state by its cache policy, over all layers together, once the prompts have ended.
 
-        The given state is consumed. Without a policy, or with one that has nothing to do, the state itself.
-        `to_joinable`: in a form that can be joined with other sequences' of the policy. Raises ValueError for a state
-        that has been compressed, and for one without a token.
+        The given state is consumed; without a policy it is returned as it is. joinable: in the form that `State.joined`
+        can put into one batch with other sequences of the policy. Raises ValueError for a state that has been
+        compressed already, and for one without a token.
         """
         attentions = [block.attention for block in self.layers()]
         layers = compress_layers(attentions, state.layers, final=True)
         return replace(state, layers=joinable_layers(attentions, layers) if joinable else layers)
 
     def byte_model(self, cache: CachePolicy) -> ByteModel:
-        """What sequences take under a cache policy. Raises ValueError as `init_state`."""
+        """The bytes that sequences take under a cache policy. Raises ValueError as `init_state`."""
         attentions = [block.attention for block in self.layers()]
         return ByteModel.of(cache, attentions, self.init_state(1, 1, device="meta", cache=cache).layers)
 
@@ -218,7 +219,7 @@ class DecoderLM(nn.Module):
         return self.norm(x_BTD), replace(state, layers=after)
 
     def init_memory(self, batch: int, length: int) -> tuple[SegmentMemory, ...]:
-        """Transformer-XL's memory of `length` tokens a layer, empty. Raises ValueError for a length below 1."""
+        """Transformer-XL's memory of `length` tokens per layer, empty. Raises ValueError for a length below 1."""
         like = self.embedding.weight
         return tuple(
             SegmentMemory.empty(batch, length, self.config.model_dim, device=like.device, dtype=like.dtype)
@@ -226,7 +227,7 @@ class DecoderLM(nn.Module):
         )
 
     def segment(self, tokens_BT: Tensor, memory: tuple[SegmentMemory, ...]) -> tuple[Tensor, tuple[SegmentMemory, ...]]:
-        """(logits_BTV, memory): a segment that also reads what its layers remember (see attention/segment_memory.py).
+        """(logits_BTV, new memory) of a segment that also attends to the memory (see attention/segment_memory.py).
 
         Gradients end at the memory. Unlike `extend`, the past is bounded, and what a token sees of it depends on where
         segments end.
@@ -238,8 +239,8 @@ class DecoderLM(nn.Module):
         return self.logits(self.norm(x_BTD)), tuple(after)
 
     def describe(self) -> str:
-        """The configuration, and a digest of the first numbers of its weights, but for those of linear maps, which may
-        have been packed: which model it is, for files."""
+        """Identifies the model in files: its configuration, and a digest of the first values of its weights (without
+        linear maps, which may be packed)."""
         digest = hashlib.sha256()
         for name, module in self.named_modules():
             for parameter in () if isinstance(module, nn.Linear) else module.parameters(recurse=False):
@@ -266,7 +267,7 @@ class DecoderLM(nn.Module):
         ]
 
     def play_loss(self, tape: Tape) -> Buffer:
-        """`loss` on a tape, with activation checkpointing where it is on."""
+        """Memory of `loss` on a tape, with activation checkpointing where it is on."""
         table = self.embedding.weight.numel() * tape.width
         tied = Weight(table) if self.config.tie_embeddings else None
         weights = 0 if self.config.tie_embeddings else table

@@ -1,4 +1,4 @@
-"""From prompts to tokens: samples while training, and what a server's texts are compared with."""
+"""Generation of tokens: for samples during training, and as the reference for a server's texts."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,10 +24,10 @@ def generate(
 ) -> list[list[int]]:
     """Continues each prompt (token ids, unequal lengths welcome) by up to max_new_tokens; returns the new tokens.
 
-    A sequence ends before `stop_token`, which is not returned. `cache` compresses what is kept of the prompts
-    (`attnzoo.kvcache.build_cache`). seed: as in `GenerationConfig`. The model stays in its mode. Raises ValueError for
-    no prompts, an empty prompt, a token outside the vocabulary, max_new_tokens below 0, a seed of more than 64 bits,
-    logits that are not finite, or a model whose cache cannot be compressed.
+    A sequence ends before `stop_token`, which is not returned. cache: a policy from `attnzoo.kvcache.build_cache`;
+    None: the full cache. seed: as in `GenerationConfig`. Training or evaluation mode stays as it is. Raises ValueError
+    for no prompts, an empty prompt, a token outside the vocabulary, max_new_tokens below 0, a seed of more than 64
+    bits, logits that are not finite, or a model whose cache cannot be compressed.
     """
     if type(max_new_tokens) is not int or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an integer of at least 0")

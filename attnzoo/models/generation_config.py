@@ -14,12 +14,12 @@ LEAST_SEED, SEEDS = -(2**63), 2**64
 class GenerationConfig(Sampling):
     """Length, sampling and ends of continuations, in the words of transformers and vLLM.
 
-    temperature: 0 (the default) takes the most likely token. top_p: the smallest set of tokens with this probability,
-    1.0 is off. top_k: the so many most likely tokens, 0 is off. max_new_tokens: length in tokens at most, without the
-    prompt; None: until the model's context is full. seed: the same seed gives the same text, alone or in a batch; None
-    draws one from torch's global generator. stop: one string or several that end the text and are no part of it.
-    logprobs: how many alternatives to report for each token; 0 reports the tokens alone, None nothing. n: continuations
-    of each prompt. ignore_eos: go on behind the tokens that end a text.
+    temperature: 0 (the default) takes the most likely token. top_p: draw from the smallest set of tokens with this
+    probability, 1.0 is off. top_k: draw from this many most likely tokens, 0 is off. max_new_tokens: length in tokens
+    at most, without the prompt; None: until the model's context is full. seed: the same seed gives the same text, alone
+    or in a batch; None draws one from torch's global generator. stop: one string or several that end the text and are
+    no part of it. logprobs: how many alternatives to report for each token; 0 reports the chosen token alone, None
+    nothing. n: number of continuations of each prompt. ignore_eos: go on after tokens that end a text.
 
     >>> GenerationConfig(max_new_tokens=64, temperature=0.7, stop="\\n").stop
     ('\\n',)

@@ -1,7 +1,6 @@
-"""Weights laid out for inference on a CPU: as oneDNN's matrix products read them fastest, and maps of one input joined.
+"""Weights packed for inference on a CPU: in the layout that oneDNN's products read fastest, maps of one input joined.
 
-Decoding reads every weight once a token, so the rate of reading is its speed, and torch's own layout is read at about
-half the machine's rate.
+Decoding reads every weight once per token, so memory bandwidth limits it; torch's own layout reaches about half.
 """
 
 import torch
@@ -21,7 +20,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, width: int = 0) -> 
     return out
 
 
-# To the compiler the product is a name and a shape: it has no rule for packed weights that are arguments.
+# The compiler sees an operation with a known output shape: it has no rule for packed weights that are arguments.
 _LIBRARY = torch.library.Library("attnzoo", "FRAGMENT")
 _LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias, int width) -> Tensor")
 _LIBRARY.impl("packed_linear", _product, "CompositeExplicitAutograd")
@@ -48,7 +47,7 @@ class PackedMaps:
 
 
 class PackedLinear(nn.Linear):
-    """A linear map by a packed weight; `weight` and `bias` keep their shapes without storage."""
+    """A linear map with a packed weight; `weight` and `bias` only have shapes (device meta)."""
 
     def __init__(self, layer: nn.Linear) -> None:
         options = {"device": "meta", "dtype": layer.weight.dtype}
@@ -73,8 +72,8 @@ def can_pack(model: DecoderLM) -> bool:
 def pack_weights(model: DecoderLM) -> DecoderLM:
     """Packs the linear maps of blocks and head, in place: the model can then be run, but neither trained nor saved.
 
-    One map after the other, so memory stays what it was, but for a tied head, which no longer shares the embedding's
-    table. Raises ValueError where `can_pack` says no.
+    Maps are packed one at a time, so memory does not grow, except for a tied head, which no longer shares the
+    embedding's table. Raises ValueError where `can_pack` says no.
     """
     if not can_pack(model):
         weight = model.embedding.weight
@@ -88,7 +87,7 @@ def pack_weights(model: DecoderLM) -> DecoderLM:
             module.down = PackedLinear(module.down)
     head = PackedLinear(model.head)
     if model.config.tie_embeddings:
-        head.weight = model.embedding.weight  # one parameter still, for what counts them
+        head.weight = model.embedding.weight  # still one parameter, for those who count parameters
     model.head = head
     return model
 
@@ -96,6 +95,6 @@ def pack_weights(model: DecoderLM) -> DecoderLM:
 def _joined(*maps: nn.Linear) -> PackedMaps:
     joined = PackedMaps(*maps)
     for layer in maps:
-        # What counts parameters still can; what would multiply by them fails.
+        # Parameters can still be counted; a product with them fails.
         layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
     return joined

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 GREEDY_BELOW = 1e-5
-"""Temperatures below this take the most likely token: divided by less, differences of float32 logits overflow, and a
-draw at such a temperature is greedy in all but name."""
+"""Temperatures below this take the most likely token: dividing by less overflows float32 logits, and a draw would
+hardly ever give another token."""
 FLAT = 1e30
 """From this temperature on, all tokens are equally likely in float32."""
 NOT_FINITE = "the model's logits are not finite numbers: its weights, or the precision it runs in, are at fault"
@@ -42,8 +42,8 @@ class Sampling:
 
 
 def check_sampling(temperature: float, top_p: float, top_k: int) -> None:
-    """Raises ValueError naming the field for what `sample` would not take."""
-    # A comparison with a number that is none is false; a float cannot hold every int.
+    """Raises ValueError that names the field for options that `sample` refuses."""
+    # Comparisons with NaN are false; isfinite fails for integers that no float can hold.
     if not (temperature >= 0 and (isinstance(temperature, int) or math.isfinite(temperature))):
         raise ValueError(f"temperature={temperature} must be a number, 0 (greedy) or positive")
     if top_k < 0:
@@ -58,10 +58,10 @@ def greedy(temperature: float) -> bool:
 
 
 def filter_logits(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """logits_BV with -inf for all but the top_k largest (0: all) and the smallest set of mass top_p (1.0: all).
+    """logits_BV with -inf for all but the top_k largest (0: all) and the smallest set of probability top_p (1.0: all).
 
-    The most likely token always stays. The set of mass top_p is taken after top_k (nucleus sampling, Holtzman
-    et al. 2019, arXiv 1904.09751). Raises ValueError for top_k < 0 or top_p outside (0, 1].
+    The most likely token always stays. top_p is applied after top_k (nucleus sampling, Holtzman et al. 2019, arXiv
+    1904.09751). Raises ValueError for top_k < 0 or top_p outside (0, 1].
     """
     check_sampling(0.0, top_p, top_k)
     if 0 < top_k < logits_BV.shape[-1]:
@@ -71,7 +71,7 @@ def filter_logits(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
         ordered_BV, index_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
         mass_BV = ordered_BV.softmax(-1)
         drop_BV = mass_BV.cumsum(-1) - mass_BV >= top_p
-        drop_BV[..., 0] = False  # whatever top_p rounds to
+        drop_BV[..., 0] = False  # also where top_p rounds to 0
         logits_BV = logits_BV.masked_fill(torch.zeros_like(drop_BV).scatter(-1, index_BV, drop_BV), float("-inf"))
     return logits_BV
 
@@ -91,14 +91,14 @@ def sample(
         raise ValueError(NOT_FINITE)
     if greedy(temperature):
         return best_B1[..., 0]
-    # The largest is 0, so nothing overflows upwards; what overflows downwards has no probability.
+    # The largest is 0, so none overflows to inf; those that overflow to -inf have probability 0.
     scaled_BV = (logits_BV.float() - largest_B1.float()) / float(min(temperature, FLAT))
     probabilities = filter_logits(scaled_BV, top_k, top_p).softmax(-1)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 def token_logprobs(logits_V: Tensor, token: int, alternatives: int) -> TokenLogprobs:
-    """Of the token, and of as many of the most likely ones."""
+    """`TokenLogprobs` of `token`, with the `alternatives` most likely tokens."""
     values_V = logits_V.float().log_softmax(-1)
     best = values_V.topk(min(alternatives, len(values_V)))
     top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -106,5 +106,5 @@ def token_logprobs(logits_V: Tensor, token: int, alternatives: int) -> TokenLogp
 
 
 def choice_seed(seed: int, choice: int) -> int:
-    """The seed of the continuation number `choice` (from 0) of a prompt: they differ, and the first has `seed`."""
+    """The seed of continuation `choice` (from 0) of a prompt: `seed` itself for the first, all different."""
     return (seed + choice + 2**63) % 2**64 - 2**63

@@ -1,4 +1,4 @@
-"""How likely a model finds given tokens, by its parallel form."""
+"""Log probabilities of given tokens, by a model's parallel form."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,14 @@ from attnzoo.models.decoder_lm import DecoderLM
 from attnzoo.models.sampling import NOT_FINITE
 
 LOGITS_BYTES = 256 << 20
-"""Logits that exist at once, in float32."""
+"""Bytes of float32 logits that are computed at once."""
 
 
 @torch.no_grad()
 def score(model: DecoderLM, texts: Sequence[Sequence[int]], vocab_size: int | None = None) -> list[list[float]]:
     """Natural logarithm of the probability of every token but the first of each text, given those before it.
 
-    vocab_size: tokens below it share the probability; None: all of the model's. Raises ValueError where logits are not
+    vocab_size: only tokens below it count as possible; None: all of the model's. Raises ValueError where logits are not
     finite.
     """
     device, size = model.embedding.weight.device, vocab_size or model.config.vocab_size

@@ -1,5 +1,5 @@
-"""The one loop that continues sequences token by token: `generate` collects its tokens, `attnzoo.language_model` writes
-texts of them."""
+"""The one loop that continues sequences token by token: `generate` returns them, `attnzoo.language_model` their
+text."""
 
 import operator
 from collections.abc import Sequence
@@ -22,19 +22,19 @@ from attnzoo.models.sampling import (
 )
 
 PROMPT_CHUNK = 512
-"""Tokens of a prompt that are read at a time, as many as a step of a server reads unless told otherwise: a policy that
-compresses while it reads does so after each chunk."""
+"""Tokens of a prompt that are read at a time, the default of a server's step too: a policy with prefill="stream"
+compresses after each chunk."""
 ROOM = 512
-"""Tokens beyond the prompt that a full cache has room for at once; more make it grow."""
+"""Tokens beyond the prompt that a full cache has room for from the start; it grows for more."""
 
 
 class Sequences:
     """Sequences that a model continues together. `step` draws the next token of each that runs; `end` stops one.
 
-    Row i * n + j is continuation j (of config.n) of prompt i. cache: how keys and values are kept, None: exactly.
+    Row i * n + j is continuation j (of config.n) of prompt i. cache: the cache policy; None: the full cache.
     vocab_size: tokens from this id on are never drawn (a model's table may be longer than its tokenizer's); None: all
-    may be. seeds: of each row; None: config.seed for the first continuation of every prompt, and those that follow it
-    for the others. A row does not depend on the others, beyond rounding.
+    may be. seeds: one per row; None: config.seed for the first continuation of every prompt, and the numbers that
+    follow it for the others. A row depends on the others by rounding only.
 
     Raises ValueError for no prompts, an empty prompt, a token outside the vocabulary, and a model whose cache cannot be
     compressed.
@@ -60,10 +60,10 @@ class Sequences:
         if config.n > 1:
             hidden_BD, state = hidden_BD[order], state.keep_rows(order)
         self._hidden_BD, self._state = hidden_BD, state
-        self._prompts = [len(prompts[row]) for row in order]
+        self._prompt_lengths = [len(prompts[row]) for row in order]
         self._generators = _generators(config, len(order), model.embedding.weight.device, seeds)
         self._tokens = [0] * len(order)
-        self._lengths = [0] * len(order)
+        self._new_counts = [0] * len(order)
         self.running = list(range(len(order)))
         """Rows that have not ended."""
 
@@ -74,7 +74,7 @@ class Sequences:
         Raises ValueError where the model's logits are not finite.
         """
         device = self.model.embedding.weight.device
-        if any(self._lengths):
+        if any(self._new_counts):
             next_B = torch.tensor(self._tokens, device=device)
             hidden_BTD, self._state = self.model.extend_hidden(next_B[:, None], self._state)
             self._hidden_BD = hidden_BTD[:, -1]
@@ -93,29 +93,29 @@ class Sequences:
             if self.config.logprobs is not None:
                 found = token_logprobs(logits_1V[0], token, self.config.logprobs)
             self._tokens[row] = token
-            self._lengths[row] += 1
+            self._new_counts[row] += 1
             drawn.append((row, token, found))
         return drawn
 
     def end(self, row: int) -> None:
-        """No further token of this row."""
+        """Stops a row: `step` draws no further token of it."""
         self.running.remove(row)
 
     def cache_use(self, row: int) -> CacheUse:
-        """What the state of a running row takes; its newest token has not been through the model."""
-        context = self._prompts[row] + max(self._lengths[row] - 1, 0)
+        """What the cache did for a running row. Its newest token has not been through the model and is not counted."""
+        context = self._prompt_lengths[row] + max(self._new_counts[row] - 1, 0)
         kv_bytes = self.model.cost(batch=1, tokens=1, context=context).state_bytes
         full = exact_use(self.model, context, kv_bytes)
         if self._cache is None:
             return full
-        return compressed_use(self._cache, self._state.layers, row, self._prompts[row], full)
+        return compressed_use(self._cache, self._state.layers, row, self._prompt_lengths[row], full)
 
 
 def _read(
     model: DecoderLM, prompts: Sequence[Sequence[int]], new: int | None, cache: CachePolicy | None
 ) -> tuple[Tensor, DecoderState]:
-    """(hidden_BD behind each prompt, the state there). Prompts of a compressed cache are read one after the other, so
-    that only one full cache exists at a time."""
+    """(hidden_BD of each prompt's last token, the state after it). Prompts of a compressed cache are read one after the
+    other, so that only one full cache exists at a time."""
     longest = max(map(len, prompts))
     if cache is None:
         return _read_together(model, prompts, longest + (ROOM if new is None else min(ROOM, new)), None)
@@ -149,7 +149,7 @@ def _read_together(
         hidden_BTD, state = model.extend_hidden(
             chunk_BT, state, torch.tensor(counts, device=device) if padded else None
         )
-        # Of the prompts' last tokens alone: all logits of 8 x 2,048 tokens and a vocabulary of 49,152 take 3.2 GB.
+        # Only for the prompts' last tokens: all logits of 8 x 2,048 tokens and a vocabulary of 49,152 take 3.2 GB.
         for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
             if count and first + count == length:
                 ends[row] = hidden_BTD[row, count - 1].clone()
@@ -159,7 +159,7 @@ def _read_together(
 def _generators(
     config: GenerationConfig, rows: int, device: torch.device, seeds: Sequence[int] | None
 ) -> list[torch.Generator | None]:
-    """A generator of its own for each row that is drawn, so that its text does not depend on its neighbours."""
+    """A random generator of its own for each row, so that its text does not depend on the others; None where greedy."""
     if greedy(config.temperature):
         return [None] * rows
     if seeds is None and config.seed is None:
@@ -171,7 +171,7 @@ def _generators(
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
-    """Raises ValueError for no prompts, an empty one, and what is no token of a vocabulary of this size."""
+    """Raises ValueError for no prompts, an empty one, and a token that is not an integer below `vocabulary`."""
     if len(prompts) == 0 or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("prompts must hold at least one prompt, and no prompt may be empty: start with the bos token")
     for prompt in prompts:

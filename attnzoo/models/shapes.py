@@ -1,4 +1,4 @@
-"""A model without weights: shapes and costs at once, or a frame to load weights into."""
+"""Models without weights: to know shapes and costs quickly, or to load weights into."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,8 +16,7 @@ DRAWS = ("normal_", "uniform_", "kaiming_uniform_", "trunc_normal_")
 
 
 class _NoDraws(TorchFunctionMode):
-    """Leaves out random numbers: without storage they change nothing, but torch imports a package for symbolic algebra
-    for them, which takes 3 s and 150 MiB."""
+    """Skips random initialisation: without storage it has no effect, but imports sympy (3 s, 150 MiB)."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping | None = None
@@ -30,9 +29,9 @@ class _NoDraws(TorchFunctionMode):
 
 @contextmanager
 def without_storage() -> Iterator[None]:
-    """What is built inside has shapes and costs but takes no memory.
+    """Modules built inside have shapes but no storage (device meta).
 
-    Raises ValueError for too large sizes, and for a variant that reads values of tensors while it is built.
+    Raises ValueError for sizes that are too large, and for a variant that reads values of tensors while it is built.
     """
     try:
         with torch.device("meta"), _NoDraws():
@@ -45,7 +44,7 @@ def without_storage() -> Iterator[None]:
                 "while a model is only sized, or is built to be loaded; compute with numpy or with Python's numbers, "
                 f"and make a tensor of the result ({reason})"
             ) from error
-        # Else of torch, for numbers of more than 64 bits.
+        # Other errors are torch's, for numbers of more than 64 bits.
         raise ValueError(
             f"the configuration makes no model ({reason}); make its sizes smaller, or mend its variant"
         ) from error
@@ -61,9 +60,8 @@ def build_shapes(config: DecoderConfig) -> DecoderLM:
 def fill_buffers(
     model: DecoderLM, device: torch.device | str, dtype: torch.dtype | None = None, *, lost: bool = False
 ) -> None:
-    """Values for the buffers that no checkpoint holds (persistent=False): those of a variant that is built anew with
-    the same options. Floating point ones in `buffer_dtype`. lost: also where there is storage, for it holds
-    anything."""
+    """Fills buffers that no checkpoint holds (persistent=False) from a variant that is newly built with the same
+    options, floating-point ones in `buffer_dtype`. lost: also those with storage of undefined contents."""
     built: dict[str, Attention] = {}
     for layer, block in enumerate(model.layers()):
         for name, buffer in unsaved_buffers(block.attention).items():
@@ -80,10 +78,10 @@ def fill_buffers(
 
 
 def buffer_dtype(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
-    """What a buffer of dtype `own` becomes in a model of weights in `dtype`; None: nothing else.
+    """The dtype of a buffer of dtype `own` in a model with weights in `dtype`; None: `own`.
 
-    Constants in float64 are so on purpose, and stay; weights of half precision are met by buffers of it, as where
-    a model is converted.
+    float64 constants are so on purpose and stay, except beside weights in half precision, whose dtype all buffers take,
+    as when a model is converted.
     """
     if dtype is None or not own.is_floating_point:
         return own

@@ -1,4 +1,4 @@
-"""Text to token ids and back, whatever the vocabulary came in."""
+"""Text to token ids and back, for every supported vocabulary format."""
 
 from attnzoo.tokenizer.base import StreamDecoder, Tokenizer
 from attnzoo.tokenizer.foreign_sentencepiece import ForeignSentencePieceTokenizer

@@ -1,4 +1,4 @@
-"""What every tokenizer does, and text that comes token by token."""
+"""The interface of tokenizers, and decoding token by token."""
 
 import codecs
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A token that is written as a whole. control: whether it has a meaning of its own and stands for no text.
+    """A token that is matched as a whole in text. control: whether it has a special meaning and stands for no text.
     lstrip, rstrip: whether the white space before and after it belongs to it."""
 
     spelling: str
@@ -22,7 +22,7 @@ class Mark:
 
     @property
     def is_word(self) -> bool:
-        """Whether it is a word, or white space: vocabulary like any other, not something written for machines."""
+        """Whether its spelling is a word or white space, which any text may hold."""
         text = self.spelling.replace("\u2581", " ").strip()
         return not text or text.isalnum()
 
@@ -33,8 +33,8 @@ class Tokenizer(ABC):
     vocab_size: ids are below it. bos_id, eos_id, pad_id: begin, end and padding, None where the vocabulary has none.
     stop_ids: tokens that end a text, `eos_id` among them. chat_template: source of the Jinja template that turns a
     conversation into text, None where there is none (see `attnzoo.tokenizer.chat`). strips_first_space: whether
-    encoding put a space before the text, which decoding has to take away again. shrinks: how many times shorter, in
-    bytes, a text may become before it is cut into tokens; infinite where there is no bound.
+    encoding put a space before the text, which decoding has to take away again. shrinks: the factor by which
+    normalisation may shorten a text, in bytes; infinite where there is no bound.
     """
 
     vocab_size: int
@@ -49,19 +49,20 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of `text`, between the begin and end ids if asked and the model's texts have such. Raises ValueError for
+        """Ids of `text`. bos, eos: with the begin or end id, where the model's texts have one. Raises ValueError for
         lone surrogates."""
 
     @abstractmethod
     def marks(self) -> dict[int, Mark]:
-        """Tokens that are written as wholes and never merged from parts, by their id."""
+        """Tokens that are matched as a whole and never merged from parts, by their id."""
 
     def control_tokens(self) -> frozenset[int]:
-        """The marks that have a meaning of their own."""
+        """Ids of the marks with a special meaning."""
         return frozenset(token for token, mark in self.marks().items() if mark.control)
 
     def encode_text(self, text: str, control: frozenset[int], *, begins: bool = True) -> list[int]:
-        """Ids of `text`, none of them in `control`: whatever it spells, it is text. Raises ValueError as `encode`.
+        """Ids of `text`, none of them in `control`: a control token's spelling is plain text. Raises ValueError as
+        `encode`.
 
         begins: whether the text stands at the beginning, where some vocabularies put a space before it.
         """
@@ -71,7 +72,7 @@ class Tokenizer(ABC):
         return [part for token in ids for part in (self._spelled_out(token) if token in control else [token])]
 
     def _encode_text(self, text: str, control: frozenset[int], begins: bool) -> list[int]:
-        """As `encode_text`, with tokens of `control` where the vocabulary insists on them."""
+        """As `encode_text`, but a vocabulary that cannot avoid tokens of `control` may return them."""
         return self.encode(text)
 
     def _spelled_out(self, token: int) -> list[int]:
@@ -80,7 +81,7 @@ class Tokenizer(ABC):
         for char in self.spelling(token).replace("\u2581", " "):
             whole = self._characters.get(char.encode())
             parts = [whole] if whole is not None else [self._characters.get(bytes([byte])) for byte in char.encode()]
-            ids += [part for part in parts if part is not None]  # a vocabulary without it drops it anywhere
+            ids += [part for part in parts if part is not None]  # a vocabulary without a character always drops it
         return ids
 
     @cached_property
@@ -99,11 +100,11 @@ class Tokenizer(ABC):
         return max(1, *map(len, self._bytes), *(len(mark.spelling.encode()) for mark in self.marks().values()))
 
     def least_tokens(self, text: str) -> int:
-        """A number of tokens that `text` has at least, known without encoding it."""
+        """A lower bound on the number of tokens of `text`, without encoding it."""
         return int(len(text.encode(errors="replace")) / (self._longest * self.shrinks))
 
     def token_bytes(self, token: int) -> bytes:
-        """UTF-8 bytes that a token stands for, in the middle of a text; none for control tokens and ids left out.
+        """UTF-8 bytes that a token stands for, in the middle of a text; empty for control tokens and unused ids.
 
         Raises ValueError for an id outside the vocabulary.
         """
@@ -126,7 +127,7 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int], *, start: bool = True) -> str:
         """The text of `ids`; what is not UTF-8 becomes U+FFFD. Raises ValueError for an id outside the vocabulary.
 
-        `start` says whether `ids` begin a text. False is for the continuation of one: its first space is its own.
+        start: whether `ids` begin a text. A continuation (False) keeps its first space.
         """
         text = b"".join(map(self.token_bytes, ids))
         if start and self.strips_first_space:
@@ -139,7 +140,7 @@ class Tokenizer(ABC):
 
 
 class StreamDecoder:
-    """Text as soon as its characters are whole: the pushed texts and the last add up to `decode` of all ids."""
+    """Decodes ids one by one into whole characters. The texts of `push` and `finish` add up to `decode` of all ids."""
 
     def __init__(self, tokenizer: Tokenizer, *, start: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -161,10 +162,10 @@ class StreamDecoder:
 
 @contextmanager
 def refused(what: str, way_out: str) -> Iterator[None]:
-    """Whatever a native library raises inside becomes a ValueError that says what is wrong, in its words too.
+    """Turns any error of a native library into a ValueError with `what`, the library's message and `way_out`.
 
-    The package tokenizers raises plain Exception for all that it does not like, and panics, which are no Exception, for
-    what it has not thought of.
+    The package tokenizers raises plain Exception for input that it refuses, and a PanicException, which is not an
+    Exception, for cases that it does not handle.
     """
     try:
         yield
@@ -175,7 +176,7 @@ def refused(what: str, way_out: str) -> Iterator[None]:
 
 
 def short_hash(content: bytes) -> str:
-    """The beginning of the SHA-256 of some bytes."""
+    """The first 16 hexadecimal digits of the SHA-256 of `content`."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 

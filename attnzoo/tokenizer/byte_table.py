@@ -1,9 +1,9 @@
-"""The bytes that every token of a tokenizers vocabulary stands for, read off its decoder.
+"""The bytes that every token of a tokenizers vocabulary stands for, found from its decoder.
 
 Two families of decoders have an exact table. Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM2) spells each byte as one
 printable character. Sentencepiece-like BPE (Llama 2, Mistral) writes a space as U+2581 and bytes without a piece as
-<0x..>; its decoder may strip the space that encoding put before a text. One that was trained here writes a space as it
-is (`attnzoo.tokenizer.convert`).
+<0x..>; its decoder may strip the space that encoding put before a text. A vocabulary that was trained here writes a
+space as a space (`attnzoo.tokenizer.convert`).
 """
 
 import json
@@ -18,7 +18,7 @@ SPACED = [
     ("Replace", "ByteFallback", "Fuse", "Strip"),
     ("Metaspace",),
 ]
-"""Decoders, as their steps, of the family that writes a space as U+2581."""
+"""Step names of the decoders that write a space as U+2581."""
 PLAIN = ("ByteFallback", "Fuse")
 """The decoder of a vocabulary in which every character stands for itself."""
 STEPS: dict[str, dict[str, Any]] = {
@@ -26,14 +26,13 @@ STEPS: dict[str, dict[str, Any]] = {
     "Strip": {"content": " ", "start": 1, "stop": 0},
     "Metaspace": {"replacement": SPACE},
 }
-"""What the parameters of a step may be: steps that are not named here have none that matter."""
+"""The supported parameters of steps; other steps have none that matter."""
 
 
 def byte_table(tokenizer: "Tokenizer", vocab: dict[str, int], source: str) -> tuple[list[bytes], bool]:
     """(bytes of all tokens up to the last of `vocab`, whether decoding strips a text's first space).
 
-    Special tokens and ids that the vocabulary leaves out stand for nothing. Raises ValueError, naming `source`, for a
-    decoder of another family.
+    Special tokens and unused ids have no bytes. Raises ValueError, naming `source`, for a decoder of another family.
     """
     steps = decoder_steps(tokenizer)
     kinds = tuple(step["type"] for step in steps)

@@ -1,8 +1,8 @@
-"""Conversations as text: the chat templates that models bring along, in Jinja's language.
+"""Conversations as text: the chat templates of checkpoints, which are written in Jinja.
 
-A template is a program from whoever made the checkpoint. It runs in a sandbox without attributes of Python's internals,
-files or imports, and with bounds on its source, its output, its memory and its time. Give it templates of checkpoints
-only, never one from a request.
+A template is a program from whoever made the checkpoint. It runs in a sandbox without access to Python's internals,
+files or imports, and with bounds on its source, output, memory and time. Use templates of checkpoints, never of
+requests.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ class ChatTemplate:
     """One template, compiled once. Threads may share it.
 
     special: texts that templates read by name, such as bos_token and eos_token. Raises ValueError when Jinja2 is not
-    installed, the template is too large or is not one.
+    installed, the template is too large or not valid.
     """
 
     def __init__(self, source: str, *, special: Mapping[str, str]) -> None:
@@ -47,7 +47,7 @@ class ChatTemplate:
         return cls(tokenizer.chat_template, special=special)
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> Sourced:
-        """The text of a conversation, with the special tokens that the template writes, and which of it is from there.
+        """The text of a conversation, special tokens included, with a mark on all characters that the template wrote.
 
         add_generation_prompt: end with the beginning of the assistant's answer. Raises ValueError with the template's
         own words where it refuses the conversation, and when it fails or goes beyond a limit.
@@ -104,7 +104,7 @@ def _plain(value: Any, where: str, levels: int) -> Any:
     if value is None or isinstance(value, int | float):
         return value
     if isinstance(value, str):
-        return str.__str__(value)  # a plain text, whatever it knows of itself
+        return str.__str__(value)  # a plain str, without the marks of `Sourced`
     if levels == 0:
         raise ValueError(f"{where} has more than {MAX_LEVELS} levels; flatten it")
     if isinstance(value, Mapping):

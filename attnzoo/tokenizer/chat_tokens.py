@@ -1,7 +1,7 @@
 """Conversations as token ids: control tokens where the chat template writes them, and nowhere else.
 
-Other libraries encode the text that a template gives, whoever wrote it: `<|im_end|>` in a message ends the turn, and
-what follows speaks for the system. Here a control token has all of its characters from the template (see
+Other libraries encode the rendered text as one: `<|im_end|>` in a user's message ends the turn, and what follows can
+speak for the system. Here a control token counts only where the template wrote all of its characters (see
 `attnzoo.tokenizer.sourced`); what a message spells, alone or together with its neighbours, is text.
 """
 
@@ -22,17 +22,17 @@ class ChatEncoder:
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
         self.template, self._tokenizer = template, tokenizer
         marks = tokenizer.marks()
-        # A vocabulary does not call every token special that its template builds turns of.
+        # Some vocabularies do not mark every token as special that their template builds turns of.
         self._marks = {t: m for t, m in marks.items() if m.control or (not m.is_word and self._writes(m.spelling))}
         self.control = frozenset(self._marks)
         spellings = sorted((re.escape(mark.spelling) for mark in self._marks.values()), key=len, reverse=True)
         self._pattern = re.compile("|".join(spellings) or r"(?!)")
         self._ids = {mark.spelling: token for token, mark in self._marks.items()}
-        tokenizer.encode_text("a", self.control)  # what it builds for that is built now, not in the first request
+        tokenizer.encode_text("a", self.control)  # builds what it caches now, not in the first request
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "ChatEncoder | None":
-        """None where the tokenizer has no template. Raises ValueError as `ChatTemplate`."""
+        """The encoder of a tokenizer, None where it has no template. Raises ValueError as `ChatTemplate`."""
         template = ChatTemplate.of(tokenizer)
         return None if template is None else cls(template, tokenizer)
 
@@ -41,14 +41,14 @@ class ChatEncoder:
     ) -> list[int]:
         """Ids of a conversation. Raises ValueError as `ChatTemplate.render`.
 
-        everywhere: control tokens wherever they are spelled, messages included, as other libraries have it.
+        everywhere: control tokens wherever they are spelled, messages included, as in other libraries.
         """
         text = self.template.render(messages, add_generation_prompt=add_generation_prompt)
         # The template writes the special tokens itself, the first one included.
         return self._tokenizer.encode(text) if everywhere else self.encode_rendered(text)
 
     def encode_rendered(self, text: Sourced) -> list[int]:
-        """Ids of what a template gave."""
+        """Ids of a rendered conversation."""
         ids: list[int] = []
         at = 0
         for start, end, token in self._found(text):

@@ -1,4 +1,4 @@
-"""A tokenizer trained here as a tokenizer.json, for transformers."""
+"""Converts a tokenizer that was trained here to a tokenizer.json, for transformers."""
 
 from attnzoo.tokenizer.byte_table import SPACE
 from attnzoo.tokenizer.gguf import USER_DEFINED, merges_by_score
@@ -7,12 +7,11 @@ from attnzoo.tokenizer.sentencepiece import SPECIAL, SentencePieceTokenizer, is_
 
 
 def to_huggingface(tokenizer: SentencePieceTokenizer) -> HuggingFaceTokenizer:
-    """The same ids for the same text, by the package tokenizers.
+    """A tokenizer of the package tokenizers that gives the same ids for the same text.
 
-    Sentencepiece's U+2581 is not taken over: the vocabulary has spaces where a piece stands for one, so that a literal
-    U+2581 in a text falls back to its three bytes here as there. `<s>` written in a text stays text here as there
-    (`split_special_tokens`). Raises ValueError for a model that is not BPE, or has user-defined pieces of more than one
-    character.
+    The vocabulary has a space where sentencepiece writes U+2581, so that a literal U+2581 in a text becomes its three
+    bytes, as in `SentencePieceTokenizer`. Also as there, `<s>` written in a text stays text (`split_special_tokens`).
+    Raises ValueError for a model that is not BPE, or has user-defined pieces of more than one character.
     """
     import_tokenizers()
     from tokenizers import AddedToken, decoders, processors
@@ -24,7 +23,7 @@ def to_huggingface(tokenizer: SentencePieceTokenizer) -> HuggingFaceTokenizer:
     spellings, scores, kinds = zip(*read_pieces(tokenizer.model), strict=True)
     pieces = [spelling.replace(SPACE, " ") for spelling in spellings]
     for piece, kind in zip(pieces, kinds, strict=True):
-        # One character needs no rule: it is a token, and no merge has it.
+        # A piece of one character needs no merge rule.
         if kind == USER_DEFINED and len(piece) != 1:
             raise ValueError(
                 f"the tokenizer has the user-defined piece {piece!r} of more than one character, which has no form as "

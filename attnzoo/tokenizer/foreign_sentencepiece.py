@@ -1,7 +1,7 @@
-"""Sentencepiece models of others (Llama 2, Mistral): tokenizer.model with rules and special ids of its own.
+"""Sentencepiece models trained elsewhere (Llama 2, Mistral): tokenizer.model with its own rules and special ids.
 
-Models that are trained here round-trip any text, and `SentencePieceTokenizer` refuses what does not. Those of others
-put a space before a text, and some rewrite characters: they decode to what sentencepiece itself would decode.
+Models trained here round-trip any text, and `SentencePieceTokenizer` refuses others. Models trained elsewhere put a
+space before a text, and some rewrite characters: they decode as sentencepiece itself does.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ForeignSentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model as it is. It has no chat template, and special pieces written in a text stay text."""
+    """A sentencepiece model with its own rules. It has no chat template; special pieces in a text stay text."""
 
     shrinks = float("inf")  # its rules may drop any character, and one unknown piece may stand for many
 
@@ -30,7 +30,7 @@ class ForeignSentencePieceTokenizer(Tokenizer):
         self.stop_ids = frozenset() if self.eos_id is None else frozenset([self.eos_id])
         self._bytes = [piece_bytes(processor, token) for token in range(self.vocab_size)]
         unknown = processor.unk_id()
-        # What stands for a character without a piece is in the model; between two others nothing of it is stripped.
+        # The model says what text the unknown piece stands for; inside a text, spaces around it are kept.
         self._bytes[unknown] = processor.decode([unknown]).encode()
         first: str = processor.id_to_piece(processor.encode("a")[0])
         self.strips_first_space = first.startswith(SPACE)

@@ -1,8 +1,8 @@
 """The tokenizer inside a GGUF file, built from its metadata.
 
-"gpt2" vocabularies are byte-level BPE: tokens and merges are in the file, the way that text is cut into words only by
-name (`tokenizer.ggml.pre`). "llama" vocabularies are sentencepiece BPE: there are scores instead of merges, and the
-pair whose token has the best score merges first.
+"gpt2" vocabularies are byte-level BPE: the file has tokens and merges, and only the name of the rule that cuts text
+into words (`tokenizer.ggml.pre`). "llama" vocabularies are sentencepiece BPE: the file has scores instead of merges,
+and the pair whose merged token has the best score is merged first.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 """Token types that matter here; unused (5) and byte (6) tokens are spelled like any other."""
 
 MAX_TOKEN = 1024
-"""Characters of a token: every way to cut one in two is looked at."""
+"""Largest number of characters of a token, because every way to cut a token in two is tried."""
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -31,10 +31,10 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """How text is cut into words before merging: by one expression after the other, each match a word of its own.
+    """How text is cut into words before merging: by one regular expression after the other; each match is a word.
 
-    nfc: whether text is composed first. whole_words: whether a word that is a token is taken without merging.
-    add_bos: whether texts begin with the begin token where the file does not say.
+    nfc: whether text is normalised to NFC first. whole_words: whether a word that is a token skips merging. add_bos:
+    whether texts begin with the begin token where the file does not say.
     """
 
     splits: tuple[str, ...]
@@ -51,9 +51,9 @@ WORDS = {
         whole_words=True,
         add_bos=True,
     ),
-    # The file does not mention it, but the vocabulary was trained on composed text.
+    # The file does not mention it, but the vocabulary was trained on text in NFC.
     "qwen2": Words(splits=(rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{TAIL}",), nfc=True),
-    # What llama.cpp, which gave the names, does for a file that was converted without knowing its words.
+    # What llama.cpp, which defines these names, does for a file whose converter did not know the rule.
     "default": Words(splits=(r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
 }
 
@@ -105,7 +105,8 @@ class _Fields:
         return f"tokenizer.ggml.{name}" in self.metadata
 
     def get(self, name: str, kind: type, default: Any = None) -> Any:
-        """A field of a kind; `default` where it is absent, an error where there is no default either."""
+        """A field of type `kind`, `default` where it is absent. Raises ValueError without a default, or for another
+        type."""
         value = self.metadata.get(f"tokenizer.ggml.{name}", default)
         if type(value) is not kind:
             found = "missing" if value is None else f"{type(value).__name__}, not {kind.__name__}"

@@ -1,4 +1,4 @@
-"""How large the values of one rendering may become: see `attnzoo.tokenizer.sandbox`, whose bookkeeping this is."""
+"""Bounds on the size of a chat template's values while it renders, checked for `attnzoo.tokenizer.sandbox`."""
 
 import re
 import sys
@@ -10,16 +10,16 @@ from jinja2.runtime import Undefined
 from jinja2.utils import Namespace
 
 MAX_CHARS = 4 << 20
-"""Characters of one value of a template, and of its output."""
+"""Largest number of characters of one value of a template, and of its output."""
 MAX_TOTAL = 512 << 20
-"""Bytes of all values that one rendering makes, because a template may keep them all."""
+"""Largest number of bytes of all values of one rendering together, because a template may keep them all."""
 MAX_BITS, MAX_DEPTH, MAX_WIDTH = 4096, 64, 1000
 NODE = 16
 """Characters that an element of a list counts for."""
 
 CONTAINERS: Any = (dict, list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
 SIZED = frozenset(["batch", "center", "indent", "ljust", "rjust", "round", "slice", "tojson", "zfill"])
-"""Methods and filters whose numbers are sizes."""
+"""Methods and filters whose numeric arguments are sizes."""
 PARAMETERS = {
     "replace": ("old", "new"),
     "indent": ("width",),
@@ -37,7 +37,7 @@ class LimitError(ValueError):
 
 
 class Guard:
-    """The bounds of one rendering."""
+    """Checks the bounds of one rendering."""
 
     def __init__(self, chars: int = MAX_CHARS, total: int = MAX_TOTAL) -> None:
         self.chars, self.left, self.total = chars, total, total
@@ -48,7 +48,7 @@ class Guard:
             raise LimitError(f"one of its values is larger than {self.chars} characters")
 
     def made(self, value: Any) -> Any:
-        """`value`, once it is known to be small; a generator measures as it goes."""
+        """`value`, once its size is checked; a generator checks each of its values. Raises LimitError."""
         size = self.measure(value)
         self.left -= 4 * size + NODE if isinstance(value, CONTAINERS) else sys.getsizeof(value)
         if self.left < 0:
@@ -60,7 +60,7 @@ class Guard:
             yield self.made(value)
 
     def measure(self, value: Any) -> int:
-        """Characters of a value through all its levels."""
+        """Number of characters of a value, nested values included. Raises LimitError."""
         size = 0
         todo: list[tuple[Any, int]] = [(value, 0)]
         while todo:
@@ -94,7 +94,7 @@ class Guard:
         return found
 
     def operands(self, operator: str, left: Any, right: Any) -> None:
-        """Room for the result of a binary operator."""
+        """Raises LimitError where the result of a binary operator would be too large."""
         if operator == "*":
             for value, times in ((left, right), (right, left)):
                 if isinstance(value, str | bytes | list | tuple) and isinstance(times, int):
@@ -106,16 +106,16 @@ class Guard:
             self.percent(left, right)
 
     def percent(self, text: str, values: Any) -> None:
-        """Room for `text % values`."""
+        """Raises LimitError where `text % values` would be too large."""
         specs = _PERCENT.findall(text)
         if any("*" in spec for spec in specs):
             raise LimitError("a format whose width is one of its arguments")
-        # Of a tuple, every value is used once; a mapping's may be used by every field.
+        # Every value of a tuple is used once; a mapping's values may be used by every field.
         once = isinstance(values, tuple)
         self._fields(text, specs, self.measure(values) * (1 if once else text.count("%")))
 
     def braces(self, text: str, values: Sequence[Any]) -> None:
-        """Room for `text.format(*values)`."""
+        """Raises LimitError where `text.format(*values)` would be too large."""
         plain = text.replace("{{", "")
         if _NESTED_BRACES.search(plain):
             raise LimitError("a format whose width is one of its arguments")
@@ -128,7 +128,7 @@ class Guard:
         self.room(len(text) + size + MAX_WIDTH * len(widths))
 
     def method(self, name: str, text: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Arguments for a method of `text` whose result has room."""
+        """The arguments for a method of `text`, once its result is known to fit."""
         if name == "join" and len(args) == 1:
             return (self.joined(args[0], text),)
         self._sizes(name, (*args, *kwargs.values()))
@@ -137,7 +137,7 @@ class Guard:
         return args
 
     def filter(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Arguments for a filter, its value first, whose result has room."""
+        """The arguments for a filter, its value first, once its result is known to fit."""
         value, rest = args[0], args[1:]
         options = _options(name, rest, kwargs)
         self._sizes(name, (*rest, *kwargs.values()))

@@ -1,8 +1,8 @@
-"""Tokenizers of open-weight checkpoints: tokenizer.json and what stands beside it.
+"""Tokenizers of open-weight checkpoints: tokenizer.json and the files beside it.
 
-The package tokenizers turns text into ids; from ids to text a table of our own goes, so that a text streams byte for
-byte. Special tokens that are written in a text become those tokens, as they do in transformers, unless the vocabulary
-has `split_special_tokens`.
+The package tokenizers turns text into ids; a byte table of our own turns ids into text, so that text can be streamed
+byte by byte. Special tokens that are written in a text become those tokens, as they do in transformers, unless the
+vocabulary has `split_special_tokens`.
 """
 
 import json
@@ -24,17 +24,17 @@ TEMPLATE = "chat_template.jinja"
 GENERATION = "generation_config.json"
 MODEL = "config.json"
 MAX_BYTES = 256 << 20
-"""Of tokenizer.json; the largest in use have some 35 MB."""
+"""Largest size of tokenizer.json; those in use have up to 35 MB."""
 LONG = 4096
-"""Characters of a text that takes milliseconds."""
+"""Texts of more characters than this take milliseconds to encode."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSettings:
-    """What a vocabulary does not say of itself.
+    """What tokenizer.json does not say.
 
     bos_token, eos_token, pad_token: spellings of the begin, end and padding tokens. stop_ids: tokens that end a text,
-    besides `eos_token`. Whether texts begin with `bos_token` the vocabulary does say: its post-processor puts it there.
+    besides `eos_token`. The post-processor in tokenizer.json decides whether texts begin with `bos_token`.
     split_special_tokens: whether special tokens that are written in a text stay text.
     """
 
@@ -49,8 +49,8 @@ class TokenizerSettings:
 class HuggingFaceTokenizer(Tokenizer):
     """A vocabulary of the package tokenizers: byte-level BPE, or BPE that writes a space as U+2581.
 
-    `encode(bos=True)` adds a begin token only where the post-processor does. A checkpoint may name a begin token that
-    begins no text; the flag add_bos_token, which older loaders read, is ignored here as it is in transformers 5.
+    `encode(bos=True)` adds a begin token only where the post-processor does. A checkpoint may name a begin token
+    without using it; the flag add_bos_token, which older loaders read, is ignored here as it is in transformers 5.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer = tokenizer
         self._settings = settings
         self._files = files
-        self._for_text: tuple[frozenset[int], tokenizers.Tokenizer, tokenizers.Tokenizer] | None = None
+        self._text_backends: tuple[frozenset[int], tokenizers.Tokenizer, tokenizers.Tokenizer] | None = None
         vocab = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = _vocab_size(vocab, source)
         self._bytes, self.strips_first_space = byte_table(tokenizer, vocab, source)
@@ -90,9 +90,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @classmethod
     def load(cls, directory: Path) -> "HuggingFaceTokenizer":
-        """Reads tokenizer.json, and beside it tokenizer_config.json, special_tokens_map.json, chat_template.jinja,
-        generation_config.json and config.json where they exist. Raises ValueError, naming the file, when one is
-        missing, damaged or does not fit."""
+        """Reads tokenizer.json, and, if they exist beside it, tokenizer_config.json, special_tokens_map.json,
+        chat_template.jinja, generation_config.json and config.json. Raises ValueError, naming the file, when
+        tokenizer.json is missing, or a file is damaged or does not fit."""
         directory = Path(directory)
         path = directory / FILE
         tokenizer = _read_tokenizer(path)
@@ -120,9 +120,9 @@ class HuggingFaceTokenizer(Tokenizer):
             write_atomic(directory / GENERATION, _to_json(kept | {"eos_token_id": sorted(self.stop_ids)}))
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of `text`; special tokens that are written in it become those tokens, but for `split_special_tokens`.
+        """Ids of `text`; special tokens written in it become those tokens, unless `split_special_tokens` is set.
 
-        Raises ValueError for what the package gives up on, such as an expression of tokenizer.json that backtracks too
+        Raises ValueError where the package fails, as for a regular expression of tokenizer.json that backtracks too
         often.
         """
         check_text(text)
@@ -132,13 +132,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode_text(self, text: str, control: frozenset[int], begins: bool) -> list[int]:
         check_text(text)
-        if self._for_text is None or self._for_text[0] != control:
-            self._for_text = (control, *text_backends(self._tokenizer, control))
-        _, first, later = self._for_text
+        if self._text_backends is None or self._text_backends[0] != control:
+            self._text_backends = (control, *text_backends(self._tokenizer, control))
+        _, first, later = self._text_backends
         return _ids(first if begins else later, text)
 
     def marks(self) -> dict[int, Mark]:
-        """The added tokens; those that end or begin a text have a meaning of their own, special or not."""
+        """The added tokens; begin, end, padding and stop tokens count as control tokens, marked special or not."""
         ends = {self.bos_id, self.eos_id, self.pad_id, *self.stop_ids} - {None}
         found = {
             token: Mark(spelling=added.content, control=added.special, lstrip=added.lstrip, rstrip=added.rstrip)
@@ -162,7 +162,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if token is None:
             return None
         found: int | None = self._tokenizer.token_to_id(token)
-        if found is None and field != "pad_token":  # no text holds padding: a vocabulary without it serves as well
+        if found is None and field != "pad_token":  # no text contains padding, so a vocabulary may lack it
             raise ValueError(f"{source}: {field}={token!r} is not in the vocabulary; download it again with {CONFIG}")
         return found
 
@@ -181,9 +181,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _ids(backend: "tokenizers.Tokenizer", text: str) -> list[int]:
-    """Ids of a text. A long one goes through the package's entry for many, which lets other threads run meanwhile.
+    """Ids of a text. A long one goes through the package's function for batches, which lets other threads run.
 
-    Raises ValueError for what the package gives up on.
+    Raises ValueError where the package fails.
     """
     with refused("the tokenizer cannot encode this text", "give another, or shorter pieces of it"):
         if len(text) > LONG:
@@ -196,7 +196,7 @@ def _ids(backend: "tokenizers.Tokenizer", text: str) -> list[int]:
 def text_backends(
     backend: "tokenizers.Tokenizer", control: frozenset[int]
 ) -> "tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]":
-    """(for the beginning of a text, for what follows a token) the same vocabulary, reading no token of `control`."""
+    """(tokenizer for the beginning of a text, for text after a token): both read no token of `control`."""
     from tokenizers import Tokenizer as Backend
 
     state = json.loads(backend.to_str())
@@ -245,7 +245,7 @@ def _read_tokenizer(path: Path) -> "tokenizers.Tokenizer":
 
 
 def _check_meaning(backend: "tokenizers.Tokenizer", content: dict[str, Any], path: Path) -> None:
-    """Raises ValueError where the package takes a file to say something else than it does, and for random encoding."""
+    """Raises ValueError where the package reads other token ids than the file has, and for dropout."""
     for added in content.get("added_tokens", []):
         spelling, token = added["content"], backend.token_to_id(added["content"])
         if spelling and token != added["id"]:  # the package gives it the next free id without a word
@@ -254,7 +254,7 @@ def _check_meaning(backend: "tokenizers.Tokenizer", content: dict[str, Any], pat
                 "download it again"
             )
     if dropout := getattr(backend.model, "dropout", None):
-        raise ValueError(f"{path}: model.dropout={dropout} encodes a text anew each time; set it to null")
+        raise ValueError(f"{path}: model.dropout={dropout} encodes a text differently each time; set it to null")
 
 
 def _read_settings(directory: Path, tokenizer: "tokenizers.Tokenizer") -> TokenizerSettings:
@@ -293,7 +293,7 @@ def _to_json(content: dict[str, Any]) -> bytes:
 
 
 def _spelling(value: Any, name: str) -> str | None:
-    """A token is written as text or as an object with its text and flags."""
+    """The spelling of a token that is given as text, or as an object with "content" and flags."""
     spelling = value.get("content") if isinstance(value, dict) else value
     if not isinstance(spelling, str | None) or (value is not None and spelling is None):
         raise ValueError(f'{name}={value!r} must be text or an object with "content"')
@@ -302,7 +302,7 @@ def _spelling(value: Any, name: str) -> str | None:
 
 
 def _check_utf8(text: str | None, name: str) -> None:
-    """JSON can hold what UTF-8 cannot."""
+    """Raises ValueError for lone surrogates, which JSON can hold and UTF-8 cannot."""
     try:
         check_text(text or "")
     except ValueError as error:
@@ -310,7 +310,7 @@ def _check_utf8(text: str | None, name: str) -> None:
 
 
 def _template(value: Any, path: Path) -> str | None:
-    """A template is text, or a list of named ones, of which "default" is for conversations."""
+    """The chat template that is given as text, or as a list of named ones, of which "default" is for conversations."""
     if isinstance(value, list):
         named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
         value = named.get("default")
@@ -352,7 +352,7 @@ def _vocab_size(vocab: dict[str, int], source: str) -> int:
 
 
 def _shrinks(tokenizer: "tokenizers.Tokenizer") -> float:
-    """How many times shorter a text may become in front of the model: one for rules that only spell spaces."""
+    """The factor by which normalisation may shorten a text, in bytes: 1 for rules that only rewrite spaces."""
     normalizer = json.loads(tokenizer.normalizer.__getstate__()) if tokenizer.normalizer is not None else None
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
     bound = 1.0
@@ -363,7 +363,7 @@ def _shrinks(tokenizer: "tokenizers.Tokenizer") -> float:
             step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"]
         ):
             return float("inf")
-    # An unknown token may stand for many characters, and what has no token at all for none.
+    # An unknown token may stand for many characters, and characters without any token are dropped.
     byte_level = [step["type"] for step in decoder_steps(tokenizer)] == ["ByteLevel"]
     return bound if byte_level or getattr(tokenizer.model, "byte_fallback", False) else float("inf")
 

@@ -1,4 +1,4 @@
-"""A tokenizer from whatever a checkpoint keeps it in."""
+"""Loads the tokenizer of a checkpoint from any supported file."""
 
 from pathlib import Path
 

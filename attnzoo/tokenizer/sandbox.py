@@ -1,14 +1,14 @@
 """The environment that chat templates run in: Jinja's immutable sandbox, with bounds on time and memory.
 
-Jinja's sandbox keeps a template from Python's internals; it lets `'x' * 10**10` through, and loops that never end. Here
+Jinja's sandbox keeps a template from Python's internals; it allows `'x' * 10**10` and endless loops. Here
 
-- a trace function in the rendering thread ends the template at the first line after a deadline;
-- what a single operation could blow up (an operator, `~`, a literal, a method, a filter, a captured block) is measured:
-  before it is made where it can multiply its operands, after it where it can only add to them.
+- a trace function in the rendering thread ends the template at the first line after a deadline; - the result of every
+operation (an operator, `~`, a literal, a method, a filter, a captured block) is measured: before the operation where it
+can multiply its operands, after it where it can only add to them.
 
-So no value is larger than `MAX_CHARS`, counted through all its levels: a list that holds another one twice, forty
-levels deep, is small until it is printed or compared. And every constant of a template is marked as its own
-(`attnzoo.tokenizer.sourced`), so that the result tells what the template wrote from what it was given. Import this
+So no value is larger than `MAX_CHARS`, nested values included: a list that holds another one twice, forty levels deep,
+is small until it is printed or compared. Every constant of a template is marked as its own
+(`attnzoo.tokenizer.sourced`), so that the result tells apart what the template wrote and what it was given. Import this
 module only where Jinja2 is installed.
 """
 
@@ -39,17 +39,17 @@ from attnzoo.tokenizer.guard import MAX_CHARS, MAX_TOTAL, Guard, LimitError
 from attnzoo.tokenizer.sourced import Sourced, inherit, join, written
 
 FOLD_CHARS, FOLD_TOTAL = 1 << 16, 1 << 20
-"""Bounds for constants that Jinja computes while it compiles; what is larger is left for the rendering."""
+"""Bounds for constants that Jinja computes while it compiles; larger ones are left for the rendering."""
 MAX_DATE_FORMAT = 256
 HTML_FILTERS = ("filesizeformat", "forceescape", "pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
-"""Left out, and with them `random`, by which a prompt would depend on chance: chat templates have no use for them."""
+"""Filters left out: chat templates have no use for them, and `random` would make a prompt depend on chance."""
 REFUSED_METHODS = frozenset(["encode", "expandtabs", "from_bytes", "maketrans", "to_bytes", "translate"])
 TRACED = (os.path.dirname(jinja2.__file__) + os.sep, "<template>")
 """Files whose lines are checked against the deadline: a finaliser of anything else would swallow the exception."""
 
 
 class DeadlineError(BaseException):
-    """The time is over. No Exception: nothing between the template and `Sandbox.run` may catch it."""
+    """The time limit has passed. Not an Exception: nothing between template and `Sandbox.run` may catch it."""
 
 
 def watch(deadline: float) -> Callable[..., Any]:
@@ -64,7 +64,7 @@ def watch(deadline: float) -> Callable[..., Any]:
 
 
 class MeasuringCode(CodeGenerator):
-    """Compiled templates show the environment what Jinja would make without asking it, and which texts are theirs."""
+    """Compiles templates so that every value that Jinja makes is measured, and the template's own texts are marked."""
 
     def visit_Const(self, node: nodes.Const, frame: Frame) -> None:  # noqa: N802
         value = node.as_const(frame.eval_ctx)
@@ -108,7 +108,7 @@ class MeasuringCode(CodeGenerator):
 
 
 class GenerationTag(Extension):
-    """`{% generation %}` marks what an assistant wrote, for training; the text is what it would be without."""
+    """`{% generation %}` marks what an assistant wrote, for training; it changes no text."""
 
     tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
@@ -133,7 +133,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals.pop("lipsum")
         self.globals |= {
             "dict": _dict,
-            # A function, not a partial: whose arguments a template could read.
+            # A function, not a partial, whose arguments a template could read.
             "namespace": lambda *args, **kwargs: MeasuredNamespace(self, *args, **kwargs),
             "raise_exception": _raise_exception,
             "strftime_now": _strftime_now,
@@ -151,7 +151,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.from_string(source)
 
     def run(self, template: Template, context: Mapping[str, Any], seconds: float) -> Sourced:
-        """The text of a template, and which of it the template wrote.
+        """The rendered text, with a mark on all characters that the template wrote.
 
         Raises DeadlineError, LimitError, and whatever the template raises."""
         self._rendering.guard = Guard(MAX_CHARS, MAX_TOTAL)
@@ -222,12 +222,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, Cycler) and attr == "items":
-            return False  # a tuple of its arguments that nobody has measured
+            return False  # a tuple of its arguments, which was not measured
         refused = attr in REFUSED_METHODS and isinstance(obj, str | bytes | int)
         return not refused and super().is_safe_attribute(obj, attr, value)
 
     def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter between its measurements."""
+        """A filter whose arguments and result are measured."""
         first = 1 if hasattr(function, "jinja_pass_arg") else 0  # Jinja's own argument comes before the value
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -239,11 +239,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class MeasuredNamespace(Namespace):
-    """Jinja's namespace, the one value that a template may change, kept as small as the others."""
+    """Jinja's namespace, the one value that a template may change, with the size limit of the others."""
 
     def __init__(self, sandbox: Sandbox, /, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        # Reading an attribute of a namespace asks the template's own.
+        # Attributes of a namespace are the template's variables, so ours go around them.
         object.__setattr__(self, "_sandbox", sandbox)
         object.__setattr__(self, "_sizes", {})
         for name, value in dict(*args, **kwargs).items():
@@ -254,7 +254,7 @@ class MeasuredNamespace(Namespace):
             raise SecurityError(f"a namespace cannot hold {name!r}; choose a name without an underscore in front")
         guard: Guard = object.__getattribute__(self, "_sandbox").guard
         sizes: dict[str, int] = object.__getattribute__(self, "_sizes")
-        sizes[name] = guard.measure((value,))  # a namespace in a tuple is refused, and so it is here
+        sizes[name] = guard.measure((value,))  # in a tuple, so that a namespace is refused
         guard.room(sum(sizes.values()))
         super().__setitem__(name, value)
 
@@ -275,7 +275,7 @@ def _strftime_now(format: str) -> str:
 
 @pass_eval_context
 def _join(context: EvalContext, value: Iterable[Any], d: str = "", attribute: Any = None) -> str:
-    """Jinja's own, with a separator that keeps apart whose texts it joins."""
+    """Jinja's filter, with a separator that is `Sourced`, so that the result keeps the marks of the texts."""
     text: str = do_join(context, value, d if isinstance(d, Sourced) else Sourced(str(d)), attribute)
     return text
 
@@ -287,5 +287,5 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON for a model to read: Jinja's own escapes what HTML would."""
+    """JSON without the HTML escapes of Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -98,7 +98,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def read_marks(model: bytes) -> dict[int, Mark]:
-    """The control pieces of a serialised model, which no text holds, and the user-defined ones, which any may."""
+    """The control pieces of a serialised model, which no text contains, and the user-defined ones, which a text may."""
     pieces = enumerate(read_pieces(model))
     return {
         token: Mark(spelling=spelling, control=kind == CONTROL)
@@ -163,7 +163,7 @@ def is_bpe(model: bytes) -> bool:
 
 
 def _messages(message: bytes, number: int) -> Iterator[bytes]:
-    """Contents of all fields of that number, which hold messages."""
+    """Contents of all fields numbered `number`, which hold messages."""
     for found, content in _protobuf_fields(message):
         if found == number:
             assert isinstance(content, bytes), f"field {number} of a model is no message"
@@ -171,7 +171,7 @@ def _messages(message: bytes, number: int) -> Iterator[bytes]:
 
 
 def _protobuf_fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """(number, content) of the fields of a message: bytes, or an integer for what is written as one."""
+    """(number, content) of the fields of a message: an integer for varints, bytes for all other types."""
     at = 0
 
     def varint() -> int:

@@ -1,9 +1,8 @@
-"""Text that knows, character by character, whether a chat template wrote it.
+"""A str that knows of each character whether a chat template wrote it.
 
-A control token ends a turn or begins one; only the template may write it. So what a template says itself is `Sourced`,
-what it is given is plain, and whatever is done to a text (joined, cut, trimmed, put in capitals) keeps apart the
-characters of the two. Where that cannot be followed, a character counts as given: then a token is text, never the other
-way round.
+A control token begins or ends a turn, so only the template may write it. Constants of a template are `Sourced`, its
+inputs are plain, and string operations (join, slice, strip, upper case) keep track of every character. Where they
+cannot, a character counts as given: a control token may become text by that, but text never becomes a control token.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -81,7 +80,7 @@ class Sourced(str):
         return self._respelled(super().casefold())
 
     def _respelled(self, text: str) -> "Sourced":
-        # A letter becomes one letter or more (German sharp s in capitals): of equal length, each is where it was.
+        # A letter may become several (German sharp s in capitals); where the length is equal, each stays in its place.
         return Sourced(text, self._own if len(text) == len(self) else None)
 
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list["Sourced"]:  # type: ignore[override]
@@ -113,7 +112,7 @@ class Sourced(str):
         return Sourced(super().join(found), self._own.join(map(own_of, found)))
 
     def _located(self, parts: list[str], sep: str | None) -> list["Sourced"]:
-        """`parts`, which follow one another with `sep` (None: white space) between them, as cuts of this text."""
+        """`parts` of this text, which `sep` (None: white space) separates, as slices of it."""
         found, at = [], 0
         for part in parts:
             at = self.find(part, at)
@@ -126,12 +125,12 @@ class Sourced(str):
 
 
 def own_of(text: str) -> bytes:
-    """Which characters of a text a template wrote: none of a plain one."""
+    """One byte per character: `OWN` where a template wrote it; all `GIVEN` for a plain str."""
     return text._own if isinstance(text, Sourced) else GIVEN * len(text)
 
 
 def written(value: Any) -> Any:
-    """A constant of a template, its texts through all levels marked as the template's own."""
+    """A constant of a template with all its texts, nested ones included, marked as the template's own."""
     if isinstance(value, str):
         return Sourced(value, OWN * len(value)) if type(value) in (str, Sourced) else value
     if isinstance(value, dict):
@@ -146,7 +145,7 @@ def join(parts: Iterable[Any]) -> Sourced:
 
 
 def inherit(result: Any, *sources: Any) -> Any:
-    """`result` as the template's own where all that it was made of is: for what knows nothing of `Sourced`."""
+    """The result of a function that does not know `Sourced`: marked as the template's own if all its sources are."""
     plain = isinstance(result, str) and type(result).__name__ != "Markup" and GIVEN in own_of(result)
     return written(result) if plain and _all_own(sources) else result
 

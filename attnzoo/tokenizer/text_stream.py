@@ -9,8 +9,8 @@ from attnzoo.tokenizer.base import Tokenizer
 
 
 class TextStream:
-    """The text of one continuation. `advance` takes its tokens one by one and returns what of the text has become
-    final; `stopped` says that a stop string came.
+    """The text of one continuation. `advance` takes its tokens one by one and returns the text that became final;
+    `stopped` is True once a stop string was found.
 
     >>> text = TextStream(tokenizer, stop=("END",))    # doctest: +SKIP
     >>> text.advance(7042, ends=False, last=False)       # doctest: +SKIP
@@ -33,9 +33,9 @@ class TextStream:
     def advance(
         self, token: int, logprobs: TokenLogprobs | None = None, *, ends: bool, last: bool
     ) -> tuple[str, Literal["stop", "length"] | None]:
-        """Adds a token: (text that is final by it, why the continuation ends, None while it goes on).
+        """Adds a token: (text that became final, why the continuation ends or None while it goes on).
 
-        ends: whether the token ends texts, and is no part of them. last: whether there may be no further token.
+        ends: whether it is an end token, which is no part of the text. last: whether no token may follow.
         """
         text = "" if ends else self.push(token, logprobs)
         if not (ends or last or self.stopped):
@@ -51,7 +51,7 @@ class TextStream:
         return self._add(self._decoder.push(token))
 
     def finish(self) -> str:
-        """What was held back, once no token will follow."""
+        """The text that was held back; no token may follow."""
         if self.stopped:
             return ""
         text = self._add(self._decoder.finish())
@@ -61,7 +61,7 @@ class TextStream:
         return text
 
     def take_logprobs(self, finished: bool) -> list[TokenLogprobs]:
-        """Log probabilities whose tokens' text is out; at the end all but those behind a stop string."""
+        """Log probabilities of tokens whose text was returned; if finished, of all but those after a stop string."""
         if finished:
             out = [x for x in self._logprobs if not self.stopped or x.offset < self._emitted]
             self._logprobs = []

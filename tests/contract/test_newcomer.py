@@ -274,7 +274,7 @@ def test_what_a_variant_does_wrong_is_said_of_it(plugged, capsys):
     error = capsys.readouterr().err
     assert error == "attnzoo describe: error: a (plugin.py) cannot be described: ZeroDivisionError: division by zero\n"
     model = DecoderLM(DecoderConfig(vocab_size=9, model_dim=8, num_layers=1, attention="a"))
-    with pytest.raises(ValueError, match=r"A made \[2, 1, 8\] of an input of \[2, 3, 8\]; a variant keeps the shape"):
+    with pytest.raises(ValueError, match=r"A returned \[2, 1, 8\] for an input of \[2, 3, 8\]; a variant must keep"):
         model(torch.zeros(2, 3, dtype=torch.long))  # a sum would spread it over all tokens
 
 

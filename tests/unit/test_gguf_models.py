@@ -98,7 +98,7 @@ def test_linear_scaling_by_llama_cpp_s_rules(changes, expected, tmp_path):
             r"rope.scaling.type='longrope' is not supported",
         ),
         ({"rope.scaling.factor": 0.5}, r"rope_scaling.factor=0.5 must be at least 1"),
-        ({"rope.scaling.factor": float("nan")}, r"llama.rope.scaling.factor=nan is no number"),
+        ({"rope.scaling.factor": float("nan")}, r"llama.rope.scaling.factor=nan is not finite"),
         (
             {"rope.scaling.factor": 4.0, "extra": {"rope_freqs.weight": np.full(8, 2, np.float32)}},
             r"rope_freqs.weight follows no rule known",

@@ -1,4 +1,4 @@
-"""Bytes and FLOPs of the column sums of attention."""
+"""Bytes and FLOPs of accumulated attention, the column sums of attention's weights."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ INDEX, SUM = 8, 4
 
 @dataclass(frozen=True, kw_only=True)
 class AccumulatedSizes:
-    """pairs: of a query and a key that it sees, a head and sequence; None: queries are the newest of `slots` tokens.
-    width: bytes of an element. position_heads: of key positions (0: the parallel form, without any). table_rows: rows
-    of the tables of relative positions, in `width` as well. sums_known: the sums of rows come from elsewhere, and
-    scores are computed once instead of twice.
+    """pairs: number of (query, visible key) per head and sequence; None: queries are the newest of `slots` tokens.
+    width: bytes per element. position_heads: heads of the key positions (0: the parallel form, without positions).
+    table_rows: rows of the tables of relative positions. sums_known: whether the sums of rows are given, so that scores
+    are computed once instead of twice.
     """
 
     batch: int

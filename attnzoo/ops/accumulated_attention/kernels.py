@@ -1,7 +1,7 @@
-"""Column sums of attention in two passes over tiles of scores: the log of every row's sum, then the columns.
+"""Kernels: column sums of attention in two passes over tiles of scores, first the log of every row's sum.
 
-Scores are powers of two. Every key's sum comes from one program, its queries in order: no atomics. Queries and keys are
-at logical positions; a position below 0 is one that is not there.
+Scores are logs to the base 2. One program sums each key's column, in the order of queries, without atomics. Queries and
+keys have logical positions; below 0 there is none.
 """
 
 from typing import Any, NamedTuple

@@ -1,13 +1,13 @@
-"""What an operation must spend, whatever runs it."""
+"""The bytes and FLOPs that an operation needs in any implementation."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpCost:
-    """bytes_read, bytes_written: what must pass between memory and processor even if all else stays on chip, inputs
-    once and results once. flops: of matrix products and weighted sums of rows, multiply and add counted apart; not of
-    elementwise operations, nor of what an implementation computes and drops."""
+    """bytes_read, bytes_written: bytes that must pass between memory and processor even if all else stays on chip:
+    every input and result once. flops: of matrix products and weighted sums of rows, a multiply and an add counted as
+    two; without elementwise operations and without results that an implementation discards."""
 
     bytes_read: int
     bytes_written: int
@@ -19,5 +19,5 @@ class OpCost:
 
     @property
     def intensity(self) -> float:
-        """FLOPs a byte."""
+        """FLOPs per byte."""
         return self.flops / self.bytes_moved

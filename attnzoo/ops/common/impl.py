@@ -1,4 +1,4 @@
-"""How an operation's implementation is chosen: explicitly, and never by a silent fallback."""
+"""Chooses an operation's implementation: explicitly, never by a silent fallback."""
 
 import importlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""One kernel launch as data: what runs on a GPU is also what is compiled ahead of time, argument by argument."""
+"""One kernel launch as data: the same arguments are used to run on a GPU and to compile ahead of time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,8 +43,8 @@ class Launch:
 
     @property
     def constexprs(self) -> dict[Any, Any]:
-        """Arguments fixed at compile time: those annotated so, by name, and by their path those left out (None), and 1
-        (Triton's rule). A path is the place of an argument, then places inside tuples."""
+        """Arguments fixed at compile time: constexpr parameters, by name; arguments that are None or 1 (Triton's rule),
+        by path. A path is the index of an argument, then indices inside tuples."""
         fixed: dict[Any, Any] = {}
         for place, parameter in enumerate(self.kernel.params):
             value = self.arguments[parameter.name]
@@ -64,7 +64,7 @@ class Launch:
 
     @property
     def aligned(self) -> set[tuple[int, ...]]:
-        """Paths of what Triton may count on to be a multiple of 16: tensors, and integers that are one."""
+        """Paths of arguments that Triton may assume to be multiples of 16: tensors, and integers that are."""
         return {
             path
             for place, parameter in enumerate(self.kernel.params)
@@ -79,7 +79,7 @@ class Launch:
 
 
 def _leaves(value: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """What stands inside of tuples, at any depth, and where."""
+    """(path, value) of every element inside of tuples, at any depth."""
     if isinstance(value, tuple):
         for i, inner in enumerate(value):
             yield from _leaves(inner, (*path, i))
@@ -103,8 +103,7 @@ def _type(value: Any) -> Any:
 
 
 def check_inputs(operation: str, widest: int, **tensors: Tensor | None) -> None:
-    """Raises ValueError for what forward-only kernels cannot do: dtypes that differ or that they do not have, rows
-    wider than `widest`, gradients."""
+    """Raises ValueError for inputs that forward-only kernels do not support: other dtypes, wider rows, gradients."""
     given = {name: x for name, x in tensors.items() if x is not None}
     dtypes = {name: x.dtype for name, x in given.items()}
     if len(set(dtypes.values())) > 1 or not {*dtypes.values()} <= {torch.float32, torch.bfloat16, torch.float16}:

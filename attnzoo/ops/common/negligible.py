@@ -1,10 +1,10 @@
-"""Weights too small to matter are exact zeros before anything is multiplied by them.
+"""Sets weights that are too small to matter to exactly zero, before anything is multiplied by them.
 
 A softmax over peaked scores, or a power of a small decay, leaves denormal numbers (below 1.2e-38 in float32). They
 change nothing in a sum beside weights of order one, and a CPU may need a hundred cycles for each product with one: on
 an Intel Xeon a backward pass of relative attention took 19 times as long. Weights are relative to the largest one, so
-that below `smallest_weight` they are beyond the rounding of any sum; what is kept is so large that its product with
-another kept number is no denormal either. GPUs compute with denormals at full speed: CPU tensors alone are looked at.
+that those below `smallest_weight` are lost in the rounding of any sum; those that are kept are so large that products
+of two are not denormal either. GPUs compute with denormals at full speed, so only CPU tensors are changed.
 """
 
 import math
@@ -35,7 +35,7 @@ def may_be_peaked(*bounds: Tensor) -> bool:
 
 
 def product_bound(rows_PRH: Tensor, columns_PSH: Tensor) -> Tensor:
-    """No entry of rows . columns^T is larger than this (Cauchy and Schwarz)."""
+    """An upper bound on the entries of rows . columns^T (Cauchy and Schwarz)."""
     return _longest(rows_PRH) * _longest(columns_PSH)
 
 
@@ -46,8 +46,8 @@ def _longest(x: Tensor) -> Tensor:
 
 
 def softmax_of_peaked_(scores: Tensor) -> Tensor:
-    """Softmax over the last axis, in place, of scores in at least float32: torch's bits where a weight is not
-    negligible. Scores may be -inf, not all of a row."""
+    """Softmax over the last axis, in place, of scores in at least float32: weights that are not negligible have the
+    same bits as torch's. Scores may be -inf, but not all of a row."""
     scores.sub_(scores.amax(-1, keepdim=True))
     F.threshold(scores, math.log(smallest_weight(scores.dtype)), -math.inf, inplace=True)
     out: Tensor = _softmax.out(scores, -1, False, out=scores)
@@ -57,7 +57,7 @@ def softmax_of_peaked_(scores: Tensor) -> Tensor:
 def attention_of_peaked(
     q_BNTH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, bias_BNTS: Tensor | None, hidden_BNTS: Tensor | None, scale: float
 ) -> Tensor:
-    """Attention on whole matrices of scores, differentiable: where torch's fused backward meets denormal weights.
+    """Attention with whole score matrices, differentiable, where torch's fused backward would meet denormal weights.
 
     Heads are those of the queries. A query that sees nothing gets zeros.
     """
@@ -71,6 +71,6 @@ def attention_of_peaked(
     with torch.no_grad():
         floor = scores.amax(-1, keepdim=True) + math.log(smallest_weight(scores.dtype))
         dropped = scores < floor if hidden_BNTS is None else (scores < floor) | hidden_BNTS
-    # Filled before the softmax, which would make denormals of them, and after it, for rows that see nothing.
+    # Filled before the softmax, so that it makes no denormals, and after it, for rows that see nothing.
     weights = scores.masked_fill(dropped, lowest).softmax(-1).masked_fill(dropped, 0.0)
     return weights.to(v_BNSH.dtype) @ v_BNSH

@@ -1,8 +1,8 @@
-"""A few rows against cached keys and values, in the form that is fast in their dtype on this machine.
+"""Products of a few rows with cached keys and values, in the form that is fast for their dtype on this machine.
 
-In half precision on a CPU, keys on the right of a product are transposed in memory first. A CPU without instructions
-for a half precision multiplies number by number: float32 copies of blocks, made in passing, take a third of the time
-for keys and a tenth for values. A single entry is no product worth starting.
+In half precision on a CPU, keys on the right of a product are transposed in memory first. A CPU without half-precision
+instructions multiplies number by number: float32 copies of blocks take a third of the time for keys and a tenth for
+values. For a single entry, a matrix product is not worth its start.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from torch import Tensor
 from attnzoo.types import accumulation_dtype
 
 COPIED_BYTES = 4 << 20
-"""Of a block in float32."""
+"""Bytes of a block copied to float32."""
 
 
 def with_keys(rows_BKLC: Tensor, keys_BKSC: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What all layers of a step compute alike (positions, angles, masks) is computed by the first of them."""
+"""Computes values that all layers of a step share (positions, angles, masks) only once, in the first layer."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -10,14 +10,14 @@ from torch import Tensor
 F = TypeVar("F", bound=Callable[..., Any])
 
 KEPT = 4
-"""Results that are remembered: the sequences that decode, those whose prompt is read, and two kinds of layers."""
+"""Number of results remembered: for sequences that decode and those whose prompt is read, in two kinds of layers."""
 
 
 def recent(function: F) -> F:
-    """A pure function that remembers its last results, for positional arguments that are the same tensors (the very
-    objects, which nobody may write into) and equal otherwise.
+    """Makes a pure function remember its last results. A call matches if its tensors are the same objects (which must
+    not be written to) and its other arguments are equal; arguments are positional.
 
-    Only without gradients: what a training step computed would be kept alive, and could not be differentiated twice.
+    Only without gradients: a training step's tensors would be kept alive, and could not be differentiated twice.
     """
     known: tuple[tuple[bool, tuple[Any, ...], Any], ...] = ()
 

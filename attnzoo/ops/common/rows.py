@@ -10,8 +10,8 @@ from attnzoo.ops.common.recent import recent
 
 @dataclass(frozen=True)
 class Places:
-    """place_BK: a slot of every kv head; flat_L: the same as rows of [B * K * P]. meant_BK: where it is to be written,
-    None: everywhere."""
+    """place_BK: one slot per kv head; flat_L: its index in a flat [B * K * P]. meant_BK (bool): heads for which `put`
+    and `fill` write, None: all."""
 
     place_BK: Tensor
     flat_L: Tensor
@@ -25,9 +25,9 @@ class Places:
         return x_BKPX[self._index()]
 
     def put(self, x_BKPX: Tensor, new_BKX: Tensor) -> None:
-        """x[b, k, place] = new where it is meant.
+        """x[b, k, place] = new, where meant_BK is True.
 
-        Not `scatter_`: of rows, on a CPU its time is that of copying all of x.
+        Without `scatter_`, which for rows on a CPU takes as long as a copy of all of x.
         """
         if new_BKX.dtype != x_BKPX.dtype:
             new_BKX = new_BKX.to(x_BKPX.dtype)
@@ -54,14 +54,14 @@ class Places:
 
 
 def places(place_BK: Tensor, slots: int, meant_BK: Tensor | None = None) -> Places:
-    """`slots`: P of the tensors that are read and written."""
+    """`Places` of the slots place_BK in tensors with `slots` slots (P)."""
     batch, heads = place_BK.shape
     heads_BK = _heads(batch, heads, place_BK.device)
     return Places(place_BK, torch.add(place_BK, heads_BK, alpha=slots).flatten(), meant_BK)
 
 
 def places_or_none(place_BK: Tensor, slots: int) -> Places:
-    """A place below 0: nothing is written there (slot 0 is read)."""
+    """`places`, where a slot below 0 means: write nothing (and read slot 0)."""
     meant_BK = place_BK >= 0
     if known(meant_BK):
         return places(place_BK, slots)
@@ -69,8 +69,8 @@ def places_or_none(place_BK: Tensor, slots: int) -> Places:
 
 
 def known(true: Tensor) -> bool:
-    """Whether all is true, and finding out waits for nothing: a GPU would be waited for, and compiled code has no
-    values to look at."""
+    """Whether all values are known to be True. False on a GPU, which would have to be waited for, and in compiled code,
+    which cannot read values."""
     return not torch.compiler.is_compiling() and true.device.type == "cpu" and bool(true.all())
 
 

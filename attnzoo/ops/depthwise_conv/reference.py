@@ -1,4 +1,4 @@
-"""The sum of the definition, token by token and tap by tap: what is right."""
+"""The sum of the definition, token by token and tap by tap: defines the result."""
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def depthwise_conv_reference(
     width = kernel_NHW.shape[-1]
 
     def row(t: int, source: int) -> Tensor:
-        """What the output at t reads at `source`: zeros before the start of its document."""
+        """The input row that the output at t reads at index `source`: zeros before the start of its document."""
         if source >= 0:
             if starts_BT is None:
                 return x_BTNH[:, source]

@@ -1,8 +1,8 @@
 """W shifted multiply-adds in place, over tiles of rows that stay in the cache.
 
-A grouped convolution wants channels before time: two transposes of every tensor, and 8 times the time on a CPU.
-Plain autograd over shifted slices keeps a padded copy of x and one more tensor for every tap; here the backward
-needs x and the kernel alone. Rows that look across the start of a document are few, so they are computed apart.
+A grouped convolution wants channels before time: two transposes of every tensor, and 8 times the time on a CPU. Plain
+autograd over shifted slices keeps a padded copy of x and one more tensor for every tap; here the backward needs only x
+and the kernel. Rows that look across the start of a document are few and are computed separately.
 """
 
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def depthwise_conv_torch(
 def _for_the_compiler(
     x_BTNH: Tensor, kernel_NHW: Tensor, bias_NH: Tensor | None, tail_BWNH: Tensor | None, age_BT: Tensor | None
 ) -> Tensor:
-    """The taps as one expression, which torch.compile fuses; it does not follow writes into tiles."""
+    """The taps as one expression, which torch.compile fuses; it cannot compile writes into tiles."""
     width, tokens = kernel_NHW.shape[-1], x_BTNH.shape[1]
     before = F.pad(x_BTNH, (0, 0, 0, 0, width - 1, 0)) if tail_BWNH is None else torch.cat([tail_BWNH, x_BTNH], dim=1)
     y = x_BTNH * kernel_NHW[..., width - 1]
@@ -63,7 +63,7 @@ def _for_the_compiler(
 
 
 class _DepthwiseConv(torch.autograd.Function):
-    """`age_BT` is the number of rows before each token that belong to its document; None: all of them."""
+    """age_BT: the number of rows before each token that belong to its document; None: all."""
 
     @staticmethod
     def forward(
@@ -147,7 +147,7 @@ def _through_tiles(
 ) -> tuple[Tensor | None, Tensor]:
     """(dx, dtaps_WNH) as if the row were one document; dtaps is not reduced over shared heads.
 
-    Products for dtaps add up in one tile a tap, which is summed over its rows once, at the end.
+    Products for dtaps are added up in one tile per tap, which is summed over its rows once, at the end.
     """
     tokens, width = x_BTNH.shape[1], len(taps_WNH)
     need_x, need_kernel = needed
@@ -172,7 +172,7 @@ def _through_tiles(
 
 
 def _cut_rows(y_BTNH: Tensor, x_BTNH: Tensor, taps_WNH: Tensor, bias_NH: Tensor | None, age_BT: Tensor) -> None:
-    """Writes the rows near the start of a document anew, from the taps inside it."""
+    """Recomputes the rows near the start of a document, from the taps inside it."""
     batch_R, time_R = (age_BT < len(taps_WNH) - 1).nonzero(as_tuple=True)
     rows = x_BTNH[batch_R, time_R] * taps_WNH[0]
     if bias_NH is not None:
@@ -184,14 +184,14 @@ def _cut_rows(y_BTNH: Tensor, x_BTNH: Tensor, taps_WNH: Tensor, bias_NH: Tensor 
 
 
 def _uncount_cut_taps(dtaps_WNH: Tensor, dy_BTNH: Tensor, x_BTNH: Tensor, age_BT: Tensor) -> None:
-    """Takes the pairs across a start out of the sums again: they are few, and masking would copy all of dy."""
+    """Subtracts pairs across a document's start from the sums: they are few, and masking would copy all of dy."""
     for d in range(1, len(dtaps_WNH)):
         batch_R, time_R = (age_BT[:, d:] < d).nonzero(as_tuple=True)
         dtaps_WNH[d] -= (dy_BTNH[batch_R, time_R + d].to(dtaps_WNH.dtype) * x_BTNH[batch_R, time_R]).sum(0)
 
 
 def _cut_gradient_rows(dx_BTNH: Tensor, dy_BTNH: Tensor, taps_WNH: Tensor, age_BT: Tensor) -> None:
-    """Writes dx anew where a later token would have read across the start of its document."""
+    """Recomputes dx where a later token would have read across the start of its document."""
     width = len(taps_WNH)
     reached_WBT = age_BT.new_zeros(width, *age_BT.shape, dtype=torch.bool)
     cut_BT = reached_WBT[0].clone()

@@ -1,7 +1,7 @@
 """One launch for q, k and v forward, one for all their gradients.
 
-Kernel and bias gradients come as one partial sum a program, which torch adds up: no atomics, so that two runs agree
-bit for bit. The few rows of a tail have their gradient from torch.
+Every program writes a partial sum of the kernel's and bias's gradients, which torch adds up: without atomics, so that
+two runs agree bit for bit. torch computes the gradient of the few rows of a tail.
 """
 
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from attnzoo.ops.depthwise_conv.torch import add_tail_gradients
 
 OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 TILE = 2048
-"""Elements of a program's tile: 16 in each of 128 threads, for the sum and for the tap at hand."""
+"""Elements of a program's tile: 16 per thread of 128 threads, for the sum and for the current tap."""
 
 
 def depthwise_conv_qkv_triton(
@@ -75,7 +75,7 @@ class _DepthwiseConv(torch.autograd.Function):
 
 
 def _dense(x: Tensor) -> Tensor:
-    """The kernels read rows of neighbours; batches, tokens and heads may lie anywhere."""
+    """x with a dense last axis, which the kernels need; the other axes may have any strides."""
     return x if x.stride(-1) == 1 and x.dim() == 4 else x.contiguous()
 
 
@@ -92,7 +92,7 @@ def _blocks(tokens: int, head_dim: int) -> tuple[int, int]:
 
 
 def _grid(x_BTNH: Tensor) -> tuple[int, tuple[int, int]]:
-    """Tiles of a sequence, and the sides of a tile."""
+    """(number of tiles of a sequence, the sides of a tile)."""
     block = _blocks(x_BTNH.shape[1], x_BTNH.shape[3])
     return triton.cdiv(x_BTNH.shape[1], block[0]), block
 
@@ -106,7 +106,7 @@ def _launch(kernel: Any, parts: list[Rows], starts_BT: Tensor | None) -> None:
 
 
 def aot_cases() -> list[SimpleNamespace]:
-    """The two launches with everything a launch may have; the ahead-of-time test compiles them."""
+    """Both launches with all options; the ahead-of-time test compiles them."""
     cases = []
     for dtype, head_dim in (("bf16", 64), ("bf16", 128), ("fp16", 64), ("fp32", 64)):
         for kernel, sums in ((forward_kernel, f"*{dtype}"), (backward_kernel, "*fp32")):

@@ -1,7 +1,7 @@
-"""Tokens leave a cache, and what is close to a kept token is merged into it (D2O, Wan et al., arXiv 2406.13035).
+"""Evicts tokens from a cache, and merges those that are similar to a kept token into it (D2O, arXiv 2406.13035).
 
-`evict_merge`: many entries at once, the rest compacted. `evict_merge_step`: one entry a kv head during decode, its slot
-taken by another, in place and without moving the rest. The rule is `MergeRule`'s.
+`evict_merge`: many entries at once; the kept ones are compacted. `evict_merge_step`: one entry per kv head during
+decode, whose slot another takes, in place and without moving the rest. `MergeRule` says what is merged and how.
 """
 
 from torch import Tensor
@@ -37,9 +37,9 @@ def evict_merge(
 ) -> Merged:
     """Keeps the entries of `keep_BKS` (bool) in `slots` slots, in order, after merging those of `evict_BKS` into them.
 
-    Entries in neither hold nothing. threshold_BK (accumulation dtype): the one before, NaN for none yet. Sums are in
-    the accumulation dtype. Pure. Raises ValueError when shapes do not fit, a kv head keeps more than `slots`, or kv
-    heads that decide together evict different numbers of entries.
+    Entries in neither are empty. threshold_BK (accumulation dtype): the previous threshold, NaN for none yet. Sums are
+    in the accumulation dtype. Inputs are not changed. Raises ValueError when shapes do not fit, a kv head keeps more
+    than `slots`, or kv heads that decide together evict different numbers of entries.
     """
     shape = keys_BKSC.shape[:3]
     for name, tensor in (("values", values_BKSV[..., 0]), ("keep", keep_BKS), ("evict", evict_BKS)):
@@ -67,11 +67,11 @@ def evict_merge_step(
     threshold_BK: Tensor,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Merges the victims into what stays, writes the arrivals, both in place; returns the next threshold_BK.
+    """Merges the victims into entries that stay and writes the arrivals, both in place; returns the next threshold_BK.
 
-    victim_BK (int64): the slot that leaves, -1 for none; without a victim the threshold stays. dots_BKP (accumulation
-    dtype): victim's key . key of every slot. An arrival may take the victim's slot, with its norm and a count of one.
-    A victim that no other entry could take is dropped. No gradients. Raises ValueError when shapes do not fit.
+    victim_BK (int64): the slot that is evicted, -1 for none; without a victim the threshold stays. dots_BKP
+    (accumulation dtype): victim's key . key of every slot. An arrival may take the victim's slot, with its norm and a
+    count of one. Without another entry, a victim is dropped. No gradients. Raises ValueError when shapes do not fit.
     """
     shape = slots.keys_BKPC.shape[:3]
     for name, tensor in (("norms", slots.norms_BKP), ("dots", dots_BKP), ("values", slots.values_BKPV[..., 0])):

@@ -1,6 +1,6 @@
-"""Nearest kept keys, and sums of what merges, each kept entry's from one program in the order of the entries.
+"""Kernels: the nearest kept keys, and the merged entries, each summed by one program in the order of the entries.
 
-No atomics: a run is repeatable bit by bit. Cosines are products of keys as stored, summed in float32, over the norms.
+Without atomics, so that runs agree bit for bit. Cosines are products of stored keys, summed in float32, over norms.
 """
 
 from typing import Any, NamedTuple
@@ -61,8 +61,8 @@ def _inverse_norms(keys):
 
 @triton.jit
 def nearest_kernel(keys, evict, source, near, places, slots, kept, tile: tl.constexpr):
-    """Grid (blocks of entries, K, B). near [B, K, S], -inf for what is not evicted or has no kept key to go to, and
-    places [B, K, S], the lowest of the kept ones that are as near. source [B, K, M]: where kept entries are."""
+    """Grid (blocks of entries, K, B). Writes near [B, K, S], the largest cosine of an evicted entry with a kept key
+    (-inf: none), and places [B, K, S], the lowest kept entry that has it. source [B, K, M]: kept slots."""
     slot = tl.program_id(0) * tile.block + tl.arange(0, tile.block)
     k, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     head = b * tile.kv_heads + k
@@ -96,9 +96,9 @@ def merge_kernel(
     keys, values, merge_counts, source, order, offsets, weights, new_keys, new_values, new_counts, slots, kept,
     tile: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (M, K, B): one kept entry, with what merges into it: order[offsets[m]], ..., order[offsets[m + 1] - 1].
+    """Grid (M, K, B): one kept entry m and those merged into it: order[offsets[m]], ..., order[offsets[m + 1] - 1].
 
-    Without `order` nothing merges. An entry that nothing merges into is copied as it is.
+    Without `order`, and for an entry that nothing is merged into, rows are copied unchanged.
     """
     m, k, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     head = b * tile.kv_heads + k
@@ -146,7 +146,7 @@ def merge_kernel(
 
 @triton.jit
 def match_kernel(norms, dots, victims, near, places, slots, tile: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid (K, B). The cosine of each victim with its nearest entry, -inf for none, and where that is."""
+    """Grid (K, B). Writes the cosine of each victim with its nearest entry (-inf: none) and that entry's slot."""
     k, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head = b * tile.kv_heads + k
     victim = tl.load(victims + head)
@@ -171,7 +171,7 @@ def match_kernel(norms, dots, victims, near, places, slots, tile: tl.constexpr, 
 
 @triton.jit
 def _merge_victim(keys, values, norms, merge_counts, place, victim, near, b, k, tile):
-    """The victim's row into that of its nearest entry."""
+    """Merges the victim's row into that of its nearest entry."""
     counts_at = b * merge_counts.batch + k * merge_counts.head
     own, count = 1.0, 1.0
     if merge_counts.x is not None:
@@ -218,7 +218,7 @@ def replace_kernel(
     keys, values, norms, merge_counts, victims, near, places, before, after, new_key, new_value, arrivals, beta,
     tile: tl.constexpr,
 ):  # fmt: skip
-    """Grid (K, B). The victim into its nearest entry, the arrival into its slot; without `near` nothing merges."""
+    """Grid (K, B). Merges the victim (not without `near`) and writes the arrival into its slot."""
     k, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head = b * tile.kv_heads + k
     victim = tl.load(victims + head)

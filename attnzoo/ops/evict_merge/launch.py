@@ -23,7 +23,7 @@ from attnzoo.ops.relative_sdpa.tilings import architecture
 CHUNK = 8
 """Entries that a program merges at once; most kept entries get few."""
 MATCHED = 1024
-"""Slots that a victim is compared with at once."""
+"""Slots that a program compares with the victim at once."""
 
 
 def nearest_launch(

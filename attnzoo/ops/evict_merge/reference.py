@@ -1,4 +1,4 @@
-"""One evicted entry after the other, in plain sums: what is right."""
+"""One evicted entry after the other, in plain sums: defines the result."""
 
 import math
 
@@ -61,7 +61,7 @@ def evict_merge_reference(
 
 
 def _match(keys_SC: Tensor, i: int, kept: list[int]) -> tuple[float, int]:
-    """(largest cosine to a kept key, its place among the kept ones); (-inf, -1) without one."""
+    """(largest cosine to a kept key, that key's index among the kept ones); (-inf, -1) without any."""
     best, place = -math.inf, -1
     for m, j in enumerate(kept):
         norms = float(keys_SC[i].norm() * keys_SC[j].norm())
@@ -90,7 +90,7 @@ def _weight(u: float, rule: MergeRule) -> float:
 def evict_merge_step_reference(
     slots: Slots, victim_BK: Tensor, dots_BKP: Tensor, arrival: Arrival, rule: MergeRule, threshold_BK: Tensor
 ) -> Tensor:
-    """The bulk form on one evicted entry, then the arrival. The cosines are those of the dots given."""
+    """The rule of `evict_merge` for one evicted entry, with cosines from dots_BKP; then the arrival."""
     batch, kv_heads = victim_BK.shape
     dtype = dots_BKP.dtype
     out = threshold_BK.clone()
@@ -123,7 +123,7 @@ def evict_merge_step_reference(
 
 
 def _cosines(norms_P: Tensor, dots_P: Tensor, victim: int) -> Tensor:
-    """-inf for the victim itself and for empty slots."""
+    """Cosines of the victim with all slots; -inf for itself and for empty slots."""
     out = torch.full_like(dots_P, -math.inf)
     for j in range(len(dots_P)):
         if j != victim and norms_P[j] > 0:

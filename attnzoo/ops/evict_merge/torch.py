@@ -1,4 +1,4 @@
-"""Matches by products with the kept keys, a block of entries at a time; a step by gathers and scatters of one row."""
+"""Finds matches by products with the kept keys, a block of entries at a time; a step moves single rows."""
 
 import math
 
@@ -10,7 +10,7 @@ from attnzoo.ops.evict_merge.rule import Arrival, Merged, MergeRule, Slots
 from attnzoo.types import accumulation_dtype
 
 BLOCK_BYTES = 16 << 20
-"""Cosines of a block of entries with all kept ones."""
+"""Bytes of the cosines of a block of entries with all kept ones."""
 
 
 def evict_merge_torch(
@@ -76,7 +76,7 @@ def evict_merge_torch(
 
 
 def compacted(keep_BKS: Tensor, slots: int) -> Tensor:
-    """source_BKM: the kept entries in order, then -1."""
+    """source_BKM (int64): the indices of the kept entries in order, then -1."""
     place_BKS = torch.where(keep_BKS, keep_BKS.cumsum(-1) - 1, slots)
     source = torch.full((*keep_BKS.shape[:2], slots + 1), -1, dtype=torch.int64, device=keep_BKS.device)
     order = torch.arange(keep_BKS.shape[2], device=keep_BKS.device).expand_as(keep_BKS)
@@ -84,7 +84,7 @@ def compacted(keep_BKS: Tensor, slots: int) -> Tensor:
 
 
 def decisive(near_BKS: Tensor, evict_BKS: Tensor) -> Tensor:
-    """For the n-th evicted entry of every kv head, the mean of `near` over the n-th of all; -inf for what stays."""
+    """For the n-th evicted entry of every kv head, the mean of near_BKS over all heads; -inf for kept entries."""
     order_BKE = compacted(evict_BKS, int(evict_BKS.sum(-1).max()))
     near_BKE = near_BKS.gather(-1, order_BKE.clamp(min=0)).masked_fill_(order_BKE < 0, -math.inf)
     mean_BKE = near_BKE.mean(1, keepdim=True).expand_as(near_BKE)
@@ -98,12 +98,12 @@ def _rows(x_BKSC: Tensor, index_BKM: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Rows of length 1; a row of zeros stays one."""
+    """Rows of Euclidean norm 1; zero rows stay zero."""
     return x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def _nearest(keys_BKSC: Tensor, kept_BKMC: Tensor) -> tuple[Tensor, Tensor]:
-    """(largest cosine with a kept key that is not zero, its place) of every entry."""
+    """(largest cosine with a nonzero kept key, that key's index), both [B, K, S]."""
     batch, kv_heads, count, _ = keys_BKSC.shape
     dtype = accumulation_dtype(keys_BKSC.dtype)
     kept = kept_BKMC.to(dtype)
@@ -120,7 +120,7 @@ def _nearest(keys_BKSC: Tensor, kept_BKMC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def next_threshold(near_BKS: Tensor, before_BK: Tensor, rule: MergeRule) -> Tensor:
-    """Of the entries whose `near` is finite; where there are none the threshold stays."""
+    """The next threshold_BK, from the entries whose near_BKS is finite; where there are none it stays."""
     finite = near_BKS > -math.inf
     count = finite.sum(-1)
     mean = near_BKS.masked_fill(~finite, 0.0).sum(-1) / count.clamp(min=1)
@@ -130,7 +130,7 @@ def next_threshold(near_BKS: Tensor, before_BK: Tensor, rule: MergeRule) -> Tens
 
 
 def _sums(x_BKSC: Tensor, weight_BKS: Tensor | None, place_BKS: Tensor, slots: int) -> Tensor:
-    """Rows of x, weighted, summed by the slot they go to; place `slots` is for none."""
+    """Weighted rows of x, summed by the slot place_BKS that they are merged into; `slots` stands for none."""
     batch, kv_heads, _, width = x_BKSC.shape
     heads = torch.arange(batch * kv_heads, device=x_BKSC.device).view(batch, kv_heads, 1)
     index_L = (place_BKS + heads * (slots + 1)).flatten()
@@ -188,10 +188,10 @@ def _merge_victims(slots: Slots, victims: Places, dots_BKP: Tensor, rule: MergeR
 
 def _nearest_slots(norms_BKP: Tensor, victims: Places, dots_BKP: Tensor) -> tuple[Tensor, Places]:
     """(largest cosine of the victim with another key, -inf where there is none; its slot)."""
-    # The victim is nobody's nearest, least of all its own.
+    # Nothing may be matched with the victim, not even itself.
     cosines = torch.where(norms_BKP > 0, dots_BKP / norms_BKP, -math.inf)
     victims.fill(cosines, -math.inf)
-    # Not `max` with indices, which starts threads for however little.
+    # argmax, because `max` with indices starts threads even for small tensors.
     nearest = places(cosines.argmax(-1), norms_BKP.shape[2])
     near_BK = nearest.take(cosines)
     norm_BK = victims.take(norms_BKP).to(near_BK.dtype)

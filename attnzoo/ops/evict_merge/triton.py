@@ -1,7 +1,7 @@
-"""Eviction and merging on a GPU: products of evicted with kept keys in tiles, then one program a kept entry.
+"""Eviction and merging on a GPU: products of evicted with kept keys in tiles, then one program per kept entry.
 
-Which entries merge where is sorted between the two (integers, in torch), so that the second kernel reads every row once
-and writes every kept one once: it merges and compacts in one pass. A step of decoding is two small launches.
+Between the two, torch sorts the evicted entries by the kept entry they are merged into, so that the second kernel reads
+every row once and writes every kept row once: it merges and compacts in one pass. A decode step is two small launches.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """Attention of every query to every key, without mask or scale: linear, or with a softmax over the keys.
 
-linear: o_t = sum_s v_s (k_s . q_t);   softmax: o_t = sum_s v_s exp(k_s . q_t) / sum_r exp(k_r . q_t)
-(von Oswald et al. 2023, arXiv 2212.07677, section 2 and appendix A.9). The caller leaves out of the keys what no token
-may read. There is no kernel: the forms are two matrix products.
+linear: o_t = sum_s v_s (k_s . q_t); softmax: o_t = sum_s v_s exp(k_s . q_t) / sum_r exp(k_r . q_t) (von Oswald et al.
+2023, arXiv 2212.07677, section 2 and appendix A.9). The caller leaves out keys that no token may read. There is no
+kernel: the forms are two matrix products.
 """
 
 from typing import Literal

@@ -1,4 +1,4 @@
-"""The sums over keys, one query at a time: what is right."""
+"""The sums over keys, one query at a time: defines the result."""
 
 import torch
 from torch import Tensor

@@ -23,7 +23,7 @@ class Rows(NamedTuple):
 
 
 class Time(NamedTuple):
-    """What weights depend on: log2 of the decay a kv head, starts [B, T], counts [B] (each or None), and tokens."""
+    """The inputs of the weights: log2 of the decay per kv head, starts [B, T], counts [B] (or None), and tokens."""
 
     log2_decay: Any
     starts: Any
@@ -62,7 +62,7 @@ def _store(rows, b, head, t, column, real, width, value):
 
 @triton.jit
 def _load_values(rows, ones, b, head, t, column, real, tile: tl.constexpr):
-    """Like `_load`, and with a normaliser column `value_dim` is `ones`, one number a token."""
+    """Like `_load`, and with a normaliser, column `value_dim` is `ones`, one number per token."""
     x = _load(rows, b, head, t, column, real, tile.value_dim)
     if tile.normalise:
         x = tl.where((column == tile.value_dim)[None, :], ones.to(tl.float32)[:, None].to(x.dtype), x)
@@ -116,7 +116,7 @@ def _inside(time, b, first, log2, chunk: tl.constexpr, slope: tl.constexpr):
 
 @triton.jit
 def _carry(time, b, first, log2, chunk: tl.constexpr, slope: tl.constexpr):
-    """What each query sees of the memory at the chunk's start."""
+    """The weight of the memory at the chunk's start for each query."""
     i = tl.arange(0, chunk)
     weight = _power(i + 1, log2, slope)
     if time.starts is not None:
@@ -132,7 +132,7 @@ def _last_start(time, b, first, chunk: tl.constexpr):
 
 @triton.jit
 def _age(time, b, first, end, log2, chunk: tl.constexpr, slope: tl.constexpr):
-    """With which weight each key enters the memory at the chunk's end."""
+    """The weight with which each key enters the memory at the chunk's end."""
     i = tl.arange(0, chunk)
     length = tl.minimum(tl.maximum(end - first, 0), chunk)
     weight = _power(length - 1 - i, log2, slope)
@@ -143,7 +143,7 @@ def _age(time, b, first, end, log2, chunk: tl.constexpr, slope: tl.constexpr):
 
 @triton.jit
 def _kept(time, b, first, end, log2, chunk: tl.constexpr, slope: tl.constexpr):
-    """What is left of the memory at the chunk's start when it ends."""
+    """The weight of the memory at the chunk's start in the memory at its end."""
     weight = _power(tl.minimum(tl.maximum(end - first, 0), chunk), log2, slope)
     if time.starts is not None:
         weight = tl.where(_last_start(time, b, first, chunk) < first, weight, 0.0)
@@ -152,7 +152,7 @@ def _kept(time, b, first, end, log2, chunk: tl.constexpr, slope: tl.constexpr):
 
 @triton.jit
 def _dot(left, right, rows, tile: tl.constexpr):
-    """A product summed in float32, of bfloat16 where the tensors are, else of float32: memories may outgrow float16."""
+    """A product summed in float32, of bfloat16 where the tensors are, else of float32: memories may exceed float16."""
     if rows.x.dtype.element_ty == tl.bfloat16:
         left, right = left.to(tl.bfloat16), right.to(tl.bfloat16)
         if not tile.widen:

@@ -1,6 +1,6 @@
-"""What linear attention's chunked form holds beyond its inputs and results, in bytes. Follows the code of `torch.py`.
+"""Bytes that the chunked form of linear attention holds beyond its inputs and results. Follows the code of `torch.py`.
 
-Letters: a block's share of q, k, v and o is Q, K, V and O; its scores S; the memories at its chunks M.
+Letters: Q, K, V and O are a block's parts of q, k, v and o, S its scores, M the memories of its chunks.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class LinearSizes:
         return -(-self.tokens // self._block_tokens())
 
     def kept(self) -> int:
-        """Bytes kept for the backward pass beside q, k, v and o: a memory a block, and the normaliser's sums."""
+        """Bytes kept for the backward pass beside q, k, v and o: one memory per block, and the normaliser's sums."""
         totals = self.batch * self.heads * self.tokens * self.sum_width if self.normalise else 0
         return self.blocks() * self._memory() + totals
 
@@ -48,17 +48,17 @@ class LinearSizes:
         )
         outer = o + (q if self.normalise else 0)
         inputs = q + k + v
-        # What the last block held stays until it is replaced.
+        # Tensors of the last block stay until they are replaced.
         again, last = (inputs, outer) if self.blocks() > 1 else (0, 0)
         loading = again + last + inputs + self._padded()
         ending = inputs + outer + self.blocks() * self._memory()
         return max(loading, inputs + last + inner, ending) + 2 * self._memory() + self._weights(1)
 
     def backward(self) -> int:
-        """Bytes of temporaries of the backward pass: the widest moment is where a learned decay gets its gradient."""
+        """Bytes of temporaries of the backward pass; the peak is where a learned decay gets its gradient."""
         q, k, v, o, scores, memories = self._block()
         inputs = q + k + v
-        # o in chunks is a view where it is one block of heads that share nothing.
+        # o in chunks is a view where there is one block and query heads do not share kv heads.
         grouped = q if self.normalise and (self.heads != self.kv_heads or self.blocks() > 1) else 0
         given = o + grouped
         aged, carried = (k, q) if self.decay else (0, 0)

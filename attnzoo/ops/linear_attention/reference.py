@@ -1,4 +1,4 @@
-"""The recurrence, one token at a time: what is right."""
+"""The recurrence, one token at a time: defines the result."""
 
 import torch
 from torch import Tensor

@@ -1,10 +1,10 @@
-"""Chunks: inside a chunk the masked product of queries and keys, between chunks the memory.
+"""The chunked form: inside a chunk the masked product of queries and keys, between chunks the memory.
 
-Time is linear in T: T * C within chunks of C and T * H against the memory. Chunks are taken in blocks: all chunks of
-a block share their matrix products, and only a scan over their memories is sequential. The forward keeps its inputs
-and the memory at the start of each block; the backward walks the blocks from the last to the first and computes the
-rest anew (as in RetNet's chunkwise form, arXiv 2307.08621, section 2.4, and gated linear attention, arXiv 2312.06635,
-section 4). So what a long sequence costs beyond inputs and results is one memory for every few hundred tokens.
+Time is linear in T: T * C within chunks of C and T * H against the memory. Chunks are taken in blocks: all chunks of a
+block share their matrix products, and only a scan over their memories is sequential. The forward keeps its inputs and
+the memory at the start of each block; the backward goes through the blocks from the last to the first and recomputes
+the rest (as in RetNet's chunkwise form, arXiv 2307.08621, section 2.4, and gated linear attention, arXiv 2312.06635,
+section 4). So a long sequence needs, beyond inputs and results, one memory per few hundred tokens.
 """
 
 import itertools
@@ -42,7 +42,7 @@ def linear_attention_torch(
 
 
 def _exact(x: Tensor) -> torch.autocast:
-    """Autocast would make the sums over time bfloat16 again."""
+    """Turns autocast off, which would round the sums over time to bfloat16."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -55,7 +55,7 @@ def _one_token(
     counts_B: Tensor | None,
     normalise: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Decoding: one outer product into the memory, one read of it, in operations that autograd knows."""
+    """Decoding: adds one outer product to the memory and reads it once, in operations that autograd differentiates."""
     dtype = accumulation_dtype(q_BN1H.dtype)
     batch, heads, _, head_dim = q_BN1H.shape
     q_BKGH = q_BN1H.to(dtype).reshape(batch, k_BK1H.shape[1], -1, head_dim)
@@ -159,7 +159,7 @@ def _load(
 
 
 def _scan(added: Tensor, first: Tensor, weights: Weights, backwards: bool = False) -> tuple[Tensor, Tensor]:
-    """The memory at each chunk of a block, and the one that leaves it: next = kept * memory + added."""
+    """(the memory at the start of each chunk of a block, the memory after it): next = kept * memory + added."""
     memories, after = torch.empty_like(added), torch.empty_like(first)
     order = list(range(added.shape[2]))
     if backwards:

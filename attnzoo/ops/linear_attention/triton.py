@@ -1,8 +1,7 @@
-"""Launches of the kernels, and what is kept between forward and backward: the inputs alone.
+"""Launches of the kernels. Only the inputs are kept between forward and backward.
 
-Memories of all chunks live while a forward or a backward runs and are computed anew for the backward; every launch
-writes each result from one program, so that two runs agree bit for bit. One token without gradients takes the decode
-kernel.
+Memories of all chunks exist while a forward or a backward runs, and the backward recomputes them. Every result is
+written by one program, so that two runs agree bit for bit. One token without gradients takes the decode kernel.
 """
 
 from types import SimpleNamespace
@@ -146,12 +145,12 @@ def _run(kernel: Any, grid: tuple[int, ...], tile: Tile, *arguments: Any) -> Non
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Rows of neighbours; batches, heads and tokens may lie anywhere."""
+    """x with a dense last axis; the other axes may have any strides."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _new(like_BNTH: Tensor, width: int) -> Tensor:
-    """[B, N, T, width] with heads inside of tokens: what the output projection reads without a copy."""
+    """An empty [B, N, T, width], in memory as [B, T, N, width], which the output projection reads without a copy."""
     batch, heads, tokens, _ = like_BNTH.shape
     return like_BNTH.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
@@ -175,7 +174,7 @@ def _tile(qkv: tuple[Tensor, ...], normalise: bool) -> Tile:
 def _sizes(
     dtype: torch.dtype, lengths: tuple[int, int, int], heads: tuple[int, int], normalise: bool, amd: bool
 ) -> Tile:
-    """Tiles that keep within the registers of sm_80, sm_90 and gfx942: float32 factors take twice the room.
+    """Tiles that fit the registers of sm_80, sm_90 and gfx942: float32 factors take twice the space.
 
     float32 goes through NVIDIA's tensor cores as three products of tf32, which keep its precision; AMD's take float32.
     """
@@ -199,12 +198,12 @@ def _sizes(
 
 
 def _narrow(tile: Tile) -> Tile:
-    """For the walks over chunks, whose rows and columns are independent: smaller tiles, more programs."""
+    """Smaller tiles and more programs, for the loops over chunks, whose rows and columns are independent."""
     return tile._replace(key_block=min(tile.key_block, 64))
 
 
 def _split(tile: Tile) -> Tile:
-    """For the gradient of v, which holds k, q and a memory at once."""
+    """Smaller tiles for the gradient of v, whose kernel holds k, q and a memory at once."""
     return tile._replace(value_block=16) if tile.key_block > 64 else tile
 
 
@@ -217,7 +216,7 @@ def _warps(kernel: Any, tile: Tile) -> int:
 
 
 def aot_cases() -> list[SimpleNamespace]:
-    """What a training step and decoding launch; the ahead-of-time test compiles it."""
+    """All launches of a training step and of decoding; the ahead-of-time test compiles them."""
     cases: list[SimpleNamespace] = []
     for target in ("sm_80", "sm_90", "gfx942"):
         for name, dtype, head_dim in (

@@ -1,9 +1,9 @@
-"""How chunks are cut, and how much of an earlier token each later one still sees.
+"""How tokens are cut into chunks, and the weight of each earlier token for each later one.
 
-With a decay g per kv head, inside a chunk a key of distance d weighs g^d, the memory at the chunk's start weighs
-g^(t+1) for its t-th query, and a key of age a at the chunk's end enters the memory with g^a. All exponents are at
-least 0, so nothing overflows, and g = 0 is allowed; the slopes d/dg are d * g^(d-1). A document's start cuts weights to
-zero, and padding (which is zero) neither ages nor decays anything.
+With a decay g per kv head, inside a chunk a key at distance d has weight g^d, the memory at the chunk's start has
+weight g^(t+1) for the chunk's t-th query, and a key of age a at the chunk's end enters the memory with weight g^a. All
+exponents are at least 0, so nothing overflows, and g = 0 is allowed; the slopes d/dg are d * g^(d-1). Weights across a
+document's start are zero, and padding (which is zero) does not decay anything.
 """
 
 from collections.abc import Iterator
@@ -20,15 +20,15 @@ CHUNK = 64
 BLOCK_BYTES = 1 << 20
 """Bytes of a block's q: with k, v, scores and memories it stays in the cache."""
 LEAST_CHUNKS = 4
-"""Chunks in a block at least, so that the memories kept for the backward stay small beside q, k and v."""
+"""Fewest chunks in a block, so that the memories kept for the backward stay small beside q, k and v."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the chunks of one block. Shapes broadcast to [B, K, chunks, ...]; None: all ones.
+    """Weights of the chunks of one block. Shapes broadcast to [B, K, chunks, ...]; None: all ones.
 
-    inside: [1, K or 1, 1, 1, C, C], causal; hidden: bool [B, 1, chunks, 1, C, C], other documents;
-    carry: [.., G or 1, C, 1]; age: [.., C, 1]; kept: [.., 1, 1]; slopes: the first, carry, age and kept by the decay.
+    inside: [1, K or 1, 1, 1, C, C], causal; hidden: bool [B, 1, chunks, 1, C, C], other documents; carry: [.., G or 1,
+    C, 1]; age: [.., C, 1]; kept: [.., 1, 1]; slopes: derivatives of inside, carry, age and kept by the decay.
     """
 
     chunk: int
@@ -40,7 +40,7 @@ class Weights:
     slopes: tuple[Tensor, Tensor, Tensor, Tensor] | None
 
     def inside_(self, scores: Tensor) -> Tensor:
-        """Weighs [B, K, chunks, G * C, C] in place."""
+        """Multiplies scores [B, K, chunks, G * C, C] by their weights, in place."""
         by_head = scores.unflatten(3, (-1, self.chunk))
         if self.inside is None:
             by_head.tril_()
@@ -51,17 +51,17 @@ class Weights:
         return scores
 
     def carried(self, x: Tensor) -> Tensor:
-        """Rows [B, K, chunks, G * C, H] as the memory at the chunk's start reaches them."""
+        """Rows [B, K, chunks, G * C, H], weighted for products with the memory at the chunk's start."""
         if self.carry is None:
             return x
         return (x.unflatten(3, (-1, self.chunk)) * self.carry).flatten(3, 4)
 
     def aged(self, x: Tensor) -> Tensor:
-        """Rows [B, K, chunks, C, H] as they enter the memory at the chunk's end."""
+        """Rows [B, K, chunks, C, H], weighted as they enter the memory at the chunk's end."""
         return x if self.age is None else x * self.age
 
     def add_slopes_(self, ddecay_K: Tensor, inside: Tensor, carry: Tensor, age: Tensor, kept: Tensor) -> None:
-        """Adds the decay's gradient, given each weight's gradient before it is summed over what shares the weight."""
+        """Adds the decay's gradient, given each weight's gradient before it is summed over elements that share it."""
         assert self.slopes is not None
         inside = inside.unflatten(3, (-1, self.chunk))
         if self.hidden is not None:
@@ -78,7 +78,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Work:
-    """One call: its sizes, and what weights depend on."""
+    """One call: its sizes, and the inputs that weights depend on."""
 
     batch: int
     kv_heads: int
@@ -187,7 +187,7 @@ class Work:
 
 
 def chunks_of(x_BNTH: Tensor, work: Work, start: int, padding: float = 0.0) -> Tensor:
-    """A block [B, N, t, H] as [B, K, chunks, G * C, H], contiguous; what is no real token becomes `padding`."""
+    """A block [B, N, t, H] as [B, K, chunks, G * C, H], contiguous; positions without a real token become `padding`."""
     batch, heads, tokens, width = x_BNTH.shape
     x = work.masked(x_BNTH.to(work.dtype), start, padding)
     missing = -tokens % work.chunk

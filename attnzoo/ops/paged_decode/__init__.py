@@ -1,9 +1,9 @@
-"""Attention of one or a few queries over a compressed cache: a prefix with thinner keys and a tail of whole ones.
+"""Attention of one or a few queries over a compressed cache: a prefix whose entries may lack channels, and a tail.
 
 o_i = sum_j softmax_j(q_i[c] . k_j[c] / sqrt(H) + bias_ij + log p_j) v_j over both segments in one softmax, where c are
-the channels that the segment of j keeps and the scale keeps the full H (ThinK, Xu et al., arXiv 2407.21018, section
-3.3); log p_j: a merged entry weighs as the p_j tokens it stands for (KeepKV, arXiv 2504.09936). bias_ij carries
-the relative terms of relative attention, which are those of the logical positions and know no pruned channels.
+the channels that the segment of j keeps and the scale uses the full H (ThinK, Xu et al., arXiv 2407.21018, section
+3.3); with log p_j, a merged entry counts as the p_j tokens it stands for (KeepKV, arXiv 2504.09936). bias_ij holds the
+terms of relative attention, which depend on logical positions and use all channels.
 """
 
 from torch import Tensor
@@ -33,10 +33,10 @@ def paged_decode(
 ) -> Decoded:
     """Attends to every entry at a position in 0..query position; S runs over the slots of the prefix, then the tail's.
 
-    bias_BNTS: added to the logits, already scaled. probe_BKC: one more row a kv head (in the prefix's channels) that
-    meets the prefix's keys while they are read: `Decoded.dots_BKP`. accumulated_attention: also
-    `Decoded.accumulated_BKS`. A query that sees no entry gets an undefined row. No gradients. Raises ValueError when
-    shapes do not fit, for a probe without a prefix, or for an `impl` that is unknown or cannot run here.
+    bias_BNTS: added to the logits, already scaled. probe_BKC: one more row per kv head (in the prefix's channels),
+    whose products with the prefix's keys are `Decoded.dots_BKP`. accumulated_attention: also `Decoded.accumulated_BKS`.
+    A query that sees no entry gets an undefined row. No gradients. Raises ValueError when shapes do not fit, for a
+    probe without a prefix, or for an `impl` that is unknown or cannot run here.
     """
     _check(q_BNTH, prefix, tail, query_positions_BT, bias_BNTS, probe_BKC)
     run = choose("paged_decode", impl, IMPLEMENTATIONS, q_BNTH)

@@ -10,7 +10,7 @@ INDEX, SUM = 8, 4
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentSizes:
-    """slots: entries a kv head that are held (empty slots are skipped). key_dim and value_dim: channels stored;
+    """slots: entries held per kv head (empty slots are skipped). key_dim and value_dim: channels stored;
     position_heads: 1 where kv heads hold the same entries, else their number."""
 
     slots: int
@@ -25,7 +25,7 @@ class SegmentSizes:
 @dataclass(frozen=True, kw_only=True)
 class DecodeSizes:
     """width, bias_width: bytes of an element of keys and of the bias (0: no bias). probe_dim: channels of the probe,
-    which meets the first segment (0: none). Of `scratch_bytes` nothing is counted."""
+    which is multiplied with the keys of the first segment (0: none). `scratch_bytes` are not counted."""
 
     batch: int
     tokens: int
@@ -56,7 +56,7 @@ def decode_cost(sizes: DecodeSizes) -> OpCost:
 
 
 def _segment_bytes(part: SegmentSizes, kv_heads: int, width: int) -> int:
-    """Of one sequence."""
+    """Bytes of a segment of one sequence."""
     entry = (part.key_dim + part.value_dim) * width + (SUM if part.merge_counts else 0)
     index = part.key_dim * int(part.channels) + part.value_dim * int(part.value_channels)
     return kv_heads * (part.slots * entry + index * INDEX) + part.position_heads * part.slots * INDEX
@@ -65,8 +65,8 @@ def _segment_bytes(part: SegmentSizes, kv_heads: int, width: int) -> int:
 def scratch_bytes(
     *, batch: int, tokens: int, heads: int, head_dim: int, splits: int, slots: int, accumulated_attention: bool = False
 ) -> int:
-    """What the kernels keep between their launches, each byte written and read once: partial results of `splits` parts
-    of the context with the logs of their sums, and where the accumulated attention of keys is asked for the scores of
-    all `slots` and one sum a query."""
+    """Bytes that the kernels keep between their launches, each written and read once: partial results of `splits` parts
+    of the context with the logs of their sums; with accumulated_attention the scores of all `slots` and a sum per
+    query."""
     rows = batch * heads * tokens
     return SUM * rows * (splits * (head_dim + 1) + (slots + 1 if accumulated_attention else 0))

@@ -1,4 +1,4 @@
-"""Keys and values at logical positions: what attention over a compressed cache reads, and what it gives."""
+"""Keys and values at logical positions, which `paged_decode` reads, and its results."""
 
 from dataclasses import dataclass, replace
 
@@ -29,7 +29,7 @@ class Entries:
         return self.keys_BKSC.shape[2]
 
     def placed(self) -> "Entries":
-        """With positions: 0, which every query sees, where there were none."""
+        """The entries with positions; where there were none, all are 0, which every query sees."""
         if self.positions_BKS is not None:
             return self
         keys = self.keys_BKSC

@@ -2,8 +2,8 @@
 attention of keys.
 
 A program takes the query heads of one kv head as the rows of its tiles (row l is query l mod T of head l div T), so
-that a key is read once. Scores are powers of two. Splitting the context follows Flash-Decoding (Dao et al. 2023): a
-partial result is normalised and carries the log of its sum; how slots are shared out changes rounding only.
+that a key is read once. Scores are logs to the base 2. Splitting the context follows Flash-Decoding (Dao et al. 2023):
+a partial result is normalised and carries the log of its sum; how slots are divided changes rounding only.
 """
 
 from typing import Any, NamedTuple
@@ -56,8 +56,8 @@ class Queries(NamedTuple):
 
 
 class Partial(NamedTuple):
-    """Of every split: out [B, K, splits, L, H], log2 of its sum [B, K, splits, L]. scores [B, K, L, S] or None, dots
-    [B, K, P] or None. All float32."""
+    """Partial results of every split: out [B, K, splits, L, H], log2 of its sum [B, K, splits, L]. scores [B, K, L, S]
+    or None, dots [B, K, P] or None. All float32."""
 
     out: Any
     log_sums: Any
@@ -91,7 +91,7 @@ def _product(a, b, tile):
 
 @triton.jit
 def _load_rows(queries, channels, row, b, k, width, tile, PROBED: tl.constexpr, WIDE: tl.constexpr):
-    """Rows of the kv head in the channels of a segment; the row after the last one is the probe."""
+    """Query rows of the kv head in the channels of a segment; the row after the last one is the probe."""
     column = tl.arange(0, WIDE)
     inside = column < width
     channel = column
@@ -109,7 +109,7 @@ def _load_rows(queries, channels, row, b, k, width, tile, PROBED: tl.constexpr, 
 
 @triton.jit
 def _addresses(segment, b, k, slot, inside):
-    """Where the keys and the values of slots begin."""
+    """Addresses of the keys and the values of slots."""
     holder, entry = b, slot.to(tl.int64)
     if segment.pages is not None:
         pages = segment.pages + b * tl.cdiv(segment.slots, segment.page)
@@ -122,7 +122,7 @@ def _addresses(segment, b, k, slot, inside):
 
 @triton.jit
 def _added(queries, segment, b, k, head, token, slot, first_slot, real, held):
-    """Bias and log merge counts, in powers of two; 0 without either."""
+    """Bias and log merge counts, as logs to the base 2; 0 without either."""
     added = 0.0
     if queries.bias is not None:
         bias_at = b * queries.bias_batch + head * queries.bias_head + token * queries.bias_time + first_slot
@@ -160,8 +160,8 @@ def _segment(
         positions = tl.load(position_at + slot, mask=inside, other=-1)
         held = (positions >= 0) & (positions <= latest)
         keys_at, values_at = _addresses(segment, b, k, slot, inside)
-        # A weight of 0 does not silence a NaN: what is not held is not read. Dots are of whatever lies there, but a
-        # page need not be there.
+        # A weight of 0 does not remove a NaN, so empty slots are not read. A probe reads all slots, except with pages,
+        # of which some may be missing.
         wanted = inside if PROBED and segment.pages is None else held
         key_mask = wanted[:, None] & (key_column < KEY_DIM)
         key = tl.load(keys_at[:, None] + key_column, mask=key_mask, other=0.0)

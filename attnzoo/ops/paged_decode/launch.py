@@ -273,7 +273,7 @@ def _tile(q_BNTH: Tensor, prefix: Entries | None, kv_heads: int, probed: bool) -
 
 
 def _wide(width: int) -> int:
-    """The least that a product of tensor cores takes, or the power of two that holds it."""
+    """The smallest power of two that holds it, at least the smallest size of a product on tensor cores."""
     return max(16, int(triton.next_power_of_2(width)))
 
 

@@ -1,4 +1,4 @@
-"""One query at a time over keys put back to full width: what is right."""
+"""One query at a time over keys in full width: defines the result."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from attnzoo.types import accumulation_dtype
 
 
 def widened(x_BKSC: Tensor, channels_BKC: Tensor | None, width: int) -> Tensor:
-    """Full-width rows with zeros in the channels that were left out."""
+    """Rows of full width, with zeros in the channels that are not stored."""
     if channels_BKC is None:
         return x_BKSC
     out = x_BKSC.new_zeros(*x_BKSC.shape[:3], width)

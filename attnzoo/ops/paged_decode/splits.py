@@ -1,11 +1,11 @@
-"""How the slots of a compressed cache are shared out over programs, in integers."""
+"""How the slots of a compressed cache are divided among the programs of a kernel."""
 
 from dataclasses import dataclass
 
 PROGRAMS = 4
-"""Programs a multiprocessor that are worth having: fewer leave its memory pipes empty while one waits."""
+"""Useful number of programs per multiprocessor: with fewer, its memory pipes are empty while one waits."""
 LEAST_BLOCKS = 2
-"""Blocks of slots a program: below, what is written for the combination is no longer small beside what is read."""
+"""Fewest blocks of slots per program: with fewer, the partial results are no longer small beside the data read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Splits:
 
 
 def plan_splits(prefix: int, tail: int, *, rows: int, multiprocessors: int, least: int = LEAST_BLOCKS) -> Splits:
-    """`prefix`, `tail`: blocks of slots; `rows`: groups of programs there are anyway (sequences, kv heads, queries)."""
+    """prefix, tail: numbers of blocks of slots. rows: groups of programs in any case (sequences, kv heads, queries)."""
     wanted = -(-(prefix + tail) * rows // (PROGRAMS * multiprocessors))
     blocks = max(least, wanted)
     return Splits(blocks=blocks, prefix=-(-prefix // blocks), tail=-(-tail // blocks))

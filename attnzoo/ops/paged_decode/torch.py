@@ -63,7 +63,7 @@ def paged_decode_torch(
 
 
 def _terms(part: Entries, query_positions_BT: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What is added to scores_BKGTS: the logs of merge counts, -inf for what a query may not see."""
+    """The terms added to scores_BKGTS: logs of merge counts, and -inf for entries that a query may not see."""
     added = None if part.log_counts_BKS is None else part.log_counts_BKS[:, :, None, None]
     if part.positions_BKS is None:
         return added
@@ -75,9 +75,9 @@ def _terms(part: Entries, query_positions_BT: Tensor, dtype: torch.dtype) -> Ten
 
 
 def _softmax(scores: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
-    """One softmax over the last axis of all parts, not yet scaled: (weights, scale) whose products are it.
+    """One softmax over the last axis of all parts together, as (weights, scale): the softmax is weights * scale.
 
-    The parts stay apart: side by side they would have to be copied, and their rows would begin anywhere.
+    The parts are not concatenated, which would copy them into rows without alignment.
     """
     peak = reduce(torch.maximum, [part.amax(-1, keepdim=True) for part in scores if part.shape[-1]])
     weights = [without_negligible((part - peak).exp_()) for part in scores]

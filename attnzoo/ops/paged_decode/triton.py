@@ -1,8 +1,8 @@
 """Decode attention over a compressed cache on a GPU, its context split over programs (Flash-Decoding).
 
 Two launches, and a third for the accumulated attention of keys: partial results of ranges of slots, their combination,
-and weights from the scores that the first one left (4 bytes a query head and slot, where reading the keys again would
-take H elements). No atomics: a run is repeatable bit by bit.
+and weights from the scores that the first one stored (4 bytes per query head and slot; reading the keys again would
+take H elements). Without atomics: runs agree bit for bit.
 """
 
 from collections.abc import Iterator
@@ -31,8 +31,8 @@ def paged_decode_triton(
 ) -> Decoded:
     """As `paged_decode`, with entries in contiguous rows or in `pages` of a pool.
 
-    `splits`: (slots of a block, a power of two and at least 16; blocks of a program), instead of what the sizes ask
-    for: tests on tiny shapes use it. A query that sees no entry gets zeros. Raises ValueError for what the kernels
+    `splits`: (slots of a block, a power of two and at least 16; blocks of a program), instead of those chosen by the
+    sizes: tests on tiny shapes use it. A query that sees no entry gets zeros. Raises ValueError for what the kernels
     cannot do: other dtypes, heads wider than 256, gradients, tables that do not fit.
     """
     segments = [] if prefix is None else [("prefix", prefix)]
@@ -55,7 +55,7 @@ def paged_decode_triton(
 
 
 def aot_cases() -> list[Launch]:
-    """Every launch of a step with all that it may carry, and of the plainest, on meta tensors."""
+    """Every launch of a step, with all options and with none, on meta tensors."""
     cases: list[Launch] = []
     for gpu in ARCHITECTURES:
         for dtype, head_dim, width in (
@@ -74,7 +74,7 @@ def aot_cases() -> list[Launch]:
 
 
 def _case(dtype: torch.dtype, head_dim: int, width: int, tokens: int, gpu: str) -> Iterator[Launch]:
-    """Thinner keys come with all options and pages, whole ones with none."""
+    """The launches of one size: pruned keys come with all options and pages, whole keys with none."""
 
     def meta(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=kind, device="meta")

@@ -1,7 +1,7 @@
 """Sizes of tiles for each kernel and kind of GPU, found by compiling ahead of time: the largest that do not spill.
 
-tests/unit/test_triton_aot.py compiles what stands here. No speed was measured, for want of a GPU: where several sizes
-fit, the one with fewer registers was taken. float32 heads wider than 128 spill on NVIDIA at any size.
+tests/unit/test_triton_aot.py compiles these sizes. No speed was measured, for want of a GPU: where several sizes fit,
+the one with fewer registers was taken. float32 heads wider than 128 spill on NVIDIA at any size.
 """
 
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ _TILINGS: dict[tuple[int, int, bool, str], tuple[tuple[int, int, int], ...]] = {
 
 
 def tiling(kernel: str, dtype: torch.dtype, head_dim: int, with_table: bool, architecture: str) -> Tiling:
-    """The tiles of one kernel; head_dim up to 256. Where nothing is said for no table, what holds with one is used."""
+    """The tiles of one kernel; head_dim up to 256. Without a table, sizes with one are used where none are listed."""
     width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
     if kernel not in KERNELS:
         block, num_warps, num_stages = (32, 4, 1) if width == 256 else (64, 4, 2)

@@ -22,7 +22,7 @@ def ridge_queries(
     starts_BT: Tensor | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(solved_BNTH, gram_BKHH after the chunk), both in at least float32; `ridge_K` positive, one a kv head.
+    """(solved_BNTH, gram_BKHH after the chunk), both in at least float32. ridge_K: positive, one per kv head.
 
     `gram_BKHH`: the sum before the chunk, None: zeros. `counts_B`, `starts_BT`: as in `linear_attention`; padding may
     hold anything and gives zeros. Raises ValueError when shapes do not fit or `impl` is not "auto", "reference" or
@@ -32,7 +32,7 @@ def ridge_queries(
     if len(q) != 4 or len(k) != 4 or q[0] != k[0] or q[2:] != k[2:] or q[1] % k[1] or ridge_K.shape != k[1:2]:
         raise ValueError(
             f"q={q}, k={k}, ridge={tuple(ridge_K.shape)} do not fit: [batch, heads, time, head_dim] must agree but for "
-            "heads, query heads be a multiple of kv heads, and ridge hold one number a kv head"
+            "heads, query heads be a multiple of kv heads, and ridge hold one number per kv head"
         )
     if gram_BKHH is not None and gram_BKHH.shape != (q[0], k[1], q[3], q[3]):
         raise ValueError(f"gram {tuple(gram_BKHH.shape)} must be {(q[0], k[1], q[3], q[3])}")

@@ -1,4 +1,4 @@
-"""One solve a token, against a sum made anew: what is right."""
+"""One solve per token, with its sum computed from the start: defines the result."""
 
 import torch
 from torch import Tensor

@@ -1,9 +1,9 @@
 """Blocks of tokens: all running sums of a block at once, then one batched Cholesky factorisation.
 
 Solving against sums, rather than updating an inverse by Sherman and Morrison's formula, keeps the state a plain sum
-(empty: zeros, as every state's) and its errors from adding up; it costs H^3 / 3 a token where the update costs H^2,
-and no loop over tokens. With documents a prefix sum that restarts is made by doubling, without subtracting sums,
-which would cancel.
+(zeros when empty, as in every state) and keeps errors from adding up. It costs H^3 / 3 per token where the update costs
+H^2, but needs no loop over tokens. With documents, prefix sums that restart are made by doubling; subtraction would
+cancel digits.
 """
 
 import torch

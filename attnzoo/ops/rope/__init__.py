@@ -15,7 +15,7 @@ def rope(
     scaling: RopeScaling | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, ...]:
-    """Rotates channel pair (c, c + H/2) of every x_BTNH by positions_BT * theta^(-2c/H), frequencies stretched by
+    """Rotates channel pair (c, c + H/2) of every x_BTNH by positions_BT * theta^(-2c/H), frequencies changed by
     `scaling`; tensors given together share their angles.
 
     Returns tensors of the same shapes and dtypes. Raises ValueError when H is odd or differs, or `impl` is unknown.

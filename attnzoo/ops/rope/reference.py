@@ -1,4 +1,4 @@
-"""Every pair as a complex number, turned on its own: what is right."""
+"""Rotates every pair of channels as a complex number, one by one: defines the result."""
 
 import math
 from collections.abc import Sequence

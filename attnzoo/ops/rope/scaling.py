@@ -1,4 +1,4 @@
-"""Rotary frequencies stretched for contexts longer than those first trained."""
+"""Rotary frequencies scaled for contexts longer than in the first training."""
 
 import math
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ class RopeScaling:
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | None) -> "RopeScaling | None":
-        """From a configuration's mapping. Raises ValueError for what it does not know."""
+        """Reads a configuration's mapping. Raises ValueError naming an unknown field."""
         return None if values is None else build_config(cls, values, "rope_scaling")
 
 

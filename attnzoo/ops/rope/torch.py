@@ -22,7 +22,7 @@ def rope_torch(
 def _waves(
     positions_BT: Tensor, half: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """sin_BT1H and cos_BT1H of `half` angles a position, for both channels of a pair: the first's sine is negative."""
+    """sin_BT1H and cos_BT1H of `half` angles per position, for both channels of a pair; the first's sine is negated."""
     positions_BT1 = positions_BT.to(dtype)[..., None]
     angles_BT1H = (positions_BT1 * frequencies(half, theta, scaling, like=positions_BT1))[:, :, None]
     sin, cos = angles_BT1H.sin(), angles_BT1H.cos()

@@ -1,4 +1,4 @@
-"""What torch's fused attention holds on a CPU beyond q, k, v, the output and their gradients.
+"""Bytes that torch's fused attention holds on a CPU beyond q, k, v, the output and their gradients.
 
 Its kernels (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp, torch 2.13) keep tiles of scores in the dtype of sums,
 one set for every thread.
@@ -26,6 +26,6 @@ def forward_scratch(tokens: int, head_dim: int, sum_width: int) -> int:
 
 
 def backward_scratch(batch: int, heads: int, tokens: int, sum_width: int) -> int:
-    """Bytes of the backward kernel's tiles (scores and their gradients), and of one sum a query."""
+    """Bytes of the backward kernel's tiles (scores and their gradients), and of one sum per query."""
     tile = 2 * _query_tile(tokens) * min(KEY_TILE, tokens)
     return torch.get_num_threads() * tile * sum_width + saved_sums(batch, heads, tokens, sum_width)

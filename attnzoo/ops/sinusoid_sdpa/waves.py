@@ -1,7 +1,7 @@
 """Sines and cosines of positions: r_n = [sin(n w) ; cos(n w)], w_t = 10000^(-2t/D) (arXiv 1901.02860, section 3.3).
 
-Angles are taken in float64: in half precision a position of a few thousand has no phase left. Tables are constants that
-all layers and steps share, kept in the longest size asked for so far: do not write into them.
+Angles are taken in float64: half precision cannot represent the phase of a position of a few thousand. Tables are
+constants that all layers and steps share, kept in the largest size requested so far: do not write into them.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 STRIDE = 64
-"""Positions between two of the coarse angles of `turns`."""
+"""Distance in positions between two rows of `turns`."""
 
 _TABLES: dict[tuple[str, int, torch.device, torch.dtype], Tensor] = {}
 
