@@ -11,7 +11,7 @@ TEXT ?= stdlib
 # Tests share cores, one thread each; contiguous halves keep what a file's tests share in one process.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: help install demo train compare serve quick test slow check docs release format clean
+.PHONY: help install demo train compare serve quick test coverage slow check docs release format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -39,6 +39,10 @@ quick: install  ## a sample of the suite, without DeepSpeed and Ray (under 90 se
 
 test: install  ## the whole suite but the slow ones; prints the 20 slowest
 	$(PYTEST) --durations=20
+
+coverage: install  ## the lines that the quick suite runs, per package; no thresholds
+	$(PYTEST) --quick -q --no-header --cov --cov-report=json:.cache/coverage.json
+	$(BIN)/python -m scripts.coverage_table .cache/coverage.json
 
 slow: install  ## the slow suites: all ZeRO stages, soak
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

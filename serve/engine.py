@@ -19,13 +19,13 @@ from serve.caches import CacheRules
 from serve.config import EngineConfig
 from serve.faults import DeviceError, SharedError, log
 from serve.loading import load_parts, max_model_len
-from serve.metrics import Metrics
-from serve.pace import Pace
+from serve.metrics import ServerMetrics
+from serve.pace import PromptPace
 from serve.pool import compiled_step
 from serve.prompts import Prompt, check_prompt, read_prompts, whole
 from serve.request import (
     CacheMemoryError,
-    Completion,
+    CompletionOutput,
     ContextLengthError,
     Delta,
     FinishReason,
@@ -72,8 +72,8 @@ class Engine:
         if config.compile_decode and not choice.exact:
             steps[choice] = compiled_step(self.model, choice.build(), config.max_num_seqs, self.max_model_len)
         self.runner = Runner(self.model, rows, self.max_model_len, config.compile_decode, steps)
-        self.metrics = Metrics()
-        self.pace = Pace(None if config.itl_target_ms is None else config.itl_target_ms / 1000)
+        self.metrics = ServerMetrics()
+        self.pace = PromptPace(None if config.itl_target_ms is None else config.itl_target_ms / 1000)
         self._requests: dict[str, Request] = {}
         self._unread: list[Delta] = []
         """News that the next step hands over: of requests that `generate` or an interrupted step came by."""
@@ -271,7 +271,7 @@ class Engine:
         prompts: Sequence[Prompt],
         params: SamplingParams,
         cache: Mapping[str, Any] | None = None,
-    ) -> list[Completion]:
+    ) -> list[CompletionOutput]:
         """Completes all prompts (text or token ids) and waits for them; more than the queue holds is fine. `cache` as
         in `choose_cache`.
 
@@ -284,7 +284,7 @@ class Engine:
             self.check(prompt, params, choice)
         call = next(self._ids)
         indices = {f"generate-{call}-{index}": index for index in range(len(pending))}
-        done: dict[str, Completion] = {}
+        done: dict[str, CompletionOutput] = {}
         try:
             self._complete(dict(zip(indices, pending, strict=True)), params, choice, done)
         finally:
@@ -294,7 +294,11 @@ class Engine:
         return [done[request_id] for request_id in indices]
 
     def _complete(
-        self, prompts: dict[str, list[int]], params: SamplingParams, cache: CacheChoice, done: dict[str, Completion]
+        self,
+        prompts: dict[str, list[int]],
+        params: SamplingParams,
+        cache: CacheChoice,
+        done: dict[str, CompletionOutput],
     ) -> None:
         """Runs until all prompts are done; news of other requests stays unread."""
         todo = list(prompts.items())[::-1]
@@ -313,7 +317,7 @@ class Engine:
                     parts[delta.request_id].append(delta)
                     if delta.finish_reason is not None:
                         tokens = running[delta.request_id].generated
-                        done[delta.request_id] = Completion.of(parts[delta.request_id], tokens)
+                        done[delta.request_id] = CompletionOutput.of(parts[delta.request_id], tokens)
         finally:
             self._unread = others + self._unread
 

@@ -10,7 +10,7 @@ WEIGHT = 0.5
 """Of the newest measurement."""
 
 
-class Pace:
+class PromptPace:
     """Prompt tokens that keep a step within about `target_s`, None: no bound.
 
     The answer is a power of two, so that one and the same load is cut into the same chunks.

@@ -143,7 +143,7 @@ def failed(request: Request, failure: BaseException) -> Delta:
 
 
 @dataclass(frozen=True)
-class Completion:
+class CompletionOutput:
     """A finished request, for callers without a stream."""
 
     text: str
@@ -153,7 +153,7 @@ class Completion:
     last: Delta
 
     @classmethod
-    def of(cls, parts: list[Delta], tokens: list[int]) -> "Completion":
+    def of(cls, parts: list[Delta], tokens: list[int]) -> "CompletionOutput":
         """From all news of a request."""
         last = parts[-1]
         assert last.finish_reason is not None

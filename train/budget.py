@@ -10,7 +10,7 @@ from train.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
+class MeasuredPace:
     """Seconds measured so far.
 
     steps: of each step. one_pass: the median pass of the first evaluation; 0 where there was none. first_evaluation:
@@ -56,7 +56,7 @@ class Budget:
         return asdict(self)
 
 
-def plan_steps(options: TrainConfig, warmup: int, pace: Pace, evaluations: Evaluations) -> Budget:
+def plan_steps(options: TrainConfig, warmup: int, pace: MeasuredPace, evaluations: Evaluations) -> Budget:
     """The number of steps for `options.max_minutes`, once `pace.steps` are done.
 
     What has passed counts as it was, however slow: the compilation in the first step, the first evaluation. What is

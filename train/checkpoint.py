@@ -40,7 +40,7 @@ LATEST = "latest"
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """What a run needs besides weights and optimizer state to go on as if nothing had happened.
 
     skipped: steps without an update so far, because something in them was not finite. pass_seconds: the median pass of
@@ -142,7 +142,7 @@ class Checkpoints:
         """The name of the newest checkpoint, for messages."""
         return next((path.name for path in reversed(steps_in(self.directory))), None)
 
-    def save(self, engine: TrainingEngine, progress: Progress) -> Path:
+    def save(self, engine: TrainingEngine, progress: TrainingProgress) -> Path:
         """Writes a checkpoint (all ranks), makes it the latest, and deletes the oldest beyond `keep`.
 
         Raises TrainingError when something in it is not finite, or cannot be written.
@@ -164,7 +164,7 @@ class Checkpoints:
         engine.barrier()
         return final
 
-    def _write(self, engine: TrainingEngine, progress: Progress, temporary: Path) -> None:
+    def _write(self, engine: TrainingEngine, progress: TrainingProgress, temporary: Path) -> None:
         if engine.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -209,12 +209,12 @@ class Checkpoints:
 
         return decide(other)
 
-    def load(self, engine: TrainingEngine, path: Path) -> Progress:
+    def load(self, engine: TrainingEngine, path: Path) -> TrainingProgress:
         """Restores weights, optimizer and random states (all ranks); returns where the run was."""
         content = agree(lambda: self.read(path))
         engine.load(path)
         set_random_state(load_file(str(path / f"random-{engine.rank}.safetensors")))
-        return Progress(**content["progress"])
+        return TrainingProgress(**content["progress"])
 
     def read(self, path: Path) -> dict[str, Any]:
         """state.json, checked against this run. Raises ValueError that names what differs and the way out."""

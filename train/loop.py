@@ -11,15 +11,15 @@ from typing import Any
 from tqdm import tqdm
 
 from attnzoo.tokenizer import Tokenizer
-from train.budget import Evaluations, Pace, plan_steps
-from train.checkpoint import Checkpoints, Progress
+from train.budget import Evaluations, MeasuredPace, plan_steps
+from train.checkpoint import Checkpoints, TrainingProgress
 from train.config import Config
 from train.data import IGNORED, TrainingData
 from train.engine import TrainingEngine
 from train.evaluate import UNMEASURED, Validation, passes, samples, validate
 from train.failures import FAILED, AgreedError
 from train.limits import MEASURED_STEPS
-from train.metrics import Metrics, peak_flops, peak_memory_mib
+from train.metrics import MetricsWriter, peak_flops, peak_memory_mib
 from train.ranks import decide
 from train.schedule import rate
 from train.stop import Launcher, StopRequest
@@ -39,8 +39,8 @@ class TrainingRun:
     data: TrainingData
     tokenizer: Tokenizer
     checkpoints: Checkpoints
-    progress: Progress
-    metrics: Metrics | None
+    progress: TrainingProgress
+    metrics: MetricsWriter | None
     parameters: int
     flops_per_step: int
     watchdog: Watchdog
@@ -228,7 +228,7 @@ def fix_total_steps(run: TrainingRun) -> None:
         last_passes=passes(blocks, size, engine.world),
         share=share,
     )
-    pace = Pace(
+    pace = MeasuredPace(
         steps=progress.step_seconds,
         one_pass=progress.pass_seconds,
         first_evaluation=progress.evaluation_seconds,

@@ -40,7 +40,7 @@ from attnzoo.types import build_config
 from train import engine as engines
 from train import ranks, run_directory
 from train.budget import check_same_budget
-from train.checkpoint import Checkpoints, Progress, find_resume, identity
+from train.checkpoint import Checkpoints, TrainingProgress, find_resume, identity
 from train.checks import check_batches, check_length, check_run
 from train.config import Config
 from train.config_reader import load_config
@@ -52,7 +52,7 @@ from train.failures import report
 from train.limits import MEASURED_STEPS
 from train.loop import STOP_AT_STEP, TrainingRun, train
 from train.lora import add_adapters
-from train.metrics import Metrics, check_wandb, read_metrics
+from train.metrics import MetricsWriter, check_wandb, read_metrics
 from train.plan import describe
 from train.plot import plot_losses
 from train.stop import Launcher, find_launcher
@@ -134,7 +134,7 @@ def _begin(
     engine.check_finite("training cannot begin with it; look at checkpoint.init_from and at model.init_std")
     metrics = None
     if engine.rank == 0:
-        metrics = Metrics(config, progress.step)
+        metrics = MetricsWriter(config, progress.step)
         write_atomic(config.run_path / "config.yaml", config.to_yaml().encode())
     return TrainingRun(
         config, engine, data, tokenizer, checkpoints, progress, metrics, parameters, flops, watchdog
@@ -181,7 +181,7 @@ def _model_config(config: Config, vocab_size: int) -> DecoderConfig:
 
 def _resume(
     config: Config, engine: TrainingEngine, checkpoints: Checkpoints, data: TrainingData
-) -> tuple[Progress, bool]:
+) -> tuple[TrainingProgress, bool]:
     """Where the run stands, and whether that came from a checkpoint."""
     options = config.checkpoint
     path = ranks.decide(lambda: find_resume(checkpoints, options.resume, options.fallback))
@@ -189,7 +189,7 @@ def _resume(
         _seed(config.seed + 1 + engine.rank)
         steps = config.train.steps
         decided = config.train.max_minutes is None or (steps is not None and steps <= MEASURED_STEPS)
-        return Progress(total_steps=steps if decided else None, data=data.train.state()), False
+        return TrainingProgress(total_steps=steps if decided else None, data=data.train.state()), False
     path = checkpoints.choose(path, engine, options.fallback)
     progress = checkpoints.load(engine, path)
     ranks.agree(lambda: check_same_budget(config.train, progress.budget))

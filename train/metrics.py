@@ -43,7 +43,7 @@ def peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-class Metrics:
+class MetricsWriter:
     """Writers of rank 0. `write` takes one record; files are cut back to `step` when a run resumes there."""
 
     def __init__(self, config: Config, step: int) -> None:

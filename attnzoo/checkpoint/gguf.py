@@ -44,7 +44,7 @@ LLAMA3_FACTORS = (8.0, 32.0)
 
 
 @dataclass(frozen=True)
-class _Fields:
+class _ModelFields:
     """The metadata under "llama.", with errors that name file and field."""
 
     file: GGUFFile
@@ -107,7 +107,7 @@ def _config(file: GGUFFile) -> DecoderConfig:
     architecture = file.metadata.get("general.architecture")
     if architecture != "llama":
         raise ValueError(f"{file.path}: general.architecture={architecture!r} is not supported; known: llama")
-    fields = _Fields(file)
+    fields = _ModelFields(file)
     for name, neutral in UNSUPPORTED.items():
         value = file.metadata.get(f"llama.{name}", neutral)
         if value != neutral:
@@ -145,7 +145,7 @@ def _config(file: GGUFFile) -> DecoderConfig:
         raise ValueError(f"{file.path}: {error}") from None
 
 
-def _scaling(file: GGUFFile, fields: _Fields, theta: float, half: int) -> dict[str, Any] | None:
+def _scaling(file: GGUFFile, fields: _ModelFields, theta: float, half: int) -> dict[str, Any] | None:
     """Options of `RopeScaling`, by llama.cpp's rules; Llama 3's rule is inferred from the divisors in the file.
 
     A factor without a type is linear, and "rope.scale_linear" is its older name; 0 and 1 change nothing.

@@ -80,7 +80,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
 }
 
 
-class Parser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """Examples are printed as they are written, and every mistake is one line."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -120,7 +120,7 @@ def carry_out(
 ) -> int:
     """Parses, runs, and says what went wrong; returns the exit status. `name`: how the user calls it. `run` finds the
     whole command in options.command, for reports."""
-    parser = Parser(prog=name)
+    parser = CommandParser(prog=name)
     add_arguments(parser)
     options = parser.parse_intermixed_args(words)
     options.command = [*name.split(), *words]
@@ -159,14 +159,14 @@ def prepare_streams() -> None:
     warnings.formatwarning = say  # type: ignore[assignment]  # the last argument may be left out
 
 
-def command_tree() -> Parser:
+def command_tree() -> CommandParser:
     """One parser of all commands with their arguments, for completion and for documents."""
     parser = _overview(PROGRAM, {})
     _grow(parser, COMMANDS)
     return parser
 
 
-def _grow(parser: Parser, table: Mapping[str, Command | dict[str, Command]]) -> None:
+def _grow(parser: CommandParser, table: Mapping[str, Command | dict[str, Command]]) -> None:
     commands = parser.add_subparsers(metavar="COMMAND")
     for name, command in table.items():
         if isinstance(command, dict):
@@ -196,10 +196,10 @@ def arguments_of(command: Command) -> Callable[[argparse.ArgumentParser], None]:
     return found
 
 
-def _overview(name: str, table: Mapping[str, Command | dict[str, Command]]) -> Parser:
+def _overview(name: str, table: Mapping[str, Command | dict[str, Command]]) -> CommandParser:
     """The parser for help, --version and what is no command."""
     lines = [f"  {each:12}{_help(command)}" for each, command in table.items()]
-    parser = Parser(
+    parser = CommandParser(
         prog=name,
         usage=f"{name} COMMAND ...",
         description="\n".join(["commands:", *lines]),

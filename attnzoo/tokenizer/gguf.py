@@ -61,7 +61,7 @@ WORDS = {
 def load_gguf_tokenizer(path: Path) -> HuggingFaceTokenizer:
     """The tokenizer of a GGUF file. Raises ValueError, naming file and field, for what is missing or not supported."""
     path = Path(path)
-    fields = _Fields(read_gguf(path).metadata, path)
+    fields = _TokenizerFields(read_gguf(path).metadata, path)
     import_tokenizers()
     model = fields.get("model", str)
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
@@ -94,7 +94,7 @@ def load_gguf_tokenizer(path: Path) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(backend, settings, source=str(path))
 
 
-class _Fields:
+class _TokenizerFields:
     """The metadata under tokenizer.ggml, with errors that name file and field."""
 
     def __init__(self, metadata: dict[str, Any], path: Path) -> None:
@@ -154,7 +154,7 @@ class _Fields:
         return tokens[number]
 
 
-def _byte_level(fields: _Fields, tokens: list[str]) -> tuple["tokenizers.Tokenizer", bool]:
+def _byte_level(fields: _TokenizerFields, tokens: list[str]) -> tuple["tokenizers.Tokenizer", bool]:
     """(byte-level BPE, whether texts begin with the begin token where the file does not say)."""
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
@@ -176,7 +176,7 @@ def _byte_level(fields: _Fields, tokens: list[str]) -> tuple["tokenizers.Tokeniz
     return backend, words.add_bos
 
 
-def _sentencepiece(fields: _Fields, tokens: list[str]) -> tuple["tokenizers.Tokenizer", bool]:
+def _sentencepiece(fields: _TokenizerFields, tokens: list[str]) -> tuple["tokenizers.Tokenizer", bool]:
     """(sentencepiece BPE, True: its texts begin with the begin token where the file does not say otherwise)."""
     from tokenizers import decoders, normalizers
 
@@ -229,7 +229,7 @@ def _bpe(path: Path, tokens: list[str], merges: list[Any], **options: Any) -> "t
         return Backend(BPE(vocab=vocab, merges=merges, **options))
 
 
-def _add_special_tokens(backend: "tokenizers.Tokenizer", fields: _Fields, tokens: list[str]) -> None:
+def _add_special_tokens(backend: "tokenizers.Tokenizer", fields: _TokenizerFields, tokens: list[str]) -> None:
     from tokenizers import AddedToken
 
     kinds = fields.array("token_type", int, len(tokens))

@@ -21,7 +21,7 @@ LINGER_S = 5.0
 """How long a connection is read from, and forgotten, after a refusal: closed at once, it might lose the answer."""
 
 
-class Parser:
+class HttpParser:
     """httptools' parser, to which a wish for another protocol is none, as a server is free to take it (RFC 9110, 7.8),
     but for a WebSocket's. httptools itself takes what follows such a head, a body too, for the other protocol's: so the
     head is read once more without the wish."""
@@ -53,7 +53,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.parser = Parser(self)  # type: ignore[assignment]
+        self.parser = HttpParser(self)  # type: ignore[assignment]
         self._ignores_upgrade = False
         self._in_head, self._message_open = True, False
         self._raw_bytes = self._parsed_bytes = self._messages = self._heads = 0

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from attnzoo.models import DecoderLM
 from train import engine as engines
-from train.checkpoint import Progress
+from train.checkpoint import TrainingProgress
 from train.config import Config
 from train.config_reader import load_config
 from train.engine import TrainingEngine
@@ -130,7 +130,7 @@ def run(case: dict[str, Any], device: torch.device, out: Path) -> dict[str, Any]
     """Takes the steps of a case; its weights after each go to files."""
     config, model = build(case["overrides"], case.get("untied", False), case.get("frozen"))
     engine, data = TrainingEngine(config, model, device), Data(case.get("counts", COUNTS))
-    progress = Progress(total_steps=config.train.steps)
+    progress = TrainingProgress(total_steps=config.train.steps)
     training = TrainingRun(config, engine, data, None, None, progress, None, 1, 1, None)  # type: ignore[arg-type]
     found: dict[str, Any] = {"losses": [], "norms": [], "texts": []}
 

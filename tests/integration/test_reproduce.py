@@ -12,7 +12,7 @@ from attnzoo.report import Report
 from attnzoo.workers import JobError
 from scripts.arguments import EXPERIMENTS
 from scripts.reproduce import main
-from train.experiments.base import Experiment, ExperimentConfig, Judgement, Part
+from train.experiments.base import Experiment, ExperimentConfig, ExperimentPart, Judgement
 from train.experiments.pool import known_experiments, measure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +94,7 @@ def test_a_claim_that_does_not_hold_is_exit_status_1(monkeypatch, capsys):
         return out
 
     def experiment(answer: float) -> Experiment:
-        part = Part(lambda config, tick: {"answer": answer}, 1)
+        part = ExperimentPart(lambda config, tick: {"answer": answer}, 1)
         return Experiment("icl-gd", "Z", "", lambda config: {"part": part}, judge, lambda values, directory: [])
 
     for answer, status, shown in ((42.4, 0, "yes"), (43.0, 1, "NO")):
@@ -110,7 +110,9 @@ def test_a_part_that_fails_is_named(monkeypatch, capsys):
     def broken(config, tick):
         raise RuntimeError("the loss is nan at step 3")
 
-    experiment = Experiment("icl-gd", "Z", "", lambda c: {"odd part": Part(broken, 1)}, lambda c, v: Judgement(), None)
+    experiment = Experiment(
+        "icl-gd", "Z", "", lambda c: {"odd part": ExperimentPart(broken, 1)}, lambda c, v: Judgement(), None
+    )
     monkeypatch.setattr(scripts.reproduce, "known_experiments", lambda: {"icl-gd": experiment})
     monkeypatch.setattr("train.experiments.pool.known_experiments", lambda: {"icl-gd": experiment})
     with pytest.raises(JobError, match="icl-gd, odd part failed: RuntimeError: the loss is nan"):

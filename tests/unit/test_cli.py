@@ -17,7 +17,7 @@ from attnzoo import __version__
 from attnzoo.__main__ import main
 from attnzoo.attention import ATTENTION
 from attnzoo.checkpoint import save_model
-from attnzoo.cli import BENCHMARKS, COMMANDS, Parser, arguments_of, command_tree, prepare_streams
+from attnzoo.cli import BENCHMARKS, COMMANDS, CommandParser, arguments_of, command_tree, prepare_streams
 from attnzoo.settings import parse_words, read_mapping
 from tests.helpers import serving
 
@@ -207,7 +207,7 @@ def test_help_has_examples_that_the_command_takes(name, capsys):
     command = BENCHMARKS[name.split()[1]] if name.startswith("bench ") else COMMANDS[name]
     for words in found:
         words = words if "$(" in words else words.partition(")")[0]  # eval "$(attnzoo ...)"
-        parser = Parser(prog=name)
+        parser = CommandParser(prog=name)
         arguments_of(command)(parser)
         parser.parse_intermixed_args(shlex.split(re.split(r" [<>] ", words)[0], comments=True))
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from train.budget import Budget, Evaluations, Pace, check_same_budget, plan_steps
+from train.budget import Budget, Evaluations, MeasuredPace, check_same_budget, plan_steps
 from train.config import TrainConfig
 
 WARMUP, MEASURED = 20, 20
@@ -46,7 +46,7 @@ class Machine:
         steps = [self.take(self.step) + (self.first_step if i == 0 else 0.0) for i in range(MEASURED)]
         self.clock += self.first_step
         one_pass = sorted(passes)[len(passes) // 2] if passes else 0.0
-        pace = Pace(steps=steps, one_pass=one_pass, first_evaluation=first, elapsed=self.clock)
+        pace = MeasuredPace(steps=steps, one_pass=one_pass, first_evaluation=first, elapsed=self.clock)
         found = plan_steps(TrainConfig(**options), WARMUP, pace, self.evaluations)
         for step in range(MEASURED + 1, found.steps + 1):
             self.take(self.step)

@@ -21,7 +21,7 @@ from train.config_reader import load_config
 from train.digests import check_files, digest_files, write_digests
 from train.failures import explain
 from train.finite import GradientCheck, describe, finite_or_none, first_non_finite
-from train.metrics import Metrics
+from train.metrics import MetricsWriter
 from train.ranks import check_port
 from train.run_directory import _tidy_run, check_space, checkpoint_bytes, locked, preparing
 
@@ -285,7 +285,7 @@ def test_each_kind_of_not_finite_is_found(value: float, dtype: torch.dtype) -> N
 
 def test_metrics_hold_no_bare_nan(tmp_path: Path) -> None:
     config = load_config(str(write_tiny(tmp_path)), [f"run_dir={tmp_path / 'run'}", "log.tensorboard=true"])
-    metrics = Metrics(config, 0)
+    metrics = MetricsWriter(config, 0)
     for step in (1, 2, 3):
         metrics.write("train", step, {"loss": math.nan if step == 2 else 1.5, "gradient_norm": math.inf})
     metrics.rewind(2)
@@ -307,7 +307,7 @@ def test_samples_are_cut_back_to_the_byte(tmp_path: Path) -> None:
     samples = tmp_path / "run" / "samples.txt"
     samples.parent.mkdir()
     samples.write_bytes(b"=== step 2 ===\nwas \xc3\r\n=== step 3 ===\nlater\n")
-    Metrics(config, 2).close()
+    MetricsWriter(config, 2).close()
     assert samples.read_bytes() == b"=== step 2 ===\nwas \xc3\r\n"
 
 

@@ -35,7 +35,7 @@ class ExperimentConfig:
 
 
 @dataclass(frozen=True)
-class Part:
+class ExperimentPart:
     """A measurement of its own. steps: how many times it ticks."""
 
     run: Callable[[ExperimentConfig, Tick], Values]
@@ -65,6 +65,6 @@ class Experiment:
     name: str
     letter: str
     title: str
-    parts: Callable[[ExperimentConfig], dict[str, Part]]
+    parts: Callable[[ExperimentConfig], dict[str, ExperimentPart]]
     judge: Callable[[ExperimentConfig, dict[str, Values]], Judgement]
     draw: Callable[[dict[str, Values], Path], list[Path]]

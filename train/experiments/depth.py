@@ -26,7 +26,7 @@ from attnzoo.incontext import (
     seeded,
 )
 from attnzoo.incontext.descent import SOLVERS, predict
-from train.experiments.base import Experiment, ExperimentConfig, Judgement, Part, Tick, Values
+from train.experiments.base import Experiment, ExperimentConfig, ExperimentPart, Judgement, Tick, Values
 from train.experiments.figures import draw_depth, draw_variants
 from train.experiments.gram import GramAttention, fit, half_square
 from train.experiments.layers import thinned
@@ -226,20 +226,20 @@ def mesa_is_ridge(config: ExperimentConfig, tick: Tick) -> Values:
     }
 
 
-def parts(config: ExperimentConfig) -> dict[str, Part]:
+def parts(config: ExperimentConfig) -> dict[str, ExperimentPart]:
     """Solvers, linear attention at depths, the mesa layer, and variants by families and depths."""
     found = {
-        "solvers": Part(known_losses, len(SOLVERS)),
-        "looped": Part(partial(layers, looped=True), (most(config) + 2) * config.steps(LAYER_STEPS)),
-        "stacked": Part(partial(layers, looped=False), (most(config) + 2) * config.steps(LAYER_STEPS)),
-        "mesa": Part(mesa_is_ridge, 1),
+        "solvers": ExperimentPart(known_losses, len(SOLVERS)),
+        "looped": ExperimentPart(partial(layers, looped=True), (most(config) + 2) * config.steps(LAYER_STEPS)),
+        "stacked": ExperimentPart(partial(layers, looped=False), (most(config) + 2) * config.steps(LAYER_STEPS)),
+        "mesa": ExperimentPart(mesa_is_ridge, 1),
     }
     chosen = VARIANTS | ({config.variant: config.options} if config.variant else {})
     for kind, options in chosen.items():
         for name in TASKS:
             for depth in DEPTHS:
                 run = partial(variant, kind=kind, options=options, name=name, depth=depth)
-                found[f"{kind} {name} {depth}"] = Part(run, config.steps(VARIANT_STEPS))
+                found[f"{kind} {name} {depth}"] = ExperimentPart(run, config.steps(VARIANT_STEPS))
     return found
 
 

@@ -4,7 +4,7 @@ import math
 from functools import partial
 from pathlib import Path
 
-from train.experiments.base import Experiment, ExperimentConfig, Judgement, Part, Values
+from train.experiments.base import Experiment, ExperimentConfig, ExperimentPart, Judgement, Values
 from train.experiments.figures import draw_iterations, draw_pairs, draw_shifts, draw_training
 from train.experiments.icl_deep import induction, sine
 from train.experiments.icl_gd import one_layer, softmax_heads, two_layers
@@ -13,16 +13,19 @@ SINE_STARTS = ("sine, trained", "sine, trained again")
 """Random starts of MLP and layer: one in a few ends in a minimum of twice the loss, and rounding decides which."""
 
 
-def parts(config: ExperimentConfig) -> dict[str, Part]:
+def parts(config: ExperimentConfig) -> dict[str, ExperimentPart]:
     """Black-box claims alone for another variant."""
-    found = {"one layer": Part(one_layer, config.steps(2000)), "two layers": Part(two_layers, config.steps(4000))}
+    found = {
+        "one layer": ExperimentPart(one_layer, config.steps(2000)),
+        "two layers": ExperimentPart(two_layers, config.steps(4000)),
+    }
     if config.variant is None:
         found |= {
-            "softmax, 1 head": Part(partial(softmax_heads, heads=1), config.steps(3000)),
-            "softmax, 2 heads": Part(partial(softmax_heads, heads=2), config.steps(3000)),
-            **{name: Part(partial(sine, start=n), config.steps(2500)) for n, name in enumerate(SINE_STARTS)},
-            "sine, constructed": Part(partial(sine, constructed=True), config.steps(2500)),
-            "pairs": Part(induction, config.steps(1500)),
+            "softmax, 1 head": ExperimentPart(partial(softmax_heads, heads=1), config.steps(3000)),
+            "softmax, 2 heads": ExperimentPart(partial(softmax_heads, heads=2), config.steps(3000)),
+            **{name: ExperimentPart(partial(sine, start=n), config.steps(2500)) for n, name in enumerate(SINE_STARTS)},
+            "sine, constructed": ExperimentPart(partial(sine, constructed=True), config.steps(2500)),
+            "pairs": ExperimentPart(induction, config.steps(1500)),
         }
     return found
 

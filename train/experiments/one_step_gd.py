@@ -21,7 +21,7 @@ from attnzoo.incontext import (
     odd_function_step,
     seeded,
 )
-from train.experiments.base import Experiment, ExperimentConfig, Judgement, Part, Tick, Values
+from train.experiments.base import Experiment, ExperimentConfig, ExperimentPart, Judgement, Tick, Values
 from train.experiments.figures import draw_one_step
 from train.experiments.gram import fit
 from train.experiments.layers import thinned
@@ -167,9 +167,9 @@ def measure(config: ExperimentConfig, tick: Tick, case: Case) -> Values:
     }
 
 
-def parts(config: ExperimentConfig) -> dict[str, Part]:
+def parts(config: ExperimentConfig) -> dict[str, ExperimentPart]:
     """One part a family."""
-    return {case.key: Part(partial(measure, case=case), config.steps(STEPS)) for case in CASES}
+    return {case.key: ExperimentPart(partial(measure, case=case), config.steps(STEPS)) for case in CASES}
 
 
 def judge(config: ExperimentConfig, values: dict[str, Values]) -> Judgement:

@@ -23,7 +23,7 @@ from attnzoo.incontext.softmax import (
     softmax_step,
     softmax_tasks,
 )
-from train.experiments.base import Experiment, ExperimentConfig, Judgement, Part, Tick, Values
+from train.experiments.base import Experiment, ExperimentConfig, ExperimentPart, Judgement, Tick, Values
 from train.experiments.figures import draw_softmax_regression
 from train.experiments.gram import fit
 from train.experiments.layers import thinned
@@ -173,11 +173,11 @@ def _cosine(a_B: Tensor, b_B: Tensor) -> float:
     return torch.nn.functional.cosine_similarity(a_B, b_B, dim=0).item()
 
 
-def parts(config: ExperimentConfig) -> dict[str, Part]:
+def parts(config: ExperimentConfig) -> dict[str, ExperimentPart]:
     """Derivatives, closeness, and a trained head a setting."""
-    found = {"derivatives": Part(derivatives, 20), "closeness": Part(closeness, config.tasks(800))}
+    found = {"derivatives": ExperimentPart(derivatives, 20), "closeness": ExperimentPart(closeness, config.tasks(800))}
     for setting in SETTINGS:
-        found[_name(setting)] = Part(partial(learned, setting=setting), config.steps(STEPS))
+        found[_name(setting)] = ExperimentPart(partial(learned, setting=setting), config.steps(STEPS))
     return found
 
 

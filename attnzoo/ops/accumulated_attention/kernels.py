@@ -9,14 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-
-class Rows(NamedTuple):
-    """A tensor [B, heads, T, H] with its strides; channels are dense."""
-
-    x: Any
-    batch: Any
-    head: Any
-    time: Any
+from attnzoo.ops.common.strided import StridedRows
 
 
 class Scores(NamedTuple):
@@ -25,8 +18,8 @@ class Scores(NamedTuple):
     logs of merge counts [B, K, S] with strides, or None. Scores are logs to the base 2: `scale` holds that factor, and
     the logs of counts are multiplied by `count_scale`."""
 
-    queries: Rows
-    keys: Rows
+    queries: StridedRows
+    keys: StridedRows
     at_queries: Any
     at_keys: Any
     at_batch: Any
@@ -42,7 +35,7 @@ class Scores(NamedTuple):
     count_scale: Any
 
 
-class Tile(NamedTuple):
+class ScoreTile(NamedTuple):
     """Compile-time sizes: of blocks of queries and keys, of heads, of the mask."""
 
     rows: int
@@ -59,7 +52,7 @@ class Tile(NamedTuple):
 @triton.jit
 def _load(rows, b, head, index, real, tile):
     column = tl.arange(0, tile.wide)
-    at = rows.x + b * rows.batch + head * rows.head + index.to(tl.int64)[:, None] * rows.time + column[None, :]
+    at = rows.x + b * rows.batch + head * rows.head + index.to(tl.int64)[:, None] * rows.row + column[None, :]
     return tl.load(at, mask=real[:, None] & (column < tile.head_dim)[None, :], other=0.0)
 
 

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from attnzoo.ops.accumulated_attention.kernels import Rows, Scores, Tile, columns_kernel, log_sums_kernel
+from attnzoo.ops.accumulated_attention.kernels import Scores, ScoreTile, columns_kernel, log_sums_kernel
 from attnzoo.ops.common.launch import TYPES, Launch
 from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.common.row_blocks import Tables
+from attnzoo.ops.common.strided import strided_rows
 from attnzoo.ops.relative_sdpa.kernels.streaming import logits_kernel
 from attnzoo.ops.relative_sdpa.tilings import architecture, tiling
 
@@ -65,7 +66,7 @@ def launches(
         if tables is not None:
             logits = _empty_logits(q_BNTH[:, :, rows], tables)
             yield _logits_launch(q_BNTH[:, :, rows], tables, logits, gpu)
-        yield from Part.of(
+        yield from QueryBlock.of(
             content_BNTH[:, :, rows],
             queries_BT[:, rows],
             keys_BKS,
@@ -79,11 +80,11 @@ def launches(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
+class QueryBlock:
     """Queries that are dealt with together, and which blocks see which."""
 
     scores: Scores
-    tile: Tile
+    tile: ScoreTile
     log_sums_BNT: Tensor
     known: bool
     reach_BKI: Tensor
@@ -102,8 +103,8 @@ class Part:
         log_sums_BNT: Tensor | None,
         block: int | None,
         gpu: str,
-    ) -> "Part":
-        queries = _rows(q_BNTH)
+    ) -> "QueryBlock":
+        queries = strided_rows(q_BNTH)
         scores = Scores(
             queries=queries,
             at_queries=queries_BT.contiguous(),
@@ -174,7 +175,7 @@ def _common(k_BKSH: Tensor, keys_BKS: Tensor, log_counts_BKS: Tensor | None, sca
         log_counts_BKS if log_counts_BKS is None or log_counts_BKS.stride(-1) == 1 else log_counts_BKS.contiguous()
     )
     return {
-        "keys": _rows(k_BKSH),
+        "keys": strided_rows(k_BKSH),
         "at_keys": places,
         "at_batch": places.stride(0),
         "at_head": places.stride(1),
@@ -185,11 +186,6 @@ def _common(k_BKSH: Tensor, keys_BKS: Tensor, log_counts_BKS: Tensor | None, sca
         "scale": scale * LOG2_E,
         "count_scale": LOG2_E,
     }
-
-
-def _rows(x: Tensor) -> Rows:
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return Rows(x, *x.stride()[:3])
 
 
 def visible_blocks(queries_BT: Tensor, keys_BKS: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -210,10 +206,10 @@ def _blocks(x: Tensor, block: int, other: int) -> Tensor:
     return F.pad(x, (0, -x.shape[-1] % block), value=other).unflatten(-1, (-1, block))
 
 
-def _tile(q_BNTH: Tensor, kv_heads: int, mask: CausalMask, relative: bool, block: int | None) -> Tile:
+def _tile(q_BNTH: Tensor, kv_heads: int, mask: CausalMask, relative: bool, block: int | None) -> ScoreTile:
     heads, head_dim = q_BNTH.shape[1], q_BNTH.shape[3]
     block = block or _block(q_BNTH.dtype, head_dim, relative)
-    return Tile(
+    return ScoreTile(
         rows=block,
         columns=block,
         heads=heads,
@@ -242,7 +238,7 @@ def _empty_logits(q_BNTH: Tensor, tables: Tables) -> Tensor:
 
 def _logits_launch(q_BNTH: Tensor, tables: Tables, logits_BNTP: Tensor, gpu: str) -> Launch:
     """q . R[d] + S[d] of every query and distance."""
-    dtype = torch.float32 if triton.knobs.runtime.interpret else q_BNTH.dtype  # see Tile.widen
+    dtype = torch.float32 if triton.knobs.runtime.interpret else q_BNTH.dtype  # see ScoreTile.widen
     heads, head_dim, distances = q_BNTH.shape[1], q_BNTH.shape[3], logits_BNTP.shape[3]
     tiles = tiling("logits", dtype, head_dim, True, gpu)
     return Launch(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 
-class Rows(NamedTuple):
+class ConvRows(NamedTuple):
     """One of q, k and v: rows read and written, its kernel, and the strides between batches, tokens and heads.
 
     Backward: `x` are the rows of the forward, `other` the gradient of its output, `y` the gradient of x, and `bias`

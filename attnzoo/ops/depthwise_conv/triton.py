@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attnzoo.ops.depthwise_conv.kernels import Rows, backward_kernel, forward_kernel
+from attnzoo.ops.depthwise_conv.kernels import ConvRows, backward_kernel, forward_kernel
 from attnzoo.ops.depthwise_conv.torch import add_tail_gradients
 
 OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
@@ -29,11 +29,11 @@ def depthwise_conv_qkv_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if any(x.dtype == torch.float64 for x in (*qkv, *kernels)):
         raise ValueError("depthwise_conv with impl='triton' sums in float32; use impl='torch' for float64")
-    out: tuple[Tensor, Tensor, Tensor] = _DepthwiseConv.apply(starts_BT, *qkv, *kernels, *biases, *tails)
+    out: tuple[Tensor, Tensor, Tensor] = _TritonDepthwiseConv.apply(starts_BT, *qkv, *kernels, *biases, *tails)
     return out
 
 
-class _DepthwiseConv(torch.autograd.Function):
+class _TritonDepthwiseConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, starts_BT: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """`tensors`: three each of rows, kernels, biases and tails."""
@@ -79,11 +79,11 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.dim() == 4 else x.contiguous()
 
 
-def _rows(x: Tensor, y: Tensor, kernel: Tensor, bias: Tensor | None, other: Tensor | None) -> Rows:
+def _rows(x: Tensor, y: Tensor, kernel: Tensor, bias: Tensor | None, other: Tensor | None) -> ConvRows:
     strides = (0, 0, 0) if other is None else other.stride()[:3]
     shared = kernel.shape[0] == 1 and x.shape[2] > 1
     by_head = 0 if shared else kernel.stride(0)
-    return Rows._make((x, y, kernel, bias, other, *x.stride()[:3], *strides, by_head, x.shape[2]))
+    return ConvRows._make((x, y, kernel, bias, other, *x.stride()[:3], *strides, by_head, x.shape[2]))
 
 
 def _blocks(tokens: int, head_dim: int) -> tuple[int, int]:
@@ -97,7 +97,7 @@ def _grid(x_BTNH: Tensor) -> tuple[int, tuple[int, int]]:
     return triton.cdiv(x_BTNH.shape[1], block[0]), block
 
 
-def _launch(kernel: Any, parts: list[Rows], starts_BT: Tensor | None) -> None:
+def _launch(kernel: Any, parts: list[ConvRows], starts_BT: Tensor | None) -> None:
     x = parts[0].x
     tiles, block = _grid(x)
     starts = None if starts_BT is None else starts_BT.contiguous()
@@ -110,7 +110,7 @@ def aot_cases() -> list[SimpleNamespace]:
     cases = []
     for dtype, head_dim in (("bf16", 64), ("bf16", 128), ("fp16", 64), ("fp32", 64)):
         for kernel, sums in ((forward_kernel, f"*{dtype}"), (backward_kernel, "*fp32")):
-            rows = Rows._make([f"*{dtype}"] * 3 + [sums, f"*{dtype}"] + ["i32"] * 8)
+            rows = ConvRows._make([f"*{dtype}"] * 3 + [sums, f"*{dtype}"] + ["i32"] * 8)
             signature: dict[str, Any] = {"q": rows, "k": rows, "v": rows, "starts": "*i64", "tokens": "i32"}
             case = SimpleNamespace(
                 name=f"conv_{kernel.__name__.removesuffix('_kernel')}-{dtype}-{head_dim}",

@@ -11,15 +11,6 @@ import triton.language as tl
 E = tl.constexpr(2.718281828459045)
 
 
-class Rows(NamedTuple):
-    """A tensor [B, K, S, C] with its strides; channels are dense."""
-
-    x: Any
-    batch: Any
-    head: Any
-    slot: Any
-
-
 class Numbers(NamedTuple):
     """A tensor [B, K, S] with its strides; slots are dense. x may be None."""
 
@@ -28,7 +19,7 @@ class Numbers(NamedTuple):
     head: Any
 
 
-class Tile(NamedTuple):
+class MergeTile(NamedTuple):
     """Compile-time sizes; `wide` ones are powers of two that hold the others. block: of entries and of kept ones."""
 
     block: int
@@ -47,7 +38,7 @@ class Tile(NamedTuple):
 def _load(rows, b, k, slot, real, width, WIDE: tl.constexpr):
     """Rows [slot, column], zero where there is none."""
     column = tl.arange(0, WIDE)
-    at = rows.x + b * rows.batch + k * rows.head + slot.to(tl.int64)[:, None] * rows.slot + column[None, :]
+    at = rows.x + b * rows.batch + k * rows.head + slot.to(tl.int64)[:, None] * rows.row + column[None, :]
     return tl.load(at, mask=real[:, None] & (column < width)[None, :], other=0.0)
 
 
@@ -202,7 +193,7 @@ def _merge_victim(keys, values, norms, merge_counts, place, victim, near, b, k, 
 @triton.jit
 def _store(rows, b, k, slot, new, width, WIDE: tl.constexpr):
     column = tl.arange(0, WIDE)
-    at = rows.x + b * rows.batch + k * rows.head + slot.to(tl.int64)[:, None] * rows.slot + column[None, :]
+    at = rows.x + b * rows.batch + k * rows.head + slot.to(tl.int64)[:, None] * rows.row + column[None, :]
     tl.store(at, new, mask=(column < width)[None, :])
 
 

@@ -8,10 +8,10 @@ import triton
 from torch import Tensor
 
 from attnzoo.ops.common.launch import TYPES, Launch
+from attnzoo.ops.common.strided import strided_rows
 from attnzoo.ops.evict_merge.kernels import (
+    MergeTile,
     Numbers,
-    Rows,
-    Tile,
     match_kernel,
     merge_kernel,
     nearest_kernel,
@@ -45,7 +45,7 @@ def nearest_launch(
         tile,
         gpu,
         4,
-        keys=_rows(keys_BKSC),
+        keys=strided_rows(keys_BKSC),
         evict=evict_BKS.contiguous(),
         source=source_BKM.contiguous(),
         near=found[0],
@@ -75,8 +75,8 @@ def merge_launch(
         _tile(keys_BKSC, values_BKSV, rule, None),
         gpu,
         1,
-        keys=_rows(keys_BKSC),
-        values=_rows(values_BKSV),
+        keys=strided_rows(keys_BKSC),
+        values=strided_rows(values_BKSV),
         merge_counts=_numbers(merge_counts_BKS),
         source=merged.source_BKM.contiguous(),
         order=merging[0],
@@ -128,8 +128,8 @@ def step_launches(
         tile,
         gpu,
         1,
-        keys=_rows(slots.keys_BKPC),
-        values=_rows(slots.values_BKPV),
+        keys=strided_rows(slots.keys_BKPC),
+        values=strided_rows(slots.values_BKPV),
         norms=norms,
         merge_counts=_numbers(slots.merge_counts_BKP),
         victims=victims,
@@ -145,7 +145,7 @@ def step_launches(
 
 
 def _launch(
-    kernel: Any, grid: tuple[int, ...], tile: Tile, gpu: str | None, num_warps: int, **arguments: Any
+    kernel: Any, grid: tuple[int, ...], tile: MergeTile, gpu: str | None, num_warps: int, **arguments: Any
 ) -> Launch:
     name, dtype = kernel.__name__.removesuffix("_kernel"), TYPES[_dtype(arguments)]
     kind = " drop" if arguments.get("order", 0) is None or arguments.get("near", 0) is None else ""
@@ -166,11 +166,6 @@ def _dtype(arguments: dict[str, Any]) -> torch.dtype:
     return dtype
 
 
-def _rows(x_BKSC: Tensor) -> Rows:
-    x = x_BKSC if x_BKSC.stride(-1) == 1 else x_BKSC.contiguous()
-    return Rows(x, *x.stride()[:3])
-
-
 def _numbers(x_BKS: Tensor | None) -> Numbers:
     if x_BKS is None:
         return Numbers(None, 0, 0)
@@ -178,10 +173,10 @@ def _numbers(x_BKS: Tensor | None) -> Numbers:
     return Numbers(x, *x.stride()[:2])
 
 
-def _tile(keys_BKSC: Tensor, values_BKSV: Tensor, rule: MergeRule, block: int | None) -> Tile:
+def _tile(keys_BKSC: Tensor, values_BKSV: Tensor, rule: MergeRule, block: int | None) -> MergeTile:
     kv_heads, key_dim, value_dim = keys_BKSC.shape[1], keys_BKSC.shape[3], values_BKSV.shape[3]
     chosen = 64 if keys_BKSC.element_size() == 2 and key_dim <= 128 else 32
-    return Tile(
+    return MergeTile(
         block=block or chosen,
         kv_heads=kv_heads,
         kv_heads_wide=int(triton.next_power_of_2(kv_heads)),

@@ -13,15 +13,6 @@ import triton
 import triton.language as tl
 
 
-class Rows(NamedTuple):
-    """A tensor [B, heads, T, width] with its strides; the last axis is dense."""
-
-    x: Any
-    batch: Any
-    head: Any
-    time: Any
-
-
 class Time(NamedTuple):
     """The inputs of the weights: log2 of the decay per kv head, starts [B, T], counts [B] (or None), and tokens."""
 
@@ -31,7 +22,7 @@ class Time(NamedTuple):
     tokens: Any
 
 
-class Tile(NamedTuple):
+class ChunkTile(NamedTuple):
     """Compile-time sizes. Memories are [B * K, chunks, head_dim, columns], float32."""
 
     chunk: int
@@ -50,13 +41,13 @@ class Tile(NamedTuple):
 @triton.jit
 def _load(rows, b, head, t, column, real, width):
     """[t, column], zero where there is no real token or column."""
-    at = rows.x + b * rows.batch + head * rows.head + t.to(tl.int64)[:, None] * rows.time + column[None, :]
+    at = rows.x + b * rows.batch + head * rows.head + t.to(tl.int64)[:, None] * rows.row + column[None, :]
     return tl.load(at, mask=real[:, None] & (column < width)[None, :], other=0.0)
 
 
 @triton.jit
 def _store(rows, b, head, t, column, real, width, value):
-    at = rows.x + b * rows.batch + head * rows.head + t.to(tl.int64)[:, None] * rows.time + column[None, :]
+    at = rows.x + b * rows.batch + head * rows.head + t.to(tl.int64)[:, None] * rows.row + column[None, :]
     tl.store(at, value.to(rows.x.dtype.element_ty), mask=real[:, None] & (column < width)[None, :])
 
 

@@ -12,9 +12,9 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from attnzoo.ops.common.strided import StridedRows, strided_rows
 from attnzoo.ops.linear_attention.kernels import (
-    Rows,
-    Tile,
+    ChunkTile,
     Time,
     decode_kernel,
     key_gradients_kernel,
@@ -47,11 +47,11 @@ def linear_attention_triton(
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
     if q_BNTH.shape[2] == 1 and memory_BKHH is not None and not needed:
         return _decode(qkv, decay_K, memory_BKHH, counts_B, normalise)
-    out: tuple[Tensor, Tensor] = _LinearAttention.apply(*given, counts_B, starts_BT, normalise)
+    out: tuple[Tensor, Tensor] = _TritonLinearAttention.apply(*given, counts_B, starts_BT, normalise)
     return out
 
 
-class _LinearAttention(torch.autograd.Function):
+class _TritonLinearAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -70,7 +70,7 @@ class _LinearAttention(torch.autograd.Function):
         o_BNTH = _new(q_BNTH, v_BKTH.shape[-1])
         totals = torch.empty(q_BNTH.shape[:3], device=q_BNTH.device) if normalise else None
         grid = (memories.shape[1], q_BNTH.shape[0] * q_BNTH.shape[1], triton.cdiv(tile.value_dim, tile.value_block))
-        _run(outputs_kernel, grid, tile, *map(_rows, qkv), _rows(o_BNTH), totals, memories, time)
+        _run(outputs_kernel, grid, tile, *map(strided_rows, qkv), strided_rows(o_BNTH), totals, memories, time)
         saved = o_BNTH if normalise else None
         ctx.save_for_backward(*qkv, decay_K, memory_BKHH, counts_B, starts_BT, saved, totals)
         ctx.normalise = normalise
@@ -87,21 +87,23 @@ class _LinearAttention(torch.autograd.Function):
         if o_BNTH is not None:
             dtotals = -(do.float() * o_BNTH.float()).sum(-1) / totals
         dmemories, dbefore = torch.empty_like(memories), torch.empty_like(dafter, memory_format=torch.contiguous_format)
-        kept = (_rows(do), totals, dtotals)
+        kept = (strided_rows(do), totals, dtotals)
         narrow = _narrow(tile)
         walk = _memory_grid(memories, narrow)
-        _run(memory_gradients_kernel, walk, narrow, _rows(q), *kept, dafter.contiguous(), dmemories, dbefore, time)
+        _run(
+            memory_gradients_kernel, walk, narrow, strided_rows(q), *kept, dafter.contiguous(), dmemories, dbefore, time
+        )
         dq, dk, dv = _new(q, q.shape[-1]), _new(k, k.shape[-1]), _new(v, v.shape[-1])
-        qkv = tuple(_rows(x) for x in (q, k, v))
+        qkv = tuple(strided_rows(x) for x in (q, k, v))
         shares: tuple[Tensor | None, Tensor | None] = (None, None)
         if ctx.needs_input_grad[3]:
             shares = (memories.new_empty(*q.shape[:2], chunks), memories.new_empty(*k.shape[:2], chunks))
         by_query, by_key = (chunks, q.shape[0] * q.shape[1]), (chunks, k.shape[0] * k.shape[1])
-        _run(query_gradients_kernel, by_query, tile, qkv, *kept, memories, _rows(dq), shares[0], time)
-        _run(key_gradients_kernel, by_key, tile, qkv, *kept, (memories, dmemories), _rows(dk), shares[1], time)
+        _run(query_gradients_kernel, by_query, tile, qkv, *kept, memories, strided_rows(dq), shares[0], time)
+        _run(key_gradients_kernel, by_key, tile, qkv, *kept, (memories, dmemories), strided_rows(dk), shares[1], time)
         split = _split(tile)
         by_value = (*by_key, triton.cdiv(split.value_dim, split.value_block))
-        _run(value_gradients_kernel, by_value, split, qkv, *kept, dmemories, _rows(dv), time)
+        _run(value_gradients_kernel, by_value, split, qkv, *kept, dmemories, strided_rows(dv), time)
         ddecay = None
         if shares[0] is not None and shares[1] is not None:
             ddecay = shares[0].sum((0, 2)).view(k.shape[1], -1).sum(1) + shares[1].sum((0, 2))
@@ -116,11 +118,13 @@ def _decode(
     before = memory_BKHH.float().contiguous()
     o_BNTH, after = _new(q, v.shape[-1]), torch.empty_like(before)
     grid = (k.shape[0] * k.shape[1], triton.cdiv(tile.value_dim, tile.value_block))
-    _run(decode_kernel, grid, tile, tuple(_rows(x) for x in qkv), before, after, _rows(o_BNTH), time)
+    _run(decode_kernel, grid, tile, tuple(strided_rows(x) for x in qkv), before, after, strided_rows(o_BNTH), time)
     return o_BNTH, after
 
 
-def _memories(qkv: tuple[Tensor, ...], memory_BKHH: Tensor | None, time: Time, tile: Tile) -> tuple[Tensor, Tensor]:
+def _memories(
+    qkv: tuple[Tensor, ...], memory_BKHH: Tensor | None, time: Time, tile: ChunkTile
+) -> tuple[Tensor, Tensor]:
     """(the memory at the start of each chunk, the memory after the last)."""
     _, k, v = qkv
     batch, kv_heads, tokens, head_dim = k.shape
@@ -130,16 +134,26 @@ def _memories(qkv: tuple[Tensor, ...], memory_BKHH: Tensor | None, time: Time, t
     after = torch.empty(batch, kv_heads, head_dim, width, dtype=torch.float32, device=k.device)
     before = None if memory_BKHH is None else memory_BKHH.float().contiguous()
     narrow = _narrow(tile)
-    _run(memories_kernel, _memory_grid(memories, narrow), narrow, _rows(k), _rows(v), before, memories, after, time)
+    _run(
+        memories_kernel,
+        _memory_grid(memories, narrow),
+        narrow,
+        strided_rows(k),
+        strided_rows(v),
+        before,
+        memories,
+        after,
+        time,
+    )
     return memories, after
 
 
-def _memory_grid(memories: Tensor, narrow: Tile) -> tuple[int, int, int]:
+def _memory_grid(memories: Tensor, narrow: ChunkTile) -> tuple[int, int, int]:
     columns = triton.cdiv(narrow.value_dim + int(narrow.normalise), narrow.value_block)
     return len(memories), columns, triton.cdiv(narrow.head_dim, narrow.key_block)
 
 
-def _run(kernel: Any, grid: tuple[int, ...], tile: Tile, *arguments: Any) -> None:
+def _run(kernel: Any, grid: tuple[int, ...], tile: ChunkTile, *arguments: Any) -> None:
     options = {"num_warps": _warps(kernel, tile), "num_stages": STAGES, "enable_fp_fusion": True}
     kernel[grid](*arguments, tile, **options)
 
@@ -155,16 +169,12 @@ def _new(like_BNTH: Tensor, width: int) -> Tensor:
     return like_BNTH.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
-def _rows(x_BNTH: Tensor) -> Rows:
-    return Rows._make((x_BNTH, *x_BNTH.stride()[:3]))
-
-
 def _time(decay_K: Tensor | None, starts_BT: Tensor | None, counts_B: Tensor | None, tokens: int) -> Time:
     log2 = None if decay_K is None else decay_K.detach().float().log2().clamp(min=LEAST_LOG2)
     return Time(log2, None if starts_BT is None else starts_BT.contiguous(), counts_B, tokens)
 
 
-def _tile(qkv: tuple[Tensor, ...], normalise: bool) -> Tile:
+def _tile(qkv: tuple[Tensor, ...], normalise: bool) -> ChunkTile:
     q, k, v = qkv
     tokens, head_dim = q.shape[2:]
     heads = (k.shape[1], q.shape[1] // k.shape[1])
@@ -173,7 +183,7 @@ def _tile(qkv: tuple[Tensor, ...], normalise: bool) -> Tile:
 
 def _sizes(
     dtype: torch.dtype, lengths: tuple[int, int, int], heads: tuple[int, int], normalise: bool, amd: bool
-) -> Tile:
+) -> ChunkTile:
     """Tiles that fit the registers of sm_80, sm_90 and gfx942: float32 factors take twice the space.
 
     float32 goes through NVIDIA's tensor cores as three products of tf32, which keep its precision; AMD's take float32.
@@ -182,7 +192,7 @@ def _sizes(
     key_block = max(16, triton.next_power_of_2(head_dim))
     chunk = 64 if dtype == torch.bfloat16 else 32 if key_block <= 64 else 16
     precision = "tf32" if dtype == torch.float16 else "ieee" if amd else "tf32x3"
-    return Tile(
+    return ChunkTile(
         chunk=min(chunk, max(16, triton.next_power_of_2(tokens))),
         key_block=key_block,
         value_block=min(32, max(16, triton.next_power_of_2(value_dim))),
@@ -197,17 +207,17 @@ def _sizes(
     )
 
 
-def _narrow(tile: Tile) -> Tile:
+def _narrow(tile: ChunkTile) -> ChunkTile:
     """Smaller tiles and more programs, for the loops over chunks, whose rows and columns are independent."""
     return tile._replace(key_block=min(tile.key_block, 64))
 
 
-def _split(tile: Tile) -> Tile:
+def _split(tile: ChunkTile) -> ChunkTile:
     """Smaller tiles for the gradient of v, whose kernel holds k, q and a memory at once."""
     return tile._replace(value_block=16) if tile.key_block > 64 else tile
 
 
-def _warps(kernel: Any, tile: Tile) -> int:
+def _warps(kernel: Any, tile: ChunkTile) -> int:
     if kernel is memory_gradients_kernel:
         return 8 if tile.precision == "tf32x3" else 4
     if kernel in (memories_kernel, decode_kernel):
@@ -240,9 +250,9 @@ def aot_cases() -> list[SimpleNamespace]:
     return cases
 
 
-def _signatures(name: str, tile: Tile) -> list[tuple[Any, dict[str, Any], Tile]]:
+def _signatures(name: str, tile: ChunkTile) -> list[tuple[Any, dict[str, Any], ChunkTile]]:
     """(kernel, types of its arguments but the last two, tile)."""
-    rows, number = Rows(f"*{name}", "i32", "i32", "i32"), "*fp32"
+    rows, number = StridedRows(f"*{name}", "i32", "i32", "i32"), "*fp32"
     kept = {"do": rows, "scales": number, "dtotals": number}
     qkv = {"qkv": (rows, rows, rows)}
     walk = {"before": number, "memories": number, "after": number}

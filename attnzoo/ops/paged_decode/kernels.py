@@ -66,7 +66,7 @@ class Partial(NamedTuple):
     slots: Any
 
 
-class Tile(NamedTuple):
+class DecodeTile(NamedTuple):
     """Compile-time sizes; `wide` ones are powers of two that hold the others."""
 
     rows: int

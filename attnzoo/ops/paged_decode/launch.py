@@ -12,10 +12,10 @@ from torch import Tensor
 from attnzoo.ops.common.launch import TYPES, Launch
 from attnzoo.ops.paged_decode.entries import Entries
 from attnzoo.ops.paged_decode.kernels import (
+    DecodeTile,
     Partial,
     Queries,
     Segment,
-    Tile,
     accumulated_kernel,
     combine_kernel,
     split_kernel,
@@ -65,7 +65,7 @@ class Call:
     out_BTNH: Tensor
     accumulated_BKS: Tensor | None
     splits: Splits
-    tile: Tile
+    tile: DecodeTile
     gpu: str
 
     @classmethod
@@ -252,12 +252,12 @@ def _places(prefix: Entries | None, head_dim: int) -> Tensor | None:
     return places.scatter_(2, channels, order)
 
 
-def _tile(q_BNTH: Tensor, prefix: Entries | None, kv_heads: int, probed: bool) -> Tile:
+def _tile(q_BNTH: Tensor, prefix: Entries | None, kv_heads: int, probed: bool) -> DecodeTile:
     _, heads, tokens, head_dim = q_BNTH.shape
     key_dim = head_dim if prefix is None else prefix.keys_BKSC.shape[3]
     value_dim = head_dim if prefix is None else prefix.values_BKSV.shape[3]
     rows = _wide(heads // kv_heads * tokens + int(probed))
-    return Tile(
+    return DecodeTile(
         rows=min(rows, _most_rows(q_BNTH.dtype, head_dim)),
         block=_block(q_BNTH.dtype, head_dim),
         kv_heads=kv_heads,
@@ -277,7 +277,7 @@ def _wide(width: int) -> int:
     return max(16, int(triton.next_power_of_2(width)))
 
 
-def _row_blocks(tile: Tile, count: int, probed: bool) -> int:
+def _row_blocks(tile: DecodeTile, count: int, probed: bool) -> int:
     return int(triton.cdiv(count + int(probed), tile.rows))
 
 
@@ -294,7 +294,7 @@ def _most_rows(dtype: torch.dtype, head_dim: int) -> int:
     return 16 if dtype == torch.float32 or head_dim > 128 else 32
 
 
-def _warps(tile: Tile, gpu: str) -> int:
+def _warps(tile: DecodeTile, gpu: str) -> int:
     many = tile.rows > 16 and gpu != "gfx942"  # whose eight warps share registers that four need
     return 8 if many or tile.head_dim > 128 else 4
 
