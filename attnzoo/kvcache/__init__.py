@@ -1,4 +1,4 @@
-"""Cache policies: one policy, one file. `base.py` is their contract, `state.py` what all state is made of.
+"""Cache policies, one per file. `base.py` defines their contract, `state.py` the base class of all state.
 
 Every module here is imported, so a new file that registers a policy is found at once.
 """

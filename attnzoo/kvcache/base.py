@@ -4,9 +4,9 @@ A policy decides which keys and values of the past stay, where, and in what form
 the token in its sequence) and survive eviction, so that rotary and relative terms stay right when entries are dropped,
 merged or moved.
 
-Exact policies (`ExactCache`: full, window) are asked for one thing: append the new entries and return what to attend
-to. Compressing ones (`CachePolicy`) attend themselves, because what they keep is not always keys and values of full
-width, and because they decide by what queries and softmax weights say.
+An exact policy (`ExactCache`: full, window) only appends the new entries and returns what to attend to. A compressing
+policy (`CachePolicy`) computes attention itself, because it may store keys and values with fewer channels, and because
+it chooses what to keep by queries and softmax weights.
 """
 
 from abc import ABC, abstractmethod
@@ -31,9 +31,9 @@ EMPTY = -1
 class CacheView:
     """What to attend to.
 
-    keys_BKSH, values_BKSH; positions_BKS: int64 logical positions, `EMPTY` where an entry holds nothing; its
-    K axis is 1 when all kv heads keep the same entries. alone: the entries are the new tokens of every row, in order
-    and without padding, so that causality is all there is to a mask of positions.
+    keys_BKSH, values_BKSH; positions_BKS: int64 logical positions, `EMPTY` where an entry holds nothing; its K axis is
+    1 when all kv heads keep the same entries. alone: the view holds only the new tokens of every row, in order and
+    without padding, so that the mask is plainly causal.
     """
 
     keys_BKSH: Tensor
@@ -43,16 +43,16 @@ class CacheView:
 
 
 def check_chunk(keys_BKTH: Tensor) -> None:
-    """Raises ValueError for no sequences, or no tokens of them."""
+    """Raises ValueError unless there is at least one sequence and one new token."""
     if keys_BKTH.shape[0] == 0 or keys_BKTH.shape[2] == 0:
         raise ValueError(
-            f"keys of shape {tuple(keys_BKTH.shape)} [batch, kv heads, tokens, head_dim]: a cache is extended by one "
-            "token at least, of one sequence at least"
+            f"keys of shape {tuple(keys_BKTH.shape)} [batch, kv heads, tokens, head_dim]: extend a cache by at least "
+            "one token of at least one sequence"
         )
 
 
 class ExactCache(ABC):
-    """One way to keep keys and values."""
+    """A cache that loses nothing its attention variant may read."""
 
     @abstractmethod
     def init(
@@ -65,7 +65,7 @@ class ExactCache(ABC):
         device: torch.device | str | None,
         dtype: torch.dtype,
     ) -> State:
-        """An empty cache with room for `capacity` tokens a sequence."""
+        """An empty cache with room for `capacity` tokens per sequence."""
 
     @abstractmethod
     def append(
@@ -87,30 +87,31 @@ class ExactCache(ABC):
 
 
 Need = Literal["terms", "tables"]
-"""A method of `ScoreFunction` that not every variant has."""
+"""An optional method of `ScoreFunction`."""
 
 
 class ScoreFunction(Protocol):
-    """What attention lends to a compression: its scores. q_BNTH as they meet cached keys (rotated, nothing added)."""
+    """How a cache policy gets the variant's attention scores. Queries q_BNTH are rotated (RoPE) as cached keys are, and
+    have no bias vectors added."""
 
     impl: Impl
 
     @property
     def relative(self) -> bool:
-        """Whether scores have terms besides content . key."""
+        """Whether scores have terms beyond query . key, such as a position bias."""
 
     @property
     def says(self) -> frozenset[Need]:
         """Which of `terms` and `tables` the variant has."""
 
     def attend(self, q_BNTH: Tensor, view: CacheView, positions_BT: Tensor) -> Tensor:
-        """o_BNTH by the variant's own operation, the same that reads the full cache."""
+        """Attention output o_BNTH over `view`, by the operation that also reads the full cache."""
 
     def terms(self, q_BNTH: Tensor, mask: CausalMask) -> tuple[Tensor, Tensor | None]:
         """(content_BNTH, bias_BNTS): the logits are content . k / sqrt(H) + bias."""
 
     def tables(self, mask: CausalMask, tokens: int) -> Tables | None:
-        """The relative terms by distance, None without any."""
+        """Tables of the relative terms by distance; None for a variant without any."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,11 @@ class CachedLayer:
 
 
 class CachePolicy(ABC):
-    """A policy that keeps less than all. `Config` is a frozen dataclass of options; `source` cites the paper.
+    """A policy that may keep less than the full cache. `Config`: a frozen dataclass of options; `source` cites the
+    paper.
 
-    `prefill` is "oneshot" (the prompt is read with the full cache, `compress` ends it) or "stream" (it is compressed
-    after every chunk too, so that the peak falls).
+    `prefill` is "oneshot" (the prompt is read with the full cache, then `compress` runs once) or "stream" (`compress`
+    also runs after every chunk of the prompt, which lowers peak memory).
     """
 
     source: ClassVar[str]
@@ -143,11 +145,11 @@ class CachePolicy(ABC):
     @property
     @abstractmethod
     def prefill(self) -> str:
-        """When prompts are compressed."""
+        """When prompts are compressed: "oneshot" or "stream"."""
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What of a `ScoreFunction` this policy, as configured, cannot do without, besides `attend`."""
+        """The optional methods of `ScoreFunction` that this policy needs in its configuration."""
         return frozenset()
 
     @abstractmethod
@@ -161,7 +163,7 @@ class CachePolicy(ABC):
         device: torch.device | str | None,
         dtype: torch.dtype,
     ) -> State:
-        """An empty cache with room for `capacity` tokens a sequence until `compress`."""
+        """An empty cache with room for `capacity` tokens per sequence before `compress`."""
 
     @abstractmethod
     def attend(
@@ -172,30 +174,30 @@ class CachePolicy(ABC):
         positions_BT: Tensor,
         counts_B: Tensor | None,
     ) -> tuple[Tensor, State]:
-        """Adds the new entries and attends: (o_BNTH, state) from (q_BNTH, k_BKTH, v_BKTH)."""
+        """Adds the new keys and values and attends: (o_BNTH, new state) for qkv = (q_BNTH, k_BKTH, v_BKTH)."""
 
     @abstractmethod
     def compress(self, layers: Sequence[CachedLayer], final: bool) -> list[State]:
-        """The layers' states, smaller; `final`: the prompt has ended (else only a chunk of it has). Their prompts are
-        still being read."""
+        """The layers' states, compressed, while prompts are read. final: the prompt has ended, not only a chunk of
+        it."""
 
     def why_whole(self, prompt: int, context: int) -> str:
-        """Why nothing was left out of a prompt of this length, and of a sequence that has come to `context` tokens."""
+        """Why, in words for users, a sequence of `context` tokens with a prompt of `prompt` was not compressed."""
         return f"{self.describe()} keeps everything"
 
     def to_joinable(self, layers: Sequence[CachedLayer]) -> list[State]:
-        """The layers' states, after `compress`, with the tensors that all sequences of this policy end up with, so that
-        they can stand in one state beside others (`State.joined`). Changes no output beyond rounding."""
+        """Converts compressed states to the layout that all sequences of this policy have in the end, so that
+        `State.joined` can put them into one batch. Changes outputs by rounding only."""
         return [layer.state for layer in layers]
 
     @property
     def compiles(self) -> bool:
-        """Whether a decode step is the same operations whatever the values, once a state is joinable and `ready`."""
+        """Whether a decode step on a joinable, `ready` state can be compiled: its operations depend on no values."""
         return False
 
     def ready(self, state: Any, at_B: Tensor) -> Any:
-        """A layer's joinable state with room for one more token of each sequence, at these positions: what a step would
-        look up values for. For policies that compile. Raises ValueError for a state that is not joinable."""
+        """A layer's joinable state with room for one more token of each sequence, at positions at_B: the part of a step
+        that depends on values. Only policies with `compiles` have it. Raises ValueError for other states."""
         raise NotImplementedError(f"{type(self).__name__} has no step that could be compiled")
 
     @abstractmethod
@@ -203,7 +205,7 @@ class CachePolicy(ABC):
         """Bytes that `init` allocates, to the byte."""
 
     def observed_nbytes(self, batch: int, num_heads: int, head_dim: int, tokens: int, dtype: torch.dtype) -> int:
-        """Bytes that come to those of `init` while a prompt of this length is read, by query heads."""
+        """Bytes beyond `nbytes`, for observed queries, while a prompt of `tokens` tokens is read."""
         return 0
 
     @abstractmethod
@@ -218,8 +220,8 @@ class CachePolicy(ABC):
         tokens: int = 0,
         joinable: bool = False,
     ) -> int:
-        """Bytes a layer of state after `compress` of prompts of this length and `tokens` more tokens, to the byte, for
-        prompts of equal lengths and equal budgets of layers. joinable: after `to_joinable` too."""
+        """Exact bytes per layer after `compress` of prompts of `prompt` tokens and `tokens` generated ones, where all
+        prompts are equally long and all layers have equal budgets. joinable: after `to_joinable` too."""
 
 
 CACHES: Registry[Any] = Registry("cache policy")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def asked_tokens(lengths_B: Tensor, keep_ratio: float | None, max_tokens: int | None, least: int) -> Tensor:
-    """Tokens to keep of each sequence, at least `least`."""
+    """tokens_B to keep of each sequence: max_tokens, or keep_ratio of its length rounded up and at least `least`."""
     if max_tokens is not None:
         return torch.full_like(lengths_B, max_tokens)
     assert keep_ratio is not None
@@ -20,22 +20,22 @@ def asked_tokens(lengths_B: Tensor, keep_ratio: float | None, max_tokens: int | 
 
 
 def moments(accumulated_BKS: Tensor, held_BKS: Tensor) -> Tensor:
-    """[B, K, 3] in float64: number, sum and sum of squares of the columns that are there."""
+    """moments_BK3 (float64): count, sum and sum of squares of the entries where held_BKS is True."""
     x = accumulated_BKS.double().masked_fill(~held_BKS, 0.0)
     return torch.stack([held_BKS.expand_as(x).sum(-1).double(), x.sum(-1), x.square().sum(-1)], dim=-1)
 
 
 def variance(moments_BK3: Tensor) -> Tensor:
-    """[B, K] of the columns counted."""
+    """variance_BK of the entries that `moments` counted."""
     count, total, squares = moments_BK3.unbind(-1)
     count = count.clamp(min=1)
     return (squares / count - (total / count).square()).clamp(min=0)
 
 
 def layer_weights(variances: Sequence[Tensor], per_head: bool) -> Tensor:
-    """alpha_LB, whose sum over L layers is L, from [B, K] of each layer, whose kv heads may be of other numbers.
-    Variances are scaled to 0..1 first, over the layers ("paper"), or in every layer over its heads, whose mean is the
-    layer's (`per_head`, as the authors' code does)."""
+    """alpha_LB, which sums to L over the L layers, from variance_BK of each layer (K may differ between layers).
+    Variances are first scaled to 0..1: over the layers as in the paper, or with `per_head` over the heads of each layer
+    and then averaged, as in the authors' code."""
     if per_head:
         spread_LB = torch.stack([_scaled(layer_BK, -1).mean(-1) for layer_BK in variances])
     else:
@@ -49,14 +49,14 @@ def _scaled(x: Tensor, dim: int) -> Tensor:
 
 
 def allocate(weights_LB: Tensor, total_B: Tensor, low_B: Tensor, high_B: Tensor) -> Tensor:
-    """budgets_LB (int64) in proportion to the weights within low..high, with the sum total_B exactly, or the nearest
-    sum that the bounds allow: what one layer cannot take flows to the others."""
+    """budgets_LB (int64), proportional to the weights, within low_B..high_B, with sum total_B or the nearest sum that
+    the bounds allow. What one layer cannot take goes to the others."""
     layers = len(weights_LB)
     low_B = torch.minimum(low_B, high_B)
     total_B = torch.maximum(torch.minimum(total_B, layers * high_B), layers * low_B)
     weights_LB = weights_LB.double().clamp(min=1e-12)
     low, high, total = low_B.double(), high_B.double(), total_B.double()
-    # The sum grows with the level; halving the interval 100 times leaves nothing of it.
+    # Bisection: find the level at which the clamped budgets, which grow with it, sum to the total.
     below, above = torch.zeros_like(total), high / weights_LB.amin(0)
     for _ in range(100):
         level = (below + above) / 2

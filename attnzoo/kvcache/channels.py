@@ -3,7 +3,7 @@
 ThinK (Xu et al., arXiv 2407.21018, eq. 3-6): removing channel d of the keys changes Q K^T by ||Q[:, d] K[:, d]^T||_F^2
 = (sum_t q_td^2) (sum_s k_sd^2). With grouped kv heads the first sum runs over the queries of the group, which is exact
 for one mask per kv head. Removing a set R changes it by sum_{a,b in R} (Q^T Q)_ab (K^T K)_ab, of which the scores are
-the diagonal; `greedy_scores` takes the whole.
+the diagonal; `greedy_scores` uses the whole quadratic form.
 """
 
 import torch
@@ -22,27 +22,27 @@ def grouped(queries_BNWH: Tensor, kv_heads: int) -> Tensor:
 def channel_scores(
     queries_BNWH: Tensor, keys_BKSH: Tensor, held_BKS: Tensor, before_BKH: Tensor | float = 0.0
 ) -> Tensor:
-    """score_BKH of ThinK. `held_BKS` (K axis 1 or K): entries that hold a key. Queries that are not there are zero.
-    before_BKH: sums of squares of keys that are stored elsewhere."""
+    """score_BKH of ThinK. held_BKS (bool, K axis 1 or K): entries that hold a key. Missing queries must be zero.
+    before_BKH: sums of squares of keys that are not in keys_BKSH."""
     q_BKLH = grouped(queries_BNWH, keys_BKSH.shape[1])
     return q_BKLH.square().sum(2) * (squares(keys_BKSH, held_BKS) + before_BKH)
 
 
 def condensed(queries_BNWH: Tensor, kv_heads: int) -> Tensor:
-    """q_BKWH, the root of the sum of squares over the query heads of a kv head: `channel_scores` of it are those of the
-    queries, in kv heads' memory."""
+    """q_BKWH, the root of the sum of squares over the query heads of a kv head. It has the `channel_scores` of all
+    these queries, in the memory of one head."""
     q = queries_BNWH.to(accumulation_dtype(queries_BNWH.dtype)).unflatten(1, (kv_heads, -1))
     return q.square().sum(2).sqrt().to(queries_BNWH.dtype)
 
 
 def squares(x_BKSH: Tensor, held_BKS: Tensor) -> Tensor:
-    """sum_s x_sd^2 over the entries that hold something."""
+    """squares_BKH: the sum of x_sd^2 over entries s where held_BKS is True."""
     x = x_BKSH.to(accumulation_dtype(x_BKSH.dtype))
     return x.masked_fill(~held_BKS[..., None], 0.0).square().sum(2)
 
 
 def stored_squares(x_BKPC: Tensor, channels_BKC: Tensor | None, head_dim: int) -> Tensor:
-    """[B, K, H] sums of squares of pruned entries, 0 for a channel that is not stored; empty slots are zeros."""
+    """squares_BKH of pruned entries, 0 for a channel that is not stored. Empty slots must be zero."""
     sums_BKC = x_BKPC.to(accumulation_dtype(x_BKPC.dtype)).square().sum(2)
     if channels_BKC is None or channels_BKC.shape[2] == 0:
         return sums_BKC
@@ -50,7 +50,8 @@ def stored_squares(x_BKPC: Tensor, channels_BKC: Tensor | None, head_dim: int) -
 
 
 def greedy_scores(queries_BNWH: Tensor, keys_BKSH: Tensor, held_BKS: Tensor) -> Tensor:
-    """score_BKH: the step at which greedy removal takes a channel, that which adds least to the whole form first."""
+    """score_BKH: the step at which greedy removal takes each channel. It takes the channel that adds least to the
+    form."""
     q = grouped(queries_BNWH, keys_BKSH.shape[1])
     k = keys_BKSH.to(q.dtype).masked_fill(~held_BKS[..., None], 0.0)
     form_BKHH = (q.mT @ q) * (k.mT @ k)
@@ -71,7 +72,7 @@ def best_channels(scores_BKH: Tensor, count: int) -> Tensor:
 
 
 def kept_channels(head_dim: int, ratio: float) -> int:
-    """H - floor((1 - ratio) H) of H channels, which is one at least."""
+    """Number of channels kept of H: H - floor((1 - ratio) H), at least 1."""
     # Rounded first: 1 - 0.4 is a little less than 0.6, and the floor of 5.999 would prune one channel less.
     return max(1, head_dim - int(round((1.0 - ratio) * head_dim, 9)))
 
@@ -82,7 +83,7 @@ def take_channels(x_BKSH: Tensor, channels_BKC: Tensor) -> Tensor:
 
 
 def change_channels(x_BKPC: Tensor, before_BKC: Tensor, after_BKC: Tensor, head_dim: int) -> Tensor:
-    """x_BKPC of the channels `before`, on the channels `after`: zeros in those that it has not."""
+    """Entries of the channels before_BKC, moved to the channels after_BKC; missing channels become zero."""
     order_C = torch.arange(before_BKC.shape[2], device=x_BKPC.device).expand_as(before_BKC)
     missing = before_BKC.new_full((*before_BKC.shape[:2], head_dim), -1)
     index_BK1C = missing.scatter(-1, before_BKC, order_C).gather(-1, after_BKC)[:, :, None]
@@ -91,7 +92,7 @@ def change_channels(x_BKPC: Tensor, before_BKC: Tensor, after_BKC: Tensor, head_
 
 
 def hashed(positions: Tensor, seed: int) -> Tensor:
-    """Numbers in [0, 1) that look random and depend on integers and a seed alone, in float64."""
+    """Pseudo-random numbers in [0, 1), in float64, that depend only on integers and a seed."""
     x = positions.long() * 0x5851F42D4C957F2D + ((2 * seed + 1) * 0x14057B7EF767814F & (2**63 - 1))
     for _ in range(2):
         x = (x ^ (x >> 29)) * 0x369DEA0F31A53F85
@@ -99,6 +100,6 @@ def hashed(positions: Tensor, seed: int) -> Tensor:
 
 
 def hashed_heads(kv_heads: int, count: int, seed: int, device: torch.device) -> Tensor:
-    """[1, K, count] such numbers, other ones for every kv head."""
+    """Numbers of `hashed` in the shape [1, K, count], different for every kv head."""
     index = torch.arange(kv_heads * count, device=device).view(1, kv_heads, count)
     return hashed(index, seed)

@@ -17,15 +17,15 @@ CacheSpec = str | Mapping[str, Any] | CachePolicy
 
 @dataclass(frozen=True)
 class CacheChoice:
-    """A policy and its options, as a key: requests of equal choices decode together. `config` is the policy's own
-    frozen dataclass."""
+    """A policy's name and options, usable as a dictionary key: requests with equal choices decode together. `config` is
+    the policy's own frozen dataclass."""
 
     policy: str
     config: Any
 
     @property
     def exact(self) -> bool:
-        """Whether it is the model's own cache."""
+        """Whether nothing is compressed (the policy "full")."""
         return self.policy == FULL
 
     def build(self) -> CachePolicy:
@@ -35,7 +35,7 @@ class CacheChoice:
 
 
 def check_mapping(values: Any, where: str) -> None:
-    """Raises ValueError for a choice that is no mapping."""
+    """Raises ValueError if `values` is not a mapping."""
     if not isinstance(values, Mapping):
         raise ValueError(f'{where}={values!r} must be a mapping such as {{"policy": "d2o", "keep_ratio": 0.2}}')
 
@@ -43,13 +43,13 @@ def check_mapping(values: Any, where: str) -> None:
 def read_choice(values: Mapping[str, Any], where: str = "cache") -> CacheChoice:
     """{"policy": "d2o", "keep_ratio": 0.2} as a choice.
 
-    Raises ValueError that names the field for what is no mapping, an unknown policy or option, or a value out of its
+    Raises ValueError that names the field if `values` is no mapping, for an unknown policy or option, or a value out of
     range.
     """
     check_mapping(values, where)
     policy = values.get("policy")
     if not isinstance(policy, str):
-        found = " is missing" if policy is None else f"={str(policy)[:40]} is no text"
+        found = " is missing" if policy is None else f"={str(policy)[:40]} is not a string"
         raise ValueError(f"{where}.policy{found}: name one of {', '.join(sorted(CACHES.names()))}")
     if policy not in CACHES.names():
         raise ValueError(f"{where}.policy={policy!r} is not known{suggest(policy, CACHES.names())}")
@@ -59,20 +59,20 @@ def read_choice(values: Mapping[str, Any], where: str = "cache") -> CacheChoice:
 
 
 def read_cache(spec: CacheSpec, options: Mapping[str, Any] | None = None) -> CachePolicy:
-    """The policy that `spec` names, with `options` of its Config besides those that `spec` has.
+    """The policy that `spec` names; `options` adds fields of its Config to those in `spec`.
 
     >>> read_cache("d2o", {"keep_ratio": 0.5}).describe()
     'd2o(keep_ratio=0.5)'
 
     Raises ValueError that names the field for an unknown policy or option, a value out of its range, an option given
-    twice, and options beside an object.
+    twice, and options given with a policy object.
     """
     options = dict(options or {})
     if isinstance(spec, CachePolicy):
         if options:
             raise ValueError(
-                f"{next(iter(options))}: the cache is an object, {spec.describe()}, which has its options; give them "
-                "to it, or name the policy"
+                f"{next(iter(options))}: cache is an object, {spec.describe()}, that has its own options; set them "
+                "there, or give the policy's name instead of an object"
             )
         return spec
     values = {"policy": spec} if isinstance(spec, str) else spec

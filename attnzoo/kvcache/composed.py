@@ -1,12 +1,11 @@
 """D2O, then ThinK: tokens are evicted and merged on whole keys, then the survivors' keys lose channels.
 
 Source: Wan et al. 2024 (arXiv 2406.13035) and Xu et al. 2024 (arXiv 2407.21018); the order of the two is ThinK's
-section on token eviction (KV cache pruned by tokens first). While decoding, a token that leaves is merged into a
-pruned key on the channels that are kept, and the oldest of the newest `window` tokens, which are whole, takes its
-slot, pruned.
+section on token eviction (KV cache pruned by tokens first). While decoding, an evicted token is merged into a pruned
+key on the kept channels. The newest `window` tokens keep all channels; the oldest is pruned and takes the free slot.
 
-Differs from both: no merges into the window, which is whole; ThinK's generated keys stay whole only within the window,
-so that memory stays constant.
+Differs from both papers: nothing is merged into the window; generated keys keep all channels only within the window (in
+ThinK always), so that memory stays constant.
 """
 
 from dataclasses import dataclass, replace
@@ -49,7 +48,7 @@ class D2OThinKConfig(D2OConfig):
 
 @CACHES.register("d2o+think")
 class D2OThinKCache(D2OCache):
-    """Fewer tokens, and thinner ones."""
+    """D2O's eviction and merging, then ThinK's channel pruning."""
 
     source = "Wan et al. 2024, arXiv 2406.13035; Xu et al. 2024, arXiv 2407.21018"
     Config = D2OThinKConfig
@@ -108,14 +107,14 @@ class D2OThinKCache(D2OCache):
         return super().attend(state, score_function, qkv, positions_BT, counts_B)
 
     def thin(self, state: CompressedState) -> CompressedState:
-        """Channels are scored on all survivors, and leave those that are not in the ring."""
+        """Scores channels on all kept tokens and prunes the tokens that are not in the ring."""
         if not self.thins:
             return state
         prefix, ring, queries = state.prefix, state.ring, state.queries_BNWH
         assert ring is not None
         assert queries is not None
         assert prefix.places_BKP is not None
-        # What holds nothing is zero, and adds nothing to a score.
+        # Empty slots are zero and add nothing to a score.
         keys, values = (
             torch.cat(pair, dim=2)
             for pair in ((prefix.keys_BKPC, ring.keys_BKRH), (prefix.values_BKPV, ring.values_BKRH))

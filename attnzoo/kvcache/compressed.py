@@ -1,6 +1,6 @@
-"""The state of compressed caches, and how it is read: a prefix that a compression left and a tail of whole entries.
+"""The state of compressed caches, and attention over it: a compressed prefix, then a tail of uncompressed entries.
 
-Until `compress` there is no prefix, and the tail is the full cache. Autograd is refused: evicted tokens have no
+Before `compress` the prefix is empty and the tail is the full cache. Autograd is refused: evicted tokens have no
 gradient.
 """
 
@@ -22,17 +22,17 @@ from attnzoo.types import accumulation_dtype, dtype_bytes
 
 FULL = FullCache()
 PAGE = 64
-"""Slots by which a tail grows."""
+"""A tail grows by multiples of this many slots."""
 BLOCK_BYTES = 64 << 20
-"""Scores of queries over a compressed cache that exist at once."""
+"""Bytes of attention scores over a compressed cache that are computed at once."""
 
 
 @dataclass
 class Prefix(State):
-    """P slots a kv head. places_BKP: int32 position + 1, 0 for an empty slot; None: slot s holds position s, up to
-    where the tail starts. channels_BKC, value_channels_BKV (int64): what is stored of keys and values, [B, K, 0] for
-    all. accumulated_BKP: accumulated attention; norms_BKP: of the stored keys; merge_counts_BKP: tokens that an entry
-    stands for.
+    """The compressed entries, in P slots per kv head. places_BKP: int32 position + 1, 0 for an empty slot; None: slot s
+    holds position s, up to where the tail starts. channels_BKC, value_channels_BKV (int64): the channels stored of keys
+    and values; [B, K, 0] means all. accumulated_BKP: accumulated attention of each entry; norms_BKP: norms of the
+    stored keys; merge_counts_BKP: number of tokens that each entry stands for.
     """
 
     keys_BKPC: Tensor
@@ -55,7 +55,7 @@ class Prefix(State):
 
 @dataclass
 class Ring(State):
-    """R = window + 1 whole entries, position p in slot p mod R; no slots until tokens are evicted one by one."""
+    """The newest R = window + 1 entries, uncompressed, position p in slot p mod R. R is 0 before that is needed."""
 
     keys_BKRH: Tensor
     values_BKRH: Tensor
@@ -65,12 +65,12 @@ class Ring(State):
 
 @dataclass
 class CompressedState(State):
-    """prefix, then the tail whose slot s holds position starts_B + s, or the ring.
+    """The prefix, then either the tail, whose slot s holds position starts_B + s, or the ring.
 
-    queries_BNWH: the last W queries, the newest last (no rows where they are not needed). accumulated_BKS: accumulated
-    attention of the tail. moments_BK3: number, sum and sum of squares of the accumulated attention of columns that
-    were evicted while the prompt was read. budgets_B: tokens to keep (where all stay: tokens of the prompt), 0 until
-    `compress`. thresholds_BK: of merging, plus 2, so that 0 is none yet.
+    queries_BNWH: the last W queries, the newest last (N axis 0 where they are not needed). accumulated_BKS: accumulated
+    attention of the tail. moments_BK3: `budgets.moments` of the accumulated attention of tokens evicted while the
+    prompt was read. budgets_B: tokens to keep (all of the prompt where nothing is evicted), 0 until `compress`.
+    thresholds_BK: the merge threshold plus 2; 0 means that there is none yet.
     """
 
     prefix: Prefix
@@ -95,7 +95,7 @@ def empty_state(
     device: torch.device | str | None,
     dtype: torch.dtype,
 ) -> CompressedState:
-    """The full cache's tail and a prefix without slots."""
+    """A state with an empty prefix and a tail with room for `capacity` tokens per sequence."""
 
     def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return new_zeros(batch, *shape, device=device, dtype=kind)
@@ -116,14 +116,14 @@ def empty_bytes(batch: int, num_kv_heads: int, head_dim: int, capacity: int, dty
 
 
 def least_kept(config: Any) -> int:
-    """The fewest tokens that a policy with `TokenOptions` keeps of a prompt, where there are as many."""
+    """The fewest tokens that a policy with `TokenOptions` keeps of a longer prompt."""
     if config.max_tokens is not None:
         return int(config.least)
     return int(max(config.least, PAGE if config.min_tokens is None else config.min_tokens))
 
 
 def reading(state: CompressedState) -> bool:
-    """Whether the prompt has not ended."""
+    """Whether the prompt is still being read: `compress` has not set budgets yet."""
     return not bool((state.budgets_B > 0).any())
 
 
@@ -137,11 +137,11 @@ def check_call(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> None:
 def append(
     state: CompressedState, k_BKTH: Tensor, v_BKTH: Tensor, positions_BT: Tensor, counts_B: Tensor | None
 ) -> tuple[CompressedState, CacheView]:
-    """The chunk in the tail, and a view of the tail at logical positions."""
+    """Appends a chunk to the tail: (new state, view of the tail with logical positions)."""
     starts_B1 = state.starts_B[:, None]
     tail = state.tail
     if state.prefix.slots or not reading(state):
-        # Pages, not doubling: what comes after a prompt should take little.
+        # The tail grows by pages instead of doubling, to keep memory after the prompt small.
         needed = int((positions_BT[:, 0] - state.starts_B).max()) + positions_BT.shape[1]
         tail = FullCacheState(paged(tail.keys_BKSH, needed), paged(tail.values_BKSH, needed))
     tail, view = FULL.append(tail, k_BKTH, v_BKTH, positions_BT - starts_B1, counts_B)
@@ -160,12 +160,12 @@ def paged(buffer_BKSX: Tensor, needed: int) -> Tensor:
 
 
 def pages(slots: int) -> int:
-    """Slots in whole pages."""
+    """`slots` rounded up to whole pages."""
     return -(-slots // PAGE) * PAGE
 
 
 def prefix_positions(state: CompressedState) -> Tensor:
-    """positions_BKP, K axis 1 where kv heads hold the same."""
+    """positions_BKP (int64, `EMPTY` in empty slots); the K axis is 1 where all kv heads keep the same tokens."""
     prefix = state.prefix
     if prefix.places_BKP is not None:
         return prefix.places_BKP.long() - 1
@@ -174,7 +174,7 @@ def prefix_positions(state: CompressedState) -> Tensor:
 
 
 def all_held(state: CompressedState) -> bool:
-    """Whether every slot of the prefix holds an entry, where that can be known without waiting for a device."""
+    """Whether every slot of the prefix holds an entry. False on a GPU, where looking would mean to wait for it."""
     prefix = state.prefix
     if state.starts_B.device.type != "cpu":
         return False
@@ -184,28 +184,26 @@ def all_held(state: CompressedState) -> bool:
 
 
 def prefix_entries(state: CompressedState, score_function: ScoreFunction, *, held: bool) -> Entries:
-    """The prefix as attention of later tokens reads it. held: every slot holds an entry."""
+    """The prefix in the form that `paged_decode` reads. held: every slot holds an entry."""
     prefix = state.prefix
-    merge_counts = None if prefix.merge_counts_BKP is None else prefix.merge_counts_BKP.clamp(min=1).log()
-    # By positions a kernel leaves empty slots out; in torch they cost more than to say that a slot stands for no token.
+    log_counts = None if prefix.merge_counts_BKP is None else prefix.merge_counts_BKP.clamp(min=1).log()
+    # Kernels skip empty slots by their positions; in torch it is cheaper to give empty slots a log count of -inf.
     placed = score_function.relative or state.starts_B.device.type != "cpu"
     if not placed and not held:
-        some = (
-            torch.zeros((), dtype=accumulation_dtype(prefix.keys_BKPC.dtype)) if merge_counts is None else merge_counts
-        )
-        merge_counts = torch.where(_empty(state), -torch.inf, some).expand(prefix.keys_BKPC.shape[:3])
+        some = torch.zeros((), dtype=accumulation_dtype(prefix.keys_BKPC.dtype)) if log_counts is None else log_counts
+        log_counts = torch.where(_empty(state), -torch.inf, some).expand(prefix.keys_BKPC.shape[:3])
     return Entries(
         keys_BKSC=prefix.keys_BKPC,
         values_BKSV=prefix.values_BKPV,
         positions_BKS=prefix_positions(state) if placed else None,
         channels_BKC=_stored(prefix.channels_BKC),
         value_channels_BKV=_stored(prefix.value_channels_BKV),
-        log_counts_BKS=merge_counts,
+        log_counts_BKS=log_counts,
     )
 
 
 def _empty(state: CompressedState) -> Tensor:
-    """empty_BKP (bool), K axis 1 where kv heads hold the same."""
+    """empty_BKP (bool): prefix slots without an entry; K axis 1 where all kv heads keep the same tokens."""
     return prefix_positions(state) < 0 if state.prefix.places_BKP is None else state.prefix.places_BKP == 0
 
 
@@ -214,7 +212,7 @@ def _stored(channels_BKC: Tensor | None) -> Tensor | None:
 
 
 def whole(state: CompressedState) -> bool:
-    """Whether the prefix's keys and values have all channels and weigh as one token each: any attention can read it."""
+    """Whether the prefix's entries have all channels and count as one token: any attention can read them."""
     prefix = state.prefix
     return (
         _stored(prefix.channels_BKC) is None
@@ -237,12 +235,12 @@ def attend(
 
 
 def joined(state: CompressedState, view: CacheView) -> CacheView:
-    """Prefix and tail as one, where keys and values are whole."""
+    """Prefix and tail as one view, for a prefix with all channels."""
     prefix, places = state.prefix, prefix_positions(state)
     return CacheView(
         torch.cat([prefix.keys_BKPC, view.keys_BKSH], dim=2),
         torch.cat([prefix.values_BKPV, view.values_BKSH], dim=2),
-        _beside(places, view.positions_BKS),
+        _concatenated(places, view.positions_BKS),
     )
 
 
@@ -256,9 +254,9 @@ def read(
     probe_BKC: Tensor | None = None,
     accumulated_attention: bool = False,
 ) -> Decoded:
-    """`paged_decode` with the reader's scores, as many queries at a time as keep the scores small.
+    """`paged_decode` with the variant's scores, in blocks of queries whose scores take about `BLOCK_BYTES`.
 
-    Entries have positions where the reader's terms are relative.
+    Entries must have positions where the score function is relative.
     """
     batch, num_heads, tokens, _ = q_BNTH.shape
     rows = max(1, BLOCK_BYTES // max(1, batch * num_heads * (prefix.slots + tail.slots) * 4))
@@ -266,7 +264,7 @@ def read(
     if score_function.relative:
         assert prefix.positions_BKS is not None
         assert tail.positions_BKS is not None
-        keys_BKS = _beside(prefix.positions_BKS, tail.positions_BKS)
+        keys_BKS = _concatenated(prefix.positions_BKS, tail.positions_BKS)
     parts = []
     for first in range(0, tokens, rows):
         block = slice(first, first + rows)
@@ -292,40 +290,40 @@ def read(
     return replace(parts[0], out_BNTH=torch.cat([part.out_BNTH for part in parts], dim=2))
 
 
-def _beside(first_BKS: Tensor, second_BKS: Tensor) -> Tensor:
-    """Positions of two segments as one; the K axis stays 1 where it is for both."""
+def _concatenated(first_BKS: Tensor, second_BKS: Tensor) -> Tensor:
+    """Positions of two segments, concatenated; the K axis stays 1 where both have 1."""
     heads = max(first_BKS.shape[1], second_BKS.shape[1])
     return torch.cat([first_BKS.expand(-1, heads, -1), second_BKS.expand(-1, heads, -1)], dim=2)
 
 
 def last_queries(before_BNWH: Tensor | None, q_BNTH: Tensor, counts_B: Tensor | None, most: int) -> Tensor:
-    """The last real queries of [before ; q], the newest last: `most` of them, or as many as the longest sequence has;
-    zeros before them where another has fewer."""
+    """The last `most` real queries of before_BNWH followed by q_BNTH, newest last; fewer if no sequence has as many.
+    Shorter sequences have zeros in front."""
     batch, heads, tokens, head_dim = q_BNTH.shape
     if before_BNWH is None or before_BNWH.shape[1] == 0:
         before_BNWH = q_BNTH.new_zeros(batch, heads, 0, head_dim)
     width = min(most, before_BNWH.shape[2] + tokens)
-    rows = torch.cat([led(before_BNWH, width), q_BNTH], dim=2)
+    rows = torch.cat([front_padded(before_BNWH, width), q_BNTH], dim=2)
     if counts_B is None:
         return rows[:, :, tokens:].clone()
     index_BW = counts_B[:, None] + torch.arange(width, device=q_BNTH.device)
     return rows.gather(2, index_BW[:, None, :, None].expand(-1, heads, -1, head_dim))
 
 
-def led(queries_BNWH: Tensor, width: int) -> Tensor:
-    """As many as `width` queries, zeros before those there are."""
+def front_padded(queries_BNWH: Tensor, width: int) -> Tensor:
+    """The queries with zeros in front, `width` in all."""
     return F.pad(queries_BNWH, (0, 0, width - queries_BNWH.shape[2], 0))
 
 
 def observed_bytes(batch: int, num_heads: int, head_dim: int, queries: int, dtype: torch.dtype) -> int:
-    """Bytes of the last queries."""
+    """Bytes of `queries` observed queries of every head."""
     return batch * num_heads * head_dim * queries * dtype_bytes(dtype)
 
 
 @dataclass(frozen=True)
 class Occupied:
-    """What one sequence has in a layer's state. tokens: whose keys and values are there, of the kv head that has most;
-    nbytes: what they fill, with all that is stored beside them; thinned: whether some have lost channels."""
+    """What one sequence occupies in a layer's state. tokens: how many have keys and values stored, in the kv head that
+    stores most; nbytes: bytes of these, with all that is stored for them; thinned: whether some lost channels."""
 
     tokens: int
     nbytes: int
@@ -333,13 +331,13 @@ class Occupied:
 
 
 def occupied(state: CompressedState, row: int, length: int) -> Occupied:
-    """Of the sequence in `row`, which has seen `length` tokens; slots that hold nothing of it are not counted."""
+    """`Occupied` of the sequence in `row`, which has seen `length` tokens. Empty slots are not counted."""
     prefix, tail = state.prefix, length - int(state.starts_B[row])
     entries = int(state.starts_B[row])
     if prefix.places_BKP is not None:
         entries = int((prefix.places_BKP[row] > 0).sum(-1).max()) if prefix.slots else 0
     ring = 0 if state.ring is None else state.ring.keys_BKRH.shape[2]
-    if ring:  # all but its next slot hold the newest tokens; there is no tail
+    if ring:  # one slot awaits the next token, the others hold the newest ones; there is no tail
         tail = 0
     total = 0
     for name, x in state.rows(slice(row, row + 1)).tensors().items():

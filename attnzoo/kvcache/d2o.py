@@ -1,25 +1,24 @@
-"""D2O: each layer keeps as many tokens as its attention is spread, and what leaves is merged into what is alike.
+"""D2O: layers whose attention is spread evenly keep more tokens, and evicted tokens are merged into similar ones.
 
 Source: Wan et al. 2024, "D2O: Dynamic Discriminative Operations for Efficient Long-Context Inference" (arXiv
 2406.13035), sections 3.2 and 3.3. With S tokens asked for, layer l keeps S_l = alpha_l S (see `budgets`): the first
-`sinks`, the most recent, and those of the highest accumulated attention, 3 of these for 1 recent one. An evicted token
-is merged into the kept token of the most similar key, if it is similar enough (see
-`attnzoo.ops.evict_merge.MergeRule`).
+`sinks`, the most recent, and those of the highest accumulated attention, 3 of these per recent one. An evicted token is
+merged into the kept token of the most similar key, if it is similar enough (see `attnzoo.ops.evict_merge.MergeRule`).
 
 Differs from the paper: column sums grow with the prompt, so exp(-F) would leave all to one layer; variances are scaled
-to 0..1 over the layers first. A budget that a layer cannot use goes to the others. One kept set a kv head
-(per="layer": one a layer). While decoding, who leaves is decided before the step's own attention is added, and the
-newest token is nobody's nearest: what leaves is merged among the older ones, before the newest takes its slot.
+to 0..1 over the layers first. A budget that a layer cannot use goes to the others. Every kv head keeps its own tokens
+(per="layer": all heads of a layer keep the same). While decoding, the token to evict is chosen before the current
+step's attention is added, and is merged into an older token, never into the newest, which takes its slot afterwards.
 
-flavor="official", after the authors' code: variances scaled over the heads of a layer, the first two layers and the
-last keep all, as many recent as heavy tokens, beta 0.5 on the mean similarity, and merging by u_i and 1/(1+n). Every kv
-head has a kept set of its own; whether the n-th evicted token of each head is merged is decided once, by the mean of
-their similarities over the heads, and each goes to the nearest of its own head.
+flavor="official" follows the authors' code: variances are scaled over the heads of a layer, the first two layers and
+the last keep everything, there are as many recent as heavy tokens, beta is 0.5 on the mean similarity, and merge
+weights are u_i and 1/(1+n). Every kv head keeps its own tokens. Whether the n-th evicted token of each head is merged
+is decided once for all heads, by the mean of their similarities; each is merged into the nearest token of its own head.
 
-Differs from the authors' code: the kept set, scores and that mean are of kv heads, theirs of query heads. The threshold
-is of one sequence, theirs survives into the next. The newest token cannot be merged into, theirs can. A budget is
-keep_ratio of the prompt, rounded up, of which recent tokens are rounded down; theirs rounds the parts apart, so that it
-can be one token less. Prompts are compressed at their end, theirs before the first step of decoding.
+Differs from the authors' code: kept tokens, scores and that mean are per kv head; theirs are per query head. The
+threshold starts anew with every sequence; theirs carries over to the next. Nothing is merged into the newest token;
+theirs allows it. A budget is keep_ratio of the prompt, rounded up, and its recent tokens are rounded down; theirs
+rounds both parts separately and can be one token smaller. Prompts are compressed at their end; theirs before decoding.
 """
 
 from collections.abc import Sequence
@@ -40,12 +39,14 @@ from attnzoo.ops.evict_merge import MergeRule
 
 @dataclass(frozen=True, kw_only=True)
 class D2OConfig(TokenOptions):
-    """flavor: what "paper" and "official" differ in is in the head of this file; beta defaults to the flavor's.
+    """flavor: "paper" (the equations of the paper) or "official" (the authors' code, with other layer budgets,
+    thresholds and weights of merging).
 
-    budget: "layer" by the attention of each layer, or "uniform". per: one kept set a "kv_head" (None too), or a
-    "layer". beta: weight of the newest similarity in the threshold. heavy_ratio: of the kept tokens that are not sinks,
-    the part chosen by attention. merge: whether evicted tokens are merged. merge_counts: merged entries weigh as the
-    tokens they stand for (log p in the logits, after KeepKV, arXiv 2504.09936).
+    budget: "layer" (by the attention of each layer) or "uniform". per: whether each "kv_head" (default) or each "layer"
+    has its own set of kept tokens. beta: weight of the newest similarity in the threshold, by default the flavor's.
+    heavy_ratio: of the kept tokens that are not sinks, the part chosen by attention. merge: whether evicted tokens are
+    merged. merge_counts: whether a merged entry counts as the p tokens it stands for (log p is added to its logit,
+    after KeepKV, arXiv 2504.09936).
     """
 
     flavor: Literal["paper", "official"] = "paper"
@@ -70,7 +71,7 @@ WHOLE_FIRST, WHOLE_LAST = 2, 1
 
 @CACHES.register("d2o")
 class D2OCache(EvictingCache):
-    """The token of the least accumulated attention leaves."""
+    """Evicts the token with the least accumulated attention."""
 
     source = "Wan et al. 2024, arXiv 2406.13035, sections 3.2 and 3.3"
     Config: ClassVar[type] = D2OConfig
@@ -106,7 +107,7 @@ class D2OCache(EvictingCache):
         if self.config.budget == "uniform":
             shares = asked_B.expand(len(some), -1)
         else:
-            weights_LB = layer_weights([_spread(layers[i]) for i in some], per_head=official)
+            weights_LB = layer_weights([_attention_variance(layers[i]) for i in some], per_head=official)
             low_B = torch.full_like(asked_B, cc.least_kept(self.config))
             shares = allocate(weights_LB, len(some) * asked_B, low_B, high_B)
         for i, budget_B in zip(some, shares, strict=True):
@@ -114,7 +115,7 @@ class D2OCache(EvictingCache):
         return budgets
 
 
-def _spread(layer: CachedLayer) -> Tensor:
-    """[B, K]: variance of the column sums of a layer's attention, evicted columns included."""
+def _attention_variance(layer: CachedLayer) -> Tensor:
+    """variance_BK of the accumulated attention of a layer's tokens, evicted ones included."""
     places, (_, _, accumulated, _) = all_entries(layer.state, layer.lengths_B)
     return variance(layer.state.moments_BK3 + moments(accumulated, (places >= 0).expand_as(accumulated)))

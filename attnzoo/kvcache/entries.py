@@ -1,4 +1,4 @@
-"""All entries of a cache that evicts, prefix and tail as one, and the state of those that stay."""
+"""Evicting caches: all entries of prefix and tail in one set of tensors, and a new state from those that stay."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,10 +1,10 @@
-"""Caches that keep a fixed number of tokens: when one comes, one goes. What differs between policies is who goes, and
-whether it is merged into what stays.
+"""Caches that keep a fixed number of tokens: each new token evicts another. Policies differ in which token they evict
+and whether they merge it into one that stays.
 
-While the prompt is read the tail is the full cache; `compress` leaves the prefix, and from then on the newest tokens
-pass through a ring of whole entries. The oldest of the ring takes the slot of the token that leaves the prefix, so
-that nothing is ever shifted. Who leaves is decided by what was known before the step: then its key can meet the others
-while attention reads them anyway.
+While the prompt is read, the tail is the full cache. `compress` puts what stays into the prefix; from then on the
+newest tokens pass through a ring of uncompressed entries. The oldest token of the ring takes the slot of the token that
+is evicted from the prefix, so that no entry is ever shifted. The token to evict is chosen before a step, so that
+attention can compare its key with the others while it reads them.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from attnzoo.kvcache.budgets import asked_tokens, moments
 from attnzoo.kvcache.compressed import CompressedState, Ring
 from attnzoo.kvcache.entries import all_entries, packed
 from attnzoo.kvcache.ring_start import ringed
-from attnzoo.kvcache.ring_step import moment, step, with_room
+from attnzoo.kvcache.ring_step import step, step_info, with_room
 from attnzoo.kvcache.state import new_zeros
 from attnzoo.ops.accumulated_attention import accumulated_attention
 from attnzoo.ops.common.masks import CausalMask
@@ -31,16 +31,16 @@ QKV = tuple[Tensor, Tensor, Tensor]
 
 
 class EvictingCache(CachePolicy):
-    """Subclasses say who stays: `priorities`. `config` has TokenOptions."""
+    """Base of evicting policies. Subclasses define `priorities`; `config` is a `TokenOptions`."""
 
     accumulates = False
     """Whether priorities need the accumulated attention of every key."""
     rule = MergeRule(kind="drop")
     merge_counts = False
     window = 0
-    """Tokens besides the newest whose keys stay whole."""
+    """Tokens besides the newest whose keys keep all channels."""
     recent_share = 0.25
-    """Of the kept tokens that are not sinks, how many are the most recent ones."""
+    """Share of the most recent tokens among the kept tokens that are not sinks."""
     shared = False
     """Whether the kv heads of a layer keep the same tokens."""
     thins = False
@@ -54,11 +54,11 @@ class EvictingCache(CachePolicy):
         return str(self.config.prefill)
 
     def priorities(self, taken_BKS: Tensor, accumulated_BKS: Tensor | None, kv_heads: int) -> Tensor:
-        """Who stays longer, [B, K, S]: the lowest leaves. taken_BKS: position + 1, 0 where there is no token."""
+        """priority_BKS of each token; the lowest is evicted first. taken_BKS: position + 1, 0 for none."""
         raise NotImplementedError
 
     def layer_budgets(self, layers: Sequence[CachedLayer], asked_B: Tensor) -> list[Tensor]:
-        """budgets_B of each layer; here the same for all."""
+        """budgets_B (tokens to keep) of each layer; by default the same for all."""
         return [asked_B for _ in layers]
 
     def thin(self, state: CompressedState) -> CompressedState:
@@ -127,7 +127,7 @@ class EvictingCache(CachePolicy):
         return head_dim
 
     def index_bytes(self, head_dim: int) -> int:
-        """Bytes a kv head of channel indices."""
+        """Bytes of channel indices per kv head."""
         return 0
 
     def compressed_nbytes(
@@ -144,7 +144,7 @@ class EvictingCache(CachePolicy):
         budget = prompt if self.config.lossless else self.budget(prompt)
         started = self.thins or joinable
         if self.config.lossless or (prompt + tokens <= budget and not started):
-            # Nothing was evicted: the full cache, if it was opened for as many tokens.
+            # Nothing was evicted: the state is a full cache, here one that was made for exactly these tokens.
             return self.nbytes(batch, num_kv_heads, head_dim, prompt + tokens, dtype)
         width, exact = dtype_bytes(dtype), dtype_bytes(accumulation_dtype(dtype))
         extra = exact * (int(self.accumulates) + int(self.merge_counts))
@@ -173,7 +173,7 @@ class EvictingCache(CachePolicy):
     def needs(self) -> frozenset[Need]:
         if self.config.lossless:
             return frozenset()
-        # Priorities need accumulated attention; what was merged or thinned is read by the terms of the scores.
+        # Accumulated attention needs `tables`; merged or pruned entries can only be read through `terms`.
         plain = self.rule.kind == "drop" and not self.merge_counts and not self.thins and not self.accumulates
         tables: frozenset[Need] = frozenset({"tables"} if self.accumulates else ())
         return tables if plain else tables | {"terms"}
@@ -183,7 +183,7 @@ class EvictingCache(CachePolicy):
         return asked_tokens(lengths_B, config.ratio, config.max_tokens, cc.least_kept(config))
 
     def recents(self, budgets_B: Tensor) -> Tensor:
-        """How many of the newest tokens may not leave."""
+        """How many of the newest tokens must stay."""
         share_B = ((budgets_B - self.config.sinks) * self.recent_share).long()
         return torch.minimum(share_B.clamp(min=max(1, self.window)), budgets_B - self.config.sinks - 1)
 
@@ -196,8 +196,8 @@ class EvictingCache(CachePolicy):
         counts_B: Tensor | None,
     ) -> tuple[Tensor, CompressedState]:
         cc.check_call(*qkv)
-        if not self.config.lossless and self._full(state, positions_BT):
-            state = self._bounded(CachedLayer(state, score_function, positions_BT[:, 0]), state.budgets_B)
+        if not self.config.lossless and self._exceeds_budgets(state, positions_BT):
+            state = self._for_decoding(CachedLayer(state, score_function, positions_BT[:, 0]), state.budgets_B)
         if state.ring is not None and state.ring.keys_BKRH.shape[2]:
             return self._one_by_one(state, score_function, qkv, positions_BT, counts_B)
         state, view = cc.append(state, qkv[1], qkv[2], positions_BT, counts_B)
@@ -206,8 +206,8 @@ class EvictingCache(CachePolicy):
             state = self._accumulated(state, score_function, qkv[0], view, positions_BT, counts_B)
         return o_BNTH, state
 
-    def _full(self, state: CompressedState, positions_BT: Tensor) -> bool:
-        """Whether a token of this chunk is one more than a sequence may keep after its prompt."""
+    def _exceeds_budgets(self, state: CompressedState, positions_BT: Tensor) -> bool:
+        """Whether this chunk exceeds the budget of a sequence whose prompt has ended."""
         assert state.ring is not None
         if state.ring.keys_BKRH.shape[2]:
             return False
@@ -228,7 +228,7 @@ class EvictingCache(CachePolicy):
             if not torch.compiler.is_compiling():
                 state = with_room(self, state, positions_BT[:, t])
             out, state = step(
-                self, state, score_function, one, moment(positions_BT, counts_B, t, one[1].shape[1], self.window)
+                self, state, score_function, one, step_info(positions_BT, counts_B, t, one[1].shape[1], self.window)
             )
             outputs.append(out)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), state
@@ -242,7 +242,7 @@ class EvictingCache(CachePolicy):
         positions_BT: Tensor,
         counts_B: Tensor | None,
     ) -> CompressedState:
-        """The attention of a chunk added to the accumulated attention of prefix and tail."""
+        """Adds the attention of a chunk to the accumulated attention of prefix and tail."""
         seen = view if state.prefix.slots == 0 else cc.joined(state, view)
         mask = CausalMask(query_positions_BT=positions_BT, key_positions_BKS=seen.positions_BKS)
         merge_counts = None
@@ -287,8 +287,8 @@ class EvictingCache(CachePolicy):
             state = layer.state
             over = bool((lengths_B > budgets_B).any())
             if over or (final and self.thins):
-                state = self._bounded(layer, budgets_B) if final else self._shrunk(layer, budgets_B)
-            # Sequences that fit stay as they are until a token is one too many.
+                state = self._for_decoding(layer, budgets_B) if final else self._evicted(layer, budgets_B)
+            # Sequences within their budgets stay uncompressed until a token exceeds them.
             states.append(replace(state, budgets_B=budgets_B.clone()) if final else state)
         return states
 
@@ -297,17 +297,17 @@ class EvictingCache(CachePolicy):
         return [
             layer.state
             if self.config.lossless or layer.state.ring.keys_BKRH.shape[2]
-            else self._bounded(layer, layer.state.budgets_B)
+            else self._for_decoding(layer, layer.state.budgets_B)
             for layer in layers
         ]
 
-    def _bounded(self, layer: CachedLayer, budgets_B: Tensor) -> CompressedState:
-        """The state of decoding: the newest `window` tokens in the ring, the others in the prefix."""
-        state = replace(self._shrunk(layer, budgets_B), budgets_B=budgets_B)
+    def _for_decoding(self, layer: CachedLayer, budgets_B: Tensor) -> CompressedState:
+        """The state for decoding: the newest `window` tokens in the ring, the others in the prefix."""
+        state = replace(self._evicted(layer, budgets_B), budgets_B=budgets_B)
         return self.thin(ringed(state, layer.lengths_B, self.window))
 
-    def _shrunk(self, layer: CachedLayer, budgets_B: Tensor) -> CompressedState:
-        """All entries of the state, but those that are evicted and merged, in a prefix; no tail."""
+    def _evicted(self, layer: CachedLayer, budgets_B: Tensor) -> CompressedState:
+        """The state after eviction and merging: all entries that stay are in the prefix, and the tail is empty."""
         state, lengths_B = layer.state, layer.lengths_B
         entries = all_entries(state, lengths_B)
         places, (keys, values, accumulated, merge_counts) = entries
@@ -342,7 +342,7 @@ class EvictingCache(CachePolicy):
         )
 
     def _kept(self, places_BKS: Tensor, priority_BKS: Tensor, budgets_B: Tensor, lengths_B: Tensor) -> Tensor:
-        """keep_BKS: sinks, the most recent, and of the others those of the highest priority."""
+        """keep_BKS (bool): sinks, the most recent tokens, and of the others those of the highest priority."""
         protected = self.protected(places_BKS + 1, budgets_B, lengths_B)
         rank = priority_BKS.masked_fill(protected, torch.inf).masked_fill(places_BKS < 0, -torch.inf)
         if self.shared:
@@ -353,7 +353,7 @@ class EvictingCache(CachePolicy):
         return keep & (places_BKS >= 0)
 
     def protected(self, taken_BKS: Tensor, budgets_B: Tensor, lengths_B: Tensor) -> Tensor:
-        """Sinks and the most recent tokens, and what holds no token. taken_BKS: position + 1, 0 for none."""
+        """protected_BKS (bool): sinks, the most recent tokens, and empty slots. taken_BKS: position + 1, 0 for none."""
         # In the dtype of the places: a comparison of two dtypes would copy them.
         first_recent_B = (lengths_B - self.recents(budgets_B)).to(taken_BKS.dtype)
         return (taken_BKS <= self.config.sinks) | (taken_BKS > first_recent_B[:, None, None])

@@ -24,7 +24,7 @@ class FullCacheState(State):
 
 
 class FullCache(ExactCache):
-    """Grows to whatever is asked of it; memory is 2 * K * H elements a token."""
+    """A cache that grows as needed; memory is 2 * K * H elements per token."""
 
     def init(
         self,
@@ -53,7 +53,7 @@ class FullCache(ExactCache):
         counts_B: Tensor | None,
     ) -> tuple[FullCacheState, CacheView]:
         check_chunk(keys_BKTH)
-        # Lengths are values, which the compiler does not know: what it is given has been cut to what is used.
+        # The compiler does not know lengths, which are values: callers cut the buffers to the used slots before.
         compiling = torch.compiler.is_compiling()
         slots = _slots(positions_BT, counts_B, state.keys_BKSH.shape[2] if compiling else None)
         keys = _with_room(state.keys_BKSH, slots.used, keys_BKTH)
@@ -70,7 +70,7 @@ class FullCache(ExactCache):
 
 @dataclass(frozen=True)
 class _Slots:
-    """Where a chunk goes, and what is used then.
+    """The slots that a chunk is written to, and the slots in use afterwards.
 
     first: the slot of the first token where all rows are equally long and all tokens are real; else None, and `rows`
     and `targets` index B and S for the tokens that real_BT picks (None: all). used: slots of the longest row after the
@@ -96,7 +96,7 @@ class _Slots:
 
 @recent
 def _slots(positions_BT: Tensor, counts_B: Tensor | None, used: int | None) -> _Slots:
-    """`used`: None to look it up."""
+    """used: slots in use after the chunk; None: computed from the positions."""
     batch, tokens = positions_BT.shape
     starts_B = positions_BT[:, 0]
     ends_B = starts_B + (tokens if counts_B is None else counts_B)

@@ -20,7 +20,7 @@ class FullConfig:
 
 @CACHES.register("full")
 class KeepAll(CachePolicy):
-    """Nothing is ever dropped. Attention uses its own cache in place of this one, whose state is the same."""
+    """Drops nothing. Attention variants use their own cache in place of this one; the state is the same."""
 
     source = "exact"
     Config = FullConfig

@@ -12,13 +12,14 @@ RENAMED = {"votes": "merge_counts", "retail": "repack_every"}
 
 
 def current_names(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`options` under the names of today; a FutureWarning says an old one. Raises ValueError for both at once."""
+    """`options` with current names in place of old ones (FutureWarning). Raises ValueError if both are given."""
     found = dict(options)
     for old, new in RENAMED.items():
         if old in found:
             if new in found:
                 raise ValueError(f"{where}.{old} is the old name of {where}.{new}: give the new one alone")
-            warnings.warn(f"{where}.{old} is now called {where}.{new}; the old name ends", FutureWarning, stacklevel=3)
+            message = f"{where}.{old} is now called {where}.{new}; the next release refuses the old name"
+            warnings.warn(message, FutureWarning, stacklevel=3)
             found[new] = found.pop(old)
     return found
 
@@ -26,10 +27,10 @@ def current_names(options: Mapping[str, Any], where: str) -> dict[str, Any]:
 @dataclass(frozen=True, kw_only=True)
 class TokenOptions:
     """How many tokens stay. keep_ratio: the part of the prompt that is kept, in (0, 1]; 1 keeps all, generated tokens
-    too. max_tokens: as many tokens whatever the prompt; set one of both (neither: keep_ratio 0.2). min_tokens: what
-    keep_ratio leaves of however short a prompt, generated tokens included; None: a page (`compressed.PAGE`), which the
-    shortest sequence takes anyway. sinks: first tokens that always stay. prefill: "oneshot", or "stream" to compress
-    after every chunk of the prompt."""
+    too. max_tokens: number of kept tokens for any prompt; set at most one of the two (default: keep_ratio 0.2).
+    min_tokens: number of tokens, generated ones included, that a sequence keeps whatever keep_ratio says; None: a page
+    (`compressed.PAGE`), which the shortest sequence takes anyway. sinks: number of first tokens that always stay.
+    prefill: "oneshot", or "stream" to compress after every chunk of the prompt."""
 
     keep_ratio: float | None = None
     max_tokens: int | None = None
@@ -51,8 +52,8 @@ class TokenOptions:
             check_least("min_tokens", self.min_tokens, 0)
         if self.min_tokens is not None and self.max_tokens is not None:
             raise ValueError(
-                f"min_tokens={self.min_tokens} is the least that keep_ratio leaves, and max_tokens={self.max_tokens} "
-                "keeps as many whatever the prompt: leave one of them out"
+                f"min_tokens={self.min_tokens} is a lower bound for keep_ratio, and max_tokens={self.max_tokens} "
+                "replaces keep_ratio: leave one of them out"
             )
 
     @property
@@ -74,7 +75,7 @@ class TokenOptions:
 @dataclass(frozen=True, kw_only=True)
 class ChannelOptions:
     """channel_ratio: the part of every key's channels that is kept, in (0, 1]: H - floor((1 - channel_ratio) H) of H.
-    value_channel_ratio: the same of values. window: the newest tokens whose keys stay whole."""
+    value_channel_ratio: the same of values. window: number of newest tokens whose keys keep all channels."""
 
     channel_ratio: float = 0.5
     value_channel_ratio: float = 1.0
@@ -105,13 +106,13 @@ def check_seed(seed: int) -> None:
 
 
 NOT_LENGTHS = {"seed"}
-"""Whole numbers among the options that count no tokens."""
+"""Integer options that do not count tokens."""
 
 
 def check_lengths(config: Any, positions: int) -> None:
-    """Raises ValueError for an option that counts more tokens than a model can read, `positions`; a default never is.
+    """Raises ValueError for an option that counts more than the `positions` tokens a model can read. Defaults pass.
 
-    Every option that is a whole number counts tokens, unless `NOT_LENGTHS` has its name.
+    Every integer option counts tokens, unless `NOT_LENGTHS` has its name.
     """
     hints = get_type_hints(type(config))
     for field in fields(config):

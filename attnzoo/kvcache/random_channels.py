@@ -1,6 +1,6 @@
-"""Random channels: the control for every choice of channels, stored as ThinK stores them.
+"""Random channels, stored as ThinK stores them: the control experiment for policies that choose channels.
 
-A channel's lot depends on the seed and the kv head alone, so that runs repeat in every batch.
+The choice depends on the seed and the kv head alone, so that it is reproducible in any batch.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from attnzoo.kvcache.think import ThinKCache
 
 @dataclass(frozen=True, kw_only=True)
 class RandomChannelsConfig(ChannelOptions):
-    """`seed`: of the lots."""
+    """seed: seed of the random choice."""
 
     seed: int = 0
     prefill: Prefill = "oneshot"
@@ -30,7 +30,7 @@ class RandomChannelsConfig(ChannelOptions):
 
 @CACHES.register("random_channels")
 class RandomChannelsCache(ThinKCache):
-    """Channels by lot."""
+    """Keeps randomly chosen channels."""
 
     source = "control"
     Config = RandomChannelsConfig

@@ -1,8 +1,8 @@
-"""Random tokens: the control for every choice of tokens. Sinks and the most recent tokens stay as in D2O, the others by
-lot.
+"""Random tokens: the control experiment for policies that choose tokens. Sinks and the most recent tokens stay as in
+D2O; the others are chosen at random.
 
-A token's lot depends on the seed, its position and the kv head alone, so that runs repeat, and a sequence keeps the
-same tokens in every batch and in chunks of any length.
+A token's random number depends on the seed, its position and the kv head alone, so that a sequence keeps the same
+tokens in every run, in any batch and in chunks of any length.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from attnzoo.kvcache.options import TokenOptions, check_seed
 
 @dataclass(frozen=True, kw_only=True)
 class RandomTokensConfig(TokenOptions):
-    """`seed`: of the lots."""
+    """seed: seed of the random choice."""
 
     seed: int = 0
 
@@ -29,7 +29,7 @@ class RandomTokensConfig(TokenOptions):
 
 @CACHES.register("random_tokens")
 class RandomTokensCache(EvictingCache):
-    """The token of the lowest lot leaves."""
+    """Evicts the token with the lowest random number."""
 
     source = "control"
     Config = RandomTokensConfig

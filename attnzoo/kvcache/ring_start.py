@@ -1,4 +1,4 @@
-"""Where a prompt ends and one token comes for one that goes: the newest entries move from the prefix into the ring."""
+"""From prompt to decoding in evicting caches: the newest entries move from the prefix into the ring."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def ringed(state: CompressedState, lengths_B: Tensor, window: int) -> Compressed
     turn_BKR = torch.full((*held.shape, window + 1), -1, device=held.device)
     place_BW = torch.where(newest_BW >= 0, newest_BW % (window + 1), window)
     source = torch.where((newest_BW >= 0)[:, None], slots_BKW, -1)
-    # Slots before the sequence began all write -1 to a slot that the next token takes.
+    # Where a sequence is shorter than the window, missing entries write -1 to the slot that the next token takes.
     safe_BW = torch.where(newest_BW >= 0, place_BW, (lengths_B % (window + 1))[:, None])
     turn_BKR.scatter_(-1, safe_BW[:, None].expand(-1, held.shape[1], -1), source)
     index, gone = turn_BKR.clamp(min=0), turn_BKR < 0
@@ -42,7 +42,7 @@ def ringed(state: CompressedState, lengths_B: Tensor, window: int) -> Compressed
 
 
 def _cut(prefix: Prefix, counts_BK: Tensor) -> Prefix:
-    """The first `counts_BK` entries, in no more slots than the longest needs, at least one."""
+    """The first counts_BK entries of each kv head, in as many slots as the longest needs, at least one."""
     slots = max(1, int(counts_BK.max()))
     empty = torch.arange(slots, device=counts_BK.device) >= counts_BK[..., None]
 

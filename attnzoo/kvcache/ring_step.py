@@ -1,9 +1,8 @@
-"""One token comes, one goes: a decode step of caches that evict.
+"""A decode step of evicting caches.
 
-The new token enters the ring and attention reads prefix and ring; then the token that leaves is merged into its
-nearest (its products with all keys were a row of attention's own), and the oldest of the ring takes its slot. A
-sequence that may keep more than it has takes an empty slot instead. Every operation is batched over sequences and
-heads.
+The new token enters the ring, and attention reads prefix and ring. Then the evicted token is merged into the token of
+the most similar key (attention has computed the products with all keys as one more row), and the oldest token of the
+ring takes its slot. A sequence below its budget takes an empty slot instead. All operations are batched.
 """
 
 from dataclasses import dataclass, replace
@@ -26,11 +25,11 @@ QKV = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Moment:
-    """When the step happens, the same for all layers. at_B: position of the new token. active_B: None: all sequences.
-    entering, leaving: slots of the ring, of the token that comes (in active sequences) and of the one that leaves.
-    leaving_B: its position, below 0 for none; some_leave: not all sequences have one. ring_full: every slot of the ring
-    holds a token. Where a device would have to be waited for, not all and not full."""
+class StepInfo:
+    """What all layers share in a step. at_B: position of the new token. active_B: sequences that get a token, None:
+    all. entering, leaving: ring slots of the new token (in active sequences) and of the token that leaves the ring.
+    leaving_B: position of the latter, below 0 where none leaves; some_leave: none leaves in some sequences. ring_full:
+    every slot of the ring holds a token. On a GPU, which is not waited for: some_leave is True, ring_full False."""
 
     at_B: Tensor
     active_B: Tensor | None
@@ -42,10 +41,10 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """What the step decides before attention. slot_BK: where the token that leaves the ring goes, -1: there is none;
-    `into` the same as places. victim_BK: the same where something is there, else -1 (the very tensor where nothing
-    differs). held: no slot is empty. slots: P."""
+class _Choice:
+    """What a layer decides before attention. slot_BK: the prefix slot for the token that leaves the ring, -1 where none
+    leaves; into: the same as `Places`. victim_BK: slot_BK where that slot holds a token, else -1 (the same tensor where
+    both are equal). held: no slot is empty. slots: P."""
 
     slot_BK: Tensor
     into: Places
@@ -61,8 +60,8 @@ class _Turn:
 
 
 @recent
-def moment(positions_BT: Tensor, counts_B: Tensor | None, t: int, kv_heads: int, window: int) -> Moment:
-    """Of token t of a chunk; rows with fewer tokens are inactive."""
+def step_info(positions_BT: Tensor, counts_B: Tensor | None, t: int, kv_heads: int, window: int) -> StepInfo:
+    """`StepInfo` of token t of a chunk; rows with fewer tokens are inactive."""
     at_B, slots = positions_BT[:, t], window + 1
     active_B = None if counts_B is None else counts_B > t
     if active_B is not None and known(active_B):
@@ -75,7 +74,7 @@ def moment(positions_BT: Tensor, counts_B: Tensor | None, t: int, kv_heads: int,
         return (position_B % slots)[:, None].expand(-1, kv_heads)
 
     active_BK = None if active_B is None else active_B[:, None].expand(-1, kv_heads)
-    return Moment(
+    return StepInfo(
         at_B=at_B,
         active_B=active_B,
         entering=places(slot_of(at_B), slots, active_BK),
@@ -87,38 +86,38 @@ def moment(positions_BT: Tensor, counts_B: Tensor | None, t: int, kv_heads: int,
 
 
 def step(
-    policy: Any, state: CompressedState, score_function: ScoreFunction, qkv: QKV, now: Moment
+    policy: Any, state: CompressedState, score_function: ScoreFunction, qkv: QKV, now: StepInfo
 ) -> tuple[Tensor, CompressedState]:
     """(o_BN1H, state) for one token of each sequence, (q_BN1H, k_BK1H, v_BK1H); inactive sequences keep their state.
 
-    `state` has room (`with_room`): what follows is the same operations whatever the values.
+    `state` must have room (`with_room`). The operations do not depend on values, so that a step can be compiled.
     """
-    turn = _turn(policy, state, now)
+    choice = _choose(policy, state, now)
     ring = state.ring
     assert ring is not None
     _enter(ring, qkv[1], qkv[2], now)
     if score_function.relative and "terms" not in score_function.says:
         # The variant's own operation, which reads keys that are whole.
         out_BN1H = _read_whole(state, score_function, qkv[0], now)
-        return out_BN1H, _replaced(policy, state, score_function, (now, turn), Decoded(out_BNTH=out_BN1H))
+        return out_BN1H, _replaced(policy, state, score_function, (now, choice), Decoded(out_BNTH=out_BN1H))
     probe = None
     if policy.rule.kind != "drop":
-        probe = turn.victims.take(state.prefix.keys_BKPC)
+        probe = choice.victims.take(state.prefix.keys_BKPC)
     decoded = cc.read(
         score_function,
         qkv[0],
         now.at_B[:, None],
-        cc.prefix_entries(state, score_function, held=turn.held),
+        cc.prefix_entries(state, score_function, held=choice.held),
         _ring_entries(ring, now, seen=now.ring_full and not score_function.relative),
         probe_BKC=probe,
         accumulated_attention=policy.accumulates,
     )
     if decoded.accumulated_BKS is not None:
         _accumulate(state.prefix, ring, decoded.accumulated_BKS, now.active_B)
-    return decoded.out_BNTH, _replaced(policy, state, score_function, (now, turn), decoded)
+    return decoded.out_BNTH, _replaced(policy, state, score_function, (now, choice), decoded)
 
 
-def _read_whole(state: CompressedState, score_function: ScoreFunction, q_BN1H: Tensor, now: Moment) -> Tensor:
+def _read_whole(state: CompressedState, score_function: ScoreFunction, q_BN1H: Tensor, now: StepInfo) -> Tensor:
     """o_BN1H over prefix and ring, of a policy that needs nothing else of the variant."""
     assert state.ring is not None
     entries = _ring_entries(state.ring, now, seen=False)
@@ -127,13 +126,13 @@ def _read_whole(state: CompressedState, score_function: ScoreFunction, q_BN1H: T
     return score_function.attend(q_BN1H, cc.joined(state, ring), now.at_B[:, None])
 
 
-def _turn(policy: Any, state: CompressedState, now: Moment) -> _Turn:
+def _choose(policy: Any, state: CompressedState, now: StepInfo) -> _Choice:
     taken, budgets_B = state.prefix.places_BKP, state.budgets_B
     assert taken is not None
     rank = policy.priorities(taken, state.prefix.accumulated_BKP, taken.shape[1]).expand_as(taken)
     if policy.shared:
         rank = rank.mean(1, keepdim=True).expand_as(rank)
-    # An empty slot is protected: nobody takes it where a sequence has all it may keep.
+    # Empty slots are protected: a sequence at its budget must not take one.
     rank = torch.where(policy.protected(taken, budgets_B, now.at_B + 1), torch.inf, rank)
     held = cc.all_held(state)
     if not held:
@@ -146,10 +145,10 @@ def _turn(policy: Any, state: CompressedState, now: Moment) -> _Turn:
         there_BK = taken.gather(-1, slot_BK.clamp(min=0)[..., None])[..., 0] > 0
         victim_BK = torch.where(there_BK, slot_BK, -1)
     into = places_or_none(slot_BK, taken.shape[2])
-    return _Turn(slot_BK=slot_BK, into=into, victim_BK=victim_BK, held=held, slots=taken.shape[2])
+    return _Choice(slot_BK=slot_BK, into=into, victim_BK=victim_BK, held=held, slots=taken.shape[2])
 
 
-def _enter(ring: Ring, k_BK1H: Tensor, v_BK1H: Tensor, now: Moment) -> None:
+def _enter(ring: Ring, k_BK1H: Tensor, v_BK1H: Tensor, now: StepInfo) -> None:
     """The new token in its slot of the ring, with no accumulated attention yet and a merge count of one."""
     now.entering.put(ring.keys_BKRH, k_BK1H[:, :, 0])
     now.entering.put(ring.values_BKRH, v_BK1H[:, :, 0])
@@ -158,8 +157,8 @@ def _enter(ring: Ring, k_BK1H: Tensor, v_BK1H: Tensor, now: Moment) -> None:
             now.entering.fill(numbers, first)
 
 
-def _ring_entries(ring: Ring, now: Moment, *, seen: bool) -> Entries:
-    """The ring holds the newest R positions. seen: it is full, and nobody asks for positions."""
+def _ring_entries(ring: Ring, now: StepInfo, *, seen: bool) -> Entries:
+    """The newest R tokens as `paged_decode` reads them. seen: all slots may be seen, so positions are not needed."""
     positions_B1R = None
     if not seen:
         slots, at_B1 = ring.keys_BKRH.shape[2], now.at_B[:, None]
@@ -183,17 +182,21 @@ def _accumulate(prefix: Prefix, ring: Ring, accumulated_BKS: Tensor, active_B: T
 
 
 def _replaced(
-    policy: Any, state: CompressedState, score_function: ScoreFunction, decision: tuple[Moment, _Turn], decoded: Decoded
+    policy: Any,
+    state: CompressedState,
+    score_function: ScoreFunction,
+    both: tuple[StepInfo, _Choice],
+    decoded: Decoded,
 ) -> CompressedState:
-    """The oldest of the ring in the slot that was chosen, the victim merged."""
+    """Merges the victim, and puts the token that leaves the ring into the chosen slot of the prefix."""
     prefix, ring, thresholds = state.prefix, state.ring, state.thresholds_BK
-    (now, turn), leaving = decision, decision[0].leaving
+    (now, choice), leaving = both, both[0].leaving
     assert ring is not None
     assert prefix.places_BKP is not None
     arrival = Arrival(
         key_BKC=_thinned(leaving.take(ring.keys_BKRH), prefix.channels_BKC),
         value_BKV=_thinned(leaving.take(ring.values_BKRH), prefix.value_channels_BKV),
-        slot_BK=turn.slot_BK,
+        slot_BK=choice.slot_BK,
     )
     norms = prefix.norms_BKP
     dots = decoded.dots_BKP
@@ -205,7 +208,7 @@ def _replaced(
     )
     after = evict_merge_step(
         slots,
-        victim_BK=turn.victim_BK,
+        victim_BK=choice.victim_BK,
         dots_BKP=slots.norms_BKP if dots is None else dots,
         arrival=arrival,
         rule=policy.rule,
@@ -214,14 +217,13 @@ def _replaced(
         else torch.where(thresholds == 0, torch.nan, thresholds - 2),
         impl=score_function.impl,
     )
-    into = turn.into
-    _put(into, prefix.places_BKP, (now.leaving_B + 1)[:, None].expand_as(turn.slot_BK))
+    _put(choice.into, prefix.places_BKP, (now.leaving_B + 1)[:, None].expand_as(choice.slot_BK))
     for mine, theirs in (
         (prefix.accumulated_BKP, ring.accumulated_BKR),
         (prefix.merge_counts_BKP, ring.merge_counts_BKR),
     ):
         if mine is not None and theirs is not None:
-            _put(into, mine, leaving.take(theirs))
+            _put(choice.into, mine, leaving.take(theirs))
     if thresholds is not None:
         thresholds = torch.nan_to_num(after + 2, nan=0.0)
     return replace(state, thresholds_BK=thresholds)
@@ -238,8 +240,7 @@ def _thinned(row_BKH: Tensor, channels_BKC: Tensor | None) -> Tensor:
 
 
 def with_room(policy: Any, state: CompressedState, at_B: Tensor) -> CompressedState:
-    """What a step at these positions needs: a page more where a sequence has no empty slot, but may keep more than it
-    has."""
+    """The state with a page more in the prefix, if a sequence below its budget has no empty slot at this step."""
     prefix, budgets_B = state.prefix, state.budgets_B
     assert prefix.places_BKP is not None
     most = int(budgets_B.max()) - policy.window

@@ -1,11 +1,11 @@
-"""SnapKV: the tokens of the prompt that the last queries looked at.
+"""SnapKV: keeps the tokens of the prompt that its last queries attend to most.
 
 Source: Li et al. 2024, "SnapKV: LLM Knows What You are Looking for Before Generation" (arXiv 2404.14469), section 4.
-The attention of the last `window` queries is summed over them and over the query heads of a kv head, smoothed over
-neighbours, and the highest stay, beside the window; generated tokens all stay.
+The attention of the last `window` queries is summed over them and over the query heads of a kv head, then smoothed over
+neighbouring tokens. The tokens with the highest sums stay, beside the window and all generated tokens.
 
-Differs from the paper: with grouped kv heads one kept set a kv head; with prefill="stream" the choice is made again
-after every chunk among what is left.
+Differs from the paper: with grouped kv heads, every kv head keeps its own tokens; with prefill="stream", every chunk is
+followed by a new choice among the tokens that are left.
 """
 
 from dataclasses import dataclass, replace
@@ -29,8 +29,8 @@ from attnzoo.types import accumulation_dtype, dtype_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class SnapKVConfig(TokenOptions):
-    """window: queries that are observed, and the newest tokens that stay. pool: neighbours that are smoothed over, odd.
-    kind: of smoothing. sinks stay too, by default none as in the paper."""
+    """window: number of last queries that are observed; their tokens stay. pool: number of tokens smoothed over, odd.
+    kind: smoothing by the "mean" or the "max". sinks: number of first tokens that always stay; 0 as in the paper."""
 
     sinks: int = 0
     window: int = 32
@@ -47,7 +47,7 @@ class SnapKVConfig(TokenOptions):
 
 @CACHES.register("snapkv")
 class SnapKVCache(TailedCache):
-    """What the observation window attends to stays."""
+    """Keeps what the observation window attends to."""
 
     source = "Li et al. 2024, arXiv 2404.14469, section 4"
     Config: ClassVar[type] = SnapKVConfig
@@ -95,7 +95,7 @@ class SnapKVCache(TailedCache):
         kv_heads = view.keys_BKSH.shape[1]
         places = view.positions_BKS.expand(-1, kv_heads, -1)
         before = (places >= 0) & (places < first_B[:, None, None])
-        # What the window itself received says nothing about its neighbours: it stays whatever they are worth.
+        # The window stays in any case; its own attention must not be smoothed into its neighbours.
         seen = self._seen(layer, view).masked_fill(~before, 0.0)
         rank = smoothed(seen, self.config.pool, self.config.kind)
         rank = rank.masked_fill(places < self.config.sinks, torch.inf)
@@ -128,7 +128,7 @@ class SnapKVCache(TailedCache):
         return tail if state.prefix.slots == 0 else cc.joined(state, tail)
 
     def _seen(self, layer: CachedLayer, view: CacheView) -> Tensor:
-        """accumulated_BKS of the observed queries; those before the sequence began see nothing."""
+        """accumulated_BKS of the observed queries; padding, at negative positions, sees nothing."""
         steps = torch.arange(-layer.state.queries_BNWH.shape[2], 0, device=layer.lengths_B.device)
         at_BW = layer.lengths_B[:, None] + steps
         mask = CausalMask(query_positions_BT=at_BW, key_positions_BKS=view.positions_BKS)
@@ -150,7 +150,7 @@ class SnapKVCache(TailedCache):
     ) -> int:
         budget = int(self.budgets(torch.tensor([prompt]))[0])
         if self.lossless or prompt <= budget:
-            # Nothing is left out of the prompt; what comes after it takes whole pages.
+            # The whole prompt is kept; later tokens take whole pages.
             slots = prompt if tokens == 0 else cc.pages(prompt + tokens)
             return self.nbytes(batch, num_kv_heads, head_dim, slots, dtype)
         whole = 2 * head_dim * dtype_bytes(dtype)
@@ -160,6 +160,6 @@ class SnapKVCache(TailedCache):
 
 
 def smoothed(accumulated_BKS: Tensor, pool: int, kind: Literal["mean", "max"]) -> Tensor:
-    """accumulated_BKS pooled over `pool` neighbours, an odd number; nothing stands beyond the ends."""
+    """accumulated_BKS pooled over `pool` tokens, an odd number, with padding (mean: 0, max: -inf) at the ends."""
     pooled = F.avg_pool1d if kind == "mean" else F.max_pool1d
     return pooled(accumulated_BKS, pool, stride=1, padding=pool // 2)

@@ -1,9 +1,9 @@
-"""What a sequence leaves behind for its next token: trees of tensors with the batch axis first.
+"""What a sequence needs for its next token: trees of tensors with the batch axis first.
 
-A `State` is a dataclass whose fields are tensors, other states, tuples of states, or None; what else it knows and
-tensors do not hold (its policy) is a field with the metadata `STATIC`, which is passed on as it is and never saved.
-Because every tensor has the batch as its first axis, a server can hold one batched state and let sequences join and
-leave by rows, without knowing what an attention variant keeps (keys and values, convolution tails, a matrix, ...).
+A `State` is a dataclass whose fields are tensors, other states, tuples of states, or None. Anything else, such as its
+policy, is a field with the metadata `STATIC`, which is passed on unchanged and not saved. Because every tensor has the
+batch as its first axis, a server can hold one batched state and let sequences join and leave by rows, without knowing
+what an attention variant keeps (keys and values, convolution tails, a matrix, ...).
 
 States are consumed: `extend` may write into the buffers of the state it is given when autograd is off.
 `clone()` first to continue one state in two ways.
@@ -22,8 +22,8 @@ S = TypeVar("S", bound="State")
 
 
 STATIC = {"static": True}
-"""Metadata of a dataclass field that is no part of the tree: states made from this one share its value. What it is in a
-file, where it has one, is what its method `describe` says."""
+"""Metadata of a dataclass field that is not part of the tree: states made from this one share its value. A file holds
+the text of its method `describe` instead."""
 
 
 class State:
@@ -49,13 +49,13 @@ class State:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def rows(self: S, index: slice) -> S:
-        """Views of the sequences in `index`: no copy, and in-place writes of `extend` reach the whole."""
+        """Views of the sequences in `index`, not copies: in-place writes of `extend` reach this state."""
         return self.map(lambda _, tensor: tensor[index])
 
     def cut(self: S, tokens: int) -> S:
-        """Views of what sequences of at most `tokens` tokens fill, so that in-place writes reach the whole.
+        """Views of the slots that sequences of at most `tokens` tokens fill: in-place writes reach this state.
 
-        States that do not grow are themselves; those that do say how.
+        By default everything, for states of constant size; states that grow override it.
         """
         return _cut(self, tokens)
 
@@ -66,13 +66,13 @@ class State:
     def store(self: S, index: slice, other: S) -> None:
         """Writes `other` (a state of those rows) into the rows `index` of this one, in place.
 
-        Tensors of `other` that already live in these rows (keys and values that `extend` wrote in place) cost
-        nothing. Raises ValueError when shapes differ, for example when `other` has grown past this capacity.
+        Tensors of `other` that are views of these rows (because `extend` wrote in place) are not copied. Raises
+        ValueError when shapes differ, for example when `other` has grown past this capacity.
         """
         self.rows(index).fill(other)
 
     def fill(self, other: "State") -> None:
-        """Writes `other` into this state, in place; what of it is this state's already costs nothing.
+        """Writes `other` into this state, in place, without copying tensors that both share.
 
         Raises ValueError as `store`.
         """
@@ -84,11 +84,11 @@ class State:
         return len(next(iter(self.tensors().values())))
 
     def joined(self: S, other: S) -> S:
-        """The sequences of both, this one's first. Both are consumed, tensor by tensor, so that memory for one tensor
-        more is enough.
+        """The sequences of both, this state's first. Both are consumed tensor by tensor, so that one tensor at most
+        exists twice.
 
-        Where one has fewer slots it gets empty ones, which are zeros in every variant's state. Raises ValueError where
-        the two have not the same tensors or dtypes.
+        The state with fewer slots gets empty ones, which are zeros in every variant's state. Raises ValueError if the
+        two differ in the names or dtypes of their tensors.
         """
         self.check_joins(other)
         theirs = other.tensors()
@@ -104,7 +104,7 @@ class State:
         return _consume(self, "", join)
 
     def check_joins(self, other: "State") -> None:
-        """Raises ValueError where `joined` could not; nothing is consumed."""
+        """Raises ValueError if `joined` would; nothing is consumed."""
         mine, theirs = self.tensors(), other.tensors()
         if theirs.keys() != mine.keys():
             odd = sorted(theirs.keys() ^ mine.keys())
@@ -177,7 +177,7 @@ def _map(node: Any, name: str, fn: Callable[[str, Tensor], Tensor]) -> Any:
 
 
 def _consume(node: Any, name: str, fn: Callable[[str, Tensor], Tensor]) -> Any:
-    """As `_map`, in place: a tensor is free before the next one is made."""
+    """`_map` in place: each old tensor is freed before the next new one is made."""
     if isinstance(node, Tensor):
         return fn(name, node)
     if isinstance(node, tuple):
@@ -192,7 +192,7 @@ def _consume(node: Any, name: str, fn: Callable[[str, Tensor], Tensor]) -> Any:
 
 
 def _origins(node: Any) -> dict[str, str]:
-    """What the static fields of a tree say of themselves, by name; that of all layers is the same, and said once."""
+    """`describe()` of a tree's static fields, by field name. All layers have the same, which is stored once."""
     found: dict[str, str] = {}
     if isinstance(node, tuple):
         for item in node:
@@ -212,7 +212,7 @@ ORIGIN = "attnzoo.state"
 
 
 def save_state(state: State, path: Path) -> None:
-    """Writes all tensors of a state to one safetensors file, and which model and cache policy it is of."""
+    """Writes a state to one safetensors file: its tensors, and descriptions of its model and cache policy."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()}
@@ -223,8 +223,8 @@ def load_state(template: S, path: Path) -> S:
     """Reads a state written by `save_state`; `template` (from `init_state`) gives structure, device and dtype.
 
     The capacity and the number of sequences may differ from the template's: the file's are kept. Raises ValueError for
-    a file that is no state, one of another model or cache policy, and when a tensor is missing, unexpected, or of
-    another dtype, rank or size than the template's.
+    a file that is not a state, for a state of another model or cache policy, and when a tensor is missing, unexpected,
+    or of another dtype, rank or size than the template's.
     """
     loaded, origins = _read(path)
     for name, mine in _origins(template).items():
@@ -254,11 +254,11 @@ def load_state(template: S, path: Path) -> S:
 
 
 FIXED_AXES = "KHD"
-"""Axes of a state's tensors, by the letters in their names, whose sizes are the model's."""
+"""Letters of the axes whose sizes the model fixes; a tensor's name ends with the letters of its axes."""
 
 
 def _axes(name: str) -> str:
-    """The letters of a tensor's axes, in order; none where its name does not say them."""
+    """The letters of a tensor's axes, in order; empty where its name has no such ending."""
     letters = re.search(r"_(B[A-Z0-9]*)$", name)
     return letters[1] if letters else ""
 

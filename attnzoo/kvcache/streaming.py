@@ -2,8 +2,8 @@
 
 Source: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453), section 3.2.
 
-Differs from the paper: positions stay logical, StreamingLLM counts them within the cache; with prefill="oneshot" the
-prompt is read with all of it.
+Differs from the paper: positions stay logical, where StreamingLLM counts them within the cache; with prefill="oneshot"
+the prompt is read with the full cache.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from attnzoo.kvcache.options import TokenOptions
 
 @dataclass(frozen=True, kw_only=True)
 class StreamingConfig(TokenOptions):
-    """The window is what the budget leaves beside the sinks."""
+    """The window has the tokens that the budget leaves beside the sinks."""
 
 
 @CACHES.register("streaming")
 class StreamingCache(EvictingCache):
-    """The oldest token that is no sink leaves."""
+    """Evicts the oldest token that is not a sink."""
 
     source = "Xiao et al. 2023, arXiv 2309.17453, section 3.2"
     Config = StreamingConfig

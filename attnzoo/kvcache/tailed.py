@@ -1,4 +1,4 @@
-"""Caches that compress the prompt once and append what comes after it whole: a fixed prefix and a growing tail."""
+"""Caches that compress the prompt once and keep later tokens uncompressed: a fixed prefix and a growing tail."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,21 +15,21 @@ from attnzoo.kvcache.full import FullCacheState
 
 
 class TailedCache(CachePolicy):
-    """Subclasses compress one layer: `shrink`. `config` has window and prefill."""
+    """Base of these policies. Subclasses define `shrink` and `lossless`; `config` has `window` and `prefill`."""
 
     observes = False
     """Whether the last `window` queries of the prompt are needed."""
     follows = False
-    """Whether those of generated tokens are too; from the prompt's end on, `condensed`."""
+    """Whether the last `window` queries are needed after the prompt too; they are then stored `condensed`."""
     one_by_one = False
-    """Whether what happens to a token of a chunk depends on those before it in the chunk."""
+    """Whether generated tokens must be added one at a time, because any of them may start a pruning."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
     @property
     def lossless(self) -> bool:
-        """Whether nothing is ever lost, whatever the prompt."""
+        """Whether this configuration never compresses anything."""
         raise NotImplementedError
 
     def shrink(self, layer: CachedLayer) -> CompressedState:
@@ -53,7 +53,7 @@ class TailedCache(CachePolicy):
         state = cc.empty_state(self, batch, num_kv_heads, head_dim, capacity, device=device, dtype=dtype)
         if not self.observes or self.lossless:
             return state
-        # No head until the first chunk says how many query heads there are.
+        # The axis of heads is empty until the first chunk shows how many query heads there are.
         nothing = state.tail.keys_BKSH.new_zeros(batch, 0, self.config.window, head_dim)
         return replace(state, queries_BNWH=nothing)
 
@@ -76,7 +76,7 @@ class TailedCache(CachePolicy):
         cc.check_call(*qkv)
         if positions_BT.shape[1] > 1 and self.one_by_one and not cc.reading(state):
             return self._one_by_one(state, score_function, qkv, positions_BT, counts_B)
-        # First: what is pruned now is scored by the queries before this chunk.
+        # Before the queries are updated: a pruning is scored by the queries before this chunk.
         state = self.before_append(state, score_function, positions_BT)
         if state.queries_BNWH is not None and (self.follows or cc.reading(state)):
             q_BNTH = qkv[0] if cc.reading(state) else condensed(qkv[0], qkv[1].shape[1])
@@ -107,7 +107,7 @@ class TailedCache(CachePolicy):
     def before_append(
         self, state: CompressedState, score_function: ScoreFunction, positions_BT: Tensor
     ) -> CompressedState:
-        """The state that a chunk is added to; here: as it is."""
+        """The state to append a chunk to; policies that prune the tail do it here."""
         return state
 
     def compress(self, layers: Sequence[CachedLayer], final: bool) -> list[Any]:
@@ -120,14 +120,14 @@ class TailedCache(CachePolicy):
         queries = state.queries_BNWH
         if queries is not None:
             kv_heads = state.tail.keys_BKSH.shape[1]
-            # Of the window's width from now on, so that sequences can be joined.
-            seen = cc.led(queries, self.config.window)
+            # Padded to the window's width, so that sequences can be joined.
+            seen = cc.front_padded(queries, self.config.window)
             kept = condensed(seen, kv_heads) if self.follows and queries.shape[1] else seen[:, :0].clone()
             state = replace(state, queries_BNWH=kept)
         return replace(state, budgets_B=self.budgets(layer.lengths_B))
 
     def budgets(self, lengths_B: Tensor) -> Tensor:
-        """Tokens kept of a prompt; here all."""
+        """budgets_B: tokens kept of each prompt; by default all."""
         return lengths_B.clone()
 
 

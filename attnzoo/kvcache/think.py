@@ -1,23 +1,23 @@
-"""ThinK: keys without the channels that matter least to the products with queries.
+"""ThinK: prunes the channels of keys that matter least to the products with queries.
 
-Source: Xu et al. 2024, "ThinK: Thinner Key Cache by Query-Driven Pruning" (arXiv 2407.21018), section 3. Of every kv
-head the channels of the highest score stay (see `channels`); queries of the last `window` tokens are observed, whose
-keys and those of all generated tokens stay whole.
+Source: Xu et al. 2024, "ThinK: Thinner Key Cache by Query-Driven Pruning" (arXiv 2407.21018), section 3. Every kv head
+keeps its channels of the highest score (see `channels`), by the queries of the last `window` tokens. The keys of these
+tokens and of all generated ones keep all channels.
 
 Values may lose channels too (value_channel_ratio, off by default): value_score="output" is the paper's appendix D,
 score_d = ||A[-W:] V[:, d]||_F^2 with the softmax weights A of the last W queries, before the output map, summed over
-the query heads of a kv head; "norm" is sum_s v_sd^2, whatever is attended to.
+the query heads of a kv head; "norm" is sum_s v_sd^2, without the attention.
 
-Longer generation: repack_every=n prunes the tail again when it has n tokens more than the window. mask="kept" does it
-on the channels that the prompt's end chose (as the authors' quantised variant does). mask="recomputed" chooses anew at
-every pruning, and still has one mask a kv head for all that is pruned: of the last W queries and the keys as they are
-stored now, those channels stay whose loss would change Q K^T most (values: sum_s v_sd^2). A channel that an entry has
-lost is zero in it for good, so it neither adds to the score nor comes back; where the mask leaves a channel, older
-entries lose it as well. Entries need no index of their own, and a pruning costs one pass over them.
+For long generations, repack_every=n prunes the tail again whenever it has n tokens more than the window. mask="kept"
+uses the channels chosen at the prompt's end (as the authors' quantised variant does). mask="recomputed" chooses again
+at every pruning, one mask per kv head for all pruned entries: the channels whose loss would change Q K^T most, by the
+last W queries and the keys as they are stored now (values: sum_s v_sd^2). A channel that an entry has lost counts as
+zero and does not come back; a channel that the new mask drops is removed from older entries too. So entries need no
+index of their own, and a pruning costs one pass over them.
 
-Differs from the paper: scores of a group are exact for grouped kv heads, and keys are stored once a kv head;
-score="greedy" takes the whole quadratic form; the tail can be pruned again. In relative attention the terms of position
-keep all channels of the query.
+Differs from the paper: with grouped kv heads, scores sum over all query heads of a kv head, and keys are stored once
+per kv head; score="greedy" uses the whole quadratic form; the tail can be pruned again. In relative attention, position
+terms use all channels of the query.
 """
 
 from dataclasses import dataclass, replace
@@ -47,9 +47,10 @@ from attnzoo.types import dtype_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class ThinKConfig(ChannelOptions):
-    """score: of a key channel, "think" or "greedy". value_score: of a value channel, "norm" or "output". repack_every:
-    tokens beyond the window at which the tail is pruned, None: never. prefill: "stream" prunes after every chunk of the
-    prompt. mask: of every pruning after the first, "kept" or "recomputed". The head of this file says what they do."""
+    """score: scores of key channels, "think" (equation 6) or "greedy" (removed one by one). value_score: scores of
+    value channels, "norm" or "output" (what the last queries read). repack_every: number of tokens beyond the window at
+    which the tail is pruned again, None: never. prefill: "stream" prunes after every chunk of the prompt. mask:
+    channels of later prunings, those "kept" from the first one or "recomputed"."""
 
     score: Literal["think", "greedy"] = "think"
     value_score: Literal["norm", "output"] = "norm"
@@ -62,7 +63,9 @@ class ThinKConfig(ChannelOptions):
         if self.repack_every is not None:
             check_least("repack_every", self.repack_every, 1)
         if self.value_score == "output" and self.value_channel_ratio == 1.0:
-            raise ValueError("value_score='output' scores what nothing is pruned by: set value_channel_ratio below 1")
+            raise ValueError(
+                "value_score='output' is unused, as value_channel_ratio=1.0 prunes no values: set it below 1"
+            )
         if self.mask == "kept":
             return
         if self.repack_every is None and self.prefill == "oneshot":
@@ -81,7 +84,7 @@ class ThinKConfig(ChannelOptions):
 
 @CACHES.register("think")
 class ThinKCache(TailedCache):
-    """All tokens stay, their keys get thinner."""
+    """Keeps all tokens, with fewer channels of their keys."""
 
     source = "Xu et al. 2024, arXiv 2407.21018, section 3"
     Config: ClassVar[type] = ThinKConfig
@@ -146,7 +149,7 @@ class ThinKCache(TailedCache):
         long_B = lengths_B - state.starts_B >= self.config.window + repack_every
         if not bool(long_B.any()):
             return state
-        # Only the long ones: what happens to a sequence does not depend on its neighbours.
+        # Only the long sequences: what happens to one does not depend on the others of its batch.
         ends_B = torch.where(long_B, lengths_B - self.config.window, state.starts_B)
         return self._pruned(CachedLayer(state, score_function, lengths_B), ends_B)
 
@@ -155,13 +158,13 @@ class ThinKCache(TailedCache):
         return self._pruned(layer, ends_B)
 
     def _pruned(self, layer: CachedLayer, ends_B: Tensor) -> CompressedState:
-        """What the tail holds before position ends_B, pruned and in the prefix. The first call chooses the channels,
-        even where nothing is to be pruned yet."""
+        """Prunes what the tail holds before position ends_B and moves it into the prefix. The first call chooses the
+        channels, even if there is nothing to prune yet."""
         state, old, starts_B = layer.state, layer.state.prefix, layer.state.starts_B
-        tail = _held(layer)
+        tail = _filled(layer)
         masks = old.channels_BKC, old.value_channels_BKV
         keys, values = old.keys_BKPC, old.values_BKPV
-        if _unchosen(masks[0]) and _unchosen(masks[1]):
+        if _all_channels(masks[0]) and _all_channels(masks[1]):
             masks = self.masks(layer, tail)
         elif self.recomputes:
             moved_B11 = (ends_B > starts_B)[:, None, None]
@@ -178,7 +181,7 @@ class ThinKCache(TailedCache):
         return replace(state, prefix=prefix, tail=cut_tail(state, ends_B, layer.lengths_B), starts_B=ends_B)
 
     def masks(self, layer: CachedLayer, tail: CacheView) -> tuple[Tensor, Tensor]:
-        """(channels_BKC, value_channels_BKV) for all that the layer holds; none in them where all stay."""
+        """(channels_BKC, value_channels_BKV) for all entries of the layer; [B, K, 0] where all channels stay."""
         prefix, head_dim = layer.state.prefix, tail.keys_BKSH.shape[3]
         channels = values = prefix.channels_BKC.new_zeros(*tail.keys_BKSH.shape[:2], 0)
         kept, kept_values = self._widths(head_dim)
@@ -214,7 +217,7 @@ class ThinKCache(TailedCache):
         window, repack_every = self.config.window, self.config.repack_every
         tail = min(prompt, window) + tokens
         if repack_every is not None:
-            # The tail shrinks to the window before the token after the one that filled it.
+            # A tail of window + repack_every tokens is pruned to the window just before the next token is appended.
             tail -= max(0, tail - window - 1) // repack_every * repack_every
         pruned = prompt + tokens - tail
         slots = cc.pages(max(1, tail))
@@ -225,7 +228,7 @@ class ThinKCache(TailedCache):
 
 
 def output_scores(layer: CachedLayer, tail: CacheView) -> Tensor:
-    """score_BKH of value channels by what the last queries read of them, ||A[-W:] V[:, d]||_F^2; no prefix yet."""
+    """score_BKH of value channels by what the last queries read, ||A[-W:] V[:, d]||_F^2, before there is a prefix."""
     queries, lengths_B = layer.state.queries_BNWH, layer.lengths_B
     positions_BW = lengths_B[:, None] + torch.arange(-queries.shape[2], 0, device=lengths_B.device)
     o_BNWH = layer.score_function.attend(queries, tail, positions_BW.clamp(min=0))
@@ -234,8 +237,8 @@ def output_scores(layer: CachedLayer, tail: CacheView) -> Tensor:
     return grouped(o_BNWH, tail.keys_BKSH.shape[1]).square().sum(2)
 
 
-def _held(layer: CachedLayer) -> CacheView:
-    """The tail as far as any sequence fills it."""
+def _filled(layer: CachedLayer) -> CacheView:
+    """View of the tail's slots that the longest sequence fills."""
     tail, starts_B, lengths_B = layer.state.tail, layer.state.starts_B, layer.lengths_B
     steps_S = torch.arange(int((lengths_B - starts_B).max()), device=lengths_B.device)
     places_BS = starts_B[:, None] + steps_S
@@ -245,22 +248,24 @@ def _held(layer: CachedLayer) -> CacheView:
 
 
 def _changed(x_BKPC: Tensor, before_BKC: Tensor, after_BKC: Tensor, tail: CacheView) -> Tensor:
-    return x_BKPC if _unchosen(before_BKC) else change_channels(x_BKPC, before_BKC, after_BKC, tail.keys_BKSH.shape[3])
+    return (
+        x_BKPC if _all_channels(before_BKC) else change_channels(x_BKPC, before_BKC, after_BKC, tail.keys_BKSH.shape[3])
+    )
 
 
 def thin(x_BKSH: Tensor, channels_BKC: Tensor | None) -> Tensor:
-    """x_BKSC, or all of x where no channels are named."""
-    if channels_BKC is None or _unchosen(channels_BKC):
+    """x_BKSC: the given channels of x, or all of x where none are given."""
+    if channels_BKC is None or _all_channels(channels_BKC):
         return x_BKSH
     return take_channels(x_BKSH, channels_BKC)
 
 
-def _unchosen(channels_BKC: Tensor | None) -> bool:
+def _all_channels(channels_BKC: Tensor | None) -> bool:
     return channels_BKC is None or channels_BKC.shape[2] == 0
 
 
 def _joined(prefix_BKPC: Tensor, tail_BKSC: Tensor, starts_B: Tensor, ends_B: Tensor) -> Tensor:
-    """Entries at positions 0..ends_B-1 in their slots: the prefix's up to starts_B, then the tail's."""
+    """Entries of positions 0..ends_B-1 in slots of these numbers: up to starts_B from the prefix, then the tail."""
     slots_P = torch.arange(int(ends_B.max()), device=starts_B.device)
     gone_BP = slots_P >= ends_B[:, None]
     if prefix_BKPC.shape[2] == 0:

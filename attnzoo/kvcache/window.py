@@ -1,8 +1,8 @@
 """The sliding window: keep the newest keys and values and the first few, in constant memory.
 
-Source: windows, Beltagy et al. 2020 (arXiv 2004.05150); attention sinks, Xiao et al. 2023 (arXiv 2309.17453). Exact
-for a variant that masks by the same window: what is dropped is what no later query may see. Positions stay logical:
-StreamingLLM renumbers the cache instead.
+Source: windows, Beltagy et al. 2020 (arXiv 2004.05150); attention sinks, Xiao et al. 2023 (arXiv 2309.17453). Exact for
+a variant that masks by the same window: only entries that no later query may see are dropped. Positions stay logical,
+where StreamingLLM renumbers the cache.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from attnzoo.types import dtype_bytes
 
 @dataclass
 class WindowCacheState(State):
-    """keys_BKCH, values_BKCH and positions_BC (int64, position + 1, so that an empty slot is 0). Sinks come first;
+    """keys_BKCH, values_BKCH and next_positions_BC (int64: position + 1, so that an empty slot is 0). Sinks come first;
     the token of position p >= sinks is in slot sinks + (p - sinks) mod window."""
 
     keys_BKCH: Tensor
@@ -28,7 +28,7 @@ class WindowCacheState(State):
 
 
 class WindowCache(ExactCache):
-    """At most `sinks + window` tokens a sequence. Raises ValueError for a window below 1 or negative sinks."""
+    """At most `sinks + window` tokens per sequence. Raises ValueError for a window below 1 or negative sinks."""
 
     def __init__(self, window: int, sinks: int = 0) -> None:
         check_window(window, sinks)
@@ -110,7 +110,7 @@ class WindowCache(ExactCache):
         return WindowCacheState(keys, values, positions)
 
     def _with_room(self, state: WindowCacheState, used: int) -> WindowCacheState:
-        """A state opened for fewer tokens than it comes to hold; slots of the tokens it has do not move."""
+        """The state with as many slots as `used` tokens need, at most sinks + window. Entries keep their slots."""
         have = state.keys_BKCH.shape[2]
         missing = self._slots(max(used, have)) - have
         if missing <= 0:

@@ -19,21 +19,19 @@ LIMITS = {
     "max_positions": (1 << 31) - 1,
     "mlp_dim": (1 << 31) - 1,
 }
-"""What no model has more of: beyond them lie mistakes, and numbers that overflow."""
+"""The largest sizes accepted: larger ones are mistakes, and numbers overflow."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """Sizes and choices of a `DecoderLM`.
 
-    attention: one variant for all layers, or a list that is repeated over the layers from the first one on, for
-    example ["rcmha", "linear"]. attention_impl: how their operations are computed; "auto" is by device, anything
-    else is what it says or an error. max_positions: the longest context the model is meant for; variants with a
-    position table get a table of that length unless they set their own `max_distance`.
-    mlp_dim: None means 4 * model_dim, and 8/3 of it, rounded up to a multiple of 32, for the gated "swiglu", so that
-    the number of weights stays about the same.
-    cache: how servers keep this model's keys and values unless told otherwise, {"policy": name, option: value}; None:
-    exactly.
+    attention: one variant for all layers, or a list that is repeated over the layers from the first one on, for example
+    ["rcmha", "linear"]. attention_impl: the implementation of its operations; "auto" chooses by device, any other name
+    is used or refused, never replaced. max_positions: the longest context the model is meant for; variants with a
+    position table get a table of that length unless they set their own `max_distance`. mlp_dim: None means 4 *
+    model_dim; for "swiglu", which has a third matrix, 8/3 * model_dim rounded up to a multiple of 32. cache: the cache
+    policy that servers use by default, {"policy": name, option: value}; None: the full cache.
     """
 
     vocab_size: int

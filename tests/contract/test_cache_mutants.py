@@ -53,7 +53,7 @@ def weights_without_the_kept_token(patch: Patch) -> None:
 
 def threshold_of_all_sequences(patch: Patch) -> None:
     """The threshold survives into the next sequence."""
-    right = eviction.EvictingCache._shrunk
+    right = eviction.EvictingCache._evicted
     last = {}
 
     def wrong(self, layer, budgets_B):
@@ -64,7 +64,7 @@ def threshold_of_all_sequences(patch: Patch) -> None:
         last[self.__class__] = state.thresholds_BK
         return state
 
-    patch.setattr(eviction.EvictingCache, "_shrunk", wrong)
+    patch.setattr(eviction.EvictingCache, "_evicted", wrong)
 
 
 def tail_keeps_the_big_buffer(patch: Patch) -> None:

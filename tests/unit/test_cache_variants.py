@@ -208,7 +208,7 @@ def test_empty_inputs_are_refused(name):
 def test_caches_refuse_chunks_of_nothing(cache, batch, tokens):
     state = cache.init(batch, 2, 3, 4, device=None, dtype=torch.float32)
     keys = torch.zeros(batch, 2, tokens, 3)
-    with pytest.raises(ValueError, match="extended by one token at least"):
+    with pytest.raises(ValueError, match="at least one token of at least one sequence"):
         cache.append(state, keys, keys, torch.zeros(batch, tokens, dtype=torch.long), None)
 
 
@@ -218,7 +218,7 @@ def test_policies_refuse_chunks_of_nothing(name):
     state = attention.init_state(1, 4, cache=policy_of(name))
     score_function = attention.mixing.score_function("torch")
     nothing = tuple(torch.zeros(1, heads, 0, 6).double() for heads in (4, 2, 2))
-    with pytest.raises(ValueError, match="extended by one token at least"):
+    with pytest.raises(ValueError, match="at least one token of at least one sequence"):
         policy_of(name).attend(state.mixing, score_function, nothing, torch.zeros(1, 0, dtype=torch.long), None)
 
 

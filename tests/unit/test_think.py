@@ -10,7 +10,7 @@ from attnzoo.attention.parts.position import NoPosition
 from attnzoo.kvcache import build_cache, compressed
 from attnzoo.kvcache.base import CachedLayer
 from attnzoo.kvcache.channels import change_channels, channel_scores, condensed
-from attnzoo.kvcache.think import _held, output_scores
+from attnzoo.kvcache.think import _filled, output_scores
 from attnzoo.ops.common.masks import PLAIN
 from tests.contract.caches import build_model, prompt
 
@@ -108,7 +108,7 @@ def test_value_channels_by_what_is_read_by_hand():
         _, state = fed(policy, state, queries, keys, values, 0)
         layer = CachedLayer(state, READER, torch.tensor([3]))
         if score == "output":
-            assert output_scores(layer, _held(layer))[0, 0].tolist() == pytest.approx([0.005, 1.9208])
+            assert output_scores(layer, _filled(layer))[0, 0].tolist() == pytest.approx([0.005, 1.9208])
         (state,) = policy.compress([layer], final=True)
         assert state.prefix.value_channels_BKV.tolist() == [[[channel]]]
 
@@ -123,7 +123,7 @@ def test_value_score_is_what_the_channel_adds_to_the_outputs(variant):
     _, state = model.extend(tokens, state, lengths)
     mixing = model.layers()[0].attention.mixing
     layer = CachedLayer(state.layers[0].mixing, mixing.score_function("auto"), lengths)
-    tail = _held(layer)
+    tail = _filled(layer)
     scores, queries = output_scores(layer, tail), layer.state.queries_BNWH
     for row, length in enumerate(lengths.tolist()):
         rows = min(5, length)
