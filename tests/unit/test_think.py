@@ -26,7 +26,7 @@ READER = SoftmaxScoreFunction(NoPosition(), PLAIN, "auto")
             {"mask": "recomputed", "repack_every": 4, "value_score": "output", "value_channel_ratio": 0.5},
             "value_score='output' needs their attention",
         ),
-        ({"value_score": "output"}, "set value_channel_ratio below 1"),
+        ({"value_score": "output"}, "set it below 1"),
         ({"mask": "renewed"}, "cache.think.mask='renewed' is not one of 'kept', 'recomputed'"),
     ],
 )
