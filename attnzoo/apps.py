@@ -1,8 +1,8 @@
-"""Where the programs around the library are: the directories train/, serve/, scripts/ and configs/.
+"""Finds the directories train/, serve/, scripts/ and configs/.
 
-In a checkout they stand beside attnzoo/. An installed package keeps them inside attnzoo/_apps/, off the import path, so
-that packages of other projects that are called `train` or `serve` are not shadowed; only the processes that the command
-`attnzoo` starts import them by their short names.
+In a checkout they stand beside attnzoo/. An installed package keeps them in attnzoo/_apps/, which is not on the import
+path, so that they do not shadow other packages called `train` or `serve`. Only processes that the command `attnzoo`
+starts import them by their short names.
 """
 
 import os
@@ -20,13 +20,13 @@ def directory() -> Path:
 
 
 def is_installed() -> bool:
-    """Whether this is a built package, not a checkout."""
+    """Whether attnzoo runs from an installed package, not from a checkout."""
     return (PACKAGE / "_apps").is_dir()
 
 
 def use() -> None:
-    """Lets this process import `train`, `serve` and `scripts`, first on its path. What it starts finds them too:
-    those of a checkout as it found attnzoo itself, those of an installed package by PYTHONPATH."""
+    """Puts `train`, `serve` and `scripts` first on the import path of this process. Child processes find them too: in a
+    checkout beside attnzoo itself, in an installed package through PYTHONPATH, which this function sets."""
     place = str(directory())
     sys.path[:] = [place, *(entry for entry in sys.path if entry != place)]
     if not is_installed():
@@ -36,8 +36,8 @@ def use() -> None:
 
 
 def find_config(name: str | os.PathLike[str]) -> Path:
-    """The configuration file that a name means: a bare name is looked up in configs/ first, and `configs/NAME` means
-    the file that ships where the current directory has none. A name that leads nowhere stays the path it is."""
+    """The path of a configuration file. A bare name is looked up in configs/ first. `configs/NAME` means the file that
+    ships with attnzoo unless the current directory has one. A name that is not found is returned as it is."""
     path, configs = Path(name), directory() / "configs"
     if path.parent == Path(".") and (configs / path).is_file():
         return configs / path
@@ -47,9 +47,9 @@ def find_config(name: str | os.PathLike[str]) -> Path:
 
 
 def cache_directory() -> Path:
-    """Where prepared data, tokenizers, compiled extensions and tokens of servers are kept; it need not exist.
+    """The directory of prepared data, tokenizers, compiled extensions and servers' access tokens; it may not exist yet.
 
-    $ATTNZOO_HOME where it is set; .cache of a checkout that may be written to; else the user's cache directory.
+    It is $ATTNZOO_HOME if that is set, else .cache in a writable checkout, else the user's cache directory.
     """
     root = directory()
     if os.environ.get("ATTNZOO_HOME") or is_installed() or not os.access(root, os.W_OK):

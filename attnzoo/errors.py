@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """The tail of an "unknown X" message: the nearest known name, and all known names.
+    """The end of an "unknown X" message: the nearest known name, and all known names.
 
     >>> suggest("rmah", ["mha", "rmha"])
     "; did you mean 'rmha'? known: mha, rmha"
@@ -20,10 +20,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def complain(command: str, message: str, status: int = 2) -> int:
-    """Says on stderr, in one line, why a command ends; returns its exit status, by default that of wrong usage. Every
-    command does it by this function.
+    """Prints one line to stderr that says why a command ends, and returns the exit status `status` (2: wrong usage).
+    Every command reports its errors through this function.
 
-    command: as the user calls it, "attnzoo list".
+    command: the command as the user types it, for example "attnzoo list".
     """
     print(f"{command}: error: {message}", file=sys.stderr, flush=True)
     return status

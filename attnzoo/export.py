@@ -1,4 +1,4 @@
-"""What `attnzoo export` does: a checkpoint as a directory of transformers."""
+"""The work of `attnzoo export`: writes a checkpoint as a directory that transformers reads."""
 
 import argparse
 from collections.abc import Callable
@@ -36,13 +36,13 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def plugged_in(config: DecoderConfig) -> list[str]:
-    """The names of the model's variants that are not of this package."""
+    """Names of the model's attention variants that come from plug-ins, sorted."""
     kinds = {config.layer_attention(layer)[0] for layer in range(config.num_layers)}
     return sorted(kind for kind in kinds if is_plugin(kind))
 
 
 def _writer(kind: str) -> Callable[..., Path]:
-    """What writes a model in that form. Raises ValueError where a package is missing."""
+    """The function that writes a model in the form `kind`. Raises ValueError if a package that it needs is missing."""
     if kind != "attnzoo":
         return export_model
     try:
@@ -53,7 +53,8 @@ def _writer(kind: str) -> Callable[..., Path]:
 
 
 def _form(config: DecoderConfig, asked: str) -> tuple[str, str]:
-    """(model type to write, why it is not a native one). Raises ValueError for --format native where there is none."""
+    """(model type to write, reason why it is not a native one). Raises ValueError for --format native if the model has
+    no native form."""
     if asked == "attnzoo":
         return asked, ""
     try:
@@ -65,7 +66,7 @@ def _form(config: DecoderConfig, asked: str) -> tuple[str, str]:
 
 
 def _check_target(path: Path, out: Path) -> None:
-    """Raises ValueError for a directory whose replacement would lose anything but an earlier export."""
+    """Raises ValueError if replacing the directory `out` would delete anything but an earlier export."""
     if out == real_path(Path.cwd()):
         raise ValueError(f"OUT={str(out)!r} is the current directory, which would be replaced; give one in it")
     if path == out or out in path.parents:
@@ -82,7 +83,7 @@ def _check_target(path: Path, out: Path) -> None:
 
 
 def _tokenizer(path: Path) -> Tokenizer | None:
-    """The checkpoint's; None for a directory that has none."""
+    """The checkpoint's tokenizer; None for a directory without one."""
     names = (huggingface.FILE, sentencepiece.FILE)
     if path.is_dir() and not any((path / name).exists() for name in names):
         return None

@@ -6,13 +6,14 @@ from typing import Any
 
 
 def require_matplotlib(what: str) -> None:
-    """Raises ValueError where matplotlib is not installed. `what` begins the message: what needs it."""
+    """Raises ValueError when matplotlib is not installed. what: the thing that needs it; the message begins with it."""
     if find_spec("matplotlib") is None:
         raise ValueError(f"{what} needs matplotlib: install it (it is in the extra `train`), or leave figures out")
 
 
 def panels(rows: int, columns: int, *, width: float = 5.0, height: float = 4.0, share_y: bool = False) -> Any:
-    """(figure, axes[row][column]); width and height of one panel in inches. share_y: one scale for each row."""
+    """Returns (figure, axes), with axes[row][column]. width, height: of one panel, in inches. share_y: the panels of a
+    row share their y scale."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
@@ -23,7 +24,7 @@ def panels(rows: int, columns: int, *, width: float = 5.0, height: float = 4.0, 
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Writes a PNG without a date or a version in it, so that equal figures are equal files; returns the path."""
+    """Writes a PNG without date or version, so that equal figures give equal files; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=130, metadata={"Software": None})
     return path

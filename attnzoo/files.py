@@ -1,4 +1,4 @@
-"""Atomic writing: a reader sees the old content or the new one, never half of one. Reading JSON that others wrote."""
+"""Writes files and directories atomically (a reader sees the old content or the new one), and reads text and JSON."""
 
 import json
 import os
@@ -8,30 +8,30 @@ from pathlib import Path
 from typing import Any
 
 MAX_JSON = 64 << 20
-"""Bytes of a JSON file; the index of a model of a million tensors has fewer."""
+"""Largest size of a JSON file, in bytes; the index of a model with a million tensors is smaller."""
 
 
 def real_path(path: Path) -> Path:
-    """Where a path leads; a link to itself leads to itself, where `Path.resolve` raises RuntimeError."""
+    """The path with symbolic links resolved; a link to itself is kept, where `Path.resolve` raises RuntimeError."""
     return Path(os.path.realpath(path))
 
 
 def user_path(path: str | Path, where: str) -> Path:
-    """A path that a user wrote, with ~ as a home directory. Raises ValueError, naming the field `where`, for the ~name
-    of a user that there is not, and for what no path can hold."""
+    """A path from user input, with ~ expanded to the home directory. Raises ValueError, naming the field `where`, for
+    ~name of an unknown user and for a NUL character."""
     text = str(path)
     if "\0" in text:
-        raise ValueError(f"{where}={text!r} holds a zero, which no path does; give another")
+        raise ValueError(f"{where}={text!r} contains a NUL character, which no path may; give another path")
     found = os.path.expanduser(text)
     if found.startswith("~"):
         name = text.partition("/")[0]
-        raise ValueError(f"{where}={text!r}: there is no user of {name!r}; write ./{text} for a file of that name")
+        raise ValueError(f"{where}={text!r}: there is no user {name!r}; write ./{text} for a file of that name")
     return Path(found)
 
 
 def home() -> Path:
-    """Where this project keeps what is not a run's: $ATTNZOO_HOME, else attnzoo in the user's cache directory. It need
-    not exist. Raises ValueError as `user_path`."""
+    """The user's directory for models and caches: $ATTNZOO_HOME, else attnzoo in the user's cache directory. It may not
+    exist yet. Raises the ValueError of `user_path`."""
     own = os.environ.get("ATTNZOO_HOME")
     if own:
         return user_path(own, "ATTNZOO_HOME")
@@ -39,17 +39,17 @@ def home() -> Path:
 
 
 def temporary_directory(final: Path) -> Path:
-    """An empty directory beside `final`, on the same file system, so that a rename can move it there."""
+    """Makes an empty directory beside `final`, on the same file system, so that a rename can move it to `final`."""
     final.parent.mkdir(parents=True, exist_ok=True)
     return Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
 
 
 def replace_directory(temporary: Path, final: Path) -> None:
-    """Flushes `temporary` to disk and renames it to `final`; an existing `final` is moved aside first.
+    """Flushes `temporary` to disk and renames it to `final`; an existing `final` is moved aside first, then deleted.
 
-    What `final` holds is deleted: whether it may be is for the caller to know (`attnzoo.checkpoint.target`). A crash
-    leaves either directory whole: between the two renames `final` is missing for a moment, and the old
-    content stands beside it under a name that starts with a dot.
+    The caller must know that the old content may be deleted (`attnzoo.checkpoint.target`). A crash leaves both
+    directories whole: between the two renames `final` is missing for a moment, and the old content stands beside it
+    under a name that starts with a dot.
     """
     for path in sorted(temporary.rglob("*")):
         if path.is_file():  # safetensors writes files that only their owner can read
@@ -73,7 +73,7 @@ def replace_directory(temporary: Path, final: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file that is either the old one or the new one, also after a crash."""
+    """Writes a file atomically: after a crash the file has its old content or `data`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
@@ -90,8 +90,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def read_text(path: Path, limit: int = MAX_JSON) -> str:
-    """The text in a file. Raises ValueError, naming it, for what cannot be read, is not UTF-8 or above `limit` bytes;
-    FileNotFoundError where there is none."""
+    """The text in a file. Raises ValueError that names the file if it cannot be read, is not UTF-8 or has more than
+    `limit` bytes; FileNotFoundError if it does not exist."""
     try:
         if not path.is_file() and path.exists() and not path.is_dir():
             raise ValueError(f"'{path}' is a pipe or a device, not a file")  # reading it might never end
@@ -109,13 +109,13 @@ def read_text(path: Path, limit: int = MAX_JSON) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises as `read_text`, and ValueError, naming it, for anything else than an object."""
+    """The JSON object in a file. Raises the errors of `read_text` and `parse_object`."""
     return parse_object(read_text(path), path)
 
 
 def parse_object(text: str, path: Path) -> dict[str, Any]:
-    """The JSON object that a text is. Raises ValueError, naming the file it is from, for anything else, and for a key
-    that is set twice: readers of JSON differ in which of the two they take."""
+    """Parses a JSON object. Raises ValueError that names the file `path` for any other content, and for a key that is
+    set twice, because JSON readers differ in which of the two they take."""
     try:
         content = json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
@@ -130,7 +130,8 @@ def parse_object(text: str, path: Path) -> dict[str, Any]:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these keys, for `json.loads`. Raises ValueError for a key that is set twice."""
+    """The dictionary of (key, value) pairs, as `object_pairs_hook` of `json.loads`. Raises ValueError for a key that is
+    set twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]

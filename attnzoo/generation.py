@@ -1,4 +1,4 @@
-"""What continuing a text takes and gives: prompts, options and results of `LanguageModel`."""
+"""Prompts, options and results of `LanguageModel.generate` and its relatives."""
 
 import operator
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -16,12 +16,12 @@ from attnzoo.tokenizer.text_stream import TextStream
 Prompt = str | Sequence[int]
 """A text, or its token ids."""
 FinishReason = Literal["stop", "length"]
-"""A token or a string that ends texts came, or max_new_tokens was reached."""
+"""stop: a stop token or stop string was generated. length: max_new_tokens was reached."""
 
 
 class GenerationOptions(TypedDict, total=False):
-    """Keyword options of `generate`, `stream` and `chat`: the fields of `GenerationConfig`, and the options that most
-    cache policies share. Any option of the policy in use is taken; in type-checked code give the others in a mapping,
+    """Keyword options of `generate`, `stream` and `chat`: the fields of `GenerationConfig`, and options that most cache
+    policies share. Other options of a policy work as keywords too; type-checked code passes them in a mapping:
     cache={"policy": "snapkv", "pool": 5}."""
 
     max_new_tokens: int | None
@@ -46,9 +46,9 @@ class GenerationOptions(TypedDict, total=False):
 class Continuation:
     """One continuation of a prompt.
 
-    text: without the prompt, and without the stop string or token that ended it. token_ids: all new tokens, the one
-    that ended it included. logprobs: of every token in token_ids, natural logarithms; None where they were not asked
-    for. finish_reason: "stop" or "length". cache: what the cache did.
+    text: the new text, without the stop string or token that ended it. token_ids: all new tokens, with the last one.
+    logprobs: natural logarithms for every token in token_ids; None if they were not requested. cache: what the cache
+    kept and what it took.
     """
 
     text: str
@@ -59,7 +59,7 @@ class Continuation:
 
     @property
     def cumulative_logprob(self) -> float | None:
-        """Sum of the tokens' log probabilities in nats; None where they were not asked for."""
+        """Sum of the tokens' log probabilities in nats; None if they were not requested."""
         return None if self.logprobs is None else sum(each.logprob for each in self.logprobs)
 
 
@@ -67,8 +67,8 @@ class Continuation:
 class Generation:
     """A prompt and its continuations.
 
-    prompt: its text, None where token ids were given. prompt_token_ids: what the model read. outputs: `n`
-    continuations. `text`, `token_ids`, `logprobs`, `finish_reason` and `cache` are those of the first one.
+    prompt: its text, None if token ids were given. prompt_token_ids: the tokens that the model read. outputs: `n`
+    continuations. `text`, `token_ids`, `logprobs`, `finish_reason` and `cache` are those of the first continuation.
     """
 
     prompt: str | None
@@ -77,7 +77,7 @@ class Generation:
 
     @property
     def prompt_tokens(self) -> int:
-        """How many tokens the model read."""
+        """Number of tokens in the prompt."""
         return len(self.prompt_token_ids)
 
     @property
@@ -102,8 +102,8 @@ class Generation:
 
 
 class GenerationStream(Iterator[str]):
-    """Pieces of a text as they become final: whole characters, and nothing that could belong to a stop string. They add
-    up to the text of `result`, which is there once the last piece has been read."""
+    """An iterator over the pieces of a text as they become final. A piece has whole characters and nothing that could
+    belong to a stop string. The pieces add up to the text of `result`."""
 
     def __init__(self, pieces: Generator[str, None, list[Generation]]) -> None:
         self._pieces = pieces
@@ -119,7 +119,7 @@ class GenerationStream(Iterator[str]):
 
     @property
     def result(self) -> Generation:
-        """The whole text, and how it came about. Raises ValueError before the last piece has been read."""
+        """The result, as `generate` returns it. Raises ValueError before the last piece has been read."""
         if self._result is None:
             raise ValueError("the stream has not ended: read its pieces to the end before its result")
         return self._result
@@ -127,10 +127,10 @@ class GenerationStream(Iterator[str]):
 
 @dataclass(frozen=True)
 class TextLogprobs:
-    """How likely a model finds a text.
+    """The log probabilities of a text under a model.
 
-    token_ids: what it read, the begin token first where the model's texts have one. logprobs: natural logarithm of each
-    token's probability given those before it; None for the first. total: their sum in nats.
+    token_ids: the text's tokens, with the begin token if the model uses one. logprobs: natural logarithm of each
+    token's probability given the tokens before it; None for the first token. total: their sum in nats.
     """
 
     token_ids: tuple[int, ...]
@@ -143,10 +143,10 @@ class TextLogprobs:
 
 @dataclass(frozen=True)
 class StepCost:
-    """One pass through the model for all sequences.
+    """The cost of one forward pass for all sequences.
 
-    flops: multiply and add counted apart. bytes_moved: a lower bound of what passes between memory and processor:
-    weights, activations, the state once. kv_bytes: of the state after it.
+    flops: floating point operations; a multiply-add counts as two. bytes_moved: lower bound of the memory traffic:
+    weights, activations, and the state once. kv_bytes: size of the state after the pass.
     """
 
     flops: int
@@ -156,8 +156,8 @@ class StepCost:
 
 @dataclass(frozen=True)
 class GenerationCost:
-    """What a prompt and the first new token behind it cost. policy: the name of the cache policy, which decides bytes;
-    flops are those of the full cache, an upper bound for one that keeps less."""
+    """The cost of a prompt and of one decode step after it. policy: name of the cache policy. Bytes are those of the
+    policy; flops are those of the full cache, an upper bound for a policy that keeps fewer tokens."""
 
     prompt: StepCost
     decode: StepCost
@@ -165,7 +165,7 @@ class GenerationCost:
 
 
 class Writer:
-    """A continuation that is being written, `limit` tokens at most."""
+    """Collects the tokens and the text of one continuation, `limit` tokens at most."""
 
     def __init__(self, stream: TextStream, limit: int, stop_ids: frozenset[int]) -> None:
         self._stream, self._limit, self._stop_ids = stream, limit, stop_ids
@@ -190,14 +190,14 @@ class Writer:
         return self._reason is not None
 
     def continuation(self, cache: CacheUse, with_logprobs: bool) -> Continuation:
-        """What was written, once it has ended."""
+        """The finished continuation; call it only after `ended` is True."""
         assert self._reason is not None
         logprobs = tuple(self._logprobs) if with_logprobs else None
         return Continuation("".join(self._pieces), tuple(self._tokens), logprobs, self._reason, cache)
 
 
 def as_batch(prompts: Any) -> tuple[list[Prompt], bool]:
-    """(the prompts, whether it was one alone). Raises ValueError for what is neither text nor token ids."""
+    """(list of prompts, whether a single prompt was given). Raises ValueError for anything but text and token ids."""
     prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
     if isinstance(prompts, str):
         return [prompts], True
@@ -224,13 +224,13 @@ def as_batch(prompts: Any) -> tuple[list[Prompt], bool]:
 
 
 def is_token(value: Any) -> bool:
-    """Whether it is a whole number, of numpy for example."""
+    """Whether the value is an integer, including numpy's integers; a bool is not."""
     return not isinstance(value, bool) and hasattr(value, "__index__")
 
 
 def check_messages(messages: Any) -> None:
-    """Raises ValueError for what is no conversation. What a role may be, and whether there must be content, is for the
-    template to say."""
+    """Raises ValueError unless `messages` is a list of mappings with a role. The chat template checks which roles exist
+    and whether content is required."""
     example = 'a list such as [{"role": "user", "content": "Hello"}]'
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence) or not messages:
         found = "is empty" if isinstance(messages, Sequence) and not messages else f"has type {type(messages).__name__}"
@@ -243,28 +243,28 @@ def check_messages(messages: Any) -> None:
 
 
 ELSEWHERE = {
-    "max_tokens": "say max_new_tokens for the length of a text, and cache={'policy': ..., 'max_tokens': ...} for the "
+    "max_tokens": "use max_new_tokens for the length of a text, and cache={'policy': ..., 'max_tokens': ...} for the "
     "tokens that a cache keeps",
-    "max_length": "say max_new_tokens, which does not count the prompt",
+    "max_length": "use max_new_tokens, which does not count the prompt",
     "do_sample": "set temperature instead: 0 takes the most likely token",
-    "num_return_sequences": "say n",
-    "stop_strings": "say stop",
-    "return_dict_in_generate": "results always say everything",
+    "num_return_sequences": "use n",
+    "stop_strings": "use stop",
+    "return_dict_in_generate": "leave it out: results always hold token ids, log probabilities and cache use",
     "num_beams": "there is no beam search",
     "min_p": "it is not supported; top_p and top_k are",
     "repetition_penalty": "it is not supported",
-    "sampling_params": "say generation_config",
+    "sampling_params": "use generation_config",
 }
-"""What users of transformers and vLLM may say, and what it is here."""
+"""Option names of transformers and vLLM, and the advice that the error message gives."""
 
 
 def read_options(
     base: GenerationConfig | None, cache: CacheSpec | None, options: Mapping[str, Any]
 ) -> tuple[GenerationConfig, CachePolicy | None]:
-    """(how to generate, the cache policy; None where none was named) from keyword options of both.
+    """Splits keyword options into (generation config, cache policy); the policy is None if `cache` is.
 
-    `base` holds for what `options` leave out. Raises ValueError that names the option for what nobody knows, for
-    options of a cache that is not named, and as `GenerationConfig` and `read_cache`.
+    base: supplies the fields that `options` leave out. Raises ValueError that names the option if it is unknown, or
+    belongs to a cache policy while `cache` is None; and the errors of `GenerationConfig` and `read_cache`.
     """
     if base is not None and not isinstance(base, GenerationConfig):
         raise ValueError(
@@ -279,7 +279,7 @@ def read_options(
             raise ValueError(f"unknown option {name!r}: {ELSEWHERE[name]}")
         owners = [policy for policy in CACHES if name in option_names(policy)]
         if cache is None and owners:
-            raise ValueError(f"{name}={others[name]!r} is an option of cache policies: name one, cache={owners[0]!r}")
+            raise ValueError(f"{name}={others[name]!r} is an option of cache policies; name one, cache={owners[0]!r}")
         if known is not None and name not in known:
             raise ValueError(f"unknown option {name!r}{suggest(name, {*FIELDS, *known} - {*RENAMED, *ELSEWHERE})}")
     config = GenerationConfig(**_fields(base) | mine)
@@ -291,7 +291,8 @@ def _fields(base: GenerationConfig | None) -> dict[str, Any]:
 
 
 def _cache_options(cache: Any) -> list[str] | None:
-    """Options that keywords may give; None where the cache itself has to be refused, or refuses them."""
+    """Names of cache options that may be keywords; None if `cache` names no known policy, so that `read_cache` reports
+    it."""
     if cache is None:
         return []
     policy = cache.get("policy") if isinstance(cache, Mapping) else cache

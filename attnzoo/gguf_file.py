@@ -1,9 +1,9 @@
-"""The head of a GGUF file: its key-value pairs, and where its tensors are.
+"""Reads the header of a GGUF file: its key-value pairs, and where its tensors are.
 
-Written here because a vocabulary is some hundred thousand short strings, for each of which a general reader keeps
-arrays of numpy: that takes seconds, this a tenth of one. Layout: "GGUF", version, number of tensors, number of pairs,
-then pairs of a key, a type and a value, then for each tensor its name, its axes (fastest first), its type and where its
-data begins; all little-endian, texts and arrays after their length. Data follow at the next multiple of the alignment.
+The package `gguf` keeps numpy arrays for each string, which takes seconds for a vocabulary of 100,000 tokens; this
+reader takes a tenth of a second. Layout: "GGUF", version, number of tensors, number of pairs; then the pairs: key,
+type, value; then for each tensor its name, axes (fastest first), type and offset. Numbers are little-endian; strings
+and arrays begin with their length. The tensors' data follow at the next multiple of the alignment.
 """
 
 import math
@@ -15,13 +15,14 @@ from typing import Any
 
 STRING, ARRAY, AXIS = 8, 9, 10
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""Types of values that are plain numbers, as `struct` calls them."""
+"""GGUF's types of plain numbers, with the format characters of `struct`."""
 VERSIONS = (2, 3)
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """shape: slowest axis first. kind: number of its quantisation. offset: byte of the file where its data begin."""
+    """shape: slowest axis first. kind: GGUF's number of the element type (quantisation). offset: byte of the file where
+    the data begin."""
 
     shape: tuple[int, ...]
     kind: int
@@ -35,8 +36,8 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """metadata: key -> number, text or list. data: byte where the tensors' data begin, each at a multiple of
-    alignment."""
+    """metadata: key -> number, text or list. data: byte of the file where the tensors' data begin. alignment: each
+    tensor begins at a multiple of so many bytes."""
 
     path: Path
     metadata: dict[str, Any]
@@ -46,7 +47,7 @@ class GGUFFile:
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Reads the head. Raises ValueError, naming the file, when it is missing, damaged or no GGUF file."""
+    """Reads the header. Raises ValueError that names the file if it is missing, damaged or not a GGUF file."""
     path = Path(path)
     try:
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""A model and its tokenizer, from text to text."""
+"""`LanguageModel`: a model with its tokenizer, which generates and scores text."""
 
 import operator
 from collections.abc import Generator, Mapping, Sequence
@@ -41,7 +41,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Task:
-    """How prompts are continued; cache None: exactly. limits: new tokens of each at most."""
+    """One call of `generate`. prompts: (text, token ids) of each. limits: most new tokens of each. cache: None for the
+    exact cache."""
 
     prompts: list[tuple[str | None, list[int]]]
     limits: list[int]
@@ -50,19 +51,21 @@ class _Task:
 
 
 class LanguageModel:
-    """A `DecoderLM` and its tokenizer. `attnzoo.load` reads one; a model of your own:
+    """A `DecoderLM` and its tokenizer. `attnzoo.load` reads one from disk; for a model in memory:
 
     >>> lm = LanguageModel(DecoderLM(config), tokenizer)                 # doctest: +SKIP
     >>> lm.generate("The capital of", max_new_tokens=8).text             # doctest: +SKIP
 
-    name: for messages. Not for several threads at once. Raises ValueError for a tokenizer with more tokens than the
-    model.
+    name: the model's name in error messages. Not thread-safe. Raises ValueError for a tokenizer with more tokens than
+    the model's vocabulary.
     """
 
     def __init__(self, model: DecoderLM, tokenizer: Tokenizer, *, name: str = "model") -> None:
         for field, value, kind in (("model", model, DecoderLM), ("tokenizer", tokenizer, Tokenizer)):
             if not isinstance(value, kind):
-                raise ValueError(f"{field}={type(value).__name__} is no {kind.__name__}; attnzoo.load(path) reads both")
+                raise ValueError(
+                    f"{field} has type {type(value).__name__}; give a {kind.__name__}, or use attnzoo.load(path)"
+                )
         check_fit(model, tokenizer, name)
         self.model, self.tokenizer, self.name = model, tokenizer, name
 
@@ -78,12 +81,12 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.model.embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return self.model.embedding.weight.dtype
 
     @overload
@@ -119,18 +122,18 @@ class LanguageModel:
     ) -> Generation | list[Generation]:
         """Continues a prompt, or each of a list of prompts: texts or token ids.
 
-        Greedy unless temperature says otherwise, whatever the checkpoint recommends; a text ends at the tokens that the
-        checkpoint says. generation_config, or its fields as keywords, which win. cache: how keys and values are kept,
-        by name, as {"policy": name, option: value} or as a policy; None: as the model's configuration says, else
-        exactly. Options of the policy may be keywords too. batch_size: sequences that run together, which changes no
-        result beyond rounding.
+        Decoding is greedy unless temperature is set, whatever the checkpoint's generation_config.json recommends. A
+        text ends at the checkpoint's end tokens. generation_config: its fields may also be given as keywords, which
+        take precedence. cache: the cache policy, as a name, as {"policy": name, option: value} or as an object; None:
+        the policy of the model's configuration, or the exact cache if it has none. Options of the policy may be
+        keywords. batch_size: sequences that run together; it changes results only by rounding.
 
         >>> lm.generate("The capital of France is", cache="d2o", keep_ratio=0.5).text       # doctest: +SKIP
         >>> [each.text for each in lm.generate(["One", "Two"], temperature=0.8, seed=1)]    # doctest: +SKIP
 
         Returns a `Generation`, or a list of them in the order of the prompts. Raises ValueError that names the field
-        for an empty prompt, one that does not fit into the context with max_new_tokens, a token outside the vocabulary,
-        an unknown option, a value out of range, or a cache that this model cannot have.
+        for an empty prompt, a prompt that exceeds the context together with max_new_tokens, a token outside the
+        vocabulary, an unknown option, a value out of range, or a cache policy that does not work with this model.
         """
         batch, alone = as_batch(prompts)
         _check_batch_size(batch_size)
@@ -150,13 +153,13 @@ class LanguageModel:
         cache: CacheSpec | None = None,
         **options: Unpack[GenerationOptions],
     ) -> GenerationStream:
-        """Continues one prompt and gives its text piece by piece. Arguments as in `generate`, n being 1.
+        """Continues one prompt and yields its text piece by piece. Arguments are those of `generate`; n must be 1.
 
         >>> for piece in lm.stream("Once upon a time", max_new_tokens=64):    # doctest: +SKIP
         ...     print(piece, end="", flush=True)
 
-        Pieces are whole characters, and a stop string never shows, not even in part. The stream's `result` is what
-        `generate` returns. Raises ValueError as `generate`, before the first piece.
+        Pieces hold whole characters and no part of a stop string. The stream's `result` is what `generate` returns.
+        Raises the errors of `generate` before the first piece.
         """
         batch, alone = as_batch(prompt)
         if not alone:
@@ -171,13 +174,13 @@ class LanguageModel:
         cache: CacheSpec | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Generation:
-        """Answers a conversation, written by the checkpoint's chat template; what a message spells is text, never a
-        control token. Without max_new_tokens an answer may fill the context.
+        """Answers a conversation, formatted with the checkpoint's chat template. Control tokens that a message spells
+        out are encoded as plain text. Without max_new_tokens an answer may fill the context.
 
         >>> lm.chat([{"role": "user", "content": "Name a prime number."}]).text    # doctest: +SKIP
 
-        Other arguments and errors as in `generate`; ValueError too where the checkpoint has no chat template, or the
-        template refuses the conversation.
+        Other arguments and errors are those of `generate`. Raises ValueError also if the checkpoint has no chat
+        template, or the template refuses the conversation.
         """
         return _drained(self._run(self._chat_task(messages, generation_config, cache, options)))[0]
 
@@ -189,11 +192,11 @@ class LanguageModel:
         cache: CacheSpec | None = None,
         **options: Unpack[GenerationOptions],
     ) -> GenerationStream:
-        """`chat`, piece by piece as `stream`."""
+        """Answers a conversation as `chat` does, and yields the text piece by piece as `stream` does."""
         return self._streamed(self._chat_task(messages, generation_config, cache, options))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text as `generate` reads it: the begin token first where the model's texts have one."""
+        """Token ids of a text as `generate` reads it, with the begin token if the model uses one."""
         if not isinstance(text, str):
             raise ValueError(f"text has type {type(text).__name__}; give a str")
         return self.tokenizer.encode(text, bos=True)
@@ -207,7 +210,7 @@ class LanguageModel:
     def logprobs(self, texts: Sequence[Prompt], *, batch_size: int = ...) -> list[TextLogprobs]: ...
 
     def logprobs(self, texts: Prompt | Sequence[Prompt], *, batch_size: int = 8) -> TextLogprobs | list[TextLogprobs]:
-        """How likely the model finds a text, or each of a list of texts (or token ids).
+        """Log probabilities of the tokens of a text, or of each of a list of texts (or token ids).
 
         >>> lm.logprobs("Paris is in France.").total < 0    # doctest: +SKIP
         True
@@ -229,15 +232,15 @@ class LanguageModel:
     def cost(
         self, prompt: Prompt | int, *, batch: int = 1, cache: CacheSpec | None = None, **options: Any
     ) -> GenerationCost:
-        """What reading a prompt and the first step behind it cost, counted without running the model.
+        """The cost of reading a prompt and of one decode step after it, computed without running the model.
 
-        prompt: a text, token ids, or their number. batch: sequences of this length at once. cache, and options of its
-        policy: as in `generate`.
+        prompt: a text, token ids, or a number of tokens. batch: number of sequences of this length. cache, options: as
+        in `generate`, but only those of the cache policy.
 
         >>> lm.cost(1024, cache="d2o", keep_ratio=0.2).decode.kv_bytes    # doctest: +SKIP
         9717480
 
-        Raises ValueError for a prompt that does not fit into the context, and for the cache as `generate`.
+        Raises ValueError for a prompt that exceeds the context, and for a cache policy as `generate` does.
         """
         tokens: Any = prompt
         if is_token(prompt):
@@ -246,9 +249,7 @@ class LanguageModel:
             prompts, alone = as_batch(prompt)
             if not alone:
                 count = len(prompts)
-                raise ValueError(
-                    f"cost takes one prompt, not a list of {count}; batch={count} counts as many of its length"
-                )
+                raise ValueError(f"cost takes one prompt, not a list of {count}; give one, and batch={count}")
             tokens = len(self._encoded(prompts[0])[1])
         for name, value in (("prompt", tokens), ("batch", batch)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -256,7 +257,7 @@ class LanguageModel:
         self._room(tokens, 1)
         for name in FIELDS:
             if name in options:
-                raise ValueError(f"{name}={options[name]!r} is of generation: a cost takes options of the cache alone")
+                raise ValueError(f"{name}={options[name]!r} is a generation option; cost takes only cache options")
         _, policy = read_options(None, cache, options)
         policy = self._checked_cache(policy)
         kv: tuple[int | None, int | None] = (None, None)
@@ -309,8 +310,8 @@ class LanguageModel:
         return self._task([(None, self._chat.encode(messages))], default, cache, options)
 
     def _checked_cache(self, policy: CachePolicy | None) -> CachePolicy | None:
-        """The policy to use, by default the model's own; None for the exact cache. Raises ValueError where the model
-        cannot have it."""
+        """The policy to use (default: that of the model's configuration); None for the exact cache. Raises ValueError
+        if the policy does not work with this model."""
         if policy is None and self.config.cache is not None:
             policy = read_cache(self.config.cache)
         if policy is None or isinstance(policy, KeepAll):
@@ -319,7 +320,8 @@ class LanguageModel:
         return policy
 
     def _room(self, prompt: int, new: int | None) -> int:
-        """New tokens that may follow a prompt. Raises ValueError where they do not fit into the context."""
+        """Most new tokens after a prompt of `prompt` tokens, of which `new` were requested (None: all that fit). Raises
+        ValueError if they exceed the context."""
         most = self.config.max_positions
         total = prompt + (1 if new is None else new)
         if total > most:
@@ -336,7 +338,7 @@ class LanguageModel:
         return GenerationStream(self._run(task))
 
     def _run(self, task: _Task) -> Generator[str, None, list[Generation]]:
-        """Yields the pieces of all rows as they become final; returns what was generated."""
+        """Yields the text pieces of all sequences as they become final; returns the generations."""
         config, stop_ids = task.config, frozenset() if task.config.ignore_eos else self.tokenizer.stop_ids
         writers = [
             Writer(TextStream(self.tokenizer, config.stop), limit, stop_ids)
@@ -368,7 +370,7 @@ class LanguageModel:
 
 
 def _drained(pieces: Generator[str, None, T]) -> T:
-    """What a generator returns, its pieces left aside."""
+    """Runs a generator to its end and returns its return value; what it yields is dropped."""
     while True:
         try:
             next(pieces)

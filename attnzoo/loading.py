@@ -1,4 +1,4 @@
-"""A language model by the name people have for it."""
+"""`attnzoo.load`: reads a language model from a path or a name."""
 
 import os
 from pathlib import Path
@@ -23,19 +23,19 @@ def load(
 ) -> LanguageModel:
     """Reads a model and its tokenizer, for inference.
 
-    name: a directory that training (its run directory or the export/ in it) or transformers has written, a .gguf file,
-    the name of a model that comes in a package ("smollm2"), or that of a directory or .gguf file in
-    $ATTNZOO_HOME/models. Nothing is downloaded. dtype: of the weights, "bfloat16" for example; "auto" keeps the
-    checkpoint's, float32 for quantised ones. device: "cpu", "cuda:1"; "auto" takes a GPU where there is one.
-    pack_weights: lay weights out for reading on a CPU, twice as fast for single tokens, after which the model can be
-    neither trained nor saved (`attnzoo.checkpoint.load_model` gives one that can); None: where the machine can.
+    name: a run directory of training or the export/ in it, a directory that transformers has written, a .gguf file, the
+    name of a packaged model ("smollm2"), or the name of a directory or .gguf file in $ATTNZOO_HOME/models. Nothing is
+    downloaded. dtype: of the weights, for example "bfloat16"; "auto" keeps the checkpoint's dtype, and takes float32
+    for quantised weights. device: for example "cpu" or "cuda:1"; "auto" takes a GPU if there is one. pack_weights:
+    store the weights in a layout that makes decoding on a CPU about twice as fast; such a model can be neither trained
+    nor saved (`attnzoo.checkpoint.load_model` reads one that can); None: pack if the machine supports it.
     check_finite: refuse weights with NaN or infinity.
 
     >>> lm = load("smollm2", dtype="bfloat16")    # doctest: +SKIP
     >>> lm.generate("The capital of France is").text    # doctest: +SKIP
 
-    Raises ValueError that says what is wrong and where for a name that leads nowhere, a damaged checkpoint, one without
-    a tokenizer, an unknown dtype, or a device that cannot be used.
+    Raises ValueError for a name that is not found, a checkpoint that is damaged or has no tokenizer, an unknown dtype,
+    or a device that cannot be used.
     """
     if not isinstance(name, str) and not isinstance(name, os.PathLike):
         raise ValueError(f"name={name!r} has type {type(name).__name__}; give a path, or one of {', '.join(PACKAGED)}")
@@ -53,7 +53,7 @@ def load(
     kind = None if dtype == "auto" else parse_dtype(dtype)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = load_tokenizer(path)  # soon done, and often what is missing
+    tokenizer = load_tokenizer(path)  # first: it is quick to read, and often missing
     model = load_for_inference(
         path,
         device=device,
@@ -67,8 +67,8 @@ def load(
 def load_for_inference(
     path: Path, *, device: str | torch.device, dtype: torch.dtype | None, check_finite: bool, pack: bool | None
 ) -> DecoderLM:
-    """`load_model`, and its weights packed where `pack` says so, or, for None, where the machine can. Raises ValueError
-    as `load_model`, `check_device` and `pack_weights`."""
+    """Calls `load_model`, then packs the weights. pack: None packs if the machine supports it. Raises the ValueError of
+    `load_model`, `check_device` and `pack_weights`."""
     check_device(device)
     model = load_model(path, device=device, dtype=dtype, check_finite=check_finite)
     if pack or (pack is None and can_pack(model)):
@@ -77,11 +77,11 @@ def load_for_inference(
 
 
 def _nothing(name: str) -> str:
-    """What is wrong with a name that leads nowhere."""
+    """The error message for a name that is not found."""
     own = models_directory()
     if os.sep in name or name.endswith(".gguf"):
         return f"checkpoint={name!r} does not exist; give a directory, a .gguf file, or one of {', '.join(PACKAGED)}"
     return (
-        f"checkpoint={name!r} is no path that exists, nothing in {str(own)!r} (set ATTNZOO_HOME for another place) and "
-        f"no packaged model{suggest(name, PACKAGED)}"
+        f"checkpoint={name!r} was not found: there is no such path, no such model in {str(own)!r} (set ATTNZOO_HOME to "
+        f"look elsewhere), and no packaged model of that name{suggest(name, PACKAGED)}"
     )

@@ -5,7 +5,7 @@ import time
 
 
 class Progress:
-    """Counts steps of all runs together. On a terminal one line is rewritten; elsewhere a line comes every minute."""
+    """Counts the steps of all runs together. On a terminal it rewrites one line; elsewhere it prints one a minute."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
@@ -14,7 +14,7 @@ class Progress:
         self._terminal = sys.stderr.isatty()
 
     def add(self, steps: int, label: str = "") -> None:
-        """Counts `steps` more and shows the line if it is time to."""
+        """Adds `steps` to the count, and shows the line when half a second (in a log: a minute) has passed."""
         self.done += steps
         now = time.monotonic()
         if now - self._shown >= (0.5 if self._terminal else 60.0) or self.done >= self.total:
@@ -22,7 +22,7 @@ class Progress:
             self._write(f"{self.line(now - self._start)}  {label}", "\r\x1b[K", "")
 
     def line(self, seconds: float) -> str:
-        """How far it is after `seconds`.
+        """The progress line after `seconds` of work: steps done, rate, time left.
 
         >>> Progress(100).line(1.0)
         '0/100 steps'
@@ -35,11 +35,11 @@ class Progress:
         return f"{text}  {rate:.1f} steps/s  {left // 60}:{left % 60:02d} left"
 
     def say(self, message: str) -> None:
-        """A line of its own."""
+        """Prints a message on a line of its own."""
         self._write(message, "\r\x1b[K", "\n")
 
     def close(self) -> None:
-        """Ends the rewritten line."""
+        """Ends the line that was rewritten, so that later output begins on a new one."""
         if self._terminal and self.done:
             print(file=sys.stderr)
 

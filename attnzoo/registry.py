@@ -1,4 +1,4 @@
-"""A name for each thing that can be chosen by configuration."""
+"""Registries: names for the classes that a configuration can choose."""
 
 import re
 import sys
@@ -22,7 +22,8 @@ class Registry(Generic[T]):
     """
 
     def __init__(self, kind: str, check: Callable[[str, T], None] | None = None) -> None:
-        """`check(name, item)` raises ValueError for an object that cannot be registered."""
+        """kind: what the entries are, for error messages. check(name, item): raises ValueError for an object that must
+        not be registered."""
         self.kind = kind
         self._items: dict[str, T] = {}
         self._check = check
@@ -30,8 +31,8 @@ class Registry(Generic[T]):
         self._lock = threading.RLock()
 
     def load_first(self, load: Callable[[], None]) -> None:
-        """Calls `load`, which registers more, before anything is looked up: what it raises reaches whoever asks, and
-        an import cannot fail. Called again at the next look-up when it has failed."""
+        """Calls `load`, which registers more objects, at the first look-up. Its errors thus reach the caller of that
+        look-up, and importing a module cannot fail. After a failure `load` is called again at the next look-up."""
         self._pending = load
 
     @property
@@ -47,10 +48,9 @@ class Registry(Generic[T]):
             return self._items
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that enters an object under `name` and returns it unchanged.
+        """Decorator that registers an object under `name` and returns it unchanged.
 
-        Raises ValueError when the name is taken (two variants of one name would make configs ambiguous), is no word, or
-        the object cannot be registered.
+        Raises ValueError for a name that is taken or is not one word, and for an object that `check` refuses.
         """
         if not isinstance(name, str) or not re.fullmatch(r"[\w+.-]+", name):
             raise ValueError(
@@ -75,7 +75,7 @@ class Registry(Generic[T]):
         return self._items[name]
 
     def remove(self, name: str) -> None:
-        """Takes a name back: of a file that failed after it had registered."""
+        """Removes a name, for example after the file that registered it has failed."""
         del self._items[name]
 
     def name_of(self, item: T) -> str:
@@ -97,7 +97,7 @@ class Registry(Generic[T]):
 
 
 def _place(item: Any) -> str:
-    """The object, and the file it is from where that can be known."""
+    """The object's name, and its file if that is known."""
     file = getattr(sys.modules.get(getattr(item, "__module__", "")), "__file__", None)
     name = getattr(item, "__qualname__", repr(item))
     return name if file is None else f"{name} in {file}"

@@ -1,4 +1,4 @@
-"""One schema for every measured number: what was run, where, what came out, and whether the claims hold."""
+"""Reports: the one JSON schema of every measurement, with the command, the machine, the results and the claims."""
 
 import json
 import math
@@ -20,7 +20,7 @@ PACKAGES = ("attnzoo", "torch", "deepspeed", "ray", "sentencepiece")
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What was to be reached and what was measured; whether it holds is computed, never typed.
+    """An expected and a measured number. Whether the claim holds is always computed.
 
     kind "at_most": measured <= expected + tolerance; "at_least": measured >= expected - tolerance;
     "equal": |measured - expected| <= tolerance.
@@ -34,7 +34,7 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """False also for a measurement that is not a number."""
+        """Whether the measurement meets the claim; False if it is NaN."""
         if self.kind == "at_most":
             return self.measured <= self.expected + self.tolerance
         if self.kind == "at_least":
@@ -44,7 +44,8 @@ class Claim:
 
 @dataclass(kw_only=True)
 class Report:
-    """`start` one at the beginning of a measurement (it reads the machine's load), fill it, `write` it."""
+    """The results of a measurement. Call `start` before it (to read the machine's load), fill in rows and claims, then
+    `write`. load_before: load average over one minute at the start."""
 
     command: list[str]
     commit: str
@@ -59,7 +60,7 @@ class Report:
 
     @classmethod
     def start(cls, *, command: list[str] | None = None, seed: int = 0, quick: bool = False) -> "Report":
-        """A report of this process. `quick` says that sizes were cut down and numbers are no measurement."""
+        """A report of this process. quick: sizes were reduced, so that the numbers are no measurement."""
         return cls(
             command=this_command() if command is None else command,
             commit=_commit(),
@@ -71,18 +72,18 @@ class Report:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The schema: plain JSON, each claim with its `holds`."""
+        """The content as plain JSON types, each claim with its `holds`."""
         content = asdict(self)
         content["claims"] = [{**asdict(claim), "holds": claim.holds} for claim in self.claims]
         return content
 
     def write(self, path: Path) -> None:
-        """Writes JSON atomically; numbers that are not finite, for which JSON has no word, are null."""
+        """Writes JSON atomically; NaN and infinity, which JSON cannot express, become null."""
         content = json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False)
         write_atomic(Path(path), (content + "\n").encode())
 
     def print_table(self) -> None:
-        """Rows and claims as aligned text on stdout."""
+        """Prints rows and claims as aligned text."""
         if self.rows:
             print(format_table(self.rows))
         if self.claims:
@@ -105,7 +106,7 @@ def _finite(value: Any) -> Any:
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """Rows of the same keys as aligned columns; numbers to the right."""
+    """Formats rows as aligned columns, one for each key; columns of numbers are aligned right."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[format_value(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(len(column), *(len(line[i]) for line in cells)) for i, column in enumerate(columns)]
@@ -127,12 +128,12 @@ def format_claims(claims: list[Claim]) -> str:
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:
-    """A number of things in words: "1 rank", "2 ranks"; many: the plural where it does not end in s alone."""
+    """A count with its noun: "1 rank", "2 ranks". many: the plural, if it is not `one` with an s."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def run_command(main: Callable[[], int]) -> int:
-    """Runs a command and returns its exit status; a reader that has read enough (`| head`) ends it without a word."""
+    """Runs a command and returns its exit status; a closed pipe on stdout (`| head`) ends it without an error."""
     try:
         status = main()
         sys.stdout.flush()
@@ -166,8 +167,8 @@ def _claim_row(claim: Claim) -> dict[str, Any]:
 
 
 def this_command() -> list[str]:
-    """How this process was started, for any machine: `python -m module ...`, or the script's path from the working
-    directory (its name alone where it lies elsewhere, as installed commands do)."""
+    """The command line of this process without absolute paths: `python -m module ...`, or the script's path relative to
+    the working directory (only its name if it lies elsewhere, as installed commands do)."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None:  # sys.argv[0] is then the full path of the module's file
         return ["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
@@ -198,7 +199,7 @@ def _device() -> str:
 
 
 def available_cores() -> int:
-    """Cores that this process may run on; where the system does not say, as on macOS, those it has."""
+    """Number of CPU cores that this process may use; on systems that do not say (macOS), all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,8 +1,8 @@
-"""Settings as text: YAML with the numbers and words that people mean, and no mistake passed over.
+"""Reads settings: YAML configuration files and `key=value` arguments.
 
-Configuration files of training, serving and planning are read by `read_mapping`, `key=value` words of every command by
-`parse_word`. Types are those of YAML 1.2: 1e-6 is a number, `no` and `on` are words, 010 is ten. A key that is set
-twice, and numbers that are not finite, are errors. Needs the package pyyaml.
+`read_mapping` reads configuration files of training, serving and planning; `parse_word` reads one `key=value` argument
+of a command. Types are those of YAML 1.2: 1e-6 is a number, `no` and `on` are strings, 010 is ten. A key that is set
+twice, or a number that is not finite, is an error. Needs the package pyyaml.
 """
 
 import functools
@@ -22,11 +22,11 @@ FLOAT = re.compile(
     r"^(?:[-+]?(?:\.[0-9][0-9_]*|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
-"""Tried after INT."""
+"""Tried after INT, which it matches too."""
 
 
 def parse_words(words: Iterable[str], example: str, *, as_text: Collection[str] = (), hint: str = "") -> dict[str, Any]:
-    """A mapping from `key=value` words; of a key that comes twice the last one counts. Arguments and errors as in
+    """A dictionary from `key=value` words. If a key comes twice, the last one counts. Arguments and errors are those of
     `parse_word`.
 
     >>> parse_words(["port=8001", "cache={policy: d2o}"], "port=8001")
@@ -38,11 +38,11 @@ def parse_words(words: Iterable[str], example: str, *, as_text: Collection[str] 
 def parse_word(
     word: str, example: str, *, as_text: Collection[str] = (), where: str = "", hint: str = ""
 ) -> tuple[str, Any]:
-    """(key, value) of `key=value`, the value read as YAML.
+    """Splits `key=value` into (key, value), and parses the value as YAML.
 
-    as_text: keys whose value stays the text it is, names and paths for example. where: what messages begin with. Raises
-    ValueError that names the word and `example` for what has no "=", or an empty key (or part of a dotted key), and
-    the key for a value that cannot be read. hint: the end of the former message.
+    as_text: keys whose values are not parsed, for example paths. where: the beginning of error messages. hint: the end
+    of the message about a malformed word. Raises ValueError for a word without "=" or with an empty part in its dotted
+    key (the message shows `example`), and for a value that is not YAML.
     """
     key, equals, text = word.partition("=")
     key = key.strip()
@@ -52,10 +52,10 @@ def parse_word(
 
 
 def read_mapping(path: Path, name: str | None = None) -> tuple[dict[str, Any] | None, dict[str, int]]:
-    """(what a file holds, the line of every dotted key in it); None for an empty file.
+    """(content of a YAML file, line number of every dotted key in it); the content of an empty file is None.
 
-    name: what messages call the file; None: its path. Raises ValueError, beginning with it, for a file that is not
-    there, cannot be read, or holds anything else than a mapping.
+    name: the file's name in error messages (None: its path). Raises ValueError for a file that does not exist, cannot
+    be read, or holds anything but a mapping.
     """
     name = str(path) if name is None else name
     try:
@@ -71,12 +71,12 @@ def read_mapping(path: Path, name: str | None = None) -> tuple[dict[str, Any] | 
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a text. Raises ValueError, one line that begins with `where`, for what cannot be read."""
+    """Parses YAML. Raises ValueError with a message of one line that begins with `where`."""
     return parse_lines(text, where, numbered=False)[0]
 
 
 def parse_lines(text: str, where: str, numbered: bool = True) -> tuple[Any, dict[str, int]]:
-    """(the value, the line of every dotted key). `numbered`: errors say where:line."""
+    """Parses YAML into (value, line number of every dotted key). numbered: error messages begin with `where:line`."""
     yaml = _yaml(where)
     lines: dict[str, int] = {}
     try:
@@ -103,10 +103,11 @@ def _constructed(reader: Any, node: Any, where: str) -> Any:
 
 
 def _problems(node: Any, prefix: str, lines: dict[str, int], done: dict[int, bool]) -> Iterator[tuple[Any, str]]:
-    """(mark, problem) below a node; collects the lines of keys. `done`: nodes that aliases may lead to once more."""
+    """Yields (position, problem) for the faults below a node, and enters line numbers of keys into `lines`. done: False
+    for nodes being visited, True for visited ones; aliases may lead to a node again."""
     if id(node) in done:
         if not done[id(node)]:
-            yield node.start_mark, f"{prefix.removesuffix('.') or 'the value'} holds itself"
+            yield node.start_mark, f"{prefix.removesuffix('.') or 'the value'} contains itself"
         return
     done[id(node)] = False
     if node.id == "scalar":
@@ -138,7 +139,7 @@ def _yaml(where: str) -> Any:
 
 
 def _is_finite(text: str) -> bool:
-    """False for what is a number and not a finite one."""
+    """Whether the text is a finite number; True also for text that is no number, which another check refuses."""
     try:
         return math.isfinite(_float(text))
     except ValueError:  # "!!float word"
@@ -157,7 +158,7 @@ def _float(text: str) -> float:
 
 @functools.cache
 def _loader() -> Any:
-    """pyyaml's safe loader with the scalars of YAML 1.2."""
+    """pyyaml's safe loader, with the scalar types of YAML 1.2."""
     yaml = importlib.import_module("yaml")
 
     kept = {

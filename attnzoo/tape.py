@@ -1,9 +1,9 @@
-"""A model of memory: the tensors of a forward and a backward pass, allocated and released in autograd's order.
+"""Simulates the memory of a forward and a backward pass: tensors are allocated and released in autograd's order.
 
-Nothing is computed: a part of a model plays its operations on a `Tape`, with what each allocates, saves for the
-backward pass and needs in passing. `Tape.backward` then plays them in reverse as torch's engine does: the last created
-node first, its saved tensors and the gradient it was given released once it has run, gradients of one tensor summed in
-place. Bytes count what torch's allocator is asked for; tests hold the totals against its records.
+Nothing is computed. Each part of a model records its operations on a `Tape`: the bytes that an operation allocates,
+saves for the backward pass and needs temporarily. `Tape.backward` then replays the operations in reverse as torch's
+autograd engine does: the node created last runs first, its saved tensors and its incoming gradient are released after
+it, and gradients of one tensor are summed in place. Tests compare the totals with the records of torch's allocator.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from attnzoo.types import accumulation_dtype, dtype_bytes
 
 @dataclass(eq=False)
 class Buffer:
-    """A tensor's memory. heads_first: its memory order is [B, N, T, H], so that merging heads must copy."""
+    """A tensor's memory in bytes. heads_first: its memory order is [B, N, T, H], so that merging heads copies it."""
 
     size: int
     heads_first: bool = False
@@ -25,20 +25,20 @@ class Buffer:
 
 @dataclass(eq=False)
 class Weight(Buffer):
-    """A parameter that more than one operation reads: its gradient waits for the last of them."""
+    """A parameter that several operations read; its gradient is complete after the last of them."""
 
     uses: int = 0
 
 
 @dataclass(kw_only=True)
 class Step:
-    """One operation. out: bytes of its result.
+    """One operation. All sizes are in bytes. out: its result.
 
-    saves: tensors kept for the backward pass; saves_out: the result too; keeps: bytes of other tensors kept.
-    scratch, backward: bytes of temporaries in either pass. weights: bytes of the parameters' gradients, which live
-    until they are added to those that exist. grads: bytes of each input's gradient (None: those of the input);
-    passes: the gradient of the result is that of the inputs, no new memory. copies: a gradient that comes heads first
-    is copied. scatters: gradients of the inputs come heads first.
+    saves: tensors saved for the backward pass; saves_out: the result is saved too; keeps: other memory saved. scratch,
+    backward: temporaries of the forward and of the backward pass. weights: gradients of parameters, which live until
+    they are added to the existing ones. shared: a parameter that other operations read too. grads: each input's
+    gradient (None: the input's size). passes: the inputs' gradients are the result's, without new memory. copies: an
+    incoming gradient with heads first is copied. scatters: the inputs' gradients have heads first.
     """
 
     out: int
@@ -85,7 +85,7 @@ class _Node:
 
 @dataclass(eq=False)
 class _Recomputed:
-    """What `torch.utils.checkpoint` leaves of a part: its input."""
+    """A part under `torch.utils.checkpoint`: it keeps only its input, and runs again in the backward pass."""
 
     run: Callable[["Tape", Buffer], Buffer]
     given: Buffer
@@ -103,7 +103,10 @@ class _Recomputed:
 
 @dataclass
 class Tape:
-    """`held` bytes now and `peak` so far, beyond parameters, their gradients and the input of the first operation."""
+    """Counts `held` bytes now and `peak` bytes so far, without parameters, their gradients and the first input.
+
+    saving: whether operations save tensors for the backward pass. gradients: known so far, by tensor.
+    """
 
     batch: int
     tokens: int
@@ -116,12 +119,12 @@ class Tape:
 
     @property
     def width(self) -> int:
-        """Bytes of an element."""
+        """Bytes of one element."""
         return dtype_bytes(self.dtype)
 
     @property
     def sum_width(self) -> int:
-        """Bytes of an element of sums over time."""
+        """Bytes of one element in sums over tokens."""
         return dtype_bytes(accumulation_dtype(self.dtype))
 
     def rows(self, channels: int) -> int:
@@ -129,17 +132,17 @@ class Tape:
         return self.batch * self.tokens * channels * self.width
 
     def new(self, size: int, *, heads_first: bool = False) -> Buffer:
-        """Allocates."""
+        """Allocates a tensor of `size` bytes."""
         self.held += size
         self.peak = max(self.peak, self.held)
         return Buffer(size, heads_first)
 
     def touch(self, size: int) -> None:
-        """Allocates and releases."""
+        """Allocates `size` bytes and releases them at once."""
         self.peak = max(self.peak, self.held + size)
 
     def drop(self, *buffers: Buffer) -> None:
-        """One reference less; memory goes with the last one."""
+        """Drops one reference to each buffer; dropping the last one releases the memory."""
         for buffer in buffers:
             buffer.references -= 1
             assert buffer.references >= 0, "dropped more often than held"
@@ -147,7 +150,7 @@ class Tape:
                 self.held -= buffer.size
 
     def do(self, step: Step) -> Buffer:
-        """Plays an operation forward; the caller holds the result until it drops it."""
+        """Records one operation of the forward pass; the caller holds the result until it drops it."""
         out = self.new(step.out, heads_first=step.heads_first)
         saved: list[Buffer] = []
         if self.saving:
@@ -165,7 +168,7 @@ class Tape:
         return out
 
     def checkpoint(self, run: Callable[["Tape", Buffer], Buffer], given: Buffer) -> Buffer:
-        """Plays a part of which only the input is kept; the backward pass plays it again."""
+        """Records a part with activation checkpointing: only its input is kept, and the backward pass runs it again."""
         self.saving, before = False, self.saving
         out = run(self, given)
         self.saving = before
@@ -174,21 +177,21 @@ class Tape:
         return out
 
     def backward(self, out: Buffer, gradient: int | None = None) -> None:
-        """The backward pass from `out`; `gradient`: bytes of its gradient (None: given from outside)."""
+        """Runs the backward pass from `out`. gradient: bytes of its gradient (None: memory of the caller)."""
         self.gradients[out] = Buffer(0) if gradient is None else self.new(gradient)
         self.play_back()
 
     def play_back(self) -> None:
-        """All nodes, the last one first."""
+        """Runs the recorded nodes backward, the last one first."""
         while self.nodes:
             self.nodes.pop().play(self)
 
     def take_gradient(self, buffer: Buffer) -> Buffer:
-        """The summed gradient of a tensor, once all its readers have run."""
+        """Removes and returns the summed gradient of a tensor, after all operations that read it have run backward."""
         return self.gradients.pop(buffer)
 
     def give_gradient(self, buffer: Buffer, new: Buffer) -> None:
-        """Adds to the gradient of a tensor: in place, unless another tensor's gradient is the same memory."""
+        """Adds `new` to the gradient of a tensor: in place, unless another tensor's gradient shares its memory."""
         known = self.gradients.get(buffer)
         if known is None:
             self.gradients[buffer] = new
@@ -199,7 +202,7 @@ class Tape:
         self.drop(new)
 
     def share(self, weight: Weight) -> None:
-        """One reader of a shared parameter has made its gradient; after the last one it is added to what exists."""
+        """Adds one operation's gradient of a shared parameter; after the last operation the sum is released."""
         self.give_gradient(weight, self.new(weight.size))
         weight.uses -= 1
         if weight.uses == 0:

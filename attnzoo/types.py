@@ -36,8 +36,8 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
-    """The torch dtype for a name such as "bf16" or "float32", or for itself. Raises ValueError that lists the known
-    names."""
+    """The torch dtype for a name such as "bf16" or "float32"; a dtype is returned unchanged. Raises ValueError that
+    lists the known names."""
     if isinstance(name, torch.dtype) and name in DTYPES.values():
         return name
     if not isinstance(name, str) or name not in DTYPES:
@@ -46,8 +46,7 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
 
 
 def check_device(name: str | torch.device, *, empty: bool = False) -> None:
-    """Raises ValueError that names `device` where nothing can be computed there. empty: "meta" may be, where tensors
-    have shapes and no values."""
+    """Raises ValueError if the device cannot compute. empty: allow "meta", whose tensors have shapes but no values."""
     try:
         device = torch.device(name)
         if device.type == "meta":
@@ -70,17 +69,17 @@ def dtype_bytes(dtype: torch.dtype) -> int:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over time are kept: at least float32."""
+    """The dtype for sums over tokens: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 LARGEST = 2**31 - 1
-"""No size, length or count of a layer is larger: what counts tokens elsewhere could not hold it."""
+"""Largest size, length or count in a layer's configuration: tokens are counted in 32-bit integers."""
 
 
 class CheckedConfig:
-    """Base of configuration dataclasses whose fields keep to their types, however the object is made: by
-    `build_config` or in Python. Integers are at most LARGEST, floating point numbers finite.
+    """Base class of configuration dataclasses. It checks the type of every field at construction; integers must be at
+    most LARGEST in size, and floating point numbers finite.
 
     Raises ValueError that names the field and the value.
     """
@@ -95,12 +94,12 @@ class CheckedConfig:
 
 
 def build_config(cls: type[C], values: Mapping[str, Any], where: str) -> C:
-    """Constructs the dataclass `cls` from a mapping and refuses what it does not know.
+    """Constructs the dataclass `cls` from a mapping.
 
-    `where` names the section for messages, for example "model.attention". Raises ValueError for an unknown
-    key (with the nearest known one), a missing key, or a value of the wrong type. Integers are accepted for
-    floats, and so is text such as "1e-6", which readers of YAML 1.1 leave as it is; nothing else is converted, so that
-    `"8"` for a number of heads is an error, not a guess.
+    where: the section's name in error messages, for example "model.attention". For a float, an integer is accepted, and
+    so is text such as "1e-6", which YAML 1.1 readers do not take for a number. Nothing else is converted: `"8"` for a
+    number of heads is an error. Raises ValueError for an unknown key (naming the nearest known one), a missing key, or
+    a value of the wrong type.
     """
     hints = field_types(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -117,16 +116,16 @@ def build_config(cls: type[C], values: Mapping[str, Any], where: str) -> C:
 
 
 def field_types(cls: type) -> dict[str, Any]:
-    """The types of a dataclass's fields. Raises ValueError for one that is spelled as text and names nothing."""
+    """The types of a dataclass's fields, by name. Raises ValueError for an annotation that names an unknown type."""
     try:
         return typing.get_type_hints(cls)
     except NameError as error:
-        raise ValueError(f"{cls.__name__} has a field of a type that is not there: {error}") from None
+        raise ValueError(f"{cls.__name__} has a field with an unknown type: {error}") from None
 
 
 def checked(value: Any, hint: Any, where: str) -> Any:
-    """The value, if it has the type `hint` of a field; integers become floats where those are asked for, and lists
-    tuples, which JSON and YAML do not have. Raises ValueError that names `where`."""
+    """The value, checked against the type `hint`. Where the type asks for them, integers become floats, and lists (JSON
+    and YAML have no tuples) become tuples. Raises ValueError that names the field `where`."""
     # Literal[...] | None is a typing.Union, int | None a types.UnionType.
     union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     allowed = typing.get_args(hint) if union else (hint,)
@@ -153,7 +152,7 @@ def checked(value: Any, hint: Any, where: str) -> Any:
 
 
 def _sequence(value: Sequence[Any], kind: Any, where: str) -> Any:
-    """The items, checked where the hint says their types, in the container that it asks for."""
+    """The sequence as the container (list or tuple) that the type `kind` asks for, every item checked."""
     container, items = typing.get_origin(kind) or kind, typing.get_args(kind)
     if container is list or items[1:] == (...,):
         items = items[:1] * len(value)

@@ -1,4 +1,4 @@
-"""Jobs side by side: processes of one thread each, which take jobs from a queue, with one line of progress for all."""
+"""Runs jobs in parallel: single-threaded worker processes take jobs from a queue and report progress together."""
 
 import multiprocessing
 import os
@@ -18,9 +18,10 @@ from attnzoo.progress import Progress
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 Tick = Callable[[], None]
-"""A job calls it after every step."""
+"""The function that a job calls after every step."""
 Job = Callable[[Tick], Any]
-"""Another process runs it: a function of a module, or `functools.partial` of one; its result is pickled, too."""
+"""A module-level function, or `functools.partial` of one. A job and its result must be picklable, because another
+process may run it."""
 
 
 class JobError(RuntimeError):
@@ -29,8 +30,8 @@ class JobError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Message:
-    """What a worker tells: steps done since the last message; at the end of a job `ended` with its result, or its
-    problem."""
+    """A worker's message to the parent. steps: done since its last message. ended: the job is done, and `result` is its
+    result. problem: the traceback of a job that failed."""
 
     name: str
     steps: int = 0
@@ -40,9 +41,10 @@ class _Message:
 
 
 def run_jobs(jobs: Mapping[str, Job], workers: int, progress: Progress) -> dict[str, Any]:
-    """Results by name. Jobs begin in their order, `workers` at a time; with one worker, or one job, in this process.
+    """Runs the jobs in their order, `workers` at a time, and returns their results by name. One worker, or a single
+    job, runs in this process.
 
-    Raises JobError when a job fails; the others are ended.
+    Raises JobError when a job fails, after ending the others.
     """
     if workers > 1 and len(jobs) > 1:
         return _side_by_side(jobs, workers, progress)
@@ -82,7 +84,8 @@ def _side_by_side(jobs: Mapping[str, Job], workers: int, progress: Progress) -> 
 
 
 def _work(tasks: Any, messages: Any) -> None:
-    """A worker: does jobs until there are none. Ctrl-C reaches the whole group: the parent alone answers it."""
+    """The main function of a worker: runs jobs until none is left. It ignores Ctrl-C, which reaches the whole process
+    group, because the parent handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while (item := tasks.get()) is not None:
         name, job = item
@@ -96,7 +99,7 @@ def _work(tasks: Any, messages: Any) -> None:
 
 
 class _Counter:
-    """Tells the parent twice a second how many steps were done."""
+    """Counts a job's steps and sends the count to the parent twice a second."""
 
     def __init__(self, name: str, messages: Any) -> None:
         self.name, self.messages, self.steps, self.sent = name, messages, 0, time.monotonic()
@@ -109,7 +112,7 @@ class _Counter:
 
 
 def _listen(messages: Any, progress: Progress, results: dict[str, Any]) -> bool:
-    """Handles one message, if there is one soon. Raises JobError when it is of a failure."""
+    """Handles the next message; returns False if none comes within 0.2 seconds. Raises JobError if a job has failed."""
     try:
         message: _Message = messages.get(timeout=0.2)
     except Empty:
@@ -123,14 +126,14 @@ def _listen(messages: Any, progress: Progress, results: dict[str, Any]) -> bool:
 
 
 def _failed(process: BaseProcess, messages: Any, progress: Progress, results: dict[str, Any]) -> None:
-    while _listen(messages, progress, results):  # raises with the traceback, if the process got as far as to send one
+    while _listen(messages, progress, results):  # raises JobError with the traceback if the worker could send one
         pass
     raise JobError(f"a worker ended with status {process.exitcode}; out of memory? use --workers 1")
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Processes started within read that they have one thread, before torch is loaded in them."""
+    """Processes started inside this context use one thread: torch reads these variables when it is imported."""
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, "1"))
     try:

@@ -1,8 +1,8 @@
-"""The command `attnzoo`: its table of commands, and how one of them is found and run.
+"""The command `attnzoo`: its table of commands, and the function that runs one.
 
-A command is a module with `add_arguments(parser)` and `run(options) -> exit status`, and the table names it. What
-stands outside the library (train/, serve/, scripts/) is imported by its name when it is asked for. Modules are light:
-help, the list of commands and wrong usage are answered without torch, and what computes is imported by `run`.
+A command is a module with `add_arguments(parser)` and `run(options) -> exit status`, named in `COMMANDS`. Commands
+outside the library (in train/, serve/, scripts/) are imported by name when they are used. Importing a command's module
+does not import torch, so that help and errors come at once; `run` imports what computes.
 """
 
 import argparse
@@ -32,14 +32,14 @@ EXAMPLES = """examples:
   attnzoo serve --checkpoint runs/rcmha
   attnzoo COMMAND --help
 
-python -m attnzoo is the same command. Exit status 2 is wrong usage, 130 Ctrl-C.
+python -m attnzoo is the same command. Exit status: 2 after wrong usage, 130 after Ctrl-C.
 """
 
 
 @dataclass(frozen=True)
 class Command:
-    """module: has `run`, and `add_arguments` unless `arguments` ("module:function") is in its place, because importing
-    `module` loads torch. extra: what `pip install 'attnzoo[extra]'` brings that it needs."""
+    """module: the module with `run` and `add_arguments`. arguments: "module:function" that replaces `add_arguments`
+    where importing `module` would import torch. extra: the extra that it needs (`pip install 'attnzoo[extra]'`)."""
 
     module: str
     help: str
@@ -51,54 +51,54 @@ BENCHMARKS = {
     name: Command(f"scripts.bench_{name}", text, extra, f"scripts.arguments:bench_{name}")
     for name, text, extra in (
         ("attention", "time and memory of the variants, against torch's attention", ""),
-        ("cache", "what compressed caches still find, at equal bytes", "train"),
-        ("generate", "prefill and decoding of a real model, against other engines", "serve"),
-        ("serve", "what Ray Serve and HTTP add to the plain engine", "serve"),
-        ("train", "the DeepSpeed engine against a bare loop", "train"),
+        ("cache", "retrieval from compressed KV caches of equal size", "train"),
+        ("generate", "prefill and decoding speed of a real model, against other engines", "serve"),
+        ("serve", "overhead of Ray Serve and HTTP over the plain engine", "serve"),
+        ("train", "training speed under DeepSpeed, against a plain PyTorch loop", "train"),
     )
 }
 COMMANDS: dict[str, Command | dict[str, Command]] = {
-    "list": Command("attnzoo.cli.list_variants", "the attention variants, one line each"),
-    "describe": Command("attnzoo.cli.describe", "source, formula, options, parameters and cost of a variant"),
+    "list": Command("attnzoo.cli.list_variants", "list the attention variants"),
+    "describe": Command("attnzoo.cli.describe", "show source, formula, options, parameters and cost of a variant"),
     "generate": Command("attnzoo.cli.generate", "continue a text"),
     "chat": Command("attnzoo.cli.chat", "talk to a model in the terminal"),
     "train": Command("attnzoo.cli.train", "train a language model with DeepSpeed", "train"),
     "serve": Command("serve.__main__", "serve a checkpoint over an OpenAI-compatible API", "serve"),
-    "plan": Command("attnzoo.cli.plan", "what fits on so many GPUs, and how fast it can be"),
-    "export": Command("attnzoo.cli.export", "a checkpoint as a directory of transformers"),
+    "plan": Command("attnzoo.cli.plan", "estimate memory and speed of a model on a number of GPUs"),
+    "export": Command("attnzoo.cli.export", "write a checkpoint as a directory that transformers reads"),
     "compare": Command(
         "scripts.compare.cli", "train variants side by side and measure them", "", "scripts.arguments:compare"
     ),
     "eval": Command(
-        "scripts.eval_lm", "a checkpoint on tasks of the harness lm-eval", "eval", "scripts.arguments:evaluate"
+        "scripts.eval_lm", "evaluate a checkpoint on tasks of lm-eval", "eval", "scripts.arguments:evaluate"
     ),
     "reproduce": Command(
-        "scripts.reproduce", "published experiments anew, every claim checked", "", "scripts.arguments:reproduce"
+        "scripts.reproduce", "repeat published experiments and check their claims", "", "scripts.arguments:reproduce"
     ),
     "bench": BENCHMARKS,
-    "completion": Command("attnzoo.cli.completion", "completion for bash or zsh"),
+    "completion": Command("attnzoo.cli.completion", "print a completion script for bash or zsh"),
 }
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Examples are printed as they are written, and every mistake is one line."""
+    """An argument parser that prints the epilog unchanged and reports every mistake in one line."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*arguments, **options)
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
-        """An argument that may be left out (nargs "*") is never told as one that is required."""
+        """Adds an argument; one with nargs "*" gets a default, so that messages do not list it as required."""
         if options.get("nargs") == "*":
             options.setdefault("default", [])
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> Any:
-        raise SystemExit(complain(self.prog, f"{message}; {self.prog} --help says more"))
+        raise SystemExit(complain(self.prog, f"{message}; see {self.prog} --help"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status. Raises SystemExit after help, and for arguments that do not parse."""
+    """Runs a command and returns its exit status. Raises SystemExit after --help, and for wrong arguments."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     name, table = PROGRAM, COMMANDS
     while words and words[0] in table:
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words and not words[0].startswith("-"):
         return complain(name, f"unknown command {words[0]!r}{suggest(words[0], table)}")
     _overview(name, table).parse_args(words)
-    return complain(name, f"name a command; known: {', '.join(table)}; {name} --help says more")
+    return complain(name, f"name a command; known: {', '.join(table)}; see {name} --help")
 
 
 def carry_out(
@@ -118,8 +118,9 @@ def carry_out(
     run: Callable[[argparse.Namespace], int],
     words: Sequence[str],
 ) -> int:
-    """Parses, runs, and says what went wrong; returns the exit status. `name`: how the user calls it. `run` finds the
-    whole command in options.command, for reports."""
+    """Parses `words`, calls `run`, prints its error in one line, and returns the exit status.
+
+    name: the command as the user types it. `run` finds the whole command line in options.command, for reports."""
     parser = CommandParser(prog=name)
     add_arguments(parser)
     options = parser.parse_intermixed_args(words)
@@ -133,7 +134,7 @@ def carry_out(
 
 
 def entry() -> int:
-    """What the installed command calls: `main`, quiet where Ctrl-C or the end of a pipe stops it."""
+    """Entry point of the installed command: runs `main`, and ends without a traceback on Ctrl-C or a closed pipe."""
     prepare_streams()
     try:
         return run_command(main)
@@ -142,8 +143,8 @@ def entry() -> int:
 
 
 def prepare_streams() -> None:
-    """Standard streams that were closed lead nowhere, so that no file gets their place; what stdout cannot encode is
-    written as "?"; a warning about an old name is one line."""
+    """Prepares the standard streams: closed ones are opened on /dev/null, so that no other file gets their descriptors;
+    stdout writes "?" for what it cannot encode; warnings about old names are one line."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # as long as the process
@@ -185,7 +186,7 @@ def _dispatch(name: str, command: Command, words: Sequence[str]) -> int:
         if (error.name or "").split(".")[0] in ("attnzoo", "train", "serve", "scripts"):
             raise
         what = f"attnzoo[{command.extra}]" if command.extra else "attnzoo"
-        return complain(name, f"the package {error.name} is not installed; pip install '{what}'")
+        return complain(name, f"the package {error.name} is not installed; run pip install '{what}'")
 
 
 def arguments_of(command: Command) -> Callable[[argparse.ArgumentParser], None]:
@@ -197,13 +198,13 @@ def arguments_of(command: Command) -> Callable[[argparse.ArgumentParser], None]:
 
 
 def _overview(name: str, table: Mapping[str, Command | dict[str, Command]]) -> CommandParser:
-    """The parser for help, --version and what is no command."""
+    """The parser for --help, --version and everything else that is not a command."""
     lines = [f"  {each:12}{_help(command)}" for each, command in table.items()]
     parser = CommandParser(
         prog=name,
         usage=f"{name} COMMAND ...",
         description="\n".join(["commands:", *lines]),
-        epilog=EXAMPLES if name == PROGRAM else f"{name} NAME --help says what a command measures and takes.",
+        epilog=EXAMPLES if name == PROGRAM else f"{name} NAME --help describes one benchmark.",
     )
     if name == PROGRAM:
         parser.add_argument("--version", action="version", version=f"{PROGRAM} {attnzoo.__version__}")

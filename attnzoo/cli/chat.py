@@ -1,4 +1,4 @@
-"""`attnzoo chat`: a conversation in the terminal, or one message a line from stdin."""
+"""`attnzoo chat`: a conversation in the terminal, or messages from stdin, one a line."""
 
 import argparse
 import contextlib
@@ -17,32 +17,32 @@ EXAMPLES = f"""examples:
   attnzoo chat smollm2 cache=d2o keep_ratio=0.5
   printf 'Name a prime number.\\nAnother one?\\n' | attnzoo chat smollm2
 
-In the terminal: /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer (what was written
-stays in the conversation). {OPTIONS}"""
+In the terminal: /reset starts a new conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer (the part that was
+written stays in the conversation). {OPTIONS}"""
 PROMPT = "> "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options and examples."""
-    parser.description = "Talk to a model that has a chat template; answers are written as they come."
+    parser.description = "Talk to a model that has a chat template; answers are streamed."
     parser.epilog = EXAMPLES
     add_model_arguments(parser)
-    parser.add_argument("options", nargs="*", metavar="key=value", help="of generation and of the cache")
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    parser.add_argument("options", nargs="*", metavar="key=value", help="generation and cache options")
+    parser.add_argument("--system", metavar="TEXT", help="the system message, first in the conversation")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Talks until the end of the input. Raises ValueError for wrong usage, and for a message that cannot be answered
-    where nobody sits at the terminal."""
+    """Answers messages until the input ends. Raises ValueError for wrong usage, and, if stdin is not a terminal, for a
+    message that cannot be answered."""
     chosen = generation_options(options.options)
     lm = load(options)
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
-    lm.stream_chat([*system, {"role": "user", "content": "x"}], **chosen)  # wrong options are told before anybody types
+    lm.stream_chat([*system, {"role": "user", "content": "x"}], **chosen)  # reports wrong options at once
     terminal = sys.stdin.isatty()
     if terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # input() then edits and remembers lines
-        print(f"{lm}\n/reset forgets the conversation, /exit leaves, Ctrl-C stops an answer", file=sys.stderr)
+        print(f"{lm}\n/reset starts a new conversation, /exit leaves, Ctrl-C stops an answer", file=sys.stderr)
     messages = list(system)
     while (line := _read(terminal)) is not None:
         if line == "/exit":
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _read(terminal: bool) -> str | None:
-    """The next line without its ends; None at the end of the input. Ctrl-C gives an empty line."""
+    """The next line, stripped; None at the end of the input. Ctrl-C in a terminal gives an empty line."""
     try:
         return input(PROMPT if terminal else "").strip()
     except EOFError:
@@ -72,7 +72,7 @@ def _read(terminal: bool) -> str | None:
 def _turn(
     lm: "LanguageModel", messages: list[dict[str, str]], line: str, options: dict[str, Any], terminal: bool
 ) -> list[dict[str, str]]:
-    """Answers a message; returns the conversation with both, or as it was where there is no answer."""
+    """Answers one message. Returns the conversation with message and answer, or unchanged if answering failed."""
     asked = [*messages, {"role": "user", "content": line}]
     pieces: list[str] = []
     try:
@@ -85,7 +85,7 @@ def _turn(
     except ValueError as error:
         if not terminal:
             raise
-        complain("attnzoo chat", f"{error}; /reset begins anew")
+        complain("attnzoo chat", f"{error}; /reset starts a new conversation")
         return messages
     print(flush=True)
     return [*asked, {"role": "assistant", "content": "".join(pieces)}]

@@ -1,14 +1,14 @@
-"""`attnzoo completion`: what a shell needs to complete commands, options and files."""
+"""`attnzoo completion`: prints the script with which a shell completes commands, options and files."""
 
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
 FILES = ("checkpoint", "config")
-"""Arguments that are paths, though names may stand in their place."""
+"""Arguments that take a path or a name; completion offers paths."""
 EXAMPLES = """examples:
-  eval "$(attnzoo completion bash)"                                       # this shell; a line for ~/.bashrc
-  attnzoo completion zsh > ~/.zfunc/_attnzoo                              # a directory of zsh's fpath
+  eval "$(attnzoo completion bash)"                    # for this shell; put the line into ~/.bashrc for every shell
+  attnzoo completion zsh > ~/.zfunc/_attnzoo           # any directory of zsh's fpath
 
 """
 

@@ -1,4 +1,4 @@
-"""`attnzoo describe`: what one variant is and costs."""
+"""`attnzoo describe`: shows one attention variant and its cost."""
 
 import argparse
 
@@ -13,7 +13,7 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options and examples."""
-    parser.description = "Source, formula, traits, options, parameters, cost and configs of one variant."
+    parser.description = "Show source, formula, traits, options, parameters, cost and configs of one variant."
     parser.epilog = EXAMPLES
     parser.add_argument("variant", help="a name that `attnzoo list` shows")
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of the variant")

@@ -1,4 +1,4 @@
-"""`attnzoo export`: a checkpoint as a directory of transformers."""
+"""`attnzoo export`: writes a checkpoint as a directory that transformers reads."""
 
 import argparse
 from pathlib import Path
@@ -15,19 +15,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options and examples."""
     parser.description = "Write a checkpoint as a directory that transformers reads."
     parser.epilog = EXAMPLES
-    parser.add_argument("checkpoint", help="a directory of training or of transformers, a .gguf file, or smollm2")
-    parser.add_argument("out", type=Path, help="directory to write; an earlier export that is there is replaced")
+    parser.add_argument(
+        "checkpoint", help="a directory that training or transformers has written, a .gguf file, or smollm2"
+    )
+    parser.add_argument("out", type=Path, help="directory to write; an earlier export in it is replaced")
     parser.add_argument(
         "--format",
         choices=["auto", "native", "attnzoo"],
         default="auto",
-        help="native: Llama, Mistral, Qwen2 or Qwen3, which load without this project; attnzoo: any model, which needs "
-        "`import attnzoo.hf`; auto: native where there is such a form (default: %(default)s)",
+        help="native: as Llama, Mistral, Qwen2 or Qwen3, which load without attnzoo; attnzoo: any model; loading it "
+        "needs `import attnzoo.hf`; auto: native if the model has such a form (default: %(default)s)",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exports and says what was written. Raises ValueError for wrong usage."""
+    """Exports, and prints what was written. Raises ValueError for wrong usage."""
     from attnzoo import export
 
     return export.run(options)

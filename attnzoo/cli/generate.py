@@ -1,4 +1,4 @@
-"""`attnzoo generate`: a text continued, streamed to stdout."""
+"""`attnzoo generate`: continues a text and streams it to stdout."""
 
 import argparse
 import dataclasses
@@ -12,24 +12,24 @@ if TYPE_CHECKING:
     from attnzoo.generation import Generation
 
 LENGTH = 128
-"""New tokens at most, unless max_new_tokens says otherwise."""
+"""Default of max_new_tokens."""
 EXAMPLES = f"""examples:
   attnzoo generate smollm2 "The capital of France is"
   attnzoo generate runs/demo "def " max_new_tokens=64 temperature=0.8 seed=1
   attnzoo generate smollm2 "$(cat report.txt)" cache=d2o keep_ratio=0.5
   attnzoo generate smollm2 - --json < prompt.txt
 
-{OPTIONS}max_new_tokens is {LENGTH}, or what the context has room for, unless it is set; n=3 writes several texts.
+{OPTIONS}max_new_tokens defaults to {LENGTH}, or less if the context is shorter; n=3 writes three texts.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options and examples."""
-    parser.description = "Continue a text; the continuation goes to stdout as it is written."
+    parser.description = "Continue a text and stream the continuation to stdout."
     parser.epilog = EXAMPLES
     add_model_arguments(parser)
     parser.add_argument("prompt", help="the text to continue; - reads it from stdin")
-    parser.add_argument("options", nargs="*", metavar="key=value", help="of generation and of the cache")
+    parser.add_argument("options", nargs="*", metavar="key=value", help="generation and cache options")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object: texts, token ids, log probabilities, cache"
     )

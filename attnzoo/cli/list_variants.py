@@ -1,4 +1,4 @@
-"""`attnzoo list`: the attention variants, one line each."""
+"""`attnzoo list`: lists the attention variants, one a line."""
 
 import argparse
 import sys
@@ -14,13 +14,13 @@ exit status: 1 when a variant cannot be built
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options and examples."""
-    parser.description = "What attention variants there are, the state they keep and where they come from."
+    parser.description = "List the attention variants with their state, parameters and source."
     parser.epilog = EXAMPLES
     add_sizes(parser)
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
-    """The sizes that costs are told for."""
+    """Adds the options for the sizes at which costs are computed."""
     parser.add_argument("--model-dim", type=int, default=256, help="model dimension (default: %(default)s)")
     parser.add_argument("--context", type=int, default=1024, help="tokens of context (default: %(default)s)")
 

@@ -1,4 +1,4 @@
-"""`attnzoo plan`: what fits on so many GPUs, and how fast it can be."""
+"""`attnzoo plan`: estimates memory and speed of a model on a number of GPUs."""
 
 import argparse
 from pathlib import Path
@@ -10,15 +10,15 @@ EXAMPLES = """examples:
   attnzoo plan --model runs/demo --gpus 2 --gpu-memory 24 --chip h100
   attnzoo plan --model smollm2 --optimizer muon --batch-tokens 500000
 
-exit status: 1 when nothing fits; the message says what would
+exit status: 1 if training does not fit; the message says which changes would make it fit
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options and examples."""
     parser.description = (
-        "The largest micro-batch of every ZeRO stage, the memory of a GPU by part, the least time of a step by "
-        "roofline, and how many sequences a GPU serves at each cache policy."
+        "Print the largest micro-batch of every ZeRO stage, the memory of a GPU by part, the shortest step time by "
+        "roofline, and how many sequences a GPU can serve with each cache policy."
     )
     parser.epilog = EXAMPLES
     parser.add_argument(
@@ -27,20 +27,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="training config (a bare name is looked up in configs/), checkpoint directory or config.json",
     )
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs in all (default: %(default)s)")
-    parser.add_argument("--nodes", type=int, help="machines they are in (default: 8 GPUs a machine)")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of one (default: %(default)s)")
+    parser.add_argument("--gpus", type=int, default=1, help="total number of GPUs (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, help="number of machines (default: one for every 8 GPUs)")
+    parser.add_argument(
+        "--gpu-memory", type=float, default=80.0, metavar="GIB", help="memory of one GPU (default: %(default)s)"
+    )
     parser.add_argument("--context", type=int, help="tokens of a sequence (default: the model's max_positions)")
     names = ", ".join([*CHIPS, CPU])
-    parser.add_argument("--chip", action="append", help=f"{names}; may be given again (default: all)")
+    parser.add_argument("--chip", action="append", help=f"{names}; can be repeated (default: all)")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"], help="(default: %(default)s)")
     parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"], help="(default: %(default)s)")
-    parser.add_argument("--batch-tokens", type=int, help="tokens of a step over all GPUs (default: one pass)")
-    parser.add_argument("--vocab-size", type=int, help="where the tokenizer decides (default: the config's)")
+    parser.add_argument("--batch-tokens", type=int, help="tokens of a step on all GPUs (default: one micro-batch each)")
+    parser.add_argument("--vocab-size", type=int, help="tokens in the vocabulary (default: the config's number)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the plan; exit status 1 when nothing fits. Raises ValueError for wrong usage."""
+    """Prints the plan; exit status 1 if training does not fit. Raises ValueError for wrong usage."""
     from attnzoo.planner import plan
 
     return plan.run(options)

@@ -1,4 +1,4 @@
-"""What `attnzoo generate` and `attnzoo chat` share: the model, the options of generation, and text on a terminal."""
+"""Shared by `attnzoo generate` and `attnzoo chat`: loading the model, generation options, output to a terminal."""
 
 import argparse
 import re
@@ -11,23 +11,21 @@ from attnzoo.settings import parse_words
 if TYPE_CHECKING:
     from attnzoo.language_model import LanguageModel
 
-OPTIONS = """options are key=value, as in Python (attnzoo.GenerationConfig): max_new_tokens, temperature (0: the most
-likely token), top_p, top_k, seed, stop (a string or [several]), ignore_eos; cache=POLICY (d2o, think, snapkv,
-streaming, ...) with the policy's own, such as keep_ratio=0.5. Values are YAML: stop="\\n\\n" is two line ends.
+OPTIONS = """Options are written key=value and named as in attnzoo.GenerationConfig: max_new_tokens, temperature (0:
+greedy), top_p, top_k, seed, stop (a string or [a, list]), ignore_eos; cache=POLICY (d2o, think, snapkv, streaming,
+...) and the policy's options, such as keep_ratio=0.5. Values are YAML: stop="\\n\\n" is two newlines.
 """
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Characters that would drive a terminal instead of being read."""
+"""Control characters that a terminal would interpret."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, and where it computes."""
+    """Adds the arguments for the model, its dtype and its device."""
     parser.add_argument(
-        "checkpoint", help="a directory of training (run or export) or of transformers, a .gguf file, or smollm2"
+        "checkpoint", help="a directory that training or transformers has written, a .gguf file, or smollm2"
     )
-    parser.add_argument("--dtype", default="auto", help="of the weights, for example bfloat16 (default: its own)")
-    parser.add_argument(
-        "--device", default="auto", help="for example cpu or cuda:1 (default: a GPU where there is one)"
-    )
+    parser.add_argument("--dtype", default="auto", help="of the weights, for example bfloat16 (default: checkpoint's)")
+    parser.add_argument("--device", default="auto", help="for example cpu or cuda:1 (default: a GPU if there is one)")
 
 
 def load(options: argparse.Namespace) -> "LanguageModel":
@@ -38,8 +36,8 @@ def load(options: argparse.Namespace) -> "LanguageModel":
 
 
 def generation_options(words: Sequence[str]) -> dict[str, Any]:
-    """Keyword arguments of `LanguageModel.generate`, from its `GenerationConfig` and cache alone. Raises ValueError for
-    what is no key=value, and as `read_options`: before a model is read."""
+    """Keyword arguments for `LanguageModel.generate` from `key=value` words, checked before a model is loaded. Raises
+    ValueError for a malformed word, and the errors of `read_options`."""
     from attnzoo.generation import read_options
 
     chosen = parse_words(words, "max_new_tokens=64")
@@ -48,6 +46,7 @@ def generation_options(words: Sequence[str]) -> dict[str, Any]:
 
 
 def show(piece: str) -> None:
-    """Writes text at once. A terminal gets no control character but line ends and tabs: models write what they like."""
+    """Writes text and flushes. On a terminal, control characters other than newline and tab are replaced, because a
+    model may write any text."""
     sys.stdout.write(CONTROLS.sub("\N{REPLACEMENT CHARACTER}", piece) if sys.stdout.isatty() else piece)
     sys.stdout.flush()

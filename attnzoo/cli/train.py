@@ -1,4 +1,4 @@
-"""`attnzoo train`: DeepSpeed's launcher with this machine's ranks."""
+"""`attnzoo train`: starts DeepSpeed's launcher with ranks on this machine."""
 
 import argparse
 import os
@@ -15,9 +15,10 @@ EXAMPLES = """examples:
   attnzoo train --config rcmha.yaml --ranks 2 data.source=my.jsonl zero.stage=2 precision=bf16
   attnzoo train --config finetune.yaml checkpoint.init_from=smollm2
 
-configs/base.yaml explains every key. Ctrl-C and SIGTERM to a rank finish the step, save a checkpoint and exit 0; the
-same command then goes on where it stopped. Several machines: deepspeed --hostfile FILE train/main.py --config ...
-Exit status 2: a mistake that can be mended before the run begins; 1: the run could not go on.
+configs/base.yaml explains every key. After Ctrl-C, or SIGTERM to a rank, training finishes its step, saves a
+checkpoint and exits with status 0; the same command resumes it. For several machines use
+deepspeed --hostfile FILE train/main.py --config ...
+Exit status: 2 for a mistake found before the run begins; 1 if the run failed.
 """
 
 
@@ -26,13 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train a language model with DeepSpeed on this machine's GPUs, or on its CPU."
     parser.epilog = EXAMPLES
     parser.add_argument("--config", required=True, metavar="FILE", help="a name in configs/, or a path")
-    parser.add_argument("--ranks", type=int, help="processes (default: one a GPU, one where there is none)")
-    parser.add_argument("--dry-run", action="store_true", help="print configuration, sizes and memory; train nothing")
+    parser.add_argument("--ranks", type=int, help="number of processes (default: one for each GPU, at least one)")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration, sizes and memory; do not train")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Becomes the launcher, so that signals and the exit status are its own. Raises ValueError for wrong usage."""
+    """Replaces this process with the launcher, which then receives signals and sets the exit status. Raises ValueError
+    for wrong usage."""
     words = ["--config", options.config, *options.overrides]
     if options.ranks is not None and options.ranks < 1:
         raise ValueError(f"--ranks={options.ranks} must be at least 1")
@@ -48,7 +50,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def launch_command(ranks: int, words: Sequence[str]) -> list[str]:
-    """DeepSpeed's launcher on so many processes of this machine, with `words` for training."""
+    """The command that starts `ranks` training processes on this machine with DeepSpeed's launcher. words: arguments of
+    train/main.py."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -57,20 +60,20 @@ def launch_command(ranks: int, words: Sequence[str]) -> list[str]:
 
 
 def main_file() -> str:
-    """What every rank runs."""
+    """The path of train/main.py, which every rank runs."""
     return str(apps.directory() / "train" / "main.py")
 
 
 def training_environment() -> dict[str, str]:
-    """The environment of ranks: this interpreter's tools first (ninja compiles an extension), and the CPU where there
-    is no GPU."""
+    """The environment of the ranks: the programs of this Python environment come first on PATH (ninja is needed to
+    compile an extension), and without a GPU DeepSpeed uses the CPU."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     chosen: Mapping[str, str] = {} if gpus() else {"DS_ACCELERATOR": "cpu"}
     return {**chosen, **os.environ, "PATH": path}
 
 
 def gpus() -> int:
-    """GPUs of this machine that torch can use."""
+    """Number of GPUs that torch can use."""
     import torch
 
     return torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""What `attnzoo list` and `attnzoo describe` say about variants."""
+"""The text that `attnzoo list` and `attnzoo describe` print about attention variants."""
 
 import dataclasses
 import inspect
@@ -15,20 +15,20 @@ from attnzoo.types import parse_dtype
 
 
 def check_context(context: int) -> None:
-    """Raises ValueError for a context too short to see how a state grows."""
+    """Raises ValueError for a context of fewer than 2 tokens, which cannot show how the state grows."""
     if context < 2:
         raise ValueError(f"--context={context} must be at least 2")
 
 
 def state_growth(attention: Attention, context: int) -> tuple[int, int]:
-    """(bytes each further token adds to the state of one sequence, bytes it takes before the first)."""
+    """(bytes that each token adds to the state of one sequence, constant bytes of the state)."""
     at, one_less = (attention.cost(1, 1, c).state_bytes for c in (context, context - 1))
     per_token = at - one_less
     return per_token, at - per_token * context
 
 
 def configs_with(kind: str) -> list[str]:
-    """Names of the configs under configs/ that name the variant."""
+    """Paths of the files under configs/ that use the variant, relative to the directory that holds configs/."""
     pattern = re.compile(rf"(kind|attention):\s*(\[[^\]]*)?\b{re.escape(kind)}\b")
     root = directory()
     paths = sorted((root / "configs").rglob("*.yaml"))
@@ -36,18 +36,18 @@ def configs_with(kind: str) -> list[str]:
 
 
 def list_variants(model_dim: int, context: int) -> tuple[str, list[str]]:
-    """(one line a variant, one line for each that cannot be built)."""
+    """(table of the variants, one error line for each variant that cannot be built). Raises ValueError if none can."""
     rows, broken, first = [], [], None
     for kind in ATTENTION:
         try:
             rows.append(_row(kind, model_dim, context))
-        except Exception as error:  # whatever a variant of somebody's own raises, the others are listed
+        except Exception as error:  # a plug-in may raise anything; the other variants are still listed
             first = first or error
             broken.append(f"{kind} ({_file(ATTENTION.get(kind))}) cannot be built: {type(error).__name__}: {error}")
-    if not rows:  # then it is not the variants that are at fault
+    if not rows:  # a cause outside the variants, for example a wrong model_dim
         raise ValueError(str(first)) from first
     sizes = f"one layer, model_dim {model_dim}, default options, float32, one sequence"
-    return f"{format_table(rows)}\n\n{sizes}; `attnzoo describe <variant>` says more", broken
+    return f"{format_table(rows)}\n\n{sizes}; see also `attnzoo describe <variant>`", broken
 
 
 def _row(kind: str, model_dim: int, context: int) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _file(cls: type) -> str:
 
 
 def describe(kind: str, options: dict[str, Any], context: int, dtype: str) -> str:
-    """Source, formula, traits, options, parameters, cost and configs of one variant."""
+    """The description of one variant. Raises ValueError for an unknown variant, wrong options, or a plug-in's error."""
     cls = variant(kind)
     try:
         with without_storage():
@@ -82,7 +82,7 @@ def describe(kind: str, options: dict[str, Any], context: int, dtype: str) -> st
         prefill, decode = attention.cost(1, context, context), attention.cost(1, 1, context)
     except (ValueError, OSError, MemoryError):
         raise
-    except Exception as error:  # whatever a variant of somebody's own raises
+    except Exception as error:  # a plug-in may raise anything
         raise ValueError(f"{kind} ({_file(cls)}) cannot be described: {type(error).__name__}: {error}") from error
     fields = [
         f"  {field.name}: {_type_name(field.type)} = {getattr(attention.config, field.name)!r}"

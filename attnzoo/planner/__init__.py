@@ -1,1 +1,1 @@
-"""What fits: memory of training and serving on so many chips, and the least time a step takes."""
+"""Estimates the memory of training and serving on a number of chips, and the shortest time of a step."""

@@ -1,4 +1,4 @@
-"""Peak numbers of chips that people train and serve on, from the vendors' data sheets, and of this machine's CPU."""
+"""Peak compute, memory and bandwidth of common GPUs from their data sheets, and of this machine's CPU as measured."""
 
 import time
 from collections.abc import Callable
@@ -12,10 +12,9 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """flops: dense FLOP/s by precision, without sparsity; bandwidth: bytes/s of memory; memory: bytes (data sheets say
-    GB and mean 2^30 bytes, as stacks of memory come).
-
-    link: bytes/s that one chip sends to others of its node; network: bytes/s to other nodes. Both one way.
+    """A chip's peak numbers. bf16_flops, fp32_flops: dense FLOP/s. bandwidth: bytes/s of memory. memory: bytes (a data
+    sheet's GB is 2^30 bytes). link: bytes/s that one chip sends to others in its node; network: bytes/s that it sends
+    to other nodes.
     """
 
     name: str
@@ -28,7 +27,7 @@ class Chip:
     source: str
 
     def flops(self, precision: str) -> float:
-        """Peak FLOP/s of matrix products."""
+        """Peak FLOP/s of matrix products, for "bf16" or "fp32"."""
         return self.bf16_flops if precision == "bf16" else self.fp32_flops
 
 
@@ -110,13 +109,13 @@ CHIPS = {
 
 
 def chip_of(device: str) -> Chip | None:
-    """The chip in a device's name, such as "NVIDIA H100 80GB HBM3"; None where it is not in the table."""
-    names = sorted(CHIPS, key=len, reverse=True)  # an H100 PCIe is an H100 too
+    """The chip that a device's name contains, such as "NVIDIA H100 80GB HBM3"; None if `CHIPS` has none of them."""
+    names = sorted(CHIPS, key=len, reverse=True)  # "H100 PCIe" contains "H100"
     return next((CHIPS[name] for name in names if name in device), None)
 
 
 def chosen_chips(names: list[str] | None) -> list[Chip]:
-    """The chips named (None: all, this CPU last). Raises ValueError that lists the known names."""
+    """The chips with these names, in any case (None: all, this CPU last). Raises ValueError that lists known names."""
     known = {name.lower(): name for name in (*CHIPS, CPU)}
     chips = []
     for name in known.values() if names is None else names:
@@ -128,8 +127,8 @@ def chosen_chips(names: list[str] | None) -> list[Chip]:
 
 
 def this_cpu() -> Chip:
-    """This machine, measured for about a second: a product of 2048 x 2048 matrices in either precision, and reading
-    256 MiB. Ranks on one machine share both, and its memory is their link."""
+    """This machine's CPU, measured for about a second with products of 2048 x 2048 matrices in both precisions and with
+    reading 256 MiB. Ranks communicate through memory, so that link and network are half of its bandwidth."""
     import torch
 
     size = 2048
@@ -152,7 +151,7 @@ def this_cpu() -> Chip:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    """The shortest of three runs."""
+    """Seconds of a call, the shortest of three."""
     times = []
     for _ in range(3):
         begin = time.perf_counter()

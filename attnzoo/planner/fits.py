@@ -1,6 +1,6 @@
-"""Memory of training a model on one rank, by part, for every ZeRO stage of DeepSpeed 0.19 as `train.engine` runs it.
+"""Memory of training a model on one rank, by part, for each ZeRO stage of DeepSpeed 0.19 as `train.engine` uses it.
 
-What each stage keeps was read from the allocator's records of real runs on 1 and 2 ranks; tests hold some of them here.
+The formulas follow the allocator's records of real runs on 1 and 2 ranks; tests compare them with some of these.
 """
 
 from dataclasses import dataclass
@@ -13,16 +13,17 @@ from attnzoo.models import DecoderLM
 Precision = Literal["fp32", "bf16"]
 GIB = 2**30
 BUCKET = 500_000_000
-"""Elements of the buffer in which ZeRO 1 to 3 collect gradients (DeepSpeed's default reduce_bucket_size), allocated
-whole; smaller models get one of their own size (`train.engine`)."""
+"""Elements in the gradient buffer of ZeRO 1 to 3 (DeepSpeed's default reduce_bucket_size). It is allocated whole; for a
+smaller model it has the model's size (`train.engine`)."""
 LIVE = 1_000_000_000
 """Parameters that ZeRO 3 keeps gathered at once (DeepSpeed's default stage3_max_live_parameters)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """How a model is trained. ranks: over which ZeRO cuts; accumulate: whether a step takes more than one pass, so that
-    gradients exist beside activations; gpu: AdamW steps all tensors at once."""
+    """How a model is trained. stage: of ZeRO. ranks: over which ZeRO partitions. tokens: of one sequence.
+    checkpointing: of activations. accumulate: a step has several passes, so that gradients and activations exist at the
+    same time. gpu: AdamW updates all tensors at once."""
 
     stage: int = 0
     ranks: int = 1
@@ -42,10 +43,10 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
-    """Bytes of one rank at the moment it holds most. master: float32 copies of the weights this rank updates.
+    """Bytes that one rank holds at its peak. master: float32 copies of the weights that this rank updates.
 
-    workspace: what forward and backward hold at once beyond the activations kept, logits and their gradients most of
-    all; or, where that is more, what the optimizer's step holds.
+    workspace: temporaries of the forward and backward pass (mostly logits and their gradients), or those of the
+    optimizer's step if they are larger.
     """
 
     parameters: int
@@ -62,7 +63,7 @@ class TrainingMemory:
 
 
 def training_memory(model: DecoderLM, setup: Setup) -> TrainingMemory:
-    """The parts; `model` may live on the meta device."""
+    """The peak memory of training `model`, which may be on the meta device."""
     count, cut, width = model.num_parameters(), setup.ranks if setup.stage else 1, setup.width
     whole = setup.stage < 3
     gathered = width * min(count, LIVE) if not whole and cut > 1 else 0
@@ -72,7 +73,7 @@ def training_memory(model: DecoderLM, setup: Setup) -> TrainingMemory:
     model.activation_checkpointing = before
     gradients, step = gradient_bytes(setup, count), step_bytes(model, setup)
     held = gradients if setup.accumulate or setup.stage == 3 else 0
-    if held + kept + workspace < gradients + step:  # the step takes more than the passes do
+    if held + kept + workspace < gradients + step:  # the optimizer's step needs more
         kept, workspace, held = 0, step, gradients
     bucket = width * min(BUCKET, count)
     return TrainingMemory(
@@ -87,13 +88,13 @@ def training_memory(model: DecoderLM, setup: Setup) -> TrainingMemory:
 
 
 def gradient_bytes(setup: Setup, count: int) -> int:
-    """Bytes of gradients between two passes: whole at stages 0 and 1, cut above."""
+    """Bytes of gradients that one rank holds between two passes; ZeRO partitions them from stage 2 on."""
     return count * setup.width // (setup.ranks if setup.stage >= 2 else 1)
 
 
 def step_bytes(model: DecoderLM, setup: Setup) -> int:
-    """Bytes that the optimizer's step holds: gradients of half precision once more in float32; with ZeRO narrowed
-    weights and one more flat tensor; on a GPU a temporary for all tensors at once; Muon's whole matrices, gathered and
+    """Bytes of temporaries in the optimizer's step. In bf16: float32 copies of the gradients, with ZeRO bf16 weights
+    too. With ZeRO or on a GPU: one float32 tensor of all updated weights. Muon with ZeRO: whole matrices, gathered and
     stacked."""
     count, cut = model.num_parameters(), setup.ranks if setup.stage else 1
     copied = (6 if setup.stage else 4) * count // cut if setup.width == 2 else 0
@@ -103,21 +104,21 @@ def step_bytes(model: DecoderLM, setup: Setup) -> int:
 
 
 def matrix_count(model: DecoderLM) -> int:
-    """Number of weights that Muon takes."""
+    """Number of weights in the matrices that Muon updates."""
     return sum(parameter.numel() for _, parameter in model.matrix_parameters())
 
 
 def optimizer_bytes(model: DecoderLM, optimizer: str) -> int:
-    """Bytes of optimizer state of all ranks together: two float32 moments for AdamW, one for Muon's matrices."""
+    """Bytes of optimizer state on all ranks together: two float32 moments for AdamW, one for Muon's matrices."""
     return 8 * model.num_parameters() - (4 * matrix_count(model) if optimizer == "muon" else 0)
 
 
 def communicated_bytes(model: DecoderLM, setup: Setup, passes: int = 1) -> int:
-    """Bytes that one rank sends in a step (as many as it receives), rings assumed.
+    """Bytes that one rank sends in a step with ring collectives; it receives as many.
 
-    Stages 0 to 2 reduce gradients and gather weights once a step, 2 w P (n-1)/n; stage 3 gathers weights for the
-    forward and the backward of every pass and scatters gradients, 3 w P (n-1)/n a pass (Rajbhandari et al. 2020,
-    arXiv 1910.02054, section 7).
+    For P weights of w bytes and n ranks: stages 0 to 2 reduce gradients and gather weights once a step, 2 w P (n-1)/n;
+    stage 3 gathers weights for the forward and the backward pass and scatters gradients, 3 w P (n-1)/n for each of
+    `passes` (Rajbhandari et al. 2020, arXiv 1910.02054, section 7).
     """
     once = setup.width * model.num_parameters() * (setup.ranks - 1) // setup.ranks
     return once * (3 * passes if setup.stage == 3 else 2)

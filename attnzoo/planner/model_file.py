@@ -1,4 +1,4 @@
-"""A model's configuration from what people have at hand: a training config, a checkpoint directory, or JSON."""
+"""Reads a model's configuration from a training config, a checkpoint, or a config.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,19 +17,19 @@ DEFAULT_VOCABULARY = 32768
 
 @dataclass(frozen=True)
 class ModelFile:
-    """The model, and where its vocabulary's size comes from."""
+    """A model's configuration. vocabulary_source: where the vocabulary's size comes from, for the printed plan."""
 
     config: DecoderConfig
     vocabulary_source: str
 
 
 def read_model(path: Path, vocab_size: int | None = None) -> ModelFile:
-    """Reads a training config (with its `base:` files; a bare name is looked up in configs/), the config.json of a
-    checkpoint of ours or of transformers (or its directory, weights or not), a .gguf file, or the name of a packaged
-    model.
+    """Reads the configuration in `path`: a training config with its `base:` files (a bare name is looked up in
+    configs/), a checkpoint directory of attnzoo or transformers (weights are not needed) or its config.json, a .gguf
+    file, or the name of a packaged model.
 
-    Of a training config only `model` and `tokenizer.vocab_size` are read; `vocab_size` overrides both.
-    Raises ValueError that names the file, the key and the way out.
+    A training config contributes its `model` section and `tokenizer.vocab_size`; `vocab_size` overrides the size.
+    Raises ValueError that names the file and the key.
     """
     path = find_checkpoint(str(path)) if str(path) in PACKAGED else path
     if path.suffix == ".gguf":
@@ -67,7 +67,8 @@ def _whose(vocab_size: int | None) -> str:
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """A YAML file over its base, as training merges them: attention's options add up unless it names another kind."""
+    """A YAML file merged over its base files as training does it. `attention` replaces the base's section if it names a
+    kind, and else is merged with it. seen: files that led here, to find cycles."""
     if path.resolve() in seen:
         raise ValueError(f"{path}: base files form a cycle")
     content = read_mapping(path)[0] or {}

@@ -1,10 +1,10 @@
-"""`attnzoo plan`: what fits on so many GPUs, how long a step takes at least, and how many sequences to serve.
+"""`attnzoo plan`: which training setups fit on a number of GPUs, the shortest step time, and how many sequences fit.
 
     attnzoo plan --model rcmha.yaml --gpus 64 --gpu-memory 80 --context 131072
 
-Memory is modelled tensor by tensor (`attnzoo.tape`), for the implementation "torch", and held against real runs by
-tests; kernels of a GPU need less workspace and keep less of a norm. Times are rooflines: peak numbers of data
-sheets, all of them reached, nothing overlapped with communication.
+Memory is modelled tensor by tensor (`attnzoo.tape`) for the implementation "torch", and tests compare it with real
+runs; GPU kernels need less workspace and save less of a norm. Times are rooflines from data sheets: peak compute and
+bandwidth, without overlap of communication.
 """
 
 import argparse
@@ -21,16 +21,16 @@ from attnzoo.report import counted, format_table
 from attnzoo.types import LARGEST
 
 RESERVE = 0.05
-"""Part of a GPU's memory that is left free: the driver's context, kernels, and fragments of the allocator."""
+"""Fraction of a GPU's memory left free for the driver's context, kernels and fragmentation of the allocator."""
 MOST_MEMORY = 1 << 20
-"""GiB of one GPU that nobody has."""
+"""Upper bound of --gpu-memory in GiB."""
 MOST = 4096
-"""Sequences of the largest micro-batch looked for."""
+"""Largest micro-batch that the search considers, in sequences."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """A way to train that fits."""
+    """A training setup that fits. communication: bytes that one rank sends in a step."""
 
     setup: Setup
     memory: TrainingMemory
@@ -39,7 +39,7 @@ class Option:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The command line. memory: bytes of one GPU that may be used."""
+    """The checked command line. memory: usable bytes of one GPU. context: tokens of a sequence."""
 
     model: DecoderLM
     gpus: int
@@ -52,7 +52,7 @@ class PlanOptions:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the plan; exit status 1 when the model cannot be trained there. Raises ValueError for wrong usage."""
+    """Prints the plan; exit status 1 if no training setup fits. Raises ValueError for wrong usage."""
     chips = chosen_chips(options.chip)
     file = read_model(options.model, options.vocab_size)
     request = checked(options, file)
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def checked(options: argparse.Namespace, file: ModelFile) -> PlanOptions:
-    """The request. Raises ValueError that names the option, its value and the way out."""
+    """The checked options, and the model without storage. Raises ValueError that names the option and its value."""
     context = file.config.max_positions if options.context is None else options.context
     nodes = -(-options.gpus // 8) if options.nodes is None else options.nodes
     for name, value in (("--context", context), ("--gpus", options.gpus), ("--nodes", nodes)):
@@ -106,7 +106,7 @@ def checked(options: argparse.Namespace, file: ModelFile) -> PlanOptions:
 
 
 def heading(file: ModelFile, request: PlanOptions) -> str:
-    """What is planned, in a few lines."""
+    """The first lines of the plan: model, GPUs, context."""
     model, config = request.model, file.config
     attention = config.attention if isinstance(config.attention, list) else [config.attention]
     kinds = ", ".join(dict.fromkeys(spec if isinstance(spec, str) else spec["kind"] for spec in attention))
@@ -119,14 +119,14 @@ def heading(file: ModelFile, request: PlanOptions) -> str:
     ]
     if request.context > config.max_positions:
         lines.append(
-            f"note: model.max_positions={config.max_positions} is shorter than the context; a position table keeps "
-            "that many rows, and farther distances share the last one"
+            f"note: the context is longer than model.max_positions={config.max_positions}; a position table has so "
+            "many rows, and longer distances share the last one"
         )
     return "\n".join(lines)
 
 
 def setups(request: PlanOptions) -> list[Setup]:
-    """All ways to train that are looked at."""
+    """The training setups to try: every ZeRO stage, with and without activation checkpointing."""
     return [
         Setup(
             stage=stage,
@@ -142,7 +142,7 @@ def setups(request: PlanOptions) -> list[Setup]:
 
 
 def largest(request: PlanOptions, setup: Setup) -> Option | None:
-    """The setup with the largest micro-batch that fits; None: not even one sequence does."""
+    """The setup with the largest micro-batch that fits; None if one sequence does not fit."""
     most = MOST
     if request.batch_tokens is not None:
         most = min(most, request.batch_tokens // (request.gpus * request.context))
@@ -165,22 +165,22 @@ def largest(request: PlanOptions, setup: Setup) -> Option | None:
 
 
 def passes(request: PlanOptions, setup: Setup) -> int:
-    """Forward and backward passes of a step."""
+    """Number of forward and backward passes in a step."""
     if request.batch_tokens is None:
         return 1
     return -(-request.batch_tokens // (request.gpus * setup.micro_batch * request.context))
 
 
 def choose(found: list[Option]) -> Option:
-    """Least communication first, then no recomputation, then the largest micro-batch, then the lowest stage."""
+    """The best option: least communication, then no recomputation, then largest micro-batch, then lowest stage."""
     return min(found, key=lambda o: (o.communication, o.setup.checkpointing, -o.setup.micro_batch, o.setup.stage))
 
 
 def why(chosen: Option) -> str:
-    """The reason for the marked row."""
-    again = "with activations computed again" if chosen.setup.checkpointing else "without computing activations again"
+    """The reason for the choice, and the configuration keys that select it."""
+    again = "with activation checkpointing" if chosen.setup.checkpointing else "without activation checkpointing"
     return (
-        f"*: least communication among those that fit ({chosen.communication / GIB:.3g} GiB sent by a GPU a step), "
+        f"*: least communication of those that fit (a GPU sends {chosen.communication / GIB:.3g} GiB a step), "
         f"{again}, then the largest micro-batch, then the lowest stage; train with zero.stage={chosen.setup.stage} "
         f"train.micro_batch_size={chosen.setup.micro_batch} "
         f"train.activation_checkpointing={str(chosen.setup.checkpointing).lower()}"
@@ -188,7 +188,7 @@ def why(chosen: Option) -> str:
 
 
 def training_table(request: PlanOptions, found: list[Option], chosen: Option) -> str:
-    """A row for every ZeRO stage, with and without activation checkpointing."""
+    """A table of memory by part in GiB, with a row for each of `setups`; * marks the chosen one."""
     known = {(option.setup.stage, option.setup.checkpointing): option for option in found}
     rows = []
     for setup in setups(request):
@@ -204,14 +204,14 @@ def training_table(request: PlanOptions, found: list[Option], chosen: Option) ->
         reserve = request.memory * RESERVE / (1 - RESERVE)
         row |= {"reserve": round(reserve / GIB, 3), "sum with reserve": round((memory.total + reserve) / GIB, 2)}
         rows.append(row)
-    notes = [] if len(found) == 8 else ["micro-batch none: one sequence does not fit; the row shows what it would take"]
+    notes = [] if len(found) == 8 else ["micro-batch none: one sequence does not fit; the row shows what it needs"]
     if any(option.setup.micro_batch == MOST for option in found):
-        notes.append(f"micro-batch {MOST}: no larger one is looked for, and more may fit")
+        notes.append(f"micro-batch {MOST}: the search ends here; a larger one may fit")
     return "\n".join([format_table(rows), *notes])
 
 
 def step_table(request: PlanOptions, chosen: Option, chips: list[Chip]) -> str:
-    """Roofline of the chosen row: arithmetic or memory traffic, whichever is slower, and then communication."""
+    """Roofline of the chosen setup on each chip: the slower of arithmetic and memory traffic, plus communication."""
     setup, model, count = chosen.setup, request.model, passes(request, chosen.setup)
     model.activation_checkpointing = setup.checkpointing
     cost = model.cost(setup.micro_batch, setup.tokens, setup.tokens)
@@ -241,13 +241,13 @@ def step_table(request: PlanOptions, chosen: Option, chips: list[Chip]) -> str:
         )
     text = (
         f"{tokens:,} tokens a step in {counted(count, 'pass', 'passes')}; {flops:.4g} FLOPs and "
-        f"{moved / GIB:.4g} GiB of memory traffic a GPU; 100 % of the roofline, communication not overlapped"
+        f"{moved / GIB:.4g} GiB of memory traffic a GPU; at peak speed, without overlap of communication"
     )
     return f"{format_table(rows)}\n{text}"
 
 
 def nothing_fits(request: PlanOptions) -> str:
-    """What is missing, and the smallest single changes that would do."""
+    """The message when no setup fits: the missing memory, and the smallest single changes that would fit."""
     leanest = min(
         (setup for setup in setups(request) if setup.checkpointing),
         key=lambda s: training_memory(request.model, s).total,
@@ -267,16 +267,16 @@ def nothing_fits(request: PlanOptions) -> str:
     if low:
         ways.append(f"--context {low}")
     return (
-        f"attnzoo plan: nothing fits: one sequence of {request.context:,} tokens takes {memory.total / GIB:.2f} GiB "
-        f"with ZeRO {leanest.stage} and activation checkpointing, "
-        f"{(memory.total - request.memory) / GIB:.2f} GiB more than "
-        f"there are ({largest_part} alone {getattr(memory, largest_part) / GIB:.2f} GiB); any of these would do: "
+        f"attnzoo plan: training does not fit: one sequence of {request.context:,} tokens needs "
+        f"{memory.total / GIB:.2f} GiB with ZeRO {leanest.stage} and activation checkpointing, "
+        f"{(memory.total - request.memory) / GIB:.2f} GiB more than a GPU has "
+        f"({largest_part} alone {getattr(memory, largest_part) / GIB:.2f} GiB); any of these would fit: "
         + ", ".join(ways)
     )
 
 
 def chip_table(chips: list[Chip]) -> str:
-    """The numbers that times rest on."""
+    """A table of the chips' peak numbers."""
     return format_table(
         [
             {

@@ -1,4 +1,4 @@
-"""What serving takes: a sequence's state under each cache policy, and how many sequences fit beside the weights."""
+"""Memory of serving: the state of a sequence under each cache policy, and how many sequences fit beside the weights."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ MIB, GIB = 2**20, 2**30
 
 
 def cache_policies(model: DecoderLM, context: int) -> dict[str, int]:
-    """Bytes of the state of one sequence of `context` tokens, by cache policy: the one that the model's layers are
-    configured with, and the full cache where that is another one."""
+    """Bytes of the state of one sequence of `context` tokens: with the cache that the model's layers are configured
+    with, and with the full cache if that differs."""
     configured = model.cost(1, 1, context).state_bytes
     dtype = model.embedding.weight.dtype
     full = configured
@@ -34,11 +34,12 @@ def cache_policies(model: DecoderLM, context: int) -> dict[str, int]:
 
 
 def serving_report(model: DecoderLM, context: int, memory: int, precision: str, chips: list[Chip]) -> str:
-    """Sequences that fit in `memory` bytes of one GPU at each cache policy, and the least time of a decode step."""
+    """A table of the sequences that fit in `memory` bytes of one GPU with each cache policy, and of the shortest time
+    of a decode step on each chip."""
     weights = model.num_parameters() * model.embedding.weight.element_size()
     rows = []
     for policy, state in cache_policies(model, context).items():
-        # Logits in float32 and a few vectors of the residual stream: small beside the state.
+        # Beside the state, a sequence needs logits in float32 and a few vectors of the residual stream.
         row_bytes = state + 4 * model.config.vocab_size + 8 * 4 * model.config.model_dim
         count = max((memory - weights) // row_bytes, 0)
         row: dict[str, Any] = {
@@ -55,13 +56,13 @@ def serving_report(model: DecoderLM, context: int, memory: int, precision: str, 
             seconds = max((weights + count * state) / chip.bandwidth, flops / chip.flops(precision))
             row[f"{chip.name} ms a step"] = seconds * 1e3
         rows.append(row)
-    title = f"Serving, {context:,} tokens of every sequence filled, {torch_name(model)}; least time of a decode step"
+    title = f"Serving sequences of {context:,} tokens in {torch_name(model)}; shortest time of a decode step"
     return (
-        f"{title}\n{format_table(rows)}\neach step gives every sequence one token: weights are read once, each state "
+        f"{title}\n{format_table(rows)}\na step gives every sequence one token and reads the weights and each state "
         "once (a model, not a measurement)"
     )
 
 
 def torch_name(model: DecoderLM) -> str:
-    """The dtype of weights and state, as people write it."""
+    """The name of the dtype of weights and state, for example "bfloat16"."""
     return str(model.embedding.weight.dtype).removeprefix("torch.")

@@ -1,1 +1,1 @@
-"""What a call takes, measured: bytes from the allocator's own records."""
+"""Measures the memory of a call from the allocator's records."""

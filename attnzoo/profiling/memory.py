@@ -1,4 +1,4 @@
-"""Peak memory of a call on the CPU, from the allocator's own records."""
+"""Measures the memory of a call on the CPU from the records of torch's allocator."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -8,24 +8,23 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most bytes that `call` holds at once beyond what was allocated before it, inside operators too.
+    """Peak memory of `call` in bytes, beyond what was allocated before it; temporaries inside operators count.
 
-    The profiler records every allocation of torch's CPU allocator, those of the autograd engine's threads included, and
-    the release of what it saw allocated. So a call that frees older tensors looks as if it kept them, and so does one
-    whose tensors another thread releases (collectives do). What other allocators take (numpy, the buffers of MKL, the
-    interpreter) is not counted. The result of the call is released after the measurement.
+    The profiler records every allocation of torch's CPU allocator, also in the autograd engine's threads, and the
+    release of what it saw allocated. A release of an older tensor, or by another thread (as collectives do), is not
+    seen. Other allocators (numpy, MKL's buffers, the interpreter) are not counted.
     """
     return max(_levels(changes(call)), default=0)
 
 
 def kept_bytes(call: Callable[[], Any]) -> int:
-    """Bytes still held when `call` has returned, its result included: what a forward pass keeps for its backward."""
+    """Bytes still held when `call` has returned, with its result: what a forward pass saves for the backward pass."""
     return sum(changes(call))
 
 
 def changes(call: Callable[[], Any]) -> list[int]:
     """Bytes of every allocation (positive) and release (negative) of a call, in order of time."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # read at its first use; it would log every start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # keeps kineto from logging every start and stop
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         kept = call()
     assert recorded.profiler is not None
@@ -36,7 +35,7 @@ def changes(call: Callable[[], Any]) -> list[int]:
 
 
 def _levels(changes: Iterable[int]) -> Iterator[int]:
-    """The running sum."""
+    """Yields the bytes held after each change."""
     held = 0
     for change in changes:
         held += change

@@ -1,1 +1,1 @@
-"""Generated tasks: every example follows from its seed, and says where its answers stand."""
+"""Generated retrieval tasks: a seed determines each example, which records the positions of its answers."""

@@ -1,18 +1,18 @@
-"""What a retrieval task asks: a context, and questions about it whose answers are in it by construction."""
+"""The examples of retrieval tasks: a context, and questions whose answers it contains."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 Ids = tuple[int, ...]
-"""Tokens."""
+"""Token ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """`prompt` asks, `lead` begins the answer without telling it, `answer` is what a right model goes on with.
+    """A question about a context. prompt: the question. lead: the beginning of the reply, without the answer. answer:
+    the correct continuation. places: positions in the context that the answer depends on.
 
-    The first token of an answer is thus never predicted from a prompt whose state is still whole: at least the lead
-    is read after compression. `places` are the positions in the context that the answer depends on.
+    The lead is read after the cache has been compressed, so that every answer token depends on the compressed state.
     """
 
     prompt: Ids
@@ -22,20 +22,20 @@ class Question:
 
     @property
     def tokens(self) -> Ids:
-        """All of it, the answer given."""
+        """The question, the lead and the answer."""
         return self.prompt + self.lead + self.answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A context (`body`) of a task, and questions about it that differ from one another."""
+    """A context (`body`) of a task, and different questions about it."""
 
     task: str
     body: Ids
     questions: tuple[Question, ...]
 
     def translated(self, tokens: Sequence[int]) -> "Example":
-        """The same example in other tokens: `tokens[t]` stands for t."""
+        """The same example with token t replaced by `tokens[t]`."""
 
         def told(ids: Ids) -> Ids:
             return tuple(tokens[token] for token in ids)
@@ -52,7 +52,7 @@ class Example:
 
 
 def answered(questions: Sequence[Question]) -> tuple[list[int], list[bool]]:
-    """(tokens, asked): questions and answers one after the other, and which tokens are answers."""
+    """(tokens, asked): all questions with their answers, concatenated, and whether each token belongs to an answer."""
     tokens: list[int] = []
     asked: list[bool] = []
     for question in questions:

@@ -1,9 +1,8 @@
-"""Multi-query associative recall: pairs of key and value, then keys whose values are to be told.
+"""Multi-query associative recall (MQAR): pairs of key and value, then keys whose values the model must predict.
 
-Source: Arora et al. 2023, "Zoology" (arXiv 2312.04927), section 3.1: in text, what has been said once is looked up
-many times and at uneven distances. Here `pairs` pairs stand at the start; each key is asked for once, near the pairs
-more often than far from them (gaps by their power law, exponent 0.01 - 1); between questions stand random tokens.
-Only the values asked for count.
+Source: Arora et al. 2023, "Zoology" (arXiv 2312.04927), section 3.1. A sequence begins with `pairs` pairs. Each key
+then occurs once more, at a distance drawn from the paper's power law (exponent 0.01 - 1), so that short distances are
+more frequent. Random tokens fill the rest. Only the predicted values count for the loss.
 
 Differs from the paper: one length and one number of pairs, a few hundred steps, one learning rate for all variants.
 """
@@ -19,8 +18,8 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class RecallTask:
-    """vocab_size: half of it are keys, half values. length: tokens of a sequence, of which the first 2 * pairs hold the
-    pairs. Raises ValueError for pairs that find no place.
+    """vocab_size: half of the tokens are keys, half are values. length: tokens of a sequence; the first 2 * pairs are
+    the pairs. Raises ValueError if the pairs and their queries do not fit.
     """
 
     vocab_size: int = 64
@@ -40,10 +39,10 @@ class RecallTask:
 
 
 def recall_batch(config: RecallTask, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(tokens_BT, targets_BT). Keys are the lower half of the vocabulary, values the upper half.
+    """(tokens_BT, targets_BT), int64. Keys are the lower half of the vocabulary, values the upper half.
 
-    tokens: k1 v1 ... kn vn, then random tokens with the keys among them, in any order, at even distances from the end
-    of the pairs. The target at such a key is its value; everywhere else -100.
+    tokens: k1 v1 ... kn vn, then random tokens with each key once among them, in any order, an even number of tokens
+    after the pairs. The target at such a key is its value; all other targets are -100.
     """
     half, pairs, length = config.vocab_size // 2, config.pairs, config.length
     keys_BN = torch.rand(batch, half, generator=generator).argsort(dim=1)[:, :pairs]
@@ -56,7 +55,7 @@ def recall_batch(config: RecallTask, batch: int, generator: torch.Generator) -> 
 
 
 def place(keys_BN: Tensor, values_BN: Tensor, gaps_BN: Tensor, noise_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs at the start, key n again at 2 * gap n after the pairs, noise elsewhere; and the targets."""
+    """(tokens_BT, targets_BT): the pairs first, key n again at 2 * gaps_BN[:, n] after the pairs, noise elsewhere."""
     pairs = keys_BN.shape[1]
     tokens_BT, targets_BT = noise_BT.clone(), torch.full_like(noise_BT, IGNORED)
     tokens_BT[:, : 2 * pairs] = torch.stack([keys_BN, values_BN], dim=2).flatten(1)

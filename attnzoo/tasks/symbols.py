@@ -1,17 +1,17 @@
 """Retrieval tasks over an alphabet of single symbols, for a small model that is trained on them.
 
-Every example follows from its seed. A context is filler with what is to be found at random places. A question is `?`
-and a sign, its lead the sign once more, and the answer follows as it followed there, so that one grammar serves all
-tasks:
+A seed determines each example. A context is filler with items at random places. A question is `?` and a sign, its
+lead is the sign again, and the answer is what follows the sign in the context. In the list, three quoted strings after
+"asks" are question, lead and answer:
 
-- passkey: `#ABCD` hidden once, and `%EFGH`, another one; `?#` `#` `ABCD` (after Mohtashami & Jaggi 2023,
+- passkey: `#ABCD` and `%EFGH`, each hidden once; asks `?#` `#` `ABCD` (after Mohtashami & Jaggi 2023,
   arXiv 2305.16300).
-- needles: several `!kAB`; `?!k` `!k` `AB` (multi-key needle, RULER, Hsieh et al. 2024, arXiv 2404.06654).
-- recall: many pairs `kA` (MQAR, Arora et al. 2023, arXiv 2312.04927); `?k` `k` `A`.
-- variables: `=aV` gives a the value V, `=ba` gives b the value of a, in chains; `?=b` `=b` `V` (RULER's variable
-  tracking, asked for the value of any variable rather than for all names).
-- words: lower and upper case symbols, one of each far more often than all others; `?*` `*` `a` and `?+` `+` `A` ask
-  for them (RULER's common-word extraction, one word a question).
+- needles: several `!kAB`; asks `?!k` `!k` `AB` (multi-key needle of RULER, Hsieh et al. 2024, arXiv 2404.06654).
+- recall: many pairs `kA` (MQAR, Arora et al. 2023, arXiv 2312.04927); asks `?k` `k` `A`.
+- variables: `=aV` gives a the value V, `=ba` gives b the value of a, in chains; asks `?=b` `=b` `V` (RULER's variable
+  tracking, but for the value of one variable instead of all names).
+- words: lower and upper case symbols, one of each far more frequent than the others; asks `?*` `*` `a` and `?+` `+` `A`
+  (RULER's common-word extraction, one word a question).
 """
 
 import random
@@ -22,30 +22,31 @@ from attnzoo.tasks.examples import Example, Question
 
 KEYS, VALUES, FILLER, MARKS = string.ascii_lowercase, string.ascii_uppercase, string.digits, "?#%!=*+"
 ALPHABET = KEYS + VALUES + FILLER + MARKS
-"""Symbols are the indices into it."""
+"""A symbol's number is its index in this string."""
 INDEX = {symbol: index for index, symbol in enumerate(ALPHABET)}
 
 VOCABULARY = 262 + len(ALPHABET)
-"""Pieces of a tokenizer of these symbols: they, space and newline, the 256 bytes and 4 control tokens."""
+"""Vocabulary size of a tokenizer for these symbols: the symbols, space, newline, 256 bytes and 4 control tokens."""
 
 NEEDLES, PAIRS, CHAINS, HOPS = 6, 20, 4, 2
 
 
 def encode(text: str) -> tuple[int, ...]:
-    """Symbols of a text over `ALPHABET`."""
+    """Symbol numbers of a text over `ALPHABET`."""
     return tuple(INDEX[symbol] for symbol in text)
 
 
 def decode(symbols: tuple[int, ...]) -> str:
-    """The text of symbols."""
+    """The text of symbol numbers."""
     return "".join(ALPHABET[symbol] for symbol in symbols)
 
 
 def scatter(items: list[str], length: int, rng: random.Random) -> tuple[str, list[int]]:
-    """(context, starts): the items in their order at random places, filler around them, `length` symbols in all."""
+    """(context, start of every item): the items in order at random places in filler, `length` symbols in all. Raises
+    ValueError if the items do not fit."""
     room = length - sum(map(len, items))
     if room < 0:
-        raise ValueError(f"length={length} is too short for {length - room} symbols that are to be found; make it more")
+        raise ValueError(f"length={length} is too short for the {length - room} symbols to find; give a larger length")
     gaps = sorted(rng.randint(0, room) for _ in items)
     text, starts, used = "", [], 0
     for item, gap in zip(items, gaps, strict=True):
@@ -56,7 +57,7 @@ def scatter(items: list[str], length: int, rng: random.Random) -> tuple[str, lis
 
 
 def _question(sign: str, answer: str, *spans: tuple[int, int]) -> Question:
-    """`spans`: (start, length) of what the answer depends on."""
+    """A question. spans: (start, length) of the parts of the context that the answer depends on."""
     places = tuple(place for start, length in spans for place in range(start, start + length))
     return Question(prompt=encode("?" + sign), lead=encode(sign), answer=encode(answer), places=places)
 
@@ -70,7 +71,7 @@ def passkey(length: int, rng: random.Random) -> tuple[str, list[Question]]:
 
 
 def needles(length: int, rng: random.Random) -> tuple[str, list[Question]]:
-    """Several needles with keys of their own."""
+    """Several needles, each with its own key."""
     values = rng.sample(VALUES, 2 * NEEDLES)
     items = [f"!{key}{''.join(values[i::NEEDLES])}" for i, key in enumerate(rng.sample(KEYS, NEEDLES))]
     text, starts = scatter(items, length, rng)
@@ -85,7 +86,7 @@ def recall(length: int, rng: random.Random) -> tuple[str, list[Question]]:
 
 
 def variables(length: int, rng: random.Random) -> tuple[str, list[Question]]:
-    """Chains of variables, their assignments interleaved in an order that defines a variable before it is read."""
+    """Chains of variables; the assignments are interleaved, and each variable is defined before it is read."""
     names = rng.sample(KEYS, CHAINS * (HOPS + 1))
     chains = [names[i::CHAINS] for i in range(CHAINS)]
     values = [rng.choice(VALUES) for _ in chains]
@@ -109,7 +110,8 @@ def variables(length: int, rng: random.Random) -> tuple[str, list[Question]]:
 
 
 def words(length: int, rng: random.Random) -> tuple[str, list[Question]]:
-    """No filler: one lower and one upper case symbol take a sixth of the context each, all others are even."""
+    """Symbols without filler: one lower and one upper case symbol make up a sixth of the context each; the others are
+    equally frequent."""
     common = [rng.choice(KEYS), rng.choice(VALUES)]
     often = length // 6
     others = [symbol for symbol in KEYS + VALUES if symbol not in common]
@@ -136,7 +138,7 @@ SYMBOL_TASKS: dict[str, Callable[[int, random.Random], tuple[str, list[Question]
 
 
 def symbol_tokens(encode: Callable[[str], Sequence[int]]) -> list[int]:
-    """The token of every symbol of `ALPHABET`. Raises ValueError where a tokenizer has no token of its own for one."""
+    """The token id of every symbol of `ALPHABET`. Raises ValueError if a symbol is not one token."""
     tokens = [encode(symbol) for symbol in ALPHABET]
     for symbol, found in zip(ALPHABET, tokens, strict=True):
         if len(found) != 1:
@@ -148,9 +150,9 @@ def symbol_tokens(encode: Callable[[str], Sequence[int]]) -> list[int]:
 
 
 def symbol_example(task: str, length: int, seed: int | str) -> Example:
-    """The example of a task with a context of `length` symbols; questions come in random order.
+    """An example of a task with a context of `length` symbols; its questions are in random order.
 
-    Raises ValueError for an unknown task, and for a context too short for what is to be hidden in it.
+    Raises ValueError for an unknown task, and for a context too short for the task's items.
     """
     if task not in SYMBOL_TASKS:
         raise ValueError(f"unknown task {task!r}; known: {', '.join(SYMBOL_TASKS)}")

@@ -1,8 +1,7 @@
-"""The same retrieval tasks in English, for checkpoints that were trained on text.
+"""The retrieval tasks of `symbols` in English, for checkpoints that were trained on text.
 
-A context is plain sentences with what is to be found between them. Its pieces are encoded one by one, so that the
-places of every answer are known to the token, and the last piece of filler is cut so that all contexts of one length
-have exactly that many tokens.
+A context is plain sentences with the items to find between them. Each sentence is encoded alone, so that the token
+positions of every answer are known. One sentence is cut so that the context has exactly the requested number of tokens.
 """
 
 import random
@@ -42,7 +41,7 @@ NEEDLES, PAIRS, CHAINS, HOPS = 3, 6, 3, 2
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """A question in words; `items` are the indices of the pieces that it depends on."""
+    """A question as text. items: indices of the items that the answer depends on."""
 
     prompt: str
     lead: str
@@ -96,7 +95,7 @@ def recall(rng: random.Random) -> tuple[list[str], list[Ask]]:
 
 
 def variables(rng: random.Random) -> tuple[list[str], list[Ask]]:
-    """Chains of variables; the value of the last one of each is asked for."""
+    """Chains of variables; the question asks for the value of the last one."""
     names = rng.sample(NAMES, CHAINS * (HOPS + 1))
     items: list[str] = []
     asks = []
@@ -147,9 +146,9 @@ TEXT_TASKS: dict[str, Callable[[random.Random], tuple[list[str], list[Ask]]]] = 
 
 
 def text_example(encode: Encode, task: str, length: int, seed: int) -> Example:
-    """The example of a task with a context of `length` tokens; questions come in random order.
+    """An example of a task with a context of `length` tokens; its questions are in random order.
 
-    Raises ValueError for an unknown task, and for a context too short for what is to be hidden in it.
+    Raises ValueError for an unknown task, and for a context too short for the task's items.
     """
     if task not in TEXT_TASKS:
         raise ValueError(f"unknown task {task!r}; known: {', '.join(TEXT_TASKS)}")
@@ -165,18 +164,18 @@ def text_example(encode: Encode, task: str, length: int, seed: int) -> Example:
 
 
 def _fill(encode: Encode, items: list[str], length: int, rng: random.Random) -> tuple[Ids, list[tuple[int, int]]]:
-    """(context, span of every item): items in order at random places between sentences, `length` tokens in all."""
+    """(context, (start, end) of every item): items in order between random sentences, `length` tokens in all."""
     pieces = [tuple(encode(item)) for item in items]
     room = length - sum(map(len, pieces))
     if room < 0:
-        raise ValueError(f"length={length} is too short for {length - room} tokens that are to be found; make it more")
+        raise ValueError(f"length={length} is too short for the {length - room} tokens to find; give a larger length")
     sentences: list[Ids] = []
     while sum(map(len, sentences)) < room:
         sentences.append(tuple(encode(rng.choice(SENTENCES))))
     gaps = sorted(rng.randint(0, len(sentences)) for _ in items)
     surplus = sum(map(len, sentences)) - room
     if surplus:
-        # The last one was needed in part: the end of it opens the context.
+        # Only a part of the last sentence fits: its end begins the context.
         sentences.insert(0, sentences.pop()[surplus:])
     body: list[int] = []
     spans = []

@@ -76,13 +76,13 @@ def test_describe(capsys):
         (["export", "none.gguf", "out"], "none.gguf' does not exist"),
         (["describe", "mha", 'rope_scaling={"factor": 2, "factor": 3}'], "rope_scaling: factor is set twice"),
         (["plan", "--model", "configs/mha.yaml", "--gpus", str(10**30)], "--gpus=1" + "0" * 30 + " must be at most"),
-        (["export", "~no_such_user/x", "out"], "checkpoint='~no_such_user/x': there is no user of '~no_such_user'"),
-        (["export", "a\0b", "out"], r"checkpoint='a\x00b' holds a zero"),
+        (["export", "~no_such_user/x", "out"], "checkpoint='~no_such_user/x': there is no user '~no_such_user'"),
+        (["export", "a\0b", "out"], r"checkpoint='a\x00b' contains a NUL character"),
         (
             ["export", "pyproject.toml", "out"],
             "pyproject.toml' is a file; a checkpoint is a directory, or a file whose name ends in .gguf",
         ),
-        (["compare", "text=~no_such_user/x"], "text='~no_such_user/x': there is no user of '~no_such_user'"),
+        (["compare", "text=~no_such_user/x"], "text='~no_such_user/x': there is no user '~no_such_user'"),
         (["compare", "--workers", "0"], "--workers=0 must be at least 1"),
         (["compare", "nope=1"], "nope"),
     ],
@@ -98,8 +98,8 @@ def test_wrong_usage_goes_to_stderr_with_status_2(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("~no_such_user/out", "OUT='~no_such_user/out': there is no user of '~no_such_user'"),
-        ("a\0b", r"OUT='a\x00b' holds a zero"),
+        ("~no_such_user/out", "OUT='~no_such_user/out': there is no user '~no_such_user'"),
+        ("a\0b", r"OUT='a\x00b' contains a NUL character"),
         ("model/out", "lies in the checkpoint"),  # whose next export would be refused for it
         ("model/out/below", "lies in the checkpoint"),
         (".", "is the current directory"),  # which a shell would be left in after it is gone
@@ -255,7 +255,7 @@ def test_an_unknown_command_gets_the_nearest_one(capsys):
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["completion", "bash"]) == 2
-    assert capsys.readouterr().err.endswith("the package shtab is not installed; pip install 'attnzoo'\n")
+    assert capsys.readouterr().err.endswith("the package shtab is not installed; run pip install 'attnzoo'\n")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "scripts.eval_lm", raising=False)
     assert main(["eval", "x", "--tasks", "y"]) == 2

@@ -124,7 +124,7 @@ def test_what_cannot_be_answered_ends_a_file_and_not_a_terminal(chatty, capsys, 
     assert "attnzoo chat: error: the model's context is 256 tokens" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdin", Terminal(f"{long}\nHi\n"))
     assert main(["chat", "tiny", "max_new_tokens=4"]) == 0
-    assert "/reset begins anew" in capsys.readouterr().err
+    assert "/reset starts a new conversation" in capsys.readouterr().err
     assert [message["content"] for message in chatty.asked[-1]] == ["Hi"]
     assert main(["chat", "tiny", "max_new_tokens=0"]) == 2
 

@@ -45,10 +45,10 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ("a", {"ignore_eos": 1}, "ignore_eos=1 has type int"),
     ("a", {"batch_size": 0}, "batch_size=0 must be a whole number"),
     ("a", {"generation_config": {"n": 1}}, "generation_config has type dict"),
-    ("a", {"max_tokens": 5}, "unknown option 'max_tokens': say max_new_tokens"),
+    ("a", {"max_tokens": 5}, "unknown option 'max_tokens': use max_new_tokens"),
     ("a", {"do_sample": True}, "unknown option 'do_sample': set temperature instead"),
     ("a", {"temprature": 1}, "unknown option 'temprature'; did you mean 'temperature'"),
-    ("a", {"keep_ratio": 0.5}, "keep_ratio=0.5 is an option of cache policies: name one, cache='d2o'"),
+    ("a", {"keep_ratio": 0.5}, "keep_ratio=0.5 is an option of cache policies; name one, cache='d2o'"),
     ("a", {"cache": "d20"}, "cache.policy='d20' is not known; did you mean 'd2o'"),
     ("a", {"cache": 3}, "cache=3 has type int"),
     ("a", {"cache": {"keep_ratio": 0.5}}, "cache.policy is missing: name one of d2o"),
@@ -89,11 +89,9 @@ def test_other_refusals():
         lm.cost(5, batch=0)
     with pytest.raises(ValueError, match="unknown option 'keep'"):
         lm.cost(5, keep=1)
-    with pytest.raises(ValueError, match="n=2 is of generation: a cost takes options of the cache alone"):
+    with pytest.raises(ValueError, match="n=2 is a generation option; cost takes only cache options"):
         lm.cost(5, n=2)
-    with pytest.raises(
-        ValueError, match="cost takes one prompt, not a list of 2; batch=2 counts as many of its length"
-    ):
+    with pytest.raises(ValueError, match="cost takes one prompt, not a list of 2; give one, and batch=2"):
         lm.cost(["a", "b"])
     with pytest.raises(ValueError, match="text has type NoneType; give a str"):
         lm.encode(None)  # type: ignore[arg-type]

@@ -67,7 +67,7 @@ def test_what_cannot_be_loaded_says_the_way_out(exports, tmp_path, monkeypatch):
     monkeypatch.setenv("ATTNZOO_HOME", str(tmp_path / "home"))
     for name, message in (
         ("", "checkpoint='' names nothing"),
-        ("smolm2", "is no path that exists, nothing in '.*home/models' .*; did you mean 'smollm2'"),
+        ("smolm2", "there is no such path, no such model in '.*home/models' .*; did you mean 'smollm2'"),
         (str(tmp_path / "none"), "does not exist; give a directory, a .gguf file, or one of smollm2"),
         ("none.gguf", "checkpoint='none.gguf' does not exist"),
         (tmp_path, "config.json does not exist"),

@@ -126,8 +126,8 @@ def test_what_fits_nowhere_says_what_would_do(tmp_path, capsys):
     arguments = {"--gpus": "2", "--gpu-memory": "2.4", "--context": "16384"}
     assert main([*command, *(word for pair in arguments.items() for word in pair)]) == 1
     message = capsys.readouterr().err
-    assert "nothing fits" in message
-    ways = dict(re.findall(r"(--[\w-]+) ([\d.]+)", message.split("would do:")[1]))
+    assert "training does not fit" in message
+    ways = dict(re.findall(r"(--[\w-]+) ([\d.]+)", message.split("would fit:")[1]))
     assert {"--gpu-memory", "--context"} <= ways.keys()
     for option, value in ways.items():
         changed = arguments | {option: value}
@@ -209,6 +209,6 @@ def test_what_a_plan_leaves_out_is_said(capsys):
     printed = capsys.readouterr().out
     assert "\n1 GPU in 1 machine, " in printed
     assert " tokens a step in 1 pass; " in printed
-    assert f"micro-batch {plan.MOST}: no larger one is looked for, and more may fit" in printed
+    assert f"micro-batch {plan.MOST}: the search ends here; a larger one may fit" in printed
     assert main(["plan", "--model", RCMHA, "--gpu-memory", "1", "--chip", "H100"]) == 0
-    assert "no larger one is looked for" not in capsys.readouterr().out
+    assert "the search ends here" not in capsys.readouterr().out

@@ -246,7 +246,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     config = load_config("base.yaml", ["run_dir=~/runs/x", "cache_dir=~/cache"])
     assert config.run_path == tmp_path / "runs" / "x"
     assert config.cache_path == tmp_path / "cache"
-    with pytest.raises(ConfigError, match="run_dir='~nobody-of-this-name/x': there is no user of"):
+    with pytest.raises(ConfigError, match="run_dir='~nobody-of-this-name/x': there is no user"):
         load_config("base.yaml", ["run_dir=~nobody-of-this-name/x"])
     assert load_config("base.yaml", ["run_dir=./~nobody-of-this-name/x"]).run_path == Path("~nobody-of-this-name/x")
 
