@@ -1,1 +1,1 @@
-"""Serving: continuous batching over any attention variant, an OpenAI-compatible API, Ray Serve around it."""
+"""Serving: continuous batching for any attention variant, behind an OpenAI-compatible API on Ray Serve."""

@@ -1,4 +1,4 @@
-"""`attnzoo serve`, in a checkout also `python -m serve`: an OpenAI-compatible API in front of a checkpoint."""
+"""`attnzoo serve` (in a checkout also `python -m serve`): serves a checkpoint over an OpenAI-compatible API."""
 
 import argparse
 import json
@@ -30,9 +30,9 @@ EXAMPLES = """examples:
   curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
        -d '{"model": "demo", "prompt": "def ", "max_tokens": 32, "stream": true}'
 
-python -m serve is the same in a checkout. Settings are key=value and override the file; serve/config.py lists them.
-Stop with Ctrl-C or SIGTERM: running requests finish first. Only this machine can connect unless you set host=0.0.0.0
-(then set api_key_env too).
+In a checkout python -m serve is the same. Settings are written key=value and override the file; serve/config.py lists
+them. Ctrl-C and SIGTERM stop the server after running requests have finished. Only this machine can connect unless
+you set host=0.0.0.0; then set api_key_env too.
 """
 
 
@@ -42,15 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument(
         "--checkpoint",
-        help="a directory of training (run or export) or of transformers, a .gguf file, or smollm2",
+        help="a directory that training or transformers has written, a .gguf file, or smollm2",
     )
     parser.add_argument("--port", type=int, help="port to listen on (default 8000)")
     parser.add_argument("--config", type=Path, help="a YAML file of settings, for example configs/serve/default.yaml")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings")
 
 
 def read_config(options: argparse.Namespace) -> "ServeConfig":
-    """The configuration that the options ask for. Raises ValueError for what nothing can be served with."""
+    """The configuration from file, settings and options, checked by `check_checkpoint`. Raises ValueError."""
     from serve.config import absolute, build_serve_config, parse_settings, read_config_file
 
     values = {} if options.config is None else read_config_file(options.config)
@@ -64,8 +64,8 @@ def read_config(options: argparse.Namespace) -> "ServeConfig":
 
 
 def check_checkpoint(config: "ServeConfig") -> None:
-    """Finds out before Ray starts. Raises ValueError when there is no checkpoint to load, no
-    place to listen, or no such device."""
+    """Checks the configuration before Ray starts. Raises ValueError if the checkpoint or the API key is missing, the
+    port is taken, or the device cannot be used."""
     from attnzoo.checkpoint import find_checkpoint, load_tokenizer, open_checkpoint
     from attnzoo.tokenizer.chat import ChatTemplate
     from attnzoo.types import check_device
@@ -76,13 +76,13 @@ def check_checkpoint(config: "ServeConfig") -> None:
     open_checkpoint(path)
     ChatTemplate.of(load_tokenizer(path))
     read_api_key(config.api_key_env)
-    if config.cluster is None:  # else a machine of the cluster may have what this one has not
+    if config.cluster is None:  # a cluster's machine may differ from this one
         free_port(config.host, config.port)
         check_device(config.device)
 
 
 def example(url: str, name: str, chat: bool) -> str:
-    """A command that asks the server for something."""
+    """A curl command that sends the server a request."""
     content: dict[str, object]
     if chat:
         path, content = "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
@@ -93,13 +93,14 @@ def example(url: str, name: str, chat: bool) -> str:
 
 
 def end_on_signals(ended: threading.Event) -> None:
-    """Lets SIGINT and SIGTERM set `ended`."""
+    """Makes SIGINT and SIGTERM set `ended`."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: ended.set())
 
 
 def end_without_ray(name: str) -> None:
-    """Ends this process from any thread: no call of the main one to a Ray that is gone would return in time."""
+    """Ends this process from any thread, after Ray's process `name` has ended: the main thread's calls to Ray would
+    not return."""
     os._exit(complain(NAME, f"Ray's process {name} has ended, and the server with it; start it again", 1))
 
 
@@ -112,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM; returns the exit status. Raises ValueError for wrong usage."""
     config = read_config(options)
     prepare_environment(cache_directory())
-    # Heavy, only once the arguments are right, and after the environment that Ray reads at import.
+    # These imports are slow, and Ray reads the environment when it is imported: so only now.
     from attnzoo.checkpoint import find_checkpoint, load_tokenizer
     from serve import deployment
     from serve.watch import EVERY_S, Watch

@@ -1,8 +1,8 @@
-"""The engine in a thread of its own, and asyncio streams of what it says.
+"""Runs an `Engine` in a thread, and streams its results to asyncio.
 
-One hop each way: requests and aborts go into an inbox that the thread empties before every step; the news of a step
-come back in one callback on the event loop. The loop never waits for the model, the model never for a client: what a
-slow client has not read yet waits in its stream, bounded by max_tokens.
+Requests and aborts go into an inbox, which the thread empties before every step. The deltas of a step come back in one
+callback on the event loop. The event loop never waits for the model, and the model never waits for a client: deltas
+that a slow client has not read stay in its stream, at most max_tokens of them.
 """
 
 import asyncio
@@ -19,14 +19,14 @@ from serve.request import Delta, SamplingParams
 from serve.scheduler import QueueFullError
 
 MAX_FAULTS = 3
-"""Steps in a row that may fail as a whole before the engine gives up."""
+"""The engine ends after so many failed steps in a row."""
 
 FLUSH_S = 2.0
-"""How long answers that a shutdown ends may take to say so."""
+"""Seconds that a shutdown waits for the error messages of requests that it has ended."""
 
 
 class EngineUnavailableError(Exception):
-    """The engine does not take requests: it drains before a shutdown, or it has failed."""
+    """The engine takes no requests, because it is shutting down or has failed."""
 
 
 class EngineFailedError(Exception):
@@ -34,11 +34,12 @@ class EngineFailedError(Exception):
 
 
 class RequestFailedError(EngineFailedError):
-    """This request failed, and nothing else did; the message is for its owner."""
+    """This request failed, and the engine goes on. The message is for the request's owner only."""
 
 
 class Stream:
-    """News of the requests of one call. Iterate with `next`; always `close`, which aborts what is unfinished."""
+    """The deltas of the requests of one `submit`. Read them with `next`; always call `close` at the end, which aborts
+    unfinished requests."""
 
     def __init__(self, owner: "AsyncEngine", request_ids: list[str]) -> None:
         self.request_ids = request_ids
@@ -51,13 +52,13 @@ class Stream:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing will come any more (what came may still wait to be read)."""
+        """Whether no more deltas will arrive; deltas that have arrived may still be unread."""
         return self._closed or not self._unfinished
 
     async def next(self) -> list[Delta]:
-        """All news since the last call, waiting for some; empty at the end, or after `close`.
+        """Waits for deltas and returns all that came since the last call; an empty list at the end and after `close`.
 
-        Raises RequestFailedError when one of the requests fails, EngineFailedError when the engine does.
+        Raises RequestFailedError if one of the requests has failed, EngineFailedError if the engine has.
         """
         while not self._news and not self.finished and self._failure is None:
             self._wake.clear()
@@ -72,7 +73,7 @@ class Stream:
         return []
 
     def close(self) -> None:
-        """Aborts what is unfinished: its slots are free before the next step. Safe to call twice."""
+        """Aborts unfinished requests; their slots are free before the next step. May be called twice."""
         if not self._closed:
             self._closed = True
             self._owner._abandon(self._unfinished)
@@ -81,7 +82,7 @@ class Stream:
     def _put(self, delta: Delta) -> None:
         if delta.error is not None:
             self._fail(RequestFailedError(delta.error))
-            return  # unfinished for ever: no client may take what there is for an answer
+            return  # the request never counts as finished, so that no client takes its partial text for an answer
         self._news.append(delta)
         if delta.finish_reason is not None:
             self._unfinished.discard(delta.request_id)
@@ -93,7 +94,7 @@ class Stream:
 
 
 class AsyncEngine:
-    """Owns an `Engine` and its thread. All methods are for the event loop that runs, one at a time."""
+    """Owns an `Engine` and its thread. Call the methods from one event loop at a time."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -111,7 +112,7 @@ class AsyncEngine:
         self._thread.start()
 
     def health(self) -> str | None:
-        """None when all is well, else what is wrong. Also the watchdog: a step that takes too long fails all."""
+        """None if the engine works, else a message. Also fails all requests when a step exceeds step_timeout_s."""
         started, limit = self._step_started, self.engine.config.step_timeout_s
         if self._failure is None and started is not None and time.perf_counter() - started > limit:
             self._fail_all(TimeoutError(f"a step took longer than step_timeout_s={limit}"))
@@ -125,10 +126,10 @@ class AsyncEngine:
         params: Sequence[SamplingParams],
         cache: CacheChoice | None = None,
     ) -> Stream:
-        """Queues all prompts or none, all with the same `cache`. The order of `request_ids` is that of the prompts.
+        """Queues all prompts or none of them, with the same `cache`. The stream's `request_ids` are in their order.
 
-        Raises as `Engine.check`; QueueFullError; EngineUnavailableError; RuntimeError outside of an event loop, and
-        while requests of another one are open.
+        Raises the errors of `Engine.check`; QueueFullError; EngineUnavailableError; RuntimeError outside an event loop,
+        and while requests of another event loop are open.
         """
         if self.draining or self.health() is not None:
             raise EngineUnavailableError(self.health() or "the server is shutting down")
@@ -147,7 +148,7 @@ class AsyncEngine:
         return stream
 
     def _enter(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Whatever loop runs is the one that hears the news. Requests of one that has ended are nobody's."""
+        """Makes `loop` the event loop that receives deltas. Aborts the requests of an earlier loop that has ended."""
         if loop is self._loop:
             return
         if self._streams and self._loop is not None and not self._loop.is_closed():
@@ -158,8 +159,8 @@ class AsyncEngine:
         self._loop = loop
 
     async def drain(self, timeout_s: float) -> bool:
-        """Takes no more requests and waits for the running ones; False when some are left after `timeout_s`. These end
-        with an error, and their answers have `FLUSH_S` to say so."""
+        """Refuses new requests and waits for running ones. Requests left after `timeout_s` seconds end with an error,
+        which has `FLUSH_S` seconds to reach the clients; then the result is False."""
         self.draining = True
         deadline = time.perf_counter() + timeout_s
         while self._streams and self._failure is None and time.perf_counter() < deadline:
@@ -173,7 +174,7 @@ class AsyncEngine:
         return not late
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """Ends the thread after its current step; whoever waits for an unfinished request gets EngineFailedError."""
+        """Ends the thread after its current step; streams of unfinished requests raise EngineFailedError."""
         self.draining = True
         with self._condition:
             self._stopping = True
@@ -201,7 +202,7 @@ class AsyncEngine:
         arrived: float,
         cache: CacheChoice | None,
     ) -> None:
-        """In the thread: what `check` let pass may still fail, alone."""
+        """Runs in the engine's thread. A request that passed `check` may still fail here; then only it fails."""
         try:
             self.engine.add_request(request_id, prompt, params, arrived, cache)
         except Exception as failure:
@@ -209,7 +210,7 @@ class AsyncEngine:
             self._post(self._deliver, [Delta(request_id, "", 0, finish_reason="error", error=message(failure))])
 
     def _run(self) -> None:
-        """The thread."""
+        """The main function of the engine's thread."""
         faults = 0
         try:
             while True:
@@ -232,7 +233,7 @@ class AsyncEngine:
                         raise
                     log("engine step failed, and all requests in it", failure)
                     with self._condition:
-                        self._inbox = inbox + self._inbox  # what came with it still counts
+                        self._inbox = inbox + self._inbox  # commands that the failed step had not run yet
                     news = self.engine.fail_all(failure)
                 self._step_started = None
                 if news:
@@ -248,7 +249,7 @@ class AsyncEngine:
         return self.engine.step()
 
     def _post(self, callback: Callable[..., None], argument: object) -> None:
-        assert self._loop is not None, "news before the first submit"
+        assert self._loop is not None, "a delta before the first submit"
         try:
             self._loop.call_soon_threadsafe(callback, argument)
         except RuntimeError:

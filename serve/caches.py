@@ -1,4 +1,4 @@
-"""Which cache policies a server knows: its own, what requests may ask for, and within which bounds."""
+"""Decides which cache policy a request gets: the server's default, or one that the request may choose within bounds."""
 
 import math
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from attnzoo.types import checked
 
 
 class CacheRules:
-    """What a request gets when it asks for nothing (`default`), and what it may ask for.
+    """The default cache of requests, and the caches that they may choose.
 
-    bounds: {policy: {option: [least, most]}}, or [value, value, ...] for options that are no numbers. Without bounds
-    requests may choose any policy that compresses, with any options the policy takes. With bounds they may choose
-    those policies and no others, and name those options and no others: what is not named keeps the policy's default.
-    {policy: null} leaves the policy's options free. The server's own choice is always allowed. What a model can hold
-    bounds every option that counts tokens besides (`DecoderLM.init_state`). Raises ValueError naming the field.
+    bounds: {policy: {option: [least, most]}}, or [value, value, ...] for options that are not numbers. With bounds, a
+    request may choose only these policies and set only these options; other options keep the policy's defaults.
+    {policy: null} leaves the policy's options free. Without bounds, a request may choose any policy that compresses,
+    with any options. The default is always allowed. Options that count tokens are also bounded by what the model can
+    hold (`DecoderLM.init_state`). where: the default's name in messages. Raises ValueError that names the field.
     """
 
     def __init__(
@@ -31,11 +31,12 @@ class CacheRules:
 
     @property
     def exact(self) -> bool:
-        """Whether any request can get the full cache."""
+        """Whether requests may use the full cache."""
         return self.default.exact or (self.bounds is not None and FULL in self.bounds)
 
     def choose(self, asked: Mapping[str, Any] | None) -> CacheChoice:
-        """The choice for a request. Raises ValueError that names what is wrong or not allowed, and what is."""
+        """The cache for a request. asked: {"policy": name, option: value}, or None for the default. Raises ValueError
+        that names the field that is wrong or not allowed, and what is allowed."""
         if asked is None:
             return self.default
         check_mapping(asked, "cache")
@@ -46,7 +47,7 @@ class CacheRules:
         return choice
 
     def examples(self) -> list[CacheChoice]:
-        """A choice of every policy in the bounds: what a model must be able to do, before anyone asks."""
+        """One choice of every policy in the bounds, to check at the start that the model supports the policy."""
         return [_example(policy, bounds or {}) for policy, bounds in (self.bounds or {}).items()]
 
     def _check(self, choice: CacheChoice, asked: Mapping[str, Any]) -> None:
@@ -77,11 +78,12 @@ class CacheRules:
 
 _FREE = object()
 BUDGETS = {"keep_ratio": "max_tokens", "max_tokens": "keep_ratio"}
-"""Of which a request gives one."""
+"""Two ways to give a budget; a request gives one of them."""
 
 
 def _effective(config: Any, option: str, bounds: Mapping[str, Any]) -> Any:
-    """The value that counts; `_FREE` for one budget where the other, bounded too, was given."""
+    """The option's value to compare with its bound. `_FREE`: do not compare, because the request gave the other of the
+    two budgets, which has a bound of its own."""
     value = getattr(config, option)
     if value is not None or option not in BUDGETS:
         return value
@@ -92,7 +94,7 @@ def _effective(config: Any, option: str, bounds: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class _Bound:
-    """A range of numbers, or a list of other values."""
+    """The allowed values of an option: a range [least, most] if `numbers`, else a list."""
 
     values: tuple[Any, ...]
     numbers: bool
@@ -109,7 +111,7 @@ class _Bound:
 
 
 def _example(policy: str, bounds: Mapping[str, _Bound]) -> CacheChoice:
-    """With the least number, or the first value, of every option that is bounded."""
+    """The choice of a policy with the least number, or the first value, of every option in its bounds."""
     hints = get_type_hints(CACHES.get(policy).Config)
     options = {}
     for option, bound in bounds.items():

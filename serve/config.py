@@ -1,4 +1,4 @@
-"""Settings of the engine and of the server around it: one flat, strict mapping."""
+"""Settings of the engine and the server: one flat mapping, in which unknown keys are errors."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -14,43 +14,42 @@ from serve.caches import CacheRules
 from serve.front.limits import Limits, check_host_name
 
 MAX_REQUESTS = 1_000_000
-"""More requests at a time than this no setting may ask for; Ray counts them in 32 bits."""
+"""Upper bound of max_num_seqs and max_queue; Ray counts requests in 32 bits."""
 
 MAX_THREADS = 1024
-"""Where more cannot be had, torch ends the process without a word."""
+"""Upper bound of threads; torch ends the process without a message if it cannot create them."""
 
 CONTROL_TOKENS = ("template", "template_only", "everywhere")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(CheckedConfig):
-    """What the engine needs.
+    """Settings of the engine.
 
-    checkpoint: a run or export directory of ours, a directory of transformers, a .gguf file, the name of a model that
-    comes in a package ("smollm2"), or that of one in $ATTNZOO_HOME/models. max_num_seqs: sequences that run at the same
-    time (slots of the state). max_model_len: prompt and completion together, in tokens; None takes the model's
+    checkpoint: a run or export directory of training, a directory that transformers has written, a .gguf file, the
+    name of a packaged model ("smollm2"), or the name of a model in $ATTNZOO_HOME/models. max_num_seqs: sequences that
+    run at the same time. max_model_len: most tokens of prompt and completion together; None takes the model's
     max_positions.
-    max_batched_tokens: tokens that one step may send through the model. itl_target_ms: while any sequence decodes, a
-    step reads as much of prompts as keeps it within about this time by what steps took so far, at least 32 tokens, so
-    that the next token of a stream does not wait for other prompts; None: as much as max_batched_tokens leaves.
-    max_queue: requests that may wait.
-    dtype: None keeps the checkpoint's. check_weights: refuse a checkpoint with NaN or infinity in it. pack_weights: lay
-    weights out for reading on a CPU (bfloat16 and float32), twice as fast for single tokens; None: where the machine
-    can. compile_decode: decode steps through torch's compiler, faster on a CPU by a quarter and more, of the full cache
-    where it may be used and of `cache`; needs a C++ compiler and 15 seconds to two minutes at the start. threads: CPU
-    threads of torch, None leaves them as they are.
-    step_timeout_s: a step that takes longer makes the engine unhealthy.
-    control_tokens: whose text may hold control tokens such as <|im_end|>. "template": in a conversation what the chat
-    template writes and nothing else, so that a message is text whatever it spells; prompts of /v1/completions are the
-    model's raw input and may hold them. "template_only": they may not. "everywhere": messages may as well, as in
-    transformers and vLLM.
-    cache: how keys and values are kept unless a request says otherwise, {"policy": "d2o", "keep_ratio": 0.2}; None
-    takes the model's own choice, else the full cache. cache_bounds: what requests may ask for, {policy: {option:
-    [least, most]}} (`serve.caches.CacheRules`), options that are not named keeping their defaults; None: any policy
-    that compresses, with options up to what the model can hold. max_caches: different choices that run at the same time
-    besides the server's own, each a pass through the model; further ones wait. cache_mib: memory for compressed caches,
-    prompts that are being read included; requests wait for room. By the policies' byte models, and by measured rows:
-    what layers with budgets of their own pad in the newest row may come on top. None: for as many as run.
+    max_batched_tokens: most tokens that one step sends through the model. itl_target_ms: target time between two tokens
+    of a stream, in milliseconds; while any sequence decodes, a step reads only so many prompt tokens (at least 32) as
+    earlier steps' times allow; None: as many as max_batched_tokens allows. max_queue: requests that may wait.
+    dtype: of the weights; None keeps the checkpoint's. check_weights: refuse a checkpoint with NaN or infinity.
+    pack_weights: store bfloat16 and float32 weights in a layout that makes decoding on a CPU about twice as fast; None:
+    if the machine supports it. compile_decode: compile decode steps of the full cache (if it may be used) and of
+    `cache` with torch's compiler; on a CPU a quarter faster or more; needs a C++ compiler and 15 seconds to two minutes
+    at the start. threads: CPU threads of torch; None keeps torch's number. step_timeout_s: a step that takes longer
+    makes the engine unhealthy.
+    control_tokens: where control tokens such as <|im_end|> may come from. "template": in chats only from the chat
+    template, so that text in a message never becomes a control token; prompts of /v1/completions may contain them.
+    "template_only": prompts may not contain them either. "everywhere": prompts and messages may, as in transformers and
+    vLLM.
+    cache: the default cache of requests, {"policy": "d2o", "keep_ratio": 0.2}; None takes the model's own, or the full
+    cache if it has none. cache_bounds: what requests may choose, {policy: {option: [least, most]}}
+    (`serve.caches.CacheRules`); None: any policy that compresses, with options up to what the model can hold.
+    max_caches: number of different caches besides the default that may run at the same time (each needs its own pass
+    through the model); requests for others wait. cache_mib: memory in MiB for compressed caches and for the prompts
+    being read into them; requests wait for free memory. Sizes come from the policies' byte models and from measured
+    rows; padding of the newest row, where layers have different budgets, may exceed it. None: no limit.
     """
 
     checkpoint: str
@@ -102,21 +101,21 @@ class EngineConfig(CheckedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(EngineConfig):
-    """The engine's settings and the server's.
+    """Settings of the engine and of the server.
 
-    host, port: where HTTP listens; loopback unless you say otherwise. model_name: the name clients use; None takes
-    the checkpoint's directory name (its parent's when that is "export"). api_key_env: name of an environment variable
-    that holds the API key; None leaves the API open to whoever reaches the port. max_body_bytes: largest request body.
-    stream_interval_ms: after one event of a stream, the next waits at least this long and then carries all new text;
-    the first comes at once. Saves work where tokens come faster than anyone reads; 0 sends every token by itself.
-    max_choices: completions (prompts times n) of one request, never more than run and wait together. num_cpus: CPUs
-    that the local Ray may plan with.
-    drain_timeout_s: how long running requests may take to end at shutdown. allowed_hosts: names that clients may call
-    this server by, beside those of loopback ("api.example.com", "*.example.com", "*" for any); None: while host is on
-    loopback no others, else addresses and this machine's name too. header_timeout_s, body_timeout_s: how long a client
-    may take to send either. write_timeout_s: how long it may leave its answer unread. max_reading: requests whose body
-    is on its way; with more, the one that has waited longest ends with 408. cluster: address of a running Ray cluster
-    ("auto" finds it); None starts a local one.
+    host, port: the address that HTTP listens on; loopback by default. model_name: the name that clients use; None takes
+    the name of the checkpoint's directory (its parent's if that is "export"). api_key_env: name of an environment
+    variable that holds the API key; None leaves the API open to everyone who can reach the port. max_body_bytes:
+    largest request body.
+    stream_interval_ms: shortest time between two events of a stream; the later one carries all new text. This saves
+    work when tokens come faster than anyone reads; 0 sends every token at once. max_choices: most completions (prompts
+    times n) of one request, never more than max_num_seqs + max_queue. num_cpus: CPUs of the local Ray.
+    drain_timeout_s: seconds that running requests may take to finish at shutdown. allowed_hosts: host names of this
+    server besides loopback's ("api.example.com", "*.example.com", "*" for any); None: no others if `host` is on
+    loopback, else IP addresses and this machine's name too. header_timeout_s, body_timeout_s: seconds in which a client
+    must send headers and body. write_timeout_s: seconds for which a client may leave its answer unread. max_reading:
+    requests whose bodies may be arriving at the same time; one more ends the oldest of them with status 408. cluster:
+    address of a running Ray cluster ("auto" finds it); None starts a local one.
     """
 
     host: str = "127.0.0.1"
@@ -154,7 +153,7 @@ class ServeConfig(EngineConfig):
 
     @property
     def front_limits(self) -> Limits:
-        """What the front needs to know."""
+        """The settings that `serve.front` needs."""
         hosts = None if self.allowed_hosts is None else tuple(check_host_name(name) for name in self.allowed_hosts)
         same = ("host", "api_key_env", "max_body_bytes", "header_timeout_s", "body_timeout_s", "write_timeout_s")
         values = {name: getattr(self, name) for name in same}
@@ -181,36 +180,37 @@ SERVE_FIELDS = tuple(field.name for field in fields(ServeConfig))
 
 
 TEXT_FIELDS = ("checkpoint", "model_name", "host", "device", "dtype", "api_key_env")
-"""Settings that are names and paths: a number or a YAML bracket in them is text."""
+"""Settings that are names and paths; their values are not parsed as YAML."""
 
 
 def parse_settings(words: Iterable[str]) -> dict[str, Any]:
-    """{"port": 8001} from ["port=8001"]. Raises ValueError for what is no key=value, or cannot be read."""
+    """Settings from `key=value` words: ["port=8001"] gives {"port": 8001}. Raises ValueError for a malformed word."""
     hint = f"; known: {', '.join(SERVE_FIELDS)}"
     values = parse_words(words, "port=8001", as_text=TEXT_FIELDS, hint=hint)
     return {key: parse_value(key, value) if key in TEXT_FIELDS else value for key, value in values.items()}
 
 
 def parse_value(key: str, text: Any) -> Any:
-    """A setting's value given as text; what is not text stays as it is, as Ray gives it."""
+    """A setting's value, parsed if it is text; other values, which Ray passes, are returned unchanged."""
     if not isinstance(text, str) or key in TEXT_FIELDS:
         return None if text in ("null", "none", "None") and key != "checkpoint" else text
     return parse_yaml(text, key)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; configs/ is where `attnzoo.apps` says. Raises ValueError that names the file."""
+    """The settings in a YAML file, which `attnzoo.apps.find_config` finds. Raises ValueError that names the file."""
     return read_mapping(find_config(path))[0] or {}
 
 
 def absolute(checkpoint: Any) -> Any:
-    """A path that holds in every process; the name of a packaged model, and what is no text, as it is. Raises
-    ValueError as `find_checkpoint`."""
+    """The checkpoint's absolute path, which is valid in every process. The name of a packaged model, or a value that is
+    not text, is returned unchanged. Raises the ValueError of `find_checkpoint`."""
     if not isinstance(checkpoint, str) or checkpoint in ("", *PACKAGED):
         return checkpoint
     return str(find_checkpoint(checkpoint))
 
 
 def build_serve_config(values: Mapping[str, Any]) -> ServeConfig:
-    """A `ServeConfig` from a mapping. Raises ValueError for unknown (nearest name given), missing or wrong values."""
+    """A `ServeConfig` from a mapping. Raises ValueError for an unknown key (naming the nearest), a missing key or a
+    wrong value."""
     return build_config(ServeConfig, values, "serve")

@@ -1,11 +1,11 @@
-"""The server on Ray Serve: the only file that knows Ray.
+"""The server on Ray Serve. Only this file imports Ray.
 
     attnzoo serve --checkpoint runs/demo
     serve run serve.deployment:app checkpoint=runs/demo max_num_seqs=8
     serve deploy configs/serve/ray/deploy.yaml
     ATTNZOO_SERVE_CONFIG=configs/serve/smollm2.yaml serve build serve.deployment:application -o deploy.yaml
 
-One deployment is ingress and engine in one, so a token makes one hop: from the replica to Ray's HTTP proxy.
+One deployment holds the HTTP application and the engine, so that a token makes one hop, to Ray's HTTP proxy.
 """
 
 import contextlib
@@ -36,16 +36,16 @@ from serve.processes import LocalRay, sigterm_held_back
 
 APP_NAME = "attnzoo"
 _local: list[LocalRay] = []
-"""The Ray that `start` started, until `stop`; like Ray's own state, one in a process."""
+"""The local Ray that `start` has started, until `stop` ends it; at most one in a process."""
 RUN_ONLY = ("host", "port", "num_cpus", "cluster")
-"""Settings of the process that starts Ray; `serve run` has its own ways to say them."""
+"""Settings of the process that starts Ray; under `serve run` Ray's own options set them."""
 CONFIG_VARIABLE = "ATTNZOO_SERVE_CONFIG"
 """Environment variable that names the YAML file of settings for `application`."""
 
 
 @serve.ingress()
 class Server:
-    """One replica: an engine in a thread, and the HTTP application in front of it."""
+    """One replica: an engine in a thread, and its HTTP application."""
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
@@ -53,25 +53,26 @@ class Server:
         self._engine = AsyncEngine(Engine(config))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Ray asks for the application here, after the constructor."""
+        """Returns the application; Ray calls it after the constructor."""
         return build_app(self._engine, self._config)
 
     def check_health(self) -> None:
-        """Called by Ray every few seconds: a replica that raises is replaced."""
+        """Raises RuntimeError if the engine has failed. Ray calls it every few seconds and replaces a replica that
+        raises."""
         problem = self._engine.health()
         if problem is not None:
             raise RuntimeError(problem)
 
     async def drain(self) -> bool:
-        """Refuses new requests and waits for the running ones; False when some did not end in time."""
+        """Refuses new requests and waits for running ones; False if some did not finish in time."""
         return await self._engine.drain(self._config.drain_timeout_s)
 
 
 def keep_on_loopback() -> None:
-    """Keeps the replica's own gRPC server on loopback where the node is.
+    """Binds the replica's gRPC server to loopback if the Ray node is on loopback.
 
-    Ray 2.60 binds it to all interfaces, after the constructor. The token guards it, but who has no business with it
-    should not reach it; tests/integration/test_serve_ray.py lists the sockets.
+    Ray 2.60 binds it to all interfaces after the constructor. Ray's token guards it, but others should not even reach
+    it; tests/integration/test_serve_ray.py lists the sockets.
     """
     if ray.util.get_node_ip_address() != "127.0.0.1":
         return
@@ -82,22 +83,22 @@ def keep_on_loopback() -> None:
 
 
 def build(config: ServeConfig) -> serve.Application:
-    """The application of a configuration. The API key's variable must be set where the replica runs."""
-    # Admission is the engine's: Ray's own limits would answer in another shape. Room above them lets 429 out.
+    """The Ray Serve application for a configuration. The API key's variable must be set where the replica runs."""
+    # The engine limits requests; Ray's limit is higher, so that the engine's answer 429 reaches the client.
     limit = 4 * (config.max_num_seqs + config.max_queue) + 64
     options: dict[str, Any] = {
         "max_ongoing_requests": limit,
         "graceful_shutdown_timeout_s": config.drain_timeout_s,
         "graceful_shutdown_wait_loop_s": 0.1,
         "health_check_period_s": 5.0,
-        # Ray hides GPUs from replicas that ask for none.
+        # Ray hides GPUs from replicas that do not request any.
         "ray_actor_options": {"num_cpus": 1, "num_gpus": int(config.device.startswith("cuda"))},
     }
     return serve.deployment(name="attnzoo", num_replicas=1, **options)(Server).bind(config)
 
 
 def app(args: Mapping[str, Any]) -> serve.Application:
-    """What `serve run serve.deployment:app key=value ...` calls. Raises ValueError for keys it does not know."""
+    """The application for `serve run serve.deployment:app key=value ...`. Raises ValueError for unknown keys."""
     values = {key: parse_value(key, value) for key, value in args.items()}
     for key in RUN_ONLY:
         if key in values:
@@ -108,8 +109,8 @@ def app(args: Mapping[str, Any]) -> serve.Application:
 
 
 def __getattr__(name: str) -> serve.Application:
-    """`application`, for `serve build`, which cannot give `app` its arguments: the settings are those of the file that
-    `CONFIG_VARIABLE` names, and that variable must be set where the result is deployed. Raises ValueError."""
+    """The attribute `application`, for `serve build`, which cannot pass arguments to `app`. Its settings come from the
+    file that `CONFIG_VARIABLE` names; the variable must also be set where the result is deployed. Raises ValueError."""
     if name != "application":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     path = os.environ.get(CONFIG_VARIABLE)
@@ -124,19 +125,19 @@ def start(
     cancelled: Callable[[], bool] = lambda: False,
     lost: Callable[[str], None] = lambda name: None,
 ) -> str:
-    """Starts a local Ray (or joins `config.cluster`), deploys, waits until it answers; returns the base URL.
+    """Starts a local Ray (or joins `config.cluster`), deploys, waits until the server answers; returns its base URL.
 
-    `connected` is called once Ray has installed its signal handlers and before clients can see the server: the place
-    to install one's own. Call `prepare_environment` before this module is imported: it turns Ray's token
-    authentication on. Once `cancelled` is true nothing is waited for any more. `lost` is called, in a thread, with the
-    name of the process that ended when a local Ray ends by itself, at any time until `stop`.
-    Raises ValueError for what the configuration got wrong, RuntimeError when the deployment does not come up.
+    Call `prepare_environment` before importing this module: it turns on Ray's token authentication. connected: called
+    after Ray has installed its signal handlers and before clients can connect, so that the caller can install its own.
+    cancelled: waiting stops once it returns True. lost: called in a thread, until `stop`, with the name of the process
+    that ended if a local Ray ends by itself. Raises ValueError for a wrong configuration, RuntimeError if the
+    deployment fails.
     """
     application = build(config)
     port = free_port(config.host, config.port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with sigterm_held_back():
-        # Ray puts the current directory first on its workers' path, where a serve.py of the user's own would hide this.
+        # Ray puts the current directory first on its workers' path; a user's serve.py there would hide this package.
         with contextlib.chdir(directory()):
             _connect(config)
         connected()
@@ -153,13 +154,13 @@ def start(
 
 
 def _connect(config: ServeConfig) -> None:
-    """Starts a local Ray, or joins the cluster."""
+    """Starts a local Ray, or joins the cluster of the configuration."""
     if config.cluster is not None:
         ray.init(address=config.cluster, log_to_driver=False)
         return
-    os.environ.pop("RAY_ADDRESS", None)  # of another cluster
+    os.environ.pop("RAY_ADDRESS", None)  # it may name another cluster
     os.environ[VARIABLE] = config.front_limits.to_json()
-    # Ray prints what befalls its processes on stdout, with pages of its logs; `Watch` and `LocalRay` say it in a line.
+    # Ray prints errors of its processes with pages of logs on stdout; `Watch` and `LocalRay` report them in one line.
     ray._private.worker.listen_error_messages = lambda *_: None
     ray.init(
         address="local",
@@ -172,8 +173,8 @@ def _connect(config: ServeConfig) -> None:
 
 
 def wait_until_running(cancelled: Callable[[], bool]) -> None:
-    """Waits for the replica. Raises RuntimeError with the words in which its constructor failed: at the first attempt
-    for what another attempt cannot change, else when Ray gives up."""
+    """Waits until the replica runs. Raises RuntimeError with the constructor's error: after the first attempt for a
+    ValueError, which another attempt cannot change, else when Ray gives up."""
     while not cancelled():
         found = serve.status().applications.get(APP_NAME)
         if found is not None:
@@ -189,10 +190,10 @@ def wait_until_running(cancelled: Callable[[], bool]) -> None:
 
 
 def explain_failure(message: str) -> str:
-    """From Ray's message about a deployment: the exception that ended its constructor, else what Ray says."""
+    """The exception that ended the constructor, taken from Ray's message about a deployment; else the message."""
     _, found, trace = message.rpartition("Traceback (most recent call last):\n")
     if found:
-        # The frames are indented; the exception, of one line or many, is what follows them.
+        # Frames are indented; the exception follows them and may have several lines.
         exception = re.search(r"^\S.*", trace, re.MULTILINE | re.DOTALL)
         if exception is not None:
             return exception[0].strip()
@@ -205,7 +206,7 @@ def explain_failure(message: str) -> str:
 
 
 def replica_state() -> str:
-    """What Ray knows of the replica, in a line. Raises whatever Ray raises when it is gone itself."""
+    """Ray's status of the replica in one line. Raises Ray's errors if Ray itself has ended."""
     found = serve.status().applications.get(APP_NAME)
     if found is None:
         return "Ray knows no application of this name any more"
@@ -219,7 +220,7 @@ def replica_state() -> str:
 
 
 def drain(timeout_s: float) -> bool:
-    """Asks the replica to finish what runs; False when it could not in time."""
+    """Asks the replica to refuse new requests and finish running ones; False if it could not within `timeout_s`."""
     handle: DeploymentHandle = serve.get_app_handle(APP_NAME)
     try:
         return bool(handle.drain.remote().result(timeout_s=timeout_s + 5.0))
@@ -228,7 +229,7 @@ def drain(timeout_s: float) -> bool:
 
 
 def stop(config: ServeConfig) -> None:
-    """Ends the application, and Ray's processes where `start` started them; others' applications stay."""
+    """Ends the application, and Ray if `start` has started it; other applications of a cluster stay."""
     if not ray.is_initialized():
         return
     if config.cluster is not None:

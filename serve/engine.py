@@ -1,4 +1,4 @@
-"""The engine: requests in, text out, one `step()` at a time. No threads, no network, no Ray."""
+"""The engine: takes requests and generates text, one `step()` at a time. It knows no network and no Ray."""
 
 import itertools
 import threading
@@ -14,7 +14,6 @@ from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models import DecoderLM
 from attnzoo.tokenizer.chat_tokens import ChatEncoder
 from attnzoo.tokenizer.text_stream import TextStream
-from serve.alone import alone
 from serve.caches import CacheRules
 from serve.config import EngineConfig
 from serve.faults import DeviceError, SharedError, log
@@ -33,9 +32,10 @@ from serve.request import (
     SamplingParams,
     failed,
 )
-from serve.runner import Ran, Runner
+from serve.runner import Runner, StepResult
 from serve.sampler import Drawn, make_generator, sample_rows
 from serve.scheduler import Demand, Scheduler, StepPlan
+from serve.synchronized import synchronized
 
 if TYPE_CHECKING:
     from attnzoo.tokenizer import Tokenizer
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 class Engine:
     """Continuous batching of one model.
 
-    `model` and `tokenizer` are read from `config.checkpoint` unless given. Raises ValueError when the checkpoint is
-    damaged (its chat template included) or the limits do not fit it. Calls of several threads wait for one another:
-    requests that run together are for one thread, or for `serve.async_engine`. Any may encode at any time.
+    model, tokenizer: read from `config.checkpoint` unless given. Raises ValueError if the checkpoint or its chat
+    template is damaged, or a setting exceeds what the model supports. Threads may share an engine, but calls that
+    compute wait for one another; to run requests of many callers together use `serve.async_engine`.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Engine:
         self.pace = PromptPace(None if config.itl_target_ms is None else config.itl_target_ms / 1000)
         self._requests: dict[str, Request] = {}
         self._unread: list[Delta] = []
-        """News that the next step hands over: of requests that `generate` or an interrupted step came by."""
+        """Deltas that the next `step` returns; `generate` and interrupted steps leave those of other requests here."""
         self._ids = itertools.count()
 
     def _new_scheduler(self) -> Scheduler:
@@ -91,16 +91,16 @@ class Engine:
         )
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of a text prompt, the beginning-of-sequence token first where the vocabulary has one. Raises
-        ContextLengthError for a text that is longer than the model can read, before it is encoded."""
+        """Token ids of a text prompt, with the begin token if the model uses one. Raises ContextLengthError for a text
+        that must exceed the context, before encoding it."""
         self._check_length(prompt)
         if self.config.control_tokens == "template_only":
             return [*self.tokenizer.encode("", bos=True), *self.tokenizer.encode_text(prompt, self._control)]
         return self.tokenizer.encode(prompt, bos=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation up to the assistant's answer. Raises ValueError without a chat template, and when
-        the template refuses the conversation; ContextLengthError as `encode`."""
+        """Token ids of a conversation up to the assistant's answer. Raises ValueError without a chat template, or if it
+        refuses the conversation; ContextLengthError as `encode` does."""
         if self.chat_template is None:
             raise ValueError("this model has no chat template; give a prompt instead of messages")
         text = self.chat_template.template.render(messages)
@@ -118,18 +118,18 @@ class Engine:
             )
 
     def choose_cache(self, asked: Mapping[str, Any] | None) -> CacheChoice:
-        """The cache of a request that asks for `asked` ({"policy": name, option: value}), None: the engine's own.
+        """The cache for a request. asked: {"policy": name, option: value}, or None for the engine's default.
 
-        Raises ValueError that names the field for what is unknown, out of range, not allowed, or impossible with this
+        Raises ValueError that names the field if it is unknown, out of range, not allowed, or does not work with this
         model.
         """
         choice = self.caches.choose(asked)
         if not choice.exact:
-            self._byte_model(choice)  # refuses what this model cannot have
+            self._byte_model(choice)  # raises if the policy does not work with this model
         return choice
 
     def _check_bounds(self, choice: CacheChoice) -> None:
-        """Raises ValueError for a policy that requests may ask for and this model cannot have."""
+        """Raises ValueError if the bounds allow a policy that does not work with this model."""
         try:
             if not choice.exact:
                 self._byte_model(choice)
@@ -137,7 +137,7 @@ class Engine:
             raise ValueError(f"cache_bounds.{choice.policy}: this model cannot have it: {error}") from None
 
     def _demand(self, choice: CacheChoice, prompt: int, tokens: int) -> Demand:
-        """Bytes that count against `cache_mib`; the full cache's rows are there from the start."""
+        """The memory that counts against `cache_mib`: none for the full cache, which is allocated at the start."""
         if choice.exact:
             return Demand(choice)
         model = self._byte_model(choice)
@@ -146,8 +146,8 @@ class Engine:
         return Demand(choice, row_bytes=model.compressed(prompt, tokens), prompt_bytes=model.reading(room))
 
     def check(self, prompt: Sequence[int], params: SamplingParams, cache: CacheChoice | None = None) -> None:
-        """Raises ValueError for a prompt this model cannot continue, ContextLengthError when it is too long,
-        CacheMemoryError when its cache is larger than there is memory for."""
+        """Raises ValueError for a prompt that is empty or has unknown tokens, ContextLengthError if prompt and
+        max_tokens exceed the context, CacheMemoryError if the request's cache exceeds `cache_mib`."""
         check_prompt(prompt, self.tokenizer.vocab_size)
         total = len(prompt) + params.max_tokens
         if total > self.max_model_len:
@@ -162,7 +162,7 @@ class Engine:
                 "shorten the prompt, or keep less of it"
             )
 
-    @alone
+    @synchronized
     def add_request(
         self,
         request_id: str,
@@ -171,8 +171,8 @@ class Engine:
         arrived: float | None = None,
         cache: CacheChoice | None = None,
     ) -> None:
-        """Queues a request; `arrived` (time.perf_counter) starts its clock; `cache` is from `choose_cache`. Raises as
-        `check` and `Scheduler.add`."""
+        """Queues a request. arrived: its arrival by time.perf_counter, for the metrics (None: now). cache: from
+        `choose_cache`. Raises the errors of `check` and `Scheduler.add`."""
         cache = cache or self.caches.default
         self.check(prompt, params, cache)
         request = Request(
@@ -188,16 +188,16 @@ class Engine:
         self._requests[request_id] = request
 
     def has_work(self) -> bool:
-        """Whether any request is unfinished, or any news unread."""
+        """Whether any request is unfinished, or `step` has deltas to return."""
         return self.scheduler.has_work() or bool(self._unread)
 
-    @alone
+    @synchronized
     def step(self) -> list[Delta]:
-        """Runs every sequence that can run; returns what is new. Does nothing without work.
+        """Runs one step of all sequences that can run, and returns their deltas; an empty list without work.
 
-        What goes wrong with one sequence is news of that one (finish_reason "error"), and the others go on. Raises
-        DeviceError when the device is gone. Any other way out of here, an interrupt included, leaves no request in the
-        engine: those that were there are reported as failed by the next step.
+        A request that fails alone ends with finish_reason "error", and the others go on. Raises DeviceError if the
+        device no longer works. Any other exception, an interrupt included, ends all requests; the next step reports
+        them as failed.
         """
         deltas, self._unread = self._unread, []
         if self.scheduler.has_work():
@@ -211,7 +211,7 @@ class Engine:
         return deltas
 
     def _run_step(self, deltas: list[Delta]) -> None:
-        """Adds the news as they come about: what was said of a request that left stays said, whatever follows."""
+        """Appends each delta to `deltas` at once, so that none is lost when a later part of the step raises."""
         started = time.perf_counter()
         plan = self.scheduler.schedule(self.pace.prompt_tokens)
         self._mark_started(plan)
@@ -228,19 +228,19 @@ class Engine:
         self.metrics.step(plan.num_tokens)
         self._publish_load()
 
-    def _draw(self, ran: Ran, rows: list[Request]) -> list[Drawn | Exception]:
+    def _draw(self, ran: StepResult, rows: list[Request]) -> list[Drawn | Exception]:
         if not rows:
             return []
         try:
-            # A vocabulary may be padded beyond the tokenizer's; what stands for nothing is never chosen.
+            # A model's vocabulary may be padded; tokens that the tokenizer does not have are never chosen.
             return sample_rows(ran.logits_RV[:, : self.tokenizer.vocab_size], rows)
         except Exception as failure:
             self.runner.check_device(failure)
             return [SharedError(failure)] * len(rows)
 
-    @alone
+    @synchronized
     def fail_all(self, failure: BaseException) -> list[Delta]:
-        """Ends all requests and forgets their states, for who cannot know whose fault `failure` is."""
+        """Ends all requests because of `failure`, which cannot be assigned to one of them, and clears their states."""
         requests, self._requests = list(self._requests.values()), {}
         self.scheduler = self._new_scheduler()
         self.runner.clear()
@@ -249,9 +249,9 @@ class Engine:
         self._publish_load()
         return [failed(request, SharedError(failure)) for request in requests]
 
-    @alone
+    @synchronized
     def abort(self, request_id: str) -> bool:
-        """Ends a request at once and frees its slot; False when it is not known (any more)."""
+        """Ends a request at once and frees its slot; False if the engine does not have it."""
         request = self._requests.get(request_id)
         if request is None:
             return False
@@ -260,23 +260,24 @@ class Engine:
         return True
 
     def render_metrics(self) -> bytes:
-        """The metrics as Prometheus reads them. Any thread may call it: bytes are summed here, not in every step."""
+        """The metrics in Prometheus' text format. Any thread may call it; it computes the bytes, so that steps need
+        not."""
         running = [request for request in list(self._requests.values()) if request.started]
         self.metrics.memory(sum(self.runner.kv_bytes(request) for request in running), self.runner.pool_bytes)
         return self.metrics.render()
 
-    @alone
+    @synchronized
     def generate(
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams,
         cache: Mapping[str, Any] | None = None,
     ) -> list[CompletionOutput]:
-        """Completes all prompts (text or token ids) and waits for them; more than the queue holds is fine. `cache` as
-        in `choose_cache`.
+        """Completes all prompts (texts or token ids); they may be more than the queue holds. cache: as in
+        `choose_cache`.
 
-        A completion with finish_reason "error" failed, and says why; the others are not touched. Interrupted, it leaves
-        none of its requests behind. News of requests that others added waits for the next `step`.
+        A completion that failed has finish_reason "error" and a message; the others are not affected. An interrupt
+        removes all requests of this call. Deltas of requests that others have added wait for the next `step`.
         """
         choice = self.choose_cache(cache)
         pending = [self.encode(prompt) if isinstance(prompt, str) else prompt for prompt in read_prompts(prompts)]
@@ -300,7 +301,7 @@ class Engine:
         cache: CacheChoice,
         done: dict[str, CompletionOutput],
     ) -> None:
-        """Runs until all prompts are done; news of other requests stays unread."""
+        """Runs steps until all prompts are in `done`; keeps the deltas of other requests for the next `step`."""
         todo = list(prompts.items())[::-1]
         parts: dict[str, list[Delta]] = {request_id: [] for request_id in prompts}
         others: list[Delta] = []
@@ -337,7 +338,7 @@ class Engine:
                 self._leave(request, delta.finish_reason)
 
     def _advance(self, request: Request, drawn: Drawn, now: float) -> Delta:
-        """A token more."""
+        """Appends a token to a request, and returns the delta."""
         token, logprob = drawn
         request.generated.append(token)
         self.metrics.token(request, now)
@@ -347,7 +348,7 @@ class Engine:
         return self._delta(request, text, reason)
 
     def _fail(self, request: Request, failure: Exception, deltas: list[Delta]) -> None:
-        """Ends one request by what went wrong with it."""
+        """Ends one request with the error `failure`."""
         log(f"request {request.request_id} failed", failure)
         deltas.append(failed(request, failure))
         self._leave(request, "error")

@@ -1,4 +1,4 @@
-"""What Ray reads from the environment when it is imported; so this comes first, and imports nothing of Ray."""
+"""Sets the environment variables that Ray reads when it is imported. This module does not import Ray."""
 
 import contextlib
 import os
@@ -8,14 +8,14 @@ from pathlib import Path
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_SERVE_ENABLE_HA_PROXY": "0",  # its proxy listens on all interfaces, whatever the host says
-    # The engine has a thread of its own and never blocks the event loop, so a second loop would only cost hops.
+    "RAY_SERVE_ENABLE_HA_PROXY": "0",  # its proxy ignores `host` and listens on all interfaces
+    # The engine's thread never blocks the event loop, so that a second loop would only add hops.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    # Where Ray expects no cluster it takes loopback for the node's address; elsewhere it looks up a public one.
+    # Without a cluster, Ray then takes loopback for the node's address instead of a public one.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # Ray's memory monitor kills its own processes when the machine is full, whoever filled it.
+    # Ray's memory monitor kills Ray's processes when memory runs out, even if others have used it.
     "RAY_memory_monitor_refresh_ms": "0",
-    # Ray kills a proxy that does not answer three times in 5 s, also while it still starts on a busy machine.
+    # By default Ray kills a proxy that misses three checks of 5 s, as one does that starts on a busy machine.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front.proxy:middlewares",
@@ -23,10 +23,10 @@ QUIET = {
 
 
 def prepare_environment(cache: Path) -> None:
-    """Turns usage reports off and Ray's token authentication on, before Ray is imported.
+    """Turns off Ray's usage reports and turns on its token authentication. Call it before importing Ray.
 
-    The token is the environment's if it has one, else a random one that is kept in `cache`, readable only by its
-    owner, so that a second server of this project can be started or joined. RAY_AUTH_MODE=disabled is left alone.
+    The token comes from the environment, or else from a file in `cache` that only its owner can read. It is made at
+    random once, and other servers of this user use it too. RAY_AUTH_MODE=disabled is respected.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -36,14 +36,14 @@ def prepare_environment(cache: Path) -> None:
         return
     path = cache.resolve() / "ray_token"
     if not path.exists():
-        _leave_token(path)
+        _write_token(path)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
 
 
-def _leave_token(path: Path) -> None:
-    """Writes a token that is there whole or not at all; of several servers that start at once the first one's stays."""
+def _write_token(path: Path) -> None:
+    """Writes a random token atomically; when several servers start at once, the first one's token is kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # for its owner's eyes only
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # only its owner can read it
     try:
         with os.fdopen(handle, "w") as file:
             file.write(secrets.token_hex(32))

@@ -1,28 +1,28 @@
-"""What went wrong, and who may read about it.
+"""Errors of requests, and who may read their messages.
 
-A message may quote the prompt it is about. So its text goes to the request's owner only: neither into logs, nor to
-those whose requests happened to run beside it.
+A message may quote the prompt. So only the request's owner gets its text; logs and the owners of other requests in the
+same step do not.
 """
 
 import logging
 
 MAX_MESSAGE = 1000
-"""Characters of a message that its owner gets."""
+"""Longest message to a request's owner, in characters."""
 
 logger = logging.getLogger("attnzoo.serve")
 
 
 class DeviceError(RuntimeError):
-    """The device no longer answers: nothing can be computed any more."""
+    """The device no longer works."""
 
 
 class LogitsError(FloatingPointError):
-    """The model gave no numbers to choose a token by. Where that was noticed says nothing: one line of log is enough,
-    and its message, which is always the same, may stand there."""
+    """The model's logits are not finite, so that no token can be chosen. It is logged without a traceback, which would
+    not show the cause; its fixed message quotes no prompt."""
 
 
 class SharedError(RuntimeError):
-    """Something failed that several requests had in common; without the text of what failed."""
+    """The error of a computation that several requests shared; its message does not contain the cause's text."""
 
     def __init__(self, failure: BaseException) -> None:
         super().__init__(f"the engine failed while it worked on this request ({type(failure).__name__}); try again")
@@ -30,7 +30,7 @@ class SharedError(RuntimeError):
 
 
 def message(failure: BaseException) -> str:
-    """What the owner of a request reads."""
+    """The message for the owner of a request that failed."""
     if isinstance(failure, SharedError):
         return str(failure)
     text = str(failure)
@@ -39,7 +39,7 @@ def message(failure: BaseException) -> str:
 
 
 def log(what: str, failure: BaseException, level: int = logging.ERROR) -> None:
-    """Where it failed and with which type, which are enough to find the fault; the text stays out."""
+    """Logs the traceback and the type of a failure, but not its text."""
     if isinstance(failure, LogitsError):
         logger.log(level, "%s: %s", what, failure)
         return

@@ -1,4 +1,4 @@
-"""The engine's model and tokenizer, and what they allow."""
+"""Loads the engine's model and tokenizer, and determines the longest sequence."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def load_parts(
     directory: Path, config: EngineConfig, model: DecoderLM | None, tokenizer: "Tokenizer | None"
 ) -> tuple[DecoderLM, "Tokenizer"]:
-    """Model and tokenizer, read from the checkpoint where they are None. Raises ValueError where one is damaged, or
-    they do not fit each other."""
+    """The model and the tokenizer; those that are None are read from the checkpoint. Raises ValueError if a file is
+    damaged, or the tokenizer has more tokens than the model."""
     if model is None:
         model = load_for_inference(
             directory,
@@ -33,7 +33,7 @@ def load_parts(
 
 
 def max_model_len(config: EngineConfig, model: DecoderLM) -> int:
-    """Tokens of a sequence at most. Raises ValueError for more than the model can read."""
+    """The most tokens of a sequence. Raises ValueError if config.max_model_len exceeds the model's max_positions."""
     most = model.config.max_positions
     length = most if config.max_model_len is None else config.max_model_len
     if length > most:

@@ -1,4 +1,4 @@
-"""What operators watch, in Prometheus' text format, with the names that vLLM's dashboards know under our prefix."""
+"""Metrics in Prometheus' text format, named like vLLM's with the prefix attnzoo_."""
 
 import time
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ REQUEST_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class ServerMetrics:
-    """Counters of one engine, in a registry of their own."""
+    """The metrics of one engine, in a registry of its own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
@@ -47,22 +47,22 @@ class ServerMetrics:
         self._step_tokens = self._counter("step_tokens", "Tokens that went through the model")
 
     def step(self, tokens: int) -> None:
-        """After each step, with the tokens that went through the model."""
+        """Counts a step in which `tokens` tokens went through the model."""
         self._steps.inc()
         self._step_tokens.inc(tokens)
 
     def load(self, running: int, waiting: int) -> None:
-        """After each step and each abort."""
+        """Sets the numbers of running and waiting requests."""
         self._running.set(running)
         self._waiting.set(waiting)
 
     def memory(self, filled: int, allocated: int) -> None:
-        """Bytes of the states of running sequences and of all states, before `render`."""
+        """Sets the bytes of the states that running sequences fill, and of all allocated states."""
         self._kv_bytes.set(filled)
         self._pool_bytes.set(allocated)
 
     def token(self, request: Request, now: float) -> None:
-        """For each new token, at time `now`."""
+        """Counts a new token of a request, generated at `now` (time.perf_counter)."""
         self._generated.inc()
         if request.first_token:
             self._itl.observe(now - request.last_token)
@@ -73,7 +73,7 @@ class ServerMetrics:
         request.last_token = now
 
     def finished(self, request: Request, reason: FinishReason) -> None:
-        """When a request leaves, however it does."""
+        """Counts a request that leaves the engine."""
         self._requests.labels(reason).inc()
         if request.params.counts_prompt:
             self._prompt.inc(len(request.prompt))
@@ -81,11 +81,11 @@ class ServerMetrics:
             self._e2e.observe(time.perf_counter() - request.arrived)
 
     def answered(self, status: int) -> None:
-        """When the interface answers a request, whether the engine saw it or not."""
+        """Counts an HTTP answer by its status, also for requests that never reached the engine."""
         self._answers.labels(str(status)).inc()
 
     def render(self) -> bytes:
-        """The text that Prometheus scrapes."""
+        """The metrics as text for Prometheus."""
         return generate_latest(self.registry)
 
     def _gauge(self, name: str, help_text: str) -> Gauge:

@@ -1,19 +1,19 @@
-"""How much prompt a step may read while others wait for their next token: measured, handed over as an integer."""
+"""Limits the prompt tokens of a step while other sequences wait for their next token, from measured step times."""
 
 FIRST = 64
-"""Tokens until something was measured."""
+"""Limit before the first measurement, in tokens."""
 LEAST = 32
-"""Tokens that are always read: fewer cost a pass over the weights all the same. Smaller steps are not measured."""
+"""Smallest limit: fewer tokens cost a pass over the weights all the same. Steps with fewer are not measured."""
 PASSES = 2
-"""Passes over the weights, each at the price of a step that only decodes, before the first token of a prompt."""
+"""A step that decodes and reads prompts costs so many decode steps, plus the time of its prompt tokens."""
 WEIGHT = 0.5
-"""Of the newest measurement."""
+"""Weight of the newest measurement in the moving average."""
 
 
 class PromptPace:
-    """Prompt tokens that keep a step within about `target_s`, None: no bound.
+    """Estimates how many prompt tokens keep a step within about `target_s` seconds (None: no limit).
 
-    The answer is a power of two, so that one and the same load is cut into the same chunks.
+    The limit is a power of two, so that equal loads are cut into equal chunks.
     """
 
     def __init__(self, target_s: float | None) -> None:
@@ -23,7 +23,7 @@ class PromptPace:
 
     @property
     def prompt_tokens(self) -> int | None:
-        """For the next step."""
+        """Most prompt tokens of the next step; None: no limit."""
         if self.target_s is None:
             return None
         if self._token_s is None:
@@ -32,7 +32,7 @@ class PromptPace:
         return max(LEAST, 1 << max(room, 1).bit_length() - 1)
 
     def measured(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
-        """A step of so many sequences that decode and tokens of prompts took `seconds`."""
+        """Records that a step took `seconds`. decoding: sequences that decoded in it; prompt_tokens: tokens it read."""
         if prompt_tokens == 0:
             self._decode_s = _mixed(self._decode_s or seconds, seconds)
         elif prompt_tokens >= LEAST:

@@ -1,8 +1,8 @@
-"""Where states live on the device: rows of one batched state, for sequences that decode together.
+"""Holds states on the device. Sequences that decode together are the rows of one batched state.
 
-`SlotPool` holds full caches: rows of fixed size, made once, in which prompts are read where they will decode.
-`CompactPool` holds compressed caches: a prompt is read in a state of its own, and what compression leaves of it joins
-the pool, which is as large as the sequences in it need and no larger.
+`SlotPool` holds full caches in rows of fixed size, allocated once; prompts are read directly into their rows.
+`CompactPool` holds compressed caches: a prompt is read into a state of its own, compressed, and joined to the pool,
+which is only as large as its sequences need.
 """
 
 from collections.abc import Sequence
@@ -17,54 +17,54 @@ from serve.scheduler import Chunk
 from serve.slots import Release
 
 Prompts = Sequence[tuple[Chunk, Sequence[int]]]
-"""Chunks of neighbouring slots, each with the whole prompt."""
+"""Chunks in neighbouring slots, each with the token ids of its whole prompt."""
 
 
 class HalfWrittenError(RuntimeError):
-    """Some layers of a state count a step and some do not: it cannot be taken again."""
+    """Only some layers of a state have stored a step, so that the step cannot be repeated."""
 
 
 class SlotPool:
-    """`rows` sequences with room for `tokens` tokens each.
+    """Full caches of `rows` sequences with room for `tokens` tokens each.
 
-    `compile_decode`: compiles decode steps here and now. Raises ValueError for a model whose steps cannot be compiled,
-    and without a C++ compiler.
+    compile_decode: compile decode steps in the constructor. Raises ValueError if the model's steps cannot be compiled,
+    or there is no C++ compiler.
     """
 
     def __init__(self, model: DecoderLM, rows: int, tokens: int, compile_decode: bool = False) -> None:
         self.model = model
         self.state = model.init_state(rows, tokens)
         self.nbytes = self.state.nbytes()
-        # The tensors stay where they are, so views of the same rows are made once.
+        # The tensors never move, so that each view of rows is made only once.
         self._views: dict[tuple[int, int], DecoderState] = {}
         self._compiled = CompiledDecode(model) if compile_decode else None
         if self._compiled is not None:
             self._warm_up(self._compiled, rows)
 
     def _warm_up(self, step: CompiledDecode, rows: int) -> None:
-        """Compiles for one sequence and for several, so that no request waits for it."""
+        """Compiles for one sequence and for several, so that no request waits for compilation."""
         for count in {1, min(2, rows)}:
             step(_tensor(self.model, [[0]] * count), self._rows(slice(0, count)))
             self.state.reset(slice(0, count))
 
     @property
     def repeats(self) -> bool:
-        """Whether a decode step that failed may be taken again: then it has written nothing but the new token's keys
-        and values, which are written again. Compiled steps count their tokens layer by layer."""
+        """Whether a failed decode step may be repeated: it has then written only the new token's keys and values, which
+        a repetition overwrites. A compiled step advances its token counts layer by layer and cannot be repeated."""
         return self._compiled is None
 
     def decode(self, tokens_B1: Tensor) -> Tensor:
-        """hidden_BD behind the next token of the first B slots."""
+        """hidden_BD of the next token of the first B slots."""
         if self._compiled is None:
             return self._extend(tokens_B1, 0, None)[:, -1]
         return self._compiled(tokens_B1, self._rows(slice(0, len(tokens_B1))))[0][:, -1]
 
     def decode_one(self, token: int, slot: int) -> Tensor:
-        """hidden_1D behind the next token of one slot: `decode` once more, where it `repeats`."""
+        """hidden_1D of the next token of one slot; repeats a failed `decode` if `repeats` is True."""
         return self._extend(_tensor(self.model, [[token]]), slot, None)[:, -1]
 
     def prefill(self, prompts: Prompts) -> Tensor:
-        """hidden_RD behind the prompts that end in these chunks."""
+        """Reads chunks, and returns hidden_RD of the last tokens of the R prompts that end in them."""
         chunks = [chunk for chunk, _ in prompts]
         counts = [chunk.count for chunk in chunks]
         width = max(counts)
@@ -76,7 +76,8 @@ class SlotPool:
         return hidden_BTD[ended, [counts[row] - 1 for row in ended]]
 
     def read_again(self, chunk: Chunk, prompt: Sequence[int]) -> Tensor:
-        """`prefill` of one prompt, from its beginning: after a failure that leaves its row in an unknown state."""
+        """Reads a prompt again from its beginning up to the chunk's end, after a failure left its row in an unknown
+        state. Returns as `prefill`."""
         self.state.reset(slice(chunk.slot, chunk.slot + 1))
         end = chunk.start + chunk.count
         for first in range(0, end, chunk.count):
@@ -85,7 +86,7 @@ class SlotPool:
         return hidden_1TD[:, -1] if chunk.last else hidden_1TD[:0, -1]
 
     def exchange(self, slots: tuple[int, int], tokens: int) -> None:
-        """Lets two sequences of at most that many tokens change places."""
+        """Exchanges the sequences in two slots, which have at most `tokens` tokens."""
         first, second = (self.state.rows(slice(slot, slot + 1)).cut(max(tokens, 1)) for slot in slots)
         kept = first.clone()
         first.fill(second)
@@ -111,16 +112,16 @@ class SlotPool:
         return self._views[key]
 
     def release(self, request_id: str, release: Release) -> None:
-        """Moves rows and empties the freed one: nothing of a sequence stays behind for the next."""
+        """Moves rows, and empties the freed one so that no data of its sequence remains."""
         for source, target in release.moves:
             self.state.store(slice(target, target + 1), self.state.rows(slice(source, source + 1)))
         self.state.reset(slice(release.freed, release.freed + 1))
 
 
 class CompactPool:
-    """Sequences whose caches `policy` compresses: a row each once their prompts have been read.
+    """Compressed caches of one policy: one row for each sequence whose prompt has been read.
 
-    `compiled`: the policy's decode step by torch's compiler (`compiled_step`), None: operator by operator.
+    compiled: the policy's compiled decode step (`compiled_step`); None: decode without compilation.
     """
 
     def __init__(self, model: DecoderLM, policy: CachePolicy, compiled: CompiledDecode | None = None) -> None:
@@ -128,46 +129,45 @@ class CompactPool:
         self._step = compiled or model.extend_hidden
         self.state: DecoderState | None = None
         self.slots: list[int] = []
-        """The slot of each row, ascending. Between steps these are 0, 1, ...; a prompt that fails leaves a gap until it
-        is released."""
+        """The slot of each row, ascending: 0, 1, ... between steps. A failed prompt leaves a gap until its release."""
         self.prompts: dict[str, DecoderState] = {}
-        """States of prompts that are being read."""
+        """States of prompts that are being read, by request."""
 
     @property
     def rows(self) -> int:
-        """Sequences that decode."""
+        """Number of sequences that decode."""
         return 0 if self.state is None else self.state.batch
 
     def row_of(self, slot: int) -> int:
-        """Where the sequence in a slot is in `state`."""
+        """The row in `state` of the sequence in a slot."""
         return self.slots.index(slot)
 
-    # The two that follow are asked by other threads too, while states come and go.
+    # Other threads call the next two methods while states are added and removed.
     @property
     def nbytes(self) -> int:
-        """Bytes of all states here, as allocated."""
+        """Allocated bytes of all states in the pool."""
         states = [*list(self.prompts.values()), self.state]
         return sum(state.nbytes() for state in states if state is not None)
 
     def row_bytes(self, request_id: str) -> int:
-        """Bytes of the sequence's state, as allocated: of its prompt's while that is read, then of a row."""
+        """Allocated bytes of a sequence: of its prompt's state while that is read, afterwards of a row."""
         prompt, state = self.prompts.get(request_id), self.state
         if prompt is not None:
             return prompt.nbytes()
         return 0 if state is None else state.nbytes() // state.batch
 
     def decode(self, tokens_B1: Tensor) -> Tensor:
-        """hidden_BD behind the next token of all rows."""
+        """hidden_BD of the next token of all rows."""
         assert self.state is not None
         hidden_BTD, self.state = self._step(tokens_B1, self.state)
         return hidden_BTD[:, -1]
 
     def read(self, chunk: Chunk, prompt: Sequence[int]) -> Tensor:
-        """hidden_1D behind the chunk, no row of it where the prompt goes on. What fails leaves no trace of the prompt;
-        `state` is None where it took the other rows with it."""
+        """Reads a chunk, and returns hidden_1D of its last token, or no rows if the prompt goes on. If it raises, the
+        prompt's state is gone; if `state` is then None, all other rows are lost too."""
         state = self.prompts.pop(chunk.request_id, None)
         if state is None:
-            # A policy that compresses while it reads needs no room for the whole prompt.
+            # A policy that compresses while reading needs no room for the whole prompt.
             room = chunk.count if self.policy.prefill == "stream" else len(prompt)
             state = self.model.init_state(1, room, cache=self.policy)
         tokens_1T = _tensor(self.model, [prompt[chunk.start : chunk.start + chunk.count]])
@@ -185,16 +185,16 @@ class CompactPool:
         else:
             self.state.check_joins(row)
             rows, self.state, slots, self.slots = self.state, None, self.slots, []
-            self.state = rows.joined(row)  # consumes what was there
+            self.state = rows.joined(row)  # consumes `rows`
             self.slots = slots
         self.slots.append(slot)
 
     def drop(self) -> None:
-        """Forgets all rows, after a step that failed half way."""
+        """Removes all rows, after a step that failed half way."""
         self.state, self.slots = None, []
 
     def release(self, request_id: str, release: Release) -> None:
-        """Forgets a sequence, its memory with it."""
+        """Removes a sequence and frees its memory."""
         self.prompts.pop(request_id, None)
         rows = {slot: row for row, slot in enumerate(self.slots)}
         for source, target in release.moves:
@@ -210,8 +210,8 @@ class CompactPool:
 
 @torch.inference_mode()
 def compiled_step(model: DecoderLM, policy: CachePolicy, rows: int, tokens: int) -> CompiledDecode:
-    """The decode step of a `CompactPool`, compiled here and now for one sequence and, where there may be several
-    `rows`, for several. tokens: of the longest sequence. Raises ValueError as `CompiledDecode`."""
+    """Compiles the decode step of a `CompactPool` for one sequence and, if `rows` is larger, for several. tokens:
+    length of the longest sequence. Raises the ValueError of `CompiledDecode`."""
     step = CompiledDecode(model, policy)
     prompt = min(tokens - 1, WARM_UP)
     for count in {1, min(2, rows)}:
@@ -222,7 +222,7 @@ def compiled_step(model: DecoderLM, policy: CachePolicy, rows: int, tokens: int)
 
 
 WARM_UP = 256
-"""Tokens of the prompt for which a step is compiled: enough that a usual budget leaves more than one entry."""
+"""Length in tokens of the prompt used for compilation: with a usual budget the cache then keeps several entries."""
 
 
 def _tensor(model: DecoderLM, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:

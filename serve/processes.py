@@ -1,4 +1,4 @@
-"""The processes of a Ray that this process started: who hears SIGTERM, who notices their end, who ends what is left."""
+"""The processes of a local Ray: keeps SIGTERM from them, notices when one ends, and ends those that are left."""
 
 import ctypes
 import signal
@@ -12,27 +12,27 @@ import psutil
 
 LOOK_S = 0.05
 END_S = 5.0
-"""How long killed processes are waited for."""
+"""Seconds to wait for killed processes."""
 NEEDED = ("gcs_server", "raylet")
-"""Without these Ray is gone: whatever asks it for something waits a minute, and then Ray ends the process."""
+"""Ray does not work without these processes: calls to it then wait a minute, after which Ray ends the caller."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
 class Node(Protocol):
-    """What is used of Ray's object for the processes that `ray.init` started."""
+    """The part of Ray's node object that `LocalRay` uses; it stands for the processes that `ray.init` has started."""
 
     kill_all_processes: Callable[..., None]
 
     def dead_processes(self) -> Sequence[tuple[str, Any]]:
-        """The names and handles of those that have ended by themselves."""
+        """(name, handle) of each process that has ended by itself."""
 
 
 @contextmanager
 def sigterm_held_back() -> Iterator[None]:
-    """Holds SIGTERM back from this thread, and for good from the threads and processes that are started meanwhile.
+    """Blocks SIGTERM in this thread, and permanently in the threads and processes that are started inside the context.
 
-    systemd, `timeout` and others send it to all processes of a service at once. Ray's would end on the spot, and the
-    requests that run with them. So the command alone hears it, lets the requests finish, and then ends Ray.
+    systemd, `timeout` and others send SIGTERM to all processes of a service at once. It would end Ray's processes, and
+    running requests with them. So only the command receives it, lets the requests finish, and then ends Ray.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
@@ -42,12 +42,12 @@ def sigterm_held_back() -> Iterator[None]:
 
 
 class LocalRay:
-    """Watches over the processes of `node`. When Ray ends by itself, the rest of them is ended and `lost` is called
-    with the name of what ended first. In a thread, because whatever the main thread asks of Ray may take a minute."""
+    """Watches the processes of `node` in a thread, because the main thread may be waiting for Ray. When a process in
+    `NEEDED` ends by itself, the thread ends the others and calls `lost` with its name."""
 
     def __init__(self, node: Node, lost: Callable[[str], None]) -> None:
         kill = node.kill_all_processes
-        # They do not hear SIGTERM, so Ray need not wait a second for each of them to end by it.
+        # SIGTERM is blocked in them, so that Ray need not wait a second for each of them to end by it.
         node.kill_all_processes = lambda **_: kill(check_alive=False)
         self._node, self._lost = node, lost
         adopt_orphans()
@@ -67,7 +67,7 @@ class LocalRay:
         return bool(ended)
 
     def stop(self, shutdown: Callable[[], None]) -> None:
-        """Ends Ray by `shutdown` and returns when none of its processes is left."""
+        """Ends Ray with `shutdown` and returns when all its processes have ended."""
         self._stopped.set()
         self._thread.join()
         if not self._gone():  # else `shutdown` would wait for it
@@ -76,13 +76,13 @@ class LocalRay:
 
 
 def adopt_orphans() -> None:
-    """Makes what this process started, directly or not, its children when their own parent ends (Linux)."""
+    """Makes this process the parent of descendants whose own parent ends (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def end_children() -> None:
-    """Kills what this process has started, directly or not, and waits until it has ended. Nobody is served any more."""
+    """Kills all descendants of this process and waits up to `END_S` seconds for their end."""
     family = psutil.Process().children(recursive=True)
     for process in family:
         with suppress(psutil.NoSuchProcess):

@@ -1,4 +1,4 @@
-"""What the engine takes for a prompt: a text, or token ids from any sequence of whole numbers."""
+"""Reads and checks prompts: texts, or sequences of integer token ids."""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ Prompt = str | Sequence[int]
 
 
 def read_prompts(prompts: Iterable[Any]) -> list[str | list[int]]:
-    """Texts as they are, and sequences of token ids as lists. Raises ValueError for what is neither."""
+    """A list of prompts: texts unchanged, token ids as lists. Raises ValueError for anything else."""
     if isinstance(prompts, str):
         raise ValueError(f"prompts={prompts[:40]!r} is one text: give a list of prompts, [{prompts[:40]!r}]")
     return [prompt if isinstance(prompt, str) else _tokens(prompt, index) for index, prompt in enumerate(prompts)]
@@ -24,7 +24,7 @@ def _tokens(prompt: Any, index: int) -> list[int]:
 
 
 def whole(token: Any) -> int:
-    """A token id as Python's integer. Raises ValueError for what only looks like one."""
+    """A token id as a Python int. Raises ValueError for booleans, floats and other types."""
     try:
         if not isinstance(token, bool):
             return operator.index(token)
@@ -34,7 +34,7 @@ def whole(token: Any) -> int:
 
 
 def check_prompt(prompt: Sequence[Any], vocabulary: int) -> None:
-    """Raises ValueError for a prompt without tokens, and for tokens that the vocabulary does not have."""
+    """Raises ValueError for an empty prompt, and for a token id outside the vocabulary of `vocabulary` tokens."""
     if len(prompt) == 0:
         raise ValueError("the prompt is empty; give at least one token")
     for token in prompt:

@@ -1,4 +1,4 @@
-"""What a client asks for, what the engine remembers of it, and what it hands back step by step."""
+"""A request in the engine: its sampling parameters, its progress, and the results of each step."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -17,21 +17,21 @@ MAX_STOP_STRINGS, MAX_STOP_LENGTH, MAX_LOGPROBS = 8, 256, 20
 
 
 class ContextLengthError(ValueError):
-    """Prompt and completion do not fit into the model's context."""
+    """Prompt and completion together exceed the model's context."""
 
 
 class CacheMemoryError(ValueError):
-    """The request's compressed cache is larger than all the memory for such caches."""
+    """The request's compressed cache exceeds the memory for such caches (`cache_mib`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens and when to stop.
 
-    temperature 0 is greedy, and so is one below 1e-5. top_k 0 is off. seed: the same seed gives the same text, alone or
-    in a batch; None draws one. stop: strings that end the text and are not part of it. logprobs: how many alternatives
-    to report; None: no log probabilities at all. counts_prompt: whether the metrics count the prompt: once for all
-    choices of one. Raises ValueError naming the field.
+    temperature: 0, or less than 1e-5, is greedy. top_k: 0 is off. seed: the same seed gives the same text, alone or in
+    a batch; None draws a random seed. stop: strings that end the text and are not part of it. logprobs: number of
+    alternatives to report for each token; None: no log probabilities. counts_prompt: whether metrics count the prompt,
+    which they do for one of a prompt's choices. Raises ValueError that names the field.
     """
 
     max_tokens: int = 16
@@ -86,11 +86,11 @@ class SamplingParams:
 
 @dataclass(slots=True)
 class Delta:
-    """News of one request after one step; the last one has a `finish_reason`.
+    """The progress of one request in one step; the last delta of a request has a `finish_reason`.
 
-    error: why the request failed, for its owner, with finish_reason "error"; the text it may quote is the owner's own.
-    text: characters that are final. tokens: all tokens of the request so far. ttft_s: from arrival to the first token.
-    policy, and the rest as in `attnzoo.models.cache_use.CacheUse`: how its state was kept, when it is finished.
+    text: new characters that are final. tokens: number of tokens generated so far. prompt_tokens, ttft_s (seconds from
+    arrival to the first token), policy and the fields of `attnzoo.models.cache_use.CacheUse`: only in the last delta.
+    error: with finish_reason "error", the message for the request's owner; it may quote the prompt.
     """
 
     request_id: str
@@ -126,12 +126,12 @@ class Request:
 
     @property
     def context(self) -> int:
-        """Tokens in the state: all but the newest, which has not been through the model."""
+        """Number of tokens in the state: all but the newest, which the model has not read yet."""
         return len(self.prompt) + max(len(self.generated) - 1, 0)
 
 
 def failed(request: Request, failure: BaseException) -> Delta:
-    """The last news of a request that failed."""
+    """The last delta of a request that failed."""
     return Delta(
         request.request_id,
         "",
@@ -144,7 +144,7 @@ def failed(request: Request, failure: BaseException) -> Delta:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """A finished request, for callers without a stream."""
+    """A finished request, as `Engine.generate` returns it. last: its last delta, with what the cache did."""
 
     text: str
     tokens: list[int]
@@ -153,8 +153,8 @@ class CompletionOutput:
     last: Delta
 
     @classmethod
-    def of(cls, parts: list[Delta], tokens: list[int]) -> "CompletionOutput":
-        """From all news of a request."""
+    def of(cls, parts: list[Delta], tokens: list[int]) -> "Completion":
+        """The completion from all deltas of a request and its token ids."""
         last = parts[-1]
         assert last.finish_reason is not None
         logprobs = [entry for delta in parts for entry in delta.logprobs]
@@ -162,5 +162,5 @@ class CompletionOutput:
 
     @property
     def error(self) -> str | None:
-        """None unless the request failed."""
+        """Why the request failed; None if it did not."""
         return self.last.error

@@ -1,7 +1,7 @@
-"""Plans in, logits out: with its pools, the only place that touches the device.
+"""Runs a step's plan and returns logits. Only this module, `serve.pool` and `serve.sampler` compute on the device.
 
-What raises while one sequence is computed fails that sequence. What raises while several are computed together is
-computed again for each alone, where that is safe; else all of them fail. Everybody else's step goes on.
+An exception in the computation of one sequence fails that sequence. After an exception in a joint computation each
+sequence is computed alone if that is safe; else all of them fail. All other sequences of the step go on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +22,8 @@ from serve.slots import Release
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What came of a step: logits_RV of the `sampled` sequences, in that order, and what went wrong with the others."""
+class StepResult:
+    """The result of a step: logits_RV of the `sampled` requests in their order, and the error of each failed one."""
 
     sampled: list[str]
     logits_RV: Tensor
@@ -31,15 +31,15 @@ class Ran:
 
 
 Part = tuple[list[str], Tensor]
-"""Sequences, and hidden_RD of them."""
+"""R requests, and hidden_RD of their last tokens."""
 
 
 class Runner:
-    """Runs plans on a pool of states for every cache policy in use.
+    """Runs plans, with one pool of states for each cache in use.
 
-    max_num_seqs, max_model_len: rows of the full cache, and the tokens each has room for; max_num_seqs=0: nobody may
-    use it. compile_decode: whether its decode steps are compiled. steps: compiled ones of compressed caches. Raises as
-    `SlotPool`.
+    max_num_seqs, max_model_len: rows of the full cache and tokens of each; max_num_seqs=0: there is no full cache.
+    compile_decode: compile the full cache's decode steps. steps: compiled decode steps of compressed caches. Raises the
+    errors of `SlotPool`.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class Runner:
 
     @property
     def pool_bytes(self) -> int:
-        """Bytes of all states as allocated."""
+        """Allocated bytes of all states."""
         full = 0 if self.full is None else self.full.nbytes
         return full + sum(pool.nbytes for pool in list(self.compact.values()))
 
     def memory(self, request: Request, slot: int) -> CacheUse:
-        """What the state of a sequence that decodes takes, and would take in the full cache."""
+        """The memory of a decoding sequence's state, and the memory it would take in the full cache."""
         full = exact_use(self.model, request.context, self._full_bytes(request.context))
         pool = self.compact.get(request.cache)
         if pool is None or pool.state is None:
@@ -74,8 +74,8 @@ class Runner:
         return compressed_use(pool.policy, pool.state.layers, row, len(request.prompt), full)
 
     def kv_bytes(self, request: Request) -> int:
-        """Bytes of a running request's state, for metrics: of a full cache what its tokens fill, without what is only
-        reserved; of a compressed one what is allocated for it."""
+        """Bytes of a running request's state for the metrics: the part of the full cache that its tokens fill, or the
+        memory allocated for its compressed cache."""
         if request.cache.exact:
             return self._full_bytes(request.context)
         pool = self.compact.get(request.cache)
@@ -85,8 +85,8 @@ class Runner:
         return self.model.cost(batch=1, tokens=1, context=context).state_bytes
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, requests: Mapping[str, Request]) -> Ran:
-        """Computes the plan. Raises DeviceError when the device is gone."""
+    def run(self, plan: StepPlan, requests: Mapping[str, Request]) -> StepResult:
+        """Computes the plan. Raises DeviceError if the device no longer works."""
         parts: list[Part] = []
         failed: dict[str, Exception] = {}
         for exchange in plan.exchanges:
@@ -101,7 +101,7 @@ class Runner:
             parts += found
             rows = held.setdefault(chunks[0].group, [])
             rows += [request_id for ids, _ in found for request_id in ids]
-            self._mourn(chunks[0].group, rows, failed)
+            self._fail_lost_rows(chunks[0].group, rows, failed)
         return self._logits(parts, failed)
 
     def _decode(self, group: object, requests: list[Request], failed: dict[str, Exception]) -> list[Part]:
@@ -114,7 +114,7 @@ class Runner:
             self.check_device(failure)
             if isinstance(pool, SlotPool) and pool.repeats and not isinstance(failure, HalfWrittenError):
                 again = [partial(pool.decode_one, token, slot) for slot, token in enumerate(last)]
-                return self._apart(ids, again, failed)
+                return self._one_by_one(ids, again, failed)
             if isinstance(pool, CompactPool):
                 pool.drop()
             failed.update(dict.fromkeys(ids, _shared(failure, ids)))
@@ -127,7 +127,7 @@ class Runner:
         prompts = [(chunk, requests[chunk.request_id].prompt) for chunk in chunks]
         ids = [chunk.request_id for chunk in chunks]
         if isinstance(pool, CompactPool):
-            return self._apart(ids, [partial(pool.read, *prompts[0])], failed)
+            return self._one_by_one(ids, [partial(pool.read, *prompts[0])], failed)
         try:
             return [([chunk.request_id for chunk in chunks if chunk.last], pool.prefill(prompts))]
         except Exception as failure:
@@ -135,12 +135,12 @@ class Runner:
             if len(ids) == 1:
                 failed[ids[0]] = failure
                 return []
-            return self._apart(ids, [partial(pool.read_again, chunk, prompt) for chunk, prompt in prompts], failed)
+            return self._one_by_one(ids, [partial(pool.read_again, chunk, prompt) for chunk, prompt in prompts], failed)
 
-    def _apart(
+    def _one_by_one(
         self, ids: Sequence[str], work: Sequence[Callable[[], Tensor]], failed: dict[str, Exception]
     ) -> list[Part]:
-        """Each sequence by itself; work gives one row, or none."""
+        """Computes each sequence alone. work: one function for each request, which returns one row or none."""
         parts = []
         for request_id, one in zip(ids, work, strict=True):
             try:
@@ -151,34 +151,34 @@ class Runner:
                 failed[request_id] = failure
         return parts
 
-    def _mourn(self, group: object, rows: list[str], failed: dict[str, Exception]) -> None:
-        """Adds those that have, or had, a row in a group whose rows the newest failure took with it."""
+    def _fail_lost_rows(self, group: object, rows: list[str], failed: dict[str, Exception]) -> None:
+        """Fails the requests `rows` of a group if the newest failure has destroyed all rows of its pool."""
         pool = self._pool(group)
         if isinstance(pool, CompactPool) and pool.state is None:
             lost = [request_id for request_id in rows if request_id not in failed]
             if lost:
                 failed.update(dict.fromkeys(lost, SharedError(next(reversed(failed.values())))))
 
-    def _logits(self, parts: list[Part], failed: dict[str, Exception]) -> Ran:
+    def _logits(self, parts: list[Part], failed: dict[str, Exception]) -> StepResult:
         ids = [request_id for names, _ in parts for request_id in names]
         if not ids:
-            return Ran([], torch.empty(0, 0), failed)
+            return StepResult([], torch.empty(0, 0), failed)
         hidden_RD = torch.cat([hidden for _, hidden in parts])
         kept = [row for row, request_id in enumerate(ids) if request_id not in failed]
         if len(kept) < len(ids):
             ids, hidden_RD = [ids[row] for row in kept], hidden_RD[kept]
         try:
-            return Ran(ids, self.model.logits(hidden_RD), failed)
+            return StepResult(ids, self.model.logits(hidden_RD), failed)
         except Exception as failure:
             self.check_device(failure)
             rows = [partial(self.model.logits, hidden_RD[row : row + 1]) for row in range(len(ids))]
-            parts = self._apart(ids, rows, failed)
+            parts = self._one_by_one(ids, rows, failed)
         if not parts:
-            return Ran([], torch.empty(0, 0), failed)
-        return Ran([names[0] for names, _ in parts], torch.cat([logits for _, logits in parts]), failed)
+            return StepResult([], torch.empty(0, 0), failed)
+        return StepResult([names[0] for names, _ in parts], torch.cat([logits for _, logits in parts]), failed)
 
     def check_device(self, failure: BaseException) -> None:
-        """Raises DeviceError from `failure` when the device does not answer any more."""
+        """Raises DeviceError from `failure` if the device no longer computes."""
         try:
             answer = float(torch.ones(2, device=self.device).sum())
         except Exception:
@@ -188,13 +188,13 @@ class Runner:
 
     @torch.inference_mode()
     def clear(self) -> None:
-        """Forgets the states of all sequences."""
+        """Clears the states of all sequences."""
         self.compact.clear()
         if self.full is not None:
             self.full.clear()
 
     def joined(self, plan: StepPlan) -> list[tuple[CacheChoice, int]]:
-        """Compressed pools that have new rows after this step, and the bytes of a row."""
+        """(cache, bytes of a row) for each compressed pool that got new rows in this step."""
         choices = dict.fromkeys(chunk.group for chunk in plan.prefill if chunk.last)
         pools = [(choice, self.compact[choice]) for choice in choices if choice in self.compact]
         return [(choice, pool.state.nbytes() // pool.rows) for choice, pool in pools if pool.state is not None]
@@ -202,7 +202,7 @@ class Runner:
     def _pool(self, choice: object) -> SlotPool | CompactPool:
         assert isinstance(choice, CacheChoice)
         if choice.exact:
-            assert self.full is not None, "nobody may use the full cache"
+            assert self.full is not None, "there is no full cache"
             return self.full
         if choice not in self.compact:
             self.compact[choice] = CompactPool(self.model, choice.build(), self._steps.get(choice))
@@ -210,7 +210,7 @@ class Runner:
 
     @torch.inference_mode()
     def release(self, request: Request, release: Release) -> None:
-        """Forgets the state of a sequence; pools without any are gone."""
+        """Frees the state of a sequence, and removes its pool if that is empty."""
         self._pool(request.cache).release(request.request_id, release)
         pool = self.compact.get(request.cache)
         if pool is not None and not pool.nbytes:
@@ -218,13 +218,13 @@ class Runner:
 
 
 def _shared(failure: Exception, ids: Sequence[str]) -> Exception:
-    """What several requests read of a failure; the only one reads all of it."""
+    """The failure itself for a single request; for several, an error without the failure's text."""
     return failure if len(ids) == 1 else SharedError(failure)
 
 
 def _batches(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
-    """Chunks that go through the model together: neighbours in the full cache, as long as padding at most doubles the
-    work. Prompts of compressed caches are read one after the other."""
+    """Groups chunks that go through the model together: neighbours in the full cache, as long as padding at most
+    doubles the work. Prompts for compressed caches are read one by one."""
     batches: list[list[Chunk]] = []
     for chunk in chunks:
         before = batches[-1][-1] if batches else None

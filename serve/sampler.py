@@ -1,4 +1,4 @@
-"""The next token of every row: greedy rows together, drawn rows each from its own generator."""
+"""Chooses the next token of every row: greedy rows together, sampled rows each with its own generator."""
 
 import secrets
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from serve.faults import LogitsError
 from serve.request import Request, SamplingParams
 
 Drawn = tuple[int, TokenLogprobs | None]
-"""A token, and its log probabilities where the request asks for them."""
+"""A token id, and its log probabilities if the request wants them."""
 
 
 def make_generator(params: SamplingParams, device: torch.device) -> torch.Generator | None:
-    """A generator of its own for a request that draws, so that its text does not depend on its neighbours."""
+    """The random generator of a request, so that its text does not depend on other requests; None for greedy ones."""
     if greedy(params.temperature):
         return None
     seed = params.seed if params.seed is not None else secrets.randbits(63)
@@ -23,7 +23,7 @@ def make_generator(params: SamplingParams, device: torch.device) -> torch.Genera
 
 
 def sample_rows(logits_RV: Tensor, requests: Sequence[Request]) -> list[Drawn | Exception]:
-    """What each row gets, or what went wrong with it: a row that fails leaves the others as they are."""
+    """The token of each row of logits_RV, or the row's error; a failing row does not affect the others."""
     largest_R, best_R = logits_RV.max(-1)
     finite, best = largest_R.isfinite().tolist(), best_R.tolist()
     return [
@@ -40,7 +40,7 @@ def _attempt(logits_1V: Tensor, request: Request, best: int) -> Drawn | Exceptio
 
 
 def sample_row(logits_1V: Tensor, request: Request, best: int) -> Drawn:
-    """One row's token, `best` being the most likely one. Log probabilities are the model's: before temperature, top_k
+    """The token of one row. best: its most likely token. Log probabilities are the model's, before temperature, top_k
     and top_p."""
     params, token = request.params, best
     if not greedy(params.temperature):

@@ -1,17 +1,16 @@
-"""Continuous batching, planned with integers: which sequences run in the next step, and how many tokens each.
+"""Continuous batching, planned with integers: which sequences run in the next step, and with how many tokens each.
 
-Every sequence that decodes gets its token in every step, so prompts never starve it; what is left of the token budget
-goes to prompts, in chunks. While anything decodes, the caller may bound what prompts get in a step, so that the next
-token of a stream comes soon.
+Every decoding sequence gets a token in every step. The rest of the token budget goes to prompts, in chunks. While any
+sequence decodes, the caller may limit the prompt tokens of a step, so that streams do not wait long for their tokens.
 
-The prompt of which least is left comes first, so a short one passes a long one, in the middle of it if need be. On a
-clock of tokens that went through the model, a prompt is overdue once it has waited `PATIENCE` times as long as itself
-and a full step would take; from then on half of what a step reads goes to overdue prompts, in order of arrival. So no
-prompt waits for ever, and a short one is never held up by more than a few steps.
+The prompt with the fewest unread tokens comes first, so that a short prompt overtakes a long one, even one that has
+begun. Time is counted in tokens that went through the model. A prompt is overdue when it has waited `PATIENCE` times
+as many tokens as it has left, plus a full step. Half of a step's prompt tokens go to overdue prompts in order of
+arrival. So every prompt is read eventually, and a short one waits only a few steps.
 
-Sequences decode together that keep their past in the same way: each such group has slots of its own. A request whose
-group or memory is not there yet lets others pass until it is overdue, too; then nobody starts who could keep it
-waiting. The default group never waits for other groups.
+Sequences with the same cache form a group, decode together, and have slots of their own. While a request waits for a
+group or for memory, others may start before it; once it is overdue, no request may start that would delay it further.
+The default group never waits for other groups.
 """
 
 from collections.abc import Collection, Hashable
@@ -20,19 +19,19 @@ from dataclasses import dataclass
 from serve.slots import Release, SlotTable
 
 Group = Hashable
-"""What sequences that decode together have in common."""
+"""The common property of sequences that decode together: their cache."""
 PATIENCE = 4
-"""How many times its own length, and a full step's, a prompt may wait before it is overdue."""
+"""A prompt is overdue after waiting so many times its unread tokens plus a full step."""
 
 
 class QueueFullError(Exception):
-    """No room for another request; the client should come back later."""
+    """The queue is full; the client should try again later."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What a sequence takes of the device: slots of its `group`, `row_bytes` for the time it decodes, and
-    `prompt_bytes` while its prompt is read."""
+    """The device memory of a sequence: a slot in its `group`, `row_bytes` while it decodes, and `prompt_bytes` while
+    its prompt is read."""
 
     group: Group = None
     row_bytes: int = 0
@@ -40,13 +39,13 @@ class Demand:
 
     @property
     def most(self) -> int:
-        """Bytes that the sequence needs when it is alone: at the end of its prompt there are both."""
+        """Most bytes that the sequence takes: at the end of its prompt it takes both."""
         return self.row_bytes + self.prompt_bytes
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """`count` prompt tokens from `start` on of the sequence in `slot` of `group`; `last`: the prompt ends with them."""
+    """`count` prompt tokens, from `start` on, of the sequence in `slot` of `group`. last: the prompt ends with them."""
 
     request_id: str
     group: Group
@@ -58,7 +57,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Two slots of a group whose sequences change places; `tokens`: as many as either has in its state, at most."""
+    """Exchanges the sequences in two slots of a group. tokens: the larger number of tokens in their states."""
 
     group: Group
     slots: tuple[int, int]
@@ -67,8 +66,8 @@ class Exchange:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step: exchanges of slots first, then sequences that decode, by group (the one at index i is in slot i of it),
-    then chunks of prompts, those that end before the others."""
+    """One step: first exchanges of slots, then decoding sequences by group (index i is in slot i of its group), then
+    chunks of prompts, those with `last` first."""
 
     decode: tuple[tuple[Group, tuple[str, ...]], ...]
     prefill: tuple[Chunk, ...]
@@ -76,12 +75,12 @@ class StepPlan:
 
     @property
     def decoding(self) -> list[str]:
-        """All sequences that decode, in order."""
+        """All decoding sequences, in order."""
         return [request_id for _, ids in self.decode for request_id in ids]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that go through the model."""
+        """Number of tokens that go through the model."""
         return len(self.decoding) + sum(chunk.count for chunk in self.prefill)
 
     @property
@@ -91,9 +90,9 @@ class StepPlan:
 
 
 class Scheduler:
-    """Admits, plans and releases. `max_queue`: how many requests may wait while all slots are taken. `max_groups`,
-    `max_bytes`: groups beside `default_group` that may run at the same time, and bytes that the demands may sum up to
-    (None: no limit).
+    """Queues requests, plans steps, and assigns slots. max_num_seqs: slots, over all groups. max_batched_tokens: most
+    tokens of a step. max_queue: requests that may wait while all slots are taken. max_groups: groups besides
+    `default_group` that may run at the same time. max_bytes: limit of the sum of the demands (None: no limit).
 
     Raises ValueError for limits under which prompts could not advance.
     """
@@ -125,7 +124,7 @@ class Scheduler:
         self.clock = 0
         self._waiting: dict[str, None] = {}
         self._arrival: dict[str, int] = {}
-        """The clock when each unfinished request came, in order of arrival."""
+        """The clock at the arrival of each unfinished request, in order of arrival."""
         self._prompt: dict[str, int] = {}
         self._demand: dict[str, Demand] = {}
         self._planned: dict[str, int] = {}
@@ -146,8 +145,8 @@ class Scheduler:
         return bool(self._prompt)
 
     def add(self, request_id: str, prompt_tokens: int, demand: Demand | None = None) -> None:
-        """Queues a request. Raises QueueFullError when the queue is full, ValueError for a used id, no tokens, or a
-        demand that never fits."""
+        """Queues a request. Raises QueueFullError if the queue is full, ValueError for an id in use, an empty prompt or
+        a demand larger than max_bytes."""
         demand = demand or Demand(self.default_group)
         if request_id in self._prompt:
             raise ValueError(f"request id {request_id!r} is in use; give every request its own")
@@ -163,10 +162,10 @@ class Scheduler:
         self._waiting[request_id] = None
 
     def schedule(self, prompt_tokens: int | None = None) -> StepPlan:
-        """The next step. The caller must run it: its tokens count as done from now on.
+        """Plans the next step. The caller must run it: its tokens count as read from now on.
 
-        `prompt_tokens`: how many prompt tokens it may have if anything decodes (at least one is read); None: as many as
-        the budget holds.
+        prompt_tokens: most prompt tokens in the step if any sequence decodes (at least one is read); None: as many as
+        max_batched_tokens allows.
         """
         decode = tuple((group, tuple(t.ids[: t.decoding])) for group, t in self.tables.items() if t.decoding)
         decoding = sum(len(ids) for _, ids in decode)
@@ -181,11 +180,11 @@ class Scheduler:
         return plan
 
     def measured(self, group: Group, row_bytes: int) -> None:
-        """What a row of a running group really takes, where that is more than was asked for."""
+        """Records the measured bytes of a row in a running group, which may be more than the demand."""
         self._row_bytes[group] = row_bytes
 
     def finish(self, request_id: str) -> Release | None:
-        """Removes a request, finished or aborted. Returns what its slot needs, None when it had none.
+        """Removes a finished or aborted request. Returns how its slot is released, None if it had none.
 
         Raises KeyError for an unknown id.
         """
@@ -201,33 +200,33 @@ class Scheduler:
         return release
 
     def _left(self, request_id: str) -> int:
-        """Tokens of the prompt that have not been read."""
+        """Number of prompt tokens that have not been read."""
         return self._prompt[request_id] - self._planned.get(request_id, 0)
 
     def _overdue(self, request_id: str) -> bool:
-        """Whether the request has waited for too much other work."""
+        """Whether the request has waited longer than its patience allows."""
         patience = PATIENCE * (self._left(request_id) + self.max_batched_tokens)
         return self.clock - self._arrival[request_id] >= patience
 
     def _share(self, budget: int) -> dict[str, int]:
-        """Prompt tokens of this step, by request; those that start get their slots."""
+        """The number of prompt tokens of each request in this step; requests that start get a slot."""
         unread = {request_id for table in self.tables.values() for request_id in table.ids[table.decoding :]}
         reading, counts = set(unread), dict[str, int]()
-        """Prompts whose states are there besides rows: until the end of the step, even where they end in it."""
+        """Prompts that hold a state of their own until the end of the step, even if they end in it."""
         if not unread and self.num_running == self.max_num_seqs:
-            return counts  # whoever waits needs a slot
+            return counts  # waiting requests need a slot
         prompts = [request_id for request_id in self._arrival if request_id in unread or request_id in self._waiting]
         overdue = [request_id for request_id in prompts if self._overdue(request_id)]
         shortest = sorted(prompts, key=self._left)
-        hindered = None
+        blocked = None
         for order, tokens in ((overdue, -(-budget // 2)), (shortest, budget)):
             for request_id in order:
                 room = tokens - sum(counts.values())
                 if room == 0:
                     break
                 if request_id not in self._planned:
-                    if not self._may_start(request_id, reading, counts.keys() - reading, hindered):
-                        hindered = hindered or (request_id if order is overdue else None)
+                    if not self._may_start(request_id, reading, counts.keys() - reading, blocked):
+                        blocked = blocked or (request_id if order is overdue else None)
                         continue
                     self._start(request_id)
                 done = counts.get(request_id, 0)
@@ -237,13 +236,13 @@ class Scheduler:
         return counts
 
     def _start(self, request_id: str) -> None:
-        """Gives a slot."""
+        """Gives a waiting request a slot."""
         del self._waiting[request_id]
         self.tables.setdefault(self._demand[request_id].group, SlotTable(self.max_num_seqs)).take(request_id)
         self._planned[request_id] = 0
 
     def _placed(self, decode: tuple[tuple[Group, tuple[str, ...]], ...], counts: dict[str, int]) -> StepPlan:
-        """The plan, with prompts that end in it moved to where they will decode."""
+        """The plan; prompts that end in it are first moved to the slots in which they will decode."""
         last = {r: self._planned[r] + count == self._prompt[r] for r, count in counts.items()}
         exchanges = []
         for group, table in self.tables.items():
@@ -259,15 +258,14 @@ class Scheduler:
         return StepPlan(decode, tuple(chunks), tuple(exchanges))
 
     def _may_start(
-        self, request_id: str, reading: Collection[str], ending: Collection[str], hindered: str | None
+        self, request_id: str, reading: Collection[str], ending: Collection[str], blocked: str | None
     ) -> bool:
-        """Whether a request that waits may run beside those that do, and keeps `hindered`, which is overdue, from
-        nothing that it waits for."""
+        """Whether a waiting request may start now without taking what the overdue request `blocked` waits for."""
         group = self._demand[request_id].group
         free = self.max_num_seqs - self.num_running
         if free == 0:
             return False
-        if hindered is not None:
+        if blocked is not None:
             takes_bytes = self.max_bytes is not None and self._demand[request_id].most > 0
             if free == 1 or group != self.default_group or takes_bytes:
                 return False
@@ -277,8 +275,9 @@ class Scheduler:
         return self.max_bytes is None or self._bytes(request_id, reading, ending) <= self.max_bytes
 
     def _bytes(self, request_id: str, reading: Collection[str] = (), ending: Collection[str] = ()) -> int:
-        """Bytes once the request runs too: all rows of a group are as large as its largest, and beside the prompts that
-        are `reading` there is its own, or one of those that are read from beginning to end in this step."""
+        """Bytes in use if the request runs too. All rows of a group are as large as its largest row. Besides the states
+        of prompts in `reading`, only one exists at a time: the request's, or one in `ending`, which are read whole in
+        this step."""
         rows: dict[Group, int] = {}
         largest = dict(self._row_bytes)
         for running in (*self._planned, request_id):

@@ -1,8 +1,8 @@
-"""Which sequence lives in which slot of the batched model state: integers only.
+"""Assigns sequences to slots of the batched model state, with integers only.
 
-Running sequences are compact in slots [0, n), and those that decode stand before those whose prompt is still being
-read, so that a decode step is a plain slice of the state. Both survive every departure by at most two row copies, and
-every end of a prompt by at most one exchange.
+The n running sequences fill slots [0, n): first those that decode, then those whose prompts are being read, so that a
+decode step is a slice of the state. When a sequence leaves, at most two rows are copied; when a prompt ends, at most
+two rows are exchanged.
 """
 
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Release:
-    """What a departure does to the state: copy rows (source, target) in this order, then empty the row `freed`."""
+    """How to release a slot of the state: copy rows (source, target) in this order, then empty the row `freed`."""
 
     moves: tuple[tuple[int, int], ...]
     freed: int
 
 
 class SlotTable:
-    """Slots by position. `decoding`: how many of the first slots hold sequences that decode; behind them are those
-    whose prompts are being read, in any order."""
+    """The slots of one group. ids: requests by slot. decoding: number of decoding sequences, in the first slots; the
+    sequences whose prompts are being read follow in any order."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -35,7 +35,7 @@ class SlotTable:
         return self.capacity - len(self.ids)
 
     def take(self, request_id: str) -> int:
-        """Gives the first empty slot to a sequence that starts its prompt."""
+        """Gives the first empty slot to a new sequence, and returns it."""
         assert self.free > 0, "no free slot"
         self.ids.append(request_id)
         return len(self.ids) - 1
@@ -45,8 +45,8 @@ class SlotTable:
         return self.ids.index(request_id)
 
     def promote(self, ended: Sequence[str]) -> list[tuple[int, int]]:
-        """These sequences, whose prompts end, decode from now on: they stand behind those that do already, in this
-        order. Returns the pairs of slots to be exchanged, one pair after the other."""
+        """Makes sequences whose prompts have ended decode, after the other decoding sequences. Returns the pairs of
+        slots to exchange, in order."""
         pairs = []
         for request_id in ended:
             slot = self.slot_of(request_id)
@@ -58,7 +58,7 @@ class SlotTable:
         return pairs
 
     def release(self, request_id: str) -> Release:
-        """Removes a sequence and closes the gap."""
+        """Removes a sequence and closes the gap; returns the row copies that this needs."""
         hole = self.slot_of(request_id)
         moves: list[tuple[int, int]] = []
         if hole < self.decoding:

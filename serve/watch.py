@@ -1,4 +1,4 @@
-"""Looks after a running server as a client sees it, and says on the terminal what Ray keeps to its logs."""
+"""Checks a running server as a client would, and prints problems that Ray writes only to its logs."""
 
 import http.client
 import json
@@ -8,13 +8,14 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 EVERY_S = 2.0
+"""Seconds between checks."""
 ANSWER_S = 10.0
 GIVE_UP_S = 120.0
-"""How long Ray itself may be silent before the command ends."""
+"""Seconds without an answer from Ray itself after which the command ends."""
 
 
 class Watch:
-    """Call `look` every `EVERY_S`. `state` asks Ray (and raises when there is none); `say` prints a line."""
+    """Call `look` every `EVERY_S` seconds. state: returns Ray's status of the server, or raises. say: prints a line."""
 
     def __init__(self, url: str, state: Callable[[], str], say: Callable[[str], None]) -> None:
         self._port = urlsplit(url).port
@@ -26,7 +27,7 @@ class Watch:
         self._said = ""
 
     def look(self) -> bool:
-        """False once Ray itself has been gone for `GIVE_UP_S`."""
+        """Checks the server and prints changes; False once Ray has not answered for `GIVE_UP_S` seconds."""
         problem = self._probe()
         now = time.monotonic()
         if problem is None:
@@ -44,7 +45,7 @@ class Watch:
         return self._silent_since is None or now - self._silent_since < GIVE_UP_S
 
     def _probe(self) -> str | None:
-        """What is wrong with /health, None when it is well."""
+        """The problem that a request to /health shows; None if the server is healthy."""
         connection = http.client.HTTPConnection(self._host, self._port, timeout=ANSWER_S)
         try:
             connection.request("GET", "/health", headers={"host": "localhost"})
@@ -62,7 +63,7 @@ class Watch:
             return f"/health: {response.status}"
 
     def _ask(self) -> tuple[str, bool]:
-        """What Ray says, and whether it says anything."""
+        """(Ray's status of the server or an error message, whether Ray answered)."""
         answers: list[tuple[str, bool]] = []
 
         def ask() -> None:
@@ -71,7 +72,7 @@ class Watch:
             except Exception as error:
                 answers.append((f"Ray does not answer: {type(error).__name__}", False))
 
-        # A daemon, not a pool's: a call that never returns must not keep the command from ending.
+        # A daemon thread, because a call that never returns must not keep the command from ending.
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(ANSWER_S)

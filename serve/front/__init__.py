@@ -1,6 +1,6 @@
-"""What stands between the network and the application: bounds, deadlines, who may ask, and what when a replica dies.
+"""Protects the application from the network: size limits, deadlines, access checks, and retries when a replica dies.
 
-`guard` wraps any ASGI application and runs twice: in the replica, so that nothing depends on what is before it, and in
-Ray's proxy (`proxy`), where a request is read and judged before it takes one of the replica's places. `protocol` is
-uvicorn's HTTP parser with bounds. Nothing here imports Ray or torch: the proxy stays small.
+`guard` wraps any ASGI application. It runs in the replica, which then depends on nothing before it, and in Ray's proxy
+(`proxy`), where a request is read and checked before it takes a place in the replica. `protocol` is uvicorn's HTTP
+parser with limits. This package imports neither Ray nor torch, so that the proxy stays small.
 """

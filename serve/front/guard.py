@@ -1,11 +1,11 @@
-"""Who may ask, and how much of a request is read for how long: ASGI middleware, the outermost first.
+"""ASGI middleware that checks who sends a request and limits its size and time; the outermost comes first:
 
-    Counted     the status of every answer (the application's metrics)
-    Doorman     names of this server only; headers that steer Ray are taken away
-    ApiKey      the key, before anything of the body is read
-    Bodies      JSON only, read to its end within bounds on size, time and the number of half-read requests
+    Counted        counts the status of every answer, for the metrics
+    HeaderFilter   accepts only requests for this server's names, and removes headers that control Ray
+    ApiKey         checks the API key before the body is read
+    Bodies         reads a JSON body completely, within limits of size, time and number of half-read requests
 
-What is let through has its whole body at hand. Refusals are JSON in OpenAI's shape.
+The application gets requests with complete bodies. Refusals are JSON in OpenAI's format.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from serve.openai.errors import ApiError, dump
 OPEN_PATHS = ("/health", "/-/healthz")
 """Paths that need no API key: the server's health and that of Ray's proxy."""
 GRACE_S = 2.0
-"""A half-read request this young is never ended in favour of another: in a burst all are young and none is stuck."""
+"""Seconds in which a half-read request is not ended in favour of a newer one: in a burst all requests are young."""
 STEERING = (
     "x-request-timeout-seconds",
     "x-request-disconnect-disabled",
@@ -34,22 +34,23 @@ STEERING = (
     "x-session-id",
     "traceparent",
 )
-"""Headers by which Ray 2.60 lets a client set the deadline, the cancellation, the replica and the trace of a request;
-with `_` for `-` too. Whoever operates the server decides these, not its clients."""
+"""Headers with which Ray 2.60 lets a client set deadline, cancellation, replica and trace of a request; Ray also takes
+`_` for `-`. Clients must not control these."""
 STEERING_PREFIX = "x-serve-router-"
 REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
-"""A request's name that may stand in logs and in the answer; Ray makes one up where the client's is none."""
+"""An X-Request-ID that may appear in logs and answers; for any other Ray generates one."""
 
 
 def guard(limits: Limits) -> list[Middleware]:
-    """The middleware for these limits, the outermost first. Raises ValueError when the API key is not set."""
+    """The middleware for these limits, the outermost first. Raises the ValueError of `read_api_key`."""
     key = read_api_key(limits.api_key_env)
     keyed = [] if key is None else [Middleware(ApiKey, key=key)]
-    return [Middleware(Doorman, limits=limits), *keyed, Middleware(Bodies, limits=limits)]
+    return [Middleware(HeaderFilter, limits=limits), *keyed, Middleware(Bodies, limits=limits)]
 
 
 def read_api_key(variable: str | None) -> str | None:
-    """The key in the environment variable of that name. Raises ValueError when there is none that a client can send."""
+    """The API key in the environment variable `variable` (None: no key). Raises ValueError if the variable is not set,
+    or has characters that a client cannot send in a header."""
     if variable is None:
         return None
     key = os.environ.get(variable, "")
@@ -64,12 +65,12 @@ def read_api_key(variable: str | None) -> str | None:
 
 
 def error_response(error: ApiError) -> Response:
-    """An error in OpenAI's shape."""
+    """The HTTP response for an error, in OpenAI's format."""
     return Response(dump(error.body()), error.status, error.headers, media_type="application/json")
 
 
 class Counted:
-    """Tells of the status of every answer to a request for the API."""
+    """Calls `answered` with the status of every answer to a request for /v1/."""
 
     def __init__(self, app: ASGIApp, answered: Callable[[int], None]) -> None:
         self.app, self._answered = app, answered
@@ -84,8 +85,9 @@ class Counted:
         await self.app(scope, receive, counted if of_api else send)
 
 
-class Doorman:
-    """Refuses requests for names of others, from pages of others, with endless headers, and WebSockets."""
+class HeaderFilter:
+    """Refuses requests with a foreign Host or Origin or too large headers, and WebSockets; removes headers that control
+    Ray."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self.app, self._hosts = app, Hosts(limits)
@@ -131,7 +133,7 @@ def _dashed(name: str) -> str:
 
 
 class ApiKey:
-    """Refuses requests without `Authorization: Bearer <key>`, whatever their path, but for `OPEN_PATHS`."""
+    """Refuses requests without `Authorization: Bearer <key>` for all paths but `OPEN_PATHS`."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self.app, self._key = app, key.encode()
@@ -157,12 +159,12 @@ class ApiKey:
 
 
 class Bodies:
-    """Reads bodies whole. What never arrives ends with 408, and at most `max_reading` requests wait for theirs: one
-    more, and the one that has waited longest is ended, if it has had `GRACE_S`."""
+    """Reads bodies completely. A body that does not arrive in time ends with status 408. At most `max_reading` bodies
+    arrive at the same time; one more ends the oldest, once that has had `GRACE_S` seconds."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self.app, self._limits = app, limits
-        self._reading: dict[asyncio.Timeout, float] = {}  # when each began, the oldest first
+        self._reading: dict[asyncio.Timeout, float] = {}  # start time by request, the oldest first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not _has_body(scope):
@@ -181,7 +183,7 @@ class Bodies:
             await self.app(scope, replay(body, receive), send)
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """The body, None when the client went away. Raises ApiError."""
+        """The body, or None if the client has disconnected. Raises ApiError 408 or 413."""
         parts, size, limit = [], 0, self._limits.max_body_bytes
         try:
             with self._counted() as deadline:
@@ -215,7 +217,7 @@ class Bodies:
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """Gives the body in one message; after it, what else the connection says."""
+    """An ASGI `receive` that returns the body in one message, and afterwards what `receive` returns."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Message:
@@ -225,12 +227,12 @@ def replay(body: bytes, receive: Receive) -> Receive:
 
 
 def too_large(limit: int) -> ApiError:
-    """The refusal of a body larger than `limit` bytes."""
+    """The error 413 for a body larger than `limit` bytes."""
     return ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
 
 
 def _has_body(scope: Scope) -> bool:
-    """Whether a body is announced and somebody would read it."""
+    """Whether the request announces a body and has a method that uses one."""
     if scope["method"] not in ("POST", "PUT", "PATCH"):
         return False
     return any(
@@ -253,7 +255,7 @@ def _judge_body(scope: Scope, limit: int) -> ApiError | None:
     kind, _, rest = kinds[0].partition(";") if len(kinds) == 1 else ("", "", "")
     charset = rest.replace(" ", "").replace('"', "")
     if kind.strip() != "application/json" or charset not in ("", "charset=utf-8", "charset=utf8"):
-        # Also what keeps web pages out: without asking first, a browser sends other types only, or none at all.
+        # This also keeps web pages out: without a preflight request a browser does not send application/json.
         message = f"the body must be JSON, sent as content-type: application/json, not {', '.join(kinds)[:200]!r}"
         return ApiError(415, message, code="unsupported_media_type")
     return None

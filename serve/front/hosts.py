@@ -1,9 +1,8 @@
-"""Which names this server answers to.
+"""Checks the Host and Origin headers against the names of this server.
 
-A web page anywhere can make its visitor's browser send requests to a server on that visitor's machine: by plain
-requests to 127.0.0.1 (the browser then says the page's own address in Origin), or by giving its own name the address
-127.0.0.1 once the page is loaded (the browser then says that name in Host). So Host must be a name of this server, and
-Origin, where there is one, too.
+A web page can make its visitor's browser send requests to a server on the visitor's machine: directly to 127.0.0.1 (the
+page's address is then in Origin), or by DNS rebinding, which points the page's own name to 127.0.0.1 (the name is then
+in Host). So Host must be a name of this server, and so must Origin if it is present.
 """
 
 import re
@@ -16,11 +15,11 @@ HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:\d{0,5})?")
 
 
 class Hosts:
-    """Decides by a server's settings.
+    """The names of a server.
 
-    The names of loopback are always good: no page can own them. A server that listens beyond loopback also answers
-    to addresses (a name can be made to point anywhere, an address cannot) and to the machine's own name; to anything
-    else only where `allowed_hosts` says so.
+    Names of loopback are always accepted, because no page can own them. A server that listens beyond loopback also
+    accepts IP addresses (unlike names, they cannot be pointed elsewhere) and the machine's own name. Other names must
+    be in `allowed_hosts`.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -34,7 +33,7 @@ class Hosts:
             self._exact |= {socket.gethostname().lower(), limits.host.lower()}
 
     def accepts(self, host: str) -> bool:
-        """Whether a Host header, or the host of an Origin with its port, names this server."""
+        """Whether a Host header (or the host and port of an Origin) names this server."""
         found = HOST.fullmatch(host.lower())
         if found is None:
             return False
@@ -47,7 +46,7 @@ class Hosts:
         return address is not None and self._beyond
 
     def accepts_origin(self, origin: str) -> bool:
-        """Whether pages of this origin may send requests: those of this server's own names, on any port."""
+        """Whether pages of this origin may send requests: only those of this server's names, on any port."""
         try:
             parts = urlsplit(origin)
         except ValueError:

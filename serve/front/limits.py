@@ -1,4 +1,4 @@
-"""The bounds of the front, as plain values that travel to Ray's proxy in an environment variable."""
+"""The limits of `serve.front`, as plain values that reach Ray's proxy in an environment variable."""
 
 import ipaddress
 import json
@@ -6,15 +6,15 @@ import re
 from dataclasses import asdict, dataclass, fields
 
 VARIABLE = "ATTNZOO_FRONT"
-"""Environment variable in which the server hands its limits to the proxy's process, as JSON."""
+"""Environment variable that passes the limits to the proxy's process, as JSON."""
 MAX_HEADER_BYTES = 64 << 10
-"""Request line and headers together, trailers counted again."""
+"""Limit for request line and headers together, and again for trailers."""
 HOST_NAME = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """As the fields of the same names in `serve.config.ServeConfig`, which says what they mean."""
+    """The limits; `serve.config.ServeConfig` explains the fields."""
 
     host: str = "127.0.0.1"
     allowed_hosts: tuple[str, ...] | None = None
@@ -26,12 +26,12 @@ class Limits:
     max_reading: int = 64
 
     def to_json(self) -> str:
-        """For the environment."""
+        """The limits as JSON, for the environment variable."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | None) -> "Limits":
-        """What `to_json` wrote; the defaults for None. Raises ValueError naming the variable."""
+        """The limits from the JSON of `to_json`; the defaults for None. Raises ValueError that names the variable."""
         if not text:
             return cls()
         try:
@@ -46,7 +46,8 @@ class Limits:
 
 
 def check_host_name(name: object) -> str:
-    """A name for `allowed_hosts`: a host name, "*.domain", an address, or "*". Raises ValueError naming it."""
+    """Checks an entry of `allowed_hosts`: a host name, "*.domain", an IP address, or "*". Returns it in lower case and
+    without brackets. Raises ValueError that names it."""
     if isinstance(name, str):
         plain = name.lower().removeprefix("[").removesuffix("]")
         if name == "*" or HOST_NAME.fullmatch(plain) or to_address(plain) is not None:
@@ -58,7 +59,7 @@ def check_host_name(name: object) -> str:
 
 
 def to_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The address that a text spells, None for anything else; no zones, octal or short forms."""
+    """The IP address in a text; None for anything else, such as zones, octal or short forms."""
     try:
         return None if "%" in text else ipaddress.ip_address(text)
     except ValueError:

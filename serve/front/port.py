@@ -1,10 +1,10 @@
-"""A port to listen on, found out before anything heavy starts."""
+"""Finds a port to listen on."""
 
 import socket
 
 
 def free_port(host: str, port: int) -> int:
-    """`port`, or a free one for 0. Raises ValueError when it is taken: Ray would only say so in a log file."""
+    """Returns `port`, or a free port for 0. Raises ValueError if it is taken, which Ray would report only in a log."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,10 +1,10 @@
-"""uvicorn's HTTP/1.1 protocol with bounds on what comes before the application is asked.
+"""uvicorn's HTTP/1.1 protocol with limits for headers and idle connections.
 
-uvicorn's own, on httptools, takes headers of any size and waits for them for ever. Here a request line with its headers
-ends in 431 beyond `MAX_HEADER_BYTES` and in 408 after `header_timeout_s`; a client that does not read its answer for
-`write_timeout_s` is cut off; of connections without a request in work the longest waiting is closed beyond
-`MAX_WAITING`; what is no HTTP is refused in OpenAI's shape. Bodies are for `serve.front.guard`, but for what a client
-goes on sending after its answer.
+uvicorn with httptools accepts headers of any size and waits for them without end. Here a request whose headers exceed
+`MAX_HEADER_BYTES` gets status 431, and one whose headers take longer than `header_timeout_s` gets 408. A client that
+does not read its answer for `write_timeout_s` is disconnected. Of more than `MAX_WAITING` connections without a running
+request the oldest is closed. A request that is not HTTP is refused in OpenAI's format. `serve.front.guard` limits
+bodies; this module handles the part of a body that arrives after the answer.
 """
 
 import asyncio
@@ -18,13 +18,15 @@ from serve.openai.errors import ApiError, dump
 
 MAX_WAITING = 512
 LINGER_S = 5.0
-"""How long a connection is read from, and forgotten, after a refusal: closed at once, it might lose the answer."""
+"""Seconds for which input is read and discarded after a refusal; closing at once could lose the answer."""
 
 
 class HttpParser:
-    """httptools' parser, to which a wish for another protocol is none, as a server is free to take it (RFC 9110, 7.8),
-    but for a WebSocket's. httptools itself takes what follows such a head, a body too, for the other protocol's: so the
-    head is read once more without the wish."""
+    """httptools' parser, but it ignores the header Upgrade except for WebSockets, as RFC 9110, section 7.8, allows.
+
+    After a head with Upgrade httptools takes the rest, even a body, for data of the other protocol. So this parser
+    parses the head again without Upgrade.
+    """
 
     def __init__(self, protocol: "BoundedProtocol") -> None:
         self._protocol = protocol
@@ -34,7 +36,7 @@ class HttpParser:
         self.should_upgrade, self.should_keep_alive = self._inner.should_upgrade, self._inner.should_keep_alive
 
     def feed_data(self, data: bytes) -> None:
-        """Raises as httptools."""
+        """Parses the next bytes. Raises httptools' errors."""
         try:
             self._inner.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -46,7 +48,7 @@ class HttpParser:
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. Make the class with `bounded_protocol`."""
+    """One connection. `bounded_protocol` makes a subclass with `limits` and `waiting` for a server."""
 
     limits: Limits
     waiting: "dict[BoundedProtocol, None]"
@@ -82,7 +84,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._discarding or self.transport.is_closing() or not self._in_head:
             return
-        # A piece in which a head ended holds a body, too: what is behind that counts from the next piece on.
+        # If a head ended in this data, the rest may be a body; counting for the next head begins with the next data.
         if head and self._heads == before:
             self._raw_bytes += len(data)
         if max(self._raw_bytes, self._parsed_bytes) > MAX_HEADER_BYTES:
@@ -104,12 +106,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._count(len(name) + len(value) + 4)
         if self._in_head:
             super().on_header(name, value)
-        # Trailers, behind the body: the application has its headers already.
+        # Else these are trailers, which the application does not get.
 
     def on_headers_complete(self) -> None:
         self._ignores_upgrade = self._get_upgrade() is not None and not self._should_upgrade()
         if self._ignores_upgrade:
-            return  # to be read again
+            return  # the parser parses this head again without Upgrade
         self._in_head, self._parsed_bytes = False, 0
         self._heads += 1
         self._cancel_timer()
@@ -117,7 +119,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def without_upgrade(self) -> bytes | None:
-        """The head that was read last, without its wish for another protocol; None where it has none, or gets it."""
+        """The last head without its header Upgrade; None if it has none, or if the upgrade is accepted."""
         if not self._ignores_upgrade:
             return None
         self._ignores_upgrade = False
@@ -155,7 +157,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._write_timer = None
 
     def send_400_response(self, msg: str) -> None:
-        """Called by uvicorn for what its parser refuses, and for what this class does."""
+        """Answers a request that the parser or this class has refused; uvicorn calls it."""
         self._refuse(self._refusal or ApiError(400, "this is no HTTP/1.1 request", code="invalid_http"))
 
     def _count(self, size: int) -> None:
@@ -165,7 +167,7 @@ class BoundedProtocol(HttpToolsProtocol):
             raise httptools.HttpParserCallbackError("headers too large")
 
     def _wait(self) -> None:
-        """Counts this connection as one without a request in work."""
+        """Enters this connection into those without a running request, and closes the oldest if they are too many."""
         self.waiting.pop(self, None)
         self.waiting[self] = None
         if len(self.waiting) > MAX_WAITING:
@@ -196,7 +198,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._timer = None
 
     def _refuse(self, error: ApiError) -> None:
-        """Answers instead of the application, and reads no more of what comes."""
+        """Sends an error instead of the application's answer, and discards further input."""
         if self._discarding or self.transport.is_closing():
             return
         self._discarding = True
@@ -223,5 +225,5 @@ def _headers_too_large() -> ApiError:
 
 
 def bounded_protocol(limits: Limits) -> type[BoundedProtocol]:
-    """The class for one server: `uvicorn.Config(app, http=bounded_protocol(limits))`."""
+    """The protocol class for one server: `uvicorn.Config(app, http=bounded_protocol(limits))`."""
     return type("BoundedProtocol", (BoundedProtocol,), {"limits": limits, "waiting": {}})

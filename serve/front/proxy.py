@@ -1,6 +1,6 @@
-"""The front inside Ray's HTTP proxy.
+"""Installs `serve.front` in Ray's HTTP proxy.
 
-`attnzoo serve` puts it there. On a cluster of your own, export this where Ray is started, on every node:
+`attnzoo serve` does it for a local Ray. On a cluster, export this on every node where Ray is started:
 
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.front.proxy:middlewares
     ATTNZOO_FRONT='{"host": "0.0.0.0", "allowed_hosts": ["api.example.com"]}'     # see serve.front.limits
@@ -20,25 +20,26 @@ from serve.front.retry import Retry
 
 
 def middlewares() -> list[Middleware]:
-    """Called by Ray in the proxy's process before it listens; the innermost first."""
+    """The middleware of Ray's proxy, the innermost first; Ray calls it in the proxy's process before it listens."""
     limits = Limits.from_json(os.environ.get(VARIABLE))
-    # Ray makes uvicorn's configuration without a choice of protocol; this is the one that "auto" then means.
+    # Ray lets uvicorn choose the protocol; "auto" then means this one.
     uvicorn.config.HTTP_PROTOCOLS["auto"] = bounded_protocol(limits)  # type: ignore[assignment]
     return [Middleware(ReplicaRetry), *reversed(guard(limits))]
 
 
 class ReplicaRetry(Retry):
-    """`Retry` that asks Ray's router how many replicas there are."""
+    """`Retry` with the number of replicas from Ray's router."""
 
     def __init__(self, app: ASGIApp) -> None:
         super().__init__(app, lambda: count_replicas(app))
 
 
 def count_replicas(app: Any) -> int | None:
-    """Replicas that the proxy's router knows of for the application at "/"; None where Ray 2.60's insides changed.
+    """Number of replicas that the proxy's router knows for the application at "/"; None if Ray's internals are not as
+    in Ray 2.60.
 
-    The router learns of a death at the first request that fails, Ray's controller only at its next look; there is no
-    public way to ask it. tests/faults/test_serve_replica_dies.py kills a replica.
+    The router notices a dead replica at the first request that fails, Ray's controller later. There is no public way to
+    ask the router. tests/faults/test_serve_replica_dies.py kills a replica.
     """
     while not hasattr(app, "proxy_router"):
         if not hasattr(app, "_app"):

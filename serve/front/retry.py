@@ -1,9 +1,9 @@
-"""What clients see when a replica dies: their request again on another one, or an error that they can understand.
+"""Repeats a request on another replica when its replica dies, or answers with an error that clients understand.
 
-Ray's proxy answers a request whose replica died with a plain 500, ends a stream in its middle, and keeps new requests
-until a new replica has started. Here a request is given to the proxy again as long as nothing of its answer is out;
-after `PATIENCE_S` without any replica it ends with 503 and Retry-After, and a stream that is cut ends with an error
-event.
+When a replica dies, Ray's proxy answers with a plain 500, ends a stream in its middle, and holds new requests until a
+new replica has started. This middleware repeats a request as long as no part of its answer was sent. After
+`PATIENCE_S` seconds without a replica the request ends with 503 and Retry-After. A stream that was cut ends with an
+error event.
 """
 
 import asyncio
@@ -20,17 +20,17 @@ MAX_ATTEMPTS = 3
 RETRY_AFTER_S = 5
 
 Replicas = Callable[[], int | None]
-"""How many replicas there are now; None where that is not known."""
+"""Returns the current number of replicas; None if it is unknown."""
 
 
 def restarting() -> ApiError:
-    """The refusal while no replica runs."""
+    """The error 503 while no replica runs."""
     message = "the model's process has ended and is being started anew; try again in a moment"
     return ApiError(503, message, code="unavailable", headers={"retry-after": str(RETRY_AFTER_S)})
 
 
 class Retry:
-    """Around Ray's proxy application. Give it requests whose body is complete."""
+    """ASGI middleware around Ray's proxy; it needs requests with complete bodies."""
 
     def __init__(self, app: ASGIApp, replicas: Replicas) -> None:
         self.app, self._replicas = app, replicas
@@ -46,7 +46,7 @@ class Retry:
                     break
                 attempt = Attempt(send)
                 inbox.begin(attempt)
-                # Ray writes into the scope: each attempt has its own.
+                # Ray changes the scope, so that each attempt needs its own.
                 await self.app({**scope, "headers": list(scope["headers"])}, inbox.receive, attempt.send)
                 if attempt.complete or inbox.gone:
                     return
@@ -62,7 +62,7 @@ class Retry:
             await answer(scope, receive, send)
 
     async def _some_replica(self, inbox: "Inbox") -> bool:
-        """Waits for a replica, not for long."""
+        """Waits up to `PATIENCE_S` seconds for a replica; False if there is none or the client has disconnected."""
         for _ in range(round(PATIENCE_S / POLL_S)):
             if self._replicas() != 0:
                 return True
@@ -73,7 +73,8 @@ class Retry:
 
 
 class Attempt:
-    """What one attempt answers. The first message waits for the second: until then another attempt is possible."""
+    """The answer of one attempt. Its first message is held back until the second comes, so that until then another
+    attempt is possible."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -82,7 +83,7 @@ class Attempt:
         self.begun = self.complete = False
 
     async def send(self, message: Message) -> None:
-        """Passes on what the application says, but not the proxy's own words about a dead replica."""
+        """Passes on the application's messages, but drops the proxy's own error about a dead replica."""
         if message["type"] == "http.response.start":
             kinds = [bytes(value) for name, value in message["headers"] if bytes(name).lower() == b"content-type"]
             self._events = any(kind.startswith(b"text/event-stream") for kind in kinds)
@@ -99,7 +100,7 @@ class Attempt:
         await self._send(message)
 
     async def cut(self) -> None:
-        """Ends a stream of events that its replica did not end; anything else is left for the connection to break."""
+        """Ends an event stream that its replica left unfinished with an error event; other answers stay incomplete."""
         if self._events:
             message = "the model's process ended while it worked on this request"
             error = ApiError(500, message, code="engine_failed")
@@ -108,10 +109,10 @@ class Attempt:
 
 
 class Inbox:
-    """The request's messages, the same for every attempt; and a way to take an attempt back.
+    """The request's messages, replayed for every attempt.
 
-    Ray's proxy asks for messages all the time, to hear of a client that goes away. While an attempt has not begun and
-    there is no replica for `PATIENCE_S`, it is told just that: it then cancels what it has queued.
+    Ray's proxy keeps calling `receive` to notice that a client disconnects. When there is no replica for `PATIENCE_S`
+    seconds and the attempt has not begun to answer, `receive` reports a disconnect, so that Ray cancels the attempt.
     """
 
     def __init__(self, receive: Receive, replicas: Replicas) -> None:
@@ -123,16 +124,16 @@ class Inbox:
         self.gone = False
 
     def begin(self, attempt: Attempt) -> None:
-        """Starts from the first message."""
+        """Begins a new attempt, which gets all messages from the first one."""
         self._attempt, self._next = attempt, 0
 
     def close(self) -> None:
-        """Leaves nothing behind."""
+        """Cancels the pending read."""
         if self._pending is not None:
             self._pending.cancel()
 
     async def receive(self) -> Message:
-        """The ASGI receive of the current attempt."""
+        """The ASGI `receive` of the current attempt."""
         attempt = self._attempt
         assert attempt is not None, "receive before the first attempt"
         if self._next < len(self._seen):

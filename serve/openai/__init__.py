@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP interface: `protocol` says what is accepted, `routes` answers."""
+"""The OpenAI-compatible HTTP interface: `protocol` defines the requests, `routes` answers them."""

@@ -1,8 +1,9 @@
-"""From a parsed request to tokens, and from the engine's stream to one answer or many events: for both interfaces."""
+"""Shared by both interfaces: checks a request, hands it to the engine, and sends the answer, whole or as events."""
 
 import asyncio
 import time
 import uuid
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import Response
@@ -12,33 +13,38 @@ from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models.sampling import TokenLogprobs
 from serve.async_engine import AsyncEngine, EngineFailedError, EngineUnavailableError, RequestFailedError, Stream
 from serve.config import ServeConfig
-from serve.openai.aside import too_long
+from serve.openai.encoding import too_long
 from serve.openai.errors import MAX_QUOTED, ApiError, dump, event, short_name
 from serve.openai.protocol import GenerationRequest
 from serve.request import CacheMemoryError, ContextLengthError, Delta, FinishReason, SamplingParams
 from serve.scheduler import QueueFullError
 
-Work = list[tuple[list[int], SamplingParams]]
-"""Tokens and parameters of every choice."""
+
+@dataclass(frozen=True)
+class Work:
+    """Token ids and parameters of every choice in the order of its index, and the cache of all of them."""
+
+    choices: list[tuple[list[int], SamplingParams]]
+    cache: CacheChoice
 
 
 def check_model(name: str, config: ServeConfig) -> None:
-    """Raises ApiError 404 for a model that this server does not have."""
+    """Raises ApiError 404 if `name` is not the served model."""
     if name != config.served_name:
         message = f"the model {short_name(name)!r} does not exist; this server has {config.served_name!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
 def check_choices(prompts: int, copies: int, config: ServeConfig) -> None:
-    """Raises ApiError for more completions than one request may ask for."""
-    most = min(config.max_choices, config.max_num_seqs + config.max_queue)  # more would never run or wait together
+    """Raises ApiError if prompts times n exceed the completions that one request may have."""
+    most = min(config.max_choices, config.max_num_seqs + config.max_queue)  # more could not be queued together
     if prompts * copies > most:
         message = f"{prompts} prompts times n={copies} are more than the {most} completions allowed"
         raise ApiError(400, f"{message} in one request", param="n" if copies > 1 else "prompt")
 
 
 def choose_cache(request: GenerationRequest, engine: AsyncEngine) -> CacheChoice:
-    """Raises ApiError naming what is wrong with the request's cache, or not allowed."""
+    """The request's cache. Raises ApiError if it is wrong or not allowed."""
     try:
         return engine.engine.choose_cache(request.cache)
     except ValueError as error:
@@ -48,7 +54,8 @@ def choose_cache(request: GenerationRequest, engine: AsyncEngine) -> CacheChoice
 def check_work(
     tokens: list[int], params: SamplingParams, cache: CacheChoice, engine: AsyncEngine, names: tuple[str, str]
 ) -> None:
-    """Raises ApiError for what the model cannot continue; `names`: the fields of the prompt and of its limit."""
+    """Raises ApiError for a prompt that the model cannot continue. names: the fields of the prompt and of the length
+    limit, for the message."""
     prompt, limit = names
     try:
         engine.engine.check(tokens, params, cache)
@@ -61,10 +68,10 @@ def check_work(
         raise ApiError(400, str(error), param=prompt) from None
 
 
-def submit(engine: AsyncEngine, work: Work, cache: CacheChoice) -> Stream:
-    """Hands the work to the engine. Raises ApiError 429 or 503."""
+def submit(engine: AsyncEngine, work: Work) -> Stream:
+    """Submits the choices to the engine. Raises ApiError 429 or 503."""
     try:
-        return engine.submit([tokens for tokens, _ in work], [params for _, params in work], cache)
+        return engine.submit([tokens for tokens, _ in work.choices], [params for _, params in work.choices], work.cache)
     except QueueFullError as error:
         message = f"the server is at its limit ({error}); try again in a moment"
         raise ApiError(429, message, code="queue_full", headers={"retry-after": "1"}) from None
@@ -73,9 +80,9 @@ def submit(engine: AsyncEngine, work: Work, cache: CacheChoice) -> Stream:
 
 
 class Answer(Response):
-    """Runs the request while it answers, so that it can listen for the client going away at the same time.
+    """The response to a generation request. It submits the request, and aborts it when the client disconnects.
 
-    Subclasses say what the objects of their interface look like.
+    Subclasses define the JSON objects of their interface. interval_s: shortest time between two events of a stream.
     """
 
     prefix: str
@@ -85,8 +92,8 @@ class Answer(Response):
     def __init__(self, request: GenerationRequest, engine: AsyncEngine, work: Work, *, interval_s: float = 0.0) -> None:
         super().__init__()
         self.request, self.engine, self.interval_s = request, engine, interval_s
-        self.stream = submit(engine, work, choose_cache(request, engine))
-        self.prompt_tokens = sum(len(tokens) for tokens, _ in work[:: request.n or 1])
+        self.stream = submit(engine, work)
+        self.prompt_tokens = sum(len(tokens) for tokens, _ in work.choices[:: request.n or 1])
         self.index = {request_id: index for index, request_id in enumerate(self.stream.request_ids)}
         self.last: dict[str, Delta] = {}
         self.head = {
@@ -97,11 +104,11 @@ class Answer(Response):
         }
 
     def choice(self, index: int, text: str, logprobs: list[TokenLogprobs], reason: FinishReason) -> dict[str, Any]:
-        """A finished choice."""
+        """The JSON object of a finished choice."""
         raise NotImplementedError
 
     def news(self, index: int, delta: Delta) -> list[dict[str, Any]]:
-        """The choices of the chunks that tell of `delta`."""
+        """The JSON objects of a choice in the chunks for `delta`, one a chunk."""
         raise NotImplementedError
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,13 +116,13 @@ class Answer(Response):
         try:
             await (self._events(send) if self.request.stream else self._whole(scope, receive, send))
         except OSError:
-            pass  # the client went away while we wrote to it
+            pass  # the client disconnected during a write
         finally:
             self.stream.close()
             watcher.cancel()
 
     async def _watch(self, receive: Receive) -> None:
-        """Aborts the request once the client is gone."""
+        """Aborts the request when the client disconnects."""
         while (await receive())["type"] != "http.disconnect":
             pass
         self.stream.close()
@@ -143,7 +150,7 @@ class Answer(Response):
         await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _events(self, send: Send) -> None:
-        """Server-sent events; the status is chosen once the first news are there."""
+        """Sends server-sent events; waits for the first deltas before the status, so that an early error sets it."""
         try:
             news = await self.stream.next()
         except EngineFailedError as error:
@@ -167,7 +174,7 @@ class Answer(Response):
             data = event(_failure(error).body())
             await send({"type": "http.response.body", "body": data, "more_body": False})
             return
-        # The last text and the end in one message: every message is a hop through Ray's proxy.
+        # The last text and the end are one message, because every message costs a hop through Ray's proxy.
         await send({"type": "http.response.body", "body": data + self._end(), "more_body": False})
 
     def _end(self) -> bytes:
@@ -183,10 +190,10 @@ class Answer(Response):
         return b"".join(event({**self.head, "choices": [choice]}) for choice in choices)
 
     def _usage(self) -> dict[str, Any]:
-        """Tokens in and out, and what the states of all choices took when they were finished.
+        """The `usage` object: token counts, and the memory of all choices' states when they finished.
 
-        kv_bytes and kv_bytes_full: as they were kept, and as a full cache would have them, both of `held` tokens, the
-        last one being never read. not_compressed: why a policy that compresses did not, None where it did.
+        kv_bytes, kv_bytes_full: bytes of the states as kept, and as a full cache would keep them. Both are for `held`
+        tokens, because the model never reads the last one. not_compressed: why the cache did not compress, or None.
         """
         deltas = list(self.last.values())
         completion = sum(delta.tokens for delta in deltas)
@@ -210,7 +217,7 @@ class Answer(Response):
 
 
 def _failure(error: EngineFailedError) -> ApiError:
-    """What the client may know of it: of its own request why it failed, of the engine that it did, or that it ends."""
+    """The error for the client: the reason if its own request failed; if the engine failed or ends, only that."""
     if isinstance(error, RequestFailedError):
         return ApiError(500, str(error), code="request_failed")
     if isinstance(error.__cause__, EngineUnavailableError):

@@ -1,4 +1,4 @@
-"""What the server answers, as models: the schemas of its document, against which tests hold what it really sends."""
+"""Pydantic models of the server's answers: the source of the OpenAPI schemas. Tests check real answers with them."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,13 +8,13 @@ Reason = Literal["stop", "length", "abort"]
 
 
 class Reply(BaseModel):
-    """An object of an answer, without fields that are not described."""
+    """Base class of the objects in answers; unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class ErrorDetail(Reply):
-    """What was wrong. param: the field that was. code: a name for programs."""
+    """An error. message: for people. param: the field that is wrong. code: an identifier for programs."""
 
     message: str
     type: str
@@ -23,14 +23,15 @@ class ErrorDetail(Reply):
 
 
 class ErrorBody(Reply):
-    """Body of every refusal."""
+    """Body of every error answer."""
 
     error: ErrorDetail
 
 
 class Extension(Reply):
-    """Ours. kv_bytes: the states of all choices when they were finished, kept_tokens tokens of them, as `policy` keeps
-    them; kv_bytes_full: as the full cache would. not_compressed: why a policy that compresses did not."""
+    """Extension of this server: the cache `policy` and its memory. kv_bytes: bytes of the states of all choices at
+    their end, with kept_tokens tokens; kv_bytes_full: bytes that the full cache would take. not_compressed: why the
+    policy did not compress. ttft_ms: time to the first token."""
 
     policy: str
     kv_bytes: int
@@ -42,7 +43,7 @@ class Extension(Reply):
 
 
 class Usage(Reply):
-    """Tokens read and written."""
+    """Number of tokens in prompts and completions."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -69,7 +70,7 @@ class CompletionChoice(Reply):
 
 
 class Completion(Reply):
-    """Body of an answer, and each event of a stream; `usage` is in bodies and, if asked for, in the last event."""
+    """Body of an answer, and each event of a stream; bodies have `usage`, and so does the last event on request."""
 
     id: str
     object: Literal["text_completion"]
@@ -80,7 +81,7 @@ class Completion(Reply):
 
 
 class TopLogprob(Reply):
-    """A token that was likely, its bytes, and how likely."""
+    """A token, its bytes, and its log probability."""
 
     token: str
     logprob: float
@@ -88,7 +89,7 @@ class TopLogprob(Reply):
 
 
 class TokenLogprob(TopLogprob):
-    """The token that was chosen, and the most likely ones."""
+    """The chosen token, and the most likely tokens in its place."""
 
     top_logprobs: list[TopLogprob]
 
@@ -100,7 +101,7 @@ class ChatLogprobs(Reply):
 
 
 class AnswerMessage(Reply):
-    """What the model says."""
+    """The assistant's message."""
 
     role: Literal["assistant"]
     content: str
@@ -127,7 +128,7 @@ class ChatCompletion(Reply):
 
 
 class MessageDelta(Reply):
-    """A part of a message: the role in the first event, text in others, nothing in the last."""
+    """A part of a message: the role in the first event, text in the following ones, nothing in the last."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -154,7 +155,7 @@ class ChatCompletionChunk(Reply):
 
 
 class ModelCard(Reply):
-    """The model that is served. max_model_len: tokens of prompt and answer together."""
+    """The served model. max_model_len: most tokens of prompt and answer together."""
 
     id: str
     object: Literal["model"]
@@ -164,14 +165,14 @@ class ModelCard(Reply):
 
 
 class ModelList(Reply):
-    """All models: one."""
+    """The list of models; it has one."""
 
     object: Literal["list"]
     data: Annotated[list[ModelCard], Field(min_length=1)]
 
 
 class Health(Reply):
-    """The server is well."""
+    """Body of /health if the server is healthy."""
 
     status: Literal["ok"]
 
@@ -188,7 +189,7 @@ REPLIES: tuple[type[BaseModel], ...] = (
 
 
 def schemas(models: tuple[type[BaseModel], ...]) -> dict[str, Any]:
-    """The schemas of models and of all that they hold, by name, for components of an OpenAPI document."""
+    """The JSON schemas of models and of the models in their fields, by name, for components of an OpenAPI document."""
     found: dict[str, Any] = {}
     for model in models:
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: a conversation in the words of the model's chat template, and messages as choices."""
+"""POST /v1/chat/completions: encodes a conversation with the model's chat template, and answers with messages."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from attnzoo.models.sampling import TokenLogprobs
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
 from serve.openai.answer import Answer, Work, check_choices, check_model, check_work, choose_cache
-from serve.openai.aside import encode_chat
+from serve.openai.encoding import encode_chat
 from serve.openai.errors import ApiError
 from serve.openai.protocol_chat import ChatRequest, chat_logprobs_object
 from serve.request import Delta, FinishReason
 
 
 async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeConfig) -> Work:
-    """Tokens and parameters of every choice. Without a limit an answer may fill the context. Raises ApiError."""
+    """The work of a chat request. Without a length limit an answer may fill the context. Raises ApiError."""
     check_model(request.model, config)
     if engine.engine.chat_template is None:
         message = f"the model {config.served_name!r} has no chat template; use /v1/completions with a prompt"
@@ -23,17 +23,17 @@ async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeC
     cache = choose_cache(request, engine)
     tokens = await encode_chat(request.conversation(), engine, "messages")
     limit = request.limit or max(1, engine.engine.max_model_len - len(tokens))
-    work: Work = []
+    choices = []
     for copy in range(copies):
         params = request.sampling(limit, copy)
-        if copy == 0:  # the others differ by their seed
+        if copy == 0:  # the others differ only in their seed
             check_work(tokens, params, cache, engine, ("messages", request.limit_name))
-        work.append((tokens, params))
-    return work
+        choices.append((tokens, params))
+    return Work(choices, cache)
 
 
 class ChatAnswer(Answer):
-    """Objects of the chat interface: the first chunk of a choice names the role, the last one is empty and says why."""
+    """An answer of the chat interface. The first chunk of a choice has the role, the last one the finish_reason."""
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 

@@ -1,4 +1,4 @@
-"""POST /v1/completions: prompts as texts or tokens, and choices with a text each."""
+"""POST /v1/completions: takes prompts as texts or token ids, and answers with texts."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from attnzoo.models.sampling import TokenLogprobs
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
 from serve.openai.answer import Answer, Work, check_choices, check_model, check_work, choose_cache
-from serve.openai.aside import check_tokens, encode_text
+from serve.openai.encoding import check_tokens, encode_text
 from serve.openai.errors import ApiError
 from serve.openai.protocol import CompletionRequest, logprobs_object
 from serve.request import Delta, FinishReason
@@ -15,7 +15,7 @@ DEFAULT_MAX_TOKENS = 16
 
 
 async def prepare(request: CompletionRequest, engine: AsyncEngine, config: ServeConfig) -> Work:
-    """Tokens and parameters of every choice, in the order of their index. Raises ApiError."""
+    """The work of a completion request. Raises ApiError."""
     check_model(request.model, config)
     prompts = request.texts_or_tokens()
     copies = request.n or 1
@@ -23,7 +23,7 @@ async def prepare(request: CompletionRequest, engine: AsyncEngine, config: Serve
         raise ApiError(400, "prompt is empty; give at least one character or token", param="prompt")
     check_choices(len(prompts), copies, config)
     cache = choose_cache(request, engine)
-    work: Work = []
+    choices = []
     for prompt in prompts:
         tokens = await encode_text(prompt, engine, "prompt") if isinstance(prompt, str) else prompt
         check_tokens(len(tokens), engine, "prompt")
@@ -31,14 +31,14 @@ async def prepare(request: CompletionRequest, engine: AsyncEngine, config: Serve
         max_tokens = request.max_tokens or max(1, min(DEFAULT_MAX_TOKENS, room))
         for copy in range(copies):
             params = request.sampling(max_tokens, copy)
-            if copy == 0:  # the others differ by their seed
+            if copy == 0:  # the others differ only in their seed
                 check_work(tokens, params, cache, engine, ("prompt", "max_tokens"))
-            work.append((tokens, params))
-    return work
+            choices.append((tokens, params))
+    return Work(choices, cache)
 
 
 class CompletionAnswer(Answer):
-    """Objects of the completions interface: a chunk looks like a choice."""
+    """An answer of the completions interface. The choices in chunks have the format of those in whole answers."""
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document: every path, what may be sent to it, and every answer, refusals included."""
+"""The OpenAPI document: every path with its requests and answers, errors included."""
 
 from typing import Any
 
@@ -22,14 +22,14 @@ REFUSALS = {
     500: "The server failed; it was not the request's fault",
     503: "The server takes no requests now; try again after `Retry-After` seconds",
 }
-"""Refusals and what they mean. Which server refuses what depends on its configuration."""
+"""Error statuses and their meanings. Some depend on the server's configuration."""
 NEEDS = {"stream_options": "stream", "top_logprobs": "logprobs"}
-"""Fields that are allowed with another one set to true only."""
+"""Fields that are allowed only if another field is true."""
 DONE = "Server-sent events: `data: ` and the JSON of one {name} each, then `data: [DONE]`; after a failure an ErrorBody"
 
 
 def document(title: str) -> dict[str, Any]:
-    """The document as JSON."""
+    """The OpenAPI document as a dictionary."""
     listed = _get("The models", "ModelList"), _get("One model", "ModelCard", "model_id")
     return {
         "openapi": VERSION,
@@ -102,7 +102,7 @@ def _ref(name: str) -> dict[str, str]:
 
 
 def _requests(kind: type[GenerationRequest]) -> dict[str, Any]:
-    """The schemas of a body: what is read, and what is accepted with the values under which it changes nothing."""
+    """The schemas of a request body: supported fields, and unsupported ones with their neutral values."""
     found = answers.schemas((kind,))
     properties = found[kind.__name__]["properties"]
     for name, values in kind.neutral.items():
@@ -119,7 +119,7 @@ def _only_with(name: str, other: str) -> dict[str, Any]:
 
 
 def _neutral(values: Values) -> list[dict[str, Any]]:
-    """Schemas that take these values and no others, in the words that generators of clients know."""
+    """Schemas that accept exactly these values, written so that client generators understand them."""
     found: list[dict[str, Any]] = []
     bools = [value for value in values if isinstance(value, bool)]
     if bools:

@@ -1,19 +1,19 @@
-"""Refusals in OpenAI's shape, for the application and for what stands before it, and JSON in one line."""
+"""Errors in OpenAI's format, for the application and for `serve.front`, and JSON on one line."""
 
 import json
 from typing import Any
 
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable"}
 MAX_QUOTED = 500
-"""Characters of a message that may hold what a request said."""
+"""Longest message that may quote a request, in characters."""
 BREAKS = str.maketrans({char: f"\\u{ord(char):04x}" for char in "\x7f\x85\u2028\u2029"})
-"""Characters that JSON may hold as they are and at which readers of lines break one; others are escaped by JSON."""
+"""Characters that JSON need not escape, but at which some readers break lines."""
 MAX_NAME = 64
-"""Characters of a field's name that an answer repeats."""
+"""Longest part of a field's name that an answer repeats, in characters."""
 
 
 class ApiError(Exception):
-    """A refusal in OpenAI's shape."""
+    """An error answer in OpenAI's format. param: the field that is wrong. code: an identifier for programs."""
 
     def __init__(
         self,
@@ -29,28 +29,28 @@ class ApiError(Exception):
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
+        """The JSON body of the answer."""
         kind = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def dump(value: Any) -> bytes:
-    """Compact JSON on one line. Raises ValueError for what is no JSON (NaN)."""
+    """Compact JSON on one line. Raises ValueError for NaN and infinity."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.translate(BREAKS).encode()
 
 
 def event(value: Any) -> bytes:
-    """A server-sent event."""
+    """A server-sent event with `value` as JSON."""
     return b"data: " + dump(value) + b"\n\n"
 
 
 def short_name(name: str) -> str:
-    """A field's name as an answer may repeat it: not too long, and text that UTF-8 can hold."""
+    """A name from a request, shortened and valid in UTF-8, so that an answer can repeat it."""
     shown = name if len(name) <= MAX_NAME else name[:MAX_NAME] + "..."
     return shown.encode("utf-8", errors="replace").decode()
 
 
 def unsupported(name: str, what: str = "is not supported by this server; leave it out") -> ApiError:
-    """A field that clients know and this server does not."""
+    """The error for a field that clients of other servers use and this server does not support."""
     return ApiError(400, f"{name} {what}", param=name, code="unsupported")

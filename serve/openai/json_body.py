@@ -1,7 +1,7 @@
-"""Bodies, read more strictly than Python reads JSON.
+"""Reads JSON bodies more strictly than Python's json module.
 
-Python takes NaN, numbers of any size, half a surrogate pair and a name that is given twice (the last one counts). Each
-of them goes wrong somewhere later, far from the field that it stands in; here they are refused by the field's name.
+Python accepts NaN, numbers of any size, unpaired surrogates, and names that occur twice. Each would cause an error
+later, far from its field; here it is refused with the field's name.
 """
 
 import json
@@ -11,23 +11,23 @@ from typing import Any, NoReturn
 from serve.openai.errors import ApiError, short_name
 
 MAX_LEVELS = 32
-"""Lists and objects inside one another; a conversation needs six."""
+"""Deepest nesting of lists and objects; a conversation needs six levels."""
 MAX_NAMES = 256
-"""Names of one object; what is read further on collects a mistake for every name that it does not know."""
+"""Most names in one object; pydantic collects an error for every unknown name."""
 LEAST, MOST = -(2**63), 2**63 - 1
-"""Whole numbers that a field may hold."""
+"""Range of integers in a field."""
 
 
 class _Number:
-    """A number that no field holds, in its place until its field is known."""
+    """Stands for a number that is not allowed, until `_check` knows its field."""
 
     def __init__(self, text: str) -> None:
         self.text = text
 
 
 def read_object(body: bytes, needed: str) -> dict[str, Any]:
-    """The object in a body; `needed` names the fields it should have. Raises ApiError 400 that names the field, or says
-    where the body is not JSON."""
+    """The JSON object in a body. needed: the required fields, for the message. Raises ApiError 400 that names the wrong
+    field, or the place where the body is not JSON."""
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -74,7 +74,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int | _Number:
-    # Python reads no more than 4,300 digits; the sign and nineteen are enough for 64 bits.
+    # int() raises beyond 4,300 digits; 64 bits need at most a sign and 19 digits.
     value = int(text) if len(text) <= 20 else None
     return value if value is not None and LEAST <= value <= MOST else _Number(text)
 
@@ -85,7 +85,7 @@ def _number(text: str) -> float | _Number:
 
 
 def _check(value: Any, name: str) -> None:
-    """Raises ApiError, naming the field `name` that `value` stands in, for what no field may hold."""
+    """Raises ApiError that names the field `name` if its value has something that no field may have."""
     level = [value]
     for _ in range(MAX_LEVELS + 1):
         below: list[Any] = []

@@ -1,7 +1,7 @@
-"""Fields that clients of OpenAI and vLLM send and that this server has no use for, and when they may be sent.
+"""Unsupported fields that clients of OpenAI and vLLM send, with their neutral values.
 
-A field is accepted with the values under which it changes nothing here; with any other it is refused by its name. So a
-client that always writes `repetition_penalty: 1.0` is served, and one that writes 1.2 learns that it gets no penalty.
+A neutral value changes nothing and is accepted; any other value is refused with the field's name. So a client that
+always sends `repetition_penalty: 1.0` is served, and a client that sends 1.2 learns that there is no penalty.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ SHARED: Mapping[str, Values] = {
     "stop_token_ids": (None, []),
     "thinking_token_budget": (None, -1),
     "truncate_prompt_tokens": (None,),
-    "truncation_side": (None, "left", "right"),  # of a prompt that is never truncated
+    "truncation_side": (None, "left", "right"),  # prompts are never truncated
     "use_beam_search": OFF,
     "watermarking": OFF,
     # Control tokens are never part of an answer's text, with spaces or without.
@@ -98,7 +98,7 @@ CHAT: Mapping[str, Values] = {
 
 
 def take_neutral(values: dict[str, Any], neutral: Mapping[str, Values]) -> None:
-    """Takes the fields of `neutral` out of `values`. Raises ApiError for one whose value is not neutral."""
+    """Removes the fields of `neutral` from `values`. Raises ApiError for a field whose value is not neutral."""
     for name in [name for name in values if name in neutral]:
         value = values.pop(name)
         if not any(_same(value, allowed) for allowed in neutral[name]):
@@ -106,5 +106,5 @@ def take_neutral(values: dict[str, Any], neutral: Mapping[str, Values]) -> None:
 
 
 def _same(value: Any, allowed: Any) -> bool:
-    """Equal, and true is not 1."""
+    """Whether the values are equal; True and 1 are not."""
     return bool(value == allowed) and isinstance(value, bool) == isinstance(allowed, bool)

@@ -1,6 +1,6 @@
-"""What clients may send, what they get back, and how refusals look: OpenAI's interface, strictly read.
+"""The requests of OpenAI's completions interface, and what both interfaces share.
 
-A field that this server does not support is refused by name, never ignored; its neutral value is accepted.
+A field that this server does not support is refused by name unless it has its neutral value; none is ignored.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,19 +15,19 @@ from serve.openai.neutral import COMPLETION, SHARED, Values, take_neutral
 from serve.request import MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_STRINGS, SamplingParams
 
 MAX_LABEL = 512
-"""Characters of a text that names a user, a session or a cache."""
+"""Longest name of a user, session or cache, in characters."""
 LEAST_LOGPROB = -9999.0
-"""What stands for the logarithm of zero, which is no number in JSON."""
+"""Replaces the logarithm of zero, which JSON cannot express."""
 
 
 class Strict(BaseModel):
-    """JSON read without conversions and without fields that nobody knows."""
+    """Base class of request objects: no type conversions, and unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
-    """`include_usage`: one more chunk before the end, with the usage of the whole request."""
+    """include_usage: send one more chunk before the end, with the usage of the whole request."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -39,17 +39,17 @@ class StreamOptions(Strict):
 Label = Annotated[str, Field(max_length=MAX_LABEL)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-# Every list ends at its first mistake: pydantic keeps Python's lock while it collects all of them.
+# Validation of a list ends at its first error, because pydantic holds the GIL while it collects errors.
 Stop = StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)]
 
 
 class GenerationRequest(Strict):
-    """What both interfaces take. `top_k` (0 or -1: off), `ignore_eos`: extensions, as vLLM names them. `cache`: ours,
-    how keys and values of this request are kept, {"policy": "d2o", "keep_ratio": 0.2}. `user`, `session_id`,
-    `safety_identifier`, `prompt_cache_key`, `cache_salt` and `metadata` say who asks and change no answer.
+    """The fields of both interfaces. `top_k` (0 or -1: off) and `ignore_eos` are vLLM's extensions. `cache` is this
+    server's: the cache policy, {"policy": "d2o", "keep_ratio": 0.2}. `user`, `session_id`, `safety_identifier`,
+    `prompt_cache_key`, `cache_salt` and `metadata` identify the sender and change no answer.
 
-    expected: what the fields of a subclass hold, for errors. neutral: fields without support here, and the values under
-    which they change nothing (`serve.openai.neutral`).
+    expected: descriptions of a subclass's fields, for error messages. neutral: unsupported fields and their neutral
+    values (`serve.openai.neutral`).
     """
 
     expected: ClassVar[dict[str, str]] = {}
@@ -75,18 +75,18 @@ class GenerationRequest(Strict):
 
     @property
     def alternatives(self) -> int | None:
-        """How many alternatives to report for each token; None: no log probabilities at all."""
+        """Number of alternatives to report for each token; None: no log probabilities."""
         raise NotImplementedError
 
     def check(self) -> None:
-        """Raises ApiError for fields that do not go together."""
+        """Raises ApiError for fields that contradict one another."""
         if self.stream_options is not None and self.stream_options.continuous_usage_stats:
             raise unsupported("stream_options.continuous_usage_stats")
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is only allowed with stream=true", param="stream_options")
 
     def sampling(self, max_tokens: int, choice: int) -> SamplingParams:
-        """Parameters of the choice number `choice` (from 0 to n-1). Raises ApiError naming the field."""
+        """Sampling parameters of choice number `choice` (from 0 to n-1). Raises ApiError that names the field."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         try:
             return SamplingParams(
@@ -94,7 +94,7 @@ class GenerationRequest(Strict):
                 temperature=1.0 if self.temperature is None else self.temperature,
                 top_p=1.0 if self.top_p is None else self.top_p,
                 top_k=max(self.top_k or 0, 0),
-                # The choices of one prompt differ, and the first is that of n=1.
+                # The choices of a prompt differ, and the first is the same as with n=1.
                 seed=None if self.seed is None else choice_seed(self.seed, choice),
                 stop=tuple(stop),
                 logprobs=self.alternatives,
@@ -130,7 +130,7 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
     def texts_or_tokens(self) -> list[str | list[int]]:
-        """The prompts, one or many."""
+        """The prompts as a list."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
@@ -142,12 +142,12 @@ Body = TypeVar("Body", bound=GenerationRequest)
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
-    """Reads a body. Raises ApiError 400 naming the first field that is wrong, unknown or not supported."""
+    """Parses a body. Raises ApiError 400 that names the first field that is wrong, unknown or not supported."""
     return parse_body(CompletionRequest, body)
 
 
 def parse_body(kind: type[Body], body: bytes) -> Body:
-    """Reads the body of a request of this kind. Raises ApiError as `parse_completion`."""
+    """Parses the body of a request of class `kind`. Raises ApiError as `parse_completion` does."""
     values = read_object(body, " and ".join(n for n, field in kind.model_fields.items() if field.is_required()))
     take_neutral(values, kind.neutral)
     try:
@@ -180,11 +180,11 @@ METADATA_HELP = f"at most 16 names with a text each, of at most {MAX_LABEL} char
 CACHE_HELP = 'an object such as {"policy": "d2o", "keep_ratio": 0.2}'
 
 Spell = Callable[[int], bytes]
-"""The bytes of a token."""
+"""Returns the bytes of a token id."""
 
 
 def logprobs_object(logprobs: Sequence[TokenLogprobs], alternatives: int, spell: Spell) -> dict[str, Any]:
-    """The `logprobs` of a completion's choice."""
+    """The `logprobs` object of a completion's choice."""
     tops = [{spell_token(spell(token)): max(value, LEAST_LOGPROB) for token, value in x.top} for x in logprobs]
     return {
         "tokens": [spell_token(spell(x.token)) for x in logprobs],
@@ -195,7 +195,7 @@ def logprobs_object(logprobs: Sequence[TokenLogprobs], alternatives: int, spell:
 
 
 def spell_token(data: bytes) -> str:
-    """A token's bytes as text; bytes that are no character of their own as OpenAI spells them: bytes:\\xe2\\x82."""
+    """A token's bytes as text; incomplete UTF-8 is written as OpenAI does: bytes:\\xe2\\x82."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""OpenAI's chat interface, strictly read: see `serve.openai.protocol`. Conversations of text, without tools."""
+"""The requests of OpenAI's chat interface, for text without tools. See `serve.openai.protocol`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
@@ -12,9 +12,9 @@ from serve.openai.protocol import LEAST_LOGPROB, Count, GenerationRequest, Spell
 from serve.request import MAX_LOGPROBS
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""Roles of the interface, and what templates call them: newer clients of OpenAI send a system text as developer's."""
+"""Roles of the interface, and their names in chat templates: newer OpenAI clients write developer for system."""
 PARTS = ("file", "image_url", "input_audio", "refusal", "video_url")
-"""Kinds of content that clients know and this server does not take."""
+"""Kinds of content in OpenAI's interface that this server does not support."""
 
 TEXT_PART = {
     "type": "object",
@@ -24,7 +24,7 @@ TEXT_PART = {
 }
 CONTENT = {"anyOf": [{"type": "string"}, {"type": "null"}, {"type": "array", "items": TEXT_PART, "minItems": 1}]}
 MAX_NAME = 256
-"""Characters of a participant's name."""
+"""Longest name of a participant, in characters."""
 NAME = {"anyOf": [{"type": "string", "maxLength": MAX_NAME}, {"type": "null"}]}
 EMPTY: Values = (None, [])
 NOTHING = {"anyOf": [{"type": "array", "items": {"type": "string"}, "maxItems": 0}, {"type": "null"}]}
@@ -32,8 +32,8 @@ Unused = Annotated[Any, WithJsonSchema(NOTHING)]
 
 
 class ChatMessage(Strict):
-    """One message; a content of null is an empty text. Fields that clients send back as null from an answer are taken
-    as null only."""
+    """One message; null content is an empty text. Clients return an earlier answer with fields that this server does
+    not support; these must be null or empty."""
 
     role: Annotated[Any, WithJsonSchema({"type": "string", "enum": list(ROLES)})]
     content: Annotated[Any, WithJsonSchema(CONTENT)]
@@ -47,7 +47,8 @@ class ChatMessage(Strict):
     reasoning_content: Unused = None
 
     def plain(self, where: str) -> dict[str, str]:
-        """What a template sees. `where` names the message. Raises ApiError."""
+        """The message for the chat template: role, content and name. where: the message's name in errors. Raises
+        ApiError."""
         if isinstance(self.role, str) and self.role in ("tool", "function"):
             raise unsupported(f"{where}.role", "of a tool is not supported by this server: it has no tools")
         if not isinstance(self.role, str) or self.role not in ROLES:
@@ -68,7 +69,7 @@ UNUSED = [name for name in ChatMessage.model_fields if name not in ("role", "con
 
 
 class ChatRequest(GenerationRequest):
-    """Body of POST /v1/chat/completions. The chat template is the model's; a request cannot bring one."""
+    """Body of POST /v1/chat/completions. The chat template is always the model's."""
 
     expected: ClassVar[dict[str, str]] = {"messages": "a list of messages, at least one"}
     neutral: ClassVar[Mapping[str, Values]] = {**SHARED, **CHAT}
@@ -85,12 +86,12 @@ class ChatRequest(GenerationRequest):
 
     @property
     def limit(self) -> int | None:
-        """Tokens of the answer at most, under either of its names."""
+        """Most tokens of the answer, from max_completion_tokens or max_tokens."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def limit_name(self) -> str:
-        """The name under which it came."""
+        """The field that set `limit`."""
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     def check(self) -> None:
@@ -103,17 +104,17 @@ class ChatRequest(GenerationRequest):
         self.conversation()
 
     def conversation(self) -> list[dict[str, str]]:
-        """The messages as templates see them: role and text. Raises ApiError."""
+        """The messages for the chat template. Raises ApiError."""
         return [message.plain(f"messages[{index}]") for index, message in enumerate(self.messages)]
 
 
 def parse_chat(body: bytes) -> ChatRequest:
-    """Reads a body. Raises ApiError 400 naming the first field that is wrong, unknown or not supported."""
+    """Parses a body. Raises ApiError 400 that names the first field that is wrong, unknown or not supported."""
     return parse_body(ChatRequest, body)
 
 
 def _text(content: Any, where: str) -> str:
-    """A text, or the texts of a list of parts with newlines between them, as other servers join them."""
+    """The text of a message's content; text parts are joined with newlines, as other servers do. Raises ApiError."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -134,7 +135,7 @@ def _text(content: Any, where: str) -> str:
 
 
 def chat_logprobs_object(logprobs: Sequence[TokenLogprobs], spell: Spell) -> dict[str, Any]:
-    """The `logprobs` of a chat's choice."""
+    """The `logprobs` object of a chat's choice."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         data = spell(token)

@@ -1,4 +1,4 @@
-"""The HTTP application: runs under uvicorn as it is, and inside Ray Serve."""
+"""The HTTP application, for Ray Serve or plain uvicorn."""
 
 import time
 from collections.abc import AsyncIterator
@@ -14,10 +14,10 @@ from serve.config import ServeConfig
 from serve.front.guard import Counted, error_response, guard
 from serve.metrics import CONTENT_TYPE
 from serve.openai.answer import check_model
-from serve.openai.aside import aside
 from serve.openai.chat import ChatAnswer, prepare_chat
 from serve.openai.completions import CompletionAnswer, prepare
 from serve.openai.document import document
+from serve.openai.encoding import in_thread
 from serve.openai.errors import ApiError, dump
 from serve.openai.protocol import parse_completion
 from serve.openai.protocol_chat import parse_chat
@@ -31,7 +31,7 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
 
 
 def build_app(engine: AsyncEngine, config: ServeConfig) -> FastAPI:
-    """The application around a running engine. Its shutdown drains and stops the engine."""
+    """The application for a running engine. Its shutdown drains and stops the engine."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -56,14 +56,14 @@ def _add_generation(app: FastAPI, engine: AsyncEngine, config: ServeConfig) -> N
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         body = await request.body()
-        completion = await aside(len(body), parse_completion, body)
+        completion = await in_thread(len(body), parse_completion, body)
         work = await prepare(completion, engine, config)
         return CompletionAnswer(completion, engine, work, interval_s=interval_s)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         body = await request.body()
-        chat = await aside(len(body), parse_chat, body)
+        chat = await in_thread(len(body), parse_chat, body)
         work = await prepare_chat(chat, engine, config)
         return ChatAnswer(chat, engine, work, interval_s=interval_s)
 

@@ -12,7 +12,7 @@ import pytest
 
 from attnzoo.types import check_device
 from serve.config import absolute, build_serve_config, parse_settings, read_config_file
-from serve.environment import _leave_token, prepare_environment
+from serve.environment import _write_token, prepare_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -154,7 +154,7 @@ def test_servers_that_start_at_once_share_a_token(tmp_path):
     path = tmp_path / "home" / "ray_token"
 
     def start(turn: int) -> str:
-        _leave_token(path)
+        _write_token(path)
         return path.read_text()
 
     def slowly(count: int) -> str:

@@ -1,4 +1,4 @@
-"""One thread at a time."""
+"""A decorator for methods that only one thread may run at a time."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -9,9 +9,9 @@ Result = TypeVar("Result")
 Owner = TypeVar("Owner", bound=Any)
 
 
-def alone(method: Callable[Concatenate[Owner, Given], Result]) -> Callable[Concatenate[Owner, Given], Result]:
-    """A method that waits until no other thread is in a method of the same object that is `alone`. The object has a
-    `lock`, a `threading.RLock`."""
+def synchronized(method: Callable[Concatenate[Owner, Given], Result]) -> Callable[Concatenate[Owner, Given], Result]:
+    """Makes a method hold `self.lock` (a `threading.RLock`) while it runs, so that synchronized methods of one object
+    exclude one another between threads."""
 
     @wraps(method)
     def guarded(self: Owner, *given: Given.args, **named: Given.kwargs) -> Result:
