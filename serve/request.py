@@ -153,7 +153,7 @@ class CompletionOutput:
     last: Delta
 
     @classmethod
-    def of(cls, parts: list[Delta], tokens: list[int]) -> "Completion":
+    def of(cls, parts: list[Delta], tokens: list[int]) -> "CompletionOutput":
         """The completion from all deltas of a request and its token ids."""
         last = parts[-1]
         assert last.finish_reason is not None

@@ -1,4 +1,4 @@
-"""`train.max_minutes` as a number of steps: an estimate from what the first steps and the first evaluation took."""
+"""Turns train.max_minutes into a number of steps, from the times of the first steps and the first evaluation."""
 
 import math
 import statistics
@@ -11,10 +11,10 @@ from train.config import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredPace:
-    """Seconds measured so far.
+    """Measured times in seconds.
 
-    steps: of each step. one_pass: the median pass of the first evaluation; 0 where there was none. first_evaluation:
-    all of it. elapsed: since the run began, the first evaluation and the steps among it.
+    steps: of each step. one_pass: median pass of the first evaluation; 0 if there was none. first_evaluation: all its
+    passes. elapsed: since the run began, including the steps and the first evaluation.
     """
 
     steps: Sequence[float]
@@ -25,9 +25,8 @@ class MeasuredPace:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluations:
-    """Passes of a rank in an evaluation on the way (after `every` steps; None: never) and in the last one.
-
-    share: the size of a pass as a part of a step, at least one of the step's own passes.
+    """Evaluations of a run. every: steps between them (None: only the last). passes, last_passes: passes of a rank in
+    each, and in the last. share: size of an evaluation pass relative to a step, at least that of a training pass.
     """
 
     every: int | None
@@ -38,9 +37,9 @@ class Evaluations:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What became of the budget. affordable: steps that fit into it; steps: those that the run takes.
+    """The result of `plan_steps`. affordable: steps that fit into the budget; steps: steps that the run will take.
 
-    short: a warning in words where the budget is too small for the model to learn much; else None.
+    short: a warning if the budget is too small for the model to learn much; else None.
     """
 
     minutes: float
@@ -52,23 +51,22 @@ class Budget:
     short: str | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as a checkpoint and a report keep them."""
+        """The fields as a dictionary, for checkpoints and reports."""
         return asdict(self)
 
 
 def plan_steps(options: TrainConfig, warmup: int, pace: MeasuredPace, evaluations: Evaluations) -> Budget:
-    """The number of steps for `options.max_minutes`, once `pace.steps` are done.
+    """The number of steps for `options.max_minutes`, after the steps in `pace.steps`.
 
-    What has passed counts as it was, however slow: the compilation in the first step, the first evaluation. What is
-    still to come is estimated by medians, which a few slow steps or passes do not move. An evaluation that met a busy
-    machine says nothing about the next one either: its pass has no backward pass and so takes at most the time of
-    a training pass of the same size.
+    Elapsed time counts fully, with compilation and the first evaluation. The remaining time is estimated with medians,
+    which a few slow steps or passes do not change. An evaluation pass is assumed to take at most the time of a training
+    pass of the same size, because it has no backward pass; so one evaluation on a busy machine does not distort it.
     """
     assert options.max_minutes is not None
     done = len(pace.steps)
-    step = statistics.median(pace.steps[done // 2 :])  # the first half warms caches up
+    step = statistics.median(pace.steps[done // 2 :])  # the first half is warm-up
     bound = step * evaluations.share
-    one_pass = min(pace.one_pass, bound) if pace.one_pass else bound / 3  # backward takes twice the time of forward
+    one_pass = min(pace.one_pass, bound) if pace.one_pass else bound / 3  # backward takes twice as long as forward
     each = step + (one_pass * evaluations.passes / evaluations.every if evaluations.every else 0.0)
     last = one_pass * evaluations.last_passes
     left = 60 * options.max_minutes - pace.elapsed - last
@@ -107,7 +105,7 @@ def _consequence(options: TrainConfig, steps: int, expected: float, least: int) 
 
 
 def check_same_budget(options: TrainConfig, fixed: dict[str, Any] | None) -> None:
-    """Raises ValueError where a run that goes on has another budget than the one that fixed its number of steps."""
+    """Raises ValueError if a resumed run has another budget than the one that determined its number of steps."""
     if fixed is None or options.max_minutes is None:
         return
     asked = {"train.max_minutes": options.max_minutes, "train.min_steps": options.min_steps}

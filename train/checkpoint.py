@@ -1,12 +1,12 @@
-"""Checkpoints around DeepSpeed's: atomic, complete (random states, data position, schedule) and checked on reading.
+"""Training checkpoints: DeepSpeed's files with random states, data position and progress, atomic and with digests.
 
     <run dir>/checkpoints/latest                 the name of the newest checkpoint
     <run dir>/checkpoints/step-00000500/         DeepSpeed's files, state.json, random-<rank>.safetensors, digests.json
-    <run dir>/checkpoints/set-aside-1/           later steps of a run that was rolled back; nothing here deletes them
+    <run dir>/checkpoints/set-aside-1/           later steps of a run that was rolled back; they are never deleted
 
-A checkpoint is written to a hidden directory, flushed and renamed; `latest` is replaced after that. A run killed
-at any moment leaves the previous checkpoint as the latest. DeepSpeed's files are pickles that torch.load executes:
-resume only from checkpoints you wrote yourself. (An export, `attnzoo.checkpoint`, holds no pickle.)
+A checkpoint is written to a hidden directory, flushed and renamed; then `latest` is replaced. If a run is killed, the
+latest complete checkpoint stays valid. DeepSpeed's files are pickles, which torch.load executes: resume only from
+checkpoints that you have written. (Exports, `attnzoo.checkpoint`, hold no pickle.)
 """
 
 import itertools
@@ -35,17 +35,17 @@ from train.ranks import agree, decide, gather
 
 FORMAT = "attnzoo-train-2"
 FAULT = "ATTNZOO_FAULT"
-"""Tests set ATTNZOO_FAULT=checkpoint_write:<step> to kill rank 0 half way through writing that checkpoint."""
+"""Tests set ATTNZOO_FAULT=checkpoint_write:<step> to kill rank 0 while it writes that checkpoint."""
 LATEST = "latest"
 
 
 @dataclass
 class TrainingProgress:
-    """What a run needs besides weights and optimizer state to go on as if nothing had happened.
+    """The state of a run besides weights and optimizer state, so that it can resume exactly.
 
-    skipped: steps without an update so far, because something in them was not finite. pass_seconds: the median pass of
-    the last evaluation. step_seconds: of the steps so far, until train.max_minutes is turned into `budget`, as
-    `train.budget.Budget` describes it. validation: of all validation text at this step, once it is measured.
+    seconds: of training so far. skipped: steps without an update so far, because they were not finite. pass_seconds:
+    median pass of the last evaluation. step_seconds: of each step, until train.max_minutes is turned into `budget` (a
+    `train.budget.Budget`). validation: result on all validation blocks at this step. data: position in the data.
     """
 
     step: int = 0
@@ -61,9 +61,9 @@ class TrainingProgress:
 
 
 def identity(config: Config, model: dict[str, Any], tokenizer: str, data: str, world: int) -> dict[str, Any]:
-    """The settings that a checkpoint must share with the run that reads it, by dotted key.
+    """The settings that must be the same in a checkpoint and in the run that reads it, by dotted key.
 
-    `tokenizer` and `data` are digests of what these hold.
+    tokenizer, data: digests of their contents.
     """
     keys = {f"model.{key}": value for key, value in model.items()}
     keys |= {f"data.{key}": value for key, value in config.data.items()}
@@ -82,7 +82,7 @@ def identity(config: Config, model: dict[str, Any], tokenizer: str, data: str, w
 
 
 def steps_in(directory: Path) -> list[Path]:
-    """The checkpoints of a directory, oldest first; what only looks like one is none."""
+    """The checkpoint directories in a directory, oldest first; other names are ignored."""
     found = (p for p in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir())
     return sorted(found, key=_step)
 
@@ -92,7 +92,7 @@ def _step(path: Path) -> int:
 
 
 def newest_whole(directory: Path, before: Path | None = None) -> Path | None:
-    """The newest checkpoint all of whose files are what was written; `before`: of those older than it."""
+    """The newest checkpoint whose files all match their digests. before: only look at older ones than this."""
     known = steps_in(directory)
     if before in known:
         known = known[: known.index(before)]
@@ -112,9 +112,9 @@ class Checkpoints:
         self.directory, self.keep, self.settings = directory, keep, settings
 
     def latest(self) -> Path | None:
-        """The checkpoint that `latest` names, or None where there are no checkpoints at all.
+        """The checkpoint that the file `latest` names, or None if there are no checkpoints.
 
-        Raises ValueError that names the newest whole one when the name is missing or wrong.
+        Raises ValueError that names the newest undamaged checkpoint if the file is missing or wrong.
         """
         pointer = self.directory / LATEST
         if not pointer.is_file():
@@ -129,7 +129,7 @@ class Checkpoints:
         return path
 
     def offer(self, before: Path | None = None) -> str:
-        """The way out where a checkpoint cannot be used."""
+        """The end of an error message: which other checkpoint can be used. before: as in `newest_whole`."""
         found = newest_whole(self.directory, before)
         if found is None:
             return "no other checkpoint there is whole: set another run_dir"
@@ -139,13 +139,13 @@ class Checkpoints:
         )
 
     def newest_name(self) -> str | None:
-        """The name of the newest checkpoint, for messages."""
+        """The name of the newest checkpoint for messages; None if there is none."""
         return next((path.name for path in reversed(steps_in(self.directory))), None)
 
     def save(self, engine: TrainingEngine, progress: TrainingProgress) -> Path:
-        """Writes a checkpoint (all ranks), makes it the latest, and deletes the oldest beyond `keep`.
+        """Writes a checkpoint (all ranks), makes it the latest, and deletes older ones beyond `keep`.
 
-        Raises TrainingError when something in it is not finite, or cannot be written.
+        Raises AgreedError if weights or optimizer state are not finite, TrainingError if writing fails.
         """
         final = self.directory / f"step-{progress.step:08d}"
         engine.check_finite(f"checkpoint {final.name} is not written")
@@ -181,7 +181,8 @@ class Checkpoints:
             write_digests(temporary, {name: entry for share in shares for name, entry in share.items()})
 
     def _unwritten(self, final: Path, error: Exception) -> TrainingError:
-        """torch reports a full disk as a RuntimeError without a number: say what is known."""
+        """The error for a checkpoint that could not be written. It states the free space, because torch reports a full
+        disk only as a RuntimeError."""
         kept = self.newest_name()
         resume = "" if kept is None else f"the newest checkpoint is {kept}, and the same command goes on from it"
         free = free_bytes(self.directory) / 2**20
@@ -190,9 +191,9 @@ class Checkpoints:
         )
 
     def choose(self, path: Path, engine: TrainingEngine, fallback: bool) -> Path:
-        """`path` when all its files are whole; with `fallback` else the newest older one that is (all ranks).
+        """`path` if its files match their digests, else, with `fallback`, the newest undamaged older one (all ranks).
 
-        Raises AgreedError that names the file and the newest whole checkpoint.
+        Raises AgreedError that names the damaged file and the newest undamaged checkpoint.
         """
         try:
             agree(lambda: check_files(path, engine.rank, engine.world))
@@ -210,14 +211,14 @@ class Checkpoints:
         return decide(other)
 
     def load(self, engine: TrainingEngine, path: Path) -> TrainingProgress:
-        """Restores weights, optimizer and random states (all ranks); returns where the run was."""
+        """Restores weights, optimizer state and random states (all ranks), and returns the progress."""
         content = agree(lambda: self.read(path))
         engine.load(path)
         set_random_state(load_file(str(path / f"random-{engine.rank}.safetensors")))
         return TrainingProgress(**content["progress"])
 
     def read(self, path: Path) -> dict[str, Any]:
-        """state.json, checked against this run. Raises ValueError that names what differs and the way out."""
+        """The content of state.json. Raises ValueError if it cannot be read or its settings differ from this run's."""
         try:
             content = json.loads((path / "state.json").read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError) as error:
@@ -240,10 +241,10 @@ class Checkpoints:
         return content
 
     def set_aside(self, path: Path, others: list[Path]) -> Path | None:
-        """Moves away what does not belong to the history of `path`, from which this run goes on (rank 0).
+        """Moves checkpoints that do not lead to `path`, from which this run resumes, to a new directory (rank 0).
 
-        These are its later steps or, when `path` is not of this run directory, all that are here. Copies of `others`
-        (the metrics, which are cut back) go with them. Returns where they are, None when there were none.
+        These are the later steps or, if `path` is from another run directory, all checkpoints here. Copies of `others`
+        (metrics and samples, which will be cut back) go with them. Returns the directory, or None if none was moved.
         """
         known = steps_in(self.directory)
         own = path.resolve() in [p.resolve() for p in known]
@@ -271,17 +272,15 @@ class Checkpoints:
 
 
 def check_resume(directory: Path, options: CheckpointConfig) -> None:
-    """Raises ValueError, before anything is prepared, for what `find_resume` would not find in a run's directory."""
+    """Raises the ValueError of `find_resume` before anything is prepared. directory: the run's checkpoints."""
     if any(directory.glob(".*.old")):
-        return  # a kill came between two renames; the run puts things right before it looks
+        return  # a run was killed between two renames; `run_directory` repairs that before `find_resume`
     find_resume(Checkpoints(directory, options.keep, {}), options.resume, options.fallback, tell=False)
 
 
 def find_resume(checkpoints: Checkpoints, resume: str, fallback: bool, tell: bool = True) -> Path | None:
-    """The checkpoint that checkpoint.resume asks for. Raises ValueError with the way out.
-
-    tell: where another one is taken, the user is told.
-    """
+    """The checkpoint to resume from, by checkpoint.resume; None to begin anew. tell: print a note if `fallback` takes
+    another one. Raises ValueError if it does not exist."""
     if resume == "auto":
         return _latest(checkpoints, fallback, tell)
     if resume == "never":
@@ -314,7 +313,7 @@ def _latest(checkpoints: Checkpoints, fallback: bool, tell: bool) -> Path | None
 
 
 def _fault(step: int, directory: Path) -> None:
-    """Dies as from kill -9, with one file cut in half, when a test asks for it."""
+    """For tests: cuts the largest file in half and kills this process, if `FAULT` names this step."""
     if os.environ.get(FAULT) == f"checkpoint_write:{step}":
         victim = max(directory.iterdir(), key=lambda p: p.stat().st_size)
         os.truncate(victim, victim.stat().st_size // 2)

@@ -1,4 +1,4 @@
-"""What a run would refuse later, asked before anything is prepared: by `--dry-run` and by the run itself."""
+"""Checks that `--dry-run` and a run make before anything is prepared, so that errors come at once."""
 
 import importlib.util
 
@@ -25,7 +25,7 @@ from train.tokenizer import TokenizerConfig
 
 
 def check_run(config: Config, model_config: DecoderConfig) -> None:
-    """Raises ValueError that names the field and the way out. `model_config`: of the model that will be built."""
+    """Raises ValueError if the run could not be carried out. model_config: of the model that will be built."""
     check_length(config, model_config)
     _check_places(config)
     _check_data(config)
@@ -38,7 +38,7 @@ def check_run(config: Config, model_config: DecoderConfig) -> None:
 
 
 def check_length(config: Config, model_config: DecoderConfig) -> None:
-    """Raises ConfigError for sequences that are longer than the model's context."""
+    """Raises ConfigError if sequences are longer than the model's context."""
     if config.sequence_length > model_config.max_positions:
         raise ConfigError(
             f"data.sequence_length={config.sequence_length} is longer than model.max_positions="
@@ -47,14 +47,14 @@ def check_length(config: Config, model_config: DecoderConfig) -> None:
 
 
 def check_batches(config: Config, data: TrainingData) -> None:
-    """Raises ValueError when the corpus does not fill one global batch: here and not in the first step."""
+    """Raises ValueError if the corpus is smaller than one global batch."""
     start = data.train.state()
     data.train.next(config.train.batch_size, 0, 1)
     data.train.load(start)
 
 
 def _check_places(config: Config) -> None:
-    """What is in the run directory already, and whether the run may write there."""
+    """Raises ValueError for the run directory's content, and if the run may not write there."""
     check_directories(config)
     check_export(config.run_path / "export")
     check_resume(config.run_path / "checkpoints", config.checkpoint)
@@ -72,7 +72,7 @@ def _check_data(config: Config) -> None:
     elif data.source == SOURCE:
         check_tasks(data)
     else:
-        fingerprint(data)  # looks for the files
+        fingerprint(data)  # raises if files are missing
     tokenizer = build_config(TokenizerConfig, config.tokenizer, "tokenizer")
     if tokenizer.path is not None and not config.checkpoint.adopt_model:
         load_tokenizer(user_path(tokenizer.path, "tokenizer.path"))
@@ -98,7 +98,7 @@ def _check_model(config: Config, model_config: DecoderConfig) -> None:
 
 
 def _check_kernels(model_config: DecoderConfig) -> None:
-    """A forward pass without data or memory gets as far as the choice of the kernels, which says what is missing."""
+    """Raises ConfigError if the kernels cannot be used here; a forward pass on fake tensors shows it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with FakeTensorMode(), torch.device(device), torch.no_grad():
         model, tokens_BT = DecoderLM(model_config), torch.zeros(1, 2, dtype=torch.long)

@@ -1,6 +1,6 @@
-"""What a training run is configured by: a dataclass for each section. `train/config_reader.py` reads it from files.
+"""The configuration of a training run: one dataclass for each section. `train/config_reader.py` reads it from files.
 
-configs/base.yaml holds every key with a comment.
+configs/base.yaml explains every key.
 """
 
 from dataclasses import dataclass, field
@@ -14,12 +14,13 @@ from attnzoo.files import user_path
 from attnzoo.models import DecoderConfig
 
 FREE_SECTIONS = ("model", "data", "tokenizer")
-"""Sections whose keys belong to others (DecoderConfig, train.data): checked by their owners, not by OmegaConf."""
+"""Sections that DecoderConfig, DataConfig and TokenizerConfig define and check, not OmegaConf."""
 
 
 @dataclass
 class OptimConfig:
-    """name: adamw | muon. Rates are peaks; `schedule` scales them. Weight decay touches linear maps only."""
+    """name: adamw | muon. lr, muon_lr: peak learning rates, which `schedule` scales. weight_decay: of linear layers'
+    weights only."""
 
     name: str = "adamw"
     lr: float = 3e-3
@@ -34,7 +35,8 @@ class OptimConfig:
 
 @dataclass
 class ScheduleConfig:
-    """kind: cosine | wsd | constant. decay_fraction: the last part of all steps in which wsd falls."""
+    """kind: cosine | wsd | constant. decay_fraction: fraction of the steps, at the end, in which wsd decays.
+    final_fraction: the last learning rate as a fraction of the peak."""
 
     kind: str = "cosine"
     warmup_steps: int = 100
@@ -44,12 +46,11 @@ class ScheduleConfig:
 
 @dataclass
 class TrainConfig:
-    """steps or max_minutes (or both: the smaller); batch_size counts sequences a step over all ranks.
+    """steps, max_minutes: length of the run; if both are set, the shorter one. batch_size: sequences of a step on all
+    ranks together. min_steps: with max_minutes, train at least so many steps, with a warning if they exceed the budget.
 
-    min_steps: with max_minutes, so many steps are taken even where the budget ends before; the run says so.
-
-    non_finite_steps: so many steps in a row without an update, because the loss or a gradient was not finite, and the
-    run does what non_finite says: stop (exit status 1) | go_back (to the last checkpoint, past the data in between).
+    non_finite: what to do after non_finite_steps steps in a row without an update, because the loss or a gradient was
+    not finite: stop (exit status 1) | go_back (load the last checkpoint, and skip the data since then).
     """
 
     steps: int | None = None
@@ -68,7 +69,8 @@ class TrainConfig:
 
 @dataclass
 class ZeroConfig:
-    """DeepSpeed ZeRO: what is cut over the ranks (0 nothing, 1 optimiser, 2 + gradients, 3 + parameters)."""
+    """DeepSpeed ZeRO. stage: what is partitioned over the ranks (0: nothing, 1: optimizer state, 2: gradients too, 3:
+    parameters too)."""
 
     stage: int = 1
     offload_optimizer: bool = False
@@ -76,7 +78,8 @@ class ZeroConfig:
 
 @dataclass
 class LoraConfig:
-    """rank: of the adapters (null: none, all weights train). targets: the linear maps that get one, in every layer."""
+    """rank: of the adapters (null: no adapters, all weights train). targets: names of the linear layers that get an
+    adapter in every block."""
 
     rank: int | None = None
     alpha: float = 16.0
@@ -86,9 +89,9 @@ class LoraConfig:
 
 @dataclass
 class EvalConfig:
-    """every: steps between evaluations (null: only the last). max_blocks: of those on the way.
-
-    below_ngrams: orders of byte n-gram models; scripts/demo.py claims that the run ends below their bits per byte.
+    """every: steps between evaluations (null: only at the end). max_blocks: validation blocks of each evaluation before
+    the last one, which takes all. below_ngrams: orders of byte n-gram models; scripts/demo.py checks that the run ends
+    with fewer bits per byte.
     """
 
     every: int | None = 200
@@ -110,7 +113,7 @@ class SampleConfig:
 
 @dataclass
 class LogConfig:
-    """peak_flops: of one rank's device, for MFU where the device is not known."""
+    """peak_flops: FLOP/s of one rank's device, for MFU on devices that attnzoo does not know."""
 
     every: int = 1
     progress: bool = True
@@ -121,10 +124,10 @@ class LogConfig:
 
 @dataclass
 class CheckpointConfig:
-    """resume: auto | never | a checkpoint directory. fallback: where that one is damaged or not named, take the newest
-    whole one instead of refusing. init_from: a model to take weights from: an export, a directory of
-    transformers, a .gguf file or the name of a packaged model. adopt_model: take its model and tokenizer too; `model`
-    and `tokenizer` then say nothing but `model.attention_impl`."""
+    """resume: auto | never | a checkpoint directory. fallback: if that checkpoint is damaged or missing, take the
+    newest undamaged one instead of an error. init_from: take the initial weights from an export, a directory of
+    transformers, a .gguf file or a packaged model. adopt_model: take its model configuration and tokenizer too; of
+    `model` and `tokenizer` only `model.attention_impl` then counts."""
 
     every: int | None = 500
     keep: int = 2
@@ -136,10 +139,11 @@ class CheckpointConfig:
 
 @dataclass
 class WatchdogConfig:
-    """Seconds that a phase may take before all ranks print their stacks and end with status 1 (null: no limit).
+    """Seconds that a phase may take; after them all ranks print their stacks and exit with status 1 (null: no limit).
 
-    start: joining the ranks and the first compilation. data: preparing tokenizer and tokens. load: building the model
-    and reading a checkpoint. step, evaluate, save (and export): each time. stop: the rest of a phase after a signal.
+    start: joining the ranks, and compiling an extension at the first start. data: preparing tokenizer and tokens. load:
+    building the model and reading a checkpoint. step, evaluate, save: each time. stop: from a signal to the end of the
+    phase.
     """
 
     start: float | None = 900.0
@@ -153,7 +157,8 @@ class WatchdogConfig:
 
 @dataclass
 class Config:
-    """All of a run. `model`, `data` and `tokenizer` hold the keys of DecoderConfig, DataConfig and the tokenizer."""
+    """The configuration of a run. `model`, `data` and `tokenizer` hold the keys of DecoderConfig, DataConfig and
+    TokenizerConfig."""
 
     name: str = "attnzoo"
     seed: int = 0
@@ -176,12 +181,13 @@ class Config:
 
     @property
     def run_path(self) -> Path:
-        """Where the run writes: run_dir, or runs/<name> below the current directory."""
+        """The run directory: run_dir, or runs/<name> in the current directory."""
         return user_path(self.run_dir or Path("runs") / self.name, "run_dir")
 
     @property
     def cache_path(self) -> Path:
-        """Where prepared data, tokenizers and compiled extensions are kept: cache_dir, or `attnzoo.apps` says."""
+        """The directory of prepared data, tokenizers and compiled extensions: cache_dir, or the default of
+        `attnzoo.apps.cache_directory`."""
         return user_path(self.cache_dir, "cache_dir") if self.cache_dir else cache_directory()
 
     @property
@@ -190,9 +196,9 @@ class Config:
         return int(self.data.get("sequence_length", 256))
 
     def model_config(self, vocab_size: int) -> DecoderConfig:
-        """The model's configuration, with the tokenizer's vocabulary."""
+        """The model's configuration, with the size of the tokenizer's vocabulary."""
         return DecoderConfig.from_dict({**self.model, "vocab_size": vocab_size})
 
     def to_yaml(self) -> str:
-        """Every key with its value; `load_config` reads it back."""
+        """The configuration as YAML with every key, which `load_config` can read."""
         return OmegaConf.to_yaml(OmegaConf.structured(self))

@@ -1,4 +1,4 @@
-"""Configuration files and overrides as they are written: nested values, and the place of each for messages."""
+"""Reads configuration files and overrides into nested values, with the place of each key for error messages."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,21 +14,20 @@ COMMAND_LINE = "command line"
 
 
 class ConfigError(ValueError):
-    """A mistake in a configuration file or override; its text is one line for the user."""
+    """An error in a configuration file or an override; its message is one line."""
 
 
 @dataclass(frozen=True)
 class ConfigLayer:
-    """One source of values: a nested mapping, and the place of every dotted key in it."""
+    """One source of values: a nested mapping, and the place (file:line) of every dotted key in it."""
 
     values: dict[str, Any]
     places: dict[str, str]
 
 
 def read_layers(name: str, overrides: Sequence[str]) -> list[ConfigLayer]:
-    """The farthest base of a file (a bare name is looked up in configs/), ..., the file, the overrides.
-
-    Raises ConfigError.
+    """The layers, of which later ones override earlier ones: the file's bases, the farthest first; the file (a bare
+    name is looked up in configs/); the overrides. Raises ConfigError.
     """
     layers = [*_chain(_find_config(name), ()), *(_override(text) for text in overrides)]
     for layer in layers:
@@ -37,7 +36,7 @@ def read_layers(name: str, overrides: Sequence[str]) -> list[ConfigLayer]:
 
 
 def _find_config(name: str) -> Path:
-    """The file meant by --config. Raises ConfigError that lists configs/ when there is none."""
+    """The file for --config. Raises ConfigError that suggests a file of configs/ if it does not exist."""
     path = find_config(name)
     if path.is_file():
         return path
@@ -46,7 +45,7 @@ def _find_config(name: str) -> Path:
 
 
 def _chain(path: Path, seen: tuple[Path, ...]) -> list[ConfigLayer]:
-    """Layers from the farthest base to `path`."""
+    """Layers from the farthest base to `path`. seen: files that led here, to find cycles."""
     path = path.resolve()
     if path in seen:
         names = " -> ".join(p.name for p in (*seen, path))
@@ -87,11 +86,11 @@ def _override(text: str) -> ConfigLayer:
 
 
 def _check_given(layer: ConfigLayer) -> None:
-    """OmegaConf takes ??? for a value that is still to come, and keeps the one before."""
+    """Raises ConfigError for ???, which OmegaConf takes for a missing value and would ignore."""
     for key, value in _leaves("", layer.values):
         if value == "???":
             raise ConfigError(
-                f"{place_of(layer.places, key)}: {key}=??? stands for a value that is not there; give one"
+                f"{place_of(layer.places, key)}: {key}=??? is OmegaConf's sign for a missing value; give a value"
             )
 
 
@@ -107,14 +106,14 @@ def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def place_of(places: dict[str, str], key: str) -> str:
-    """Where `key` was written, or the nearest section that it is part of."""
+    """The place of `key`, or of the innermost section around it that has one."""
     while key and key not in places:
         key = key.rpartition(".")[0]
     return places.get(key, "configuration")
 
 
 def _short(path: Path) -> str:
-    """Relative to the current directory where that is shorter."""
+    """The path for messages, relative to the current directory if it is inside."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:

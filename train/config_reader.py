@@ -1,6 +1,6 @@
-"""Reading a configuration: YAML files with `base:` inheritance and `key=value` overrides, into `train.config.Config`.
+"""Reads a configuration from YAML files with `base:` inheritance and `key=value` overrides into `train.config.Config`.
 
-Every mistake names the key, the nearest known one, and the place it was written (file:line or the command line).
+Every error names the key, the nearest known key, and the place (file:line or the command line).
 """
 
 import re
@@ -79,7 +79,7 @@ def _merge(config: Any, layer: ConfigLayer) -> Any:
                 "set one by one; give the whole value, for example model.attention={kind: rcmha, num_heads: 8}"
             )
     elif attention is not None:
-        # Options of the variant that is replaced mean nothing to the new one.
+        # The options of the replaced variant do not apply to the new one.
         config.model.pop("attention", None)
     try:
         return OmegaConf.merge(config, {k: v for k, v in layer.values.items() if v is not None or k in _LEAVES})
@@ -93,14 +93,14 @@ _LEAVES = frozenset(f.name for f in fields(Config) if not is_dataclass(f.type) a
 
 
 def _check_sections(config: Config, places: dict[str, str]) -> None:
-    """Lets the owners of free sections check them, and adds the place to their message."""
+    """Checks the free sections with the classes that define them, and adds the place to their error messages."""
     if "vocab_size" in config.model:
         raise ConfigError(
             f"{place_of(places, 'model.vocab_size')}: model.vocab_size={config.model['vocab_size']!r}: the vocabulary "
             "is the tokenizer's; set tokenizer.vocab_size"
         )
     checks = {
-        "model": lambda: config.model_config(1),  # any number serves the check
+        "model": lambda: config.model_config(1),  # any vocabulary size will do
         "data": lambda: build_config(DataConfig, config.data, "data"),
         "tokenizer": lambda: build_config(TokenizerConfig, config.tokenizer, "tokenizer"),
     }

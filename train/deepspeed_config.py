@@ -1,4 +1,4 @@
-"""DeepSpeed's own configuration of a run."""
+"""Builds DeepSpeed's configuration from a run's."""
 
 from typing import Any
 
@@ -9,7 +9,8 @@ from train.config_layers import ConfigError
 
 
 def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration of a run. Raises ConfigError when the batch does not divide."""
+    """DeepSpeed's configuration for `world` ranks. Raises ConfigError if the batch size is not a multiple of
+    micro_batch_size * world."""
     train = config.train
     per_pass = train.micro_batch_size * world
     if train.batch_size % per_pass:
@@ -24,11 +25,11 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.batch_size // per_pass,
-        # Without ZeRO DeepSpeed clips float32 gradients but does not tell their norm: `Engine.step` does both.
+        # Without ZeRO, DeepSpeed does not report the norm of float32 gradients; `TrainingEngine.step` clips them.
         "gradient_clipping": 0.0 if clips_itself(config) else train.gradient_clipping,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        # The optimizer is torch's: DeepSpeed's CPU Adam would need a compiler on every machine.
+        # Use torch's optimizer: DeepSpeed's CPU Adam would need a compiler on every machine.
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.precision == "bf16"},
         "steps_per_print": 10**9,
@@ -37,5 +38,5 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
 
 
 def clips_itself(config: Config) -> bool:
-    """Whether `Engine.step` clips gradients, not DeepSpeed."""
+    """Whether `TrainingEngine.step` clips gradients instead of DeepSpeed."""
     return config.zero.stage == 0 and config.precision != "bf16"

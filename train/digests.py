@@ -1,4 +1,4 @@
-"""Digests of the files of a checkpoint: written beside them, checked before anything of it is read."""
+"""Digests of a checkpoint's files: written beside them, and checked before the checkpoint is read."""
 
 import hashlib
 import json
@@ -12,20 +12,20 @@ FORMAT = "attnzoo-digests-1"
 
 
 def digest_files(directory: Path, share: int = 0, shares: int = 1) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every `shares`-th file from `share` on, by name: ranks divide the work."""
+    """Size and SHA-256 of files by name: of every `shares`-th file from number `share` on, so that ranks share work."""
     return {name: _digest(directory / name) for name in _names(directory)[share::shares]}
 
 
 def write_digests(directory: Path, digests: dict[str, dict[str, Any]]) -> None:
-    """Writes what `check_files` compares with."""
+    """Writes the digests that `check_files` reads."""
     content = {"format": FORMAT, "files": dict(sorted(digests.items()))}
     write_atomic(directory / NAME, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def check_files(directory: Path, share: int = 0, shares: int = 1) -> None:
-    """Compares files with their digests: every `shares`-th one, and whether one is missing or too many.
+    """Compares files with their digests, every `shares`-th one from number `share` on, and the list of files.
 
-    Raises ValueError that names the file and what is wrong with it.
+    Raises ValueError that names a file that is missing, unknown or changed.
     """
     expected = _read(directory)
     found = set(_names(directory))
@@ -60,7 +60,7 @@ def _read(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def _names(directory: Path) -> list[str]:
-    """Files below `directory`, but for the digests themselves and hidden ones (of file systems and editors)."""
+    """Names of the files below `directory`, without the digests and hidden files (of file systems and editors)."""
     paths = (path.relative_to(directory) for path in directory.rglob("*") if not path.is_dir())
     return sorted(p.as_posix() for p in paths if p.as_posix() != NAME and not p.name.startswith("."))
 

@@ -1,4 +1,4 @@
-"""The only file that imports DeepSpeed: hides its differences between ZeRO stages."""
+"""Runs a model under DeepSpeed, with the same interface for every ZeRO stage. Only this file imports DeepSpeed."""
 
 import contextlib
 import fcntl
@@ -30,13 +30,14 @@ from train.ranks import agree, check_port, free_port, from_main, gather, port_ta
 from train.shards import layouts
 
 DTYPES = {"fp32": torch.float32, "bf16_autocast": torch.float32, "bf16": torch.bfloat16}
-"""The dtype of the weights a rank computes with, by `precision`."""
+"""The dtype of the weights that a rank computes with, by `precision`."""
 
 
 def start(config: Config, local_rank: int) -> torch.device:
-    """Joins the ranks (or makes a group of one, on a free port) and returns this rank's device.
+    """Joins the process group (without a launcher: a group of one on a free port) and returns this rank's device.
 
-    Sets what DeepSpeed reads from the environment, so it must run before anything imports deepspeed.
+    It sets environment variables that DeepSpeed reads at import, so it must run before deepspeed is imported. Raises
+    ValueError if the port is taken or an extension cannot be compiled, TrainingError if the ranks cannot connect.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -53,13 +54,13 @@ def start(config: Config, local_rank: int) -> torch.device:
     deepspeed = _deepspeed()
     if not torch.cuda.is_available():
         if os.environ["WORLD_SIZE"] == "1":
-            # What is compiled only moves tensors between ranks: one rank needs no compiler.
+            # The extension only moves tensors between ranks, so that one rank needs no compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         else:
             _load_extension(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
-        # How long ranks may wait for each other is the watchdog's to say, by phase.
+        # The watchdog limits how long ranks wait for each other, not this timeout.
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(days=30))
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error):
@@ -71,16 +72,16 @@ def start(config: Config, local_rank: int) -> torch.device:
 
 
 def _load_extension(directory: Path) -> None:
-    """Compiles (once) and loads the collective that DeepSpeed uses between CPU ranks, before the ranks join.
+    """Compiles (once) and loads DeepSpeed's extension for collectives between CPU ranks. Raises ValueError.
 
-    torch guards a build by a file named lock, which a killed process leaves behind: every later launch would wait
-    for it for ever. The system drops an flock with the process that holds it; so under ours no build is running, and
-    a lock that is there is a leftover.
+    torch guards a build with a file named lock. A killed process leaves it behind, and every later launch would wait
+    for it. This function holds an flock, which the system releases with its process: while it holds the flock no build
+    is running, so that a lock file is a leftover and is removed.
     """
     from deepspeed.ops.op_builder import ShareMemCommBuilder
 
-    # The ninja that is installed beside this Python, whether the environment is activated or not: another version
-    # distrusts the first one's log and compiles everything again.
+    # Use the ninja of this Python environment even if it is not activated: another version of ninja would compile
+    # everything again.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     make_directory(directory, "cache_dir, or TORCH_EXTENSIONS_DIR")
     with (directory / "guard").open("w") as guard:
@@ -102,9 +103,9 @@ def _load_extension(directory: Path) -> None:
 
 
 def _unlink_buffers() -> None:
-    """Removes the names of DeepSpeed's shared buffers (66 MiB a rank) once all ranks of the machine have them mapped.
+    """Unlinks DeepSpeed's shared memory buffers (66 MiB a rank) after all ranks of the machine have mapped them.
 
-    DeepSpeed never does, so every launch would leave them in memory; without a name they end with the processes.
+    DeepSpeed never removes them. Without a name they are freed when the processes end.
     """
     dist.barrier()
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
@@ -116,13 +117,14 @@ def _deepspeed() -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # torch 2.13 renames the collectives that DeepSpeed 0.19 moves cut weights with; nothing a user could do about it.
+    # DeepSpeed 0.19 uses names of collectives that torch 2.13 deprecates; a user can do nothing about that.
     warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning)
     return deepspeed
 
 
 class LossModule(nn.Module):
-    """The model behind one forward that returns its loss: what DeepSpeed wraps."""
+    """The module that DeepSpeed wraps: its forward returns the model's loss. autocast: the device of bfloat16 autocast,
+    or None. document_start: as in `TrainingEngine`."""
 
     def __init__(self, model: DecoderLM, autocast: torch.device | None, document_start: int | None) -> None:
         super().__init__()
@@ -138,9 +140,9 @@ class LossModule(nn.Module):
 
 @contextlib.contextmanager
 def _without_axes(model: nn.Module, stage: int) -> Iterator[None]:
-    """Lets DeepSpeed take over parameters without axes, which it cannot do by itself: it sends parameters from rank to
-    rank as bytes, and torch views none that has no axis so. Stage 3 gets them with an axis and gives them back without;
-    the others are told to send nothing, by the attribute of those that DeepSpeed is to leave alone."""
+    """Lets DeepSpeed initialize a model with 0-dimensional parameters. DeepSpeed broadcasts parameters as bytes, and
+    torch cannot view a 0-dimensional tensor as bytes. So this function broadcasts them itself. For stage 3 they get one
+    axis meanwhile; for other stages an attribute makes DeepSpeed skip their broadcast."""
     single = [parameter for parameter in model.parameters() if parameter.dim() == 0]
     for parameter in single:
         dist.broadcast(parameter.data, 0)
@@ -157,9 +159,9 @@ def _without_axes(model: nn.Module, stage: int) -> Iterator[None]:
 
 
 class TrainingEngine:
-    """Model and optimizer over all ranks. Every method is called by every rank unless it says otherwise.
+    """Model and optimizer on all ranks. Every rank must call every method, unless its docstring says otherwise.
 
-    `document_start`: the token that begins a document, where documents of one row are to be kept apart; else None.
+    document_start: the token id that begins a document, if attention must not cross documents in a row; else None.
     """
 
     def __init__(
@@ -170,7 +172,7 @@ class TrainingEngine:
         self._lora = config.lora
         self._clipping = config.train.gradient_clipping if clips_itself(config) else None
         settings = deepspeed_config(config, self.world)
-        # DeepSpeed allocates the bucket in which it sums gradients whole, however small the model is.
+        # DeepSpeed allocates its whole gradient bucket even for a small model.
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         settings["zero_optimization"]["reduce_bucket_size"] = min(BUCKET, trained)
         self.accumulation: int = settings["gradient_accumulation_steps"]
@@ -194,30 +196,30 @@ class TrainingEngine:
     # --- one step -----------------------------------------------------------------------------------------------
 
     def forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, targets: float) -> Tensor:
-        """Adds the gradient of one micro batch of a global batch with `targets` targets in all.
+        """Adds the gradient of one micro-batch. targets: number of targets in the whole global batch.
 
-        Returns its loss, detached: the mean of these losses over passes and ranks is the mean over all targets.
+        Returns the loss, detached, scaled so that its mean over passes and ranks is the mean over all targets.
         """
-        # DeepSpeed takes the mean over passes and ranks, however many targets each has: so each divides its sum by
-        # what an equal share of the targets would be.
+        # DeepSpeed averages over passes and ranks whatever their numbers of targets. So each pass divides its sum of
+        # losses by an equal share of the targets.
         share = torch.tensor(max(targets, 1.0) / (self.accumulation * self.world), device=self.device)
         loss: Tensor = self._engine(tokens_BT.to(self.device), targets_BT.to(self.device), share)
         self._engine.backward(loss)
-        # DeepSpeed steps (reduces and updates) only at the boundary of accumulation; it counts the calls.
+        # DeepSpeed counts these calls, and reduces and updates only at the boundary of accumulation (see `step`).
         boundary = self._engine.is_gradient_accumulation_boundary()
         if not boundary:
             self._engine.step()
         return loss.detach()
 
     def non_finite_gradients(self) -> list[str]:
-        """Parameters that got a gradient with NaN or infinity on this rank since the last call."""
+        """Names of parameters whose gradient on this rank had NaN or infinity since the last call."""
         return self._gradients.names()
 
     def step(self, factor: float, skip: bool = False) -> float:
-        """The update, at `factor` times the peak learning rates; returns the norm of the gradient before clipping.
+        """Updates the weights with `factor` times the peak learning rates; returns the gradient norm before clipping.
 
-        With `skip` (the same on all ranks), and where the norm is not finite, nothing is updated, at any ZeRO stage;
-        the norm that is returned is then not finite.
+        With `skip` (the same on all ranks), or if the norm is not finite, nothing is updated at any ZeRO stage, and the
+        returned norm is not finite.
         """
         set_rate(self.optimizer, factor)
         norm = math.nan
@@ -237,20 +239,20 @@ class TrainingEngine:
         return norm if self._clipping is not None else float(self._engine.get_global_grad_norm())
 
     def describe_skip(self, step: int, loss: float, names: list[str]) -> str:
-        """What was not finite in a step, from what every rank found."""
+        """A message that says on which ranks the loss or which gradients were not finite. names: from this rank."""
         losses, found = zip(*gather((loss, names)), strict=True)
         return describe(step, list(losses), list(found))
 
     @torch.no_grad()
     def loss_sum(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Sum of the targets' losses in nats, without gradient."""
+        """Sum of the losses of this rank's targets in nats, without gradient."""
         one = torch.ones((), device=self.device)
         value: Tensor = self._engine(tokens_BT.to(self.device), targets_BT.to(self.device), one)
         return value
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Without dropout; after it every module is in the mode it was in."""
+        """A context in evaluation mode; afterwards every module gets its earlier mode back."""
         modes = [(module, module.training) for module in self._engine.modules()]
         self._engine.eval()
         try:
@@ -262,7 +264,7 @@ class TrainingEngine:
     # --- ranks --------------------------------------------------------------------------------------------------
 
     def sum(self, *values: float) -> list[float]:
-        """Sums over ranks, in float64."""
+        """Sums each value over the ranks, in float64."""
         if self.world == 1:
             return list(values)
         totals = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -278,7 +280,8 @@ class TrainingEngine:
         dist.barrier()
 
     def check_finite(self, consequence: str) -> None:
-        """Raises AgreedError that names the tensor and the rank when weights or optimizer state are not finite."""
+        """Raises AgreedError that names the tensor and the rank if weights or optimizer state are not finite.
+        consequence: the end of the message."""
 
         def look() -> None:
             name = first_non_finite(self._state())
@@ -288,7 +291,7 @@ class TrainingEngine:
         agree(look)
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights and optimizer state, as far as this rank holds them."""
+        """Yields (name, tensor) of the weights and optimizer state that this rank holds."""
         for name, parameter in self.model.named_parameters():
             yield name, getattr(parameter, "ds_tensor", parameter)  # at stage 3 the part of this rank
         for master, state in self.optimizer.state.items():
@@ -298,8 +301,8 @@ class TrainingEngine:
     # --- weights and checkpoints --------------------------------------------------------------------------------
 
     def full_state(self) -> dict[str, Tensor] | None:
-        """All weights in float32 on the CPU (masters where the precision is lower) and saved buffers, on rank 0; None
-        elsewhere."""
+        """All weights in float32 (master copies if the precision is lower) and saved buffers, on the CPU, on rank 0;
+        None on other ranks."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -307,7 +310,7 @@ class TrainingEngine:
         first: dict[int, str] = {}
         masters = self._unfused_masters()
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if id(parameter) in first:  # shared by two names; only one is gathered
+            if id(parameter) in first:  # the parameter has two names; it is gathered once
                 found |= {name: found[first[id(parameter)]]} if self.rank == 0 else {}
                 continue
             first[id(parameter)] = name
@@ -327,7 +330,7 @@ class TrainingEngine:
         return found if self.rank == 0 else None
 
     def full_model(self) -> DecoderLM | None:
-        """A copy of the model with all weights, on rank 0's CPU; None elsewhere."""
+        """A float32 copy of the model on the CPU of rank 0, adapters merged; None on other ranks."""
         state = self.full_state()
         if state is None:
             return None
@@ -343,16 +346,16 @@ class TrainingEngine:
         return merge_adapters(model).eval() if self._lora.rank is not None else model.eval()
 
     def _forget_first_step(self) -> None:
-        """Undoes a step that DeepSpeed takes, with gradients of zero, to have its states made.
+        """Undoes the step with zero gradients that DeepSpeed takes, in bf16 without ZeRO, to create optimizer states.
 
-        (In bf16 without ZeRO: moments would count one step too many, and the weights would decay once more.)
+        Otherwise the optimizer would count one step too many, and weight decay would apply once too often.
         """
         if self.stage == 0 and hasattr(self._engine.optimizer, "refresh_fp32_params"):
             self.optimizer.state.clear()
             self._engine.optimizer.refresh_fp32_params()
 
     def _unfused_masters(self) -> dict[int, Tensor]:
-        """The float32 copies that DeepSpeed keeps of bf16 weights without ZeRO."""
+        """The float32 copies of bf16 weights that DeepSpeed keeps without ZeRO, by id of the weight."""
         wrapper = self._engine.optimizer
         if self.stage or not hasattr(wrapper, "fp32_groups"):
             return {}
@@ -365,10 +368,11 @@ class TrainingEngine:
             self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
 
     def load(self, path: Path) -> None:
-        """Reads what `save` wrote at the same world size and ZeRO stage."""
-        # A checkpoint brings the rates it was written with; the configuration of this run decides.
+        """Reads what `save` has written with the same number of ranks and ZeRO stage. Raises ValueError if there is no
+        checkpoint."""
+        # The checkpoint's learning rates are replaced by those of this run's configuration.
         options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-        # DeepSpeed takes the path for a pattern, so that none with [ ] in it would be found: it gets one without.
+        # DeepSpeed takes the path for a glob pattern, which fails for a path with [ ]; so it gets ".".
         with _quiet(), contextlib.chdir(path):
             found, _ = self._engine.load_checkpoint(".", tag=".")
         if found is None:
@@ -379,10 +383,8 @@ class TrainingEngine:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Keeps DeepSpeed's progress reports off the user's screen; its warnings stay, but for one about our optimizer.
-
-    (It warns of every optimizer that is not in its own list; the ZeRO tests compare the stages bit for bit.)
-    """
+    """Hides DeepSpeed's progress reports, and its warning that the optimizer is untested (tests compare all ZeRO stages
+    with it). Other warnings stay."""
     logger = logging.getLogger("DeepSpeed")
     level = logger.level
     logger.setLevel(max(level, logging.WARNING))

@@ -16,12 +16,12 @@ from train.ranks import agree
 
 
 def bits_per_byte(loss_nats: float, bytes_per_token: float) -> float:
-    """Mean loss of a token in nats, as bits for each byte of text: comparable over tokenizers."""
+    """Converts a mean loss per token in nats to bits per byte of text, which is comparable between tokenizers."""
     return loss_nats / math.log(2) / bytes_per_token
 
 
 class Validation(NamedTuple):
-    """Mean loss of a target in nats, and the same as bits for each byte of the text behind these targets."""
+    """loss: mean over targets in nats. bits_per_byte: the same loss in bits per byte of the targets' text."""
 
     loss: float
     bits_per_byte: float
@@ -31,7 +31,7 @@ UNMEASURED = Validation(math.nan, math.nan)
 
 
 def passes(blocks: int, batch_size: int, world: int) -> int:
-    """Passes of each rank in an evaluation over that many blocks."""
+    """Number of passes of each rank in an evaluation of `blocks` blocks."""
     return math.ceil(math.ceil(blocks / batch_size) / world)
 
 
@@ -42,10 +42,10 @@ def validate(
     most_blocks: int | None,
     go_on: Callable[[], bool] = lambda: True,
 ) -> Validation | None:
-    """Loss over the validation blocks; `most_blocks`: over that many, spread evenly.
+    """Measures the loss on the validation blocks. most_blocks: on so many, spread evenly (None: all).
 
-    go_on: asked after every pass on every rank, which must all get the same answer; False gives the evaluation up, and
-    the result is None.
+    go_on: called after every pass, and must return the same on every rank; False ends the evaluation, and the result is
+    None. Raises AgreedError if no target counts.
     """
     tokens_NT, targets_NT = data.validation_blocks(most_blocks)
     blocks = len(tokens_NT)
@@ -54,7 +54,7 @@ def validate(
     total = 0.0
     with engine.evaluating():
         for i in range(engine.rank, passes(blocks, batch_size, engine.world) * engine.world, engine.world):
-            # Every rank runs the same number of passes (ZeRO 3 gathers weights in each); the surplus counts nothing.
+            # Every rank must run equally many passes (ZeRO 3 gathers weights in each); surplus ones do not count.
             surplus = i >= len(starts)
             start = 0 if surplus else starts[i]
             rows = slice(start, min(start + batch_size, blocks))
@@ -68,7 +68,7 @@ def validate(
 
 
 def _count(targets_NT: Tensor) -> int:
-    """Targets that count. Raises ValueError when there are none."""
+    """Number of targets that count. Raises ValueError if there are none."""
     count = int((targets_NT != IGNORED).sum())
     if count == 0:
         raise ValueError(
@@ -78,7 +78,7 @@ def _count(targets_NT: Tensor) -> int:
 
 
 def samples(engine: TrainingEngine, tokenizer: Tokenizer, config: SampleConfig, seed: int) -> list[str] | None:
-    """Each prompt with its continuation, on rank 0; None elsewhere. Training goes on as if there had been none."""
+    """Each prompt with a generated continuation, on rank 0; None on other ranks. The random states are restored."""
     before = random_state()
     try:
         with engine.evaluating():

@@ -1,4 +1,4 @@
-"""From a run to what a server loads, and from an export to the start of another run."""
+"""Exports a trained model for inference, and initializes a run from a checkpoint's weights."""
 
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from train.ranks import agree
 def export(engine: TrainingEngine, directory: Path, tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
     """Writes weights (float32, gathered from all ranks, adapters merged), config.json and the tokenizer.
 
-    Called by every rank. An export that is there is replaced only by one that is finite and whole.
+    Called by every rank. An existing export is replaced only after the new one has been written. Raises AgreedError if
+    a weight is not finite.
     """
     model = engine.full_model()
 
     def write() -> None:
         if model is None:
             return
-        # Parameters: a buffer may well hold -inf, as a mask does.
+        # Only parameters are checked: a buffer may hold -inf, as a mask does.
         name = first_non_finite(model.named_parameters())
         if name is not None:
             raise TrainingError(f"{name} is not finite: {directory} is not written")
@@ -33,7 +34,7 @@ def export(engine: TrainingEngine, directory: Path, tokenizer: Tokenizer, metada
 
 
 def check_export(directory: Path) -> None:
-    """Raises ValueError, before anything is trained, for a directory that the export would not replace."""
+    """Raises ValueError if the export may not replace the directory; called before training."""
     try:
         check_target(directory)
     except ValueError as error:
@@ -43,7 +44,7 @@ def check_export(directory: Path) -> None:
 def init_from(model: DecoderLM, checkpoint: str, tokenizer: Tokenizer) -> None:
     """Copies the weights of a checkpoint into a new model.
 
-    Raises ValueError that names the field when its model or tokenizer is not the one of this run.
+    Raises ValueError that names the field if its model or tokenizer differs from this run's, or a weight is not finite.
     """
     path = find_checkpoint(checkpoint)
     source = load_model(path)
@@ -59,9 +60,9 @@ def init_from(model: DecoderLM, checkpoint: str, tokenizer: Tokenizer) -> None:
 
 
 def check_same_model(theirs: dict[str, Any], mine: dict[str, Any], checkpoint: str) -> None:
-    """Raises ValueError that names the first key in which the model of a checkpoint is not this run's."""
+    """Raises ValueError that names the first key in which a checkpoint's model differs from this run's."""
     for key in mine:
-        # How operations are computed is no property of the weights.
+        # attention_impl only selects how operations are computed.
         if theirs.get(key) != mine[key] and key != "attention_impl":
             raise ValueError(
                 f"checkpoint.init_from={checkpoint} has model.{key}={theirs.get(key)!r} and this run has "
@@ -70,6 +71,6 @@ def check_same_model(theirs: dict[str, Any], mine: dict[str, Any], checkpoint: s
 
 
 def adopted_model(checkpoint: str, attention_impl: str) -> DecoderConfig:
-    """The configuration of a checkpoint's model, computed as this run says."""
+    """The configuration of a checkpoint's model, with `attention_impl` of this run."""
     config = open_checkpoint(find_checkpoint(checkpoint)).config
     return DecoderConfig.from_dict({**config.to_dict(), "attention_impl": attention_impl})

@@ -1,4 +1,4 @@
-"""How a run ends when it cannot go on: one line that says what is wrong and the way out, and an exit status."""
+"""Reports why a run cannot go on, in one line, and chooses the exit status."""
 
 import errno
 import importlib
@@ -11,18 +11,18 @@ import traceback
 from pathlib import Path
 
 MISTAKE, FAILED = 2, 1
-"""Exit statuses: something the user can mend before the run begins; something that went wrong in a run."""
+"""Exit statuses: the user's mistake, found before the run begins; a failure of the run."""
 PAUSE_SECONDS = 10.0
-"""How long a rank waits before it tells what the first rank, or the rank that failed first, tells better: by then the
-launcher has ended it."""
+"""Seconds that a rank waits before it reports an error that another rank explains better; usually the launcher ends it
+meanwhile."""
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; its text is one line for the user."""
+    """The run cannot go on; the message is one line for the user."""
 
 
 class AgreedError(Exception):
-    """What all ranks know to have gone wrong, and raise together, as `train.ranks.agree` does; the first tells it."""
+    """An error that all ranks raise together (see `train.ranks.agree`); rank 0 reports it. status: the exit status."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -30,12 +30,12 @@ class AgreedError(Exception):
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status that `error` asks for."""
+    """The exit status for an error."""
     return MISTAKE if isinstance(error, ValueError) else FAILED
 
 
 def explain(error: BaseException) -> str:
-    """One line for the user: the message, and for errors of the system the file and the way out."""
+    """The error as one line for the user; for an OSError with the file and advice."""
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
     where = f"{error.filename}: " if error.filename is not None else ""
@@ -48,7 +48,7 @@ def explain(error: BaseException) -> str:
 
 
 def make_directory(path: Path, key: str) -> None:
-    """Makes the directory that the configuration's `key` names. Raises ValueError with the key when that cannot be."""
+    """Makes the directory that the configuration key `key` names. Raises ValueError if that is impossible."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,23 +56,23 @@ def make_directory(path: Path, key: str) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that may still be written where `path` is, or will be."""
+    """Free bytes of the disk that `path` is on, or will be on."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
 
 
 def lost_rank(error: BaseException) -> bool:
-    """Whether a collective failed because another rank had ended: that rank has the real message."""
+    """Whether a collective failed because another rank has ended; that rank reports the cause."""
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout", "recv failed")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def report(error: BaseException, joined: bool) -> int:
-    """Tells what ended this rank, on stderr; returns the exit status.
+    """Prints to stderr why this rank ends; returns the exit status.
 
-    `joined`: the ranks know of each other. Before that every rank reads the same configuration, so the first one
-    speaks; another is heard when it is still alive a moment later, that is when only it has the mistake.
+    joined: whether the ranks have joined their group. Before that all ranks usually find the same error, so that rank 0
+    reports at once, and another rank only if it is still running after `PAUSE_SECONDS`.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     who = f"rank {rank} on {socket.gethostname()}: " if world > 1 else ""
@@ -99,7 +99,7 @@ def report(error: BaseException, joined: bool) -> int:
 
 
 def import_variants() -> None:
-    """Imports the attention variants; a plug-in with a mistake ends the process with one line."""
+    """Imports the attention variants; a plug-in with an error ends the process with a message of one line."""
     paths = os.environ.get("ATTNZOO_PLUGINS")
     try:
         importlib.import_module("attnzoo.attention")
@@ -119,6 +119,6 @@ def _absolute(paths: str) -> list[str]:
 
 
 def _say(text: str) -> None:
-    """One line, written at once so that lines of several ranks do not mix."""
+    """Prints one line in a single write, so that lines of several ranks do not mix."""
     os.write(2, f"train: {' '.join(text.split())}\n".encode())
     sys.stderr.flush()

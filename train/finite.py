@@ -1,7 +1,7 @@
-"""What is not finite: found in the gradients of every rank in every step, and in what is about to be saved.
+"""Finds NaN and infinity in gradients in every step, and in tensors that are to be saved.
 
-A gradient is looked at where autograd delivers it, before any rank or ZeRO stage has added or cut it, so the rank and
-the tensor that a NaN began in have a name at every stage. The extra cost is one pass over each gradient.
+A gradient is checked where autograd delivers it, before it is summed over ranks or partitioned by ZeRO. So messages can
+name the rank and the tensor in which a NaN arose. The cost is one pass over each gradient.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def is_finite(tensor: Tensor) -> Tensor:
-    """Whether all elements are finite, as a tensor of one bool (a GPU is not waited for); no copy is made."""
+    """Whether all elements are finite, as a 0-dimensional bool tensor (so that a GPU is not waited for)."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return torch.ones((), dtype=torch.bool, device=tensor.device)
     least, most = tensor.detach().aminmax()
@@ -20,17 +20,17 @@ def is_finite(tensor: Tensor) -> Tensor:
 
 
 def first_non_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first tensor that holds NaN or infinity."""
+    """The name of the first tensor with NaN or infinity; None if there is none."""
     return next((name for name, tensor in named if not bool(is_finite(tensor))), None)
 
 
 def finite_or_none(value: float | None) -> float | None:
-    """NaN and infinity, which JSON has no words for, as null."""
+    """The value, or None for NaN and infinity, which JSON cannot express."""
     return None if value is None or not math.isfinite(value) else value
 
 
 class GradientCheck:
-    """Watches the gradients that `module`'s parameters get on this rank."""
+    """Checks the gradients of a module's parameters on this rank."""
 
     def __init__(self, module: nn.Module) -> None:
         self._found: dict[str, Tensor] = {}
@@ -61,7 +61,8 @@ class _Hook:
 
 
 def describe(step: int, losses: list[float], names: list[list[str]]) -> str:
-    """What was not finite in a step, from the mean loss and the parameters that each rank found."""
+    """A message about a step that was not finite. losses: mean loss of each rank. names: for each rank, the parameters
+    whose gradients were not finite."""
     parts = []
     for rank, (loss, found) in enumerate(zip(losses, names, strict=True)):
         if not math.isfinite(loss):

@@ -1,4 +1,4 @@
-"""Which values a configuration may hold, and which go together."""
+"""Checks the values of a configuration, one by one and in combination."""
 
 import math
 import re
@@ -57,7 +57,7 @@ FRACTIONS = [
     "sample.top_p",
 ]
 BELOW_ONE = ["optim.beta1", "optim.beta2", "optim.momentum", "lora.dropout"]
-"""At 1 nothing new would count: means never move, and AdamW divides by zero."""
+"""Must be below 1: at 1 a moving average would never change, and AdamW would divide by zero."""
 
 
 NAME = re.compile(r"\w([\w .+=@-]*[\w+=@-])?\Z")
@@ -65,7 +65,7 @@ LARGEST_SEED, LARGEST = 2**32 - 1, 2**63 - 1
 
 
 def _names(config: Config) -> Iterator[tuple[str, str]]:
-    """The name is that of a directory; a directory that is set has a name."""
+    """Problems of `name`, which names a directory, and of the directories that are set."""
     if not NAME.match(config.name) or len(config.name) > 100:
         yield (
             "name",
@@ -83,7 +83,7 @@ def _names(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _extremes(config: Config) -> Iterator[tuple[str, str]]:
-    """Numbers that are none, and whole ones that no machine word holds; seeds that numpy does not take."""
+    """Problems of numbers that are not finite or exceed 64 bits, and of seeds that numpy refuses."""
     if not 0 <= config.seed <= LARGEST_SEED:
         yield "seed", f"seed={config.seed} must be between 0 and {LARGEST_SEED}"
     for section in fields(config):
@@ -97,7 +97,7 @@ def _extremes(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def problems(config: Config) -> Iterator[tuple[str, str]]:
-    """(key, message) for every value out of range."""
+    """Yields (key, message) for every value out of range and every combination that does not work."""
 
     def get(key: str) -> Any:
         value: Any = config
@@ -132,16 +132,16 @@ def problems(config: Config) -> Iterator[tuple[str, str]]:
     if config.zero.offload_optimizer and config.zero.stage == 0:
         yield "zero.offload_optimizer", "zero.offload_optimizer needs zero.stage of 1, 2 or 3, not 0"
     if config.checkpoint.adopt_model and config.checkpoint.init_from is None:
-        yield "checkpoint.adopt_model", "checkpoint.adopt_model=true needs checkpoint.init_from: whose model?"
+        yield "checkpoint.adopt_model", "checkpoint.adopt_model=true needs checkpoint.init_from"
     if config.lora.rank is not None:
         if not config.lora.targets:
             yield "lora.targets", "lora.targets is empty: nothing would train; name linear maps such as query"
         if config.checkpoint.init_from is None:
             yield "lora.rank", "lora.rank needs checkpoint.init_from: adapters of random weights learn nothing"
         if config.zero.stage == 3:
-            yield "zero.stage", "zero.stage=3 does not go with lora.rank: frozen weights are cut too; use 0, 1 or 2"
+            yield "zero.stage", "zero.stage=3 does not work with lora.rank: it partitions frozen weights; use 0, 1 or 2"
         if config.optim.name == "muon":
-            yield "optim.name", "optim.name=muon does not go with lora.rank: adapters are narrow; use adamw"
+            yield "optim.name", "optim.name=muon does not work with lora.rank: adapters are too narrow; use adamw"
     if config.train.compile and config.zero.stage == 3:
         yield (
             "train.compile",

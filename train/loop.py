@@ -26,13 +26,13 @@ from train.stop import Launcher, StopRequest
 from train.watchdog import Watchdog
 
 UNKNOWN = 10**9
-"""Stands for the number of steps while `train.max_minutes` still measures: the warmup does not depend on it."""
+"""The number of steps for the schedule while train.max_minutes is still measuring; warmup does not depend on it."""
 STOP_AT_STEP = "train.stop_at_step"
 
 
 @dataclass
 class TrainingRun:
-    """Everything a step needs. `metrics` is None on all ranks but the first."""
+    """The objects and the state of a run. metrics: None on all ranks but rank 0. saved_step: step of the last save."""
 
     config: Config
     engine: TrainingEngine
@@ -48,9 +48,9 @@ class TrainingRun:
     validation: Validation = UNMEASURED
     saved_step: int = -1
     skips: list[str] = field(default_factory=list)
-    """What was not finite in the last steps, one after the other, that made no update."""
+    """For each of the last steps in a row that made no update: what was not finite."""
     overdue: bool = False
-    """Whether a checkpoint waits for the next step that makes an update."""
+    """Whether a checkpoint is due that waits for a step with an update."""
     returned_to: set[str] = field(default_factory=set)
     started: float = field(default_factory=time.monotonic)
 
@@ -61,9 +61,8 @@ class TrainingRun:
 
 @dataclass
 class StepResult:
-    """One finished step: mean loss over the global batch in nats, gradient norm, rate factor, wall time.
-
-    Where the norm is not finite, the step made no update.
+    """One finished step. loss: mean over the global batch in nats. gradient_norm: before clipping; if it is not finite,
+    the step made no update. factor: of the learning rate. stop: whether any rank was asked to stop.
     """
 
     loss: float
@@ -74,9 +73,9 @@ class StepResult:
 
 
 def train(run: TrainingRun) -> str | None:
-    """Trains to the last step, or to a stop; returns why it stopped early, or None when training is complete.
+    """Trains to the last step or to a stop. Returns why it stopped early, or None if training is complete.
 
-    Raises AgreedError, and saves nothing, when the run is not finite any more.
+    Raises AgreedError without saving if the model is no longer finite.
     """
     progress, config = run.progress, run.config
     reason = STOP_AT_STEP if _at_its_stop(run) else None
@@ -104,7 +103,7 @@ def train(run: TrainingRun) -> str | None:
 
 
 def _after_step(run: TrainingRun, stop: StopRequest, step: StepResult) -> str | None:
-    """What is due after a step: an evaluation, samples, a checkpoint; returns why the run stops here, if it does."""
+    """Runs the evaluation, samples and checkpoint that are due after a step. Returns why the run stops, or None."""
     progress, config = run.progress, run.config
     if step.stop:
         return _signal(stop)
@@ -115,7 +114,7 @@ def _after_step(run: TrainingRun, stop: StopRequest, step: StepResult) -> str | 
     if progress.step == config.train.stop_at_step:
         return STOP_AT_STEP
     if _due(config.checkpoint.every, progress.step) or run.overdue:
-        run.overdue = bool(run.skips)  # what may be broken does not replace what is whole
+        run.overdue = bool(run.skips)  # a model that may be broken must not replace a good checkpoint
         if not run.overdue:
             save(run)
             if _stopping(run, stop):
@@ -124,13 +123,13 @@ def _after_step(run: TrainingRun, stop: StopRequest, step: StepResult) -> str | 
 
 
 def _at_its_stop(run: TrainingRun) -> bool:
-    """Whether a run that goes on stands where it was to stop, or has passed it, before its end."""
+    """Whether a resumed run has reached train.stop_at_step already, before its last step."""
     progress, stop = run.progress, run.config.train.stop_at_step
     return stop is not None and stop <= progress.step != progress.total_steps
 
 
 def _stopping(run: TrainingRun, stop: StopRequest) -> bool:
-    """Whether any rank was asked to stop; the same on all of them."""
+    """Whether any rank was asked to stop; the same answer on every rank."""
     return run.engine.sum(float(stop.requested()))[0] > 0
 
 
@@ -139,7 +138,7 @@ def _signal(stop: StopRequest) -> str:
 
 
 def take_step(run: TrainingRun, stop: StopRequest) -> StepResult:
-    """Forward and backward over this rank's part of the global batch, and one update if all of it is finite."""
+    """One step: forward and backward over this rank's part of the global batch, and an update if all is finite."""
     engine, config, progress = run.engine, run.config, run.progress
     begin = time.perf_counter()
     tokens_BT, targets_BT = run.data.train.next(config.train.batch_size // engine.world, engine.rank, engine.world)
@@ -151,7 +150,7 @@ def take_step(run: TrainingRun, stop: StopRequest) -> StepResult:
     ]
     factor = rate(config.schedule, progress.step, progress.total_steps or UNKNOWN)
     loss, found = float(sum(losses)) / len(losses), engine.non_finite_gradients()
-    # The ranks agree on stopping and on skipping by the same small sum that averages the loss.
+    # One sum over the ranks averages the loss and tells every rank whether to stop and whether to skip the update.
     broken = float(bool(found) or not math.isfinite(loss))
     total, stopping, skip = engine.sum(loss, float(stop.requested()), broken)
     gradient_norm = engine.step(factor, skip=skip > 0)
@@ -166,7 +165,7 @@ def take_step(run: TrainingRun, stop: StopRequest) -> StepResult:
 
 
 def note_skip(run: TrainingRun, loss: float, found: list[str], gradient_norm: float) -> None:
-    """Counts a step without an update, and says where what was not finite came from."""
+    """Counts a step without an update, and reports which rank and tensor were not finite."""
     if math.isfinite(gradient_norm):
         run.skips.clear()
         return
@@ -177,9 +176,9 @@ def note_skip(run: TrainingRun, loss: float, found: list[str], gradient_norm: fl
 
 
 def give_up_or_go_back(run: TrainingRun) -> None:
-    """Ends the run, or takes the latest checkpoint and goes on past the data between it and here.
+    """Ends the run, or loads the latest checkpoint and goes on with the data after the present step.
 
-    Raises AgreedError, also when the run has gone back to that checkpoint before.
+    Raises AgreedError to end the run, also if it has gone back to that checkpoint before.
     """
     what = f"{len(run.skips)} steps in a row without an update (train.non_finite_steps), the last one: {run.skips[-1]}"
     path = decide(run.checkpoints.latest)
@@ -210,10 +209,10 @@ def _nothing(run: TrainingRun) -> str:
 
 
 def fix_total_steps(run: TrainingRun) -> None:
-    """Turns train.max_minutes into a number of steps once MEASURED_STEPS are done, the same on every rank.
+    """Turns train.max_minutes into a number of steps after MEASURED_STEPS steps, the same on every rank.
 
-    A fixed number, kept in the checkpoint, makes the schedule (and so a resumed run) independent of later changes
-    in speed; the price is that a machine that slows down after the measurement overruns the budget.
+    The number is kept in checkpoints, so that the schedule (and a resumed run) does not depend on later changes in
+    speed. The price is that a machine that slows down later exceeds the budget.
     """
     progress, config, engine = run.progress, run.config, run.engine
     if progress.total_steps is not None or progress.step < MEASURED_STEPS:
@@ -243,10 +242,10 @@ def fix_total_steps(run: TrainingRun) -> None:
 
 
 def evaluate(run: TrainingRun, stop: StopRequest, whole: bool = False) -> bool:
-    """Validation loss and bits per byte, into the metrics; over all blocks with `whole`.
+    """Measures validation loss and bits per byte, over all blocks with `whole`, and writes them to the metrics.
 
-    Returns False, with nothing measured, where a rank was asked to stop on the way. What the checkpoint that the run
-    came from holds already is not measured again.
+    Returns False without a result if a rank was asked to stop meanwhile. A result from the checkpoint is not measured
+    again.
     """
     progress, config = run.progress, run.config.eval
     if whole and progress.validation is not None:
@@ -278,7 +277,7 @@ def evaluate(run: TrainingRun, stop: StopRequest, whole: bool = False) -> bool:
 
 
 def write_samples(run: TrainingRun) -> None:
-    """Text samples into samples.txt, the first one on the screen too."""
+    """Writes text samples to samples.txt, and prints the first one."""
     with run.watchdog.phase("evaluate"):
         texts = samples(run.engine, run.tokenizer, run.config.sample, seed=run.config.seed + run.progress.step)
     if run.metrics is not None and texts is not None:
@@ -287,7 +286,7 @@ def write_samples(run: TrainingRun) -> None:
 
 
 def report(run: TrainingRun, step: StepResult, bar: Any) -> None:
-    """The step's numbers into the metrics and the progress bar."""
+    """Writes a step's numbers to the metrics and the progress bar."""
     if run.metrics is None:
         return
     bar.total = run.progress.total_steps
@@ -312,7 +311,7 @@ def report(run: TrainingRun, step: StepResult, bar: Any) -> None:
 
 
 def save(run: TrainingRun) -> None:
-    """A checkpoint of this moment."""
+    """Saves a checkpoint of the present step."""
     run.progress.seconds, run.started = _elapsed(run), time.monotonic()
     with run.watchdog.phase("save"):
         run.checkpoints.save(run.engine, run.progress)
@@ -320,7 +319,7 @@ def save(run: TrainingRun) -> None:
 
 
 def _elapsed(run: TrainingRun) -> float:
-    """Seconds of training, over all restarts."""
+    """Seconds of training, including those before restarts."""
     return run.progress.seconds + time.monotonic() - run.started
 
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) by the package peft: put in, then merged."""
+"""Adds low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) with the package peft, and merges them."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def add_adapters(model: DecoderLM, config: "LoraConfig") -> DecoderLM:
-    """Puts adapters into the linear maps that `config.targets` names, and freezes everything else; the same model.
+    """Adds adapters to the linear layers that `config.targets` names, and freezes all other weights; returns `model`.
 
-    Raises ValueError when peft is missing or a target names no linear map of the model.
+    Raises ValueError if peft is not installed, or a target names no linear layer of the model.
     """
     peft = _peft()
     maps = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -37,7 +37,7 @@ def is_adapter(name: str) -> bool:
 
 
 def merge_adapters(model: DecoderLM) -> DecoderLM:
-    """Adds the adapters' products to the weights that they adapt and removes them; the same model."""
+    """Adds each adapter's product to the weight that it adapts, and removes the adapters; returns `model`."""
     from peft.tuners.lora import LoraLayer
 
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]

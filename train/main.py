@@ -1,14 +1,14 @@
-"""Trains a language model. `attnzoo train --config FILE` starts it on this machine; by DeepSpeed's own command:
+"""Trains a language model. `attnzoo train --config FILE` starts it on this machine. With DeepSpeed's command:
 
     deepspeed --num_accelerators 2 train/main.py --config rcmha.yaml
     deepspeed train/main.py --config rcmha.yaml train.steps=200 optim.lr=1e-3 run_dir=runs/try
     python train/main.py --config demo.yaml                # one process
-    python train/main.py --config rcmha.yaml --dry-run     # what it would take
-    deepspeed train/main.py --config finetune.yaml checkpoint.init_from=smollm2   # a model of others, by adapters
+    python train/main.py --config rcmha.yaml --dry-run     # print sizes and memory
+    deepspeed train/main.py --config finetune.yaml checkpoint.init_from=smollm2   # fine-tune with adapters
 
-A bare name is looked up in configs/. configs/base.yaml explains every key. SIGTERM, Ctrl-C or closing the terminal
-finishes the step, saves a checkpoint and exits 0; the same command then goes on where it stopped. Exit status 2: a
-mistake that can be mended before the run begins; 1: the run could not go on, and says why in one line.
+A bare name is looked up in configs/. configs/base.yaml explains every key. After SIGTERM, Ctrl-C or closing the
+terminal, training finishes its step, saves a checkpoint and exits with status 0; the same command resumes it. Exit
+status 2: a mistake found before the run begins; 1: the run failed, and one line says why.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
-    # Run as a file: put the project, not train/, on the path, so that `train` is the package and train/tokenizer.py
-    # is no top-level module.
+    # Run as a file: put the project's directory on the path instead of train/, so that `train` is a package and its
+    # modules are not top-level ones.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from train.failures import import_variants
 
@@ -61,8 +61,8 @@ from train.watchdog import Watchdog
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0 after training or a stop by signal, else what `failures.report` says."""
-    launcher = find_launcher()  # now: it may be gone before the training begins
+    """Runs training. Returns exit status 0 after training or a stop by signal, else that of `failures.report`."""
+    launcher = find_launcher()  # now, because the launcher may end before the training begins
     options = _parse(arguments)
     try:
         config = load_config(options.config, options.overrides)
@@ -91,9 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_training(config: Config, device: torch.device, watchdog: Watchdog, launcher: Launcher | None = None) -> None:
-    """Prepares, trains, and writes everything the run directory holds; called by every rank.
+    """Prepares data, trains, and writes the run directory; called by every rank.
 
-    Raises AgreedError for what the ranks found together, TrainingError where one of them cannot go on.
+    Raises AgreedError for an error that all ranks know of, TrainingError if this rank cannot go on.
     """
     ranks.decide(lambda: run_directory.check_space(config, _planned_model(config)))
     with watchdog.phase("data"):
@@ -119,10 +119,10 @@ def run_training(config: Config, device: torch.device, watchdog: Watchdog, launc
 def _begin(
     config: Config, device: torch.device, watchdog: Watchdog, tokenizer_path: Path, data: TrainingData
 ) -> tuple[TrainingRun, bool]:
-    """A run that stands where it is to go on, and whether that came from a checkpoint."""
+    """(the run at the step where it begins, whether it comes from a checkpoint)."""
     tokenizer = ranks.agree(lambda: load_tokenizer(tokenizer_path))
     model = ranks.agree(lambda: _build_model(config, tokenizer))
-    # Counted before ZeRO 3 cuts the weights: forward once, backward twice.
+    # Counted before ZeRO 3 partitions the weights. The backward pass takes twice the FLOPs of the forward pass.
     flops = 3 * model.cost(config.train.batch_size, config.sequence_length, config.sequence_length).flops
     parameters = model.num_parameters()
     if config.lora.rank is not None:
@@ -142,7 +142,7 @@ def _begin(
 
 
 def _prepare_data(config: Config) -> tuple[Path, TrainingData]:
-    """Tokenizer and tokens: rank 0 builds what is missing, then the others open it; a mistake ends all ranks."""
+    """(path of the tokenizer, data). Rank 0 builds what is missing, then the others open it. Raises AgreedError."""
     data_config = build_config(DataConfig, {"seed": config.seed, **config.data}, "data")
     tokenizer_config = build_config(TokenizerConfig, config.tokenizer, "tokenizer")
     if config.checkpoint.adopt_model and config.checkpoint.init_from is not None:
@@ -163,7 +163,7 @@ def _prepare_data(config: Config) -> tuple[Path, TrainingData]:
 
 
 def _build_model(config: Config, tokenizer: Tokenizer) -> DecoderLM:
-    """The same weights on every rank."""
+    """The initial model, with the same weights on every rank."""
     _seed(config.seed)
     model_config = _model_config(config, tokenizer.vocab_size)
     check_length(config, model_config)
@@ -182,7 +182,7 @@ def _model_config(config: Config, vocab_size: int) -> DecoderConfig:
 def _resume(
     config: Config, engine: TrainingEngine, checkpoints: Checkpoints, data: TrainingData
 ) -> tuple[TrainingProgress, bool]:
-    """Where the run stands, and whether that came from a checkpoint."""
+    """(the progress to begin with, whether it comes from a checkpoint)."""
     options = config.checkpoint
     path = ranks.decide(lambda: find_resume(checkpoints, options.resume, options.fallback))
     if path is None:
@@ -214,7 +214,7 @@ def _seed(seed: int) -> None:
 
 
 def _summarize(run: TrainingRun, reason: str | None) -> None:
-    """loss.png, training.json, and a few lines for people."""
+    """Writes loss.png and training.json, and prints a summary."""
     config, progress = run.config, run.progress
     records = [r for r in read_metrics(config.run_path / "metrics.jsonl") if r["kind"] == "train"]
     seconds = sorted(r["step_seconds"] for r in records)
@@ -225,7 +225,7 @@ def _summarize(run: TrainingRun, reason: str | None) -> None:
             "steps": progress.step,
             "complete": reason is None,
             "minutes": progress.seconds / 60,
-            # Unknown after a stop: the run has not been evaluated at its last step.
+            # Unknown after an early stop, because the last step was not evaluated.
             "validation_loss": run.validation.loss if reason is None else None,
             "bits_per_byte": run.validation.bits_per_byte if reason is None else None,
             "tokens_per_second": run.tokens_per_step / seconds[len(seconds) // 2] if seconds else 0.0,
@@ -237,14 +237,15 @@ def _summarize(run: TrainingRun, reason: str | None) -> None:
     figure = plot_losses(config.run_path, run.data.num_train_bytes / run.data.num_train_tokens, config.name)
     report.figures.append(figure.name)
     report.print_table()
-    # Too much for a table:
+    # Too large for the printed table:
     report.rows[0] |= {"data": run.data.account, "budget": progress.budget}
     report.write(config.run_path / "training.json")
     if progress.budget is not None and progress.budget["short"] is not None:
         print(f"warning: {progress.budget['short']}")
     if reason == STOP_AT_STEP:
         print(
-            f"stopped by {reason}={config.train.stop_at_step} after step {progress.step}; a later one, or none, goes on"
+            f"stopped by {reason}={config.train.stop_at_step} after step {progress.step}; raise it or leave it out to "
+            "go on"
         )
     elif reason is not None:
         print(f"stopped by {reason} after step {progress.step}; the same command goes on from there")
@@ -252,7 +253,7 @@ def _summarize(run: TrainingRun, reason: str | None) -> None:
 
 
 def _planned_model(config: Config) -> DecoderConfig:
-    """What `run_training` would build, without preparing data."""
+    """The configuration of the model that `run_training` would build, without preparing data."""
     tokenizer = build_config(TokenizerConfig, config.tokenizer, "tokenizer")
     known = tokenizer.path is None or config.checkpoint.adopt_model
     return _model_config(
@@ -264,7 +265,7 @@ def _planned_model(config: Config) -> DecoderConfig:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="a name in configs/, or a path")
-    parser.add_argument("--dry-run", action="store_true", help="print configuration, sizes and memory; train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration, sizes and memory; do not train")
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, default=int(os.environ.get("LOCAL_RANK", "0")), help=argparse.SUPPRESS
     )
@@ -273,7 +274,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Only rank 0 prints a mistake."""
+    """An argument parser whose errors only rank 0 prints."""
 
     def error(self, message: str) -> Any:
         if _is_main():

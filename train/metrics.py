@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, W&B, a progress bar, memory and model FLOPs utilisation."""
+"""Writes a run's metrics to metrics.jsonl, TensorBoard and W&B; measures memory and peak FLOP/s."""
 
 import importlib.util
 import json
@@ -20,13 +20,13 @@ from train.finite import finite_or_none
 
 
 def check_wandb(wanted: bool) -> None:
-    """Raises ConfigError when W&B is asked for and not installed."""
+    """Raises ConfigError if W&B is wanted but not installed."""
     if wanted and importlib.util.find_spec("wandb") is None:
         raise ConfigError("log.wandb=true, but the package wandb is not installed: install it or set log.wandb=false")
 
 
 def peak_flops(config: Config) -> float | None:
-    """FLOP/s of one rank's device: log.peak_flops, or the data sheet's for a known GPU in bfloat16; else None."""
+    """Peak FLOP/s of one rank's device: log.peak_flops, or the data sheet's for a known GPU in bfloat16; else None."""
     if config.log.peak_flops is not None:
         return config.log.peak_flops
     if torch.cuda.is_available() and config.precision != "fp32":
@@ -36,7 +36,7 @@ def peak_flops(config: Config) -> float | None:
 
 
 def peak_memory_mib() -> float:
-    """Peak of the allocator on a GPU, of the resident set on a CPU, in MiB, of this rank."""
+    """Peak memory of this rank in MiB: of the allocator on a GPU, of the resident set on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
@@ -44,7 +44,7 @@ def peak_memory_mib() -> float:
 
 
 class MetricsWriter:
-    """Writers of rank 0. `write` takes one record; files are cut back to `step` when a run resumes there."""
+    """The metrics writers of rank 0. When a run resumes at `step`, later records are removed from the files."""
 
     def __init__(self, config: Config, step: int) -> None:
         run = config.run_path
@@ -65,11 +65,10 @@ class MetricsWriter:
             self._wandb = wandb.init(project="attnzoo", name=config.name, dir=str(run), id=run.name, resume="allow")
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """One record, flushed: a killed run keeps what it has measured. A record that is there is not repeated.
+        """Writes one record and flushes it, so that a killed run keeps it. NaN and infinity become null.
 
-        A value that is not finite is null: JSON has no word for it.
-
-        (The command of a finished run, given again, evaluates its last step again.)
+        A record of the same kind and step is not written twice: a finished run that is started again evaluates its last
+        step again.
         """
         if (kind, step) in self._written:
             return
@@ -85,7 +84,7 @@ class MetricsWriter:
             self._wandb.log(known, step=step)
 
     def rewind(self, step: int) -> None:
-        """Drops what is later than `step`: the run goes on from there."""
+        """Removes records and samples later than `step`, from which the run goes on."""
         self._file.close()
         self._written = _cut_records(self.path, step)
         _cut_samples(self.samples_path, step)
@@ -107,9 +106,9 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of metrics.jsonl; an unfinished last line (of a killed run) is left out.
+    """Records of metrics.jsonl; an incomplete line (of a killed run) is left out.
 
-    Raises ValueError that names the file when a run did not write it.
+    Raises ValueError that names the file if no run has written it.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if os.path.lexists(path) else []
@@ -134,7 +133,7 @@ def _foreign(path: Path, reason: str) -> ValueError:
 
 
 def _cut_records(path: Path, step: int) -> set[tuple[str, int]]:
-    """Drops records later than `step`; returns (kind, step) of those that stay."""
+    """Removes records later than `step`; returns (kind, step) of the others."""
     kept = [r for r in read_metrics(path) if step and r["step"] <= step]
     if path.is_file():
         write_atomic(path, "".join(json.dumps(r) + "\n" for r in kept).encode())

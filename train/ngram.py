@@ -1,4 +1,4 @@
-"""Interpolated Kneser-Ney n-gram models over bytes: what a language model has to beat.
+"""Interpolated Kneser-Ney n-gram models over bytes, a baseline for language models.
 
 Order n predicts a byte from the n-1 bytes before it. Modified Kneser-Ney smoothing with three discounts per order
 (Chen and Goodman 1999, "An empirical study of smoothing techniques", eq. 24-26): the highest order discounts counts,
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 HIGHEST_ORDER = 8
-"""An n-gram of bytes is kept as one 64-bit integer."""
+"""An n-gram of bytes is stored as one 64-bit integer."""
 
 
 @dataclass
 class Table:
-    """Counts of one order. grams: sorted n-grams; contexts: their first n-1 bytes, sorted; totals and reserved mass
-    (the sum of the discounts taken) of each context."""
+    """Counts of one order. grams: sorted n-grams; contexts: their distinct first n-1 bytes, sorted; totals: sum of the
+    counts of each context; reserved: sum of its discounts."""
 
     grams: np.ndarray
     counts: np.ndarray
@@ -52,7 +52,7 @@ def _find(table: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def estimate_discounts(counts: np.ndarray) -> np.ndarray:
     """[0, D1, D2, D3+] from the numbers of n-grams seen once to four times."""
     seen = [float(np.count_nonzero(counts == times)) for times in range(1, 5)]
-    if min(seen) == 0.0:  # too little text for the estimate
+    if min(seen) == 0.0:  # the text is too short for the estimate
         return np.array([0.0, 0.5, 0.5, 0.5])
     ratio = seen[0] / (seen[0] + 2 * seen[1])
     estimates = [times - (times + 1) * ratio * seen[times] / seen[times - 1] for times in (1, 2, 3)]
@@ -60,7 +60,7 @@ def estimate_discounts(counts: np.ndarray) -> np.ndarray:
 
 
 def _grams(text: bytes, order: int) -> np.ndarray:
-    """The n-gram that ends at each byte, as integers; the text is preceded by zeros."""
+    """The n-gram that ends at each byte, as an integer; the text is padded with zero bytes in front."""
     padded = np.frombuffer(bytes(order - 1) + text, dtype=np.uint8)
     keys = np.zeros(len(text), dtype=np.uint64)
     for offset in range(order):
@@ -69,7 +69,7 @@ def _grams(text: bytes, order: int) -> np.ndarray:
 
 
 def join(documents: Iterable[str]) -> bytes:
-    """One text, each document ended by a zero byte, which the models have to predict as well."""
+    """All documents as bytes, each ended by a zero byte, which the models must predict too."""
     return b"".join(document.encode() + b"\0" for document in documents)
 
 
@@ -83,7 +83,8 @@ def ngram_bits_per_byte(train: bytes, validation: bytes, orders: Sequence[int]) 
 
 
 def ngram_probabilities(train: bytes, text: bytes, orders: Sequence[int]) -> dict[int, np.ndarray]:
-    """For each order the probability of every byte of `text`, given the bytes before it in `text`."""
+    """For each order, the probability of every byte of `text` given the bytes before it. Raises as
+    `ngram_bits_per_byte`."""
     for order in orders:
         if not 1 <= order <= HIGHEST_ORDER:
             raise ValueError(f"order={order} must be between 1 and {HIGHEST_ORDER}")
@@ -97,7 +98,7 @@ def ngram_probabilities(train: bytes, text: bytes, orders: Sequence[int]) -> dic
         if order in orders:
             found[order] = Table.of(grams, counts).interpolate(wanted, lower)
         if order < max(orders):
-            # What follows the first byte of each distinct (order+1)-gram: once per distinct byte before it.
+            # A lower order counts, for each n-gram, the distinct bytes that precede it.
             longer = np.unique(_grams(train, order + 1))
             after = longer & np.uint64(math.prod([256] * order) - 1)
             lower = Table.of(*np.unique(after, return_counts=True)).interpolate(wanted, lower)

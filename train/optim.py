@@ -1,10 +1,10 @@
-"""AdamW for all parameters, or Muon for the weights of linear maps and AdamW for the rest.
+"""AdamW for all parameters, or Muon for the weights of linear layers and AdamW for the rest.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): the momentum of a weight matrix is replaced
-by the nearest semi-orthogonal matrix, found by a Newton-Schulz iteration, times sqrt(max(1, rows / columns)).
-It needs whole matrices. ZeRO hands an optimizer flat pieces of them, so `train.engine` tells it where the matrices
-lie (`ShardLayout`): momentum stays cut over the ranks, and one all-gather a group makes the matrices whole for the
-iteration. Ranks repeat the iteration for the matrices of which they hold a part.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces the momentum of a weight matrix by the
+nearest semi-orthogonal matrix, found with a Newton-Schulz iteration, times sqrt(max(1, rows / columns)). It needs whole
+matrices, but ZeRO gives an optimizer flat partitions. So `train.engine` describes where the matrices lie in them
+(`ShardLayout`). Momentum stays partitioned; one all-gather for each group makes the matrices whole, and each rank
+iterates on the matrices of which it holds a part.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ from train.config import OptimConfig
 
 @dataclass(frozen=True)
 class MatrixSlot:
-    """A matrix inside the flat tensors: its shape, and the offset and length of its piece (or of all of it)."""
+    """A matrix inside flat tensors: its shape, and the offset and length of this rank's piece or of the whole matrix
+    (see `ShardLayout`)."""
 
     shape: tuple[int, int]
     offset: int
@@ -31,9 +32,9 @@ class MatrixSlot:
 class ShardLayout:
     """How a rank's flat tensor of `numel` elements maps to whole matrices.
 
-    cut_each False (ZeRO 1 and 2): the ranks' tensors end to end hold one matrix after the other; offsets count
-    from the first rank's first element. cut_each True (ZeRO 3): every matrix is cut over all ranks; a slot's
-    offset and length are those of the piece, the same on every rank, the last one padded.
+    cut_each False (ZeRO 1 and 2): the concatenated tensors of all ranks hold one matrix after the other, and offsets
+    count from the beginning of rank 0's tensor. cut_each True (ZeRO 3): every matrix is partitioned over all ranks, and
+    a slot has offset and length of a piece, the same on every rank; the last piece is padded.
     """
 
     slots: tuple[MatrixSlot, ...]
@@ -45,10 +46,10 @@ class ShardLayout:
 
 
 def param_groups(model: DecoderLM, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups for `MatrixAdamW`: weights of linear maps in blocks; an untied head; everything else without decay.
+    """Parameter groups for `MatrixAdamW`: weights of linear layers in blocks; an untied head; the rest, without decay.
 
-    Frozen parameters are in none, and a group without parameters is left out. Raises ValueError when nothing trains.
-    Convolution kernels, position tables, embeddings, norms and biases are neither decayed nor given to Muon.
+    Convolution kernels, position tables, embeddings, norms and biases have neither weight decay nor Muon. Frozen
+    parameters and empty groups are left out. Raises ValueError if no parameter trains.
     """
     matrices = [p for _, p in model.matrix_parameters() if p.requires_grad]
     untied = model.head.weight is not model.embedding.weight and model.head.weight.requires_grad
@@ -83,20 +84,20 @@ def set_rate(optimizer: Any, factor: float) -> None:
 
 
 class MatrixAdamW(torch.optim.AdamW):
-    """torch's AdamW, except that groups with `orthogonal` true are stepped by Muon (with decoupled weight decay).
+    """torch's AdamW, but groups with `orthogonal` are updated by Muon (with decoupled weight decay).
 
-    `layouts` maps the id of a flat parameter to its `ShardLayout`; parameters without one must be whole matrices.
+    layouts: `ShardLayout` by id of a flat parameter; parameters without one must be whole matrices.
     """
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options)
         self.layouts: dict[int, ShardLayout] = {}
         self.paused = False
-        """While true, `step` does nothing: DeepSpeed calls it at every ZeRO stage, so a step can be skipped here."""
+        """If True, `step` does nothing. DeepSpeed calls `step` at every ZeRO stage, so that this skips an update."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update of all groups that hold gradients."""
+        """Updates all parameters that have gradients."""
         if self.paused:
             return None
         groups = self.param_groups
@@ -130,7 +131,8 @@ class MatrixAdamW(torch.optim.AdamW):
 
 
 def direction(matrix: Tensor, steps: int) -> Tensor:
-    """The update of a whole matrix: orthogonalised, scaled by sqrt(max(1, rows / columns))."""
+    """Muon's update for a whole matrix: the matrix orthogonalized, times sqrt(max(1, rows / columns)). Raises
+    ValueError for other shapes."""
     if matrix.dim() != 2:
         raise ValueError(f"Muon needs matrices, got shape {tuple(matrix.shape)}; give others to AdamW")
     rows, columns = matrix.shape
@@ -138,10 +140,10 @@ def direction(matrix: Tensor, steps: int) -> Tensor:
 
 
 def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
-    """Newton-Schulz: singular values move to about 1 (0.7 to 1.2 after 5 steps), singular vectors stay.
+    """Newton-Schulz iteration: moves singular values to about 1 (0.7 to 1.2 after 5 steps), keeps singular vectors.
 
-    The quintic's coefficients have the steepest slope at 0 that still converges into that band. In bfloat16 on a GPU,
-    where the iteration is known to be stable; in float32 elsewhere.
+    The coefficients of the quintic polynomial have the steepest slope at 0 that converges to this range. It computes in
+    bfloat16 on a GPU, where the iteration is known to be stable, and in float32 elsewhere.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.to(torch.bfloat16) if matrix.is_cuda else matrix.float()
@@ -155,7 +157,7 @@ def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
 
 
 def _sharded_direction(update: Tensor, layout: ShardLayout, steps: int) -> Tensor:
-    """`direction` for a flat piece: gather all pieces, work on whole matrices, keep this rank's piece."""
+    """`direction` for a flat partition: gathers all, computes on whole matrices, and returns this rank's part."""
     whole_WS = gather(update, layout.group, layout.world)
     result = torch.zeros_like(update)
     for slot in layout.slots:
@@ -167,7 +169,7 @@ def _sharded_direction(update: Tensor, layout: ShardLayout, steps: int) -> Tenso
 
 
 def gather(piece: Tensor, group: Any, world: int) -> Tensor:
-    """The pieces of all ranks, one row each."""
+    """The tensors of all ranks, stacked."""
     if world == 1:
         return piece[None]
     pieces = [torch.empty_like(piece) for _ in range(world)]

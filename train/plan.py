@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would take, without starting it."""
+"""`--dry-run`: describes a run's sizes and memory without starting it."""
 
 import torch
 
@@ -12,7 +12,7 @@ MIB = 2**20
 
 
 def describe(config: Config, model_config: DecoderConfig, world: int) -> str:
-    """The resolved configuration, sizes, and the memory a rank takes at every ZeRO stage."""
+    """The resolved configuration, the model's sizes, and the memory of a rank at every ZeRO stage, as text."""
     accumulation = deepspeed_config(config, world)["gradient_accumulation_steps"]
     model = build_shapes(model_config)
     tokens = config.train.batch_size * config.sequence_length
@@ -34,13 +34,13 @@ def describe(config: Config, model_config: DecoderConfig, world: int) -> str:
 
 
 def memory_row(config: Config, model: DecoderLM, stage: int, world: int) -> dict[str, int | float]:
-    """MiB of a rank by part."""
+    """Memory of a rank by part, in MiB."""
     setup = Setup(
         stage=stage,
         ranks=world,
         micro_batch=config.train.micro_batch_size,
         tokens=config.sequence_length,
-        # Under autocast weights, their gradients and most of what is kept are float32.
+        # Under autocast, weights, gradients and most activations are float32.
         precision="bf16" if config.precision == "bf16" else "fp32",
         optimizer="muon" if config.optim.name == "muon" else "adamw",
         checkpointing=config.train.activation_checkpointing,

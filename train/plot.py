@@ -1,4 +1,4 @@
-"""loss.png: training and validation bits per byte over steps."""
+"""Draws loss.png: training and validation loss in bits per byte over steps."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from train.metrics import read_metrics
 def plot_losses(
     run_dir: Path, train_bytes_per_token: float, title: str, baselines: Mapping[str, float] | None = None
 ) -> Path:
-    """Draws the curves of a run's metrics, and baselines (label, bits per byte) as lines; returns the figure's path."""
+    """Draws the loss curves of a run, and baselines (bits per byte by label) as lines; returns the figure's path."""
     records = read_metrics(run_dir / "metrics.jsonl")
     figure, ((axes,),) = panels(1, 1, width=7, height=4.5)
     for kind, label, style in (("train", "training", "-"), ("eval", "validation", "o-")):
@@ -21,7 +21,7 @@ def plot_losses(
         axes.plot(steps, values, style, label=label, linewidth=1, markersize=3)
     for label, value in (baselines or {}).items():
         axes.axhline(value, linestyle="--", linewidth=1, color="gray")
-        # Beside the axes: inside, the labels of neighbouring lines would cover the curves.
+        # The label stands beside the axes, where it does not cover the curves.
         axes.text(1.01, value, f"{label}: {value:.2f}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
     axes.set(xlabel="step", ylabel="bits per byte", title=title)
     axes.legend()

@@ -1,4 +1,4 @@
-"""The states of all random generators of a process, as tensors."""
+"""Saves and restores the states of a process's random generators."""
 
 import random
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """States of torch's, numpy's and python's generators, as tensors."""
+    """The states of torch's, numpy's and Python's generators, as tensors by name."""
     version, words, gauss = random.getstate()
     numpy_state: Any = np.random.get_state()
     state = {
@@ -25,7 +25,7 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def set_random_state(state: dict[str, torch.Tensor]) -> None:
-    """Restores what `random_state` returned."""
+    """Restores the states that `random_state` has returned."""
     torch.set_rng_state(state["torch"])
     version, *words = state["python"].tolist()
     gauss = state["python_gauss"].tolist()

@@ -1,4 +1,4 @@
-"""What the ranks tell each other besides tensors: values of the first rank, and mistakes of any."""
+"""Communication between ranks besides tensors: values, and errors that all ranks raise together."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def joined() -> bool:
-    """Whether this process has joined the ranks."""
+    """Whether this process has joined the process group."""
     return bool(dist.is_initialized())
 
 
@@ -27,24 +27,24 @@ def is_first() -> bool:
 
 
 def from_main(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+    """Returns rank 0's value on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's value, by rank, on every rank."""
+    """Returns the values of all ranks, by rank, on every rank."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def agree(work: Callable[[], T]) -> T:
-    """Runs `work`, which must not talk to other ranks, on every rank, and returns this rank's result.
+    """Runs `work`, which must not communicate with other ranks, on every rank, and returns this rank's result.
 
-    A ValueError, TrainingError or OSError on any rank becomes an AgreedError on all of them: nobody waits for a rank
-    that has given up, and the first rank can tell what happened where.
+    A ValueError, TrainingError or OSError on any rank is raised as an AgreedError on all ranks, so that no rank waits
+    for one that has failed, and rank 0 can report the error and its rank.
     """
     result, mistake = None, None
     try:
@@ -58,18 +58,18 @@ def agree(work: Callable[[], T]) -> T:
 
 
 def decide(work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0 only and returns its result on every rank; a mistake is raised everywhere as by `agree`."""
+    """Runs `work` on rank 0 only, and returns its result on every rank. Raises AgreedError as `agree` does."""
     return from_main(agree(lambda: work() if is_first() else None))
 
 
 def finish() -> None:
-    """Leaves the group of ranks."""
+    """Leaves the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _together(mistakes: list[Any]) -> AgreedError:
-    """One message of all ranks: said once where all say the same, else with rank and host."""
+    """One error for all ranks: the message alone if all ranks have the same, else messages with rank and host."""
     told = [mistake for mistake in mistakes if mistake is not None]
     status = told[0][0]
     texts = list(dict.fromkeys(text for _, text, _ in told))
@@ -85,10 +85,10 @@ def _together(mistakes: list[Any]) -> AgreedError:
 
 
 def check_port() -> None:
-    """Raises ValueError when the ranks' meeting place is taken, before they could join the ranks of another run there.
+    """Raises ValueError if MASTER_PORT is taken, so that ranks do not join the ranks of another run.
 
-    Where two runs begin at the same moment, the first rank of one of them finds the port in use; its other ranks must
-    not take the place of those that the other run waits for.
+    If two runs begin at the same moment on one port, rank 0 of one of them finds the port in use. Its other ranks must
+    not join the other run, so they wait until their own rank 0 listens.
     """
     port, world = int(os.environ["MASTER_PORT"]), os.environ["WORLD_SIZE"]
     if world == "1" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -124,7 +124,7 @@ def _in_use(port: int) -> bool:
 
 
 def _first_rank_listens(port: int) -> bool:
-    """Whether a process of this run, which are all children of the same launcher, listens at the port."""
+    """Whether a process of this run (a child of the same launcher) listens at the port."""
     for process in psutil.Process(os.getppid()).children():
         try:
             found = process.net_connections("tcp")
@@ -136,7 +136,7 @@ def _first_rank_listens(port: int) -> bool:
 
 
 def port_taken(port: int | str) -> ValueError:
-    """The mistake of a meeting place that is in use."""
+    """The error for a MASTER_PORT that is in use."""
     return ValueError(
         f"port {port} of this machine, where the ranks would meet, is in use, perhaps by another training: start with "
         f"deepspeed --master_port {free_port()}"
@@ -144,7 +144,7 @@ def port_taken(port: int | str) -> ValueError:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

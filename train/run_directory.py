@@ -1,4 +1,4 @@
-"""The run directory and the cache: one run at a time, seen by all ranks, with space for what will be written."""
+"""Checks and locks the run directory and the cache: one run at a time, visible to all ranks, with enough space."""
 
 import contextlib
 import fcntl
@@ -21,7 +21,7 @@ from train.ranks import agree, decide, from_main, is_first
 LOCK = ".lock"
 GUARD = ".preparing"
 OWNER = re.compile(r"host .*, pid \d+\n?\Z")
-"""What a run writes into its lock, and what tells its directory from those of others."""
+"""The content of a run's lock file, which also identifies a directory as a run's."""
 WRITTEN = (
     "config.yaml",
     "metrics.jsonl",
@@ -34,14 +34,14 @@ WRITTEN = (
     "wandb",
 )
 SEEN_SECONDS = 10.0
-"""A network file system may show another host's new file only after a while."""
+"""Seconds to wait for another host's new file, which a network file system may show late."""
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Holds the run directory for this process, and makes it; the system drops the lock with the process.
+    """Makes the run directory and locks it for this process; the system releases the lock when the process ends.
 
-    Raises ValueError that names the host and process of a run that has it, or why it cannot be written.
+    Raises ValueError if another run has locked it (naming its host and process) or it cannot be written to.
     """
     make_directory(directory, "run_dir")
     try:
@@ -64,17 +64,17 @@ def locked(directory: Path) -> Iterator[None]:
             ) from None
         file.seek(0)
         file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
-        file.truncate()  # after the writing: a kill in between leaves a lock that still is a run's
+        file.truncate()  # last, so that a kill in between leaves content that `OWNER` matches
         yield
 
 
 def check_directories(config: Config) -> None:
-    """Whether a run may write into run_dir and cache_dir; makes neither. Raises ValueError that names the way out."""
+    """Raises ValueError if a run may not write into run_dir or cache_dir; does not make them."""
     for key, path in (("run_dir", config.run_path), ("cache_dir", config.cache_path)):
         try:
             os.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
-            pass  # it will be made, or what it is in is refused below
+            pass  # it will be made, or its parent is refused below
         except OSError as error:
             raise ValueError(f"{key}={path} cannot be used as a directory: {explain(error)}") from None
         there = path
@@ -94,9 +94,9 @@ def check_directories(config: Config) -> None:
 
 
 def _check_owner(directory: Path) -> None:
-    """Raises ValueError for files under the names that a run writes where no run was: they would be written over.
+    """Raises ValueError if the directory is not a run's and has files that a run would overwrite.
 
-    A run leaves its lock there before anything else. A copy without hidden files is known by its checkpoints.
+    A run's directory has its lock file, or (a copy without hidden files) its checkpoints.
     """
     try:
         owner = (directory / LOCK).read_text(encoding="utf-8", errors="replace")
@@ -117,13 +117,13 @@ def _check_owner(directory: Path) -> None:
 
 
 def _holds(path: Path) -> bool:
-    """Whether something would be lost there: an empty directory is nothing."""
+    """Whether a file or a non-empty directory exists at `path`."""
     return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
 
 
 @contextlib.contextmanager
 def held(config: Config) -> Iterator[None]:
-    """The run directory, held by the first rank while all ranks are inside, tidied up and seen by all of them."""
+    """A context in which rank 0 has locked and cleaned up the run directory, and all ranks see it and the cache."""
     with contextlib.ExitStack() as stack:
         decide(lambda: stack.enter_context(locked(config.run_path)))
         decide(lambda: _tidy_run(config.run_path))
@@ -134,7 +134,7 @@ def held(config: Config) -> Iterator[None]:
 
 
 def _check_shared(directory: Path, key: str) -> None:
-    """Whether every rank sees the directory of rank 0. Raises AgreedError that names the rank and host that do not."""
+    """Raises AgreedError that names a rank and its host if they do not see the directory of rank 0."""
     token = from_main(secrets.token_hex(8))
     mark = directory / f".seen-{token}"
     host = from_main(socket.gethostname())
@@ -167,7 +167,7 @@ def _check_shared(directory: Path, key: str) -> None:
 
 
 def _tidy_run(directory: Path) -> None:
-    """Removes what killed runs left half written. What a kill caught between the two renames of a swap comes back."""
+    """Removes files that killed runs left half written, and restores what was moved aside before a rename."""
     checkpoints = directory / "checkpoints"
     for place, names in ((directory, WRITTEN), (checkpoints, ("*",))):
         for name in names:
@@ -183,7 +183,8 @@ def _tidy_run(directory: Path) -> None:
 
 @contextlib.contextmanager
 def preparing(cache: Path) -> Iterator[None]:
-    """Held while data are prepared (rank 0); where nobody else prepares any, what killed runs left is removed first."""
+    """A context for preparing data (rank 0). If no other process prepares data, it first removes what killed runs left
+    in the cache."""
     with (cache / GUARD).open("w") as guard:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -203,7 +204,7 @@ def _remove(directory: Path, pattern: str) -> None:
 
 
 def check_space(config: Config, model_config: DecoderConfig) -> None:
-    """Raises ValueError when keep + 1 checkpoints and an export do not fit beside what is there."""
+    """Raises ValueError if the disk has no space for the export and for keep + 1 checkpoints, less those that exist."""
     model, path = build_shapes(model_config), config.run_path
     one = checkpoint_bytes(config, model)
     there = sum(1 for _ in (path / "checkpoints").glob("step-*"))
@@ -218,12 +219,12 @@ def check_space(config: Config, model_config: DecoderConfig) -> None:
 
 
 def checkpoint_bytes(config: Config, model: DecoderLM) -> int:
-    """Bytes of the tensors in one checkpoint over all ranks: weights, float32 masters where there are any, moments."""
+    """Bytes of a checkpoint's tensors on all ranks: weights, float32 master copies if there are any, moments."""
     total = model.num_parameters()
     low = config.precision == "bf16"
     weights = (2 if low else 4) * total
     if config.lora.rank is not None:
-        return weights  # what adapters add is small beside it
+        return weights  # adapters and their states are small beside it
     matrices = sum(p.numel() for _, p in model.matrix_parameters()) if config.optim.name == "muon" else 0
     moments = 8 * (total - matrices) + 4 * matrices
     masters = 4 * total if low or config.zero.stage else 0

@@ -1,4 +1,4 @@
-"""Learning rate schedules: pure functions of (step, total steps), so that resuming needs no state."""
+"""Learning rate schedules: pure functions of step and total steps, so that resuming needs no state."""
 
 import math
 
@@ -6,15 +6,15 @@ from train.config import ScheduleConfig
 
 
 def rate(schedule: ScheduleConfig, step: int, total: int) -> float:
-    """The factor on the peak learning rate at `step` (0 is the first) of `total`.
+    """The factor of the peak learning rate at `step` (from 0 on) of `total` steps.
 
-    All kinds rise linearly over warmup_steps to 1, reached with step warmup_steps - 1. Then
-    - cosine falls to final_fraction, reached with the last step;
+    All kinds rise linearly over warmup_steps to 1, reached at step warmup_steps - 1. Then
+    - cosine falls to final_fraction, reached at the last step;
     - wsd (warmup, stable, decay; Hu et al. 2024, arXiv 2404.06395) stays at 1 and falls linearly to
       final_fraction over the last decay_fraction of all steps;
     - constant stays at 1.
 
-    A warmup longer than the run is cut to the run.
+    A warmup longer than the run is shortened to the run.
     """
     warmup = min(schedule.warmup_steps, total)
     if step < warmup:

@@ -1,4 +1,4 @@
-"""Where DeepSpeed's ZeRO put the matrices that Muon needs whole, read from its optimizer wrappers."""
+"""Finds the matrices that Muon needs whole in ZeRO's partitions, from the attributes of DeepSpeed's optimizers."""
 
 from typing import Any
 
@@ -8,7 +8,8 @@ from train.optim import MatrixAdamW, MatrixSlot, ShardLayout
 
 
 def layouts(wrapper: Any, stage: int, optimizer: MatrixAdamW) -> dict[int, ShardLayout]:
-    """Where ZeRO put the matrices of Muon's groups; empty at stage 0, which keeps them whole."""
+    """The layouts of Muon's matrices, by id of the flat parameter; empty at stage 0, which keeps matrices whole.
+    wrapper: DeepSpeed's ZeRO optimizer around `optimizer`."""
     if stage == 0:
         return {}
     return _packed_layouts(wrapper, optimizer) if stage < 3 else _cut_layouts(wrapper, optimizer)

@@ -1,4 +1,4 @@
-"""Ending early without losing work: SIGTERM, SIGINT, SIGHUP, or a launcher that has gone."""
+"""Stops training early without losing work, after SIGTERM, SIGINT, SIGHUP, or the end of the launcher."""
 
 import os
 import signal
@@ -9,17 +9,15 @@ import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 Launcher = tuple[int, int]
-"""Process ids of DeepSpeed's launcher of this machine and of the `deepspeed` command that started it."""
+"""Process ids of DeepSpeed's launcher on this machine, and of the `deepspeed` command that started it."""
 
 
 class StopRequest:
-    """`requested()` turns true after a signal of SIGNALS, and when the `deepspeed` command that started this has died.
+    """Makes `requested()` return True after a signal in SIGNALS, or after the `deepspeed` command has ended.
 
-    `launcher`: what `find_launcher` said when the process began; the command may die while data are prepared.
-
-    The deepspeed command does not forward SIGTERM: it dies and leaves its ranks running. They notice here. A
-    second SIGINT interrupts at once. SIGHUP, a terminal that was closed, is ignored where it was before (nohup); what
-    is written to that terminal afterwards goes nowhere instead of failing.
+    launcher: the result of `find_launcher` at the start of the process. The deepspeed command does not forward SIGTERM
+    but ends, and its ranks go on until they notice that. A second SIGINT interrupts at once. SIGHUP (a closed terminal)
+    stays ignored if it was ignored before (nohup); after it, output to the terminal goes to /dev/null.
     """
 
     def __init__(self, launcher: Launcher | None = None) -> None:
@@ -42,7 +40,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def requested(self) -> bool:
-        """True once the run should finish its step, save and end."""
+        """Whether the run should finish its step, save and end."""
         if self.signal is None and self._launcher is not None and find_launcher() != self._launcher:
             self.signal = "loss of the launcher"
         return self.signal is not None
@@ -67,7 +65,7 @@ def _is_terminal(descriptor: int) -> bool:
 
 
 def find_launcher() -> Launcher | None:
-    """Parent and grandparent where they are DeepSpeed's launcher of this machine and its command; else None."""
+    """The parent and grandparent process if they are DeepSpeed's launcher and its command; else None."""
     try:
         parent = psutil.Process(os.getppid())
         grandparent = psutil.Process(parent.ppid())

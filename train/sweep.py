@@ -1,12 +1,12 @@
-"""Runs of `attnzoo compare` as trials of Ray Tune, side by side over variants, seeds and settings.
+"""Runs `attnzoo compare` as trials of Ray Tune, in parallel over variants, seeds and settings.
 
     python -m train.sweep text=input.txt variants=mha,rcmha seeds=3 --run-dir runs/sweep
     python -m train.sweep tables=parameters --grid lr=1e-3,3e-3 --asha       # stops the worse trials early
     python -m train.sweep --address auto                                     # join the cluster of this machine
 
-One trial is one variant with one seed, on one CPU; it writes the same file as `compare`. The same command goes on
-where a sweep was stopped: finished trials are not repeated. On more than one machine the run directory and the text
-must be the same on all of them, and attnzoo installed. This is the only file of `train` that knows Ray.
+One trial is one variant with one seed, on one CPU; it writes the same file as `compare`. The same command resumes a
+sweep that was stopped; finished trials are not repeated. All machines of a cluster need attnzoo, and must see the same
+run directory and text. Only this file in train/ imports Ray.
 """
 
 import argparse
@@ -33,19 +33,20 @@ from scripts.compare.text import STDLIB
 
 QUALITY = ("bits_per_character", "accuracy", "mixed_accuracy")
 REPORTS = 10
-"""Validation losses a trial reports on its way."""
+"""Number of validation losses that a trial reports."""
 
 GOES_ON = "interrupted; finished trials are kept, and the same command goes on"
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a local Ray then takes loopback for its address
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # it would ask for tensorboardX
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a local Ray then uses loopback
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # they would need tensorboardX
     "OMP_NUM_THREADS": "1",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0 when trials ended (or ASHA stopped them), 1 if one failed, 2 for wrong usage, 130 for Ctrl-C."""
+    """Runs the command. Exit status: 0 if all trials ended (or ASHA stopped them), 1 if one failed, 2 for wrong usage,
+    130 after Ctrl-C."""
     chosen = _parse(arguments)
     try:
         trials = plan(chosen.settings, chosen.grid, Path(chosen.run_dir).resolve(), chosen.asha)
@@ -71,10 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def plan(settings: list[str], grid: list[str], run_dir: Path, asha: bool) -> dict[str, dict[str, Any]]:
-    """One mapping a trial, by the trial's name: its configuration, its run and the directory of its file.
+    """The trials by name: configuration, run, and directory of the result file of each.
 
-    `grid` holds words such as "lr=1e-3,3e-3": every combination is a comparison in a directory of its own. Raises
-    ValueError for what the configuration does not know.
+    grid: words such as "lr=1e-3,3e-3"; every combination is a comparison in its own directory. Raises ValueError for
+    wrong settings.
     """
     choices = []
     for word in grid:
@@ -106,7 +107,7 @@ def plan(settings: list[str], grid: list[str], run_dir: Path, asha: bool) -> dic
 
 
 def trial(config: dict[str, Any]) -> None:
-    """What a worker of Ray does: one run, telling Tune its validation loss on the way."""
+    """The function that Ray's workers run: one run, which reports its validation losses to Tune."""
     from ray import tune
 
     settings = _read(Path(config["sweep"]))["trials"][config["trial"]]
@@ -124,7 +125,7 @@ def trial(config: dict[str, Any]) -> None:
 
 
 def run_trials(trials: dict[str, dict[str, Any]], chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every trial with its last result; starts Ray or joins it, and goes on with a sweep that was stopped."""
+    """Starts or joins Ray, runs the trials or resumes the sweep, and returns the last result of every trial."""
     run_dir = Path(chosen.run_dir).resolve()
     ray = start_ray(chosen.address, chosen.cpus)
     from ray import tune
@@ -148,7 +149,7 @@ def run_trials(trials: dict[str, dict[str, Any]], chosen: argparse.Namespace) ->
                     name="tune", storage_path=str(run_dir), verbose=1, callbacks=[JsonLoggerCallback()]
                 ),
             )
-        with contextlib.redirect_stdout(sys.stderr):  # Tune's own tables are progress; the result is ours
+        with contextlib.redirect_stdout(sys.stderr):  # Tune's tables are progress, not the result
             grid = tuner.fit()
         results = [grid[i] for i in range(len(grid))]
         last = {r.config["trial"]: (r.metrics or {}, r.error) for r in results if r.config}
@@ -158,20 +159,19 @@ def run_trials(trials: dict[str, dict[str, Any]], chosen: argparse.Namespace) ->
 
 
 def start_ray(address: str, cpus: int | None) -> Any:
-    """Ray's module, connected. "local" starts one on loopback, with token authentication; else the cluster there.
-
-    Raises ConnectionError when there is none at the address.
+    """Connects Ray and returns its module. address: "local" starts a Ray on loopback with token authentication; others
+    are addresses of a cluster. Raises ConnectionError if no cluster answers there.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if address == "local":
         os.environ.pop("RAY_ADDRESS", None)
         if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # of this cluster alone, and kept nowhere
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # for this cluster only; not stored
     elif address != "auto":
         _reachable(address)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Ray's own deprecations
+        warnings.simplefilter("ignore")  # Ray's deprecation warnings
         import ray
 
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
@@ -183,7 +183,7 @@ def start_ray(address: str, cpus: int | None) -> Any:
 
 
 def _reachable(address: str) -> None:
-    """Raises ConnectionError at once where Ray would try for minutes."""
+    """Raises ConnectionError at once if no one answers, where Ray would try for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
@@ -192,7 +192,7 @@ def _reachable(address: str) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a variant and setting: quality with intervals over the seeds that ended."""
+    """A row for each variant and setting: quality with confidence intervals over the seeds that ended."""
     rows = []
     groups = dict.fromkeys((r["point"], r["table"], r["variant"], r["form"]) for r in results)
     for point, kind, variant, form in groups:
@@ -210,8 +210,8 @@ def table(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _asha(steps: int) -> Any:
     from ray.tune.schedulers import ASHAScheduler
 
-    # Reports come REPORTS times a run; a third of the trials goes on at each rung. A trial that reached max_t would be
-    # stopped before its last evaluation.
+    # A run reports REPORTS times; at each rung a third of the trials goes on. max_t is one more than the steps, because
+    # Tune would stop a trial that reaches it before its last evaluation.
     return ASHAScheduler(time_attr="step", max_t=steps + 1, grace_period=max(1, steps // REPORTS), reduction_factor=3)
 
 
@@ -229,7 +229,7 @@ def _outcome(name: str, settings: dict[str, Any], metrics: dict[str, Any], error
 
 
 def _same_sweep(run_dir: Path, trials: dict[str, dict[str, Any]], asha: bool) -> None:
-    """Keeps what the sweep in `run_dir` is of. Raises ValueError when another one is there."""
+    """Writes the sweep's settings into `run_dir`. Raises ValueError if it holds a sweep with other settings."""
     path, content = run_dir / "sweep.json", {"asha": asha, "trials": trials}
     if path.is_file():
         if _read(run_dir) != content:
@@ -248,16 +248,16 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m train.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="as for attnzoo compare")
-    parser.add_argument("--grid", action="append", default=[], metavar="key=a,b", help="one comparison a value")
-    parser.add_argument("--asha", action="store_true", help="stop the trials that are behind (arXiv 1810.05934)")
+    parser.add_argument("--grid", action="append", default=[], metavar="key=a,b", help="values of a setting to compare")
+    parser.add_argument("--asha", action="store_true", help="stop the worse trials early (ASHA, arXiv 1810.05934)")
     parser.add_argument("--run-dir", default="runs/sweep", help="default: %(default)s")
     parser.add_argument(
         "--address",
         default=os.environ.get("RAY_ADDRESS", "local"),
         help="local, auto or HOST:PORT of a cluster (default: RAY_ADDRESS, else local)",
     )
-    parser.add_argument("--cpus", type=int, help="of a local Ray: trials at a time (default: all cores)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the final table here, as a report")
+    parser.add_argument("--cpus", type=int, help="CPUs of a local Ray, and so trials at a time (default: all cores)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the final table to this file as a report")
     return parser.parse_intermixed_args(arguments)
 
 

@@ -1,9 +1,9 @@
-"""Trains the tokenizer: sentencepiece pieces with byte fallback, whitespace kept.
+"""Trains a sentencepiece tokenizer (BPE with byte fallback) that keeps whitespace.
 
     python -m train.tokenizer --source stdlib --vocab-size 2048 --out tokenizer.model
     python -m train.tokenizer --source my.jsonl --text-field body --vocab-size 8000 --out tokenizer.model
 
-The same corpus and settings give the same file, byte for byte.
+The same corpus and settings give an identical file.
 """
 
 import argparse
@@ -23,18 +23,19 @@ from train.data.config import DataConfig
 from train.data.corpora import fingerprint, split_documents
 
 SAMPLE_BYTES = 4_000_000
-"""Text that training reads; more changes few pieces and takes longer."""
+"""Bytes of text in the training sample; more would take longer and change few pieces."""
 STREAM_BYTES = 64_000_000
-"""Of a corpus that comes over the network the beginning stands for all: it is read once more for its tokens."""
+"""Bytes of a hub data set from which the sample is taken: only its beginning, because it comes over the network."""
 RATIO_BYTES = 1_000_000
-"""Text on which the command measures bytes per token."""
+"""Length of the text on which the command measures bytes per token."""
 LONGEST_LINE = 4096
+"""Longer lines are split; in characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """vocab_size: pieces, the 256 bytes and 4 control tokens included. path: a trained one to use instead: a file or
-    directory as `attnzoo.tokenizer.load_tokenizer` reads."""
+    """vocab_size: number of pieces, with the 256 bytes and 4 control tokens. path: use this trained tokenizer instead,
+    a file or directory for `attnzoo.tokenizer.load_tokenizer`."""
 
     vocab_size: int = 2048
     path: str | None = None
@@ -48,7 +49,8 @@ class TokenizerConfig:
 
 
 def ensure_tokenizer(config: TokenizerConfig, data: DataConfig, cache_dir: Path) -> Path:
-    """The model file: `config.path`, or one trained on the training split of `data` and kept under `cache_dir`."""
+    """The tokenizer file: `config.path`, or one that is trained on the training split of `data` and kept in
+    `cache_dir`. Raises ValueError if it cannot be loaded or trained."""
     if config.path is not None:
         path = user_path(config.path, "tokenizer.path")
         load_tokenizer(path)
@@ -61,17 +63,17 @@ def ensure_tokenizer(config: TokenizerConfig, data: DataConfig, cache_dir: Path)
 
 
 def training_documents(data: DataConfig) -> Iterator[str]:
-    """The training split, one document after the other; of a hub's about the first STREAM_BYTES."""
+    """Yields the documents of the training split; of a hub data set about the first STREAM_BYTES bytes."""
     if data.source.startswith("hub:"):
         data = replace(data, max_bytes=min(data.max_bytes or STREAM_BYTES, STREAM_BYTES))
     return (document for is_train, document in split_documents(data) if is_train)
 
 
 def sample_lines(documents: Iterable[str], most_bytes: int) -> list[str]:
-    """At most `most_bytes` of lines, every k-th one of the whole corpus rather than its beginning.
+    """A sample of at most `most_bytes` bytes: every k-th line of the whole corpus.
 
-    The corpus passes by once, and no more than the sample is held: k doubles whenever the sample is full. Long lines
-    count in pieces of LONGEST_LINE characters.
+    The corpus is read once and only the sample is held: k doubles whenever the sample is full. Lines longer than
+    LONGEST_LINE characters are split.
     """
     chosen: list[str] = []
     step, size = 1, 0
@@ -95,16 +97,16 @@ def _pieces(documents: Iterable[str]) -> Iterator[str]:
 def train_tokenizer(lines: Iterable[str], vocab_size: int, path: Path) -> Path:
     """Trains on lines of text and writes the model file atomically.
 
-    Raises ValueError when there is no text, or too little for `vocab_size` pieces.
+    Raises ValueError if there is no text, or `vocab_size` does not suit it.
     """
     from sentencepiece import SentencePieceTrainer
 
-    # A newline ends a sentence for sentencepiece, so it is never learnt; it gets a piece of its own.
+    # sentencepiece splits sentences at newlines and never learns them; a user-defined symbol adds a piece.
     pieces = (piece for line in lines for piece in line.split("\n") if piece.strip(" ") and SPACE not in piece)
     text = [piece[start : start + LONGEST_LINE] for piece in pieces for start in range(0, len(piece), LONGEST_LINE)]
     if not text:
         raise ValueError("the corpus holds no text to train a tokenizer on; check data.source")
-    # Not to a file of sentencepiece's own: it would write the file's path into the model.
+    # Writing to memory keeps sentencepiece from storing the file's path in the model.
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
@@ -138,7 +140,7 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, path: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit status, 2 for wrong usage."""
+    """Runs the command; returns the exit status, 2 after wrong usage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = {field.name: field.default for field in fields(DataConfig)}
     parser.add_argument("--source", default=defaults["source"], help="as data.source (default: %(default)s)")
@@ -165,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _noted(documents: Iterable[str], head: list[str]) -> Iterator[str]:
-    """The documents; the first RATIO_BYTES characters of them go to `head` too."""
+    """Yields the documents, and appends their first RATIO_BYTES characters to `head`."""
     noted = 0
     for document in documents:
         if noted < RATIO_BYTES:

@@ -1,8 +1,8 @@
-"""Ends a run that hangs: every phase has a limit, after which each rank prints where it stands and exits with status 1.
+"""Ends a run that hangs: every phase has a time limit, after which each rank prints its stacks and exits with status 1.
 
-A rank that has stopped, or a link that is cut, leaves the others waiting inside a collective operation, where Python
-handles no signal. So a thread keeps the time; signals wake it through a file descriptor, and a rank that was told to
-stop and does not within `watchdog.stop` seconds is ended the same way.
+When a rank has stopped or a link is cut, the other ranks wait inside a collective, where Python handles no signals. So
+a thread watches the time. Signals wake it through a file descriptor; a rank that does not stop within `watchdog.stop`
+seconds after a signal is ended too.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from train.stop import SIGNALS
 
 POLL_SECONDS = 0.25
 OTHERS_SECONDS = 3.0
-"""The first rank to notice waits that long, so that the others, which wait for the same, print their stacks too."""
+"""Seconds between printing the stacks and exiting, so that the other ranks can print theirs."""
 BACKSTOP_SECONDS = 30.0
-"""If the thread itself is kept from running (by a library that holds the interpreter's lock), the system's timer of
-faulthandler ends the process that much later, with stacks but without a message."""
+"""If the thread cannot run because a library holds the GIL, faulthandler's timer ends the process so many seconds
+later, with stacks but without a message."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class _Phase:
 
 
 class Watchdog:
-    """Use as a context manager in the main thread; `phase` says what the rank is doing."""
+    """The watchdog of a rank: a context manager for the main thread, which marks each phase with `phase`."""
 
     def __init__(self, limits: WatchdogConfig) -> None:
         self._limits = limits
@@ -66,7 +66,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What the rank does from here on; the limit is `watchdog.<name>`, and counts anew for an outer phase."""
+        """A context for a phase with the limit `watchdog.<name>`; after it the outer phase's limit begins anew."""
         outer = self._phase
         self._begin(name)
         try:
@@ -99,7 +99,7 @@ class Watchdog:
                 self._end(phase)
 
     def _hurry(self) -> None:
-        """A signal to stop: the present phase has `watchdog.stop` seconds left."""
+        """After a signal: limits the rest of the present phase to `watchdog.stop` seconds."""
         limit = self._limits.stop
         with self._lock:
             phase = self._phase

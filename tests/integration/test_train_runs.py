@@ -134,7 +134,7 @@ def test_resume_is_bit_exact(trained: Runner, tiny: Path) -> None:
     first = losses(split)
     assert list(first) == [1, 2, 3]
     again = launch(tiny, *options, "train.stop_at_step=2")  # where it has been: nothing is done
-    assert "stopped by train.stop_at_step=2 after step 3; a later one, or none, goes on" in again.stdout
+    assert "stopped by train.stop_at_step=2 after step 3; raise it or leave it out to go on" in again.stdout
     assert losses(split) == first
     launch(tiny, *options)
     print("\nuninterrupted:", *losses(whole).values())

@@ -198,7 +198,7 @@ def test_scientific_notation_is_a_number_everywhere(tmp_path: Path, text: str, k
         ("optim.momentum=1", "optim.momentum=1.0 must lie in [0, 1)"),
         ("lora.dropout=1", "lora.dropout=1.0 must lie in [0, 1)"),
         ("name=${nothing}", "name: Interpolation key 'nothing' not found"),
-        ("name=???", "name=??? stands for a value that is not there"),
+        ("name=???", "name=??? is OmegaConf's sign for a missing value"),
         ("model.norm=???", "model.norm=??? stands for"),
         ("sample.prompts=[a, '???']", "sample.prompts=??? stands for"),
         ("model.attention={kind: mha, num_heads: '???'}", "model.attention.num_heads=??? stands for"),

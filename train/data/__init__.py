@@ -1,4 +1,4 @@
-"""Corpora to batches: documents, a split, tokens on disk, blocks in a deterministic order."""
+"""From corpora to batches: documents, train/validation split, tokens on disk, blocks in a deterministic order."""
 
 from train.data.base import IGNORED, TrainingData
 from train.data.config import DataConfig

@@ -1,4 +1,4 @@
-"""What became of every file and document of a source."""
+"""Counts the files and documents of a data source: read, skipped, duplicate or empty."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,25 +11,25 @@ EXAMPLES = 3
 
 @dataclass
 class Account:
-    """Counts while a source is read. `skipped`: files that were not read, by the reason; `examples`: some of them."""
+    """Counts of a data source while it is read. skipped: files not read, by reason; examples: names of some of them."""
 
     files: int = 0
     documents: int = 0
     duplicates: int = 0
     empty: int = 0
     complete: bool = True
-    """False where data.max_bytes ended the reading."""
+    """False if data.max_bytes ended the reading."""
     skipped: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
 
     def skip(self, name: str, reason: str) -> None:
-        """A file that is not read."""
+        """Counts a file that is not read."""
         self.skipped[reason] += 1
         if len(self.examples) < EXAMPLES:
             self.examples.append(name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """The counts as plain JSON types."""
         return {
             "files": self.files,
             "files_skipped": dict(sorted(self.skipped.items())),
@@ -42,7 +42,7 @@ class Account:
 
 
 def account_line(source: str, counts: dict[str, Any]) -> str:
-    """One line of `Account.to_dict` for people."""
+    """The counts of `Account.to_dict` as one line of text."""
     skipped = counts["files_skipped"]
     reasons = "; ".join(f"{number:,} {reason}" for reason, number in skipped.items())
     names = f", such as {', '.join(map(repr, counts['examples']))}" if counts["examples"] else ""
@@ -51,7 +51,7 @@ def account_line(source: str, counts: dict[str, Any]) -> str:
         f"{sum(skipped.values()):,} skipped" + (f" ({reasons}{names})" if skipped else ""),
     ]
     parts = [
-        *(files if counts["files"] else []),  # a hub has rows alone
+        *(files if counts["files"] else []),  # a hub data set has no files
         counted(counts["documents"], "document"),
         f"{counted(counts['duplicates'], 'duplicate')} and {counted(counts['empty'], 'empty one')} dropped",
     ]

@@ -1,4 +1,4 @@
-"""What training needs of its data, wherever it comes from."""
+"""Protocols of training data, whatever its source."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -6,24 +6,24 @@ from typing import Any, Protocol
 from torch import Tensor
 
 IGNORED = -100
-"""A target that does not count."""
+"""A target that does not count for the loss."""
 
 
 class Batches(Protocol):
-    """An endless stream of training batches, the same for any number of processes, resumable to the exact batch."""
+    """An endless stream of training batches: the same for any number of processes, and resumable exactly."""
 
     def next(self, batch_size: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
-        """(tokens_BT, targets_BT) of process `rank`: its part of the next batch_size * world sequences."""
+        """(tokens_BT, targets_BT), int64, for process `rank`: its part of the next batch_size * world sequences."""
 
     def state(self) -> dict[str, int]:
-        """Where the stream stands."""
+        """The position in the stream."""
 
     def load(self, state: Mapping[str, int]) -> None:
-        """Continues from a `state`."""
+        """Continues from a position that `state` has returned."""
 
 
 class TrainingData(Protocol):
-    """Training batches and validation blocks; targets of -100 do not count. Bytes are those of UTF-8."""
+    """Training batches and validation blocks. Targets of -100 do not count. Bytes are those of the text in UTF-8."""
 
     @property
     def train(self) -> Batches: ...
@@ -35,14 +35,14 @@ class TrainingData(Protocol):
     def num_train_bytes(self) -> int: ...
     @property
     def digest(self) -> str:
-        """Of all that is trained and measured on: another one means other data."""
+        """A digest of the training and validation data."""
 
     @property
     def account(self) -> dict[str, Any]:
-        """What became of the files and documents of the source (`train.data.account`); empty for generated data."""
+        """The counts of the source's files and documents (`train.data.account`); empty for generated data."""
 
     def validation_blocks(self, most: int | None = None) -> tuple[Tensor, Tensor]:
-        """(tokens_NT, targets_NT) of all validation sequences, or of `most` of them."""
+        """(tokens_NT, targets_NT), int64, of all validation sequences, or of `most` of them."""
 
     def bytes_per_token(self, targets_NT: Tensor) -> float:
-        """Bytes of text a target that counts."""
+        """Mean number of bytes of text for each target that counts."""

@@ -1,4 +1,4 @@
-"""What to train on."""
+"""The configuration section `data`."""
 
 import re
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ HUB = re.compile(r"hub:\w[\w.-]*(/\w[\w.-]*)?(:.*)?\Z")
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """source: "stdlib" (the Python standard library of this interpreter), "retrieval" (generated tasks whose targets
-    are the answers, see train.data.retrieval), a path of a .txt, .jsonl or .parquet file or of a directory of text
-    files, or "hub:<dataset id>[:<config name>]" for the `datasets` library.
+    """source: "stdlib" (the source code of Python's standard library), "retrieval" (generated tasks, see
+    train.data.retrieval), the path of a .txt, .jsonl or .parquet file or of a directory of such files, or
+    "hub:<dataset id>[:<config name>]" for the `datasets` library.
 
-    text_field: column or key of the text in jsonl, parquet and hub sources. split: of a hub dataset.
-    validation_fraction: of the documents, or of the text where there are few. sequence_length: tokens of a block.
-    isolate_documents: a token sees its own document only, not what was packed before it into the same block.
-    max_bytes: stop after about that much text.
+    text_field: column or key of the text in jsonl, parquet and hub sources. split: of a hub data set.
+    validation_fraction: of the documents, or, if there are few, of the text. sequence_length: tokens of a block.
+    isolate_documents: attention does not cross documents that are packed into the same block. max_bytes: stop reading
+    after about so many bytes of text. Raises ValueError that names the key.
     """
 
     source: str = "stdlib"

@@ -1,4 +1,4 @@
-"""Documents from any source, and their split into training and validation."""
+"""Reads documents from any source, and splits them into training and validation."""
 
 import hashlib
 import itertools
@@ -13,16 +13,16 @@ from train.data.files import MARK, find_files, read_files, text_of
 from train.data.retrieval import SOURCE, retrieval_documents
 
 READING = 2
-"""Number of the rules by which sources are read: another one makes prepared tokens and tokenizers be made anew."""
+"""Version of the rules for reading sources. After a change, prepared tokens and tokenizers are made anew."""
 FEW_DOCUMENTS = 20
-"""With fewer documents the split is by position within each, as whole documents would be too coarse."""
+"""With fewer documents each document is split, because whole documents would be too coarse."""
 
 
 def split_documents(config: DataConfig, account: Account | None = None) -> Iterator[tuple[bool, str]]:
-    """(is_train, document) for every distinct document, in the order of the source; `account` counts what is read.
+    """Yields (is_train, document) for every distinct document in the order of the source, and counts in `account`.
 
-    A document's side follows from its content and the seed, so no text is on both sides and new documents move no old
-    ones. Raises ValueError as `documents`.
+    The content and the seed determine a document's side. So no document is on both sides, and new documents do not move
+    old ones. Raises the ValueError of `documents`.
     """
     account = Account() if account is None else account
     found = _distinct(documents(config, account), account)
@@ -36,9 +36,9 @@ def split_documents(config: DataConfig, account: Account | None = None) -> Itera
 
 
 def split_by_position(document: str, config: DataConfig) -> Iterator[tuple[bool, str]]:
-    """The end of the document is for validation: from the start of a line on, else of a word, if one is near.
+    """Splits a document: its beginning is for training, its end for validation. Yields no empty part.
 
-    Near is before the place that the fraction says, by at most half of what is for validation. Nothing empty.
+    The cut moves back to the start of a line, or else of a word, if that is at most half the validation part away.
     """
     cut = int(len(document) * (1 - config.validation_fraction))
     nearest = max(0, cut - (len(document) - cut) // 2)
@@ -65,11 +65,11 @@ def _distinct(found: Iterator[str], account: Account) -> Iterator[str]:
 
 
 def documents(config: DataConfig, account: Account | None = None) -> Iterator[str]:
-    """Documents of the source, up to about max_bytes. Raises ValueError that names the source and the way out."""
+    """Yields the documents of the source, up to about max_bytes bytes. Raises ValueError that names the source."""
     account = Account() if account is None else account
     read = 0
     for document in _read(config, account):
-        # Lone surrogates (from JSON escapes) are no text that UTF-8 could hold, a byte order mark is no text at all.
+        # UTF-8 cannot encode unpaired surrogates (from JSON escapes); a byte order mark is not part of the text.
         document = document.lstrip(MARK).encode("utf-8", errors="replace").decode("utf-8")
         yield document
         read += len(document.encode())
@@ -81,10 +81,9 @@ def documents(config: DataConfig, account: Account | None = None) -> Iterator[st
 
 
 def fingerprint(config: DataConfig) -> str:
-    """Changes when the text of the source may have changed: by what the file system tells of its files, or the hub id.
+    """A string that changes when the source's text may have changed: from the metadata of its files, or the hub id.
 
-    The time of the last change to a file's entry (ctime) is part of it: nobody can set it back, as they can the time of
-    the last writing.
+    It includes each file's ctime, which, unlike mtime, cannot be set back.
     """
     parts = [str(READING), config.source, config.text_field, config.split, str(config.max_bytes)]
     parts += [str(config.validation_fraction), str(config.seed)]
@@ -114,7 +113,7 @@ def _read(config: DataConfig, account: Account) -> Iterator[str]:
 
 
 def _stdlib_files() -> list[Path]:
-    """The standard library's sources without its tests: about 700 files, 12 MB, on every machine that has Python."""
+    """The source files of Python's standard library without tests: about 700 files, 12 MB."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     return sorted(p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts))

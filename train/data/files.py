@@ -1,7 +1,7 @@
-"""Files of text, JSON lines and parquet, compressed by gzip or not: which of a directory are read, and what they hold.
+"""Finds and reads files of text, JSON lines and parquet; text and JSON lines may be compressed with gzip.
 
-Suffixes count in any case. A byte order mark is no text. Links are followed. Hidden files and directories (names that
-begin with a dot) are skipped and counted, as are files of other kinds.
+Suffixes may be in upper case. Links are followed. Hidden files and directories (whose names begin with a dot) and files
+of other kinds are skipped and counted.
 """
 
 import gzip
@@ -27,7 +27,7 @@ HIDDEN, OTHER, BROKEN, AGAIN = "hidden", "of another kind", "links to nothing", 
 
 
 def find_files(config: DataConfig, account: Account | None = None) -> list[Path]:
-    """The files that `read_files` reads, in order. Raises ValueError that names the source and the way out."""
+    """The files that `read_files` reads, in order. Raises ValueError that names the source."""
     account = Account() if account is None else account
     root = user_path(config.source, "data.source")
     try:
@@ -54,9 +54,9 @@ def find_files(config: DataConfig, account: Account | None = None) -> list[Path]
 
 
 def read_files(config: DataConfig, account: Account) -> Iterator[str]:
-    """Every document: a text file is one, a line of JSON or a row of parquet holds one in `text_field`.
+    """Yields every document: a text file is one document; a line of JSON or a row of parquet has one in `text_field`.
 
-    Raises ValueError that names the file, where it can the line, and the way out.
+    Raises ValueError that names the file and, if possible, the line.
     """
     for path in find_files(config, account):
         account.files += 1
@@ -67,7 +67,7 @@ def read_files(config: DataConfig, account: Account) -> Iterator[str]:
 
 
 def _walk(root: Path, directory: Path, seen: set[Path], account: Account) -> Iterator[Path]:
-    """Files below `directory`; `seen`: directories that are read already, as links may lead to them once more."""
+    """Yields files below `directory`. seen: directories read already, to which links may lead again."""
     here = directory.resolve()
     if here in seen:
         account.skip(str(directory.relative_to(root)), AGAIN)
@@ -100,7 +100,7 @@ def _kind(path: Path) -> Reader:
 
 
 def _reader_of(path: Path) -> Reader | None:
-    """How a file of this name is read; None for a name of another kind."""
+    """The reader for a file of this name; None for other kinds of files."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]] or [""]
     compressed = suffixes[-1] == COMPRESSED
     suffix = suffixes[-2] if compressed and len(suffixes) > 1 else suffixes[-1]
@@ -131,7 +131,7 @@ def _read_lines(path: Path, config: DataConfig) -> Iterator[str]:
         for number, line in enumerate(lines, 1):
             where = f"{path}:{number}"
             try:
-                # Files that were joined have a mark at the beginning of each.
+                # A concatenation of files may have a byte order mark in the middle.
                 text = line.decode("utf-8").removeprefix(MARK)
                 if not text.strip():
                     continue
@@ -145,7 +145,7 @@ def _read_lines(path: Path, config: DataConfig) -> Iterator[str]:
 
 
 def _coded(content: bytes) -> str:
-    """What it is instead, if its first bytes tell."""
+    """A hint for the error message if the first bytes look like UTF-16."""
     return "; it looks like UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
 
 
@@ -174,7 +174,7 @@ def _read_parquet(path: Path, config: DataConfig) -> Iterator[str]:
 
 
 def text_of(record: Any, config: DataConfig, where: str) -> str:
-    """The text of a record. Raises ValueError that names the record's place and its fields."""
+    """The text of a record. where: its file and line. Raises ValueError that names it and the record's fields."""
     value = record.get(config.text_field) if isinstance(record, dict) else None
     if isinstance(record, dict) and config.text_field in record and not isinstance(value, str):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Blocks of tokens in an order that depends on the seed alone: not on the number of processes, nor on restarts."""
+"""Training batches in an order that depends only on the seed, not on the number of processes or on restarts."""
 
 from collections.abc import Mapping
 
@@ -10,9 +10,9 @@ from torch import Tensor
 class BatchStream:
     """An endless stream of training batches over a token array.
 
-    Every epoch cuts the tokens into blocks from another random place on, as if the last token were followed by the
-    first, and visits them in another random order: so the edges of blocks move, and every epoch has as many blocks.
-    The position in the stream is two integers, so a checkpoint can hold it.
+    Every epoch cuts the tokens, taken as a ring, into blocks from a random offset on, and visits them in random order.
+    So the blocks' edges differ between epochs, and all epochs have equally many blocks. Two integers are the position
+    in the stream.
     """
 
     def __init__(self, tokens: np.ndarray, length: int, seed: int) -> None:
@@ -21,7 +21,7 @@ class BatchStream:
         self._starts = self._epoch_starts()
 
     def _epoch_starts(self) -> np.ndarray:
-        """First tokens of the blocks of this epoch, in the order of their visit."""
+        """The start of each block of this epoch, in the order of visit."""
         random = np.random.default_rng((self._seed, self._epoch))
         size = len(self._tokens)
         offset = int(random.integers(size))
@@ -29,7 +29,7 @@ class BatchStream:
         return starts
 
     def _block(self, start: int) -> np.ndarray:
-        """Inputs and the token after them."""
+        """The tokens of a block and the one after it."""
         end = start + self._length + 1
         row = self._tokens[start:end]
         if end <= len(self._tokens):
@@ -37,10 +37,10 @@ class BatchStream:
         return np.concatenate([row, self._tokens[: end - len(self._tokens)]])
 
     def next(self, batch_size: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
-        """(tokens_BT, targets_BT) of process `rank`: its part of the next batch_size * world blocks.
+        """(tokens_BT, targets_BT), int64, for process `rank`: its part of the next batch_size * world blocks.
 
-        Blocks that do not fill a global batch at the end of an epoch are left out. Raises ValueError when the corpus
-        has fewer blocks than one global batch, for a rank outside the world and for an empty batch.
+        Blocks at the end of an epoch that do not fill a global batch are left out. Raises ValueError if the corpus has
+        fewer blocks than a global batch, for a rank outside the world, and for an empty batch.
         """
         if batch_size < 1 or not 0 <= rank < world:
             raise ValueError(
@@ -63,10 +63,10 @@ class BatchStream:
         return block[:, :-1], block[:, 1:]
 
     def state(self) -> dict[str, int]:
-        """Where the stream stands."""
+        """The position in the stream."""
         return {"epoch": self._epoch, "used": self._used}
 
     def load(self, state: Mapping[str, int]) -> None:
-        """Continues from a `state`."""
+        """Continues from a position that `state` has returned."""
         self._epoch, self._used = int(state["epoch"]), int(state["used"])
         self._starts = self._epoch_starts()

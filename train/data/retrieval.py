@@ -1,9 +1,9 @@
-"""Generated retrieval tasks as training data: the small model that compressed caches are measured with learns them.
+"""Generated retrieval tasks as training data, for the small model with which compressed caches are measured.
 
-A document is one context of `attnzoo.tasks.symbols` and its questions, each asked once: asked again, it
-could be answered from the first answer. Documents fill a sequence one after the other, and only answers are targets,
-beside the value of a variable where it is assigned: without this step on the way, chains stay guesses.
-The sequence of an index is always the same, so nothing is stored.
+A document is a context of `attnzoo.tasks.symbols` and its questions. Each question occurs once, because a second time
+it could be answered from the first answer. Documents are concatenated into sequences. Targets are the answers and, as
+an intermediate step without which chains are not learned, the value of a variable where it is assigned. An index
+determines its sequence, so that nothing is stored.
 """
 
 import hashlib
@@ -24,19 +24,19 @@ from train.data.config import DataConfig
 SOURCE = "retrieval"
 VALIDATION_SEQUENCES = 256
 SHORTEST_CONTEXT = 80
-"""Symbols that hold the items of every task."""
+"""Length of the shortest context in symbols; the items of every task fit."""
 WEIGHTS = {task: 2 if task == "variables" else 1 for task in SYMBOL_TASKS}
-"""How often a task is drawn, over the others: a value that is looked up up to three times is learned last."""
+"""Relative frequency of the tasks. Variables, whose values need up to three look-ups, are the hardest to learn."""
 
 
 def retrieval_documents(config: DataConfig) -> Iterator[str]:
-    """The alphabet over and over: what a tokenizer learns its symbols from, all alike."""
+    """Yields the alphabet many times, from which a tokenizer learns all symbols alike."""
     yield f" {ALPHABET}\n" * 100
 
 
 def task_document(longest: int, rng: random.Random, bos: int, tokens: list[int]) -> tuple[list[int], list[int]]:
-    """(tokens, targets) of a begin token, a context of at most `longest` symbols, and its questions; a target is what
-    is to be predicted from a token, or -100."""
+    """(tokens, targets) of a document: a begin token, a context of at most `longest` symbols, and its questions. A
+    target is the token to predict at a position, or -100."""
     (task,) = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))
     context = rng.randint(SHORTEST_CONTEXT, max(SHORTEST_CONTEXT, longest))
     example = symbol_example(task, context, rng.getrandbits(64)).translated(tokens).after((bos,))
@@ -45,13 +45,13 @@ def task_document(longest: int, rng: random.Random, bos: int, tokens: list[int])
     targets = [IGNORED] * (len(example.body) - 1) + answers + [IGNORED]
     if task == "variables":
         for question in example.questions:
-            # The last place that an answer depends on ends the assignment of the variable that is asked for.
+            # The assignment of the question's variable ends at the last place that the answer depends on.
             targets[question.places[-1]] = question.answer[0]
     return [*example.body, *questions], targets
 
 
 def task_sequence(length: int, index: str, bos: int, tokens: list[int]) -> tuple[list[int], list[int]]:
-    """(tokens, targets) of `length` tokens: documents one after the other, the last one cut."""
+    """(tokens, targets) of a sequence of `length` tokens: concatenated documents, the last one cut."""
     rng = random.Random(index)
     sequence: list[int] = []
     targets: list[int] = []
@@ -63,30 +63,30 @@ def task_sequence(length: int, index: str, bos: int, tokens: list[int]) -> tuple
 
 
 class TaskStream:
-    """Training batches: sequence n of the stream belongs to the n-th place in the global batches."""
+    """Training batches: sequence n of the stream is at place n of the concatenated global batches."""
 
     def __init__(self, bos: int, tokens: list[int], length: int, seed: int) -> None:
-        """`tokens`: that of every symbol."""
+        """tokens: the token id of every symbol. length: tokens of a sequence."""
         self._bos, self._tokens, self._length, self._seed, self._used = bos, tokens, length, seed, 0
 
     def next(self, batch_size: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
-        """(tokens_BT, targets_BT) of process `rank`; targets are -100 where nothing is asked."""
+        """(tokens_BT, targets_BT), int64, for process `rank`; targets are -100 except at answers."""
         first = self._used + rank * batch_size
         self._used += batch_size * world
         indices = [f"{self._seed} {index}" for index in range(first, first + batch_size)]
         return task_block(self._bos, self._tokens, self._length, indices)
 
     def state(self) -> dict[str, int]:
-        """Where the stream stands."""
+        """The position in the stream."""
         return {"used": self._used}
 
     def load(self, state: Mapping[str, int]) -> None:
-        """Continues from a `state`."""
+        """Continues from a position that `state` has returned."""
         self._used = int(state["used"])
 
 
 def task_block(bos: int, tokens: list[int], length: int, indices: list[str]) -> tuple[Tensor, Tensor]:
-    """(tokens_BT, targets_BT) of the sequences of these indices; targets are -100 where nothing is asked."""
+    """(tokens_BT, targets_BT), int64, of the sequences with these indices."""
     rows = [task_sequence(length, index, bos, tokens) for index in indices]
     return torch.tensor([sequence for sequence, _ in rows]), torch.tensor([targets for _, targets in rows])
 
@@ -104,7 +104,7 @@ class TaskData:
 
     @property
     def digest(self) -> str:
-        """Of the validation sequences: they follow from the same generator."""
+        """A digest of the validation sequences, which the same generator makes as the training data."""
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in self.validation)).hexdigest()[:16]
 
     def validation_blocks(self, most: int | None = None) -> tuple[Tensor, Tensor]:
@@ -118,8 +118,8 @@ class TaskData:
 
 
 def prepare_tasks(config: DataConfig, tokenizer: Tokenizer) -> TaskData:
-    """Training data of the tasks. Raises ValueError for a sequence too short to hold a context and its questions, for
-    documents that are not kept apart, and for a tokenizer that has no token of its own for a symbol."""
+    """Training data of the tasks. Raises ValueError if sequences are too short for a context and its questions, without
+    data.isolate_documents, and for a tokenizer without a begin token or without a token for each symbol."""
     check_tasks(config)
     if tokenizer.bos_id is None:
         raise ValueError(f"data.source={SOURCE!r} needs a tokenizer that has a begin token; this one's texts have none")
@@ -133,7 +133,7 @@ def prepare_tasks(config: DataConfig, tokenizer: Tokenizer) -> TaskData:
 
 
 def check_tasks(config: DataConfig) -> None:
-    """Raises ValueError as `prepare_tasks`, for what does not depend on the tokenizer."""
+    """Makes the checks of `prepare_tasks` that do not need the tokenizer. Raises ValueError."""
     if config.sequence_length < 2 * SHORTEST_CONTEXT:
         raise ValueError(
             f"data.sequence_length={config.sequence_length} is too short for data.source={SOURCE!r}: a context takes "

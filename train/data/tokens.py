@@ -1,4 +1,4 @@
-"""Tokens on disk: built once by one process, mapped into memory by all."""
+"""Token files: built once by one process, and memory-mapped by all."""
 
 import hashlib
 import json
@@ -29,13 +29,13 @@ SIDES = ("train", "validation")
 
 @dataclass
 class TokenData:
-    """Training and validation tokens of one corpus under one tokenizer."""
+    """Training and validation tokens of a corpus with a tokenizer."""
 
     train: BatchStream
     validation_tokens: np.ndarray
     sequence_length: int
     token_bytes: Tensor
-    """UTF-8 bytes of every token of the vocabulary; none for begin and end of a document."""
+    """Number of UTF-8 bytes of every token in the vocabulary; 0 for begin and end tokens."""
     num_train_tokens: int
     num_train_bytes: int
     num_validation_bytes: int
@@ -43,10 +43,8 @@ class TokenData:
     account: dict[str, Any]
 
     def validation_blocks(self, most: int | None = None) -> tuple[Tensor, Tensor]:
-        """(tokens_NT, targets_NT): blocks side by side; every token but the first and a rest is a target once.
-
-        `most`: that many of them, spread evenly over the text.
-        """
+        """(tokens_NT, targets_NT), int64: consecutive blocks; every token but the first and an incomplete block's is a
+        target once. most: so many blocks, spread evenly over the text (None: all)."""
         tokens_NT, targets_NT = blocks_of(self.validation_tokens, self.sequence_length)
         if most is None or most >= len(tokens_NT):
             return tokens_NT, targets_NT
@@ -54,16 +52,16 @@ class TokenData:
         return tokens_NT[chosen], targets_NT[chosen]
 
     def bytes_per_token(self, targets_NT: Tensor) -> float:
-        """UTF-8 bytes per target that counts: bits per byte = nats per target / ln 2 / bytes per target.
+        """Mean number of UTF-8 bytes of a target that counts: bits per byte = nats per target / ln 2 / this number.
 
-        Targets without bytes count as targets, so a model pays for predicting where a document ends.
+        Begin and end tokens count as targets of 0 bytes, so that a model pays for predicting where a document ends.
         """
         counted = targets_NT[targets_NT != IGNORED]
         return int(self.token_bytes[counted].sum()) / counted.numel()
 
 
 def blocks_of(tokens: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
-    """Whole blocks of inputs and of the tokens that follow them."""
+    """(inputs_NT, targets_NT): complete blocks of `length` tokens, and the tokens that follow each."""
     count = (len(tokens) - 1) // length
     flat = torch.from_numpy(tokens[: count * length + 1].astype(np.int64))
     return flat[:-1].view(count, length), flat[1:].view(count, length)
@@ -72,10 +70,10 @@ def blocks_of(tokens: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
 def prepare(
     config: DataConfig, tokenizer_path: Path, cache_dir: Path, *, is_main: bool, progress: bool = True
 ) -> TokenData | TaskData:
-    """Opens the tokens of the corpus; the main process builds them first if they are not there.
+    """Opens the tokens of the corpus; the main process builds them first if they do not exist.
 
-    The other processes call this after the main one. Generated tasks are not stored. Raises ValueError as
-    `split_documents`, when a split is shorter than a block, or when a process that is not the main one finds nothing.
+    The other processes must call this after the main one. Generated tasks are not stored. Raises the ValueError of
+    `split_documents`, and ValueError if a split is shorter than a block or there are no tokens on another process.
     """
     tokenizer = load_tokenizer(tokenizer_path)
     if config.source == SOURCE:
@@ -114,9 +112,9 @@ def prepare(
 
 
 def read_about(directory: Path, whole: bool) -> dict[str, Any]:
-    """about.json, checked against the files of tokens: against their sizes, and with `whole` against their content.
+    """The content of about.json, after a check of the token files' sizes and, with `whole`, of their contents.
 
-    Raises ValueError that names the file and the way out.
+    Raises ValueError that names the damaged file.
     """
     mend = f"delete {directory} and start again: it is prepared anew"
     try:
@@ -149,7 +147,7 @@ def _cache_directory(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path) 
 
 
 def _build(config: DataConfig, tokenizer: Tokenizer, directory: Path, progress: bool) -> None:
-    """The directory appears only when it is whole; what an interrupted build wrote is removed."""
+    """Builds the tokens and moves the complete directory into place; removes it after a failure. Raises ValueError."""
     temporary = None
     try:
         temporary = temporary_directory(directory)
@@ -166,7 +164,7 @@ def _build(config: DataConfig, tokenizer: Tokenizer, directory: Path, progress: 
 
 
 class _Side:
-    """The tokens of one side, on their way to a file."""
+    """Writes the tokens of one split to a file, and counts them."""
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
         self.file, self.dtype, self.hash = path.open("wb"), dtype, hashlib.sha256()

@@ -1,1 +1,1 @@
-"""One system of the literature, one file: `run(config)` measures its claims; `scripts/reproduce.py` runs them."""
+"""Experiments that repeat published results, one publication a file; `scripts/reproduce.py` runs them."""

@@ -1,7 +1,7 @@
-"""How an experiment is made of parts that run side by side, and what a part hands back.
+"""The structure of an experiment: parts that run in parallel, their judgement, and figures.
 
-A part is a function (config, tick) -> values: plain numbers and lists, which JSON can hold. `judge` turns the values
-of all parts into rows and claims, `draw` into figures, so that nothing is measured twice and nothing is typed.
+A part is a function (config, tick) -> values, with numbers and lists that JSON can hold. `judge` turns the values of
+all parts into rows and claims, `draw` turns them into figures.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
-    """quick: sizes cut down to try the code, no measurement; variant, options: a zoo variant in the place of in-context
-    linear attention (icl-gd only)."""
+    """quick: reduce sizes to try the code; the numbers are then no measurement. variant, options: an attention variant
+    to use instead of in-context linear attention (icl-gd and depth)."""
 
     seed: int = 0
     quick: bool = False
@@ -26,17 +26,17 @@ class ExperimentConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def steps(self, full: int) -> int:
-        """Training steps of a run of `full` steps."""
+        """Number of training steps: `full`, or fewer with `quick`."""
         return max(20, full // 25) if self.quick else full
 
     def tasks(self, full: int) -> int:
-        """Tasks of a measurement over `full` tasks."""
+        """Number of tasks in a measurement: `full`, or fewer with `quick`."""
         return max(256, full // 16) if self.quick else full
 
 
 @dataclass(frozen=True)
 class ExperimentPart:
-    """A measurement of its own. steps: how many times it ticks."""
+    """An independent measurement. steps: how often it calls `tick`."""
 
     run: Callable[[ExperimentConfig, Tick], Values]
     steps: int
@@ -44,23 +44,24 @@ class ExperimentPart:
 
 @dataclass
 class Judgement:
-    """rows carry the key "table"; claims as in `attnzoo.report`."""
+    """The judged results. rows: each has the key "table" with its table's name. claims: see `attnzoo.report`."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
 
     def add(self, name: str, expected: float, measured: float, tolerance: float = 0.0, kind: Any = "equal") -> None:
-        """A claim."""
+        """Adds a claim."""
         self.claims.append(Claim(name=name, expected=expected, measured=measured, tolerance=tolerance, kind=kind))
 
     def table(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Rows of a table."""
+        """Adds the rows of a table."""
         self.rows += [{"table": name, **row} for row in rows]
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """name: on the command line; letter: of its claims; parts by name; judge; draw(values, directory) -> PNG files."""
+    """An experiment. name: on the command line. letter: begins the names of its claims. parts: returns its parts by
+    name. judge: turns values into results. draw: writes PNG files into a directory and returns their paths."""
 
     name: str
     letter: str

@@ -1,7 +1,7 @@
-"""Experiment D: what does this attention compute in context? Depth, noise and covariance, for every variant alike.
+"""Experiment D: what does an attention variant compute in context, by depth, noise and covariance?
 
-First linear attention of 1 to 8 layers, looped and stacked, against gradient descent, GD++, Chebyshev and Newton;
-then every variant on the same tasks, its predictions compared with those of known algorithms.
+The first part compares linear attention of 1 to 8 layers, looped and stacked, with gradient descent, GD++, Chebyshev
+and Newton. The second trains several variants on the same tasks and compares their predictions with known algorithms.
 """
 
 import dataclasses
@@ -51,13 +51,13 @@ TASKS = {
 }
 DEPTHS = (1, 2)
 STDS = {"linear": 0.07}
-"""Of initial weights, where not 0.2: without a normaliser two layers are a polynomial of degree 9 that would start at
-10^4."""
+"""Standard deviation of initial weights where it is not 0.2: two unnormalised linear layers are a polynomial of degree
+9, whose values would begin at 10^4."""
 VARIANT_STEPS, VARIANT_BATCH = 300, 128
 
 
 def most(config: ExperimentConfig) -> int:
-    """The largest depth."""
+    """The largest number of layers."""
     return 3 if config.quick else MOST
 
 
@@ -67,15 +67,14 @@ def descent_tasks(config: ExperimentConfig) -> Tasks:
 
 
 def typical(prediction_B: Tensor, target_B: Tensor) -> float:
-    """Half the mean squared error over the 99 % of tasks with the smallest errors: many layers, and GD++ of many
-    steps, are polynomials of high degree, which rare contexts overflow, and a mean over all would be the size of that
-    overflow."""
+    """Half the mean squared error over the 99 % of tasks with the smallest errors. Many layers, or many steps of GD++,
+    are polynomials of high degree that overflow on rare contexts, which would dominate a mean over all tasks."""
     errors_B = (prediction_B - target_B).double().square().nan_to_num(nan=math.inf)
     return 0.5 * errors_B.sort().values[: int(0.99 * len(errors_B))].mean().item()
 
 
 def known_losses(config: ExperimentConfig, tick: Tick) -> Values:
-    """Best solvers of 1 to 8 steps on the family of experiment A, fitted to spectra, measured on the tasks of
+    """Losses of the best solvers of 1 to 8 steps for the tasks of experiment A, fitted to spectra, on the tasks of
     `layers`."""
     tasks = descent_tasks(config)
     spectrum = Spectrum.of(config.tasks(4096), DESCENT, seeded(config.seed, "depth", "spectrum"))
@@ -88,8 +87,8 @@ def known_losses(config: ExperimentConfig, tick: Tick) -> Values:
 
 
 def layers(config: ExperimentConfig, tick: Tick, looped: bool) -> Values:
-    """Linear attention trained at every depth, each starting from the one before: a layer more, which at first does
-    nothing (stacked) or the same (looped)."""
+    """Losses of linear attention trained at every depth. Each depth begins with the weights of the depth before; the
+    new layer first does almost nothing (stacked) or has the shared weights (looped)."""
     key = ("depth", "looped" if looped else "stacked")
     tasks = descent_tasks(config)
     losses, curves = [], []
@@ -109,14 +108,12 @@ def layers(config: ExperimentConfig, tick: Tick, looped: bool) -> Values:
             drawn = linear_tasks(LAYER_BATCH, DESCENT, data)
             return half_square(model(drawn), drawn.target_B)
 
-        # The second layer has to discover that changing x pays, which takes longest; the others start with it.
+        # The second layer must learn to transform x, which takes longest; deeper models begin with that.
         steps = config.steps(LAYER_STEPS * (3 if depth == 2 else 1))
         rate = 0.01 if depth <= 2 else 0.003 if looped and depth <= 6 else 0.001
         try:
             curves.append(thinned(fit(model, loss, steps=steps, rate=rate, tick=tick), 30))
-        except (
-            RuntimeError
-        ):  # rare contexts overflow layers with weights of their own: this depth and deeper are not known
+        except RuntimeError:  # stacked layers overflow on rare contexts: this depth and deeper ones are not measured
             losses += [math.nan] * (most(config) + 1 - depth)
             break
         with torch.no_grad():
@@ -126,8 +123,9 @@ def layers(config: ExperimentConfig, tick: Tick, looped: bool) -> Values:
 
 
 class PairLayers(nn.Module):
-    """Tokens (x_t, x_{t-1}, y_{t-1}): the input that asks beside the pair before it, so that causal attention never
-    reads a pair that asks. read, `depth` residual layers of a variant, write: a prediction at every token."""
+    """A model on tokens (x_t, x_{t-1}, y_{t-1}): each token has an input and the pair before it, so that causal
+    attention never sees the y that it must predict. A linear map, `depth` residual layers of a variant, and a linear
+    map give a prediction at every token."""
 
     def __init__(self, kind: str, options: dict[str, Any], depth: int) -> None:
         super().__init__()
@@ -153,7 +151,7 @@ class PairLayers(nn.Module):
 
 
 def algorithms(family: LinearFamily, tasks: Tasks, config: ExperimentConfig) -> dict[str, Tensor]:
-    """Predictions of known algorithms for the query, float64."""
+    """The query predictions of known algorithms, float64 [B], by algorithm."""
     spectrum = Spectrum.of(config.tasks(4096), family, seeded(config.seed, "depth", "variants", "spectrum"))
     exact = tasks.double()
     gamma_DD, _ = mixed_preconditioner(family.variances(), family.examples, family.noise)
@@ -168,7 +166,7 @@ def algorithms(family: LinearFamily, tasks: Tasks, config: ExperimentConfig) -> 
 
 
 def variant(config: ExperimentConfig, tick: Tick, kind: str, options: dict[str, Any], name: str, depth: int) -> Values:
-    """One variant, one family, one depth: its loss, and how far its predictions are from each algorithm's."""
+    """Trains one variant of one depth on one family of tasks: its loss, and the distances to known algorithms."""
     family, key = TASKS[name], ("depth", "variants", kind, name, depth)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeded(config.seed, *key, "weights").initial_seed() % 2**31)
@@ -196,12 +194,12 @@ def variant(config: ExperimentConfig, tick: Tick, kind: str, options: dict[str, 
 
 
 def _rows(tasks: Tasks, first: int) -> Tasks:
-    """1,024 tasks: a mesa layer holds a matrix a token."""
+    """A chunk of 1,024 tasks: a mesa layer holds a matrix for each token."""
     return Tasks(*(getattr(tasks, field.name)[first : first + 1024] for field in dataclasses.fields(tasks)))
 
 
 def mesa_is_ridge(config: ExperimentConfig, tick: Tick) -> Values:
-    """A mesa head with written weights against ridge regression, and both against least squares, on noisy tasks."""
+    """Compares a mesa head with constructed weights, ridge regression and least squares on noisy tasks."""
     family = TASKS["noisy"]
     tasks = linear_tasks(config.tasks(8192), family, seeded(config.seed, "depth", "mesa")).double()
     width = 2 * DIM + 1
@@ -227,7 +225,7 @@ def mesa_is_ridge(config: ExperimentConfig, tick: Tick) -> Values:
 
 
 def parts(config: ExperimentConfig) -> dict[str, ExperimentPart]:
-    """Solvers, linear attention at depths, the mesa layer, and variants by families and depths."""
+    """The parts: solvers, linear attention by depth, the mesa layer, and each variant by family and depth."""
     found = {
         "solvers": ExperimentPart(known_losses, len(SOLVERS)),
         "looped": ExperimentPart(partial(layers, looped=True), (most(config) + 2) * config.steps(LAYER_STEPS)),
@@ -244,7 +242,7 @@ def parts(config: ExperimentConfig) -> dict[str, ExperimentPart]:
 
 
 def judge(config: ExperimentConfig, values: dict[str, Values]) -> Judgement:
-    """D1 to D3 are claims; which algorithm a variant is nearest to is a finding, not a claim."""
+    """The claims D1 to D3, and a table of the algorithm that each variant is nearest to."""
     out, solvers = Judgement(), values["solvers"]
     looped, stacked = values["looped"]["loss"], values["stacked"]["loss"]
     depths = range(len(looped))
@@ -284,7 +282,7 @@ def _finding(name: str, part: Values) -> dict[str, Any]:
 
 
 def draw(values: dict[str, Values], directory: Path) -> list[Path]:
-    """Losses by depth, and what each variant is near to."""
+    """Draws losses by depth, and the distances of the variants to known algorithms."""
     return [draw_depth(values, directory), draw_variants(values, directory)]
 
 

@@ -10,19 +10,19 @@ Values = dict[str, Any]
 
 
 def axes_of(columns: int, height: float = 3.6) -> tuple[Any, Any]:
-    """(figure, axes) in a row."""
+    """(figure, axes) with `columns` panels in a row."""
     figure, axes = panels(1, columns, width=4.6, height=height)
     return figure, axes[0]
 
 
 def curve(ax: Any, points: Iterable[Iterable[float]], label: str) -> None:
-    """A training curve of [step, loss]."""
+    """Draws a training curve of [step, loss] points."""
     steps, losses = zip(*points, strict=True)
     ax.plot(steps, losses, label=label, linewidth=1.2)
 
 
 def draw_training(values: Values, directory: Path) -> Path:
-    """Loss curves of one and two layers beside the solvers; the interpolation; softmax heads; sine."""
+    """Draws training losses of one and two layers with those of the solvers, the interpolation, and softmax heads."""
     one, two = values["one layer"], values["two layers"]
     figure, axes = axes_of(4 if "mixed" in one else 2)
     curve(axes[0], one["curve"], "one layer")
@@ -47,7 +47,7 @@ def draw_training(values: Values, directory: Path) -> Path:
 
 
 def draw_shifts(values: Values, directory: Path) -> Path:
-    """Losses on other distributions, trained against one step of GD."""
+    """Draws losses on other distributions, of the trained layer and of one step of GD."""
     rows = values["one layer"]["shifts"]
     figure, (ax,) = axes_of(1, 4.2)
     figure.set_size_inches(10, 4.2)
@@ -61,7 +61,7 @@ def draw_shifts(values: Values, directory: Path) -> Path:
 
 
 def draw_iterations(values: Values, directory: Path) -> Path:
-    """The layer applied to its own output."""
+    """Draws losses of the layer applied repeatedly to its own output."""
     rows = values["one layer"]["applied"]
     figure, (ax,) = axes_of(1)
     times = [row["applications"] for row in rows]
@@ -73,7 +73,7 @@ def draw_iterations(values: Values, directory: Path) -> Path:
 
 
 def draw_pairs(values: Values, directory: Path) -> Path:
-    """x and y as tokens: loss and sensitivities of the first layer; sine regression."""
+    """Draws loss and first-layer sensitivities with x and y as separate tokens, and sine regression."""
     pairs = values["pairs"]
     figure, axes = axes_of(3)
     curve(axes[0], pairs["curve"], "softmax, then linear layer")
@@ -92,7 +92,7 @@ def draw_pairs(values: Values, directory: Path) -> Path:
 
 
 def draw_one_step(values: Values, directory: Path) -> Path:
-    """Loss over L* during training, and learned against best preconditioners."""
+    """Draws loss / L* during training, and entries of learned against best preconditioners."""
     figure, axes = axes_of(2, 4.2)
     for name, part in values.items():
         curve(axes[0], [[step, loss / part["optimum"]] for step, loss in part["curve"]], name)
@@ -108,7 +108,7 @@ def draw_one_step(values: Values, directory: Path) -> Path:
 
 
 def draw_softmax_regression(values: Values, directory: Path) -> Path:
-    """Shares of the bounds that are used; losses of the head and of the steps."""
+    """Draws |b~ - b| relative to its bounds, and losses of the trained head and of the steps."""
     settings = {name: part for name, part in values.items() if "losses" in part}
     figure, axes = axes_of(1 + len(settings))
     instances = values["closeness"]["instances"]
@@ -129,7 +129,7 @@ def draw_softmax_regression(values: Values, directory: Path) -> Path:
 
 
 def draw_depth(values: Values, directory: Path) -> Path:
-    """Loss by number of layers and of steps."""
+    """Draws the loss by number of layers or steps."""
     figure, (ax,) = axes_of(1, 4.4)
     figure.set_size_inches(6.4, 4.6)
     for name, losses in values["solvers"].items():
@@ -144,7 +144,7 @@ def draw_depth(values: Values, directory: Path) -> Path:
 
 
 def draw_variants(values: Values, directory: Path) -> Path:
-    """What does this attention compute in context? Distance of every variant's predictions to every algorithm's."""
+    """Draws the distances of every variant's predictions to every algorithm's."""
     found = {tuple(name.rsplit(" ", 2)): part for name, part in values.items() if "distances" in part}
     tasks = list(dict.fromkeys(name for _, name, _ in found))
     figure, axes = axes_of(len(tasks), 4.4)

@@ -1,8 +1,8 @@
-"""Linear self-attention on in-context tasks, in Gram form: the context enters only through G = C^T C.
+"""Linear self-attention on in-context tasks in Gram form: the context C enters only through G = C^T C.
 
-A layer adds e W_QK G W_VP to every token e (rows), with W_QK = W_Q^T W_K and W_VP = W_V^T P^T, keys and values
-without the query. Applied to the context itself that turns G into M^T G M, M = I + W_QK G W_VP: however many layers,
-nothing larger than [D + 1, D + 1] a task is ever multiplied.
+A layer adds e W_QK G W_VP to every token e (a row), with W_QK = W_Q^T W_K and W_VP = W_V^T P^T; the query is neither
+key nor value. For the context itself this turns G into M^T G M with M = I + W_QK G W_VP. So all matrices are at most [D
++ 1, D + 1] for each task, for any number of layers.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,8 @@ from attnzoo.incontext import Tasks
 
 
 class GramAttention(nn.Module):
-    """`depth` layers of linear self-attention on tokens of width D + 1; with `looped` all share one layer's weights."""
+    """`depth` layers of linear self-attention on tokens of `width` = D + 1. looped: all layers share one layer's
+    weights. std: of the initial weights."""
 
     def __init__(self, width: int, depth: int, *, looped: bool, std: float, generator: torch.Generator) -> None:
         super().__init__()
@@ -28,8 +29,8 @@ class GramAttention(nn.Module):
         return self.qk_LEE[index], self.vp_LEE[index]
 
     def forward(self, tasks: Tasks, depth: int | None = None, damping: float = 1.0) -> Tensor:
-        """Predictions [B]: minus the last coordinate of the query after the last layer. `depth`: apply so many layers;
-        `damping`: each adds only this part of its update."""
+        """Predictions [B]: minus the last coordinate of the query's token after the last layer. depth: number of layers
+        to apply. damping: factor of each layer's update."""
         return -self.states(tasks, self.depth if depth is None else depth, damping)[-1][:, -1]
 
     def states(self, tasks: Tasks, depth: int, damping: float = 1.0) -> list[Tensor]:
@@ -58,11 +59,11 @@ def fit(
     clip: float = 1.0,
     warmup: int = 50,
 ) -> list[float]:
-    """Trains by Adam, the rate rising for `warmup` steps and then falling by a cosine; returns the loss of every step.
+    """Trains with Adam, and a learning rate with warmup and cosine decay; returns the loss of every step.
 
-    `loss(step)` draws its own batch. A batch whose loss or gradient is not finite is left out: many layers of linear
-    attention are a polynomial of high degree, and a rare context overflows it. Raises RuntimeError when that happens to
-    more than one batch in fifty: such a run is no measurement.
+    loss: loss(step) draws a batch and returns its loss. A batch whose loss or gradient is not finite is skipped,
+    because many layers of linear attention are a polynomial of high degree, which overflows on rare contexts. Raises
+    RuntimeError if more than one batch in fifty is skipped.
     """
     optimiser = torch.optim.Adam(module.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _scale(step, steps, warmup))

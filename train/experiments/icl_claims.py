@@ -1,4 +1,4 @@
-"""Experiment A as a whole: its parts, what is claimed of them, and its figures."""
+"""Experiment A: its parts, claims and figures."""
 
 import math
 from functools import partial
@@ -10,15 +10,13 @@ from train.experiments.icl_deep import induction, sine
 from train.experiments.icl_gd import one_layer, softmax_heads, two_layers
 
 SINE_STARTS = ("sine, trained", "sine, trained again")
-"""Random starts of MLP and layer: one in a few ends in a minimum of twice the loss, and rounding decides which."""
+"""Two random initialisations of MLP and layer: some end in a local minimum with twice the loss, depending on
+rounding."""
 
 
 def parts(config: ExperimentConfig) -> dict[str, ExperimentPart]:
-    """Black-box claims alone for another variant."""
-    found = {
-        "one layer": ExperimentPart(one_layer, config.steps(2000)),
-        "two layers": ExperimentPart(two_layers, config.steps(4000)),
-    }
+    """The parts; for another variant only those of the claims about a layer as a black box."""
+    found = {"one layer": ExperimentPart(one_layer, config.steps(2000)), "two layers": ExperimentPart(two_layers, config.steps(4000))}
     if config.variant is None:
         found |= {
             "softmax, 1 head": ExperimentPart(partial(softmax_heads, heads=1), config.steps(3000)),
@@ -31,14 +29,14 @@ def parts(config: ExperimentConfig) -> dict[str, ExperimentPart]:
 
 
 def worst(ratios: list[float]) -> float:
-    """The ratio farthest from 1; not a number if one is none: a run that blew up must not pass."""
+    """The ratio farthest from 1; NaN if any ratio is not finite, so that a diverged run does not pass."""
     if any(not math.isfinite(ratio) for ratio in ratios):
         return math.nan
     return max(ratios, key=lambda ratio: abs(ratio - 1))
 
 
 def judge(config: ExperimentConfig, values: dict[str, Values]) -> Judgement:
-    """A1 to A8; for another variant A1, A3, A4 and A5 alone."""
+    """The claims A1 to A8; for another variant only A1, A3, A4 and A5."""
     out, one = Judgement(), values["one layer"]
     out.add("A1 loss of one trained layer / one step", 1.0, one["loss"] / one["gd"], 0.01)
     out.add("A1 loss of one step / closed form", 1.0, one["gd"] / one["optimum"], 0.05)
@@ -112,7 +110,7 @@ def _judge_others(out: Judgement, values: dict[str, Values]) -> None:
 
 
 def draw(values: dict[str, Values], directory: Path) -> list[Path]:
-    """Training and interpolation, distributions, iterations, pairs."""
+    """Draws training and interpolation, other distributions, iterations, and pairs."""
     files = [draw_training(values, directory), draw_shifts(values, directory), draw_iterations(values, directory)]
     return [*files, draw_pairs(values, directory)] if "pairs" in values else files
 

@@ -1,5 +1,4 @@
-"""Experiment A, claims 7 and 8: features from an MLP, and pairs that have to be put together first (arXiv
-2212.07677)."""
+"""Experiment A, claims 7 and 8: features from an MLP, and x and y as separate tokens (arXiv 2212.07677)."""
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,10 @@ PAIR_WIDTH = WIDTH + PAIRS
 
 
 class SineModel(nn.Module):
-    """Tokens (x, y) through an embedding and an MLP, then one layer: a trained one, or a constructed step.
+    """An embedding and an MLP on tokens (x, y), then one layer: trained, or constructed as a step of gradient descent.
 
-    The constructed layer reads the last feature as the target and the others as the input of a regression; of its
-    weights only the rate is trained, together with embedding and MLP.
+    The constructed layer takes the last feature as the target of a regression and the others as its input; its only
+    trained weight is the learning rate.
     """
 
     def __init__(self, *, constructed: bool) -> None:
@@ -45,7 +44,7 @@ class SineModel(nn.Module):
 
 
 def sine(config: ExperimentConfig, tick: Tick, constructed: bool = False, start: int = 0) -> Values:
-    """A7: loss of one of the two models, from one of several random starts."""
+    """A7: the loss of one of the two models. start: number of the random initialisation."""
     key = ("icl-gd", "sine", *([start] if start else []))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeded(config.seed, *key, "weights").initial_seed() % 2**31)
@@ -64,7 +63,7 @@ def sine(config: ExperimentConfig, tick: Tick, constructed: bool = False, start:
 
 
 class PairModel(nn.Module):
-    """Tokens x_1, y_1, x_2, ..., x_q with their positions beside them: a softmax layer, then a linear one."""
+    """A softmax layer, then a linear one, on tokens x_1, y_1, x_2, ..., x_q with their positions (`pair_tokens`)."""
 
     def __init__(self, std: float) -> None:
         super().__init__()
@@ -91,9 +90,9 @@ def pair_tokens(tasks: Tasks) -> Tensor:
 
 
 def copied(model: PairModel, tasks: Tasks, generator: torch.Generator) -> tuple[float, float, float]:
-    """How much the first layer's output at x_j depends on its own token, on the next (y_j), and on each other one.
+    """How much the first layer's output at x_j depends on (its own token, the next token y_j, each other token).
 
-    Norms of the gradient of a random direction of the output, a mean over tasks and directions.
+    These are norms of the gradient of the output in a random direction, averaged over tasks and positions.
     """
     e_BTE = pair_tokens(tasks).requires_grad_()
     out_BTE = e_BTE + model.copy(e_BTE)
@@ -111,7 +110,7 @@ def copied(model: PairModel, tasks: Tasks, generator: torch.Generator) -> tuple[
 
 
 def induction(config: ExperimentConfig, tick: Tick) -> Values:
-    """A8: loss and sensitivities of the first layer in the course of training."""
+    """A8: the loss, and the sensitivities of the first layer during training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeded(config.seed, "icl-gd", "pairs", "weights").initial_seed() % 2**31)
         model = PairModel(std=0.1)

@@ -1,8 +1,8 @@
 """Experiment A: one layer of linear self-attention learns one step of gradient descent (arXiv 2212.07677).
 
 Inputs are U(-1, 1)^10 (r = 1, as the paper's text says; its code draws r = .5, and losses scale with r^2), N = 10
-examples, w ~ N(0, I), no noise. With `variant` the claims about the layer as a black box (A1, A3, A4, A5) are asked of
-that variant.
+examples, w ~ N(0, I), no noise. With `variant`, the claims about the layer as a black box (A1, A3, A4, A5) are tested
+for that variant.
 """
 
 import torch
@@ -31,8 +31,9 @@ BATCH, TESTED, SPECTRA = 1024, 4096, 4096
 DAMPING, APPLIED = 0.75, (1, 2, 5, 10, 20, 50)
 MIXED = (0.0, 0.25, 0.5, 0.75, 1.0)
 STD = 1e-4
-"""Initial weights. In one layer the y row of W_QK and the x columns of W_VP get no gradient and stay what they were,
-and a layer applied to its own output feeds on them: x grows by its own cube. At .002 50 applications blow up."""
+"""Standard deviation of initial weights. In one layer the y row of W_QK and the x columns of W_VP get no gradient and
+keep their initial values. When the layer is applied to its own output they make x grow like its cube; with 0.002 it
+diverges within 50 applications."""
 
 SHIFTS: list[tuple[str, dict]] = [
     *((f"x range {radius:g}", {"radius": radius}) for radius in (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)),
@@ -43,17 +44,17 @@ SHIFTS: list[tuple[str, dict]] = [
 
 
 def test_tasks(config: ExperimentConfig) -> Tasks:
-    """The tasks on which everything in this experiment is compared."""
+    """The test tasks of this experiment."""
     return linear_tasks(config.tasks(TESTED), FAMILY, seeded(config.seed, "icl-gd", "test"))
 
 
 def one_step_rate() -> float:
-    """a* of the family, in closed form."""
+    """The best learning rate a* of one step for `FAMILY`, in closed form."""
     return least_squares_step(FAMILY.dim, FAMILY.examples, *even_moments("uniform", FAMILY.radius)).rate
 
 
 def model_for(config: ExperimentConfig, depth: int, key: str, std: float = STD) -> GramAttention | VariantLayers:
-    """Looped layers: linear attention in Gram form, or the variant asked for."""
+    """A model of looped layers: linear attention in Gram form, or the variant in the configuration."""
     generator = seeded(config.seed, "icl-gd", key, "weights")
     if config.variant is None:
         return GramAttention(WIDTH, depth, looped=True, std=std, generator=generator)
@@ -65,7 +66,7 @@ def model_for(config: ExperimentConfig, depth: int, key: str, std: float = STD) 
 def learn(
     config: ExperimentConfig, model: torch.nn.Module, key: str, steps: int, rate: float, tick: Tick, batch: int = BATCH
 ) -> list[float]:
-    """Trains on fresh tasks every step."""
+    """Trains on new tasks in every step; returns the losses."""
     data = seeded(config.seed, "icl-gd", key, "data")
     rate = rate if config.variant is None else 3e-3
 
@@ -89,7 +90,7 @@ def model_loss(model: torch.nn.Module, tasks: Tasks, **how: float) -> float:
 
 
 def one_layer(config: ExperimentConfig, tick: Tick) -> Values:
-    """A1 to A4 of one trained layer."""
+    """A1 to A4: trains and measures one layer."""
     model = model_for(config, 1, "one")
     curve = learn(config, model, "one", 2000, 0.01, tick, batch=2 * BATCH)
     tasks, rate = test_tasks(config), one_step_rate()
@@ -115,7 +116,8 @@ def one_layer(config: ExperimentConfig, tick: Tick) -> Values:
 
 @torch.no_grad()
 def weights_of_one_layer(model: GramAttention, tasks: Tasks, rate: float) -> Values:
-    """A1's learned rate, A2's interpolation, and the same predictions from the zoo's layer with the trained weights."""
+    """The learned rate (A1), the interpolation (A2), and the largest difference to predictions of `InContextLinear`
+    with the trained weights."""
     qk_EE, vp_EE = model.layer(0)
     scale = qk_EE.diagonal()[:-1].mean()
     layer = InContextLinear(InContextLinear.Config(model_dim=WIDTH))
@@ -139,7 +141,7 @@ def weights_of_one_layer(model: GramAttention, tasks: Tasks, rate: float) -> Val
 
 
 def shifted(config: ExperimentConfig, model: torch.nn.Module, step: Residual) -> list[dict]:
-    """A3: losses on other distributions, of the layer and of the step, both as they were for the training tasks."""
+    """A3: losses on other distributions, of the trained layer and of the step with the training tasks' rate."""
     rows = []
     for name, changes in SHIFTS:
         family = LinearFamily(**({"dim": FAMILY.dim, "examples": FAMILY.examples, "radius": FAMILY.radius} | changes))
@@ -150,7 +152,7 @@ def shifted(config: ExperimentConfig, model: torch.nn.Module, step: Residual) ->
 
 
 def applied(model: torch.nn.Module, tasks: Tasks, rate: float) -> list[dict]:
-    """A4: the layer applied again and again with damping, against gradient descent damped alike."""
+    """A4: losses of the layer applied repeatedly with damping, and of gradient descent with the same damping."""
     rows = []
     for times in APPLIED:
         trained = model_loss(model, tasks, depth=times, damping=DAMPING)
@@ -160,7 +162,7 @@ def applied(model: torch.nn.Module, tasks: Tasks, rate: float) -> list[dict]:
 
 
 def two_layers(config: ExperimentConfig, tick: Tick) -> Values:
-    """A5: two recurrent layers."""
+    """A5: two recurrent layers, against two steps of GD and GD++."""
     model = model_for(config, 2, "two", std=0.02)
     curve = learn(config, model, "two", 4000, 0.01, tick)
     tasks = test_tasks(config)
@@ -178,7 +180,7 @@ def two_layers(config: ExperimentConfig, tick: Tick) -> Values:
 
 
 def softmax_heads(config: ExperimentConfig, tick: Tick, heads: int) -> Values:
-    """A6: softmax instead of linear attention."""
+    """A6: a layer of softmax attention instead of linear attention."""
     model = _softmax_layer(config, heads)
     curve = learn(config, model, f"softmax {heads}", 3000, 0.01, tick, batch=BATCH // 2)
     return {"curve": thinned(curve), "loss": model_loss(model, test_tasks(config))}

@@ -1,4 +1,4 @@
-"""Any variant of the zoo as layers on in-context tokens, and what is asked of a trained model."""
+"""Layers of any attention variant on in-context tokens, and measurements of a trained model."""
 
 import dataclasses
 from typing import Any
@@ -14,11 +14,10 @@ INNER_DIM, HEADS = 32, 2
 
 
 class VariantLayers(nn.Module):
-    """e <- e + write(attention(read(e))) on tokens of width D + 1, `depth` times; `looped`: one layer's weights for
-    all.
+    """`depth` layers e <- e + write(attention(read(e))) on tokens of `width` = D + 1. looped: all layers share weights.
 
-    read and write are linear maps between the tokens and the variant's model_dim, so that a layer can be applied to its
-    own output whatever its inner size is. `inner_dim=None`: the variant works on the tokens themselves.
+    read and write are linear maps between tokens and the variant's model_dim, so that a layer can be applied to its own
+    output. inner_dim: the model_dim; None: the variant works on the tokens directly. std: of the initial weights.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class VariantLayers(nn.Module):
         self.layers = nn.ModuleList(_Layer(kind, options, width, inner_dim, std) for _ in range(1 if looped else depth))
 
     def forward(self, tasks: Tasks, depth: int | None = None, damping: float = 1.0) -> Tensor:
-        """Predictions [B]: minus the last coordinate of the query after the last layer; see `GramAttention.forward`."""
+        """Predictions [B]; see `GramAttention.forward`."""
         e_BTE = tasks.tokens()
         for index in range(self.depth if depth is None else depth):
             e_BTE = e_BTE + damping * self.layers[min(index, len(self.layers) - 1)](e_BTE)
@@ -73,7 +72,7 @@ def mean_cosine(a_BD: Tensor, b_BD: Tensor) -> float:
 
 
 def thinned(losses: list[float], points: int = 120) -> list[list[float]]:
-    """[step, mean loss] of at most `points` stretches of a training run, for figures."""
+    """A training curve for figures: [step, mean loss] of about `points` intervals."""
     length = max(1, len(losses) // points)
     return [
         [start + length / 2, sum(losses[start : start + length]) / len(losses[start : start + length])]

@@ -1,5 +1,4 @@
-"""Experiment B: one step of gradient descent is the best that one layer of linear self-attention can do in context
-(arXiv 2307.03576).
+"""Experiment B: one step of gradient descent is optimal for one layer of linear self-attention (arXiv 2307.03576).
 
 The layer predicts u . G M x_q with G = sum_j v_j v_j^T, v_j = (x_j, y_j): u is a row of the value map, M the first
 columns of W_QK. n = 8 examples, d = 4; losses are mean squared errors, not halved.
@@ -34,7 +33,8 @@ TESTED, STEPS, BATCH, STARTS = 2**21, 1500, 4096, 4
 
 @dataclass(frozen=True)
 class Case:
-    """A family of tasks: what y is, covariance of x, law of w, noise."""
+    """A family of tasks: y as a function of x, the covariance of x, the distribution of w, the variance of the
+    noise."""
 
     claim: str
     name: str
@@ -63,7 +63,7 @@ class Case:
         return mixed_preconditioner(variances_D, EXAMPLES, self.noise)
 
     def draw(self, batch: int, generator: torch.Generator) -> Tasks:
-        """Tasks of the family."""
+        """Draws tasks of the family."""
         family = LinearFamily(
             dim=DIM,
             examples=EXAMPLES,
@@ -96,10 +96,10 @@ CASES = [
 
 
 class OneLayer(nn.Module):
-    """u . G M x_q, from `STARTS` initial weights at once.
+    """The layer u . G M x_q, with `STARTS` initial weights trained at once.
 
-    The theorem is about the least loss of all. Training has local minima besides: with a skewed covariance u may read
-    the leading input in the place of y, (sum_j x_j1 y_j) m x_q1, which regresses on that input alone.
+    The theorem is about the global minimum, but training has local minima: with a skewed covariance u may read the
+    leading input instead of y, (sum_j x_j1 y_j) m x_q1, which regresses on that input alone.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -108,26 +108,26 @@ class OneLayer(nn.Module):
         self.m_RED = nn.Parameter(0.05 * torch.randn(STARTS, DIM + 1, DIM, generator=generator))
 
     def forward(self, tasks: Tasks) -> Tensor:
-        """Predictions [R, B]."""
+        """Predictions [R, B] of the R initialisations."""
         read_BRE = self.u_RE @ tasks.gram()
         return torch.einsum("bre,red,bd->rb", read_BRE, self.m_RED, tasks.query_BD)
 
     @torch.no_grad()
     def effective(self, start: int) -> Tensor:
-        """What a layer computes, [E, E, D]: the coefficients of G_ab x_q,c, symmetric in a and b as G is."""
+        """The function of a layer as coefficients [E, E, D] of G_ab x_q,c, symmetric in a and b as G is."""
         coefficients = self.u_RE[start][:, None, None] * self.m_RED[start][None]
         return 0.5 * (coefficients + coefficients.transpose(0, 1)).double()
 
 
 def effective_step(gamma_DD: Tensor) -> Tensor:
-    """The same coefficients of x_q^T Gamma X^T y."""
+    """The coefficients of x_q^T Gamma X^T y, as in `OneLayer.effective`."""
     coefficients = torch.zeros(DIM + 1, DIM + 1, DIM, dtype=torch.float64)
     coefficients[-1, :-1] = coefficients[:-1, -1] = gamma_DD / 2
     return coefficients
 
 
 def measure(config: ExperimentConfig, tick: Tick, case: Case) -> Values:
-    """Trains one layer on a family; its loss and its distance from the best step."""
+    """Trains one layer on a family, and measures its loss and its distance from the best step."""
     model = OneLayer(seeded(config.seed, "one-step-gd", case.key, "weights"))
     data = seeded(config.seed, "one-step-gd", case.key, "data")
     unit = case.optimum()[1]
@@ -168,12 +168,12 @@ def measure(config: ExperimentConfig, tick: Tick, case: Case) -> Values:
 
 
 def parts(config: ExperimentConfig) -> dict[str, ExperimentPart]:
-    """One part a family."""
+    """One part for each family."""
     return {case.key: ExperimentPart(partial(measure, case=case), config.steps(STEPS)) for case in CASES}
 
 
 def judge(config: ExperimentConfig, values: dict[str, Values]) -> Judgement:
-    """B1 to B4: loss within 1 % of L*, effective matrix within 3 %; B5: no step is learned."""
+    """The claims. B1 to B4: loss within 1 % of L*, effective matrix within 3 %; B5: no step is learned."""
     out, rows = Judgement(), []
     for case in CASES:
         found, best = values[case.key], values[case.key]["optimum"]
@@ -193,7 +193,7 @@ def judge(config: ExperimentConfig, values: dict[str, Values]) -> Judgement:
 
 
 def draw(values: dict[str, Values], directory: Path) -> list[Path]:
-    """The figure."""
+    """Draws the figure."""
     return [draw_one_step(values, directory)]
 
 

@@ -1,4 +1,4 @@
-"""The parts of experiments side by side."""
+"""Runs the parts of experiments in parallel."""
 
 import time
 from functools import partial
@@ -21,9 +21,9 @@ def known_experiments() -> dict[str, Experiment]:
 def measure(
     experiments: list[Experiment], config: ExperimentConfig, workers: int
 ) -> tuple[Found, dict[tuple[str, str], float]]:
-    """(values of every part by experiment and name, seconds of every part). Longest parts start first.
+    """(values, seconds) of every part, each by (experiment, part). The longest parts start first.
 
-    Raises JobError when a part fails.
+    Raises JobError if a part fails.
     """
     parts = {(e.name, name): part for e in experiments for name, part in e.parts(config).items()}
     order = sorted(parts, key=lambda key: -parts[key].steps)

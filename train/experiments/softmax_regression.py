@@ -1,5 +1,5 @@
-"""Experiment C: moving x by a step of gradient descent, moving A by attention, and moving the target are one thing in
-softmax regression (arXiv 2304.13276); and what a trained softmax head does of it."""
+"""Experiment C: in softmax regression, a step of gradient descent on x and attention on A both amount to a shift of the
+target (arXiv 2304.13276); and what a trained softmax head computes."""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +29,7 @@ from train.experiments.gram import fit
 from train.experiments.layers import thinned
 
 SETTINGS = {
-    # (n, d, ws): what the specification measured for null, GD, linearised, construction, trained, and the cosine.
+    # (n, d, ws): expected losses of null, GD, linearised, construction and trained, and the expected cosine.
     (25, 5, 0.2): (0.0422, 0.0088, 0.0099, 0.0111, 0.0116, 0.992),
     (25, 20, 0.5): (0.3058, 0.1774, 0.1749, 0.1795, 0.1941, 0.946),
 }
@@ -39,7 +39,7 @@ STEPS, BATCH = 2500, 512
 
 
 def derivatives(config: ExperimentConfig, tick: Tick) -> Values:
-    """C1: gradient and Hessian against central differences of the loss and of the gradient, in float64."""
+    """C1: largest errors of gradient and Hessian against central differences, in float64."""
     generator = seeded(config.seed, "softmax-regression", "derivatives")
     worst = {"gradient": 0.0, "hessian": 0.0}
     for _ in range(20):
@@ -70,7 +70,7 @@ def _instance(rows: int, dim: int, generator: torch.Generator, scale: float) -> 
 
 
 def closeness(config: ExperimentConfig, tick: Tick) -> Values:
-    """C2, C3: the shifted target on random instances, and how much of either constant is used."""
+    """C2, C3: the shifted target on random instances, and its shift relative to both bounds."""
     generator = seeded(config.seed, "softmax-regression", "closeness")
     found: list[dict[str, float]] = []
     identity = 0.0
@@ -95,7 +95,7 @@ def closeness(config: ExperimentConfig, tick: Tick) -> Values:
             target_T = shifted_target(b_T, before_T, after_T)
             identity = max(identity, ((after_T - b_T).norm() - (before_T - target_T).norm()).abs().item())
             shift, distance = (target_T - b_T).norm().item(), way.item()
-            if distance > 1e-9:  # a step of rounding errors says nothing about a ratio
+            if distance > 1e-9:  # smaller steps are rounding errors
                 row = {"radius": radius, "rows": float(rows), "moves x": float(what == "x")}
                 used = {"paper": shift / (bounds.paper * distance), "tight": shift / (bounds.tight * distance)}
                 found.append(row | used | {"vacuous": float(bounds.paper * distance > 2**0.5)})
@@ -108,7 +108,7 @@ def _within(x_D: Tensor, radius: float) -> Tensor:
 
 
 def learned(config: ExperimentConfig, tick: Tick, setting: tuple[int, int, float]) -> Values:
-    """C4: a trained softmax head against the best step, its linearisation and the constructed head."""
+    """C4: losses of a trained softmax head, the best step, its linearisation and the constructed head."""
     rows, dim, spread = setting
     key = ("softmax-regression", "learned", *setting)
     layer = SoftmaxRegression(SoftmaxRegression.Config(model_dim=dim + 1))
@@ -145,14 +145,14 @@ def learned(config: ExperimentConfig, tick: Tick, setting: tuple[int, int, float
 
 
 def attended(layer: SoftmaxRegression, tasks: SoftmaxTasks) -> Tensor:
-    """Predictions 1 + last coordinate of the query's token."""
+    """Predictions [B]: 1 + the last coordinate of the query's token."""
     e_BTE = tasks.tokens()
     return 1 + (e_BTE + layer(e_BTE))[:, -1, -1]
 
 
 def best(predict: Callable[..., Tensor], tasks: SoftmaxTasks, count: int = 1) -> list[float]:
-    """The `count` positive parameters of least mean squared error on tasks, by L-BFGS on their logarithms; the first
-    is a rate, the others start at 1."""
+    """The `count` positive parameters with the least mean squared error on tasks, found with L-BFGS on their
+    logarithms. The first is a rate; the others begin at 1."""
     free = torch.zeros(count, requires_grad=True)
     with torch.no_grad():  # the rate at which predictions move about a third as much as targets do
         moved = (predict(tasks, 1e-3, *[1.0] * (count - 1)) - 1).norm() / 1e-3
@@ -174,7 +174,7 @@ def _cosine(a_B: Tensor, b_B: Tensor) -> float:
 
 
 def parts(config: ExperimentConfig) -> dict[str, ExperimentPart]:
-    """Derivatives, closeness, and a trained head a setting."""
+    """The parts: derivatives, closeness, and a trained head for each setting."""
     found = {"derivatives": ExperimentPart(derivatives, 20), "closeness": ExperimentPart(closeness, config.tasks(800))}
     for setting in SETTINGS:
         found[_name(setting)] = ExperimentPart(partial(learned, setting=setting), config.steps(STEPS))
@@ -186,7 +186,7 @@ def _name(setting: tuple[int, int, float]) -> str:
 
 
 def judge(config: ExperimentConfig, values: dict[str, Values]) -> Judgement:
-    """C1 to C4."""
+    """The claims C1 to C5."""
     out, found = Judgement(), values["derivatives"]
     out.add("C1 gradient against central differences", 0.0, found["gradient"], 1e-9)
     out.add("C1 Hessian against central differences", 0.0, found["hessian"], 1e-9)
@@ -224,7 +224,7 @@ def _judge_learned(out: Judgement, values: dict[str, Values]) -> None:
     for setting, (*expected, cosine) in SETTINGS.items():
         found = values[_name(setting)]
         for name, value in zip(NAMES, expected, strict=True):
-            last = name == "trained"  # longer training may end below what the specification saw
+            last = name == "trained"  # longer training may end lower
             measured = found["losses"][name] / value
             out.add(f"C4 {_name(setting)}: {name} / {value}", 1.0, measured, 0.05, "at_most" if last else "equal")
         reached = found["cosines"]["construction"]
@@ -239,7 +239,7 @@ def _judge_learned(out: Judgement, values: dict[str, Values]) -> None:
 
 
 def draw(values: dict[str, Values], directory: Path) -> list[Path]:
-    """The figure."""
+    """Draws the figure."""
     return [draw_softmax_regression(values, directory)]
 
 
