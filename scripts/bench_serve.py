@@ -1,4 +1,4 @@
-"""`attnzoo bench serve`: what Ray Serve and HTTP add to the plain engine; the same requests through both."""
+"""`attnzoo bench serve`: the overhead of Ray Serve and HTTP over the plain engine."""
 
 import argparse
 import asyncio
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # Ray gives a replica of one CPU one thread; so here
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as Ray sets it for a replica with one CPU
 
 import torch
 
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much to measure."""
+    """requests: in a round. rounds: turns of each side. prompt_tokens, new_tokens: of each request."""
 
     requests: int
     rounds: int
@@ -44,7 +44,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Timing:
-    """One request, in seconds."""
+    """Times of one request in seconds. ttft: to the first text. tpot: per output token after it."""
 
     ttft: float
     tpot: float
@@ -56,7 +56,7 @@ QUICK = Sizes(requests=6, rounds=1, prompt_tokens=64, new_tokens=32)
 
 
 def make_checkpoint(directory: Path) -> Path:
-    """A model of random weights (4 layers of RCMHA, width 128) and a tokenizer of this project's own sources."""
+    """A model with random weights (4 layers of RCMHA, width 128) and a tokenizer trained on this project's sources."""
     from train.tokenizer import train_tokenizer
 
     lines = [line for path in sorted(ROOT.glob("*/*.py")) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -75,7 +75,7 @@ def make_prompts(vocabulary: int, sizes: Sizes) -> list[list[int]]:
 
 
 def run_engine(engine: Engine, prompts: Sequence[list[int]], clients: int, sizes: Sizes) -> list[Timing]:
-    """All prompts through `step`, at most `clients` at a time."""
+    """Runs all prompts with `Engine.step`, at most `clients` at a time."""
     params = SamplingParams(max_tokens=sizes.new_tokens, ignore_eos=True)
     todo = list(range(len(prompts)))[::-1]
     sent: dict[str, float] = {}
@@ -99,7 +99,7 @@ def run_engine(engine: Engine, prompts: Sequence[list[int]], clients: int, sizes
 
 
 async def run_http(port: int, model: str, prompts: Sequence[list[int]], clients: int, sizes: Sizes) -> list[Timing]:
-    """All prompts over HTTP streams, from `clients` connections that stay open."""
+    """Runs all prompts as HTTP streams, over `clients` connections that stay open."""
     timings: dict[int, Timing] = {}
     todo = list(range(len(prompts)))[::-1]
 
@@ -116,7 +116,7 @@ async def run_http(port: int, model: str, prompts: Sequence[list[int]], clients:
 
 
 async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: dict, sizes: Sizes) -> Timing:
-    """One streamed completion over an open connection, read with as little work as possible."""
+    """Runs one streamed completion over an open connection, with little work on the client's side."""
     data = json.dumps(body).encode()
     fields = f"host: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}"
     head = f"POST /v1/completions HTTP/1.1\r\n{fields}\r\n\r\n"
@@ -138,7 +138,7 @@ async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, bod
 
 
 class Server:
-    """`attnzoo serve` on a free port, for the length of a with block."""
+    """A context manager that runs `attnzoo serve` on a free port."""
 
     def __init__(self, checkpoint: Path) -> None:
         command = [
@@ -173,7 +173,7 @@ def median_ms(values: Sequence[float]) -> float:
 
 
 def measure(checkpoint: Path, sizes: Sizes, report: Report) -> None:
-    """Fills the report: a row a number of clients and side, and their difference."""
+    """Fills the report: for each number of clients a row for each side and one for their difference."""
     engine = Engine(EngineConfig(checkpoint=str(checkpoint), threads=1))
     prompts = make_prompts(engine.tokenizer.vocab_size, sizes)
     different = 0
@@ -206,10 +206,10 @@ def measure(checkpoint: Path, sizes: Sizes, report: Report) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints a table; exit status 1 when a claim does not hold. Raises ValueError on a busy machine."""
+    """Measures and prints a table; exit status 1 if a claim does not hold. Raises ValueError on a busy machine."""
     load, cores = os.getloadavg()[0], available_cores()
     if load > cores / 2 and not (options.busy or options.quick):
-        raise ValueError(f"load average {load:.2f} on {cores} cores: numbers would be noise; wait, or say --busy")
+        raise ValueError(f"load average {load:.2f} on {cores} cores makes timings unreliable; wait, or use --busy")
     report = Report.start(command=options.command, quick=options.quick)
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = options.checkpoint or make_checkpoint(Path(directory))
@@ -224,7 +224,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(words: list[str] | None = None) -> int:
-    """`attnzoo bench serve`; returns the exit status."""
+    """Runs `attnzoo bench serve`; returns the exit status."""
     return carry_out("attnzoo bench serve", arguments.bench_serve, run, sys.argv[1:] if words is None else words)
 
 

@@ -1,4 +1,4 @@
-"""`attnzoo bench train`: throughput of the DeepSpeed engine against a bare PyTorch loop, same model and batches."""
+"""`attnzoo bench train`: training throughput under DeepSpeed, against a plain PyTorch loop."""
 
 import argparse
 import statistics
@@ -20,7 +20,7 @@ from train.optim import build_optimizer, set_rate
 from train.ranks import finish
 
 BUSY = 0.75
-"""Load average above which numbers are not worth taking."""
+"""A higher load average makes timings unreliable."""
 VOCABULARY = 2048
 
 Batch = tuple[Tensor, Tensor]
@@ -28,13 +28,13 @@ StepFunction = Callable[[Batch], float]
 
 
 def build(config: Config) -> DecoderLM:
-    """The same weights for both loops."""
+    """A new model, with the same weights for both loops."""
     torch.manual_seed(config.seed)
     return DecoderLM(config.model_config(VOCABULARY))
 
 
 def bare_step(config: Config) -> StepFunction:
-    """The loop one would write without a framework."""
+    """The step of a plain PyTorch loop."""
     model = build(config)
     optimizer = build_optimizer(model, config.optim)
     set_rate(optimizer, 1.0)
@@ -51,7 +51,7 @@ def bare_step(config: Config) -> StepFunction:
 
 
 def engine_step(config: Config, device: torch.device) -> StepFunction:
-    """The engine that train/main.py uses."""
+    """The step of the engine that train/main.py uses."""
     engine = TrainingEngine(config, build(config), device)
 
     def step(batch: Batch) -> float:
@@ -63,8 +63,8 @@ def engine_step(config: Config, device: torch.device) -> StepFunction:
 
 
 def measure(steps: dict[str, StepFunction], batches: list[Batch], turns: int) -> dict[str, list[float]]:
-    """Seconds of every step, by loop; the loops take turns step by step, each first as often as second, so that a
-    change of the machine's speed hits both. Raises RuntimeError when losses part."""
+    """Seconds of every step, by loop. The loops take turns step by step, and alternate in going first, so that changes
+    of speed affect both. Raises RuntimeError if their losses differ."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(turns + 1):
         for number, batch in enumerate(batches):
@@ -81,7 +81,8 @@ def measure(steps: dict[str, StepFunction], batches: list[Batch], turns: int) ->
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints a table; exit status 1 when the claim does not hold. Raises ValueError for a wrong configuration."""
+    """Measures and prints a table; exit status 1 if the claim does not hold. Raises ValueError for a wrong
+    configuration."""
     size = ["train.batch_size=8", "train.micro_batch_size=8", "zero.stage=0", "train.threads=1"]
     if options.quick:
         size = [
@@ -94,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.config, size)
     report = Report.start(command=options.command, seed=config.seed, quick=options.quick)
     if report.load_before > BUSY:
-        print(f"load average {report.load_before} is above {BUSY}: others use this machine", file=sys.stderr)
+        print(f"load average {report.load_before} is above {BUSY}: timings may be unreliable", file=sys.stderr)
     device = start(config, 0)
     generator = torch.Generator().manual_seed(config.seed)
     shape = (config.train.batch_size, config.sequence_length + 1)
@@ -115,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
             }
         )
     bare, mine = seconds.values()
-    # Neighbouring steps see the same load, so the median of their ratios is steadier than the ratio of medians.
+    # Neighbouring steps have the same load, so that the median of ratios is steadier than the ratio of medians.
     ratio = statistics.median(b / m for b, m in zip(bare, mine, strict=True))
     report.claims.append(Claim(name="throughput over bare PyTorch", expected=0.95, measured=ratio, kind="at_least"))
     report.print_table()
@@ -125,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(words: list[str] | None = None) -> int:
-    """`attnzoo bench train`; returns the exit status."""
+    """Runs `attnzoo bench train`; returns the exit status."""
     return carry_out("attnzoo bench train", arguments.bench_train, run, sys.argv[1:] if words is None else words)
 
 

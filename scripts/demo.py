@@ -1,12 +1,12 @@
-"""The main job in one command: train a language model with DeepSpeed, serve it on Ray Serve, say what was measured.
+"""The demo: trains a language model with DeepSpeed, serves it on Ray Serve, and reports the measurements.
 
     python -m scripts.demo                               # what `make demo` runs
     python -m scripts.demo --run-dir runs/mine --port 8123
     python -m scripts.demo --train-only --config long.yaml --run-dir runs/long      # what `make train` runs
 
-A run in --run-dir that was interrupted goes on; one that is finished is used again, unless its training did not reach
-what the configuration claims (eval.below_ngrams) or its budget was too small: then it is moved aside and training
-begins anew. The summary is written to RUN_DIR/summary.json; the exit status is 1 when one of its claims does not hold.
+An interrupted run in --run-dir is resumed. A finished run is used again, unless it missed a claim of its configuration
+(eval.below_ngrams) or its budget was too small: then it is moved to another directory, and training begins anew. The
+summary is written to RUN_DIR/summary.json. Exit status: 1 if a claim does not hold.
 """
 
 import argparse
@@ -38,14 +38,14 @@ from train.run_directory import locked
 PROMPTS = ["def read_lines(path):\n", "import os\nimport sys\n\n\nclass "]
 READY_SECONDS = 180
 ORDERS = (3, 4, 5, 6)
-"""Of the n-gram models that are shown beside those that the configuration names."""
+"""Orders of n-gram models that are shown besides those of the configuration."""
 BELOW = "validation bits per byte below the order-"
-"""The beginning of the claims on training."""
+"""The beginning of the names of claims about training."""
 
 
 @dataclass
 class Parts:
-    """How long each part took, in the order they ran."""
+    """The seconds of each part, in the order in which they ran."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -59,7 +59,7 @@ class Parts:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that is free now."""
+    """A free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -67,7 +67,7 @@ def free_port() -> int:
 
 
 def train(config: str, run_dir: Path, ranks: int, overrides: list[str]) -> dict[str, Any]:
-    """Runs DeepSpeed on `ranks` processes and returns the report that training wrote."""
+    """Trains with DeepSpeed on `ranks` processes, and returns training's report. Raises CalledProcessError."""
     words = ["train", "--config", config, "--ranks", str(ranks), f"run_dir={run_dir}", *overrides]
     print("$ attnzoo", " ".join(words), flush=True)
     subprocess.run([sys.executable, "-m", "attnzoo", *words], check=True)
@@ -77,7 +77,8 @@ def train(config: str, run_dir: Path, ranks: int, overrides: list[str]) -> dict[
 
 @contextmanager
 def served(checkpoint: Path, port: int) -> Iterator[str]:
-    """Starts `attnzoo serve` on the checkpoint; the URL while it runs; then SIGTERM and a clean exit."""
+    """A context in which `attnzoo serve` serves the checkpoint; yields its URL, and ends it with SIGTERM. Raises
+    RuntimeError if the server does not start or does not exit cleanly."""
     words = ["serve", "--checkpoint", str(checkpoint), "--port", str(port)]
     print("$ attnzoo", " ".join(words), flush=True)
     process = subprocess.Popen([sys.executable, "-m", "attnzoo", *words])
@@ -97,7 +98,7 @@ def served(checkpoint: Path, port: int) -> Iterator[str]:
 
 
 def wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
-    """Returns when /health answers 200. Raises RuntimeError when the server ends or takes too long."""
+    """Waits until /health answers with status 200. Raises RuntimeError if the server ends or takes too long."""
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -112,7 +113,7 @@ def wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
 
 
 def complete(url: str, prompt: str, max_tokens: int) -> dict[str, Any]:
-    """One streaming completion through the OpenAI client: its text and what was measured."""
+    """Runs one streaming completion with the OpenAI client; returns its text and measurements."""
     from openai import OpenAI
 
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
@@ -149,7 +150,7 @@ def complete(url: str, prompt: str, max_tokens: int) -> dict[str, Any]:
 
 
 def complete_concurrently(url: str, max_tokens: int) -> list[dict[str, Any]]:
-    """All prompts at once, each printed when it is whole."""
+    """Completes all prompts at the same time, and prints the texts."""
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         answers = list(pool.map(lambda prompt: complete(url, prompt, max_tokens), PROMPTS))
     for prompt, answer in zip(PROMPTS, answers, strict=True):
@@ -158,9 +159,9 @@ def complete_concurrently(url: str, max_tokens: int) -> list[dict[str, Any]]:
 
 
 def why_anew(training: dict[str, Any] | None, summary: dict[str, Any] | None) -> str | None:
-    """Why the run of these reports is not to be used again; None where it is, or where it is not finished.
+    """Why the run with these reports must not be used again; None if it may be, or is not finished.
 
-    The summary may be of an earlier state of the run: then it says nothing.
+    A summary of an earlier state of the run is ignored.
     """
     if training is None or not training["rows"][-1]["complete"]:
         return None
@@ -179,9 +180,9 @@ def why_anew(training: dict[str, Any] | None, summary: dict[str, Any] | None) ->
 
 
 def set_aside(run_dir: Path) -> Path | None:
-    """Moves a run away that is not to be used again, and says so; returns where it is.
+    """Moves a run that must not be used again to another directory and prints a note; returns the directory or None.
 
-    Raises ValueError when another process works in it.
+    Raises ValueError if another process uses the run.
     """
     reason = why_anew(*(_read(run_dir / name) for name in ("training.json", "summary.json")))
     if reason is None:
@@ -195,7 +196,7 @@ def set_aside(run_dir: Path) -> Path | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A report that was written before; None where there is none."""
+    """A stored report; None if it does not exist. Raises ValueError if it is not JSON."""
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -206,23 +207,23 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def shown(path: Path) -> str:
-    """A path as one types it from here."""
+    """The path relative to the current directory if it is inside."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def below(run_dir: Path) -> list[int]:
-    """Orders of the n-gram models that the run's configuration claims to be better than."""
+    """Orders of the n-gram models in eval.below_ngrams of the run's configuration."""
     return load_config(str(run_dir / "config.yaml")).eval.below_ngrams
 
 
 def baselines(run_dir: Path) -> dict[int, float]:
-    """Bits per byte of the n-gram models on the run's own training and validation text."""
+    """Bits per byte of the n-gram models, by order, on the run's training and validation text."""
     return ngram_bits_per_byte(*texts(str(run_dir / "config.yaml")), orders=sorted({*ORDERS, *below(run_dir)}))
 
 
 def draw(run_dir: Path, trained: dict[str, Any], ngrams: dict[int, float]) -> None:
-    """loss.png with the n-gram models as lines."""
+    """Draws loss.png with the n-gram models as lines."""
     lines = {f"order-{order} n-gram": value for order, value in ngrams.items()}
     plot_losses(run_dir, trained["train_bytes_per_token"], trained["name"], lines)
 
@@ -230,7 +231,7 @@ def draw(run_dir: Path, trained: dict[str, Any], ngrams: dict[int, float]) -> No
 def claims(
     trained: dict[str, Any], ngrams: dict[int, float], answers: list[dict[str, Any]], run_dir: Path
 ) -> list[Claim]:
-    """Better than the n-gram models that the configuration names; the state as small as promised."""
+    """The claims: better than the n-gram models of the configuration; states as large as `cost` computes."""
     found = [
         Claim(name=f"{BELOW}{order} n-gram model", expected=ngrams[order], measured=trained["bits_per_byte"])
         for order in below(run_dir)
@@ -255,8 +256,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="(default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="training processes (default: %(default)s)")
     parser.add_argument("--port", type=int, help="port of the server (default: a free one)")
-    parser.add_argument("--max-tokens", type=int, default=96, help="of each completion (default: %(default)s)")
-    parser.add_argument("--train-only", action="store_true", help="neither serve nor complete")
+    parser.add_argument("--max-tokens", type=int, default=96, help="tokens of each completion (default: %(default)s)")
+    parser.add_argument("--train-only", action="store_true", help="train, but do not serve")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="training options")
     return parser.parse_args(arguments)
 
@@ -268,7 +269,7 @@ def summarize(
     answers: list[dict[str, Any]],
     budget: dict[str, Any] | None,
 ) -> None:
-    """Tables for people; the same rows for the report. budget: what became of train.max_minutes."""
+    """Prints the tables, and adds their rows to the report. budget: a `train.budget.Budget` as a dictionary."""
     shown_budget = {k: v for k, v in (budget or {}).items() if k != "short"}
     tables = {
         "budget": [shown_budget] if budget else [],
@@ -287,7 +288,7 @@ def summarize(
 
 
 def main() -> int:
-    """Trains, compares, serves, reports."""
+    """Runs the demo; returns the exit status."""
     chosen = parse()
     run_dir = chosen.run_dir.expanduser().resolve()
     parts, report = Parts(), Report.start(command=["python", "-m", "scripts.demo", *sys.argv[1:]])
@@ -318,7 +319,7 @@ def main() -> int:
     if budget and budget["short"]:
         print(f"\nwarning: {budget['short']}")
     if any(claim.name.startswith(BELOW) and not claim.holds for claim in report.claims):
-        print("\na claim on training does not hold: the same command sets this run aside and trains anew")
+        print("\na claim on training does not hold: the same command moves this run away and trains anew")
     minutes = sum(parts.seconds.values()) / 60
     print(
         f"\n{minutes:.1f} minutes; summary in {shown(run_dir / 'summary.json')}, plot in {shown(run_dir / 'loss.png')}"

@@ -1,10 +1,10 @@
-"""Draws docs/architecture.svg from the imports: who builds on whom.
+"""Draws docs/architecture.svg, the imports between the parts of the project.
 
-    python scripts/draw_architecture.py            # writes it
-    python scripts/draw_architecture.py --check    # exit status 1 when it is not current
+    python scripts/draw_architecture.py            # writes the picture
+    python scripts/draw_architecture.py --check    # exit status 1 if the picture is out of date
 
-An arrow from A to B says that files of A import files of B. Arrows that follow from others are left out, and a room
-stands above everything that it builds on.
+An arrow from A to B means that files of A import files of B. Arrows that follow from other arrows are left out, and a
+part stands above everything that it imports.
 """
 
 import argparse
@@ -34,13 +34,13 @@ SAYS = {
     "checkpoint": "files of models",
     "front door": "load, generate, chat",
     "reports": "tables, claims, figures",
-    "planner": "what fits",
-    "profiling": "memory, measured",
+    "planner": "memory and time estimates",
+    "profiling": "measured memory",
     "tasks": "generated tasks",
     "hf": "transformers",
-    "export": "models for others",
+    "export": "to transformers",
     "cli": "the command",
-    "apps": "where the programs are",
+    "apps": "finds train/, serve/, ...",
     "train": "DeepSpeed",
     "serve": "engine, HTTP, Ray Serve",
     "scripts": "measuring and maintaining",
@@ -59,7 +59,7 @@ COLOURS = {"attnzoo": "#dfe9f7", "train": "#e3f2df", "serve": "#fbe9d7", "script
 
 
 def box_of(module: str) -> str | None:
-    """The box that a dotted module name belongs to; None for modules of others, and for the package's own front."""
+    """The box of a dotted module name; None for modules outside this project, and for attnzoo itself."""
     parts = module.split(".")
     if parts[0] in ("train", "serve", "scripts"):
         return parts[0]
@@ -69,7 +69,7 @@ def box_of(module: str) -> str | None:
 
 
 def imports(path: Path) -> Iterable[str]:
-    """Dotted names of the modules that a file imports, wherever in the file."""
+    """Yields the dotted names of the modules that a file imports, at any place."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -78,7 +78,7 @@ def imports(path: Path) -> Iterable[str]:
 
 
 def edges() -> dict[str, set[str]]:
-    """{box: boxes that it imports}."""
+    """The boxes that each box imports."""
     found: dict[str, set[str]] = defaultdict(set)
     modules = {
         path.stem for path in (ROOT / "attnzoo").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
@@ -96,7 +96,7 @@ def edges() -> dict[str, set[str]]:
 
 
 def reduced(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """The graph without edges that a longer way says as well."""
+    """The transitive reduction of the graph: without edges that a longer path implies."""
 
     def beyond(start: str) -> set[str]:
         return graph[start].union(*(beyond(name) for name in graph[start]))
@@ -105,7 +105,8 @@ def reduced(graph: dict[str, set[str]]) -> dict[str, set[str]]:
 
 
 def levels(graph: dict[str, set[str]]) -> dict[str, int]:
-    """{box: its row from below}: right under the lowest box that imports it. Raises ValueError for a circle."""
+    """The row of each box, counted from below: just under the lowest box that imports it. Raises ValueError if boxes
+    import one another in a circle."""
     depth: dict[str, int] = {}
     while len(depth) < len(graph):
         users = {name: [each for each in graph if name in graph[each]] for name in graph if name not in depth}
@@ -117,7 +118,7 @@ def levels(graph: dict[str, set[str]]) -> dict[str, int]:
 
 
 def places(graph: dict[str, set[str]]) -> dict[str, tuple[float, float]]:
-    """{box: its centre}, in the column that `COLUMNS` says, else the first that is free in its row."""
+    """The centre of each box, in the column of `COLUMNS`, else in the first free column of its row."""
     rows = levels(graph)
     found: dict[str, tuple[float, float]] = {}
     top, width = max(rows.values()), WIDTH / 5
@@ -138,7 +139,7 @@ def _text(x: float, y: float, style: str, content: str) -> str:
 def draw() -> str:
     """The picture as SVG."""
     graph = edges()
-    levels(graph)  # finds circles
+    levels(graph)  # raises for circles
     graph = reduced(graph)
     at = places(graph)
     high = max(y for _, y in at.values()) + HEIGHT
@@ -153,7 +154,7 @@ def draw() -> str:
         for other in sorted(graph[name]):
             (x, y), (u, v) = at[name], at[other]
             start, end = y + HEIGHT / 2, v - HEIGHT / 2
-            lines.append(  # down in its own column, and over to the other one only above the box
+            lines.append(  # straight down, and to the other column just above the box
                 f'<path d="M{x:.0f} {start:.0f} L{x:.0f} {end - 42:.0f} C{x:.0f} {end - 12:.0f} {u:.0f} {end - 34:.0f} '
                 f'{u:.0f} {end:.0f}" fill="none" stroke="#999" marker-end="url(#tip)"/>'
             )
@@ -169,9 +170,9 @@ def draw() -> str:
 
 
 def main() -> int:
-    """Writes or checks; returns the exit status."""
+    """Writes or checks the picture; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing")
+    parser.add_argument("--check", action="store_true", help="check only, write nothing")
     text = draw()
     if not parser.parse_args().check:
         PICTURE.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`attnzoo eval`: a checkpoint on tasks of the harness lm-eval, from files on this machine."""
+"""`attnzoo eval`: evaluates a checkpoint with lm-eval on tasks from local files."""
 
 import argparse
 import contextlib
@@ -9,9 +9,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Read when datasets, transformers and lm-eval are first imported.
+# datasets, transformers and lm-eval read these at import.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-# Small samples are resampled in this process, not in a pool of others.
+# Resample in this process, not in a pool: the samples are small.
 os.environ.update(DISABLE_MULTIPROC="1")
 
 import torch
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     from scripts.lm_adapter import AdaptedLM
 
 RESAMPLES = 1000
-"""For standard errors of metrics that are no means."""
+"""Bootstrap samples for standard errors of metrics that are not means."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with lm-eval's `!function`, which is not followed here."""
+    """A YAML loader that reads lm-eval's `!function` as None."""
 
 
 _Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def check_package() -> None:
-    """Raises ValueError, saying what to install, where lm-eval is missing."""
+    """Raises ValueError if lm-eval is not installed."""
     try:
         import lm_eval  # noqa: F401
     except ImportError:
@@ -49,9 +49,9 @@ def check_package() -> None:
 
 
 def find_tasks(path: Path) -> tuple["TaskManager", list[str]]:
-    """(manager, names) of the tasks and groups in a directory and below, or in one YAML file.
+    """(manager, names) of the tasks and groups in a directory tree, or in one YAML file.
 
-    Raises ValueError for a path that holds none, and for a file that lm-eval would pass over in silence.
+    Raises ValueError for a path without tasks, and for a file that lm-eval would silently ignore.
     """
     from lm_eval.tasks import TaskManager
 
@@ -79,7 +79,7 @@ def find_tasks(path: Path) -> tuple["TaskManager", list[str]]:
 
 
 def _declared(path: Path) -> str | None:
-    """The task or group that a file declares; None for one that others include."""
+    """The task or group that a file declares; None for a file that only others include. Raises ValueError."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -91,7 +91,7 @@ def _declared(path: Path) -> str | None:
 
 
 def load_tasks(manager: "TaskManager", names: list[str]) -> list[Any]:
-    """The tasks with their data. Raises ValueError that names the task and what is wrong with it."""
+    """The tasks with their data. Raises ValueError that names the task and the error."""
     from lm_eval.api.group import Group
 
     loaded: dict[str, Any] = {}
@@ -101,7 +101,7 @@ def load_tasks(manager: "TaskManager", names: list[str]) -> list[Any]:
         try:
             with contextlib.chdir(file.parent):
                 content = manager.load([name])
-        except Exception as error:  # of lm-eval, datasets, or a task's own code
+        except Exception as error:  # lm-eval, datasets or a task's own code may raise anything
             raise ValueError(f"task {name!r} ({file}) cannot be loaded: {type(error).__name__}: {error}") from error
         groups = content.get("groups", {})
         loaded |= {name: groups[name]} if name in groups else content["tasks"]
@@ -110,7 +110,7 @@ def load_tasks(manager: "TaskManager", names: list[str]) -> list[Any]:
 
 
 def rows(results: dict[str, Any], truncated: dict[str, int]) -> list[dict[str, Any]]:
-    """A row a task and metric of lm-eval's results."""
+    """A row for each task and metric of lm-eval's results. truncated: requests that lost tokens, by task."""
     found = []
     for task, metrics in sorted(results["results"].items()):
         items = results["n-samples"].get(task, {}).get("effective", "")
@@ -135,7 +135,7 @@ def rows(results: dict[str, Any], truncated: dict[str, int]) -> list[dict[str, A
 
 
 def build_lm(options: argparse.Namespace) -> "AdaptedLM":
-    """The checkpoint behind lm-eval's interface. Raises ValueError."""
+    """The checkpoint with lm-eval's interface. Raises ValueError."""
     from scripts.lm_adapter import AdaptedLM
 
     try:
@@ -157,7 +157,7 @@ def build_lm(options: argparse.Namespace) -> "AdaptedLM":
 
 
 def measure(options: argparse.Namespace, report: Report) -> None:
-    """Fills the report. Raises ValueError."""
+    """Evaluates, and adds rows to the report. Raises ValueError."""
     check_package()
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit={options.limit} must be at least 1")
@@ -197,7 +197,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluates and reports; returns the exit status. Raises ValueError."""
+    """Evaluates and prints the results; returns the exit status. Raises ValueError."""
     report = Report.start(command=options.command, seed=options.seed, quick=options.quick)
     measure(options, report)
     report.print_table()
@@ -207,7 +207,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(words: list[str] | None = None) -> int:
-    """`attnzoo eval`; returns the exit status."""
+    """Runs `attnzoo eval`; returns the exit status."""
     return carry_out("attnzoo eval", arguments.evaluate, run, sys.argv[1:] if words is None else words)
 
 

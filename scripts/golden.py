@@ -1,12 +1,11 @@
-"""Writes the golden numbers of every registered variant, which tests/golden compares with.
+"""Writes the golden numbers of every registered variant, with which tests/golden compares.
 
-python scripts/golden.py            # compares, exit status 1 when a number moved
-python scripts/golden.py --write    # enters new numbers and those that moved, no others; say why in CHANGELOG.md
+    python scripts/golden.py            # compares; exit status 1 if a number has changed
+    python scripts/golden.py --write    # stores new and changed numbers; give the reason in CHANGELOG.md
 
-How far a number may move: processors differ in the order of their sums, which shows in proportion to the size of the
-terms that were summed and not of what is left of them. The same case in float32 measures that: its error, scaled down
-to float64's rounding, times `MARGIN`. So a value of 7,000 may move by more than one of 0.1, and a badly conditioned one
-by more than a well conditioned one of its size.
+Tolerance: processors sum in different orders, and the resulting error is proportional to the size of the summed terms,
+not to that of the sum. The same case in float32 measures this: the tolerance is its error, scaled to float64's
+rounding, times `MARGIN`. So a large or badly conditioned value may differ by more than a small or well conditioned one.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from attnzoo.report import Report
 
 PATH = Path(__file__).resolve().parent.parent / "tests" / "golden" / "attention.json"
 MARGIN = 32
-"""Two orders of summation may each be off by what float32 shows, and that is one draw of many, some of them lucky."""
+"""The error in float32 is a single sample, which may happen to be small; so the tolerance is a multiple of it."""
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "mha": [{}, {"num_kv_heads": 2, "position": "none"}],
     "rmha": [{}, {"position": "sinusoid"}],
@@ -30,13 +29,13 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 
 
 def closed_form(*shape: int) -> torch.Tensor:
-    """Numbers that no random generator of any version can change: sin(1), sin(2), ..."""
+    """sin(1), sin(2), ...: numbers that do not depend on a random generator's version, float64."""
     count = torch.Size(shape).numel()
     return torch.arange(1, count + 1, dtype=torch.float64).sin().view(shape)
 
 
 def golden(kind: str, options: dict[str, Any], dtype: torch.dtype = torch.float64) -> list[float]:
-    """Eight outputs of the variant at fixed weights: parameter p_i = 0.3 sin(i + its number), input sin(i)."""
+    """Eight outputs of a variant with fixed weights: element i of parameter n is 0.3 sin(i + n), the input sin(i)."""
     attention = build_attention(kind, {"model_dim": 24, **options}).double()
     with torch.no_grad():
         for number, parameter in enumerate(attention.parameters()):
@@ -47,18 +46,18 @@ def golden(kind: str, options: dict[str, Any], dtype: torch.dtype = torch.float6
 
 
 def cases() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Variant and options by the name of the case."""
+    """(variant, options) by case name."""
     known = [(kind, options) for kind in ATTENTION for options in OPTIONS.get(kind, [{}])]
     return {" ".join([kind, *(f"{k}={v}" for k, v in options.items())]): (kind, options) for kind, options in known}
 
 
 def all_golden() -> dict[str, list[float]]:
-    """Values by the name of the case."""
+    """Newly computed values by case name."""
     return {name: golden(*case) for name, case in cases().items()}
 
 
 def bound(name: str, values: list[float]) -> float:
-    """How far the values of a case may move on another processor: see the head of this file."""
+    """The tolerance of a case (see the head of this file)."""
     single = golden(*cases()[name], torch.float32)
     rounding = torch.finfo(torch.float64).eps
     seen = max(abs(a - b) for a, b in zip(single, values, strict=True)) / torch.finfo(torch.float32).eps
@@ -66,7 +65,7 @@ def bound(name: str, values: list[float]) -> float:
 
 
 def moved(stored: dict[str, list[float]], fresh: dict[str, list[float]]) -> dict[str, str]:
-    """What is wrong with each case that is missing, unknown or moved."""
+    """A message for each case that is missing, unknown or changed, by case name."""
     problems = dict.fromkeys(stored.keys() ^ fresh.keys(), "only in one of the two")
     for name in stored.keys() & fresh.keys():
         error = max(abs(a - b) for a, b in zip(stored[name], fresh[name], strict=True))
@@ -77,18 +76,18 @@ def moved(stored: dict[str, list[float]], fresh: dict[str, list[float]]) -> dict
 
 
 def read_stored() -> dict[str, Any]:
-    """The content of tests/golden/attention.json: `cases` of name -> {values, run}, `runs` that they are from."""
+    """The content of tests/golden/attention.json: `cases`, name -> {values, run}, and `runs`, where they come from."""
     content: dict[str, Any] = json.loads(PATH.read_text(encoding="utf-8"))
     return content
 
 
 def stored_values(content: dict[str, Any]) -> dict[str, list[float]]:
-    """Values by the name of the case."""
+    """The stored values by case name."""
     return {name: case["values"] for name, case in content["cases"].items()}
 
 
 def updated(content: dict[str, Any], fresh: dict[str, list[float]], run: dict[str, Any]) -> dict[str, Any]:
-    """The content with every case of `fresh`; what did not move keeps its digits and the run they are from."""
+    """The content with the cases of `fresh`; unchanged cases keep their stored values and their run."""
     problems = moved(stored_values(content), fresh)
     if not problems:
         return content
@@ -103,9 +102,9 @@ def updated(content: dict[str, Any], fresh: dict[str, list[float]], run: dict[st
 
 
 def main() -> int:
-    """Compares, or writes with --write."""
+    """Compares, or writes with --write; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="replace the stored numbers")
+    parser.add_argument("--write", action="store_true", help="store new and changed numbers")
     chosen = parser.parse_args()
     content, fresh = read_stored(), all_golden()
     problems = moved(stored_values(content), fresh)

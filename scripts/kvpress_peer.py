@@ -1,18 +1,18 @@
-"""The presses of kvpress on the same weights and tokens: run by `scripts.bench_cache` under an interpreter of its own.
+"""Runs kvpress on the same weights and tokens; `scripts.bench_cache` starts it in another Python environment.
 
     python scripts/kvpress_peer.py work.json result
 
-kvpress needs an older transformers than this project, so it lives in an environment of its own (pip install kvpress)
-and shares nothing with the caller but files.
-work, JSON, has "kind", "model" (a directory), and by kind:
+kvpress needs an older transformers than this project, so it has an environment of its own (pip install kvpress) and
+exchanges only files with the caller.
+work.json has "kind", "model" (a directory), and for each kind:
 
 - retrieval: "ratio" (share of the prompt's tokens to drop), "presses" (names), "items": [{"prompt": [tokens], "forced":
   [tokens], "spans": [[start, end of an answer in forced], ...]}]. Result, JSON: {press: {"right": [[true or false a
   span], ...], "nbytes": [bytes of the compressed cache an item]}}.
-- logits: "ratio", "presses", "prompts": [[tokens], ...], "forced": [[tokens], ...]. Result, safetensors: press
+- logits: "ratio", "presses", "prompts": [[tokens], ...], "forced": [[tokens], ...]. Result, safetensors: for each press
   [N, T, V], the logits after each forced token.
-- scores: "prompt": [tokens], "window": queries, "pool": neighbours. Result, safetensors, of every layer l: queries.l
-  [1, N, W, H] and keys.l [1, K, S, H] after rotation, rank.l [1, K, H] (place of a channel in the order in which
+- scores: "prompt": [tokens], "window": queries, "pool": neighbours. Result, safetensors, for every layer l: queries.l
+  [1, N, W, H] and keys.l [1, K, S, H] after rotation, rank.l [1, K, H] (rank of a channel in the order in which
   ThinKPress prunes), snapkv.l [1, K, S - W] (scores of SnapKVPress).
 """
 
@@ -51,7 +51,7 @@ EAGER = ("ObservedAttentionPress",)
 
 
 class Recorder(BasePress):
-    """Presses nothing; notes what ThinKPress and SnapKVPress would say of every layer."""
+    """A press that compresses nothing, but records the scores of ThinKPress and SnapKVPress for every layer."""
 
     def __init__(self, window: int, pool: int) -> None:
         self.window, self.pool = window, pool
@@ -64,7 +64,7 @@ class Recorder(BasePress):
         think = ThinKPress(window_size=self.window)
         pruned = torch.zeros(keys.shape[0], keys.shape[1], width, dtype=torch.int64)
         for count in range(1, width):
-            # Half a channel more, that rounding cannot take one away.
+            # Half a channel is added, so that rounding cannot remove one.
             think.key_channel_compression_ratio = (count + 0.5) / width
             thin, _ = think.compress(module, hidden_states, keys.clone(), values, attentions, kwargs)
             pruned += (thin == 0).all(dim=2)
@@ -88,8 +88,8 @@ def load(directory: str, attention: str) -> Any:
 
 @torch.no_grad()
 def pressed(model: Any, press: Any, prompt: list[int], forced: list[int]) -> tuple[torch.Tensor, int]:
-    """(logits_TV after every forced token, bytes of the compressed cache): the prompt is pressed, then tokens follow at
-    their positions."""
+    """(logits_TV after every forced token, bytes of the compressed cache). The prompt's cache is compressed, and the
+    forced tokens follow at their original positions."""
     cache: Any = DynamicCache()
     with press(model):
         model.model(input_ids=torch.tensor([prompt]), past_key_values=cache)
@@ -99,7 +99,7 @@ def pressed(model: Any, press: Any, prompt: list[int], forced: list[int]) -> tup
 
 
 def run_item(model: Any, press: Any, item: dict[str, Any]) -> tuple[list[bool], int]:
-    """(right by span, bytes of the compressed cache)."""
+    """(whether each span is predicted correctly, bytes of the compressed cache)."""
     forced = item["forced"]
     logits_TV, nbytes = pressed(model, press, item["prompt"], forced)
     guesses = logits_TV.argmax(-1).tolist()
@@ -107,7 +107,7 @@ def run_item(model: Any, press: Any, item: dict[str, Any]) -> tuple[list[bool], 
 
 
 def each_press(work: dict[str, Any]) -> Iterator[tuple[str, Any, Callable[[], Any]]]:
-    """(name, model, maker of a press) of those that are asked for."""
+    """Yields (name, model, function that makes the press) for each press in `work`."""
     models = {attention: load(work["model"], attention) for attention in ("sdpa", "eager")}
     for name in work["presses"]:
         yield (
@@ -118,7 +118,7 @@ def each_press(work: dict[str, Any]) -> Iterator[tuple[str, Any, Callable[[], An
 
 
 def retrieval(work: dict[str, Any], path: Path) -> None:
-    """Answers of every press."""
+    """Writes the retrieval answers of every press."""
     result = {}
     for name, model, make in each_press(work):
         found = [run_item(model, make(), item) for item in work["items"]]
@@ -127,7 +127,7 @@ def retrieval(work: dict[str, Any], path: Path) -> None:
 
 
 def logits(work: dict[str, Any], path: Path) -> None:
-    """Predictions of every press."""
+    """Writes the logits of every press."""
     texts = list(zip(work["prompts"], work["forced"], strict=True))
     found = {
         name: torch.stack([pressed(model, make(), prompt, forced)[0] for prompt, forced in texts])
@@ -138,7 +138,7 @@ def logits(work: dict[str, Any], path: Path) -> None:
 
 @torch.no_grad()
 def scores(work: dict[str, Any], path: Path) -> None:
-    """Scores of one prompt."""
+    """Writes the scores for one prompt."""
     model, recorder = load(work["model"], "sdpa"), Recorder(work["window"], work["pool"])
     with recorder(model):
         model.model(input_ids=torch.tensor([work["prompt"]]), past_key_values=DynamicCache())
@@ -146,7 +146,7 @@ def scores(work: dict[str, Any], path: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Reads the work, writes the result."""
+    """Reads the work and writes the result; returns the exit status."""
     if len(arguments) != 2:
         print(__doc__, file=sys.stderr)
         return 2

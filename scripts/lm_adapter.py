@@ -1,18 +1,19 @@
-"""A decoder language model as the harness lm-eval sees one: log-likelihoods of texts, and texts that go on.
+"""A `DecoderLM` with lm-eval's interface: log-likelihoods of texts, and generation.
 
-It stands beside the scripts and not in attnzoo: lm-eval imports datasets, evaluate and more, which no part of the
-library may ask for. Where lm-eval leaves a choice, the choice is that of its own adapter for transformers, so that a
-model has the same numbers through either (tests/integration/test_eval_lm.py compares them):
+It is not in attnzoo, because lm-eval imports packages (datasets, evaluate) that the library must not need. Where
+lm-eval leaves a choice, this adapter chooses like lm-eval's adapter for transformers, so that a model gets the same
+numbers with both (tests/integration/test_eval_lm.py compares them):
 
-- Texts begin with the begin token where the model's texts have one; a rolling text too, although the harness puts the
-  begin token (or else the end token) before it once more.
-- A context and its continuation that are too long for the model lose tokens on the left; the continuation stays whole.
-- A generated text is decoded as one that begins: a vocabulary that puts a space before texts takes that space away.
+- Texts begin with the begin token if the model uses one. So do rolling texts, although lm-eval puts the begin token (or
+  else the end token) before them too.
+- If a context and its continuation exceed the model's context, tokens on the left are dropped; the continuation stays
+  whole.
+- A generated text is decoded like the beginning of a text, without the space that some vocabularies put there.
 
-What differs: where two continuations of one text have different lengths, each has its own value (the other adapter's
-cache of logits, in 0.4.13, scores the shorter against the wrong rows; off by `logits_cache=False`). Log probabilities
-are computed in float32. Generation ends at any of the tokenizer's `stop_ids`, and without `max_gen_toks` after 256
-tokens or half of what the model holds, whichever is less.
+Differences: continuations of one text with different lengths are each scored correctly (lm-eval's adapter, in 0.4.13,
+caches logits and scores the shorter one with the wrong rows, unless `logits_cache=False`). Log probabilities are
+computed in float32. Generation ends at any of the tokenizer's `stop_ids`; the default of `max_gen_toks` is 256 tokens
+or half of the context, whichever is less.
 """
 
 import json
@@ -37,16 +38,16 @@ from attnzoo.tokenizer.chat import ChatTemplate
 
 DEFAULT_NEW_TOKENS = 256
 SEED_STEP = 0x9E3779B1
-"""Between the seeds of two requests: an odd number that takes them far from those of the next seed."""
+"""Difference between the seeds of two requests; a large odd number, so that they do not meet those of another seed."""
 GENERATION = ("do_sample", "max_gen_toks", "temperature", "top_k", "top_p", "until")
-"""What a task may ask of generation, besides lm-eval's other names for max_gen_toks."""
+"""Generation options that a task may set, besides lm-eval's other names for max_gen_toks."""
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]
-"""(context and continuation as text, ids of the context, ids of the continuation)."""
+"""(context and continuation as text, token ids of the context, token ids of the continuation)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """How to continue a text; temperature 0 takes the most likely token."""
+    """Options of a generation; temperature 0 is greedy."""
 
     until: tuple[str, ...]
     max_tokens: int
@@ -56,7 +57,7 @@ class Generation:
 
     @classmethod
     def parse(cls, values: dict[str, Any], max_length: int) -> "Generation":
-        """Reads a request's kwargs. Raises ValueError for what is unknown, contradicts itself or does not fit."""
+        """Reads a request's generation_kwargs. Raises ValueError for unknown, contradictory or too large values."""
         default = min(DEFAULT_NEW_TOKENS, max_length // 2)
         known: dict[str, Any] = dict(normalize_gen_kwargs(values, default))
         unknown = sorted(set(known) - set(GENERATION))
@@ -89,11 +90,11 @@ class Generation:
 
 
 class AdaptedLM(TemplateLM):
-    """What lm-eval asks of a model, answered by a `DecoderLM` and its tokenizer.
+    """A `DecoderLM` and its tokenizer with lm-eval's interface.
 
-    max_length: tokens that the model sees at most; None: its `max_positions`. batch_size: texts a forward pass. seed:
-    of sampled generation; a text does not depend on its batch. `truncated` counts, by task, the requests that
-    lost tokens on the left. Raises ValueError for sizes out of range and a tokenizer that does not fit.
+    max_length: most tokens of context (None: the model's `max_positions`). batch_size: texts of a forward pass. seed:
+    for sampled generation; a text does not depend on its batch. truncated: number of requests that lost tokens on the
+    left, by task. Raises ValueError for sizes out of range and a tokenizer that does not match the model.
     """
 
     def __init__(
@@ -130,32 +131,33 @@ class AdaptedLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end token; the begin token where there is none."""
+        """The end token, or the begin token if there is none."""
         eos = self.tokenizer.eos_id
         return self.prefix_token_id if eos is None else eos
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context: the begin token, else the end token."""
+        """The token before a text without context: the begin token, or the end token if there is none."""
         token = self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
         assert token is not None
         return token
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells tokenizers and their templates apart."""
+        """A name that identifies the tokenizer and its chat template."""
         return self.tokenizer.fingerprint()
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text; None begins it as the model's texts do, unless it spells its begin token itself."""
+        """Token ids of a text. add_special_tokens: add the begin token; None: add it unless the text has it."""
         if add_special_tokens is None:
             add_special_tokens = self.tokenizer.encode(string)[:1] != [self.prefix_token_id]
         return self.tokenizer.encode(string, bos=add_special_tokens)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation. Without a generation prompt it ends inside the last message, to be continued."""
+        """The text of a conversation. Without a generation prompt it ends within the last message, so that the model
+        continues the message. Raises ValueError."""
         if self.template is None:
-            raise ValueError("the model was opened without its chat template; say --chat")
+            raise ValueError("the model was opened without its chat template; use --chat")
         text = self.template.render(chat_history, add_generation_prompt=add_generation_prompt)
         if add_generation_prompt:
             return text
@@ -166,14 +168,14 @@ class AdaptedLM(TemplateLM):
         return text[: at + len(last)]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log probability, whether greedy generation would write it) of continuations, given contexts.
+        """(log probability, whether greedy decoding would generate it) of each continuation, given its context.
 
-        Raises ValueError for a continuation without tokens of its own, and for one longer than the model sees.
+        Raises ValueError for a continuation without tokens, and for one longer than the context.
         """
         return self._loglikelihood_tokens([self._pair(request) for request in requests], disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log probabilities of whole texts, in windows as long as the model sees, each token predicted once."""
+        """Log probabilities of whole texts, in windows of max_length tokens; each token is predicted once."""
         windows: list[Pair] = []
         owners = []
         for index, request in enumerate(requests):
@@ -187,7 +189,7 @@ class AdaptedLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations of contexts, up to the first of a request's stop strings, which is left out."""
+        """Continuations of contexts, up to the first stop string of a request and without it."""
         groups: dict[Generation, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             groups[Generation.parse(request.args[1], self.max_length)].append(index)
@@ -207,7 +209,7 @@ class AdaptedLM(TemplateLM):
         return texts
 
     def _pair(self, request: Instance) -> Pair:
-        """The ids of a request: context and continuation are encoded together and cut where the context ends."""
+        """The token ids of a request; context and continuation are encoded together, and split at the context's end."""
         context, continuation = request.args
         if context:
             before, after = self._encode_pair(context, continuation)
@@ -218,9 +220,9 @@ class AdaptedLM(TemplateLM):
         before = before or [self.prefix_token_id]
         where = f"task {request.task_name!r}: the continuation {json.dumps(continuation[:60])}"
         if not after:
-            raise ValueError(f"{where} has no token of its own after its context; write it and the context differently")
+            raise ValueError(f"{where} adds no token to its context; write it and the context differently")
         if len(after) > self.max_length:
-            raise ValueError(f"{where} has {len(after)} tokens, and the model sees at most {self.max_length}")
+            raise ValueError(f"{where} has {len(after)} tokens, more than the model's context of {self.max_length}")
         self.truncated[request.task_name or ""] += len(before) + len(after) > self.max_length + 1
         return (context, continuation), before, after
 
@@ -228,16 +230,16 @@ class AdaptedLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Of texts that share all but their last token the model sees one: choices of one token cost one pass."""
+        """Scores continuations. Texts that differ only in their last token share one forward pass."""
         shared: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, (_text, before, after) in enumerate(requests):
-            # All but the last token go in; what is too long loses its beginning.
+            # The model reads all tokens but the last; a text that is too long loses its beginning.
             shared[tuple((before + after)[-(self.max_length + 1) :][:-1])].append(index)
         answers = [(0.0, False)] * len(requests)
         inputs = sorted(shared, key=lambda tokens: (-len(tokens), tokens))
         with _progress(len(requests), "loglikelihood", disable_tqdm) as bar:
             for batch in _batches(inputs, self.batch_size):
-                # Padding stands on the right, where a causal model cannot see it.
+                # Padding is on the right, where a causal model does not see it.
                 hidden_BTD = self.model.hidden(_pad(batch, self._device))
                 for hidden_TD, tokens in zip(hidden_BTD, batch, strict=True):
                     longest = max(len(requests[index][2]) for index in shared[tokens])
@@ -254,9 +256,9 @@ class AdaptedLM(TemplateLM):
             top_p=options.top_p,
             top_k=options.top_k,
         )
-        # Requests that ask the same get texts of their own. On a CPU the low 32 bits of a seed count.
+        # Equal requests get different texts. On a CPU only the low 32 bits of a seed count.
         seeds = [choice_seed(self.seed, index * SEED_STEP) for index in indices]
-        # A model may have more rows than its tokenizer has tokens.
+        # A model's vocabulary may be larger than its tokenizer's.
         sequences = Sequences(self.model, contexts, config, vocab_size=self.tokenizer.vocab_size, seeds=seeds)
         texts = [_Text(self.tokenizer, options.until) for _ in contexts]
         for _ in range(options.max_tokens):
@@ -270,7 +272,7 @@ class AdaptedLM(TemplateLM):
 
 
 class _Text:
-    """A text that grows until a stop token comes or a stop string is in it."""
+    """A generated text, which ends at a stop token or a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, until: tuple[str, ...]) -> None:
         self.done = False
@@ -290,7 +292,7 @@ class _Text:
 
 
 def _answer(logits_TV: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """(log probability, is greedy) of a continuation whose last token the last row predicts."""
+    """(log probability, whether it is greedy) of a continuation. The last row of logits_TV predicts its last token."""
     logits_TV = logits_TV[-len(continuation) :]
     targets_T = torch.tensor(continuation, device=logits_TV.device)
     values_T = logits_TV.log_softmax(-1).gather(-1, targets_T[:, None])
@@ -298,7 +300,7 @@ def _answer(logits_TV: Tensor, continuation: list[int]) -> tuple[float, bool]:
 
 
 def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """tokens_BT with zeros on the right."""
+    """tokens_BT, padded with zeros on the right."""
     tokens_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     for row, tokens in enumerate(rows):
         tokens_BT[row, : len(tokens)] = torch.tensor(tokens)
@@ -311,6 +313,6 @@ def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def _progress(total: int, name: str, disable: bool) -> "tqdm[Any]":
-    """A bar with its rate; a line every half minute where nobody watches."""
+    """A progress bar; without a terminal it prints a line every half minute."""
     every = 0.5 if sys.stderr.isatty() else 30.0
     return tqdm(total=total, desc=name, unit="request", disable=disable, mininterval=every)

@@ -1,4 +1,4 @@
-"""Bits per byte of byte n-gram models on the text that a training run is measured on.
+"""Measures the bits per byte of byte n-gram models on a training run's validation text.
 
     python scripts/ngram_baseline.py                                   # the default corpus
     python scripts/ngram_baseline.py --config runs/demo/config.yaml    # the corpus and split of a run
@@ -23,7 +23,7 @@ from train.ngram import join, ngram_bits_per_byte
 
 
 def texts(config: str, overrides: Sequence[str] = ()) -> tuple[bytes, bytes]:
-    """(training text, validation text) of a training config."""
+    """(training text, validation text) of a training config, as bytes."""
     loaded = load_config(config, list(overrides))
     data = build_config(DataConfig, {"seed": loaded.seed, **loaded.data}, "data")
     split = list(split_documents(data))
@@ -35,7 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="base.yaml", help="training config (default: %(default)s)")
     parser.add_argument("--orders", type=int, nargs="+", default=[3, 4, 5, 6], help="(default: 3 4 5 6)")
-    parser.add_argument("--json", type=Path, help="write the report there")
+    parser.add_argument("--json", type=Path, help="write the report to this file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.source=my.txt")
     chosen = parser.parse_args()
     report = Report.start(command=["python", "scripts/ngram_baseline.py", *sys.argv[1:]])

@@ -1,11 +1,11 @@
-"""Other engines behind one line of JSON a time, in an environment of their own: what scripts/bench_generate talks to.
+"""Runs another engine in its own Python environment; scripts/bench_generate exchanges lines of JSON with it.
 
     python scripts/peers_generate.py llama.cpp MODEL_DIR --gguf FILE --prompt 512 --new 128 --batch 8
     python scripts/peers_generate.py ctranslate2 MODEL_DIR --prompt 512 --new 128 --batch 8
 
-The environment needs xllamacpp and gguf, or ctranslate2, transformers and torch; nothing of this project is imported.
-MODEL_DIR is an exported model in bfloat16. Reads {"prompts": [[ids]], "new": n} a line, answers {"seconds": s}, first
-{"ready": version}.
+The environment needs xllamacpp and gguf, or ctranslate2, transformers and torch; this script imports nothing of
+attnzoo. MODEL_DIR is an exported model in bfloat16. The script first prints {"ready": version}. Then it reads lines
+{"prompts": [[ids]], "new": n} and answers each with {"seconds": s}.
 """
 
 import argparse
@@ -22,7 +22,7 @@ Generate = Callable[[list[list[int]], int], object]
 
 
 def write_bfloat16(source: Path, target: Path) -> None:
-    """A GGUF file with the same metadata whose quantised tensors are dequantised to bfloat16."""
+    """Writes a GGUF file with the same metadata and with its quantised tensors dequantised to bfloat16."""
     import gguf
 
     reader = gguf.GGUFReader(source)
@@ -48,7 +48,7 @@ def write_bfloat16(source: Path, target: Path) -> None:
 
 
 def llama_cpp(options: argparse.Namespace) -> Generate:
-    """The server of llama.cpp in this process, a slot for every sequence."""
+    """llama.cpp's server in this process, with a slot for every sequence."""
     import xllamacpp
 
     with tempfile.TemporaryDirectory() as directory:

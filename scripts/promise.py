@@ -1,12 +1,12 @@
-"""The README's figure: one variant, trained, served and compressed.
+"""Draws the README's figure: one variant, trained, served and compressed.
 
     python -m scripts.promise --run-dir runs/demo --json docs/results/promise.json     # measures, then draws
-    python -m scripts.promise --draw                                                   # draws what is stored
+    python -m scripts.promise --draw                                                   # draws the stored report
 
-The run is the demo's (RCMHA, `make demo` or `make train`). Served: the engine continues prompts greedily, and the
-parallel form, which trained, computes the log probabilities of the same tokens. Compressed: half of each block of
-validation text is read and compressed, the other half is forced token by token; a policy that keeps everything has to
-give the bits of the exact cache.
+The run is that of the demo (RCMHA, `make demo` or `make train`). Served: the engine continues prompts greedily, and the
+parallel form that was trained computes the log probabilities of the same tokens. Compressed: half of each block of
+validation text is read and compressed, and the other half is forced token by token. A policy that keeps everything must
+give exactly the exact cache's results.
 """
 
 import argparse
@@ -40,7 +40,7 @@ RATIOS = (1.0, 0.7, 0.5, 0.35, 0.25)
 
 
 def training_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """Bits per byte over the steps of the run."""
+    """Rows with the bits per byte of the run by step."""
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     bytes_per_token = summary["rows"][0]["train_bytes_per_token"]
     records = [
@@ -59,7 +59,7 @@ def training_rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def validation_blocks(run_dir: Path, tokenizer: Tokenizer, length: int) -> tuple[Tensor, float]:
-    """(`BLOCKS` blocks of validation text, spread evenly, its bytes per token)."""
+    """(`BLOCKS` blocks of `length` validation tokens, spread evenly; bytes per token of the validation text)."""
     _, validation = texts(str(run_dir / "config.yaml"))
     tokens = torch.tensor(tokenizer.encode(validation.decode("utf-8", "ignore")))
     starts = torch.linspace(0, len(tokens) - length, BLOCKS).long()
@@ -67,12 +67,12 @@ def validation_blocks(run_dir: Path, tokenizer: Tokenizer, length: int) -> tuple
 
 
 def logprobs(model: DecoderLM, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-    """Log probabilities of the targets."""
+    """Log probabilities of the targets, [B, T]."""
     return model.logits(hidden_BTD).log_softmax(-1).gather(-1, targets_BT[..., None])[..., 0]
 
 
 def served_rows(checkpoint: Path, model: DecoderLM, blocks_BT: Tensor) -> tuple[list[dict[str, Any]], float]:
-    """(log probabilities of what the engine wrote, served and parallel, the largest difference of all)."""
+    """(rows with served and parallel log probabilities of the engine's tokens, their largest difference)."""
     half = blocks_BT.shape[1] // 2
     engine = Engine(EngineConfig(checkpoint=str(checkpoint), max_num_seqs=8, pack_weights=False))
     params = SamplingParams(max_tokens=half, temperature=0.0, logprobs=0, ignore_eos=True)
@@ -92,7 +92,7 @@ def served_rows(checkpoint: Path, model: DecoderLM, blocks_BT: Tensor) -> tuple[
 
 
 def forced(model: DecoderLM, blocks_BT: Tensor, policy: str | None, options: dict[str, Any]) -> tuple[Tensor, int]:
-    """(log probabilities of the second halves, the most bytes of one sequence's state after its prompt)."""
+    """(log probabilities of the blocks' second halves, largest state of one sequence after its prompt in bytes)."""
     half, length = blocks_BT.shape[1] // 2, blocks_BT.shape[1]
     cache = None if policy is None else build_cache(policy, options)
 
@@ -111,7 +111,7 @@ def forced(model: DecoderLM, blocks_BT: Tensor, policy: str | None, options: dic
 
 
 def compressed_rows(model: DecoderLM, blocks_BT: Tensor, bytes_per_token: float) -> tuple[list[dict[str, Any]], float]:
-    """(bits per byte of each policy at each ratio, the largest difference between keeping everything and no policy)."""
+    """(rows with bits per byte of each policy and ratio, largest difference of a policy that keeps everything)."""
     exact, _ = forced(model, blocks_BT, None, {})
     rows, worst = [], 0.0
     for policy in POLICIES:
@@ -135,7 +135,7 @@ def compressed_rows(model: DecoderLM, blocks_BT: Tensor, bytes_per_token: float)
 
 @torch.inference_mode()
 def measure(run_dir: Path) -> Report:
-    """All of it, from a run of the demo."""
+    """Measures all three parts on a run of the demo."""
     torch.set_num_threads(1)
     report = Report.start()
     checkpoint = run_dir / "export"
@@ -158,7 +158,7 @@ def measure(run_dir: Path) -> Report:
 
 
 def draw(report: dict[str, Any], path: Path) -> Path:
-    """Three panels from a stored report."""
+    """Draws the three panels of a stored report; returns the path."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for row in report["rows"]:
         tables.setdefault(row["table"], []).append(row)
@@ -198,11 +198,11 @@ def draw(report: dict[str, Any], path: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measures and draws; exit status 1 when a claim does not hold."""
+    """Measures and draws; exit status 1 if a claim does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="a finished run (default: %(default)s)")
     parser.add_argument("--json", type=Path, default=STORED, help="the report (default: docs/results/promise.json)")
-    parser.add_argument("--draw", action="store_true", help="measure nothing, draw the report")
+    parser.add_argument("--draw", action="store_true", help="only draw the stored report")
     chosen = parser.parse_args(arguments)
     status = 0
     if not chosen.draw:

@@ -1,10 +1,10 @@
-"""Makes a release ready: version and changelog agree, sources and wheel are built.
+"""Prepares a release: checks version and changelog, and builds source distribution and wheel.
 
-    make release            checks and builds into dist/, changes nothing in the repository
-    make release TAG=--tag  dates the changelog, commits and tags as well
+    make release            checks, and builds into dist/; changes nothing in the repository
+    make release TAG=--tag  also dates the changelog, commits and tags
 
-The version is `attnzoo.__version__`; the changelog begins with it as "## 1.2.0 (unreleased)". Run it after
-`make check`, `make docs` and `make test` (the target does). Nothing is pushed or uploaded: how to is printed.
+The version is `attnzoo.__version__`; the changelog begins with it as "## 1.2.0 (unreleased)". The target `release` runs
+`make check`, `make docs` and `make test` first. Nothing is pushed or uploaded; the commands for that are printed.
 """
 
 import argparse
@@ -24,7 +24,7 @@ UNRELEASED = "unreleased"
 
 
 def check_changelog(text: str, version: str) -> None:
-    """Raises ValueError where the newest section is not that of the version, is dated already, or says nothing."""
+    """Raises ValueError if the changelog's newest section is not that of the version, has a date, or is empty."""
     head = HEAD.search(text)
     if head is None:
         raise ValueError(f"CHANGELOG.md has no section; begin it with '## {version} ({UNRELEASED})'")
@@ -45,7 +45,7 @@ def dated(text: str, today: datetime.date) -> str:
 
 
 def git(*words: str) -> str:
-    """What git prints. Raises ValueError with its message."""
+    """Runs git and returns its output. Raises ValueError with its error message."""
     done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"git {' '.join(words)}: {done.stderr.strip()}")
@@ -53,7 +53,7 @@ def git(*words: str) -> str:
 
 
 def release(tag: bool, today: datetime.date) -> None:
-    """Checks, builds, and with `tag` dates, commits and tags. Raises ValueError for what does not agree."""
+    """Checks and builds; with `tag` also dates the changelog, commits and tags. Raises ValueError if a check fails."""
     version, changelog = attnzoo.__version__, ROOT / "CHANGELOG.md"
     text = changelog.read_text(encoding="utf-8")
     check_changelog(text, version)
@@ -75,7 +75,7 @@ def release(tag: bool, today: datetime.date) -> None:
 
 
 def main() -> int:
-    """Exit status 2, with one line on stderr, for what does not agree."""
+    """Runs the command; exit status 2, with one line on stderr, if a check fails."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

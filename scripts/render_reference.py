@@ -1,9 +1,9 @@
 """Writes docs/reference/configuration.md from the configuration classes, and docs/reference/commands.md from --help.
 
     python scripts/render_reference.py            # rewrites both pages
-    python scripts/render_reference.py --check    # exit status 1 when one is not current
+    python scripts/render_reference.py --check    # exit status 1 if a page is out of date
 
-A key's meaning is its comment in configs/base.yaml, else what the docstring of its class says after `key: `.
+A key's meaning is its comment in configs/base.yaml, else the text after `key: ` in the docstring of its class.
 """
 
 import argparse
@@ -33,42 +33,42 @@ from train.tokenizer import TokenizerConfig
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference"
 OWNERS = {"model": DecoderConfig, "data": DataConfig, "tokenizer": TokenizerConfig}
-"""Sections of a training configuration whose keys another class holds."""
+"""Sections of a training configuration whose keys another class defines."""
 LINE = re.compile(r"( *)(\w+):(?: ([^#]*?))?(?: *# (.*))?")
 KNOWN = {
-    "num_heads": "attention heads",
-    "num_kv_heads": "heads of keys and values; None: as many as num_heads",
+    "num_heads": "number of attention heads",
+    "num_kv_heads": "number of key and value heads; None: num_heads",
     "head_dim": "channels of a head; None: model_dim / num_heads",
-    "position": "where order comes from",
-    "rope_theta": "base of rotary frequencies",
-    "qkv_bias": "of the linear maps to q, k and v",
-    "output_bias": "of the linear map out of the heads",
-    "qk_norm": "an RMSNorm of every head of q and k",
-    "conv_width": "taps of the convolution over time, the current token included",
-    "conv_bias": "of the convolution",
-    "conv_init": "first values of the convolution",
-    "conv_share_heads": "one kernel per channel for all heads",
+    "position": "kind of position encoding",
+    "rope_theta": "base of the rotary frequencies",
+    "qkv_bias": "whether the query, key and value layers have a bias",
+    "output_bias": "whether the output layer has a bias",
+    "qk_norm": "apply an RMSNorm to every head of q and k",
+    "conv_width": "width of the convolution over time, including the current token",
+    "conv_bias": "whether the convolution has a bias",
+    "conv_init": "initial values of the convolution",
+    "conv_share_heads": "all heads share one kernel per channel",
     "model_dim": "size of a token's vector",
-    "num_layers": "blocks of attention and MLP",
+    "num_layers": "number of blocks of attention and MLP",
     "norm_eps": "epsilon of the norms",
-    "mlp_bias": "of the MLP's linear maps",
-    "tie_embeddings": "the output matrix is the embedding",
-    "init_std": "standard deviation of first weights",
-    "seed": "of random numbers; equal seeds, equal results",
-    "activation_checkpointing": "forget activations, and compute them again in the backward pass",
-    "dropout": "of the adapters' inputs",
-    "prompts": "what samples begin with",
-    "max_new_tokens": "of a sample",
-    "temperature": "of a sample",
-    "top_p": "of a sample",
-    "tensorboard": "event files beside metrics.jsonl",
+    "mlp_bias": "whether the MLP's linear layers have a bias",
+    "tie_embeddings": "use the embedding as the output matrix",
+    "init_std": "standard deviation of initial weights",
+    "seed": "seed of random numbers; equal seeds give equal results",
+    "activation_checkpointing": "drop activations, and compute them again in the backward pass",
+    "dropout": "dropout probability of the adapters' inputs",
+    "prompts": "beginnings of the samples",
+    "max_new_tokens": "most new tokens of a sample",
+    "temperature": "temperature of a sample",
+    "top_p": "nucleus probability of a sample",
+    "tensorboard": "write TensorBoard event files beside metrics.jsonl",
     "step": "one optimizer step",
     "device": "cpu, cuda or cuda:1",
-    "channel_ratio": "the part of every key's channels that is kept, in (0, 1]",
-    "value_channel_ratio": "the same of values",
-    "window": "the newest tokens whose keys stay whole",
+    "channel_ratio": "fraction of every key's channels that is kept, in (0, 1]",
+    "value_channel_ratio": "fraction of every value's channels that is kept, in (0, 1]",
+    "window": "number of the newest tokens whose keys are not pruned",
     "score": "how channels are scored",
-    "repack_every": "tokens beyond the window at which the tail is pruned, None: never",
+    "repack_every": "number of tokens beyond the window after which they are pruned; None: never",
     "prefill": '"oneshot", or "stream" to compress after every chunk of the prompt',
 }
 """Meanings of keys that neither base.yaml nor a docstring explains."""
@@ -82,7 +82,7 @@ COMMANDS = [
 
 
 def base_comments() -> dict[str, tuple[str, str]]:
-    """{dotted key: (value, comment)} of configs/base.yaml."""
+    """(value, comment) of every dotted key in configs/base.yaml."""
     found, path = {}, [""]
     for line in (ROOT / "configs" / "base.yaml").read_text(encoding="utf-8").splitlines():
         match = LINE.fullmatch(line)
@@ -94,13 +94,13 @@ def base_comments() -> dict[str, tuple[str, str]]:
 
 
 def docstring(cls: type) -> str:
-    """The class's own docstring in one line; a dataclass without one has its signature there, which says nothing."""
+    """The class's docstring in one line; empty for a dataclass without one, whose `__doc__` is its signature."""
     own = cls.__dict__.get("__doc__") or ""
     return "" if own.startswith(f"{cls.__name__}(") else re.sub(r"\s+", " ", inspect.cleandoc(own))
 
 
 def meanings(cls: type) -> dict[str, str]:
-    """{key: what the docstrings of the class and its bases say of it}; "" holds what stands before the first key."""
+    """The meaning of each key in the docstrings of the class and its bases; "" has the text before the first key."""
     known = "|".join(field.name for field in dataclasses.fields(cls))
     start = re.compile(rf"(?:^|(?<=[.;] ))((?:`?(?:{known})`?(?:, )?)+): ")
     found: dict[str, str] = {}
@@ -117,19 +117,19 @@ def meanings(cls: type) -> dict[str, str]:
 
 
 def shown(value: str) -> str:
-    """A value or type as code; tables of Markdown need their own bars."""
+    """A value or type as code; bars are escaped for Markdown tables."""
     return f"`{value}`".replace("|", "\\|") if value else ""
 
 
 def escaped(text: str) -> str:
-    """Prose for a cell of a table: bars and angle brackets are text."""
+    """Prose for a table cell; bars and angle brackets are escaped."""
     parts = text.split("`")
     parts[::2] = [part.replace("<", "&lt;") for part in parts[::2]]
     return "`".join(parts).replace("|", "\\|")
 
 
 def type_name(kind: Any) -> str:
-    """int, str | None, "a" | "b"."""
+    """A type as users write it, for example int, str | None, "a" | "b"."""
     text = kind.__name__ if isinstance(kind, type) and "[" not in str(kind) else str(kind)
     text = re.sub(r"\b(?:typing|collections\.abc)\.", "", text)
     text = re.sub(r"Optional\[(.*)\]", r"\1 | None", text)
@@ -138,14 +138,15 @@ def type_name(kind: Any) -> str:
 
 
 def default(field: "dataclasses.Field[Any]") -> str:
-    """A field's default as Python writes it; "required" without any."""
+    """A field's default as Python code; "required" if it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return repr(field.default_factory())
     return "required" if field.default is dataclasses.MISSING else repr(field.default)
 
 
 def table(cls: type, section: str | None = None, skip: Iterable[str] = ()) -> str:
-    """The keys of a class. section: the dotted name in a training configuration, which has base.yaml's column too."""
+    """A table of a class's keys. section: its name in a training configuration, whose tables show base.yaml's
+    values."""
     base, said, kinds = base_comments(), meanings(cls), get_type_hints(cls)
     columns = ["key", "type", "default", *([] if section is None else ["in `base.yaml`"]), "meaning"]
     lines = [columns, ["---"] * len(columns)]
@@ -161,7 +162,7 @@ def table(cls: type, section: str | None = None, skip: Iterable[str] = ()) -> st
 
 
 def training() -> Iterator[str]:
-    """The sections of a training configuration."""
+    """Yields the page's parts about a training configuration."""
     sections: dict[str, type] = {}
     for field in dataclasses.fields(Config):
         if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
@@ -202,7 +203,7 @@ def configuration() -> str:
 
 
 def help_of(module: str, *words: str) -> str:
-    """What `main` of the module prints for --help."""
+    """The text that the module's `main` prints for --help."""
     printed, before = io.StringIO(), sys.argv
     sys.argv = ["train/main.py" if module == "train.main" else f"python -m {module}", *words, "--help"]
     try:
@@ -216,7 +217,7 @@ def help_of(module: str, *words: str) -> str:
 
 
 def subcommands(text: str) -> list[str]:
-    """The commands that a help text lists, in its order."""
+    """The commands in a help text, in its order."""
     listed = re.search(r"^commands:\n((?:  .*\n)+)", text, re.MULTILINE)
     if listed:
         return re.findall(r"^  ([\w-]+) ", listed[1], re.MULTILINE)
@@ -234,7 +235,7 @@ def commands() -> str:
 
 
 def command(title: str, module: str, *words: str) -> str:
-    """The help of a command, and of those below it."""
+    """The help of a command and of its subcommands."""
     text = help_of(module, *words)
     page = f"\n##{'#' * len(words)} {' '.join([title, *words])}\n\n```text\n{text.rstrip()}\n```\n"
     return page + "".join(command(title, module, *words, word) for word in subcommands(text))
@@ -244,9 +245,9 @@ PAGES = {"configuration.md": configuration, "commands.md": commands}
 
 
 def main() -> int:
-    """Writes or checks; returns the exit status."""
+    """Writes or checks the pages; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing")
+    parser.add_argument("--check", action="store_true", help="check only, write nothing")
     check, stale = parser.parse_args().check, 0
     for name, page in PAGES.items():
         path, text = REFERENCE / name, page()

@@ -1,7 +1,7 @@
 """Renders the tables of the pages in docs/ from the reports in docs/results.
 
-    python scripts/render_tables.py            # rewrites them
-    python scripts/render_tables.py --check    # exit status 1 when one does not show what the reports hold
+    python scripts/render_tables.py            # rewrites the tables
+    python scripts/render_tables.py --check    # exit status 1 if a table is out of date
 
 A table stands between `<!-- rows FILE [TABLE] [| COLUMN, COLUMN] -->` or
 `<!-- claims FILE [PREFIX] [| COLUMN, COLUMN] -->` and `<!-- end -->`.
@@ -26,14 +26,14 @@ MARKED = re.compile(r"(<!-- (rows|claims) (\S+)(?: ([^|>]+?))?(?: \| ([^>]+?))? 
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Rows as a Markdown table; a column for every key."""
+    """Rows as a Markdown table with a column for every key."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [columns, ["---"] * len(columns), *([format_value(row.get(c, "")) for c in columns] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def provenance(report: dict[str, Any], run: dict[str, Any] | None) -> str:
-    """Where the numbers come from, in one line. run: of the section, where sections were measured one by one."""
+    """One line about the origin of the numbers. run: the run of the section, if sections were measured one by one."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if name != "attnzoo")
     whole = {**report, "command": " ".join(report["command"]), "load before": report["load_before"]}
     source = whole if run is None else run
@@ -43,13 +43,13 @@ def provenance(report: dict[str, Any], run: dict[str, Any] | None) -> str:
 
 
 def run_of(report: dict[str, Any], table: str) -> dict[str, Any] | None:
-    """The row of the table "runs" that says where a table or claim comes from; None: the whole report is of one run."""
+    """The row of the table "runs" for a table or claim; None if the whole report comes from one run."""
     runs = [row for row in report["rows"] if row.get("table") == RUNS]
     return next((row for row in runs if row["section"] == section_of(table)), None)
 
 
 def render(text: str) -> str:
-    """The text with every marked table rendered anew, the first one of a report or section with its provenance.
+    """The text with every marked table rendered again. The first table of a report or section shows its provenance.
 
     Raises ValueError for a marker without rows.
     """
@@ -78,9 +78,9 @@ def render(text: str) -> str:
 
 
 def main() -> int:
-    """Rewrites or checks; returns the exit status."""
+    """Rewrites or checks the tables; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing")
+    parser.add_argument("--check", action="store_true", help="check only, write nothing")
     chosen = parser.parse_args()
     stale = 0
     for document in DOCUMENTS:

@@ -1,4 +1,4 @@
-"""`attnzoo reproduce`: published experiments on attention anew, every claim checked (expected, measured, tolerance)."""
+"""`attnzoo reproduce`: repeats published experiments on attention and checks every claim."""
 
 import argparse
 import sys
@@ -22,24 +22,24 @@ WITH_VARIANT = ("icl-gd", "depth")
 
 
 def configure(chosen: argparse.Namespace) -> tuple[list[Experiment], ExperimentConfig]:
-    """Raises ValueError for what does not fit together, before anything is trained."""
+    """The experiments and their configuration. Raises ValueError for options that contradict one another."""
     options = parse_words(chosen.options, "num_heads=2")
     experiments = known_experiments()
     names = list(experiments) if chosen.experiment == "all" else [chosen.experiment]
     if chosen.workers < 1:
         raise ValueError(f"--workers={chosen.workers} must be at least 1")
     if options and chosen.variant is None:
-        raise ValueError(f"options {', '.join(chosen.options)} are of a variant; say which with --variant")
+        raise ValueError(f"options {', '.join(chosen.options)} belong to a variant; name it with --variant")
     if chosen.variant is not None:
         ATTENTION.get(chosen.variant)
         if not set(names) <= set(WITH_VARIANT):
             raise ValueError(f"--variant={chosen.variant} is for {' and '.join(WITH_VARIANT)}, not {chosen.experiment}")
         if "model_dim" in options:
-            raise ValueError("model_dim is the experiment's own; leave it out")
+            raise ValueError("the experiment sets model_dim; leave it out")
         attention = build_attention(chosen.variant, {"model_dim": 32, **options}, chosen.variant)
         if "depth" in names and not attention.traits.causal:
             raise ValueError(
-                f"{chosen.variant!r} is not causal: depth asks for a prediction at every token; use icl-gd"
+                f"{chosen.variant!r} is not causal, but depth needs a prediction at every token; use icl-gd"
             )
     if chosen.results:
         require_matplotlib("--results")
@@ -50,7 +50,7 @@ def configure(chosen: argparse.Namespace) -> tuple[list[Experiment], ExperimentC
 def reproduce(
     experiments: list[Experiment], config: ExperimentConfig, workers: int, figures: Path | None, command: list[str]
 ) -> dict[str, Report]:
-    """Measures, judges and draws: a report an experiment."""
+    """Measures, judges and draws; returns a report for each experiment, by name."""
     blank = Report.start(command=command, seed=config.seed, quick=config.quick)
     start = time.perf_counter()
     found, seconds = measure(experiments, config, workers)
@@ -70,7 +70,7 @@ def reproduce(
 
 
 def together(reports: list[Report]) -> Report:
-    """One report of several."""
+    """Several reports as one."""
     return replace(
         reports[0],
         rows=[row for report in reports for row in report.rows],
@@ -80,7 +80,7 @@ def together(reports: list[Report]) -> Report:
 
 
 def print_report(report: Report) -> None:
-    """Tables, then every claim, then where the numbers come from."""
+    """Prints the tables, the claims, and where the numbers come from."""
     for name in dict.fromkeys(row["table"] for row in report.rows):
         rows = [{k: v for k, v in row.items() if k != "table"} for row in report.rows if row["table"] == name]
         print(f"{name}\n{format_table(rows)}\n")
@@ -90,7 +90,7 @@ def print_report(report: Report) -> None:
 
 
 def claim_row(claim: Claim) -> dict[str, Any]:
-    """Expected, measured, tolerance, holds."""
+    """A claim as a table row."""
     return {
         "claim": claim.name,
         "expected": f"{claim.kind.replace('_', ' ')} {claim.expected:.4g}",
@@ -101,7 +101,7 @@ def claim_row(claim: Claim) -> dict[str, Any]:
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Exit status 0 when all claims hold, 1 when one does not or a part fails, 130 for Ctrl-C. Raises ValueError for
+    """Exit status: 0 if all claims hold, 1 if one does not or a part fails, 130 after Ctrl-C. Raises ValueError for
     wrong usage."""
     experiments, config = configure(chosen)
     try:
@@ -122,7 +122,7 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def main(words: list[str] | None = None) -> int:
-    """`attnzoo reproduce`; returns the exit status."""
+    """Runs `attnzoo reproduce`; returns the exit status."""
     return carry_out("attnzoo reproduce", arguments.reproduce, run, sys.argv[1:] if words is None else words)
 
 

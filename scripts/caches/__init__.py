@@ -1,1 +1,1 @@
-"""Compressed KV caches measured honestly: what they keep, what they cost, how fast they are."""
+"""Measures compressed KV caches: what they retain, their size, and their speed."""

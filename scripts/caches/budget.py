@@ -1,25 +1,25 @@
-"""Equal real bytes: the value of a policy's knob at which its measured state fits a budget and uses it best."""
+"""Finds the ratio at which a policy's measured state is as large as a budget of bytes allows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 STEPS = 64
-"""Values of a knob that are looked at: 1/64, 2/64, ... 1."""
+"""Number of ratios to choose from: 1/64, 2/64, ... 1."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The knob's value and the bytes measured at it."""
+    """A ratio, and the bytes measured with it."""
 
     ratio: float
     nbytes: int
 
 
 def fit_budget(measure: Callable[[float], int], budget: int, steps: int = STEPS) -> Fit | None:
-    """The largest ratio in steps of 1/`steps` whose bytes by `measure` are at most `budget`; None where none is.
+    """The largest ratio, a multiple of 1/`steps`, whose bytes are at most `budget`; None if there is none.
 
-    `measure` is called some log2(steps) times and must not fall with the ratio. Bytes include whatever the policy
-    allocates beside keys and values: masks, indices, positions, tails.
+    measure: bytes by ratio; it must not decrease, and is called about log2(steps) times. The bytes must include
+    everything that the policy allocates: keys, values, masks, indices, positions, tails.
     """
     found = None
     low, high = 1, steps

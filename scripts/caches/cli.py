@@ -1,4 +1,4 @@
-"""The command line of the benchmark of cache policies."""
+"""The work of `attnzoo bench cache`, from its command line."""
 
 import argparse
 import sys
@@ -17,14 +17,15 @@ from scripts.caches.peer import Exchange, PeerError
 from scripts.caches.settings import QUICK, Settings
 
 BUSY = 0.75
-"""Load average above which timings are not worth taking."""
+"""A higher load average makes timings unreliable."""
 
 Trainer = Callable[[Path], Path]
-"""Trains the small model in a run directory unless it is there; returns its export. Raises ValueError."""
+"""Trains the small model in a run directory unless it exists; returns its export. Raises ValueError."""
 
 
 def measure(chosen: argparse.Namespace, train: Trainer, peer_script: Path) -> int:
-    """Exit status 0 when all claims hold, 1 when one does not or a part fails. Raises ValueError for wrong usage."""
+    """Measures the chosen sections. Exit status: 0 if all claims hold, 1 if one does not or kvpress fails. Raises
+    ValueError for wrong usage."""
     names = chosen.sections.split(",")
     for name in names:
         if name not in CACHE_SECTIONS:
@@ -32,10 +33,10 @@ def measure(chosen: argparse.Namespace, train: Trainer, peer_script: Path) -> in
     if chosen.roofline and "speed" not in names:
         raise ValueError("--roofline needs the bytes that the section speed measures; add it to --sections")
     if chosen.update and chosen.json is None:
-        raise ValueError("--update needs --json, the report that is to be updated")
+        raise ValueError("--update needs --json, the report to update")
     report = Report.start(command=_command(chosen), quick=chosen.quick)
     if report.load_before > BUSY:
-        print(f"load average {report.load_before} is above {BUSY}: others use this machine", file=sys.stderr)
+        print(f"load average {report.load_before} is above {BUSY}: timings may be unreliable", file=sys.stderr)
     failed, done = False, []
     for name in names:
         done.append(name)
@@ -51,13 +52,13 @@ def measure(chosen: argparse.Namespace, train: Trainer, peer_script: Path) -> in
 
 
 def _command(chosen: argparse.Namespace) -> list[str]:
-    """What was typed, without the place where this machine has kvpress."""
+    """The command line, without the path of kvpress on this machine."""
     place = str(chosen.kvpress_python)
     return [word.replace(place, "ENVIRONMENT/bin/python") for word in chosen.command]
 
 
 def _measure(name: str, chosen: argparse.Namespace, report: Report, train: Trainer, peer_script: Path) -> None:
-    """One section."""
+    """Measures one section."""
     settings = QUICK if chosen.quick else Settings()
     if name == "symbols":
         text_model = random_reader("mdha") if chosen.quick else load_text_model(str(train(chosen.run_dir)))
@@ -81,14 +82,14 @@ def _measure(name: str, chosen: argparse.Namespace, report: Report, train: Train
 
 
 def speed_dtype() -> torch.dtype:
-    """bfloat16, but float32 on a CPU that has no instructions for it: emulation would be what is timed."""
+    """bfloat16; float32 on a CPU without bfloat16 instructions, where emulation would be timed."""
     if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.bfloat16
     return torch.float32
 
 
 def _save(chosen: argparse.Namespace, report: Report, done: Sequence[str]) -> None:
-    """Figure and report of what is measured so far, so that a later section cannot lose it."""
+    """Writes the figure and the report of the sections so far, so that a failure of a later one loses nothing."""
     if chosen.update and chosen.json.exists():
         report = merged(report, done, chosen.json)
     drawn = [row for row in report.rows if row["table"] in ("symbols", "text")]
@@ -99,7 +100,7 @@ def _save(chosen: argparse.Namespace, report: Report, done: Sequence[str]) -> No
 
 
 def _show(report: Report) -> None:
-    """A table for people each; rows by seed are for the report alone."""
+    """Prints the tables and claims; tables by seed are only in the report."""
     for title in dict.fromkeys(row["table"] for row in report.rows):
         if not title.endswith("by seed"):
             rows = [{k: v for k, v in row.items() if k != "table"} for row in report.rows if row["table"] == title]

@@ -1,4 +1,4 @@
-"""Quality against bytes, as a PNG file."""
+"""Draws quality against bytes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +9,8 @@ from scripts.caches.protocol import CONDITIONS
 
 
 def plot_quality(rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    """`rows` as `table.quality_row` makes them: a line of panels a table, a panel a condition and one for the mean; a
-    line a policy."""
+    """Draws rows of `table.quality_row`: a row of panels for each table, with a panel for each condition and one for
+    the mean, and a curve for each policy. Returns the path of the PNG file."""
     tables = list(dict.fromkeys(row["table"] for row in rows))
     columns = (*CONDITIONS, "mean")
     figure, axes = panels(len(tables), len(columns), width=4, height=3.6, share_y=True)
@@ -31,7 +31,7 @@ def _panel(ax: Any, rows: Sequence[dict[str, Any]], full: dict[str, Any], column
         points = sorted((row["bytes"] / full["bytes"], row[column]) for row in rows if row["policy"] == policy)
         control = policy in ("streaming", "random_tokens", "random_channels")
         style = "--" if control else (":" if policy.endswith("Press") else "-")
-        marker = "os"[number // 10 % 2]  # there are ten colours
+        marker = "os"[number // 10 % 2]  # the ten colours repeat
         ax.plot(*zip(*points, strict=True), marker=marker, linestyle=style, label=policy)
     ax.axhline(full[column], color="gray", linewidth=1, label="full")
     ax.set_ylim(-0.03, 1.03)

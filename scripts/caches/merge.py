@@ -1,7 +1,7 @@
-"""One report from runs of single sections: what a run measured replaces what the file held of these sections.
+"""Merges a run of some sections into a stored report, whose other sections are kept.
 
-Every section is told apart by the beginning of its tables' and claims' names, and has a row in the table "runs" that
-says which command, commit and machine it comes from.
+The beginning of a table's or claim's name identifies its section. The table "runs" has a row with command, commit and
+machine for each section.
 """
 
 import json
@@ -15,7 +15,7 @@ RUNS = "runs"
 
 
 def section_of(name: str) -> str:
-    """The section that a table or claim belongs to."""
+    """The section of a table or claim with this name."""
     told = {"symbols": ("symbols",), "text": ("text", "fidelity", "kvpress"), "parts": ("parts",)}
     for section, beginnings in told.items():
         if name.startswith(beginnings):
@@ -24,7 +24,7 @@ def section_of(name: str) -> str:
 
 
 def run_row(section: str, report: Report) -> dict[str, Any]:
-    """Where a section's numbers come from."""
+    """The row of the table "runs" for a section."""
     return {
         "table": RUNS,
         "section": section,
@@ -36,9 +36,9 @@ def run_row(section: str, report: Report) -> dict[str, Any]:
 
 
 def merged(report: Report, sections: Sequence[str], path: Path) -> Report:
-    """`report`, whose run measured `sections`, with what the file at `path` holds of all others.
+    """`report`, which has measured `sections`, with the other sections of the report at `path`.
 
-    Raises ValueError when one of the two is of --quick and the other is not.
+    Raises ValueError if only one of the two was made with --quick.
     """
     old = json.loads(path.read_text(encoding="utf-8"))
     if old["quick"] != report.quick:

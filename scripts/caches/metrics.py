@@ -1,4 +1,4 @@
-"""How far a compressed cache moves what a model says: numbers of two series of logits over the same tokens."""
+"""Compares the logits of a model with a compressed cache and with the full cache, over the same tokens."""
 
 import math
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Fidelity:
-    """kl_mean, kl_p99: KL(full || compressed) in nats a token, mean and 99th percentile over all tokens; agreement:
-    share of tokens whose most likely successor is the same; perplexity: of the text under the compressed cache;
-    full_perplexity: under the full one."""
+    """kl_mean, kl_p99: KL(full || compressed) in nats per token, mean and 99th percentile. agreement: fraction of
+    tokens with the same most likely next token. perplexity: of the text with the compressed cache; full_perplexity:
+    with the full cache."""
 
     kl_mean: float
     kl_p99: float
@@ -22,14 +22,14 @@ class Fidelity:
 
 
 def kl_divergence(full_BTV: Tensor, compressed_BTV: Tensor) -> Tensor:
-    """KL(full || compressed)_BT in nats from logits, in float64."""
+    """KL(full || compressed) in nats, float64 [B, T], from logits."""
     full = F.log_softmax(full_BTV.double(), dim=-1)
     compressed = F.log_softmax(compressed_BTV.double(), dim=-1)
     return (full.exp() * (full - compressed)).sum(-1).clamp_min(0.0)
 
 
 class FidelityMeter:
-    """Gathers batches of logits over the same texts; `result` is over all their tokens."""
+    """Collects batches of logits; `result` is over all their tokens."""
 
     def __init__(self) -> None:
         self._kl: list[Tensor] = []
@@ -38,14 +38,14 @@ class FidelityMeter:
         self._full_nats: list[Tensor] = []
 
     def add(self, full_BTV: Tensor, compressed_BTV: Tensor, targets_BT: Tensor) -> None:
-        """logits of the same tokens under both caches, and the tokens that really follow."""
+        """Adds the logits of the same tokens with both caches, and the tokens that follow in the text."""
         self._kl.append(kl_divergence(full_BTV, compressed_BTV).flatten())
         self._same.append((full_BTV.argmax(-1) == compressed_BTV.argmax(-1)).flatten().double())
         self._nats.append(_nats(compressed_BTV, targets_BT))
         self._full_nats.append(_nats(full_BTV, targets_BT))
 
     def result(self) -> Fidelity:
-        """Raises ValueError when nothing was added."""
+        """The result. Raises ValueError if nothing was added."""
         if not self._kl:
             raise ValueError("no tokens were measured; add at least one batch")
         kl_N = torch.cat(self._kl)

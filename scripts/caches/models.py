@@ -1,4 +1,4 @@
-"""The models that caches are measured with, and the prose that they read."""
+"""Loads the models for measuring caches, and the prose that they read."""
 
 import pydoc_data.topics
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from attnzoo.tasks.text import Encode
 
 @dataclass(frozen=True)
 class TextModel:
-    """A model, how text becomes its tokens, and what its texts begin with."""
+    """A model, its encoder, and the tokens at the beginning of its texts."""
 
     model: DecoderLM
     encode: Encode
@@ -22,14 +22,14 @@ class TextModel:
 
 
 def load_text_model(checkpoint: str, dtype: torch.dtype = torch.float32) -> TextModel:
-    """Model and tokenizer of a checkpoint. Raises ValueError for what cannot be read."""
+    """The model and tokenizer of a checkpoint. Raises ValueError if they cannot be read."""
     path = find_checkpoint(checkpoint)
     tokenizer = load_tokenizer(path)
     return TextModel(load_model(path, dtype=dtype), tokenizer.encode, tuple(tokenizer.encode("", bos=True)))
 
 
 def random_reader(attention: str = "mha") -> TextModel:
-    """A tiny model with random weights whose tokens are bytes: the same code in seconds, for --quick and tests."""
+    """A tiny model with random weights whose tokens are bytes, for --quick and tests."""
     torch.manual_seed(0)
     options = {"kind": attention, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
     config = DecoderConfig(vocab_size=256, model_dim=32, num_layers=2, attention=options, max_positions=1024)
@@ -37,8 +37,8 @@ def random_reader(attention: str = "mha") -> TextModel:
 
 
 def prose(encode: Encode, texts: int, length: int) -> Tensor:
-    """tokens_NT of Python's own documentation (its topics, in the order of their names), end to end: English with code
-    that every Python brings along. Raises ValueError when there is less of it than asked for."""
+    """tokens_NT of Python's built-in documentation (its topics in order of their names, concatenated): English with
+    code that every Python has. Raises ValueError if it is too short."""
     topics: dict[str, str] = pydoc_data.topics.topics
     tokens: list[int] = []
     for name in sorted(topics):

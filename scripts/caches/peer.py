@@ -1,4 +1,4 @@
-"""kvpress beside us: the same exported weights, the same tokens, the same bytes, in a Python of its own."""
+"""Measures kvpress in another Python environment, with the same weights, tokens and bytes."""
 
 import json
 import subprocess
@@ -16,13 +16,13 @@ from attnzoo.tasks.examples import Example
 from scripts.caches.retrieval import Batches, Score
 
 PRESSES = ("SnapKVPress", "ObservedAttentionPress", "TOVAPress", "ExpectedAttentionPress", "KnormPress")
-"""Presses that choose tokens by what they see in the prompt: what D2O is compared with. ObservedAttention is H2O's
-accumulated attention."""
+"""Presses that choose tokens by the prompt, with which D2O is compared. ObservedAttention is H2O's accumulated
+attention."""
 
 
 @dataclass(frozen=True)
 class PeerError(Exception):
-    """The other Python could not run; the message says what it said last."""
+    """kvpress could not be run; the message has its last line of output."""
 
     message: str
 
@@ -32,18 +32,18 @@ class PeerError(Exception):
 
 @dataclass(frozen=True)
 class Exchange:
-    """kvpress's Python, the script to run there, and a directory for the exported model and the files of both sides."""
+    """The Python of kvpress's environment, the script to run, and a directory for the exported model and the files."""
 
     python: Path
     script: Path
     directory: Path
 
     def export(self, model: DecoderLM) -> None:
-        """The model as kvpress reads it."""
+        """Exports the model for kvpress."""
         export_model(self.directory / "model", model)
 
     def run(self, work: dict[str, Any], result: Path) -> Path:
-        """Has the exported model do some work; returns the file of the result. Raises PeerError when it fails."""
+        """Runs `work` on the exported model; returns the path of the result. Raises PeerError if it fails."""
         told, result = self.directory / "work.json", self.directory / result
         told.write_text(json.dumps({"model": str(self.directory / "model"), **work}), encoding="utf-8")
         try:
@@ -61,7 +61,8 @@ class Exchange:
 
 
 def work_items(examples: list[Example]) -> list[dict[str, Any]]:
-    """Two prompts an example: with the first question inside (the second one follows), and with it outside."""
+    """Two prompts for each example: with the first question inside the prompt (and the second after it), and with the
+    first question after the prompt."""
     items = []
     for example in examples:
         first, second = example.questions[:2]
@@ -75,9 +76,9 @@ def work_items(examples: list[Example]) -> list[dict[str, Any]]:
 
 
 def run_peer(exchange: Exchange, batches: Batches, budget: float) -> dict[str, Score]:
-    """Scores by press at a `budget`, the share of the full cache's bytes, which for kvpress is that of its tokens.
+    """Scores by press. budget: fraction of the full cache's bytes, which for kvpress is the fraction of its tokens.
 
-    Raises PeerError when the other Python cannot run kvpress.
+    Raises PeerError if kvpress cannot be run.
     """
     keys, items = [], []
     for (task, seed), groups in batches.items():
@@ -90,10 +91,7 @@ def run_peer(exchange: Exchange, batches: Batches, budget: float) -> dict[str, S
 
 
 def peer_logits(exchange: Exchange, tokens_NT: Tensor, prompt: int, budget: float) -> dict[str, Tensor]:
-    """logits_NTV by press after each token from `prompt` on, the last one left out, as of `protocol.forced_logits`.
-
-    Raises PeerError when the other Python cannot run kvpress.
-    """
+    """logits_NTV by press, as those of `protocol.forced_logits`. Raises PeerError if kvpress cannot be run."""
     work = {
         "kind": "logits",
         "ratio": 1 - budget,

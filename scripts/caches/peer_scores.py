@@ -1,8 +1,8 @@
-"""Our scores of channels and tokens against kvpress's, on the queries and keys that kvpress saw.
+"""Compares attnzoo's scores of channels and tokens with kvpress's, on kvpress's queries and keys.
 
-kvpress 0.5.5 takes means over queries, groups and keys where the papers take sums, so scores agree up to a factor. Its
-ThinKPress tells no scores: the channels that it sets to zero at every ratio give their order. Its SnapKVPress smooths
-by means alone, so kind="max" has nothing to be compared with.
+kvpress 0.5.5 takes means over queries, groups and keys where the papers take sums, so that scores agree up to a factor.
+Its ThinKPress does not return scores; their order follows from the channels that it sets to zero at each ratio. Its
+SnapKVPress smooths only with means, so that kind="max" cannot be compared.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ WINDOW, POOL = 32, 5
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """channels: of all layers and kv heads; same_rank: of them, those at the same place in the order of scores;
-    tokens: scores compared; difference: the largest between two of them, over the largest score of the kv head."""
+    """channels: number in all layers and kv heads; same_rank: number of channels with the same rank. tokens: number of
+    token scores; difference: their largest difference, relative to the largest score of the kv head."""
 
     channels: int
     same_rank: int
@@ -33,14 +33,14 @@ class Agreement:
 
 
 def compare_scores(exchange: Exchange, prompt_1T: Tensor) -> Agreement:
-    """Both on every layer of a prompt. Raises PeerError when the other Python cannot run kvpress."""
+    """Compares the scores in every layer for a prompt. Raises PeerError if kvpress cannot be run."""
     work = {"kind": "scores", "prompt": prompt_1T[0].tolist(), "window": WINDOW, "pool": POOL}
     return agreement(load_file(exchange.run(work, Path("scores.safetensors"))))
 
 
 def agreement(found: dict[str, Tensor]) -> Agreement:
-    """From what kvpress saw and said, by layer: queries_BNWH and keys_BKSH after rotation, rank_BKH (0: the channel
-    that is pruned first) and snapkv_BKP, scores of the tokens before the window."""
+    """The agreement with kvpress's tensors of each layer: queries_BNWH and keys_BKSH after rotation, rank_BKH (0: the
+    channel that is pruned first) and snapkv_BKP, the scores of the tokens before the window."""
     channels = same = tokens = 0
     difference = 0.0
     for layer in range(len(found) // 4):
@@ -49,7 +49,7 @@ def agreement(found: dict[str, Tensor]) -> Agreement:
         channels, same = channels + mine.numel(), same + int((mine == rank).sum())
         ours = snapkv_scores(queries, keys)
         tokens += ours.numel()
-        # Theirs are means over the queries of the window and the query heads of a group.
+        # kvpress takes means over the window's queries and the group's query heads.
         theirs = snapkv * (queries.shape[1] // keys.shape[1] * queries.shape[2])
         apart = (ours - theirs).abs().amax(-1) / ours.amax(-1)
         difference = max(difference, float(apart.max()))
@@ -57,13 +57,13 @@ def agreement(found: dict[str, Tensor]) -> Agreement:
 
 
 def channel_ranks(queries_BNWH: Tensor, keys_BKSH: Tensor) -> Tensor:
-    """rank_BKH: the place of every channel in the ascending order of ThinK's scores."""
+    """rank_BKH: the rank of every channel in ascending order of ThinK's scores."""
     held = torch.ones(1, 1, keys_BKSH.shape[2], dtype=torch.bool)
     return channel_scores(queries_BNWH, keys_BKSH, held).argsort(dim=-1, stable=True).argsort(dim=-1)
 
 
 def snapkv_scores(queries_BNWH: Tensor, keys_BKSH: Tensor, pool: int = POOL) -> Tensor:
-    """score_BKP of the tokens before the window, as the policy has them."""
+    """score_BKP of the tokens before the window, as the policy snapkv computes them."""
     at_S = torch.arange(keys_BKSH.shape[2])
     before = keys_BKSH.shape[2] - queries_BNWH.shape[2]
     mask = CausalMask(query_positions_BT=at_S[None, before:], key_positions_BKS=at_S[None, None])

@@ -1,4 +1,4 @@
-"""Which policies are compared, and by which option each is given more or fewer bytes."""
+"""The policies that are compared, each with the option that sets its size."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -10,9 +10,8 @@ Knob = Literal["keep_ratio", "channel_ratio"]
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A policy under a name of its own. `knob`: the option that is searched for a budget of bytes; None: it has no
-    choice. `role`: what it is in the comparison. `observes`: whether it has an observation window, whose queries and
-    whole keys count as bytes."""
+    """A policy in the comparison. knob: the option that is adjusted to a budget of bytes (None: none). role: in the
+    comparison. observes: whether it has an observation window, whose queries and unpruned keys count as bytes."""
 
     name: str
     policy: str
@@ -22,14 +21,14 @@ class Contender:
     observes: bool = False
 
     def build(self, ratio: float | None = None) -> CachePolicy:
-        """The policy at a value of its knob."""
+        """The policy, with its knob set to `ratio`."""
         chosen: dict[str, Any] = {} if self.knob is None or ratio is None else {self.knob: ratio}
-        # A benchmark's budget is its budget, however short its prompts.
+        # The budget must hold for short prompts too.
         least: dict[str, Any] = {"min_tokens": 0} if self.knob == "keep_ratio" else {}
         return build_cache(self.policy, {**least, **self.options, **chosen})
 
     def observing(self, window: int) -> "Contender":
-        """The same with a window of that many tokens, where it has one."""
+        """The same contender with an observation window of `window` tokens, if it has one."""
         return replace(self, options={**self.options, "window": window}) if self.observes else self
 
 
@@ -49,7 +48,7 @@ TOKENS = (
         observes=True,
     ),
 )
-"""Policies that drop tokens: any budget."""
+"""Policies that drop tokens; they can meet any budget."""
 PARTS = (
     TOKENS[0],
     Contender(name="d2o, nothing merged", policy="d2o", knob="keep_ratio", role="ours", options={"merge": False}),
@@ -64,9 +63,9 @@ PARTS = (
     ),
     TOKENS[3],
 )
-"""D2O, D2O less one of the parts that its paper adds to accumulated attention, and streaming to compare with."""
+"""D2O, D2O without each of the parts that its paper adds to accumulated attention, and streaming for comparison."""
 CHANNELS = (
     Contender(name="think", policy="think", knob="channel_ratio", role="ours", observes=True),
     Contender(name="random_channels", policy="random_channels", knob="channel_ratio", role="control", observes=True),
 )
-"""Policies that drop channels of keys: all values stay, so that no budget below half is in their reach."""
+"""Policies that drop channels of keys; they keep all values, so that they cannot meet a budget below one half."""

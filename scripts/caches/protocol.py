@@ -1,8 +1,8 @@
-"""Prefill, compress, then force tokens one by one: the only order in which compression is really measured.
+"""Measures compressed caches: reads a prompt, compresses its cache, and then forces the following tokens.
 
-One pass over a text never reads a compressed state, so a perplexity from it says nothing. Here the prompt is read in
-chunks, its state compressed once it is whole, and all that follows is read from what was kept: a later question in one
-chunk and every answer a token at a time, as a server would.
+A single forward pass over a text never reads a compressed state, so that its perplexity does not measure compression.
+Here the prompt is read in chunks, its complete state is compressed, and all following tokens use the compressed state:
+a later question in one chunk, and answers token by token, as in a server.
 """
 
 import time
@@ -18,16 +18,16 @@ from attnzoo.tasks.examples import Example
 from scripts.caches.metrics import FidelityMeter
 
 CHUNK = 128
-"""Tokens of a prompt that are read at once; a policy that compresses as it goes does so after each."""
+"""Tokens of a prompt chunk; policies with prefill="stream" compress after each chunk."""
 
 CONDITIONS = ("inside", "outside", "second")
-"""Where a question stands. inside: at the end of the prompt, where policies look for what queries want; outside: it
-comes after compression; second: it comes after compression, and the prompt ended with another one."""
+"""Where the question is. inside: at the end of the prompt, where policies observe queries; outside: after compression;
+second: after compression, while the prompt ended with another question."""
 
 
 @dataclass
 class Prefill:
-    """A compressed state, the bytes it takes (of all rows, as allocated), and the most that were held on the way."""
+    """A compressed state. nbytes: allocated bytes of all rows; peak_nbytes: largest state during prefill."""
 
     state: Any
     nbytes: int
@@ -36,7 +36,7 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Begun:
-    """Uncompressed state of the whole chunks at the beginning of a prompt, their tokens, and the peak so far."""
+    """The uncompressed state after the complete chunks of a prompt's beginning. tokens: read so far."""
 
     state: Any
     tokens: int
@@ -45,7 +45,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class Answer:
-    """How a question was answered: under which condition, and whether every token of the answer was the likeliest."""
+    """An answer under one of `CONDITIONS`. right: whether every answer token was the most likely one."""
 
     condition: str
     right: bool
@@ -53,7 +53,7 @@ class Answer:
 
 @torch.no_grad()
 def begin(model: DecoderLM, tokens_BT: Tensor, policy: CachePolicy, *, chunk: int, capacity: int) -> Begun:
-    """Reads the whole chunks of what several prompts begin with; they may get `capacity` tokens long."""
+    """Reads the complete chunks of the common beginning of several prompts. capacity: length of the longest prompt."""
     state = model.init_state(tokens_BT.shape[0], capacity, cache=policy)
     return _read(model, tokens_BT[:, : tokens_BT.shape[1] // chunk * chunk], Begun(state, 0, 0), chunk)
 
@@ -68,11 +68,10 @@ def prefill(
     room: int = 0,
     begun: Begun | None = None,
 ) -> Prefill:
-    """Reads a prompt in chunks and compresses its state; `room`: tokens that are to follow in the same buffers.
-    `begun`: a beginning of it that was read in the same chunks; it may be used again.
+    """Reads a prompt in chunks and compresses its state. room: tokens that will follow in the same buffers. begun: the
+    prompt's beginning, read in the same chunks; it is not changed.
 
-    The peak is the largest state that existed after a chunk or after compression. State that lives only inside a call
-    is not seen by it.
+    The peak is the largest state after a chunk or after compression; memory inside a call is not counted.
     """
     if begun is None:
         begun = Begun(model.init_state(tokens_BT.shape[0], tokens_BT.shape[1] + room, cache=policy), 0, 0)
@@ -84,7 +83,7 @@ def prefill(
 
 
 def _read(model: DecoderLM, tokens_BT: Tensor, begun: Begun, chunk: int) -> Begun:
-    """What follows the beginning, chunk by chunk. Uses up its state."""
+    """Reads the tokens after `begun` in chunks. It consumes the state of `begun`."""
     state, peak = begun.state, begun.peak_nbytes
     for start in range(begun.tokens, tokens_BT.shape[1], chunk):
         _, state = model.extend_hidden(tokens_BT[:, start : start + chunk], state)
@@ -94,8 +93,8 @@ def _read(model: DecoderLM, tokens_BT: Tensor, begun: Begun, chunk: int) -> Begu
 
 @torch.no_grad()
 def force(model: DecoderLM, state: Any, tokens_BT: Tensor, *, together: int = 0) -> tuple[Tensor, Any, float]:
-    """(logits_BTV, state, seconds): feeds the first `together` tokens in one chunk and the others one at a time; logits
-    t are read after token t. Seconds are those of single tokens."""
+    """(logits_BTV, state, seconds): reads the first `together` tokens in one chunk and the others one by one. Logits t
+    predict the token after t. seconds: of the single tokens."""
     logits = []
     if together:
         logits_BTV, state = model.extend(tokens_BT[:, :together], state)
@@ -109,10 +108,10 @@ def force(model: DecoderLM, state: Any, tokens_BT: Tensor, *, together: int = 0)
 
 @dataclass(frozen=True)
 class Told:
-    """Answers to a batch of examples, the bytes of its first sequence alone, and the rate of decoding.
+    """Answers to a batch of examples, the bytes of its first sequence run alone, and decoded tokens and seconds.
 
-    Alone, because a batch has as many slots a layer as the neediest of its sequences, whose layers may want different
-    shares; the answers of a batch are those of single runs all the same.
+    Bytes are measured alone because every layer of a batch has as many slots as its largest sequence needs. The answers
+    of a batch equal those of single runs.
     """
 
     answers: list[Answer]
@@ -123,9 +122,9 @@ class Told:
 
 
 def ask(model: DecoderLM, examples: list[Example], policy: CachePolicy, *, chunk: int = CHUNK) -> Told:
-    """Answers under all conditions to examples whose contexts and first two questions have the same lengths.
+    """Answers under all conditions, for examples whose contexts and first two questions have equal lengths.
 
-    The first question is asked inside and outside, the second one after the first was answered.
+    The first question is asked inside and outside the prompt, the second question after the first has been answered.
     """
     device = model.embedding.weight.device
     body_BT = torch.tensor([example.body for example in examples], device=device)
@@ -135,7 +134,7 @@ def ask(model: DecoderLM, examples: list[Example], policy: CachePolicy, *, chunk
         return torch.tensor([sum((getattr(q, part) for part in parts), ()) for q in questions], device=device)
 
     answers = []
-    # Inside: all of the first question belongs to the prompt; what is decoded begins with its lead.
+    # Inside: the prompt ends with the first question; decoding begins with its lead.
     prompt_BT = torch.cat([body_BT, column(first, "prompt")], dim=1)
     begun = begin(model, body_BT, policy, chunk=chunk, capacity=prompt_BT.shape[1])
     inside = prefill(model, prompt_BT, policy, chunk=chunk, begun=begun)
@@ -155,7 +154,7 @@ def ask(model: DecoderLM, examples: list[Example], policy: CachePolicy, *, chunk
 
 
 def _right(logits_BTV: Tensor, answers_BT: Tensor) -> list[bool]:
-    """The answer is the end of what was forced; every token of it must have been the likeliest before it."""
+    """Whether all answer tokens, the last of the forced ones, were predicted as most likely, by row."""
     length = answers_BT.shape[1]
     guesses_BT = logits_BTV[:, -length - 1 : -1].argmax(-1)
     right: list[bool] = (guesses_BT == answers_BT).all(dim=1).tolist()
@@ -165,8 +164,8 @@ def _right(logits_BTV: Tensor, answers_BT: Tensor) -> list[bool]:
 def fidelity(
     model: DecoderLM, tokens_BT: Tensor, prompt: int, policy: CachePolicy, full_BTV: Tensor, meter: FidelityMeter
 ) -> Prefill:
-    """Adds to `meter` how the policy's logits over the tokens after `prompt` differ from the full cache's (`full_BTV`,
-    by `forced_logits`); the prediction made by the prompt itself, before compression, does not count."""
+    """Adds to `meter` the policy's logits after `prompt` tokens and the full cache's `full_BTV` (of `forced_logits`).
+    The prediction at the prompt's last token, before compression, does not count."""
     done = prefill(model, tokens_BT[:, :prompt], policy)
     logits_BTV, _, _ = force(model, done.state, tokens_BT[:, prompt:-1])
     meter.add(full_BTV, logits_BTV, tokens_BT[:, prompt + 1 :])
@@ -174,6 +173,6 @@ def fidelity(
 
 
 def forced_logits(model: DecoderLM, tokens_BT: Tensor, prompt: int, policy: CachePolicy) -> Tensor:
-    """Logits after each token from `prompt` on, the last one left out: it has nothing to predict."""
+    """logits_BTV after each token from position `prompt` on, without the last token, which has no next token."""
     done = prefill(model, tokens_BT[:, :prompt], policy)
     return force(model, done.state, tokens_BT[:, prompt:-1])[0]

@@ -1,4 +1,4 @@
-"""Retrieval and fidelity at equal bytes: every contender at every budget that it can meet."""
+"""Measures retrieval and fidelity of every policy at every budget of bytes that it can meet."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,18 +15,19 @@ from scripts.caches.protocol import fidelity, forced_logits, prefill
 from scripts.caches.retrieval import Batches, Score, ask_all
 
 MARGIN = 0.02
+"""Fraction of a budget that stays unused, so that other prompts meet it too."""
 Entry = tuple[Contender, float, Fit]
-"""A contender, its budget, and the value of its knob that meets it."""
+"""A contender, its budget, and the ratio that meets it."""
 TEXTS_AT_ONCE = 4
-"""Logits of all of them over a large vocabulary are held twice."""
+"""Texts of a batch; two sets of their logits are held at once."""
 
 Tick = Callable[[int, str], None]
-"""Gets the number of examples done and what they were done for."""
+"""Called with the number of finished examples and a label."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A contender at a budget: the share of the full cache's bytes that it may take (1.0: the full cache itself)."""
+    """The score of a contender at a budget, a fraction of the full cache's bytes (1.0: the full cache)."""
 
     contender: Contender
     budget: float
@@ -36,7 +37,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Measurements:
-    """What is to be measured: contenders and the budgets they are measured at. `examples` are asked at each."""
+    """What to measure. entries: contenders with the budgets that they meet; skipped: (name, budget) of the others."""
 
     entries: tuple[Entry, ...]
     skipped: tuple[tuple[str, float], ...]
@@ -52,10 +53,9 @@ def longest_prompt(batches: Batches) -> Tensor:
 def plan(
     model: DecoderLM, prompt_1T: Tensor, wanted: Sequence[tuple[Contender, Sequence[float]]], chunk: int, tick: Tick
 ) -> Measurements:
-    """Finds every contender's knob for every budget by measuring real states of this prompt.
+    """Finds every contender's ratio for every budget, by measuring states of this prompt.
 
-    What a layer is given depends on the prompt, and slots come in pages: `MARGIN` of the budget stays unused here, that
-    other prompts keep to it too.
+    `MARGIN` of the budget stays unused, because a layer's share depends on the prompt and slots come in pages.
     """
 
     def measured(contender: Contender, ratio: float) -> int:
@@ -92,8 +92,7 @@ def _labelled(tick: Tick, label: str, done: int) -> None:
 def measure_fidelity(
     model: DecoderLM, texts_NT: Tensor, prompt: int, entries: Sequence[Entry], tick: Tick
 ) -> dict[tuple[str, float], Fidelity]:
-    """By (contender, budget): how the policy's predictions differ from the full cache's on the same texts, after a
-    prompt of `prompt` tokens of each."""
+    """The fidelity of every entry by (contender, budget), after a prompt of `prompt` tokens of each text."""
     meters = {(contender.name, budget): FidelityMeter() for contender, budget, _ in entries}
     for tokens_BT in texts_NT.split(TEXTS_AT_ONCE):
         full_BTV = forced_logits(model, tokens_BT, prompt, FULL.build())

@@ -1,4 +1,4 @@
-"""Retrieval under every policy: the same questions of the same examples, by task, condition and seed."""
+"""Measures retrieval with a cache policy: accuracy by task, condition and seed."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -14,13 +14,13 @@ Maker = Callable[[str, int], Example]
 Batches = dict[tuple[str, int], list[list[Example]]]
 """(task, seed of the benchmark) -> batches of examples whose tensors have the same shapes."""
 SEED_STRIDE = 1_000_000
-"""Seeds of examples of one seed of the benchmark are this far from those of the next."""
+"""Difference between the examples' seeds of two seeds of the benchmark."""
 
 
 @dataclass
 class Score:
-    """Right answers by (task, condition, seed), and what decoding took. Bytes are those of one sequence, the most over
-    all examples; a peak of 0 was not measured."""
+    """right: answers by (task, condition, seed). nbytes, peak_nbytes: of one sequence, the most of all examples (a peak
+    of 0 was not measured). tokens, seconds: of decoding."""
 
     right: dict[tuple[str, str, int], list[bool]] = field(default_factory=lambda: defaultdict(list))
     nbytes: int = 0
@@ -29,7 +29,8 @@ class Score:
     seconds: float = 0.0
 
     def accuracy(self, task: str | None = None, condition: str | None = None, seed: int | None = None) -> float:
-        """Share of right answers; None: over all. Tasks and conditions count alike. NaN where nothing was asked."""
+        """Fraction of right answers for a task, condition and seed (None: for all). All tasks and conditions have equal
+        weight. NaN if there are no answers."""
         groups = defaultdict(list)
         for (one, where, number), answers in self.right.items():
             if task in (None, one) and condition in (None, where) and seed in (None, number):
@@ -40,7 +41,7 @@ class Score:
 
 
 def make_batches(make: Maker, tasks: Iterable[str], seeds: int, count: int, batch: int) -> Batches:
-    """`count` examples of each task for each seed, grouped by the shapes of their parts and cut into batches."""
+    """`count` examples of each task and seed, grouped by shape into batches of at most `batch`."""
     batches: Batches = {}
     for task in tasks:
         for seed in range(seeds):
@@ -62,8 +63,8 @@ def _shape(example: Example) -> tuple[int, ...]:
 
 
 def ask_all(model: DecoderLM, batches: Batches, policy: CachePolicy, chunk: int, tick: Callable[[int], None]) -> Score:
-    """Asks everything under a policy, prompts read `chunk` tokens at a time; `tick` gets the number of examples
-    done."""
+    """Asks all questions with a policy; prompts are read in chunks of `chunk` tokens. tick: called with the number of
+    finished examples."""
     result = Score()
     for (task, seed), groups in batches.items():
         for examples in groups:
@@ -79,9 +80,9 @@ def ask_all(model: DecoderLM, batches: Batches, policy: CachePolicy, chunk: int,
 
 
 def keep_answered(batches: Batches, full: Score, count: int, batch: int) -> Batches:
-    """Of each task and seed the first `count` examples that the full cache answers under all conditions, batched anew.
+    """For each task and seed, the first `count` examples that the full cache answers under all conditions, in batches.
 
-    `full`: answers to all of `batches`. Tasks without as many for every seed are left out.
+    full: the full cache's answers to `batches`. Tasks with fewer such examples for any seed are left out.
     """
     kept: Batches = {}
     for (task, seed), groups in batches.items():
@@ -95,6 +96,6 @@ def keep_answered(batches: Batches, full: Score, count: int, batch: int) -> Batc
 
 
 def solved_tasks(full: Score, tasks: Iterable[str], least: float) -> list[str]:
-    """Tasks whose accuracy with the full cache is at least `least` under every condition: on others a compressed cache
-    has nothing to lose, and its number would say nothing."""
+    """Tasks whose accuracy with the full cache is at least `least` under every condition. On others a compressed cache
+    could not do worse."""
     return [task for task in tasks if all(full.accuracy(task, where) >= least for where in CONDITIONS)]

@@ -1,9 +1,9 @@
-"""What a decode step would take on a chip, by a model: the larger of bytes over bandwidth and FLOPs over peak.
+"""Estimates the time of a decode step on a chip: the larger of bytes / bandwidth and FLOPs / peak FLOP/s.
 
-A model, not a measurement. It counts the weights once a step for all sequences, two FLOPs a weight and token, and of
-attention and merging what their operations must move and compute (`attnzoo.ops.paged_decode.cost`,
-`attnzoo.ops.evict_merge.cost`). Launches, the writing of new keys, the choice of who leaves and everything that does
-not overlap are left out, so real speed-ups are smaller where steps are short.
+This is a model, not a measurement. It counts the weights once a step, two FLOPs per weight and token, and the bytes and
+FLOPs of attention and merging (`attnzoo.ops.paged_decode.cost`, `attnzoo.ops.evict_merge.cost`). It leaves out kernel
+launches, writing new keys, choosing the tokens to evict, and imperfect overlap. So real speed-ups of short steps are
+smaller.
 """
 
 from dataclasses import dataclass
@@ -21,24 +21,25 @@ from attnzoo.types import dtype_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """Of one decode step of `batch` sequences: bytes moved and FLOPs."""
+    """The bytes moved and the FLOPs of one decode step of all sequences."""
 
     nbytes: int
     flops: int
 
     def seconds(self, chip: Chip, precision: str = "bf16") -> float:
-        """By the roofline."""
+        """Seconds of the step on a chip, by the roofline."""
         return max(self.nbytes / chip.bandwidth, self.flops / chip.flops(precision))
 
 
 def step_cost(*, weight_bytes: int, weights: int, attention: OpCost, batch: int) -> StepCost:
-    """`weights`: parameters that a token is multiplied by; `attention`: of all layers and sequences."""
+    """The cost of a step of `batch` sequences. weight_bytes: weights read in a step. weights: number of parameters in
+    matrix products. attention: cost of attention in all layers and sequences."""
     return StepCost(nbytes=weight_bytes + attention.bytes_moved, flops=batch * 2 * weights + attention.flops)
 
 
 def attention_cost(model: DecoderLM, state: Any, batch: int) -> OpCost:
-    """What attention and merging move and compute in the next step of `batch` sequences like the one of `state`, all
-    layers together; of layers without keys nothing is counted."""
+    """The cost of attention and merging in the next step of `batch` sequences with the state `state`, in all layers.
+    Layers without keys are not counted."""
     costs = []
     for block, layer in zip(model.layers(), state.layers, strict=True):
         mixing = getattr(layer, "mixing", None)
@@ -52,7 +53,7 @@ def attention_cost(model: DecoderLM, state: Any, batch: int) -> OpCost:
 
 
 def _layer_costs(state: FullCacheState | CompressedState, heads: int, length: int, batch: int) -> list[OpCost]:
-    """Of one layer after `length` tokens, the new one included."""
+    """The costs of one layer with `length` tokens, including the new one."""
     if isinstance(state, FullCacheState):
         return [_decode_cost(state, (_whole(length, state.keys_BKSH.shape[3]),), heads, batch)]
     prefix, ring = state.prefix, state.ring
@@ -91,7 +92,7 @@ def _whole(slots: int, head_dim: int) -> SegmentSizes:
 def _decode_cost(
     like: FullCacheState, segments: tuple[SegmentSizes, ...], heads: int, batch: int, **options: Any
 ) -> OpCost:
-    """`like`: a full cache of the layer's kv heads, width and dtype."""
+    """The cost of attention over `segments`. like: a full cache with the layer's kv heads, head_dim and dtype."""
     _, kv_heads, _, head_dim = like.keys_BKSH.shape
     return decode_cost(
         DecodeSizes(

@@ -1,4 +1,4 @@
-"""The parts of the benchmark: each measures one thing and adds its rows and claims to the report."""
+"""The sections of the benchmark; each adds its rows and claims to the report."""
 
 import sys
 from collections.abc import Sequence
@@ -33,12 +33,12 @@ SPEED_POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "think": ("think", {"channel_ratio": 0.5}),
     "d2o+think": ("d2o+think", {"keep_ratio": 0.2, "min_tokens": 0, "channel_ratio": 0.5, "prefill": "stream"}),
 }
-"""What decoding is timed with: D2O at 20 %, ThinK at 50 %, both."""
+"""Policies for the speed of decoding: D2O with 20 % of the tokens, ThinK with 50 % of the channels, both."""
 ROOFLINE_CHIPS = ["H100", "MI300X"]
 
 
 def symbols(text_model: TextModel, settings: Settings, report: Report) -> None:
-    """Retrieval over symbols with the small model that was trained on it. Raises ValueError when it solves no task."""
+    """Retrieval over symbols, with the small model that is trained on it. Raises ValueError if it solves no task."""
     tokens, sizes = symbol_tokens(text_model.encode), settings.symbols
 
     def make(task: str, seed: int) -> Any:
@@ -56,8 +56,8 @@ def symbols(text_model: TextModel, settings: Settings, report: Report) -> None:
 
 
 def text(text_model: TextModel, settings: Settings, report: Report, peer: Exchange | None) -> None:
-    """Fidelity of prose and retrieval in English with a real checkpoint; kvpress on the same, where it is given. A
-    checkpoint that solves no task is measured by its fidelity alone."""
+    """Fidelity on prose and retrieval in English with a real checkpoint, and, with `peer`, the same with kvpress. For a
+    checkpoint that solves no task only fidelity is measured."""
     sizes = settings.text
 
     def make(task: str, seed: int) -> Any:
@@ -77,7 +77,7 @@ def text(text_model: TextModel, settings: Settings, report: Report, peer: Exchan
 
 
 def parts(text_model: TextModel, settings: Settings, report: Report) -> None:
-    """What each part of D2O does to the fidelity of prose; the same budgets, prompts and texts as the section text."""
+    """The effect of each part of D2O on fidelity, with the budgets, prompts and texts of the section text."""
     sizes = settings.text
     prompt_1T = prose(text_model.encode, 1, settings.fidelity.prompt)
     wanted: list[tuple[Contender, Sequence[float]]] = [(contender, sizes.token_budgets) for contender in PARTS]
@@ -89,12 +89,12 @@ def parts(text_model: TextModel, settings: Settings, report: Report) -> None:
 
 
 def _drawn(make: Maker, sizes: QualitySizes, seeds: int) -> Batches:
-    """All examples that the full cache is asked."""
+    """All examples for the full cache."""
     return make_batches(make, sizes.tasks, seeds, sizes.drawn or sizes.count, sizes.batch)
 
 
 def _planned(name: str, model: DecoderLM, batches: Batches, sizes: QualitySizes) -> Measurements:
-    """All contenders at all budgets that they can meet; says which they cannot."""
+    """All contenders at all budgets that they can meet; prints those that they cannot meet."""
     wanted: list[tuple[Contender, Sequence[float]]] = [(c.observing(sizes.window), sizes.token_budgets) for c in TOKENS]
     wanted += [(c.observing(sizes.window), sizes.channel_budgets) for c in CHANNELS]
     return _plan(name, model, longest_prompt(batches), wanted, sizes.chunk)
@@ -114,7 +114,7 @@ def _plan(
 def _quality(
     name: str, model: DecoderLM, batches: Batches, found: Measurements, sizes: QualitySizes, report: Report
 ) -> list[Result]:
-    """What is planned, on the tasks and examples that the full cache solves."""
+    """Measures the planned entries on the tasks and examples that the full cache solves."""
     tasks = list(dict.fromkeys(task for task, _ in batches))
     seeds = 1 + max(seed for _, seed in batches)
     progress = Progress(seeds * sizes.count * len(tasks) * len(found.entries))
@@ -129,8 +129,8 @@ def _quality(
 
 
 def _solved(name: str, model: DecoderLM, batches: Batches, sizes: QualitySizes, report: Report) -> Batches:
-    """What the full cache solves: tasks or, where more is drawn than asked, examples; reports accuracy on all. Empty
-    when it solves none."""
+    """The batches of solved tasks or, with `sizes.drawn`, of solved examples; may be empty. Also reports the full
+    cache's accuracy on all."""
     progress = Progress(sum(len(examples) for groups in batches.values() for examples in groups))
     score = ask_all(model, batches, FULL.build(), sizes.chunk, lambda done: progress.add(done, f"{name}: full cache"))
     progress.close()
@@ -148,7 +148,7 @@ def _solved(name: str, model: DecoderLM, batches: Batches, sizes: QualitySizes, 
 
 
 def _fidelity_rows(name: str, text_model: TextModel, settings: Settings, found: Measurements) -> list[dict[str, Any]]:
-    """KL, agreement and perplexity over tokens that follow a compressed prompt of prose."""
+    """Rows with KL, agreement and perplexity of the tokens after a compressed prompt of prose."""
     sizes = settings.fidelity
     texts_NT = prose(text_model.encode, sizes.texts, sizes.prompt + sizes.forced + 1)
     progress = Progress(len(texts_NT) * len(found.entries))
@@ -158,7 +158,7 @@ def _fidelity_rows(name: str, text_model: TextModel, settings: Settings, found: 
 
 
 def _peer_scores(prompt_1T: Tensor, report: Report, peer: Exchange) -> None:
-    """kvpress's scores of channels and tokens, on its own queries and keys of a prompt."""
+    """Compares scores of channels and tokens with kvpress's, on its queries and keys of a prompt."""
     found = compare_scores(peer, prompt_1T)
     report.rows.append(table.agreement_row("kvpress: scores of the same queries and keys", found))
     report.claims += table.agreement_claims("kvpress", found)
@@ -167,7 +167,7 @@ def _peer_scores(prompt_1T: Tensor, report: Report, peer: Exchange) -> None:
 def _peer_quality(
     batches: Batches, results: Sequence[Result], sizes: QualitySizes, report: Report, peer: Exchange
 ) -> None:
-    """kvpress's answers at the budgets of the token policies."""
+    """Adds kvpress's answers at the budgets of the token policies."""
     tasks = list(dict.fromkeys(task for task, _ in batches))
     full = results[0]
     for budget in sizes.token_budgets:
@@ -183,7 +183,7 @@ def _peer_quality(
 
 
 def _peer_fidelity(text_model: TextModel, settings: Settings, report: Report, peer: Exchange) -> None:
-    """kvpress's predictions of the same prose, against our full cache's."""
+    """Adds the fidelity of kvpress on the same prose, relative to attnzoo's full cache."""
     sizes = settings.fidelity
     texts_NT = prose(text_model.encode, sizes.texts, sizes.prompt + sizes.forced + 1)
     full_NTV = forced_logits(text_model.model, texts_NT, sizes.prompt, FULL.build())
@@ -195,7 +195,7 @@ def _peer_fidelity(text_model: TextModel, settings: Settings, report: Report, pe
 
 
 def speed(model: DecoderLM, settings: Settings, report: Report) -> dict[str, Speed]:
-    """Decoding at a long context; the speeds of the least number of sequences."""
+    """Measures decoding with a long context; returns the speeds with the smallest number of sequences, by policy."""
     policies = {name: build_cache(kind, options) for name, (kind, options) in SPEED_POLICIES.items()}
     found = measure_speed(model, policies, settings.speed, lambda line: print(f"decode: {line}", file=sys.stderr))
     for batch, speeds in found.items():
@@ -209,7 +209,7 @@ def speed(model: DecoderLM, settings: Settings, report: Report) -> dict[str, Spe
 
 
 def roofline(model: DecoderLM, speeds: dict[str, Speed], report: Report) -> None:
-    """What bytes and FLOPs of the measured states would promise on other chips; a model."""
+    """Adds estimates for other chips from the bytes and FLOPs of the measured states."""
     weights = model.num_parameters(embeddings=False) + model.head.weight.numel()
     costs = {
         name: step_cost(

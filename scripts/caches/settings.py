@@ -1,4 +1,4 @@
-"""Sizes of the benchmark: what is measured, and the small ones of --quick."""
+"""The sizes of the benchmark, and the small ones of --quick."""
 
 from dataclasses import dataclass, field
 
@@ -8,12 +8,11 @@ from scripts.caches.speed import SpeedSizes
 
 @dataclass(frozen=True, kw_only=True)
 class QualitySizes:
-    """context: tokens that questions are about. count: examples of a task and seed. batch: of them side by side.
-    chunk: tokens of a prompt that are read at once. window: of observation, for policies that have one. token_budgets,
-    channel_budgets: shares of the full cache's bytes, for policies that drop tokens and for those that drop channels of
-    keys. least: accuracy of the full cache that makes a task worth asking. drawn: examples of a task and seed of which
-    the first `count` that the full cache answers under all conditions are asked, for models that are not sure of any
-    task; None: all are asked."""
+    """context: tokens of a context. count: examples of a task and seed. batch: examples at a time. chunk: tokens of a
+    prompt chunk. window: tokens of the observation window, for policies that have one. token_budgets, channel_budgets:
+    fractions of the full cache's bytes, for policies that drop tokens and for those that drop channels of keys. least:
+    accuracy of the full cache from which on a task is measured. drawn: examples to choose from, of which the first
+    `count` that the full cache answers are measured, for models that solve no task reliably (None: all)."""
 
     tasks: tuple[str, ...]
     context: int
@@ -29,7 +28,7 @@ class QualitySizes:
 
 @dataclass(frozen=True, kw_only=True)
 class FidelitySizes:
-    """texts: windows of prose; prompt: tokens before compression; forced: tokens after it, at least 128 of them."""
+    """texts: number of texts; prompt: tokens before compression; forced: tokens after it, at least 128."""
 
     texts: int = 8
     prompt: int = 512
@@ -38,7 +37,7 @@ class FidelitySizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All sizes; `seeds` of the examples."""
+    """All sizes. seeds: number of seeds for examples."""
 
     seeds: int = 3
     symbols: QualitySizes = field(

@@ -1,9 +1,9 @@
-"""Decoding at a long context: how fast every policy is on this machine, and how fast the bytes it reads allow.
+"""Measures decoding with a long context: the speed of every policy, and the speed that the bytes it reads allow.
 
-The state is a real one: one random prompt is read in chunks and compressed, and its rows are then repeated to the
-batch, because reading the prompt once a sequence would take the time of the whole benchmark and change no speed. A
-batch's state exists only while its policy has its turn: those of all policies together would not fit. Steps are timed
-operator by operator and, where a policy's can be, compiled: the faster form counts.
+One random prompt is read in chunks and compressed, and its state is repeated to a batch; a prompt for each sequence
+would take much longer and give the same speeds. A batch's state exists only during its policy's turn, because those of
+all policies together would not fit in memory. Steps are timed without and, where possible, with compilation; the faster
+form counts.
 """
 
 import statistics
@@ -26,8 +26,8 @@ from scripts.caches.step_parts import StepParts, step_parts
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedSizes:
-    """Tokens of the prompt, numbers of sequences, decode steps of a turn, turns, tokens of a prefill chunk; compiled:
-    whether steps are timed in that form, too."""
+    """context: tokens of the prompt. batches: numbers of sequences. steps: decode steps of a turn. turns: of each
+    policy. chunk: tokens of a prompt chunk. compiled: also time compiled steps."""
 
     context: int = 8192
     batches: tuple[int, ...] = (16, 32)
@@ -42,10 +42,10 @@ NOTHING, UNKNOWN = OpCost(bytes_read=0, bytes_written=0, flops=0), StepParts()
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """step_seconds: of a decode step of all sequences, the median of the best turn, in the faster form. state_bytes,
-    peak_bytes: of one sequence, after compression and at most during prefill. weight_bytes: read once a step. dtype: of
-    weights and state. attention: what attention and merging of a step must move and compute, all sequences. parts: of
-    step_seconds. operator_seconds: of a step that is not compiled, None where no step is."""
+    """step_seconds: of a decode step of all sequences, median of the best turn in the faster form. state_bytes,
+    peak_bytes: of one sequence, after compression and at the peak of prefill. weight_bytes: read in a step. dtype: of
+    weights and state. attention: cost of attention and merging in a step, for all sequences. parts: of step_seconds.
+    operator_seconds: of a step without compilation; None if steps cannot be compiled."""
 
     step_seconds: float
     state_bytes: int
@@ -59,31 +59,29 @@ class Speed:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all sequences together."""
+        """Decoded tokens per second of all sequences together."""
         return self.batch / self.step_seconds
 
     @property
     def read_bytes(self) -> int:
-        """What a step must read: weights once, every state once."""
+        """Bytes that a step must read: the weights, and the state of every sequence."""
         return self.weight_bytes + self.batch * self.state_bytes
 
     @property
     def read_rate(self) -> float:
-        """Bytes a second at which a step gets through what it must read."""
+        """`read_bytes` per second of a step."""
         return self.read_bytes / self.step_seconds
 
     def sequences_in(self, memory: int) -> int:
-        """How many sequences a cache of `memory` bytes holds when the last one to come in needs its peak.
-
-        One prompt is read at a time; the others are already compressed.
-        """
+        """Number of sequences that fit in `memory` bytes, when one is being read (and needs its peak) and the others
+        are compressed."""
         if memory < self.peak_bytes:
             return 0
         return 1 + (memory - self.peak_bytes) // self.state_bytes
 
 
 def weight_bytes(model: DecoderLM) -> int:
-    """Bytes of the weights that decoding reads: an untied embedding is read by the row."""
+    """Bytes of the weights that a decode step reads, without an untied embedding, of which it reads only rows."""
     read = {id(p): p.nbytes for p in model.parameters()}
     if not model.config.tie_embeddings:
         read.pop(id(model.embedding.weight))
@@ -94,9 +92,9 @@ def weight_bytes(model: DecoderLM) -> int:
 def measure_speed(
     model: DecoderLM, policies: dict[str, CachePolicy], sizes: SpeedSizes, say: Callable[[str], None]
 ) -> dict[int, dict[str, Speed]]:
-    """Speeds by number of sequences and policy; policies take turns. `say` gets a line at each.
+    """Speeds by number of sequences and policy; the policies take turns. say: called with a line of progress.
 
-    As serving does, it runs in inference mode, and where the CPU can, weights are packed in place.
+    As in serving, it runs in inference mode, and packs the weights in place if the CPU supports it.
     """
     if can_pack(model):
         pack_weights(model)
@@ -129,7 +127,7 @@ def measure_speed(
 
 
 Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
-"""(hidden_B1D, state) behind one token more."""
+"""A decode step: (tokens_B1, state) -> (hidden_B1D, state)."""
 OPERATORS, COMPILED = "", ", compiled"
 
 
@@ -144,11 +142,11 @@ def _add_compiled(
 
 
 PROFILED = 2
-"""Steps of a turn that the profiler watches."""
+"""Additional steps of a turn under the profiler."""
 
 
 def _turn(model: DecoderLM, step: Step, state_1: Any, tokens_B1: Tensor, steps: int) -> tuple[float, StepParts]:
-    """(median seconds of a step of as many sequences, its parts) from the state of one."""
+    """(median seconds of a step, its parts) for as many sequences as tokens, all with the state of one sequence."""
     state = state_1.map(lambda _, tensor: tensor.repeat_interleave(len(tokens_B1), dim=0))
     seconds = []
 
@@ -161,7 +159,7 @@ def _turn(model: DecoderLM, step: Step, state_1: Any, tokens_B1: Tensor, steps: 
         begin = time.perf_counter()
         once()
         seconds.append(time.perf_counter() - begin)
-    # The first step may make room for the tokens to come, and compile.
+    # The first step may allocate memory and compile.
     median = statistics.median(seconds[1:])
 
     def run() -> None:

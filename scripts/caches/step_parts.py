@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes: products with the weights, products with the cache, and all the rest."""
+"""Splits the time of a decode step into products with weights, products with the cache, and the rest."""
 
 import os
 from collections.abc import Callable
@@ -12,8 +12,8 @@ ENTRIES = ("aten::bmm", "aten::_scaled_dot_product_flash_attention_for_cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class StepParts:
-    """Seconds of a step. weights: in linear maps; entries: in products with keys and values; rest: softmax, choosing
-    and merging, norms, and the interpreter."""
+    """Seconds of a step. weights: in linear layers; entries: in products with keys and values; rest: softmax, eviction,
+    merging, norms, and the interpreter."""
 
     weights: float = 0.0
     entries: float = 0.0
@@ -21,9 +21,10 @@ class StepParts:
 
 
 def step_parts(run: Callable[[], None], steps: int, seconds: float) -> StepParts:
-    """Of a step that takes `seconds` unwatched; `run` makes `steps` of them under the profiler on the CPU. What the
-    profiler itself takes lies between products and is in no part: the rest is what products leave of `seconds`."""
-    # Otherwise every use prints two lines.
+    """The parts of a step that takes `seconds` without the profiler. run: makes `steps` steps. The products are
+    measured under the profiler on the CPU; the rest is `seconds` without them, so that it has no overhead of the
+    profiler."""
+    # Otherwise the profiler prints two lines.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=[ProfilerActivity.CPU]) as watched:
         run()

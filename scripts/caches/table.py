@@ -1,4 +1,4 @@
-"""Rows and claims of a measurement of cache policies."""
+"""The rows and claims about cache policies."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,7 +16,7 @@ THINK, RANDOM_CHANNELS = "think", "random_channels"
 
 
 def quality_row(table: str, result: Result, tasks: Sequence[str]) -> dict[str, Any]:
-    """Bytes, accuracy by task (over all conditions) and by condition (over all tasks)."""
+    """A row with bytes, accuracy by task (over all conditions) and accuracy by condition (over all tasks)."""
     score = result.score
     return {
         "table": table,
@@ -33,7 +33,7 @@ def quality_row(table: str, result: Result, tasks: Sequence[str]) -> dict[str, A
 
 
 def fidelity_row(table: str, policy: str, budget: float, fidelity: Fidelity) -> dict[str, Any]:
-    """How predictions move and what the text then costs."""
+    """A row with the fidelity of a policy."""
     return {
         "table": table,
         "policy": policy,
@@ -46,7 +46,7 @@ def fidelity_row(table: str, policy: str, budget: float, fidelity: Fidelity) -> 
 
 
 def seed_rows(table: str, result: Result, tasks: Sequence[str], seeds: int) -> list[dict[str, Any]]:
-    """Accuracy of every task, condition and seed: what the means are made of."""
+    """Rows with the accuracy of every task, condition and seed."""
     return [
         {
             "table": table,
@@ -64,7 +64,7 @@ def seed_rows(table: str, result: Result, tasks: Sequence[str], seeds: int) -> l
 
 
 def quality_claims(table: str, results: Sequence[Result], tasks: Sequence[str]) -> list[Claim]:
-    """D2O against the controls of the same bytes on every task, and thinner keys against random channels."""
+    """D2O against the controls of equal size on every task, and ThinK against random channels."""
     found = {(r.contender.name, r.budget): r for r in results}
     claims = []
     for budget in sorted({r.budget for r in results}, reverse=True):
@@ -84,7 +84,7 @@ def quality_claims(table: str, results: Sequence[Result], tasks: Sequence[str]) 
 
 
 def parts_claims(table: str, rows: Sequence[dict[str, Any]]) -> list[Claim]:
-    """With a part D2O stays nearer to the full cache than without it. `rows`: of fidelity."""
+    """D2O is nearer to the full cache than D2O without one of its parts. rows: of `fidelity_row`."""
     found = {(row["policy"], row["budget"]): row["KL mean"] for row in rows}
     budgets = sorted({budget for policy, budget in found if policy == D2O}, reverse=True)
     without = dict.fromkeys(policy for policy, _ in found if policy.startswith(f"{D2O}, "))
@@ -100,20 +100,20 @@ def parts_claims(table: str, rows: Sequence[dict[str, Any]]) -> list[Claim]:
 
 
 def solved_claim(table: str, full: Result, tasks: Sequence[str], least: float) -> Claim:
-    """Every task is one that the model answers with the full cache; on others the comparison would say nothing."""
+    """The model solves every task with the full cache."""
     answered = {task for task, _, _ in full.score.right}
     return _at_least(f"{table}: tasks that the full cache solves to {least:.0%}", len(tasks), len(answered))
 
 
 def byte_budget_claims(table: str, results: Sequence[Result]) -> list[Claim]:
-    """Over all examples no policy takes more than its share of the full cache's bytes."""
+    """No policy exceeds its budget for any example."""
     full = next(result for result in results if result.budget == 1.0).score.nbytes
     used = [r.score.nbytes / (r.budget * full) for r in results if r.budget < 1.0]
     return [Claim(name=f"{table}: bytes over the budget, the most of all policies", expected=1.0, measured=max(used))]
 
 
 def speed_rows(speeds: dict[str, Speed]) -> list[dict[str, Any]]:
-    """Tokens a second, bytes, and the speed-up that reading fewer bytes allows."""
+    """Rows with tokens per second, bytes, and the speed-up that reading fewer bytes allows."""
     full = speeds["full"]
     return [
         {
@@ -137,11 +137,11 @@ def speed_rows(speeds: dict[str, Speed]) -> list[dict[str, Any]]:
 
 
 def speed_claims(name: str, speeds: dict[str, Speed]) -> list[Claim]:
-    """Throughput against the full cache of the same run and number of sequences."""
+    """Throughput relative to the full cache with the same number of sequences."""
     full = speeds["full"]
     best = max(speed.read_rate for speed in speeds.values())
     claims = [
-        # A slow baseline would flatter every policy: ratios beyond what bytes allow come from it, not from them.
+        # A slow baseline would favour every policy, so the full cache must read nearly as fast as the best.
         _at_least(f"{name}: full cache's bytes/s over the best policy's", 0.75, full.read_rate / best)
     ]
     if "d2o" in speeds:
@@ -161,7 +161,7 @@ def speed_claims(name: str, speeds: dict[str, Speed]) -> list[Claim]:
 
 
 def memory_claims(speeds: dict[str, Speed]) -> list[Claim]:
-    """Bytes of a sequence, and sequences in the memory that the full cache takes for the batch."""
+    """Bytes of a sequence, and sequences that fit in the memory that the full cache takes for the batch."""
     full = speeds["full"]
     claims = byte_claims({name: speed.state_bytes / full.state_bytes for name, speed in speeds.items()})
     if "d2o" in speeds:
@@ -172,7 +172,7 @@ def memory_claims(speeds: dict[str, Speed]) -> list[Claim]:
 
 
 def byte_claims(shares: dict[str, float]) -> list[Claim]:
-    """`shares`: bytes of each policy over the full cache's."""
+    """The claims about saved bytes. shares: bytes of each policy relative to the full cache."""
     wanted = {"think": 0.24, "d2o+think": 0.84}
     return [
         _at_least(f"{name}: share of the full cache's bytes that is gone", least, 1 - shares[name])
@@ -182,12 +182,12 @@ def byte_claims(shares: dict[str, float]) -> list[Claim]:
 
 
 def peer_claim(table: str, ours: float, press: str, theirs: float) -> Claim:
-    """The mean over tasks at the same bytes against the best press."""
+    """D2O's mean accuracy against that of kvpress's best press, at equal bytes."""
     return _at_least(f"{table}: d2o against kvpress's {press}, mean", theirs, ours)
 
 
 def agreement_row(table: str, found: Agreement) -> dict[str, Any]:
-    """How far scores agree."""
+    """A row with the agreement of scores."""
     return {
         "table": table,
         "channels": found.channels,
@@ -198,7 +198,7 @@ def agreement_row(table: str, found: Agreement) -> dict[str, Any]:
 
 
 def agreement_claims(name: str, found: Agreement) -> list[Claim]:
-    """ThinK ranks every channel alike; SnapKV's scores differ by no more than rounding in float32."""
+    """ThinK ranks every channel as ThinKPress does; SnapKV's scores differ only by rounding in float32."""
     share = found.same_rank / found.channels
     return [
         Claim(name=f"{name}: channels that think ranks as ThinKPress", expected=1.0, measured=share, kind="equal"),

@@ -1,4 +1,4 @@
-"""Variants side by side: what they learn (`attnzoo compare`), what they take, what fits. Plain torch."""
+"""Compares attention variants (`attnzoo compare`): quality, speed and memory, in plain torch."""
 
 from scripts.compare.comparison import Comparison, Run
 from scripts.compare.config import CompareConfig, PaperConfig, RecallConfig, parse_settings

@@ -1,4 +1,4 @@
-"""`attnzoo compare`: the command line of a comparison."""
+"""`attnzoo compare`: runs a comparison from its command line."""
 
 import argparse
 import sys
@@ -17,12 +17,12 @@ from scripts.compare.plot import plot_all
 
 
 def main(words: list[str] | None = None) -> int:
-    """`attnzoo compare`; returns the exit status."""
+    """Runs `attnzoo compare`; returns the exit status."""
     return carry_out("attnzoo compare", arguments.compare, run, sys.argv[1:] if words is None else words)
 
 
 def run(chosen: argparse.Namespace) -> int:
-    """Exit status 0 when all claims hold, 1 when one does not or a run fails, 130 for Ctrl-C. Raises ValueError for
+    """Exit status: 0 if all claims hold, 1 if one does not or a run fails, 130 after Ctrl-C. Raises ValueError for
     wrong usage."""
     if chosen.workers < 1:
         raise ValueError(f"--workers={chosen.workers} must be at least 1")
@@ -40,12 +40,12 @@ def run(chosen: argparse.Namespace) -> int:
 
 
 def measure(comparison: Comparison, chosen: argparse.Namespace) -> int:
-    """Compares, prints the tables, writes report and figures."""
+    """Compares, prints the tables, and writes the report and the figures."""
     report = Report.start(command=chosen.command, quick=chosen.quick)
     directory = chosen.run_dir or Path("runs/compare-quick" if chosen.quick else "runs/compare")
     if chosen.figures is not None:
         require_matplotlib("--figures")
-    comparison.text  # a wrong path is told before anything is trained  # noqa: B018
+    comparison.text  # reports a wrong path before training  # noqa: B018
     results = compare(comparison, directory, chosen.workers, report)
     if chosen.figures is not None:
         report.figures += [str(path) for path in plot_all(comparison, results, chosen.figures)]
@@ -56,7 +56,7 @@ def measure(comparison: Comparison, chosen: argparse.Namespace) -> int:
 
 
 def print_tables(report: Report) -> None:
-    """Each table under its name, then the claims and where the numbers come from."""
+    """Prints the tables, the claims, and where the numbers come from."""
     for name in dict.fromkeys(row["table"] for row in report.rows):
         rows = [{k: v for k, v in row.items() if k != "table"} for row in report.rows if row["table"] == name]
         print(f"{name}\n{format_table(rows)}\n")
@@ -66,7 +66,7 @@ def print_tables(report: Report) -> None:
 
 
 def show(comparison: Comparison) -> str:
-    """Settings, and the runs with their widths and steps."""
+    """The settings, and the runs with their widths and steps, as text."""
     lines = [f"{key}={value}" for key, value in flat(comparison.config).items()]
     rows = [
         {"run": comparison.name(run), "mlp_dim": comparison.width(run), "steps": comparison.steps(run)}
@@ -76,7 +76,7 @@ def show(comparison: Comparison) -> str:
 
 
 def flat(config: CompareConfig) -> dict[str, str]:
-    """Settings as the command line takes them."""
+    """The settings in the form of the command line."""
     found = {}
     for key, value in config.to_dict().items():
         if isinstance(value, dict):

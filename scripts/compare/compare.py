@@ -1,4 +1,4 @@
-"""The comparison as one report: runs, measurements, rows and claims."""
+"""Makes the runs and measurements of a comparison, and their rows and claims."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,13 @@ EQUAL = "equal shapes"
 
 @dataclass(frozen=True)
 class Results:
-    """Contents of all runs, and speeds: of every variant in the tables of `TITLES`, and with one width for all."""
+    """The contents of all runs, and speeds by (table, variant), for the tables in `TITLES` and for `EQUAL` shapes."""
 
     runs: list[tuple[Run, dict[str, Any]]]
     speeds: dict[tuple[str, str], Speed]
 
     def of(self, table: str, variant: str, form: str | None = None) -> list[dict[str, Any]]:
-        """Results of all seeds."""
+        """The results of all seeds for a table, a variant and (in the paper's setting) a form."""
         return [
             content["results"]
             for run, content in self.runs
@@ -34,7 +34,7 @@ class Results:
 
 
 def compare(comparison: Comparison, directory: Path, workers: int, report: Report) -> Results:
-    """Makes or reads all runs, measures, and fills the report with rows and claims."""
+    """Makes or reads all runs, measures speed and memory, and adds rows and claims to the report."""
     runs = run_all(comparison, directory, workers)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -61,7 +61,7 @@ def compare(comparison: Comparison, directory: Path, workers: int, report: Repor
 
 
 def measure_all(comparison: Comparison) -> dict[tuple[str, str], Speed]:
-    """Speed and memory of each variant, at its matched widths and at the width all share."""
+    """Speed and memory of each variant, with its matched widths and with equal shapes."""
     config = comparison.config
     speeds = {}
     for table in [*(table for table in TITLES if table in config.tables), EQUAL]:
@@ -73,7 +73,7 @@ def measure_all(comparison: Comparison) -> dict[tuple[str, str], Speed]:
 
 
 def quality_rows(comparison: Comparison, results: Results, table: str) -> list[dict[str, Any]]:
-    """Quality with intervals over seeds, and what was matched."""
+    """Rows with quality (confidence intervals over seeds) and the matched quantities."""
     rows = []
     for variant in comparison.config.variants:
         runs, match = results.of(table, variant), comparison.matches(table)[variant]
@@ -95,7 +95,7 @@ def quality_rows(comparison: Comparison, results: Results, table: str) -> list[d
 
 
 def cost_rows(comparison: Comparison, results: Results, table: str, title: str) -> list[dict[str, Any]]:
-    """Speed and memory: training steps of batch_size sequences of `segment`; decoding at a context of `segment`."""
+    """Rows with speed and memory of training steps, and of decoding with a context of `segment` tokens."""
     rows = []
     for variant in comparison.config.variants:
         speed = results.speeds[table, variant]
@@ -114,7 +114,7 @@ def cost_rows(comparison: Comparison, results: Results, table: str, title: str) 
 
 
 def extrapolation_rows(comparison: Comparison, results: Results, table: str) -> list[dict[str, Any]]:
-    """Nats a character in windows of 1, 2 and 4 trained lengths, and at their last `segment` positions."""
+    """Rows with nats per character in windows of 1, 2 and 4 trained lengths, and in their last `segment` positions."""
     rows = []
     for variant in comparison.config.variants:
         runs = results.of(table, variant)
@@ -130,7 +130,7 @@ def extrapolation_rows(comparison: Comparison, results: Results, table: str) -> 
 
 
 def recall_rows(comparison: Comparison, results: Results) -> list[dict[str, Any]]:
-    """Accuracy of associative recall."""
+    """Rows with the accuracy of associative recall."""
     rows = []
     for variant in comparison.config.variants:
         runs, match = results.of("recall", variant), comparison.matches("recall")[variant]

@@ -1,4 +1,4 @@
-"""From a configuration to the runs it asks for: models, matched widths, and what each run's numbers depend on."""
+"""The runs of a comparison: their models, matched widths, and settings."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ from scripts.compare.text import Text, load_text
 
 @dataclass(frozen=True)
 class Run:
-    """Which run: a table of `TABLES`, a variant, a seed, and for the paper's setting the form of its segments."""
+    """One run. table: of `TABLES`. form: of the segments, only in the paper's setting."""
 
     table: str
     variant: str
@@ -28,7 +28,7 @@ class Run:
 
 
 class Comparison:
-    """Text, widths and runs of a configuration, each worked out once."""
+    """The text, widths and runs of a configuration, each computed once."""
 
     def __init__(self, config: CompareConfig) -> None:
         self.config = config
@@ -36,28 +36,28 @@ class Comparison:
 
     @cached_property
     def text(self) -> Text:
-        """The text. Raises ValueError when it cannot be read."""
+        """The text. Raises ValueError if it cannot be read."""
         return load_text(self.config.text, self.config.validation_chars)
 
     @cached_property
     def text_hash(self) -> str:
-        """Says which text the numbers are of."""
+        """A digest that identifies the text."""
         ids = torch.cat([self.text.train, self.text.validation])
         return hashlib.sha256(self.text.characters.encode() + ids.numpy().tobytes()).hexdigest()
 
     def decoder(self, variant: str, mlp_dim: int, positions: int) -> DecoderConfig:
-        """The paper's block with the variant in it, and position tables of `positions` rows."""
+        """The model with the paper's block and a variant, and position tables of `positions` rows."""
         config = self.config
         return _decoder(config, self.text.vocab_size, mlp_dim, positions, attention_spec(variant, config.num_heads))
 
     def recall_decoder(self, variant: str, mlp_dim: int) -> DecoderConfig:
-        """The small model of the recall task, with the same block."""
+        """The small model for the recall task, with the same kind of block."""
         recall = self.config.recall
         spec = attention_spec(variant, recall.num_heads)
         return _decoder(recall, recall.vocab_size, mlp_dim, recall.length, spec)
 
     def matches(self, table: str) -> dict[str, Match]:
-        """Every variant's width in the tables "parameters", "flops" and "recall" (equal parameters)."""
+        """Every variant's matched width, in the tables "parameters", "flops" and "recall" (equal parameters)."""
         if table not in self._matches:
             config, recall = self.config, table == "recall"
             builders: dict[str, Callable[[int], DecoderConfig]] = {
@@ -73,32 +73,30 @@ class Comparison:
         return self.decoder(variant, width, self.config.segment)
 
     def width(self, run: Run) -> int:
-        """The hidden width of a run's MLP: matched, or in the paper's setting the paper's."""
+        """The hidden width of a run's MLP: matched, or, in the paper's setting, that of the paper."""
         return self.config.mlp_dim if run.table == "paper" else self.matches(run.table)[run.variant].mlp_dim
 
     def name(self, run: Run) -> str:
-        """The name of a run's file. A run of equal width serves the tables of equal parameters and equal FLOPs."""
+        """The name of a run's file. The tables "parameters" and "flops" share runs of equal width."""
         if run.table in ("parameters", "flops"):
             return f"text-{run.variant}-width{self.width(run)}-seed{run.seed}"
         return "-".join(filter(None, (run.table, run.variant, run.form, f"seed{run.seed}")))
 
     def steps(self, run: Run) -> int:
-        """Training steps of a run."""
+        """Number of training steps of a run."""
         config = self.config
         return {"paper": config.paper.steps, "recall": config.recall.steps}.get(run.table, config.steps)
 
     def forms(self, variant: str) -> list[Form]:
-        """The forms of the paper's setting in which a variant is trained: none where the state does not grow.
-
-        (The paper's memory of hidden states is a cache; a variant that sums its past up has no use for one.)
-        """
+        """The forms of the paper's setting for a variant. None for a state of constant size, because the paper's memory
+        of hidden states is a cache, which such a variant does not need."""
         attention = DecoderLM(self.decoder(variant, 1, 2)).layers()[0].attention
         if attention.traits.growth == "O(1)":
             return []
         return ["published", "carried"] if has_query_history(attention) else ["published"]
 
     def plan(self) -> list[Run]:
-        """All runs, those of one table together; seeds vary slowest, so that an early stop leaves whole seeds."""
+        """All runs by table; seeds vary slowest, so that an interrupted comparison has complete seeds."""
         config = self.config
         runs: list[Run] = []
         for table in config.tables:
@@ -111,7 +109,7 @@ class Comparison:
         return runs
 
     def settings(self, run: Run) -> dict[str, Any]:
-        """What the numbers of a run depend on."""
+        """The settings on which a run's results depend."""
         values = self.config.to_dict()
         content: dict[str, Any] = {"width": self.width(run), "gradient_clip": self.config.gradient_clip}
         if run.table == "recall":
@@ -127,13 +125,13 @@ class Comparison:
 
 
 def attention_spec(variant: str, num_heads: int) -> dict[str, Any]:
-    """The variant with `num_heads`, if it has heads, and its other options at their defaults."""
+    """The variant with `num_heads` (if it has heads) and default options."""
     has_heads = "num_heads" in {field.name for field in dataclasses.fields(ATTENTION.get(variant).Config)}
     return {"kind": variant, "num_heads": num_heads} if has_heads else {"kind": variant}
 
 
 def _decoder(sizes: Any, vocab_size: int, mlp_dim: int, positions: int, attention: dict[str, Any]) -> DecoderConfig:
-    """Pre-LayerNorm, ReLU, untied output, no dropout (arXiv 2308.03429, by the authors' code)."""
+    """The model of the paper's code: pre-LayerNorm, ReLU, untied output, no dropout (arXiv 2308.03429)."""
     return DecoderConfig(
         vocab_size=vocab_size,
         model_dim=sizes.model_dim,

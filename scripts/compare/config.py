@@ -1,4 +1,4 @@
-"""What a comparison is made of: every key of `attnzoo compare key=value ...`."""
+"""The settings of a comparison: every key of `attnzoo compare key=value ...`."""
 
 import copy
 import dataclasses
@@ -19,10 +19,10 @@ VARIANTS = ("mha", "rmha", "mdha", "rcmha", "linear")
 
 @dataclass(frozen=True, kw_only=True)
 class PaperConfig:
-    """The published setting (arXiv 2308.03429, by the authors' code), cut short.
+    """The published setting (arXiv 2308.03429, from the authors' code), but with fewer steps.
 
-    segment, memory, batch_size, lr and warmup_steps (Noam's schedule) are the published ones; table_rows is the
-    length of their position table. steps: theirs are about 157,000 (10 epochs), which is hours of CPU a run.
+    segment, memory, batch_size, lr and warmup_steps (Noam's schedule) have the published values. table_rows: length of
+    the published position table. steps: the authors take about 157,000 (10 epochs), which are hours on a CPU.
     """
 
     segment: int = 2
@@ -46,9 +46,9 @@ class PaperConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RecallConfig(RecallTask):
-    """Multi-query associative recall (arXiv 2312.04927): a small model that is to look up values by keys.
+    """Multi-query associative recall (arXiv 2312.04927) with a small model.
 
-    test_sequences: held out, drawn with another seed. The rest of the task is `RecallTask`'s.
+    test_sequences: number of held-out sequences, drawn with another seed. `RecallTask` has the task's other settings.
     """
 
     model_dim: int = 64
@@ -70,15 +70,14 @@ class RecallConfig(RecallTask):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Sizes are the paper's (arXiv 2308.03429); what differs from its setting is the honest part.
+    """The settings. Model sizes are the paper's (arXiv 2308.03429), but the text is split and evaluated correctly.
 
-    text: a UTF-8 file, read by characters, or "stdlib", a million characters of Python's own library, which every
-    machine has; its last tenth is the validation part. variants: names, each built with
-    num_heads and else its defaults. tables: which runs to make. segment: tokens of a training sequence, and
-    rows of a position table. batch_size: streams read side by side. chunk: tokens at a time when the validation
-    part is streamed. validation_chars: how much of that part is read, 0 meaning all; the first extrapolation_chars of
-    it are read again in windows of once, twice and four times the segment. lr: peak of a cosine schedule down to a
-    tenth.
+    text: a UTF-8 file, read by characters, or "stdlib", a million characters of Python's standard library; the last
+    tenth is for validation. variants: names, each built with num_heads and default options. tables: the runs to make.
+    segment: tokens of a training sequence, and rows of a position table. batch_size: parallel streams of text. chunk:
+    tokens at a time in validation. validation_chars: characters of the validation part to read (0: all).
+    extrapolation_chars: characters that are also read in windows of 1, 2 and 4 segments. lr: peak of a cosine schedule
+    that ends at a tenth of it.
     """
 
     text: str = "stdlib"
@@ -112,12 +111,12 @@ class CompareConfig:
         _names("variants", self.variants, ATTENTION.names())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that `from_dict` reads back."""
+        """The settings as plain values, which `from_dict` reads."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CompareConfig":
-        """Reads a mapping with the sections `paper` and `recall`. Raises ValueError for what it does not know."""
+        """Reads a mapping with the sections `paper` and `recall`. Raises ValueError for unknown keys."""
         sections = {"paper": PaperConfig, "recall": RecallConfig}
         built = {
             key: build_config(sections[key], value, key) if key in sections else value for key, value in values.items()
@@ -139,13 +138,12 @@ QUICK: dict[str, Any] = {
     "paper": {"steps": 20, "warmup_steps": 20, "table_rows": 256},
     "recall": {"steps": 20, "test_sequences": 64, "warmup_steps": 10},
 }
-"""What --quick sets: the same code at sizes that end within two minutes."""
+"""The settings of --quick, which end within two minutes."""
 
 
 def parse_settings(words: Iterable[str], start: dict[str, Any] | None = None) -> CompareConfig:
-    """`key=value` words over the values in `start`; sections are set as `paper.steps=100`, lists with commas.
-
-    Raises ValueError for a word without "=", an unknown key (with the nearest known one), or a bad value.
+    """The settings from `key=value` words, over the values in `start`. A key of a section is written paper.steps=100, a
+    list with commas. Raises ValueError for a malformed word, an unknown key (naming the nearest) or a wrong value.
     """
     values: dict[str, Any] = copy.deepcopy(start or {})
     known = _keys()

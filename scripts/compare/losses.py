@@ -1,4 +1,4 @@
-"""What a model says of a text: loss, bits per character and accuracy, by position in windows from a fresh state."""
+"""Measures a model's loss, bits per character and accuracy on a text, by position in windows."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from scripts.compare.text import streams, windows
 
 @dataclass(frozen=True)
 class Losses:
-    """Sums over all windows for each position in the window: nats, right guesses, targets."""
+    """Sums over all windows by position in the window: losses in nats, correct predictions, and targets."""
 
     nats_T: Tensor
     right_T: Tensor
@@ -22,34 +22,34 @@ class Losses:
 
     @property
     def loss(self) -> float:
-        """Mean nats a character."""
+        """Mean loss in nats per character."""
         return float(self.nats_T.sum() / self.count_T.sum())
 
     @property
     def bits_per_character(self) -> float:
-        """Mean bits a character."""
+        """Mean loss in bits per character."""
         return self.loss / math.log(2)
 
     @property
     def accuracy(self) -> float:
-        """Share of characters that were the most likely one."""
+        """Fraction of characters that were predicted as most likely."""
         return float(self.right_T.sum() / self.count_T.sum())
 
     def between(self, start: int, end: int) -> float:
-        """Mean nats of positions start..end-1; NaN where no window is that long."""
+        """Mean loss in nats at positions start..end-1; NaN if no window is that long."""
         count = self.count_T[start:end].sum()
         return float(self.nats_T[start:end].sum() / count) if count else math.nan
 
 
 def count(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """(nats_BT, right_BT) of predictions."""
+    """(losses nats_BT, correctness right_BT) of predictions, float64."""
     nats_BT = F.cross_entropy(logits_BTV.transpose(1, 2).float(), targets_BT, reduction="none")
     return nats_BT.double(), (logits_BTV.argmax(-1) == targets_BT).double()
 
 
 @torch.no_grad()
 def window_losses(model: DecoderLM, ids: Tensor, length: int, chunk: int, batch: int) -> Losses:
-    """Windows of `length` end to end, each from a fresh state, its state carried from chunk to chunk."""
+    """Losses in consecutive windows of `length` characters. Each begins with an empty state, carried between chunks."""
     nats_T, right_T, count_T = (torch.zeros(length, dtype=torch.float64) for _ in range(3))
     for tokens_BT, targets_BT in windows(ids, length, batch):
         rows, reach = tokens_BT.shape
@@ -66,7 +66,8 @@ def window_losses(model: DecoderLM, ids: Tensor, length: int, chunk: int, batch:
 
 @torch.no_grad()
 def segment_losses(model: DecoderLM, ids: Tensor, batch: int, segment: int, keep: int, form: Form) -> Losses:
-    """The text once in segments with a memory, as `segment_forward` does it, in `batch` streams side by side."""
+    """Losses on the whole text, read once in `batch` parallel streams of segments with a memory of `keep` states
+    (`segment_forward`)."""
     nats_T, right_T, count_T = (torch.zeros(segment, dtype=torch.float64) for _ in range(3))
     memory = model.init_memory(batch, keep)
     reader = streams(ids, batch, segment)

@@ -1,4 +1,4 @@
-"""Equal parameters, or equal training FLOPs, by the width of the MLP's hidden layer."""
+"""Matches variants to equal parameters or equal training FLOPs, with the width of the MLP's hidden layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Match:
-    """A variant's hidden width, what it then has of the matched quantity, and how far that is from the target."""
+    """A variant's matched width. deviation: of the matched quantity from the target, relative."""
 
     variant: str
     mlp_dim: int
@@ -22,17 +22,17 @@ class Match:
 
 
 def sizes(config: DecoderConfig, length: int) -> tuple[int, float]:
-    """(parameters, training FLOPs a token in sequences of `length`): three times the forward pass."""
+    """(parameters, training FLOPs per token in sequences of `length` tokens: three times those of a forward pass)."""
     model = build_shapes(config)
     return model.num_parameters(), 3 * model.cost(1, length, length).flops / length
 
 
 def match(configs: dict[str, Callable[[int], DecoderConfig]], by: By, base: int, length: int) -> dict[str, Match]:
-    """One `Match` a variant. `configs` builds a variant's model for a hidden width.
+    """A `Match` for each variant. configs: build the model of a variant for a hidden width.
 
-    The target is the largest variant at the hidden width `base`, so that no variant gets less than the paper's.
-    Both quantities are linear in the width, so two widths give the third. Raises ValueError when a variant does
-    not come within 1 %.
+    The target is the largest variant with the hidden width `base`, so that no variant is narrower than the paper's.
+    Both quantities are linear in the width, so that two widths determine the matched one. Raises ValueError if a
+    variant cannot be matched within 1 %.
     """
 
     def quantity(name: str, width: int) -> float:

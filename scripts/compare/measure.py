@@ -1,4 +1,4 @@
-"""Speed and memory of a model: taken in one quiet process, after the training runs. They do not depend on weights."""
+"""Measures speed and memory of a model, in one process after the training runs; they do not depend on the weights."""
 
 import statistics
 import time
@@ -18,10 +18,9 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Speed:
-    """train_ms: median of a training step; peak_bytes: the most a step takes above what stood before it (weights
-    and optimizer state), gradients included; decode_us: median of one more token of one sequence at `context`.
-    state_bytes_per_token: what one more token adds to the state; state_bytes: the state as allocated at `context`,
-    and state_bytes_said what `cost` says it is.
+    """train_ms: median time of a training step. peak_bytes: peak memory of a step, gradients included, without weights
+    and optimizer state. decode_us: median time of decoding a token of one sequence. state_bytes_per_token: bytes that a
+    token adds to the state. state_bytes: allocated bytes of the state; state_bytes_said: its bytes by `cost`.
     """
 
     train_ms: float
@@ -33,7 +32,7 @@ class Speed:
 
 
 def measure(config: DecoderConfig, batch: int, length: int, repeats: int = 5) -> Speed:
-    """A model of `config` trained on random tokens [batch, length], and decoding at a context of `length`."""
+    """Measures training on random tokens [batch, length], and decoding with a context of `length` tokens."""
     torch.manual_seed(0)
     model = DecoderLM(config)
     tokens_BT = torch.randint(config.vocab_size, (batch, length + 1))
@@ -53,7 +52,7 @@ def measure(config: DecoderConfig, batch: int, length: int, repeats: int = 5) ->
 
 
 def measure_segments(config: DecoderConfig, batch: int, segment: int, keep: int, form: Form) -> tuple[float, int]:
-    """(median ms, peak bytes) of a training step of the paper's setting, with a full memory."""
+    """(median milliseconds, peak bytes) of a training step in the paper's setting, with a full memory."""
     torch.manual_seed(0)
     model = DecoderLM(config)
     tokens_BT = torch.randint(config.vocab_size, (batch, segment + 1))
@@ -71,7 +70,7 @@ def measure_segments(config: DecoderConfig, batch: int, segment: int, keep: int,
 
 
 def standing_bytes(config: DecoderConfig) -> int:
-    """Bytes of weights and of Adam's two moments."""
+    """Bytes of the weights and of Adam's two moments."""
     return 3 * sum(parameter.nbytes for parameter in build_shapes(config).parameters())
 
 
@@ -88,7 +87,7 @@ def _stepper(model: DecoderLM, loss: Callable[[], torch.Tensor]) -> Callable[[],
 
 @torch.no_grad()
 def _decode_seconds(model: DecoderLM, context: int, steps: int = 32) -> float:
-    """Median seconds of the last tokens up to `context`, one at a time."""
+    """Median seconds of decoding each of the last `steps` tokens up to `context`."""
     steps = min(steps, context - 1)
     tokens_1T = torch.randint(model.config.vocab_size, (1, context))
     state = model.init_state(1, context)
@@ -108,9 +107,9 @@ def _seconds(call: Callable[[], None]) -> float:
 
 
 def segment_fault(config: DecoderConfig, segment: int, form: Form, tokens: int = 12) -> float:
-    """The largest difference between logits by segments, with a memory of everything, and by the parallel form.
+    """The largest difference between logits by segments (with an unlimited memory) and by the parallel form.
 
-    In float64, with weights of a scale at which a wrong convolution shows.
+    It is computed in float64, with weights large enough to show a wrong convolution.
     """
     torch.manual_seed(0)
     model = DecoderLM(config).double()

@@ -1,4 +1,4 @@
-"""The published setting beside what it gives here: arXiv 2308.03429, table of accuracy and memory."""
+"""Compares the published accuracy and memory (arXiv 2308.03429) with measurements in the same setting."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,15 +15,16 @@ PUBLISHED_ACCURACY = 0.572
 PUBLISHED_GB = {"rcmha": 2.98, "rmha": 3.5}
 TABLE = "paper's setting"
 SAME = 1e-9
-"""Two orders of the same sums in float64 differ by less, two functions by far more."""
+"""Largest difference of the same sums in float64 in another order; different functions differ by far more."""
 
 Of = Callable[..., list[dict[str, Any]]]
-"""Results of (table, variant, form), one a seed."""
+"""Returns the results of (table, variant, form), one for each seed."""
 
 
 @dataclass(frozen=True)
 class PaperStep:
-    """One training step of the paper's setting with the published table: its time, peak and standing bytes."""
+    """A training step in the paper's setting, with the published position table. standing_bytes: weights and optimizer
+    state. fault: difference from the parallel form (`segment_fault`)."""
 
     ms: float
     peak_bytes: int
@@ -33,7 +34,7 @@ class PaperStep:
 
 
 def measure_paper(comparison: Comparison) -> dict[tuple[str, Form], PaperStep]:
-    """Every variant and form that the paper's setting trains, with position tables of the published length."""
+    """Measures every variant and form of the paper's setting, with position tables of the published length."""
     config, paper = comparison.config, comparison.config.paper
     steps = {}
     for variant in config.variants:
@@ -47,7 +48,7 @@ def measure_paper(comparison: Comparison) -> dict[tuple[str, Form], PaperStep]:
 
 
 def paper_rows(comparison: Comparison, of: Of, measured: dict[tuple[str, Form], PaperStep]) -> list[dict[str, Any]]:
-    """Segments of 2 with a memory of 32, in the published form and with the carried convolution."""
+    """Rows for the paper's setting, in the published form and with the carried convolution."""
     rows = []
     for (variant, form), step in measured.items():
         runs = of("paper", variant, form)
@@ -75,7 +76,7 @@ def paper_rows(comparison: Comparison, of: Of, measured: dict[tuple[str, Form], 
 def beside_the_paper(
     comparison: Comparison, of: Of, measured: dict[tuple[str, Form], PaperStep]
 ) -> list[dict[str, Any]]:
-    """What the paper says, what was measured, and why they differ."""
+    """Rows with the paper's number, the measured number, and why they differ."""
     rows = []
     paper = comparison.config.paper
     if "rcmha" in comparison.config.variants:
@@ -107,7 +108,8 @@ def beside_the_paper(
 
 
 def paper_claims(comparison: Comparison, measured: dict[tuple[str, Form], PaperStep]) -> list[Claim]:
-    """The fault is there in the published form and gone in the carried one; RCMHA takes no less memory than RMHA."""
+    """The published form differs from the parallel form, the carried one does not; RCMHA takes no less memory than
+    RMHA."""
     claims = []
     for (variant, form), step in measured.items():
         if form == "carried":

@@ -1,4 +1,4 @@
-"""Figures of a comparison, as PNG files."""
+"""Draws the figures of a comparison."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from scripts.compare.statistics import mean_interval
 
 
 def plot_all(comparison: Comparison, results: Results, directory: Path) -> list[Path]:
-    """Draws what the tables of the comparison allow; returns the files."""
+    """Draws the figures for the comparison's tables; returns the PNG files."""
     tables = [table for table in TITLES if table in comparison.config.tables]
     if not tables:
         return []

@@ -1,4 +1,4 @@
-"""The recall task as the comparison trains and judges it."""
+"""Training batches, test sequences and accuracy of the recall task."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from scripts.compare.config import RecallConfig
 
 
 def recall_batches(config: RecallConfig, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless training batches."""
+    """Yields training batches without end."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield recall_batch(config, config.batch_size, generator)
@@ -23,7 +23,7 @@ def held_out(config: RecallConfig) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def recall_accuracy(model: torch.nn.Module, config: RecallConfig) -> float:
-    """Share of the held-out questions whose value is the most likely token."""
+    """Fraction of the held-out questions whose value is the most likely token."""
     tokens_BT, targets_BT = held_out(config)
     asked_BT = targets_BT != IGNORED
     right = 0

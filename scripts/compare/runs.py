@@ -1,4 +1,4 @@
-"""One run: a variant trained once with one seed, and what is measured of the trained model. One JSON file a run."""
+"""Runs of a comparison: trains a variant with one seed, measures the model, and writes a JSON file."""
 
 import json
 import time
@@ -19,18 +19,18 @@ from scripts.compare.text import streams
 from scripts.compare.training import train, train_as_published
 
 EXTRAPOLATION = (1, 2, 4)
-"""Lengths at which the loss is measured, in trained lengths."""
+"""Window lengths for the loss, in multiples of the trained length."""
 
 BLOCKS = 32
-"""Points of the curve of loss against position."""
+"""Number of points in the curve of loss against position."""
 
 Watch = Callable[[int, float], None]
-"""Gets (step, validation loss) every `watch_every` steps."""
+"""Called with (step, validation loss) every `watch_every` steps."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a run tells while it trains: `tick` each step; `watch` the validation loss every `watch_every` steps."""
+    """Functions that a run calls while it trains: `tick` after each step, `watch` every `watch_every` steps."""
 
     tick: Tick = lambda: None
     watch: Watch | None = None
@@ -38,14 +38,14 @@ class Hooks:
 
 
 def run_one(comparison: Comparison, run: Run, directory: Path, hooks: Hooks | None = None) -> dict[str, Any]:
-    """The content of a run's file: read if the run has been made, else trained, measured and written.
+    """The content of a run's file. If the file does not exist, the run is made and the file is written.
 
-    Raises ValueError when the file is of a run with other settings.
+    Raises ValueError if the file comes from other settings.
     """
     done = finished(comparison, run, directory)
     if done is not None:
         return done
-    torch.set_num_threads(1)  # sums then have one order, and workers side by side do not disturb each other
+    torch.set_num_threads(1)  # makes sums reproducible, and keeps parallel workers from slowing each other
     torch.manual_seed(run.seed)
     started = time.perf_counter()
     kinds = {"recall": _recall, "paper": _published}
@@ -60,7 +60,7 @@ def run_one(comparison: Comparison, run: Run, directory: Path, hooks: Hooks | No
 
 
 def finished(comparison: Comparison, run: Run, directory: Path) -> dict[str, Any] | None:
-    """The content of a run's file, None where there is none. Raises ValueError when its settings differ."""
+    """The content of a run's file; None if it does not exist. Raises ValueError if its settings differ."""
     path = directory / f"{comparison.name(run)}.json"
     if not path.is_file():
         return None
@@ -111,8 +111,8 @@ def _language(comparison: Comparison, run: Run, hooks: Hooks) -> dict[str, Any]:
 def _published(comparison: Comparison, run: Run, hooks: Hooks) -> dict[str, Any]:
     config, text, paper = comparison.config, comparison.text, comparison.config.paper
     assert run.form is not None
-    # Only segment + memory distances are ever read. Rows beyond them have no gradient and stay zero, with or without
-    # being there: they are left out of training, and counted where parameters and memory are measured.
+    # Only segment + memory distances are read. Further rows would have no gradient and stay zero, so training leaves
+    # them out; they are counted when parameters and memory are measured.
     rows = paper.segment + paper.memory
     model = DecoderLM(comparison.decoder(run.variant, comparison.width(run), rows))
     mixed = train_as_published(model, text, paper, run.form, run.seed, config.gradient_clip, hooks.tick)
@@ -123,7 +123,7 @@ def _published(comparison: Comparison, run: Run, hooks: Hooks) -> dict[str, Any]
         "mixed_accuracy": mixed,
         "accuracy": losses.accuracy,
         "bits_per_character": losses.bits_per_character,
-        # The first token of a segment and the second see different numbers of tokens through the convolution.
+        # Through the convolution, the tokens of a segment see different numbers of earlier tokens.
         "loss_by_place": [losses.between(i, i + 1) for i in range(paper.segment)],
     }
 

@@ -1,13 +1,13 @@
-"""Training by short segments with a memory of hidden states, as the RCMHA authors do it, with and without its fault.
+"""Training with short segments and a memory of hidden states, as the RCMHA authors do it, with and without its fault.
 
-Transformer-XL's recurrence (Dai et al. 2019, arXiv 1901.02860, section 3.2): the last hidden states at a layer's
-input, detached, stand before the segment where keys and values are computed. The RCMHA authors (arXiv 2308.03429)
-do this with segments of 2 tokens and a memory of 32.
+In Transformer-XL's recurrence (Dai et al. 2019, arXiv 1901.02860, section 3.2) the last hidden states at a layer's
+input, detached, precede the segment when keys and values are computed. The RCMHA authors (arXiv 2308.03429) use
+segments of 2 tokens and a memory of 32.
 
-The fault: they convolve the queries of the segment alone. A kernel of width 3 then looks at zeros instead of the
-tokens before the segment, so that the segment form is another function than the parallel form; keys and values, which
-are computed from memory and segment together, do have their history. "published" is that form, "carried" the right
-one. They are the same where there is no convolution.
+The fault: the queries of a segment are convolved alone. A kernel of width 3 then sees zeros instead of the tokens
+before the segment, so that the segment form computes another function than the parallel form. (Keys and values are
+computed from memory and segment together, and are correct.) "published" is the faulty form, "carried" the correct one;
+they are equal for variants without a convolution.
 """
 
 from typing import Literal
@@ -24,11 +24,11 @@ Form = Literal["published", "carried"]
 Memory = tuple[SegmentMemory, ...]
 
 QUERY_HISTORY = "conv.query"
-"""Name of the carried rows of the query convolution in a variant's state."""
+"""The name, in a variant's state, of the earlier rows for the query convolution."""
 
 
 def segment_forward(model: DecoderLM, tokens_BT: Tensor, memory: Memory, form: Form) -> tuple[Tensor, Memory]:
-    """(logits_BTV of one segment, the memory for the next). "carried" is `DecoderLM.segment`."""
+    """(logits_BTV of one segment, memory for the next segment). The form "carried" is `DecoderLM.segment`."""
     if form == "carried":
         return model.segment(tokens_BT, memory)
     x_BTD, after = model.embedding(tokens_BT), []
@@ -41,7 +41,7 @@ def segment_forward(model: DecoderLM, tokens_BT: Tensor, memory: Memory, form: F
 
 
 def without_query_history(state: State) -> State:
-    """THE FAULT: the query convolution forgets what came before the segment."""
+    """The fault: sets the rows before the segment to zero for the query convolution."""
     return state.map(lambda name, tensor: torch.zeros_like(tensor) if name.endswith(QUERY_HISTORY) else tensor)
 
 

@@ -1,11 +1,11 @@
-"""Means with 95 % intervals over a few seeds, by Student's t."""
+"""Means with 95 % confidence intervals over a few seeds, by Student's t distribution."""
 
 import math
 from collections.abc import Iterable, Sequence
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of the 95 % interval): t(n-1) * s / sqrt(n). The half width of one value is NaN."""
+    """(mean, half width of the 95 % confidence interval, t(n-1) * s / sqrt(n)); NaN half width for a single value."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, math.nan
@@ -14,7 +14,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def interval(values: Iterable[float]) -> str:
-    """Mean and half width as a table shows them, with the half width's two leading digits; one value stands alone.
+    """Mean ± half width as text, to two digits of the half width; a single value has no half width.
 
     >>> interval([2.0, 2.1, 2.2])
     '2.10 ± 0.25'
@@ -27,7 +27,7 @@ def interval(values: Iterable[float]) -> str:
 
 
 def t_quantile(freedom: int, mass: float = 0.95) -> float:
-    """The t that Student's distribution with `freedom` degrees keeps within +-t with probability `mass`.
+    """The t with P(|T| < t) = `mass` for Student's distribution with `freedom` degrees of freedom.
 
     >>> round(t_quantile(2), 4)
     4.3027
@@ -40,7 +40,7 @@ def t_quantile(freedom: int, mass: float = 0.95) -> float:
 
 
 def _mass_within(t: float, freedom: int) -> float:
-    """P(|T| < t) for whole degrees of freedom: the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    """P(|T| < t) for integer degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
     angle = math.atan2(t, math.sqrt(freedom))
     cosine, odd = math.cos(angle), freedom % 2
     term = cosine if odd else 1.0

@@ -1,4 +1,4 @@
-"""Characters of a text as token ids, split by position, and read as parallel streams."""
+"""A text as character ids, split into training and validation, and read as parallel streams."""
 
 import sysconfig
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ STDLIB, STDLIB_CHARS = "stdlib", 1_000_000
 
 @dataclass(frozen=True)
 class Text:
-    """Ids of the first nine tenths (`train`) and of the last one (`validation`); `characters` in order of ids."""
+    """train, validation: ids of the first nine tenths and of the last tenth. characters: in order of their ids."""
 
     characters: str
     train: Tensor
@@ -24,14 +24,14 @@ class Text:
 
     @property
     def vocab_size(self) -> int:
-        """Number of different characters in the whole file, as the RCMHA authors count them."""
+        """Number of distinct characters in the whole text, as in the RCMHA authors' code."""
         return len(self.characters)
 
 
 def load_text(path: str, validation_chars: int = 0) -> Text:
-    """Reads a UTF-8 file, or "stdlib". `validation_chars` keeps only the start of the validation part (0: all of it).
+    """Reads a UTF-8 file, or "stdlib". validation_chars: characters of the validation part to keep (0: all).
 
-    Raises ValueError when the file is missing, is not UTF-8 or is too short to split.
+    Raises ValueError if the file does not exist, is not UTF-8, or is too short to split.
     """
     try:
         text = standard_library() if path == STDLIB else user_path(path, "text").read_text(encoding="utf-8")
@@ -53,8 +53,8 @@ def load_text(path: str, validation_chars: int = 0) -> Text:
 
 
 def standard_library() -> str:
-    """The first STDLIB_CHARS characters of the modules of Python's library, in order of their names. Those that hold
-    more than ASCII are left out: each letter of theirs would be one more character to predict."""
+    """The first STDLIB_CHARS characters of the modules of Python's standard library, in order of their names, without
+    modules that are not ASCII, which would enlarge the vocabulary."""
     parts, total = [], 0
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         content = path.read_bytes()
@@ -67,10 +67,10 @@ def standard_library() -> str:
 
 
 def streams(ids: Tensor, batch: int, segment: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (tokens_BT, targets_BT): `batch` places spread evenly over the text, each read on in order.
+    """Yields (tokens_BT, targets_BT) without end: `batch` streams that begin at evenly spread places of the text.
 
-    The seed chooses where the first stream starts; the text is a ring. Streams never start anew: segment n+1 of a
-    row continues segment n, which is what a carried state needs.
+    The text is a ring, and the seed determines where the first stream begins. Segment n+1 of a row continues segment n,
+    as a carried state requires. Raises ValueError if the text is shorter than a segment.
     """
     length = len(ids)
     if length < segment + 1:
@@ -85,9 +85,8 @@ def streams(ids: Tensor, batch: int, segment: int, seed: int = 0) -> Iterator[tu
 
 
 def windows(ids: Tensor, length: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens_BT, targets_BT) of windows of `length` end to end: every character but the first is a target once.
-
-    The last, shorter window comes in a batch of its own.
+    """Yields (tokens_BT, targets_BT) of consecutive windows of `length` characters; every character but the first is a
+    target once. A shorter last window comes in a batch of its own.
     """
     whole = (len(ids) - 1) // length
     tokens = ids[: whole * length].view(whole, length)

@@ -1,4 +1,4 @@
-"""The loops: plain torch, one process, the same numbers for the same seed and one thread."""
+"""The training loops of a comparison: plain torch in one process; reproducible for a seed with one thread."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -16,11 +16,9 @@ from scripts.compare.losses import count
 from scripts.compare.segments import Form, segment_forward
 from scripts.compare.text import Text, streams
 
-"""Called after every step: progress."""
-
 
 class Recipe(Protocol):
-    """The keys that `CompareConfig` and `RecallConfig` share."""
+    """The settings that `CompareConfig` and `RecallConfig` share."""
 
     @property
     def steps(self) -> int: ...
@@ -31,7 +29,7 @@ class Recipe(Protocol):
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:
-    """The factor on the peak rate: up linearly over `warmup` steps, down to a tenth by a cosine."""
+    """The factor of the peak learning rate: linear warmup over `warmup` steps, then a cosine down to a tenth."""
     warmup = min(warmup, steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -40,7 +38,7 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 
 
 def noam(step: int, warmup: int, model_dim: int) -> float:
-    """Vaswani et al. 2017 (arXiv 1706.03762), eq. 3: the factor on lr; `step` counts from 0."""
+    """The factor of the learning rate by Vaswani et al. 2017 (arXiv 1706.03762), eq. 3; `step` counts from 0."""
     return model_dim**-0.5 * min((step + 1) ** -0.5, (step + 1) * warmup**-1.5)
 
 
@@ -51,9 +49,8 @@ def train(
     clip: float,
     after_step: Callable[[int], None],
 ) -> float:
-    """AdamW with a cosine schedule, no weight decay; returns the mean loss of the last tenth of the steps.
-
-    Sequences start from a fresh state: the parallel form. `after_step` gets the number of steps done.
+    """Trains the parallel form with AdamW, a cosine schedule and no weight decay; returns the mean loss of the last
+    tenth of the steps. after_step: called with the number of finished steps.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     losses = []
@@ -69,7 +66,7 @@ def train(
 
 @dataclass
 class Accuracy:
-    """The published accuracy: one counter over training and validation batches that is never reset."""
+    """The accuracy as the authors compute it: over training and validation batches together, from the first step on."""
 
     right: float = 0.0
     total: int = 0
@@ -86,10 +83,10 @@ class Accuracy:
 def train_as_published(
     model: DecoderLM, text: Text, config: PaperConfig, form: Form, seed: int, clip: float, tick: Tick
 ) -> float:
-    """Segments with a memory, Adam on Noam's schedule; returns the accuracy as the authors count it.
+    """Trains with segments and a memory, Adam and Noam's schedule; returns the accuracy as the authors compute it.
 
-    After nine training segments comes one of the validation part, with a memory of its own, as the parts are nine
-    to one; both count into the one accuracy.
+    Every nine training segments are followed by one validation segment with its own memory, as the parts of the text
+    are nine to one. Both count for the accuracy.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     accuracy = Accuracy()

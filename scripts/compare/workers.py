@@ -1,4 +1,4 @@
-"""The runs of a comparison side by side; each writes its file."""
+"""Makes the runs of a comparison in parallel; each writes its file."""
 
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,9 @@ from scripts.compare.runs import Hooks, finished, run_one
 
 
 def run_all(comparison: Comparison, directory: Path, workers: int) -> list[tuple[Run, dict[str, Any]]]:
-    """All runs with the contents of their files; makes what is missing, `workers` at a time (1: in this process).
+    """All runs with the contents of their files; makes missing runs, `workers` at a time (1: in this process).
 
-    Raises ValueError for a file of other settings, JobError when a run fails: the others' files are kept.
+    Raises ValueError for a file with other settings, and JobError if a run fails; finished files are kept.
     """
     runs = comparison.plan()
     files = {comparison.name(run): run for run in runs}

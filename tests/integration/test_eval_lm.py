@@ -250,15 +250,15 @@ def test_generation_defaults_fit_the_model():
 
 def test_refused(checkpoint):
     lm = ours(checkpoint)
-    with pytest.raises(ValueError, match="task 'some_task': the continuation \"\" has no token of its own"):
+    with pytest.raises(ValueError, match="task 'some_task': the continuation \"\" adds no token to its context"):
         lm.loglikelihood(requests("loglikelihood", [("a", "")]))
-    with pytest.raises(ValueError, match=r"has \d+ tokens, and the model sees at most 47"):
+    with pytest.raises(ValueError, match=r"has \d+ tokens, more than the model's context of 47"):
         lm.loglikelihood(requests("loglikelihood", [("a", " b" * 99)]))
     with pytest.raises(ValueError, match="max_length=513 must be at least 2 and at most the model's 512"):
         ours(checkpoint, max_length=513)
     with pytest.raises(ValueError, match="batch_size=0"):
         ours(checkpoint, batch_size=0)
-    with pytest.raises(ValueError, match="say --chat"):
+    with pytest.raises(ValueError, match="use --chat"):
         lm.apply_chat_template([{"role": "user", "content": "hello"}])
 
 
