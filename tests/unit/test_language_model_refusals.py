@@ -95,8 +95,8 @@ def test_other_refusals():
         lm.cost(["a", "b"])
     with pytest.raises(ValueError, match="text has type NoneType; give a str"):
         lm.encode(None)  # type: ignore[arg-type]
-    for model, words, field in ((lm, tokenizer(), "model=LanguageModel"), (lm.model, "smollm2", "tokenizer=str")):
-        with pytest.raises(ValueError, match=f"{field} is no "):
+    for model, words, field in ((lm, tokenizer(), "model"), (lm.model, "smollm2", "tokenizer")):
+        with pytest.raises(ValueError, match=f"{field} has type "):
             LanguageModel(model, words)
     config = dataclasses.replace(lm.config, vocab_size=399)
     with pytest.raises(ValueError, match="mine: the tokenizer knows 400 tokens, the model only 399"):
