@@ -53,8 +53,7 @@ def _writer(kind: str) -> Callable[..., Path]:
 
 
 def _form(config: DecoderConfig, asked: str) -> tuple[str, str]:
-    """(model type to write, reason why it is not a native one). Raises ValueError for --format native if the model has
-    no native form."""
+    """(model type to write, why it is not a native one). Raises ValueError for --format native without such a form."""
     if asked == "attnzoo":
         return asked, ""
     try:

@@ -12,8 +12,7 @@ def require_matplotlib(what: str) -> None:
 
 
 def panels(rows: int, columns: int, *, width: float = 5.0, height: float = 4.0, share_y: bool = False) -> Any:
-    """Returns (figure, axes), with axes[row][column]. width, height: of one panel, in inches. share_y: the panels of a
-    row share their y scale."""
+    """(figure, axes[row][column]). width, height: of a panel in inches. share_y: panels of a row share the y scale."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")

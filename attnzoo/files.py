@@ -130,8 +130,7 @@ def parse_object(text: str, path: Path) -> dict[str, Any]:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The dictionary of (key, value) pairs, as `object_pairs_hook` of `json.loads`. Raises ValueError for a key that is
-    set twice."""
+    """The dictionary of (key, value) pairs, for `json.loads`. Raises ValueError for a key that is set twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]

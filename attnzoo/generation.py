@@ -291,8 +291,7 @@ def _fields(base: GenerationConfig | None) -> dict[str, Any]:
 
 
 def _cache_options(cache: Any) -> list[str] | None:
-    """Names of cache options that may be keywords; None if `cache` names no known policy, so that `read_cache` reports
-    it."""
+    """Names of the cache's options; None if `cache` names no known policy, which `read_cache` reports."""
     if cache is None:
         return []
     policy = cache.get("policy") if isinstance(cache, Mapping) else cache

@@ -21,8 +21,7 @@ VERSIONS = (2, 3)
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """shape: slowest axis first. kind: GGUF's number of the element type (quantisation). offset: byte of the file where
-    the data begin."""
+    """shape: slowest axis first. kind: GGUF's number of the element type. offset: where its data begin in the file."""
 
     shape: tuple[int, ...]
     kind: int

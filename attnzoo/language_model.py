@@ -41,8 +41,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Task:
-    """One call of `generate`. prompts: (text, token ids) of each. limits: most new tokens of each. cache: None for the
-    exact cache."""
+    """One call of `generate`. prompts: (text, token ids). limits: most new tokens of each. cache: None is exact."""
 
     prompts: list[tuple[str | None, list[int]]]
     limits: list[int]

@@ -22,8 +22,7 @@ class Registry(Generic[T]):
     """
 
     def __init__(self, kind: str, check: Callable[[str, T], None] | None = None) -> None:
-        """kind: what the entries are, for error messages. check(name, item): raises ValueError for an object that must
-        not be registered."""
+        """kind: names the entries in messages. check(name, item): raises ValueError to refuse an object."""
         self.kind = kind
         self._items: dict[str, T] = {}
         self._check = check

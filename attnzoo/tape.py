@@ -103,10 +103,8 @@ class _Recomputed:
 
 @dataclass
 class Tape:
-    """Counts `held` bytes now and `peak` bytes so far, without parameters, their gradients and the first input.
-
-    saving: whether operations save tensors for the backward pass. gradients: known so far, by tensor.
-    """
+    """Counts `held` bytes now and `peak` bytes so far, without parameters, their gradients and the first input. saving:
+    whether operations save tensors for the backward pass."""
 
     batch: int
     tokens: int

@@ -36,8 +36,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
-    """The torch dtype for a name such as "bf16" or "float32"; a dtype is returned unchanged. Raises ValueError that
-    lists the known names."""
+    """The torch dtype for a name such as "bf16", or for itself. Raises ValueError that lists the known names."""
     if isinstance(name, torch.dtype) and name in DTYPES.values():
         return name
     if not isinstance(name, str) or name not in DTYPES:

@@ -20,8 +20,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 Tick = Callable[[], None]
 """The function that a job calls after every step."""
 Job = Callable[[Tick], Any]
-"""A module-level function, or `functools.partial` of one. A job and its result must be picklable, because another
-process may run it."""
+"""A module-level function, or `functools.partial` of one. Jobs and their results are pickled."""
 
 
 class JobError(RuntimeError):
@@ -84,8 +83,7 @@ def _side_by_side(jobs: Mapping[str, Job], workers: int, progress: Progress) -> 
 
 
 def _work(tasks: Any, messages: Any) -> None:
-    """The main function of a worker: runs jobs until none is left. It ignores Ctrl-C, which reaches the whole process
-    group, because the parent handles it."""
+    """The main function of a worker: runs jobs until none is left. It ignores Ctrl-C, which the parent handles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while (item := tasks.get()) is not None:
         name, job = item

@@ -99,8 +99,7 @@ def end_on_signals(ended: threading.Event) -> None:
 
 
 def end_without_ray(name: str) -> None:
-    """Ends this process from any thread, after Ray's process `name` has ended: the main thread's calls to Ray would
-    not return."""
+    """Ends this process from any thread: after Ray's process `name` has ended, calls to Ray would not return."""
     os._exit(complain(NAME, f"Ray's process {name} has ended, and the server with it; start it again", 1))
 
 

@@ -38,8 +38,7 @@ class RequestFailedError(EngineFailedError):
 
 
 class Stream:
-    """The deltas of the requests of one `submit`. Read them with `next`; always call `close` at the end, which aborts
-    unfinished requests."""
+    """The deltas of one `submit`. Read them with `next`, and always `close`, which aborts unfinished requests."""
 
     def __init__(self, owner: "AsyncEngine", request_ids: list[str]) -> None:
         self.request_ids = request_ids

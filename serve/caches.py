@@ -35,8 +35,7 @@ class CacheRules:
         return self.default.exact or (self.bounds is not None and FULL in self.bounds)
 
     def choose(self, asked: Mapping[str, Any] | None) -> CacheChoice:
-        """The cache for a request. asked: {"policy": name, option: value}, or None for the default. Raises ValueError
-        that names the field that is wrong or not allowed, and what is allowed."""
+        """The cache for a request (None: the default). Raises ValueError that names the field and allowed values."""
         if asked is None:
             return self.default
         check_mapping(asked, "cache")
@@ -82,8 +81,7 @@ BUDGETS = {"keep_ratio": "max_tokens", "max_tokens": "keep_ratio"}
 
 
 def _effective(config: Any, option: str, bounds: Mapping[str, Any]) -> Any:
-    """The option's value to compare with its bound. `_FREE`: do not compare, because the request gave the other of the
-    two budgets, which has a bound of its own."""
+    """The option's value to compare with its bound; `_FREE` if the request gave the other budget, which has a bound."""
     value = getattr(config, option)
     if value is not None or option not in BUDGETS:
         return value

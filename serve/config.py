@@ -211,6 +211,5 @@ def absolute(checkpoint: Any) -> Any:
 
 
 def build_serve_config(values: Mapping[str, Any]) -> ServeConfig:
-    """A `ServeConfig` from a mapping. Raises ValueError for an unknown key (naming the nearest), a missing key or a
-    wrong value."""
+    """A `ServeConfig` from a mapping. Raises ValueError for unknown (naming the nearest), missing and wrong values."""
     return build_config(ServeConfig, values, "serve")

@@ -57,8 +57,7 @@ class Server:
         return build_app(self._engine, self._config)
 
     def check_health(self) -> None:
-        """Raises RuntimeError if the engine has failed. Ray calls it every few seconds and replaces a replica that
-        raises."""
+        """Raises RuntimeError if the engine has failed; Ray calls it regularly and then replaces the replica."""
         problem = self._engine.health()
         if problem is not None:
             raise RuntimeError(problem)

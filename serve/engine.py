@@ -260,8 +260,7 @@ class Engine:
         return True
 
     def render_metrics(self) -> bytes:
-        """The metrics in Prometheus' text format. Any thread may call it; it computes the bytes, so that steps need
-        not."""
+        """The metrics in Prometheus' text format, with the bytes in use. Any thread may call it."""
         running = [request for request in list(self._requests.values()) if request.started]
         self.metrics.memory(sum(self.runner.kv_bytes(request) for request in running), self.runner.pool_bytes)
         return self.metrics.render()

@@ -76,8 +76,7 @@ class SlotPool:
         return hidden_BTD[ended, [counts[row] - 1 for row in ended]]
 
     def read_again(self, chunk: Chunk, prompt: Sequence[int]) -> Tensor:
-        """Reads a prompt again from its beginning up to the chunk's end, after a failure left its row in an unknown
-        state. Returns as `prefill`."""
+        """Repeats `prefill` of one prompt, from its beginning, after a failure left its row in an unknown state."""
         self.state.reset(slice(chunk.slot, chunk.slot + 1))
         end = chunk.start + chunk.count
         for first in range(0, end, chunk.count):

@@ -30,8 +30,7 @@ class QueueFullError(Exception):
 
 @dataclass(frozen=True)
 class Demand:
-    """The device memory of a sequence: a slot in its `group`, `row_bytes` while it decodes, and `prompt_bytes` while
-    its prompt is read."""
+    """Memory of a sequence in its `group`: `row_bytes` while it decodes, `prompt_bytes` while its prompt is read."""
 
     group: Group = None
     row_bytes: int = 0

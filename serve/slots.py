@@ -45,8 +45,7 @@ class SlotTable:
         return self.ids.index(request_id)
 
     def promote(self, ended: Sequence[str]) -> list[tuple[int, int]]:
-        """Makes sequences whose prompts have ended decode, after the other decoding sequences. Returns the pairs of
-        slots to exchange, in order."""
+        """Makes sequences decode whose prompts have ended; returns the pairs of slots to exchange, in order."""
         pairs = []
         for request_id in ended:
             slot = self.slot_of(request_id)

@@ -19,8 +19,7 @@ FREE_SECTIONS = ("model", "data", "tokenizer")
 
 @dataclass
 class OptimConfig:
-    """name: adamw | muon. lr, muon_lr: peak learning rates, which `schedule` scales. weight_decay: of linear layers'
-    weights only."""
+    """name: adamw | muon. lr, muon_lr: peak learning rates. weight_decay: only of the weights of linear layers."""
 
     name: str = "adamw"
     lr: float = 3e-3
@@ -157,8 +156,7 @@ class WatchdogConfig:
 
 @dataclass
 class Config:
-    """The configuration of a run. `model`, `data` and `tokenizer` hold the keys of DecoderConfig, DataConfig and
-    TokenizerConfig."""
+    """A run's configuration. `model`, `data`, `tokenizer`: keys of DecoderConfig, DataConfig and TokenizerConfig."""
 
     name: str = "attnzoo"
     seed: int = 0
@@ -186,8 +184,7 @@ class Config:
 
     @property
     def cache_path(self) -> Path:
-        """The directory of prepared data, tokenizers and compiled extensions: cache_dir, or the default of
-        `attnzoo.apps.cache_directory`."""
+        """The directory of prepared data, tokenizers and compiled extensions: cache_dir, or the default."""
         return user_path(self.cache_dir, "cache_dir") if self.cache_dir else cache_directory()
 
     @property

@@ -9,8 +9,7 @@ from train.config_layers import ConfigError
 
 
 def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for `world` ranks. Raises ConfigError if the batch size is not a multiple of
-    micro_batch_size * world."""
+    """DeepSpeed's configuration for `world` ranks. Raises ConfigError if they cannot divide the batch size."""
     train = config.train
     per_pass = train.micro_batch_size * world
     if train.batch_size % per_pass:

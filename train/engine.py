@@ -301,8 +301,7 @@ class TrainingEngine:
     # --- weights and checkpoints --------------------------------------------------------------------------------
 
     def full_state(self) -> dict[str, Tensor] | None:
-        """All weights in float32 (master copies if the precision is lower) and saved buffers, on the CPU, on rank 0;
-        None on other ranks."""
+        """All weights in float32 (from master copies) and saved buffers, on the CPU of rank 0; None on other ranks."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -368,8 +367,7 @@ class TrainingEngine:
             self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
 
     def load(self, path: Path) -> None:
-        """Reads what `save` has written with the same number of ranks and ZeRO stage. Raises ValueError if there is no
-        checkpoint."""
+        """Reads a checkpoint of `save` with the same ranks and ZeRO stage. Raises ValueError if there is none."""
         # The checkpoint's learning rates are replaced by those of this run's configuration.
         options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         # DeepSpeed takes the path for a glob pattern, which fails for a path with [ ]; so it gets ".".

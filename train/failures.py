@@ -13,8 +13,7 @@ from pathlib import Path
 MISTAKE, FAILED = 2, 1
 """Exit statuses: the user's mistake, found before the run begins; a failure of the run."""
 PAUSE_SECONDS = 10.0
-"""Seconds that a rank waits before it reports an error that another rank explains better; usually the launcher ends it
-meanwhile."""
+"""Seconds that a rank waits before it reports an error that another rank, which ends the run, explains better."""
 
 
 class TrainingError(RuntimeError):

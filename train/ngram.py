@@ -83,8 +83,7 @@ def ngram_bits_per_byte(train: bytes, validation: bytes, orders: Sequence[int]) 
 
 
 def ngram_probabilities(train: bytes, text: bytes, orders: Sequence[int]) -> dict[int, np.ndarray]:
-    """For each order, the probability of every byte of `text` given the bytes before it. Raises as
-    `ngram_bits_per_byte`."""
+    """The probability of every byte of `text` given those before it, by order. Raises as `ngram_bits_per_byte`."""
     for order in orders:
         if not 1 <= order <= HIGHEST_ORDER:
             raise ValueError(f"order={order} must be between 1 and {HIGHEST_ORDER}")

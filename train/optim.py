@@ -20,8 +20,7 @@ from train.config import OptimConfig
 
 @dataclass(frozen=True)
 class MatrixSlot:
-    """A matrix inside flat tensors: its shape, and the offset and length of this rank's piece or of the whole matrix
-    (see `ShardLayout`)."""
+    """A matrix inside flat tensors: its shape, and its offset and length, whose meaning `ShardLayout` explains."""
 
     shape: tuple[int, int]
     offset: int
@@ -131,8 +130,7 @@ class MatrixAdamW(torch.optim.AdamW):
 
 
 def direction(matrix: Tensor, steps: int) -> Tensor:
-    """Muon's update for a whole matrix: the matrix orthogonalized, times sqrt(max(1, rows / columns)). Raises
-    ValueError for other shapes."""
+    """Muon's update: the orthogonalized matrix times sqrt(max(1, rows / columns)). Raises ValueError for others."""
     if matrix.dim() != 2:
         raise ValueError(f"Muon needs matrices, got shape {tuple(matrix.shape)}; give others to AdamW")
     rows, columns = matrix.shape

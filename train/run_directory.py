@@ -183,8 +183,7 @@ def _tidy_run(directory: Path) -> None:
 
 @contextlib.contextmanager
 def preparing(cache: Path) -> Iterator[None]:
-    """A context for preparing data (rank 0). If no other process prepares data, it first removes what killed runs left
-    in the cache."""
+    """A context for preparing data (rank 0). If no other process prepares any, it first cleans up after killed runs."""
     with (cache / GUARD).open("w") as guard:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -46,7 +46,6 @@ def generation_options(words: Sequence[str]) -> dict[str, Any]:
 
 
 def show(piece: str) -> None:
-    """Writes text and flushes. On a terminal, control characters other than newline and tab are replaced, because a
-    model may write any text."""
+    """Writes text and flushes. On a terminal, control characters other than newline and tab are replaced."""
     sys.stdout.write(CONTROLS.sub("\N{REPLACEMENT CHARACTER}", piece) if sys.stdout.isatty() else piece)
     sys.stdout.flush()

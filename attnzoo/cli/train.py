@@ -16,9 +16,8 @@ EXAMPLES = """examples:
   attnzoo train --config finetune.yaml checkpoint.init_from=smollm2
 
 configs/base.yaml explains every key. After Ctrl-C, or SIGTERM to a rank, training finishes its step, saves a
-checkpoint and exits with status 0; the same command resumes it. For several machines use
-deepspeed --hostfile FILE train/main.py --config ...
-Exit status: 2 for a mistake found before the run begins; 1 if the run failed.
+checkpoint and exits with status 0; the same command resumes it. Exit status: 2 for a mistake found before the run
+begins, 1 if the run failed. Several machines: deepspeed --hostfile FILE train/main.py --config ...
 """
 
 
@@ -33,8 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Replaces this process with the launcher, which then receives signals and sets the exit status. Raises ValueError
-    for wrong usage."""
+    """Replaces this process with the launcher, which then gets signals and sets the exit status. Raises ValueError."""
     words = ["--config", options.config, *options.overrides]
     if options.ranks is not None and options.ranks < 1:
         raise ValueError(f"--ranks={options.ranks} must be at least 1")
@@ -50,8 +48,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def launch_command(ranks: int, words: Sequence[str]) -> list[str]:
-    """The command that starts `ranks` training processes on this machine with DeepSpeed's launcher. words: arguments of
-    train/main.py."""
+    """The command that starts `ranks` processes on this machine. words: arguments of train/main.py."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -42,8 +42,7 @@ def decode(symbols: tuple[int, ...]) -> str:
 
 
 def scatter(items: list[str], length: int, rng: random.Random) -> tuple[str, list[int]]:
-    """(context, start of every item): the items in order at random places in filler, `length` symbols in all. Raises
-    ValueError if the items do not fit."""
+    """(context of `length` symbols, start of every item): the items in order at random places in filler."""
     room = length - sum(map(len, items))
     if room < 0:
         raise ValueError(f"length={length} is too short for the {length - room} symbols to find; give a larger length")
@@ -110,8 +109,7 @@ def variables(length: int, rng: random.Random) -> tuple[str, list[Question]]:
 
 
 def words(length: int, rng: random.Random) -> tuple[str, list[Question]]:
-    """Symbols without filler: one lower and one upper case symbol make up a sixth of the context each; the others are
-    equally frequent."""
+    """Symbols without filler: one lower and one upper case symbol make up a sixth of the context each."""
     common = [rng.choice(KEYS), rng.choice(VALUES)]
     often = length // 6
     others = [symbol for symbol in KEYS + VALUES if symbol not in common]

@@ -86,8 +86,7 @@ class Counted:
 
 
 class HeaderFilter:
-    """Refuses requests with a foreign Host or Origin or too large headers, and WebSockets; removes headers that control
-    Ray."""
+    """Refuses foreign Host and Origin headers, too large headers and WebSockets; removes headers that control Ray."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self.app, self._hosts = app, Hosts(limits)

@@ -46,8 +46,8 @@ class Limits:
 
 
 def check_host_name(name: object) -> str:
-    """Checks an entry of `allowed_hosts`: a host name, "*.domain", an IP address, or "*". Returns it in lower case and
-    without brackets. Raises ValueError that names it."""
+    """An entry of `allowed_hosts` (a host name, "*.domain", an IP address, or "*") in lower case and without brackets.
+    Raises ValueError that names it."""
     if isinstance(name, str):
         plain = name.lower().removeprefix("[").removesuffix("]")
         if name == "*" or HOST_NAME.fullmatch(plain) or to_address(plain) is not None:

@@ -73,8 +73,7 @@ class Retry:
 
 
 class Attempt:
-    """The answer of one attempt. Its first message is held back until the second comes, so that until then another
-    attempt is possible."""
+    """The answer of one attempt. Its first message waits for the second; until then another attempt is possible."""
 
     def __init__(self, send: Send) -> None:
         self._send = send

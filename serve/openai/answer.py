@@ -54,8 +54,7 @@ def choose_cache(request: GenerationRequest, engine: AsyncEngine) -> CacheChoice
 def check_work(
     tokens: list[int], params: SamplingParams, cache: CacheChoice, engine: AsyncEngine, names: tuple[str, str]
 ) -> None:
-    """Raises ApiError for a prompt that the model cannot continue. names: the fields of the prompt and of the length
-    limit, for the message."""
+    """Raises ApiError for a prompt that the model cannot continue. names: the fields of prompt and length limit."""
     prompt, limit = names
     try:
         engine.engine.check(tokens, params, cache)

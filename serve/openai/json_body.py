@@ -26,8 +26,7 @@ class _Number:
 
 
 def read_object(body: bytes, needed: str) -> dict[str, Any]:
-    """The JSON object in a body. needed: the required fields, for the message. Raises ApiError 400 that names the wrong
-    field, or the place where the body is not JSON."""
+    """The JSON object in a body. needed: required fields, for messages. Raises ApiError 400 that names the field."""
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:

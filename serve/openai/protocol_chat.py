@@ -47,8 +47,7 @@ class ChatMessage(Strict):
     reasoning_content: Unused = None
 
     def plain(self, where: str) -> dict[str, str]:
-        """The message for the chat template: role, content and name. where: the message's name in errors. Raises
-        ApiError."""
+        """The message for the chat template. where: the message's name in errors. Raises ApiError."""
         if isinstance(self.role, str) and self.role in ("tool", "function"):
             raise unsupported(f"{where}.role", "of a tool is not supported by this server: it has no tools")
         if not isinstance(self.role, str) or self.role not in ROLES:

@@ -10,8 +10,7 @@ from train.experiments.icl_deep import induction, sine
 from train.experiments.icl_gd import one_layer, softmax_heads, two_layers
 
 SINE_STARTS = ("sine, trained", "sine, trained again")
-"""Two random initialisations of MLP and layer: some end in a local minimum with twice the loss, depending on
-rounding."""
+"""Two random initialisations: some end in a local minimum with twice the loss, depending on rounding."""
 
 
 def parts(config: ExperimentConfig) -> dict[str, ExperimentPart]:

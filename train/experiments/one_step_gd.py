@@ -33,8 +33,7 @@ TESTED, STEPS, BATCH, STARTS = 2**21, 1500, 4096, 4
 
 @dataclass(frozen=True)
 class Case:
-    """A family of tasks: y as a function of x, the covariance of x, the distribution of w, the variance of the
-    noise."""
+    """A family of tasks: y as a function of x, the covariance of x, the distribution of w, the noise's variance."""
 
     claim: str
     name: str
