@@ -144,7 +144,7 @@ def run_command(main: Callable[[], int]) -> int:
 
 
 def format_value(value: Any) -> str:
-    """A value as tables show it, on the console and in documents: four significant digits, thousands set apart."""
+    """A value as text for tables, on the console and in documents: four significant digits, thousands separators."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -184,7 +184,7 @@ class Checkpoints:
         """The error for a checkpoint that could not be written. It states the free space, because torch reports a full
         disk only as a RuntimeError."""
         kept = self.newest_name()
-        resume = "" if kept is None else f"the newest checkpoint is {kept}, and the same command goes on from it"
+        resume = "" if kept is None else f"the newest checkpoint is {kept}, and the same command resumes from it"
         free = free_bytes(self.directory) / 2**20
         return TrainingError(
             f"checkpoint {final} could not be written: {explain(error)} ({free:,.0f} MiB are free there); {resume}"

@@ -81,7 +81,7 @@ def report(error: BaseException, joined: bool) -> int:
         return error.status
     if isinstance(error, KeyboardInterrupt):
         if rank == 0:
-            _say("interrupted; what was not saved is lost, the same command goes on from the last checkpoint")
+            _say("interrupted; unsaved steps are lost; the same command resumes from the last checkpoint")
         return 128 + 2
     if lost_rank(error):
         time.sleep(PAUSE_SECONDS)  # the rank that failed ends first, with its own exit status

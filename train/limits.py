@@ -70,7 +70,7 @@ def _names(config: Config) -> Iterator[tuple[str, str]]:
         yield (
             "name",
             f"name={config.name!r} must be the name of a directory: at most 100 letters, digits and . _ - + = @, "
-            "with a letter or digit first; run_dir says where else to write",
+            "with a letter or digit first; set run_dir to write to another place",
         )
     for key in ("run_dir", "cache_dir"):
         if getattr(config, key) == "":

@@ -248,7 +248,7 @@ def _summarize(run: TrainingRun, reason: str | None) -> None:
             "go on"
         )
     elif reason is not None:
-        print(f"stopped by {reason} after step {progress.step}; the same command goes on from there")
+        print(f"stopped by {reason} after step {progress.step}; the same command resumes it")
     print(f"run directory {config.run_path}; attnzoo serve --checkpoint {config.run_path} serves it", flush=True)
 
 
@@ -283,7 +283,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _tell(config: Config, what: str) -> None:
-    """What the run does now, for whoever waits for the first step."""
+    """Prints what the run does before its first step."""
     if config.log.progress and _is_main():
         tqdm.write(f"{config.name}: {what}", file=sys.stderr)
 

@@ -111,8 +111,8 @@ def _check_owner(directory: Path) -> None:
         there.append(LOCK)
     if there:
         raise ValueError(
-            f"run_dir={directory} holds {there[0]}, which no run of training has written and this one would write "
-            "over; set another run_dir, or move the file away"
+            f"run_dir={directory} holds {there[0]}, which no training run has written and this one would "
+            "overwrite; set another run_dir, or move the file away"
         )
 
 

@@ -35,7 +35,7 @@ QUALITY = ("bits_per_character", "accuracy", "mixed_accuracy")
 REPORTS = 10
 """Number of validation losses that a trial reports."""
 
-GOES_ON = "interrupted; finished trials are kept, and the same command goes on"
+GOES_ON = "interrupted; finished trials are kept, and the same command resumes the sweep"
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a local Ray then uses loopback

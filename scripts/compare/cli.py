@@ -35,7 +35,7 @@ def run(chosen: argparse.Namespace) -> int:
     except JobError as error:
         return complain("attnzoo compare", str(error), 1)
     except KeyboardInterrupt:
-        print("interrupted; finished runs are kept, and the same command goes on", file=sys.stderr)
+        print("interrupted; finished runs are kept, and the same command resumes the comparison", file=sys.stderr)
         return 130
 
 

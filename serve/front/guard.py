@@ -246,7 +246,7 @@ def _judge_body(scope: Scope, limit: int) -> ApiError | None:
         if name == b"content-length" and (not value.isdigit() or len(value) > 15 or int(value) > limit):
             return too_large(limit)
         if name == b"transfer-encoding" and value.strip().lower() != b"chunked":
-            message = "send the body as it is: of transfer-encoding only chunked is understood"
+            message = "send the body without transfer-encoding, or with transfer-encoding: chunked"
             return ApiError(415, message, code="unsupported_media_type")
         if name == b"content-encoding" and value.strip().lower() != b"identity":
             return ApiError(415, "send the body without content-encoding", code="unsupported_media_type")

@@ -146,7 +146,7 @@ def test_a_signal_in_an_evaluation_or_a_checkpoint_is_heard_at_once(tiny: Path, 
 
     for where, step in (("first", 0), ("checkpoint", 2), ("last", 6)):
         told, row = go(where)
-        assert f"stopped by SIGTERM after step {step}; the same command goes on from there" in told
+        assert f"stopped by SIGTERM after step {step}; the same command resumes it" in told
         assert (row["steps"], row["complete"], row["bits_per_byte"]) == (step, False, None)
         assert (run / "checkpoints" / "latest").read_text().strip() == f"step-{step:08d}"
     told, row = go("nowhere")

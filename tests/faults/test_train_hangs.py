@@ -220,7 +220,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tiny: Path, tmp_p
     lines = re.findall(r"^train: .*", result.stderr, re.M)
     assert len(lines) == 1
     assert "step-00000006 could not be written" in lines[0]
-    assert "the newest checkpoint is step-00000002, and the same command goes on from it" in lines[0]
+    assert "the newest checkpoint is step-00000002, and the same command resumes from it" in lines[0]
     assert "Traceback" not in result.stderr
     launch(tiny, f"run_dir={run}", ranks=1)
     assert list(losses(run)) == [1, 2, 3, 4, 5, 6]

@@ -110,7 +110,7 @@ def test_ctrl_c_keeps_finished_runs(text, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on" in errors
+    assert "the same command resumes" in errors
     assert "Traceback" not in errors
     assert [path.name for path in tmp_path.iterdir()] == ["recall-linear-seed0.json"]
 

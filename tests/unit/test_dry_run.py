@@ -168,7 +168,7 @@ def test_files_of_the_user_are_not_written_over(
     for _ in range(2):  # a refusal leaves nothing that would let the next one pass
         assert main(["--config", str(tiny), *(["--dry-run"] if dry else []), f"run_dir={tmp_path}"]) == 2
         error = capfd.readouterr().err
-        assert error.startswith(f"train: run_dir={tmp_path} holds {name.partition('/')[0]}, which no run of training")
+        assert error.startswith(f"train: run_dir={tmp_path} holds {name.partition('/')[0]}, which no training run")
         assert "set another run_dir" in error
         assert error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
