@@ -73,7 +73,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 LARGEST = 2**31 - 1
-"""Largest size, length or count in a layer's configuration: tokens are counted in 32-bit integers."""
+"""Largest size, length or count in a layer's configuration; larger numbers would not fit into 32 bits."""
 
 
 class CheckedConfig:

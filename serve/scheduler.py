@@ -5,8 +5,8 @@ sequence decodes, the caller may limit the prompt tokens of a step, so that stre
 
 The prompt with the fewest unread tokens comes first, so that a short prompt overtakes a long one, even one that has
 begun. Time is counted in tokens that went through the model. A prompt is overdue when it has waited `PATIENCE` times
-as many tokens as it has left, plus a full step. Half of a step's prompt tokens go to overdue prompts in order of
-arrival. So every prompt is read eventually, and a short one waits only a few steps.
+the sum of its unread tokens and a full step. Half of a step's prompt tokens go to overdue prompts in order of arrival.
+So every prompt is read eventually, and a short one waits only a few steps.
 
 Sequences with the same cache form a group, decode together, and have slots of their own. While a request waits for a
 group or for memory, others may start before it; once it is overdue, no request may start that would delay it further.
@@ -21,7 +21,7 @@ from serve.slots import Release, SlotTable
 Group = Hashable
 """The common property of sequences that decode together: their cache."""
 PATIENCE = 4
-"""A prompt is overdue after waiting so many times its unread tokens plus a full step."""
+"""A prompt is overdue after waiting so many times the sum of its unread tokens and a full step, in tokens."""
 
 
 class QueueFullError(Exception):
