@@ -66,7 +66,7 @@ def test_experiment_a_of_another_variant(capsys):
     [
         (["icl-gd", "--variant", "rchma"], "did you mean 'rcmha'"),
         (["icl-gd", "--variant", "mha", "num_hads=2"], "did you mean 'num_heads'"),
-        (["icl-gd", "num_heads=2"], "say which with --variant"),
+        (["icl-gd", "num_heads=2"], "name it with --variant"),
         (["icl-gd", "--variant", "mha", "model_dim=8"], "the experiment sets model_dim"),
         (["one-step-gd", "--variant", "mha"], "--variant=mha is for icl-gd and depth, not one-step-gd"),
         (["depth", "--variant", "in_context_linear"], "'in_context_linear' is not causal"),
