@@ -32,7 +32,7 @@ from serve.request import (
     SamplingParams,
     failed,
 )
-from serve.runner import Runner, StepResult
+from serve.runner import Runner, StepOutput
 from serve.sampler import Drawn, make_generator, sample_rows
 from serve.scheduler import Demand, Scheduler, StepPlan
 from serve.synchronized import synchronized
@@ -228,7 +228,7 @@ class Engine:
         self.metrics.step(plan.num_tokens)
         self._publish_load()
 
-    def _draw(self, ran: StepResult, rows: list[Request]) -> list[Drawn | Exception]:
+    def _draw(self, ran: StepOutput, rows: list[Request]) -> list[Drawn | Exception]:
         if not rows:
             return []
         try:

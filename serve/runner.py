@@ -22,7 +22,7 @@ from serve.slots import Release
 
 
 @dataclass(frozen=True)
-class StepResult:
+class StepOutput:
     """The result of a step: logits_RV of the `sampled` requests in their order, and the error of each failed one."""
 
     sampled: list[str]
@@ -85,7 +85,7 @@ class Runner:
         return self.model.cost(batch=1, tokens=1, context=context).state_bytes
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, requests: Mapping[str, Request]) -> StepResult:
+    def run(self, plan: StepPlan, requests: Mapping[str, Request]) -> StepOutput:
         """Computes the plan. Raises DeviceError if the device no longer works."""
         parts: list[Part] = []
         failed: dict[str, Exception] = {}
@@ -159,23 +159,23 @@ class Runner:
             if lost:
                 failed.update(dict.fromkeys(lost, SharedError(next(reversed(failed.values())))))
 
-    def _logits(self, parts: list[Part], failed: dict[str, Exception]) -> StepResult:
+    def _logits(self, parts: list[Part], failed: dict[str, Exception]) -> StepOutput:
         ids = [request_id for names, _ in parts for request_id in names]
         if not ids:
-            return StepResult([], torch.empty(0, 0), failed)
+            return StepOutput([], torch.empty(0, 0), failed)
         hidden_RD = torch.cat([hidden for _, hidden in parts])
         kept = [row for row, request_id in enumerate(ids) if request_id not in failed]
         if len(kept) < len(ids):
             ids, hidden_RD = [ids[row] for row in kept], hidden_RD[kept]
         try:
-            return StepResult(ids, self.model.logits(hidden_RD), failed)
+            return StepOutput(ids, self.model.logits(hidden_RD), failed)
         except Exception as failure:
             self.check_device(failure)
             rows = [partial(self.model.logits, hidden_RD[row : row + 1]) for row in range(len(ids))]
             parts = self._one_by_one(ids, rows, failed)
         if not parts:
-            return StepResult([], torch.empty(0, 0), failed)
-        return StepResult([names[0] for names, _ in parts], torch.cat([logits for _, logits in parts]), failed)
+            return StepOutput([], torch.empty(0, 0), failed)
+        return StepOutput([names[0] for names, _ in parts], torch.cat([logits for _, logits in parts]), failed)
 
     def check_device(self, failure: BaseException) -> None:
         """Raises DeviceError from `failure` if the device no longer computes."""

@@ -21,7 +21,7 @@ from serve.scheduler import QueueFullError
 
 
 @dataclass(frozen=True)
-class Work:
+class GenerationWork:
     """Token ids and parameters of every choice in the order of its index, and the cache of all of them."""
 
     choices: list[tuple[list[int], SamplingParams]]
@@ -67,7 +67,7 @@ def check_work(
         raise ApiError(400, str(error), param=prompt) from None
 
 
-def submit(engine: AsyncEngine, work: Work) -> Stream:
+def submit(engine: AsyncEngine, work: GenerationWork) -> Stream:
     """Submits the choices to the engine. Raises ApiError 429 or 503."""
     try:
         return engine.submit([tokens for tokens, _ in work.choices], [params for _, params in work.choices], work.cache)
@@ -88,7 +88,9 @@ class Answer(Response):
     whole: str
     chunk: str
 
-    def __init__(self, request: GenerationRequest, engine: AsyncEngine, work: Work, *, interval_s: float = 0.0) -> None:
+    def __init__(
+        self, request: GenerationRequest, engine: AsyncEngine, work: GenerationWork, *, interval_s: float = 0.0
+    ) -> None:
         super().__init__()
         self.request, self.engine, self.interval_s = request, engine, interval_s
         self.stream = submit(engine, work)

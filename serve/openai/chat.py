@@ -5,14 +5,14 @@ from typing import Any
 from attnzoo.models.sampling import TokenLogprobs
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
-from serve.openai.answer import Answer, Work, check_choices, check_model, check_work, choose_cache
+from serve.openai.answer import Answer, GenerationWork, check_choices, check_model, check_work, choose_cache
 from serve.openai.encoding import encode_chat
 from serve.openai.errors import ApiError
 from serve.openai.protocol_chat import ChatRequest, chat_logprobs_object
 from serve.request import Delta, FinishReason
 
 
-async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeConfig) -> Work:
+async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeConfig) -> GenerationWork:
     """The work of a chat request. Without a length limit an answer may fill the context. Raises ApiError."""
     check_model(request.model, config)
     if engine.engine.chat_template is None:
@@ -29,7 +29,7 @@ async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeC
         if copy == 0:  # the others differ only in their seed
             check_work(tokens, params, cache, engine, ("messages", request.limit_name))
         choices.append((tokens, params))
-    return Work(choices, cache)
+    return GenerationWork(choices, cache)
 
 
 class ChatAnswer(Answer):
@@ -37,7 +37,9 @@ class ChatAnswer(Answer):
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, request: ChatRequest, engine: AsyncEngine, work: Work, *, interval_s: float = 0.0) -> None:
+    def __init__(
+        self, request: ChatRequest, engine: AsyncEngine, work: GenerationWork, *, interval_s: float = 0.0
+    ) -> None:
         super().__init__(request, engine, work, interval_s=interval_s)
         self.begun: set[int] = set()
 

@@ -5,7 +5,7 @@ from typing import Any
 from attnzoo.models.sampling import TokenLogprobs
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
-from serve.openai.answer import Answer, Work, check_choices, check_model, check_work, choose_cache
+from serve.openai.answer import Answer, GenerationWork, check_choices, check_model, check_work, choose_cache
 from serve.openai.encoding import check_tokens, encode_text
 from serve.openai.errors import ApiError
 from serve.openai.protocol import CompletionRequest, logprobs_object
@@ -14,7 +14,7 @@ from serve.request import Delta, FinishReason
 DEFAULT_MAX_TOKENS = 16
 
 
-async def prepare(request: CompletionRequest, engine: AsyncEngine, config: ServeConfig) -> Work:
+async def prepare(request: CompletionRequest, engine: AsyncEngine, config: ServeConfig) -> GenerationWork:
     """The work of a completion request. Raises ApiError."""
     check_model(request.model, config)
     prompts = request.texts_or_tokens()
@@ -34,7 +34,7 @@ async def prepare(request: CompletionRequest, engine: AsyncEngine, config: Serve
             if copy == 0:  # the others differ only in their seed
                 check_work(tokens, params, cache, engine, ("prompt", "max_tokens"))
             choices.append((tokens, params))
-    return Work(choices, cache)
+    return GenerationWork(choices, cache)
 
 
 class CompletionAnswer(Answer):

@@ -15,7 +15,10 @@ SINE_STARTS = ("sine, trained", "sine, trained again")
 
 def parts(config: ExperimentConfig) -> dict[str, ExperimentPart]:
     """The parts; for another variant only those of the claims about a layer as a black box."""
-    found = {"one layer": ExperimentPart(one_layer, config.steps(2000)), "two layers": ExperimentPart(two_layers, config.steps(4000))}
+    found = {
+        "one layer": ExperimentPart(one_layer, config.steps(2000)),
+        "two layers": ExperimentPart(two_layers, config.steps(4000)),
+    }
     if config.variant is None:
         found |= {
             "softmax, 1 head": ExperimentPart(partial(softmax_heads, heads=1), config.steps(3000)),
