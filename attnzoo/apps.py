@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from attnzoo.files import home
+from attnzoo.files import home, user_path
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -35,10 +35,13 @@ def use() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([place, *others])
 
 
-def find_config(name: str | os.PathLike[str]) -> Path:
+def find_config(name: str | os.PathLike[str], where: str = "--config") -> Path:
     """The path of a configuration file. A bare name is looked up in configs/ first. `configs/NAME` means the file that
-    ships with attnzoo unless the current directory has one. A name that is not found is returned as it is."""
-    path, configs = Path(name), directory() / "configs"
+    ships with attnzoo unless the current directory has one. A name that is not found is returned as it is.
+
+    Raises ValueError, naming `where`, as `user_path`.
+    """
+    path, configs = user_path(os.fspath(name), where), directory() / "configs"
     if path.parent == Path(".") and (configs / path).is_file():
         return configs / path
     if not path.exists() and path.parts[:1] == ("configs",) and (directory() / path).is_file():

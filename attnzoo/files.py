@@ -1,5 +1,6 @@
 """Writes files and directories atomically (a reader sees the old content or the new one), and reads text and JSON."""
 
+import errno
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ def real_path(path: Path) -> Path:
 
 def user_path(path: str | Path, where: str) -> Path:
     """A path from user input, with ~ expanded to the home directory. Raises ValueError, naming the field `where`, for
-    ~name of an unknown user and for a NUL character."""
+    ~name of an unknown user, for a NUL character, and for a symbolic link that leads back to itself."""
     text = str(path)
     if "\0" in text:
         raise ValueError(f"{where}={text!r} contains a NUL character, which no path may; give another path")
@@ -26,6 +27,11 @@ def user_path(path: str | Path, where: str) -> Path:
     if found.startswith("~"):
         name = text.partition("/")[0]
         raise ValueError(f"{where}={text!r}: there is no user {name!r}; write ./{text} for a file of that name")
+    try:
+        os.stat(found)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{where}={text!r} is a symbolic link that leads back to itself; give another") from None
     return Path(found)
 
 

@@ -23,6 +23,9 @@ FLOAT = re.compile(
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
 """Tried after INT, which it matches too."""
+MOST_VALUES = 100_000
+"""The most values of a file or a word. A few lines of aliases can stand for millions of values, all of which would be
+copied."""
 
 
 def parse_words(words: Iterable[str], example: str, *, as_text: Collection[str] = (), hint: str = "") -> dict[str, Any]:
@@ -87,12 +90,22 @@ def parse_lines(text: str, where: str, numbered: bool = True) -> tuple[Any, dict
                 return None, {}
             for mark, problem in _problems(node, "", lines, {}):
                 raise ValueError(f"{where}:{mark.line + 1}: {problem}" if numbered else f"{where}: {problem}")
+            if _size(node, {}) > MOST_VALUES:
+                raise ValueError(f"{where}: holds more than {MOST_VALUES:,} values, each as often as aliases repeat it")
             return _constructed(reader, node, where), lines
         finally:
             reader.dispose()
     except (yaml.YAMLError, RecursionError) as error:
         detail = " ".join(str(error).split())
         raise ValueError(f"{where}: cannot be read as YAML: {detail}") from None
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """Keys and values at and below a node that does not hold itself; what an alias stands for counts each time."""
+    if id(node) not in known:
+        parts = [part for item in node.value for part in item] if node.id == "mapping" else node.value
+        known[id(node)] = 1 if node.id == "scalar" else 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _constructed(reader: Any, node: Any, where: str) -> Any:

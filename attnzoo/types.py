@@ -110,7 +110,7 @@ def build_config(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
-            raise ValueError(f"{where}.{name} is missing: set it to a value of type {hints[name]}")
+            raise ValueError(f"{where}.{name} is missing: set it to a value of type {type_name(hints[name])}")
     return cls(**{key: checked(value, hints[key], f"{where}.{key}") for key, value in values.items()})
 
 
@@ -146,8 +146,13 @@ def checked(value: Any, hint: Any, where: str) -> Any:
             return _sequence(value, kind, where)
         if isinstance(container, type) and isinstance(value, container):
             return value
-    names = " or ".join(kind.__name__ if isinstance(kind, type) else str(kind) for kind in allowed)
+    names = " or ".join(map(type_name, allowed))
     raise ValueError(f"{where}={value!r} has type {type(value).__name__}; it must be {names}")
+
+
+def type_name(hint: Any) -> str:
+    """A type as people write it: int, not <class 'int'>."""
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
 
 
 def _sequence(value: Sequence[Any], kind: Any, where: str) -> Any:

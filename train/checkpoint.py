@@ -37,6 +37,7 @@ FORMAT = "attnzoo-train-2"
 FAULT = "ATTNZOO_FAULT"
 """Tests set ATTNZOO_FAULT=checkpoint_write:<step> to kill rank 0 while it writes that checkpoint."""
 LATEST = "latest"
+STEP_NAME = r"step-\d{8,}"
 
 
 @dataclass
@@ -83,12 +84,33 @@ def identity(config: Config, model: dict[str, Any], tokenizer: str, data: str, w
 
 def steps_in(directory: Path) -> list[Path]:
     """The checkpoint directories in a directory, oldest first; other names are ignored."""
-    found = (p for p in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir())
+    found = (p for p in directory.glob("step-*") if re.fullmatch(STEP_NAME, p.name) and p.is_dir())
     return sorted(found, key=_step)
 
 
 def _step(path: Path) -> int:
     return int(path.name.rpartition("-")[2])
+
+
+def check_whole(path: Path, share: int = 0, shares: int = 1) -> None:
+    """`check_files`, and whether the step in a checkpoint is that of its name, which says what is newest.
+
+    Raises ValueError that names what is wrong, for a directory that was renamed with its name.
+    """
+    check_files(path, share, shares)
+    try:
+        step = json.loads((path / "state.json").read_text(encoding="utf-8"))["progress"]["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # `Checkpoints.read` says what is wrong with it
+    if re.fullmatch(STEP_NAME, path.name) and step != _step(path):
+        raise ValueError(
+            f"{path} holds step {step}: the directory was renamed; give it its name back, {step_name(step)}"
+        )
+
+
+def step_name(step: int) -> str:
+    """The name of a checkpoint's directory."""
+    return f"step-{step:08d}"
 
 
 def newest_whole(directory: Path, before: Path | None = None) -> Path | None:
@@ -98,7 +120,7 @@ def newest_whole(directory: Path, before: Path | None = None) -> Path | None:
         known = known[: known.index(before)]
     for path in reversed(known):
         try:
-            check_files(path)
+            check_whole(path)
         except (ValueError, OSError):
             continue
         return path
@@ -147,7 +169,7 @@ class Checkpoints:
 
         Raises AgreedError if weights or optimizer state are not finite, TrainingError if writing fails.
         """
-        final = self.directory / f"step-{progress.step:08d}"
+        final = self.directory / step_name(progress.step)
         engine.check_finite(f"checkpoint {final.name} is not written")
         temporary = self.directory / f".{final.name}.tmp"
         try:
@@ -196,7 +218,7 @@ class Checkpoints:
         Raises AgreedError that names the damaged file and the newest undamaged checkpoint.
         """
         try:
-            agree(lambda: check_files(path, engine.rank, engine.world))
+            agree(lambda: check_whole(path, engine.rank, engine.world))
             return path
         except AgreedError as error:
             problem, there = f"checkpoint {path.name} is damaged: {error}", Checkpoints(path.parent, 1, {})

@@ -37,7 +37,10 @@ def read_layers(name: str, overrides: Sequence[str]) -> list[ConfigLayer]:
 
 def _find_config(name: str) -> Path:
     """The file for --config. Raises ConfigError that suggests a file of configs/ if it does not exist."""
-    path = find_config(name)
+    try:
+        path = find_config(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if path.is_file():
         return path
     known = sorted(p.name for p in CONFIGS.glob("*.yaml"))

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         required=True,
         type=Path,
-        help="training config (a bare name is looked up in configs/), checkpoint directory or config.json",
+        help="training config (a bare name is looked up in configs/), run, checkpoint or config.json, or a name",
     )
     parser.add_argument("--gpus", type=int, default=1, help="total number of GPUs (default: %(default)s)")
     parser.add_argument("--nodes", type=int, help="number of machines (default: one for every 8 GPUs)")

@@ -11,7 +11,7 @@ from attnzoo.apps import directory
 from attnzoo.attention import ATTENTION, Attention, build_attention, variant
 from attnzoo.models.shapes import without_storage
 from attnzoo.report import format_table
-from attnzoo.types import parse_dtype
+from attnzoo.types import parse_dtype, type_name
 
 
 def check_context(context: int) -> None:
@@ -85,7 +85,7 @@ def describe(kind: str, options: dict[str, Any], context: int, dtype: str) -> st
     except Exception as error:  # a plug-in may raise anything
         raise ValueError(f"{kind} ({_file(cls)}) cannot be described: {type(error).__name__}: {error}") from error
     fields = [
-        f"  {field.name}: {_type_name(field.type)} = {getattr(attention.config, field.name)!r}"
+        f"  {field.name}: {type_name(field.type)} = {getattr(attention.config, field.name)!r}"
         for field in dataclasses.fields(cls.Config)
     ]
     parameters = [f"  {name} {list(parameter.shape)}" for name, parameter in attention.named_parameters()]
@@ -106,7 +106,3 @@ def describe(kind: str, options: dict[str, Any], context: int, dtype: str) -> st
             f"configs: {', '.join(configs_with(kind)) or 'none under configs/'}",
         ]
     )
-
-
-def _type_name(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")

@@ -8,6 +8,8 @@ from attnzoo.models.sampling import Sampling, greedy
 
 LEAST_SEED, SEEDS = -(2**63), 2**64
 """Seeds are from LEAST_SEED to SEEDS - 1."""
+MOST_CONTINUATIONS = 16384
+"""Of one prompt, as in vLLM; servers allow fewer (max_choices)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,8 @@ class GenerationConfig(Sampling):
     at most, without the prompt; None: until the model's context is full. seed: the same seed gives the same text, alone
     or in a batch; None draws one from torch's global generator. stop: one string or several that end the text and are
     no part of it. logprobs: how many alternatives to report for each token; 0 reports the chosen token alone, None
-    nothing. n: number of continuations of each prompt. ignore_eos: go on after tokens that end a text.
+    nothing. n: number of continuations of each prompt, at most MOST_CONTINUATIONS. ignore_eos: go on after tokens that
+    end a text.
 
     >>> GenerationConfig(max_new_tokens=64, temperature=0.7, stop="\\n").stop
     ('\\n',)
@@ -56,8 +59,8 @@ class GenerationConfig(Sampling):
             raise ValueError(f"seed={self.seed} must fit into 64 bits")
         if self.logprobs is not None and self.logprobs < 0:
             raise ValueError(f"logprobs={self.logprobs} must be at least 0, or None for no log probabilities")
-        if self.n < 1:
-            raise ValueError(f"n={self.n} must be at least 1")
+        if not 1 <= self.n <= MOST_CONTINUATIONS:
+            raise ValueError(f"n={self.n} must be at least 1 and at most {MOST_CONTINUATIONS}")
         if self.n > 1 and greedy(self.temperature):
             raise ValueError(
                 f"n={self.n} with temperature={self.temperature} would give the same text {self.n} times; set a "

@@ -8,6 +8,7 @@ from typing import Any
 from attnzoo.apps import find_config
 from attnzoo.checkpoint import CONFIG, PACKAGED, find_checkpoint, open_checkpoint
 from attnzoo.checkpoint.huggingface import read_config
+from attnzoo.checkpoint.packaged import EXPORT
 from attnzoo.files import read_object
 from attnzoo.models import DecoderConfig
 from attnzoo.settings import read_mapping
@@ -25,8 +26,8 @@ class ModelFile:
 
 def read_model(path: Path, vocab_size: int | None = None) -> ModelFile:
     """Reads the configuration in `path`: a training config with its `base:` files (a bare name is looked up in
-    configs/), a checkpoint directory of attnzoo or transformers (weights are not needed) or its config.json, a .gguf
-    file, or the name of a packaged model.
+    configs/), a run directory, a checkpoint directory of attnzoo or transformers (weights are not needed) or its
+    config.json, a .gguf file, or a name that `find_checkpoint` accepts.
 
     A training config contributes its `model` section and `tokenizer.vocab_size`; `vocab_size` overrides the size.
     Raises ValueError that names the file and the key.
@@ -35,9 +36,11 @@ def read_model(path: Path, vocab_size: int | None = None) -> ModelFile:
     if path.suffix == ".gguf":
         config = open_checkpoint(path).config
         return ModelFile(config if vocab_size is None else replace(config, vocab_size=vocab_size), _whose(vocab_size))
-    path = find_config(path)
+    path = find_config(path, "--model")
+    if not path.exists() and (kept := find_checkpoint(str(path))).exists():
+        path = kept  # what people keep in one place
     if path.is_dir():
-        path = path / CONFIG
+        path = _in_directory(path)
     if not path.is_file():
         raise ValueError(f"--model: no file {str(path)!r}; give a training config (.yaml) or a checkpoint")
     content = read_object(path) if path.suffix == ".json" else _read_yaml(path, ())
@@ -60,6 +63,12 @@ def read_model(path: Path, vocab_size: int | None = None) -> ModelFile:
         return ModelFile(DecoderConfig.from_dict(values), source)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _in_directory(path: Path) -> Path:
+    """The configuration of a checkpoint, or of a run: its export's, before there is one what the run began with."""
+    places = (path / CONFIG, path / EXPORT / CONFIG, path / "config.yaml")
+    return next((place for place in places if place.is_file()), path / CONFIG)
 
 
 def _whose(vocab_size: int | None) -> str:

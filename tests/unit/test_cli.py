@@ -1,6 +1,7 @@
 """The command `attnzoo`: what it prints, and how it refuses."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -120,8 +121,9 @@ def test_an_export_that_cannot_be_written(where, tmp_path, capsys):
     save_model(tmp_path / "model", serving.small_model("mha"))
     (tmp_path / "file").write_text("text")
     (tmp_path / "loop").symlink_to("loop")
-    assert main(["export", str(tmp_path / "loop"), str(tmp_path / "out")]) == 2
-    assert "loop" in capsys.readouterr().err
+    for words in (["export", "LOOP", "out"], ["plan", "--model", "LOOP"], ["serve", "--checkpoint", "LOOP"]):
+        assert main([word.replace("LOOP", str(tmp_path / "loop")) for word in words]) == 2
+        assert "/loop' is a symbolic link that leads back to itself" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "model"), str(tmp_path / where)]) == 2
     assert "give a" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "text"
@@ -161,6 +163,10 @@ def test_words_are_yaml():
             parse_words([word], "a=1")
 
 
+BOMB = "".join(f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}, *{a}]\n" for a, b in itertools.pairwise("abcdefghi"))
+"""Nine lines that stand for millions of values."""
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -168,6 +174,9 @@ def test_words_are_yaml():
         (b"\xff", "is not UTF-8"),
         (b"- 1", "the file holds a list; it must be a mapping"),
         (b"a: 1\na: 2", "2: a is set twice"),
+        (b"a: &a [1, 1, 1, 1, 1]\n" + BOMB.encode(), "more than 100,000 values"),
+        (b"a: &a {k: 1, l: 1, m: 1, n: 1, o: 1}\n" + BOMB.replace("[", "{<<: [").replace("]", "]}").encode(), "values"),
+        (b"a: &a [*a]", "holds itself"),
     ],
 )
 def test_files_that_are_no_mapping(content, message, tmp_path):

@@ -76,7 +76,7 @@ def test_build_config_accepts():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, r"sizes.width is missing"),
+        ({}, r"sizes.width is missing: set it to a value of type int$"),
         ({"width": 3, "widht": 4}, r"unknown key sizes.widht; did you mean 'width'"),
         ({"width": "3"}, r"sizes.width='3' has type str; it must be int"),
         ({"width": True}, r"sizes.width=True has type bool"),

@@ -41,6 +41,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ("a", {"logprobs": -1}, "logprobs=-1 must be at least 0"),
     ("a", {"logprobs": True}, "logprobs=True has type bool"),
     ("a", {"n": 0}, "n=0 must be at least 1"),
+    ("a", {"n": 10**9, "temperature": 1.0}, "n=1000000000 must be at least 1 and at most 16384"),
     ("a", {"n": 2}, "n=2 with temperature=0.0 would give the same text 2 times"),
     ("a", {"ignore_eos": 1}, "ignore_eos=1 has type int"),
     ("a", {"batch_size": 0}, "batch_size=0 must be a whole number"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,11 +43,19 @@ def test_a_config_is_read_as_training_reads_it(path):
     assert read_model(path).config == trained.model_config(trained.tokenizer["vocab_size"])
 
 
-def test_checkpoints_and_their_json_are_read(tmp_path):
+def test_checkpoints_and_their_json_are_read(tmp_path, monkeypatch):
     save_model(tmp_path / "export", DecoderLM(config()))
-    for path in (tmp_path / "export", tmp_path / "export" / "config.json"):
+    run, kept = tmp_path / "run", tmp_path / "home" / "models" / "kept"
+    for place in (run / "export", kept):
+        shutil.copytree(tmp_path / "export", place)
+    monkeypatch.setenv("ATTNZOO_HOME", str(tmp_path / "home"))
+    for path in (tmp_path / "export", tmp_path / "export" / "config.json", run, Path("kept")):
         assert read_model(path).config == config()
         assert read_model(path, 77).config == replace(config(), vocab_size=77)
+    shutil.rmtree(run / "export")  # a run that has not ended: what it was started with
+    shutil.copyfile(RCMHA, run / "config.yaml")
+    shutil.copyfile(ROOT / "configs" / "base.yaml", run / "base.yaml")
+    assert read_model(run).config == read_model(Path(RCMHA)).config
 
 
 def test_a_base_is_merged_and_a_missing_vocabulary_said(tmp_path):

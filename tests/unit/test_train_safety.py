@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tests.helpers.training import ROOT, write_tiny
+from train import checkpoint
 from train.checkpoint import Checkpoints, find_resume, newest_whole, steps_in
 from train.config_layers import ConfigError
 from train.config_reader import load_config
@@ -30,7 +31,7 @@ def make_checkpoint(directory: Path, step: int) -> Path:
     """Files as a checkpoint has them, with digests."""
     path = directory / f"step-{step:08d}"
     path.mkdir(parents=True)
-    (path / "state.json").write_text(json.dumps({"step": step}))
+    (path / "state.json").write_text(json.dumps({"progress": {"step": step}}))
     (path / "model.pt").write_bytes(bytes(range(200)) + step.to_bytes(4, "big"))
     (path / "optim.pt").write_bytes(step.to_bytes(4, "big") * 50)
     write_digests(path, digest_files(path))
@@ -114,6 +115,19 @@ def test_steps_without_a_pointer_are_refused(tmp_path: Path) -> None:
     assert here.latest() == tmp_path / "step-00000001"
     with pytest.raises(ValueError, match=r"checkpoint\.resume=never"):
         find_resume(here, "never", False)
+
+
+def test_a_renamed_step_is_refused_by_name(tmp_path: Path) -> None:
+    """Swapped names, whole files: what is in step 2 would be trained from step 3 on."""
+    for step in (1, 2, 3):
+        make_checkpoint(tmp_path, step)
+    names = [tmp_path / f"step-0000000{n}" for n in (2, 3, 9)]
+    for old, new in ((names[0], names[2]), (names[1], names[0]), (names[2], names[1])):
+        old.rename(new)
+    with pytest.raises(ValueError, match=r"step-00000003 holds step 2: .* its name back, step-00000002"):
+        checkpoint.check_whole(names[1])
+    assert newest_whole(tmp_path) == tmp_path / "step-00000001"
+    checkpoint.check_whole(names[0].rename(tmp_path / "copy"))  # any other name says nothing
 
 
 def test_later_steps_are_set_aside_and_none_is_lost(tmp_path: Path) -> None:
