@@ -176,7 +176,7 @@ BOMB = "".join(f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}, *{a}]\n" for a, b in itertoo
         (b"a: 1\na: 2", "2: a is set twice"),
         (b"a: &a [1, 1, 1, 1, 1]\n" + BOMB.encode(), "more than 100,000 values"),
         (b"a: &a {k: 1, l: 1, m: 1, n: 1, o: 1}\n" + BOMB.replace("[", "{<<: [").replace("]", "]}").encode(), "values"),
-        (b"a: &a [*a]", "holds itself"),
+        (b"a: &a [*a]", "contains itself"),
     ],
 )
 def test_files_that_are_no_mapping(content, message, tmp_path):
