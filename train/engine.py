@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from attnzoo.models import DecoderLM, buffer_dtype, build_shapes, fill_buffers
+from attnzoo.models import DecoderLM, buffer_dtype, build_shapes, materialise
 from attnzoo.ops.common.masks import marked_starts
 from attnzoo.planner.fits import BUCKET
+from train.buffers import SavedBuffers
 from train.config import Config
 from train.deepspeed_config import clips_itself, deepspeed_config
 from train.failures import TrainingError, make_directory
@@ -182,7 +183,7 @@ class TrainingEngine:
         optimizer = build_optimizer(model, config.optim)
         autocast = device if config.precision == "bf16_autocast" else None
         module = LossModule(model, autocast, document_start)
-        self._names = [name for name, _ in model.named_parameters()]
+        self._saved_buffers = SavedBuffers(model)
         with _quiet(), _without_axes(model, self.stage):
             self._engine, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, config=settings)
         self.optimizer: MatrixAdamW = self._engine.basic_optimizer
@@ -234,6 +235,7 @@ class TrainingEngine:
             self._engine.step()
         finally:
             self.optimizer.paused = False
+        self._saved_buffers.share()
         if skip or not self._engine.was_step_applied():
             return math.nan
         return norm if self._clipping is not None else float(self._engine.get_global_grad_norm())
@@ -321,12 +323,13 @@ class TrainingEngine:
             else:
                 weight = safe_get_full_fp32_param(parameter)
             if self.rank == 0:
-                found[name] = weight.detach().float().cpu().clone()
-        saved = self.model.state_dict(keep_vars=True).keys()
-        for name, buffer in self.model.named_buffers(remove_duplicate=False):
-            if self.rank == 0 and name in saved:
-                found[name] = buffer.to(buffer_dtype(buffer.dtype, torch.float32)).detach().cpu().clone()
-        return found if self.rank == 0 else None
+                whole = weight.detach().cpu()
+                found[name] = whole.float().clone() if whole.is_floating_point() else whole.clone()
+        if self.rank != 0:
+            return None
+        for name, buffer in self._saved_buffers.items():
+            found[name] = buffer.to(buffer_dtype(buffer.dtype, torch.float32)).detach().cpu().clone()
+        return found
 
     def full_model(self) -> DecoderLM | None:
         """A float32 copy of the model on the CPU of rank 0, adapters merged; None on other ranks."""
@@ -336,12 +339,7 @@ class TrainingEngine:
         model = build_shapes(self.model_config)
         if self._lora.rank is not None:
             add_adapters(model, self._lora)
-        if self.model_config.tie_embeddings:
-            state["head.weight"] = state["embedding.weight"]
-        model.load_state_dict(state, assign=True)
-        if self.model_config.tie_embeddings:
-            model.head.weight = model.embedding.weight
-        fill_buffers(model, "cpu", torch.float32)
+        materialise(model, state, "cpu", torch.float32)
         return merge_adapters(model).eval() if self._lora.rank is not None else model.eval()
 
     def _forget_first_step(self) -> None:

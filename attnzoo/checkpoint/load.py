@@ -10,7 +10,7 @@ from attnzoo.checkpoint import finite, gguf, huggingface, native
 from attnzoo.checkpoint.base import Checkpoint, check_shapes, main_dtype
 from attnzoo.checkpoint.native import CONFIG, FORMAT
 from attnzoo.files import read_object
-from attnzoo.models import DecoderLM, buffer_dtype, build_shapes, fill_buffers
+from attnzoo.models import DecoderLM, buffer_dtype, build_shapes, materialise
 
 if TYPE_CHECKING:
     from attnzoo.tokenizer import Tokenizer
@@ -77,18 +77,16 @@ def load_model(
     for name, first, rows in checkpoint.read():
         if not checkpoint.ignored(name):
             target = weights[theirs[name]]
-            if target.is_floating_point() != rows.is_floating_point():
+            if target.dtype != rows.dtype and not (target.is_floating_point() and rows.is_floating_point()):
                 raise ValueError(f"{checkpoint.path}: tensor {name} is {rows.dtype}, and the model's is {target.dtype}")
             target = target[first : first + len(rows)] if target.dim() else target
             target.copy_(rows)
             if check_finite and theirs[name] in parameters:  # a buffer may well hold -inf, as a mask does
                 finite.check_finite(checkpoint.path, name, first, rows, target)
-    if tied:
-        weights["head.weight"] = weights["embedding.weight"]
-    model.load_state_dict(weights, assign=True)
-    if tied:
-        model.head.weight = model.embedding.weight
-    fill_buffers(model, device, None if dtype is None and main == torch.float32 else main)
+    try:
+        materialise(model, weights, device, None if dtype is None and main == torch.float32 else main)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from None
     return model.eval().requires_grad_(False)
 
 

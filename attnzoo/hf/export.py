@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 from attnzoo.checkpoint.huggingface_export import GENERATION, save_tokenizer
-from attnzoo.checkpoint.native import saved_tensors
 from attnzoo.checkpoint.target import check_export_target, place_export
 from attnzoo.files import real_path, temporary_directory
 from attnzoo.hf.modeling import AttnzooForCausalLM
@@ -22,9 +21,7 @@ def export_model(directory: Path, model: DecoderLM, *, tokenizer: Tokenizer | No
     check_export_target(directory)
     temporary = temporary_directory(directory)
     try:
-        # With tensors of our own, because save_pretrained refuses buffers that share memory.
-        tensors = {f"model.{name}": tensor for name, tensor in saved_tensors(model).items()}
-        AttnzooForCausalLM.of(model).save_pretrained(temporary, state_dict=tensors)
+        AttnzooForCausalLM.of(model).save_pretrained(temporary)
         (temporary / GENERATION).unlink(missing_ok=True)
         save_tokenizer(temporary, tokenizer, model.config.vocab_size)
         return place_export(temporary, directory)

@@ -11,9 +11,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
+from attnzoo.checkpoint.native import saved_tensors
 from attnzoo.hf.cache import DecoderCache
 from attnzoo.hf.config import AttnzooConfig
-from attnzoo.models import DecoderLM, fill_buffers
+from attnzoo.models import DecoderLM
+from attnzoo.models.shapes import fill_buffers, shared_parameters, tie_parameters, unsaved_buffers
 
 
 class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):
@@ -34,8 +36,11 @@ class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: AttnzooConfig, decoder: DecoderLM | None = None) -> None:
         super().__init__(config)
         self.model = DecoderLM(config.decoder_config()) if decoder is None else decoder
-        for parameter in self.model.parameters():
-            parameter._is_hf_initialized = not parameter.is_meta
+        _mark_filled(*self.model.parameters(), *self.model.buffers())
+        named = self.model.named_parameters
+        self._frozen = [name for name, parameter in named(remove_duplicate=False) if not parameter.requires_grad]
+        self._shared = shared_parameters(self.model)
+        self._shared.pop("head.weight", None)  # that one transformers ties, as its configuration says
         self.post_init()
 
     @classmethod
@@ -141,15 +146,37 @@ class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("labels with logits_to_keep: the loss needs all logits; leave one of them out")
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialises no weights, which `DecoderLM` does itself. Raises ValueError for weights that a checkpoint lacks.
-        Fills the buffers that no checkpoint holds, which from_pretrained leaves uninitialised."""
-        unsaved = [module._buffers[name] for name in module._non_persistent_buffers_set]
-        if any(buffer is not None and not buffer.is_meta for buffer in unsaved):
-            fill_buffers(self.model, self.device, self.dtype, lost=True)
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
+        """Initialises no weights, which `DecoderLM` does itself. Raises ValueError for weights and buffers that a
+        checkpoint lacks. Fills the buffers that no checkpoint holds, which from_pretrained leaves uninitialised."""
+        if any(_lost(buffer) for buffer in unsaved_buffers(module).values()):
+            fill_buffers(self.model, self.device, self.dtype)
+            _mark_filled(*unsaved_buffers(self.model).values())
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if _lost(tensor):
                 where = next((path for path, found in self.named_modules() if found is module), "")
                 raise ValueError(f"the checkpoint lacks {where}.{name}, or has it in another shape; is it complete?")
+
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
+        """As transformers does for the head, and then the parameters that a variant uses under several names. Loading,
+        which makes each parameter anew, also forgets which of them are not trained."""
+        super().tie_weights(missing_keys, recompute_mapping)
+        tie_parameters(self.model, self._shared)
+        if not recompute_mapping:
+            for name in self._frozen:
+                self.model.get_parameter(name).requires_grad_(False)
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[Any, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers does, with buffers and parameters that share memory, which it refuses, saved one by one."""
+        if state_dict is None:
+            state_dict = {f"model.{name}": tensor for name, tensor in saved_tensors(self.model).items()}
+        return super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
@@ -184,6 +211,17 @@ class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):
                 "with the larger vocab_size"
             )
         return self.model.embedding
+
+
+def _mark_filled(*tensors: Tensor) -> None:
+    """Tells them from what transformers puts in place without values, by the attribute that it uses itself."""
+    for tensor in tensors:
+        tensor._is_hf_initialized = not tensor.is_meta  # type: ignore[attr-defined]
+
+
+def _lost(tensor: Tensor) -> bool:
+    """Whether there is storage that neither the model nor a checkpoint has filled."""
+    return not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False)
 
 
 def _merge_names(cache: Any, past_key_values: Any) -> Any:

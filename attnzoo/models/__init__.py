@@ -9,7 +9,7 @@ from attnzoo.models.generation_config import GenerationConfig
 from attnzoo.models.packing import can_pack, pack_weights
 from attnzoo.models.sampling import Sampling, TokenLogprobs
 from attnzoo.models.sequences import Sequences
-from attnzoo.models.shapes import buffer_dtype, build_shapes, fill_buffers
+from attnzoo.models.shapes import buffer_dtype, build_shapes, materialise
 
 __all__ = [
     "CacheUse",
@@ -23,7 +23,7 @@ __all__ = [
     "buffer_dtype",
     "build_shapes",
     "can_pack",
-    "fill_buffers",
     "generate",
+    "materialise",
     "pack_weights",
 ]

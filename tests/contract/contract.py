@@ -14,6 +14,7 @@ from tests.contract.forms import (
     check_shift,
 )
 from tests.contract.promises import check_cost, check_empty, check_implementations, check_refusals, check_storage
+from tests.contract.saved import check_saved
 from tests.contract.served import check_served
 from tests.contract.streaming import (
     check_batch,
@@ -46,6 +47,7 @@ ITEMS: dict[str, Callable[[Build], None]] = {
     "refusals": check_refusals,
     "implementations": check_implementations,
     "empty": check_empty,
+    "saved": check_saved,
     "served": check_served,
 }
 

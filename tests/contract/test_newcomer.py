@@ -71,7 +71,7 @@ MISTAKES = {
     "bias": ("return -self.slope[:, None] * distance_P", "return -self.slope[:, None] * distance_P / 2", "by_hand"),
     "formula": ("/ q.shape[2] ** 0.5", "", "by_hand"),
     "nothing": ('source = "Press', 'implementations = ("torch",)\n    source = "Press', None),
-    "start": ("2.0 ** (-8.0", "float('nan') * (-8.0", "defaults served"),
+    "start": ("2.0 ** (-8.0", "float('nan') * (-8.0", "defaults saved served"),
     "count": (
         "super().__init__(heads)\n",
         "super().__init__(heads)\n        assert heads.num_heads != 7\n",
@@ -80,17 +80,22 @@ MISTAKES = {
     "noise": (
         "super().__init__(heads)\n",
         "super().__init__(heads)\n        self.register_buffer('noise', torch.rand(3), persistent=False)\n",
-        "served",
+        "saved",
     ),
     "meta": (
         "super().__init__(heads)\n",
         "super().__init__(heads)\n        self.first = float(torch.ones(2)[0])\n",
-        "served",
+        "saved served",
+    ),
+    "plain": (
+        "super().__init__(heads)\n",
+        "super().__init__(heads)\n        self.ones = torch.ones(3)\n",
+        "saved served",
     ),
     "complex": (
         "super().__init__(heads)\n",
         "super().__init__(heads)\n        self.register_buffer('turns', torch.ones(3, dtype=torch.complex64))\n",
-        "served",
+        "saved served",
     ),
 }
 """What is written instead of what, and which items notice; None: it is no mistake."""
@@ -110,6 +115,7 @@ def test_mistakes_in_the_template_are_caught(tmp_path):
     assert found == {name: (items or "").split() for name, (_, _, items) in MISTAKES.items()}, result.stdout
     assert "a variant reads values of tensors in __init__" in result.stdout
     assert "has dtype torch.complex64, which cannot be saved" in result.stdout
+    assert "mixing.position.ones is a tensor that is neither a parameter nor a buffer" in result.stdout
 
 
 @pytest.mark.heavy

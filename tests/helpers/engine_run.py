@@ -3,8 +3,9 @@
     deepspeed --num_accelerators 2 tests/helpers/engine_run.py --cases cases.json --out directory
 
 cases.json maps names to lists of overrides of configs/base.yaml; beside them `steps`, `untied`, `frozen` (the
-beginning of the names of parameters that do not train), `samples` (text samples, twice after every step) and `counts`
-(as COUNTS).
+beginning of the names of parameters that do not train), `samples` (text samples, twice after every step), `counts`
+(as COUNTS) and `continued` (exports after the steps, then one more step by the same engine and by a new one that reads
+its checkpoint).
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from attnzoo.checkpoint import save_model
 from attnzoo.models import DecoderLM
 from train import engine as engines
 from train.checkpoint import TrainingProgress
@@ -31,7 +33,7 @@ from train.engine import TrainingEngine
 from train.evaluate import samples, validate
 from train.loop import TrainingRun, take_step
 from train.lora import add_adapters
-from train.ranks import finish
+from train.ranks import finish, gather
 
 VOCABULARY, LENGTH, BATCH = 37, 12, 8
 BASE = [
@@ -126,17 +128,26 @@ def build(overrides: list[str], untied: bool = False, frozen: str | None = None)
     return config, model
 
 
+class Never:
+    """No signal comes."""
+
+    def requested(self) -> bool:
+        return False
+
+
+def begin(config: Config, engine: TrainingEngine, data: Data) -> TrainingRun:
+    """A run of which only steps are taken."""
+    progress = TrainingProgress(total_steps=config.train.steps)
+    return TrainingRun(config, engine, data, None, None, progress, None, 1, 1, None)  # type: ignore[arg-type]
+
+
 def run(case: dict[str, Any], device: torch.device, out: Path) -> dict[str, Any]:
     """Takes the steps of a case; its weights after each go to files."""
     config, model = build(case["overrides"], case.get("untied", False), case.get("frozen"))
     engine, data = TrainingEngine(config, model, device), Data(case.get("counts", COUNTS))
-    progress = TrainingProgress(total_steps=config.train.steps)
-    training = TrainingRun(config, engine, data, None, None, progress, None, 1, 1, None)  # type: ignore[arg-type]
+    training = begin(config, engine, data)
+    progress = training.progress
     found: dict[str, Any] = {"losses": [], "norms": [], "texts": []}
-
-    class Never:
-        def requested(self) -> bool:
-            return False
 
     found["validation"] = [validate(engine, data, size, None).loss for size in (1, 3, 8)]
     for _ in range(case.get("steps", 1)):
@@ -158,7 +169,36 @@ def run(case: dict[str, Any], device: torch.device, out: Path) -> dict[str, Any]
     merged = engine.full_model()
     if merged is not None:
         found["exported"] = sorted(merged.state_dict())
+    if case.get("continued"):
+        found["seen"] = gather([buffer.item() for name, buffer in model.named_buffers() if name.endswith(".usual")])
+        found["continued"] = continued(case, training, device, out.with_suffix(""))
     return found
+
+
+def continued(case: dict[str, Any], training: TrainingRun, device: torch.device, out: Path) -> list[float]:
+    """Losses of one more step, without and with a break; the exports before and after go to `out`-0, -1 and -2."""
+    engine, position = training.engine, training.data.train.state()
+    engine.save(out.parent, f"{out.name}-checkpoint")
+    exported(engine, f"{out}-0")
+    losses = [take_step(training, Never()).loss]  # type: ignore[arg-type]
+    exported(engine, f"{out}-1")
+    config, model = build(case["overrides"], case.get("untied", False), case.get("frozen"))
+    for tensor in model.state_dict().values():
+        tensor.zero_()  # what is not read would show
+    engine = TrainingEngine(config, model, device)
+    engine.load(Path(f"{out}-checkpoint"))
+    again = begin(config, engine, Data(case.get("counts", COUNTS)))
+    again.data.train.load(position)
+    losses.append(take_step(again, Never()).loss)  # type: ignore[arg-type]
+    exported(engine, f"{out}-2")
+    return losses
+
+
+def exported(engine: TrainingEngine, directory: str) -> None:
+    """What a run's export is (all ranks call it)."""
+    model = engine.full_model()
+    if model is not None:
+        save_model(Path(directory), model)
 
 
 def main() -> int:

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +13,9 @@ from safetensors.torch import load_file
 from attnzoo.checkpoint import load_model, load_tokenizer, read_metadata
 from attnzoo.models import generate
 from attnzoo.types import build_config
+from tests.helpers.newcomers import NEWCOMERS, newcomer
 from tests.helpers.once import made_once
-from tests.helpers.training import ROOT, environment, launch, losses, write_tiny
+from tests.helpers.training import launch, losses, write_tiny
 from train.config_reader import load_config
 from train.data import DataConfig, prepare
 
@@ -200,23 +199,22 @@ def test_init_from_starts_at_the_exports_loss(trained: Runner, tiny: Path) -> No
     assert "has model.mlp='swiglu' and this run has 'gelu'" in wrong.stderr
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "fp32"), (3, "fp32")])
-def test_buffers_and_frozen_parameters_reach_the_export(stage: int, precision: str, tiny: Path) -> None:
-    """A variant outside the tree that keeps every kind of tensor: trained, exported, loaded, generated from."""
-    plugin = ROOT / "tests" / "contract" / "newcomers" / "buffered.py"
-    run, attention = tiny.parent / f"buffered{stage}", "model.attention={kind: buffered, num_heads: 2}"
-    settings = (attention, f"zero.stage={stage}", f"precision={precision}", "train.steps=2", "eval.every=2")
-    launch(tiny, f"run_dir={run}", *settings, ranks=1, ATTNZOO_PLUGINS=str(plugin))
-    code = (
-        "import torch; from attnzoo.checkpoint import load_model; from attnzoo.models import generate;"
-        f"model = load_model({str(run / 'export')!r}); position = model.blocks[1].attention.mixing.position;"
-        "print(position.slopes.tolist(), position.signs.tolist(), position.enabled.item(), position.frozen.tolist(),"
-        "float(position.gain) != 1.0, len(generate(model, [[5, 6]], max_new_tokens=3)[0]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(ATTNZOO_PLUGINS=str(plugin)), capture_output=True, text=True
-    )
-    assert done.stdout == "[0.0625, 0.00390625] [-1, 1] True [[0.5], [0.5]] True 3\n", done.stderr
+def test_buffers_and_frozen_parameters_reach_the_export(tiny: Path) -> None:
+    """A variant outside the tree that keeps every kind of tensor: a whole run, loaded, generated from. (Every stage,
+    and going on from a checkpoint: test_train_steps.)"""
+    run, attention = tiny.parent / "buffered", "model.attention={kind: buffered, num_heads: 2}"
+    settings = (attention, "zero.stage=3", "train.steps=2", "eval.every=2")
+    launch(tiny, f"run_dir={run}", *settings, ranks=1, ATTNZOO_PLUGINS=str(NEWCOMERS / "buffered.py"))
+    with newcomer("buffered"):
+        model = load_model(run / "export")
+    attention, passes = model.layers()[1].attention, 2 * 8 // 2
+    position = attention.mixing.position
+    assert (attention.passes.item(), position.slopes.tolist()) == (passes, [0.0625, 0.00390625])
+    assert (position.signs.tolist(), position.whole.tolist(), position.enabled.item()) == ([-1, 1], [0, 1], True)
+    assert position.frozen.tolist() == [[0.5], [0.5]]
+    assert position.gain.shape == ()
+    assert position.gain.item() != 1.0
+    assert len(generate(model, [[5, 6]], max_new_tokens=3)[0]) == 3
 
 
 def test_a_minute_budget_becomes_a_number_of_steps(tiny: Path) -> None:

@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from attnzoo.models import DecoderLM
-from tests.helpers.engine_run import COUNTS, batch, build
+from attnzoo.checkpoint import load_model
+from attnzoo.models import DecoderLM, generate
+from tests.contract.saved import same_tensors
+from tests.helpers.engine_run import BATCH, COUNTS, batch, build
+from tests.helpers.newcomers import NEWCOMERS, newcomer
 from tests.helpers.once import made_once
 from tests.helpers.training import ROOT, run_ranks
 from train.optim import build_optimizer, set_rate
@@ -28,6 +31,10 @@ PATTERNS = {
     "one-target": (0, 0, 0, 0, 0, 0, 0, -1),
 }
 """Targets that count in the rows of a global batch, which two ranks cut in the middle, and passes by twos."""
+
+
+CONTINUED = [f"continued-{case}" for case in ("fp32-0", "fp32-1", "fp32-2", "fp32-3", "bf16-0", "bf16-2")]
+"""Precision and ZeRO stage of the cases of a variant that keeps every kind of tensor."""
 
 
 def cases() -> dict[str, dict[str, Any]]:
@@ -54,6 +61,10 @@ def cases() -> dict[str, dict[str, Any]]:
         overrides = [*(dropout if stage == 1 else ADAMW), f"zero.stage={stage}"]
         for suffix in ("", "-sampled"):
             found[f"steps-{stage}{suffix}"] = {"overrides": overrides, "steps": 3, "samples": bool(suffix)}
+    for name in CONTINUED:
+        _, precision, number = name.split("-")
+        overrides = [*ADAMW, f"zero.stage={number}", f"precision={precision}", "model.attention={kind: buffered}"]
+        found[name] = {"overrides": overrides, "steps": 2, "continued": True}
     return found
 
 
@@ -63,8 +74,8 @@ CASES = cases()
 class Results:
     """What one launch has found."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, ranks: int) -> None:
+        self.directory, self.ranks = directory, ranks
         self.values = json.loads((directory / "results.json").read_text(encoding="utf-8"))
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
@@ -77,9 +88,10 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     def make(directory: Path) -> None:
         (directory / "cases.json").write_text(json.dumps(CASES), encoding="utf-8")
         command = [str(ROOT / "tests" / "helpers" / "engine_run.py"), "--cases", str(directory / "cases.json")]
-        run_ranks([*command, "--out", str(directory)], request.param)
+        plugin = str(NEWCOMERS / "buffered.py")
+        run_ranks([*command, "--out", str(directory)], request.param, ATTNZOO_PLUGINS=plugin)
 
-    return Results(made_once(tmp_path_factory, f"steps-{request.param}", make))
+    return Results(made_once(tmp_path_factory, f"steps-{request.param}", make), request.param)
 
 
 def mean_loss(model: DecoderLM, step: int, counts: Sequence[int]) -> torch.Tensor:
@@ -164,3 +176,30 @@ def test_text_samples_leave_no_trace(results: Results, stage: int) -> None:
     assert texts[0::2] == texts[1::2]
     assert len(texts) == 6
     assert all(texts)
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_whatever_a_layer_keeps_is_exported_and_goes_on(results: Results, name: str) -> None:
+    """Numbers without axes, integers, frozen parameters, buffers, and what training counts: in the export as they were
+    in training, and after a checkpoint as if there had been none."""
+    with newcomer("buffered"):
+        first, whole, resumed = (load_model(results.directory / f"{name}-{number}") for number in range(3))
+        _, start = build(CASES[name]["overrides"])
+    found, passes = results.values[name], BATCH // 2 // results.ranks
+    assert found["continued"][0] == found["continued"][1]
+    same_tensors(whole, resumed, "resumed")
+    assert all(seen == found["seen"][0] for seen in found["seen"])  # one value on all ranks
+    assert found["seen"][0] == [buffer.item() for key, buffer in first.named_buffers() if key.endswith(".usual")]
+    for key, tensor in start.state_dict(keep_vars=True).items():
+        one, other = first.state_dict()[key], whole.state_dict()[key]
+        assert (one.dtype, one.shape) == (tensor.dtype, tensor.shape), key
+        if key.endswith(".passes"):
+            assert (one.item(), other.item()) == (2 * passes, 3 * passes)
+        elif key.endswith((".gain", ".usual")):
+            assert len({tensor.item(), one.item(), other.item()}) == 3, key
+        elif not tensor.requires_grad:
+            assert torch.equal(one, tensor), key
+    if "fp32" in name:
+        at_stage_0 = load_file(results.directory / "continued-fp32-0-0" / "model.safetensors")
+        assert all(torch.allclose(first.state_dict()[key], at_stage_0[key], rtol=0, atol=2e-6) for key in at_stage_0)
+    assert len(generate(first, [[5, 6]], max_new_tokens=3)[0]) == 3

@@ -1,10 +1,11 @@
-"""ALiBi with everything that a layer may keep beside trained matrices: buffers, a number, a frozen parameter.
+"""ALiBi with everything that a layer may keep beside trained matrices: constants, numbers, statistics of training.
 
 Source: Press et al. 2021, "ALiBi" (arXiv 2108.12409), section 3.
 
     A_ij = q_i . k_j / sqrt(H) - gain slope_n (i - j),   slope_n = 2^(-8 n / N)
 
-Differs from the paper: a learned gain, a frozen one, and a table of signs that changes nothing.
+Differs from the paper: a learned gain, a frozen one, constants that change nothing, and a count and a mean of the
+inputs seen in training, which change nothing either.
 """
 
 from collections.abc import Mapping
@@ -45,13 +46,20 @@ class FixedSlopes(DistanceBias):
         self.register_buffer("third", torch.full((count, 1), 1 / 3, dtype=torch.float64))
         self.register_buffer("sixth", torch.full((count, 1), 1 / 6, dtype=torch.float64), persistent=False)
         self.register_buffer("hidden", torch.tensor([0.0, -torch.inf]))
+        self.register_buffer("order", torch.arange(count, dtype=torch.int32), persistent=False)
+        self.register_buffer("shown", torch.ones(count, 1, dtype=torch.bool), persistent=False)
+        self.register_buffer("heads_there", torch.tensor(count), persistent=False)
         self.gain = nn.Parameter(torch.tensor(1.0))
+        self.same_gain = self.gain
+        self.halving = nn.Parameter(torch.tensor(0.5), requires_grad=False)
+        self.whole = nn.Parameter(torch.arange(count), requires_grad=False)
         self.frozen = nn.Parameter(torch.full((count, 1), 0.5), requires_grad=False)
 
     def bias(self, distance_P: Tensor) -> Tensor:
-        slopes_N1 = (self.slopes * self.turned.real.to(self.slopes.dtype))[:, None]
+        slopes_N = self.slopes[self.order][self.whole] * self.heads_there / len(self.slopes)
+        slopes_N1 = (slopes_N * self.turned.real.to(self.slopes.dtype))[:, None] * self.shown
         one = (self.third * 2 + self.sixth * 2).to(self.gain.dtype)
-        gain = self.gain * self.frozen * self.enabled * one
+        gain = (self.gain + self.same_gain) * self.halving * self.frozen * self.enabled * one
         return self.signs[0] * gain * slopes_N1 * (distance_P + self.offset)
 
     def reset_parameters(self, std: float) -> None:
@@ -68,6 +76,14 @@ class Buffered(ComposedAttention):
     def __init__(self, config: BufferedConfig) -> None:
         heads = Heads.of(config.model_dim, config.num_heads, None, None)
         super().__init__(config, projection=Projection(heads), mixing=SoftmaxMixing(heads, FixedSlopes(heads)))
+        self.register_buffer("passes", torch.tensor(0))
+        self.register_buffer("usual", torch.tensor(1.0))
+
+    def forward(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            self.passes += 1
+            self.usual.lerp_(x_BTD.detach().abs().mean().to(self.usual.dtype), 0.1)
+        return super().forward(x_BTD, starts_BT)
 
     @staticmethod
     def by_hand(config: BufferedConfig, weights: Mapping[str, np.ndarray], x_TD: np.ndarray) -> np.ndarray:

@@ -1,0 +1,24 @@
+"""Variants from outside the tree, for as long as a test needs them."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from attnzoo.attention import ATTENTION, load_plugins
+
+NEWCOMERS = Path(__file__).resolve().parents[1] / "contract" / "newcomers"
+
+
+@contextmanager
+def newcomer(kind: str) -> Iterator[str]:
+    """A variant of tests/contract/newcomers, registered inside and forgotten after."""
+    before = set(sys.modules)
+    load_plugins(str(NEWCOMERS / f"{kind}.py"))
+    try:
+        yield kind
+    finally:
+        ATTENTION.remove(kind)
+        for name in set(sys.modules) - before:
+            if name.startswith("attnzoo_plugin_"):
+                del sys.modules[name]
