@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from attnzoo.derived_memory import without_values
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 KEPT = 4
@@ -24,7 +26,7 @@ def recent(function: F) -> F:
     @wraps(function)
     def call(*arguments: Any) -> Any:
         nonlocal known
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or without_values():
             return function(*arguments)
         # Tensors made in inference mode cannot be used outside of it.
         inference = torch.is_inference_mode_enabled()

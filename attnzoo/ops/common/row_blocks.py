@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.derived_memory import representative
 from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.common.negligible import may_be_peaked, product_bound, softmax_of_peaked_
 from attnzoo.types import accumulation_dtype
@@ -90,7 +91,7 @@ class _Rows:
 
 def _blocks(tokens: int, mask: CausalMask, row: int) -> Iterator[_Rows]:
     """The blocks of one sequence; keys that no row of a block sees are left out."""
-    for first in range(0, tokens, BLOCK):
+    for first in representative(range(0, tokens, BLOCK), largest="last"):
         end = min(first + BLOCK, tokens)
         earliest = latest = 0
         if mask.starts_BT is not None:
@@ -187,14 +188,14 @@ def _groups(inputs: list[Tensor], mask: CausalMask, scale: float) -> Iterator[_G
     (q, k, v), tables = inputs[:3], inputs[3:]
     dtype, group = accumulation_dtype(q.dtype), q.shape[1] // k.shape[1]
     together, in_step = group_size(q.shape[0], q.shape[1], q.shape[2], mask, dtype.itemsize)
-    for n in range(0, q.shape[1], together):
+    for n in representative(range(0, q.shape[1], together)):
         heads = slice(n, min(n + together, q.shape[1]))
         kv_heads = [head // group for head in range(heads.start, heads.stop)]
         kv: slice | list[int] = heads if group == 1 else kv_heads
         far = far_bias = None
         if tables:
             far, far_bias = _far(tables[1][heads], q.shape[2], dtype), _far(tables[2][heads], q.shape[2], dtype) * scale
-        for b in range(0, q.shape[0], in_step):
+        for b in representative(range(0, q.shape[0], in_step)):
             sequences = slice(b, min(b + in_step, q.shape[0]))
             head_q = q[sequences, heads].flatten(0, 1).to(dtype) * scale
             biased = head_q

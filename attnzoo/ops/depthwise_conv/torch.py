@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from attnzoo.derived_memory import representative
 from attnzoo.types import accumulation_dtype
 
 TILE_BYTES = 1 << 20
@@ -119,8 +120,8 @@ def _tiles(x_BTNH: Tensor) -> Iterator[Tile]:
     batch, tokens = x_BTNH.shape[:2]
     size = max(1, TILE_BYTES // max(1, x_BTNH[0, 0].nbytes))
     step = max(1, size // max(1, tokens))
-    for row in range(0, batch, step):
-        for start in range(0, tokens, size):
+    for row in representative(range(0, batch, step)):
+        for start in representative(range(0, tokens, size)):
             yield slice(row, row + step), start, min(start + size, tokens)
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from attnzoo.derived_memory import representative
 from attnzoo.ops.linear_attention.weights import Weights, Work, chunks_of, tokens_of
 from attnzoo.types import accumulation_dtype
 
@@ -102,9 +103,11 @@ class _LinearAttention(torch.autograd.Function):
         memory = memory_BKHH.to(work.dtype)
         o_BNTH = q_BNTH.new_empty(*q_BNTH.shape[:3], v_BKTH.shape[-1])
         total_BNT = o_BNTH.new_empty(o_BNTH.shape[:3], dtype=work.dtype) if normalise else None
-        memories = []
-        for start, end in work.blocks():
-            memories.append(memory)
+        blocks = list(enumerate(work.blocks()))
+        memories = memory.new_empty(len(blocks), *memory.shape) if keep else None
+        for index, (start, end) in representative(blocks):
+            if memories is not None:
+                memories[index] = memory
             q, k, v = _load(work, q_BNTH, k_BKTH, v_BKTH, normalise, start, end)
             with _exact(q):
                 o, memory = _block(q, k, v, memory, work.weights(start, end))
@@ -115,10 +118,10 @@ class _LinearAttention(torch.autograd.Function):
                 o = o[..., :-1] / total
             o_BNTH[:, :, start:end] = o
         ctx.normalise = normalise
-        if keep:
+        if memories is not None:
             saved = o_BNTH if normalise else None
             ctx.save_for_backward(
-                q_BNTH, k_BKTH, v_BKTH, decay_K, counts_B, starts_BT, saved, total_BNT, torch.stack(memories)
+                q_BNTH, k_BKTH, v_BKTH, decay_K, counts_B, starts_BT, saved, total_BNT, memories
             )
         return o_BNTH, memory
 
@@ -130,7 +133,7 @@ class _LinearAttention(torch.autograd.Function):
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BNTH, k_BKTH, v_BKTH))
         ddecay = torch.zeros_like(decay_K, dtype=work.dtype) if ctx.needs_input_grad[3] else None
         dmemory = dmemory_BKHH.to(work.dtype)
-        for index, (start, end) in reversed(list(enumerate(work.blocks()))):
+        for index, (start, end) in representative(list(enumerate(work.blocks()))[::-1], largest="last"):
             q, k, v = _load(work, q_BNTH, k_BKTH, v_BKTH, ctx.normalise, start, end)
             do = chunks_of(do_BNTH[:, :, start:end], work, start)
             if o_BNTH is not None:

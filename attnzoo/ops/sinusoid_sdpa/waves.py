@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from attnzoo.derived_memory import shared, without_values
+
 STRIDE = 64
 """Distance in positions between two rows of `turns`."""
 
@@ -42,6 +44,8 @@ def turns(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Te
 
 
 def _kept(key: tuple[str, int, torch.device, torch.dtype], rows: int, make: Callable[[int], Tensor]) -> Tensor:
+    if without_values():
+        return shared(lambda: make(rows))
     table = _TABLES.get(key)
     if table is None or len(table) < rows:
         # Doubling keeps the cost of a context that grows token by token linear in its final length.
