@@ -1,8 +1,8 @@
 """Memory of a forward and a backward pass, derived from one run of the code itself, without values.
 
-The run computes on torch's fake tensors, which have shapes, dtypes and lifetimes but no numbers. Python, autograd and its
-engine do what they always do, so tensors are made, saved and released in the true order; a dispatch mode adds up the
-storages. Tests hold the sums against the allocator's records: they are equal to the byte where operators allocate
+The run computes on torch's fake tensors, which have shapes, dtypes and lifetimes but no numbers. Python, autograd and
+its engine do what they always do, so tensors are made, saved and released in the true order; a dispatch mode adds up
+their storages. Tests hold the sums against the allocator's records: they are equal to the byte where operators allocate
 nothing but their results, and `SCRATCH` says what torch's fused attention holds besides.
 
 Python code of custom operators (`torch.library.custom_op`) and of autograd functions runs too. Long loops over equal
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 from weakref import ref
 
@@ -35,8 +36,8 @@ aten = torch.ops.aten
 class PassMemory:
     """Bytes that a part of a model takes in training, beyond its parameters, their gradients and its input.
 
-    kept: what the forward pass leaves for the backward pass, its output included. forward, backward: the most that either
-    pass holds at once, the kept bytes and the gradients of activations and of parameters included.
+    kept: what the forward pass leaves for the backward pass, its output included. forward, backward: the most that
+    either pass holds at once, the kept bytes and the gradients of activations and of parameters included.
     """
 
     kept: int
@@ -63,6 +64,22 @@ def in_sequence(parts: Iterable[PassMemory]) -> PassMemory:
     return PassMemory(kept=kept, forward=forward, backward=backward)
 
 
+def extrapolated(derive: Callable[[int], PassMemory], tokens: int, step: int) -> PassMemory:
+    """Memory at `tokens` of what runs block by block of `step` tokens, from a straight line through few blocks."""
+    rest = tokens % step
+    low, high = 2 * step + rest, 4 * step + rest
+    if tokens <= high:
+        return derive(tokens)
+    at_low, at_high = derive(low), derive(high)
+
+    def line(name: str) -> int:
+        slope: int = getattr(at_high, name) - getattr(at_low, name)
+        known: int = getattr(at_high, name)
+        return known + slope * (tokens - high) // (high - low)
+
+    return PassMemory(kept=line("kept"), forward=line("forward"), backward=line("backward"))
+
+
 def pass_memory(
     module: nn.Module,
     *inputs: Tensor,
@@ -73,9 +90,9 @@ def pass_memory(
     """What `run(module, *inputs)` (None: `module(*inputs)`) and its backward pass take on a CPU.
 
     Inputs are tensors of any device, whose values are not read; floating point ones get gradients. `dtype`: of the
-    module's numbers, None: as they are. `inner`: the module stands between others, so that its output is released and the
-    output's gradient is made and released in the backward pass; else both exist all the time, and the gradient is not
-    counted. Raises ValueError where the code needs values.
+    module's numbers, None: as they are. `inner`: the module stands between others, so that its input and output are
+    released as soon as nothing needs them, and the output's gradient is counted until it has been used; else the caller
+    holds all three, and they are counted but for the output. Raises ValueError where the code needs values.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -87,7 +104,8 @@ def pass_memory(
     outside = [*given, *known.values(), *(x.grad for x in known.values() if x.grad is not None)]
     try:
         with mode, _running(_Level(outside)) as level:
-            return _passes(level, lambda: module(*given) if run is None else run(module, *given), inner)
+            passes = _inner_passes if inner else _passes
+            return passes(level, module if run is None else partial(run, module), given)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -108,22 +126,42 @@ def _numbers(module: nn.Module, dtype: torch.dtype | None) -> dict[int, Tensor]:
     return found
 
 
-def _passes(level: "_Level", run: Callable[[], Tensor], inner: bool) -> PassMemory:
-    out = run()
+def _passes(level: "_Level", call: Callable[..., Tensor], given: list[Tensor]) -> PassMemory:
+    out = call(*given)
     kept, forward, level.peak = level.held, level.peak, 0
-    if inner:
-        end = _End.apply(out)
-        del out
-        end.backward()
-    else:
-        with level.uncounted():
-            gradient = torch.empty_like(out)
-        out.backward(gradient)
+    with level.uncounted():
+        gradient = torch.empty_like(out)
+    out.backward(gradient)
     return PassMemory(kept=kept, forward=forward, backward=level.peak)
 
 
+def _inner_passes(level: "_Level", call: Callable[..., Tensor], given: list[Tensor]) -> PassMemory:
+    """Inputs are made and released here, since they stay as long as the code keeps them, but count for another part."""
+    given[:] = [_Begin.apply(x) if x.requires_grad else x for x in given]
+    before, level.peak = level.held, level.held
+    out = call(*given)
+    given.clear()
+    kept, forward, level.peak = level.held - before, level.peak - before, 0
+    end = _End.apply(out)
+    del out
+    end.backward()
+    return PassMemory(kept=kept, forward=forward, backward=level.peak - before)
+
+
+class _Begin(torch.autograd.Function):
+    """Stands for what comes before: makes the input, and releases its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, like: Tensor) -> Tensor:
+        return torch.empty_like(like)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        return None
+
+
 class _End(torch.autograd.Function):
-    """Stands for what follows: keeps nothing, and makes the gradient."""
+    """Stands for what follows: keeps nothing, and makes the gradient of the output."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -133,6 +171,26 @@ class _End(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return torch.empty(ctx.shape, dtype=ctx.dtype)
+
+
+def stand_in(memory: PassMemory, x: Tensor, *_: Any) -> Tensor:
+    """Something of x's shape that holds as much as `memory` says in a forward and a backward pass."""
+    out: Tensor = _StandIn.apply(x, memory)
+    return out
+
+
+class _StandIn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, memory: PassMemory) -> Tensor:
+        torch.empty(memory.forward, dtype=torch.uint8)
+        ctx.save_for_backward(torch.empty(max(memory.kept - x.nbytes, 0), dtype=torch.uint8))
+        ctx.rest = memory.backward - memory.kept
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        torch.empty(max(ctx.rest, 0), dtype=torch.uint8)
+        return torch.empty_like(gradients[0]), None
 
 
 _RUNNING: ContextVar["_Level | None"] = ContextVar("running", default=None)
@@ -154,8 +212,8 @@ def without_values() -> bool:
 
 
 def representative(rounds: Iterable[T], largest: Literal["first", "last"] = "first") -> Iterable[T]:
-    """A loop whose rounds leave nothing behind and hold equally much, or less and less, or (largest="last") more and more:
-    all rounds; for the memory alone the two that hold most, since one may hold what the other left."""
+    """A loop whose rounds leave nothing behind and hold equally much, or less and less, or (largest="last") more and
+    more: all rounds; for the memory alone the two that hold most, since one may hold what the other left."""
     if not without_values():
         return rounds
     every = list(rounds)
@@ -220,7 +278,7 @@ class _Level(TorchDispatchMode):
             if custom is not None:
                 self.inside[func] = custom._init_fn
             else:
-                composed = func.namespace == "aten" and func._can_decompose()
+                composed = func.namespace == "aten" and func._can_decompose() and not _has_kernel(func)
                 self.inside[func] = func.decompose if composed else None
         return self.inside[func]
 
@@ -237,6 +295,10 @@ class _Level(TorchDispatchMode):
     def _remove(self, key: int, size: int) -> None:
         del self.storages[key]
         self.held -= size
+
+
+def _has_kernel(func: Any) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), torch._C.DispatchKey.CPU))
 
 
 def _threads_tiles(queries: int, keys: int) -> tuple[int, int]:
@@ -262,5 +324,5 @@ SCRATCH: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: _flash_forward,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward,
 }
-"""Bytes that operators hold while they run, beyond inputs and results, by their arguments: for those that are not made of
-others. An operator of compiled code that needs much may be entered."""
+"""Bytes that operators hold while they run, beyond inputs and results, by their arguments: for those that are not made
+of others. An operator of compiled code that needs much may be entered."""

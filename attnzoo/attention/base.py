@@ -5,7 +5,7 @@ One function in three forms, and what it costs:
 - `forward(x_BTD)`: the parallel form, which trains;
 - `init_state` and `extend(chunk, state)`: the same function over any partition of the sequence, which serves;
 - `reference(x_BTD)`: the same function in plain sums, which says what is right;
-- `cost`: FLOPs, bytes and state bytes, which measured numbers must meet.
+- `cost`: FLOPs, bytes and state bytes, which measured numbers must meet; the memory of training follows from `forward`.
 
 `verify_contract` in tests/contract checks all of it for every registered variant.
 """
@@ -15,17 +15,18 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from attnzoo.derived_memory import PassMemory, pass_memory, stand_in
 from attnzoo.errors import suggest
 from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.state import State
 from attnzoo.ops.common.impl import Impl
 from attnzoo.registry import Registry
-from attnzoo.tape import Buffer, Step, Tape
 
 PositionTrait = Literal["none", "rope", "table", "sinusoid", "bias", "recurrence"]
 Growth = Literal["O(T)", "O(window)", "O(1)"]
@@ -50,32 +51,19 @@ class Traits:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call costs. Sums of costs add up field by field, but for workspace, of which the
-    largest counts.
+    """What a call costs. Sums of costs add up field by field. What training holds is `Attention.training_memory`.
 
     flops: multiply and add counted apart, in matrix products, convolutions and attention over the pairs that the mask
     leaves; what an implementation computes beyond them and drops is not counted, nor are elementwise operations.
     bytes_moved: a lower bound, what must pass between memory and processor even if all else stays on chip: parameters
     that the call reads, input and output, and the state once. state_bytes: bytes of the state at that context.
     parameters: number of parameters.
-
-    Of training with the implementation "torch", where the call is the parallel form (else 0):
-    activation_bytes: what the forward pass leaves for the backward pass, its output included. workspace_bytes: the most
-    that either pass holds beyond that at once: temporaries and gradients of activations. Parameters, their gradients
-    (allocated before, and added to), the input and the output's gradient are counted in neither.
     """
 
     flops: int = 0
     bytes_moved: int = 0
     state_bytes: int = 0
     parameters: int = 0
-    activation_bytes: int = 0
-    workspace_bytes: int = 0
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most memory that a forward and backward pass takes at once."""
-        return self.activation_bytes + self.workspace_bytes
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
@@ -83,21 +71,7 @@ class Cost:
             self.bytes_moved + other.bytes_moved,
             self.state_bytes + other.state_bytes,
             self.parameters + other.parameters,
-            self.activation_bytes + other.activation_bytes,
-            max(self.workspace_bytes, other.workspace_bytes),
         )
-
-
-def training_memory(
-    play: Callable[[Tape, Buffer], Buffer], tape: Tape, model_dim: int, parallel: bool
-) -> tuple[int, int]:
-    """(activation_bytes, workspace_bytes) of a forward and backward pass, 0 for streaming."""
-    if not parallel:
-        return 0, 0
-    out = play(tape, Buffer(tape.rows(model_dim)))
-    kept = tape.held
-    tape.backward(out)
-    return kept, tape.peak - kept
 
 
 class Attention(nn.Module, ABC):
@@ -189,14 +163,41 @@ class Attention(nn.Module, ABC):
         `tokens == context` is the parallel form (and a prefill); `tokens == 1` is a decode step.
         """
 
-    def play(self, tape: Tape, x: Buffer) -> Buffer:
-        """`forward` on a tape of memory; here from what `cost` says."""
-        cost = self.cost(tape.batch, tape.tokens, tape.tokens)
-        keeps = max(cost.activation_bytes - x.size, 0)
-        return tape.do(Step(out=x.size, inputs=[x], saves=[x], keeps=keeps, backward=cost.workspace_bytes))
+    def training_memory(self, batch: int, tokens: int, dtype: torch.dtype | None = None) -> PassMemory:
+        """What `forward` by the implementation "torch" and its backward pass hold, derived from a run without values
+        unless it is written (`memory_by_hand`). `dtype`: of weights and activations, None: that of the weights."""
+        known = (x.dtype for x in (*self.parameters(), *self.buffers()) if x.is_floating_point())
+        dtype = dtype or next(known, torch.get_default_dtype())
+        written = self.memory_by_hand(batch, tokens, dtype)
+        return self.derived_memory(batch, tokens, dtype) if written is None else written
+
+    def memory_by_hand(self, batch: int, tokens: int, dtype: torch.dtype) -> PassMemory | None:
+        """`training_memory` of a variant whose code looks at values, or takes long even without them. None: derived."""
+        return None
+
+    def derived_memory(self, batch: int, tokens: int, dtype: torch.dtype) -> PassMemory:
+        """`training_memory` from a run without values."""
+        x_BTD = torch.empty(batch, tokens, self.config.model_dim, dtype=dtype, device="meta")
+        return pass_memory(self, x_BTD, run=run_torch, dtype=dtype)
 
     def reset_parameters(self, std: float, output_std: float) -> None:
         """Initialises linear maps: normal(0, std), output projection normal(0, output_std)."""
+
+
+def run_torch(module: nn.Module, x_BTD: Tensor) -> Tensor:
+    """`module(x_BTD)`, all attention in it by the implementation "torch" or, where it is written, by what holds as much
+    memory as is written."""
+    for part in module.modules():
+        if not isinstance(part, Attention):
+            continue
+        if "torch" in part.implementations:
+            part.impl = "torch"
+        if part is not module:
+            written = part.memory_by_hand(*x_BTD.shape[:2], x_BTD.dtype)
+            if written is not None:
+                part.forward = partial(stand_in, written)  # type: ignore[method-assign]
+    out: Tensor = module(x_BTD)
+    return out
 
 
 def check_variant(name: str, cls: Any) -> None:

@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.attention.base import Attention, Cost, Traits, training_memory
+from attnzoo.attention.base import Attention, Cost, Traits
 from attnzoo.attention.parts import Mixing, Projection, QKVConv, QKVConvState
 from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.recent import recent
-from attnzoo.tape import Buffer, Tape
 from attnzoo.types import dtype_bytes
 
 
@@ -104,25 +103,12 @@ class ComposedAttention(Attention):
             flops += self.conv.flops(batch, tokens)
         parameters = sum(p.numel() for p in self.parameters())
         moved = parameters - self.mixing.unread(context) + 2 * batch * tokens * self.config.model_dim
-        memory = training_memory(self.play, Tape(batch, tokens, dtype), self.config.model_dim, tokens == context)
         return Cost(
             flops=flops,
             bytes_moved=width * moved + state_bytes,
             state_bytes=state_bytes,
             parameters=parameters,
-            activation_bytes=memory[0],
-            workspace_bytes=memory[1],
         )
-
-    def play(self, tape: Tape, x: Buffer) -> Buffer:
-        qkv = self.projection.play(tape, x)
-        if self.conv is not None:
-            projected, qkv = qkv, self.conv.play(tape, qkv)
-            tape.drop(*projected)
-        o = self.mixing.play(tape, qkv)
-        y = self.projection.play_merge(tape, o)
-        tape.drop(o, *qkv)
-        return y
 
     def reset_parameters(self, std: float, output_std: float) -> None:
         self.projection.reset_parameters(std, output_std)

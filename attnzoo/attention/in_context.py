@@ -105,16 +105,10 @@ class InContextAttention(Attention):
         parameters = sum(p.numel() for p in self.parameters())
         width_bytes = dtype_bytes(self.output.weight.dtype)
         moved = parameters + batch * self.config.model_dim * (context + tokens)
-        row = batch * width_bytes
-        # q, o (heads merged), k, v and the output stay; gradients of as many and one temporary pass beyond them.
-        kept = row * (2 * tokens * width + 2 * read * width + tokens * self.config.model_dim)
-        parallel = tokens == context
         return Cost(
             flops=maps + 2 * products * batch * pairs * width,
             bytes_moved=width_bytes * moved,
             parameters=parameters,
-            activation_bytes=kept if parallel else 0,
-            workspace_bytes=kept if parallel else 0,
         )
 
     def reset_parameters(self, std: float, output_std: float) -> None:

@@ -13,10 +13,16 @@ positive number a kv head instead of a matrix, there is no forgetting, and heads
 
 from dataclasses import dataclass
 
+import torch
+
 from attnzoo.attention.base import ATTENTION
 from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.parts import Heads, MesaMixing, Projection
+from attnzoo.derived_memory import PassMemory, extrapolated
 from attnzoo.types import CheckedConfig
+
+STEP = 256
+"""Tokens, whole blocks of the ridge's and chunks of linear attention's, at whose multiples memory is derived."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +46,7 @@ class Mesa(ComposedAttention):
     def __init__(self, config: MesaConfig) -> None:
         heads = Heads.of(config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim)
         super().__init__(config, projection=Projection(heads), mixing=MesaMixing(heads, ridge=config.ridge))
+
+    def memory_by_hand(self, batch: int, tokens: int, dtype: torch.dtype) -> PassMemory:
+        """Autograd knows every block of tokens, so that a run of many, even without values, would take minutes."""
+        return extrapolated(lambda few: self.derived_memory(batch, few, dtype), tokens, STEP)

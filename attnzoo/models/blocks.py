@@ -1,16 +1,19 @@
 """What a decoder is made of besides attention: norms, MLPs, and the pre-norm block."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attnzoo.attention import Attention
-from attnzoo.attention.parts.projection import play_linear, play_norm
+from attnzoo.attention.base import run_torch
 from attnzoo.attention.segment_memory import SegmentMemory, attend_segment
+from attnzoo.derived_memory import PassMemory, pass_memory
 from attnzoo.kvcache.state import State
-from attnzoo.tape import Buffer, Step, Tape
 
 Norm = Literal["rmsnorm", "layernorm"]
 Activation = Literal["swiglu", "gelu", "relu"]
@@ -55,23 +58,6 @@ class MLP(nn.Module):
         """FLOPs of `tokens` tokens of `batch` sequences: two per weight and token."""
         return 2 * batch * tokens * sum(p.numel() for p in self.parameters() if p.dim() == 2)
 
-    def play(self, tape: Tape, x: Buffer) -> Buffer:
-        """Memory of `forward` on a tape: the activation saves its input, the product both factors, `down` its input."""
-        up = play_linear(tape, self.up, x)
-        if self.gate is None:
-            # relu saves its output, which `down` saves anyway.
-            relu = self.activation is F.relu
-            hidden = tape.do(Step(out=up.size, inputs=[up], saves=[] if relu else [up], saves_out=relu))
-        else:
-            gate = play_linear(tape, self.gate, x)
-            weight = tape.do(Step(out=gate.size, inputs=[gate], saves=[gate]))
-            tape.drop(gate)
-            hidden = tape.do(Step(out=up.size, inputs=[weight, up], saves=[weight, up]))
-            tape.drop(weight)
-        y = play_linear(tape, self.down, hidden)
-        tape.drop(up, hidden)
-        return y
-
 
 class Block(nn.Module):
     """x + attention(norm x), then x + mlp(norm x)."""
@@ -94,19 +80,12 @@ class Block(nn.Module):
         x_BTD = x_BTD + self._mixed(mixed, x_BTD)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), memory
 
-    def play(self, tape: Tape, x: Buffer) -> Buffer:
-        """Memory of `forward` on a tape; the caller drops x."""
-        normed = play_norm(tape, self.attention_norm, x)
-        mixed = self.attention.play(tape, normed)
-        tape.drop(normed)
-        middle = tape.do(Step(out=x.size, inputs=[x, mixed], passes=True))
-        tape.drop(mixed)
-        normed = play_norm(tape, self.mlp_norm, middle)
-        mixed = self.mlp.play(tape, normed)
-        tape.drop(normed)
-        out = tape.do(Step(out=x.size, inputs=[middle, mixed], passes=True))
-        tape.drop(mixed, middle)
-        return out
+    def training_memory(self, batch: int, tokens: int, dtype: torch.dtype, checkpointing: bool) -> PassMemory:
+        """What the block holds between others in training; `checkpointing`: it keeps its input, and runs twice."""
+        dim = self.attention.config.model_dim
+        x_BTD = torch.empty(batch, tokens, dim, dtype=dtype, device="meta")
+        run = partial(checkpoint, run_torch, use_reentrant=False) if checkpointing else run_torch
+        return pass_memory(self, x_BTD, run=run, dtype=dtype, inner=True)
 
     def extend(self, x_BTD: Tensor, state: Any, counts_B: Tensor | None) -> tuple[Tensor, State]:
         mixed, state = self.attention.extend(self.attention_norm(x_BTD), state, counts_B)

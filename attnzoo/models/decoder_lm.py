@@ -12,15 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 from attnzoo.attention import Cost, build_attention
 from attnzoo.attention.cached import ByteModel, cached_state, compress_layers, joinable_layers, streams
-from attnzoo.attention.parts.projection import play_norm
 from attnzoo.attention.segment_memory import SegmentMemory
+from attnzoo.derived_memory import PassMemory, in_sequence, pass_memory
 from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.keep_all import KeepAll
 from attnzoo.kvcache.options import check_lengths
 from attnzoo.kvcache.state import STATIC, State
 from attnzoo.models.blocks import MLP, Block, build_norm
 from attnzoo.models.config import DecoderConfig
-from attnzoo.tape import Buffer, Step, Tape, Weight
 
 
 @dataclass
@@ -132,9 +131,7 @@ class DecoderLM(nn.Module):
 
         count: divides the sum instead of the number of these targets, for a batch that is part of a larger one.
         """
-        logits_BTV = self(tokens_BT, starts_BT).float()
-        total = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=-100, reduction="sum")
-        return total / ((targets_BT != -100).sum().clamp_min(1) if count is None else count)
+        return _cross_entropy(self(tokens_BT, starts_BT).float(), targets_BT, count)
 
     def init_state(
         self,
@@ -266,36 +263,8 @@ class DecoderLM(nn.Module):
             if isinstance(module, nn.Linear)
         ]
 
-    def play_loss(self, tape: Tape) -> Buffer:
-        """Memory of `loss` on a tape, with activation checkpointing where it is on."""
-        table = self.embedding.weight.numel() * tape.width
-        tied = Weight(table) if self.config.tie_embeddings else None
-        weights = 0 if self.config.tie_embeddings else table
-        x = tape.do(Step(out=tape.rows(self.config.model_dim), shared=tied, weights=weights))
-        for block in self.layers():
-            before = x
-            x = tape.checkpoint(block.play, x) if self.activation_checkpointing else block.play(tape, x)
-            tape.drop(before)
-        hidden = play_norm(tape, self.norm, x)
-        tape.drop(x)
-        logits = tape.do(
-            Step(out=tape.rows(self.config.vocab_size), inputs=[hidden], saves=[hidden], shared=tied, weights=weights)
-        )
-        tape.drop(hidden)
-        exact = logits
-        if tape.width < 4:
-            exact = tape.do(Step(out=logits.size * 4 // tape.width, inputs=[logits], grads=[logits.size]))
-            tape.drop(logits)
-        log_probabilities = tape.do(Step(out=exact.size, inputs=[exact], saves_out=True))
-        loss = tape.do(Step(out=4, inputs=[log_probabilities], saves=[log_probabilities]))
-        tape.drop(log_probabilities, exact)
-        return loss
-
     def cost(self, batch: int, tokens: int, context: int) -> Cost:
-        """Cost of `tokens` new tokens up to length `context`; training costs three times the FLOPs.
-
-        Activations and workspace are those of `loss` and its backward pass.
-        """
+        """Cost of `tokens` new tokens up to length `context`; training costs three times the FLOPs."""
         width = self.embedding.weight.element_size()
         attention = sum((b.attention.cost(batch, tokens, context) for b in self.layers()), Cost())
         others = self.num_parameters() - attention.parameters
@@ -304,19 +273,39 @@ class DecoderLM(nn.Module):
         activations = batch * tokens * (self.config.model_dim + self.config.vocab_size)
         # An embedding's unread rows are not moved; a tied table is read whole by the head.
         unread = 0 if self.config.tie_embeddings else self.embedding.weight.numel()
-        total = attention + Cost(
+        return attention + Cost(
             flops=head_flops + mlp_flops,
             bytes_moved=width * (others - unread + activations),
             parameters=others,
         )
-        kept, workspace = self.training_memory(batch, tokens) if tokens == context else (0, 0)
-        return replace(total, activation_bytes=kept, workspace_bytes=workspace)
 
-    def training_memory(self, batch: int, tokens: int, dtype: torch.dtype | None = None) -> tuple[int, int]:
-        """(bytes that the forward pass keeps, bytes that `loss` and its backward pass hold beyond that at once), as in
-        `Cost`; `dtype` of activations, None: that of the weights."""
-        tape = Tape(batch, tokens, dtype or self.embedding.weight.dtype)
-        loss = self.play_loss(tape)
-        kept = tape.held
-        tape.backward(loss, gradient=loss.size)
-        return kept, tape.peak - kept
+    def training_memory(self, batch: int, tokens: int, dtype: torch.dtype | None = None) -> PassMemory:
+        """What `loss` and its backward pass hold; `dtype` of weights and activations, None: that of the weights.
+
+        Derived part by part, layers of one kind once. Raises ValueError as `attnzoo.derived_memory.pass_memory`.
+        """
+        dtype, checkpointing = dtype or self.embedding.weight.dtype, self.activation_checkpointing
+        tokens_BT = torch.empty(batch, tokens, dtype=torch.long, device="meta")
+        parts = [pass_memory(self.embedding, tokens_BT, dtype=dtype, inner=True)]
+        kinds: dict[str, PassMemory] = {}
+        for layer, block in enumerate(self.layers()):
+            kind = repr(self.config.layer_attention(layer))
+            if kind not in kinds:
+                kinds[kind] = block.training_memory(batch, tokens, dtype, checkpointing)
+            parts.append(kinds[kind])
+        body = in_sequence(parts)
+        if self.config.tie_embeddings:  # the head's gradient of the table waits for the embedding's
+            body = replace(body, backward=body.backward + self.embedding.weight.numel() * dtype.itemsize)
+        hidden_BTD = torch.empty(batch, tokens, self.config.model_dim, dtype=dtype, device="meta")
+        end = nn.ModuleList([self.norm, self.head])
+        return in_sequence([body, pass_memory(end, hidden_BTD, tokens_BT, run=_loss, dtype=dtype, inner=True)])
+
+
+def _loss(end: nn.ModuleList, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+    norm, head = end
+    return _cross_entropy(head(norm(hidden_BTD)).float(), targets_BT, None)
+
+
+def _cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, count: Tensor | None) -> Tensor:
+    total = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=-100, reduction="sum")
+    return total / ((targets_BT != -100).sum().clamp_min(1) if count is None else count)

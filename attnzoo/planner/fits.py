@@ -5,9 +5,11 @@ The formulas follow the allocator's records of real runs on 1 and 2 ranks; tests
 
 from dataclasses import dataclass
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 
+from attnzoo.derived_memory import PassMemory
 from attnzoo.models import DecoderLM
 
 Precision = Literal["fp32", "bf16"]
@@ -67,10 +69,8 @@ def training_memory(model: DecoderLM, setup: Setup) -> TrainingMemory:
     count, cut, width = model.num_parameters(), setup.ranks if setup.stage else 1, setup.width
     whole = setup.stage < 3
     gathered = width * min(count, LIVE) if not whole and cut > 1 else 0
-    model.activation_checkpointing, before = setup.checkpointing, model.activation_checkpointing
-    dtype = torch.float32 if width == 4 else torch.bfloat16
-    kept, workspace = model.training_memory(setup.micro_batch, setup.tokens, dtype)
-    model.activation_checkpointing = before
+    passes = activation_memory(model, setup)
+    kept, workspace = passes.kept, passes.workspace
     gradients, step = gradient_bytes(setup, count), step_bytes(model, setup)
     held = gradients if setup.accumulate or setup.stage == 3 else 0
     if held + kept + workspace < gradients + step:  # the optimizer's step needs more
@@ -85,6 +85,21 @@ def training_memory(model: DecoderLM, setup: Setup) -> TrainingMemory:
         activations=kept,
         workspace=workspace,
     )
+
+
+def activation_memory(model: DecoderLM, setup: Setup) -> PassMemory:
+    """What forward and backward hold, derived once for all ZeRO stages."""
+    known = _KNOWN.setdefault(model, {})
+    key = setup.micro_batch, setup.tokens, setup.width, setup.checkpointing
+    if key not in known:
+        model.activation_checkpointing, before = setup.checkpointing, model.activation_checkpointing
+        dtype = torch.float32 if setup.width == 4 else torch.bfloat16
+        known[key] = model.training_memory(setup.micro_batch, setup.tokens, dtype)
+        model.activation_checkpointing = before
+    return known[key]
+
+
+_KNOWN: WeakKeyDictionary[DecoderLM, dict[tuple[int, int, int, bool], PassMemory]] = WeakKeyDictionary()
 
 
 def gradient_bytes(setup: Setup, count: int) -> int:

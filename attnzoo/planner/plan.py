@@ -2,19 +2,29 @@
 
     attnzoo plan --model rcmha.yaml --gpus 64 --gpu-memory 80 --context 131072
 
-Memory is modelled tensor by tensor (`attnzoo.tape`) for the implementation "torch", and tests compare it with real
-runs; GPU kernels need less workspace and save less of a norm. Times are rooflines from data sheets: peak compute and
-bandwidth, without overlap of communication.
+Memory is derived from the model's own code (`attnzoo.derived_memory`) for the implementation "torch", and tests compare it
+with real runs; GPU kernels need less workspace and save less of a norm. Times are rooflines from data sheets: peak compute
+and bandwidth, without overlap of communication.
 """
 
 import argparse
+import itertools
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from attnzoo.models import DecoderLM, build_shapes
 from attnzoo.planner.chips import Chip, chosen_chips
-from attnzoo.planner.fits import GIB, Setup, TrainingMemory, communicated_bytes, training_memory
+from attnzoo.planner.fits import (
+    GIB,
+    Setup,
+    TrainingMemory,
+    activation_memory,
+    communicated_bytes,
+    training_memory,
+)
 from attnzoo.planner.model_file import ModelFile, read_model
 from attnzoo.planner.serving import serving_report
 from attnzoo.report import counted, format_table
@@ -147,21 +157,38 @@ def largest(request: PlanOptions, setup: Setup) -> Option | None:
     if request.batch_tokens is not None:
         most = min(most, request.batch_tokens // (request.gpus * request.context))
 
-    def fits(micro_batch: int) -> bool:
-        return training_memory(request.model, replace(setup, micro_batch=micro_batch)).total <= request.memory
+    def total(micro_batch: int) -> int:
+        return training_memory(request.model, replace(setup, micro_batch=micro_batch)).total
 
-    if not fits(1):
+    found = largest_within(request.memory, total, most)
+    if found == 0:
         return None
-    low, high = 1, 2
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    best = replace(setup, micro_batch=low)
+    best = replace(setup, micro_batch=found)
     communication = communicated_bytes(request.model, best, passes(request, best))
     return Option(best, training_memory(request.model, best), communication)
+
+
+def largest_within(limit: int, total: Callable[[int], int], most: int) -> int:
+    """The largest number up to `most` whose total is at most `limit`, 0 if there is none. Totals grow, nearly in a
+    straight line, and take time: a guess is where the line through the last two meets the limit; every fourth halves
+    what is left."""
+    low, high, guess = 0, most + 1, 1
+    before: tuple[int, int] | None = None
+    for step in itertools.count():
+        if high - low <= 1:
+            return low
+        guess = min(max(guess, low + 1), high - 1)
+        here = total(guess)
+        low, high = (guess, high) if here <= limit else (low, guess)
+        slope = 0.0 if before is None else (here - before[1]) / (guess - before[0])
+        before = guess, here
+        if step == 0:
+            guess = 2
+        elif step % 4 == 3 or slope <= 0:
+            guess = (low + high) // 2
+        else:
+            guess += math.floor((limit - here) / slope)
+    raise AssertionError("unreachable")
 
 
 def passes(request: PlanOptions, setup: Setup) -> int:
@@ -213,14 +240,13 @@ def training_table(request: PlanOptions, found: list[Option], chosen: Option) ->
 def step_table(request: PlanOptions, chosen: Option, chips: list[Chip]) -> str:
     """Roofline of the chosen setup on each chip: the slower of arithmetic and memory traffic, plus communication."""
     setup, model, count = chosen.setup, request.model, passes(request, chosen.setup)
-    model.activation_checkpointing = setup.checkpointing
     cost = model.cost(setup.micro_batch, setup.tokens, setup.tokens)
     head = 2 * setup.micro_batch * setup.tokens * model.head.weight.numel()
     flops = count * (3 * cost.flops + (cost.flops - head if setup.checkpointing else 0))
     weights = setup.width * model.num_parameters()
     cut = setup.ranks if setup.stage else 1
     update = (weights + 3 * 8 * model.num_parameters()) // cut  # gradient; weight and two moments, read and written
-    moved = count * (3 * weights + 2 * cost.activation_bytes) + update
+    moved = count * (3 * weights + 2 * activation_memory(model, setup).kept) + update
     tokens = count * request.gpus * setup.micro_batch * setup.tokens
     rows = []
     for chip in chips:
@@ -259,13 +285,11 @@ def nothing_fits(request: PlanOptions) -> str:
         if training_memory(request.model, replace(leanest, ranks=gpus, stage=3)).total <= request.memory:
             ways.append(f"--gpus {gpus}")
             break
-    low, high = 0, request.context
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = training_memory(request.model, replace(leanest, tokens=middle)).total <= request.memory
-        low, high = (middle, high) if fits else (low, middle)
-    if low:
-        ways.append(f"--context {low}")
+    longest = largest_within(
+        request.memory, lambda n: training_memory(request.model, replace(leanest, tokens=n)).total, request.context - 1
+    )
+    if longest:
+        ways.append(f"--context {longest}")
     return (
         f"attnzoo plan: training does not fit: one sequence of {request.context:,} tokens needs "
         f"{memory.total / GIB:.2f} GiB with ZeRO {leanest.stage} and activation checkpointing, "

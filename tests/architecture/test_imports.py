@@ -18,7 +18,7 @@ ORDER = [
     "settings",
     "gguf_file",
     "types",
-    "tape",
+    "derived_memory",
     "registry",
     "ops",
     "kvcache",

@@ -14,8 +14,6 @@ from attnzoo.attention.parts.projection import Heads
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.depthwise_conv import depthwise_conv_qkv
-from attnzoo.ops.depthwise_conv.memory import backward_scratch
-from attnzoo.tape import Buffer, Step, Tape
 from attnzoo.types import dtype_bytes
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -95,20 +93,6 @@ class QKVConv(nn.Module):
     def flops(self, batch: int, tokens: int) -> int:
         rows = self.heads.num_heads + 2 * self.heads.num_kv_heads
         return 2 * batch * tokens * rows * self.heads.head_dim * self.width
-
-    def play(self, tape: Tape, qkv: tuple[Buffer, Buffer, Buffer]) -> tuple[Buffer, Buffer, Buffer]:
-        """`forward` on a tape: each convolution keeps its input."""
-        q, k, v = (
-            self._play_one(tape, x, kernel, bias)
-            for x, kernel, bias in zip(qkv, self._kernels(), self._biases(), strict=True)
-        )
-        return q, k, v
-
-    def _play_one(self, tape: Tape, x: Buffer, kernel: Tensor, bias: Tensor | None) -> Buffer:
-        weights = (kernel.numel() + (0 if bias is None else bias.numel())) * tape.width
-        channels = x.size // tape.rows(1)
-        scratch = backward_scratch(tape.batch, tape.tokens, channels, self.width, tape.width, tape.sum_width)
-        return tape.do(Step(out=x.size, inputs=[x], saves=[x], backward=scratch, weights=weights))
 
 
 def _next_tail(tail_BWNH: Tensor, x_BTNH: Tensor, counts_B: Tensor | None) -> Tensor:

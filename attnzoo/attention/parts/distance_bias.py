@@ -5,7 +5,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from attnzoo.attention.parts.position import QKV, Buffers, Position, play_row_blocks
+from attnzoo.attention.parts.position import QKV, Position
 from attnzoo.attention.parts.projection import Heads
 from attnzoo.ops.biased_sdpa import biased_sdpa
 from attnzoo.ops.common.impl import Impl
@@ -13,7 +13,6 @@ from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.common.row_blocks import Tables
 from attnzoo.ops.relative_sdpa.torch import streamed_bias
 from attnzoo.ops.sinusoid_sdpa.torch import farthest
-from attnzoo.tape import Buffer, Step, Tape
 from attnzoo.types import accumulation_dtype
 
 
@@ -60,11 +59,3 @@ class DistanceBias(Position):
                 f"must be [num_heads, distances] = {list(expected)}"
             )
         return bias_NP.to(dtype)
-
-    def play_attend(self, tape: Tape, qkv: Buffers, mask: CausalMask, heads: Heads) -> Buffer:
-        """The bias is a tensor of this call, whatever it is made from."""
-        weights = sum(p.numel() for p in self.parameters()) * tape.width
-        made = tape.do(Step(out=heads.num_heads * tape.tokens * tape.sum_width, weights=weights))
-        out = play_row_blocks(tape, qkv, mask, heads, channels=0, made=made)
-        tape.drop(made)
-        return out

@@ -8,16 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.attention.base import Traits
-from attnzoo.attention.parts.mixing import Mixing, play_linear_attention, refuse_cache
-from attnzoo.attention.parts.position import QKV, Buffers
+from attnzoo.attention.parts.mixing import Mixing, refuse_cache
+from attnzoo.attention.parts.position import QKV
 from attnzoo.attention.parts.projection import Heads
 from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.ops.ridge_queries import ridge_queries
-from attnzoo.ops.ridge_queries.torch import BLOCK
-from attnzoo.tape import Buffer, Step, Tape
 from attnzoo.types import accumulation_dtype, dtype_bytes
 
 
@@ -102,26 +100,3 @@ class MesaMixing(Mixing):
         head_dim = self.heads.head_dim
         per_kv_head = 4 * head_dim**2 + head_dim**3 // 3
         return batch * tokens * (self.heads.num_kv_heads * per_kv_head + self.heads.num_heads * 4 * head_dim**2)
-
-    def play(self, tape: Tape, qkv: Buffers) -> Buffer:
-        """Solving keeps a factor of [H, H] a token, and five of a block's stand at once on the way back; then linear
-        attention of the solved queries."""
-        q, k, v = qkv
-        head_dim, kv_heads = self.heads.head_dim, self.heads.num_kv_heads
-        factor = tape.batch * kv_heads * head_dim**2 * tape.sum_width
-        block = min(BLOCK, tape.tokens) * factor
-        size = q.size // tape.width * tape.sum_width
-        step = Step(
-            out=size,
-            inputs=[q, k],
-            saves=[q, k],
-            keeps=tape.tokens * factor + size,
-            scratch=3 * block,
-            backward=5 * block,
-            scatters=True,
-            heads_first=True,
-        )
-        solved = tape.do(step)
-        o = play_linear_attention(tape, (solved, k, v), self.heads, normalise=False, decay=False)
-        tape.drop(solved)
-        return o

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.attention.base import Growth, Traits
-from attnzoo.attention.parts.position import QKV, Buffers, Position, visible_pairs
+from attnzoo.attention.parts.position import QKV, Position, visible_pairs
 from attnzoo.attention.parts.projection import Heads
 from attnzoo.kvcache import CachePolicy, CacheView, ExactCache, FullCache, WindowCache
 from attnzoo.kvcache.base import Need
@@ -20,8 +20,6 @@ from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.common.row_blocks import Tables
 from attnzoo.ops.linear_attention import linear_attention
-from attnzoo.ops.linear_attention.memory import LinearSizes
-from attnzoo.tape import Buffer, Step, Tape
 from attnzoo.types import accumulation_dtype, dtype_bytes
 
 
@@ -63,10 +61,6 @@ class Mixing(nn.Module, ABC):
     @abstractmethod
     def flops(self, batch: int, tokens: int, context: int) -> int:
         """FLOPs over the pairs that causality leaves."""
-
-    @abstractmethod
-    def play(self, tape: Tape, qkv: Buffers) -> Buffer:
-        """`forward` on a tape."""
 
     def unread(self, context: int) -> int:
         """Number of parameters that a context of this length does not read."""
@@ -145,12 +139,6 @@ class SoftmaxMixing(Mixing):
 
     def unread(self, context: int) -> int:
         return self.position.unread(context)
-
-    def play(self, tape: Tape, qkv: Buffers) -> Buffer:
-        q, k = self.position.play_encode(tape, *qkv[:2])
-        o = self.position.play_attend(tape, (q, k, qkv[2]), self.mask, self.heads)
-        tape.drop(q, k)
-        return o
 
     def reset_parameters(self, std: float) -> None:
         self.position.reset_parameters(std)
@@ -289,46 +277,3 @@ class LinearMixing(Mixing):
         width = self.heads.head_dim + int(self.normalise)
         heads = self.heads.num_heads + self.heads.num_kv_heads
         return 2 * batch * tokens * heads * self.heads.head_dim * width
-
-    def play(self, tape: Tape, qkv: Buffers) -> Buffer:
-        q, k = self._play_features(tape, qkv[0]), self._play_features(tape, qkv[1])
-        decay = self.decay_logit is not None
-        o = play_linear_attention(tape, (q, k, qkv[2]), self.heads, normalise=self.normalise, decay=decay)
-        tape.drop(q, k)
-        return o
-
-    def _play_features(self, tape: Tape, x: Buffer) -> Buffer:
-        """elu keeps its input, relu its result."""
-        if self.feature_map == "identity":
-            x.references += 1
-            return x
-        if self.feature_map == "relu":
-            return tape.do(Step(out=x.size, inputs=[x], saves_out=True, scatters=True))
-        return tape.do(Step(out=x.size, inputs=[x], saves=[x], scratch=x.size, scatters=True))
-
-
-def play_linear_attention(tape: Tape, qkv: Buffers, heads: Heads, *, normalise: bool, decay: bool) -> Buffer:
-    """`linear_attention` on a tape, in the parallel form."""
-    sizes = LinearSizes(
-        batch=tape.batch,
-        tokens=tape.tokens,
-        heads=heads.num_heads,
-        kv_heads=heads.num_kv_heads,
-        head_dim=heads.head_dim,
-        width=tape.width,
-        sum_width=tape.sum_width,
-        normalise=normalise,
-        decay=decay,
-    )
-    step = Step(
-        out=tape.rows(heads.num_heads * heads.head_dim),
-        inputs=qkv,
-        saves=qkv,
-        saves_out=normalise,
-        keeps=sizes.kept(),
-        scratch=sizes.forward(),
-        backward=sizes.backward(),
-        scatters=True,
-        heads_first=True,
-    )
-    return tape.do(step)

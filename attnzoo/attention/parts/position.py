@@ -16,19 +16,15 @@ from attnzoo.kvcache.base import Need
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import CausalMask
 from attnzoo.ops.common.row_blocks import Tables
-from attnzoo.ops.common.row_blocks_memory import RowBlockSizes
 from attnzoo.ops.relative_sdpa import relative_sdpa
 from attnzoo.ops.relative_sdpa.torch import streamed_bias
 from attnzoo.ops.rope import RopeScaling, rope
-from attnzoo.ops.sdpa import memory as sdpa_memory
 from attnzoo.ops.sdpa import sdpa
 from attnzoo.ops.sinusoid_sdpa import sinusoid_sdpa
 from attnzoo.ops.sinusoid_sdpa.torch import as_tables, farthest, streamed_waves
 from attnzoo.ops.sinusoid_sdpa.waves import STRIDE
-from attnzoo.tape import Buffer, Step, Tape
 
 QKV = tuple[Tensor, Tensor, Tensor]
-Buffers = tuple[Buffer, Buffer, Buffer]
 PositionKind = Literal["none", "rope", "table", "sinusoid", "bias"]
 
 
@@ -88,17 +84,6 @@ class Position(nn.Module, ABC):
         """Number of parameters that a context of this length does not read."""
         return 0
 
-    def play_encode(self, tape: Tape, q: Buffer, k: Buffer) -> tuple[Buffer, Buffer]:
-        """`encode` on a tape; the caller holds what comes out beside what went in."""
-        q.references += 1
-        k.references += 1
-        return q, k
-
-    def play_attend(self, tape: Tape, qkv: Buffers, mask: CausalMask, heads: Heads) -> Buffer:
-        """`attend` in the parallel form on a tape; here: by blocks of rows, with a table of relative positions."""
-        weights = sum(p.numel() for p in self.parameters()) * tape.sum_width
-        return play_row_blocks(tape, qkv, mask, heads, weights=weights, channels=heads.head_dim)
-
 
 class NoPosition(Position):
     """Scores know no order beyond causality."""
@@ -114,21 +99,6 @@ class NoPosition(Position):
 
     def tables(self, mask: CausalMask, tokens: int) -> Tables | None:
         return None
-
-    def play_attend(self, tape: Tape, qkv: Buffers, mask: CausalMask, heads: Heads) -> Buffer:
-        if not mask.plain:
-            return play_row_blocks(tape, qkv, mask, heads, channels=None)
-        sizes = (tape.batch, heads.num_heads, tape.tokens, tape.sum_width)
-        step = Step(
-            out=tape.rows(heads.num_heads * heads.head_dim),
-            inputs=qkv,
-            saves=qkv,
-            saves_out=True,
-            keeps=sdpa_memory.saved_sums(*sizes),
-            scratch=sdpa_memory.forward_scratch(tape.tokens, heads.head_dim, tape.sum_width),
-            backward=sdpa_memory.backward_scratch(*sizes),
-        )
-        return tape.do(step)
 
 
 class Rope(NoPosition):
@@ -152,15 +122,6 @@ class Rope(NoPosition):
         impl = "reference" if impl == "reference" else "torch"
         q, k = rope(q_BTNH, k_BTKH, positions_BT=positions_BT, theta=self.theta, scaling=self.scaling, impl=impl)
         return q, k
-
-    def play_encode(self, tape: Tape, q: Buffer, k: Buffer) -> tuple[Buffer, Buffer]:
-        angles = 2 * tape.tokens * self.head_dim * tape.sum_width
-        return self._play_turn(tape, q, angles), self._play_turn(tape, k, 0)
-
-    def _play_turn(self, tape: Tape, x: Buffer, angles: int) -> Buffer:
-        """Sines and cosines are kept, q and k are not: a rotation is undone by the rotation back."""
-        exact = x.size * tape.sum_width // tape.width
-        return tape.do(Step(out=x.size, inputs=[x], keeps=angles, scratch=2 * exact, backward=2 * exact))
 
 
 class RelativeTable(Position):
@@ -261,17 +222,6 @@ class RelativeSinusoid(Position):
         products = table_products(tokens, context, mask, context)
         return table + 2 * batch * products * heads.num_heads * heads.head_dim
 
-    def play_attend(self, tape: Tape, qkv: Buffers, mask: CausalMask, heads: Heads) -> Buffer:
-        """The table and its bias are tensors of this call, made from W_R and v."""
-        rows = tape.tokens * heads.num_heads
-        weights = sum(p.numel() for p in self.parameters()) * tape.width
-        size = rows * (heads.head_dim + 1) * tape.width
-        copied = 0 if tape.width == tape.sum_width else rows * heads.head_dim * tape.sum_width
-        tables = tape.do(Step(out=size, keeps=copied, backward=size + copied, weights=weights))
-        out = play_row_blocks(tape, qkv, mask, heads, channels=heads.head_dim, made=tables)
-        tape.drop(tables)
-        return out
-
 
 def visible_pairs(tokens: int, context: int, mask: CausalMask) -> int:
     """Pairs of query and key that the last `tokens` of `context` tokens make under the window and sinks of a mask."""
@@ -289,46 +239,3 @@ def table_products(tokens: int, context: int, mask: CausalMask, table_rows: int)
         return visible_pairs(tokens, context, mask)
     reach = context if mask.window is None or mask.sinks else min(context, mask.window + tokens - 1)
     return tokens * min(reach, table_rows)
-
-
-def play_row_blocks(
-    tape: Tape,
-    qkv: Buffers,
-    mask: CausalMask,
-    heads: Heads,
-    *,
-    channels: int | None,
-    weights: int = 0,
-    made: Buffer | None = None,
-) -> Buffer:
-    """`row_block_attention` on a tape. `channels`: of the table, as in RowBlockSizes. `weights`: bytes of the gradients
-    of tables that are parameters; `made`: tables that are tensors of this call."""
-    sizes = RowBlockSizes(
-        batch=tape.batch,
-        heads=heads.num_heads,
-        kv_heads=heads.num_kv_heads,
-        tokens=tape.tokens,
-        head_dim=heads.head_dim,
-        width=tape.width,
-        sum_width=tape.sum_width,
-        mask=mask,
-        channels=channels,
-    )
-    inputs = [*qkv] if made is None else [*qkv, made]
-    results = sum(buffer.size for buffer in inputs) + weights
-    sums = results * tape.sum_width // tape.width
-    temporary = sizes.backward()
-    # Where sums are wider than the results they stand beside them in the end.
-    backward = temporary if sums == results else max(temporary + sums - results, sums)
-    return tape.do(
-        Step(
-            out=tape.rows(heads.num_heads * heads.head_dim),
-            inputs=inputs,
-            saves=inputs,
-            scratch=sizes.forward(),
-            backward=backward,
-            weights=weights,
-            scatters=True,
-            heads_first=True,
-        )
-    )

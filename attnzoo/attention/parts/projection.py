@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from attnzoo.tape import Buffer, Step, Tape
-
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
@@ -103,42 +101,3 @@ class Projection(nn.Module):
         """Two FLOPs a weight and token."""
         weights = sum(m.weight.numel() for m in (self.query, self.key, self.value, self.output))
         return 2 * batch * tokens * weights
-
-    def play(self, tape: Tape, x: Buffer) -> tuple[Buffer, Buffer, Buffer]:
-        """`forward` on a tape."""
-        q, k, v = (play_linear(tape, layer, x) for layer in (self.query, self.key, self.value))
-        if self.query_norm is not None and self.key_norm is not None:
-            linear = (q, k)
-            q, k = play_norm(tape, self.query_norm, q), play_norm(tape, self.key_norm, k)
-            tape.drop(*linear)
-        return q, k, v
-
-    def play_merge(self, tape: Tape, o: Buffer) -> Buffer:
-        """`merge` on a tape: heads that come first in memory are copied, and the copy is what the output map keeps."""
-        if not o.heads_first:
-            return play_linear(tape, self.output, o)
-        flat = tape.do(Step(out=o.size, inputs=[o], passes=True))
-        y = play_linear(tape, self.output, flat)
-        tape.drop(flat)
-        return y
-
-
-def play_linear(tape: Tape, layer: nn.Linear, x: Buffer) -> Buffer:
-    """A linear map on a tape: keeps its input. A gradient whose memory has heads first is copied on the way back."""
-    weights = sum(p.numel() for p in layer.parameters()) * tape.width
-    out = tape.rows(layer.out_features)
-    return tape.do(Step(out=out, inputs=[x], saves=[x], weights=weights, copies=True))
-
-
-def play_norm(tape: Tape, norm: nn.RMSNorm | nn.LayerNorm, x: Buffer) -> Buffer:
-    """A norm on a tape: keeps its input and one or two sums a row; RMSNorm, which torch has no kernel for on a CPU,
-    the normed values before their gain too."""
-    weights = sum(p.numel() for p in norm.parameters()) * tape.width
-    exact = x.size * tape.sum_width // tape.width
-    rows = x.size // (norm.normalized_shape[0] * tape.width)
-    sums = rows * tape.sum_width
-    if isinstance(norm, nn.LayerNorm):
-        return tape.do(Step(out=x.size, inputs=[x], saves=[x], keeps=2 * sums, weights=weights))
-    # In half precision it widens its input, and keeps that and what it narrows again.
-    kept = exact if tape.width == tape.sum_width else exact + x.size
-    return tape.do(Step(out=x.size, inputs=[x], saves=[x], keeps=sums + kept, backward=2 * exact, weights=weights))

@@ -120,9 +120,7 @@ class _LinearAttention(torch.autograd.Function):
         ctx.normalise = normalise
         if memories is not None:
             saved = o_BNTH if normalise else None
-            ctx.save_for_backward(
-                q_BNTH, k_BKTH, v_BKTH, decay_K, counts_B, starts_BT, saved, total_BNT, memories
-            )
+            ctx.save_for_backward(q_BNTH, k_BKTH, v_BKTH, decay_K, counts_B, starts_BT, saved, total_BNT, memories)
         return o_BNTH, memory
 
     @staticmethod

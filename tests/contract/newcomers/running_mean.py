@@ -92,15 +92,12 @@ class RunningMean(Attention):
 
     def cost(self, batch: int, tokens: int, context: int) -> Cost:
         dim, dtype = self.config.model_dim, self.output.weight.dtype
-        parallel = tokens == context
         row = batch * tokens * dim * dtype_bytes(dtype)
         return Cost(
             flops=8 * batch * tokens * dim * dim,
             bytes_moved=4 * dim * dim * dtype_bytes(dtype) + 2 * row,
             state_bytes=2 * batch * dim * dtype_bytes(accumulation_dtype(dtype)),
             parameters=4 * dim * dim,
-            activation_bytes=8 * row if parallel else 0,
-            workspace_bytes=8 * row if parallel else 0,
         )
 
     def reset_parameters(self, std: float, output_std: float) -> None:
