@@ -28,8 +28,9 @@ VARIANTS: list[tuple[str, dict]] = [
     ("linear", {}),
     ("linear", {"normalise": False, "decay": False, "num_kv_heads": 2}),
 ]
-CLOSE = 0.03
-"""The largest relative error of modelled memory: 0.10 is what a plan needs, 0.03 notices a forgotten tile of scores."""
+CLOSE = 0.01
+"""The largest relative error of derived memory: of it, torch's fused attention takes up to half, whose scratch is modelled;
+the rest is exact but for the 5 KB of random state that a checkpoint keeps."""
 
 
 def name(value: object) -> str:
@@ -152,7 +153,7 @@ def test_costs_add_up():
     assert Cost(1, 2, 3, 4) + Cost(10, 20, 30, 40) == Cost(11, 22, 33, 44)
 
 
-@pytest.mark.parametrize(("batch", "tokens"), [(4, 256), (2, 512), (1, 1024)])
+@pytest.mark.parametrize(("batch", "tokens"), [(5, 131), (1, 1030)])
 @pytest.mark.parametrize(("kind", "options"), [*VARIANTS, ("mesa", {}), ("mesa", {"num_kv_heads": 1})], ids=name)
 def test_memory_of_training_a_layer(kind, options, batch, tokens):
     """Counted: all that forward and backward allocate, the output and the input's gradient included; not the input,
@@ -181,7 +182,7 @@ def test_memory_of_training_a_layer(kind, options, batch, tokens):
 )
 def test_memory_of_training_a_model(options, checkpointing):
     """Loss and backward: logits, their gradient and the softmax of long vocabularies; blocks of deep models."""
-    for vocabulary, dim, layers, batch, tokens in ((2048, 64, 2, 2, 256), (300, 96, 4, 2, 384), (61, 128, 2, 4, 128)):
+    for vocabulary, dim, layers, batch, tokens in ((2048, 64, 2, 2, 256), (61, 96, 4, 3, 128)):
         config = DecoderConfig(vocab_size=vocabulary, model_dim=dim, num_layers=layers, max_positions=tokens, **options)
         model = DecoderLM(config)
         model.activation_checkpointing = checkpointing
@@ -217,7 +218,7 @@ class Alibi(DistanceBias):
         return -(2.0 ** -torch.arange(1.0, self.heads.num_heads + 1))[:, None] * distance_P
 
 
-@pytest.mark.parametrize(("batch", "tokens"), [(4, 256), (2, 512), (1, 1024)])
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 512)])
 @pytest.mark.parametrize("window", [None, 100])
 def test_memory_of_training_with_a_bias_by_distance(window, batch, tokens):
     """No table of zeros: the bias is a number a head and distance."""

@@ -151,6 +151,26 @@ def test_the_micro_batch_is_the_largest_that_fits():
         assert training_memory(request().model, more).total > 3 * GIB
 
 
+def test_a_plan_asks_for_few_totals():
+    """Memory is nearly a straight line in the micro-batch: four questions find where it meets the limit, and bends take
+    a few more."""
+    asked: list[int] = []
+
+    def total(count: int, bend: int = 10**9) -> int:
+        asked.append(count)
+        return 1000 + 17 * count + 400 * max(count - bend, 0)
+
+    assert plan.largest_within(1000 + 17 * 345 + 3, total, 4096) == 345
+    assert len(asked) == 4
+    assert plan.largest_within(1016, total, 4096) == 0
+    assert plan.largest_within(10**7, total, 4096) == 4096
+    for bend in (3, 50, 300):
+        asked.clear()
+        most = plan.largest_within(9000, lambda count, bend=bend: total(count, bend), 4096)
+        assert total(most, bend) <= 9000 < total(most + 1, bend)
+        assert len(asked) < 30
+
+
 def test_the_choice_prefers_less_communication_then_no_recomputation():
     option = plan.largest(request(), Setup(ranks=4, tokens=256))
     cheap, again = replace(option, communication=5), replace(option, setup=replace(option.setup, checkpointing=True))
