@@ -110,7 +110,7 @@ def pass_memory(
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"the memory of {type(module).__name__} cannot be derived, because its code needs the values of tensors "
-            f"({reason}); write its training_memory by hand"
+            f"({reason}); write its memory_by_hand"
         ) from error
 
 
@@ -241,12 +241,18 @@ class _Level(TorchDispatchMode):
         with self.uncounted():
             self._add(outside)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # its wrapper would stand between the engine and `__torch_dispatch__`
+
     @contextmanager
     def uncounted(self) -> Iterator[None]:
         """Storages that are made inside are somebody else's."""
         before, self.counts = self.counts, False
-        yield
-        self.counts = before
+        try:
+            yield
+        finally:
+            self.counts = before
 
     def __torch_dispatch__(
         self,

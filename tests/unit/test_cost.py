@@ -29,7 +29,7 @@ VARIANTS: list[tuple[str, dict]] = [
     ("linear", {"normalise": False, "decay": False, "num_kv_heads": 2}),
 ]
 CLOSE = 0.01
-"""The largest relative error of derived memory: of it, torch's fused attention takes up to half, whose scratch is modelled;
+"""The largest relative error of derived memory. Half of it is for torch's fused attention, whose scratch is modelled;
 the rest is exact but for the 5 KB of random state that a checkpoint keeps."""
 
 
