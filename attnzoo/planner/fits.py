@@ -3,6 +3,7 @@
 The formulas follow the allocator's records of real runs on 1 and 2 ranks; tests compare them with some of these.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -88,18 +89,38 @@ def training_memory(model: DecoderLM, setup: Setup) -> TrainingMemory:
 
 
 def activation_memory(model: DecoderLM, setup: Setup) -> PassMemory:
-    """What forward and backward hold, derived once for all ZeRO stages."""
-    known = _KNOWN.setdefault(model, {})
-    key = setup.micro_batch, setup.tokens, setup.width, setup.checkpointing
-    if key not in known:
+    """What forward and backward hold, derived once for all ZeRO stages, and read off a straight line where there is one
+    in the micro-batch: from some number on, sequences are computed one after the other."""
+    of_model = _KNOWN.setdefault(model, {})
+    known = of_model.setdefault((setup.tokens, setup.width, setup.checkpointing), {})
+    found = known.get(setup.micro_batch) or on_a_line(known, setup.micro_batch)
+    if found is None:
         model.activation_checkpointing, before = setup.checkpointing, model.activation_checkpointing
         dtype = torch.float32 if setup.width == 4 else torch.bfloat16
-        known[key] = model.training_memory(setup.micro_batch, setup.tokens, dtype)
+        found = known[setup.micro_batch] = model.training_memory(setup.micro_batch, setup.tokens, dtype)
         model.activation_checkpointing = before
-    return known[key]
+    return found
 
 
-_KNOWN: WeakKeyDictionary[DecoderLM, dict[tuple[int, int, int, bool], PassMemory]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[DecoderLM, dict[tuple[int, int, bool], dict[int, PassMemory]]] = WeakKeyDictionary()
+
+
+def on_a_line(known: Mapping[int, PassMemory], count: int) -> PassMemory | None:
+    """The memory at `count` where it lies between known ones, and three of them on a straight line; else None."""
+    below, above = sorted(n for n in known if n < count)[-2:], sorted(n for n in known if n > count)[:2]
+    for counts in (below + above[:1], below[-1:] + above):
+        if len(counts) < 3:
+            continue
+        first, middle, last = counts
+        start, between, end = (vars(known[n]) for n in counts)
+        if all(
+            (between[name] - start[name]) * (last - first) == (end[name] - start[name]) * (middle - first)
+            for name in start
+        ):
+            return PassMemory(
+                **{name: start[name] + (end[name] - start[name]) * (count - first) // (last - first) for name in start}
+            )
+    return None
 
 
 def gradient_bytes(setup: Setup, count: int) -> int:

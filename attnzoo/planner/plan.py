@@ -168,14 +168,14 @@ def largest(request: PlanOptions, setup: Setup) -> Option | None:
     return Option(best, training_memory(request.model, best), communication)
 
 
-def largest_within(limit: int, total: Callable[[int], int], most: int) -> int:
+def largest_within(limit: int, total: Callable[[int], int], most: int, near: float = 0.0) -> int:
     """The largest number up to `most` whose total is at most `limit`, 0 if there is none. Totals grow, nearly in a
     straight line, and take time: a guess is where the line through the last two meets the limit; every fourth halves
-    what is left."""
+    what is left. `near`: by what share the answer may be too small."""
     low, high, guess = 0, most + 1, 1
     before: tuple[int, int] | None = None
     for step in itertools.count():
-        if high - low <= 1:
+        if high - low <= 1 + near * low:
             return low
         guess = min(max(guess, low + 1), high - 1)
         here = total(guess)
@@ -286,7 +286,10 @@ def nothing_fits(request: PlanOptions) -> str:
             ways.append(f"--gpus {gpus}")
             break
     longest = largest_within(
-        request.memory, lambda n: training_memory(request.model, replace(leanest, tokens=n)).total, request.context - 1
+        request.memory,
+        lambda n: training_memory(request.model, replace(leanest, tokens=n)).total,
+        request.context - 1,
+        0.02,
     )
     if longest:
         ways.append(f"--context {longest}")

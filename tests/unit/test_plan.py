@@ -11,10 +11,11 @@ import torch
 
 from attnzoo.__main__ import main
 from attnzoo.checkpoint import save_model
+from attnzoo.derived_memory import PassMemory
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.planner import plan
 from attnzoo.planner.chips import CHIPS, chip_of
-from attnzoo.planner.fits import GIB, Setup, communicated_bytes, optimizer_bytes, training_memory
+from attnzoo.planner.fits import GIB, Setup, communicated_bytes, on_a_line, optimizer_bytes, training_memory
 from attnzoo.planner.model_file import DEFAULT_VOCABULARY, read_model
 from attnzoo.planner.serving import cache_policies
 from tests.helpers.gguf_files import smollm2
@@ -164,11 +165,24 @@ def test_a_plan_asks_for_few_totals():
     assert len(asked) == 4
     assert plan.largest_within(1016, total, 4096) == 0
     assert plan.largest_within(10**7, total, 4096) == 4096
+    assert 330 <= plan.largest_within(1000 + 17 * 345, total, 4096, 0.05) <= 345
     for bend in (3, 50, 300):
         asked.clear()
         most = plan.largest_within(9000, lambda count, bend=bend: total(count, bend), 4096)
         assert total(most, bend) <= 9000 < total(most + 1, bend)
         assert len(asked) < 30
+
+
+def test_memory_between_known_micro_batches():
+    """Where three lie on a straight line, others are read off it; beyond them, and where there is a bend, not."""
+    known = {
+        n: PassMemory(kept=5 * n, forward=7 * n + 1, backward=max(9 * n, 20 * n - 110)) for n in (1, 4, 8, 20, 30, 40)
+    }
+    assert on_a_line(known, 2) == PassMemory(kept=10, forward=15, backward=18)
+    assert on_a_line(known, 25) == PassMemory(kept=125, forward=176, backward=390)
+    assert on_a_line({n: known[n] for n in (4, 8, 20)}, 15) is None  # the bend is at 10
+    assert on_a_line(known, 41) is None
+    assert on_a_line({1: known[1], 8: known[8]}, 4) is None
 
 
 def test_the_choice_prefers_less_communication_then_no_recomputation():
