@@ -295,10 +295,10 @@ class _Level(TorchDispatchMode):
             storage = x.untyped_storage()
             key, size = storage._cdata, storage.nbytes() if self.counts else 0
             if key not in self.storages:
-                self.storages[key] = ref(storage, lambda _, key=key, size=size: self._remove(key, size))
+                self.storages[key] = ref(storage, partial(self._remove, key, size))
                 self.held += size
 
-    def _remove(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int, _: Any) -> None:
         del self.storages[key]
         self.held -= size
 
