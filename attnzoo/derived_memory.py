@@ -174,7 +174,7 @@ class _End(torch.autograd.Function):
 
 
 def stand_in(memory: PassMemory, x: Tensor, *_: Any) -> Tensor:
-    """Something of x's shape that holds as much as `memory` says in a forward and a backward pass."""
+    """Something of x's shape that keeps x, and holds as much as `memory` says in a forward and a backward pass."""
     out: Tensor = _StandIn.apply(x, memory)
     return out
 
@@ -183,7 +183,7 @@ class _StandIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, memory: PassMemory) -> Tensor:
         torch.empty(memory.forward, dtype=torch.uint8)
-        ctx.save_for_backward(torch.empty(max(memory.kept - x.nbytes, 0), dtype=torch.uint8))
+        ctx.save_for_backward(x, torch.empty(max(memory.kept - x.nbytes, 0), dtype=torch.uint8))
         ctx.rest = memory.backward - memory.kept
         return torch.empty_like(x)
 

