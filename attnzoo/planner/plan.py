@@ -2,9 +2,9 @@
 
     attnzoo plan --model rcmha.yaml --gpus 64 --gpu-memory 80 --context 131072
 
-Memory is derived from the model's own code (`attnzoo.derived_memory`) for the implementation "torch", and tests compare it
-with real runs; GPU kernels need less workspace and save less of a norm. Times are rooflines from data sheets: peak compute
-and bandwidth, without overlap of communication.
+Memory is derived from the model's own code (`attnzoo.derived_memory`) for the implementation "torch", and tests compare
+it with real runs; GPU kernels need less workspace and save less of a norm. Times are rooflines from data sheets: peak
+compute and bandwidth, without overlap of communication.
 """
 
 import argparse
