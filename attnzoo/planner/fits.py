@@ -3,10 +3,10 @@
 The formulas follow the allocator's records of real runs on 1 and 2 ranks; tests compare them with some of these.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -91,8 +91,8 @@ def training_memory(model: DecoderLM, setup: Setup) -> TrainingMemory:
 def activation_memory(model: DecoderLM, setup: Setup) -> PassMemory:
     """What forward and backward hold, derived once for all ZeRO stages, and read off a straight line where there is one
     in the micro-batch: from some number on, sequences are computed one after the other."""
-    of_model = _KNOWN.setdefault(model, {})
-    known = of_model.setdefault((setup.tokens, setup.width, setup.checkpointing), {})
+    shape = json.dumps(model.config.to_dict(), sort_keys=True)
+    known = _KNOWN.setdefault((shape, setup.tokens, setup.width, setup.checkpointing), {})
     found = known.get(setup.micro_batch) or on_a_line(known, setup.micro_batch)
     if found is None:
         model.activation_checkpointing, before = setup.checkpointing, model.activation_checkpointing
@@ -102,7 +102,8 @@ def activation_memory(model: DecoderLM, setup: Setup) -> PassMemory:
     return found
 
 
-_KNOWN: WeakKeyDictionary[DecoderLM, dict[tuple[int, int, bool], dict[int, PassMemory]]] = WeakKeyDictionary()
+_KNOWN: dict[tuple[str, int, int, bool], dict[int, PassMemory]] = {}
+"""By configuration, tokens, bytes of a number and checkpointing: memory by the number of sequences."""
 
 
 def on_a_line(known: Mapping[int, PassMemory], count: int) -> PassMemory | None:
