@@ -67,7 +67,7 @@ def in_sequence(parts: Iterable[PassMemory]) -> PassMemory:
 def extrapolated(derive: Callable[[int], PassMemory], tokens: int, step: int) -> PassMemory:
     """Memory at `tokens` of what runs block by block of `step` tokens, from a straight line through few blocks."""
     rest = tokens % step
-    low, high = 2 * step + rest, 4 * step + rest
+    low, high = 4 * step + rest, 8 * step + rest
     if tokens <= high:
         return derive(tokens)
     at_low, at_high = derive(low), derive(high)

@@ -21,7 +21,7 @@ from attnzoo.attention.parts import Heads, MesaMixing, Projection
 from attnzoo.derived_memory import PassMemory, extrapolated
 from attnzoo.types import CheckedConfig
 
-STEP = 128
+STEP = 256
 """Tokens, whole blocks of the ridge's and chunks of linear attention's, at whose multiples memory is derived."""
 
 

@@ -146,13 +146,17 @@ def test_memory_by_hand_stands_for_a_layer():
     assert written.workspace == pytest.approx(20_000_000, rel=0.1)
 
 
-def test_a_straight_line_through_few_blocks():
-    """Memory of a mesa layer over many blocks, which would take long to follow, from few."""
-    mesa = Mesa(MesaConfig(model_dim=16, num_heads=2))
-    tokens = 6 * STEP + 5
+@pytest.mark.slow
+def test_a_mesa_layer_over_many_blocks():
+    mesa = Mesa(MesaConfig(model_dim=128))
+    tokens = 12 * STEP + 5
     line, followed = mesa.training_memory(1, tokens), mesa.derived_memory(1, tokens, torch.float32)
     for name in ("kept", "peak"):
-        assert getattr(line, name) == pytest.approx(getattr(followed, name), rel=0.01)
+        assert getattr(line, name) == pytest.approx(getattr(followed, name), rel=0.03)
+
+
+def test_a_straight_line_through_few_blocks():
+    """Memory over many blocks, which would take long to follow, from few."""
     asked: list[int] = []
 
     def derive(tokens: int) -> PassMemory:
@@ -160,5 +164,5 @@ def test_a_straight_line_through_few_blocks():
         return PassMemory(kept=tokens, forward=2 * tokens, backward=3 * tokens + 7)
 
     assert extrapolated(derive, 1003, 10) == PassMemory(kept=1003, forward=2006, backward=3016)
-    assert asked == [23, 43]
-    assert extrapolated(derive, 40, 10).kept == 40
+    assert asked == [43, 83]
+    assert extrapolated(derive, 80, 10).kept == 80
