@@ -117,11 +117,15 @@ class GenerationStream(Iterator[str]):
                 (self._result,) = end.value
             raise StopIteration from None
 
+    def close(self) -> None:
+        """Ends the stream early and frees what it holds; there is no result then."""
+        self._pieces.close()
+
     @property
     def result(self) -> Generation:
         """The result, as `generate` returns it. Raises ValueError before the last piece has been read."""
         if self._result is None:
-            raise ValueError("the stream has not ended: read its pieces to the end before its result")
+            raise ValueError("the stream has not ended, or was closed: read its pieces to the end before its result")
         return self._result
 
 

@@ -17,7 +17,7 @@ prints, with texts that depend on the model,
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from openai import OpenAI
+from openai import APIConnectionError, OpenAI
 
 PROMPTS = ("def read(", "class Reader:", "import os")
 
@@ -48,4 +48,7 @@ def main(url: str = "http://127.0.0.1:8000") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except APIConnectionError as error:
+        sys.exit(f"no server answers ({error}); start one with: attnzoo serve --checkpoint runs/demo")

@@ -82,8 +82,8 @@ def check_directories(config: Config) -> None:
             there = there.parent
         if not there.is_dir():
             raise ValueError(
-                f"{key}={path} cannot be used as a directory: {there} is none; set run_dir and cache_dir to "
-                "directories that this user may write to"
+                f"{key}={path} cannot be used as a directory: {there} is a file; set run_dir and cache_dir to "
+                "directories"
             )
         if not os.access(there, os.W_OK | os.X_OK):
             raise ValueError(

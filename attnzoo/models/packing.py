@@ -3,6 +3,9 @@
 Decoding reads every weight once per token, so memory bandwidth limits it; torch's own layout reaches about half.
 """
 
+from collections.abc import Callable
+from typing import Any, NoReturn, Self
+
 import torch
 from torch import Tensor, nn
 
@@ -59,6 +62,27 @@ class PackedLinear(nn.Linear):
         return self._maps(input)
 
 
+class PackedDecoderLM(DecoderLM):
+    """What `pack_weights` makes of a model: it computes the same, and refuses with a ValueError whatever would need its
+    weights as torch keeps them."""
+
+    def _refuse(self, *args: Any, **options: Any) -> NoReturn:
+        raise ValueError(
+            "the model's weights are packed for inference: they cannot be read, loaded, converted, moved, copied or "
+            "pickled; load it with pack_weights=False"
+        )
+
+    state_dict = load_state_dict = __reduce_ex__ = _refuse
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`to`, `half`, `cuda` and the like."""
+        weight = self.embedding.weight[:0]
+        changed = fn(weight)
+        if (changed.dtype, changed.device) != (weight.dtype, weight.device):
+            self._refuse()
+        return self
+
+
 def can_pack(model: DecoderLM) -> bool:
     """Whether the model is on a CPU that has a product for packed weights of its dtype."""
     weight = model.embedding.weight
@@ -70,7 +94,8 @@ def can_pack(model: DecoderLM) -> bool:
 
 @torch.no_grad()
 def pack_weights(model: DecoderLM) -> DecoderLM:
-    """Packs the linear maps of blocks and head, in place: the model can then be run, but neither trained nor saved.
+    """Packs the linear maps of blocks and head, in place: the model can then be run, but neither trained nor saved
+    (`PackedDecoderLM`), and its maps keep their weights whatever is written to `parameters()`.
 
     Maps are packed one at a time, so memory does not grow, except for a tied head, which no longer shares the
     embedding's table. Raises ValueError where `can_pack` says no.
@@ -89,6 +114,7 @@ def pack_weights(model: DecoderLM) -> DecoderLM:
     if model.config.tie_embeddings:
         head.weight = model.embedding.weight  # still one parameter, for those who count parameters
     model.head = head
+    model.__class__ = PackedDecoderLM
     return model
 
 

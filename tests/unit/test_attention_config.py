@@ -113,7 +113,10 @@ def test_inputs_of_another_shape(shape):
 def test_dtypes_and_devices_that_no_layer_can_have(options, message):
     with pytest.raises(ValueError, match=message):
         attnzoo.attention("mha", model_dim=16, **options)
-    assert attnzoo.attention("mha", model_dim=16, device="meta", dtype=torch.float64).projection.query.weight.is_meta
+    empty = attnzoo.attention("mha", model_dim=16, device="meta", dtype=torch.float64)
+    assert empty.projection.query.weight.is_meta
+    with pytest.raises(ValueError, match="no weights"):
+        empty(torch.zeros(1, 3, 16))
 
 
 def test_a_state_of_another_variant_is_no_state_of_this_one():

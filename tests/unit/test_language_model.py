@@ -193,6 +193,8 @@ def test_a_stream_adds_up_and_no_stop_string_shows():
         assert list(stream) == []
     halted = lm.stream(TEXTS[0])
     next(halted)
+    halted.close()
+    assert list(halted) == []
     with pytest.raises(ValueError, match="the stream has not ended"):
         _ = halted.result
 

@@ -1,5 +1,8 @@
 """Packed weights: the same function, the same counts, and no way to lose weights by mistake."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -66,9 +69,20 @@ def test_weights_lose_their_storage_and_saving_fails(tmp_path):
     packed = pack_weights(llama_like(tie_embeddings=False))
     held = {name for name, parameter in packed.named_parameters() if not parameter.is_meta and parameter.dim() == 2}
     assert held == {"embedding.weight"}
-    with pytest.raises((NotImplementedError, RuntimeError, ValueError)):
-        save_model(tmp_path / "model", packed)
+    before = packed(torch.arange(9)[None])
+    for write in (
+        lambda: save_model(tmp_path / "model", packed),
+        packed.state_dict,
+        lambda: packed.load_state_dict(llama_like(tie_embeddings=False).state_dict()),
+        lambda: copy.deepcopy(packed),
+        lambda: pickle.dumps(packed),
+        packed.half,
+        lambda: packed.to("meta"),
+    ):
+        with pytest.raises(ValueError, match=r"are packed for inference.*pack_weights=False"):
+            write()
     assert not list(tmp_path.iterdir())
+    assert torch.equal(packed.to("cpu").float().eval()(torch.arange(9)[None]), before)
     with pytest.raises((NotImplementedError, RuntimeError)):
         packed.layers()[0].mlp.up(torch.zeros(1, 48)).item()
 

@@ -72,6 +72,8 @@ class Projection(nn.Module):
         """(q_BTNH, k_BTKH, v_BTKH)."""
         head_dim = self.heads.head_dim
         if self.joined is None:
+            if self.query.weight.is_meta and not x_BTD.is_meta:
+                raise ValueError("the layer has no weights (device meta) and x has values; move the layer or x")
             q, k, v = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         else:
             widths = [self.query.out_features, self.key.out_features, self.value.out_features]
