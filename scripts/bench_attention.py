@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnzoo.attention import build_attention
 from attnzoo.cli import carry_out
-from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.ops.relative_sdpa import relative_sdpa
 from attnzoo.ops.sdpa import sdpa
@@ -92,7 +92,7 @@ def training_contenders(t: dict[str, Tensor]) -> dict[str, Function]:
         "MHA (torch SDPA)": lambda: sdpa(*qkv),
         "RMHA table": lambda: relative_sdpa(*qkv, **table),
         "RMHA sinusoid": lambda: sinusoid_sdpa(*qkv, **waves),
-        "RMHA table, window 256": lambda: relative_sdpa(*qkv, mask=CausalMask(window=256), **table),
+        "RMHA table, window 256": lambda: relative_sdpa(*qkv, mask=Mask(window=256), **table),
         "linear": lambda: linear_attention(t["q"].sigmoid(), t["k"].sigmoid(), t["v"], normalise=True)[0],
         "table, eager": lambda: eager_table(t),
     }

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from attnzoo.kvcache.state import State
 from attnzoo.ops.common.impl import Impl
-from attnzoo.ops.common.masks import CausalMask
-from attnzoo.ops.common.row_blocks import Tables
+from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.tables import Tables
 from attnzoo.registry import Registry
 
 EMPTY = -1
@@ -107,10 +107,10 @@ class ScoreFunction(Protocol):
     def attend(self, q_BNTH: Tensor, view: CacheView, positions_BT: Tensor) -> Tensor:
         """Attention output o_BNTH over `view`, by the operation that also reads the full cache."""
 
-    def terms(self, q_BNTH: Tensor, mask: CausalMask) -> tuple[Tensor, Tensor | None]:
+    def terms(self, q_BNTH: Tensor, mask: Mask) -> tuple[Tensor, Tensor | None]:
         """(content_BNTH, bias_BNTS): the logits are content . k / sqrt(H) + bias."""
 
-    def tables(self, mask: CausalMask, tokens: int) -> Tables | None:
+    def tables(self, mask: Mask, tokens: int) -> Tables | None:
         """Tables of the relative terms by distance; None for a variant without any."""
 
 

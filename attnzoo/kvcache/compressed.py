@@ -15,7 +15,7 @@ from torch import Tensor
 from attnzoo.kvcache.base import EMPTY, CachePolicy, CacheView, ScoreFunction, check_chunk
 from attnzoo.kvcache.full import FullCache, FullCacheState
 from attnzoo.kvcache.state import STATIC, State, new_zeros
-from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.common.rows import known
 from attnzoo.ops.paged_decode import Decoded, Entries, paged_decode
 from attnzoo.types import accumulation_dtype, dtype_bytes
@@ -270,7 +270,7 @@ def read(
         block = slice(first, first + rows)
         content, bias = q_BNTH[:, :, block], None
         if keys_BKS is not None:
-            mask = CausalMask(query_positions_BT=positions_BT[:, block], key_positions_BKS=keys_BKS)
+            mask = Mask(query_positions_BT=positions_BT[:, block], key_positions_BKS=keys_BKS)
             content, bias = score_function.terms(content, mask)
         parts.append(
             paged_decode(

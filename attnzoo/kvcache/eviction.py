@@ -23,7 +23,7 @@ from attnzoo.kvcache.ring_start import ringed
 from attnzoo.kvcache.ring_step import step, step_info, with_room
 from attnzoo.kvcache.state import new_zeros
 from attnzoo.ops.accumulated_attention import accumulated_attention
-from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.evict_merge import MergeRule, evict_merge
 from attnzoo.types import accumulation_dtype, dtype_bytes
 
@@ -244,7 +244,7 @@ class EvictingCache(CachePolicy):
     ) -> CompressedState:
         """Adds the attention of a chunk to the accumulated attention of prefix and tail."""
         seen = view if state.prefix.slots == 0 else cc.joined(state, view)
-        mask = CausalMask(query_positions_BT=positions_BT, key_positions_BKS=seen.positions_BKS)
+        mask = Mask(query_positions_BT=positions_BT, key_positions_BKS=seen.positions_BKS)
         merge_counts = None
         if state.prefix.merge_counts_BKP is not None and state.prefix.slots:
             kept = state.prefix.merge_counts_BKP.clamp(min=1).log()

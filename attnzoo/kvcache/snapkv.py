@@ -22,7 +22,7 @@ from attnzoo.kvcache.compressed import CompressedState, Prefix
 from attnzoo.kvcache.options import TokenOptions, check_least
 from attnzoo.kvcache.tailed import TailedCache, cut_tail
 from attnzoo.ops.accumulated_attention import accumulated_attention
-from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.evict_merge import MergeRule, evict_merge
 from attnzoo.types import accumulation_dtype, dtype_bytes
 
@@ -131,7 +131,7 @@ class SnapKVCache(TailedCache):
         """accumulated_BKS of the observed queries; padding, at negative positions, sees nothing."""
         steps = torch.arange(-layer.state.queries_BNWH.shape[2], 0, device=layer.lengths_B.device)
         at_BW = layer.lengths_B[:, None] + steps
-        mask = CausalMask(query_positions_BT=at_BW, key_positions_BKS=view.positions_BKS)
+        mask = Mask(query_positions_BT=at_BW, key_positions_BKS=view.positions_BKS)
         tables = layer.score_function.tables(mask, len(steps))
         return accumulated_attention(
             layer.state.queries_BNWH, view.keys_BKSH, mask=mask, tables=tables, impl=layer.score_function.impl

@@ -15,7 +15,7 @@ from torch import Tensor
 from attnzoo.kvcache.channels import channel_scores
 from attnzoo.kvcache.snapkv import smoothed
 from attnzoo.ops.accumulated_attention import accumulated_attention
-from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.masks import Mask
 from scripts.caches.peer import Exchange
 
 WINDOW, POOL = 32, 5
@@ -66,6 +66,6 @@ def snapkv_scores(queries_BNWH: Tensor, keys_BKSH: Tensor, pool: int = POOL) -> 
     """score_BKP of the tokens before the window, as the policy snapkv computes them."""
     at_S = torch.arange(keys_BKSH.shape[2])
     before = keys_BKSH.shape[2] - queries_BNWH.shape[2]
-    mask = CausalMask(query_positions_BT=at_S[None, before:], key_positions_BKS=at_S[None, None])
+    mask = Mask(query_positions_BT=at_S[None, before:], key_positions_BKS=at_S[None, None])
     seen = accumulated_attention(queries_BNWH, keys_BKSH, mask=mask).masked_fill(at_S >= before, 0.0)
     return smoothed(seen, pool, "mean")[..., :before]

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attnzoo.attention import ATTENTION, build_attention
 from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.parts import SoftmaxMixing
-from attnzoo.ops.common.masks import CausalMask, document_starts, padding_starts
+from attnzoo.ops.common.masks import Mask, document_starts, padding_starts
 from tests.contract.by_hand import BY_HAND
 from tests.contract.cases import (
     BATCH,
@@ -158,7 +158,7 @@ def check_shift(build: Build) -> None:
         positions = torch.arange(TOKENS).expand(BATCH, TOKENS) + shift
         turned_q, turned_k = position.to(dtype).encode(q.to(dtype), k.to(dtype), positions, "auto")
         qkv = (turned_q.transpose(1, 2), turned_k.transpose(1, 2), v.to(dtype).transpose(1, 2))
-        mask = CausalMask(query_positions_BT=positions, key_positions_BKS=positions[:, None])
+        mask = Mask(query_positions_BT=positions, key_positions_BKS=positions[:, None])
         return position.attend(qkv, mask, "auto").double()
 
     with torch.no_grad():

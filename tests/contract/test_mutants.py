@@ -26,7 +26,7 @@ Patch = pytest.MonkeyPatch
 def shift_off_by_one(patch: Patch) -> None:
     """Every distance reads the row of its neighbour."""
     right = row_blocks._table_rows
-    patch.setattr(row_blocks, "_table_rows", lambda tokens, rows, device: (right(tokens, rows, device) - 1).clamp(0))
+    patch.setattr(row_blocks, "_table_rows", lambda *where: (right(*where) - 1).clamp(0))
 
 
 def unmasked_corner(patch: Patch) -> None:
@@ -39,7 +39,7 @@ def documents_leak(patch: Patch) -> None:
     right = row_blocks._hide
 
     def wrong(scores, rows, span, mask, row):
-        right(scores, rows, span, replace(mask, starts_BT=None), row)
+        return right(scores, rows, span, replace(mask, starts_BT=None), row)
 
     patch.setattr(row_blocks, "_hide", wrong)
 
@@ -68,7 +68,7 @@ def sinks_fall_out(patch: Patch) -> None:
 
 def streamed_mask_of_the_chunk(patch: Patch) -> None:
     """The table is read for any distance, but hidden keys are not hidden while streaming."""
-    patch.setattr(masks.CausalMask, "visible", lambda self, tokens, device: self.key_positions_BKS[:, :, None] >= -1)
+    patch.setattr(masks, "sees", lambda queries, keys, **fields: (keys >= -1) & (queries >= -1))
 
 
 def convolution_without_state(patch: Patch) -> None:

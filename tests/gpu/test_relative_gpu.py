@@ -5,32 +5,39 @@ import dataclasses
 import pytest
 import torch
 
-from attnzoo.ops.common.masks import CausalMask, document_starts, padding_starts
+from attnzoo.ops.common.masks import Mask, document_starts, padding_keys, padding_starts
+from attnzoo.ops.common.tables import Tables
 from tests.gpu.timing import milliseconds
 from tests.helpers.attention_oracle import NAMES, dense_attention, leaves, random_inputs
 
 DEVICE = "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 B, N, K, T = 2, 4, 2, 517
+FUTURE = 30
+"""Rows of the table for keys after the query."""
 
 
 def attend(inputs, mask, scale):
     from attnzoo.ops.relative_sdpa.triton import relative_sdpa_triton
 
-    return relative_sdpa_triton(*inputs, mask, scale)
+    tables = None if inputs[4] is None else Tables(*inputs[3:], FUTURE if mask.ahead else 0)
+    return relative_sdpa_triton(*inputs[:3], tables, mask, scale)
 
 
-def masks() -> dict[str, CausalMask]:
-    documents = CausalMask(
+def masks() -> dict[str, Mask]:
+    documents = Mask(
         starts_BT=document_starts(torch.tensor([0, 3, T // 4, T // 4 + 1, T + T // 3, B * T], device=DEVICE), B, T)
     )
+    keys = padding_keys(torch.tensor([T // 3, 0], device=DEVICE), T, "left")  # one row has no key at all
     return {
-        "causal": CausalMask(),
+        "causal": Mask(),
         "documents": documents,
         "documents, window and sinks": dataclasses.replace(documents, window=70, sinks=4),
-        "left padding": CausalMask(starts_BT=padding_starts(torch.tensor([T, T // 3], device=DEVICE), T, "left")),
-        "right padding": CausalMask(starts_BT=padding_starts(torch.tensor([T, T // 3], device=DEVICE), T, "right")),
-        "window": CausalMask(window=100),
+        "left padding": Mask(starts_BT=padding_starts(torch.tensor([T, T // 3], device=DEVICE), T, "left")),
+        "right padding": Mask(starts_BT=padding_starts(torch.tensor([T, T // 3], device=DEVICE), T, "right")),
+        "window": Mask(window=100),
+        "full": Mask.full(keys),
+        "prefix": Mask(prefix_B=torch.tensor([T // 2, 40], device=DEVICE), keys_BS=keys, window=70, sinks=4),
     }
 
 
@@ -41,8 +48,10 @@ def gradients(run, inputs, weight):
 
 
 MASKS = ("causal", "documents", "documents, window and sinks", "left padding", "right padding", "window")
+AHEAD = ("full", "prefix")
 CASES = [
     *((64, rows, name) for rows in (None, 1, 90, 600) for name in MASKS),
+    *((head_dim, rows, name) for head_dim in (64, 128) for rows in (None, 90, 600) for name in AHEAD),
     *((head_dim, 90, MASKS[2]) for head_dim in (16, 40, 128, 256)),
     *((head_dim, None, MASKS[0]) for head_dim in (16, 40, 128, 256)),
 ]
@@ -54,10 +63,13 @@ CASES = [
 def test_output_and_gradients(head_dim, rows, name, dtype):
     """No worse than twice the error of dense attention in the same dtype, gradients included."""
     mask, scale = masks()[name], head_dim**-0.5
+    future = FUTURE if mask.ahead else 0
     inputs = [None if x is None else x.to(DEVICE, dtype) for x in random_inputs(B, N, K, T, head_dim, rows)]
     weight = torch.randn(B, N, T, head_dim, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
-    exact = gradients(lambda x: dense_attention(x, mask, scale), leaves(inputs, dtype=torch.float64), weight)
-    rough = gradients(lambda x: dense_attention(x, mask, scale, dtype), leaves(inputs), weight)
+    exact = gradients(
+        lambda x: dense_attention(x, mask, scale, future_rows=future), leaves(inputs, dtype=torch.float64), weight
+    )
+    rough = gradients(lambda x: dense_attention(x, mask, scale, dtype, future), leaves(inputs), weight)
     found = gradients(lambda x: attend(x, mask, scale), leaves(inputs), weight)
     for label, a, b, c in zip(("out", *NAMES), found, rough, exact, strict=True):
         if a is not None:
@@ -82,7 +94,7 @@ def test_streaming(dtype, tokens):
     keys = torch.stack([torch.stack([torch.randperm(400, generator=generator)[:entries] for _ in range(K)])] * B)
     keys[:, :, ::7] = -1
     queries = torch.arange(tokens)[None] + 350
-    mask = CausalMask(query_positions_BT=queries.to(DEVICE), key_positions_BKS=keys.to(DEVICE), window=128, sinks=4)
+    mask = Mask(query_positions_BT=queries.to(DEVICE), key_positions_BKS=keys.to(DEVICE), window=128, sinks=4)
     q, _, _, *parameters = (x.to(DEVICE, dtype) for x in random_inputs(B, N, K, tokens, 64, 200))
     _, k, v, *_ = (x if x is None else x.to(DEVICE, dtype) for x in random_inputs(B, N, K, entries, 64, None, seed=1))
     expected = dense_attention([q, k, v, *parameters], mask, 0.125)
@@ -100,7 +112,7 @@ def test_how_fast(rows, capsys):
     inputs = leaves([None if x is None else x.to(DEVICE, torch.bfloat16) for x in random_inputs(*sizes, rows)])
 
     def forward():
-        return attend(inputs, CausalMask(), 0.125)
+        return attend(inputs, Mask(), 0.125)
 
     def both():
         forward().sum().backward()

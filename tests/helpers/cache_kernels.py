@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.ops.accumulated_attention import Tables, accumulated_attention
-from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.evict_merge import Arrival, MergeRule, Slots, evict_merge, evict_merge_step
 from attnzoo.ops.paged_decode import Decoded, Entries, paged_decode
 from tests.helpers.conv_linear_kernels import assert_same, rand
@@ -189,7 +189,7 @@ def mass_inputs(sizes: tuple[int, ...], options: dict[str, Any], device: str, dt
     return {
         "q_BNTH": moved(rand(B, K * G, T, H, seed=4), device, dtype),
         "k_BKSH": moved(rand(B, K, S, H, seed=5), device, dtype),
-        "mask": CausalMask(**mask),
+        "mask": Mask(**mask),
         "counts_B": (T - torch.arange(B)).to(device) if options.get("counts") else None,
         "tables": Tables(*(moved(x, device, dtype) for x in tables)) if options.get("relative") else None,
         "log_counts_BKS": rand(B, K, S, seed=6).abs().float().to(device) if options.get("merge_counts") else None,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnzoo.ops.accumulated_attention import Tables, accumulated_attention
-from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.evict_merge import Arrival, MergeRule, Slots, evict_merge, evict_merge_step
 from attnzoo.ops.paged_decode import Entries, paged_decode
 from attnzoo.ops.sdpa import sdpa
@@ -98,9 +98,37 @@ def test_paged_decode_with_all_channels_is_attention():
     keys, values, positions = (
         torch.cat([getattr(part, n), getattr(last, n)], dim=2) for n in ("keys_BKSC", "values_BKSV", "positions_BKS")
     )
-    mask = CausalMask(query_positions_BT=queries, key_positions_BKS=positions)
+    mask = Mask(query_positions_BT=queries, key_positions_BKS=positions)
     out = paged_decode(q, part, last, query_positions_BT=queries).out_BNTH
     torch.testing.assert_close(out, sdpa(q, keys, values, mask=mask, impl="reference"), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_a_query_that_sees_no_entry_gets_zeros(impl):
+    """Beside one that sees some; its weights are zeros, too."""
+    nowhere = torch.tensor([[[0, 3, 1]], [[-1, 9, -1]]])
+    parts = (segment(2, 1, 3, positions=nowhere), segment(2, 1, 3, seed=7, positions=nowhere))
+    out = paged_decode(
+        rand(2, 2, 1, H), *parts, query_positions_BT=torch.tensor([[4], [8]]), accumulated_attention=True, impl=impl
+    )
+    assert torch.equal(out.out_BNTH[1], torch.zeros(2, 1, H).double())
+    assert torch.equal(out.accumulated_BKS[1], torch.zeros(1, 6).double())
+    torch.testing.assert_close(out.accumulated_BKS[0].sum(), torch.tensor(2.0).double())
+
+
+@pytest.mark.parametrize(
+    ("mask", "named"),
+    [
+        (Mask(causal=False), "causal=False"),
+        (Mask(starts_BT=torch.zeros(1, 2, dtype=torch.int64)), "starts_BT"),
+        (Mask(prefix_B=torch.ones(1), keys_BS=torch.ones(1, 2, dtype=torch.bool)), "prefix_B and keys_BS"),
+        (Mask(pairs=torch.ones(1, 2, 2, dtype=torch.bool)), "pairs"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_accumulated_attention_refuses_masks_that_no_cache_has(mask, named):
+    with pytest.raises(ValueError, match=f"takes causal masks with window, sinks and positions, and not {named}"):
+        accumulated_attention(rand(1, 2, 2, H), rand(1, 1, 2, H), mask=mask)
 
 
 def test_scale_keeps_the_full_head_dim():
@@ -191,7 +219,7 @@ def test_accumulated_attention_is_its_reference(batch, kv_heads, groups, tokens,
     if channels is not None:
         tables = Tables(rand(heads, H, seed=1), rand(heads, 4, channels, seed=2), rand(heads, 4, seed=3))
     queries = 9 + torch.arange(tokens).expand(batch, tokens) + 3 * torch.arange(batch)[:, None]
-    mask = CausalMask(query_positions_BT=queries, key_positions_BKS=holes(batch, kv_heads, slots, 12, seed))
+    mask = Mask(query_positions_BT=queries, key_positions_BKS=holes(batch, kv_heads, slots, 12, seed))
     rest = {
         "mask": mask,
         "counts_B": torch.arange(batch) + tokens - batch + 1 if tokens >= batch else None,

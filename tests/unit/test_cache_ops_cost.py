@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attnzoo.ops.accumulated_attention import Tables, accumulated_attention
 from attnzoo.ops.accumulated_attention.cost import AccumulatedSizes, accumulated_cost
-from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.evict_merge import Arrival, MergeRule, Slots, evict_merge, evict_merge_step
 from attnzoo.ops.evict_merge.cost import MergeSizes, merge_cost, step_cost
 from attnzoo.ops.paged_decode import Entries, paged_decode
@@ -117,7 +117,7 @@ def test_accumulated_attention(dtype):
     at, places = torch.arange(14, 19).expand(B, tokens).contiguous(), torch.arange(19).expand(B, 1, 19).contiguous()
     tables = Tables(*(torch.randn(N, *shape).to(dtype) for shape in ((H,), (rows, H), (rows,))))
     merge_counts = torch.zeros(B, K, slots)
-    mask = CausalMask(query_positions_BT=at, key_positions_BKS=places)
+    mask = Mask(query_positions_BT=at, key_positions_BKS=places)
     accumulated = accumulated_attention(q, k, mask=mask, tables=tables, log_counts_BKS=merge_counts, impl="torch")
     sizes = {"batch": B, "tokens": tokens, "heads": N, "kv_heads": K, "head_dim": H, "width": dtype.itemsize}
     cost = accumulated_cost(
@@ -126,7 +126,7 @@ def test_accumulated_attention(dtype):
     given = (q, k, at, places, merge_counts, tables.content_bias_NH, tables.table_NPH, tables.table_bias_NP)
     assert cost.bytes_read == nbytes(*given)
     assert cost.bytes_written == accumulated.nbytes
-    seen = int(mask.visible(tokens, q.device)[0].sum())
+    seen = int(mask.visible(tokens, k.shape[2], q.device)[0].sum())
     plain = accumulated_cost(AccumulatedSizes(slots=slots, **sizes))
     assert plain.bytes_read == nbytes(q, k)
     assert plain == accumulated_cost(AccumulatedSizes(slots=slots, pairs=seen, **sizes))

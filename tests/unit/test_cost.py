@@ -78,12 +78,12 @@ def hidden_flops(attention: Attention, batch: int, tokens: int) -> int:
         width = head_dim + int(mixing.normalise)
         carried = 2 * (heads + mixing.heads.num_kv_heads) * head_dim * width * (padded - tokens)
         return batch * (2 * heads * padded * CHUNK * (head_dim + width) + carried)
-    visible = int(mixing.mask.visible(tokens, torch.device("cpu")).sum())
+    visible = int(mixing.mask.visible(tokens, tokens, torch.device("cpu")).sum())
     tables = mixing.position.kind in ("table", "sinusoid")
     if mixing.mask.plain and not tables:
         return 4 * batch * heads * head_dim * (tokens**2 - visible)
     pairs = shifted = 0
-    for rows in row_blocks._blocks(tokens, mixing.mask, 0):
+    for rows in row_blocks._blocks(tokens, tokens, mixing.mask, 0):
         for span in rows.spans:
             pairs += (rows.end - rows.first) * (span[1] - span[0])
             shifted += (rows.end - rows.first) * row_blocks._product_width(rows, span)

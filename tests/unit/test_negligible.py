@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnzoo.ops.accumulated_attention import accumulated_attention
 from attnzoo.ops.common import row_blocks
-from attnzoo.ops.common.masks import CausalMask, document_starts
+from attnzoo.ops.common.masks import Mask, document_starts
 from attnzoo.ops.common.negligible import attention_of_peaked, smallest_weight, softmax_of_peaked_, without_negligible
 from attnzoo.ops.in_context import in_context_attention
 from attnzoo.ops.linear_attention import linear_attention
@@ -52,23 +52,23 @@ def rand(*shape: int, seed: int, size: float = 1.0, dtype=torch.float32) -> torc
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * size).requires_grad_()
 
 
-def streamed(window: int | None = None) -> CausalMask:
+def streamed(window: int | None = None) -> Mask:
     """The last 20 tokens as queries of all, some entries empty, one query that sees nothing."""
     queries, keys = torch.arange(T - 20, T).repeat(B, 1), torch.arange(T).repeat(B, 1, 1)
     queries[0, 0] = -1
     keys[:, :, 5:9] = -1
-    return CausalMask(query_positions_BT=queries, key_positions_BKS=keys, window=window)
+    return Mask(query_positions_BT=queries, key_positions_BKS=keys, window=window)
 
 
 MASKS = {
-    "causal": CausalMask(),
-    "window": CausalMask(window=30, sinks=2),
-    "documents": CausalMask(starts_BT=document_starts(torch.tensor([0, 40, T, 90, 2 * T]), B, T)),
+    "causal": Mask(),
+    "window": Mask(window=30, sinks=2),
+    "documents": Mask(starts_BT=document_starts(torch.tensor([0, 40, T, 90, 2 * T]), B, T)),
     "streamed": streamed(),
 }
 
 
-def attention(name: str, mask: CausalMask, size: float, dtype=torch.float32, impl="torch"):
+def attention(name: str, mask: Mask, size: float, dtype=torch.float32, impl="torch"):
     """(inputs, output) of an operation whose scores have a standard deviation of about size^2 * sqrt(H)."""
     rows = T if mask.parallel else 20
     q, k = rand(B, N, rows, H, seed=0, size=size, dtype=dtype), rand(B, K, T, H, seed=1, size=size, dtype=dtype)
@@ -111,7 +111,7 @@ def test_gradients_of_peaked_scores_are_those_of_the_reference(name, mask):
 
 def test_calm_scores_keep_torchs_fused_form():
     with Denormals() as mode:
-        attention("sdpa", CausalMask(), 1.0)[1].sum().backward()
+        attention("sdpa", Mask(), 1.0)[1].sum().backward()
     assert mode.found == [FUSED_BACKWARD]
 
 
@@ -168,7 +168,7 @@ def test_decoding_and_its_compressed_form(size):
     k, v = rand(B, K, T, H, seed=1, size=size).detach(), rand(B, K, T, H, seed=2).detach()
     positions = torch.arange(T).repeat(B, K, 1)
     at_B1 = torch.full((B, 1), T)
-    mask = CausalMask(query_positions_BT=at_B1, key_positions_BKS=positions)
+    mask = Mask(query_positions_BT=at_B1, key_positions_BKS=positions)
     entries = Entries(keys_BKSC=k, values_BKSV=v, positions_BKS=positions)
     with Denormals() as mode:
         plain = sdpa(q, k, v, mask=mask, impl="torch")

@@ -2,52 +2,31 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from attnzoo.attention.parts import DistanceBias, Heads
 from attnzoo.ops.biased_sdpa import biased_sdpa
-from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.ops.relative_sdpa import relative_sdpa
 from attnzoo.ops.rope import rope
 from attnzoo.ops.sdpa import sdpa
-from attnzoo.ops.sinusoid_sdpa import sinusoid_sdpa
-
-B, N, K, T, S, H, P, D = 2, 6, 3, 5, 11, 7, 4, 10
-
-
-def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def sparse_positions() -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries at unequal places; each kv head keeps other keys, in no order, with holes (-1)."""
-    queries_BT = torch.tensor([[20, 21, 22, 23, 24], [7, 8, 9, 10, 11]])
-    generator = torch.Generator().manual_seed(3)
-    keys_BKS = torch.stack(
-        [torch.stack([torch.randperm(26, generator=generator)[:S] for _ in range(K)]) for _ in range(B)]
-    )
-    keys_BKS[:, :, 2] = -1
-    keys_BKS[:, :, 3] = 0  # every query sees at least one key
-    return queries_BT, keys_BKS
-
-
-SOFTMAX_OPS = {
-    "sdpa": lambda qkv, **rest: sdpa(*qkv, **rest),
-    "biased_sdpa": lambda qkv, **rest: biased_sdpa(*qkv, bias_NP=rand(N, P, seed=7), **rest),
-    "relative_sdpa": lambda qkv, **rest: relative_sdpa(
-        *qkv,
-        content_bias_NH=rand(N, H, seed=4),
-        table_NPH=rand(N, P, H, seed=5),
-        table_bias_NP=rand(N, P, seed=6),
-        **rest,
-    ),
-    "sinusoid_sdpa": lambda qkv, **rest: sinusoid_sdpa(
-        *qkv,
-        content_bias_NH=rand(N, H, seed=4),
-        position_bias_NH=rand(N, H, seed=5),
-        weight_NHD=rand(N, H, D, seed=6),
-        **rest,
-    ),
-}
+from tests.helpers.masked_ops import (
+    MASKS,
+    NOWHERE,
+    QUERIES,
+    SOFTMAX_OPS,
+    B,
+    H,
+    K,
+    N,
+    P,
+    S,
+    T,
+    check_implementations,
+    rand,
+    sparse_positions,
+)
 
 
 @pytest.mark.parametrize("name", SOFTMAX_OPS)
@@ -56,7 +35,7 @@ def test_evicted_cache_of_each_kv_head(name):
     qkv = (rand(B, N, T, H), rand(B, K, S, H, seed=1), rand(B, K, S, H, seed=2))
     queries, keys = sparse_positions()
     run = SOFTMAX_OPS[name]
-    mask = CausalMask(query_positions_BT=queries, key_positions_BKS=keys)
+    mask = Mask(query_positions_BT=queries, key_positions_BKS=keys)
     expected, actual = run(qkv, mask=mask, impl="reference"), run(qkv, mask=mask, impl="torch")
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
 
@@ -67,12 +46,52 @@ def test_hidden_keys_are_never_read(name):
     q, k, v = rand(B, N, T, H), rand(B, K, S, H, seed=1), rand(B, K, S, H, seed=2)
     queries, keys = sparse_positions()
     run = SOFTMAX_OPS[name]
-    mask = CausalMask(query_positions_BT=queries, key_positions_BKS=keys)
+    mask = Mask(query_positions_BT=queries, key_positions_BKS=keys)
     before = run((q, k, v), mask=mask)
     hidden = ((keys < 0) | (keys > queries.amax(1)[:, None, None]))[..., None]
     k, v = k.masked_fill(hidden, 1e3), v.masked_fill(hidden, 1e3)
     after = run((q, k, v), mask=mask)
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("peaked", [False, True], ids=["flat", "peaked"])
+@pytest.mark.parametrize("case", MASKS)
+@pytest.mark.parametrize("name", SOFTMAX_OPS)
+def test_every_mask_backwards_and_forwards(name, case, peaked):
+    check_implementations(name, case, peaked)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "biased_sdpa"])
+def test_a_decode_step_of_one_sequence_that_sees_nothing_gives_zeros(name):
+    mask = Mask(query_positions_BT=QUERIES[1:, :1], key_positions_BKS=NOWHERE[1:])
+    with torch.no_grad():
+        out = SOFTMAX_OPS[name]((rand(1, N, 1, H), rand(1, K, S, H), rand(1, K, S, H)), mask=mask)
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("mask", [Mask.full(), Mask(prefix_B=torch.tensor([2, 3]))], ids=["full", "prefix"])
+def test_tables_without_rows_for_keys_after_the_query_are_refused(mask):
+    qkv = (rand(B, N, T, H), rand(B, K, T, H), rand(B, K, T, H))
+    table = {"content_bias_NH": rand(N, H), "table_NPH": rand(N, P, H), "table_bias_NP": rand(N, P)}
+    for call in (
+        lambda **rest: biased_sdpa(*qkv, bias_NP=rand(N, P), **rest),
+        lambda **rest: relative_sdpa(*qkv, **table, **rest),
+    ):
+        with pytest.raises(
+            ValueError, match=r"shows keys after the query.*future_rows=0 no distance i-j < 0 has a row"
+        ):
+            call(mask=mask)
+        with pytest.raises(ValueError, match="future_rows=4 must lie between 0 and 3: there are 4 rows in all"):
+            call(future_rows=P)
+
+
+def test_memory_of_padded_keys_is_not_that_of_all_pairs():
+    """torch's fused attention gets one number a key, not a matrix."""
+    q, keys = torch.randn(1, 2, 700, 8), torch.rand(1, 700) < 0.5
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        sdpa(q, q, q, mask=Mask.full(keys))
+    events = [e.nbytes() for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert max(events) < 700 * 700
 
 
 @pytest.mark.parametrize("name", SOFTMAX_OPS)
@@ -117,10 +136,31 @@ def test_a_bias_of_thousands_keeps_its_digits_in_half_precision():
     v = torch.eye(4)[None, None].bfloat16()
     bias_NP = -2000.0 - 0.5 * torch.arange(4.0)[None]
     expected = torch.softmax(torch.tensor([-1.5, -1.0, -0.5, 0.0]), 0)
-    places = CausalMask(query_positions_BT=torch.arange(4)[None], key_positions_BKS=torch.arange(4)[None, None])
-    for mask in (CausalMask(), places):
+    places = Mask(query_positions_BT=torch.arange(4)[None], key_positions_BKS=torch.arange(4)[None, None])
+    for mask in (Mask(), places):
         out = biased_sdpa(q, q, v, bias_NP=bias_NP, mask=mask)
         torch.testing.assert_close(out[0, 0, -1].float(), expected, rtol=0.01, atol=0)
+
+
+class Slope(DistanceBias):
+    """Keys before the query lose half of their distance, keys after it all."""
+
+    def bias(self, distance_P):
+        return torch.where(distance_P < 0, distance_P, -0.5 * distance_P).expand(self.heads.num_heads, -1)
+
+
+def test_a_bias_by_distance_is_asked_for_keys_after_the_query_by_masks_that_show_them():
+    position = Slope(Heads.of(2 * H, 2, 1, None))
+    q = torch.zeros(1, 2, 3, H, dtype=torch.float64)
+    v = torch.eye(4, H, dtype=torch.float64)[None, None]
+    distance = torch.arange(3)[:, None] - torch.arange(4)
+    scores = torch.where(distance < 0, distance, -0.5 * distance)
+    for impl in ("torch", "reference"):
+        out = position.attend((q, torch.zeros_like(v), v), Mask.full(), impl)
+        torch.testing.assert_close(out[0, 1, :, :4], scores.double().softmax(-1), rtol=0, atol=1e-6)
+        out = position.attend((q, torch.zeros_like(v[:, :, :3]), v[:, :, :3]), Mask(), impl)
+        expected = scores[:, :3].double().masked_fill(distance[:, :3] < 0, float("-inf")).softmax(-1)
+        torch.testing.assert_close(out[0, 1, :, :3], expected, rtol=0, atol=1e-6)
 
 
 def test_rope_refuses_odd_width():

@@ -11,10 +11,10 @@ from attnzoo.kvcache import build_cache, compressed
 from attnzoo.kvcache.base import CachedLayer
 from attnzoo.kvcache.channels import change_channels, channel_scores, condensed
 from attnzoo.kvcache.think import _filled, output_scores
-from attnzoo.ops.common.masks import PLAIN
+from attnzoo.ops.common.masks import CAUSAL
 from tests.contract.caches import build_model, prompt
 
-READER = SoftmaxScoreFunction(NoPosition(), PLAIN, "auto")
+READER = SoftmaxScoreFunction(NoPosition(), CAUSAL, "auto")
 
 
 @pytest.mark.parametrize(

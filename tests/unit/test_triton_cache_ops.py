@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.ops.accumulated_attention import accumulated_attention
-from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.evict_merge import MergeRule, evict_merge, evict_merge_step
 from attnzoo.ops.paged_decode import paged_decode
 from attnzoo.ops.paged_decode.splits import Splits, plan_splits
@@ -170,7 +170,7 @@ def test_accumulated_attention_is_never_tokens_by_tokens():
     def numbers(tokens: int) -> int:
         q, k = (torch.empty(1, n, tokens, 64, dtype=torch.bfloat16, device="meta") for n in (4, 2))
         accumulated = torch.empty(1, 2, tokens, device="meta")
-        done = launches(q, k, CausalMask(), None, None, None, 0.125, Buffers(accumulated_BKS=accumulated, gpu="sm_90"))
+        done = launches(q, k, Mask(), None, None, None, 0.125, Buffers(accumulated_BKS=accumulated, gpu="sm_90"))
         arguments = [x for launch in done for argument in launch.arguments.values() for x in flat(argument)]
         return max(x.numel() for x in arguments if isinstance(x, Tensor))
 

@@ -64,7 +64,7 @@ class QKVConv(nn.Module):
                 nn.init.constant_(parameter[..., -1], 0.5)
 
     def forward(self, qkv: QKV, starts_BT: Tensor | None, impl: Impl) -> QKV:
-        """q, k and v convolved from the start of the sequence, or of each document (`starts_BT`, see CausalMask)."""
+        """q, k and v convolved from the start of the sequence, or of each document (`starts_BT`, see Mask)."""
         return depthwise_conv_qkv(qkv, self._kernels(), biases=self._biases(), starts_BT=starts_BT, impl=impl)
 
     def _kernels(self) -> QKV:

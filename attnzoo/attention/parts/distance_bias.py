@@ -9,10 +9,9 @@ from attnzoo.attention.parts.position import QKV, Position
 from attnzoo.attention.parts.projection import Heads
 from attnzoo.ops.biased_sdpa import biased_sdpa
 from attnzoo.ops.common.impl import Impl
-from attnzoo.ops.common.masks import CausalMask
-from attnzoo.ops.common.row_blocks import Tables
+from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.tables import Tables
 from attnzoo.ops.relative_sdpa.torch import streamed_bias
-from attnzoo.ops.sinusoid_sdpa.torch import farthest
 from attnzoo.types import accumulation_dtype
 
 
@@ -27,30 +26,35 @@ class DistanceBias(Position):
 
     @abstractmethod
     def bias(self, distance_P: Tensor) -> Tensor:
-        """bias_NP of the distances i - j >= 0, which come as floating point numbers of at least 32 bits (a parameter in
-        half precision times them is exact enough)."""
+        """bias_NP of the distances i - j, which come as floating point numbers of at least 32 bits (a parameter in half
+        precision times them is exact enough). They are negative for keys after the query, under masks that show
+        such."""
 
-    def attend(self, qkv: QKV, mask: CausalMask, impl: Impl) -> Tensor:
+    def attend(self, qkv: QKV, mask: Mask, impl: Impl) -> Tensor:
         q_BNTH = qkv[0]
-        bias_NP = self._bias(mask, q_BNTH.shape[2], q_BNTH.device, q_BNTH.dtype)
-        return biased_sdpa(*qkv, bias_NP=bias_NP, mask=mask, impl=impl)
+        reach = mask.reach(q_BNTH.shape[2], qkv[1].shape[2])
+        bias_NP = self._bias(reach, q_BNTH.device, q_BNTH.dtype)
+        return biased_sdpa(*qkv, bias_NP=bias_NP, future_rows=reach[1], mask=mask, impl=impl)
 
-    def terms(self, q_BNTH: Tensor, mask: CausalMask) -> tuple[Tensor, Tensor | None]:
+    def terms(self, q_BNTH: Tensor, mask: Mask) -> tuple[Tensor, Tensor | None]:
         tokens, head_dim = q_BNTH.shape[2:]
-        tables = Tables.of_bias(self._bias(mask, tokens, q_BNTH.device, q_BNTH.dtype), head_dim, head_dim**-0.5)
-        return q_BNTH, streamed_bias(q_BNTH, tables.table_NPH, tables.table_bias_NP, mask, head_dim**-0.5)
+        bias_NP = self._bias(mask.reach(tokens, tokens), q_BNTH.device, q_BNTH.dtype)
+        positions = mask.positions(tokens, tokens, q_BNTH.device)
+        tables = Tables.of_bias(bias_NP, head_dim, head_dim**-0.5)
+        return q_BNTH, streamed_bias(q_BNTH, tables, positions, head_dim**-0.5)
 
-    def tables(self, mask: CausalMask, tokens: int) -> Tables | None:
+    def tables(self, mask: Mask, tokens: int) -> Tables | None:
         device = torch.device("cpu") if mask.query_positions_BT is None else mask.query_positions_BT.device
         kept = (x.dtype for x in (*self.parameters(), *self.buffers()) if x.is_floating_point())
-        bias_NP = self._bias(mask, tokens, device, next(kept, torch.float32))
+        bias_NP = self._bias(mask.reach(tokens, tokens), device, next(kept, torch.float32))
         return Tables.of_bias(bias_NP, self.heads.head_dim, self.heads.head_dim**-0.5)
 
-    def _bias(self, mask: CausalMask, tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """bias_NP of every distance that may be asked for. Raises ValueError for a subclass's result of another shape:
+    def _bias(self, reach: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """bias_NP of every distance of `Mask.reach`. Raises ValueError for a subclass's result of another shape:
         broadcasting would hide it."""
         dtype = accumulation_dtype(dtype)
-        distance_P = torch.arange(farthest(mask, tokens) + 1, device=device, dtype=dtype)
+        behind, ahead = reach
+        distance_P = torch.arange(-ahead, behind + 1, device=device, dtype=dtype)
         bias_NP = self.bias(distance_P)
         expected = (self.heads.num_heads, len(distance_P))
         if bias_NP.shape != expected:

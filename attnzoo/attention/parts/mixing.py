@@ -17,8 +17,8 @@ from attnzoo.kvcache.compressed import CompressedState
 from attnzoo.kvcache.keep_all import KeepAll
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.common.impl import Impl
-from attnzoo.ops.common.masks import CausalMask
-from attnzoo.ops.common.row_blocks import Tables
+from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.tables import Tables
 from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.types import accumulation_dtype, dtype_bytes
 
@@ -33,7 +33,7 @@ class Mixing(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, qkv: QKV, starts_BT: Tensor | None, impl: Impl) -> Tensor:
-        """The parallel form; `starts_BT` as in `CausalMask`, None: every row is one sequence."""
+        """The parallel form; `starts_BT` as in `Mask`, None: every row is one sequence."""
 
     @abstractmethod
     def init_state(
@@ -76,7 +76,7 @@ class SoftmaxMixing(Mixing):
     def __init__(self, heads: Heads, position: Position, *, window: int | None = None, sinks: int = 0) -> None:
         super().__init__()
         self.heads, self.position = heads, position
-        self.mask = CausalMask(window=window, sinks=sinks)
+        self.mask = Mask(window=window, sinks=sinks)
         self.cache: ExactCache = FullCache() if window is None else WindowCache(window, sinks)
 
     @property
@@ -155,7 +155,7 @@ class SoftmaxScoreFunction:
     """`attnzoo.kvcache.Reader` of softmax attention with a position."""
 
     position: Position
-    mask: CausalMask
+    mask: Mask
     impl: Impl
 
     @property
@@ -166,7 +166,7 @@ class SoftmaxScoreFunction:
         heads_first = (q_BNTH, view.keys_BKSH, view.values_BKSH)
         if view.alone:  # a whole prompt: the parallel form computes no pair that causality hides
             return self.position.attend(heads_first, self.mask, self.impl)
-        mask = CausalMask(
+        mask = Mask(
             window=self.mask.window,
             sinks=self.mask.sinks,
             query_positions_BT=positions_BT,
@@ -178,10 +178,10 @@ class SoftmaxScoreFunction:
     def says(self) -> frozenset[Need]:
         return self.position.says
 
-    def terms(self, q_BNTH: Tensor, mask: CausalMask) -> tuple[Tensor, Tensor | None]:
+    def terms(self, q_BNTH: Tensor, mask: Mask) -> tuple[Tensor, Tensor | None]:
         return self.position.terms(q_BNTH, mask)
 
-    def tables(self, mask: CausalMask, tokens: int) -> Tables | None:
+    def tables(self, mask: Mask, tokens: int) -> Tables | None:
         return self.position.tables(mask, tokens)
 
 

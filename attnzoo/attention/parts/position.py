@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from attnzoo.attention.parts.projection import Heads
 from attnzoo.kvcache.base import Need
 from attnzoo.ops.common.impl import Impl
-from attnzoo.ops.common.masks import CausalMask
-from attnzoo.ops.common.row_blocks import Tables
+from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.tables import Tables
 from attnzoo.ops.relative_sdpa import relative_sdpa
 from attnzoo.ops.relative_sdpa.torch import streamed_bias
 from attnzoo.ops.rope import RopeScaling, rope
 from attnzoo.ops.sdpa import sdpa
 from attnzoo.ops.sinusoid_sdpa import sinusoid_sdpa
-from attnzoo.ops.sinusoid_sdpa.torch import as_tables, farthest, streamed_waves
+from attnzoo.ops.sinusoid_sdpa.torch import as_tables, streamed_waves
 from attnzoo.ops.sinusoid_sdpa.waves import STRIDE
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -40,10 +40,10 @@ class Position(nn.Module, ABC):
         return q_BTNH, k_BTKH
 
     @abstractmethod
-    def attend(self, qkv: QKV, mask: CausalMask, impl: Impl) -> Tensor:
+    def attend(self, qkv: QKV, mask: Mask, impl: Impl) -> Tensor:
         """o_BNTH from (q_BNTH, k_BKSH, v_BKSH) over the keys that the mask leaves visible."""
 
-    def terms(self, q_BNTH: Tensor, mask: CausalMask) -> tuple[Tensor, Tensor | None]:
+    def terms(self, q_BNTH: Tensor, mask: Mask) -> tuple[Tensor, Tensor | None]:
         """(content_BNTH, bias_BNTS): the scores are content . k / sqrt(H) + bias, with positions as the mask has them.
 
         For caches whose keys have lost channels, which the terms of position know nothing of. Raises ValueError where a
@@ -51,7 +51,7 @@ class Position(nn.Module, ABC):
         """
         raise self._unsaid("terms")
 
-    def tables(self, mask: CausalMask, tokens: int) -> Tables | None:
+    def tables(self, mask: Mask, tokens: int) -> Tables | None:
         """The relative terms as tables by distance, None without any. Raises ValueError as `terms`."""
         raise self._unsaid("tables")
 
@@ -76,7 +76,7 @@ class Position(nn.Module, ABC):
     def reset_parameters(self, std: float) -> None:
         """Initialises the position's parameters."""
 
-    def flops(self, batch: int, tokens: int, context: int, mask: CausalMask) -> int:
+    def flops(self, batch: int, tokens: int, context: int, mask: Mask) -> int:
         """FLOPs beyond q.k and the weighted sum of values."""
         return 0
 
@@ -91,13 +91,13 @@ class NoPosition(Position):
     kind: ClassVar[PositionKind] = "none"
     relative = False
 
-    def attend(self, qkv: QKV, mask: CausalMask, impl: Impl) -> Tensor:
+    def attend(self, qkv: QKV, mask: Mask, impl: Impl) -> Tensor:
         return sdpa(*qkv, mask=mask, impl=impl)
 
-    def terms(self, q_BNTH: Tensor, mask: CausalMask) -> tuple[Tensor, Tensor | None]:
+    def terms(self, q_BNTH: Tensor, mask: Mask) -> tuple[Tensor, Tensor | None]:
         return q_BNTH, None
 
-    def tables(self, mask: CausalMask, tokens: int) -> Tables | None:
+    def tables(self, mask: Mask, tokens: int) -> Tables | None:
         return None
 
 
@@ -141,7 +141,7 @@ class RelativeTable(Position):
         self.table = nn.Parameter(torch.zeros(heads.num_heads, max_distance, heads.head_dim))
         self.table_bias = nn.Parameter(torch.zeros(heads.num_heads, max_distance))
 
-    def attend(self, qkv: QKV, mask: CausalMask, impl: Impl) -> Tensor:
+    def attend(self, qkv: QKV, mask: Mask, impl: Impl) -> Tensor:
         return relative_sdpa(
             *qkv,
             content_bias_NH=self.content_bias,
@@ -151,18 +151,20 @@ class RelativeTable(Position):
             impl=impl,
         )
 
-    def terms(self, q_BNTH: Tensor, mask: CausalMask) -> tuple[Tensor, Tensor | None]:
-        bias_BNTS = streamed_bias(q_BNTH, self.table, self.table_bias, mask, q_BNTH.shape[-1] ** -0.5)
-        return q_BNTH + self.content_bias[:, None], bias_BNTS
+    def terms(self, q_BNTH: Tensor, mask: Mask) -> tuple[Tensor, Tensor | None]:
+        tokens, head_dim = q_BNTH.shape[2:]
+        positions = mask.positions(tokens, tokens, q_BNTH.device)
+        tables = Tables(self.content_bias, self.table, self.table_bias)
+        return q_BNTH + self.content_bias[:, None], streamed_bias(q_BNTH, tables, positions, head_dim**-0.5)
 
-    def tables(self, mask: CausalMask, tokens: int) -> Tables | None:
+    def tables(self, mask: Mask, tokens: int) -> Tables | None:
         return Tables(self.content_bias, self.table, self.table_bias)
 
     def reset_parameters(self, std: float) -> None:
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
-    def flops(self, batch: int, tokens: int, context: int, mask: CausalMask) -> int:
+    def flops(self, batch: int, tokens: int, context: int, mask: Mask) -> int:
         """Queries meet a row of the table for every pair in the parallel form, and every row that they may need, once,
         in streaming."""
         products = table_products(tokens, context, mask, self.table_bias.shape[1])
@@ -188,7 +190,7 @@ class RelativeSinusoid(Position):
         self.weight = nn.Parameter(torch.zeros(heads.num_heads, heads.head_dim, heads.model_dim))
         self.reset_parameters(0.02)
 
-    def attend(self, qkv: QKV, mask: CausalMask, impl: Impl) -> Tensor:
+    def attend(self, qkv: QKV, mask: Mask, impl: Impl) -> Tensor:
         return sinusoid_sdpa(
             *qkv,
             content_bias_NH=self.content_bias,
@@ -198,20 +200,20 @@ class RelativeSinusoid(Position):
             impl=impl,
         )
 
-    def terms(self, q_BNTH: Tensor, mask: CausalMask) -> tuple[Tensor, Tensor | None]:
+    def terms(self, q_BNTH: Tensor, mask: Mask) -> tuple[Tensor, Tensor | None]:
         scale = q_BNTH.shape[-1] ** -0.5
         bias_BNTS = streamed_waves(q_BNTH + self.position_bias[:, None], self.weight * scale, mask)
         return q_BNTH + self.content_bias[:, None], bias_BNTS
 
-    def tables(self, mask: CausalMask, tokens: int) -> Tables | None:
-        return Tables(self.content_bias, *as_tables(self.weight, self.position_bias, farthest(mask, tokens) + 1))
+    def tables(self, mask: Mask, tokens: int) -> Tables | None:
+        return as_tables(self.content_bias, self.position_bias, self.weight, mask.reach(tokens, tokens))
 
     def reset_parameters(self, std: float) -> None:
         nn.init.zeros_(self.content_bias)
         nn.init.zeros_(self.position_bias)
         nn.init.normal_(self.weight, std=std)
 
-    def flops(self, batch: int, tokens: int, context: int, mask: CausalMask) -> int:
+    def flops(self, batch: int, tokens: int, context: int, mask: Mask) -> int:
         """A table of all distances where there are many queries; where few, sines and cosines at every position, in
         whole strides."""
         heads, width = self.heads, self.heads.model_dim
@@ -223,7 +225,7 @@ class RelativeSinusoid(Position):
         return table + 2 * batch * products * heads.num_heads * heads.head_dim
 
 
-def visible_pairs(tokens: int, context: int, mask: CausalMask) -> int:
+def visible_pairs(tokens: int, context: int, mask: Mask) -> int:
     """Pairs of query and key that the last `tokens` of `context` tokens make under the window and sinks of a mask."""
     if mask.window is None:
         return tokens * (context - tokens) + tokens * (tokens + 1) // 2
@@ -233,7 +235,7 @@ def visible_pairs(tokens: int, context: int, mask: CausalMask) -> int:
     return growing * first + growing * (growing - 1) // 2 + (tokens - growing) * reach
 
 
-def table_products(tokens: int, context: int, mask: CausalMask, table_rows: int) -> int:
+def table_products(tokens: int, context: int, mask: Mask, table_rows: int) -> int:
     """Products of a query and a row of the table: pairs in the parallel form; the rows within reach in streaming."""
     if tokens == context:
         return visible_pairs(tokens, context, mask)

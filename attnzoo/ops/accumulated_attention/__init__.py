@@ -10,8 +10,8 @@ from torch import Tensor
 from attnzoo.ops.accumulated_attention.reference import accumulated_attention_reference
 from attnzoo.ops.accumulated_attention.torch import accumulated_attention_torch
 from attnzoo.ops.common.impl import Impl, choose, lazily
-from attnzoo.ops.common.masks import PLAIN, CausalMask, check_heads, check_mask
-from attnzoo.ops.common.row_blocks import Tables
+from attnzoo.ops.common.masks import CAUSAL, Mask, check_heads, check_mask
+from attnzoo.ops.common.tables import Tables
 
 IMPLEMENTATIONS = {
     "reference": accumulated_attention_reference,
@@ -24,7 +24,7 @@ def accumulated_attention(
     q_BNTH: Tensor,
     k_BKSH: Tensor,
     *,
-    mask: CausalMask = PLAIN,
+    mask: Mask = CAUSAL,
     counts_B: Tensor | None = None,
     tables: Tables | None = None,
     log_counts_BKS: Tensor | None = None,
@@ -33,13 +33,18 @@ def accumulated_attention(
     """Returns accumulated_BKS in the accumulation dtype, 0 for keys that no query sees.
 
     counts_B: how many queries of each row are real (None: all); others add nothing. tables: the relative terms of
-    `relative_sdpa`. log_counts_BKS: added to the logits. No gradients. Raises ValueError as `sdpa`, and for documents
-    (`mask.starts_BT`), which a cache does not hold.
+    `relative_sdpa`. log_counts_BKS: added to the logits. No gradients. Raises ValueError as `sdpa`, and for masks that
+    no cache has: not causal, with a prefix, documents, keys that do not exist, or pairs.
     """
     check_heads(q_BNTH, k_BKSH, k_BKSH)
     check_mask(mask, q_BNTH, k_BKSH)
-    if mask.starts_BT is not None:
-        raise ValueError("accumulated_attention is for sequences that are cached: mask.starts_BT must be None")
+    others = [name for name in ("prefix_B", "starts_BT", "keys_BS", "pairs") if getattr(mask, name) is not None]
+    if others or not mask.causal:
+        raise ValueError(
+            "accumulated_attention is for sequences that are cached: it takes causal masks with window, sinks and "
+            f"positions, and not {' and '.join(others) or 'causal=False'}"
+        )
+    tables = None if tables is None else tables.past()
     run = choose("accumulated_attention", impl, IMPLEMENTATIONS, q_BNTH)
     out: Tensor = run(q_BNTH, k_BKSH, mask, counts_B, tables, log_counts_BKS, q_BNTH.shape[-1] ** -0.5)
     return out

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from attnzoo.ops.accumulated_attention.kernels import Scores, ScoreTile, columns_kernel, log_sums_kernel
 from attnzoo.ops.common.launch import TYPES, Launch
-from attnzoo.ops.common.masks import CausalMask
-from attnzoo.ops.common.row_blocks import Tables
+from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.common.strided import strided_rows
+from attnzoo.ops.common.tables import Tables
 from attnzoo.ops.relative_sdpa.kernels.streaming import logits_kernel
 from attnzoo.ops.relative_sdpa.tilings import architecture, tiling
 
@@ -40,7 +40,7 @@ class Buffers:
 def launches(
     q_BNTH: Tensor,
     k_BKSH: Tensor,
-    mask: CausalMask,
+    mask: Mask,
     counts_B: Tensor | None,
     tables: Tables | None,
     log_counts_BKS: Tensor | None,
@@ -50,7 +50,9 @@ def launches(
     """What adds to `plan.accumulated_BKS`, a part of the queries after the other where tables ask for logits."""
     batch, heads, tokens, _ = q_BNTH.shape
     gpu, log_sums_BNT = plan.gpu or architecture(), plan.log_sums_BNT
-    queries_BT, keys_BKS = (x.expand(batch, *x.shape[1:]) for x in mask.positions(tokens, q_BNTH.device))
+    queries_BT, keys_BKS = (
+        x.expand(batch, *x.shape[1:]) for x in mask.positions(tokens, k_BKSH.shape[2], q_BNTH.device)
+    )
     if counts_B is not None:
         steps_T = torch.arange(tokens, device=q_BNTH.device)
         queries_BT = queries_BT.masked_fill(steps_T >= counts_B[:, None], -1)
@@ -97,7 +99,7 @@ class QueryBlock:
         q_BNTH: Tensor,
         queries_BT: Tensor,
         keys_BKS: Tensor,
-        mask: CausalMask,
+        mask: Mask,
         common: dict[str, Any],
         logits_BNTP: Tensor | None,
         log_sums_BNT: Tensor | None,
@@ -206,7 +208,7 @@ def _blocks(x: Tensor, block: int, other: int) -> Tensor:
     return F.pad(x, (0, -x.shape[-1] % block), value=other).unflatten(-1, (-1, block))
 
 
-def _tile(q_BNTH: Tensor, kv_heads: int, mask: CausalMask, relative: bool, block: int | None) -> ScoreTile:
+def _tile(q_BNTH: Tensor, kv_heads: int, mask: Mask, relative: bool, block: int | None) -> ScoreTile:
     heads, head_dim = q_BNTH.shape[1], q_BNTH.shape[3]
     block = block or _block(q_BNTH.dtype, head_dim, relative)
     return ScoreTile(

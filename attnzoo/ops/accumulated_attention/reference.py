@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from attnzoo.ops.common.masks import CausalMask
-from attnzoo.ops.common.row_blocks import Tables
+from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.tables import Tables
 from attnzoo.types import accumulation_dtype
 
 
 def accumulated_attention_reference(
     q_BNTH: Tensor,
     k_BKSH: Tensor,
-    mask: CausalMask,
+    mask: Mask,
     counts_B: Tensor | None,
     tables: Tables | None,
     log_counts_BKS: Tensor | None,
@@ -21,8 +21,8 @@ def accumulated_attention_reference(
     kv_heads = k_BKSH.shape[1]
     dtype = accumulation_dtype(q_BNTH.dtype)
     q, k = q_BNTH.to(dtype), k_BKSH.to(dtype)
-    queries_BT, keys_BKS = mask.positions(tokens, q.device)
-    visible = mask.visible(tokens, q.device).expand(batch, kv_heads, tokens, -1)
+    queries_BT, keys_BKS = mask.positions(tokens, k.shape[2], q.device)
+    visible = mask.visible(tokens, k.shape[2], q.device).expand(batch, kv_heads, tokens, -1)
     queries_BT, keys_BKS = queries_BT.expand(batch, -1), keys_BKS.expand(batch, kv_heads, -1)
     accumulated = torch.zeros(k.shape[:3], dtype=dtype, device=k.device)
     for b in range(batch):

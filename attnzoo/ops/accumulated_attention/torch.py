@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.common.negligible import softmax_of_peaked_
-from attnzoo.ops.common.row_blocks import Tables
+from attnzoo.ops.common.tables import Tables
 from attnzoo.ops.relative_sdpa.torch import streamed_bias
 from attnzoo.types import accumulation_dtype
 
@@ -20,7 +20,7 @@ BLOCK_BYTES = 16 << 20
 def accumulated_attention_torch(
     q_BNTH: Tensor,
     k_BKSH: Tensor,
-    mask: CausalMask,
+    mask: Mask,
     counts_B: Tensor | None,
     tables: Tables | None,
     log_counts_BKS: Tensor | None,
@@ -28,7 +28,7 @@ def accumulated_attention_torch(
 ) -> Tensor:
     batch, heads, tokens, _ = q_BNTH.shape
     slots, dtype = k_BKSH.shape[2], accumulation_dtype(q_BNTH.dtype)
-    queries_BT, keys_BKS = (x.expand(batch, *x.shape[1:]) for x in mask.positions(tokens, q_BNTH.device))
+    queries_BT, keys_BKS = (x.expand(batch, *x.shape[1:]) for x in mask.positions(tokens, slots, q_BNTH.device))
     accumulated_BKS = torch.zeros(k_BKSH.shape[:3], dtype=dtype, device=k_BKSH.device)
     together = max(1, BLOCK_BYTES // (heads * min(ROWS, tokens) * max(slots, 1) * dtype.itemsize))
     for b in range(0, batch, together):
@@ -53,7 +53,7 @@ class _Part:
 
     q_BNTH: Tensor
     k_BKSH: Tensor
-    mask: CausalMask
+    mask: Mask
     counts_B: Tensor | None
     tables: Tables | None
     log_counts_BKS: Tensor | None
@@ -61,7 +61,7 @@ class _Part:
 
     def add_to(self, accumulated_BKS: Tensor, block: slice) -> None:
         """The block's columns, summed."""
-        queries_BT, keys_BKS = self.mask.positions(self.q_BNTH.shape[2], self.q_BNTH.device)
+        queries_BT, keys_BKS = self.mask.positions(self.q_BNTH.shape[2], self.k_BKSH.shape[2], self.q_BNTH.device)
         at_BR = queries_BT[:, block]
         used = _reach(keys_BKS, at_BR)
         mask = replace(self.mask, query_positions_BT=at_BR, key_positions_BKS=keys_BKS[:, :, :used])
@@ -69,8 +69,7 @@ class _Part:
         content = q * self.scale
         if self.tables is not None:
             content = (q + self.tables.content_bias_NH[:, None]).to(q.dtype) * self.scale
-            tables = self.tables
-            bias = streamed_bias(q, tables.table_NPH, tables.table_bias_NP, mask, self.scale)
+            bias = streamed_bias(q, self.tables, (at_BR, keys_BKS[:, :, :used]), self.scale)
         if self.log_counts_BKS is not None:
             merge_counts = self.log_counts_BKS[:, :, :used]
         weights_BKGRS = _weights(content, self.k_BKSH[:, :, :used], mask, bias, merge_counts)
@@ -87,7 +86,7 @@ def _reach(keys_BKS: Tensor, queries_BR: Tensor) -> int:
 
 
 def _weights(
-    q_BNRH: Tensor, k_BKSH: Tensor, mask: CausalMask, bias_BNRS: Tensor | None, log_counts_BKS: Tensor | None
+    q_BNRH: Tensor, k_BKSH: Tensor, mask: Mask, bias_BNRS: Tensor | None, log_counts_BKS: Tensor | None
 ) -> Tensor:
     """Softmax of the block: [B, K, G, R, S]; zeros for a query that sees nothing."""
     batch, heads, rows, _ = q_BNRH.shape
@@ -99,7 +98,7 @@ def _weights(
         scores_BKGRS = scores_BKGRS + bias_BNRS.view(scores_BKGRS.shape)
     if log_counts_BKS is not None:
         scores_BKGRS = scores_BKGRS + log_counts_BKS[:, :, None, None]
-    hidden_BKRS = ~mask.visible(rows, q_BNRH.device)
+    hidden_BKRS = ~mask.visible(rows, slots, q_BNRH.device)
     # Not -inf: padding queries may see nothing at all, and their NaN would survive a product with zero.
     scores_BKGRS = scores_BKGRS.masked_fill_(hidden_BKRS[:, :, None], torch.finfo(dtype).min)
     return softmax_of_peaked_(scores_BKGRS).masked_fill_(hidden_BKRS[:, :, None], 0.0)

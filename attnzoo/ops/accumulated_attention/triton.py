@@ -11,8 +11,8 @@ from torch import Tensor
 
 from attnzoo.ops.accumulated_attention.launch import Buffers, launches
 from attnzoo.ops.common.launch import Launch, check_inputs
-from attnzoo.ops.common.masks import CausalMask
-from attnzoo.ops.common.row_blocks import Tables
+from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.tables import Tables
 from attnzoo.ops.relative_sdpa.tilings import ARCHITECTURES
 
 WIDEST_HEAD = 256
@@ -21,7 +21,7 @@ WIDEST_HEAD = 256
 def accumulated_attention_triton(
     q_BNTH: Tensor,
     k_BKSH: Tensor,
-    mask: CausalMask,
+    mask: Mask,
     counts_B: Tensor | None,
     tables: Tables | None,
     log_counts_BKS: Tensor | None,
@@ -77,7 +77,7 @@ def _case(dtype: torch.dtype, head_dim: int, gpu: str, tokens: int, *, relative:
     yield from launches(
         meta(batch, heads, tokens, head_dim),
         meta(batch, kv_heads, slots, head_dim),
-        CausalMask(query_positions_BT=places[0], key_positions_BKS=places[1], window=window, sinks=sinks),
+        Mask(query_positions_BT=places[0], key_positions_BKS=places[1], window=window, sinks=sinks),
         None,
         tables,
         meta(batch, kv_heads, slots, kind=torch.float32) if relative else None,

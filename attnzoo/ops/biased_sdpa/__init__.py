@@ -1,8 +1,8 @@
 """Attention with a bias by distance.
 
 o_i = sum_j softmax_j(scale * q_i . k_j + b[i-j]) v_j: the bias is added as it is, after the scale, as in ALiBi (arXiv
-2108.12409), T5 (arXiv 1910.10683) and KERPLE (arXiv 2205.09921). Causal, so only distances i-j >= 0 have a bias;
-distances beyond the last one given use that.
+2108.12409), T5 (arXiv 1910.10683) and KERPLE (arXiv 2205.09921). Distances beyond the first and last one given use
+those; keys after the query (i-j < 0) are asked for by masks that show them.
 """
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from attnzoo.ops.biased_sdpa.reference import biased_sdpa_reference
 from attnzoo.ops.biased_sdpa.torch import biased_sdpa_torch
 from attnzoo.ops.common.impl import Impl, choose, lazily
-from attnzoo.ops.common.masks import PLAIN, CausalMask, check_heads, check_mask
+from attnzoo.ops.common.masks import CAUSAL, Mask, check_future_rows, check_heads, check_mask
 
 IMPLEMENTATIONS = {
     "reference": biased_sdpa_reference,
@@ -25,13 +25,16 @@ def biased_sdpa(
     v_BKSH: Tensor,
     *,
     bias_NP: Tensor,
-    mask: CausalMask = PLAIN,
+    future_rows: int = 0,
+    mask: Mask = CAUSAL,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Returns o_BNTH; bias_NP is b above for every head, at distances 0..P-1; the scale is 1/sqrt(H).
+    """Returns o_BNTH; bias_NP is b above for every head, at distances -future_rows..P-1-future_rows; the scale is
+    1/sqrt(H).
 
-    Memory of the parallel form is linear in T, forward and backward. Raises ValueError when shapes do not fit or
-    `impl` is unknown or cannot run here.
+    Memory of the parallel form is linear in T, forward and backward, but for pairs. A query that sees no key gets
+    zeros. Raises ValueError when shapes do not fit, the mask shows keys after the query and future_rows is 0, or `impl`
+    is unknown or cannot run here.
     """
     check_heads(q_BNTH, k_BKSH, v_BKSH)
     check_mask(mask, q_BNTH, k_BKSH)
@@ -40,8 +43,9 @@ def biased_sdpa(
         raise ValueError(
             f"bias has shape {tuple(bias_NP.shape)}; it must be [heads, distances] = [{heads}, P], with P at least 1"
         )
+    check_future_rows(mask, future_rows, bias_NP.shape[1])
     run = choose("biased_sdpa", impl, IMPLEMENTATIONS, q_BNTH)
-    out: Tensor = run(q_BNTH, k_BKSH, v_BKSH, bias_NP, mask, head_dim**-0.5)
+    out: Tensor = run(q_BNTH, k_BKSH, v_BKSH, bias_NP, future_rows, mask, head_dim**-0.5)
     return out
 
 

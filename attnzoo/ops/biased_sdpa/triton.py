@@ -6,15 +6,13 @@ distances have keys.
 
 from torch import Tensor
 
-from attnzoo.ops.common.masks import CausalMask
-from attnzoo.ops.common.row_blocks import Tables
+from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.tables import Tables
 from attnzoo.ops.relative_sdpa.triton import relative_sdpa_triton
 
 
 def biased_sdpa_triton(
-    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_NP: Tensor, mask: CausalMask, scale: float
+    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_NP: Tensor, future_rows: int, mask: Mask, scale: float
 ) -> Tensor:
-    tables = Tables.of_bias(bias_NP, q_BNTH.shape[-1], scale).whole(q_BNTH.shape[-1])
-    return relative_sdpa_triton(
-        q_BNTH, k_BKSH, v_BKSH, tables.content_bias_NH, tables.table_NPH, tables.table_bias_NP, mask, scale
-    )
+    tables = Tables.of_bias(bias_NP, q_BNTH.shape[-1], scale, future_rows).whole(q_BNTH.shape[-1])
+    return relative_sdpa_triton(q_BNTH, k_BKSH, v_BKSH, tables, mask, scale)

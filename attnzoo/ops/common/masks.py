@@ -1,34 +1,51 @@
-"""Which query may look at which key: causality, documents, padding, a sliding window and attention sinks."""
+"""Which query may look at which key: causality, a prefix, padding, documents, a sliding window and attention sinks."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from attnzoo.ops.common.recent import recent
+from attnzoo.ops.common.rows import known
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalMask:
-    """Which keys a query may look at; all softmax operations share it.
+class Mask:
+    """Which keys a query may look at; all softmax operations share it. The query at position i sees the key at j where
 
-    Parallel form (no positions): queries and keys are the same T tokens, token t at index t. `starts_BT` (int64) is
-    the index of the first token each token may see: the start of its document in a packed row, the end of the
-    padding in a left-padded one (`document_starts`, `padding_starts`); None means 0.
+        the key exists  and  pairs say so  and  (not causal  or  past  or  i and j are both below prefix)
+        with  past = start_i <= j <= i  and  (i - j < window  or  j - start_i < sinks)
+
+    and a query that sees no key gets zeros. What is not given (None) hides nothing.
+
+    Parallel form (no positions): query t is at position t, key s at position s; T and S may differ where the mask is
+    not causal.
+    `starts_BT` (int64): the first token each token may see: the start of its document in a packed row, the end of the
+    padding in a left-padded one (`document_starts`, `padding_starts`). Causal masks only.
+    `keys_BS` (bool): which keys exist (`padding_keys`).
+    `pairs` (bool): more that must hold for a pair, [B, T, S] or [B, N, T, S] for each query head. Memory is that of
+    all pairs.
 
     Streaming: `query_positions_BT` and `key_positions_BKS` (int64) are logical positions; a key position below 0
     marks an entry that holds nothing; the K axis is 1 when all kv heads hold the same entries.
 
-    `window`: only keys at a distance below it are visible, so a window of 1 is the token itself (Beltagy et al. 2020,
-    arXiv 2004.05150). `sinks`: the first tokens of the sequence or document stay visible at any distance (Xiao et
-    al. 2023, arXiv 2309.17453). Raises ValueError for a window below 1, sinks without a window, positions of one
-    side only, or starts together with positions.
+    Both: `causal`. `window`: only keys at a distance below it are visible, so a window of 1 is the token itself
+    (Beltagy et al. 2020, arXiv 2004.05150). `sinks`: the first tokens of the sequence or document stay visible at any
+    distance (Xiao et al. 2023, arXiv 2309.17453). `prefix_B` (int64): how many first positions of each row see each
+    other whatever their order, such as an image before its text (Raffel et al. 2020, arXiv 1910.10683, figure 4).
+
+    Raises ValueError for a window below 1, sinks without a window, positions of one side only, and fields that do not
+    go together.
     """
 
+    causal: bool = True
     window: int | None = None
     sinks: int = 0
+    prefix_B: Tensor | None = None
     starts_BT: Tensor | None = None
+    keys_BS: Tensor | None = None
+    pairs: Tensor | None = None
     query_positions_BT: Tensor | None = None
     key_positions_BKS: Tensor | None = None
 
@@ -36,56 +53,168 @@ class CausalMask:
         check_window(self.window, self.sinks)
         if (self.query_positions_BT is None) != (self.key_positions_BKS is None):
             raise ValueError("query_positions_BT and key_positions_BKS come together: give both or neither")
-        if self.starts_BT is not None and self.query_positions_BT is not None:
-            raise ValueError("starts_BT belongs to the parallel form; with positions, hide keys by position -1")
+        if not self.causal:
+            self._refuse("causal=False shows keys after the query", "window", "prefix_B", "starts_BT")
+        if not self.parallel:
+            self._refuse("positions hide keys by position -1", "starts_BT", "keys_BS", "pairs")
+        if self.prefix_B is not None:
+            self._refuse("prefix_B counts from the first position of a row", "starts_BT")
+        for name in ("keys_BS", "pairs"):
+            value = getattr(self, name)
+            if value is not None and value.dtype != torch.bool:
+                raise ValueError(f"{name} has dtype {value.dtype}; it must be bool, True where a key may be seen")
+
+    def _refuse(self, why: str, *names: str) -> None:
+        given = [name for name in names if getattr(self, name) is not None]
+        if given:
+            raise ValueError(f"{why}, which {' and '.join(given)} cannot join: leave one of them out")
+
+    @classmethod
+    def full(cls, keys_BS: Tensor | None = None, pairs: Tensor | None = None) -> "Mask":
+        """Every query sees every key, or every key that exists."""
+        return cls(causal=False, keys_BS=keys_BS, pairs=pairs)
 
     @property
     def parallel(self) -> bool:
-        """Whether queries and keys are the same tokens, in order."""
+        """Whether query t is at position t and key s at position s."""
         return self.query_positions_BT is None
 
     @property
     def plain(self) -> bool:
         """Whether causality of the parallel form is all there is."""
-        return self.parallel and self.window is None and self.starts_BT is None
+        return self.causal and self.parallel and self.window is None and not self.of_rows and self.pairs is None
 
-    def positions(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(query_positions_BT, key_positions_BKS); of the parallel form 0..T-1 as [1, T] and [1, 1, T]."""
+    @property
+    def of_rows(self) -> bool:
+        """Whether every row of the parallel form has a mask of its own, that takes no memory of pairs."""
+        return self.starts_BT is not None or self.prefix_B is not None or self.keys_BS is not None
+
+    @property
+    def ahead(self) -> bool:
+        """Whether a query may see keys after it: relative positions are then asked for distances i - j < 0."""
+        return not self.causal or self.prefix_B is not None
+
+    def reach(self, tokens: int, entries: int) -> tuple[int, int]:
+        """(largest i - j, largest j - i) of `tokens` queries and `entries` keys of which one may see the other."""
         if self.query_positions_BT is None or self.key_positions_BKS is None:
-            steps = torch.arange(tokens, device=device)
-            return steps[None], steps[None, None]
+            latest, behind = entries - 1, tokens - 1
+        else:
+            behind = int(self.query_positions_BT.max())
+            latest = int(self.key_positions_BKS.max()) if self.ahead and entries else 0
+        if self.causal:
+            latest = 0 if self.prefix_B is None else min(latest, int(self.prefix_B.max()) - 1)
+        return behind, max(latest, 0)
+
+    def positions(self, tokens: int, entries: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(query_positions_BT, key_positions_BKS); of the parallel form 0..T-1 as [1, T] and 0..S-1 as [1, 1, S]."""
+        if self.query_positions_BT is None or self.key_positions_BKS is None:
+            keys_S = torch.arange(entries, device=device)
+            return torch.arange(tokens, device=device)[None], keys_S[None, None]
         return self.query_positions_BT, self.key_positions_BKS
 
-    def visible(self, tokens: int, device: torch.device) -> Tensor:
-        """visible_BKTS: True where the query may look; B and K may be 1."""
-        return _visible(*self.positions(tokens, device), self.starts_BT, self.window, self.sinks)
+    def visible(self, tokens: int, entries: int, device: torch.device) -> Tensor:
+        """visible_BKTS: True where the query may look. B may be 1, and K is 1, the kv heads, or with pairs the query
+        heads."""
+        return _visible(*self._fields(tokens, entries, device)).expand(-1, -1, tokens, -1)
 
-    def bias(self, tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """bias_BKTS to be added to scores: 0 where the query may look, -inf elsewhere; B and K may be 1. Layers that
-        give the same positions share it."""
-        return _bias(*self.positions(tokens, device), self.starts_BT, self.window, self.sinks, dtype)
+    def opened(self, tokens: int, entries: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """(visible_BKTS, empty_BKT1): as `visible`, but that queries which see nothing see all, so that no softmax
+        meets a row of nothing; `empty` says which: their outputs are to be replaced by zeros. None: there are none, as
+        far as can be told without waiting. T may be 1, too, where all see the same. Layers that give the same positions
+        of one query share it."""
+        return (_opened_step if tokens == 1 else _opened)(*self._fields(tokens, entries, device))
+
+    def bias(self, tokens: int, entries: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """`opened` as (bias_BKTS, empty_BKT1) to be added to scores: 0 where the query may look, -inf elsewhere. Layers
+        that give the same positions share it."""
+        return _bias(dtype, *self._fields(tokens, entries, device))
+
+    def of_block(self, row: int, queries: range, keys: range, device: torch.device) -> Tensor:
+        """`visible` of one row of the parallel form without pairs, for some queries and keys: [R, W]; R may be 1."""
+        block, span = slice(queries.start, queries.stop), slice(keys.start, keys.stop)
+        return sees(
+            torch.arange(queries.start, queries.stop, device=device)[:, None],
+            torch.arange(keys.start, keys.stop, device=device)[None],
+            causal=self.causal,
+            window=self.window,
+            sinks=self.sinks,
+            prefix=None if self.prefix_B is None else self.prefix_B[row],
+            starts=None if self.starts_BT is None else self.starts_BT[row, block, None],
+            exists=None if self.keys_BS is None else self.keys_BS[row, None, span],
+        )
+
+    def _fields(self, tokens: int, entries: int, device: torch.device) -> tuple[Any, ...]:
+        where = self.positions(tokens, entries, device)
+        return (*where, self.causal, self.window, self.sinks, self.prefix_B, self.starts_BT, self.keys_BS, self.pairs)
 
 
-def _visible(queries_BT: Tensor, keys_BKS: Tensor, starts_BT: Tensor | None, window: int | None, sinks: int) -> Tensor:
-    queries_B1T1, keys_BK1S = queries_BT[:, None, :, None], keys_BKS[:, :, None, :]
-    starts_B1T1 = 0 if starts_BT is None else starts_BT[:, None, :, None]
-    seen = (keys_BK1S >= starts_B1T1) & (keys_BK1S <= queries_B1T1)
+def sees(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    causal: bool,
+    window: int | None,
+    sinks: int,
+    prefix: Tensor | None,
+    starts: Tensor | None,
+    exists: Tensor | None,
+) -> Tensor:
+    """The formula of `Mask`, without pairs, for positions and fields that broadcast against each other."""
+    seen = keys >= 0 if exists is None else exists & (keys >= 0)
+    if not causal:
+        return seen
+    since = keys if starts is None else keys - starts
+    past = (since >= 0) & (keys <= queries)
     if window is not None:
-        seen = seen & ((queries_B1T1 - keys_BK1S < window) | (keys_BK1S - starts_B1T1 < sinks))
-    return seen
+        past = past & ((queries - keys < window) | (since < sinks))
+    if prefix is not None:
+        past = past | ((queries < prefix) & (keys < prefix))
+    return seen & past
+
+
+def _visible(
+    queries_BT: Tensor,
+    keys_BKS: Tensor,
+    causal: bool,
+    window: int | None,
+    sinks: int,
+    prefix_B: Tensor | None,
+    starts_BT: Tensor | None,
+    keys_BS: Tensor | None,
+    pairs: Tensor | None,
+) -> Tensor:
+    seen_BKTS = sees(
+        queries_BT[:, None, :, None],
+        keys_BKS[:, :, None, :],
+        causal=causal,
+        window=window,
+        sinks=sinks,
+        prefix=None if prefix_B is None else prefix_B[:, None, None, None],
+        starts=None if starts_BT is None else starts_BT[:, None, :, None],
+        exists=None if keys_BS is None else keys_BS[:, None, None],
+    )
+    if pairs is not None:
+        seen_BKTS = seen_BKTS & (pairs if pairs.dim() == 4 else pairs[:, None])
+    return seen_BKTS
+
+
+def _opened(*fields: Any) -> tuple[Tensor, Tensor | None]:
+    seen_BKTS = _visible(*fields)
+    some_BKT1 = seen_BKTS.any(-1, keepdim=True)
+    if known(some_BKT1):
+        return seen_BKTS, None
+    empty_BKT1 = ~some_BKT1
+    return seen_BKTS | empty_BKT1, empty_BKT1
+
+
+_opened_step = recent(_opened)  # not of chunks, which would be large to keep
 
 
 @recent
-def _bias(
-    queries_BT: Tensor,
-    keys_BKS: Tensor,
-    starts_BT: Tensor | None,
-    window: int | None,
-    sinks: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    seen = _visible(queries_BT, keys_BKS, starts_BT, window, sinks)
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+def _bias(dtype: torch.dtype, *fields: Any) -> tuple[Tensor, Tensor | None]:
+    seen_BKTS, empty_BKT1 = _opened(*fields)
+    zeros = torch.zeros(seen_BKTS.shape, dtype=dtype, device=seen_BKTS.device)
+    return zeros.masked_fill_(~seen_BKTS, float("-inf")), empty_BKT1
 
 
 def check_window(window: int | None, sinks: int) -> None:
@@ -98,7 +227,7 @@ def check_window(window: int | None, sinks: int) -> None:
         raise ValueError(f"sinks={sinks} without a window: all keys are visible already; set window or sinks=0")
 
 
-PLAIN = CausalMask()
+CAUSAL = Mask()
 """Causality of the parallel form, nothing else."""
 
 
@@ -133,15 +262,26 @@ def padding_starts(lengths_B: Tensor, tokens: int, side: Literal["left", "right"
 
     Padding must hold finite numbers (embeddings do). Raises ValueError for lengths outside 0..tokens or another side.
     """
-    if side not in ("left", "right"):
-        raise ValueError(f"side={side!r} is not 'left' or 'right'")
-    if bool(((lengths_B < 0) | (lengths_B > tokens)).any()):
-        raise ValueError(f"lengths {lengths_B.tolist()} must lie between 0 and the {tokens} tokens of a row")
+    _check_lengths(lengths_B, tokens, side)
     index_T = torch.arange(tokens, device=lengths_B.device)
     if side == "right":
         return torch.where(index_T < lengths_B[:, None], 0, index_T)
     padding_B1 = tokens - lengths_B[:, None]
     return torch.where(index_T >= padding_B1, padding_B1, index_T)
+
+
+def padding_keys(lengths_B: Tensor, tokens: int, side: Literal["left", "right"]) -> Tensor:
+    """keys_BS of padded rows with `lengths_B` real tokens each. Raises ValueError as `padding_starts`."""
+    _check_lengths(lengths_B, tokens, side)
+    index_S = torch.arange(tokens, device=lengths_B.device)
+    return (index_S if side == "right" else tokens - 1 - index_S) < lengths_B[:, None]
+
+
+def _check_lengths(lengths_B: Tensor, tokens: int, side: str) -> None:
+    if side not in ("left", "right"):
+        raise ValueError(f"side={side!r} is not 'left' or 'right'")
+    if bool(((lengths_B < 0) | (lengths_B > tokens)).any()):
+        raise ValueError(f"lengths {lengths_B.tolist()} must lie between 0 and the {tokens} tokens of a row")
 
 
 def check_heads(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> None:
@@ -156,13 +296,35 @@ def check_heads(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> None:
         )
 
 
-def check_mask(mask: CausalMask, q_BNTH: Tensor, k_BKSH: Tensor) -> None:
+def check_mask(mask: Mask, q_BNTH: Tensor, k_BKSH: Tensor) -> None:
     """Raises ValueError when the mask's tensors do not fit q and k."""
-    batch, _, tokens, _ = q_BNTH.shape
-    if mask.parallel and tokens != k_BKSH.shape[2]:
+    batch, heads, tokens, _ = q_BNTH.shape
+    entries = k_BKSH.shape[2]
+    if mask.causal and mask.parallel and tokens != entries:
         raise ValueError(
-            f"{tokens} queries and {k_BKSH.shape[2]} keys: the parallel form needs as many; "
-            "give query_positions_BT and key_positions_BKS"
+            f"{tokens} queries and {entries} keys: a causal mask of the parallel form needs as many; give "
+            "query_positions_BT and key_positions_BKS, or a mask with causal=False"
         )
-    if mask.starts_BT is not None and mask.starts_BT.shape != (batch, tokens):
-        raise ValueError(f"starts_BT has shape {tuple(mask.starts_BT.shape)}; it must be {(batch, tokens)}")
+    fitting: dict[str, list[tuple[int, ...]]] = {
+        "prefix_B": [(batch,)],
+        "starts_BT": [(batch, tokens)],
+        "keys_BS": [(batch, entries)],
+        "pairs": [(batch, tokens, entries), (batch, heads, tokens, entries)],
+    }
+    for name, shapes in fitting.items():
+        value = getattr(mask, name)
+        if value is not None and tuple(value.shape) not in shapes:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {' or '.join(map(str, shapes))}")
+
+
+def check_future_rows(mask: Mask, future_rows: int, rows: int) -> None:
+    """Raises ValueError when relative terms have no rows for keys after the query and the mask shows such keys, or when
+    not one of the rows is left for keys before it."""
+    if not 0 <= future_rows < rows:
+        raise ValueError(f"future_rows={future_rows} must lie between 0 and {rows - 1}: there are {rows} rows in all")
+    if mask.ahead and not future_rows:
+        shown = "causal=False" if not mask.causal else "prefix_B"
+        raise ValueError(
+            f"the mask shows keys after the query ({shown}), and with future_rows=0 no distance i-j < 0 has a row: "
+            "give rows for them, and say how many by future_rows"
+        )

@@ -62,6 +62,8 @@ def attention_of_peaked(
     Heads are those of the queries. A query that sees nothing gets zeros.
     """
     scores = (q_BNTH * scale) @ k_BNSH.mT
+    if not scores.shape[-1]:
+        return scores @ v_BNSH
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if bias_BNTS is not None:
         scores = scores + bias_BNTS

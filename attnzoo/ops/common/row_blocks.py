@@ -1,4 +1,4 @@
-"""Causal attention a block of query rows at a time, with or without tables of relative position.
+"""Attention a block of query rows at a time, with or without tables of relative position, for masks without pairs.
 
 Memory is linear in T, forward and backward: a block of `BLOCK` rows holds its scores against all visible keys, takes
 the softmax of whole rows, and is forgotten; the backward pass computes it again from q, k and v.
@@ -7,76 +7,77 @@ The relative shift costs nothing. With the table reversed, column c of `q R^T` b
 and row r needs it at column c + r - (rows-1): one column further left than row r+1. In a buffer whose rows are W+1
 wide that is the same memory read with rows of width W from offset rows-1 on, so the product of queries and table is
 written in the one shape and added to that of queries and keys in the other (Transformer-XL shifts a padded copy
-instead, arXiv 1901.02860, appendix B). What lands right of the diagonal is of other rows, and is masked.
+instead, arXiv 1901.02860, appendix B). Rows that see no key after them multiply with no distance below 0: what lands
+right of the diagonal is of other rows, and is masked.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.derived_memory import representative
-from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.common.negligible import may_be_peaked, product_bound, softmax_of_peaked_
+from attnzoo.ops.common.tables import Tables, add_rows
 from attnzoo.types import accumulation_dtype
 
 BLOCK = 128
 """Rows of a block: fewer make products that are slow, more make memory."""
 TILE_BYTES = 2 << 20
-"""Scores of a block in one product: as many heads, then sequences, as fit. Few large operators need few meetings of
-threads, small ones stay in the cache."""
+"""Scores of a block in one product, of as many heads, then sequences, as fit: few meetings of threads, and in the cache."""
 
 _softmax = torch.ops.aten._softmax
 _softmax_backward = torch.ops.aten._softmax_backward_data
 
 
-@dataclass(frozen=True)
-class Tables:
-    """u_NH added to the queries where they meet keys; table_NPH and table_bias_NP by distance, the last row for all
-    farther ones. A table of no channels, [N, P, 0], meets no queries: distance adds its bias and nothing else."""
-
-    content_bias_NH: Tensor
-    table_NPH: Tensor
-    table_bias_NP: Tensor
-
-    @classmethod
-    def of_bias(cls, bias_NP: Tensor, head_dim: int, scale: float) -> "Tables":
-        """A bias that is added after the scale, and nothing else."""
-        # Distances of thousands need more digits than half precision has.
-        exact = bias_NP.to(accumulation_dtype(bias_NP.dtype))
-        heads, rows = exact.shape
-        return cls(exact.new_zeros(heads, head_dim), exact.new_zeros(heads, rows, 0), exact / scale)
-
-    def whole(self, head_dim: int) -> "Tables":
-        """With zeros for channels that the table lacks, for kernels that multiply by all of them."""
-        missing = head_dim - self.table_NPH.shape[2]
-        return replace(self, table_NPH=F.pad(self.table_NPH, (0, missing))) if missing else self
-
-
 def row_block_attention(
-    q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, tables: Tables | None, mask: CausalMask, scale: float
+    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, tables: Tables | None, mask: Mask, scale: float
 ) -> Tensor:
-    """o_BNTH of the parallel form, for every mask of that form; with tables, the scores of `relative_sdpa`."""
+    """o_BNTH of the parallel form, for every mask of it but pairs; with tables, the scores of `relative_sdpa`."""
     assert mask.parallel
+    assert mask.pairs is None
     relative = [] if tables is None else [tables.content_bias_NH, tables.table_NPH, tables.table_bias_NP]
+    fields, numbers = _flat(mask, 0 if tables is None else tables.future_rows)
     # The first call of a custom operator imports the compiler (seconds), and a server's first prompt would wait for it.
     plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     run = _forward if plain else _row_blocks
-    out: Tensor = run(q_BNTH, k_BKTH, v_BKTH, relative, mask.starts_BT, mask.window, mask.sinks, scale)
+    out: Tensor = run(q_BNTH, k_BKSH, v_BKSH, relative, fields, numbers, scale)
     return out
+
+
+def _flat(mask: Mask, future_rows: int) -> tuple[list[Tensor], list[int]]:
+    """A mask and the table's rows for keys after the query, as an operator takes them: the tensors that are there, and
+    numbers, the last three of which say which are."""
+    fields = (mask.prefix_B, mask.starts_BT, mask.keys_BS)
+    numbers = [future_rows, int(mask.causal), mask.window or 0, mask.sinks]
+    return [x for x in fields if x is not None], numbers + [int(x is not None) for x in fields]
+
+
+def _unflat(fields: Sequence[Tensor], numbers: Sequence[int]) -> tuple[Mask, int]:
+    future_rows, causal, window, sinks, *there = numbers
+    given = iter(fields)
+    prefix, starts, keys = (next(given) if here else None for here in there)
+    mask = Mask(
+        causal=bool(causal), window=window or None, sinks=sinks, prefix_B=prefix, starts_BT=starts, keys_BS=keys
+    )
+    return mask, future_rows
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """A block of query rows [first, end) and the keys it meets: [low, end), and the sinks before low, if any."""
+    """A block of query rows [first, end) and the keys it meets: [low, high), and the sinks before low, if any. `ahead`:
+    rows may see keys after them; else high is end."""
 
     first: int
     end: int
     low: int
+    high: int
+    ahead: bool
     sinks: tuple[int, int] | None
 
     @property
@@ -85,46 +86,47 @@ class _Rows:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        near = (self.low, self.end)
+        near = (self.low, self.high)
         return [near] if self.sinks is None else [self.sinks, near]
 
 
-def _blocks(tokens: int, mask: CausalMask, row: int) -> Iterator[_Rows]:
+def _blocks(tokens: int, entries: int, mask: Mask, row: int) -> Iterator[_Rows]:
     """The blocks of one sequence; keys that no row of a block sees are left out."""
+    prefix = 0 if mask.prefix_B is None else min(int(mask.prefix_B[row]), tokens)
     for first in representative(range(0, tokens, BLOCK), largest="last"):
         end = min(first + BLOCK, tokens)
+        if not mask.causal or first < prefix:
+            yield _Rows(first, end, 0, max(end, prefix) if mask.causal else entries, True, None)
+            continue
         earliest = latest = 0
         if mask.starts_BT is not None:
             starts = mask.starts_BT[row, first:end]
             earliest, latest = int(starts.min()), int(starts.max())
         low = earliest if mask.window is None else max(earliest, first - mask.window + 1)
         sinks = (earliest, min(latest + mask.sinks, low))
-        yield _Rows(first, end, low, sinks if mask.sinks and sinks[1] > sinks[0] else None)
+        yield _Rows(first, end, low, end, False, sinks if mask.sinks and sinks[1] > sinks[0] else None)
 
 
-def _hide(scores_PRW: Tensor, rows: _Rows, span: tuple[int, int], mask: CausalMask, row: int) -> None:
-    """Sets the scores of hidden keys to -inf, in place."""
+def _hide(scores_PRW: Tensor, rows: _Rows, span: tuple[int, int], mask: Mask, row: int) -> Tensor | None:
+    """Sets the scores of hidden keys to -inf, in place. Returns which rows see a key of the span, where not all may."""
     low, high = span
-    if high > rows.first:
+    if mask.causal and not rows.ahead and high > rows.first:
         corner = scores_PRW[:, :, rows.first - low :]
         corner.masked_fill_(torch.ones_like(corner[0], dtype=torch.bool).triu(1), -math.inf)
-    if mask.window is None and mask.starts_BT is None:
-        return
-    index_R1 = torch.arange(rows.first, rows.end, device=scores_PRW.device)[:, None]
-    key_W = torch.arange(low, high, device=scores_PRW.device)
-    start_R1 = 0 if mask.starts_BT is None else mask.starts_BT[row, rows.first : rows.end, None]
-    hidden = key_W < start_R1
-    if mask.window is not None:
-        hidden = hidden | ((index_R1 - key_W >= mask.window) & (key_W - start_R1 >= mask.sinks))
-    scores_PRW.masked_fill_(hidden, -math.inf)
+    diagonal = mask.window is None and mask.starts_BT is None and not (mask.causal and rows.ahead)
+    if diagonal and mask.keys_BS is None:
+        return None
+    seen = mask.of_block(row, range(rows.first, rows.end), range(low, high), scores_PRW.device)
+    scores_PRW.masked_fill_(~seen, -math.inf)
+    return None if mask.keys_BS is None else seen.any(-1)
 
 
 @dataclass(frozen=True)
 class _Group:
     """P pairs of a sequence and a query head that are computed together, in the accumulation dtype; queries scaled.
 
-    `far_PLH`, `far_bias_PL`: the tables from the farthest distance T-1 down to 0 and one row of padding. `peaked`: some
-    weights may be negligible (`attnzoo.ops.common.negligible`).
+    `far_PLH`, `far_bias_PL`: the tables from the largest to the least distance of `_reach` and one row of padding.
+    `peaked`: some weights may be negligible (`attnzoo.ops.common.negligible`).
     """
 
     sequences: slice
@@ -143,18 +145,19 @@ class _Group:
         first = self.q_PTH.shape[1] - (rows.end - span[0])
         return slice(first, first + _product_width(rows, span))
 
-    def weights(self, rows: _Rows, mask: CausalMask) -> Tensor:
+    def weights(self, rows: _Rows, mask: Mask) -> Tensor:
         """Softmax over all spans, side by side: [P, R, sum of widths]."""
-        tiles = []
+        tiles, seeing = [], []
         for span in rows.spans:
             tile = self._scores(rows, span)
-            _hide(tile, rows, span, mask, self.sequences.start)
+            seeing.append(_hide(tile, rows, span, mask, self.sequences.start))
             tiles.append(tile)
         scores = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=2)
-        if self.peaked:
-            return softmax_of_peaked_(scores)
-        out: Tensor = _softmax.out(scores, -1, False, out=scores)
-        return out
+        weights = softmax_of_peaked_(scores) if self.peaked else _softmax.out(scores, -1, False, out=scores)
+        some = [x for x in seeing if x is not None]
+        if some:  # a row that sees nothing: zeros, and no gradient
+            weights.masked_fill_(~reduce(torch.logical_or, some)[:, None], 0.0)
+        return weights
 
     def _scores(self, rows: _Rows, span: tuple[int, int]) -> Tensor:
         """scores_PRW of the rows against the keys of a span, nothing hidden yet."""
@@ -172,9 +175,9 @@ class _Group:
 
 
 def _product_width(rows: _Rows, span: tuple[int, int]) -> int:
-    """Distances between the rows and a span; those of keys after the query may be wrong and are left out."""
+    """Distances between the rows and a span; those of keys that are hidden behind the diagonal are left out."""
     width, count = span[1] - span[0], rows.end - rows.first
-    return width + 1 if span[1] == rows.end else width + count - 1
+    return width + 1 if span[1] == rows.end and not rows.ahead else width + count - 1
 
 
 def _shifted(product_PRL: Tensor, rows: _Rows, span: tuple[int, int]) -> Tensor:
@@ -183,18 +186,22 @@ def _shifted(product_PRL: Tensor, rows: _Rows, span: tuple[int, int]) -> Tensor:
     return product_PRL.as_strided((pairs, count, span[1] - span[0]), (count * columns, columns - 1, 1), count - 1)
 
 
-def _groups(inputs: list[Tensor], mask: CausalMask, scale: float) -> Iterator[_Group]:
-    """All pairs of sequence and head. Sequences with documents of their own are computed one by one."""
+def _groups(inputs: list[Tensor], mask: Mask, future_rows: int, scale: float) -> Iterator[_Group]:
+    """All pairs of sequence and head. Sequences with a mask of their own are computed one by one."""
     (q, k, v), tables = inputs[:3], inputs[3:]
     dtype, group = accumulation_dtype(q.dtype), q.shape[1] // k.shape[1]
-    together, in_step = group_size(q.shape[0], q.shape[1], q.shape[2], mask, dtype.itemsize)
+    tokens, entries = q.shape[2], k.shape[2]
+    together, in_step = group_size(q.shape[0], q.shape[1], tokens, entries, mask, dtype.itemsize)
+    order_L = None
+    if tables:
+        order_L = _table_rows(_reach(mask, tokens, entries), future_rows, tables[1].shape[1], q.device)
     for n in representative(range(0, q.shape[1], together)):
         heads = slice(n, min(n + together, q.shape[1]))
         kv_heads = [head // group for head in range(heads.start, heads.stop)]
         kv: slice | list[int] = heads if group == 1 else kv_heads
         far = far_bias = None
-        if tables:
-            far, far_bias = _far(tables[1][heads], q.shape[2], dtype), _far(tables[2][heads], q.shape[2], dtype) * scale
+        if order_L is not None:
+            far, far_bias = _far(tables[1][heads], order_L, dtype), _far(tables[2][heads], order_L, dtype) * scale
         for b in representative(range(0, q.shape[0], in_step)):
             sequences = slice(b, min(b + in_step, q.shape[0]))
             head_q = q[sequences, heads].flatten(0, 1).to(dtype) * scale
@@ -212,7 +219,7 @@ def _may_be_peaked(
     q_PTH: Tensor, biased_q_PTH: Tensor, k_PTH: Tensor, far_NLH: Tensor | None, far_bias_NL: Tensor | None
 ) -> bool:
     """Whether to look for negligible weights; on a GPU they cost nothing, and looking would wait for it."""
-    if q_PTH.device.type != "cpu":
+    if q_PTH.device.type != "cpu" or not k_PTH.numel():
         return False
     bounds = [product_bound(biased_q_PTH, k_PTH)]
     if far_NLH is not None and far_bias_NL is not None:
@@ -220,20 +227,25 @@ def _may_be_peaked(
     return may_be_peaked(*bounds)
 
 
-def group_size(batch: int, heads: int, tokens: int, mask: CausalMask, width: int) -> tuple[int, int]:
+def group_size(batch: int, heads: int, tokens: int, entries: int, mask: Mask, width: int) -> tuple[int, int]:
     """(heads, sequences) of a group, for sums of `width` bytes an element."""
     rows = min(BLOCK, tokens)
-    keys = tokens if mask.window is None else min(tokens, mask.window - 1 + rows)
-    fitting = max(1, TILE_BYTES // (rows * keys * width))
+    keys = entries if mask.window is None else min(entries, mask.window - 1 + rows)
+    fitting = max(1, TILE_BYTES // max(1, rows * keys * width))
     together = min(heads, fitting)
-    in_step = 1 if together < heads or mask.starts_BT is not None else max(1, min(batch, fitting // heads))
+    in_step = 1 if together < heads or mask.of_rows else max(1, min(batch, fitting // heads))
     return together, in_step
 
 
-def _far(table_NP: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-    """A table by distance, from T-1 down to 0, and one row of padding."""
-    order_T = _table_rows(tokens, table_NP.shape[1], table_NP.device)
-    return torch.cat([table_NP[:, order_T], table_NP[:, :1]], dim=1).to(dtype)
+def _reach(mask: Mask, tokens: int, entries: int) -> tuple[int, int]:
+    """(behind, ahead) that blocks of rows meet: more than `Mask.reach` where a prefix ends inside a block."""
+    behind, ahead = mask.reach(tokens, entries)
+    return behind, max(ahead, min(BLOCK, tokens) - 1) if mask.causal and mask.ahead else ahead
+
+
+def _far(table_NP: Tensor, order_L: Tensor, dtype: torch.dtype) -> Tensor:
+    """A table by distance, from the farthest down, and one row of padding."""
+    return torch.cat([table_NP[:, order_L], table_NP[:, :1]], dim=1).to(dtype)
 
 
 def _repeated(x_N: Tensor, times: int) -> Tensor:
@@ -241,9 +253,10 @@ def _repeated(x_N: Tensor, times: int) -> Tensor:
     return x_N if times == 1 else x_N.expand(times, *x_N.shape).flatten(0, 1)
 
 
-def _table_rows(tokens: int, rows: int, device: torch.device) -> Tensor:
-    """The table's row of each distance, from T-1 down to 0."""
-    return torch.arange(tokens - 1, -1, -1, device=device).clamp(max=rows - 1)
+def _table_rows(reach: tuple[int, int], future_rows: int, rows: int, device: torch.device) -> Tensor:
+    """The table's row of each distance, from the farthest behind to the farthest ahead."""
+    behind, ahead = reach
+    return torch.arange(behind + future_rows, future_rows - ahead - 1, -1, device=device).clamp(0, rows - 1)
 
 
 def _forward(
@@ -251,17 +264,16 @@ def _forward(
     k: Tensor,
     v: Tensor,
     tables: list[Tensor],
-    starts: Tensor | None,
-    window: int | None,
-    sinks: int,
+    fields: Sequence[Tensor],
+    numbers: Sequence[int],
     scale: float,
 ) -> Tensor:
-    """`tables`: u_NH, table_NPH and table_bias_NP, or nothing for plain attention."""
-    mask = CausalMask(window=window, sinks=sinks, starts_BT=starts)
+    """`tables`: u_NH, table_NPH and table_bias_NP, or nothing for plain attention; `fields`, `numbers`: of `_flat`."""
+    mask, future_rows = _unflat(fields, numbers)
     o_BNTH = q.new_empty(*q.shape[:3], v.shape[-1])
-    for group in _groups([q, k, v, *tables], mask, scale):
+    for group in _groups([q, k, v, *tables], mask, future_rows, scale):
         out_BNTH = o_BNTH[group.sequences, group.heads]
-        for rows in _blocks(q.shape[2], mask, group.sequences.start):
+        for rows in _blocks(q.shape[2], k.shape[2], mask, group.sequences.start):
             values = [group.v_PTH[:, low:high] for low, high in rows.spans]
             out = torch.bmm(group.weights(rows, mask), values[0] if len(values) == 1 else torch.cat(values, dim=1))
             out_BNTH[:, :, rows.block] = out.view(*out_BNTH.shape[:2], *out.shape[1:])
@@ -276,21 +288,21 @@ _row_blocks = torch.library.custom_op("attnzoo::row_blocks", _forward, mutates_a
 def _row_blocks_backward(
     grad: Tensor,
     inputs: list[Tensor],
-    starts: Tensor | None,
-    window: int | None,
-    sinks: int,
+    fields: Sequence[Tensor],
+    numbers: Sequence[int],
     scale: float,
 ) -> list[Tensor]:
     """Gradients of q, k, v and the tables."""
-    mask = CausalMask(window=window, sinks=sinks, starts_BT=starts)
+    mask, future_rows = _unflat(fields, numbers)
     totals = [
         torch.zeros_like(x, dtype=accumulation_dtype(x.dtype), memory_format=torch.contiguous_format) for x in inputs
     ]
-    for group in _groups(inputs, mask, scale):
+    tokens, entries = inputs[0].shape[2], inputs[1].shape[2]
+    for group in _groups(inputs, mask, future_rows, scale):
         sums, grad_PTH = _Sums(group), grad[group.sequences, group.heads].flatten(0, 1)
-        for rows in _blocks(inputs[0].shape[2], mask, group.sequences.start):
+        for rows in _blocks(tokens, entries, mask, group.sequences.start):
             sums.add(rows, group.weights(rows, mask), grad_PTH[:, rows.block])
-        sums.add_to(totals, scale)
+        sums.add_to(totals, _reach(mask, tokens, entries), future_rows, scale)
     return [total.to(x.dtype) for x, total in zip(inputs, totals, strict=True)]
 
 
@@ -305,15 +317,16 @@ def _(grad: Tensor, inputs: list[Tensor], *_: Any) -> list[Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, tables, starts, *rest = inputs
-    ctx.save_for_backward(q, k, v, *tables, starts)
-    ctx.rest = rest
+    q, k, v, tables, fields, *rest = inputs
+    ctx.save_for_backward(q, k, v, *tables, *fields)
+    ctx.fields, ctx.rest = len(fields), rest
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    *inputs, starts = ctx.saved_tensors
-    q, k, v, *tables = _row_blocks_backward(grad, inputs, starts, *ctx.rest)
-    return q, k, v, tables, None, None, None, None
+    saved = [*ctx.saved_tensors]
+    inputs, fields = saved[: len(saved) - ctx.fields], saved[len(saved) - ctx.fields :]
+    q, k, v, *tables = _row_blocks_backward(grad, inputs, fields, *ctx.rest)
+    return q, k, v, tables, [None] * len(fields), None, None
 
 
 _row_blocks.register_autograd(_differentiate, setup_context=_save)
@@ -356,7 +369,7 @@ class _Sums:
         assert self.far_bias_PL is not None
         pairs, count, width = grads_PRW.shape
         product = grads_PRW.new_empty(pairs, count, _product_width(rows, span))
-        if span[1] == rows.end:
+        if span[1] == rows.end and not rows.ahead:
             edges = product.view(pairs, -1)
             edges[:, : count - 1], edges[:, count - 1 + count * width :] = 0.0, 0.0
         else:
@@ -367,7 +380,7 @@ class _Sums:
         self.far_PHL[:, :, where] += torch.bmm(group.asking(rows).mT, product)
         self.far_bias_PL[:, where] += product.sum(1)
 
-    def add_to(self, totals: list[Tensor], scale: float) -> None:
+    def add_to(self, totals: list[Tensor], reach: tuple[int, int], future_rows: int, scale: float) -> None:
         """Adds to the gradients of all inputs. Queries were scaled, keys met scaled queries."""
         group, (q, k, v), tables = self.group, totals[:3], totals[3:]
         heads = len(group.kv_heads)
@@ -381,13 +394,7 @@ class _Sums:
             assert self.far_bias_PL is not None
             bias, table, table_bias = (total[group.heads] for total in tables)
             bias.add_(self.biased_q_PTH.unflatten(0, (-1, heads)).sum((0, 2)), alpha=scale)
-            _add_rows(table, self.far_PHL.unflatten(0, (-1, heads)).sum(0)[..., :-1].mT)
-            _add_rows(table_bias, self.far_bias_PL.unflatten(0, (-1, heads)).sum(0)[:, :-1] * scale)
-
-
-def _add_rows(target_NP: Tensor, rows_NT: Tensor) -> None:
-    """Adds rows by distance, from T-1 down to 0, to a table: only its last row gets more than one, in a fixed order."""
-    last, tokens = target_NP.shape[1] - 1, rows_NT.shape[1]
-    shared = max(tokens - last, 0)
-    target_NP[:, last] += rows_NT[:, :shared].sum(1)
-    target_NP[:, : min(last, tokens)] += rows_NT[:, shared:].flip(1)
+            far_NLH = self.far_PHL.unflatten(0, (-1, heads)).sum(0)[..., :-1].mT
+            far_bias_NL = self.far_bias_PL.unflatten(0, (-1, heads)).sum(0)[:, :-1] * scale
+            for total, rows_NL in ((table, far_NLH), (table_bias, far_bias_NL)):
+                add_rows(total, rows_NL, reach, future_rows)

@@ -30,7 +30,7 @@ def depthwise_conv_qkv(
     Each kernel is [N or 1, H, W] (K for k and v; 1: shared by the heads), each bias likewise without W. `tails`
     holds the W-1 rows of q, k and v before this chunk, oldest first; None means zeros, the start of a sequence.
     `starts_BT` (int64, parallel form) is the index of the first token each token may see, the start of its document
-    in a packed row (see CausalMask): a tap that would read before it reads zero.
+    in a packed row (see Mask): a tap that would read before it reads zero.
     Raises ValueError when shapes do not fit, for tails together with starts, or when `impl` is unknown.
     """
     if tails is not None and starts_BT is not None:

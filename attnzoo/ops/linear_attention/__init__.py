@@ -32,7 +32,7 @@ def linear_attention(
     `counts_B` says how many of the T tokens of each row are real (right padded); None means all. Padding may hold
     anything and gives zeros.
     `starts_BT` (int64, parallel form: without memory and counts) is the index of the first token each token may see,
-    the start of its document in a packed row (see CausalMask): the memory restarts there, and the one returned is that
+    the start of its document in a packed row (see Mask): the memory restarts there, and the one returned is that
     of the last document. Documents are contiguous: a token's start is the token's own index or its predecessor's start.
     Raises ValueError when shapes do not fit, for starts together with memory or counts, or when `impl` is unknown.
     """

@@ -35,8 +35,8 @@ def paged_decode(
 
     bias_BNTS: added to the logits, already scaled. probe_BKC: one more row per kv head (in the prefix's channels),
     whose products with the prefix's keys are `Decoded.dots_BKP`. accumulated_attention: also `Decoded.accumulated_BKS`.
-    A query that sees no entry gets an undefined row. No gradients. Raises ValueError when shapes do not fit, for a
-    probe without a prefix, or for an `impl` that is unknown or cannot run here.
+    A query that sees no entry gets zeros. No gradients. Raises ValueError when shapes do not fit, for a probe without a
+    prefix, or for an `impl` that is unknown or cannot run here.
     """
     _check(q_BNTH, prefix, tail, query_positions_BT, bias_BNTS, probe_BKC)
     run = choose("paged_decode", impl, IMPLEMENTATIONS, q_BNTH)

@@ -80,9 +80,10 @@ def _softmax(scores: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
     The parts are not concatenated, which would copy them into rows without alignment.
     """
     peak = reduce(torch.maximum, [part.amax(-1, keepdim=True) for part in scores if part.shape[-1]])
+    peak = peak.clamp_(min=torch.finfo(peak.dtype).min)  # a row of nothing: no difference of infinities
     weights = [without_negligible((part - peak).exp_()) for part in scores]
     total = reduce(torch.add, [part.sum(-1, keepdim=True) for part in weights])
-    return weights, total.reciprocal()
+    return weights, total.clamp_(min=1.0).reciprocal()  # it is at least 1, the weight at the peak, or 0 of nothing
 
 
 def _kept(q_BKLH: Tensor, channels_BKC: Tensor | None) -> Tensor:

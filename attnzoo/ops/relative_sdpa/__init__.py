@@ -2,13 +2,15 @@
 
 A_ij = (q_i + u) . k_j + q_i . R[i-j] + S[i-j],  o_i = sum_j softmax_j(scale * A_ij) v_j
 (the table form of Transformer-XL's relative attention, arXiv 1901.02860; used by RCMHA, arXiv 2308.03429).
-Causal, so only distances i-j >= 0 have rows; distances beyond the table use its last row.
+Distances beyond the table use its first or last row; keys after the query (i-j < 0) are asked for by masks that show
+them, and need rows of their own.
 """
 
 from torch import Tensor
 
 from attnzoo.ops.common.impl import Impl, choose, lazily
-from attnzoo.ops.common.masks import PLAIN, CausalMask, check_heads, check_mask
+from attnzoo.ops.common.masks import CAUSAL, Mask, check_future_rows, check_heads, check_mask
+from attnzoo.ops.common.tables import Tables
 from attnzoo.ops.relative_sdpa.reference import relative_sdpa_reference
 from attnzoo.ops.relative_sdpa.torch import relative_sdpa_torch
 
@@ -27,13 +29,16 @@ def relative_sdpa(
     content_bias_NH: Tensor,
     table_NPH: Tensor,
     table_bias_NP: Tensor,
-    mask: CausalMask = PLAIN,
+    future_rows: int = 0,
+    mask: Mask = CAUSAL,
     impl: Impl = "auto",
 ) -> Tensor:
     """Returns o_BNTH; content_bias is u, table is R, table_bias is S above; the scale is 1/sqrt(H).
 
-    Memory of the parallel form is linear in T, forward and backward. Gradients of the tables are deterministic.
-    Raises ValueError when shapes do not fit or `impl` is unknown or cannot run here.
+    Row p of the tables is that of the distance p - future_rows: the first `future_rows` are for keys after the query.
+    Memory of the parallel form is linear in T, forward and backward, but for pairs. Gradients of the tables are
+    deterministic. A query that sees no key gets zeros. Raises ValueError when shapes do not fit, the mask shows keys
+    after the query and future_rows is 0, or `impl` is unknown or cannot run here.
     """
     check_heads(q_BNTH, k_BKSH, v_BKSH)
     check_mask(mask, q_BNTH, k_BKSH)
@@ -45,8 +50,10 @@ def relative_sdpa(
             f"{tuple(table_bias_NP.shape)} do not fit {heads} heads of {head_dim}: they must be "
             f"[{heads}, {head_dim}], [{heads}, P, {head_dim}] and [{heads}, P]"
         )
+    check_future_rows(mask, future_rows, rows)
     run = choose("relative_sdpa", impl, IMPLEMENTATIONS, q_BNTH)
-    out: Tensor = run(q_BNTH, k_BKSH, v_BKSH, content_bias_NH, table_NPH, table_bias_NP, mask, head_dim**-0.5)
+    tables = Tables(content_bias_NH, table_NPH, table_bias_NP, future_rows)
+    out: Tensor = run(q_BNTH, k_BKSH, v_BKSH, tables, mask, head_dim**-0.5)
     return out
 
 

@@ -11,10 +11,11 @@ import triton
 from torch import Tensor
 
 from attnzoo.ops.common.launch import TYPES, Launch
-from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.relative_sdpa.kernels.backward import delta_kernel, key_kernel, query_kernel, table_kernel
 from attnzoo.ops.relative_sdpa.kernels.forward import forward_kernel, key_bias_kernel
 from attnzoo.ops.relative_sdpa.kernels.streaming import logits_kernel, streaming_kernel
+from attnzoo.ops.relative_sdpa.kernels.tiles import KeyLimits, MaskKind
 from attnzoo.ops.relative_sdpa.tilings import Tiling, architecture, tiling
 
 LOG2_E = 1.4426950408889634
@@ -26,9 +27,10 @@ QUERIES = 16
 class Options:
     """What is not a tensor with a gradient."""
 
-    mask: CausalMask
+    mask: Mask
     scale: float
     block: int | None
+    future_rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +41,11 @@ class Operands:
     k_BSKH: Tensor
     v_BSKH: Tensor
     content_bias_NH: Tensor | None
-    key_bias_BNT: Tensor | None
+    key_bias_BNS: Tensor | None
     """u . k, filled by the forward pass."""
     table_NPH: Tensor | None
     table_bias_NP: Tensor | None
-    starts_BT: Tensor | None
+    limits: KeyLimits
     plan: Options
     architecture: str
 
@@ -54,7 +56,6 @@ class Operands:
         assert q is not None
         assert k is not None
         assert v is not None
-        starts = plan.mask.starts_BT
         needs_bias = content_bias is not None and plan.mask.parallel
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         return cls(
@@ -62,13 +63,17 @@ class Operands:
             k_BSKH=k.contiguous() if plan.mask.parallel else k,
             v_BSKH=v.contiguous() if plan.mask.parallel else v,
             content_bias_NH=None if content_bias is None else content_bias.contiguous(),
-            key_bias_BNT=q.new_empty(q.shape[:3], dtype=torch.float32) if needs_bias else None,
+            key_bias_BNS=q.new_empty(*q.shape[:2], k.shape[1], dtype=torch.float32) if needs_bias else None,
             table_NPH=None if table is None else table.to(q.dtype).contiguous(),
             table_bias_NP=None if table_bias is None else table_bias.contiguous(),
-            starts_BT=None if starts is None else starts.to(torch.int32).contiguous(),
+            limits=_limits(plan, k.shape[1]),
             plan=plan,
             architecture=architecture() if gpu is None else gpu,
         )
+
+    @property
+    def entries(self) -> int:
+        return self.k_BSKH.shape[1]
 
     @property
     def rows(self) -> int:
@@ -81,17 +86,20 @@ class Operands:
 
     def tiling(self, kernel: str) -> Tiling:
         with_table = self.table_NPH is not None
-        chosen = tiling(kernel, self.q_BTNH.dtype, self.q_BTNH.shape[-1], with_table, self.architecture)
+        head_dim, ahead = self.q_BTNH.shape[-1], self.plan.mask.ahead
+        chosen = tiling(kernel, self.q_BTNH.dtype, head_dim, with_table, self.architecture, ahead)
         return chosen if self.plan.block is None else dataclasses.replace(chosen, block=self.plan.block)
 
     def launch(self, kernel: str, fn: Any, grid: tuple[int, ...], **arguments: Any) -> Launch:
         """The launch of `fn` with the constants that it asks for."""
         heads, head_dim = self.q_BTNH.shape[2:]
         tiles = self.tiling(kernel)
-        mask = self.plan.mask
         constants = {
             "tokens": self.q_BTNH.shape[1],
+            "entries": self.entries,
             "rows": self.rows,
+            "limits": self.limits,
+            "KIND": _kind(self.plan.mask),
             "HEADS": heads,
             "GROUP": heads // self.k_BSKH.shape[2],
             "HEAD_DIM": head_dim,
@@ -99,13 +107,13 @@ class Operands:
             "BLOCK": tiles.block,
             "turn": tiles.block,
             "QUERIES": QUERIES,
-            "WINDOW": mask.window or 0,
-            "SINKS": mask.sinks,
         }
         arguments |= {name: value for name, value in constants.items() if name in fn.arg_names}
         with_table = "" if self.table_NPH is None else f" P={self.rows}"
+        mask = self.plan.mask
+        ahead = "" if not mask.ahead else " prefix" if mask.causal else " full"
         return Launch(
-            name=f"relative_sdpa {kernel} {TYPES[self.q_BTNH.dtype]} H={head_dim}{with_table}",
+            name=f"relative_sdpa {kernel} {TYPES[self.q_BTNH.dtype]} H={head_dim}{with_table}{ahead}",
             kernel=fn,
             grid=grid,
             arguments=arguments,
@@ -115,27 +123,37 @@ class Operands:
         )
 
     def blocks(self, kernel: str) -> int:
-        """How many blocks of tokens the kernel works on."""
+        """How many blocks of queries the kernel works on."""
         return triton.cdiv(self.q_BTNH.shape[1], self.tiling(kernel).block)
+
+    def key_blocks(self, kernel: str) -> int:
+        """How many blocks of keys the kernel works on."""
+        return triton.cdiv(self.entries, self.tiling(kernel).block)
+
+    def table_blocks(self) -> int:
+        """How many blocks of distances have rows of the table that `table_kernel` owns: after the first, where that is
+        for keys far ahead, and before the last."""
+        block, future = self.tiling("table").block, self.plan.future_rows
+        ahead = triton.cdiv(future - 1, block) if future else 0
+        return ahead + triton.cdiv(self.rows - 1 - future, block)
 
     def inputs(self) -> dict[str, Tensor | None]:
         return {
             "q": self.q_BTNH,
             "k": self.k_BSKH,
             "v": self.v_BSKH,
-            "key_bias": self.key_bias_BNT,
+            "key_bias": self.key_bias_BNS,
             "table": self.table_NPH,
             "table_bias": self.table_bias_NP,
-            "starts": self.starts_BT,
         }
 
     def first_blocks(self, kernel: str) -> Tensor | None:
         """first_BI: the first key block that each query block looks at, where starts say so."""
-        if self.starts_BT is None:
+        if self.limits.starts is None:
             return None
         block, count = self.tiling(kernel).block, self.blocks(kernel)
-        tokens = self.starts_BT.shape[1]
-        padded = F.pad(self.starts_BT, (0, count * block - tokens), value=tokens)
+        tokens = self.limits.starts.shape[1]
+        padded = F.pad(self.limits.starts, (0, count * block - tokens), value=tokens)
         return padded.unflatten(1, (count, block)).amin(2) // block
 
     def last_blocks(self, kernel: str) -> Tensor | None:
@@ -176,14 +194,14 @@ class Saved:
     def launches(self, operands: Operands) -> Iterator[Launch]:
         """The launches that fill it."""
         batch, _, heads, _ = self.out_BTNH.shape
-        if operands.key_bias_BNT is not None:
+        if operands.key_bias_BNS is not None:
             yield operands.launch(
                 "key_bias",
                 key_bias_kernel,
-                (operands.blocks("key_bias"), heads, batch),
+                (operands.key_blocks("key_bias"), heads, batch),
                 k=operands.k_BSKH,
                 content_bias=operands.content_bias_NH,
-                key_bias=operands.key_bias_BNT,
+                key_bias=operands.key_bias_BNS,
             )
         yield operands.launch(
             "forward",
@@ -196,6 +214,25 @@ class Saved:
             far=self.far_BNT,
             scale=operands.scales[1],
         )
+
+
+def _limits(plan: Options, entries: int) -> KeyLimits:
+    mask = plan.mask
+    starts, prefix, keys = mask.starts_BT, mask.prefix_B, mask.keys_BS
+    if prefix is not None and mask.parallel:
+        prefix = prefix.clamp(max=entries)
+    return KeyLimits(
+        starts=None if starts is None else starts.to(torch.int32).contiguous(),
+        prefix=None if prefix is None else prefix.to(torch.int32).contiguous(),
+        exists=None if keys is None else keys.to(torch.int8).contiguous(),
+        entries=entries,
+        future=plan.future_rows or None,
+    )
+
+
+def _kind(mask: Mask) -> MaskKind:
+    partial = mask.ahead or mask.keys_BS is not None or not mask.parallel
+    return MaskKind(window=mask.window or 0, sinks=mask.sinks, causal=mask.causal, ahead=mask.ahead, partial=partial)
 
 
 def _per_query(operands: Operands) -> Tensor:
@@ -213,10 +250,11 @@ class Gradients:
         self.q_BTNH = torch.empty_like(operands.q_BTNH)
         self.k_BTKH = torch.empty_like(operands.k_BSKH)
         self.v_BTKH = torch.empty_like(operands.v_BSKH)
-        self.content_BNT = None if operands.content_bias_NH is None else _per_query(operands)
-        self.far_BNT = self.table_NPH = self.table_bias_NP = None
+        self.content_BNS = None if operands.key_bias_BNS is None else torch.empty_like(operands.key_bias_BNS)
+        self.far_BNT = self.ahead_BNT = self.table_NPH = self.table_bias_NP = None
         if operands.table_NPH is not None:
             self.far_BNT = _per_query(operands)
+            self.ahead_BNT = _per_query(operands) if operands.plan.future_rows else None
             self.table_NPH = torch.empty_like(operands.table_NPH, dtype=torch.float32)
             self.table_bias_NP = torch.empty(self.table_NPH.shape[:2], dtype=torch.float32, device=self.q_BTNH.device)
 
@@ -248,24 +286,25 @@ class Gradients:
             far=saved.far_BNT,
             q_grad=self.q_BTNH,
             far_grad=self.far_BNT,
+            ahead_grad=self.ahead_BNT,
         )
         yield operands.launch(
             "key",
             key_kernel,
-            (operands.blocks("key"), self.k_BTKH.shape[2], batch),
+            (operands.key_blocks("key"), self.k_BTKH.shape[2], batch),
             **shared,
             last_blocks=operands.last_blocks("key"),
             content_bias=operands.content_bias_NH,
             far=saved.far_BNT,
             k_grad=self.k_BTKH,
             v_grad=self.v_BTKH,
-            content_grad=self.content_BNT,
+            content_grad=self.content_BNS,
         )
-        if operands.rows > 1:
+        if operands.table_NPH is not None and operands.table_blocks():
             yield operands.launch(
                 "table",
                 table_kernel,
-                (triton.cdiv(operands.rows - 1, operands.tiling("table").block), heads),
+                (operands.table_blocks(), heads),
                 **shared,
                 **operands.active_blocks("table"),
                 table_grad=self.table_NPH,
@@ -274,15 +313,19 @@ class Gradients:
             )
 
     def finish(self) -> tuple[Tensor | None, ...]:
-        """Gradients in the order of the inputs. The last row of the table is the sum over all far keys."""
+        """Gradients in the order of the inputs. The last row of the table is the sum over all far keys, and the first
+        that over all far ahead, where there are rows for them."""
         operands, scale = self.operands, self.operands.plan.scale
         content_NH = None
-        if self.content_BNT is not None:
-            grouped_BKGT = self.content_BNT.unflatten(1, (self.k_BTKH.shape[2], -1))
-            content_NH = torch.einsum("bkgt,btkh->kgh", grouped_BKGT, operands.k_BSKH.float()).flatten(0, 1) * scale
-        if self.far_BNT is not None and self.table_NPH is not None and self.table_bias_NP is not None:
-            self.table_NPH[:, -1] = torch.einsum("bnt,btnh->nh", self.far_BNT, operands.q_BTNH.float()) * scale
-            self.table_bias_NP[:, -1] = self.far_BNT.sum((0, 2)) * scale
+        if self.content_BNS is not None:
+            grouped_BKGS = self.content_BNS.unflatten(1, (self.k_BTKH.shape[2], -1))
+            content_NH = torch.einsum("bkgs,bskh->kgh", grouped_BKGS, operands.k_BSKH.float()).flatten(0, 1) * scale
+        if self.table_NPH is not None and self.table_bias_NP is not None:
+            for row, sums_BNT in ((-1, self.far_BNT), (0, self.ahead_BNT)):
+                if sums_BNT is not None:
+                    product_NH = torch.einsum("bnt,btnh->nh", sums_BNT, operands.q_BTNH.float())
+                    self.table_NPH[:, row] = product_NH * scale
+                    self.table_bias_NP[:, row] = sums_BNT.sum((0, 2)) * scale
         token_major = (self.q_BTNH, self.k_BTKH, self.v_BTKH)
         return (*(x.transpose(1, 2) for x in token_major), content_NH, self.table_NPH, self.table_bias_NP)
 
@@ -321,7 +364,6 @@ def streaming_launches(operands: Operands, out_BTNH: Tensor) -> Iterator[Launch]
         query_positions=query_positions,
         key_positions=key_positions,
         out=out_BTNH,
-        entries=entries,
         scale=operands.scales[1],
         k_batch=k.stride(0),
         k_step=k.stride(1),

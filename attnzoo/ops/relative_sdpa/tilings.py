@@ -54,15 +54,31 @@ _TILINGS: dict[tuple[int, int, bool, str], tuple[tuple[int, int, int], ...]] = {
 }
 
 
-def tiling(kernel: str, dtype: torch.dtype, head_dim: int, with_table: bool, architecture: str) -> Tiling:
-    """The tiles of one kernel; head_dim up to 256. Without a table, sizes with one are used where none are listed."""
+# The same where keys after the query may be seen: what spills with the tiles above.
+_AHEAD: dict[tuple[str, int, int, bool, str], tuple[int, int, int]] = {
+    ("query", 2, 128, False, "sm_80"): (32, 4, 2),
+    ("query", 2, 128, True, "sm_80"): (16, 4, 2),
+    ("query", 2, 128, True, "sm_90"): (16, 4, 2),
+}
+
+
+def tiling(
+    kernel: str, dtype: torch.dtype, head_dim: int, with_table: bool, architecture: str, ahead: bool = False
+) -> Tiling:
+    """The tiles of one kernel; head_dim up to 256. Without a table, sizes with one are used where none are listed.
+
+    `ahead`: for masks that show keys after the query.
+    """
     width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
     if kernel not in KERNELS:
         block, num_warps, num_stages = (32, 4, 1) if width == 256 else (64, 4, 2)
     else:
         found = _TILINGS.get((dtype.itemsize, width, with_table, architecture))
         chosen = found or _TILINGS[dtype.itemsize, width, True, architecture]
-        block, num_warps, num_stages = chosen[KERNELS.index(kernel)]
+        sizes = chosen[KERNELS.index(kernel)]
+        if ahead:
+            sizes = _AHEAD.get((kernel, dtype.itemsize, width, with_table, architecture), sizes)
+        block, num_warps, num_stages = sizes
     return Tiling(block=block, num_warps=num_warps, num_stages=num_stages)
 
 

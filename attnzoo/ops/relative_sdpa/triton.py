@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnzoo.ops.common.launch import Launch
-from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.tables import Tables
 from attnzoo.ops.relative_sdpa.launch import Gradients, Operands, Options, Saved, streaming_launches
 from attnzoo.ops.relative_sdpa.tilings import ARCHITECTURES
 
@@ -26,22 +27,27 @@ def relative_sdpa_triton(
     q_BNTH: Tensor,
     k_BKSH: Tensor,
     v_BKSH: Tensor,
-    content_bias_NH: Tensor | None,
-    table_NPH: Tensor | None,
-    table_bias_NP: Tensor | None,
-    mask: CausalMask,
+    tables: Tables | None,
+    mask: Mask,
     scale: float,
     block: int | None = None,
 ) -> Tensor:
     """o_BNTH; differentiable in the parallel form, forward only with positions.
 
     `block` replaces the chosen tile size (a power of two, at least 16): tests on tiny shapes use it. Raises ValueError
-    for what the kernels cannot do: other dtypes, heads wider than 256, values not as wide as keys, gradients with
-    positions.
+    for what the kernels cannot do: other dtypes, heads wider than 256, values not as wide as keys, pairs, gradients
+    with positions.
     """
-    inputs = (q_BNTH, k_BKSH, v_BKSH, content_bias_NH, table_NPH, table_bias_NP)
+    inputs: tuple[Tensor | None, ...] = (q_BNTH, k_BKSH, v_BKSH, None, None, None)
+    future_rows = 0
+    if tables is not None:
+        tables = tables if mask.ahead else tables.past()
+        inputs = (*inputs[:3], tables.content_bias_NH, tables.table_NPH, tables.table_bias_NP)
+        future_rows = tables.future_rows
     _check(inputs, mask)
-    plan = Options(mask=mask, scale=scale, block=block)
+    if not k_BKSH.shape[2]:  # no key, no program: zeros
+        return (q_BNTH @ k_BKSH[:, :1].mT) @ v_BKSH[:, :1]
+    plan = Options(mask=mask, scale=scale, block=block, future_rows=future_rows)
     if mask.parallel:
         out_BNTH: Tensor = _Attend.apply(*inputs, plan)
         return out_BNTH
@@ -53,8 +59,8 @@ def relative_sdpa_triton(
     return out_BTNH.transpose(1, 2)
 
 
-def _check(inputs: tuple[Tensor | None, ...], mask: CausalMask) -> None:
-    q, k, v, _, table, table_bias = inputs
+def _check(inputs: tuple[Tensor | None, ...], mask: Mask) -> None:
+    q, k, v = inputs[:3]
     assert q is not None
     assert k is not None
     assert v is not None
@@ -68,8 +74,8 @@ def _check(inputs: tuple[Tensor | None, ...], mask: CausalMask) -> None:
             f"impl='triton' takes heads up to {WIDEST_HEAD} wide and values as wide as keys, not keys of {k.shape[-1]} "
             f"and values of {v.shape[-1]}; use impl='torch'"
         )
-    if (table is None) != (table_bias is None):
-        raise ValueError("table_NPH and table_bias_NP come together: give both or neither")
+    if mask.pairs is not None:
+        raise ValueError("impl='triton' takes no mask with pairs; use impl='torch'")
     if triton.knobs.runtime.interpret and q.dtype == torch.bfloat16:
         raise ValueError("Triton's interpreter takes bfloat16 for integers in products: use float32, or impl='torch'")
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
@@ -89,15 +95,15 @@ class _Attend(torch.autograd.Function):
         for launch in saved.launches(operands):
             launch()
         ctx.plan = plan
-        ctx.save_for_backward(*inputs, operands.key_bias_BNT, saved.out_BTNH, saved.log_sums_BNT, saved.far_BNT)
+        ctx.save_for_backward(*inputs, operands.key_bias_BNS, saved.out_BTNH, saved.log_sums_BNT, saved.far_BNT)
         return saved.out_BTNH.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, out_grad_BNTH: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, key_bias_BNT, out_BTNH, log_sums_BNT, far_BNT = ctx.saved_tensors
+        *inputs, key_bias_BNS, out_BTNH, log_sums_BNT, far_BNT = ctx.saved_tensors
         saved = Saved(out_BTNH=out_BTNH, log_sums_BNT=log_sums_BNT, far_BNT=far_BNT)
-        operands = dataclasses.replace(Operands.of(tuple(inputs), ctx.plan), key_bias_BNT=key_bias_BNT)
+        operands = dataclasses.replace(Operands.of(tuple(inputs), ctx.plan), key_bias_BNS=key_bias_BNS)
         gradients = Gradients(operands, saved, out_grad_BNTH.transpose(1, 2).contiguous())
         for launch in gradients.launches():
             launch()
@@ -113,21 +119,32 @@ def aot_cases() -> list[Launch]:
             for with_table in (True, False):
                 cases += _training_case(dtype, head_dim, with_table, gpu)
             cases += _streaming_case(dtype, head_dim, gpu)
+        cases += _training_case(torch.bfloat16, 64, True, gpu, mask=_meta_mask("full"))
+        cases += _training_case(torch.bfloat16, 128, False, gpu, mask=_meta_mask("full"))
+        cases += _training_case(torch.bfloat16, 128, True, gpu, mask=_meta_mask("prefix"))
         # Triton compiles an argument of 1 in as a constant: one token and one row must compile too.
         cases += _training_case(torch.bfloat16, 16, True, gpu, tokens=1, rows=1)
     return cases
 
 
 def _training_case(
-    dtype: torch.dtype, head_dim: int, with_table: bool, gpu: str, tokens: int = 1000, rows: int = 300
+    dtype: torch.dtype,
+    head_dim: int,
+    with_table: bool,
+    gpu: str,
+    tokens: int = 1000,
+    rows: int = 300,
+    mask: Mask | None = None,
 ) -> Iterator[Launch]:
-    """With a table the mask that takes most registers: packed rows, window and sinks. Without one, causality alone."""
-    mask = CausalMask()
-    if with_table:
+    """Without a mask, with a table the causal one that takes most registers: packed rows, window and sinks. Without a
+    table, causality alone."""
+    if mask is None and with_table:
         starts_BT = torch.empty(2, tokens, dtype=torch.int64, device="meta")
-        mask = CausalMask(starts_BT=starts_BT, window=128, sinks=4)
+        mask = Mask(starts_BT=starts_BT, window=128, sinks=4)
+    mask = mask or Mask()
     inputs = _meta_inputs(dtype, head_dim, tokens, rows if with_table else None)
-    operands = Operands.of(inputs, Options(mask=mask, scale=0.125, block=None), gpu)
+    future_rows = 100 if with_table and mask.ahead else 0
+    operands = Operands.of(inputs, Options(mask=mask, scale=0.125, block=None, future_rows=future_rows), gpu)
     saved = Saved.empty(operands)
     yield from saved.launches(operands)
     yield from Gradients(operands, saved, saved.out_BTNH).launches()
@@ -136,9 +153,18 @@ def _training_case(
 def _streaming_case(dtype: torch.dtype, head_dim: int, gpu: str) -> Iterator[Launch]:
     queries = torch.empty(2, 1000, dtype=torch.int64, device="meta")
     keys = torch.empty(2, 2, 1000, dtype=torch.int64, device="meta")
-    mask = CausalMask(query_positions_BT=queries, key_positions_BKS=keys, window=128, sinks=4)
+    mask = Mask(query_positions_BT=queries, key_positions_BKS=keys, window=128, sinks=4)
     operands = Operands.of(_meta_inputs(dtype, head_dim, 1000, 300), Options(mask=mask, scale=0.125, block=None), gpu)
     yield from streaming_launches(operands, torch.empty_like(operands.q_BTNH))
+
+
+def _meta_mask(kind: str) -> Mask:
+    """With padding."""
+    keys_BS = torch.empty(2, 1000, dtype=torch.bool, device="meta")
+    if kind == "full":
+        return Mask.full(keys_BS)
+    prefix_B = torch.empty(2, dtype=torch.int64, device="meta")
+    return Mask(prefix_B=prefix_B, keys_BS=keys_BS, window=128, sinks=4)
 
 
 def _meta_inputs(dtype: torch.dtype, head_dim: int, tokens: int, rows: int | None) -> tuple[Tensor | None, ...]:

@@ -1,41 +1,60 @@
-"""torch's fused attention where causality is all there is, row blocks for other masks, a dense mask in streaming."""
+"""torch's fused attention where its own masks say all, row blocks for other masks, a dense mask in streaming and for
+pairs."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.common.negligible import attention_of_peaked, may_be_peaked, product_bound, without_negligible
 from attnzoo.ops.common.products import with_keys, with_values
 from attnzoo.ops.common.row_blocks import row_block_attention
 from attnzoo.types import accumulation_dtype
 
 
-def sdpa_torch(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: CausalMask, scale: float) -> Tensor:
-    grouped = q_BNTH.shape[1] != k_BKSH.shape[1]
-    if mask.plain and not peaked_backward(q_BNTH, k_BKSH, v_BKSH, scale=scale):
-        return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, scale=scale, enable_gqa=grouped)
-    if mask.parallel:
+def sdpa_torch(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, scale: float) -> Tensor:
+    if in_row_blocks(mask):
+        # Of these two kinds torch's fused attention needs no mask, or one number a key.
+        if (mask.plain or not mask.causal) and not peaked_backward(q_BNTH, k_BKSH, v_BKSH, scale=scale):
+            return _fused(q_BNTH, k_BKSH, v_BKSH, mask, scale)
         return row_block_attention(q_BNTH, k_BKSH, v_BKSH, None, mask, scale)
-    if q_BNTH.shape[2] == 1:
+    if q_BNTH.shape[2] == 1 and mask.pairs is None:
         return _one_query(q_BNTH, k_BKSH, v_BKSH, mask, scale)
-    visible_BNTS = per_query_head(mask.visible(q_BNTH.shape[2], q_BNTH.device), q_BNTH.shape[1])
-    return masked_attention(q_BNTH, k_BKSH, v_BKSH, None, visible_BNTS, scale)
+    return masked_attention(q_BNTH, k_BKSH, v_BKSH, None, mask, scale)
+
+
+def in_row_blocks(mask: Mask) -> bool:
+    """Whether blocks of rows can compute a mask: the parallel form, but for pairs, which take memory for all of them
+    anyway."""
+    return mask.parallel and mask.pairs is None
+
+
+def _fused(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, scale: float) -> Tensor:
+    if mask.keys_BS is not None:
+        return masked_attention(q_BNTH, k_BKSH, v_BKSH, None, mask, scale)
+    grouped = q_BNTH.shape[1] != k_BKSH.shape[1]
+    return F.scaled_dot_product_attention(
+        q_BNTH, k_BKSH, v_BKSH, is_causal=mask.causal, scale=scale, enable_gqa=grouped
+    )
 
 
 def masked_attention(
-    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_BNTS: Tensor | None, visible_BNTS: Tensor, scale: float
+    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_BNTS: Tensor | None, mask: Mask, scale: float
 ) -> Tensor:
     """Attention under a dense mask, with a term added to the scores: torch's fused form, unless its backward would meet
-    denormal numbers."""
-    heads, groups = q_BNTH.shape[1], q_BNTH.shape[1] // k_BKSH.shape[1]
+    denormal numbers. A query that sees nothing gets zeros."""
+    (heads, tokens), (kv_heads, entries) = q_BNTH.shape[1:3], k_BKSH.shape[1:3]
+    seen_BKTS, empty_BKT1 = mask.opened(tokens, entries, q_BNTH.device)
+    seen_BNTS = per_query_head(seen_BKTS, heads)
     if peaked_backward(q_BNTH, k_BKSH, v_BKSH, bias_BNTS, scale=scale):
-        k_BNSH, v_BNSH = (x.repeat_interleave(groups, dim=1) for x in (k_BKSH, v_BKSH))
-        return attention_of_peaked(q_BNTH, k_BNSH, v_BNSH, bias_BNTS, ~visible_BNTS, scale)
-    mask = visible_BNTS if bias_BNTS is None else bias_BNTS.masked_fill(~visible_BNTS, float("-inf"))
-    return F.scaled_dot_product_attention(
-        q_BNTH, k_BKSH, v_BKSH, attn_mask=mask, scale=scale, enable_gqa=heads != k_BKSH.shape[1]
-    )
+        k_BNSH, v_BNSH = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k_BKSH, v_BKSH))
+        out = attention_of_peaked(q_BNTH, k_BNSH, v_BNSH, bias_BNTS, ~seen_BNTS, scale)
+    else:
+        added = seen_BNTS if bias_BNTS is None else bias_BNTS.masked_fill(~seen_BNTS, float("-inf"))
+        out = F.scaled_dot_product_attention(
+            q_BNTH, k_BKSH, v_BKSH, attn_mask=added, scale=scale, enable_gqa=heads != kv_heads
+        )
+    return out if empty_BKT1 is None else out.masked_fill(per_query_head(empty_BKT1, heads), 0.0)
 
 
 def peaked_backward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float) -> bool:
@@ -59,7 +78,7 @@ COPIED_BYTES = 2 << 20
 and the copy of few sequences is read again before it has left the processor's cache."""
 
 
-def _one_query(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: CausalMask, scale: float) -> Tensor:
+def _one_query(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, scale: float) -> Tensor:
     """A decode step: the queries that share a kv head are rows of one product, so that keys are read once for all.
 
     The fused kernel does that when it is told that they are consecutive queries; with several sequences products are
@@ -68,16 +87,19 @@ def _one_query(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: CausalMask,
     batch, heads, _, head_dim = q_BN1H.shape
     q_BKGH = q_BN1H.reshape(batch, k_BKSH.shape[1], -1, head_dim)
     if batch == 1:
-        bias_BK1S = mask.bias(1, q_BN1H.device, q_BN1H.dtype)
+        bias_BK1S, empty_BK11 = mask.bias(1, k_BKSH.shape[2], q_BN1H.device, q_BN1H.dtype)
         o_BKGH = F.scaled_dot_product_attention(q_BKGH, k_BKSH, v_BKSH, attn_mask=bias_BK1S, scale=scale)
-        return o_BKGH.reshape(batch, heads, 1, head_dim)
-    bias_BK1S = mask.bias(1, q_BN1H.device, accumulation_dtype(q_BN1H.dtype)).expand(batch, -1, -1, -1)
+        o_BKGH = o_BKGH if empty_BK11 is None else o_BKGH.masked_fill(empty_BK11, 0.0)
+        return o_BKGH.reshape(batch, heads, 1, -1)
+    sums = accumulation_dtype(q_BN1H.dtype)
+    bias_BK1S, empty_BK11 = mask.bias(1, k_BKSH.shape[2], q_BN1H.device, sums)
     # In other dtypes torch copies nothing, and the kv heads of all sequences fill the threads better than those of one.
     whole = k_BKSH.itemsize > 2 or torch.compiler.is_compiling()
     rows = batch if whole else max(1, COPIED_BYTES // (k_BKSH[0].numel() * k_BKSH.itemsize))
-    parts = [x.split(rows) for x in (q_BKGH, k_BKSH, v_BKSH, bias_BK1S)]
+    parts = [x.split(rows) for x in (q_BKGH, k_BKSH, v_BKSH, bias_BK1S.expand(batch, -1, -1, -1))]
     o_BKGH = torch.cat([_products(q, k, v, bias, scale) for q, k, v, bias in zip(*parts, strict=True)])
-    return o_BKGH.reshape(batch, heads, 1, head_dim)
+    o_BKGH = o_BKGH if empty_BK11 is None else o_BKGH.masked_fill(empty_BK11, 0.0)
+    return o_BKGH.reshape(batch, heads, 1, -1)
 
 
 def _products(q_BKGH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_BK1S: Tensor, scale: float) -> Tensor:

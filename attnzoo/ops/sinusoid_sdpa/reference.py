@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.sdpa.reference import attend_reference
 
 
@@ -14,7 +14,7 @@ def sinusoid_sdpa_reference(
     content_bias_NH: Tensor,
     position_bias_NH: Tensor,
     weight_NHD: Tensor,
-    mask: CausalMask,
+    mask: Mask,
     scale: float,
 ) -> Tensor:
     width = weight_NHD.shape[-1]

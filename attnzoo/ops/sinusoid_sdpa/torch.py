@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.tables import Tables
 from attnzoo.ops.relative_sdpa.torch import relative_sdpa_torch
 from attnzoo.ops.sdpa.torch import masked_attention, per_query_head
 from attnzoo.ops.sinusoid_sdpa.waves import STRIDE, angles, turns, waves
@@ -28,46 +29,47 @@ def sinusoid_sdpa_torch(
     content_bias_NH: Tensor,
     position_bias_NH: Tensor,
     weight_NHD: Tensor,
-    mask: CausalMask,
+    mask: Mask,
     scale: float,
 ) -> Tensor:
     tokens, head_dim = q_BNTH.shape[2:]
-    if mask.parallel or tokens > head_dim:
-        tables = as_tables(weight_NHD, position_bias_NH, farthest(mask, tokens) + 1)
-        return relative_sdpa_torch(q_BNTH, k_BKSH, v_BKSH, content_bias_NH, *tables, mask, scale)
-    heads = q_BNTH.shape[1]
+    if mask.parallel or mask.ahead or tokens > head_dim:
+        reach = mask.reach(tokens, k_BKSH.shape[2])
+        tables = as_tables(content_bias_NH, position_bias_NH, weight_NHD, reach)
+        return relative_sdpa_torch(q_BNTH, k_BKSH, v_BKSH, tables, mask, scale)
     bias_BNTS = streamed_waves(q_BNTH + position_bias_NH[:, None], weight_NHD * scale, mask)
-    visible_BNTS = per_query_head(mask.visible(tokens, q_BNTH.device), heads)
-    return masked_attention(q_BNTH + content_bias_NH[:, None], k_BKSH, v_BKSH, bias_BNTS, visible_BNTS, scale)
+    return masked_attention(q_BNTH + content_bias_NH[:, None], k_BKSH, v_BKSH, bias_BNTS, mask, scale)
 
 
-def as_tables(weight_NHD: Tensor, position_bias_NH: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """(table_NPH, table_bias_NP) of `relative_sdpa` for distances 0..rows-1."""
+def as_tables(content_bias_NH: Tensor, position_bias_NH: Tensor, weight_NHD: Tensor, reach: tuple[int, int]) -> Tables:
+    """The terms as those of `relative_sdpa`, for all distances of `Mask.reach`."""
+    behind, ahead = reach
     dtype = accumulation_dtype(weight_NHD.dtype)
-    r_PD = waves(rows, weight_NHD.shape[-1], weight_NHD.device, dtype)
+    r_PD = waves(max(behind, ahead) + 1, weight_NHD.shape[-1], weight_NHD.device, dtype)
+    if ahead:
+        r_PD = torch.cat([_mirrored(r_PD[1 : ahead + 1]).flip(0), r_PD[: behind + 1]])
     table_NPH = torch.einsum("pd,nhd->nph", r_PD, weight_NHD.to(dtype))
     table_bias_NP = torch.einsum("nph,nh->np", table_NPH, position_bias_NH.to(dtype))
-    return table_NPH.to(weight_NHD.dtype), table_bias_NP.to(weight_NHD.dtype)
+    return Tables(content_bias_NH, table_NPH.to(weight_NHD.dtype), table_bias_NP.to(weight_NHD.dtype), ahead)
 
 
-def farthest(mask: CausalMask, tokens: int) -> int:
-    """The largest distance that may be asked for."""
-    if mask.query_positions_BT is None or mask.key_positions_BKS is None:
-        return tokens - 1
-    return int(mask.query_positions_BT.max())
+def _mirrored(r_PD: Tensor) -> Tensor:
+    """r_{-n} for r_n: sines change their sign, cosines do not."""
+    sin, cos = r_PD.chunk(2, dim=-1)
+    return torch.cat([-sin, cos], dim=-1)
 
 
-def streamed_waves(q_BNTH: Tensor, weight_NHD: Tensor, mask: CausalMask) -> Tensor:
-    """(q_i + v) . W_R r_{i-j} for every query and key: [B, N, T, S]."""
+def streamed_waves(q_BNTH: Tensor, weight_NHD: Tensor, mask: Mask) -> Tensor:
+    """(q_i + v) . W_R r_{i-j} for every query and key of a causal mask: [B, N, T, S]."""
     batch, heads, tokens, _ = q_BNTH.shape
-    queries_BT, keys_BKS = mask.positions(tokens, q_BNTH.device)
+    queries_BT, keys_BKS = mask.positions(tokens, tokens, q_BNTH.device)
     width, dtype, device = weight_NHD.shape[-1], accumulation_dtype(q_BNTH.dtype), q_BNTH.device
     a_BNTD, b_BNTD = torch.matmul(q_BNTH.to(dtype), weight_NHD.to(dtype)).chunk(2, dim=-1)
     angle_B1TD = angles(queries_BT, width)[:, None]
     sin, cos = angle_B1TD.sin().to(dtype), angle_B1TD.cos().to(dtype)
     parts_BNTD = torch.complex(b_BNTD * sin - a_BNTD * cos, a_BNTD * sin + b_BNTD * cos)
     # x sin(w j) + y cos(w j) for all positions j at once; keys pick theirs: numbers are cheaper to gather than rows.
-    blocks = farthest(mask, tokens) // STRIDE + 1
+    blocks = mask.reach(tokens, tokens)[0] // STRIDE + 1
     turned_BNTMD = torch.view_as_real(parts_BNTD[..., None, :] * turns(blocks, width, device, dtype)).flatten(-2)
     fine_PD = waves(STRIDE, width, device, dtype).unflatten(-1, (2, -1)).mT.flatten(1)
     logits_BNTP = F.linear(turned_BNTMD, fine_PD).flatten(-2)

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from attnzoo.ops.common.masks import CausalMask
+from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.relative_sdpa.triton import relative_sdpa_triton
-from attnzoo.ops.sinusoid_sdpa.torch import as_tables, farthest
+from attnzoo.ops.sinusoid_sdpa.torch import as_tables
 
 
 def sinusoid_sdpa_triton(
@@ -14,8 +14,9 @@ def sinusoid_sdpa_triton(
     content_bias_NH: Tensor,
     position_bias_NH: Tensor,
     weight_NHD: Tensor,
-    mask: CausalMask,
+    mask: Mask,
     scale: float,
 ) -> Tensor:
-    tables = as_tables(weight_NHD, position_bias_NH, farthest(mask, q_BNTH.shape[2]) + 1)
-    return relative_sdpa_triton(q_BNTH, k_BKSH, v_BKSH, content_bias_NH, *tables, mask, scale)
+    reach = mask.reach(q_BNTH.shape[2], k_BKSH.shape[2])
+    tables = as_tables(content_bias_NH, position_bias_NH, weight_NHD, reach)
+    return relative_sdpa_triton(q_BNTH, k_BKSH, v_BKSH, tables, mask, scale)

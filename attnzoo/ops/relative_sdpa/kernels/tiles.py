@@ -10,8 +10,32 @@ that the tile's relative term is X[m, (m - n) mod BLOCK]: one gather along the r
 inverse ((m - (m - n)) = n), so gradients come back by the same skew.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class KeyLimits(NamedTuple):
+    """What a mask and a table say in numbers. starts [B, T] and prefix [B] in int32, exists [B, S] in int8, as in
+    `Mask`, or None; entries: the number of keys; future: rows of the table for keys after the query, None for 0."""
+
+    starts: Any
+    prefix: Any
+    exists: Any
+    entries: Any
+    future: Any
+
+
+class MaskKind(NamedTuple):
+    """What a mask says at compile time. window: 0 for none. ahead: a query may see keys after it. partial: it may see
+    none of a tile that comes before its first key."""
+
+    window: int
+    sinks: int
+    causal: bool
+    ahead: bool
+    partial: bool
 
 
 @triton.jit
@@ -74,57 +98,69 @@ def load_channels(vector, row, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def content_scores(query, key, key_bias, offset, block, tokens, BLOCK: tl.constexpr):
+def content_scores(query, key, key_bias, offset, block, entries, BLOCK: tl.constexpr):
     """(q + u) . k: products of a tile, plus u . k, one number a key (None without u).
 
     Adding u to the queries instead would keep two versions of them in registers: the table's term takes q alone.
     """
     scores = tl.dot(query, tl.trans(key), input_precision="ieee")
     if key_bias is not None:
-        scores += load_rows(key_bias, offset, block, tokens, 0.0, BLOCK)[None, :]
+        scores += load_rows(key_bias, offset, block, entries, 0.0, BLOCK)[None, :]
     return scores
 
 
 @triton.jit
-def table_rows(distance_block, rows, BLOCK: tl.constexpr):
-    """Rows of the table for one block of distances: those beyond the table are its last row.
+def table_rows(distance_block, rows, future, BLOCK: tl.constexpr):
+    """Rows of the table for one block of distances: those beyond the table are its last row, or its first.
 
-    Block -1 lies above the diagonal of the first tile and is hidden; any row will do for it.
+    Without rows for keys after the query, block -1 lies above the diagonal of the first tile and is hidden; any row
+    will do for it.
     """
-    return tl.maximum(tl.minimum(distance_block * BLOCK + tl.arange(0, BLOCK), rows - 1), 0)
+    row = distance_block * BLOCK + tl.arange(0, BLOCK)
+    if future is not None:
+        row += future
+    return tl.maximum(tl.minimum(row, rows - 1), 0)
 
 
 @triton.jit
-def load_table(table, head, distance_block, rows, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def load_table(
+    table, head, distance_block, rows, future, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr
+):
     """R of one block of distances: [BLOCK, WIDTH]."""
-    row = head * rows + table_rows(distance_block, rows, BLOCK)
+    row = head * rows + table_rows(distance_block, rows, future, BLOCK)
     columns = tl.arange(0, WIDTH)
     return tl.load(table + row[:, None] * HEAD_DIM + columns[None, :], mask=columns[None, :] < HEAD_DIM, other=0.0)
 
 
 @triton.jit
 def distance_logits(
-    query, table, table_bias, head, distance_block, rows,
+    query, table, table_bias, head, distance_block, rows, future,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """L of one block of distances, in float32: q . R[d] + S[d] for every query and distance."""
-    tile = load_table(table, head, distance_block, rows, HEAD_DIM, BLOCK, WIDTH)
-    bias = tl.load(table_bias + head * rows + table_rows(distance_block, rows, BLOCK)).to(tl.float32)
+    tile = load_table(table, head, distance_block, rows, future, HEAD_DIM, BLOCK, WIDTH)
+    bias = tl.load(table_bias + head * rows + table_rows(distance_block, rows, future, BLOCK)).to(tl.float32)
     return tl.dot(query, tl.trans(tile), input_precision="ieee") + bias[None, :]
 
 
 @triton.jit
 def far_logits(query, table, table_bias, head, rows, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """q . R[P-1] + S[P-1]: the relative term of every key at distance P - 1 or more."""
+    """q . R[P-1] + S[P-1]: the relative term of every key at the distance of the last row or more."""
     last = load_channels(table, head * rows + rows - 1, HEAD_DIM, WIDTH)
     bias = tl.load(table_bias + head * rows + rows - 1).to(tl.float32)
     return tl.sum(query.to(tl.float32) * last[None, :], axis=1) + bias
 
 
 @triton.jit
-def near_blocks(rows, BLOCK: tl.constexpr):
-    """How many blocks of distances need the table; from there on all distances of a tile use its last row."""
-    return (tl.maximum(rows - 2, 0) + BLOCK - 1) // BLOCK + 1
+def near_blocks(rows, future, nearest, count, BLOCK: tl.constexpr, KIND: tl.constexpr):
+    """Up to which of the blocks of distances nearest..count the table is needed: from there on all distances of a tile
+    use its last row. Where there are fewer keys than queries, the last of these meet no other row."""
+    if future is not None:
+        rows -= future
+    near = tl.minimum(count, (tl.maximum(rows - 2, 0) + BLOCK - 1) // BLOCK + 1)
+    if KIND.ahead:
+        near = tl.maximum(near, nearest)
+    return near
 
 
 @triton.jit
@@ -159,47 +195,127 @@ def key_columns(block, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def row_starts(starts, batch, block, tokens, BLOCK: tl.constexpr):
+def key_count(limits, tokens, KIND: tl.constexpr):
+    """How many keys there are: under causality as many as queries, which saves a number in a register."""
+    if KIND.causal:
+        return tokens
+    else:
+        return limits.entries
+
+
+@triton.jit
+def row_starts(limits, batch, block, tokens, BLOCK: tl.constexpr):
     """The first token each query of a block may see, as a column; None when that is 0 for all."""
-    if starts is not None:
-        return load_rows(starts, tl.cast(batch, tl.int64) * tokens, block, tokens, 0, BLOCK)[:, None]
+    if limits.starts is not None:
+        return load_rows(limits.starts, tl.cast(batch, tl.int64) * tokens, block, tokens, 0, BLOCK)[:, None]
     else:
         return None
 
 
 @triton.jit
-def hide(scores, queries, keys, starts, WINDOW: tl.constexpr, SINKS: tl.constexpr):
-    """-inf where the mask hides the key. Tokens beyond the last need nothing: no real query comes after them."""
-    seen = keys <= queries
-    sinks = keys < SINKS
-    if starts is not None:
-        seen = seen & (keys >= starts)
-        sinks = keys - starts < SINKS
-    if WINDOW > 0:
-        near = queries - keys < WINDOW
-        if SINKS > 0:
-            near = near | sinks
-        seen = seen & near
+def row_prefix(limits, batch):
+    """How many first positions see each other; None for none."""
+    if limits.prefix is not None:
+        return tl.load(limits.prefix + batch)
+    else:
+        return None
+
+
+@triton.jit
+def keys_exist(limits, batch, block, BLOCK: tl.constexpr):
+    """Which keys of a block exist, as a row; None when all do."""
+    if limits.exists is not None:
+        offset = tl.cast(batch, tl.int64) * limits.entries
+        return (load_rows(limits.exists, offset, block, limits.entries, 0, BLOCK) != 0)[None, :]
+    else:
+        return None
+
+
+@triton.jit
+def hide(scores, queries, keys, starts, prefix, exists, entries, KIND: tl.constexpr):
+    """-inf where the mask hides the key. Causality hides what comes after the last token, too: no real query does."""
+    if KIND.causal:
+        seen = keys <= queries
+        sinks = keys < KIND.sinks
+        if starts is not None:
+            seen = seen & (keys >= starts)
+            sinks = keys - starts < KIND.sinks
+        if KIND.window > 0:
+            near = queries - keys < KIND.window
+            if KIND.sinks > 0:
+                near = near | sinks
+            seen = seen & near
+        if prefix is not None:
+            seen = seen | ((queries < prefix) & (keys < prefix))
+    else:
+        seen = (keys < entries) & (queries >= 0)
+    if exists is not None:
+        seen = seen & exists
     return tl.where(seen, scores, float("-inf"))
 
 
 @triton.jit
-def first_key_block(first_blocks, batch, block, tokens, BLOCK: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr):
+def first_key_block(limits, first_blocks, batch, block, tokens, BLOCK: tl.constexpr, KIND: tl.constexpr):
     """The first key block that a query block looks at. Sinks may be anywhere before the window: no skipping then."""
     first = block * 0
     if first_blocks is not None:
         first = tl.load(first_blocks + batch * tl.cdiv(tokens, BLOCK) + block)
-    if WINDOW > 0 and SINKS == 0:
-        first = tl.maximum(first, tl.maximum(block * BLOCK - WINDOW + 1, 0) // BLOCK)
+    if KIND.window > 0 and KIND.sinks == 0:
+        first = tl.maximum(first, tl.maximum(block * BLOCK - KIND.window + 1, 0) // BLOCK)
+        if limits.prefix is not None:
+            first = tl.where(block * BLOCK < tl.load(limits.prefix + batch), 0, first)
     return first
 
 
 @triton.jit
-def last_query_block(last_blocks, batch, block, tokens, BLOCK: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr):
+def nearest_key_block(limits, batch, block, BLOCK: tl.constexpr, KIND: tl.constexpr):
+    """The distance, at most 0, of the last key block that a query block looks at, where keys after it may be seen.
+
+    Where there are fewer keys than queries it is above 0 for the last queries.
+    """
+    last = tl.cdiv(limits.entries, BLOCK) - 1
+    if KIND.causal:
+        prefix = tl.load(limits.prefix + batch)
+        last = tl.where(block * BLOCK < prefix, tl.maximum(block, tl.cdiv(prefix, BLOCK) - 1), block)
+    return block - last
+
+
+@triton.jit
+def nearest_query_block(limits, batch, block, BLOCK: tl.constexpr, KIND: tl.constexpr):
+    """The distance, at most 0, of the first query block that looks at a key block, where it may come before it."""
+    nearest = -block
+    if KIND.causal:
+        nearest = tl.where(block * BLOCK < tl.load(limits.prefix + batch), nearest, 0)
+    return nearest
+
+
+@triton.jit
+def last_query_block(limits, last_blocks, batch, block, tokens, BLOCK: tl.constexpr, KIND: tl.constexpr):
     """The last query block that looks at a key block."""
     last = tl.cdiv(tokens, BLOCK) - 1
     if last_blocks is not None:
         last = tl.load(last_blocks + batch * tl.cdiv(tokens, BLOCK) + block)
-    if WINDOW > 0 and SINKS == 0:
-        last = tl.minimum(last, (block * BLOCK + BLOCK + WINDOW - 2) // BLOCK)
+    if KIND.window > 0 and KIND.sinks == 0:
+        near = tl.minimum(last, (block * BLOCK + BLOCK + KIND.window - 2) // BLOCK)
+        if limits.prefix is not None:
+            prefix = tl.load(limits.prefix + batch)
+            near = tl.where(block * BLOCK < prefix, tl.maximum(near, tl.cdiv(prefix, BLOCK) - 1), near)
+        last = near
     return last
+
+
+@triton.jit
+def absorb(scores, value, mixed, peak, total, KIND: tl.constexpr):
+    """One step of the softmax over keys as they come (Milakov and Gimelshein 2018, arXiv 1805.02867), base 2.
+
+    Under causality alone the first block holds every query's own key, which it always sees: the peak is finite from
+    then on. Where a query may have seen no key yet its peak is -inf, and 0 stands for it.
+    """
+    new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+    anchor = new_peak
+    if KIND.partial:
+        anchor = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weights = tl.exp2(scores - anchor[:, None])
+    shrink = tl.exp2(peak - anchor)
+    mixed = mixed * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+    return mixed, new_peak, total * shrink + tl.sum(weights, axis=1)
