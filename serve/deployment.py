@@ -153,7 +153,7 @@ def start(
 
 
 def _connect(config: ServeConfig) -> None:
-    """Starts a local Ray, or joins the cluster of the configuration."""
+    """Starts a local Ray, or joins the cluster of the configuration. Raises RuntimeError if Ray does not start."""
     if config.cluster is not None:
         ray.init(address=config.cluster, log_to_driver=False)
         return
@@ -161,14 +161,18 @@ def _connect(config: ServeConfig) -> None:
     os.environ[VARIABLE] = config.front_limits.to_json()
     # Ray prints errors of its processes with pages of logs on stdout; `Watch` and `LocalRay` report them in one line.
     ray._private.worker.listen_error_messages = lambda *_: None
-    ray.init(
-        address="local",
-        num_cpus=config.num_cpus,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=config.num_cpus,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    except Exception as error:  # Ray has no class of its own for it
+        reason = str(error).partition(". ")[0]
+        raise RuntimeError(f"Ray did not start: {reason}; a busy machine is too slow for it, so try again") from error
 
 
 def wait_until_running(cancelled: Callable[[], bool]) -> None:

@@ -71,7 +71,11 @@ def find_launcher() -> Launcher | None:
         grandparent = psutil.Process(parent.ppid())
         if "deepspeed.launcher.launch" not in parent.cmdline():
             return None
-        if not any(os.path.basename(part).startswith("deepspeed") for part in grandparent.cmdline()[:2]):
+        words = (
+            grandparent.cmdline()
+        )  # `deepspeed ...`, or `python -m deepspeed.launcher.runner ...` of `attnzoo train`
+        by_name = any(os.path.basename(word).startswith("deepspeed") for word in words[:2])
+        if not by_name and "deepspeed.launcher.runner" not in words:
             return None
     except psutil.Error:
         return None

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options and examples."""
     parser.description = (
         "Print the largest micro-batch of every ZeRO stage, the memory of a GPU by part, the shortest step time by "
-        "roofline, and how many sequences a GPU can serve with each cache policy."
+        "roofline, and how many sequences a GPU can serve with exact caches."
     )
     parser.epilog = EXAMPLES
     parser.add_argument(

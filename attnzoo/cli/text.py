@@ -32,6 +32,8 @@ def load(options: argparse.Namespace) -> "LanguageModel":
     """The model and its tokenizer. Raises ValueError that names the option."""
     import attnzoo
 
+    if sys.stderr.isatty():
+        print(f"loading {options.checkpoint} ...", file=sys.stderr)
     return attnzoo.load(options.checkpoint, dtype=options.dtype, device=options.device)
 
 

@@ -1,4 +1,4 @@
-"""Memory of serving: the state of a sequence under each cache policy, and how many sequences fit beside the weights."""
+"""Memory of serving: the state of a sequence under each exact cache, and how many sequences fit beside the weights."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def cache_policies(model: DecoderLM, context: int) -> dict[str, int]:
 
 
 def serving_report(model: DecoderLM, context: int, memory: int, precision: str, chips: list[Chip]) -> str:
-    """A table of the sequences that fit in `memory` bytes of one GPU with each cache policy, and of the shortest time
+    """A table of the sequences that fit in `memory` bytes of one GPU with each exact cache, and of the shortest time
     of a decode step on each chip."""
     weights = model.num_parameters() * model.embedding.weight.element_size()
     rows = []

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from attnzoo.cli.train import launch_command
 from tests.helpers.training import ROOT, command, environment, launch, losses, write_tiny
 
 
@@ -160,7 +161,7 @@ def test_a_signal_in_an_evaluation_or_a_checkpoint_is_heard_at_once(tiny: Path, 
 
 
 def test_ranks_whose_launcher_dies_while_data_are_prepared_stop(tiny: Path, tmp_path: Path) -> None:
-    """They would train to the end, and nobody would know."""
+    """They would train to the end, and nobody would know. Here the command is that of `attnzoo train`."""
     (tmp_path / "slow.py").write_text(
         "import sys, time\n"
         "from attnzoo.attention import ATTENTION\n"
@@ -176,7 +177,7 @@ def test_ranks_whose_launcher_dies_while_data_are_prepared_stop(tiny: Path, tmp_
     run = tmp_path / "run"
     options = (f"run_dir={run}", "train.steps=1000000", "eval.every=null", "schedule.kind=constant")
     process = subprocess.Popen(
-        command(tiny, *options),
+        launch_command(2, ["--config", str(tiny), *options]),
         env=environment(ATTNZOO_PLUGINS=str(tmp_path / "slow.py")),
         start_new_session=True,
         stderr=subprocess.DEVNULL,

@@ -29,7 +29,7 @@ from attnzoo.types import accumulation_dtype
 BLOCK = 128
 """Rows of a block: fewer make products that are slow, more make memory."""
 TILE_BYTES = 2 << 20
-"""Scores of a block in one product, of as many heads, then sequences, as fit: few meetings of threads, and in the cache."""
+"""Scores of a block in one product, of as many heads, then sequences, as fit: few meetings of threads, all in cache."""
 
 _softmax = torch.ops.aten._softmax
 _softmax_backward = torch.ops.aten._softmax_backward_data
