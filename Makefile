@@ -8,8 +8,9 @@ BIN = $(VENV)/bin
 PORT ?= 8000
 CHECKPOINT ?= runs/demo/export
 TEXT ?= stdlib
-# Tests share cores, one thread each; contiguous halves keep what a file's tests share in one process.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+# Tests share cores, one thread each; contiguous halves keep what a file's tests share in one process. They start many
+# processes, which would compile the project again and again where bytecode may not be written.
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 .PHONY: help install demo train compare serve quick test coverage slow check docs release format clean
 .DEFAULT_GOAL := help

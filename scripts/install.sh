@@ -20,8 +20,7 @@ if ! command -v c++ >/dev/null && ! command -v g++ >/dev/null; then
 fi
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-# Not compiled to bytecode beforehand: Python does it for the modules that are used, when they are first used.
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check install --quiet --no-compile "$@"; }
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check install --quiet "$@"; }
 say() { echo "install: $* ($(($(date +%s) - begin)) s so far)"; }
 
 if [ -z "${TORCH:-}" ] && ! "$venv/bin/python" -c 'import torch' 2>/dev/null && ! command -v nvidia-smi >/dev/null; then

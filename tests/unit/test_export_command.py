@@ -64,7 +64,7 @@ def test_command_refuses(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["export", "--help"])
     assert stop.value.code == 0
-    assert "attnzoo export runs/mha/export out" in capsys.readouterr().out
+    assert "attnzoo export runs/rcmha out" in capsys.readouterr().out
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -59,7 +59,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ("a", {"cache": {"policy": "d2o", "sinks": 1}, "sinks": 2}, "sinks=2 is given twice, cache has sinks=1"),
     ("a", {"cache": "streaming", "votes": True}, "unknown option 'votes'"),
     ("a", {"cache": "d2o", "votes": True, "merge_counts": True}, "votes is the old name of .*merge_counts"),
-    ("a", {"cache": build_cache("d2o"), "sinks": 2}, "sinks: the cache is an object, d2o"),
+    ("a", {"cache": build_cache("d2o"), "sinks": 2}, "sinks: cache is an object, d2o"),
 ]
 
 
