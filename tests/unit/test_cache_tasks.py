@@ -104,7 +104,7 @@ def test_needles_stand_anywhere():
 def test_a_context_too_short_is_refused():
     with pytest.raises(ValueError, match=r"length=39 is too short for the 40 symbols"):
         symbol_example("recall", 39, 0)
-    with pytest.raises(ValueError, match=r"length=50 is too short for \d+ tokens"):
+    with pytest.raises(ValueError, match=r"length=50 is too short for the \d+ tokens"):
         text_example(byte_tokens, "needles", 50, 0)
 
 
