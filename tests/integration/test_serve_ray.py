@@ -18,6 +18,7 @@ import yaml
 from click.testing import CliRunner
 
 from serve.__main__ import main
+from serve.config import ServeConfig
 from tests.helpers.ray_server import DEPLOYMENT, ROOT, Running, environment, expected
 from tests.helpers.serving import export
 
@@ -26,6 +27,7 @@ with warnings.catch_warnings():
     from ray.serve.schema import ServeDeploySchema
     from ray.serve.scripts import build as build_command
 
+    from serve import deployment
     from serve.deployment import app, explain_failure, free_port
 
 TRACE = 'Error:\nTraceback (most recent call last):\n  File "x.py", line 5, in f\n    g()\n    ^^^\n'
@@ -248,6 +250,17 @@ def test_why_a_deployment_failed(message, expected):
     found = explain_failure(message)
     assert expected in found
     assert "Traceback" not in found
+
+
+def test_a_ray_that_does_not_start_is_said_in_a_line(monkeypatch):
+    def late(**_):
+        raise Exception("The current node timed out during startup. This could happen because some raylet failed.")
+
+    monkeypatch.setattr(deployment.ray, "init", late)
+    monkeypatch.setattr(deployment.ray._private.worker, "listen_error_messages", None)
+    monkeypatch.setenv(deployment.VARIABLE, "")
+    with pytest.raises(RuntimeError, match=r"^Ray did not start: The current node timed out during startup; .*again$"):
+        deployment._connect(ServeConfig(checkpoint="none"))
 
 
 def test_help_has_examples(capsys):
