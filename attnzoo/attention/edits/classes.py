@@ -1,0 +1,86 @@
+"""Classes of keys, and fused attention over one class at a time with the logarithm of its sum of exponentials."""
+
+import torch
+from torch import Tensor
+
+from attnzoo.attention.edits.spans import Chosen, Sinks
+from attnzoo.types import accumulation_dtype
+
+
+def classes_of(sets: tuple[Chosen, ...], positions_KS: Tensor, flags: dict[Sinks, Tensor]) -> tuple[Tensor, Tensor]:
+    """(member_CM, class_KS): keys of one class are in the same sets; member says which sets these are."""
+    held_KSM = torch.stack([each.holds(positions_KS, flags) for each in sets], dim=-1)
+    member_CM, class_L = held_KSM.flatten(0, 1).unique(dim=0, return_inverse=True)
+    return member_CM, class_L.view(positions_KS.shape)
+
+
+def class_passes(
+    content_NRH: Tensor,
+    keys_KSH: Tensor,
+    values_KSH: Tensor,
+    visible_NRS: Tensor,
+    added_NRS: Tensor | None,
+    class_S: Tensor,
+    classes: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(lse_NRC, out_NRCH) of every class, -inf and 0 where a query sees none of its keys. Heads are grouped by kv head,
+    as many in each."""
+    found = []
+    for number in range(classes):
+        # Keys that no query of the block sees are left out.
+        at = ((class_S == number) & visible_NRS.any(0).any(0)).nonzero()[:, 0]
+        whole = len(at) == len(class_S)
+        keys, values = (x if whole else x.index_select(1, at) for x in (keys_KSH, values_KSH))
+        seen = visible_NRS if whole else visible_NRS[..., at]
+        added = added_NRS if added_NRS is None or whole else added_NRS[..., at]
+        found.append(_one_class(content_NRH, keys, values, seen, added, scale))
+    return torch.stack([lse for lse, _ in found], dim=-1), torch.stack([out for _, out in found], dim=2)
+
+
+def _one_class(
+    content_NRH: Tensor, keys_KSH: Tensor, values_KSH: Tensor, seen_NRS: Tensor, added_NRS: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    heads, rows = content_NRH.shape[:2]
+    dtype = accumulation_dtype(content_NRH.dtype)
+    if keys_KSH.shape[1] == 0:
+        empty = content_NRH.new_full((heads, rows), float("-inf"), dtype=dtype)
+        return empty, content_NRH.new_zeros(heads, rows, values_KSH.shape[-1], dtype=dtype)
+    mask, some = None, None
+    if added_NRS is not None or not bool(seen_NRS.all()):
+        some = seen_NRS.any(-1)
+        zeros = content_NRH.new_zeros(()) if added_NRS is None else added_NRS.to(content_NRH.dtype)
+        mask = torch.where(seen_NRS, zeros, float("-inf"))
+    out, lse = lse_attention(content_NRH, keys_KSH, values_KSH, mask, scale)
+    out, lse = out.to(dtype), lse.to(dtype)
+    if some is not None:  # the fused operation's answers for rows without keys say nothing
+        out, lse = out.masked_fill(~some[..., None], 0.0), lse.masked_fill(~some, float("-inf"))
+    return lse, out
+
+
+def lse_attention(
+    q_NRH: Tensor, k_KSH: Tensor, v_KSH: Tensor, mask_NRS: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out_NRH, lse_NR) of softmax attention; rows without keys have anything. torch's fused operation says the
+    logarithm on CPUs only; elsewhere it is computed from the scores."""
+    group = len(q_NRH) // len(k_KSH)
+    if q_NRH.device.type == "cpu" and q_NRH.shape[-1] == v_KSH.shape[-1]:
+        if q_NRH.shape[1] == 1:  # queries that share a kv head are rows of one product
+            heads = len(q_NRH)
+            mask = None if mask_NRS is None else mask_NRS.expand(heads, 1, -1).reshape(1, -1, group, k_KSH.shape[1])
+            out, lse = _fused(q_NRH.reshape(1, len(k_KSH), group, -1), k_KSH[None], v_KSH[None], mask, scale)
+            return out.reshape(heads, 1, -1), lse.reshape(heads, 1)
+        out, lse = _fused(q_NRH[None], k_KSH[None], v_KSH[None], None if mask_NRS is None else mask_NRS[None], scale)
+        return out[0], lse[0]
+    dtype = accumulation_dtype(q_NRH.dtype)
+    k_NSH, v_NSH = (x.repeat_interleave(group, dim=0).to(dtype) for x in (k_KSH, v_KSH))
+    scores = q_NRH.to(dtype) @ k_NSH.mT * scale
+    scores = scores if mask_NRS is None else scores + mask_NRS
+    return scores.softmax(-1).nan_to_num() @ v_NSH, scores.logsumexp(-1)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, False, attn_mask=mask, scale=scale
+    )
+    return out, lse

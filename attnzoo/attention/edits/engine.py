@@ -1,0 +1,271 @@
+"""Attention with edits, for the heads and queries that they name alone: key by key, or class of keys by class of
+keys."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnzoo.attention.edits.classes import class_passes, classes_of
+from attnzoo.attention.edits.cost import ROWS, rows_at_once
+from attnzoo.attention.edits.items import Edit, Here
+from attnzoo.attention.edits.order import Weighed, weighed
+from attnzoo.attention.edits.plan import Meant
+from attnzoo.attention.edits.reading import LayerRecord
+from attnzoo.attention.edits.reads import Read
+from attnzoo.ops.common.masks import Mask, sees
+from attnzoo.types import accumulation_dtype
+
+Terms = Callable[[Tensor, Mask], tuple[Tensor, Tensor | None]]
+Weigh = Callable[[Tensor, Tensor, tuple[Tensor, Tensor], list[tuple[Meant, Here]]], Weighed]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of attention, as engines read it. terms: the scores as content . key * scale + bias (`Position.terms`);
+    mask: what is visible, with the positions that `terms` reads. queries_BT, positions_BKS: positions in the sequence
+    that edits speak of, -1 for what is not of it. log_counts_BKS: logarithm of the number of tokens that an entry
+    stands for, part of its score. approximate: keys lack channels. weigh: weights from products of content and keys,
+    for a variant without softmax."""
+
+    q_BNTH: Tensor
+    keys_BKSH: Tensor
+    values_BKSH: Tensor
+    mask: Mask
+    terms: Terms
+    scale: float
+    queries_BT: Tensor
+    positions_BKS: Tensor
+    log_counts_BKS: Tensor | None = None
+    approximate: bool = False
+    weigh: Weigh | None = None
+
+
+@dataclass(frozen=True)
+class Changed:
+    """New outputs of some heads and tokens of one row; named_NR: where they take the place of the old ones."""
+
+    heads_N: Tensor
+    tokens_R: Tensor
+    out_NRH: Tensor
+    named_NR: Tensor
+
+
+def row_changes(call: AttentionCall, row: int, record: LayerRecord, step: int | None) -> Iterator[Changed]:
+    """Runs one row's edits and reads: yields what edits change, and adds what is read to the record."""
+    items = [meant for meant in record.plan.items if meant.in_call(step)]
+    queries_T = call.queries_BT[row]
+    wanted_T = torch.zeros_like(queries_T, dtype=torch.bool)
+    for meant in items:
+        wanted_T |= meant.queries.holds(queries_T, record.flags)
+    tokens = wanted_T.nonzero()[:, 0]
+    record.heads = call.q_BNTH.shape[1]
+    counts = None if call.log_counts_BKS is None else call.log_counts_BKS[row].exp().round()
+    record.held = (call.positions_BKS[row], counts)
+    record.approximate |= call.approximate
+    if not len(tokens):
+        return
+    record.engines.add(record.plan.engine)
+    partitioned = record.plan.engine == "partitioned" and not _needs_gradient(call)
+    heads = len(record.plan.heads)
+    size = ROWS if partitioned else rows_at_once(heads, call.keys_BKSH.shape[2])
+    for tokens_R in tokens.split(size):
+        yield from (_by_class if partitioned else _by_key)(call, row, record, items, tokens_R)
+
+
+def _by_key(
+    call: AttentionCall, row: int, record: LayerRecord, items: list[Meant], tokens_R: Tensor
+) -> Iterator[Changed]:
+    """Every key has a score of its own."""
+    block = _Block.of(call, row, tokens_R, torch.tensor(record.plan.heads, device=tokens_R.device))
+    kv_N = block.heads_N // (call.q_BNTH.shape[1] // call.keys_BKSH.shape[1])
+    dtype = accumulation_dtype(call.q_BNTH.dtype)
+    keys_NSH, values_NSH = (x[row].to(dtype)[kv_N] for x in (call.keys_BKSH, call.values_BKSH))
+    products = block.content_NRH.to(dtype) @ keys_NSH.mT
+    positions_NS = _per_head(call.positions_BKS[row], kv_N)
+    heres = [(meant, here_of(meant, block, positions_NS, record)) for meant in items]
+    if call.weigh is not None:
+        where = (block.queries_R, positions_NS)
+        found = call.weigh(products, block.visible_NRS, where, heres)
+    else:
+        scores = products * call.scale if block.added_NRS is None else products * call.scale + block.added_NRS
+        found = weighed(scores, block.visible_NRS, [(meant.item, here) for meant, here in heres])
+    yield from _finish(found, lambda w: w @ values_NSH, heres, block, record, call.q_BNTH.dtype)
+
+
+def _by_class(
+    call: AttentionCall, row: int, record: LayerRecord, items: list[Meant], tokens_R: Tensor
+) -> Iterator[Changed]:
+    """One fused pass for every class of keys; a class's score is the logarithm of its sum of exponentials."""
+    plan, device = record.plan, tokens_R.device
+    block = _Block.of(call, row, tokens_R, torch.tensor(plan.heads, device=device))
+    member_CM, class_KS = classes_of(plan.sets, call.positions_BKS[row], record.flags)
+    lses, outs = [], []
+    for kv_heads, first, last in _groups(plan.heads, call):
+        kv_K, heads = torch.tensor(kv_heads, device=device), slice(first, last)
+        lse, out = class_passes(
+            block.content_NRH[heads],
+            call.keys_BKSH[row].index_select(0, kv_K),
+            call.values_BKSH[row].index_select(0, kv_K),
+            _cut(block.visible_NRS, heads),
+            None if block.added_NRS is None else _cut(block.added_NRS, heads),
+            class_KS[0 if len(class_KS) == 1 else kv_heads[0]],
+            len(member_CM),
+            call.scale,
+        )
+        lses.append(lse)
+        outs.append(out)
+    lse_NRC, out_NRCH = torch.cat(lses), torch.cat(outs)
+    sets = {held: member_CM[:, index][None, None] for index, held in enumerate(plan.sets)}
+    heres = [(meant, class_here(meant, block, sets, record)) for meant in items]
+    found = weighed(lse_NRC, lse_NRC > float("-inf"), [(meant.item, here) for meant, here in heres])
+    yield from _finish(found, lambda w: (w[..., None] * out_NRCH).sum(2), heres, block, record, call.q_BNTH.dtype)
+
+
+def _cut(x_NRS: Tensor, heads: slice) -> Tensor:
+    return x_NRS if len(x_NRS) == 1 else x_NRS[heads]
+
+
+def _groups(heads: tuple[int, ...], call: AttentionCall) -> list[tuple[list[int], int, int]]:
+    """(kv heads, first, last) of heads that one pass can take: all where every kv head has the same entries and as many
+    of the heads, else those of one kv head."""
+    kv_heads = call.keys_BKSH.shape[1]
+    counts = [0] * kv_heads
+    for head in heads:
+        counts[head // (call.q_BNTH.shape[1] // kv_heads)] += 1
+    used = [kv for kv in range(kv_heads) if counts[kv]]
+    if call.positions_BKS.shape[1] == 1 and len({counts[kv] for kv in used}) == 1:
+        return [(used, 0, len(heads))]
+    ends = [sum(counts[: kv + 1]) for kv in used]
+    return [([kv], end - counts[kv], end) for kv, end in zip(used, ends, strict=True)]
+
+
+def _finish(
+    found: Weighed,
+    with_values: Callable[[Tensor], Tensor],
+    heres: list[tuple[Meant, Here]],
+    block: "_Block",
+    record: LayerRecord,
+    dtype: torch.dtype,
+) -> Iterator[Changed]:
+    """Adds to reads, and yields the new outputs where there are edits."""
+    named_NR1 = torch.zeros_like(found.empty_NR1)
+    edited = torch.zeros_like(named_NR1)
+    for meant, here in heres:
+        named_NR1 = named_NR1 | here.named_NR1
+        if isinstance(meant.item, Read):
+            record.add(meant, here, found, block.queries_R)
+        elif isinstance(meant.item, Edit):
+            edited = edited | here.named_NR1
+    for head, query in (found.empty_NR1 & named_NR1)[..., 0].nonzero().tolist():
+        record.empty.append((int(block.heads_N[head]), int(block.queries_R[query])))
+    if bool(edited.any()):
+        out_NRH = with_values(found.weights_NRS).to(dtype)
+        yield Changed(block.heads_N, block.tokens_R, out_NRH, edited[..., 0])
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some heads and tokens of one row: content_NRH, and what is added to scores besides content . key. visible_NRS and
+    added_NRS may have one head for all, and one query."""
+
+    heads_N: Tensor
+    tokens_R: Tensor
+    queries_R: Tensor
+    visible_NRS: Tensor
+    content_NRH: Tensor
+    added_NRS: Tensor | None
+
+    @staticmethod
+    def of(call: AttentionCall, row: int, tokens_R: Tensor, heads_N: Tensor) -> "_Block":
+        num_heads, entries = call.q_BNTH.shape[1], call.keys_BKSH.shape[2]
+        kv_N = heads_N // (num_heads // call.keys_BKSH.shape[1])
+        queries_1R, keys_1KS, visible = _seen(call.mask, row, tokens_R, entries)
+        plain = Mask(
+            causal=call.mask.causal,
+            prefix_B=None if call.mask.prefix_B is None else call.mask.prefix_B[row : row + 1],
+            query_positions_BT=queries_1R,
+            key_positions_BKS=keys_1KS,
+        )
+        content, bias = call.terms(call.q_BNTH[row : row + 1, :, tokens_R], plain)
+        added = None if bias is None else bias[0].index_select(0, heads_N)
+        if call.log_counts_BKS is not None:
+            counts = _per_head(call.log_counts_BKS[row], kv_N)[:, None]
+            added = counts if added is None else added + counts
+        per_query_head = visible if len(visible) == num_heads else None
+        visible_NRS = _per_head(visible, kv_N) if per_query_head is None else per_query_head[heads_N]
+        return _Block(
+            heads_N,
+            tokens_R,
+            call.queries_BT[row, tokens_R],
+            visible_NRS,
+            content[0].index_select(0, heads_N),
+            added,
+        )
+
+
+def _seen(mask: Mask, row: int, tokens_R: Tensor, entries: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(query positions [1, R], key positions [1, K or 1, S], visible [K, N or 1, R, S]) of some tokens of one row."""
+    device = tokens_R.device
+    queries_BT, keys_BKS = mask.positions(int(tokens_R.max()) + 1, entries, device)
+    queries_R, keys_KS = queries_BT[min(row, len(queries_BT) - 1)][tokens_R], keys_BKS[min(row, len(keys_BKS) - 1)]
+    visible = sees(
+        queries_R[None, :, None],
+        keys_KS[:, None],
+        causal=mask.causal,
+        window=mask.window,
+        sinks=mask.sinks,
+        prefix=None if mask.prefix_B is None else mask.prefix_B[row],
+        starts=None if mask.starts_BT is None else mask.starts_BT[row, tokens_R][None, :, None],
+        exists=None if mask.keys_BS is None else mask.keys_BS[row][None, None],
+    )
+    if mask.pairs is not None:
+        pairs = mask.pairs[row] if mask.pairs.dim() == 4 else mask.pairs[row][None]
+        visible = visible & pairs[:, tokens_R]
+    return queries_R[None], keys_KS[None], visible
+
+
+def here_of(meant: Meant, block: _Block, positions_NS: Tensor, record: LayerRecord) -> Here:
+    """What an item means among the keys of a block."""
+    sets = dict(meant.sets)
+    return Here(
+        named_NR1=_named(meant, block, record),
+        keys={name: held.holds(positions_NS, record.flags)[:, None] for name, held in sets.items()},
+        heads_N=block.heads_N,
+        head_row_N=_head_rows(meant, block),
+        query_row_R=meant.queries.rank(block.queries_R),
+        key_row_NS=sets["keys"].rank(positions_NS),
+        positions_NS=positions_NS.expand(len(block.heads_N), -1),
+    )
+
+
+def class_here(meant: Meant, block: _Block, sets: dict, record: LayerRecord) -> Here:
+    """What an item means among classes of keys."""
+    return Here(
+        named_NR1=_named(meant, block, record),
+        keys={name: sets[held] for name, held in meant.sets},
+        heads_N=block.heads_N,
+        head_row_N=_head_rows(meant, block),
+        query_row_R=meant.queries.rank(block.queries_R),
+        key_row_NS=None,
+        positions_NS=None,
+    )
+
+
+def _named(meant: Meant, block: _Block, record: LayerRecord) -> Tensor:
+    heads = torch.isin(block.heads_N, torch.tensor(meant.heads, device=block.heads_N.device))
+    return (heads[:, None] & meant.queries.holds(block.queries_R, record.flags))[..., None]
+
+
+def _head_rows(meant: Meant, block: _Block) -> Tensor:
+    return torch.searchsorted(torch.tensor(meant.heads, device=block.heads_N.device), block.heads_N)
+
+
+def _per_head(x_KS: Tensor, kv_N: Tensor) -> Tensor:
+    """What each kv head has, or one for all, for query heads."""
+    return x_KS if len(x_KS) == 1 else x_KS[kv_N]
+
+
+def _needs_gradient(call: AttentionCall) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (call.q_BNTH, call.keys_BKSH, call.values_BKSH))

@@ -1,0 +1,355 @@
+"""What can be changed in attention (and in `reads.py`, read): one class each, frozen, comparable, writable as JSON.
+
+An edit's `apply` is its formula. It sees scores or weights [N, R, S] of some heads N, queries R and keys S, and in
+`Here` which of them are meant. Whatever it does, keys that the mask hides stay hidden: `order.weighed`, which applies
+all edits, sees to it.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from attnzoo.attention.edits.spans import ALL, Chosen, Picks, Positions, normal_picks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Layers, query heads, queries, keys and steps that a read or an edit speaks of; what is left out means all.
+
+    layers, heads: 0 is the first, -1 the last. queries, keys: positions. steps: 0 is the prompt, n the n-th generated
+    token; in a model that sees everything again in each call, such as in diffusion, the number of the call.
+    """
+
+    layers: Picks = ALL
+    heads: Picks = ALL
+    queries: Positions = ALL
+    keys: Positions = ALL
+    steps: Picks = ALL
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "heads", "steps"):
+            object.__setattr__(self, name, normal_picks(getattr(self, name), f"Where.{name}"))
+        for name in ("queries", "keys"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+
+
+class Values:
+    """Numbers [heads, queries, keys] that an edit puts in place, in the order of what its `Where` names; one head
+    stands for all. Compared and hashed by value."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = torch.as_tensor(values, dtype=torch.float64).detach().cpu().clone()
+        if self.values.dim() == 2:
+            self.values = self.values[None]
+        if self.values.dim() != 3 or not torch.isfinite(self.values).all():
+            raise ValueError(f"values of shape {list(self.values.shape)} must be finite numbers [heads, queries, keys]")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Values) and torch.equal(self.values, other.values)
+
+    def __hash__(self) -> int:
+        return hash(self.values.numpy().tobytes())
+
+    def __repr__(self) -> str:
+        return f"Values({list(self.values.shape)})"
+
+
+@dataclass(frozen=True)
+class Here:
+    """Which of the heads N, queries R and keys S of a call an item means.
+
+    named_NR1: its heads and queries. keys: its sets of keys by name, [N or 1, 1, S]; "keys" is that of its `Where`.
+    heads_N: the heads' numbers in the model. head_row_N, query_row_R: their places among those that the item names;
+    key_row_NS likewise, or None where keys are classes of keys. positions_NS: logical positions of the keys.
+    """
+
+    named_NR1: Tensor
+    keys: dict[str, Tensor]
+    heads_N: Tensor
+    head_row_N: Tensor
+    query_row_R: Tensor
+    key_row_NS: Tensor | None
+    positions_NS: Tensor | None
+
+    @property
+    def meant(self) -> Tensor:
+        """meant_NRS: the pairs that the item speaks of."""
+        return self.named_NR1 & self.keys["keys"]
+
+    def place(self, values: Tensor) -> Tensor:
+        """values [heads, queries, keys] of the named ones as [N, R, S], anything elsewhere."""
+        assert self.key_row_NS is not None
+        heads, queries, keys = values.shape
+        rows = self.head_row_N.clamp(0, heads - 1)[:, None, None]
+        return values[
+            rows,
+            self.query_row_R.clamp(0, queries - 1)[None, :, None],
+            self.key_row_NS.clamp(0, keys - 1)[:, None],
+        ]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A read or an edit. dense: it needs every key's score or weight; else sums over sets of keys are enough."""
+
+    where: Where = field(default_factory=Where)
+    dense: ClassVar[bool] = True
+
+    def key_sets(self) -> dict[str, Positions]:
+        """The sets of keys that it tells apart, by name."""
+        return {"keys": self.where.keys}
+
+    def check(self, heads: int, queries: Chosen, keys: Chosen, num_heads: int, at: str) -> None:
+        """Raises ValueError where it does not fit what its `Where` names, of a layer of `num_heads` heads."""
+
+
+class Edit(Item, ABC):
+    """A change of scores or weights."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether it changes nothing, whatever the scores."""
+        return False
+
+    @abstractmethod
+    def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
+        """The changed scores or weights; where nothing is meant, the given ones."""
+
+
+class ScoreEdit(Edit):
+    """A change before the softmax."""
+
+
+class WeightEdit(Edit):
+    """A change after the softmax."""
+
+
+@dataclass(frozen=True)
+class Add(ScoreEdit):
+    """score + value."""
+
+    value: float = 0.0
+    dense: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _number("Add.value", self.value)
+
+    @property
+    def idle(self) -> bool:
+        return self.value == 0
+
+    def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
+        return torch.where(here.meant, x_NRS + self.value, x_NRS)
+
+
+@dataclass(frozen=True)
+class Hide(ScoreEdit):
+    """The keys get no weight at all."""
+
+    dense: ClassVar[bool] = False
+
+    def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
+        return x_NRS.masked_fill(here.meant, float("-inf"))
+
+
+@dataclass(frozen=True)
+class Temper(ScoreEdit):
+    """score * factor; with `magnitude`, score + (factor - 1) |score|, which a factor above 1 raises whatever its
+    sign."""
+
+    factor: float = 1.0
+    magnitude: bool = False
+
+    def __post_init__(self) -> None:
+        _number("Temper.factor", self.factor)
+
+    @property
+    def idle(self) -> bool:
+        return self.factor == 1
+
+    def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
+        finite = torch.where(x_NRS.isfinite(), x_NRS, 0.0)  # what an edit has hidden has no score
+        added = finite.abs() if self.magnitude else finite
+        return torch.where(here.meant, x_NRS + (self.factor - 1) * added, x_NRS)
+
+
+@dataclass(frozen=True)
+class PutScores(ScoreEdit):
+    """The given scores, [heads, queries, keys] of what `where` names."""
+
+    scores: Values = field(default_factory=lambda: Values([[[0.0]]]))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scores", self.scores if isinstance(self.scores, Values) else Values(self.scores))
+
+    def check(self, heads: int, queries: Chosen, keys: Chosen, num_heads: int, at: str) -> None:
+        _check_shape(f"{at}.scores", self.scores, heads, queries, keys)
+
+    def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
+        return torch.where(here.meant, here.place(self.scores.values.to(x_NRS)), x_NRS)
+
+
+@dataclass(frozen=True)
+class Scale(WeightEdit):
+    """weight * factor; with `renormalise`, every row that is named keeps the sum it had."""
+
+    factor: float = 1.0
+    renormalise: bool = True
+    dense: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _number("Scale.factor", self.factor, least=0.0)
+
+    @property
+    def idle(self) -> bool:
+        return self.factor == 1
+
+    def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
+        scaled = torch.where(here.meant, x_NRS * self.factor, x_NRS)
+        return _with_sums_of(x_NRS, scaled, here.named_NR1) if self.renormalise else scaled
+
+
+@dataclass(frozen=True)
+class Raise(WeightEdit):
+    """Where the keys have less than `share` of a row's weight (and some), as if the logarithm of share over theirs were
+    added to their scores (Venkateswaran and Contractor 2025, arXiv 2505.12025)."""
+
+    share: float = 0.0
+    dense: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _number("Raise.share", self.share, least=0.0, most=1.0)
+
+    @property
+    def idle(self) -> bool:
+        return self.share == 0
+
+    def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
+        had = _sum(x_NRS, here.meant) / _nonzero(x_NRS.sum(-1, keepdim=True))
+        low_NR1 = here.named_NR1 & (had > 0) & (had < self.share)
+        raised = torch.where(low_NR1 & here.meant, x_NRS * (self.share / _nonzero(had)), x_NRS)
+        return _with_sums_of(x_NRS, raised, low_NR1)
+
+
+@dataclass(frozen=True)
+class PutWeights(WeightEdit):
+    """The given weights, [heads, queries, keys] of what `where` names; with `renormalise`, every row keeps its sum."""
+
+    weights: Values = field(default_factory=lambda: Values([[[0.0]]]))
+    renormalise: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", self.weights if isinstance(self.weights, Values) else Values(self.weights))
+        if bool((self.weights.values < 0).any()):
+            raise ValueError("PutWeights.weights has numbers below 0; attention weights are at least 0")
+
+    def check(self, heads: int, queries: Chosen, keys: Chosen, num_heads: int, at: str) -> None:
+        _check_shape(f"{at}.weights", self.weights, heads, queries, keys)
+
+    def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
+        put = torch.where(here.meant, here.place(self.weights.values.to(x_NRS)), x_NRS)
+        return _with_sums_of(x_NRS, put, here.named_NR1) if self.renormalise else put
+
+
+@dataclass(frozen=True)
+class CopyHead(WeightEdit):
+    """The weights of the head `source` at the same positions, as they are at this place of the list."""
+
+    source: int = 0
+
+    def check(self, heads: int, queries: Chosen, keys: Chosen, num_heads: int, at: str) -> None:
+        if type(self.source) is not int or not 0 <= self.source < num_heads:
+            raise ValueError(f"{at}.source={self.source!r} is out of range: there are {num_heads} heads, from 0 on")
+
+    def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
+        assert here.positions_NS is not None
+        row = int((here.heads_N == self.source).nonzero())
+        # By position: under a cache that evicts, each head may hold others.
+        positions_NS = here.positions_NS.clamp(min=-1) + 1
+        by_position = x_NRS.new_zeros(x_NRS.shape[1], int(positions_NS.max()) + 1)
+        by_position = by_position.index_add(1, positions_NS[row], x_NRS[row])
+        copied = by_position.t()[positions_NS].transpose(1, 2)
+        return torch.where(here.meant, copied, x_NRS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadFilter:
+    """Heads and queries whose weight on the keys `of` is at least `min_mass`, and of which the keys that receive have
+    at least the part `min_share`."""
+
+    of: Positions = ALL
+    min_mass: float = 0.0
+    min_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Move(WeightEdit):
+    """Takes `share` of the weight of the keys and gives it to the keys `to`, each in proportion to the weight it has;
+    keys in both give. Nothing moves in a row where `to` has no weight, or that `only_heads` leaves out."""
+
+    to: Positions = ALL
+    share: float = 0.0
+    only_heads: HeadFilter | None = None
+    dense: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _number("Move.share", self.share, least=0.0, most=1.0)
+        if isinstance(self.to, list):
+            object.__setattr__(self, "to", tuple(self.to))
+
+    @property
+    def idle(self) -> bool:
+        return self.share == 0
+
+    def key_sets(self) -> dict[str, Positions]:
+        sets = {"keys": self.where.keys, "to": self.to}
+        return sets if self.only_heads is None else sets | {"of": self.only_heads.of}
+
+    def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
+        giving = here.keys["keys"]
+        receiving = here.keys["to"] & ~giving
+        received = _sum(x_NRS, receiving)
+        active_NR1 = here.named_NR1 & (received > 0)
+        if self.only_heads is not None:
+            of = here.keys["of"]
+            mass, rest = _sum(x_NRS, of), _sum(x_NRS, of & receiving)
+            active_NR1 = active_NR1 & (mass >= self.only_heads.min_mass) & (rest >= self.only_heads.min_share * mass)
+        moved = self.share * _sum(x_NRS, giving)
+        new = x_NRS * (1 - self.share * giving.to(x_NRS.dtype))
+        new = torch.where(receiving, x_NRS * (1 + moved / _nonzero(received)), new)
+        return torch.where(active_NR1, new, x_NRS)
+
+
+def _number(name: str, value: Any, least: float = -float("inf"), most: float = float("inf")) -> None:
+    right = isinstance(value, int | float) and not isinstance(value, bool)
+    if not right or not abs(value) < float("inf") or not least <= value <= most:
+        bounds = (
+            "" if least == -float("inf") else f" of at least {least}" + ("" if most > 1 else f" and at most {most}")
+        )
+        raise ValueError(f"{name}={value!r} must be a finite number{bounds}")
+
+
+def _check_shape(name: str, values: Values, heads: int, queries: Chosen, keys: Chosen) -> None:
+    found, expected = list(values.values.shape), [heads, queries.count, keys.count]
+    if keys.sinks or queries.sinks:
+        raise ValueError(f"{name}: numbers for each key need keys and queries that are known before, not Sinks")
+    if found[0] not in (1, heads) or found[1:] != expected[1:]:
+        raise ValueError(f"{name} has shape {found}; `where` names {expected} [heads, queries, keys]")
+
+
+def _sum(x_NRS: Tensor, held: Tensor) -> Tensor:
+    return (x_NRS * held.to(x_NRS.dtype)).sum(-1, keepdim=True)
+
+
+def _nonzero(x: Tensor) -> Tensor:
+    return torch.where(x == 0, 1.0, x)
+
+
+def _with_sums_of(before_NRS: Tensor, after_NRS: Tensor, rows_NR1: Tensor) -> Tensor:
+    """`after`, whose named rows are scaled to the sums that they had before, but for rows without any weight left."""
+    had, has = before_NRS.sum(-1, keepdim=True), after_NRS.sum(-1, keepdim=True)
+    return torch.where(rows_NR1, after_NRS * (had / _nonzero(has)), after_NRS)

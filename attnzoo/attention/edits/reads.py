@@ -1,0 +1,59 @@
+"""What can be read of attention: one class each, frozen, comparable, and writable as JSON."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from attnzoo.attention.edits.items import Item
+from attnzoo.attention.edits.spans import Positions
+
+
+class Read(Item):
+    """What is wanted to know of attention weights after all edits."""
+
+
+@dataclass(frozen=True)
+class Mass(Read):
+    """The weight of sets of keys, by name, for every head and query; without `bins`, of the keys of `where`."""
+
+    bins: tuple[tuple[str, Positions], ...] = ()
+    dense: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        bins = self.bins.items() if isinstance(self.bins, dict) else self.bins
+        object.__setattr__(self, "bins", tuple((name, tuple(of) if isinstance(of, list) else of) for name, of in bins))
+
+    def key_sets(self) -> dict[str, Positions]:
+        return dict(self.bins) if self.bins else {"keys": self.where.keys}
+
+
+@dataclass(frozen=True)
+class TopKeys(Read):
+    """The `k` keys of largest weight, their positions and weights, for every head and query."""
+
+    k: int = 1
+
+    def __post_init__(self) -> None:
+        if type(self.k) is not int or self.k < 1:
+            raise ValueError(f"TopKeys.k={self.k!r} must be at least 1")
+
+
+@dataclass(frozen=True)
+class KeySums(Read):
+    """The weight of every key, summed over the queries, for every head."""
+
+
+@dataclass(frozen=True)
+class Entropy(Read):
+    """The entropy in nats of each head's and query's weights over the keys, divided by their sum."""
+
+
+@dataclass(frozen=True)
+class Map(Read):
+    """Every weight, or every score before the softmax (after its edits), for every head, query and key."""
+
+    what: Literal["weights", "scores"] = "weights"
+    dtype: Literal["fp16", "fp32", "fp64"] = "fp16"
+
+    def __post_init__(self) -> None:
+        if self.what not in ("weights", "scores") or self.dtype not in ("fp16", "fp32", "fp64"):
+            raise ValueError(f"Map(what={self.what!r}, dtype={self.dtype!r}): weights or scores, in fp16, fp32 or fp64")

@@ -1,0 +1,118 @@
+"""Runs of plans: what a model hands to its layers, and what a layer does with it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from attnzoo.attention.edits.engine import AttentionCall, row_changes
+from attnzoo.attention.edits.plan import EditPlan
+from attnzoo.attention.edits.reading import LayerRecord, Reading
+from attnzoo.ops.common.masks import Mask
+
+
+class EditRun:
+    """One pass over one sequence under a plan, and what it reads. A new pass needs a new run."""
+
+    def __init__(self, plan: EditPlan) -> None:
+        self.plan = plan
+        self.records = [None if layer is None else LayerRecord(layer) for layer in plan.layers]
+
+    @property
+    def reading(self) -> Reading:
+        """What has been read so far."""
+        return Reading(self.plan, self.records)
+
+
+EditRuns = Sequence[EditRun | None]
+"""One entry a row of a batch; None: untouched."""
+
+
+def layer_plan(runs: EditRuns | None, layer: int, step: int | None = None) -> "LayerPlan | None":
+    """What one layer does in one call, None where there is nothing to do. step: the number of the call, for plans whose
+    steps are calls. Raises ValueError for a run of a model with other layers."""
+    if runs is None:
+        return None
+    rows = []
+    for row, run in enumerate(runs):
+        if run is not None and layer >= len(run.records):
+            raise ValueError(f"edits[{row}] were planned for {len(run.records)} layers, and there is a layer {layer}")
+        if run is not None and (run.plan.layout.steps is None) != (step is None):
+            raise ValueError(
+                f"edits[{row}]: step={step} with TokenLayout(steps={run.plan.layout.steps}): give the number of the "
+                "call where steps are calls, and only there"
+            )
+        record = None if run is None else run.records[layer]
+        rows.append(None if run is None or record is None else Row(record, run.plan.total))
+    return LayerPlan(tuple(rows), step) if any(rows) else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row's share in a call of a layer. total: tokens of the sequence at most."""
+
+    record: LayerRecord
+    total: int
+
+
+@dataclass
+class LayerPlan:
+    """What one layer does in one call, row by row; None: untouched. hidden_BTD: hidden states as they enter the block,
+    by which `Sinks` are found; None: the layer's input."""
+
+    rows: tuple[Row | None, ...]
+    step: int | None = None
+    hidden_BTD: Tensor | None = field(default=None, repr=False)
+
+    def check_batch(self, batch: int) -> None:
+        """Raises ValueError unless there is one entry a row."""
+        if len(self.rows) != batch:
+            raise ValueError(
+                f"edits have {len(self.rows)} entries, and the batch has {batch} rows; None leaves one as it is"
+            )
+
+    def observe(self, x_BTD: Tensor, queries_BT: Tensor) -> None:
+        """Finds the sinks among the tokens of a call; queries_BT as in `AttentionCall`."""
+        hidden_BTD = x_BTD if self.hidden_BTD is None else self.hidden_BTD
+        for row, entry in enumerate(self.rows):
+            if entry is not None and entry.record.plan.sinks:
+                real_T = queries_BT[row] >= 0
+                if bool(real_T.any()):
+                    entry.record.observe(hidden_BTD[row][real_T], int(queries_BT[row][real_T].min()))
+
+    def apply(self, call: AttentionCall, out_BNTH: Tensor) -> Tensor:
+        """The outputs with edits: those of the unedited call, but for the rows, heads and queries that edits name."""
+        self.check_batch(len(out_BNTH))
+        copied = False
+        for row, entry in enumerate(self.rows):
+            if entry is None:
+                continue
+            for new in row_changes(call, row, entry.record, self.step):
+                out_BNTH, copied = (out_BNTH if copied else out_BNTH.clone()), True
+                at = (row, new.heads_N[:, None], new.tokens_R)
+                old_NRH = out_BNTH[at]
+                out_BNTH[at] = torch.where(new.named_NR[..., None], new.out_NRH, old_NRH)
+        return out_BNTH
+
+    def positions(self, queries_BT: Tensor, counts_B: Tensor | None = None) -> Tensor:
+        """Positions of a chunk, -1 for right padding. Raises ValueError beyond what was planned."""
+        if counts_B is not None:
+            index_T = torch.arange(queries_BT.shape[1], device=queries_BT.device)
+            queries_BT = queries_BT.masked_fill(index_T >= counts_B[:, None], -1)
+        for row, entry in enumerate(self.rows):
+            if entry is not None and row < len(queries_BT) and int(queries_BT[row].max()) >= entry.total:
+                raise ValueError(
+                    f"edits[{row}] were planned for {entry.total} tokens, and here is one at position "
+                    f"{int(queries_BT[row].max())}; plan with more new_tokens"
+                )
+        return queries_BT
+
+
+def row_positions(mask: Mask, batch: int, tokens: int, device: torch.device) -> Tensor:
+    """positions [B, T] in the sequence of each row of the parallel form: of the last document of a packed row, or what
+    follows the padding of a left-padded one; -1 before it."""
+    index_1T = torch.arange(tokens, device=device)[None]
+    if mask.starts_BT is None:
+        return index_1T.expand(batch, -1)
+    return (index_1T - mask.starts_BT[:, -1:]).clamp(min=-1)

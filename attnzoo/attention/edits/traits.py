@@ -1,0 +1,34 @@
+"""What a variant lets be read and changed of its attention, and the sizes of a layer that plans need."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Editing:
+    """What can be done to a variant's attention. scores, weights: edited; reads: read; streams: also in `extend`, not
+    in `forward` alone. why_not: the reason for what cannot, in words for users."""
+
+    scores: bool = False
+    weights: bool = False
+    reads: bool = False
+    streams: bool = True
+    why_not: str = ""
+
+
+NO_EDITING = Editing(why_not="it computes its attention by itself, not by attnzoo.attention.parts")
+SOFTMAX_EDITING = Editing(scores=True, weights=True, reads=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSizes:
+    """One layer, as plans see it. variant: its name, for messages; context: its keys are those of another sequence;
+    softmax: its weights are a softmax of scores; window, sinks: as in `Mask`."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    variant: str
+    editing: Editing = SOFTMAX_EDITING
+    context: bool = False
+    softmax: bool = True
+    model_dim: int | None = None

@@ -1,0 +1,278 @@
+"""The engines against plain sums: classes of keys, single keys, entries of evicted and merged caches, empty rows."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from attnzoo.attention.edits import (
+    Add,
+    CopyHead,
+    EditRun,
+    Edits,
+    Entropy,
+    Except,
+    HeadFilter,
+    Hide,
+    KeySums,
+    LayerSizes,
+    Map,
+    Mass,
+    Move,
+    PutScores,
+    PutWeights,
+    Raise,
+    Scale,
+    Sinks,
+    Span,
+    Temper,
+    TokenLayout,
+    TopKeys,
+    Where,
+    layer_plan,
+)
+from attnzoo.attention.edits.engine import AttentionCall
+from attnzoo.ops.common.masks import Mask
+from tests.helpers.edits_oracle import Oracle
+
+HEADS, WIDTH, TOKENS = 4, 5, 11
+LAYOUT = TokenLayout(7, {"image": (1, 4), "text": [(4, 6), (0, 1)]})
+SINKS = Sinks((2,), 1.4)
+
+
+def sizes(kv_heads, **options):
+    size = {"num_heads": HEADS, "num_kv_heads": kv_heads, "head_dim": WIDTH, "variant": "mha", "model_dim": 9}
+    return [LayerSizes(**size | options)]
+
+
+def drawn_items(draw: random.Random, dense: bool):
+    """A list of edits that mean something in `LAYOUT`."""
+    spans = [
+        "image",
+        "text",
+        Span(2, 8),
+        "generated",
+        Span.after("image"),
+        Except("text"),
+        (0, Span(5, 9)),
+        "all",
+        SINKS,
+    ]
+
+    def where(**more):
+        heads = draw.choice(["all", [0, -1], "1:3", [2]])
+        queries = draw.choice(["all", Span(3, 9), "generated", -1, (0, Span(4, 10))])
+        return Where(heads=heads, queries=queries, keys=more.get("keys", draw.choice(spans)))
+
+    def values(keys, at):
+        heads = {"all": HEADS, "1:3": 2}.get(at.heads, len(at.heads))
+        return torch.rand(heads, 4, keys).tolist()
+
+    light = [
+        lambda: Add(where(), draw.uniform(-2, 2)),
+        lambda: Hide(where()),
+        lambda: Scale(where(), draw.uniform(0, 3), draw.random() < 0.5),
+        lambda: Raise(where(), draw.uniform(0, 1)),
+        lambda: Move(where(), draw.choice(spans), draw.uniform(0, 1)),
+        lambda: Move(where(keys=SINKS), "image", 0.6, HeadFilter(of="image", min_mass=0.1, min_share=0.4)),
+    ]
+
+    def put(kind):
+        at = Where(heads=draw.choice(["all", [0, -1], [2]]), queries=Span(3, 7), keys=Span(2, 6))
+        return kind(at, values(4, at))
+
+    heavy = [
+        lambda: Temper(where(), draw.uniform(-1, 2), draw.random() < 0.5),
+        lambda: put(PutScores),
+        lambda: put(PutWeights),
+        lambda: CopyHead(where(), draw.randrange(HEADS)),
+    ]
+    found = [draw.choice(light)() for _ in range(draw.randrange(1, 4))]
+    found += [draw.choice(heavy)() for _ in range(draw.randrange(1, 3) if dense else 0)]
+    draw.shuffle(found)
+    return found
+
+
+def random_call(kv_heads, seed, *, per_head_keys=False, counts=False):
+    """(call, plain scores, visible, values of query heads, positions by query head) of two rows, as a cache that lost
+    and merged entries shows them."""
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(2, n, t, WIDTH, dtype=torch.float64) for n, t in ((HEADS, 4), (kv_heads, 9), (kv_heads, 9)))
+    queries_BT = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
+    shape = (2, kv_heads if per_head_keys else 1)
+    keys_BKS = torch.stack([torch.stack([torch.randperm(TOKENS)[:9] for _ in range(shape[1])]) for _ in range(2)])
+    keys_BKS[:, :, 4] = -1
+    log_counts = torch.rand(2, kv_heads, 9, dtype=torch.float64).mul(3).add(1).round().log() if counts else None
+    bias = torch.randn(2, HEADS, 4, 9, dtype=torch.float64) if counts else None
+
+    def terms(q_1NRH, mask):
+        row = int(mask.query_positions_BT.min() >= 7)
+        at = mask.query_positions_BT[0] - (7 if row else 3)
+        return q_1NRH, None if bias is None else bias[row : row + 1, :, at]
+
+    mask = Mask(query_positions_BT=queries_BT, key_positions_BKS=keys_BKS)
+    call = AttentionCall(q, k, v, mask, terms, 0.4, queries_BT, keys_BKS, log_counts)
+    group = HEADS // kv_heads
+    scores = 0.4 * q @ k.repeat_interleave(group, 1).mT + (0 if bias is None else bias)
+    if log_counts is not None:
+        scores = scores + log_counts.repeat_interleave(group, 1)[:, :, None]
+    keys_BNS = keys_BKS.expand(2, kv_heads, 9).repeat_interleave(group, 1)
+    visible = (keys_BNS[:, :, None] >= 0) & (keys_BNS[:, :, None] <= queries_BT[:, None, :, None])
+    return call, scores, visible, v.repeat_interleave(group, 1), keys_BNS
+
+
+def run(items, call, kv_heads, out, rows=(True, True), **options):
+    """(new outputs, runs) of one call of one layer."""
+    plan = Edits(*items).plan(sizes(kv_heads, **options), LAYOUT, TOKENS - LAYOUT.prompt)
+    runs = [EditRun(plan) if row else None for row in rows]
+    layer = layer_plan(runs, 0)
+    if layer is None:
+        return out, runs
+    for entry in filter(None, layer.rows):
+        hidden = torch.zeros(TOKENS, 9, dtype=torch.float64)
+        hidden[:, 0], hidden[[0, 2, 3], 2] = 1.0, 1.0  # x_2 / rms = 1 / sqrt(2 / 9) = 2.1 at positions 0, 2 and 3
+        entry.record.observe(hidden, 0)
+    return layer.apply(call, out), runs
+
+
+FOUND_SINKS = {SINKS: {0, 2, 3}}
+
+
+@pytest.mark.parametrize(("kv_heads", "per_head", "counts"), [(4, False, False), (2, True, True), (1, False, True)])
+@pytest.mark.parametrize("dense", [False, True])
+def test_random_lists_of_edits(kv_heads, per_head, counts, dense):
+    """Kills: kv head for query head; order swapped; renormalise dropped; a hidden or empty entry read; an empty
+    class."""
+    engines = set()
+    for seed in range(12):
+        draw = random.Random(seed)
+        items = drawn_items(draw, dense)
+        call, scores, visible, values, keys = random_call(kv_heads, seed, per_head_keys=per_head, counts=counts)
+        out = torch.full((2, HEADS, 4, WIDTH), 99.0, dtype=torch.float64)
+        found, runs = run([*items, Mass(bins={"i": "image", "s": SINKS})], call, kv_heads, out)
+        engines |= runs[0].records[0].engines
+        for row in range(2):
+            oracle = Oracle(items, LAYOUT, TOKENS, sinks=FOUND_SINKS)
+            queries = call.queries_BT[row].tolist()
+            arrays = (scores[row].numpy(), visible[row].numpy(), values[row].numpy())
+            expected, weights, edited = oracle.run(*arrays, queries, keys[row].tolist())
+            named = {(n, t) for item in items for n, t, _, _ in oracle.rows(item, HEADS, queries)}
+            for n in range(HEADS):
+                for t in range(4):
+                    aim = expected[n, t] if (n, t) in named else np.full(WIDTH, 99.0)
+                    np.testing.assert_allclose(found[row, n, t].numpy(), aim, rtol=1e-9, atol=1e-9, err_msg=str(items))
+            image = [[(weights[n, t] * np.isin(keys[row][n], [1, 2, 3])).sum() for t in range(4)] for n in range(HEADS)]
+            np.testing.assert_allclose(runs[row].reading[0].mass["i"], image, atol=1e-6)
+            blind = {(n, queries[t]) for n in range(HEADS) for t in range(4) if not np.isfinite(edited[n, t]).any()}
+            assert set(runs[row].reading[0].empty) == blind
+    assert "dense" in engines if dense else "partitioned" in engines
+
+
+def test_reads_are_what_the_map_says():
+    """Kills: columns by slot instead of position; the source's row; sums over the wrong axis."""
+    items = [Add(Where(keys="image"), 0.7)]
+    at = Where(heads=[1, 3], queries=Span(3, 6))
+    reads = [
+        Map(at, dtype="fp64"),
+        Map(at, what="scores", dtype="fp64"),
+        TopKeys(at, 3),
+        KeySums(at),
+        Entropy(at),
+        Mass(at),
+    ]
+    call, scores, visible, values, keys = random_call(2, 3, per_head_keys=True)
+    _, runs = run([*items, *reads], call, 2, torch.zeros(2, HEADS, 4, WIDTH, dtype=torch.float64))
+    _, weights, edited = Oracle(items, LAYOUT, TOKENS).run(
+        scores[0].numpy(), visible[0].numpy(), values[0].numpy(), [3, 4, 5, 6], keys[0].tolist()
+    )
+    expected, logits = np.zeros((2, 3, TOKENS)), np.full((2, 3, TOKENS), -math.inf)
+    for row, n in enumerate((1, 3)):
+        for t in range(3):
+            for s, key in enumerate(keys[0][n].tolist()):
+                if key >= 0:
+                    expected[row, t, key], logits[row, t, key] = weights[n, t, s], edited[n, t, s]
+    reading = runs[0].reading[0]
+    np.testing.assert_allclose(reading.map, expected, atol=1e-12)
+    np.testing.assert_allclose(reading.results[1].values["map"], logits, atol=1e-12)
+    np.testing.assert_allclose(reading.key_sums, expected.sum(1), atol=1e-6)
+    np.testing.assert_allclose(reading.mass["keys"], expected.sum(-1), atol=1e-6)
+    log = np.log(np.where(expected > 0, expected, 1.0))
+    np.testing.assert_allclose(reading.entropy, -(expected * log).sum(-1), atol=1e-6)
+    order = np.argsort(-expected, axis=-1, kind="stable")[..., :3]
+    largest = np.take_along_axis(expected, order, -1)
+    np.testing.assert_allclose(reading.top["weights"], largest, atol=1e-6)
+    np.testing.assert_array_equal(reading.top["positions"], np.where(largest > 0, order, -1))
+    assert reading.results[0].queries_Q.tolist() == [3, 4, 5]
+    held = keys[0].tolist()
+    for n in range(HEADS):
+        there = [n for n in held[n] if n >= 0]
+        assert reading.stands_for_NS[n].nonzero()[:, 0].tolist() == sorted(there)
+        assert reading.evicted[n].sum() == reading.positions_S.numel() - len(there)
+
+
+def test_only_what_is_named_changes_and_bytes_are_as_said():
+    """Kills: outputs of unnamed rows, heads and queries that are computed anew; bytes that differ from the cost."""
+    items = [Scale(Where(heads=[2], queries=Span(4, 6), keys="image"), 2.0), Add(Where(heads=[0], queries=5), 1.0)]
+    reads = [Map(Where(keys="text")), TopKeys(Where(heads="1:3"), 2), Mass(bins={"a": "image", "b": "text"})]
+    call, *_ = random_call(2, 1)
+    out = torch.randn(2, HEADS, 4, WIDTH, dtype=torch.float64)
+    found, _ = run([*items, *reads], call, 2, out, rows=(True, False))
+    changed = {tuple(at) for at in (found != out).any(-1).nonzero().tolist()}
+    assert changed == {(0, 2, 1), (0, 2, 2), (0, 0, 2)}
+    only_reads, _ = run(reads, call, 2, out)
+    assert torch.equal(only_reads, out)
+    whole = Edits(*reads).plan(sizes(2), TokenLayout(4, {"image": (1, 4), "text": (0, 2)}), 0)
+    one_run = EditRun(whole)
+    short = random_call(2, 1)[0]
+    first = AttentionCall(
+        short.q_BNTH[:1], short.keys_BKSH[:1, :, :4], short.values_BKSH[:1, :, :4], Mask(), lambda q, m: (q, None), 0.4,
+        torch.arange(4)[None], torch.arange(4)[None, None],
+    )  # fmt: skip
+    layer_plan([one_run], 0).apply(first, out[:1])
+    assert one_run.reading.nbytes == whole.cost.returned_bytes
+    assert whole.cost.layers[0].engine == "dense"
+
+
+def test_half_precision_and_gradients():
+    """Kills: a class without keys in half precision; gradients cut by the fused pass."""
+    call, *_ = random_call(2, 5)
+    items = [Move(Where(keys="image"), "text", 0.5), Hide(Where(keys=0))]
+    exact, _ = run(items, call, 2, torch.zeros(2, HEADS, 4, WIDTH, dtype=torch.float64))
+    for dtype in (torch.bfloat16, torch.float16):
+        small = [x.to(dtype) for x in (call.q_BNTH, call.keys_BKSH, call.values_BKSH)]
+        half = AttentionCall(*small, call.mask, call.terms, call.scale, call.queries_BT, call.positions_BKS)
+        found, _ = run(items, half, 2, torch.zeros(2, HEADS, 4, WIDTH, dtype=dtype))
+        torch.testing.assert_close(found.double(), exact, rtol=0.05, atol=0.05)
+    q = call.q_BNTH.clone().requires_grad_()
+    with_grad = AttentionCall(
+        q, call.keys_BKSH, call.values_BKSH, call.mask, call.terms, call.scale, call.queries_BT, call.positions_BKS
+    )
+    found, runs = run([*items, Mass(bins={"image": "image"})], with_grad, 2, torch.zeros_like(exact))
+    torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
+    (found.sum() + runs[0].reading[0].mass["image"].sum()).backward()
+    assert torch.isfinite(q.grad).all()
+    assert (q.grad != 0).any()
+
+
+def test_a_window_pairs_and_padding_hide_what_edits_may_not_show():
+    """Kills: an edit that shows a key which the mask hides; left padding counted as positions."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, HEADS, 6, WIDTH) for _ in range(3))
+    starts = torch.tensor([[0, 1, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0]])
+    pairs = torch.rand(2, HEADS, 6, 6) < 0.6
+    mask = Mask(window=3, sinks=1, starts_BT=starts, pairs=pairs)
+    queries = torch.tensor([[-1, -1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]])
+    call = AttentionCall(q, k, v, mask, lambda q, m: (q, None), 0.4, queries, queries[:, None])
+    layout = TokenLayout(4)
+    edits = [PutScores(Where(), torch.full((1, 6, 6), 5.0).tolist()), PutWeights(Where(), torch.ones(1, 6, 6).tolist())]
+    runs = [EditRun(Edits(*edits, Map(dtype="fp32")).plan(sizes(HEADS), layout, 2)) for _ in range(2)]
+    out = layer_plan(runs, 0).apply(call, torch.full_like(q, 7.0))
+    visible = mask.visible(6, 6, q.device)
+    assert (out[0, :, :2] == 7).all()  # padding
+    for row, begin in ((0, 2), (1, 0)):
+        seen = visible[row, :, begin:, begin:].float()
+        size = 6 - begin
+        torch.testing.assert_close(runs[row].reading[0].map[..., :size], seen)
+        torch.testing.assert_close(out[row, :, begin:], seen @ v[row, :, begin:])

@@ -1,0 +1,222 @@
+"""The language of reads and edits: JSON and back, words to numbers, every refusal before anything is computed, cost."""
+
+import pytest
+import torch
+
+from attnzoo.attention.edits import (
+    Add,
+    CopyHead,
+    Editing,
+    EditRun,
+    Edits,
+    Entropy,
+    Except,
+    HeadFilter,
+    Hide,
+    KeySums,
+    LayerSizes,
+    Map,
+    Mass,
+    Move,
+    PutScores,
+    PutWeights,
+    Raise,
+    Scale,
+    Sinks,
+    Span,
+    Temper,
+    TokenLayout,
+    TopKeys,
+    Where,
+    layer_plan,
+)
+from attnzoo.attention.edits.spans import chosen, picked_steps
+
+LAYOUT = TokenLayout(10, {"image": (2, 6), "system": [(0, 2), (8, 9)]})
+SOFTMAX = LayerSizes(num_heads=4, num_kv_heads=2, head_dim=8, variant="mha", model_dim=32)
+LINEAR = LayerSizes(
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    variant="linear",
+    softmax=False,
+    editing=Editing(reads=True, weights=True, streams=False, why_not="there is no softmax"),
+)
+SIZES = [SOFTMAX, SOFTMAX, LINEAR]
+EVERYTHING = Edits(
+    Add(Where(layers="1:3", heads=[0, -1], queries=Span(-3, "end"), keys=Span.after("image"), steps="2:"), -1.5),
+    Hide(Where(keys=(0, "system", Span(3, 5)))),
+    Temper(Where(queries="generated"), 0.5, magnitude=True),
+    PutScores(Where(queries=3, keys=Span(0, 2)), [[[1.0, 2.0]]]),
+    Scale(Where(keys=Except(Sinks((3, 7), 20.0))), 0.25, renormalise=False),
+    Raise(Where(keys="image"), 0.4),
+    PutWeights(Where(queries=3, keys=4), [[[0.5]]], renormalise=True),
+    CopyHead(Where(heads=0), 3),
+    Move(Where(keys=Sinks((3,), 20.0)), "image", 0.6, HeadFilter(of="image", min_mass=0.2, min_share=0.5)),
+    Mass(Where(layers=-1), {"sinks": Sinks((3,), 20.0), "image": "image"}),
+    TopKeys(k=5),
+    KeySums(),
+    Entropy(),
+    Map(Where(heads=1), what="scores", dtype="fp32"),
+)
+
+
+def test_json_and_back():
+    data = EVERYTHING.to_json()
+    again = Edits.from_json(data)
+    assert again == EVERYTHING
+    assert hash(again) == hash(EVERYTHING)
+    assert again.fingerprint == EVERYTHING.fingerprint
+    assert Edits(*EVERYTHING.items[::-1]).fingerprint != EVERYTHING.fingerprint  # the order says something
+    bins = {"sinks": {"sinks": {"channels": [3], "tau": 20.0}}, "image": "image"}
+    assert data[9] == {"mass": {"where": {"layers": [-1]}, "bins": bins}}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"scale": {}}, "edits={'scale': {}} must be a list"),
+        ([{"scal": {}}], r"edits\[0\]: unknown read or edit 'scal'; did you mean 'scale'"),
+        ([{"scale": {}, "add": {}}], r"edits\[0\]=.* must be an object with one name"),
+        ([{"scale": {"faktor": 2}}], r"edits\[0\].scale: unknown field 'faktor'; did you mean 'factor'"),
+        ([{"scale": {"where": {"layer": [2]}}}], r"\[0\].scale.where: unknown field 'layer'; did you mean 'layers'"),
+        ([{"scale": {"where": {"heads": 1.5}}}], r"edits\[0\].scale.where.*heads=1.5"),
+        ([{"scale": {"where": {"keys": {"spam": [1]}}}}], r"\[0\].scale.where.keys=.* no positions; did you mean"),
+        ([{"scale": {"where": {"keys": {"span": [1, "stop"]}}}}], r"edits\[0\].scale.where.keys=.* no positions"),
+        ([{"scale": {"where": {"keys": {"sinks": {"channels": []}}}}}], "where.keys.sinks=.*channels and tau"),
+        ([{"scale": {"factor": -1}}], r"edits\[0\].scale: Scale.factor=-1 must be a finite number of at least 0"),
+        ([{"add": {"value": "1"}}], r"edits\[0\].add: Add.value='1'"),
+        ([{"raise": {"share": 1.5}}], "Raise.share=1.5 .* at most 1"),
+        ([{"put_weights": {"weights": [[-1]]}}], "numbers below 0"),
+        ([{"put_scores": {"scores": [1]}}], "finite numbers .heads, queries, keys."),
+        ([{"map": {"dtype": "int8"}}], "weights or scores, in fp16"),
+        ([{"top_keys": {"k": 0}}], "TopKeys.k=0"),
+        ([{"mass": {"bins": ["image"]}}], r"edits\[0\].mass.bins=.* object of positions by name"),
+        ([{"move": {"only_heads": {"mass": 1}}}], r"edits\[0\].move.only_heads: unknown field 'mass'"),
+    ],
+)
+def test_json_that_says_nothing_is_refused(data, message):
+    with pytest.raises(ValueError, match=message):
+        Edits.from_json(data)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("all", range(14)),
+        ("generated", range(10, 14)),
+        ("system", (0, 1, 8)),
+        (-1, [9]),
+        (Span(-3, "end"), (7, 8, 9)),
+        (Span(9, 12), (9, 10, 11)),
+        (Span.after("image"), range(6, 14)),
+        (Except("system"), (2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13)),
+        ((0, "image", Span(5, 8)), (0, 2, 3, 4, 5, 6, 7)),
+    ],
+)
+def test_words_for_positions(words, expected):
+    """Kills: ends off by one; numbers from the sequence's end instead of the prompt's."""
+    found = chosen(words, LAYOUT, 14, "keys")
+    assert found.numbers() == list(expected)
+    at = torch.arange(-1, 16)
+    assert at[found.holds(at, {})].tolist() == list(expected)
+    assert found.rank(at)[found.holds(at, {})].tolist() == list(range(len(expected)))
+
+
+def test_sinks_and_all_but_sinks():
+    sinks = Sinks((1,), 1.5)
+    hidden = torch.tensor([[0.1, 3.0, 0.1], [1.0, 1.0, 1.0], [0.0, -2.0, 0.5]])
+    assert sinks.found(hidden).tolist() == [True, False, True]
+    flags = {sinks: sinks.found(hidden)}
+    at = torch.arange(-1, 4)
+    both, rest = (chosen(w, LAYOUT, 14, "keys") for w in ((sinks, 1), Except((sinks, 3))))
+    assert at[both.holds(at, flags)].tolist() == [0, 1, 2]
+    assert at[rest.holds(at, flags)].tolist() == [1]
+    assert not both.holds(torch.tensor([-1]), {sinks: torch.zeros(0, dtype=torch.bool)}).any()
+
+
+def test_steps_are_tokens_or_calls():
+    """Kills: step 1 taken for the prompt's last token."""
+    assert picked_steps((0,), LAYOUT, "steps")[0] == ((0, 10),)
+    assert picked_steps((1, "3:5"), LAYOUT, "steps")[0] == ((10, 11), (12, 14))
+    assert picked_steps(("2:",), LAYOUT, "steps")[0][0][0] == 11
+    calls = TokenLayout(10, steps=50)
+    assert picked_steps(("0:20",), calls, "steps") == (((0, 2**40),), ((0, 20),))
+    plan = Edits(Add(Where(steps="1:3"), 1.0)).plan([SOFTMAX], calls)
+    assert [plan.layers[0].items[0].in_call(step) for step in range(4)] == [False, True, True, False]
+    with pytest.raises(ValueError, match=r"step=None with TokenLayout\(steps=50\)"):
+        layer_plan([EditRun(plan)], 0)
+    with pytest.raises(ValueError, match="planned for 1 layers, and there is a layer 1"):
+        layer_plan([EditRun(plan)], 1, step=2)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (Add(Where(layers=3), 1.0), r"edits\[0\].add.where.layers=3 is out of range: there are 3, numbered 0 to 2"),
+        (Add(Where(layers=0, heads="2:5"), 1.0), r"where.heads='2:5' is out of range: there are 4"),
+        (Add(Where(layers=0, heads="2:2"), 1.0), r"where.heads=.*selects nothing of 4"),
+        (Add(Where(layers=0, keys="imagge"), 1.0), "where.keys: no span is called 'imagge'; did you mean 'image'"),
+        (Add(Where(layers=0, keys=Span(5, 15)), 1.0), r"Span\(start=5, stop=15\).*14 tokens"),
+        (Add(Where(layers=0, keys=-11), 1.0), r"is \[-1, 0\)"),
+        (Add(Where(layers=0, keys=()), 1.0), r"keys=\(\) selects nothing"),
+        (Add(Where(layers=0, queries="image", steps="1:"), 1.0), "selects nothing: no query of 'image' is in steps"),
+        (Add(Where(layers=0, queries=Sinks((1,), 2.0)), 1.0), "only keys may be Sinks"),
+        (Add(Where(layers=0, keys=Sinks((32,), 2.0)), 1.0), "no such channels in layer 0 .there are 32."),
+        (Add(Where(layers=-1), 1.0), r"layer 2 \(linear\) cannot have its scores edited: there is no softmax"),
+        (Scale(Where(), 2.0), r"layer 2 \(linear\) cannot have its weights edited in extend"),
+        (CopyHead(Where(layers=0), 4), "copy_head.source=4 is out of range: there are 4 heads"),
+        (PutScores(Where(layers=0, queries=3, keys="image"), [[[1.0]]]), r"scores has shape \[1, 1, 1\].*\[4, 1, 4\]"),
+        (Map(Where(layers=0, keys=Sinks((1,), 2.0))), "Map needs keys that are known before; Mass reads Sinks"),
+        (Mass(Where(layers=0), {"a": "image", "b": "imag"}), "mass.b: no span is called 'imag'"),
+        (Move(Where(layers=0), "nowhere", 0.5), "move.to: no span is called 'nowhere'"),
+    ],
+)
+def test_plans_refuse_before_anything_is_computed(item, message):
+    with pytest.raises(ValueError, match=message):
+        Edits(item).plan(SIZES, LAYOUT, 4)
+
+
+def test_other_refusals():
+    with pytest.raises(ValueError, match="is no read and no edit"):
+        Edits(Where())
+    with pytest.raises(ValueError, match="'all' has a meaning of its own"):
+        TokenLayout(3, {"all": (0, 1)})
+    with pytest.raises(ValueError, match=r"\(1, 4\) must be \[start, stop\) within the 3 tokens"):
+        TokenLayout(3, {"image": (1, 4)})
+    with pytest.raises(ValueError, match=r"layer 0 attends to a context; say by TokenLayout\(context"):
+        Edits(Hide(Where(keys=0))).plan([LayerSizes(**{**vars(SOFTMAX), "context": True})], LAYOUT)
+    with pytest.raises(ValueError, match="joins no other positions"):
+        Edits(Hide(Where(keys=(Except(Sinks((1,), 2.0)), 3)))).plan([SOFTMAX], LAYOUT)
+    with pytest.raises(ValueError, match="new_tokens=-1"):
+        Edits().plan([SOFTMAX], LAYOUT, -1)
+
+
+def test_reads_above_the_limit_are_refused_with_their_bytes():
+    big = 4 * 14 * 14 * 2
+    with pytest.raises(ValueError, match=rf"return {2 * big:,} bytes.* limit of 1,000; edits\[0\] takes {big:,}"):
+        Edits(Map(Where(layers="0:2"))).plan(SIZES, LAYOUT, 4, max_bytes=1000)
+    plan = Edits(Map(Where(layers="0:2"))).plan(SIZES, LAYOUT, 4)
+    assert plan.cost.returned_bytes == 2 * big
+    assert plan.cost.peak_bytes >= plan.cost.returned_bytes
+
+
+def test_engines_and_idle_edits():
+    """Kills: an edit that changes nothing and is computed; five classes taken for four."""
+    edits = (Add(Where(), 0.0), Scale(Where(), 1.0), Move(Where(), "image", 0.0), Temper(Where(), 1.0), Raise(Where()))
+    plan = Edits(*edits).plan(SIZES[:2], LAYOUT, 4)
+    assert plan.layers == (None, None)
+    assert not plan.changes
+    assert layer_plan([EditRun(plan)], 0) is None
+    assert [layer.engine for layer in plan.cost.layers] == ["off", "off"]
+    assert plan.cost.flops == plan.cost.peak_bytes == plan.cost.returned_bytes == 0
+
+    def engine(*items):
+        return Edits(*items).plan([SOFTMAX], LAYOUT, 4).cost.layers[0].engine
+
+    sinks = Sinks((1,), 9.0)
+    four = [Mass(bins={"a": "image", "b": Span(4, 8)})]
+    assert engine(*four) == engine(Move(Where(keys=sinks), "image", 0.5)) == "partitioned"
+    assert engine(*four, Hide(Where(keys=9))) == engine(Temper(Where(), 2.0)) == engine(Map()) == "dense"
+    assert engine(Move(Where(keys=sinks), "image", 0.5), Mass(bins={"s": "system"})) == "dense"  # up to six classes
+    assert Edits(Add(Where(), 1.0)).plan([SOFTMAX], LAYOUT).fingerprint != plan.fingerprint
