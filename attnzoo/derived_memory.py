@@ -173,7 +173,7 @@ class _End(torch.autograd.Function):
         return torch.empty(ctx.shape, dtype=ctx.dtype)
 
 
-def stand_in(memory: PassMemory, x: Tensor, *_: Any) -> Tensor:
+def stand_in(memory: PassMemory, x: Tensor, *_: Any, **__: Any) -> Tensor:
     """Something of x's shape that keeps x, and holds as much as `memory` says in a forward and a backward pass."""
     out: Tensor = _StandIn.apply(x, memory)
     return out

@@ -13,7 +13,7 @@ This file is a whole variant outside the tree of attnzoo. In a checkout
 holds it to every promise of the contract, and ends with
 
     ok  served
-    all 21 promises of the contract hold
+    all 29 promises of the contract hold
 
 Where ATTNZOO_PLUGINS names the file, every command knows the variant:
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.attention import build_attention
+from attnzoo.attention import build_attention, streaming
 from attnzoo.cli import carry_out
 from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.linear_attention import linear_attention
@@ -188,7 +188,8 @@ def decoding(report: Report, context: int, turns: int) -> dict[str, float]:
     steps = {}
     for name, options in variants.items():
         torch.manual_seed(0)
-        layer = build_attention(name.split()[0], {"model_dim": MODEL_DIM, "num_heads": HEADS, **options}).eval()
+        built = build_attention(name.split()[0], {"model_dim": MODEL_DIM, "num_heads": HEADS, **options})
+        layer = streaming(built.eval())
         state = layer.init_state(1, context + turns + 2)
         with torch.no_grad():
             _, state = layer.extend(torch.randn(1, context, MODEL_DIM), state)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from attnzoo.attention.base import ATTENTION, Attention, Cost, Traits
+from attnzoo.attention.base import ATTENTION, Attention, Cost, StreamingAttention, Traits, streaming
 from attnzoo.files import user_path
 from attnzoo.types import build_config, check_device, parse_dtype
 
@@ -172,10 +172,12 @@ __all__ = [
     "PLUGINS_VARIABLE",
     "Attention",
     "Cost",
+    "StreamingAttention",
     "Traits",
     "attention",
     "build_attention",
     "is_plugin",
     "load_plugins",
+    "streaming",
     "variant",
 ]

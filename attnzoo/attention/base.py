@@ -1,11 +1,14 @@
 """The contract every attention variant keeps.
 
-One function in three forms, and what it costs:
+`Attention` is one function in two forms, and what it costs:
 
-- `forward(x_BTD)`: the parallel form, which trains;
-- `init_state` and `extend(chunk, state)`: the same function over any partition of the sequence, which serves;
+- `forward(x_BTD)`: the parallel form, which trains; under a mask and over a context where the traits say so;
 - `reference(x_BTD)`: the same function in plain sums, which says what is right;
 - `cost`: FLOPs, bytes and state bytes, which measured numbers must meet; the memory of training follows from `forward`.
+
+`StreamingAttention` is the same function in a third form:
+
+- `init_state` and `extend(chunk, state)`: over any partition of the sequence, which serves.
 
 `verify_contract` in tests/contract checks all of it for every registered variant.
 """
@@ -26,27 +29,41 @@ from attnzoo.errors import suggest
 from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.state import State
 from attnzoo.ops.common.impl import Impl
+from attnzoo.ops.common.masks import Mask, MaskField
 from attnzoo.registry import Registry
 
 PositionTrait = Literal["none", "rope", "table", "sinusoid", "bias", "recurrence"]
 Growth = Literal["O(T)", "O(window)", "O(1)"]
 
 
+CAUSAL_ONLY: frozenset[MaskField] = frozenset({"causal"})
+DOCUMENTS: frozenset[MaskField] = frozenset({"causal", "starts"})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Traits:
     """What a variant promises; a contract test skips only what a trait rules out.
 
-    causal: no output depends on later tokens. position: where order comes from. growth: how the state grows
-    with the context. cross: queries may come from another sequence than keys. varlen: documents packed in one
-    row, and padded rows, by `starts_BT`. shift_invariant: adding n to all positions changes nothing.
+    masks: which masks `forward` takes, by the fields of `Mask` that they may use ("full": not causal). context: keys
+    and values may come from another sequence than the queries. position: where order comes from. growth: how the state
+    grows with the context. shift_invariant: adding n to all positions changes nothing.
     """
 
-    causal: bool = True
+    masks: frozenset[MaskField] = CAUSAL_ONLY
+    context: bool = False
     position: PositionTrait = "none"
     growth: Growth = "O(T)"
-    cross: bool = False
-    varlen: bool = False
     shift_invariant: bool = True
+
+    @property
+    def causal(self) -> bool:
+        """Whether no output depends on later tokens, unless a mask is asked for under which it does."""
+        return "causal" in self.masks
+
+    @property
+    def varlen(self) -> bool:
+        """Whether documents packed in one row are kept apart, and causal rows may be padded, by `Mask.starts_BT`."""
+        return "starts" in self.masks
 
 
 @dataclass(frozen=True)
@@ -112,20 +129,83 @@ class Attention(nn.Module, ABC):
         """What this variant, as configured, promises."""
 
     @abstractmethod
-    def forward(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, *, context_BSD: Tensor | None = None, mask: Mask | None = None) -> Tensor:
         """The parallel form: y_BTD of whole sequences that start at position 0.
 
-        `starts_BT` (int64, variants with the trait varlen): the index of the first token each token may see, for rows
-        packed with documents or padded (`attnzoo.ops.common.masks.document_starts` and `padding_starts` make it).
+        `context_BSD`: where keys and values come from instead of x; every query sees all of it unless the mask says
+        otherwise. `mask`: what queries see (`attnzoo.ops.common.masks.Mask`), None: the past, or the whole context. A
+        window is an option of the layer, not of the mask given here. Raises ValueError for what the traits rule out.
         """
 
-    def check_input(self, x_BTD: Tensor) -> None:
-        """Raises ValueError for an input of another shape than [batch, tokens, model_dim]."""
-        model_dim = self.config.model_dim
+    @abstractmethod
+    def reference(self, x_BTD: Tensor, *, context_BSD: Tensor | None = None, mask: Mask | None = None) -> Tensor:
+        """`forward` in plain sums, float64-clean: slow, obvious, differentiable."""
+
+    def check_input(self, x_BTD: Tensor, context_BSD: Tensor | None = None, mask: Mask | None = None) -> None:
+        """Raises ValueError for an input or context of another shape than [batch, tokens, model_dim], and for a context
+        or a mask that the traits rule out."""
+        name, model_dim = type(self).__name__, self.config.model_dim
         if x_BTD.dim() != 3 or x_BTD.shape[2] != model_dim:
+            raise ValueError(f"{name} got x of shape {list(x_BTD.shape)}; it must be [batch, tokens, {model_dim}]")
+        if context_BSD is not None:
+            self.check_context(context_BSD, len(x_BTD))
+        if mask is None:
+            return
+        traits = self.traits
+        beyond = sorted(mask.uses - traits.masks)
+        if beyond:
             raise ValueError(
-                f"{type(self).__name__} got x of shape {list(x_BTD.shape)}; it must be [batch, tokens, {model_dim}]"
+                f"mask: {name} cannot compute {', '.join(MASK_WORDS[field] for field in beyond)}; "
+                f"it takes {', '.join(MASK_WORDS[field] for field in sorted(traits.masks)) or 'no mask'}"
             )
+        if mask.window is not None or not mask.parallel:
+            given = "positions are those of a streaming state" if mask.window is None else "window is the layer's own"
+            raise ValueError(f"mask: {given} and not given to forward; leave it out, or build {name} with it")
+
+    def check_context(self, context_BSD: Tensor, batch: int) -> None:
+        """Raises ValueError for a context that does not fit `batch` sequences, or where the traits rule it out."""
+        name, expected = type(self).__name__, (batch, self.config.model_dim)
+        if not self.traits.context:
+            raise ValueError(
+                f"context_BSD: {name} as configured reads its own sequence alone (trait context=False); leave it out"
+            )
+        if context_BSD.dim() != 3 or (context_BSD.shape[0], context_BSD.shape[2]) != expected:
+            raise ValueError(
+                f"{name} got context_BSD of shape {list(context_BSD.shape)}; it must be [batch, tokens, model_dim] = "
+                f"[{batch}, S, {expected[1]}]"
+            )
+
+    @abstractmethod
+    def cost(self, batch: int, tokens: int, context: int) -> Cost:
+        """Cost of processing `tokens` new tokens of each of `batch` sequences up to length `context`, under the layer's
+        own mask and without another sequence to read.
+
+        `tokens == context` is the parallel form (and a prefill); `tokens == 1` is a decode step.
+        """
+
+    def training_memory(self, batch: int, tokens: int, dtype: torch.dtype | None = None) -> PassMemory:
+        """What `forward` by the implementation "torch" and its backward pass hold, derived from a run without values
+        unless it is written (`memory_by_hand`). `dtype`: of weights and activations, None: that of the weights."""
+        known = (x.dtype for x in (*self.parameters(), *self.buffers()) if x.is_floating_point())
+        dtype = dtype or next(known, torch.get_default_dtype())
+        written = self.memory_by_hand(batch, tokens, dtype)
+        return self.derived_memory(batch, tokens, dtype) if written is None else written
+
+    def memory_by_hand(self, batch: int, tokens: int, dtype: torch.dtype) -> PassMemory | None:
+        """`training_memory` of a variant whose code looks at values, or takes long even without them. None: derived."""
+        return None
+
+    def derived_memory(self, batch: int, tokens: int, dtype: torch.dtype) -> PassMemory:
+        """`training_memory` from a run without values."""
+        x_BTD = torch.empty(batch, tokens, self.config.model_dim, dtype=dtype, device="meta")
+        return pass_memory(self, x_BTD, run=run_torch, dtype=dtype)
+
+    def reset_parameters(self, std: float, output_std: float) -> None:
+        """Initialises linear maps: normal(0, std), output projection normal(0, output_std)."""
+
+
+class StreamingAttention(Attention):
+    """What can be continued from a state; `Traits.causal` is True."""
 
     @abstractmethod
     def init_state(
@@ -152,36 +232,35 @@ class Attention(nn.Module, ABC):
         of padding are undefined. None: all. The given state is consumed.
         """
 
-    @abstractmethod
-    def reference(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
-        """`forward` in plain sums, float64-clean: slow, obvious, differentiable."""
+    def init_context(self, context_BSD: Tensor, keys_BS: Tensor | None = None) -> State:
+        """The state of sequences that read a context, which is projected once, here: `extend` continues them as
+        `forward` with `context_BSD` and `Mask.full(keys_BS)` would.
 
-    @abstractmethod
-    def cost(self, batch: int, tokens: int, context: int) -> Cost:
-        """Cost of processing `tokens` new tokens of each of `batch` sequences up to length `context`.
-
-        `tokens == context` is the parallel form (and a prefill); `tokens == 1` is a decode step.
+        `keys_BS` (bool): which tokens of the context exist; None: all. Raises ValueError where the traits rule out a
+        context.
         """
+        self.check_context(context_BSD, len(context_BSD))
+        raise NotImplementedError(f"{type(self).__name__} says context=True and has no init_context")
 
-    def training_memory(self, batch: int, tokens: int, dtype: torch.dtype | None = None) -> PassMemory:
-        """What `forward` by the implementation "torch" and its backward pass hold, derived from a run without values
-        unless it is written (`memory_by_hand`). `dtype`: of weights and activations, None: that of the weights."""
-        known = (x.dtype for x in (*self.parameters(), *self.buffers()) if x.is_floating_point())
-        dtype = dtype or next(known, torch.get_default_dtype())
-        written = self.memory_by_hand(batch, tokens, dtype)
-        return self.derived_memory(batch, tokens, dtype) if written is None else written
 
-    def memory_by_hand(self, batch: int, tokens: int, dtype: torch.dtype) -> PassMemory | None:
-        """`training_memory` of a variant whose code looks at values, or takes long even without them. None: derived."""
-        return None
+def streaming(attention: Attention) -> StreamingAttention:
+    """The attention, which can be continued from a state. Raises ValueError where it cannot."""
+    if isinstance(attention, StreamingAttention):
+        return attention
+    name = type(attention).__name__
+    if not attention.traits.causal:
+        raise ValueError(f"{name} is not causal: it has no streaming form; call it on whole sequences")
+    raise ValueError(f"{name} has no streaming form: make it a StreamingAttention, with init_state and extend")
 
-    def derived_memory(self, batch: int, tokens: int, dtype: torch.dtype) -> PassMemory:
-        """`training_memory` from a run without values."""
-        x_BTD = torch.empty(batch, tokens, self.config.model_dim, dtype=dtype, device="meta")
-        return pass_memory(self, x_BTD, run=run_torch, dtype=dtype)
 
-    def reset_parameters(self, std: float, output_std: float) -> None:
-        """Initialises linear maps: normal(0, std), output projection normal(0, output_std)."""
+MASK_WORDS: dict[MaskField, str] = {
+    "causal": "causal masks",
+    "full": "masks that show all keys (causal=False)",
+    "prefix": "prefix_B",
+    "starts": "starts_BT",
+    "keys": "keys_BS",
+    "pairs": "pairs",
+}
 
 
 def run_torch(module: nn.Module, x_BTD: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from attnzoo.attention.base import Attention
+from attnzoo.attention.base import StreamingAttention
 from attnzoo.kvcache import CachedLayer, CachePolicy, State
 from attnzoo.kvcache.compressed import CompressedState, reading
 
 
 def cached_state(
-    attention: Attention, batch: int, capacity: int, cache: CachePolicy, *, device: Any, dtype: torch.dtype
+    attention: StreamingAttention, batch: int, capacity: int, cache: CachePolicy, *, device: Any, dtype: torch.dtype
 ) -> State:
     """A layer's empty state whose keys and values `cache` keeps. Raises ValueError where the variant cannot."""
     name = type(attention).__name__
@@ -30,7 +30,7 @@ def cached_state(
     return state
 
 
-def cached_layers(attentions: Sequence[Attention], states: Sequence[Any]) -> list[tuple[int, CachedLayer]]:
+def cached_layers(attentions: Sequence[StreamingAttention], states: Sequence[Any]) -> list[tuple[int, CachedLayer]]:
     """(index, layer) of the layers whose cache is compressed."""
     found = []
     for index, (attention, state) in enumerate(zip(attentions, states, strict=True)):
@@ -40,7 +40,7 @@ def cached_layers(attentions: Sequence[Attention], states: Sequence[Any]) -> lis
     return found
 
 
-def compress_layers(attentions: Sequence[Attention], states: Sequence[Any], final: bool) -> tuple[State, ...]:
+def compress_layers(attentions: Sequence[StreamingAttention], states: Sequence[Any], final: bool) -> tuple[State, ...]:
     """The states after their policy's `compress`; those of exact caches as they are. Raises ValueError for states that
     have been compressed, or hold no token."""
     for _, layer in cached_layers(attentions, states):
@@ -51,13 +51,13 @@ def compress_layers(attentions: Sequence[Attention], states: Sequence[Any], fina
     return _each(attentions, states, lambda policy, layers: policy.compress(layers, final))
 
 
-def joinable_layers(attentions: Sequence[Attention], states: Sequence[Any]) -> tuple[State, ...]:
+def joinable_layers(attentions: Sequence[StreamingAttention], states: Sequence[Any]) -> tuple[State, ...]:
     """The states after their policy's `to_joinable`; those of exact caches as they are."""
     return _each(attentions, states, lambda policy, layers: policy.to_joinable(layers))
 
 
 def _each(
-    attentions: Sequence[Attention],
+    attentions: Sequence[StreamingAttention],
     states: Sequence[Any],
     change: Callable[[CachePolicy, list[CachedLayer]], Sequence[State]],
 ) -> tuple[State, ...]:
@@ -80,7 +80,7 @@ class ByteModel:
     layers: dict[tuple[int, int, int, torch.dtype], int]
 
     @classmethod
-    def of(cls, policy: CachePolicy, attentions: Sequence[Attention], states: Sequence[Any]) -> "ByteModel":
+    def of(cls, policy: CachePolicy, attentions: Sequence[StreamingAttention], states: Sequence[Any]) -> "ByteModel":
         """`states`: one sequence's, as `init_state` makes them with this policy, on any device."""
         fixed, layers = 0, Counter[tuple[int, int, int, torch.dtype]]()
         for attention, state in zip(attentions, states, strict=True):

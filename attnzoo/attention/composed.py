@@ -1,16 +1,18 @@
 """A variant as a composition: projection, optional convolution over time, mixing; its three forms follow."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from attnzoo.attention.base import Attention, Cost, Traits
-from attnzoo.attention.parts import Mixing, Projection, QKVConv, QKVConvState
+from attnzoo.attention.base import Attention, Cost, StreamingAttention, Traits
+from attnzoo.attention.parts import QKV, ContextState, Mixing, Projection, QKVConv, QKVConvState
 from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.common.impl import Impl
+from attnzoo.ops.common.masks import CAUSAL, Mask
 from attnzoo.ops.common.recent import recent
 from attnzoo.types import dtype_bytes
 
@@ -24,11 +26,11 @@ class ComposedState(State):
     mixing: State
 
 
-class ComposedAttention(Attention):
-    """forward, extend, reference and cost from the parts. Subclasses choose the parts in `__init__`, and say which
+class ParallelComposition(Attention):
+    """forward, reference and cost from the parts. Subclasses choose the parts in `__init__`, and say which
     implementations there are where a part of their own has fewer."""
 
-    implementations = ("reference", "torch", "triton")
+    implementations: ClassVar[Sequence[str]] = ("reference", "torch", "triton")
 
     def __init__(self, config: Any, *, projection: Projection, mixing: Mixing, conv: QKVConv | None = None) -> None:
         super().__init__()
@@ -41,57 +43,34 @@ class ComposedAttention(Attention):
     def traits(self) -> Traits:
         return self.mixing.traits
 
-    def forward(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
-        return self._parallel(x_BTD, starts_BT, self.impl)
+    def forward(self, x_BTD: Tensor, *, context_BSD: Tensor | None = None, mask: Mask | None = None) -> Tensor:
+        return self._parallel(x_BTD, context_BSD, mask, self.impl)
 
-    def reference(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
-        return self._parallel(x_BTD, starts_BT, "reference")
+    def reference(self, x_BTD: Tensor, *, context_BSD: Tensor | None = None, mask: Mask | None = None) -> Tensor:
+        return self._parallel(x_BTD, context_BSD, mask, "reference")
 
-    def _parallel(self, x_BTD: Tensor, starts_BT: Tensor | None, impl: Impl) -> Tensor:
-        self.check_input(x_BTD)
-        qkv = self.projection(x_BTD)
+    def _parallel(self, x_BTD: Tensor, context_BSD: Tensor | None, mask: Mask | None, impl: Impl) -> Tensor:
+        self.check_input(x_BTD, context_BSD, mask)
+        if mask is None:
+            mask = CAUSAL if context_BSD is None else Mask.full()
+        return self._mixed(x_BTD, context_BSD, mask, impl)
+
+    def _mixed(self, x_BTD: Tensor, context_BSD: Tensor | None, mask: Mask, impl: Impl) -> Tensor:
+        qkv = self.projection(x_BTD, context_BSD)
         if 0 in qkv[0].shape:  # no sequence or no token: kernels and sums over time would have nothing to begin with
             return self.projection.merge(qkv[0].transpose(1, 2))
         if self.conv is not None:
-            qkv = self.conv(qkv, starts_BT, impl)
-        return self.projection.merge(self.mixing(qkv, starts_BT, impl))
+            qkv = self._convolved(qkv, context_BSD is not None, mask, impl)
+        return self.projection.merge(self.mixing(qkv, mask, impl))
 
-    def init_state(
-        self,
-        batch: int,
-        capacity: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        cache: CachePolicy | None = None,
-    ) -> ComposedState:
-        weight = self.projection.query.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
-        return ComposedState(
-            new_zeros(batch, device=device, dtype=torch.int64),
-            None if self.conv is None else self.conv.init_state(batch, device=device, dtype=dtype),
-            self.mixing.init_state(batch, capacity, device=device, dtype=dtype, cache=cache),
-        )
-
-    def extend(
-        self, x_BTD: Tensor, state: ComposedState, counts_B: Tensor | None = None
-    ) -> tuple[Tensor, ComposedState]:
-        self.check_input(x_BTD)
-        if (self.conv is None) != (state.conv is None):
-            raise ValueError(
-                f"{type(self).__name__} got the state of another variant, which remembers "
-                f"{'no' if state.conv is None else 'a'} convolution; begin with this layer's init_state"
-            )
-        tokens = x_BTD.shape[1]
-        qkv, conv = self.projection(x_BTD), state.conv
-        if 0 in qkv[0].shape:
-            return self.projection.merge(qkv[0].transpose(1, 2)), state
-        if self.conv is not None and conv is not None:  # both or neither
-            qkv, conv = self.conv.extend(qkv, conv, counts_B, self.impl)
-        positions_BT = _positions(state.lengths_B, tokens)
-        o_BNTH, mixing = self.mixing.extend(qkv, state.mixing, positions_BT, counts_B, self.impl)
-        lengths_B = state.lengths_B + (tokens if counts_B is None else counts_B)
-        return self.projection.merge(o_BNTH), ComposedState(lengths_B, conv, mixing)
+    def _convolved(self, qkv: QKV, of_context: bool, mask: Mask, impl: Impl) -> QKV:
+        """Convolved as if tokens that do not exist were the zeros before a sequence."""
+        assert self.conv is not None
+        if mask.keys_BS is not None:
+            q, k, v = qkv
+            gaps = ~mask.keys_BS[:, :, None, None]
+            qkv = (q if of_context else q.masked_fill(gaps, 0.0), k.masked_fill(gaps, 0.0), v.masked_fill(gaps, 0.0))
+        return self.conv(qkv, mask.starts_BT, impl)
 
     def cost(self, batch: int, tokens: int, context: int) -> Cost:
         dtype = self.projection.query.weight.dtype
@@ -115,6 +94,60 @@ class ComposedAttention(Attention):
         self.mixing.reset_parameters(std)
         if self.conv is not None:
             self.conv.reset_parameters()
+
+
+class ComposedAttention(ParallelComposition, StreamingAttention):
+    """All forms from the parts, which stream. This is what most variants are."""
+
+    def init_state(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        cache: CachePolicy | None = None,
+    ) -> ComposedState:
+        weight = self.projection.query.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        return ComposedState(
+            new_zeros(batch, device=device, dtype=torch.int64),
+            None if self.conv is None else self.conv.init_state(batch, device=device, dtype=dtype),
+            self.mixing.init_state(batch, capacity, device=device, dtype=dtype, cache=cache),
+        )
+
+    def init_context(self, context_BSD: Tensor, keys_BS: Tensor | None = None) -> ComposedState:
+        batch = len(context_BSD)
+        self.check_context(context_BSD, batch)
+        mask = Mask.full(keys_BS)
+        qkv = self.projection(context_BSD[:, :0], context_BSD)
+        conv = None
+        if self.conv is not None:
+            conv = self.conv.init_state(batch, device=context_BSD.device, dtype=context_BSD.dtype, of_context=True)
+            qkv = self._convolved(qkv, True, mask, self.impl)
+        lengths_B = new_zeros(batch, device=context_BSD.device, dtype=torch.int64)
+        return ComposedState(lengths_B, conv, self.mixing.init_context(qkv, keys_BS, self.impl))
+
+    def extend(
+        self, x_BTD: Tensor, state: ComposedState, counts_B: Tensor | None = None
+    ) -> tuple[Tensor, ComposedState]:
+        self.check_input(x_BTD)
+        if (self.conv is None) != (state.conv is None):
+            raise ValueError(
+                f"{type(self).__name__} got the state of another variant, which remembers "
+                f"{'no' if state.conv is None else 'a'} convolution; begin with this layer's init_state"
+            )
+        tokens = x_BTD.shape[1]
+        of_context = isinstance(state.mixing, ContextState)
+        qkv, conv = self.projection(x_BTD, x_BTD[:, :0] if of_context else None), state.conv
+        if 0 in qkv[0].shape:
+            return self.projection.merge(qkv[0].transpose(1, 2)), state
+        if self.conv is not None and conv is not None:  # both or neither
+            qkv, conv = self.conv.extend(qkv, conv, counts_B, self.impl)
+        positions_BT = _positions(state.lengths_B, tokens)
+        o_BNTH, mixing = self.mixing.extend(qkv, state.mixing, positions_BT, counts_B, self.impl)
+        lengths_B = state.lengths_B + (tokens if counts_B is None else counts_B)
+        return self.projection.merge(o_BNTH), ComposedState(lengths_B, conv, mixing)
 
 
 def _positions(lengths_B: Tensor, tokens: int) -> Tensor:

@@ -1,22 +1,23 @@
 """Base of the variants that read a whole context at once, as the in-context-learning literature defines them.
 
-The last `num_queries` tokens ask and are not read: keys and values come from the others alone, and every token, asking
-or not, reads all of them. So a token depends on later ones: such a variant is not causal, has no streaming form and no
-state, and a decoder language model refuses it. With no feature map, bias, norm or scale the maps W_V, W_K, W_Q and P
-are square by default, as in the papers. The residual is the caller's: e <- e + layer(e).
+The last `num_queries` tokens ask and are not read: the others are the context of all tokens. So a token depends on
+later ones: such a variant is not causal, has no streaming form and no state, and a decoder language model refuses it.
+With no feature map, bias, norm or scale the maps W_V, W_K, W_Q and P are square by default, as in the papers. The
+residual is the caller's: e <- e + layer(e).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attnzoo.attention.base import Attention, Cost, Traits
-from attnzoo.kvcache import CachePolicy
-from attnzoo.kvcache.state import State
+from attnzoo.attention.base import Cost, Traits
+from attnzoo.attention.composed import ParallelComposition
+from attnzoo.attention.parts import Heads, Mixing, Projection
 from attnzoo.ops.common.impl import Impl
-from attnzoo.ops.in_context import Weighting, in_context_attention
+from attnzoo.ops.common.masks import Mask
 from attnzoo.types import CheckedConfig, dtype_bytes
 
 
@@ -37,93 +38,58 @@ class InContextConfig(CheckedConfig):
                 way_out = ", or None for model_dim" if name == "head_dim" else ""
                 raise ValueError(f"{name}={value} must be at least {least}{way_out}")
 
+    @property
+    def heads(self) -> Heads:
+        return Heads.of(self.model_dim, self.num_heads, None, self.head_dim or self.model_dim)
 
-class InContextAttention(Attention):
-    """y_t = sum_heads P sum_{j: read} W_V e_j weight(W_K e_j, W_Q e_t); subclasses say which weighting."""
+
+class InContextAttention(ParallelComposition):
+    """y_t = sum_heads P sum_{j: read} W_V e_j weight(W_K e_j, W_Q e_t); subclasses say by which mixing."""
 
     Config = InContextConfig
-    implementations = ("reference", "torch")
-    weighting: ClassVar[Weighting]
+    implementations: ClassVar[Sequence[str]] = ("reference", "torch")
 
-    def __init__(self, config: InContextConfig) -> None:
-        super().__init__()
-        self.config = config
-        width = config.num_heads * (config.head_dim or config.model_dim)
-        self.query = nn.Linear(config.model_dim, width, bias=False)
-        self.key = nn.Linear(config.model_dim, width, bias=False)
-        self.value = nn.Linear(config.model_dim, width, bias=False)
-        self.output = nn.Linear(width, config.model_dim, bias=False)
+    def __init__(self, config: InContextConfig, mixing: Mixing) -> None:
+        """mixing: of a kind that takes a context."""
+        super().__init__(config, projection=Projection(config.heads), mixing=mixing)
 
     @property
     def traits(self) -> Traits:
-        return Traits(causal=False, growth="O(1)")
+        return Traits(masks=frozenset(), growth="O(1)")
 
-    def forward(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
-        return self._attend(x_BTD, starts_BT, self.impl)
-
-    def reference(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
-        return self._attend(x_BTD, starts_BT, "reference")
-
-    def _attend(self, x_BTD: Tensor, starts_BT: Tensor | None, impl: Impl) -> Tensor:
-        if starts_BT is not None:
-            raise ValueError(f"{type(self).__name__} takes no starts_BT: a row is one context; give each its own row")
-        self.check_input(x_BTD)
+    def _parallel(self, x_BTD: Tensor, context_BSD: Tensor | None, mask: Mask | None, impl: Impl) -> Tensor:
+        self.check_input(x_BTD, context_BSD, mask)
         queries, tokens = self.config.num_queries, x_BTD.shape[1]
         if tokens <= queries:
             raise ValueError(f"{tokens} tokens of which the last num_queries={queries} ask leave nothing to read")
-        read_BSD = x_BTD[:, : tokens - queries]
-        heads = (
-            x.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
-            for x in (self.query(x_BTD), self.key(read_BSD), self.value(read_BSD))
-        )
-        o_BNTH = in_context_attention(*heads, weighting=self.weighting, impl=impl)
-        y_BTD: Tensor = self.output(o_BNTH.transpose(1, 2).flatten(2))
-        return y_BTD
-
-    def init_state(
-        self,
-        batch: int,
-        capacity: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        cache: CachePolicy | None = None,
-    ) -> State:
-        raise ValueError(f"{type(self).__name__} is not causal: it has no streaming form; call it on whole sequences")
-
-    def extend(self, x_BTD: Tensor, state: Any, counts_B: Tensor | None = None) -> tuple[Tensor, State]:
-        raise ValueError(f"{type(self).__name__} is not causal: it has no streaming form; call it on whole sequences")
+        return self._mixed(x_BTD, x_BTD[:, : tokens - queries], Mask.full(), impl)
 
     def cost(self, batch: int, tokens: int, context: int) -> Cost:
         """`tokens` of `context` tokens ask for outputs; those that are read pass W_K and W_V, state there is none."""
         read = max(context - self.config.num_queries, 0)
-        width = self.output.in_features
+        width = self.projection.output.in_features
         maps = 4 * batch * width * self.config.model_dim * (tokens + read)
-        head_dim = width // self.config.num_heads
-        pairs = tokens * read if self.weighting == "softmax" else (tokens + read) * head_dim
-        products = 2 if self.weighting == "softmax" else 1
+        of_each = self.mixing.traits.growth == "O(T)"  # every query meets every key, or all meet one sum
+        pairs = 2 * tokens * read if of_each else (tokens + read) * self.config.heads.head_dim
         parameters = sum(p.numel() for p in self.parameters())
-        width_bytes = dtype_bytes(self.output.weight.dtype)
+        width_bytes = dtype_bytes(self.projection.output.weight.dtype)
         moved = parameters + batch * self.config.model_dim * (context + tokens)
         return Cost(
-            flops=maps + 2 * products * batch * pairs * width,
+            flops=maps + 2 * batch * pairs * width,
             bytes_moved=width_bytes * moved,
             parameters=parameters,
         )
 
-    def reset_parameters(self, std: float, output_std: float) -> None:
-        for layer in (self.query, self.key, self.value, self.output):
-            nn.init.normal_(layer.weight, std=output_std if layer is self.output else std)
-
     def query_key(self) -> Tensor:
         """W_QK = W_Q^T W_K of each head, [N, D, D]: scores are e_t W_QK e_j."""
-        q_NHD, k_NHD = (m.weight.unflatten(0, (self.config.num_heads, -1)) for m in (self.query, self.key))
+        maps = (self.projection.query, self.projection.key)
+        q_NHD, k_NHD = (m.weight.unflatten(0, (self.config.num_heads, -1)) for m in maps)
         return q_NHD.mT @ k_NHD
 
     def value_output(self) -> Tensor:
         """W_VP = W_V^T P^T of each head, [N, D, D]: rows of values as they are added, e_j W_VP."""
-        v_NHD = self.value.weight.unflatten(0, (self.config.num_heads, -1))
-        p_NHD = self.output.weight.T.unflatten(0, (self.config.num_heads, -1))
+        v_NHD = self.projection.value.weight.unflatten(0, (self.config.num_heads, -1))
+        p_NHD = self.projection.output.weight.T.unflatten(0, (self.config.num_heads, -1))
         return v_NHD.mT @ p_NHD
 
     @torch.no_grad()
@@ -134,13 +100,14 @@ class InContextAttention(Attention):
         """
         dim, heads = self.config.model_dim, self.config.num_heads
         shape = (heads, dim, dim)
-        if self.output.in_features != heads * dim or query_key_NDD.shape != shape or value_output_NDD.shape != shape:
+        maps = self.projection
+        if maps.output.in_features != heads * dim or query_key_NDD.shape != shape or value_output_NDD.shape != shape:
             raise ValueError(
                 f"products of shape {tuple(query_key_NDD.shape)} and {tuple(value_output_NDD.shape)} for "
                 f"head_dim={self.config.head_dim}: they must be {shape}, with head_dim=None"
             )
-        eye_DD = torch.eye(dim, dtype=self.output.weight.dtype)
-        self.query.weight.copy_(query_key_NDD.mT.reshape(-1, dim))
-        self.key.weight.copy_(eye_DD.repeat(heads, 1))
-        self.value.weight.copy_(value_output_NDD.mT.reshape(-1, dim))
-        self.output.weight.copy_(eye_DD.repeat(1, heads))
+        eye_DD = torch.eye(dim, dtype=maps.output.weight.dtype)
+        maps.query.weight.copy_(query_key_NDD.mT.reshape(-1, dim))
+        maps.key.weight.copy_(eye_DD.repeat(heads, 1))
+        maps.value.weight.copy_(value_output_NDD.mT.reshape(-1, dim))
+        maps.output.weight.copy_(eye_DD.repeat(1, heads))

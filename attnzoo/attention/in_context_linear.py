@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention.base import ATTENTION
-from attnzoo.attention.in_context import InContextAttention
+from attnzoo.attention.in_context import InContextAttention, InContextConfig
+from attnzoo.attention.parts import LinearMixing
 
 
 @ATTENTION.register("in_context_linear")
@@ -23,7 +24,9 @@ class InContextLinear(InContextAttention):
     """Linear attention of a whole context, the query not read; one layer is a step of gradient descent."""
 
     source = "von Oswald et al. 2023, arXiv 2212.07677, eq. 1"
-    weighting = "linear"
+
+    def __init__(self, config: InContextConfig) -> None:
+        super().__init__(config, LinearMixing(config.heads, feature_map="identity", normalise=False, decay=False))
 
     @torch.no_grad()
     def set_gradient_step(self, rate: float, start_D: Tensor | None = None, shrink: float = 0.0) -> None:
@@ -37,7 +40,7 @@ class InContextLinear(InContextAttention):
         if self.config.num_heads != 1:
             raise ValueError(f"num_heads={self.config.num_heads}: the construction has one head")
         dim = self.config.model_dim
-        inputs_D = torch.ones(dim, dtype=self.output.weight.dtype)
+        inputs_D = torch.ones(dim, dtype=self.projection.output.weight.dtype)
         inputs_D[-1] = 0.0
         value_output_DD = torch.diag(-shrink * inputs_D)
         value_output_DD[-1, -1] = -rate

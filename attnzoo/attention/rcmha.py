@@ -22,7 +22,8 @@ from attnzoo.types import CheckedConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RCMHAConfig(CheckedConfig):
-    """`max_distance`: rows of the position table; `conv_share_heads`: one kernel per channel for all heads.
+    """`max_distance`: rows of the position table; `max_ahead`: rows of it for keys after the query, 0: masks that show
+    such keys are refused; `conv_share_heads`: one kernel per channel for all heads.
 
     `window`, `sinks`: each token sees the last `window` tokens and the first `sinks` ones; None: all.
     `qkv_bias`, `output_bias`: of the linear maps; the value's is there in any case, as in the authors' code.
@@ -33,6 +34,7 @@ class RCMHAConfig(CheckedConfig):
     num_kv_heads: int | None = None
     head_dim: int | None = None
     max_distance: int = 256
+    max_ahead: int = 0
     window: int | None = None
     sinks: int = 0
     qkv_bias: bool = False
@@ -62,7 +64,10 @@ class RCMHA(ComposedAttention):
                 output_bias=config.output_bias,
             ),
             mixing=SoftmaxMixing(
-                heads, RelativeTable(heads, config.max_distance), window=config.window, sinks=config.sinks
+                heads,
+                RelativeTable(heads, config.max_distance, config.max_ahead),
+                window=config.window,
+                sinks=config.sinks,
             ),
             conv=QKVConv(
                 heads,

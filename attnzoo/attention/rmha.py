@@ -25,7 +25,8 @@ from attnzoo.types import CheckedConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RMHAConfig(CheckedConfig):
-    """`max_distance`: rows of the table; only read by position="table".
+    """`max_distance`: rows of the table; only read by position="table". `max_ahead`: rows of the table for keys after
+    the query; 0: masks that show such keys are refused.
 
     `window`, `sinks`: each token sees the last `window` tokens and the first `sinks` ones; None: all.
     `qkv_bias`, `output_bias`: of the linear maps; position="table" has the value's in any case, as labml's code.
@@ -37,6 +38,7 @@ class RMHAConfig(CheckedConfig):
     head_dim: int | None = None
     position: Literal["table", "sinusoid"] = "table"
     max_distance: int = 256
+    max_ahead: int = 0
     window: int | None = None
     sinks: int = 0
     qkv_bias: bool = False
@@ -53,7 +55,7 @@ class RMHA(ComposedAttention):
     def __init__(self, config: RMHAConfig) -> None:
         heads = Heads.of(config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim)
         table = config.position == "table"
-        position = RelativeTable(heads, config.max_distance) if table else RelativeSinusoid(heads)
+        position = RelativeTable(heads, config.max_distance, config.max_ahead) if table else RelativeSinusoid(heads)
         super().__init__(
             config,
             projection=Projection(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnzoo.attention.base import Attention
+from attnzoo.attention.base import Attention, streaming
 from attnzoo.kvcache.state import State, new_zeros
 
 
@@ -49,8 +49,11 @@ class SegmentMemory(State):
 def attend_segment(
     attention: Attention, x_BTD: Tensor, memory: SegmentMemory, norm: Callable[[Tensor], Tensor] = lambda x: x
 ) -> tuple[Tensor, SegmentMemory]:
-    """(y_BTD, the memory for the next segment). `norm` stands between the layer's inputs and the attention."""
-    y_BTD, _ = attention.extend(norm(x_BTD), read_memory(attention, memory, x_BTD.shape[1], norm))
+    """(y_BTD, the memory for the next segment). `norm` stands between the layer's inputs and the attention.
+
+    Raises ValueError for an attention without a streaming form.
+    """
+    y_BTD, _ = streaming(attention).extend(norm(x_BTD), read_memory(attention, memory, x_BTD.shape[1], norm))
     return y_BTD, remember(memory, x_BTD)
 
 
@@ -59,6 +62,7 @@ def read_memory(
 ) -> State:
     """The attention's state after what is remembered, with room for `tokens` more."""
     batch, length, _ = memory.hidden_BMD.shape
+    attention = streaming(attention)
     state = attention.init_state(batch, length + tokens)
     if bool((memory.counts_B > 0).any()):
         _, state = attention.extend(norm(memory.hidden_BMD), state, memory.counts_B)

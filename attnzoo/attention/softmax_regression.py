@@ -15,7 +15,8 @@ Differs from the paper: scores are not divided by sqrt(head_dim) (the maps are f
 import torch
 
 from attnzoo.attention.base import ATTENTION
-from attnzoo.attention.in_context import InContextAttention
+from attnzoo.attention.in_context import InContextAttention, InContextConfig
+from attnzoo.attention.parts import SoftmaxMixing, Unscaled
 
 
 @ATTENTION.register("softmax_regression")
@@ -23,7 +24,9 @@ class SoftmaxRegression(InContextAttention):
     """Softmax attention of a whole context, the query not read; a head is near a step on softmax regression."""
 
     source = "Li et al. 2023, arXiv 2304.13276, section 1"
-    weighting = "softmax"
+
+    def __init__(self, config: InContextConfig) -> None:
+        super().__init__(config, SoftmaxMixing(config.heads, Unscaled()))
 
     @torch.no_grad()
     def set_linearised_step(self, rate: float, sharpness: float) -> None:
@@ -37,6 +40,6 @@ class SoftmaxRegression(InContextAttention):
                 f"num_heads={self.config.num_heads}, sharpness={sharpness}: the construction has one head and a "
                 "positive sharpness"
             )
-        inputs_D = torch.ones(self.config.model_dim, dtype=self.output.weight.dtype)
+        inputs_D = torch.ones(self.config.model_dim, dtype=self.projection.output.weight.dtype)
         inputs_D[-1] = 0.0
         self.set_products(sharpness * torch.diag(inputs_D)[None], rate / sharpness * torch.diag(1 - inputs_D)[None])

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attnzoo.attention import Attention
-from attnzoo.attention.base import run_torch
+from attnzoo.attention.base import StreamingAttention, run_torch
 from attnzoo.attention.segment_memory import SegmentMemory, attend_segment
 from attnzoo.derived_memory import PassMemory, pass_memory
 from attnzoo.kvcache.state import State
+from attnzoo.ops.common.masks import Mask
 
 Norm = Literal["rmsnorm", "layernorm"]
 Activation = Literal["swiglu", "gelu", "relu"]
@@ -62,15 +62,16 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(norm x), then x + mlp(norm x)."""
 
-    def __init__(self, attention: Attention, mlp: MLP, norm: Norm, dim: int, eps: float = 1e-5) -> None:
+    def __init__(self, attention: StreamingAttention, mlp: MLP, norm: Norm, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.attention_norm = build_norm(norm, dim, eps)
         self.attention = attention
         self.mlp_norm = build_norm(norm, dim, eps)
         self.mlp = mlp
 
-    def forward(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
-        x_BTD = x_BTD + self._mixed(self.attention(self.attention_norm(x_BTD), starts_BT), x_BTD)
+    def forward(self, x_BTD: Tensor, mask: Mask | None = None) -> Tensor:
+        shown = {} if mask is None else {"mask": mask}  # a variant of someone's may take nothing but x
+        x_BTD = x_BTD + self._mixed(self.attention(self.attention_norm(x_BTD), **shown), x_BTD)
         out: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD))
         return out
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attnzoo.attention import Cost, build_attention
+from attnzoo.attention import Cost, build_attention, streaming
 from attnzoo.attention.cached import ByteModel, cached_state, compress_layers, joinable_layers, streams
 from attnzoo.attention.segment_memory import SegmentMemory
 from attnzoo.derived_memory import PassMemory, in_sequence, pass_memory
@@ -20,6 +20,7 @@ from attnzoo.kvcache.options import check_lengths
 from attnzoo.kvcache.state import STATIC, State
 from attnzoo.models.blocks import MLP, Block, build_norm
 from attnzoo.models.config import DecoderConfig
+from attnzoo.ops.common.masks import Mask
 
 
 @dataclass
@@ -63,7 +64,7 @@ class DecoderLM(nn.Module):
                 f"model.attention: {kind!r} is not causal, and a decoder language model needs a causal variant"
             )
         mlp = MLP(config.mlp, config.model_dim, config.hidden_width(), config.mlp_bias)
-        return Block(attention, mlp, config.norm, config.model_dim, config.norm_eps)
+        return Block(streaming(attention), mlp, config.norm, config.model_dim, config.norm_eps)
 
     def layers(self) -> list[Block]:
         """The blocks in order."""
@@ -81,7 +82,7 @@ class DecoderLM(nn.Module):
             block.mlp.reset_parameters(std, output_std)
 
     def forward(self, tokens_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
-        """logits_BTV of the parallel form; `starts_BT` as in `Attention.forward`."""
+        """logits_BTV of the parallel form; `starts_BT` as in `Mask`."""
         return self.logits(self.hidden(tokens_BT, starts_BT))
 
     def hidden(self, tokens_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
@@ -93,12 +94,13 @@ class DecoderLM(nn.Module):
                         f"starts_BT: {type(block.attention).__name__} cannot keep documents of one row apart "
                         "(trait varlen); give it one document per row"
                     )
+        mask = None if starts_BT is None else Mask(starts_BT=starts_BT)
         x_BTD = self._embed(tokens_BT)
         for block in self.layers():
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, starts_BT, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, mask, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, starts_BT)
+                x_BTD = block(x_BTD, mask)
         out: Tensor = self.norm(x_BTD)
         return out
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attnzoo.attention import Attention
+from attnzoo.attention import StreamingAttention
 from attnzoo.attention.segment_memory import SegmentMemory, read_memory, remember
 from attnzoo.kvcache.state import State
 from attnzoo.models import DecoderLM
@@ -45,6 +45,6 @@ def without_query_history(state: State) -> State:
     return state.map(lambda name, tensor: torch.zeros_like(tensor) if name.endswith(QUERY_HISTORY) else tensor)
 
 
-def has_query_history(attention: Attention) -> bool:
+def has_query_history(attention: StreamingAttention) -> bool:
     """Whether the two forms differ for this variant."""
     return any(name.endswith(QUERY_HISTORY) for name in attention.init_state(1, 1).tensors())

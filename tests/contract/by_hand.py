@@ -2,9 +2,11 @@
 
 `BY_HAND` has one for every variant of the tree, with all of its options; a variant outside says its own
 (`Attention.by_hand`). `formula(config, weights, x_TD)` gives y_TD of one sequence in float64, `weights` by their names
-in `state_dict`.
+in `state_dict`. Formulas of variants that take masks and a context have two more arguments: the context, and whether
+query i sees key j.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 Array = np.ndarray
 Weights = Mapping[str, Array]
 Score = Callable[[int, int, int], float]
+Seen = Callable[[int, int], bool]
 
 
 def heads(x_TD: Array, weight: Array, bias: Array | None, count: int) -> Array:
@@ -22,11 +25,13 @@ def heads(x_TD: Array, weight: Array, bias: Array | None, count: int) -> Array:
     return y.reshape(len(x_TD), count, -1)
 
 
-def project(config: Any, w: Weights, x_TD: Array) -> list[Array]:
+def project(config: Any, w: Weights, x_TD: Array, context_SD: Array | None = None) -> list[Array]:
+    read = x_TD if context_SD is None else context_SD
+    source = {"query": x_TD, "key": read, "value": read}
     kv_heads = config.num_kv_heads or config.num_heads
     counts = {"query": config.num_heads, "key": kv_heads, "value": kv_heads}
     return [
-        heads(x_TD, w[f"projection.{name}.weight"], w.get(f"projection.{name}.bias"), count)
+        heads(source[name], w[f"projection.{name}.weight"], w.get(f"projection.{name}.bias"), count)
         for name, count in counts.items()
     ]
 
@@ -46,13 +51,16 @@ def sees(config: Any, i: int, j: int) -> bool:
     return j <= i and (config.window is None or i - j < config.window or j < config.sinks)
 
 
-def attend(config: Any, q: Array, v: Array, score: Score) -> Array:
-    """Softmax attention with logits score(n, i, j) / sqrt(H)."""
+def attend(config: Any, q: Array, v: Array, score: Score, seen: Seen | None) -> Array:
+    """Softmax attention with logits score(n, i, j) / sqrt(H), over the keys that are seen, by default the past."""
+    seen = seen or functools.partial(sees, config)
     tokens, count, width = q.shape
     out = np.zeros((tokens, count, v.shape[2]))
     for n in range(count):
         for i in range(tokens):
-            keys = [j for j in range(tokens) if sees(config, i, j)]
+            keys = [j for j in range(len(v)) if seen(i, j)]
+            if not keys:
+                continue
             probabilities = softmax_rows([score(n, i, j) / math.sqrt(width) for j in keys])
             out[i, n] = sum(p * v[j, n * v.shape[1] // count] for p, j in zip(probabilities, keys, strict=True))
     return out
@@ -112,36 +120,37 @@ def normed(config: Any, w: Weights, x_TNH: Array, name: str) -> Array:
     return x_TNH / np.sqrt(mean + config.norm_eps) * w[f"projection.{name}_norm.weight"]
 
 
-def rotary(config: Any, w: Weights, x: Array) -> Array:
+def rotary(config: Any, w: Weights, x: Array, context: Array | None = None, seen: Seen | None = None) -> Array:
     """MHA and MDHA: q . k, both convolved, normed and turned where asked for."""
-    q, k, v = project(config, w, x)
+    q, k, v = project(config, w, x, context)
     if getattr(config, "qk_norm", False):
         q, k = normed(config, w, q, "query"), normed(config, w, k, "key")
     if hasattr(config, "conv_width"):
         q, k, v = convolved(w, [q, k, v])
     if config.position == "rope":
         q, k = rotate(config, q), rotate(config, k)
-    return merge(w, attend(config, q, v, lambda n, i, j: q[i, n] @ k[j, n * k.shape[1] // q.shape[1]]))
+    return merge(w, attend(config, q, v, lambda n, i, j: q[i, n] @ k[j, n * k.shape[1] // q.shape[1]], seen))
 
 
-def relative(config: Any, w: Weights, x: Array) -> Array:
+def relative(config: Any, w: Weights, x: Array, context: Array | None = None, seen: Seen | None = None) -> Array:
     """RMHA and RCMHA: (q_i + u) . k_j and a term of the distance, in either form."""
-    q, k, v = project(config, w, x)
+    q, k, v = project(config, w, x, context)
     if hasattr(config, "conv_width"):
         q, k, v = convolved(w, [q, k, v])
     u = w["mixing.position.content_bias"]
-    term = sinusoid_term if getattr(config, "position", "table") == "sinusoid" else table_term
+    sinusoid = getattr(config, "position", "table") == "sinusoid"
+    term = sinusoid_term if sinusoid else functools.partial(table_term, config.max_ahead)
 
     def score(n: int, i: int, j: int) -> float:
         return (q[i, n] + u[n]) @ k[j, n * k.shape[1] // q.shape[1]] + term(w, q[i, n], n, i - j)
 
-    return merge(w, attend(config, q, v, score))
+    return merge(w, attend(config, q, v, score, seen))
 
 
-def table_term(w: Weights, q: Array, n: int, distance: int) -> float:
-    """q . R[d] + S[d], the last row for what lies beyond the table."""
+def table_term(ahead: int, w: Weights, q: Array, n: int, distance: int) -> float:
+    """q . R[d] + S[d], the first row being that of the distance -ahead, and the last row that of what lies beyond."""
     table, bias = w["mixing.position.table"], w["mixing.position.table_bias"]
-    row = min(distance, bias.shape[1] - 1)
+    row = max(0, min(distance + ahead, bias.shape[1] - 1))
     return q @ table[n, row] + bias[n, row]
 
 
@@ -153,23 +162,24 @@ def sinusoid_term(w: Weights, q: Array, n: int, distance: int) -> float:
     return (q + v[n]) @ w_r[n] @ np.concatenate([np.sin(angles), np.cos(angles)])
 
 
-def linear(config: Any, w: Weights, x: Array) -> Array:
+def linear(config: Any, w: Weights, x: Array, context: Array | None = None, seen: Seen | None = None) -> Array:
     """o_t = sum_{s<=t} gamma^(t-s) phi(q_t).phi(k_s) v_s, over the same sum without v_s where normalised."""
     maps = {
         "elu1": lambda y: np.where(y > 0, y + 1, np.exp(y)),
         "relu": lambda y: np.where(y > 0, y, 0.0),
         "identity": lambda y: y,
     }
-    q, k, v = project(config, w, x)
+    q, k, v = project(config, w, x, context)
+    seen = seen or (lambda t, s: s <= t)
     q, k = maps[config.feature_map](q), maps[config.feature_map](k)
     out = np.zeros_like(q)
     for n in range(q.shape[1]):
         kv = n * k.shape[1] // q.shape[1]
         gamma = 1 / (1 + np.exp(-w["mixing.decay_logit"][kv])) if config.decay else 1.0
         for t in range(len(q)):
-            weight = [gamma ** (t - s) * (q[t, n] @ k[s, kv]) for s in range(t + 1)]
-            total = sum(weight) if config.normalise else 1.0
-            out[t, n] = sum(a * v[s, kv] for s, a in enumerate(weight)) / total
+            weight = {s: gamma ** (t - s) * (q[t, n] @ k[s, kv]) for s in range(len(k)) if seen(t, s)}
+            total = sum(weight.values()) if config.normalise and weight else 1.0
+            out[t, n] = sum(a * v[s, kv] for s, a in weight.items()) / total
     return merge(w, out)
 
 
@@ -190,14 +200,14 @@ def mesa(config: Any, w: Weights, x: Array) -> Array:
 def in_context(config: Any, w: Weights, x: Array, softmax: bool) -> Array:
     """P sum_j W_V e_j weight(W_K e_j . W_Q e_t) over all tokens but the last `num_queries`, for every token."""
     read = len(x) - config.num_queries
-    q, k, v = (heads(x, w[f"{name}.weight"], None, config.num_heads) for name in ("query", "key", "value"))
+    q, k, v = (heads(x, w[f"projection.{name}.weight"], None, config.num_heads) for name in ("query", "key", "value"))
     out = np.zeros_like(q)
     for n in range(config.num_heads):
         for t in range(len(x)):
             scores = [k[j, n] @ q[t, n] for j in range(read)]
             amounts = softmax_rows(scores) if softmax else scores
             out[t, n] = sum(a * v[j, n] for j, a in enumerate(amounts))
-    return out.reshape(len(x), -1) @ w["output.weight"].T
+    return out.reshape(len(x), -1) @ w["projection.output.weight"].T
 
 
 BY_HAND: dict[str, Callable[[Any, Weights, Array], Array]] = {

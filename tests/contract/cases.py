@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.attention import ATTENTION, Attention, build_attention
+from attnzoo.attention import ATTENTION, Attention, StreamingAttention, build_attention
+from attnzoo.kvcache.state import State
 
 BATCH, TOKENS, MODEL_DIM = 2, 13, 22
 TIGHT = 1e-10
@@ -40,6 +41,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"position": "sinusoid", "window": 4, "sinks": 1},
         {"qkv_bias": True, "output_bias": True, "num_kv_heads": 1},
         {"position": "sinusoid", "qkv_bias": True, "output_bias": True},
+        {"max_ahead": 5, "num_kv_heads": 1},
     ],
     "mdha": [
         {},
@@ -53,6 +55,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"conv_share_heads": True, "conv_bias": True, "conv_init": "uniform"},
         {"num_kv_heads": 1, "conv_width": 2},
         {"window": 4, "sinks": 3},
+        {"max_ahead": 20},
         {"qkv_bias": True, "output_bias": True, "conv_bias": True, "conv_share_heads": True},
     ],
     "linear": [
@@ -136,12 +139,15 @@ def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float =
 
 def streams(attention: Attention) -> bool:
     """Whether there is a streaming form: a token that depends on later ones can never be answered for good."""
-    return attention.traits.causal
+    assert not isinstance(attention, StreamingAttention) or attention.traits.causal
+    return isinstance(attention, StreamingAttention)
 
 
-def stream(attention: Attention, x_BTD: Tensor, cuts: list[int], capacity: int) -> Tensor:
-    """extend over chunks of the given lengths, from an empty state."""
-    state = attention.init_state(len(x_BTD), capacity)
+def stream(
+    attention: Any, x_BTD: Tensor, cuts: list[int], capacity: int, begin: Callable[[], State] | None = None
+) -> Tensor:
+    """extend over chunks of the given lengths, from an empty state, or from one that `begin` makes."""
+    state = attention.init_state(len(x_BTD), capacity) if begin is None else begin()
     outputs = []
     for chunk in x_BTD.split(cuts, dim=1):
         out, state = attention.extend(chunk, state)

@@ -15,6 +15,7 @@ from tests.contract.forms import (
 )
 from tests.contract.promises import check_cost, check_empty, check_implementations, check_refusals, check_storage
 from tests.contract.saved import check_saved
+from tests.contract.seeing import ITEMS as SEEING
 from tests.contract.served import check_served
 from tests.contract.streaming import (
     check_batch,
@@ -41,6 +42,7 @@ ITEMS: dict[str, Callable[[Build], None]] = {
     "rows": check_rows,
     "gradients": check_gradients,
     "shift": check_shift,
+    **SEEING,
     "cost": check_cost,
     "storage": check_storage,
     "batch": check_batch,

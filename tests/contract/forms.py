@@ -105,8 +105,9 @@ def check_packing(build: Build) -> None:
         return
     x = inputs(BATCH, TOKENS, MODEL_DIM).requires_grad_()
     edges = torch.tensor([0, 3, 4, 9, 15, BATCH * TOKENS])
-    packed = attention(x, document_starts(edges, BATCH, TOKENS))
-    assert_close(packed, attention.reference(x, document_starts(edges, BATCH, TOKENS)), "packed against reference")
+    mask = Mask(starts_BT=document_starts(edges, BATCH, TOKENS))
+    packed = attention(x, mask=mask)
+    assert_close(packed, attention.reference(x, mask=mask), "packed against reference")
     pieces = [(0, 0, 3), (0, 3, 4), (0, 4, 9), (0, 9, 13), (1, 0, 2), (1, 2, 13)]
     alone = torch.cat([attention(x[row : row + 1, first:end])[0] for row, first, end in pieces])
     assert_close(packed.flatten(0, 1), alone, "packed documents")
@@ -116,7 +117,7 @@ def check_packing(build: Build) -> None:
     lengths = torch.tensor([5, TOKENS])
     with torch.no_grad():
         for side, kept in (("right", slice(0, 5)), ("left", slice(TOKENS - 5, None))):
-            out = attention(x, padding_starts(lengths, TOKENS, side))
+            out = attention(x, mask=Mask(starts_BT=padding_starts(lengths, TOKENS, side)))
             assert_close(out[0, kept], attention(x[:1, kept])[0], f"{side}-padded row")
             assert_close(out[1], attention(x[1:])[0], f"unpadded row beside a {side}-padded one")
 

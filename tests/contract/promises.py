@@ -1,10 +1,13 @@
 """What a variant says of itself is so: its cost, its storage, what it refuses, what it takes of nothing."""
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from attnzoo.attention import StreamingAttention
+from attnzoo.ops.common.masks import Mask
 from tests.contract.cases import BATCH, MODEL_DIM, SIZES, TOKENS, Build, assert_close, inputs, streams
 
 
@@ -70,23 +73,43 @@ def check_storage(build: Build) -> None:
 def check_refusals(build: Build) -> None:
     """What the traits rule out is refused by name, never computed as something else."""
     attention, x = build(), inputs(BATCH, TOKENS, MODEL_DIM)
-    starts_BT = torch.zeros(BATCH, TOKENS, dtype=torch.int64)
-    attempts: dict[str, Callable[[], object]] = {}
-    if not streams(attention):
-        trait = "causal=False"
-        attempts["init_state(batch, capacity)"] = lambda: attention.init_state(BATCH, TOKENS)
-        attempts["extend(x, state)"] = lambda: attention.extend(x, None)
-    if not attention.traits.varlen:
-        trait = "varlen=False"
-        attempts["forward(x, starts_BT)"] = lambda: attention(x, starts_BT)
-        attempts["reference(x, starts_BT)"] = lambda: attention.reference(x, starts_BT)
+    traits, attempts = attention.traits, {}
+    for name, mask in masks_of_each_field().items():
+        if not mask.uses <= traits.masks:
+            call = f"forward(x, mask=Mask with {name})"
+            attempts[call] = functools.partial(attention, x, mask=mask)
+            attempts[call.replace("forward", "reference")] = functools.partial(attention.reference, x, mask=mask)
+    if not traits.context:
+        attempts["forward(x, context_BSD=x)"] = functools.partial(attention, x, context_BSD=x)
+        attempts["reference(x, context_BSD=x)"] = functools.partial(attention.reference, x, context_BSD=x)
+        if isinstance(attention, StreamingAttention):
+            attempts["init_context(x)"] = functools.partial(attention.init_context, x)
+    for name, mask in {"window": Mask(window=3), "positions": streaming_mask()}.items():
+        attempts[f"forward(x, mask=Mask with {name})"] = functools.partial(attention, x, mask=mask)
     for call, attempt in attempts.items():
         problem = refusal(attempt)
         assert problem is not None, (
-            f"{call} returns something where the traits say {trait}: raise ValueError there, naming the class, or "
-            "declare what it can do"
+            f"{call} returns something that the traits do not promise ({traits}): raise ValueError there, naming the "
+            "class (check_input does), or declare what it can do"
         )
         assert type(attention).__name__ in problem, f"the error of {call} does not name the class: {problem}"
+
+
+def masks_of_each_field() -> dict[str, Mask]:
+    """One mask for each field that traits name, beside causal ones."""
+    return {
+        "causal=False": Mask.full(),
+        "prefix_B": Mask(prefix_B=torch.tensor([4, 2])),
+        "starts_BT": Mask(starts_BT=torch.zeros(BATCH, TOKENS, dtype=torch.int64)),
+        "keys_BS": Mask(keys_BS=torch.ones(BATCH, TOKENS, dtype=torch.bool)),
+        "pairs": Mask(pairs=torch.ones(BATCH, TOKENS, TOKENS, dtype=torch.bool)),
+    }
+
+
+def streaming_mask() -> Mask:
+    """A mask of the streaming form, which belongs to a state."""
+    positions_BT = torch.arange(TOKENS).expand(BATCH, TOKENS)
+    return Mask(query_positions_BT=positions_BT, key_positions_BKS=positions_BT[:, None])
 
 
 def refusal(attempt: Callable[[], object]) -> str | None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.attention import in_context
-from attnzoo.attention.parts import Projection, Rope, convolution, mesa, mixing, position
+from attnzoo.attention.parts import Projection, Rope, convolution, linear, mesa, mixing, position
 from attnzoo.kvcache import full, window
 from attnzoo.ops.common import masks, row_blocks
 from attnzoo.ops.linear_attention import torch as linear_torch
@@ -181,17 +181,15 @@ def mesa_documents_leak(patch: Patch) -> None:
 
 def query_is_read(patch: Patch) -> None:
     """The last token, which asks, is among the keys."""
-    right = in_context.InContextAttention._attend
+    right = in_context.InContextAttention.forward
 
-    def wrong(self, x, starts_BT, impl):
+    def wrong(self, x, **what):
         queries, self.config = self.config, dataclasses.replace(self.config, num_queries=0)
-        out = right(self, x, starts_BT, impl)
+        out = right(self, x, **what)
         self.config = queries
         return out
 
-    patch.setattr(
-        in_context.InContextAttention, "forward", lambda self, x, starts_BT=None: wrong(self, x, starts_BT, "torch")
-    )
+    patch.setattr(in_context.InContextAttention, "forward", wrong)
 
 
 def rotation_of_another_base(patch: Patch) -> None:
@@ -214,8 +212,8 @@ def queries_scaled_twice(patch: Patch) -> None:
     """The projection divides by sqrt(H), and so do the scores."""
     right = Projection.forward
 
-    def wrong(self, x):
-        q, k, v = right(self, x)
+    def wrong(self, x, context=None):
+        q, k, v = right(self, x, context)
         return q / self.heads.head_dim**0.5, k, v
 
     patch.setattr(Projection, "forward", wrong)
@@ -249,17 +247,17 @@ def sinusoid_of_half_its_bias(patch: Patch) -> None:
 
 def decay_squared(patch: Patch) -> None:
     """Each head forgets twice as fast."""
-    right = mixing.linear_attention
+    right = linear.linear_attention
 
     def wrong(*qkv, decay_K=None, **rest):
         return right(*qkv, decay_K=None if decay_K is None else decay_K**2, **rest)
 
-    patch.setattr(mixing, "linear_attention", wrong)
+    patch.setattr(linear, "linear_attention", wrong)
 
 
 def another_feature_map(patch: Patch) -> None:
     """elu without the one that makes it positive enough."""
-    patch.setattr(mixing.LinearMixing, "_features", lambda self, x: F.elu(x) + 1.1)
+    patch.setattr(linear.LinearMixing, "_features", lambda self, x: F.elu(x) + 1.1)
 
 
 def ridge_squared(patch: Patch) -> None:
@@ -272,8 +270,8 @@ def gain_applied_twice(patch: Patch) -> None:
     """Normed heads are scaled once more."""
     right = Projection.forward
 
-    def wrong(self, x):
-        q, k, v = right(self, x)
+    def wrong(self, x, context=None):
+        q, k, v = right(self, x, context)
         return q * self.query_norm.weight, k, v
 
     patch.setattr(Projection, "forward", wrong)
@@ -291,8 +289,8 @@ def window_one_wider(patch: Patch) -> None:
 
 def asking_heads_swapped(patch: Patch) -> None:
     """In-context layers read with each other's queries."""
-    right = in_context.in_context_attention
-    patch.setattr(in_context, "in_context_attention", lambda q, k, v, **rest: right(q.flip(1), k, v, **rest))
+    right = position.sdpa
+    patch.setattr(position, "sdpa", lambda q, k, v, **rest: right(q.flip(1), k, v, **rest))
 
 
 SHARED: list[tuple[Callable[[Patch], None], str, dict]] = [

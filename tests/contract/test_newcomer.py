@@ -173,7 +173,7 @@ class A(MHA):
         (
             "from attnzoo.attention.base import ATTENTION, Attention\n@ATTENTION.register('a')\n"
             "class A(Attention):\n    def forward(self, x): ...\n",
-            "attention 'a': A lacks cost, extend, init_state, reference, traits",
+            "attention 'a': A lacks cost, reference, traits",
         ),
         (
             "from attnzoo.attention.mha import MHA\nfrom attnzoo.attention.base import ATTENTION\n"
@@ -248,7 +248,7 @@ def test_list_goes_on_past_a_variant_that_cannot_be_built(tmp_path):
 
 
 WITHOUT_COST = "    def cost(self, *sizes):\n        return 1 / 0\n"
-NARROW = "    def forward(self, x, starts=None):\n        return super().forward(x, starts)[:, :1]\n"
+NARROW = "    def forward(self, x, **what):\n        return super().forward(x, **what)[:, :1]\n"
 OPTIONS = """\
 from dataclasses import dataclass
 from attnzoo.attention.base import ATTENTION

@@ -3,6 +3,8 @@
 On a machine without a GPU the kernels run in Triton's interpreter (tests/conftest.py).
 """
 
+import functools
+
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ from tests.contract.cases import (
     stream,
 )
 from tests.contract.promises import refusal
+from tests.contract.seeing import CONTEXT, masks_of
 
 KERNELS = [case for case in all_cases() if "triton" in ATTENTION.get(case[0]).implementations]
 """Variants that say they have kernels; the contract sees that the others refuse impl="triton"."""
@@ -49,6 +52,8 @@ def test_an_implementation_is_what_it_says_in_both_forms(case):
         assert "has no implementation 'no such'" in problem
 
     check("forward", lambda: attention(x))
+    for name, mask in masks_of(attention).items():
+        check(f"forward under the mask {name!r}", lambda mask=mask: attention(x, mask=mask))
     for mixing_alone in (False, True):
         if mixing_alone:
             attention.conv = None  # it is asked first; what follows must refuse too
@@ -72,6 +77,23 @@ def test_kernels_make_the_same_function(case):
         assert_near(grad, right[name], f"gradient of {name}")
     with torch.no_grad():
         assert_near(stream(attention, x32, [5, 1, 1, 6], TOKENS), expected, "streamed")
+
+
+@pytest.mark.parametrize("case", KERNELS, ids=lambda case: case_name(*case))
+def test_kernels_see_what_the_mask_shows(case):
+    exact, attention = build_case(*case), build_case(*case).float()
+    attention.impl = "triton"
+    x = inputs(BATCH, TOKENS, MODEL_DIM)
+    given: dict[str, dict] = {name: {"mask": mask} for name, mask in masks_of(attention).items()}
+    if attention.traits.context:
+        given["a context"] = {"context_BSD": inputs(BATCH, CONTEXT, MODEL_DIM, seed=4)}
+    for name, options in given.items():
+        if "pairs" in name:  # refused by name, whatever the variant
+            assert "no mask with pairs" in str(refusal(functools.partial(attention, x.float(), **options)))
+            continue
+        single = {key: value.float() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+        with torch.no_grad():
+            assert_near(attention(x.float(), **single), exact(x, **options), name)
 
 
 @pytest.mark.heavy

@@ -219,7 +219,7 @@ def test_refusals():
         depthwise_conv_qkv(qkv, kernels, tails=(tails[0], tails[1], torch.zeros(B, 3, K, H)))
     with pytest.raises(ValueError, match="of v must be"):
         depthwise_conv_qkv(qkv, kernels, biases=(None, None, torch.zeros(K, H + 1)))
-    with pytest.raises(ValueError, match=r"must be \[B,T,N,H\], \[B,T,K,H\] and \[B,T,K,H\]"):
+    with pytest.raises(ValueError, match=r"must be \[B,T,N,H\], \[B,S,K,H\] and \[B,S,K,H\]"):
         depthwise_conv_qkv((qkv[0], qkv[1], qkv[2][:, :4]), kernels)
     with pytest.raises(ValueError, match="share one width"):
         depthwise_conv_qkv(qkv, (kernels[0], kernels[1], kernels[2][..., :2]))

@@ -125,7 +125,7 @@ def test_non_causal_variant_is_refused(monkeypatch):
     from attnzoo.attention.composed import ComposedAttention
 
     causal = ComposedAttention.traits.fget
-    monkeypatch.setattr(ComposedAttention, "traits", property(lambda self: replace(causal(self), causal=False)))
+    monkeypatch.setattr(ComposedAttention, "traits", property(lambda self: replace(causal(self), masks=frozenset())))
     with pytest.raises(ValueError, match="'mha' is not causal"):
         build(attention="mha")
 

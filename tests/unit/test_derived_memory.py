@@ -1,5 +1,7 @@
 """Memory derived from a run without values, against the allocator's records; layers and models are in test_cost.py."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -128,7 +130,7 @@ def test_memory_by_hand_stands_for_a_layer():
     """Of a variant whose code cannot run without values; the rest of the model is derived around it."""
 
     class Written(MHA):
-        def forward(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+        def forward(self, x_BTD: Tensor, **what: Any) -> Tensor:
             raise NotImplementedError
 
         def memory_by_hand(self, batch: int, tokens: int, dtype: torch.dtype) -> PassMemory:

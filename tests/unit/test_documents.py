@@ -49,7 +49,7 @@ def test_isolated_loss_is_that_of_the_documents_alone(attention, checkpointing):
 
 def test_a_variant_that_cannot_keep_documents_apart_is_refused(monkeypatch):
     lm, (tokens, targets) = model(), rows()
-    monkeypatch.setattr(type(lm.blocks[0].attention), "traits", Traits(varlen=False))
+    monkeypatch.setattr(type(lm.blocks[0].attention), "traits", Traits())
     with pytest.raises(ValueError, match="RCMHA cannot keep documents of one row apart"):
         LossModule(lm, None, document_start=BOS)(tokens, targets)
 

@@ -5,13 +5,15 @@ Each part owns its parallel form, its streaming form, its reference and its cost
 
 from attnzoo.attention.parts.convolution import ConvInit, QKVConv, QKVConvState
 from attnzoo.attention.parts.distance_bias import DistanceBias
+from attnzoo.attention.parts.linear import FeatureMap, LinearMixing
 from attnzoo.attention.parts.mesa import MesaMixing
-from attnzoo.attention.parts.mixing import FeatureMap, LinearMixing, Mixing, SoftmaxMixing
-from attnzoo.attention.parts.position import QKV, NoPosition, Position, RelativeSinusoid, RelativeTable, Rope
+from attnzoo.attention.parts.mixing import ContextState, Mixing, SoftmaxMixing
+from attnzoo.attention.parts.position import QKV, NoPosition, Position, RelativeSinusoid, RelativeTable, Rope, Unscaled
 from attnzoo.attention.parts.projection import Heads, Projection
 
 __all__ = [
     "QKV",
+    "ContextState",
     "ConvInit",
     "DistanceBias",
     "FeatureMap",
@@ -28,4 +30,5 @@ __all__ = [
     "RelativeTable",
     "Rope",
     "SoftmaxMixing",
+    "Unscaled",
 ]

@@ -22,11 +22,12 @@ ConvInit = Literal["primer", "uniform"]
 
 @dataclass
 class QKVConvState(State):
-    """The last W-1 rows of q, k and v before convolution, oldest first: [B, W-1, N or K, H]."""
+    """The last W-1 rows of q, k and v before convolution, oldest first: [B, W-1, N or K, H]. Without key and value
+    where a context is read, which is convolved once."""
 
     query: Tensor
-    key: Tensor
-    value: Tensor
+    key: Tensor | None
+    value: Tensor | None
 
 
 class QKVConv(nn.Module):
@@ -64,7 +65,8 @@ class QKVConv(nn.Module):
                 nn.init.constant_(parameter[..., -1], 0.5)
 
     def forward(self, qkv: QKV, starts_BT: Tensor | None, impl: Impl) -> QKV:
-        """q, k and v convolved from the start of the sequence, or of each document (`starts_BT`, see Mask)."""
+        """q, k and v convolved from the start of the sequence, or of each document (`starts_BT`, see Mask); k and v of
+        a context from its start."""
         return depthwise_conv_qkv(qkv, self._kernels(), biases=self._biases(), starts_BT=starts_BT, impl=impl)
 
     def _kernels(self) -> QKV:
@@ -73,18 +75,24 @@ class QKVConv(nn.Module):
     def _biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.query_bias, self.key_bias, self.value_bias
 
-    def init_state(self, batch: int, *, device: torch.device | str | None, dtype: torch.dtype) -> QKVConvState:
+    def init_state(
+        self, batch: int, *, device: torch.device | str | None, dtype: torch.dtype, of_context: bool = False
+    ) -> QKVConvState:
         def tail(heads: int) -> Tensor:
             return new_zeros(batch, self.width - 1, heads, self.heads.head_dim, device=device, dtype=dtype)
 
-        return QKVConvState(tail(self.heads.num_heads), tail(self.heads.num_kv_heads), tail(self.heads.num_kv_heads))
+        key, value = (None if of_context else tail(self.heads.num_kv_heads) for _ in range(2))
+        return QKVConvState(tail(self.heads.num_heads), key, value)
 
     def extend(self, qkv: QKV, state: QKVConvState, counts_B: Tensor | None, impl: Impl) -> tuple[QKV, QKVConvState]:
         """q, k and v convolved with the carried rows, and the rows to carry on."""
         tails = (state.query, state.key, state.value)
         convolved = depthwise_conv_qkv(qkv, self._kernels(), biases=self._biases(), tails=tails, impl=impl)
-        carried = (_next_tail(tail, x, counts_B) for tail, x in zip(tails, qkv, strict=True))
-        return convolved, QKVConvState(*carried)
+        query, key, value = (
+            None if tail is None else _next_tail(tail, x, counts_B) for tail, x in zip(tails, qkv, strict=True)
+        )
+        assert query is not None
+        return convolved, QKVConvState(query, key, value)
 
     def state_bytes(self, batch: int, dtype: torch.dtype) -> int:
         rows = self.heads.num_heads + 2 * self.heads.num_kv_heads

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Traits
+from attnzoo.attention.base import DOCUMENTS, Traits
 from attnzoo.attention.parts.mixing import Mixing, refuse_cache
 from attnzoo.attention.parts.position import QKV
 from attnzoo.attention.parts.projection import Heads
 from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.common.impl import Impl
+from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.ops.ridge_queries import ridge_queries
 from attnzoo.types import accumulation_dtype, dtype_bytes
@@ -40,7 +41,7 @@ class MesaMixing(Mixing):
 
     @property
     def traits(self) -> Traits:
-        return Traits(growth="O(1)", varlen=True)
+        return Traits(masks=DOCUMENTS, growth="O(1)")
 
     def reset_parameters(self, std: float) -> None:
         nn.init.constant_(self.log_ridge, math.log(self.ridge))
@@ -68,8 +69,8 @@ class MesaMixing(Mixing):
         )
         return out.to(qkv[0].dtype), MesaState(gram, memory)
 
-    def forward(self, qkv: QKV, starts_BT: Tensor | None, impl: Impl) -> Tensor:
-        return self._run(qkv, impl, starts_BT=starts_BT)[0]
+    def forward(self, qkv: QKV, mask: Mask, impl: Impl) -> Tensor:
+        return self._run(qkv, impl, starts_BT=mask.starts_BT)[0]
 
     def init_state(
         self,

@@ -1,11 +1,10 @@
-"""How tokens read the past: a softmax over cached keys, or a running sum of outer products."""
+"""How tokens read others: the base of mixings, and a softmax over keys."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.attention.base import Growth, Traits
@@ -15,16 +14,18 @@ from attnzoo.kvcache import CachePolicy, CacheView, ExactCache, FullCache, Windo
 from attnzoo.kvcache.base import Need
 from attnzoo.kvcache.compressed import CompressedState
 from attnzoo.kvcache.keep_all import KeepAll
-from attnzoo.kvcache.state import State, new_zeros
+from attnzoo.kvcache.state import State
 from attnzoo.ops.common.impl import Impl
-from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.masks import Mask, MaskField
 from attnzoo.ops.common.tables import Tables
-from attnzoo.ops.linear_attention import linear_attention
-from attnzoo.types import accumulation_dtype, dtype_bytes
+
+
+class ContextState(State):
+    """Base of states that hold a context, which all queries to come read and none adds to."""
 
 
 class Mixing(nn.Module, ABC):
-    """Base of mixings: o_BNTH from q_BTNH, k_BTKH, v_BTKH."""
+    """Base of mixings: o_BNTH from q_BTNH, and k_BSKH, v_BSKH of the same tokens or of a context."""
 
     @property
     @abstractmethod
@@ -32,8 +33,8 @@ class Mixing(nn.Module, ABC):
         """What a variant with this mixing promises."""
 
     @abstractmethod
-    def forward(self, qkv: QKV, starts_BT: Tensor | None, impl: Impl) -> Tensor:
-        """The parallel form; `starts_BT` as in `Mask`, None: every row is one sequence."""
+    def forward(self, qkv: QKV, mask: Mask, impl: Impl) -> Tensor:
+        """The parallel form, under a mask that the traits name."""
 
     @abstractmethod
     def init_state(
@@ -54,6 +55,10 @@ class Mixing(nn.Module, ABC):
     ) -> tuple[Tensor, State]:
         """The streaming form: (o_BNTH, new state)."""
 
+    def init_context(self, qkv: QKV, keys_BS: Tensor | None, impl: Impl) -> ContextState:
+        """The state that holds a context, of which `keys_BS` exist (None: all); there are no queries yet."""
+        raise ValueError(f"{type(self).__name__} reads its own sequence alone (trait context=False)")
+
     @abstractmethod
     def state_bytes(self, batch: int, capacity: int, dtype: torch.dtype) -> int:
         """Bytes that `init_state` allocates."""
@@ -70,8 +75,26 @@ class Mixing(nn.Module, ABC):
         """Initialises the mixing's parameters."""
 
 
+@dataclass
+class SoftmaxContext(ContextState):
+    """Keys and values of a context, [B, K, S, H], and which of them exist."""
+
+    keys_BKSH: Tensor
+    values_BKSH: Tensor
+    exists_BS: Tensor
+
+    def positions(self) -> Tensor:
+        """positions_B1S: where the keys stand, -1 for those that do not exist."""
+        keys_S = torch.arange(self.exists_BS.shape[1], device=self.exists_BS.device)
+        return torch.where(self.exists_BS, keys_S, -1)[:, None]
+
+
 class SoftmaxMixing(Mixing):
-    """Softmax attention with a position, over all of the past or over a window and the first tokens (`sinks`)."""
+    """Softmax attention with a position, over what the mask shows: by default all of the past, or a window and the
+    first tokens (`sinks`).
+
+    A position without terms for keys after the query takes masks that show none; a window is causal.
+    """
 
     def __init__(self, heads: Heads, position: Position, *, window: int | None = None, sinks: int = 0) -> None:
         super().__init__()
@@ -82,14 +105,42 @@ class SoftmaxMixing(Mixing):
     @property
     def traits(self) -> Traits:
         growth: Growth = "O(T)" if self.mask.window is None else "O(window)"
-        return Traits(position=self.position.kind, growth=growth, varlen=True)
+        masks: set[MaskField] = {"causal", "starts", "keys", "pairs"}
+        if self.position.ahead:
+            masks.add("prefix")
+        full = self.position.ahead and self.mask.window is None
+        if full:
+            masks.add("full")
+        return Traits(masks=frozenset(masks), context=full, position=self.position.kind, growth=growth)
 
-    def forward(self, qkv: QKV, starts_BT: Tensor | None, impl: Impl) -> Tensor:
-        q, k, v = qkv
-        positions_1T = torch.arange(q.shape[1], device=q.device)[None]
-        q, k = self.position.encode(q, k, positions_1T, impl)
-        heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.position.attend(heads_first, replace(self.mask, starts_BT=starts_BT), impl)
+    def forward(self, qkv: QKV, mask: Mask, impl: Impl) -> Tensor:
+        if mask.causal:
+            mask = replace(mask, window=self.mask.window, sinks=self.mask.sinks)
+        tokens, device = qkv[0].shape[1], qkv[0].device
+        q, k = self._encode(qkv, torch.arange(tokens, device=device)[None], impl)
+        return self.position.attend((q, k, qkv[2].transpose(1, 2)), mask, impl)
+
+    def _encode(self, qkv: QKV, positions_BT: Tensor, impl: Impl) -> tuple[Tensor, Tensor]:
+        """(q_BNTH, k_BKSH) as they enter the scores; tokens of a context stand at 0..S-1."""
+        q, k, _ = qkv
+        if k.shape[1] == q.shape[1]:
+            q, k = self.position.encode(q, k, positions_BT, impl)
+        else:
+            keys_1S = torch.arange(k.shape[1], device=k.device)[None]
+            q, _ = self.position.encode(q, q[:, :, :0], positions_BT, impl)
+            _, k = self.position.encode(k[:, :, :0], k, keys_1S, impl)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    def init_context(self, qkv: QKV, keys_BS: Tensor | None, impl: Impl) -> SoftmaxContext:
+        _, k_BKSH = self._encode(qkv, torch.arange(0, device=qkv[0].device)[None], impl)
+        if keys_BS is None:
+            keys_BS = torch.ones(k_BKSH.shape[0], k_BKSH.shape[2], dtype=torch.bool, device=k_BKSH.device)
+        return SoftmaxContext(k_BKSH.contiguous(), qkv[2].transpose(1, 2).contiguous(), keys_BS)
+
+    def _read(self, q: Tensor, context: SoftmaxContext, positions_BT: Tensor, impl: Impl) -> Tensor:
+        q, _ = self.position.encode(q, q[:, :, :0], positions_BT, impl)
+        mask = Mask(causal=False, query_positions_BT=positions_BT, key_positions_BKS=context.positions())
+        return self.position.attend((q.transpose(1, 2), context.keys_BKSH, context.values_BKSH), mask, impl)
 
     def init_state(
         self,
@@ -119,6 +170,8 @@ class SoftmaxMixing(Mixing):
         self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None, impl: Impl
     ) -> tuple[Tensor, State]:
         q, k, v = qkv
+        if isinstance(state, SoftmaxContext):
+            return self._read(q, state, positions_BT, impl), state
         q, k = self.position.encode(q, k, positions_BT, impl)
         if isinstance(state, CompressedState):
             heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
@@ -183,97 +236,3 @@ class SoftmaxScoreFunction:
 
     def tables(self, mask: Mask, tokens: int) -> Tables | None:
         return self.position.tables(mask, tokens)
-
-
-FeatureMap = Literal["elu1", "relu", "identity"]
-
-
-@dataclass
-class LinearState(State):
-    """memory_BKHH: the running sum of k v^T, with the normaliser as last column if there is one."""
-
-    memory_BKHH: Tensor
-
-
-class LinearMixing(Mixing):
-    """Linear attention: phi(q_t) . sum_{s<=t} phi(k_s) v_s^T, optionally normalised and decayed.
-
-    With `decay`, each kv head forgets at a learned rate sigmoid(decay_logit), at first 1 - 2^(-5-head) as in
-    RetNet (arXiv 2307.08621, eq. 8).
-    """
-
-    def __init__(self, heads: Heads, *, feature_map: FeatureMap, normalise: bool, decay: bool) -> None:
-        super().__init__()
-        if normalise and feature_map != "elu1":
-            raise ValueError(
-                f"normalise=True with feature_map={feature_map!r}: the normaliser can be zero or negative; "
-                "use feature_map='elu1' or normalise=False"
-            )
-        self.heads, self.feature_map, self.normalise = heads, feature_map, normalise
-        self.decay_logit = nn.Parameter(torch.empty(heads.num_kv_heads)) if decay else None
-        self.reset_parameters(0.0)
-
-    @property
-    def traits(self) -> Traits:
-        return Traits(position="none" if self.decay_logit is None else "recurrence", growth="O(1)", varlen=True)
-
-    def reset_parameters(self, std: float) -> None:
-        if self.decay_logit is not None:
-            # On the CPU also for a model without storage: torch computes a range without storage by its compiler.
-            head_K = torch.arange(self.heads.num_kv_heads, dtype=torch.float64, device="cpu")
-            rate = 1.0 - 2.0 ** (-5.0 - head_K)
-            with torch.no_grad():
-                self.decay_logit.copy_(rate.logit())
-
-    def _features(self, x: Tensor) -> Tensor:
-        if self.feature_map == "elu1":
-            return F.elu(x) + 1
-        return F.relu(x) if self.feature_map == "relu" else x
-
-    def _run(self, qkv: QKV, impl: Impl, **options: Tensor | None) -> tuple[Tensor, Tensor]:
-        q, k, v = (x.transpose(1, 2) for x in qkv)
-        decay_K = None
-        if self.decay_logit is not None:
-            decay_K = torch.sigmoid(self.decay_logit.to(accumulation_dtype(q.dtype)))
-        return linear_attention(
-            self._features(q),
-            self._features(k),
-            v,
-            decay_K=decay_K,
-            normalise=self.normalise,
-            impl=impl,
-            **options,
-        )
-
-    def forward(self, qkv: QKV, starts_BT: Tensor | None, impl: Impl) -> Tensor:
-        return self._run(qkv, impl, starts_BT=starts_BT)[0]
-
-    def init_state(
-        self,
-        batch: int,
-        capacity: int,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype,
-        cache: CachePolicy | None = None,
-    ) -> LinearState:
-        refuse_cache(cache, "linear attention")
-        head_dim = self.heads.head_dim
-        shape = (batch, self.heads.num_kv_heads, head_dim, head_dim + int(self.normalise))
-        return LinearState(new_zeros(*shape, device=device, dtype=accumulation_dtype(dtype)))
-
-    def extend(
-        self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None, impl: Impl
-    ) -> tuple[Tensor, LinearState]:
-        o_BNTH, memory = self._run(qkv, impl, memory_BKHH=state.memory_BKHH, counts_B=counts_B)
-        return o_BNTH, LinearState(memory)
-
-    def state_bytes(self, batch: int, capacity: int, dtype: torch.dtype) -> int:
-        entries = self.heads.head_dim * (self.heads.head_dim + int(self.normalise))
-        return batch * self.heads.num_kv_heads * entries * dtype_bytes(accumulation_dtype(dtype))
-
-    def flops(self, batch: int, tokens: int, context: int) -> int:
-        """The recurrent form: update and read one [H, H] matrix a head and token."""
-        width = self.heads.head_dim + int(self.normalise)
-        heads = self.heads.num_heads + self.heads.num_kv_heads
-        return 2 * batch * tokens * heads * self.heads.head_dim * width

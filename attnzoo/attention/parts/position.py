@@ -34,6 +34,8 @@ class Position(nn.Module, ABC):
     kind: ClassVar[PositionKind]
     relative: ClassVar[bool] = True
     """Whether scores have terms besides the product with the key."""
+    ahead: bool = True
+    """Whether the scores of keys after the query are said, for masks that show such."""
 
     def encode(self, q_BTNH: Tensor, k_BTKH: Tensor, positions_BT: Tensor, impl: Impl) -> tuple[Tensor, Tensor]:
         """q and k as they enter the scores and the cache."""
@@ -90,15 +92,23 @@ class NoPosition(Position):
 
     kind: ClassVar[PositionKind] = "none"
     relative = False
+    scale: float | None = None
+    """What scores are multiplied by; None: 1/sqrt(H)."""
 
     def attend(self, qkv: QKV, mask: Mask, impl: Impl) -> Tensor:
-        return sdpa(*qkv, mask=mask, impl=impl)
+        return sdpa(*qkv, mask=mask, scale=self.scale, impl=impl)
 
     def terms(self, q_BNTH: Tensor, mask: Mask) -> tuple[Tensor, Tensor | None]:
-        return q_BNTH, None
+        return q_BNTH if self.scale is None else q_BNTH * (self.scale * q_BNTH.shape[-1] ** 0.5), None
 
     def tables(self, mask: Mask, tokens: int) -> Tables | None:
         return None
+
+
+class Unscaled(NoPosition):
+    """No position, and scores that are not divided by sqrt(H)."""
+
+    scale = 1.0
 
 
 class Rope(NoPosition):
@@ -127,19 +137,23 @@ class Rope(NoPosition):
 class RelativeTable(Position):
     """(q_i + u) . k_j + q_i . R[i-j] + S[i-j] with free tables R, S and u, all zero at first.
 
-    A table for distance d has row min(d, max_distance - 1).
+    A table has rows for the distances -max_ahead..max_distance-1, and farther ones have the first or last row. Without
+    rows for keys after the query (`max_ahead` 0) masks that show such are refused.
     """
 
     kind = "table"
 
-    def __init__(self, heads: Heads, max_distance: int) -> None:
+    def __init__(self, heads: Heads, max_distance: int, max_ahead: int = 0) -> None:
         super().__init__()
         if max_distance < 1:
             raise ValueError(f"max_distance={max_distance}: the table needs at least one row")
-        self.heads = heads
+        if max_ahead < 0:
+            raise ValueError(f"max_ahead={max_ahead} must be at least 0, the number of rows for keys after the query")
+        self.heads, self.max_ahead, self.ahead = heads, max_ahead, max_ahead > 0
+        rows = max_ahead + max_distance
         self.content_bias = nn.Parameter(torch.zeros(heads.num_heads, heads.head_dim))
-        self.table = nn.Parameter(torch.zeros(heads.num_heads, max_distance, heads.head_dim))
-        self.table_bias = nn.Parameter(torch.zeros(heads.num_heads, max_distance))
+        self.table = nn.Parameter(torch.zeros(heads.num_heads, rows, heads.head_dim))
+        self.table_bias = nn.Parameter(torch.zeros(heads.num_heads, rows))
 
     def attend(self, qkv: QKV, mask: Mask, impl: Impl) -> Tensor:
         return relative_sdpa(
@@ -147,6 +161,7 @@ class RelativeTable(Position):
             content_bias_NH=self.content_bias,
             table_NPH=self.table,
             table_bias_NP=self.table_bias,
+            future_rows=self.max_ahead,
             mask=mask,
             impl=impl,
         )
@@ -154,11 +169,11 @@ class RelativeTable(Position):
     def terms(self, q_BNTH: Tensor, mask: Mask) -> tuple[Tensor, Tensor | None]:
         tokens, head_dim = q_BNTH.shape[2:]
         positions = mask.positions(tokens, tokens, q_BNTH.device)
-        tables = Tables(self.content_bias, self.table, self.table_bias)
+        tables = Tables(self.content_bias, self.table, self.table_bias, self.max_ahead)
         return q_BNTH + self.content_bias[:, None], streamed_bias(q_BNTH, tables, positions, head_dim**-0.5)
 
     def tables(self, mask: Mask, tokens: int) -> Tables | None:
-        return Tables(self.content_bias, self.table, self.table_bias)
+        return Tables(self.content_bias, self.table, self.table_bias, self.max_ahead)
 
     def reset_parameters(self, std: float) -> None:
         for parameter in self.parameters():
@@ -167,11 +182,11 @@ class RelativeTable(Position):
     def flops(self, batch: int, tokens: int, context: int, mask: Mask) -> int:
         """Queries meet a row of the table for every pair in the parallel form, and every row that they may need, once,
         in streaming."""
-        products = table_products(tokens, context, mask, self.table_bias.shape[1])
+        products = table_products(tokens, context, mask, self.table_bias.shape[1] - self.max_ahead)
         return 2 * batch * products * self.heads.num_heads * self.heads.head_dim
 
     def unread(self, context: int) -> int:
-        rows = max(self.table_bias.shape[1] - context, 0)
+        rows = self.max_ahead + max(self.table_bias.shape[1] - self.max_ahead - context, 0)
         return rows * self.heads.num_heads * (self.heads.head_dim + 1)
 
 

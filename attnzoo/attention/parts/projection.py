@@ -68,13 +68,16 @@ class Projection(nn.Module):
         self.query_norm = nn.RMSNorm(heads.head_dim, eps=qk_norm_eps) if normed else None
         self.key_norm = nn.RMSNorm(heads.head_dim, eps=qk_norm_eps) if normed else None
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(q_BTNH, k_BTKH, v_BTKH)."""
+    def forward(self, x_BTD: Tensor, context_BSD: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(q_BTNH, k_BTKH, v_BTKH); with a context, k_BSKH and v_BSKH of it."""
         head_dim = self.heads.head_dim
         if self.joined is None:
             if self.query.weight.is_meta and not x_BTD.is_meta:
                 raise ValueError("the layer has no weights (device meta) and x has values; move the layer or x")
-            q, k, v = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+            read = x_BTD if context_BSD is None else context_BSD
+            q, k, v = self.query(x_BTD), self.key(read), self.value(read)
+        elif context_BSD is not None:
+            raise ValueError("packed weights project one sequence; give a context to a layer that is not packed")
         else:
             widths = [self.query.out_features, self.key.out_features, self.value.out_features]
             q, k, v = self.joined(x_BTD).split(widths, dim=-1)

@@ -9,6 +9,8 @@ from torch import Tensor
 from attnzoo.ops.common.recent import recent
 from attnzoo.ops.common.rows import known
 
+MaskField = Literal["causal", "full", "prefix", "starts", "keys", "pairs"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mask:
@@ -73,6 +75,19 @@ class Mask:
     def full(cls, keys_BS: Tensor | None = None, pairs: Tensor | None = None) -> "Mask":
         """Every query sees every key, or every key that exists."""
         return cls(causal=False, keys_BS=keys_BS, pairs=pairs)
+
+    @property
+    def uses(self) -> frozenset[MaskField]:
+        """Which fields say what is seen: whether it is causal or full, and what else is given."""
+        given: dict[MaskField, Tensor | None] = {
+            "prefix": self.prefix_B,
+            "starts": self.starts_BT,
+            "keys": self.keys_BS,
+            "pairs": self.pairs,
+        }
+        return frozenset(
+            ("causal" if self.causal else "full", *(name for name, value in given.items() if value is not None))
+        )
 
     @property
     def parallel(self) -> bool:

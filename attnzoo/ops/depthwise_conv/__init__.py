@@ -25,7 +25,7 @@ def depthwise_conv_qkv(
     starts_BT: Tensor | None = None,
     impl: Impl = "auto",
 ) -> QKV:
-    """Returns (q_BTNH, k_BTKH, v_BTKH) convolved.
+    """Returns (q_BTNH, k_BTKH, v_BTKH) convolved; k and v may be those of a context, of another length than q.
 
     Each kernel is [N or 1, H, W] (K for k and v; 1: shared by the heads), each bias likewise without W. `tails`
     holds the W-1 rows of q, k and v before this chunk, oldest first; None means zeros, the start of a sequence.
@@ -40,10 +40,13 @@ def depthwise_conv_qkv(
         _check(name, x, kernel, bias, tail)
     if len({kernel.shape[-1] for kernel in kernels}) > 1:
         raise ValueError(f"kernels of widths {[kernel.shape[-1] for kernel in kernels]}; q, k and v share one width")
-    if qkv[0].shape[:2] != qkv[1].shape[:2] or qkv[1].shape != qkv[2].shape:
-        raise ValueError(f"q, k and v {[tuple(x.shape) for x in qkv]} must be [B,T,N,H], [B,T,K,H] and [B,T,K,H]")
-    if starts_BT is not None and starts_BT.shape != qkv[0].shape[:2]:
-        raise ValueError(f"starts_BT has shape {tuple(starts_BT.shape)}; it must be {tuple(qkv[0].shape[:2])}")
+    if qkv[0].shape[0] != qkv[1].shape[0] or qkv[1].shape != qkv[2].shape:
+        raise ValueError(f"q, k and v {[tuple(x.shape) for x in qkv]} must be [B,T,N,H], [B,S,K,H] and [B,S,K,H]")
+    if starts_BT is not None and not starts_BT.shape == qkv[0].shape[:2] == qkv[1].shape[:2]:
+        raise ValueError(
+            f"starts_BT has shape {tuple(starts_BT.shape)}; it must be {tuple(qkv[0].shape[:2])}, as q, and k "
+            f"{tuple(qkv[1].shape[:2])}"
+        )
     known = {
         "reference": depthwise_conv_qkv_reference,
         "torch": depthwise_conv_qkv_torch,

@@ -40,4 +40,4 @@ def depthwise_conv_reference(
         for w in range(width):
             y = y + kernel_NHW[..., w] * row(t, t - (width - 1) + w)
         outputs.append(y if bias_NH is None else y + bias_NH)
-    return torch.stack(outputs, dim=1)
+    return torch.stack(outputs, dim=1) if outputs else x_BTNH

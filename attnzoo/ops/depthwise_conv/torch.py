@@ -117,8 +117,8 @@ class _DepthwiseConv(torch.autograd.Function):
 
 def _tiles(x_BTNH: Tensor) -> Iterator[Tile]:
     """Cuts of batch and time, each of about TILE_BYTES: (rows, start, end)."""
-    batch, tokens = x_BTNH.shape[:2]
-    size = max(1, TILE_BYTES // max(1, x_BTNH[0, 0].nbytes))
+    batch, tokens, heads, head_dim = x_BTNH.shape
+    size = max(1, TILE_BYTES // max(1, heads * head_dim * x_BTNH.itemsize))
     step = max(1, size // max(1, tokens))
     for row in representative(range(0, batch, step)):
         for start in representative(range(0, tokens, size)):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -29,6 +30,11 @@ def depthwise_conv_qkv_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if any(x.dtype == torch.float64 for x in (*qkv, *kernels)):
         raise ValueError("depthwise_conv with impl='triton' sums in float32; use impl='torch' for float64")
+    lengths = [x.shape[1] for x in qkv]
+    if lengths[0] != lengths[1]:  # a context: one launch has one length, and rows after a sequence change none in it
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, max(lengths) - x.shape[1])) for x in qkv)
+        q, k, v = depthwise_conv_qkv_triton((q, k, v), kernels, biases, tails, None)
+        return q[:, : lengths[0]], k[:, : lengths[1]], v[:, : lengths[1]]
     out: tuple[Tensor, Tensor, Tensor] = _TritonDepthwiseConv.apply(starts_BT, *qkv, *kernels, *biases, *tails)
     return out
 

@@ -10,6 +10,7 @@ inputs seen in training, which change nothing either.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,9 @@ class BufferedConfig:
 
 
 class FixedSlopes(DistanceBias):
-    """-gain slope (i - j), of constants of every kind."""
+    """-gain slope (i - j), of constants of every kind; keys after the query are far in the other direction."""
+
+    ahead = True
 
     def __init__(self, heads: Heads) -> None:
         super().__init__(heads)
@@ -79,11 +82,11 @@ class Buffered(ComposedAttention):
         self.register_buffer("passes", torch.tensor(0))
         self.register_buffer("usual", torch.tensor(1.0))
 
-    def forward(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, **what: Any) -> Tensor:
         if self.training and torch.is_grad_enabled():
             self.passes += 1
             self.usual.lerp_(x_BTD.detach().abs().mean().to(self.usual.dtype), 0.1)
-        return super().forward(x_BTD, starts_BT)
+        return super().forward(x_BTD, **what)
 
     @staticmethod
     def by_hand(config: BufferedConfig, weights: Mapping[str, np.ndarray], x_TD: np.ndarray) -> np.ndarray:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attnzoo.attention.base import ATTENTION, Attention, Cost, Traits
+from attnzoo.attention.base import ATTENTION, Cost, StreamingAttention, Traits
 from attnzoo.kvcache.state import State, new_zeros
+from attnzoo.ops.common.masks import Mask
 from attnzoo.types import accumulation_dtype, dtype_bytes
 
 
@@ -35,7 +36,7 @@ class RunningMeanState(State):
 
 
 @ATTENTION.register("running_mean")
-class RunningMean(Attention):
+class RunningMean(StreamingAttention):
     """A gated running mean of values."""
 
     source = "Zhai et al. 2021, arXiv 2105.14103, section 3.1"
@@ -60,9 +61,8 @@ class RunningMean(Attention):
         dtype = accumulation_dtype(dtype or weight.dtype)
         return RunningMeanState(new_zeros(batch, 2, self.config.model_dim, device=device or weight.device, dtype=dtype))
 
-    def forward(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
-        if starts_BT is not None:
-            raise ValueError("RunningMean cannot keep documents of one row apart: starts_BT must be None")
+    def forward(self, x_BTD: Tensor, *, context_BSD: Tensor | None = None, mask: Mask | None = None) -> Tensor:
+        self.check_input(x_BTD, context_BSD, mask)
         return self.extend(x_BTD, self.init_state(len(x_BTD), 0))[0]
 
     def extend(
@@ -80,9 +80,8 @@ class RunningMean(Attention):
         rows = torch.arange(len(x_BTD), device=x_BTD.device)
         return y_BTD, RunningMeanState(sums[rows, counts_B])
 
-    def reference(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
-        if starts_BT is not None:
-            raise ValueError("RunningMean cannot keep documents of one row apart: starts_BT must be None")
+    def reference(self, x_BTD: Tensor, *, context_BSD: Tensor | None = None, mask: Mask | None = None) -> Tensor:
+        self.check_input(x_BTD, context_BSD, mask)
         rows = []
         for t in range(x_BTD.shape[1]):
             weight = self.key(x_BTD[:, : t + 1]).exp()
