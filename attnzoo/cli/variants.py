@@ -67,6 +67,11 @@ def _row(kind: str, model_dim: int, context: int) -> dict[str, Any]:
     }
 
 
+def _said(trait: Any) -> str:
+    """A trait's value; sets in an order of their own would differ from run to run."""
+    return ",".join(sorted(trait)) or "none" if isinstance(trait, frozenset) else str(trait)
+
+
 def _file(cls: type) -> str:
     return Path(inspect.getfile(cls)).name
 
@@ -77,7 +82,7 @@ def describe(kind: str, options: dict[str, Any], context: int, dtype: str) -> st
     try:
         with without_storage():
             attention = build_attention(kind, options, kind).to(parse_dtype(dtype))
-        traits = "  ".join(f"{key}={value}" for key, value in dataclasses.asdict(attention.traits).items())
+        traits = "  ".join(f"{key}={_said(value)}" for key, value in dataclasses.asdict(attention.traits).items())
         per_token, constant = state_growth(attention, context)
         prefill, decode = attention.cost(1, context, context), attention.cost(1, 1, context)
     except (ValueError, OSError, MemoryError):

@@ -83,7 +83,7 @@ def hidden_flops(attention: Attention, batch: int, tokens: int) -> int:
     if mixing.mask.plain and not tables:
         return 4 * batch * heads * head_dim * (tokens**2 - visible)
     pairs = shifted = 0
-    for rows in row_blocks._blocks(tokens, tokens, mixing.mask, 0):
+    for rows in row_blocks._blocks(tokens, tokens, mixing.mask, slice(0, 1)):
         for span in rows.spans:
             pairs += (rows.end - rows.first) * (span[1] - span[0])
             shifted += (rows.end - rows.first) * row_blocks._product_width(rows, span)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from attnzoo.ops.common import row_blocks
 from attnzoo.ops.common.masks import Mask, document_starts, padding_keys, padding_starts
 from attnzoo.ops.common.row_blocks import row_block_attention
 from attnzoo.ops.common.tables import Tables
+from attnzoo.ops.sdpa.reference import sdpa_reference
 
 B, N, K, T, H = 2, 4, 2, 45, 6
 STARTS = document_starts(torch.tensor([0, 3, 4, 30, 45, 61, 90]), B, T)
@@ -163,3 +165,25 @@ def test_a_first_prompt_does_not_wait_for_the_compiler():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_short_rows_of_many_masks_are_computed_together():
+    """Sequences of one block are one group, each under its own mask; longer ones are computed one by one, because
+    blocks leave out keys that their own mask hides."""
+    masks = {
+        "documents": Mask(starts_BT=torch.tensor([[0, 0, 2, 2, 2], [0, 1, 1, 1, 4], [0, 0, 0, 0, 0]])),
+        "padding": Mask.full(padding_keys(torch.tensor([5, 0, 3]), 5, "left")),
+        "prefix": Mask(prefix_B=torch.tensor([5, 0, 3])),
+    }
+    q, k, v = (
+        torch.randn(3, 2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (1, 2, 3)
+    )
+    for name, mask in masks.items():
+        assert row_blocks.group_size(3, 2, 5, 5, mask, 8) == (2, 3), name
+        assert row_blocks.group_size(3, 2, row_blocks.BLOCK + 1, 5, mask, 8) == (2, 1), name
+        together = row_block_attention(q, k, v, None, mask, 0.5)
+        for row in range(3):
+            fields = {f: getattr(mask, f) for f in ("starts_BT", "keys_BS", "prefix_B")}
+            one = replace(mask, **{f: None if x is None else x[row : row + 1] for f, x in fields.items()})
+            expected = sdpa_reference(*(x[row : row + 1] for x in (q, k, v)), one, 0.5)
+            torch.testing.assert_close(together[row : row + 1], expected, rtol=0, atol=1e-12, msg=f"{name}, row {row}")

@@ -144,18 +144,19 @@ class Mask:
         that give the same positions share it."""
         return _bias(dtype, *self._fields(tokens, entries, device))
 
-    def of_block(self, row: int, queries: range, keys: range, device: torch.device) -> Tensor:
-        """`visible` of one row of the parallel form without pairs, for some queries and keys: [R, W]; R may be 1."""
+    def of_block(self, rows: slice, queries: range, keys: range, device: torch.device) -> Tensor:
+        """`visible` of some rows of the parallel form without pairs, for some queries and keys: [B, R, W], of which B
+        and R may be 1."""
         block, span = slice(queries.start, queries.stop), slice(keys.start, keys.stop)
         return sees(
-            torch.arange(queries.start, queries.stop, device=device)[:, None],
-            torch.arange(keys.start, keys.stop, device=device)[None],
+            torch.arange(queries.start, queries.stop, device=device)[None, :, None],
+            torch.arange(keys.start, keys.stop, device=device)[None, None],
             causal=self.causal,
             window=self.window,
             sinks=self.sinks,
-            prefix=None if self.prefix_B is None else self.prefix_B[row],
-            starts=None if self.starts_BT is None else self.starts_BT[row, block, None],
-            exists=None if self.keys_BS is None else self.keys_BS[row, None, span],
+            prefix=None if self.prefix_B is None else self.prefix_B[rows, None, None],
+            starts=None if self.starts_BT is None else self.starts_BT[rows, block, None],
+            exists=None if self.keys_BS is None else self.keys_BS[rows, None, span],
         )
 
     def _fields(self, tokens: int, entries: int, device: torch.device) -> tuple[Any, ...]:

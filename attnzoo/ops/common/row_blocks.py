@@ -13,7 +13,7 @@ right of the diagonal is of other rows, and is masked.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -62,10 +62,8 @@ def _unflat(fields: Sequence[Tensor], numbers: Sequence[int]) -> tuple[Mask, int
     future_rows, causal, window, sinks, *there = numbers
     given = iter(fields)
     prefix, starts, keys = (next(given) if here else None for here in there)
-    mask = Mask(
-        causal=bool(causal), window=window or None, sinks=sinks, prefix_B=prefix, starts_BT=starts, keys_BS=keys
-    )
-    return mask, future_rows
+    past = Mask(causal=bool(causal), window=window or None, sinks=sinks)
+    return replace(past, prefix_B=prefix, starts_BT=starts, keys_BS=keys), future_rows
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,9 @@ class _Rows:
         return [near] if self.sinks is None else [self.sinks, near]
 
 
-def _blocks(tokens: int, entries: int, mask: Mask, row: int) -> Iterator[_Rows]:
-    """The blocks of one sequence; keys that no row of a block sees are left out."""
-    prefix = 0 if mask.prefix_B is None else min(int(mask.prefix_B[row]), tokens)
+def _blocks(tokens: int, entries: int, mask: Mask, sequences: slice) -> Iterator[_Rows]:
+    """The blocks of sequences that are computed together; keys that no row of a block sees are left out."""
+    prefix = 0 if mask.prefix_B is None else min(int(mask.prefix_B[sequences].max()), tokens)
     for first in representative(range(0, tokens, BLOCK), largest="last"):
         end = min(first + BLOCK, tokens)
         if not mask.causal or first < prefix:
@@ -100,15 +98,15 @@ def _blocks(tokens: int, entries: int, mask: Mask, row: int) -> Iterator[_Rows]:
             continue
         earliest = latest = 0
         if mask.starts_BT is not None:
-            starts = mask.starts_BT[row, first:end]
+            starts = mask.starts_BT[sequences, first:end]
             earliest, latest = int(starts.min()), int(starts.max())
         low = earliest if mask.window is None else max(earliest, first - mask.window + 1)
         sinks = (earliest, min(latest + mask.sinks, low))
         yield _Rows(first, end, low, end, False, sinks if mask.sinks and sinks[1] > sinks[0] else None)
 
 
-def _hide(scores_PRW: Tensor, rows: _Rows, span: tuple[int, int], mask: Mask, row: int) -> Tensor | None:
-    """Sets the scores of hidden keys to -inf, in place. Returns which rows see a key of the span, where not all may."""
+def _hide(scores_PRW: Tensor, rows: _Rows, span: tuple[int, int], mask: Mask, sequences: slice) -> Tensor | None:
+    """Sets scores of hidden keys to -inf, in place. Returns seeing_BR (or 1), which see a key, where not all may."""
     low, high = span
     if mask.causal and not rows.ahead and high > rows.first:
         corner = scores_PRW[:, :, rows.first - low :]
@@ -116,9 +114,9 @@ def _hide(scores_PRW: Tensor, rows: _Rows, span: tuple[int, int], mask: Mask, ro
     diagonal = mask.window is None and mask.starts_BT is None and not (mask.causal and rows.ahead)
     if diagonal and mask.keys_BS is None:
         return None
-    seen = mask.of_block(row, range(rows.first, rows.end), range(low, high), scores_PRW.device)
-    scores_PRW.masked_fill_(~seen, -math.inf)
-    return None if mask.keys_BS is None else seen.any(-1)
+    seen_BRW = mask.of_block(sequences, range(rows.first, rows.end), range(low, high), scores_PRW.device)
+    scores_PRW.unflatten(0, (sequences.stop - sequences.start, -1)).masked_fill_(~seen_BRW[:, None], -math.inf)
+    return None if mask.keys_BS is None else seen_BRW.any(-1)
 
 
 @dataclass(frozen=True)
@@ -150,13 +148,14 @@ class _Group:
         tiles, seeing = [], []
         for span in rows.spans:
             tile = self._scores(rows, span)
-            seeing.append(_hide(tile, rows, span, mask, self.sequences.start))
+            seeing.append(_hide(tile, rows, span, mask, self.sequences))
             tiles.append(tile)
         scores = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=2)
         weights = softmax_of_peaked_(scores) if self.peaked else _softmax.out(scores, -1, False, out=scores)
         some = [x for x in seeing if x is not None]
         if some:  # a row that sees nothing: zeros, and no gradient
-            weights.masked_fill_(~reduce(torch.logical_or, some)[:, None], 0.0)
+            blind_BR = ~reduce(torch.logical_or, some)
+            weights.unflatten(0, (-1, len(self.kv_heads))).masked_fill_(blind_BR[:, None, :, None], 0.0)
         return weights
 
     def _scores(self, rows: _Rows, span: tuple[int, int]) -> Tensor:
@@ -187,7 +186,7 @@ def _shifted(product_PRL: Tensor, rows: _Rows, span: tuple[int, int]) -> Tensor:
 
 
 def _groups(inputs: list[Tensor], mask: Mask, future_rows: int, scale: float) -> Iterator[_Group]:
-    """All pairs of sequence and head. Sequences with a mask of their own are computed one by one."""
+    """All pairs of sequence and head. Long sequences with a mask of their own are computed one by one."""
     (q, k, v), tables = inputs[:3], inputs[3:]
     dtype, group = accumulation_dtype(q.dtype), q.shape[1] // k.shape[1]
     tokens, entries = q.shape[2], k.shape[2]
@@ -233,8 +232,8 @@ def group_size(batch: int, heads: int, tokens: int, entries: int, mask: Mask, wi
     keys = entries if mask.window is None else min(entries, mask.window - 1 + rows)
     fitting = max(1, TILE_BYTES // max(1, rows * keys * width))
     together = min(heads, fitting)
-    in_step = 1 if together < heads or mask.of_rows else max(1, min(batch, fitting // heads))
-    return together, in_step
+    alone = together < heads or (mask.of_rows and tokens > BLOCK)  # blocks leave out what their own mask hides
+    return together, 1 if alone else max(1, min(batch, fitting // heads))
 
 
 def _reach(mask: Mask, tokens: int, entries: int) -> tuple[int, int]:
@@ -273,7 +272,7 @@ def _forward(
     o_BNTH = q.new_empty(*q.shape[:3], v.shape[-1])
     for group in _groups([q, k, v, *tables], mask, future_rows, scale):
         out_BNTH = o_BNTH[group.sequences, group.heads]
-        for rows in _blocks(q.shape[2], k.shape[2], mask, group.sequences.start):
+        for rows in _blocks(q.shape[2], k.shape[2], mask, group.sequences):
             values = [group.v_PTH[:, low:high] for low, high in rows.spans]
             out = torch.bmm(group.weights(rows, mask), values[0] if len(values) == 1 else torch.cat(values, dim=1))
             out_BNTH[:, :, rows.block] = out.view(*out_BNTH.shape[:2], *out.shape[1:])
@@ -300,7 +299,7 @@ def _row_blocks_backward(
     tokens, entries = inputs[0].shape[2], inputs[1].shape[2]
     for group in _groups(inputs, mask, future_rows, scale):
         sums, grad_PTH = _Sums(group), grad[group.sequences, group.heads].flatten(0, 1)
-        for rows in _blocks(tokens, entries, mask, group.sequences.start):
+        for rows in _blocks(tokens, entries, mask, group.sequences):
             sums.add(rows, group.weights(rows, mask), grad_PTH[:, rows.block])
         sums.add_to(totals, _reach(mask, tokens, entries), future_rows, scale)
     return [total.to(x.dtype) for x, total in zip(inputs, totals, strict=True)]
