@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from attnzoo.attention.edits.traits import NO_EDITING, Editing
 from attnzoo.derived_memory import PassMemory, pass_memory, stand_in
 from attnzoo.errors import suggest
 from attnzoo.kvcache import CachePolicy
@@ -127,6 +128,11 @@ class Attention(nn.Module, ABC):
     @abstractmethod
     def traits(self) -> Traits:
         """What this variant, as configured, promises."""
+
+    @property
+    def editing(self) -> Editing:
+        """What of its attention can be read and edited: `forward` and `extend` then take `edits`."""
+        return NO_EDITING
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, *, context_BSD: Tensor | None = None, mask: Mask | None = None) -> Tensor:

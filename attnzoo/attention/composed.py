@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention.base import Attention, Cost, StreamingAttention, Traits
+from attnzoo.attention.edits.run import LayerPlan, row_positions
+from attnzoo.attention.edits.traits import Editing
 from attnzoo.attention.parts import QKV, ContextState, Mixing, Projection, QKVConv, QKVConvState
 from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.state import State, new_zeros
@@ -43,25 +45,56 @@ class ParallelComposition(Attention):
     def traits(self) -> Traits:
         return self.mixing.traits
 
-    def forward(self, x_BTD: Tensor, *, context_BSD: Tensor | None = None, mask: Mask | None = None) -> Tensor:
-        return self._parallel(x_BTD, context_BSD, mask, self.impl)
+    @property
+    def editing(self) -> Editing:
+        return self.mixing.editing
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        context_BSD: Tensor | None = None,
+        mask: Mask | None = None,
+        edits: LayerPlan | None = None,
+    ) -> Tensor:
+        return self._parallel(x_BTD, context_BSD, mask, self.impl, edits)
 
     def reference(self, x_BTD: Tensor, *, context_BSD: Tensor | None = None, mask: Mask | None = None) -> Tensor:
         return self._parallel(x_BTD, context_BSD, mask, "reference")
 
-    def _parallel(self, x_BTD: Tensor, context_BSD: Tensor | None, mask: Mask | None, impl: Impl) -> Tensor:
+    def _parallel(
+        self,
+        x_BTD: Tensor,
+        context_BSD: Tensor | None,
+        mask: Mask | None,
+        impl: Impl,
+        edits: LayerPlan | None = None,
+    ) -> Tensor:
         self.check_input(x_BTD, context_BSD, mask)
         if mask is None:
             mask = CAUSAL if context_BSD is None else Mask.full()
-        return self._mixed(x_BTD, context_BSD, mask, impl)
+        return self._mixed(x_BTD, context_BSD, mask, impl, edits)
 
-    def _mixed(self, x_BTD: Tensor, context_BSD: Tensor | None, mask: Mask, impl: Impl) -> Tensor:
+    def _mixed(
+        self,
+        x_BTD: Tensor,
+        context_BSD: Tensor | None,
+        mask: Mask,
+        impl: Impl,
+        edits: LayerPlan | None = None,
+    ) -> Tensor:
         qkv = self.projection(x_BTD, context_BSD)
         if 0 in qkv[0].shape:  # no sequence or no token: kernels and sums over time would have nothing to begin with
             return self.projection.merge(qkv[0].transpose(1, 2))
         if self.conv is not None:
             qkv = self._convolved(qkv, context_BSD is not None, mask, impl)
-        return self.projection.merge(self.mixing(qkv, mask, impl))
+        if edits is None:
+            return self.projection.merge(self.mixing(qkv, mask, impl))
+        queries_BT = row_positions(mask, x_BTD.shape[0], x_BTD.shape[1], x_BTD.device)
+        edits.observe(x_BTD, queries_BT)
+        whole = edits.replaces(qkv[0].shape[2], queries_BT)
+        out_BNTH = None if whole else self.mixing(qkv, mask, impl)
+        return self.projection.merge(self.mixing.edited(out_BNTH, qkv, mask, impl, edits))
 
     def _convolved(self, qkv: QKV, of_context: bool, mask: Mask, impl: Impl) -> QKV:
         """Convolved as if tokens that do not exist were the zeros before a sequence."""
@@ -129,7 +162,12 @@ class ComposedAttention(ParallelComposition, StreamingAttention):
         return ComposedState(lengths_B, conv, self.mixing.init_context(qkv, keys_BS, self.impl))
 
     def extend(
-        self, x_BTD: Tensor, state: ComposedState, counts_B: Tensor | None = None
+        self,
+        x_BTD: Tensor,
+        state: ComposedState,
+        counts_B: Tensor | None = None,
+        *,
+        edits: LayerPlan | None = None,
     ) -> tuple[Tensor, ComposedState]:
         self.check_input(x_BTD)
         if (self.conv is None) != (state.conv is None):
@@ -145,7 +183,12 @@ class ComposedAttention(ParallelComposition, StreamingAttention):
         if self.conv is not None and conv is not None:  # both or neither
             qkv, conv = self.conv.extend(qkv, conv, counts_B, self.impl)
         positions_BT = _positions(state.lengths_B, tokens)
-        o_BNTH, mixing = self.mixing.extend(qkv, state.mixing, positions_BT, counts_B, self.impl)
+        if edits is None:
+            o_BNTH, mixing = self.mixing.extend(qkv, state.mixing, positions_BT, counts_B, self.impl)
+        else:
+            edits.check_streams(self.editing, type(self).__name__)
+            edits.observe(x_BTD, edits.positions(positions_BT, counts_B))
+            o_BNTH, mixing = self.mixing.extend_edited(qkv, state.mixing, positions_BT, counts_B, self.impl, edits)
         lengths_B = state.lengths_B + (tokens if counts_B is None else counts_B)
         return self.projection.merge(o_BNTH), ComposedState(lengths_B, conv, mixing)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnzoo.attention.base import Cost, Traits
 from attnzoo.attention.composed import ParallelComposition
+from attnzoo.attention.edits.run import LayerPlan
 from attnzoo.attention.parts import Heads, Mixing, Projection
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import Mask
@@ -57,12 +58,19 @@ class InContextAttention(ParallelComposition):
     def traits(self) -> Traits:
         return Traits(masks=frozenset(), growth="O(1)")
 
-    def _parallel(self, x_BTD: Tensor, context_BSD: Tensor | None, mask: Mask | None, impl: Impl) -> Tensor:
+    def _parallel(
+        self,
+        x_BTD: Tensor,
+        context_BSD: Tensor | None,
+        mask: Mask | None,
+        impl: Impl,
+        edits: LayerPlan | None = None,
+    ) -> Tensor:
         self.check_input(x_BTD, context_BSD, mask)
         queries, tokens = self.config.num_queries, x_BTD.shape[1]
         if tokens <= queries:
             raise ValueError(f"{tokens} tokens of which the last num_queries={queries} ask leave nothing to read")
-        return self._mixed(x_BTD, x_BTD[:, : tokens - queries], Mask.full(), impl)
+        return self._mixed(x_BTD, x_BTD[:, : tokens - queries], Mask.full(), impl, edits)
 
     def cost(self, batch: int, tokens: int, context: int) -> Cost:
         """`tokens` of `context` tokens ask for outputs; those that are read pass W_K and W_V, state there is none."""

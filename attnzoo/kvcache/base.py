@@ -21,6 +21,7 @@ from attnzoo.kvcache.state import State
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.common.tables import Tables
+from attnzoo.ops.paged_decode import Entries
 from attnzoo.registry import Registry
 
 EMPTY = -1
@@ -90,11 +91,23 @@ Need = Literal["terms", "tables"]
 """An optional method of `ScoreFunction`."""
 
 
+class EditedRead(Protocol):
+    """What changes the output of attention over a cache, or reads its weights, once it has been computed."""
+
+    def __call__(self, out_BNTH: Tensor, q_BNTH: Tensor, positions_BT: Tensor, segments: Sequence[Entries]) -> Tensor:
+        """The output with edits. positions_BT: of the queries; segments: all entries that were read, with positions."""
+
+
 class ScoreFunction(Protocol):
     """How a cache policy gets the variant's attention scores. Queries q_BNTH are rotated (RoPE) as cached keys are, and
     have no bias vectors added."""
 
     impl: Impl
+
+    @property
+    def edits(self) -> EditedRead | None:
+        """Called wherever attention over the cache has been computed; None: nothing is. What a cache keeps is chosen
+        by the attention without edits."""
 
     @property
     def relative(self) -> bool:

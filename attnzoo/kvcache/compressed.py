@@ -225,6 +225,30 @@ def attend(
     state: CompressedState, score_function: ScoreFunction, q_BNTH: Tensor, view: CacheView, positions_BT: Tensor
 ) -> Tensor:
     """o_BNTH over the prefix and a view of the tail."""
+    out_BNTH = _unedited(state, score_function, q_BNTH, view, positions_BT)
+    if score_function.edits is None:
+        return out_BNTH
+    tail = Entries(keys_BKSC=view.keys_BKSH, values_BKSV=view.values_BKSH, positions_BKS=view.positions_BKS)
+    segments = [tail] if state.prefix.slots == 0 else [placed_prefix(state), tail]
+    return score_function.edits(out_BNTH, q_BNTH, positions_BT, segments)
+
+
+def placed_prefix(state: CompressedState) -> Entries:
+    """The prefix with the positions of its entries, -1 in empty slots."""
+    prefix = state.prefix
+    return Entries(
+        keys_BKSC=prefix.keys_BKPC,
+        values_BKSV=prefix.values_BKPV,
+        positions_BKS=prefix_positions(state),
+        channels_BKC=_stored(prefix.channels_BKC),
+        value_channels_BKV=_stored(prefix.value_channels_BKV),
+        log_counts_BKS=None if prefix.merge_counts_BKP is None else prefix.merge_counts_BKP.clamp(min=1).log(),
+    )
+
+
+def _unedited(
+    state: CompressedState, score_function: ScoreFunction, q_BNTH: Tensor, view: CacheView, positions_BT: Tensor
+) -> Tensor:
     if state.prefix.slots == 0:
         return score_function.attend(q_BNTH, view, positions_BT)
     if whole(state) and (q_BNTH.shape[2] > 1 or "terms" not in score_function.says):

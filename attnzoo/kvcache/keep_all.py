@@ -53,6 +53,7 @@ class KeepAll(CachePolicy):
         counts_B: Tensor | None,
     ) -> tuple[Tensor, State]:
         state, view = cc.FULL.append(state, qkv[1], qkv[2], positions_BT, counts_B)
+        assert score_function.edits is None, "attention keeps everything by the full cache"
         return score_function.attend(qkv[0], view, positions_BT), state
 
     def compress(self, layers: Sequence[CachedLayer], final: bool) -> list[State]:

@@ -98,7 +98,7 @@ def step(
     _enter(ring, qkv[1], qkv[2], now)
     if score_function.relative and "terms" not in score_function.says:
         # The variant's own operation, which reads keys that are whole.
-        out_BN1H = _read_whole(state, score_function, qkv[0], now)
+        out_BN1H = _edited(_read_whole(state, score_function, qkv[0], now), state, score_function, qkv[0], now)
         return out_BN1H, _replaced(policy, state, score_function, (now, choice), Decoded(out_BNTH=out_BN1H))
     probe = None
     if policy.rule.kind != "drop":
@@ -114,7 +114,19 @@ def step(
     )
     if decoded.accumulated_BKS is not None:
         _accumulate(state.prefix, ring, decoded.accumulated_BKS, now.active_B)
-    return decoded.out_BNTH, _replaced(policy, state, score_function, (now, choice), decoded)
+    out_BN1H = _edited(decoded.out_BNTH, state, score_function, qkv[0], now)
+    return out_BN1H, _replaced(policy, state, score_function, (now, choice), decoded)
+
+
+def _edited(
+    out_BN1H: Tensor, state: CompressedState, score_function: ScoreFunction, q_BN1H: Tensor, now: StepInfo
+) -> Tensor:
+    """The output with edits, where there are any: before the step changes prefix and ring."""
+    if score_function.edits is None:
+        return out_BN1H
+    assert state.ring is not None
+    segments = [cc.placed_prefix(state), _ring_entries(state.ring, now, seen=False)]
+    return score_function.edits(out_BN1H, q_BN1H, now.at_B[:, None], segments)
 
 
 def _read_whole(state: CompressedState, score_function: ScoreFunction, q_BN1H: Tensor, now: StepInfo) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attnzoo.attention.base import StreamingAttention, run_torch
+from attnzoo.attention.edits import LayerPlan
 from attnzoo.attention.segment_memory import SegmentMemory, attend_segment
 from attnzoo.derived_memory import PassMemory, pass_memory
 from attnzoo.kvcache.state import State
@@ -69,9 +70,10 @@ class Block(nn.Module):
         self.mlp_norm = build_norm(norm, dim, eps)
         self.mlp = mlp
 
-    def forward(self, x_BTD: Tensor, mask: Mask | None = None) -> Tensor:
-        shown = {} if mask is None else {"mask": mask}  # a variant of someone's may take nothing but x
-        x_BTD = x_BTD + self._mixed(self.attention(self.attention_norm(x_BTD), **shown), x_BTD)
+    def forward(self, x_BTD: Tensor, mask: Mask | None = None, edits: LayerPlan | None = None) -> Tensor:
+        given: dict[str, Any] = {} if mask is None else {"mask": mask}  # a variant of someone's may take nothing but x
+        given |= _edits(edits, x_BTD)
+        x_BTD = x_BTD + self._mixed(self.attention(self.attention_norm(x_BTD), **given), x_BTD)
         out: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD))
         return out
 
@@ -88,8 +90,11 @@ class Block(nn.Module):
         run = partial(checkpoint, run_torch, use_reentrant=False) if checkpointing else run_torch
         return pass_memory(self, x_BTD, run=run, dtype=dtype, inner=True)
 
-    def extend(self, x_BTD: Tensor, state: Any, counts_B: Tensor | None) -> tuple[Tensor, State]:
-        mixed, state = self.attention.extend(self.attention_norm(x_BTD), state, counts_B)
+    def extend(
+        self, x_BTD: Tensor, state: Any, counts_B: Tensor | None, edits: LayerPlan | None = None
+    ) -> tuple[Tensor, State]:
+        given = _edits(edits, x_BTD)
+        mixed, state = self.attention.extend(self.attention_norm(x_BTD), state, counts_B, **given)
         x_BTD = x_BTD + self._mixed(mixed, x_BTD)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), state
 
@@ -102,3 +107,11 @@ class Block(nn.Module):
                 "variant must keep the shape of its input: correct its forward or extend"
             )
         return out
+
+
+def _edits(edits: LayerPlan | None, x_BTD: Tensor) -> dict[str, Any]:
+    """What attention is given of edits; sinks are found in hidden states before the norm."""
+    if edits is None:
+        return {}
+    edits.hidden_BTD = x_BTD
+    return {"edits": edits}

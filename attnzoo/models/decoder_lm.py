@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from attnzoo.attention import Cost, build_attention, streaming
 from attnzoo.attention.cached import ByteModel, cached_state, compress_layers, joinable_layers, streams
+from attnzoo.attention.edits import EditPlan, EditRuns, Edits, TokenLayout, layer_plan, layer_sizes
+from attnzoo.attention.edits.plan import MAX_BYTES
 from attnzoo.attention.segment_memory import SegmentMemory
 from attnzoo.derived_memory import PassMemory, in_sequence, pass_memory
 from attnzoo.kvcache import CachePolicy
@@ -81,11 +83,12 @@ class DecoderLM(nn.Module):
             block.attention.reset_parameters(std, output_std)
             block.mlp.reset_parameters(std, output_std)
 
-    def forward(self, tokens_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
-        """logits_BTV of the parallel form; `starts_BT` as in `Mask`."""
-        return self.logits(self.hidden(tokens_BT, starts_BT))
+    def forward(self, tokens_BT: Tensor, starts_BT: Tensor | None = None, *, edits: EditRuns | None = None) -> Tensor:
+        """logits_BTV of the parallel form; `starts_BT` as in `Mask`. edits: what is read and changed of each row's
+        attention (`plan_edits`); activations are then not checkpointed."""
+        return self.logits(self.hidden(tokens_BT, starts_BT, edits=edits))
 
-    def hidden(self, tokens_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, starts_BT: Tensor | None = None, *, edits: EditRuns | None = None) -> Tensor:
         """hidden_BTD after the final norm. Raises ValueError for `starts_BT` where a variant is not varlen."""
         if starts_BT is not None:
             for block in self.layers():
@@ -96,8 +99,10 @@ class DecoderLM(nn.Module):
                     )
         mask = None if starts_BT is None else Mask(starts_BT=starts_BT)
         x_BTD = self._embed(tokens_BT)
-        for block in self.layers():
-            if self.activation_checkpointing and torch.is_grad_enabled():
+        for layer, block in enumerate(self.layers()):
+            if edits is not None:
+                x_BTD = block(x_BTD, mask, layer_plan(edits, layer))
+            elif self.activation_checkpointing and torch.is_grad_enabled():
                 x_BTD = checkpoint(block, x_BTD, mask, use_reentrant=False)
             else:
                 x_BTD = block(x_BTD, mask)
@@ -188,15 +193,40 @@ class DecoderLM(nn.Module):
         attentions = [block.attention for block in self.layers()]
         return ByteModel.of(cache, attentions, self.init_state(1, 1, device="meta", cache=cache).layers)
 
+    def plan_edits(
+        self,
+        edits: Edits,
+        layout: TokenLayout,
+        new_tokens: int = 0,
+        *,
+        max_bytes: int = MAX_BYTES,
+        streams: bool = True,
+    ) -> EditPlan:
+        """What reads and edits mean in this model, for a sequence of this layout and up to `new_tokens` tokens after
+        its prompt; an `EditRun` of it goes with one pass over the sequence. Raises ValueError as `Edits.plan`."""
+        sizes = [layer_sizes(block.attention) for block in self.layers()]
+        return edits.plan(sizes, layout, new_tokens, max_bytes=max_bytes, streams=streams)
+
     def extend(
-        self, tokens_BT: Tensor, state: DecoderState, counts_B: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        state: DecoderState,
+        counts_B: Tensor | None = None,
+        *,
+        edits: EditRuns | None = None,
     ) -> tuple[Tensor, DecoderState]:
-        """Continues sequences by a chunk: (logits_BTV, new state). `counts_B` as in `Attention.extend`."""
-        hidden_BTD, state = self.extend_hidden(tokens_BT, state, counts_B)
+        """Continues sequences by a chunk: (logits_BTV, new state). `counts_B` as in `Attention.extend`, `edits` as in
+        `forward`."""
+        hidden_BTD, state = self.extend_hidden(tokens_BT, state, counts_B, edits=edits)
         return self.logits(hidden_BTD), state
 
     def extend_hidden(
-        self, tokens_BT: Tensor, state: DecoderState, counts_B: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        state: DecoderState,
+        counts_B: Tensor | None = None,
+        *,
+        edits: EditRuns | None = None,
     ) -> tuple[Tensor, DecoderState]:
         """`extend` up to the final norm, for callers that need the logits of few rows.
 
@@ -209,8 +239,9 @@ class DecoderLM(nn.Module):
                 "tokens for each"
             )
         layers = []
-        for block, layer_state in zip(self.layers(), state.layers, strict=True):
-            x_BTD, layer_state = block.extend(x_BTD, layer_state, counts_B)
+        for layer, (block, layer_state) in enumerate(zip(self.layers(), state.layers, strict=True)):
+            plan = None if edits is None else layer_plan(edits, layer)
+            x_BTD, layer_state = block.extend(x_BTD, layer_state, counts_B, plan)
             layers.append(layer_state)
         after = tuple(layers)
         if streams(after):

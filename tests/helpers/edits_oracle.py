@@ -114,7 +114,7 @@ class Oracle:
                     weights[n, t] = exponentials / exponentials.sum()
         for item in self.items:
             if isinstance(item, WEIGHT_EDITS) and self.here(item):
-                self.edit_weights(item, weights, queries, keys)
+                self.edit_weights(item, weights, visible, queries, keys)
                 weights[~visible] = 0.0
         return np.einsum("nts,nsh->nth", weights, values.astype(np.float64)), weights, scores
 
@@ -154,12 +154,12 @@ class Oracle:
                     else:
                         scores[n, t, s] = old * item.factor
 
-    def edit_weights(self, item, weights, queries, keys):
+    def edit_weights(self, item, weights, visible, queries, keys):
         before = weights.copy()
         columns = sorted(self.keys_of(item.where.keys))
         for n, t, head, query in self.rows(item, len(weights), queries):
             row, old = weights[n, t], before[n, t]
-            inside = [s for s, key in enumerate(keys[n]) if key in columns]
+            inside = [s for s, key in enumerate(keys[n]) if key in columns and visible[n, t, s]]
             if isinstance(item, Scale):
                 row[inside] *= item.factor
                 self.restore(row, old, item.renormalise)

@@ -31,7 +31,7 @@ from attnzoo.attention.edits.reading import LayerReading, Reading, ReadResult
 from attnzoo.attention.edits.reads import Entropy, KeySums, Map, Mass, Read, TopKeys
 from attnzoo.attention.edits.run import EditRun, EditRuns, LayerPlan, layer_plan
 from attnzoo.attention.edits.spans import ALL, GENERATED, After, Except, Sinks, Span, TokenLayout
-from attnzoo.attention.edits.traits import Editing, LayerSizes
+from attnzoo.attention.edits.traits import Editing, LayerSizes, layer_sizes
 
 __all__ = [
     "ALL",
@@ -74,4 +74,5 @@ __all__ = [
     "Values",
     "Where",
     "layer_plan",
+    "layer_sizes",
 ]

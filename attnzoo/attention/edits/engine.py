@@ -118,8 +118,9 @@ def _by_class(
         outs.append(out)
     lse_NRC, out_NRCH = torch.cat(lses), torch.cat(outs)
     sets = {held: member_CM[:, index][None, None] for index, held in enumerate(plan.sets)}
-    heres = [(meant, class_here(meant, block, sets, record)) for meant in items]
-    found = weighed(lse_NRC, lse_NRC > float("-inf"), [(meant.item, here) for meant, here in heres])
+    visible_NRC = lse_NRC > float("-inf")
+    heres = [(meant, class_here(meant, block, visible_NRC, sets, record)) for meant in items]
+    found = weighed(lse_NRC, visible_NRC, [(meant.item, here) for meant, here in heres])
     yield from _finish(found, lambda w: (w[..., None] * out_NRCH).sum(2), heres, block, record, call.q_BNTH.dtype)
 
 
@@ -231,6 +232,7 @@ def here_of(meant: Meant, block: _Block, positions_NS: Tensor, record: LayerReco
     sets = dict(meant.sets)
     return Here(
         named_NR1=_named(meant, block, record),
+        visible_NRS=block.visible_NRS,
         keys={name: held.holds(positions_NS, record.flags)[:, None] for name, held in sets.items()},
         heads_N=block.heads_N,
         head_row_N=_head_rows(meant, block),
@@ -240,10 +242,11 @@ def here_of(meant: Meant, block: _Block, positions_NS: Tensor, record: LayerReco
     )
 
 
-def class_here(meant: Meant, block: _Block, sets: dict, record: LayerRecord) -> Here:
+def class_here(meant: Meant, block: _Block, visible_NRC: Tensor, sets: dict, record: LayerRecord) -> Here:
     """What an item means among classes of keys."""
     return Here(
         named_NR1=_named(meant, block, record),
+        visible_NRS=visible_NRC,
         keys={name: sets[held] for name, held in meant.sets},
         heads_N=block.heads_N,
         head_row_N=_head_rows(meant, block),

@@ -62,12 +62,13 @@ class Values:
 class Here:
     """Which of the heads N, queries R and keys S of a call an item means.
 
-    named_NR1: its heads and queries. keys: its sets of keys by name, [N or 1, 1, S]; "keys" is that of its `Where`.
+    named_NR1: its heads and queries. visible_NRS: what the mask shows, of one head or query for all. keys: its sets of keys by name, [N or 1, 1, S]; "keys" is that of its `Where`.
     heads_N: the heads' numbers in the model. head_row_N, query_row_R: their places among those that the item names;
     key_row_NS likewise, or None where keys are classes of keys. positions_NS: logical positions of the keys.
     """
 
     named_NR1: Tensor
+    visible_NRS: Tensor
     keys: dict[str, Tensor]
     heads_N: Tensor
     head_row_N: Tensor
@@ -77,8 +78,8 @@ class Here:
 
     @property
     def meant(self) -> Tensor:
-        """meant_NRS: the pairs that the item speaks of."""
-        return self.named_NR1 & self.keys["keys"]
+        """meant_NRS: the pairs that the item speaks of and the mask shows."""
+        return self.named_NR1 & self.keys["keys"] & self.visible_NRS
 
     def place(self, values: Tensor) -> Tensor:
         """values [heads, queries, keys] of the named ones as [N, R, S], anything elsewhere."""

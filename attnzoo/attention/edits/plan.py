@@ -218,7 +218,7 @@ def _gathered(items: list[Meant], size: LayerSizes, layout: TokenLayout, total: 
     heads |= {each.item.source for each in items if isinstance(each.item, CopyHead)}
     sets = tuple(dict.fromkeys(held for each in items for name, held in each.sets))
     keys = layout.context.prompt if size.context and layout.context else total
-    dense = not size.softmax or any(each.item.dense for each in items) or _classes(sets, keys) > MAX_CLASSES
+    dense = not size.editing.softmax or any(each.item.dense for each in items) or _classes(sets, keys) > MAX_CLASSES
     return LayerItems(tuple(items), "dense" if dense else "partitioned", tuple(sorted(heads)), sets)
 
 

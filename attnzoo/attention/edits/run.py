@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention.edits.engine import AttentionCall, row_changes
+from attnzoo.attention.edits.items import Edit
 from attnzoo.attention.edits.plan import EditPlan
 from attnzoo.attention.edits.reading import LayerRecord, Reading
+from attnzoo.attention.edits.traits import Editing
 from attnzoo.ops.common.masks import Mask
 
 
@@ -81,10 +83,34 @@ class LayerPlan:
                 if bool(real_T.any()):
                     entry.record.observe(hidden_BTD[row][real_T], int(queries_BT[row][real_T].min()))
 
-    def apply(self, call: AttentionCall, out_BNTH: Tensor) -> Tensor:
-        """The outputs with edits: those of the unedited call, but for the rows, heads and queries that edits name."""
+    def check_streams(self, editing: Editing, name: str) -> None:
+        """Raises ValueError where edits do not stream."""
+        if not editing.streams:
+            raise ValueError(f"edits of {name} work in forward alone: {editing.why_not}; plan them with streams=True")
+
+    def replaces(self, num_heads: int, queries_BT: Tensor) -> bool:
+        """Whether every row has an edit that names all of its heads and queries, so that outputs without edits are not
+        needed. queries_BT as in `AttentionCall`."""
+        self.check_batch(len(queries_BT))
+        return all(
+            entry is not None
+            and any(
+                isinstance(meant.item, Edit)
+                and len(meant.heads) == num_heads
+                and meant.in_call(self.step)
+                and bool(meant.queries.holds(queries_BT[row], {}).all())
+                for meant in entry.record.plan.items
+            )
+            for row, entry in enumerate(self.rows)
+        )
+
+    def apply(self, call: AttentionCall, out_BNTH: Tensor | None) -> Tensor:
+        """The outputs with edits: those of the unedited call, but for the rows, heads and queries that edits name.
+        None: all are replaced."""
+        copied = out_BNTH is None
+        if out_BNTH is None:
+            out_BNTH = call.q_BNTH.new_zeros(*call.q_BNTH.shape[:3], call.values_BKSH.shape[3])
         self.check_batch(len(out_BNTH))
-        copied = False
         for row, entry in enumerate(self.rows):
             if entry is None:
                 continue

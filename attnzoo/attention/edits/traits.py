@@ -1,13 +1,16 @@
 """What a variant lets be read and changed of its attention, and the sizes of a layer that plans need."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Editing:
-    """What can be done to a variant's attention. scores, weights: edited; reads: read; streams: also in `extend`, not
-    in `forward` alone. why_not: the reason for what cannot, in words for users."""
+    """What can be done to a variant's attention. scores, weights: edited; reads: read; softmax: its weights are a
+    softmax of scores; streams: also in `extend`, not in `forward` alone. why_not: the reason for what cannot, in words
+    for users."""
 
+    softmax: bool = True
     scores: bool = False
     weights: bool = False
     reads: bool = False
@@ -21,8 +24,7 @@ SOFTMAX_EDITING = Editing(scores=True, weights=True, reads=True)
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSizes:
-    """One layer, as plans see it. variant: its name, for messages; context: its keys are those of another sequence;
-    softmax: its weights are a softmax of scores; window, sinks: as in `Mask`."""
+    """One layer, as plans see it. variant: its name, for messages; context: its keys are those of another sequence."""
 
     num_heads: int
     num_kv_heads: int
@@ -30,5 +32,18 @@ class LayerSizes:
     variant: str
     editing: Editing = SOFTMAX_EDITING
     context: bool = False
-    softmax: bool = True
     model_dim: int | None = None
+
+
+def layer_sizes(attention: Any, *, context: bool = False) -> LayerSizes:
+    """The sizes of an attention layer. context: its keys are those of another sequence."""
+    heads = getattr(getattr(attention, "mixing", None), "heads", None)
+    return LayerSizes(
+        num_heads=getattr(heads, "num_heads", 1),
+        num_kv_heads=getattr(heads, "num_kv_heads", 1),
+        head_dim=getattr(heads, "head_dim", 1),
+        variant=type(attention).__name__,
+        editing=attention.editing,
+        context=context,
+        model_dim=attention.config.model_dim,
+    )

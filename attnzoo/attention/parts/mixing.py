@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.attention.base import Growth, Traits
+from attnzoo.attention.edits.run import LayerPlan
+from attnzoo.attention.edits.streamed import StreamedEdits, parallel_call
+from attnzoo.attention.edits.traits import NO_EDITING, SOFTMAX_EDITING, Editing
 from attnzoo.attention.parts.position import QKV, Position, visible_pairs
 from attnzoo.attention.parts.projection import Heads
 from attnzoo.kvcache import CachePolicy, CacheView, ExactCache, FullCache, WindowCache
@@ -35,6 +38,27 @@ class Mixing(nn.Module, ABC):
     @abstractmethod
     def forward(self, qkv: QKV, mask: Mask, impl: Impl) -> Tensor:
         """The parallel form, under a mask that the traits name."""
+
+    @property
+    def editing(self) -> Editing:
+        """What of this mixing can be read and edited."""
+        return NO_EDITING
+
+    def edited(self, out_BNTH: Tensor | None, qkv: QKV, mask: Mask, impl: Impl, edits: LayerPlan) -> Tensor:
+        """The parallel form with edits. out_BNTH: without them, None where the edits replace all of it."""
+        raise NotImplementedError(f"{type(self).__name__} says what can be edited, and has no `edited`")
+
+    def extend_edited(
+        self,
+        qkv: QKV,
+        state: Any,
+        positions_BT: Tensor,
+        counts_B: Tensor | None,
+        impl: Impl,
+        edits: LayerPlan,
+    ) -> tuple[Tensor, State]:
+        """`extend` with edits."""
+        raise NotImplementedError(f"{type(self).__name__} says that edits stream, and has no `extend_edited`")
 
     @abstractmethod
     def init_state(
@@ -114,11 +138,25 @@ class SoftmaxMixing(Mixing):
         return Traits(masks=frozenset(masks), context=full, position=self.position.kind, growth=growth)
 
     def forward(self, qkv: QKV, mask: Mask, impl: Impl) -> Tensor:
-        if mask.causal:
-            mask = replace(mask, window=self.mask.window, sinks=self.mask.sinks)
         tokens, device = qkv[0].shape[1], qkv[0].device
         q, k = self._encode(qkv, torch.arange(tokens, device=device)[None], impl)
-        return self.position.attend((q, k, qkv[2].transpose(1, 2)), mask, impl)
+        return self.position.attend((q, k, qkv[2].transpose(1, 2)), self._own(mask), impl)
+
+    @property
+    def editing(self) -> Editing:
+        if "terms" in self.position.says:
+            return SOFTMAX_EDITING
+        return Editing(why_not=f"{type(self.position).__name__} does not say its scores (`terms`)")
+
+    def edited(self, out_BNTH: Tensor | None, qkv: QKV, mask: Mask, impl: Impl, edits: LayerPlan) -> Tensor:
+        mask = self._own(mask)
+        q, k = self._encode(qkv, torch.arange(qkv[0].shape[1], device=qkv[0].device)[None], impl)
+        call = parallel_call((q, k, qkv[2].transpose(1, 2)), mask, self.position.terms)
+        return edits.apply(call, out_BNTH)
+
+    def _own(self, mask: Mask) -> Mask:
+        """The mask with the layer's window, which is causal."""
+        return replace(mask, window=self.mask.window, sinks=self.mask.sinks) if mask.causal else mask
 
     def _encode(self, qkv: QKV, positions_BT: Tensor, impl: Impl) -> tuple[Tensor, Tensor]:
         """(q_BNTH, k_BKSH) as they enter the scores; tokens of a context stand at 0..S-1."""
@@ -137,10 +175,19 @@ class SoftmaxMixing(Mixing):
             keys_BS = torch.ones(k_BKSH.shape[0], k_BKSH.shape[2], dtype=torch.bool, device=k_BKSH.device)
         return SoftmaxContext(k_BKSH.contiguous(), qkv[2].transpose(1, 2).contiguous(), keys_BS)
 
-    def _read(self, q: Tensor, context: SoftmaxContext, positions_BT: Tensor, impl: Impl) -> Tensor:
-        q, _ = self.position.encode(q, q[:, :, :0], positions_BT, impl)
-        mask = Mask(causal=False, query_positions_BT=positions_BT, key_positions_BKS=context.positions())
-        return self.position.attend((q.transpose(1, 2), context.keys_BKSH, context.values_BKSH), mask, impl)
+    def _read(
+        self, q: Tensor, context: SoftmaxContext, positions_BT: Tensor, score_function: "SoftmaxScoreFunction"
+    ) -> Tensor:
+        q, _ = self.position.encode(q, q[:, :, :0], positions_BT, score_function.impl)
+        view = CacheView(context.keys_BKSH, context.values_BKSH, context.positions())
+
+        def attend(q_BNTH: Tensor, view: CacheView, positions_BT: Tensor) -> Tensor:
+            mask = Mask(causal=False, query_positions_BT=positions_BT, key_positions_BKS=view.positions_BKS)
+            return self.position.attend((q_BNTH, view.keys_BKSH, view.values_BKSH), mask, score_function.impl)
+
+        if score_function.edits is not None:
+            return score_function.edits.over(q.transpose(1, 2), view, positions_BT, attend)
+        return attend(q.transpose(1, 2), view, positions_BT)
 
     def init_state(
         self,
@@ -162,25 +209,50 @@ class SoftmaxMixing(Mixing):
             policy = cache
         return policy.init(batch, self.heads.num_kv_heads, self.heads.head_dim, capacity, device=device, dtype=dtype)
 
-    def score_function(self, impl: Impl) -> "SoftmaxScoreFunction":
+    def score_function(self, impl: Impl, edits: StreamedEdits | None = None) -> "SoftmaxScoreFunction":
         """The scores, as a compressing cache reads them."""
-        return SoftmaxScoreFunction(self.position, self.mask, impl)
+        return SoftmaxScoreFunction(self.position, self.mask, impl, edits)
 
     def extend(
         self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None, impl: Impl
     ) -> tuple[Tensor, State]:
+        return self._extend(qkv, state, positions_BT, counts_B, self.score_function(impl))
+
+    def extend_edited(
+        self,
+        qkv: QKV,
+        state: Any,
+        positions_BT: Tensor,
+        counts_B: Tensor | None,
+        impl: Impl,
+        edits: LayerPlan,
+    ) -> tuple[Tensor, State]:
+        queries_BT = edits.positions(positions_BT, counts_B)
+        causal = not isinstance(state, SoftmaxContext)
+        mask = Mask(causal=causal, window=self.mask.window, sinks=self.mask.sinks)
+        streamed = StreamedEdits(edits, queries_BT, mask, self.position.terms)
+        return self._extend(qkv, state, positions_BT, counts_B, self.score_function(impl, streamed))
+
+    def _extend(
+        self,
+        qkv: QKV,
+        state: Any,
+        positions_BT: Tensor,
+        counts_B: Tensor | None,
+        score_function: "SoftmaxScoreFunction",
+    ) -> tuple[Tensor, State]:
         q, k, v = qkv
         if isinstance(state, SoftmaxContext):
-            return self._read(q, state, positions_BT, impl), state
-        q, k = self.position.encode(q, k, positions_BT, impl)
+            return self._read(q, state, positions_BT, score_function), state
+        q, k = self.position.encode(q, k, positions_BT, score_function.impl)
         if isinstance(state, CompressedState):
             heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-            out: tuple[Tensor, State] = state.policy.attend(
-                state, self.score_function(impl), heads_first, positions_BT, counts_B
-            )
+            out: tuple[Tensor, State] = state.policy.attend(state, score_function, heads_first, positions_BT, counts_B)
             return out
         state, view = self.cache.append(state, k.transpose(1, 2), v.transpose(1, 2), positions_BT, counts_B)
-        return self.score_function(impl).attend(q.transpose(1, 2), view, positions_BT), state
+        if score_function.edits is not None:
+            return score_function.edits.over(q.transpose(1, 2), view, positions_BT, score_function.attend), state
+        return score_function.attend(q.transpose(1, 2), view, positions_BT), state
 
     def state_bytes(self, batch: int, capacity: int, dtype: torch.dtype) -> int:
         return self.cache.nbytes(batch, self.heads.num_kv_heads, self.heads.head_dim, capacity, dtype)
@@ -210,6 +282,7 @@ class SoftmaxScoreFunction:
     position: Position
     mask: Mask
     impl: Impl
+    edits: StreamedEdits | None = None
 
     @property
     def relative(self) -> bool:

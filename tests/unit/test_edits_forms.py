@@ -1,0 +1,243 @@
+"""Edits in every form of every variant, against the papers' formulas with edits written into their softmax:
+the parallel form, any partition, mixed batches, left padding, a window, a context."""
+
+import random
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from attnzoo.attention import build_attention
+from attnzoo.attention.edits import (
+    Add,
+    EditRun,
+    Edits,
+    Hide,
+    Map,
+    Mass,
+    Move,
+    PutScores,
+    PutWeights,
+    Scale,
+    Sinks,
+    Span,
+    TokenLayout,
+    Where,
+    layer_plan,
+    layer_sizes,
+)
+from attnzoo.ops.common.masks import Mask, padding_starts
+from tests.contract import by_hand
+from tests.helpers.edits_cases import HEADS, LAYOUT, SINKS, TOKENS, drawn_items
+from tests.helpers.edits_oracle import Oracle
+
+DIM = 22
+VARIANTS = {
+    "gqa": {"kind": "mha", "num_kv_heads": 2, "head_dim": 6},
+    "one_kv_head": {"kind": "mha", "num_kv_heads": 1, "head_dim": 6, "qk_norm": True},
+    "window": {"kind": "mha", "num_kv_heads": 2, "head_dim": 6, "window": 3, "sinks": 2},
+    "table": {"kind": "rmha", "num_kv_heads": 2, "head_dim": 5, "max_distance": 6},
+    "sinusoid": {"kind": "rmha", "head_dim": 5, "position": "sinusoid"},
+    "mdha": {"kind": "mdha", "head_dim": 6, "num_kv_heads": 2},
+    "rcmha": {"kind": "rcmha", "num_kv_heads": 2, "head_dim": 5, "max_distance": 6, "window": 5, "sinks": 1},
+}
+
+
+def built(name):
+    torch.manual_seed(3)
+    options = dict(VARIANTS[name])
+    kind = options.pop("kind")
+    layer = build_attention(kind, {"model_dim": DIM, "num_heads": HEADS} | options).double().requires_grad_(False)
+    for parameter in layer.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.4)
+    return kind, layer
+
+
+def plain(kind, layer, x_TD, items, context_SD=None, seen=None, layout=LAYOUT, total=TOKENS):
+    """(y_TD, weights_NTS) by the paper's formula, with edits in its softmax."""
+    sizes = x_TD.pow(2).mean(-1).sqrt()
+    sinks = {SINKS: {t for t in range(len(x_TD)) if x_TD[t, 2].abs() >= SINKS.tau * sizes[t]}}
+    kept = {}
+
+    def attend(config, q, v, score, seen):
+        see = seen or (lambda i, j: by_hand.sees(config, i, j))
+        scores = np.array([[[score(n, i, j) for j in range(len(v))] for i in range(len(q))] for n in range(HEADS)])
+        visible = np.array([[see(i, j) for j in range(len(v))] for i in range(len(q))])
+        values = np.repeat(v.transpose(1, 0, 2), HEADS // v.shape[1], axis=0)
+        at = list(range(len(v)))
+        oracle = Oracle(items, layout, total, sinks=sinks)
+        visible = np.broadcast_to(visible, scores.shape)
+        out, kept["weights"], _ = oracle.run(
+            scores / q.shape[2] ** 0.5, visible, values, list(range(len(q))), [at] * HEADS
+        )
+        return out.transpose(1, 0, 2)
+
+    weights = {name: value.numpy() for name, value in layer.state_dict().items()}
+    more = () if context_SD is None and seen is None else (context_SD, seen)
+    with mock.patch.object(by_hand, "attend", attend):
+        y_TD = by_hand.BY_HAND[kind](layer.config, weights, x_TD.numpy(), *more)
+    return y_TD, kept["weights"]
+
+
+def runs_of(layer, lists, layout=LAYOUT, total=TOKENS, **options):
+    sizes = [layer_sizes(layer, **options)]
+    plans = [None if items is None else Edits(*items).plan(sizes, layout, total - layout.prompt) for items in lists]
+    return [None if plan is None else EditRun(plan) for plan in plans]
+
+
+def streamed(layer, x_BTD, runs, cuts, counts_B=None):
+    """y_BTD by `extend` over the chunks between the cuts."""
+    state, outs, done = layer.init_state(len(x_BTD), 0), [], 0
+    for end in (*cuts, x_BTD.shape[1]):
+        if end > done:
+            chunk = None if counts_B is None else (counts_B - done).clamp(0, end - done)
+            y, state = layer.extend(x_BTD[:, done:end], state, chunk, edits=layer_plan(runs, 0))
+            outs.append(y)
+            done = end
+    return torch.cat(outs, 1)
+
+
+READS = [Mass(bins={"image": "image", "sinks": SINKS}), Map(dtype="fp64")]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_random_edits_in_every_form(name):
+    """Kills: decode that skips edits; a chunk's positions off by one; a kv head for a query head; the order swapped;
+    padding counted; rows of a mixed batch that take each other's edits."""
+    kind, layer = built(name)
+    for seed in range(5):
+        draw = random.Random(seed)
+        lists = [drawn_items(draw, dense=seed % 2 == 0), None, drawn_items(draw, dense=seed > 2)]
+        reads = READS if seed % 2 == 0 else READS[:1]
+        lists = [None if items is None else [*items, *reads] for items in lists]
+        torch.manual_seed(seed)
+        x = torch.randn(3, TOKENS, DIM, dtype=torch.float64)
+        x[:, [0, 2, 8], 2] = 9.0
+        expected = [plain(kind, layer, row, items or []) for row, items in zip(x, lists, strict=True)]
+        off = layer(x)
+        cuts = sorted(draw.sample(range(1, TOKENS), draw.randrange(0, 5)))
+        off_streamed = streamed(layer, x, None, cuts)
+        forward_runs, stream_runs = runs_of(layer, lists), runs_of(layer, lists)
+        found = layer(x, edits=layer_plan(forward_runs, 0))
+        in_chunks = streamed(layer, x, stream_runs, cuts)
+        lengths = torch.tensor([TOKENS, 4, TOKENS])
+        ragged_runs = runs_of(layer, lists)
+        ragged = streamed(layer, x, ragged_runs, cuts, lengths)
+        for row, (y, weights) in enumerate(expected):
+            for form, runs in ((found, forward_runs), (in_chunks, stream_runs), (ragged, ragged_runs)):
+                real = int(lengths[row]) if form is ragged else TOKENS
+                np.testing.assert_allclose(form[row, :real], y[:real], rtol=1e-8, atol=1e-8, err_msg=str((seed, lists)))
+                if runs[row] is None:
+                    continue
+                reading = runs[row].reading[0]
+                image = weights[:, :, 1:4].sum(-1)
+                np.testing.assert_allclose(reading.mass["image"], image, atol=1e-6)
+                if len(reads) == 2:
+                    np.testing.assert_allclose(reading.map, weights, atol=1e-9)
+        assert torch.equal(found[1], off[1])
+        assert torch.equal(in_chunks[1], off_streamed[1])
+
+
+@pytest.mark.parametrize("name", ["gqa", "rcmha"])
+def test_left_padding(name):
+    """Kills: positions counted from the padding's begin."""
+    kind, layer = built(name)
+    items = [Add(Where(queries=Span(2, 6), keys="image"), 1.0), Scale(Where(keys=0, queries=-1), 3.0), READS[1]]
+    row = torch.randn(TOKENS - 2, DIM, dtype=torch.float64)
+    x = torch.cat([torch.randn(2, DIM, dtype=torch.float64), row])[None]
+    runs = runs_of(layer, [items], total=TOKENS - 2)
+    starts = padding_starts(torch.tensor([TOKENS - 2]), TOKENS, "left")
+    found = layer(x, mask=Mask(starts_BT=starts), edits=layer_plan(runs, 0))
+    y, weights = plain(kind, layer, row, items, total=TOKENS - 2)
+    np.testing.assert_allclose(found[0, 2:], y, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(runs[0].reading[0].map, weights, atol=1e-12)
+
+
+def test_a_context_and_its_names():
+    """Kills: keys of a context by positions of the text; keys that do not exist, shown by an edit."""
+    kind, layer = built("gqa")
+    layout = TokenLayout(TOKENS, {"word": (3, 4)}, context=TokenLayout(6, {"left": (0, 3), "dog": (4, 6)}))
+    items = [
+        Hide(Where(queries=Span(0, 5), keys="dog")),
+        PutScores(Where(queries="word", keys="left"), [[2.0, 1.0, 0.0]]),
+        Scale(Where(heads=1, keys="dog"), 4.0, renormalise=False),
+        Map(dtype="fp64"),
+    ]
+    x, context = torch.randn(2, TOKENS, DIM).double(), torch.randn(2, 6, DIM).double()
+    exists = torch.tensor([[True] * 6, [True, False, True, True, True, False]])
+    runs = runs_of(layer, [items, items], layout, context=True)
+    mask = Mask.full(keys_BS=exists)
+    found = layer(x, context_BSD=context, mask=mask, edits=layer_plan(runs, 0))
+    state, outs = layer.init_context(context, exists), []
+    again = runs_of(layer, [items, items], layout, context=True)
+    for chunk in x.split(4, dim=1):
+        y, state = layer.extend(chunk, state, edits=layer_plan(again, 0))
+        outs.append(y)
+    for row in range(2):
+        see = exists[row].tolist()
+        y, weights = context_formula(kind, layer, x[row], context[row], items, layout, lambda i, j, see=see: see[j])
+        np.testing.assert_allclose(found[row], y, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(torch.cat(outs, 1)[row], y, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(runs[row].reading[0].map, weights, atol=1e-12)
+        np.testing.assert_allclose(again[row].reading[0].map, weights, atol=1e-12)
+
+
+def context_formula(kind, layer, x_TD, context_SD, items, layout, seen):
+    """`plain` whose words for keys are those of the context; queries named by numbers."""
+    words = TokenLayout(layout.prompt, {**layout.context.spans, "word": layout.spans["word"]})
+    return plain(kind, layer, x_TD, items, context_SD.numpy(), seen, words)
+
+
+def test_what_edits_may_not_do():
+    """Rows sum to one, hidden keys have no weight, and nothing of the future has a gradient. Kills: renormalising over
+    hidden keys; a put weight that shows a later key."""
+    _, layer = built("gqa")
+    x = torch.randn(1, TOKENS, DIM, dtype=torch.float64, requires_grad=True)
+    items = [
+        PutScores(Where(), torch.randn(1, TOKENS, TOKENS).tolist()),
+        PutWeights(Where(heads=1), torch.rand(1, TOKENS, TOKENS).tolist(), renormalise=True),
+        Move(Where(keys=Span(5, 9)), "image", 0.7),
+        Scale(Where(keys="text"), 2.5),
+        Map(dtype="fp64"),
+    ]
+    runs = runs_of(layer, [items])
+    y = layer(x, edits=layer_plan(runs, 0))
+    weights = runs[0].reading[0].map
+    torch.testing.assert_close(weights.sum(-1), torch.ones(HEADS, TOKENS, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert (weights.triu(1) == 0).all()
+    (gradient,) = torch.autograd.grad(y[0, 4].sum() + weights[:, 4].square().sum(), x)
+    assert (gradient[0, 5:] == 0).all()
+    assert (gradient[0, :5] != 0).all()
+
+
+def test_identity_edits_and_untouched_rows_are_off_bit_for_bit():
+    _, layer = built("gqa")
+    x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    idle = [Add(Where(), 0.0), Scale(Where(), 1.0), Move(Where(keys="text"), "image", 0.0)]
+    missing = [Move(Where(keys=Sinks((1,), 1e9)), "image", 0.9)]  # no token is such a sink: nothing moves
+    runs = runs_of(layer, [idle, None])
+    assert layer_plan(runs, 0) is None
+    assert layer_plan([None, None], 0) is None
+    runs = runs_of(layer, [[*READS], [*READS, Add(Where(heads=2, queries=5), 1.0)]])
+    found = layer(x, edits=layer_plan(runs, 0))
+    assert torch.equal(found[0], layer(x)[0])
+    same = torch.arange(TOKENS) != 5
+    assert torch.equal(found[1, same], layer(x)[1, same])
+    runs = runs_of(layer, [missing, missing])
+    torch.testing.assert_close(layer(x, edits=layer_plan(runs, 0)), layer(x), rtol=0, atol=1e-14)
+
+
+def test_refusals_of_a_call():
+    _, layer = built("gqa")
+    x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    runs = runs_of(layer, [READS])
+    with pytest.raises(ValueError, match="edits have 1 entries, and the batch has 2 rows"):
+        layer(x, edits=layer_plan(runs, 0))
+    runs = runs_of(layer, [READS, None], total=TOKENS - 1)
+    with pytest.raises(ValueError, match=r"edits\[0\] were planned for 10 tokens, and here is one at position 10"):
+        streamed(layer, x, runs, [4])
+    runs = runs_of(layer, [READS, None])
+    _, state = layer.extend(x[:, :3], layer.init_state(2, 8))
+    with pytest.raises(ValueError, match="has seen the hidden states of 0 tokens, and the next one is at position 3"):
+        layer.extend(x[:, 3:], state, edits=layer_plan(runs, 0))
