@@ -62,9 +62,10 @@ class Values:
 class Here:
     """Which of the heads N, queries R and keys S of a call an item means.
 
-    named_NR1: its heads and queries. visible_NRS: what the mask shows, of one head or query for all. keys: its sets of keys by name, [N or 1, 1, S]; "keys" is that of its `Where`.
-    heads_N: the heads' numbers in the model. head_row_N, query_row_R: their places among those that the item names;
-    key_row_NS likewise, or None where keys are classes of keys. positions_NS: logical positions of the keys.
+    named_NR1: its heads and queries. visible_NRS: what the mask shows, of one head or query for all. keys: its sets of
+    keys by name, [N or 1, 1, S]; "keys" is that of its `Where`. heads_N: the heads' numbers in the model. head_row_N,
+    query_row_R: their places among those that the item names; key_row_NS likewise, or None where keys are classes of
+    keys. positions_NS: logical positions of the keys.
     """
 
     named_NR1: Tensor
