@@ -13,6 +13,7 @@ from attnzoo.attention.edits import (
     Add,
     EditRun,
     Edits,
+    Entropy,
     Hide,
     Map,
     Mass,
@@ -23,6 +24,7 @@ from attnzoo.attention.edits import (
     Sinks,
     Span,
     TokenLayout,
+    TopKeys,
     Where,
     layer_plan,
     layer_sizes,
@@ -241,3 +243,74 @@ def test_refusals_of_a_call():
     _, state = layer.extend(x[:, :3], layer.init_state(2, 8))
     with pytest.raises(ValueError, match="has seen the hidden states of 0 tokens, and the next one is at position 3"):
         layer.extend(x[:, 3:], state, edits=layer_plan(runs, 0))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"normalise": False, "feature_map": "identity", "num_kv_heads": 2}, {"decay": False}]
+)
+def test_linear_attention_by_its_implied_weights(options):
+    """Kills: decay of the kv head, not the query head; a normaliser taken after the edit; edits in extend ignored."""
+    torch.manual_seed(1)
+    layer = build_attention("linear", {"model_dim": DIM, "num_heads": HEADS, "head_dim": 6} | options).double()
+    layer.requires_grad_(False)
+    x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    items = [
+        Scale(Where(heads=[1, 3], keys="image"), 2.0),
+        Move(Where(queries=Span(4, 9), keys="text"), "image", 0.4),
+        Map(dtype="fp64"),
+        TopKeys(k=2),
+    ]
+    runs = [EditRun(Edits(*items).plan([layer_sizes(layer)], LAYOUT, 4, streams=False)), None]
+    found = layer(x, edits=layer_plan(runs, 0))
+    assert torch.equal(found[1], layer(x)[1])
+    q, k, v = (each[0].transpose(0, 1) for each in layer.projection(x))
+    phi = {"elu1": lambda y: torch.where(y > 0, y + 1, y.exp()), "identity": lambda y: y}[layer.config.feature_map]
+    group = HEADS // k.shape[0]
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    weights = (phi(q) @ phi(k).mT).tril()
+    if layer.config.decay:
+        distance = (torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)).clamp(min=0)
+        decay = layer.mixing.decay_logit.sigmoid().repeat_interleave(group)
+        weights = weights * decay[:, None, None] ** distance
+    if layer.config.normalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    np.testing.assert_allclose(layer(x)[0], layer.projection.merge((weights @ v)[None])[0], rtol=1e-9, atol=1e-9)
+    oracle = Oracle(items, LAYOUT, TOKENS)
+    visible = torch.ones(TOKENS, TOKENS).tril().bool().expand(HEADS, -1, -1).numpy()
+    edited, at = weights.numpy().copy(), list(range(TOKENS))
+    for item in items[:2]:
+        oracle.edit_weights(item, edited, visible, at, [at] * HEADS)
+    expected = layer.projection.merge((torch.from_numpy(edited) @ v)[None])[0]
+    np.testing.assert_allclose(found[0], expected, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(runs[0].reading[0].map, edited, rtol=1e-8, atol=1e-9)
+    assert runs[0].reading[0].top["positions"][0, 0].tolist() == [0, -1]
+    with pytest.raises(ValueError, match="edits of Linear work in forward alone: it has no softmax"):
+        layer.extend(x, layer.init_state(2, 0), edits=layer_plan(runs, 0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "item", "message"),
+    [
+        ("linear", Add(Where(), 1.0), r"\(Linear\) cannot have its scores edited: it has no softmax"),
+        ("linear", Map(), r"\(Linear\) cannot be read in extend"),
+        ("linear", Entropy(), "cannot have an entropy: its weights are no distribution"),
+        ("mesa", Mass(), r"\(Mesa\) cannot be read: its outputs solve a regression"),
+    ],
+)
+def test_variants_that_cannot_say_why(kind, item, message):
+    layer = build_attention(kind, {"model_dim": DIM, "num_heads": 2})
+    with pytest.raises(ValueError, match=message):
+        Edits(item).plan([layer_sizes(layer)], LAYOUT, 4)
+
+
+def test_softmax_regression_reads_its_context():
+    layer = build_attention("softmax_regression", {"model_dim": DIM, "num_heads": 2, "num_queries": 3}).double()
+    x = torch.randn(1, TOKENS, DIM, dtype=torch.float64)
+    runs = [EditRun(Edits(Hide(Where(keys=1)), Map(dtype="fp64")).plan([layer_sizes(layer)], LAYOUT, 4, streams=False))]
+    found = layer(x, edits=layer_plan(runs, 0))
+    q, k, v = (each[0].transpose(0, 1) for each in layer.projection(x, x[:, :-3]))
+    scores = q @ k.mT
+    scores[..., 1] = float("-inf")
+    expected = layer.projection.merge((scores.softmax(-1) @ v)[None])
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(runs[0].reading[0].map[..., : TOKENS - 3], scores.softmax(-1))

@@ -39,8 +39,7 @@ LINEAR = LayerSizes(
     num_kv_heads=2,
     head_dim=8,
     variant="linear",
-    softmax=False,
-    editing=Editing(reads=True, weights=True, streams=False, why_not="there is no softmax"),
+    editing=Editing(softmax=False, reads=True, weights=True, streams=False, why_not="there is no softmax"),
 )
 SIZES = [SOFTMAX, SOFTMAX, LINEAR]
 EVERYTHING = Edits(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from attnzoo.attention.edits.cost import EditCost, layer_cost, returned_bytes
 from attnzoo.attention.edits.items import CopyHead, Edit, Item, ScoreEdit, WeightEdit
-from attnzoo.attention.edits.reads import Map, Mass, Read
+from attnzoo.attention.edits.reads import Entropy, Map, Mass, Read
 from attnzoo.attention.edits.spans import FAR, Chosen, Interval, Sinks, TokenLayout, chosen, picked, picked_steps
 from attnzoo.attention.edits.traits import LayerSizes
 from attnzoo.attention.edits.wire import NAMES, item_from_json, item_to_json
@@ -198,11 +198,13 @@ def _meant(
 
 def _check_can(item: Item, size: LayerSizes, streams: bool, at: str, layer: int) -> None:
     can = size.editing
-    wanted, allowed = "read", can.reads
+    wanted, allowed = "be read", can.reads
     if isinstance(item, ScoreEdit) or (isinstance(item, Map) and item.what == "scores"):
         wanted, allowed = "have its scores " + ("edited" if isinstance(item, ScoreEdit) else "read"), can.scores
     elif isinstance(item, WeightEdit):
         wanted, allowed = "have its weights edited", can.weights
+    if isinstance(item, Entropy) and not can.softmax:
+        wanted, allowed = "have an entropy: its weights are no distribution", False
     if not allowed or (streams and not can.streams):
         how = " in extend" if allowed else ""
         raise ValueError(

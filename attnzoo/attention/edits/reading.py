@@ -88,12 +88,12 @@ def _values(meant: Meant, here: Here, found: Weighed) -> dict[str, Tensor]:
 
 
 def _top(k: int, weights_NRS: Tensor, chosen: Tensor, here: Here) -> dict[str, Tensor]:
-    """The largest weights and their positions, -1 and 0 where there are fewer keys."""
+    """The largest weights and their positions, 0 and -1 where a query sees fewer keys."""
     assert here.positions_NS is not None
-    seen = weights_NRS.masked_fill(~chosen, -1.0)
+    seen = weights_NRS.masked_fill(~(chosen & here.visible_NRS), float("-inf"))
     largest, at = seen.topk(min(k, seen.shape[-1]), dim=-1)
     positions = here.positions_NS[:, None].expand(-1, seen.shape[1], -1).gather(-1, at)
-    missing, nothing = k - largest.shape[-1], largest <= 0
+    missing, nothing = k - largest.shape[-1], largest == float("-inf")
     pad = torch.nn.functional.pad
     return {
         "positions": pad(positions.masked_fill(nothing, -1), (0, missing), value=-1),

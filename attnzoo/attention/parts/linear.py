@@ -1,6 +1,6 @@
 """Mixing without a softmax: a running sum of outer products of keys and values, read by each query."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -8,6 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.attention.base import DOCUMENTS, Traits
+from attnzoo.attention.edits.items import Here
+from attnzoo.attention.edits.order import Weighed, changed
+from attnzoo.attention.edits.run import LayerPlan
+from attnzoo.attention.edits.streamed import parallel_call
+from attnzoo.attention.edits.traits import Editing
 from attnzoo.attention.parts.mixing import ContextState, Mixing, refuse_cache
 from attnzoo.attention.parts.position import QKV
 from attnzoo.attention.parts.projection import Heads
@@ -18,6 +23,14 @@ from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.ops.linear_attention.full import full_linear_attention, normalised, read, summed
 from attnzoo.types import accumulation_dtype, dtype_bytes
+
+LINEAR_EDITING = Editing(
+    softmax=False,
+    weights=True,
+    reads=True,
+    streams=False,
+    why_not="it has no softmax and no scores, and its state holds a sum in place of keys",
+)
 
 FeatureMap = Literal["elu1", "relu", "identity"]
 
@@ -109,6 +122,33 @@ class LinearMixing(Mixing):
             v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
         sums, _ = linear_attention(self._features(q), k, v, starts_BT=mask.starts_BT, impl=impl)
         return normalised(sums) if self.normalise else sums
+
+    @property
+    def editing(self) -> Editing:
+        return LINEAR_EDITING
+
+    def edited(self, out_BNTH: Tensor | None, qkv: QKV, mask: Mask, impl: Impl, edits: LayerPlan) -> Tensor:
+        """By the weights that the sums imply: gamma^(t-s) phi(q_t) . phi(k_s), over their sum where normalised."""
+        q, k, v = (x.transpose(1, 2) for x in qkv)
+        features = (self._features(q), self._features(k), v)
+        call = parallel_call(features, mask, lambda q_BNTH, _mask: (q_BNTH, None))
+        return edits.apply(replace(call, weigh=self._weigh), out_BNTH)
+
+    def _weigh(
+        self, products_NRS: Tensor, visible_NRS: Tensor, where: tuple[Tensor, Tensor], items: list[tuple[Any, Here]]
+    ) -> Weighed:
+        hidden_NRS = ~visible_NRS
+        weights = products_NRS.masked_fill(hidden_NRS, 0.0)
+        if self.decay_logit is not None and items:
+            kv_N = items[0][1].heads_N // (self.heads.num_heads // self.heads.num_kv_heads)
+            decay_N = torch.sigmoid(self.decay_logit.to(weights.dtype))[kv_N]
+            distance_NRS = (where[0][:, None] - where[1][:, None]).clamp(min=0)
+            weights = weights * decay_N[:, None, None] ** distance_NRS
+        if self.normalise:
+            weights = normalised(torch.cat([weights, weights.sum(-1, keepdim=True)], dim=-1))
+        named = [(meant.item, here) for meant, here in items]
+        empty_NR1 = hidden_NRS.all(-1, keepdim=True).expand(*weights.shape[:2], 1)
+        return Weighed(weights, changed(weights, hidden_NRS, named), empty_NR1)
 
     def init_context(self, qkv: QKV, keys_BS: Tensor | None, impl: Impl) -> LinearContext:
         _, k, v = (x.transpose(1, 2) for x in qkv)

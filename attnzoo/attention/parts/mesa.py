@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.attention.base import DOCUMENTS, Traits
+from attnzoo.attention.edits.traits import Editing
 from attnzoo.attention.parts.mixing import Mixing, refuse_cache
 from attnzoo.attention.parts.position import QKV
 from attnzoo.attention.parts.projection import Heads
@@ -42,6 +43,10 @@ class MesaMixing(Mixing):
     @property
     def traits(self) -> Traits:
         return Traits(masks=DOCUMENTS, growth="O(1)")
+
+    @property
+    def editing(self) -> Editing:
+        return Editing(why_not="its outputs solve a regression over all keys, and no key has a weight of its own")
 
     def reset_parameters(self, std: float) -> None:
         nn.init.constant_(self.log_ridge, math.log(self.ridge))
