@@ -1,16 +1,20 @@
 """Prompts, options and results of `LanguageModel.generate` and its relatives."""
 
+import bisect
+import itertools
 import operator
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict
 
+from attnzoo.attention.edits import EditPlan, Edits, Item, Reading, TokenLayout
 from attnzoo.errors import suggest
 from attnzoo.kvcache import CACHES, CachePolicy
 from attnzoo.kvcache.choice import CacheSpec, option_names, read_cache
 from attnzoo.kvcache.options import RENAMED
-from attnzoo.models import CacheUse, GenerationConfig, TokenLogprobs
+from attnzoo.models import CacheUse, DecoderLM, GenerationConfig, TokenLogprobs
 from attnzoo.models.generation_config import FIELDS
+from attnzoo.tokenizer import Tokenizer
 from attnzoo.tokenizer.text_stream import TextStream
 
 Prompt = str | Sequence[int]
@@ -19,10 +23,14 @@ FinishReason = Literal["stop", "length"]
 """stop: a stop token or stop string was generated. length: max_new_tokens was reached."""
 
 
+Spans = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
+"""Names of parts of a prompt, or of each prompt: [start, stop) in tokens, several of these, or a text in the prompt."""
+
+
 class GenerationOptions(TypedDict, total=False):
-    """Keyword options of `generate`, `stream` and `chat`: the fields of `GenerationConfig`, and options that most cache
-    policies share. Other options of a policy work as keywords too; type-checked code passes them in a mapping:
-    cache={"policy": "snapkv", "pool": 5}."""
+    """Keyword options of `generate`, `stream` and `chat`: the fields of `GenerationConfig`, those of `AttentionWish`,
+    and options that most cache policies share. Other options of a policy work as keywords too; type-checked code passes
+    them in a mapping: cache={"policy": "snapkv", "pool": 5}."""
 
     max_new_tokens: int | None
     temperature: float
@@ -40,6 +48,9 @@ class GenerationOptions(TypedDict, total=False):
     channel_ratio: float
     value_channel_ratio: float
     window: int
+    edits: Edits | Sequence[Item]
+    read: Edits | Sequence[Item]
+    spans: Spans
 
 
 @dataclass(frozen=True)
@@ -68,12 +79,14 @@ class Generation:
     """A prompt and its continuations.
 
     prompt: its text, None if token ids were given. prompt_token_ids: the tokens that the model read. outputs: `n`
-    continuations. `text`, `token_ids`, `logprobs`, `finish_reason` and `cache` are those of the first continuation.
+    continuations. reading: what was read of attention, by layer; None where nothing was asked for. `text`, `token_ids`,
+    `logprobs`, `finish_reason` and `cache` are those of the first continuation.
     """
 
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[Continuation, ...]
+    reading: Reading | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -166,6 +179,71 @@ class GenerationCost:
     prompt: StepCost
     decode: StepCost
     policy: str
+
+
+@dataclass(frozen=True)
+class AttentionWish:
+    """What is to be read and edited of attention while a text is generated. edits, read: in list order, edits first.
+    spans: what the names in them mean, for each prompt: [start, stop) in tokens, several of these, or a text that
+    stands in the prompt, with all of its tokens wherever it stands."""
+
+    edits: Edits | Sequence[Item] = ()
+    read: Edits | Sequence[Item] = ()
+    spans: Spans = None
+
+    @classmethod
+    def taken_from(cls, options: Mapping[str, Any]) -> "tuple[AttentionWish, dict[str, Any]]":
+        """(the wish in keyword options, the other options)."""
+        mine = {each.name for each in fields(cls)}
+        rest = {name: value for name, value in options.items() if name not in mine}
+        return cls(**{name: value for name, value in options.items() if name in mine}), rest
+
+    def plans(
+        self, model: DecoderLM, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], limits: Sequence[int]
+    ) -> list[EditPlan] | None:
+        """A plan for every prompt, None where nothing is wished. Raises ValueError as `DecoderLM.plan_edits`."""
+        items = [*_items(self.edits, "edits"), *_items(self.read, "read")]
+        if not items:
+            return None
+        spans = [self.spans] * len(prompts) if self.spans is None or isinstance(self.spans, Mapping) else self.spans
+        if len(spans) != len(prompts):
+            raise ValueError(
+                f"spans has {len(spans)} entries for {len(prompts)} prompts; give one each, or one for all"
+            )
+        plans = []
+        for ids, named, limit in zip(prompts, spans, limits, strict=True):
+            found = {name: token_spans(tokenizer, ids, value, name) for name, value in (named or {}).items()}
+            plans.append(model.plan_edits(Edits(*items), TokenLayout(len(ids), found), max(limit - 1, 0)))
+        return plans
+
+
+def _items(given: Any, name: str) -> Sequence[Any]:
+    if isinstance(given, Edits):
+        return given.items
+    if isinstance(given, Item):
+        return [given]
+    if isinstance(given, str | Mapping) or not isinstance(given, Sequence):
+        raise ValueError(f"{name}={given!r}: give Edits(...), or a list of reads and edits")
+    return given
+
+
+def token_spans(tokenizer: Tokenizer, ids: Sequence[int], value: Any, name: str) -> Any:
+    """[start, stop) of all places where a text stands among the tokens; anything but a text as it is. Raises ValueError
+    where it does not stand there."""
+    if not isinstance(value, str):
+        return value
+    ends = list(itertools.accumulate(len(tokenizer.token_bytes(token)) for token in ids))
+    whole, wanted, found = b"".join(map(tokenizer.token_bytes, ids)), value.encode(), []
+    at = whole.find(wanted) if wanted else -1
+    while at >= 0:
+        first = bisect.bisect_right(ends, at)
+        found.append((first, bisect.bisect_left(ends, at + len(wanted)) + 1))
+        at = whole.find(wanted, at + len(wanted))
+    if not found:
+        raise ValueError(
+            f"spans[{name!r}]={value!r} does not stand in the prompt; give its words as the prompt has them"
+        )
+    return found
 
 
 class Writer:

@@ -8,8 +8,10 @@ from typing import Any, TypeVar, Unpack, overload
 
 import torch
 
+from attnzoo.attention.edits import EditPlan, EditRun
 from attnzoo.checkpoint.load import check_fit
 from attnzoo.generation import (
+    AttentionWish,
     Continuation,
     Generation,
     GenerationCost,
@@ -41,12 +43,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Task:
-    """One call of `generate`. prompts: (text, token ids). limits: most new tokens of each. cache: None is exact."""
+    """One call of `generate`. prompts: (text, token ids). limits: most new tokens of each. cache: None is exact. plans:
+    what is read and edited of attention, None: nothing."""
 
     prompts: list[tuple[str | None, list[int]]]
     limits: list[int]
     config: GenerationConfig
     cache: CachePolicy | None
+    plans: list[EditPlan] | None = None
 
 
 class LanguageModel:
@@ -125,7 +129,8 @@ class LanguageModel:
         text ends at the checkpoint's end tokens. generation_config: its fields may also be given as keywords, which
         take precedence. cache: the cache policy, as a name, as {"policy": name, option: value} or as an object; None:
         the policy of the model's configuration, or the exact cache if it has none. Options of the policy may be
-        keywords. batch_size: sequences that run together; it changes results only by rounding.
+        keywords. batch_size: sequences that run together; it changes results only by rounding. edits, read: what is
+        changed and read of attention (`attnzoo.attention.edits`), and spans: what names in them mean (`AttentionWish`).
 
         >>> lm.generate("The capital of France is", cache="d2o", keep_ratio=0.5).text       # doctest: +SKIP
         >>> [each.text for each in lm.generate(["One", "Two"], temperature=0.8, seed=1)]    # doctest: +SKIP
@@ -141,7 +146,9 @@ class LanguageModel:
         each = max(1, batch_size // task.config.n)
         for first in range(0, len(batch), each):
             part = slice(first, first + each)
-            found += _drained(self._run(replace(task, prompts=task.prompts[part], limits=task.limits[part])))
+            plans = None if task.plans is None else task.plans[part]
+            some = replace(task, prompts=task.prompts[part], limits=task.limits[part], plans=plans)
+            found += _drained(self._run(some))
         return found[0] if alone else found
 
     def stream(
@@ -291,9 +298,11 @@ class LanguageModel:
         cache: CacheSpec | None,
         options: Mapping[str, Any],
     ) -> _Task:
+        wish, options = AttentionWish.taken_from(options)
         config, policy = read_options(base, cache, options)
         limits = [self._room(len(ids), config.max_new_tokens) for _, ids in prompts]
-        return _Task(prompts, limits, config, self._checked_cache(policy))
+        plans = wish.plans(self.model, self.tokenizer, [ids for _, ids in prompts], limits)
+        return _Task(prompts, limits, config, self._checked_cache(policy), plans)
 
     def _chat_task(
         self,
@@ -345,12 +354,14 @@ class LanguageModel:
             for _ in range(config.n)
         ]
         done: dict[int, Continuation] = {}
+        runs = None if task.plans is None else [EditRun(plan) for plan in task.plans]
         sequences = Sequences(
             self.model,
             [ids for _, ids in task.prompts],
             replace(config, max_new_tokens=max(task.limits)),
             cache=task.cache,
             vocab_size=self.tokenizer.vocab_size,
+            edits=runs,
         )
         while sequences.running:
             for row, token, logprobs in sequences.step():
@@ -362,8 +373,9 @@ class LanguageModel:
                 if piece:
                     yield piece
         rows = [done[row] for row in range(len(writers))]
+        readings = [None] * len(task.prompts) if runs is None else [run.reading for run in runs]
         return [
-            Generation(text, tuple(ids), tuple(rows[index * config.n : (index + 1) * config.n]))
+            Generation(text, tuple(ids), tuple(rows[index * config.n : (index + 1) * config.n]), readings[index])
             for index, (text, ids) in enumerate(task.prompts)
         ]
 

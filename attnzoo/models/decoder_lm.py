@@ -240,8 +240,10 @@ class DecoderLM(nn.Module):
             )
         layers = []
         for layer, (block, layer_state) in enumerate(zip(self.layers(), state.layers, strict=True)):
-            plan = None if edits is None else layer_plan(edits, layer)
-            x_BTD, layer_state = block.extend(x_BTD, layer_state, counts_B, plan)
+            if edits is None:
+                x_BTD, layer_state = block.extend(x_BTD, layer_state, counts_B)
+            else:
+                x_BTD, layer_state = block.extend(x_BTD, layer_state, counts_B, layer_plan(edits, layer))
             layers.append(layer_state)
         after = tuple(layers)
         if streams(after):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attnzoo.attention.edits import EditRuns
 from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.keep_all import KeepAll
 from attnzoo.models.cache_use import CacheUse, compressed_use, exact_use
@@ -33,8 +34,9 @@ class Sequences:
 
     Row i * n + j is continuation j (of config.n) of prompt i. cache: the cache policy; None: the full cache.
     vocab_size: tokens from this id on are never drawn (a model's table may be longer than its tokenizer's); None: all
-    may be. seeds: one per row; None: config.seed for the first continuation of every prompt, and the numbers that
-    follow it for the others. A row depends on the others by rounding only.
+    may be. edits: one run a row (`EditRun`), which go with prompt and continuation until the row ends. seeds: one per
+    row; None: config.seed for the first continuation of every prompt, and the numbers that follow it for the others. A
+    row depends on the others by rounding only.
 
     Raises ValueError for no prompts, an empty prompt, a token outside the vocabulary, and a model whose cache cannot be
     compressed.
@@ -50,12 +52,16 @@ class Sequences:
         cache: CachePolicy | None = None,
         vocab_size: int | None = None,
         seeds: Sequence[int] | None = None,
+        edits: EditRuns | None = None,
     ) -> None:
         check_prompts(prompts, model.config.vocab_size)
+        if edits is not None and config.n > 1:
+            raise ValueError(f"n={config.n} with edits: a run reads one sequence; ask for n=1, or call once for each")
         self.model, self.config = model, config
         self._cache = None if isinstance(cache, KeepAll) else cache
         self._vocab_size = vocab_size or model.config.vocab_size
-        hidden_BD, state = _read(model, prompts, config.max_new_tokens, self._cache)
+        self._edits = edits
+        hidden_BD, state = _read(model, prompts, config.max_new_tokens, self._cache, edits)
         order = [row for row in range(len(prompts)) for _ in range(config.n)]
         if config.n > 1:
             hidden_BD, state = hidden_BD[order], state.keep_rows(order)
@@ -76,7 +82,10 @@ class Sequences:
         device = self.model.embedding.weight.device
         if any(self._new_counts):
             next_B = torch.tensor(self._tokens, device=device)
-            hidden_BTD, self._state = self.model.extend_hidden(next_B[:, None], self._state)
+            edits = self._edits
+            if edits is not None:  # rows that have ended go on without
+                edits = [run if row in self.running else None for row, run in enumerate(edits)]
+            hidden_BTD, self._state = self.model.extend_hidden(next_B[:, None], self._state, edits=edits)
             self._hidden_BD = hidden_BTD[:, -1]
         logits_BV = self.model.logits(self._hidden_BD)[:, : self._vocab_size]
         largest_B, best_B = logits_BV.max(-1)  # NaN is larger than everything
@@ -112,19 +121,23 @@ class Sequences:
 
 
 def _read(
-    model: DecoderLM, prompts: Sequence[Sequence[int]], new: int | None, cache: CachePolicy | None
+    model: DecoderLM,
+    prompts: Sequence[Sequence[int]],
+    new: int | None,
+    cache: CachePolicy | None,
+    edits: EditRuns | None,
 ) -> tuple[Tensor, DecoderState]:
     """(hidden_BD of each prompt's last token, the state after it). Prompts of a compressed cache are read one after the
     other, so that only one full cache exists at a time."""
     longest = max(map(len, prompts))
     if cache is None:
-        return _read_together(model, prompts, longest + (ROOM if new is None else min(ROOM, new)), None)
+        return _read_together(model, prompts, longest + (ROOM if new is None else min(ROOM, new)), None, edits)
     hidden: list[Tensor] = []
     state: DecoderState | None = None
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts):
         # A policy that compresses while it reads needs no room for the whole prompt.
         room = min(PROMPT_CHUNK, len(prompt)) if cache.prefill == "stream" else len(prompt)
-        hidden_1D, row = _read_together(model, [prompt], room, cache)
+        hidden_1D, row = _read_together(model, [prompt], room, cache, None if edits is None else [edits[number]])
         row = model.compress(row, joinable=True)
         state = row if state is None else state.joined(row)
         hidden.append(hidden_1D)
@@ -133,7 +146,11 @@ def _read(
 
 
 def _read_together(
-    model: DecoderLM, prompts: Sequence[Sequence[int]], capacity: int, cache: CachePolicy | None
+    model: DecoderLM,
+    prompts: Sequence[Sequence[int]],
+    capacity: int,
+    cache: CachePolicy | None,
+    edits: EditRuns | None,
 ) -> tuple[Tensor, DecoderState]:
     lengths, device = [len(prompt) for prompt in prompts], model.embedding.weight.device
     tokens_BT = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
@@ -147,7 +164,7 @@ def _read_together(
         counts = [min(max(length - first, 0), chunk_BT.shape[1]) for length in lengths]
         padded = min(counts) < chunk_BT.shape[1]
         hidden_BTD, state = model.extend_hidden(
-            chunk_BT, state, torch.tensor(counts, device=device) if padded else None
+            chunk_BT, state, torch.tensor(counts, device=device) if padded else None, edits=edits
         )
         # Only for the prompts' last tokens: all logits of 8 x 2,048 tokens and a vocabulary of 49,152 take 3.2 GB.
         for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attnzoo import GenerationConfig, LanguageModel
-from attnzoo.generation import GenerationOptions, as_batch
+from attnzoo.generation import AttentionWish, GenerationOptions, as_batch
 from attnzoo.kvcache import CACHES, build_cache
 from attnzoo.kvcache.choice import option_names
 from attnzoo.models import DecoderLM, generate
@@ -284,8 +284,10 @@ def test_a_configuration_holds_and_keywords_win():
 def test_every_field_is_an_option_and_every_typed_option_is_known():
     typed = set(GenerationOptions.__annotations__)
     of_caches = {name for policy in CACHES for name in option_names(policy)}
-    assert set(FIELDS) <= typed
-    assert typed - set(FIELDS) <= of_caches
+    of_attention = {each.name for each in dataclasses.fields(AttentionWish)}
+    assert set(FIELDS) | of_attention <= typed
+    assert typed - set(FIELDS) - of_attention <= of_caches
+    assert not of_attention & (of_caches | set(FIELDS))
     assert set(FIELDS) & of_caches == {"seed"}, "a keyword would mean two things; seed is the text's"
 
 
@@ -323,8 +325,8 @@ def test_what_runs_at_once_is_bounded(monkeypatch):
     lm, rows, held = lm_of("mha"), [], []
     inner = lm.model.extend_hidden
 
-    def extend_hidden(tokens_BT: torch.Tensor, state: Any, counts_B: Any = None) -> Any:
-        out = inner(tokens_BT, state, counts_B)
+    def extend_hidden(tokens_BT: torch.Tensor, state: Any, counts_B: Any = None, edits: Any = None) -> Any:
+        out = inner(tokens_BT, state, counts_B, edits=edits)
         rows.append(len(tokens_BT))
         held.append(out[1].nbytes())
         return out
