@@ -9,9 +9,14 @@ from attnzoo.types import accumulation_dtype
 
 def classes_of(sets: tuple[Chosen, ...], positions_KS: Tensor, flags: dict[Sinks, Tensor]) -> tuple[Tensor, Tensor]:
     """(member_CM, class_KS): keys of one class are in the same sets; member says which sets these are."""
-    held_KSM = torch.stack([each.holds(positions_KS, flags) for each in sets], dim=-1)
-    member_CM, class_L = held_KSM.flatten(0, 1).unique(dim=0, return_inverse=True)
-    return member_CM, class_L.view(positions_KS.shape)
+    code_KS = torch.zeros_like(positions_KS)
+    for bit, each in enumerate(sets):
+        code_KS += each.holds(positions_KS, flags).to(code_KS.dtype) << bit
+    used_C = code_KS.flatten().bincount().nonzero()[:, 0]
+    bits_M = torch.arange(len(sets), device=positions_KS.device)
+    number_L = torch.zeros(int(used_C[-1]) + 1, dtype=torch.int64, device=positions_KS.device)
+    number_L[used_C] = torch.arange(len(used_C), device=positions_KS.device)
+    return (used_C[:, None] >> bits_M & 1).bool(), number_L[code_KS]
 
 
 def class_passes(
@@ -27,9 +32,10 @@ def class_passes(
     """(lse_NRC, out_NRCH) of every class, -inf and 0 where a query sees none of its keys. Heads are grouped by kv head,
     as many in each."""
     found = []
+    seen_S = visible_NRS.flatten(0, 1).any(0)
     for number in range(classes):
         # Keys that no query of the block sees are left out.
-        at = ((class_S == number) & visible_NRS.any(0).any(0)).nonzero()[:, 0]
+        at = ((class_S == number) & seen_S).nonzero()[:, 0]
         whole = len(at) == len(class_S)
         keys, values = (x if whole else x.index_select(1, at) for x in (keys_KSH, values_KSH))
         seen = visible_NRS if whole else visible_NRS[..., at]

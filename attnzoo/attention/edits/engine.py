@@ -17,6 +17,10 @@ from attnzoo.attention.edits.reads import Read
 from attnzoo.ops.common.masks import Mask, sees
 from attnzoo.types import accumulation_dtype
 
+FEW = 16
+"""Fewer queries than this take every key's score even where classes of keys would do: their scores are small, and keys
+of one class would be copied out of the others."""
+
 Terms = Callable[[Tensor, Mask], tuple[Tensor, Tensor | None]]
 Weigh = Callable[[Tensor, Tensor, tuple[Tensor, Tensor], list[tuple[Meant, Here]]], Weighed]
 
@@ -66,8 +70,8 @@ def row_changes(call: AttentionCall, row: int, record: LayerRecord, step: int | 
     record.approximate |= call.approximate
     if not len(tokens):
         return
-    record.engines.add(record.plan.engine)
-    partitioned = record.plan.engine == "partitioned" and not _needs_gradient(call)
+    partitioned = record.plan.engine == "partitioned" and len(tokens) >= FEW and not _needs_gradient(call)
+    record.engines.add("partitioned" if partitioned else "dense")
     heads = len(record.plan.heads)
     size = ROWS if partitioned else rows_at_once(heads, call.keys_BKSH.shape[2])
     for tokens_R in tokens.split(size):
@@ -81,8 +85,7 @@ def _by_key(
     block = _Block.of(call, row, tokens_R, torch.tensor(record.plan.heads, device=tokens_R.device))
     kv_N = block.heads_N // (call.q_BNTH.shape[1] // call.keys_BKSH.shape[1])
     dtype = accumulation_dtype(call.q_BNTH.dtype)
-    keys_NSH, values_NSH = (x[row].to(dtype)[kv_N] for x in (call.keys_BKSH, call.values_BKSH))
-    products = block.content_NRH.to(dtype) @ keys_NSH.mT
+    products = _by_kv(block.content_NRH, call.keys_BKSH[row], kv_N, transposed=True).to(dtype)
     positions_NS = _per_head(call.positions_BKS[row], kv_N)
     heres = [(meant, here_of(meant, block, positions_NS, record)) for meant in items]
     if call.weigh is not None:
@@ -91,7 +94,21 @@ def _by_key(
     else:
         scores = products * call.scale if block.added_NRS is None else products * call.scale + block.added_NRS
         found = weighed(scores, block.visible_NRS, [(meant.item, here) for meant, here in heres])
-    yield from _finish(found, lambda w: w @ values_NSH, heres, block, record, call.q_BNTH.dtype)
+    values_KSH = call.values_BKSH[row]
+    yield from _finish(found, lambda w: _by_kv(w, values_KSH, kv_N), heres, block, record, call.q_BNTH.dtype)
+
+
+def _by_kv(x_NRX: Tensor, held_KSX: Tensor, kv_N: Tensor, transposed: bool = False) -> Tensor:
+    """Products of every head's rows with the keys (transposed) or the values of its kv head, in at least float32. Where
+    all heads take part, the rows of those that share a kv head are rows of one product, and nothing is copied."""
+    kv_heads, heads = len(held_KSX), len(x_NRX)
+    exact = accumulation_dtype(torch.promote_types(x_NRX.dtype, held_KSX.dtype))
+    if heads % kv_heads or not torch.equal(kv_N, torch.arange(heads, device=kv_N.device) // (heads // kv_heads)):
+        held_NSX = held_KSX[kv_N].to(exact)
+        return x_NRX.to(exact) @ (held_NSX.mT if transposed else held_NSX)
+    rows_KLX = x_NRX.to(exact).reshape(kv_heads, -1, x_NRX.shape[-1])
+    held = held_KSX.to(exact)
+    return (rows_KLX @ (held.mT if transposed else held)).view(heads, x_NRX.shape[1], -1)
 
 
 def _by_class(
@@ -116,7 +133,7 @@ def _by_class(
         )
         lses.append(lse)
         outs.append(out)
-    lse_NRC, out_NRCH = torch.cat(lses), torch.cat(outs)
+    lse_NRC, out_NRCH = (x[0] if len(x) == 1 else torch.cat(x) for x in (lses, outs))
     sets = {held: member_CM[:, index][None, None] for index, held in enumerate(plan.sets)}
     visible_NRC = lse_NRC > float("-inf")
     heres = [(meant, class_here(meant, block, visible_NRC, sets, record)) for meant in items]
