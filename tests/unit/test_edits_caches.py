@@ -21,6 +21,7 @@ from attnzoo.attention.edits import (
     TokenLayout,
     TopKeys,
     Where,
+    engine,
 )
 from attnzoo.attention.edits.streamed import StreamedEdits
 from tests.contract.caches import POLICIES, frozen_model, policy_of
@@ -87,6 +88,7 @@ def test_every_cache(name, variant, monkeypatch):
         return found
 
     monkeypatch.setattr(StreamedEdits, "__call__", spy)
+    monkeypatch.setattr(engine, "FEW", 1)
     plan = model.plan_edits(Edits(*ITEMS, *READS), SPREAD, 6)
     runs = [EditRun(plan), None]
     tokens = torch.randint(0, model.config.vocab_size, (2, 18), generator=torch.Generator().manual_seed(2))

@@ -22,6 +22,7 @@ from attnzoo.attention.edits import (
     Temper,
     TokenLayout,
     Where,
+    engine,
     layer_plan,
     layer_sizes,
 )
@@ -113,9 +114,10 @@ def test_adaptvis(layer, x, alpha):
     torch.testing.assert_close(found, output(layer, s.softmax(-1), v))
 
 
-def test_visual_attention_redistribution(layer, x):
+def test_visual_attention_redistribution(layer, x, monkeypatch):
     """Kang et al. 2025, arXiv 2503.03321: image-centric heads give a portion p of what sinks have
     to the image tokens that are no sinks, in proportion."""
+    monkeypatch.setattr(engine, "FEW", 1)
     tau, p, rho, least = 1.9, 0.6, 0.8, 0.2
     x = x.clone()
     x[[0, 3], 7] = 9.0
