@@ -30,7 +30,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     for layer in read_layers(name, overrides):
         places.update(layer.places)
         _check_keys(layer)
-        merged = _merge(merged, layer)
+        _merge(merged, layer)
     config = _resolved(merged, places)
     for key, problem in problems(config):
         raise ConfigError(f"{place_of(places, key)}: {problem}")
@@ -69,7 +69,8 @@ def _sections(values: dict[str, Any]) -> Iterator[tuple[str, Any, list[str]]]:
             yield section.name, values[section.name], []
 
 
-def _merge(config: Any, layer: ConfigLayer) -> Any:
+def _merge(config: Any, layer: ConfigLayer) -> None:
+    """Puts the layer's values into the configuration, in place: a copy a layer would be most of the time of reading."""
     attention = (layer.values.get("model") or {}).get("attention")
     known = config.model.get("attention")
     if isinstance(attention, dict) and "kind" not in attention and known is not None:
@@ -82,7 +83,7 @@ def _merge(config: Any, layer: ConfigLayer) -> Any:
         # The options of the replaced variant do not apply to the new one.
         config.model.pop("attention", None)
     try:
-        return OmegaConf.merge(config, {k: v for k, v in layer.values.items() if v is not None or k in _LEAVES})
+        config.merge_with({k: v for k, v in layer.values.items() if v is not None or k in _LEAVES})
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         reason = str(error).splitlines()[0]

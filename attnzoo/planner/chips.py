@@ -1,5 +1,6 @@
 """Peak compute, memory and bandwidth of common GPUs from their data sheets, and of this machine's CPU as measured."""
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,9 +127,11 @@ def chosen_chips(names: list[str] | None) -> list[Chip]:
     return chips
 
 
+@functools.cache
 def this_cpu() -> Chip:
-    """This machine's CPU, measured for about a second with products of 2048 x 2048 matrices in both precisions and with
-    reading 256 MiB. Ranks communicate through memory, so that link and network are half of its bandwidth."""
+    """This machine's CPU, measured for about a second and once a process, with products of 2048 x 2048 matrices in both
+    precisions and with reading 256 MiB. Ranks communicate through memory, so that link and network are half of its
+    bandwidth."""
     import torch
 
     size = 2048

@@ -63,9 +63,9 @@ class PlanOptions:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the plan; exit status 1 if no training setup fits. Raises ValueError for wrong usage."""
-    chips = chosen_chips(options.chip)
     file = read_model(options.model, options.vocab_size)
     request = checked(options, file)
+    chips = chosen_chips(options.chip)
     print(heading(file, request))
     found = [best for setup in setups(request) if (best := largest(request, setup)) is not None]
     if found:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,16 @@ import psutil
 import pytest
 
 from attnzoo.cli.train import launch_command
-from tests.helpers.training import ROOT, command, environment, launch, losses, write_tiny
+from tests.helpers.training import (
+    ROOT,
+    command,
+    environment,
+    free_port,
+    launch,
+    losses,
+    start_ranks,
+    write_tiny,
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,34 +30,40 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("faults"))
 
 
+LONG = ("train.steps=1000000", "eval.every=null", "schedule.kind=constant")
+"""Of a run that ends when it is told to."""
+
+
+def wait_for_steps(run: Path, lives: Callable[[], bool]) -> None:
+    deadline, metrics = time.monotonic() + 200, run / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_text(encoding="utf-8").count("\n") >= 3):
+        assert lives(), "the run ended before its third step"
+        assert time.monotonic() < deadline, "no third step in 200 s"
+        time.sleep(0.1)
+
+
+def saved(run: Path) -> int:
+    """The step of the latest checkpoint, which must be the last recorded one."""
+    name = (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+    step: int = json.loads((run / "checkpoints" / name / "state.json").read_text())["progress"]["step"]
+    assert step == max(losses(run))
+    return step
+
+
 class Training:
-    """A long run in the background."""
+    """A long run of the `deepspeed` command in the background."""
 
     def __init__(self, config: Path, run: Path) -> None:
         self.run = run
-        options = (f"run_dir={run}", "train.steps=1000000", "eval.every=null", "schedule.kind=constant")
         self.process = subprocess.Popen(
-            command(config, *options), env=environment(), start_new_session=True, stderr=subprocess.DEVNULL
+            command(config, f"run_dir={run}", *LONG),
+            env=environment(),
+            start_new_session=True,
+            stderr=subprocess.DEVNULL,
         )
-        self.ranks = self._started()
-
-    def _started(self) -> list[psutil.Process]:
-        deadline = time.monotonic() + 200
-        metrics = self.run / "metrics.jsonl"
-        while not (metrics.is_file() and metrics.read_text(encoding="utf-8").count("\n") >= 3):
-            assert self.process.poll() is None, "the run ended before its third step"
-            assert time.monotonic() < deadline, "no third step in 200 s"
-            time.sleep(0.1)
+        wait_for_steps(run, lambda: self.process.poll() is None)
         children = psutil.Process(self.process.pid).children(recursive=True)
-        ranks = {a: c for c in children for a in c.cmdline() if a.startswith("--local_rank=")}
-        return [ranks[name] for name in sorted(ranks)]
-
-    def saved(self) -> int:
-        """The step of the latest checkpoint, which must be the last recorded one."""
-        name = (self.run / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-        step: int = json.loads((self.run / "checkpoints" / name / "state.json").read_text())["progress"]["step"]
-        assert step == max(losses(self.run))
-        return step
+        self.ranks = [c for c in children if any(a.startswith("--local_rank=") for a in c.cmdline())]
 
 
 @pytest.fixture
@@ -62,23 +77,27 @@ def training(tiny: Path, tmp_path: Path) -> Iterator[Training]:
     started.process.wait()
 
 
-def assert_buffers_are_nameless(training: Training) -> None:
-    """DeepSpeed's shared memory has no name while a run is on, so that not even a kill can leave it behind."""
-    port = training.process.args[training.process.args.index("--master_port") + 1]
-    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
-    for rank in training.ranks:
-        assert "deepspeed_allreduce_buffer" in (Path("/proc") / str(rank.pid) / "maps").read_text()
-
-
-def test_sigterm_to_one_rank_saves_and_exits_0(training: Training, tiny: Path) -> None:
-    assert len(training.ranks) == 2
-    assert_buffers_are_nameless(training)
-    training.ranks[1].terminate()
-    assert training.process.wait(timeout=60) == 0
-    step = training.saved()
-    options = ("train.steps=1000000", "eval.every=null", "schedule.kind=constant")
-    launch(tiny, f"run_dir={training.run}", *options, f"train.stop_at_step={step + 2}")
-    assert list(losses(training.run)) == list(range(1, step + 3))
+def test_sigterm_to_one_rank_saves_and_exits_0(tiny: Path, tmp_path: Path) -> None:
+    """And while the run is on, DeepSpeed's shared memory has no name, so that not even a kill can leave it behind."""
+    run, port = tmp_path / "run", str(free_port())
+    script = [str(ROOT / "train" / "main.py"), "--config", str(tiny), f"run_dir={run}", *LONG]
+    ranks = start_ranks(script, 2, tmp_path, MASTER_PORT=port, LOCAL_SIZE="2")
+    try:
+        wait_for_steps(run, lambda: all(rank.is_alive() for rank in ranks))
+        assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
+        for rank in ranks:
+            assert "deepspeed_allreduce_buffer" in (Path("/proc") / str(rank.pid) / "maps").read_text()
+        ranks[1].terminate()
+        for rank in ranks:
+            rank.join(60)
+        assert [rank.exitcode for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    step = saved(run)
+    launch(tiny, f"run_dir={run}", *LONG, f"train.stop_at_step={step + 2}")
+    assert list(losses(run)) == list(range(1, step + 3))
 
 
 def test_sigterm_to_the_deepspeed_command_saves(training: Training) -> None:
@@ -88,7 +107,7 @@ def test_sigterm_to_the_deepspeed_command_saves(training: Training) -> None:
     gone, alive = psutil.wait_procs(training.ranks, timeout=60)
     assert not alive
     assert len(gone) == 2
-    assert training.saved() >= 3
+    assert saved(training.run) >= 3
 
 
 SIGNALS = '''\
@@ -175,9 +194,8 @@ def test_ranks_whose_launcher_dies_while_data_are_prepared_stop(tiny: Path, tmp_
         encoding="utf-8",
     )
     run = tmp_path / "run"
-    options = (f"run_dir={run}", "train.steps=1000000", "eval.every=null", "schedule.kind=constant")
     process = subprocess.Popen(
-        launch_command(2, ["--config", str(tiny), *options]),
+        launch_command(2, ["--config", str(tiny), f"run_dir={run}", *LONG]),
         env=environment(ATTNZOO_PLUGINS=str(tmp_path / "slow.py")),
         start_new_session=True,
         stderr=subprocess.DEVNULL,
@@ -208,7 +226,7 @@ def test_ctrl_c_saves(training: Training) -> None:
     os.killpg(training.process.pid, signal.SIGINT)
     training.process.wait(timeout=60)
     assert not psutil.wait_procs(training.ranks, timeout=60)[1]
-    assert training.saved() >= 3
+    assert saved(training.run) >= 3
 
 
 def test_kill_in_the_middle_of_a_checkpoint_leaves_the_previous_one(tiny: Path) -> None:

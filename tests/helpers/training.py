@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -113,14 +114,9 @@ def launch(
 def run_ranks(script: list[str], ranks: int, status: int = 0, **extra: str) -> subprocess.CompletedProcess[str]:
     """Runs a script on that many ranks of this machine and checks the exit status. The first rank that fails ends the
     others, and its status is the result."""
-    meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with tempfile.TemporaryDirectory() as directory:
-        processes = []
-        for rank in range(ranks):
-            out, err = (Path(directory, f"{name}-{rank}") for name in ("out", "err"))
-            own = {} if ranks == 1 else {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(start_script(script, environment(**own, **extra), out, err))
-        found = _first_failure(processes, time.monotonic() + 300)
+        processes = start_ranks(script, ranks, Path(directory), **extra)
+        found = first_failure(processes, time.monotonic() + 300)
         texts = [
             "".join(Path(directory, f"{name}-{rank}").read_text("utf-8", "replace") for rank in range(ranks))
             for name in ("out", "err")
@@ -128,7 +124,22 @@ def run_ranks(script: list[str], ranks: int, status: int = 0, **extra: str) -> s
     return _checked(subprocess.CompletedProcess([sys.executable, *script], found, *texts), status)
 
 
-def _first_failure(processes: list[BaseProcess], deadline: float) -> int:
+def start_ranks(
+    script: list[str], ranks: int, directory: Path, cwds: Sequence[Path] | None = None, **extra: str
+) -> list[BaseProcess]:
+    """Starts a script on that many ranks of this machine (rank r in `cwds[r]`); what they say goes to `out-0`, `err-0`,
+    `out-1`, ... in the directory."""
+    meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    for rank in range(ranks):
+        out, err = (directory / f"{name}-{rank}" for name in ("out", "err"))
+        own = {} if ranks == 1 else {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        given = {**environment(), **own, **extra}
+        processes.append(start_script(script, given, out, err, None if cwds is None else cwds[rank]))
+    return processes
+
+
+def first_failure(processes: list[BaseProcess], deadline: float) -> int:
     """The status of the first process that fails, 0 if none does; none runs on."""
     try:
         while True:

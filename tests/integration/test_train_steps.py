@@ -30,7 +30,8 @@ PATTERNS = {
     "last-tokens": (-1, -1, -1, -1, -1, -1, -1, -1),
     "one-target": (0, 0, 0, 0, 0, 0, 0, -1),
 }
-"""Targets that count in the rows of a global batch, which two ranks cut in the middle, and passes by twos."""
+"""Targets that count in the rows of a global batch, which two ranks cut in the middle, and passes by twos. Each meets
+two stages, which share the sum over ranks and passes."""
 
 
 CONTINUED = [f"continued-{case}" for case in ("fp32-0", "fp32-1", "fp32-2", "fp32-3", "bf16-0", "bf16-2")]
@@ -45,8 +46,9 @@ def cases() -> dict[str, dict[str, Any]]:
         found[f"muon-{stage}"] = {"overrides": [*MUON, zero, "train.micro_batch_size=4"], "untied": True}
         found[f"bf16-adamw-{stage}"] = {"overrides": [*ADAMW, zero, "precision=bf16"]}
         found[f"bf16-muon-{stage}"] = {"overrides": [*MUON, zero, "precision=bf16"]}
-        for pattern, counts in PATTERNS.items():
-            found[f"{pattern}-{stage}"] = {"overrides": [*ADAMW, zero], "counts": counts}
+        for number, (pattern, counts) in enumerate(PATTERNS.items()):
+            if number % 2 == stage % 2:
+                found[f"{pattern}-{stage}"] = {"overrides": [*ADAMW, zero], "counts": counts}
     # A parameter of more than 100,000 numbers is really cut at stage 3; smaller ones every rank keeps.
     large = [*ADAMW, "zero.stage=3", "model.mlp=gelu", "model.mlp_dim=4200"]
     found["frozen-large-3"] = {"overrides": large, "frozen": "blocks.0"}
@@ -129,7 +131,8 @@ def test_a_step_is_that_of_the_mean_over_all_targets(results: Results, name: str
     tolerance = 0.03 if low else 1e-4
     assert found["losses"] == pytest.approx([loss], rel=tolerance)
     assert found["norms"] == pytest.approx([norm], rel=tolerance)
-    assert found["validation"] == pytest.approx([validation] * 3, rel=tolerance)
+    assert found["validation"] == pytest.approx([validation] * len(found["validation"]), rel=tolerance)
+    assert len(found["validation"]) == (3 if "counts" in CASES[name] else 1)
     config, before = build(CASES[name]["overrides"], CASES[name].get("untied", False), CASES[name].get("frozen"))
     start = {n: p.detach().bfloat16().float() if low else p.detach() for n, p in before.named_parameters()}
     after = results.weights(name)
