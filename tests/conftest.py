@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers.shares import in_shares
+
 torch.set_num_threads(1)
 
 # Read when triton is first imported: without a GPU its kernels run in the interpreter, in the same process as all else.
@@ -42,9 +44,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--quick"):
-        return
+    if config.getoption("--quick"):
+        _leave_a_sample(config, items)
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if processes > 1:
+        items[:] = in_shares(items, processes, lambda item: str(item.path), _takes_long)
+
+
+def _takes_long(item: pytest.Item) -> bool:
+    return _folder(item) not in QUICK_FOLDERS or item.get_closest_marker("heavy") is not None
+
+
+def _folder(item: pytest.Item) -> str:
+    """The folder below tests/."""
+    return Path(item.nodeid.partition("::")[0]).parts[1]
+
+
+def _leave_a_sample(config: pytest.Config, items: list[pytest.Item]) -> None:
     cases: Counter[str] = Counter()
     kept, left = [], []
     for item in items:
@@ -56,8 +74,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_quick(item: pytest.Item, case: int) -> bool:
-    folder = Path(item.nodeid.partition("::")[0]).parts[1]
-    if folder not in QUICK_FOLDERS or item.get_closest_marker("heavy"):
+    if _folder(item) not in QUICK_FOLDERS or item.get_closest_marker("heavy"):
         return False
     if item.nodeid.startswith("tests/contract/test_contract.py"):
         return any(item.nodeid.endswith(f"[{kind}-{name}]") for kind in QUICK_KINDS for name in _items())

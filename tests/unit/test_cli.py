@@ -21,6 +21,7 @@ from attnzoo.checkpoint import save_model
 from attnzoo.cli import BENCHMARKS, COMMANDS, CommandParser, arguments_of, command_tree, prepare_streams
 from attnzoo.settings import parse_words, read_mapping
 from tests.helpers import serving
+from tests.helpers.forked import start_script
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [*(name for name in COMMANDS if name != "bench"), *(f"bench {name}" for name in BENCHMARKS)]
@@ -315,15 +316,27 @@ def test_streams_that_are_closed_or_narrow(monkeypatch, capsys, tmp_path):
     assert "a.py:1" in warnings.formatwarning(UserWarning("other"), UserWarning, "a.py", 1)
 
 
+PIPED = """
+import os, runpy, sys
+reading, writing = os.pipe()
+os.close(reading)
+os.dup2(writing, 1)
+sys.stdout = open(1, "w", closefd=False)
+sys.argv = sys.argv[1:]
+sys.path[0] = os.getcwd()
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    "command", [["-m", "attnzoo", "list"], ["train/main.py", "--config", "base.yaml", "--dry-run"]]
+    "command", [["attnzoo/__main__.py", "list"], ["train/main.py", "--config", "base.yaml", "--dry-run"]]
 )
-def test_a_reader_that_has_read_enough_ends_a_command_without_a_word(command):
+def test_a_reader_that_has_read_enough_ends_a_command_without_a_word(command, tmp_path):
     """As `| head` does once it has its lines: the pipe has no reader when the command writes."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
-    os.close(writing)
-    assert done.stderr == ""
-    assert done.returncode == 128 + signal.SIGPIPE
+    script, errors = tmp_path / "piped.py", tmp_path / "errors"
+    script.write_text(PIPED)
+    process = start_script([str(script), *command], os.environ, tmp_path / "out", errors, cwd=ROOT)
+    process.join(60)
+    assert errors.read_text() == ""
+    assert process.exitcode == 128 + signal.SIGPIPE

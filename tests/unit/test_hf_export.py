@@ -1,10 +1,10 @@
 """Models as directories of transformers: the same logits there, the same model back, and refusals that say why."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from attnzoo.checkpoint import export_model, load_model, load_tokenizer
 from attnzoo.checkpoint.huggingface_export import family_config
 from attnzoo.models import generate
 from tests.helpers import serving
+from tests.helpers.forked import start_script
 from tests.helpers.open_weights import (
     CASES,
     bound,
@@ -175,7 +176,7 @@ def test_options_of_one_meaning():
     assert family_config(replace(config, init_std=3.0))["initializer_range"] == 1.0
 
 
-def test_without_transformers():
+def test_without_transformers(tmp_path):
     """What the command says, and that the native form does not need it."""
     code = """
 import sys
@@ -186,6 +187,9 @@ try:
 except ImportError as error:
     print(error)
 """
-    root = Path(__file__).resolve().parents[2]
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert result.stdout == "attnzoo.hf needs transformers: pip install 'attnzoo[hf]'\n"
+    script, out, errors = (tmp_path / name for name in ("without.py", "out", "errors"))
+    script.write_text(code)
+    process = start_script([str(script)], os.environ, out, errors)
+    process.join(60)
+    assert process.exitcode == 0, errors.read_text()
+    assert out.read_text() == "attnzoo.hf needs transformers: pip install 'attnzoo[hf]'\n"
