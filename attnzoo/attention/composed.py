@@ -30,7 +30,7 @@ class ComposedState(State):
 
 class ParallelComposition(Attention):
     """forward, reference and cost from the parts. Subclasses choose the parts in `__init__`, and say which
-    implementations there are where a part of their own has fewer."""
+    implementations there are where a part of their own has fewer and does not say so."""
 
     implementations: ClassVar[Sequence[str]] = ("reference", "torch", "triton")
 
@@ -40,6 +40,8 @@ class ParallelComposition(Attention):
         self.projection = projection
         self.conv = conv
         self.mixing = mixing
+        known = type(self).implementations
+        self.implementations = tuple(impl for impl in known if impl in mixing.implementations)  # type: ignore[misc]
 
     @property
     def traits(self) -> Traits:

@@ -20,6 +20,7 @@ from torch import Tensor
 from attnzoo.kvcache.state import State
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.pair_bias import PairBias
 from attnzoo.ops.common.tables import Tables
 from attnzoo.ops.paged_decode import Entries
 from attnzoo.registry import Registry
@@ -123,8 +124,8 @@ class ScoreFunction(Protocol):
     def terms(self, q_BNTH: Tensor, mask: Mask) -> tuple[Tensor, Tensor | None]:
         """(content_BNTH, bias_BNTS): the logits are content . k / sqrt(H) + bias."""
 
-    def tables(self, mask: Mask, tokens: int) -> Tables | None:
-        """Tables of the relative terms by distance; None for a variant without any."""
+    def tables(self, mask: Mask, tokens: int) -> Tables | PairBias | None:
+        """The relative terms as tables by distance or as a function of pairs; None for a variant without any."""
 
 
 @dataclass(frozen=True)

@@ -332,6 +332,8 @@ def registered_model(kind: str, options: dict[str, Any], layers: int) -> Decoder
     """A model of a registered variant, with random parameters."""
     names = {field.name for field in dataclasses.fields(ATTENTION.get(kind).Config)}
     sizes = {key: value for key, value in SIZES.items() if key in names - {"model_dim"}}
+    if "num_heads" in names and "head_dim" not in names:
+        sizes["num_heads"] = 2  # divides model_dim
     spec = {"kind": kind, **sizes, **options}
     model = DecoderLM(DecoderConfig(vocab_size=29, model_dim=CASE_DIM, num_layers=layers, attention=spec))
     generator = torch.Generator().manual_seed(0)

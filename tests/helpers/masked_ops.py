@@ -1,9 +1,12 @@
 """Softmax operations under every kind of mask: cases on which their implementations must agree."""
 
+import math
+
 import torch
 
 from attnzoo.ops.biased_sdpa import biased_sdpa
 from attnzoo.ops.common.masks import CAUSAL, Mask, padding_keys
+from attnzoo.ops.pairwise_sdpa import PairBias, pairwise_sdpa
 from attnzoo.ops.relative_sdpa import relative_sdpa
 from attnzoo.ops.sdpa import sdpa
 from attnzoo.ops.sinusoid_sdpa import sinusoid_sdpa
@@ -32,6 +35,12 @@ def ahead(mask: Mask) -> int:
     return 2 if mask.ahead else 0
 
 
+def hiding_bias(i: torch.Tensor, j: torch.Tensor, head: torch.Tensor, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """Depends on more than the distance, is not defined for i - j below -30, and hides every third key of a head."""
+    bias = (i + j + 30.0).log().double() * (head + 1) - (i - j + 31.0).log() / 4
+    return (bias * gain).masked_fill((j - head) % 3 == 1, -math.inf)
+
+
 SOFTMAX_OPS = {
     "sdpa": lambda qkv, **rest: sdpa(*qkv, **rest),
     "biased_sdpa": lambda qkv, mask=CAUSAL, **rest: biased_sdpa(
@@ -46,6 +55,7 @@ SOFTMAX_OPS = {
         table_bias_NP=rand(N, P, seed=6),
         **rest,
     ),
+    "pairwise_sdpa": lambda qkv, **rest: pairwise_sdpa(*qkv, bias=PairBias(hiding_bias, N), **rest),
     "sinusoid_sdpa": lambda qkv, **rest: sinusoid_sdpa(
         *qkv,
         content_bias_NH=rand(N, H, seed=4),

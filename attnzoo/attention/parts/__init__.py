@@ -10,6 +10,7 @@ from attnzoo.attention.parts.mesa import MesaMixing
 from attnzoo.attention.parts.mixing import ContextState, Mixing, SoftmaxMixing
 from attnzoo.attention.parts.position import QKV, NoPosition, Position, RelativeSinusoid, RelativeTable, Rope, Unscaled
 from attnzoo.attention.parts.projection import Heads, Projection
+from attnzoo.attention.parts.score_bias import ScoreBias
 
 __all__ = [
     "QKV",
@@ -29,6 +30,7 @@ __all__ = [
     "RelativeSinusoid",
     "RelativeTable",
     "Rope",
+    "ScoreBias",
     "SoftmaxMixing",
     "Unscaled",
 ]

@@ -10,6 +10,7 @@ from attnzoo.attention.parts.projection import Heads
 from attnzoo.ops.biased_sdpa import biased_sdpa
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.pair_bias import PairBias
 from attnzoo.ops.common.tables import Tables
 from attnzoo.ops.relative_sdpa.torch import streamed_bias
 from attnzoo.types import accumulation_dtype
@@ -49,7 +50,7 @@ class DistanceBias(Position):
         tables = Tables.of_bias(bias_NP, head_dim, head_dim**-0.5, reach[1])
         return q_BNTH, streamed_bias(q_BNTH, tables, positions, head_dim**-0.5)
 
-    def tables(self, mask: Mask, tokens: int) -> Tables | None:
+    def tables(self, mask: Mask, tokens: int) -> Tables | PairBias | None:
         device = torch.device("cpu") if mask.query_positions_BT is None else mask.query_positions_BT.device
         kept = (x.dtype for x in (*self.parameters(), *self.buffers()) if x.is_floating_point())
         reach = mask.reach(tokens, tokens)

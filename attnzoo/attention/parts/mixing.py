@@ -1,6 +1,7 @@
 """How tokens read others: the base of mixings, and a softmax over keys."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from attnzoo.kvcache.keep_all import KeepAll
 from attnzoo.kvcache.state import State
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import Mask, MaskField
+from attnzoo.ops.common.pair_bias import PairBias
 from attnzoo.ops.common.tables import Tables
 
 
@@ -34,6 +36,11 @@ class Mixing(nn.Module, ABC):
     @abstractmethod
     def traits(self) -> Traits:
         """What a variant with this mixing promises."""
+
+    @property
+    def implementations(self) -> Sequence[str]:
+        """What `impl` may be besides "auto"."""
+        return ("reference", "torch", "triton")
 
     @abstractmethod
     def forward(self, qkv: QKV, mask: Mask, impl: Impl) -> Tensor:
@@ -135,7 +142,17 @@ class SoftmaxMixing(Mixing):
         full = self.position.ahead and self.mask.window is None
         if full:
             masks.add("full")
-        return Traits(masks=frozenset(masks), context=full, position=self.position.kind, growth=growth)
+        return Traits(
+            masks=frozenset(masks),
+            context=full,
+            position=self.position.kind,
+            growth=growth,
+            shift_invariant=self.position.shift_invariant,
+        )
+
+    @property
+    def implementations(self) -> Sequence[str]:
+        return self.position.implementations
 
     def forward(self, qkv: QKV, mask: Mask, impl: Impl) -> Tensor:
         tokens, device = qkv[0].shape[1], qkv[0].device
@@ -307,5 +324,5 @@ class SoftmaxScoreFunction:
     def terms(self, q_BNTH: Tensor, mask: Mask) -> tuple[Tensor, Tensor | None]:
         return self.position.terms(q_BNTH, mask)
 
-    def tables(self, mask: Mask, tokens: int) -> Tables | None:
+    def tables(self, mask: Mask, tokens: int) -> Tables | PairBias | None:
         return self.position.tables(mask, tokens)

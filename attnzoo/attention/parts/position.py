@@ -6,6 +6,7 @@ the same code serves the parallel form, streaming, and caches that have dropped 
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -15,6 +16,7 @@ from attnzoo.attention.parts.projection import Heads
 from attnzoo.kvcache.base import Need
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.pair_bias import PairBias
 from attnzoo.ops.common.tables import Tables
 from attnzoo.ops.relative_sdpa import relative_sdpa
 from attnzoo.ops.relative_sdpa.torch import streamed_bias
@@ -34,6 +36,10 @@ class Position(nn.Module, ABC):
     kind: ClassVar[PositionKind]
     relative: ClassVar[bool] = True
     """Whether scores have terms besides the product with the key."""
+    implementations: Sequence[str] = ("reference", "torch", "triton")
+    """What `impl` may be besides "auto"."""
+    shift_invariant: bool = True
+    """Whether adding n to all positions changes nothing."""
     ahead: bool = True
     """Whether the scores of keys after the query are said, for masks that show such."""
 
@@ -53,8 +59,9 @@ class Position(nn.Module, ABC):
         """
         raise self._unsaid("terms")
 
-    def tables(self, mask: Mask, tokens: int) -> Tables | None:
-        """The relative terms as tables by distance, None without any. Raises ValueError as `terms`."""
+    def tables(self, mask: Mask, tokens: int) -> Tables | PairBias | None:
+        """The relative terms as tables by distance or as a function of pairs, None without any. Raises ValueError as
+        `terms`."""
         raise self._unsaid("tables")
 
     @property

@@ -1,9 +1,12 @@
 """One query at a time: what is right."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.pair_bias import PairBias
 from attnzoo.ops.common.tables import Tables
 from attnzoo.types import accumulation_dtype
 
@@ -13,7 +16,7 @@ def accumulated_attention_reference(
     k_BKSH: Tensor,
     mask: Mask,
     counts_B: Tensor | None,
-    tables: Tables | None,
+    tables: Tables | PairBias | None,
     log_counts_BKS: Tensor | None,
     scale: float,
 ) -> Tensor:
@@ -31,13 +34,17 @@ def accumulated_attention_reference(
             for t in range(tokens if counts_B is None else int(counts_B[b])):
                 seen = visible[b, kv, t]
                 logits = k[b, kv] @ q[b, n, t]
-                if tables is not None:
+                if isinstance(tables, Tables):
                     rows = (queries_BT[b, t] - keys_BKS[b, kv]).clamp(0, tables.table_bias_NP.shape[1] - 1)
                     logits = logits + k[b, kv] @ tables.content_bias_NH[n].to(dtype)
                     table = tables.table_NPH[n][rows].to(dtype)
                     logits = logits + table @ q[b, n, t, : table.shape[-1]]
                     logits = logits + tables.table_bias_NP[n][rows].to(dtype)
                 logits = logits * scale
+                if isinstance(tables, PairBias):
+                    i, j_S = queries_BT[b, t].clamp(min=0), keys_BKS[b, kv].clamp(min=0)
+                    logits = logits + tables.of_query(i, torch.minimum(i, j_S), n).to(dtype)
+                    seen = seen & (logits > -math.inf)
                 if log_counts_BKS is not None:
                     logits = logits + log_counts_BKS[b, kv]
                 accumulated[b, kv, seen] += logits[seen].softmax(-1)

@@ -1,5 +1,6 @@
 """Blocks of query rows against the keys that they may see; only the block's scores exist at once."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.common.negligible import softmax_of_peaked_
+from attnzoo.ops.common.pair_bias import PairBias
 from attnzoo.ops.common.tables import Tables
 from attnzoo.ops.relative_sdpa.torch import streamed_bias
 from attnzoo.types import accumulation_dtype
@@ -22,7 +24,7 @@ def accumulated_attention_torch(
     k_BKSH: Tensor,
     mask: Mask,
     counts_B: Tensor | None,
-    tables: Tables | None,
+    tables: Tables | PairBias | None,
     log_counts_BKS: Tensor | None,
     scale: float,
 ) -> Tensor:
@@ -55,7 +57,7 @@ class _Part:
     k_BKSH: Tensor
     mask: Mask
     counts_B: Tensor | None
-    tables: Tables | None
+    tables: Tables | PairBias | None
     log_counts_BKS: Tensor | None
     scale: float
 
@@ -67,12 +69,16 @@ class _Part:
         mask = replace(self.mask, query_positions_BT=at_BR, key_positions_BKS=keys_BKS[:, :, :used])
         q, bias, merge_counts = self.q_BNTH[:, :, block], None, None
         content = q * self.scale
-        if self.tables is not None:
+        places = (at_BR, keys_BKS[:, :, :used])
+        pairs = isinstance(self.tables, PairBias)
+        if isinstance(self.tables, PairBias):
+            bias = self.tables.of(*places, mask, q.dtype)
+        elif self.tables is not None:
             content = (q + self.tables.content_bias_NH[:, None]).to(q.dtype) * self.scale
-            bias = streamed_bias(q, self.tables, (at_BR, keys_BKS[:, :, :used]), self.scale)
+            bias = streamed_bias(q, self.tables, places, self.scale)
         if self.log_counts_BKS is not None:
             merge_counts = self.log_counts_BKS[:, :, :used]
-        weights_BKGRS = _weights(content, self.k_BKSH[:, :, :used], mask, bias, merge_counts)
+        weights_BKGRS = _weights(content, self.k_BKSH[:, :, :used], mask, bias, merge_counts, pairs)
         if self.counts_B is not None:
             steps = torch.arange(block.start, block.stop, device=accumulated_BKS.device)
             weights_BKGRS *= (steps < self.counts_B[:, None])[:, None, None, :, None]
@@ -86,19 +92,26 @@ def _reach(keys_BKS: Tensor, queries_BR: Tensor) -> int:
 
 
 def _weights(
-    q_BNRH: Tensor, k_BKSH: Tensor, mask: Mask, bias_BNRS: Tensor | None, log_counts_BKS: Tensor | None
+    q_BNRH: Tensor,
+    k_BKSH: Tensor,
+    mask: Mask,
+    bias_BNRS: Tensor | None,
+    log_counts_BKS: Tensor | None,
+    hides: bool,
 ) -> Tensor:
-    """Softmax of the block: [B, K, G, R, S]; zeros for a query that sees nothing."""
+    """Softmax of the block: [B, K, G, R, S]; zeros for a query that sees nothing. hides: a bias of -inf may hide."""
     batch, heads, rows, _ = q_BNRH.shape
     kv_heads, slots = k_BKSH.shape[1:3]
     dtype = accumulation_dtype(q_BNRH.dtype)
     product = q_BNRH.reshape(batch, kv_heads, -1, q_BNRH.shape[3]) @ k_BKSH.mT
     scores_BKGRS = product.to(dtype).view(batch, kv_heads, heads // kv_heads, rows, slots)
+    hidden_BKGRS = ~mask.visible(rows, slots, q_BNRH.device)[:, :, None]
     if bias_BNRS is not None:
-        scores_BKGRS = scores_BKGRS + bias_BNRS.view(scores_BKGRS.shape)
+        bias_BKGRS = bias_BNRS.reshape(scores_BKGRS.shape)
+        scores_BKGRS = scores_BKGRS + bias_BKGRS
+        hidden_BKGRS = hidden_BKGRS | (bias_BKGRS == -math.inf) if hides else hidden_BKGRS
     if log_counts_BKS is not None:
         scores_BKGRS = scores_BKGRS + log_counts_BKS[:, :, None, None]
-    hidden_BKRS = ~mask.visible(rows, slots, q_BNRH.device)
     # Not -inf: padding queries may see nothing at all, and their NaN would survive a product with zero.
-    scores_BKGRS = scores_BKGRS.masked_fill_(hidden_BKRS[:, :, None], torch.finfo(dtype).min)
-    return softmax_of_peaked_(scores_BKGRS).masked_fill_(hidden_BKRS[:, :, None], 0.0)
+    scores_BKGRS = scores_BKGRS.masked_fill_(hidden_BKGRS, torch.finfo(dtype).min)
+    return softmax_of_peaked_(scores_BKGRS).masked_fill_(hidden_BKGRS, 0.0)

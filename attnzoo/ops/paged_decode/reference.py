@@ -1,5 +1,7 @@
 """One query at a time over keys in full width: defines the result."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,7 @@ def paged_decode_reference(
                 logits = keys[b, kv] @ q_BNTH[b, n, t].to(dtype) * head_dim**-0.5 + merge_counts[b, kv]
                 if bias_BNTS is not None:
                     logits = logits + bias_BNTS[b, n, t].to(dtype)
+                seen = seen & (logits > -math.inf)
                 weights = logits[seen].softmax(-1)
                 out[b, n, t] = weights @ values[b, kv][seen]
                 accumulated[b, kv, seen] += weights

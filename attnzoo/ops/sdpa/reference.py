@@ -1,5 +1,6 @@
 """One query at a time, in plain sums: what is right."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,7 +18,8 @@ def sdpa_reference(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, s
 def attend_reference(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, score: Score) -> Tensor:
     """Softmax attention for any score: `score(b, n, q_H, keys_JH, i, j_J)` gives the logits of the visible keys.
 
-    i is the query's logical position, j_J the visible keys' logical positions. A query that sees none gets zeros.
+    i is the query's logical position, j_J the visible keys' logical positions. A score of -inf hides its key. A query
+    that sees none gets zeros.
     """
     batch, heads, tokens, _ = q_BNTH.shape
     kv_heads = k_BKSH.shape[1]
@@ -31,8 +33,10 @@ def attend_reference(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask,
                 i, j = queries_BT[b, t], keys_BKS[b, kv]
                 seen = _seen_by(mask, b, n, t, i, j)
                 logits = score(b, n, q_BNTH[b, n, t], k_BKSH[b, kv][seen], i, j[seen])
+                shown = logits > -math.inf
+                logits = logits[shown]
                 weights = (logits - logits.max()).exp() if len(logits) else logits
-                rows.append((weights / weights.sum()) @ v_BKSH[b, kv][seen])
+                rows.append((weights / weights.sum()) @ v_BKSH[b, kv][seen][shown])
     return torch.stack(rows).view(batch, heads, tokens, v_BKSH.shape[-1])
 
 

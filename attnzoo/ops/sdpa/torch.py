@@ -43,8 +43,21 @@ def masked_attention(
 ) -> Tensor:
     """Attention under a dense mask, with a term added to the scores: torch's fused form, unless its backward would meet
     denormal numbers. A query that sees nothing gets zeros."""
-    (heads, tokens), (kv_heads, entries) = q_BNTH.shape[1:3], k_BKSH.shape[1:3]
-    seen_BKTS, empty_BKT1 = mask.opened(tokens, entries, q_BNTH.device)
+    seen_BKTS, empty_BKT1 = mask.opened(q_BNTH.shape[2], k_BKSH.shape[2], q_BNTH.device)
+    return opened_attention(q_BNTH, k_BKSH, v_BKSH, bias_BNTS, seen_BKTS, empty_BKT1, scale)
+
+
+def opened_attention(
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    bias_BNTS: Tensor | None,
+    seen_BKTS: Tensor,
+    empty_BKT1: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """`masked_attention` under what `Mask.opened` returns; K may be the query heads. The bias is finite."""
+    heads, kv_heads = q_BNTH.shape[1], k_BKSH.shape[1]
     seen_BNTS = per_query_head(seen_BKTS, heads)
     if peaked_backward(q_BNTH, k_BKSH, v_BKSH, bias_BNTS, scale=scale):
         k_BNSH, v_BNSH = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k_BKSH, v_BKSH))
