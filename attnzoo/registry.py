@@ -26,6 +26,7 @@ class Registry(Generic[T]):
         self.kind = kind
         self._items: dict[str, T] = {}
         self._check = check
+        self._adapt: Callable[[Any], T] | None = None
         self._pending: Callable[[], None] | None = None
         self._lock = threading.RLock()
 
@@ -33,6 +34,10 @@ class Registry(Generic[T]):
         """Calls `load`, which registers more objects, at the first look-up. Its errors thus reach the caller of that
         look-up, and importing a module cannot fail. After a failure `load` is called again at the next look-up."""
         self._pending = load
+
+    def adapt_by(self, adapt: Callable[[Any], T]) -> None:
+        """What is registered from now on is entered as `adapt(item)`."""
+        self._adapt = adapt
 
     @property
     def _loaded(self) -> dict[str, T]:
@@ -58,11 +63,17 @@ class Registry(Generic[T]):
             )
 
         def enter(item: T) -> T:
+            entry = item
+            if self._adapt is not None:
+                try:
+                    entry = self._adapt(item)
+                except ValueError as error:
+                    raise ValueError(f"{self.kind} {name!r}: {error}") from None
             if self._check is not None:
-                self._check(name, item)
+                self._check(name, entry)
             if name in self._items:
                 raise ValueError(f"{self.kind} name {name!r} is taken by {_place(self._items[name])}; choose another")
-            self._items[name] = item
+            self._items[name] = entry
             return item
 
         return enter

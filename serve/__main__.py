@@ -113,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
     config = read_config(options)
     prepare_environment(cache_directory())
     # These imports are slow, and Ray reads the environment when it is imported: so only now.
-    from attnzoo.checkpoint import find_checkpoint, load_tokenizer
+    from attnzoo.checkpoint import find_checkpoint, load_tokenizer, open_checkpoint
     from serve import deployment
     from serve.watch import EVERY_S, Watch
 
@@ -132,8 +132,11 @@ def run(options: argparse.Namespace) -> int:
         deployment.stop(config)
         return 0
     print(f"serving {config.served_name!r} on {url}", flush=True)
-    chat = load_tokenizer(find_checkpoint(config.checkpoint)).chat_template is not None
+    path = find_checkpoint(config.checkpoint)
+    chat = load_tokenizer(path).chat_template is not None
     print(f"  {example(url, config.served_name, chat)}", flush=True)
+    for slow in open_checkpoint(path).config.slow_streaming():
+        print(f"note: {slow}", file=sys.stderr, flush=True)
     watch = Watch(url, deployment.replica_state, lambda line: print(line, file=sys.stderr, flush=True))
     while not ended.wait(EVERY_S):
         if not watch.look():

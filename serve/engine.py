@@ -16,7 +16,7 @@ from attnzoo.tokenizer.chat_tokens import ChatEncoder
 from attnzoo.tokenizer.text_stream import TextStream
 from serve.caches import CacheRules
 from serve.config import EngineConfig
-from serve.faults import DeviceError, SharedError, log
+from serve.faults import DeviceError, SharedError, log, logger
 from serve.loading import load_parts, max_model_len
 from serve.metrics import ServerMetrics
 from serve.pace import PromptPace
@@ -58,6 +58,8 @@ class Engine:
             torch.set_num_threads(config.threads)
         directory = find_checkpoint(config.checkpoint)
         self.model, self.tokenizer = load_parts(directory, config, model, tokenizer)
+        for slow in self.model.config.slow_streaming():
+            logger.warning(slow)
         self.chat_template = chat = ChatEncoder.of(self.tokenizer)
         self._control = self.tokenizer.control_tokens() if chat is None else chat.control
         self.max_model_len = max_model_len(config, self.model)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from attnzoo.attention.base import ATTENTION, Attention, Cost, StreamingAttention, Traits, streaming
+from attnzoo.attention.forward_only import RecomputedAttention, as_variant
 from attnzoo.files import user_path
 from attnzoo.types import build_config, check_device, parse_dtype
 
@@ -64,6 +65,17 @@ def variant(kind: str) -> type[Attention]:
 def is_plugin(kind: str) -> bool:
     """Whether the variant registered as `kind` comes from a file of the user's."""
     return not variant(kind).__module__.startswith(f"{__name__}.")
+
+
+def slow_streaming(kind: str) -> str | None:
+    """What whoever streams with a variant is told if it recomputes, and what makes it fast; None for all others."""
+    if not issubclass(variant(kind), RecomputedAttention):
+        return None
+    return (
+        f"{kind} streams by recomputation, which is slow: its forward runs over all tokens so far for every new one. "
+        "To make it fast, build it from parts, or write init_state and extend (CONTRIBUTING.md, 'From a forward to "
+        "kernels')"
+    )
 
 
 def attention(
@@ -162,6 +174,7 @@ class _Callable(ModuleType):
 
 sys.modules[__name__].__class__ = _Callable
 
+ATTENTION.adapt_by(as_variant)
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
         importlib.import_module(f"{__name__}.{_module.name}")
@@ -178,6 +191,7 @@ __all__ = [
     "build_attention",
     "is_plugin",
     "load_plugins",
+    "slow_streaming",
     "streaming",
     "variant",
 ]

@@ -33,8 +33,9 @@ from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import Mask, MaskField
 from attnzoo.registry import Registry
 
-PositionTrait = Literal["none", "rope", "table", "sinusoid", "bias", "recurrence"]
+PositionTrait = Literal["none", "rope", "table", "sinusoid", "bias", "recurrence", "unknown"]
 Growth = Literal["O(T)", "O(window)", "O(1)"]
+Streaming = Literal["native", "recomputed", "none"]
 
 
 CAUSAL_ONLY: frozenset[MaskField] = frozenset({"causal"})
@@ -48,6 +49,8 @@ class Traits:
     masks: which masks `forward` takes, by the fields of `Mask` that they may use ("full": not causal). context: keys
     and values may come from another sequence than the queries. position: where order comes from. growth: how the state
     grows with the context. shift_invariant: adding n to all positions changes nothing.
+    streaming: how `extend` continues a sequence: from what it remembers, by running `forward` over all inputs again, or
+    not at all.
     """
 
     masks: frozenset[MaskField] = CAUSAL_ONLY
@@ -55,6 +58,7 @@ class Traits:
     position: PositionTrait = "none"
     growth: Growth = "O(T)"
     shift_invariant: bool = True
+    streaming: Streaming = "native"
 
     @property
     def causal(self) -> bool:
@@ -289,7 +293,10 @@ def check_variant(name: str, cls: Any) -> None:
     """Raises ValueError, saying what is missing, for what cannot be a variant."""
     what = f"attention {name!r}: {getattr(cls, '__name__', repr(cls))}"
     if not (isinstance(cls, type) and issubclass(cls, Attention)):
-        raise ValueError(f"{what} is no subclass of Attention; register a class that is, or of ComposedAttention")
+        raise ValueError(
+            f"{what} is no subclass of Attention; register a class that is, or of ComposedAttention, or an nn.Module "
+            "with forward(x)"
+        )
     missing = sorted(cls.__abstractmethods__)
     if missing:
         raise ValueError(f"{what} lacks {', '.join(missing)}; see Attention, or compose it of parts")

@@ -56,7 +56,7 @@ class InContextAttention(ParallelComposition):
 
     @property
     def traits(self) -> Traits:
-        return Traits(masks=frozenset(), growth="O(1)")
+        return Traits(masks=frozenset(), growth="O(1)", streaming="none")
 
     def _parallel(
         self,

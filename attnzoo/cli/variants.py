@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.apps import directory
-from attnzoo.attention import ATTENTION, Attention, build_attention, variant
+from attnzoo.attention import ATTENTION, Attention, build_attention, slow_streaming, variant
 from attnzoo.models.shapes import without_storage
 from attnzoo.report import format_table
 from attnzoo.types import parse_dtype, type_name
@@ -109,5 +109,6 @@ def describe(kind: str, options: dict[str, Any], context: int, dtype: str) -> st
             f"{decode.state_bytes:,} bytes at {context:,} tokens",
             f"FLOPs: {prefill.flops:,} for {context:,} tokens at once, {decode.flops:,} for the next token",
             f"configs: {', '.join(configs_with(kind)) or 'none under configs/'}",
+            *([] if (slow := slow_streaming(kind)) is None else [f"\n{slow}"]),
         ]
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from attnzoo.attention import variant
+from attnzoo.attention import slow_streaming, variant
 from attnzoo.kvcache import build_cache
 from attnzoo.types import build_config
 
@@ -84,6 +84,11 @@ class DecoderConfig:
     def to_dict(self) -> dict[str, Any]:
         """A mapping that `from_dict` reads back and JSON can hold."""
         return dataclasses.asdict(self)
+
+    def slow_streaming(self) -> list[str]:
+        """A line for each variant of the model that streams by recomputation, for whoever serves it."""
+        kinds = dict.fromkeys(self.layer_attention(layer)[0] for layer in range(self.num_layers))
+        return [said for kind in kinds if (said := slow_streaming(kind)) is not None]
 
     def layer_attention(self, layer: int) -> tuple[str, dict[str, Any]]:
         """(kind, options) of the variant of layer `layer`, model_dim and table length filled in."""

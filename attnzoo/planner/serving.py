@@ -29,7 +29,8 @@ def cache_policies(model: DecoderLM, context: int) -> dict[str, int]:
             everything = FullCache().nbytes(1, mixing.heads.num_kv_heads, mixing.heads.head_dim, context, dtype)
             full += everything - mixing.state_bytes(1, context, dtype)
     if not softmax:
-        return {"constant state": configured}
+        constant = all(block.attention.traits.growth == "O(1)" for block in model.layers())
+        return {"constant state" if constant else "state of its own": configured}
     return {"full": full, "window": configured} if window else {"full": configured}
 
 

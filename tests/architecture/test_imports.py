@@ -19,6 +19,7 @@ ORDER = [
     "gguf_file",
     "types",
     "derived_memory",
+    "derived_flops",
     "registry",
     "ops",
     "kvcache",

@@ -139,8 +139,12 @@ def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float =
 
 def streams(attention: Attention) -> bool:
     """Whether there is a streaming form: a token that depends on later ones can never be answered for good."""
-    assert not isinstance(attention, StreamingAttention) or attention.traits.causal
-    return isinstance(attention, StreamingAttention)
+    found, said = isinstance(attention, StreamingAttention), attention.traits.streaming
+    assert not found or attention.traits.causal
+    assert found == (said != "none"), (
+        f"traits say streaming={said!r}, and it is{' ' if found else ' no '}StreamingAttention"
+    )
+    return found
 
 
 def stream(

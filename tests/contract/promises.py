@@ -41,7 +41,12 @@ def check_cost(build: Build) -> None:
         sum(attention.cost(1, chunk, t).flops for t in range(chunk, tokens + 1, chunk)) for chunk in (tokens, 1)
     )
     windowed_table = attention.traits.position == "table" and attention.traits.growth == "O(window)"
-    if streams(attention) and attention.traits.position != "sinusoid" and not windowed_table:
+    if attention.traits.streaming == "recomputed":
+        again = sum(attention.cost(1, t, t).flops for t in range(1, tokens + 1))
+        assert decode == again > prefill, (
+            f"cost says {decode} FLOPs for {tokens} tokens one by one, and forward over every prefix takes {again}"
+        )
+    elif streams(attention) and attention.traits.position != "sinusoid" and not windowed_table:
         assert prefill == decode, (
             f"cost says {prefill} FLOPs for {tokens} tokens at once and {decode} one by one; both count the pairs of "
             "query and key that causality leaves, t keys for token t"

@@ -60,11 +60,12 @@ def test_copy_of_the_template_in_the_tree(tmp_path):
 
 @pytest.mark.heavy
 def test_newcomers():
-    """A bias without a largest distance; buffers, numbers and frozen parameters; a variant without any part."""
-    names = ["kerple", "buffered", "running_mean"]
+    """A bias without a largest distance; buffers, numbers and frozen parameters; a variant without any part; a bias
+    that is a function; plain modules."""
+    names = ["kerple", "buffered", "running_mean", "biased", "plain", "reads"]
     files = [ROOT / "examples" / "your_own_variant.py", *(NEWCOMERS / f"{name}.py" for name in names[1:])]
     plugins = os.pathsep.join(map(str, files))
-    passed(contract_run(*names, cwd=ROOT, ATTNZOO_PLUGINS=plugins), cases=5)
+    passed(contract_run(*names, cwd=ROOT, ATTNZOO_PLUGINS=plugins), cases=11)
 
 
 MISTAKES = {

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from attnzoo.attention import ATTENTION
 from tests.docs.blocks import PAGES, ROOT, blocks, commands
 from tests.docs.commands import check
 from tests.docs.walk import environment, new_names, prepare, run_python, shell, walk
@@ -52,10 +53,14 @@ def test_wrong_commands_are_found(line, problem):
 @pytest.mark.parametrize("page", pages_with("python", ""), ids=name)
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = new_names()
-    for block in BLOCKS[page]:
-        if block.language == "python" and block.mode == "":
-            run_python(block, names)
+    names, variants = new_names(), set(ATTENTION)
+    try:
+        for block in BLOCKS[page]:
+            if block.language == "python" and block.mode == "":
+                run_python(block, names)
+    finally:
+        for variant in set(ATTENTION) - variants:  # other tests go over all that there are
+            ATTENTION.remove(variant)
 
 
 @pytest.mark.parametrize("page", pages_with("sh", "run"), ids=name)

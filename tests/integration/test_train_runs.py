@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ from safetensors.torch import load_file
 from attnzoo.checkpoint import load_model, load_tokenizer, read_metadata
 from attnzoo.models import generate
 from attnzoo.types import build_config
+from serve.config import EngineConfig
+from serve.engine import Engine
+from serve.request import SamplingParams
 from tests.helpers.newcomers import NEWCOMERS, newcomer
 from tests.helpers.once import made_once
 from tests.helpers.training import launch, losses, write_tiny
@@ -215,6 +219,21 @@ def test_buffers_and_frozen_parameters_reach_the_export(tiny: Path) -> None:
     assert position.gain.shape == ()
     assert position.gain.item() != 1.0
     assert len(generate(model, [[5, 6]], max_new_tokens=3)[0]) == 3
+
+
+def test_a_forward_alone_is_trained_and_served(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A plain module: a whole run, its export loaded and served, and who serves it is told that it is slow."""
+    run, attention = tiny.parent / "plain", "model.attention={kind: plain, num_heads: 2}"
+    settings = (attention, "zero.stage=2", "train.steps=2", "eval.every=2")
+    launch(tiny, f"run_dir={run}", *settings, ranks=1, ATTNZOO_PLUGINS=str(NEWCOMERS / "plain.py"))
+    with newcomer("plain"), caplog.at_level(logging.WARNING, "attnzoo.serve"):
+        model = load_model(run / "export")
+        engine = Engine(EngineConfig(checkpoint=str(run / "export")))
+        prompts = [[5, 6, 7], [8]]
+        answers = engine.generate(prompts, SamplingParams(max_tokens=5, ignore_eos=True))
+    assert [answer.tokens for answer in answers] == [generate(model, [p], max_new_tokens=5)[0] for p in prompts]
+    assert "plain streams by recomputation, which is slow" in caplog.text
+    assert model.layers()[0].attention.module.calls.item() == 2 * 8 // 2
 
 
 def test_a_minute_budget_becomes_a_number_of_steps(tiny: Path) -> None:

@@ -1,0 +1,334 @@
+"""A plain module as a variant: everything but `forward(x)` is made here.
+
+    @ATTENTION.register("mine")
+    class Mine(nn.Module):
+        def __init__(self, model_dim: int, num_heads: int = 4): ...
+        def forward(self, x_BTD): ...
+
+`ATTENTION.register` makes a variant of it: its options are the parameters of `__init__`, its streaming form keeps the
+inputs and runs `forward` over all of them for every chunk, `reference` is `forward` in float64, FLOPs are counted in a
+run without values. That is right and slow; `slow_streaming` says what makes it fast.
+
+`forward(x_BTD, mask)` also gets a `Mask` (`attnzoo.ops.common.masks`), `forward(x_BTD, context, mask)` a sequence to
+read instead of x as well, or None. By default the mask is causal, or full over a context; `sdpa(q, k, v, mask=mask)` of
+`attnzoo.ops.sdpa` computes what any mask says. The class may also have
+
+    causal = False               it reads later tokens: there is no streaming form, and a language model refuses it
+    source = "..."               where the idea is from; else the line of the docstring that begins with "Source:"
+    cases = ({"num_heads": 2},)  options that the contract tests
+    masks = {"causal", "keys"}   which masks a forward with `mask` takes (fields of `Traits.masks`); else all
+    flops(batch, tokens)         FLOPs of forward, where they cannot be counted
+    reference(x_BTD)             the same function in plain sums
+    reset_parameters(std, output_std)   called when a model's weights are drawn; else those of `__init__` stay
+    by_hand(config, weights, x_TD)      the formula in numpy, weights by their names in the class's own `state_dict`
+"""
+
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from attnzoo.attention.base import Attention, Cost, StreamingAttention, Traits
+from attnzoo.attention.signature import forward_takes, masks_of, options_of, source_of
+from attnzoo.derived_flops import forward_flops
+from attnzoo.kvcache import CachePolicy
+from attnzoo.kvcache.state import State, new_zeros
+from attnzoo.ops.common.masks import CAUSAL, Mask, MaskField
+from attnzoo.types import dtype_bytes
+
+PREFIXES = (1, 4)
+PROBE = 7
+"""A forward is run on a sequence of PROBE tokens and on its PREFIXES, whose outputs have to be the same."""
+
+
+@dataclass
+class InputsState(State):
+    """inputs_BTD: what the layer was given so far, in the first lengths_B slots of each row; zeros behind. context_BSD:
+    the context that is read, if one is, of which exists_BS exist."""
+
+    inputs_BTD: Tensor
+    lengths_B: Tensor
+    context_BSD: Tensor | None = None
+    exists_BS: Tensor | None = None
+
+    def cut(self, tokens: int) -> "InputsState":
+        return replace(self, inputs_BTD=self.inputs_BTD[:, :tokens])
+
+
+class ForwardOnly(Attention):
+    """A variant around a module that has `forward` and no more. `written`: its class; `takes`: which of context and
+    mask its forward takes; `masks`: as in `Traits`."""
+
+    written: ClassVar[type[nn.Module]]
+    takes: ClassVar[frozenset[str]]
+    masks: ClassVar[frozenset[MaskField]]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.module = self.written(**{field.name: getattr(config, field.name) for field in fields(config)})
+        if not any(x.is_floating_point() for x in (*self.module.parameters(), *self.module.buffers())):
+            self.register_buffer("like", torch.empty(0), persistent=False)  # what says device and dtype
+        self._counted: dict[tuple[int, int], int] = {}
+
+    @property
+    def traits(self) -> Traits:
+        streams = isinstance(self, RecomputedAttention)
+        return Traits(
+            masks=self.masks,
+            context="context" in self.takes,
+            position="unknown",
+            growth="O(T)" if streams else "O(1)",
+            shift_invariant=False,
+            streaming="recomputed" if streams else "none",
+        )
+
+    @property
+    def _like(self) -> Tensor:
+        return next(x for x in (*self.parameters(), *self.buffers()) if x.is_floating_point())
+
+    def forward(self, x_BTD: Tensor, *, context_BSD: Tensor | None = None, mask: Mask | None = None) -> Tensor:
+        self.check_input(x_BTD, context_BSD, mask)
+        return self._run(self.module, x_BTD, context_BSD, mask)
+
+    def reference(self, x_BTD: Tensor, *, context_BSD: Tensor | None = None, mask: Mask | None = None) -> Tensor:
+        """The class's own, or `forward` on copies in float64 of the weights and of what is given."""
+        self.check_input(x_BTD, context_BSD, mask)
+        own = getattr(self.module, "reference", None)
+        if own is not None:
+            return self._run(own, x_BTD, context_BSD, mask)
+        exact = {name: _exact(x) for name, x in self.module.named_parameters()}
+        exact |= {name: _exact(x).clone() for name, x in self.module.named_buffers()}  # forward may count in them
+        call = partial(_with_tensors, self.module, exact)
+        context_BSD = None if context_BSD is None else context_BSD.double()
+        return self._run(call, x_BTD.double(), context_BSD, mask).to(x_BTD.dtype)
+
+    def _run(
+        self, call: Callable[..., Any], x_BTD: Tensor, context_BSD: Tensor | None = None, mask: Mask | None = None
+    ) -> Tensor:
+        """`call(x, ...)` with what it takes, nothing for nothing. Raises ValueError for an output of another shape."""
+        if 0 in x_BTD.shape:
+            return x_BTD.new_zeros(x_BTD.shape)
+        out = call(x_BTD, **self._given(context_BSD, mask))
+        if not isinstance(out, Tensor) or out.shape != x_BTD.shape:
+            found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(
+                f"{type(self).__name__}.forward returned {found} for x of {list(x_BTD.shape)}; it must return one "
+                "tensor of the shape of x"
+            )
+        return out
+
+    def _given(self, context_BSD: Tensor | None, mask: Mask | None) -> dict[str, Any]:
+        """What forward takes beside x."""
+        if mask is None:
+            own = context_BSD is None and "causal" in self.masks
+            mask = CAUSAL if own else Mask.full()
+        return {name: value for name, value in (("context", context_BSD), ("mask", mask)) if name in self.takes}
+
+    def cost(self, batch: int, tokens: int, context: int) -> Cost:
+        """A chunk of any length runs forward over all of the context. FLOPs are counted, pairs that a mask hides
+        included; bytes are those of parameters, input, output and state."""
+        width, model_dim = dtype_bytes(self._like.dtype), self.config.model_dim
+        state_bytes = self._state_bytes(batch, context)
+        parameters = sum(p.nbytes for p in self.parameters())
+        return Cost(
+            flops=self._flops(batch, context),
+            bytes_moved=parameters + 2 * width * batch * tokens * model_dim + state_bytes,
+            state_bytes=state_bytes,
+            parameters=sum(p.numel() for p in self.parameters()),
+        )
+
+    def _state_bytes(self, batch: int, capacity: int) -> int:
+        return 0
+
+    def _flops(self, batch: int, tokens: int) -> int:
+        own = getattr(self.module, "flops", None)
+        if own is not None:
+            return int(own(batch, tokens))
+        key = (batch, tokens)
+        if key not in self._counted:
+            x_BTD = torch.empty(batch, tokens, self.config.model_dim, dtype=self._like.dtype, device="meta")
+            given = self._given(None, None)
+            self._counted[key] = forward_flops(self.module, x_BTD, **given) if x_BTD.numel() else 0
+        return self._counted[key]
+
+    def reset_parameters(self, std: float, output_std: float) -> None:
+        own = getattr(self.module, "reset_parameters", None)
+        if own is not None and len(inspect.signature(own).parameters) == 2:
+            own(std, output_std)
+
+
+class RecomputedAttention(ForwardOnly, StreamingAttention):
+    """A causal one: it streams by running `forward` over all inputs so far."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._keeps_prefixes = False
+        self._check_prefixes()
+
+    def init_state(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        cache: CachePolicy | None = None,
+    ) -> InputsState:
+        if cache is not None:
+            raise ValueError(
+                f"cache: {type(self).__name__} keeps a state of its own, the inputs of its forward, and no keys and "
+                "values to compress; use cache=None, or build it from attnzoo.attention.parts"
+            )
+        self._check_prefixes()
+        device, dtype = device or self._like.device, dtype or self._like.dtype
+        return InputsState(
+            new_zeros(batch, capacity, self.config.model_dim, device=device, dtype=dtype),
+            new_zeros(batch, device=device, dtype=torch.int64),
+        )
+
+    def init_context(self, context_BSD: Tensor, keys_BS: Tensor | None = None) -> InputsState:
+        self.check_context(context_BSD, len(context_BSD))
+        if keys_BS is None:
+            keys_BS = torch.ones(context_BSD.shape[:2], dtype=torch.bool, device=context_BSD.device)
+        state = self.init_state(len(context_BSD), 0, device=context_BSD.device, dtype=context_BSD.dtype)
+        return replace(state, context_BSD=context_BSD, exists_BS=keys_BS)
+
+    def extend(self, x_BTD: Tensor, state: InputsState, counts_B: Tensor | None = None) -> tuple[Tensor, InputsState]:
+        self.check_input(x_BTD)
+        if 0 in x_BTD.shape:
+            return x_BTD.new_zeros(x_BTD.shape), state
+        tokens = x_BTD.shape[1]
+        positions_BT = state.lengths_B[:, None] + torch.arange(tokens, device=x_BTD.device)
+        ends_B = state.lengths_B + (tokens if counts_B is None else counts_B)
+        used = max(int(ends_B.max()), 1)
+        inputs_BTD = _with_room(state.inputs_BTD, used, x_BTD)
+        rows_BT = torch.arange(len(x_BTD), device=x_BTD.device)[:, None].expand_as(positions_BT)
+        if counts_B is None:
+            inputs_BTD[rows_BT, positions_BT] = x_BTD.to(inputs_BTD.dtype)
+        else:
+            real_BT = positions_BT < ends_B[:, None]
+            inputs_BTD[rows_BT[real_BT], positions_BT[real_BT]] = x_BTD[real_BT].to(inputs_BTD.dtype)
+        # Shorter rows end in zeros, which no real token reads.
+        shown = None if state.exists_BS is None else Mask.full(state.exists_BS)
+        out_BTD = self._run(self.module, inputs_BTD[:, :used].to(x_BTD.dtype), state.context_BSD, shown)
+        after = replace(state, inputs_BTD=inputs_BTD, lengths_B=ends_B)
+        return out_BTD[rows_BT, positions_BT.clamp(max=used - 1)], after
+
+    def _state_bytes(self, batch: int, capacity: int) -> int:
+        row = capacity * self.config.model_dim * dtype_bytes(self._like.dtype)
+        return batch * (row + dtype_bytes(torch.int64))
+
+    def _check_prefixes(self) -> None:
+        """Raises ValueError, once there are weights, for a forward whose outputs change when tokens are added."""
+        like = self._like
+        if self._keeps_prefixes or like.is_meta:
+            return
+        generator = torch.Generator().manual_seed(0)
+        shape = (2, PROBE, self.config.model_dim)
+        x_BTD, context_BSD = torch.randn(2, *shape, generator=generator).to(like.device, like.dtype)
+        with _probing(self.module) as run:
+            self._check_prefix(run, x_BTD, None)
+            if "context" in self.takes:
+                self._check_prefix(run, x_BTD, context_BSD)
+        self._keeps_prefixes = True
+
+    def _check_prefix(self, run: Callable[..., Any], x_BTD: Tensor, context_BSD: Tensor | None) -> None:
+        name, whole = type(self).__name__, self._probe(run, x_BTD, context_BSD)
+        allowed = 2 * torch.finfo(whole.dtype).eps ** 0.5 * float(whole.abs().max())
+        for tokens in PREFIXES:
+            change = float((whole[:, :tokens] - self._probe(run, x_BTD[:, :tokens], context_BSD)).abs().max())
+            if change > allowed:
+                raise ValueError(
+                    f"{name}.forward sees the future: with {PROBE - tokens} tokens more, its outputs for the first "
+                    f"{tokens} change by {change:.2g}. Hide later tokens from earlier ones (for example "
+                    "torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)), or write `causal = "
+                    f"False` into {name}: then it has no streaming form, and no language model takes it"
+                )
+
+    def _probe(self, run: Callable[..., Any], x_BTD: Tensor, context_BSD: Tensor | None) -> Tensor:
+        try:
+            return self._run(run, x_BTD, context_BSD)
+        except (RuntimeError, TypeError, IndexError, AttributeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"{type(self).__name__}.forward fails on x of {list(x_BTD.shape)}: {type(error).__name__}: {reason}; "
+                "it has to take any number of tokens from 1 on"
+            ) from error
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def _with_tensors(module: nn.Module, tensors: dict[str, Tensor], x: Tensor, **others: Any) -> Any:
+    """`module(x, ...)` with other parameters and buffers."""
+    return functional_call(module, tensors, (x,), others)
+
+
+@contextmanager
+def _probing(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    """A way to run a module that leaves no trace: in its evaluation mode, on copies of its buffers, with random numbers
+    that nobody else misses."""
+    modes = [(each, each.training) for each in module.modules()]
+    buffers = {name: x.clone() for name, x in module.named_buffers()}
+    devices = [x.device for x in module.parameters() if x.is_cuda][:1]
+    try:
+        module.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield partial(_with_tensors, module, buffers)
+    finally:
+        for each, mode in modes:
+            each.training = mode
+
+
+def _with_room(inputs_BTD: Tensor, used: int, x_BTD: Tensor) -> Tensor:
+    """The buffer to write into: itself where that is safe, a copy where autograd or a lack of room asks for one."""
+    missing = used - inputs_BTD.shape[1]
+    if missing > 0:  # doubled, so that copies stay linear in the final length
+        return F.pad(inputs_BTD, (0, 0, 0, max(missing, inputs_BTD.shape[1])))
+    if torch.is_grad_enabled() and (x_BTD.requires_grad or inputs_BTD.requires_grad):
+        return inputs_BTD.clone()
+    return inputs_BTD
+
+
+def as_variant(item: Any) -> Any:
+    """A plain module's class as a variant; anything else as it is. Raises ValueError, naming what is unclear, for a
+    class of which no variant can be made."""
+    if not (isinstance(item, type) and issubclass(item, nn.Module)) or issubclass(item, Attention):
+        return item
+    causal = getattr(item, "causal", True)
+    if not isinstance(causal, bool):
+        raise ValueError(f"{item.__name__}.causal is {causal!r}; it must be True or False, for the whole class")
+    takes = forward_takes(item)
+    base = RecomputedAttention if causal else ForwardOnly
+    body: dict[str, Any] = {
+        "__doc__": item.__doc__ or "A forward pass without a description.",
+        "__module__": item.__module__,
+        "__qualname__": item.__qualname__,
+        "written": item,
+        "takes": takes,
+        "masks": masks_of(item, takes, causal),
+        "Config": options_of(item),
+        "source": source_of(item),
+        "cases": getattr(item, "cases", ({},)),
+    }
+    by_hand = getattr(item, "by_hand", None)
+    if by_hand is not None:
+        body["by_hand"] = staticmethod(_with_own_names(by_hand))
+    return types.new_class(item.__name__, (base,), exec_body=lambda scope: scope.update(body))
+
+
+def _with_own_names(by_hand: Callable[..., Any]) -> Callable[..., Any]:
+    def call(config: Any, weights: Mapping[str, Any], x_TD: Any) -> Any:
+        return by_hand(config, {name.removeprefix("module."): value for name, value in weights.items()}, x_TD)
+
+    return call
