@@ -287,7 +287,7 @@ def table_kernel(
     sums = tl.zeros([BLOCK], tl.float32)
     blocks = tl.cdiv(tokens, BLOCK)
     begin, most = distance, tl.maximum(blocks - distance, 0)
-    if KIND.ahead:  # a block of queries meets two of keys, of which one is there
+    if KIND.ahead:  # a query block meets two key blocks at these distances; at least one of them exists
         begin = tl.maximum(distance, 0)
         most = tl.maximum(tl.minimum(blocks - 1, tl.cdiv(limits.entries, BLOCK) + distance) - begin + 1, 0)
     if KIND.window > 0 and KIND.sinks == 0 and limits.prefix is None:

@@ -28,8 +28,8 @@ class KeyLimits(NamedTuple):
 
 
 class MaskKind(NamedTuple):
-    """What a mask says at compile time. window: 0 for none. ahead: a query may see keys after it. partial: it may see
-    none of a tile that comes before its first key."""
+    """What a mask says at compile time. window: 0 for none. ahead: a query may see keys after it. partial: a query may
+    see no key of a tile before it has seen any, so that its running maximum is still -inf."""
 
     window: int
     sinks: int
@@ -153,8 +153,8 @@ def far_logits(query, table, table_bias, head, rows, HEAD_DIM: tl.constexpr, WID
 
 @triton.jit
 def near_blocks(rows, future, nearest, count, BLOCK: tl.constexpr, KIND: tl.constexpr):
-    """Up to which of the blocks of distances nearest..count the table is needed: from there on all distances of a tile
-    use its last row. Where there are fewer keys than queries, the last of these meet no other row."""
+    """The first of the blocks of distances nearest..count from which on every tile uses the table's last row alone; the
+    blocks before it need the table. Where there are fewer keys than queries, no block of the last queries does."""
     if future is not None:
         rows -= future
     near = tl.minimum(count, (tl.maximum(rows - 2, 0) + BLOCK - 1) // BLOCK + 1)
@@ -233,7 +233,8 @@ def keys_exist(limits, batch, block, BLOCK: tl.constexpr):
 
 @triton.jit
 def hide(scores, queries, keys, starts, prefix, exists, entries, KIND: tl.constexpr):
-    """-inf where the mask hides the key. Causality hides what comes after the last token, too: no real query does."""
+    """-inf where the mask hides the key. Under causality this covers what lies beyond the last token: it comes after
+    every real query."""
     if KIND.causal:
         seen = keys <= queries
         sinks = keys < KIND.sinks
@@ -269,9 +270,9 @@ def first_key_block(limits, first_blocks, batch, block, tokens, BLOCK: tl.conste
 
 @triton.jit
 def nearest_key_block(limits, batch, block, BLOCK: tl.constexpr, KIND: tl.constexpr):
-    """The distance, at most 0, of the last key block that a query block looks at, where keys after it may be seen.
+    """A query block's number minus that of the last key block it looks at, under masks that show keys after the query.
 
-    Where there are fewer keys than queries it is above 0 for the last queries.
+    It is at most 0, but for the last queries where there are fewer keys than queries.
     """
     last = tl.cdiv(limits.entries, BLOCK) - 1
     if KIND.causal:
@@ -282,7 +283,8 @@ def nearest_key_block(limits, batch, block, BLOCK: tl.constexpr, KIND: tl.conste
 
 @triton.jit
 def nearest_query_block(limits, batch, block, BLOCK: tl.constexpr, KIND: tl.constexpr):
-    """The distance, at most 0, of the first query block that looks at a key block, where it may come before it."""
+    """The number of the first query block that looks at a key block, minus the key block's own: at most 0, under masks
+    that show keys after the query."""
     nearest = -block
     if KIND.causal:
         nearest = tl.where(block * BLOCK < tl.load(limits.prefix + batch), nearest, 0)
