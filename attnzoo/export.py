@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from attnzoo.attention import PLUGINS_VARIABLE, is_plugin
-from attnzoo.checkpoint import export_model, find_checkpoint, load_model
+from attnzoo.checkpoint import existing_checkpoint, export_model, load_model
 from attnzoo.checkpoint.huggingface_export import family_config
 from attnzoo.checkpoint.target import check_export_target
 from attnzoo.files import real_path, user_path
@@ -15,7 +15,7 @@ from attnzoo.tokenizer import Tokenizer, huggingface, load_tokenizer, sentencepi
 
 def run(chosen: argparse.Namespace) -> int:
     """Exports and says what was written. Raises ValueError for wrong usage."""
-    path, out = find_checkpoint(chosen.checkpoint), real_path(user_path(chosen.out, "OUT"))
+    path, out = existing_checkpoint(chosen.checkpoint), real_path(user_path(chosen.out, "OUT"))
     _check_target(path, out)
     model, tokenizer = load_model(path), _tokenizer(path)
     form, reason = _form(model.config, chosen.format)

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import torch
 
-from attnzoo.checkpoint import PACKAGED, find_checkpoint, load_model, load_tokenizer
-from attnzoo.checkpoint.packaged import models_directory
-from attnzoo.errors import suggest
+from attnzoo.checkpoint import PACKAGED, existing_checkpoint, load_model, load_tokenizer
 from attnzoo.language_model import LanguageModel
 from attnzoo.models import DecoderLM, can_pack, pack_weights
 from attnzoo.types import check_device, parse_dtype
@@ -45,9 +43,7 @@ def load(
     ):
         if not isinstance(value, bool) and not (value is None and option == "pack_weights"):
             raise ValueError(f"{option}={value!r} must be {known}")
-    path = find_checkpoint(os.fspath(name))
-    if not os.path.exists(path):
-        raise ValueError(_nothing(os.fspath(name)))
+    path = existing_checkpoint(os.fspath(name))
     if not isinstance(dtype, torch.dtype | str):
         raise ValueError(f'dtype={dtype!r} has type {type(dtype).__name__}; give a name such as "bfloat16"')
     kind = None if dtype == "auto" else parse_dtype(dtype)
@@ -74,14 +70,3 @@ def load_for_inference(
     if pack or (pack is None and can_pack(model)):
         pack_weights(model)
     return model
-
-
-def _nothing(name: str) -> str:
-    """The error message for a name that is not found."""
-    own = models_directory()
-    if os.sep in name or name.endswith(".gguf"):
-        return f"checkpoint={name!r} does not exist; give a directory, a .gguf file, or one of {', '.join(PACKAGED)}"
-    return (
-        f"checkpoint={name!r} was not found: there is no such path, no such model in {str(own)!r} (set ATTNZOO_HOME to "
-        f"look elsewhere), and no packaged model of that name{suggest(name, PACKAGED)}"
-    )

@@ -17,7 +17,6 @@ or half of the context, whichever is less.
 """
 
 import json
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,12 +28,12 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from tqdm import tqdm
 
 from attnzoo.models import DecoderLM, GenerationConfig, Sequences
 from attnzoo.models.sampling import check_sampling, choice_seed
 from attnzoo.tokenizer import StreamDecoder, Tokenizer
 from attnzoo.tokenizer.chat import ChatTemplate
+from train.bar import Bar
 
 DEFAULT_NEW_TOKENS = 256
 SEED_STEP = 0x9E3779B1
@@ -312,7 +311,5 @@ def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield items[first : first + size]
 
 
-def _progress(total: int, name: str, disable: bool) -> "tqdm[Any]":
-    """A progress bar; without a terminal it prints a line every half minute."""
-    every = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(total=total, desc=name, unit="request", disable=disable, mininterval=every)
+def _progress(total: int, name: str, disable: bool) -> Bar:
+    return Bar(total=total, desc=name, unit="request", disable=disable)

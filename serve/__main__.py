@@ -66,13 +66,13 @@ def read_config(options: argparse.Namespace) -> "ServeConfig":
 def check_checkpoint(config: "ServeConfig") -> None:
     """Checks the configuration before Ray starts. Raises ValueError if the checkpoint or the API key is missing, the
     port is taken, or the device cannot be used."""
-    from attnzoo.checkpoint import find_checkpoint, load_tokenizer, open_checkpoint
+    from attnzoo.checkpoint import existing_checkpoint, load_tokenizer, open_checkpoint
     from attnzoo.tokenizer.chat import ChatTemplate
     from attnzoo.types import check_device
     from serve.front.guard import read_api_key
     from serve.front.port import free_port
 
-    path = find_checkpoint(config.checkpoint)
+    path = existing_checkpoint(config.checkpoint)
     open_checkpoint(path)
     ChatTemplate.of(load_tokenizer(path))
     read_api_key(config.api_key_env)

@@ -1,6 +1,7 @@
 """Settings of the engine and the server: one flat mapping, in which unknown keys are errors."""
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -203,11 +204,12 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def absolute(checkpoint: Any) -> Any:
-    """The checkpoint's absolute path, which is valid in every process. The name of a packaged model, or a value that is
-    not text, is returned unchanged. Raises the ValueError of `find_checkpoint`."""
+    """The checkpoint's absolute path, which is valid in every process. The name of a packaged model, a word that names
+    nothing, or a value that is not text, is returned unchanged. Raises the ValueError of `find_checkpoint`."""
     if not isinstance(checkpoint, str) or checkpoint in ("", *PACKAGED):
         return checkpoint
-    return str(find_checkpoint(checkpoint))
+    path = find_checkpoint(checkpoint)
+    return str(path) if path.exists() or os.sep in checkpoint else checkpoint
 
 
 def build_serve_config(values: Mapping[str, Any]) -> ServeConfig:

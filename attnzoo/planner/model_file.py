@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from attnzoo.apps import find_config
+from attnzoo.apps import directory, find_config
 from attnzoo.checkpoint import CONFIG, PACKAGED, find_checkpoint, open_checkpoint
 from attnzoo.checkpoint.huggingface import read_config
 from attnzoo.checkpoint.packaged import EXPORT
+from attnzoo.errors import suggest
 from attnzoo.files import read_object
 from attnzoo.models import DecoderConfig
 from attnzoo.settings import read_mapping
@@ -22,6 +23,12 @@ class ModelFile:
 
     config: DecoderConfig
     vocabulary_source: str
+
+
+def _near(path: Path) -> str:
+    """The end of a message: the nearest name among the configurations that ship and the packaged models."""
+    configs = {each.name for each in (directory() / "configs").glob("*.yaml")}
+    return suggest(path.name, {*configs, *PACKAGED}) if path.parent == Path(".") else ""
 
 
 def read_model(path: Path, vocab_size: int | None = None) -> ModelFile:
@@ -42,7 +49,7 @@ def read_model(path: Path, vocab_size: int | None = None) -> ModelFile:
     if path.is_dir():
         path = _in_directory(path)
     if not path.is_file():
-        raise ValueError(f"--model: no file {str(path)!r}; give a training config (.yaml) or a checkpoint")
+        raise ValueError(f"--model: no file {str(path)!r}; give a training config (.yaml) or a checkpoint{_near(path)}")
     content = read_object(path) if path.suffix == ".json" else _read_yaml(path, ())
     if "model_type" in content:
         config = read_config(content, path)

@@ -74,7 +74,15 @@ def test_describe(capsys):
         (["plan", "--model", "configs"], "--model: no file 'configs/config.json'"),
         (["plan", "--model", "/none/config.json"], "--model: no file '/none/config.json'"),
         (["export", "", "out"], "checkpoint='' names nothing"),
-        (["export", "/none", "out"], "/none/config.json does not exist"),
+        (
+            ["plan", "--model", "rmha.yml"],
+            "no file 'rmha.yml'; give a training config (.yaml) or a checkpoint; did you mean",
+        ),
+        (["export", "/none", "out"], "checkpoint='/none' does not exist"),
+        (["export", "smolm2", "out"], "no packaged model of that name; did you mean 'smollm2'?"),
+        (["serve", "--checkpoint", "smolm2"], "no packaged model of that name; did you mean 'smollm2'?"),
+        (["train", "--config", "rcmha.yaml", "train.stps=3"], "unknown key train.stps; did you mean 'steps'?"),
+        (["train", "--config", "rcmah.yaml"], "--config: no file 'rcmah.yaml'; did you mean 'rcmha.yaml'?"),
         (["export", "none.gguf", "out"], "none.gguf' does not exist"),
         (["describe", "mha", 'rope_scaling={"factor": 2, "factor": 3}'], "rope_scaling: factor is set twice"),
         (["plan", "--model", "configs/mha.yaml", "--gpus", str(10**30)], "--gpus=1" + "0" * 30 + " must be at most"),
@@ -95,6 +103,12 @@ def test_wrong_usage_goes_to_stderr_with_status_2(arguments, message, capsys):
     assert message in captured.err
     assert "Traceback" not in captured.err
     assert not captured.out
+
+
+def test_a_choice_that_is_none_has_the_nearest_one(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["reproduce", "one-step"])
+    assert "experiment: no such choice 'one-step'; did you mean 'one-step-gd'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

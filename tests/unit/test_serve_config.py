@@ -43,7 +43,8 @@ def test_checkpoints_are_found_as_load_finds_them(tmp_path, monkeypatch):
     assert absolute("run") == absolute("run/export") == str(tmp_path / "run" / "export")
     assert build_serve_config({"checkpoint": absolute("run")}).served_name == "run"
     assert absolute("mine") == str(tmp_path / "home" / "models" / "mine")
-    assert absolute("none") == str(tmp_path / "none")
+    assert absolute("none") == "none"  # a name for the message that it was not found
+    assert absolute("./none") == str(tmp_path / "none")
     assert (absolute("smollm2"), absolute(None)) == ("smollm2", None)
 
 

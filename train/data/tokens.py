@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from attnzoo.files import replace_directory, temporary_directory
 from attnzoo.tokenizer import Tokenizer, load_tokenizer
+from train.bar import Bar
 from train.data.account import Account, account_line
 from train.data.base import IGNORED
 from train.data.config import DataConfig
@@ -203,7 +204,7 @@ def _write_tokens(config: DataConfig, tokenizer: Tokenizer, temporary: Path, pro
 
 
 def _with_progress(documents: Iterator[tuple[bool, str]], progress: bool) -> Iterator[tuple[str, str]]:
-    with tqdm(desc="tokenizing", unit="B", unit_scale=True, disable=not progress) as bar:
+    with Bar(desc="tokenizing", unit="B", unit_scale=True, disable=not progress) as bar:
         for is_train, document in documents:
             yield "train" if is_train else "validation", document
             bar.update(len(document.encode()))
