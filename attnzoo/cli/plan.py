@@ -9,6 +9,7 @@ EXAMPLES = """examples:
   attnzoo plan --model rcmha.yaml --gpus 64 --gpu-memory 80 --context 131072
   attnzoo plan --model runs/demo --gpus 2 --gpu-memory 24 --chip h100
   attnzoo plan --model smollm2 --optimizer muon --batch-tokens 500000
+  attnzoo plan --model smollm2 --context 8192 --cache "d2o keep_ratio=0.2" --cache think
 
 exit status: 1 if training does not fit; the message says which changes would make it fit
 """
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options and examples."""
     parser.description = (
         "Print the largest micro-batch of every ZeRO stage, the memory of a GPU by part, the shortest step time by "
-        "roofline, and how many sequences a GPU can serve with exact caches."
+        "roofline, and how many sequences a GPU can serve with exact and compressed caches."
     )
     parser.epilog = EXAMPLES
     parser.add_argument(
@@ -33,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu-memory", type=float, default=80.0, metavar="GIB", help="memory of one GPU (default: %(default)s)"
     )
     parser.add_argument("--context", type=int, help="tokens of a sequence (default: the model's max_positions)")
+    parser.add_argument(
+        "--cache",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help='compressed cache to serve with as well, with its options: --cache "d2o keep_ratio=0.5"; can be repeated',
+    )
     names = ", ".join([*CHIPS, CPU])
     parser.add_argument("--chip", action="append", help=f"{names}; can be repeated (default: all)")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"], help="(default: %(default)s)")

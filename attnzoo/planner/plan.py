@@ -26,7 +26,7 @@ from attnzoo.planner.fits import (
     training_memory,
 )
 from attnzoo.planner.model_file import ModelFile, read_model
-from attnzoo.planner.serving import serving_report
+from attnzoo.planner.serving import cache_bytes, serving_report
 from attnzoo.report import counted, format_table
 from attnzoo.types import LARGEST
 
@@ -65,6 +65,7 @@ def run(options: argparse.Namespace) -> int:
     """Prints the plan; exit status 1 if no training setup fits. Raises ValueError for wrong usage."""
     file = read_model(options.model, options.vocab_size)
     request = checked(options, file)
+    states = cache_bytes(request.model, request.context, options.cache)
     chips = chosen_chips(options.chip)
     print(heading(file, request))
     found = [best for setup in setups(request) if (best := largest(request, setup)) is not None]
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"\nLeast time of a step (a model, not a measurement)\n{step_table(request, chosen, chips)}")
     else:
         print(f"\n{nothing_fits(request)}", file=sys.stderr)
-    print(f"\n{serving_report(request.model, request.context, request.memory, request.precision, chips)}")
+    print(f"\n{serving_report(request.model, states, request.context, request.memory, request.precision, chips)}")
     print(f"\nChips\n{chip_table(chips)}")
     return 0 if found else 1
 

@@ -1,18 +1,20 @@
-"""Memory of serving: the state of a sequence under each exact cache, and how many sequences fit beside the weights."""
+"""Memory of serving: the state of a sequence under each cache, and how many sequences fit beside the weights."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.parts import SoftmaxMixing
-from attnzoo.kvcache import FullCache
+from attnzoo.kvcache import FullCache, build_cache
 from attnzoo.models import DecoderLM
 from attnzoo.planner.chips import Chip
 from attnzoo.report import format_table
+from attnzoo.settings import parse_words
 
 MIB, GIB = 2**20, 2**30
 
 
-def cache_policies(model: DecoderLM, context: int) -> dict[str, int]:
+def exact_caches(model: DecoderLM, context: int) -> dict[str, int]:
     """Bytes of the state of one sequence of `context` tokens: with the cache that the model's layers are configured
     with, and with the full cache if that differs."""
     configured = model.cost(1, 1, context).state_bytes
@@ -34,12 +36,27 @@ def cache_policies(model: DecoderLM, context: int) -> dict[str, int]:
     return {"full": full, "window": configured} if window else {"full": configured}
 
 
-def serving_report(model: DecoderLM, context: int, memory: int, precision: str, chips: list[Chip]) -> str:
-    """A table of the sequences that fit in `memory` bytes of one GPU with each exact cache, and of the shortest time
-    of a decode step on each chip."""
+def cache_bytes(model: DecoderLM, context: int, compressed: Sequence[str]) -> dict[str, int]:
+    """`exact_caches`, and the bytes of a sequence of `context` tokens once each of the named caches has compressed it.
+
+    compressed: such as "d2o keep_ratio=0.5". Raises ValueError for an unknown cache or option, and where the model's
+    layers cannot keep it."""
+    found = exact_caches(model, context)
+    for words in compressed:
+        name, *options = words.split() or [""]
+        policy = build_cache(name, parse_words(options, "keep_ratio=0.5"))
+        found[words] = model.byte_model(policy).compressed(context, 0)
+    return found
+
+
+def serving_report(
+    model: DecoderLM, states: dict[str, int], context: int, memory: int, precision: str, chips: list[Chip]
+) -> str:
+    """A table of the sequences of `context` tokens that fit in `memory` bytes of one GPU with each cache, and of the
+    shortest time of a decode step on each chip. states: bytes of a sequence by cache."""
     weights = model.num_parameters() * model.embedding.weight.element_size()
     rows = []
-    for policy, state in cache_policies(model, context).items():
+    for policy, state in states.items():
         # Beside the state, a sequence needs logits in float32 and a few vectors of the residual stream.
         row_bytes = state + 4 * model.config.vocab_size + 8 * 4 * model.config.model_dim
         count = max((memory - weights) // row_bytes, 0)

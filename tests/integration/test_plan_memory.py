@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attnzoo.models import DecoderConfig, DecoderLM
-from attnzoo.planner.serving import cache_policies
+from attnzoo.planner.serving import exact_caches
 from serve.runner import Runner
 from tests.helpers.training import run_ranks
 
@@ -38,5 +38,5 @@ def test_planned_state_of_sequences_is_what_a_server_allocates(attention):
     config = DecoderConfig(vocab_size=64, model_dim=24, num_layers=2, attention=attention)
     for dtype in (torch.float32, torch.bfloat16):
         model = DecoderLM(config).to(dtype)
-        state = list(cache_policies(model, 100).values())[-1]
+        state = list(exact_caches(model, 100).values())[-1]
         assert Runner(model, 7, 100).pool_bytes == 7 * state

@@ -12,12 +12,14 @@ import torch
 from attnzoo.__main__ import main
 from attnzoo.checkpoint import save_model
 from attnzoo.derived_memory import PassMemory
+from attnzoo.kvcache import build_cache
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.planner import plan
 from attnzoo.planner.chips import CHIPS, chip_of
 from attnzoo.planner.fits import GIB, Setup, communicated_bytes, on_a_line, optimizer_bytes, training_memory
 from attnzoo.planner.model_file import DEFAULT_VOCABULARY, read_model
-from attnzoo.planner.serving import cache_policies
+from attnzoo.planner.serving import cache_bytes, exact_caches
+from attnzoo.settings import parse_words
 from tests.helpers.gguf_files import smollm2
 from train.config_reader import load_config
 
@@ -206,17 +208,29 @@ def test_zero_cuts_what_it_says():
     assert communicated_bytes(model, Setup(stage=2)) == 0
 
 
-def test_cache_policies_of_a_model():
+def test_exact_caches_of_a_model():
     window = {"kind": "mha", "num_heads": 4, "window": 10}
     by_attention = {
-        "full": cache_policies(DecoderLM(config(attention="mha")), 100),
-        "window": cache_policies(DecoderLM(config(attention=[window, "linear"])), 100),
-        "constant": cache_policies(DecoderLM(config(attention="linear")), 100),
+        "full": exact_caches(DecoderLM(config(attention="mha")), 100),
+        "window": exact_caches(DecoderLM(config(attention=[window, "linear"])), 100),
+        "constant": exact_caches(DecoderLM(config(attention="linear")), 100),
     }
     assert by_attention["full"] == {"full": 2 * (2 * 100 * 64 * 4 + 8)}
     assert list(by_attention["constant"]) == ["constant state"]
     both = by_attention["window"]
     assert both["full"] - both["window"] == 2 * 100 * 64 * 4 - 10 * (2 * 64 * 4 + 8)
+
+
+@pytest.mark.parametrize("words", ["d2o keep_ratio=0.3", "think", "streaming keep_ratio=0.5"])
+def test_a_compressed_cache_is_planned_with_the_bytes_it_has(words):
+    model = DecoderLM(config(attention="mha")).eval()
+    name, *options = words.split()
+    state = model.init_state(1, 64, cache=build_cache(name, parse_words(options, "")))
+    with torch.no_grad():
+        _, state = model.extend(torch.arange(64)[None] % model.config.vocab_size, state)
+    state = model.compress(state, joinable=True)
+    planned = cache_bytes(model, 64, [words])
+    assert planned == {"full": exact_caches(model, 64)["full"], words: state.nbytes()}
 
 
 @pytest.mark.parametrize(
