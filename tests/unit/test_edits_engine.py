@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -29,6 +30,8 @@ from attnzoo.attention.edits import (
     layer_plan,
 )
 from attnzoo.attention.edits.engine import AttentionCall
+from attnzoo.attention.edits.items import ScoreEdit, WeightEdit
+from attnzoo.attention.edits.order import weighed
 from attnzoo.ops.common.masks import Mask
 from tests.helpers.edits_cases import HEADS, LAYOUT, SINKS, TOKENS, drawn_items
 from tests.helpers.edits_oracle import Oracle
@@ -201,6 +204,31 @@ def test_half_precision_and_gradients():
     (found.sum() + runs[0].reading[0].mass["image"].sum()).backward()
     assert torch.isfinite(q.grad).all()
     assert (q.grad != 0).any()
+
+
+@dataclass(frozen=True)
+class Flood(WeightEdit):
+    """An edit that keeps to nothing."""
+
+    def apply(self, x_NRS, here):
+        return torch.ones_like(x_NRS)
+
+
+@dataclass(frozen=True)
+class Show(ScoreEdit):
+    def apply(self, x_NRS, here):
+        return torch.zeros_like(x_NRS)
+
+
+def test_no_edit_shows_what_is_hidden():
+    """Kills: an order that trusts edits to keep to the mask."""
+    visible = torch.tensor([[[True, False, True], [False, False, False]]])
+    found = weighed(torch.randn(2, 2, 3), visible, [(Show(), None)])
+    torch.testing.assert_close(found.weights_NRS[:, 0], torch.tensor([[0.5, 0.0, 0.5]] * 2))
+    assert (found.weights_NRS[:, 1] == 0).all()
+    assert found.empty_NR1[..., 0].tolist() == [[False, True]] * 2
+    flooded = weighed(torch.randn(2, 2, 3), visible, [(Flood(), None)])
+    assert torch.equal(flooded.weights_NRS.bool(), visible.expand(2, -1, -1))
 
 
 def test_a_window_pairs_and_padding_hide_what_edits_may_not_show():

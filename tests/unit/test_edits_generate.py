@@ -54,8 +54,11 @@ def test_with_a_cache_a_stream_and_a_row_that_ends_early():
     stream = lm.stream(TEXTS[0], **options)
     assert "".join(stream) == stream.result.text == lm.generate(TEXTS[0], **options).text
     assert len(stream.result.reading) == 2
-    stopped = lm.generate(TEXTS[0], stop=stream.result.text[:1], **options)
-    assert len(stopped.reading[1].results[1].queries_Q) < len(stream.result.reading[1].results[1].queries_Q)
+    one, other = lm.generate(TEXTS[::2], stop=stream.result.text[:2], **options)
+    assert len(one.token_ids) < len(other.token_ids)
+    for each in (one, other):
+        read = each.reading[1].results[1].queries_Q
+        assert read.tolist() == list(range(each.prompt_tokens + len(each.token_ids) - 1))
 
 
 def test_a_word_is_all_of_its_tokens():
