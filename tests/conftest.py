@@ -3,6 +3,7 @@
 import os
 import random
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers.interpreter import quicken
 from tests.helpers.shares import in_shares
 
 torch.set_num_threads(1)
@@ -26,6 +28,11 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "triton" in item.path.name and "TRITON_INTERPRET" in os.environ and find_spec("triton") is not None:
+        quicken()
 
 
 QUICK_FOLDERS = ("unit", "contract", "architecture", "golden")

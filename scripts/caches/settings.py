@@ -96,6 +96,6 @@ QUICK = Settings(
         token_budgets=(0.6,),
         channel_budgets=(0.85,),
     ),
-    fidelity=FidelitySizes(texts=1, prompt=96, forced=128),
+    fidelity=FidelitySizes(texts=1, prompt=96, forced=40),
     speed=SpeedSizes(context=256, batches=(2, 3), steps=2, turns=1, chunk=128, compiled=False),
 )

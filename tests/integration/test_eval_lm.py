@@ -1,9 +1,7 @@
 """Our models behind lm-eval's interface: the numbers of lm-eval's own adapter for transformers, and the command."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,8 @@ from attnzoo.checkpoint import load_model, load_tokenizer, save_model
 from attnzoo.models import DecoderConfig, DecoderLM
 from scripts.lm_adapter import AdaptedLM, Generation
 from tests.helpers import foreign_tokenizers as foreign
+from tests.helpers.forked import start_script
+from tests.helpers.training import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ROOT / "tests/data/eval"
@@ -264,11 +264,13 @@ def test_refused(checkpoint):
 
 def command(*arguments, cache, code=None):
     """The script in a process of its own, with a cache of its own."""
-    environment = os.environ | {"HF_HOME": str(cache), "OMP_NUM_THREADS": "1"}
-    start = [sys.executable, "-c", code] if code else [sys.executable, "-m", "scripts.eval_lm"]
-    return subprocess.run(
-        [*start, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    cache.mkdir(exist_ok=True)
+    out, errors, script = (cache / name for name in ("out", "errors", "script.py"))
+    script.write_text(code or "import sys\nfrom scripts.eval_lm import main\nsys.exit(main())")
+    words = [str(script), *map(str, arguments)]
+    process = start_script(words, environment(HF_HOME=str(cache)), out, errors, cwd=ROOT)
+    process.join(300)
+    return subprocess.CompletedProcess(words, process.exitcode, out.read_text(), errors.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -381,10 +383,7 @@ def test_wrong_usage(export, tmp_path):
 
 
 def test_a_missing_package_is_named(export, tmp_path):
-    code = (
-        "import sys; sys.modules['lm_eval'] = None; sys.argv[0] = 'eval_lm'\n"
-        "from scripts.eval_lm import main; sys.exit(main())"
-    )
+    code = "import sys; sys.modules['lm_eval'] = None\nfrom scripts.eval_lm import main; sys.exit(main())"
     done = command(export, "--tasks", TASKS, cache=tmp_path, code=code)
     assert done.returncode == 2
     assert "pip install 'attnzoo[eval]'" in done.stderr

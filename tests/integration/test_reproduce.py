@@ -18,9 +18,19 @@ from train.experiments.pool import known_experiments, measure
 ROOT = Path(__file__).resolve().parents[2]
 
 
+class Tiny(ExperimentConfig):
+    """Two steps and 64 tasks: everything runs, nothing is learned."""
+
+    def steps(self, full: int) -> int:
+        return 2
+
+    def tasks(self, full: int) -> int:
+        return 64
+
+
 def test_a_quick_run_writes_report_and_figures(tmp_path, capsys):
     path = tmp_path / "one-step-gd.json"
-    status = main(["one-step-gd", "--quick", "--workers", "2", "--results", str(tmp_path)])
+    status = main(["one-step-gd", "--quick", "--workers", "1", "--results", str(tmp_path)])
     printed = capsys.readouterr().out
     report = json.loads(path.read_text(encoding="utf-8"))
     assert report["quick"] is True
@@ -49,8 +59,10 @@ def test_parts_do_not_depend_on_what_else_runs():
     assert alone == beside
 
 
-def test_experiment_a_of_another_variant(capsys):
+def test_experiment_a_of_another_variant(capsys, monkeypatch):
     """Black-box claims alone; a plain linear layer of the zoo goes through all of them."""
+    monkeypatch.setattr(ExperimentConfig, "steps", Tiny.steps)
+    monkeypatch.setattr(ExperimentConfig, "tasks", Tiny.tasks)
     options = ["num_heads=1", "normalise=false", "decay=false", "feature_map=identity"]
     status = main(["icl-gd", "--variant", "linear", *options, "--quick", "--workers", "1"])
     printed = capsys.readouterr().out
@@ -127,16 +139,6 @@ def test_every_experiment_claims_under_its_own_letter():
     assert tuple(known_experiments()) == EXPERIMENTS  # what the command takes, without importing them
     assert "mesa" in ATTENTION
     assert Report.start(quick=True).exit_status() == 0
-
-
-class Tiny(ExperimentConfig):
-    """Two steps and 64 tasks: everything runs, nothing is learned."""
-
-    def steps(self, full: int) -> int:
-        return 2
-
-    def tasks(self, full: int) -> int:
-        return 64
 
 
 @pytest.mark.parametrize("name", ["icl-gd", "one-step-gd", "softmax-regression", "depth"])

@@ -38,12 +38,13 @@ def follow(
 
 @pytest.mark.heavy
 def test_the_same_function():
-    """Across a bucket's edge (64 slots), for one row and several, of equal and of unequal lengths."""
+    """Across a bucket's edge (64 slots), for several rows of equal and of unequal lengths, and where what the compiler
+    is told to expect are the real numbers of rows and slots. (One row: the engine below, and slow tests.)"""
     model = pack_weights(llama_like())
     step = CompiledDecode(model)
-    follow(model, 1, [61], 6, step)
     follow(model, 3, [61, 17, 40], 6, step)
     follow(model, 4, [9, 9, 9, 9], 3, step)
+    follow(model, EXPECTED_BATCH, [5] * EXPECTED_BATCH, 1, step, EXPECTED_SLOTS)
     assert step._cut is None, "a state that is gone is kept in memory"
 
 
@@ -54,15 +55,10 @@ def follow_all(model: DecoderLM, calls: list[tuple[int, int, int]]) -> None:
         follow(model, batch, [length] * batch, 1, step, capacity)
 
 
-@pytest.mark.heavy
-def test_a_capacity_that_the_compiler_is_told_to_expect():
-    """First, the hint itself is the real number of slots and the distance between heads; then it is not."""
-    model = small_model("mha", layers=1, max_len=2048)
-    follow_all(model, [(1, EXPECTED_SLOTS, 5), (1, 1, 0), (1, 512, 5), (1, EXPECTED_SLOTS + 1, EXPECTED_SLOTS - 1)])
-
-
 BATCH = EXPECTED_BATCH
 ORDERS = [
+    # First, the hint itself is the real number of slots and the distance between heads; then it is not.
+    [(1, EXPECTED_SLOTS, 5), (1, 1, 0), (1, 512, 5), (1, EXPECTED_SLOTS + 1, EXPECTED_SLOTS - 1)],
     [(1, 1, 0), (1, 64, 3), (2, 1, 0), (2, 64, 3), (BATCH, EXPECTED_SLOTS, EXPECTED_SLOTS - 2)],
     [(1, 2048, 1500), (1, 64, 63), (2, 64, 5), (3, 160, 5), (4, EXPECTED_SLOTS, 100), (64, 64, 3), (2, 8, 7)],
     [(BATCH, EXPECTED_SLOTS, 1000), (BATCH - 1, EXPECTED_SLOTS - 1, 5), (BATCH + 1, EXPECTED_SLOTS + 1, 1024)],
@@ -165,9 +161,9 @@ def test_the_same_function_with_each_cache_that_evicts(name, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mdha", "linear"])
+@pytest.mark.parametrize("kind", ["mdha", "linear", "packed"])
 def test_the_same_function_for_each_variant(kind):
-    model = small_model(kind, max_len=160)
+    model = pack_weights(llama_like()) if kind == "packed" else small_model(kind, max_len=160)
     step = CompiledDecode(model)
     follow(model, 1, [61], 6, step)
     follow(model, 3, [61, 17, 40], 6, step)

@@ -40,7 +40,7 @@ CASES = {
     "one row": ((1, 1, 1, 19, 8, 1), Mask()),
     "two rows": ((1, 1, 1, 33, 8, 2), Mask()),
     "less than a block": ((1, 2, 1, 7, 20, 9), Mask()),
-    "table ends inside a block": ((2, 4, 2, 19, 8, 9), Mask()),
+    "table ends inside a block": ((2, 2, 1, 35, 8, 9), Mask()),
     "table ends one before a block": ((1, 1, 1, 35, 8, 16), Mask()),
     "table ends with a block": ((1, 1, 1, 35, 8, 17), Mask()),
     "table ends one after a block": ((1, 1, 1, 35, 8, 18), Mask()),
@@ -72,11 +72,11 @@ AHEAD = {
     # (batch, heads, kv heads, tokens, head_dim, rows of the table), keys, rows for keys after the query, mask
     "full": ((1, 2, 1, 21, 5, 20), 21, 7, Mask.full()),
     "full, more keys": ((2, 1, 1, 19, 5, 40), 37, 16, Mask.full(padding_keys(torch.tensor([29, 8]), 37, "left"))),
-    "full, fewer keys": ((2, 1, 1, 35, 5, 2), 19, 1, Mask.full(padding_keys(torch.tensor([18, 1]), 19, "right"))),
+    "full, fewer keys": ((2, 1, 1, 53, 5, 2), 19, 1, Mask.full(padding_keys(torch.tensor([18, 1]), 19, "right"))),
     "full, no table, some keys": ((2, 2, 1, 19, 5, None), 35, 0, Mask.full(some_keys(2, 35))),
     "prefix": ((2, 1, 1, 35, 5, 20), 35, 6, Mask(prefix_B=torch.tensor([21, 0]))),
     "prefix of all, no table": ((2, 1, 1, 35, 5, None), 35, 0, Mask(prefix_B=torch.tensor([17, 35]))),
-    "prefix and a window": ((2, 1, 1, 35, 5, 30), 35, 9, Mask(prefix_B=torch.tensor([21, 5]), window=5)),
+    "prefix and a window": ((2, 1, 1, 37, 5, 30), 37, 9, Mask(prefix_B=torch.tensor([35, 5]), window=5)),
     "prefix, window, sinks, some keys": (
         (2, 1, 1, 37, 5, 30),
         37,
