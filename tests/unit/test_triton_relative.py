@@ -43,7 +43,7 @@ CASES = {
     "table ends inside a block": ((2, 2, 1, 35, 8, 9), Mask()),
     "table ends one before a block": ((1, 1, 1, 35, 8, 16), Mask()),
     "table ends with a block": ((1, 1, 1, 35, 8, 17), Mask()),
-    "table ends one after a block": ((1, 1, 1, 35, 8, 18), Mask()),
+    "table reaches one distance into a tile": ((1, 1, 1, 35, 8, 19), Mask()),
     "table as long as the row": ((1, 2, 1, 35, 5, 35), Mask()),
     "table longer than the row": ((1, 1, 1, 35, 5, 100), Mask()),
     "whole blocks": ((1, 1, 1, 32, 16, 20), Mask()),
