@@ -110,6 +110,21 @@ without it the same computation is written out here), and torch's flex_attention
     _quick(parser)
 
 
+def bench_edits(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `attnzoo bench edits`."""
+    parser.description = """Measure what reads and edits of attention cost: time of prompts and of decode steps, memory,
+beside plain passes, and beside transformers with a hook in its eager attention (if transformers is installed)."""
+    parser.epilog = """examples:
+  attnzoo bench edits
+  attnzoo bench edits --json docs/results/bench_edits.json
+  attnzoo bench edits --quick
+"""
+    parser.add_argument("--turns", type=int, default=9, help="timed runs of each contender (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
+    _json(parser)
+    _quick(parser)
+
+
 def bench_cache(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `attnzoo bench cache`."""
     parser.description = """Measure retrieval, fidelity and speed of compressed KV caches of equal size.

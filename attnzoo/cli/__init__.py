@@ -53,6 +53,7 @@ BENCHMARKS = {
     for name, text, extra in (
         ("attention", "time and memory of the variants, against torch's attention", ""),
         ("cache", "retrieval from compressed KV caches of equal size", "train"),
+        ("edits", "cost of reads and edits of attention, against a hook in transformers", "hf"),
         ("generate", "prefill and decoding speed of a real model, against other engines", "serve"),
         ("serve", "overhead of Ray Serve and HTTP over the plain engine", "serve"),
         ("train", "training speed under DeepSpeed, against a plain PyTorch loop", "train"),

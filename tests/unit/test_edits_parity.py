@@ -5,6 +5,8 @@ import torch
 from transformers.models.llama import modeling_llama
 
 from attnzoo.attention.edits import EditRun, Edits, Hide, Map, Scale, Span, TokenLayout, Where
+from attnzoo.report import Report
+from scripts import bench_edits
 from tests.helpers.open_weights import saved
 
 LAYOUT = TokenLayout(9, {"image": (2, 6)})
@@ -66,3 +68,13 @@ def test_edited_logits(models, monkeypatch):
         out, state = ours.extend(chunk, state, edits=runs)
         outs.append(out)
     torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_redistribution_beside_a_hook_on_whole_maps():
+    """What the benchmark of edits compares is the same function, with its sinks and its filter of heads at work."""
+    report = Report.start(command=[])
+    bench_edits.prefill(report, layers=3, tokens=40, turns=1)
+    row = report.rows[0]
+    assert row["moves logits by"] > 0.01
+    assert row["from the hook's"] < 1e-4

@@ -1,0 +1,306 @@
+"""`attnzoo bench edits`: what reads and edits of attention cost, beside plain passes and transformers with a hook.
+
+One decoder of SmolLM2-135M's heads with random weights, and transformers' Llama with the same weights. The edit is
+visual attention redistribution (Kang et al. 2025, arXiv 2503.03321): heads that look at the image give it a part of
+what their sinks have, in every layer from the third on.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.attention.edits import EditRun, Edits, HeadFilter, Item, Mass, Move, Sinks, TokenLayout, Where
+from attnzoo.checkpoint.huggingface_export import export_model
+from attnzoo.cli import carry_out
+from attnzoo.models import DecoderConfig, DecoderLM
+from attnzoo.profiling.memory import peak_bytes
+from attnzoo.report import Claim, Report
+from scripts import arguments
+from scripts.bench_attention import BUSY, take_turns
+
+HEADS, KV_HEADS, MODEL_DIM, VOCABULARY = 9, 3, 576, 4096
+SHARE, LEAST, CENTRED = 0.6, 0.2, 0.2
+"""p, and the least weight and the least part on image tokens of an image-centric head."""
+SINKS = Sinks((7, 300), 2.5)
+MIB = 2**20
+
+Call = Callable[..., Any]
+
+
+def decoder(layers: int, positions: int) -> DecoderLM:
+    """A random model, in float32."""
+    attention = {"kind": "mha", "num_heads": HEADS, "num_kv_heads": KV_HEADS}
+    config = DecoderConfig(
+        vocab_size=VOCABULARY,
+        model_dim=MODEL_DIM,
+        num_layers=layers,
+        mlp_dim=1536,
+        max_positions=positions,
+        attention=attention,
+        init_std=0.05,
+    )
+    torch.manual_seed(0)
+    return DecoderLM(config).eval().requires_grad_(False)
+
+
+def layout(prompt: int) -> TokenLayout:
+    """An image in the first half of the prompt."""
+    return TokenLayout(prompt, {"image": (prompt // 16, prompt // 2)})
+
+
+def redistribution() -> list[Item]:
+    """The edit that is measured."""
+    filtered = HeadFilter(of="image", min_mass=LEAST, min_share=CENTRED)
+    return [Move(Where(layers="2:", keys=SINKS), "image", SHARE, filtered)]
+
+
+def mass() -> list[Item]:
+    """The read that is measured: every head's weight on the image and on the rest."""
+    return [Mass(bins={"image": "image"})]
+
+
+def runs(model: DecoderLM, items: list[Item], prompt: int, new: int, batch: int = 1) -> list[EditRun]:
+    """A run for each sequence."""
+    plan = model.plan_edits(Edits(*items), layout(prompt), new)
+    return [EditRun(plan) for _ in range(batch)]
+
+
+def peer_of(model: DecoderLM, attention: str) -> Any:
+    """transformers' Llama with the model's weights; None where transformers is not installed."""
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ImportError:
+        return None
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        export_model(Path(folder), model)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32)
+    return theirs.eval().requires_grad_(False)
+
+
+def watch_sinks(theirs: Any) -> None:
+    """Every layer's attention keeps which tokens so far are sinks, by the hidden states that enter the layer."""
+
+    def before(layer: Any, given: tuple[Any, ...], _: Any) -> None:
+        found_T = SINKS.found(given[0])[0]
+        whole = len(found_T) > 1
+        layer.self_attn.sinks_S = found_T if whole else torch.cat([layer.self_attn.sinks_S, found_T])
+
+    for layer in theirs.model.layers:
+        layer.register_forward_pre_hook(before, with_kwargs=True)
+
+
+@contextmanager
+def hooked(prompt: int) -> Iterator[None]:
+    """transformers' eager attention with the redistribution written into it, as its authors do: on whole maps."""
+    from transformers.models.llama import modeling_llama
+
+    right = modeling_llama.eager_attention_forward
+    first, last = layout(prompt).spans["image"]
+
+    def eager(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        scores = query @ key.transpose(2, 3) * scaling
+        weights = (scores if mask is None else scores + mask[..., : key.shape[2]]).softmax(-1)
+        if module.layer_idx >= 2:
+            weights = redistributed(weights, module.sinks_S[: key.shape[2]], first, last)
+        return (weights @ value).transpose(1, 2).contiguous(), weights
+
+    modeling_llama.eager_attention_forward = eager
+    try:
+        yield
+    finally:
+        modeling_llama.eager_attention_forward = right
+
+
+def redistributed(weights: Tensor, sinks_S: Tensor, first: int, last: int) -> Tensor:
+    """The edit on weights_BNTS."""
+    image_S = torch.zeros_like(sinks_S)
+    image_S[first:last] = True
+    receiving = (image_S & ~sinks_S).to(weights.dtype)
+    on_image = (weights * image_S).sum(-1, keepdim=True)
+    received = (weights * receiving).sum(-1, keepdim=True)
+    active = (on_image >= LEAST) & (received >= CENTRED * on_image) & (received > 0)
+    moved = SHARE * (weights * sinks_S).sum(-1, keepdim=True)
+    new = weights * (1 - SHARE * sinks_S.to(weights.dtype)) + weights * receiving * moved / received.clamp_min(1e-20)
+    return torch.where(active, new, weights)
+
+
+def hooked_call(prompt: int, call: Call) -> Call:
+    """The call with the redistribution in transformers' attention."""
+
+    def run(*given: Any, **options: Any) -> Any:
+        with hooked(prompt):
+            return call(*given, **options)
+
+    return run
+
+
+def prefill(report: Report, layers: int, tokens: int, turns: int) -> dict[str, float]:
+    """Milliseconds of a whole pass over a prompt, by contender; adds rows to the report, and how far edited logits are
+    from those of the hook."""
+    model = decoder(layers, tokens)
+    prompt_1T = torch.randint(VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(1))
+    contenders: dict[str, Call] = {
+        "plain": lambda: model(prompt_1T),
+        "plain, again": lambda: model(prompt_1T),
+        "no edit for any row": lambda: model(prompt_1T, edits=[None]),
+        "mass of every head": lambda: model(prompt_1T, edits=runs(model, mass(), tokens, 0)),
+        "redistribution": lambda: model(prompt_1T, edits=runs(model, redistribution(), tokens, 0)),
+    }
+    theirs = peer_of(model, "eager")
+    if theirs is not None:
+        fused = peer_of(model, "sdpa")
+        watched = peer_of(model, "eager")
+        watch_sinks(watched)
+        contenders |= {
+            "transformers sdpa": lambda: fused(prompt_1T).logits,
+            "transformers eager": lambda: theirs(prompt_1T).logits,
+            "transformers eager, hook": hooked_call(tokens, lambda: watched(prompt_1T).logits),
+        }
+        plain, edited = contenders["plain"](), contenders["redistribution"]()
+        hook = contenders["transformers eager, hook"]()
+        report.rows.append(
+            {
+                "what": "logits",
+                "T": tokens,
+                "contender": "redistribution",
+                "moves logits by": (edited - plain).abs().max().item(),
+                "from the hook's": (edited - hook).abs().max().item(),
+            }
+        )
+    found = {name: seconds * 1e3 for name, seconds in take_turns(contenders, turns).items()}
+    _add(report, "prefill", tokens, found)
+    return found
+
+
+def decode(report: Report, layers: int, context: int, turns: int) -> dict[str, float]:
+    """Milliseconds of a decode step after a prompt of `context` tokens, by contender; adds rows to the report."""
+    model = decoder(layers, context + turns + 2)
+    prompt_1T = torch.randint(VOCABULARY, (1, context), generator=torch.Generator().manual_seed(1))
+    token_11 = prompt_1T[:, :1]
+
+    def ours(items: list[Item] | None) -> Call:
+        edits = None if items is None else runs(model, items, context, turns + 2)
+        held = [model.extend(prompt_1T, model.init_state(1, context + turns + 2), edits=edits)[1]]
+
+        def step() -> None:
+            _, held[0] = model.extend(token_11, held[0], edits=edits)
+
+        return step
+
+    contenders = {
+        "plain": ours(None),
+        "plain, again": ours(None),
+        "mass of every head": ours(mass()),
+        "redistribution": ours(redistribution()),
+    }
+    for name, attention in (
+        ("transformers sdpa", "sdpa"),
+        ("transformers eager", "eager"),
+        ("transformers eager, hook", "eager"),
+    ):
+        theirs = peer_of(model, attention)
+        if theirs is None:
+            break
+        contenders[name] = _peer_step(theirs, prompt_1T, hook=name.endswith("hook"))
+    found = {name: seconds * 1e3 for name, seconds in take_turns(contenders, turns).items()}
+    _add(report, "decode, one token", context, found)
+    return found
+
+
+def _peer_step(theirs: Any, prompt_1T: Tensor, hook: bool) -> Call:
+    if hook:
+        watch_sinks(theirs)
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=theirs.config)
+    call = hooked_call(prompt_1T.shape[1], theirs) if hook else theirs
+    call(prompt_1T, past_key_values=cache)
+
+    def step() -> None:
+        call(prompt_1T[:, :1], past_key_values=cache)
+
+    return step
+
+
+def memory(report: Report, tokens: int) -> float:
+    """Peak bytes of a prompt with a mass read over those without; adds rows to the report."""
+    model = decoder(2, tokens)
+    prompt_1T = torch.randint(VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(1))
+    peaks = {
+        "plain": peak_bytes(lambda: model.hidden(prompt_1T)),
+        "mass of every head": peak_bytes(lambda: model.hidden(prompt_1T, edits=runs(model, mass(), tokens, 0))),
+    }
+    for name, peak in peaks.items():
+        report.rows.append({"what": "prefill, 2 layers", "T": tokens, "contender": name, "MiB": peak / MIB})
+    return peaks["mass of every head"] / peaks["plain"]
+
+
+def _add(report: Report, what: str, tokens: int, found: dict[str, float]) -> None:
+    for name, milliseconds in found.items():
+        row = {
+            "what": what,
+            "T": tokens,
+            "contender": name,
+            "ms": milliseconds,
+            "x plain": milliseconds / found["plain"],
+        }
+        report.rows.append(row)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures and prints a table; exit status 1 if a claim does not hold."""
+    torch.set_num_threads(options.threads)
+    report = Report.start(command=options.command, quick=options.quick)
+    if report.load_before > BUSY:
+        print(f"load average {report.load_before} is above {BUSY}: timings may be unreliable", file=sys.stderr)
+    layers, prompt, context = (3, 96, 128) if options.quick else (8, 1024, 4096)
+    turns = 2 if options.quick else options.turns
+    with torch.no_grad():
+        first = prefill(report, layers, prompt, turns)
+        step = decode(report, layers, context, 5 * turns)
+        ratio = memory(report, context)
+    report.claims += claims(first, step, ratio, report.rows)
+    report.print_table()
+    if options.json:
+        report.write(options.json)
+    return report.exit_status()
+
+
+def claims(first: dict[str, float], step: dict[str, float], ratio: float, rows: list[dict[str, Any]]) -> list[Claim]:
+    """The claims about one run."""
+    made = [
+        Claim(
+            name="prefill, no edit for any row: times plain",
+            expected=1.005,
+            measured=first["no edit for any row"] / first["plain"],
+        ),
+        Claim(
+            name="prefill, redistribution: times plain", expected=1.2, measured=first["redistribution"] / first["plain"]
+        ),
+        Claim(
+            name="decode, redistribution: times plain", expected=1.1, measured=step["redistribution"] / step["plain"]
+        ),
+        Claim(name="mass read: times plain's memory", expected=2, measured=ratio),
+    ]
+    apart = [row["from the hook's"] for row in rows if "from the hook's" in row]
+    return made + [Claim(name="edited logits: from the hook's", expected=1e-3, measured=x) for x in apart]
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs `attnzoo bench edits`; returns the exit status."""
+    return carry_out("attnzoo bench edits", arguments.bench_edits, run, sys.argv[1:] if words is None else words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
