@@ -115,11 +115,12 @@ def hooked(prompt: int) -> Iterator[None]:
             weights = redistributed(weights, module.sinks_S[: key.shape[2]], first, last)
         return (weights @ value).transpose(1, 2).contiguous(), weights
 
-    modeling_llama.eager_attention_forward = eager
+    theirs: Any = modeling_llama
+    theirs.eager_attention_forward = eager
     try:
         yield
     finally:
-        modeling_llama.eager_attention_forward = right
+        theirs.eager_attention_forward = right
 
 
 def redistributed(weights: Tensor, sinks_S: Tensor, first: int, last: int) -> Tensor:

@@ -1,5 +1,6 @@
 """What can be read of attention: one class each, frozen, comparable, and writable as JSON."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,11 +16,11 @@ class Read(Item):
 class Mass(Read):
     """The weight of sets of keys, by name, for every head and query; without `bins`, of the keys of `where`."""
 
-    bins: tuple[tuple[str, Positions], ...] = ()
+    bins: Mapping[str, Positions] | tuple[tuple[str, Positions], ...] = ()
     dense: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        bins = self.bins.items() if isinstance(self.bins, dict) else self.bins
+        bins = self.bins.items() if isinstance(self.bins, Mapping) else self.bins
         object.__setattr__(self, "bins", tuple((name, tuple(of) if isinstance(of, list) else of) for name, of in bins))
 
     def key_sets(self) -> dict[str, Positions]:
