@@ -1,18 +1,15 @@
 """Attention with a learned slope on the distance: scores of distant tokens fall in a straight line.
 
-Source: Press, Smith, Lewis 2021, ALiBi (arXiv 2108.12409), section 3.
+Source: Press, Smith, Lewis 2021, ALiBi (arXiv 2108.12409), section 3; here the slopes, one a head, are learned.
 
     A_ij = q_i . k_j / sqrt(H) - slope (i - j),   o_i = sum_{j<=i} softmax_j(A_ij) v_j
-
-Differs from the paper: the slopes, one a head, are learned; they begin as those of the paper.
 """
 
-# Copy this file to a place of your own (or, in the tree, to attention/<name>.py) and write your idea: replace `Slope`
-# by your own part, or choose among those of `attnzoo/attention/parts`. `attnzoo describe mine` prints the text above;
-# say there what yours is. `pytest tests/contract -k mine` holds it to the contract.
+# Copy this file and write your idea: replace `Slope` by a part of your own, or choose among `attnzoo/attention/parts`.
+# `attnzoo describe mine` prints the text above. `pytest tests/contract -k mine` holds it to the contract.
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +27,6 @@ class MineConfig(CheckedConfig):
 
     model_dim: int
     num_heads: int = 4
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
 
 
 class Slope(DistanceBias):
@@ -46,9 +41,8 @@ class Slope(DistanceBias):
         return -self.slope[:, None] * distance_P
 
     def reset_parameters(self, std: float) -> None:
-        heads = self.heads.num_heads
         with torch.no_grad():
-            self.slope.copy_(2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads))
+            self.slope.copy_(2.0 ** (-8.0 * torch.arange(1, len(self.slope) + 1) / len(self.slope)))
 
 
 @ATTENTION.register("mine")
@@ -57,27 +51,20 @@ class Mine(ComposedAttention):
 
     source = "Press et al. 2021, arXiv 2108.12409, section 3"
     Config = MineConfig
-    cases = ({}, {"num_kv_heads": 1})
 
     def __init__(self, config: MineConfig) -> None:
-        heads = Heads.of(config.model_dim, config.num_heads, config.num_kv_heads, config.head_dim)
+        heads = Heads.of(config.model_dim, config.num_heads, None, None)
         super().__init__(config, projection=Projection(heads), mixing=SoftmaxMixing(heads, Slope(heads)))
 
     @staticmethod
-    def by_hand(config: MineConfig, weights: Mapping[str, np.ndarray], x_TD: np.ndarray) -> np.ndarray:
-        """The formula once more, in numpy and without the project's code: what the contract holds the rest to."""
-        tokens, heads = len(x_TD), config.num_heads
-        kv_heads = config.num_kv_heads or heads
-        q, k, v = (
-            (x_TD @ weights[f"projection.{name}.weight"].T).reshape(tokens, count, -1)
-            for name, count in (("query", heads), ("key", kv_heads), ("value", kv_heads))
-        )
+    def by_hand(config: MineConfig, weights: Any, x_TD: np.ndarray) -> np.ndarray:
+        """The formula once more, in numpy: the contract holds the rest to it. weights: arrays by their names."""
+        maps = (weights[f"projection.{name}.weight"] for name in ("query", "key", "value"))
+        q, k, v = ((x_TD @ w.T).reshape(len(x_TD), config.num_heads, -1) for w in maps)
         out = np.zeros_like(q)
-        for n in range(heads):
-            kv = n * kv_heads // heads  # the kv head that query head n reads
-            for i in range(tokens):
-                distance = i - np.arange(i + 1)
-                scores = k[: i + 1, kv] @ q[i, n] / q.shape[2] ** 0.5 - weights["mixing.position.slope"][n] * distance
-                p = np.exp(scores - scores.max())
-                out[i, n] = p @ v[: i + 1, kv] / p.sum()
-        return out.reshape(tokens, -1) @ weights["projection.output.weight"].T
+        for i, n in np.ndindex(q.shape[:2]):
+            distance = i - np.arange(i + 1)
+            scores = k[: i + 1, n] @ q[i, n] / q.shape[2] ** 0.5 - weights["mixing.position.slope"][n] * distance
+            p = np.exp(scores - scores.max())
+            out[i, n] = p @ v[: i + 1, n] / p.sum()
+        return out.reshape(len(x_TD), -1) @ weights["projection.output.weight"].T
