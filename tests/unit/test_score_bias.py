@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from attnzoo.attention import build_attention
+from attnzoo.attention.edits import EditRun, Edits, Map, PutScores, TokenLayout, Where, layer_plan, layer_sizes
 from attnzoo.attention.parts import Heads, ScoreBias, SoftmaxMixing
 from attnzoo.kvcache import compressed
 from attnzoo.ops import pairwise_sdpa as op
@@ -185,6 +186,27 @@ def test_a_plain_function_with_parameters_is_refused():
     for function in (lambda i, j, head: slope[head] * (j - i), lambda i, j, head: module((j - i)[..., None].float())):
         with pytest.raises(ValueError, match=r"uses '(slope|module)', whose parameters .*make it an nn.Module"):
             ScoreBias(HEADS, function)
+
+
+def test_an_edit_cannot_show_a_key_that_the_bias_hides():
+    """Nor change a query that the bias leaves nothing; in the parallel form and streamed."""
+    layer, x = build_attention("biased", {"model_dim": 12, "num_heads": 3}).double(), rand(1, 6, 12)
+    function = layer.mixing.position.function
+    layer.mixing.position.function = lambda i, j, head: torch.where(
+        (i == 2) & (head == 1), -math.inf, function(i, j, head)
+    )
+    edits = Edits(PutScores(Where(), torch.zeros(1, 6, 6).tolist()), Map(dtype="fp64"))
+    i, j, head = torch.arange(6)[:, None], torch.arange(6), torch.arange(3)[:, None, None]
+    shown = (j <= i) & (layer.mixing.position.function(i, j, head) > -math.inf)
+    expected = shown / shown.sum(-1, keepdim=True).clamp(min=1).double()
+    for cuts in ([6], [2, 1, 3]):
+        run, state = EditRun(edits.plan([layer_sizes(layer)], TokenLayout(6), 0)), layer.init_state(1, 6)
+        for chunk in x.split(cuts, dim=1):
+            _, state = layer.extend(chunk, state, edits=layer_plan([run], 0))
+        torch.testing.assert_close(torch.as_tensor(run.reading[0].map), expected, rtol=0, atol=1e-9)
+    run = EditRun(edits.plan([layer_sizes(layer)], TokenLayout(6), 0))
+    assert layer(x, edits=layer_plan([run], 0)).isfinite().all()
+    torch.testing.assert_close(torch.as_tensor(run.reading[0].map), expected, rtol=0, atol=1e-9)
 
 
 def test_positions_that_a_causal_mask_hides_are_not_asked_for():

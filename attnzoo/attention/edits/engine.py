@@ -213,6 +213,9 @@ class _Block:
             added = counts if added is None else added + counts
         per_query_head = visible if len(visible) == num_heads else None
         visible_NRS = _per_head(visible, kv_N) if per_query_head is None else per_query_head[heads_N]
+        if added is not None:
+            shown = added > float("-inf")  # a bias of -inf hides as a mask does: an edit cannot show the key
+            visible_NRS = visible_NRS if bool(shown.all()) else visible_NRS & shown
         return _Block(
             heads_N,
             tokens_R,
