@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.helpers.interpreter import quicken
-from tests.helpers.shares import in_shares
+from tests.helpers.shares import Kind, in_shares
 
 torch.set_num_threads(1)
 
@@ -57,11 +57,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         _leave_a_sample(config, items)
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if processes > 1:
-        items[:] = in_shares(items, processes, lambda item: str(item.path), _takes_long)
+        items[:] = in_shares(items, processes, lambda item: str(item.path), _kind)
 
 
-def _takes_long(item: pytest.Item) -> bool:
-    return _folder(item) not in QUICK_FOLDERS or item.get_closest_marker("heavy") is not None
+def _kind(item: pytest.Item) -> Kind:
+    if _folder(item) not in QUICK_FOLDERS:
+        return Kind.STARTS_PROCESSES
+    return Kind.SHORT if item.get_closest_marker("heavy") is None else Kind.LONG
 
 
 def _folder(item: pytest.Item) -> str:

@@ -3,12 +3,11 @@
 import ast
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 
 from tests.docs.blocks import ROOT
+from tests.helpers.forked import start_script
 from tests.helpers.gguf_files import smollm2
 from tests.helpers.http_server import running
 
@@ -28,23 +27,24 @@ def promised(text):
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_prints_what_it_says(path):
+def test_an_example_prints_what_it_says(path, tmp_path):
     if path.stem == "smaller_cache":
         smollm2()  # skips where its package is not there
     head = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) + "\n"
     assert f"python examples/{path.name}" in head
-    command = [sys.executable, str(path)]
     if path.stem == "openai_client":
         with running(max_num_seqs=4) as (url, _):
-            printed = run([*command, url])
+            printed = run([str(path), url], tmp_path)
     else:
-        printed = run(command)
+        printed = run([str(path)], tmp_path)
     expected = outline(promised(head))
     assert outline(printed)[-len(expected) :] == expected
 
 
-def run(command):
+def run(words, directory):
     kept = {name: value for name, value in os.environ.items() if name != "ATTNZOO_PLUGINS"}
-    done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    out, errors = directory / "out", directory / "errors"
+    process = start_script(words, kept, out, errors, cwd=ROOT)
+    process.join(300)
+    assert process.exitcode == 0, errors.read_text()
+    return out.read_text().splitlines()

@@ -19,6 +19,7 @@ from serve.front import guard as guard_module
 from serve.front.limits import Limits
 from serve.front.protocol import bounded_protocol
 from serve.openai.routes import build_app
+from tests.helpers import plain_http  # noqa: F401
 from tests.helpers.serving import small_model, tokenizer
 
 MODEL = "small"

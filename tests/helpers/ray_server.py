@@ -12,6 +12,7 @@ import openai
 import psutil
 
 from attnzoo.models import generate
+from tests.helpers import plain_http  # noqa: F401
 from tests.helpers.serving import export, small_model, tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

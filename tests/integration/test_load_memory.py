@@ -52,9 +52,9 @@ def directory(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("kind", ["one", "shards"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("kind", "dtype"), [("one", "float32"), ("shards", "bfloat16")])
 def test_directories(directory, kind, dtype):
+    """As stored, and in another dtype."""
     assert grown(directory / kind, dtype) <= MOST
 
 

@@ -2,12 +2,14 @@
 status."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import scripts.reproduce
 from attnzoo.attention import ATTENTION
+from attnzoo.incontext.descent import best_descents
 from attnzoo.report import Report
 from attnzoo.workers import JobError
 from scripts.arguments import EXPERIMENTS
@@ -145,6 +147,7 @@ def test_every_experiment_claims_under_its_own_letter():
 def test_every_part_judgement_and_figure(name, tmp_path, monkeypatch):
     """Every numbered claim of the texts is there, every part is judged, every figure that the page shows is drawn."""
     monkeypatch.setattr("train.experiments.one_step_gd.BATCH", 64)
+    monkeypatch.setattr("train.experiments.depth.best_descents", partial(best_descents, iterations=2))
     experiment, config = known_experiments()[name], Tiny(quick=True)
     found, seconds = measure([experiment], config, 1)
     values = {part: value for (_, part), value in found.items()}
