@@ -17,7 +17,7 @@ from attnzoo.kvcache import build_cache
 from attnzoo.models import DecoderConfig, DecoderLM, build_shapes
 from attnzoo.models.shapes import materialise
 from attnzoo.ops.common.masks import Mask
-from attnzoo.planner.serving import cache_policies
+from attnzoo.planner.serving import exact_caches
 from tests.contract.cases import build_case, inputs
 from tests.contract.contract import verify_contract
 from tests.helpers.plain_modules import Mine, registered, variant_of
@@ -237,7 +237,7 @@ def test_no_cache_can_compress_inputs():
     config = DecoderConfig(vocab_size=9, model_dim=6, num_layers=1, attention="mine_plain")
     with pytest.raises(ValueError, match="Mine keeps a state of its own"):
         DecoderLM(config).init_state(1, 4, cache=build_cache("d2o", {}))
-    assert cache_policies(DecoderLM(config), 10) == {"state of its own": 10 * 6 * 4 + 8}
+    assert exact_caches(DecoderLM(config), 10) == {"state of its own": 10 * 6 * 4 + 8}
 
 
 def test_a_module_without_weights_follows_the_layer():
