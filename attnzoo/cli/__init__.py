@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   attnzoo describe rcmha
   attnzoo generate smollm2 "The capital of France is" cache=d2o keep_ratio=0.5
   attnzoo chat smollm2
+  attnzoo attention smollm2 "The cat sat on the mat because it was tired."
   attnzoo train --config rcmha.yaml train.steps=200
   attnzoo serve --checkpoint runs/rcmha
   attnzoo COMMAND --help
@@ -64,6 +65,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "describe": Command("attnzoo.cli.describe", "show source, formula, options, parameters and cost of a variant"),
     "generate": Command("attnzoo.cli.generate", "continue a text"),
     "chat": Command("attnzoo.cli.chat", "talk to a model in the terminal"),
+    "attention": Command("attnzoo.cli.attention", "write a page that shows the attention of every layer and head"),
     "train": Command("attnzoo.cli.train", "train a language model with DeepSpeed", "train"),
     "serve": Command("serve.__main__", "serve a checkpoint over an OpenAI-compatible API", "serve"),
     "plan": Command("attnzoo.cli.plan", "estimate memory and speed of a model on a number of GPUs"),

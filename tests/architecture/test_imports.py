@@ -40,6 +40,7 @@ ORDER = [
     "planner",
     "hf",
     "export",
+    "attention_page",
     "cli",
 ]
 """Inside attnzoo each may import only what stands before it."""

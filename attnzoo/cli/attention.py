@@ -1,0 +1,91 @@
+"""`attnzoo attention`: writes a page that shows the attention of every layer and head for a text."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attnzoo.cli.text import add_model_arguments, load
+from attnzoo.errors import suggest
+from attnzoo.files import user_path, write_atomic
+from attnzoo.settings import parse_words
+
+if TYPE_CHECKING:
+    from attnzoo.attention_page import Selection
+
+EXAMPLES = """examples:
+  attnzoo attention smollm2 "The cat sat on the mat because it was tired."
+  attnzoo attention runs/demo "def f(x):" layers=0:2 heads=[0,3] --out maps.html
+  attnzoo attention smollm2 - max_tokens=400 layers=-1 --out maps.html --replace < report.txt
+
+Options are written key=value: layers and heads (a number, 4:8 for 4 to 7, a list of these such as [0,2,-1], or all;
+default: all), and max_tokens, the most tokens that the text may have (default: 256, at most 2048). The page is one file
+that opens without a network; its size grows with layers, heads and the square of the tokens.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options and examples."""
+    parser.description = (
+        "Write an HTML page that shows the attention weights of a text: a picture of every layer and head, the weights "
+        "on hover, and the text coloured by them."
+    )
+    parser.epilog = EXAMPLES
+    add_model_arguments(parser)
+    parser.add_argument("text", help="the text to read; - reads it from stdin")
+    parser.add_argument("options", nargs="*", metavar="key=value", help="layers, heads, max_tokens")
+    parser.add_argument(
+        "--out", default="attention.html", metavar="PATH", help="the file to write (default: %(default)s)"
+    )
+    parser.add_argument("--replace", action="store_true", help="replace the file if it is there")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Writes the page and says what is in it. Raises ValueError for wrong usage."""
+    from attnzoo.attention_page import page, read_maps
+    from attnzoo.report import counted
+
+    selection, out = _selection(options.options), user_path(options.out, "--out")
+    _check_free(out, options)
+    text = sys.stdin.read() if options.text == "-" else options.text
+    maps = read_maps(load(options), text, selection)
+    content = page(maps).encode()
+    _check_free(out, options)
+    try:
+        write_atomic(out, content)
+    except OSError as error:
+        raise ValueError(f"--out={options.out!r} cannot be written ({error.strerror}); give another path") from None
+    heads = sum(len(each.heads) for each in maps.layers)
+    parts = (counted(len(maps.layers), "layer"), counted(heads, "head"), counted(len(maps.tokens), "token"))
+    print(f"{options.out}: {', '.join(parts)}, {len(content) / 1e6:,.1f} MB; open it in a browser")
+    for note in maps.notes:
+        print(note)
+    return 0
+
+
+def _selection(words: list[str]) -> "Selection":
+    """What `key=value` words choose. Raises ValueError for an unknown key or a bad value."""
+    from attnzoo.attention_page import Selection
+
+    chosen = parse_words(words, "layers=0:4")
+    known = [field.name for field in dataclasses.fields(Selection)]
+    for name in chosen:
+        if name not in known:
+            raise ValueError(f"unknown option {name!r}{suggest(name, known)}")
+    return Selection(**chosen)
+
+
+def _check_free(out: Path, options: argparse.Namespace) -> None:
+    """Raises ValueError unless a file may be written there."""
+    where = f"--out={options.out!r}"
+    if out.is_dir():
+        raise ValueError(f"{where} is a directory; give the path of a file in it")
+    for parent in out.parents:
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"{where}: {str(parent)!r} is a file, not a directory; give another path")
+    if os.path.lexists(out) and not options.replace:
+        raise ValueError(f"{where} is there already; give another path, or --replace to replace it")
+    if out.exists() and not out.is_file():
+        raise ValueError(f"{where} is a device or a pipe, which is not replaced; give another path")
