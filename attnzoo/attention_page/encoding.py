@@ -7,8 +7,8 @@
 weights: base64 of float16 numbers, least byte first; head by head, in each head query by query, for each query its keys
 0 to the query itself. What comes after a query is left out: it is hidden in a decoder.
 
-text: what a token stands for, with signs in place of characters that have no picture of their own. control: a token that
-stands for no text, such as the one that begins it; `text` is then its name in the vocabulary.
+text: what a token stands for, with signs in place of characters that have no picture of their own. control: a token
+that stands for no text, such as the one that begins it; `text` is then its name in the vocabulary.
 """
 
 import base64

@@ -57,8 +57,8 @@ class ModelMaps:
 
 
 def select(sizes: Sequence[LayerSizes], selection: Selection) -> tuple[dict[int, tuple[int, ...]], tuple[str, ...]]:
-    """(heads of every layer that is shown, what is left out and why). A layer whose attention has no weights is left out
-    where all are meant. Raises ValueError where such a layer is named, none is left, or a number is out of range."""
+    """(heads of every layer that is shown, what is left out and why). A layer whose attention has no weights is left
+    out where all are meant. Raises ValueError where it is named, none is left, or a number is out of range."""
     chosen: dict[int, tuple[int, ...]] = {}
     refused: dict[int, str] = {}
     for layer in picked(selection.layers, len(sizes), "layers"):

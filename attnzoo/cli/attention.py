@@ -1,9 +1,11 @@
 """`attnzoo attention`: writes a page that shows the attention of every layer and head for a text."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,15 +50,14 @@ def run(options: argparse.Namespace) -> int:
     from attnzoo.report import counted
 
     selection, out = _selection(options.options), user_path(options.out, "--out")
-    _check_free(out, options)
+    with _naming_out(options):
+        _check_free(out, options)
     text = sys.stdin.read() if options.text == "-" else options.text
     maps = read_maps(load(options), text, selection)
     content = page(maps).encode()
-    _check_free(out, options)
-    try:
+    with _naming_out(options):
+        _check_free(out, options)
         write_atomic(out, content)
-    except OSError as error:
-        raise ValueError(f"--out={options.out!r} cannot be written ({error.strerror}); give another path") from None
     heads = sum(len(each.heads) for each in maps.layers)
     parts = (counted(len(maps.layers), "layer"), counted(heads, "head"), counted(len(maps.tokens), "token"))
     print(f"{options.out}: {', '.join(parts)}, {len(content) / 1e6:,.1f} MB; open it in a browser")
@@ -75,6 +76,15 @@ def _selection(words: list[str]) -> "Selection":
         if name not in known:
             raise ValueError(f"unknown option {name!r}{suggest(name, known)}")
     return Selection(**chosen)
+
+
+@contextlib.contextmanager
+def _naming_out(options: argparse.Namespace) -> Iterator[None]:
+    """Turns errors of the file system into ones that name the option."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"--out={options.out!r} cannot be written ({error.strerror}); give another path") from None
 
 
 def _check_free(out: Path, options: argparse.Namespace) -> None:

@@ -66,8 +66,8 @@ class Browser:
             pass
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression gives."""
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        """What a JavaScript expression gives; of a promise, what it is kept with."""
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
@@ -96,8 +96,9 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type=kind, **code)
 
     def media(self, scheme: str) -> None:
-        """Prefers "light" or "dark"."""
+        """Prefers "light" or "dark", and waits until the page has been drawn anew."""
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.value("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(0))))")
 
     def picture(self, path: Path) -> None:
         """Writes what is seen as PNG."""

@@ -67,8 +67,8 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 def test_weights_come_back(tokens):
-    """The layout that the script reads: head by head, query by query, keys up to the query. Kills: transposed maps, keys
-    for queries, heads interleaved, the other order of bytes."""
+    """The layout that the script reads: head by head, query by query, keys up to the query. Kills: transposed maps,
+    heads interleaved, the other order of bytes."""
     weights = torch.rand(3, tokens, tokens).tril() * torch.tensor([1.0, -1.0, 300.0])[:, None, None]
     text = encoded_weights(weights)
     torch.testing.assert_close(decoded_weights(text, 3, tokens), weights.half(), rtol=0, atol=0)
@@ -140,7 +140,7 @@ def test_layers_without_weights():
     assert note.endswith("it is left out")
     with pytest.raises(ValueError, match=r"layers=1: layer 1 \(Mesa.*no key has a weight.*layers that have: \[0, 2\]"):
         read_maps(lm, TEXT, Selection(layers=1))
-    with pytest.raises(ValueError, match="layers=all: layer 0 .*; no layer of this model has"):
+    with pytest.raises(ValueError, match=r"layers=all: layer 0 .*; no layer of this model has"):
         read_maps(mixed_lm("mesa"), TEXT, Selection())
     implied = found.layers[1].weights_NTT
     assert implied.any()
@@ -208,7 +208,7 @@ def test_the_command_writes_a_page(checkpoint, tmp_path, monkeypatch, capsys):
     assert main(["attention", checkpoint, "-", "layers=-1", "heads=[0, 2]", "--out", "below/one.html"]) == 0
     found = data_of((tmp_path / "below" / "one.html").read_text(encoding="utf-8"))["layers"]
     assert [(each["layer"], each["heads"]) for each in found] == [(1, [0, 2])]
-    assert not [path for path in tmp_path.rglob(".*")]
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_a_file_is_replaced_only_on_request(checkpoint, tmp_path, capsys):
