@@ -39,6 +39,7 @@ SAYS = {
     "tasks": "generated tasks",
     "hf": "transformers",
     "export": "to transformers",
+    "attention_page": "maps as a page",
     "cli": "the command",
     "apps": "finds train/, serve/, ...",
     "train": "DeepSpeed",
@@ -50,7 +51,7 @@ SWEEP = ROOT / "train" / "sweep.py"
 WIDTH, BOX, HEIGHT, ROW = 1040, 178, 46, 92
 COLUMNS = {
     **dict.fromkeys(("cli", "export", "hf"), 0),
-    **dict.fromkeys(("serve", "front door", "apps", "checkpoint", "tokenizer"), 1),
+    **dict.fromkeys(("serve", "attention_page", "front door", "apps", "checkpoint", "tokenizer"), 1),
     **dict.fromkeys(("scripts", "incontext", "models", "attention", "kvcache", "ops", "foundations"), 2),
     **dict.fromkeys(("train", "planner", "reports"), 3),
     **dict.fromkeys(("tasks", "profiling"), 4),

@@ -1,4 +1,7 @@
-"""A page in headless Chromium, driven through its DevTools protocol: a real mouse and a real keyboard."""
+"""A page in headless Chromium, driven through its DevTools protocol: a real mouse and a real keyboard.
+
+    python -m tests.helpers.browser page.html picture.png      # a picture of a page of `attnzoo attention`
+"""
 
 import base64
 import contextlib
@@ -7,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,3 +132,11 @@ def browser() -> Iterator[Browser]:
             finally:
                 process.terminate()
                 process.wait(20)
+
+
+if __name__ == "__main__":
+    with browser() as shown:
+        shown.open(Path(sys.argv[1]), 1080, 720)
+        shown.click("button[aria-label='layer 7, head 3']")
+        shown.hover("#map", 0.41, 0.68)
+        shown.picture(Path(sys.argv[2]))

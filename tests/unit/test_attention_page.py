@@ -88,6 +88,7 @@ def test_no_token_ends_the_script():
     data = data_of(made)
     assert data["tokens"] == [{"text": EVIL, "control": False}, {"text": EVIL, "control": True}]
     assert (data["model"], data["notes"], data["layers"][0]["variant"]) == (EVIL, [EVIL], EVIL)
+    assert not set("<>&") & set(Parts(made).scripts[0])
     assert EVIL not in made
     assert "\u2028" not in made
 
@@ -138,6 +139,8 @@ def test_layers_without_weights():
     (note,) = found.notes
     assert note.startswith("layer 1 (Mesa")
     assert note.endswith("it is left out")
+    with pytest.raises(ValueError, match=r"layers=\[0, 1\]: layer 1"):
+        read_maps(lm, TEXT, Selection(layers=[0, 1]))
     with pytest.raises(ValueError, match=r"layers=1: layer 1 \(Mesa.*no key has a weight.*layers that have: \[0, 2\]"):
         read_maps(lm, TEXT, Selection(layers=1))
     with pytest.raises(ValueError, match=r"layers=all: layer 0 .*; no layer of this model has"):
