@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   attnzoo attention smollm2 "The cat sat on the mat because it was tired."
-  attnzoo attention runs/demo "def f(x):" layers=0:2 heads=[0,3] --out maps.html
+  attnzoo attention runs/demo "def step" layers=0:2 heads=[0,3] --out maps.html
   attnzoo attention smollm2 - max_tokens=400 layers=-1 --out maps.html --replace < report.txt
 
 Options are written key=value: layers and heads (a number, 4:8 for 4 to 7, a list of these such as [0,2,-1], or all;

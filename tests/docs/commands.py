@@ -42,7 +42,7 @@ def _help(module: str, *words: str) -> str:
 def _options(words: list[str], text: str) -> None:
     known = set(re.findall(r"(?<![\w-])--?[\w-]+", text))
     for word in words:
-        if word.startswith("-") and word.split("=")[0] not in known:
+        if word.startswith("-") and word != "-" and word.split("=")[0] not in known:
             raise ValueError(f"{word} is no option; known: {', '.join(sorted(known))}")
 
 

@@ -1,6 +1,6 @@
 """A page in headless Chromium, driven through its DevTools protocol: a real mouse and a real keyboard.
 
-    python -m tests.helpers.browser page.html picture.png      # a picture of a page of `attnzoo attention`
+python -m tests.helpers.browser page.html picture.png      # a picture of a page of `attnzoo attention`
 """
 
 import base64

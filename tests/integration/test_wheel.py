@@ -100,17 +100,19 @@ def test_commands_in_a_clean_directory(installed, tmp_path):
         ["plan", "--model", "rcmha.yaml", "--chip", "h100"],
         ["plan", "--model", "configs/mha.yaml", "--chip", "h100"],
         ["generate", checkpoint, "The slots", "max_new_tokens=3", "--json"],
+        ["attention", checkpoint, "The slots"],
         ["export", checkpoint, "exported", "--format", "native"],
         ["compare", "--quick", "--show"],
     ]
     code = "import json, sys\nfrom attnzoo.cli import main\nprint([main(words) for words in json.loads(sys.argv[1])])"
     words = json.dumps([[str(word) for word in command] for command in commands])
     printed = checked([installed.python, "-c", code, words], installed.clean, env=installed.environment)
-    assert printed.endswith("[0, 0, 0, 0, 0, 0]\n")
+    assert printed.endswith("[0, 0, 0, 0, 0, 0, 0]\n")
     assert "configs/rcmha.yaml" in printed
     generated = next(json.loads(line) for line in printed.splitlines() if line.startswith("{"))
     assert len(generated["outputs"][0]["token_ids"]) == 3
     assert (installed.clean / "exported" / "config.json").is_file()
+    assert (installed.clean / "attention.html").stat().st_size > 10_000
 
 
 @pytest.mark.slow
