@@ -11,6 +11,7 @@ from torch import nn
 
 import attnzoo
 from attnzoo.attention import ATTENTION, attention, slow_streaming
+from attnzoo.attention.edits import Edits, Map, TokenLayout, layer_sizes
 from attnzoo.attention.forward_only import as_variant
 from attnzoo.cli.variants import describe, list_variants
 from attnzoo.kvcache import build_cache
@@ -238,6 +239,14 @@ def test_no_cache_can_compress_inputs():
     with pytest.raises(ValueError, match="Mine keeps a state of its own"):
         DecoderLM(config).init_state(1, 4, cache=build_cache("d2o", {}))
     assert exact_caches(DecoderLM(config), 10) == {"state of its own": 10 * 6 * 4 + 8}
+
+
+def test_what_a_forward_computes_inside_is_neither_read_nor_edited():
+    layer = attention(variant_of(Mine), model_dim=6)
+    with pytest.raises(
+        ValueError, match=r"Mine.*it computes its attention by itself, not by attnzoo\.attention\.parts"
+    ):
+        Edits(Map()).plan([layer_sizes(layer)], TokenLayout(4), 0)
 
 
 def test_a_module_without_weights_follows_the_layer():
