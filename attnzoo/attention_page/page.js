@@ -67,7 +67,7 @@ function makePalette() {
 }
 
 function colourOf(value, layer) {
-  const share = Math.min(1, Math.abs(value) / layer.most), kind = $("scale").value;
+  const share = Math.min(1, Math.abs(value) / layer.most), kind = state.scale;
   const seen = kind === "linear" ? share : kind === "root" ? Math.sqrt(share) : Math.max(0, 1 + Math.log10(share) / 4);
   return palette[255 + Math.round((value < 0 ? -255 : 255) * (seen || 0))];
 }
@@ -78,7 +78,10 @@ function paint(canvas, size, valueAt, layer) {
   for (let row = 0; row < size; row++)
     for (let column = 0; column < size; column++) {
       const value = valueAt(row, column);
-      if (value !== undefined) image.data.set([...colourOf(value, layer), 255], 4 * (row * size + column));
+      if (value === undefined) continue;
+      const rgb = colourOf(value, layer), at = 4 * (row * size + column);
+      for (let n = 0; n < 3; n++) image.data[at + n] = rgb[n];
+      image.data[at + 3] = 255;
     }
   context.putImageData(image, 0, 0);
 }
@@ -98,7 +101,7 @@ function small(layer, n) {
 
 // --- the overview ------------------------------------------------------------------------------------------------
 
-const state = { layer: 0, head: 0, query: T - 1, key: T - 1, held: null, direction: "to", cell: 8 };
+const state = { layer: 0, head: 0, query: T - 1, key: T - 1, held: null, direction: "to", cell: 8, scale: "root", pressed: null };
 const columns = [...new Set(layers.flatMap((each) => each.heads))].sort((a, b) => a - b);
 const buttons = []; // {layer, head (its place among those of the layer), row, column, button, canvas, picture}
 
@@ -127,6 +130,7 @@ function buildGrid() {
       const button = element("button", "", cell), canvas = element("canvas", "", button);
       button.type = "button";
       button.style.width = button.style.height = `${side}px`;
+      press(button, false);
       button.setAttribute("aria-label", `layer ${layer.layer}, head ${name}`);
       const made = { layer: number, head, row: number, column, button, canvas, picture: small(layer, head) };
       button.addEventListener("click", () => {
@@ -154,13 +158,16 @@ function walkGrid(event, from) {
   }
 }
 
+function press(button, here) {
+  button.setAttribute("aria-pressed", String(here));
+  button.tabIndex = here ? 0 : -1; // one stop of the tab key for the whole grid
+}
+
 function choose(layer, head) {
   Object.assign(state, { layer, head });
-  for (const each of buttons) {
-    const here = each.layer === layer && each.head === head;
-    each.button.setAttribute("aria-pressed", String(here));
-    each.button.tabIndex = here ? 0 : -1;
-  }
+  if (state.pressed) press(state.pressed, false);
+  state.pressed = buttons.find((each) => each.layer === layer && each.head === head).button;
+  press(state.pressed, true);
   const chosen = layers[layer], name = chosen.heads[head];
   $("head-title").textContent = `Layer ${chosen.layer}, head ${name} (${chosen.variant})`;
   history.replaceState(null, "", `#layer=${chosen.layer}&head=${name}`);
@@ -349,10 +356,14 @@ function start() {
   const room = Math.min($("scroll").clientWidth - 150, innerHeight * 0.7 - 110);
   state.cell = Math.max(3, Math.min(36, Math.floor(room / T)));
   $("size").value = state.cell;
+  $("scale").value = state.scale; // browsers keep what was chosen before a page was loaded again
   redraw();
   layOut();
   colourText(state.query);
-  $("scale").addEventListener("change", redraw);
+  $("scale").addEventListener("change", () => {
+    state.scale = $("scale").value;
+    redraw();
+  });
   $("size").addEventListener("input", () => {
     state.cell = Number($("size").value);
     layOut();
@@ -360,11 +371,13 @@ function start() {
   $("cells").addEventListener("mousemove", hoverMap);
   $("cells").addEventListener("mouseleave", hideTip);
   $("cells").addEventListener("keydown", walkMap);
-  for (const radio of document.getElementsByName("direction"))
+  for (const radio of document.getElementsByName("direction")) {
+    radio.checked = radio.value === state.direction;
     radio.addEventListener("change", () => {
       state.direction = radio.value;
       colourText(state.held ?? state.query);
     });
+  }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 }
 

@@ -130,6 +130,28 @@ def test_the_text_is_coloured(shown):
     assert found.text("#readout") == "key 2 “·the” gets most from: 2 “·the” 0.375, 4 “数据” 0.125, 3 “⏎” 0.0625"
 
 
+def test_scales_of_colours(shown):
+    """A sixteenth stands at a quarter of the square roots, and at 1 + log10(1/16) / 4 of the logarithms."""
+    found = shown(small_maps())
+    reds = {}
+    for scale in ("linear", "root", "log"):
+        found.value(f"s = document.querySelector('#scale'); s.value = '{scale}'; s.dispatchEvent(new Event('change'))")
+        reds[scale] = [colour(found, *at)[0] for at in ((3, 0), (3, 2), (2, 2), (0, 0))]
+        assert reds[scale] == sorted(reds[scale], reverse=True)
+    white, blue, navy = 255, 0x5A, 0x08
+    assert reds["linear"][1] == pytest.approx(white + (blue - white) / 8, abs=2)
+    assert reds["root"][1] == pytest.approx(white + (blue - white) / 2, abs=2)
+    assert reds["log"][1] == pytest.approx(blue + (navy - blue) * (1 - 2 * 0.301), abs=2)
+
+
+def test_on_a_narrow_screen_a_click_leads_to_the_head(shown):
+    found = shown(small_maps(), width=420, height=300)
+    found.click("button[aria-label='layer 2, head 3']")
+    top = found.value("document.querySelector('#head-title').getBoundingClientRect().top")
+    assert 0 <= top < 100
+    assert found.value("document.documentElement.scrollWidth") <= 420
+
+
 def test_light_and_dark(shown):
     found = shown(small_maps())
     faces = []
