@@ -1,5 +1,7 @@
 """Classes of keys, and fused attention over one class at a time with the logarithm of its sum of exponentials."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from attnzoo.types import accumulation_dtype
 
 
 def classes_of(sets: tuple[Chosen, ...], positions_KS: Tensor, flags: dict[Sinks, Tensor]) -> tuple[Tensor, Tensor]:
-    """(member_CM, class_KS): keys of one class are in the same sets; member says which sets these are."""
+    """(member_CM, class_KS): keys of one class are in the same sets; member says in which."""
     code_KS = torch.zeros_like(positions_KS)
     for bit, each in enumerate(sets):
         code_KS += each.holds(positions_KS, flags).to(code_KS.dtype) << bit
@@ -19,29 +21,50 @@ def classes_of(sets: tuple[Chosen, ...], positions_KS: Tensor, flags: dict[Sinks
     return (used_C[:, None] >> bits_M & 1).bool(), number_L[code_KS]
 
 
+@dataclass(frozen=True)
+class ByClass:
+    """Keys and values [K, S, H] of kv heads that hold the same entries: class after class, each in its order. order_S:
+    which entry stands where, None: as they were. ends: where each class ends."""
+
+    keys_KSH: Tensor
+    values_KSH: Tensor
+    order_S: Tensor | None
+    ends: list[int]
+
+    @staticmethod
+    def of(keys_KSH: Tensor, values_KSH: Tensor, class_S: Tensor, classes: int) -> "ByClass":
+        """class_S: the class of every entry, below `classes`."""
+        ends = class_S.bincount(minlength=classes).cumsum(0).tolist()
+        if bool((class_S[1:] >= class_S[:-1]).all()):
+            return ByClass(keys_KSH, values_KSH, None, ends)
+        order_S = class_S.argsort(stable=True)
+        return ByClass(keys_KSH.index_select(1, order_S), values_KSH.index_select(1, order_S), order_S, ends)
+
+    def sorted(self, x_NRS: Tensor) -> Tensor:
+        """What is said of the entries, in the order of the classes."""
+        return x_NRS if self.order_S is None else x_NRS.index_select(2, self.order_S)
+
+
 def class_passes(
-    content_NRH: Tensor,
-    keys_KSH: Tensor,
-    values_KSH: Tensor,
-    visible_NRS: Tensor,
-    added_NRS: Tensor | None,
-    class_S: Tensor,
-    classes: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """(lse_NRC, out_NRCH) of every class, -inf and 0 where a query sees none of its keys. Heads are grouped by kv head,
+    content_NRH: Tensor, held: ByClass, visible_NRS: Tensor, added_NRS: Tensor | None, scale: float
+) -> tuple[Tensor, list[Tensor]]:
+    """(lse_NRC, out_NRH of every class), -inf and 0 where a query sees none of its keys. Heads are grouped by kv head,
     as many in each."""
-    found = []
-    seen_S = visible_NRS.flatten(0, 1).any(0)
-    for number in range(classes):
-        # Keys that no query of the block sees are left out.
-        at = ((class_S == number) & seen_S).nonzero()[:, 0]
-        whole = len(at) == len(class_S)
-        keys, values = (x if whole else x.index_select(1, at) for x in (keys_KSH, values_KSH))
-        seen = visible_NRS if whole else visible_NRS[..., at]
-        added = added_NRS if added_NRS is None or whole else added_NRS[..., at]
-        found.append(_one_class(content_NRH, keys, values, seen, added, scale))
-    return torch.stack([lse for lse, _ in found], dim=-1), torch.stack([out for _, out in found], dim=2)
+    visible = held.sorted(visible_NRS)
+    added = None if added_NRS is None else held.sorted(added_NRS)
+    seen_S, found, start = visible.flatten(0, 1).any(0), [], 0
+    for end in held.ends:
+        # Keys after the last one that a query of the block sees are left out.
+        seen = seen_S[start:end].nonzero()[:, 0]
+        used = slice(start, start + (int(seen[-1]) + 1 if len(seen) else 0))
+        keys, values = held.keys_KSH[:, used], held.values_KSH[:, used]
+        found.append(
+            _one_class(
+                content_NRH, keys, values, visible[..., used], None if added is None else added[..., used], scale
+            )
+        )
+        start = end
+    return torch.stack([lse for lse, _ in found], dim=-1), [out for _, out in found]
 
 
 def _one_class(

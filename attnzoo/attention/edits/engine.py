@@ -3,11 +3,12 @@ keys."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from attnzoo.attention.edits.classes import class_passes, classes_of
+from attnzoo.attention.edits.classes import ByClass, class_passes, classes_of
 from attnzoo.attention.edits.cost import ROWS, rows_at_once
 from attnzoo.attention.edits.items import Edit, Here
 from attnzoo.attention.edits.order import Weighed, weighed
@@ -15,6 +16,7 @@ from attnzoo.attention.edits.plan import Meant
 from attnzoo.attention.edits.reading import LayerRecord
 from attnzoo.attention.edits.reads import Read
 from attnzoo.ops.common.masks import Mask, sees
+from attnzoo.ops.common.negligible import without_negligible
 from attnzoo.types import accumulation_dtype
 
 FEW = 16
@@ -72,10 +74,11 @@ def row_changes(call: AttentionCall, row: int, record: LayerRecord, step: int | 
         return
     partitioned = record.plan.engine == "partitioned" and len(tokens) >= FEW and not _needs_gradient(call)
     record.engines.add("partitioned" if partitioned else "dense")
-    heads = len(record.plan.heads)
-    size = ROWS if partitioned else rows_at_once(heads, call.keys_BKSH.shape[2])
-    for tokens_R in tokens.split(size):
-        yield from (_by_class if partitioned else _by_key)(call, row, record, items, tokens_R)
+    if partitioned:
+        yield from _by_class(call, row, record, items, tokens)
+        return
+    for tokens_R in tokens.split(rows_at_once(len(record.plan.heads), call.keys_BKSH.shape[2])):
+        yield from _by_key(call, row, record, items, tokens_R)
 
 
 def _by_key(
@@ -95,7 +98,13 @@ def _by_key(
         scores = products * call.scale if block.added_NRS is None else products * call.scale + block.added_NRS
         found = weighed(scores, block.visible_NRS, [(meant.item, here) for meant, here in heres])
     values_KSH = call.values_BKSH[row]
-    yield from _finish(found, lambda w: _by_kv(w, values_KSH, kv_N), heres, block, record, call.q_BNTH.dtype)
+
+    def with_values(weights_NRS: Tensor) -> Tensor:
+        if call.weigh is None:  # a softmax leaves denormal numbers, which a CPU multiplies slowly
+            weights_NRS = without_negligible(weights_NRS)
+        return _by_kv(weights_NRS, values_KSH, kv_N)
+
+    yield from _finish(found, with_values, heres, block, record, call.q_BNTH.dtype)
 
 
 def _by_kv(x_NRX: Tensor, held_KSX: Tensor, kv_N: Tensor, transposed: bool = False) -> Tensor:
@@ -112,33 +121,54 @@ def _by_kv(x_NRX: Tensor, held_KSX: Tensor, kv_N: Tensor, transposed: bool = Fal
 
 
 def _by_class(
-    call: AttentionCall, row: int, record: LayerRecord, items: list[Meant], tokens_R: Tensor
+    call: AttentionCall, row: int, record: LayerRecord, items: list[Meant], tokens_L: Tensor
 ) -> Iterator[Changed]:
     """One fused pass for every class of keys; a class's score is the logarithm of its sum of exponentials."""
-    plan, device = record.plan, tokens_R.device
-    block = _Block.of(call, row, tokens_R, torch.tensor(plan.heads, device=device))
+    plan, device = record.plan, tokens_L.device
+    heads_N = torch.tensor(plan.heads, device=device)
     member_CM, class_KS = classes_of(plan.sets, call.positions_BKS[row], record.flags)
-    lses, outs = [], []
-    for kv_heads, first, last in _groups(plan.heads, call):
-        kv_K, heads = torch.tensor(kv_heads, device=device), slice(first, last)
-        lse, out = class_passes(
-            block.content_NRH[heads],
-            call.keys_BKSH[row].index_select(0, kv_K),
-            call.values_BKSH[row].index_select(0, kv_K),
-            _cut(block.visible_NRS, heads),
-            None if block.added_NRS is None else _cut(block.added_NRS, heads),
-            class_KS[0 if len(class_KS) == 1 else kv_heads[0]],
-            len(member_CM),
-            call.scale,
-        )
-        lses.append(lse)
-        outs.append(out)
-    lse_NRC, out_NRCH = (x[0] if len(x) == 1 else torch.cat(x) for x in (lses, outs))
     sets = {held: member_CM[:, index][None, None] for index, held in enumerate(plan.sets)}
-    visible_NRC = lse_NRC > float("-inf")
-    heres = [(meant, class_here(meant, block, visible_NRC, sets, record)) for meant in items]
-    found = weighed(lse_NRC, visible_NRC, [(meant.item, here) for meant, here in heres])
-    yield from _finish(found, lambda w: (w[..., None] * out_NRCH).sum(2), heres, block, record, call.q_BNTH.dtype)
+    groups = []
+    for kv_heads, first, last in _groups(plan.heads, call):
+        every = len(kv_heads) == call.keys_BKSH.shape[1]
+        kv_K = torch.tensor(kv_heads, device=device)
+        keys, values = (x[row] if every else x[row].index_select(0, kv_K) for x in (call.keys_BKSH, call.values_BKSH))
+        class_S = class_KS[0 if len(class_KS) == 1 else kv_heads[0]]
+        groups.append((slice(first, last), ByClass.of(keys, values, class_S, len(member_CM))))
+    for tokens_R in tokens_L.split(ROWS):
+        block = _Block.of(call, row, tokens_R, heads_N)
+        passes = [
+            class_passes(
+                block.content_NRH[heads],
+                held,
+                _cut(block.visible_NRS, heads),
+                None if block.added_NRS is None else _cut(block.added_NRS, heads),
+                call.scale,
+            )
+            for heads, held in groups
+        ]
+        lse_NRC = torch.cat([lse for lse, _ in passes])
+        outs = [
+            torch.cat(outs) if len(outs) > 1 else outs[0] for outs in zip(*(outs for _, outs in passes), strict=True)
+        ]
+        visible_NRC = lse_NRC > float("-inf")
+        heres = [(meant, class_here(meant, block, visible_NRC, sets, record)) for meant in items]
+        found = weighed(lse_NRC, visible_NRC, [(meant.item, here) for meant, here in heres])
+        with_values = partial(_sum_of_classes, outs=outs)
+        yield from _finish(found, with_values, heres, block, record, call.q_BNTH.dtype)
+
+
+def _sum_of_classes(weights_NRC: Tensor, outs: list[Tensor]) -> Tensor:
+    total = weights_NRC[..., :1] * outs[0]
+    for number, out_NRH in enumerate(outs[1:], 1):
+        total = torch.addcmul(total, weights_NRC[..., number, None], out_NRH)
+    return total
+
+
+def span(tokens_R: Tensor) -> Tensor | slice:
+    """An index for rising numbers: of a range without gaps a slice, which copies nothing."""
+    first, last = int(tokens_R[0]), int(tokens_R[-1])
+    return slice(first, last + 1) if last - first + 1 == len(tokens_R) else tokens_R
 
 
 def _cut(x_NRS: Tensor, heads: slice) -> Tensor:
@@ -206,7 +236,7 @@ class _Block:
             query_positions_BT=queries_1R,
             key_positions_BKS=keys_1KS,
         )
-        content, bias = call.terms(call.q_BNTH[row : row + 1, :, tokens_R], plain)
+        content, bias = call.terms(call.q_BNTH[row : row + 1, :, span(tokens_R)], plain)
         added = None if bias is None else bias[0].index_select(0, heads_N)
         if call.log_counts_BKS is not None:
             counts = _per_head(call.log_counts_BKS[row], kv_N)[:, None]
@@ -221,7 +251,7 @@ class _Block:
             tokens_R,
             call.queries_BT[row, tokens_R],
             visible_NRS,
-            content[0].index_select(0, heads_N),
+            content[0] if len(heads_N) == num_heads else content[0].index_select(0, heads_N),
             added,
         )
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from attnzoo.attention.edits.cost import EditCost, layer_cost, returned_bytes
@@ -48,7 +49,7 @@ class LayerItems:
     heads: tuple[int, ...]
     sets: tuple[Chosen, ...]
 
-    @property
+    @cached_property
     def sinks(self) -> tuple[Sinks, ...]:
         """What must be known of hidden states."""
         return tuple(dict.fromkeys(each for held in self.sets for each in held.sinks))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from attnzoo.attention.edits.engine import AttentionCall, row_changes
+from attnzoo.attention.edits.engine import AttentionCall, Changed, row_changes, span
 from attnzoo.attention.edits.items import Edit
 from attnzoo.attention.edits.plan import EditPlan
 from attnzoo.attention.edits.reading import LayerRecord, Reading
@@ -116,9 +116,7 @@ class LayerPlan:
                 continue
             for new in row_changes(call, row, entry.record, self.step):
                 out_BNTH, copied = (out_BNTH if copied else out_BNTH.clone()), True
-                at = (row, new.heads_N[:, None], new.tokens_R)
-                old_NRH = out_BNTH[at]
-                out_BNTH[at] = torch.where(new.named_NR[..., None], new.out_NRH, old_NRH)
+                _put(out_BNTH[row], new)
         return out_BNTH
 
     def positions(self, queries_BT: Tensor, counts_B: Tensor | None = None) -> Tensor:
@@ -133,6 +131,16 @@ class LayerPlan:
                     f"{int(queries_BT[row].max())}; plan with more new_tokens"
                 )
         return queries_BT
+
+
+def _put(out_NTH: Tensor, new: Changed) -> None:
+    """Writes what has changed in one row."""
+    tokens = span(new.tokens_R)
+    if isinstance(tokens, slice) and len(new.heads_N) == len(out_NTH) and bool(new.named_NR.all()):
+        out_NTH[:, tokens] = new.out_NRH
+        return
+    at = (new.heads_N[:, None], new.tokens_R)
+    out_NTH[at] = torch.where(new.named_NR[..., None], new.out_NRH, out_NTH[at])
 
 
 def row_positions(mask: Mask, batch: int, tokens: int, device: torch.device) -> Tensor:
