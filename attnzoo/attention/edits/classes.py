@@ -82,7 +82,7 @@ def _one_class(
         mask = torch.where(seen_NRS, zeros, float("-inf"))
     out, lse = lse_attention(content_NRH, keys_KSH, values_KSH, mask, scale)
     out, lse = out.to(dtype), lse.to(dtype)
-    if some is not None:  # the fused operation's answers for rows without keys say nothing
+    if some is not None and not bool(some.all()):  # the fused operation's answers for rows without keys say nothing
         out, lse = out.masked_fill(~some[..., None], 0.0), lse.masked_fill(~some, float("-inf"))
     return lse, out
 
