@@ -280,14 +280,15 @@ def _seen(mask: Mask, row: int, tokens_R: Tensor, entries: int) -> tuple[Tensor,
 def here_of(meant: Meant, block: _Block, positions_NS: Tensor, record: LayerRecord) -> Here:
     """What an item means among the keys of a block."""
     sets = dict(meant.sets)
+    placed = meant.item.placed
     return Here(
         named_NR1=_named(meant, block, record),
         visible_NRS=block.visible_NRS,
         keys={name: held.holds(positions_NS, record.flags)[:, None] for name, held in sets.items()},
         heads_N=block.heads_N,
-        head_row_N=_head_rows(meant, block),
-        query_row_R=meant.queries.rank(block.queries_R),
-        key_row_NS=sets["keys"].rank(positions_NS),
+        head_row_N=_head_rows(meant, block) if placed else None,
+        query_row_R=meant.queries.rank(block.queries_R) if placed else None,
+        key_row_NS=sets["keys"].rank(positions_NS) if placed else None,
         positions_NS=positions_NS.expand(len(block.heads_N), -1),
     )
 
@@ -299,16 +300,15 @@ def class_here(meant: Meant, block: _Block, visible_NRC: Tensor, sets: dict, rec
         visible_NRS=visible_NRC,
         keys={name: sets[held] for name, held in meant.sets},
         heads_N=block.heads_N,
-        head_row_N=_head_rows(meant, block),
-        query_row_R=meant.queries.rank(block.queries_R),
-        key_row_NS=None,
-        positions_NS=None,
     )
 
 
 def _named(meant: Meant, block: _Block, record: LayerRecord) -> Tensor:
-    heads = torch.isin(block.heads_N, torch.tensor(meant.heads, device=block.heads_N.device))
-    return (heads[:, None] & meant.queries.holds(block.queries_R, record.flags))[..., None]
+    heads, queries_R = len(block.heads_N), meant.queries.holds(block.queries_R, record.flags)
+    if len(meant.heads) == heads:  # a block has no heads beside those that items name
+        return queries_R[None, :, None].expand(heads, -1, 1)
+    named_N = torch.isin(block.heads_N, torch.tensor(meant.heads, device=block.heads_N.device))
+    return (named_N[:, None] & queries_R)[..., None]
 
 
 def _head_rows(meant: Meant, block: _Block) -> Tensor:

@@ -64,18 +64,18 @@ class Here:
 
     named_NR1: its heads and queries. visible_NRS: what the mask shows, of one head or query for all. keys: its sets of
     keys by name, [N or 1, 1, S]; "keys" is that of its `Where`. heads_N: the heads' numbers in the model. head_row_N,
-    query_row_R: their places among those that the item names; key_row_NS likewise, or None where keys are classes of
-    keys. positions_NS: logical positions of the keys.
+    query_row_R: their places among those that the item names; key_row_NS likewise; None for items that are
+    not `placed`. positions_NS: logical positions of the keys, None where keys are classes of keys.
     """
 
     named_NR1: Tensor
     visible_NRS: Tensor
     keys: dict[str, Tensor]
     heads_N: Tensor
-    head_row_N: Tensor
-    query_row_R: Tensor
-    key_row_NS: Tensor | None
-    positions_NS: Tensor | None
+    head_row_N: Tensor | None = None
+    query_row_R: Tensor | None = None
+    key_row_NS: Tensor | None = None
+    positions_NS: Tensor | None = None
 
     @property
     def meant(self) -> Tensor:
@@ -84,6 +84,8 @@ class Here:
 
     def place(self, values: Tensor) -> Tensor:
         """values [heads, queries, keys] of the named ones as [N, R, S], anything elsewhere."""
+        assert self.head_row_N is not None
+        assert self.query_row_R is not None
         assert self.key_row_NS is not None
         heads, queries, keys = values.shape
         rows = self.head_row_N.clamp(0, heads - 1)[:, None, None]
@@ -96,10 +98,12 @@ class Here:
 
 @dataclass(frozen=True)
 class Item:
-    """A read or an edit. dense: it needs every key's score or weight; else sums over sets of keys are enough."""
+    """A read or an edit. dense: it needs every key's score or weight; else sums over sets of keys are enough. placed:
+    it needs the places of heads, queries and keys among those that it names."""
 
     where: Where = field(default_factory=Where)
     dense: ClassVar[bool] = True
+    placed: ClassVar[bool] = False
 
     def key_sets(self) -> dict[str, Positions]:
         """The sets of keys that it tells apart, by name."""
@@ -183,6 +187,7 @@ class Temper(ScoreEdit):
 class PutScores(ScoreEdit):
     """The given scores, [heads, queries, keys] of what `where` names."""
 
+    placed: ClassVar[bool] = True
     scores: Values = field(default_factory=lambda: Values([[[0.0]]]))
 
     def __post_init__(self) -> None:
@@ -241,6 +246,7 @@ class Raise(WeightEdit):
 class PutWeights(WeightEdit):
     """The given weights, [heads, queries, keys] of what `where` names; with `renormalise`, every row keeps its sum."""
 
+    placed: ClassVar[bool] = True
     weights: Values = field(default_factory=lambda: Values([[[0.0]]]))
     renormalise: bool = False
 

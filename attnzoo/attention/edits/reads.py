@@ -42,6 +42,8 @@ class TopKeys(Read):
 class KeySums(Read):
     """The weight of every key, summed over the queries, for every head."""
 
+    placed: ClassVar[bool] = True
+
 
 @dataclass(frozen=True)
 class Entropy(Read):
@@ -52,6 +54,7 @@ class Entropy(Read):
 class Map(Read):
     """Every weight, or every score before the softmax (after its edits), for every head, query and key."""
 
+    placed: ClassVar[bool] = True
     what: Literal["weights", "scores"] = "weights"
     dtype: Literal["fp16", "fp32", "fp64"] = "fp16"
 
