@@ -3,6 +3,7 @@
 import bisect
 import itertools
 import operator
+import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict
@@ -202,7 +203,8 @@ class AttentionWish:
         self, model: DecoderLM, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], limits: Sequence[int]
     ) -> list[EditPlan] | None:
         """A plan for every prompt, None where nothing is wished. Raises ValueError as `DecoderLM.plan_edits`."""
-        items = [*_items(self.edits, "edits"), *_items(self.read, "read")]
+        edits = _items(self.edits, "edits")
+        items = [*edits, *_items(self.read, "read")]
         if not items:
             return None
         spans = [self.spans] * len(prompts) if self.spans is None or isinstance(self.spans, Mapping) else self.spans
@@ -213,8 +215,18 @@ class AttentionWish:
         plans = []
         for ids, named, limit in zip(prompts, spans, limits, strict=True):
             found = {name: token_spans(tokenizer, ids, value, name) for name, value in (named or {}).items()}
-            plans.append(model.plan_edits(Edits(*items), TokenLayout(len(ids), found), max(limit - 1, 0)))
+            layout, new = TokenLayout(len(ids), found), max(limit - 1, 0)
+            try:
+                plans.append(model.plan_edits(Edits(*items), layout, new))
+            except ValueError as error:
+                raise ValueError(_of_lists(str(error), len(edits))) from None
         return plans
+
+
+def _of_lists(message: str, edits: int) -> str:
+    """A message about the joined list with numbers of the two lists: of 2 edits, edits[2] is read[0]."""
+    pattern = r"\bedits\[(\d+)\]"
+    return re.sub(pattern, lambda at: at[0] if int(at[1]) < edits else f"read[{int(at[1]) - edits}]", message)
 
 
 def _items(given: Any, name: str) -> Sequence[Any]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from attnzoo.attention.edits import EditPlan
 from attnzoo.kvcache.choice import CacheChoice
 from serve.engine import Engine
 from serve.faults import DeviceError, log, message
@@ -124,25 +125,28 @@ class AsyncEngine:
         prompts: Sequence[Sequence[int]],
         params: Sequence[SamplingParams],
         cache: CacheChoice | None = None,
+        plans: Sequence[EditPlan | None] | None = None,
     ) -> Stream:
         """Queues all prompts or none of them, with the same `cache`. The stream's `request_ids` are in their order.
+        plans: what each reads and edits of attention.
 
         Raises the errors of `Engine.check`; QueueFullError; EngineUnavailableError; RuntimeError outside an event loop,
         and while requests of another event loop are open.
         """
         if self.draining or self.health() is not None:
             raise EngineUnavailableError(self.health() or "the server is shutting down")
-        for prompt, param in zip(prompts, params, strict=True):
-            self.engine.check(prompt, param, cache)
+        plans = plans or [None] * len(prompts)
+        for prompt, param, plan in zip(prompts, params, plans, strict=True):
+            self.engine.check(prompt, param, cache, plan is not None)
         if len(self._streams) + len(prompts) > self._limit:
             raise QueueFullError(f"{len(self._streams)} requests are running or waiting, the limit is {self._limit}")
         self._enter(asyncio.get_running_loop())
         arrived = time.perf_counter()
         stream = Stream(self, [f"r{next(self._ids)}" for _ in prompts])
         commands: list[Callable[[], object]] = []
-        for request_id, prompt, param in zip(stream.request_ids, prompts, params, strict=True):
+        for request_id, prompt, param, plan in zip(stream.request_ids, prompts, params, plans, strict=True):
             self._streams[request_id] = stream
-            commands.append(partial(self._admit, request_id, prompt, param, arrived, cache))
+            commands.append(partial(self._admit, request_id, prompt, param, arrived, cache, plan))
         self._send(commands)
         return stream
 
@@ -200,10 +204,11 @@ class AsyncEngine:
         params: SamplingParams,
         arrived: float,
         cache: CacheChoice | None,
+        plan: EditPlan | None,
     ) -> None:
         """Runs in the engine's thread. A request that passed `check` may still fail here; then only it fails."""
         try:
-            self.engine.add_request(request_id, prompt, params, arrived, cache)
+            self.engine.add_request(request_id, prompt, params, arrived, cache, plan)
         except Exception as failure:
             log(f"request {request_id} failed", failure)
             self._post(self._deliver, [Delta(request_id, "", 0, finish_reason="error", error=message(failure))])

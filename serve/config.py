@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.apps import find_config
+from attnzoo.attention.edits.plan import MAX_BYTES
 from attnzoo.checkpoint import PACKAGED, find_checkpoint
 from attnzoo.settings import parse_words, parse_yaml, read_mapping
 from attnzoo.types import CheckedConfig, build_config, parse_dtype
@@ -21,6 +22,7 @@ MAX_THREADS = 1024
 """Upper bound of threads; torch ends the process without a message if it cannot create them."""
 
 CONTROL_TOKENS = ("template", "template_only", "everywhere")
+ATTENTION = ("off", "read", "edit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +119,11 @@ class ServeConfig(EngineConfig):
     must send headers and body. write_timeout_s: seconds for which a client may leave its answer unread. max_reading:
     requests whose bodies may be arriving at the same time; one more ends the oldest of them with status 408. cluster:
     address of a running Ray cluster ("auto" finds it); None starts a local one.
+    attention: what requests may do with attention by their field `attention`: "off" (nothing), "read", or "edit" (and
+    read). Such a request runs by itself beside the batch, and counts as a cache of its own against max_caches.
+    attention_max_bytes: most bytes that the reads of one request return, of all its choices. attention_total_bytes:
+    most bytes of attention maps, those of running requests and those that wait for their download, together.
+    attention_ttl_s: seconds for which a map can be downloaded.
     """
 
     host: str = "127.0.0.1"
@@ -134,6 +141,10 @@ class ServeConfig(EngineConfig):
     body_timeout_s: float = 30.0
     write_timeout_s: float = 60.0
     max_reading: int = 64
+    attention: str = "off"
+    attention_max_bytes: int = 16 << 20
+    attention_total_bytes: int = 256 << 20
+    attention_ttl_s: float = 300.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,13 +152,23 @@ class ServeConfig(EngineConfig):
             raise ValueError(f"host={self.host!r} is empty; give 127.0.0.1, or 0.0.0.0 for all interfaces")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port={self.port} must be between 0 (any free port) and 65535")
-        for name in ("max_body_bytes", "max_choices", "num_cpus", "max_reading"):
+        if self.attention not in ATTENTION:
+            known = ", ".join(ATTENTION)
+            raise ValueError(f"attention={self.attention!r} is not known; choose one of {known}")
+        if self.attention_max_bytes > MAX_BYTES:
+            raise ValueError(f"attention_max_bytes={self.attention_max_bytes} must be at most {MAX_BYTES}")
+        if self.attention_total_bytes < self.attention_max_bytes:
+            raise ValueError(
+                f"attention_total_bytes={self.attention_total_bytes} is less than one request may have, "
+                f"attention_max_bytes={self.attention_max_bytes}; raise the one, or lower the other"
+            )
+        for name in ("max_body_bytes", "max_choices", "num_cpus", "max_reading", "attention_max_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("drain_timeout_s", "stream_interval_ms"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a number, and not negative")
-        for name in ("header_timeout_s", "body_timeout_s", "write_timeout_s"):
+        for name in ("header_timeout_s", "body_timeout_s", "write_timeout_s", "attention_ttl_s"):
             _check_seconds(self, name)
         for host in self.allowed_hosts or ():
             check_host_name(host)

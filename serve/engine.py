@@ -4,11 +4,13 @@ import itertools
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attnzoo.attention.edits import EditPlan, EditRun
 from attnzoo.checkpoint import find_checkpoint
 from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models import DecoderLM
@@ -23,6 +25,7 @@ from serve.pace import PromptPace
 from serve.pool import compiled_step
 from serve.prompts import Prompt, check_prompt, read_prompts, whole
 from serve.request import (
+    Alone,
     CacheMemoryError,
     CompletionOutput,
     ContextLengthError,
@@ -138,16 +141,19 @@ class Engine:
         except ValueError as error:
             raise ValueError(f"cache_bounds.{choice.policy}: this model cannot have it: {error}") from None
 
-    def _demand(self, choice: CacheChoice, prompt: int, tokens: int) -> Demand:
-        """The memory that counts against `cache_mib`: none for the full cache, which is allocated at the start."""
+    def _demand(self, choice: CacheChoice, prompt: int, tokens: int, alone: bool = False) -> Demand:
+        """The memory that counts against `cache_mib`: none for the full cache, which is allocated at the start, but for
+        a request that runs alone."""
         if choice.exact:
-            return Demand(choice)
+            return Demand(choice, row_bytes=self.runner.full_bytes(prompt + tokens) if alone else 0)
         model = self._byte_model(choice)
         streamed = model.policy.prefill == "stream"
         room = min(self.config.max_batched_tokens, prompt) if streamed else prompt
         return Demand(choice, row_bytes=model.compressed(prompt, tokens), prompt_bytes=model.reading(room))
 
-    def check(self, prompt: Sequence[int], params: SamplingParams, cache: CacheChoice | None = None) -> None:
+    def check(
+        self, prompt: Sequence[int], params: SamplingParams, cache: CacheChoice | None = None, alone: bool = False
+    ) -> None:
         """Raises ValueError for a prompt that is empty or has unknown tokens, ContextLengthError if prompt and
         max_tokens exceed the context, CacheMemoryError if the request's cache exceeds `cache_mib`."""
         check_prompt(prompt, self.tokenizer.vocab_size)
@@ -157,7 +163,7 @@ class Engine:
                 f"this model's context is {self.max_model_len} tokens, but {total} were asked for "
                 f"({len(prompt)} in the prompt, max_tokens={params.max_tokens}); shorten the prompt or lower max_tokens"
             )
-        most = self._demand(cache or self.caches.default, len(prompt), params.max_tokens).most
+        most = self._demand(cache or self.caches.default, len(prompt), params.max_tokens, alone).most
         if self.scheduler.max_bytes is not None and most > self.scheduler.max_bytes:
             raise CacheMemoryError(
                 f"this request's cache needs {most / 2**20:.1f} MiB, and there are cache_mib={self.config.cache_mib}; "
@@ -172,21 +178,25 @@ class Engine:
         params: SamplingParams,
         arrived: float | None = None,
         cache: CacheChoice | None = None,
+        plan: EditPlan | None = None,
     ) -> None:
         """Queues a request. arrived: its arrival by time.perf_counter, for the metrics (None: now). cache: from
-        `choose_cache`. Raises the errors of `check` and `Scheduler.add`."""
+        `choose_cache`. plan: what it reads and edits of attention. Raises the errors of `check` and `Scheduler.add`."""
         cache = cache or self.caches.default
-        self.check(prompt, params, cache)
+        self.check(prompt, params, cache, plan is not None)
+        total = len(prompt) + params.max_tokens
         request = Request(
             request_id=request_id,
             prompt=[whole(token) for token in prompt],
             params=params,
             text=TextStream(self.tokenizer, params.stop),
             cache=cache,
+            group=cache if plan is None else Alone(cache, EditRun(plan), total),
             generator=make_generator(params, self.runner.device),
             arrived=time.perf_counter() if arrived is None else arrived,
         )
-        self.scheduler.add(request_id, len(prompt), self._demand(cache, len(prompt), params.max_tokens))
+        demand = self._demand(cache, len(prompt), params.max_tokens, plan is not None)
+        self.scheduler.add(request_id, len(prompt), replace(demand, group=request.group))
         self._requests[request_id] = request
 
     def has_work(self) -> bool:
@@ -361,11 +371,12 @@ class Engine:
         if reason is not None:
             delta.prompt_tokens = len(request.prompt)
             delta.ttft_s = request.first_token - request.arrived
+            delta.run = request.group.run if isinstance(request.group, Alone) else None
             self._report_memory(delta, request)
         return delta
 
     def _report_memory(self, delta: Delta, request: Request) -> None:
-        slot = self.scheduler.tables[request.cache].slot_of(request.request_id)
+        slot = self.scheduler.tables[request.group].slot_of(request.request_id)
         memory = self.runner.memory(request, slot)
         delta.policy, delta.kept_tokens = request.cache.policy, memory.kept_tokens
         delta.kv_bytes, delta.kv_bytes_full = memory.kv_bytes, memory.kv_bytes_full

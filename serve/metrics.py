@@ -22,6 +22,7 @@ class ServerMetrics:
         self._waiting = self._gauge("num_requests_waiting", "Requests without a slot")
         self._kv_bytes = self._gauge("kv_bytes", "Bytes of the state filled by running sequences")
         self._pool_bytes = self._gauge("kv_pool_bytes", "Bytes of the state as allocated")
+        self._map_bytes = self._gauge("attention_map_bytes", "Bytes of attention maps, reserved and kept")
         self._prompt = self._counter(
             "prompt_tokens", "Prompt tokens of finished and aborted requests, once for all choices of one"
         )
@@ -60,6 +61,10 @@ class ServerMetrics:
         """Sets the bytes of the states that running sequences fill, and of all allocated states."""
         self._kv_bytes.set(filled)
         self._pool_bytes.set(allocated)
+
+    def maps(self, nbytes: int) -> None:
+        """Sets the bytes of attention maps: of running requests, and of those that wait for their download."""
+        self._map_bytes.set(nbytes)
 
     def token(self, request: Request, now: float) -> None:
         """Counts a new token of a request, generated at `now` (time.perf_counter)."""

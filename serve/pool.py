@@ -2,10 +2,10 @@
 
 `SlotPool` holds full caches in rows of fixed size, allocated once; prompts are read directly into their rows.
 `CompactPool` holds compressed caches: a prompt is read into a state of its own, compressed, and joined to the pool,
-which is only as large as its sequences need.
+which is only as large as its sequences need. `AlonePool` holds one sequence whose attention is read or edited.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,11 +13,16 @@ from torch import Tensor
 from attnzoo.kvcache import CachePolicy
 from attnzoo.models import CompiledDecode, DecoderLM
 from attnzoo.models.decoder_lm import DecoderState
+from serve.request import Alone
 from serve.scheduler import Chunk
 from serve.slots import Release
 
 Prompts = Sequence[tuple[Chunk, Sequence[int]]]
 """Chunks in neighbouring slots, each with the token ids of its whole prompt."""
+
+
+Step = Callable[[Tensor, DecoderState], tuple[Tensor, DecoderState]]
+"""Sends tokens_BT through the model: (hidden_BTD, the state after them)."""
 
 
 class HalfWrittenError(RuntimeError):
@@ -125,7 +130,7 @@ class CompactPool:
 
     def __init__(self, model: DecoderLM, policy: CachePolicy, compiled: CompiledDecode | None = None) -> None:
         self.model, self.policy = model, policy
-        self._step = compiled or model.extend_hidden
+        self._step: Step = compiled or model.extend_hidden
         self.state: DecoderState | None = None
         self.slots: list[int] = []
         """The slot of each row, ascending: 0, 1, ... between steps. A failed prompt leaves a gap until its release."""
@@ -166,16 +171,24 @@ class CompactPool:
         prompt's state is gone; if `state` is then None, all other rows are lost too."""
         state = self.prompts.pop(chunk.request_id, None)
         if state is None:
-            # A policy that compresses while reading needs no room for the whole prompt.
-            room = chunk.count if self.policy.prefill == "stream" else len(prompt)
-            state = self.model.init_state(1, room, cache=self.policy)
+            state = self.model.init_state(1, self._room(chunk, prompt), cache=self.policy)
         tokens_1T = _tensor(self.model, [prompt[chunk.start : chunk.start + chunk.count]])
-        hidden_1TD, state = self.model.extend_hidden(tokens_1T, state)
+        hidden_1TD, state = self._extend(tokens_1T, state)
         if not chunk.last:
             self.prompts[chunk.request_id] = state
             return hidden_1TD[:0, -1]
-        self._join(chunk.slot, self.model.compress(state, joinable=True))
+        self._join(chunk.slot, self._compressed(state))
         return hidden_1TD[:, -1]
+
+    def _room(self, chunk: Chunk, prompt: Sequence[int]) -> int:
+        """Tokens for which a prompt's state has room. A policy that compresses while reading needs less."""
+        return chunk.count if self.policy.prefill == "stream" else len(prompt)
+
+    def _extend(self, tokens_BT: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        return self.model.extend_hidden(tokens_BT, state)
+
+    def _compressed(self, state: DecoderState) -> DecoderState:
+        return self.model.compress(state, joinable=True)
 
     def _join(self, slot: int, row: DecoderState) -> None:
         assert not self.slots or self.slots[-1] < slot, f"slot {slot} is not behind {self.slots}"
@@ -205,6 +218,25 @@ class CompactPool:
         if self.state is not None and order != list(range(self.rows)):
             self.state = self.state.keep_rows(order) if order else None
         self.slots = sorted(rows)
+
+
+class AlonePool(CompactPool):
+    """The state of one sequence whose attention is read or edited, under any cache. It goes through the model alone, so
+    that other sequences compute what they would compute without it, and fail alone."""
+
+    def __init__(self, model: DecoderLM, alone: Alone) -> None:
+        super().__init__(model, alone.cache.build())
+        self._step = self._extend
+        self._alone = alone
+
+    def _room(self, chunk: Chunk, prompt: Sequence[int]) -> int:
+        return self._alone.tokens if self._alone.cache.exact else super()._room(chunk, prompt)
+
+    def _extend(self, tokens_BT: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        return self.model.extend_hidden(tokens_BT, state, edits=[self._alone.run])
+
+    def _compressed(self, state: DecoderState) -> DecoderState:
+        return state if self._alone.cache.exact else super()._compressed(state)
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from attnzoo.attention.edits import EditRun
 from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models.sampling import TokenLogprobs
 from attnzoo.tokenizer.text_stream import TextStream
@@ -84,13 +85,24 @@ class SamplingParams:
             raise ValueError(f"stop strings must be between 1 and {MAX_STOP_LENGTH} characters long")
 
 
+@dataclass(frozen=True, eq=False)
+class Alone:
+    """The group of one request that reads or edits attention, and so runs by itself. run: what it reads and edits;
+    tokens: most tokens of its prompt and text."""
+
+    cache: CacheChoice
+    run: EditRun
+    tokens: int
+
+
 @dataclass(slots=True)
 class Delta:
     """The progress of one request in one step; the last delta of a request has a `finish_reason`.
 
     text: new characters that are final. tokens: number of tokens generated so far. prompt_tokens, ttft_s (seconds from
     arrival to the first token), policy and the fields of `attnzoo.models.cache_use.CacheUse`: only in the last delta.
-    error: with finish_reason "error", the message for the request's owner; it may quote the prompt.
+    error: with finish_reason "error", the message for the request's owner; it may quote the prompt. run: in the last
+    delta of a request that reads or edits attention, what it has read.
     """
 
     request_id: str
@@ -106,17 +118,20 @@ class Delta:
     kv_bytes_full: int = 0
     not_compressed: str | None = None
     error: str | None = None
+    run: EditRun | None = None
 
 
 @dataclass(slots=True)
 class Request:
-    """One sequence in the engine. Times are seconds of `time.perf_counter`."""
+    """One sequence in the engine. group: the requests that decode together with it, by their cache; or `Alone`. Times
+    are seconds of `time.perf_counter`."""
 
     request_id: str
     prompt: list[int]
     params: SamplingParams
     text: TextStream
     cache: CacheChoice
+    group: CacheChoice | Alone
     generator: "torch.Generator | None"
     arrived: float
     generated: list[int] = field(default_factory=list)

@@ -15,8 +15,8 @@ from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models import CompiledDecode, DecoderLM
 from attnzoo.models.cache_use import CacheUse, compressed_use, exact_use
 from serve.faults import DeviceError, SharedError
-from serve.pool import CompactPool, HalfWrittenError, SlotPool
-from serve.request import Request
+from serve.pool import AlonePool, CompactPool, HalfWrittenError, SlotPool
+from serve.request import Alone, Request
 from serve.scheduler import Chunk, StepPlan
 from serve.slots import Release
 
@@ -55,8 +55,8 @@ class Runner:
         with torch.inference_mode():
             self.full = SlotPool(model, max_num_seqs, max_model_len, compile_decode) if max_num_seqs else None
         self._steps = steps or {}
-        self.compact: dict[CacheChoice, CompactPool] = {}
-        self._full_bytes = lru_cache(maxsize=4096)(self._context_bytes)
+        self.compact: dict[CacheChoice | Alone, CompactPool] = {}
+        self.full_bytes = lru_cache(maxsize=4096)(self._context_bytes)
 
     @property
     def pool_bytes(self) -> int:
@@ -66,9 +66,9 @@ class Runner:
 
     def memory(self, request: Request, slot: int) -> CacheUse:
         """The memory of a decoding sequence's state, and the memory it would take in the full cache."""
-        full = exact_use(self.model, request.context, self._full_bytes(request.context))
-        pool = self.compact.get(request.cache)
-        if pool is None or pool.state is None:
+        full = exact_use(self.model, request.context, self.full_bytes(request.context))
+        pool = self.compact.get(request.group)
+        if pool is None or pool.state is None or request.cache.exact:
             return full
         row = pool.row_of(slot)
         return compressed_use(pool.policy, pool.state.layers, row, len(request.prompt), full)
@@ -77,8 +77,8 @@ class Runner:
         """Bytes of a running request's state for the metrics: the part of the full cache that its tokens fill, or the
         memory allocated for its compressed cache."""
         if request.cache.exact:
-            return self._full_bytes(request.context)
-        pool = self.compact.get(request.cache)
+            return self.full_bytes(request.context)
+        pool = self.compact.get(request.group)
         return 0 if pool is None else pool.row_bytes(request.request_id)
 
     def _context_bytes(self, context: int) -> int:
@@ -88,6 +88,7 @@ class Runner:
     def run(self, plan: StepPlan, requests: Mapping[str, Request]) -> StepOutput:
         """Computes the plan. Raises DeviceError if the device no longer works."""
         parts: list[Part] = []
+        alone: list[Part] = []
         failed: dict[str, Exception] = {}
         for exchange in plan.exchanges:
             pool = self._pool(exchange.group)
@@ -95,14 +96,21 @@ class Runner:
                 pool.exchange(exchange.slots, exchange.tokens)
         held: dict[object, list[str]] = {group: list(ids) for group, ids in plan.decode}
         for group, ids in plan.decode:
-            parts += self._decode(group, [requests[request_id] for request_id in ids], failed)
+            found = self._decode(group, [requests[request_id] for request_id in ids], failed)
+            (alone if isinstance(group, Alone) else parts).extend(found)
         for chunks in _batches(plan.prefill):
             found = self._prefill(chunks, requests, failed)
-            parts += found
+            (alone if isinstance(chunks[0].group, Alone) else parts).extend(found)
             rows = held.setdefault(chunks[0].group, [])
             rows += [request_id for ids, _ in found for request_id in ids]
             self._fail_lost_rows(chunks[0].group, rows, failed)
-        return self._logits(parts, failed)
+        if not alone:
+            return self._logits(parts, failed)
+        # The rounding of a row depends on how many there are, so that a request that runs alone has its own logits.
+        outputs = [self._logits(some, failed) for some in (parts, *([part] for part in alone))]
+        outputs = [output for output in outputs if output.sampled] or outputs[:1]
+        sampled = [request_id for output in outputs for request_id in output.sampled]
+        return StepOutput(sampled, torch.cat([output.logits_RV for output in outputs]), failed)
 
     def _decode(self, group: object, requests: list[Request], failed: dict[str, Exception]) -> list[Part]:
         pool = self._pool(group)
@@ -193,13 +201,17 @@ class Runner:
         if self.full is not None:
             self.full.clear()
 
-    def joined(self, plan: StepPlan) -> list[tuple[CacheChoice, int]]:
-        """(cache, bytes of a row) for each compressed pool that got new rows in this step."""
+    def joined(self, plan: StepPlan) -> list[tuple[CacheChoice | Alone, int]]:
+        """(group, bytes of a row) for each compressed pool that got new rows in this step."""
         choices = dict.fromkeys(chunk.group for chunk in plan.prefill if chunk.last)
         pools = [(choice, self.compact[choice]) for choice in choices if choice in self.compact]
         return [(choice, pool.state.nbytes() // pool.rows) for choice, pool in pools if pool.state is not None]
 
     def _pool(self, choice: object) -> SlotPool | CompactPool:
+        if isinstance(choice, Alone):
+            if choice not in self.compact:
+                self.compact[choice] = AlonePool(self.model, choice)
+            return self.compact[choice]
         assert isinstance(choice, CacheChoice)
         if choice.exact:
             assert self.full is not None, "there is no full cache"
@@ -211,10 +223,10 @@ class Runner:
     @torch.inference_mode()
     def release(self, request: Request, release: Release) -> None:
         """Frees the state of a sequence, and removes its pool if that is empty."""
-        self._pool(request.cache).release(request.request_id, release)
-        pool = self.compact.get(request.cache)
+        self._pool(request.group).release(request.request_id, release)
+        pool = self.compact.get(request.group)
         if pool is not None and not pool.nbytes:
-            del self.compact[request.cache]
+            del self.compact[request.group]
 
 
 def _shared(failure: Exception, ids: Sequence[str]) -> Exception:

@@ -16,16 +16,19 @@ from serve.config import ServeConfig
 from serve.openai.encoding import too_long
 from serve.openai.errors import MAX_QUOTED, ApiError, dump, event, short_name
 from serve.openai.protocol import GenerationRequest
+from serve.openai.readings import Readings
 from serve.request import CacheMemoryError, ContextLengthError, Delta, FinishReason, SamplingParams
 from serve.scheduler import QueueFullError
 
 
 @dataclass(frozen=True)
 class GenerationWork:
-    """Token ids and parameters of every choice in the order of its index, and the cache of all of them."""
+    """Token ids and parameters of every choice in the order of its index, the cache of all of them, and what they read
+    and edit of attention."""
 
     choices: list[tuple[list[int], SamplingParams]]
     cache: CacheChoice
+    readings: Readings | None = None
 
 
 def check_model(name: str, config: ServeConfig) -> None:
@@ -52,12 +55,18 @@ def choose_cache(request: GenerationRequest, engine: AsyncEngine) -> CacheChoice
 
 
 def check_work(
-    tokens: list[int], params: SamplingParams, cache: CacheChoice, engine: AsyncEngine, names: tuple[str, str]
+    tokens: list[int],
+    params: SamplingParams,
+    cache: CacheChoice,
+    engine: AsyncEngine,
+    names: tuple[str, str],
+    alone: bool = False,
 ) -> None:
-    """Raises ApiError for a prompt that the model cannot continue. names: the fields of prompt and length limit."""
+    """Raises ApiError for a prompt that the model cannot continue. names: the fields of prompt and length limit. alone:
+    the request reads or edits attention."""
     prompt, limit = names
     try:
-        engine.engine.check(tokens, params, cache)
+        engine.engine.check(tokens, params, cache, alone)
     except CacheMemoryError as error:
         raise ApiError(400, str(error), param="cache", code="cache_memory_exceeded") from None
     except ContextLengthError as error:
@@ -69,8 +78,10 @@ def check_work(
 
 def submit(engine: AsyncEngine, work: GenerationWork) -> Stream:
     """Submits the choices to the engine. Raises ApiError 429 or 503."""
+    plans = None if work.readings is None else work.readings.plans
+    tokens, params = [tokens for tokens, _ in work.choices], [params for _, params in work.choices]
     try:
-        return engine.submit([tokens for tokens, _ in work.choices], [params for _, params in work.choices], work.cache)
+        return engine.submit(tokens, params, work.cache, plans)
     except QueueFullError as error:
         message = f"the server is at its limit ({error}); try again in a moment"
         raise ApiError(429, message, code="queue_full", headers={"retry-after": "1"}) from None
@@ -93,7 +104,12 @@ class Answer(Response):
     ) -> None:
         super().__init__()
         self.request, self.engine, self.interval_s = request, engine, interval_s
-        self.stream = submit(engine, work)
+        self.readings = work.readings
+        try:
+            self.stream = submit(engine, work)
+        except BaseException:
+            self._end_readings()
+            raise
         self.prompt_tokens = sum(len(tokens) for tokens, _ in work.choices[:: request.n or 1])
         self.index = {request_id: index for index, request_id in enumerate(self.stream.request_ids)}
         self.last: dict[str, Delta] = {}
@@ -121,6 +137,24 @@ class Answer(Response):
         finally:
             self.stream.close()
             watcher.cancel()
+            self._end_readings()
+
+    def _end_readings(self) -> None:
+        if self.readings is not None:
+            self.readings.room.close()
+
+    async def _note(self, news: list[Delta]) -> None:
+        if self.readings is not None:
+            await self.readings.take(news)
+
+    def _with_attention(self, choice: dict[str, Any], request_id: str) -> dict[str, Any]:
+        """A choice that ends, with what it has read of attention if it was asked to."""
+        return choice if self.readings is None else choice | {"attention": self.readings.reply(request_id)}
+
+    def _delivered(self) -> None:
+        """The client has the whole answer."""
+        if self.readings is not None:
+            self.readings.room.deliver()
 
     async def _watch(self, receive: Receive) -> None:
         """Aborts the request when the client disconnects."""
@@ -133,6 +167,7 @@ class Answer(Response):
         logprobs: list[list[TokenLogprobs]] = [[] for _ in texts]
         try:
             while news := await self.stream.next():
+                await self._note(news)
                 for delta in news:
                     texts[self.index[delta.request_id]] += delta.text
                     logprobs[self.index[delta.request_id]] += delta.logprobs
@@ -146,9 +181,11 @@ class Answer(Response):
         for request_id, index in self.index.items():
             reason = self.last[request_id].finish_reason
             assert reason is not None
-            choices.append(self.choice(index, texts[index], logprobs[index], reason))
+            choice = self.choice(index, texts[index], logprobs[index], reason)
+            choices.append(self._with_attention(choice, request_id))
         body = dump({**self.head, "choices": choices, "usage": self._usage()})
         await Response(body, media_type="application/json")(scope, receive, send)
+        self._delivered()
 
     async def _events(self, send: Send) -> None:
         """Sends server-sent events; waits for the first deltas before the status, so that an early error sets it."""
@@ -161,6 +198,7 @@ class Answer(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             while news:
+                await self._note(news)
                 data = b"".join(self._event(delta) for delta in news)
                 if self.stream.finished:
                     break
@@ -177,6 +215,7 @@ class Answer(Response):
             return
         # The last text and the end are one message, because every message costs a hop through Ray's proxy.
         await send({"type": "http.response.body", "body": data + self._end(), "more_body": False})
+        self._delivered()
 
     def _end(self) -> bytes:
         if self.request.stream_options is None or not self.request.stream_options.include_usage:
@@ -188,6 +227,8 @@ class Answer(Response):
         if not delta.text and not delta.logprobs and delta.finish_reason is None:
             return b""
         choices = self.news(self.index[delta.request_id], delta)
+        if delta.finish_reason is not None:
+            choices[-1] = self._with_attention(choices[-1], delta.request_id)
         return b"".join(event({**self.head, "choices": [choice]}) for choice in choices)
 
     def _usage(self) -> dict[str, Any]:

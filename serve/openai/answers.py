@@ -60,13 +60,60 @@ class CompletionLogprobs(Reply):
     text_offset: list[int]
 
 
+class MapFile(Reply):
+    """A map of attention, a .npy file at `url` until `expires_at` (seconds since 1970): [heads, queries, keys]."""
+
+    shape: list[int]
+    dtype: str
+    bytes: int
+    id: str
+    url: str
+    expires_at: int
+
+
+class AttentionRead(Reply):
+    """What one read found in one layer. read: its index in the request. queries, keys: positions as [start, stop) of
+    what was computed. values: numbers [heads, queries] and more axes by name, those of `key_sums` [heads, keys]. map:
+    in place of values where a map was read."""
+
+    read: int
+    kind: Literal["mass", "top_keys", "key_sums", "entropy", "map"]
+    layer: int
+    heads: list[int]
+    queries: list[list[int]]
+    keys: list[list[int]] | None
+    values: dict[str, list[list[float | int | list[int] | list[float] | None]]]
+    map: MapFile | None
+
+
+class AttentionLayer(Reply):
+    """How a layer was read. engine: what computed it. approximate: scores are of keys that lack channels. empty_rows:
+    pairs of head and query that see nothing. evicted, merged: by head, positions that the cache gave up, and entries
+    that stand for several tokens."""
+
+    layer: int
+    engine: str
+    approximate: bool
+    empty_rows: int
+    evicted: list[int]
+    merged: list[int]
+
+
+class AttentionReply(Reply):
+    """What a choice has read of attention."""
+
+    layers: list[AttentionLayer]
+    read: list[AttentionRead]
+
+
 class CompletionChoice(Reply):
-    """One continuation, or a part of it in an event."""
+    """One continuation, or a part of it in an event. attention: where the request has the field, at the end."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Reason | None
+    attention: AttentionReply | None = None
 
 
 class Completion(Reply):
@@ -108,12 +155,13 @@ class AnswerMessage(Reply):
 
 
 class ChatChoice(Reply):
-    """One answer."""
+    """One answer. attention: where the request has the field."""
 
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: Reason
+    attention: AttentionReply | None = None
 
 
 class ChatCompletion(Reply):
@@ -135,12 +183,13 @@ class MessageDelta(Reply):
 
 
 class ChunkChoice(Reply):
-    """A part of one answer."""
+    """A part of one answer. attention: in its last chunk, where the request has the field."""
 
     index: int
     delta: MessageDelta
     logprobs: ChatLogprobs | None
     finish_reason: Reason | None
+    attention: AttentionReply | None = None
 
 
 class ChatCompletionChunk(Reply):
@@ -154,6 +203,27 @@ class ChatCompletionChunk(Reply):
     usage: Usage | None = None
 
 
+class AttentionOfLayer(Reply):
+    """What can be read, and edited before (scores) and after the softmax (weights). heads: numbers 0 to heads - 1."""
+
+    layer: int
+    variant: str
+    heads: int
+    kv_heads: int
+    reads: bool
+    scores: bool
+    weights: bool
+    why_not: str | None
+
+
+class AttentionCard(Reply):
+    """What requests may do with attention. max_bytes: most bytes that the reads of one request return."""
+
+    allowed: Literal["off", "read", "edit"]
+    max_bytes: int
+    layers: list[AttentionOfLayer]
+
+
 class ModelCard(Reply):
     """The served model. max_model_len: most tokens of prompt and answer together."""
 
@@ -162,6 +232,7 @@ class ModelCard(Reply):
     created: int
     owned_by: str
     max_model_len: int
+    attention: AttentionCard
 
 
 class ModelList(Reply):

@@ -6,13 +6,14 @@ from attnzoo.models.sampling import TokenLogprobs
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
 from serve.openai.answer import Answer, GenerationWork, check_choices, check_model, check_work, choose_cache
+from serve.openai.attention import Desk
 from serve.openai.encoding import encode_chat
 from serve.openai.errors import ApiError
 from serve.openai.protocol_chat import ChatRequest, chat_logprobs_object
 from serve.request import Delta, FinishReason
 
 
-async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeConfig) -> GenerationWork:
+async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeConfig, desk: Desk) -> GenerationWork:
     """The work of a chat request. Without a length limit an answer may fill the context. Raises ApiError."""
     check_model(request.model, config)
     if engine.engine.chat_template is None:
@@ -27,9 +28,10 @@ async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeC
     for copy in range(copies):
         params = request.sampling(limit, copy)
         if copy == 0:  # the others differ only in their seed
-            check_work(tokens, params, cache, engine, ("messages", request.limit_name))
+            alone = request.attention is not None
+            check_work(tokens, params, cache, engine, ("messages", request.limit_name), alone)
         choices.append((tokens, params))
-    return GenerationWork(choices, cache)
+    return GenerationWork(choices, cache, await desk.readings(request, [(tokens, limit)], copies))
 
 
 class ChatAnswer(Answer):

@@ -6,6 +6,7 @@ from attnzoo.models.sampling import TokenLogprobs
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
 from serve.openai.answer import Answer, GenerationWork, check_choices, check_model, check_work, choose_cache
+from serve.openai.attention import Desk
 from serve.openai.encoding import check_tokens, encode_text
 from serve.openai.errors import ApiError
 from serve.openai.protocol import CompletionRequest, logprobs_object
@@ -14,7 +15,7 @@ from serve.request import Delta, FinishReason
 DEFAULT_MAX_TOKENS = 16
 
 
-async def prepare(request: CompletionRequest, engine: AsyncEngine, config: ServeConfig) -> GenerationWork:
+async def prepare(request: CompletionRequest, engine: AsyncEngine, config: ServeConfig, desk: Desk) -> GenerationWork:
     """The work of a completion request. Raises ApiError."""
     check_model(request.model, config)
     prompts = request.texts_or_tokens()
@@ -23,18 +24,20 @@ async def prepare(request: CompletionRequest, engine: AsyncEngine, config: Serve
         raise ApiError(400, "prompt is empty; give at least one character or token", param="prompt")
     check_choices(len(prompts), copies, config)
     cache = choose_cache(request, engine)
-    choices = []
+    choices, planned = [], []
     for prompt in prompts:
         tokens = await encode_text(prompt, engine, "prompt") if isinstance(prompt, str) else prompt
         check_tokens(len(tokens), engine, "prompt")
         room = engine.engine.max_model_len - len(tokens)
         max_tokens = request.max_tokens or max(1, min(DEFAULT_MAX_TOKENS, room))
+        planned.append((tokens, max_tokens))
         for copy in range(copies):
             params = request.sampling(max_tokens, copy)
             if copy == 0:  # the others differ only in their seed
-                check_work(tokens, params, cache, engine, ("prompt", "max_tokens"))
+                alone = request.attention is not None
+                check_work(tokens, params, cache, engine, ("prompt", "max_tokens"), alone)
             choices.append((tokens, params))
-    return GenerationWork(choices, cache)
+    return GenerationWork(choices, cache, await desk.readings(request, planned, copies))
 
 
 class CompletionAnswer(Answer):

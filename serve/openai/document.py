@@ -2,7 +2,10 @@
 
 from typing import Any
 
+from attnzoo.attention.edits import Edit, Read
+from attnzoo.attention.edits.wire import KINDS
 from serve.openai import answers
+from serve.openai.attention import MAX_ITEMS
 from serve.openai.neutral import Values
 from serve.openai.protocol import CompletionRequest, GenerationRequest
 from serve.openai.protocol_chat import ChatRequest
@@ -39,6 +42,7 @@ def document(title: str) -> dict[str, Any]:
             "/v1/chat/completions": {
                 "post": _generate("chat_completions", ChatRequest, "ChatCompletion", "ChatCompletionChunk")
             },
+            "/v1/attention/{map_id}": {"get": {"operationId": "attention_map", **_file("An attention map", "map_id")}},
             "/v1/models": {"get": {"operationId": "models", **listed[0]}},
             "/v1/models/{model_id}": {"get": {"operationId": "model", **listed[1]}},
             "/health": {"get": {"operationId": "health", **_get("Whether the server is well", "Health")}},
@@ -77,6 +81,13 @@ def _get(summary: str, name: str, parameter: str | None = None) -> dict[str, Any
     return found
 
 
+def _file(summary: str, parameter: str) -> dict[str, Any]:
+    content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    answer = {"description": f"{summary}, a .npy file", "content": content}
+    place = {"name": parameter, "in": "path", "required": True, "schema": {"type": "string"}}
+    return {"summary": summary, "parameters": [place], "responses": {"200": answer, **_refusals()}}
+
+
 def _text(summary: str) -> dict[str, Any]:
     content = {"text/plain": {"schema": {"type": "string"}}}
     answer = {"description": summary, "content": content}
@@ -109,7 +120,8 @@ def _requests(kind: type[GenerationRequest]) -> dict[str, Any]:
         properties[name] = {"anyOf": _neutral(values), "default": None}
     needs = {name: _only_with(name, other) for name, other in NEEDS.items() if name in properties}
     found[kind.__name__]["dependentSchemas"] = needs
-    properties["cache"] = {"anyOf": [CACHE, {"type": "null"}], "default": None}
+    for name, schema in (("cache", CACHE), ("attention", ATTENTION)):
+        properties[name] = {"anyOf": [schema, {"type": "null"}], "default": None}
     return found
 
 
@@ -140,6 +152,34 @@ def _neutral(values: Values) -> list[dict[str, Any]]:
     return [*found, {"type": "null"}]
 
 
+def _one_of(names: list[str]) -> dict[str, Any]:
+    return {
+        "type": "array",
+        "maxItems": MAX_ITEMS,
+        "items": {
+            "type": "object",
+            "properties": {name: {"type": "object", "additionalProperties": True} for name in names},
+            "additionalProperties": False,
+            "minProperties": 1,
+            "maxProperties": 1,
+        },
+    }
+
+
+ATTENTION = {
+    "type": "object",
+    "description": "What is edited and read of attention. spans: names of parts of the prompt, texts or [start, stop)",
+    "properties": {
+        "edits": _one_of([name for name, kind in KINDS.items() if issubclass(kind, Edit)]),
+        "read": _one_of([name for name, kind in KINDS.items() if issubclass(kind, Read)]),
+        "spans": {
+            "type": "object",
+            "additionalProperties": {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1}]},
+        },
+    },
+    "additionalProperties": False,
+    "minProperties": 1,
+}
 CACHE = {
     "type": "object",
     "description": "How keys and values are kept: a policy and its options",

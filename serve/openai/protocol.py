@@ -45,7 +45,8 @@ Stop = StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX
 
 class GenerationRequest(Strict):
     """The fields of both interfaces. `top_k` (0 or -1: off) and `ignore_eos` are vLLM's extensions. `cache` is this
-    server's: the cache policy, {"policy": "d2o", "keep_ratio": 0.2}. `user`, `session_id`, `safety_identifier`,
+    server's: the cache policy, {"policy": "d2o", "keep_ratio": 0.2}; and so is `attention`: what is read and edited of
+    attention (`serve.openai.attention`). `user`, `session_id`, `safety_identifier`,
     `prompt_cache_key`, `cache_salt` and `metadata` identify the sender and change no answer.
 
     expected: descriptions of a subclass's fields, for error messages. neutral: unsupported fields and their neutral
@@ -66,6 +67,7 @@ class GenerationRequest(Strict):
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     cache: dict[str, Any] | None = None
+    attention: dict[str, Any] | None = None
     user: Label | None = None
     session_id: Label | None = None
     safety_identifier: Label | None = None
@@ -169,7 +171,13 @@ def _explain(request: type[GenerationRequest], error: ValidationError) -> ApiErr
         return ApiError(400, f"unknown field {name!r}; this server does not support it", param=name, code="unsupported")
     if kind == "missing":
         return ApiError(400, f"{name} is missing", param=name)
-    expected = {"stop": STOP_HELP, "cache": CACHE_HELP, "metadata": METADATA_HELP, **request.expected}
+    expected = {
+        "stop": STOP_HELP,
+        "cache": CACHE_HELP,
+        "attention": ATTENTION_HELP,
+        "metadata": METADATA_HELP,
+        **request.expected,
+    }
     if name in expected:
         return ApiError(400, f"{name} must be {expected[name]}", param=name)
     return ApiError(400, f"{name}: {first['msg']}", param=name)
@@ -178,6 +186,7 @@ def _explain(request: type[GenerationRequest], error: ValidationError) -> ApiErr
 STOP_HELP = f"a text or a list of at most {MAX_STOP_STRINGS} texts, of 1 to {MAX_STOP_LENGTH} characters each"
 METADATA_HELP = f"at most 16 names with a text each, of at most {MAX_LABEL} characters"
 CACHE_HELP = 'an object such as {"policy": "d2o", "keep_ratio": 0.2}'
+ATTENTION_HELP = 'an object such as {"edits": [...], "read": [{"mass": {"where": {"layers": -1, "keys": 0}}}]}'
 
 Spell = Callable[[int], bytes]
 """Returns the bytes of a token id."""

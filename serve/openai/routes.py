@@ -12,15 +12,18 @@ from starlette.middleware import Middleware
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
 from serve.front.guard import Counted, error_response, guard
+from serve.maps import MapStore
 from serve.metrics import CONTENT_TYPE
 from serve.openai.answer import check_model
+from serve.openai.attention import Desk
 from serve.openai.chat import ChatAnswer, prepare_chat
 from serve.openai.completions import CompletionAnswer, prepare
 from serve.openai.document import document
 from serve.openai.encoding import in_thread
-from serve.openai.errors import ApiError, dump
+from serve.openai.errors import ApiError, dump, short_name
 from serve.openai.protocol import parse_completion
 from serve.openai.protocol_chat import parse_chat
+from serve.openai.readings import PATH
 
 READ = ["GET", "HEAD"]
 
@@ -44,28 +47,40 @@ def build_app(engine: AsyncEngine, config: ServeConfig) -> FastAPI:
     app = FastAPI(title="attnzoo", lifespan=lifespan, docs_url=None, redoc_url=None, middleware=middleware)
     _add_error_handlers(app)
     app.openapi = lambda: document("attnzoo")  # type: ignore[method-assign]
-    _add_information(app, engine, config)
-
-    _add_generation(app, engine, config)
+    desk = Desk.of(engine, config)
+    _add_information(app, engine, config, desk)
+    _add_generation(app, engine, config, desk)
+    _add_maps(app, desk.maps)
     return app
 
 
-def _add_generation(app: FastAPI, engine: AsyncEngine, config: ServeConfig) -> None:
+def _add_generation(app: FastAPI, engine: AsyncEngine, config: ServeConfig, desk: Desk) -> None:
     interval_s = config.stream_interval_ms / 1000
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         body = await request.body()
         completion = await in_thread(len(body), parse_completion, body)
-        work = await prepare(completion, engine, config)
+        work = await prepare(completion, engine, config, desk)
         return CompletionAnswer(completion, engine, work, interval_s=interval_s)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         body = await request.body()
         chat = await in_thread(len(body), parse_chat, body)
-        work = await prepare_chat(chat, engine, config)
+        work = await prepare_chat(chat, engine, config, desk)
         return ChatAnswer(chat, engine, work, interval_s=interval_s)
+
+
+def _add_maps(app: FastAPI, maps: MapStore) -> None:
+    @app.api_route(PATH + "/{map_id}", methods=READ)
+    async def attention_map(map_id: str) -> Response:
+        data = maps.get(map_id)
+        if data is None:
+            message = f"there is no attention map {short_name(map_id)!r}; a map is kept for {maps.ttl_s:g} s"
+            raise ApiError(404, message, param="map_id", code="attention_map_not_found")
+        headers = {"content-disposition": 'attachment; filename="attention.npy"', "cache-control": "no-store"}
+        return Response(data, headers=headers, media_type="application/octet-stream")
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -91,9 +106,15 @@ def _add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, broken)
 
 
-def _add_information(app: FastAPI, engine: AsyncEngine, config: ServeConfig) -> None:
-    card = {"id": config.served_name, "object": "model", "created": int(time.time()), "owned_by": "attnzoo"}
+def _add_information(app: FastAPI, engine: AsyncEngine, config: ServeConfig, desk: Desk) -> None:
+    card: dict[str, Any] = {
+        "id": config.served_name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "attnzoo",
+    }
     card["max_model_len"] = engine.engine.max_model_len
+    card["attention"] = desk.card()
 
     @app.api_route("/health", methods=READ)
     async def health() -> Response:
@@ -104,6 +125,8 @@ def _add_information(app: FastAPI, engine: AsyncEngine, config: ServeConfig) -> 
 
     @app.api_route("/metrics", methods=READ)
     async def metrics() -> Response:
+        desk.maps.sweep()
+        engine.engine.metrics.maps(desk.maps.nbytes)
         return Response(engine.engine.render_metrics(), media_type=CONTENT_TYPE)
 
     @app.api_route("/v1/models", methods=READ)

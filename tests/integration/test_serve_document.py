@@ -14,11 +14,13 @@ from tests.helpers.http_server import MODEL, events, running
 from tests.helpers.serving import chat_tokenizer
 
 USER = [{"role": "user", "content": "Hello"}]
+READS = [{"mass": {}}, {"top_keys": {"k": 2}}, {"entropy": {}}, {"key_sums": {}}, {"map": {"where": {"layers": 0}}}]
+ATTENTION = {"read": READS, "edits": [{"scale": {"where": {"keys": "a"}, "factor": 2}}], "spans": {"a": [0, 1]}}
 
 
 @pytest.fixture(scope="module")
 def url():
-    with running(words=chat_tokenizer()) as (url, _):
+    with running(words=chat_tokenizer(), attention="edit") as (url, _):
         yield url
 
 
@@ -34,6 +36,7 @@ def check(value, document, schema) -> None:
 
 def operation(document, method: str, path: str) -> dict:
     found = re.sub(r"^/v1/models/.+", "/v1/models/{model_id}", path)
+    found = re.sub(r"^/v1/attention/.+", "/v1/attention/{map_id}", found)
     return document["paths"][found][method.lower()]
 
 
@@ -68,7 +71,8 @@ def test_no_schema_says_nothing(document):
 
 def test_all_paths_are_there(document, url):
     assert set(document["paths"]) == {
-        "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model_id}", "/health", "/metrics"
+        "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model_id}", "/v1/attention/{map_id}",
+        "/health", "/metrics"
     }  # fmt: skip
     for path, methods in document["paths"].items():
         for method, described in methods.items():
@@ -90,6 +94,10 @@ CASES = [
     ("POST", "/v1/completions", {"prompt": "Hello", "max_tokens": 3}, 200),
     ("POST", "/v1/completions", {"prompt": ["a", "b"], "n": 2, "logprobs": 2, "temperature": 40.0}, 200),
     ("POST", "/v1/completions", {"prompt": "a", "cache": {"policy": "streaming", "max_tokens": 8}}, 200),
+    ("POST", "/v1/completions", {"prompt": "a b", "attention": ATTENTION}, 200),
+    ("POST", "/v1/completions", {"prompt": "a b", "cache": {"policy": "d2o"}, "attention": ATTENTION}, 200),
+    ("POST", "/v1/completions", {"prompt": "a", "attention": {"read": [{"mass": {"where": {"layers": 9}}}]}}, 400),
+    ("GET", "/v1/attention/unknown", None, 404),
     ("POST", "/v1/completions", {"prompt": "a", "temperature": -1}, 400),
     ("POST", "/v1/completions", {"prompt": "a", "model": "x"}, 404),
     ("POST", "/v1/completions", {"prompt": "a" * (1 << 20)}, 413),
@@ -122,6 +130,7 @@ def test_answers_are_as_described(url, document, case):
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_events_are_as_described(url, document, path):
     extra = {"prompt": "Hello", "logprobs": 1} if path == "/v1/completions" else {"messages": USER, "logprobs": True}
+    extra |= {"attention": ATTENTION}
     body = {"model": MODEL, "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 5, **extra}
     answer = httpx.post(url + path, json=body, timeout=60)
     content = operation(document, "POST", path)["responses"]["200"]["content"]["text/event-stream"]["schema"]
@@ -129,6 +138,7 @@ def test_events_are_as_described(url, document, path):
     for chunk in chunks:
         check(chunk, document, content["x-event"])
     assert chunks[-1]["usage"]["attnzoo"]["policy"] == "full"
+    assert sum("attention" in choice for chunk in chunks for choice in chunk["choices"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,10 @@ class Values:
     stands for all. Compared and hashed by value."""
 
     def __init__(self, values: Any) -> None:
-        self.values = torch.as_tensor(values, dtype=torch.float64).detach().cpu().clone()
+        try:
+            self.values = torch.as_tensor(values, dtype=torch.float64).detach().cpu().clone()
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError("values must be numbers in nested lists of equal lengths, or a tensor") from None
         if self.values.dim() == 2:
             self.values = self.values[None]
         if self.values.dim() != 3 or not torch.isfinite(self.values).all():
@@ -172,6 +175,7 @@ class Temper(ScoreEdit):
 
     def __post_init__(self) -> None:
         _number("Temper.factor", self.factor)
+        _flag("Temper.magnitude", self.magnitude)
 
     @property
     def idle(self) -> bool:
@@ -210,6 +214,7 @@ class Scale(WeightEdit):
 
     def __post_init__(self) -> None:
         _number("Scale.factor", self.factor, least=0.0)
+        _flag("Scale.renormalise", self.renormalise)
 
     @property
     def idle(self) -> bool:
@@ -252,6 +257,7 @@ class PutWeights(WeightEdit):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", self.weights if isinstance(self.weights, Values) else Values(self.weights))
+        _flag("PutWeights.renormalise", self.renormalise)
         if bool((self.weights.values < 0).any()):
             raise ValueError("PutWeights.weights has numbers below 0; attention weights are at least 0")
 
@@ -292,6 +298,12 @@ class HeadFilter:
     of: Positions = ALL
     min_mass: float = 0.0
     min_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        _number("HeadFilter.min_mass", self.min_mass)
+        _number("HeadFilter.min_share", self.min_share)
+        if isinstance(self.of, list):
+            object.__setattr__(self, "of", tuple(self.of))
 
 
 @dataclass(frozen=True)
@@ -339,6 +351,11 @@ def _number(name: str, value: Any, least: float = -float("inf"), most: float = f
             "" if least == -float("inf") else f" of at least {least}" + ("" if most > 1 else f" and at most {most}")
         )
         raise ValueError(f"{name}={value!r} must be a finite number{bounds}")
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be true or false")
 
 
 def _check_shape(name: str, values: Values, heads: int, queries: Chosen, keys: Chosen) -> None:

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from attnzoo.attention.edits.cost import EditCost, layer_cost, returned_bytes
@@ -225,6 +225,7 @@ def _gathered(items: list[Meant], size: LayerSizes, layout: TokenLayout, total: 
     return LayerItems(tuple(items), "dense" if dense else "partitioned", tuple(sorted(heads)), sets)
 
 
+@lru_cache(maxsize=64)
 def _classes(sets: tuple[Chosen, ...], keys: int) -> int:
     """The most classes of keys that these sets tell apart, whatever hidden states say."""
     edges = sorted({0, keys, *(edge for held in sets for piece in held.intervals for edge in piece if edge < keys)})
