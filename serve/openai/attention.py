@@ -18,6 +18,7 @@ from serve.config import ServeConfig
 from serve.maps import MapsFullError, MapStore
 from serve.openai.encoding import in_thread
 from serve.openai.errors import MAX_QUOTED, ApiError, unsupported
+from serve.openai.message_spans import message_spans
 from serve.openai.protocol import GenerationRequest
 from serve.openai.readings import INLINE_BYTES, Readings, inline_bytes, map_bytes
 
@@ -67,11 +68,16 @@ class Desk:
         return {"allowed": self.config.attention, "max_bytes": self.config.attention_max_bytes, "layers": layers}
 
     async def readings(
-        self, request: GenerationRequest, prompts: Sequence[tuple[Sequence[int], int]], copies: int
+        self,
+        request: GenerationRequest,
+        prompts: Sequence[tuple[Sequence[int], int]],
+        copies: int,
+        messages: Sequence[Mapping[str, str]] = (),
     ) -> Readings | None:
         """Plans what the choices of a request read and edit, and reserves room for their maps; None: nothing.
 
-        prompts: (tokens, most new tokens) of each. Raises ApiError: 400 for all that cannot be, 429 without room.
+        prompts: (tokens, most new tokens) of each. messages: those of a conversation, whose contents have names. Raises
+        ApiError: 400 for all that cannot be, 429 without room.
         """
         if request.attention is None:
             return None
@@ -79,7 +85,8 @@ class Desk:
         if self.config.attention == "off":
             raise unsupported("attention", "is turned off on this server (its setting attention=off); leave it out")
         try:
-            plans = await in_thread(sum(len(tokens) for tokens, _ in prompts), self._plans, given, prompts)
+            size = sum(len(tokens) for tokens, _ in prompts)
+            plans = await in_thread(size, self._plans, given, prompts, messages)
             self._check_bytes(plans, copies)
         except ValueError as error:
             message = str(error) if str(error).startswith("attention") else f"attention: {error}"
@@ -92,13 +99,20 @@ class Desk:
             raise ApiError(429, message, code="maps_full", headers={"retry-after": str(error.wait_s)}) from None
         return Readings(plans, room, self.maps)
 
-    def _plans(self, given: Mapping[str, Any], prompts: Sequence[tuple[Sequence[int], int]]) -> list[EditPlan]:
+    def _plans(
+        self,
+        given: Mapping[str, Any],
+        prompts: Sequence[tuple[Sequence[int], int]],
+        messages: Sequence[Mapping[str, str]] = (),
+    ) -> list[EditPlan]:
         """A plan for every prompt. Raises ValueError that names the field."""
         engine = self.engine.engine
         edits, reads, named = read_field(given, self.config.attention)
         plans: list[EditPlan] = []
         for tokens, limit in prompts:
             spans = _placed(engine.tokenizer, tokens, named)
+            if messages and engine.chat_template is not None:
+                spans = message_spans(engine.chat_template.template, engine.tokenizer, messages, tokens) | spans
             check_size([*edits, *reads], spans)
             placed = AttentionWish(edits, reads, spans)
             plans += placed.plans(engine.model, engine.tokenizer, [tokens], [limit]) or []

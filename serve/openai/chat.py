@@ -22,7 +22,8 @@ async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeC
     copies = request.n or 1
     check_choices(1, copies, config)
     cache = choose_cache(request, engine)
-    tokens = await encode_chat(request.conversation(), engine, "messages")
+    messages = request.conversation()
+    tokens = await encode_chat(messages, engine, "messages")
     limit = request.limit or max(1, engine.engine.max_model_len - len(tokens))
     choices = []
     for copy in range(copies):
@@ -31,7 +32,7 @@ async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeC
             alone = request.attention is not None
             check_work(tokens, params, cache, engine, ("messages", request.limit_name), alone)
         choices.append((tokens, params))
-    return GenerationWork(choices, cache, await desk.readings(request, [(tokens, limit)], copies))
+    return GenerationWork(choices, cache, await desk.readings(request, [(tokens, limit)], copies, messages))
 
 
 class ChatAnswer(Answer):

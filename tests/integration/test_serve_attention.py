@@ -114,6 +114,10 @@ def test_chats_and_several_choices_read_each_for_itself(url):
     asked = len(maps[0][0]) - 4
     np.testing.assert_allclose(maps[0][:, :asked], maps[1][:, :asked], rtol=1e-2, atol=1e-3)  # each reads the prompt
     assert not np.allclose(maps[0][:, asked:], maps[1][:, asked:], atol=1e-2)
+    named = {**body, "n": 1, "attention": {"read": [{"mass": {"bins": {"asked": "user", "same": "messages[0]"}}}]}}
+    values = httpx.post(f"{url}/v1/chat/completions", json=named, timeout=30).json()["choices"][0]["attention"]["read"]
+    assert values[0]["values"]["asked"] == values[0]["values"]["same"]
+    assert max(values[0]["values"]["asked"][0]) > 0.01
     chunks = events(httpx.post(f"{url}/v1/chat/completions", json={**body, "stream": True}, timeout=30).text)
     ends = [chunk["choices"][0] for chunk in chunks if "attention" in chunk["choices"][0]]
     assert sorted(end["index"] for end in ends) == [0, 1, 2]

@@ -5,12 +5,15 @@ import torch
 
 from attnzoo.attention.edits import Edit, EditRun, Edits, Read, TokenLayout
 from attnzoo.attention.edits.wire import KINDS
+from attnzoo.tokenizer import SentencePieceTokenizer
+from attnzoo.tokenizer.chat_tokens import ChatEncoder
 from serve.config import ServeConfig
 from serve.maps import MapsFullError, MapStore
 from serve.openai.attention import MAX_ITEMS, MAX_PIECES, check_size, read_field
 from serve.openai.errors import dump
+from serve.openai.message_spans import message_spans
 from serve.openai.readings import INLINE_BYTES, inline_bytes, map_bytes, written
-from tests.helpers.serving import small_model
+from tests.helpers.serving import CHAT_TEMPLATE, small_model, tokenizer_path
 
 MASS = {"mass": {"where": {"layers": 0, "keys": 0}}}
 HIDE = {"hide": {"where": {"keys": 0}}}
@@ -164,6 +167,46 @@ def test_a_read_of_queries_that_never_came_is_empty():
         (0, [], None), (1, [], None), (1, [], None)
     ]  # fmt: skip
     assert (found.files, found.reply["layers"]) == ([], [])
+
+
+MESSAGES = [("system", "user: be a state"), ("user", "user"), ("assistant", " slots "), ("user", "the state, the user")]
+TRIMMED = CHAT_TEMPLATE.replace("message.content }}", "message.content | trim }}")
+
+
+@pytest.mark.parametrize("source", [CHAT_TEMPLATE, TRIMMED])
+def test_messages_are_named_in_a_chat(source):
+    """Contents that also stand elsewhere, in a role and in one another. Kills: the first place of a text."""
+    words = SentencePieceTokenizer.load(tokenizer_path())
+    words.chat_template = source
+    chat = ChatEncoder.of(words)
+    messages = [{"role": role, "content": content} for role, content in MESSAGES]
+    tokens = chat.encode(messages)
+    found = message_spans(chat.template, words, messages, tokens)
+    ends = [index for index, token in enumerate(tokens) if token == words.encode("a", eos=True)[-1]]
+    assert len(ends) == len(messages)
+    for index, (_, content) in enumerate(MESSAGES):
+        ((start, stop),) = found[f"messages[{index}]"]
+        text = b"".join(map(words.token_bytes, tokens[start:stop])).decode()
+        assert content.strip() in text
+        assert len(text) <= len(content) + 3
+        assert ends[index] - 1 <= stop <= ends[index]
+    assert found["user"] == found["messages[1]"] + found["messages[3]"]
+    assert found["system"] == found["messages[0]"]
+
+
+def test_messages_that_a_template_changes_have_no_names():
+    words = SentencePieceTokenizer.load(tokenizer_path())
+    messages = [{"role": role, "content": content} for role, content in MESSAGES]
+    for change in ("message.content | upper }}", "message.content ~ message.content }}", "message.content[1:] }}"):
+        words.chat_template = CHAT_TEMPLATE.replace("message.content }}", change)
+        chat = ChatEncoder.of(words)
+        for some in (messages, messages[:1]):
+            assert message_spans(chat.template, words, some, chat.encode(some)) == {}
+    words.chat_template = CHAT_TEMPLATE
+    chat = ChatEncoder.of(words)
+    messages[1]["content"] = ""
+    found = message_spans(chat.template, words, messages, chat.encode(messages))
+    assert set(found) == {"messages[0]", "messages[2]", "messages[3]", "system", "assistant"}
 
 
 def test_settings_are_checked():
