@@ -52,7 +52,10 @@ def _run(arguments: list[str], env: dict[str, str], stdout: str, stderr: str, cw
     os.environ.clear()
     os.environ.update(env)
     sys.argv = arguments
-    sys.path[0] = os.path.dirname(arguments[0])
+    # What an interpreter of its own would have in front. What pytest has put there stays: which folder that is depends
+    # on the tests that came first, and it may be the project's own.
+    given = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:0] = [os.path.dirname(arguments[0]), *given]
     try:
         runpy.run_path(arguments[0], run_name="__main__")
     finally:  # a fork ends without what `python` does at its end

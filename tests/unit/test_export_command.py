@@ -52,7 +52,7 @@ def test_command_refuses(tmp_path, capsys):
     (tmp_path / "other" / "letter.txt").write_text("dear")
     for arguments, message in (
         ((own, tmp_path / "b", "--format", "native"), "kind='rcmha' in layer 0"),
-        ((tmp_path / "none", tmp_path / "b"), "config.json does not exist"),
+        ((tmp_path / "none", tmp_path / "b"), "none' does not exist; give a directory"),
         ((own, own), "holds the checkpoint itself"),
         ((own, tmp_path), "holds the checkpoint itself"),
         ((own, tmp_path / "other"), "holds 'letter.txt', and no earlier export; give a new directory"),
