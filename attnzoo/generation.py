@@ -243,6 +243,10 @@ def token_spans(tokenizer: Tokenizer, ids: Sequence[int], value: Any, name: str)
     """[start, stop) of all places where a text stands among the tokens; anything but a text as it is. Raises ValueError
     where it does not stand there."""
     if not isinstance(value, str):
+        if not isinstance(value, Sequence) or not value:
+            raise ValueError(
+                f"spans[{name!r}]={value!r}: give a text of the prompt, [start, stop) in tokens, or several"
+            )
         return value
     ends = list(itertools.accumulate(len(tokenizer.token_bytes(token)) for token in ids))
     whole, wanted, found = b"".join(map(tokenizer.token_bytes, ids)), value.encode(), []

@@ -161,28 +161,52 @@ class Attention(nn.Module, ABC):
             self.check_context(context_BSD, len(x_BTD))
         if mask is None:
             return
+        if not isinstance(mask, Mask):
+            raise ValueError(f"mask is a {type(mask).__name__}; give a Mask, for example Mask(pairs=...) of booleans")
         traits = self.traits
         beyond = sorted(mask.uses - traits.masks)
         if beyond:
             raise ValueError(
                 f"mask: {name} cannot compute {', '.join(MASK_WORDS[field] for field in beyond)}; "
                 f"it takes {', '.join(MASK_WORDS[field] for field in sorted(traits.masks)) or 'no mask'}"
+                f"{self.way_out()}"
             )
         if mask.window is not None or not mask.parallel:
             given = "positions are those of a streaming state" if mask.window is None else "window is the layer's own"
             raise ValueError(f"mask: {given} and not given to forward; leave it out, or build {name} with it")
 
-    def check_context(self, context_BSD: Tensor, batch: int) -> None:
-        """Raises ValueError for a context that does not fit `batch` sequences, or where the traits rule it out."""
+        read_BSD = x_BTD if context_BSD is None else context_BSD
+        for field, given, of in (("keys_BS", mask.keys_BS, read_BSD), ("starts_BT", mask.starts_BT, x_BTD)):
+            if given is not None and given.shape != of.shape[:2]:
+                raise ValueError(
+                    f"mask: {field} of {name} has shape {list(given.shape)}; it must be {list(of.shape[:2])}, one for "
+                    "each token"
+                )
+        if mask.starts_BT is not None and _known_wrong(mask.starts_BT > _counted(mask.starts_BT)):
+            raise ValueError(f"mask: starts_BT of {name} has a start after its own token; a token sees itself at least")
+
+    def way_out(self) -> str:
+        """The end of a message that refuses a context or a mask: what would make it possible."""
+        return ""
+
+    def check_context(self, context_BSD: Tensor, batch: int, keys_BS: Tensor | None = None) -> None:
+        """Raises ValueError for a context that does not fit `batch` sequences or `keys_BS`, or where the traits rule it
+        out."""
         name, expected = type(self).__name__, (batch, self.config.model_dim)
         if not self.traits.context:
             raise ValueError(
                 f"context_BSD: {name} as configured reads its own sequence alone (trait context=False); leave it out"
+                f"{self.way_out()}"
             )
         if context_BSD.dim() != 3 or (context_BSD.shape[0], context_BSD.shape[2]) != expected:
             raise ValueError(
                 f"{name} got context_BSD of shape {list(context_BSD.shape)}; it must be [batch, tokens, model_dim] = "
                 f"[{batch}, S, {expected[1]}]"
+            )
+        if keys_BS is not None and (keys_BS.shape != context_BSD.shape[:2] or keys_BS.dtype != torch.bool):
+            raise ValueError(
+                f"keys_BS is {keys_BS.dtype} of shape {list(keys_BS.shape)}; it must be bool of "
+                f"{list(context_BSD.shape[:2])}, one for each token of the context"
             )
 
     @abstractmethod
@@ -210,12 +234,38 @@ class Attention(nn.Module, ABC):
         x_BTD = torch.empty(batch, tokens, self.config.model_dim, dtype=dtype, device="meta")
         return pass_memory(self, x_BTD, run=run_torch, dtype=dtype)
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("init_state", "extend", "init_context"):  # asked of what does not stream: say why
+            raise AttributeError(f"{name}: {_why_not_streaming(self)}")
+        return super().__getattr__(name)
+
     def reset_parameters(self, std: float, output_std: float) -> None:
         """Initialises linear maps: normal(0, std), output projection normal(0, output_std)."""
 
 
 class StreamingAttention(Attention):
     """What can be continued from a state; `Traits.causal` is True."""
+
+    def check_chunk(self, x_BTD: Tensor, batch: int, counts_B: Tensor | None) -> None:
+        """Raises ValueError for a chunk that does not fit a state of `batch` sequences, and for counts that are not
+        0..T of each."""
+        name = type(self).__name__
+        if len(x_BTD) != batch:
+            raise ValueError(
+                f"{name} got {len(x_BTD)} sequences in x, and the state holds {batch}; give a row for each"
+            )
+        if counts_B is None:
+            return
+        if counts_B.shape != (batch,) or counts_B.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"{name} got counts_B of {counts_B.dtype} and shape {list(counts_B.shape)}; it must be int64 of "
+                f"[{batch}]"
+            )
+        tokens = x_BTD.shape[1]
+        if _known_wrong((counts_B < 0) | (counts_B > tokens)):
+            raise ValueError(
+                f"{name} got counts_B={counts_B.tolist()}; they must lie between 0 and the chunk's {tokens}"
+            )
 
     @abstractmethod
     def init_state(
@@ -257,10 +307,14 @@ def streaming(attention: Attention) -> StreamingAttention:
     """The attention, which can be continued from a state. Raises ValueError where it cannot."""
     if isinstance(attention, StreamingAttention):
         return attention
+    raise ValueError(_why_not_streaming(attention))
+
+
+def _why_not_streaming(attention: Attention) -> str:
     name = type(attention).__name__
     if not attention.traits.causal:
-        raise ValueError(f"{name} is not causal: it has no streaming form; call it on whole sequences")
-    raise ValueError(f"{name} has no streaming form: make it a StreamingAttention, with init_state and extend")
+        return f"{name} is not causal: it has no streaming form; call it on whole sequences"
+    return f"{name} has no streaming form: make it a StreamingAttention, with init_state and extend"
 
 
 MASK_WORDS: dict[MaskField, str] = {
@@ -271,6 +325,16 @@ MASK_WORDS: dict[MaskField, str] = {
     "keys": "keys_BS",
     "pairs": "pairs",
 }
+
+
+def _known_wrong(wrong: Tensor) -> bool:
+    """Whether any value is known to be True: on a GPU, in compiled code and without values nobody looks."""
+    return not torch.compiler.is_compiling() and wrong.device.type == "cpu" and bool(wrong.any())
+
+
+def _counted(x_BT: Tensor) -> Tensor:
+    """0..T-1."""
+    return torch.arange(x_BT.shape[1], device=x_BT.device)
 
 
 def run_torch(module: nn.Module, x_BTD: Tensor) -> Tensor:

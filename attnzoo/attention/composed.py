@@ -51,6 +51,12 @@ class ParallelComposition(Attention):
     def editing(self) -> Editing:
         return self.mixing.editing
 
+    def way_out(self) -> str:
+        position = getattr(self.mixing, "position", None)
+        if position is None or position.ahead:
+            return ""
+        return "; scores of keys after the query need max_ahead (a table), or ahead = True (a bias of your own)"
+
     def forward(
         self,
         x_BTD: Tensor,
@@ -85,6 +91,12 @@ class ParallelComposition(Attention):
         impl: Impl,
         edits: LayerPlan | None = None,
     ) -> Tensor:
+        if mask.keys_BS is not None:  # tokens that do not exist are zeros, whatever stands there
+            gaps_BS1 = ~mask.keys_BS[..., None]
+            if context_BSD is None:
+                x_BTD = x_BTD.masked_fill(gaps_BS1, 0.0)
+            else:
+                context_BSD = context_BSD.masked_fill(gaps_BS1, 0.0)
         qkv = self.projection(x_BTD, context_BSD)
         if 0 in qkv[0].shape:  # no sequence or no token: kernels and sums over time would have nothing to begin with
             return self.projection.merge(qkv[0].transpose(1, 2))
@@ -153,7 +165,9 @@ class ComposedAttention(ParallelComposition, StreamingAttention):
 
     def init_context(self, context_BSD: Tensor, keys_BS: Tensor | None = None) -> ComposedState:
         batch = len(context_BSD)
-        self.check_context(context_BSD, batch)
+        self.check_context(context_BSD, batch, keys_BS)
+        if keys_BS is not None:
+            context_BSD = context_BSD.masked_fill(~keys_BS[..., None], 0.0)
         mask = Mask.full(keys_BS)
         qkv = self.projection(context_BSD[:, :0], context_BSD)
         conv = None
@@ -177,6 +191,7 @@ class ComposedAttention(ParallelComposition, StreamingAttention):
                 f"{type(self).__name__} got the state of another variant, which remembers "
                 f"{'no' if state.conv is None else 'a'} convolution; begin with this layer's init_state"
             )
+        self.check_chunk(x_BTD, len(state.lengths_B), counts_B)
         tokens = x_BTD.shape[1]
         of_context = isinstance(state.mixing, ContextState)
         qkv, conv = self.projection(x_BTD, x_BTD[:, :0] if of_context else None), state.conv

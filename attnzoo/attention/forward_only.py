@@ -196,7 +196,7 @@ class RecomputedAttention(ForwardOnly, StreamingAttention):
         )
 
     def init_context(self, context_BSD: Tensor, keys_BS: Tensor | None = None) -> InputsState:
-        self.check_context(context_BSD, len(context_BSD))
+        self.check_context(context_BSD, len(context_BSD), keys_BS)
         if keys_BS is None:
             keys_BS = torch.ones(context_BSD.shape[:2], dtype=torch.bool, device=context_BSD.device)
         state = self.init_state(len(context_BSD), 0, device=context_BSD.device, dtype=context_BSD.dtype)
@@ -204,6 +204,7 @@ class RecomputedAttention(ForwardOnly, StreamingAttention):
 
     def extend(self, x_BTD: Tensor, state: InputsState, counts_B: Tensor | None = None) -> tuple[Tensor, InputsState]:
         self.check_input(x_BTD)
+        self.check_chunk(x_BTD, len(state.lengths_B), counts_B)
         if 0 in x_BTD.shape:
             return x_BTD.new_zeros(x_BTD.shape), state
         tokens = x_BTD.shape[1]
@@ -236,10 +237,29 @@ class RecomputedAttention(ForwardOnly, StreamingAttention):
         shape = (2, PROBE, self.config.model_dim)
         x_BTD, context_BSD = torch.randn(2, *shape, generator=generator).to(like.device, like.dtype)
         with _probing(self.module) as run:
+            self._check_alone(run, x_BTD)
             self._check_prefix(run, x_BTD, None)
             if "context" in self.takes:
                 self._check_prefix(run, x_BTD, context_BSD)
         self._keeps_prefixes = True
+
+    def _check_alone(self, run: Callable[..., Any], x_BTD: Tensor) -> None:
+        """Raises ValueError for a forward whose outputs are random, or change with the sequences beside."""
+        name, whole = type(self).__name__, self._probe(run, x_BTD, None)
+        allowed = 2 * torch.finfo(whole.dtype).eps ** 0.5 * float(whole.abs().max())
+        again = float((whole - self._probe(run, x_BTD, None)).abs().max())
+        if again > allowed:
+            raise ValueError(
+                f"{name}.forward is random in evaluation mode: called twice on one input its outputs differ by "
+                f"{again:.2g}; draw random numbers in training mode alone (self.training)"
+            )
+        alone = torch.cat([self._probe(run, x_1TD, None) for x_1TD in x_BTD.split(1)])
+        beside = float((whole - alone).abs().max())
+        if beside > allowed:
+            raise ValueError(
+                f"{name}.forward mixes sequences: outputs of one change by {beside:.2g} with another in the batch. x "
+                "is [batch, tokens, model_dim]: is batch_first=True missing?"
+            )
 
     def _check_prefix(self, run: Callable[..., Any], x_BTD: Tensor, context_BSD: Tensor | None) -> None:
         name, whole = type(self).__name__, self._probe(run, x_BTD, context_BSD)
@@ -284,10 +304,21 @@ def _probing(module: nn.Module) -> Iterator[Callable[..., Any]]:
     try:
         module.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            yield partial(_with_tensors, module, buffers)
+            yield partial(_with_tensors, module, _opened(module) | buffers)
     finally:
         for each, mode in modes:
             each.training = mode
+
+
+def _opened(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of parameters that are all zero, with small numbers in them: a gate that begins closed is opened by
+    training, and what lies behind it is tried too."""
+    generator, found = torch.Generator().manual_seed(1), {}
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.numel() and not bool(parameter.any()):
+            small = torch.randn(parameter.shape, generator=generator) * 0.1
+            found[name] = small.to(parameter.device, parameter.dtype)
+    return found
 
 
 def _with_room(inputs_BTD: Tensor, used: int, x_BTD: Tensor) -> Tensor:

@@ -89,6 +89,13 @@ def check_refusals(build: Build) -> None:
         attempts["reference(x, context_BSD=x)"] = functools.partial(attention.reference, x, context_BSD=x)
         if isinstance(attention, StreamingAttention):
             attempts["init_context(x)"] = functools.partial(attention.init_context, x)
+    if isinstance(attention, StreamingAttention):
+        state = attention.init_state(BATCH, TOKENS)
+        attempts["extend(one row, state of two)"] = functools.partial(attention.extend, x[:1], state)
+        for counts in ([-1, 2], [2, TOKENS + 1]):
+            attempts[f"extend(x, state, counts_B={counts})"] = functools.partial(
+                attention.extend, x, state, torch.tensor(counts)
+            )
     for name, mask in {"window": Mask(window=3), "positions": streaming_mask()}.items():
         attempts[f"forward(x, mask=Mask with {name})"] = functools.partial(attention, x, mask=mask)
     for call, attempt in attempts.items():

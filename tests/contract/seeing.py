@@ -87,6 +87,8 @@ def same_as_by_hand(attention: Any, x: Tensor, what: str, mask: Mask, context: T
     weights = {name: tensor.detach().numpy() for name, tensor in attention.state_dict().items()}
     with torch.no_grad():
         actual = attention(x, mask=mask, **({} if context is None else {"context_BSD": context}))
+        if mask.keys_BS is not None and context is None:  # tokens that do not exist count as zeros
+            x = x.masked_fill(~mask.keys_BS[..., None], 0.0)
     for row in range(BATCH):
         read = None if context is None else context[row].detach().numpy()
         seen = functools.partial(lambda at, i, j: bool(at[i, j]), seen_BKTS[row, 0])
@@ -95,7 +97,7 @@ def same_as_by_hand(attention: Any, x: Tensor, what: str, mask: Mask, context: T
 
 
 def check_ragged(build: Build) -> None:
-    """Rows of a full mask, padded on either side with anything finite, equal the single rows."""
+    """Rows of a full mask, padded on either side with anything, NaN included, equal the single rows."""
     attention, x = build(), inputs(BATCH, TOKENS, MODEL_DIM)
     if not {"full", "keys"} <= attention.traits.masks:
         return
@@ -103,9 +105,10 @@ def check_ragged(build: Build) -> None:
         for side, kept in (("right", slice(0, 5)), ("left", slice(TOKENS - 5, None))):
             if side == "left" and not attention.traits.shift_invariant:
                 continue  # the first token is at position 0, be it padding or not
-            out = attention(x, mask=Mask.full(padding_keys(LENGTHS, TOKENS, side)))
+            keys = padding_keys(LENGTHS, TOKENS, side)
+            out = attention(x.masked_fill(~keys[..., None], float("nan")), mask=Mask.full(keys))
             alone = attention(x[:1, kept], mask=Mask.full())[0]
-            assert_close(out[0, kept], alone, f"{side}-padded row of a full mask")
+            assert_close(out[0, kept], alone, f"{side}-padded row of a full mask (NaN where nothing is)")
             assert_close(out[1], attention(x[1:], mask=Mask.full())[0], f"row beside a {side}-padded one")
 
 
@@ -186,8 +189,12 @@ def check_context(build: Build) -> None:
         if attention.traits.position != "none":
             del sides["left"]  # the first token of a context is at position 0, be it padding or not
         for side, kept in sides.items():
-            mask = Mask.full(padding_keys(lengths, CONTEXT, side))
-            ragged = attention(x, context_BSD=context, mask=mask)
+            keys = padding_keys(lengths, CONTEXT, side)
+            filled = context.masked_fill(~keys[..., None], float("nan"))
+            ragged = attention(x, context_BSD=filled, mask=Mask.full(keys))
+            if isinstance(attention, StreamingAttention):
+                held, _ = attention.extend(x, attention.init_context(filled, keys))
+                assert_close(held, ragged, f"{side}-padded context with NaN where nothing is, in a state")
             alone = attention(x[:1, :6], context_BSD=context[:1, kept])[0]
             assert_close(ragged[0, :6], alone, f"6 queries of a {side}-padded context of 3 tokens")
             assert_close(ragged[1], attention(x[1:], context_BSD=context[1:])[0], f"beside a {side}-padded context")

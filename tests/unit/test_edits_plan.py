@@ -149,6 +149,16 @@ def test_steps_are_tokens_or_calls():
         layer_plan([EditRun(plan)], 1, step=2)
 
 
+def test_runs_that_are_none_of_the_row():
+    run = EditRun(Edits(Add(Where(), 1.0)).plan([SOFTMAX], LAYOUT))
+    with pytest.raises(ValueError, match=r"edits\[1\] is the run of another row"):
+        layer_plan([run, run], 0)
+    with pytest.raises(ValueError, match=r"edits\[0\] is a Edits; give EditRun\(plan\)"):
+        layer_plan([Edits()], 0)
+    with pytest.raises(ValueError, match=r"Span\(1.5, None\) must be whole numbers"):
+        Span(1.5)
+
+
 @pytest.mark.parametrize(
     ("item", "message"),
     [

@@ -75,6 +75,26 @@ def test_a_forward_that_sees_the_future_is_refused_once_it_has_weights():
         model.init_state(1, 4)
 
 
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda self, x: x + torch.randn_like(x), "forward is random in evaluation mode"),
+        (lambda self, x: x + x.cumsum(0), "forward mixes sequences: .* is batch_first=True missing"),
+        (lambda self, x: x + self.gate * x.mean(1, keepdim=True), "forward sees the future"),
+    ],
+    ids=["random", "rows mixed", "a gate that begins closed"],
+)
+def test_a_forward_that_cannot_be_continued_is_refused(forward, message):
+    class Odd(Mine):
+        def __init__(self, model_dim: int) -> None:
+            super().__init__(model_dim)
+            self.gate = torch.nn.Parameter(torch.zeros(1))
+
+    Odd.forward = forward
+    with pytest.raises(ValueError, match=rf"Odd\.{message}"):
+        attention(variant_of(Odd), model_dim=6)
+
+
 def test_a_forward_that_means_to_read_later_tokens_keeps_the_rest_of_the_contract():
     class Meant(Future):
         causal = False

@@ -38,6 +38,12 @@ def layer_plan(runs: EditRuns | None, layer: int, step: int | None = None) -> "L
         return None
     rows = []
     for row, run in enumerate(runs):
+        if run is not None and not isinstance(run, EditRun):
+            raise ValueError(f"edits[{row}] is a {type(run).__name__}; give EditRun(plan) for a row, or None")
+        if run is not None and any(run is other for other in runs[:row]):
+            raise ValueError(
+                f"edits[{row}] is the run of another row; a run is of one sequence: make EditRun(plan) again"
+            )
         if run is not None and layer >= len(run.records):
             raise ValueError(f"edits[{row}] were planned for {len(run.records)} layers, and there is a layer {layer}")
         if run is not None and (run.plan.layout.steps is None) != (step is None):
@@ -46,16 +52,19 @@ def layer_plan(runs: EditRuns | None, layer: int, step: int | None = None) -> "L
                 "call where steps are calls, and only there"
             )
         record = None if run is None else run.records[layer]
-        rows.append(None if run is None or record is None else Row(record, run.plan.total))
+        rows.append(
+            None if run is None or record is None else Row(record, run.plan.total, run.plan.sizes[layer].num_heads)
+        )
     return LayerPlan(tuple(rows), step) if any(rows) else None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row's share in a call of a layer. total: tokens of the sequence at most."""
+    """One row's share in a call of a layer. total: tokens of the sequence at most; heads: query heads as planned."""
 
     record: LayerRecord
     total: int
+    heads: int
 
 
 @dataclass
@@ -114,6 +123,11 @@ class LayerPlan:
         for row, entry in enumerate(self.rows):
             if entry is None:
                 continue
+            if entry.heads != out_BNTH.shape[1]:
+                raise ValueError(
+                    f"edits[{row}] were planned for {entry.heads} query heads, and the layer has {out_BNTH.shape[1]}; "
+                    "plan them for this model"
+                )
             for new in row_changes(call, row, entry.record, self.step):
                 out_BNTH, copied = (out_BNTH if copied else out_BNTH.clone()), True
                 _put(out_BNTH[row], new)

@@ -32,6 +32,10 @@ class Span:
     start: int
     stop: int | Literal["end"] | None = None
 
+    def __post_init__(self) -> None:
+        if type(self.start) is not int or not (self.stop in (None, "end") or type(self.stop) is int):
+            raise ValueError(f'Span({self.start!r}, {self.stop!r}) must be whole numbers; stop may be "end" or None')
+
     @staticmethod
     def after(name: str) -> "After":
         """All that comes after a named span, generated tokens included."""

@@ -222,6 +222,8 @@ class SoftmaxMixing(Mixing):
                     f"cache: attention with window={self.mask.window} keeps a constant number of tokens already; leave "
                     "the cache or the window out"
                 )
+            if not isinstance(cache, CachePolicy):
+                raise ValueError(f"cache={cache!r} is no cache policy; attnzoo.kvcache.build_cache makes one of a name")
             self.position.check_says(cache.needs, cache.describe())
             policy = cache
         return policy.init(batch, self.heads.num_kv_heads, self.heads.head_dim, capacity, device=device, dtype=dtype)

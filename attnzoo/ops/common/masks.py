@@ -52,6 +52,8 @@ class Mask:
     key_positions_BKS: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.causal, bool):
+            raise ValueError(f"causal={self.causal!r} must be True or False")
         check_window(self.window, self.sinks)
         if (self.query_positions_BT is None) != (self.key_positions_BKS is None):
             raise ValueError("query_positions_BT and key_positions_BKS come together: give both or neither")
@@ -65,6 +67,10 @@ class Mask:
             value = getattr(self, name)
             if value is not None and value.dtype != torch.bool:
                 raise ValueError(f"{name} has dtype {value.dtype}; it must be bool, True where a key may be seen")
+        for name in ("prefix_B", "starts_BT"):
+            value = getattr(self, name)
+            if value is not None and value.dtype not in (torch.int64, torch.int32):
+                raise ValueError(f"{name} has dtype {value.dtype}; it must be int64, a number of tokens")
 
     def _refuse(self, why: str, *names: str) -> None:
         given = [name for name in names if getattr(self, name) is not None]
@@ -235,6 +241,9 @@ def _bias(dtype: torch.dtype, *fields: Any) -> tuple[Tensor, Tensor | None]:
 
 def check_window(window: int | None, sinks: int) -> None:
     """Raises ValueError for a window below 1, a negative number of sinks, or sinks without a window."""
+    for name, value in (("window", window), ("sinks", sinks)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"{name}={value!r} must be a whole number of tokens")
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1 (the token itself), or None for no window")
     if sinks < 0:

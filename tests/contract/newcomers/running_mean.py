@@ -68,6 +68,7 @@ class RunningMean(StreamingAttention):
     def extend(
         self, x_BTD: Tensor, state: RunningMeanState, counts_B: Tensor | None = None
     ) -> tuple[Tensor, RunningMeanState]:
+        self.check_chunk(x_BTD, len(state.sums_B2D), counts_B)
         tokens, dtype = x_BTD.shape[1], state.sums_B2D.dtype
         weight = self.key(x_BTD).to(dtype).exp()
         added = torch.stack([weight * self.value(x_BTD), weight], dim=2)
