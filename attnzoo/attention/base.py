@@ -176,10 +176,11 @@ class Attention(nn.Module, ABC):
             raise ValueError(f"mask: {given} and not given to forward; leave it out, or build {name} with it")
 
         read_BSD = x_BTD if context_BSD is None else context_BSD
-        for field, given, of in (("keys_BS", mask.keys_BS, read_BSD), ("starts_BT", mask.starts_BT, x_BTD)):
-            if given is not None and given.shape != of.shape[:2]:
+        fields = (("keys_BS", mask.keys_BS, read_BSD), ("starts_BT", mask.starts_BT, x_BTD))
+        for what, tensor, of in fields:
+            if tensor is not None and tensor.shape != of.shape[:2]:
                 raise ValueError(
-                    f"mask: {field} of {name} has shape {list(given.shape)}; it must be {list(of.shape[:2])}, one for "
+                    f"mask: {what} of {name} has shape {list(tensor.shape)}; it must be {list(of.shape[:2])}, one for "
                     "each token"
                 )
         if mask.starts_BT is not None and _known_wrong(mask.starts_BT > _counted(mask.starts_BT)):

@@ -36,7 +36,7 @@ def cached_layers(attentions: Sequence[StreamingAttention], states: Sequence[Any
     for index, (attention, state) in enumerate(zip(attentions, states, strict=True)):
         cached = getattr(state, "mixing", None)
         if isinstance(cached, CompressedState):
-            found.append((index, CachedLayer(cached, attention.mixing.score_function(attention.impl), state.lengths_B)))  # type: ignore[union-attr, operator]
+            found.append((index, CachedLayer(cached, attention.mixing.score_function(attention.impl), state.lengths_B)))
     return found
 
 
