@@ -143,6 +143,12 @@ def test_a_second_launcher_on_the_same_port(tiny: Path, tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+def _own_terminal() -> None:
+    """Takes standard input for the process's terminal, and hears when it is closed: tests under nohup would not."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 def test_closing_the_terminal_saves(tiny: Path, tmp_path: Path) -> None:
     """The run has the terminal for its output, so that writing fails once it is closed. No compiler is in reach. Before
     that the terminal has said what was done before the first step."""
@@ -155,7 +161,7 @@ def test_closing_the_terminal_saves(tiny: Path, tmp_path: Path) -> None:
         stdout=follower,
         stderr=follower,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=_own_terminal,
     )
     os.close(follower)
     os.set_blocking(leader, False)
