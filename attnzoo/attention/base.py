@@ -328,6 +328,16 @@ MASK_WORDS: dict[MaskField, str] = {
 }
 
 
+def existing(x_BTD: Tensor, context_BSD: Tensor | None, mask: Mask | None) -> tuple[Tensor, Tensor | None]:
+    """(x, context) with zeros for tokens that `keys_BS` says do not exist, whatever stands there."""
+    if mask is None or mask.keys_BS is None:
+        return x_BTD, context_BSD
+    gaps_BS1 = ~mask.keys_BS[..., None]
+    if context_BSD is None:
+        return x_BTD.masked_fill(gaps_BS1, 0.0), None
+    return x_BTD, context_BSD.masked_fill(gaps_BS1, 0.0)
+
+
 def _known_wrong(wrong: Tensor) -> bool:
     """Whether any value is known to be True: on a GPU, in compiled code and without values nobody looks."""
     return not torch.compiler.is_compiling() and wrong.device.type == "cpu" and bool(wrong.any())

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnzoo.attention.base import Attention, Cost, StreamingAttention, Traits
+from attnzoo.attention.base import Attention, Cost, StreamingAttention, Traits, existing
 from attnzoo.attention.edits.run import LayerPlan, row_positions
 from attnzoo.attention.edits.traits import Editing
 from attnzoo.attention.parts import QKV, ContextState, Mixing, Projection, QKVConv, QKVConvState
@@ -91,12 +91,7 @@ class ParallelComposition(Attention):
         impl: Impl,
         edits: LayerPlan | None = None,
     ) -> Tensor:
-        if mask.keys_BS is not None:  # tokens that do not exist are zeros, whatever stands there
-            gaps_BS1 = ~mask.keys_BS[..., None]
-            if context_BSD is None:
-                x_BTD = x_BTD.masked_fill(gaps_BS1, 0.0)
-            else:
-                context_BSD = context_BSD.masked_fill(gaps_BS1, 0.0)
+        x_BTD, context_BSD = existing(x_BTD, context_BSD, mask)
         qkv = self.projection(x_BTD, context_BSD)
         if 0 in qkv[0].shape:  # no sequence or no token: kernels and sums over time would have nothing to begin with
             return self.projection.merge(qkv[0].transpose(1, 2))
@@ -166,10 +161,8 @@ class ComposedAttention(ParallelComposition, StreamingAttention):
     def init_context(self, context_BSD: Tensor, keys_BS: Tensor | None = None) -> ComposedState:
         batch = len(context_BSD)
         self.check_context(context_BSD, batch, keys_BS)
-        if keys_BS is not None:
-            context_BSD = context_BSD.masked_fill(~keys_BS[..., None], 0.0)
         mask = Mask.full(keys_BS)
-        qkv = self.projection(context_BSD[:, :0], context_BSD)
+        qkv = self.projection(*existing(context_BSD[:, :0], context_BSD, mask))
         conv = None
         if self.conv is not None:
             conv = self.conv.init_state(batch, device=context_BSD.device, dtype=context_BSD.dtype, of_context=True)

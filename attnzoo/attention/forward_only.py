@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from attnzoo.attention.base import Attention, Cost, StreamingAttention, Traits
+from attnzoo.attention.base import Attention, Cost, StreamingAttention, Traits, existing
 from attnzoo.attention.signature import forward_takes, masks_of, options_of, source_of
 from attnzoo.derived_flops import forward_flops
 from attnzoo.kvcache import CachePolicy
@@ -97,11 +97,13 @@ class ForwardOnly(Attention):
 
     def forward(self, x_BTD: Tensor, *, context_BSD: Tensor | None = None, mask: Mask | None = None) -> Tensor:
         self.check_input(x_BTD, context_BSD, mask)
+        x_BTD, context_BSD = existing(x_BTD, context_BSD, mask)
         return self._run(self.module, x_BTD, context_BSD, mask)
 
     def reference(self, x_BTD: Tensor, *, context_BSD: Tensor | None = None, mask: Mask | None = None) -> Tensor:
         """The class's own, or `forward` on copies in float64 of the weights and of what is given."""
         self.check_input(x_BTD, context_BSD, mask)
+        x_BTD, context_BSD = existing(x_BTD, context_BSD, mask)
         own = getattr(self.module, "reference", None)
         if own is not None:
             return self._run(own, x_BTD, context_BSD, mask)
@@ -200,6 +202,7 @@ class RecomputedAttention(ForwardOnly, StreamingAttention):
         if keys_BS is None:
             keys_BS = torch.ones(context_BSD.shape[:2], dtype=torch.bool, device=context_BSD.device)
         state = self.init_state(len(context_BSD), 0, device=context_BSD.device, dtype=context_BSD.dtype)
+        context_BSD = context_BSD.masked_fill(~keys_BS[..., None], 0.0)
         return replace(state, context_BSD=context_BSD, exists_BS=keys_BS)
 
     def extend(self, x_BTD: Tensor, state: InputsState, counts_B: Tensor | None = None) -> tuple[Tensor, InputsState]:

@@ -121,7 +121,7 @@ def test_a_query_that_sees_no_entry_gets_zeros(impl):
     [
         (Mask(causal=False), "causal=False"),
         (Mask(starts_BT=torch.zeros(1, 2, dtype=torch.int64)), "starts_BT"),
-        (Mask(prefix_B=torch.ones(1), keys_BS=torch.ones(1, 2, dtype=torch.bool)), "prefix_B and keys_BS"),
+        (Mask(prefix_B=torch.ones(1).long(), keys_BS=torch.ones(1, 2, dtype=torch.bool)), "prefix_B and keys_BS"),
         (Mask(pairs=torch.ones(1, 2, 2, dtype=torch.bool)), "pairs"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
