@@ -52,8 +52,8 @@ class Stream:
 
     @property
     def finished(self) -> bool:
-        """Whether no more deltas will arrive; deltas that have arrived may still be unread."""
-        return self._closed or not self._unfinished
+        """Whether `next` will return nothing more: every request has ended, and every delta has been read."""
+        return self._closed or not (self._unfinished or self._news)
 
     async def next(self) -> list[Delta]:
         """Waits for deltas and returns all that came since the last call; an empty list at the end and after `close`.

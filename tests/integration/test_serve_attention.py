@@ -1,6 +1,7 @@
 """Requests that read and edit attention: replies, downloads, and the requests beside them, over HTTP and in the
 engine."""
 
+import asyncio
 import gc
 import io
 import weakref
@@ -122,6 +123,23 @@ def test_chats_and_several_choices_read_each_for_itself(url):
     ends = [chunk["choices"][0] for chunk in chunks if "attention" in chunk["choices"][0]]
     assert sorted(end["index"] for end in ends) == [0, 1, 2]
     assert all(end["finish_reason"] == "length" and end["delta"] == {} for end in ends)
+
+
+def test_no_choice_is_lost_that_ends_while_another_is_written(url, monkeypatch):
+    """The loop of events waits while maps are written. Kills: a stream that ends when all deltas have come, and not
+    when all are sent."""
+    seen = []
+
+    async def slowly(size, work, *arguments):
+        seen.append(arguments)
+        await asyncio.sleep(1.0 if len(seen) == 1 else 0.0)
+        return work(*arguments)
+
+    monkeypatch.setattr("serve.openai.readings.in_thread", slowly)
+    chunks = events(generate(url, attention=ATTENTION, n=3, stream=True).text)
+    ends = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["finish_reason"] == "length"]
+    assert sorted(end["index"] for end in ends) == [0, 1, 2]
+    assert all("attention" in end for end in ends)
 
 
 @pytest.mark.parametrize(
