@@ -28,6 +28,7 @@ SAYS = {
     "ops": "operations on tensors",
     "kvcache": "full and compressed caches",
     "attention": "one variant, one file",
+    "clinical": "patients: data, metrics",
     "incontext": "closed forms",
     "models": "decoder language model",
     "tokenizer": "text to ids and back",

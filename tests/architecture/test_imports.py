@@ -21,6 +21,7 @@ ORDER = [
     "derived_memory",
     "derived_flops",
     "registry",
+    "clinical",
     "ops",
     "kvcache",
     "attention",

@@ -1,0 +1,5 @@
+"""Patients: records to hourly grids, and how predictions for patients are measured, calibrated and compared.
+
+numpy alone at import; what reads tables (pandas, pyarrow) or fits baselines (scikit-learn, LightGBM) is imported where
+it is used: `pip install 'attnzoo[clinical]'`.
+"""

@@ -1,0 +1,212 @@
+"""Whether probabilities mean what they say, and how they are made to: temperature and intercept, fitted on inner rows.
+
+The calibration slope is b in the logistic regression label ~ a + b logit(p) (1 is right; below 1, predictions are too
+extreme). The calibration intercept is a in label ~ a + logit(p) (0 is right; above 0, risks are told too low on
+average). Logits are cut at ±`MAX_LOGIT`, because a probability of exactly 0 or 1 has none.
+
+Letters: N rows, R weightings of the rows (`attnzoo.clinical.metrics`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from attnzoo.clinical import checks
+from attnzoo.clinical.checks import Array
+from attnzoo.clinical.metrics import Metric, mean
+
+MAX_LOGIT = 16.0
+"""A probability of 1e-7 from 0 or 1."""
+BINS = 10
+STEPS, CONVERGED = 100, 1e-9
+LONGEST_STEP = 2.0
+"""Of Newton's method: a longer step may overshoot."""
+TEMPERATURES = (0.05, 20.0)
+"""Temperatures that a fit may find: positive, so that no fit can turn the ranking round."""
+
+
+@dataclass(frozen=True)
+class CalibrationCurve:
+    """Rows in bins of equal width of their probability: mean probability, share of positives and number of rows of each
+    bin that has any."""
+
+    predicted: Array
+    observed: Array
+    rows: Array
+
+
+def calibration_curve(labels: ArrayLike, probabilities: ArrayLike, bins: int = BINS) -> CalibrationCurve:
+    """The points of a calibration plot. Raises ValueError."""
+    labels_N, found_N = checks.probabilities(labels, probabilities)
+    if bins < 1:
+        raise ValueError(f"bins={bins} must be at least 1")
+    rows_B, predicted_B, observed_B = (
+        each[0] for each in _binned(labels_N, found_N, np.ones((1, len(labels_N))), bins)
+    )
+    kept_B = rows_B > 0
+    rows_B = rows_B[kept_B]
+    return CalibrationCurve(predicted_B[kept_B] / rows_B, observed_B[kept_B] / rows_B, rows_B.astype(int))
+
+
+def _slope(labels_N: Array, probabilities_N: Array, weights_RN: Array) -> Array:
+    return fit_logistic(labels_N, logit(probabilities_N), weights_RN)[1]
+
+
+def _intercept(labels_N: Array, probabilities_N: Array, weights_RN: Array) -> Array:
+    return fit_intercept(labels_N, np.broadcast_to(logit(probabilities_N), weights_RN.shape), weights_RN)
+
+
+def _expected_error(labels_N: Array, probabilities_N: Array, weights_RN: Array) -> Array:
+    rows_RB, predicted_RB, observed_RB = _binned(labels_N, probabilities_N, weights_RN, BINS)
+    return np.abs(predicted_RB - observed_RB).sum(axis=1) / rows_RB.sum(axis=1)
+
+
+def _observed_to_expected(labels_N: Array, probabilities_N: Array, weights_RN: Array) -> Array:
+    expected_R = weights_RN @ probabilities_N
+    return np.divide(weights_RN @ labels_N, expected_R, out=np.full(len(expected_R), np.nan), where=expected_R > 0)
+
+
+calibration_slope = Metric("calibration slope", _slope, checks.probabilities)
+"""b of label ~ a + b logit(p). NaN where the probabilities separate the classes, so that no finite b is the best."""
+calibration_intercept = Metric("calibration intercept", _intercept, checks.probabilities)
+"""a of label ~ a + logit(p): the calibration in the large."""
+expected_calibration_error = Metric("ECE", _expected_error, checks.probabilities)
+"""Mean absolute difference of mean probability and share of positives, over `BINS` bins of equal width."""
+observed_to_expected = Metric("O:E", _observed_to_expected, checks.probabilities)
+"""Positives over the sum of probabilities: 1 is right, above 1 the risk is told too low."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrator:
+    """calibrated logit = logit / temperature + intercept. The temperature is positive, so that the ranking, and with it
+    AUROC, stays as it is."""
+
+    temperature: float = 1.0
+    intercept: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature={self.temperature} must be a positive number")
+        if not np.isfinite(self.intercept):
+            raise ValueError(f"intercept={self.intercept} must be a finite number")
+
+    def logits(self, logits: ArrayLike) -> Array:
+        """Calibrated logits."""
+        return np.asarray(logits, dtype=np.float64) / self.temperature + self.intercept
+
+    def probabilities(self, logits: ArrayLike) -> Array:
+        """Calibrated probabilities of these logits."""
+        return sigmoid(self.logits(logits))
+
+    def to_dict(self) -> dict[str, float]:
+        """For a JSON file."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Calibrator":
+        """The inverse of `to_dict`. Raises ValueError for other content."""
+        if set(content) != {"temperature", "intercept"}:
+            raise ValueError(
+                f"a calibrator holds temperature and intercept, not {', '.join(map(str, content)) or 'nothing'}"
+            )
+        try:
+            return cls(temperature=float(content["temperature"]), intercept=float(content["intercept"]))
+        except TypeError:
+            raise ValueError(f"temperature and intercept must be numbers, not {dict(content)}") from None
+
+
+def fit_calibrator(labels: ArrayLike, logits: ArrayLike) -> Calibrator:
+    """Temperature and intercept of greatest likelihood, the temperature within `TEMPERATURES`.
+
+    Fit it on an inner split: rows that neither trained the model nor are measured. Raises ValueError for labels of one
+    class, and for logits that are not finite.
+    """
+    labels_N, logits_N = checks.scores(labels, logits)
+    ones_1N = np.ones((1, len(labels_N)))
+    slope = 1.0
+    if np.ptp(logits_N) > 0:
+        slope = fit_logistic(labels_N, logits_N, ones_1N)[1][0]
+        if np.isnan(slope):  # the logits separate the classes
+            slope = np.inf if logits_N[labels_N == 1].mean() > logits_N[labels_N == 0].mean() else -np.inf
+    # The likelihood is concave: where its maximum lies outside, the nearest bound is the best within.
+    slope = float(np.clip(slope, 1.0 / TEMPERATURES[1], 1.0 / TEMPERATURES[0]))
+    intercept = fit_intercept(labels_N, slope * logits_N[None], ones_1N)[0]
+    return Calibrator(temperature=1.0 / slope, intercept=float(intercept))
+
+
+def fit_logistic(labels_N: Array, x_N: Array, weights_RN: Array) -> tuple[Array, Array]:
+    """(a, b) of greatest weighted likelihood of label ~ a + b x, by Newton's method, for all weightings at once. NaN
+    where there is no finite optimum (separated classes) or no single one (constant x)."""
+    total_R = weights_RN.sum(axis=1)
+    center_R = mean(weights_RN, x_N)
+    z_RN = x_N - center_R[:, None]
+    scale_R = np.sqrt(
+        np.divide((weights_RN * z_RN**2).sum(axis=1), total_R, out=np.zeros_like(total_R), where=total_R > 0)
+    )
+    z_RN = np.divide(z_RN, scale_R[:, None], out=np.zeros_like(z_RN), where=scale_R[:, None] > 1e-12)
+    a_R, b_R = _logit_of_prevalence(labels_N, weights_RN), np.zeros(len(weights_RN))
+    step_R = np.full(len(weights_RN), np.inf)
+    for _ in range(STEPS):
+        p_RN = sigmoid(a_R[:, None] + b_R[:, None] * z_RN)
+        error_RN, curve_RN = weights_RN * (labels_N - p_RN), weights_RN * p_RN * (1.0 - p_RN)
+        g0_R, g1_R = error_RN.sum(axis=1), (error_RN * z_RN).sum(axis=1)
+        h00_R, h01_R, h11_R = curve_RN.sum(axis=1), (curve_RN * z_RN).sum(axis=1), (curve_RN * z_RN**2).sum(axis=1)
+        determinant_R = h00_R * h11_R - h01_R**2
+        solvable_R = determinant_R > 1e-12 * np.maximum(h00_R, 1e-300) ** 2
+        inverse_R = np.divide(1.0, determinant_R, out=np.full_like(determinant_R, np.nan), where=solvable_R)
+        da_R, db_R = (h11_R * g0_R - h01_R * g1_R) * inverse_R, (h00_R * g1_R - h01_R * g0_R) * inverse_R
+        step_R = np.maximum(np.abs(da_R), np.abs(db_R))
+        shorten_R = np.minimum(1.0, LONGEST_STEP / np.maximum(step_R, 1e-300))
+        a_R, b_R = a_R + shorten_R * da_R, b_R + shorten_R * db_R
+        if not (step_R > CONVERGED).any():
+            break
+    # Of separated classes b grows without end, and the curvature vanishes on the way.
+    fine_R = (step_R <= CONVERGED) & (np.abs(b_R) < 1e3)
+    slope_R = np.divide(b_R, scale_R, out=np.full_like(b_R, np.nan), where=fine_R & (scale_R > 1e-12))
+    return np.where(fine_R, a_R - slope_R * center_R, np.nan), slope_R
+
+
+def fit_intercept(labels_N: Array, offset_RN: Array, weights_RN: Array) -> Array:
+    """a of greatest weighted likelihood of label ~ a + offset; NaN where a weighting has one class."""
+    wanted_R = weights_RN @ labels_N
+    a_R, step_R = np.zeros(len(weights_RN)), np.full(len(weights_RN), np.inf)
+    for _ in range(STEPS):
+        p_RN = sigmoid(offset_RN + a_R[:, None])
+        missing_R = wanted_R - (weights_RN * p_RN).sum(axis=1)
+        curve_R = (weights_RN * p_RN * (1.0 - p_RN)).sum(axis=1)
+        step_R = np.clip(missing_R / np.maximum(curve_R, 1e-300), -LONGEST_STEP, LONGEST_STEP)
+        a_R = a_R + step_R
+        if (np.abs(step_R) <= CONVERGED).all():
+            break
+    one_class_R = (wanted_R == 0) | (wanted_R == weights_RN.sum(axis=1))
+    return np.where(one_class_R | (np.abs(step_R) > CONVERGED), np.nan, a_R)
+
+
+def sigmoid(logits: Array) -> Array:
+    """1 / (1 + exp(-x)) without overflow."""
+    return 0.5 * (1.0 + np.tanh(0.5 * logits))
+
+
+def logit(probabilities: ArrayLike) -> Array:
+    """log(p / (1 - p)), cut at ±`MAX_LOGIT`."""
+    found = np.asarray(probabilities, dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        return np.clip(np.log(found) - np.log1p(-found), -MAX_LOGIT, MAX_LOGIT)
+
+
+def _logit_of_prevalence(labels_N: Array, weights_RN: Array) -> Array:
+    return logit(np.nan_to_num(mean(weights_RN, labels_N), nan=0.5))
+
+
+def _binned(labels_N: Array, probabilities_N: Array, weights_RN: Array, bins: int) -> tuple[Array, Array, Array]:
+    """[R, bins]: weight, summed probability and summed label of each bin."""
+    bin_N = np.minimum((probabilities_N * bins).astype(int), bins - 1)
+    member_NB = (bin_N[:, None] == np.arange(bins)).astype(np.float64)
+    return (
+        weights_RN @ member_NB,
+        weights_RN @ (member_NB * probabilities_N[:, None]),
+        weights_RN @ (member_NB * labels_N[:, None]),
+    )
