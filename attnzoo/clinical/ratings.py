@@ -1,0 +1,88 @@
+"""Published ratings of case studies: who rated what how, and every pair of raters on what both rated."""
+
+import csv
+import gzip
+import io
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+KEY = ("case_study_id", "tag", "principle", "conversation_source")
+"""What was rated: a section (tag) of a case, by a principle, in the text of one source."""
+
+Key = tuple[str, ...]
+Ratings = dict[str, dict[Key, float]]
+"""By rater, then by what was rated."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Ratings of two raters, row by row of the same text by the same principle. cases: the case of each row."""
+
+    first: np.ndarray
+    second: np.ndarray
+    cases: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+def read_ratings(path: Path, column: str = "rating") -> Ratings:
+    """The ratings in a tsv file, also gzipped, with the columns of `KEY`, `rater` and `column`. What a rater rated
+    twice has the mean of both. Raises ValueError that names the file and the row."""
+    raw = path.read_bytes()
+    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t")
+    missing = [name for name in (*KEY, "rater", column) if name not in (rows.fieldnames or [])]
+    if missing:
+        raise ValueError(f"'{path}' has no column {missing[0]!r}; it has {', '.join(rows.fieldnames or [])}")
+    found: dict[str, dict[Key, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for number, row in enumerate(rows, 2):
+        try:
+            value = float(row[column])
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"'{path}' line {number}: {column} {row[column]!r} is no number")
+        found[row["rater"]][tuple(row[name] for name in KEY)].append(value)
+    return {
+        rater: {key: sum(values) / len(values) for key, values in each.items()} for rater, each in sorted(found.items())
+    }
+
+
+def pair(ratings: Ratings, first: str, second: str) -> Pairs:
+    """What both raters rated. Raises ValueError for a rater who is not there, and where they have nothing in common."""
+    for rater in (first, second):
+        if rater not in ratings:
+            raise ValueError(f"no ratings of {rater!r}; there are those of {', '.join(ratings)}")
+    one, two = ratings[first], ratings[second]
+    keys = sorted(one.keys() & two.keys())
+    if not keys:
+        raise ValueError(f"{first!r} and {second!r} rated nothing in common")
+    return Pairs(
+        np.array([one[key] for key in keys]), np.array([two[key] for key in keys]), np.array([key[0] for key in keys])
+    )
+
+
+def all_pairs(ratings: Ratings) -> dict[tuple[str, str], Pairs]:
+    """Every two raters who rated something in common, by their names in alphabetical order."""
+    return {
+        (first, second): pair(ratings, first, second)
+        for first, second in combinations(sorted(ratings), 2)
+        if ratings[first].keys() & ratings[second].keys()
+    }
+
+
+def pooled(pairs: Mapping[tuple[str, str], Pairs]) -> Pairs:
+    """All pairs of all raters together."""
+    parts = list(pairs.values())
+    return Pairs(
+        np.concatenate([each.first for each in parts]),
+        np.concatenate([each.second for each in parts]),
+        np.concatenate([each.cases for each in parts]),
+    )

@@ -1,0 +1,102 @@
+"""Rubrics: what a judge is asked, what is read from his answers, and how two judges are compared."""
+
+import pytest
+
+from attnzoo.clinical import rubric as r
+from attnzoo.clinical.agreement import gwet_ac2
+
+LIKERT = [
+    ("Rating: 4", 4),
+    ("It is good, 5 of its 6 values are right.\nRating: **3**", 3),
+    ("Rating: 2. On reflection, my rating is 5\nRating: 1", 1),
+    ("4", 4),
+    ("**5/5**", 5),
+    ("Rating: 10", None),
+    ("Rating: 4.5", None),
+    ("Rating: 0", None),
+    ("There are 3 reasons.", None),
+    ("", None),
+]
+YES_NO = [("Rating: yes", 1), ("rating - No.", 0), ("Yes.", 1), ("Yes, it does", None), ("Rating: unknown", None)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "value"),
+    [("likert", *case) for case in LIKERT] + [("yes_no", *case) for case in YES_NO],
+)
+def test_the_rating_of_an_answer(kind, answer, value):
+    chosen = r.CASE_STUDY if kind == "likert" else r.CASE_STUDY_YES_NO
+    assert chosen.rating(answer) == value
+
+
+def test_every_section_is_judged_by_each_principle_and_the_whole_once():
+    assert len(r.CASE_STUDY.principles) == 15
+    cases = [
+        r.CaseText("1", "HR 60", {"insights": "slow", "etiology": "sport"}),
+        r.CaseText("2", "HR 90", {"insights": "fast"}),
+    ]
+    asked = []
+
+    def kind_judge(prompt: str) -> str:
+        asked.append(prompt)
+        return f"Rating: {1 + len(asked) % 5}"
+
+    judged = r.judge(r.CASE_STUDY, cases, kind_judge)
+    assert len(asked) == len(judged.ratings) == 3 * 12 + 2 * 3
+    assert [x.tag for x in judged.ratings if x.case_id == "1" and x.principle == "readable"] == ["overall"]
+    assert all(prompt.startswith(("Data:\nHR 60\n", "Data:\nHR 90\n")) for prompt in asked)
+    whole = next(prompt for prompt in asked if r.CASE_STUDY.principle("readable").question in prompt)
+    assert "insights:\nslow\n\netiology:\nsport" in whole
+    assert judged.unread == 0
+    first = [x.value for x in judged.ratings if x.principle == "no_assumptions"]
+    assert judged.means()["no_assumptions"] == pytest.approx(sum(first) / 3)
+
+
+def test_two_judges_are_compared_on_what_both_rated():
+    cases = [r.CaseText(str(n), "d", {"insights": f"text {n}"}) for n in range(20)]
+    rated = r.Rubric(name="short", kind="likert", principles=(r.Principle(name="p", question="Is it so?"),))
+
+    def judge(shift: int) -> r.Judged:
+        def ask(prompt: str) -> str:
+            number = int(prompt.split("text ")[1].split()[0])
+            return "no idea" if number == shift else f"Rating: {min(5, 1 + number % 4 + (number + shift) % 2)}"
+
+        return r.judge(rated, cases, ask)
+
+    one, two = judge(0), judge(7)
+    assert (one.unread, two.unread) == (1, 1)
+    first, second, ids = r.paired(one, two)
+    assert ids == [str(n) for n in range(20) if n not in (0, 7)]
+    assert first == [one.by_key()[(each, "insights", "p")] for each in ids]
+    assert second == [two.by_key()[(each, "insights", "p")] for each in ids]
+    assert -1 < gwet_ac2(rated.categories)(first, second) < 1
+    with pytest.raises(ValueError, match="one judge used the rubric 'short', the other 'case study'"):
+        r.paired(one, r.Judged(r.CASE_STUDY))
+    with pytest.raises(ValueError, match="the two judges rated nothing in common"):
+        r.paired(one, r.Judged(rated))
+
+
+@pytest.mark.parametrize(
+    ("cases", "message"),
+    [
+        ([r.CaseText("1", "d", {"a": "x"}), r.CaseText("1", "d", {"a": "x"})], "case '1' stands twice"),
+        ([r.CaseText("1", "d", {})], "case '1' has no sections"),
+        ([r.CaseText("0", "d", {"a": "x"}), r.CaseText("1", "d", {"a": " "})], "case '1': section 'a' is empty"),
+    ],
+)
+def test_cases_are_checked_before_anything_is_asked(cases, message):
+    with pytest.raises(ValueError, match=message):
+        r.judge(r.CASE_STUDY, cases, lambda prompt: pytest.fail("asked"))
+
+
+def test_rubrics_that_are_none():
+    principle = r.Principle(name="p", question="?")
+    for changes, message in (
+        ({"kind": "stars"}, "kind='stars' must be likert or yes_no"),
+        ({"principles": ()}, "principles of 'x': there are none"),
+        ({"principles": (principle, principle)}, "principles of 'x': 'p' stands twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            r.Rubric(**{"name": "x", "kind": "likert", "principles": (principle,)} | changes)
+    with pytest.raises(ValueError, match="unknown principle 'readible' of 'case study'; did you mean 'readable'"):
+        r.CASE_STUDY.principle("readible")
