@@ -1,0 +1,1 @@
+"""Multiple-choice exams over any endpoint with OpenAI's interface."""

@@ -1,0 +1,50 @@
+"""Reads the letter in an answer, and joins several answers to one."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+_LETTER = (
+    r"""(?:\(([A-Za-z])\)|([B-HJ-Z])\b(?!['’]\w)|([AI])(?=\s*(?:$|[.,;:!?)\]}*<"'—–-]|\n))|([a-z])(?=[\s.*_`]*$))"""
+)
+"""(C), C, or c at the end. "The answer is A good night's sleep" and "... I think" name no option."""
+_IS = r"(?:\s+(?:is|would be|should be))"
+MARKED = re.compile(
+    r"<answer>\W*(?:option\W*)?([A-Za-z])\b[^<]*(?:</answer>|$)"  # <answer>(C)</answer>
+    r"|\\boxed\{\W*(?:\\text\{)?\W*([A-Za-z])\b"  # \boxed{C}
+    rf"|\b(?:[Aa]nswer|ANSWER){_IS}?[\s:=*_`]*(?:[Oo]ption\s+)?{_LETTER}"  # The answer is (C)
+    rf"|\b(?:[Oo]ption|[Cc]hoice)(?:{_IS}|\s*:)[\s:=*_`]*{_LETTER}"  # The best option is (C)
+)
+BARE = re.compile(r"[\s*_`]*(?:\(([A-Za-z])\)|([A-Za-z])(?=\s*[):]|\s*\.(?!\w)|[\s*_`]*$))")
+"""An answer that begins with a letter: "(C)", "C", "C) Light in the morning"."""
+
+
+def read_letter(answer: str, letters: Iterable[str]) -> str | None:
+    """The letter that an answer gives: the last one that is marked as the answer; without a mark, the one that the
+    answer begins with. None where there is none, or where it is no letter of the question."""
+    marked = [next(filter(None, groups)) for groups in MARKED.findall(answer)]
+    bare = BARE.match(answer)
+    found = marked[-1] if marked else bare and (bare[1] or bare[2])
+    return found.upper() if found and found.upper() in set(letters) else None
+
+
+def vote(given: Sequence[str | None]) -> tuple[str | None, bool]:
+    """(the letter given most often, whether others were given as often). Of those it is the one that was given first.
+    None where no answer could be read."""
+    counts = Counter(letter for letter in given if letter is not None)
+    if not counts:
+        return None, False
+    most = max(counts.values())
+    return next(letter for letter in counts if counts[letter] == most), list(counts.values()).count(most) > 1
+
+
+def likeliest(logprobs: Mapping[str, float], letters: Iterable[str]) -> str | None:
+    """The letter with the most probability among a model's likeliest next tokens; None where none of them is a letter
+    of the question. A letter that is not among them is less likely than every one that is."""
+    mass: dict[str, float] = {}
+    for token, value in logprobs.items():
+        name = token.strip().rstrip(").:")
+        if name in set(letters):
+            mass[name] = mass.get(name, 0.0) + math.exp(value)
+    return max(mass, key=lambda name: mass[name]) if mass else None

@@ -1,0 +1,96 @@
+"""`attnzoo exam`: a multiple-choice exam for any endpoint with OpenAI's interface."""
+
+import argparse
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from attnzoo.files import user_path
+from attnzoo.report import Report
+
+EXAMPLES = """examples:
+  attnzoo exam questions.csv --url http://127.0.0.1:8000/v1
+  attnzoo exam questions.csv --url http://127.0.0.1:8000/v1 --rounds 5 --temperature 0.7 --answers answers.jsonl
+  attnzoo exam questions.jsonl --url http://127.0.0.1:8000/v1 --mode letters --orders 4 --json exam.json
+
+A question has a text, choices (an object from letters to texts, or a list) and an answer (a letter). Of an answer the
+last letter that it marks counts; without one it is wrong, and counted as unread. A request that fails is counted apart,
+and asked again by the next run with the same --answers. low and high: Wilson's interval of 95 %. orders_agree:
+questions that get the same option in every order of their options. Exit status: 1 if a request failed.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options and examples."""
+    parser.description = "Give a model a multiple-choice exam over an endpoint with OpenAI's interface."
+    parser.epilog = EXAMPLES
+    parser.add_argument("questions", type=Path, help="a .csv or .jsonl file of questions")
+    parser.add_argument("--url", required=True, help="of the endpoint, for example http://127.0.0.1:8000/v1")
+    parser.add_argument("--model", default="", help="the model's name (default: the only one of the endpoint)")
+    parser.add_argument("--key-variable", metavar="NAME", help="environment variable that holds the endpoint's key")
+    parser.add_argument(
+        "--mode",
+        choices=("chat", "letters"),
+        default="chat",
+        help="chat: ask for reasoning and read the letter; letters: take the likeliest next letter, for small models "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="sampled answers that vote (default: 1)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="above 0 for several rounds (default: 0)")
+    parser.add_argument("--orders", type=int, default=1, metavar="N", help="orders of the options (default: 1)")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="of an answer (default: %(default)s)")
+    parser.add_argument(
+        "--parallel", type=int, default=4, metavar="N", help="requests at a time (default: %(default)s)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    parser.add_argument(
+        "--group", default="domain", metavar="COLUMN", help="for results by group (default: %(default)s)"
+    )
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="keep answers here (.jsonl), and go on from them")
+    parser.add_argument("--seed", type=int, default=0, help="of samples and orders (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the report to this file")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Gives the exam and prints the results; returns the exit status. Raises ValueError."""
+    from scripts.exams.endpoint import Endpoint
+    from scripts.exams.exam import Settings, fingerprint, rows, take
+    from scripts.exams.journal import Journal
+    from scripts.exams.questions import read_questions
+
+    settings = Settings(
+        mode=options.mode,
+        rounds=options.rounds,
+        temperature=options.temperature,
+        tokens=options.max_tokens,
+        orders=options.orders,
+        seed=options.seed,
+    )
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit={options.limit} must be at least 1")
+    everything = read_questions(user_path(options.questions, "QUESTIONS"), options.group)
+    questions = everything[: options.limit]
+    for question in questions:  # before anything is asked
+        question.reordered(settings.orders - 1, settings.seed)
+    path = user_path(options.answers, "--answers") if options.answers else None
+    if options.json:
+        options.json = user_path(options.json, "--json")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+    report = Report.start(command=options.command, seed=options.seed)
+    with Endpoint(options.url, model=options.model, key=_key(options.key_variable)) as endpoint:
+        kept = {"exam": fingerprint(everything), "model": endpoint.model, **asdict(settings)}
+        with Journal(path, kept) as journal:
+            answered = take(endpoint, questions, settings, journal, options.parallel)
+    report.rows += rows(answered, settings)
+    report.print_table()
+    if options.json:
+        report.write(options.json)
+    return 1 if any(each.failed for each in answered) else report.exit_status()
+
+
+def _key(variable: str | None) -> str:
+    if variable is None:
+        return ""
+    if not os.environ.get(variable):
+        raise ValueError(f"--key-variable: the environment has no {variable}")
+    return os.environ[variable]

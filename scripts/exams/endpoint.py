@@ -1,0 +1,131 @@
+"""A client for any endpoint with OpenAI's interface: answers of a chat model, and a model's likeliest next tokens.
+
+What may pass (a server that is busy or restarts, a connection that breaks) is tried again; what will not (a field that
+the server refuses, a wrong key) raises `RefusedError` at once.
+"""
+
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+TRIED_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
+MOST_WAIT_S = 20.0
+
+
+class EndpointError(OSError):
+    """A request failed as often as it was tried; the message says how the last time."""
+
+
+class RefusedError(ValueError):
+    """The endpoint refuses a request, or answers what its interface does not have; trying again would not help."""
+
+
+@dataclass
+class Endpoint:
+    """url: up to and without /chat/completions, for example http://127.0.0.1:8000/v1. key: sent as a bearer token.
+    model: the model's name; "" takes the only one that the endpoint lists. tries: of each request. wait_s: before the
+    second try; doubled before each later one."""
+
+    url: str
+    model: str = ""
+    key: str = field(default="", repr=False)
+    timeout_s: float = 300.0
+    tries: int = 4
+    wait_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url={self.url!r} must begin with http:// or https://, and usually ends with /v1")
+        if self.tries < 1:
+            raise ValueError(f"tries={self.tries} must be at least 1")
+        headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
+        self._client = httpx.Client(headers=headers, timeout=self.timeout_s)
+        self.url = self.url.rstrip("/")
+        self.model = self.model or self._only_model()
+
+    def __enter__(self) -> "Endpoint":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.close()
+
+    def answer(self, prompt: str, *, temperature: float, max_tokens: int, seed: int) -> str:
+        """A chat model's answer to one message. Raises EndpointError and RefusedError."""
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": temperature,
+            "max_tokens": max_tokens,
+            "seed": seed,
+        }
+        content = self._post("/chat/completions", body)
+        return str(self._read(content, "choices", 0, "message", "content") or "")
+
+    def next_tokens(self, prompt: str, count: int) -> dict[str, float]:
+        """Log probabilities of the likeliest next tokens of a text, by token. Raises EndpointError and RefusedError."""
+        body = {"model": self.model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": count}
+        top = self._read(self._post("/completions", body), "choices", 0, "logprobs", "top_logprobs", 0)
+        if not isinstance(top, dict):
+            raise RefusedError(f"{self.url} gave no top_logprobs; it does not support logprobs={count} for completions")
+        return {str(token): float(value) for token, value in top.items()}
+
+    def _only_model(self) -> str:
+        names = [str(self._read(entry, "id")) for entry in self._read(self._send("GET", "/models", None), "data")]
+        if len(names) != 1:
+            raise ValueError(f"{self.url} has {len(names)} models; name one of them: {', '.join(names) or '(none)'}")
+        return names[0]
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        return self._send("POST", path, body)
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        problem = ""
+        for turn in range(self.tries):
+            if turn:
+                time.sleep(min(self.wait_s * 2 ** (turn - 1), MOST_WAIT_S))
+            try:
+                response = self._client.request(method, self.url + path, json=body)
+            except httpx.TransportError as error:
+                problem = f"{type(error).__name__}: {error}"
+                continue
+            except httpx.InvalidURL as error:
+                raise ValueError(f"url={self.url!r} is none ({error})") from None
+            if response.status_code in TRIED_AGAIN:
+                problem = f"status {response.status_code}: {_said(response)}"
+            elif response.is_error:
+                raise RefusedError(
+                    f"{self.url}{path} refuses the request (status {response.status_code}): {_said(response)}"
+                )
+            else:
+                return self._json(response, path)
+        raise EndpointError(f"{self.url}{path} failed {self.tries} times; the last time: {problem}")
+
+    def _json(self, response: httpx.Response, path: str) -> Any:
+        try:
+            return response.json()
+        except ValueError:
+            raise RefusedError(f"{self.url}{path} answered no JSON: {response.text[:200]!r}") from None
+
+    def _read(self, content: Any, *path: str | int) -> Any:
+        """content[path[0]][path[1]]...; None in place of an object ends it. Raises RefusedError for other content."""
+        for step in path:
+            if content is None:
+                return None
+            try:
+                content = content[step]
+            except (KeyError, IndexError, TypeError):
+                raise RefusedError(f"{self.url} answered without {step!r}; is it OpenAI's interface?") from None
+        return content
+
+
+def _said(response: httpx.Response) -> str:
+    """The error's message of OpenAI's interface, else the beginning of the body."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return response.text[:200]

@@ -1,0 +1,88 @@
+"""A journal of what has been answered, one JSON object a line, so that an interrupted exam goes on where it was."""
+
+import json
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from attnzoo.files import read_text, write_atomic
+
+MAX_BYTES = 1 << 30
+
+
+class Journal:
+    """The entries of a file by key; without a path they are kept in memory. The first line holds the settings that all
+    entries belong to; a file of other settings is refused, never mixed.
+
+    Each entry is on the disk before `add` returns. A last line that a crash left unfinished is dropped when the file is
+    opened.
+    """
+
+    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
+        self.entries: dict[str, dict[str, Any]] = {}
+        self._lock, self._file = threading.Lock(), -1
+        if path is None:
+            return
+        lines = _read(path) if path.exists() else []
+        head = json.loads(json.dumps(settings))
+        if lines:
+            _check_same(path, lines[0], head)
+        self.entries = {line["key"]: line for line in lines[1:]}
+        write_atomic(path, b"".join(map(_line, [head, *self.entries.values()])))
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def add(self, key: str, entry: Mapping[str, Any]) -> None:
+        """Keeps an entry. Threads may call it side by side."""
+        line = {"key": key, **entry}
+        with self._lock:
+            self.entries[key] = line
+            if self._file >= 0:
+                rest = _line(line)
+                while rest:
+                    rest = rest[os.write(self._file, rest) :]
+                os.fsync(self._file)
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    """ASCII, so that no line can end within a character."""
+    return (json.dumps(entry) + "\n").encode("ascii")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The objects of the file, settings first. Raises ValueError for any other file."""
+    content = read_text(path, MAX_BYTES)
+    if not content:
+        return []
+    texts = content.split("\n")  # what follows the last newline is empty, or unfinished
+    found: list[dict[str, Any]] = []
+    for number, text in enumerate(texts[:-1] if len(texts) > 1 else texts, 1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict) or (found and not isinstance(line.get("key"), str)):
+            raise ValueError(f"'{path}' is no journal of an exam (line {number}); name another file")
+        found.append(line)
+    return found
+
+
+def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for name in sorted(wanted.keys() | found.keys()):
+        if found.get(name) != wanted.get(name):
+            raise ValueError(
+                f"'{path}' belongs to an exam with {name}={found.get(name)!r}, not {wanted.get(name)!r}; "
+                "name another file, or ask as before"
+            )
