@@ -18,6 +18,7 @@ from train.config_reader import load_config
 from train.engine import TrainingEngine, start
 from train.optim import build_optimizer, set_rate
 from train.ranks import finish
+from train.tasks import LanguageTask
 
 BUSY = 0.75
 """A higher load average makes timings unreliable."""
@@ -52,10 +53,10 @@ def bare_step(config: Config) -> StepFunction:
 
 def engine_step(config: Config, device: torch.device) -> StepFunction:
     """The step of the engine that train/main.py uses."""
-    engine = TrainingEngine(config, build(config), device)
+    engine = TrainingEngine(LanguageTask(config), build(config), device)
 
     def step(batch: Batch) -> float:
-        loss = engine.forward_backward(*batch, float(batch[1].numel()))
+        loss = engine.forward_backward(batch, float(batch[1].numel()))
         engine.step(1.0)
         return loss.item()
 

@@ -29,7 +29,7 @@ from scripts.ngram_baseline import texts
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.request import SamplingParams
-from train.evaluate import bits_per_byte
+from train.data.tokens import bits_per_byte
 from train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -61,16 +61,11 @@ class TrainingProgress:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-def identity(config: Config, model: dict[str, Any], tokenizer: str, data: str, world: int) -> dict[str, Any]:
-    """The settings that must be the same in a checkpoint and in the run that reads it, by dotted key.
-
-    tokenizer, data: digests of their contents.
-    """
-    keys = {f"model.{key}": value for key, value in model.items()}
-    keys |= {f"data.{key}": value for key, value in config.data.items()}
-    keys |= {
-        "tokenizer (content)": tokenizer,
-        "data (content)": data,
+def identity(config: Config, content: dict[str, Any], world: int) -> dict[str, Any]:
+    """The settings that must be the same in a checkpoint and in the run that reads it, by dotted key. content: those of
+    the task (`Task.content`)."""
+    keys = {
+        **content,
         "seed": config.seed,
         "precision": config.precision,
         "optim.name": config.optim.name,

@@ -13,8 +13,8 @@ from attnzoo.apps import cache_directory
 from attnzoo.files import user_path
 from attnzoo.models import DecoderConfig
 
-FREE_SECTIONS = ("model", "data", "tokenizer")
-"""Sections that DecoderConfig, DataConfig and TokenizerConfig define and check, not OmegaConf."""
+FREE_SECTIONS = ("task", "model", "data", "tokenizer")
+"""Sections whose keys the task defines and checks (`train.tasks.base.Task.sections`), not OmegaConf."""
 
 
 @dataclass
@@ -45,8 +45,9 @@ class ScheduleConfig:
 
 @dataclass
 class TrainConfig:
-    """steps, max_minutes: length of the run; if both are set, the shorter one. batch_size: sequences of a step on all
-    ranks together. min_steps: with max_minutes, train at least so many steps, with a warning if they exceed the budget.
+    """steps, max_minutes: length of the run; if both are set, the shorter one. batch_size: rows (sequences) of a step,
+    on all ranks together. min_steps: with max_minutes, train at least so many steps, with a warning if they exceed the
+    budget.
 
     non_finite: what to do after non_finite_steps steps in a row without an update, because the loss or a gradient was
     not finite: stop (exit status 1) | go_back (load the last checkpoint, and skip the data since then).
@@ -88,7 +89,7 @@ class LoraConfig:
 
 @dataclass
 class EvalConfig:
-    """every: steps between evaluations (null: only at the end). max_blocks: validation blocks of each evaluation before
+    """every: steps between evaluations (null: only at the end). max_blocks: validation rows of each evaluation before
     the last one, which takes all. below_ngrams: orders of byte n-gram models; scripts/demo.py checks that the run ends
     with fewer bits per byte.
     """
@@ -156,13 +157,15 @@ class WatchdogConfig:
 
 @dataclass
 class Config:
-    """A run's configuration. `model`, `data`, `tokenizer`: keys of DecoderConfig, DataConfig and TokenizerConfig."""
+    """A run's configuration. `task`: what is trained. `model`, `data`, `tokenizer`: keys that the task defines, for
+    language models those of DecoderConfig, DataConfig and TokenizerConfig."""
 
     name: str = "attnzoo"
     seed: int = 0
     run_dir: str | None = None
     cache_dir: str | None = None
     precision: str = "fp32"
+    task: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)

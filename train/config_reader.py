@@ -3,6 +3,7 @@
 Every error names the key, the nearest known key, and the place (file:line or the command line).
 """
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -12,12 +13,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from attnzoo.errors import suggest
-from attnzoo.types import build_config
 from train.config import FREE_SECTIONS, Config
 from train.config_layers import ConfigError, ConfigLayer, place_of, read_layers
-from train.data import DataConfig
 from train.limits import problems
-from train.tokenizer import TokenizerConfig
+from train.tasks import task_class
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -94,22 +93,28 @@ _LEAVES = frozenset(f.name for f in fields(Config) if not is_dataclass(f.type) a
 
 
 def _check_sections(config: Config, places: dict[str, str]) -> None:
-    """Checks the free sections with the classes that define them, and adds the place to their error messages."""
-    if "vocab_size" in config.model:
-        raise ConfigError(
-            f"{place_of(places, 'model.vocab_size')}: model.vocab_size={config.model['vocab_size']!r}: the vocabulary "
-            "is the tokenizer's; set tokenizer.vocab_size"
-        )
-    checks = {
-        "model": lambda: config.model_config(1),  # any vocabulary size will do
-        "data": lambda: build_config(DataConfig, config.data, "data"),
-        "tokenizer": lambda: build_config(TokenizerConfig, config.tokenizer, "tokenizer"),
-    }
-    for section, check in checks.items():
+    """Checks the free sections as the task says, and adds the place to its error messages. Raises ConfigError, also for
+    what the task has no use for."""
+    try:
+        task = task_class(config)
+    except ValueError as error:
+        raise ConfigError(f"{place_of(places, 'task.kind')}: {error}") from None
+    for key in task.UNUSED:
+        if _value(config, key) != _value(Config(), key):
+            raise ConfigError(
+                f"{place_of(places, key)}: {key}={_value(config, key)!r} has no use for task.kind="
+                f"{config.task['kind']}; leave it out"
+            )
+    for section, check in task.sections(config).items():
         try:
             check()
         except ValueError as error:
             raise ConfigError(f"{_mentioned(places, section, str(error))}: {error}") from None
+
+
+def _value(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    return functools.reduce(getattr, key.split("."), config)
 
 
 def _mentioned(places: dict[str, str], section: str, message: str) -> str:

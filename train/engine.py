@@ -17,18 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from attnzoo.models import DecoderLM, buffer_dtype, build_shapes, materialise
-from attnzoo.ops.common.masks import marked_starts
+from attnzoo.models import buffer_dtype
 from attnzoo.planner.fits import BUCKET
 from train.buffers import SavedBuffers
 from train.config import Config
+from train.data import Batch
 from train.deepspeed_config import clips_itself, deepspeed_config
 from train.failures import TrainingError, make_directory
 from train.finite import GradientCheck, describe, first_non_finite
-from train.lora import add_adapters, merge_adapters
 from train.optim import MatrixAdamW, build_optimizer, set_rate
 from train.ranks import agree, check_port, free_port, from_main, gather, port_taken
 from train.shards import layouts
+from train.tasks import Task
 
 DTYPES = {"fp32": torch.float32, "bf16_autocast": torch.float32, "bf16": torch.bfloat16}
 """The dtype of the weights that a rank computes with, by `precision`."""
@@ -123,20 +123,19 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-class LossModule(nn.Module):
-    """The module that DeepSpeed wraps: its forward returns the model's loss. autocast: the device of bfloat16 autocast,
-    or None. document_start: as in `TrainingEngine`."""
+class TaskModule(nn.Module):
+    """The module that DeepSpeed wraps: its forward returns the task's loss of a batch, or without `count` what the task
+    measures. autocast: the device of bfloat16 autocast, or None."""
 
-    def __init__(self, model: DecoderLM, autocast: torch.device | None, document_start: int | None) -> None:
+    def __init__(self, task: Task, model: nn.Module, autocast: torch.device | None) -> None:
         super().__init__()
-        self.model = model
-        self.autocast = autocast
-        self.document_start = document_start
+        self.task, self.model, self.autocast = task, model, autocast
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, count: Tensor | None = None) -> Tensor:
+    def forward(self, *batch: Tensor, count: Tensor | None = None) -> Tensor:
         with torch.autocast(self.autocast.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
-            starts_BT = None if self.document_start is None else marked_starts(tokens_BT, self.document_start)
-            return self.model.loss(tokens_BT, targets_BT, starts_BT, count)
+            if count is None:
+                return self.task.measure(self.model, batch)
+            return self.task.loss(self.model, batch, count)
 
 
 @contextlib.contextmanager
@@ -160,17 +159,13 @@ def _without_axes(model: nn.Module, stage: int) -> Iterator[None]:
 
 
 class TrainingEngine:
-    """Model and optimizer on all ranks. Every rank must call every method, unless its docstring says otherwise.
+    """Model and optimizer on all ranks. Every rank must call every method, unless its docstring says otherwise."""
 
-    document_start: the token id that begins a document, if attention must not cross documents in a row; else None.
-    """
-
-    def __init__(
-        self, config: Config, model: DecoderLM, device: torch.device, document_start: int | None = None
-    ) -> None:
+    def __init__(self, task: Task, model: nn.Module, device: torch.device) -> None:
+        config = task.config
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
         self.stage = config.zero.stage
-        self._lora = config.lora
+        self.task = task
         self._clipping = config.train.gradient_clipping if clips_itself(config) else None
         settings = deepspeed_config(config, self.world)
         # DeepSpeed allocates its whole gradient bucket even for a small model.
@@ -178,11 +173,9 @@ class TrainingEngine:
         settings["zero_optimization"]["reduce_bucket_size"] = min(BUCKET, trained)
         self.accumulation: int = settings["gradient_accumulation_steps"]
         self.model = model.to(device)
-        self.model_config = model.config
-        model.activation_checkpointing = config.train.activation_checkpointing
         optimizer = build_optimizer(model, config.optim)
         autocast = device if config.precision == "bf16_autocast" else None
-        module = LossModule(model, autocast, document_start)
+        module = TaskModule(task, model, autocast)
         self._saved_buffers = SavedBuffers(model)
         with _quiet(), _without_axes(model, self.stage):
             self._engine, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, config=settings)
@@ -196,7 +189,7 @@ class TrainingEngine:
 
     # --- one step -----------------------------------------------------------------------------------------------
 
-    def forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, targets: float) -> Tensor:
+    def forward_backward(self, batch: Batch, targets: float) -> Tensor:
         """Adds the gradient of one micro-batch. targets: number of targets in the whole global batch.
 
         Returns the loss, detached, scaled so that its mean over passes and ranks is the mean over all targets.
@@ -204,7 +197,7 @@ class TrainingEngine:
         # DeepSpeed averages over passes and ranks whatever their numbers of targets. So each pass divides its sum of
         # losses by an equal share of the targets.
         share = torch.tensor(max(targets, 1.0) / (self.accumulation * self.world), device=self.device)
-        loss: Tensor = self._engine(tokens_BT.to(self.device), targets_BT.to(self.device), share)
+        loss: Tensor = self._engine(*self._here(batch), count=share)
         self._engine.backward(loss)
         # DeepSpeed counts these calls, and reduces and updates only at the boundary of accumulation (see `step`).
         boundary = self._engine.is_gradient_accumulation_boundary()
@@ -246,11 +239,14 @@ class TrainingEngine:
         return describe(step, list(losses), list(found))
 
     @torch.no_grad()
-    def loss_sum(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Sum of the losses of this rank's targets in nats, without gradient."""
-        one = torch.ones((), device=self.device)
-        value: Tensor = self._engine(tokens_BT.to(self.device), targets_BT.to(self.device), one)
-        return value
+    def measure(self, batch: Batch) -> Tensor:
+        """What the task measures of a batch, in float32 on the CPU."""
+        measured: Tensor = self._engine(*self._here(batch))
+        return measured.float().cpu()
+
+    def _here(self, batch: Batch) -> Batch:
+        """The batch on this rank's device."""
+        return tuple(tensor.to(self.device) for tensor in batch)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -331,16 +327,10 @@ class TrainingEngine:
             found[name] = buffer.to(buffer_dtype(buffer.dtype, torch.float32)).detach().cpu().clone()
         return found
 
-    def full_model(self) -> DecoderLM | None:
+    def full_model(self) -> nn.Module | None:
         """A float32 copy of the model on the CPU of rank 0, adapters merged; None on other ranks."""
         state = self.full_state()
-        if state is None:
-            return None
-        model = build_shapes(self.model_config)
-        if self._lora.rank is not None:
-            add_adapters(model, self._lora)
-        materialise(model, state, "cpu", torch.float32)
-        return merge_adapters(model).eval() if self._lora.rank is not None else model.eval()
+        return None if state is None else self.task.rebuilt(self.model, state)
 
     def _forget_first_step(self) -> None:
         """Undoes the step with zero gradients that DeepSpeed takes, in bf16 without ZeRO, to create optimizer states.

@@ -10,20 +10,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from attnzoo.tokenizer import Tokenizer
 from train.bar import Bar
 from train.budget import Evaluations, MeasuredPace, plan_steps
 from train.checkpoint import Checkpoints, TrainingProgress
 from train.config import Config
-from train.data import IGNORED, TrainingData
 from train.engine import TrainingEngine
-from train.evaluate import UNMEASURED, Validation, passes, samples, validate
+from train.evaluate import passes, samples, validate
 from train.failures import FAILED, AgreedError
 from train.limits import MEASURED_STEPS
 from train.metrics import MetricsWriter, peak_flops, peak_memory_mib
 from train.ranks import decide
 from train.schedule import rate
 from train.stop import Launcher, StopRequest
+from train.tasks import Task
 from train.watchdog import Watchdog
 
 UNKNOWN = 10**9
@@ -33,20 +32,18 @@ STOP_AT_STEP = "train.stop_at_step"
 
 @dataclass
 class TrainingRun:
-    """The objects and the state of a run. metrics: None on all ranks but rank 0. saved_step: step of the last save."""
+    """The objects and the state of a run. metrics: None on all ranks but rank 0. flops_per_step: None if unknown.
+    saved_step: step of the last save. validation: the last evaluation's metrics; empty before the first."""
 
-    config: Config
     engine: TrainingEngine
-    data: TrainingData
-    tokenizer: Tokenizer
     checkpoints: Checkpoints
     progress: TrainingProgress
     metrics: MetricsWriter | None
-    parameters: int
-    flops_per_step: int
     watchdog: Watchdog
+    parameters: int = 0
+    flops_per_step: int | None = None
     launcher: Launcher | None = None
-    validation: Validation = UNMEASURED
+    validation: dict[str, float] = field(default_factory=dict)
     saved_step: int = -1
     skips: list[str] = field(default_factory=list)
     """For each of the last steps in a row that made no update: what was not finite."""
@@ -56,14 +53,23 @@ class TrainingRun:
     started: float = field(default_factory=time.monotonic)
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.config.train.batch_size * self.data.sequence_length
+    def task(self) -> Task:
+        return self.engine.task
+
+    @property
+    def config(self) -> Config:
+        return self.task.config
+
+    @property
+    def units_per_step(self) -> int:
+        """Tokens, stays or what else the task counts, of a step on all ranks."""
+        return self.config.train.batch_size * self.task.units_per_row
 
 
 @dataclass
 class StepResult:
-    """One finished step. loss: mean over the global batch in nats. gradient_norm: before clipping; if it is not finite,
-    the step made no update. factor: of the learning rate. stop: whether any rank was asked to stop.
+    """One finished step. loss: mean over the targets of the global batch. gradient_norm: before clipping; if it is not
+    finite, the step made no update. factor: of the learning rate. stop: whether any rank was asked to stop.
     """
 
     loss: float
@@ -94,8 +100,9 @@ def train(run: TrainingRun) -> str | None:
             reason = _after_step(run, stop, step)
         if reason is None and not evaluate(run, stop, whole=True):
             reason = _signal(stop)
-        if reason is None and not math.isfinite(run.validation.loss):
-            raise AgreedError(FAILED, f"the validation loss of the last step is {run.validation.loss}: {_nothing(run)}")
+        if reason is None and not math.isfinite(run.validation["loss"]):
+            loss = run.validation["loss"]
+            raise AgreedError(FAILED, f"the validation loss of the last step is {loss}: {_nothing(run)}")
         if run.saved_step != progress.step:
             if run.skips:
                 raise AgreedError(FAILED, f"the last step was not finite ({run.skips[-1]}): {_nothing(run)}")
@@ -142,12 +149,12 @@ def take_step(run: TrainingRun, stop: StopRequest) -> StepResult:
     """One step: forward and backward over this rank's part of the global batch, and an update if all is finite."""
     engine, config, progress = run.engine, run.config, run.progress
     begin = time.perf_counter()
-    tokens_BT, targets_BT = run.data.train.next(config.train.batch_size // engine.world, engine.rank, engine.world)
+    batch = run.task.train.next(config.train.batch_size // engine.world, engine.rank, engine.world)
     size = config.train.micro_batch_size
-    (targets,) = engine.sum(float((targets_BT != IGNORED).sum()))
+    (targets,) = engine.sum(float(run.task.count(batch)))
     losses = [
-        engine.forward_backward(tokens_BT[i : i + size], targets_BT[i : i + size], targets)
-        for i in range(0, len(tokens_BT), size)
+        engine.forward_backward(tuple(tensor[i : i + size] for tensor in batch), targets)
+        for i in range(0, len(batch[0]), size)
     ]
     factor = rate(config.schedule, progress.step, progress.total_steps or UNKNOWN)
     loss, found = float(sum(losses)) / len(losses), engine.non_finite_gradients()
@@ -157,7 +164,7 @@ def take_step(run: TrainingRun, stop: StopRequest) -> StepResult:
     gradient_norm = engine.step(factor, skip=skip > 0)
     progress.step += 1
     progress.validation = None
-    progress.data = run.data.train.state()
+    progress.data = run.task.train.state()
     note_skip(run, loss, found, gradient_norm)
     seconds = time.perf_counter() - begin
     if progress.total_steps is None:
@@ -220,12 +227,12 @@ def fix_total_steps(run: TrainingRun) -> None:
         return
     size, every = config.eval.batch_size, config.eval.every
     share = max(1.0, size / config.train.micro_batch_size) / engine.accumulation
-    blocks = len(run.data.validation_blocks()[0])
-    some = blocks if config.eval.max_blocks is None else min(config.eval.max_blocks, blocks)
+    rows = len(run.task.validation()[0])
+    some = rows if config.eval.max_blocks is None else min(config.eval.max_blocks, rows)
     evaluations = Evaluations(
         every=every,
         passes=passes(some, size, engine.world),
-        last_passes=passes(blocks, size, engine.world),
+        last_passes=passes(rows, size, engine.world),
         share=share,
     )
     pace = MeasuredPace(
@@ -243,14 +250,14 @@ def fix_total_steps(run: TrainingRun) -> None:
 
 
 def evaluate(run: TrainingRun, stop: StopRequest, whole: bool = False) -> bool:
-    """Measures validation loss and bits per byte, over all blocks with `whole`, and writes them to the metrics.
+    """Measures the task's metrics on the validation data, all of it with `whole`, and writes them to the metrics file.
 
     Returns False without a result if a rank was asked to stop meanwhile. A result from the checkpoint is not measured
     again.
     """
     progress, config = run.progress, run.config.eval
     if whole and progress.validation is not None:
-        run.validation = Validation(**progress.validation)
+        run.validation = progress.validation
         return True
     marks = [time.perf_counter()]
     most = None if whole else config.max_blocks
@@ -261,26 +268,25 @@ def evaluate(run: TrainingRun, stop: StopRequest, whole: bool = False) -> bool:
         return not _stopping(run, stop)
 
     with run.watchdog.phase("evaluate"), _evaluation_bar(run, most) as bar:
-        found = validate(run.engine, run.data, config.batch_size, most, go_on)
+        found = validate(run.engine, config.batch_size, most, go_on)
     if found is None:
         return False
     run.validation = found
     progress.evaluation_seconds = time.perf_counter() - marks[0]
     progress.pass_seconds = statistics.median(after - before for before, after in itertools.pairwise(marks))
-    if whole and math.isfinite(found.loss):
-        progress.validation, run.saved_step = found._asdict(), -1
+    if whole and math.isfinite(found["loss"]):
+        progress.validation, run.saved_step = found, -1
     if run.metrics is not None:
-        values = {**found._asdict(), "seconds": progress.evaluation_seconds}
-        run.metrics.write("eval", progress.step, values)
-        loss, bits = found
-        tqdm.write(f"step {progress.step}: validation {loss:.4f} nats, {bits:.4f} bits per byte")
+        run.metrics.write("eval", progress.step, {**found, "seconds": progress.evaluation_seconds})
+        told = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+        tqdm.write(f"step {progress.step}: validation {told}")
     return True
 
 
 def write_samples(run: TrainingRun) -> None:
     """Writes text samples to samples.txt, and prints the first one."""
     with run.watchdog.phase("evaluate"):
-        texts = samples(run.engine, run.tokenizer, run.config.sample, seed=run.config.seed + run.progress.step)
+        texts = samples(run.engine, seed=run.config.seed + run.progress.step)
     if run.metrics is not None and texts is not None:
         run.metrics.write_samples(run.progress.step, texts)
         tqdm.write(f"step {run.progress.step}: sample {texts[0]!r}")
@@ -300,13 +306,13 @@ def report(run: TrainingRun, step: StepResult, bar: Any) -> None:
         "gradient_norm": step.gradient_norm,
         "learning_rate": step.factor * run.config.optim.lr,
         "step_seconds": step.seconds,
-        "tokens_per_second": run.tokens_per_step / step.seconds,
-        "tokens": run.progress.step * run.tokens_per_step,
+        f"{run.task.UNIT}s_per_second": run.units_per_step / step.seconds,
+        f"{run.task.UNIT}s": run.progress.step * run.units_per_step,
         "peak_memory_mib": peak_memory_mib(),
         "skipped_steps": run.progress.skipped,
     }
     peak = peak_flops(run.config)
-    if peak is not None:
+    if peak is not None and run.flops_per_step is not None:
         values["mfu"] = run.flops_per_step / step.seconds / (peak * run.engine.world)
     run.metrics.write("train", run.progress.step, values)
 
@@ -340,13 +346,13 @@ def _bar(run: TrainingRun) -> Any:
 
 
 def _evaluation_bar(run: TrainingRun, most: int | None) -> Any:
-    """Passes of an evaluation over `most` blocks (None: all of them), on a terminal and while it runs."""
+    """Passes of an evaluation over `most` rows (None: all of them), on a terminal and while it runs."""
     shown = _shows_progress(run)
-    blocks = len(run.data.validation_blocks(most)[0]) if shown else 0
+    rows = len(run.task.validation(most)[0]) if shown else 0
     if shown and most is None:
-        tqdm.write(f"{run.config.name}: measuring on all {blocks:,} validation sequences", file=sys.stderr)
+        tqdm.write(f"{run.config.name}: measuring on all {rows:,} validation {run.task.ROW}s", file=sys.stderr)
     return Bar(
-        total=passes(blocks, run.config.eval.batch_size, run.engine.world),
+        total=passes(rows, run.config.eval.batch_size, run.engine.world),
         desc="validation",
         unit="pass",
         leave=False,

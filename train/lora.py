@@ -1,16 +1,16 @@
 """Adds low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) with the package peft, and merges them."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
-
-from attnzoo.models import DecoderLM
 
 if TYPE_CHECKING:
     from train.config import LoraConfig
 
+M = TypeVar("M", bound=nn.Module)
 
-def add_adapters(model: DecoderLM, config: "LoraConfig") -> DecoderLM:
+
+def add_adapters(model: M, config: "LoraConfig") -> M:
     """Adds adapters to the linear layers that `config.targets` names, and freezes all other weights; returns `model`.
 
     Raises ValueError if peft is not installed, or a target names no linear layer of the model.
@@ -36,7 +36,7 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
-def merge_adapters(model: DecoderLM) -> DecoderLM:
+def merge_adapters(model: M) -> M:
     """Adds each adapter's product to the weight that it adapts, and removes the adapters; returns `model`."""
     from peft.tuners.lora import LoraLayer
 

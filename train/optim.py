@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from attnzoo.models import DecoderLM
 from train.config import OptimConfig
 
 
@@ -44,16 +43,31 @@ class ShardLayout:
     cut_each: bool
 
 
-def param_groups(model: DecoderLM, config: OptimConfig) -> list[dict[str, Any]]:
-    """Parameter groups for `MatrixAdamW`: weights of linear layers in blocks; an untied head; the rest, without decay.
+def matrix_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of linear layers that Muon may take: those that the model's own `matrix_parameters` names (a `DecoderLM`
+    names the ones in blocks), or all of them."""
+    own: Any = getattr(model, "matrix_parameters", None)
+    return _linear_weights(model) if own is None else [parameter for _, parameter in own()]
+
+
+def _linear_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Each once, without those that are an embedding's too."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    weights = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    return [weight for key, weight in weights.items() if key not in tables]
+
+
+def param_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Parameter groups for `MatrixAdamW`: matrices; weights of other linear layers (an untied head), with weight decay;
+    the rest, without it.
 
     Convolution kernels, position tables, embeddings, norms and biases have neither weight decay nor Muon. Frozen
     parameters and empty groups are left out. Raises ValueError if no parameter trains.
     """
-    matrices = [p for _, p in model.matrix_parameters() if p.requires_grad]
-    untied = model.head.weight is not model.embedding.weight and model.head.weight.requires_grad
-    head = [model.head.weight] if untied else []
-    taken = {id(p) for p in (*matrices, *head)}
+    matrices = [p for p in matrix_parameters(model) if p.requires_grad]
+    taken = {id(p) for p in matrices}
+    head = [p for p in _linear_weights(model) if id(p) not in taken and p.requires_grad]
+    taken |= {id(p) for p in head}
     rest = [p for p in model.parameters() if id(p) not in taken and p.requires_grad]
     muon = config.name == "muon"
     groups = [
@@ -71,7 +85,7 @@ def param_groups(model: DecoderLM, config: OptimConfig) -> list[dict[str, Any]]:
     return filled
 
 
-def build_optimizer(model: DecoderLM, config: OptimConfig) -> "MatrixAdamW":
+def build_optimizer(model: nn.Module, config: OptimConfig) -> "MatrixAdamW":
     """The optimizer of a run."""
     return MatrixAdamW(param_groups(model, config), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 

@@ -11,11 +11,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from attnzoo.models import DecoderConfig, DecoderLM, build_shapes
+from torch import nn
+
 from attnzoo.report import counted
 from train.config import Config
 from train.digests import NAME as DIGESTS
 from train.failures import explain, free_bytes, make_directory
+from train.optim import matrix_parameters
 from train.ranks import agree, decide, from_main, is_first
 
 LOCK = ".lock"
@@ -202,13 +204,13 @@ def _remove(directory: Path, pattern: str) -> None:
             path.unlink(missing_ok=True)
 
 
-def check_space(config: Config, model_config: DecoderConfig) -> None:
+def check_space(config: Config, model: nn.Module) -> None:
     """Raises ValueError if the disk has no space for the export and for keep + 1 checkpoints, less those that exist."""
-    model, path = build_shapes(model_config), config.run_path
+    path = config.run_path
     one = checkpoint_bytes(config, model)
     there = sum(1 for _ in (path / "checkpoints").glob("step-*"))
     wanted = max(config.checkpoint.keep + 1 - there, 1)
-    needed, free = wanted * one + 4 * model.num_parameters(), free_bytes(path)
+    needed, free = wanted * one + 4 * _size(model), free_bytes(path)
     if needed > free:
         raise ValueError(
             f"run_dir={path}: {counted(wanted, 'checkpoint')} of {one / 2**20:,.0f} MiB and the export need "
@@ -217,14 +219,19 @@ def check_space(config: Config, model_config: DecoderConfig) -> None:
         )
 
 
-def checkpoint_bytes(config: Config, model: DecoderLM) -> int:
+def checkpoint_bytes(config: Config, model: nn.Module) -> int:
     """Bytes of a checkpoint's tensors on all ranks: weights, float32 master copies if there are any, moments."""
-    total = model.num_parameters()
+    total = _size(model)
     low = config.precision == "bf16"
     weights = (2 if low else 4) * total
     if config.lora.rank is not None:
         return weights  # adapters and their states are small beside it
-    matrices = sum(p.numel() for _, p in model.matrix_parameters()) if config.optim.name == "muon" else 0
+    matrices = sum(p.numel() for p in matrix_parameters(model)) if config.optim.name == "muon" else 0
     moments = 8 * (total - matrices) + 4 * matrices
     masters = 4 * total if low or config.zero.stage else 0
     return weights + masters + moments
+
+
+def _size(model: nn.Module) -> int:
+    """Number of weights."""
+    return sum(parameter.numel() for parameter in model.parameters())

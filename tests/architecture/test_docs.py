@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from attnzoo.attention import ATTENTION
+from attnzoo.models import build_shapes
 from scripts.draw_architecture import PICTURE, draw
 from scripts.render_reference import commands, configuration
 from scripts.render_tables import DOCUMENTS, RESULTS, render
 from train.config_reader import load_config
 from train.plan import describe
+from train.tasks import build_task
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -40,7 +42,7 @@ def test_files_that_documents_name_exist(document):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_that_ships_can_be_planned(name):
     config = load_config(name, [])
-    printed = describe(config, config.model_config(2048), 2)
+    printed = describe(build_task(config), build_shapes(config.model_config(2048)), 2)
     assert "parameters" in printed
 
 

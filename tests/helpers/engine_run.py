@@ -34,6 +34,7 @@ from train.evaluate import samples, validate
 from train.loop import TrainingRun, take_step
 from train.lora import add_adapters
 from train.ranks import finish, gather
+from train.tasks import LanguageTask
 
 VOCABULARY, LENGTH, BATCH = 37, 12, 8
 BASE = [
@@ -135,32 +136,34 @@ class Never:
         return False
 
 
-def begin(config: Config, engine: TrainingEngine, data: Data) -> TrainingRun:
+def begin(config: Config, model: DecoderLM, device: torch.device, counts: Sequence[int]) -> TrainingRun:
     """A run of which only steps are taken."""
+    task = LanguageTask(config)
+    task.data, task.tokenizer = Data(counts), Letters()  # type: ignore[assignment]
+    task.train = task.data.train
     progress = TrainingProgress(total_steps=config.train.steps)
-    return TrainingRun(config, engine, data, None, None, progress, None, 1, 1, None)  # type: ignore[arg-type]
+    return TrainingRun(TrainingEngine(task, model, device), None, progress, None, None)  # type: ignore[arg-type]
 
 
 def run(case: dict[str, Any], device: torch.device, out: Path) -> dict[str, Any]:
     """Takes the steps of a case; its weights after each go to files."""
     config, model = build(case["overrides"], case.get("untied", False), case.get("frozen"))
-    engine, data = TrainingEngine(config, model, device), Data(case.get("counts", COUNTS))
-    training = begin(config, engine, data)
-    progress = training.progress
+    training = begin(config, model, device, case.get("counts", COUNTS))
+    engine, progress = training.engine, training.progress
     found: dict[str, Any] = {"losses": [], "norms": [], "texts": []}
 
     sizes = (1, 3, 8) if "counts" in case else (3,)
-    found["validation"] = [validate(engine, data, size, None).loss for size in sizes]
+    found["validation"] = [validate(engine, size, None)["loss"] for size in sizes]  # type: ignore[index]
     for _ in range(case.get("steps", 1)):
         step = take_step(training, Never())  # type: ignore[arg-type]
         found["losses"].append(step.loss)
         found["norms"].append(step.gradient_norm)
         if case.get("samples"):
-            found["texts"].append(samples(engine, Letters(), config.sample, seed=progress.step))  # type: ignore[arg-type]
+            found["texts"].append(samples(engine, seed=progress.step))
             # Once more from another random state: whatever drew from it would differ.
             before = torch.get_rng_state()
             torch.manual_seed(99)
-            found["texts"].append(samples(engine, Letters(), config.sample, seed=progress.step))  # type: ignore[arg-type]
+            found["texts"].append(samples(engine, seed=progress.step))
             torch.set_rng_state(before)
     found["random"] = torch.rand(3).tolist()
     whole = engine.full_state()
@@ -178,7 +181,7 @@ def run(case: dict[str, Any], device: torch.device, out: Path) -> dict[str, Any]
 
 def continued(case: dict[str, Any], training: TrainingRun, device: torch.device, out: Path) -> list[float]:
     """Losses of one more step, without and with a break; the exports before and after go to `out`-0, -1 and -2."""
-    engine, position = training.engine, training.data.train.state()
+    engine, position = training.engine, training.task.train.state()
     engine.save(out.parent, f"{out.name}-checkpoint")
     exported(engine, f"{out}-0")
     losses = [take_step(training, Never()).loss]  # type: ignore[arg-type]
@@ -186,10 +189,10 @@ def continued(case: dict[str, Any], training: TrainingRun, device: torch.device,
     config, model = build(case["overrides"], case.get("untied", False), case.get("frozen"))
     for tensor in model.state_dict().values():
         tensor.zero_()  # what is not read would show
-    engine = TrainingEngine(config, model, device)
+    again = begin(config, model, device, case.get("counts", COUNTS))
+    engine = again.engine
     engine.load(Path(f"{out}-checkpoint"))
-    again = begin(config, engine, Data(case.get("counts", COUNTS)))
-    again.data.train.load(position)
+    again.task.train.load(position)
     losses.append(take_step(again, Never()).loss)  # type: ignore[arg-type]
     exported(engine, f"{out}-2")
     return losses

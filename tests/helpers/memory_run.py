@@ -26,6 +26,7 @@ from train.config import Config
 from train.config_reader import load_config
 from train.engine import TrainingEngine, start
 from train.ranks import finish
+from train.tasks import LanguageTask
 
 VOCABULARY, MICRO_BATCH, TOKENS, PASSES = 512, 2, 128, 2
 RUNS = 2
@@ -75,11 +76,11 @@ def main() -> None:
         device = device or start(config, int(os.environ.get("LOCAL_RANK", "0")))
 
         def training(config: Config = config, device: torch.device = device) -> TrainingEngine:
-            engine = TrainingEngine(config, DecoderLM(config.model_config(VOCABULARY)), device)
+            engine = TrainingEngine(LanguageTask(config), DecoderLM(config.model_config(VOCABULARY)), device)
             for _ in range(2):
                 for _ in range(PASSES):
                     targets = float(block[:, 1:].numel() * PASSES * ranks)
-                    engine.forward_backward(block[:, :-1], block[:, 1:], targets)
+                    engine.forward_backward((block[:, :-1], block[:, 1:]), targets)
                 engine.step(1.0)
             return engine
 

@@ -6,7 +6,8 @@ import torch
 from attnzoo.attention.base import Traits
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.tokenizer import SentencePieceTokenizer
-from train.engine import LossModule
+from train.config import Config
+from train.tasks import LanguageTask
 
 BOS = SentencePieceTokenizer.bos_id
 
@@ -17,6 +18,13 @@ def model(attention: object = "rcmha") -> DecoderLM:
         vocab_size=19, model_dim=16, num_layers=2, attention=attention, max_positions=32, init_std=0.3
     )
     return DecoderLM(config).double()
+
+
+def loss(lm: DecoderLM, document_start: int | None) -> torch.Tensor:
+    """The language task's mean loss of `rows`."""
+    task = LanguageTask(Config())
+    task.document_start = document_start
+    return task.loss(lm, rows(), count=None)
 
 
 def rows() -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,7 +39,7 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
 def test_isolated_loss_is_that_of_the_documents_alone(attention, checkpointing):
     lm, (tokens, targets) = model(attention), rows()
     lm.activation_checkpointing = checkpointing
-    isolated = LossModule(lm, None, document_start=BOS)(tokens, targets)
+    isolated = loss(lm, document_start=BOS)
     pieces = [(0, 0, 5), (0, 5, 12), (1, 0, 3), (1, 3, 12)]
     alone = sum(
         lm.loss(tokens[row : row + 1, first:end], targets[row : row + 1, first:end]) * (end - first)
@@ -39,7 +47,7 @@ def test_isolated_loss_is_that_of_the_documents_alone(attention, checkpointing):
     )
     # The loss is taken in float32 in whatever dtype the model is.
     torch.testing.assert_close(isolated, alone / 24, rtol=24 * torch.finfo(torch.float32).eps, atol=0)
-    together = LossModule(lm, None, document_start=None)(tokens, targets)
+    together = loss(lm, document_start=None)
     assert abs(together - isolated) > 1e-3
     for got, want in zip(
         torch.autograd.grad(isolated, lm.parameters()), torch.autograd.grad(alone / 24, lm.parameters()), strict=True
@@ -48,10 +56,10 @@ def test_isolated_loss_is_that_of_the_documents_alone(attention, checkpointing):
 
 
 def test_a_variant_that_cannot_keep_documents_apart_is_refused(monkeypatch):
-    lm, (tokens, targets) = model(), rows()
+    lm = model()
     monkeypatch.setattr(type(lm.blocks[0].attention), "traits", Traits())
     with pytest.raises(ValueError, match="RCMHA cannot keep documents of one row apart"):
-        LossModule(lm, None, document_start=BOS)(tokens, targets)
+        loss(lm, document_start=BOS)
 
 
 def test_an_explicit_implementation_reaches_every_layer():

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from attnzoo.models import build_shapes
 from tests.helpers.training import ROOT, write_tiny
 from train import checkpoint
 from train.checkpoint import Checkpoints, find_resume, newest_whole, steps_in
@@ -233,10 +234,10 @@ def test_leftovers_in_the_cache_go_when_nobody_prepares(tmp_path: Path) -> None:
 
 def test_space_for_the_checkpoints_is_looked_for(tmp_path: Path) -> None:
     config = load_config(str(write_tiny(tmp_path)), [])
-    check_space(config, config.model_config(300))
+    check_space(config, build_shapes(config.model_config(300)))
     huge = load_config(str(tmp_path / "tiny.yaml"), ["model.model_dim=200000", "model.num_layers=90"])
     with pytest.raises(ValueError, match=r"run_dir=.*3 checkpoints of .* MiB .* are free; .*checkpoint.keep=2"):
-        check_space(huge, huge.model_config(300))
+        check_space(huge, build_shapes(huge.model_config(300)))
 
 
 @pytest.mark.parametrize(
@@ -248,8 +249,6 @@ def test_space_for_the_checkpoints_is_looked_for(tmp_path: Path) -> None:
     ],
 )
 def test_bytes_of_a_checkpoint(tmp_path: Path, settings: list[str], bytes_per_parameter: int) -> None:
-    from attnzoo.models import build_shapes
-
     config = load_config(str(write_tiny(tmp_path)), settings)
     model = build_shapes(config.model_config(300))
     assert checkpoint_bytes(config, model) == bytes_per_parameter * model.num_parameters()

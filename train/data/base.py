@@ -7,13 +7,15 @@ from torch import Tensor
 
 IGNORED = -100
 """A target that does not count for the loss."""
+Batch = tuple[Tensor, ...]
+"""The tensors of a batch. The first axis of each is that of the batch's rows: sequences, stays, images."""
 
 
 class Batches(Protocol):
     """An endless stream of training batches: the same for any number of processes, and resumable exactly."""
 
-    def next(self, batch_size: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
-        """(tokens_BT, targets_BT), int64, for process `rank`: its part of the next batch_size * world sequences."""
+    def next(self, batch_size: int, rank: int, world: int) -> Batch:
+        """The batch of process `rank`: its part of the next batch_size * world rows."""
 
     def state(self) -> dict[str, int]:
         """The position in the stream."""
@@ -22,8 +24,9 @@ class Batches(Protocol):
         """Continues from a position that `state` has returned."""
 
 
-class TrainingData(Protocol):
-    """Training batches and validation blocks. Targets of -100 do not count. Bytes are those of the text in UTF-8."""
+class TextData(Protocol):
+    """Training batches (tokens_BT, targets_BT), int64, and validation blocks. Targets of -100 do not count. Bytes are
+    those of the text in UTF-8."""
 
     @property
     def train(self) -> Batches: ...

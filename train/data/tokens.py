@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -59,6 +60,11 @@ class TokenData:
         """
         counted = targets_NT[targets_NT != IGNORED]
         return int(self.token_bytes[counted].sum()) / counted.numel()
+
+
+def bits_per_byte(loss_nats: float, bytes_per_token: float) -> float:
+    """Converts a mean loss per token in nats to bits per byte of text, which is comparable between tokenizers."""
+    return loss_nats / math.log(2) / bytes_per_token
 
 
 def blocks_of(tokens: np.ndarray, length: int) -> tuple[Tensor, Tensor]:

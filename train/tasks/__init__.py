@@ -1,0 +1,18 @@
+"""What a run trains, by `task.kind` of its configuration. `train.tasks.base` says how a task is written."""
+
+from train.config import Config
+from train.tasks.base import TASKS, Task
+from train.tasks.language import LanguageTask
+
+
+def task_class(config: Config) -> type[Task]:
+    """The class for `task.kind`. Raises ValueError for an unknown kind."""
+    return TASKS.get(config.task.get("kind", "language"))
+
+
+def build_task(config: Config) -> Task:
+    """The task of a configuration that has been read."""
+    return task_class(config)(config)
+
+
+__all__ = ["TASKS", "LanguageTask", "Task", "build_task", "task_class"]
