@@ -32,6 +32,7 @@ from train.engine import TrainingEngine
 from train.failures import AgreedError, TrainingError, explain, free_bytes, lost_rank
 from train.random_state import random_state, set_random_state
 from train.ranks import agree, decide, gather
+from train.selection import Selection
 
 FORMAT = "attnzoo-train-2"
 FAULT = "ATTNZOO_FAULT"
@@ -45,8 +46,9 @@ class TrainingProgress:
     """The state of a run besides weights and optimizer state, so that it can resume exactly.
 
     seconds: of training so far. skipped: steps without an update so far, because they were not finite. pass_seconds:
-    median pass of the last evaluation. step_seconds: of each step, until train.max_minutes is turned into `budget` (a
-    `train.budget.Budget`). validation: result on all validation blocks at this step. data: position in the data.
+    median pass of the last evaluation. evaluated: its step. step_seconds: of each step, until train.max_minutes is
+    turned into `budget` (a `train.budget.Budget`). validation: result on all validation rows at this step. selected: as
+    `Selection.scores`. data: position in the data.
     """
 
     step: int = 0
@@ -57,6 +59,8 @@ class TrainingProgress:
     step_seconds: list[float] = field(default_factory=list)
     budget: dict[str, Any] | None = None
     validation: dict[str, float] | None = None
+    evaluated: int = -1
+    selected: list[list[float]] = field(default_factory=list)
     skipped: int = 0
     data: dict[str, Any] = field(default_factory=dict)
 
@@ -125,8 +129,12 @@ def newest_whole(directory: Path, before: Path | None = None) -> Path | None:
 class Checkpoints:
     """The checkpoints of one run directory."""
 
-    def __init__(self, directory: Path, keep: int, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, directory: Path, keep: int, settings: dict[str, Any], selection: Selection | None = None
+    ) -> None:
+        """selection: what is saved and loaded beside the run's state; None: nothing."""
         self.directory, self.keep, self.settings = directory, keep, settings
+        self.selection = Selection(0) if selection is None else selection
 
     def latest(self) -> Path | None:
         """The checkpoint that the file `latest` names, or None if there are no checkpoints.
@@ -189,6 +197,8 @@ class Checkpoints:
         engine.save(self.directory, temporary.name)
         save_file(random_state(), str(temporary / f"random-{engine.rank}.safetensors"))
         if engine.rank == 0:
+            self.selection.save(temporary)
+            progress.selected = self.selection.scores
             content = {"format": FORMAT, "progress": asdict(progress), "settings": self.settings}
             (temporary / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         engine.barrier()
@@ -232,7 +242,9 @@ class Checkpoints:
         content = agree(lambda: self.read(path))
         engine.load(path)
         set_random_state(load_file(str(path / f"random-{engine.rank}.safetensors")))
-        return TrainingProgress(**content["progress"])
+        progress = TrainingProgress(**content["progress"])
+        self.selection.load(path, progress.selected, engine.rank == 0)
+        return progress
 
     def read(self, path: Path) -> dict[str, Any]:
         """The content of state.json. Raises ValueError if it cannot be read or its settings differ from this run's."""

@@ -90,13 +90,15 @@ class LoraConfig:
 @dataclass
 class EvalConfig:
     """every: steps between evaluations (null: only at the end). max_blocks: validation rows of each evaluation before
-    the last one, which takes all. below_ngrams: orders of byte n-gram models; scripts/demo.py checks that the run ends
+    the last one, which takes all. keep_best: the export is the mean of the weights of so many best evaluations (null:
+    the last weights). below_ngrams: orders of byte n-gram models; scripts/demo.py checks that the run ends
     with fewer bits per byte.
     """
 
     every: int | None = 200
     batch_size: int = 16
     max_blocks: int | None = None
+    keep_best: int | None = None
     below_ngrams: list[int] = field(default_factory=list)
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from attnzoo.report import counted
 from train.engine import TrainingEngine
@@ -41,6 +42,17 @@ def validate(
                 return None
     everywhere = {i: part for parts in gather(found) for i, part in parts.items()}
     return task.metrics(batch, torch.cat([everywhere[i] for i in range(len(starts))]))
+
+
+def validate_alone(task: Task, model: nn.Module, batch_size: int) -> dict[str, float]:
+    """The task's metrics of a whole model on all validation rows, on the CPU of this rank alone."""
+    batch = task.validation()
+    with torch.no_grad():
+        parts = [
+            task.measure(model, tuple(tensor[start : start + batch_size] for tensor in batch))
+            for start in range(0, len(batch[0]), batch_size)
+        ]
+    return task.metrics(batch, torch.cat(parts))
 
 
 def _check_targets(task: Task, batch: tuple[torch.Tensor, ...]) -> None:

@@ -32,6 +32,7 @@ AT_LEAST_ONE = [
     "eval.every",
     "eval.batch_size",
     "eval.max_blocks",
+    "eval.keep_best",
     "sample.every",
     "sample.max_new_tokens",
     "log.every",
@@ -121,6 +122,11 @@ def problems(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.stop_at_step", f"train.stop_at_step={stop} lies beyond the end, train.steps={end}; lower it"
     if config.train.steps is None and config.train.max_minutes is None:
         yield "train", "train.steps and train.max_minutes are both unset: give one, for example train.steps=1000"
+    if config.eval.keep_best is not None and config.eval.max_blocks is not None:
+        yield (
+            "eval.keep_best",
+            f"eval.keep_best={config.eval.keep_best} compares evaluations on the same rows; set eval.max_blocks=null",
+        )
     for order in config.eval.below_ngrams:
         if not 1 <= order <= HIGHEST_ORDER:
             yield "eval.below_ngrams", f"eval.below_ngrams: order {order} must be between 1 and {HIGHEST_ORDER}"

@@ -15,7 +15,7 @@ from train.budget import Evaluations, MeasuredPace, plan_steps
 from train.checkpoint import Checkpoints, TrainingProgress
 from train.config import Config
 from train.engine import TrainingEngine
-from train.evaluate import passes, samples, validate
+from train.evaluate import passes, samples, validate, validate_alone
 from train.failures import FAILED, AgreedError
 from train.limits import MEASURED_STEPS
 from train.metrics import MetricsWriter, peak_flops, peak_memory_mib
@@ -87,7 +87,7 @@ def train(run: TrainingRun) -> str | None:
     progress, config = run.progress, run.config
     reason = STOP_AT_STEP if _at_its_stop(run) else None
     with StopRequest(run.launcher) as stop, _bar(run) as bar:
-        if progress.step == 0 and config.eval.every and not evaluate(run, stop):
+        if reason is None and _missed(run) and not evaluate(run, stop):
             reason = _signal(stop)
         while reason is None and (progress.total_steps is None or progress.step < progress.total_steps):
             with run.watchdog.phase("step"):
@@ -128,6 +128,13 @@ def _after_step(run: TrainingRun, stop: StopRequest, step: StepResult) -> str | 
             if _stopping(run, stop):
                 return _signal(stop)
     return None
+
+
+def _missed(run: TrainingRun) -> bool:
+    """Whether the evaluation of the step where the run begins is due: at step 0, or because a signal came before it."""
+    progress = run.progress
+    due = _due(run.config.eval.every, progress.step) and progress.evaluated != progress.step
+    return due and progress.step != progress.total_steps
 
 
 def _at_its_stop(run: TrainingRun) -> bool:
@@ -271,16 +278,33 @@ def evaluate(run: TrainingRun, stop: StopRequest, whole: bool = False) -> bool:
         found = validate(run.engine, config.batch_size, most, go_on)
     if found is None:
         return False
-    run.validation = found
+    run.validation, progress.evaluated = found, progress.step
+    if progress.step:  # initial weights are no result
+        run.checkpoints.selection.offer(run.engine, progress.step, run.task.score(found))
     progress.evaluation_seconds = time.perf_counter() - marks[0]
     progress.pass_seconds = statistics.median(after - before for before, after in itertools.pairwise(marks))
     if whole and math.isfinite(found["loss"]):
         progress.validation, run.saved_step = found, -1
     if run.metrics is not None:
         run.metrics.write("eval", progress.step, {**found, "seconds": progress.evaluation_seconds})
-        told = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
-        tqdm.write(f"step {progress.step}: validation {told}")
+        tqdm.write(f"step {progress.step}: validation {_told(found)}")
     return True
+
+
+def measure_selected(run: TrainingRun) -> dict[str, float]:
+    """The metrics of the mean of the best weights, which the export takes. Rank 0 alone."""
+    selection, progress = run.checkpoints.selection, run.progress
+    model = run.task.rebuilt(run.engine.model, selection.mean())
+    found = validate_alone(run.task, model, run.config.eval.batch_size)
+    steps = [int(step) for step, _ in selection.scores]
+    if run.metrics is not None:
+        run.metrics.write("selected", progress.step, found)
+    tqdm.write(f"the export is the mean of the weights after steps {', '.join(map(str, steps))}: {_told(found)}")
+    return found
+
+
+def _told(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 def write_samples(run: TrainingRun) -> None:

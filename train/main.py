@@ -45,10 +45,11 @@ from train.engine import TrainingEngine
 from train.export import export
 from train.failures import report
 from train.limits import MEASURED_STEPS
-from train.loop import STOP_AT_STEP, TrainingRun, train
+from train.loop import STOP_AT_STEP, TrainingRun, measure_selected, train
 from train.lora import add_adapters
 from train.metrics import MetricsWriter, check_wandb, read_metrics
 from train.plan import describe
+from train.selection import Selection
 from train.stop import Launcher, find_launcher
 from train.tasks import Task, build_task
 from train.watchdog import Watchdog
@@ -100,12 +101,15 @@ def run_training(task: Task, device: torch.device, watchdog: Watchdog, launcher:
         run, resumed = _begin(task, device, watchdog)
     run.saved_step, run.launcher = run.progress.step if resumed else -1, launcher
     reason = train(run)
+    if reason is None and run.checkpoints.selection.scores:
+        with watchdog.phase("evaluate"):
+            run.validation = ranks.decide(lambda: measure_selected(run))
     if run.metrics is not None:
         run.metrics.close()
     steps = {"steps": run.progress.step}
     with watchdog.phase("save"):
         whole = {**steps, **_metrics(run, reason), "name": config.name} if reason is None else steps
-        export(run.engine, config.run_path / "export", whole)
+        export(run.engine, run.checkpoints.selection, config.run_path / "export", whole)
     if run.engine.rank == 0:
         _summarize(run, reason)
 
@@ -121,7 +125,8 @@ def _begin(task: Task, device: torch.device, watchdog: Watchdog) -> tuple[Traini
         ranks.agree(lambda: add_adapters(model, config.lora))
     engine = TrainingEngine(task, model, device)
     settings = identity(config, task.content(), engine.world)
-    checkpoints = Checkpoints(config.run_path / "checkpoints", config.checkpoint.keep, settings)
+    selection = Selection(config.eval.keep_best or 0)
+    checkpoints = Checkpoints(config.run_path / "checkpoints", config.checkpoint.keep, settings, selection)
     progress, resumed = _resume(engine, checkpoints)
     engine.check_finite("training cannot begin with it; look at checkpoint.init_from and at model.init_std")
     metrics = None
@@ -177,7 +182,7 @@ def _seed(seed: int) -> None:
 
 
 def _metrics(run: TrainingRun, reason: str | None) -> dict[str, float | None]:
-    """The last step's metrics, unknown after an early stop, because that step was not evaluated."""
+    """The export's metrics, unknown after an early stop, because the last step was not evaluated."""
     names = {"loss": "validation_loss"}
     return {names.get(name, name): None if reason else run.validation[name] for name in run.task.METRICS}
 

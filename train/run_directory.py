@@ -229,7 +229,7 @@ def checkpoint_bytes(config: Config, model: nn.Module) -> int:
     matrices = sum(p.numel() for p in matrix_parameters(model)) if config.optim.name == "muon" else 0
     moments = 8 * (total - matrices) + 4 * matrices
     masters = 4 * total if low or config.zero.stage else 0
-    return weights + masters + moments
+    return weights + masters + moments + 4 * total * (config.eval.keep_best or 0)
 
 
 def _size(model: nn.Module) -> int:

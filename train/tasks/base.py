@@ -137,6 +137,10 @@ class Task(ABC):
     def metrics(self, batch: Batch, measured: Tensor) -> dict[str, float]:
         """The metrics by name (`METRICS`). batch: all rows that were evaluated; measured: in the order of the rows."""
 
+    def score(self, metrics: dict[str, float]) -> float:
+        """What is higher the better the model is; `eval.keep_best` chooses by it."""
+        return -metrics["loss"]
+
     def samples(self, model: nn.Module, seed: int) -> list[str]:
         """Texts that show what the model does, for samples.txt (`sample.every`). Rank 0 alone."""
         raise NotImplementedError(f"{type(self).__name__} lists `sample` in UNUSED or defines samples")
