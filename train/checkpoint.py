@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 from attnzoo.files import replace_directory, user_path, write_atomic
 from attnzoo.report import counted
+from train.best_weights import BestWeights
 from train.config import CheckpointConfig, Config
 from train.digests import NAME, check_files, digest_files, write_digests
 from train.engine import TrainingEngine
 from train.failures import AgreedError, TrainingError, explain, free_bytes, lost_rank
 from train.random_state import random_state, set_random_state
 from train.ranks import agree, decide, gather
-from train.selection import Selection
 
 FORMAT = "attnzoo-train-2"
 FAULT = "ATTNZOO_FAULT"
@@ -48,7 +48,7 @@ class TrainingProgress:
     seconds: of training so far. skipped: steps without an update so far, because they were not finite. pass_seconds:
     median pass of the last evaluation. evaluated: its step. step_seconds: of each step, until train.max_minutes is
     turned into `budget` (a `train.budget.Budget`). validation: result on all validation rows at this step. selected: as
-    `Selection.scores`. data: position in the data.
+    `BestWeights.scores`. data: position in the data.
     """
 
     step: int = 0
@@ -129,12 +129,10 @@ def newest_whole(directory: Path, before: Path | None = None) -> Path | None:
 class Checkpoints:
     """The checkpoints of one run directory."""
 
-    def __init__(
-        self, directory: Path, keep: int, settings: dict[str, Any], selection: Selection | None = None
-    ) -> None:
-        """selection: what is saved and loaded beside the run's state; None: nothing."""
+    def __init__(self, directory: Path, keep: int, settings: dict[str, Any], best: BestWeights | None = None) -> None:
+        """best: what is saved and loaded beside the run's state; None: nothing."""
         self.directory, self.keep, self.settings = directory, keep, settings
-        self.selection = Selection(0) if selection is None else selection
+        self.best = BestWeights(0) if best is None else best
 
     def latest(self) -> Path | None:
         """The checkpoint that the file `latest` names, or None if there are no checkpoints.
@@ -197,8 +195,8 @@ class Checkpoints:
         engine.save(self.directory, temporary.name)
         save_file(random_state(), str(temporary / f"random-{engine.rank}.safetensors"))
         if engine.rank == 0:
-            self.selection.save(temporary)
-            progress.selected = self.selection.scores
+            self.best.save(temporary)
+            progress.selected = self.best.scores
             content = {"format": FORMAT, "progress": asdict(progress), "settings": self.settings}
             (temporary / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         engine.barrier()
@@ -243,7 +241,7 @@ class Checkpoints:
         engine.load(path)
         set_random_state(load_file(str(path / f"random-{engine.rank}.safetensors")))
         progress = TrainingProgress(**content["progress"])
-        self.selection.load(path, progress.selected, engine.rank == 0)
+        self.best.load(path, progress.selected, engine.rank == 0)
         return progress
 
     def read(self, path: Path) -> dict[str, Any]:

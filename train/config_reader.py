@@ -102,8 +102,8 @@ def _check_sections(config: Config, places: dict[str, str]) -> None:
     for key in task.UNUSED:
         if _value(config, key) != _value(Config(), key):
             raise ConfigError(
-                f"{place_of(places, key)}: {key}={_value(config, key)!r} has no use for task.kind="
-                f"{config.task['kind']}; leave it out"
+                f"{place_of(places, key)}: task.kind={config.task['kind']} has no use for "
+                f"{key}={_value(config, key)!r}; leave it out"
             )
     for section, check in task.sections(config).items():
         try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from attnzoo.errors import suggest
 from attnzoo.files import user_path
-from train.config import Config
+from train.config import Config, EvalConfig
 from train.ngram import HIGHEST_ORDER
 
 MEASURED_STEPS = 20
@@ -97,6 +97,18 @@ def _extremes(config: Config) -> Iterator[tuple[str, str]]:
                 yield key, f"{key}={number} must be at most {LARGEST}"
 
 
+def _evaluations(options: EvalConfig) -> Iterator[tuple[str, str]]:
+    """Problems of the section `eval`."""
+    if options.keep_best is not None and options.max_blocks is not None:
+        yield (
+            "eval.keep_best",
+            f"eval.keep_best={options.keep_best} compares evaluations on the same rows; set eval.max_blocks=null",
+        )
+    for order in options.below_ngrams:
+        if not 1 <= order <= HIGHEST_ORDER:
+            yield "eval.below_ngrams", f"eval.below_ngrams: order {order} must be between 1 and {HIGHEST_ORDER}"
+
+
 def problems(config: Config) -> Iterator[tuple[str, str]]:
     """Yields (key, message) for every value out of range and every combination that does not work."""
 
@@ -122,14 +134,7 @@ def problems(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.stop_at_step", f"train.stop_at_step={stop} lies beyond the end, train.steps={end}; lower it"
     if config.train.steps is None and config.train.max_minutes is None:
         yield "train", "train.steps and train.max_minutes are both unset: give one, for example train.steps=1000"
-    if config.eval.keep_best is not None and config.eval.max_blocks is not None:
-        yield (
-            "eval.keep_best",
-            f"eval.keep_best={config.eval.keep_best} compares evaluations on the same rows; set eval.max_blocks=null",
-        )
-    for order in config.eval.below_ngrams:
-        if not 1 <= order <= HIGHEST_ORDER:
-            yield "eval.below_ngrams", f"eval.below_ngrams: order {order} must be between 1 and {HIGHEST_ORDER}"
+    yield from _evaluations(config.eval)
     if config.optim.name == "muon" and config.zero.offload_optimizer:
         yield (
             "zero.offload_optimizer",

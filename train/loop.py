@@ -280,7 +280,7 @@ def evaluate(run: TrainingRun, stop: StopRequest, whole: bool = False) -> bool:
         return False
     run.validation, progress.evaluated = found, progress.step
     if progress.step:  # initial weights are no result
-        run.checkpoints.selection.offer(run.engine, progress.step, run.task.score(found))
+        run.checkpoints.best.offer(run.engine, progress.step, run.task.score(found))
     progress.evaluation_seconds = time.perf_counter() - marks[0]
     progress.pass_seconds = statistics.median(after - before for before, after in itertools.pairwise(marks))
     if whole and math.isfinite(found["loss"]):
@@ -293,10 +293,10 @@ def evaluate(run: TrainingRun, stop: StopRequest, whole: bool = False) -> bool:
 
 def measure_selected(run: TrainingRun) -> dict[str, float]:
     """The metrics of the mean of the best weights, which the export takes. Rank 0 alone."""
-    selection, progress = run.checkpoints.selection, run.progress
-    model = run.task.rebuilt(run.engine.model, selection.mean())
+    best, progress = run.checkpoints.best, run.progress
+    model = run.task.rebuilt(run.engine.model, best.mean())
     found = validate_alone(run.task, model, run.config.eval.batch_size)
-    steps = [int(step) for step, _ in selection.scores]
+    steps = [int(step) for step, _ in best.scores]
     if run.metrics is not None:
         run.metrics.write("selected", progress.step, found)
     tqdm.write(f"the export is the mean of the weights after steps {', '.join(map(str, steps))}: {_told(found)}")

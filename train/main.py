@@ -35,6 +35,7 @@ from attnzoo.files import write_atomic
 from attnzoo.report import Report, counted, run_command
 from train import engine as engines
 from train import ranks, run_directory
+from train.best_weights import BestWeights
 from train.budget import check_same_budget
 from train.checkpoint import Checkpoints, TrainingProgress, find_resume, identity
 from train.checks import check_batches, check_run
@@ -49,7 +50,6 @@ from train.loop import STOP_AT_STEP, TrainingRun, measure_selected, train
 from train.lora import add_adapters
 from train.metrics import MetricsWriter, check_wandb, read_metrics
 from train.plan import describe
-from train.selection import Selection
 from train.stop import Launcher, find_launcher
 from train.tasks import Task, build_task
 from train.watchdog import Watchdog
@@ -93,7 +93,7 @@ def run_training(task: Task, device: torch.device, watchdog: Watchdog, launcher:
     config = task.config
     ranks.decide(lambda: run_directory.check_space(config, task.shapes()))
     with watchdog.phase("data"):
-        _tell(config, f"preparing {task.preparing()}")
+        _tell(config, f"preparing {task.preparing}")
         _prepare_data(task)
         ranks.agree(lambda: check_batches(config, task.train))
     with watchdog.phase("load"):
@@ -101,7 +101,7 @@ def run_training(task: Task, device: torch.device, watchdog: Watchdog, launcher:
         run, resumed = _begin(task, device, watchdog)
     run.saved_step, run.launcher = run.progress.step if resumed else -1, launcher
     reason = train(run)
-    if reason is None and run.checkpoints.selection.scores:
+    if reason is None and run.checkpoints.best.scores:
         with watchdog.phase("evaluate"):
             run.validation = ranks.decide(lambda: measure_selected(run))
     if run.metrics is not None:
@@ -109,7 +109,7 @@ def run_training(task: Task, device: torch.device, watchdog: Watchdog, launcher:
     steps = {"steps": run.progress.step}
     with watchdog.phase("save"):
         whole = {**steps, **_metrics(run, reason), "name": config.name} if reason is None else steps
-        export(run.engine, run.checkpoints.selection, config.run_path / "export", whole)
+        export(run.engine, run.checkpoints.best, config.run_path / "export", whole)
     if run.engine.rank == 0:
         _summarize(run, reason)
 
@@ -125,8 +125,8 @@ def _begin(task: Task, device: torch.device, watchdog: Watchdog) -> tuple[Traini
         ranks.agree(lambda: add_adapters(model, config.lora))
     engine = TrainingEngine(task, model, device)
     settings = identity(config, task.content(), engine.world)
-    selection = Selection(config.eval.keep_best or 0)
-    checkpoints = Checkpoints(config.run_path / "checkpoints", config.checkpoint.keep, settings, selection)
+    best = BestWeights(config.eval.keep_best or 0)
+    checkpoints = Checkpoints(config.run_path / "checkpoints", config.checkpoint.keep, settings, best)
     progress, resumed = _resume(engine, checkpoints)
     engine.check_finite("training cannot begin with it; look at checkpoint.init_from and at model.init_std")
     metrics = None

@@ -43,14 +43,14 @@ class ShardLayout:
     cut_each: bool
 
 
-def matrix_parameters(model: nn.Module) -> list[nn.Parameter]:
+def matrix_parameters(model: nn.Module) -> list[Tensor]:
     """Weights of linear layers that Muon may take: those that the model's own `matrix_parameters` names (a `DecoderLM`
     names the ones in blocks), or all of them."""
     own: Any = getattr(model, "matrix_parameters", None)
     return _linear_weights(model) if own is None else [parameter for _, parameter in own()]
 
 
-def _linear_weights(model: nn.Module) -> list[nn.Parameter]:
+def _linear_weights(model: nn.Module) -> list[Tensor]:
     """Each once, without those that are an embedding's too."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     weights = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Linear)}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from train.best_weights import BestWeights
 from train.config_reader import load_config
-from train.selection import Selection
 
 
 @pytest.mark.parametrize(
@@ -26,13 +26,16 @@ def test_wrong_tasks_are_refused_by_name(overrides: list[str], message: str) -> 
         load_config("base.yaml", overrides)
 
 
+TEXT = "train: {steps: 1}\nmodel: {model_dim: 8, num_layers: 1, attention: mha}\n"
+
+
 def test_without_a_task_it_is_a_language_model(tmp_path: Path) -> None:
-    (tmp_path / "old.yaml").write_text("train: {steps: 1}\nmodel: {model_dim: 8}\n", encoding="utf-8")
+    (tmp_path / "old.yaml").write_text(TEXT, encoding="utf-8")
     assert load_config(str(tmp_path / "old.yaml")).task == {}
 
 
 class Weights:
-    """What `Selection` asks of an engine: the weights of this moment."""
+    """What `BestWeights` asks of an engine: the weights of this moment."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -42,7 +45,7 @@ class Weights:
 
 
 def test_the_best_evaluations_are_kept_and_go_on_from_a_checkpoint(tmp_path: Path) -> None:
-    chosen = Selection(3)
+    chosen = BestWeights(3)
     scores = {10: 0.5, 20: 0.9, 30: float("nan"), 40: 0.7, 50: 0.9, 60: 0.1}
     for step, score in scores.items():
         chosen.offer(Weights(step), step, score)  # type: ignore[arg-type]
@@ -52,7 +55,7 @@ def test_the_best_evaluations_are_kept_and_go_on_from_a_checkpoint(tmp_path: Pat
     assert chosen.scores == [[20, 0.9], [50, 0.9], [40, 0.7]]
     assert chosen.mean()["w"].tolist() == pytest.approx([110 / 3] * 3)
     assert chosen.mean()["calls"].item() == 20  # counts have no mean
-    again = Selection(3)
+    again = BestWeights(3)
     again.load(tmp_path, before, is_main=True)
     for step in (50, 60):
         again.offer(Weights(step), step, scores[step])  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch import Tensor
 from train.engine import TrainingEngine
 
 
-class Selection:
+class BestWeights:
     """The best evaluations so far, the best first.
 
     scores: [step, score] of each, the same on every rank. Rank 0 alone has the weights, by step (float32, on the CPU).
