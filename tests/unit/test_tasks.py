@@ -41,7 +41,7 @@ class Weights:
         self.value = value
 
     def full_state(self) -> dict[str, Tensor]:
-        return {"w": torch.full((3,), self.value), "calls": torch.tensor(int(self.value))}
+        return {"w": torch.full((3,), float(self.value)), "calls": torch.tensor(int(self.value))}
 
 
 def test_the_best_evaluations_are_kept_and_go_on_from_a_checkpoint(tmp_path: Path) -> None:
