@@ -134,11 +134,11 @@ def passes_after(go_on):
     raise AssertionError("the evaluation went on")
 
 
-def evaluates(engine, data, size, most, go_on):
+def evaluates(engine, size, most, go_on):
     if os.environ["IN"] != ("last" if most is None else "first"):
-        return validate(engine, data, size, most, go_on)
+        return validate(engine, size, most, go_on)
     passes = passes_after(go_on)
-    return validate(engine, data, size, most, lambda: next(passes))
+    return validate(engine, size, most, lambda: next(passes))
 
 
 def writes(self, *args):
@@ -182,15 +182,15 @@ def test_a_signal_in_an_evaluation_or_a_checkpoint_is_heard_at_once(tiny: Path, 
 def test_ranks_whose_launcher_dies_while_data_are_prepared_stop(tiny: Path, tmp_path: Path) -> None:
     """They would train to the end, and nobody would know. Here the command is that of `attnzoo train`."""
     (tmp_path / "slow.py").write_text(
-        "import sys, time\n"
+        "import time\n"
+        "import train.tasks.language as language\n"
         "from attnzoo.attention import ATTENTION\n"
         "ATTENTION.register('plug')(type('Plug', (ATTENTION.get('mha'),), {'__doc__': 'A variant.'}))\n"
-        "main = sys.modules['__main__']\n"
-        "def slow(*a, prepare=main.prepare, **k):\n"
+        "def slow(*a, prepare=language.prepare, **k):\n"
         f"    open({str(tmp_path / 'begun')!r}, 'w').close()\n"
         "    time.sleep(3)\n"
         "    return prepare(*a, **k)\n"
-        "main.prepare = slow\n",
+        "language.prepare = slow\n",
         encoding="utf-8",
     )
     run = tmp_path / "run"

@@ -78,13 +78,14 @@ def test_hosts_that_do_not_share_the_run_directory(tiny: Path, tmp_path: Path) -
 def test_a_mistake_of_one_rank_is_told_with_its_rank(tiny: Path, tmp_path: Path) -> None:
     """Only rank 1 has a plug-in, and so a variant, of another making: the run's data are gone for it."""
     (tmp_path / "plug.py").write_text(
-        "import os, sys\n"
+        "import os\n"
+        "import train.tasks.language as language\n"
         "from attnzoo.attention import ATTENTION\n"
         "ATTENTION.register('plug')(type('Plug', (ATTENTION.get('mha'),), {'__doc__': 'Another name.'}))\n"
         "def gone(*a, **k):\n"
         "    raise ValueError('these tokens cannot be read')\n"
         "if os.environ.get('RANK') == '1':\n"
-        "    sys.modules['__main__'].prepare = gone\n",
+        "    language.prepare = gone\n",
         encoding="utf-8",
     )
     found = launch(tiny, f"run_dir={tmp_path / 'run'}", status=2, ATTNZOO_PLUGINS=str(tmp_path / "plug.py")).stderr
