@@ -33,7 +33,7 @@ from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import Mask, MaskField
 from attnzoo.registry import Registry
 
-PositionTrait = Literal["none", "rope", "table", "sinusoid", "bias", "recurrence", "unknown"]
+PositionTrait = Literal["none", "rope", "table", "sinusoid", "bias", "recurrence", "paired", "unknown"]
 Growth = Literal["O(T)", "O(window)", "O(1)"]
 Streaming = Literal["native", "recomputed", "none"]
 
@@ -47,8 +47,9 @@ class Traits:
     """What a variant promises; a contract test skips only what a trait rules out.
 
     masks: which masks `forward` takes, by the fields of `Mask` that they may use ("full": not causal). context: keys
-    and values may come from another sequence than the queries. position: where order comes from. growth: how the state
-    grows with the context. shift_invariant: adding n to all positions changes nothing.
+    and values may come from another sequence than the queries. position: where order comes from ("paired": token s of a
+    context is read together with token s of the sequence). growth: how the state grows with the context.
+    shift_invariant: adding n to all positions changes nothing.
     streaming: how `extend` continues a sequence: from what it remembers, by running `forward` over all inputs again, or
     not at all.
     """

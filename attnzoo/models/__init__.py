@@ -4,6 +4,9 @@ from attnzoo.models.cache_use import CacheUse
 from attnzoo.models.compiled import CompiledDecode
 from attnzoo.models.config import DecoderConfig
 from attnzoo.models.decoder_lm import DecoderLM
+from attnzoo.models.ehr_config import EhrConfig
+from attnzoo.models.ehr_encoder import EhrEncoder, EhrMaps, EhrState
+from attnzoo.models.ehr_pretraining import EhrPretraining
 from attnzoo.models.generate import generate
 from attnzoo.models.generation_config import GenerationConfig
 from attnzoo.models.packing import can_pack, pack_weights
@@ -16,6 +19,11 @@ __all__ = [
     "CompiledDecode",
     "DecoderConfig",
     "DecoderLM",
+    "EhrConfig",
+    "EhrEncoder",
+    "EhrMaps",
+    "EhrPretraining",
+    "EhrState",
     "GenerationConfig",
     "Sampling",
     "Sequences",

@@ -95,21 +95,7 @@ class DecoderConfig:
         specs = self.attention if isinstance(self.attention, list) else [self.attention]
         spec = specs[layer % len(specs)]
         where = f"model.attention[{layer % len(specs)}]" if len(specs) > 1 else "model.attention"
-        if isinstance(spec, str):
-            spec = {"kind": spec}
-        if not isinstance(spec, dict) or not isinstance(spec.get("kind"), str):
-            raise ValueError(
-                f"{where}={spec!r}: give a variant's name, or a mapping with `kind: <name>` and its options"
-            )
-        kind, options = spec["kind"], {key: value for key, value in spec.items() if key != "kind"}
-        config_class = variant(kind).Config
-        if "model_dim" in options:
-            raise ValueError(f"{where}.model_dim is the model's own; set model.model_dim")
-        options["model_dim"] = self.model_dim
-        if "max_distance" in {field.name for field in dataclasses.fields(config_class)}:
-            options.setdefault("max_distance", self.max_positions)
-        build_config(config_class, options, where)
-        return kind, options
+        return attention_options(spec, where, model_dim=self.model_dim, max_distance=self.max_positions)
 
     def hidden_width(self) -> int:
         """Width of the MLP's hidden layer."""
@@ -118,3 +104,21 @@ class DecoderConfig:
         if self.mlp == "swiglu":
             return -(-8 * self.model_dim // 3 // 32) * 32
         return 4 * self.model_dim
+
+
+def attention_options(spec: Any, where: str, *, model_dim: int, **defaults: Any) -> tuple[str, dict[str, Any]]:
+    """(kind, options) of the variant that a configuration names; model_dim is the model's, and `defaults` hold where
+    the variant has such options. Raises ValueError that names `where` for what is no variant, or no option of it."""
+    if isinstance(spec, str):
+        spec = {"kind": spec}
+    if not isinstance(spec, dict) or not isinstance(spec.get("kind"), str):
+        raise ValueError(f"{where}={spec!r}: give a variant's name, or a mapping with `kind: <name>` and its options")
+    kind, options = spec["kind"], {key: value for key, value in spec.items() if key != "kind"}
+    config_class = variant(kind).Config
+    if "model_dim" in options:
+        raise ValueError(f"{where}.model_dim is the model's own; set model.model_dim")
+    options["model_dim"] = model_dim
+    for name in {field.name for field in dataclasses.fields(config_class)} & defaults.keys():
+        options.setdefault(name, defaults[name])
+    build_config(config_class, options, where)
+    return kind, options

@@ -210,6 +210,23 @@ def in_context(config: Any, w: Weights, x: Array, softmax: bool) -> Array:
     return out.reshape(len(x), -1) @ w["projection.output.weight"].T
 
 
+def tscan(config: Any, w: Weights, x: Array, context: Array | None = None, seen: Seen | None = None) -> Array:
+    """Softmax over the tokens of another chunk; the paper's values are an MLP's of both chunks' tokens, side by side,
+    zeros standing for a token that x lacks; those of the code are the other chunk's."""
+    read = x if context is None else context
+    count = config.num_heads
+    q, k = (
+        heads(of, w[f"projection.{n}.weight"], w.get(f"projection.{n}.bias"), count)
+        for n, of in (("query", x), ("key", read))
+    )
+    said = read
+    if config.flavor == "paper":
+        both = np.stack([np.concatenate([x[s] if s < len(x) else 0.0 * x[0], read[s]]) for s in range(len(read))])
+        said = np.maximum(both @ w["projection.pair.weight"].T + w["projection.pair.bias"], 0.0)
+    v = heads(said, w["projection.value.weight"], w.get("projection.value.bias"), count)
+    return merge(w, attend(config, q, v, lambda n, i, j: q[i, n] @ k[j, n], seen or (lambda i, j: True)))
+
+
 BY_HAND: dict[str, Callable[[Any, Weights, Array], Array]] = {
     "mha": rotary,
     "mdha": rotary,
@@ -217,6 +234,7 @@ BY_HAND: dict[str, Callable[[Any, Weights, Array], Array]] = {
     "rcmha": relative,
     "linear": linear,
     "mesa": mesa,
+    "tscan": tscan,
     "in_context_linear": lambda config, w, x: in_context(config, w, x, softmax=False),
     "softmax_regression": lambda config, w, x: in_context(config, w, x, softmax=True),
 }

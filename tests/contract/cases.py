@@ -67,6 +67,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "mesa": [{}, {"num_kv_heads": 1, "ridge": 0.3}],
     "in_context_linear": [{}, {"num_heads": 1, "head_dim": None, "num_queries": 0}],
     "softmax_regression": [{}, {"num_heads": 1, "head_dim": None, "num_queries": 3}],
+    "tscan": [{}, {"flavor": "official"}, {"value_dim": 9, "qkv_bias": True, "output_bias": True}],
 }
 """Options to test beside the defaults; a variant that is not named here says its own (`Attention.cases`)."""
 

@@ -139,6 +139,11 @@ def test_flops_of_layers_that_read_a_whole_context():
         attention = build_attention(kind, {"model_dim": 48, "num_heads": 2, "head_dim": 24, "num_queries": 3})
         x = torch.randn(2, 40, 48)
         assert counted(lambda attention=attention, x=x: attention(x)) == attention.cost(2, 40, 40).flops
+    for flavor in ("paper", "official"):
+        attention = build_attention("tscan", {"model_dim": 48, "num_heads": 2, "flavor": flavor})
+        x, context = torch.randn(2, 13, 48), torch.randn(2, 40, 48)
+        ran = counted(lambda attention=attention, x=x, context=context: attention(x, context_BSD=context))
+        assert ran == attention.cost(2, 13, 40).flops
 
 
 def test_flops_of_a_mesa_layer_by_hand():

@@ -130,9 +130,10 @@ def test_non_causal_variant_is_refused(monkeypatch):
         build(attention="mha")
 
 
-def test_in_context_variants_are_refused():
-    assert [kind for kind in ATTENTION if kind not in CAUSAL] == ["in_context_linear", "softmax_regression"]
-    for kind in ("in_context_linear", "softmax_regression"):
+def test_variants_that_are_not_causal_are_refused():
+    others = [kind for kind in ATTENTION if kind not in CAUSAL]
+    assert others == ["in_context_linear", "softmax_regression", "tscan"]
+    for kind in others:
         with pytest.raises(ValueError, match=f"'{kind}' is not causal, and a decoder language model needs a causal"):
             build(attention=kind)
 

@@ -9,7 +9,7 @@ from attnzoo.attention.parts.linear import FeatureMap, LinearMixing
 from attnzoo.attention.parts.mesa import MesaMixing
 from attnzoo.attention.parts.mixing import ContextState, Mixing, SoftmaxMixing
 from attnzoo.attention.parts.position import QKV, NoPosition, Position, RelativeSinusoid, RelativeTable, Rope, Unscaled
-from attnzoo.attention.parts.projection import Heads, Projection
+from attnzoo.attention.parts.projection import Heads, PairedProjection, Projection
 from attnzoo.attention.parts.score_bias import ScoreBias
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "MesaMixing",
     "Mixing",
     "NoPosition",
+    "PairedProjection",
     "Position",
     "Projection",
     "QKVConv",

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -75,7 +77,7 @@ class Projection(nn.Module):
             if self.query.weight.is_meta and not x_BTD.is_meta:
                 raise ValueError("the layer has no weights (device meta) and x has values; move the layer or x")
             read = x_BTD if context_BSD is None else context_BSD
-            q, k, v = self.query(x_BTD), self.key(read), self.value(read)
+            q, k, v = self.query(x_BTD), self.key(read), self.value(self.valued(x_BTD, read))
         elif context_BSD is not None:
             raise ValueError("packed weights project one sequence; give a context to a layer that is not packed")
         else:
@@ -87,6 +89,10 @@ class Projection(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         return q_BTNH, k_BTKH, v_BTKH
+
+    def valued(self, x_BTD: Tensor, read_BSD: Tensor) -> Tensor:
+        """What the value's map reads: the tokens that are read."""
+        return read_BSD
 
     def merge(self, o_BNTH: Tensor) -> Tensor:
         """y_BTD from the heads' outputs."""
@@ -106,3 +112,29 @@ class Projection(nn.Module):
         """Two FLOPs a weight and token."""
         weights = sum(m.weight.numel() for m in (self.query, self.key, self.value, self.output))
         return 2 * batch * tokens * weights
+
+
+class PairedProjection(Projection):
+    """Values of both sequences: v_s = W_v relu(W [x_s; y_s] + b), y being what is read; q and k as ever.
+
+    Token s of one sequence is paired with token s of the other. Where x has fewer tokens, zeros stand for the others,
+    so a token of x that does not exist must hold zeros, too.
+    """
+
+    def __init__(self, heads: Heads, hidden_dim: int, *, qkv_bias: bool = False, output_bias: bool = False) -> None:
+        super().__init__(heads, query_bias=qkv_bias, key_bias=qkv_bias, output_bias=output_bias)
+        self.pair = nn.Linear(2 * heads.model_dim, hidden_dim)
+        self.value = nn.Linear(hidden_dim, heads.num_kv_heads * heads.head_dim, bias=qkv_bias)
+
+    def valued(self, x_BTD: Tensor, read_BSD: Tensor) -> Tensor:
+        entries = read_BSD.shape[1]
+        x_BSD = F.pad(x_BTD[:, :entries], (0, 0, 0, max(entries - x_BTD.shape[1], 0)))
+        return F.relu(self.pair(torch.cat([x_BSD, read_BSD], dim=-1)))
+
+    def reset_parameters(self, std: float, output_std: float) -> None:
+        super().reset_parameters(std, output_std)
+        nn.init.normal_(self.pair.weight, std=std)
+        nn.init.zeros_(self.pair.bias)
+
+    def flops(self, batch: int, tokens: int) -> int:
+        return super().flops(batch, tokens) + 2 * batch * tokens * self.pair.weight.numel()
