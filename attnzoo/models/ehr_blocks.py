@@ -38,6 +38,7 @@ class CellTokens(nn.Module):
         self.variable = nn.Parameter(torch.empty(config.variables, dim))
         self.statics = nn.Parameter(torch.empty(dim, config.statics))
         self.stay = nn.Parameter(torch.empty(dim))
+        self.sinusoids: Tensor
         if temporal:
             self.register_buffer("sinusoids", sinusoids(config.chunk_hours, dim), persistent=False)
         else:
@@ -89,7 +90,7 @@ class ChunkEncoder(nn.Module):
         dim, self.pre_norm, self.looks_ahead = config.model_dim, config.flavor == "paper", looks_ahead
         self.attention = build_attention(kind, options, "attention")
         self.attention_norm = build_norm("layernorm", dim)
-        sizes = {"model_dim": dim, "num_heads": config.num_heads, "flavor": config.flavor}
+        sizes: dict[str, object] = {"model_dim": dim, "num_heads": config.num_heads, "flavor": config.flavor}
         self.cross = build_attention("tscan", sizes) if fusion else None
         self.cross_norm = build_norm("layernorm", dim) if fusion else None
         self.context_norm = build_norm("layernorm", dim) if fusion and self.pre_norm else None

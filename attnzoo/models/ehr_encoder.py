@@ -116,7 +116,7 @@ class EhrEncoder(nn.Module):
         summary = None if self.summary is None else summarise(stays.cells_NTVC)
         found = {name: self._run(name, stays, edits) for name in self.branches}
         if not self.config.hourly:
-            fused = [self.branches[name].pooled(zs[-1], self._last_exist(name, stays)) for name, zs in found.items()]
+            fused = [self._branch(name).pooled(zs[-1], self._last_exist(name, stays)) for name, zs in found.items()]
             return self._logits(torch.cat(fused, -1), None if summary is None else summary.at(-1), stays.statics_NS)
         fused = [self._each_hour(name, zs, stays) for name, zs in found.items()]
         logits_NTO = self._logits(torch.cat(fused, -1), summary, stays.statics_NS[:, None])
@@ -301,15 +301,18 @@ class EhrEncoder(nn.Module):
     def init_state(self, statics_NS: Tensor, *, variables_NV: Tensor | None = None) -> EhrState:
         """The state of stays of which no hour has passed."""
         config, stays, like = self.config, len(statics_NS), self.head.weight
-        options = {"device": like.device, "dtype": like.dtype}
+
+        def zeros(*shape: int) -> Tensor:
+            return new_zeros(stays, *shape, device=like.device, dtype=like.dtype)
+
         exist_NV = torch.ones(stays, config.variables, dtype=torch.bool, device=like.device)
         return EhrState(
             hours_N=new_zeros(stays, device=like.device, dtype=torch.int64),
             statics_NS=statics_NS,
             exist_NV=exist_NV if variables_NV is None else variables_NV,
-            cells_NHVC=new_zeros(stays, config.chunk_hours, config.variables, CHANNELS, **options),
-            temporal_NTD=new_zeros(stays, 1 + config.chunk_hours, config.model_dim, **options),
-            spatial_NTD=new_zeros(stays, 1 + config.variables, config.model_dim, **options),
+            cells_NHVC=zeros(config.chunk_hours, config.variables, CHANNELS),
+            temporal_NTD=zeros(1 + config.chunk_hours, config.model_dim),
+            spatial_NTD=zeros(1 + config.variables, config.model_dim),
             summary=Summary.empty(stays, config.variables, like.device, like.dtype),
         )
 
