@@ -60,13 +60,19 @@ def pair(ratings: Ratings, first: str, second: str) -> Pairs:
     for rater in (first, second):
         if rater not in ratings:
             raise ValueError(f"no ratings of {rater!r}; there are those of {', '.join(ratings)}")
-    one, two = ratings[first], ratings[second]
-    keys = sorted(one.keys() & two.keys())
-    if not keys:
+    found = _joined(ratings[first], ratings[second])
+    if not len(found):
         raise ValueError(f"{first!r} and {second!r} rated nothing in common")
-    return Pairs(
-        np.array([one[key] for key in keys]), np.array([two[key] for key in keys]), np.array([key[0] for key in keys])
-    )
+    return found
+
+
+def against(ratings: Ratings, others: Ratings) -> Pairs:
+    """Each rater's ratings beside those that `others` have for the same rater: for example people's ratings, and what
+    an automatic judge gave for each of them. Raises ValueError where they have no rater in common."""
+    raters = [rater for rater in ratings if rater in others]
+    if not raters:
+        raise ValueError(f"no rater in common: {', '.join(ratings)}, and {', '.join(others)}")
+    return pooled({(rater, rater): _joined(ratings[rater], others[rater]) for rater in raters})
 
 
 def all_pairs(ratings: Ratings) -> dict[tuple[str, str], Pairs]:
@@ -76,6 +82,13 @@ def all_pairs(ratings: Ratings) -> dict[tuple[str, str], Pairs]:
         for first, second in combinations(sorted(ratings), 2)
         if ratings[first].keys() & ratings[second].keys()
     }
+
+
+def _joined(one: Mapping[Key, float], two: Mapping[Key, float]) -> Pairs:
+    keys = sorted(one.keys() & two.keys())
+    return Pairs(
+        np.array([one[key] for key in keys]), np.array([two[key] for key in keys]), np.array([key[0] for key in keys])
+    )
 
 
 def pooled(pairs: Mapping[tuple[str, str], Pairs]) -> Pairs:
