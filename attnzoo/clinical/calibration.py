@@ -52,7 +52,7 @@ def calibration_curve(labels: ArrayLike, probabilities: ArrayLike, bins: int = B
 
 
 def _slope(labels_N: Array, probabilities_N: Array, weights_RN: Array) -> Array:
-    return fit_logistic(labels_N, logit(probabilities_N), weights_RN)[1]
+    return fit_slope(labels_N, logit(probabilities_N), weights_RN)
 
 
 def _intercept(labels_N: Array, probabilities_N: Array, weights_RN: Array) -> Array:
@@ -128,7 +128,7 @@ def fit_calibrator(labels: ArrayLike, logits: ArrayLike) -> Calibrator:
     ones_1N = np.ones((1, len(labels_N)))
     slope = 1.0
     if np.ptp(logits_N) > 0:
-        slope = fit_logistic(labels_N, logits_N, ones_1N)[1][0]
+        slope = fit_slope(labels_N, logits_N, ones_1N)[0]
         if np.isnan(slope):  # the logits separate the classes
             slope = np.inf if logits_N[labels_N == 1].mean() > logits_N[labels_N == 0].mean() else -np.inf
     # The likelihood is concave: where its maximum lies outside, the nearest bound is the best within.
@@ -137,17 +137,13 @@ def fit_calibrator(labels: ArrayLike, logits: ArrayLike) -> Calibrator:
     return Calibrator(temperature=1.0 / slope, intercept=float(intercept))
 
 
-def fit_logistic(labels_N: Array, x_N: Array, weights_RN: Array) -> tuple[Array, Array]:
-    """(a, b) of greatest weighted likelihood of label ~ a + b x, by Newton's method, for all weightings at once. NaN
-    where there is no finite optimum (separated classes) or no single one (constant x)."""
-    total_R = weights_RN.sum(axis=1)
-    center_R = mean(weights_RN, x_N)
-    z_RN = x_N - center_R[:, None]
-    scale_R = np.sqrt(
-        np.divide((weights_RN * z_RN**2).sum(axis=1), total_R, out=np.zeros_like(total_R), where=total_R > 0)
-    )
-    z_RN = np.divide(z_RN, scale_R[:, None], out=np.zeros_like(z_RN), where=scale_R[:, None] > 1e-12)
-    a_R, b_R = _logit_of_prevalence(labels_N, weights_RN), np.zeros(len(weights_RN))
+def fit_slope(labels_N: Array, x_N: Array, weights_RN: Array) -> Array:
+    """b of greatest weighted likelihood of label ~ a + b x, by Newton's method, for all weightings at once. NaN where
+    there is no finite optimum (separated classes) or no single one (constant x)."""
+    spread_RN = x_N - mean(weights_RN, x_N)[:, None]
+    scale_R = np.sqrt((weights_RN * spread_RN**2).sum(axis=1) / np.maximum(weights_RN.sum(axis=1), 1e-300))
+    z_RN = np.divide(spread_RN, scale_R[:, None], out=np.zeros_like(spread_RN), where=scale_R[:, None] > 1e-12)
+    a_R, b_R = logit(np.nan_to_num(mean(weights_RN, labels_N), nan=0.5)), np.zeros(len(weights_RN))
     step_R = np.full(len(weights_RN), np.inf)
     for _ in range(STEPS):
         p_RN = sigmoid(a_R[:, None] + b_R[:, None] * z_RN)
@@ -155,6 +151,7 @@ def fit_logistic(labels_N: Array, x_N: Array, weights_RN: Array) -> tuple[Array,
         g0_R, g1_R = error_RN.sum(axis=1), (error_RN * z_RN).sum(axis=1)
         h00_R, h01_R, h11_R = curve_RN.sum(axis=1), (curve_RN * z_RN).sum(axis=1), (curve_RN * z_RN**2).sum(axis=1)
         determinant_R = h00_R * h11_R - h01_R**2
+        # Of separated classes b grows without end, and the curvature vanishes on the way.
         solvable_R = determinant_R > 1e-12 * np.maximum(h00_R, 1e-300) ** 2
         inverse_R = np.divide(1.0, determinant_R, out=np.full_like(determinant_R, np.nan), where=solvable_R)
         da_R, db_R = (h11_R * g0_R - h01_R * g1_R) * inverse_R, (h00_R * g1_R - h01_R * g0_R) * inverse_R
@@ -163,10 +160,8 @@ def fit_logistic(labels_N: Array, x_N: Array, weights_RN: Array) -> tuple[Array,
         a_R, b_R = a_R + shorten_R * da_R, b_R + shorten_R * db_R
         if not (step_R > CONVERGED).any():
             break
-    # Of separated classes b grows without end, and the curvature vanishes on the way.
-    fine_R = (step_R <= CONVERGED) & (np.abs(b_R) < 1e3)
-    slope_R = np.divide(b_R, scale_R, out=np.full_like(b_R, np.nan), where=fine_R & (scale_R > 1e-12))
-    return np.where(fine_R, a_R - slope_R * center_R, np.nan), slope_R
+    found_R = (step_R <= CONVERGED) & (np.abs(b_R) < 1e3) & (scale_R > 1e-12)
+    return np.divide(b_R, scale_R, out=np.full_like(b_R, np.nan), where=found_R)
 
 
 def fit_intercept(labels_N: Array, offset_RN: Array, weights_RN: Array) -> Array:
@@ -195,10 +190,6 @@ def logit(probabilities: ArrayLike) -> Array:
     found = np.asarray(probabilities, dtype=np.float64)
     with np.errstate(divide="ignore"):
         return np.clip(np.log(found) - np.log1p(-found), -MAX_LOGIT, MAX_LOGIT)
-
-
-def _logit_of_prevalence(labels_N: Array, weights_RN: Array) -> Array:
-    return logit(np.nan_to_num(mean(weights_RN, labels_N), nan=0.5))
 
 
 def _binned(labels_N: Array, probabilities_N: Array, weights_RN: Array, bins: int) -> tuple[Array, Array, Array]:

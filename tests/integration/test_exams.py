@@ -83,7 +83,9 @@ def test_rounds_are_samples_and_an_interrupted_exam_goes_on(served, tmp_path):
             assert (
                 take(endpoint, asked, settings, other, parallel=1) == found
             )  # seeds decide, not the order of requests
-    assert path.read_text("utf-8").splitlines()[: len(first)] == first
+    lines = path.read_text("utf-8").splitlines()
+    assert lines[: len(first)] == first
+    assert len(lines) == 1 + 9  # nothing was asked twice
     assert [each.failed for each in found] == [0, 0, 0]
     assert all(len(each.texts) == 3 for each in found)
 
@@ -149,6 +151,8 @@ def test_the_command(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "orders_agree" in printed
     assert math.isclose(rows[0]["accuracy"], 0.5)
+    found = [{q.reordered(order, seed=0).original("B") for order in range(3)} for q in read_questions(file)[:2]]
+    assert rows[0]["orders_agree"] == sum(len(each) == 1 for each in found) < 2
     assert main(["exam", str(file), "--url", NOWHERE, "--rounds", "5"]) == 2
     assert "rounds=5 needs a temperature above 0" in capsys.readouterr().err
     assert main(["exam", str(file), "--url", NOWHERE, "--orders", "25"]) == 2
