@@ -36,6 +36,7 @@ ORDER = [
     "progress",
     "figures",
     "workers",
+    "clinical",
     "profiling",
     "tasks",
     "planner",

@@ -1,0 +1,28 @@
+"""Data sets in their original formats: one format, one file, with a function `load(path, ...)` that makes a cohort."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from attnzoo.clinical.cohort import Cohort
+from attnzoo.clinical.formats import eicu, mimic, physionet2012, pmdata, yaib
+from attnzoo.errors import suggest
+from attnzoo.registry import Registry
+
+FORMATS: Registry[Callable[..., Cohort]] = Registry("data format")
+for _module in (physionet2012, yaib, eicu, pmdata, mimic):
+    FORMATS.register(_module.__name__.rpartition(".")[2])(_module.load)
+
+
+def load_cohort(format: str, path: str | Path, **options: Any) -> Cohort:
+    """The cohort at `path`. options: those of the format's `load`, for example hours and variables.
+
+    Raises ValueError for an unknown format or option.
+    """
+    load = FORMATS.get(format)
+    known = [name for name, given in inspect.signature(load).parameters.items() if given.kind is given.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"unknown option {name!r} of the data format {format!r}{suggest(name, known)}")
+    return load(path, **options)
