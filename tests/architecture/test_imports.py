@@ -21,7 +21,6 @@ ORDER = [
     "derived_memory",
     "derived_flops",
     "registry",
-    "clinical",
     "ops",
     "kvcache",
     "attention",
