@@ -66,21 +66,25 @@ class Summary(State):
         return torch.stack(found, dim=-1).flatten(-2)
 
 
-def summarise(cells_NTVC: Tensor, before: Summary | None = None, first_N: Tensor | None = None) -> Summary:
-    """The summary after every hour, tensors [N, T, V, ...]. Hours that do not exist must hold zeros.
+def summarise(
+    cells_NTVC: Tensor, before: Summary | None = None, first_N: Tensor | None = None, *, each_hour: bool = True
+) -> Summary:
+    """The summary after every hour, tensors [N, T, V, ...]; with each_hour=False after the last one alone, T being 1.
+    Hours that do not exist must hold zeros.
 
     before: of the hours before, None: there are none; first_N: how many they are.
     """
     value_NTV, measured_NTV = cells_NTVC[..., VALUE], cells_NTVC[..., MEASURED]
-    real_NTV, hours = measured_NTV > 0, value_NTV.shape[1]
-    index_T1 = torch.arange(hours, device=value_NTV.device)[:, None]
+    real_NTV = measured_NTV > 0
+    index_T1 = torch.arange(value_NTV.shape[1], device=value_NTV.device)[:, None]
     at = index_T1 if first_N is None else index_T1 + first_N[:, None, None]
     time = (at.to(value_NTV.dtype) / TREND_HOURS).expand_as(value_NTV)
     rows = [measured_NTV, value_NTV, measured_NTV * time, measured_NTV * time * time, value_NTV * time]
-    sums = torch.stack([*rows, cells_NTVC[..., COUNT].expm1()], dim=-1).cumsum(dim=1)
-    low = value_NTV.masked_fill(~real_NTV, torch.inf).cummin(dim=1).values
-    high = value_NTV.masked_fill(~real_NTV, -torch.inf).cummax(dim=1).values
-    latest = torch.where(real_NTV, index_T1, -1).cummax(dim=1).values
+    sums = torch.stack([*rows, cells_NTVC[..., COUNT].expm1()], dim=-1)
+    sums = sums.cumsum(dim=1) if each_hour else sums.sum(dim=1, keepdim=True)
+    low, high = -_largest(-value_NTV, real_NTV, each_hour), _largest(value_NTV, real_NTV, each_hour)
+    latest = torch.where(real_NTV, index_T1, -1)
+    latest = latest.cummax(dim=1).values if each_hour else latest.amax(dim=1, keepdim=True)
     last = value_NTV.gather(1, latest.clamp(min=0)).masked_fill(latest < 0, 0.0)
     if before is not None:
         some = before.sums_NVK[:, None, :, 0] > 0
@@ -90,3 +94,9 @@ def summarise(cells_NTVC: Tensor, before: Summary | None = None, first_N: Tensor
         last = torch.where(latest < 0, before.last_NV[:, None], last)
     nothing = sums[..., 0] <= 0
     return Summary(sums, low.masked_fill(nothing, 0.0), high.masked_fill(nothing, 0.0), last)
+
+
+def _largest(value_NTV: Tensor, real_NTV: Tensor, each_hour: bool) -> Tensor:
+    """The largest value so far, -inf where there is none."""
+    value_NTV = value_NTV.masked_fill(~real_NTV, -torch.inf)
+    return value_NTV.cummax(dim=1).values if each_hour else value_NTV.amax(dim=1, keepdim=True)

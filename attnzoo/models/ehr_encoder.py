@@ -113,7 +113,9 @@ class EhrEncoder(nn.Module):
         if self.training:
             cells_NTVC = self._with_cells_hidden(cells_NTVC)
         stays = self._stays(cells_NTVC, statics_NS, hours_N, variables_NV)
-        summary = None if self.summary is None else summarise(stays.cells_NTVC)
+        summary = None
+        if self.summary is not None:
+            summary = summarise(stays.cells_NTVC, each_hour=self.config.hourly)
         found = {name: self._run(name, stays, edits) for name in self.branches}
         if not self.config.hourly:
             fused = [self._branch(name).pooled(zs[-1], self._last_exist(name, stays)) for name, zs in found.items()]

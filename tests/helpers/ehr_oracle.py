@@ -142,16 +142,35 @@ def summary(cells_TVC: Array) -> Array:
 
 def logits(config: Any, w: Weights, cells_TVC: Array, statics: Array, hours: int) -> Array:
     """Of the whole stay."""
-    branches = ("temporal", "spatial") if config.branches == "both" else (config.branches,)
     fused = []
-    for branch in branches:
+    for branch in ("temporal", "spatial") if config.branches == "both" else (config.branches,):
         zs, exists, _ = encoded(config, w, branch, cells_TVC, statics, hours)
         exist = exists[-1] if hours else np.zeros_like(exists[-1])
         fused.append(pooled(w, branch, zs[-1], exist)[0])
-    out = linear(w, "head", np.concatenate(fused))
-    features = np.concatenate([summary(cells_TVC[:hours]), statics])
+    return answer(config, w, np.concatenate(fused), cells_TVC[:hours], statics)
+
+
+def hourly_logits(config: Any, w: Weights, cells_TVC: Array, statics: Array, hours: int) -> Array:
+    """Of every hour: the tokens of the open chunk so far, and of the spatial branch the chunk before."""
+    rows = []
+    for hour in range(hours):
+        chunk, place = divmod(hour, config.chunk_hours)
+        fused = []
+        for branch in ("temporal", "spatial") if config.branches == "both" else (config.branches,):
+            zs, exists, _ = encoded(config, w, branch, cells_TVC, statics, hours)
+            if branch == "temporal":
+                z = layer_norm(w, "branches.temporal.norm", zs[chunk])
+                fused += [z[1 : place + 2].mean(0), z[place + 1], z[0]]
+            else:
+                fused.append(pooled(w, branch, zs[max(chunk - 1, 0)], exists[0])[0] * (chunk > 0))
+        rows.append(answer(config, w, np.concatenate(fused), cells_TVC[: hour + 1], statics))
+    return np.array(rows)
+
+
+def answer(config: Any, w: Weights, fused: Array, cells_TVC: Array, statics: Array) -> Array:
+    out = linear(w, "head", fused)
     if config.summary == "linear":
-        out = out + linear(w, "summary", features)
+        out = out + linear(w, "summary", np.concatenate([summary(cells_TVC), statics]))
     if config.head == "ordinal":
         steps = w["steps"]
         out = out - np.cumsum([steps[0], *(math.log1p(math.exp(step)) for step in steps[1:])])
