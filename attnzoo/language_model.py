@@ -1,56 +1,42 @@
 """`LanguageModel`: a model with its tokenizer, which generates and scores text."""
 
 import operator
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, TypeVar, Unpack, overload
+from typing import Any, Unpack, overload
 
 import torch
 
-from attnzoo.attention.edits import EditPlan, EditRun
 from attnzoo.checkpoint.load import check_fit
 from attnzoo.generation import (
     AttentionWish,
-    Continuation,
+    Conversation,
     Generation,
     GenerationCost,
     GenerationOptions,
     GenerationStream,
     Prompt,
-    StepCost,
+    Task,
     TextLogprobs,
-    Writer,
     as_batch,
-    check_messages,
+    as_conversations,
+    check_batch_size,
+    generation_cost,
     is_token,
     read_options,
+    run_batched,
+    run_task,
 )
 from attnzoo.kvcache import CachePolicy
-from attnzoo.kvcache.choice import FULL, CacheSpec, read_cache
+from attnzoo.kvcache.choice import CacheSpec, read_cache
 from attnzoo.kvcache.keep_all import KeepAll
-from attnzoo.models import DecoderConfig, DecoderLM, GenerationConfig, Sequences
-from attnzoo.models.cache_use import policy_name
+from attnzoo.models import DecoderConfig, DecoderLM, GenerationConfig
 from attnzoo.models.generation_config import FIELDS
 from attnzoo.models.score import score
 from attnzoo.models.sequences import check_prompts
 from attnzoo.tokenizer import Tokenizer
 from attnzoo.tokenizer.chat_tokens import ChatEncoder
-from attnzoo.tokenizer.text_stream import TextStream
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One call of `generate`. prompts: (text, token ids). limits: most new tokens of each. cache: None is exact. plans:
-    what is read and edited of attention, None: nothing."""
-
-    prompts: list[tuple[str | None, list[int]]]
-    limits: list[int]
-    config: GenerationConfig
-    cache: CachePolicy | None
-    plans: list[EditPlan] | None = None
+from attnzoo.tokenizer.spans import message_spans
 
 
 class LanguageModel:
@@ -140,15 +126,9 @@ class LanguageModel:
         vocabulary, an unknown option, a value out of range, or a cache policy that does not work with this model.
         """
         batch, alone = as_batch(prompts)
-        _check_batch_size(batch_size)
+        check_batch_size(batch_size)
         task = self._task([self._encoded(prompt) for prompt in batch], generation_config, cache, options)
-        found: list[Generation] = []
-        each = max(1, batch_size // task.config.n)
-        for first in range(0, len(batch), each):
-            part = slice(first, first + each)
-            plans = None if task.plans is None else task.plans[part]
-            some = replace(task, prompts=task.prompts[part], limits=task.limits[part], plans=plans)
-            found += _drained(self._run(some))
+        found = run_batched(self.model, self.tokenizer, task, batch_size)
         return found[0] if alone else found
 
     def stream(
@@ -172,34 +152,65 @@ class LanguageModel:
             raise ValueError(f"stream takes one prompt, not a list of {len(batch)}; call it for each, or use generate")
         return self._streamed(self._task([self._encoded(batch[0])], generation_config, cache, options))
 
+    @overload
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Conversation,
+        generation_config: GenerationConfig | None = ...,
+        *,
+        cache: CacheSpec | None = ...,
+        batch_size: int = ...,
+        **options: Unpack[GenerationOptions],
+    ) -> Generation: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Conversation],
+        generation_config: GenerationConfig | None = ...,
+        *,
+        cache: CacheSpec | None = ...,
+        batch_size: int = ...,
+        **options: Unpack[GenerationOptions],
+    ) -> list[Generation]: ...
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
         generation_config: GenerationConfig | None = None,
         *,
         cache: CacheSpec | None = None,
+        batch_size: int = 8,
         **options: Unpack[GenerationOptions],
-    ) -> Generation:
-        """Answers a conversation, formatted with the checkpoint's chat template. Control tokens that a message spells
-        out are encoded as plain text. Without max_new_tokens an answer may fill the context.
+    ) -> Generation | list[Generation]:
+        """Answers a conversation, or each of a list of conversations, formatted with the checkpoint's chat template.
+        Control tokens that a message spells out are encoded as plain text. Without max_new_tokens an answer may fill
+        the context. edits and read may name messages: "user", "messages[0]" (`attnzoo.tokenizer.spans.message_spans`).
 
         >>> lm.chat([{"role": "user", "content": "Name a prime number."}]).text    # doctest: +SKIP
 
-        Other arguments and errors are those of `generate`. Raises ValueError also if the checkpoint has no chat
-        template, or the template refuses the conversation.
+        Other arguments, results and errors are those of `generate`. Raises ValueError also if the checkpoint has no
+        chat template, or the template refuses a conversation.
         """
-        return _drained(self._run(self._chat_task(messages, generation_config, cache, options)))[0]
+        conversations, alone = as_conversations(messages)
+        check_batch_size(batch_size)
+        task = self._chat_task(conversations, generation_config, cache, options)
+        found = run_batched(self.model, self.tokenizer, task, batch_size)
+        return found[0] if alone else found
 
     def stream_chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Conversation,
         generation_config: GenerationConfig | None = None,
         *,
         cache: CacheSpec | None = None,
         **options: Unpack[GenerationOptions],
     ) -> GenerationStream:
         """Answers a conversation as `chat` does, and yields the text piece by piece as `stream` does."""
-        return self._streamed(self._chat_task(messages, generation_config, cache, options))
+        conversations, alone = as_conversations(messages)
+        if not alone:
+            raise ValueError(f"stream_chat takes one conversation, not a list of {len(conversations)}; use chat")
+        return self._streamed(self._chat_task(conversations, generation_config, cache, options))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as `generate` reads it, with the begin token if the model uses one."""
@@ -224,7 +235,7 @@ class LanguageModel:
         Raises ValueError for an empty text, one longer than the model's context, or a token outside the vocabulary.
         """
         batch, alone = as_batch(texts)
-        _check_batch_size(batch_size)
+        check_batch_size(batch_size)
         tokens = [self._encoded(text)[1] for text in batch]
         for ids in tokens:
             self._room(len(ids), 0)
@@ -265,19 +276,7 @@ class LanguageModel:
             if name in options:
                 raise ValueError(f"{name}={options[name]!r} is a generation option; cost takes only cache options")
         _, policy = read_options(None, cache, options)
-        policy = self._checked_cache(policy)
-        kv: tuple[int | None, int | None] = (None, None)
-        if policy is not None:
-            sizes = self.model.byte_model(policy)
-            kv = (batch * sizes.reading(tokens), batch * sizes.compressed(tokens, 1))
-        read = self._step_cost(batch, tokens, tokens, kv[0])
-        step = self._step_cost(batch, 1, tokens + 1, kv[1])
-        return GenerationCost(read, step, FULL if policy is None else policy_name(policy))
-
-    def _step_cost(self, batch: int, tokens: int, context: int, kv_bytes: int | None) -> StepCost:
-        cost = self.model.cost(batch, tokens, context)
-        kv_bytes = cost.state_bytes if kv_bytes is None else kv_bytes
-        return StepCost(cost.flops, cost.bytes_moved - cost.state_bytes + kv_bytes, kv_bytes)
+        return generation_cost(self.model, tokens, batch, self._checked_cache(policy))
 
     @cached_property
     def _chat(self) -> ChatEncoder | None:
@@ -297,25 +296,33 @@ class LanguageModel:
         base: GenerationConfig | None,
         cache: CacheSpec | None,
         options: Mapping[str, Any],
-    ) -> _Task:
+        conversations: Sequence[Conversation] = (),
+    ) -> Task:
         wish, options = AttentionWish.taken_from(options)
         config, policy = read_options(base, cache, options)
         limits = [self._room(len(ids), config.max_new_tokens) for _, ids in prompts]
-        plans = wish.plans(self.model, self.tokenizer, [ids for _, ids in prompts], limits)
-        return _Task(prompts, limits, config, self._checked_cache(policy), plans)
+        tokens = [ids for _, ids in prompts]
+        named = None
+        if self._chat is not None and conversations and not wish.is_empty:
+            named = [
+                message_spans(self._chat.template, self.tokenizer, messages, ids)
+                for messages, ids in zip(conversations, tokens, strict=True)
+            ]
+        plans = wish.plans(self.model, self.tokenizer, tokens, limits, named)
+        return Task(prompts, limits, config, self._checked_cache(policy), plans)
 
     def _chat_task(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        conversations: Sequence[Conversation],
         base: GenerationConfig | None,
         cache: CacheSpec | None,
         options: Mapping[str, Any],
-    ) -> _Task:
+    ) -> Task:
         if self._chat is None:
             raise ValueError(f"{self.name} has no chat template; continue a text with generate")
-        check_messages(messages)
         default = GenerationConfig(max_new_tokens=None) if base is None else base
-        return self._task([(None, self._chat.encode(messages))], default, cache, options)
+        prompts: list[tuple[str | None, list[int]]] = [(None, self._chat.encode(each)) for each in conversations]
+        return self._task(prompts, default, cache, options, conversations)
 
     def _checked_cache(self, policy: CachePolicy | None) -> CachePolicy | None:
         """The policy to use (default: that of the model's configuration); None for the exact cache. Raises ValueError
@@ -340,56 +347,7 @@ class LanguageModel:
             )
         return most - prompt if new is None else new
 
-    def _streamed(self, task: _Task) -> GenerationStream:
+    def _streamed(self, task: Task) -> GenerationStream:
         if task.config.n > 1:
             raise ValueError(f"n={task.config.n}: a stream is one text; use generate for several")
-        return GenerationStream(self._run(task))
-
-    def _run(self, task: _Task) -> Generator[str, None, list[Generation]]:
-        """Yields the text pieces of all sequences as they become final; returns the generations."""
-        config, stop_ids = task.config, frozenset() if task.config.ignore_eos else self.tokenizer.stop_ids
-        writers = [
-            Writer(TextStream(self.tokenizer, config.stop), limit, stop_ids)
-            for limit in task.limits
-            for _ in range(config.n)
-        ]
-        done: dict[int, Continuation] = {}
-        runs = None if task.plans is None else [EditRun(plan) for plan in task.plans]
-        sequences = Sequences(
-            self.model,
-            [ids for _, ids in task.prompts],
-            replace(config, max_new_tokens=max(task.limits)),
-            cache=task.cache,
-            vocab_size=self.tokenizer.vocab_size,
-            edits=runs,
-        )
-        while sequences.running:
-            for row, token, logprobs in sequences.step():
-                piece = writers[row].push(token, logprobs)
-                if writers[row].ended:
-                    use = sequences.cache_use(row)
-                    done[row] = writers[row].continuation(use, config.logprobs is not None)
-                    sequences.end(row)
-                if piece:
-                    yield piece
-        rows = [done[row] for row in range(len(writers))]
-        readings = [None] * len(task.prompts) if runs is None else [run.reading for run in runs]
-        return [
-            Generation(text, tuple(ids), tuple(rows[index * config.n : (index + 1) * config.n]), readings[index])
-            for index, (text, ids) in enumerate(task.prompts)
-        ]
-
-
-def _drained(pieces: Generator[str, None, T]) -> T:
-    """Runs a generator to its end and returns its return value; what it yields is dropped."""
-    while True:
-        try:
-            next(pieces)
-        except StopIteration as end:
-            found: T = end.value
-            return found
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1")
+        return GenerationStream(run_task(self.model, self.tokenizer, task))

@@ -11,14 +11,14 @@ from typing import Any
 from attnzoo.attention.edits import After, Edit, EditPlan, Edits, Except, Item, Read, Sinks, layer_sizes
 from attnzoo.attention.edits.items import HeadFilter, Where
 from attnzoo.errors import suggest
-from attnzoo.generation import AttentionWish, token_spans
+from attnzoo.generation import AttentionWish
 from attnzoo.tokenizer import Tokenizer
+from attnzoo.tokenizer.spans import message_spans, token_spans
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
 from serve.maps import MapsFullError, MapStore
 from serve.openai.encoding import in_thread
 from serve.openai.errors import MAX_QUOTED, ApiError, unsupported
-from serve.openai.message_spans import message_spans
 from serve.openai.protocol import GenerationRequest
 from serve.openai.readings import INLINE_BYTES, Readings, inline_bytes, map_bytes
 

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from attnzoo.attention.edits import Add, EditRun, Edits, Hide, Map, Mass, Scale, TokenLayout, Where
-from attnzoo.generation import token_spans
-from tests.helpers.serving import lm_of, tokenizer
+from attnzoo.attention.edits import Add, After, EditRun, Edits, Hide, Map, Mass, Scale, TokenLayout, Where
+from attnzoo.language_model import LanguageModel
+from attnzoo.tokenizer.chat import ChatTemplate
+from attnzoo.tokenizer.spans import message_spans, token_spans
+from tests.helpers.serving import chat_tokenizer, lm_of, small_model, tokenizer
 
 TEXTS = ["The slots of the state are numbered", "Der Zustand einer Folge", "a state"]
 EDITS = Edits(Scale(Where(keys="word"), 4.0), Hide(Where(layers=0, queries="generated", keys=0)))
@@ -61,6 +63,73 @@ def test_with_a_cache_a_stream_and_a_row_that_ends_early():
         assert read.tolist() == list(range(each.prompt_tokens + len(each.token_ids) - 1))
 
 
+def test_chats_name_their_messages():
+    """As the server does: roles, messages by number, and names of the caller's own, which take precedence; alone, in a
+    batch and as a stream. Kills: names of another conversation; names without messages; own names that lose."""
+    lm = LanguageModel(small_model("mha"), chat_tokenizer())
+    talks = [
+        [{"role": "system", "content": "user: be a state"}, {"role": "user", "content": "the slots, the user"}],
+        [
+            {"role": "user", "content": "Der Zustand"},
+            {"role": "all", "content": "a"},
+            {"role": "user", "content": "state"},
+        ],
+    ]
+    edits = [
+        Scale(Where(keys="user"), 4.0),
+        Add(Where(layers=0, queries=After("messages[0]"), keys="messages[1]"), 2.0),
+    ]
+    read = [
+        Mass(bins={"all of them": "user", "first": "messages[0]", "word": "word"}),
+        Map(Where(layers=1), dtype="fp32"),
+    ]
+    options = {"max_new_tokens": 6, "ignore_eos": True, "edits": edits, "read": read}
+    spans = [{"word": "slots"}, {"word": (1, 3), "messages[1]": "Zustand"}]
+    many = lm.chat(talks, spans=spans, **options)
+    for talk, named, found in zip(talks, spans, many, strict=True):
+        alone = lm.chat(talk, spans=named, **options)
+        stream = lm.stream_chat(talk, spans=named, **options)
+        assert "".join(stream) == alone.text == found.text
+        ids = list(found.prompt_token_ids)
+        places = message_spans(lm._chat.template, lm.tokenizer, talk, ids)
+        assert set(places) >= {"messages[0]", "messages[1]", "user"}
+        explicit = {name: at for name, at in places.items() if name != "all"} | named
+        by_hand = lm.generate(ids, spans=explicit, **options)
+        plain = lm.generate(ids, max_new_tokens=6, ignore_eos=True)
+        assert found.token_ids == by_hand.token_ids != plain.token_ids
+        torch.testing.assert_close(found.reading[1].map, by_hand.reading[1].map, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.reading[0].mass, by_hand.reading[0].mass, rtol=1e-4, atol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"prompts\[1\]: edits\[0\].*no span is called 'system'; known: all, generated, messages"
+    ):
+        lm.chat(talks, edits=[Hide(Where(keys="system"))])
+    with pytest.raises(ValueError, match="stream_chat takes one conversation, not a list of 2; use chat"):
+        lm.stream_chat(talks)
+    with pytest.raises(ValueError, match=r"messages\[1\]\[0\].role=None must be a text"):
+        lm.chat([talks[0], [{"content": "a"}]])
+    assert lm.chat([talks[0]], max_new_tokens=2)[0] == lm.chat(talks[0], max_new_tokens=2)
+
+
+def test_contents_that_are_no_texts_have_no_names():
+    """A template may write a message without a text, or with parts: the others keep their names."""
+    words = chat_tokenizer()
+    template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content or m.name }};{% endfor %}", special={})
+    talk = [
+        {"role": "user", "content": "the state"},
+        {"role": "tool", "name": "slots"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": "Zustand"},
+        {"role": "messages[0]", "content": "run"},
+    ]
+    ids = words.encode(str(template.render(talk)), bos=True)
+    found = message_spans(template, words, talk, ids)
+    assert set(found) == {"messages[0]", "messages[3]", "messages[4]", "assistant"}
+    ((start, stop),) = found["messages[3]"]
+    assert "Zustand" in b"".join(map(words.token_bytes, ids[start:stop])).decode()
+    ((start, stop),) = found["messages[0]"]
+    assert "the state" in b"".join(map(words.token_bytes, ids[start:stop])).decode()
+
+
 def test_a_word_is_all_of_its_tokens():
     ids = tokenizer().encode("the state of the Zustand", bos=True)
     whole = b"".join(map(tokenizer().token_bytes, ids))
@@ -82,8 +151,12 @@ def test_a_word_is_all_of_its_tokens():
         ({"edits": EDITS}, "no span is called 'word'"),
         ({"edits": EDITS, "spans": {"word": "dog"}}, r"spans\['word'\]='dog' does not stand in the prompt"),
         ({"edits": EDITS, "spans": [{}, {}]}, "spans has 2 entries for 1 prompts"),
+        ({"edits": EDITS, "spans": 3}, "spans=3: give a mapping of names"),
+        ({"edits": EDITS, "spans": ["state"]}, r"spans\[0\]='state': give a mapping of names, or None"),
         ({"edits": [Add(Where(heads=9), 1.0)]}, "where.heads=9 is out of range: there are 4"),
         ({"read": [Mass()], "n": 2, "temperature": 1.0}, "n=2 with edits"),
+        ({"edits": [Scale(Where(keys=0), 1e39)]}, r"edits\[0\].scale.factor=1e\+39 overflows in layer 0"),
+        ({"edits": [Scale(Where(keys=0), 1e19, renormalise=False)] * 4}, "not finite numbers with these edits"),
     ],
 )
 def test_refusals(options, message):

@@ -7,11 +7,11 @@ from attnzoo.attention.edits import Edit, EditRun, Edits, Read, TokenLayout
 from attnzoo.attention.edits.wire import KINDS
 from attnzoo.tokenizer import SentencePieceTokenizer
 from attnzoo.tokenizer.chat_tokens import ChatEncoder
+from attnzoo.tokenizer.spans import message_spans
 from serve.config import ServeConfig
 from serve.maps import MapsFullError, MapStore
 from serve.openai.attention import MAX_ITEMS, MAX_PIECES, check_size, read_field
 from serve.openai.errors import dump
-from serve.openai.message_spans import message_spans
 from serve.openai.readings import INLINE_BYTES, inline_bytes, map_bytes, written
 from tests.helpers.serving import CHAT_TEMPLATE, small_model, tokenizer_path
 

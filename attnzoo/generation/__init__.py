@@ -1,0 +1,41 @@
+"""Prompts, options and results of `LanguageModel.generate` and its relatives."""
+
+from attnzoo.generation.attention_wish import AttentionWish, Spans
+from attnzoo.generation.cost import GenerationCost, StepCost, generation_cost
+from attnzoo.generation.inputs import Conversation, Prompt, as_batch, as_conversations, check_batch_size, is_token
+from attnzoo.generation.options import ELSEWHERE, GenerationOptions, read_options
+from attnzoo.generation.results import (
+    Continuation,
+    FinishReason,
+    Generation,
+    GenerationStream,
+    TextLogprobs,
+    Writer,
+)
+from attnzoo.generation.task import Task, run_batched, run_task
+
+__all__ = [
+    "ELSEWHERE",
+    "AttentionWish",
+    "Continuation",
+    "Conversation",
+    "FinishReason",
+    "Generation",
+    "GenerationCost",
+    "GenerationOptions",
+    "GenerationStream",
+    "Prompt",
+    "Spans",
+    "StepCost",
+    "Task",
+    "TextLogprobs",
+    "Writer",
+    "as_batch",
+    "as_conversations",
+    "check_batch_size",
+    "generation_cost",
+    "is_token",
+    "read_options",
+    "run_batched",
+    "run_task",
+]

@@ -1,0 +1,98 @@
+"""Keyword options of `LanguageModel.generate` and its relatives."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+from attnzoo.attention.edits import Edits, Item
+from attnzoo.errors import suggest
+from attnzoo.generation.attention_wish import Spans
+from attnzoo.kvcache import CACHES, CachePolicy
+from attnzoo.kvcache.choice import CacheSpec, option_names, read_cache
+from attnzoo.kvcache.options import RENAMED
+from attnzoo.models import GenerationConfig
+from attnzoo.models.generation_config import FIELDS
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Keyword options of `generate`, `stream` and `chat`: the fields of `GenerationConfig`, those of `AttentionWish`,
+    and options that most cache policies share. Other options of a policy work as keywords too; type-checked code passes
+    them in a mapping: cache={"policy": "snapkv", "pool": 5}."""
+
+    max_new_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+    stop: str | Sequence[str]
+    logprobs: int | None
+    n: int
+    ignore_eos: bool
+    keep_ratio: float
+    min_tokens: int
+    sinks: int
+    prefill: Literal["oneshot", "stream"]
+    channel_ratio: float
+    value_channel_ratio: float
+    window: int
+    edits: Edits | Sequence[Item]
+    read: Edits | Sequence[Item]
+    spans: Spans
+
+
+ELSEWHERE = {
+    "max_tokens": "use max_new_tokens for the length of a text, and cache={'policy': ..., 'max_tokens': ...} for the "
+    "tokens that a cache keeps",
+    "max_length": "use max_new_tokens, which does not count the prompt",
+    "do_sample": "set temperature instead: 0 takes the most likely token",
+    "num_return_sequences": "use n",
+    "stop_strings": "use stop",
+    "return_dict_in_generate": "leave it out: results always hold token ids, log probabilities and cache use",
+    "num_beams": "there is no beam search",
+    "min_p": "it is not supported; top_p and top_k are",
+    "repetition_penalty": "it is not supported",
+    "sampling_params": "use generation_config",
+}
+"""Option names of transformers and vLLM, and the advice that the error message gives."""
+
+
+def read_options(
+    base: GenerationConfig | None, cache: CacheSpec | None, options: Mapping[str, Any]
+) -> tuple[GenerationConfig, CachePolicy | None]:
+    """Splits keyword options into (generation config, cache policy); the policy is None if `cache` is.
+
+    base: supplies the fields that `options` leave out. Raises ValueError that names the option if it is unknown, or
+    belongs to a cache policy while `cache` is None; and the errors of `GenerationConfig` and `read_cache`.
+    """
+    if base is not None and not isinstance(base, GenerationConfig):
+        raise ValueError(
+            f"generation_config has type {type(base).__name__}; give attnzoo.GenerationConfig(...), or its fields as "
+            "keywords"
+        )
+    mine = {name: value for name, value in options.items() if name in FIELDS}
+    others = {name: value for name, value in options.items() if name not in FIELDS}
+    known = _cache_options(cache)
+    for name in others:
+        if name in ELSEWHERE:
+            raise ValueError(f"unknown option {name!r}: {ELSEWHERE[name]}")
+        owners = [policy for policy in CACHES if name in option_names(policy)]
+        if cache is None and owners:
+            raise ValueError(f"{name}={others[name]!r} is an option of cache policies; name one, cache={owners[0]!r}")
+        if known is not None and name not in known:
+            raise ValueError(f"unknown option {name!r}{suggest(name, {*FIELDS, *known} - {*RENAMED, *ELSEWHERE})}")
+    config = GenerationConfig(**_fields(base) | mine)
+    return config, None if cache is None else read_cache(cache, others)
+
+
+def _fields(base: GenerationConfig | None) -> dict[str, Any]:
+    return {} if base is None else {name: getattr(base, name) for name in FIELDS}
+
+
+def _cache_options(cache: Any) -> list[str] | None:
+    """Names of the cache's options; None if `cache` names no known policy, which `read_cache` reports."""
+    if cache is None:
+        return []
+    policy = cache.get("policy") if isinstance(cache, Mapping) else cache
+    if not isinstance(policy, str) or policy not in CACHES:
+        return None
+    known = option_names(policy)
+    return known + [old for old, new in RENAMED.items() if new in known]
