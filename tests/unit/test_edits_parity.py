@@ -1,22 +1,38 @@
-"""Maps and edited logits of a small random Llama, beside transformers' eager attention."""
+"""Maps and edited logits of a small random Llama and of SmolLM2, beside transformers' eager attention."""
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from attnzoo.attention.edits import EditRun, Edits, Hide, Map, Scale, Span, TokenLayout, Where
+from attnzoo.checkpoint import load_model
+from attnzoo.checkpoint.huggingface_export import family_config
+from attnzoo.checkpoint.names import HUGGING_FACE, rename
 from attnzoo.report import Report
 from scripts import bench_edits
+from tests.helpers.gguf_files import smollm2
 from tests.helpers.open_weights import saved
 
 LAYOUT = TokenLayout(9, {"image": (2, 6)})
 TOKENS = torch.randint(0, 131, (2, 14), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    theirs, ours = saved("llama", tmp_path_factory.mktemp("llama"))
-    return theirs.eval().requires_grad_(False), ours.eval().requires_grad_(False)
+@pytest.fixture(scope="module", params=["llama", pytest.param("smollm2", marks=pytest.mark.heavy)])
+def models(request, tmp_path_factory):
+    if request.param == "llama":
+        theirs, ours = saved("llama", tmp_path_factory.mktemp("llama"))
+        return theirs.eval().requires_grad_(False), ours.eval().requires_grad_(False)
+    ours = load_model(smollm2()).eval().requires_grad_(False)
+    return theirs_of(ours), ours
+
+
+def theirs_of(ours):
+    """The same weights in transformers' model, as an export has them."""
+    theirs = LlamaForCausalLM(LlamaConfig(**family_config(ours.config), attn_implementation="eager"))
+    weights = {rename(name, HUGGING_FACE): tensor for name, tensor in ours.state_dict().items()}
+    theirs.load_state_dict(weights, assign=True)
+    return theirs.eval().requires_grad_(False)
 
 
 def planned(model, *items):
@@ -39,8 +55,9 @@ def test_maps_of_every_query_head(models):
 def test_edited_logits(models, monkeypatch):
     """Kills: an edit in the wrong layer, head or row; keys and values of later layers without it."""
     theirs, ours = models
+    last = theirs.config.num_hidden_layers - 1
     items = [
-        Scale(Where(layers=[0, 2], heads=[1, 4], keys="image"), 3.0),
+        Scale(Where(layers=[0, 2, -1], heads=[1, 4], keys="image"), 3.0),
         Hide(Where(layers=1, heads="2:", queries=Span(6, 14), keys=Span(0, 2))),
     ]
 
@@ -52,7 +69,7 @@ def test_edited_logits(models, monkeypatch):
         if module.layer_idx == 1:
             scores[:, 2:, 6:14, 0:2] = float("-inf")
         weights = scores.softmax(-1)
-        if module.layer_idx != 1:
+        if module.layer_idx in (0, 2, last):
             steered = weights.clone()
             steered[..., 2:6] *= 3.0
             weights[:, [1, 4]] = (steered / steered.sum(-1, keepdim=True))[:, [1, 4]]
