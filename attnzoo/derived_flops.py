@@ -1,6 +1,7 @@
 """FLOPs of a module's forward pass, counted in one run of the code itself without values."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,10 +10,13 @@ from torch import Tensor, nn
 aten = torch.ops.aten
 
 
-def forward_flops(module: nn.Module, *inputs: Tensor, **others: Any) -> int:
+def forward_flops(
+    module: nn.Module, *inputs: Tensor, check: Callable[[Any], object] | None = None, **others: Any
+) -> int:
     """FLOPs of `module(*inputs)` in matrix products, convolutions and torch's attention, hidden pairs included.
 
-    Inputs may be of any device, their values are not read. Raises ValueError where the code needs values.
+    Inputs may be of any device, their values are not read. check: is given the output. Raises ValueError where the code
+    needs values.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -28,13 +32,15 @@ def forward_flops(module: nn.Module, *inputs: Tensor, **others: Any) -> int:
     module = copy.deepcopy(module, dict(known))
     try:
         with mode, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=on_a_cpu) as counter:
-            module(*given, **others)
+            out = module(*given, **others)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"the FLOPs of {type(module).__name__} cannot be counted, because its code needs the values of tensors "
             f"({reason}); write its flops(batch, tokens)"
         ) from error
+    if check is not None:
+        check(out)
     return int(counter.get_total_flops())
 
 

@@ -18,9 +18,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from attnzoo.attention.base import ATTENTION, Attention, Cost, StreamingAttention, Traits, streaming
-from attnzoo.attention.forward_only import RecomputedAttention, as_variant
+from attnzoo.attention.forward_only import RecomputedAttention, as_variant, try_forward
 from attnzoo.files import user_path
 from attnzoo.types import build_config, check_device, parse_dtype
 
@@ -30,13 +31,13 @@ PLUGINS_VARIABLE = "ATTNZOO_PLUGINS"
 def build_attention(kind: str, values: dict[str, object], where: str = "attention") -> Attention:
     """The variant registered as `kind`, configured by `values` (its Config's fields).
 
-    Raises ValueError for an unknown variant, an unknown or missing field, or sizes that do not fit, and for sizes that
-    need more memory than there is.
+    Raises ValueError for an unknown variant, an unknown or missing field, or sizes that do not fit, for sizes that need
+    more memory than there is, and for a variant that keeps a tensor which is neither parameter nor buffer.
     """
     cls = variant(kind)
     config: Any = build_config(cls.Config, values, where)
     try:
-        return cls(config)
+        built = cls(config)
     except (RuntimeError, MemoryError) as error:
         # torch has no kind of error for "can't allocate memory" on a CPU, nor for a product of sizes that overflows.
         if isinstance(error, MemoryError) or re.search("allocate|memory|storage size|overflow", str(error)):
@@ -46,6 +47,30 @@ def build_attention(kind: str, values: dict[str, object], where: str = "attentio
                 f"{where}: {kind!r} with {sizes} does not fit into memory; make it smaller ({first})"
             ) from None
         raise
+    _check_tensors(built, f"{where}: {kind!r}")
+    return built
+
+
+_OF_TORCH = frozenset(vars(nn.Module()))
+"""Names of what a module keeps of its own, tensors by name among it."""
+
+
+def _check_tensors(built: Attention, where: str) -> None:
+    """Raises ValueError for a tensor that no checkpoint would hold and no device would be told of."""
+    known = {id(x) for x in (*built.parameters(), *built.buffers())}
+    for path, module in built.named_modules():
+        for name in vars(module).keys() - _OF_TORCH:
+            value = vars(module)[name]
+            inside = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+            )
+            if any(isinstance(each, Tensor) and id(each) not in known for each in inside):
+                full = ".".join(filter(None, (path.removeprefix("module").strip("."), name)))
+                raise ValueError(
+                    f"{where} keeps {full}, a tensor that is neither a parameter nor a buffer, which no checkpoint "
+                    f"holds and no device is told of; write self.register_buffer({name!r}, ...), with persistent=False "
+                    "where it follows from the options"
+                )
 
 
 def variant(kind: str) -> type[Attention]:
@@ -193,5 +218,6 @@ __all__ = [
     "load_plugins",
     "slow_streaming",
     "streaming",
+    "try_forward",
     "variant",
 ]

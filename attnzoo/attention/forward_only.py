@@ -26,7 +26,7 @@ read instead of x as well, or None. By default the mask is causal, or full over 
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from attnzoo.attention.base import Attention, Cost, StreamingAttention, Traits, existing
-from attnzoo.attention.signature import forward_takes, masks_of, options_of, source_of
+from attnzoo.attention.signature import forward_takes, masks_of, options_of, refuse_unused, source_of
 from attnzoo.derived_flops import forward_flops
 from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.state import State, new_zeros
@@ -78,6 +78,8 @@ class ForwardOnly(Attention):
         if not any(x.is_floating_point() for x in (*self.module.parameters(), *self.module.buffers())):
             self.register_buffer("like", torch.empty(0), persistent=False)  # what says device and dtype
         self._counted: dict[tuple[int, int], int] = {}
+        self._tried = False
+        self.check_values()
 
     @property
     def traits(self) -> Traits:
@@ -119,7 +121,9 @@ class ForwardOnly(Attention):
         """`call(x, ...)` with what it takes, nothing for nothing. Raises ValueError for an output of another shape."""
         if 0 in x_BTD.shape:
             return x_BTD.new_zeros(x_BTD.shape)
-        out = call(x_BTD, **self._given(context_BSD, mask))
+        return self._checked(call(x_BTD, **self._given(context_BSD, mask)), x_BTD)
+
+    def _checked(self, out: Any, x_BTD: Tensor) -> Tensor:
         if not isinstance(out, Tensor) or out.shape != x_BTD.shape:
             found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(
@@ -127,6 +131,22 @@ class ForwardOnly(Attention):
                 "tensor of the shape of x"
             )
         return out
+
+    def check_values(self) -> None:
+        """Raises ValueError, once there are weights, for a forward whose outputs cannot be those of a variant."""
+        like = self._like
+        if self._tried or like.is_meta:
+            return
+        generator = torch.Generator().manual_seed(0)
+        shape = (2, PROBE, self.config.model_dim)
+        x_BTD, context_BSD = torch.randn(2, *shape, generator=generator).to(like.device, like.dtype)
+        with _probing(self.module) as run:
+            self._check_outputs(run, x_BTD, context_BSD)
+        self._tried = True
+
+    def _check_outputs(self, run: Callable[..., Any], x_BTD: Tensor, context_BSD: Tensor) -> None:
+        with suppress(RuntimeError, TypeError, IndexError, AttributeError):  # it may be for another number of tokens
+            self._run(run, x_BTD)
 
     def _given(self, context_BSD: Tensor | None, mask: Mask | None) -> dict[str, Any]:
         """What forward takes beside x."""
@@ -159,7 +179,8 @@ class ForwardOnly(Attention):
         if key not in self._counted:
             x_BTD = torch.empty(batch, tokens, self.config.model_dim, dtype=self._like.dtype, device="meta")
             given = self._given(None, None)
-            self._counted[key] = forward_flops(self.module, x_BTD, **given) if x_BTD.numel() else 0
+            check = partial(self._checked, x_BTD=x_BTD)
+            self._counted[key] = forward_flops(self.module, x_BTD, check=check, **given) if x_BTD.numel() else 0
         return self._counted[key]
 
     def reset_parameters(self, std: float, output_std: float) -> None:
@@ -170,11 +191,6 @@ class ForwardOnly(Attention):
 
 class RecomputedAttention(ForwardOnly, StreamingAttention):
     """A causal one: it streams by running `forward` over all inputs so far."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self._keeps_prefixes = False
-        self._check_prefixes()
 
     def init_state(
         self,
@@ -190,7 +206,7 @@ class RecomputedAttention(ForwardOnly, StreamingAttention):
                 f"cache: {type(self).__name__} keeps a state of its own, the inputs of its forward, and no keys and "
                 "values to compress; use cache=None, or build it from attnzoo.attention.parts"
             )
-        self._check_prefixes()
+        self.check_values()
         device, dtype = device or self._like.device, dtype or self._like.dtype
         return InputsState(
             new_zeros(batch, capacity, self.config.model_dim, device=device, dtype=dtype),
@@ -231,24 +247,17 @@ class RecomputedAttention(ForwardOnly, StreamingAttention):
         row = capacity * self.config.model_dim * dtype_bytes(self._like.dtype)
         return batch * (row + dtype_bytes(torch.int64))
 
-    def _check_prefixes(self) -> None:
-        """Raises ValueError, once there are weights, for a forward whose outputs change when tokens are added."""
-        like = self._like
-        if self._keeps_prefixes or like.is_meta:
-            return
-        generator = torch.Generator().manual_seed(0)
-        shape = (2, PROBE, self.config.model_dim)
-        x_BTD, context_BSD = torch.randn(2, *shape, generator=generator).to(like.device, like.dtype)
-        with _probing(self.module) as run:
-            self._check_alone(run, x_BTD)
-            self._check_prefix(run, x_BTD, None)
-            if "context" in self.takes:
-                self._check_prefix(run, x_BTD, context_BSD)
-        self._keeps_prefixes = True
+    def _check_outputs(self, run: Callable[..., Any], x_BTD: Tensor, context_BSD: Tensor) -> None:
+        self._check_alone(run, x_BTD)
+        self._check_prefix(run, x_BTD, None)
+        if "context" in self.takes:
+            self._check_prefix(run, x_BTD, context_BSD)
 
     def _check_alone(self, run: Callable[..., Any], x_BTD: Tensor) -> None:
         """Raises ValueError for a forward whose outputs are random, or change with the sequences beside."""
         name, whole = type(self).__name__, self._probe(run, x_BTD, None)
+        if not bool(whole.isfinite().all()):
+            raise ValueError(f"{name}.forward returns numbers that are not finite, for inputs of size 1")
         allowed = 2 * torch.finfo(whole.dtype).eps ** 0.5 * float(whole.abs().max())
         again = float((whole - self._probe(run, x_BTD, None)).abs().max())
         if again > allowed:
@@ -334,6 +343,19 @@ def _with_room(inputs_BTD: Tensor, used: int, x_BTD: Tensor) -> Tensor:
     return inputs_BTD
 
 
+MOST_TRIED = 1 << 26
+"""Parameters of the largest layer that `try_forward` builds: 256 MiB."""
+
+
+def try_forward(shapes: Attention) -> None:
+    """Builds a layer that has shapes alone once more, with weights, so that what its forward computes is looked at now.
+    Raises ValueError as building it does; a large layer, and a variant that writes all of the contract, are not tried.
+    """
+    if isinstance(shapes, ForwardOnly) and sum(x.numel() for x in shapes.parameters()) <= MOST_TRIED:
+        with torch.random.fork_rng(devices=[]):
+            type(shapes)(shapes.config)
+
+
 def as_variant(item: Any) -> Any:
     """A plain module's class as a variant; anything else as it is. Raises ValueError, naming what is unclear, for a
     class of which no variant can be made."""
@@ -342,6 +364,7 @@ def as_variant(item: Any) -> Any:
     causal = getattr(item, "causal", True)
     if not isinstance(causal, bool):
         raise ValueError(f"{item.__name__}.causal is {causal!r}; it must be True or False, for the whole class")
+    refuse_unused(item)
     takes = forward_takes(item)
     base = RecomputedAttention if causal else ForwardOnly
     body: dict[str, Any] = {

@@ -96,6 +96,22 @@ def forward_takes(item: type[nn.Module]) -> frozenset[str]:
     return found
 
 
+UNUSED = ("init_state", "extend", "init_context", "cost", "traits", "editing", "training_memory", "memory_by_hand")
+"""What a variant has and a plain module does not: it is made here."""
+
+
+def refuse_unused(item: type[nn.Module]) -> None:
+    """Raises ValueError for a class that has written what would not be used."""
+    for cls in item.__mro__:
+        for name in UNUSED:
+            if name in vars(cls) and not cls.__module__.startswith("torch."):  # nn.Sequential has an extend
+                raise ValueError(
+                    f"{item.__name__}.{name} would not be used: of a class with forward alone the streaming form and "
+                    "the cost are made here. Make it a StreamingAttention (attnzoo.attention), which has them all, or "
+                    "call it otherwise"
+                )
+
+
 def masks_of(item: type[nn.Module], takes: frozenset[str], causal: bool) -> frozenset[MaskField]:
     """What `Traits.masks` says. Raises ValueError for a field that there is not, or that does not fit."""
     if "mask" not in takes:

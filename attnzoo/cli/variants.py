@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.apps import directory
-from attnzoo.attention import ATTENTION, Attention, build_attention, slow_streaming, variant
+from attnzoo.attention import ATTENTION, Attention, build_attention, slow_streaming, try_forward, variant
 from attnzoo.models.shapes import without_storage
 from attnzoo.report import format_table
 from attnzoo.types import parse_dtype, type_name
@@ -82,6 +82,7 @@ def describe(kind: str, options: dict[str, Any], context: int, dtype: str) -> st
     try:
         with without_storage():
             attention = build_attention(kind, options, kind).to(parse_dtype(dtype))
+        try_forward(attention)
         traits = "  ".join(f"{key}={_said(value)}" for key, value in dataclasses.asdict(attention.traits).items())
         per_token, constant = state_growth(attention, context)
         prefill, decode = attention.cost(1, context, context), attention.cost(1, 1, context)

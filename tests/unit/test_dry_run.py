@@ -8,6 +8,7 @@ import torch
 from attnzoo.attention import ATTENTION
 from attnzoo.checkpoint import save_model
 from attnzoo.models import DecoderConfig, DecoderLM
+from tests.helpers.plain_modules import Mine, registered, variant_of
 from tests.helpers.training import write_tiny
 from train.data import DataConfig
 from train.digests import digest_files, write_digests
@@ -132,6 +133,50 @@ def test_a_variant_that_cannot_be_saved_is_refused_before_it_trains(
     assert main(["--config", str(tiny), *(["--dry-run"] if dry else []), *options]) == 2
     error = capfd.readouterr().err
     assert error.startswith("train: model.attention: blocks.0.attention.kept ")
+    assert expected in error
+    assert not list(tmp_path.iterdir()), "something was prepared"
+
+
+class Pair(Mine):
+    """Returns more than an output."""
+
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class Future(Mine):
+    """Looks ahead."""
+
+    def forward(self, x):
+        return x + x.mean(1, keepdim=True)
+
+
+class Keeps(Mine):
+    """What no checkpoint would hold."""
+
+    def __init__(self, model_dim: int) -> None:
+        super().__init__(model_dim)
+        self.mask = torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("cls", "expected"),
+    [
+        (Pair, "Pair.forward returned tuple for x of [2, 7, 24]"),
+        (Future, "Future.forward sees the future"),
+        (Keeps, "keeps mask, a tensor that is neither a parameter nor a buffer"),
+    ],
+)
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_plain_module_that_is_no_variant_is_refused_before_it_trains(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], cls: type, expected: str, dry: bool
+) -> None:
+    options = [f"run_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}", "train.steps=1"]
+    with registered():
+        words = ["--config", str(tiny), *(["--dry-run"] if dry else []), f"model.attention={variant_of(cls)}"]
+        assert main([*words, *options]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("train: model.attention: ")
     assert expected in error
     assert not list(tmp_path.iterdir()), "something was prepared"
 

@@ -81,8 +81,9 @@ def test_a_forward_that_sees_the_future_is_refused_once_it_has_weights():
         (lambda self, x: x + torch.randn_like(x), "forward is random in evaluation mode"),
         (lambda self, x: x + x.cumsum(0), "forward mixes sequences: .* is batch_first=True missing"),
         (lambda self, x: x + self.gate * x.mean(1, keepdim=True), "forward sees the future"),
+        (lambda self, x: x.log(), "forward returns numbers that are not finite"),
     ],
-    ids=["random", "rows mixed", "a gate that begins closed"],
+    ids=["random", "rows mixed", "a gate that begins closed", "NaN"],
 )
 def test_a_forward_that_cannot_be_continued_is_refused(forward, message):
     class Odd(Mine):
@@ -156,9 +157,9 @@ def test_a_small_leak_is_found_and_rounding_is_none():
         attention(variant_of(Leaks), model_dim=64)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         layer = attention(variant_of(Mine, f"mine_{dtype}"), model_dim=64).to(dtype)
-        layer._keeps_prefixes = False
+        layer._tried = False
         layer.init_state(1, 3)
-        assert layer._keeps_prefixes
+        assert layer._tried
 
 
 def test_the_look_at_a_forward_leaves_no_trace():
@@ -210,8 +211,62 @@ class EvenOnly(Mine):
     ],
 )
 def test_an_output_that_is_none_is_named(cls, message):
+    """Where it has weights, and where it is described, which builds no weights of its own. Kills: a trial of causal
+    modules alone; a description of shapes."""
+    kind = variant_of(cls)
     with pytest.raises(ValueError, match=message):
-        attention(variant_of(cls), model_dim=6)
+        attention(kind, model_dim=6)
+    with pytest.raises(ValueError, match=message):
+        describe(kind, {"model_dim": 6}, 100, "float32")
+
+
+def test_what_is_described_is_tried():
+    """Also where it is not causal, and, without values, where it is too large to be built."""
+    with pytest.raises(ValueError, match=r"Future\.forward sees the future"):
+        describe(variant_of(Future), {"model_dim": 6}, 100, "float32")
+
+    class Ahead(Pair):
+        causal = False
+
+    kind = variant_of(Ahead, "ahead")
+    for build in (lambda: attention(kind, model_dim=6), lambda: describe(kind, {"model_dim": 6}, 9, "float32")):
+        with pytest.raises(ValueError, match=r"Ahead.forward returned tuple for x of \[2, 7, 6\]"):
+            build()
+    with pytest.raises(ValueError, match=r"Ahead.forward returned tuple for x of \[1, 9, 8192\]"):
+        describe(kind, {"model_dim": 8192}, 9, "float32")
+
+    class Patches(Mine):
+        """For images of 9 patches."""
+
+        causal = False
+
+        def __init__(self, model_dim: int):
+            super().__init__(model_dim)
+            self.places = nn.Parameter(torch.zeros(9, model_dim))
+
+        def forward(self, x):
+            return super().forward(x + self.places)
+
+    assert attention(variant_of(Patches, "patches"), model_dim=6)(torch.zeros(1, 9, 6)).shape == (1, 9, 6)
+
+
+@pytest.mark.parametrize("name", ["slopes", "_mask", "several", "inner.table"])
+def test_a_tensor_that_is_neither_parameter_nor_buffer_is_refused_when_it_is_built(name):
+    class Keeps(Mine):
+        def __init__(self, model_dim: int):
+            super().__init__(model_dim)
+            self.inner = nn.GRU(2, 2)  # keeps its parameters in a list as well
+            owner, _, last = name.rpartition(".")
+            value = {"a": torch.ones(2)} if last == "several" else torch.ones(2)
+            setattr(self.get_submodule(owner), last, value)
+
+    kind, last = variant_of(Keeps), name.rpartition(".")[2]
+    config = DecoderConfig(vocab_size=9, model_dim=6, num_layers=1, attention=kind, tie_embeddings=False)
+    for build in (lambda: attention(kind, model_dim=6), lambda: DecoderLM(config), lambda: build_shapes(config)):
+        with pytest.raises(
+            ValueError, match=rf"'mine_plain' keeps {name}, .*write self.register_buffer\('{last}', ...\)"
+        ):
+            build()
 
 
 def test_the_reference_is_forward_in_float64_unless_it_is_written():

@@ -95,5 +95,7 @@ def test_a_tensor_that_is_no_buffer_is_refused_before_it_is_missed(monkeypatch: 
         self.slopes = torch.ones(3)
 
     monkeypatch.setattr(MHA, "__init__", wrong)
-    with pytest.raises(ValueError, match=r"blocks.0.attention.slopes is a tensor that is neither .* make it a buffer"):
+    with pytest.raises(
+        ValueError, match=r"keeps slopes, a tensor that is neither .* self.register_buffer\('slopes', ...\)"
+    ):
         build_shapes(DecoderConfig(vocab_size=9, model_dim=8, num_layers=1, attention="mha"))

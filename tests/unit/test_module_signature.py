@@ -104,6 +104,15 @@ class SomeCausal(Mine):
     causal = "no"
 
 
+class Extends(Mine):
+    def extend(self, x, state):
+        return x, state
+
+
+class Costs(Mine):
+    cost = 3
+
+
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
@@ -112,9 +121,20 @@ class SomeCausal(Mine):
         (ContextAlone, "ContextAlone.forward takes context without mask, which says what of it exists: add mask=None"),
         (OddMasks, r"OddMasks.masks=\['keys', 'window'\] must hold \['causal'\] and be of \['causal', 'full', 'keys'"),
         (SomeCausal, "SomeCausal.causal is 'no'; it must be True or False"),
+        (Extends, r"Extends.extend would not be used: .* Make it a StreamingAttention \(attnzoo.attention\)"),
+        (Costs, "Costs.cost would not be used"),
         (int, "int is no subclass of Attention; .*or an nn.Module with forward"),
     ],
 )
 def test_a_class_that_is_no_variant_is_refused(cls, message):
     with pytest.raises(ValueError, match=f"^attention 'mine_plain': {message}"):
         variant_of(cls)
+
+
+def test_what_torch_gives_its_own_containers_is_not_meant():
+    class Chain(nn.Sequential):
+        def __init__(self, model_dim: int):
+            super().__init__(nn.Linear(model_dim, model_dim), nn.Tanh())
+
+    assert hasattr(Chain, "extend")
+    assert attention(variant_of(Chain), model_dim=6).traits.streaming == "recomputed"

@@ -5,6 +5,7 @@ import importlib.util
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from attnzoo.attention import try_forward
 from attnzoo.checkpoint import find_checkpoint, open_checkpoint
 from attnzoo.checkpoint.native import check_saveable
 from attnzoo.models import DecoderConfig, DecoderLM, build_shapes
@@ -55,6 +56,12 @@ def check_model(config: Config, model_config: DecoderConfig) -> None:
     shapes = build_shapes(model_config)
     try:
         check_saveable(shapes)  # now, not when the trained model is exported
+        tried: set[str] = set()
+        for layer, block in enumerate(shapes.layers()):
+            kind = repr(model_config.layer_attention(layer))
+            if kind not in tried:
+                try_forward(block.attention)
+            tried.add(kind)
     except ValueError as error:
         raise ConfigError(f"model.attention: {error}") from None
     if config.data.get("isolate_documents"):
