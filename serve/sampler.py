@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnzoo.models.sampling import NOT_FINITE, TokenLogprobs, greedy, sample, token_logprobs
+from attnzoo.models.sampling import EDITED_NOT_FINITE, NOT_FINITE, TokenLogprobs, greedy, sample, token_logprobs
 from serve.faults import LogitsError
-from serve.request import Request, SamplingParams
+from serve.request import Alone, Request, SamplingParams
 
 Drawn = tuple[int, TokenLogprobs | None]
 """A token id, and its log probabilities if the request wants them."""
@@ -27,9 +27,14 @@ def sample_rows(logits_RV: Tensor, requests: Sequence[Request]) -> list[Drawn | 
     largest_R, best_R = logits_RV.max(-1)
     finite, best = largest_R.isfinite().tolist(), best_R.tolist()
     return [
-        _attempt(logits_RV[row : row + 1], request, best[row]) if finite[row] else LogitsError(NOT_FINITE)
+        _attempt(logits_RV[row : row + 1], request, best[row]) if finite[row] else _not_finite(request)
         for row, request in enumerate(requests)
     ]
+
+
+def _not_finite(request: Request) -> LogitsError:
+    edited = isinstance(request.group, Alone) and request.group.run.plan.changes
+    return LogitsError(EDITED_NOT_FINITE if edited else NOT_FINITE)
 
 
 def _attempt(logits_1V: Tensor, request: Request, best: int) -> Drawn | Exception:

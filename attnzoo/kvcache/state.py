@@ -112,6 +112,13 @@ class State:
         for name, x in mine.items():
             if x.dtype != theirs[name].dtype or x.dim() != theirs[name].dim():
                 raise ValueError(f"state {name!r}: {x.dtype} of rank {x.dim()} cannot take {theirs[name].dtype}")
+            for axis, letter in enumerate(_axes(name)):
+                sizes = (x.shape[axis], theirs[name].shape[axis])
+                if letter in FIXED_AXES and sizes[0] != sizes[1] and 0 not in sizes:
+                    raise ValueError(
+                        f"state {name!r}: axis {letter} is {sizes[0]} in one and {sizes[1]} in the other; states of "
+                        "one model alone can be joined"
+                    )
 
     def keep_rows(self: S, order: Sequence[int]) -> S:
         """The sequences at these indices, in this order, in new memory. This state is consumed, tensor by tensor."""

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attnzoo.attention import Cost, build_attention, streaming
 from attnzoo.attention.cached import ByteModel, cached_state, compress_layers, joinable_layers, streams
-from attnzoo.attention.edits import EditPlan, EditRuns, Edits, TokenLayout, layer_plan, layer_sizes
+from attnzoo.attention.edits import EditPlan, EditRuns, Edits, TokenLayout, check_rows, layer_plan, layer_sizes
 from attnzoo.attention.edits.plan import MAX_BYTES
 from attnzoo.attention.segment_memory import SegmentMemory
 from attnzoo.derived_memory import PassMemory, in_sequence, pass_memory
@@ -85,7 +85,8 @@ class DecoderLM(nn.Module):
 
     def forward(self, tokens_BT: Tensor, starts_BT: Tensor | None = None, *, edits: EditRuns | None = None) -> Tensor:
         """logits_BTV of the parallel form; `starts_BT` as in `Mask`. edits: what is read and changed of each row's
-        attention (`plan_edits`); activations are then not checkpointed."""
+        attention (`plan_edits`); activations are then not checkpointed, and a row holds one document: what `starts_BT`
+        says of it beside is padding."""
         return self.logits(self.hidden(tokens_BT, starts_BT, edits=edits))
 
     def hidden(self, tokens_BT: Tensor, starts_BT: Tensor | None = None, *, edits: EditRuns | None = None) -> Tensor:
@@ -99,6 +100,9 @@ class DecoderLM(nn.Module):
                     )
         mask = None if starts_BT is None else Mask(starts_BT=starts_BT)
         x_BTD = self._embed(tokens_BT)
+        if edits is not None:
+            batch, tokens = tokens_BT.shape
+            check_rows(edits, batch, tokens, starts_BT)
         for layer, block in enumerate(self.layers()):
             if edits is not None:
                 x_BTD = block(x_BTD, mask, layer_plan(edits, layer))

@@ -12,6 +12,7 @@ hardly ever give another token."""
 FLAT = 1e30
 """From this temperature on, all tokens are equally likely in float32."""
 NOT_FINITE = "the model's logits are not finite numbers: its weights, or the precision it runs in, are at fault"
+EDITED_NOT_FINITE = "the model's logits are not finite numbers with these edits: their numbers are too large together"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from attnzoo.models.cache_use import CacheUse, compressed_use, exact_use
 from attnzoo.models.decoder_lm import DecoderLM, DecoderState
 from attnzoo.models.generation_config import LEAST_SEED, GenerationConfig
 from attnzoo.models.sampling import (
+    EDITED_NOT_FINITE,
     NOT_FINITE,
     TokenLogprobs,
     choice_seed,
@@ -93,7 +94,8 @@ class Sequences:
         drawn = []
         for row in self.running:
             if not finite[row]:
-                raise ValueError(NOT_FINITE)
+                run = None if self._edits is None else self._edits[row]
+                raise ValueError(EDITED_NOT_FINITE if run is not None and run.plan.changes else NOT_FINITE)
             token, logits_1V = best[row], logits_BV[row : row + 1]
             if not greedy(self.config.temperature):
                 config = self.config

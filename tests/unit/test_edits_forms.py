@@ -30,10 +30,11 @@ from attnzoo.attention.edits import (
     layer_plan,
     layer_sizes,
 )
-from attnzoo.ops.common.masks import Mask, padding_starts
+from attnzoo.ops.common.masks import Mask, document_starts, padding_starts
 from tests.contract import by_hand
 from tests.helpers.edits_cases import HEADS, LAYOUT, SINKS, TOKENS, drawn_items
 from tests.helpers.edits_oracle import Oracle
+from tests.helpers.serving import small_model
 
 DIM = 22
 VARIANTS = {
@@ -156,6 +157,34 @@ def test_left_padding(name):
     y, weights = plain(kind, layer, row, items, total=TOKENS - 2)
     np.testing.assert_allclose(found[0, 2:], y, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(runs[0].reading[0].map, weights, atol=1e-12)
+
+
+def test_a_row_holds_one_sequence_and_padding():
+    """Padding on either side is said by `starts_BT`; other documents and tokens beyond the plan are refused. Kills: the
+    last document for a plan's sequence; a pass that takes what was not planned for padding."""
+    model = small_model("rcmha").double()
+    tokens = torch.randint(4, 400, (2, 9), generator=torch.Generator().manual_seed(0))
+    items = Edits(Add(Where(keys=1), 2.0), Scale(Where(layers=1, queries=-1, keys=0), 3.0), Map(dtype="fp64"))
+    plan = model.plan_edits(items, TokenLayout(6))
+    expected = EditRun(plan)
+    logits = model(tokens[:1, :6], edits=[expected])
+    for side, real in (("left", slice(3, 9)), ("right", slice(0, 6))):
+        run, row = EditRun(plan), torch.zeros(1, 9, dtype=torch.long)
+        row[:, real] = tokens[:1, :6]
+        found = model(row, padding_starts(torch.tensor([6]), 9, side), edits=[run])
+        torch.testing.assert_close(found[:, real], logits, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(run.reading[1].map, expected.reading[1].map, rtol=0, atol=1e-12)
+    packed = document_starts(torch.tensor([0, 5, 18]), 2, 9)
+    for starts, words in (
+        (packed, r"edits\[0\]: the row holds 2 documents, and a plan speaks of one sequence"),
+        (padding_starts(torch.tensor([8, 9]), 9, "right"), r"edits\[0\] were planned for 6 tokens, and the row has 8"),
+        (None, r"edits\[0\] were planned for 6 tokens, and the row has 9; plan with more new_tokens, or say by starts"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model(tokens, starts, edits=[EditRun(plan), EditRun(plan)])
+    longer = EditRun(model.plan_edits(items, TokenLayout(9)))
+    model(tokens, edits=[EditRun(plan), longer])  # the first row's last tokens are padding
+    model(tokens, packed, edits=[None, longer])
 
 
 def test_a_context_and_its_names():

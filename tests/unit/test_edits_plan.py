@@ -1,5 +1,7 @@
 """The language of reads and edits: JSON and back, words to numbers, every refusal before anything is computed, cost."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -89,6 +91,7 @@ def test_json_and_back():
         ([{"put_weights": {"weights": [[-1]]}}], "numbers below 0"),
         ([{"put_scores": {"scores": [1]}}], "finite numbers .heads, queries, keys."),
         ([{"map": {"dtype": "int8"}}], "weights or scores, in fp16"),
+        ([{"map": {"what": "scores", "dtype": "fp16"}}], r"\[0\].map: Map.dtype='fp16' holds no scores beyond 65504"),
         ([{"top_keys": {"k": 0}}], "TopKeys.k=0"),
         ([{"mass": {"bins": ["image"]}}], r"edits\[0\].mass.bins=.* object of positions by name"),
         ([{"move": {"only_heads": {"mass": 1}}}], r"edits\[0\].move.only_heads: unknown field 'mass'"),
@@ -97,6 +100,26 @@ def test_json_and_back():
 def test_json_that_says_nothing_is_refused(data, message):
     with pytest.raises(ValueError, match=message):
         Edits.from_json(data)
+
+
+def test_numbers_that_overflow_are_refused_by_field():
+    """In the dtype of a layer's scores, before anything is computed. Kills: numbers that make NaN, for which weights
+    are blamed; a bound for layers that compute in more."""
+    exact = replace(SOFTMAX, scores_in=torch.float64)
+    for item, field in (
+        (Add(Where(layers=1), 1e39), "add.value=1e"),
+        (Temper(factor=-1e39), "temper.factor=-1e"),
+        (Scale(factor=1e39), "scale.factor=1e"),
+        (PutScores(Where(queries=1, keys=0), [[[1e39]]]), "put_scores.scores=1e"),
+        (PutWeights(Where(queries=1, keys=0), [[[1e39]]]), "put_weights.weights=1e"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"edits\[1\].{field}.39 overflows in layer [01], whose scores are float32"
+        ):
+            Edits(Map(), item).plan([SOFTMAX, SOFTMAX], LAYOUT)
+        assert Edits(item).plan([exact, exact], LAYOUT).changes
+    with pytest.raises(ValueError, match="values are complex; give real numbers"):
+        PutScores(scores=torch.ones(1, 1, 1, dtype=torch.complex64))
 
 
 @pytest.mark.parametrize(

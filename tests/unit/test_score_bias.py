@@ -157,6 +157,10 @@ def shaped(i, j, head):
     [
         (lambda i, j, head: i == j, "the score bias <lambda> returned truth values; return a tensor of numbers, -inf"),
         (lambda i, j, head: 1.0, "the score bias <lambda> returned float"),
+        (
+            lambda i, j, head: (j - i) * 1j,
+            "the score bias <lambda> returned complex numbers; return a tensor of numbers",
+        ),
         (shaped, r"the score bias shaped returned shape \[3, 7\]; .* broadcasts to \[1, 3, 5, 5\]"),
     ],
 )

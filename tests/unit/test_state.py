@@ -84,6 +84,20 @@ def test_states_of_different_kinds_are_not_joined(other):
         Leaf(torch.zeros(2, 4)).joined(other)
 
 
+def test_states_of_other_sizes_are_not_joined():
+    """Heads, channels and the model's width: zeros beside would be heads of nobody. Kills: axes that are padded."""
+    mine = attention("mha", model_dim=32, num_heads=4)
+    narrow = {"num_heads": 4, "head_dim": 4}
+    for options, axis in (({"num_heads": 2}, "K is 4 in one and 2"), (narrow, "H is 8 in one and 4")):
+        other = attention("mha", model_dim=32, **options)
+        with pytest.raises(ValueError, match=rf"axis {axis} in the other; states of one model alone can be joined"):
+            mine.init_state(1, 5).joined(other.init_state(1, 9))
+    x = torch.zeros(1, 3, 32)
+    with pytest.raises(ValueError, match="axis K is 4 in one and 2"):
+        mine.init_context(x).joined(attention("mha", model_dim=32, num_heads=2).init_context(x))
+    assert mine.init_state(1, 5).joined(mine.init_state(2, 9)).lengths_B.tolist() == [0, 0, 0]
+
+
 def test_save_and_load(tmp_path):
     path = tmp_path / "state.safetensors"
     save_state(tree(), path)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from attnzoo.attention.edits.reads import Entropy, KeySums, Map, Mass, Read, TopKeys
 from attnzoo.attention.edits.traits import LayerSizes
-from attnzoo.types import DTYPES, dtype_bytes
+from attnzoo.types import dtype_bytes
 
 ROWS = 256
 """Queries that the fused operation takes at a time."""
@@ -87,4 +87,4 @@ def returned_bytes(meant: Any, keys: int) -> int:
     if isinstance(read, Entropy):
         return heads * queries * 4
     assert isinstance(read, Map)
-    return heads * queries * columns * dtype_bytes(DTYPES[read.dtype])
+    return heads * queries * columns * dtype_bytes(read.kept_in)

@@ -42,6 +42,8 @@ class Values:
     stands for all. Compared and hashed by value."""
 
     def __init__(self, values: Any) -> None:
+        if isinstance(values, Tensor) and values.is_complex():
+            raise ValueError("values are complex; give real numbers")
         try:
             self.values = torch.as_tensor(values, dtype=torch.float64).detach().cpu().clone()
         except (TypeError, ValueError, RuntimeError):
@@ -50,6 +52,11 @@ class Values:
             self.values = self.values[None]
         if self.values.dim() != 3 or not torch.isfinite(self.values).all():
             raise ValueError(f"values of shape {list(self.values.shape)} must be finite numbers [heads, queries, keys]")
+
+    @property
+    def largest(self) -> float:
+        """The number of the largest magnitude."""
+        return float(self.values.abs().max()) if self.values.numel() else 0.0
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Values) and torch.equal(self.values, other.values)
@@ -117,7 +124,10 @@ class Item:
 
 
 class Edit(Item, ABC):
-    """A change of scores or weights."""
+    """A change of scores or weights. factors: its fields that scores or weights are multiplied by, moved by or set
+    to."""
+
+    factors: ClassVar[tuple[str, ...]] = ()
 
     @property
     def idle(self) -> bool:
@@ -141,6 +151,7 @@ class WeightEdit(Edit):
 class Add(ScoreEdit):
     """score + value."""
 
+    factors: ClassVar[tuple[str, ...]] = ("value",)
     value: float = 0.0
     dense: ClassVar[bool] = False
 
@@ -170,6 +181,7 @@ class Temper(ScoreEdit):
     """score * factor; with `magnitude`, score + (factor - 1) |score|, which a factor above 1 raises whatever its
     sign."""
 
+    factors: ClassVar[tuple[str, ...]] = ("factor",)
     factor: float = 1.0
     magnitude: bool = False
 
@@ -191,6 +203,7 @@ class Temper(ScoreEdit):
 class PutScores(ScoreEdit):
     """The given scores, [heads, queries, keys] of what `where` names."""
 
+    factors: ClassVar[tuple[str, ...]] = ("scores",)
     placed: ClassVar[bool] = True
     scores: Values = field(default_factory=lambda: Values([[[0.0]]]))
 
@@ -208,6 +221,7 @@ class PutScores(ScoreEdit):
 class Scale(WeightEdit):
     """weight * factor; with `renormalise`, every row that is named keeps the sum it had."""
 
+    factors: ClassVar[tuple[str, ...]] = ("factor",)
     factor: float = 1.0
     renormalise: bool = True
     dense: ClassVar[bool] = False
@@ -251,6 +265,7 @@ class Raise(WeightEdit):
 class PutWeights(WeightEdit):
     """The given weights, [heads, queries, keys] of what `where` names; with `renormalise`, every row keeps its sum."""
 
+    factors: ClassVar[tuple[str, ...]] = ("weights",)
     placed: ClassVar[bool] = True
     weights: Values = field(default_factory=lambda: Values([[[0.0]]]))
     renormalise: bool = False

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
+import torch
+
 from attnzoo.attention.edits.cost import EditCost, layer_cost, returned_bytes
-from attnzoo.attention.edits.items import CopyHead, Edit, Item, ScoreEdit, WeightEdit
+from attnzoo.attention.edits.items import CopyHead, Edit, Item, ScoreEdit, Values, WeightEdit
 from attnzoo.attention.edits.reads import Entropy, Map, Mass, Read
 from attnzoo.attention.edits.spans import FAR, Chosen, Interval, Sinks, TokenLayout, chosen, picked, picked_steps
 from attnzoo.attention.edits.traits import LayerSizes
@@ -166,6 +168,7 @@ def _meant(
 ) -> Meant:
     """The item in one layer. Raises ValueError where the layer cannot, or the words mean nothing in it."""
     _check_can(item, size, streams, at, layer)
+    _check_numbers(item, size, at, layer)
     where = item.where
     heads = picked(where.heads, size.num_heads, f"{at}.where.heads")
     queries = chosen(where.queries, layout, total, f"{at}.where.queries")
@@ -212,6 +215,21 @@ def _check_can(item: Item, size: LayerSizes, streams: bool, at: str, layer: int)
             f"{at}: the attention of layer {layer} ({size.variant}) cannot {wanted}{how}: {can.why_not}; leave layer "
             f"{layer} out of where.layers"
         )
+
+
+def _check_numbers(item: Item, size: LayerSizes, at: str, layer: int) -> None:
+    """Raises ValueError for numbers whose products with scores and weights are infinite in the dtype that the layer
+    computes them in: what comes of them is NaN, and nothing would say why."""
+    most = torch.finfo(size.scores_in).max ** 0.5
+    for name in item.factors if isinstance(item, Edit) else ():
+        given = getattr(item, name)
+        value = given.largest if isinstance(given, Values) else given
+        if abs(value) > most:
+            kind = str(size.scores_in).removeprefix("torch.")
+            raise ValueError(
+                f"{at}.{name}={value:g} overflows in layer {layer}, whose scores are {kind}: give at most {most:.1g} "
+                "in magnitude, or use Hide to take all weight from keys"
+            )
 
 
 def _gathered(items: list[Meant], size: LayerSizes, layout: TokenLayout, total: int) -> LayerItems | None:

@@ -12,7 +12,6 @@ from attnzoo.attention.edits.order import Weighed
 from attnzoo.attention.edits.plan import EditPlan, LayerItems, Meant
 from attnzoo.attention.edits.reads import Entropy, KeySums, Map, Mass, Read, TopKeys
 from attnzoo.attention.edits.spans import Sinks
-from attnzoo.types import DTYPES
 
 
 @dataclass
@@ -84,7 +83,7 @@ def _values(meant: Meant, here: Here, found: Weighed) -> dict[str, Tensor]:
     if isinstance(read, KeySums):
         return {"sums": _small(columns)}
     assert isinstance(read, Map)
-    return {"map": columns.to(DTYPES[read.dtype])}
+    return {"map": columns.to(read.kept_in)}
 
 
 def _top(k: int, weights_NRS: Tensor, chosen: Tensor, here: Here) -> dict[str, Tensor]:

@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
 from attnzoo.attention.edits.items import Item
 from attnzoo.attention.edits.spans import Positions
+from attnzoo.types import DTYPES
 
 
 class Read(Item):
@@ -52,12 +55,20 @@ class Entropy(Read):
 
 @dataclass(frozen=True)
 class Map(Read):
-    """Every weight, or every score before the softmax (after its edits), for every head, query and key."""
+    """Every weight, or every score before the softmax (after its edits), for every head, query and key. dtype: None is
+    fp16 for weights and fp32 for scores, which may lie beyond what fp16 holds."""
 
     placed: ClassVar[bool] = True
     what: Literal["weights", "scores"] = "weights"
-    dtype: Literal["fp16", "fp32", "fp64"] = "fp16"
+    dtype: Literal["fp16", "fp32", "fp64"] | None = None
 
     def __post_init__(self) -> None:
-        if self.what not in ("weights", "scores") or self.dtype not in ("fp16", "fp32", "fp64"):
+        if self.what not in ("weights", "scores") or self.dtype not in (None, "fp16", "fp32", "fp64"):
             raise ValueError(f"Map(what={self.what!r}, dtype={self.dtype!r}): weights or scores, in fp16, fp32 or fp64")
+        if self.what == "scores" and self.dtype == "fp16":
+            raise ValueError("Map.dtype='fp16' holds no scores beyond 65504: read scores in fp32, or leave dtype out")
+
+    @property
+    def kept_in(self) -> torch.dtype:
+        """The dtype of what is returned."""
+        return DTYPES[self.dtype or ("fp32" if self.what == "scores" else "fp16")]

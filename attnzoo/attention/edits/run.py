@@ -158,9 +158,53 @@ def _put(out_NTH: Tensor, new: Changed) -> None:
 
 
 def row_positions(mask: Mask, batch: int, tokens: int, device: torch.device) -> Tensor:
-    """positions [B, T] in the sequence of each row of the parallel form: of the last document of a packed row, or what
-    follows the padding of a left-padded one; -1 before it."""
+    """positions [B, T] in the sequence of each row of the parallel form, -1 for padding. Where `starts_BT` cuts a row
+    into documents, those of one token are padding (`padding_starts`), and the sequence is the one of more; of several
+    the last one, and the last token where there is none."""
     index_1T = torch.arange(tokens, device=device)[None]
     if mask.starts_BT is None:
         return index_1T.expand(batch, -1)
-    return (index_1T - mask.starts_BT[:, -1:]).clamp(min=-1)
+    start_B = mask.starts_BT[:, -1]
+    sizes_BT = _document_sizes(mask.starts_BT)
+    start_B = torch.where((sizes_BT > 1).sum(-1) == 1, sizes_BT.argmax(-1), start_B)
+    return (index_1T - start_B[:, None]).masked_fill(mask.starts_BT != start_B[:, None], -1)
+
+
+def check_rows(runs: EditRuns, batch: int, tokens: int, starts_BT: Tensor | None) -> None:
+    """Raises ValueError for rows of the parallel form of which their plans do not speak: of several documents, and of
+    more tokens than were planned. Without `starts_BT` nothing says what is padding, and a row is only known to have
+    more where every row would."""
+    if len(runs) != batch:
+        return  # a layer says so
+    documents = [1] * batch if starts_BT is None else (_document_sizes(starts_BT) > 1).sum(-1).tolist()
+    for row, (run, count) in enumerate(zip(runs, documents, strict=True)):
+        if run is not None and count > 1:
+            raise ValueError(
+                f"edits[{row}]: the row holds {count} documents, and a plan speaks of one sequence; give each a row of "
+                "its own, or None for this row"
+            )
+    lengths = (
+        (
+            row_positions(
+                Mask(starts_BT=starts_BT), batch, tokens, torch.device("cpu") if starts_BT is None else starts_BT.device
+            )
+            >= 0
+        )
+        .sum(-1)
+        .tolist()
+    )
+    beyond = [run is not None and length > run.plan.total for run, length in zip(runs, lengths, strict=True)]
+    if beyond and (all(beyond) if starts_BT is None else any(beyond)):
+        row = beyond.index(True)
+        run = runs[row]
+        assert run is not None
+        raise ValueError(
+            f"edits[{row}] were planned for {run.plan.total} tokens, and the row has {lengths[row]}; plan with more "
+            "new_tokens, or say by starts_BT what is padding"
+        )
+
+
+def _document_sizes(starts_BT: Tensor) -> Tensor:
+    """[B, T]: how many tokens the document has that starts there, 0 where none does."""
+    at_BT = starts_BT.long()
+    return torch.zeros_like(at_BT).scatter_add_(1, at_BT, torch.ones_like(at_BT))

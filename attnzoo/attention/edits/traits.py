@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from attnzoo.types import accumulation_dtype
+
 
 @dataclass(frozen=True, kw_only=True)
 class Editing:
@@ -24,7 +28,8 @@ SOFTMAX_EDITING = Editing(scores=True, weights=True, reads=True)
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSizes:
-    """One layer, as plans see it. variant: its name, for messages; context: its keys are those of another sequence."""
+    """One layer, as plans see it. variant: its name, for messages; context: its keys are those of another sequence;
+    scores_in: the dtype of its scores."""
 
     num_heads: int
     num_kv_heads: int
@@ -33,11 +38,13 @@ class LayerSizes:
     editing: Editing = SOFTMAX_EDITING
     context: bool = False
     model_dim: int | None = None
+    scores_in: torch.dtype = torch.float32
 
 
 def layer_sizes(attention: Any, *, context: bool = False) -> LayerSizes:
     """The sizes of an attention layer. context: its keys are those of another sequence."""
     heads = getattr(getattr(attention, "mixing", None), "heads", None)
+    weight = next((x for x in attention.parameters() if x.is_floating_point()), torch.empty(0))
     return LayerSizes(
         num_heads=getattr(heads, "num_heads", 1),
         num_kv_heads=getattr(heads, "num_kv_heads", 1),
@@ -46,4 +53,5 @@ def layer_sizes(attention: Any, *, context: bool = False) -> LayerSizes:
         editing=attention.editing,
         context=context,
         model_dim=attention.config.model_dim,
+        scores_in=accumulation_dtype(weight.dtype),
     )

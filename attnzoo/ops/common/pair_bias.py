@@ -29,7 +29,7 @@ class PairBias:
 
         Keys after the query are asked for where the mask shows such. Else they, like entries that hold nothing, count
         as keys at positions that exist, so that a logarithm of the distance or an index by it is always defined.
-        Raises ValueError for a result of another shape, and for one of truth values.
+        Raises ValueError for a result of another shape, and for one of truth values or complex numbers.
         """
         i, j = queries_BT[:, None, :, None], _per_head(keys_BKS, self.heads)[:, :, None]
         if starts_BT is not None:
@@ -50,8 +50,10 @@ class PairBias:
 def checked_bias(bias: Tensor, expected: tuple[int, ...], function: object) -> Tensor:
     """The result of a bias function. Raises ValueError unless it is of numbers and broadcasts to `expected`."""
     name = getattr(function, "__name__", type(function).__name__)
-    if not isinstance(bias, Tensor) or bias.dtype == torch.bool:
-        found = "truth values" if isinstance(bias, Tensor) else type(bias).__name__
+    if not isinstance(bias, Tensor) or bias.dtype == torch.bool or bias.is_complex():
+        found = type(bias).__name__
+        if isinstance(bias, Tensor):
+            found = "complex numbers" if bias.is_complex() else "truth values"
         raise ValueError(
             f"the score bias {name} returned {found}; return a tensor of numbers, -inf where a key is hidden"
         )
