@@ -1,12 +1,16 @@
 """Compiled decode steps: the same function as `extend`, whatever the number of rows and their lengths."""
 
 from functools import reduce
+from unittest import mock
 
 import pytest
 import torch
 
+from attnzoo.attention.edits import Add, Map, Where
 from attnzoo.checkpoint import load_tokenizer
+from attnzoo.generation import AttentionWish, Generation
 from attnzoo.kvcache import CachePolicy, build_cache
+from attnzoo.language_model import LanguageModel
 from attnzoo.models import CompiledDecode, DecoderConfig, DecoderLM, pack_weights
 from attnzoo.models.compiled import EXPECTED_BATCH, EXPECTED_SLOTS, _example
 from attnzoo.models.decoder_lm import DecoderState
@@ -174,8 +178,13 @@ def test_the_same_function_for_each_variant(kind):
     "cache", [None, pytest.param({"policy": "streaming", "max_tokens": 12}, marks=pytest.mark.slow)]
 )
 def test_the_engine_says_the_same(cache, monkeypatch):
-    """Sequences come and go: a pool of compressed caches is another state after each."""
+    """Sequences come and go: a pool of compressed caches is another state after each. A request that edits attention
+    does so exactly, in steps of its own that are not compiled, beside others whose steps are. Kills: compiled code that
+    leaves edits out."""
     model = small_model("mha")
+    lm = LanguageModel(model, load_tokenizer(tokenizer_path().parent))
+    wish = {"edits": [Add(Where(keys=0), 3.0)], "read": [Map(Where(layers=1), dtype="fp32")]}
+    edited = lm.generate([31] * 20, max_new_tokens=8, ignore_eos=True, cache=cache, **wish)
     texts, steps = [], []
     compiled_call = CompiledDecode.__call__
     monkeypatch.setattr(CompiledDecode, "__call__", lambda *given: steps.append(1) or compiled_call(*given))
@@ -188,7 +197,28 @@ def test_the_engine_says_the_same(cache, monkeypatch):
         prompts = [[5, 9, 12], [7] * 9, [300, 20], [31] * 20]
         texts.append([done.tokens for done in engine.generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))])
         assert bool(len(steps) >= 20) is compiled
+        assert bool(with_edits(engine, prompts[:2], [31] * 20, wish, edited) >= 7) is compiled
     assert texts[0] == texts[1]
+
+
+def with_edits(engine: Engine, others: list[list[int]], prompt: list[int], wish: dict, expected: Generation) -> int:
+    """Runs a request that reads and edits beside others; the number of compiled steps."""
+    found, steps = {"edited": []}, []
+    (plan,) = AttentionWish(**wish).plans(engine.model, engine.tokenizer, [prompt], [8])
+    call = CompiledDecode.__call__
+    with mock.patch.object(CompiledDecode, "__call__", lambda *given: steps.append(1) or call(*given)):
+        params, choice = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=0), engine.choose_cache(None)
+        engine.add_request("edited", prompt, params, cache=choice, plan=plan)
+        for index, other in enumerate(others):
+            engine.add_request(str(index), other, params, cache=choice)
+        while engine.has_work():
+            for delta in engine.step():
+                found.setdefault(delta.request_id, []).append(delta)
+    logprobs = [each for delta in found["edited"] for each in delta.logprobs]
+    assert [each.token for each in logprobs] == list(expected.token_ids)
+    assert found["edited"][-1].run.reading[1].map.shape == expected.reading[1].map.shape
+    torch.testing.assert_close(found["edited"][-1].run.reading[1].map, expected.reading[1].map, rtol=1e-4, atol=1e-5)
+    return len(steps)
 
 
 def test_a_state_that_is_not_settled_is_refused():
