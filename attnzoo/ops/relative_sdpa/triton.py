@@ -122,9 +122,23 @@ def aot_cases() -> list[Launch]:
         cases += _training_case(torch.bfloat16, 64, True, gpu, mask=_meta_mask("full"))
         cases += _training_case(torch.bfloat16, 128, False, gpu, mask=_meta_mask("full"))
         cases += _training_case(torch.bfloat16, 128, True, gpu, mask=_meta_mask("prefix"))
+        for dtype, head_dim, with_table, kind in _WIDE + ([] if gpu == "sm_90" else [_SPILLS]):
+            cases += _training_case(dtype, head_dim, with_table, gpu, mask=_meta_mask(kind))
         # Triton compiles an argument of 1 in as a constant: one token and one row must compile too.
         cases += _training_case(torch.bfloat16, 16, True, gpu, tokens=1, rows=1)
     return cases
+
+
+_WIDE = [
+    (torch.float32, 64, True, "full"),
+    (torch.float32, 64, False, "prefix"),
+    (torch.float32, 128, False, "full"),
+    (torch.float32, 256, False, "full"),
+    (torch.bfloat16, 256, True, "full"),
+    (torch.bfloat16, 256, False, "prefix"),
+]
+_SPILLS = (torch.float32, 128, True, "prefix")
+"""On sm_90 by a few bytes (see `tilings`)."""
 
 
 def _training_case(
