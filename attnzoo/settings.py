@@ -29,13 +29,25 @@ copied."""
 
 
 def parse_words(words: Iterable[str], example: str, *, as_text: Collection[str] = (), hint: str = "") -> dict[str, Any]:
-    """A dictionary from `key=value` words. If a key comes twice, the last one counts. Arguments and errors are those of
-    `parse_word`.
+    """A dictionary from `key=value` words. Arguments and errors are those of `parse_word`; raises ValueError also for a
+    key that comes twice.
 
     >>> parse_words(["port=8001", "cache={policy: d2o}"], "port=8001")
     {'port': 8001, 'cache': {'policy': 'd2o'}}
     """
-    return dict(parse_word(word, example, as_text=as_text, hint=hint) for word in words)
+    found: dict[str, Any] = {}
+    for word in words:
+        key, value = parse_word(word, example, as_text=as_text, hint=hint)
+        check_new(key, found)
+        found[key] = value
+    return found
+
+
+def check_new(key: str, known: Collection[str], where: str = "") -> None:
+    """Raises ValueError for a key among those that are known already: of two values one would be lost. where: the
+    beginning of the message."""
+    if key in known:
+        raise ValueError(f"{where}{key} is given twice; keep one of them")
 
 
 def parse_word(

@@ -7,7 +7,7 @@ from typing import Any
 
 from attnzoo.apps import directory, find_config
 from attnzoo.errors import suggest
-from attnzoo.settings import parse_word, read_mapping
+from attnzoo.settings import check_new, parse_word, read_mapping
 
 CONFIGS = directory() / "configs"
 COMMAND_LINE = "command line"
@@ -29,7 +29,8 @@ def read_layers(name: str, overrides: Sequence[str]) -> list[ConfigLayer]:
     """The layers, of which later ones override earlier ones: the file's bases, the farthest first; the file (a bare
     name is looked up in configs/); the overrides. Raises ConfigError.
     """
-    layers = [*_chain(_find_config(name), ()), *(_override(text) for text in overrides)]
+    given: set[str] = set()
+    layers = [*_chain(_find_config(name), ()), *(_override(text, given) for text in overrides)]
     for layer in layers:
         _check_given(layer)
     return layers
@@ -76,11 +77,14 @@ def _read(path: Path) -> ConfigLayer:
     return ConfigLayer(values, {key: f"{name}:{line}" for key, line in lines.items()})
 
 
-def _override(text: str) -> ConfigLayer:
+def _override(text: str, given: set[str]) -> ConfigLayer:
+    """The layer of one word. given: keys of the words before it, to which its own is added."""
     try:
         key, nested = parse_word(text, "train.steps=100", where=f"{COMMAND_LINE}: ")
+        check_new(key, given, where=f"{COMMAND_LINE}: ")
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    given.add(key)
     parts, places = key.split("."), {}
     for i in range(len(parts), 0, -1):
         places[".".join(parts[:i])] = COMMAND_LINE

@@ -27,6 +27,7 @@ from typing import Any
 from attnzoo.errors import complain
 from attnzoo.files import user_path, write_atomic
 from attnzoo.report import Report, format_table
+from attnzoo.settings import check_new
 from scripts.compare import CompareConfig, Comparison, Hooks, Run, parse_settings, run_one
 from scripts.compare.statistics import interval
 from scripts.compare.text import STDLIB
@@ -77,12 +78,15 @@ def plan(settings: list[str], grid: list[str], run_dir: Path, asha: bool) -> dic
     grid: words such as "lr=1e-3,3e-3"; every combination is a comparison in its own directory. Raises ValueError for
     wrong settings.
     """
-    choices = []
+    choices, keys = [], set[str]()
     for word in grid:
         key, equals, values = word.partition("=")
+        check_new(key, keys, "--grid ")
+        keys.add(key)
         if not equals or not values:
             raise ValueError(f"--grid {word!r} is not of the form key=value,value, for example lr=1e-3,3e-3")
         choices.append([f"{key}={value}" for value in values.split(",")])
+    settings = [word for word in settings if word.partition("=")[0].strip() not in keys]  # the grid's come instead
     trials = {}
     for point in itertools.product(*choices):
         config = parse_settings([*settings, *point])

@@ -9,7 +9,7 @@ from typing import Any
 
 from attnzoo.attention import ATTENTION
 from attnzoo.errors import suggest
-from attnzoo.settings import parse_word
+from attnzoo.settings import check_new, parse_word
 from attnzoo.tasks.recall import RecallTask
 from attnzoo.types import build_config
 
@@ -143,13 +143,17 @@ QUICK: dict[str, Any] = {
 
 def parse_settings(words: Iterable[str], start: dict[str, Any] | None = None) -> CompareConfig:
     """The settings from `key=value` words, over the values in `start`. A key of a section is written paper.steps=100, a
-    list with commas. Raises ValueError for a malformed word, an unknown key (naming the nearest) or a wrong value.
+    list with commas. Raises ValueError for a malformed word, an unknown key (naming the nearest), one that comes twice,
+    or a wrong value.
     """
     values: dict[str, Any] = copy.deepcopy(start or {})
     known = _keys()
     as_text = [key for key, kind in known.items() if kind in (str, list)]
+    given: set[str] = set()
     for word in words:
         key, value = parse_word(word, "steps=200", as_text=as_text)
+        check_new(key, given)
+        given.add(key)
         if key not in known:
             raise ValueError(f"unknown key {key}{suggest(key, known)}")
         section, _, name = key.rpartition(".")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from attnzoo.checkpoint import save_model
 from attnzoo.models import DecoderLM
+from tests.helpers.training import last_of
 from train import engine as engines
 from train.checkpoint import TrainingProgress
 from train.config import Config
@@ -115,7 +116,7 @@ class Letters:
 
 def build(overrides: list[str], untied: bool = False, frozen: str | None = None) -> tuple[Config, DecoderLM]:
     """Configuration and model of a case."""
-    config = load_config("base.yaml", [*BASE, f"model.tie_embeddings={str(not untied).lower()}", *overrides])
+    config = load_config("base.yaml", last_of([*BASE, f"model.tie_embeddings={str(not untied).lower()}", *overrides]))
     torch.manual_seed(0)
     model = DecoderLM(config.model_config(VOCABULARY))
     if config.lora.rank is not None:

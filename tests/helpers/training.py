@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -108,7 +108,14 @@ def launch(
     The ranks get what the `deepspeed` command gives them, but come without it and find torch and DeepSpeed imported,
     which is most of the time of a small run. Tests of the command itself use `command`.
     """
-    return run_ranks([str(ROOT / "train" / "main.py"), "--config", str(config), *overrides], ranks, status, **extra)
+    script = [str(ROOT / "train" / "main.py"), "--config", str(config), *last_of(overrides)]
+    return run_ranks(script, ranks, status, **extra)
+
+
+def last_of(overrides: Iterable[str]) -> list[str]:
+    """`key=value` words without those whose key comes again, which the command refuses: what a test has of its own
+    takes precedence."""
+    return list({word.partition("=")[0]: word for word in overrides}.values())
 
 
 def run_ranks(script: list[str], ranks: int, status: int = 0, **extra: str) -> subprocess.CompletedProcess[str]:

@@ -13,6 +13,7 @@ import pytest
 from attnzoo.__main__ import main
 from scripts.compare import Comparison, parse_settings, run_one
 from scripts.compare.config import QUICK
+from tests.helpers.training import last_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = [
@@ -92,7 +93,7 @@ def test_compare_from_end_to_end(text, tmp_path, capsys):
 
 
 def test_ctrl_c_keeps_finished_runs(text, tmp_path):
-    words = [*TOY, text, "steps=100000", "tables=recall,parameters", "variants=linear", "seeds=1"]
+    words = last_of([*TOY, text, "steps=100000", "tables=recall,parameters", "variants=linear", "seeds=1"])
     command = [sys.executable, "-m", "attnzoo", "compare", *words, "--run-dir", str(tmp_path), "--workers", "2"]
     process = subprocess.Popen(
         command,

@@ -96,6 +96,8 @@ def test_plan_of_a_grid(text, tmp_path):
         (["--grid", "lr"], "not of the form key=value,value"),
         (["--asha", "tables=recall"], "tables=parameters or tables=flops"),
         (["stpes=2"], "did you mean 'steps'"),
+        (["segment=8", "segment=16"], "segment is given twice; keep one of them"),
+        (["--grid", "lr=1", "--grid", "lr=2"], "--grid lr is given twice"),
         (["--address", "127.0.0.1:9", "tables=recall"], "no Ray cluster answers at --address 127.0.0.1:9"),
     ],
 )

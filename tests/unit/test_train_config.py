@@ -60,10 +60,10 @@ def test_a_new_variant_drops_the_old_ones_options(tmp_path: Path) -> None:
         ("model.attention=[{kind: mha, num_heads: 8}, rcmha]", [{"kind": "mha", "num_heads": 8}, "rcmha"]),
     ],
 )
-def test_every_form_of_attention_replaces_every_other(override: str, attention: object) -> None:
+def test_every_form_of_attention_replaces_every_other(tmp_path: Path, override: str, attention: object) -> None:
     assert load_config("rcmha.yaml", [override]).model["attention"] == attention
-    listed = ["model.attention=[rmha,mdha]", override]
-    assert load_config("rcmha.yaml", listed).model["attention"] == attention
+    listed = write(tmp_path / "a.yaml", f"base: {CONFIGS}/rcmha.yaml\nmodel: {{attention: [rmha, mdha]}}\n")
+    assert load_config(listed, [override]).model["attention"] == attention
 
 
 def test_options_of_a_list_cannot_be_set_one_by_one() -> None:
@@ -127,11 +127,13 @@ def test_a_mistake_in_a_base_names_the_base(tmp_path: Path) -> None:
         ("model.attention.num_head=1", "command line: unknown key model.attention.num_head"),
         ("sample.top_p=0", "command line: sample.top_p=0.0 must be positive"),
         ("train.steps", "command line: 'train.steps' is not of the form key=value"),
+        (("train.steps=1", "seed=2", "train.steps=3"), "command line: train.steps is given twice; keep one of them"),
         ("model.attention=rmah", "command line: unknown attention 'rmah'; did you mean 'rmha'?"),
     ],
 )
-def test_mistakes_on_the_command_line(override: str, expected: str) -> None:
-    assert message("rcmha.yaml", override).startswith(expected)
+def test_mistakes_on_the_command_line(override: str | tuple[str, ...], expected: str) -> None:
+    words = (override,) if isinstance(override, str) else override
+    assert message("rcmha.yaml", *words).startswith(expected)
 
 
 def test_cycles_and_missing_files(tmp_path: Path) -> None:
