@@ -5,9 +5,12 @@ path, so that they do not shadow other packages called `train` or `serve`. Only 
 starts import them by their short names.
 """
 
+import importlib
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from attnzoo.files import home, user_path
 
@@ -29,10 +32,48 @@ def use() -> None:
     checkout beside attnzoo itself, in an installed package through PYTHONPATH, which this function sets."""
     place = str(directory())
     sys.path[:] = [place, *(entry for entry in sys.path if entry != place)]
+    os.environ.update(variables())
+
+
+def variables() -> dict[str, str]:
+    """The environment variables by which a Python process finds `train`, `serve` and `scripts` of an installed package;
+    none in a checkout."""
     if not is_installed():
-        return
+        return {}
+    place = str(directory())
     others = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != place]
-    os.environ["PYTHONPATH"] = os.pathsep.join([place, *others])
+    return {"PYTHONPATH": os.pathsep.join([place, *others])}
+
+
+def server(args: Mapping[str, Any]) -> Any:
+    """The application for Ray's own command, wherever attnzoo is installed: `serve run attnzoo.apps:server
+    checkpoint=runs/demo max_num_seqs=8`. Arguments and errors are those of `serve.deployment.app`.
+
+    Raises ValueError where the current directory has a `serve` of its own: Ray puts it first on its workers' path.
+    """
+    use()
+    hides = next((name for name in ("serve.py", "serve") if os.path.exists(name)), None)
+    if hides is not None and Path.cwd() != directory():
+        raise ValueError(
+            f"{str(Path.cwd() / hides)!r} hides the server's code from Ray's workers; start in another directory, or "
+            "use attnzoo serve"
+        )
+    return importlib.import_module("serve.deployment").app(args)
+
+
+def proxy() -> Any:
+    """Middlewares of Ray's HTTP proxy: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=attnzoo.apps:proxy; see
+    `serve.front.proxy`."""
+    use()
+    return importlib.import_module("serve.front.proxy").middlewares()
+
+
+def __getattr__(name: str) -> Any:
+    """The attribute `application`, for `serve build attnzoo.apps:application`; see `serve.deployment`."""
+    if name != "application":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    use()
+    return importlib.import_module("serve.deployment").application
 
 
 def find_config(name: str | os.PathLike[str], where: str = "--config") -> Path:

@@ -1,9 +1,9 @@
 """The server on Ray Serve. Only this file imports Ray.
 
     attnzoo serve --checkpoint runs/demo
-    serve run serve.deployment:app checkpoint=runs/demo max_num_seqs=8
+    serve run attnzoo.apps:server checkpoint=runs/demo max_num_seqs=8
     serve deploy configs/serve/ray/deploy.yaml
-    ATTNZOO_SERVE_CONFIG=configs/serve/smollm2.yaml serve build serve.deployment:application -o deploy.yaml
+    ATTNZOO_SERVE_CONFIG=configs/serve/smollm2.yaml serve build attnzoo.apps:application -o deploy.yaml
 
 One deployment holds the HTTP application and the engine, so that a token makes one hop, to Ray's HTTP proxy.
 """
@@ -25,7 +25,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 from starlette.types import ASGIApp
 
-from attnzoo.apps import directory
+from attnzoo.apps import directory, variables
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig, absolute, build_serve_config, parse_value, read_config_file
 from serve.engine import Engine
@@ -93,11 +93,13 @@ def build(config: ServeConfig) -> serve.Application:
         # Ray hides GPUs from replicas that do not request any.
         "ray_actor_options": {"num_cpus": 1, "num_gpus": int(config.device.startswith("cuda"))},
     }
+    if found := variables():  # an installed package: the replica finds no `serve` by itself
+        options["ray_actor_options"]["runtime_env"] = {"env_vars": found}
     return serve.deployment(name="attnzoo", num_replicas=1, **options)(Server).bind(config)
 
 
 def app(args: Mapping[str, Any]) -> serve.Application:
-    """The application for `serve run serve.deployment:app key=value ...`. Raises ValueError for unknown keys."""
+    """The application for `serve run attnzoo.apps:server key=value ...`. Raises ValueError for unknown keys."""
     values = {key: parse_value(key, value) for key, value in args.items()}
     for key in RUN_ONLY:
         if key in values:

@@ -2,7 +2,7 @@
 
 `attnzoo serve` does it for a local Ray. On a cluster, export this on every node where Ray is started:
 
-    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.front.proxy:middlewares
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=attnzoo.apps:proxy
     ATTNZOO_FRONT='{"host": "0.0.0.0", "allowed_hosts": ["api.example.com"]}'     # see serve.front.limits
 """
 

@@ -114,7 +114,7 @@ def test_the_shipped_deployment_and_a_built_one_run(tmp_path):
         refused = httpx.get(f"{url}/-/routes", headers={"host": "evil.example"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "host_not_allowed")
 
-        cluster.serve("build", "serve.deployment:application", "--app-dir", ROOT, "--output-path", built)
+        cluster.serve("build", "attnzoo.apps:application", "--app-dir", ROOT, "--output-path", built)
         content = yaml.safe_load(built.read_text())
         content["http_options"] |= {"host": "127.0.0.1", "port": port}
         built.write_text(yaml.safe_dump(content))

@@ -292,7 +292,7 @@ def test_the_shipped_deployment_is_valid():
     schema = ServeDeploySchema.model_validate(yaml.safe_load(DEPLOYMENT.read_text(encoding="utf-8")))
     assert schema.http_options.host == "127.0.0.1"
     (application,) = schema.applications
-    assert application.import_path == "serve.deployment:app"
+    assert application.import_path == "attnzoo.apps:server"
     config = app(application.args)._bound_deployment.init_args[0]
     assert (config.max_num_seqs, config.allowed_hosts) == (8, None)
 
@@ -301,13 +301,13 @@ def test_serve_build_writes_a_deployment(tmp_path, monkeypatch):
     """Ray's command gives no arguments, so the settings are a file's."""
     settings, written = tmp_path / "settings.yaml", tmp_path / "deploy.yaml"
     settings.write_text(f"checkpoint: {tmp_path}\nmax_num_seqs: 3\nmax_queue: 5\nport: 9000\n")
-    command = ["serve.deployment:application", "--app-dir", str(ROOT), "--output-path", str(written)]
+    command = ["attnzoo.apps:application", "--app-dir", str(ROOT), "--output-path", str(written)]
     monkeypatch.setenv("ATTNZOO_SERVE_CONFIG", str(settings))
     done = CliRunner().invoke(build_command, command)
     assert done.exit_code == 0, done.output
     schema = ServeDeploySchema.model_validate(yaml.safe_load(written.read_text()))
     (application,) = schema.applications
-    assert application.import_path == "serve.deployment:application"
+    assert application.import_path == "attnzoo.apps:application"
     assert application.deployments[0].max_ongoing_requests == 4 * (3 + 5) + 64
     monkeypatch.delenv("ATTNZOO_SERVE_CONFIG")
     done = CliRunner().invoke(build_command, command)
@@ -340,7 +340,7 @@ http_options: {{host: 127.0.0.1, port: {port}}}
 applications:
 - name: attnzoo
   route_prefix: /
-  import_path: serve.deployment:app
+  import_path: attnzoo.apps:server
   args: {{checkpoint: {checkpoint}, max_num_seqs: 2}}
 """
     )

@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
@@ -15,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from serve.environment import QUIET
+from serve.front.port import free_port
 from tests.helpers import serving
 from tests.helpers.training import ROOT, write_tiny
 
@@ -154,3 +158,43 @@ def test_serving(installed, tmp_path):
         if server.poll() is None:
             server.kill()
         server.communicate()
+
+
+@pytest.mark.slow
+def test_rays_own_command(installed, tmp_path):
+    """`serve run`, its replica and its proxy find the server's code without a PYTHONPATH; a `serve.py` that Ray's
+    workers would take for it is named."""
+    checkpoint, port = serving.export(tmp_path / "tiny"), free_port("127.0.0.1", 0)
+    ray = [str(installed.python), "-c", "from ray.serve.scripts import cli; cli()", "run"]
+    environment = {**installed.environment, **QUIET}
+    words = [*ray, "attnzoo.apps:server", f"checkpoint={checkpoint}"]
+    refused = subprocess.run(words, cwd=installed.clean, env=environment, capture_output=True, text=True)
+    assert "serve.py' hides the server's code from Ray's workers" in refused.stderr
+    assert refused.returncode != 0
+    config, log = tmp_path / "serve.yaml", tmp_path / "log"
+    application = {"name": "attnzoo", "route_prefix": "/", "import_path": "attnzoo.apps:server"}
+    application["args"] = {"checkpoint": str(checkpoint), "threads": 1}
+    options = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
+    config.write_text(json.dumps(options))
+    with log.open("w") as said:
+        server = subprocess.Popen([*ray, str(config)], cwd=tmp_path, env=environment, stdout=said, stderr=said)
+    try:
+        deadline, url = time.monotonic() + 120, f"http://127.0.0.1:{port}"
+        while not answers(f"{url}/health"):
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.3)
+        request = urllib.request.Request(f"{url}/-/routes", headers={"host": "evil.example"})
+        with pytest.raises(urllib.error.HTTPError, match="403"):  # the guard in Ray's proxy, which is another process
+            urllib.request.urlopen(request, timeout=9)
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
