@@ -1,8 +1,13 @@
 """Messages for people: every error names the field, the value and the way out."""
 
+import contextlib
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+
+class OutputError(OSError):
+    """What a command prints cannot be written: stdout is a file on a full disk, for example."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -25,5 +30,6 @@ def complain(command: str, message: str, status: int = 2) -> int:
 
     command: the command as the user types it, for example "attnzoo list".
     """
-    print(f"{command}: error: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk behind stderr changes no status
+        print(f"{command}: error: {message}", file=sys.stderr, flush=True)
     return status

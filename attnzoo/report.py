@@ -1,5 +1,6 @@
 """Reports: the one JSON schema of every measurement, with the command, the machine, the results and the claims."""
 
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from attnzoo.errors import OutputError, complain
 from attnzoo.files import write_atomic
 
 PACKAGES = ("attnzoo", "torch", "deepspeed", "ray", "sentencepiece")
@@ -133,14 +135,44 @@ def counted(count: int, one: str, many: str | None = None) -> str:
 
 
 def run_command(main: Callable[[], int]) -> int:
-    """Runs a command and returns its exit status; a closed pipe on stdout (`| head`) ends it without an error."""
+    """Runs a command and returns its exit status. A closed pipe on stdout (`| head`) ends it without an error; where
+    stdout cannot be written otherwise, that is its error, with status 1."""
+    _name_stdout()
     try:
-        status = main()
-        sys.stdout.flush()
-    except BrokenPipeError:
+        try:
+            status = main()
+        finally:  # --help ends by SystemExit
+            sys.stdout.flush()
+    except (BrokenPipeError, OutputError) as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
-        return 128 + signal.SIGPIPE
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        return complain("attnzoo", f"stdout cannot be written: {error.strerror}", status=1)
     return status
+
+
+class _Stdout(io.FileIO):
+    """A descriptor whose errors say that it is stdout: nobody could tell them from those of files."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(error.errno, error.strerror) from None
+
+
+def _name_stdout() -> None:
+    """Makes `sys.stdout` raise OutputError where the process has a stdout of its own."""
+    out = sys.stdout
+    if not isinstance(out, io.TextIOWrapper) or not isinstance(getattr(out.buffer, "raw", None), io.FileIO):
+        return
+    out.flush()
+    raw = _Stdout(out.fileno(), "w", closefd=False)
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(raw), out.encoding, out.errors, line_buffering=out.line_buffering or raw.isatty()
+    )
 
 
 def format_value(value: Any) -> str:

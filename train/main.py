@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from attnzoo.errors import OutputError
 from attnzoo.files import write_atomic
 from attnzoo.report import Report, counted, run_command
 from train import engine as engines
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
             with run_directory.held(config):
                 run_training(task, device, watchdog, launcher)
     except (Exception, KeyboardInterrupt) as error:
-        if options.dry_run and isinstance(error, BrokenPipeError):
+        if isinstance(error, OutputError) or (options.dry_run and isinstance(error, BrokenPipeError)):
             raise
         return report(error, ranks.joined())
     finally:

@@ -18,7 +18,7 @@ from typing import Any
 
 import attnzoo
 from attnzoo import apps
-from attnzoo.errors import complain, suggest
+from attnzoo.errors import OutputError, complain, suggest
 from attnzoo.report import run_command
 
 PROGRAM = "attnzoo"
@@ -141,7 +141,7 @@ def carry_out(
     try:
         return run(options)
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
+        if isinstance(error, BrokenPipeError | OutputError):
             raise
         return complain(name, str(error))
 

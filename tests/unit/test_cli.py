@@ -1,5 +1,6 @@
 """The command `attnzoo`: what it prints, and how it refuses."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -168,14 +169,16 @@ def test_files_that_cannot_be_planned(content, tmp_path, capsys):
 
 
 def test_words_are_yaml():
-    words = ["a=1", "b=true", "c=null", "d=rope", "e=1.5", "f=no", "g={h: [1e-6, 010]}", "i==", "path=1e3", "a=2"]
+    words = ["a=1", "b=true", "c=null", "d=rope", "e=1.5", "f=no", "g={h: [1e-6, 010]}", "i==", "path=1e3"]
     assert parse_words(words, "a=1", as_text=["path"]) == {
-        "a": 2, "b": True, "c": None, "d": "rope", "e": 1.5, "f": "no", "g": {"h": [1e-6, 10]}, "i": "=",
+        "a": 1, "b": True, "c": None, "d": "rope", "e": 1.5, "f": "no", "g": {"h": [1e-6, 10]}, "i": "=",
         "path": "1e3",
     }  # fmt: skip
     for word in ("a", "=1", "a..b=1", " =1"):
         with pytest.raises(ValueError, match=re.escape(f"{word!r} is not of the form key=value, for example a=1")):
             parse_words([word], "a=1")
+    with pytest.raises(ValueError, match=r"^layers is given twice; keep one of them$"):
+        parse_words(["layers=0", "heads=1", "layers = 1"], "a=1")
 
 
 BOMB = "".join(f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}, *{a}]\n" for a, b in itertools.pairwise("abcdefghi"))
@@ -330,10 +333,13 @@ def test_streams_that_are_closed_or_narrow(monkeypatch, capsys, tmp_path):
     assert "a.py:1" in warnings.formatwarning(UserWarning("other"), UserWarning, "a.py", 1)
 
 
-PIPED = """
+STDOUT = """
 import os, runpy, sys
-reading, writing = os.pipe()
-os.close(reading)
+if sys.argv.pop(1) == "closed":
+    reading, writing = os.pipe()
+    os.close(reading)
+else:
+    writing = os.open("/dev/full", os.O_WRONLY)
 os.dup2(writing, 1)
 sys.stdout = open(1, "w", closefd=False)
 sys.argv = sys.argv[1:]
@@ -344,13 +350,31 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    "command", [["attnzoo/__main__.py", "list"], ["train/main.py", "--config", "base.yaml", "--dry-run"]]
+    "command",
+    [
+        ["attnzoo/__main__.py", "list"],
+        ["train/main.py", "--config", "base.yaml", "--dry-run"],
+        ["attnzoo/__main__.py", "--help"],
+    ],
 )
-def test_a_reader_that_has_read_enough_ends_a_command_without_a_word(command, tmp_path):
-    """As `| head` does once it has its lines: the pipe has no reader when the command writes."""
+def test_where_what_is_printed_cannot_be_written(command, tmp_path):
+    """A reader that has read enough, as `| head`, ends a command without a word; a full disk is stdout's fault, and of
+    no run directory's. Kills: the help's way out, which flushes nothing."""
     script, errors = tmp_path / "piped.py", tmp_path / "errors"
-    script.write_text(PIPED)
-    process = start_script([str(script), *command], os.environ, tmp_path / "out", errors, cwd=ROOT)
-    process.join(60)
-    assert errors.read_text() == ""
-    assert process.exitcode == 128 + signal.SIGPIPE
+    script.write_text(STDOUT)
+    for stdout, said, status in (
+        ("closed", "", 128 + signal.SIGPIPE),
+        ("full", "attnzoo: error: stdout cannot be written: No space left on device\n", 1),
+    ):
+        process = start_script([str(script), stdout, *command], os.environ, tmp_path / "out", errors, cwd=ROOT)
+        process.join(60)
+        assert (errors.read_text(), process.exitcode) == (said, status)
+
+
+def test_an_error_that_cannot_be_said_keeps_its_status(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert main(["describe", "rcmah"]) == 2
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
