@@ -15,8 +15,8 @@ from attnzoo.generation import (
     GenerationCost,
     GenerationOptions,
     GenerationStream,
+    GenerationTask,
     Prompt,
-    Task,
     TextLogprobs,
     as_batch,
     as_conversations,
@@ -297,7 +297,7 @@ class LanguageModel:
         cache: CacheSpec | None,
         options: Mapping[str, Any],
         conversations: Sequence[Conversation] = (),
-    ) -> Task:
+    ) -> GenerationTask:
         wish, options = AttentionWish.taken_from(options)
         config, policy = read_options(base, cache, options)
         limits = [self._room(len(ids), config.max_new_tokens) for _, ids in prompts]
@@ -309,7 +309,7 @@ class LanguageModel:
                 for messages, ids in zip(conversations, tokens, strict=True)
             ]
         plans = wish.plans(self.model, self.tokenizer, tokens, limits, named)
-        return Task(prompts, limits, config, self._checked_cache(policy), plans)
+        return GenerationTask(prompts, limits, config, self._checked_cache(policy), plans)
 
     def _chat_task(
         self,
@@ -317,7 +317,7 @@ class LanguageModel:
         base: GenerationConfig | None,
         cache: CacheSpec | None,
         options: Mapping[str, Any],
-    ) -> Task:
+    ) -> GenerationTask:
         if self._chat is None:
             raise ValueError(f"{self.name} has no chat template; continue a text with generate")
         default = GenerationConfig(max_new_tokens=None) if base is None else base
@@ -347,7 +347,7 @@ class LanguageModel:
             )
         return most - prompt if new is None else new
 
-    def _streamed(self, task: Task) -> GenerationStream:
+    def _streamed(self, task: GenerationTask) -> GenerationStream:
         if task.config.n > 1:
             raise ValueError(f"n={task.config.n}: a stream is one text; use generate for several")
         return GenerationStream(run_task(self.model, self.tokenizer, task))

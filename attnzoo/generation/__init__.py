@@ -12,7 +12,7 @@ from attnzoo.generation.results import (
     TextLogprobs,
     Writer,
 )
-from attnzoo.generation.task import Task, run_batched, run_task
+from attnzoo.generation.task import GenerationTask, run_batched, run_task
 
 __all__ = [
     "ELSEWHERE",
@@ -24,10 +24,10 @@ __all__ = [
     "GenerationCost",
     "GenerationOptions",
     "GenerationStream",
+    "GenerationTask",
     "Prompt",
     "Spans",
     "StepCost",
-    "Task",
     "TextLogprobs",
     "Writer",
     "as_batch",

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Task:
+class GenerationTask:
     """One call of `generate`. prompts: (text, token ids). limits: most new tokens of each. cache: None is exact. plans:
     what is read and edited of attention, None: nothing."""
 
@@ -26,7 +26,7 @@ class Task:
     plans: list[EditPlan] | None = None
 
 
-def run_batched(model: DecoderLM, tokenizer: Tokenizer, task: Task, batch_size: int) -> list[Generation]:
+def run_batched(model: DecoderLM, tokenizer: Tokenizer, task: GenerationTask, batch_size: int) -> list[Generation]:
     """All prompts, `batch_size` sequences at a time."""
     found: list[Generation] = []
     each = max(1, batch_size // task.config.n)
@@ -38,7 +38,7 @@ def run_batched(model: DecoderLM, tokenizer: Tokenizer, task: Task, batch_size: 
     return found
 
 
-def run_task(model: DecoderLM, tokenizer: Tokenizer, task: Task) -> Generator[str, None, list[Generation]]:
+def run_task(model: DecoderLM, tokenizer: Tokenizer, task: GenerationTask) -> Generator[str, None, list[Generation]]:
     """Yields the text pieces of all sequences as they become final; returns the generations."""
     config, stop_ids = task.config, frozenset() if task.config.ignore_eos else tokenizer.stop_ids
     writers = [
