@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from attnzoo.attention.edits import ALL, GENERATED, EditPlan, Edits, Item, TokenLayout
+from attnzoo.attention.edits import ALL, GENERATED, Edit, EditPlan, Edits, Item, TokenLayout
 from attnzoo.models import DecoderLM
 from attnzoo.tokenizer import Tokenizer
 from attnzoo.tokenizer.spans import token_spans
@@ -47,8 +47,11 @@ class AttentionWish:
     ) -> list[EditPlan] | None:
         """A plan for every prompt, None where nothing is wished. named: spans that each prompt has of itself. Raises
         ValueError as `DecoderLM.plan_edits`."""
-        edits = _items(self.edits, "edits")
-        items = [*edits, *_items(self.read, "read")]
+        edits, reads = _items(self.edits, "edits"), _items(self.read, "read")
+        for index, item in enumerate(reads):
+            if isinstance(item, Edit):
+                raise ValueError(f"read[{index}]={type(item).__name__}(...) is an edit; move it to edits")
+        items = [*edits, *reads]
         if not items:
             return None
         spans = _spans(self.spans, len(prompts))

@@ -349,7 +349,7 @@ def refusal(attention: Attention, policy: CachePolicy) -> str | None:
     if attention.traits.growth == "O(window)":
         return r"window=\d+ keeps a constant number of tokens|a state of its own"
     if not isinstance(getattr(attention, "mixing", None), SoftmaxMixing):
-        return "keeps a state of its own, not the keys and values"
+        return "keeps a state of its own"
     return "does not say its scores" if policy.needs - attention.mixing.position.says else None
 
 

@@ -153,7 +153,7 @@ def test_no_choice_is_lost_that_ends_while_another_is_written(url, monkeypatch):
         ({**ATTENTION, "spans": {"word": "dog"}}, "spans['word']='dog' does not stand in the prompt"),
         ({**ATTENTION, "spans": {"word": [3, 300]}}, "must be [start, stop) within the"),
         ({"edits": [{"hide": {"where": {"queries": 200}}}]}, "it must lie within the sequence's"),
-        ({"edits": [{"put_weights": {"weights": [[[1.0]]]}}]}, "edits[0].put_weights.weights has shape [1, 1, 1]"),
+        ({"edits": [{"put_weights": {"where": {}, "weights": [[[1.0]]]}}]}, "put_weights.weights has shape [1, 1, 1]"),
         ({"edits": [{"hide": {"where": {"keys": {"sinks": {"channels": [32], "tau": 2}}}}}]}, "no such channels"),
         ({"read": [{"map": {"dtype": "fp64"}}, {"map": {"dtype": "fp64"}}]}, "above this server's limit of 65,536"),
         ({"read": [{"entropy": {}}] * 20}, "reads in the answer take up to"),

@@ -223,11 +223,11 @@ class Show(ScoreEdit):
 def test_no_edit_shows_what_is_hidden():
     """Kills: an order that trusts edits to keep to the mask."""
     visible = torch.tensor([[[True, False, True], [False, False, False]]])
-    found = weighed(torch.randn(2, 2, 3), visible, [(Show(), None)])
+    found = weighed(torch.randn(2, 2, 3), visible, [(Show(Where()), None)])
     torch.testing.assert_close(found.weights_NRS[:, 0], torch.tensor([[0.5, 0.0, 0.5]] * 2))
     assert (found.weights_NRS[:, 1] == 0).all()
     assert found.empty_NR1[..., 0].tolist() == [[False, True]] * 2
-    flooded = weighed(torch.randn(2, 2, 3), visible, [(Flood(), None)])
+    flooded = weighed(torch.randn(2, 2, 3), visible, [(Flood(Where()), None)])
     assert torch.equal(flooded.weights_NRS.bool(), visible.expand(2, -1, -1))
 
 

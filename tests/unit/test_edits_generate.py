@@ -153,6 +153,7 @@ def test_a_word_is_all_of_its_tokens():
         ({"edits": EDITS, "spans": [{}, {}]}, "spans has 2 entries for 1 prompts"),
         ({"edits": EDITS, "spans": 3}, "spans=3: give a mapping of names"),
         ({"edits": EDITS, "spans": ["state"]}, r"spans\[0\]='state': give a mapping of names, or None"),
+        ({"read": [Map(), Hide(Where())]}, r"read\[1\]=Hide\(...\) is an edit; move it to edits"),
         ({"edits": [Add(Where(heads=9), 1.0)]}, "where.heads=9 is out of range: there are 4"),
         ({"read": [Mass()], "n": 2, "temperature": 1.0}, "n=2 with edits"),
         ({"edits": [Scale(Where(keys=0), 1e39)]}, r"edits\[0\].scale.factor=1e\+39 overflows in layer 0"),

@@ -85,11 +85,17 @@ def test_json_and_back():
         ([{"scale": {"where": {"keys": {"spam": [1]}}}}], r"\[0\].scale.where.keys=.* no positions; did you mean"),
         ([{"scale": {"where": {"keys": {"span": [1, "stop"]}}}}], r"edits\[0\].scale.where.keys=.* no positions"),
         ([{"scale": {"where": {"keys": {"sinks": {"channels": []}}}}}], "where.keys.sinks=.*channels and tau"),
-        ([{"scale": {"factor": -1}}], r"edits\[0\].scale: Scale.factor=-1 must be a finite number of at least 0"),
-        ([{"add": {"value": "1"}}], r"edits\[0\].add: Add.value='1'"),
-        ([{"raise": {"share": 1.5}}], "Raise.share=1.5 .* at most 1"),
-        ([{"put_weights": {"weights": [[-1]]}}], "numbers below 0"),
-        ([{"put_scores": {"scores": [1]}}], "finite numbers .heads, queries, keys."),
+        (
+            [{"scale": {"where": {}, "factor": -1}}],
+            r"edits\[0\].scale: Scale.factor=-1 must be a finite number of at least 0",
+        ),
+        ([{"add": {"where": {}, "value": "1"}}], r"edits\[0\].add: Add.value='1'"),
+        ([{"raise": {"where": {}, "share": 1.5}}], "Raise.share=1.5 .* at most 1"),
+        ([{"put_weights": {"where": {}, "weights": [[-1]]}}], "numbers below 0"),
+        ([{"put_scores": {"where": {}, "scores": [1]}}], "finite numbers .heads, queries, keys."),
+        ([{"hide": {}}], r'hide.where is missing: say what it changes, such as {"keys": "image"}; {} is everything'),
+        ([{"scale": {"where": {"keys": 0}}}], r"edits\[0\].scale.factor is missing: say by how much to multiply"),
+        ([{"move": {"where": {}, "share": 0.1}}], r"edits\[0\].move.to is missing: say which keys receive"),
         ([{"map": {"dtype": "int8"}}], "weights or scores, in fp16"),
         ([{"map": {"what": "scores", "dtype": "fp16"}}], r"\[0\].map: Map.dtype='fp16' holds no scores beyond 65504"),
         ([{"top_keys": {"k": 0}}], "TopKeys.k=0"),
@@ -108,8 +114,8 @@ def test_numbers_that_overflow_are_refused_by_field():
     exact = replace(SOFTMAX, scores_in=torch.float64)
     for item, field in (
         (Add(Where(layers=1), 1e39), "add.value=1e"),
-        (Temper(factor=-1e39), "temper.factor=-1e"),
-        (Scale(factor=1e39), "scale.factor=1e"),
+        (Temper(Where(), -1e39), "temper.factor=-1e"),
+        (Scale(Where(), 1e39), "scale.factor=1e"),
         (PutScores(Where(queries=1, keys=0), [[[1e39]]]), "put_scores.scores=1e"),
         (PutWeights(Where(queries=1, keys=0), [[[1e39]]]), "put_weights.weights=1e"),
     ):
@@ -119,7 +125,7 @@ def test_numbers_that_overflow_are_refused_by_field():
             Edits(Map(), item).plan([SOFTMAX, SOFTMAX], LAYOUT)
         assert Edits(item).plan([exact, exact], LAYOUT).changes
     with pytest.raises(ValueError, match="values are complex; give real numbers"):
-        PutScores(scores=torch.ones(1, 1, 1, dtype=torch.complex64))
+        PutScores(Where(), torch.ones(1, 1, 1, dtype=torch.complex64))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +195,11 @@ def test_runs_that_are_none_of_the_row():
         (Add(Where(layers=0, heads="2:5"), 1.0), r"where.heads='2:5' is out of range: there are 4"),
         (Add(Where(layers=0, heads="2:2"), 1.0), r"where.heads=.*selects nothing of 4"),
         (Add(Where(layers=0, keys="imagge"), 1.0), "where.keys: no span is called 'imagge'; did you mean 'image'"),
+        (
+            Add(Where(layers=0, keys="-2:"), 1.0),
+            r"no span is called '-2:'; the positions from one to another are Span\(-2, 'end'\), in JSON "
+            r'{"span": \[-2, "end"\]}',
+        ),
         (Add(Where(layers=0, keys=Span(5, 15)), 1.0), r"Span\(start=5, stop=15\).*14 tokens"),
         (Add(Where(layers=0, keys=-11), 1.0), r"is \[-1, 0\)"),
         (Add(Where(layers=0, keys=()), 1.0), r"keys=\(\) selects nothing"),
@@ -235,7 +246,13 @@ def test_reads_above_the_limit_are_refused_with_their_bytes():
 
 def test_engines_and_idle_edits():
     """Kills: an edit that changes nothing and is computed; five classes taken for four."""
-    edits = (Add(Where(), 0.0), Scale(Where(), 1.0), Move(Where(), "image", 0.0), Temper(Where(), 1.0), Raise(Where()))
+    edits = (
+        Add(Where(), 0.0),
+        Scale(Where(), 1.0),
+        Move(Where(), "image", 0.0),
+        Temper(Where(), 1.0),
+        Raise(Where(), 0.0),
+    )
     plan = Edits(*edits).plan(SIZES[:2], LAYOUT, 4)
     assert plan.layers == (None, None)
     assert not plan.changes

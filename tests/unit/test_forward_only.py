@@ -19,6 +19,7 @@ from attnzoo.models import DecoderConfig, DecoderLM, build_shapes
 from attnzoo.models.shapes import materialise
 from attnzoo.ops.common.masks import Mask
 from attnzoo.planner.serving import exact_caches
+from tests.contract.caches import check_registered
 from tests.contract.cases import build_case, inputs
 from tests.contract.contract import verify_contract
 from tests.helpers.plain_modules import Mine, registered, variant_of
@@ -314,6 +315,7 @@ def test_no_cache_can_compress_inputs():
     with pytest.raises(ValueError, match="Mine keeps a state of its own"):
         DecoderLM(config).init_state(1, 4, cache=build_cache("d2o", {}))
     assert exact_caches(DecoderLM(config), 10) == {"state of its own": 10 * 6 * 4 + 8}
+    check_registered("mine_plain", {})  # the contract hears the same refusal
 
 
 def test_what_a_forward_computes_inside_is_neither_read_nor_edited():

@@ -157,17 +157,26 @@ def shaped(i, j, head):
     [
         (lambda i, j, head: i == j, "the score bias <lambda> returned truth values; return a tensor of numbers, -inf"),
         (lambda i, j, head: 1.0, "the score bias <lambda> returned float"),
-        (
-            lambda i, j, head: (j - i) * 1j,
-            "the score bias <lambda> returned complex numbers; return a tensor of numbers",
-        ),
-        (shaped, r"the score bias shaped returned shape \[3, 7\]; .* broadcasts to \[1, 3, 5, 5\]"),
+        (lambda i, j, head: (j - i) * 1j, "the score bias <lambda> returned complex numbers; return a tensor of"),
+        (shaped, r"the score bias shaped returned shape \[3, 7\]; .* broadcasts to \[1, 3, 4, 4\]"),
+        (lambda i, j, head: (j - i).float().log(), "query 1, key 0 and head 0 is nan; it must be a number, or -inf"),
+        (lambda i, j, head: -(i - j - 2 * head).float().log(), "query 0, key 0 and head 0 is inf"),
+        (lambda i, j: 0.0 * i, "the function must take i, j and head .too many positional arguments"),
     ],
 )
-def test_a_function_that_returns_something_else(function, message):
-    position = ScoreBias(HEADS, function)
+def test_a_function_that_no_softmax_can_take(function, message):
+    """It is refused when the layer is built. Kills: NaN that is blamed on the learning rate."""
     with pytest.raises(ValueError, match=message):
-        position.attend([rand(1, 3, 5, 4)] * 3, Mask(), "auto")
+        ScoreBias(HEADS, function)
+
+
+def test_keys_after_the_query_are_asked_for_where_the_bias_is_meant_for_them():
+    def later(i, j, head):
+        return torch.where(j > i, torch.nan, 0.0 * head)
+
+    ScoreBias(HEADS, later)
+    with pytest.raises(ValueError, match="query 0, key 1 and head 0 is nan"):
+        ScoreBias(HEADS, later, ahead=True)
 
 
 @pytest.mark.parametrize("by_distance", [False, True])

@@ -6,7 +6,7 @@ all edits, sees to it.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -111,7 +111,7 @@ class Item:
     """A read or an edit. dense: it needs every key's score or weight; else sums over sets of keys are enough. placed:
     it needs the places of heads, queries and keys among those that it names."""
 
-    where: Where = field(default_factory=Where)
+    where: Where
     dense: ClassVar[bool] = True
     placed: ClassVar[bool] = False
 
@@ -124,7 +124,8 @@ class Item:
 
 
 class Edit(Item, ABC):
-    """A change of scores or weights. factors: its fields that scores or weights are multiplied by, moved by or set
+    """A change of scores or weights. All that says what changes is given: an edit without its number is a mistake, and
+    not an edit that changes nothing. factors: its fields that scores or weights are multiplied by, moved by or set
     to."""
 
     factors: ClassVar[tuple[str, ...]] = ()
@@ -152,7 +153,7 @@ class Add(ScoreEdit):
     """score + value."""
 
     factors: ClassVar[tuple[str, ...]] = ("value",)
-    value: float = 0.0
+    value: float
     dense: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -182,7 +183,7 @@ class Temper(ScoreEdit):
     sign."""
 
     factors: ClassVar[tuple[str, ...]] = ("factor",)
-    factor: float = 1.0
+    factor: float
     magnitude: bool = False
 
     def __post_init__(self) -> None:
@@ -205,7 +206,7 @@ class PutScores(ScoreEdit):
 
     factors: ClassVar[tuple[str, ...]] = ("scores",)
     placed: ClassVar[bool] = True
-    scores: Values = field(default_factory=lambda: Values([[[0.0]]]))
+    scores: Values
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", self.scores if isinstance(self.scores, Values) else Values(self.scores))
@@ -222,7 +223,7 @@ class Scale(WeightEdit):
     """weight * factor; with `renormalise`, every row that is named keeps the sum it had."""
 
     factors: ClassVar[tuple[str, ...]] = ("factor",)
-    factor: float = 1.0
+    factor: float
     renormalise: bool = True
     dense: ClassVar[bool] = False
 
@@ -244,7 +245,7 @@ class Raise(WeightEdit):
     """Where the keys have less than `share` of a row's weight (and some), as if the logarithm of share over theirs were
     added to their scores (Venkateswaran and Contractor 2025, arXiv 2505.12025)."""
 
-    share: float = 0.0
+    share: float
     dense: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -267,7 +268,7 @@ class PutWeights(WeightEdit):
 
     factors: ClassVar[tuple[str, ...]] = ("weights",)
     placed: ClassVar[bool] = True
-    weights: Values = field(default_factory=lambda: Values([[[0.0]]]))
+    weights: Values
     renormalise: bool = False
 
     def __post_init__(self) -> None:
@@ -288,7 +289,7 @@ class PutWeights(WeightEdit):
 class CopyHead(WeightEdit):
     """The weights of the head `source` at the same positions, as they are at this place of the list."""
 
-    source: int = 0
+    source: int
 
     def check(self, heads: int, queries: Chosen, keys: Chosen, num_heads: int, at: str) -> None:
         if type(self.source) is not int or not 0 <= self.source < num_heads:
@@ -326,8 +327,8 @@ class Move(WeightEdit):
     """Takes `share` of the weight of the keys and gives it to the keys `to`, each in proportion to the weight it has;
     keys in both give. Nothing moves in a row where `to` has no weight, or that `only_heads` leaves out."""
 
-    to: Positions = ALL
-    share: float = 0.0
+    to: Positions
+    share: float
     only_heads: HeadFilter | None = None
     dense: ClassVar[bool] = False
 

@@ -1,18 +1,21 @@
 """What can be read of attention: one class each, frozen, comparable, and writable as JSON."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 
-from attnzoo.attention.edits.items import Item
+from attnzoo.attention.edits.items import Item, Where
 from attnzoo.attention.edits.spans import Positions
 from attnzoo.types import DTYPES
 
 
+@dataclass(frozen=True)
 class Read(Item):
-    """What is wanted to know of attention weights after all edits."""
+    """What is wanted to know of attention weights after all edits; without `where`, of all."""
+
+    where: Where = field(default_factory=Where)
 
 
 @dataclass(frozen=True)

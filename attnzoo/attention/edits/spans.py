@@ -5,6 +5,8 @@ chunks, and wherever a cache keeps it. A `TokenLayout` says what is where in one
 numbers.
 """
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -107,7 +109,14 @@ class TokenLayout:
     def named(self, name: str, where: str) -> tuple[Interval, ...]:
         """The intervals of a named span. Raises ValueError for an unknown name, or numbers outside of the prompt."""
         if name not in self.spans:
-            raise ValueError(f"{where}: no span is called {name!r}{suggest(name, [ALL, GENERATED, *self.spans])}")
+            known = suggest(name, [ALL, GENERATED, *self.spans])
+            ends = re.fullmatch(r"(-?\d*):(-?\d*)", name)
+            if ends is not None:
+                start, stop = int(ends[1] or 0), int(ends[2]) if ends[2] else "end"
+                known = f"; the positions from one to another are Span({start}, {stop!r}), in JSON " + json.dumps(
+                    {"span": [start, stop]}
+                )
+            raise ValueError(f"{where}: no span is called {name!r}{known}")
         given = self.spans[name]
         pieces = [given] if isinstance(given, Sequence) and len(given) and isinstance(given[0], int) else list(given)
         for piece in pieces:

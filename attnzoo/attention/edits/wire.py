@@ -1,12 +1,13 @@
 """Reads and edits as JSON and back: [{"scale": {"where": {"heads": [3], "keys": "image"}, "factor": 1.5}}, ...].
 
 Positions are "all", "generated", the name of a span, a number, {"span": [start, stop]}, {"after": name},
-{"sinks": {"channels": [...], "tau": ...}}, {"except": positions}, or a list of these. What is left out has its default,
-and a key that is not known is refused by name.
+{"sinks": {"channels": [...], "tau": ...}}, {"except": positions}, or a list of these: [0, 3] are the positions 0 and 3,
+{"span": [0, 3]} those from 0 to 2. What is left out has its default, where it has one, and a key that is not known is
+refused by name.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from attnzoo.attention.edits import items as kinds
@@ -35,6 +36,17 @@ KINDS: dict[str, type[Item]] = {
 NAMES = {cls: name for name, cls in KINDS.items()}
 POSITIONS = ("queries", "keys", "to", "of")
 """Fields that hold positions."""
+MEANT = {
+    "where": 'say what it changes, such as {"keys": "image"}; {} is everything',
+    "value": "say what is added to the scores",
+    "factor": "say by how much to multiply",
+    "share": "say which part, from 0 to 1",
+    "source": "say which head",
+    "to": "say which keys receive",
+    "scores": "give numbers [heads, queries, keys]",
+    "weights": "give numbers [heads, queries, keys]",
+}
+"""What is said of a field that cannot be left out."""
 
 
 def item_to_json(item: Item) -> dict[str, Any]:
@@ -43,12 +55,13 @@ def item_to_json(item: Item) -> dict[str, Any]:
 
 
 def _fields_to_json(value: Any) -> dict[str, Any]:
-    usual = type(value)()
-    return {
-        each.name: _to_json(each.name, getattr(value, each.name))
-        for each in fields(value)
-        if getattr(value, each.name) != getattr(usual, each.name)
-    }
+    found = {each.name: (each, getattr(value, each.name)) for each in fields(value)}
+    return {name: _to_json(name, given) for name, (each, given) in found.items() if given != _default(each)}
+
+
+def _default(each: Field[Any]) -> Any:
+    """What a field is if it is left out; MISSING if it cannot be."""
+    return each.default if each.default_factory is MISSING else each.default_factory()
 
 
 def _to_json(name: str, value: Any) -> Any:
@@ -94,7 +107,11 @@ def _fields_from_json(cls: type, given: Any, where: str) -> Any:
         if key not in known:
             raise ValueError(f"{where}: unknown field {key!r}{suggest(str(key), known)}")
     try:
-        return cls(**{key: _from_json(key, value, f"{where}.{key}") for key, value in given.items()})
+        values = {key: _from_json(key, value, f"{where}.{key}") for key, value in given.items()}
+        for each in fields(cls):
+            if each.name not in given and _default(each) is MISSING:
+                raise ValueError(f"{where}.{each.name} is missing: {MEANT[each.name]}")
+        return cls(**values)
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from None
     except ValueError as error:

@@ -19,6 +19,8 @@ SAMPLES = (0, 1, 2, 3, 5, 7, 8, 15, 16, 31, 64, 127, 128, 1000, 4095)
 """Distances at which a bias is asked whether it depends on distance alone."""
 SHIFTS = (1, 13, 512)
 """How far both positions are moved then."""
+FIRST = 4
+"""Among so many first positions, every pair's bias is looked at when a layer is built."""
 
 
 class ScoreBias(DistanceBias):
@@ -35,8 +37,8 @@ class ScoreBias(DistanceBias):
     Parallel, streamed and with every cache policy. Memory is that of the pairs of 128 queries, all keys and all heads,
     forward and backward; there are no GPU kernels, so torch computes it on a GPU too. by_distance=True: the function
     depends on i - j alone and hides nothing; then memory is that of the distances, and kernels compute it. Raises
-    ValueError where samples show that it does not, and for a plain function that uses parameters, which no optimizer
-    and no checkpoint would find.
+    ValueError where samples show that it does not, for a bias that is no number or infinite, and for a plain function
+    that uses parameters, which no optimizer and no checkpoint would find.
     """
 
     def __init__(self, heads: Heads, function: BiasFunction, *, by_distance: bool = False, ahead: bool = False) -> None:
@@ -44,6 +46,7 @@ class ScoreBias(DistanceBias):
         _refuse_hidden_parameters(function)
         self.function, self.by_distance, self.ahead = function, by_distance, ahead
         self.shift_invariant = by_distance
+        self._check_first()
         if by_distance:
             self._check_samples()
         else:
@@ -72,6 +75,26 @@ class ScoreBias(DistanceBias):
         head_N1 = torch.arange(heads, device=distance_P.device)[:, None]
         bias = checked_bias(self.function(i[None], j[None], head_N1), (heads, len(distance_P)), self.function)
         return bias.to(torch.promote_types(bias.dtype, torch.float32)).expand(heads, -1)
+
+    @torch.no_grad()
+    def _check_first(self) -> None:
+        """Raises ValueError for a function that cannot be called, and for a bias that no softmax can take: of pairs of
+        the FIRST positions, those of later keys only where it is meant for them."""
+        called = self.function.forward if isinstance(self.function, nn.Module) else self.function
+        try:
+            inspect.signature(called).bind(None, None, None)
+        except TypeError as error:
+            raise ValueError(f"ScoreBias: the function must take i, j and head ({error})") from None
+        like = next(self.parameters(), torch.empty(0))
+        if like.is_meta:  # a model that is only sized, or is built to be loaded
+            return
+        index_T, mask = torch.arange(FIRST, device=like.device), Mask.full() if self.ahead else Mask()
+        bias_BNTS = self._pairs.of(index_T[None], index_T[None, None], mask, like.dtype)
+        for _, head, query, key in (bias_BNTS.isnan() | (bias_BNTS == float("inf"))).nonzero().tolist():
+            raise ValueError(
+                f"ScoreBias: the bias of query {query}, key {key} and head {head} is "
+                f"{float(bias_BNTS[0, head, query, key])}; it must be a number, or -inf where a key is hidden"
+            )
 
     @torch.no_grad()
     def _check_samples(self) -> None:
