@@ -18,13 +18,15 @@ MARKED = re.compile(
 )
 BARE = re.compile(r"[\s*_`]*(?:\(([A-Za-z])\)|([A-Za-z])(?=\s*[):]|\s*\.(?!\w)|[\s*_`]*$))")
 """An answer that begins with a letter: "(C)", "C", "C) Light in the morning"."""
+LISTED = re.compile(r"^[\s*_`]*\(?([A-Z])[).:]", re.MULTILINE)
+"""A line that begins with a letter: an answer with several of them repeats the options."""
 
 
 def read_letter(answer: str, letters: Iterable[str]) -> str | None:
     """The letter that an answer gives: the last one that is marked as the answer; without a mark, the one that the
     answer begins with. None where there is none, or where it is no letter of the question."""
     marked = [next(filter(None, groups)) for groups in MARKED.findall(answer)]
-    bare = BARE.match(answer)
+    bare = BARE.match(answer) if len(set(LISTED.findall(answer))) < 2 else None
     found = marked[-1] if marked else bare and (bare[1] or bare[2])
     return found.upper() if found and found.upper() in set(letters) else None
 

@@ -33,6 +33,8 @@ ANSWERS = [
     ("(D)", "D"),
     ("b) Light in the morning", "B"),
     ("E.g. light in the morning", None),
+    ("A) Light in the evening\nB) Light in the morning", None),  # repeats the options
+    ("B) Light in the morning\nThe sun (A) rises late.", "B"),
     ("I cannot tell.", None),
     ("", None),
     ("The answer is not B. The answer should be D!", "D"),
