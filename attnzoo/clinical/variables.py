@@ -264,6 +264,8 @@ def choose(table: Table, names: Iterable[str] | None, where: str) -> Table:
     """
     if names is None:
         return table
+    if isinstance(names, str):
+        raise ValueError(f"{where}={names!r} is one text; give a list of names")
     wanted = list(names)
     refuse_forbidden(wanted, where)
     for name in wanted:

@@ -44,9 +44,9 @@ def write_yaib(root: Path, hours: int = 99, died: int = 1) -> Path:
 
     rng = np.random.default_rng(2)
     stays, steps = np.repeat([30, 10, 20], 50), np.tile(np.arange(50), 3)
-    columns = {name: np.where(steps < hours, rng.uniform(20, 40, 150), np.nan) for name in ("hr", "alb", "fio2")}
+    columns = {name: np.where(steps < hours, rng.uniform(20, 40, 150), np.nan) for name in ("hr", "resp", "bun")}
     dyn = {"stay_id": stays, "time": steps * np.timedelta64(3600, "s"), **columns}
-    sta = {"stay_id": [30, 10, 20], "age": [70.0, 31.5, None], "sex": ["Male", None, "Female"]}
+    sta = {"stay_id": [10, 30, 20], "age": [70.0, 31.5, None], "sex": ["Male", None, "Female"]}
     tables = {
         "dyn": pyarrow.table({name: pyarrow.array(column, from_pandas=True) for name, column in dyn.items()}),
         "sta": pyarrow.table({**sta, "height": [170.0, 12.0, 160.0], "weight": [70.0, None, 60.0]}),

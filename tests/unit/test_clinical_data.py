@@ -121,8 +121,8 @@ def test_implausible_values_are_clipped_or_dropped_and_counted():
 def test_the_grid_keeps_the_last_value_of_an_hour():
     events = events_of(
         (1, 59, 0, 3.0),
-        (1, 0, 0, 1.0),
         (1, 59, 0, 2.0),
+        (1, 0, 0, 1.0),
         (0, 60, 1, 9.0),
         (0, 119, 0, 4.0),
         (0, -1, 0, 8.0),

@@ -112,6 +112,8 @@ def test_options_are_checked(tmp_path):
     path = write_physionet(tmp_path)
     for options, told in [
         ({"hours": 0}, "hours=0 is no length"),
+        ({"hours": 49}, "hours=49 is no length of the window; give a whole number from 1 to 48"),
+        ({"variables": "HR"}, "variables='HR' is one text"),
         ({"hour": 24}, r"unknown option 'hour' of the data format 'physionet2012'; did you mean 'hours'"),
         ({"variables": ("HR", "hr")}, "unknown variable 'hr'"),
         ({"variables": ("SOFA",)}, "'SOFA' can never be a feature"),
@@ -121,6 +123,14 @@ def test_options_are_checked(tmp_path):
             load_cohort("physionet2012", path, **options)
     with pytest.raises(ValueError, match="unknown data format 'physionet'"):
         load_cohort("physionet", path)
+    for name, told in [
+        ("physionet2012", "holds no record"),
+        ("pmdata", "holds no report"),
+        ("eicu", "has no patient.csv"),
+    ]:
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=f"empty {told}"):
+            load_cohort(name, tmp_path / "empty")
     with pytest.raises(ValueError, match="does not exist"):
         load_cohort("physionet2012", tmp_path / "set-b")
     (tmp_path / "set-c.tar.gz").write_bytes(b"\x1f\x8b not gzip")

@@ -9,7 +9,7 @@ import pytest
 from attnzoo.clinical.formats import eicu, load_cohort, pmdata
 from attnzoo.clinical.splits import folds, time_split
 from tests.helpers.clinical_data import shared_data
-from tests.helpers.clinical_files import write_csv, write_eicu, write_mimic, write_pmdata
+from tests.helpers.clinical_files import write_csv, write_eicu, write_mimic, write_pmdata, write_yaib
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,42 @@ def test_yaib_demo(folder, stays, hours, label, total):
     assert dropped < 0.001 * used, cohort.report.lines()
     with pytest.raises(ValueError, match="has no patient identifiers"):
         folds(cohort, 5)
+
+
+def test_yaib_by_hand(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = write_yaib(tmp_path)
+    cohort = load_cohort("yaib", path)
+    dyn = pyarrow.parquet.read_table(path / "dyn.parquet")
+    assert cohort.stay_ids == ("10", "30", "20")
+    first = [dyn[name][0].as_py() for name in cohort.grid.variables]  # dyn begins with stay 30
+    assert cohort.grid.values_NTV[1, 0].tolist() == pytest.approx(first)
+    np.testing.assert_array_equal(cohort.labels["mortality"], [1, 0, 0])
+    np.testing.assert_array_equal(cohort.statics_NS[0], np.array([70, 1, 170, 70], np.float32))
+    assert np.isnan(cohort.statics_NS[1]).tolist() == [False, True, True, True], "a height of 12 cm is impossible"
+    number = pyarrow.array(range(150), "float64")
+    for file, column, values, told in [
+        ("dyn", "sofa", number, "'sofa' can never be a feature"),
+        ("dyn", "pulse", number, "unknown variable 'pulse'"),
+        ("dyn", "hr", pyarrow.array(["fast"] * 150), "dyn.parquet: column 'hr' of string holds no numbers"),
+        ("dyn", "stay_id", pyarrow.array(range(150)), r"dyn.parquet, row 1: stay_id=0 is not in sta.parquet"),
+        ("dyn", "time", None, "dyn.parquet has no column 'time'"),
+        ("sta", "sex", pyarrow.array(["M", None, None]), "sta.parquet, row 1: sex='M'; known: Female, Male"),
+        ("sta", "stay_id", pyarrow.array([10, 10, 20]), "sta.parquet has several rows of one stay"),
+        ("outc", "stay_id", pyarrow.array([10, 10, 20]), "outc.parquet has no time and several labels"),
+    ]:
+        whole = pyarrow.parquet.read_table(path / f"{file}.parquet")
+        changed = whole.drop_columns(column) if column in whole.column_names else whole
+        changed = changed if values is None else changed.append_column(column, values)
+        pyarrow.parquet.write_table(changed, path / f"{file}.parquet")
+        with pytest.raises(ValueError, match=told):
+            load_cohort("yaib", path)
+        pyarrow.parquet.write_table(whole, path / f"{file}.parquet")
+    (path / "sta.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match=r"sta.parquet is no readable parquet file"):
+        load_cohort("yaib", path)
 
 
 def test_eicu_demo():

@@ -46,11 +46,11 @@ def load(
     "mortality" (death in hospital), "los_days" (length of the hospital stay). variables: a choice of the 37. cache: the
     directory that keeps the parsed records. Raises ValueError that names file, line and value.
     """
-    check_hours(hours)
+    check_hours(hours, most=STAY_HOURS)
     table = choose(PHYSIONET2012, variables, "variables")
     records = existing(path, "path")
     sources = [records] if records.is_file() else _text_files(records)
-    arrays = cached(cache, lambda: digest_of(sources, VERSION), lambda: parse(_texts(records, sources)))
+    arrays = cached(cache, lambda: digest_of(sources, VERSION), lambda: parse(records, _texts(records, sources)))
     stays = len(arrays["records"])
     chosen = np.array([list(PHYSIONET2012).index(name) for name in table])
     place = np.full(len(PHYSIONET2012), -1, np.int16)
@@ -59,7 +59,7 @@ def load(
     labels, left_out = _labels(_outcomes_file(records, outcomes), arrays["records"])
     facts = StayFacts(
         name=f"physionet2012 {records.name.partition('.')[0]}",
-        hours_N=np.full(stays, min(hours, STAY_HOURS)),
+        hours_N=np.full(stays, hours),
         statics=dict(zip(STATICS, arrays["statics"].T, strict=True)),
         stay_ids=tuple(map(str, arrays["records"].tolist())),
         labels=labels,
@@ -68,8 +68,8 @@ def load(
     return cohort_of(facts, events.where(events.variables_E >= 0), table, hours)
 
 
-def parse(texts: Iterator[tuple[str, int, bytes]]) -> Arrays:
-    """Records, statics and events of (file name, record number, content), in the order of the record numbers."""
+def parse(root: Path, texts: Iterator[tuple[str, int, bytes]]) -> Arrays:
+    """Records, statics and events of (file name, record number, content) below `root`, by record number."""
     numbers: list[int] = []
     parts = []
     for where, number, text in sorted(texts, key=lambda item: item[1]):
@@ -78,7 +78,7 @@ def parse(texts: Iterator[tuple[str, int, bytes]]) -> Arrays:
         parts.append(_record(where, number, text))
         numbers.append(number)
     if not parts:
-        raise ValueError("the data set holds no record; its files are called NUMBER.txt")
+        raise ValueError(f"{root} holds no record; the files of records are called NUMBER.txt")
     lengths = [len(values) for _, _, values in parts]
     stays = np.repeat(np.arange(len(parts), dtype=np.int32), lengths)
     minutes, codes, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))

@@ -61,13 +61,15 @@ def load(path: str | Path, *, days: int = 15, variables: tuple[str, ...] | None 
 
     variables: a choice of the 21 daily ones. Raises ValueError that names the file and what is wrong in it.
     """
-    check_hours(days, "days")
+    check_hours(days, "days", most=366)
     table = choose(PMDATA, variables, "variables")
     people: dict[str, Files] = {}
     for where, content in _files(existing(path, "path")):
         if (found := FILE.fullmatch(where)) is not None:
             people.setdefault(found[1], {})[found[2]] = where, content
     rows, left_out = _reports(people)
+    if not rows:
+        raise ValueError(f"{path} holds no report of a person; PMData has p01/pmsys/wellness.csv and so on")
     events = _windows(rows, {person: _measured(files, table, left_out) for person, files in people.items()}, days)
     answers = np.array([answer for _, _, answer in rows], np.float32).reshape(len(rows), len(QUESTIONS))
     labels = {}
@@ -125,8 +127,6 @@ def _reports(people: dict[str, Files]) -> tuple[list[Answered], Counter[str]]:
             else:
                 days.add(day)
                 rows.append((person, day, answers))
-    if not rows:
-        raise ValueError("the data set holds no report of a person; it has p01/pmsys/wellness.csv and so on")
     return rows, left_out
 
 

@@ -13,6 +13,9 @@ from typing import IO, cast
 from attnzoo.errors import suggest
 from attnzoo.files import user_path
 
+LONGEST = 366 * 24
+"""The longest window: a year of hours."""
+
 
 @dataclass(frozen=True)
 class TableRow:
@@ -98,12 +101,12 @@ def existing(path: str | Path, what: str) -> Path:
     return found
 
 
-def check_hours(hours: int, what: str = "hours") -> None:
-    """Raises ValueError unless `hours` is a whole number from 1."""
-    if isinstance(hours, bool) or not isinstance(hours, int) or hours < 1:
-        raise ValueError(f"{what}={hours!r} is no length of the window; give a whole number from 1")
+def check_hours(hours: int, what: str = "hours", most: int = LONGEST) -> None:
+    """Raises ValueError unless `hours` is a whole number from 1 to `most`."""
+    if isinstance(hours, bool) or not isinstance(hours, int) or not 1 <= hours <= most:
+        raise ValueError(f"{what}={hours!r} is no length of the window; give a whole number from 1 to {most}")
 
 
 def unreadable(path: Path, error: Exception) -> ValueError:
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return ValueError(f"{path} cannot be read ({reason}); copy it again")
+    return ValueError(f"{path} cannot be read ({' '.join(reason.split())}); is it the right file? else copy it again")
