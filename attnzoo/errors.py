@@ -10,6 +10,10 @@ class OutputError(OSError):
     """What a command prints cannot be written: stdout is a file on a full disk, for example."""
 
 
+class ChangedSourceWarning(UserWarning):
+    """A plug-in's file is not the one that a checkpoint was written with."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """The end of an "unknown X" message: the nearest known name, and all known names.
 

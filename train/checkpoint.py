@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from attnzoo.checkpoint.sources import changed_sources
 from attnzoo.files import replace_directory, user_path, write_atomic
 from attnzoo.report import counted
 from train.best_weights import BestWeights
@@ -38,6 +39,8 @@ FORMAT = "attnzoo-train-2"
 FAULT = "ATTNZOO_FAULT"
 """Tests set ATTNZOO_FAULT=checkpoint_write:<step> to kill rank 0 while it writes that checkpoint."""
 LATEST = "latest"
+PLUGINS = "plugins"
+"""The setting that holds `attnzoo.checkpoint.sources.plugin_sources`."""
 STEP_NAME = r"step-\d{8,}"
 
 
@@ -253,13 +256,14 @@ class Checkpoints:
         if content.get("format") != FORMAT:
             raise ValueError(f"{path}: format {content.get('format')!r} is not {FORMAT!r}")
         saved = content["settings"]
+        _check_sources(path, saved)
         if saved["ranks"] != self.settings["ranks"]:
             raise ValueError(
                 f"{path} was written by {counted(saved['ranks'], 'rank')} and this run has {self.settings['ranks']}: "
                 f"optimizer states are cut by rank. Start with {counted(saved['ranks'], 'rank')}, or begin a new run "
                 "from the weights alone: checkpoint.init_from=<its export directory> with another run_dir"
             )
-        for key in sorted(saved.keys() | self.settings.keys()):
+        for key in sorted((saved.keys() | self.settings.keys()) - {PLUGINS}):
             if saved.get(key) != self.settings.get(key):
                 raise ValueError(
                     f"{path} was written with {key}={saved.get(key)!r} and this run has {self.settings.get(key)!r}; "
@@ -296,6 +300,15 @@ class Checkpoints:
         for path in steps_in(self.directory)[: -self.keep]:
             if path != newest:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_sources(path: Path, saved: dict[str, Any]) -> None:
+    """Raises ValueError if a plug-in variant is not the one that a checkpoint was written with."""
+    for kind, file in changed_sources(saved.get(PLUGINS)):
+        raise ValueError(
+            f"{file} has changed since {path} was written, by another {kind!r}; choose another name= or run_dir=, or "
+            f"put {file} back, or delete {path.parent.parent} to train anew"
+        )
 
 
 def check_resume(directory: Path, options: CheckpointConfig) -> None:

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from attnzoo.checkpoint.sources import plugin_sources
 from attnzoo.errors import OutputError
 from attnzoo.files import write_atomic
 from attnzoo.report import Report, counted, run_command
@@ -38,7 +39,7 @@ from train import engine as engines
 from train import ranks, run_directory
 from train.best_weights import BestWeights
 from train.budget import check_same_budget
-from train.checkpoint import Checkpoints, TrainingProgress, find_resume, identity
+from train.checkpoint import PLUGINS, Checkpoints, TrainingProgress, find_resume, identity
 from train.checks import check_batches, check_run
 from train.config import Config
 from train.config_reader import load_config
@@ -125,7 +126,7 @@ def _begin(task: Task, device: torch.device, watchdog: Watchdog) -> tuple[Traini
     if config.lora.rank is not None:
         ranks.agree(lambda: add_adapters(model, config.lora))
     engine = TrainingEngine(task, model, device)
-    settings = identity(config, task.content(), engine.world)
+    settings = identity(config, task.content(), engine.world) | {PLUGINS: plugin_sources(model)}
     best = BestWeights(config.eval.keep_best or 0)
     checkpoints = Checkpoints(config.run_path / "checkpoints", config.checkpoint.keep, settings, best)
     progress, resumed = _resume(engine, checkpoints)

@@ -13,6 +13,7 @@ from attnzoo.checkpoint.base import Checkpoint
 from attnzoo.checkpoint.families import DEFAULTS, FamilyConfig
 from attnzoo.checkpoint.names import HUGGING_FACE, rename
 from attnzoo.checkpoint.shards import Shards
+from attnzoo.checkpoint.sources import warn_of_changes
 from attnzoo.models import DecoderConfig
 
 FAMILIES = tuple(DEFAULTS)
@@ -49,6 +50,8 @@ def open_directory(directory: Path, content: Mapping[str, Any], config_path: Pat
     """The model in a directory of transformers, whose config.json is `content`. Raises ValueError naming the file."""
     own_type = content["model_type"] == OWN
     config, shards = read_config(content, config_path), Shards.of(directory, integers=own_type)
+    if own_type:
+        warn_of_changes(content.get("plugins"), directory)
 
     def name(own: str) -> str:
         return f"model.{own}" if own_type else rename(own, HUGGING_FACE)

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from attnzoo.attention import PLUGINS_VARIABLE
 from attnzoo.checkpoint.base import Checkpoint
 from attnzoo.checkpoint.shards import DTYPES, INTEGERS, WEIGHTS, Shards
+from attnzoo.checkpoint.sources import plugin_sources, warn_of_changes
 from attnzoo.checkpoint.target import check_native_target
 from attnzoo.errors import suggest
 from attnzoo.files import real_path, replace_directory, temporary_directory
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 FORMAT = "attnzoo-decoder-1"
-KEYS = ("format", "model", "metadata")
-"""Keys of config.json."""
+KEYS = ("format", "model", "metadata", "plugins")
+"""Keys of config.json. plugins: `attnzoo.checkpoint.sources.plugin_sources`, if there are any."""
 TOKENIZER = (
     "tokenizer.model",
     "tokenizer.json",
@@ -65,6 +66,7 @@ def save_model(
         tensors = saved_tensors(model)
         save_file(tensors, str(temporary / WEIGHTS))
         content = {"format": FORMAT, "model": model.config.to_dict(), "metadata": metadata or {}}
+        content |= {"plugins": sources} if (sources := plugin_sources(model)) else {}
         (temporary / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(temporary)
@@ -131,6 +133,7 @@ def open_directory(directory: Path, content: Mapping[str, Any], config_path: Pat
         # If the variant is missing, the file is not at fault.
         way_out = "" if PLUGINS_VARIABLE in str(error) else "; export the model again"
         raise ValueError(f"{config_path}: {error}{way_out}") from None
+    warn_of_changes(content.get("plugins"), directory)
     shards = Shards.of(directory, integers=True)
     return Checkpoint(
         path=directory,

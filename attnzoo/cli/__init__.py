@@ -18,7 +18,7 @@ from typing import Any
 
 import attnzoo
 from attnzoo import apps
-from attnzoo.errors import OutputError, complain, suggest
+from attnzoo.errors import ChangedSourceWarning, OutputError, complain, suggest
 from attnzoo.report import run_command
 
 PROGRAM = "attnzoo"
@@ -157,7 +157,7 @@ def entry() -> int:
 
 def prepare_streams() -> None:
     """Prepares the standard streams: closed ones are opened on /dev/null, so that no other file gets their descriptors;
-    stdout writes "?" for what it cannot encode; warnings about old names are one line."""
+    stdout writes "?" for what it cannot encode; warnings for users are one line."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # as long as the process
@@ -166,7 +166,7 @@ def prepare_streams() -> None:
     usual = warnings.formatwarning
 
     def say(message: Any, category: type[Warning], *rest: Any) -> str:
-        if issubclass(category, FutureWarning):
+        if issubclass(category, FutureWarning | ChangedSourceWarning):
             return f"{PROGRAM}: warning: {message}\n"
         return usual(message, category, *rest)
 

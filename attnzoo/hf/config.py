@@ -17,7 +17,8 @@ SIZES = {
 
 
 class AttnzooConfig(PreTrainedConfig):
-    """`decoder`: fields of `DecoderConfig`, checked and completed. The sizes below repeat its values.
+    """`decoder`: fields of `DecoderConfig`, checked and completed. The sizes below repeat its values. `plugins`: the
+    sources of plug-in variants, `attnzoo.checkpoint.sources.plugin_sources`.
 
     Raises ValueError for fields that `DecoderConfig` refuses and for a size that contradicts it.
     """
@@ -25,6 +26,7 @@ class AttnzooConfig(PreTrainedConfig):
     model_type = "attnzoo"
 
     decoder: dict[str, Any] | None = None
+    plugins: dict[str, Any] | None = None
     vocab_size: int | None = None
     hidden_size: int | None = None
     num_hidden_layers: int | None = None

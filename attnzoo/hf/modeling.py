@@ -12,6 +12,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from attnzoo.checkpoint.native import saved_tensors
+from attnzoo.checkpoint.sources import plugin_sources, warn_of_changes
 from attnzoo.hf.cache import DecoderCache
 from attnzoo.hf.config import AttnzooConfig
 from attnzoo.models import DecoderLM
@@ -36,6 +37,7 @@ class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: AttnzooConfig, decoder: DecoderLM | None = None) -> None:
         super().__init__(config)
         self.model = DecoderLM(config.decoder_config()) if decoder is None else decoder
+        warn_of_changes(config.plugins, config.name_or_path)
         _mark_filled(*self.model.parameters(), *self.model.buffers())
         named = self.model.named_parameters
         self._frozen = [name for name, parameter in named(remove_duplicate=False) if not parameter.requires_grad]
@@ -46,7 +48,7 @@ class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def of(cls, decoder: DecoderLM) -> "AttnzooForCausalLM":
         """Wraps a model without copying it."""
-        wrapped = cls(AttnzooConfig(decoder=decoder.config.to_dict()), decoder)
+        wrapped = cls(AttnzooConfig(decoder=decoder.config.to_dict(), plugins=plugin_sources(decoder) or None), decoder)
         wrapped.config.dtype = decoder.embedding.weight.dtype
         return wrapped.train(decoder.training)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.training import launch, write_tiny
+from tests.helpers.training import ROOT, launch, write_tiny
 from train.data import DataConfig
 from train.tokenizer import TokenizerConfig, ensure_tokenizer
 
@@ -23,9 +23,9 @@ def started(tiny: Path) -> Path:
     return run
 
 
-def refusal(config: Path, *overrides: str, ranks: int = 1) -> str:
-    """The message on stderr."""
-    result = launch(config, *overrides, ranks=ranks, status=2)
+def refusal(config: Path, *overrides: str, ranks: int = 1, **extra: str) -> str:
+    """The message on stderr. extra: environment variables."""
+    result = launch(config, *overrides, ranks=ranks, status=2, **extra)
     lines = [line for line in result.stderr.splitlines() if line.startswith("train: ")]
     assert len(lines) == 1, result.stderr
     assert "Traceback" not in result.stderr
@@ -57,6 +57,17 @@ def test_another_number_of_ranks(tiny: Path, started: Path) -> None:
 def test_another_model_or_optimizer(tiny: Path, started: Path) -> None:
     found = refusal(tiny, f"run_dir={started}", "model.mlp=gelu")
     assert "written with model.mlp='swiglu' and this run has 'gelu'" in found
+
+
+def test_a_plug_in_that_has_changed(tmp_path: Path) -> None:
+    config, plugin = write_tiny(tmp_path), tmp_path / "mine.py"
+    plugin.write_text((ROOT / "attnzoo" / "attention" / "_template.py").read_text("utf-8"), "utf-8")
+    words = ("model.attention={kind: mine, num_heads: 2}", "train.steps=1")
+    launch(config, *words, ranks=1, ATTNZOO_PLUGINS=str(plugin))
+    plugin.write_text(plugin.read_text("utf-8").replace("slope", "steepness"), "utf-8")
+    found = refusal(config, *words, ATTNZOO_PLUGINS=str(plugin))
+    assert "mine.py has changed since " in found
+    assert f"choose another name= or run_dir=, or put mine.py back, or delete {tmp_path / 'run'}" in found
 
 
 def test_a_used_run_directory_with_resume_never(tiny: Path, started: Path) -> None:
