@@ -8,6 +8,7 @@ Shape suffixes, used in every name that holds a tensor:
 """
 
 import dataclasses
+import inspect
 import math
 import re
 import types
@@ -76,12 +77,28 @@ LARGEST = 2**31 - 1
 """Largest size, length or count in a layer's configuration; larger numbers would not fit into 32 bits."""
 
 
+PLAIN = (bool, int, float, str, list, tuple, dict)
+"""Kinds of defaults of fields."""
+
+
 class CheckedConfig:
     """Base class of configuration dataclasses. It checks the type of every field at construction; integers must be at
     most LARGEST in size, and floating point numbers finite.
 
-    Raises ValueError that names the field and the value.
+    Raises ValueError that names the field and the value; and, when the class is made, for a default without a type, of
+    which `dataclass` would make no field.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        typed = inspect.get_annotations(cls)
+        for name, value in vars(cls).items():
+            if name not in typed and not name.startswith("_") and (value is None or isinstance(value, PLAIN)):
+                kind = "int | None" if value is None else type(value).__name__
+                raise ValueError(
+                    f"{cls.__name__}.{name} = {value!r} has no type, so it is no option; write for example "
+                    f"{name}: {kind} = {value!r}"
+                )
 
     def __post_init__(self) -> None:
         hints = field_types(type(self))

@@ -2,9 +2,9 @@
 
     python examples/encoder_decoder.py
 
-prints, after some ten seconds,
+prints, after some ten seconds and on every processor,
 
-    loss 2.4 at first, 0.01 at the end
+    the loss falls from 2 to below 0.1: True
     3 1 4 1 5 backwards: 5 1 4 1 3
     the streamed answer is that of whole sequences: True
 
@@ -89,7 +89,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    print(f"loss {losses[0]:.1f} at first, {losses[-1]:.2f} at the end")
+    print(f"the loss falls from {losses[0]:.0f} to below 0.1: {losses[-1] < 0.1}")
     source_1S = torch.tensor([[3, 1, 4, 1, 5, 0]])
     exist_1S = padding_keys(torch.tensor([5]), LONGEST, "right")
     found_1T = model.answer(source_1S, exist_1S, 5)

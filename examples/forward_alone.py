@@ -4,7 +4,7 @@
 
 prints that it reads a sequence in pieces, what that costs beside a variant which remembers, and how to get there:
 
-    in pieces of 1, 7, 20 and 36 tokens the same, largest difference 5.7e-06
+    in pieces of 1, 7, 20 and 36 tokens the same, to less than 1e-4: True
     FLOPs of the next token after 1,024: 1,610,612,736, and of mha: 1,572,864
     decayed streams by recomputation, which is slow: its forward runs over all tokens so far for every
     new one. To make it fast, build it from parts, or write init_state and extend (CONTRIBUTING.md,
@@ -59,7 +59,7 @@ def main() -> None:
             y, state = layer.extend(piece, state)
             pieces.append(y)
         difference = (torch.cat(pieces, dim=1) - layer(x)).abs().max().item()
-    print(f"in pieces of 1, 7, 20 and 36 tokens the same, largest difference {difference:.1e}")
+    print(f"in pieces of 1, 7, 20 and 36 tokens the same, to less than 1e-4: {difference < 1e-4}")
     mha = attnzoo.attention("mha", model_dim=256, num_heads=4)
     costs = [each.cost(1, 1, 1024).flops for each in (layer, mha)]
     print(f"FLOPs of the next token after 1,024: {costs[0]:,}, and of mha: {costs[1]:,}")

@@ -2,7 +2,8 @@
 
     python examples/use_a_variant.py
 
-prints the loss of a small task (say which token came three places before), and that both forms are one function:
+prints the loss of a small task (say which token came three places before), and that both forms are one function; the
+last digits differ from processor to processor:
 
     step   0: loss 3.53
     step  50: loss 1.29

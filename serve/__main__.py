@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,9 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Serve a checkpoint over an OpenAI-compatible API on Ray Serve."
     parser.epilog = EXAMPLES
     parser.add_argument(
-        "--checkpoint",
+        "model",
+        nargs="?",
+        metavar="CHECKPOINT",
         help="a directory that training or transformers has written, a .gguf file, or smollm2",
     )
+    parser.add_argument("--checkpoint", help="the same by name; needed for a path with = in it")
     parser.add_argument("--port", type=int, help="port to listen on (default 8000)")
     parser.add_argument("--config", type=Path, help="a YAML file of settings, for example configs/serve/default.yaml")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings")
@@ -54,7 +57,16 @@ def read_config(options: argparse.Namespace) -> "ServeConfig":
     from serve.config import absolute, build_serve_config, parse_settings, read_config_file
 
     values = {} if options.config is None else read_config_file(options.config)
-    values |= parse_settings(options.settings)
+    words, named = list(options.settings), options.checkpoint
+    if options.model is not None and "=" in options.model:  # the first setting
+        words.insert(0, options.model)
+    elif options.model is not None:
+        if named is not None:
+            raise ValueError(
+                f"the checkpoint is given twice, as {options.model!r} and --checkpoint={named!r}; keep one"
+            )
+        options.checkpoint = options.model
+    values |= parse_settings(words)
     values |= {key: value for key in ("checkpoint", "port") if (value := getattr(options, key)) is not None}
     if "checkpoint" in values:
         values["checkpoint"] = absolute(values["checkpoint"])
@@ -79,6 +91,17 @@ def check_checkpoint(config: "ServeConfig") -> None:
     if config.cluster is None:  # a cluster's machine may differ from this one
         free_port(config.host, config.port)
         check_device(config.device)
+
+
+def warnings_of(config: "ServeConfig") -> Iterator[str]:
+    """What should be known before the server starts, a line each."""
+    from serve.front.hosts import is_loopback
+
+    if not is_loopback(config.host) and config.api_key_env is None:
+        yield (
+            f"host={config.host} without api_key_env: everyone who can reach this machine can use the server; set "
+            "api_key_env, or host=127.0.0.1 for this machine alone"
+        )
 
 
 def example(url: str, name: str, chat: bool) -> str:
@@ -118,6 +141,8 @@ def run(options: argparse.Namespace) -> int:
     from serve.watch import EVERY_S, Watch
 
     ended = threading.Event()
+    for line in warnings_of(config):
+        print(f"warning: {line}", file=sys.stderr)
     print(f"starting Ray and loading {config.checkpoint} ...", file=sys.stderr)
     try:
         url = deployment.start(config, lambda: end_on_signals(ended), ended.is_set, end_without_ray)

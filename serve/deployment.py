@@ -29,6 +29,7 @@ from attnzoo.apps import directory, variables
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig, absolute, build_serve_config, parse_value, read_config_file
 from serve.engine import Engine
+from serve.front.hosts import reachable
 from serve.front.limits import VARIABLE
 from serve.front.port import free_port
 from serve.openai.routes import build_app
@@ -151,7 +152,7 @@ def start(
         wait_until_running(cancelled)
     except RayError as error:
         raise RuntimeError(f"Ray's own processes ended while the model was loading ({type(error).__name__})") from error
-    return f"http://{config.host}:{port}"
+    return f"http://{reachable(config.host)}:{port}"
 
 
 def _connect(config: ServeConfig) -> None:

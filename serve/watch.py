@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
+from serve.front.hosts import reachable
+
 EVERY_S = 2.0
 """Seconds between checks."""
 ANSWER_S = 10.0
@@ -20,7 +22,7 @@ class Watch:
     def __init__(self, url: str, state: Callable[[], str], say: Callable[[str], None]) -> None:
         self._port = urlsplit(url).port
         host = urlsplit(url).hostname or ""
-        self._host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        self._host = reachable(host)
         self._state, self._say = state, say
         self._down_since: float | None = None
         self._silent_since: float | None = None

@@ -31,7 +31,7 @@ from train.best_weights import BestWeights
 from train.config import CheckpointConfig, Config
 from train.digests import NAME, check_files, digest_files, write_digests
 from train.engine import TrainingEngine
-from train.failures import AgreedError, TrainingError, explain, free_bytes, lost_rank
+from train.failures import MISTAKE, AgreedError, TrainingError, explain, free_bytes, lost_rank
 from train.random_state import random_state, set_random_state
 from train.ranks import agree, decide, gather
 
@@ -241,7 +241,7 @@ class Checkpoints:
     def load(self, engine: TrainingEngine, path: Path) -> TrainingProgress:
         """Restores weights, optimizer state and random states (all ranks), and returns the progress."""
         content = agree(lambda: self.read(path))
-        engine.load(path)
+        load_weights(engine, path)
         set_random_state(load_file(str(path / f"random-{engine.rank}.safetensors")))
         progress = TrainingProgress(**content["progress"])
         self.best.load(path, progress.selected, engine.rank == 0)
@@ -300,6 +300,21 @@ class Checkpoints:
         for path in steps_in(self.directory)[: -self.keep]:
             if path != newest:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def load_weights(engine: TrainingEngine, path: Path) -> None:
+    """Weights and optimizer state. Raises AgreedError if they are those of another model, which every rank sees."""
+    try:
+        engine.load(path)
+    except RuntimeError as error:
+        if "state_dict" not in str(error):  # how torch begins to say which parameters are missing or too many
+            raise
+        first = " ".join(str(error).split()[:40])
+        raise AgreedError(
+            MISTAKE,
+            f"{path} does not fit the model: its code has changed since, or the files are of another; choose another "
+            f"name= or run_dir=, or delete {path.parent.parent} to train anew ({first} ...)",
+        ) from None
 
 
 def _check_sources(path: Path, saved: dict[str, Any]) -> None:

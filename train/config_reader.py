@@ -6,14 +6,15 @@ Every error names the key, the nearest known key, and the place (file:line or th
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from attnzoo.errors import suggest
 from train.config import FREE_SECTIONS, Config
+from train.config_hints import type_problem, with_section
 from train.config_layers import ConfigError, ConfigLayer, place_of, read_layers
 from train.limits import problems
 from train.tasks import task_class
@@ -28,7 +29,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     merged = OmegaConf.structured(Config)
     for layer in read_layers(name, overrides):
         places.update(layer.places)
-        _check_keys(layer)
+        _check_keys(layer, merged)
         _merge(merged, layer)
     config = _resolved(merged, places)
     for key, problem in problems(config):
@@ -46,7 +47,8 @@ def _resolved(merged: Any, places: dict[str, str]) -> Config:
         raise ConfigError(f"{place_of(places, key)}: {key}: {str(error).splitlines()[0]}") from None
 
 
-def _check_keys(layer: ConfigLayer) -> None:
+def _check_keys(layer: ConfigLayer, merged: Any) -> None:
+    """Raises ConfigError for an unknown key. merged: the layers below, whose keys it may suggest."""
     for prefix, values, known in _sections(layer.values):
         if values is None:
             continue
@@ -56,7 +58,12 @@ def _check_keys(layer: ConfigLayer) -> None:
         for key in values:
             if known and key not in known:
                 name = f"{prefix}.{key}" if prefix else str(key)
-                raise ConfigError(f"{place_of(layer.places, name)}: unknown key {name}{suggest(str(key), known)}")
+                problem = with_section(f"unknown key {name}{suggest(str(key), known)}", _plain(merged))
+                raise ConfigError(f"{place_of(layer.places, name)}: {problem}")
+
+
+def _plain(merged: Any) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(merged))
 
 
 def _sections(values: dict[str, Any]) -> Iterator[tuple[str, Any, list[str]]]:
@@ -85,8 +92,8 @@ def _merge(config: Any, layer: ConfigLayer) -> None:
         config.merge_with({k: v for k, v in layer.values.items() if v is not None or k in _LEAVES})
     except OmegaConfBaseException as error:
         key = error.full_key or ""
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{place_of(layer.places, key)}: {key}: {reason}") from None
+        problem = type_problem(key, layer.values, f"{key}: {str(error).splitlines()[0]}")
+        raise ConfigError(f"{place_of(layer.places, key)}: {problem}") from None
 
 
 _LEAVES = frozenset(f.name for f in fields(Config) if not is_dataclass(f.type) and f.name not in FREE_SECTIONS)
@@ -109,7 +116,8 @@ def _check_sections(config: Config, places: dict[str, str]) -> None:
         try:
             check()
         except ValueError as error:
-            raise ConfigError(f"{_mentioned(places, section, str(error))}: {error}") from None
+            problem = with_section(str(error), asdict(config))
+            raise ConfigError(f"{_mentioned(places, section, str(error))}: {problem}") from None
 
 
 def _value(config: Config, key: str) -> Any:
@@ -118,7 +126,11 @@ def _value(config: Config, key: str) -> Any:
 
 
 def _mentioned(places: dict[str, str], section: str, message: str) -> str:
-    """The place of the deepest key of `section` that the message names."""
-    words = set(re.findall(r"\w+", message.split(";")[0]))
+    """The place of the key of `section` that the message names, in full or else by the last word of the deepest one."""
+    said = message.split(";")[0]
+    whole = [key for key in re.findall(r"\w+(?:\.\w+)+", said) if key in places]
+    if whole:
+        return place_of(places, whole[0])
+    words = set(re.findall(r"\w+", said))
     keys = [k for k in places if k.startswith(f"{section}.") and k.rsplit(".", 1)[1] in words]
     return place_of(places, max(keys, key=lambda k: k.count("."), default=section))

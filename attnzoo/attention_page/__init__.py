@@ -4,7 +4,18 @@
 """
 
 from attnzoo.attention_page.encoding import Token, page_bytes, tokens_of
-from attnzoo.attention_page.maps import HeadMaps, ModelMaps, Selection, read_maps, select
+from attnzoo.attention_page.maps import HeadMaps, ModelMaps, Selection, check_maps, read_maps, select
 from attnzoo.attention_page.page import page
 
-__all__ = ["HeadMaps", "ModelMaps", "Selection", "Token", "page", "page_bytes", "read_maps", "select", "tokens_of"]
+__all__ = [
+    "HeadMaps",
+    "ModelMaps",
+    "Selection",
+    "Token",
+    "check_maps",
+    "page",
+    "page_bytes",
+    "read_maps",
+    "select",
+    "tokens_of",
+]

@@ -85,6 +85,11 @@ def shown(picks: Picks) -> str:
     return str(picks)
 
 
+def check_maps(lm: LanguageModel, text: str, selection: Selection) -> None:
+    """Raises the ValueError of `read_maps` for a text and numbers that it would refuse before it computes."""
+    _wanted(lm, text, selection)
+
+
 @torch.no_grad()
 def read_maps(lm: LanguageModel, text: str, selection: Selection) -> ModelMaps:
     """The weights of a model for a text, read in one pass of the parallel form, and so without a compressed cache.
@@ -92,12 +97,7 @@ def read_maps(lm: LanguageModel, text: str, selection: Selection) -> ModelMaps:
     Raises ValueError for a text that is empty or too long, a page that would be too large, numbers out of range, layers
     without weights, and weights that float16 cannot hold.
     """
-    if not text:
-        raise ValueError("the text is empty; give at least one character")
-    sizes = [layer_sizes(block.attention) for block in lm.model.layers()]
-    chosen, notes = select(sizes, selection)
-    ids = lm.encode(text)
-    _check_size(lm, len(ids), chosen, selection)
+    sizes, chosen, notes, ids = _wanted(lm, text, selection)
     reads = Edits(*(Map(Where(layers=layer, heads=list(heads))) for layer, heads in chosen.items()))
     returned = sum(2 * len(heads) * len(ids) ** 2 for heads in chosen.values())
     plan = lm.model.plan_edits(reads, TokenLayout(len(ids)), max_bytes=returned, streams=False)
@@ -114,6 +114,19 @@ def read_maps(lm: LanguageModel, text: str, selection: Selection) -> ModelMaps:
                 "65,504); leave it out of layers="
             )
     return ModelMaps(lm.name, len(sizes), tokens_of(lm.tokenizer, ids), found, notes)
+
+
+def _wanted(
+    lm: LanguageModel, text: str, selection: Selection
+) -> tuple[list[LayerSizes], dict[int, tuple[int, ...]], tuple[str, ...], list[int]]:
+    """(sizes of all layers, what `select` returns, tokens of the text)."""
+    if not text:
+        raise ValueError("the text is empty; give at least one character")
+    sizes = [layer_sizes(block.attention) for block in lm.model.layers()]
+    chosen, notes = select(sizes, selection)
+    ids = lm.encode(text)
+    _check_size(lm, len(ids), chosen, selection)
+    return sizes, chosen, notes, ids
 
 
 def _check_size(lm: LanguageModel, tokens: int, chosen: dict[int, tuple[int, ...]], selection: Selection) -> None:

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,12 @@ def plugin_sources(model: nn.Module) -> Sources:
     """The sources of the plug-in variants that a model is made of, sorted by name. A class without a file (typed into
     an interpreter) has none."""
     classes = {type(module) for module in model.modules()}
-    kinds = sorted(kind for kind in ATTENTION if ATTENTION.get(kind) in classes and is_plugin(kind))
-    found = {kind: _source(ATTENTION.get(kind)) for kind in kinds}
+    return sources_of(kind for kind in ATTENTION if ATTENTION.get(kind) in classes)
+
+
+def sources_of(kinds: Iterable[str]) -> Sources:
+    """The sources of those of the variants that are plug-ins, sorted by name."""
+    found = {kind: _source(ATTENTION.get(kind)) for kind in sorted(kinds) if is_plugin(kind)}
     return {kind: source for kind, source in found.items() if source is not None}
 
 

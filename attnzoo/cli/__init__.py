@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import attnzoo
@@ -87,6 +88,10 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
 
 INVALID_CHOICE = re.compile(r"argument (?P<name>\S+): invalid choice: '(?P<value>.*)' \(choose from (?P<known>.*)\)")
 """How argparse says that a value is none of the known ones."""
+REQUIRED = re.compile(r"the following arguments are required: (?P<name>--\S+)")
+UNRECOGNIZED = re.compile(r"unrecognized arguments: (?P<name>--?[a-zA-Z][\w-]*)(=(?P<value>\S+))?")
+WORD = "key=value"
+"""The metavar of options that are written so."""
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -95,6 +100,7 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*arguments, **options)
+        self._words: list[str] = []
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
         """Adds an argument; one with nargs "*" gets a default, so that messages do not list it as required."""
@@ -107,7 +113,36 @@ class CommandParser(argparse.ArgumentParser):
         if choice is not None:
             known = re.findall(r"'([^']*)'", choice["known"]) or choice["known"].split(", ")
             message = f"{choice['name']}: no such choice {choice['value']!r}{suggest(choice['value'], known)}"
-        raise SystemExit(complain(self.prog, f"{message}; see {self.prog} --help"))
+        hint = self._way_out(message)
+        end = " see" if hint.endswith("?") else "; see"
+        raise SystemExit(complain(self.prog, f"{message}{hint}{end} {self.prog} --help"))
+
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does; messages may then name the words."""
+        self._words = list(args or [])
+        return super().parse_intermixed_args(args, namespace)
+
+    def _way_out(self, message: str) -> str:
+        """What to write in place of an option that is missing, or that there is not."""
+        missing = REQUIRED.fullmatch(message)
+        if missing is not None and self._words and not self._words[0].startswith("-") and "=" not in self._words[0]:
+            return f": write {missing['name']} {self._words[0]}"
+        found = UNRECOGNIZED.match(message)
+        if found is None:
+            return ""
+        options = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        near = get_close_matches(found["name"], options, n=1, cutoff=0.7)
+        if near:
+            return f"; did you mean {near[0]}?"
+        if all(action.metavar != WORD for action in self._actions):
+            return ""
+        value = found["value"] or self._after(found["name"])
+        return f"; write {found['name'].strip('-').replace('-', '_')}={value}"
+
+    def _after(self, name: str) -> str:
+        """The word after an option; "..." if there is none."""
+        words = [*self._words, "...", "..."]
+        return words[words.index(name) + 1] if name in self._words else "..."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -46,14 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Writes the page and says what is in it. Raises ValueError for wrong usage."""
-    from attnzoo.attention_page import page, read_maps
+    from attnzoo.attention_page import check_maps, page, read_maps
     from attnzoo.report import counted
 
     selection, out = _selection(options.options), user_path(options.out, "--out")
     with _naming_out(options):
-        _check_free(out, options)
+        _check_place(out, options)
     text = sys.stdin.read() if options.text == "-" else options.text
-    maps = read_maps(load(options), text, selection)
+    lm = load(options)
+    check_maps(lm, text, selection)
+    with _naming_out(options):
+        _check_free(out, options)
+    maps = read_maps(lm, text, selection)
     content = page(maps).encode()
     with _naming_out(options):
         _check_free(out, options)
@@ -88,14 +92,21 @@ def _naming_out(options: argparse.Namespace) -> Iterator[None]:
 
 
 def _check_free(out: Path, options: argparse.Namespace) -> None:
-    """Raises ValueError unless a file may be written there."""
+    """Raises ValueError unless a file may be written there now."""
+    _check_place(out, options)
+    if os.path.lexists(out) and not options.replace:
+        raise ValueError(f"--out={options.out!r} is there already; give another path, or --replace to replace it")
+
+
+def _check_place(out: Path, options: argparse.Namespace) -> None:
+    """Raises ValueError unless there is a directory for the file, and nothing there but a file."""
     where = f"--out={options.out!r}"
     if out.is_dir():
         raise ValueError(f"{where} is a directory; give the path of a file in it")
     for parent in out.parents:
         if parent.exists() and not parent.is_dir():
             raise ValueError(f"{where}: {str(parent)!r} is a file, not a directory; give another path")
-    if os.path.lexists(out) and not options.replace:
-        raise ValueError(f"{where} is there already; give another path, or --replace to replace it")
+    if not out.parent.exists():
+        raise ValueError(f"{where}: there is no directory {str(out.parent)!r}; make it, or give another path")
     if out.exists() and not out.is_file():
         raise ValueError(f"{where} is a device or a pipe, which is not replaced; give another path")

@@ -9,6 +9,7 @@ from typing import Any
 
 from attnzoo.apps import directory
 from attnzoo.attention import ATTENTION, Attention, build_attention, slow_streaming, try_forward, variant
+from attnzoo.attention.forward_only import ForwardOnly
 from attnzoo.models.shapes import without_storage
 from attnzoo.report import format_table
 from attnzoo.types import parse_dtype, type_name
@@ -76,6 +77,16 @@ def _file(cls: type) -> str:
     return Path(inspect.getfile(cls)).name
 
 
+def _text(cls: type[Attention]) -> str:
+    """What is written about a variant: at the head of its file, or in the class of a plain module or of one of several
+    variants in a file."""
+    neighbours = [kind for kind in ATTENTION if ATTENTION.get(kind).__module__ == cls.__module__]
+    plain = issubclass(cls, ForwardOnly)
+    own = getattr(cls, "written", cls).__doc__
+    head = sys.modules[cls.__module__].__doc__
+    return inspect.cleandoc((own or head if plain or len(neighbours) > 1 else head or own) or "")
+
+
 def describe(kind: str, options: dict[str, Any], context: int, dtype: str) -> str:
     """The description of one variant. Raises ValueError for an unknown variant, wrong options, or a plug-in's error."""
     cls = variant(kind)
@@ -95,11 +106,11 @@ def describe(kind: str, options: dict[str, Any], context: int, dtype: str) -> st
         for field in dataclasses.fields(cls.Config)
     ]
     parameters = [f"  {name} {list(parameter.shape)}" for name, parameter in attention.named_parameters()]
-    module = sys.modules[cls.__module__]
+    text = _text(cls)
     return "\n".join(
         [
-            f"{kind}: {inspect.cleandoc(module.__doc__ or cls.__doc__ or '')}",
-            f"\nsource: {cls.source}",
+            f"{kind}: {text}\n",
+            *([] if re.search(r"^Source:", text, re.MULTILINE) else [f"source: {cls.source}"]),
             f"file: {_file(cls)}",
             f"traits: {traits}",
             "options:",

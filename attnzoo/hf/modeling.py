@@ -37,7 +37,7 @@ class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: AttnzooConfig, decoder: DecoderLM | None = None) -> None:
         super().__init__(config)
         self.model = DecoderLM(config.decoder_config()) if decoder is None else decoder
-        warn_of_changes(config.plugins, config.name_or_path)
+        warn_of_changes(config.plugins, str(config.name_or_path))
         _mark_filled(*self.model.parameters(), *self.model.buffers())
         named = self.model.named_parameters
         self._frozen = [name for name, parameter in named(remove_duplicate=False) if not parameter.requires_grad]

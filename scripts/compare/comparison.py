@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from attnzoo.attention import ATTENTION
+from attnzoo.checkpoint.sources import sources_of
 from attnzoo.models import DecoderConfig, DecoderLM
 from scripts.compare.config import CompareConfig
 from scripts.compare.matching import Match, match
@@ -112,6 +113,7 @@ class Comparison:
         """The settings on which a run's results depend."""
         values = self.config.to_dict()
         content: dict[str, Any] = {"width": self.width(run), "gradient_clip": self.config.gradient_clip}
+        content |= {f"{each['file']} (content)": each["digest"] for each in sources_of([run.variant]).values()}
         if run.table == "recall":
             return content | values["recall"]
         content |= {"text": self.text_hash}

@@ -14,6 +14,18 @@ from serve.front.limits import Limits, to_address
 HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:\d{0,5})?")
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a server that listens on a host can be reached from its own machine alone."""
+    address = to_address(host.strip("[]"))
+    return host == "localhost" or (address is not None and address.is_loopback)
+
+
+def reachable(host: str) -> str:
+    """A host name by which this machine reaches a server that listens on `host`: 0.0.0.0 is no address to send to."""
+    address = to_address(host.strip("[]"))
+    return "127.0.0.1" if address is not None and address.is_unspecified else host
+
+
 class Hosts:
     """The names of a server.
 
@@ -23,8 +35,7 @@ class Hosts:
     """
 
     def __init__(self, limits: Limits) -> None:
-        address = to_address(limits.host.strip("[]"))
-        self._beyond = limits.host != "localhost" and not (address is not None and address.is_loopback)
+        self._beyond = not is_loopback(limits.host)
         allowed = limits.allowed_hosts or ()
         self._any = "*" in allowed
         self._exact = {name for name in allowed if not name.startswith("*")}
@@ -39,7 +50,7 @@ class Hosts:
             return False
         name = found["name"].strip("[]").removesuffix(".")
         address = to_address(name)
-        if name == "localhost" or (address is not None and address.is_loopback):
+        if is_loopback(name):
             return True
         if self._any or name in self._exact or name.endswith(self._suffixes):
             return True

@@ -3,13 +3,16 @@
 A field that this server does not support is refused by name unless it has its neutral value; none is ignored.
 """
 
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from attnzoo.models.sampling import TokenLogprobs, choice_seed
-from serve.openai.errors import ApiError, short_name, unsupported
+from serve.openai.errors import MAX_NAME, ApiError, short_name, unsupported
 from serve.openai.json_body import MOST, read_object
 from serve.openai.neutral import COMPLETION, SHARED, Values, take_neutral
 from serve.request import MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_STRINGS, SamplingParams
@@ -161,14 +164,20 @@ def parse_body(kind: type[Body], body: bytes) -> Body:
 
 
 def _explain(request: type[GenerationRequest], error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    found = error.errors(include_url=False, include_context=False)
+    first = found[0]
+    if first["type"] == "missing":  # perhaps it is there under a wrong name
+        first = next((each for each in found if each["type"] == "extra_forbidden"), first)
     kind, where = first["type"], first["loc"]
     name = short_name(str(where[0]))
     if name in ("stream_options", "messages"):
         parts = (f"[{part}]" if isinstance(part, int) else f".{short_name(part)}" for part in where[1:3])
         name += "".join(parts)
     if kind == "extra_forbidden":
-        return ApiError(400, f"unknown field {name!r}; this server does not support it", param=name, code="unsupported")
+        known = KNOWN.get(str(where[0]), request.model_fields) if len(where) > 1 else request.model_fields
+        near = get_close_matches(str(where[-1])[:MAX_LABEL], known, n=1, cutoff=0.6)
+        way_out = f"did you mean {near[0]!r}?" if near else "this server does not support it"
+        return ApiError(400, f"unknown field {name!r}; {way_out}", param=name, code="unsupported")
     if kind == "missing":
         return ApiError(400, f"{name} is missing", param=name)
     expected = {
@@ -180,9 +189,23 @@ def _explain(request: type[GenerationRequest], error: ValidationError) -> ApiErr
     }
     if name in expected:
         return ApiError(400, f"{name} must be {expected[name]}", param=name)
-    return ApiError(400, f"{name}: {first['msg']}", param=name)
+    shown = "" if where[0] in ("messages", "prompt") else f"={_shown(first['input'])}"  # texts are not quoted
+    return ApiError(400, f"{name}{shown} {_must(first['msg'])}", param=name)
 
 
+def _must(message: str) -> str:
+    """What pydantic says of a value, in the words of the other errors."""
+    return re.sub(r"^(Input|\w+) should ", "must ", message) if " should " in message else f"is wrong: {message}"
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON, shortened."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= MAX_NAME else f"{text[:MAX_NAME]}..."
+
+
+KNOWN: dict[str, Any] = {"stream_options": StreamOptions.model_fields}
+"""Fields of the objects in a request, by the request's field."""
 STOP_HELP = f"a text or a list of at most {MAX_STOP_STRINGS} texts, of 1 to {MAX_STOP_LENGTH} characters each"
 METADATA_HELP = f"at most 16 names with a text each, of at most {MAX_LABEL} characters"
 CACHE_HELP = 'an object such as {"policy": "d2o", "keep_ratio": 0.2}'

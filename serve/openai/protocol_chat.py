@@ -8,7 +8,7 @@ from pydantic import Field, WithJsonSchema
 from attnzoo.models.sampling import TokenLogprobs
 from serve.openai.errors import ApiError, unsupported
 from serve.openai.neutral import CHAT, SHARED, Values
-from serve.openai.protocol import LEAST_LOGPROB, Count, GenerationRequest, Spell, Strict, parse_body, spell_token
+from serve.openai.protocol import KNOWN, LEAST_LOGPROB, Count, GenerationRequest, Spell, Strict, parse_body, spell_token
 from serve.request import MAX_LOGPROBS
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -64,6 +64,7 @@ class ChatMessage(Strict):
         return found
 
 
+KNOWN["messages"] = ChatMessage.model_fields
 UNUSED = [name for name in ChatMessage.model_fields if name not in ("role", "content", "name")]
 
 

@@ -13,10 +13,17 @@ NEWCOMERS = Path(__file__).resolve().parents[1] / "contract" / "newcomers"
 @contextmanager
 def newcomer(kind: str) -> Iterator[str]:
     """A variant of tests/contract/newcomers, registered inside and forgotten after."""
-    before = set(sys.modules)
-    load_plugins(str(NEWCOMERS / f"{kind}.py"))
-    try:
+    with plugged_in(NEWCOMERS / f"{kind}.py", kind):
         yield kind
+
+
+@contextmanager
+def plugged_in(path: Path, kind: str) -> Iterator[None]:
+    """The variant in a file, registered inside and forgotten after: the file may then be changed."""
+    before = set(sys.modules)
+    load_plugins(str(path))
+    try:
+        yield
     finally:
         ATTENTION.remove(kind)
         for name in set(sys.modules) - before:

@@ -13,6 +13,8 @@ import pytest
 from attnzoo.__main__ import main
 from scripts.compare import Comparison, parse_settings, run_one
 from scripts.compare.config import QUICK
+from scripts.compare.runs import finished
+from tests.helpers.newcomers import NEWCOMERS, plugged_in
 from tests.helpers.training import last_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,3 +162,22 @@ def test_quick(text, tmp_path):
     command = [sys.executable, "-m", "attnzoo", "compare", text, "--quick", "--run-dir", str(tmp_path / "runs")]
     subprocess.run([*command, "--json", str(path)], cwd=ROOT, check=True, stdout=subprocess.PIPE)
     assert json.loads(path.read_text())["quick"] is True
+
+
+def test_runs_of_a_plug_in_that_has_changed_are_refused(text, tmp_path):
+    first, plugin = (NEWCOMERS / "plain.py").read_text(encoding="utf-8"), tmp_path / "plain.py"
+
+    def settings(content: str):
+        plugin.write_text(content, encoding="utf-8")
+        with plugged_in(plugin, "plain"):
+            comparison = Comparison(parse_settings([*TOY, text, "variants=[plain]"]))
+            run = next(run for run in comparison.plan() if run.table == "paper")
+            (path,) = list(tmp_path.glob("*.json")) or [tmp_path / f"{comparison.name(run)}.json"]
+            if not path.is_file():
+                path.write_text(json.dumps({"settings": comparison.settings(run), "results": {}}))
+            return finished(comparison, run, tmp_path)
+
+    made = settings(first)
+    assert settings(first.replace("Softmax attention;", "Attention;")) == made
+    with pytest.raises(ValueError, match=r"was made with plain\.py \(content\)=\w+, not \w+: choose another --run-dir"):
+        settings(first.replace("torch.ones", "torch.zeros"))

@@ -208,6 +208,7 @@ def test_the_command_writes_a_page(checkpoint, tmp_path, monkeypatch, capsys):
     for each, expected in zip(data["layers"], read_maps(lm, TEXT, Selection()).layers, strict=True):
         assert torch.equal(decoded_weights(each["weights"], 4, tokens), expected.weights_NTT)
     monkeypatch.setattr(sys, "stdin", io.StringIO(TEXT))
+    (tmp_path / "below").mkdir()
     assert main(["attention", checkpoint, "-", "layers=-1", "heads=[0, 2]", "--out", "below/one.html"]) == 0
     found = data_of((tmp_path / "below" / "one.html").read_text(encoding="utf-8"))["layers"]
     assert [(each["layer"], each["heads"]) for each in found] == [(1, [0, 2])]
@@ -221,6 +222,11 @@ def test_a_file_is_replaced_only_on_request(checkpoint, tmp_path, capsys):
     assert main(words) == 2
     assert f"--out={str(out)!r} is there already; give another path, or --replace" in capsys.readouterr().err
     assert out.read_text() == "mine"
+    for wrong, said in (("heads=9", "heads=9 is out of range"), ("layers=9", "layers=9 is out of range")):
+        assert main([*words, wrong]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["attention", f"{checkpoint}x", *words[2:]]) == 2
+    assert "does not exist" in capsys.readouterr().err
     (tmp_path / "link.html").symlink_to("nowhere")
     assert main([*words[:-1], str(tmp_path / "link.html")]) == 2
     assert main([*words, "--replace"]) == 0
@@ -233,7 +239,8 @@ def test_a_file_is_replaced_only_on_request(checkpoint, tmp_path, capsys):
         (["--out", "DIR"], "is a directory; give the path of a file in it"),
         (["--out", "DIR/file/below.html"], "file' is a file, not a directory; give another path"),
         (["--out", "n" * 300], "cannot be written (File name too long); give another path"),
-        (["--out", "/proc/none/x.html"], "cannot be written"),
+        (["--out", "/proc/none/x.html"], "there is no directory '/proc/none'; make it, or give another path"),
+        (["--out", "none/below/x.html"], "there is no directory 'none/below'; make it"),
         (["--out", "/dev/null", "--replace"], "--out='/dev/null' is a device or a pipe"),
         (["--out", "~no_such_user/x"], "--out='~no_such_user/x': there is no user"),
         (["layer=1"], "unknown option 'layer'; did you mean 'layers'? known: heads, layers, max_tokens"),

@@ -46,6 +46,7 @@ def test_describe(capsys):
     assert "Differs from the paper" in printed
     assert "conv.query_bias [4, 8]" in printed
     assert "configs/rcmha.yaml" in printed
+    assert len(re.findall("(?im)^source:", printed)) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,15 @@
 """Registries and strict configs: what is wrong is named, with the way out."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 
+from attnzoo.attention.mha import MHAConfig
 from attnzoo.errors import suggest
 from attnzoo.models import DecoderConfig
 from attnzoo.registry import Registry
-from attnzoo.types import build_config, parse_dtype
+from attnzoo.types import CheckedConfig, build_config, parse_dtype
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,31 @@ def test_build_config_accepts():
 def test_build_config_refuses(values, message):
     with pytest.raises(ValueError, match=message):
         build_config(Sizes, values, "sizes")
+
+
+def test_a_default_without_a_type_is_refused():
+    with pytest.raises(
+        ValueError, match=r"Mine.num_heads = 4 has no type, so it is no option; .*example num_heads: int = 4"
+    ):
+
+        class Mine(CheckedConfig):
+            model_dim: int
+            num_heads = 4
+
+    with pytest.raises(ValueError, match=r"Theirs.window = None has no type.*example window: int \| None = None"):
+
+        class Theirs(MHAConfig):
+            window = None
+
+    class Fine(CheckedConfig):
+        model_dim: int
+        SIZES: ClassVar[tuple[int, ...]] = (1, 2)
+        _hidden = 3
+
+        def heads(self) -> int:
+            return 1
+
+    assert dataclass(frozen=True, kw_only=True)(Fine)(model_dim=3).heads() == 1
 
 
 def test_parse_dtype():

@@ -5,16 +5,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 
-from attnzoo.attention import ATTENTION, load_plugins
 from attnzoo.checkpoint import load_model, open_checkpoint, save_model
 from attnzoo.checkpoint.sources import plugin_sources
 from attnzoo.errors import ChangedSourceWarning
 from attnzoo.models import DecoderConfig, DecoderLM
-from train.checkpoint import FORMAT, PLUGINS, Checkpoints
+from tests.helpers.newcomers import plugged_in
+from train.checkpoint import FORMAT, PLUGINS, Checkpoints, load_weights
+from train.engine import TrainingEngine
+from train.failures import AgreedError
 
 PLAIN = '''"""Scales what it reads."""
 
@@ -43,13 +46,10 @@ def model(directory: Path, text: str) -> Iterator[DecoderLM]:
     """A model of the variant in `text`, which is forgotten after."""
     directory.mkdir()
     (directory / "scaled.py").write_text(text, encoding="utf-8")
-    load_plugins(str(directory / "scaled.py"))
-    try:
+    with plugged_in(directory / "scaled.py", "scaled"):
         torch.manual_seed(0)
         config = {"vocab_size": 11, "model_dim": 8, "num_layers": 2, "attention": ["scaled", "linear"]}
         yield DecoderLM(DecoderConfig.from_dict(config))
-    finally:
-        ATTENTION.remove("scaled")
 
 
 def test_an_export_knows_its_formula(tmp_path: Path) -> None:
@@ -96,6 +96,19 @@ def test_a_run_resumes_with_its_formula_alone(tmp_path: Path) -> None:
         Checkpoints(step.parent, 1, settings(lm)).read(step)
     way_out = f"choose another name= or run_dir=, or put scaled.py back, or delete {step.parent.parent}"
     assert f"was written, by another 'scaled'; {way_out}" in str(info.value)
+
+
+def test_weights_of_another_model_are_told(tmp_path: Path) -> None:
+    """What no digest knows, a variant of the tree that was edited, is told as well."""
+    step = tmp_path / "mine" / "checkpoints" / "step-00000060"
+
+    class Engine:
+        def load(self, path: Path) -> None:
+            torch.nn.Linear(2, 2).load_state_dict({"weights": torch.zeros(2, 2)})
+
+    with pytest.raises(AgreedError, match=r"choose another name= or run_dir=, or delete .*Missing key\(s\)") as info:
+        load_weights(cast(TrainingEngine, Engine()), step)
+    assert info.value.status == 2
 
 
 def test_built_in_variants_have_no_entry() -> None:

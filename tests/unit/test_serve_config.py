@@ -10,9 +10,12 @@ from unittest.mock import patch
 
 import pytest
 
+from attnzoo.cli import CommandParser
 from attnzoo.types import check_device
+from serve.__main__ import add_arguments, read_config, warnings_of
 from serve.config import absolute, build_serve_config, parse_settings, read_config_file
 from serve.environment import _write_token, prepare_environment
+from serve.front.hosts import reachable
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,6 +87,58 @@ def test_checkpoints_are_found_as_load_finds_them(tmp_path, monkeypatch):
 def test_mistakes_are_named(pair, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         build(pair)
+
+
+@pytest.mark.parametrize(
+    ("words", "checkpoint", "port"),
+    [
+        (["runs/x"], "runs/x", 8000),
+        (["runs/x", "port=8001"], "runs/x", 8001),
+        (["port=8001", "--checkpoint", "runs/x"], "runs/x", 8001),
+        (["--port", "8002", "runs/x", "max_num_seqs=2"], "runs/x", 8002),
+        (["checkpoint=runs/x"], "runs/x", 8000),
+        (["--checkpoint", "runs/a=1"], "runs/a=1", 8000),
+    ],
+    ids=str,
+)
+def test_the_checkpoint_is_the_first_word(words, checkpoint, port, monkeypatch):
+    monkeypatch.setattr("serve.__main__.check_checkpoint", lambda config: None)
+    parser = CommandParser()
+    add_arguments(parser)
+    config = read_config(parser.parse_intermixed_args(words))
+    assert (config.checkpoint, config.port) == (str(Path(checkpoint).absolute()), port)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["runs/x", "--checkpoint", "runs/y"], "is given twice, as 'runs/x' and --checkpoint='runs/y'; keep one"),
+        (["runs/x", "runs/y"], "'runs/y' is not of the form key=value"),
+    ],
+    ids=str,
+)
+def test_two_checkpoints_are_refused(words, message):
+    parser = CommandParser()
+    add_arguments(parser)
+    with pytest.raises(ValueError, match=message):
+        read_config(parser.parse_intermixed_args(words))
+
+
+def test_an_open_server_says_so():
+    def said(**settings):
+        return list(warnings_of(build_serve_config({"checkpoint": "smollm2", **settings})))
+
+    assert said() == said(host="localhost") == said(host="0.0.0.0", api_key_env="KEY") == []
+    for host in ("0.0.0.0", "10.0.0.1", "example.com"):
+        (line,) = said(host=host)
+        assert line.startswith(f"host={host} without api_key_env: everyone who can reach this machine")
+    assert [reachable(host) for host in ("0.0.0.0", "::", "127.0.0.1", "10.0.0.1", "a.example")] == [
+        "127.0.0.1",
+        "127.0.0.1",
+        "127.0.0.1",
+        "10.0.0.1",
+        "a.example",
+    ]
 
 
 def test_a_checkpoint_is_needed():

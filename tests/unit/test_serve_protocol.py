@@ -86,6 +86,36 @@ def test_what_is_no_json_object(body):
     assert (error.value.status, error.value.code) == (400, "invalid_json")
 
 
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({"promt": "a"}, "promt", "unknown field 'promt'; did you mean 'prompt'?"),
+        ({"prompt": "a", "max_token": 3}, "max_token", "unknown field 'max_token'; did you mean 'max_tokens'?"),
+        ({"prompt": "a", "zzz": 3}, "zzz", "unknown field 'zzz'; this server does not support it"),
+        (
+            {"prompt": "a", "stream": True, "stream_options": {"include_usag": True}},
+            "stream_options.include_usag",
+            "unknown field 'stream_options.include_usag'; did you mean 'include_usage'?",
+        ),
+        ({"prompt": "a", "temperature": -1}, "temperature", "temperature=-1 must be greater than or equal to 0"),
+        ({"prompt": "a", "max_tokens": "5"}, "max_tokens", 'max_tokens="5" must be a valid integer'),
+        ({"prompt": "a", "user": "u" * 600}, "user", f'user="{"u" * 63}... must have at most 512 characters'),
+        ({"prompt": "a", "model": None}, "model", "model=null must be a valid string"),
+    ],
+    ids=str,
+)
+def test_messages_show_the_value_and_the_way_out(body, param, message):
+    with pytest.raises(ApiError) as error:
+        parse_completion(json.dumps({"model": "m", **body}).encode())
+    assert (error.value.param, error.value.message) == (param, message)
+
+
+def test_a_message_of_an_unknown_field_has_the_nearest():
+    with pytest.raises(ApiError) as error:
+        parse_chat(b'{"model": "m", "messages": [{"role": "user", "contents": "a"}]}')
+    assert error.value.message == "unknown field 'messages[0].contents'; did you mean 'content'?"
+
+
 def test_missing_fields():
     with pytest.raises(ApiError, match="prompt is missing"):
         parse_completion(b'{"model": "m"}')

@@ -80,8 +80,8 @@ def test_resolved_yaml_reads_back(tmp_path: Path) -> None:
 BAD = [
     ("train:\n  steps: 1\n  stepz: 2\n", 3, "unknown key train.stepz; did you mean 'steps'?"),
     ("train:\n  steps: 1\ntrian: {}\n", 3, "unknown key trian; did you mean 'train'?"),
-    ("train:\n\n  steps: many\n", 3, "train.steps: Value 'many'"),
-    ("train: {steps: 1}\noptim:\n  lr: fast\n", 3, "optim.lr: Value 'fast'"),
+    ("train:\n\n  steps: many\n", 3, "train.steps='many' has type str; it must be int"),
+    ("train: {steps: 1}\noptim:\n  lr: fast\n", 3, "optim.lr='fast' has type str; it must be float"),
     ("train: {steps: 1}\noptim: 3\n", 2, "optim=3 must be a section"),
     ("train:\n  steps: 0\n", 2, "train.steps=0 must be at least 1"),
     ("train: {steps: 1}\nprecision: fp8\n", 2, "unknown precision 'fp8'"),
@@ -123,7 +123,18 @@ def test_a_mistake_in_a_base_names_the_base(tmp_path: Path) -> None:
     ("override", "expected"),
     [
         ("train.stepz=1", "command line: unknown key train.stepz; did you mean 'steps'?"),
-        ("train.steps=x", "command line: train.steps: Value 'x'"),
+        ("train.steps=x", "command line: train.steps='x' has type str; it must be int"),
+        ("train={steps: 1.5}", "command line: train.steps=1.5 has type float; it must be int"),
+        ("log.progress=maybe", "command line: log.progress='maybe' has type str; it must be bool"),
+        (
+            "model.num_heads=8",
+            "command line: unknown key model.num_heads; did you mean model.attention.num_heads? known",
+        ),
+        ("attention=mha", "command line: unknown key attention; did you mean model.attention? known: cache_dir, "),
+        ("lr=0.1", "command line: unknown key lr; did you mean optim.lr? known: cache_dir, "),
+        ("train.bach_size=4", "command line: unknown key train.bach_size; did you mean 'batch_size'?"),
+        ("every=4", "did you mean checkpoint.every, eval.every, log.every or sample.every? known: cache_dir, "),
+        ("attentoin=mha", "command line: unknown key attentoin; did you mean model.attention? known: cache_dir, "),
         ("model.attention.num_head=1", "command line: unknown key model.attention.num_head"),
         ("sample.top_p=0", "command line: sample.top_p=0.0 must be positive"),
         ("train.steps", "command line: 'train.steps' is not of the form key=value"),
@@ -133,7 +144,18 @@ def test_a_mistake_in_a_base_names_the_base(tmp_path: Path) -> None:
 )
 def test_mistakes_on_the_command_line(override: str | tuple[str, ...], expected: str) -> None:
     words = (override,) if isinstance(override, str) else override
-    assert message("rcmha.yaml", *words).startswith(expected)
+    found = message("rcmha.yaml", *words)
+    assert found.startswith("command line: ")
+    assert expected in found
+
+
+def test_an_option_of_the_variant_has_its_place(tmp_path: Path) -> None:
+    words = ("model.attention=mha", "model.num_heads=8")
+    assert "did you mean model.attention={kind: mha, num_heads: 8}? known" in message("rcmha.yaml", *words)
+    path = write(
+        tmp_path / "a.yaml", "base: rcmha.yaml\nmodel:\n  num_heads: 8\n".replace("rcmha", str(CONFIGS / "rcmha"))
+    )
+    assert "a.yaml:3: unknown key model.num_heads; did you mean model.attention.num_heads?" in message(path)
 
 
 def test_cycles_and_missing_files(tmp_path: Path) -> None:

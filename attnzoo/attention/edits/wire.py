@@ -92,7 +92,10 @@ def _positions_to_json(value: Any) -> Any:
 
 def item_from_json(data: Any, where: str) -> Item:
     """The read or edit. Raises ValueError that names the field."""
-    name, given = _single(data, where, 'such as {"scale": {...}}')
+    example = (
+        f'{{"{data}": {{...}}}}' if isinstance(data, str) and data in KINDS else '{"scale": {...}} or {"map": {...}}'
+    )
+    name, given = _single(data, where, f"such as {example}")
     if name not in KINDS:
         raise ValueError(f"{where}: unknown read or edit {name!r}{suggest(name, KINDS)}")
     item: Item = _fields_from_json(KINDS[name], given, f"{where}.{name}")
@@ -105,7 +108,9 @@ def _fields_from_json(cls: type, given: Any, where: str) -> Any:
     known = [each.name for each in fields(cls)]
     for key in given:
         if key not in known:
-            raise ValueError(f"{where}: unknown field {key!r}{suggest(str(key), known)}")
+            inner = "where" in known and key in [each.name for each in fields(Where)]
+            hint = f"; did you mean where.{key}?" if inner else suggest(str(key), known)
+            raise ValueError(f"{where}: unknown field {key!r}{hint}")
     try:
         values = {key: _from_json(key, value, f"{where}.{key}") for key, value in given.items()}
         for each in fields(cls):
