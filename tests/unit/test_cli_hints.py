@@ -51,5 +51,5 @@ def test_describe_of_plain_modules_is_that_of_the_class(capsys):
         for name in ("one_way", "another_way"):
             ATTENTION.remove(name)
     printed = capsys.readouterr().out
-    assert "one_way: Reads one way.\n\nsource: no source given\nfile: test_cli.py" in printed
-    assert "another_way: Reads another way.\n\nSource: nowhere.\n\nfile: test_cli.py" in printed
+    assert "one_way: Reads one way.\n\nsource: no source given\nfile: test_cli_hints.py" in printed
+    assert "another_way: Reads another way.\n\nSource: nowhere.\n\nfile: test_cli_hints.py" in printed

@@ -102,7 +102,7 @@ def test_what_is_no_json_object(body):
         ({"prompt": "a", "user": "u" * 600}, "user", f'user="{"u" * 63}... must have at most 512 characters'),
         ({"prompt": "a", "model": None}, "model", "model=null must be a valid string"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_messages_show_the_value_and_the_way_out(body, param, message):
     with pytest.raises(ApiError) as error:
