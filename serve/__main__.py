@@ -57,14 +57,10 @@ def read_config(options: argparse.Namespace) -> "ServeConfig":
     from serve.config import absolute, build_serve_config, parse_settings, read_config_file
 
     values = {} if options.config is None else read_config_file(options.config)
-    words, named = list(options.settings), options.checkpoint
-    if options.model is not None and "=" in options.model:  # the first setting
-        words.insert(0, options.model)
+    words = list(options.settings)
+    if options.model is not None and (options.checkpoint is not None or "=" in options.model):
+        words.insert(0, options.model)  # a setting
     elif options.model is not None:
-        if named is not None:
-            raise ValueError(
-                f"the checkpoint is given twice, as {options.model!r} and --checkpoint={named!r}; keep one"
-            )
         options.checkpoint = options.model
     values |= parse_settings(words)
     values |= {key: value for key in ("checkpoint", "port") if (value := getattr(options, key)) is not None}

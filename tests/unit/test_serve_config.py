@@ -112,7 +112,7 @@ def test_the_checkpoint_is_the_first_word(words, checkpoint, port, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["runs/x", "--checkpoint", "runs/y"], "is given twice, as 'runs/x' and --checkpoint='runs/y'; keep one"),
+        (["runs/x", "--checkpoint", "runs/y"], "'runs/x' is not of the form key=value"),
         (["runs/x", "runs/y"], "'runs/y' is not of the form key=value"),
     ],
     ids=str,
