@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,55 +18,69 @@ from attnzoo.attention import ATTENTION, load_plugins
 from attnzoo.checkpoint import load_model, open_checkpoint, save_model
 from attnzoo.models import DecoderConfig, DecoderLM
 from tests.contract.contract import ITEMS
+from tests.helpers.forked import start_script
 
 ROOT = Path(__file__).resolve().parents[2]
 NEWCOMERS = Path(__file__).parent / "newcomers"
 TEMPLATE = Path(attnzoo.attention.__file__).parent / "_template.py"
+MODULE_RUN = str(ROOT / "tests" / "helpers" / "module_run.py")
 
 
-def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def contract_run(*names: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    options = ("-q", "-p", "no:cacheprovider", "-k", " or ".join(names))
-    return run("-m", "pytest", "tests/contract/test_contract.py", *options, cwd=cwd, **environment)
+@pytest.fixture
+def run(tmp_path) -> Run:
+    """`python -m` in the root of the repository, in a fork that has imported torch."""
+
+    def start(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        out, errors = tmp_path / "out", tmp_path / "errors"
+        process = start_script([MODULE_RUN, *words], os.environ | environment, out, errors, cwd=ROOT)
+        process.join(300)
+        return subprocess.CompletedProcess(words, process.exitcode, out.read_text(), errors.read_text())
+
+    return start
 
 
-def passed(result: subprocess.CompletedProcess[str], cases: int) -> None:
-    assert result.returncode == 0, result.stdout
-    assert f"{len(ITEMS) * cases} passed" in result.stdout
+def contract(names: str, *options: str) -> list[str]:
+    """pytest's options for the contract of some variants."""
+    return ["tests/contract/test_contract.py", "-q", "-p", "no:cacheprovider", "-k", names, *options]
 
 
-@pytest.mark.heavy
-def test_plugin_outside_the_tree(tmp_path):
-    plugin = tmp_path / "my_variant.py"
-    shutil.copyfile(TEMPLATE, plugin)
-    passed(contract_run("mine", cwd=ROOT, ATTNZOO_PLUGINS=str(plugin)), cases=1)
-    listed = run("-m", "attnzoo", "list", cwd=ROOT, ATTNZOO_PLUGINS=str(plugin))
-    assert "\nmine " in listed.stdout
+@pytest.fixture
+def contract_run(run) -> Run:
+    return lambda names, *options, **environment: run("pytest", *contract(names, *options), **environment)
+
+
+def passed(result: subprocess.CompletedProcess[str], items: int) -> None:
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{items} passed" in result.stdout
 
 
 @pytest.mark.heavy
 def test_copy_of_the_template_in_the_tree(tmp_path):
+    """The contract finds it. (Whether it keeps all of it: `test_newcomers`, where it is a plug-in.)"""
     tree = tmp_path / "tree"
     for folder in ("attnzoo", "train", "serve", "tests"):
-        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / folder, tree / folder)  # bytecode, too: it holds for files of the same time
     shutil.copyfile(ROOT / "pyproject.toml", tree / "pyproject.toml")
     shutil.copyfile(TEMPLATE, tree / "attnzoo" / "attention" / "mine.py")
-    passed(contract_run("mine", cwd=tree, PYTHONPATH=str(tree)), cases=1)
+    words = [sys.executable, "-m", "pytest", *contract("mine and (defaults or by_hand)")]
+    environment = os.environ | {"PYTHONPATH": str(tree)}
+    passed(subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True, check=False), items=2)
 
 
 @pytest.mark.heavy
-def test_newcomers():
-    """A bias without a largest distance; buffers, numbers and frozen parameters; a variant without any part; a bias
-    that is a function; plain modules."""
-    names = ["kerple", "buffered", "running_mean", "biased", "plain", "reads"]
-    files = [ROOT / "examples" / "your_own_variant.py", *(NEWCOMERS / f"{name}.py" for name in names[1:])]
-    plugins = os.pathsep.join(map(str, files))
-    passed(contract_run(*names, cwd=ROOT, ATTNZOO_PLUGINS=plugins), cases=11)
+def test_newcomers(contract_run, run, tmp_path):
+    """The template; a bias without a largest distance; buffers, numbers and frozen parameters; a variant without any
+    part; a bias that is a function; plain modules."""
+    names = ["mine", "kerple", "buffered", "running_mean", "biased", "plain", "reads"]
+    template = shutil.copyfile(TEMPLATE, tmp_path / "my_variant.py")
+    others = (NEWCOMERS / f"{name}.py" for name in names[2:])
+    plugins = os.pathsep.join(map(str, (template, ROOT / "examples" / "your_own_variant.py", *others)))
+    passed(contract_run(" or ".join(names), ATTNZOO_PLUGINS=plugins), items=12 * len(ITEMS))
+    listed = run(*LIST, ATTNZOO_PLUGINS=str(template))
+    assert "\nmine " in listed.stdout
 
 
 MISTAKES = {
@@ -103,7 +118,7 @@ MISTAKES = {
 
 
 @pytest.mark.heavy
-def test_mistakes_in_the_template_are_caught(tmp_path):
+def test_mistakes_in_the_template_are_caught(contract_run, tmp_path):
     """Each by the item that is for it; in code that all forms share, `reference` cannot see a mistake."""
     text, plugins = TEMPLATE.read_text(encoding="utf-8"), []
     for name, (right, wrong, _) in MISTAKES.items():
@@ -111,7 +126,7 @@ def test_mistakes_in_the_template_are_caught(tmp_path):
         plugins.append(tmp_path / f"{name}.py")
         changed = text.replace(right, wrong).replace('register("mine")', f'register("mine_{name}")')
         plugins[-1].write_text(changed.replace('{"num_kv_heads": 1}', ""), encoding="utf-8")
-    result = contract_run("mine", cwd=ROOT, ATTNZOO_PLUGINS=os.pathsep.join(map(str, plugins)))
+    result = contract_run("mine", ATTNZOO_PLUGINS=os.pathsep.join(map(str, plugins)))
     found = {name: re.findall(rf"FAILED .*\[mine_{name}-(\w+)\]", result.stdout) for name in MISTAKES}
     assert len(found["plain"]) > 9, result.stdout
     found["plain"] = ["all"]
@@ -122,7 +137,7 @@ def test_mistakes_in_the_template_are_caught(tmp_path):
 
 
 @pytest.mark.heavy
-def test_broken_plugin_is_caught(tmp_path):
+def test_broken_plugin_is_caught(contract_run, tmp_path):
     """A plugin whose streaming form forgets its distance fails the contract."""
     text = TEMPLATE.read_text(encoding="utf-8")
     right = "    def reset_parameters(self"
@@ -140,12 +155,12 @@ def test_broken_plugin_is_caught(tmp_path):
     broken = broken.replace("from dataclasses", "import dataclasses\nfrom dataclasses")
     plugin = tmp_path / "broken.py"
     plugin.write_text(broken, encoding="utf-8")
-    result = contract_run("mine", cwd=ROOT, ATTNZOO_PLUGINS=str(plugin))
+    result = contract_run("mine", "-x", ATTNZOO_PLUGINS=str(plugin))
     assert result.returncode == 1, result.stdout
-    assert "failed" in result.stdout
+    assert "extend over" in result.stdout
 
 
-LIST = ("-m", "attnzoo", "list")
+LIST = ("attnzoo", "list")
 
 
 MINE = """\
@@ -233,18 +248,18 @@ def test_paths_that_are_no_plugin(paths, message):
 
 
 @pytest.mark.heavy
-def test_a_broken_plugin_is_one_line_of_the_command_line():
-    result = run(*LIST, cwd=ROOT, ATTNZOO_PLUGINS="no_such_file.py")
+def test_a_broken_plugin_is_one_line_of_the_command_line(run):
+    result = run(*LIST, ATTNZOO_PLUGINS="no_such_file.py")
     assert result.returncode == 2
     assert result.stderr.startswith("attnzoo list: error: ATTNZOO_PLUGINS='no_such_file.py': ")
     assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.heavy
-def test_list_goes_on_past_a_variant_that_cannot_be_built(tmp_path):
+def test_list_goes_on_past_a_variant_that_cannot_be_built(run, tmp_path):
     text = TEMPLATE.read_text(encoding="utf-8").replace("num_heads: int = 4", "num_heads: int = 7")
     (tmp_path / "seven.py").write_text(text.replace('register("mine")', 'register("seven")'), encoding="utf-8")
-    result = run(*LIST, cwd=ROOT, ATTNZOO_PLUGINS=str(tmp_path / "seven.py"))
+    result = run(*LIST, ATTNZOO_PLUGINS=str(tmp_path / "seven.py"))
     assert result.returncode == 1
     assert "\nsoftmax_regression " in result.stdout
     assert "attnzoo list: seven (seven.py) cannot be built: ValueError: model_dim=256 is not" in result.stderr
