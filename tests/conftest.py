@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from attnzoo.report import available_cores
 from tests.helpers.interpreter import quicken
 from tests.helpers.shares import Kind, in_shares
 
@@ -60,8 +61,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = in_shares(items, processes, lambda item: str(item.path), _kind)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """One process more than there are cores: tests that start servers and ranks wait for them half of their time. The
+    quick tests start none."""
+    return None if config.getoption("--quick") else available_cores() + 1
+
+
 def _kind(item: pytest.Item) -> Kind:
-    if _folder(item) not in QUICK_FOLDERS:
+    if _folder(item) not in QUICK_FOLDERS or hasattr(item.getparent(pytest.Module).obj, "start_script"):
         return Kind.STARTS_PROCESSES
     return Kind.SHORT if item.get_closest_marker("heavy") is None else Kind.LONG
 

@@ -20,13 +20,29 @@ def test_a_dead_device_ends_the_engine(monkeypatch):
         engine.step()
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, GeneratorExit, RuntimeError("odd"), SystemExit])
-@pytest.mark.parametrize("where", ["run", "joined", "release"])
-def test_an_interrupted_call_leaves_nothing_behind(failure, where, monkeypatch):
-    settings = {"cache": D2O, "max_num_seqs": 3}
-    work = prompts(7, seed=4)
-    expected = make_engine(**settings).generate(work, greedy(6))
-    engine, calls = make_engine(**settings), iter(range(1000))
+COMPACT: dict = {"cache": D2O, "max_num_seqs": 3}
+WORK = prompts(7, seed=4)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return [x.tokens for x in make_engine(**COMPACT).generate(WORK, greedy(6))]
+
+
+@pytest.mark.parametrize(
+    ("where", "failure"),
+    [
+        ("run", KeyboardInterrupt),
+        ("run", RuntimeError("odd")),
+        ("joined", GeneratorExit),
+        ("joined", RuntimeError("odd")),
+        ("release", SystemExit),
+        ("release", RuntimeError("odd")),
+    ],
+)
+def test_an_interrupted_call_leaves_nothing_behind(failure, where, uninterrupted, monkeypatch):
+    """Wherever it is, by an error and by what is none."""
+    engine, calls = make_engine(**COMPACT), iter(range(1000))
     engine.add_request("other", [5, 6, 7], greedy(30))
     inner = getattr(engine.runner, where)
 
@@ -39,14 +55,14 @@ def test_an_interrupted_call_leaves_nothing_behind(failure, where, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engine.runner, where, interrupted)
         with pytest.raises(failure if isinstance(failure, type) else RuntimeError):
-            engine.generate(work, greedy(6))
+            engine.generate(WORK, greedy(6))
     assert not engine._requests
     assert not engine.scheduler.has_work()
     news = {delta.request_id: delta.error for delta in engine.step()}
     assert "failed while it worked" in news.pop("other")
     assert not news
     assert not engine.has_work()
-    assert [x.tokens for x in engine.generate(work, greedy(6))] == [x.tokens for x in expected]
+    assert [x.tokens for x in engine.generate(WORK, greedy(6))] == uninterrupted
 
 
 def test_whoever_ended_in_a_step_that_fails_later_has_its_end(monkeypatch):

@@ -1,5 +1,6 @@
 """A sequence that raises, wherever it does, fails alone: its neighbours' text is what it would have been."""
 
+import functools
 import json
 import logging
 from dataclasses import replace
@@ -41,6 +42,16 @@ def texts(engine: Engine, cache: dict | None = None, count: int = 8, **options) 
     assert not engine._requests
     assert engine.runner.compact == {}
     return found
+
+
+MIXED: dict = {"cache_bounds": {"full": None, "d2o": None}, "max_batched_tokens": 16, "max_num_seqs": 5}
+
+
+@functools.cache
+def undisturbed(kind: str, compressed: bool = False) -> dict[str, tuple]:
+    """The texts of an engine in which nothing fails."""
+    engine = make_engine(**MIXED) if kind == "mixed caches" else make_engine(kind)
+    return texts(engine, D2O if compressed else None)
 
 
 def at_sampling(fault: Fault, patch: pytest.MonkeyPatch, engine: Engine) -> None:
@@ -131,9 +142,8 @@ ANYWHERE = [at_sampling, at_detokenising, at_the_end_of_the_text, at_bad_logits]
     [*((where, cache) for where in ANYWHERE for cache in (None, D2O)), (at_compression, D2O), (at_joining, D2O)],
 )
 def test_one_sequence_fails_alone(where, cache, monkeypatch, caplog):
-    settings = {"cache_bounds": {"full": None, "d2o": None}, "max_batched_tokens": 16, "max_num_seqs": 5}
-    expected = texts(make_engine(**settings), cache)
-    engine, fault = make_engine(**settings), Fault()
+    expected = undisturbed("mixed caches", compressed=cache is not None)
+    engine, fault = make_engine(**MIXED), Fault()
     with monkeypatch.context() as patch:
         where(fault, patch, engine)
         found = texts(engine, cache)
@@ -165,7 +175,7 @@ def test_log_probabilities_that_fail_fail_alone(monkeypatch):
 @pytest.mark.parametrize("part", ["decode", "prefill"])
 def test_a_batch_that_fails_is_computed_again_for_each_alone(kind, part, monkeypatch):
     """Half way through its layers, where keys and values of the first are written already; the victim fails again."""
-    expected = texts(make_engine(kind))
+    expected = undisturbed(kind)
     engine, fired = make_engine(kind), []
     last = engine.model.layers()[-1]
     inner, whole, step = last.extend, getattr(SlotPool, part), iter(range(1000))

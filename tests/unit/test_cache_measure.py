@@ -175,8 +175,8 @@ def test_a_model_that_solves_no_task_is_measured_by_its_fidelity():
 
 @pytest.mark.heavy
 def test_a_section_is_replaced_and_the_others_stay(tmp_path, capsys):
-    path, figure = tmp_path / "report.json", tmp_path / "figure.png"
-    options = ["--quick", "--json", str(path), "--figure", str(figure), "--update"]
+    path = tmp_path / "report.json"
+    options = ["--quick", "--json", str(path), "--update"]
     assert main([*options, "--sections", "symbols"]) == 0
     first = json.loads(path.read_text(encoding="utf-8"))
     first["rows"][1]["mark"], first["claims"][0]["measured"] = "old", 0.125

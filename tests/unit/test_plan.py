@@ -97,7 +97,7 @@ def test_without_pyyaml_the_way_out_is_named(monkeypatch):
 
 
 def test_it_prints_what_fits(capsys):
-    arguments = ["--gpus", "64", "--gpu-memory", "80", "--context", "131072", "--chip", "h100", "--chip", "MI300X"]
+    arguments = ["--gpus", "64", "--gpu-memory", "80", "--context", "40000", "--chip", "h100", "--chip", "MI300X"]
     assert main(["plan", "--model", RCMHA, *arguments]) == 0
     printed = capsys.readouterr().out
     assert "2,373,568 parameters" in printed
@@ -108,7 +108,7 @@ def test_it_prints_what_fits(capsys):
     assert "NVIDIA H100 data sheet" in printed
     assert "A100" not in printed
     # 4 layers, keys and values of 192 channels in 2 bytes.
-    assert str(round(4 * 2 * 192 * 2 * 131072 / 2**20)) in printed
+    assert str(round(4 * 2 * 192 * 2 * 40000 / 2**20)) in printed
 
 
 @pytest.mark.parametrize(
