@@ -8,7 +8,8 @@ BIN = $(VENV)/bin
 PORT ?= 8000
 CHECKPOINT ?= runs/demo/export
 TEXT ?= stdlib
-# Tests share cores, one thread each; contiguous halves keep what a file's tests share in one process. They start many
+# Tests share cores, one thread each, in one process more than there are cores (tests/conftest.py); contiguous shares keep
+# what a file's tests share in one process. They start many
 # processes, which would compile the project again and again where bytecode may not be written.
 PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
