@@ -120,7 +120,7 @@ beside plain passes, and beside transformers with a hook in its eager attention 
   attnzoo bench edits --quick
 """
     parser.add_argument("--turns", type=int, default=9, help="timed runs of each contender (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
     _json(parser)
     _quick(parser)
 

@@ -110,16 +110,22 @@ def with_backward(function: Function) -> Callable[[], None]:
     return run
 
 
-def take_turns(functions: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
-    """Median seconds of each function after a warm-up; they take turns, so that changes of speed affect all."""
+def take_turns(
+    functions: dict[str, Callable[[], Any]],
+    turns: int,
+    clock: Callable[[], float] = time.perf_counter,
+    typical: Callable[[list[float]], float] = statistics.median,
+) -> dict[str, float]:
+    """Seconds of each function after a warm-up, by default their median; they take turns, so that changes of speed
+    affect all."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(turns + 1):
         for name, function in functions.items():
-            begin = time.perf_counter()
+            begin = clock()
             function()
             if turn:
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                seconds[name].append(clock() - begin)
+    return {name: typical(values) for name, values in seconds.items()}
 
 
 def training(report: Report, tokens: int, turns: int) -> dict[str, dict[str, float]]:

@@ -23,6 +23,7 @@ from attnzoo.attention.edits import (
     Where,
     engine,
 )
+from attnzoo.attention.edits.spans import Chosen
 from attnzoo.attention.edits.streamed import StreamedEdits
 from tests.contract.caches import POLICIES, frozen_model, policy_of
 from tests.helpers.edits_cases import HEADS, LAYOUT, SINKS, TOKENS, drawn_items
@@ -88,7 +89,7 @@ def test_every_cache(name, variant, monkeypatch):
         return found
 
     monkeypatch.setattr(StreamedEdits, "__call__", spy)
-    monkeypatch.setattr(engine, "FEW", 1)
+    monkeypatch.setattr(engine, "FEW", 2)
     plan = model.plan_edits(Edits(*ITEMS, *READS), SPREAD, 6)
     runs = [EditRun(plan), None]
     tokens = torch.randint(0, model.config.vocab_size, (2, 18), generator=torch.Generator().manual_seed(2))
@@ -162,7 +163,9 @@ def test_a_model_reads_and_edits_the_same_in_chunks(kind):
     logits = model(tokens, edits=[whole, None])
     for x_TD, record in zip((each[0] for each in inputs), whole.records, strict=True):
         sizes = x_TD[:, [3, 9, 17, 21]].abs().amax(-1) / x_TD.pow(2).mean(-1).sqrt()
-        assert torch.equal(record.flags[hidden_sinks], sizes >= 1.8)
+        sets = record.sets(x_TD.device)
+        found = sets.holds(Chosen((), (hidden_sinks,)), torch.arange(-1, TOKENS + 1))
+        assert torch.equal(found, torch.nn.functional.pad(sizes >= 1.8, (1, 1)))
     assert not torch.allclose(logits[0], model(tokens)[0])
     assert torch.equal(logits[1], model(tokens)[1])
     state, outs = model.init_state(2, 0), []
@@ -195,7 +198,8 @@ def test_requests_of_a_batch_are_apart():
     plans = [model.plan_edits(Edits(*drawn_items(draw, row % 2 == 0)), LAYOUT, 4) for row in range(4)]
     off, _ = model.extend(tokens, model.init_state(8, TOKENS))
     bad = EditRun(model.plan_edits(Edits(Mass(bins={"s": SINKS})), LAYOUT, 4))
-    bad.records[1].observe(torch.ones(2, 32), 0)  # as if it had seen two tokens of another pass
+    sets = bad.records[1].sets(tokens.device)
+    sets.observe({SINKS: torch.zeros(2, dtype=torch.bool)}, 0)  # as if it had seen two tokens of another pass
     runs = [None, *(EditRun(plan) for plan in plans), None, None, None]
     with pytest.raises(ValueError, match="must see its sequence from the first token on, once"):
         model.extend(tokens, model.init_state(8, TOKENS), edits=[*runs[:7], bad])

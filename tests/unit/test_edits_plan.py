@@ -32,6 +32,7 @@ from attnzoo.attention.edits import (
     Where,
     layer_plan,
 )
+from attnzoo.attention.edits.classes import KeySets, class_codes
 from attnzoo.attention.edits.spans import chosen, picked_steps
 
 LAYOUT = TokenLayout(10, {"image": (2, 6), "system": [(0, 2), (8, 9)]})
@@ -147,20 +148,22 @@ def test_words_for_positions(words, expected):
     found = chosen(words, LAYOUT, 14, "keys")
     assert found.numbers() == list(expected)
     at = torch.arange(-1, 16)
-    assert at[found.holds(at, {})].tolist() == list(expected)
-    assert found.rank(at)[found.holds(at, {})].tolist() == list(range(len(expected)))
+    assert at[found.holds(at)].tolist() == list(expected)
+    assert found.rank(at)[found.holds(at)].tolist() == list(range(len(expected)))
 
 
 def test_sinks_and_all_but_sinks():
     sinks = Sinks((1,), 1.5)
     hidden = torch.tensor([[0.1, 3.0, 0.1], [1.0, 1.0, 1.0], [0.0, -2.0, 0.5]])
     assert sinks.found(hidden).tolist() == [True, False, True]
-    flags = {sinks: sinks.found(hidden)}
-    at = torch.arange(-1, 4)
+    at = torch.arange(-1, 5)
     both, rest = (chosen(w, LAYOUT, 14, "keys") for w in ((sinks, 1), Except((sinks, 3))))
-    assert at[both.holds(at, flags)].tolist() == [0, 1, 2]
-    assert at[rest.holds(at, flags)].tolist() == [1]
-    assert not both.holds(torch.tensor([-1]), {sinks: torch.zeros(0, dtype=torch.bool)}).any()
+    sets = KeySets((both, rest), class_codes((both, rest), 4)[1], 4, at.device)
+    table = sets.table
+    sets.observe({sinks: sinks.found(hidden)}, 0)
+    assert at[sets.holds(both, at)].tolist() == [0, 1, 2]
+    assert at[sets.holds(rest, at)].tolist() == [1, 4]
+    assert table.argmax(0).tolist() == sets.classes(at).tolist()
 
 
 def test_steps_are_tokens_or_calls():

@@ -1,24 +1,140 @@
 """Classes of keys, and fused attention over one class at a time with the logarithm of its sum of exponentials."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.attention.edits.spans import Chosen, Sinks
+from attnzoo.ops.common.recent import recent
 from attnzoo.types import accumulation_dtype
 
 
-def classes_of(sets: tuple[Chosen, ...], positions_KS: Tensor, flags: dict[Sinks, Tensor]) -> tuple[Tensor, Tensor]:
-    """(member_CM, class_KS): keys of one class are in the same sets; member says in which."""
-    code_KS = torch.zeros_like(positions_KS)
-    for bit, each in enumerate(sets):
-        code_KS += each.holds(positions_KS, flags).to(code_KS.dtype) << bit
-    used_C = code_KS.flatten().bincount().nonzero()[:, 0]
-    bits_M = torch.arange(len(sets), device=positions_KS.device)
-    number_L = torch.zeros(int(used_C[-1]) + 1, dtype=torch.int64, device=positions_KS.device)
-    number_L[used_C] = torch.arange(len(used_C), device=positions_KS.device)
-    return (used_C[:, None] >> bits_M & 1).bool(), number_L[code_KS]
+@lru_cache(maxsize=64)
+def class_codes(sets: tuple[Chosen, ...], keys: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(codes of positions below `keys`, of all), whatever hidden states say: bit m of a class's code says whether its
+    keys are in set m. What holds nothing (position -1) has code 0."""
+    sinks = tuple(dict.fromkeys(each for held in sets for each in held.sinks))
+    edges = {0, *(edge for held in sets for piece in held.intervals for edge in piece if edge < keys)}
+    inside = {
+        _code(sets, position, {each for index, each in enumerate(sinks) if bits >> index & 1})
+        for position in edges
+        for bits in range(2 ** len(sinks))
+    }
+    return tuple(sorted(inside)), tuple(sorted(inside | {0, _code(sets, keys, set())}))
+
+
+def _code(sets: tuple[Chosen, ...], position: int, found: set[Sinks]) -> int:
+    held = [each.covers(position, position) or not found.isdisjoint(each.sinks) for each in sets]
+    return sum((one ^ each.negated) << bit for bit, (one, each) in enumerate(zip(held, sets, strict=True)))
+
+
+class KeySets:
+    """Which positions of one sequence are in which sets of keys, and of which class they are: positions of one class
+    are in the same sets. It is known from the first call on, but for sinks, which are marked as they are found.
+
+    Positions stand in rows: -1 in the first, those of the `keys` keys of the sequence after it, and one for all beyond.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(self, sets: tuple[Chosen, ...], codes: tuple[int, ...], keys: int, device: torch.device) -> None:
+        self.sets, self.keys, self.seen = sets, keys, 0
+        positions_P = torch.arange(-1, keys + 1, device=device)
+        code_P = torch.zeros_like(positions_P)
+        for bit, each in enumerate(sets):
+            code_P += each.holds(positions_P).to(code_P.dtype) << bit
+        self._codes_C = torch.tensor(codes, device=device)
+        self._class_P = torch.searchsorted(self._codes_C, code_P)
+        self._members = {each: (self._codes_C >> bit & 1).bool()[None, None] for bit, each in enumerate(sets)}
+
+    def observe(self, found: dict[Sinks, Tensor], first: int) -> None:
+        """Marks the sinks among the next tokens, from position `first` on: found_T (bool). Raises ValueError where
+        tokens before them have not been seen."""
+        for sinks, found_T in found.items():
+            if self.seen != first:
+                raise ValueError(
+                    f"{sinks}: this run has seen the hidden states of {self.seen} tokens, and the next one is at "
+                    f"position {first}; a run with Sinks must see its sequence from the first token on, once"
+                )
+            if bool(found_T.any()):
+                self._mark(sinks, found_T.nonzero()[:, 0] + first + 1)
+        self.seen = first + len(next(iter(found.values())))
+
+    def _mark(self, sinks: Sinks, rows: Tensor) -> None:
+        rows = rows[rows <= self.keys]
+        code = self._codes_C[self._class_P[rows]]
+        for bit, each in enumerate(self.sets):
+            if sinks in each.sinks:
+                code = code & ~(1 << bit) if each.negated else code | (1 << bit)
+        self._class_P[rows] = torch.searchsorted(self._codes_C, code)
+        if "table" in self.__dict__:
+            self.table[:, rows] = F.one_hot(self._class_P[rows], len(self._codes_C)).t().to(self.table.dtype)
+
+    def classes(self, positions: Tensor) -> Tensor:
+        """The class of the key at each position."""
+        return self._class_P[positions.clamp(-1, self.keys) + 1]
+
+    def of_classes(self, held: Chosen) -> Tensor:
+        """Which classes are in one of the sets, [1, 1, C]."""
+        return self._members[held]
+
+    def holds(self, held: Chosen, positions: Tensor) -> Tensor:
+        """Which positions are in one of the sets; those below 0 are not."""
+        return self._members[held][0, 0][self.classes(positions)]
+
+    @cached_property
+    @torch.inference_mode(False)
+    def table(self) -> Tensor:
+        """table_CP: 1 where a row is of the class, else 0, in float32."""
+        return F.one_hot(self._class_P, len(self._codes_C)).t().to(torch.float32, memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """Of which class every entry of a cache is: in_class_BKCS is 1 or 0, for each kv head, or one for all. Query heads
+    that share a kv head follow each other."""
+
+    in_class_BKCS: Tensor
+
+    @staticmethod
+    def of(sets: Sequence[KeySets], rows_BKS: Tensor, in_order: bool, dtype: torch.dtype) -> "ClassTable":
+        """sets: of each row; the others as `table_rows` says."""
+        entries = rows_BKS.shape[-1]
+        if in_order and all(entries <= each.keys + 1 for each in sets):
+            found = [each.table[None, :, 1 : entries + 1] for each in sets]
+        else:
+            found = [
+                each.table[:, rows_KS.clamp(max=each.keys + 1)].transpose(0, 1)
+                for each, rows_KS in zip(sets, rows_BKS.expand(len(sets), -1, -1), strict=True)
+            ]
+        return ClassTable((found[0][None] if len(found) == 1 else torch.stack(found)).to(dtype))
+
+    @property
+    def classes(self) -> int:
+        return self.in_class_BKCS.shape[2]
+
+    def sums(self, x_BNRS: Tensor) -> Tensor:
+        """sums_BNRC over the keys of each class."""
+        batch, kv_heads, classes, entries = self.in_class_BKCS.shape
+        sums = x_BNRS.reshape(batch, kv_heads, -1, entries) @ self.in_class_BKCS.mT
+        return sums.view(*x_BNRS.shape[:3], classes)
+
+    def spread(self, x_BNRC: Tensor, like_BNRS: Tensor) -> Tensor:
+        """What is said of each class, finite numbers, for each of its keys."""
+        batch, kv_heads, classes, _ = self.in_class_BKCS.shape
+        return (x_BNRC.reshape(batch, kv_heads, -1, classes) @ self.in_class_BKCS).view_as(like_BNRS)
+
+
+@recent
+def table_rows(positions_BKS: Tensor) -> tuple[Tensor, bool]:
+    """(rows_BKS of entries in `KeySets`, whether they are 1, 2, ... but for entries that hold nothing). Layers share
+    it."""
+    index_S = torch.arange(positions_BKS.shape[-1], device=positions_BKS.device)
+    in_order = positions_BKS.shape[1] == 1 and bool(((positions_BKS == index_S) | (positions_BKS < 0)).all())
+    return positions_BKS.clamp(min=-1) + 1, in_order
 
 
 @dataclass(frozen=True)

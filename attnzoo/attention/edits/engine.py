@@ -1,27 +1,27 @@
 """Attention with edits, for the heads and queries that they name alone: key by key, or class of keys by class of
 keys."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from attnzoo.attention.edits.classes import ByClass, class_passes, classes_of
+from attnzoo.attention.edits.classes import ByClass, KeySets, class_passes
 from attnzoo.attention.edits.cost import ROWS, rows_at_once
 from attnzoo.attention.edits.items import Edit, Here
 from attnzoo.attention.edits.order import Weighed, weighed
-from attnzoo.attention.edits.plan import Meant
-from attnzoo.attention.edits.reading import LayerRecord
+from attnzoo.attention.edits.plan import LayerItems, Meant
+from attnzoo.attention.edits.reading import LayerRecord, read_values
 from attnzoo.attention.edits.reads import Read
 from attnzoo.ops.common.masks import Mask, sees
 from attnzoo.ops.common.negligible import without_negligible
 from attnzoo.types import accumulation_dtype
 
 FEW = 16
-"""Fewer queries than this take every key's score even where classes of keys would do: their scores are small, and keys
-of one class would be copied out of the others."""
+"""Fewer queries than this take every key's score even where classes of keys would do (`few`): their scores are small,
+and keys of one class would be copied out of the others."""
 
 Terms = Callable[[Tensor, Mask], tuple[Tensor, Tensor | None]]
 Weigh = Callable[[Tensor, Tensor, tuple[Tensor, Tensor], list[tuple[Meant, Here]]], Weighed]
@@ -52,24 +52,38 @@ class AttentionCall:
 class Changed:
     """New outputs of some heads and tokens of one row; named_NR: where they take the place of the old ones."""
 
+    row: int
     heads_N: Tensor
     tokens_R: Tensor
     out_NRH: Tensor
     named_NR: Tensor
 
+    def put(self, out_BNTH: Tensor) -> None:
+        """Writes what has changed."""
+        out_NTH, tokens = out_BNTH[self.row], span(self.tokens_R)
+        if isinstance(tokens, slice) and len(self.heads_N) == len(out_NTH) and bool(self.named_NR.all()):
+            out_NTH[:, tokens] = self.out_NRH
+            return
+        at = (self.heads_N[:, None], self.tokens_R)
+        out_NTH[at] = torch.where(self.named_NR[..., None], self.out_NRH, out_NTH[at])
 
-def row_changes(call: AttentionCall, row: int, record: LayerRecord, step: int | None) -> Iterator[Changed]:
-    """Runs one row's edits and reads: yields what edits change, and adds what is read to the record."""
+
+def is_few(call: AttentionCall, plan: LayerItems) -> bool:
+    """Whether `few_changes` is the way to do it; else it is `row_changes`."""
+    return plan.engine == "partitioned" and call.q_BNTH.shape[2] < FEW and not _needs_gradient(call)
+
+
+def row_changes(
+    call: AttentionCall, rows: slice, records: Sequence[LayerRecord], step: int | None
+) -> Iterator[Changed]:
+    """Runs the edits and reads of one row: yields what edits change, and adds what is read to the record."""
+    row, record = rows.start, records[0]
     items = [meant for meant in record.plan.items if meant.in_call(step)]
     queries_T = call.queries_BT[row]
     wanted_T = torch.zeros_like(queries_T, dtype=torch.bool)
     for meant in items:
-        wanted_T |= meant.queries.holds(queries_T, record.flags)
+        wanted_T |= meant.queries.holds(queries_T)
     tokens = wanted_T.nonzero()[:, 0]
-    record.heads = call.q_BNTH.shape[1]
-    counts = None if call.log_counts_BKS is None else call.log_counts_BKS[row].exp().round()
-    record.held = (call.positions_BKS[row], counts)
-    record.approximate |= call.approximate
     if not len(tokens):
         return
     partitioned = record.plan.engine == "partitioned" and len(tokens) >= FEW and not _needs_gradient(call)
@@ -126,15 +140,15 @@ def _by_class(
     """One fused pass for every class of keys; a class's score is the logarithm of its sum of exponentials."""
     plan, device = record.plan, tokens_L.device
     heads_N = torch.tensor(plan.heads, device=device)
-    member_CM, class_KS = classes_of(plan.sets, call.positions_BKS[row], record.flags)
-    sets = {held: member_CM[:, index][None, None] for index, held in enumerate(plan.sets)}
+    sets = record.sets(device)
+    class_KS = sets.classes(call.positions_BKS[row])
     groups = []
     for kv_heads, first, last in _groups(plan.heads, call):
         every = len(kv_heads) == call.keys_BKSH.shape[1]
         kv_K = torch.tensor(kv_heads, device=device)
         keys, values = (x[row] if every else x[row].index_select(0, kv_K) for x in (call.keys_BKSH, call.values_BKSH))
         class_S = class_KS[0 if len(class_KS) == 1 else kv_heads[0]]
-        groups.append((slice(first, last), ByClass.of(keys, values, class_S, len(member_CM))))
+        groups.append((slice(first, last), ByClass.of(keys, values, class_S, len(plan.codes))))
     for tokens_R in tokens_L.split(ROWS):
         block = _Block.of(call, row, tokens_R, heads_N)
         passes = [
@@ -152,7 +166,7 @@ def _by_class(
             torch.cat(outs) if len(outs) > 1 else outs[0] for outs in zip(*(outs for _, outs in passes), strict=True)
         ]
         visible_NRC = lse_NRC > float("-inf")
-        heres = [(meant, class_here(meant, block, visible_NRC, sets, record)) for meant in items]
+        heres = [(meant, class_here(meant, _named(meant, block), visible_NRC, sets)) for meant in items]
         found = weighed(lse_NRC, visible_NRC, [(meant.item, here) for meant, here in heres])
         with_values = partial(_sum_of_classes, outs=outs)
         yield from _finish(found, with_values, heres, block, record, call.q_BNTH.dtype)
@@ -203,21 +217,24 @@ def _finish(
     for meant, here in heres:
         named_NR1 = named_NR1 | here.named_NR1
         if isinstance(meant.item, Read):
-            record.add(meant, here, found, block.queries_R)
+            heads, rows = (here.named_NR1.any(axis).flatten().nonzero()[:, 0] for axis in (1, 0))
+            if len(rows):
+                record.add(meant, read_values(meant, here, found), heads, rows, block.queries_R)
         elif isinstance(meant.item, Edit):
             edited = edited | here.named_NR1
     for head, query in (found.empty_NR1 & named_NR1)[..., 0].nonzero().tolist():
         record.empty.append((int(block.heads_N[head]), int(block.queries_R[query])))
     if bool(edited.any()):
         out_NRH = with_values(found.weights_NRS).to(dtype)
-        yield Changed(block.heads_N, block.tokens_R, out_NRH, edited[..., 0])
+        yield Changed(block.row, block.heads_N, block.tokens_R, out_NRH, edited[..., 0])
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Some heads and tokens of one row: content_NRH, and what is added to scores besides content . key. visible_NRS and
+    """Some heads and tokens of a row: content_NRH, and what is added to scores besides content . key. visible_NRS and
     added_NRS may have one head for all, and one query."""
 
+    row: int
     heads_N: Tensor
     tokens_R: Tensor
     queries_R: Tensor
@@ -247,6 +264,7 @@ class _Block:
             shown = added > float("-inf")  # a bias of -inf hides as a mask does: an edit cannot show the key
             visible_NRS = visible_NRS if bool(shown.all()) else visible_NRS & shown
         return _Block(
+            row,
             heads_N,
             tokens_R,
             call.queries_BT[row, tokens_R],
@@ -279,12 +297,12 @@ def _seen(mask: Mask, row: int, tokens_R: Tensor, entries: int) -> tuple[Tensor,
 
 def here_of(meant: Meant, block: _Block, positions_NS: Tensor, record: LayerRecord) -> Here:
     """What an item means among the keys of a block."""
-    sets = dict(meant.sets)
+    sets, held = dict(meant.sets), record.sets(positions_NS.device)
     placed = meant.item.placed
     return Here(
-        named_NR1=_named(meant, block, record),
+        named_NR1=_named(meant, block),
         visible_NRS=block.visible_NRS,
-        keys={name: held.holds(positions_NS, record.flags)[:, None] for name, held in sets.items()},
+        keys={name: held.holds(each, positions_NS)[:, None] for name, each in sets.items()},
         heads_N=block.heads_N,
         head_row_N=_head_rows(meant, block) if placed else None,
         query_row_R=meant.queries.rank(block.queries_R) if placed else None,
@@ -293,18 +311,13 @@ def here_of(meant: Meant, block: _Block, positions_NS: Tensor, record: LayerReco
     )
 
 
-def class_here(meant: Meant, block: _Block, visible_NRC: Tensor, sets: dict, record: LayerRecord) -> Here:
+def class_here(meant: Meant, named_NR1: Tensor, visible_NRC: Tensor, sets: KeySets) -> Here:
     """What an item means among classes of keys."""
-    return Here(
-        named_NR1=_named(meant, block, record),
-        visible_NRS=visible_NRC,
-        keys={name: sets[held] for name, held in meant.sets},
-        heads_N=block.heads_N,
-    )
+    return Here(named_NR1, visible_NRC, {name: sets.of_classes(held) for name, held in meant.sets})
 
 
-def _named(meant: Meant, block: _Block, record: LayerRecord) -> Tensor:
-    heads, queries_R = len(block.heads_N), meant.queries.holds(block.queries_R, record.flags)
+def _named(meant: Meant, block: _Block) -> Tensor:
+    heads, queries_R = len(block.heads_N), meant.queries.holds(block.queries_R)
     if len(meant.heads) == heads:  # a block has no heads beside those that items name
         return queries_R[None, :, None].expand(heads, -1, 1)
     named_N = torch.isin(block.heads_N, torch.tensor(meant.heads, device=block.heads_N.device))
@@ -321,4 +334,5 @@ def _per_head(x_KS: Tensor, kv_N: Tensor) -> Tensor:
 
 
 def _needs_gradient(call: AttentionCall) -> bool:
+    """Whether a backward pass may follow."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in (call.q_BNTH, call.keys_BKSH, call.values_BKSH))

@@ -73,15 +73,15 @@ class Here:
     """Which of the heads N, queries R and keys S of a call an item means.
 
     named_NR1: its heads and queries. visible_NRS: what the mask shows, of one head or query for all. keys: its sets of
-    keys by name, [N or 1, 1, S]; "keys" is that of its `Where`. heads_N: the heads' numbers in the model. head_row_N,
-    query_row_R: their places among those that the item names; key_row_NS likewise; None for items that are
-    not `placed`. positions_NS: logical positions of the keys, None where keys are classes of keys.
+    keys by name, [N or 1, 1, S]; "keys" is that of its `Where`. heads_N: the heads' numbers in the model, and
+    positions_NS: logical positions of the keys; None where keys are classes of keys. head_row_N, query_row_R: their
+    places among those that the item names; key_row_NS likewise; None for items that are not `placed`.
     """
 
     named_NR1: Tensor
     visible_NRS: Tensor
     keys: dict[str, Tensor]
-    heads_N: Tensor
+    heads_N: Tensor | None = None
     head_row_N: Tensor | None = None
     query_row_R: Tensor | None = None
     key_row_NS: Tensor | None = None
@@ -256,9 +256,9 @@ class Raise(WeightEdit):
         return self.share == 0
 
     def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
-        had = _sum(x_NRS, here.meant) / _nonzero(x_NRS.sum(-1, keepdim=True))
+        had = _sum(x_NRS, here.meant) / nonzero(x_NRS.sum(-1, keepdim=True))
         low_NR1 = here.named_NR1 & (had > 0) & (had < self.share)
-        raised = torch.where(low_NR1 & here.meant, x_NRS * (self.share / _nonzero(had)), x_NRS)
+        raised = torch.where(low_NR1 & here.meant, x_NRS * (self.share / nonzero(had)), x_NRS)
         return _with_sums_of(x_NRS, raised, low_NR1)
 
 
@@ -297,6 +297,7 @@ class CopyHead(WeightEdit):
 
     def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
         assert here.positions_NS is not None
+        assert here.heads_N is not None
         row = int((here.heads_N == self.source).nonzero())
         # By position: under a cache that evicts, each head may hold others.
         positions_NS = here.positions_NS.clamp(min=-1) + 1
@@ -355,8 +356,8 @@ class Move(WeightEdit):
             mass, rest = _sum(x_NRS, of), _sum(x_NRS, of & receiving)
             active_NR1 = active_NR1 & (mass >= self.only_heads.min_mass) & (rest >= self.only_heads.min_share * mass)
         moved = self.share * _sum(x_NRS, giving)
-        new = x_NRS * (1 - self.share * giving.to(x_NRS.dtype))
-        new = torch.where(receiving, x_NRS * (1 + moved / _nonzero(received)), new)
+        new = torch.where(giving, x_NRS * (1 - self.share), x_NRS)
+        new = torch.where(receiving, x_NRS * (1 + moved / nonzero(received)), new)
         return torch.where(active_NR1, new, x_NRS)
 
 
@@ -383,14 +384,15 @@ def _check_shape(name: str, values: Values, heads: int, queries: Chosen, keys: C
 
 
 def _sum(x_NRS: Tensor, held: Tensor) -> Tensor:
-    return (x_NRS * held.to(x_NRS.dtype)).sum(-1, keepdim=True)
+    return (x_NRS * held).sum(-1, keepdim=True)
 
 
-def _nonzero(x: Tensor) -> Tensor:
+def nonzero(x: Tensor) -> Tensor:
+    """x, with 1 in place of 0, to divide by."""
     return torch.where(x == 0, 1.0, x)
 
 
 def _with_sums_of(before_NRS: Tensor, after_NRS: Tensor, rows_NR1: Tensor) -> Tensor:
     """`after`, whose named rows are scaled to the sums that they had before, but for rows without any weight left."""
     had, has = before_NRS.sum(-1, keepdim=True), after_NRS.sum(-1, keepdim=True)
-    return torch.where(rows_NR1, after_NRS * (had / _nonzero(has)), after_NRS)
+    return torch.where(rows_NR1, after_NRS * (had / nonzero(has)), after_NRS)

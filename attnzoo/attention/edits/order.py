@@ -1,15 +1,19 @@
 """The order of things, written once: scores, score edits in list order, softmax, weight edits in list order.
 
 Values come after. Keys may be single keys, or classes of keys: the score of a class is the logarithm of the sum of the
-exponentials of its keys' scores, and its weight the sum of theirs, so that all that follows is the same.
+exponentials of its keys' scores, and its weight the sum of theirs, so that all that follows is the same. Where every
+key has a score and edits speak of classes, what they do to a class is done to each of its keys.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.attention.edits.classes import ClassTable
 from attnzoo.attention.edits.items import Here, ScoreEdit, WeightEdit
 
 
@@ -27,14 +31,41 @@ def weighed(scores_NRS: Tensor, visible_NRS: Tensor, items: Sequence[tuple[Any, 
     """Softmax attention weights with edits; other items are left out. What is not visible has no weight, whatever edits
     say."""
     hidden = ~visible_NRS
-    scores = scores_NRS.masked_fill(hidden, 0.0)
-    for item, here in items:
-        if isinstance(item, ScoreEdit):
-            scores = item.apply(scores, here)
-    scores = scores.masked_fill(hidden, float("-inf"))
+    scores = scored(scores_NRS.masked_fill(hidden, 0.0), items).masked_fill(hidden, float("-inf"))
     empty = (scores == float("-inf")).all(-1, keepdim=True)
     weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
     return Weighed(scores, changed(weights, hidden, items), empty)
+
+
+def weighed_by_class(
+    scores_BNRS: Tensor, empty_BNR1: Tensor | None, table: ClassTable, items: Sequence[tuple[Any, Here]]
+) -> tuple[Tensor, Tensor, Weighed]:
+    """(weights_BNRS and their sums_BNRC before weight edits, scores and weights of classes after all) of edits of
+    classes: a weight's share of its class stays. Scores are -inf where hidden; empty_BNR1: rows in which nothing can be
+    seen, whose scores may be anything, None: there are none."""
+    hidden = empty_BNR1
+    if any(isinstance(item, ScoreEdit) for item, _ in items):
+        added_BNRC = scored(scores_BNRS.new_zeros(*scores_BNRS.shape[:3], table.classes), items)
+        hidden = added_BNRC == float("-inf") if hidden is None else hidden | (added_BNRC == float("-inf"))
+        lowest = torch.finfo(added_BNRC.dtype).min / 2  # in place of -inf, which has no product with 0
+        scores_BNRS = scores_BNRS + table.spread(added_BNRC.clamp(min=lowest), scores_BNRS)
+    weights_BNRS = scores_BNRS.softmax(-1)
+    if weights_BNRS.device.type == "cpu":  # which is slow with denormal numbers; quotients of them may be infinite, too
+        weights_BNRS = F.threshold(weights_BNRS, torch.finfo(weights_BNRS.dtype).tiny, 0.0)
+    sums_BNRC = table.sums(weights_BNRS)
+    if hidden is not None:
+        sums_BNRC = sums_BNRC.masked_fill(hidden, 0.0)
+    without = sums_BNRC == 0
+    after_BNRC = changed(sums_BNRC, without, items)
+    return weights_BNRS, sums_BNRC, Weighed(sums_BNRC.log(), after_BNRC, without.all(-1, keepdim=True))
+
+
+def scored(scores_NRS: Tensor, items: Sequence[tuple[Any, Here]]) -> Tensor:
+    """Scores after the score edits."""
+    for item, here in items:
+        if isinstance(item, ScoreEdit):
+            scores_NRS = item.apply(scores_NRS, here)
+    return scores_NRS
 
 
 def changed(weights_NRS: Tensor, hidden_NRS: Tensor, items: Sequence[tuple[Any, Here]]) -> Tensor:

@@ -5,11 +5,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 
+from attnzoo.attention.edits.classes import class_codes
 from attnzoo.attention.edits.cost import EditCost, layer_cost, returned_bytes
 from attnzoo.attention.edits.items import CopyHead, Edit, Item, ScoreEdit, Values, WeightEdit
 from attnzoo.attention.edits.reads import Entropy, Map, Mass, Read
@@ -44,17 +45,27 @@ class Meant:
 
 @dataclass(frozen=True)
 class LayerItems:
-    """What one layer does for one sequence. heads: all that must be computed; sets: the sets of keys to tell apart."""
+    """What one layer does for one sequence. heads: all that must be computed; sets: the sets of keys to tell apart;
+    codes: their classes, as `class_codes` has them; keys: how many there are in the end."""
 
     items: tuple[Meant, ...]
     engine: Engine
     heads: tuple[int, ...]
     sets: tuple[Chosen, ...]
+    codes: tuple[int, ...]
+    keys: int
 
     @cached_property
     def sinks(self) -> tuple[Sinks, ...]:
         """What must be known of hidden states."""
         return tuple(dict.fromkeys(each for held in self.sets for each in held.sinks))
+
+    @cached_property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for what does the same, but for where its queries and sets of keys are."""
+        sets = {held: number for number, held in enumerate(self.sets)}
+        items = [(m.item, m.heads, tuple((name, sets[held]) for name, held in m.sets)) for m in self.items]
+        return self.engine, self.codes, tuple(items)
 
 
 class Edits:
@@ -239,26 +250,9 @@ def _gathered(items: list[Meant], size: LayerSizes, layout: TokenLayout, total: 
     heads |= {each.item.source for each in items if isinstance(each.item, CopyHead)}
     sets = tuple(dict.fromkeys(held for each in items for name, held in each.sets))
     keys = layout.context.prompt if size.context and layout.context else total
-    dense = not size.editing.softmax or any(each.item.dense for each in items) or _classes(sets, keys) > MAX_CLASSES
-    return LayerItems(tuple(items), "dense" if dense else "partitioned", tuple(sorted(heads)), sets)
-
-
-@lru_cache(maxsize=64)
-def _classes(sets: tuple[Chosen, ...], keys: int) -> int:
-    """The most classes of keys that these sets tell apart, whatever hidden states say."""
-    edges = sorted({0, keys, *(edge for held in sets for piece in held.intervals for edge in piece if edge < keys)})
-    sinks = tuple(dict.fromkeys(each for held in sets for each in held.sinks))
-    found = set()
-    for position in edges[:-1]:
-        for bits in range(2 ** len(sinks)):
-            on = {each for index, each in enumerate(sinks) if bits >> index & 1}
-            found.add(
-                tuple(
-                    (any(a <= position < b for a, b in held.intervals) or bool(on & set(held.sinks))) ^ held.negated
-                    for held in sets
-                )
-            )
-    return len(found)
+    inside, codes = class_codes(sets, keys)
+    dense = not size.editing.softmax or any(each.item.dense for each in items) or len(inside) > MAX_CLASSES
+    return LayerItems(tuple(items), "dense" if dense else "partitioned", tuple(sorted(heads)), sets, codes, keys)
 
 
 def _check_bytes(plan: EditPlan, most: int) -> None:

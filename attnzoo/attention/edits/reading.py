@@ -7,24 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnzoo.attention.edits.classes import KeySets
 from attnzoo.attention.edits.items import Here
 from attnzoo.attention.edits.order import Weighed
 from attnzoo.attention.edits.plan import EditPlan, LayerItems, Meant
 from attnzoo.attention.edits.reads import Entropy, KeySums, Map, Mass, Read, TopKeys
-from attnzoo.attention.edits.spans import Sinks
 
 
 @dataclass
 class LayerRecord:
     """What one layer has read of one sequence so far, and what it must remember of it.
 
-    flags: is_sink of every position so far. parts: (query positions, values) of every call by the read's index; sums:
-    likewise, summed. held: positions of the entries of the last call [K or 1, S] and how many tokens each stands for.
+    parts: (query positions, values) of every call by the read's index; sums: likewise, summed. held: positions of the
+    entries of the last call [K or 1, S], and the logarithms of how many tokens each stands for, None: each for itself.
     empty: (head, query) of rows in which nothing could be seen. engines: those that ran.
     """
 
     plan: LayerItems
-    flags: dict[Sinks, Tensor] = field(default_factory=dict)
     parts: dict[int, list[tuple[Tensor, dict[str, Tensor]]]] = field(default_factory=dict)
     sums: dict[int, Tensor] = field(default_factory=dict)
     held: tuple[Tensor, Tensor | None] | None = None
@@ -32,40 +31,31 @@ class LayerRecord:
     engines: set[str] = field(default_factory=set)
     approximate: bool = False
     heads: int = 0
+    _sets: KeySets | None = None
 
-    def observe(self, x_TD: Tensor, first: int) -> None:
-        """Notes which of the next tokens, from position `first` on, are sinks. Raises ValueError where tokens before
-        them have not been seen."""
-        for sinks in self.plan.sinks:
-            known = self.flags.get(sinks, torch.zeros(0, dtype=torch.bool, device=x_TD.device))
-            if len(known) != first:
-                raise ValueError(
-                    f"{sinks}: this run has seen the hidden states of {len(known)} tokens, and the next one is at "
-                    f"position {first}; a run with Sinks must see its sequence from the first token on, once"
-                )
-            self.flags[sinks] = torch.cat([known, sinks.found(x_TD)])
+    def sets(self, device: torch.device) -> KeySets:
+        """Which keys are meant."""
+        if self._sets is None:
+            self._sets = KeySets(self.plan.sets, self.plan.codes, self.plan.keys, device)
+        return self._sets
 
-    def add(self, meant: Meant, here: Here, found: Weighed, queries_R: Tensor) -> None:
-        """Adds what one call's weights say to a read."""
-        heads = here.named_NR1.any(1)[:, 0].nonzero()[:, 0]
-        rows = here.named_NR1.any(0)[:, 0].nonzero()[:, 0]
-        if not len(rows):
-            return
-        values = _values(meant, here, found)
-        if isinstance(meant.item, KeySums):
-            summed = (values["sums"] * here.named_NR1.to(values["sums"].dtype)).sum(1)[heads]
-            before = self.sums.get(meant.index)
-            self.sums[meant.index] = summed if before is None else before + summed
-            return
+    def add(
+        self, meant: Meant, values: dict[str, Tensor], heads: Tensor | slice, rows: Tensor | slice, queries_R: Tensor
+    ) -> None:
+        """Adds what one call says to a read: of its heads and queries among those of the call."""
         cut = {name: x[heads][:, rows] for name, x in values.items()}
-        self.parts.setdefault(meant.index, []).append((queries_R[rows], cut))
+        if isinstance(meant.item, KeySums):
+            summed, before = cut["sums"].sum(1), self.sums.get(meant.index)
+            self.sums[meant.index] = summed if before is None else before + summed
+        else:
+            self.parts.setdefault(meant.index, []).append((queries_R[rows], cut))
 
 
-def _values(meant: Meant, here: Here, found: Weighed) -> dict[str, Tensor]:
-    """The read's values of every head and query of a call."""
+def read_values(meant: Meant, here: Here, found: Weighed) -> dict[str, Tensor]:
+    """A read's values of every head and query of a call."""
     read, weights = meant.item, found.weights_NRS
     if isinstance(read, Mass):
-        return {name: _small((weights * here.keys[name].to(weights.dtype)).sum(-1)) for name in read.key_sets()}
+        return {name: _small((weights * here.keys[name]).sum(-1)) for name in read.key_sets()}
     chosen = here.keys["keys"]
     if isinstance(read, Entropy):
         total = weights.sum(-1, keepdim=True)
@@ -239,9 +229,11 @@ def _result(record: LayerRecord, meant: Meant) -> ReadResult:
 def _stands_for(record: LayerRecord) -> Tensor:
     if record.held is None:
         return torch.zeros(record.heads, 0)
-    positions_KS, counts_KS = record.held
+    positions_KS, log_counts_KS = record.held
     last = int(positions_KS.max()) + 1
-    counts = torch.ones_like(positions_KS, dtype=torch.float32) if counts_KS is None else counts_KS.float()
+    counts = torch.ones_like(positions_KS, dtype=torch.float32)
+    if log_counts_KS is not None:
+        counts = log_counts_KS.float().exp().round()
     kept = torch.zeros(len(positions_KS), last + 1)
     kept.scatter_(1, positions_KS.cpu().clamp(min=-1) + 1, counts.cpu().expand(len(positions_KS), -1))
     return kept[:, 1:].repeat_interleave(record.heads // len(kept), dim=0)

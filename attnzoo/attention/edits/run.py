@@ -1,17 +1,22 @@
 """Runs of plans: what a model hands to its layers, and what a layer does with it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnzoo.attention.edits.engine import AttentionCall, Changed, row_changes, span
+from attnzoo.attention.edits.engine import AttentionCall, is_few, row_changes
+from attnzoo.attention.edits.few import few_changes
 from attnzoo.attention.edits.items import Edit
 from attnzoo.attention.edits.plan import EditPlan
 from attnzoo.attention.edits.reading import LayerRecord, Reading
+from attnzoo.attention.edits.spans import Sinks
 from attnzoo.attention.edits.traits import Editing
 from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.recent import recent
 
 
 class EditRun:
@@ -85,12 +90,18 @@ class LayerPlan:
 
     def observe(self, x_BTD: Tensor, queries_BT: Tensor) -> None:
         """Finds the sinks among the tokens of a call; queries_BT as in `AttentionCall`."""
+        self.check_batch(len(x_BTD))
         hidden_BTD = x_BTD if self.hidden_BTD is None else self.hidden_BTD
-        for row, entry in enumerate(self.rows):
-            if entry is not None and entry.record.plan.sinks:
-                real_T = queries_BT[row] >= 0
-                if bool(real_T.any()):
-                    entry.record.observe(hidden_BTD[row][real_T], int(queries_BT[row][real_T].min()))
+        found_BT: dict[Sinks, Tensor] = {}
+        for row, (entry, (first, last)) in enumerate(zip(self.rows, ends(queries_BT), strict=True)):
+            if entry is None or not entry.record.plan.sinks or last < 0:
+                continue
+            real = slice(None) if first >= 0 else queries_BT[row] >= 0
+            for sinks in entry.record.plan.sinks:
+                if sinks not in found_BT:
+                    found_BT[sinks] = sinks.found(hidden_BTD)
+            found = {sinks: found_BT[sinks][row][real] for sinks in entry.record.plan.sinks}
+            entry.record.sets(x_BTD.device).observe(found, first if first >= 0 else int(queries_BT[row][real].min()))
 
     def check_streams(self, editing: Editing, name: str) -> None:
         """Raises ValueError where edits do not stream."""
@@ -107,10 +118,10 @@ class LayerPlan:
                 isinstance(meant.item, Edit)
                 and len(meant.heads) == num_heads
                 and meant.in_call(self.step)
-                and bool(meant.queries.holds(queries_BT[row], {}).all())
+                and meant.queries.covers(first, last)
                 for meant in entry.record.plan.items
             )
-            for row, entry in enumerate(self.rows)
+            for entry, (first, last) in zip(self.rows, ends(queries_BT), strict=True)
         )
 
     def apply(self, call: AttentionCall, out_BNTH: Tensor | None) -> Tensor:
@@ -121,40 +132,65 @@ class LayerPlan:
             out_BNTH = call.q_BNTH.new_zeros(*call.q_BNTH.shape[:3], call.values_BKSH.shape[3])
         self.check_batch(len(out_BNTH))
         for row, entry in enumerate(self.rows):
-            if entry is None:
-                continue
-            if entry.heads != out_BNTH.shape[1]:
+            if entry is not None and entry.heads != out_BNTH.shape[1]:
                 raise ValueError(
                     f"edits[{row}] were planned for {entry.heads} query heads, and the layer has {out_BNTH.shape[1]}; "
                     "plan them for this model"
                 )
-            for new in row_changes(call, row, entry.record, self.step):
+        for rows, records in self._alike(call):
+            for row, record in enumerate(records, rows.start):
+                _note(call, row, record)
+            changes = few_changes if is_few(call, records[0].plan) else row_changes
+            for new in changes(call, rows, records, self.step):
                 out_BNTH, copied = (out_BNTH if copied else out_BNTH.clone()), True
-                _put(out_BNTH[row], new)
+                new.put(out_BNTH)
         return out_BNTH
+
+    def _alike(self, call: AttentionCall) -> Iterator[tuple[slice, list[LayerRecord]]]:
+        """The rows with edits: where queries are few, those that follow each other and do the same in one, else one by
+        one."""
+
+        def kind(numbered: tuple[int, Row | None]) -> Any:
+            row, entry = numbered
+            return entry and (entry.record.plan.kind if is_few(call, entry.record.plan) else row + 1)
+
+        for _, same in groupby(enumerate(self.rows), kind):
+            rows, entries = zip(*same, strict=True)
+            records = [entry.record for entry in entries if entry is not None]
+            if records:
+                yield slice(rows[0], rows[-1] + 1), records
 
     def positions(self, queries_BT: Tensor, counts_B: Tensor | None = None) -> Tensor:
         """Positions of a chunk, -1 for right padding. Raises ValueError beyond what was planned."""
         if counts_B is not None:
-            index_T = torch.arange(queries_BT.shape[1], device=queries_BT.device)
-            queries_BT = queries_BT.masked_fill(index_T >= counts_B[:, None], -1)
-        for row, entry in enumerate(self.rows):
-            if entry is not None and row < len(queries_BT) and int(queries_BT[row].max()) >= entry.total:
+            queries_BT = _real(queries_BT, counts_B)
+        for row, (entry, (_, last)) in enumerate(zip(self.rows, ends(queries_BT), strict=False)):
+            if entry is not None and last >= entry.total:
                 raise ValueError(
-                    f"edits[{row}] were planned for {entry.total} tokens, and here is one at position "
-                    f"{int(queries_BT[row].max())}; plan with more new_tokens"
+                    f"edits[{row}] were planned for {entry.total} tokens, and here is one at position {last}; plan "
+                    "with more new_tokens"
                 )
         return queries_BT
 
 
-def _put(out_NTH: Tensor, new: Changed) -> None:
-    """Writes what has changed in one row."""
-    tokens = span(new.tokens_R)
-    if isinstance(tokens, slice) and len(new.heads_N) == len(out_NTH) and bool(new.named_NR.all()):
-        out_NTH[:, tokens] = new.out_NRH
-        return
-    at = (new.heads_N[:, None], new.tokens_R)
-    out_NTH[at] = torch.where(new.named_NR[..., None], new.out_NRH, out_NTH[at])
+def _note(call: AttentionCall, row: int, record: LayerRecord) -> None:
+    """Notes what the cache holds of a row."""
+    record.heads = call.q_BNTH.shape[1]
+    counts_BKS = call.log_counts_BKS
+    record.held = (call.positions_BKS[row], None if counts_BKS is None else counts_BKS[row])
+    record.approximate |= call.approximate
+
+
+@recent
+def _real(queries_BT: Tensor, counts_B: Tensor) -> Tensor:
+    index_T = torch.arange(queries_BT.shape[1], device=queries_BT.device)
+    return queries_BT.masked_fill(index_T >= counts_B[:, None], -1)
+
+
+@recent
+def ends(queries_BT: Tensor) -> list[tuple[int, int]]:
+    """The first and the last of each row's positions, which follow each other but for those of -1."""
+    return list(zip(queries_BT.amin(1).tolist(), queries_BT.amax(1).tolist(), strict=True))
 
 
 def row_positions(mask: Mask, batch: int, tokens: int, device: torch.device) -> Tensor:

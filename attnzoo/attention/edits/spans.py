@@ -69,8 +69,8 @@ class Sinks:
     def found(self, x_BTD: Tensor) -> Tensor:
         """sink_BT (bool)."""
         x = x_BTD.detach().to(torch.promote_types(x_BTD.dtype, torch.float32))
-        size = x[..., list(self.channels)].abs().amax(-1)
-        return size >= self.tau * x.square().mean(-1).sqrt()
+        size = x.index_select(-1, torch.tensor(self.channels, device=x.device)).abs().amax(-1)
+        return size >= self.tau * x.shape[-1] ** -0.5 * torch.linalg.vector_norm(x, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -152,16 +152,16 @@ class Chosen:
         found = [piece for start, stop in other.intervals for piece in self.within(start, stop).intervals]
         return Chosen(_joined(found))
 
-    def holds(self, positions: Tensor, flags: "dict[Sinks, Tensor]") -> Tensor:
-        """Which positions are among them; those below 0 are not. flags: is_sink of every position so far."""
+    def holds(self, positions: Tensor) -> Tensor:
+        """Which positions are among them, none of which is a sink; those below 0 are not."""
         held = torch.zeros_like(positions, dtype=torch.bool)
         for start, stop in self.intervals:
             held |= (positions >= start) & (positions < stop)
-        for sinks in self.sinks:
-            known = flags[sinks]
-            at = positions.clamp(0, len(known) - 1) if len(known) else positions
-            held |= known[at] & (positions < len(known)) if len(known) else False
         return (held ^ self.negated) & (positions >= 0)
+
+    def covers(self, first: int, last: int) -> bool:
+        """Whether all positions from first to last are among them; there may be no sinks."""
+        return any(start <= first and last < stop for start, stop in self.intervals)
 
     def rank(self, positions: Tensor) -> Tensor:
         """How many of them come before each position."""

@@ -43,30 +43,28 @@ class StreamedEdits:
         """Attention over the view of an exact cache, with edits; without, it is `attend`."""
         replaced = self.plan.replaces(q_BNTH.shape[1], self.queries_BT)
         out_BNTH = None if replaced else attend(q_BNTH, view, positions_BT)
-        keys_values = (view.keys_BKSH.to(q_BNTH.dtype), view.values_BKSH.to(q_BNTH.dtype))
-        call = self._call(q_BNTH, *keys_values, positions_BT, view.positions_BKS)
-        return self.plan.apply(replace(call, queries_BT=self.queries_BT), out_BNTH)
+        qkv = (q_BNTH, view.keys_BKSH.to(q_BNTH.dtype), view.values_BKSH.to(q_BNTH.dtype))
+        return self.plan.apply(self._call(qkv, positions_BT, view.positions_BKS, self.queries_BT), out_BNTH)
 
     def __call__(self, out_BNTH: Tensor, q_BNTH: Tensor, positions_BT: Tensor, segments: Sequence[Entries]) -> Tensor:
         width, values_width = q_BNTH.shape[-1], out_BNTH.shape[-1]
         keys = [_whole(each.keys_BKSC, each.channels_BKC, width) for each in segments]
         values = [_whole(each.values_BKSV, each.value_channels_BKV, values_width) for each in segments]
-        call = self._call(q_BNTH, torch.cat(keys, 2), torch.cat(values, 2), positions_BT, _positions(segments))
         last_B1 = self.queries_BT.amax(1, keepdim=True)
+        queries_BT = positions_BT.masked_fill(positions_BT > last_B1, -1)  # a row whose tokens have ended stays
+        qkv = (q_BNTH, torch.cat(keys, 2), torch.cat(values, 2))
         call = replace(
-            call,
-            queries_BT=positions_BT.masked_fill(positions_BT > last_B1, -1),  # a row whose tokens have ended stays
+            self._call(qkv, positions_BT, _positions(segments), queries_BT),
             log_counts_BKS=_log_counts(segments),
             approximate=any(each.channels_BKC is not None for each in segments),
         )
         return self.plan.apply(call, out_BNTH)
 
     def _call(
-        self, q_BNTH: Tensor, keys_BKSH: Tensor, values_BKSH: Tensor, positions_BT: Tensor, keys_BKS: Tensor
+        self, qkv: tuple[Tensor, Tensor, Tensor], positions_BT: Tensor, keys_BKS: Tensor, queries_BT: Tensor
     ) -> AttentionCall:
         mask = replace(self.mask, query_positions_BT=positions_BT, key_positions_BKS=keys_BKS)
-        scale = q_BNTH.shape[-1] ** -0.5
-        return AttentionCall(q_BNTH, keys_BKSH, values_BKSH, mask, self.terms, scale, positions_BT, keys_BKS)
+        return AttentionCall(*qkv, mask, self.terms, qkv[0].shape[-1] ** -0.5, queries_BT, keys_BKS)
 
 
 def _whole(x_BKSC: Tensor, channels_BKC: Tensor | None, width: int) -> Tensor:
