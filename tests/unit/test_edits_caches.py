@@ -199,7 +199,7 @@ def test_requests_of_a_batch_are_apart():
     off, _ = model.extend(tokens, model.init_state(8, TOKENS))
     bad = EditRun(model.plan_edits(Edits(Mass(bins={"s": SINKS})), LAYOUT, 4))
     sets = bad.records[1].sets(tokens.device)
-    sets.observe({SINKS: torch.zeros(2, dtype=torch.bool)}, 0)  # as if it had seen two tokens of another pass
+    sets.observe({}, 0, 2)  # as if it had seen two tokens of another pass
     runs = [None, *(EditRun(plan) for plan in plans), None, None, None]
     with pytest.raises(ValueError, match="must see its sequence from the first token on, once"):
         model.extend(tokens, model.init_state(8, TOKENS), edits=[*runs[:7], bad])

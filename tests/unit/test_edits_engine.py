@@ -84,7 +84,9 @@ def run(items, call, kv_heads, out, rows=(True, True), **options):
     if layer is None:
         return out, runs
     for entry in filter(None, layer.rows):
-        entry.record.sets(call.q_BNTH.device).observe({SINKS: torch.arange(TOKENS)[:, None].eq(FOUND).any(1)}, 0)
+        entry.record.sets(call.q_BNTH.device).observe(
+            {SINKS: torch.arange(TOKENS)[:, None].eq(FOUND).any(1)}, 0, TOKENS
+        )
     return layer.apply(call, out), runs
 
 
@@ -149,7 +151,7 @@ def test_rows_that_do_the_same_are_one_pass(monkeypatch):
         layer = layer_plan(runs, 0)
         for n, run in zip(rows, runs, strict=True):
             if run is not None:
-                run.records[0].sets(q.device).observe({SINKS: torch.arange(11) % 5 == n}, 0)
+                run.records[0].sets(q.device).observe({SINKS: torch.arange(11) % 5 == n}, 0, 11)
         return layer.apply(call, torch.full_like(call.q_BNTH, 99.0)), runs
 
     monkeypatch.setattr(edits_run, "few_changes", spy)

@@ -48,20 +48,24 @@ class KeySets:
             code_P += each.holds(positions_P).to(code_P.dtype) << bit
         self._codes_C = torch.tensor(codes, device=device)
         self._class_P = torch.searchsorted(self._codes_C, code_P)
-        self._members = {each: (self._codes_C >> bit & 1).bool()[None, None] for bit, each in enumerate(sets)}
+        self._members = dict(zip(sets, _members(codes, len(sets), device), strict=True))
 
-    def observe(self, found: dict[Sinks, Tensor], first: int) -> None:
-        """Marks the sinks among the next tokens, from position `first` on: found_T (bool). Raises ValueError where
-        tokens before them have not been seen."""
+    def observe(self, found: dict[Sinks, Tensor], first: int, tokens: int) -> None:
+        """Marks the sinks among the next `tokens` tokens, from position `first` on: found_T (bool), left out where none
+        is one. Raises ValueError where tokens before them have not been seen."""
+        if self.seen != first:
+            raise ValueError(
+                f"{self.sinks[0]}: this run has seen the hidden states of {self.seen} tokens, and the next one is at "
+                f"position {first}; a run with Sinks must see its sequence from the first token on, once"
+            )
+        self.seen = first + tokens
         for sinks, found_T in found.items():
-            if self.seen != first:
-                raise ValueError(
-                    f"{sinks}: this run has seen the hidden states of {self.seen} tokens, and the next one is at "
-                    f"position {first}; a run with Sinks must see its sequence from the first token on, once"
-                )
-            if bool(found_T.any()):
-                self._mark(sinks, found_T.nonzero()[:, 0] + first + 1)
-        self.seen = first + len(next(iter(found.values())))
+            self._mark(sinks, found_T.nonzero()[:, 0] + first + 1)
+
+    @property
+    def sinks(self) -> tuple[Sinks, ...]:
+        """What must be known of hidden states."""
+        return tuple(dict.fromkeys(sinks for each in self.sets for sinks in each.sinks))
 
     def _mark(self, sinks: Sinks, rows: Tensor) -> None:
         rows = rows[rows <= self.keys]
@@ -92,12 +96,20 @@ class KeySets:
         return F.one_hot(self._class_P, len(self._codes_C)).t().to(torch.float32, memory_format=torch.contiguous_format)
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _members(codes: tuple[int, ...], sets: int, device: torch.device) -> list[Tensor]:
+    """For each set, which classes are in it, [1, 1, C]. Layers share them."""
+    codes_C = torch.tensor(codes, device=device)
+    return [(codes_C >> bit & 1).bool()[None, None] for bit in range(sets)]
+
+
 @dataclass(frozen=True)
 class ClassTable:
-    """Of which class every entry of a cache is: in_class_BKCS is 1 or 0, for each kv head, or one for all. Query heads
-    that share a kv head follow each other."""
+    """Of which class every entry of a cache is: in_class_LCS is 1 or 0, of each row's kv heads, or of one for all.
+    Query heads that share a kv head follow each other."""
 
-    in_class_BKCS: Tensor
+    in_class_LCS: Tensor
 
     @staticmethod
     def of(sets: Sequence[KeySets], rows_BKS: Tensor, in_order: bool, dtype: torch.dtype) -> "ClassTable":
@@ -110,22 +122,23 @@ class ClassTable:
                 each.table[:, rows_KS.clamp(max=each.keys + 1)].transpose(0, 1)
                 for each, rows_KS in zip(sets, rows_BKS.expand(len(sets), -1, -1), strict=True)
             ]
-        return ClassTable((found[0][None] if len(found) == 1 else torch.stack(found)).to(dtype))
+        return ClassTable((found[0] if len(found) == 1 else torch.cat(found)).to(dtype))
 
     @property
     def classes(self) -> int:
-        return self.in_class_BKCS.shape[2]
+        return self.in_class_LCS.shape[1]
 
     def sums(self, x_BNRS: Tensor) -> Tensor:
         """sums_BNRC over the keys of each class."""
-        batch, kv_heads, classes, entries = self.in_class_BKCS.shape
-        sums = x_BNRS.reshape(batch, kv_heads, -1, entries) @ self.in_class_BKCS.mT
+        rows, classes, entries = self.in_class_LCS.shape
+        sums = torch.bmm(x_BNRS.reshape(rows, -1, entries), self.in_class_LCS.mT)
         return sums.view(*x_BNRS.shape[:3], classes)
 
-    def spread(self, x_BNRC: Tensor, like_BNRS: Tensor) -> Tensor:
+    def spread(self, x_BNRC: Tensor) -> Tensor:
         """What is said of each class, finite numbers, for each of its keys."""
-        batch, kv_heads, classes, _ = self.in_class_BKCS.shape
-        return (x_BNRC.reshape(batch, kv_heads, -1, classes) @ self.in_class_BKCS).view_as(like_BNRS)
+        rows, classes, entries = self.in_class_LCS.shape
+        spread = torch.bmm(x_BNRC.reshape(rows, -1, classes), self.in_class_LCS)
+        return spread.view(*x_BNRC.shape[:3], entries)
 
 
 @recent

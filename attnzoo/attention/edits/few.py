@@ -10,13 +10,12 @@ from torch import Tensor
 
 from attnzoo.attention.edits.classes import ClassTable, table_rows
 from attnzoo.attention.edits.engine import AttentionCall, class_here
-from attnzoo.attention.edits.items import Edit, Here, nonzero
-from attnzoo.attention.edits.order import Weighed, weighed_by_class
+from attnzoo.attention.edits.items import Edit, Here
+from attnzoo.attention.edits.order import WeighedByClass, weighed_by_class
 from attnzoo.attention.edits.plan import Meant
-from attnzoo.attention.edits.reading import LayerRecord, read_values
-from attnzoo.attention.edits.reads import Read
+from attnzoo.attention.edits.reading import LayerRecord, masses
+from attnzoo.attention.edits.reads import Mass
 from attnzoo.ops.common.masks import Mask
-from attnzoo.ops.common.negligible import without_negligible
 from attnzoo.ops.common.products import with_keys, with_values
 from attnzoo.ops.common.recent import recent
 from attnzoo.types import accumulation_dtype
@@ -56,7 +55,7 @@ def few_changes(
 ) -> Iterator[FewChanged]:
     """Runs the edits and reads of rows whose plans are of one kind: yields what edits change, and adds what is read to
     the records."""
-    part = _Part.of(call, rows, records[0].plan.heads)
+    part = _RowsAndHeads.of(call, rows, records[0].plan.heads)
     asked = _asked(part, records, step)
     if not any(each.some for each in asked):
         return
@@ -66,18 +65,17 @@ def few_changes(
     scores_BNRS, empty_BNR1 = part.scores()
     table = ClassTable.of([record.sets(call.q_BNTH.device) for record in records], *part.entries(), scores_BNRS.dtype)
     items = [(each.meant[0].item, each.here) for each in asked]
-    weights_BNRS, before_BNRC, found = weighed_by_class(scores_BNRS, empty_BNR1, table, items)
+    found = weighed_by_class(scores_BNRS, empty_BNR1, table, items)
     _add(part, records, asked, found)
     named = [each.here.named_NR1 for each in asked if isinstance(each.meant[0].item, Edit) and each.some]
     if not named:
         return
-    weights_BNRS = weights_BNRS * table.spread(found.weights_NRS / nonzero(before_BNRC), weights_BNRS)
     everywhere = any(each.numel() == 1 for each in named)
     named_BNR1 = None if everywhere else torch.stack(named).any(0)
-    yield FewChanged(rows, part.heads, part.outputs(weights_BNRS), named_BNR1)
+    yield FewChanged(rows, part.heads, part.outputs(found.edited_(table)), named_BNR1)
 
 
-def _asked(part: "_Part", records: Sequence[LayerRecord], step: int | None) -> list[_Asked]:
+def _asked(part: "_RowsAndHeads", records: Sequence[LayerRecord], step: int | None) -> list[_Asked]:
     numbers = _numbers(part.call.queries_BT)[part.rows]
     device = part.call.q_BNTH.device
     sets, shown = records[0].sets(device), torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
@@ -102,13 +100,13 @@ def _numbers(queries_BT: Tensor) -> list[list[int]]:
     return found
 
 
-def _add(part: "_Part", records: Sequence[LayerRecord], asked: list[_Asked], found: Weighed) -> None:
+def _add(part: "_RowsAndHeads", records: Sequence[LayerRecord], asked: list[_Asked], found: WeighedByClass) -> None:
     """Adds what was read of each row to its record, and where nothing could be seen."""
     first = part.heads.start
     for each in asked:
         meant = each.meant[0]
-        if isinstance(meant.item, Read) and each.some:
-            values = read_values(meant, each.here, found)
+        if isinstance(meant.item, Mass) and each.some:
+            values = masses(meant.item, each.here, found.after_BNRC)
             every = len(meant.heads) == part.heads.stop - first
             heads = slice(None) if every else torch.tensor(meant.heads) - first
             for number, record in enumerate(records):
@@ -117,15 +115,15 @@ def _add(part: "_Part", records: Sequence[LayerRecord], asked: list[_Asked], fou
                     chosen = slice(None) if all(queries) else torch.tensor(queries).nonzero()[:, 0]
                     of_row = {name: x[number] for name, x in values.items()}
                     record.add(each.meant[number], of_row, heads, chosen, part.call.queries_BT[part.rows][number])
-    if bool(found.empty_NR1.any()):
-        empty_BNR1 = torch.stack([(found.empty_NR1 & each.here.named_NR1) for each in asked]).any(0)
+    if found.empty_BNR1 is not None:
+        empty_BNR1 = torch.stack([(found.empty_BNR1 & each.here.named_NR1) for each in asked]).any(0)
         numbers = _numbers(part.call.queries_BT)[part.rows]
         for row, head, query in empty_BNR1[..., 0].nonzero().tolist():
             records[row].empty.append((head + first, numbers[row][query]))
 
 
 @dataclass(frozen=True)
-class _Part:
+class _RowsAndHeads:
     """Some rows of a call, and the heads of some kv heads."""
 
     call: AttentionCall
@@ -134,10 +132,10 @@ class _Part:
     kv_heads: slice
 
     @staticmethod
-    def of(call: AttentionCall, rows: slice, heads: Sequence[int]) -> "_Part":
+    def of(call: AttentionCall, rows: slice, heads: Sequence[int]) -> "_RowsAndHeads":
         group = call.q_BNTH.shape[1] // call.keys_BKSH.shape[1]
         first, last = heads[0] // group, heads[-1] // group
-        return _Part(call, rows, slice(first * group, (last + 1) * group), slice(first, last + 1))
+        return _RowsAndHeads(call, rows, slice(first * group, (last + 1) * group), slice(first, last + 1))
 
     def of_kv(self, x: Tensor) -> Tensor:
         """The part of what is said of kv heads, or of all in one."""
@@ -168,12 +166,11 @@ class _Part:
         call = self.call
         queries, entries, device = call.q_BNTH.shape[2], call.keys_BKSH.shape[2], call.q_BNTH.device
         dtype = accumulation_dtype(call.q_BNTH.dtype)
-        hidden, empty = (
-            None if x is None else self.of_query(x) for x in call.mask.bias(queries, entries, device, dtype)
-        )
+        hidden, empty = call.mask.bias(queries, entries, device, dtype)
+        empty = None if empty is None else self.of_query(empty)
         content, bias = self._terms(queries, entries)
         products = self._by_kv(content, with_keys, call.keys_BKSH)
-        scores = torch.add(hidden, products, alpha=call.scale)
+        scores = torch.add(self.of_query(hidden), products, alpha=call.scale)
         if call.log_counts_BKS is not None:
             scores = scores + self.of_query(call.log_counts_BKS)[:, :, None]
         if bias is not None:
@@ -183,21 +180,22 @@ class _Part:
         return scores, empty
 
     def _terms(self, queries: int, entries: int) -> tuple[Tensor, Tensor | None]:
-        call = self.call
-        queries_BT, keys_BKS = call.mask.positions(queries, entries, call.q_BNTH.device)
-        prefix_B = call.mask.prefix_B
-        placed = Mask(
-            causal=call.mask.causal,
-            prefix_B=None if prefix_B is None else prefix_B[self.rows],
-            query_positions_BT=queries_BT if len(queries_BT) == 1 else queries_BT[self.rows],
-            key_positions_BKS=keys_BKS if len(keys_BKS) == 1 else keys_BKS[self.rows],
-        )
-        content, bias = call.terms(call.q_BNTH[self.rows], placed)
+        call, rows = self.call, self.rows
+        mask = call.mask
+        if mask.parallel or len(call.q_BNTH[rows]) < len(call.q_BNTH):
+            queries_BT, keys_BKS = mask.positions(queries, entries, call.q_BNTH.device)
+            mask = Mask(
+                causal=mask.causal,
+                prefix_B=None if mask.prefix_B is None else mask.prefix_B[rows],
+                query_positions_BT=queries_BT if len(queries_BT) == 1 else queries_BT[rows],
+                key_positions_BKS=keys_BKS if len(keys_BKS) == 1 else keys_BKS[rows],
+            )
+        content, bias = call.terms(call.q_BNTH[rows], mask)
         return content[:, self.heads], bias
 
     def outputs(self, weights_BNRS: Tensor) -> Tensor:
         """out_BNRH in the dtype of the queries."""
-        out = self._by_kv(without_negligible(weights_BNRS), with_values, self.call.values_BKSH)
+        out = self._by_kv(weights_BNRS, with_values, self.call.values_BKSH)
         return out.to(self.call.q_BNTH.dtype)
 
     def _by_kv(self, x_BNRX: Tensor, product: Callable[[Tensor, Tensor], Tensor], held_BKSX: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.attention.edits.classes import ClassTable
-from attnzoo.attention.edits.items import Here, ScoreEdit, WeightEdit
+from attnzoo.attention.edits.items import Here, ScoreEdit, WeightEdit, nonzero
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,21 @@ class Weighed:
     scores_NRS: Tensor
     weights_NRS: Tensor
     empty_NR1: Tensor
+
+
+@dataclass(frozen=True)
+class WeighedByClass:
+    """weights_BNRS of keys and their sums_BNRC before weight edits; after_BNRC: the sums after them. empty_BNR1: rows
+    in which nothing can be seen; None: there are none."""
+
+    weights_BNRS: Tensor
+    sums_BNRC: Tensor
+    after_BNRC: Tensor
+    empty_BNR1: Tensor | None
+
+    def edited_(self, table: ClassTable) -> Tensor:
+        """The weights of keys after weight edits, in place: each keeps its share of its class."""
+        return self.weights_BNRS.mul_(table.spread(self.after_BNRC / nonzero(self.sums_BNRC)))
 
 
 def weighed(scores_NRS: Tensor, visible_NRS: Tensor, items: Sequence[tuple[Any, Here]]) -> Weighed:
@@ -39,25 +54,24 @@ def weighed(scores_NRS: Tensor, visible_NRS: Tensor, items: Sequence[tuple[Any, 
 
 def weighed_by_class(
     scores_BNRS: Tensor, empty_BNR1: Tensor | None, table: ClassTable, items: Sequence[tuple[Any, Here]]
-) -> tuple[Tensor, Tensor, Weighed]:
-    """(weights_BNRS and their sums_BNRC before weight edits, scores and weights of classes after all) of edits of
-    classes: a weight's share of its class stays. Scores are -inf where hidden; empty_BNR1: rows in which nothing can be
-    seen, whose scores may be anything, None: there are none."""
+) -> WeighedByClass:
+    """Softmax attention weights with edits of classes, without gradients. Scores are -inf where hidden; empty_BNR1:
+    rows in which nothing can be seen, whose scores may be anything, None: there are none."""
     hidden = empty_BNR1
     if any(isinstance(item, ScoreEdit) for item, _ in items):
         added_BNRC = scored(scores_BNRS.new_zeros(*scores_BNRS.shape[:3], table.classes), items)
         hidden = added_BNRC == float("-inf") if hidden is None else hidden | (added_BNRC == float("-inf"))
         lowest = torch.finfo(added_BNRC.dtype).min / 2  # in place of -inf, which has no product with 0
-        scores_BNRS = scores_BNRS + table.spread(added_BNRC.clamp(min=lowest), scores_BNRS)
+        scores_BNRS = scores_BNRS + table.spread(added_BNRC.clamp(min=lowest))
     weights_BNRS = scores_BNRS.softmax(-1)
-    if weights_BNRS.device.type == "cpu":  # which is slow with denormal numbers; quotients of them may be infinite, too
-        weights_BNRS = F.threshold(weights_BNRS, torch.finfo(weights_BNRS.dtype).tiny, 0.0)
+    if weights_BNRS.device.type == "cpu":
+        F.threshold(weights_BNRS, torch.finfo(weights_BNRS.dtype).tiny, 0.0, inplace=True)  # denormal numbers are slow
     sums_BNRC = table.sums(weights_BNRS)
+    empty = None
     if hidden is not None:
         sums_BNRC = sums_BNRC.masked_fill(hidden, 0.0)
-    without = sums_BNRC == 0
-    after_BNRC = changed(sums_BNRC, without, items)
-    return weights_BNRS, sums_BNRC, Weighed(sums_BNRC.log(), after_BNRC, without.all(-1, keepdim=True))
+        empty = (sums_BNRC == 0).all(-1, keepdim=True)
+    return WeighedByClass(weights_BNRS, sums_BNRC, changed(sums_BNRC, None, items), empty)
 
 
 def scored(scores_NRS: Tensor, items: Sequence[tuple[Any, Here]]) -> Tensor:
@@ -68,9 +82,11 @@ def scored(scores_NRS: Tensor, items: Sequence[tuple[Any, Here]]) -> Tensor:
     return scores_NRS
 
 
-def changed(weights_NRS: Tensor, hidden_NRS: Tensor, items: Sequence[tuple[Any, Here]]) -> Tensor:
+def changed(weights_NRS: Tensor, hidden_NRS: Tensor | None, items: Sequence[tuple[Any, Here]]) -> Tensor:
     """Weights after the weight edits, 0 where hidden."""
     for item, here in items:
         if isinstance(item, WeightEdit):
-            weights_NRS = item.apply(weights_NRS, here).masked_fill(hidden_NRS, 0.0)
+            weights_NRS = item.apply(weights_NRS, here)
+            if hidden_NRS is not None:
+                weights_NRS = weights_NRS.masked_fill(hidden_NRS, 0.0)
     return weights_NRS

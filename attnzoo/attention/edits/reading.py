@@ -55,7 +55,7 @@ def read_values(meant: Meant, here: Here, found: Weighed) -> dict[str, Tensor]:
     """A read's values of every head and query of a call."""
     read, weights = meant.item, found.weights_NRS
     if isinstance(read, Mass):
-        return {name: _small((weights * here.keys[name]).sum(-1)) for name in read.key_sets()}
+        return masses(read, here, weights)
     chosen = here.keys["keys"]
     if isinstance(read, Entropy):
         total = weights.sum(-1, keepdim=True)
@@ -74,6 +74,11 @@ def read_values(meant: Meant, here: Here, found: Weighed) -> dict[str, Tensor]:
         return {"sums": _small(columns)}
     assert isinstance(read, Map)
     return {"map": columns.to(read.kept_in)}
+
+
+def masses(read: Mass, here: Here, weights_NRS: Tensor) -> dict[str, Tensor]:
+    """The weight of each of its sets, of keys or of classes of them."""
+    return {name: _small((weights_NRS * here.keys[name]).sum(-1)) for name in read.key_sets()}
 
 
 def _top(k: int, weights_NRS: Tensor, chosen: Tensor, here: Here) -> dict[str, Tensor]:

@@ -92,16 +92,20 @@ class LayerPlan:
         """Finds the sinks among the tokens of a call; queries_BT as in `AttentionCall`."""
         self.check_batch(len(x_BTD))
         hidden_BTD = x_BTD if self.hidden_BTD is None else self.hidden_BTD
-        found_BT: dict[Sinks, Tensor] = {}
+        found: dict[Sinks, tuple[Tensor, list[bool]]] = {}
         for row, (entry, (first, last)) in enumerate(zip(self.rows, ends(queries_BT), strict=True)):
             if entry is None or not entry.record.plan.sinks or last < 0:
                 continue
-            real = slice(None) if first >= 0 else queries_BT[row] >= 0
             for sinks in entry.record.plan.sinks:
-                if sinks not in found_BT:
-                    found_BT[sinks] = sinks.found(hidden_BTD)
-            found = {sinks: found_BT[sinks][row][real] for sinks in entry.record.plan.sinks}
-            entry.record.sets(x_BTD.device).observe(found, first if first >= 0 else int(queries_BT[row][real].min()))
+                if sinks not in found:
+                    found_BT = sinks.found(hidden_BTD)
+                    found[sinks] = (found_BT, found_BT.any(1).tolist())
+            real: Tensor | slice = slice(None)
+            if first < 0:
+                real = queries_BT[row] >= 0
+                first = int(queries_BT[row][real].min())
+            some = {sinks: found[sinks][0][row][real] for sinks in entry.record.plan.sinks if found[sinks][1][row]}
+            entry.record.sets(x_BTD.device).observe(some, first, last + 1 - first)
 
     def check_streams(self, editing: Editing, name: str) -> None:
         """Raises ValueError where edits do not stream."""

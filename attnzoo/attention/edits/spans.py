@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -69,8 +70,15 @@ class Sinks:
     def found(self, x_BTD: Tensor) -> Tensor:
         """sink_BT (bool)."""
         x = x_BTD.detach().to(torch.promote_types(x_BTD.dtype, torch.float32))
-        size = x.index_select(-1, torch.tensor(self.channels, device=x.device)).abs().amax(-1)
-        return size >= self.tau * x.shape[-1] ** -0.5 * torch.linalg.vector_norm(x, dim=-1)
+        squares = x * x
+        largest_BT = squares.index_select(-1, _tensor(self.channels, x.device)).amax(-1)
+        return largest_BT >= self.tau**2 / x.shape[-1] * squares.sum(-1)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _tensor(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, device=device)
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,9 @@ class LinearMixing(Mixing):
         hidden_NRS = ~visible_NRS
         weights = products_NRS.masked_fill(hidden_NRS, 0.0)
         if self.decay_logit is not None and items:
-            kv_N = items[0][1].heads_N // (self.heads.num_heads // self.heads.num_kv_heads)
+            heads_N = items[0][1].heads_N
+            assert heads_N is not None
+            kv_N = heads_N // (self.heads.num_heads // self.heads.num_kv_heads)
             decay_N = torch.sigmoid(self.decay_logit.to(weights.dtype))[kv_N]
             distance_NRS = (where[0][:, None] - where[1][:, None]).clamp(min=0)
             weights = weights * decay_N[:, None, None] ** distance_NRS
