@@ -150,6 +150,17 @@ def table_rows(positions_BKS: Tensor) -> tuple[Tensor, bool]:
     return positions_BKS.clamp(min=-1) + 1, in_order
 
 
+@recent
+def moved_parts(
+    giving: Tensor, to: Tensor, of: Tensor, share: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What keys keep that give a share, and 1 for those that receive, [N or 1, 1, S]; and columns [N, S, 4] or [S, 4]
+    that sum up those that give, that receive, that are `of`, and that are of both of these."""
+    receiving = to & ~giving
+    sums = torch.stack(torch.broadcast_tensors(giving, receiving, of, of & receiving), dim=-1).squeeze(-3).to(dtype)
+    return 1 - share * giving.to(dtype), receiving.to(dtype), sums[0] if len(sums) == 1 else sums
+
+
 @dataclass(frozen=True)
 class ByClass:
     """Keys and values [K, S, H] of kv heads that hold the same entries: class after class, each in its order. order_S:

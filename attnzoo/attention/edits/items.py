@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from attnzoo.attention.edits.classes import moved_parts
 from attnzoo.attention.edits.spans import ALL, Chosen, Picks, Positions, normal_picks
-from attnzoo.ops.common.recent import recent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,22 +349,13 @@ class Move(WeightEdit):
 
     def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
         of = here.keys["to" if self.only_heads is None else "of"]
-        kept, receives, sums = _parts(here.keys["keys"], here.keys["to"], of, self.share, x_NRS.dtype)
+        kept, receives, sums = moved_parts(here.keys["keys"], here.keys["to"], of, self.share, x_NRS.dtype)
         given, received, mass, rest = (x_NRS @ sums).split(1, dim=-1)
         active_NR1 = here.named_NR1 & (received > 0)
         if self.only_heads is not None:
             active_NR1 = active_NR1 & (mass >= self.only_heads.min_mass) & (rest >= self.only_heads.min_share * mass)
         gain = given * self.share / received.clamp(min=torch.finfo(x_NRS.dtype).tiny)
         return torch.where(active_NR1, x_NRS * torch.addcmul(kept, gain, receives), x_NRS)
-
-
-@recent
-def _parts(giving: Tensor, to: Tensor, of: Tensor, share: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """What keys keep that give a share, and 1 for those that receive, [N or 1, 1, S]; and columns [N, S, 4] or [S, 4]
-    that sum up those that give, that receive, that are `of`, and that are of both of these."""
-    receiving = to & ~giving
-    sums = torch.stack(torch.broadcast_tensors(giving, receiving, of, of & receiving), dim=-1).squeeze(-3).to(dtype)
-    return 1 - share * giving.to(dtype), receiving.to(dtype), sums[0] if len(sums) == 1 else sums
 
 
 def _number(name: str, value: Any, least: float = -float("inf"), most: float = float("inf")) -> None:
