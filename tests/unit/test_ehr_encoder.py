@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from attnzoo.attention.edits import Edits, Hide, Where
+from attnzoo.clinical.cohort import Cohort
+from attnzoo.clinical.grid import Grid
+from attnzoo.clinical.statistics import Statistics
 from attnzoo.models import EhrConfig, EhrEncoder, EhrPretraining
 from attnzoo.models.ehr_cells import COUNT, GAP, MEASURED, VALUE, gaps, hide_cells, summarise
 from attnzoo.models.shapes import without_storage
@@ -205,6 +208,20 @@ def test_summary_and_hidden_cells():
         times = [t for t in range(hour + 1) if seen[row, t, variable]]
         close(kept[row, hour, variable, GAP], (hour - times[-1]) / 48 if times else 1.0)
     assert gaps(torch.cat([torch.ones(1, 1, 1), torch.zeros(1, 60, 1)], dim=1))[0, -1, 0] == 1.0
+
+
+def test_gaps_are_those_of_the_statistics():
+    """Cells as training data has them, and as they are once none of them is hidden."""
+    count = CELLS[..., COUNT].expm1().round().numpy()
+    values = np.where(count > 0, CELLS[..., VALUE].numpy(), np.nan).astype(np.float32)
+    names = tuple(f"v{number}" for number in range(V))
+    grid = Grid(values, count.astype(np.uint8), np.full(len(HOURS), 15), names)
+    ids = tuple(map(str, range(len(HOURS))))
+    cohort = Cohort("small", grid, np.zeros((len(HOURS), 0), np.float32), (), ids, ids, {})
+    made = torch.from_numpy(Statistics.fit(cohort, np.arange(len(HOURS))).cells(grid))
+    assert made.shape == CELLS.shape
+    close(hide_cells(made, torch.zeros(made.shape[:3], dtype=torch.bool)), made, 1e-6)
+    close(made[..., MEASURED:], CELLS[..., MEASURED:], 1e-6)
 
 
 def test_cells_are_hidden_in_training_alone():
