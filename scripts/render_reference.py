@@ -23,11 +23,13 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from attnzoo.attention import ATTENTION
+from attnzoo.clinical.formats import FORMATS
 from attnzoo.kvcache import CACHES
-from attnzoo.models import DecoderConfig
+from attnzoo.models import DecoderConfig, EhrConfig
 from serve.config import EngineConfig, ServeConfig
 from train.config import Config
 from train.data import DataConfig
+from train.tasks.clinical import DERIVED, ClinicalOptions
 from train.tokenizer import TokenizerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +51,7 @@ KNOWN = {
     "conv_init": "initial values of the convolution",
     "conv_share_heads": "all heads share one kernel per channel",
     "model_dim": "size of a token's vector",
+    "mlp_dim": "hidden width of the MLPs",
     "num_layers": "number of blocks of attention and MLP",
     "norm_eps": "epsilon of the norms",
     "mlp_bias": "whether the MLP's linear layers have a bias",
@@ -174,6 +177,10 @@ def training() -> Iterator[str]:
         intro = meanings(cls)[""]
         skipped = ["vocab_size"] if name == "model" else []
         yield f"\n### {name}\n\n{escaped(intro)}{2 * chr(10) if intro else ''}{table(cls, name, skipped)}"
+    yield "\n### Clinical models\n\nWith `task.kind: clinical` the sections above hold other keys. `data.format` is "
+    yield f"one of {', '.join(f'`{name}`' for name in FORMATS)}; `data.path` is the place of the data set in its "
+    yield "original format, and all other keys of `data` are options of that format. There is no `tokenizer`.\n\n"
+    yield f"Keys of `task`:\n\n{table(ClinicalOptions)}\nKeys of `model`:\n\n{table(EhrConfig, skip=DERIVED)}"
 
 
 def configuration() -> str:

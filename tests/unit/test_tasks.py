@@ -1,13 +1,16 @@
 """What a run trains is a task: chosen and checked by name, and what is selected of its evaluations."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from train.best_weights import BestWeights
+from train.checkpoint import TrainingProgress
 from train.config_reader import load_config
+from train.loop import _missed
 
 
 @pytest.mark.parametrize(
@@ -32,6 +35,17 @@ TEXT = "train: {steps: 1}\nmodel: {model_dim: 8, num_layers: 1, attention: mha}\
 def test_without_a_task_it_is_a_language_model(tmp_path: Path) -> None:
     (tmp_path / "old.yaml").write_text(TEXT, encoding="utf-8")
     assert load_config(str(tmp_path / "old.yaml")).task == {}
+
+
+@pytest.mark.parametrize(
+    ("step", "evaluated", "missed"),
+    [(0, -1, True), (6, 6, False), (6, 4, True), (5, 4, False), (8, 6, False)],
+    ids=["first", "done", "lost", "not due", "the last, which is always measured"],
+)
+def test_an_evaluation_that_a_signal_prevented_is_made_up(step: int, evaluated: int, missed: bool) -> None:
+    config = load_config("base.yaml", ["train.steps=8", "eval.every=2"])
+    run = SimpleNamespace(config=config, progress=TrainingProgress(step=step, total_steps=8, evaluated=evaluated))
+    assert _missed(run) == missed  # type: ignore[arg-type]
 
 
 class Weights:

@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from train.config_layers import CONFIGS, ConfigError
 from train.config_reader import load_config
+from train.tasks import LanguageTask, build_task
 
 
 def write(path: Path, text: str) -> str:
@@ -25,7 +26,8 @@ def message(path: str, *overrides: str) -> str:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_file_loads(path: Path) -> None:
     config = load_config(path.name)
-    assert config.model_config(2048).num_layers >= 1
+    if isinstance(build_task(config), LanguageTask):
+        assert config.model_config(2048).num_layers >= 1
 
 
 def test_base_names_every_key() -> None:

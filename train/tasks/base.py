@@ -68,7 +68,7 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def sections(cls, config: Config) -> Mapping[str, Callable[[], object]]:
-        """For each of the free sections (task, model, data, tokenizer) what checks its keys."""
+        """What checks each free section (task, model, data, tokenizer), and other keys that the task limits."""
 
     @abstractmethod
     def check(self) -> None:

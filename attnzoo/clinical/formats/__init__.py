@@ -1,7 +1,7 @@
 """Data sets in their original formats: one format, one file, with a function `load(path, ...)` that makes a cohort."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,14 @@ def load_cohort(format: str, path: str | Path, **options: Any) -> Cohort:
 
     Raises ValueError for an unknown format or option.
     """
-    load = FORMATS.get(format)
-    known = [name for name, given in inspect.signature(load).parameters.items() if given.kind is given.KEYWORD_ONLY]
-    for name in options:
+    check_options(format, options)
+    return FORMATS.get(format)(path, **options)
+
+
+def check_options(format: str, names: Iterable[str]) -> None:
+    """Raises ValueError for an unknown format, and for names that are no options of its `load`."""
+    given = inspect.signature(FORMATS.get(format)).parameters.items()
+    known = [name for name, parameter in given if parameter.kind is parameter.KEYWORD_ONLY]
+    for name in names:
         if name not in known:
             raise ValueError(f"unknown option {name!r} of the data format {format!r}{suggest(name, known)}")
-    return load(path, **options)

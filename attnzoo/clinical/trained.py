@@ -1,0 +1,130 @@
+"""A trained clinical model on disk: config.json, model.safetensors and statistics.json, written atomically.
+
+The statistics of the training rows, the outcome and how the data were split travel with the weights, so that whoever
+loads the model predicts what the run predicted. Loading cannot run code.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from attnzoo.checkpoint.target import check_native_target
+from attnzoo.clinical.cohort import Cohort
+from attnzoo.clinical.outcome import Outcome
+from attnzoo.clinical.statistics import Statistics
+from attnzoo.errors import suggest
+from attnzoo.files import read_object, real_path, replace_directory, temporary_directory
+from attnzoo.models import EhrConfig, EhrEncoder
+
+FORMAT = "attnzoo-ehr-1"
+CONFIG, WEIGHTS, STATISTICS = "config.json", "model.safetensors", "statistics.json"
+KEYS = ("format", "model", "outcome", "data", "split", "metadata")
+"""Keys of config.json."""
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def inputs(statistics: Statistics, cohort: Cohort, rows: np.ndarray) -> Inputs:
+    """(cells_NTVC, statics_NS, hours_N) of rows of a cohort: what an `EhrEncoder` takes."""
+    cells_NTVC, statics_NS = statistics.cells(cohort.grid, rows), statistics.statics(cohort, rows)
+    hours_N = np.asarray(cohort.grid.hours_N[rows], np.int64)
+    return torch.from_numpy(cells_NTVC), torch.from_numpy(statics_NS), torch.from_numpy(hours_N)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model in evaluation mode with what its predictions depend on.
+
+    data: format and options of the cohort that it learned from. split: which rows of it, with a digest of the stays of
+    each part. metadata: of the run.
+    """
+
+    model: EhrEncoder
+    statistics: Statistics
+    outcome: Outcome
+    data: dict[str, Any] = field(default_factory=dict)
+    split: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def logits(self, cohort: Cohort, rows: np.ndarray | None = None, batch_size: int = 256) -> np.ndarray:
+        """[N, outputs] or [N, T, outputs], float32. Raises ValueError for other variables than those of training."""
+        rows = np.arange(len(cohort)) if rows is None else np.asarray(rows)
+        device = next(self.model.parameters()).device
+        with torch.no_grad():
+            parts = [
+                self.model(*(tensor.to(device) for tensor in inputs(self.statistics, cohort, some))).float().cpu()
+                for some in _cut(rows, batch_size)
+            ]
+        return torch.cat(parts).numpy()
+
+    def predict(self, cohort: Cohort, rows: np.ndarray | None = None, batch_size: int = 256) -> np.ndarray:
+        """Probabilities, as `Outcome.probabilities`."""
+        return self.outcome.probabilities(self.logits(cohort, rows, batch_size))
+
+
+def _cut(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def check_target(directory: Path) -> None:
+    """Raises ValueError, naming what would be lost, unless `save_trained` may write to `directory`."""
+    check_native_target(directory, config=CONFIG, format=FORMAT, names=(CONFIG, WEIGHTS, STATISTICS))
+
+
+def save_trained(directory: Path, trained: TrainedModel) -> Path:
+    """Writes the model, replacing an earlier one; returns the directory. Raises ValueError as `check_target`."""
+    directory = real_path(directory)
+    check_target(directory)
+    content = {
+        "format": FORMAT,
+        "model": trained.model.config.to_dict(),
+        "outcome": trained.outcome.to_dict(),
+        "data": trained.data,
+        "split": trained.split,
+        "metadata": trained.metadata,
+    }
+    temporary = temporary_directory(directory)
+    try:
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in trained.model.state_dict().items()}
+        save_file(tensors, str(temporary / WEIGHTS))
+        for name, values in ((CONFIG, content), (STATISTICS, trained.statistics.to_dict())):
+            (temporary / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        replace_directory(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return directory
+
+
+def load_trained(directory: Path | str) -> TrainedModel:
+    """The model in a directory that `save_trained` wrote, or in a run directory with such an export.
+
+    Raises ValueError that names the file if one is missing, damaged, or of another format.
+    """
+    path = Path(directory)
+    path = path / "export" if (path / "export" / CONFIG).is_file() else path
+    try:
+        content, statistics = read_object(path / CONFIG), read_object(path / STATISTICS)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} holds no clinical model ({error})") from None
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{path / CONFIG}: format {content.get('format')!r} is not {FORMAT!r}")
+    for key in content:
+        if key not in KEYS:
+            raise ValueError(f"{path / CONFIG}: unknown key {key}{suggest(key, KEYS)}; export the model again")
+    try:
+        model = EhrEncoder(EhrConfig.from_dict(content["model"]))
+        outcome, fitted = Outcome.from_dict(content["outcome"]), Statistics.from_dict(statistics)
+        model.load_state_dict(load_file(path / WEIGHTS))
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path} is damaged ({reason}); export the model again") from None
+    parts = {name: dict(content.get(name, {})) for name in ("data", "split", "metadata")}
+    return TrainedModel(model.eval(), fitted, outcome, **parts)

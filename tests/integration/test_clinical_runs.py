@@ -1,0 +1,92 @@
+"""A clinical model is trained by the same loop as language models: whole runs on two ranks."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from attnzoo.clinical.formats import load_cohort
+from attnzoo.clinical.metrics import auroc
+from attnzoo.clinical.splits import folds
+from attnzoo.clinical.trained import load_trained
+from tests.helpers.training import ROOT, launch
+
+STAYS, HOURS = 64, 12
+CONFIG = """\
+base: {base}
+name: tiny
+run_dir: {run}
+cache_dir: {cache}
+task: {{folds: 4, validation: 0.25}}
+data: {{path: {data}, hours: 12, variables: [HR, Temp, Lactate]}}
+model: {{model_dim: 8, num_heads: 2, mlp_dim: 16, chunks: 2, chunk_hours: 6}}
+optim: {{lr: 0.01}}
+schedule: {{warmup_steps: 2}}
+train: {{steps: 6, batch_size: 8, micro_batch_size: 2, threads: 1}}
+eval: {{every: 2, batch_size: 5, keep_best: 2}}
+log: {{every: 1, progress: false, tensorboard: false}}
+checkpoint: {{every: null}}
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stays of which those with a fast heart die more often, and a configuration."""
+    directory = tmp_path_factory.mktemp("clinical")
+    random, outcomes = np.random.default_rng(0), ["RecordID,SAPS-I,SOFA,Length_of_stay,Survival,In-hospital_death"]
+    (directory / "set-a").mkdir()
+    for number in range(100, 100 + STAYS):
+        died = int(random.random() < 0.4)
+        lines = [f"00:00,RecordID,{number}", f"00:00,Age,{random.integers(30, 90)}", f"00:00,Gender,{number % 2}"]
+        lines += [f"{hour:02d}:15,HR,{70 + 20 * died + random.integers(0, 30)}" for hour in range(0, HOURS, 1 + died)]
+        lines += [f"{hour:02d}:30,Temp,{36 + random.random():.1f}" for hour in range(0, HOURS, 3)]
+        (directory / "set-a" / f"{number}.txt").write_text("\n".join(["Time,Parameter,Value", *sorted(lines)]) + "\n")
+        outcomes.append(f"{number},6,1,5,-1,{died}")
+    (directory / "Outcomes-a.txt").write_text("\n".join(outcomes) + "\n")
+    names = {"base": ROOT / "configs" / "tscan-mortality.yaml", "run": directory / "run", "cache": directory / "cache"}
+    (directory / "tiny.yaml").write_text(CONFIG.format(**names, data=directory / "set-a"), encoding="utf-8")
+    return directory / "tiny.yaml"
+
+
+def test_a_clinical_run_resumes_bit_for_bit_and_its_export_predicts(tiny: Path) -> None:
+    """Interrupted where an evaluation is, with weights that were selected before and after it."""
+    whole, split = tiny.parent / "whole", tiny.parent / "split"
+    launch(tiny, f"run_dir={whole}")
+    launch(tiny, f"run_dir={split}", "train.stop_at_step=4")
+    launch(tiny, f"run_dir={split}")
+    one, other = (records(run) for run in (whole, split))
+    assert one == other
+    kinds = [kind for kind, _ in one]
+    assert (kinds.count("train"), kinds.count("eval"), kinds.count("selected")) == (6, 4, 1)
+    weights, again = (load_file(run / "export" / "model.safetensors") for run in (whole, split))
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    selected = [load_file(path) for path in whole.glob("checkpoints/step-00000006/selected-*.safetensors")]
+    assert len(selected) == 2
+    for name, weight in weights.items():  # the export is the mean of what was selected
+        torch.testing.assert_close(weight, (selected[0][name] + selected[1][name]) / 2, rtol=0, atol=1e-6)
+    assert any(not torch.equal(selected[0][name], selected[1][name]) for name in weights)
+    assert (whole / "export" / "config.json").read_text() == (split / "export" / "config.json").read_text()
+
+    model = load_trained(whole)
+    cohort = load_cohort("physionet2012", tiny.parent / "set-a", hours=HOURS, variables=("HR", "Temp", "Lactate"))
+    assert model.split["fold"] == 0
+    # The metrics of the export are those of what it predicts on the validation part, told anew by the same split.
+    fold = folds(cohort, 4, by="stay", label="mortality", seed=0, validation=0.25)[0]
+    found = auroc(cohort.label("mortality")[fold.validation], model.predict(cohort, fold.validation))
+    assert found == pytest.approx(one["selected", 6]["auroc"], abs=1e-9)
+    row = json.loads((whole / "training.json").read_text())["rows"][0]
+    assert row["auroc"] == one["selected", 6]["auroc"]
+    assert row["training_stays"] + row["validation_stays"] == STAYS - len(fold.test)
+
+
+def records(run: Path) -> dict[tuple[str, int], dict[str, float]]:
+    """metrics.jsonl without what depends on the machine."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = ("seconds", "step_seconds", "stays_per_second", "peak_memory_mib")
+    return {
+        (line["kind"], line["step"]): {key: value for key, value in line.items() if key not in measured}
+        for line in lines
+    }

@@ -1,0 +1,249 @@
+"""The clinical task: what it refuses, what it learns from, its losses, and the model that it exports."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from attnzoo.clinical.cohort import Cohort
+from attnzoo.clinical.outcome import Outcome
+from attnzoo.clinical.statistics import Statistics
+from attnzoo.clinical.trained import TrainedModel, check_target, load_trained, save_trained
+from attnzoo.models import EhrConfig, EhrEncoder
+from tests.helpers.clinical_data import small_cohort
+from train.config_reader import load_config
+from train.main import main
+from train.tasks import ClinicalTask
+
+MODEL = [
+    "task.validation=0.3",
+    "model.model_dim=8",
+    "model.num_heads=2",
+    "model.mlp_dim=16",
+    "model.chunks=2",
+    "model.chunk_hours=3",
+]
+
+
+def prepared(cohort: Cohort, *overrides: str) -> ClinicalTask:
+    """The task on a cohort that is in memory."""
+    given = dict(word.split("=", 1) for word in ["task.split=patient", *MODEL, *overrides])
+    task = ClinicalTask(load_config("tscan-mortality.yaml", [f"{key}={value}" for key, value in given.items()]))
+    task.cohort = cohort
+    task.check()
+    task.prepare(is_main=True)
+    return task
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task.kind=clincal"], "command line: unknown task.kind 'clincal'; did you mean 'clinical'"),
+        (["task.lable=death"], "command line: unknown key task.lable; did you mean 'label'"),
+        (["task.split=patients"], "command line: task.split='patients' is not one of 'patient', 'stay', 'time'"),
+        (["task.fold=5"], "command line: task.fold=5 must be from 0 to 4"),
+        (["task.validation=0.0"], "command line: task.validation=0.0 must be between 0 and 1"),
+        (["task.edges=[24, 12]"], r"command line: edges=\[24.0, 12.0\] must ascend"),
+        (["model.model_dmi=8"], "command line: unknown key model.model_dmi; did you mean 'model_dim'"),
+        (["model.variables=37"], "command line: model.variables=37: the cohort and the task determine it"),
+        (["model.dropout=1.5"], "command line: dropout=1.5 must be at least 0 and below 1"),
+        (["data.format=physionet2021"], "command line: data: unknown data format 'physionet2021'; did you mean 'phys"),
+        (["data.huors=24"], "data: unknown option 'huors' of the data format 'physionet2012'; did you mean 'hours'"),
+        (["data.path=null"], "command line: data.path=None must be the place of the data set"),
+        (["tokenizer.vocab_size=300"], "command line: task.kind=clinical has no use for tokenizer={'vocab_size': 300}"),
+        (["precision=bf16"], "command line: precision=bf16: the clinical encoder has float32 weights; use fp32 or"),
+        (["sample.every=5"], "command line: task.kind=clinical has no use for sample="),
+        (["checkpoint.init_from=smollm2"], "command line: task.kind=clinical has no use for checkpoint.init_from='smo"),
+    ],
+)
+def test_wrong_options_are_refused_by_name_before_anything_is_read(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config("tscan-mortality.yaml", overrides)
+
+
+def test_what_does_not_fit_the_cohort_is_refused() -> None:
+    cohort = small_cohort()
+    for overrides, message in (
+        (["task.label=los"], "task.label: cohort 'made up' has no label 'los'; it has mortality"),
+        (
+            ["task.hourly=true"],
+            "task.label: label 'mortality' of cohort 'made up' is one for each stay; set hourly=False",
+        ),
+        (["task.folds=39"], "task.split=patient: cohort 'made up' has 23 patients, fewer than k=39 folds"),
+        (["task.validation=0.05"], "the validation part of .* has no 'mortality' of both kinds to select"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepared(cohort, *overrides)
+    with pytest.raises(ValueError, match=r"task\.split=patient: cohort 'made up' has no patient identifiers"):
+        prepared(replace(cohort, patient_ids=None))
+    days = replace(cohort, labels={"mortality": np.arange(40, dtype=np.float32)})
+    with pytest.raises(ValueError, match="has values such as 2, not only 0 and 1; give the edges of its buckets"):
+        prepared(days)
+
+
+def test_missing_files_are_told_by_a_dry_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["data.path=nowhere.tar.gz", f"run_dir={tmp_path / 'run'}"]
+    assert main(["--config", "tscan-mortality.yaml", "--dry-run", *options]) == 2
+    assert "nowhere.tar.gz" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_test_rows_change_nothing_that_is_learned() -> None:
+    """Other values, labels and statics of the fold's test rows: the same statistics, batches and validation rows."""
+    cohort = small_cohort()
+    task = prepared(cohort)
+    test = task.fold.test
+    values_NTV, labels_N, statics_NS = (
+        array.copy() for array in (cohort.grid.values_NTV, cohort.labels["mortality"], cohort.statics_NS)
+    )
+    values_NTV[test] = 150.0
+    statics_NS[test] = 1.0
+    grid = replace(cohort.grid, values_NTV=values_NTV)
+    other = prepared(replace(cohort, grid=grid, statics_NS=statics_NS, labels={"mortality": labels_N}))
+    assert other.statistics == task.statistics
+    assert all(torch.equal(*pair) for pair in zip(task.validation(), other.validation(), strict=True))
+    for _ in range(5):
+        mine, theirs = task.train.next(4, 0, 1), other.train.next(4, 0, 1)
+        assert all(torch.equal(*pair) for pair in zip(mine, theirs, strict=True))
+    orders = [task.train.epoch(np.random.default_rng(seed)).tolist() for seed in range(2)]
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == task.fold.train.tolist()
+    parts = [set(np.array(cohort.patient_ids)[rows]) for rows in (task.fold.train, task.fold.validation, test)]
+    assert not parts[0] & parts[1]
+    assert not parts[0] & parts[2]
+    assert not parts[1] & parts[2]
+    assert other.content()["data (content)"] != task.content()["data (content)"]  # yet it is not the same cohort
+
+
+def test_a_loss_is_the_same_however_rows_are_cut() -> None:
+    cohort = small_cohort()
+    labels = cohort.labels["mortality"].copy()
+    labels[::3] = np.nan
+    task = prepared(replace(cohort, labels={"mortality": labels}))
+    torch.manual_seed(0)
+    model, batch = task.model().eval(), task.validation()
+    assert not torch.isnan(batch[3]).any()  # stays without a label are no rows
+    count = torch.tensor(float(task.count(batch)))
+    whole = task.loss(model, batch, count)
+    parts = [task.loss(model, tuple(t[i : i + 3] for t in batch), count) for i in range(0, len(batch[0]), 3)]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=0)
+    logits = task.measure(model, batch)
+    torch.testing.assert_close(whole, F.binary_cross_entropy_with_logits(logits[:, 0], batch[3]), rtol=1e-5, atol=0)
+    metrics = task.metrics(batch, logits.detach())
+    assert metrics["loss"] == pytest.approx(float(whole.detach()), rel=1e-5)
+    assert task.score(metrics) == metrics["auroc"] + metrics["auprc"]
+    broken = task.metrics(batch, torch.full_like(logits, float("nan")))
+    assert all(np.isnan(value) for value in broken.values())
+
+
+@pytest.mark.parametrize("head", ["ordinal", "linear"])
+def test_buckets_of_a_label(head: str) -> None:
+    """Losses and probabilities by hand; a label at an edge is in the upper bucket; unknown hours do not count."""
+    outcome = Outcome(label="los", edges=(24.0, 48.0), head=head, hourly=True)  # type: ignore[arg-type]
+    labels = torch.tensor([[10.0, 24.0, float("nan")], [47.0, 48.0, 500.0]])
+    buckets = [0, 1, 1, 2, 2]
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, outcome.outputs, generator=generator, dtype=torch.float64)
+    rows = logits[~labels.isnan()]
+    found = outcome.probabilities(logits.numpy())[~labels.isnan().numpy()]
+    if head == "ordinal":
+        rows = logits[~labels.isnan()] = torch.sort(rows, descending=True).values
+        found = outcome.probabilities(logits.numpy())[~labels.isnan().numpy()]
+        above = rows.sigmoid()
+        wanted = torch.stack([1 - above[:, 0], above[:, 0] - above[:, 1], above[:, 1]], 1)
+        each = [[bucket > edge for edge in range(2)] for bucket in buckets]
+        loss = F.binary_cross_entropy(above, torch.tensor(each).double(), reduction="sum") / 2
+    else:
+        wanted = rows.softmax(-1)
+        loss = -sum(wanted[i, bucket].log() for i, bucket in enumerate(buckets))
+    torch.testing.assert_close(torch.from_numpy(found), wanted)
+    assert float(outcome.loss_sum(logits, labels)) == pytest.approx(float(loss), rel=1e-6)
+    medians = [int((wanted[i].cumsum(0) < 0.5).sum()) for i in range(5)]
+    assert outcome.buckets(logits.numpy())[~labels.isnan().numpy()].tolist() == medians
+    assert outcome.fitted(np.array([1.0, 3.0, 30.0])).centers == (2.0, 30.0, 48.0)
+    assert Outcome.from_dict(json.loads(json.dumps(outcome.to_dict()))) == outcome
+
+
+def test_hourly_buckets_are_trained_and_measured() -> None:
+    cohort = small_cohort()
+    left = np.maximum(90.0 - 10 * np.arange(6)[None] - np.arange(40)[:, None], 1).astype(np.float32)
+    cohort = replace(cohort, labels={"los": left})
+    overrides = ["task.label=los", "task.hourly=true", "task.edges=[24, 48]", "model.summary=none"]
+    task = prepared(cohort, *overrides)
+    torch.manual_seed(0)
+    model, batch = task.model(), task.train.next(8, 0, 1)
+    assert task.count(batch) == 8 * 6
+    task.loss(model, batch, torch.tensor(48.0)).backward()
+    # What would tell later hours of an earlier one takes no part.
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None} == {
+        "branches",
+        "head",
+        "steps",
+    }
+    metrics = task.metrics(task.validation(), task.measure(model.eval(), task.validation()).detach())
+    assert set(metrics) == set(task.METRICS) == {"loss", "kappa", "mad"}
+    assert task.score(metrics) == metrics["kappa"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainedModel]:
+    torch.manual_seed(0)
+    cohort = small_cohort()
+    statistics = Statistics.fit(cohort, np.arange(20))
+    statics = len(statistics.static_columns)
+    config = EhrConfig(variables=3, statics=statics, model_dim=8, num_heads=2, mlp_dim=16, chunks=2, chunk_hours=3)
+    trained = TrainedModel(EhrEncoder(config).eval(), statistics, Outcome(), {"hours": 6}, {"fold": 1}, {"steps": 3})
+    return save_trained(tmp_path_factory.mktemp("trained") / "export", trained), trained
+
+
+def test_a_saved_model_predicts_the_same(saved: tuple[Path, TrainedModel]) -> None:
+    directory, trained = saved
+    again, cohort = load_trained(directory), small_cohort()
+    assert (again.outcome, again.data, again.split, again.metadata) == (
+        trained.outcome,
+        trained.data,
+        trained.split,
+        trained.metadata,
+    )
+    assert again.statistics == trained.statistics
+    found = again.predict(cohort)
+    assert np.array_equal(found, trained.predict(cohort))
+    assert ((found > 0) & (found < 1)).all()
+    some = np.array([7, 0, 31])
+    assert np.allclose(again.predict(cohort, some, batch_size=2), found[some], rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="variables are not those of the statistics"):
+        again.predict(small_cohort(variables=("HR", "Glucose", "Na")))
+    save_trained(directory, trained)  # replaces an earlier one
+    (directory / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds 'notes\.txt' beside the model"):
+        check_target(directory)
+    (directory / "notes.txt").unlink()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "config.json",
+            lambda text: text.replace("attnzoo-ehr-1", "attnzoo-decoder-1"),
+            "config.json: format 'attnzoo-de",
+        ),
+        ("config.json", lambda text: text.replace('"split"', '"spilt"'), "unknown key spilt; did you mean 'split'"),
+        ("config.json", lambda text: text.replace('"model_dim": 8', '"model_dim": 12'), "is damaged .*size mismatch"),
+        ("statistics.json", lambda text: text.replace('"means"', '"maens"'), "is damaged .*statistics: field 'means'"),
+        ("statistics.json", None, r"holds no clinical model \(.*statistics.json"),
+        ("model.safetensors", None, "is damaged "),
+    ],
+)
+def test_damaged_models_are_refused_by_file(saved, tmp_path: Path, file: str, change, message: str) -> None:
+    copy = save_trained(tmp_path / "copy", saved[1])
+    if change is None:
+        (copy / file).unlink()
+    else:
+        (copy / file).write_text(change((copy / file).read_text()))
+    with pytest.raises(ValueError, match=message):
+        load_trained(copy)
