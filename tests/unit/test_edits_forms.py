@@ -177,6 +177,10 @@ def test_a_row_holds_one_sequence_and_padding():
     packed = document_starts(torch.tensor([0, 5, 18]), 2, 9)
     for starts, words in (
         (packed, r"edits\[0\]: the row holds 2 documents, and a plan speaks of one sequence"),
+        (
+            padding_starts(torch.tensor([1, 6]), 9, "right"),
+            r"edits\[0\]: the row holds documents of one token alone, and",
+        ),
         (padding_starts(torch.tensor([8, 9]), 9, "right"), r"edits\[0\] were planned for 6 tokens, and the row has 8"),
         (None, r"edits\[0\] were planned for 6 tokens, and the row has 9; plan with more new_tokens, or say by starts"),
     ):
@@ -233,11 +237,15 @@ def test_what_edits_may_not_do():
         Move(Where(keys=Span(5, 9)), "image", 0.7),
         Scale(Where(keys="text"), 2.5),
         Map(dtype="fp64"),
+        Entropy(Where(keys=Span(2, 7))),
     ]
     runs = runs_of(layer, [items])
     y = layer(x, edits=layer_plan(runs, 0))
     weights = runs[0].reading[0].map
     torch.testing.assert_close(weights.sum(-1), torch.ones(HEADS, TOKENS, dtype=torch.float64), rtol=0, atol=1e-6)
+    some = weights[..., 2:7] / weights[..., 2:7].sum(-1, keepdim=True).clamp(min=1e-30)
+    expected = -torch.xlogy(some, some).sum(-1)
+    torch.testing.assert_close(runs[0].reading[0].entropy, expected, rtol=1e-5, atol=1e-6)
     assert (weights.triu(1) == 0).all()
     (gradient,) = torch.autograd.grad(y[0, 4].sum() + weights[:, 4].square().sum(), x)
     assert (gradient[0, 5:] == 0).all()

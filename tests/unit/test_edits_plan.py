@@ -100,6 +100,7 @@ def test_json_and_back():
         ([{"map": {"dtype": "int8"}}], "weights or scores, in fp16"),
         ([{"map": {"what": "scores", "dtype": "fp16"}}], r"\[0\].map: Map.dtype='fp16' holds no scores beyond 65504"),
         ([{"top_keys": {"k": 0}}], "TopKeys.k=0"),
+        ([{"mass": {"where": {"keys": 1}, "bins": {"a": 0}}}], "Mass: where.keys and bins both name keys"),
         ([{"mass": {"bins": ["image"]}}], r"edits\[0\].mass.bins=.* object of positions by name"),
         ([{"move": {"only_heads": {"mass": 1}}}], r"edits\[0\].move.only_heads: unknown field 'mass'"),
     ],

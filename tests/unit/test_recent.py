@@ -1,7 +1,9 @@
 """What layers share: found again by the same tensors and equal values, never by anything else."""
 
+import pytest
 import torch
 
+import attnzoo
 from attnzoo.ops.common.recent import KEPT, recent
 
 
@@ -24,6 +26,34 @@ def test_the_same_tensor_is_computed_once():
         assert calls == [2]
         assert double(x, 3) is not double(equal, 3)
     assert calls == [2, 3, 3]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_is_written_to_is_computed_again(mode):
+    """Kills: results of counts that a caller keeps in one buffer."""
+    double, calls = counted()
+    with mode():
+        counts = torch.tensor([2, 5])
+        assert double(counts, 2).tolist() == double(counts, 2).tolist() == [4, 10]
+        counts.copy_(torch.tensor([5, 2]))
+        assert double(counts, 2).tolist() == [10, 4]
+    assert calls == [2, 2]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", ["mha", "rmha", "rcmha", "mdha"])
+def test_counts_in_one_buffer(kind, mode):
+    """Of a layer, in its outputs and in what its state has become."""
+    layer = attnzoo.attention(kind, model_dim=16, num_heads=2, dtype=torch.float64)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    with mode():
+        counts = torch.tensor([2, 5])
+        layer.extend(x, layer.init_state(2, 9), counts)
+        counts.copy_(torch.tensor([5, 2]))
+        out, state = layer.extend(x, layer.init_state(2, 9), counts)
+        expected, other = layer.extend(x, layer.init_state(2, 9), counts.clone())
+        assert torch.equal(out[0], expected[0])
+        assert torch.equal(layer.extend(x, state)[0], layer.extend(x, other)[0])
 
 
 def test_only_the_last_results_are_kept():

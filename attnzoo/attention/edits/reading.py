@@ -58,6 +58,7 @@ def read_values(meant: Meant, here: Here, found: Weighed) -> dict[str, Tensor]:
         return masses(read, here, weights)
     chosen = here.keys["keys"]
     if isinstance(read, Entropy):
+        weights = weights * chosen.to(weights.dtype)
         total = weights.sum(-1, keepdim=True)
         share = weights / torch.where(total == 0, 1.0, total)
         return {"entropy": _small(-torch.xlogy(share, share).sum(-1))}
@@ -134,6 +135,14 @@ class LayerReading:
     empty: tuple[tuple[int, int], ...]
     approximate: bool
 
+    def __repr__(self) -> str:
+        found = [
+            f"{type(result.read).__name__}: "
+            + ", ".join(f"{name} {list(x.shape)}" for name, x in result.values.items())
+            for result in self.results
+        ]
+        return f"LayerReading({'; '.join(found)})"
+
     def first(self, kind: type[Read]) -> ReadResult:
         """The first result of this kind. Raises ValueError where nothing of the kind was asked for."""
         for result in self.results:
@@ -194,6 +203,9 @@ class Reading:
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def __repr__(self) -> str:
+        return f"Reading(layers={sorted(self._layers)}, {self.nbytes:,} bytes)"
 
     @property
     def nbytes(self) -> int:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 
 from attnzoo.attention.edits.items import Item, Where
-from attnzoo.attention.edits.spans import Positions
+from attnzoo.attention.edits.spans import ALL, Positions
 from attnzoo.types import DTYPES
 
 
@@ -20,13 +20,16 @@ class Read(Item):
 
 @dataclass(frozen=True)
 class Mass(Read):
-    """The weight of sets of keys, by name, for every head and query; without `bins`, of the keys of `where`."""
+    """The weight of sets of keys, by name, for every head and query; without `bins`, of the keys of `where`, which has
+    none beside them."""
 
     bins: Mapping[str, Positions] | tuple[tuple[str, Positions], ...] = ()
     dense: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         bins = self.bins.items() if isinstance(self.bins, Mapping) else self.bins
+        if bins and self.where.keys != ALL:
+            raise ValueError("Mass: where.keys and bins both name keys; leave where.keys out")
         object.__setattr__(self, "bins", tuple((name, tuple(of) if isinstance(of, list) else of) for name, of in bins))
 
     def key_sets(self) -> dict[str, Positions]:

@@ -199,8 +199,8 @@ def ends(queries_BT: Tensor) -> list[tuple[int, int]]:
 
 def row_positions(mask: Mask, batch: int, tokens: int, device: torch.device) -> Tensor:
     """positions [B, T] in the sequence of each row of the parallel form, -1 for padding. Where `starts_BT` cuts a row
-    into documents, those of one token are padding (`padding_starts`), and the sequence is the one of more; of several
-    the last one, and the last token where there is none."""
+    into documents, those of one token are padding (`padding_starts`), and the sequence is the one of more; rows without
+    one, or with several, are refused before (`check_rows`) or read by nobody."""
     index_1T = torch.arange(tokens, device=device)[None]
     if mask.starts_BT is None:
         return index_1T.expand(batch, -1)
@@ -218,6 +218,11 @@ def check_rows(runs: EditRuns, batch: int, tokens: int, starts_BT: Tensor | None
         return  # a layer says so
     documents = [1] * batch if starts_BT is None else (_document_sizes(starts_BT) > 1).sum(-1).tolist()
     for row, (run, count) in enumerate(zip(runs, documents, strict=True)):
+        if run is not None and count == 0 and tokens > 1:
+            raise ValueError(
+                f"edits[{row}]: the row holds documents of one token alone, and starts_BT does not say which is the "
+                "sequence and which are padding; give it to a call of its own, without padding"
+            )
         if run is not None and count > 1:
             raise ValueError(
                 f"edits[{row}]: the row holds {count} documents, and a plan speaks of one sequence; give each a row of "
