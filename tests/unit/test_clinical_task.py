@@ -17,7 +17,7 @@ from attnzoo.models import EhrConfig, EhrEncoder
 from tests.helpers.clinical_data import small_cohort
 from train.config_reader import load_config
 from train.main import main
-from train.tasks import ClinicalTask
+from train.tasks import ClinicalTask, build_task
 
 MODEL = [
     "task.validation=0.3",
@@ -32,7 +32,8 @@ MODEL = [
 def prepared(cohort: Cohort, *overrides: str) -> ClinicalTask:
     """The task on a cohort that is in memory."""
     given = dict(word.split("=", 1) for word in ["task.split=patient", *MODEL, *overrides])
-    task = ClinicalTask(load_config("tscan-mortality.yaml", [f"{key}={value}" for key, value in given.items()]))
+    task = build_task(load_config("tscan-mortality.yaml", [f"{key}={value}" for key, value in given.items()]))
+    assert isinstance(task, ClinicalTask)
     task.cohort = cohort
     task.check()
     task.prepare(is_main=True)
@@ -57,7 +58,10 @@ def prepared(cohort: Cohort, *overrides: str) -> ClinicalTask:
         (["tokenizer.vocab_size=300"], "command line: task.kind=clinical has no use for tokenizer={'vocab_size': 300}"),
         (["precision=bf16"], "command line: precision=bf16: the clinical encoder has float32 weights; use fp32 or"),
         (["sample.every=5"], "command line: task.kind=clinical has no use for sample="),
-        (["checkpoint.init_from=smollm2"], "command line: task.kind=clinical has no use for checkpoint.init_from='smo"),
+        (
+            ["checkpoint.init_from=x", "task.kind=clinical-pretraining"],
+            "command line: task.kind=clinical-pretraining has no use for checkpoint.init_from='x'",
+        ),
     ],
 )
 def test_wrong_options_are_refused_by_name_before_anything_is_read(overrides: list[str], message: str) -> None:
@@ -247,3 +251,32 @@ def test_damaged_models_are_refused_by_file(saved, tmp_path: Path, file: str, ch
         (copy / file).write_text(change((copy / file).read_text()))
     with pytest.raises(ValueError, match=message):
         load_trained(copy)
+
+
+def test_a_run_begins_with_an_encoder_that_saw_no_other_stays(tmp_path: Path) -> None:
+    """Pretraining uses no label, and its loss does not depend on how an evaluation is cut but by what is hidden."""
+    cohort, words = small_cohort(), ("data.path=nowhere", "model.dropout=0.0")
+    first = prepared(cohort, "task.kind=clinical-pretraining", *words)
+    assert first.METRICS == ("loss",)
+    torch.manual_seed(0)
+    model, batch = first.model(), first.train.next(8, 0, 1)
+    unlabelled = (*batch[:3], torch.full_like(batch[3], float("nan")))
+    found = []
+    for each in (batch, unlabelled):
+        torch.manual_seed(1)
+        found.append(first.loss(model, each, torch.tensor(8.0)))
+    assert torch.equal(*found)
+    found[0].backward()
+    whole = first.metrics(first.validation(), first.measure(model.eval(), first.validation()).detach())
+    assert whole == first.metrics(first.validation(), first.measure(model, first.validation()).detach())
+    first.save(tmp_path / "export", model, {})
+    begin = f"checkpoint.init_from={tmp_path / 'export'}"
+    second = prepared(cohort, begin, "model.dropout=0.5")
+    for name, weight in second.model().state_dict().items():
+        assert torch.equal(weight, model.encoder.state_dict()[name])  # type: ignore[union-attr]
+    for other, message in (
+        ("task.fold=1", "learned from other stays than this run's training part"),
+        ("model.mlp_dim=8", "has model.mlp_dim=16 and this run has 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepared(cohort, begin, other)

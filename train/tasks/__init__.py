@@ -3,6 +3,7 @@
 from train.config import Config
 from train.tasks.base import TASKS, Task
 from train.tasks.clinical import ClinicalTask
+from train.tasks.clinical_pretraining import ClinicalPretraining
 from train.tasks.language import LanguageTask
 
 
@@ -16,4 +17,4 @@ def build_task(config: Config) -> Task:
     return task_class(config)(config)
 
 
-__all__ = ["TASKS", "ClinicalTask", "LanguageTask", "Task", "build_task", "task_class"]
+__all__ = ["TASKS", "ClinicalPretraining", "ClinicalTask", "LanguageTask", "Task", "build_task", "task_class"]

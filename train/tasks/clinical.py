@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -95,11 +95,10 @@ class ClinicalTask(Task):
     they are hourly, float32; NaN does not count. In training the model hides variables and hours itself."""
 
     ROW = UNIT = "stay"
-    UNUSED = (
+    UNUSED: ClassVar[tuple[str, ...]] = (
         "tokenizer",
         "lora",
         "sample",
-        "checkpoint.init_from",
         "checkpoint.adopt_model",
         "train.activation_checkpointing",
         "eval.below_ngrams",
@@ -128,7 +127,9 @@ class ClinicalTask(Task):
     # --- before anything is prepared ----------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Reads the cohort, and splits it."""
+        """Reads the cohort, splits it, and looks at checkpoint.init_from."""
+        if self.config.checkpoint.init_from is not None:
+            self._initial(self.config.checkpoint.init_from)
         labels, validation = self._labels, self.fold.validation
         known = labels[validation][~np.isnan(labels[validation])]
         if not len(known) or (not self.outcome.edges and known.min() == known.max()):
@@ -228,9 +229,33 @@ class ClinicalTask(Task):
         }
         return EhrConfig.from_dict({**self.config.model, **derived})
 
-    def model(self) -> EhrEncoder:
+    def model(self) -> nn.Module:
+        """New weights, or those of checkpoint.init_from."""
+        model, checkpoint = self.encoder(), self.config.checkpoint.init_from
+        if checkpoint is not None:
+            model.load_state_dict(self._initial(checkpoint).state_dict())
+        return model
+
+    def encoder(self) -> EhrEncoder:
         """New weights."""
         return EhrEncoder(self._model_config())
+
+    def _initial(self, checkpoint: str) -> EhrEncoder:
+        """The model of an export of the same fold. Raises ValueError if it is another one, or has seen other stays."""
+        given = trained.load_trained(user_path(checkpoint, "checkpoint.init_from"))
+        if given.split.get("digest") != self._split_digest() or given.statistics != self.statistics:
+            raise ValueError(
+                f"checkpoint.init_from={checkpoint} learned from other stays than this run's training part, perhaps "
+                "from its test rows; take a model of the same data, task.fold and task.split_seed"
+            )
+        theirs, mine = given.model.config.to_dict(), self._model_config().to_dict()
+        for key in mine:
+            if theirs[key] != mine[key] and key not in ("dropout", "hide_variables", "hide_hours"):
+                raise ValueError(
+                    f"checkpoint.init_from={checkpoint} has model.{key}={theirs[key]!r} and this run has "
+                    f"{mine[key]!r}; set it to the checkpoint's"
+                )
+        return given.model
 
     def count(self, batch: Batch) -> int:
         """Labels that are known: stays, or hours of them."""
