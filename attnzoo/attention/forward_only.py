@@ -47,6 +47,8 @@ from attnzoo.types import dtype_bytes
 PREFIXES = (1, 4)
 PROBE = 7
 """A forward is run on a sequence of PROBE tokens and on its PREFIXES, whose outputs have to be the same."""
+CLOSED = 1e-3
+"""A parameter without a larger number is a gate that is not open yet."""
 
 
 @dataclass
@@ -219,7 +221,7 @@ class RecomputedAttention(ForwardOnly, StreamingAttention):
             keys_BS = torch.ones(context_BSD.shape[:2], dtype=torch.bool, device=context_BSD.device)
         state = self.init_state(len(context_BSD), 0, device=context_BSD.device, dtype=context_BSD.dtype)
         context_BSD = context_BSD.masked_fill(~keys_BS[..., None], 0.0)
-        return replace(state, context_BSD=context_BSD, exists_BS=keys_BS)
+        return replace(state, context_BSD=context_BSD, exists_BS=keys_BS.clone())
 
     def extend(self, x_BTD: Tensor, state: InputsState, counts_B: Tensor | None = None) -> tuple[Tensor, InputsState]:
         self.check_input(x_BTD)
@@ -323,11 +325,11 @@ def _probing(module: nn.Module) -> Iterator[Callable[..., Any]]:
 
 
 def _opened(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of parameters that are all zero, with small numbers in them: a gate that begins closed is opened by
-    training, and what lies behind it is tried too."""
+    """Copies of parameters that are all zero or tiny, with small numbers in them: a gate that begins closed, or nearly
+    so, is opened by training, and what lies behind it is tried too."""
     generator, found = torch.Generator().manual_seed(1), {}
     for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and parameter.numel() and not bool(parameter.any()):
+        if parameter.is_floating_point() and parameter.numel() and float(parameter.abs().max()) < CLOSED:
             small = torch.randn(parameter.shape, generator=generator) * 0.1
             found[name] = small.to(parameter.device, parameter.dtype)
     return found

@@ -15,6 +15,7 @@ from attnzoo.attention.edits import (
     Edits,
     Entropy,
     Hide,
+    KeySums,
     Map,
     Mass,
     Move,
@@ -186,9 +187,32 @@ def test_a_row_holds_one_sequence_and_padding():
     ):
         with pytest.raises(ValueError, match=words):
             model(tokens, starts, edits=[EditRun(plan), EditRun(plan)])
-    longer = EditRun(model.plan_edits(items, TokenLayout(9)))
-    model(tokens, edits=[EditRun(plan), longer])  # the first row's last tokens are padding
-    model(tokens, packed, edits=[None, longer])
+    longer = model.plan_edits(items, TokenLayout(9))
+    model(tokens, edits=[EditRun(plan), EditRun(longer)])  # the first row's last tokens are padding
+    model(tokens, packed, edits=[None, EditRun(longer)])
+
+
+def test_a_run_is_one_pass():
+    """Kills: reads of two sequences in one map."""
+    model = small_model("rcmha")
+    tokens = torch.randint(4, 400, (1, 9), generator=torch.Generator().manual_seed(0))
+    plan = model.plan_edits(Edits(KeySums()), TokenLayout(9))
+    words = r"edits\[0\] have seen position 0 already; a run is one pass over one sequence: make EditRun\(plan\) again"
+    run = EditRun(plan)
+    model(tokens, edits=[run])
+    with pytest.raises(ValueError, match=words):
+        model(tokens, edits=[run])
+    with pytest.raises(ValueError, match=words):
+        model.extend(tokens, model.init_state(1, 9), edits=[run])
+    _, layer = built("gqa")
+    calls = Edits(Map()).plan([layer_sizes(layer)], TokenLayout(TOKENS, steps=2))
+    run, x = EditRun(calls), torch.randn(1, TOKENS, DIM, dtype=torch.float64)
+    layer(x, edits=layer_plan([run], 0, 0))
+    layer(x, edits=layer_plan([run], 0, 1))
+    with pytest.raises(ValueError, match="have seen step 1 already"):
+        layer(x, edits=layer_plan([run], 0, 1))
+    with pytest.raises(ValueError, match=r"edits\[0\]: step=2, and the plan has 2 calls, from 0 on"):
+        layer_plan([run], 0, 2)
 
 
 def test_a_context_and_its_names():
@@ -206,7 +230,9 @@ def test_a_context_and_its_names():
     runs = runs_of(layer, [items, items], layout, context=True)
     mask = Mask.full(keys_BS=exists)
     found = layer(x, context_BSD=context, mask=mask, edits=layer_plan(runs, 0))
-    state, outs = layer.init_context(context, exists), []
+    given = exists.clone()
+    state, outs = layer.init_context(context, given), []
+    given.fill_(False)  # the caller's buffer, filled anew
     again = runs_of(layer, [items, items], layout, context=True)
     for chunk in x.split(4, dim=1):
         y, state = layer.extend(chunk, state, edits=layer_plan(again, 0))

@@ -126,6 +126,10 @@ def test_numbers_that_overflow_are_refused_by_field():
         ):
             Edits(Map(), item).plan([SOFTMAX, SOFTMAX], LAYOUT)
         assert Edits(item).plan([exact, exact], LAYOUT).changes
+    with pytest.raises(ValueError, match=r"add.value=10000000... \(401 digits\) overflows"):
+        Edits(Add(Where(layers=0), 10**400)).plan([SOFTMAX], LAYOUT)
+    with pytest.raises(ValueError, match="values must be numbers"):
+        PutScores(Where(), [[[10**400]]])
     with pytest.raises(ValueError, match="values are complex; give real numbers"):
         PutScores(Where(), torch.ones(1, 1, 1, dtype=torch.complex64))
 
@@ -273,3 +277,21 @@ def test_engines_and_idle_edits():
     assert engine(*four, Hide(Where(keys=9))) == engine(Temper(Where(), 2.0)) == engine(Map()) == "dense"
     assert engine(Move(Where(keys=sinks), "image", 0.5), Mass(bins={"s": "system"})) == "dense"  # up to six classes
     assert Edits(Add(Where(), 1.0)).plan([SOFTMAX], LAYOUT).fingerprint != plan.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("spans", "message"),
+    [
+        ({"a": range(2)}, r"spans\['a'\]=range\(0, 2\): give \(start, stop\) in tokens, or a list of these"),
+        ({"a": (0.0, 2.0)}, r"spans\['a'\]: \(0.0, 2.0\) must be \[start, stop\) within the 10 tokens"),
+        ({"a": (True, 3)}, r"\(True, 3\) must be"),
+        ({"a": [(0, 2), 5]}, r"spans\['a'\]: 5 must be"),
+        ({"a": None}, r"spans\['a'\]=None: give"),
+        ({"a": []}, "is empty: leave the name out"),
+        ([("a", (0, 2))], r"spans=.* must be a mapping of intervals by name"),
+    ],
+)
+def test_spans_that_are_none(spans, message):
+    """Kills: a range of two numbers for a pair."""
+    with pytest.raises(ValueError, match=message):
+        TokenLayout(10, spans)

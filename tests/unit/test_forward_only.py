@@ -82,15 +82,17 @@ def test_a_forward_that_sees_the_future_is_refused_once_it_has_weights():
         (lambda self, x: x + torch.randn_like(x), "forward is random in evaluation mode"),
         (lambda self, x: x + x.cumsum(0), "forward mixes sequences: .* is batch_first=True missing"),
         (lambda self, x: x + self.gate * x.mean(1, keepdim=True), "forward sees the future"),
+        (lambda self, x: x + self.small * x.mean(1, keepdim=True), "forward sees the future"),
         (lambda self, x: x.log(), "forward returns numbers that are not finite"),
     ],
-    ids=["random", "rows mixed", "a gate that begins closed", "NaN"],
+    ids=["random", "rows mixed", "a gate that begins closed", "nearly closed", "NaN"],
 )
 def test_a_forward_that_cannot_be_continued_is_refused(forward, message):
     class Odd(Mine):
         def __init__(self, model_dim: int) -> None:
             super().__init__(model_dim)
             self.gate = torch.nn.Parameter(torch.zeros(1))
+            self.small = torch.nn.Parameter(torch.full((1,), 1e-12))
 
     Odd.forward = forward
     with pytest.raises(ValueError, match=rf"Odd\.{message}"):

@@ -47,7 +47,7 @@ class Values:
             raise ValueError("values are complex; give real numbers")
         try:
             self.values = torch.as_tensor(values, dtype=torch.float64).detach().cpu().clone()
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             raise ValueError("values must be numbers in nested lists of equal lengths, or a tensor") from None
         if self.values.dim() == 2:
             self.values = self.values[None]

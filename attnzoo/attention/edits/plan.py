@@ -238,9 +238,16 @@ def _check_numbers(item: Item, size: LayerSizes, at: str, layer: int) -> None:
         if abs(value) > most:
             kind = str(size.scores_in).removeprefix("torch.")
             raise ValueError(
-                f"{at}.{name}={value:g} overflows in layer {layer}, whose scores are {kind}: give at most {most:.1g} "
-                "in magnitude, or use Hide to take all weight from keys"
+                f"{at}.{name}={_short(value)} overflows in layer {layer}, whose scores are {kind}: give at most "
+                f"{most:.1g} in magnitude, or use Hide to take all weight from keys"
             )
+
+
+def _short(value: float) -> str:
+    try:
+        return f"{value:g}"
+    except OverflowError:  # a whole number beyond all floats
+        return f"{str(value)[:8]}... ({len(str(value))} digits)"
 
 
 def _gathered(items: list[Meant], size: LayerSizes, layout: TokenLayout, total: int) -> LayerItems | None:

@@ -20,7 +20,8 @@ class LayerRecord:
 
     parts: (query positions, values) of every call by the read's index; sums: likewise, summed. held: positions of the
     entries of the last call [K or 1, S], and the logarithms of how many tokens each stands for, None: each for itself.
-    empty: (head, query) of rows in which nothing could be seen. engines: those that ran.
+    empty: (head, query) of rows in which nothing could be seen. engines: those that ran. reached: positions, or calls
+    where steps are calls, that it has seen.
     """
 
     plan: LayerItems
@@ -31,6 +32,7 @@ class LayerRecord:
     engines: set[str] = field(default_factory=set)
     approximate: bool = False
     heads: int = 0
+    reached: int = 0
     _sets: KeySets | None = None
 
     def sets(self, device: torch.device) -> KeySets:

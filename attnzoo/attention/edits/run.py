@@ -56,6 +56,9 @@ def layer_plan(runs: EditRuns | None, layer: int, step: int | None = None) -> "L
                 f"edits[{row}]: step={step} with TokenLayout(steps={run.plan.layout.steps}): give the number of the "
                 "call where steps are calls, and only there"
             )
+        calls = None if run is None else run.plan.layout.steps
+        if calls is not None and step is not None and not 0 <= step < calls:
+            raise ValueError(f"edits[{row}]: step={step}, and the plan has {calls} calls, from 0 on")
         record = None if run is None else run.records[layer]
         rows.append(
             None if run is None or record is None else Row(record, run.plan.total, run.plan.sizes[layer].num_heads)
@@ -89,8 +92,13 @@ class LayerPlan:
             )
 
     def observe(self, x_BTD: Tensor, queries_BT: Tensor) -> None:
-        """Finds the sinks among the tokens of a call; queries_BT as in `AttentionCall`."""
+        """Finds the sinks among the tokens of a call; queries_BT as in `AttentionCall`. Raises ValueError for a run
+        that has been there before."""
         self.check_batch(len(x_BTD))
+        for row, (entry, (first, last)) in enumerate(zip(self.rows, ends(queries_BT), strict=True)):
+            if entry is not None and last >= 0:
+                first = first if first >= 0 else int(queries_BT[row][queries_BT[row] >= 0].min())
+                _advance(entry.record, row, self.step, first, last)
         hidden_BTD = x_BTD if self.hidden_BTD is None else self.hidden_BTD
         found: dict[Sinks, tuple[Tensor, list[bool]]] = {}
         for row, (entry, (first, last)) in enumerate(zip(self.rows, ends(queries_BT), strict=True)):
@@ -175,6 +183,16 @@ class LayerPlan:
                     "with more new_tokens"
                 )
         return queries_BT
+
+
+def _advance(record: LayerRecord, row: int, step: int | None, first: int, last: int) -> None:
+    """Notes how far a run has come, in calls or else in positions."""
+    what, at, end = ("position", first, last + 1) if step is None else ("step", step, step + 1)
+    if at < record.reached:
+        raise ValueError(
+            f"edits[{row}] have seen {what} {at} already; a run is one pass over one sequence: make EditRun(plan) again"
+        )
+    record.reached = end
 
 
 def _note(call: AttentionCall, row: int, record: LayerRecord) -> None:

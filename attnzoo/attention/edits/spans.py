@@ -109,6 +109,8 @@ class TokenLayout:
             raise ValueError(f"TokenLayout.prompt={self.prompt!r} must be the number of tokens, at least 1")
         if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
             raise ValueError(f"TokenLayout.steps={self.steps!r} must be at least 1, or None where a step is a token")
+        if not isinstance(self.spans, Mapping):
+            raise ValueError(f"TokenLayout.spans={self.spans!r} must be a mapping of intervals by name")
         for name in self.spans:
             if name in (ALL, GENERATED):
                 raise ValueError(f"TokenLayout.spans: {name!r} has a meaning of its own; give the span another name")
@@ -126,14 +128,17 @@ class TokenLayout:
                 )
             raise ValueError(f"{where}: no span is called {name!r}{known}")
         given = self.spans[name]
-        pieces = [given] if isinstance(given, Sequence) and len(given) and isinstance(given[0], int) else list(given)
+        if not isinstance(given, list | tuple):
+            raise ValueError(f"TokenLayout.spans[{name!r}]={given!r}: give (start, stop) in tokens, or a list of these")
+        if not given:
+            raise ValueError(f"TokenLayout.spans[{name!r}] is empty: leave the name out")
+        pieces = given if isinstance(given[0], list | tuple) else [given]
         for piece in pieces:
-            if len(piece) != 2 or not 0 <= piece[0] < piece[1] <= self.prompt:
+            pair = isinstance(piece, list | tuple) and [type(end) for end in piece] == [int, int]
+            if not pair or not 0 <= piece[0] < piece[1] <= self.prompt:
                 raise ValueError(
                     f"TokenLayout.spans[{name!r}]: {piece!r} must be [start, stop) within the {self.prompt} tokens"
                 )
-        if not pieces:
-            raise ValueError(f"TokenLayout.spans[{name!r}] is empty: leave the name out")
         return _joined([(int(start), int(stop)) for start, stop in pieces])
 
 

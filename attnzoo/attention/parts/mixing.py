@@ -190,6 +190,7 @@ class SoftmaxMixing(Mixing):
         _, k_BKSH = self._encode(qkv, torch.arange(0, device=qkv[0].device)[None], impl)
         if keys_BS is None:
             keys_BS = torch.ones(k_BKSH.shape[0], k_BKSH.shape[2], dtype=torch.bool, device=k_BKSH.device)
+        keys_BS = keys_BS.clone()  # a caller may fill the same buffer for the next batch
         return SoftmaxContext(k_BKSH.contiguous(), qkv[2].transpose(1, 2).contiguous(), keys_BS)
 
     def _read(
