@@ -24,7 +24,7 @@ FAMILIES: dict[str, dict[str, Scale]] = {
         **_named((1.0, -273.15), "k kelvin"),
     },
     "mm[Hg]": {**_named(1.0, "mm[hg] mmhg mm(hg) mm/hg torr"), **_named(7.500617, "kpa")},
-    "%": {**_named(1.0, "% %thb %sat. %totalhgb percent"), **_named(100.0, "1 fraction")},
+    "%": {**_named(1.0, "% %thb %sat. %totalhgb percent"), **_named(100.0, "1 fraction l/l")},
     "kg": {
         **_named(1.0, "kg kilogram"),
         **_named(0.001, "g gram"),

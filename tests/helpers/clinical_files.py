@@ -3,8 +3,9 @@
 import gzip
 import json
 from collections.abc import Callable
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -115,11 +116,81 @@ MIMIC_HEADER = (
     "Height,Mean blood pressure,Oxygen saturation,Respiratory rate,Systolic blood pressure,Temperature,Weight,pH"
 )
 
+LOINC, UCUM = "http://loinc.org", "http://unitsofmeasure.org"
+FHIR_START = datetime(2026, 3, 1, 8, 30, tzinfo=UTC)
+
+
+def fhir_time(minutes: float) -> str:
+    """The dateTime so many minutes after admission."""
+    return (FHIR_START + timedelta(minutes=minutes)).isoformat()
+
+
+def fhir_quantity(code: str, value: object, unit: str) -> dict[str, Any]:
+    """The coded value of an Observation or of one of its components."""
+    quantity = {"value": value, "unit": unit, "system": UCUM, "code": unit}
+    return {"code": {"coding": [{"system": LOINC, "code": code}]}, "valueQuantity": quantity}
+
+
+def fhir_observation(id: str, minutes: float, code: str, value: object, unit: str, **changes: Any) -> dict[str, Any]:
+    """An Observation of the encounter e1; changes: its other elements, None for those that it lacks."""
+    whole = {
+        "resourceType": "Observation",
+        "id": id,
+        "status": "final",
+        "subject": {"reference": "Patient/p1"},
+        "encounter": {"reference": "Encounter/e1"},
+        "effectiveDateTime": fhir_time(minutes),
+        **fhir_quantity(code, value, unit),
+        **changes,
+    }
+    return {name: element for name, element in whole.items() if element is not None}
+
+
+def fhir_stays(died: int = 1) -> list[dict[str, Any]]:
+    """Two patients, each with an encounter of 60 hours."""
+    resources: list[dict[str, Any]] = [
+        {"resourceType": "Patient", "id": "p1", "gender": "female", "birthDate": "1950-03-02"},
+        {"resourceType": "Patient", "id": "p2", "gender": "male", "birthDate": "1980"},
+    ]
+    for number, disposition in ((1, "exp" if died else "home"), (2, "home")):
+        system = "http://terminology.hl7.org/CodeSystem/discharge-disposition"
+        coding = [{"system": system, "code": disposition}]
+        encounter = {
+            "resourceType": "Encounter",
+            "id": f"e{number}",
+            "status": "finished",
+            "class": {"code": "IMP"},
+            "subject": {"reference": f"Patient/p{number}"},
+            "period": {"start": fhir_time(0), "end": fhir_time(3600)},
+            "hospitalization": {"dischargeDisposition": {"coding": coding}},
+        }
+        resources.append(encounter)
+    return resources
+
+
+def fhir_bundle(resources: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"resourceType": "Bundle", "type": "collection", "entry": [{"resource": r} for r in resources]}
+
+
+def write_fhir(root: Path, hours: int = 99, died: int = 1) -> Path:
+    """A bundle of the stays and NDJSON of the observations; each result is issued 40 minutes after its sample."""
+    observations = [
+        fhir_observation(f"{code}-{i}", at, code, 60 + i % 37, unit, issued=fhir_time(at + 40))
+        for code, unit, every in (("8867-4", "/min", 50), ("2345-7", "mg/dL", 400))
+        for i, at in enumerate(range(0, 3600, every))
+        if at + 40 < hours * 60
+    ]
+    write_csv(root / "stays.json", json.dumps(fhir_bundle(fhir_stays(died))))
+    write_csv(root / "observations.ndjson.gz", "".join(json.dumps(row) + "\n" for row in observations))
+    return root
+
+
 WRITERS: dict[str, Callable[..., Path]] = {
     "physionet2012": write_physionet,
     "yaib": write_yaib,
     "eicu": write_eicu,
     "mimic": write_mimic,
+    "fhir": write_fhir,
 }
 
 
