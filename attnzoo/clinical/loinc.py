@@ -23,7 +23,7 @@ _CODES = {
     "gcs_eye": "9267-6",
     "gcs_motor": "9268-4",
     "gcs_verbal": "9270-0",
-    "fio2": "3150-6 19994-3",
+    "fio2": "3150-0 19994-3",
     "urine": "9187-6",
     "albumin": "1751-7 61151-7 61152-5",
     "alkaline_phosphatase": "6768-6",

@@ -7,6 +7,8 @@ from typing import Any
 
 PERCENT = 100
 """R4 writes probabilityDecimal as a percentage."""
+DIGITS = 10
+"""Digits of the percentage after its point: 100 * 0.137 is not 13.7 in binary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ def risk_assessment(risk: Risk) -> dict[str, Any]:
     """The resource, as plain JSON. Parts that are empty are left out, for FHIR has no empty elements."""
     prediction: dict[str, Any] = {
         "outcome": {"text": risk.outcome},
-        "probabilityDecimal": round(risk.probability * PERCENT, 10),
+        "probabilityDecimal": round(risk.probability * PERCENT, DIGITS),
     }
     if risk.rationale:
         prediction["rationale"] = risk.rationale
@@ -71,7 +73,7 @@ def read_risk_assessment(resource: dict[str, Any]) -> Risk:
             subject=resource["subject"]["reference"],
             occurrence=datetime.fromisoformat(resource["occurrenceDateTime"]),
             outcome=prediction["outcome"]["text"],
-            probability=prediction["probabilityDecimal"] / PERCENT,
+            probability=round(prediction["probabilityDecimal"] / PERCENT, DIGITS + 2),
             method=resource["method"]["text"],
             basis=tuple(item["reference"] for item in resource.get("basis", ())),
             rationale=prediction.get("rationale", ""),

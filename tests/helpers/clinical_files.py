@@ -131,7 +131,7 @@ def fhir_quantity(code: str, value: object, unit: str) -> dict[str, Any]:
     return {"code": {"coding": [{"system": LOINC, "code": code}]}, "valueQuantity": quantity}
 
 
-def fhir_observation(id: str, minutes: float, code: str, value: object, unit: str, **changes: Any) -> dict[str, Any]:
+def fhir_observation(id: str, minutes: float, code: str, value: object, unit: str, /, **changes: Any) -> dict[str, Any]:
     """An Observation of the encounter e1; changes: its other elements, None for those that it lacks."""
     whole = {
         "resourceType": "Observation",
@@ -140,8 +140,7 @@ def fhir_observation(id: str, minutes: float, code: str, value: object, unit: st
         "subject": {"reference": "Patient/p1"},
         "encounter": {"reference": "Encounter/e1"},
         "effectiveDateTime": fhir_time(minutes),
-        **fhir_quantity(code, value, unit),
-        **changes,
+        **(fhir_quantity(code, value, unit) | changes),
     }
     return {name: element for name, element in whole.items() if element is not None}
 

@@ -1,4 +1,4 @@
-"""Observations of FHIR R4 as measurements, by status, LOINC code, time, stay, value and unit; what is left out, and why."""
+"""FHIR R4 observations as measurements: status, LOINC code, time, stay, value and unit; what is left out, and why."""
 
 from collections import Counter
 from dataclasses import dataclass
