@@ -12,12 +12,10 @@ import pytest
 
 from attnzoo.clinical import loinc
 from attnzoo.clinical.formats import load_cohort
-from attnzoo.clinical.formats.fhir import FhirOptions, Reading, read
-from attnzoo.clinical.risk_assessment import Risk, read_risk_assessment, risk_assessment
+from attnzoo.clinical.formats.fhir import FhirCohort, FhirOptions, read
 from attnzoo.clinical.units import scale_of
 from attnzoo.clinical.variables import MIMIC3, PHYSIONET2012, QUANTITIES, STATICS, YAIB
 from tests.helpers.clinical_files import (
-    FHIR_START,
     LOINC,
     fhir_bundle,
     fhir_observation,
@@ -31,19 +29,19 @@ PULSE = ("8867-4", 80, "/min")
 PANEL = {"coding": [{"system": LOINC, "code": "85354-9"}]}
 
 
-def reading(*observations: dict[str, Any], **options: Any) -> Reading:
+def reading(*observations: dict[str, Any], **options: Any) -> FhirCohort:
     """Of the two stays and these observations."""
     return read([("request", fhir_bundle([*fhir_stays(), *observations]))], FhirOptions(**options))
 
 
-def measured(read: Reading, stay: int = 0) -> dict[tuple[str, int], float]:
+def measured(read: FhirCohort, stay: int = 0) -> dict[tuple[str, int], float]:
     """The cells that hold a value: by variable and hour."""
     grid = read.cohort.grid
     found = zip(*np.nonzero(grid.counts_NTV[stay]), strict=True)
     return {(grid.variables[v], int(t)): float(grid.values_NTV[stay, t, v]) for t, v in found}
 
 
-def left_out(read: Reading) -> dict[str, int]:
+def left_out(read: FhirCohort) -> dict[str, int]:
     return {reason: count for reason, count in read.cohort.report.left_out.items() if count}
 
 
@@ -261,7 +259,7 @@ def test_encounters():
 
 
 def test_files(tmp_path):
-    """One data set as a bundle whose entries have no ids, as nested bundles, and as NDJSON: the same cohort."""
+    """One data set as a bundle with references to URNs, as nested bundles, and as NDJSON: the same cohort."""
     resources = [*fhir_stays(), fhir_observation("o", 30, *PULSE), {"resourceType": "Condition"}]
     write_csv(tmp_path / "nested.json", json.dumps(fhir_bundle([fhir_bundle(resources[:3]), *resources[3:]])))
     for resource in resources:
@@ -272,7 +270,9 @@ def test_files(tmp_path):
     text = json.dumps(fhir_bundle(resources)).replace('"Patient/', '"urn:uuid:').replace('"Encounter/', '"urn:uuid:')
     unnamed = json.loads(text)
     for entry in unnamed["entry"]:
-        entry["fullUrl"] = f"urn:uuid:{entry['resource'].pop('id', 'none')}"
+        entry["fullUrl"] = f"urn:uuid:{entry['resource'].get('id')}"
+        if entry["resource"]["resourceType"] == "Patient":
+            del entry["resource"]["id"]
     write_csv(tmp_path / "unnamed.json.gz", "\ufeff" + json.dumps(unnamed))
     whole = load_cohort("fhir", tmp_path / "nested.json", hours=3)
     assert whole.grid.counts_NTV.sum() == 1
@@ -282,7 +282,7 @@ def test_files(tmp_path):
         np.testing.assert_array_equal(other.grid.values_NTV, whole.grid.values_NTV)
         np.testing.assert_array_equal(other.statics_NS, whole.statics_NS)
         np.testing.assert_array_equal(other.label("mortality"), whole.label("mortality"))
-    assert other.stay_ids == ("urn:uuid:e1", "urn:uuid:e2")
+    assert (other.stay_ids, other.patient_ids) == (("Encounter/e1", "Encounter/e2"), ("urn:uuid:p1", "urn:uuid:p2"))
     for name, content, told in [
         ("a.ndjson", '{"resourceType": "Patient"}\n{"resourceType":', r"a\.ndjson, line 2 is no JSON"),
         ("a.json", "[" * 100_000, r"a\.json is no JSON"),
@@ -348,58 +348,10 @@ def test_loinc_codes():
     )
 
 
-def test_risk_assessment_round_trip():
+def test_the_basis_of_a_prediction():
     found = reading(
         fhir_observation("good", 1, *PULSE),
         fhir_observation("impossible", 2, "8867-4", 9999, "/min"),
         {**fhir_observation("", 3, "2951-2", 140, "mmol/L"), "id": None},
     )
     assert found.basis("Encounter/e1") == ("Observation/good",), "what was dropped, and what has no id, is no basis"
-    risk = Risk(
-        subject=(found.cohort.patient_ids or ("",))[0],
-        encounter="Encounter/e1",
-        occurrence=FHIR_START,
-        outcome="death in hospital",
-        probability=0.137,
-        method="ehr-encoder 1.2",
-        basis=found.basis("Encounter/e1"),
-        rationale="interval .10 to .18",
-    )
-    resource = json.loads(json.dumps(risk_assessment(risk)))
-    assert read_risk_assessment(resource) == risk
-    assert resource == {
-        "resourceType": "RiskAssessment",
-        "status": "final",
-        "subject": {"reference": "Patient/p1"},
-        "encounter": {"reference": "Encounter/e1"},
-        "occurrenceDateTime": "2026-03-01T08:30:00+00:00",
-        "method": {"text": "ehr-encoder 1.2"},
-        "basis": [{"reference": "Observation/good"}],
-        "prediction": [
-            {
-                "outcome": {"text": "death in hospital"},
-                "probabilityDecimal": 13.7,
-                "rationale": "interval .10 to .18",
-            }
-        ],
-    }
-    given = {"subject": "Patient/p1", "occurrence": FHIR_START, "outcome": "death", "method": "m"}
-    least = Risk(**given, probability=1)
-    assert read_risk_assessment(risk_assessment(least)) == least
-    assert not {"basis", "encounter"} & set(risk_assessment(least))
-    for changes, told in [
-        ({"probability": 1.1}, "probability=1.1 is no probability"),
-        ({"probability": math.nan}, "probability=nan is no probability"),
-        ({"probability": 0.5, "subject": ""}, "takes a subject"),
-        ({"probability": 0.5, "occurrence": FHIR_START.replace(tzinfo=None)}, "has no offset from UTC"),
-    ]:
-        with pytest.raises(ValueError, match=told):
-            Risk(**{**given, **changes})
-    for changes, told in [
-        ({"resourceType": "Patient"}, "resourceType is not 'RiskAssessment'"),
-        ({"prediction": []}, "cannot be read"),
-        ({"prediction": [{"outcome": {"text": "death"}}]}, "has no 'probabilityDecimal'"),
-        ({"method": "m"}, "cannot be read"),
-    ]:
-        with pytest.raises(ValueError, match=told):
-            read_risk_assessment({**resource, **changes})

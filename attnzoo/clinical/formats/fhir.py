@@ -77,7 +77,7 @@ class FhirOptions:
 
 
 @dataclass(frozen=True)
-class Reading:
+class FhirCohort:
     """A cohort and the observations behind it."""
 
     cohort: Cohort
@@ -116,7 +116,7 @@ def load(
     return read(documents_of(source), options, f"fhir {source.name}").cohort
 
 
-def read(documents: Iterable[Document], options: FhirOptions, name: str = "fhir") -> Reading:
+def read(documents: Iterable[Document], options: FhirOptions, name: str = "fhir") -> FhirCohort:
     """The cohort in documents: pairs of the place, which errors name, and what JSON holds there."""
     table = choose(TABLES[options.names], options.variables, "variables")
     clock = Clock(options.tz)
@@ -141,7 +141,7 @@ def read(documents: Iterable[Document], options: FhirOptions, name: str = "fhir"
     cohort = cohort_of(facts, _events(measurements, table), table, options.hours)
     compared = Counter(m.name for m in measurements if m.comparator)
     values = {name: {**row, "with a comparator": compared[name]} for name, row in cohort.report.values.items()}
-    return Reading(replace(cohort, report=replace(cohort.report, values=values)), measurements)
+    return FhirCohort(replace(cohort, report=replace(cohort.report, values=values)), measurements)
 
 
 def _codes(table: Table, options: FhirOptions) -> dict[str, str]:
