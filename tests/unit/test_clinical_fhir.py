@@ -295,6 +295,8 @@ def test_files(tmp_path):
             load_cohort("fhir", tmp_path / name)
     for options, told in [
         ({"names": "mimic"}, "names='mimic' is no table of variables"),
+        ({"names": ["yaib"]}, r"names=\['yaib'\] is no table of variables"),
+        ({"preliminary": "no"}, "preliminary='no' is neither true nor false"),
         ({"classes": "IMP"}, r"classes='IMP' is one text; give a list"),
         ({"variables": ("sofa",)}, "'sofa' can never be a feature"),
         ({"hours": 0}, "hours=0 is no length"),

@@ -70,10 +70,12 @@ class FhirOptions:
 
     def __post_init__(self) -> None:
         check_hours(self.hours)
-        if self.names not in TABLES:
+        if not isinstance(self.names, str) or self.names not in TABLES:
             raise ValueError(f"names={self.names!r} is no table of variables{suggest(str(self.names), TABLES)}")
         if isinstance(self.classes, str):
             raise ValueError(f"classes={self.classes!r} is one text; give a list of codes, as in ['IMP']")
+        if not isinstance(self.preliminary, bool):
+            raise ValueError(f"preliminary={self.preliminary!r} is neither true nor false")
 
 
 @dataclass(frozen=True)
