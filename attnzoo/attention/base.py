@@ -184,8 +184,12 @@ class Attention(nn.Module, ABC):
                     f"mask: {what} of {name} has shape {list(tensor.shape)}; it must be {list(of.shape[:2])}, one for "
                     "each token"
                 )
-        if mask.starts_BT is not None and _known_wrong(mask.starts_BT > _counted(mask.starts_BT)):
-            raise ValueError(f"mask: starts_BT of {name} has a start after its own token; a token sees itself at least")
+        if mask.starts_BT is not None and _known_wrong(
+            (mask.starts_BT > _counted(mask.starts_BT)) | (mask.starts_BT < 0)
+        ):
+            raise ValueError(
+                f"mask: starts_BT of {name} has a start after its own token, or below 0; a token sees itself at least"
+            )
 
     def way_out(self) -> str:
         """The end of a message that refuses a context or a mask: what would make it possible."""

@@ -44,10 +44,10 @@ from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.common.masks import CAUSAL, Mask, MaskField
 from attnzoo.types import dtype_bytes
 
-PREFIXES = (1, 4)
-PROBE = 7
+PREFIXES = (1, 4, 20)
+PROBE = 37
 """A forward is run on a sequence of PROBE tokens and on its PREFIXES, whose outputs have to be the same."""
-CLOSED = 1e-3
+CLOSED = 1e-2
 """A parameter without a larger number is a gate that is not open yet."""
 
 

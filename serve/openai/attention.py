@@ -142,8 +142,7 @@ def read_field(given: Mapping[str, Any], allowed: str) -> tuple[Sequence[Item], 
     for key in given:
         if key not in KEYS:
             raise ValueError(f"attention: unknown field {key!r}{suggest(key, KEYS)}")
-    edits = Edits.from_json(given.get("edits") or [], "attention.edits").items
-    reads = Edits.from_json(given.get("read") or [], "attention.read").items
+    edits, reads = (Edits.from_json(_listed(given, name), f"attention.{name}").items for name in ("edits", "read"))
     for index, item in enumerate(edits):
         if not isinstance(item, Edit):
             raise ValueError(f"attention.edits[{index}] is a read; move it to attention.read")
@@ -157,6 +156,12 @@ def read_field(given: Mapping[str, Any], allowed: str) -> tuple[Sequence[Item], 
             "attention.edits: this server's attention can be read, not edited (its setting attention=read)"
         )
     return edits, reads, _spans(given.get("spans"))
+
+
+def _listed(given: Mapping[str, Any], name: str) -> Any:
+    """A field, nothing where it is left out or null."""
+    value = given.get(name)
+    return [] if value is None else value
 
 
 def _spans(given: Any) -> dict[str, Any]:

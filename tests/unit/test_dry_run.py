@@ -162,7 +162,7 @@ class Keeps(Mine):
 @pytest.mark.parametrize(
     ("cls", "expected"),
     [
-        (Pair, "Pair.forward returned tuple for x of [2, 7, 24]"),
+        (Pair, "Pair.forward returned tuple for x of [2, 37, 24]"),
         (Future, "Future.forward sees the future"),
         (Keeps, "keeps mask, a tensor that is neither a parameter nor a buffer"),
     ],

@@ -379,3 +379,19 @@ def test_softmax_regression_reads_its_context():
     expected = layer.projection.merge((scores.softmax(-1) @ v)[None])
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(runs[0].reading[0].map[..., : TOKENS - 3], scores.softmax(-1))
+
+
+def test_top_keys_name_no_hidden_key_and_runs_are_checked():
+    """Kills: keys that `Hide` has hidden, in the list of the largest."""
+    model = small_model("mha")
+    tokens = torch.randint(4, 400, (1, 5), generator=torch.Generator().manual_seed(0))
+    plan = model.plan_edits(Edits(Hide(Where(keys=0)), TopKeys(k=3)), TokenLayout(5))
+    run = EditRun(plan)
+    model(tokens, edits=[run])
+    positions = run.reading[0].top["positions"]
+    assert (positions[:, 0] == -1).all()
+    assert (positions[:, 4] > 0).all()
+    with pytest.raises(ValueError, match=r"edits\[0\] is a EditPlan; give EditRun\(plan\) for a row, or None"):
+        model(tokens, edits=[plan])
+    with pytest.raises(ValueError, match="edits is a EditRun; give a list with"):
+        model(tokens, edits=run)

@@ -295,3 +295,31 @@ def test_spans_that_are_none(spans, message):
     """Kills: a range of two numbers for a pair."""
     with pytest.raises(ValueError, match=message):
         TokenLayout(10, spans)
+
+
+@pytest.mark.parametrize(
+    ("where", "field"),
+    [
+        (Where(heads=[3, 1], queries=9, keys=2), "heads"),
+        (Where(heads=[0, "0:1"], queries=9, keys=2), "heads"),
+        (Where(heads=0, queries=(9, 8), keys=2), "queries"),
+        (Where(heads=0, queries=9, keys=(5, 2)), "keys"),
+        (Where(heads=0, queries=9, keys=("image", "system")), "keys"),
+        (Where(heads=0, queries=9, keys=(5, 5)), "keys"),
+    ],
+)
+def test_numbers_are_put_in_rising_order(where, field):
+    """Kills: numbers of one key that land on another."""
+    sizes = [1, 1, 1]
+    sizes[["heads", "queries", "keys"].index(field)] = 2
+    values = [[[0.5] * sizes[2]] * sizes[1]] * sizes[0]
+    for item in (PutWeights(where, values), PutScores(where, values)):
+        with pytest.raises(ValueError, match=rf"where.{field}=.*: numbers are put in rising order; name them so"):
+            Edits(item).plan([SOFTMAX], LAYOUT)
+
+
+def test_fingerprints_tell_layouts_apart():
+    edits = Edits(Add(Where(steps=1), 1.0))
+    layouts = [LAYOUT, TokenLayout(10, LAYOUT.spans, steps=3), TokenLayout(10, LAYOUT.spans, context=TokenLayout(4))]
+    prints = {edits.plan([SOFTMAX], layout, 4).fingerprint for layout in layouts}
+    assert len(prints | {edits.plan([SOFTMAX], LAYOUT, 5).fingerprint}) == 4

@@ -66,7 +66,7 @@ def test_it_is_described_with_the_way_to_make_it_fast():
 
 def test_a_forward_that_sees_the_future_is_refused_once_it_has_weights():
     kind = variant_of(Future)
-    with pytest.raises(ValueError, match=r"Future\.forward sees the future: with \d tokens more.*`causal = False`"):
+    with pytest.raises(ValueError, match=r"Future\.forward sees the future: with \d+ tokens more.*`causal = False`"):
         attention(kind, model_dim=6)
     config = DecoderConfig(vocab_size=9, model_dim=6, num_layers=1, attention=kind, tie_embeddings=False)
     shapes = build_shapes(config)  # without weights nothing can be told
@@ -83,9 +83,11 @@ def test_a_forward_that_sees_the_future_is_refused_once_it_has_weights():
         (lambda self, x: x + x.cumsum(0), "forward mixes sequences: .* is batch_first=True missing"),
         (lambda self, x: x + self.gate * x.mean(1, keepdim=True), "forward sees the future"),
         (lambda self, x: x + self.small * x.mean(1, keepdim=True), "forward sees the future"),
+        (lambda self, x: x + self.scale * x.mean(1, keepdim=True), "forward sees the future"),
+        (lambda self, x: x + torch.cat([x[:, 10:], torch.zeros_like(x[:, :10])], 1)[:, : x.shape[1]], "forward sees"),
         (lambda self, x: x.log(), "forward returns numbers that are not finite"),
     ],
-    ids=["random", "rows mixed", "a gate that begins closed", "nearly closed", "NaN"],
+    ids=["random", "rows mixed", "a gate that begins closed", "nearly closed", "LayerScale", "ten ahead", "NaN"],
 )
 def test_a_forward_that_cannot_be_continued_is_refused(forward, message):
     class Odd(Mine):
@@ -93,6 +95,7 @@ def test_a_forward_that_cannot_be_continued_is_refused(forward, message):
             super().__init__(model_dim)
             self.gate = torch.nn.Parameter(torch.zeros(1))
             self.small = torch.nn.Parameter(torch.full((1,), 1e-12))
+            self.scale = torch.nn.Parameter(torch.full((model_dim,), 1e-3))
 
     Odd.forward = forward
     with pytest.raises(ValueError, match=rf"Odd\.{message}"):
@@ -208,9 +211,9 @@ class EvenOnly(Mine):
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
-        (WrongShape, r"WrongShape.forward returned \[2, 1, 6\] for x of \[2, 7, 6\]; it must return one tensor"),
-        (Pair, r"Pair.forward returned tuple for x of \[2, 7, 6\]"),
-        (EvenOnly, r"EvenOnly.forward fails on x of \[2, 7, 6\]: RuntimeError: .*any number of tokens from 1 on"),
+        (WrongShape, r"WrongShape.forward returned \[2, 1, 6\] for x of \[2, 37, 6\]; it must return one tensor"),
+        (Pair, r"Pair.forward returned tuple for x of \[2, 37, 6\]"),
+        (EvenOnly, r"EvenOnly.forward fails on x of \[2, 37, 6\]: RuntimeError: .*any number of tokens from 1 on"),
     ],
 )
 def test_an_output_that_is_none_is_named(cls, message):
@@ -233,7 +236,7 @@ def test_what_is_described_is_tried():
 
     kind = variant_of(Ahead, "ahead")
     for build in (lambda: attention(kind, model_dim=6), lambda: describe(kind, {"model_dim": 6}, 9, "float32")):
-        with pytest.raises(ValueError, match=r"Ahead.forward returned tuple for x of \[2, 7, 6\]"):
+        with pytest.raises(ValueError, match=r"Ahead.forward returned tuple for x of \[2, 37, 6\]"):
             build()
     with pytest.raises(ValueError, match=r"Ahead.forward returned tuple for x of \[1, 9, 8192\]"):
         describe(kind, {"model_dim": 8192}, 9, "float32")

@@ -47,6 +47,7 @@ def test_every_kind_is_an_edit_or_a_read():
         ({"read": [{"map": {"layers": 0}}]}, r"read\[0\].map: unknown field 'layers'; did you mean where.layers\?"),
         ({"read": ["entropy"]}, r"read\[0\]='entropy' must be an object with one name, such as {\"entropy\": {...}}"),
         ({"read": "mass"}, "attention.read='mass' must be a list"),
+        ({"read": [MASS], "edits": False}, "attention.edits=False must be a list"),
         ({"read": [[]]}, r"attention.read\[0\]=\[\] must be an object with one name"),
         ({"read": [MASS], "spans": {"a": [1]}}, r"attention.spans.a=\[1\] must be a text"),
         ({"read": [MASS], "spans": {"a": [[1, 2], 3]}}, "attention.spans.a="),

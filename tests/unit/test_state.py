@@ -84,6 +84,18 @@ def test_states_of_different_kinds_are_not_joined(other):
         Leaf(torch.zeros(2, 4)).joined(other)
 
 
+def test_the_state_of_a_context_is_no_other(tmp_path):
+    """Kills: a running sum of a sequence for the sum of a context."""
+    layer, x = attention("linear", model_dim=32, decay=False), torch.randn(1, 3, 32)
+    own, of_context = layer.extend(x, layer.init_state(1, 5))[1], layer.init_context(x)
+    for one, other in ((own, of_context), (of_context, own)):
+        with pytest.raises(ValueError, match="states of different kinds cannot be joined"):
+            one.joined(other)
+        save_state(one, tmp_path / "state")
+        with pytest.raises(ValueError, match="BKHH"):
+            load_state(other, tmp_path / "state")
+
+
 def test_states_of_other_sizes_are_not_joined():
     """Heads, channels and the model's width: zeros beside would be heads of nobody. Kills: axes that are padded."""
     mine = attention("mha", model_dim=32, num_heads=4)

@@ -5,16 +5,26 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 
 from attnzoo.attention.edits.classes import class_codes
 from attnzoo.attention.edits.cost import EditCost, layer_cost, returned_bytes
-from attnzoo.attention.edits.items import CopyHead, Edit, Item, ScoreEdit, Values, WeightEdit
+from attnzoo.attention.edits.items import CopyHead, Edit, Item, PutScores, PutWeights, ScoreEdit, Values, WeightEdit
 from attnzoo.attention.edits.reads import Entropy, Map, Mass, Read
-from attnzoo.attention.edits.spans import FAR, Chosen, Interval, Sinks, TokenLayout, chosen, picked, picked_steps
+from attnzoo.attention.edits.spans import (
+    FAR,
+    Chosen,
+    Interval,
+    Sinks,
+    TokenLayout,
+    check_rising,
+    chosen,
+    picked,
+    picked_steps,
+)
 from attnzoo.attention.edits.traits import LayerSizes
 from attnzoo.attention.edits.wire import NAMES, item_from_json, item_to_json
 
@@ -151,8 +161,9 @@ class EditPlan:
     @property
     def fingerprint(self) -> str:
         """Plans of the same fingerprint leave the same keys and values behind, and read the same."""
-        spans = {name: self.layout.named(name, "spans") for name in sorted(self.layout.spans)}
-        return _digest([self.edits.to_json(), self.layout.prompt, spans])
+        layouts = [self.layout] if self.layout.context is None else [self.layout, self.layout.context]
+        said = [[x.prompt, x.steps, {name: x.named(name, "spans") for name in sorted(x.spans)}] for x in layouts]
+        return _digest([self.edits.to_json(), self.total, said])
 
     @property
     def changes(self) -> bool:
@@ -206,9 +217,22 @@ def _meant(
     own = chosen(where.keys, key_layout, keys, f"{at}.where.keys")
     if own.sinks and isinstance(item, Read) and not isinstance(item, Mass):
         raise ValueError(f"{at}.where.keys: {type(item).__name__} needs keys that are known before; Mass reads Sinks")
+    if isinstance(item, PutScores | PutWeights):
+        check_rising(where.heads, lambda part: _ends(picked((part,), size.num_heads, at)), f"{at}.where.heads")
+        for name, named, of, end in (("queries", where.queries, layout, total), ("keys", where.keys, key_layout, keys)):
+            check_rising(named, partial(_edges_of, layout=of, total=end, at=at), f"{at}.where.{name}")
     item.check(len(heads), queries, own, size.num_heads, at)
     sets.setdefault("keys", own)
     return Meant(index, item, heads, queries, calls, tuple(sets.items()))
+
+
+def _ends(numbers: tuple[int, ...]) -> tuple[int, int]:
+    return numbers[0], numbers[-1]
+
+
+def _edges_of(part: Any, *, layout: TokenLayout, total: int, at: str) -> tuple[int, int]:
+    intervals = chosen(part, layout, total, at).intervals
+    return intervals[0][0], intervals[-1][1] - 1
 
 
 def _check_can(item: Item, size: LayerSizes, streams: bool, at: str, layer: int) -> None:

@@ -65,7 +65,7 @@ def read_values(meant: Meant, here: Here, found: Weighed) -> dict[str, Tensor]:
         share = weights / torch.where(total == 0, 1.0, total)
         return {"entropy": _small(-torch.xlogy(share, share).sum(-1))}
     if isinstance(read, TopKeys):
-        return _top(read.k, weights, chosen, here)
+        return _top(read.k, weights, chosen & (found.scores_NRS != float("-inf")), here)
     assert here.key_row_NS is not None
     count = dict(meant.sets)["keys"].count
     column_NRS = torch.where(chosen, here.key_row_NS[:, None], count).expand_as(weights)
@@ -152,25 +152,32 @@ class LayerReading:
                 return result
         raise ValueError(f"no {kind.__name__} was asked for in this layer")
 
+    def _read(self, kind: type[Read]) -> ReadResult:
+        """As `first`. Raises ValueError, too, where none of its queries has been computed."""
+        result = self.first(kind)
+        if not result.values:
+            raise ValueError(f"{kind.__name__} has no numbers: the text ended before any of the queries it asks for")
+        return result
+
     @property
     def map(self) -> Tensor:
-        return self.first(Map).values["map"]
+        return self._read(Map).values["map"]
 
     @property
     def mass(self) -> dict[str, Tensor]:
-        return self.first(Mass).values
+        return self._read(Mass).values
 
     @property
     def top(self) -> dict[str, Tensor]:
-        return self.first(TopKeys).values
+        return self._read(TopKeys).values
 
     @property
     def key_sums(self) -> Tensor:
-        return self.first(KeySums).values["sums"]
+        return self._read(KeySums).values["sums"]
 
     @property
     def entropy(self) -> Tensor:
-        return self.first(Entropy).values["entropy"]
+        return self._read(Entropy).values["entropy"]
 
     @property
     def evicted(self) -> Tensor:

@@ -36,15 +36,22 @@ EditRuns = Sequence[EditRun | None]
 """One entry a row of a batch; None: untouched."""
 
 
+def _check_runs(runs: Any) -> None:
+    if not isinstance(runs, list | tuple):
+        raise ValueError(f"edits is a {type(runs).__name__}; give a list with EditRun(plan) or None for each row")
+    for row, run in enumerate(runs):
+        if run is not None and not isinstance(run, EditRun):
+            raise ValueError(f"edits[{row}] is a {type(run).__name__}; give EditRun(plan) for a row, or None")
+
+
 def layer_plan(runs: EditRuns | None, layer: int, step: int | None = None) -> "LayerPlan | None":
     """What one layer does in one call, None where there is nothing to do. step: the number of the call, for plans whose
     steps are calls. Raises ValueError for a run of a model with other layers."""
     if runs is None:
         return None
+    _check_runs(runs)
     rows = []
     for row, run in enumerate(runs):
-        if run is not None and not isinstance(run, EditRun):
-            raise ValueError(f"edits[{row}] is a {type(run).__name__}; give EditRun(plan) for a row, or None")
         if run is not None and any(run is other for other in runs[:row]):
             raise ValueError(
                 f"edits[{row}] is the run of another row; a run is of one sequence: make EditRun(plan) again"
@@ -232,6 +239,7 @@ def check_rows(runs: EditRuns, batch: int, tokens: int, starts_BT: Tensor | None
     """Raises ValueError for rows of the parallel form of which their plans do not speak: of several documents, and of
     more tokens than were planned. Without `starts_BT` nothing says what is padding, and a row is only known to have
     more where every row would."""
+    _check_runs(runs)
     if len(runs) != batch:
         return  # a layer says so
     documents = [1] * batch if starts_BT is None else (_document_sizes(starts_BT) > 1).sum(-1).tolist()

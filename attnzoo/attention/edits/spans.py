@@ -7,7 +7,7 @@ numbers.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -303,6 +303,17 @@ def picked(picks: Any, size: int, where: str) -> tuple[int, ...]:
     if not found:
         raise ValueError(f"{where}={picks!r} selects nothing of {size}")
     return tuple(sorted(found))
+
+
+def check_rising(named: Any, edges: Callable[[Any], tuple[int, int]], where: str) -> None:
+    """Raises ValueError unless what is named one after another rises, as the numbers that are put in its place are
+    taken to do. edges: the first and the last number of one part."""
+    before = -1
+    for part in named if isinstance(named, tuple) else (named,):
+        first, last = (0, 0) if part == ALL else edges(part)
+        if first <= before:
+            raise ValueError(f"{where}={named!r}: numbers are put in rising order; name them so, and each once")
+        before = last
 
 
 def picked_steps(picks: Any, layout: TokenLayout, where: str) -> tuple[tuple[Interval, ...], tuple[Interval, ...]]:

@@ -44,9 +44,10 @@ class LinearState(State):
 
 @dataclass
 class LinearContext(ContextState):
-    """memory_BKHH: as that of `LinearState`, of all tokens of a context."""
+    """context_BKHH: as memory_BKHH of `LinearState`, of all tokens of a context. It has a name of its own, so that
+    neither is joined or loaded as the other."""
 
-    memory_BKHH: Tensor
+    context_BKHH: Tensor
 
 
 class LinearMixing(Mixing):
@@ -174,7 +175,7 @@ class LinearMixing(Mixing):
         self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None, impl: Impl
     ) -> tuple[Tensor, State]:
         if isinstance(state, LinearContext):
-            return read(self._features(qkv[0].transpose(1, 2)), state.memory_BKHH, self.normalise), state
+            return read(self._features(qkv[0].transpose(1, 2)), state.context_BKHH, self.normalise), state
         o_BNTH, memory = self._run(qkv, impl, memory_BKHH=state.memory_BKHH, counts_B=counts_B)
         return o_BNTH, LinearState(memory)
 
