@@ -9,6 +9,8 @@ from attnzoo.models.ehr_encoder import EhrEncoder, EhrMaps, EhrState
 from attnzoo.models.ehr_pretraining import EhrPretraining
 from attnzoo.models.generate import generate
 from attnzoo.models.generation_config import GenerationConfig
+from attnzoo.models.ldam import Ldam, LdamInputs, LdamMaps
+from attnzoo.models.ldam_config import LdamConfig
 from attnzoo.models.packing import can_pack, pack_weights
 from attnzoo.models.sampling import Sampling, TokenLogprobs
 from attnzoo.models.sequences import Sequences
@@ -25,6 +27,10 @@ __all__ = [
     "EhrPretraining",
     "EhrState",
     "GenerationConfig",
+    "Ldam",
+    "LdamConfig",
+    "LdamInputs",
+    "LdamMaps",
     "Sampling",
     "Sequences",
     "TokenLogprobs",
