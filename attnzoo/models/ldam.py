@@ -92,8 +92,9 @@ class LabelPooling(nn.Module):
         self.bias = nn.Parameter(torch.zeros(labels))
 
     def forward(self, tokens_BTD: Tensor, labels_KD: Tensor | None, exist_BT: Tensor | None) -> LabelWeights:
-        labels = self.vector if labels_KD is None else self.project(labels_KD)
-        return label_attention(self.project(tokens_BTD), labels, self.kernel, self.bias, exist_BT=exist_BT)
+        labels_KE = self.vector if labels_KD is None else self.project(labels_KD)
+        assert labels_KE is not None
+        return label_attention(self.project(tokens_BTD), labels_KE, self.kernel, self.bias, exist_BT=exist_BT)
 
 
 class SeriesEncoder(nn.Module):

@@ -196,8 +196,7 @@ def test_maps_say_what_the_sums_were_made_of():
     """G, u and beta of words rebuild the logits of a stay of text; the word that is a label's own stands out."""
     built = model(num_layers=0)
     maps = built.read_maps(INPUTS)
-    text_ND = built.words(built.text(WORDS, torch.arange(L) < LENGTHS[:, None]), built._labels(), None)
-    assert maps.words.scores_BTK.shape == text_ND.scores_BTK.shape == (6, L, K)
+    assert maps.words.scores_BTK.shape == (6, L, K)
     v_LD = built.text(WORDS[2:3, :1], torch.ones(1, 1, dtype=torch.bool))[0]
     close(built.head(built.value(maps.words.weights_BT[2, :1] @ v_LD)), built(INPUTS)[2])
     close(maps.variables.weights_BT.sum(1), torch.ones(6))
