@@ -36,7 +36,8 @@ class KeySets:
     """Which positions of one sequence are in which sets of keys, and of which class they are: positions of one class
     are in the same sets. It is known from the first call on, but for sinks, which are marked as they are found.
 
-    Positions stand in rows: -1 in the first, those of the `keys` keys of the sequence after it, and one for all beyond.
+    members: for each set, which classes are in it, [1, 1, C]. Positions stand in rows: -1 in the first, those of the
+    `keys` keys of the sequence after it, and one for all beyond.
     """
 
     @torch.inference_mode(False)
@@ -48,7 +49,7 @@ class KeySets:
             code_P += each.holds(positions_P).to(code_P.dtype) << bit
         self._codes_C = torch.tensor(codes, device=device)
         self._class_P = torch.searchsorted(self._codes_C, code_P)
-        self._members = dict(zip(sets, _members(codes, len(sets), device), strict=True))
+        self.members = class_members(sets, codes, device)
 
     def observe(self, found: dict[Sinks, Tensor], first: int, tokens: int) -> None:
         """Marks the sinks among the next `tokens` tokens, from position `first` on: found_T (bool), left out where none
@@ -75,33 +76,30 @@ class KeySets:
                 code = code & ~(1 << bit) if each.negated else code | (1 << bit)
         self._class_P[rows] = torch.searchsorted(self._codes_C, code)
         if "table" in self.__dict__:
-            self.table[:, rows] = F.one_hot(self._class_P[rows], len(self._codes_C)).t().to(self.table.dtype)
+            self.table[0][:, rows] = F.one_hot(self._class_P[rows], len(self._codes_C)).t().to(self.table.dtype)
 
     def classes(self, positions: Tensor) -> Tensor:
         """The class of the key at each position."""
         return self._class_P[positions.clamp(-1, self.keys) + 1]
 
-    def of_classes(self, held: Chosen) -> Tensor:
-        """Which classes are in one of the sets, [1, 1, C]."""
-        return self._members[held]
-
     def holds(self, held: Chosen, positions: Tensor) -> Tensor:
         """Which positions are in one of the sets; those below 0 are not."""
-        return self._members[held][0, 0][self.classes(positions)]
+        return self.members[held][0, 0][self.classes(positions)]
 
     @cached_property
     @torch.inference_mode(False)
     def table(self) -> Tensor:
-        """table_CP: 1 where a row is of the class, else 0, in float32."""
-        return F.one_hot(self._class_P, len(self._codes_C)).t().to(torch.float32, memory_format=torch.contiguous_format)
+        """table_1CP: 1 where a row is of the class, else 0, in float32."""
+        table_CP = F.one_hot(self._class_P, len(self._codes_C)).t()
+        return table_CP.to(torch.float32, memory_format=torch.contiguous_format)[None]
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _members(codes: tuple[int, ...], sets: int, device: torch.device) -> list[Tensor]:
+def class_members(sets: tuple[Chosen, ...], codes: tuple[int, ...], device: torch.device) -> dict[Chosen, Tensor]:
     """For each set, which classes are in it, [1, 1, C]. Layers share them."""
     codes_C = torch.tensor(codes, device=device)
-    return [(codes_C >> bit & 1).bool()[None, None] for bit in range(sets)]
+    return {held: (codes_C >> bit & 1).bool()[None, None] for bit, held in enumerate(sets)}
 
 
 @dataclass(frozen=True)
@@ -116,10 +114,10 @@ class ClassTable:
         """sets: of each row; the others as `table_rows` says."""
         entries = rows_BKS.shape[-1]
         if in_order and all(entries <= each.keys + 1 for each in sets):
-            found = [each.table[None, :, 1 : entries + 1] for each in sets]
+            found = [each.table.narrow(2, 1, entries) for each in sets]
         else:
             found = [
-                each.table[:, rows_KS.clamp(max=each.keys + 1)].transpose(0, 1)
+                each.table[0][:, rows_KS.clamp(max=each.keys + 1)].transpose(0, 1)
                 for each, rows_KS in zip(sets, rows_BKS.expand(len(sets), -1, -1), strict=True)
             ]
         return ClassTable((found[0] if len(found) == 1 else torch.cat(found)).to(dtype))
@@ -150,15 +148,32 @@ def table_rows(positions_BKS: Tensor) -> tuple[Tensor, bool]:
     return positions_BKS.clamp(min=-1) + 1, in_order
 
 
+@dataclass(frozen=True)
+class MovedParts:
+    """What a move of weight between sets of keys multiplies by. sums: columns [N, S, 4] or [S, 4] that sum up what is
+    given, what those have that receive it, the weight of a filter's keys, and by how much those of them that receive
+    have more than the part that they need. least: what a row needs of these where anything moves. back: rows [N, 4, S]
+    or [4, S] that turn these, over what those have that receive, into the change of every key for its weight."""
+
+    sums: Tensor
+    least: Tensor
+    back: Tensor
+
+
 @recent
 def moved_parts(
-    giving: Tensor, to: Tensor, of: Tensor, share: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What keys keep that give a share, and 1 for those that receive, [N or 1, 1, S]; and columns [N, S, 4] or [S, 4]
-    that sum up those that give, that receive, that are `of`, and that are of both of these."""
-    receiving = to & ~giving
-    sums = torch.stack(torch.broadcast_tensors(giving, receiving, of, of & receiving), dim=-1).squeeze(-3).to(dtype)
-    return 1 - share * giving.to(dtype), receiving.to(dtype), sums[0] if len(sums) == 1 else sums
+    giving: Tensor, to: Tensor, of: Tensor, numbers: tuple[float, float, float], dtype: torch.dtype
+) -> MovedParts:
+    """numbers: the share that is given, and the least weight and the least part of a filter."""
+    share, min_mass, min_share = numbers
+    receives, given, counted = (x.to(dtype) for x in (to & ~giving, giving, of))
+    columns = (share * given, receives, counted, counted * receives - min_share * counted)
+    sums = torch.stack(torch.broadcast_tensors(*columns), dim=-1).squeeze(-3)
+    nothing = torch.zeros_like(given)
+    back = torch.cat(torch.broadcast_tensors(receives, -share * given, nothing, nothing), dim=-2)
+    least = torch.tensor((0.0, torch.finfo(dtype).tiny, min_mass, 0.0), dtype=dtype, device=sums.device)
+    sums, back = (x[0] if len(x) == 1 else x for x in (sums, back))
+    return MovedParts(sums, least, back)
 
 
 @dataclass(frozen=True)

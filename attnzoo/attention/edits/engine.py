@@ -8,13 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from attnzoo.attention.edits.classes import ByClass, KeySets, class_passes
+from attnzoo.attention.edits.classes import ByClass, class_passes
 from attnzoo.attention.edits.cost import ROWS, rows_at_once
 from attnzoo.attention.edits.items import Edit, Here
 from attnzoo.attention.edits.order import Weighed, weighed
-from attnzoo.attention.edits.plan import LayerItems, Meant
+from attnzoo.attention.edits.plan import Meant
 from attnzoo.attention.edits.reading import LayerRecord, read_values
 from attnzoo.attention.edits.reads import Read
+from attnzoo.attention.edits.spans import Chosen
 from attnzoo.ops.common.masks import Mask, sees
 from attnzoo.ops.common.negligible import without_negligible
 from attnzoo.types import accumulation_dtype
@@ -68,9 +69,9 @@ class Changed:
         out_NTH[at] = torch.where(self.named_NR[..., None], self.out_NRH, out_NTH[at])
 
 
-def is_few(call: AttentionCall, plan: LayerItems) -> bool:
-    """Whether `few_changes` is the way to do it; else it is `row_changes`."""
-    return plan.engine == "partitioned" and call.q_BNTH.shape[2] < FEW and not _needs_gradient(call)
+def is_few(call: AttentionCall) -> bool:
+    """Whether `few_changes` is the way for classes of keys; else it is `row_changes`."""
+    return call.q_BNTH.shape[2] < FEW and not _needs_gradient(call)
 
 
 def row_changes(
@@ -166,7 +167,7 @@ def _by_class(
             torch.cat(outs) if len(outs) > 1 else outs[0] for outs in zip(*(outs for _, outs in passes), strict=True)
         ]
         visible_NRC = lse_NRC > float("-inf")
-        heres = [(meant, class_here(meant, _named(meant, block), visible_NRC, sets)) for meant in items]
+        heres = [(meant, class_here(meant, _named(meant, block), visible_NRC, sets.members)) for meant in items]
         found = weighed(lse_NRC, visible_NRC, [(meant.item, here) for meant, here in heres])
         with_values = partial(_sum_of_classes, outs=outs)
         yield from _finish(found, with_values, heres, block, record, call.q_BNTH.dtype)
@@ -311,9 +312,9 @@ def here_of(meant: Meant, block: _Block, positions_NS: Tensor, record: LayerReco
     )
 
 
-def class_here(meant: Meant, named_NR1: Tensor, visible_NRC: Tensor, sets: KeySets) -> Here:
-    """What an item means among classes of keys."""
-    return Here(named_NR1, visible_NRC, {name: sets.of_classes(held) for name, held in meant.sets})
+def class_here(meant: Meant, named_NR1: Tensor, visible_NRC: Tensor, members: dict[Chosen, Tensor]) -> Here:
+    """What an item means among classes of keys; members: as `class_members` has them."""
+    return Here(named_NR1, visible_NRC, {name: members[held] for name, held in meant.sets})
 
 
 def _named(meant: Meant, block: _Block) -> Tensor:

@@ -4,20 +4,22 @@ pass. Keys and values are read once, as without edits, and what is said of a cla
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnzoo.attention.edits.classes import ClassTable, table_rows
+from attnzoo.attention.edits.classes import ClassTable, class_members, table_rows
 from attnzoo.attention.edits.engine import AttentionCall, class_here
 from attnzoo.attention.edits.items import Edit, Here
 from attnzoo.attention.edits.order import WeighedByClass, weighed_by_class
-from attnzoo.attention.edits.plan import Meant
+from attnzoo.attention.edits.plan import LayerItems
 from attnzoo.attention.edits.reading import LayerRecord, masses
 from attnzoo.attention.edits.reads import Mass
 from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.common.products import with_keys, with_values
 from attnzoo.ops.common.recent import recent
+from attnzoo.ops.common.rows import known
 from attnzoo.types import accumulation_dtype
 
 
@@ -39,15 +41,17 @@ class FewChanged:
 
 @dataclass(frozen=True)
 class _Asked:
-    """One item of all rows. queries: which ones it names, row by row; here: the same for all of them."""
+    """What rows that do the same ask for in one call. items: what each means, the same for all rows; queries: which of
+    them each item names, row by row. changes: whether anything is edited; edited_BNR1: where, None: everywhere."""
 
-    meant: tuple[Meant, ...]
-    queries: tuple[tuple[bool, ...], ...]
-    here: Here
+    items: tuple[tuple[Any, Here], ...]
+    queries: tuple[tuple[tuple[bool, ...], ...], ...]
+    changes: bool
+    edited_BNR1: Tensor | None
 
-    @property
-    def some(self) -> bool:
-        return any(map(any, self.queries))
+    def asks(self, row: int) -> bool:
+        """Whether any item says anything of a row."""
+        return any(any(queries[row]) for queries in self.queries)
 
 
 def few_changes(
@@ -56,70 +60,69 @@ def few_changes(
     """Runs the edits and reads of rows whose plans are of one kind: yields what edits change, and adds what is read to
     the records."""
     part = _RowsAndHeads.of(call, rows, records[0].plan.heads)
-    asked = _asked(part, records, step)
-    if not any(each.some for each in asked):
+    plans = tuple(record.plan for record in records)
+    asked = _asked(call.queries_BT, rows, part.heads, plans, step)
+    busy = [record for row, record in enumerate(records) if asked.asks(row)]
+    if not busy:
         return
-    for number, record in enumerate(records):
-        if any(any(each.queries[number]) for each in asked):
-            record.engines.add("dense")
+    for record in busy:
+        record.engines.add("dense")
     scores_BNRS, empty_BNR1 = part.scores()
     table = ClassTable.of([record.sets(call.q_BNTH.device) for record in records], *part.entries(), scores_BNRS.dtype)
-    items = [(each.meant[0].item, each.here) for each in asked]
-    found = weighed_by_class(scores_BNRS, empty_BNR1, table, items)
+    found = weighed_by_class(scores_BNRS, empty_BNR1, table, asked.items)
     _add(part, records, asked, found)
-    named = [each.here.named_NR1 for each in asked if isinstance(each.meant[0].item, Edit) and each.some]
-    if not named:
-        return
-    everywhere = any(each.numel() == 1 for each in named)
-    named_BNR1 = None if everywhere else torch.stack(named).any(0)
-    yield FewChanged(rows, part.heads, part.outputs(found.edited_(table)), named_BNR1)
+    if asked.changes:
+        yield FewChanged(rows, part.heads, part.outputs(found.edited_(table)), asked.edited_BNR1)
 
 
-def _asked(part: "_RowsAndHeads", records: Sequence[LayerRecord], step: int | None) -> list[_Asked]:
-    numbers = _numbers(part.call.queries_BT)[part.rows]
-    device = part.call.q_BNTH.device
-    sets, shown = records[0].sets(device), torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-    named: dict[tuple, Tensor] = {}
-    asked = []
-    for meant in zip(*(record.plan.items for record in records), strict=True):
+@recent
+def _asked(queries_BT: Tensor, rows: slice, heads: slice, plans: tuple[LayerItems, ...], step: int | None) -> _Asked:
+    """Layers of the same plan share it."""
+    numbers, device = queries_BT[rows].tolist(), queries_BT.device
+    members = class_members(plans[0].sets, plans[0].codes, device)
+    shown = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    asked, items, edited = [], [], []
+    for meant in zip(*(plan.items for plan in plans), strict=True):
         queries = tuple(
             tuple(each.in_call(step) and each.queries.covers(at, at) for at in row)
             for each, row in zip(meant, numbers, strict=True)
         )
-        key = (meant[0].heads, queries)
-        if key not in named:
-            every = len(key[0]) == part.heads.stop - part.heads.start and all(map(all, queries))
-            named[key] = shown if every else part.named(*key)
-        asked.append(_Asked(meant, queries, class_here(meant[0], named[key], shown, sets)))
-    return asked
+        every = len(meant[0].heads) == heads.stop - heads.start and all(map(all, queries))
+        named_BNR1 = shown if every else _named(meant[0].heads, heads, queries, device)
+        asked.append(queries)
+        items.append((meant[0].item, class_here(meant[0], named_BNR1, shown, members)))
+        if isinstance(meant[0].item, Edit) and any(map(any, queries)):
+            edited.append(named_BNR1)
+    everywhere = not edited or any(each is shown for each in edited)
+    where = None if everywhere else torch.stack(edited).any(0)
+    return _Asked(tuple(items), tuple(asked), bool(edited), where)
 
 
-@recent
-def _numbers(queries_BT: Tensor) -> list[list[int]]:
-    found: list[list[int]] = queries_BT.tolist()
-    return found
+def _named(named: tuple[int, ...], heads: slice, queries: tuple[tuple[bool, ...], ...], device: torch.device) -> Tensor:
+    """named_BNR1 of some heads and queries."""
+    heads_N = torch.tensor([head in named for head in range(heads.start, heads.stop)], device=device)
+    return (heads_N[:, None] & torch.tensor(queries, device=device)[:, None])[..., None]
 
 
-def _add(part: "_RowsAndHeads", records: Sequence[LayerRecord], asked: list[_Asked], found: WeighedByClass) -> None:
+def _add(part: "_RowsAndHeads", records: Sequence[LayerRecord], asked: _Asked, found: WeighedByClass) -> None:
     """Adds what was read of each row to its record, and where nothing could be seen."""
     first = part.heads.start
-    for each in asked:
-        meant = each.meant[0]
-        if isinstance(meant.item, Mass) and each.some:
-            values = masses(meant.item, each.here, found.after_BNRC)
-            every = len(meant.heads) == part.heads.stop - first
-            heads = slice(None) if every else torch.tensor(meant.heads) - first
-            for number, record in enumerate(records):
-                if any(each.queries[number]):
-                    queries = each.queries[number]
-                    chosen = slice(None) if all(queries) else torch.tensor(queries).nonzero()[:, 0]
-                    of_row = {name: x[number] for name, x in values.items()}
-                    record.add(each.meant[number], of_row, heads, chosen, part.call.queries_BT[part.rows][number])
+    for number, ((item, here), queries) in enumerate(zip(asked.items, asked.queries, strict=True)):
+        if isinstance(item, Mass) and any(map(any, queries)):
+            values = masses(item, here, found.after_BNRC)
+            for row, record in enumerate(records):
+                if any(queries[row]):
+                    meant = record.plan.items[number]
+                    every = len(meant.heads) == part.heads.stop - first
+                    heads = slice(None) if every else torch.tensor(meant.heads) - first
+                    chosen = slice(None) if all(queries[row]) else torch.tensor(queries[row]).nonzero()[:, 0]
+                    of_row = {name: x[row] for name, x in values.items()}
+                    record.add(meant, of_row, heads, chosen, part.call.queries_BT[part.rows][row])
     if found.empty_BNR1 is not None:
-        empty_BNR1 = torch.stack([(found.empty_BNR1 & each.here.named_NR1) for each in asked]).any(0)
-        numbers = _numbers(part.call.queries_BT)[part.rows]
+        empty_BNR1 = torch.stack([(found.empty_BNR1 & here.named_NR1) for _, here in asked.items]).any(0)
+        numbers = part.call.queries_BT[part.rows]
         for row, head, query in empty_BNR1[..., 0].nonzero().tolist():
-            records[row].empty.append((head + first, numbers[row][query]))
+            records[row].empty.append((head + first, int(numbers[row, query])))
 
 
 @dataclass(frozen=True)
@@ -139,22 +142,14 @@ class _RowsAndHeads:
 
     def of_kv(self, x: Tensor) -> Tensor:
         """The part of what is said of kv heads, or of all in one."""
-        return self._cut(x, self.kv_heads)
+        return _cut(x, self.rows, self.kv_heads)
 
     def of_query(self, x: Tensor) -> Tensor:
         """The part of what is said of query heads, of kv heads or of all, for query heads or for all."""
         heads = self.call.q_BNTH.shape[1]
-        return self._cut(x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], 1), self.heads)
-
-    def _cut(self, x: Tensor, heads: slice) -> Tensor:
-        x = x if len(x) == 1 else x[self.rows]
-        return x if x.shape[1] == 1 else x[:, heads]
-
-    def named(self, heads: tuple[int, ...], queries: tuple[tuple[bool, ...], ...]) -> Tensor:
-        """named_BNR1 of some heads and queries."""
-        device = self.call.q_BNTH.device
-        heads_N = torch.tensor([head in heads for head in range(self.heads.start, self.heads.stop)], device=device)
-        return (heads_N[:, None] & torch.tensor(queries, device=device)[:, None])[..., None]
+        return _cut(
+            x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], 1), self.rows, self.heads
+        )
 
     def entries(self) -> tuple[Tensor, bool]:
         """The entries as `ClassTable.of` takes them."""
@@ -166,15 +161,20 @@ class _RowsAndHeads:
         call = self.call
         queries, entries, device = call.q_BNTH.shape[2], call.keys_BKSH.shape[2], call.q_BNTH.device
         dtype = accumulation_dtype(call.q_BNTH.dtype)
-        hidden, empty = call.mask.bias(queries, entries, device, dtype)
+        hidden, empty = _hidden(*call.mask.bias(queries, entries, device, dtype))
         empty = None if empty is None else self.of_query(empty)
         content, bias = self._terms(queries, entries)
-        products = self._by_kv(content, with_keys, call.keys_BKSH)
-        scores = torch.add(self.of_query(hidden), products, alpha=call.scale)
+        content = _cut_heads(content, self.heads)
+        if content.dtype == dtype:  # a product in half precision is rounded before it is scaled
+            scores = self._by_kv(content * call.scale, with_keys, call.keys_BKSH)
+        else:
+            scores = self._by_kv(content, with_keys, call.keys_BKSH).to(dtype) * call.scale
+        if hidden is not None:
+            scores = scores + self.of_query(hidden)
         if call.log_counts_BKS is not None:
             scores = scores + self.of_query(call.log_counts_BKS)[:, :, None]
         if bias is not None:
-            scores = scores + bias[:, self.heads]
+            scores = scores + _cut_heads(bias, self.heads)
             nothing = scores.amax(-1, keepdim=True) == float("-inf")  # a bias hides, too
             scores, empty = scores.masked_fill(nothing, 0.0), nothing if empty is None else nothing | empty
         return scores, empty
@@ -190,8 +190,8 @@ class _RowsAndHeads:
                 query_positions_BT=queries_BT if len(queries_BT) == 1 else queries_BT[rows],
                 key_positions_BKS=keys_BKS if len(keys_BKS) == 1 else keys_BKS[rows],
             )
-        content, bias = call.terms(call.q_BNTH[rows], mask)
-        return content[:, self.heads], bias
+        every = rows.stop - rows.start == len(call.q_BNTH)
+        return call.terms(call.q_BNTH if every else call.q_BNTH[rows], mask)
 
     def outputs(self, weights_BNRS: Tensor) -> Tensor:
         """out_BNRH in the dtype of the queries."""
@@ -204,3 +204,18 @@ class _RowsAndHeads:
         batch, heads, queries, width = x_BNRX.shape
         out = product(x_BNRX.reshape(batch, held.shape[1], -1, width), held)
         return out.reshape(batch, heads, queries, -1)
+
+
+@recent
+def _hidden(bias_BKTS: Tensor, empty_BKT1: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """`Mask.bias`; None for a bias that hides nothing. Layers share it."""
+    return None if known(bias_BKTS == 0) else bias_BKTS, empty_BKT1
+
+
+def _cut(x: Tensor, rows: slice, heads: slice) -> Tensor:
+    """Some rows and heads of what is said of all, or of all in one."""
+    return _cut_heads(x[rows] if len(x) > 1 and rows.stop - rows.start < len(x) else x, heads)
+
+
+def _cut_heads(x: Tensor, heads: slice) -> Tensor:
+    return x[:, heads] if x.shape[1] > 1 and heads.stop - heads.start < x.shape[1] else x

@@ -323,6 +323,11 @@ class HeadFilter:
         if isinstance(self.of, list):
             object.__setattr__(self, "of", tuple(self.of))
 
+    @property
+    def least(self) -> tuple[float, float]:
+        """Both numbers."""
+        return self.min_mass, self.min_share
+
 
 @dataclass(frozen=True)
 class Move(WeightEdit):
@@ -348,14 +353,13 @@ class Move(WeightEdit):
         return sets if self.only_heads is None else sets | {"of": self.only_heads.of}
 
     def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
+        heads = HeadFilter() if self.only_heads is None else self.only_heads
         of = here.keys["to" if self.only_heads is None else "of"]
-        kept, receives, sums = moved_parts(here.keys["keys"], here.keys["to"], of, self.share, x_NRS.dtype)
-        given, received, mass, rest = (x_NRS @ sums).split(1, dim=-1)
-        active_NR1 = here.named_NR1 & (received > 0)
-        if self.only_heads is not None:
-            active_NR1 = active_NR1 & (mass >= self.only_heads.min_mass) & (rest >= self.only_heads.min_share * mass)
-        gain = given * self.share / received.clamp(min=torch.finfo(x_NRS.dtype).tiny)
-        return torch.where(active_NR1, x_NRS * torch.addcmul(kept, gain, receives), x_NRS)
+        parts = moved_parts(here.keys["keys"], here.keys["to"], of, (self.share, *heads.least), x_NRS.dtype)
+        sums = x_NRS @ parts.sums
+        active_NR1 = (sums >= parts.least).all(-1, keepdim=True) & here.named_NR1
+        part = sums / sums.narrow(-1, 1, 1).clamp(min=torch.finfo(x_NRS.dtype).tiny)
+        return torch.addcmul(x_NRS, x_NRS, torch.where(active_NR1, part, 0.0) @ parts.back)
 
 
 def _number(name: str, value: Any, least: float = -float("inf"), most: float = float("inf")) -> None:

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.attention.edits.classes import ClassTable
-from attnzoo.attention.edits.items import Here, ScoreEdit, WeightEdit, nonzero
+from attnzoo.attention.edits.items import Here, ScoreEdit, WeightEdit
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,10 @@ class WeighedByClass:
 
     def edited_(self, table: ClassTable) -> Tensor:
         """The weights of keys after weight edits, in place: each keeps its share of its class."""
-        return self.weights_BNRS.mul_(table.spread(self.after_BNRC / nonzero(self.sums_BNRC)))
+        if self.after_BNRC is self.sums_BNRC and self.empty_BNR1 is None:
+            return self.weights_BNRS
+        least = torch.finfo(self.sums_BNRC.dtype).tiny  # of a class with any weight
+        return self.weights_BNRS.mul_(table.spread(self.after_BNRC / self.sums_BNRC.clamp(min=least)))
 
 
 def weighed(scores_NRS: Tensor, visible_NRS: Tensor, items: Sequence[tuple[Any, Here]]) -> Weighed:
@@ -63,9 +65,9 @@ def weighed_by_class(
         hidden = added_BNRC == float("-inf") if hidden is None else hidden | (added_BNRC == float("-inf"))
         lowest = torch.finfo(added_BNRC.dtype).min / 2  # in place of -inf, which has no product with 0
         scores_BNRS = scores_BNRS + table.spread(added_BNRC.clamp(min=lowest))
-    weights_BNRS = scores_BNRS.softmax(-1)
+    weights_BNRS = torch.softmax(scores_BNRS, -1)
     if weights_BNRS.device.type == "cpu":
-        F.threshold(weights_BNRS, torch.finfo(weights_BNRS.dtype).tiny, 0.0, inplace=True)  # denormal numbers are slow
+        torch.threshold_(weights_BNRS, torch.finfo(weights_BNRS.dtype).tiny, 0.0)  # denormal numbers are slow
     sums_BNRC = table.sums(weights_BNRS)
     empty = None
     if hidden is not None:

@@ -137,13 +137,11 @@ class Edits:
                 meant = _meant(index, item, sizes[layer], layout, total, streams, at, layer)
                 if not (isinstance(item, Edit) and item.idle):
                     layers[layer].append(meant)
-        plan = EditPlan(
-            self,
-            tuple(sizes),
-            layout,
-            total,
-            tuple(_gathered(meant, sizes[n], layout, total) for n, meant in enumerate(layers)),
-        )
+        gathered = [_gathered(meant, sizes[n], layout, total) for n, meant in enumerate(layers)]
+        same = {
+            each: each for each in gathered
+        }  # one object for all layers that do the same: what it needs is made once
+        plan = EditPlan(self, tuple(sizes), layout, total, tuple(same[each] for each in gathered))
         _check_bytes(plan, max_bytes)
         return plan
 

@@ -18,8 +18,8 @@ from attnzoo.attention.edits.reads import Entropy, KeySums, Map, Mass, Read, Top
 class LayerRecord:
     """What one layer has read of one sequence so far, and what it must remember of it.
 
-    parts: (query positions, values) of every call by the read's index; sums: likewise, summed. held: positions of the
-    entries of the last call [K or 1, S], and the logarithms of how many tokens each stands for, None: each for itself.
+    parts: (query positions, values) of every call by the read's index; sums: likewise, summed. held: of the last call,
+    positions_BKS of entries, the logarithms of how many tokens each stands for, None: each for itself, and the row.
     empty: (head, query) of rows in which nothing could be seen. engines: those that ran. reached: positions, or calls
     where steps are calls, that it has seen.
     """
@@ -27,7 +27,7 @@ class LayerRecord:
     plan: LayerItems
     parts: dict[int, list[tuple[Tensor, dict[str, Tensor]]]] = field(default_factory=dict)
     sums: dict[int, Tensor] = field(default_factory=dict)
-    held: tuple[Tensor, Tensor | None] | None = None
+    held: tuple[Tensor, Tensor | None, int] | None = None
     empty: list[tuple[int, int]] = field(default_factory=list)
     engines: set[str] = field(default_factory=set)
     approximate: bool = False
@@ -255,11 +255,12 @@ def _result(record: LayerRecord, meant: Meant) -> ReadResult:
 def _stands_for(record: LayerRecord) -> Tensor:
     if record.held is None:
         return torch.zeros(record.heads, 0)
-    positions_KS, log_counts_KS = record.held
+    positions_BKS, log_counts_BKS, row = record.held
+    positions_KS = positions_BKS[row]
     last = int(positions_KS.max()) + 1
     counts = torch.ones_like(positions_KS, dtype=torch.float32)
-    if log_counts_KS is not None:
-        counts = log_counts_KS.float().exp().round()
+    if log_counts_BKS is not None:
+        counts = log_counts_BKS[row].float().exp().round()
     kept = torch.zeros(len(positions_KS), last + 1)
     kept.scatter_(1, positions_KS.cpu().clamp(min=-1) + 1, counts.cpu().expand(len(positions_KS), -1))
     return kept[:, 1:].repeat_interleave(record.heads // len(kept), dim=0)

@@ -1,7 +1,8 @@
 """Runs of plans: what a model hands to its layers, and what a layer does with it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention.edits.engine import AttentionCall, is_few, row_changes
-from attnzoo.attention.edits.few import few_changes
+from attnzoo.attention.edits.few import FewChanged, few_changes
 from attnzoo.attention.edits.items import Edit
-from attnzoo.attention.edits.plan import EditPlan
+from attnzoo.attention.edits.plan import EditPlan, LayerItems
 from attnzoo.attention.edits.reading import LayerRecord, Reading
 from attnzoo.attention.edits.spans import Sinks
 from attnzoo.attention.edits.traits import Editing
@@ -91,6 +92,11 @@ class LayerPlan:
     step: int | None = None
     hidden_BTD: Tensor | None = field(default=None, repr=False)
 
+    @cached_property
+    def plans(self) -> tuple[LayerItems | None, ...]:
+        """The plan of each row."""
+        return tuple(None if entry is None else entry.record.plan for entry in self.rows)
+
     def check_batch(self, batch: int) -> None:
         """Raises ValueError unless there is one entry a row."""
         if len(self.rows) != batch:
@@ -114,7 +120,7 @@ class LayerPlan:
             for sinks in entry.record.plan.sinks:
                 if sinks not in found:
                     found_BT = sinks.found(hidden_BTD)
-                    found[sinks] = (found_BT, found_BT.any(1).tolist())
+                    found[sinks] = (found_BT, [any(row_T) for row_T in found_BT.tolist()])
             real: Tensor | slice = slice(None)
             if first < 0:
                 real = queries_BT[row] >= 0
@@ -131,53 +137,35 @@ class LayerPlan:
         """Whether every row has an edit that names all of its heads and queries, so that outputs without edits are not
         needed. queries_BT as in `AttentionCall`."""
         self.check_batch(len(queries_BT))
-        return all(
-            entry is not None
-            and any(
-                isinstance(meant.item, Edit)
-                and len(meant.heads) == num_heads
-                and meant.in_call(self.step)
-                and meant.queries.covers(first, last)
-                for meant in entry.record.plan.items
-            )
-            for entry, (first, last) in zip(self.rows, ends(queries_BT), strict=True)
-        )
+        return _replaced(self.plans, num_heads, queries_BT, self.step)
 
     def apply(self, call: AttentionCall, out_BNTH: Tensor | None) -> Tensor:
         """The outputs with edits: those of the unedited call, but for the rows, heads and queries that edits name.
         None: all are replaced."""
-        copied = out_BNTH is None
-        if out_BNTH is None:
-            out_BNTH = call.q_BNTH.new_zeros(*call.q_BNTH.shape[:3], call.values_BKSH.shape[3])
-        self.check_batch(len(out_BNTH))
+        shape = (*call.q_BNTH.shape[:3], call.values_BKSH.shape[3])
+        self.check_batch(shape[0])
         for row, entry in enumerate(self.rows):
-            if entry is not None and entry.heads != out_BNTH.shape[1]:
+            if entry is not None and entry.heads != shape[1]:
                 raise ValueError(
-                    f"edits[{row}] were planned for {entry.heads} query heads, and the layer has {out_BNTH.shape[1]}; "
-                    "plan them for this model"
+                    f"edits[{row}] were planned for {entry.heads} query heads, and the layer has {shape[1]}; plan them "
+                    "for this model"
                 )
-        for rows, records in self._alike(call):
+        new_BNTH = None
+        few = is_few(call)
+        for rows in _alike(self.plans, few):
+            records = [entry.record for entry in self.rows[rows] if entry is not None]
             for row, record in enumerate(records, rows.start):
                 _note(call, row, record)
-            changes = few_changes if is_few(call, records[0].plan) else row_changes
+            changes = few_changes if few and records[0].plan.engine == "partitioned" else row_changes
             for new in changes(call, rows, records, self.step):
-                out_BNTH, copied = (out_BNTH if copied else out_BNTH.clone()), True
-                new.put(out_BNTH)
-        return out_BNTH
-
-    def _alike(self, call: AttentionCall) -> Iterator[tuple[slice, list[LayerRecord]]]:
-        """The rows with edits: where queries are few, those that follow each other and do the same in one, else one by
-        one."""
-
-        def kind(numbered: tuple[int, Row | None]) -> Any:
-            row, entry = numbered
-            return entry and (entry.record.plan.kind if is_few(call, entry.record.plan) else row + 1)
-
-        for _, same in groupby(enumerate(self.rows), kind):
-            rows, entries = zip(*same, strict=True)
-            records = [entry.record for entry in entries if entry is not None]
-            if records:
-                yield slice(rows[0], rows[-1] + 1), records
+                if isinstance(new, FewChanged) and new.named_BNR1 is None and new.out_BNRH.shape == shape:
+                    return new.out_BNRH  # all rows and heads were alike
+                if new_BNTH is None:
+                    new_BNTH = call.q_BNTH.new_zeros(shape) if out_BNTH is None else out_BNTH.clone()
+                new.put(new_BNTH)
+        if new_BNTH is None:
+            return call.q_BNTH.new_zeros(shape) if out_BNTH is None else out_BNTH
+        return new_BNTH
 
     def positions(self, queries_BT: Tensor, counts_B: Tensor | None = None) -> Tensor:
         """Positions of a chunk, -1 for right padding. Raises ValueError beyond what was planned."""
@@ -202,11 +190,39 @@ def _advance(record: LayerRecord, row: int, step: int | None, first: int, last: 
     record.reached = end
 
 
+@recent
+def _replaced(plans: tuple[LayerItems | None, ...], num_heads: int, queries_BT: Tensor, step: int | None) -> bool:
+    """`LayerPlan.replaces`; layers of the same plans share it."""
+    return all(
+        plan is not None
+        and any(
+            isinstance(meant.item, Edit)
+            and len(meant.heads) == num_heads
+            and meant.in_call(step)
+            and meant.queries.covers(first, last)
+            for meant in plan.items
+        )
+        for plan, (first, last) in zip(plans, ends(queries_BT), strict=True)
+    )
+
+
+@recent
+def _alike(plans: tuple[LayerItems | None, ...], few: bool) -> list[slice]:
+    """The rows with edits, of which each slice is computed at once: where queries are few, those that follow each other
+    and do the same, else one by one."""
+
+    def kind(numbered: tuple[int, LayerItems | None]) -> Any:
+        row, plan = numbered
+        return plan and (plan.kind if few and plan.engine == "partitioned" else row + 1)
+
+    same = [[row for row, _ in numbered] for key, numbered in groupby(enumerate(plans), kind) if key is not None]
+    return [slice(rows[0], rows[-1] + 1) for rows in same]
+
+
 def _note(call: AttentionCall, row: int, record: LayerRecord) -> None:
     """Notes what the cache holds of a row."""
     record.heads = call.q_BNTH.shape[1]
-    counts_BKS = call.log_counts_BKS
-    record.held = (call.positions_BKS[row], None if counts_BKS is None else counts_BKS[row])
+    record.held = (call.positions_BKS, call.log_counts_BKS, row)
     record.approximate |= call.approximate
 
 

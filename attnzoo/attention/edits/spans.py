@@ -70,9 +70,11 @@ class Sinks:
     def found(self, x_BTD: Tensor) -> Tensor:
         """sink_BT (bool)."""
         x = x_BTD.detach().to(torch.promote_types(x_BTD.dtype, torch.float32))
-        squares = x * x
-        largest_BT = squares.index_select(-1, _tensor(self.channels, x.device)).amax(-1)
-        return largest_BT >= self.tau**2 / x.shape[-1] * squares.sum(-1)
+        largest_BT = _norm(x.index_select(-1, _tensor(self.channels, x.device)), float("inf"), -1)
+        return largest_BT >= _norm(x, 2, -1) * (self.tau * x.shape[-1] ** -0.5)
+
+
+_norm = torch.linalg.vector_norm
 
 
 @lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ from attnzoo.attention.edits.engine import AttentionCall, Terms
 from attnzoo.attention.edits.run import LayerPlan, row_positions
 from attnzoo.kvcache.base import CacheView
 from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.recent import recent
 from attnzoo.ops.paged_decode import Entries
 
 Attend = Callable[[Tensor, CacheView, Tensor], Tensor]
@@ -63,8 +64,14 @@ class StreamedEdits:
     def _call(
         self, qkv: tuple[Tensor, Tensor, Tensor], positions_BT: Tensor, keys_BKS: Tensor, queries_BT: Tensor
     ) -> AttentionCall:
-        mask = replace(self.mask, query_positions_BT=positions_BT, key_positions_BKS=keys_BKS)
+        mask = _placed(self.mask, positions_BT, keys_BKS)
         return AttentionCall(*qkv, mask, self.terms, qkv[0].shape[-1] ** -0.5, queries_BT, keys_BKS)
+
+
+@recent
+def _placed(mask: Mask, positions_BT: Tensor, keys_BKS: Tensor) -> Mask:
+    """What a layer shows, at positions that layers share."""
+    return replace(mask, query_positions_BT=positions_BT, key_positions_BKS=keys_BKS)
 
 
 def _whole(x_BKSC: Tensor, channels_BKC: Tensor | None, width: int) -> Tensor:

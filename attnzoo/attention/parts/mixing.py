@@ -248,8 +248,7 @@ class SoftmaxMixing(Mixing):
         edits: LayerPlan,
     ) -> tuple[Tensor, State]:
         queries_BT = edits.positions(positions_BT, counts_B)
-        causal = not isinstance(state, SoftmaxContext)
-        mask = Mask(causal=causal, window=self.mask.window, sinks=self.mask.sinks)
+        mask = Mask.full() if isinstance(state, SoftmaxContext) else self.mask
         streamed = StreamedEdits(edits, queries_BT, mask, self.position.terms)
         return self._extend(qkv, state, positions_BT, counts_B, self.score_function(impl, streamed))
 
