@@ -161,6 +161,7 @@ def test_sinks_and_all_but_sinks():
     sinks = Sinks((1,), 1.5)
     hidden = torch.tensor([[0.1, 3.0, 0.1], [1.0, 1.0, 1.0], [0.0, -2.0, 0.5]])
     assert sinks.found(hidden).tolist() == [True, False, True]
+    assert sinks.found_in(hidden[None]) == [[True, False, True]]
     at = torch.arange(-1, 5)
     both, rest = (chosen(w, LAYOUT, 14, "keys") for w in ((sinks, 1), Except((sinks, 3))))
     sets = KeySets((both, rest), class_codes((both, rest), 4)[1], 4, at.device)
@@ -168,7 +169,7 @@ def test_sinks_and_all_but_sinks():
     sets.observe({sinks: sinks.found(hidden)}, 0, 3)
     assert at[sets.holds(both, at)].tolist() == [0, 1, 2]
     assert at[sets.holds(rest, at)].tolist() == [1, 4]
-    assert table.argmax(0).tolist() == sets.classes(at).tolist()
+    assert table[0].argmax(0).tolist() == sets.classes(at).tolist()
 
 
 def test_steps_are_tokens_or_calls():

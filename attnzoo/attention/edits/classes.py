@@ -110,17 +110,17 @@ class ClassTable:
     in_class_LCS: Tensor
 
     @staticmethod
-    def of(sets: Sequence[KeySets], rows_BKS: Tensor, in_order: bool, dtype: torch.dtype) -> "ClassTable":
-        """sets: of each row; the others as `table_rows` says."""
-        entries = rows_BKS.shape[-1]
-        if in_order and all(entries <= each.keys + 1 for each in sets):
+    def of(sets: Sequence[KeySets], rows_BKS: Tensor | None, entries: int, dtype: torch.dtype) -> "ClassTable":
+        """sets: of each row; rows_BKS: where the entries stand in them, as `table_rows` says."""
+        if rows_BKS is None:
             found = [each.table.narrow(2, 1, entries) for each in sets]
         else:
             found = [
                 each.table[0][:, rows_KS.clamp(max=each.keys + 1)].transpose(0, 1)
                 for each, rows_KS in zip(sets, rows_BKS.expand(len(sets), -1, -1), strict=True)
             ]
-        return ClassTable((found[0] if len(found) == 1 else torch.cat(found)).to(dtype))
+        table = found[0] if len(found) == 1 else torch.cat(found)
+        return ClassTable(table if table.dtype == dtype else table.to(dtype))
 
     @property
     def classes(self) -> int:
@@ -129,34 +129,39 @@ class ClassTable:
     def sums(self, x_BNRS: Tensor) -> Tensor:
         """sums_BNRC over the keys of each class."""
         rows, classes, entries = self.in_class_LCS.shape
-        sums = torch.bmm(x_BNRS.reshape(rows, -1, entries), self.in_class_LCS.mT)
+        sums = torch.bmm(x_BNRS.view(rows, -1, entries), self.in_class_LCS.mT)
         return sums.view(*x_BNRS.shape[:3], classes)
 
     def spread(self, x_BNRC: Tensor) -> Tensor:
         """What is said of each class, finite numbers, for each of its keys."""
         rows, classes, entries = self.in_class_LCS.shape
-        spread = torch.bmm(x_BNRC.reshape(rows, -1, classes), self.in_class_LCS)
+        spread = torch.bmm(x_BNRC.view(rows, -1, classes), self.in_class_LCS)
         return spread.view(*x_BNRC.shape[:3], entries)
 
 
 @recent
-def table_rows(positions_BKS: Tensor) -> tuple[Tensor, bool]:
-    """(rows_BKS of entries in `KeySets`, whether they are 1, 2, ... but for entries that hold nothing). Layers share
-    it."""
-    index_S = torch.arange(positions_BKS.shape[-1], device=positions_BKS.device)
-    in_order = positions_BKS.shape[1] == 1 and bool(((positions_BKS == index_S) | (positions_BKS < 0)).all())
-    return positions_BKS.clamp(min=-1) + 1, in_order
+def table_rows(positions_BKS: Tensor, keys: int) -> Tensor | None:
+    """rows_BKS of entries in `KeySets` of at least so many keys; None: they are 1, 2, ... but for entries that hold
+    nothing. Layers share it."""
+    entries = positions_BKS.shape[-1]
+    if positions_BKS.shape[1] == 1 and entries <= keys + 1:
+        index_S = torch.arange(entries, device=positions_BKS.device)
+        if bool(((positions_BKS == index_S) | (positions_BKS < 0)).all()):
+            return None
+    return positions_BKS.clamp(min=-1) + 1
 
 
 @dataclass(frozen=True)
 class MovedParts:
     """What a move of weight between sets of keys multiplies by. sums: columns [N, S, 4] or [S, 4] that sum up what is
     given, what those have that receive it, the weight of a filter's keys, and by how much those of them that receive
-    have more than the part that they need. least: what a row needs of these where anything moves. back: rows [N, 4, S]
-    or [4, S] that turn these, over what those have that receive, into the change of every key for its weight."""
+    have more than the part that they need. least: what a row needs of these where anything moves; zero: a number.
+    back: rows [N, 4, S] or [4, S] that turn these, over what those have that receive, into the change of every key for
+    its weight."""
 
     sums: Tensor
     least: Tensor
+    zero: Tensor
     back: Tensor
 
 
@@ -164,16 +169,18 @@ class MovedParts:
 def moved_parts(
     giving: Tensor, to: Tensor, of: Tensor, numbers: tuple[float, float, float], dtype: torch.dtype
 ) -> MovedParts:
-    """numbers: the share that is given, and the least weight and the least part of a filter."""
+    """numbers: the share that is given, and the least weight and the least part of a filter, -inf and 0 without."""
     share, min_mass, min_share = numbers
     receives, given, counted = (x.to(dtype) for x in (to & ~giving, giving, of))
     columns = (share * given, receives, counted, counted * receives - min_share * counted)
     sums = torch.stack(torch.broadcast_tensors(*columns), dim=-1).squeeze(-3)
     nothing = torch.zeros_like(given)
     back = torch.cat(torch.broadcast_tensors(receives, -share * given, nothing, nothing), dim=-2)
-    least = torch.tensor((0.0, torch.finfo(dtype).tiny, min_mass, 0.0), dtype=dtype, device=sums.device)
+    infinite = float("inf")
+    needs = (-infinite, torch.finfo(dtype).tiny, min_mass, 0.0 if min_mass > -infinite else -infinite)
+    least = torch.tensor(needs, dtype=dtype, device=sums.device)
     sums, back = (x[0] if len(x) == 1 else x for x in (sums, back))
-    return MovedParts(sums, least, back)
+    return MovedParts(sums, least, least.new_zeros(()), back)
 
 
 @dataclass(frozen=True)
@@ -204,10 +211,9 @@ def class_passes(
     content_NRH: Tensor, held: ByClass, visible_NRS: Tensor, added_NRS: Tensor | None, scale: float
 ) -> tuple[Tensor, list[Tensor]]:
     """(lse_NRC, out_NRH of every class), -inf and 0 where a query sees none of its keys. Heads are grouped by kv head,
-    as many in each."""
-    visible = held.sorted(visible_NRS)
-    added = None if added_NRS is None else held.sorted(added_NRS)
-    seen_S, found, start = visible.flatten(0, 1).any(0), [], 0
+    as many in each. visible_NRS, added_NRS: in the order of classes."""
+    # Of bytes, the largest is found thirty times as fast as whether any is True.
+    seen_S, found, start = visible_NRS.view(torch.uint8).amax((0, 1)), [], 0
     for end in held.ends:
         # Keys after the last one that a query of the block sees are left out.
         seen = seen_S[start:end].nonzero()[:, 0]
@@ -215,7 +221,12 @@ def class_passes(
         keys, values = held.keys_KSH[:, used], held.values_KSH[:, used]
         found.append(
             _one_class(
-                content_NRH, keys, values, visible[..., used], None if added is None else added[..., used], scale
+                content_NRH,
+                keys,
+                values,
+                visible_NRS[..., used],
+                None if added_NRS is None else added_NRS[..., used],
+                scale,
             )
         )
         start = end
@@ -231,8 +242,9 @@ def _one_class(
         empty = content_NRH.new_full((heads, rows), float("-inf"), dtype=dtype)
         return empty, content_NRH.new_zeros(heads, rows, values_KSH.shape[-1], dtype=dtype)
     mask, some = None, None
-    if added_NRS is not None or not bool(seen_NRS.all()):
-        some = seen_NRS.any(-1)
+    seen = seen_NRS.view(torch.uint8)
+    if added_NRS is not None or not bool(seen.amin()):
+        some = seen.amax(-1).bool()
         zeros = content_NRH.new_zeros(()) if added_NRS is None else added_NRS.to(content_NRH.dtype)
         mask = torch.where(seen_NRS, zeros, float("-inf"))
     out, lse = lse_attention(content_NRH, keys_KSH, values_KSH, mask, scale)

@@ -150,18 +150,16 @@ def _by_class(
         keys, values = (x[row] if every else x[row].index_select(0, kv_K) for x in (call.keys_BKSH, call.values_BKSH))
         class_S = class_KS[0 if len(class_KS) == 1 else kv_heads[0]]
         groups.append((slice(first, last), ByClass.of(keys, values, class_S, len(plan.codes))))
+    order_S = groups[0][1].order_S if len(groups) == 1 else None  # visibility is computed in the order of classes, then
     for tokens_R in tokens_L.split(ROWS):
-        block = _Block.of(call, row, tokens_R, heads_N)
-        passes = [
-            class_passes(
-                block.content_NRH[heads],
-                held,
-                _cut(block.visible_NRS, heads),
-                None if block.added_NRS is None else _cut(block.added_NRS, heads),
-                call.scale,
-            )
-            for heads, held in groups
-        ]
+        block = _Block.of(call, row, tokens_R, heads_N, order_S)
+        passes = []
+        for heads, held in groups:
+            visible, added = _cut(block.visible_NRS, heads), block.added_NRS
+            added = None if added is None else _cut(added, heads)
+            if order_S is None:
+                visible, added = held.sorted(visible), None if added is None else held.sorted(added)
+            passes.append(class_passes(block.content_NRH[heads], held, visible, added, call.scale))
         lse_NRC = torch.cat([lse for lse, _ in passes])
         outs = [
             torch.cat(outs) if len(outs) > 1 else outs[0] for outs in zip(*(outs for _, outs in passes), strict=True)
@@ -244,10 +242,11 @@ class _Block:
     added_NRS: Tensor | None
 
     @staticmethod
-    def of(call: AttentionCall, row: int, tokens_R: Tensor, heads_N: Tensor) -> "_Block":
+    def of(call: AttentionCall, row: int, tokens_R: Tensor, heads_N: Tensor, order_S: Tensor | None = None) -> "_Block":
+        """order_S: of entries, None: as they are."""
         num_heads, entries = call.q_BNTH.shape[1], call.keys_BKSH.shape[2]
         kv_N = heads_N // (num_heads // call.keys_BKSH.shape[1])
-        queries_1R, keys_1KS, visible = _seen(call.mask, row, tokens_R, entries)
+        queries_1R, keys_1KS, visible = _seen(call.mask, row, tokens_R, entries, order_S)
         plain = Mask(
             causal=call.mask.causal,
             prefix_B=None if call.mask.prefix_B is None else call.mask.prefix_B[row : row + 1],
@@ -259,6 +258,7 @@ class _Block:
         if call.log_counts_BKS is not None:
             counts = _per_head(call.log_counts_BKS[row], kv_N)[:, None]
             added = counts if added is None else added + counts
+        added = None if added is None else _ordered(added, order_S)
         per_query_head = visible if len(visible) == num_heads else None
         visible_NRS = _per_head(visible, kv_N) if per_query_head is None else per_query_head[heads_N]
         if added is not None:
@@ -275,24 +275,31 @@ class _Block:
         )
 
 
-def _seen(mask: Mask, row: int, tokens_R: Tensor, entries: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(query positions [1, R], key positions [1, K or 1, S], visible [K, N or 1, R, S]) of some tokens of one row."""
+def _ordered(x: Tensor, order_S: Tensor | None) -> Tensor:
+    return x if order_S is None else x.index_select(-1, order_S)
+
+
+def _seen(
+    mask: Mask, row: int, tokens_R: Tensor, entries: int, order_S: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(query positions [1, R], key positions [1, K or 1, S], visible [K, N or 1, R, S]) of some tokens of one row; what
+    is visible with entries in an order."""
     device = tokens_R.device
     queries_BT, keys_BKS = mask.positions(int(tokens_R.max()) + 1, entries, device)
     queries_R, keys_KS = queries_BT[min(row, len(queries_BT) - 1)][tokens_R], keys_BKS[min(row, len(keys_BKS) - 1)]
     visible = sees(
         queries_R[None, :, None],
-        keys_KS[:, None],
+        _ordered(keys_KS, order_S)[:, None],
         causal=mask.causal,
         window=mask.window,
         sinks=mask.sinks,
         prefix=None if mask.prefix_B is None else mask.prefix_B[row],
         starts=None if mask.starts_BT is None else mask.starts_BT[row, tokens_R][None, :, None],
-        exists=None if mask.keys_BS is None else mask.keys_BS[row][None, None],
+        exists=None if mask.keys_BS is None else _ordered(mask.keys_BS[row][None, None], order_S),
     )
     if mask.pairs is not None:
         pairs = mask.pairs[row] if mask.pairs.dim() == 4 else mask.pairs[row][None]
-        visible = visible & pairs[:, tokens_R]
+        visible = visible & _ordered(pairs[:, tokens_R], order_S)
     return queries_R[None], keys_KS[None], visible
 
 
@@ -312,9 +319,12 @@ def here_of(meant: Meant, block: _Block, positions_NS: Tensor, record: LayerReco
     )
 
 
-def class_here(meant: Meant, named_NR1: Tensor, visible_NRC: Tensor, members: dict[Chosen, Tensor]) -> Here:
+def class_here(
+    meant: Meant, named_NR1: Tensor, visible_NRC: Tensor, members: dict[Chosen, Tensor], everywhere: bool = False
+) -> Here:
     """What an item means among classes of keys; members: as `class_members` has them."""
-    return Here(named_NR1, visible_NRC, {name: members[held] for name, held in meant.sets})
+    keys = {name: members[held] for name, held in meant.sets}
+    return Here(named_NR1, visible_NRC, keys, everywhere=everywhere)
 
 
 def _named(meant: Meant, block: _Block) -> Tensor:

@@ -68,7 +68,7 @@ def few_changes(
     for record in busy:
         record.engines.add("dense")
     scores_BNRS, empty_BNR1 = part.scores()
-    table = ClassTable.of([record.sets(call.q_BNTH.device) for record in records], *part.entries(), scores_BNRS.dtype)
+    table = part.table(records, scores_BNRS.dtype)
     found = weighed_by_class(scores_BNRS, empty_BNR1, table, asked.items)
     _add(part, records, asked, found)
     if asked.changes:
@@ -90,7 +90,7 @@ def _asked(queries_BT: Tensor, rows: slice, heads: slice, plans: tuple[LayerItem
         every = len(meant[0].heads) == heads.stop - heads.start and all(map(all, queries))
         named_BNR1 = shown if every else _named(meant[0].heads, heads, queries, device)
         asked.append(queries)
-        items.append((meant[0].item, class_here(meant[0], named_BNR1, shown, members)))
+        items.append((meant[0].item, class_here(meant[0], named_BNR1, shown, members, every)))
         if isinstance(meant[0].item, Edit) and any(map(any, queries)):
             edited.append(named_BNR1)
     everywhere = not edited or any(each is shown for each in edited)
@@ -151,10 +151,12 @@ class _RowsAndHeads:
             x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], 1), self.rows, self.heads
         )
 
-    def entries(self) -> tuple[Tensor, bool]:
-        """The entries as `ClassTable.of` takes them."""
-        rows_BKS, in_order = table_rows(self.call.positions_BKS)
-        return self.of_kv(rows_BKS), in_order
+    def table(self, records: Sequence[LayerRecord], dtype: torch.dtype) -> ClassTable:
+        """Of which class every entry is."""
+        sets = [record.sets(self.call.q_BNTH.device) for record in records]
+        rows_BKS = table_rows(self.call.positions_BKS, min([each.keys for each in sets]))
+        rows_BKS = None if rows_BKS is None else self.of_kv(rows_BKS)
+        return ClassTable.of(sets, rows_BKS, self.call.keys_BKSH.shape[2], dtype)
 
     def scores(self) -> tuple[Tensor, Tensor | None]:
         """(scores_BNRS, empty_BNR1) as `weighed_by_class` takes them."""

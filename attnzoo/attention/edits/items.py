@@ -76,7 +76,8 @@ class Here:
     named_NR1: its heads and queries. visible_NRS: what the mask shows, of one head or query for all. keys: its sets of
     keys by name, [N or 1, 1, S]; "keys" is that of its `Where`. heads_N: the heads' numbers in the model, and
     positions_NS: logical positions of the keys; None where keys are classes of keys. head_row_N, query_row_R: their
-    places among those that the item names; key_row_NS likewise; None for items that are not `placed`.
+    places among those that the item names; key_row_NS likewise; None for items that are not `placed`. everywhere: it is
+    known to name all heads and queries.
     """
 
     named_NR1: Tensor
@@ -87,6 +88,7 @@ class Here:
     query_row_R: Tensor | None = None
     key_row_NS: Tensor | None = None
     positions_NS: Tensor | None = None
+    everywhere: bool = False
 
     @property
     def meant(self) -> Tensor:
@@ -323,11 +325,6 @@ class HeadFilter:
         if isinstance(self.of, list):
             object.__setattr__(self, "of", tuple(self.of))
 
-    @property
-    def least(self) -> tuple[float, float]:
-        """Both numbers."""
-        return self.min_mass, self.min_share
-
 
 @dataclass(frozen=True)
 class Move(WeightEdit):
@@ -353,13 +350,15 @@ class Move(WeightEdit):
         return sets if self.only_heads is None else sets | {"of": self.only_heads.of}
 
     def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
-        heads = HeadFilter() if self.only_heads is None else self.only_heads
-        of = here.keys["to" if self.only_heads is None else "of"]
-        parts = moved_parts(here.keys["keys"], here.keys["to"], of, (self.share, *heads.least), x_NRS.dtype)
+        only = self.only_heads
+        needs = (-float("inf"), 0.0) if only is None else (only.min_mass, only.min_share)
+        of = here.keys["to" if only is None else "of"]
+        parts = moved_parts(here.keys["keys"], here.keys["to"], of, (self.share, *needs), x_NRS.dtype)
         sums = x_NRS @ parts.sums
-        active_NR1 = (sums >= parts.least).all(-1, keepdim=True) & here.named_NR1
+        active_NR1 = (sums >= parts.least).all(-1, keepdim=True)
+        active_NR1 = active_NR1 if here.everywhere else active_NR1 & here.named_NR1
         part = sums / sums.narrow(-1, 1, 1).clamp(min=torch.finfo(x_NRS.dtype).tiny)
-        return torch.addcmul(x_NRS, x_NRS, torch.where(active_NR1, part, 0.0) @ parts.back)
+        return torch.addcmul(x_NRS, x_NRS, torch.where(active_NR1, part, parts.zero) @ parts.back)
 
 
 def _number(name: str, value: Any, least: float = -float("inf"), most: float = float("inf")) -> None:

@@ -26,6 +26,10 @@ class EditRun:
     def __init__(self, plan: EditPlan) -> None:
         self.plan = plan
         self.records = [None if layer is None else LayerRecord(layer) for layer in plan.layers]
+        self.rows = [
+            None if record is None else Row(record, plan.total, size.num_heads)
+            for record, size in zip(self.records, plan.sizes, strict=True)
+        ]
 
     @property
     def reading(self) -> Reading:
@@ -67,10 +71,7 @@ def layer_plan(runs: EditRuns | None, layer: int, step: int | None = None) -> "L
         calls = None if run is None else run.plan.layout.steps
         if calls is not None and step is not None and not 0 <= step < calls:
             raise ValueError(f"edits[{row}]: step={step}, and the plan has {calls} calls, from 0 on")
-        record = None if run is None else run.records[layer]
-        rows.append(
-            None if run is None or record is None else Row(record, run.plan.total, run.plan.sizes[layer].num_heads)
-        )
+        rows.append(None if run is None else run.rows[layer])
     return LayerPlan(tuple(rows), step) if any(rows) else None
 
 
@@ -113,19 +114,19 @@ class LayerPlan:
                 first = first if first >= 0 else int(queries_BT[row][queries_BT[row] >= 0].min())
                 _advance(entry.record, row, self.step, first, last)
         hidden_BTD = x_BTD if self.hidden_BTD is None else self.hidden_BTD
-        found: dict[Sinks, tuple[Tensor, list[bool]]] = {}
+        found: dict[Sinks, list[list[bool]]] = {}
         for row, (entry, (first, last)) in enumerate(zip(self.rows, ends(queries_BT), strict=True)):
             if entry is None or not entry.record.plan.sinks or last < 0:
                 continue
             for sinks in entry.record.plan.sinks:
                 if sinks not in found:
-                    found_BT = sinks.found(hidden_BTD)
-                    found[sinks] = (found_BT, [any(row_T) for row_T in found_BT.tolist()])
+                    found[sinks] = sinks.found_in(hidden_BTD)
             real: Tensor | slice = slice(None)
             if first < 0:
                 real = queries_BT[row] >= 0
                 first = int(queries_BT[row][real].min())
-            some = {sinks: found[sinks][0][row][real] for sinks in entry.record.plan.sinks if found[sinks][1][row]}
+            rows = {sinks: found[sinks][row] for sinks in entry.record.plan.sinks}
+            some = {sinks: torch.tensor(each, device=x_BTD.device)[real] for sinks, each in rows.items() if any(each)}
             entry.record.sets(x_BTD.device).observe(some, first, last + 1 - first)
 
     def check_streams(self, editing: Editing, name: str) -> None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import hypot
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,9 @@ GENERATED = "generated"
 """The positions after the prompt."""
 FAR = 2**40
 """A position beyond any sequence."""
+
+FEW_NUMBERS = 2048
+"""So many numbers are looked at one by one."""
 
 Interval = tuple[int, int]
 
@@ -72,6 +76,17 @@ class Sinks:
         x = x_BTD.detach().to(torch.promote_types(x_BTD.dtype, torch.float32))
         largest_BT = _norm(x.index_select(-1, _tensor(self.channels, x.device)), float("inf"), -1)
         return largest_BT >= _norm(x, 2, -1) * (self.tau * x.shape[-1] ** -0.5)
+
+    def found_in(self, x_BTD: Tensor) -> list[list[bool]]:
+        """`found`, row by row. Few numbers are looked at one by one, which takes a third of the time that operations on
+        tensors take to start."""
+        if x_BTD.device.type != "cpu" or x_BTD.numel() > FEW_NUMBERS:
+            found: list[list[bool]] = self.found(x_BTD).tolist()
+            return found
+        least = self.tau * x_BTD.shape[-1] ** -0.5
+        return [
+            [max(abs(x_D[c]) for c in self.channels) >= least * hypot(*x_D) for x_D in row] for row in x_BTD.tolist()
+        ]
 
 
 _norm = torch.linalg.vector_norm
