@@ -109,22 +109,21 @@ class LayerPlan:
         """Finds the sinks among the tokens of a call; queries_BT as in `AttentionCall`. Raises ValueError for a run
         that has been there before."""
         self.check_batch(len(x_BTD))
-        for row, (entry, (first, last)) in enumerate(zip(self.rows, ends(queries_BT), strict=True)):
-            if entry is not None and last >= 0:
-                first = first if first >= 0 else int(queries_BT[row][queries_BT[row] >= 0].min())
-                _advance(entry.record, row, self.step, first, last)
         hidden_BTD = x_BTD if self.hidden_BTD is None else self.hidden_BTD
         found: dict[Sinks, list[list[bool]]] = {}
         for row, (entry, (first, last)) in enumerate(zip(self.rows, ends(queries_BT), strict=True)):
-            if entry is None or not entry.record.plan.sinks or last < 0:
+            if entry is None or last < 0:
                 continue
-            for sinks in entry.record.plan.sinks:
-                if sinks not in found:
-                    found[sinks] = sinks.found_in(hidden_BTD)
             real: Tensor | slice = slice(None)
             if first < 0:
                 real = queries_BT[row] >= 0
                 first = int(queries_BT[row][real].min())
+            _advance(entry.record, row, self.step, first, last)
+            if not entry.record.plan.sinks:
+                continue
+            for sinks in entry.record.plan.sinks:
+                if sinks not in found:
+                    found[sinks] = sinks.found_in(hidden_BTD)
             rows = {sinks: found[sinks][row] for sinks in entry.record.plan.sinks}
             some = {sinks: torch.tensor(each, device=x_BTD.device)[real] for sinks, each in rows.items() if any(each)}
             entry.record.sets(x_BTD.device).observe(some, first, last + 1 - first)
@@ -138,7 +137,7 @@ class LayerPlan:
         """Whether every row has an edit that names all of its heads and queries, so that outputs without edits are not
         needed. queries_BT as in `AttentionCall`."""
         self.check_batch(len(queries_BT))
-        return _replaced(self.plans, num_heads, queries_BT, self.step)
+        return _replaced(queries_BT, self.plans, num_heads, self.step)
 
     def apply(self, call: AttentionCall, out_BNTH: Tensor | None) -> Tensor:
         """The outputs with edits: those of the unedited call, but for the rows, heads and queries that edits name.
@@ -192,7 +191,7 @@ def _advance(record: LayerRecord, row: int, step: int | None, first: int, last: 
 
 
 @recent
-def _replaced(plans: tuple[LayerItems | None, ...], num_heads: int, queries_BT: Tensor, step: int | None) -> bool:
+def _replaced(queries_BT: Tensor, plans: tuple[LayerItems | None, ...], num_heads: int, step: int | None) -> bool:
     """`LayerPlan.replaces`; layers of the same plans share it."""
     return all(
         plan is not None
