@@ -54,6 +54,10 @@ def read_model(path: Path, vocab_size: int | None = None) -> ModelFile:
     if "model_type" in content:
         config = read_config(content, path)
         return ModelFile(config if vocab_size is None else replace(config, vocab_size=vocab_size), _whose(vocab_size))
+    task = content.get("task")
+    kind = task.get("kind", "language") if isinstance(task, Mapping) else "language"
+    if kind != "language":
+        raise ValueError(f"{path}: task.kind={kind!r} trains no language model, and only those are planned")
     section = content.get("model", content)
     if not isinstance(section, Mapping):
         raise ValueError(f"{path}: model={section!r} must be a section with keys such as model_dim")

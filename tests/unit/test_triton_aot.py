@@ -49,6 +49,8 @@ def test_kernels_fit_the_target(target):
 def test_every_target_is_covered():
     names = {target: [case.name for case in cases_of(target)] for target in SHARED_LIMITS}
     assert names["sm_80"]
-    assert set(names["sm_80"]) == set(names["sm_90"]) == set(names["gfx942"])
+    assert set(names["sm_80"]) == set(names["gfx942"]) >= set(names["sm_90"])
+    beyond = set(names["sm_80"]) - set(names["sm_90"])  # registers spill there: the head of tilings.py
+    assert all(name.startswith("relative_sdpa") and name.endswith("fp32 H=128 P=300 prefix") for name in beyond)
     for word in ("forward", "key_bias", "delta", "query", "key", "table", "logits", "streaming"):
         assert any(name.startswith(f"relative_sdpa {word} bf16 H=128") for name in names["sm_80"]), word
