@@ -1,5 +1,6 @@
 """Ray's own `serve deploy` on a cluster that was started by hand: the shipped YAML, and what `serve build` writes."""
 
+import secrets
 import shutil
 import subprocess
 import sys
@@ -33,10 +34,12 @@ class Cluster:
         command = [BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=2"]
         command += [f"--temp-dir={self.directory}", "--min-worker-port=0", "--max-worker-port=0"]
         command += [f"--{name}={value}" for name, value in ports.items()]
-        self.variables = {**self.clean(), **variables}
+        # One token for the cluster and for whoever asks its dashboard.
+        self.token = secrets.token_hex(32)
+        self.variables = {**self.clean(), **variables, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
         with open(f"{self.directory}/started", "w") as said:
             self.process = subprocess.Popen(command, cwd=ROOT, env=self.variables, stdout=said, stderr=said)
-        wait_for(lambda: answers(f"{self.dashboard}/api/version"), self)
+        wait_for(lambda: answers(f"{self.dashboard}/api/version", self.token), self)
 
     @staticmethod
     def clean() -> dict[str, str]:
@@ -67,9 +70,9 @@ class Cluster:
         return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
 
 
-def answers(url: str) -> bool:
+def answers(url: str, token: str = "") -> bool:
     try:
-        return httpx.get(url, timeout=5).status_code == 200
+        return httpx.get(url, timeout=5, headers={"authorization": f"Bearer {token}"}).status_code == 200
     except httpx.HTTPError:
         return False
 
