@@ -1,7 +1,7 @@
 """A trained clinical model on disk: config.json, model.safetensors and statistics.json, written atomically.
 
-The statistics of the training rows, the outcome and how the data were split travel with the weights, so that whoever
-loads the model predicts what the run predicted. Loading cannot run code.
+The statistics of the training rows, the outcome, the calibration and how the data were split travel with the weights,
+so that whoever loads the model predicts what the run predicted. Loading cannot run code.
 """
 
 import json
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from attnzoo.checkpoint.target import check_native_target
+from attnzoo.clinical.calibration import Calibrator
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.outcome import Outcome
 from attnzoo.clinical.statistics import Statistics
@@ -26,7 +27,7 @@ from attnzoo.models import EhrConfig, EhrEncoder
 
 FORMAT = "attnzoo-ehr-1"
 CONFIG, WEIGHTS, STATISTICS = "config.json", "model.safetensors", "statistics.json"
-KEYS = ("format", "model", "outcome", "data", "split", "metadata")
+KEYS = ("format", "model", "outcome", "data", "split", "metadata", "calibration")
 """Keys of config.json."""
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -43,7 +44,7 @@ class TrainedModel:
     """A model in evaluation mode with what its predictions depend on.
 
     data: format and options of the cohort that it learned from. split: which rows of it, with a digest of the stays of
-    each part. metadata: of the run.
+    each part. metadata: of the run. calibrator: fitted on the inner validation rows; of a yes or no alone.
     """
 
     model: EhrEncoder
@@ -52,9 +53,15 @@ class TrainedModel:
     data: dict[str, Any] = field(default_factory=dict)
     split: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    calibrator: Calibrator | None = None
+
+    def __post_init__(self) -> None:
+        if self.calibrator is not None and self.outcome.edges:
+            raise ValueError("calibrator: temperature and intercept are those of a yes or no, and outcome has edges")
 
     def logits(self, cohort: Cohort, rows: np.ndarray | None = None, batch_size: int = 256) -> np.ndarray:
-        """[N, outputs] or [N, T, outputs], float32. Raises ValueError for other variables than those of training."""
+        """[N, outputs] or [N, T, outputs], float32, as the model tells them: not calibrated. Raises ValueError for
+        other variables than those of training."""
         rows = np.arange(len(cohort)) if rows is None else np.asarray(rows)
         device = next(self.model.parameters()).device
         with torch.no_grad():
@@ -65,8 +72,12 @@ class TrainedModel:
         return torch.cat(parts).numpy()
 
     def predict(self, cohort: Cohort, rows: np.ndarray | None = None, batch_size: int = 256) -> np.ndarray:
-        """Probabilities, as `Outcome.probabilities`."""
-        return self.outcome.probabilities(self.logits(cohort, rows, batch_size))
+        """`probabilities` of these rows."""
+        return self.probabilities(self.logits(cohort, rows, batch_size))
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Of logits that the model told, calibrated, in the form of `Outcome.probabilities`."""
+        return self.outcome.probabilities(logits if self.calibrator is None else self.calibrator.logits(logits))
 
 
 def _cut(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -90,6 +101,7 @@ def save_trained(directory: Path, trained: TrainedModel) -> Path:
         "data": trained.data,
         "split": trained.split,
         "metadata": trained.metadata,
+        "calibration": None if trained.calibrator is None else trained.calibrator.to_dict(),
     }
     temporary = temporary_directory(directory)
     try:
@@ -123,8 +135,10 @@ def load_trained(directory: Path | str) -> TrainedModel:
         model = EhrEncoder(EhrConfig.from_dict(content["model"]))
         outcome, fitted = Outcome.from_dict(content["outcome"]), Statistics.from_dict(statistics)
         model.load_state_dict(load_file(path / WEIGHTS))
+        calibration = content.get("calibration")
+        calibrator = None if calibration is None else Calibrator.from_dict(calibration)
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{path} is damaged ({reason}); export the model again") from None
     parts = {name: dict(content.get(name, {})) for name in ("data", "split", "metadata")}
-    return TrainedModel(model.eval(), fitted, outcome, **parts)
+    return TrainedModel(model.eval(), fitted, outcome, **parts, calibrator=calibrator)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from attnzoo.clinical.calibration import Calibrator, fit_calibrator
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.outcome import Outcome
 from attnzoo.clinical.statistics import Statistics
@@ -193,6 +194,26 @@ def test_hourly_buckets_are_trained_and_measured() -> None:
     assert task.score(metrics) == metrics["kappa"]
 
 
+def test_the_export_is_calibrated_on_the_inner_validation_rows(tmp_path: Path) -> None:
+    """And its predictions are the calibrated ones."""
+    task = prepared(small_cohort(), "task.validation=0.5", "data.path=nowhere")
+    torch.manual_seed(0)
+    model = task.model().eval()
+    with torch.no_grad():
+        model.head.bias.fill_(3.0)  # type: ignore[union-attr]
+    task.save(tmp_path / "export", model, {})
+    found, rows = load_trained(tmp_path / "export"), task.fold.validation
+    assert found.calibrator is not None
+    labels, logits = task.cohort.label("mortality")[rows], found.logits(task.cohort, rows)
+    assert found.calibrator == fit_calibrator(labels, logits[:, 0])
+    told = found.predict(task.cohort, rows)
+    assert told == pytest.approx(found.calibrator.probabilities(logits[:, 0]))
+    assert np.array_equal(found.probabilities(logits), told)
+    assert told.mean() == pytest.approx(labels.mean(), abs=1e-6)  # what temperature and intercept make sure of
+    with pytest.raises(ValueError, match="calibrator: temperature and intercept are those of a yes or no"):
+        replace(found, outcome=Outcome(label="los", edges=(24.0,)))
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainedModel]:
     torch.manual_seed(0)
@@ -200,19 +221,16 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainedModel]
     statistics = Statistics.fit(cohort, np.arange(20))
     statics = len(statistics.static_columns)
     config = EhrConfig(variables=3, statics=statics, model_dim=8, num_heads=2, mlp_dim=16, chunks=2, chunk_hours=3)
-    trained = TrainedModel(EhrEncoder(config).eval(), statistics, Outcome(), {"hours": 6}, {"fold": 1}, {"steps": 3})
+    told = ({"hours": 6}, {"fold": 1}, {"steps": 3}, Calibrator(temperature=2.0, intercept=-0.5))
+    trained = TrainedModel(EhrEncoder(config).eval(), statistics, Outcome(), *told)
     return save_trained(tmp_path_factory.mktemp("trained") / "export", trained), trained
 
 
 def test_a_saved_model_predicts_the_same(saved: tuple[Path, TrainedModel]) -> None:
     directory, trained = saved
     again, cohort = load_trained(directory), small_cohort()
-    assert (again.outcome, again.data, again.split, again.metadata) == (
-        trained.outcome,
-        trained.data,
-        trained.split,
-        trained.metadata,
-    )
+    for name in ("outcome", "data", "split", "metadata", "calibrator"):
+        assert getattr(again, name) == getattr(trained, name)
     assert again.statistics == trained.statistics
     found = again.predict(cohort)
     assert np.array_equal(found, trained.predict(cohort))
@@ -237,6 +255,11 @@ def test_a_saved_model_predicts_the_same(saved: tuple[Path, TrainedModel]) -> No
             "config.json: format 'attnzoo-de",
         ),
         ("config.json", lambda text: text.replace('"split"', '"spilt"'), "unknown key spilt; did you mean 'split'"),
+        (
+            "config.json",
+            lambda text: text.replace('"temperature": 2.0', '"temperature": -2.0'),
+            "is damaged .*=-2.0 must",
+        ),
         ("config.json", lambda text: text.replace('"model_dim": 8', '"model_dim": 12'), "is damaged .*size mismatch"),
         ("statistics.json", lambda text: text.replace('"means"', '"maens"'), "is damaged .*statistics: field 'means'"),
         ("statistics.json", None, r"holds no clinical model \(.*statistics.json"),

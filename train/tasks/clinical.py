@@ -1,7 +1,7 @@
 """Clinical models: the stays of a cohort on their hourly grid, and a label of each stay or of each of its hours.
 
-A run trains on one fold. It learns from the fold's training rows, standardises by their statistics alone, and selects
-on the inner validation rows; the fold's test rows are never looked at.
+A run trains on one fold. It learns from the fold's training rows, standardises by their statistics alone, selects and
+calibrates on the inner validation rows; the fold's test rows are never looked at.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from attnzoo.clinical import trained
 from attnzoo.clinical.agreement import weighted_kappa
+from attnzoo.clinical.calibration import Calibrator, fit_calibrator
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.formats import check_options, load_cohort
 from attnzoo.clinical.metrics import auprc, auroc, brier, mean_absolute_deviation, score_1
@@ -315,8 +316,19 @@ class ClinicalTask(Task):
             {**data, "cohort": self.cohort.name, "hours": self.cohort.grid.hours},
             {**split, "digest": self._split_digest()},
             metadata,
+            self.calibrator(model),
         )
         trained.save_trained(directory, whole)
+
+    @torch.no_grad()
+    def calibrator(self, model: nn.Module) -> Calibrator | None:
+        """Temperature and intercept of a yes or no, fitted on the inner validation rows; None for buckets."""
+        if self.outcome.edges:
+            return None
+        labels, size = self._validation[3], self.config.eval.batch_size
+        parts = zip(*(tensor.split(size) for tensor in self._validation), strict=True)
+        logits, known = torch.cat([self.measure(model, part) for part in parts]), ~torch.isnan(labels)
+        return fit_calibrator(labels[known].numpy(), logits[known][:, 0].numpy())
 
     def summary(self) -> dict[str, Any]:
         """Stays of each part; what became of the values that were read."""

@@ -54,6 +54,9 @@ class ClinicalPretraining(ClinicalTask):
         """The lower the loss, the better."""
         return -metrics["loss"]
 
+    def calibrator(self, model: nn.Module) -> None:
+        """None: the head tells nothing yet."""
+
     def save(self, directory: Path, model: nn.Module, metadata: dict[str, Any]) -> None:
         """The encoder alone, in the form of `ClinicalTask`; its head has not learned anything."""
         super().save(directory, cast(EhrPretraining, model).encoder, metadata)
