@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
         options.json = user_path(options.json, "--json")
         options.json.parent.mkdir(parents=True, exist_ok=True)
     report = Report.start(command=options.command, seed=options.seed)
-    with Endpoint(options.url, model=options.model, key=_key(options.key_variable)) as endpoint:
+    with Endpoint(options.url, model=options.model, key=key_from(options.key_variable, "--key-variable")) as endpoint:
         kept = {"exam": fingerprint(everything), "model": endpoint.model, **asdict(settings)}
         with Journal(path, kept) as journal:
             answered = take(endpoint, questions, settings, journal, options.parallel)
@@ -88,9 +88,10 @@ def run(options: argparse.Namespace) -> int:
     return 1 if any(each.failed for each in answered) else report.exit_status()
 
 
-def _key(variable: str | None) -> str:
+def key_from(variable: str | None, option: str) -> str:
+    """An endpoint's key from the environment; "" without a variable. Raises ValueError that names the option."""
     if variable is None:
         return ""
     if not os.environ.get(variable):
-        raise ValueError(f"--key-variable: the environment has no {variable}")
+        raise ValueError(f"{option}: the environment has no {variable}")
     return os.environ[variable]

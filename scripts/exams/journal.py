@@ -1,4 +1,4 @@
-"""A journal of what has been answered, one JSON object a line, so that an interrupted exam goes on where it was."""
+"""A journal of what has been answered, one JSON object a line, so that an interrupted run goes on where it was."""
 
 import json
 import os
@@ -18,18 +18,18 @@ class Journal:
     entries belong to; a file of other settings is refused, never mixed.
 
     Each entry is on the disk before `add` returns. A last line that a crash left unfinished is dropped when the file is
-    opened.
+    opened. what: whose answers these are, for messages.
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, settings: Mapping[str, Any], what: str = "an exam") -> None:
         self.entries: dict[str, dict[str, Any]] = {}
         self._lock, self._file = threading.Lock(), -1
         if path is None:
             return
-        lines = _read(path) if path.exists() else []
+        lines = _read(path, what) if path.exists() else []
         head = json.loads(json.dumps(settings))
         if lines:
-            _check_same(path, lines[0], head)
+            _check_same(path, what, lines[0], head)
         self.entries = {line["key"]: line for line in lines[1:]}
         write_atomic(path, b"".join(map(_line, [head, *self.entries.values()])))
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
@@ -61,7 +61,7 @@ def _line(entry: Mapping[str, Any]) -> bytes:
     return (json.dumps(entry) + "\n").encode("ascii")
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path, what: str) -> list[dict[str, Any]]:
     """The objects of the file, settings first. Raises ValueError for any other file."""
     content = read_text(path, MAX_BYTES)
     if not content:
@@ -74,15 +74,15 @@ def _read(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             line = None
         if not isinstance(line, dict) or (found and not isinstance(line.get("key"), str)):
-            raise ValueError(f"'{path}' is no journal of an exam (line {number}); name another file")
+            raise ValueError(f"'{path}' is no journal of {what} (line {number}); name another file")
         found.append(line)
     return found
 
 
-def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check_same(path: Path, what: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for name in sorted(wanted.keys() | found.keys()):
         if found.get(name) != wanted.get(name):
             raise ValueError(
-                f"'{path}' belongs to an exam with {name}={found.get(name)!r}, not {wanted.get(name)!r}; "
+                f"'{path}' belongs to {what} with {name}={found.get(name)!r}, not {wanted.get(name)!r}; "
                 "name another file, or ask as before"
             )

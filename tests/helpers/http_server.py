@@ -47,12 +47,18 @@ def serving(app: Any, limits: Limits | None = None, **options: Any) -> Iterator[
 
 @contextlib.contextmanager
 def running(
-    kind: str = "rcmha", *, delay_s: float = 0.0, words: Tokenizer | None = None, **settings: Any
+    kind: str = "rcmha",
+    *,
+    delay_s: float = 0.0,
+    words: Tokenizer | None = None,
+    max_len: int = 256,
+    **settings: Any,
 ) -> Iterator[tuple[str, AsyncEngine]]:
-    """A server of a small model; yields (URL, engine). `delay_s` slows every step down; `words`: its tokenizer."""
+    """A server of a small model; yields (URL, engine). `delay_s` slows every step down; `words`: its tokenizer;
+    `max_len`: its context."""
     settings = {"max_num_seqs": 4, "max_batched_tokens": 16, "max_queue": 32, "model_name": MODEL, **settings}
     config = ServeConfig(checkpoint="none", drain_timeout_s=5.0, **settings)
-    engine = Engine(config, model=small_model(kind, max_len=256), tokenizer=words or tokenizer())
+    engine = Engine(config, model=small_model(kind, max_len=max_len), tokenizer=words or tokenizer())
     if delay_s:
         step = engine.step
         engine.step = lambda: (time.sleep(delay_s), step())[1]  # type: ignore[method-assign]

@@ -8,11 +8,14 @@ import torch
 
 from attnzoo.cli import main
 from attnzoo.clinical import rubric
+from attnzoo.clinical.case_study import SLEEP, data_text, write_case
+from attnzoo.clinical.formats import load_cohort
 from scripts.exams.answers import likeliest
 from scripts.exams.endpoint import Endpoint, EndpointError, RefusedError
 from scripts.exams.exam import Settings, take
 from scripts.exams.journal import Journal
 from scripts.exams.questions import Question, read_questions
+from tests.helpers.clinical_files import write_pmdata
 from tests.helpers.http_server import MODEL, running
 from tests.helpers.serving import chat_tokenizer
 
@@ -29,7 +32,7 @@ def questions(count: int) -> list[Question]:
 
 @pytest.fixture(scope="module")
 def served():
-    with running("mha", words=chat_tokenizer(), max_batched_tokens=64) as (url, owner):
+    with running("mha", words=chat_tokenizer(), max_batched_tokens=64, max_len=1024) as (url, owner):
         yield f"{url}/v1", owner
 
 
@@ -92,7 +95,7 @@ def test_rounds_are_samples_and_an_interrupted_exam_goes_on(served, tmp_path):
 
 def test_what_fails_is_counted_apart_and_asked_again(served, tmp_path):
     url, _ = served
-    long = Question(id="long", stem="word " * 300, options={"A": "one", "B": "two"}, answer="A")
+    long = Question(id="long", stem="word " * 600, options={"A": "one", "B": "two"}, answer="A")
     settings = Settings(tokens=1)
     with Endpoint(url, tries=1) as endpoint, Journal(tmp_path / "a.jsonl", {}) as journal:
         found = take(endpoint, [*questions(2), long], settings, journal, parallel=2)
@@ -161,3 +164,41 @@ def test_the_command(tmp_path, capsys):
     assert "url='127.0.0.1' must begin with http://" in capsys.readouterr().err
     assert main(["exam", str(file), "--url", NOWHERE, "--key-variable", "NO_SUCH_NAME"]) == 2
     assert "--key-variable: the environment has no NO_SUCH_NAME" in capsys.readouterr().err
+
+
+def test_case_studies_are_written_and_judged_over_an_endpoint(served, tmp_path, capsys):
+    url, _ = served
+    data = write_pmdata(tmp_path) / "pmdata"
+    answers, report = tmp_path / "answers.jsonl", tmp_path / "cases.json"
+    words = ["case-study", str(data), "--url", url, "--days", "2", "--stay", "p03 2020-01-09", "--max-tokens", "4"]
+    words += ["--answers", str(answers)]
+    assert main(words) == 0
+    lines = answers.read_text("utf-8").splitlines()
+    assert len(lines) == 1 + len(SLEEP.sections)
+    cohort = load_cohort("pmdata", data, days=2)
+    with Endpoint(url) as endpoint:
+        expected = write_case(
+            SLEEP,
+            "p03 2020-01-09",
+            data_text(cohort, cohort.stay_ids.index("p03 2020-01-09"), SLEEP),
+            lambda prompt: endpoint.answer(prompt, temperature=0.0, max_tokens=4, seed=0),
+        )
+    printed = capsys.readouterr().out
+    assert all(f"## {tag}\n\n{text}\n" in printed for tag, text in expected.sections.items())
+    assert main([*words, "--rate", "yes_no", "--json", str(report)]) == 0
+    after = answers.read_text("utf-8").splitlines()
+    assert after[: len(lines)] == lines
+    keys = [json.loads(line)["key"] for line in after[1:]]
+    assert len(set(keys)) == len(keys) == 3 + 12 * 3 + 3  # nothing is asked twice
+    content = json.loads(report.read_text("utf-8"))
+    assert content["cases"][0]["sections"] == dict(expected.sections)
+    assert len(content["ratings"]) == 12 * 3 + 3
+    assert {row["ratings"] + row["unread"] for row in content["rows"]} == {1, 3}
+    for more, message in (
+        (["--count", "2"], "--stay names the cases and --count draws them"),
+        (["--judge-url", url], "--judge-url belongs to --rate; name a rubric"),
+        (["--temperature", "-1"], "--temperature=-1.0 must be 0 or more"),
+        (["--max-tokens", "5"], "belongs to case studies with max_tokens=4, not 5"),
+    ):
+        assert main([*words, *more]) == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,195 @@
+"""`attnzoo case-study`: texts about people's days, written section by section over an endpoint, and judged."""
+
+import argparse
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from attnzoo.clinical.case_study import CASE_STUDIES, CaseStudy, data_text, measured_days, write_case
+from attnzoo.clinical.cohort import Cohort
+from attnzoo.clinical.formats import load_cohort
+from attnzoo.clinical.rubric import CASE_STUDY, CASE_STUDY_YES_NO, CaseText, Judge, Judged, Rubric, judge
+from attnzoo.errors import complain, suggest
+from attnzoo.files import user_path, write_atomic
+from attnzoo.progress import Progress
+from attnzoo.report import Report
+from scripts.exams.cli import key_from
+from scripts.exams.endpoint import Endpoint, EndpointError
+from scripts.exams.journal import Journal
+
+EXAMPLES = """examples:
+  attnzoo case-study pmdata.tar.gz --url http://127.0.0.1:8000/v1 --stay "p03 2020-01-15"
+  attnzoo case-study pmdata.tar.gz --url http://127.0.0.1:8000/v1 --kind fitness --count 10 --answers cases.jsonl
+  attnzoo case-study pmdata.tar.gz --url http://127.0.0.1:8000/v1 --count 10 --rate likert --json cases.json
+
+Each section is written with the sections before it in view: insights, etiology and recommendations of a sleep study;
+training load, sleep, health metrics and assessment of a fitness study. --rate asks for every principle of the rubric;
+a model that judges its own texts flatters them, so name another with --judge-url. Nothing here is medical advice.
+Exit status: 1 if a request failed; with --answers the next run asks only for what is missing.
+"""
+RUBRICS = {"likert": CASE_STUDY, "yes_no": CASE_STUDY_YES_NO}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options and examples."""
+    parser.description = "Write case studies about wearable data over an endpoint with OpenAI's interface."
+    parser.epilog = EXAMPLES
+    parser.add_argument("data", type=Path, help="PMData: a directory or an archive")
+    parser.add_argument("--url", required=True, help="of the endpoint, for example http://127.0.0.1:8000/v1")
+    parser.add_argument("--model", default="", help="the model's name (default: the only one of the endpoint)")
+    parser.add_argument("--key-variable", metavar="NAME", help="environment variable that holds the endpoint's key")
+    parser.add_argument("--kind", choices=tuple(CASE_STUDIES), default="sleep", help="(default: %(default)s)")
+    parser.add_argument(
+        "--stay", action="append", default=[], metavar="ID", help='a person and a day, "p03 2020-01-15"'
+    )
+    parser.add_argument("--count", type=int, metavar="N", help="draw N person-days with measurements (default: 1)")
+    parser.add_argument("--days", type=int, default=15, metavar="N", help="days before the day (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the texts; a judge's is 0 (default: 0)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=1024, help="of a section, or of a judgement (default: %(default)s)"
+    )
+    parser.add_argument("--rate", choices=tuple(RUBRICS), help="judge the texts: 1 to 5, or yes or no")
+    parser.add_argument("--judge-url", metavar="URL", help="endpoint of the judge (default: the writer's)")
+    parser.add_argument("--judge-model", default="", metavar="NAME", help="name of the judge (default: its only model)")
+    parser.add_argument("--judge-key-variable", metavar="NAME", help="environment variable of the judge's key")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="keep answers here (.jsonl), and go on from them")
+    parser.add_argument("--seed", type=int, default=0, help="of samples and of --count (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write cases and ratings to this file")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Writes the cases, and judges them where asked for; returns the exit status. Raises ValueError."""
+    _check(options)
+    study = CASE_STUDIES[options.kind]
+    cohort = load_cohort("pmdata", user_path(options.data, "DATA"), days=options.days)
+    rows = chosen_rows(cohort, study, options.stay, options.count, options.seed)
+    target = user_path(options.json, "--json") if options.json else None
+    path = user_path(options.answers, "--answers") if options.answers else None
+    report = Report.start(command=options.command, seed=options.seed)
+    writer, rater = _endpoints(options)
+    sampling = {"temperature": options.temperature, "max_tokens": options.max_tokens, "seed": options.seed}
+    with writer, rater, Journal(path, sampling, "case studies") as journal:
+        try:
+            cases = written(study, cohort, rows, Asked(writer, journal, sampling))
+            judged = (
+                rated(RUBRICS[options.rate], cases, Asked(rater, journal, sampling | {"temperature": 0.0}))
+                if options.rate
+                else None
+            )
+        except EndpointError as error:
+            kept = f"'{path}' keeps what was answered" if path else "--answers FILE keeps what was answered"
+            return complain("attnzoo case-study", f"{error}; {kept}", 1)
+    for case in cases:
+        print(
+            "\n\n".join([f"# {case.id}", *(f"## {tag}\n\n{text}" for tag, text in case.sections.items())]), end="\n\n"
+        )
+    content: dict[str, Any] = {"cases": [vars(case) for case in cases]}
+    if judged is not None:
+        report.rows += rating_rows(judged)
+        report.print_table()
+        content["ratings"] = [vars(rating) for rating in judged.ratings]
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(target, (json.dumps({**report.to_dict(), **content}, indent=2) + "\n").encode("utf-8"))
+    return 0
+
+
+class Asked:
+    """Answers of an endpoint that a journal remembers: what a model was asked once is not asked again."""
+
+    def __init__(self, endpoint: Endpoint, journal: Journal, sampling: dict[str, Any]) -> None:
+        self.endpoint, self.journal, self.sampling = endpoint, journal, sampling
+
+    def __call__(self, prompt: str) -> str:
+        """The answer to a prompt. Raises EndpointError and RefusedError."""
+        asked = json.dumps([self.endpoint.url, self.endpoint.model, self.sampling, prompt])
+        key = hashlib.sha256(asked.encode()).hexdigest()[:32]
+        if key not in self.journal.entries:
+            self.journal.add(key, {"text": self.endpoint.answer(prompt, **self.sampling)})
+        return str(self.journal.entries[key]["text"])
+
+
+def chosen_rows(cohort: Cohort, study: CaseStudy, stays: list[str], count: int | None, seed: int) -> list[int]:
+    """Rows of the named person-days, or `count` drawn from those of which half of the days are measured. Raises
+    ValueError for an unknown name, one that stands twice, and for more cases than there are."""
+    place = {name: row for row, name in enumerate(cohort.stay_ids)}
+    for name in stays:
+        if name not in place:
+            raise ValueError(f"--stay={name!r}: no such person and day{suggest(name, place)}")
+        if stays.count(name) > 1:
+            raise ValueError(f"--stay={name!r} stands twice")
+    if stays:
+        return [place[name] for name in stays]
+    enough = [row for row in range(len(cohort)) if 2 * measured_days(cohort, row, study) >= cohort.grid.hours_N[row]]
+    wanted = 1 if count is None else count
+    if not 1 <= wanted <= len(enough):
+        raise ValueError(f"--count={count} must be 1 to {len(enough)}, the person-days with enough measurements")
+    return sorted(random.Random(seed).sample(enough, wanted))
+
+
+def written(study: CaseStudy, cohort: Cohort, rows: list[int], ask: Judge) -> list[CaseText]:
+    """A case for each row. Raises EndpointError, and ValueError for a section that comes without text."""
+    data = [data_text(cohort, row, study) for row in rows]  # before anything is asked
+    progress = Progress(len(rows) * len(study.sections))
+    cases = []
+    for row, text in zip(rows, data, strict=True):
+        cases.append(write_case(study, cohort.stay_ids[row], text, _counted(ask, progress)))
+    progress.close()
+    return cases
+
+
+def rated(rubric: Rubric, cases: list[CaseText], ask: Judge) -> Judged:
+    """The judge's ratings of every principle. Raises EndpointError."""
+    progress = Progress(sum(1 if p.whole else len(case.sections) for case in cases for p in rubric.principles))
+    judged = judge(rubric, cases, _counted(ask, progress))
+    progress.close()
+    return judged
+
+
+def rating_rows(judged: Judged) -> list[dict[str, Any]]:
+    """A row for each principle; mean None where no answer held a rating."""
+    means = judged.means()
+    return [
+        {
+            "principle": principle.name,
+            "mean": means.get(principle.name),
+            "ratings": sum(r.principle == principle.name and r.value is not None for r in judged.ratings),
+            "unread": sum(r.principle == principle.name and r.value is None for r in judged.ratings),
+        }
+        for principle in judged.rubric.principles
+    ]
+
+
+def _counted(ask: Judge, progress: Progress) -> Judge:
+    def counted(prompt: str) -> str:
+        answer = ask(prompt)
+        progress.add(1)
+        return answer
+
+    return counted
+
+
+def _endpoints(options: argparse.Namespace) -> tuple[Endpoint, Endpoint]:
+    """The writer's and the judge's: the same where no other is named. A key goes to the endpoint it is for alone."""
+    key = key_from(options.key_variable, "--key-variable")
+    writer = Endpoint(options.url, model=options.model, key=key)
+    if not options.judge_url:
+        return writer, Endpoint(options.url, model=options.judge_model or writer.model, key=key)
+    judge_key = key_from(options.judge_key_variable, "--judge-key-variable")
+    return writer, Endpoint(options.judge_url, model=options.judge_model, key=judge_key)
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.stay and options.count is not None:
+        raise ValueError("--stay names the cases and --count draws them; give one of the two")
+    for name in ("judge_url", "judge_model", "judge_key_variable"):
+        if getattr(options, name) and not options.rate:
+            raise ValueError(f"--{name.replace('_', '-')} belongs to --rate; name a rubric")
+    if options.judge_key_variable and not options.judge_url:
+        raise ValueError("--judge-key-variable belongs to --judge-url; the writer's key is --key-variable")
+    if not 0 <= options.temperature < float("inf"):
+        raise ValueError(f"--temperature={options.temperature} must be 0 or more")
+    if options.max_tokens < 1:
+        raise ValueError(f"--max-tokens={options.max_tokens} must be at least 1")
