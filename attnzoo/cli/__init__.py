@@ -78,7 +78,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "scripts.eval_lm", "evaluate a checkpoint on tasks of lm-eval", "eval", "scripts.arguments:evaluate"
     ),
     "exam": Command("scripts.exams.cli", "give a served model a multiple-choice exam", "clinical"),
-    "case-study": Command("scripts.case_study", "write and judge texts about wearable data", "clinical"),
+    "case-study": Command("scripts.case_studies.cli", "write and judge texts about wearable data", "clinical"),
     "reproduce": Command(
         "scripts.reproduce", "repeat published experiments and check their claims", "", "scripts.arguments:reproduce"
     ),

@@ -1,5 +1,6 @@
 """Case studies without a server: what the writer sees, and that each section sees those before it."""
 
+import argparse
 from datetime import date
 
 import numpy as np
@@ -10,7 +11,8 @@ from attnzoo.clinical.formats import load_cohort
 from attnzoo.clinical.ratings import read_ratings
 from attnzoo.clinical.rubric import CASE_STUDY, OVERALL
 from attnzoo.clinical.variables import PMDATA
-from scripts.case_study import chosen_rows, rated, rating_rows
+from scripts.case_studies.cases import RUBRICS, chosen_rows, rated, rating_rows
+from scripts.case_studies.cli import add_arguments
 from tests.helpers.clinical_data import shared_data, small_cohort
 from tests.helpers.clinical_files import write_pmdata
 
@@ -107,3 +109,10 @@ def test_ratings_by_principle(cohort):
     assert rows["overall_quality"] == {"mean": 5.0, "ratings": 1, "unread": 0}
     assert {row["mean"] for name, row in rows.items() if name not in answers} == {5.0}
     assert date.fromisoformat(str(cohort.dates[9])) == date(2020, 1, 10)
+
+
+def test_the_command_offers_what_there_is():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    offered = {action.dest: action.choices for action in parser._actions}
+    assert (offered["kind"], offered["rate"]) == (tuple(CASE_STUDIES), tuple(RUBRICS))

@@ -1,10 +1,9 @@
-"""`attnzoo case-study`: texts about people's days, written section by section over an endpoint, and judged."""
+"""Writes case studies over an endpoint, section by section, and judges them."""
 
 import argparse
 import hashlib
 import json
 import random
-from pathlib import Path
 from typing import Any
 
 from attnzoo.clinical.case_study import CASE_STUDIES, CaseStudy, data_text, measured_days, write_case
@@ -19,48 +18,12 @@ from scripts.exams.cli import key_from
 from scripts.exams.endpoint import Endpoint, EndpointError
 from scripts.exams.journal import Journal
 
-EXAMPLES = """examples:
-  attnzoo case-study pmdata.tar.gz --url http://127.0.0.1:8000/v1 --stay "p03 2020-01-15"
-  attnzoo case-study pmdata.tar.gz --url http://127.0.0.1:8000/v1 --kind fitness --count 10 --answers cases.jsonl
-  attnzoo case-study pmdata.tar.gz --url http://127.0.0.1:8000/v1 --count 10 --rate likert --json cases.json
-
-Each section is written with the sections before it in view: insights, etiology and recommendations of a sleep study;
-training load, sleep, health metrics and assessment of a fitness study. --rate asks for every principle of the rubric;
-a model that judges its own texts flatters them, so name another with --judge-url. Nothing here is medical advice.
-Exit status: 1 if a request failed; with --answers the next run asks only for what is missing.
-"""
 RUBRICS = {"likert": CASE_STUDY, "yes_no": CASE_STUDY_YES_NO}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options and examples."""
-    parser.description = "Write case studies about wearable data over an endpoint with OpenAI's interface."
-    parser.epilog = EXAMPLES
-    parser.add_argument("data", type=Path, help="PMData: a directory or an archive")
-    parser.add_argument("--url", required=True, help="of the endpoint, for example http://127.0.0.1:8000/v1")
-    parser.add_argument("--model", default="", help="the model's name (default: the only one of the endpoint)")
-    parser.add_argument("--key-variable", metavar="NAME", help="environment variable that holds the endpoint's key")
-    parser.add_argument("--kind", choices=tuple(CASE_STUDIES), default="sleep", help="(default: %(default)s)")
-    parser.add_argument(
-        "--stay", action="append", default=[], metavar="ID", help='a person and a day, "p03 2020-01-15"'
-    )
-    parser.add_argument("--count", type=int, metavar="N", help="draw N person-days with measurements (default: 1)")
-    parser.add_argument("--days", type=int, default=15, metavar="N", help="days before the day (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the texts; a judge's is 0 (default: 0)")
-    parser.add_argument(
-        "--max-tokens", type=int, default=1024, help="of a section, or of a judgement (default: %(default)s)"
-    )
-    parser.add_argument("--rate", choices=tuple(RUBRICS), help="judge the texts: 1 to 5, or yes or no")
-    parser.add_argument("--judge-url", metavar="URL", help="endpoint of the judge (default: the writer's)")
-    parser.add_argument("--judge-model", default="", metavar="NAME", help="name of the judge (default: its only model)")
-    parser.add_argument("--judge-key-variable", metavar="NAME", help="environment variable of the judge's key")
-    parser.add_argument("--answers", type=Path, metavar="FILE", help="keep answers here (.jsonl), and go on from them")
-    parser.add_argument("--seed", type=int, default=0, help="of samples and of --count (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write cases and ratings to this file")
-
-
-def run(options: argparse.Namespace) -> int:
-    """Writes the cases, and judges them where asked for; returns the exit status. Raises ValueError."""
+def carry_out(options: argparse.Namespace) -> int:
+    """Writes the cases of `attnzoo case-study`, and judges them where asked for; returns the exit status. Raises
+    ValueError."""
     _check(options)
     study = CASE_STUDIES[options.kind]
     cohort = load_cohort("pmdata", user_path(options.data, "DATA"), days=options.days)
@@ -73,18 +36,14 @@ def run(options: argparse.Namespace) -> int:
     with writer, rater, Journal(path, sampling, "case studies") as journal:
         try:
             cases = written(study, cohort, rows, Asked(writer, journal, sampling))
-            judged = (
-                rated(RUBRICS[options.rate], cases, Asked(rater, journal, sampling | {"temperature": 0.0}))
-                if options.rate
-                else None
-            )
+            judging = Asked(rater, journal, sampling | {"temperature": 0.0})
+            judged = rated(RUBRICS[options.rate], cases, judging) if options.rate else None
         except EndpointError as error:
             kept = f"'{path}' keeps what was answered" if path else "--answers FILE keeps what was answered"
             return complain("attnzoo case-study", f"{error}; {kept}", 1)
     for case in cases:
-        print(
-            "\n\n".join([f"# {case.id}", *(f"## {tag}\n\n{text}" for tag, text in case.sections.items())]), end="\n\n"
-        )
+        parts = [f"# {case.id}", *(f"## {tag}\n\n{text}" for tag, text in case.sections.items())]
+        print("\n\n".join(parts), end="\n\n")
     content: dict[str, Any] = {"cases": [vars(case) for case in cases]}
     if judged is not None:
         report.rows += rating_rows(judged)

@@ -1,0 +1,1 @@
+"""Case studies of wearable data over any endpoint with OpenAI's interface."""
