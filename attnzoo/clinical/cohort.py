@@ -27,6 +27,8 @@ class Cohort:
     report: DataReport = field(default_factory=DataReport)
     dates: np.ndarray | None = None
     """datetime64[D] of each row, where the data set has dates: for splits in time."""
+    texts: tuple[str, ...] | None = None
+    """What was written of each stay before the prediction; empty where nothing was. None: the data set has no texts."""
 
     def __post_init__(self) -> None:
         stays, where = len(self.grid), f"cohort {self.name!r}"
@@ -38,6 +40,8 @@ class Cohort:
             sizes["patient_ids"] = len(self.patient_ids)
         if self.dates is not None:
             sizes["dates"] = len(self.dates)
+        if self.texts is not None:
+            sizes["texts"] = len(self.texts)
         for what, size in sizes.items():
             if size != stays:
                 raise ValueError(f"{where}: {what} has {size} rows for {stays} stays; give one each")

@@ -5,6 +5,7 @@ order of the rows.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,13 +28,20 @@ class Fold:
 
 
 def folds(
-    cohort: Cohort, k: int, *, by: By = "patient", label: str | None = None, seed: int = 0, validation: float = 0.125
+    cohort: Cohort,
+    k: int,
+    *,
+    by: By = "patient",
+    label: str | Sequence[str] | None = None,
+    seed: int = 0,
+    validation: float = 0.125,
 ) -> list[Fold]:
     """k folds; every row is a test row of one of them.
 
     by: "patient" keeps all stays of a patient in one part. "stay" may put stays of one patient in several parts; it has
-    to be asked for by name. label: a 0/1 label whose share becomes nearly equal in all parts. validation: the share of
-    what is not tested that goes to the inner validation part; may be 0.
+    to be asked for by name. label: a 0/1 label whose share becomes nearly equal in all parts; of several, the share of
+    each of their combinations. validation: the share of what is not tested that goes to the inner validation part; may
+    be 0.
 
     Raises ValueError for a cohort without patient identifiers unless by="stay", and for too few groups.
     """
@@ -103,15 +111,17 @@ def _groups(cohort: Cohort, by: str) -> tuple[list[str], np.ndarray]:
     return groups.tolist(), group_N
 
 
-def _strata(cohort: Cohort, label: str | None, group_N: np.ndarray, groups: int) -> np.ndarray:
-    """For each group the largest label of its rows: 0, 1, or UNLABELLED; all equal without a label."""
-    strata_G = np.full(groups, UNLABELLED)
-    if label is not None:
-        value_N = cohort.label(label)
+def _strata(cohort: Cohort, label: str | Sequence[str] | None, group_N: np.ndarray, groups: int) -> np.ndarray:
+    """For each group the number of its combination of labels, the largest value of its rows counting: of one label 0, 1
+    or UNLABELLED; all equal without a label."""
+    names = [] if label is None else [label] if isinstance(label, str) else list(label)
+    strata_GK = np.full((groups, len(names)), UNLABELLED)
+    for column, name in enumerate(names):
+        value_N = cohort.label(name)
         if value_N.ndim != 1 or not np.isin(value_N[~np.isnan(value_N)], (0, 1)).all():
-            raise ValueError(f"label={label!r} is not one 0 or 1 for each row; name such a label, or none")
-        np.maximum.at(strata_G, group_N, np.nan_to_num(value_N, nan=UNLABELLED).astype(np.int64))
-    return strata_G
+            raise ValueError(f"label={name!r} is not one 0 or 1 for each row; name such a label, or none")
+        np.maximum.at(strata_GK[:, column], group_N, np.nan_to_num(value_N, nan=UNLABELLED).astype(np.int64))
+    return np.unique(strata_GK, axis=0, return_inverse=True)[1].reshape(groups)
 
 
 def _dealt(groups: list[str], strata_G: np.ndarray, salt: str) -> np.ndarray:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.clinical.cohort import Cohort
-from attnzoo.clinical.formats import eicu, fhir, mimic, physionet2012, pmdata, yaib
+from attnzoo.clinical.formats import eicu, fhir, mimic, mts_dialog, physionet2012, pmdata, yaib
 from attnzoo.errors import suggest
 from attnzoo.registry import Registry
 
 FORMATS: Registry[Callable[..., Cohort]] = Registry("data format")
-for _module in (physionet2012, yaib, eicu, pmdata, mimic, fhir):
+for _module in (physionet2012, yaib, eicu, pmdata, mimic, fhir, mts_dialog):
     FORMATS.register(_module.__name__.rpartition(".")[2])(_module.load)
 
 

@@ -8,7 +8,7 @@ patient share a uniquepid.
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -56,13 +56,19 @@ TEXTS = {
 
 
 def load(
-    path: str | Path, *, task: Task = "mortality", hours: int = 24, variables: tuple[str, ...] | None = None
+    path: str | Path,
+    *,
+    task: Task = "mortality",
+    hours: int = 24,
+    variables: tuple[str, ...] | None = None,
+    texts: bool = False,
 ) -> Cohort:
     """The cohort in a directory of eICU tables.
 
     task: "mortality" keeps stays of at least `hours` hours with a known outcome and labels "mortality" (death in
     hospital). "los" keeps all stays and labels "los": remaining hours in the unit at each hour, at most 168.
-    variables: a choice of YAIB's 48. Raises ValueError that names file, line, field and value.
+    variables: a choice of YAIB's 48. texts: also what was written before the end of `hours` (`load_texts`). Raises
+    ValueError that names file, line, field and value.
     """
     check_hours(hours)
     if task not in ("mortality", "los"):
@@ -89,7 +95,12 @@ def load(
         left_out=left_out,
         unknown_units=collected.unknown_units,
     )
-    return cohort_of(facts, collected.events(), table, hours)
+    cohort = cohort_of(facts, collected.events(), table, hours)
+    if not texts:
+        return cohort
+    written = load_texts(directory, hours)
+    lines = [dict.fromkeys(text for _, _, text in written.get(stay, ())) for stay in place]
+    return replace(cohort, texts=tuple("\n".join(each) for each in lines))
 
 
 def load_texts(path: str | Path, hours: int) -> dict[str, list[tuple[int, str, str]]]:
