@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,8 +83,8 @@ def cooccurrence_vectors(texts: Sequence[Sequence[int]], words: int, dim: int, *
     """Vectors [W, D] of words that stand near the same words, of texts as token ids.
 
     Positive pointwise mutual information of words at most `window` apart, with probabilities of neighbours raised to
-    .75, reduced to D dimensions by a singular value decomposition (Levy, Goldberg and Dagan, TACL 2015). Each vector
-    has the mean square that its frequency gives it; all together have mean square 1.
+    .75, reduced to D dimensions by a singular value decomposition (Levy, Goldberg and Dagan, TACL 2015). Their mean
+    square is 1; those of words without a neighbour are zeros.
     """
     counts = torch.zeros(words, words, dtype=torch.float64)
     for text in texts:
@@ -103,4 +102,4 @@ def cooccurrence_vectors(texts: Sequence[Sequence[int]], words: int, dim: int, *
         u_WD, s_D, _ = torch.svd_lowrank(information, q=min(dim, words), niter=4)
     vectors_WD = torch.nn.functional.pad(u_WD * s_D.sqrt(), (0, dim - u_WD.shape[1]))
     scale = vectors_WD.square().mean().sqrt()
-    return vectors_WD / np.float32(scale if scale > 0 else 1.0)
+    return vectors_WD / max(float(scale), 1e-12)

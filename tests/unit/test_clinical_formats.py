@@ -137,7 +137,7 @@ def test_options_are_checked(tmp_path):
     (tmp_path / "set-c.tar.gz").write_bytes(b"\x1f\x8b not gzip")
     with pytest.raises(ValueError, match=r"set-c.tar.gz cannot be read"):
         load_cohort("physionet2012", tmp_path / "set-c.tar.gz")
-    assert sorted(FORMATS) == ["eicu", "fhir", "mimic", "physionet2012", "pmdata", "yaib"]
+    assert sorted(FORMATS) == ["eicu", "fhir", "mimic", "mts_dialog", "physionet2012", "pmdata", "yaib"]
 
 
 def test_parsed_records_are_cached_by_content(tmp_path):

@@ -4,13 +4,11 @@ A run trains on one fold. It learns from the fold's training rows, standardises 
 calibrates on the inner validation rows; the fold's test rows are never looked at.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -19,50 +17,35 @@ from torch import Tensor, nn
 from attnzoo.clinical import trained
 from attnzoo.clinical.agreement import weighted_kappa
 from attnzoo.clinical.calibration import Calibrator, fit_calibrator
-from attnzoo.clinical.cohort import Cohort
-from attnzoo.clinical.formats import check_options, load_cohort
 from attnzoo.clinical.metrics import auprc, auroc, brier, mean_absolute_deviation, score_1
 from attnzoo.clinical.outcome import Outcome
-from attnzoo.clinical.splits import Fold, folds, time_split
 from attnzoo.clinical.statistics import Statistics
 from attnzoo.errors import suggest
 from attnzoo.files import user_path
 from attnzoo.models import EhrConfig, EhrEncoder
-from attnzoo.types import CheckedConfig, build_config
+from attnzoo.types import build_config
 from train.config import Config
 from train.data import Batch
-from train.data.loader import EpochStream
-from train.tasks.base import TASKS, Task, TaskOptions
+from train.tasks.base import TASKS
+from train.tasks.cohort import CohortOptions, CohortTask, check_data, check_precision
 
 DERIVED = ("variables", "statics", "outputs", "hourly", "head")
 """Keys of the model that data and outcome determine."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClinicalOptions(TaskOptions, CheckedConfig):
-    """label: of the cohort, what is predicted. edges, head, hourly: as in `attnzoo.clinical.outcome.Outcome`.
-
-    split: of the cohort by patient, by stay, or in time. folds: their number; fold: the one whose test rows are left
-    out, from 0; validation: the share of the other rows that selects. split_seed: of the folds; runs with other seeds
-    have the same folds.
+class ClinicalOptions(CohortOptions):
+    """label: of the cohort, what is predicted. edges, head, hourly: as in `attnzoo.clinical.outcome.Outcome`. The
+    others as in `train.tasks.cohort.CohortOptions`.
     """
 
     label: str = "mortality"
     edges: tuple[float, ...] = ()
     head: Literal["linear", "ordinal"] = "ordinal"
     hourly: bool = False
-    split: Literal["patient", "stay", "time"] = "patient"
-    folds: int = 5
-    fold: int = 0
-    validation: float = 0.125
-    split_seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.split != "time" and not 0 <= self.fold < self.folds:
-            raise ValueError(f"task.fold={self.fold} must be from 0 to {self.folds - 1}")
-        if not 0 < self.validation < 1:
-            raise ValueError(f"task.validation={self.validation} must be between 0 and 1; nothing else selects")
         self.outcome()
 
     def outcome(self) -> Outcome:
@@ -70,40 +53,12 @@ class ClinicalOptions(TaskOptions, CheckedConfig):
         return Outcome(label=self.label, edges=self.edges, head=self.head, hourly=self.hourly)
 
 
-class StayStream(EpochStream):
-    """Batches of stays: every row once an epoch."""
-
-    def __init__(self, rows: np.ndarray, seed: int, batch_of: Callable[[np.ndarray], Batch]) -> None:
-        self._stays, self._batch_of = rows, batch_of
-        super().__init__(seed)
-
-    def epoch(self, random: np.random.Generator) -> np.ndarray:
-        """The training rows, shuffled."""
-        return random.permutation(self._stays)
-
-    def batch(self, rows: np.ndarray) -> Batch:
-        """As `ClinicalTask`."""
-        return self._batch_of(rows)
-
-    def too_few(self, wanted: int, rows: int) -> str:
-        """Advice for a small cohort."""
-        return f"one global batch takes {wanted} stays and the training part has {rows}; lower train.batch_size"
-
-
 @TASKS.register("clinical")
-class ClinicalTask(Task):
+class ClinicalTask(CohortTask):
     """An `EhrEncoder` on a cohort. Batches are (cells_NTVC, statics_NS, hours_N, labels): labels [N], or [N, T] where
     they are hourly, float32; NaN does not count. In training the model hides variables and hours itself."""
 
-    ROW = UNIT = "stay"
-    UNUSED: ClassVar[tuple[str, ...]] = (
-        "tokenizer",
-        "lora",
-        "sample",
-        "checkpoint.adopt_model",
-        "train.activation_checkpointing",
-        "eval.below_ngrams",
-    )
+    options: ClinicalOptions
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -111,18 +66,15 @@ class ClinicalTask(Task):
         self.outcome = self.options.outcome()
         names = ("kappa", "mad") if self.outcome.edges else ("auroc", "auprc", "score_1", "brier")
         self.METRICS = ("loss", *names)  # type: ignore[misc]
-        self.preparing = f"the stays of data.path={config.data.get('path')!r}"
-        self._rows = np.zeros(0, np.int64)
-        self._validation: Batch = ()
 
     @classmethod
     def sections(cls, config: Config) -> Mapping[str, Callable[[], object]]:
         """The classes that define the sections' keys."""
         return {
             "task": lambda: build_config(ClinicalOptions, config.task, "task"),
-            "precision": lambda: _check_precision(config.precision),
+            "precision": lambda: check_precision(config.precision),
             "model": lambda: _check_model(config.model),
-            "data": lambda: _check_data(config.data),
+            "data": lambda: check_data(config.data),
         }
 
     # --- before anything is prepared ----------------------------------------------------------------------------
@@ -131,7 +83,7 @@ class ClinicalTask(Task):
         """Reads the cohort, splits it, and looks at checkpoint.init_from."""
         if self.config.checkpoint.init_from is not None:
             self._initial(self.config.checkpoint.init_from)
-        labels, validation = self._labels, self.fold.validation
+        labels, validation = self.labels, self.fold.validation
         known = labels[validation][~np.isnan(labels[validation])]
         if not len(known) or (not self.outcome.edges and known.min() == known.max()):
             raise ValueError(
@@ -139,40 +91,18 @@ class ClinicalTask(Task):
                 "by; raise task.validation, or take fewer task.folds"
             )
 
-    @cached_property
-    def cohort(self) -> Cohort:
-        """The whole cohort; read once, and never written anywhere."""
-        options = {key: value for key, value in self.config.data.items() if key not in ("format", "path")}
-        given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-        return load_cohort(self.config.data["format"], user_path(self.config.data["path"], "data.path"), **given)
+    @property
+    def strata(self) -> str | None:
+        """The label, where it is a yes or no."""
+        return None if self.outcome.edges else self.options.label
 
     @cached_property
-    def _labels(self) -> np.ndarray:
+    def labels(self) -> np.ndarray:
+        """[N] or [N, T]."""
         try:
             return self.outcome.labels(self.cohort)
         except ValueError as error:
             raise ValueError(f"task.label: {error}") from None
-
-    @cached_property
-    def fold(self) -> Fold:
-        """The rows of the run's fold that have a label. Raises ValueError that names `task.split`."""
-        options, label = self.options, None if self.outcome.edges else self.options.label
-        try:
-            if options.split == "time":
-                found = time_split(self.cohort, validation=options.validation)
-            else:
-                found = folds(
-                    self.cohort,
-                    options.folds,
-                    by=options.split,
-                    label=label,
-                    seed=options.split_seed,
-                    validation=options.validation,
-                )[options.fold]
-        except ValueError as error:
-            raise ValueError(f"task.split={options.split}: {error}") from None
-        known_N = ~np.isnan(self._labels.reshape(len(self._labels), -1)).all(axis=1)
-        return Fold(*(rows[known_N[rows]] for rows in (found.train, found.validation, found.test)))
 
     # --- data ---------------------------------------------------------------------------------------------------
 
@@ -182,41 +112,21 @@ class ClinicalTask(Task):
         return Statistics.fit(self.cohort, self.fold.train)
 
     def prepare(self, is_main: bool) -> None:
-        """Everything is in memory; each rank reads the files."""
-        self.outcome = self.outcome.fitted(self._labels[self.fold.train])
-        self.train = StayStream(self.fold.train, self.config.seed, self._batch)
-        self._validation = self._batch(self.fold.validation)
+        """As of every cohort; typical labels are those of training rows."""
+        self.outcome = self.outcome.fitted(self.labels[self.fold.train])
+        super().prepare(is_main)
 
-    def _batch(self, rows: np.ndarray) -> Batch:
-        return (*trained.inputs(self.statistics, self.cohort, rows), torch.from_numpy(self._labels[rows]))
+    def batch(self, rows: np.ndarray) -> Batch:
+        """As the class says."""
+        return (*trained.inputs(self.statistics, self.cohort, rows), torch.from_numpy(self.labels[rows]))
+
+    def fitted(self) -> object:
+        """The statistics."""
+        return self.statistics.to_dict()
 
     def content(self) -> dict[str, Any]:
-        """All options, and a digest of the cohort, its parts and the statistics."""
-        cohort, whole = self.cohort, hashlib.sha256(self._split_digest().encode())
-        for array in (cohort.grid.values_NTV, cohort.grid.counts_NTV, cohort.grid.hours_N, cohort.statics_NS):
-            whole.update(np.ascontiguousarray(array).tobytes())
-        whole.update(np.ascontiguousarray(self._labels).tobytes())
-        whole.update(json.dumps(self.statistics.to_dict()).encode())
-        return {
-            **{f"task.{key}": value for key, value in asdict(self.options).items()},
-            **{f"model.{key}": value for key, value in self._model_config().to_dict().items()},
-            **{f"data.{key}": value for key, value in self.config.data.items() if key != "path"},
-            "data (content)": whole.hexdigest()[:16],
-        }
-
-    def _split_digest(self) -> str:
-        """Of the stays of each part, by their identifiers."""
-        ids, fold = np.array(self.cohort.stay_ids), self.fold
-        parts = [ids[rows].tolist() for rows in (fold.train, fold.validation, fold.test)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    def validation(self, most: int | None = None) -> Batch:
-        """The inner validation rows, or `most` of them, spread evenly."""
-        rows = len(self._validation[0])
-        if most is None or most >= rows:
-            return self._validation
-        chosen = torch.arange(most) * rows // most
-        return tuple(tensor[chosen] for tensor in self._validation)
+        """As of every cohort."""
+        return self._content(asdict(self.options), self._model_config().to_dict())
 
     # --- model and loss -----------------------------------------------------------------------------------------
 
@@ -300,23 +210,11 @@ class ClinicalTask(Task):
 
     # --- results ------------------------------------------------------------------------------------------------
 
-    def check_target(self, directory: Path) -> None:
-        """Only an earlier model of its format is replaced."""
-        trained.check_target(directory)
-
     def save(self, directory: Path, model: nn.Module, metadata: dict[str, Any]) -> None:
         """As `attnzoo.clinical.trained.load_trained` reads it."""
-        options = self.options
-        split = {name: getattr(options, name) for name in ("split", "folds", "fold", "validation", "split_seed")}
-        data = {key: value for key, value in self.config.data.items() if key != "path"}
+        data, split = self._data_and_split()
         whole = trained.TrainedModel(
-            cast(EhrEncoder, model),
-            self.statistics,
-            self.outcome,
-            {**data, "cohort": self.cohort.name, "hours": self.cohort.grid.hours},
-            {**split, "digest": self._split_digest()},
-            metadata,
-            self.calibrator(model),
+            cast(EhrEncoder, model), self.statistics, self.outcome, data, split, metadata, self.calibrator(model)
         )
         trained.save_trained(directory, whole)
 
@@ -330,18 +228,6 @@ class ClinicalTask(Task):
         logits, known = torch.cat([self.measure(model, part) for part in parts]), ~torch.isnan(labels)
         return fit_calibrator(labels[known].numpy(), logits[known][:, 0].numpy())
 
-    def summary(self) -> dict[str, Any]:
-        """Stays of each part; what became of the values that were read."""
-        train, validation = self.fold.train, self.fold.validation
-        report = self.cohort.report.to_dict()
-        return {"training_stays": len(train), "validation_stays": len(validation), "data": report}
-
-
-def _check_precision(precision: str) -> None:
-    """Raises ValueError for weights in bfloat16."""
-    if precision == "bf16":
-        raise ValueError(f"precision={precision}: the clinical encoder has float32 weights; use fp32 or bf16_autocast")
-
 
 def _check_model(values: Mapping[str, Any]) -> None:
     """Raises ValueError that names the key of `model`."""
@@ -353,14 +239,3 @@ def _check_model(values: Mapping[str, Any]) -> None:
         if key not in known:
             raise ValueError(f"unknown key model.{key}{suggest(str(key), known)}")
     EhrConfig.from_dict({"variables": 1, **values})
-
-
-def _check_data(values: Mapping[str, Any]) -> None:
-    """Raises ValueError that names the key of `data`, without reading a file."""
-    for key, meaning in (("format", "the name of a data format"), ("path", "the place of the data set")):
-        if not isinstance(values.get(key), str):
-            raise ValueError(f"data.{key}={values.get(key)!r} must be {meaning}")
-    try:
-        check_options(values["format"], [key for key in values if key not in ("format", "path")])
-    except ValueError as error:
-        raise ValueError(f"data: {error}") from None

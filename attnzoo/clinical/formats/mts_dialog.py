@@ -1,8 +1,8 @@
 """MTS-Dialog: dialogues of doctors and patients, each of them written for one section of a clinical note.
 
 https://github.com/abachaa/MTS-Dialog (CC BY 4.0). A row is a dialogue, and there is one 0/1 label for each of the 20
-sections, of which exactly one is 1. The note's own text (section_text) tells the section and is never read. Nothing says
-which dialogues were written from the notes of one patient, so they can be split by dialogue alone (by="stay").
+sections, of which exactly one is 1. The note's own text (section_text) tells the section and is never read. Nothing
+says which dialogues were written from the notes of one patient, so they can be split by dialogue alone (by="stay").
 """
 
 from pathlib import Path
@@ -29,7 +29,9 @@ def load(path: str | Path, *, parts: tuple[str, ...] = ("training", "validation"
             raise ValueError(f"parts holds {part!r}{suggest(part, PARTS)}")
         file = find_table(directory, PARTS[part]) or find_table(directory, f"MTS-Dialog-{PARTS[part]}")
         if file is None:
-            raise ValueError(f"{directory} has no {PARTS[part]}.csv or {PARTS[part]}.csv.gz; give MTS-Dialog's directory")
+            raise ValueError(
+                f"{directory} has no {PARTS[part]}.csv or {PARTS[part]}.csv.gz; give MTS-Dialog's directory"
+            )
         rows += [(part, row) for row in rows_of(file, ("ID", "section_header", "dialogue"))]
     if not rows:
         raise ValueError(f"{directory} has no dialogue in {', '.join(parts) or 'no part'}; give the files' parts")

@@ -1,0 +1,213 @@
+"""What tasks on a cohort of patients share: its rows, its split, and their batches.
+
+A run trains on one fold. It learns from the fold's training rows and selects on the inner validation rows; the fold's
+test rows are never looked at.
+"""
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from attnzoo.clinical import trained
+from attnzoo.clinical.cohort import Cohort
+from attnzoo.clinical.formats import check_options, load_cohort
+from attnzoo.clinical.splits import Fold, folds, time_split
+from attnzoo.files import user_path
+from attnzoo.types import CheckedConfig
+from train.config import Config
+from train.data import Batch
+from train.data.loader import EpochStream
+from train.tasks.base import Task, TaskOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class CohortOptions(TaskOptions, CheckedConfig):
+    """split: of the cohort by patient, by stay, or in time. folds: their number; fold: the one whose test rows are left
+    out, from 0; validation: the share of the other rows that selects. split_seed: of the folds; runs with other seeds
+    have the same folds.
+    """
+
+    split: Literal["patient", "stay", "time"] = "patient"
+    folds: int = 5
+    fold: int = 0
+    validation: float = 0.125
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.split != "time" and not 0 <= self.fold < self.folds:
+            raise ValueError(f"task.fold={self.fold} must be from 0 to {self.folds - 1}")
+        if not 0 < self.validation < 1:
+            raise ValueError(f"task.validation={self.validation} must be between 0 and 1; nothing else selects")
+
+
+class StayStream(EpochStream):
+    """Batches of stays: every row once an epoch."""
+
+    def __init__(self, rows: np.ndarray, seed: int, batch_of: Callable[[np.ndarray], Batch]) -> None:
+        self._stays, self._batch_of = rows, batch_of
+        super().__init__(seed)
+
+    def epoch(self, random: np.random.Generator) -> np.ndarray:
+        """The training rows, shuffled."""
+        return random.permutation(self._stays)
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """As the task makes them."""
+        return self._batch_of(rows)
+
+    def too_few(self, wanted: int, rows: int) -> str:
+        """Advice for a small cohort."""
+        return f"one global batch takes {wanted} stays and the training part has {rows}; lower train.batch_size"
+
+
+class CohortTask(Task):
+    """A model of the stays of a cohort. A subclass says what is predicted of a stay and makes batches of rows."""
+
+    ROW = UNIT = "stay"
+    UNUSED: ClassVar[tuple[str, ...]] = (
+        "tokenizer",
+        "lora",
+        "sample",
+        "checkpoint.adopt_model",
+        "train.activation_checkpointing",
+        "eval.below_ngrams",
+    )
+    options: CohortOptions
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.preparing = f"the stays of data.path={config.data.get('path')!r}"
+        self._validation: Batch = ()
+
+    # --- what a subclass says -----------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def strata(self) -> str | tuple[str, ...] | None:
+        """The 0/1 labels whose shares are the same in all folds."""
+
+    @property
+    @abstractmethod
+    def labels(self) -> np.ndarray:
+        """float32 [N, ...]; NaN where there is none: rows without any are left out."""
+
+    @abstractmethod
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The batch of some rows of the cohort."""
+
+    @abstractmethod
+    def fitted(self) -> object:
+        """What was learned from training rows before the training, as JSON can hold it."""
+
+    # --- rows ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def cohort(self) -> Cohort:
+        """The whole cohort; read once, and never written anywhere."""
+        options = {key: value for key, value in self.config.data.items() if key not in ("format", "path")}
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+        return load_cohort(self.config.data["format"], user_path(self.config.data["path"], "data.path"), **given)
+
+    @cached_property
+    def fold(self) -> Fold:
+        """The rows of the run's fold that have a label. Raises ValueError that names `task.split`."""
+        options = self.options
+        try:
+            if options.split == "time":
+                found = time_split(self.cohort, validation=options.validation)
+            else:
+                found = folds(
+                    self.cohort,
+                    options.folds,
+                    by=options.split,
+                    label=self.strata,
+                    seed=options.split_seed,
+                    validation=options.validation,
+                )[options.fold]
+        except ValueError as error:
+            raise ValueError(f"task.split={options.split}: {error}") from None
+        known_N = ~np.isnan(self.labels.reshape(len(self.labels), -1)).all(axis=1)
+        return Fold(*(rows[known_N[rows]] for rows in (found.train, found.validation, found.test)))
+
+    def prepare(self, is_main: bool) -> None:
+        """Everything is in memory; each rank reads the files."""
+        self.train = StayStream(self.fold.train, self.config.seed, self.batch)
+        self._validation = self.batch(self.fold.validation)
+
+    def validation(self, most: int | None = None) -> Batch:
+        """The inner validation rows, or `most` of them, spread evenly."""
+        rows = len(self._validation[0])
+        if most is None or most >= rows:
+            return self._validation
+        chosen = torch.arange(most) * rows // most
+        return tuple(tensor[chosen] for tensor in self._validation)
+
+    # --- what travels with a run --------------------------------------------------------------------------------
+
+    def _content(self, options: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+        """All options, and a digest of the cohort, its parts and what was fitted on them."""
+        cohort, whole = self.cohort, hashlib.sha256(self._split_digest().encode())
+        for array in (cohort.grid.values_NTV, cohort.grid.counts_NTV, cohort.grid.hours_N, cohort.statics_NS):
+            whole.update(np.ascontiguousarray(array).tobytes())
+        whole.update(np.ascontiguousarray(self.labels).tobytes())
+        if cohort.texts is not None:
+            whole.update(json.dumps(cohort.texts).encode())
+        whole.update(json.dumps(self.fitted()).encode())
+        return {
+            **{f"task.{key}": value for key, value in options.items()},
+            **{f"model.{key}": value for key, value in model.items()},
+            **{f"data.{key}": value for key, value in self.config.data.items() if key != "path"},
+            "data (content)": whole.hexdigest()[:16],
+        }
+
+    def _split_digest(self) -> str:
+        """Of the stays of each part, by their identifiers."""
+        ids, fold = np.array(self.cohort.stay_ids), self.fold
+        parts = [ids[rows].tolist() for rows in (fold.train, fold.validation, fold.test)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _data_and_split(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(format and options of the cohort, which rows of it the run had), for the export."""
+        names = ("split", "folds", "fold", "validation", "split_seed")
+        data = {key: value for key, value in self.config.data.items() if key != "path"}
+        split = {name: getattr(self.options, name) for name in names}
+        return (
+            {**data, "cohort": self.cohort.name, "hours": self.cohort.grid.hours},
+            {**split, "digest": self._split_digest()},
+        )
+
+    def check_target(self, directory: Path) -> None:
+        """Only an earlier model of its format is replaced."""
+        trained.check_target(directory)
+
+    def summary(self) -> dict[str, Any]:
+        """Stays of each part; what became of the values that were read."""
+        train, validation = self.fold.train, self.fold.validation
+        report = self.cohort.report.to_dict()
+        return {"training_stays": len(train), "validation_stays": len(validation), "data": report}
+
+
+def check_precision(precision: str) -> None:
+    """Raises ValueError for weights in bfloat16."""
+    if precision == "bf16":
+        raise ValueError(f"precision={precision}: the clinical encoder has float32 weights; use fp32 or bf16_autocast")
+
+
+def check_data(values: Mapping[str, Any]) -> None:
+    """Raises ValueError that names the key of `data`, without reading a file."""
+    for key, meaning in (("format", "the name of a data format"), ("path", "the place of the data set")):
+        if not isinstance(values.get(key), str):
+            raise ValueError(f"data.{key}={values.get(key)!r} must be {meaning}")
+    try:
+        check_options(values["format"], [key for key in values if key not in ("format", "path")])
+    except ValueError as error:
+        raise ValueError(f"data: {error}") from None
