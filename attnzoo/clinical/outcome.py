@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.clinical.agreement import weighted_kappa
 from attnzoo.clinical.cohort import Cohort
+from attnzoo.clinical.metrics import auprc, auroc, brier, mean_absolute_deviation, score_1
 from attnzoo.types import CheckedConfig, build_config
 
 
@@ -114,3 +116,36 @@ class Outcome(CheckedConfig):
         """The median bucket: the first that is not exceeded with a probability above one half."""
         reached = np.cumsum(self.probabilities(logits), axis=-1)[..., :-1]
         return (reached < 0.5).sum(axis=-1)
+
+    def told(self, logits: np.ndarray) -> np.ndarray:
+        """The typical label of the median bucket, in the label's unit."""
+        return np.array(self.centers)[self.buckets(logits)]
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Keys of `metrics`."""
+        return ("loss", *(("kappa", "mad") if self.edges else ("auroc", "auprc", "score_1", "brier")))
+
+    def metrics(self, labels: Tensor, logits: Tensor) -> dict[str, float]:
+        """By name: the loss, and of yes or no AUROC, AUPRC, Score 1 and Brier; of buckets the linear kappa, and the
+        mean absolute deviation of `told`. Over all labels that are known, so that each hour counts alike; NaN where a
+        logit is not finite. Shapes as in `loss_sum`."""
+        if not bool(torch.isfinite(logits).all()):
+            return dict.fromkeys(self.metric_names, float("nan"))
+        known = ~torch.isnan(labels)
+        found = {"loss": float(self.loss_sum(logits, labels)) / int(known.sum())}
+        label_K, logits_KO = labels[known].numpy(), logits[known].numpy()
+        if not self.edges:
+            probability_K = self.probabilities(logits_KO)
+            kinds = {"auroc": auroc, "auprc": auprc, "score_1": score_1, "brier": brier}
+            return found | {name: metric(label_K, probability_K) for name, metric in kinds.items()}
+        kappa = weighted_kappa(range(len(self.edges) + 1), "linear")
+        bucket_K = np.searchsorted(self.edges, label_K, side="right")
+        return found | {
+            "kappa": kappa(bucket_K, self.buckets(logits_KO)),
+            "mad": mean_absolute_deviation(label_K, self.told(logits_KO)),
+        }
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """What selects: AUPRC + AUROC, or kappa."""
+        return metrics["kappa"] if self.edges else metrics["auprc"] + metrics["auroc"]

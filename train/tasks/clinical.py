@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.clinical import trained
-from attnzoo.clinical.agreement import weighted_kappa
 from attnzoo.clinical.calibration import Calibrator, fit_calibrator
-from attnzoo.clinical.metrics import auprc, auroc, brier, mean_absolute_deviation, score_1
 from attnzoo.clinical.outcome import Outcome
 from attnzoo.clinical.statistics import Statistics
 from attnzoo.errors import suggest
@@ -64,8 +62,7 @@ class ClinicalTask(CohortTask):
         super().__init__(config)
         self.options = build_config(ClinicalOptions, config.task, "task")
         self.outcome = self.options.outcome()
-        names = ("kappa", "mad") if self.outcome.edges else ("auroc", "auprc", "score_1", "brier")
-        self.METRICS = ("loss", *names)  # type: ignore[misc]
+        self.METRICS = self.outcome.metric_names  # type: ignore[misc]
 
     @classmethod
     def sections(cls, config: Config) -> Mapping[str, Callable[[], object]]:
@@ -186,27 +183,12 @@ class ClinicalTask(CohortTask):
         return logits
 
     def metrics(self, batch: Batch, measured: Tensor) -> dict[str, float]:
-        """Of yes or no: AUROC, AUPRC, Score 1, Brier; of buckets: linear kappa, and the mean absolute deviation of the
-        bucket's typical label. Each hour counts alike."""
-        labels, logits = batch[3], measured
-        if not bool(torch.isfinite(logits).all()):
-            return dict.fromkeys(self.METRICS, float("nan"))
-        loss = float(self.outcome.loss_sum(logits, labels)) / self.count(batch)
-        known = ~torch.isnan(labels)
-        label_K, logits_KO = labels[known].numpy(), logits[known].numpy()
-        if not self.outcome.edges:
-            found_K = self.outcome.probabilities(logits_KO)
-            kinds = {"auroc": auroc, "auprc": auprc, "score_1": score_1, "brier": brier}
-            return {"loss": loss, **{name: metric(label_K, found_K) for name, metric in kinds.items()}}
-        edges = self.outcome.edges
-        kappa = weighted_kappa(range(len(edges) + 1), "linear")
-        found_K, true_K = self.outcome.buckets(logits_KO), np.searchsorted(edges, label_K, side="right")
-        told_K = np.array(self.outcome.centers)[found_K]
-        return {"loss": loss, "kappa": kappa(true_K, found_K), "mad": mean_absolute_deviation(label_K, told_K)}
+        """As `Outcome.metrics`."""
+        return self.outcome.metrics(batch[3], measured)
 
     def score(self, metrics: dict[str, float]) -> float:
-        """AUPRC + AUROC, or kappa."""
-        return metrics["kappa"] if self.outcome.edges else metrics["auprc"] + metrics["auroc"]
+        """As `Outcome.score`."""
+        return self.outcome.score(metrics)
 
     # --- results ------------------------------------------------------------------------------------------------
 
