@@ -13,6 +13,7 @@ from attnzoo.models.ldam import Ldam, LdamInputs, LdamMaps
 from attnzoo.models.ldam_config import LdamConfig
 from attnzoo.models.packing import can_pack, pack_weights
 from attnzoo.models.sampling import Sampling, TokenLogprobs
+from attnzoo.models.sensor_lm import Prompt, PromptedLM, SensorAdapter, SensorConfig, SensorLM
 from attnzoo.models.sequences import Sequences
 from attnzoo.models.shapes import buffer_dtype, build_shapes, materialise
 
@@ -31,7 +32,12 @@ __all__ = [
     "LdamConfig",
     "LdamInputs",
     "LdamMaps",
+    "Prompt",
+    "PromptedLM",
     "Sampling",
+    "SensorAdapter",
+    "SensorConfig",
+    "SensorLM",
     "Sequences",
     "TokenLogprobs",
     "buffer_dtype",

@@ -36,6 +36,9 @@ class DecoderState(State):
 class DecoderLM(nn.Module):
     """Embedding, pre-norm blocks, final norm, output head (tied to the embedding if asked).
 
+    Wherever a method takes token ids tokens_BT, it also takes embeddings [B, T, model_dim] in their place: those of
+    tokens (`embed`), or any others, as the virtual tokens of `attnzoo.models.sensor_lm`.
+
     Weights are normal(0, init_std); the outputs of attention and MLP, which add up along the residual stream, are
     smaller by 1/sqrt(2 * num_layers) (GPT-2's initialisation). Raises ValueError for a variant that is not causal:
     it would see the tokens it is to predict.
@@ -99,9 +102,9 @@ class DecoderLM(nn.Module):
                         "(trait varlen); give it one document per row"
                     )
         mask = None if starts_BT is None else Mask(starts_BT=starts_BT)
-        x_BTD = self._embed(tokens_BT)
+        x_BTD = self.embed(tokens_BT)
         if edits is not None:
-            batch, tokens = tokens_BT.shape
+            batch, tokens, _ = x_BTD.shape
             check_rows(edits, batch, tokens, starts_BT)
         for layer, block in enumerate(self.layers()):
             if edits is not None:
@@ -113,8 +116,11 @@ class DecoderLM(nn.Module):
         out: Tensor = self.norm(x_BTD)
         return out
 
-    def _embed(self, tokens_BT: Tensor) -> Tensor:
-        """x_BTD of token ids. Raises ValueError for no sequences, no tokens, and on a CPU for ids out of range."""
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """x_BTD of token ids; embeddings are returned as they are. Raises ValueError for no sequences, no tokens,
+        embeddings of another width, and on a CPU for ids out of range."""
+        if tokens_BT.dim() == 3 and tokens_BT.is_floating_point():
+            return self._given(tokens_BT)
         if tokens_BT.dim() != 2 or 0 in tokens_BT.shape:
             raise ValueError(f"tokens_BT has shape {tuple(tokens_BT.shape)}; give at least one sequence and one token")
         try:
@@ -129,6 +135,16 @@ class DecoderLM(nn.Module):
                 raise
             raise ValueError(f"tokens_BT is of {tokens_BT.dtype}; token ids are torch.long") from error
         return x_BTD
+
+    def _given(self, x_BTD: Tensor) -> Tensor:
+        """Embeddings that came in place of token ids."""
+        width, dtype = self.config.model_dim, self.embedding.weight.dtype
+        if 0 in x_BTD.shape or x_BTD.shape[2] != width:
+            raise ValueError(
+                f"embeddings of shape {tuple(x_BTD.shape)} in place of tokens_BT; give at least one sequence and one "
+                f"token, with {width} numbers (model_dim) a token"
+            )
+        return x_BTD.to(dtype)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """logits of any rows of hidden states."""
@@ -235,7 +251,7 @@ class DecoderLM(nn.Module):
         """`extend` up to the final norm, for callers that need the logits of few rows.
 
         Raises ValueError for a chunk without tokens, or for another number of sequences than the state has."""
-        x_BTD = self._embed(tokens_BT)
+        x_BTD = self.embed(tokens_BT)
         rows = len(getattr(state.layers[0], "lengths_B", tokens_BT))
         if len(tokens_BT) != rows:
             raise ValueError(
@@ -268,7 +284,7 @@ class DecoderLM(nn.Module):
         Gradients end at the memory. Unlike `extend`, the past is bounded, and what a token sees of it depends on where
         segments end.
         """
-        x_BTD, after = self._embed(tokens_BT), []
+        x_BTD, after = self.embed(tokens_BT), []
         for block, remembered in zip(self.layers(), memory, strict=True):
             x_BTD, remembered = block.segment(x_BTD, remembered)
             after.append(remembered)
