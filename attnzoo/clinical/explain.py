@@ -15,6 +15,7 @@ statics, O outputs, E measured cells of a batch.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -133,6 +134,16 @@ class Logit:
         return torch.cat(found) if found else cells.new_zeros(0)
 
 
+class Cells(Protocol):
+    """What is explained: N rows of cells, `StayCells` or the words of texts."""
+
+    @property
+    def observed(self) -> Tensor:
+        """[N, T, V] bool: the cells that there are."""
+
+    def __len__(self) -> int: ...
+
+
 @dataclass(frozen=True, eq=False)
 class CellMap:
     """A number for every cell, 0 where nothing was measured. signed: positive numbers raise the logit and negative ones
@@ -153,17 +164,30 @@ def integrated_gradients(logit: Logit, stays: StayCells, *, tolerance: float = T
     """
     everything = torch.ones_like(stays.observed)
     difference_N = logit.without(stays) - logit.without(stays, everything)
-    found = torch.zeros_like(stays.cells_NTVC[..., 0])
-    left = torch.arange(len(stays), device=found.device)
+    found = completed(
+        difference_N,
+        torch.zeros_like(stays.cells_NTVC[..., 0]),
+        lambda rows, steps: _path(logit, stays.rows(rows), steps),
+        tolerance,
+    )
+    return CellMap("integrated gradients", found, signed=True)
+
+
+def completed(
+    difference_N: Tensor, found: Tensor, path: Callable[[Tensor, int], Tensor], tolerance: float = TOLERANCE
+) -> Tensor:
+    """`found`, filled with path(rows, points), the attributions [rows, ...] by so many points of the path: with more of
+    them for rows whose sum misses the difference. Raises ValueError as `integrated_gradients` does."""
+    left = torch.arange(len(difference_N), device=found.device)
     for steps in STEPS:
         for rows in left.split(BATCH):
-            found[rows] = _path(logit, stays.rows(rows), steps)
-        missing_N = (difference_N - found.sum((1, 2))).abs() / difference_N.abs().clamp(min=1.0)
+            found[rows] = path(rows, steps)
+        missing_N = (difference_N - found.flatten(1).sum(1)).abs() / difference_N.abs().clamp(min=1.0)
         left = (~(missing_N <= tolerance)).nonzero()[:, 0]
         if not len(left):
-            return CellMap("integrated gradients", found, signed=True)
+            return found
     raise ValueError(
-        f"tolerance={tolerance}: with {STEPS[-1]} points of the path the attributions of {len(left)} stays still miss "
+        f"tolerance={tolerance}: with {STEPS[-1]} points of the path the attributions of {len(left)} rows still miss "
         f"the difference of logits, by {float(missing_N.max()):.3g} at most; compute in float64, or allow more"
     )
 
@@ -172,17 +196,22 @@ def _path(logit: Logit, stays: StayCells, steps: int) -> Tensor:
     """Integrated gradients [N, T, V] by Gauss-Legendre quadrature."""
     start = stays.without(torch.ones_like(stays.observed))
     distance = stays.cells_NTVC - start
-    points, weights = np.polynomial.legendre.leggauss(steps)
     slopes = torch.zeros_like(start)
-    for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
-        cells = (start + float(point) * distance).requires_grad_()
+    for point, weight in quadrature(steps):
+        cells = (start + point * distance).requires_grad_()
         with torch.enable_grad():
             total = logit.of(stays, cells).sum()
-        slopes += float(weight) * torch.autograd.grad(total, cells)[0]
+        slopes += weight * torch.autograd.grad(total, cells)[0]
     shares = slopes * distance
     hours_T1 = torch.arange(start.shape[1], device=start.device)[:, None]
     last = torch.where(stays.cells_NTVC[..., MEASURED] > 0, hours_T1, 0).cummax(dim=1).values
     return shares[..., :GAP].sum(-1).scatter_add(1, last, shares[..., GAP])
+
+
+def quadrature(steps: int) -> list[tuple[float, float]]:
+    """(point between 0 and 1, weight) of Gauss and Legendre's rule."""
+    points, weights = np.polynomial.legendre.leggauss(steps)
+    return list(zip(((points + 1) / 2).tolist(), (weights / 2).tolist(), strict=True))
 
 
 def occlusion(logit: Logit, stays: StayCells) -> CellMap:
@@ -259,11 +288,10 @@ def sizes(stays: StayCells) -> CellMap:
     return CellMap("|z|", stays.cells_NTVC[..., VALUE].abs() * stays.observed, signed=False)
 
 
-def by_chance(stays: StayCells, seed: int) -> CellMap:
+def by_chance(stays: Cells, seed: int) -> CellMap:
     """Random numbers between 0 and 1, drawn on the CPU, so that a seed means the same everywhere."""
     drawn = torch.rand(stays.observed.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    like = stays.cells_NTVC
-    return CellMap("random", drawn.to(like.device, like.dtype) * stays.observed, signed=False)
+    return CellMap("random", drawn.to(stays.observed.device) * stays.observed, signed=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,16 @@ the better; both arXiv 2506.05035). Every map is compared with random orders and
 
 Whether a map depends on what the model has learned: `randomisation_check`; whether models that differ by their seed are
 explained alike: `stability`. Letters: N stays, T hours, V variables, K shares.
+
+The words of texts (`attnzoo.clinical.explain_words`) are measured in the same way: a word is a cell of one variable, T
+counts words, and it is taken away by making it an unknown word.
 """
 
 import copy
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from numpy.typing import ArrayLike
@@ -26,7 +30,7 @@ from torch import Tensor, nn
 
 from attnzoo.clinical import checks
 from attnzoo.clinical.bootstrap import Interval, interval
-from attnzoo.clinical.explain import CellMap, Logit, StayCells, by_chance, sizes
+from attnzoo.clinical.explain import CellMap, Cells, StayCells, by_chance, sizes
 from attnzoo.clinical.metrics import Metric, mean
 
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)
@@ -36,6 +40,12 @@ DRAWS = 3
 
 gain = Metric("mean gain", lambda chance_N, found_N, weights_RN: mean(weights_RN, found_N - chance_N), checks.values)
 """Mean of second minus first number of a row."""
+
+
+class Explained(Protocol):
+    """The logit that is explained, as of `attnzoo.clinical.explain.Logit`."""
+
+    def without(self, stays: Any, hidden_NTV: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +103,7 @@ def ranks(importance_NTV: Tensor, observed_NTV: Tensor, seed: int = 0) -> Tensor
     return torch.empty_like(order).scatter(1, order, places).view_as(importance_NTV)
 
 
-def removal(logit: Logit, stays: StayCells, cell_map: CellMap, *, seed: int = 0) -> Removal:
+def removal(logit: Explained, stays: Cells, cell_map: CellMap, *, seed: int = 0) -> Removal:
     """Takes cells away in the order of the map. A share is rounded up to whole cells. Raises ValueError."""
     values, observed = cell_map.values_NTV, stays.observed
     if values.shape != observed.shape:
@@ -121,28 +131,34 @@ def removal(logit: Logit, stays: StayCells, cell_map: CellMap, *, seed: int = 0)
 
 
 def faithfulness(
-    logit: Logit,
-    stays: StayCells,
+    logit: Explained,
+    stays: Cells,
     maps: Sequence[CellMap],
     *,
+    plain: CellMap | None = None,
     patients: ArrayLike | None = None,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> dict[str, Faithfulness]:
-    """The maps, |z| and random orders by their names. patients: whose each stay is, None: each its own patient's.
+    """The maps, a plain one and random orders by their names. plain: what a map without any model would say; None: |z|
+    of `StayCells`. patients: whose each stay is, None: each its own patient's.
 
     Random orders themselves are compared with others of the same number. Raises ValueError.
     """
+    if plain is None:
+        if not isinstance(stays, StayCells):
+            raise ValueError("plain is None, and what is explained has no |z|; give a map that needs no model")
+        plain = sizes(stays)
     names = [cell_map.name for cell_map in maps]
-    if len(set(names)) < len(names) or {"|z|", "random"} & set(names):
-        raise ValueError(f"maps are named {names}; names must differ, and |z| and random are added here")
+    if len(set(names)) < len(names) or {plain.name, "random"} & set(names):
+        raise ValueError(f"maps are named {names}; names must differ, and {plain.name} and random are added here")
     if draws < 1:
         raise ValueError(f"draws={draws} must be at least 1")
     first, second = (
         _mean([removal(logit, stays, by_chance(stays, one), seed=one) for one in range(start, start + draws)])
         for start in (seed, seed + draws)
     )
-    found = {one.name: removal(logit, stays, one, seed=seed) for one in (*maps, sizes(stays))} | {"random": second}
+    found = {one.name: removal(logit, stays, one, seed=seed) for one in (*maps, plain)} | {"random": second}
     of_N = range(len(stays)) if patients is None else patients
     return {name: _summary(name, one, first, of_N, seed) for name, one in found.items()}
 
@@ -197,7 +213,7 @@ def with_shuffled_weights(model: nn.Module, seed: int) -> nn.Module:
 
 
 def randomisation_check(
-    explain: Callable[[nn.Module], CellMap], model: nn.Module, stays: StayCells, *, seeds: Sequence[int] = (0, 1, 2)
+    explain: Callable[[nn.Module], CellMap], model: nn.Module, stays: Cells, *, seeds: Sequence[int] = (0, 1, 2)
 ) -> float:
     """Mean rank correlation of a model's map and those of copies with shuffled weights (arXiv 1810.03292). A map that
     explains the model is near 0; one that stays the same tells of the input alone. NaN where no stay has an order."""
@@ -208,7 +224,7 @@ def randomisation_check(
     return float(torch.stack(found).nanmean())
 
 
-def stability(maps: Sequence[CellMap], stays: StayCells) -> float:
+def stability(maps: Sequence[CellMap], stays: Cells) -> float:
     """Mean rank correlation over stays and over pairs of maps, one from each model that differs by its seed alone.
     Raises ValueError for fewer than two."""
     if len(maps) < 2:

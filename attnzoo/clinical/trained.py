@@ -4,8 +4,6 @@ The statistics of the training rows, the outcome, the calibration and how the da
 so that whoever loads the model predicts what the run predicted. Loading cannot run code.
 """
 
-import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,20 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from attnzoo.checkpoint.target import check_native_target
+from attnzoo.clinical import exports
 from attnzoo.clinical.calibration import Calibrator
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.outcome import Outcome
 from attnzoo.clinical.statistics import Statistics
-from attnzoo.errors import suggest
-from attnzoo.files import read_object, real_path, replace_directory, temporary_directory
 from attnzoo.models import EhrConfig, EhrEncoder
 
 FORMAT = "attnzoo-ehr-1"
-CONFIG, WEIGHTS, STATISTICS = "config.json", "model.safetensors", "statistics.json"
+STATISTICS = "statistics.json"
 KEYS = ("format", "model", "outcome", "data", "split", "metadata", "calibration")
 """Keys of config.json."""
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -87,13 +81,11 @@ def _cut(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 def check_target(directory: Path) -> None:
     """Raises ValueError, naming what would be lost, unless `save_trained` may write to `directory`."""
-    check_native_target(directory, config=CONFIG, format=FORMAT, names=(CONFIG, WEIGHTS, STATISTICS))
+    exports.check_target(directory, FORMAT, (STATISTICS,))
 
 
 def save_trained(directory: Path, trained: TrainedModel) -> Path:
     """Writes the model, replacing an earlier one; returns the directory. Raises ValueError as `check_target`."""
-    directory = real_path(directory)
-    check_target(directory)
     content = {
         "format": FORMAT,
         "model": trained.model.config.to_dict(),
@@ -103,16 +95,7 @@ def save_trained(directory: Path, trained: TrainedModel) -> Path:
         "metadata": trained.metadata,
         "calibration": None if trained.calibrator is None else trained.calibrator.to_dict(),
     }
-    temporary = temporary_directory(directory)
-    try:
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in trained.model.state_dict().items()}
-        save_file(tensors, str(temporary / WEIGHTS))
-        for name, values in ((CONFIG, content), (STATISTICS, trained.statistics.to_dict())):
-            (temporary / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        replace_directory(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return directory
+    return exports.write(directory, content, trained.model, {STATISTICS: trained.statistics.to_dict()})
 
 
 def load_trained(directory: Path | str) -> TrainedModel:
@@ -120,25 +103,13 @@ def load_trained(directory: Path | str) -> TrainedModel:
 
     Raises ValueError that names the file if one is missing, damaged, or of another format.
     """
-    path = Path(directory)
-    path = path / "export" if (path / "export" / CONFIG).is_file() else path
-    try:
-        content, statistics = read_object(path / CONFIG), read_object(path / STATISTICS)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} holds no clinical model ({error})") from None
-    if content.get("format") != FORMAT:
-        raise ValueError(f"{path / CONFIG}: format {content.get('format')!r} is not {FORMAT!r}")
-    for key in content:
-        if key not in KEYS:
-            raise ValueError(f"{path / CONFIG}: unknown key {key}{suggest(key, KEYS)}; export the model again")
-    try:
+    path = exports.find(directory)
+    content, statistics = exports.read(path, FORMAT, KEYS, (STATISTICS,))
+    with exports.damage(path):
         model = EhrEncoder(EhrConfig.from_dict(content["model"]))
         outcome, fitted = Outcome.from_dict(content["outcome"]), Statistics.from_dict(statistics)
-        model.load_state_dict(load_file(path / WEIGHTS))
+        exports.load_weights(path, model)
         calibration = content.get("calibration")
         calibrator = None if calibration is None else Calibrator.from_dict(calibration)
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{path} is damaged ({reason}); export the model again") from None
     parts = {name: dict(content.get(name, {})) for name in ("data", "split", "metadata")}
-    return TrainedModel(model.eval(), fitted, outcome, **parts, calibrator=calibrator)
+    return TrainedModel(model, fitted, outcome, **parts, calibrator=calibrator)

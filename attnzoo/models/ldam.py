@@ -13,6 +13,9 @@ with the weights of `attnzoo/ops/label_attention`.
 Differs from the paper: our token embeddings and blocks in place of BERT, c and d being means of their tokens; words,
 hours and variables that do not exist take no part; the mean is over what a stay has, text, series or both; d_i is added
 to h_i (`describe_series`); logits have no dropout. One map W_g projects tokens and labels before they are compared.
+For little data, and off by default: a softmax where labels exclude one another (`exclusive`), weights of words for
+each label by itself (`pooling="each"`), their mean beside the weighted sum (`mean`), a linear head on tf-idf weights
+of the words (`skip`), and words hidden in training (`hide_words`).
 """
 
 from dataclasses import dataclass
@@ -36,7 +39,9 @@ class LdamInputs:
 
     words_NL: token ids of the notes; lengths_N: how many of them are real. cells_NTVC: the series, as
     `attnzoo.clinical.statistics` makes them; hours_N: how many hours are real; variables_NV (bool): which variables the
-    source of a stay has, None: all. What stands where nothing is real does not matter.
+    source of a stay has, None: all. presence_NL: how much of each word there is, from 1 (the word) to 0 (an unknown
+    one, id 0), None: all of it; explanations take words away with it. What stands where nothing is real does not
+    matter.
     """
 
     words_NL: Tensor | None = None
@@ -44,14 +49,21 @@ class LdamInputs:
     cells_NTVC: Tensor | None = None
     hours_N: Tensor | None = None
     variables_NV: Tensor | None = None
+    presence_NL: Tensor | None = None
+
+
+SKIP_SCALE = 10.0
+"""Of the linear head on words, so that its weights are of the size of all others: Adam moves every number alike."""
 
 
 @dataclass(frozen=True)
 class LdamMaps:
-    """Weights by word and by variable, with the scores by label they come from; None for what was not given."""
+    """Weights by word and by variable, with the scores by label they come from; None for what was not given.
+    words_NKL: the weights with which words were summed for each label; the same for all unless `pooling="each"`."""
 
     words: LabelWeights | None
     variables: LabelWeights | None
+    words_NKL: Tensor | None
 
 
 class TextEncoder(nn.Module):
@@ -70,12 +82,31 @@ class TextEncoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = build_norm("layernorm", dim)
 
-    def forward(self, ids_BL: Tensor, exist_BL: Tensor) -> Tensor:
-        x_BLD = self.embedding(ids_BL.masked_fill(~exist_BL, 0))
+    def forward(self, ids_BL: Tensor, exist_BL: Tensor, presence_BL: Tensor | None = None) -> Tensor:
+        x_BLD = look_up(self.embedding, ids_BL, exist_BL, presence_BL)
         for block in self.blocks:
             x_BLD = block(x_BLD, Mask.full(exist_BL))
         out: Tensor = self.norm(x_BLD)
         return out
+
+
+def look_up(table: nn.Embedding, ids_BL: Tensor, exist_BL: Tensor, presence_BL: Tensor | None) -> Tensor:
+    """The rows of a table; of a word that is there in part, between the unknown word's row and its own."""
+    x_BLD: Tensor = table(ids_BL.masked_fill(~exist_BL, 0))
+    if presence_BL is None:
+        return x_BLD
+    share_BL1 = presence_BL.masked_fill(~exist_BL, 0.0)[..., None].to(x_BLD.dtype)
+    return torch.lerp(table.weight[0].expand_as(x_BLD), x_BLD, share_BL1)
+
+
+def tf_idf(ids_NL: Tensor, exist_NL: Tensor, rarity_W: Tensor) -> Tensor:
+    """Weights [N, L] of the tokens of texts: those of one word add up to (1 + log its number) times its rarity, and the
+    squares of these sums to 1. rarity_W: its first number is that of unknown words."""
+    same_NLL = (ids_NL[:, :, None] == ids_NL[:, None]) & exist_NL[:, None]
+    number_NL = same_NLL.sum(-1).clamp(min=1).to(rarity_W.dtype)
+    word_NL = (rarity_W[ids_NL] * (1.0 + number_NL.log())).masked_fill(~exist_NL, 0.0)
+    size_N1 = (word_NL.square() / number_NL).sum(1, keepdim=True).sqrt()
+    return word_NL / number_NL / size_N1.where(size_N1 > 0, 1.0)
 
 
 class LabelPooling(nn.Module):
@@ -133,6 +164,12 @@ class Ldam(nn.Module):
             self.series = SeriesEncoder(config)
             self.variables = LabelPooling(config)
             self.series_norm = build_norm("layernorm", config.model_dim)
+        if config.mean:
+            self.mix = nn.Linear(2 * config.model_dim, config.model_dim)
+        if config.skip:
+            self.skip = nn.Embedding(config.vocab_size, len(config.definitions))
+            nn.init.zeros_(self.skip.weight)
+            self.register_buffer("rarity_W", torch.ones(config.vocab_size))
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.model_dim, len(config.definitions))
         self._add_texts("definitions", config.definitions)
@@ -158,18 +195,24 @@ class Ldam(nn.Module):
         return self._run(inputs, self._labels())[0]
 
     def loss(self, inputs: LdamInputs, targets_NK: Tensor) -> Tensor:
-        """Binary cross entropy of the labels, and label_loss times the cross entropy that tells each definition from
-        the others. targets_NK: 0 or 1."""
+        """The cross entropy of the labels (binary of each, or of all where they are exclusive), and label_loss times
+        the cross entropy that tells each definition from the others. targets_NK: 0 or 1."""
         labels_KD = self._labels()
         logits_NK, _ = self._run(inputs, labels_KD)
-        if targets_NK.shape != logits_NK.shape:
-            raise ValueError(f"targets_NK has shape {list(targets_NK.shape)}; it must be {list(logits_NK.shape)}")
-        told = F.binary_cross_entropy_with_logits(logits_NK, targets_NK.to(logits_NK.dtype))
+        told = self.cross_entropy(logits_NK, targets_NK)
         if labels_KD is None or not self.config.label_loss:
             return told
         of_definitions = self.head(self.value(labels_KD))  # [definitions, labels]: classes stand in the last axis
         own = torch.arange(len(labels_KD), device=labels_KD.device)
         return told + self.config.label_loss * F.cross_entropy(of_definitions, own)
+
+    def cross_entropy(self, logits_NK: Tensor, targets_NK: Tensor) -> Tensor:
+        """The mean over rows (and labels, where they are not exclusive). Raises ValueError."""
+        if targets_NK.shape != logits_NK.shape:
+            raise ValueError(f"targets_NK has shape {list(targets_NK.shape)}; it must be {list(logits_NK.shape)}")
+        if self.config.exclusive:
+            return F.cross_entropy(logits_NK, targets_NK.to(logits_NK.dtype))
+        return F.binary_cross_entropy_with_logits(logits_NK, targets_NK.to(logits_NK.dtype))
 
     @torch.no_grad()
     def read_maps(self, inputs: LdamInputs) -> LdamMaps:
@@ -182,25 +225,61 @@ class Ldam(nn.Module):
 
     def _run(self, inputs: LdamInputs, labels_KD: Tensor | None) -> tuple[Tensor, LdamMaps]:
         stays = self._check(inputs)
-        sums_ND = self.head.weight.new_zeros(stays, self.config.model_dim)
-        parts_N1 = torch.zeros_like(sums_ND[:, :1])
-        words = variables = None
+        sums_NKD = self.head.weight.new_zeros(stays, 1, self.config.model_dim)
+        parts_N1 = sums_NKD.new_zeros(stays, 1)
+        words = variables = words_NKL = None
+        skipped_NK: Tensor | float = 0.0
         if inputs.words_NL is not None and inputs.lengths_N is not None:
-            text_ND, words = self._text(inputs.words_NL, inputs.lengths_N, labels_KD)
+            exist_NL = (
+                torch.arange(inputs.words_NL.shape[1], device=inputs.lengths_N.device) < inputs.lengths_N[:, None]
+            )
+            presence_NL = self._presence(inputs.words_NL, inputs.presence_NL)
+            text_NKD, words, words_NKL = self._text(inputs.words_NL, exist_NL, presence_NL, labels_KD)
             has_N1 = (inputs.lengths_N > 0)[:, None]
-            sums_ND, parts_N1 = sums_ND + text_ND.masked_fill(~has_N1, 0.0), parts_N1 + has_N1
+            sums_NKD, parts_N1 = sums_NKD + text_NKD.masked_fill(~has_N1[..., None], 0.0), parts_N1 + has_N1
+            if self.config.skip:
+                skipped_NK = self._skip(inputs.words_NL, exist_NL, presence_NL)
         if inputs.cells_NTVC is not None and inputs.hours_N is not None:
             series_ND, variables = self._series(inputs, labels_KD)
             has_N1 = (inputs.hours_N > 0)[:, None]
-            sums_ND, parts_N1 = sums_ND + series_ND.masked_fill(~has_N1, 0.0), parts_N1 + has_N1
-        logits: Tensor = self.head(self.dropout(sums_ND / parts_N1.clamp(min=1.0)))
-        return logits, LdamMaps(words, variables)
+            sums_NKD = sums_NKD + series_ND.masked_fill(~has_N1, 0.0)[:, None]
+            parts_N1 = parts_N1 + has_N1
+        fused_NKD = self.dropout(sums_NKD / parts_N1.clamp(min=1.0)[..., None])
+        logits_NK = (fused_NKD * self.head.weight).sum(-1) + self.head.bias + skipped_NK
+        return logits_NK, LdamMaps(words, variables, words_NKL)
 
-    def _text(self, words_NL: Tensor, lengths_N: Tensor, labels_KD: Tensor | None) -> tuple[Tensor, LabelWeights]:
-        exist_NL = torch.arange(words_NL.shape[1], device=lengths_N.device) < lengths_N[:, None]
-        v_NLD = self.dropout(self.text(words_NL, exist_NL))
+    def _skip(self, words_NL: Tensor, exist_NL: Tensor, presence_NL: Tensor | None) -> Tensor:
+        """The linear head on tf-idf weights of words [N, K]."""
+        ids_NL = words_NL.masked_fill(~exist_NL, 0)
+        weights_NL = tf_idf(ids_NL, exist_NL, self.get_buffer("rarity_W"))
+        if presence_NL is not None:
+            weights_NL = weights_NL * presence_NL.masked_fill(~exist_NL, 0.0)
+        out: Tensor = SKIP_SCALE * (weights_NL[:, None] @ self.skip(ids_NL))[:, 0]
+        return out
+
+    def _presence(self, words_NL: Tensor, given_NL: Tensor | None) -> Tensor | None:
+        """In training some words are hidden."""
+        if not self.training or not self.config.hide_words:
+            return given_NL
+        kept_NL = (torch.rand(words_NL.shape, device=words_NL.device) >= self.config.hide_words).float()
+        return kept_NL if given_NL is None else kept_NL * given_NL
+
+    def _text(
+        self, words_NL: Tensor, exist_NL: Tensor, presence_NL: Tensor | None, labels_KD: Tensor | None
+    ) -> tuple[Tensor, LabelWeights, Tensor]:
+        """(z of each label, or one for all; the weights of words and what they come from; those of each label)."""
+        v_NLD = self.dropout(self.text(words_NL, exist_NL, presence_NL))
         found = self.words(v_NLD, labels_KD, exist_NL)
-        return self.value((found.weights_BT[:, None] @ v_NLD)[:, 0]), found
+        weights_NKL = found.weights_BT[:, None]
+        if self.config.pooling == "each":
+            evidence_NKL = found.evidence_BTK.mT.masked_fill(~exist_NL[:, None], torch.finfo(v_NLD.dtype).min)
+            weights_NKL = evidence_NKL.softmax(-1).masked_fill(~exist_NL[:, None], 0.0)
+        z_NKD = self.value(weights_NKL @ v_NLD)
+        if self.config.mean:
+            number_N1 = exist_NL.sum(1, keepdim=True).clamp(min=1)
+            mean_N1D = (v_NLD.masked_fill(~exist_NL[..., None], 0.0).sum(1) / number_N1)[:, None]
+            z_NKD = z_NKD + F.gelu(self.mix(torch.cat([mean_N1D.expand_as(z_NKD), z_NKD], dim=-1)))
+        return z_NKD, found, weights_NKL.expand(-1, len(self.config.definitions), -1)
 
     def _series(self, inputs: LdamInputs, labels_KD: Tensor | None) -> tuple[Tensor, LabelWeights]:
         cells_NTVC, hours_N, exist_NV = inputs.cells_NTVC, inputs.hours_N, inputs.variables_NV
@@ -232,10 +311,13 @@ class Ldam(nn.Module):
         _check_shape("words_NL", words, (stays, tokens))
         _check_shape("cells_NTVC", cells, (stays, hours, variables, config.channels))
         _check_shape("variables_NV", inputs.variables_NV, (stays, variables))
+        _check_shape("presence_NL", inputs.presence_NL, (stays, tokens))
         _check_counts("lengths_N", inputs.lengths_N, "words_NL", words, stays, tokens)
         _check_counts("hours_N", inputs.hours_N, "cells_NTVC", cells, stays, hours)
         if inputs.variables_NV is not None and cells is None:
             raise ValueError("variables_NV is given without cells_NTVC; give both, or none")
+        if inputs.presence_NL is not None and words is None:
+            raise ValueError("presence_NL is given without words_NL; give both, or none")
         if words is not None and inputs.lengths_N is not None:
             real_NL = torch.arange(tokens, device=words.device) < inputs.lengths_N[:, None]
             wrong = words[real_NL & ((words < 0) | (words >= config.vocab_size))]

@@ -25,6 +25,11 @@ class LdamConfig(CheckedConfig):
     keys. window: tokens (and variables) that the convolution over label scores spans, odd.
     dropout: of encoded tokens and of the fused vector. label_loss: weight of the loss that tells each definition from
     the others.
+    exclusive: exactly one label is 1, so that logits are those of a softmax over labels, not of a sigmoid each.
+    pooling: "shared": words have the same weights for all labels, by the label that speaks most for each (the paper);
+    "each": every label weighs words by its own evidence. mean: the mean of words joins the weighted sum, through a
+    layer of both. skip: a linear head on the tf-idf weights of words is added to the logits; whoever trains sets the
+    buffer `rarity_W`. hide_words: share of the words that training takes for unknown ones (id 0), others each time.
     """
 
     vocab_size: int
@@ -41,6 +46,11 @@ class LdamConfig(CheckedConfig):
     window: int = 3
     dropout: float = 0.1
     label_loss: float = 1.0
+    exclusive: bool = False
+    pooling: Literal["shared", "each"] = "shared"
+    mean: bool = False
+    skip: bool = False
+    hide_words: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,8 +63,9 @@ class LdamConfig(CheckedConfig):
             raise ValueError(f"window={self.window} must be odd, as many tokens before as after")
         if self.variables and self.model_dim % 2:
             raise ValueError(f"model_dim={self.model_dim} must be even: a GRU in each direction has half of it")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        for name in ("dropout", "hide_words"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         if self.label_loss < 0.0:
             raise ValueError(f"label_loss={self.label_loss} must be at least 0")
         if not self.definitions:

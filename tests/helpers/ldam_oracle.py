@@ -75,8 +75,8 @@ def logits(config: Any, w: Weights, read: Read, words: Sequence[int], cells: Arr
     labels, parts = definitions(config, read), []
     if len(words):
         v = read(words)
-        beta = weigh(w, "words", v, labels)[2]
-        parts.append(linear(w, "value", sum(b * row for b, row in zip(beta, v, strict=True))))
+        _, u, beta = weigh(w, "words", v, labels)
+        parts.append(np.stack([text(config, w, v, u, beta, k) for k in range(len(config.definitions))]))
     if len(cells):
         d = np.stack([read(ids).mean(0) for ids in config.variables])
         if list(variables) == list(range(len(d))):
@@ -89,8 +89,29 @@ def logits(config: Any, w: Weights, read: Read, words: Sequence[int], cells: Arr
             h = h + d[i] if config.describe_series else h
             z = z + layer_norm(w, "series_norm", beta[i] * h + h)
         parts.append(z)
-    fused = sum(parts) / len(parts) if parts else np.zeros(config.model_dim)
-    return linear(w, "head", fused)
+    fused = np.zeros((len(config.definitions), config.model_dim)) + (sum(parts) / len(parts) if parts else 0.0)
+    found = np.array([linear(w, "head", z)[k] for k, z in enumerate(fused)])
+    return found + 10 * tf_idf(w, words) if config.skip else found
+
+
+def text(config: Any, w: Weights, v: Array, u: Array, beta: Array, k: int) -> Array:
+    """z of a text for one label."""
+    if config.pooling == "each":
+        own = u[:, k if config.labels == "definitions" else 0]
+        beta = np.exp(own) / np.exp(own).sum()
+    z = linear(w, "value", sum(b * row for b, row in zip(beta, v, strict=True)))
+    if not config.mean:
+        return z
+    mixed = linear(w, "mix", np.concatenate([v.mean(0), z]))
+    return z + np.array([x * 0.5 * (1 + math.erf(x / math.sqrt(2))) for x in mixed])
+
+
+def tf_idf(w: Weights, words: Sequence[int]) -> Array:
+    """The linear head on the words of a text, without its scale."""
+    counts = {word: list(words).count(word) for word in words}
+    weights = {word: (1 + math.log(number)) * w["rarity_W"][word] for word, number in counts.items()}
+    size = math.sqrt(sum(x * x for x in weights.values())) or 1.0
+    return sum((x / size * w["skip.weight"][word] for word, x in weights.items()), np.zeros_like(w["skip.weight"][0]))
 
 
 def gapped(w: Weights, d: Array, labels: Array | None, variables: Sequence[int]) -> Array:
@@ -104,8 +125,11 @@ def gapped(w: Weights, d: Array, labels: Array | None, variables: Sequence[int])
 
 
 def loss(config: Any, w: Weights, read: Read, found: Array, targets: Array) -> float:
-    chance = 1 / (1 + np.exp(-found))
-    told = -(targets * np.log(chance) + (1 - targets) * np.log(1 - chance)).mean()
+    if config.exclusive:
+        told = -(targets * (found - np.log(np.exp(found).sum(1, keepdims=True)))).sum(1).mean()
+    else:
+        chance = 1 / (1 + np.exp(-found))
+        told = -(targets * np.log(chance) + (1 - targets) * np.log(1 - chance)).mean()
     labels = definitions(config, read)
     if labels is None:
         return float(told)

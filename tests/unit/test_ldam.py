@@ -20,6 +20,8 @@ OPTIONS = {
     "one layer": {},
     "no labels, wide window": {"labels": "none", "window": 5, "num_layers": 0},
     "undescribed series, no label loss": {"describe_series": False, "label_loss": 0.0, "window": 1},
+    "weights of each label, mean, linear head": {"pooling": "each", "mean": True, "skip": True, "exclusive": True},
+    "the same without labels": {"pooling": "each", "mean": True, "skip": True, "labels": "none", "num_layers": 0},
 }
 EXIST = torch.tensor(
     [[True, True, True, True, True], [True, False, True, True, False], [False, False, False, False, False]]
@@ -108,6 +110,8 @@ def model(seed: int = 0, **options) -> Ldam:
     generator = torch.Generator().manual_seed(seed)
     for parameter in built.parameters():
         torch.nn.init.normal_(parameter, std=0.6, generator=generator)
+    if built.config.skip:
+        built.rarity_W.copy_(torch.rand(VOCAB, generator=generator))
     return built
 
 
@@ -155,7 +159,10 @@ def test_the_model_is_the_formula(options):
     close(found, np.stack(rows))
     assert found.std(0).min() > 0.01, "the stays must differ for the test to say something"
     expected = ldam_oracle.loss(built.config, weights, read, np.stack(rows), TARGETS.numpy())
-    close(built.loss(INPUTS, TARGETS), expected)
+    if not built.config.exclusive:
+        close(built.loss(INPUTS, TARGETS), expected)
+    one = torch.eye(3)[[0, 2, 1, 1, 0, 2]]
+    close(built.loss(INPUTS, one), ldam_oracle.loss(built.config, weights, read, np.stack(rows), one.numpy()))
     alone = {
         "text": LdamInputs(words_NL=WORDS, lengths_N=LENGTHS),
         "series": LdamInputs(cells_NTVC=CELLS, hours_N=HOURS, variables_NV=HAS),
@@ -165,8 +172,12 @@ def test_the_model_is_the_formula(options):
     assert not torch.allclose(built(alone["text"])[0], found[0])
 
 
-def test_padding_and_the_other_stays_change_nothing():
-    built = model()
+EACH = {"pooling": "each", "mean": True, "skip": True}
+
+
+@pytest.mark.parametrize("options", [{}, EACH], ids=["shared", "each"])
+def test_padding_and_the_other_stays_change_nothing(options):
+    built = model(**options)
     expected = built(INPUTS)
     real_L = torch.arange(L) < LENGTHS[:, None]
     real_T = torch.arange(T) < HOURS[:, None]
@@ -201,6 +212,10 @@ def test_maps_say_what_the_sums_were_made_of():
     close(built.head(built.value(maps.words.weights_BT[2, :1] @ v_LD)), built(INPUTS)[2])
     close(maps.variables.weights_BT.sum(1), torch.ones(6))
     assert not maps.variables.weights_BT[~HAS].any()
+    close(maps.words_NKL, maps.words.weights_BT[:, None].expand(-1, K, -1))
+    each = model(num_layers=0, pooling="each").read_maps(INPUTS)
+    close(each.words_NKL.sum(-1)[LENGTHS > 0], torch.ones(4, K))
+    assert not each.words_NKL[LENGTHS == 0].any()
     assert built.read_maps(LdamInputs(words_NL=WORDS, lengths_N=LENGTHS)).variables is None
     plain = model(num_layers=0)
     with torch.no_grad():
@@ -213,10 +228,38 @@ def test_maps_say_what_the_sums_were_made_of():
     close(found.evidence_BTK, found.scores_BTK.relu())
 
 
+@pytest.mark.parametrize("options", [{}, {**EACH, "num_layers": 0}], ids=["shared", "each"])
+def test_words_that_are_taken_away_are_unknown_ones(options):
+    """In part, embeddings lie between; in training the model hides some itself."""
+    built = model(**options)
+    presence = torch.ones(6, L, dtype=torch.float64)
+    close(built(dataclasses.replace(INPUTS, presence_NL=presence)), built(INPUTS))
+    presence[0, 2] = presence[4, 0] = 0.0
+    hidden = WORDS.clone()
+    hidden[0, 2] = hidden[4, 0] = 0
+    found = built(dataclasses.replace(INPUTS, presence_NL=presence))
+    if options:  # the linear head weighs words as the whole text has them
+        plain = model(**{**options, "skip": False})
+        plain.load_state_dict({k: v for k, v in built.state_dict().items() if not k.startswith(("skip", "rarity"))})
+        assert not torch.allclose(found, plain(dataclasses.replace(INPUTS, presence_NL=presence)))
+        built = plain
+        found = built(dataclasses.replace(INPUTS, presence_NL=presence))
+    close(found, built(dataclasses.replace(INPUTS, words_NL=hidden)))
+    assert not torch.allclose(found[0], built(INPUTS)[0])
+    table = built.text.embedding.weight
+    half = built.text(WORDS[:1, :1], torch.ones(1, 1, dtype=torch.bool), torch.tensor([[0.5]], dtype=torch.float64))
+    built.text.embedding.weight.data[WORDS[0, 0]] = (table[0] + table[WORDS[0, 0]]) / 2
+    close(half, built.text(WORDS[:1, :1], torch.ones(1, 1, dtype=torch.bool)))
+    hiding = model(**options, hide_words=0.5, dropout=0.0)
+    close(hiding(INPUTS), hiding(INPUTS))
+    hiding.train()
+    assert not torch.allclose(hiding(INPUTS), hiding(INPUTS))
+
+
 def test_training_uses_labels_and_the_ablation_does_not():
     """Some steps lower the loss; every parameter takes part; the label-free model never reads definitions."""
     torch.manual_seed(0)
-    for options in ({}, {"labels": "none"}):
+    for options in ({}, EACH, {"labels": "none"}):
         built = model(**options).train()
         steps = torch.optim.Adam(built.parameters(), lr=0.02)
         before = built.eval().loss(INPUTS, TARGETS).item()
@@ -255,6 +298,7 @@ def test_configuration_is_written_and_read_back():
         ({"window": 4}, "odd"),
         ({"model_dim": 7}, "even"),
         ({"dropout": 1.0}, "dropout"),
+        ({"hide_words": 1.0}, "hide_words=1.0 must be"),
         ({"label_loss": -1.0}, "label_loss"),
         ({"num_layers": -1}, "num_layers"),
         ({"channels": 0}, "channels"),
@@ -279,6 +323,8 @@ def test_configurations_that_cannot_be_are_refused(options, words):
         ({"lengths_N": LENGTHS + 1}, "lengths_N="),
         ({"hours_N": HOURS[:3]}, "hours_N has shape"),
         ({"hours_N": HOURS - 1}, "hours_N="),
+        ({"presence_NL": torch.ones(6, 2)}, "presence_NL has shape"),
+        ({"words_NL": None, "lengths_N": None, "presence_NL": torch.ones(6, 0)}, "presence_NL is given without"),
         ({"cells_NTVC": CELLS[..., :1]}, "cells_NTVC"),
         ({"variables_NV": HAS[:, :2]}, "variables_NV"),
     ],

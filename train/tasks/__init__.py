@@ -5,6 +5,7 @@ from train.tasks.base import TASKS, Task
 from train.tasks.clinical import ClinicalTask
 from train.tasks.clinical_pretraining import ClinicalPretraining
 from train.tasks.language import LanguageTask
+from train.tasks.ldam import LdamTask
 
 
 def task_class(config: Config) -> type[Task]:
@@ -17,4 +18,13 @@ def build_task(config: Config) -> Task:
     return task_class(config)(config)
 
 
-__all__ = ["TASKS", "ClinicalPretraining", "ClinicalTask", "LanguageTask", "Task", "build_task", "task_class"]
+__all__ = [
+    "TASKS",
+    "ClinicalPretraining",
+    "ClinicalTask",
+    "LanguageTask",
+    "LdamTask",
+    "Task",
+    "build_task",
+    "task_class",
+]
