@@ -25,10 +25,11 @@ if __package__ in (None, ""):
 from attnzoo.attention import ATTENTION
 from attnzoo.clinical.formats import FORMATS
 from attnzoo.kvcache import CACHES
-from attnzoo.models import DecoderConfig, EhrConfig
+from attnzoo.models import DecoderConfig, EhrConfig, LdamConfig
 from serve.config import EngineConfig, ServeConfig
 from train.config import Config
 from train.data import DataConfig
+from train.tasks import ldam
 from train.tasks.clinical import DERIVED, ClinicalOptions
 from train.tokenizer import TokenizerConfig
 
@@ -181,6 +182,8 @@ def training() -> Iterator[str]:
     yield f"one of {', '.join(f'`{name}`' for name in FORMATS)}; `data.path` is the place of the data set in its "
     yield "original format, and all other keys of `data` are options of that format. There is no `tokenizer`.\n\n"
     yield f"Keys of `task`:\n\n{table(ClinicalOptions)}\nKeys of `model`:\n\n{table(EhrConfig, skip=DERIVED)}"
+    yield "\nWith `task.kind: ldam` the model reads texts, and series where there are any.\n\n"
+    yield f"Keys of `task`:\n\n{table(ldam.LdamOptions)}\nKeys of `model`:\n\n{table(LdamConfig, skip=ldam.DERIVED)}"
 
 
 def configuration() -> str:

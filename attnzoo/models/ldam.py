@@ -101,10 +101,11 @@ def look_up(table: nn.Embedding, ids_BL: Tensor, exist_BL: Tensor, presence_BL: 
 
 def tf_idf(ids_NL: Tensor, exist_NL: Tensor, rarity_W: Tensor) -> Tensor:
     """Weights [N, L] of the tokens of texts: those of one word add up to (1 + log its number) times its rarity, and the
-    squares of these sums to 1. rarity_W: its first number is that of unknown words."""
-    same_NLL = (ids_NL[:, :, None] == ids_NL[:, None]) & exist_NL[:, None]
+    squares of these sums to 1. Unknown words (id 0) have none."""
+    known_NL = exist_NL & (ids_NL > 0)
+    same_NLL = (ids_NL[:, :, None] == ids_NL[:, None]) & known_NL[:, None]
     number_NL = same_NLL.sum(-1).clamp(min=1).to(rarity_W.dtype)
-    word_NL = (rarity_W[ids_NL] * (1.0 + number_NL.log())).masked_fill(~exist_NL, 0.0)
+    word_NL = (rarity_W[ids_NL] * (1.0 + number_NL.log())).masked_fill(~known_NL, 0.0)
     size_N1 = (word_NL.square() / number_NL).sum(1, keepdim=True).sqrt()
     return word_NL / number_NL / size_N1.where(size_N1 > 0, 1.0)
 

@@ -13,9 +13,11 @@ from scripts.draw_architecture import PICTURE, draw
 from scripts.render_reference import commands, configuration
 from scripts.render_tables import DOCUMENTS, RESULTS, render
 from tests.helpers.clinical_data import small_cohort
+from tests.helpers.clinical_texts import text_cohort
 from train.config_reader import load_config
 from train.plan import describe
 from train.tasks import ClinicalTask, LanguageTask, build_task
+from train.tasks.cohort import CohortTask
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -44,8 +46,8 @@ def test_files_that_documents_name_exist(document):
 def test_every_config_that_ships_can_be_planned(name):
     config = load_config(name, [])
     task = build_task(config)
-    if isinstance(task, ClinicalTask):
-        task.cohort = small_cohort(hours=48)
+    if isinstance(task, CohortTask):
+        task.cohort = small_cohort(hours=48) if isinstance(task, ClinicalTask) else text_cohort()
     language = isinstance(task, LanguageTask)
     printed = describe(task, build_shapes(config.model_config(2048)) if language else task.shapes(), 2)
     assert "parameters" in printed

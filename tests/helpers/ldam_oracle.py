@@ -108,7 +108,7 @@ def text(config: Any, w: Weights, v: Array, u: Array, beta: Array, k: int) -> Ar
 
 def tf_idf(w: Weights, words: Sequence[int]) -> Array:
     """The linear head on the words of a text, without its scale."""
-    counts = {word: list(words).count(word) for word in words}
+    counts = {word: list(words).count(word) for word in words if word}  # 0 is the unknown word
     weights = {word: (1 + math.log(number)) * w["rarity_W"][word] for word, number in counts.items()}
     size = math.sqrt(sum(x * x for x in weights.values())) or 1.0
     return sum((x / size * w["skip.weight"][word] for word, x in weights.items()), np.zeros_like(w["skip.weight"][0]))

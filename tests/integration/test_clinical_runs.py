@@ -12,7 +12,7 @@ from attnzoo.clinical.formats import load_cohort
 from attnzoo.clinical.metrics import auroc
 from attnzoo.clinical.splits import folds
 from attnzoo.clinical.trained import load_trained
-from tests.helpers.training import ROOT, launch
+from tests.helpers.training import ROOT, launch, stay_records
 
 STAYS, HOURS = 64, 12
 CONFIG = """\
@@ -57,7 +57,7 @@ def test_a_clinical_run_resumes_bit_for_bit_and_its_export_predicts(tiny: Path) 
     launch(tiny, f"run_dir={whole}")
     launch(tiny, f"run_dir={split}", "train.stop_at_step=4")
     launch(tiny, f"run_dir={split}")
-    one, other = (records(run) for run in (whole, split))
+    one, other = (stay_records(run) for run in (whole, split))
     assert one == other
     kinds = [kind for kind, _ in one]
     assert (kinds.count("train"), kinds.count("eval"), kinds.count("selected")) == (6, 4, 1)
@@ -80,13 +80,3 @@ def test_a_clinical_run_resumes_bit_for_bit_and_its_export_predicts(tiny: Path) 
     row = json.loads((whole / "training.json").read_text())["rows"][0]
     assert row["auroc"] == one["selected", 6]["auroc"]
     assert row["training_stays"] + row["validation_stays"] == STAYS - len(fold.test)
-
-
-def records(run: Path) -> dict[tuple[str, int], dict[str, float]]:
-    """metrics.jsonl without what depends on the machine."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    measured = ("seconds", "step_seconds", "stays_per_second", "peak_memory_mib")
-    return {
-        (line["kind"], line["step"]): {key: value for key, value in line.items() if key not in measured}
-        for line in lines
-    }

@@ -244,13 +244,11 @@ class LdamTask(CohortTask):
 
 
 def rarity(texts: list[list[int]], words: int) -> Tensor:
-    """Inverse document frequencies [W], 1 + log((1 + texts) / (1 + texts with the word)); 0 of unknown words (id 0)."""
+    """Inverse document frequencies [W]: 1 + log((1 + texts) / (1 + texts with the word))."""
     with_word_W = torch.zeros(words)
     for ids in texts:
         with_word_W[torch.as_tensor(sorted(set(ids)), dtype=torch.int64)] += 1
-    found_W = 1.0 + ((1.0 + len(texts)) / (1.0 + with_word_W)).log()
-    found_W[0] = 0.0
-    return found_W
+    return 1.0 + ((1.0 + len(texts)) / (1.0 + with_word_W)).log()
 
 
 def _in_dtype(tensors: tuple[Tensor, ...], model: nn.Module) -> tuple[Tensor, ...]:
