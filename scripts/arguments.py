@@ -84,6 +84,10 @@ Each part has its own random generators, so that its result does not depend on t
     parser.add_argument("experiment", choices=[*EXPERIMENTS, "all"])
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of --variant, for example num_heads=2")
     parser.add_argument("--variant", help="a variant to replace linear attention (icl-gd), or to add (depth)")
+    parser.add_argument("--data", type=Path, metavar="PATH", help="the data set, for experiments that need one")
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="PART", help="leave an optional part out; may be repeated"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--workers", type=int, default=available_cores(), help="parallel parts (default: one a core)")
     parser.add_argument("--quick", action="store_true", help="small sizes, done within two minutes; not a measurement")

@@ -11,6 +11,7 @@ from attnzoo.attention import ATTENTION, build_attention
 from attnzoo.cli import carry_out
 from attnzoo.errors import complain
 from attnzoo.figures import require_matplotlib
+from attnzoo.files import user_path
 from attnzoo.report import Claim, Report, format_table
 from attnzoo.settings import parse_words
 from attnzoo.workers import JobError
@@ -25,7 +26,15 @@ def configure(chosen: argparse.Namespace) -> tuple[list[Experiment], ExperimentC
     """The experiments and their configuration. Raises ValueError for options that contradict one another."""
     options = parse_words(chosen.options, "num_heads=2")
     experiments = known_experiments()
-    names = list(experiments) if chosen.experiment == "all" else [chosen.experiment]
+    names = [chosen.experiment]
+    if chosen.experiment == "all":
+        names = [name for name, experiment in experiments.items() if not experiment.data]
+    data = _data([experiments[name] for name in names], chosen.data)
+    known = [group for name in names for group in experiments[name].optional]
+    for group in chosen.without:
+        if group not in known:
+            has = f"; it has {', '.join(known)}" if known else ", which has no parts that may be left out"
+            raise ValueError(f"--without={group} is no part of {chosen.experiment}{has}")
     if chosen.workers < 1:
         raise ValueError(f"--workers={chosen.workers} must be at least 1")
     if options and chosen.variant is None:
@@ -43,8 +52,31 @@ def configure(chosen: argparse.Namespace) -> tuple[list[Experiment], ExperimentC
             )
     if chosen.results:
         require_matplotlib("--results")
-    config = ExperimentConfig(seed=chosen.seed, quick=chosen.quick, variant=chosen.variant, options=options)
+    config = ExperimentConfig(
+        seed=chosen.seed,
+        quick=chosen.quick,
+        variant=chosen.variant,
+        options=options,
+        data=data,
+        without=tuple(chosen.without),
+    )
     return [experiments[name] for name in names], config
+
+
+def _data(experiments: list[Experiment], given: Path | None) -> Path | None:
+    """The place of the data set that the experiments need. Raises ValueError where there is none."""
+    needing = [experiment for experiment in experiments if experiment.data]
+    if given is None:
+        if needing:
+            raise ValueError(f"{needing[0].name} needs --data PATH: {needing[0].data}")
+        return None
+    if not needing:
+        names = ", ".join(experiment.name for experiment in experiments)
+        raise ValueError(f"--data={given} is of no use to {names}; leave it out")
+    path = user_path(str(given), "--data")
+    if not path.exists():
+        raise ValueError(f"--data={given} does not exist; {needing[0].name} needs {needing[0].data}")
+    return path
 
 
 def reproduce(

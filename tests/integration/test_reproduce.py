@@ -1,6 +1,7 @@
 """`python -m scripts.reproduce`: a quick run from end to end, its refusals, and how claims reach report and exit
 status."""
 
+import argparse
 import json
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from attnzoo.incontext.descent import best_descents
 from attnzoo.report import Report
 from attnzoo.workers import JobError
 from scripts.arguments import EXPERIMENTS
-from scripts.reproduce import main
+from scripts.reproduce import configure, main
 from train.experiments.base import Experiment, ExperimentConfig, ExperimentPart, Judgement
 from train.experiments.pool import known_experiments, measure
 
@@ -85,6 +86,8 @@ def test_experiment_a_of_another_variant(capsys, monkeypatch):
         (["one-step-gd", "--variant", "mha"], "--variant=mha is for icl-gd and depth, not one-step-gd"),
         (["depth", "--variant", "in_context_linear"], "'in_context_linear' is not causal"),
         (["all", "--workers", "0"], "--workers=0 must be at least 1"),
+        (["depth", "--data", "x.tar.gz"], "--data=x.tar.gz is of no use to depth; leave it out"),
+        (["depth", "--without", "ensemble"], "--without=ensemble is no part of depth, which has no parts that may be"),
     ],
 )
 def test_wrong_usage_goes_to_stderr_with_status_2(arguments, message, capsys):
@@ -133,6 +136,25 @@ def test_a_part_that_fails_is_named(monkeypatch, capsys):
         measure([experiment], ExperimentConfig(), 1)
     assert main(["icl-gd", "--workers", "1"]) == 1
     assert "odd part" in capsys.readouterr().err
+
+
+def test_an_experiment_of_a_data_set_says_where_it_is_found(monkeypatch, capsys, tmp_path):
+    needing = Experiment("depth", "Z", "", lambda c: {}, None, None, data="sums.csv of the town", optional=("long",))
+    monkeypatch.setattr(scripts.reproduce, "known_experiments", lambda: {"depth": needing})
+    for words, message in (
+        (["depth"], "depth needs --data PATH: sums.csv of the town"),
+        (["depth", "--data", "gone.csv"], "--data=gone.csv does not exist; depth needs sums.csv of the town"),
+        (["depth", "--data", str(tmp_path), "--without", "short"], "--without=short is no part of depth; it has long"),
+    ):
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+    chosen = argparse.Namespace(experiment="all", options=[], workers=1, variant=None, results=None, seed=0, quick=True)
+    experiments, config = configure(argparse.Namespace(**vars(chosen), data=None, without=[]))
+    assert (experiments, config.data) == ([], None)  # `all` is what needs no data
+    experiments, config = configure(
+        argparse.Namespace(**{**vars(chosen), "experiment": "depth"}, data=tmp_path, without=["long"])
+    )
+    assert (experiments, config.data, config.without) == ([needing], tmp_path, ("long",))
 
 
 def test_every_experiment_claims_under_its_own_letter():

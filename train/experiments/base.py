@@ -18,12 +18,15 @@ Values = dict[str, Any]
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     """quick: reduce sizes to try the code; the numbers are then no measurement. variant, options: an attention variant
-    to use instead of in-context linear attention (icl-gd and depth)."""
+    to use instead of in-context linear attention (icl-gd and depth). data: the place of the data set, for experiments
+    that need one. without: names of optional groups of parts that are left out."""
 
     seed: int = 0
     quick: bool = False
     variant: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    data: Path | None = None
+    without: tuple[str, ...] = ()
 
     def steps(self, full: int) -> int:
         """Number of training steps: `full`, or fewer with `quick`."""
@@ -61,7 +64,8 @@ class Judgement:
 @dataclass(frozen=True)
 class Experiment:
     """An experiment. name: on the command line. letter: begins the names of its claims. parts: returns its parts by
-    name. judge: turns values into results. draw: writes PNG files into a directory and returns their paths."""
+    name. judge: turns values into results. draw: writes PNG files into a directory and returns their paths. data: the
+    data set that it needs, in words; empty: none. optional: names of groups of parts that may be left out."""
 
     name: str
     letter: str
@@ -69,3 +73,5 @@ class Experiment:
     parts: Callable[[ExperimentConfig], dict[str, ExperimentPart]]
     judge: Callable[[ExperimentConfig, dict[str, Values]], Judgement]
     draw: Callable[[dict[str, Values], Path], list[Path]]
+    data: str = ""
+    optional: tuple[str, ...] = ()
