@@ -1,8 +1,9 @@
 """Classes of keys, and fused attention over one class at a time with the logarithm of its sum of exponentials."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from torch import Tensor
 from attnzoo.attention.edits.spans import Chosen, Sinks
 from attnzoo.ops.common.recent import recent
 from attnzoo.types import accumulation_dtype
+
+T = TypeVar("T")
 
 
 @lru_cache(maxsize=64)
@@ -50,6 +53,7 @@ class KeySets:
         self._codes_C = torch.tensor(codes, device=device)
         self._class_P = torch.searchsorted(self._codes_C, code_P)
         self.members = class_members(sets, codes, device)
+        self._made: dict[Any, Any] = {}
 
     def observe(self, found: dict[Sinks, Tensor], first: int, tokens: int) -> None:
         """Marks the sinks among the next `tokens` tokens, from position `first` on: found_T (bool), left out where none
@@ -75,8 +79,7 @@ class KeySets:
             if sinks in each.sinks:
                 code = code & ~(1 << bit) if each.negated else code | (1 << bit)
         self._class_P[rows] = torch.searchsorted(self._codes_C, code)
-        if "table" in self.__dict__:
-            self.table[0][:, rows] = F.one_hot(self._class_P[rows], len(self._codes_C)).t().to(self.table.dtype)
+        self._made.clear()
 
     def classes(self, positions: Tensor) -> Tensor:
         """The class of the key at each position."""
@@ -86,12 +89,25 @@ class KeySets:
         """Which positions are in one of the sets; those below 0 are not."""
         return self.members[held][0, 0][self.classes(positions)]
 
-    @cached_property
-    @torch.inference_mode(False)
+    @property
     def table(self) -> Tensor:
         """table_1CP: 1 where a row is of the class, else 0, in float32."""
-        table_CP = F.one_hot(self._class_P, len(self._codes_C)).t()
-        return table_CP.to(torch.float32, memory_format=torch.contiguous_format)[None]
+        return self.made(
+            "table",
+            lambda: F.one_hot(self._class_P, len(self._codes_C)).t().to(torch.float32, copy=True)[None].contiguous(),
+        )
+
+    def rows(self, held: Chosen) -> Tensor:
+        """rows_11P: which rows are in one of the sets."""
+        return self.members[held][..., self._class_P]
+
+    def made(self, name: Any, make: Callable[[], T]) -> T:
+        """What is made of the classes of all rows, kept until another sink is found."""
+        if name not in self._made:
+            with torch.inference_mode(False):
+                self._made[name] = make()
+        found: T = self._made[name]
+        return found
 
 
 @lru_cache(maxsize=64)
@@ -110,17 +126,18 @@ class ClassTable:
     in_class_LCS: Tensor
 
     @staticmethod
-    def of(sets: Sequence[KeySets], rows_BKS: Tensor | None, entries: int, dtype: torch.dtype) -> "ClassTable":
-        """sets: of each row; rows_BKS: where the entries stand in them, as `table_rows` says."""
+    def of(tables: Sequence[Tensor], rows_BKS: Tensor | None, x_BNRS: Tensor) -> "ClassTable":
+        """tables: [1, C, P] of each row of a batch; rows_BKS: where entries stand in them, as `table_rows` says; x_BNRS:
+        what it is multiplied with."""
         if rows_BKS is None:
-            found = [each.table.narrow(2, 1, entries) for each in sets]
+            found = [each.narrow(2, 1, x_BNRS.shape[3]) for each in tables]
         else:
             found = [
-                each.table[0][:, rows_KS.clamp(max=each.keys + 1)].transpose(0, 1)
-                for each, rows_KS in zip(sets, rows_BKS.expand(len(sets), -1, -1), strict=True)
+                each[0][:, rows_KS.clamp(max=each.shape[2] - 1)].transpose(0, 1)
+                for each, rows_KS in zip(tables, rows_BKS.expand(len(tables), -1, -1), strict=True)
             ]
         table = found[0] if len(found) == 1 else torch.cat(found)
-        return ClassTable(table if table.dtype == dtype else table.to(dtype))
+        return ClassTable(table.to(x_BNRS.dtype))
 
     @property
     def classes(self) -> int:
@@ -139,10 +156,9 @@ class ClassTable:
         return spread.view(*x_BNRC.shape[:3], entries)
 
 
-@recent
 def table_rows(positions_BKS: Tensor, keys: int) -> Tensor | None:
     """rows_BKS of entries in `KeySets` of at least so many keys; None: they are 1, 2, ... but for entries that hold
-    nothing. Layers share it."""
+    nothing."""
     entries = positions_BKS.shape[-1]
     if positions_BKS.shape[1] == 1 and entries <= keys + 1:
         index_S = torch.arange(entries, device=positions_BKS.device)
@@ -153,16 +169,22 @@ def table_rows(positions_BKS: Tensor, keys: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class MovedParts:
-    """What a move of weight between sets of keys multiplies by. sums: columns [N, S, 4] or [S, 4] that sum up what is
-    given, what those have that receive it, the weight of a filter's keys, and by how much those of them that receive
-    have more than the part that they need. least: what a row needs of these where anything moves; zero: a number.
-    back: rows [N, 4, S] or [4, S] that turn these, over what those have that receive, into the change of every key for
-    its weight."""
+    """A move of weight between sets of keys, in products. sums: rows [N, 4, S] or [4, S] that sum up what is given,
+    what those have that receive it, the weight of a filter's keys, and by how much those of them that receive have more
+    than the part that they need. least: what a row needs of these where anything moves. back: rows of the same shape
+    that turn these, over what those have that receive, into the change of every key for its weight."""
 
     sums: Tensor
     least: Tensor
-    zero: Tensor
+    infinite: Tensor
     back: Tensor
+
+    def over(self, sums_NR4: Tensor, named_NR1: Tensor | None) -> Tensor:
+        """What `back` is multiplied by: 0 in rows where nothing moves. named_NR1: where it may, None: everywhere."""
+        still_NR1 = (sums_NR4 < self.least).any(-1, keepdim=True)
+        if named_NR1 is not None:
+            still_NR1 = still_NR1 | ~named_NR1
+        return sums_NR4 / torch.where(still_NR1, self.infinite, sums_NR4.narrow(-1, 1, 1))
 
 
 @recent
@@ -172,15 +194,17 @@ def moved_parts(
     """numbers: the share that is given, and the least weight and the least part of a filter, -inf and 0 without."""
     share, min_mass, min_share = numbers
     receives, given, counted = (x.to(dtype) for x in (to & ~giving, giving, of))
-    columns = (share * given, receives, counted, counted * receives - min_share * counted)
-    sums = torch.stack(torch.broadcast_tensors(*columns), dim=-1).squeeze(-3)
     nothing = torch.zeros_like(given)
-    back = torch.cat(torch.broadcast_tensors(receives, -share * given, nothing, nothing), dim=-2)
+    rows = (share * given, receives, counted, counted * receives - min_share * counted)
+    sums, back = (
+        torch.cat(torch.broadcast_tensors(*each), dim=-2)
+        for each in (rows, (receives, -share * given, nothing, nothing))
+    )
     infinite = float("inf")
     needs = (-infinite, torch.finfo(dtype).tiny, min_mass, 0.0 if min_mass > -infinite else -infinite)
-    least = torch.tensor(needs, dtype=dtype, device=sums.device)
+    least = torch.tensor((*needs, infinite), dtype=dtype, device=sums.device)
     sums, back = (x[0] if len(x) == 1 else x for x in (sums, back))
-    return MovedParts(sums, least, least.new_zeros(()), back)
+    return MovedParts(sums, least[:4], least[4], back)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from attnzoo.attention.edits.classes import ClassTable, class_members, table_rows
 from attnzoo.attention.edits.engine import AttentionCall, class_here
-from attnzoo.attention.edits.items import Edit, Here
-from attnzoo.attention.edits.order import WeighedByClass, weighed_by_class
+from attnzoo.attention.edits.items import Edit, Here, Move
+from attnzoo.attention.edits.order import WeighedByClass, moved_weights, weighed_by_class
 from attnzoo.attention.edits.plan import LayerItems
 from attnzoo.attention.edits.reading import LayerRecord, masses
 from attnzoo.attention.edits.reads import Mass
@@ -40,18 +40,58 @@ class FewChanged:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What rows that do the same ask for in one call. items: what each means, the same for all rows; queries: which of
-    them each item names, row by row. changes: whether anything is edited; edited_BNR1: where, None: everywhere."""
+class _Shared:
+    """What rows that do the same have in common in all layers of one plan in one call: the rows and heads that are
+    computed; mask: what `terms` reads; hidden: what is added to scores where the mask hides, None: nothing; empty:
+    queries that see nothing; places_BKS: where entries stand, as `table_rows` says.
 
+    items: what each means, the same for all rows; queries: which of them each item names, row by row; busy: rows of
+    which anything is said. changes: whether anything is edited; edited_BNR1: where, None: everywhere; moves: one move of
+    weight is all there is."""
+
+    rows: slice
+    heads: slice
+    kv_heads: slice
+    mask: Mask
+    hidden: Tensor | None
+    empty: Tensor | None
+    places_BKS: Tensor | None
     items: tuple[tuple[Any, Here], ...]
     queries: tuple[tuple[tuple[bool, ...], ...], ...]
+    busy: tuple[int, ...]
     changes: bool
     edited_BNR1: Tensor | None
+    moves: bool
 
-    def asks(self, row: int) -> bool:
-        """Whether any item says anything of a row."""
-        return any(any(queries[row]) for queries in self.queries)
+    def scores(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """(scores_BNRS, empty_BNR1) as `weighed_by_class` takes them."""
+        dtype, empty = accumulation_dtype(call.q_BNTH.dtype), self.empty
+        content, bias = call.terms(_cut(call.q_BNTH, self.rows), self.mask)
+        content = _cut_heads(content, self.heads)
+        if content.dtype == dtype:  # a product in half precision is rounded before it is scaled
+            scores = self._by_kv(content * call.scale, with_keys, call.keys_BKSH)
+        else:
+            scores = self._by_kv(content, with_keys, call.keys_BKSH).to(dtype) * call.scale
+        if self.hidden is not None:
+            scores = scores + self.hidden
+        if call.log_counts_BKS is not None:
+            counts = _of_query_heads(call.log_counts_BKS, call.q_BNTH.shape[1])
+            scores = scores + _cut_heads(_cut(counts, self.rows), self.heads)[:, :, None]
+        if bias is not None:
+            scores = scores + _cut_heads(bias, self.heads)
+            nothing = scores.amax(-1, keepdim=True) == float("-inf")  # a bias hides, too
+            scores, empty = scores.masked_fill(nothing, 0.0), nothing if empty is None else nothing | empty
+        return scores, empty
+
+    def outputs(self, call: AttentionCall, weights_BNRS: Tensor) -> Tensor:
+        """out_BNRH in the dtype of the queries."""
+        return self._by_kv(weights_BNRS, with_values, call.values_BKSH).to(call.q_BNTH.dtype)
+
+    def _by_kv(self, x_BNRX: Tensor, product: Callable[[Tensor, Tensor], Tensor], held_BKSX: Tensor) -> Tensor:
+        """A product with what the kv heads hold: the queries of heads that share one are rows of it."""
+        held = _cut_heads(_cut(held_BKSX, self.rows), self.kv_heads)
+        batch, heads, queries, width = x_BNRX.shape
+        return product(x_BNRX.reshape(batch, held.shape[1], -1, width), held).reshape(batch, heads, queries, -1)
 
 
 def few_changes(
@@ -59,26 +99,53 @@ def few_changes(
 ) -> Iterator[FewChanged]:
     """Runs the edits and reads of rows whose plans are of one kind: yields what edits change, and adds what is read to
     the records."""
-    part = _RowsAndHeads.of(call, rows, records[0].plan.heads)
-    plans = tuple(record.plan for record in records)
-    asked = _asked(call.queries_BT, rows, part.heads, plans, step)
-    busy = [record for row, record in enumerate(records) if asked.asks(row)]
-    if not busy:
+    plans, shapes = tuple([record.plan for record in records]), (call.q_BNTH.shape, call.keys_BKSH.shape)
+    shared = _shared(call.queries_BT, call.positions_BKS, call.mask, rows, plans, step, shapes, call.q_BNTH.dtype)
+    if not shared.busy:
         return
-    for record in busy:
-        record.engines.add("dense")
-    scores_BNRS, empty_BNR1 = part.scores()
-    table = part.table(records, scores_BNRS.dtype)
-    found = weighed_by_class(scores_BNRS, empty_BNR1, table, asked.items)
-    _add(part, records, asked, found)
-    if asked.changes:
-        yield FewChanged(rows, part.heads, part.outputs(found.edited_(table)), asked.edited_BNR1)
+    for row in shared.busy:
+        records[row].engines.add("dense")
+    scores_BNRS, empty_BNR1 = shared.scores(call)
+    if shared.moves and empty_BNR1 is None:
+        parts = [record.moved(scores_BNRS) for record in records]
+        sums, back = (
+            ClassTable.of(each, shared.places_BKS, scores_BNRS)
+            for each in ([part.sums for part in parts], [part.back for part in parts])
+        )
+        weights_BNRS = moved_weights(scores_BNRS, parts[0], sums, back, shared.edited_BNR1)
+    else:
+        tables = [record.sets(scores_BNRS.device).table for record in records]
+        table = ClassTable.of(tables, shared.places_BKS, scores_BNRS)
+        found = weighed_by_class(scores_BNRS, empty_BNR1, table, shared.items)
+        _add(shared, records, call.queries_BT[rows], found)
+        if not shared.changes:
+            return
+        weights_BNRS = found.edited_(table)
+    yield FewChanged(rows, shared.heads, shared.outputs(call, weights_BNRS), shared.edited_BNR1)
 
 
 @recent
-def _asked(queries_BT: Tensor, rows: slice, heads: slice, plans: tuple[LayerItems, ...], step: int | None) -> _Asked:
-    """Layers of the same plan share it."""
-    numbers, device = queries_BT[rows].tolist(), queries_BT.device
+def _shared(
+    queries_BT: Tensor,
+    positions_BKS: Tensor,
+    mask: Mask,
+    rows: slice,
+    plans: tuple[LayerItems, ...],
+    step: int | None,
+    shapes: tuple[torch.Size, torch.Size],
+    dtype: torch.dtype,
+) -> _Shared:
+    """shapes: of the queries and of the keys. Layers of the same plan share it."""
+    (_, num_heads, tokens, _), (_, kv_heads, entries, _) = shapes
+    numbers, device, group = queries_BT[rows].tolist(), queries_BT.device, num_heads // kv_heads
+    first, last = plans[0].heads[0] // group, plans[0].heads[-1] // group
+    heads, held = slice(first * group, (last + 1) * group), slice(first, last + 1)
+    hidden, empty = (
+        None if x is None else _cut_heads(_cut(_of_query_heads(x, num_heads), rows), heads)
+        for x in mask.bias(tokens, entries, device, accumulation_dtype(dtype))
+    )
+    assert hidden is not None
+    places = table_rows(positions_BKS, min(plan.keys for plan in plans))
     members = class_members(plans[0].sets, plans[0].codes, device)
     shown = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
     asked, items, edited = [], [], []
@@ -94,8 +161,35 @@ def _asked(queries_BT: Tensor, rows: slice, heads: slice, plans: tuple[LayerItem
         if isinstance(meant[0].item, Edit) and any(map(any, queries)):
             edited.append(named_BNR1)
     everywhere = not edited or any(each is shown for each in edited)
-    where = None if everywhere else torch.stack(edited).any(0)
-    return _Asked(tuple(items), tuple(asked), bool(edited), where)
+    return _Shared(
+        rows=rows,
+        heads=heads,
+        kv_heads=held,
+        mask=_cut_mask(mask, rows, shapes, device),
+        hidden=None if known(hidden == 0) else hidden,
+        empty=empty,
+        places_BKS=None if places is None else _cut_heads(_cut(places, rows), held),
+        items=tuple(items),
+        queries=tuple(asked),
+        busy=tuple(row for row in range(len(numbers)) if any(any(each[row]) for each in asked)),
+        changes=bool(edited),
+        edited_BNR1=None if everywhere else torch.stack(edited).any(0),
+        moves=len(items) == 1 and isinstance(items[0][0], Move),
+    )
+
+
+def _cut_mask(mask: Mask, rows: slice, shapes: tuple[torch.Size, torch.Size], device: torch.device) -> Mask:
+    """What `terms` reads of a mask, of some rows."""
+    (batch, _, tokens, _), (_, _, entries, _) = shapes
+    if not mask.parallel and rows.stop - rows.start == batch:
+        return mask
+    queries_BT, keys_BKS = mask.positions(tokens, entries, device)
+    return Mask(
+        causal=mask.causal,
+        prefix_B=None if mask.prefix_B is None else mask.prefix_B[rows],
+        query_positions_BT=_cut(queries_BT, rows),
+        key_positions_BKS=_cut(keys_BKS, rows),
+    )
 
 
 def _named(named: tuple[int, ...], heads: slice, queries: tuple[tuple[bool, ...], ...], device: torch.device) -> Tensor:
@@ -104,119 +198,34 @@ def _named(named: tuple[int, ...], heads: slice, queries: tuple[tuple[bool, ...]
     return (heads_N[:, None] & torch.tensor(queries, device=device)[:, None])[..., None]
 
 
-def _add(part: "_RowsAndHeads", records: Sequence[LayerRecord], asked: _Asked, found: WeighedByClass) -> None:
+def _add(shared: _Shared, records: Sequence[LayerRecord], queries_BT: Tensor, found: WeighedByClass) -> None:
     """Adds what was read of each row to its record, and where nothing could be seen."""
-    first = part.heads.start
-    for number, ((item, here), queries) in enumerate(zip(asked.items, asked.queries, strict=True)):
+    first = shared.heads.start
+    for number, ((item, here), queries) in enumerate(zip(shared.items, shared.queries, strict=True)):
         if isinstance(item, Mass) and any(map(any, queries)):
             values = masses(item, here, found.after_BNRC)
             for row, record in enumerate(records):
                 if any(queries[row]):
                     meant = record.plan.items[number]
-                    every = len(meant.heads) == part.heads.stop - first
+                    every = len(meant.heads) == shared.heads.stop - first
                     heads = slice(None) if every else torch.tensor(meant.heads) - first
                     chosen = slice(None) if all(queries[row]) else torch.tensor(queries[row]).nonzero()[:, 0]
                     of_row = {name: x[row] for name, x in values.items()}
-                    record.add(meant, of_row, heads, chosen, part.call.queries_BT[part.rows][row])
+                    record.add(meant, of_row, heads, chosen, queries_BT[row])
     if found.empty_BNR1 is not None:
-        empty_BNR1 = torch.stack([(found.empty_BNR1 & here.named_NR1) for _, here in asked.items]).any(0)
-        numbers = part.call.queries_BT[part.rows]
+        empty_BNR1 = torch.stack([(found.empty_BNR1 & here.named_NR1) for _, here in shared.items]).any(0)
         for row, head, query in empty_BNR1[..., 0].nonzero().tolist():
-            records[row].empty.append((head + first, int(numbers[row, query])))
+            records[row].empty.append((head + first, int(queries_BT[row, query])))
 
 
-@dataclass(frozen=True)
-class _RowsAndHeads:
-    """Some rows of a call, and the heads of some kv heads."""
-
-    call: AttentionCall
-    rows: slice
-    heads: slice
-    kv_heads: slice
-
-    @staticmethod
-    def of(call: AttentionCall, rows: slice, heads: Sequence[int]) -> "_RowsAndHeads":
-        group = call.q_BNTH.shape[1] // call.keys_BKSH.shape[1]
-        first, last = heads[0] // group, heads[-1] // group
-        return _RowsAndHeads(call, rows, slice(first * group, (last + 1) * group), slice(first, last + 1))
-
-    def of_kv(self, x: Tensor) -> Tensor:
-        """The part of what is said of kv heads, or of all in one."""
-        return _cut(x, self.rows, self.kv_heads)
-
-    def of_query(self, x: Tensor) -> Tensor:
-        """The part of what is said of query heads, of kv heads or of all, for query heads or for all."""
-        heads = self.call.q_BNTH.shape[1]
-        return _cut(
-            x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], 1), self.rows, self.heads
-        )
-
-    def table(self, records: Sequence[LayerRecord], dtype: torch.dtype) -> ClassTable:
-        """Of which class every entry is."""
-        sets = [record.sets(self.call.q_BNTH.device) for record in records]
-        rows_BKS = table_rows(self.call.positions_BKS, min([each.keys for each in sets]))
-        rows_BKS = None if rows_BKS is None else self.of_kv(rows_BKS)
-        return ClassTable.of(sets, rows_BKS, self.call.keys_BKSH.shape[2], dtype)
-
-    def scores(self) -> tuple[Tensor, Tensor | None]:
-        """(scores_BNRS, empty_BNR1) as `weighed_by_class` takes them."""
-        call = self.call
-        queries, entries, device = call.q_BNTH.shape[2], call.keys_BKSH.shape[2], call.q_BNTH.device
-        dtype = accumulation_dtype(call.q_BNTH.dtype)
-        hidden, empty = _hidden(*call.mask.bias(queries, entries, device, dtype))
-        empty = None if empty is None else self.of_query(empty)
-        content, bias = self._terms(queries, entries)
-        content = _cut_heads(content, self.heads)
-        if content.dtype == dtype:  # a product in half precision is rounded before it is scaled
-            scores = self._by_kv(content * call.scale, with_keys, call.keys_BKSH)
-        else:
-            scores = self._by_kv(content, with_keys, call.keys_BKSH).to(dtype) * call.scale
-        if hidden is not None:
-            scores = scores + self.of_query(hidden)
-        if call.log_counts_BKS is not None:
-            scores = scores + self.of_query(call.log_counts_BKS)[:, :, None]
-        if bias is not None:
-            scores = scores + _cut_heads(bias, self.heads)
-            nothing = scores.amax(-1, keepdim=True) == float("-inf")  # a bias hides, too
-            scores, empty = scores.masked_fill(nothing, 0.0), nothing if empty is None else nothing | empty
-        return scores, empty
-
-    def _terms(self, queries: int, entries: int) -> tuple[Tensor, Tensor | None]:
-        call, rows = self.call, self.rows
-        mask = call.mask
-        if mask.parallel or len(call.q_BNTH[rows]) < len(call.q_BNTH):
-            queries_BT, keys_BKS = mask.positions(queries, entries, call.q_BNTH.device)
-            mask = Mask(
-                causal=mask.causal,
-                prefix_B=None if mask.prefix_B is None else mask.prefix_B[rows],
-                query_positions_BT=queries_BT if len(queries_BT) == 1 else queries_BT[rows],
-                key_positions_BKS=keys_BKS if len(keys_BKS) == 1 else keys_BKS[rows],
-            )
-        every = rows.stop - rows.start == len(call.q_BNTH)
-        return call.terms(call.q_BNTH if every else call.q_BNTH[rows], mask)
-
-    def outputs(self, weights_BNRS: Tensor) -> Tensor:
-        """out_BNRH in the dtype of the queries."""
-        out = self._by_kv(weights_BNRS, with_values, self.call.values_BKSH)
-        return out.to(self.call.q_BNTH.dtype)
-
-    def _by_kv(self, x_BNRX: Tensor, product: Callable[[Tensor, Tensor], Tensor], held_BKSX: Tensor) -> Tensor:
-        """A product with what the kv heads hold: the queries of heads that share one are rows of it."""
-        held = self.of_kv(held_BKSX)
-        batch, heads, queries, width = x_BNRX.shape
-        out = product(x_BNRX.reshape(batch, held.shape[1], -1, width), held)
-        return out.reshape(batch, heads, queries, -1)
+def _of_query_heads(x: Tensor, heads: int) -> Tensor:
+    """What is said of query heads, of kv heads or of all, for query heads or for all."""
+    return x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-@recent
-def _hidden(bias_BKTS: Tensor, empty_BKT1: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """`Mask.bias`; None for a bias that hides nothing. Layers share it."""
-    return None if known(bias_BKTS == 0) else bias_BKTS, empty_BKT1
-
-
-def _cut(x: Tensor, rows: slice, heads: slice) -> Tensor:
-    """Some rows and heads of what is said of all, or of all in one."""
-    return _cut_heads(x[rows] if len(x) > 1 and rows.stop - rows.start < len(x) else x, heads)
+def _cut(x: Tensor, rows: slice) -> Tensor:
+    """Some rows of what is said of all, or of all in one."""
+    return x[rows] if len(x) > 1 and rows.stop - rows.start < len(x) else x
 
 
 def _cut_heads(x: Tensor, heads: slice) -> Tensor:

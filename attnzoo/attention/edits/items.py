@@ -6,13 +6,14 @@ all edits, sees to it.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from attnzoo.attention.edits.classes import moved_parts
+from attnzoo.attention.edits.classes import MovedParts, moved_parts
 from attnzoo.attention.edits.spans import ALL, Chosen, Picks, Positions, normal_picks
 
 
@@ -349,16 +350,17 @@ class Move(WeightEdit):
         sets = {"keys": self.where.keys, "to": self.to}
         return sets if self.only_heads is None else sets | {"of": self.only_heads.of}
 
-    def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
+    def parts(self, keys: Mapping[str, Tensor], dtype: torch.dtype) -> MovedParts:
+        """The move as products, for its sets of keys by name."""
         only = self.only_heads
         needs = (-float("inf"), 0.0) if only is None else (only.min_mass, only.min_share)
-        of = here.keys["to" if only is None else "of"]
-        parts = moved_parts(here.keys["keys"], here.keys["to"], of, (self.share, *needs), x_NRS.dtype)
-        sums = x_NRS @ parts.sums
-        active_NR1 = (sums >= parts.least).all(-1, keepdim=True)
-        active_NR1 = active_NR1 if here.everywhere else active_NR1 & here.named_NR1
-        part = sums / sums.narrow(-1, 1, 1).clamp(min=torch.finfo(x_NRS.dtype).tiny)
-        return torch.addcmul(x_NRS, x_NRS, torch.where(active_NR1, part, parts.zero) @ parts.back)
+        of = keys["to" if only is None else "of"]
+        return moved_parts(keys["keys"], keys["to"], of, (self.share, *needs), dtype)
+
+    def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
+        parts = self.parts(here.keys, x_NRS.dtype)
+        over = parts.over(x_NRS @ parts.sums.mT, None if here.everywhere else here.named_NR1)
+        return torch.addcmul(x_NRS, x_NRS, over @ parts.back)
 
 
 def _number(name: str, value: Any, least: float = -float("inf"), most: float = float("inf")) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.attention.edits.classes import ClassTable
+from attnzoo.attention.edits.classes import ClassTable, MovedParts
 from attnzoo.attention.edits.items import Here, ScoreEdit, WeightEdit
 
 
@@ -65,15 +65,30 @@ def weighed_by_class(
         hidden = added_BNRC == float("-inf") if hidden is None else hidden | (added_BNRC == float("-inf"))
         lowest = torch.finfo(added_BNRC.dtype).min / 2  # in place of -inf, which has no product with 0
         scores_BNRS = scores_BNRS + table.spread(added_BNRC.clamp(min=lowest))
-    weights_BNRS = torch.softmax(scores_BNRS, -1)
-    if weights_BNRS.device.type == "cpu":
-        torch.threshold_(weights_BNRS, torch.finfo(weights_BNRS.dtype).tiny, 0.0)  # denormal numbers are slow
+    weights_BNRS = _softmax(scores_BNRS)
     sums_BNRC = table.sums(weights_BNRS)
     empty = None
     if hidden is not None:
         sums_BNRC = sums_BNRC.masked_fill(hidden, 0.0)
         empty = (sums_BNRC == 0).all(-1, keepdim=True)
     return WeighedByClass(weights_BNRS, sums_BNRC, changed(sums_BNRC, None, items), empty)
+
+
+def moved_weights(
+    scores_BNRS: Tensor, parts: MovedParts, sums: ClassTable, back: ClassTable, named_BNR1: Tensor | None
+) -> Tensor:
+    """Softmax attention weights after a move between sets of keys, the only edit, where no row is empty and without
+    gradients. sums, back: the products of `parts` for every key of each row."""
+    weights_BNRS = _softmax(scores_BNRS)
+    change_BNRS = back.spread(parts.over(sums.sums(weights_BNRS), named_BNR1))
+    return weights_BNRS.addcmul_(weights_BNRS, change_BNRS)
+
+
+def _softmax(scores_BNRS: Tensor) -> Tensor:
+    weights_BNRS = torch.softmax(scores_BNRS, -1)
+    if weights_BNRS.device.type == "cpu":
+        torch.threshold_(weights_BNRS, torch.finfo(weights_BNRS.dtype).tiny, 0.0)  # denormal numbers are slow
+    return weights_BNRS
 
 
 def scored(scores_NRS: Tensor, items: Sequence[tuple[Any, Here]]) -> Tensor:

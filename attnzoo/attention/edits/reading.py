@@ -1,14 +1,14 @@
 """What a run reads, gathered over all calls of a sequence: the same whatever the chunks, and for every cache."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnzoo.attention.edits.classes import KeySets
-from attnzoo.attention.edits.items import Here
+from attnzoo.attention.edits.classes import KeySets, MovedParts
+from attnzoo.attention.edits.items import Here, Move
 from attnzoo.attention.edits.order import Weighed
 from attnzoo.attention.edits.plan import EditPlan, LayerItems, Meant
 from attnzoo.attention.edits.reads import Entropy, KeySums, Map, Mass, Read, TopKeys
@@ -40,6 +40,19 @@ class LayerRecord:
         if self._sets is None:
             self._sets = KeySets(self.plan.sets, self.plan.codes, self.plan.keys, device)
         return self._sets
+
+    def moved(self, like: Tensor) -> MovedParts:
+        """Of a `Move` that is all there is, what turns weights of all keys [., P], on their device and in their dtype,
+        into those after it: [1, 4, P]."""
+        sets = self.sets(like.device)
+
+        def make() -> MovedParts:
+            (meant,) = self.plan.items
+            assert isinstance(meant.item, Move)
+            parts = meant.item.parts({name: sets.rows(held) for name, held in meant.sets}, like.dtype)
+            return replace(parts, sums=parts.sums[None], back=parts.back[None])
+
+        return sets.made(like.dtype, make)
 
     def add(
         self, meant: Meant, values: dict[str, Tensor], heads: Tensor | slice, rows: Tensor | slice, queries_R: Tensor

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
+from operator import is_
 from typing import Any, TypeVar
 
 import torch
@@ -32,10 +33,10 @@ def recent(function: F) -> F:
             return function(*arguments)
         # Tensors made in inference mode cannot be used outside of it.
         inference = torch.is_inference_mode_enabled()
-        written = tuple(map(_written, arguments))
         for made_in, given, then, result in known:
-            if made_in == inference and written == then and _same(given, arguments):
+            if made_in == inference and _same(given, arguments) and then == tuple(map(_written, arguments)):
                 return result
+        written = tuple(map(_written, arguments))
         result = function(*arguments)
         known = ((inference, arguments, written, result), *known[: KEPT - 1])
         return result
@@ -54,7 +55,10 @@ def _written(x: Any) -> Any:
 
 
 def _same(given: tuple[Any, ...], arguments: tuple[Any, ...]) -> bool:
-    return len(given) == len(arguments) and all(
-        x is y or (not (isinstance(x, Tensor) or isinstance(y, Tensor)) and x == y)
-        for x, y in zip(given, arguments, strict=True)
+    return len(given) == len(arguments) and (
+        all(map(is_, given, arguments))
+        or all(
+            x is y or (not (isinstance(x, Tensor) or isinstance(y, Tensor)) and x == y)
+            for x, y in zip(given, arguments, strict=True)
+        )
     )
