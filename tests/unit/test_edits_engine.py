@@ -13,6 +13,7 @@ from attnzoo.attention.edits import (
     EditRun,
     Edits,
     Entropy,
+    HeadFilter,
     Hide,
     KeySums,
     LayerSizes,
@@ -121,15 +122,21 @@ def test_random_lists_of_edits(kv_heads, per_head, counts, dense, few, monkeypat
     assert "dense" in engines if dense or few > 1 else "partitioned" in engines
 
 
-def test_rows_that_do_the_same_are_one_pass(monkeypatch):
+@pytest.mark.parametrize("case", ["several items", "a move alone", "a move alone, entries in any order"])
+def test_rows_that_do_the_same_are_one_pass(case, monkeypatch):
     """Rows whose spans, sinks and lengths differ, at once and one by one. Kills: a row's classes, queries or reads
-    taken for another's; a pass over the row without edits; a weight too small for its share lost in float32."""
+    taken for another's; a pass over the row without edits; a weight too small for its share lost in float32; a sink
+    found after a call left out of the next one."""
+    alone = case != "several items"
     torch.manual_seed(0)
     q, k, v = (torch.randn(5, n, t, WIDTH, dtype=torch.float64) for n, t in ((HEADS, 2), (2, 11), (2, 11)))
     q[4] *= 30
     last = torch.tensor([10, 8, 9, 10, 7])
     queries_BT = last[:, None] + torch.tensor([-1, 0])
     keys_BKS = torch.where(torch.arange(11) <= last[:, None], torch.arange(11), -1)[:, None]
+    if "any order" in case:
+        order = torch.randperm(11)
+        k, v, keys_BKS = k[:, :, order], v[:, :, order], keys_BKS[..., order]
     mask = Mask(query_positions_BT=queries_BT, key_positions_BKS=keys_BKS)
     call = AttentionCall(q, k, v, mask, lambda q, _: (q, None), 0.4, queries_BT, keys_BKS)
     items = [
@@ -138,6 +145,9 @@ def test_rows_that_do_the_same_are_one_pass(monkeypatch):
         Raise(Where(keys="image"), 0.3),
         Mass(Where(queries=Span(8, 11)), bins={"image": "image", "sinks": SINKS}),
     ]
+    if alone:
+        heads = "1:" if "any order" in case else "all"
+        items = [Move(Where(heads=heads, keys=SINKS), "image", 0.6, HeadFilter("image", min_mass=0.1, min_share=0.2))]
     layouts = [TokenLayout(7, {"image": (n, n + 3)}) for n in range(5)]
     plans = [Edits(*items).plan(sizes(2), layout, 4) for layout in layouts]
     passes = []
@@ -151,7 +161,12 @@ def test_rows_that_do_the_same_are_one_pass(monkeypatch):
         layer = layer_plan(runs, 0)
         for n, run in zip(rows, runs, strict=True):
             if run is not None:
-                run.records[0].sets(q.device).observe({SINKS: torch.arange(11) % 5 == n}, 0, 11)
+                run.records[0].sets(q.device).observe({SINKS: torch.arange(5) % 5 == n}, 0, 5)
+        if alone:
+            layer.apply(call, torch.full_like(call.q_BNTH, 99.0))
+        for n, run in zip(rows, runs, strict=True):
+            if run is not None:
+                run.records[0].sets(q.device).observe({SINKS: torch.arange(5, 11) % 5 == n}, 5, 6)
         return layer.apply(call, torch.full_like(call.q_BNTH, 99.0)), runs
 
     monkeypatch.setattr(edits_run, "few_changes", spy)
@@ -159,8 +174,9 @@ def test_rows_that_do_the_same_are_one_pass(monkeypatch):
     half = replace(call, q_BNTH=q.float(), keys_BKSH=k.float(), values_BKSH=v.float())
     single, _ = changed(half, range(5))
     torch.testing.assert_close(single.double(), found, rtol=1e-4, atol=1e-4)
-    assert passes == [(0, 2), (3, 5)] * 2
+    assert passes == [(0, 2), (3, 5)] * (4 if alone else 2)
     assert (found[2] == 99).all()
+    assert (found[[0, 1, 3, 4]] != 99).any()
     monkeypatch.setattr(engine, "FEW", 1)
     for n in (0, 1, 3, 4):
         row = slice(n, n + 1)

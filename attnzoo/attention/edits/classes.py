@@ -127,8 +127,8 @@ class ClassTable:
 
     @staticmethod
     def of(tables: Sequence[Tensor], rows_BKS: Tensor | None, x_BNRS: Tensor) -> "ClassTable":
-        """tables: [1, C, P] of each row of a batch; rows_BKS: where entries stand in them, as `table_rows` says; x_BNRS:
-        what it is multiplied with."""
+        """tables: [1, C, P] of each row of a batch; rows_BKS: where entries stand in them, as `table_rows` says.
+        x_BNRS: what it is multiplied with."""
         if rows_BKS is None:
             found = [each.narrow(2, 1, x_BNRS.shape[3]) for each in tables]
         else:

@@ -46,8 +46,8 @@ class _Shared:
     queries that see nothing; places_BKS: where entries stand, as `table_rows` says.
 
     items: what each means, the same for all rows; queries: which of them each item names, row by row; busy: rows of
-    which anything is said. changes: whether anything is edited; edited_BNR1: where, None: everywhere; moves: one move of
-    weight is all there is."""
+    which anything is said. changes: whether anything is edited; edited_BNR1: where, None: everywhere; moves: one
+    move of weight is all there is."""
 
     rows: slice
     heads: slice

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -55,23 +54,26 @@ def layer_plan(runs: EditRuns | None, layer: int, step: int | None = None) -> "L
     if runs is None:
         return None
     _check_runs(runs)
-    rows = []
+    rows: list[Row | None] = []
     for row, run in enumerate(runs):
-        if run is not None and any(run is other for other in runs[:row]):
+        if run is None:
+            rows.append(None)
+            continue
+        if row and any(run is other for other in runs[:row]):
             raise ValueError(
                 f"edits[{row}] is the run of another row; a run is of one sequence: make EditRun(plan) again"
             )
-        if run is not None and layer >= len(run.records):
+        if layer >= len(run.records):
             raise ValueError(f"edits[{row}] were planned for {len(run.records)} layers, and there is a layer {layer}")
-        if run is not None and (run.plan.layout.steps is None) != (step is None):
+        calls = run.plan.layout.steps
+        if (calls is None) != (step is None):
             raise ValueError(
-                f"edits[{row}]: step={step} with TokenLayout(steps={run.plan.layout.steps}): give the number of the "
-                "call where steps are calls, and only there"
+                f"edits[{row}]: step={step} with TokenLayout(steps={calls}): give the number of the call where steps "
+                "are calls, and only there"
             )
-        calls = None if run is None else run.plan.layout.steps
         if calls is not None and step is not None and not 0 <= step < calls:
             raise ValueError(f"edits[{row}]: step={step}, and the plan has {calls} calls, from 0 on")
-        rows.append(None if run is None else run.rows[layer])
+        rows.append(run.rows[layer])
     return LayerPlan(tuple(rows), step) if any(rows) else None
 
 
@@ -93,10 +95,8 @@ class LayerPlan:
     step: int | None = None
     hidden_BTD: Tensor | None = field(default=None, repr=False)
 
-    @cached_property
-    def plans(self) -> tuple[LayerItems | None, ...]:
-        """The plan of each row."""
-        return tuple(None if entry is None else entry.record.plan for entry in self.rows)
+    def __post_init__(self) -> None:
+        self.plans = tuple([None if entry is None else entry.record.plan for entry in self.rows])
 
     def check_batch(self, batch: int) -> None:
         """Raises ValueError unless there is one entry a row."""
@@ -119,14 +119,14 @@ class LayerPlan:
                 real = queries_BT[row] >= 0
                 first = int(queries_BT[row][real].min())
             _advance(entry.record, row, self.step, first, last)
-            if not entry.record.plan.sinks:
-                continue
+            some = {}
             for sinks in entry.record.plan.sinks:
                 if sinks not in found:
                     found[sinks] = sinks.found_in(hidden_BTD)
-            rows = {sinks: found[sinks][row] for sinks in entry.record.plan.sinks}
-            some = {sinks: torch.tensor(each, device=x_BTD.device)[real] for sinks, each in rows.items() if any(each)}
-            entry.record.sets(x_BTD.device).observe(some, first, last + 1 - first)
+                if any(found[sinks][row]):
+                    some[sinks] = torch.tensor(found[sinks][row], device=x_BTD.device)[real]
+            if entry.record.plan.sinks:
+                entry.record.sets(x_BTD.device).observe(some, first, last + 1 - first)
 
     def check_streams(self, editing: Editing, name: str) -> None:
         """Raises ValueError where edits do not stream."""
