@@ -127,7 +127,6 @@ def test_rows_that_do_the_same_are_one_pass(case, monkeypatch):
     """Rows whose spans, sinks and lengths differ, at once and one by one. Kills: a row's classes, queries or reads
     taken for another's; a pass over the row without edits; a weight too small for its share lost in float32; a sink
     found after a call left out of the next one."""
-    alone = case != "several items"
     torch.manual_seed(0)
     q, k, v = (torch.randn(5, n, t, WIDTH, dtype=torch.float64) for n, t in ((HEADS, 2), (2, 11), (2, 11)))
     q[4] *= 30
@@ -145,7 +144,7 @@ def test_rows_that_do_the_same_are_one_pass(case, monkeypatch):
         Raise(Where(keys="image"), 0.3),
         Mass(Where(queries=Span(8, 11)), bins={"image": "image", "sinks": SINKS}),
     ]
-    if alone:
+    if case != "several items":
         heads = "1:" if "any order" in case else "all"
         items = [Move(Where(heads=heads, keys=SINKS), "image", 0.6, HeadFilter("image", min_mass=0.1, min_share=0.2))]
     layouts = [TokenLayout(7, {"image": (n, n + 3)}) for n in range(5)]
@@ -162,7 +161,7 @@ def test_rows_that_do_the_same_are_one_pass(case, monkeypatch):
         for n, run in zip(rows, runs, strict=True):
             if run is not None:
                 run.records[0].sets(q.device).observe({SINKS: torch.arange(5) % 5 == n}, 0, 5)
-        if alone:
+        if len(items) == 1:
             layer.apply(call, torch.full_like(call.q_BNTH, 99.0))
         for n, run in zip(rows, runs, strict=True):
             if run is not None:
@@ -174,7 +173,7 @@ def test_rows_that_do_the_same_are_one_pass(case, monkeypatch):
     half = replace(call, q_BNTH=q.float(), keys_BKSH=k.float(), values_BKSH=v.float())
     single, _ = changed(half, range(5))
     torch.testing.assert_close(single.double(), found, rtol=1e-4, atol=1e-4)
-    assert passes == [(0, 2), (3, 5)] * (4 if alone else 2)
+    assert passes == [(0, 2), (3, 5)] * (4 if len(items) == 1 else 2)
     assert (found[2] == 99).all()
     assert (found[[0, 1, 3, 4]] != 99).any()
     monkeypatch.setattr(engine, "FEW", 1)

@@ -130,7 +130,7 @@ class ClassTable:
         """tables: [1, C, P] of each row of a batch; rows_BKS: where entries stand in them, as `table_rows` says.
         x_BNRS: what it is multiplied with."""
         if rows_BKS is None:
-            found = [each.narrow(2, 1, x_BNRS.shape[3]) for each in tables]
+            found = [each[:, :, 1 : x_BNRS.shape[3] + 1] for each in tables]
         else:
             found = [
                 each[0][:, rows_KS.clamp(max=each.shape[2] - 1)].transpose(0, 1)
@@ -184,7 +184,7 @@ class MovedParts:
         still_NR1 = (sums_NR4 < self.least).any(-1, keepdim=True)
         if named_NR1 is not None:
             still_NR1 = still_NR1 | ~named_NR1
-        return sums_NR4 / torch.where(still_NR1, self.infinite, sums_NR4.narrow(-1, 1, 1))
+        return sums_NR4 / torch.where(still_NR1, self.infinite, sums_NR4[..., 1:2])
 
 
 @recent

@@ -2,7 +2,7 @@
 pass. Keys and values are read once, as without edits, and what is said of a class multiplies the weights of its keys.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,13 +96,13 @@ class _Shared:
 
 def few_changes(
     call: AttentionCall, rows: slice, records: Sequence[LayerRecord], step: int | None
-) -> Iterator[FewChanged]:
-    """Runs the edits and reads of rows whose plans are of one kind: yields what edits change, and adds what is read to
+) -> list[FewChanged]:
+    """Runs the edits and reads of rows whose plans are of one kind: returns what edits change, and adds what is read to
     the records."""
     plans, shapes = tuple([record.plan for record in records]), (call.q_BNTH.shape, call.keys_BKSH.shape)
     shared = _shared(call.queries_BT, call.positions_BKS, call.mask, rows, plans, step, shapes, call.q_BNTH.dtype)
     if not shared.busy:
-        return
+        return []
     for row in shared.busy:
         records[row].engines.add("dense")
     scores_BNRS, empty_BNR1 = shared.scores(call)
@@ -119,9 +119,9 @@ def few_changes(
         found = weighed_by_class(scores_BNRS, empty_BNR1, table, shared.items)
         _add(shared, records, call.queries_BT[rows], found)
         if not shared.changes:
-            return
+            return []
         weights_BNRS = found.edited_(table)
-    yield FewChanged(rows, shared.heads, shared.outputs(call, weights_BNRS), shared.edited_BNR1)
+    return [FewChanged(rows, shared.heads, shared.outputs(call, weights_BNRS), shared.edited_BNR1)]
 
 
 @recent

@@ -15,6 +15,8 @@ from torch import Tensor
 from attnzoo.attention.edits.classes import ClassTable, MovedParts
 from attnzoo.attention.edits.items import Here, ScoreEdit, WeightEdit
 
+_TINY = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
+
 
 @dataclass(frozen=True)
 class Weighed:
@@ -40,8 +42,8 @@ class WeighedByClass:
         """The weights of keys after weight edits, in place: each keeps its share of its class."""
         if self.after_BNRC is self.sums_BNRC and self.empty_BNR1 is None:
             return self.weights_BNRS
-        least = torch.finfo(self.sums_BNRC.dtype).tiny  # of a class with any weight
-        return self.weights_BNRS.mul_(table.spread(self.after_BNRC / self.sums_BNRC.clamp(min=least)))
+        least_BNRC = self.sums_BNRC.clamp(min=_TINY[self.sums_BNRC.dtype])  # of a class with any weight
+        return self.weights_BNRS.mul_(table.spread(self.after_BNRC / least_BNRC))
 
 
 def weighed(scores_NRS: Tensor, visible_NRS: Tensor, items: Sequence[tuple[Any, Here]]) -> Weighed:
@@ -80,14 +82,17 @@ def moved_weights(
     """Softmax attention weights after a move between sets of keys, the only edit, where no row is empty and without
     gradients. sums, back: the products of `parts` for every key of each row."""
     weights_BNRS = _softmax(scores_BNRS)
-    change_BNRS = back.spread(parts.over(sums.sums(weights_BNRS), named_BNR1))
-    return weights_BNRS.addcmul_(weights_BNRS, change_BNRS)
+    weights_LRS = weights_BNRS.view(len(sums.in_class_LCS), -1, scores_BNRS.shape[3])
+    named_LR1 = None if named_BNR1 is None else named_BNR1.reshape(len(weights_LRS), -1, 1)
+    over_LR4 = parts.over(torch.bmm(weights_LRS, sums.in_class_LCS.mT), named_LR1)
+    weights_LRS.addcmul_(weights_LRS, torch.bmm(over_LR4, back.in_class_LCS))
+    return weights_BNRS
 
 
 def _softmax(scores_BNRS: Tensor) -> Tensor:
     weights_BNRS = torch.softmax(scores_BNRS, -1)
-    if weights_BNRS.device.type == "cpu":
-        torch.threshold_(weights_BNRS, torch.finfo(weights_BNRS.dtype).tiny, 0.0)  # denormal numbers are slow
+    if weights_BNRS.is_cpu:
+        torch.threshold_(weights_BNRS, _TINY[weights_BNRS.dtype], 0.0)  # denormal numbers are slow
     return weights_BNRS
 
 

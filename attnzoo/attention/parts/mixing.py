@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -159,7 +160,7 @@ class SoftmaxMixing(Mixing):
         q, k = self._encode(qkv, torch.arange(tokens, device=device)[None], impl)
         return self.position.attend((q, k, qkv[2].transpose(1, 2)), self._own(mask), impl)
 
-    @property
+    @cached_property
     def editing(self) -> Editing:
         if "terms" in self.position.says:
             return SOFTMAX_EDITING
