@@ -118,42 +118,25 @@ def class_members(sets: tuple[Chosen, ...], codes: tuple[int, ...], device: torc
     return {held: (codes_C >> bit & 1).bool()[None, None] for bit, held in enumerate(sets)}
 
 
-@dataclass(frozen=True)
-class ClassTable:
-    """Of which class every entry of a cache is: in_class_LCS is 1 or 0, of each row's kv heads, or of one for all.
-    Query heads that share a kv head follow each other."""
+def class_table(tables: Sequence[Tensor], rows_BKS: Tensor | None, x_BNRS: Tensor) -> Tensor:
+    """in_class_LCS of the entries of a cache, of each row's kv heads, or of one for all: parts of tables [1, C, P] of
+    each row, of which rows_BKS says where entries stand in them (`table_rows`). x_BNRS: what it is multiplied with, in
+    which query heads that share a kv head follow each other."""
+    if rows_BKS is None:
+        found = [each[:, :, 1 : x_BNRS.shape[3] + 1] for each in tables]
+    else:
+        found = [
+            each[0][:, rows_KS.clamp(max=each.shape[2] - 1)].transpose(0, 1)
+            for each, rows_KS in zip(tables, rows_BKS.expand(len(tables), -1, -1), strict=True)
+        ]
+    return (found[0] if len(found) == 1 else torch.cat(found)).to(x_BNRS.dtype)
 
-    in_class_LCS: Tensor
 
-    @staticmethod
-    def of(tables: Sequence[Tensor], rows_BKS: Tensor | None, x_BNRS: Tensor) -> "ClassTable":
-        """tables: [1, C, P] of each row of a batch; rows_BKS: where entries stand in them, as `table_rows` says.
-        x_BNRS: what it is multiplied with."""
-        if rows_BKS is None:
-            found = [each[:, :, 1 : x_BNRS.shape[3] + 1] for each in tables]
-        else:
-            found = [
-                each[0][:, rows_KS.clamp(max=each.shape[2] - 1)].transpose(0, 1)
-                for each, rows_KS in zip(tables, rows_BKS.expand(len(tables), -1, -1), strict=True)
-            ]
-        table = found[0] if len(found) == 1 else torch.cat(found)
-        return ClassTable(table.to(x_BNRS.dtype))
-
-    @property
-    def classes(self) -> int:
-        return self.in_class_LCS.shape[1]
-
-    def sums(self, x_BNRS: Tensor) -> Tensor:
-        """sums_BNRC over the keys of each class."""
-        rows, classes, entries = self.in_class_LCS.shape
-        sums = torch.bmm(x_BNRS.view(rows, -1, entries), self.in_class_LCS.mT)
-        return sums.view(*x_BNRS.shape[:3], classes)
-
-    def spread(self, x_BNRC: Tensor) -> Tensor:
-        """What is said of each class, finite numbers, for each of its keys."""
-        rows, classes, entries = self.in_class_LCS.shape
-        spread = torch.bmm(x_BNRC.view(rows, -1, classes), self.in_class_LCS)
-        return spread.view(*x_BNRC.shape[:3], entries)
+def of_classes(x_BNRX: Tensor, table_LXY: Tensor) -> Tensor:
+    """x_BNRY: sums over the keys of each class, by a table's transpose, or what is said of each class, finite numbers,
+    for each of its keys."""
+    product = torch.bmm(x_BNRX.view(len(table_LXY), -1, x_BNRX.shape[3]), table_LXY)
+    return product.view(*x_BNRX.shape[:3], -1)
 
 
 def table_rows(positions_BKS: Tensor, keys: int) -> Tensor | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.attention.edits.classes import ClassTable, class_members, table_rows
+from attnzoo.attention.edits.classes import class_members, class_table, table_rows
 from attnzoo.attention.edits.engine import AttentionCall, class_here
 from attnzoo.attention.edits.items import Edit, Here, Move
 from attnzoo.attention.edits.order import WeighedByClass, moved_weights, weighed_by_class
@@ -94,9 +94,7 @@ class _Shared:
         return product(x_BNRX.reshape(batch, held.shape[1], -1, width), held).reshape(batch, heads, queries, -1)
 
 
-def few_changes(
-    call: AttentionCall, rows: slice, records: Sequence[LayerRecord], step: int | None
-) -> list[FewChanged]:
+def few_changes(call: AttentionCall, rows: slice, records: Sequence[LayerRecord], step: int | None) -> list[FewChanged]:
     """Runs the edits and reads of rows whose plans are of one kind: returns what edits change, and adds what is read to
     the records."""
     plans, shapes = tuple([record.plan for record in records]), (call.q_BNTH.shape, call.keys_BKSH.shape)
@@ -108,14 +106,12 @@ def few_changes(
     scores_BNRS, empty_BNR1 = shared.scores(call)
     if shared.moves and empty_BNR1 is None:
         parts = [record.moved(scores_BNRS) for record in records]
-        sums, back = (
-            ClassTable.of(each, shared.places_BKS, scores_BNRS)
-            for each in ([part.sums for part in parts], [part.back for part in parts])
-        )
-        weights_BNRS = moved_weights(scores_BNRS, parts[0], sums, back, shared.edited_BNR1)
+        sums_L4S = class_table([part.sums for part in parts], shared.places_BKS, scores_BNRS)
+        back_L4S = class_table([part.back for part in parts], shared.places_BKS, scores_BNRS)
+        weights_BNRS = moved_weights(scores_BNRS, parts[0], sums_L4S, back_L4S, shared.edited_BNR1)
     else:
         tables = [record.sets(scores_BNRS.device).table for record in records]
-        table = ClassTable.of(tables, shared.places_BKS, scores_BNRS)
+        table = class_table(tables, shared.places_BKS, scores_BNRS)
         found = weighed_by_class(scores_BNRS, empty_BNR1, table, shared.items)
         _add(shared, records, call.queries_BT[rows], found)
         if not shared.changes:

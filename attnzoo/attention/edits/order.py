@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.attention.edits.classes import ClassTable, MovedParts
+from attnzoo.attention.edits.classes import MovedParts, of_classes
 from attnzoo.attention.edits.items import Here, ScoreEdit, WeightEdit
 
 _TINY = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
@@ -38,12 +38,12 @@ class WeighedByClass:
     after_BNRC: Tensor
     empty_BNR1: Tensor | None
 
-    def edited_(self, table: ClassTable) -> Tensor:
+    def edited_(self, table_LCS: Tensor) -> Tensor:
         """The weights of keys after weight edits, in place: each keeps its share of its class."""
         if self.after_BNRC is self.sums_BNRC and self.empty_BNR1 is None:
             return self.weights_BNRS
         least_BNRC = self.sums_BNRC.clamp(min=_TINY[self.sums_BNRC.dtype])  # of a class with any weight
-        return self.weights_BNRS.mul_(table.spread(self.after_BNRC / least_BNRC))
+        return self.weights_BNRS.mul_(of_classes(self.after_BNRC / least_BNRC, table_LCS))
 
 
 def weighed(scores_NRS: Tensor, visible_NRS: Tensor, items: Sequence[tuple[Any, Here]]) -> Weighed:
@@ -57,18 +57,18 @@ def weighed(scores_NRS: Tensor, visible_NRS: Tensor, items: Sequence[tuple[Any, 
 
 
 def weighed_by_class(
-    scores_BNRS: Tensor, empty_BNR1: Tensor | None, table: ClassTable, items: Sequence[tuple[Any, Here]]
+    scores_BNRS: Tensor, empty_BNR1: Tensor | None, table_LCS: Tensor, items: Sequence[tuple[Any, Here]]
 ) -> WeighedByClass:
     """Softmax attention weights with edits of classes, without gradients. Scores are -inf where hidden; empty_BNR1:
     rows in which nothing can be seen, whose scores may be anything, None: there are none."""
     hidden = empty_BNR1
     if any(isinstance(item, ScoreEdit) for item, _ in items):
-        added_BNRC = scored(scores_BNRS.new_zeros(*scores_BNRS.shape[:3], table.classes), items)
+        added_BNRC = scored(scores_BNRS.new_zeros(*scores_BNRS.shape[:3], table_LCS.shape[1]), items)
         hidden = added_BNRC == float("-inf") if hidden is None else hidden | (added_BNRC == float("-inf"))
         lowest = torch.finfo(added_BNRC.dtype).min / 2  # in place of -inf, which has no product with 0
-        scores_BNRS = scores_BNRS + table.spread(added_BNRC.clamp(min=lowest))
+        scores_BNRS = scores_BNRS + of_classes(added_BNRC.clamp(min=lowest), table_LCS)
     weights_BNRS = _softmax(scores_BNRS)
-    sums_BNRC = table.sums(weights_BNRS)
+    sums_BNRC = of_classes(weights_BNRS, table_LCS.mT)
     empty = None
     if hidden is not None:
         sums_BNRC = sums_BNRC.masked_fill(hidden, 0.0)
@@ -77,15 +77,15 @@ def weighed_by_class(
 
 
 def moved_weights(
-    scores_BNRS: Tensor, parts: MovedParts, sums: ClassTable, back: ClassTable, named_BNR1: Tensor | None
+    scores_BNRS: Tensor, parts: MovedParts, sums_L4S: Tensor, back_L4S: Tensor, named_BNR1: Tensor | None
 ) -> Tensor:
     """Softmax attention weights after a move between sets of keys, the only edit, where no row is empty and without
-    gradients. sums, back: the products of `parts` for every key of each row."""
+    gradients. sums, back: those of `parts` for every key of each row."""
     weights_BNRS = _softmax(scores_BNRS)
-    weights_LRS = weights_BNRS.view(len(sums.in_class_LCS), -1, scores_BNRS.shape[3])
+    weights_LRS = weights_BNRS.view(len(sums_L4S), -1, scores_BNRS.shape[3])
     named_LR1 = None if named_BNR1 is None else named_BNR1.reshape(len(weights_LRS), -1, 1)
-    over_LR4 = parts.over(torch.bmm(weights_LRS, sums.in_class_LCS.mT), named_LR1)
-    weights_LRS.addcmul_(weights_LRS, torch.bmm(over_LR4, back.in_class_LCS))
+    over_LR4 = parts.over(torch.bmm(weights_LRS, sums_L4S.mT), named_LR1)
+    weights_LRS.addcmul_(weights_LRS, torch.bmm(over_LR4, back_L4S))
     return weights_BNRS
 
 
