@@ -146,7 +146,9 @@ def test_rows_that_do_the_same_are_one_pass(case, monkeypatch):
     ]
     if case != "several items":
         heads = "1:" if "any order" in case else "all"
-        items = [Move(Where(heads=heads, keys=SINKS), "image", 0.6, HeadFilter("image", min_mass=0.1, min_share=0.2))]
+        items = [
+            Move(Where(heads=heads, keys=SINKS), "image", 0.6, HeadFilter(of="image", min_mass=0.1, min_share=0.2))
+        ]
     layouts = [TokenLayout(7, {"image": (n, n + 3)}) for n in range(5)]
     plans = [Edits(*items).plan(sizes(2), layout, 4) for layout in layouts]
     passes = []
