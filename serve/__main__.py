@@ -1,4 +1,5 @@
-"""`attnzoo serve` (in a checkout also `python -m serve`): serves a checkpoint over an OpenAI-compatible API."""
+"""`attnzoo serve` (in a checkout also `python -m serve`): serves a language model over an OpenAI-compatible API, and a
+clinical model by /v1/predict."""
 
 import argparse
 import json
@@ -26,6 +27,8 @@ EXAMPLES = """examples:
   attnzoo serve --checkpoint runs/demo --config configs/serve/private.yaml
   attnzoo serve --config configs/serve/smollm2.yaml
   attnzoo serve --checkpoint runs/demo cache='{policy: d2o, keep_ratio: 0.2}'
+  attnzoo serve runs/tscan-mortality
+  attnzoo serve runs/demo clinical=runs/tscan-mortality
 
   curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
        -d '{"model": "demo", "prompt": "def ", "max_tokens": 32, "stream": true}'
@@ -38,7 +41,7 @@ you set host=0.0.0.0; then set api_key_env too.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options and examples."""
-    parser.description = "Serve a checkpoint over an OpenAI-compatible API on Ray Serve."
+    parser.description = "Serve a language model over an OpenAI-compatible API, or a clinical model, on Ray Serve."
     parser.epilog = EXAMPLES
     parser.add_argument(
         "model",
@@ -54,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_config(options: argparse.Namespace) -> "ServeConfig":
     """The configuration from file, settings and options, checked by `check_checkpoint`. Raises ValueError."""
-    from serve.config import absolute, build_serve_config, parse_settings, read_config_file
+    from serve.config import absolute_paths, build_serve_config, parse_settings, read_config_file
 
     values = {} if options.config is None else read_config_file(options.config)
     words = list(options.settings)
@@ -64,9 +67,7 @@ def read_config(options: argparse.Namespace) -> "ServeConfig":
         options.checkpoint = options.model
     values |= parse_settings(words)
     values |= {key: value for key in ("checkpoint", "port") if (value := getattr(options, key)) is not None}
-    if "checkpoint" in values:
-        values["checkpoint"] = absolute(values["checkpoint"])
-    config = build_serve_config(values)
+    config = build_serve_config(absolute_paths(values))
     check_checkpoint(config)
     return config
 
@@ -77,12 +78,15 @@ def check_checkpoint(config: "ServeConfig") -> None:
     from attnzoo.checkpoint import existing_checkpoint, load_tokenizer, open_checkpoint
     from attnzoo.tokenizer.chat import ChatTemplate
     from attnzoo.types import check_device
+    from serve.clinical.loading import check_clinical, is_clinical
     from serve.front.guard import read_api_key
     from serve.front.port import free_port
 
     path = existing_checkpoint(config.checkpoint)
-    open_checkpoint(path)
-    ChatTemplate.of(load_tokenizer(path))
+    check_clinical(config)
+    if not is_clinical(config.checkpoint):
+        open_checkpoint(path)
+        ChatTemplate.of(load_tokenizer(path))
     read_api_key(config.api_key_env)
     if config.cluster is None:  # a cluster's machine may differ from this one
         free_port(config.host, config.port)
@@ -111,6 +115,27 @@ def example(url: str, name: str, chat: bool) -> str:
     return f"curl {url}/v1/{path} -H 'content-type: application/json' -d {shlex.quote(body)}"
 
 
+def greet(config: "ServeConfig", url: str) -> None:
+    """Prints what is served and how to ask for it."""
+    from attnzoo.checkpoint import find_checkpoint, load_tokenizer, open_checkpoint
+    from serve.clinical.loading import clinical_source
+
+    clinical = clinical_source(config)
+    names = dict.fromkeys((config.served_name, *([] if clinical is None else [clinical[1]])))
+    print(f"serving {' and '.join(map(repr, names))} on {url}", flush=True)
+    path = find_checkpoint(config.checkpoint)
+    if clinical is None or clinical[0] != path:
+        chat = load_tokenizer(path).chat_template is not None
+        print(f"  {example(url, config.served_name, chat)}", flush=True)
+        for slow in open_checkpoint(path).config.slow_streaming():
+            print(f"note: {slow}", file=sys.stderr, flush=True)
+    if clinical is not None:
+        patient = {"id": "1", "measurements": [{"variable": "HR", "hour": 0, "value": 90, "unit": "/min"}]}
+        body = json.dumps({"model": clinical[1], "patients": [patient]})
+        print(f"  curl {url}/v1/predict -H 'content-type: application/json' -d {shlex.quote(body)}", flush=True)
+        print(f"  for research only; what the model takes: {url}/v1/models/{clinical[1]}", flush=True)
+
+
 def end_on_signals(ended: threading.Event) -> None:
     """Makes SIGINT and SIGTERM set `ended`."""
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -132,7 +157,6 @@ def run(options: argparse.Namespace) -> int:
     config = read_config(options)
     prepare_environment(cache_directory())
     # These imports are slow, and Ray reads the environment when it is imported: so only now.
-    from attnzoo.checkpoint import find_checkpoint, load_tokenizer, open_checkpoint
     from serve import deployment
     from serve.watch import EVERY_S, Watch
 
@@ -152,12 +176,7 @@ def run(options: argparse.Namespace) -> int:
     if ended.is_set():
         deployment.stop(config)
         return 0
-    print(f"serving {config.served_name!r} on {url}", flush=True)
-    path = find_checkpoint(config.checkpoint)
-    chat = load_tokenizer(path).chat_template is not None
-    print(f"  {example(url, config.served_name, chat)}", flush=True)
-    for slow in open_checkpoint(path).config.slow_streaming():
-        print(f"note: {slow}", file=sys.stderr, flush=True)
+    greet(config, url)
     watch = Watch(url, deployment.replica_state, lambda line: print(line, file=sys.stderr, flush=True))
     while not ended.wait(EVERY_S):
         if not watch.look():

@@ -10,6 +10,7 @@ from typing import Any
 from attnzoo.apps import find_config
 from attnzoo.attention.edits.plan import MAX_BYTES
 from attnzoo.checkpoint import PACKAGED, find_checkpoint
+from attnzoo.files import user_path
 from attnzoo.settings import parse_words, parse_yaml, read_mapping
 from attnzoo.types import CheckedConfig, build_config, parse_dtype
 from serve.caches import CacheRules
@@ -124,6 +125,10 @@ class ServeConfig(EngineConfig):
     attention_max_bytes: most bytes that the reads of one request return, of all its choices. attention_total_bytes:
     most bytes of attention maps, those of running requests and those that wait for their download, together.
     attention_ttl_s: seconds for which a map can be downloaded.
+    clinical: the run or export directory of a clinical model, which /v1/predict serves beside the language model; None:
+    none, unless `checkpoint` itself is one. clinical_name: its name in the API; None takes that of its directory.
+    max_patients: most patients of one prediction. max_explained: of one with explanations. max_predictions: predictions
+    that may run or wait. predict_timeout_s: seconds after which a prediction is given up.
     """
 
     host: str = "127.0.0.1"
@@ -145,6 +150,12 @@ class ServeConfig(EngineConfig):
     attention_max_bytes: int = 16 << 20
     attention_total_bytes: int = 256 << 20
     attention_ttl_s: float = 300.0
+    clinical: str | None = None
+    clinical_name: str | None = None
+    max_patients: int = 64
+    max_explained: int = 8
+    max_predictions: int = 16
+    predict_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,13 +173,14 @@ class ServeConfig(EngineConfig):
                 f"attention_total_bytes={self.attention_total_bytes} is less than one request may have, "
                 f"attention_max_bytes={self.attention_max_bytes}; raise the one, or lower the other"
             )
-        for name in ("max_body_bytes", "max_choices", "num_cpus", "max_reading", "attention_max_bytes"):
+        at_least_one = ("max_patients", "max_explained", "max_predictions", "max_reading", "attention_max_bytes")
+        for name in ("max_body_bytes", "max_choices", "num_cpus", *at_least_one):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("drain_timeout_s", "stream_interval_ms"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a number, and not negative")
-        for name in ("header_timeout_s", "body_timeout_s", "write_timeout_s", "attention_ttl_s"):
+        for name in ("header_timeout_s", "body_timeout_s", "write_timeout_s", "attention_ttl_s", "predict_timeout_s"):
             _check_seconds(self, name)
         for host in self.allowed_hosts or ():
             check_host_name(host)
@@ -184,13 +196,16 @@ class ServeConfig(EngineConfig):
     @property
     def served_name(self) -> str:
         """The model's name in the API."""
-        if self.model_name:
-            return self.model_name
-        if self.checkpoint in PACKAGED:
-            return self.checkpoint
-        path = Path(self.checkpoint).resolve()
-        name = path.name.removesuffix(".gguf")
-        return path.parent.name if name == "export" and path.parent.name else name
+        return self.model_name or name_of(self.checkpoint)
+
+
+def name_of(checkpoint: str) -> str:
+    """The name of a model after its checkpoint: its directory, for an export that of its run."""
+    if checkpoint in PACKAGED:
+        return checkpoint
+    path = Path(checkpoint).resolve()
+    name = path.name.removesuffix(".gguf")
+    return path.parent.name if name == "export" and path.parent.name else name
 
 
 def _check_seconds(config: EngineConfig, name: str) -> None:
@@ -201,7 +216,7 @@ def _check_seconds(config: EngineConfig, name: str) -> None:
 SERVE_FIELDS = tuple(field.name for field in fields(ServeConfig))
 
 
-TEXT_FIELDS = ("checkpoint", "model_name", "host", "device", "dtype", "api_key_env")
+TEXT_FIELDS = ("checkpoint", "model_name", "clinical", "clinical_name", "host", "device", "dtype", "api_key_env")
 """Settings that are names and paths; their values are not parsed as YAML."""
 
 
@@ -231,6 +246,16 @@ def absolute(checkpoint: Any) -> Any:
         return checkpoint
     path = find_checkpoint(checkpoint)
     return str(path) if path.exists() or os.sep in checkpoint else checkpoint
+
+
+def absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with `absolute` paths of models. Raises ValueError."""
+    found = dict(values)
+    if "checkpoint" in found:
+        found["checkpoint"] = absolute(found["checkpoint"])
+    if isinstance(found.get("clinical"), str):
+        found["clinical"] = str(user_path(found["clinical"], "clinical").absolute())
+    return found
 
 
 def build_serve_config(values: Mapping[str, Any]) -> ServeConfig:

@@ -8,6 +8,7 @@
 One deployment holds the HTTP application and the engine, so that a token makes one hop, to Ray's HTTP proxy.
 """
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -27,7 +28,8 @@ from starlette.types import ASGIApp
 
 from attnzoo.apps import directory, variables
 from serve.async_engine import AsyncEngine
-from serve.config import ServeConfig, absolute, build_serve_config, parse_value, read_config_file
+from serve.clinical.loading import is_clinical, load_clinic
+from serve.config import ServeConfig, absolute_paths, build_serve_config, parse_value, read_config_file
 from serve.engine import Engine
 from serve.front.hosts import reachable
 from serve.front.limits import VARIABLE
@@ -46,26 +48,28 @@ CONFIG_VARIABLE = "ATTNZOO_SERVE_CONFIG"
 
 @serve.ingress()
 class Server:
-    """One replica: an engine in a thread, and its HTTP application."""
+    """One replica: an engine in a thread, a clinical model, or both, and their HTTP application."""
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
         keep_on_loopback()
-        self._engine = AsyncEngine(Engine(config))
+        self._clinic = load_clinic(config)
+        self._engine = None if is_clinical(config.checkpoint) else AsyncEngine(Engine(config))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Returns the application; Ray calls it after the constructor."""
-        return build_app(self._engine, self._config)
+        return build_app(self._engine, self._config, self._clinic)
 
     def check_health(self) -> None:
         """Raises RuntimeError if the engine has failed; Ray calls it regularly and then replaces the replica."""
-        problem = self._engine.health()
+        problem = None if self._engine is None else self._engine.health()
         if problem is not None:
             raise RuntimeError(problem)
 
     async def drain(self) -> bool:
         """Refuses new requests and waits for running ones; False if some did not finish in time."""
-        return await self._engine.drain(self._config.drain_timeout_s)
+        parts = [part for part in (self._engine, self._clinic) if part is not None]
+        return all(await asyncio.gather(*(part.drain(self._config.drain_timeout_s) for part in parts)))
 
 
 def keep_on_loopback() -> None:
@@ -85,7 +89,7 @@ def keep_on_loopback() -> None:
 def build(config: ServeConfig) -> serve.Application:
     """The Ray Serve application for a configuration. The API key's variable must be set where the replica runs."""
     # The engine limits requests; Ray's limit is higher, so that the engine's answer 429 reaches the client.
-    limit = 4 * (config.max_num_seqs + config.max_queue) + 64
+    limit = 4 * (config.max_num_seqs + config.max_queue + config.max_predictions) + 64
     options: dict[str, Any] = {
         "max_ongoing_requests": limit,
         "graceful_shutdown_timeout_s": config.drain_timeout_s,
@@ -105,9 +109,7 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     for key in RUN_ONLY:
         if key in values:
             raise ValueError(f"{key} is set by Ray's own options under `serve run`; leave it out, or use attnzoo serve")
-    if "checkpoint" in values:
-        values["checkpoint"] = absolute(values["checkpoint"])
-    return build(build_serve_config(values))
+    return build(build_serve_config(absolute_paths(values)))
 
 
 def __getattr__(name: str) -> serve.Application:

@@ -14,7 +14,7 @@ REQUEST_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class ServerMetrics:
-    """The metrics of one engine, in a registry of its own."""
+    """The metrics of one server, in a registry of its own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
@@ -44,6 +44,7 @@ class ServerMetrics:
         self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN_S)
         self._itl = self._histogram("inter_token_latency_seconds", "Between tokens of a request", TOKEN_S)
         self._e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token", REQUEST_S)
+        self._predictions = self._histogram("predict_time_seconds", "Arrival to answer of a prediction", REQUEST_S)
         self._steps = self._counter("steps", "Steps of the engine")
         self._step_tokens = self._counter("step_tokens", "Tokens that went through the model")
 
@@ -88,6 +89,10 @@ class ServerMetrics:
     def answered(self, status: int) -> None:
         """Counts an HTTP answer by its status, also for requests that never reached the engine."""
         self._answers.labels(str(status)).inc()
+
+    def predicted(self, seconds: float) -> None:
+        """Counts a prediction for patients that has ended, refused ones included."""
+        self._predictions.observe(seconds)
 
     def render(self) -> bytes:
         """The metrics as text for Prometheus."""

@@ -121,6 +121,13 @@ def subgroup_intervals(
     return found_by_group
 
 
+def resampled_weights(patients: ArrayLike, resamples: int, seed: int = 0) -> Iterator[Array]:
+    """How often each row was drawn when whole patients are, [some R, N] at a time. Raises ValueError."""
+    members_N, count = _numbered(patients, len(np.asarray(patients)))
+    _checked(count, resamples, LEVEL)
+    return _weights(members_N, count, resamples, seed)
+
+
 def _weights(members_N: Array, count: int, resamples: int, seed: int) -> Iterator[Array]:
     """How often each row was drawn, [some R, N] at a time."""
     random = np.random.default_rng(seed)

@@ -125,16 +125,37 @@ def fit_calibrator(labels: ArrayLike, logits: ArrayLike) -> Calibrator:
     class, and for logits that are not finite.
     """
     labels_N, logits_N = checks.scores(labels, logits)
-    ones_1N = np.ones((1, len(labels_N)))
-    slope = 1.0
+    (found,) = fit_calibrators(labels_N, logits_N, np.ones((1, len(labels_N))))
+    return found
+
+
+def fit_calibrators(labels: ArrayLike, logits: ArrayLike, weights_RN: Array) -> list[Calibrator]:
+    """As `fit_calibrator`, one for each weighting of the rows in which both classes have weight. Raises ValueError as
+    `fit_calibrator`."""
+    labels_N, logits_N = checks.scores(labels, logits)
+    positive_R, all_R = weights_RN @ labels_N, weights_RN.sum(axis=1)
+    weights_RN = weights_RN[(positive_R > 0) & (positive_R < all_R)]
+    slope_R = np.ones(len(weights_RN))
     if np.ptp(logits_N) > 0:
-        slope = fit_slope(labels_N, logits_N, ones_1N)[0]
-        if np.isnan(slope):  # the logits separate the classes
-            slope = np.inf if logits_N[labels_N == 1].mean() > logits_N[labels_N == 0].mean() else -np.inf
+        slope_R = fit_slope(labels_N, logits_N, weights_RN)
+        for row in np.flatnonzero(np.isnan(slope_R)):
+            slope_R[row] = _separated(labels_N, logits_N, weights_RN[row] > 0)
     # The likelihood is concave: where its maximum lies outside, the nearest bound is the best within.
-    slope = float(np.clip(slope, 1.0 / TEMPERATURES[1], 1.0 / TEMPERATURES[0]))
-    intercept = fit_intercept(labels_N, slope * logits_N[None], ones_1N)[0]
-    return Calibrator(temperature=1.0 / slope, intercept=float(intercept))
+    slope_R = np.clip(slope_R, 1.0 / TEMPERATURES[1], 1.0 / TEMPERATURES[0])
+    intercept_R = fit_intercept(labels_N, slope_R[:, None] * logits_N, weights_RN)
+    return [
+        Calibrator(temperature=float(1.0 / slope), intercept=float(intercept))
+        for slope, intercept in zip(slope_R, intercept_R, strict=True)
+    ]
+
+
+def _separated(labels_N: Array, logits_N: Array, drawn_N: Array) -> float:
+    """The slope where none is the best: the logits of the drawn rows are all alike, or separate the classes."""
+    if np.ptp(logits_N[drawn_N]) == 0:
+        return 1.0
+    positive_N = labels_N == 1
+    above = logits_N[drawn_N & positive_N].mean() > logits_N[drawn_N & ~positive_N].mean()
+    return float("inf") if above else float("-inf")
 
 
 def fit_slope(labels_N: Array, x_N: Array, weights_RN: Array) -> Array:

@@ -61,20 +61,25 @@ class DataReport:
         return {"values": self.values, "left_out": self.left_out}
 
 
-def clean(
-    events: Events, variables: list[Variable], unknown_units: Counter[str] | None = None
-) -> tuple[Events, DataReport]:
-    """Drops values outside a variable's possible range, and those that are no finite number; clips the others to its
-    plausible range. unknown_units: how many values of a variable the loader refused for their unit."""
+def judged(variables_E: np.ndarray, values_E: np.ndarray, variables: list[Variable]) -> tuple[np.ndarray, np.ndarray]:
+    """(whether each value is possible, the value clipped to its variable's plausible range)."""
     low_V, high_V, least_V, most_V = (
         np.array([pair[end] for pair in pairs], np.float32)
         for pairs in ([v.plausible for v in variables], [v.possible for v in variables])
         for end in (0, 1)
     )
-    code_E, value_E = events.variables_E, events.values_E
-    is_possible_E = (value_E >= least_V[code_E]) & (value_E <= most_V[code_E])  # false for NaN
-    kept = events.where(is_possible_E)
-    clipped_E = np.clip(kept.values_E, low_V[kept.variables_E], high_V[kept.variables_E])
+    is_possible_E = (values_E >= least_V[variables_E]) & (values_E <= most_V[variables_E])  # false for NaN
+    return is_possible_E, np.clip(values_E, low_V[variables_E], high_V[variables_E])
+
+
+def clean(
+    events: Events, variables: list[Variable], unknown_units: Counter[str] | None = None
+) -> tuple[Events, DataReport]:
+    """Drops values outside a variable's possible range, and those that are no finite number; clips the others to its
+    plausible range. unknown_units: how many values of a variable the loader refused for their unit."""
+    is_possible_E, value_E = judged(events.variables_E, events.values_E, variables)
+    kept, clipped_E = events.where(is_possible_E), value_E[is_possible_E]
+    code_E = events.variables_E
 
     def counted(codes: np.ndarray) -> list[int]:
         return [int(count) for count in np.bincount(codes, minlength=len(variables))]

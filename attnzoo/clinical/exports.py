@@ -69,7 +69,7 @@ def damage(path: Path) -> Iterator[None]:
     """What goes wrong while a model is built from its files is a ValueError that says that they are damaged."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{path} is damaged ({reason}); export the model again") from None
 

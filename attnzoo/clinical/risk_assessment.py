@@ -21,8 +21,8 @@ class Risk:
     """The cut-off: what was known later was not used. With its offset from UTC."""
     outcome: str
     """In words: death in hospital."""
-    probability: float
-    """From 0 to 1."""
+    probability: float | None
+    """From 0 to 1; None where there is not enough data for a number, and `rationale` says why."""
     method: str
     """The model and its version."""
     basis: tuple[str, ...] = ()
@@ -35,7 +35,10 @@ class Risk:
         for name in ("subject", "outcome", "method"):
             if not getattr(self, name):
                 raise ValueError(f"a RiskAssessment takes a {name}; got {getattr(self, name)!r}")
-        if not (math.isfinite(self.probability) and 0 <= self.probability <= 1):
+        if self.probability is None:
+            if not self.rationale:
+                raise ValueError("a RiskAssessment without a probability takes a rationale that says why")
+        elif not (math.isfinite(self.probability) and 0 <= self.probability <= 1):
             raise ValueError(f"probability={self.probability!r} is no probability; give a number from 0 to 1")
         if self.occurrence.tzinfo is None:
             raise ValueError(f"occurrence={self.occurrence} has no offset from UTC; give it with its time zone")
@@ -43,10 +46,9 @@ class Risk:
 
 def risk_assessment(risk: Risk) -> dict[str, Any]:
     """The resource, as plain JSON. Parts that are empty are left out, for FHIR has no empty elements."""
-    prediction: dict[str, Any] = {
-        "outcome": {"text": risk.outcome},
-        "probabilityDecimal": round(risk.probability * PERCENT, DIGITS),
-    }
+    prediction: dict[str, Any] = {"outcome": {"text": risk.outcome}}
+    if risk.probability is not None:
+        prediction["probabilityDecimal"] = round(risk.probability * PERCENT, DIGITS)
     if risk.rationale:
         prediction["rationale"] = risk.rationale
     resource: dict[str, Any] = {
@@ -69,11 +71,12 @@ def read_risk_assessment(resource: dict[str, Any]) -> Risk:
         raise ValueError("resourceType is not 'RiskAssessment'; give a RiskAssessment of FHIR R4")
     try:
         (prediction,) = resource["prediction"]
+        percent = prediction.get("probabilityDecimal")
         return Risk(
             subject=resource["subject"]["reference"],
             occurrence=datetime.fromisoformat(resource["occurrenceDateTime"]),
             outcome=prediction["outcome"]["text"],
-            probability=round(prediction["probabilityDecimal"] / PERCENT, DIGITS + 2),
+            probability=None if percent is None else round(percent / PERCENT, DIGITS + 2),
             method=resource["method"]["text"],
             basis=tuple(item["reference"] for item in resource.get("basis", ())),
             rationale=prediction.get("rationale", ""),

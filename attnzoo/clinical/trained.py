@@ -15,13 +15,15 @@ import torch
 from attnzoo.clinical import exports
 from attnzoo.clinical.calibration import Calibrator
 from attnzoo.clinical.cohort import Cohort
+from attnzoo.clinical.evidence import Evidence
 from attnzoo.clinical.outcome import Outcome
 from attnzoo.clinical.statistics import Statistics
+from attnzoo.files import read_object
 from attnzoo.models import EhrConfig, EhrEncoder
 
 FORMAT = "attnzoo-ehr-1"
 STATISTICS = "statistics.json"
-KEYS = ("format", "model", "outcome", "data", "split", "metadata", "calibration")
+KEYS = ("format", "model", "outcome", "data", "split", "metadata", "calibration", "evidence")
 """Keys of config.json."""
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -39,6 +41,7 @@ class TrainedModel:
 
     data: format and options of the cohort that it learned from. split: which rows of it, with a digest of the stays of
     each part. metadata: of the run. calibrator: fitted on the inner validation rows; of a yes or no alone.
+    evidence: what is known about the predictions; None in exports of before it was measured.
     """
 
     model: EhrEncoder
@@ -48,6 +51,7 @@ class TrainedModel:
     split: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     calibrator: Calibrator | None = None
+    evidence: Evidence | None = None
 
     def __post_init__(self) -> None:
         if self.calibrator is not None and self.outcome.edges:
@@ -94,8 +98,17 @@ def save_trained(directory: Path, trained: TrainedModel) -> Path:
         "split": trained.split,
         "metadata": trained.metadata,
         "calibration": None if trained.calibrator is None else trained.calibrator.to_dict(),
+        "evidence": None if trained.evidence is None else trained.evidence.to_dict(),
     }
     return exports.write(directory, content, trained.model, {STATISTICS: trained.statistics.to_dict()})
+
+
+def holds_trained(directory: Path | str) -> bool:
+    """Whether a directory holds what `save_trained` wrote, damaged or not; errors are `load_trained`'s to tell."""
+    try:
+        return read_object(exports.find(directory) / exports.CONFIG).get("format") == FORMAT
+    except (OSError, ValueError):
+        return False
 
 
 def load_trained(directory: Path | str) -> TrainedModel:
@@ -111,5 +124,7 @@ def load_trained(directory: Path | str) -> TrainedModel:
         exports.load_weights(path, model)
         calibration = content.get("calibration")
         calibrator = None if calibration is None else Calibrator.from_dict(calibration)
+        known = content.get("evidence")
+        evidence = None if known is None else Evidence.from_dict(known)
     parts = {name: dict(content.get(name, {})) for name in ("data", "split", "metadata")}
-    return TrainedModel(model, fitted, outcome, **parts, calibrator=calibrator)
+    return TrainedModel(model, fitted, outcome, **parts, calibrator=calibrator, evidence=evidence)

@@ -97,6 +97,18 @@ def scale_of(variable: Variable, unit: str) -> Scale | None:
     return None
 
 
+def spellings(variable: Variable) -> list[str]:
+    """The units that are known for a variable, as `scale_of` compares them; the empty one is left out."""
+    known = {**FAMILIES[variable.unit], **SUBSTANCES.get(variable.quantity, {})}
+    return sorted(unit for unit in known if unit)
+
+
+def unknown_unit(variable: Variable, unit: str) -> str:
+    """The error message for a unit that is not known for a variable."""
+    known = ", ".join(spellings(variable))
+    return f"{variable.name!r} has the unit {unit!r}, which is not known for it; give {variable.unit} or one of {known}"
+
+
 def convert(variable: Variable, values: np.ndarray | float, unit: str) -> np.ndarray:
     """Values in the variable's unit.
 
@@ -105,11 +117,7 @@ def convert(variable: Variable, values: np.ndarray | float, unit: str) -> np.nda
     """
     scale = scale_of(variable, unit)
     if scale is None:
-        known = {**FAMILIES[variable.unit], **SUBSTANCES.get(variable.quantity, {})}
-        raise ValueError(
-            f"{variable.name!r} has the unit {unit!r}, which is not known for it; give {variable.unit} or one of "
-            f"{', '.join(sorted(filter(None, known)))}"
-        )
+        raise ValueError(unknown_unit(variable, unit))
     given = np.asarray(values, np.float64)
     if variable.quantity == "fio2":
         return np.where(given <= 1, given * 100, given)

@@ -34,8 +34,13 @@ class GenerationWork:
 def check_model(name: str, config: ServeConfig) -> None:
     """Raises ApiError 404 if `name` is not the served model."""
     if name != config.served_name:
-        message = f"the model {short_name(name)!r} does not exist; this server has {config.served_name!r}"
-        raise ApiError(404, message, param="model", code="model_not_found")
+        raise no_model(name, config.served_name)
+
+
+def no_model(name: str, *known: str) -> ApiError:
+    """The error for a model that is not among those of the server, or not of the kind that a path takes."""
+    message = f"the model {short_name(name)!r} does not exist; this server has {', '.join(map(repr, known))}"
+    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def check_choices(prompts: int, copies: int, config: ServeConfig) -> None:

@@ -1,8 +1,8 @@
 """Pydantic models of the server's answers: the source of the OpenAPI schemas. Tests check real answers with them."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 Reason = Literal["stop", "length", "abort"]
 
@@ -225,21 +225,15 @@ class AttentionCard(Reply):
 
 
 class ModelCard(Reply):
-    """The served model. max_model_len: most tokens of prompt and answer together."""
+    """The served language model. max_model_len: most tokens of prompt and answer together."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    kind: Literal["language"]
     max_model_len: int
     attention: AttentionCard
-
-
-class ModelList(Reply):
-    """The list of models; it has one."""
-
-    object: Literal["list"]
-    data: Annotated[list[ModelCard], Field(min_length=1)]
 
 
 class Health(Reply):
@@ -253,7 +247,6 @@ REPLIES: tuple[type[BaseModel], ...] = (
     Completion,
     ChatCompletion,
     ChatCompletionChunk,
-    ModelList,
     ModelCard,
     Health,
 )

@@ -1,9 +1,13 @@
 """The OpenAPI document: every path with its requests and answers, errors included."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
 
 from attnzoo.attention.edits import Edit, Read
 from attnzoo.attention.edits.wire import KINDS
+from serve.clinical import replies
+from serve.clinical.protocol import BundleOptions, PredictRequest
 from serve.openai import answers
 from serve.openai.attention import MAX_ITEMS
 from serve.openai.neutral import Values
@@ -19,7 +23,7 @@ REFUSALS = {
     405: "The path is known and the method is not allowed",
     408: "The request did not arrive in time",
     413: "The body is too large",
-    415: "The body is not application/json, or in a coding of its own",
+    415: "The body is neither application/json nor, for /v1/predict, application/fhir+json, or in a coding of its own",
     429: "The server is at its limit; try again after `Retry-After` seconds",
     431: "The headers are too large",
     500: "The server failed; it was not the request's fault",
@@ -31,28 +35,71 @@ NEEDS = {"stream_options": "stream", "top_logprobs": "logprobs"}
 DONE = "Server-sent events: `data: ` and the JSON of one {name} each, then `data: [DONE]`; after a failure an ErrorBody"
 
 
-def document(title: str) -> dict[str, Any]:
-    """The OpenAPI document as a dictionary."""
-    listed = _get("The models", "ModelList"), _get("One model", "ModelCard", "model_id")
+class ModelList(answers.Reply):
+    """The models of the server: a language model, a clinical one, or both."""
+
+    object: Literal["list"]
+    data: Annotated[list[answers.ModelCard | replies.ClinicalCard], Field(min_length=1)]
+
+
+def document(title: str, *, language: bool = True, clinical: bool = False) -> dict[str, Any]:
+    """The OpenAPI document as a dictionary, of a server with these kinds of models."""
+    card = {"anyOf": [_ref("ModelCard"), _ref("ClinicalCard")]}
+    found: dict[str, Any] = answers.schemas((*answers.REPLIES, ModelList))
+    paths: dict[str, Any] = {}
+    if language:
+        found |= {**_requests(CompletionRequest), **_requests(ChatRequest)}
+        paths |= _language()
+    if clinical:
+        found |= {**answers.schemas((*replies.REPLIES, PredictRequest, Resource))}
+        paths |= {"/v1/predict": {"post": _predict()}}
     return {
         "openapi": VERSION,
         "info": {"title": title, "version": "1"},
         "paths": {
-            "/v1/completions": {"post": _generate("completions", CompletionRequest, "Completion", "Completion")},
-            "/v1/chat/completions": {
-                "post": _generate("chat_completions", ChatRequest, "ChatCompletion", "ChatCompletionChunk")
-            },
-            "/v1/attention/{map_id}": {"get": {"operationId": "attention_map", **_file("An attention map", "map_id")}},
-            "/v1/models": {"get": {"operationId": "models", **listed[0]}},
-            "/v1/models/{model_id}": {"get": {"operationId": "model", **listed[1]}},
-            "/health": {"get": {"operationId": "health", **_get("Whether the server is well", "Health")}},
+            **paths,
+            "/v1/models": {"get": {"operationId": "models", **_get("The models", _ref("ModelList"))}},
+            "/v1/models/{model_id}": {"get": {"operationId": "model", **_get("One model", card, "model_id")}},
+            "/health": {"get": {"operationId": "health", **_get("Whether the server is well", _ref("Health"))}},
             "/metrics": {"get": {"operationId": "metrics", **_text("Metrics in the format of Prometheus")}},
         },
-        "components": {
-            "schemas": {**answers.schemas(answers.REPLIES), **_requests(CompletionRequest), **_requests(ChatRequest)},
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
+        "components": {"schemas": found, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"key": []}],
+    }
+
+
+def _language() -> dict[str, Any]:
+    """The paths of a language model."""
+    return {
+        "/v1/completions": {"post": _generate("completions", CompletionRequest, "Completion", "Completion")},
+        "/v1/chat/completions": {
+            "post": _generate("chat_completions", ChatRequest, "ChatCompletion", "ChatCompletionChunk")
+        },
+        "/v1/attention/{map_id}": {"get": {"operationId": "attention_map", **_file("An attention map", "map_id")}},
+    }
+
+
+class Resource(BaseModel):
+    """A resource of FHIR R4."""
+
+    resourceType: str
+
+
+def _predict() -> dict[str, Any]:
+    """The path of a clinical model."""
+    resource = {"application/fhir+json": {"schema": _ref("Resource")}}
+    events = {"type": "string", "description": DONE.format(name="HourEvent"), "x-event": _ref("HourEvent")}
+    content = {**_json("PredictionList"), "text/event-stream": {"schema": events}, **resource}
+    query = [
+        {"name": name, "in": "query", "required": False, "schema": schema}
+        for name, schema in BundleOptions.model_json_schema()["properties"].items()
+    ]
+    return {
+        "operationId": "predict",
+        "summary": "Risks of patients, at once or after each hour; a FHIR bundle takes its options from the query",
+        "parameters": query,
+        "requestBody": {"required": True, "content": {**_json("PredictRequest"), **resource}},
+        "responses": {"200": {"description": "The risks", "content": content}, **_refusals()},
     }
 
 
@@ -70,10 +117,11 @@ def _generate(name: str, request: type[GenerationRequest], whole: str, chunk: st
     }
 
 
-def _get(summary: str, name: str, parameter: str | None = None) -> dict[str, Any]:
+def _get(summary: str, schema: dict[str, Any], parameter: str | None = None) -> dict[str, Any]:
+    content = {"application/json": {"schema": schema}}
     found: dict[str, Any] = {
         "summary": summary,
-        "responses": {"200": {"description": summary, "content": _json(name)}, **_refusals()},
+        "responses": {"200": {"description": summary, "content": content}, **_refusals()},
     }
     if parameter is not None:
         place = {"name": parameter, "in": "path", "required": True, "schema": {"type": "string"}}

@@ -189,16 +189,16 @@ def _explain(request: type[GenerationRequest], error: ValidationError) -> ApiErr
     }
     if name in expected:
         return ApiError(400, f"{name} must be {expected[name]}", param=name)
-    shown = "" if where[0] in ("messages", "prompt") else f"={_shown(first['input'])}"  # texts are not quoted
-    return ApiError(400, f"{name}{shown} {_must(first['msg'])}", param=name)
+    value = "" if where[0] in ("messages", "prompt") else f"={shown(first['input'])}"  # texts are not quoted
+    return ApiError(400, f"{name}{value} {must(first['msg'])}", param=name)
 
 
-def _must(message: str) -> str:
+def must(message: str) -> str:
     """What pydantic says of a value, in the words of the other errors."""
     return re.sub(r"^(Input|\w+) should ", "must ", message) if " should " in message else f"is wrong: {message}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as JSON, shortened."""
     text = json.dumps(value, default=str)
     return text if len(text) <= MAX_NAME else f"{text[:MAX_NAME]}..."

@@ -1,5 +1,6 @@
-"""The HTTP application, for Ray Serve or plain uvicorn."""
+"""The HTTP application, for Ray Serve or plain uvicorn: of a language model, a clinical model, or both."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,11 +11,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from serve.async_engine import AsyncEngine
+from serve.clinical.answer import card as clinical_card
+from serve.clinical.clinic import Clinic
+from serve.clinical.routes import add_predictions
 from serve.config import ServeConfig
 from serve.front.guard import Counted, error_response, guard
 from serve.maps import MapStore
-from serve.metrics import CONTENT_TYPE
-from serve.openai.answer import check_model
+from serve.metrics import CONTENT_TYPE, ServerMetrics
+from serve.openai.answer import no_model
 from serve.openai.attention import Desk
 from serve.openai.chat import ChatAnswer, prepare_chat
 from serve.openai.completions import CompletionAnswer, prepare
@@ -33,24 +37,36 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
     return Response(dump(value), status, headers, media_type="application/json")
 
 
-def build_app(engine: AsyncEngine, config: ServeConfig) -> FastAPI:
-    """The application for a running engine. Its shutdown drains and stops the engine."""
+def build_app(engine: AsyncEngine | None, config: ServeConfig, clinic: Clinic | None = None) -> FastAPI:
+    """The application for a running engine, for a clinical model, or for both. Its shutdown drains and stops them."""
+    parts = [part for part in (engine, clinic) if part is not None]
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await engine.drain(config.drain_timeout_s)
-        engine.stop()
+        await asyncio.gather(*(part.drain(config.drain_timeout_s) for part in parts))
+        for part in parts:
+            part.stop()
 
-    counted = Middleware(Counted, answered=engine.engine.metrics.answered)
-    middleware = [counted, *guard(config.front_limits)]
+    metrics = ServerMetrics() if engine is None else engine.engine.metrics
+    middleware = [Middleware(Counted, answered=metrics.answered), *guard(config.front_limits)]
     app = FastAPI(title="attnzoo", lifespan=lifespan, docs_url=None, redoc_url=None, middleware=middleware)
     _add_error_handlers(app)
-    app.openapi = lambda: document("attnzoo")  # type: ignore[method-assign]
-    desk = Desk.of(engine, config)
-    _add_information(app, engine, config, desk)
-    _add_generation(app, engine, config, desk)
-    _add_maps(app, desk.maps)
+    described = document("attnzoo", language=engine is not None, clinical=clinic is not None)
+    app.openapi = lambda: described  # type: ignore[method-assign]
+    cards, maps = [], None
+    if engine is not None:
+        desk = Desk.of(engine, config)
+        maps = desk.maps
+        cards.append(_card(engine, config, desk))
+        _add_generation(app, engine, config, desk)
+        _add_maps(app, desk.maps)
+    if clinic is not None:
+        clinic.metrics, app.state.clinic = metrics, clinic
+        cards.append(clinical_card(clinic.predictor, int(time.time())))
+        add_predictions(app, clinic)
+    _add_information(app, engine, clinic, {card["id"]: card for card in cards})
+    _add_metrics(app, engine, metrics, maps)
     return app
 
 
@@ -106,34 +122,46 @@ def _add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, broken)
 
 
-def _add_information(app: FastAPI, engine: AsyncEngine, config: ServeConfig, desk: Desk) -> None:
-    card: dict[str, Any] = {
+def _card(engine: AsyncEngine, config: ServeConfig, desk: Desk) -> dict[str, Any]:
+    """The language model in the list of models."""
+    return {
         "id": config.served_name,
         "object": "model",
         "created": int(time.time()),
         "owned_by": "attnzoo",
+        "kind": "language",
+        "max_model_len": engine.engine.max_model_len,
+        "attention": desk.card(),
     }
-    card["max_model_len"] = engine.engine.max_model_len
-    card["attention"] = desk.card()
 
+
+def _add_information(
+    app: FastAPI, engine: AsyncEngine | None, clinic: Clinic | None, cards: dict[str, dict[str, Any]]
+) -> None:
     @app.api_route("/health", methods=READ)
     async def health() -> Response:
-        problem = engine.health() or ("draining" if engine.draining else None)
-        if problem is not None:
-            raise ApiError(503, problem, code="unhealthy")
+        problem = None if engine is None else engine.health()
+        draining = any(part is not None and part.draining for part in (engine, clinic))
+        if problem is not None or draining:
+            raise ApiError(503, problem or "draining", code="unhealthy")
         return json_response({"status": "ok"})
-
-    @app.api_route("/metrics", methods=READ)
-    async def metrics() -> Response:
-        desk.maps.sweep()
-        engine.engine.metrics.maps(desk.maps.nbytes)
-        return Response(engine.engine.render_metrics(), media_type=CONTENT_TYPE)
 
     @app.api_route("/v1/models", methods=READ)
     async def models() -> Response:
-        return json_response({"object": "list", "data": [card]})
+        return json_response({"object": "list", "data": list(cards.values())})
 
     @app.api_route("/v1/models/{model_id:path}", methods=READ)
     async def model(model_id: str) -> Response:
-        check_model(model_id, config)
-        return json_response(card)
+        if model_id not in cards:
+            raise no_model(model_id, *cards)
+        return json_response(cards[model_id])
+
+
+def _add_metrics(app: FastAPI, engine: AsyncEngine | None, metrics: ServerMetrics, maps: MapStore | None) -> None:
+    @app.api_route("/metrics", methods=READ)
+    async def numbers() -> Response:
+        if maps is not None:
+            maps.sweep()
+            metrics.maps(maps.nbytes)
+        content = metrics.render() if engine is None else engine.engine.render_metrics()
+        return Response(content, media_type=CONTENT_TYPE)

@@ -55,7 +55,7 @@ def test_round_trip():
     for changes, told in [
         ({"resourceType": "Patient"}, "resourceType is not 'RiskAssessment'"),
         ({"prediction": []}, "cannot be read"),
-        ({"prediction": [{"outcome": {"text": "death"}}]}, "has no 'probabilityDecimal'"),
+        ({"prediction": [{"outcome": {"text": "death"}}]}, "without a probability takes a rationale"),
         ({"method": "m"}, "cannot be read"),
     ]:
         with pytest.raises(ValueError, match=told):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attnzoo.clinical import trained
 from attnzoo.clinical.calibration import Calibrator, fit_calibrator
+from attnzoo.clinical.evidence import Evidence, measure
 from attnzoo.clinical.outcome import Outcome
 from attnzoo.clinical.statistics import Statistics
 from attnzoo.errors import suggest
@@ -33,17 +34,21 @@ DERIVED = ("variables", "statics", "outputs", "hourly", "head")
 
 @dataclass(frozen=True, kw_only=True)
 class ClinicalOptions(CohortOptions):
-    """label: of the cohort, what is predicted. edges, head, hourly: as in `attnzoo.clinical.outcome.Outcome`. The
-    others as in `train.tasks.cohort.CohortOptions`.
+    """label: of the cohort, what is predicted. edges, head, hourly: as in `attnzoo.clinical.outcome.Outcome`.
+    explained: inner validation stays on which the export's explanations are judged; 0: none. The others as in
+    `train.tasks.cohort.CohortOptions`.
     """
 
     label: str = "mortality"
     edges: tuple[float, ...] = ()
     head: Literal["linear", "ordinal"] = "ordinal"
     hourly: bool = False
+    explained: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.explained < 0:
+            raise ValueError(f"task.explained={self.explained} must be at least 0")
         self.outcome()
 
     def outcome(self) -> Outcome:
@@ -196,7 +201,14 @@ class ClinicalTask(CohortTask):
         """As `attnzoo.clinical.trained.load_trained` reads it."""
         data, split = self._data_and_split()
         whole = trained.TrainedModel(
-            cast(EhrEncoder, model), self.statistics, self.outcome, data, split, metadata, self.calibrator(model)
+            cast(EhrEncoder, model),
+            self.statistics,
+            self.outcome,
+            data,
+            split,
+            metadata,
+            self.calibrator(model),
+            self.evidence(model),
         )
         trained.save_trained(directory, whole)
 
@@ -209,6 +221,11 @@ class ClinicalTask(CohortTask):
         parts = zip(*(tensor.split(size) for tensor in self._validation), strict=True)
         logits, known = torch.cat([self.measure(model, part) for part in parts]), ~torch.isnan(labels)
         return fit_calibrator(labels[known].numpy(), logits[known][:, 0].numpy())
+
+    def evidence(self, model: nn.Module) -> Evidence | None:
+        """What is known about the model's predictions."""
+        training = self.labels[self.fold.train]
+        return measure(cast(EhrEncoder, model), self.outcome, training, self._validation, self.options.explained)
 
 
 def _check_model(values: Mapping[str, Any]) -> None:

@@ -57,6 +57,9 @@ class ClinicalPretraining(ClinicalTask):
     def calibrator(self, model: nn.Module) -> None:
         """None: the head tells nothing yet."""
 
+    def evidence(self, model: nn.Module) -> None:
+        """None, for the same reason."""
+
     def save(self, directory: Path, model: nn.Module, metadata: dict[str, Any]) -> None:
         """The encoder alone, in the form of `ClinicalTask`; its head has not learned anything."""
         super().save(directory, cast(EhrPretraining, model).encoder, metadata)

@@ -84,6 +84,8 @@ class FhirCohort:
 
     cohort: Cohort
     measurements: tuple[Measurement, ...]
+    stays: tuple[Stay, ...]
+    """The encounters, in the order of the cohort's rows."""
 
     def basis(self, stay_id: str) -> tuple[str, ...]:
         """References of the observations that a stay's cells and statics hold, in the order of time."""
@@ -143,7 +145,7 @@ def read(documents: Iterable[Document], options: FhirOptions, name: str = "fhir"
     cohort = cohort_of(facts, _events(measurements, table), table, options.hours)
     compared = Counter(m.name for m in measurements if m.comparator)
     values = {name: {**row, "with a comparator": compared[name]} for name, row in cohort.report.values.items()}
-    return FhirCohort(replace(cohort, report=replace(cohort.report, values=values)), measurements)
+    return FhirCohort(replace(cohort, report=replace(cohort.report, values=values)), measurements, tuple(stays))
 
 
 def _codes(table: Table, options: FhirOptions) -> dict[str, str]:

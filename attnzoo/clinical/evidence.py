@@ -1,0 +1,133 @@
+"""What is known about a trained model's predictions and told beside each of them: how frequent the outcome is, how well
+its calibration is known, and whether explanations point at what the model uses.
+
+Everything is measured on rows of the run's own fold: frequencies on training rows, the rest on the inner validation
+rows. These also selected the weights, so the calibration is known a little less well than the bootstrap says.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from attnzoo.clinical.bootstrap import resampled_weights
+from attnzoo.clinical.calibration import Calibrator, fit_calibrators
+from attnzoo.clinical.explain import CellMap, Logit, StayCells, attention, integrated_gradients
+from attnzoo.clinical.faithfulness import faithfulness
+from attnzoo.clinical.outcome import Outcome
+from attnzoo.models import EhrEncoder
+
+DRAWS = 200
+"""Bootstrap samples of the stays on which a model is calibrated."""
+ATTENTION, GRADIENTS = "attention", "integrated gradients"
+"""Names of the maps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapVerdict:
+    """Whether a map of cells beats random ones, and a sentence about it; None: it could not be measured."""
+
+    beats_random: bool | None
+    words: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """stays: in the training part. shares: of its labels that are 1, or that lie in each bucket. calibration_stays: on
+    which the model is calibrated; calibrators: fitted again to bootstrap samples of them, none for buckets. maps: what
+    is known about explanations, by the map's name."""
+
+    stays: int
+    shares: tuple[float, ...]
+    calibration_stays: int
+    calibrators: tuple[Calibrator, ...] = ()
+    maps: Mapping[str, MapVerdict]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A mapping that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Evidence":
+        """What `to_dict` wrote. Raises ValueError, KeyError or TypeError for other content."""
+        if set(content) != {one.name for one in fields(cls)}:
+            raise ValueError(f"evidence has the keys {', '.join(map(str, content)) or 'none'}")
+        return cls(
+            stays=int(content["stays"]),
+            shares=tuple(float(share) for share in content["shares"]),
+            calibration_stays=int(content["calibration_stays"]),
+            calibrators=tuple(Calibrator.from_dict(one) for one in content["calibrators"]),
+            maps={name: MapVerdict(**one) for name, one in content["maps"].items()},
+        )
+
+    def interval(self, logits: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray] | None:
+        """(low, high) of the calibrated probabilities of logits; None where nothing was drawn. It tells how well the
+        calibration is known, not how models of other training runs would differ."""
+        if not self.calibrators:
+            return None
+        drawn = np.stack([one.probabilities(logits) for one in self.calibrators])
+        low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        return low, high
+
+
+def shares(outcome: Outcome, labels: np.ndarray) -> tuple[float, ...]:
+    """The share of known labels that are 1, or that lie in each bucket."""
+    known = labels[~np.isnan(labels)]
+    if not outcome.edges:
+        return (float(known.mean(dtype=np.float64)),)
+    buckets = np.searchsorted(outcome.edges, known, side="right")
+    return tuple(float(share) for share in np.bincount(buckets, minlength=len(outcome.edges) + 1) / len(known))
+
+
+def bootstrap_calibrators(
+    labels: np.ndarray, logits: np.ndarray, *, draws: int = DRAWS, seed: int = 0
+) -> tuple[Calibrator, ...]:
+    """Calibrators of bootstrap samples of the stays. labels, logits: [N], or [N, T] with NaN in hours that have no
+    label; hours of one stay are drawn together. Samples that hold one class only are left out."""
+    rows = np.broadcast_to(np.arange(len(labels)).reshape(-1, *[1] * (labels.ndim - 1)), labels.shape)
+    known = ~np.isnan(labels)
+    weights = np.concatenate(list(resampled_weights(rows[known], draws, seed)))
+    return tuple(fit_calibrators(labels[known], logits[known], weights))
+
+
+def measure(
+    model: EhrEncoder, outcome: Outcome, training_labels: np.ndarray, validation: tuple[torch.Tensor, ...], stays: int
+) -> Evidence:
+    """The evidence for a model in evaluation mode. validation: cells, statics, hours and labels of the inner validation
+    rows; stays: of them on which explanations are measured, 0 for none."""
+    cells_NTVC, statics_NS, hours_N, labels = validation
+    calibrators: tuple[Calibrator, ...] = ()
+    if not outcome.edges:
+        with torch.no_grad():
+            logits = torch.cat([model(*part) for part in zip(*(x.split(256) for x in validation[:3]), strict=True)])
+        calibrators = bootstrap_calibrators(labels.double().numpy(), logits[..., 0].double().numpy())
+    seen = StayCells(cells_NTVC[:stays], statics_NS[:stays], hours_N[:stays])
+    return Evidence(
+        stays=len(training_labels),
+        shares=shares(outcome, training_labels),
+        calibration_stays=len(labels),
+        calibrators=calibrators,
+        maps=judge_maps(model, outcome, seen) if len(seen) > 1 else {},
+    )
+
+
+def judge_maps(model: EhrEncoder, outcome: Outcome, stays: StayCells) -> dict[str, MapVerdict]:
+    """Whether each map points at what the model uses, on these stays."""
+    logit = Logit(model, output=outcome.outputs // 2)
+    maps: list[CellMap] = []
+    found: dict[str, MapVerdict] = {}
+    for name, explain in {GRADIENTS: integrated_gradients, ATTENTION: _attention}.items():
+        try:
+            maps.append(explain(logit, stays))
+        except ValueError as error:
+            found[name] = MapVerdict(beats_random=None, words=f"{name} could not be measured: {error}")
+    for name, one in faithfulness(logit, stays, maps).items():
+        found[name] = MapVerdict(beats_random=one.beats_random, words=f"On {len(stays)} stays {one.words}")
+    return {name: found[name] for name in (GRADIENTS, ATTENTION)}
+
+
+def _attention(logit: Logit, stays: StayCells) -> CellMap:
+    assert isinstance(logit.model, EhrEncoder)
+    return attention(logit.model, stays)

@@ -1,0 +1,136 @@
+"""The request of POST /v1/predict: typed, with units in the names of fields or beside the value, in UCUM."""
+
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+
+from serve.openai.errors import ApiError, short_name
+from serve.openai.json_body import read_object
+from serve.openai.protocol import Label, Strict, must, shown
+
+Hour = Annotated[float, Field(ge=-1e6, le=1e6)]
+Explain = Literal["none", "attention", "gradients"]
+MAX_QUERY = 16
+"""Most parameters of a query."""
+Body = TypeVar("Body", bound=BaseModel)
+
+
+class MeasurementEntry(Strict):
+    """One measured value. hour: since admission; time: with its offset from UTC, needs the patient's `admitted`; one of
+    the two says when the value was known. unit: in UCUM; "1" for a number without a unit."""
+
+    variable: Label
+    hour: Hour | None = None
+    time: Label | None = None
+    value: Annotated[float, Field(ge=-1e9, le=1e9)]
+    unit: Label
+
+
+class PatientEntry(Strict):
+    """One patient. Facts that are null or left out are unknown. cutoff_hour: what was known from then on is not used,
+    and the stay lasts until then; None: that of the request, else the hour after the last measurement. admitted: the
+    time of hour 0, with its offset from UTC."""
+
+    id: Annotated[Label, Field(min_length=1)]
+    age_years: Annotated[float, Field(ge=0, le=200)] | None = None
+    height_cm: Annotated[float, Field(ge=0, le=1000)] | None = None
+    weight_kg: Annotated[float, Field(ge=0, le=2000)] | None = None
+    sex: Literal["female", "male", "unknown"] | None = None
+    icu_type: Literal["coronary care", "cardiac surgery recovery", "medical", "surgical"] | None = None
+    admitted: Label | None = None
+    cutoff_hour: int | None = None
+    measurements: Annotated[list[MeasurementEntry], Field(fail_fast=True)]
+
+
+class PredictOptions(Strict):
+    """What both forms of the request say. model: None: the only clinical model. explain: what the prediction looked at.
+    hourly: also the risk after each hour. stream: send it hour by hour, for one patient."""
+
+    model: str | None = None
+    explain: Explain = "none"
+    hourly: bool = False
+    cutoff_hour: int | None = None
+    stream: bool = False
+
+
+class PredictRequest(PredictOptions):
+    """Body of POST /v1/predict."""
+
+    model: str
+    patients: Annotated[list[PatientEntry], Field(fail_fast=True, min_length=1)]
+
+
+class BundleOptions(PredictOptions):
+    """Query of POST /v1/predict where the body is a FHIR bundle. at: the time of the prediction, with its offset from
+    UTC; tz: the time zone of times without an offset."""
+
+    at: Label | None = None
+    tz: Label | None = None
+
+
+def parse_predict(body: bytes) -> PredictRequest:
+    """Parses a body. Raises ApiError 400 that names the first field that is wrong or unknown."""
+    values = read_object(body, "model and patients")
+    if "resourceType" in values:
+        what = "the body is a FHIR resource; send it as content-type: application/fhir+json, options in the query"
+        raise ApiError(400, what, param="resourceType")
+    return _validated(PredictRequest, values)
+
+
+def parse_bundle_options(query: list[tuple[str, str]]) -> BundleOptions:
+    """Parses the query of a request with a bundle. Raises ApiError 400 that names the parameter."""
+    if len(query) > MAX_QUERY:
+        raise ApiError(400, f"the query has {len(query)} parameters; at most {MAX_QUERY} are read")
+    values: dict[str, Any] = {}
+    for name, text in query:
+        if name in values:
+            raise ApiError(400, f"{short_name(name)} is given twice in the query; give it once", param=short_name(name))
+        values[name] = _value(name, text)
+    return _validated(BundleOptions, values)
+
+
+def _value(name: str, text: str) -> Any:
+    """A parameter's value; texts that are no value of their type stay texts, and are refused as such."""
+    if name in ("hourly", "stream"):
+        return {"true": True, "false": False}.get(text, text)
+    if name == "cutoff_hour" and text.isascii() and text.isdigit() and len(text) < 10:
+        return int(text)
+    return text.replace(" ", "+") if name == "at" else text  # a plus sign means a space in a query
+
+
+def _validated(kind: type[Body], values: dict[str, Any]) -> Body:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise _explain(kind, error) from None
+
+
+def _explain(kind: type[BaseModel], error: ValidationError) -> ApiError:
+    found = error.errors(include_url=False, include_context=False)
+    # A field that is missing is perhaps there under a wrong name.
+    first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
+    where = first["loc"]
+    name = path(where)
+    if first["type"] == "extra_forbidden":
+        known = _fields(kind, where)
+        near = get_close_matches(short_name(str(where[-1])), known, n=1, cutoff=0.5)
+        way_out = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        return ApiError(400, f"unknown field {name!r}; {way_out}", param=name, code="unsupported")
+    if first["type"] == "missing":
+        return ApiError(400, f"{name} is missing", param=name)
+    value = "" if isinstance(first["input"], list | dict) else f"={shown(first['input'])}"
+    return ApiError(400, f"{name}{value} {must(first['msg'])}", param=name)
+
+
+def path(where: tuple[int | str, ...]) -> str:
+    """A place in a request as its client writes it: patients[0].measurements[3].hour."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{short_name(part)}" for part in where]
+    return "".join(parts).removeprefix(".")
+
+
+def _fields(kind: type[BaseModel], where: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields that the object at a place may have."""
+    if "measurements" in where[:-1]:
+        return list(MeasurementEntry.model_fields)
+    return list(PatientEntry.model_fields if "patients" in where[:-1] else kind.model_fields)

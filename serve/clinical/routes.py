@@ -1,0 +1,137 @@
+"""POST /v1/predict: risks of patients, from JSON or FHIR, whole or hour by hour, as JSON or as RiskAssessments."""
+
+from contextlib import ExitStack
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from serve.clinical.answer import Coverage, head, hour_of, patients_of, reply
+from serve.clinical.clinic import Clinic
+from serve.clinical.fhir import assessments, read_bundle
+from serve.clinical.intake import Intake, take_in
+from serve.clinical.predictor import Deadline, HourByHour, Predictor
+from serve.clinical.protocol import PredictOptions, parse_bundle_options, parse_predict
+from serve.openai.answer import no_model
+from serve.openai.errors import ApiError, dump, event, short_name
+
+PATH = "/v1/predict"
+FHIR = "application/fhir+json"
+
+
+def add_predictions(app: FastAPI, clinic: Clinic) -> None:
+    """Adds the path to an application."""
+
+    @app.post(PATH)
+    async def predict(request: Request) -> Response:
+        body = await request.body()
+        with ExitStack() as held:
+            deadline = held.enter_context(clinic.admitted())
+            options, intake = await _read(clinic, deadline, request, body)
+            check_size(options, intake, clinic.config.max_explained)
+            if _wants_fhir(request, options):
+                content = await clinic.work(deadline, _assessed, clinic.predictor, intake, options, deadline)
+                return Response(content, media_type=FHIR)
+            if options.stream:
+                return HourStream(clinic, intake, options, deadline, held.pop_all())
+            content = await clinic.work(deadline, _replied, clinic.predictor, intake, options, deadline)
+            return Response(content, media_type="application/json")
+
+
+async def _read(clinic: Clinic, deadline: Deadline, request: Request, body: bytes) -> tuple[PredictOptions, Intake]:
+    """(what is asked for, the patients). Raises ApiError."""
+    query = request.query_params.multi_items()
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() == FHIR:
+        asked = parse_bundle_options(query)
+        check_options(asked, clinic)
+        return asked, await clinic.work(deadline, read_bundle, body, asked, clinic.predictor)
+    if query:
+        name = short_name(query[0][0])
+        raise ApiError(400, f"{name} stands in the query; options of a JSON request stand in its body", param=name)
+    request_ = await clinic.work(deadline, parse_predict, body)
+    check_options(request_, clinic)
+    return request_, await clinic.work(deadline, take_in, request_, clinic.predictor.needs)
+
+
+def check_options(options: PredictOptions, clinic: Clinic) -> None:
+    """Raises ApiError for a model or an explanation that this server does not have."""
+    predictor = clinic.predictor
+    if options.model not in (None, predictor.name):
+        raise no_model(options.model or "", predictor.name)
+    if options.explain not in ("none", *predictor.explains):
+        text = (
+            f"explain={options.explain!r} is not possible: a model that predicts every hour pools no attention; take "
+            f"{' or '.join(map(repr, predictor.explains))}"
+        )
+        raise ApiError(400, text, param="explain")
+
+
+def check_size(options: PredictOptions, intake: Intake, max_explained: int) -> None:
+    """Raises ApiError for more patients than this form of the answer takes."""
+    patients = len(intake.patients)
+    if options.stream and patients != 1:
+        raise ApiError(400, f"stream takes one patient; {patients} are given", param="stream")
+    if options.explain != "none" and patients > max_explained:
+        text = (
+            f"explain={options.explain!r} takes at most {max_explained} patients (max_explained); {patients} are "
+            "given: send several requests, or explain='none'"
+        )
+        raise ApiError(400, text, param="explain", code="too_many_patients")
+
+
+def _wants_fhir(request: Request, options: PredictOptions) -> bool:
+    accepted = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")]
+    if FHIR not in accepted:
+        return False
+    for name, neutral in (("stream", False), ("explain", "none"), ("hourly", False)):
+        if getattr(options, name) != neutral:
+            text = f"{name} has no place in a RiskAssessment; leave it out, or accept application/json"
+            raise ApiError(400, text, param=name)
+    return True
+
+
+def _replied(predictor: Predictor, intake: Intake, options: PredictOptions, deadline: Deadline) -> bytes:
+    return dump(reply(predictor, intake, options.explain, options.hourly, deadline))
+
+
+def _assessed(predictor: Predictor, intake: Intake, options: PredictOptions, deadline: Deadline) -> bytes:
+    patients = patients_of(predictor, intake, options.explain, None, deadline)
+    return dump(assessments(predictor, intake, patients))
+
+
+class HourStream(StreamingResponse):
+    """Server-sent events: one for each hour of the one patient, then the whole reply."""
+
+    def __init__(
+        self, clinic: Clinic, intake: Intake, options: PredictOptions, deadline: Deadline, held: ExitStack
+    ) -> None:
+        self._held = held
+        headers = {"cache-control": "no-cache"}
+        events = hourly_events(clinic, intake, options, deadline)
+        super().__init__(events, headers=headers, media_type="text/event-stream; charset=utf-8")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)
+
+
+async def hourly_events(clinic: Clinic, intake: Intake, options: PredictOptions, deadline: Deadline) -> Any:
+    """The events as bytes. A failure on the way is an event of its own, and the last one."""
+    predictor, hours = clinic.predictor, list[dict[str, Any]]()
+    try:
+        course, guard = await clinic.work(
+            deadline, lambda: (HourByHour(predictor, intake), Coverage(predictor, intake))
+        )
+        for hour in range(1, course.number + 1):
+            (told,) = predictor.told(await clinic.work(deadline, course.next))
+            hours.append(hour_of(guard, 0, hour, told))
+            yield event({"object": "prediction.hour", **hours[-1]})
+        patients = await clinic.work(
+            deadline, patients_of, predictor, intake, options.explain, [hours if options.hourly else []], deadline
+        )
+        found = {**head(predictor), "patients": patients}
+        whole = found if intake.bundle is None else {**found, "bundle": intake.bundle}
+        yield event(whole) + b"data: [DONE]\n\n"
+    except ApiError as error:
+        yield event(error.body())

@@ -1,0 +1,431 @@
+"""POST /v1/predict against the model itself: the same numbers in every form of asking, and refusals that help."""
+
+import copy
+import json
+import logging
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from attnzoo.clinical.cohort import Cohort
+from attnzoo.clinical.outcome import Outcome
+from attnzoo.clinical.trained import TrainedModel, load_trained
+from serve.clinical import intake as intake_module
+from serve.clinical import predictor as predictor_module
+from serve.clinical.intake import cut
+from tests.helpers.clinical_models import (
+    MODEL,
+    NAMES,
+    WINDOW,
+    clinical_client,
+    export,
+    icu_cohort,
+    patient_of,
+    request_of,
+    small_trained,
+)
+from tests.helpers.engines import SECRET
+from tests.helpers.http_server import events
+
+CLOSE = {"rel": 0, "abs": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def cohort() -> Cohort:
+    return icu_cohort()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tmp_path_factory.mktemp("predict"), small_trained(cohort)).parent
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint: Path) -> TrainedModel:
+    return load_trained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def client(checkpoint: Path) -> Iterator[TestClient]:
+    with clinical_client(checkpoint) as client:
+        yield client
+
+
+def ask(client: TestClient, body: Any, status: int = 200, **options: Any) -> dict[str, Any]:
+    answer = client.post("/v1/predict", json=body, **options)
+    assert answer.status_code == status, answer.text
+    found: dict[str, Any] = answer.json() if status == 200 else answer.json()["error"]
+    return found
+
+
+def until(cohort: Cohort, hours: int) -> Cohort:
+    return cut(cohort, np.full(len(cohort), hours))
+
+
+def test_predictions_are_those_of_the_model(client, cohort, trained):
+    """Stays of 12 and of 5 hours in one request, in any order, and each alone; one has no measurement."""
+    rows = [2, 1, 0, 3, 7]
+    expected = dict(zip(rows, trained.predict(cohort, np.array(rows)), strict=True))
+    together = ask(client, request_of(cohort, rows))["patients"]
+    assert [one["id"] for one in together] == [f"stay {row}" for row in rows]
+    assert len({round(p, 3) for p in expected.values()}) == len(rows), "the stays are too alike for this test"
+    for row, one in zip(rows, together, strict=True):
+        (alone,) = ask(client, request_of(cohort, [row]))["patients"]
+        assert alone["input_digest"] == one["input_digest"]
+        if row == 3:
+            assert (one["status"], one["probability"], one["low"]) == ("not_enough_data", None, None)
+            assert one["reasons"] == ["no value of the model's variables is known"]
+            continue
+        assert one["status"] == "ok"
+        assert one["probability"] == pytest.approx(expected[row], **CLOSE)
+        assert alone["probability"] == pytest.approx(expected[row], **CLOSE)
+        assert 0 <= one["low"] < one["probability"] < one["high"] <= 1
+        assert one["coverage"]["measured"] == pytest.approx(
+            np.count_nonzero(cohort.grid.counts_NTV[row]) / (len(NAMES) * cohort.grid.hours_N[row])
+        )
+
+
+def test_the_risk_of_an_hour_is_that_of_the_stay_cut_there(client, cohort, trained):
+    rows = [0, 1, 4]
+    told = ask(client, request_of(cohort, rows, hourly=True))["patients"]
+    assert [len(one["by_hour"]) for one in told] == [12, 5, 12]
+    for hour in range(1, WINDOW + 1):
+        expected = trained.predict(until(cohort, hour), np.array(rows))
+        for row, one in enumerate(told):
+            if hour <= len(one["by_hour"]):
+                entry = one["by_hour"][hour - 1]
+                assert entry["hour"] == hour
+                assert entry["probability"] == pytest.approx(expected[row], **CLOSE)
+    whole = {"patients": [patient_of(cohort, 0) | {"cutoff_hour": None}], "model": MODEL}
+    early = ask(client, {**whole, "cutoff_hour": 7})["patients"][0]
+    assert early["probability"] == pytest.approx(told[0]["by_hour"][6]["probability"], **CLOSE)
+    assert early["measurements"]["rejected"]["after the cut-off"] > 0
+    late = ask(client, whole)["patients"][0]
+    assert late["cutoff_hour"] == 1 + max(int(one["hour"]) for one in whole["patients"][0]["measurements"])
+
+
+def test_a_stream_tells_the_same_hours_and_then_everything(client, cohort):
+    body = request_of(cohort, [0], hourly=True, explain="gradients")
+    whole = ask(client, body)
+    answer = client.post("/v1/predict", json={**body, "stream": True})
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    *hours, last = events(answer.text)
+    for given, entry in zip(hours, whole["patients"][0]["by_hour"], strict=True):
+        assert given.pop("object") == "prediction.hour"
+        assert given == pytest.approx(entry, abs=1e-6)
+    assert last.keys() == whole.keys()
+    assert last["patients"][0]["probability"] == pytest.approx(whole["patients"][0]["probability"], **CLOSE)
+    assert last["patients"][0]["cells"] == whole["patients"][0]["cells"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "unit", "other", "as_unit"),
+    [
+        ("Temp", 38, "Cel", 100.4, "[degF]"),
+        ("Temp", 38, "Cel", 311.15, "K"),
+        ("Glucose", 180.16, "mg/dL", 10, "mmol/L"),
+        ("Lactate", 2, "mmol/L", 18.016, "mg/dL"),
+        ("FiO2", 50, "%", 0.5, "1"),
+        ("FiO2", 50, "%", 0.5, "%"),
+        ("FiO2", 21, "%", 0.21, "fraction"),
+        ("HR", 90, "/min", 90, "{beats}/min"),
+    ],
+)
+def test_a_value_in_another_unit_is_the_same_value(client, cohort, name, value, unit, other, as_unit):
+    answers = []
+    for one, of in ((value, unit), (other, as_unit), (value, "furlong"), (value * 1.3, unit)):
+        body = request_of(cohort, [0])
+        body["patients"][0]["measurements"].append({"variable": name, "hour": 11.9, "value": one, "unit": of})
+        answers.append(ask(client, body)["patients"][0])
+    first, second, unknown, different = answers
+    assert second["probability"] == pytest.approx(first["probability"], **CLOSE)
+    assert abs(different["probability"] - first["probability"]) > 1e-5
+    assert unknown["measurements"]["rejected"] == {"unknown unit": 1}
+    assert unknown["input_digest"] == ask(client, request_of(cohort, [0]))["patients"][0]["input_digest"]
+    assert "furlong" in unknown["measurements"]["examples"][0]["words"]
+
+
+def test_every_value_is_accounted_for(client):
+    """Times with offsets, values that are clipped, impossible, outside the stay, of no variable or of no unit."""
+    given = [
+        ("HR", {"hour": 0.25}, 92, "/min"),
+        ("HR", {"hour": 0.5}, 260, "/min"),  # counts as 250
+        ("HR", {"hour": 0.75}, 9000, "/min"),  # impossible: the one before stands
+        ("Temp", {"time": "2026-03-01T09:10:00+02:00"}, 100.4, "[degF]"),  # minute 70 in another zone
+        ("Lactate", {"hour": 2.5}, -5, "mmol/L"),
+        ("Glucose", {"hour": 3}, 6.2, "furlong"),
+        ("Sodium", {"hour": 3}, 140, "mmol/L"),
+        ("HR", {"hour": -0.1}, 80, "/min"),
+        ("HR", {"hour": 6}, 81, "/min"),
+    ]
+    measurements = [{"variable": v, **when, "value": x, "unit": u} for v, when, x, u in given]
+    patient = {
+        "id": "p", "admitted": "2026-03-01T06:00:00+00:00", "cutoff_hour": 6, "age_years": 150, "sex": "unknown",
+        "measurements": measurements,
+    }  # fmt: skip
+    patient["weight_kg"] = 20
+    body = {"model": MODEL, "patients": [patient], "explain": "gradients"}
+    (told,) = ask(client, body)["patients"]
+    assert told["cutoff_time"] == "2026-03-01T12:00:00+00:00"
+    account = told["measurements"]
+    assert account["rejected"] == {
+        "impossible value": 3, "unknown unit": 1, "unknown variable": 1, "before admission": 1, "after the cut-off": 1
+    }  # fmt: skip
+    assert (account["given"], account["used"], account["clipped"]) == (9, 3, 2)
+    assert account["by_variable"]["HR"] == {
+        "used": 2, "clipped": 1, "impossible value": 1, "before admission": 1, "after the cut-off": 1
+    }  # fmt: skip
+    assert account["by_variable"]["age_years"] == {"impossible value": 1}
+    assert account["by_variable"]["weight_kg"] == {"clipped": 1}
+    fields = {one["field"]: one["words"] for one in account["examples"]}
+    assert "did you mean" in fields["patients[0].measurements[6]"] or "known:" in fields["patients[0].measurements[6]"]
+    assert fields["patients[0].measurements[4]"] == "-5 mmol/L is outside of 0 to 60"
+    cells = {(one["hour"], one["variable"]): one for one in told["cells"]}
+    assert cells.keys() == {(0, "HR"), (1, "Temp"), (2, "Lactate")}
+    heart, cold, acid = (cells[key] for key in sorted(cells))
+    assert (heart["value"], heart["count"], heart["flag"], heart["given"]["value"]) == (250, 2, "clipped", 260)
+    assert (cold["value"], cold["given"]["value"], cold["flag"]) == (pytest.approx(38), 100.4, None)
+    assert (acid["measured"], acid["value"], acid["flag"], acid["count"]) == (False, None, "implausible", 0)
+    used = [one for one in measurements if one["variable"] in ("HR", "Temp") and one.get("hour") in (0.25, 0.5, None)]
+    plain = {**patient, "measurements": used, "age_years": None, "weight_kg": 25}
+    (same,) = ask(client, {**body, "patients": [plain], "explain": "none"})["patients"]
+    assert (same["probability"], same["input_digest"]) == (told["probability"], told["input_digest"])
+    assert same["cells"] == same["explanations"] == []
+
+
+def test_explanations_are_of_the_measured_cells_and_add_up(client, cohort):
+    body = request_of(cohort, [0, 1])
+    measured = {(hour, NAMES[i]) for hour, i in np.argwhere(cohort.grid.counts_NTV[1]).tolist()}
+    told = ask(client, {**body, "explain": "gradients"})
+    assert told["base_rate"]["probability"] == pytest.approx(0.4)
+    one = told["patients"][1]["explanations"][0]
+    assert {(cell["hour"], cell["variable"]) for cell in one["cells"]} == measured
+    total = sum(cell["contribution"] for cell in one["cells"])
+    distance = one["logit"] - one["logit_without_measurements"]
+    assert total == pytest.approx(distance, abs=0.05 * max(1, abs(distance)))
+    assert one["faithful"] in (True, False)
+    assert "integrated gradients" in one["faithfulness"]
+    sums = {found["variable"]: found["amount"] for found in one["findings"]}
+    for name, amount in sums.items():
+        own = sum(cell["contribution"] for cell in one["cells"] if cell["variable"] == name)
+        assert amount == pytest.approx(own, abs=1e-5)
+    seen = ask(client, {**body, "explain": "attention"})["patients"][1]["explanations"][0]
+    assert sum(cell["contribution"] for cell in seen["cells"]) == pytest.approx(1, abs=1e-5)
+    assert (seen["signed"], seen["unit"], seen["logit"]) == (False, "share", None)
+
+
+MISTAKES: list[tuple[dict[str, Any], str, str]] = [
+    ({"model": "other"}, "model", "does not exist; this server has 'tiny'"),
+    ({"patients": []}, "patients", "at least 1 item"),
+    ({"patients": {}}, "patients", "must be a valid list"),
+    ({"patents": []}, "patents", "did you mean 'patients'"),
+    ({"explain": "shap"}, "explain", "explain=\"shap\" must be 'none', 'attention' or 'gradients'"),
+    ({"cutoff_hour": 13}, "cutoff_hour", "cutoff_hour=13 must be from 1 to 12"),
+    ({"cutoff_hour": 0}, "cutoff_hour", "from 1 to 12"),
+    ({"cutoff_hour": 2.5}, "cutoff_hour", "cutoff_hour=2.5 must be a valid integer"),
+    ({"hourly": "yes"}, "hourly", 'hourly="yes" must be a valid boolean'),
+]
+WRONG_PATIENTS: list[tuple[dict[str, Any], str, str]] = [
+    ({"id": ""}, "id", "at least 1 character"),
+    ({"age": 60}, "age", "did you mean 'age_years'"),
+    ({"sex": "m"}, "sex", "must be 'female', 'male' or 'unknown'"),
+    ({"icu_type": 3}, "icu_type", "must be 'coronary care'"),
+    ({"admitted": "2026-03-01T08:00:00"}, "admitted", "is no time with its offset from UTC; write it as in"),
+    ({"admitted": "9999-12-31T23:59:59+00:00"}, "admitted", "is no time"),
+    ({"weight_kg": "81"}, "weight_kg", 'weight_kg="81" must be a valid number'),
+    ({"measurements": None}, "measurements", "must be a valid list"),
+]
+WRONG_VALUES: list[tuple[dict[str, Any], str, str]] = [
+    ({"unit": None}, "unit", "must be a valid string"),
+    ({"hour": None}, "hour", "has neither hour nor time"),
+    ({"time": "2026-03-01T08:00:00Z"}, "hour", "has both hour and time"),
+    ({"hour": None, "time": "2026-03-01T08:00:00Z"}, None, "needs patients[0].admitted"),
+    ({"value": True}, "value", "value=true must be a valid number"),
+    ({"value": 1e31}, "value", "must be less than or equal to 1000000000"),
+    ({"varable": "HR"}, "varable", "did you mean 'variable'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("where", "change", "field", "words"),
+    [("", *row) for row in MISTAKES]
+    + [("patients[0]", *row) for row in WRONG_PATIENTS]
+    + [("patients[0].measurements[1]", *row) for row in WRONG_VALUES],
+    ids=str,
+)
+def test_mistakes_are_named_with_the_way_out(client, cohort, where, change, field, words):
+    body = request_of(cohort, [0])
+    patient = body["patients"][0]
+    {"": body, "patients[0]": patient}.get(where, patient["measurements"][1]).update(change)
+    error = ask(client, body, status=404 if field == "model" else 400)
+    assert words in error["message"]
+    expected = "patients[0].admitted" if field is None else f"{where}.{field}".removeprefix(".")
+    assert error["param"] == expected
+
+
+def test_requests_of_another_shape_are_refused(client, cohort):
+    body = request_of(cohort, [0])
+    for content, words in [
+        (b'{"model": NaN}', "NaN is no number in JSON"),
+        (b"[1]", "must be a JSON object with the fields model and patients"),
+        (b'{"resourceType": "Bundle"}', "send it as content-type: application/fhir+json"),
+        (b"{" * 5000, "not JSON"),
+        (b'{"model": "tiny"}', "patients is missing"),
+    ]:
+        answer = client.post("/v1/predict", content=content, headers={"content-type": "application/json"})
+        assert answer.status_code == 400
+        assert words in answer.json()["error"]["message"]
+    assert "stand in its body" in ask(client, body, status=400, params={"explain": "none"})["message"]
+    twice = {**body, "patients": body["patients"] * 2}
+    assert ask(client, twice, status=400)["param"] == "patients[1].id"
+    two = request_of(cohort, [0, 1])
+    assert "stream takes one patient; 2 are given" in ask(client, {**two, "stream": True}, status=400)["message"]
+    assert client.get("/v1/predict").status_code == 405
+    for path, kind, status in [
+        ("/v1/predict", "text/plain", 415), ("/v1/models", "application/fhir+json", 415),
+        ("/v1/predict", "application/fhir+json", 400),
+    ]:  # fmt: skip
+        assert client.post(path, content=b"{}", headers={"content-type": kind}).status_code == status
+
+
+JUNK = [None, True, -1, 1e300, 2**62, "", "x" * 2000, "\ud800", [], [[]], {}, {"": 0}, {"value": {}}]
+
+
+def test_any_part_of_a_request_may_be_junk(client, cohort):
+    """It ends in an answer or in a refusal, never in an error of the server."""
+    draw, statuses = random.Random(3), set()
+    whole = request_of(cohort, [1, 4], hourly=True)
+    for one in whole["patients"]:
+        one["measurements"] = one["measurements"][:6]
+    for _ in range(250):
+        body = copy.deepcopy(whole)
+        node: Any = body
+        while True:
+            key = draw.choice(list(node) if isinstance(node, dict) else range(len(node)))
+            if not isinstance(node[key], dict | list) or not node[key] or draw.random() < 0.2:
+                break
+            node = node[key]
+        node[key] = draw.choice(JUNK)
+        content = json.dumps(body).encode()
+        answer = client.post("/v1/predict", content=content, headers={"content-type": "application/json"})
+        assert answer.status_code in (200, 400, 404), (node, key)
+        statuses.add(answer.status_code)
+        if answer.status_code != 200:
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert statuses >= {200, 400}
+
+
+def test_limits(checkpoint, cohort, monkeypatch):
+    with clinical_client(checkpoint, max_patients=2, max_explained=1, max_predictions=1) as client:
+        error = ask(client, request_of(cohort, [0, 1, 2]), status=400)
+        assert (error["param"], error["code"]) == ("patients", "too_many_patients")
+        error = ask(client, request_of(cohort, [0, 1], explain="gradients"), status=400)
+        assert (error["param"], "max_explained" in error["message"]) == ("explain", True)
+        clinic = client.app.state.clinic
+        with clinic.admitted():
+            error = ask(client, request_of(cohort, [0]), status=429)
+            assert "max_predictions" in error["message"]
+        ask(client, request_of(cohort, [0]))
+        monkeypatch.setattr(predictor_module.time, "perf_counter", iter(range(0, 100000, 1000)).__next__)
+        error = ask(client, request_of(cohort, [0]), status=503)
+        assert "predict_timeout_s=60" in error["message"]
+        monkeypatch.undo()
+        ask(client, request_of(cohort, [0]))
+        clinic.draining = True
+        assert ask(client, request_of(cohort, [0]), status=503)["code"] == "unavailable"
+        assert client.get("/health").status_code == 503
+
+
+def test_no_log_and_no_other_reply_holds_what_a_patient_told(checkpoint, cohort, monkeypatch, caplog):
+    def fails(*_: Any) -> None:
+        raise RuntimeError(SECRET)
+
+    with clinical_client(checkpoint) as client, caplog.at_level(logging.DEBUG):
+        monkeypatch.setattr(intake_module, "cohort_of", fails)
+        body = request_of(cohort, [0])
+        body["patients"][0]["id"] = SECRET
+        error = ask(client, body, status=500)
+        monkeypatch.undo()
+        assert error["code"] == "request_failed"
+        assert "a prediction failed" in caplog.text
+        assert SECRET not in caplog.text
+        ask(client, body)
+        body["patients"][0]["age_years"] = SECRET
+        ask(client, body, status=400)
+        assert SECRET not in caplog.text
+        assert SECRET not in client.get("/metrics").text
+
+
+def test_replies_are_as_described(client, cohort):
+    document = client.get("/openapi.json").json()
+    assert set(document["paths"]) == {"/v1/predict", "/v1/models", "/v1/models/{model_id}", "/health", "/metrics"}
+    described = document["paths"]["/v1/predict"]["post"]
+
+    def check(value: Any, schema: dict[str, Any]) -> None:
+        jsonschema.Draft202012Validator({**schema, "components": document["components"]}).validate(value)
+
+    body = request_of(cohort, [0, 3], hourly=True, explain="gradients")
+    check(body, described["requestBody"]["content"]["application/json"]["schema"])
+    content = described["responses"]["200"]["content"]
+    check(ask(client, body), content["application/json"]["schema"])
+    stream = client.post("/v1/predict", json=request_of(cohort, [0], stream=True))
+    *hours, last = events(stream.text)
+    check(hours[0], content["text/event-stream"]["schema"]["x-event"])
+    check(last, content["application/json"]["schema"])
+    check(client.get("/v1/models").json(), {"$ref": "#/components/schemas/ModelList"})
+    card = client.get(f"/v1/models/{MODEL}").json()
+    check(card, {"$ref": "#/components/schemas/ClinicalCard"})
+    assert (card["kind"], card["window_hours"], card["explains"]) == (
+        "clinical",
+        12,
+        ["none", "gradients", "attention"],
+    )
+    assert card["statics"] == ["age_years", "sex", "height_cm", "weight_kg", "icu_type"]
+    assert "mmol/l" in next(one for one in card["variables"] if one["name"] == "Glucose")["units"]
+    assert client.get("/v1/models/other").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        Outcome(label="mortality", hourly=True),
+        Outcome(label="los", edges=(24.0, 72.0), centers=(10.0, 40.0, 100.0)),
+        Outcome(label="los", edges=(24.0, 72.0), head="linear", hourly=True, centers=(10.0, 40.0, 100.0)),
+    ],
+    ids=["hourly", "ordinal", "hourly buckets"],
+)
+def test_other_outcomes(outcome, cohort, tmp_path):
+    """Predictions of every hour, and buckets: told as they are, explained, and without an interval that nobody has."""
+    path = export(tmp_path, small_trained(cohort, outcome, judged=0))
+    found = load_trained(path).predict(cohort, np.array([0, 1]))
+    with clinical_client(path) as client:
+        whole = ask(client, request_of(cohort, [0, 1], hourly=True))
+        assert (whole["interval"] is None) == bool(outcome.edges) == (whole["interval_reason"] is not None)
+        for row, hours in ((0, 12), (1, 5)):
+            told = whole["patients"][row]
+            last = found[row, hours - 1] if outcome.hourly else found[row]
+            for numbers in (told, told["by_hour"][-1]):
+                if outcome.edges:
+                    assert [one["to"] for one in numbers["buckets"]] == [24, 72, None]
+                    assert [one["probability"] for one in numbers["buckets"]] == pytest.approx(list(last), abs=1e-6)
+                else:
+                    assert numbers["probability"] == pytest.approx(last, **CLOSE)
+        (told,) = ask(client, request_of(cohort, [1], explain="gradients"))["patients"]
+        one = told["explanations"][0]
+        total, within = one["logit"] - one["logit_without_measurements"], sum(c["contribution"] for c in one["cells"])
+        assert within == pytest.approx(total, abs=0.05 * max(1, abs(total)))
+        assert one["faithful"] is None
+        if outcome.hourly:
+            error = ask(client, request_of(cohort, [0], explain="attention"), status=400)
+            assert error["param"] == "explain"
+        if outcome.edges:
+            patient = patient_of(cohort, 0, admitted="2026-03-01T08:00:00Z")
+            fhir = {"accept": "application/fhir+json"}
+            error = ask(client, {"model": MODEL, "patients": [patient]}, status=400, headers=fhir)
+            assert "accept application/json" in error["message"]
