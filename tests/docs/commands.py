@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("attnzoo/", "configs/", "docs/", "scripts/", "serve/", "tests/", "train/")
 TRAINING = {"--num_accelerators", "--num_gpus", "--num_nodes", "--hostfile"}
 """Options of the deepspeed command that the documents use."""
-ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
+ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/predict", "/v1/models", "/health", "/metrics")
 
 
 def check(line: str) -> None:
@@ -139,14 +139,33 @@ def _ray(words: list[str]) -> None:
 
 
 def _curl(words: list[str]) -> None:
-    path = re.sub(r"http://[\w.]+(:\d+)?", "", next(word for word in words if word.startswith("http://")))
+    address = re.sub(r"http://[\w.]+(:\d+)?", "", next(word for word in words if word.startswith("http://")))
+    path, _, query = address.partition("?")
     if path not in ROUTES:
         raise ValueError(f"the server has no {path}")
+    if path == "/v1/predict":
+        return _predict(words, query)
     if "-d" in words:
         body = json.loads(words[words.index("-d") + 1])
         known = set(_fields(path))
         if not body.keys() <= known:
             raise ValueError(f"{path} has no {', '.join(sorted(body.keys() - known))}")
+    return None
+
+
+def _predict(words: list[str], query: str) -> None:
+    """Reads what is asked for as the server does."""
+    from serve.clinical.protocol import parse_bundle_options, parse_predict
+    from serve.openai.errors import ApiError
+
+    try:
+        parse_bundle_options(
+            [(name, value) for name, _, value in (one.partition("=") for one in query.split("&") if one)]
+        )
+        if "-d" in words:
+            parse_predict(words[words.index("-d") + 1].encode())
+    except ApiError as error:
+        raise ValueError(f"/v1/predict: {error}") from None
 
 
 def _fields(path: str) -> list[str]:

@@ -3,9 +3,16 @@
 from pathlib import Path
 
 from attnzoo.checkpoint import save_model
-from tests.helpers import serving
+from attnzoo.clinical.trained import save_trained
+from tests.helpers import clinical_models, serving
 
 
 def small_checkpoint(directory: str) -> Path:
     """A small model with random weights where a page speaks of a trained one."""
     return save_model(Path(directory), serving.small_model("rcmha"), tokenizer=serving.tokenizer())
+
+
+def small_clinical_model(directory: str) -> Path:
+    """The same of a clinical one."""
+    trained = clinical_models.small_trained(clinical_models.icu_cohort(), judged=0)
+    return save_trained(Path(directory) / "export", trained)

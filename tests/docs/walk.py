@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from tests.docs.blocks import ROOT, Block, blocks
-from tests.docs.small import small_checkpoint
+from tests.docs.small import small_checkpoint, small_clinical_model
 
 
 def prepare(directory: Path) -> None:
@@ -66,7 +66,8 @@ def run_python(block: Block, names: dict[str, object]) -> None:
 
 def new_names() -> dict[str, object]:
     """What blocks find: what hidden ones call."""
-    return {"__name__": "__main__", "small_checkpoint": small_checkpoint}
+    made = {"small_checkpoint": small_checkpoint, "small_clinical_model": small_clinical_model}
+    return {"__name__": "__main__", **made}
 
 
 if __name__ == "__main__":

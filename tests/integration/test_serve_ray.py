@@ -12,6 +12,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 import httpx
+import numpy as np
 import openai
 import psutil
 import pytest
@@ -20,6 +21,9 @@ from click.testing import CliRunner
 
 from serve.__main__ import main
 from serve.config import ServeConfig
+from tests.helpers import clinical_models
+from tests.helpers.clinical_files import fhir_bundle, fhir_observation, fhir_stays
+from tests.helpers.http_server import events
 from tests.helpers.ray_server import DEPLOYMENT, ROOT, Running, environment, expected
 from tests.helpers.serving import export
 
@@ -31,12 +35,15 @@ with warnings.catch_warnings():
     from serve import deployment
     from serve.deployment import app, explain_failure, free_port
 
+COHORT = clinical_models.icu_cohort()
 TRACE = 'Error:\nTraceback (most recent call last):\n  File "x.py", line 5, in f\n    g()\n    ^^^\n'
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    running = Running(tmp_path_factory.mktemp("server"), "max_num_seqs=2", "max_queue=2", "drain_timeout_s=120")
+    clinical = clinical_models.export(tmp_path_factory.mktemp("clinical"), clinical_models.small_trained(COHORT))
+    own = ("max_num_seqs=2", "max_queue=2", "drain_timeout_s=120", f"clinical={clinical.parent}", "clinical_name=risk")
+    running = Running(tmp_path_factory.mktemp("server"), *own)
     yield running
     if running.process.poll() is None:
         running.process.kill()
@@ -72,7 +79,7 @@ def test_answers_and_refusals_go_through_unchanged(server):
     answer = server.client.completions.create(model="tiny", prompt="Hello", max_tokens=30, temperature=0)
     assert answer.choices[0].text == expected("Hello", 30)
     assert answer.usage.model_extra["attnzoo"]["kv_bytes"] > 0
-    assert [model.id for model in server.client.models.list()] == ["tiny"]
+    assert [model.id for model in server.client.models.list()] == ["tiny", "risk"]
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     for method, path, status in [("GET", "/nowhere", 404), ("GET", "/v1/completions", 405)]:
         response = httpx.request(method, server.url + path)
@@ -82,6 +89,26 @@ def test_answers_and_refusals_go_through_unchanged(server):
         server.client.completions.create(model="tiny", prompt="a", logit_bias={"5": 1})
     with pytest.raises(openai.BadRequestError, match=r"cache\.policy='d20' is not known; did you mean 'd2o'"):
         server.client.completions.create(model="tiny", prompt="a", extra_body={"cache": {"policy": "d20"}})
+
+
+def test_a_clinical_model_beside_the_language_model(server):
+    """Predictions go through Ray and its proxy unchanged, whole, as FHIR, and hour by hour."""
+    body = clinical_models.request_of(COHORT, [0, 1], model="risk", hourly=True)
+    told = httpx.post(f"{server.url}/v1/predict", json=body, timeout=60).json()["patients"]
+    expected = clinical_models.small_trained(COHORT, judged=0).predict(COHORT, np.array([0, 1]))
+    assert [one["probability"] for one in told] == pytest.approx(list(expected), abs=1e-6)
+    one = {**body, "patients": body["patients"][:1], "stream": True}
+    *hours, last = events(httpx.post(f"{server.url}/v1/predict", json=one, timeout=60).text)
+    assert [hour["probability"] for hour in hours] == pytest.approx(
+        [hour["probability"] for hour in told[0]["by_hour"]], abs=1e-6
+    )
+    assert last["patients"][0]["probability"] == pytest.approx(expected[0], abs=1e-6)
+    fhir = {"content-type": "application/fhir+json", "accept": "application/fhir+json"}
+    bundle = fhir_bundle([*fhir_stays(), fhir_observation("hr", 2, "8867-4", 92, "/min")])
+    answer = httpx.post(f"{server.url}/v1/predict", json=bundle, headers=fhir, timeout=60)
+    assert [entry["resource"]["resourceType"] for entry in answer.json()["entry"]] == ["RiskAssessment"] * 2
+    assert httpx.post(f"{server.url}/v1/predict", json={}, timeout=60).json()["error"]["param"] == "model"
+    assert server.metric("predict_time_seconds_count") == 4
 
 
 def test_a_request_with_a_compressed_cache_takes_less_memory(server):
