@@ -22,8 +22,11 @@ MAX_LOGIT = 16.0
 """A probability of 1e-7 from 0 or 1."""
 BINS = 10
 STEPS, CONVERGED = 100, 1e-9
+NEWTON_STEPS = 30
 LONGEST_STEP = 2.0
 """Of Newton's method: a longer step may overshoot."""
+FARTHEST = 40.0
+"""From all logits an intercept lies at most so far away, whatever the share of positives."""
 TEMPERATURES = (0.05, 20.0)
 """Temperatures that a fit may find: positive, so that no fit can turn the ranking round."""
 
@@ -186,10 +189,15 @@ def fit_slope(labels_N: Array, x_N: Array, weights_RN: Array) -> Array:
 
 
 def fit_intercept(labels_N: Array, offset_RN: Array, weights_RN: Array) -> Array:
-    """a of greatest weighted likelihood of label ~ a + offset; NaN where a weighting has one class."""
+    """a of greatest weighted likelihood of label ~ a + offset; NaN where a weighting has one class.
+
+    By Newton's method; where offsets are so far apart that all probabilities are near 0 and 1, it jumps to and fro, and
+    halving an interval that holds a finds it.
+    """
     wanted_R = weights_RN @ labels_N
+    one_class_R = (wanted_R == 0) | (wanted_R == weights_RN.sum(axis=1))
     a_R, step_R = np.zeros(len(weights_RN)), np.full(len(weights_RN), np.inf)
-    for _ in range(STEPS):
+    for _ in range(NEWTON_STEPS):
         p_RN = sigmoid(offset_RN + a_R[:, None])
         missing_R = wanted_R - (weights_RN * p_RN).sum(axis=1)
         curve_R = (weights_RN * p_RN * (1.0 - p_RN)).sum(axis=1)
@@ -197,8 +205,21 @@ def fit_intercept(labels_N: Array, offset_RN: Array, weights_RN: Array) -> Array
         a_R = a_R + step_R
         if (np.abs(step_R) <= CONVERGED).all():
             break
-    one_class_R = (wanted_R == 0) | (wanted_R == weights_RN.sum(axis=1))
-    return np.where(one_class_R | (np.abs(step_R) > CONVERGED), np.nan, a_R)
+    left = np.flatnonzero(~one_class_R & (np.abs(step_R) > CONVERGED))
+    if len(left):
+        offset_LN, weights_LN = np.broadcast_to(offset_RN, weights_RN.shape)[left], weights_RN[left]
+        a_R[left] = _halved(wanted_R[left], offset_LN, weights_LN)
+    return np.where(one_class_R, np.nan, a_R)
+
+
+def _halved(wanted_R: Array, offset_RN: Array, weights_RN: Array) -> Array:
+    """a of `fit_intercept`: the sum of probabilities grows with it."""
+    low_R, high_R = -offset_RN.max(axis=1) - FARTHEST, -offset_RN.min(axis=1) + FARTHEST
+    for _ in range(STEPS):
+        a_R = (low_R + high_R) / 2
+        is_low_R = (weights_RN * sigmoid(offset_RN + a_R[:, None])).sum(axis=1) < wanted_R
+        low_R, high_R = np.where(is_low_R, a_R, low_R), np.where(is_low_R, high_R, a_R)
+    return (low_R + high_R) / 2
 
 
 def sigmoid(logits: Array) -> Array:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
-from serve.clinical.predictor import Deadline, DeadlineError, Predictor
+from serve.clinical.predictor import Deadline, LatePredictionError, Predictor
 from serve.config import ServeConfig
 from serve.faults import log, message
 from serve.metrics import ServerMetrics
@@ -54,7 +54,7 @@ class Clinic:
             return await asyncio.get_running_loop().run_in_executor(self._pool, timely)
         except ApiError:
             raise
-        except DeadlineError:
+        except LatePredictionError:
             limit = self.config.predict_timeout_s
             text = f"the prediction was not done within predict_timeout_s={limit:g}; ask for fewer patients at a time"
             raise ApiError(503, text, code="timeout", headers={"retry-after": "5"}) from None

@@ -12,11 +12,11 @@ from attnzoo.clinical.formats.fhir import FhirCohort, FhirOptions, read
 from attnzoo.clinical.formats.observations import Measurement, Stay
 from attnzoo.clinical.risk_assessment import Risk, risk_assessment
 from serve.clinical.intake import (
-    Account,
     Admitted,
     GivenValue,
     Intake,
     Needs,
+    ValueAccount,
     cells_of,
     check_cutoff,
     check_number,
@@ -72,7 +72,7 @@ def _intake(found: FhirCohort, options: BundleOptions, needs: Needs) -> Intake:
     whole = replace(found, cohort=cut(_as_model(found.cohort, needs), hours_N))
     patients, values = [], []
     for row, (stay, own) in enumerate(zip(found.stays, by_row, strict=True)):
-        account, hours = Account(given=len(own)), int(whole.cohort.grid.hours_N[row])
+        account, hours = ValueAccount(given=len(own)), int(whole.cohort.grid.hours_N[row])
         given = [
             GivenValue(
                 row=row,

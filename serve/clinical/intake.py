@@ -42,7 +42,7 @@ class Needs:
 
 
 @dataclass
-class Account:
+class ValueAccount:
     """What became of the values of a patient: by variable the number "used", of these "clipped", and those left out by
     reason. examples: some of the latter."""
 
@@ -93,7 +93,7 @@ class Admitted:
     id: str
     hours: int
     start: datetime | None
-    account: Account
+    account: ValueAccount
     subject: str | None = None
     encounter: str | None = None
     basis: tuple[str, ...] = ()
@@ -158,7 +158,7 @@ def check_cutoff(hour: int | None, window: int, param: str) -> None:
 
 def _admit(row: int, entry: PatientEntry, cutoff_hour: int | None, needs: Needs) -> tuple[Admitted, list[GivenValue]]:
     """(the patient, the values that lie within the stay)."""
-    where, account = f"patients[{row}]", Account(given=len(entry.measurements))
+    where, account = f"patients[{row}]", ValueAccount(given=len(entry.measurements))
     start = _moment(entry.admitted, f"{where}.admitted")
     check_cutoff(cutoff_hour, needs.window, "cutoff_hour")
     check_cutoff(entry.cutoff_hour, needs.window, f"{where}.cutoff_hour")
@@ -184,7 +184,7 @@ def _given(
     start: datetime | None,
     place: dict[str, int],
     needs: Needs,
-    account: Account,
+    account: ValueAccount,
 ) -> GivenValue | None:
     """The value in the model's unit; None, counted, where variable or unit are not known."""
     minute = _minute(where, given, start)
@@ -233,7 +233,7 @@ def _moment(text: str | None, where: str) -> datetime | None:
     return found
 
 
-def within(values: list[GivenValue], hours: int, table: Table, account: Account) -> list[GivenValue]:
+def within(values: list[GivenValue], hours: int, table: Table, account: ValueAccount) -> list[GivenValue]:
     """Those within the stay, and what became of all of them is counted."""
     names, kept = list(table), []
     for value in values:
@@ -309,7 +309,7 @@ def _static(entry: PatientEntry, name: str) -> float:
     return codes[given] if codes else float(given)
 
 
-def _account_of_statics(account: Account, entry: PatientEntry, needs: Needs) -> None:
+def _account_of_statics(account: ValueAccount, entry: PatientEntry, needs: Needs) -> None:
     """Counts facts that the model does not take, and those that are implausible."""
     for name, of_patient in FIELDS.items():
         value = _static(entry, name)

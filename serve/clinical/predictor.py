@@ -33,7 +33,7 @@ OUTCOMES = {"mortality": "death in hospital", "los": "remaining length of stay"}
 NOT_KNOWN = "it was exported before calibration was drawn again; export it again by the training command"
 
 
-class DeadlineError(Exception):
+class LatePredictionError(Exception):
     """The request took longer than predict_timeout_s."""
 
 
@@ -44,9 +44,9 @@ class Deadline:
     at: float
 
     def check(self) -> None:
-        """Raises DeadlineError once the time is over."""
+        """Raises LatePredictionError once the time is over."""
         if time.perf_counter() > self.at:
-            raise DeadlineError
+            raise LatePredictionError
 
 
 @dataclass(frozen=True, kw_only=True)

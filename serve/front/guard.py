@@ -27,6 +27,9 @@ OPEN_PATHS = ("/health", "/-/healthz")
 """Paths that need no API key: the server's health and that of Ray's proxy."""
 JSON_KINDS, FHIR_PATH = ("application/json", "application/fhir+json"), "/v1/predict"
 """Kinds of bodies, and the path that takes the second one too."""
+CHARSET = {"", "charset=utf-8", "charset=utf8"}
+PARAMETERS = {JSON_KINDS[0]: CHARSET, JSON_KINDS[1]: CHARSET | {"fhirversion=4.0", "fhirversion=4.0.1"}}
+"""What a content-type may say behind the kind."""
 GRACE_S = 2.0
 """Seconds in which a half-read request is not ended in favour of a newer one: in a burst all requests are young."""
 STEERING = (
@@ -254,9 +257,9 @@ def _judge_body(scope: Scope, limit: int) -> ApiError | None:
             return ApiError(415, "send the body without content-encoding", code="unsupported_media_type")
     kinds = [value.decode("latin-1").lower() for name, value in headers if name == b"content-type"]
     kind, _, rest = kinds[0].partition(";") if len(kinds) == 1 else ("", "", "")
-    charset = rest.replace(" ", "").replace('"', "")
+    said = set(rest.replace(" ", "").replace('"', "").split(";"))
     allowed = JSON_KINDS if scope["path"] == FHIR_PATH else JSON_KINDS[:1]
-    if kind.strip() not in allowed or charset not in ("", "charset=utf-8", "charset=utf8"):
+    if kind.strip() not in allowed or not said <= PARAMETERS[kind.strip()]:
         # This also keeps web pages out: without a preflight request a browser sends neither of them.
         message = f"the body must be JSON, sent as content-type: {' or '.join(allowed)}, not {', '.join(kinds)[:200]!r}"
         return ApiError(415, message, code="unsupported_media_type")

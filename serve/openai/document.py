@@ -51,7 +51,7 @@ def document(title: str, *, language: bool = True, clinical: bool = False) -> di
         found |= {**_requests(CompletionRequest), **_requests(ChatRequest)}
         paths |= _language()
     if clinical:
-        found |= {**answers.schemas((*replies.REPLIES, PredictRequest, Resource))}
+        found |= {**answers.schemas((*replies.REPLIES, PredictRequest, FhirResource))}
         paths |= {"/v1/predict": {"post": _predict()}}
     return {
         "openapi": VERSION,
@@ -79,7 +79,7 @@ def _language() -> dict[str, Any]:
     }
 
 
-class Resource(BaseModel):
+class FhirResource(BaseModel):
     """A resource of FHIR R4."""
 
     resourceType: str
@@ -87,7 +87,7 @@ class Resource(BaseModel):
 
 def _predict() -> dict[str, Any]:
     """The path of a clinical model."""
-    resource = {"application/fhir+json": {"schema": _ref("Resource")}}
+    resource = {"application/fhir+json": {"schema": _ref("FhirResource")}}
     events = {"type": "string", "description": DONE.format(name="HourEvent"), "x-event": _ref("HourEvent")}
     content = {**_json("PredictionList"), "text/event-stream": {"schema": events}, **resource}
     query = [

@@ -72,6 +72,8 @@ def _settings(words: list[str]) -> None:
             settings |= read_config_file(ROOT / next(rest))
         elif word.startswith("--"):
             settings[word.removeprefix("--")] = json.loads(next(rest)) if word == "--port" else next(rest)
+        elif word == words[0] and "=" not in word:
+            settings["checkpoint"] = word
         else:
             settings |= parse_settings([word])
     build_serve_config(settings)

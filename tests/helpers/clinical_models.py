@@ -133,3 +133,11 @@ def clinical_client(checkpoint: Path, **settings: Any) -> Iterator[TestClient]:
     config = ServeConfig(checkpoint=str(checkpoint), **settings)
     with TestClient(build_app(None, config, load_clinic(config)), base_url="http://localhost") as client:
         yield client
+
+
+def ask(client: TestClient, body: Any, status: int = 200, **options: Any) -> dict[str, Any]:
+    """The reply to a prediction, or the error of a refusal with that status."""
+    answer = client.post("/v1/predict", json=body, **options)
+    assert answer.status_code == status, answer.text
+    found: dict[str, Any] = answer.json() if status == 200 else answer.json()["error"]
+    return found

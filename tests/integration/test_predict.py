@@ -1,9 +1,5 @@
 """POST /v1/predict against the model itself: the same numbers in every form of asking, and refusals that help."""
 
-import copy
-import json
-import logging
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +12,12 @@ from starlette.testclient import TestClient
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.outcome import Outcome
 from attnzoo.clinical.trained import TrainedModel, load_trained
-from serve.clinical import intake as intake_module
-from serve.clinical import predictor as predictor_module
 from serve.clinical.intake import cut
 from tests.helpers.clinical_models import (
     MODEL,
     NAMES,
     WINDOW,
+    ask,
     clinical_client,
     export,
     icu_cohort,
@@ -30,7 +25,6 @@ from tests.helpers.clinical_models import (
     request_of,
     small_trained,
 )
-from tests.helpers.engines import SECRET
 from tests.helpers.http_server import events
 
 CLOSE = {"rel": 0, "abs": 1e-6}
@@ -55,13 +49,6 @@ def trained(checkpoint: Path) -> TrainedModel:
 def client(checkpoint: Path) -> Iterator[TestClient]:
     with clinical_client(checkpoint) as client:
         yield client
-
-
-def ask(client: TestClient, body: Any, status: int = 200, **options: Any) -> dict[str, Any]:
-    answer = client.post("/v1/predict", json=body, **options)
-    assert answer.status_code == status, answer.text
-    found: dict[str, Any] = answer.json() if status == 200 else answer.json()["error"]
-    return found
 
 
 def until(cohort: Cohort, hours: int) -> Cohort:
@@ -218,148 +205,6 @@ def test_explanations_are_of_the_measured_cells_and_add_up(client, cohort):
     seen = ask(client, {**body, "explain": "attention"})["patients"][1]["explanations"][0]
     assert sum(cell["contribution"] for cell in seen["cells"]) == pytest.approx(1, abs=1e-5)
     assert (seen["signed"], seen["unit"], seen["logit"]) == (False, "share", None)
-
-
-MISTAKES: list[tuple[dict[str, Any], str, str]] = [
-    ({"model": "other"}, "model", "does not exist; this server has 'tiny'"),
-    ({"patients": []}, "patients", "at least 1 item"),
-    ({"patients": {}}, "patients", "must be a valid list"),
-    ({"patents": []}, "patents", "did you mean 'patients'"),
-    ({"explain": "shap"}, "explain", "explain=\"shap\" must be 'none', 'attention' or 'gradients'"),
-    ({"cutoff_hour": 13}, "cutoff_hour", "cutoff_hour=13 must be from 1 to 12"),
-    ({"cutoff_hour": 0}, "cutoff_hour", "from 1 to 12"),
-    ({"cutoff_hour": 2.5}, "cutoff_hour", "cutoff_hour=2.5 must be a valid integer"),
-    ({"hourly": "yes"}, "hourly", 'hourly="yes" must be a valid boolean'),
-]
-WRONG_PATIENTS: list[tuple[dict[str, Any], str, str]] = [
-    ({"id": ""}, "id", "at least 1 character"),
-    ({"age": 60}, "age", "did you mean 'age_years'"),
-    ({"sex": "m"}, "sex", "must be 'female', 'male' or 'unknown'"),
-    ({"icu_type": 3}, "icu_type", "must be 'coronary care'"),
-    ({"admitted": "2026-03-01T08:00:00"}, "admitted", "is no time with its offset from UTC; write it as in"),
-    ({"admitted": "9999-12-31T23:59:59+00:00"}, "admitted", "is no time"),
-    ({"weight_kg": "81"}, "weight_kg", 'weight_kg="81" must be a valid number'),
-    ({"measurements": None}, "measurements", "must be a valid list"),
-]
-WRONG_VALUES: list[tuple[dict[str, Any], str, str]] = [
-    ({"unit": None}, "unit", "must be a valid string"),
-    ({"hour": None}, "hour", "has neither hour nor time"),
-    ({"time": "2026-03-01T08:00:00Z"}, "hour", "has both hour and time"),
-    ({"hour": None, "time": "2026-03-01T08:00:00Z"}, None, "needs patients[0].admitted"),
-    ({"value": True}, "value", "value=true must be a valid number"),
-    ({"value": 1e31}, "value", "must be less than or equal to 1000000000"),
-    ({"varable": "HR"}, "varable", "did you mean 'variable'"),
-]
-
-
-@pytest.mark.parametrize(
-    ("where", "change", "field", "words"),
-    [("", *row) for row in MISTAKES]
-    + [("patients[0]", *row) for row in WRONG_PATIENTS]
-    + [("patients[0].measurements[1]", *row) for row in WRONG_VALUES],
-    ids=str,
-)
-def test_mistakes_are_named_with_the_way_out(client, cohort, where, change, field, words):
-    body = request_of(cohort, [0])
-    patient = body["patients"][0]
-    {"": body, "patients[0]": patient}.get(where, patient["measurements"][1]).update(change)
-    error = ask(client, body, status=404 if field == "model" else 400)
-    assert words in error["message"]
-    expected = "patients[0].admitted" if field is None else f"{where}.{field}".removeprefix(".")
-    assert error["param"] == expected
-
-
-def test_requests_of_another_shape_are_refused(client, cohort):
-    body = request_of(cohort, [0])
-    for content, words in [
-        (b'{"model": NaN}', "NaN is no number in JSON"),
-        (b"[1]", "must be a JSON object with the fields model and patients"),
-        (b'{"resourceType": "Bundle"}', "send it as content-type: application/fhir+json"),
-        (b"{" * 5000, "not JSON"),
-        (b'{"model": "tiny"}', "patients is missing"),
-    ]:
-        answer = client.post("/v1/predict", content=content, headers={"content-type": "application/json"})
-        assert answer.status_code == 400
-        assert words in answer.json()["error"]["message"]
-    assert "stand in its body" in ask(client, body, status=400, params={"explain": "none"})["message"]
-    twice = {**body, "patients": body["patients"] * 2}
-    assert ask(client, twice, status=400)["param"] == "patients[1].id"
-    two = request_of(cohort, [0, 1])
-    assert "stream takes one patient; 2 are given" in ask(client, {**two, "stream": True}, status=400)["message"]
-    assert client.get("/v1/predict").status_code == 405
-    for path, kind, status in [
-        ("/v1/predict", "text/plain", 415), ("/v1/models", "application/fhir+json", 415),
-        ("/v1/predict", "application/fhir+json", 400),
-    ]:  # fmt: skip
-        assert client.post(path, content=b"{}", headers={"content-type": kind}).status_code == status
-
-
-JUNK = [None, True, -1, 1e300, 2**62, "", "x" * 2000, "\ud800", [], [[]], {}, {"": 0}, {"value": {}}]
-
-
-def test_any_part_of_a_request_may_be_junk(client, cohort):
-    """It ends in an answer or in a refusal, never in an error of the server."""
-    draw, statuses = random.Random(3), set()
-    whole = request_of(cohort, [1, 4], hourly=True)
-    for one in whole["patients"]:
-        one["measurements"] = one["measurements"][:6]
-    for _ in range(250):
-        body = copy.deepcopy(whole)
-        node: Any = body
-        while True:
-            key = draw.choice(list(node) if isinstance(node, dict) else range(len(node)))
-            if not isinstance(node[key], dict | list) or not node[key] or draw.random() < 0.2:
-                break
-            node = node[key]
-        node[key] = draw.choice(JUNK)
-        content = json.dumps(body).encode()
-        answer = client.post("/v1/predict", content=content, headers={"content-type": "application/json"})
-        assert answer.status_code in (200, 400, 404), (node, key)
-        statuses.add(answer.status_code)
-        if answer.status_code != 200:
-            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-    assert statuses >= {200, 400}
-
-
-def test_limits(checkpoint, cohort, monkeypatch):
-    with clinical_client(checkpoint, max_patients=2, max_explained=1, max_predictions=1) as client:
-        error = ask(client, request_of(cohort, [0, 1, 2]), status=400)
-        assert (error["param"], error["code"]) == ("patients", "too_many_patients")
-        error = ask(client, request_of(cohort, [0, 1], explain="gradients"), status=400)
-        assert (error["param"], "max_explained" in error["message"]) == ("explain", True)
-        clinic = client.app.state.clinic
-        with clinic.admitted():
-            error = ask(client, request_of(cohort, [0]), status=429)
-            assert "max_predictions" in error["message"]
-        ask(client, request_of(cohort, [0]))
-        monkeypatch.setattr(predictor_module.time, "perf_counter", iter(range(0, 100000, 1000)).__next__)
-        error = ask(client, request_of(cohort, [0]), status=503)
-        assert "predict_timeout_s=60" in error["message"]
-        monkeypatch.undo()
-        ask(client, request_of(cohort, [0]))
-        clinic.draining = True
-        assert ask(client, request_of(cohort, [0]), status=503)["code"] == "unavailable"
-        assert client.get("/health").status_code == 503
-
-
-def test_no_log_and_no_other_reply_holds_what_a_patient_told(checkpoint, cohort, monkeypatch, caplog):
-    def fails(*_: Any) -> None:
-        raise RuntimeError(SECRET)
-
-    with clinical_client(checkpoint) as client, caplog.at_level(logging.DEBUG):
-        monkeypatch.setattr(intake_module, "cohort_of", fails)
-        body = request_of(cohort, [0])
-        body["patients"][0]["id"] = SECRET
-        error = ask(client, body, status=500)
-        monkeypatch.undo()
-        assert error["code"] == "request_failed"
-        assert "a prediction failed" in caplog.text
-        assert SECRET not in caplog.text
-        ask(client, body)
-        body["patients"][0]["age_years"] = SECRET
-        ask(client, body, status=400)
-        assert SECRET not in caplog.text
-        assert SECRET not in client.get("/metrics").text
 
 
 def test_replies_are_as_described(client, cohort):

@@ -127,6 +127,9 @@ def test_what_a_bundle_lacks_is_counted_or_named(client):
     assert told["bundle"]["unknown_units"] == {"HR": 1}
     assert told["bundle"]["left_out"]["observations of status 'entered-in-error'"] == 1
     assert told["patients"][0]["measurements"]["rejected"] == {"impossible value": 1}
+    for version, status in (("4.0", 200), ("5.0", 415)):
+        kind = {"content-type": f"application/fhir+json; fhirVersion={version}; charset=utf-8"}
+        assert client.post("/v1/predict", json=bundle(), headers=kind).status_code == status
     naive = fhir_observation("naive", 5, "8867-4", 80, "/min", effectiveDateTime="2026-03-01T08:00:00")
     for content, query, param, words in [
         ({"resourceType": "Patient"}, {}, "resourceType", "no Bundle"),
