@@ -8,8 +8,9 @@ import pytest
 
 from attnzoo.clinical.calibration import fit_calibrator, sigmoid
 from attnzoo.clinical.evidence import ATTENTION, GRADIENTS, Evidence, bootstrap_calibrators, shares
+from attnzoo.clinical.exports import CONFIG
 from attnzoo.clinical.outcome import Outcome
-from attnzoo.clinical.trained import CONFIG, load_trained
+from attnzoo.clinical.trained import load_trained
 from tests.helpers.clinical_models import export, icu_cohort, small_trained
 
 
