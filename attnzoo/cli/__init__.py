@@ -77,6 +77,9 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "eval": Command(
         "scripts.eval_lm", "evaluate a checkpoint on tasks of lm-eval", "eval", "scripts.arguments:evaluate"
     ),
+    "card": Command(
+        "attnzoo.cli.card", "write the model card, data card and TRIPOD+AI items of a clinical run", "clinical"
+    ),
     "exam": Command("scripts.exams.cli", "give a served model a multiple-choice exam", "clinical"),
     "case-study": Command("scripts.case_studies.cli", "write and judge texts about wearable data", "clinical"),
     "reproduce": Command(

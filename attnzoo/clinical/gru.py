@@ -126,7 +126,7 @@ def fit_gru(
     test rows are not looked at. Rows without a label are left out. The same seed and number of threads give the same
     weights. tick: called after every epoch.
 
-    Raises ValueError for a part without labels (of yes or no: of both kinds), and if no epoch was finite.
+    Raises ValueError for a part without labels (of yes or no: of both kinds), and if no epoch could be scored.
     """
     config = config or GruConfig()
     labels = torch.from_numpy(outcome.labels(cohort))
@@ -186,7 +186,10 @@ def _train(
             best = sorted(best, key=lambda each: -each[0])[: config.keep_best]
         tick()
     if not best:
-        raise ValueError(f"no epoch gave finite predictions; lower lr={config.lr}")
+        stays = len(parts["validation"])
+        raise ValueError(
+            f"no epoch could be scored on {stays} validation stays; lower lr={config.lr}, or give more stays"
+        )
     network.load_state_dict({name: torch.stack([each[name] for _, each in best]).mean(0) for name in best[0][1]})
 
 

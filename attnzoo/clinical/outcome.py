@@ -146,6 +146,14 @@ class Outcome(CheckedConfig):
             "mad": mean_absolute_deviation(label_K, self.told(logits_KO)),
         }
 
+    def counts(self, labels: np.ndarray) -> dict[str, Any]:
+        """How many labels are known, and how many are 1 ("events") or in each bucket ("buckets")."""
+        known = labels[~np.isnan(labels)]
+        if not self.edges:
+            return {"labels": len(known), "events": int(known.sum())}
+        buckets = np.searchsorted(self.edges, known, side="right")
+        return {"labels": len(known), "buckets": np.bincount(buckets, minlength=len(self.edges) + 1).tolist()}
+
     def score(self, metrics: dict[str, float]) -> float:
         """What selects: AUPRC + AUROC, or kappa."""
         return metrics["kappa"] if self.edges else metrics["auprc"] + metrics["auroc"]

@@ -158,6 +158,21 @@ def coverage(grid: Grid, rows: np.ndarray | None = None) -> np.ndarray:
     return np.count_nonzero(counts_NTV, axis=(1, 2)) / np.maximum(hours_N * len(grid.variables), 1)
 
 
+def missing(grid: Grid, rows: np.ndarray) -> dict[str, dict[str, float]]:
+    """For each variable the share of real hours of these rows without a value ("hours"), and of stays without any
+    ("stays"). {} for no rows."""
+    if len(rows) == 0:
+        return {}
+    is_measured_NTV, hours_N = grid.counts_NTV[rows] > 0, grid.hours_N[rows]
+    measured_NV = is_measured_NTV.sum(axis=1)
+    hours_V = 1 - measured_NV.sum(axis=0) / max(int(hours_N.sum()), 1)
+    stays_V = (measured_NV == 0).mean(axis=0)
+    return {
+        name: {"hours": round(float(of_hours), 4), "stays": round(float(of_stays), 4)}
+        for name, of_hours, of_stays in zip(grid.variables, hours_V, stays_V, strict=True)
+    }
+
+
 def _logged(values: np.ndarray, is_logged: np.ndarray | bool) -> np.ndarray:
     """log(1 + x) where `is_logged`, a new array."""
     return np.where(is_logged, np.log1p(np.maximum(values, 0)), values)

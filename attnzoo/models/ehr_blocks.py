@@ -1,5 +1,6 @@
 """What a clinical encoder is made of: tokens of cells, the encoder of a chunk, and a branch of them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ class CellTokens(nn.Module):
 
     temporal: an hour is the sum of its cells' embeddings and a sinusoid of its place in the chunk. Spatial: a variable
     is the sum over the hours, times a weight for each hour and channel of the token, and the variable's own vector.
-    The first token is that of the statics; it always exists.
+    The first token is that of the statics, and with a clock of the hours before the chunk; it always exists.
     """
 
     def __init__(self, config: EhrConfig, temporal: bool) -> None:
@@ -38,6 +39,7 @@ class CellTokens(nn.Module):
         self.variable = nn.Parameter(torch.empty(config.variables, dim))
         self.statics = nn.Parameter(torch.empty(dim, config.statics))
         self.stay = nn.Parameter(torch.empty(dim))
+        self.clock = nn.Parameter(torch.empty(2, dim)) if config.clock else None
         self.sinusoids: Tensor
         if temporal:
             self.register_buffer("sinusoids", sinusoids(config.chunk_hours, dim), persistent=False)
@@ -52,9 +54,12 @@ class CellTokens(nn.Module):
             else:
                 nn.init.normal_(parameter, std=0.2 if name == "variable" else 0.1)
 
-    def forward(self, cells_NHVC: Tensor, statics_NS: Tensor, exist_NV: Tensor | None) -> Tensor:
-        """tokens_NTD, the statics' first: 1 + H of them, or 1 + V."""
+    def forward(self, cells_NHVC: Tensor, statics_NS: Tensor, exist_NV: Tensor | None, before: int = 0) -> Tensor:
+        """tokens_NTD, the statics' first: 1 + H of them, or 1 + V. before: hours before the chunk."""
         first_ND = statics_NS @ self.statics.T + self.stay
+        if self.clock is not None:
+            days = before / 24
+            first_ND = first_ND + days / 7 * self.clock[0] + math.log1p(days) * self.clock[1]
         return torch.cat([first_ND[:, None], self.of_cells(cells_NHVC, exist_NV)], dim=1)
 
     def of_cells(self, cells_NHVC: Tensor, exist_NV: Tensor | None) -> Tensor:

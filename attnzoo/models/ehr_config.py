@@ -19,6 +19,7 @@ class EhrConfig(CheckedConfig):
     branches: tokens are hours (temporal), variables (spatial), or both. flavor: TSCAN as the paper or as its authors'
     code has it (values of the cross attention, norms, masks). attention: the variant of self-attention, a name or a
     mapping with `kind: <name>`; it must take full masks, keys and pairs.
+    clock: whether tokens are told how many hours were before their chunk, not their place in it alone.
     chunks: encoders along time; chunk_hours: hours of a chunk. share_fusion: all fusion encoders are one, and stays may
     be longer than chunks * chunk_hours.
     summary: a head on the last, mean, smallest and largest value, trend and count of each variable, added to the
@@ -41,6 +42,7 @@ class EhrConfig(CheckedConfig):
     chunks: int = 4
     chunk_hours: int = 12
     share_fusion: bool = False
+    clock: bool = False
     summary: Literal["linear", "mlp", "none"] = "linear"
     dropout: float = 0.3
     hide_variables: float = 0.2

@@ -69,6 +69,11 @@ class _Stays:
     def chunk(self, number: int, hours: int) -> Tensor:
         return hinged(self.cells_NTVC[:, number * hours : (number + 1) * hours])
 
+    def take(self, rows: Tensor, first: int, hours: int) -> "_Stays":
+        exist_NV = None if self.exist_NV is None else self.exist_NV[rows]
+        cells_NTVC = self.cells_NTVC[:, first : first + hours][rows]
+        return _Stays(cells_NTVC, self.statics_NS[rows], self.hours_N[rows], exist_NV)
+
 
 class EhrEncoder(nn.Module):
     """Logits of a stay, or of each of its hours, from its cells.
@@ -195,15 +200,19 @@ class EhrEncoder(nn.Module):
     def _run(self, name: str, stays: _Stays, edits: LayerEdits | None) -> list[Tensor]:
         """z after every chunk; a chunk of which a stay has no hour leaves its z as it was."""
         hours, found = self.config.chunk_hours, []
-        chunks = stays.cells_NTVC.shape[1] // hours
         z_NTD = None
-        for chunk in range(chunks):
-            new_NTD = self._chunk(name, chunk, stays, stays.chunk(chunk, hours), z_NTD, edits)
-            if z_NTD is not None:
-                begun_N = stays.hours_N > chunk * hours
-                if not bool(begun_N.all()):
-                    new_NTD = torch.where(begun_N[:, None, None], new_NTD, z_NTD)
-            z_NTD = new_NTD
+        for chunk in range(stays.cells_NTVC.shape[1] // hours):
+            begun_N = stays.hours_N > chunk * hours
+            if z_NTD is None or bool(begun_N.all()):
+                z_NTD = self._chunk(name, chunk, stays, stays.chunk(chunk, hours), z_NTD, edits)
+            elif edits is None and bool(begun_N.any()):
+                rows = begun_N.nonzero()[:, 0]  # of the others nothing need be computed
+                some = stays.take(rows, chunk * hours, hours)
+                new_NTD = self._chunk(name, chunk, some, some.chunk(0, hours), z_NTD[rows])
+                z_NTD = z_NTD.index_copy(0, rows, new_NTD)
+            else:  # edits are those of all stays; and where no stay goes on, weights must still have gradients
+                new_NTD = self._chunk(name, chunk, stays, stays.chunk(chunk, hours), z_NTD, edits)
+                z_NTD = torch.where(begun_N[:, None, None], new_NTD, z_NTD)
             found.append(z_NTD)
         return found
 
@@ -217,7 +226,7 @@ class EhrEncoder(nn.Module):
         edits: LayerEdits | None = None,
     ) -> Tensor:
         branch = self._branch(name)
-        x_NTD = branch.tokens(cells_NHVX, stays.statics_NS, stays.exist_NV)
+        x_NTD = branch.tokens(cells_NHVX, stays.statics_NS, stays.exist_NV, chunk * self.config.chunk_hours)
         exist_NT = branch.exist(stays.hours_N, chunk, stays.exist_NV)
         context = None
         if chunk:

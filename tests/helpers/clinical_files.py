@@ -59,6 +59,26 @@ def write_yaib(root: Path, hours: int = 99, died: int = 1) -> Path:
     return root
 
 
+def write_yaib_hourly(root: Path, stays: int = 40) -> Path:
+    """Stays of 3 to 62 hours with the hours that remain; the faster the heart, the longer the stay."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rng, hours_N = np.random.default_rng(3), 3 + np.arange(stays) * 13 % 60
+    stay = np.concatenate([np.full(n, i) for i, n in enumerate(hours_N)])
+    step = np.concatenate([np.arange(n) for n in hours_N])
+    rate = 60 + 2 * hours_N[stay] + rng.normal(0, 5, len(stay))
+    dyn = {"stay_id": stay, "time": step.astype(float), "hr": np.where(rng.random(len(stay)) < 0.7, rate, np.nan)}
+    sta = {"stay_id": np.arange(stays), "age": rng.uniform(30, 90, stays), "sex": ["Male", "Female"] * (stays // 2)}
+    outc = {"stay_id": stay, "time": step.astype(float), "label": (hours_N[stay] - 1.0 - step)}
+    empty = dict.fromkeys(("height", "weight"), np.full(stays, np.nan))
+    root.mkdir(parents=True, exist_ok=True)
+    for name, columns in (("dyn", dyn), ("sta", {**sta, **empty}), ("outc", outc)):
+        table = pyarrow.table({key: pyarrow.array(column, from_pandas=True) for key, column in columns.items()})
+        pyarrow.parquet.write_table(table, root / f"{name}.parquet")
+    return root
+
+
 def write_eicu(root: Path, hours: int = 99, died: int = 1) -> Path:
     status = "Expired" if died else "Alive"
     write_csv(

@@ -44,11 +44,13 @@ def feed_forward(w: Weights, name: str, x: Array) -> Array:
     return linear(w, f"{name}.down", np.maximum(linear(w, f"{name}.up", x), 0.0))
 
 
-def tokens(config: Any, w: Weights, branch: str, cells_HVC: Array, statics: Array) -> Array:
+def tokens(config: Any, w: Weights, branch: str, cells_HVC: Array, statics: Array, before: int) -> Array:
     """The statics' token, and one for each hour, or for each variable."""
     at = f"branches.{branch}.tokens"
     cell, own = w[f"{at}.cell"], w[f"{at}.variable"]
     rows = [w[f"{at}.statics"] @ statics + w[f"{at}.stay"]]
+    if config.clock:
+        rows[0] = rows[0] + np.array([before / 24 / 7, math.log(1 + before / 24)]) @ w[f"{at}.clock"]
     hours, variables = cells_HVC.shape[:2]
 
     def embedded(h: int, v: int) -> Array:
@@ -79,7 +81,7 @@ def encoded(
         cells = np.zeros((config.chunk_hours, *cells_TVC.shape[1:]))
         real = max(min(hours - first, config.chunk_hours), 0)
         cells[:real] = cells_TVC[first : first + real]
-        x = tokens(config, w, branch, cells, statics)
+        x = tokens(config, w, branch, cells, statics, first)
         exist = np.arange(len(x)) <= real if branch == "temporal" else np.ones(len(x), dtype=bool)
         number = min(chunk, 1) if config.share_fusion else chunk
         at, paper = f"branches.{branch}.encoders.{number}", config.flavor == "paper"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from attnzoo.cli import main
 from attnzoo.clinical.formats import load_cohort
 from attnzoo.clinical.metrics import auroc
 from attnzoo.clinical.splits import folds
@@ -80,3 +81,6 @@ def test_a_clinical_run_resumes_bit_for_bit_and_its_export_predicts(tiny: Path) 
     row = json.loads((whole / "training.json").read_text())["rows"][0]
     assert row["auroc"] == one["selected", 6]["auroc"]
     assert row["training_stays"] + row["validation_stays"] == STAYS - len(fold.test)
+    assert main(["card", str(whole)]) == 0
+    died = int(cohort.label("mortality")[fold.test].sum())
+    assert f"| test | {len(fold.test)} | {len(fold.test)} | {died} |" in (whole / "card" / "data-card.md").read_text()

@@ -23,9 +23,9 @@ OPTIONS = {
     "paper": {},
     "official": {"flavor": "official", "summary": "none"},
     "temporal, ordinal": {"branches": "temporal", "head": "ordinal", "outputs": 4},
-    "spatial, odd": {"branches": "spatial", "model_dim": 9, "num_heads": 3, "outputs": 2},
+    "spatial, odd": {"branches": "spatial", "clock": True, "model_dim": 9, "num_heads": 3, "outputs": 2},
     "hourly": {"hourly": True, "outputs": 2},
-    "hourly, official": {"hourly": True, "flavor": "official"},
+    "hourly, official": {"hourly": True, "flavor": "official", "clock": True},
     "hourly, spatial": {"hourly": True, "branches": "spatial", "head": "ordinal", "outputs": 3},
 }
 

@@ -12,9 +12,10 @@ Found = dict[tuple[str, str], Values]
 
 def known_experiments() -> dict[str, Experiment]:
     """All experiments by their names on the command line."""
-    from train.experiments import depth, icl_claims, one_step_gd, softmax_regression
+    from train.experiments import depth, icl_claims, one_step_gd, softmax_regression, tscan_los
 
-    found = (icl_claims.EXPERIMENT, one_step_gd.EXPERIMENT, softmax_regression.EXPERIMENT, depth.EXPERIMENT)
+    in_context = (icl_claims.EXPERIMENT, one_step_gd.EXPERIMENT, softmax_regression.EXPERIMENT, depth.EXPERIMENT)
+    found = (*in_context, tscan_los.EXPERIMENT)
     return {experiment.name: experiment for experiment in found}
 
 

@@ -212,6 +212,10 @@ class ClinicalTask(CohortTask):
         )
         trained.save_trained(directory, whole)
 
+    def part_counts(self, rows: np.ndarray) -> dict[str, Any]:
+        """Stays, known labels, and how they are distributed."""
+        return {**super().part_counts(rows), **self.outcome.counts(self.labels[rows])}
+
     @torch.no_grad()
     def calibrator(self, model: nn.Module) -> Calibrator | None:
         """Temperature and intercept of a yes or no, fitted on the inner validation rows; None for buckets."""

@@ -20,6 +20,7 @@ from attnzoo.clinical import trained
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.formats import check_options, load_cohort
 from attnzoo.clinical.splits import Fold, folds, time_split
+from attnzoo.clinical.statistics import missing
 from attnzoo.files import user_path
 from attnzoo.types import CheckedConfig
 from train.config import Config
@@ -189,11 +190,17 @@ class CohortTask(Task):
         """Only an earlier model of its format is replaced."""
         trained.check_target(directory)
 
+    def part_counts(self, rows: np.ndarray) -> dict[str, Any]:
+        """What a data card says of a part: how many stays, and more where a subclass knows it."""
+        return {"stays": len(rows)}
+
     def summary(self) -> dict[str, Any]:
-        """Stays of each part; what became of the values that were read."""
-        train, validation = self.fold.train, self.fold.validation
-        report = self.cohort.report.to_dict()
-        return {"training_stays": len(train), "validation_stays": len(validation), "data": report}
+        """Stays of each part; what became of the values that were read; what is missing in the training part."""
+        fold, report = self.fold, self.cohort.report.to_dict()
+        parts = {"training": fold.train, "inner validation": fold.validation, "test": fold.test}
+        report["parts"] = {name: self.part_counts(rows) for name, rows in parts.items()}
+        report["missing"] = missing(self.cohort.grid, fold.train)
+        return {"training_stays": len(fold.train), "validation_stays": len(fold.validation), "data": report}
 
 
 def check_precision(precision: str) -> None:

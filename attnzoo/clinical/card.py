@@ -1,0 +1,265 @@
+"""Writes what a clinical run says of itself as Markdown: a model card and a data card, with nothing that it does not
+say. `attnzoo.clinical.card_items` answers the items of TRIPOD+AI from the same facts."""
+
+import inspect
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from attnzoo.clinical.formats import FORMATS
+from attnzoo.clinical.run_facts import UNKNOWN, RunFacts
+from attnzoo.clinical.statistics import GAP_HOURS, LARGEST
+from attnzoo.clinical.variables import STATICS, VARIABLES
+from attnzoo.report import format_value
+
+MARK = "<!-- written by attnzoo card; written anew by the same command -->"
+MODEL_CARD, DATA_CARD, ITEMS = "model-card.md", "data-card.md", "tripod-ai.md"
+NAMES = (MODEL_CARD, DATA_CARD, ITEMS)
+Sections = Mapping[str, str]
+"""Texts by the titles of their sections."""
+
+
+def document(title: str, sections: Sections) -> str:
+    """A whole Markdown file."""
+    parts = [MARK, f"# {title}", *(f"## {name}\n\n{text.strip()}" for name, text in sections.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    lines += [f"| {' | '.join(_cell(value) for value in row)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    text = format_value(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def options(values: Mapping[str, Any]) -> str:
+    """A list of `key: value`."""
+    told = [f"- `{key}`: {json.dumps(value) if not isinstance(value, str) else value}" for key, value in values.items()]
+    return "\n".join(told) or UNKNOWN
+
+
+# --- model card -------------------------------------------------------------------------------------------------
+
+
+def model_card(facts: RunFacts) -> str:
+    """The model card of a run."""
+    row = facts.row
+    return document(
+        f"Model card: {facts.outcome}, predicted by the run {row.get('name', facts.directory.name)}",
+        {
+            "What it is": _kind(facts),
+            "Intended use": "Research on methods of prediction: to repeat the run, to compare models, to try them on "
+            "other data.",
+            "Not for": "Decisions about patients: the run was not evaluated for that. Not for other variables, units "
+            "or hours than those of data-card.md.",
+            "Outcome": _outcome(facts),
+            "Output": _output(facts),
+            "Input": _input(facts),
+            "Training": _training(facts),
+            "Figures": _figures(facts),
+            "Calibration": _calibration(facts),
+            "Limits": _limits(facts),
+            "How to predict with it": f"`load_trained({str(facts.directory)!r}).predict(cohort)` of "
+            "`attnzoo.clinical.trained` (models of texts: `trained_ldam`, of sensors: `trained_sensors`), with a "
+            "cohort of `load_cohort`.",
+            "Versions": _versions(facts),
+            "Files": table(("file", "SHA-256"), facts.digests.items()),
+        },
+    )
+
+
+def _kind(facts: RunFacts) -> str:
+    task = facts.section("task")
+    return (
+        f"The development of a prediction model: `task.kind` {task.get('kind', UNKNOWN)}, format of the export "
+        f"{facts.export.get('format', UNKNOWN)}, {format_value(facts.row.get('parameters', 0))} weights. "
+        "It has not been evaluated on other data in this run."
+    )
+
+
+def _outcome(facts: RunFacts) -> str:
+    told = dict(facts.export.get("outcome") or {})
+    lines = [f"Label of the data set: {facts.outcome}."]
+    if told.get("edges"):
+        lines.append(f"In buckets that end at {', '.join(f'{edge:g}' for edge in told['edges'])}, in the label's unit.")
+    if told:
+        lines.append("Predicted anew every hour." if told.get("hourly") else "Predicted once for each stay.")
+    reader = reader_of(facts)
+    return "\n\n".join([*lines, f"How and when it was assessed: {UNKNOWN}. {reader}".strip()])
+
+
+def _output(facts: RunFacts) -> str:
+    told = dict(facts.export.get("outcome") or {})
+    if told.get("edges"):
+        return "A probability of each bucket; the bucket that is told is the median. There is no threshold to act on."
+    return "A probability of each label. There is no threshold to act on."
+
+
+def _input(facts: RunFacts) -> str:
+    lines = ["Cells that were not measured are input: the model is told that they were not. Nothing is imputed."]
+    least = facts.statistics.get("least_coverage")
+    if least is not None:
+        lines.append(
+            f"Least coverage: in 99 % of training stays at least {100 * least:.2f} % of the cells were measured; below "
+            "that there is not enough data to predict from."
+        )
+    return "\n\n".join(lines)
+
+
+def _training(facts: RunFacts) -> str:
+    row, steps = facts.row, [int(record["step"]) for record in facts.evaluations if "step" in record]
+    keep = facts.section("eval").get("keep_best")
+    chosen = f"the mean of the weights of the {keep} best evaluations" if keep else "the last weights"
+    return "\n\n".join(
+        [
+            f"{format_value(row.get('steps', UNKNOWN))} steps, complete: {row.get('complete', UNKNOWN)}. The loss "
+            "weighs all labels alike: no class weights, no resampling.",
+            f"Selection: {chosen}, on the inner validation part; {len(steps)} evaluations in metrics.jsonl.",
+            f"How the values below were found: {UNKNOWN}.",
+            *(
+                f"`{name}`:\n\n{options(facts.section(name))}"
+                for name in ("model", "optim", "schedule", "train")
+                if facts.section(name)
+            ),
+        ]
+    )
+
+
+def _figures(facts: RunFacts) -> str:
+    figures = {key: value for key, value in facts.export["metadata"].items() if key not in ("steps", "name")}
+    if not figures:
+        return UNKNOWN
+    return (
+        "On the inner validation part, which selected the weights, so that they flatter; without intervals, and not by "
+        "group:\n\n" + table(("measure", "value"), figures.items())
+    )
+
+
+def _calibration(facts: RunFacts) -> str:
+    fitted = facts.export.get("calibration")
+    if not fitted:
+        return "None is applied."
+    return f"Fitted on the inner validation part and applied by `predict`:\n\n{options(fitted)}"
+
+
+def _limits(facts: RunFacts) -> str:
+    split = facts.export["split"]
+    lines = [
+        "- One run on one split. Its test part was not looked at in training.",
+        "- No data of another place or time than the data set's own.",
+        "- The figures above are of the part that selected.",
+    ]
+    if split.get("split") == "stay":
+        lines.append("- Split by stay: stays of one patient may be in several parts, which flatters.")
+    if facts.row.get("complete") is False:
+        lines.append("- The run was stopped before its last step.")
+    return "\n".join(lines)
+
+
+def _versions(facts: RunFacts) -> str:
+    report = facts.report
+    command = " ".join(map(str, report.get("command", [])))
+    told = {name: report.get(name, UNKNOWN) for name in ("commit", "seed", "device")}
+    return f"Command: `{command or UNKNOWN}`\n\n{options({**told, **dict(report.get('versions', {}))})}"
+
+
+# --- data card --------------------------------------------------------------------------------------------------
+
+
+def data_card(facts: RunFacts) -> str:
+    """The data card of a run."""
+    return document(
+        f"Data card: {facts.export['data'].get('cohort', UNKNOWN)}",
+        {
+            "Source": _source(facts),
+            "People": f"Who they are, where and when they were treated, who was eligible, consent: {UNKNOWN}.",
+            "Parts": _parts(facts),
+            "Variables": _variables(facts),
+            "Missing values": _missing(facts),
+            "Preparation": _preparation(facts),
+            "Left out": _left_out(facts),
+        },
+    )
+
+
+def reader_of(facts: RunFacts) -> str:
+    """What the head of the data format's file says of it; empty for a format that is not known here."""
+    name = facts.export["data"].get("format")
+    if name not in FORMATS:
+        return ""
+    text = inspect.cleandoc(sys.modules[FORMATS.get(name).__module__].__doc__ or "")
+    return f"The reader of the format `{name}` says: {' '.join(text.split())}"
+
+
+def _source(facts: RunFacts) -> str:
+    told = {**facts.export["data"], "path": facts.section("data").get("path", UNKNOWN)}
+    return f"{options(told)}\n\n{reader_of(facts)}"
+
+
+def _parts(facts: RunFacts) -> str:
+    parts = facts.data.get("parts")
+    split = f"The split:\n\n{options(facts.export['split'])}"
+    if not parts:
+        return f"Stays and events of each part: {UNKNOWN}.\n\n{split}"
+    columns = list(dict.fromkeys(key for told in parts.values() for key in told))
+    rows = [[name, *(told.get(column, "") for column in columns)] for name, told in parts.items()]
+    return f"{table(('part', *columns), rows)}\n\n{split}"
+
+
+def _variables(facts: RunFacts) -> str:
+    fitted = facts.statistics
+    if not fitted:
+        return f"Measured variables: {UNKNOWN}."
+    rows = []
+    for kind, known in (("", VARIABLES), ("static_", STATICS)):
+        names = fitted["variables"] if not kind else fitted["static_names"]
+        logged = fitted["logged"] if not kind else [False] * len(names)
+        columns = (names, fitted[f"{kind}means"], fitted[f"{kind}deviations"], logged)
+        for name, mean, deviation, is_logged in zip(*columns, strict=True):
+            about = known.get(name)
+            facts_of = (
+                (about.meaning, about.unit, f"{about.plausible[0]:g} to {about.plausible[1]:g}") if about else ("",) * 3
+            )
+            rows.append((name, *facts_of, mean, deviation, "log(1 + x)" if is_logged else "as it is"))
+    columns_told = ("variable", "meaning", "unit", "plausible", "mean in training", "deviation", "scale")
+    about_them = (
+        "All that the reader gave or `data.variables` chose, each in hours since admission. Mean and deviation are "
+        "those of measured cells of the training part, on the scale named; both are 0 where nothing was measured."
+    )
+    return f"{about_them}\n\n{table(columns_told, rows)}"
+
+
+def _missing(facts: RunFacts) -> str:
+    shares = facts.data.get("missing")
+    handling = "An hour without a value is told as that (a value of 0 with `measured` 0); nothing is imputed."
+    if not shares:
+        return f"{handling}\n\nShares of each variable: {UNKNOWN}."
+    rows = [(name, share["hours"], share["stays"]) for name, share in shares.items()]
+    columns = ("variable", "hours without a value", "stays without any")
+    return f"{handling} Shares in the training part:\n\n{table(columns, rows)}"
+
+
+def _preparation(facts: RunFacts) -> str:
+    counts = facts.data.get("values") or {}
+    lines = [
+        "Values of an hour: the last one, and how many there were. A value outside a variable's possible range is "
+        "dropped, one outside its plausible range is clipped; an unknown unit is refused and counted.",
+        f"Values are standardised by mean and deviation of the training part and clipped to {LARGEST:g} deviations; "
+        f"counts as log(1 + n); time since the last value as a share of {GAP_HOURS} hours.",
+    ]
+    if counts:
+        columns = list(dict.fromkeys(key for told in counts.values() for key in told))
+        rows = [[name, *(told.get(column, 0) for column in columns)] for name, told in counts.items()]
+        lines.append(table(("values of", *columns), rows))
+    return "\n\n".join(lines)
+
+
+def _left_out(facts: RunFacts) -> str:
+    left = {reason: count for reason, count in (facts.data.get("left_out") or {}).items() if count}
+    return table(("what", "how many"), left.items()) if left else "The reader counted nothing that it left out."

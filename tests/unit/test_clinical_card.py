@@ -1,0 +1,159 @@
+"""Cards of clinical runs: what they say is in the run's files, and what is not there is not said."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from attnzoo.cli import main
+from attnzoo.clinical.card_items import KNOWN
+from attnzoo.clinical.outcome import Outcome
+from attnzoo.clinical.statistics import Statistics, missing
+from attnzoo.clinical.trained import TrainedModel, save_trained
+from attnzoo.clinical.tripod import ITEMS
+from attnzoo.models import EhrConfig, EhrEncoder
+from attnzoo.report import Report
+from tests.helpers.clinical_data import small_cohort
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The files of a run, as training writes them."""
+    cohort, train = small_cohort(), np.arange(30)
+    statistics, outcome = Statistics.fit(cohort, train), Outcome()
+    config = EhrConfig(variables=3, statics=len(statistics.static_columns), model_dim=8, num_heads=2, mlp_dim=16)
+    data, split = {"format": "physionet2012", "cohort": "made up", "hours": 6}, {"split": "stay", "digest": "abc"}
+    model = TrainedModel(EhrEncoder(config), statistics, outcome, data, split, {"steps": 7, "auroc": 0.625})
+    save_trained(tmp_path / "run" / "export", model)
+    report = Report.start(command=["train/main.py", "--config", "x.yaml"], seed=3)
+    told = {"values": {"HR": {"used": 90, "clipped": 2}}, "left_out": {"stays without outcome": 4, "none": 0}}
+    told["parts"] = {"training": {"stays": 30, **outcome.counts(cohort.label("mortality")[train])}}
+    told["missing"] = missing(cohort.grid, train)
+    report.rows.append({"name": "tiny", "steps": 7, "complete": True, "parameters": 123, "data": told})
+    report.write(tmp_path / "run" / "training.json")
+    settings = "task: {kind: clinical}\ndata: {path: set-a}\nmodel: {model_dim: 8}\neval: {keep_best: 2}\n"
+    (tmp_path / "run" / "config.yaml").write_text(settings)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "eval", "step": 4, "auroc": 0.6}\n{"kind": "ev')
+    return tmp_path / "run"
+
+
+def cards(run: Path, *words: str) -> dict[str, str]:
+    assert main(["card", str(run), *words]) == 0
+    return {path.name: path.read_text() for path in sorted((run / "card").iterdir())}
+
+
+def test_cards_say_what_the_run_says(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = cards(run)
+    names = ("data-card.md", "model-card.md", "tripod-ai.md")
+    assert tuple(found) == names
+    assert sorted(capsys.readouterr().out.split()) == [str(run / "card" / name) for name in names]
+    model, data, items = found["model-card.md"], found["data-card.md"], found["tripod-ai.md"]
+    weights = hashlib.sha256((run / "export" / "model.safetensors").read_bytes()).hexdigest()
+    for text in (
+        "mortality, predicted by the run tiny",
+        f"| export/model.safetensors | {weights} |",
+        "| auroc | 0.625 |",
+        "the mean of the weights of the 2 best evaluations, on the inner validation part; 1 evaluations",
+        "- `seed`: 3",
+        "Command: `train/main.py --config x.yaml`",
+        "None is applied.",
+        "How the values below were found: unknown",
+        "Split by stay",
+    ):
+        assert text in model
+    grid = small_cohort().grid
+    some = grid.counts_NTV[:30, :, 0] > 0
+    for text in (
+        "| training | 30 | 30 | 6 |",
+        "| HR | 90 | 2 |",
+        "| stays without outcome | 4 |",
+        f"| HR | {round(1 - some.mean(), 4):.4g} | {round((~some.any(axis=1)).mean(), 4):.4g} |",
+        "- `digest`: abc",
+        "- `path`: set-a",
+        "The data set does not say which stays are of one patient.",
+    ):
+        assert text in data
+    assert "none" not in data.split("## Left out")[1]
+    rows = [line.split(" | ") for line in items.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    assert [row[0].removeprefix("| ") for row in rows] == [item.number for item in ITEMS]
+    told = {row[0].removeprefix("| "): row[3].removesuffix(" |") for row in rows}
+    assert (told["17"], told["18a"], told["21"]) == ("not done", "not done", "done at data-card.md, Parts")
+    assert told["24"] == "not applicable: the model was not updated after training"
+    sections = {
+        name: [line[3:] for line in text.splitlines() if line.startswith("## ")] for name, text in found.items()
+    }
+    for text in told.values():
+        if text.startswith("done at "):  # at a section that there is
+            name, _, section = text.removeprefix("done at ").partition(", ")
+            assert set(section.split(" and ")) <= set(sections[name])
+    states = [text.split(" at ")[0].split(":")[0] for text in told.values()]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "not applicable", "not done"))
+    assert f"27 items, with their parts 52: {counts}." in items
+    assert cards(run) == found  # written anew
+
+
+def test_what_a_run_does_not_say_is_not_done(run: Path) -> None:
+    """An older report without parts, an export without statistics; and a calibrated one."""
+    report = json.loads((run / "training.json").read_text())
+    report["rows"][0]["data"] = {}
+    (run / "training.json").write_text(json.dumps(report))
+    export = json.loads((run / "export" / "config.json").read_text())
+    export["calibration"] = {"temperature": 1.25, "intercept": -0.5}
+    (run / "export" / "config.json").write_text(json.dumps(export))
+    (run / "export" / "statistics.json").unlink()
+    (run / "metrics.jsonl").unlink()
+    found = cards(run)
+    assert "Stays and events of each part: unknown" in found["data-card.md"]
+    assert "Measured variables: unknown" in found["data-card.md"]
+    assert "- `temperature`: 1.25" in found["model-card.md"]
+    for number, answer in (("9a", "not done"), ("21", "not done"), ("24", "done at model-card.md, Calibration")):
+        assert f"| {number} | " in found["tripod-ai.md"]
+        assert next(line for line in found["tripod-ai.md"].splitlines() if line.startswith(f"| {number} ")).endswith(
+            f"| {answer} |"
+        )
+
+
+def test_the_author_answers_what_a_run_cannot_know(run: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "answers.yaml"
+    answers.write_text("17: approved by\n  the board | 2026-11\n18a: none\n")
+    text = cards(run, "--answers", str(answers))["tripod-ai.md"]
+    assert f"| done at {answers}: approved by the board \\| 2026-11 |" in text
+    assert f"| done at {answers}: none |" in text
+
+
+def test_refusals(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*words: str) -> str:
+        assert main(["card", *words]) == 2
+        return capsys.readouterr().err
+
+    assert "is no directory; name the run directory that training has written" in refused(str(tmp_path / "nowhere"))
+    assert "has no export/config.json: a card is written of a finished run; train it first" in refused(str(tmp_path))
+    assert "it is an export: name the run directory above it" in refused(str(run / "export"))
+    for text, message in (
+        ("18g: x", "item '18g' is none of TRIPOD+AI's; did you mean '18"),
+        ("17: [a]", "the answer to item 17 is ['a']; write a text, or leave the item out"),
+        ("- 17", "the file holds a list"),
+    ):
+        (tmp_path / "answers.yaml").write_text(text)
+        assert message in refused(str(run), "--answers", str(tmp_path / "answers.yaml"))
+    assert not (run / "card").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "data-card.md").write_text("by hand")
+    assert "data-card.md was not written by attnzoo card, and would be lost" in refused(
+        str(run), "--out", str(tmp_path / "mine")
+    )
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["data-card.md"]
+    (run / "config.yaml").write_text("task: {kind: clinical-pretraining}\n")
+    assert "task.kind=clinical-pretraining predicts nothing yet" in refused(str(run))
+    (run / "training.json").unlink()
+    assert "has no training.json" in refused(str(run))
+    (run / "export" / "config.json").write_text('{"model_dim": 8}')
+    assert "is not a clinical run" in refused(str(run))
+    assert "cards are written of runs whose task.kind is clinical" in refused(str(run))
+
+
+def test_there_are_27_items_in_52_parts() -> None:
+    whole = {int("".join(letter for letter in number if letter.isdigit())) for number in KNOWN}
+    assert (whole, len(KNOWN), len(ITEMS)) == (set(range(1, 28)), 52, 52)
