@@ -6,7 +6,7 @@ from pathlib import Path
 
 from attnzoo.report import available_cores
 
-EXPERIMENTS = ("icl-gd", "one-step-gd", "softmax-regression", "depth", "tscan-los")
+EXPERIMENTS = ("icl-gd", "one-step-gd", "softmax-regression", "depth", "tscan-los", "ldam")
 CACHE_SECTIONS = ("symbols", "text", "parts", "speed")
 KVPRESS = "ATTNZOO_KVPRESS_PYTHON"
 QUICK_LIMIT = 4

@@ -20,13 +20,8 @@ from scripts.caches.merge import RUNS, section_of
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 DOCUMENTS = [
-    ROOT / "docs" / name
-    for name in (
-        "benchmarks.md",
-        "caches.md",
-        "compare.md",
-        "experiments/in-context-learning.md",
-    )
+    *(ROOT / "docs" / name for name in ("benchmarks.md", "caches.md", "compare.md")),
+    *sorted((ROOT / "docs" / "experiments").glob("*.md")),
 ]
 MARKED = re.compile(r"(<!-- (rows|claims) (\S+)(?: ([^|>]+?))?(?: \| ([^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -1,10 +1,11 @@
-"""Models of summary features that attention must be compared with, in the same folds: logistic regression and LightGBM.
+"""Models that attention must be compared with, in the same folds: logistic regression and LightGBM of summary features,
+and logistic regression of the words of texts.
 
-Both predict the probability of label 1 and are fitted on the rows that they are given, the standardisation included.
-They come with `pip install 'attnzoo[clinical]'`.
+The first two predict the probability of label 1 and are fitted on the rows that they are given, the standardisation
+included. All come with `pip install 'attnzoo[clinical]'`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,36 @@ def fit_logistic_regression(features_NF: np.ndarray, labels: ArrayLike, *, stren
     )
     model.fit(features_NF.astype(np.float64), labels_N)
     return lambda given_NF: np.asarray(model.predict_proba(given_NF.astype(np.float64))[:, 1])
+
+
+def fit_text_regression(
+    texts: Sequence[str], classes: ArrayLike, number: int, *, ngrams: int = 1, strength: float = 10.0
+) -> Callable[[Sequence[str]], np.ndarray]:
+    """Multinomial logistic regression on tf-idf weights of words (and of sequences of up to `ngrams` words) that stand
+    in two texts or more. classes: of each text, below `number`. Predicts probabilities [N, number]; 0 of a class that
+    no text has. strength: the inverse of the penalty (C).
+
+    Raises ValueError for classes that do not fit and for an extra that is not installed.
+    """
+    class_N = np.asarray(classes)
+    if class_N.shape != (len(texts),) or not np.isin(class_N, range(number)).all():
+        raise ValueError(f"classes of shape {class_N.shape} must hold a number below {number} for each text")
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+    except ImportError:
+        raise _missing("scikit-learn") from None
+    words = TfidfVectorizer(ngram_range=(1, ngrams), min_df=2, sublinear_tf=True)
+    model = make_pipeline(words, LogisticRegression(C=strength, max_iter=1000))
+    model.fit(list(texts), class_N)
+
+    def predict(given: Sequence[str]) -> np.ndarray:
+        found_NK = np.zeros((len(given), number))
+        found_NK[:, model[-1].classes_] = model.predict_proba(list(given))
+        return found_NK
+
+    return predict
 
 
 def fit_lightgbm(

@@ -154,21 +154,23 @@ def faithfulness(
         raise ValueError(f"maps are named {names}; names must differ, and {plain.name} and random are added here")
     if draws < 1:
         raise ValueError(f"draws={draws} must be at least 1")
-    first, second = (
-        _mean([removal(logit, stays, by_chance(stays, one), seed=one) for one in range(start, start + draws)])
-        for start in (seed, seed + draws)
-    )
+    first, second = (random_removal(logit, stays, draws, start) for start in (seed, seed + draws))
     found = {one.name: removal(logit, stays, one, seed=seed) for one in (*maps, plain)} | {"random": second}
     of_N = range(len(stays)) if patients is None else patients
-    return {name: _summary(name, one, first, of_N, seed) for name, one in found.items()}
+    return {name: summarise(name, one, first, of_N, seed) for name, one in found.items()}
 
 
-def _mean(found: list[Removal]) -> Removal:
+def random_removal(logit: Explained, stays: Cells, draws: int = DRAWS, seed: int = 0) -> Removal:
+    """What chance reaches: the mean of so many random orders."""
+    found = [removal(logit, stays, by_chance(stays, one), seed=one) for one in range(seed, seed + draws)]
     fields = ("comprehensiveness_NK", "sufficiency_NK", "difference_N", "preservation_N")
     return Removal(*(torch.stack([getattr(one, field) for one in found]).mean(0) for field in fields))
 
 
-def _summary(name: str, found: Removal, chance: Removal, patients: ArrayLike, seed: int) -> Faithfulness:
+def summarise(name: str, found: Removal, chance: Removal, patients: ArrayLike, seed: int = 0) -> Faithfulness:
+    """What taking cells away does in a map's order, against what it does in random ones. patients: whose each row is;
+    rows may come from several models, as those of folds do."""
+
     def above(better: Tensor, worse: Tensor) -> Interval:
         chance_N, found_N = (x.mean(-1).double().cpu().numpy() for x in (worse, better))
         return interval(gain, chance_N, found_N, patients, seed=seed)

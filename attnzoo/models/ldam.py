@@ -15,7 +15,8 @@ hours and variables that do not exist take no part; the mean is over what a stay
 to h_i (`describe_series`); logits have no dropout. One map W_g projects tokens and labels before they are compared.
 For little data, and off by default: a softmax where labels exclude one another (`exclusive`), weights of words for
 each label by itself (`pooling="each"`), their mean beside the weighted sum (`mean`), a linear head on tf-idf weights
-of the words (`skip`), and words hidden in training (`hide_words`).
+of the words (`skip`), words hidden in training (`hide_words`), and definitions told apart as if they were notes
+(`read_definitions`).
 """
 
 from dataclasses import dataclass
@@ -203,8 +204,13 @@ class Ldam(nn.Module):
         told = self.cross_entropy(logits_NK, targets_NK)
         if labels_KD is None or not self.config.label_loss:
             return told
-        of_definitions = self.head(self.value(labels_KD))  # [definitions, labels]: classes stand in the last axis
         own = torch.arange(len(labels_KD), device=labels_KD.device)
+        if self.config.read_definitions:
+            exist_KL = self.get_buffer("definitions_exist")
+            texts = LdamInputs(words_NL=self.get_buffer("definitions_ids"), lengths_N=exist_KL.sum(1))
+            of_definitions = self._run(texts, labels_KD)[0]
+        else:
+            of_definitions = self.head(self.value(labels_KD))  # [definitions, labels]: classes in the last axis
         return told + self.config.label_loss * F.cross_entropy(of_definitions, own)
 
     def cross_entropy(self, logits_NK: Tensor, targets_NK: Tensor) -> Tensor:

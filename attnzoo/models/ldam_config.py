@@ -30,6 +30,8 @@ class LdamConfig(CheckedConfig):
     "each": every label weighs words by its own evidence. mean: the mean of words joins the weighted sum, through a
     layer of both. skip: a linear head on the tf-idf weights of words is added to the logits; whoever trains sets the
     buffer `rarity_W`. hide_words: share of the words that training takes for unknown ones (id 0), others each time.
+    read_definitions: the loss that tells each definition from the others reads them as texts, by all parts of the
+    model; else by its value map and head alone (the paper).
     """
 
     vocab_size: int
@@ -51,6 +53,7 @@ class LdamConfig(CheckedConfig):
     mean: bool = False
     skip: bool = False
     hide_words: float = 0.0
+    read_definitions: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -136,5 +136,7 @@ def loss(config: Any, w: Weights, read: Read, found: Array, targets: Array) -> f
     right = 0.0
     for k, c in enumerate(labels):
         scores = linear(w, "head", linear(w, "value", c))
+        if config.read_definitions:
+            scores = logits(config, w, read, config.definitions[k], np.zeros((0, 0, 0)), [])
         right += scores[k] - math.log(np.exp(scores).sum())
     return float(told - config.label_loss * right / len(labels))

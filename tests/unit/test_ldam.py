@@ -20,7 +20,13 @@ OPTIONS = {
     "one layer": {},
     "no labels, wide window": {"labels": "none", "window": 5, "num_layers": 0},
     "undescribed series, no label loss": {"describe_series": False, "label_loss": 0.0, "window": 1},
-    "weights of each label, mean, linear head": {"pooling": "each", "mean": True, "skip": True, "exclusive": True},
+    "weights of each label, mean, linear head": {
+        "pooling": "each",
+        "mean": True,
+        "skip": True,
+        "exclusive": True,
+        "read_definitions": True,
+    },
     "the same without labels": {"pooling": "each", "mean": True, "skip": True, "labels": "none", "num_layers": 0},
 }
 EXIST = torch.tensor(
