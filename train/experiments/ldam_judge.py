@@ -62,7 +62,7 @@ def judge(config: ExperimentConfig, values: dict[str, Values]) -> Judgement:
             }
     order = sorted(found, key=lambda name: -macro(tested, found[name]["test"]))
     judged.table(
-        f"L: test rows of all folds ({len(test):,})",
+        "L: test rows of all folds",
         [
             {
                 "model": name,
