@@ -25,12 +25,13 @@ if __package__ in (None, ""):
 from attnzoo.attention import ATTENTION
 from attnzoo.clinical.formats import FORMATS
 from attnzoo.kvcache import CACHES
-from attnzoo.models import DecoderConfig, EhrConfig, LdamConfig
+from attnzoo.models import DecoderConfig, EhrConfig, LdamConfig, SensorConfig
 from serve.config import EngineConfig, ServeConfig
 from train.config import Config
 from train.data import DataConfig
 from train.tasks import ldam
 from train.tasks.clinical import DERIVED, ClinicalOptions
+from train.tasks.sensors import FROM_DATA, LanguageModelOptions, SensorOptions
 from train.tokenizer import TokenizerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,6 +185,9 @@ def training() -> Iterator[str]:
     yield f"Keys of `task`:\n\n{table(ClinicalOptions)}\nKeys of `model`:\n\n{table(EhrConfig, skip=DERIVED)}"
     yield "\nWith `task.kind: ldam` the model reads texts, and series where there are any.\n\n"
     yield f"Keys of `task`:\n\n{table(ldam.LdamOptions)}\nKeys of `model`:\n\n{table(LdamConfig, skip=ldam.DERIVED)}"
+    yield "\n### Sensor adapters\n\nWith `task.kind: sensor-lm` an adapter is trained in front of a frozen language "
+    yield f"model (`data` as above).\n\nKeys of `task`:\n\n{table(SensorOptions)}\nKeys of `model`:\n\n"
+    yield table(LanguageModelOptions) + "".join(table(SensorConfig, skip=FROM_DATA).splitlines(keepends=True)[2:])
 
 
 def configuration() -> str:

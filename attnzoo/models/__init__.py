@@ -13,7 +13,7 @@ from attnzoo.models.ldam import Ldam, LdamInputs, LdamMaps
 from attnzoo.models.ldam_config import LdamConfig
 from attnzoo.models.packing import can_pack, pack_weights
 from attnzoo.models.sampling import Sampling, TokenLogprobs
-from attnzoo.models.sensor_lm import Prompt, PromptedLM, SensorAdapter, SensorConfig, SensorLM
+from attnzoo.models.sensor_lm import Prompt, PromptedLM, SensorAdapter, SensorConfig
 from attnzoo.models.sequences import Sequences
 from attnzoo.models.shapes import buffer_dtype, build_shapes, materialise
 
@@ -37,7 +37,6 @@ __all__ = [
     "Sampling",
     "SensorAdapter",
     "SensorConfig",
-    "SensorLM",
     "Sequences",
     "TokenLogprobs",
     "buffer_dtype",

@@ -71,6 +71,12 @@ class SensorAdapter(nn.Module):
             width = config.hidden
         self.hidden = nn.Sequential(*maps)
         self.output = nn.Linear(width, config.tokens * config.width)
+        for module in self.hidden:
+            if isinstance(module, nn.Linear):  # numbers keep their size on the way, and tokens differ from the start
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.output.weight, std=width**-0.5)
+        nn.init.zeros_(self.output.bias)
 
     def forward(self, numbers_NF: Tensor) -> Tensor:
         """Raises ValueError for another number of numbers."""
@@ -200,18 +206,6 @@ class PromptedLM:
         return hidden_BTD.view(rows, count, -1, width)
 
 
-@dataclass(frozen=True)
-class SensorLM:
-    """An adapter in front of a frozen language model. The first answer of a prompt is no, the second yes."""
-
-    adapter: SensorAdapter
-    reader: PromptedLM
-
-    def scores(self, numbers_NF: Tensor) -> Tensor:
-        """[N, Q]: how much likelier yes is than no, as a logit."""
-        return answer_scores(self.reader.log_likelihoods(self.adapter(numbers_NF)))
-
-
 def answer_scores(log_likelihoods_NQA: Tensor) -> Tensor:
-    """[N, Q]: log P(yes) - log P(no)."""
+    """[N, Q]: log P(yes) - log P(no); the first answer of a prompt is no, the second yes."""
     return log_likelihoods_NQA[..., 1] - log_likelihoods_NQA[..., 0]

@@ -6,6 +6,7 @@ from train.tasks.clinical import ClinicalTask
 from train.tasks.clinical_pretraining import ClinicalPretraining
 from train.tasks.language import LanguageTask
 from train.tasks.ldam import LdamTask
+from train.tasks.sensors import SensorTask
 
 
 def task_class(config: Config) -> type[Task]:
@@ -24,6 +25,7 @@ __all__ = [
     "ClinicalTask",
     "LanguageTask",
     "LdamTask",
+    "SensorTask",
     "Task",
     "build_task",
     "task_class",

@@ -1,0 +1,167 @@
+"""A trained sensor adapter on disk: config.json, model.safetensors and statistics.json, written atomically.
+
+The frozen language model is not part of it: config.json names its checkpoint and a digest of its weights, and a
+language model with other weights is refused. Loading cannot run code.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from attnzoo.checkpoint import existing_checkpoint, load_model, load_tokenizer
+from attnzoo.checkpoint.target import check_native_target
+from attnzoo.clinical.cohort import Cohort
+from attnzoo.clinical.sensors import SensorQuestions, SensorStatistics
+from attnzoo.errors import suggest
+from attnzoo.files import read_object, real_path, replace_directory, temporary_directory
+from attnzoo.models import DecoderLM, PromptedLM, SensorAdapter, SensorConfig
+from attnzoo.models.sensor_lm import answer_scores
+from attnzoo.tokenizer import Tokenizer
+from attnzoo.types import build_config, parse_dtype
+
+FORMAT = "attnzoo-sensors-1"
+CONFIG, WEIGHTS, STATISTICS = "config.json", "model.safetensors", "statistics.json"
+KEYS = ("format", "model", "language_model", "questions", "data", "split", "metadata")
+"""Keys of config.json."""
+
+
+@dataclass(frozen=True)
+class FrozenLM:
+    """A language model with its tokenizer. checkpoint: where it was found; dtype: of its weights."""
+
+    model: DecoderLM
+    tokenizer: Tokenizer
+    checkpoint: str
+    dtype: str
+
+    @classmethod
+    def load(cls, checkpoint: str, dtype: str = "float32") -> "FrozenLM":
+        """As `attnzoo.load` finds it. Raises ValueError."""
+        path, kind = existing_checkpoint(checkpoint), parse_dtype(dtype)
+        tokenizer = load_tokenizer(path)
+        return cls(load_model(path, dtype=kind), tokenizer, checkpoint, dtype)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the weights and the tokenizer."""
+        found = hashlib.sha256(self.tokenizer.fingerprint().encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            found.update(name.encode())
+            found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What names it in files."""
+        return {"checkpoint": self.checkpoint, "dtype": self.dtype, "digest": self.digest}
+
+
+@dataclass(frozen=True)
+class TrainedSensors:
+    """A sensor adapter with what its predictions depend on. data, split, metadata: as of
+    `attnzoo.clinical.trained.TrainedModel`."""
+
+    adapter: SensorAdapter
+    language_model: FrozenLM
+    statistics: SensorStatistics
+    questions: SensorQuestions
+    data: dict[str, Any] = field(default_factory=dict)
+    split: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def reader(self) -> PromptedLM:
+        """The language model with the states of its prompts."""
+        return PromptedLM(self.language_model.model, self.questions.prompts(self.language_model.tokenizer))
+
+    @torch.no_grad()
+    def scores(self, numbers_NF: np.ndarray | Tensor, batch_size: int = 16) -> np.ndarray:
+        """Logits of yes [N, Q], float32, of standardised numbers."""
+        given_NF = torch.as_tensor(numbers_NF, dtype=torch.float32)
+        return self.scores_of(self.adapter(given_NF), batch_size)
+
+    @torch.no_grad()
+    def scores_of(self, virtual_NMD: Tensor, batch_size: int = 16) -> np.ndarray:
+        """Logits of yes [N, Q], float32, of virtual tokens, whatever they were made of."""
+        parts = [answer_scores(self.reader.log_likelihoods(part)) for part in virtual_NMD.split(batch_size)]
+        return torch.cat(parts).numpy()
+
+    def predict(self, cohort: Cohort, rows: np.ndarray | None = None, batch_size: int = 16) -> np.ndarray:
+        """Probabilities of yes [N, Q], in the order of `questions.labels`. Raises ValueError for other sensors."""
+        scores_NQ = self.scores(self.statistics.standardised(cohort, rows), batch_size)
+        return 1 / (1 + np.exp(-scores_NQ.astype(np.float64)))
+
+
+def check_target(directory: Path) -> None:
+    """Raises ValueError, naming what would be lost, unless `save_sensors` may write to `directory`."""
+    check_native_target(directory, config=CONFIG, format=FORMAT, names=(CONFIG, WEIGHTS, STATISTICS))
+
+
+def save_sensors(directory: Path, trained: TrainedSensors) -> Path:
+    """Writes the adapter, replacing an earlier one; returns the directory. Raises ValueError as `check_target`."""
+    directory = real_path(directory)
+    check_target(directory)
+    content = {
+        "format": FORMAT,
+        "model": trained.adapter.config.to_dict(),
+        "language_model": trained.language_model.to_dict(),
+        "questions": vars(trained.questions),
+        "data": trained.data,
+        "split": trained.split,
+        "metadata": trained.metadata,
+    }
+    temporary = temporary_directory(directory)
+    try:
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in trained.adapter.state_dict().items()}
+        save_file(tensors, str(temporary / WEIGHTS))
+        for name, values in ((CONFIG, content), (STATISTICS, trained.statistics.to_dict())):
+            (temporary / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        replace_directory(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return directory
+
+
+def load_sensors(directory: Path | str, language_model: FrozenLM | None = None) -> TrainedSensors:
+    """The adapter in a directory that `save_sensors` wrote, or in a run directory with such an export.
+
+    language_model: None loads the one that the export names. Raises ValueError that names the file if one is missing,
+    damaged or of another format, and for a language model with other weights than the adapter was trained with.
+    """
+    path = Path(directory)
+    path = path / "export" if (path / "export" / CONFIG).is_file() else path
+    try:
+        content, statistics = read_object(path / CONFIG), read_object(path / STATISTICS)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} holds no sensor adapter ({error})") from None
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{path / CONFIG}: format {content.get('format')!r} is not {FORMAT!r}")
+    for key in content:
+        if key not in KEYS:
+            raise ValueError(f"{path / CONFIG}: unknown key {key}{suggest(key, KEYS)}; export the model again")
+    try:
+        adapter = SensorAdapter(SensorConfig.from_dict(content["model"]))
+        adapter.load_state_dict(load_file(path / WEIGHTS))
+        fitted = SensorStatistics.from_dict(statistics)
+        questions = build_config(SensorQuestions, content["questions"], "questions")
+        named = {key: str(content["language_model"][key]) for key in ("checkpoint", "dtype", "digest")}
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path} is damaged ({reason}); export the model again") from None
+    frozen = language_model or FrozenLM.load(named["checkpoint"], named["dtype"])
+    if frozen.digest != named["digest"]:
+        raise ValueError(
+            f"{path} was trained with another language model than {frozen.checkpoint} in {frozen.dtype} (their digests "
+            f"differ); give the weights of {named['checkpoint']} in {named['dtype']} that it was trained with"
+        )
+    parts = {name: dict(content.get(name, {})) for name in ("data", "split", "metadata")}
+    return TrainedSensors(adapter.eval(), frozen, fitted, questions, **parts)
