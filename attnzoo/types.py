@@ -68,6 +68,13 @@ def dtype_bytes(dtype: torch.dtype) -> int:
     return torch.empty((), dtype=dtype).element_size()
 
 
+def floating(dtype: Any) -> torch.dtype:
+    """The dtype. Raises ValueError unless it is one of floating-point numbers."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} must be a floating-point torch.dtype, such as torch.float32")
+    return dtype
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype for sums over tokens: at least float32."""
     return torch.promote_types(dtype, torch.float32)

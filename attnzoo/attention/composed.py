@@ -11,12 +11,13 @@ from attnzoo.attention.base import Attention, Cost, StreamingAttention, Traits, 
 from attnzoo.attention.edits.run import LayerPlan, row_positions
 from attnzoo.attention.edits.traits import Editing
 from attnzoo.attention.parts import QKV, ContextState, Mixing, Projection, QKVConv, QKVConvState
+from attnzoo.attention.parts.mixing import SoftmaxContext
 from attnzoo.kvcache import CachePolicy
-from attnzoo.kvcache.state import State, new_zeros
+from attnzoo.kvcache.state import State, new_zeros, writable
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import CAUSAL, Mask
 from attnzoo.ops.common.recent import recent
-from attnzoo.types import dtype_bytes
+from attnzoo.types import dtype_bytes, floating
 
 
 @dataclass
@@ -81,6 +82,8 @@ class ParallelComposition(Attention):
         self.check_input(x_BTD, context_BSD, mask)
         if mask is None:
             mask = CAUSAL if context_BSD is None else Mask.full()
+        if edits is not None:
+            edits.check_context(None if context_BSD is None else context_BSD.shape[1], mask.keys_BS)
         return self._mixed(x_BTD, context_BSD, mask, impl, edits)
 
     def _mixed(
@@ -91,6 +94,8 @@ class ParallelComposition(Attention):
         impl: Impl,
         edits: LayerPlan | None = None,
     ) -> Tensor:
+        if edits is not None:
+            edits.check_lengths(*x_BTD.shape[:2], mask.starts_BT)
         x_BTD, context_BSD = existing(x_BTD, context_BSD, mask)
         qkv = self.projection(x_BTD, context_BSD)
         if 0 in qkv[0].shape:  # no sequence or no token: kernels and sums over time would have nothing to begin with
@@ -151,7 +156,7 @@ class ComposedAttention(ParallelComposition, StreamingAttention):
         cache: CachePolicy | None = None,
     ) -> ComposedState:
         weight = self.projection.query.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
+        device, dtype = device or weight.device, floating(dtype or weight.dtype)
         return ComposedState(
             new_zeros(batch, device=device, dtype=torch.int64),
             None if self.conv is None else self.conv.init_state(batch, device=device, dtype=dtype),
@@ -185,6 +190,7 @@ class ComposedAttention(ParallelComposition, StreamingAttention):
                 f"{'no' if state.conv is None else 'a'} convolution; begin with this layer's init_state"
             )
         self.check_chunk(x_BTD, len(state.lengths_B), counts_B)
+        state = writable(state, state.lengths_B)
         tokens = x_BTD.shape[1]
         of_context = isinstance(state.mixing, ContextState)
         qkv, conv = self.projection(x_BTD, x_BTD[:, :0] if of_context else None), state.conv
@@ -197,6 +203,8 @@ class ComposedAttention(ParallelComposition, StreamingAttention):
             o_BNTH, mixing = self.mixing.extend(qkv, state.mixing, positions_BT, counts_B, self.impl)
         else:
             edits.check_streams(self.editing, type(self).__name__)
+            exists_BS = state.mixing.exists_BS if isinstance(state.mixing, SoftmaxContext) else None
+            edits.check_context(None if exists_BS is None else exists_BS.shape[1], exists_BS)
             edits.observe(x_BTD, edits.positions(positions_BT, counts_B))
             o_BNTH, mixing = self.mixing.extend_edited(qkv, state.mixing, positions_BT, counts_B, self.impl, edits)
         lengths_B = state.lengths_B + (tokens if counts_B is None else counts_B)

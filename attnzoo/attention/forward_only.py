@@ -40,9 +40,9 @@ from attnzoo.attention.base import Attention, Cost, StreamingAttention, Traits, 
 from attnzoo.attention.signature import forward_takes, masks_of, options_of, refuse_unused, source_of
 from attnzoo.derived_flops import forward_flops
 from attnzoo.kvcache import CachePolicy
-from attnzoo.kvcache.state import State, new_zeros
+from attnzoo.kvcache.state import State, new_zeros, writable
 from attnzoo.ops.common.masks import CAUSAL, Mask, MaskField
-from attnzoo.types import dtype_bytes
+from attnzoo.types import dtype_bytes, floating
 
 PREFIXES = (1, 4, 20)
 PROBE = 37
@@ -209,7 +209,7 @@ class RecomputedAttention(ForwardOnly, StreamingAttention):
                 "values to compress; use cache=None, or build it from attnzoo.attention.parts"
             )
         self.check_values()
-        device, dtype = device or self._like.device, dtype or self._like.dtype
+        device, dtype = device or self._like.device, floating(dtype or self._like.dtype)
         return InputsState(
             new_zeros(batch, capacity, self.config.model_dim, device=device, dtype=dtype),
             new_zeros(batch, device=device, dtype=torch.int64),
@@ -226,6 +226,7 @@ class RecomputedAttention(ForwardOnly, StreamingAttention):
     def extend(self, x_BTD: Tensor, state: InputsState, counts_B: Tensor | None = None) -> tuple[Tensor, InputsState]:
         self.check_input(x_BTD)
         self.check_chunk(x_BTD, len(state.lengths_B), counts_B)
+        state = writable(state, state.lengths_B)
         if 0 in x_BTD.shape:
             return x_BTD.new_zeros(x_BTD.shape), state
         tokens = x_BTD.shape[1]

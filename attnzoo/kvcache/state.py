@@ -122,12 +122,19 @@ class State:
 
     def keep_rows(self: S, order: Sequence[int]) -> S:
         """The sequences at these indices, in this order, in new memory. This state is consumed, tensor by tensor."""
-        return _consume(self, "", lambda _, x: x[torch.tensor(order, device=x.device, dtype=torch.long)])
+        return _consume(self, "", lambda _, x: x[torch.as_tensor(order, device=x.device, dtype=torch.long)])
 
     def reset(self, index: slice) -> None:
         """Empties the sequences in `index`, in place: every variant's empty state is all zeros."""
         for tensor in self.tensors().values():
             tensor[index].zero_()
+
+
+def writable(state: S, like: Tensor) -> S:
+    """The state; a copy where `like`, a tensor of it, was made in inference mode and torch refuses to write to it."""
+    if torch.compiler.is_compiling() or not like.is_inference() or torch.is_inference_mode_enabled():
+        return state
+    return state.clone()
 
 
 def _cut(node: Any, tokens: int) -> Any:
@@ -222,6 +229,8 @@ def save_state(state: State, path: Path) -> None:
     """Writes a state to one safetensors file: its tensors, and descriptions of its model and cache policy."""
     from safetensors.torch import save_file
 
+    if not isinstance(state, State):
+        raise ValueError(f"save_state takes a state and then a path, and got a {type(state).__name__}")
     tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()}
     save_file(tensors, str(path), metadata={ORIGIN: json.dumps(_origins(state))})
 
@@ -233,6 +242,8 @@ def load_state(template: S, path: Path) -> S:
     a file that is not a state, for a state of another model or cache policy, and when a tensor is missing, unexpected,
     or of another dtype, rank or size than the template's.
     """
+    if not isinstance(template, State):
+        raise ValueError(f"load_state takes a state of init_state and then a path, and got a {type(template).__name__}")
     loaded, origins = _read(path)
     for name, mine in _origins(template).items():
         if origins.get(name) != mine:

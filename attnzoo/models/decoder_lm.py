@@ -12,7 +12,16 @@ from torch.utils.checkpoint import checkpoint
 
 from attnzoo.attention import Cost, build_attention, streaming
 from attnzoo.attention.cached import ByteModel, cached_state, compress_layers, joinable_layers, streams
-from attnzoo.attention.edits import EditPlan, EditRuns, Edits, TokenLayout, check_rows, layer_plan, layer_sizes
+from attnzoo.attention.edits import (
+    EditPlan,
+    EditRuns,
+    Edits,
+    TokenLayout,
+    check_rows,
+    check_runs,
+    layer_plan,
+    layer_sizes,
+)
 from attnzoo.attention.edits.plan import MAX_BYTES
 from attnzoo.attention.segment_memory import SegmentMemory
 from attnzoo.derived_memory import PassMemory, in_sequence, pass_memory
@@ -258,6 +267,8 @@ class DecoderLM(nn.Module):
                 f"tokens_BT has shape {tuple(tokens_BT.shape)}, the state holds {rows} sequences; give one row of "
                 "tokens for each"
             )
+        if edits is not None:
+            check_runs(edits, rows)
         layers = []
         for layer, (block, layer_state) in enumerate(zip(self.layers(), state.layers, strict=True)):
             if edits is None:

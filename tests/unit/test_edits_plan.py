@@ -103,6 +103,10 @@ def test_json_and_back():
         ([{"mass": {"where": {"keys": 1}, "bins": {"a": 0}}}], "Mass: where.keys and bins both name keys"),
         ([{"mass": {"bins": ["image"]}}], r"edits\[0\].mass.bins=.* object of positions by name"),
         ([{"move": {"only_heads": {"mass": 1}}}], r"edits\[0\].move.only_heads: unknown field 'mass'"),
+        ([{"hide": {"where": {"heads": " 0 : 1 "}}}], "Where.heads=' 0 : 1 ': give 'all', whole numbers, ranges"),
+        ([{"hide": {"where": {"layers": "0_0:1"}}}], "Where.layers='0_0:1': give 'all'"),
+        ([{"hide": {"where": {"steps": "\uff11:"}}}], "Where.steps=.*: give 'all'"),
+        ([{"hide": {"where": {"heads": "9" * 5000 + ":"}}}], "Where.heads=.*: give 'all'"),
     ],
 )
 def test_json_that_says_nothing_is_refused(data, message):
@@ -126,12 +130,53 @@ def test_numbers_that_overflow_are_refused_by_field():
         ):
             Edits(Map(), item).plan([SOFTMAX, SOFTMAX], LAYOUT)
         assert Edits(item).plan([exact, exact], LAYOUT).changes
-    with pytest.raises(ValueError, match=r"add.value=10000000... \(401 digits\) overflows"):
-        Edits(Add(Where(layers=0), 10**400)).plan([SOFTMAX], LAYOUT)
     with pytest.raises(ValueError, match="values must be numbers"):
         PutScores(Where(), [[[10**400]]])
     with pytest.raises(ValueError, match="values are complex; give real numbers"):
         PutScores(Where(), torch.ones(1, 1, 1, dtype=torch.complex64))
+    for make in (lambda: HeadFilter(min_mass=10**5000), lambda: Add(Where(), 10**400), lambda: Scale(Where(), 10**400)):
+        with pytest.raises(
+            ValueError, match=r"^(HeadF|Add|Scale).*(min_mass|value|factor) is a whole number beyond 1e308"
+        ):
+            make()
+    with pytest.raises(ValueError, match=r"Sinks.tau=1000"):
+        Sinks((1,), 10**400)
+
+
+def test_numbers_that_overflow_together_are_refused():
+    """Each alone would do. Kills: numbers of other heads counted in; renormalised rows taken for grown ones."""
+    raised, moved = Scale(Where(heads=1), 1e15, renormalise=False), Move(Where(keys=0), "image", 0.5)
+    put = PutWeights(Where(heads=1, queries=1, keys=0), [[[1e15]]])
+    for items, field in (
+        ([Temper(Where(keys=0), 1e15)] * 3, r"edits\[2\].temper"),
+        ([PutScores(Where(queries=1), [[[-1e15] * 10]]), *[Temper(Where(), -1e15, True)] * 2], r"edits\[2\].temper"),
+        ([raised, put, moved, *[raised] * 2], r"edits\[4\].scale"),
+        ([raised, CopyHead(Where(heads=0), 1), *[Scale(Where(heads=0), 1e15, False)] * 2], r"edits\[3\].scale"),
+    ):
+        with pytest.raises(ValueError, match=rf"{field}.*with the edits before it numbers of up to .* in layer 0"):
+            Edits(*items).plan([SOFTMAX], LAYOUT)
+    apart = [Scale(Where(heads=head), 1e15, renormalise=False) for head in range(4)]
+    kept = [Scale(Where(keys=0), 1e15)] * 4
+    sums = [Add(Where(keys=0), -1e15)] * 4
+    assert Edits(*apart, *kept, *sums).plan([SOFTMAX], LAYOUT).changes
+
+
+def test_maps_hold_the_weights_that_edits_make():
+    """A map in half precision holds no weight above 65504. Kills: a default that turns large weights into inf."""
+    large = Scale(Where(heads=1, keys=0), 1e6, renormalise=False)
+    put = PutWeights(Where(heads=[1], queries=1, keys=(0, 1)), [[[4e4, 4e4]]])
+    for edit in (large, put):
+        words = r"edits\[0\].map: weights of up to .* in layer 0, and fp16 holds none above 65504; give dtype='fp32'"
+        for read in (Map(), Map(Where(heads=1), dtype="fp16")):
+            with pytest.raises(ValueError, match=words):
+                Edits(read, edit).plan([SOFTMAX], LAYOUT)
+        for items in (
+            [edit, Map(dtype="fp32")],
+            [edit, Map(Where(heads=0))],
+            [edit, Map(what="scores")],
+            [Scale(Where(), 1e6), Map()],
+        ):
+            assert Edits(*items).plan([SOFTMAX], LAYOUT).changes
 
 
 @pytest.mark.parametrize(
@@ -203,12 +248,16 @@ def test_runs_that_are_none_of_the_row():
         (Add(Where(layers=3), 1.0), r"edits\[0\].add.where.layers=3 is out of range: there are 3, numbered 0 to 2"),
         (Add(Where(layers=0, heads="2:5"), 1.0), r"where.heads='2:5' is out of range: there are 4"),
         (Add(Where(layers=0, heads="2:2"), 1.0), r"where.heads=.*selects nothing of 4"),
+        (Add(Where(layers=0, heads=[0, "3:1"]), 1.0), r"where.heads='3:1' selects nothing of 4"),
+        (Add(Where(layers=0, heads=[0, range(2, 2)]), 1.0), r"where.heads='2:2' selects nothing of 4"),
         (Add(Where(layers=0, keys="imagge"), 1.0), "where.keys: no span is called 'imagge'; did you mean 'image'"),
         (
             Add(Where(layers=0, keys="-2:"), 1.0),
             r"no span is called '-2:'; the positions from one to another are Span\(-2, 'end'\), in JSON "
             r'{"span": \[-2, "end"\]}',
         ),
+        (Add(Where(layers=0, keys="9" * 5000 + ":"), 1.0), "no span is called '999"),
+        (Add(Where(layers=0, keys="-:"), 1.0), "no span is called '-:'; known"),
         (Add(Where(layers=0, keys=Span(5, 15)), 1.0), r"Span\(start=5, stop=15\).*14 tokens"),
         (Add(Where(layers=0, keys=-11), 1.0), r"is \[-1, 0\)"),
         (Add(Where(layers=0, keys=()), 1.0), r"keys=\(\) selects nothing"),
@@ -242,6 +291,21 @@ def test_other_refusals():
         Edits(Hide(Where(keys=(Except(Sinks((1,), 2.0)), 3)))).plan([SOFTMAX], LAYOUT)
     with pytest.raises(ValueError, match="new_tokens=-1"):
         Edits().plan([SOFTMAX], LAYOUT, -1)
+
+
+def test_lists_of_positions_are_tuples_wherever_they_stand():
+    """Kills: edits that cannot be hashed, or are not equal to the same ones."""
+    for make in (
+        lambda x: Hide(Where(keys=x, queries=x)),
+        lambda x: Hide(Where(keys=Except(x))),
+        lambda x: Hide(Where(keys=[Except([x])])),
+        lambda x: Move(Where(), [x], 0.5, HeadFilter(of=[Except(x)])),
+        lambda x: Mass(bins={"a": [x, Except(x)]}),
+    ):
+        found, same = (Edits(make(x)) for x in ([0, [2, "image"]], (0, (2, "image"))))
+        assert found == same
+        assert hash(found) == hash(same)
+        assert found.plan([SOFTMAX], LAYOUT).fingerprint == same.plan([SOFTMAX], LAYOUT).fingerprint
 
 
 def test_reads_above_the_limit_are_refused_with_their_bytes():

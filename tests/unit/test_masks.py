@@ -128,6 +128,9 @@ def test_streaming_positions_and_sinks():
         ({**PLACES, "pairs": SOME}, "which pairs cannot join: leave one of them out"),
         ({"keys_BS": LONG}, "keys_BS has dtype torch.int64; it must be bool"),
         ({"pairs": LONG}, "pairs has dtype torch.int64; it must be bool"),
+        ({"keys_BS": [[True]]}, "keys_BS has dtype of a list, and is no tensor; it must be bool"),
+        ({"starts_BT": [[0]]}, "starts_BT has dtype of a list, and is no tensor; it must be int64"),
+        ({"prefix_B": torch.ones(1)}, "prefix_B has dtype torch.float32; it must be int64"),
     ],
 )
 def test_refused_masks(options, message):
@@ -141,12 +144,15 @@ def test_refused_masks(options, message):
         (Mask(), "3 queries and 4 keys: a causal mask of the parallel form needs as many"),
         (Mask.full(SOME), r"keys_BS has shape \(1, 1\); it must be \(2, 4\)"),
         (Mask.full(pairs=SOME), r"pairs has shape \(1, 1\); it must be \(2, 3, 4\) or \(2, 5, 3, 4\)"),
+        (Mask(starts_BT=torch.full((2, 4), -3)), "starts_BT is -3 somewhere; it counts tokens, from 0 on"),
+        (Mask.full(torch.ones(2, 4).bool(), pairs=SOME), r"pairs has shape"),
         (Mask(prefix_B=LONG, **PLACES), r"prefix_B has shape \(1, 1\); it must be \(2,\)"),
     ],
 )
 def test_masks_that_do_not_fit(mask, message):
     with pytest.raises(ValueError, match=message):
-        check_mask(mask, torch.zeros(2, 5, 3, 6), torch.zeros(2, 5, 4, 6))
+        tokens = 3 if mask.starts_BT is None else 4
+        check_mask(mask, torch.zeros(2, 5, tokens, 6), torch.zeros(2, 5, 4, 6))
 
 
 def test_refused_lengths():
@@ -156,6 +162,14 @@ def test_refused_lengths():
         document_starts(torch.tensor([0, 3, 2, 4]), 1, 4)
     with pytest.raises(ValueError, match=r"lengths \[5\] must lie between 0 and the 4 tokens"):
         padding_starts(torch.tensor([5]), 4, "left")
+    for call, name in (
+        (lambda: padding_starts([3], 7, "left"), "lengths_B has dtype of a list"),
+        (lambda: padding_keys(torch.tensor([3.0, 7.0]), 7, "right"), "lengths_B has dtype torch.float32"),
+        (lambda: document_starts([0, 3], 1, 3), "cu_seqlens has dtype of a list, and is no tensor; it must be int64"),
+        (lambda: marked_starts([[1, 2]], 1), "tokens_BT has dtype of a list"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            call()
     with pytest.raises(ValueError, match="side='up' is not 'left' or 'right'"):
         padding_starts(torch.tensor([2]), 4, "up")  # type: ignore[arg-type]
 

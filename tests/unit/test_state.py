@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from attnzoo import attention
-from attnzoo.kvcache import FullCache, State, load_state, save_state
+from attnzoo.attention.base import StreamingAttention
+from attnzoo.attention.cached import compress_layers
+from attnzoo.kvcache import CACHES, FullCache, State, build_cache, load_state, save_state
 
 
 @dataclass
@@ -124,6 +126,87 @@ def test_load_refuses_another_model(tmp_path):
         load_state(tree(), path)
     with pytest.raises(ValueError, match=r"values is torch.float32 of rank 2"):
         load_state(Leaf(torch.zeros(1, 2, 1)), path)
+
+
+def test_arguments_of_another_kind_are_named(tmp_path):
+    """Kills: a whole state for a file's name; a warning of torch for rows that are a tensor."""
+    with pytest.raises(
+        ValueError, match=r"^load_state takes a state of init_state and then a path, and got a PosixPath"
+    ):
+        load_state(tmp_path, tree())  # type: ignore[type-var, arg-type]
+    with pytest.raises(ValueError, match=r"^save_state takes a state and then a path, and got a PosixPath"):
+        save_state(tmp_path, tree())  # type: ignore[arg-type]
+    assert tree().keep_rows(torch.tensor([2, 0])).lengths.tolist() == [2, 0]
+    layer = attention("mha", model_dim=32)
+    for dtype in (torch.int64, torch.complex64, "bf16"):
+        with pytest.raises(ValueError, match=r"dtype=.* must be a floating-point torch.dtype, such as torch.float32"):
+            layer.init_state(2, 5, dtype=dtype)
+
+
+LAYERS = [
+    (name, case)
+    for name in attention.ATTENTION
+    if issubclass(attention.ATTENTION.get(name), StreamingAttention)
+    for case in attention.ATTENTION.get(name).cases
+]
+
+
+@pytest.mark.parametrize(("name", "case"), LAYERS, ids=str)
+@torch.no_grad()
+def test_a_state_may_be_kept_in_another_dtype(name, case):
+    """Keys and values in fewer or more digits than the weights, which halves a cache in memory, in chunks, by tokens,
+    and joined; states keep their dtypes. Kills: a state that can be made and not extended."""
+    layer = attention.build_attention(name, {"model_dim": 24, **case})
+    x = torch.randn(2, 9, 24)
+    whole = layer(x)
+    for dtype, allowed in ((torch.bfloat16, 3e-2), (torch.float16, 3e-3), (torch.float64, 1e-4)):
+        state = layer.init_state(2, 4, dtype=dtype)
+        kinds = {key: value.dtype for key, value in state.tensors().items()}
+        outs, done = [], 0
+        for end in (4, 5, 9):
+            y, state = layer.extend(x[:, done:end], state, torch.tensor([end - done] * 2))
+            outs, done = [*outs, y], end
+        y = torch.cat(outs, 1)
+        assert y.dtype == whole.dtype
+        torch.testing.assert_close(y, whole, rtol=allowed, atol=allowed * float(whole.abs().max()))
+        assert {key: value.dtype for key, value in state.tensors().items()} == kinds
+        state.joined(layer.init_state(1, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", CACHES)
+@torch.no_grad()
+def test_caches_may_be_kept_in_another_dtype(name):
+    layer = attention.build_attention("mdha", {"model_dim": 24, "num_heads": 3})
+    if name != "full":
+        relative = attention.build_attention("rmha", {"model_dim": 24})
+        with pytest.raises(ValueError, match=r"dtype=torch.bfloat16: .* of a layer with learned positions is kept in"):
+            relative.init_state(1, 9, dtype=torch.bfloat16, cache=build_cache(name))
+    x = torch.randn(2, 40, 24)
+    outs = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        state = layer.init_state(2, 40, dtype=dtype, cache=build_cache(name))
+        y, state = layer.extend(x[:, :30], state)
+        (state,) = compress_layers([layer], [state], final=True)
+        z, state = layer.extend(x[:, 30:31], state)
+        outs[dtype] = torch.cat([y, z], 1)
+        assert outs[dtype].dtype == torch.float32
+    torch.testing.assert_close(outs[torch.float64], outs[torch.float32], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outs[torch.bfloat16], outs[torch.float32], rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(("name", "case"), LAYERS, ids=str)
+def test_a_state_of_inference_mode_goes_on_outside_of_it(name, case):
+    """Kills: torch's refusal to write into its tensors."""
+    layer = attention.build_attention(name, {"model_dim": 24, **case})
+    x = torch.randn(2, 6, 24)
+    with torch.inference_mode():
+        _, state = layer.extend(x[:, :3], layer.init_state(2, 9))
+    kept = {key: value.clone() for key, value in state.tensors().items()}
+    with torch.no_grad():
+        y, later = layer.extend(x[:, 3:5], state)
+        z, _ = layer.extend(x[:, 5:], later)
+    torch.testing.assert_close(torch.cat([y, z], 1), layer(x)[:, 3:], rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, kept[key]) for key, value in state.tensors().items())
 
 
 def test_full_cache_grows_by_doubling_and_counts_its_bytes():

@@ -5,6 +5,7 @@ An edit's `apply` is its formula. It sees scores or weights [N, R, S] of some he
 all edits, sees to it.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention.edits.classes import MovedParts, moved_parts
-from attnzoo.attention.edits.spans import ALL, Chosen, Picks, Positions, normal_picks
+from attnzoo.attention.edits.spans import ALL, Chosen, Picks, Positions, normal_picks, normal_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,7 @@ class Where:
         for name in ("layers", "heads", "steps"):
             object.__setattr__(self, name, normal_picks(getattr(self, name), f"Where.{name}"))
         for name in ("queries", "keys"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, normal_positions(getattr(self, name)))
 
 
 class Values:
@@ -154,7 +154,8 @@ class WeightEdit(Edit):
 
 @dataclass(frozen=True)
 class Add(ScoreEdit):
-    """score + value."""
+    """score + value. To take all weight from keys, `Hide` is exact: beside a score of -10,000 or 10,000 little is left
+    of the digits of float32, and with several such numbers on the same keys less."""
 
     factors: ClassVar[tuple[str, ...]] = ("value",)
     value: float
@@ -224,7 +225,8 @@ class PutScores(ScoreEdit):
 
 @dataclass(frozen=True)
 class Scale(WeightEdit):
-    """weight * factor; with `renormalise`, every row that is named keeps the sum it had."""
+    """weight * factor; with `renormalise`, every row that is named keeps the sum it had, but for one that has no weight
+    left: a factor of 0 for all that it sees leaves 0."""
 
     factors: ClassVar[tuple[str, ...]] = ("factor",)
     factor: float
@@ -323,8 +325,7 @@ class HeadFilter:
     def __post_init__(self) -> None:
         _number("HeadFilter.min_mass", self.min_mass)
         _number("HeadFilter.min_share", self.min_share)
-        if isinstance(self.of, list):
-            object.__setattr__(self, "of", tuple(self.of))
+        object.__setattr__(self, "of", normal_positions(self.of))
 
 
 @dataclass(frozen=True)
@@ -339,8 +340,7 @@ class Move(WeightEdit):
 
     def __post_init__(self) -> None:
         _number("Move.share", self.share, least=0.0, most=1.0)
-        if isinstance(self.to, list):
-            object.__setattr__(self, "to", tuple(self.to))
+        object.__setattr__(self, "to", normal_positions(self.to))
 
     @property
     def idle(self) -> bool:
@@ -365,6 +365,8 @@ class Move(WeightEdit):
 
 def _number(name: str, value: Any, least: float = -float("inf"), most: float = float("inf")) -> None:
     right = isinstance(value, int | float) and not isinstance(value, bool)
+    if right and isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name} is a whole number beyond 1e308; it must be a finite number")
     if not right or not abs(value) < float("inf") or not least <= value <= most:
         bounds = (
             "" if least == -float("inf") else f" of at least {least}" + ("" if most > 1 else f" and at most {most}")

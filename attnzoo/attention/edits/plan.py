@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal
 
-import torch
-
+from attnzoo.attention.edits.bounds import check_numbers
 from attnzoo.attention.edits.classes import class_codes
 from attnzoo.attention.edits.cost import EditCost, layer_cost, returned_bytes
-from attnzoo.attention.edits.items import CopyHead, Edit, Item, PutScores, PutWeights, ScoreEdit, Values, WeightEdit
+from attnzoo.attention.edits.items import CopyHead, Edit, Item, PutScores, PutWeights, ScoreEdit, WeightEdit
 from attnzoo.attention.edits.reads import Entropy, Map, Mass, Read
 from attnzoo.attention.edits.spans import (
     FAR,
@@ -137,6 +136,8 @@ class Edits:
                 meant = _meant(index, item, sizes[layer], layout, total, streams, at, layer)
                 if not (isinstance(item, Edit) and item.idle):
                     layers[layer].append(meant)
+        for number, items in enumerate(layers):
+            check_numbers([(NAMES[type(each.item)], each) for each in items], sizes[number], number)
         gathered = [_gathered(meant, sizes[n], layout, total) for n, meant in enumerate(layers)]
         same = {
             each: each for each in gathered
@@ -188,7 +189,6 @@ def _meant(
 ) -> Meant:
     """The item in one layer. Raises ValueError where the layer cannot, or the words mean nothing in it."""
     _check_can(item, size, streams, at, layer)
-    _check_numbers(item, size, at, layer)
     where = item.where
     heads = picked(where.heads, size.num_heads, f"{at}.where.heads")
     queries = chosen(where.queries, layout, total, f"{at}.where.queries")
@@ -248,28 +248,6 @@ def _check_can(item: Item, size: LayerSizes, streams: bool, at: str, layer: int)
             f"{at}: the attention of layer {layer} ({size.variant}) cannot {wanted}{how}: {can.why_not}; leave layer "
             f"{layer} out of where.layers"
         )
-
-
-def _check_numbers(item: Item, size: LayerSizes, at: str, layer: int) -> None:
-    """Raises ValueError for numbers whose products with scores and weights are infinite in the dtype that the layer
-    computes them in: what comes of them is NaN, and nothing would say why."""
-    most = torch.finfo(size.scores_in).max ** 0.5
-    for name in item.factors if isinstance(item, Edit) else ():
-        given = getattr(item, name)
-        value = given.largest if isinstance(given, Values) else given
-        if abs(value) > most:
-            kind = str(size.scores_in).removeprefix("torch.")
-            raise ValueError(
-                f"{at}.{name}={_short(value)} overflows in layer {layer}, whose scores are {kind}: give at most "
-                f"{most:.1g} in magnitude, or use Hide to take all weight from keys"
-            )
-
-
-def _short(value: float) -> str:
-    try:
-        return f"{value:g}"
-    except OverflowError:  # a whole number beyond all floats
-        return f"{str(value)[:8]}... ({len(str(value))} digits)"
 
 
 def _gathered(items: list[Meant], size: LayerSizes, layout: TokenLayout, total: int) -> LayerItems | None:

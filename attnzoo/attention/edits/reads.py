@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 
 from attnzoo.attention.edits.items import Item, Where
-from attnzoo.attention.edits.spans import ALL, Positions
+from attnzoo.attention.edits.spans import ALL, Positions, normal_positions
 from attnzoo.types import DTYPES
 
 
@@ -30,7 +30,7 @@ class Mass(Read):
         bins = self.bins.items() if isinstance(self.bins, Mapping) else self.bins
         if bins and self.where.keys != ALL:
             raise ValueError("Mass: where.keys and bins both name keys; leave where.keys out")
-        object.__setattr__(self, "bins", tuple((name, tuple(of) if isinstance(of, list) else of) for name, of in bins))
+        object.__setattr__(self, "bins", tuple((name, normal_positions(of)) for name, of in bins))
 
     def key_sets(self) -> dict[str, Positions]:
         return dict(self.bins) if self.bins else {"keys": self.where.keys}

@@ -14,7 +14,7 @@ from attnzoo.attention.edits.items import Edit
 from attnzoo.attention.edits.plan import EditPlan, LayerItems
 from attnzoo.attention.edits.reading import LayerRecord, Reading
 from attnzoo.attention.edits.spans import Sinks
-from attnzoo.attention.edits.traits import Editing
+from attnzoo.attention.edits.traits import Editing, LayerSizes
 from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.common.recent import recent
 
@@ -26,7 +26,7 @@ class EditRun:
         self.plan = plan
         self.records = [None if layer is None else LayerRecord(layer) for layer in plan.layers]
         self.rows = [
-            None if record is None else Row(record, plan.total, size.num_heads)
+            None if record is None else Row(record, plan.total, size)
             for record, size in zip(self.records, plan.sizes, strict=True)
         ]
 
@@ -40,12 +40,20 @@ EditRuns = Sequence[EditRun | None]
 """One entry a row of a batch; None: untouched."""
 
 
-def _check_runs(runs: Any) -> None:
+def check_runs(runs: Any, batch: int | None = None) -> None:
+    """Raises ValueError for what is no list of runs, of one for each of `batch` rows."""
     if not isinstance(runs, list | tuple):
         raise ValueError(f"edits is a {type(runs).__name__}; give a list with EditRun(plan) or None for each row")
     for row, run in enumerate(runs):
         if run is not None and not isinstance(run, EditRun):
             raise ValueError(f"edits[{row}] is a {type(run).__name__}; give EditRun(plan) for a row, or None")
+    if batch is not None:
+        _check_count(len(runs), batch)
+
+
+def _check_count(entries: int, batch: int) -> None:
+    if entries != batch:
+        raise ValueError(f"edits have {entries} entries, and the batch has {batch} rows; None leaves one as it is")
 
 
 def layer_plan(runs: EditRuns | None, layer: int, step: int | None = None) -> "LayerPlan | None":
@@ -53,7 +61,7 @@ def layer_plan(runs: EditRuns | None, layer: int, step: int | None = None) -> "L
     steps are calls. Raises ValueError for a run of a model with other layers."""
     if runs is None:
         return None
-    _check_runs(runs)
+    check_runs(runs)
     rows: list[Row | None] = []
     for row, run in enumerate(runs):
         if run is None:
@@ -79,11 +87,11 @@ def layer_plan(runs: EditRuns | None, layer: int, step: int | None = None) -> "L
 
 @dataclass(frozen=True)
 class Row:
-    """One row's share in a call of a layer. total: tokens of the sequence at most; heads: query heads as planned."""
+    """One row's share in a call of a layer. total: tokens of the sequence at most; size: the layer as planned."""
 
     record: LayerRecord
     total: int
-    heads: int
+    size: LayerSizes
 
 
 @dataclass
@@ -98,17 +106,40 @@ class LayerPlan:
     def __post_init__(self) -> None:
         self.plans = tuple([None if entry is None else entry.record.plan for entry in self.rows])
 
-    def check_batch(self, batch: int) -> None:
-        """Raises ValueError unless there is one entry a row."""
-        if len(self.rows) != batch:
+    def check_lengths(self, batch: int, tokens: int, starts_BT: Tensor | None) -> None:
+        """As `check_rows`."""
+        _check_count(len(self.rows), batch)
+        _check_lengths(tuple(entry and entry.total for entry in self.rows), tokens, starts_BT)
+
+    def check_context(self, entries: int | None, exists_BS: Tensor | None) -> None:
+        """Raises ValueError for plans of another context than is read: one of `entries` tokens of which some exist, or
+        None. Tokens behind the last one that exists may be among the planned ones or not."""
+        for row, entry in enumerate(self.rows):
+            planned = entry.record.plan.keys if entry is not None and entry.size.context else None
+            if entry is None or planned == entries:
+                continue
+            least = entries
+            if entries is not None and exists_BS is not None:
+                least = int((exists_BS[row] * torch.arange(1, entries + 1, device=exists_BS.device)).amax())
+                if planned is not None and least <= planned <= entries:
+                    continue
+            wanted = "no context" if planned is None else f"a context of {planned} tokens"
+            found = (
+                "none"
+                if entries is None
+                else f"one of {entries}"
+                if least == entries
+                else f"one of {least} to {entries}"
+            )
             raise ValueError(
-                f"edits have {len(self.rows)} entries, and the batch has {batch} rows; None leaves one as it is"
+                f"edits[{row}] were planned for {wanted}, and the layer reads {found}; say so by "
+                "TokenLayout(context=...) and layer_sizes(layer, context=...)"
             )
 
     def observe(self, x_BTD: Tensor, queries_BT: Tensor) -> None:
         """Finds the sinks among the tokens of a call; queries_BT as in `AttentionCall`. Raises ValueError for a run
         that has been there before."""
-        self.check_batch(len(x_BTD))
+        _check_count(len(self.rows), len(x_BTD))
         hidden_BTD = x_BTD if self.hidden_BTD is None else self.hidden_BTD
         found: dict[Sinks, list[list[bool]]] = {}
         for row, (entry, (first, last)) in enumerate(zip(self.rows, ends(queries_BT), strict=True)):
@@ -136,19 +167,17 @@ class LayerPlan:
     def replaces(self, num_heads: int, queries_BT: Tensor) -> bool:
         """Whether every row has an edit that names all of its heads and queries, so that outputs without edits are not
         needed. queries_BT as in `AttentionCall`."""
-        self.check_batch(len(queries_BT))
         return _replaced(queries_BT, self.plans, num_heads, self.step)
 
     def apply(self, call: AttentionCall, out_BNTH: Tensor | None) -> Tensor:
         """The outputs with edits: those of the unedited call, but for the rows, heads and queries that edits name.
         None: all are replaced."""
         shape = (*call.q_BNTH.shape[:3], call.values_BKSH.shape[3])
-        self.check_batch(shape[0])
-        for row, entry in enumerate(self.rows):
-            if entry is not None and entry.heads != shape[1]:
+        for row, planned in enumerate(entry and entry.size.num_heads for entry in self.rows):
+            if planned not in (None, shape[1]):
                 raise ValueError(
-                    f"edits[{row}] were planned for {entry.heads} query heads, and the layer has {shape[1]}; plan them "
-                    "for this model"
+                    f"edits[{row}] were planned for {planned} query heads, and the layer has {shape[1]}; plan them for "
+                    "this model"
                 )
         new_BNTH = None
         few = is_few(call)
@@ -255,38 +284,33 @@ def check_rows(runs: EditRuns, batch: int, tokens: int, starts_BT: Tensor | None
     """Raises ValueError for rows of the parallel form of which their plans do not speak: of several documents, and of
     more tokens than were planned. Without `starts_BT` nothing says what is padding, and a row is only known to have
     more where every row would."""
-    _check_runs(runs)
-    if len(runs) != batch:
-        return  # a layer says so
+    check_runs(runs, batch)
+    _check_lengths(tuple(run and run.plan.total for run in runs), tokens, starts_BT)
+
+
+@recent
+def _check_lengths(totals: tuple[int | None, ...], tokens: int, starts_BT: Tensor | None) -> None:
+    """`check_rows` for what was planned of each row; layers share it."""
+    batch = len(totals)
     documents = [1] * batch if starts_BT is None else (_document_sizes(starts_BT) > 1).sum(-1).tolist()
-    for row, (run, count) in enumerate(zip(runs, documents, strict=True)):
-        if run is not None and count == 0 and tokens > 1:
+    for row, (total, count) in enumerate(zip(totals, documents, strict=True)):
+        if total is not None and count == 0 and tokens > 1:
             raise ValueError(
                 f"edits[{row}]: the row holds documents of one token alone, and starts_BT does not say which is the "
                 "sequence and which are padding; give it to a call of its own, without padding"
             )
-        if run is not None and count > 1:
+        if total is not None and count > 1:
             raise ValueError(
                 f"edits[{row}]: the row holds {count} documents, and a plan speaks of one sequence; give each a row of "
                 "its own, or None for this row"
             )
-    lengths = (
-        (
-            row_positions(
-                Mask(starts_BT=starts_BT), batch, tokens, torch.device("cpu") if starts_BT is None else starts_BT.device
-            )
-            >= 0
-        )
-        .sum(-1)
-        .tolist()
-    )
-    beyond = [run is not None and length > run.plan.total for run, length in zip(runs, lengths, strict=True)]
+    device = torch.device("cpu") if starts_BT is None else starts_BT.device
+    lengths = (row_positions(Mask(starts_BT=starts_BT), batch, tokens, device) >= 0).sum(-1).tolist()
+    beyond = [total is not None and length > total for total, length in zip(totals, lengths, strict=True)]
     if beyond and (all(beyond) if starts_BT is None else any(beyond)):
         row = beyond.index(True)
-        run = runs[row]
-        assert run is not None
         raise ValueError(
-            f"edits[{row}] were planned for {run.plan.total} tokens, and the row has {lengths[row]}; plan with more "
+            f"edits[{row}] were planned for {totals[row]} tokens, and the row has {lengths[row]}; plan with more "
             "new_tokens, or say by starts_BT what is padding"
         )
 

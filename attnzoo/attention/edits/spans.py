@@ -68,8 +68,8 @@ class Sinks:
         object.__setattr__(self, "channels", tuple(self.channels))
         if not self.channels or any(type(c) is not int or c < 0 for c in self.channels):
             raise ValueError(f"Sinks.channels={self.channels!r} must be one or more channel numbers")
-        if not self.tau > 0:
-            raise ValueError(f"Sinks.tau={self.tau!r} must be above 0; 20 is usual")
+        if type(self.tau) not in (int, float) or not 0 < self.tau < FAR:
+            raise ValueError(f"Sinks.tau={self.tau!r} must be a number above 0; 20 is usual")
 
     def found(self, x_BTD: Tensor) -> Tensor:
         """sink_BT (bool)."""
@@ -104,9 +104,17 @@ class Except:
 
     of: "Positions"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "of", normal_positions(self.of))
+
 
 Positions = str | int | Span | After | Sinks | Except | tuple[Any, ...]
 """ALL, GENERATED, the name of a span, one position, any of the classes above, or a tuple of these: their union."""
+
+
+def normal_positions(positions: Any) -> Any:
+    """The positions, with tuples for lists, so that they can be compared and hashed."""
+    return tuple(map(normal_positions, positions)) if isinstance(positions, list | tuple) else positions
 
 
 @dataclass(frozen=True)
@@ -137,9 +145,9 @@ class TokenLayout:
         """The intervals of a named span. Raises ValueError for an unknown name, or numbers outside of the prompt."""
         if name not in self.spans:
             known = suggest(name, [ALL, GENERATED, *self.spans])
-            ends = re.fullmatch(r"(-?\d*):(-?\d*)", name)
+            ends = _edges(name)
             if ends is not None:
-                start, stop = int(ends[1] or 0), int(ends[2]) if ends[2] else "end"
+                start, stop = ends[0] or 0, "end" if ends[1] is None else ends[1]
                 known = f"; the positions from one to another are Span({start}, {stop!r}), in JSON " + json.dumps(
                     {"span": [start, stop]}
                 )
@@ -297,11 +305,8 @@ def normal_picks(picks: Picks, where: str) -> Any:
 
 
 def _edges(text: str) -> tuple[int | None, int | None] | None:
-    first, colon, last = text.partition(":")
-    try:
-        return (int(first) if first else None, int(last) if last else None) if colon else None
-    except ValueError:
-        return None
+    ends = re.fullmatch(r"(-?[0-9]{1,12})?:(-?[0-9]{1,12})?", text)
+    return ends and (ends[1] and int(ends[1]), ends[2] and int(ends[2]))
 
 
 def picked(picks: Any, size: int, where: str) -> tuple[int, ...]:
@@ -316,6 +321,8 @@ def picked(picks: Any, size: int, where: str) -> tuple[int, ...]:
         high = size if last is None else last if last >= 0 else last + size
         if not 0 <= low < size or high > size:
             raise ValueError(f"{where}={item!r} is out of range: there are {size}, numbered 0 to {size - 1}")
+        if high <= low:
+            raise ValueError(f"{where}={item!r} selects nothing of {size}")
         found.update(range(low, high))
     if not found:
         raise ValueError(f"{where}={picks!r} selects nothing of {size}")

@@ -176,8 +176,9 @@ class LinearMixing(Mixing):
     ) -> tuple[Tensor, State]:
         if isinstance(state, LinearContext):
             return read(self._features(qkv[0].transpose(1, 2)), state.context_BKHH, self.normalise), state
-        o_BNTH, memory = self._run(qkv, impl, memory_BKHH=state.memory_BKHH, counts_B=counts_B)
-        return o_BNTH, LinearState(memory)
+        memory_BKHH = state.memory_BKHH.to(accumulation_dtype(qkv[0].dtype))
+        o_BNTH, memory = self._run(qkv, impl, memory_BKHH=memory_BKHH, counts_B=counts_B)
+        return o_BNTH, LinearState(memory.to(state.memory_BKHH.dtype))
 
     def state_bytes(self, batch: int, capacity: int, dtype: torch.dtype) -> int:
         entries = self.heads.head_dim * (self.heads.head_dim + int(self.normalise))

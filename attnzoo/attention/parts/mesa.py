@@ -62,7 +62,7 @@ class MesaMixing(Mixing):
     ) -> tuple[Tensor, MesaState]:
         dtype = accumulation_dtype(qkv[0].dtype)
         q, k, v = (x.transpose(1, 2).to(dtype) for x in qkv)
-        gram, memory = (None, None) if state is None else (state.gram_BKHH, state.memory_BKHH)
+        gram, memory = (None, None) if state is None else (x.to(dtype) for x in (state.gram_BKHH, state.memory_BKHH))
         # Solves are torch's on every device: there is no kernel to ask for. A name that nothing has is refused below.
         solving: Impl = "reference" if impl == "reference" else "torch"
         ridge_K = self.log_ridge.to(dtype).exp()
@@ -94,7 +94,8 @@ class MesaMixing(Mixing):
     def extend(
         self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None, impl: Impl
     ) -> tuple[Tensor, MesaState]:
-        return self._run(qkv, impl, state, counts_B=counts_B)
+        out, after = self._run(qkv, impl, state, counts_B=counts_B)
+        return out, after.map(lambda _, x: x.to(state.gram_BKHH.dtype))
 
     def state_bytes(self, batch: int, capacity: int, dtype: torch.dtype) -> int:
         entries = 2 * self.heads.num_kv_heads * self.heads.head_dim**2

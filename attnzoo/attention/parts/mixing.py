@@ -202,7 +202,7 @@ class SoftmaxMixing(Mixing):
 
         def attend(q_BNTH: Tensor, view: CacheView, positions_BT: Tensor) -> Tensor:
             mask = Mask(causal=False, query_positions_BT=positions_BT, key_positions_BKS=view.positions_BKS)
-            return self.position.attend((q_BNTH, view.keys_BKSH, view.values_BKSH), mask, score_function.impl)
+            return self.position.attend(_in_dtype(q_BNTH, view), mask, score_function.impl)
 
         if score_function.edits is not None:
             return score_function.edits.over(q.transpose(1, 2), view, positions_BT, attend)
@@ -227,6 +227,12 @@ class SoftmaxMixing(Mixing):
             if not isinstance(cache, CachePolicy):
                 raise ValueError(f"cache={cache!r} is no cache policy; attnzoo.kvcache.build_cache makes one of a name")
             self.position.check_says(cache.needs, cache.describe())
+            learned = next(self.position.parameters(), None)
+            if learned is not None and learned.dtype != dtype:
+                raise ValueError(
+                    f"dtype={dtype}: {cache.describe()} of a layer with learned positions is kept in the dtype of its "
+                    f"weights, {learned.dtype}; leave dtype or the cache out"
+                )
             policy = cache
         return policy.init(batch, self.heads.num_kv_heads, self.heads.head_dim, capacity, device=device, dtype=dtype)
 
@@ -266,9 +272,9 @@ class SoftmaxMixing(Mixing):
             return self._read(q, state, positions_BT, score_function), state
         q, k = self.position.encode(q, k, positions_BT, score_function.impl)
         if isinstance(state, CompressedState):
-            heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-            out: tuple[Tensor, State] = state.policy.attend(state, score_function, heads_first, positions_BT, counts_B)
-            return out
+            heads_first = [x.transpose(1, 2).to(state.tail.keys_BKSH.dtype) for x in (q, k, v)]
+            out, after = state.policy.attend(state, score_function, heads_first, positions_BT, counts_B)
+            return out.to(q.dtype), after
         state, view = self.cache.append(state, k.transpose(1, 2), v.transpose(1, 2), positions_BT, counts_B)
         if score_function.edits is not None:
             return score_function.edits.over(q.transpose(1, 2), view, positions_BT, score_function.attend), state
@@ -295,6 +301,11 @@ def refuse_cache(cache: CachePolicy | None, name: str) -> None:
         raise ValueError(f"cache: {name} keeps a state of constant size and no keys to compress; use cache=None")
 
 
+def _in_dtype(q_BNTH: Tensor, view: CacheView) -> tuple[Tensor, Tensor, Tensor]:
+    """(q, k, v) in the dtype of the queries: a cache may keep fewer digits than the weights have."""
+    return q_BNTH, view.keys_BKSH.to(q_BNTH.dtype), view.values_BKSH.to(q_BNTH.dtype)
+
+
 @dataclass(frozen=True)
 class SoftmaxScoreFunction:
     """`attnzoo.kvcache.Reader` of softmax attention with a position."""
@@ -309,7 +320,7 @@ class SoftmaxScoreFunction:
         return self.position.relative
 
     def attend(self, q_BNTH: Tensor, view: CacheView, positions_BT: Tensor) -> Tensor:
-        heads_first = (q_BNTH, view.keys_BKSH, view.values_BKSH)
+        heads_first = _in_dtype(q_BNTH, view)
         if view.alone:  # a whole prompt: the parallel form computes no pair that causality hides
             return self.position.attend(heads_first, self.mask, self.impl)
         mask = Mask(

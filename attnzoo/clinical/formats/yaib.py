@@ -79,9 +79,11 @@ class _Parquet:
     def numbers(self, name: str) -> np.ndarray:
         """A column of numbers, NaN where it is empty."""
         column = self.table.column(name)
+        import pyarrow
+
         try:
             return column.cast("float64").to_numpy()
-        except Exception as error:
+        except pyarrow.ArrowException as error:
             raise ValueError(f"{self.path}: column {name!r} of {column.type} holds no numbers ({error})") from None
 
     def hours(self) -> np.ndarray:

@@ -65,12 +65,12 @@ class Mask:
             self._refuse("prefix_B counts from the first position of a row", "starts_BT")
         for name in ("keys_BS", "pairs"):
             value = getattr(self, name)
-            if value is not None and value.dtype != torch.bool:
-                raise ValueError(f"{name} has dtype {value.dtype}; it must be bool, True where a key may be seen")
+            if value is not None and _dtype(value) != torch.bool:
+                raise ValueError(f"{name} has dtype {_dtype(value)}; it must be bool, True where a key may be seen")
         for name in ("prefix_B", "starts_BT"):
             value = getattr(self, name)
-            if value is not None and value.dtype not in (torch.int64, torch.int32):
-                raise ValueError(f"{name} has dtype {value.dtype}; it must be int64, a number of tokens")
+            if value is not None:
+                _check_whole(name, value)
 
     def _refuse(self, why: str, *names: str) -> None:
         given = [name for name in names if getattr(self, name) is not None]
@@ -239,6 +239,16 @@ def _bias(dtype: torch.dtype, *fields: Any) -> tuple[Tensor, Tensor | None]:
     return zeros.masked_fill_(~seen_BKTS, float("-inf")), empty_BKT1
 
 
+def _dtype(value: Any) -> Any:
+    """The dtype of a tensor; the name of what is none."""
+    return value.dtype if isinstance(value, Tensor) else f"of a {type(value).__name__}, and is no tensor"
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if _dtype(value) not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} has dtype {_dtype(value)}; it must be int64, a number of tokens")
+
+
 def check_window(window: int | None, sinks: int) -> None:
     """Raises ValueError for a window below 1, a negative number of sinks, or sinks without a window."""
     for name, value in (("window", window), ("sinks", sinks)):
@@ -263,6 +273,7 @@ def document_starts(cu_seqlens: Tensor, batch: int, tokens: int) -> Tensor:
     B * T. A document that crosses the end of a row starts anew in the next one. Raises ValueError when they do not
     rise from 0 to B * T.
     """
+    _check_whole("cu_seqlens", cu_seqlens)
     edges = cu_seqlens.to(torch.int64)
     total = batch * tokens
     if edges.dim() != 1 or len(edges) < 2 or edges[0] != 0 or edges[-1] != total or bool((edges.diff() < 0).any()):
@@ -278,6 +289,7 @@ def document_starts(cu_seqlens: Tensor, batch: int, tokens: int) -> Tensor:
 def marked_starts(tokens_BT: Tensor, marker: int) -> Tensor:
     """starts_BT of rows of tokens in which every document begins with the token `marker`; what stands before the first
     one in a row is a document of its own."""
+    _check_whole("tokens_BT", tokens_BT)
     index_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
     return torch.where(tokens_BT == marker, index_T, 0).cummax(dim=1).values
 
@@ -305,6 +317,7 @@ def padding_keys(lengths_B: Tensor, tokens: int, side: Literal["left", "right"])
 def _check_lengths(lengths_B: Tensor, tokens: int, side: str) -> None:
     if side not in ("left", "right"):
         raise ValueError(f"side={side!r} is not 'left' or 'right'")
+    _check_whole("lengths_B", lengths_B)
     if bool(((lengths_B < 0) | (lengths_B > tokens)).any()):
         raise ValueError(f"lengths {lengths_B.tolist()} must lie between 0 and the {tokens} tokens of a row")
 
@@ -340,6 +353,9 @@ def check_mask(mask: Mask, q_BNTH: Tensor, k_BKSH: Tensor) -> None:
         value = getattr(mask, name)
         if value is not None and tuple(value.shape) not in shapes:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {' or '.join(map(str, shapes))}")
+    for name, least in (("starts_BT", mask.starts_BT), ("prefix_B", mask.prefix_B)):
+        if least is not None and least.device.type == "cpu" and not known(least.amin() >= 0):
+            raise ValueError(f"{name} is {int(least.min())} somewhere; it counts tokens, from 0 on")
 
 
 def check_future_rows(mask: Mask, future_rows: int, rows: int) -> None:

@@ -1,0 +1,84 @@
+"""How large scores and weights may become: numbers that overflow are refused before anything is computed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from attnzoo.attention.edits.items import (
+    Add,
+    CopyHead,
+    Edit,
+    Item,
+    PutScores,
+    PutWeights,
+    Scale,
+    ScoreEdit,
+    Temper,
+    Values,
+)
+from attnzoo.attention.edits.reads import Map
+from attnzoo.attention.edits.traits import LayerSizes
+
+SCORES = 1e6
+"""Room that is left for the size of the model's own scores and values."""
+
+
+def check_numbers(named: Sequence[tuple[str, Any]], size: LayerSizes, layer: int) -> None:
+    """Raises ValueError for numbers whose products with scores and weights are infinite in the dtype that the layer
+    computes them in, alone or together: what comes of them is NaN, and nothing would say why; and for maps in a dtype
+    that does not hold them. named: the `Meant` items of one layer and their names in JSON."""
+    finite = torch.finfo(size.scores_in).max
+    scores, weights = (dict.fromkeys(range(size.num_heads), 1.0) for _ in range(2))
+    for name, meant in named:
+        at, edit = f"edits[{meant.index}].{name}", meant.item
+        if not isinstance(edit, Edit):
+            continue
+        _check_alone(edit, finite**0.5, f"layer {layer}, whose scores are {str(size.scores_in)[6:]}", at)
+        most = scores if isinstance(edit, ScoreEdit) else weights
+        most |= {head: grown(edit, most, head) for head in meant.heads}
+        largest = max(most.values())
+        if largest > finite / SCORES:
+            raise ValueError(
+                f"{at} makes with the edits before it numbers of up to {largest:.1g} in layer {layer}, which overflow; "
+                "give smaller ones"
+            )
+    for name, meant in named:
+        largest = max(weights[head] for head in meant.heads)
+        read = meant.item
+        if isinstance(read, Map) and read.kept_in == torch.float16 and largest > torch.finfo(torch.float16).max:
+            raise ValueError(
+                f"edits[{meant.index}].{name}: weights of up to {largest:.1g} may arise in layer {layer}, and fp16 "
+                "holds none above 65504; give dtype='fp32'"
+            )
+
+
+def _check_alone(edit: Edit, most: float, where: str, at: str) -> None:
+    for name in edit.factors:
+        given = getattr(edit, name)
+        value = given.largest if isinstance(given, Values) else given
+        if abs(value) > most:
+            raise ValueError(
+                f"{at}.{name}={value:g} overflows in {where}: give at most {most:.1g} in magnitude, or use Hide to "
+                "take all weight from keys"
+            )
+
+
+def grown(edit: Item, most: Mapping[int, float], head: int) -> float:
+    """The largest magnitude of a head's scores, or sum of a row of its weights, after an edit, if they were at most
+    `most` before it, scores of the model being at most 1."""
+    before = most[head]
+    match edit:
+        case Add():
+            return before + abs(edit.value)
+        case Temper():
+            return before * (1 + abs(edit.factor - 1))
+        case PutScores():
+            return max(before, edit.scores.largest)
+        case Scale() if not edit.renormalise:
+            return before * max(1.0, edit.factor)
+        case PutWeights() if not edit.renormalise:
+            return before + float(edit.weights.values.sum(-1).max())
+        case CopyHead():
+            return before + most[edit.source]
+    return before
