@@ -35,7 +35,12 @@ class EngineFailedError(Exception):
 
 
 class RequestFailedError(EngineFailedError):
-    """This request failed, and the engine goes on. The message is for the request's owner only."""
+    """This request failed, and the engine goes on. The message is for the request's owner only. param: the field that
+    is at fault, if the request is."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class Stream:
@@ -81,7 +86,7 @@ class Stream:
 
     def _put(self, delta: Delta) -> None:
         if delta.error is not None:
-            self._fail(RequestFailedError(delta.error))
+            self._fail(RequestFailedError(delta.error, delta.param))
             return  # the request never counts as finished, so that no client takes its partial text for an answer
         self._news.append(delta)
         if delta.finish_reason is not None:

@@ -21,6 +21,10 @@ class LogitsError(FloatingPointError):
     not show the cause; its fixed message quotes no prompt."""
 
 
+class EditsError(LogitsError):
+    """The logits are not finite with the edits that the request itself asks for."""
+
+
 class SharedError(RuntimeError):
     """The error of a computation that several requests shared; its message does not contain the cause's text."""
 
@@ -31,7 +35,7 @@ class SharedError(RuntimeError):
 
 def message(failure: BaseException) -> str:
     """The message for the owner of a request that failed."""
-    if isinstance(failure, SharedError):
+    if isinstance(failure, SharedError | EditsError):
         return str(failure)
     text = str(failure)
     cut = text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} ..."

@@ -7,7 +7,7 @@ from attnzoo.attention.edits import EditRun
 from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models.sampling import TokenLogprobs
 from attnzoo.tokenizer.text_stream import TextStream
-from serve.faults import message
+from serve.faults import EditsError, message
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +101,8 @@ class Delta:
 
     text: new characters that are final. tokens: number of tokens generated so far. prompt_tokens, ttft_s (seconds from
     arrival to the first token), policy and the fields of `attnzoo.models.cache_use.CacheUse`: only in the last delta.
-    error: with finish_reason "error", the message for the request's owner; it may quote the prompt. run: in the last
+    error: with finish_reason "error", the message for the request's owner; it may quote the prompt. param: the field of
+    the request that is at fault, if one is. run: in the last
     delta of a request that reads or edits attention, what it has read.
     """
 
@@ -118,6 +119,7 @@ class Delta:
     kv_bytes_full: int = 0
     not_compressed: str | None = None
     error: str | None = None
+    param: str | None = None
     run: EditRun | None = None
 
 
@@ -154,6 +156,7 @@ def failed(request: Request, failure: BaseException) -> Delta:
         finish_reason="error",
         prompt_tokens=len(request.prompt),
         error=message(failure),
+        param="attention" if isinstance(failure, EditsError) else None,
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.models.sampling import EDITED_NOT_FINITE, NOT_FINITE, TokenLogprobs, greedy, sample, token_logprobs
-from serve.faults import LogitsError
+from serve.faults import EditsError, LogitsError
 from serve.request import Alone, Request, SamplingParams
 
 Drawn = tuple[int, TokenLogprobs | None]
@@ -34,7 +34,7 @@ def sample_rows(logits_RV: Tensor, requests: Sequence[Request]) -> list[Drawn | 
 
 def _not_finite(request: Request) -> LogitsError:
     edited = isinstance(request.group, Alone) and request.group.run.plan.changes
-    return LogitsError(EDITED_NOT_FINITE if edited else NOT_FINITE)
+    return EditsError(f"attention.edits: {EDITED_NOT_FINITE}") if edited else LogitsError(NOT_FINITE)
 
 
 def _attempt(logits_1V: Tensor, request: Request, best: int) -> Drawn | Exception:

@@ -185,7 +185,7 @@ class Attention(nn.Module, ABC):
                     "each token"
                 )
         if mask.starts_BT is not None and _known_wrong(
-            (mask.starts_BT > _counted(mask.starts_BT)) | (mask.starts_BT < 0)
+            (mask.starts_BT > torch.arange(x_BTD.shape[1], device=x_BTD.device)) | (mask.starts_BT < 0)
         ):
             raise ValueError(
                 f"mask: starts_BT of {name} has a start after its own token, or below 0; a token sees itself at least"
@@ -346,11 +346,6 @@ def existing(x_BTD: Tensor, context_BSD: Tensor | None, mask: Mask | None) -> tu
 def _known_wrong(wrong: Tensor) -> bool:
     """Whether any value is known to be True: on a GPU, in compiled code and without values nobody looks."""
     return not torch.compiler.is_compiling() and wrong.device.type == "cpu" and bool(wrong.any())
-
-
-def _counted(x_BT: Tensor) -> Tensor:
-    """0..T-1."""
-    return torch.arange(x_BT.shape[1], device=x_BT.device)
 
 
 def run_torch(module: nn.Module, x_BTD: Tensor) -> Tensor:

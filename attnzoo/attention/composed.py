@@ -81,7 +81,7 @@ class ParallelComposition(Attention):
     ) -> Tensor:
         self.check_input(x_BTD, context_BSD, mask)
         if mask is None:
-            mask = CAUSAL if context_BSD is None else Mask.full()
+            mask = CAUSAL if context_BSD is None and self.traits.causal else Mask.full()
         if edits is not None:
             edits.check_context(None if context_BSD is None else context_BSD.shape[1], mask.keys_BS)
         return self._mixed(x_BTD, context_BSD, mask, impl, edits)

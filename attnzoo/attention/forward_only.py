@@ -32,7 +32,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -40,6 +39,7 @@ from attnzoo.attention.base import Attention, Cost, StreamingAttention, Traits, 
 from attnzoo.attention.signature import forward_takes, masks_of, options_of, refuse_unused, source_of
 from attnzoo.derived_flops import forward_flops
 from attnzoo.kvcache import CachePolicy
+from attnzoo.kvcache.full import with_room
 from attnzoo.kvcache.state import State, new_zeros, writable
 from attnzoo.ops.common.masks import CAUSAL, Mask, MaskField
 from attnzoo.types import dtype_bytes, floating
@@ -233,7 +233,7 @@ class RecomputedAttention(ForwardOnly, StreamingAttention):
         positions_BT = state.lengths_B[:, None] + torch.arange(tokens, device=x_BTD.device)
         ends_B = state.lengths_B + (tokens if counts_B is None else counts_B)
         used = max(int(ends_B.max()), 1)
-        inputs_BTD = _with_room(state.inputs_BTD, used, x_BTD)
+        inputs_BTD = with_room(state.inputs_BTD, used, x_BTD)
         rows_BT = torch.arange(len(x_BTD), device=x_BTD.device)[:, None].expand_as(positions_BT)
         if counts_B is None:
             inputs_BTD[rows_BT, positions_BT] = x_BTD.to(inputs_BTD.dtype)
@@ -334,16 +334,6 @@ def _opened(module: nn.Module) -> dict[str, Tensor]:
             small = torch.randn(parameter.shape, generator=generator) * 0.1
             found[name] = small.to(parameter.device, parameter.dtype)
     return found
-
-
-def _with_room(inputs_BTD: Tensor, used: int, x_BTD: Tensor) -> Tensor:
-    """The buffer to write into: itself where that is safe, a copy where autograd or a lack of room asks for one."""
-    missing = used - inputs_BTD.shape[1]
-    if missing > 0:  # doubled, so that copies stay linear in the final length
-        return F.pad(inputs_BTD, (0, 0, 0, max(missing, inputs_BTD.shape[1])))
-    if torch.is_grad_enabled() and (x_BTD.requires_grad or inputs_BTD.requires_grad):
-        return inputs_BTD.clone()
-    return inputs_BTD
 
 
 MOST_TRIED = 1 << 26

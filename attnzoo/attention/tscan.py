@@ -20,14 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from attnzoo.attention.base import ATTENTION, Cost, Traits
 from attnzoo.attention.composed import ParallelComposition
-from attnzoo.attention.edits.run import LayerPlan
 from attnzoo.attention.parts import Heads, NoPosition, PairedProjection, Projection, SoftmaxMixing
-from attnzoo.ops.common.impl import Impl
-from attnzoo.ops.common.masks import Mask
 from attnzoo.types import CheckedConfig, dtype_bytes
 
 
@@ -82,16 +77,6 @@ class TSCAN(ParallelComposition):
             growth="O(1)",
             streaming="none",
         )
-
-    def _parallel(
-        self,
-        x_BTD: Tensor,
-        context_BSD: Tensor | None,
-        mask: Mask | None,
-        impl: Impl,
-        edits: LayerPlan | None = None,
-    ) -> Tensor:
-        return super()._parallel(x_BTD, context_BSD, Mask.full() if mask is None else mask, impl, edits)
 
     def cost(self, batch: int, tokens: int, context: int) -> Cost:
         """`tokens` queries read `context` tokens, which pass the maps of keys and values; there is no state."""

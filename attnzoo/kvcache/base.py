@@ -162,6 +162,11 @@ class CachePolicy(ABC):
         """When prompts are compressed: "oneshot" or "stream"."""
 
     @property
+    def merges_uncounted(self) -> bool:
+        """Whether an entry may stand for several tokens, and nothing says for how many."""
+        return False
+
+    @property
     def needs(self) -> frozenset[Need]:
         """The optional methods of `ScoreFunction` that this policy needs in its configuration."""
         return frozenset()

@@ -53,6 +53,10 @@ class EvictingCache(CachePolicy):
     def prefill(self) -> str:
         return str(self.config.prefill)
 
+    @property
+    def merges_uncounted(self) -> bool:
+        return self.rule.kind != "drop" and not self.merge_counts and not self.config.lossless
+
     def priorities(self, taken_BKS: Tensor, accumulated_BKS: Tensor | None, kv_heads: int) -> Tensor:
         """priority_BKS of each token; the lowest is evicted first. taken_BKS: position + 1, 0 for none."""
         raise NotImplementedError

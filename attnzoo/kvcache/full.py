@@ -56,8 +56,8 @@ class FullCache(ExactCache):
         # The compiler does not know lengths, which are values: callers cut the buffers to the used slots before.
         compiling = torch.compiler.is_compiling()
         slots = _slots(positions_BT, counts_B, state.keys_BKSH.shape[2] if compiling else None)
-        keys = _with_room(state.keys_BKSH, slots.used, keys_BKTH)
-        values = _with_room(state.values_BKSH, slots.used, values_BKTH)
+        keys = with_room(state.keys_BKSH, slots.used, keys_BKTH)
+        values = with_room(state.values_BKSH, slots.used, values_BKTH)
         slots.write(keys, keys_BKTH)
         slots.write(values, values_BKTH)
         view = CacheView(
@@ -118,13 +118,14 @@ def _slots(positions_BT: Tensor, counts_B: Tensor | None, used: int | None) -> _
     )
 
 
-def _with_room(buffer_BKSH: Tensor, used: int, new_BKTH: Tensor) -> Tensor:
-    """The buffer to write into: itself where that is safe, a copy where autograd or a lack of room asks for one."""
-    missing = used - buffer_BKSH.shape[2]
+def with_room(buffer: Tensor, used: int, new: Tensor) -> Tensor:
+    """The buffer [..., slots, width] to write `new` into, with room for `used` slots: itself where that is safe, a copy
+    where autograd or a lack of room asks for one."""
+    missing = used - buffer.shape[-2]
     if missing > 0:
         # Doubling keeps the copies of token-by-token growth linear in the final length.
-        return F.pad(buffer_BKSH, (0, 0, 0, max(missing, buffer_BKSH.shape[2])))
-    if torch.is_grad_enabled() and (new_BKTH.requires_grad or buffer_BKSH.requires_grad):
+        return F.pad(buffer, (0, 0, 0, max(missing, buffer.shape[-2])))
+    if torch.is_grad_enabled() and (new.requires_grad or buffer.requires_grad):
         # Earlier steps of the graph hold this buffer for their backward pass.
-        return buffer_BKSH.clone()
-    return buffer_BKSH
+        return buffer.clone()
+    return buffer

@@ -2,9 +2,10 @@
 
 import bisect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from attnzoo.attention.edits.spans import NoPlace
 from attnzoo.tokenizer.base import Tokenizer
 from attnzoo.tokenizer.chat import ChatTemplate
 
@@ -12,6 +13,12 @@ Interval = tuple[int, int]
 
 MAX_MESSAGES = 64
 """Conversations of more messages have no names for them."""
+WAY_OUT = "name them by spans, as a text that stands in the prompt or as [start, stop) in tokens"
+UNCERTAIN = (
+    "the content of messages[{}] is empty, no text, written otherwise by the template, or stands elsewhere in the "
+    "prompt too, such as in a control token; " + WAY_OUT
+)
+"""Said where a name is used whose tokens cannot be told."""
 
 
 def token_spans(tokenizer: Tokenizer, ids: Sequence[int], value: Any, name: str) -> Any:
@@ -23,13 +30,12 @@ def token_spans(tokenizer: Tokenizer, ids: Sequence[int], value: Any, name: str)
                 f"spans[{name!r}]={value!r}: give a text of the prompt, [start, stop) in tokens, or several"
             )
         return value
-    ends = list(itertools.accumulate(len(tokenizer.token_bytes(token)) for token in ids))
-    whole, wanted, found = b"".join(map(tokenizer.token_bytes, ids)), value.encode(), []
-    at = whole.find(wanted) if wanted else -1
-    while at >= 0:
-        first = bisect.bisect_right(ends, at)
-        found.append((first, bisect.bisect_left(ends, at + len(wanted)) + 1))
-        at = whole.find(wanted, at + len(wanted))
+    found: list[Interval] = []
+    for first, stop in _pieces(tokenizer, ids, value):
+        if found and first < found[-1][1]:
+            found[-1] = (found[-1][0], stop)
+        else:
+            found.append((first, stop))
     if not found:
         raise ValueError(
             f"spans[{name!r}]={value!r} does not stand in the prompt; give its words as the prompt has them"
@@ -37,30 +43,61 @@ def token_spans(tokenizer: Tokenizer, ids: Sequence[int], value: Any, name: str)
     return found
 
 
+def _pieces(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> list[Interval]:
+    """The tokens of every place where a text stands."""
+    ends = list(itertools.accumulate(len(tokenizer.token_bytes(token)) for token in ids))
+    whole, wanted = b"".join(map(tokenizer.token_bytes, ids)), text.encode()
+    return [
+        (bisect.bisect_right(ends, at), bisect.bisect_left(ends, at + len(wanted)) + 1)
+        for at in _all_places(whole, wanted)
+    ]
+
+
+def _all_places(whole: bytes, wanted: bytes) -> Iterator[int]:
+    """Where it stands, also where one place begins within another: of those the next is a period further."""
+    borders = _borders(wanted)
+    period = len(wanted) - borders[-1] if wanted else 0
+    at = whole.find(wanted) if wanted else -1
+    while at >= 0:
+        yield at
+        at = at + period if whole.startswith(wanted, at + period) else whole.find(wanted, at + period + 1)
+
+
+def _borders(text: bytes) -> list[int]:
+    """How long the longest end of each beginning is that it begins with, too (Knuth, Morris and Pratt 1977)."""
+    borders = [0] * len(text)
+    for at in range(1, len(text)):
+        length = borders[at - 1]
+        while length and text[at] != text[length]:
+            length = borders[length - 1]
+        borders[at] = length + (text[at] == text[length])
+    return borders
+
+
 def message_spans(
     template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tokens: Sequence[int]
-) -> dict[str, list[Interval]]:
+) -> dict[str, list[Interval] | NoPlace]:
     """The tokens of contents by name: "messages[0]", ..., and by role those of all messages of the role.
 
-    A name is left out where its tokens are not certain: where the template writes contents otherwise than they were
+    A name has a `NoPlace` where its tokens are not certain: where the template writes contents otherwise than they were
     given, but for white space around them, and for an empty one or one that is no text. Raises ValueError as the
     template does.
     """
     if len(messages) > MAX_MESSAGES:
-        return {}
+        nowhere = NoPlace(f"conversations of more than {MAX_MESSAGES} messages have no names; {WAY_OUT}")
+        return {name: nowhere for index, x in enumerate(messages) for name in (x["role"], f"messages[{index}]")}
     text = str.__str__(template.render(messages))
-    found: dict[str, list[Interval]] = {}
-    roles: dict[str, list[Interval] | None] = {}
+    found: dict[str, list[Interval] | NoPlace] = {}
+    roles: dict[str, list[Interval] | NoPlace] = {}
     for index, (message, place) in enumerate(zip(messages, _places(template, messages, text), strict=True)):
         piece = None if place is None else _piece(tokenizer, tokens, text, *place)
         known = roles.setdefault(message["role"], [])
-        if piece is None or known is None:
-            roles[message["role"]] = None
-        else:
+        found[f"messages[{index}]"] = [piece] if piece is not None else NoPlace(UNCERTAIN.format(index))
+        if piece is None:
+            roles[message["role"]] = known if isinstance(known, NoPlace) else NoPlace(UNCERTAIN.format(index))
+        elif not isinstance(known, NoPlace):
             known.append(piece)
-        if piece is not None:
-            found[f"messages[{index}]"] = [piece]
-    return {role: pieces for role, pieces in roles.items() if pieces} | found
+    return roles | found
 
 
 def _places(
@@ -102,14 +139,6 @@ def _places(
 
 def _piece(tokenizer: Tokenizer, tokens: Sequence[int], text: str, start: int, content: str) -> Interval | None:
     """The tokens of the content that begins at `start`: it stands as often in the tokens as in the text."""
-    starts, at = [], text.find(content) if content else -1
-    while at >= 0:
-        starts.append(at)
-        at = text.find(content, at + len(content))
-    if start not in starts:
-        return None
-    try:
-        pieces = token_spans(tokenizer, tokens, content, "messages")
-    except ValueError:
-        return None
-    return pieces[starts.index(start)] if len(pieces) == len(starts) else None
+    starts = list(_all_places(text.encode(), content.encode()))
+    pieces = _pieces(tokenizer, tokens, content)
+    return pieces[starts.index(len(text[:start].encode()))] if len(pieces) == len(starts) > 0 else None

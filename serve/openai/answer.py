@@ -265,6 +265,8 @@ class Answer(Response):
 
 def _failure(error: EngineFailedError) -> ApiError:
     """The error for the client: the reason if its own request failed; if the engine failed or ends, only that."""
+    if isinstance(error, RequestFailedError) and error.param is not None:
+        return ApiError(400, str(error), param=error.param)
     if isinstance(error, RequestFailedError):
         return ApiError(500, str(error), code="request_failed")
     if isinstance(error.__cause__, EngineUnavailableError):

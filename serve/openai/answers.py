@@ -89,14 +89,14 @@ class AttentionRead(Reply):
 class AttentionLayer(Reply):
     """How a layer was read. engine: what computed it. approximate: scores are of keys that lack channels. empty_rows:
     pairs of head and query that see nothing. evicted, merged: by head, positions that the cache gave up, and entries
-    that stand for several tokens."""
+    that stand for several tokens (null: the cache merges and does not count them)."""
 
     layer: int
     engine: str
     approximate: bool
     empty_rows: int
     evicted: list[int]
-    merged: list[int]
+    merged: list[int] | None
 
 
 class AttentionReply(Reply):

@@ -110,12 +110,12 @@ class Desk:
         edits, reads, named = read_field(given, self.config.attention)
         plans: list[EditPlan] = []
         for tokens, limit in prompts:
-            spans = _placed(engine.tokenizer, tokens, named)
+            spans, known = _placed(engine.tokenizer, tokens, named), {}
             if messages and engine.chat_template is not None:
-                spans = message_spans(engine.chat_template.template, engine.tokenizer, messages, tokens) | spans
-            check_size([*edits, *reads], spans)
-            placed = AttentionWish(edits, reads, spans)
-            plans += placed.plans(engine.model, engine.tokenizer, [tokens], [limit]) or []
+                known = message_spans(engine.chat_template.template, engine.tokenizer, messages, tokens)
+            check_size([*edits, *reads], known | spans)
+            wish = AttentionWish(edits, reads, spans)
+            plans += wish.plans(engine.model, engine.tokenizer, [tokens], [limit], [known]) or []
         return plans
 
     def _check_bytes(self, plans: Sequence[EditPlan], copies: int) -> None:
@@ -192,8 +192,8 @@ def _placed(tokenizer: Tokenizer, tokens: Sequence[int], spans: Mapping[str, Any
     return {name: token_spans(tokenizer, tokens, value, name) for name, value in spans.items()}
 
 
-def check_size(items: Sequence[Item], spans: Mapping[str, Sequence[Any]]) -> None:
-    """Raises ValueError for more than a plan can weigh quickly. spans: the pieces of every name."""
+def check_size(items: Sequence[Item], spans: Mapping[str, Any]) -> None:
+    """Raises ValueError for more than a plan can weigh quickly. spans: the pieces of every name that has any."""
     if len(items) > MAX_ITEMS:
         raise ValueError(f"attention has {len(items)} edits and reads; at most {MAX_ITEMS} are possible in a request")
     sinks: set[Sinks] = set()
@@ -218,7 +218,7 @@ def _positions(item: Item) -> Iterator[Any]:
         yield only.of
 
 
-def _pieces(value: Any, spans: Mapping[str, Sequence[Any]], sinks: set[Sinks]) -> Iterator[int]:
+def _pieces(value: Any, spans: Mapping[str, Any], sinks: set[Sinks]) -> Iterator[int]:
     if isinstance(value, tuple):
         for each in value:
             yield from _pieces(each, spans, sinks)
@@ -229,4 +229,5 @@ def _pieces(value: Any, spans: Mapping[str, Sequence[Any]], sinks: set[Sinks]) -
         yield len(value.channels)
     else:
         name = value.name if isinstance(value, After) else value
-        yield len(spans[name]) if isinstance(name, str) and name in spans else 1
+        named = spans.get(name) if isinstance(name, str) else None
+        yield len(named) if isinstance(named, list) else 1

@@ -137,14 +137,15 @@ def written(run: EditRun) -> Found:
 
 def _layer(number: int, layer: LayerReading) -> dict[str, Any]:
     """How a layer was read. evicted, merged: by head, positions that the cache has given up, and entries that stand for
-    several tokens."""
+    several tokens, None where the cache does not count them."""
+    counts_NS = layer.stands_for_NS
     return {
         "layer": number,
         "engine": layer.engine,
         "approximate": layer.approximate,
         "empty_rows": len(layer.empty),
         "evicted": layer.evicted.sum(1).tolist(),
-        "merged": (layer.stands_for_NS > 1).sum(1).tolist(),
+        "merged": None if counts_NS is None else (counts_NS > 1).sum(1).tolist(),
     }
 
 

@@ -233,13 +233,18 @@ def test_cancelled_and_failed_requests_leave_no_maps_and_no_text(monkeypatch, ca
             connection.close()
             wait_until(lambda: map_bytes(url) == 0 and not owner.engine.runner.compact, "left")
         fault, inner = Fault(), Add.apply
+        changes = {7: lambda x: fault.fire(), 8: lambda x: x * float("nan")}
         monkeypatch.setattr(
-            Add, "apply", lambda self, x, here: fault.fire() if self.value == 7 else inner(self, x, here)
+            Add, "apply", lambda self, x, here: changes.get(self.value, lambda x: inner(self, x, here))(x)
         )
         bad = {**fields, "attention": {**MAP, "edits": [{"add": {"where": {"queries": "generated"}, "value": 7}}]}}
         answer = generate(url, **bad)
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "request_failed")
         assert SECRET in answer.json()["error"]["message"]
+        bad["attention"]["edits"] = [{"add": {"where": {}, "value": 8}}]  # as numbers that overflow in the model
+        error = generate(url, **bad)
+        assert (error.status_code, error.json()["error"]["param"]) == (400, "attention")
+        assert error.json()["error"]["message"].startswith("attention.edits: the model's logits are not finite numbers")
         assert map_bytes(url) == 0
         assert generate(url, attention=ATTENTION).status_code == 200
     assert "failed" in caplog.text

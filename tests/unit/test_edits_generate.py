@@ -1,5 +1,8 @@
 """Reads and edits from text to text: `LanguageModel.generate(prompt, edits=..., read=..., spans=...)`."""
 
+import itertools
+import random
+
 import pytest
 import torch
 
@@ -123,7 +126,18 @@ def test_contents_that_are_no_texts_have_no_names():
     ]
     ids = words.encode(str(template.render(talk)), bos=True)
     found = message_spans(template, words, talk, ids)
-    assert set(found) == {"messages[0]", "messages[3]", "messages[4]", "assistant"}
+    certain = {name for name, each in found.items() if isinstance(each, list)}
+    assert certain == {"messages[0]", "messages[3]", "messages[4]", "assistant"}
+    words = LanguageModel(small_model("mha"), words)
+    for content in ("a", "", "start"):
+        with pytest.raises(
+            ValueError, match=r"edits\[0\].*the tokens of 'user' are not known: the content of messages\[0\]"
+        ):
+            words.chat([{"role": "user", "content": content}], edits=[Hide(Where(keys="user"))])
+        own = words.chat(
+            [{"role": "user", "content": content}], spans={"user": [0, 2]}, edits=[Hide(Where(keys="user"))]
+        )
+        assert own.text is not None
     ((start, stop),) = found["messages[3]"]
     assert "Zustand" in b"".join(map(words.token_bytes, ids[start:stop])).decode()
     ((start, stop),) = found["messages[0]"]
@@ -143,6 +157,37 @@ def test_a_word_is_all_of_its_tokens():
             assert word.encode() not in b"".join(inside[:-1])
 
 
+def test_texts_that_overlap_themselves_are_found_everywhere():
+    """Against a search at every byte, and in time that is no square of the length. Kills: a place that begins within
+    another one left out."""
+    draw, letters = random.Random(0), chat_tokenizer()
+    for _ in range(60):
+        text = "".join(draw.choice("ab") for _ in range(24))
+        ids = letters.encode(text, bos=True)
+        pieces = list(map(letters.token_bytes, ids))
+        whole, start = b"".join(pieces), draw.randrange(20)
+        word = text[start : start + draw.randint(1, 5)].encode()
+        at = [len(b"".join(pieces[:n])) for n in range(len(pieces) + 1)]
+        named = {
+            n
+            for place in range(len(whole))
+            if whole.startswith(word, place)
+            for n in range(len(pieces))
+            if at[n] < place + len(word) and place < at[n + 1]
+        }
+        found = token_spans(letters, ids, word.decode(), "word")
+        assert {n for a, b in found for n in range(a, b)} == named
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(found))
+    many = letters.encode("ab" * 3000, bos=True)
+    assert len(token_spans(letters, many, "ab" * 1000, "word")) == 1
+    lm = LanguageModel(small_model("mha"), letters)
+    edits = [Scale(Where(keys="messages[0]"), 4.0)]
+    talk = [{"role": "user", "content": "ababa"}, {"role": "user", "content": "xababababax"}]
+    ids = lm.chat(talk, max_new_tokens=1, edits=edits).prompt_token_ids
+    ((start, stop),) = message_spans(lm._chat.template, letters, talk, ids)["messages[0]"]
+    assert b"ababa" in b"".join(map(letters.token_bytes, ids[start:stop]))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -157,9 +202,24 @@ def test_a_word_is_all_of_its_tokens():
         ({"edits": [Add(Where(heads=9), 1.0)]}, "where.heads=9 is out of range: there are 4"),
         ({"read": [Mass()], "n": 2, "temperature": 1.0}, "n=2 with edits"),
         ({"edits": [Scale(Where(keys=0), 1e39)]}, r"edits\[0\].scale.factor=1e\+39 overflows in layer 0"),
-        ({"edits": [Scale(Where(keys=0), 1e19, renormalise=False)] * 4}, "not finite numbers with these edits"),
+        (
+            {"edits": [Scale(Where(keys=0), 1e19, renormalise=False)] * 4},
+            r"edits\[1\].scale makes with the edits before",
+        ),
     ],
 )
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         lm_of("mha").generate(TEXTS[0], max_new_tokens=3, **options)
+
+
+@torch.no_grad()
+def test_logits_that_edits_overflow_name_the_edits():
+    """Numbers that a plan lets pass, in a model of large values."""
+    lm = LanguageModel(small_model("mha"), tokenizer())
+    for block in lm.model.layers():
+        block.attention.projection.value.weight.mul_(1e12)
+    assert len(lm.generate(TEXTS[0], max_new_tokens=2, ignore_eos=True).token_ids) == 2
+    edits = [Scale(Where(keys=0), factor, renormalise=False) for factor in (1e19, 1e12)]
+    with pytest.raises(ValueError, match="not finite numbers with these edits: their numbers are too large together"):
+        lm.generate(TEXTS[0], max_new_tokens=2, ignore_eos=True, edits=edits)

@@ -150,8 +150,8 @@ def test_refused_masks(options, message):
     ],
 )
 def test_masks_that_do_not_fit(mask, message):
+    tokens = 3 if mask.starts_BT is None else 4
     with pytest.raises(ValueError, match=message):
-        tokens = 3 if mask.starts_BT is None else 4
         check_mask(mask, torch.zeros(2, 5, tokens, 6), torch.zeros(2, 5, 4, 6))
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from attnzoo.attention.edits import Edit, EditRun, Edits, Read, TokenLayout
+from attnzoo.attention.edits.spans import NoPlace
 from attnzoo.attention.edits.wire import KINDS
 from attnzoo.tokenizer import SentencePieceTokenizer
 from attnzoo.tokenizer.chat_tokens import ChatEncoder
@@ -216,12 +217,18 @@ def test_messages_that_a_template_changes_have_no_names():
         words.chat_template = CHAT_TEMPLATE.replace("message.content }}", change)
         chat = ChatEncoder.of(words)
         for some in (messages, messages[:1]):
-            assert message_spans(chat.template, words, some, chat.encode(some)) == {}
+            found = message_spans(chat.template, words, some, chat.encode(some))
+            assert all(isinstance(each, NoPlace) for each in found.values())
     words.chat_template = CHAT_TEMPLATE
     chat = ChatEncoder.of(words)
     messages[1]["content"] = ""
     found = message_spans(chat.template, words, messages, chat.encode(messages))
-    assert set(found) == {"messages[0]", "messages[2]", "messages[3]", "system", "assistant"}
+    certain = {name for name, each in found.items() if isinstance(each, list)}
+    assert certain == {"messages[0]", "messages[2]", "messages[3]", "system", "assistant"}
+    assert found["user"] == found["messages[1]"]
+    check_size(read_field({"read": [{"mass": {"where": {"keys": "user"}}}]}, "read")[1], found)
+    many = message_spans(chat.template, words, messages[:1] * 65, [1])
+    assert "conversations of more than 64 messages have no names" in many["system"].why
 
 
 def test_settings_are_checked():

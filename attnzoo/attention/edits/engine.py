@@ -33,8 +33,8 @@ class AttentionCall:
     """One call of attention, as engines read it. terms: the scores as content . key * scale + bias (`Position.terms`);
     mask: what is visible, with the positions that `terms` reads. queries_BT, positions_BKS: positions in the sequence
     that edits speak of, -1 for what is not of it. log_counts_BKS: logarithm of the number of tokens that an entry
-    stands for, part of its score. approximate: keys lack channels. weigh: weights from products of content and keys,
-    for a variant without softmax."""
+    stands for, part of its score. approximate: keys lack channels. uncounted: an entry may stand for several
+    tokens that are not counted. weigh: weights from products of content and keys, for a variant without softmax."""
 
     q_BNTH: Tensor
     keys_BKSH: Tensor
@@ -46,6 +46,7 @@ class AttentionCall:
     positions_BKS: Tensor
     log_counts_BKS: Tensor | None = None
     approximate: bool = False
+    uncounted: bool = False
     weigh: Weigh | None = None
 
 

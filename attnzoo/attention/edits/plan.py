@@ -161,7 +161,7 @@ class EditPlan:
     def fingerprint(self) -> str:
         """Plans of the same fingerprint leave the same keys and values behind, and read the same."""
         layouts = [self.layout] if self.layout.context is None else [self.layout, self.layout.context]
-        said = [[x.prompt, x.steps, {name: x.named(name, "spans") for name in sorted(x.spans)}] for x in layouts]
+        said = [[x.prompt, x.steps, x.places] for x in layouts]
         return _digest([self.edits.to_json(), self.total, said])
 
     @property

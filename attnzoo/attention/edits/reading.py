@@ -20,7 +20,8 @@ class LayerRecord:
 
     parts: (query positions, values) of every call by the read's index; sums: likewise, summed. held: of the last call,
     positions_BKS of entries, the logarithms of how many tokens each stands for, None: each for itself, and the row.
-    empty: (head, query) of rows in which nothing could be seen. engines: those that ran. reached: positions, or calls
+    empty: (head, query) of rows in which nothing could be seen. engines: those that ran. uncounted: as in
+    `AttentionCall`. reached: positions, or calls
     where steps are calls, that it has seen.
     """
 
@@ -31,6 +32,7 @@ class LayerRecord:
     empty: list[tuple[int, int]] = field(default_factory=list)
     engines: set[str] = field(default_factory=set)
     approximate: bool = False
+    uncounted: bool = False
     heads: int = 0
     reached: int = 0
     _sets: KeySets | None = None
@@ -138,15 +140,18 @@ class LayerReading:
     kind; `results` has all in list order.
 
     engine: what computed it. positions_S: all positions up to the last one that the layer has seen.
-    stands_for_NS: how many tokens the entry at each position stands for in the cache now, for every query head: 1 for
-    itself, more where others were merged into it, 0 where it is gone (`evicted`). empty: (head, query) of rows in
-    which nothing could be seen, whose output is zeros. approximate: scores are of keys that lack channels.
+    evicted [N, S] (bool): those that the cache holds no more, for every query head.
+    stands_for_NS: how many tokens the entry at each position stands for in the cache now: 1 for itself, more where
+    others were merged into it, 0 where it is gone; None where the cache merges tokens and does not count them.
+    empty: (head, query) of rows in which nothing could be seen, whose output is zeros. approximate: scores are of keys
+    that lack channels.
     """
 
     engine: str
     results: tuple[ReadResult, ...]
     positions_S: Tensor
-    stands_for_NS: Tensor
+    evicted: Tensor
+    stands_for_NS: Tensor | None
     empty: tuple[tuple[int, int], ...]
     approximate: bool
 
@@ -193,11 +198,6 @@ class LayerReading:
         return self._read(Entropy).values["entropy"]
 
     @property
-    def evicted(self) -> Tensor:
-        """evicted_NS (bool): positions that the layer has seen and the cache holds no more."""
-        return self.stands_for_NS == 0
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all values."""
         return sum(result.nbytes for result in self.results)
@@ -242,7 +242,8 @@ def layer_reading(record: LayerRecord) -> LayerReading:
         "+".join(sorted(record.engines)),
         tuple(_result(record, meant) for meant in record.plan.items if isinstance(meant.item, Read)),
         torch.arange(stands_for_NS.shape[1]),
-        stands_for_NS,
+        stands_for_NS == 0,
+        None if record.uncounted else stands_for_NS,
         tuple(record.empty),
         record.approximate,
     )

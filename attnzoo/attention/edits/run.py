@@ -253,6 +253,7 @@ def _note(call: AttentionCall, row: int, record: LayerRecord) -> None:
     record.heads = call.q_BNTH.shape[1]
     record.held = (call.positions_BKS, call.log_counts_BKS, row)
     record.approximate |= call.approximate
+    record.uncounted |= call.uncounted
 
 
 @recent

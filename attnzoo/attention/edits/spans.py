@@ -108,6 +108,13 @@ class Except:
         object.__setattr__(self, "of", normal_positions(self.of))
 
 
+@dataclass(frozen=True)
+class NoPlace:
+    """Stands in `TokenLayout.spans` for a name whose tokens are not known. why: what is said to who uses it."""
+
+    why: str
+
+
 Positions = str | int | Span | After | Sinks | Except | tuple[Any, ...]
 """ALL, GENERATED, the name of a span, one position, any of the classes above, or a tuple of these: their union."""
 
@@ -120,9 +127,9 @@ def normal_positions(positions: Any) -> Any:
 @dataclass(frozen=True)
 class TokenLayout:
     """What is where in one sequence. prompt: its number of tokens. spans: intervals [start, stop) by name, one or
-    several each, such as {"image": (4, 580)}. context: the layout of the sequence that a layer with a context attends
-    to, whose keys are then meant. steps: the number of calls of a model that sees the whole sequence again in each, as
-    in diffusion; None: step 0 is the prompt and step n the n-th generated token."""
+    several each, such as {"image": (4, 580)}, or a `NoPlace`. context: the layout of the sequence that a layer with a
+    context attends to, whose keys are then meant. steps: the number of calls of a model that sees the whole sequence
+    again in each, as in diffusion; None: step 0 is the prompt and step n the n-th generated token."""
 
     prompt: int
     spans: Mapping[str, Any] = field(default_factory=dict)
@@ -139,12 +146,19 @@ class TokenLayout:
         for name in self.spans:
             if name in (ALL, GENERATED):
                 raise ValueError(f"TokenLayout.spans: {name!r} has a meaning of its own; give the span another name")
-            self.named(name, "TokenLayout.spans")
+            if not isinstance(self.spans[name], NoPlace):
+                self.named(name, "TokenLayout.spans")
+
+    @property
+    def places(self) -> dict[str, tuple[Interval, ...]]:
+        """The intervals of all names that have any."""
+        known = sorted(name for name, given in self.spans.items() if not isinstance(given, NoPlace))
+        return {name: self.named(name, "spans") for name in known}
 
     def named(self, name: str, where: str) -> tuple[Interval, ...]:
         """The intervals of a named span. Raises ValueError for an unknown name, or numbers outside of the prompt."""
         if name not in self.spans:
-            known = suggest(name, [ALL, GENERATED, *self.spans])
+            known = suggest(name, [ALL, GENERATED, *self.places])
             ends = _edges(name)
             if ends is not None:
                 start, stop = ends[0] or 0, "end" if ends[1] is None else ends[1]
@@ -153,6 +167,8 @@ class TokenLayout:
                 )
             raise ValueError(f"{where}: no span is called {name!r}{known}")
         given = self.spans[name]
+        if isinstance(given, NoPlace):
+            raise ValueError(f"{where}: the tokens of {name!r} are not known: {given.why}")
         if not isinstance(given, list | tuple):
             raise ValueError(f"TokenLayout.spans[{name!r}]={given!r}: give (start, stop) in tokens, or a list of these")
         if not given:

@@ -32,13 +32,14 @@ class StreamedEdits:
     (`attnzoo.kvcache.base.EditedRead`).
 
     queries_BT: positions of the chunk, -1 for padding; mask: what the layer shows, without positions; terms: its
-    scores.
+    scores; uncounted: as in `AttentionCall`.
     """
 
     plan: LayerPlan
     queries_BT: Tensor
     mask: Mask
     terms: Terms
+    uncounted: bool = False
 
     def over(self, q_BNTH: Tensor, view: CacheView, positions_BT: Tensor, attend: Attend) -> Tensor:
         """Attention over the view of an exact cache, with edits; without, it is `attend`."""
@@ -58,6 +59,7 @@ class StreamedEdits:
             self._call(qkv, positions_BT, _positions(segments), queries_BT),
             log_counts_BKS=_log_counts(segments),
             approximate=any(each.channels_BKC is not None for each in segments),
+            uncounted=self.uncounted,
         )
         return self.plan.apply(call, out_BNTH)
 

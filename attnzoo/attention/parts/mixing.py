@@ -256,7 +256,8 @@ class SoftmaxMixing(Mixing):
     ) -> tuple[Tensor, State]:
         queries_BT = edits.positions(positions_BT, counts_B)
         mask = Mask.full() if isinstance(state, SoftmaxContext) else self.mask
-        streamed = StreamedEdits(edits, queries_BT, mask, self.position.terms)
+        uncounted = isinstance(state, CompressedState) and state.policy.merges_uncounted
+        streamed = StreamedEdits(edits, queries_BT, mask, self.position.terms, uncounted)
         return self._extend(qkv, state, positions_BT, counts_B, self.score_function(impl, streamed))
 
     def _extend(
