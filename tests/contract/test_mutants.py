@@ -127,13 +127,13 @@ def cache_counts_padding(patch: Patch) -> None:
 
 def cache_forgets_growth(patch: Patch) -> None:
     """A cache that outgrows its room loses what it held."""
-    right = full._with_room
+    right = full.with_room
 
     def wrong(buffer: Tensor, used: int, new: Tensor) -> Tensor:
         grown = right(buffer, used, new)
         return grown if grown.shape == buffer.shape else torch.zeros_like(grown)
 
-    patch.setattr(full, "_with_room", wrong)
+    patch.setattr(full, "with_room", wrong)
 
 
 def sinusoids_of_the_wrong_sign(patch: Patch) -> None:
