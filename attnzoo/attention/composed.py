@@ -95,7 +95,7 @@ class ParallelComposition(Attention):
         edits: LayerPlan | None = None,
     ) -> Tensor:
         if edits is not None:
-            edits.check_lengths(*x_BTD.shape[:2], mask.starts_BT)
+            edits.check_lengths(len(x_BTD), x_BTD.shape[1], mask.starts_BT)
         x_BTD, context_BSD = existing(x_BTD, context_BSD, mask)
         qkv = self.projection(x_BTD, context_BSD)
         if 0 in qkv[0].shape:  # no sequence or no token: kernels and sums over time would have nothing to begin with

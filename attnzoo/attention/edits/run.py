@@ -109,7 +109,8 @@ class LayerPlan:
     def check_lengths(self, batch: int, tokens: int, starts_BT: Tensor | None) -> None:
         """As `check_rows`."""
         _check_count(len(self.rows), batch)
-        _check_lengths(tuple(entry and entry.total for entry in self.rows), tokens, starts_BT)
+        totals = tuple(None if entry is None else entry.total for entry in self.rows)
+        _check_lengths(totals, tokens, starts_BT)
 
     def check_context(self, entries: int | None, exists_BS: Tensor | None) -> None:
         """Raises ValueError for plans of another context than is read: one of `entries` tokens of which some exist, or
@@ -173,7 +174,7 @@ class LayerPlan:
         """The outputs with edits: those of the unedited call, but for the rows, heads and queries that edits name.
         None: all are replaced."""
         shape = (*call.q_BNTH.shape[:3], call.values_BKSH.shape[3])
-        for row, planned in enumerate(entry and entry.size.num_heads for entry in self.rows):
+        for row, planned in enumerate(None if entry is None else entry.size.num_heads for entry in self.rows):
             if planned not in (None, shape[1]):
                 raise ValueError(
                     f"edits[{row}] were planned for {planned} query heads, and the layer has {shape[1]}; plan them for "
@@ -286,7 +287,7 @@ def check_rows(runs: EditRuns, batch: int, tokens: int, starts_BT: Tensor | None
     more tokens than were planned. Without `starts_BT` nothing says what is padding, and a row is only known to have
     more where every row would."""
     check_runs(runs, batch)
-    _check_lengths(tuple(run and run.plan.total for run in runs), tokens, starts_BT)
+    _check_lengths(tuple(None if run is None else run.plan.total for run in runs), tokens, starts_BT)
 
 
 @recent

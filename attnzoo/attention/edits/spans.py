@@ -322,7 +322,10 @@ def normal_picks(picks: Picks, where: str) -> Any:
 
 def _edges(text: str) -> tuple[int | None, int | None] | None:
     ends = re.fullmatch(r"(-?[0-9]{1,12})?:(-?[0-9]{1,12})?", text)
-    return ends and (ends[1] and int(ends[1]), ends[2] and int(ends[2]))
+    if ends is None:
+        return None
+    first, last = (None if end is None else int(end) for end in ends.groups())
+    return first, last
 
 
 def picked(picks: Any, size: int, where: str) -> tuple[int, ...]:

@@ -86,15 +86,14 @@ class QKVConv(nn.Module):
 
     def extend(self, qkv: QKV, state: QKVConvState, counts_B: Tensor | None, impl: Impl) -> tuple[QKV, QKVConvState]:
         """q, k and v convolved with the carried rows, and the rows to carry on."""
-        query = state.query.to(qkv[0].dtype)
-        key, value = (None if x is None else x.to(qkv[1].dtype) for x in (state.key, state.value))
-        tails = (query, key, value)
-        convolved = depthwise_conv_qkv(qkv, self._kernels(), biases=self._biases(), tails=tails, impl=impl)
+        kept, held = state.query.dtype, (state.query, state.key, state.value)
+        tails = [None if x is None else x.to(new.dtype) for x, new in zip(held, qkv, strict=True)]
+        convolved = depthwise_conv_qkv(qkv, self._kernels(), biases=self._biases(), tails=tuple(tails), impl=impl)
         query, key, value = (
-            None if tail is None else _next_tail(tail, x, counts_B) for tail, x in zip(tails, qkv, strict=True)
+            None if tail is None else _next_tail(tail, x, counts_B).to(kept) for tail, x in zip(tails, qkv, strict=True)
         )
         assert query is not None
-        return convolved, QKVConvState(query, key, value).map(lambda _, x: x.to(state.query.dtype))
+        return convolved, QKVConvState(query, key, value)
 
     def state_bytes(self, batch: int, dtype: torch.dtype) -> int:
         rows = self.heads.num_heads + 2 * self.heads.num_kv_heads

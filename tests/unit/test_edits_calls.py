@@ -1,0 +1,63 @@
+"""What a call of a layer refuses of its edits: rows and contexts that no plan speaks of."""
+
+import pytest
+import torch
+
+from attnzoo.attention import build_attention
+from attnzoo.attention.edits import EditRun, Edits, Map, TokenLayout, layer_plan, layer_sizes
+from attnzoo.ops.common.masks import Mask, padding_starts
+
+DIM = 24
+
+
+def runs_of(layer, lists, layout, total, context=False):
+    sizes = [layer_sizes(layer, context=context)]
+    plans = [None if items is None else Edits(*items).plan(sizes, layout, total - layout.prompt) for items in lists]
+    return [None if plan is None else EditRun(plan) for plan in plans]
+
+
+def test_a_layer_refuses_what_its_plan_does_not_speak_of():
+    """As a model does: rows longer than planned, and contexts of another length, in forward and extend; a refused call
+    leaves the run as it was. Kills: tokens and keys that no edit reaches, without a word."""
+    layer = build_attention("mha", {"model_dim": DIM, "num_heads": 4, "num_kv_heads": 2}).double()
+    x, context = torch.randn(2, 5, DIM).double(), torch.randn(2, 7, DIM).double()
+    short = runs_of(layer, [[Map()], None], TokenLayout(3), 3)
+    with pytest.raises(ValueError, match=r"edits\[0\] were planned for 3 tokens, and the row has 5"):
+        layer(x[:1], edits=layer_plan(short[:1], 0))
+    with pytest.raises(ValueError, match="and the row has 5"):
+        layer(x, mask=Mask(starts_BT=padding_starts(torch.tensor([5, 2]), 5, "left")), edits=layer_plan(short, 0))
+    layer(x, mask=Mask(starts_BT=padding_starts(torch.tensor([3, 5]), 5, "right")), edits=layer_plan(short, 0))
+    exists = torch.ones(2, 7, dtype=torch.bool)
+    exists[0, 5:] = False
+    for planned, keys, words in (
+        (4, exists, "were planned for a context of 4 tokens, and the layer reads one of 5 to 7"),
+        (8, exists, "were planned for a context of 8 tokens, and the layer reads one of 5 to 7"),
+        (5, None, "were planned for a context of 5 tokens, and the layer reads one of 7"),
+        (None, exists, "were planned for no context, and the layer reads one of 5 to 7; say so by TokenLayout"),
+        (5, exists, None),
+        (6, exists, None),
+        (7, None, None),
+    ):
+        layout = TokenLayout(5, context=None if planned is None else TokenLayout(planned))
+        runs = runs_of(layer, [[Map()], None], layout, 5, context=planned is not None)
+        forms = (
+            lambda runs=runs, keys=keys: layer(x, context_BSD=context, mask=Mask.full(keys), edits=layer_plan(runs, 0)),
+            lambda runs=runs, keys=keys: layer.extend(x, layer.init_context(context, keys), edits=layer_plan(runs, 0)),
+        )
+        for form in forms if words else forms[:1]:
+            if words:
+                with pytest.raises(ValueError, match=rf"edits\[0\] {words}"):
+                    form()
+            else:
+                form()
+    runs = runs_of(layer, [[Map()], None], TokenLayout(5, context=TokenLayout(4)), 5, context=True)
+    for form in (
+        lambda: layer(x, edits=layer_plan(runs, 0)),
+        lambda: layer.extend(x, layer.init_state(2, 5), edits=layer_plan(runs, 0)),
+    ):
+        with pytest.raises(ValueError, match="planned for a context of 4 tokens, and the layer reads none"):
+            form()
+    layer(x, context_BSD=context[:, :4], edits=layer_plan(runs, 0))  # it is still at its beginning
+    regression = build_attention("softmax_regression", {"model_dim": DIM}).double()
+    with pytest.raises(ValueError, match="planned for 3 tokens, and the row has 5"):
+        regression(x[:1], edits=layer_plan(runs_of(regression, [[Map()]], TokenLayout(3), 3), 0))
