@@ -6,6 +6,7 @@ import torch
 from attnzoo.attention import build_attention
 from attnzoo.attention.edits import EditRun, Edits, Map, TokenLayout, layer_plan, layer_sizes
 from attnzoo.ops.common.masks import Mask, padding_starts
+from tests.helpers.serving import small_model
 
 DIM = 24
 
@@ -61,3 +62,14 @@ def test_a_layer_refuses_what_its_plan_does_not_speak_of():
     regression = build_attention("softmax_regression", {"model_dim": DIM}).double()
     with pytest.raises(ValueError, match="planned for 3 tokens, and the row has 5"):
         regression(x[:1], edits=layer_plan(runs_of(regression, [[Map()]], TokenLayout(3), 3), 0))
+
+
+def test_there_is_an_entry_for_each_row():
+    """Of None alone, too, of which no layer would say anything."""
+    model, tokens = small_model("mha"), torch.zeros(1, 5, dtype=torch.long)
+    for entries in ([], [None, None]):
+        words = f"edits have {len(entries)} entries, and the batch has 1 rows"
+        with pytest.raises(ValueError, match=words):
+            model(tokens, edits=entries)
+        with pytest.raises(ValueError, match=words):
+            model.extend(tokens, model.init_state(1, 9), edits=entries)

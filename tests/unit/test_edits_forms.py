@@ -395,9 +395,3 @@ def test_top_keys_name_no_hidden_key_and_runs_are_checked():
         model(tokens, edits=[plan])
     with pytest.raises(ValueError, match="edits is a EditRun; give a list with"):
         model(tokens, edits=run)
-    for entries in ([], [None, None]):
-        words = f"edits have {len(entries)} entries, and the batch has 1 rows"
-        with pytest.raises(ValueError, match=words):
-            model(tokens, edits=entries)
-        with pytest.raises(ValueError, match=words):
-            model.extend(tokens, model.init_state(1, 9), edits=entries)
