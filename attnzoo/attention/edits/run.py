@@ -121,7 +121,8 @@ class LayerPlan:
                 continue
             least = entries
             if entries is not None and exists_BS is not None:
-                least = int((exists_BS[row] * torch.arange(1, entries + 1, device=exists_BS.device)).amax())
+                there = exists_BS[row].nonzero()
+                least = int(there[-1]) + 1 if len(there) else 0
                 if planned is not None and least <= planned <= entries:
                     continue
             wanted = "no context" if planned is None else f"a context of {planned} tokens"
