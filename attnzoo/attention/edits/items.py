@@ -154,8 +154,7 @@ class WeightEdit(Edit):
 
 @dataclass(frozen=True)
 class Add(ScoreEdit):
-    """score + value. To take all weight from keys, `Hide` is exact: beside a score of -10,000 or 10,000 little is left
-    of the digits of float32, and with several such numbers on the same keys less."""
+    """score + value. Beside 10,000 few digits of float32 are left: `Hide` is what takes all weight from keys."""
 
     factors: ClassVar[tuple[str, ...]] = ("value",)
     value: float
@@ -365,12 +364,11 @@ class Move(WeightEdit):
 
 def _number(name: str, value: Any, least: float = -float("inf"), most: float = float("inf")) -> None:
     right = isinstance(value, int | float) and not isinstance(value, bool)
-    if right and isinstance(value, int) and abs(value) > sys.float_info.max:
+    if right and sys.float_info.max < abs(value) < float("inf"):
         raise ValueError(f"{name} is a whole number beyond 1e308; it must be a finite number")
     if not right or not abs(value) < float("inf") or not least <= value <= most:
-        bounds = (
-            "" if least == -float("inf") else f" of at least {least}" + ("" if most > 1 else f" and at most {most}")
-        )
+        bounds = f" of at least {least}" + ("" if most > 1 else f" and at most {most}")
+        bounds = "" if least == -float("inf") else bounds
         raise ValueError(f"{name}={value!r} must be a finite number{bounds}")
 
 
