@@ -73,3 +73,5 @@ def test_there_is_an_entry_for_each_row():
             model(tokens, edits=entries)
         with pytest.raises(ValueError, match=words):
             model.extend(tokens, model.init_state(1, 9), edits=entries)
+    with pytest.raises(ValueError, match=r"starts_BT has shape \[1, 4\]; it must be \[1, 5\]"):
+        model(tokens, torch.zeros(1, 4, dtype=torch.long), edits=[None])

@@ -173,7 +173,7 @@ def test_a_state_may_be_kept_in_another_dtype(name, case):
         state.joined(layer.init_state(1, 4, dtype=dtype))
 
 
-@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("name", list(CACHES))
 @torch.no_grad()
 def test_caches_may_be_kept_in_another_dtype(name):
     layer = attention.build_attention("mdha", {"model_dim": 24, "num_heads": 3})

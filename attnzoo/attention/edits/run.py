@@ -288,6 +288,10 @@ def check_rows(runs: EditRuns, batch: int, tokens: int, starts_BT: Tensor | None
     more tokens than were planned. Without `starts_BT` nothing says what is padding, and a row is only known to have
     more where every row would."""
     check_runs(runs, batch)
+    if starts_BT is not None and starts_BT.shape != (batch, tokens):
+        raise ValueError(
+            f"starts_BT has shape {list(starts_BT.shape)}; it must be {[batch, tokens]}, one for each token"
+        )
     _check_lengths(tuple(None if run is None else run.plan.total for run in runs), tokens, starts_BT)
 
 

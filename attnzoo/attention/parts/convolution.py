@@ -86,9 +86,13 @@ class QKVConv(nn.Module):
 
     def extend(self, qkv: QKV, state: QKVConvState, counts_B: Tensor | None, impl: Impl) -> tuple[QKV, QKVConvState]:
         """q, k and v convolved with the carried rows, and the rows to carry on."""
-        kept, held = state.query.dtype, (state.query, state.key, state.value)
-        tails = [None if x is None else x.to(new.dtype) for x, new in zip(held, qkv, strict=True)]
-        convolved = depthwise_conv_qkv(qkv, self._kernels(), biases=self._biases(), tails=tuple(tails), impl=impl)
+
+        def in_dtype_of(new: Tensor, tail: Tensor | None) -> Tensor | None:
+            return None if tail is None else tail.to(new.dtype)
+
+        kept = state.query.dtype
+        tails = in_dtype_of(qkv[0], state.query), in_dtype_of(qkv[1], state.key), in_dtype_of(qkv[2], state.value)
+        convolved = depthwise_conv_qkv(qkv, self._kernels(), biases=self._biases(), tails=tails, impl=impl)
         query, key, value = (
             None if tail is None else _next_tail(tail, x, counts_B).to(kept) for tail, x in zip(tails, qkv, strict=True)
         )
