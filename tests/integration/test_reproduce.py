@@ -158,8 +158,8 @@ def test_an_experiment_of_a_data_set_says_where_it_is_found(monkeypatch, capsys,
 
 
 def test_every_experiment_claims_under_its_own_letter():
-    letters = {experiment.letter for experiment in known_experiments().values()}
-    assert letters == {"A", "B", "C", "D", "H", "L"}
+    letters = [experiment.letter for experiment in known_experiments().values()]
+    assert len(set(letters)) == len(letters)
     assert tuple(known_experiments()) == EXPERIMENTS  # what the command takes, without importing them
     assert "mesa" in ATTENTION
     assert Report.start(quick=True).exit_status() == 0

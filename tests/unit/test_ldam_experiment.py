@@ -1,4 +1,4 @@
-"""Experiment L: its parts are the folds of the training runs, and its verdict is computed from the predictions."""
+"""Experiment N: its parts are the folds of the training runs, and its verdict is computed from the predictions."""
 
 from pathlib import Path
 
@@ -55,11 +55,11 @@ def test_the_verdict_follows_the_predictions(better: bool, tmp_path: Path) -> No
     values = made_up({"LDAM": 4.0 if better else 0.5, "no definitions": 2.0})
     judged = judge(ExperimentConfig(), values)
     holds = {claim.name: claim.holds for claim in judged.claims}
-    assert holds[f"L2 LDAM - {TFIDF}, macro AUROC"] is better
-    assert holds["L3 LDAM - no definitions, macro AUROC: lower bound"] is better
-    assert not holds["L1 dialogues"]
-    assert [name for name in holds if name.startswith(("L8", "L9", "L10")) and not holds[name]] == []
-    rows = {row["map"]: row for row in judged.rows if row["table"].startswith("L: words taken away")}
+    assert holds[f"N2 LDAM - {TFIDF}, macro AUROC"] is better
+    assert holds["N3 LDAM - no definitions, macro AUROC: lower bound"] is better
+    assert not holds["N1 dialogues"]
+    assert [name for name in holds if name.startswith(("N8", "N9", "N10")) and not holds[name]] == []
+    rows = {row["map"]: row for row in judged.rows if row["table"].startswith("N: words taken away")}
     assert (rows["integrated gradients"]["beats random"], rows["attention"]["beats random"]) == ("yes", "no")
     # The setting is chosen on validation rows, and judged on all test rows together.
     order = np.concatenate(values["rows"]["test"])

@@ -1,4 +1,4 @@
-"""Experiment L: LDAM tells which section of a note a dialogue belongs to, on MTS-Dialog, beside tf-idf with logistic
+"""Experiment N: LDAM tells which section of a note a dialogue belongs to, on MTS-Dialog, beside tf-idf with logistic
 regression and beside itself without label definitions (arXiv 2201.06779).
 
 Every model learns from the same training rows of each fold; the inner validation rows select; what is judged are the
@@ -181,7 +181,7 @@ def parts(config: ExperimentConfig) -> dict[str, ExperimentPart]:
 
 EXPERIMENT = Experiment(
     name="ldam",
-    letter="L",
+    letter="N",
     title="LDAM on MTS-Dialog",
     parts=parts,
     judge=judge,

@@ -1,4 +1,4 @@
-"""Experiment L's verdict: figures of all folds together, differences of models on the same rows, explanations."""
+"""Experiment N's verdict: figures of all folds together, differences of models on the same rows, explanations."""
 
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def judge(config: ExperimentConfig, values: dict[str, Values]) -> Judgement:
             }
     order = sorted(found, key=lambda name: -macro(tested, found[name]["test"]))
     judged.table(
-        "L: test rows of all folds",
+        "N: test rows of all folds",
         [
             {
                 "model": name,
@@ -75,10 +75,10 @@ def judge(config: ExperimentConfig, values: dict[str, Values]) -> Judgement:
     )
     _differences(judged, tested, {name: one["test"] for name, one in found.items()}, test)
     _labels(judged, made["names"], labels_NK, tested, found)
-    judged.table("L: settings of logistic regression, on validation rows", settings)
+    judged.table("N: settings of logistic regression, on validation rows", settings)
     _seeds_table(judged, values, tested, config, count)
     _explanations(judged, config, values, count)
-    judged.add("L1 dialogues", 1301, len(labels_NK))
+    judged.add("N1 dialogues", 1301, len(labels_NK))
     return judged
 
 
@@ -132,10 +132,10 @@ def _differences(judged: Judgement, tested: np.ndarray, found: dict[str, np.ndar
             gap = paired_difference(metric, tested, found[first], found[second], rows)
             table.append({"first": first, "second": second, "metric": metric.name, "first - second": _shown(gap)})
             if metric is macro and second in (TFIDF, "no definitions", "no definitions, 3 seeds"):
-                name = f"L{2 + number} {first} - {second}, macro AUROC"
+                name = f"N{2 + number} {first} - {second}, macro AUROC"
                 judged.add(name, 0.0, gap.value, kind="at_least")
                 judged.add(f"{name}: lower bound", 0.0, gap.low, kind="at_least")
-    judged.table("L: paired differences", table)
+    judged.table("N: paired differences", table)
 
 
 def _labels(
@@ -143,7 +143,7 @@ def _labels(
 ) -> None:
     shown = [name for name in ("LDAM", "no definitions", TFIDF) if name in found]
     judged.table(
-        "L: AUROC by section",
+        "N: AUROC by section",
         [
             {
                 "section": names[k],
@@ -173,14 +173,14 @@ def _seeds_table(
                     "seconds a fold": round(own["seconds"], 1),
                 }
             )
-    judged.table("L: by seed", rows)
+    judged.table("N: by seed", rows)
 
 
 def _explanations(judged: Judgement, config: ExperimentConfig, values: dict[str, Values], count: int) -> None:
     by_fold = [values[f"LDAM, seed {config.seed}, fold {fold}"] for fold in range(count)]
     measured = measured_maps(by_fold)
     judged.table(
-        "L: words taken away, in log odds",
+        "N: words taken away, in log odds",
         [
             {
                 "map": name,
@@ -196,27 +196,27 @@ def _explanations(judged: Judgement, config: ExperimentConfig, values: dict[str,
     names = list(by_fold[0]["shuffled"])
     rho = {name: float(np.mean([one["shuffled"][name] for one in by_fold])) for name in names}
     judged.table(
-        "L: rank correlation with shuffled weights", [{"map": k, "correlation": round(v, 3)} for k, v in rho.items()]
+        "N: rank correlation with shuffled weights", [{"map": k, "correlation": round(v, 3)} for k, v in rho.items()]
     )
     examples = [
         {key: ", ".join(value) if isinstance(value, list) else value for key, value in example.items()}
         for example in by_fold[0]["examples"]
     ]
-    judged.table("L: words of two dialogues", examples)
+    judged.table("N: words of two dialogues", examples)
     gradients = measured["integrated gradients"]
     missing = max(one["missing"] for one in by_fold)
-    judged.add("L8 gradients: sums miss the difference by", 0.05, missing, kind="at_most")
+    judged.add("N8 gradients: sums miss the difference by", 0.05, missing, kind="at_most")
     judged.add(
-        "L9 gradients: comprehensiveness above random, lower bound",
+        "N9 gradients: comprehensiveness above random, lower bound",
         0.0,
         gradients.more_comprehensive.low,
         kind="at_least",
     )
     judged.add(
-        "L9 gradients: sufficiency below random, lower bound", 0.0, gradients.less_sufficient.low, kind="at_least"
+        "N9 gradients: sufficiency below random, lower bound", 0.0, gradients.less_sufficient.low, kind="at_least"
     )
     judged.add(
-        "L10 gradients: correlation with shuffled weights", 0.3, abs(rho["integrated gradients"]), kind="at_most"
+        "N10 gradients: correlation with shuffled weights", 0.3, abs(rho["integrated gradients"]), kind="at_most"
     )
 
 
