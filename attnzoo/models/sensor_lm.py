@@ -190,19 +190,17 @@ class PromptedLM:
 
     def _hidden(self, virtual_NMD: Tensor) -> Tensor:
         """hidden_NRTD of virtual tokens and tails, continued from the kept states."""
-        rows, tokens, width = virtual_NMD.shape
+        rows, _, width = virtual_NMD.shape
         count, device = len(self._sequences), virtual_NMD.device
         tails = [tail for _, tail in self._sequences]
-        lengths = [tokens + len(tail) for tail in tails]
         x_NRTD = (virtual_NMD * self.unit).to(self.lm.embedding.weight.dtype)[:, None].expand(-1, count, -1, -1)
         if (longest := max(map(len, tails))) > 0:
             ids_RT = torch.tensor([[*tail, *[0] * (longest - len(tail))] for tail in tails], device=device)
             x_NRTD = torch.cat([x_NRTD, self.lm.embed(ids_RT).expand(rows, -1, -1, -1)], dim=2)
         order = torch.tensor([question for question, _ in self._sequences] * rows, device=device)
         state = self._prefixes.map(lambda _, tensor: tensor[order])
-        even = min(lengths) == max(lengths)
-        counts_B = None if even else torch.tensor(lengths * rows, device=device)
-        hidden_BTD, _ = self.lm.extend_hidden(x_NRTD.flatten(0, 1), state, counts_B)
+        # Padding stands behind what is read, and the states are not kept.
+        hidden_BTD, _ = self.lm.extend_hidden(x_NRTD.flatten(0, 1), state)
         return hidden_BTD.view(rows, count, -1, width)
 
 

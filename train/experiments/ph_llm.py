@@ -41,6 +41,8 @@ QUICK_EVERY = 4
 """Every so many test days are judged in a quick run."""
 SMALL_CONFIG, SMALL_STEPS = "try.yaml", 60
 """The small decoder's training."""
+SMALL_PROMPT = ("task.template='{question}{sensors} =='", "task.answers=[' False', ' True']")
+"""It has read nothing but Python."""
 QUICK = ("train.steps=2", "schedule.warmup_steps=1", "eval.every=2", "eval.keep_best=1", "train.batch_size=16")
 
 
@@ -98,7 +100,7 @@ def small_decoder(config: ExperimentConfig, tick: Tick) -> Values:
     """Trains the small decoder, and adapters in front of it; scores by run."""
     values = {}
     with trained_run(SMALL_CONFIG, small_words(config), tick) as decoder:
-        chosen = (f"model.language_model={decoder}", "model.dtype=float32", "model.tokens=10")
+        chosen = (f"model.language_model={decoder}", "model.dtype=float32", "model.tokens=10", *SMALL_PROMPT)
         for name, overrides in small_runs(config).items():
             values[name] = trained((*overrides, *chosen), config, tick, ablated=False)
     return values
