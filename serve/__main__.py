@@ -119,6 +119,7 @@ def greet(config: "ServeConfig", url: str) -> None:
     """Prints what is served and how to ask for it."""
     from attnzoo.checkpoint import find_checkpoint, load_tokenizer, open_checkpoint
     from serve.clinical.loading import clinical_source
+    from serve.clinical.predictor import Predictor
 
     clinical = clinical_source(config)
     names = dict.fromkeys((config.served_name, *([] if clinical is None else [clinical[1]])))
@@ -130,8 +131,9 @@ def greet(config: "ServeConfig", url: str) -> None:
         for slow in open_checkpoint(path).config.slow_streaming():
             print(f"note: {slow}", file=sys.stderr, flush=True)
     if clinical is not None:
-        patient = {"id": "1", "measurements": [{"variable": "HR", "hour": 0, "value": 90, "unit": "/min"}]}
-        body = json.dumps({"model": clinical[1], "patients": [patient]})
+        variable = next(iter(Predictor.load(*clinical, config.max_patients).needs.table.values()))
+        value = {"variable": variable.name, "hour": 0, "value": variable.plausible[0], "unit": variable.unit}
+        body = json.dumps({"model": clinical[1], "patients": [{"id": "1", "measurements": [value]}]})
         print(f"  curl {url}/v1/predict -H 'content-type: application/json' -d {shlex.quote(body)}", flush=True)
         print(f"  for research only; what the model takes: {url}/v1/models/{clinical[1]}", flush=True)
 

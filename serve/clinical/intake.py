@@ -292,7 +292,7 @@ def cells_of(
             "hour": hour,
             "variable": variable.name,
             "measured": possible,
-            "value": float(clipped_E[i]) if possible else None,
+            "value": float(f"{clipped_E[i]:.7g}") if possible else None,  # all digits that 32 bits have
             "unit": variable.unit,
             "count": min((before["count"] if before else 0) + possible, 255),
             "flag": "clipped" if clipped else None if possible else "implausible",

@@ -45,7 +45,7 @@ class PatientEntry(Strict):
 
 class PredictOptions(Strict):
     """What both forms of the request say. model: None: the only clinical model. explain: what the prediction looked at.
-    hourly: also the risk after each hour. stream: send it hour by hour, for one patient."""
+    hourly: also the risk after each hour. stream: send it hour by hour, for one patient; implies hourly."""
 
     model: str | None = None
     explain: Explain = "none"

@@ -127,9 +127,7 @@ async def hourly_events(clinic: Clinic, intake: Intake, options: PredictOptions,
             (told,) = predictor.told(await clinic.work(deadline, course.next))
             hours.append(hour_of(guard, 0, hour, told))
             yield event({"object": "prediction.hour", **hours[-1]})
-        patients = await clinic.work(
-            deadline, patients_of, predictor, intake, options.explain, [hours if options.hourly else []], deadline
-        )
+        patients = await clinic.work(deadline, patients_of, predictor, intake, options.explain, [hours], deadline)
         found = {**head(predictor), "patients": patients}
         whole = found if intake.bundle is None else {**found, "bundle": intake.bundle}
         yield event(whole) + b"data: [DONE]\n\n"

@@ -60,9 +60,11 @@ def icu_cohort(stays: int = 30, hours: int = WINDOW, names: tuple[str, ...] = NA
     )
 
 
-def small_trained(cohort: Cohort, outcome: Outcome | None = None, judged: int = 2, **options: Any) -> TrainedModel:
+def small_trained(
+    cohort: Cohort, outcome: Outcome | None = None, judged: int = 2, labelled: bool = True, **options: Any
+) -> TrainedModel:
     """Random weights, large enough that every measurement matters; calibrated and with evidence where it is yes or
-    no. judged: stays on which explanations are."""
+    no. judged: stays on which explanations are; labelled: False for no calibration."""
     outcome = outcome or Outcome(label="mortality")
     statistics = Statistics.fit(cohort, np.arange(10))
     torch.manual_seed(3)
@@ -79,7 +81,7 @@ def small_trained(cohort: Cohort, outcome: Outcome | None = None, judged: int = 
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
     calibrator, evidence = None, None
-    if not outcome.edges:
+    if labelled and not outcome.edges:
         rows = np.arange(10, len(cohort))
         logits = TrainedModel(model, statistics, outcome).logits(cohort, rows)[..., 0]
         drawn = np.random.default_rng(1).logistic(scale=0.5 * logits.std(), size=logits.shape)

@@ -143,7 +143,12 @@ def test_any_part_of_a_request_may_be_junk(client, cohort):
 
 
 def test_limits(checkpoint, cohort, monkeypatch):
-    with clinical_client(checkpoint, max_patients=2, max_explained=1, max_predictions=1) as client:
+    monkeypatch.setenv("PREDICT_KEY", "k")
+    own = {"max_patients": 2, "max_explained": 1, "max_predictions": 1, "api_key_env": "PREDICT_KEY"}
+    with clinical_client(checkpoint, **own) as client:
+        assert client.post("/v1/predict", json=request_of(cohort, [0])).status_code == 401
+        client.headers["authorization"] = "Bearer k"
+        assert client.post("/v1/predict", json={}, headers={"host": "evil.example"}).status_code == 403
         error = ask(client, request_of(cohort, [0, 1, 2]), status=400)
         assert (error["param"], error["code"]) == ("patients", "too_many_patients")
         error = ask(client, request_of(cohort, [0, 1], explain="gradients"), status=400)
