@@ -74,6 +74,11 @@ def test_a_clinical_run_resumes_bit_for_bit_and_its_export_predicts(tiny: Path) 
     model = load_trained(whole)
     cohort = load_cohort("physionet2012", tiny.parent / "set-a", hours=HOURS, variables=("HR", "Temp", "Lactate"))
     assert model.split["fold"] == 0
+    assert model.evidence is not None
+    known = cohort.label("mortality")[folds(cohort, 4, by="stay", label="mortality", seed=0, validation=0.25)[0].train]
+    assert (model.evidence.stays, model.evidence.shares) == (len(known), (float(known.mean(dtype=np.float64)),))
+    assert len(model.evidence.calibrators) > 150
+    assert set(model.evidence.maps) == {"integrated gradients", "attention"}
     # The metrics of the export are those of what it predicts on the validation part, told anew by the same split.
     fold = folds(cohort, 4, by="stay", label="mortality", seed=0, validation=0.25)[0]
     found = auroc(cohort.label("mortality")[fold.validation], model.predict(cohort, fold.validation))
