@@ -49,9 +49,9 @@ async def _read(clinic: Clinic, deadline: Deadline, request: Request, body: byte
     if query:
         name = short_name(query[0][0])
         raise ApiError(400, f"{name} stands in the query; options of a JSON request stand in its body", param=name)
-    request_ = await clinic.work(deadline, parse_predict, body)
-    check_options(request_, clinic)
-    return request_, await clinic.work(deadline, take_in, request_, clinic.predictor.needs)
+    wanted = await clinic.work(deadline, parse_predict, body)
+    check_options(wanted, clinic)
+    return wanted, await clinic.work(deadline, take_in, wanted, clinic.predictor.needs)
 
 
 def check_options(options: PredictOptions, clinic: Clinic) -> None:
