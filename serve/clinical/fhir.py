@@ -118,7 +118,7 @@ def _as_model(cohort: Cohort, needs: Needs) -> Cohort:
     values_NTV, counts_NTV = grid.values_NTV[..., columns], grid.counts_NTV[..., columns]
     unknown = np.full(len(cohort), np.nan, np.float32)
     facts = dict(zip(cohort.statics, cohort.statics_NS.T, strict=True))
-    statics_NS = np.stack([facts.get(name, unknown) for name in needs.statics], 1, dtype=np.float32)
+    statics_NS = np.array([facts.get(name, unknown) for name in needs.statics], np.float32).reshape(-1, len(cohort)).T
     return replace(
         cohort,
         grid=replace(grid, values_NTV=values_NTV, counts_NTV=counts_NTV, variables=tuple(needs.table)),
