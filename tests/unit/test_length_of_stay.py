@@ -108,6 +108,9 @@ def test_parts_by_hand(tmp_path: Path) -> None:
     assert {bucket for bucket, hour in zip(clock["buckets"], clock["hours"], strict=True) if hour == 2} == {
         int(at_hour_2)
     }
+    labels_NT[test] += 150  # what a clock knows is of training stays
+    assert hour_alone(config, lambda: None, 0)["buckets"] == clock["buckets"]
+    labels_NT[test] -= 150
     others = task_of(words(config, 1)).fold.test
     assert sorted([*test.tolist(), *others.tolist()]) == list(range(len(task.cohort)))
     gru = recurrent(config, lambda: ticks.append(1), 0)
