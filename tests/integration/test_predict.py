@@ -1,5 +1,7 @@
 """POST /v1/predict against the model itself: the same numbers in every form of asking, and refusals that help."""
 
+import itertools
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,12 @@ import pytest
 from starlette.testclient import TestClient
 
 from attnzoo.clinical.cohort import Cohort
+from attnzoo.clinical.formats import load_cohort
 from attnzoo.clinical.outcome import Outcome
 from attnzoo.clinical.trained import TrainedModel, load_trained
+from attnzoo.clinical.variables import PHYSIONET2012, STATICS
 from serve.clinical.intake import cut
+from tests.helpers.clinical_data import shared_data
 from tests.helpers.clinical_models import (
     MODEL,
     NAMES,
@@ -276,3 +281,60 @@ def test_other_outcomes(outcome, cohort, tmp_path):
             fhir = {"accept": "application/fhir+json"}
             error = ask(client, {"model": MODEL, "patients": [patient]}, status=400, headers=fhir)
             assert "accept application/json" in error["message"]
+
+
+def test_real_stays_as_their_files_tell_them(tmp_path):
+    """Every line of a file of PhysioNet 2012 becomes a value of the request: the grid and the risk are the loader's."""
+    (tmp_path / "set-a").mkdir()
+    with tarfile.open(shared_data("physionet2012/set-a.tar.gz")) as archive:
+        for member in itertools.islice((one for one in archive if one.name.endswith(".txt")), 12):
+            (tmp_path / "set-a" / Path(member.name).name).write_bytes(archive.extractfile(member).read())
+    nothing = ["Time,Parameter,Value", "00:00,RecordID,999999", "00:00,Age,70", "00:00,Gender,-1", "00:00,Height,-1"]
+    (tmp_path / "set-a" / "999999.txt").write_text("\n".join([*nothing, "00:00,ICUType,3", "00:00,Weight,-1", ""]))
+    cohort = load_cohort("physionet2012", tmp_path / "set-a")
+    trained = small_trained(cohort, chunks=4, chunk_hours=12, judged=0, labelled=False)
+    expected = trained.predict(cohort)
+    patients = [_patient_of_file(tmp_path / "set-a" / f"{stay}.txt") for stay in cohort.stay_ids]
+    with clinical_client(export(tmp_path, trained)) as client:
+        told = ask(client, {"model": MODEL, "patients": patients, "cutoff_hour": 48, "explain": "none"})["patients"]
+    assert len(set(np.round(expected, 4))) > 8
+    for row, one in enumerate(told):
+        assert one["measurements"]["used"] == cohort.grid.counts_NTV[row].sum()
+        if one["coverage"]["measured"] < trained.statistics.least_coverage:
+            assert (one["status"], one["probability"]) == ("not_enough_data", None)
+        else:
+            assert one["probability"] == pytest.approx(expected[row], **CLOSE)
+    assert told[-1]["reasons"] == ["no value of the model's variables is known"]
+    assert sum(one["status"] == "ok" for one in told) > 8
+
+
+def _patient_of_file(path: Path) -> dict[str, Any]:
+    codes = {"Gender": ("sex", {0: "female", 1: "male"}), "ICUType": ("icu_type", dict(STATICS["icu_type"].categories))}
+    facts = {"Age": "age_years", "Height": "height_cm", "Weight": "weight_kg"}
+    patient: dict[str, Any] = {"id": path.stem, "measurements": []}
+    for line in path.read_text().splitlines()[2:]:  # after the header and the number of the record
+        time, name, text = line.split(",")
+        value, minutes = float(text), 60 * int(time[:2]) + int(time[3:])
+        if value == -1:
+            continue  # the data set's word for unknown
+        if name in codes:
+            field, words = codes[name]
+            patient[field] = words[int(value)]
+        elif name in facts and time == "00:00":
+            patient.setdefault(facts[name], value)
+        if name in PHYSIONET2012:
+            unit = "1" if name == "FiO2" else PHYSIONET2012[name].unit
+            patient["measurements"].append({"variable": name, "hour": minutes / 60, "value": value, "unit": unit})
+    return patient
+
+
+def test_nothing_is_known_from_the_cut_on(cohort):
+    """Not even for the guard, which counts cells."""
+    hours_N = np.arange(len(cohort)) % WINDOW + 1
+    found = cut(cohort, hours_N).grid
+    later_NT = np.arange(found.hours) >= hours_N[:, None]
+    assert not found.counts_NTV[later_NT].any()
+    assert np.isnan(found.values_NTV[later_NT]).all()
+    own_N = np.minimum(hours_N, cohort.grid.hours_N)
+    np.testing.assert_array_equal(found.hours_N, own_N)
+    np.testing.assert_array_equal(found.counts_NTV[~later_NT], cohort.grid.counts_NTV[~later_NT])
