@@ -6,7 +6,7 @@ from pathlib import Path
 
 from attnzoo.report import available_cores
 
-EXPERIMENTS = ("icl-gd", "one-step-gd", "softmax-regression", "depth", "tscan-los", "ldam", "ph-llm")
+EXPERIMENTS = ("icl-gd", "one-step-gd", "softmax-regression", "depth", "tscan", "tscan-los", "ldam", "ph-llm")
 CACHE_SECTIONS = ("symbols", "text", "parts", "speed")
 KVPRESS = "ATTNZOO_KVPRESS_PYTHON"
 QUICK_LIMIT = 4
@@ -77,11 +77,13 @@ def reproduce(parser: argparse.ArgumentParser) -> None:
   attnzoo reproduce icl-gd --variant rcmha                # experiment A with any variant, also a plug-in
   attnzoo reproduce depth --variant mine num_heads=2      # experiment D with your variant added
   attnzoo reproduce all --results docs/results            # write figures and one JSON report an experiment
+  attnzoo reproduce tscan --data set-a.tar.gz             # death in hospital, beside LightGBM and others
   attnzoo reproduce tscan-los --data los/eicu_demo        # length of stay; `all` leaves out what needs a data set
   attnzoo reproduce ph-llm --data DATA                    # DATA: a folder with pmdata.tar.gz and published tables
 
-Experiments: icl-gd (A), one-step-gd (B), softmax-regression (C), depth (D), ph-llm (H), tscan-los (L). Exit status: 1
-if a claim does not hold. Each part has its own random generators, so that its result does not depend on other parts.
+Experiments: icl-gd (A), one-step-gd (B), softmax-regression (C), depth (D), ph-llm (H), tscan-los (L), tscan (T). Exit
+status: 1 if a claim does not hold. Each part has its own random generators, so that its result does not depend on
+other parts.
 """
     parser.add_argument("experiment", choices=[*EXPERIMENTS, "all"])
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of --variant, for example num_heads=2")

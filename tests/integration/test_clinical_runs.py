@@ -9,11 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 from attnzoo.cli import main
+from attnzoo.clinical.calibration import Calibrator
 from attnzoo.clinical.formats import load_cohort
 from attnzoo.clinical.metrics import auroc
 from attnzoo.clinical.splits import folds
 from attnzoo.clinical.trained import load_trained
 from tests.helpers.training import ROOT, launch, stay_records
+from train.experiments import tscan
+from train.experiments.base import ExperimentConfig
+from train.experiments.tscan_judge import Stays, Told
 
 STAYS, HOURS = 64, 12
 CONFIG = """\
@@ -89,3 +93,22 @@ def test_a_clinical_run_resumes_bit_for_bit_and_its_export_predicts(tiny: Path) 
     assert main(["card", str(whole)]) == 0
     died = int(cohort.label("mortality")[fold.test].sum())
     assert f"| test | {len(fold.test)} | {len(fold.test)} | {died} |" in (whole / "card" / "data-card.md").read_text()
+
+
+def test_a_fold_of_the_reproduction_of_tscan(tiny: Path) -> None:
+    """On the made-up stays: a real run, whose calibration is that of the judgement; every test row is told once."""
+    config = ExperimentConfig(quick=True, data=tiny.parent / "set-a")
+    parts = tscan.parts(config)
+    values = {
+        name: parts[name].run(config, lambda: None) for name in ("stays", "both, seed 0, fold 1", "baselines, fold 1")
+    }
+    json.dumps(values)
+    cohort, run = tscan.read(config), values["both, seed 0, fold 1"]
+    part = tscan.split(cohort, config)[1]
+    (fitted,) = Stays({**values["stays"], "validation": [part.validation.tolist()]}).calibrators([Told.of(run)])
+    assert fitted == Calibrator.from_dict(run["calibration"])
+    assert values["stays"]["validation"][1] == part.validation.tolist()
+    for told in (run, *values["baselines, fold 1"].values()):
+        assert told["rows"] == part.test.tolist()
+        assert len(told["test"]) == len(part.test)
+        assert len(told["validation"]) == len(part.validation)
