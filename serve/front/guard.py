@@ -23,13 +23,11 @@ from serve.front.hosts import Hosts
 from serve.front.limits import MAX_HEADER_BYTES, Limits
 from serve.openai.errors import ApiError, dump
 
-OPEN_PATHS = ("/health", "/-/healthz")
-"""Paths that need no API key: the server's health and that of Ray's proxy."""
+OPEN_PATHS, OPEN_FOLDER = ("/health", "/-/healthz", "/patients"), "/patients/"
+"""Paths that need no API key: the server's health, that of Ray's proxy, and the static files of the page for patients,
+which a browser opens without a key."""
 JSON_KINDS, FHIR_PATH = ("application/json", "application/fhir+json"), "/v1/predict"
 """Kinds of bodies, and the path that takes the second one too."""
-CHARSET = {"", "charset=utf-8", "charset=utf8"}
-PARAMETERS = {JSON_KINDS[0]: CHARSET, JSON_KINDS[1]: CHARSET | {"fhirversion=4.0", "fhirversion=4.0.1"}}
-"""What a content-type may say behind the kind."""
 GRACE_S = 2.0
 """Seconds in which a half-read request is not ended in favour of a newer one: in a burst all requests are young."""
 STEERING = (
@@ -137,13 +135,13 @@ def _dashed(name: str) -> str:
 
 
 class ApiKey:
-    """Refuses requests without `Authorization: Bearer <key>` for all paths but `OPEN_PATHS`."""
+    """Refuses requests without `Authorization: Bearer <key>` for all but `OPEN_PATHS` and `OPEN_FOLDER`."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self.app, self._key = app, key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._knows(scope):
+        if scope["type"] == "http" and not _is_open(scope["path"]) and not self._knows(scope):
             error = ApiError(
                 401,
                 "the API key is missing or wrong; send it as Authorization: Bearer <key>",
@@ -160,6 +158,10 @@ class ApiKey:
             return False
         scheme, _, key = given[0].strip(b" \t").partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(b" \t"), self._key)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
 
 
 class Bodies:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,10 @@ class Browser:
             self.problems.append(parameters["entry"]["text"])
         return message
 
-    def open(self, path: Path, width: int = 1200, height: int = 900) -> None:
-        """Shows a file, and waits until it is loaded."""
+    def open(self, page: Path | str, width: int = 1200, height: int = 900) -> None:
+        """Shows a file or an address, and waits until it is loaded."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         while self._read().get("method") != "Page.loadEventFired":
             pass
 
@@ -74,6 +75,14 @@ class Browser:
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
+
+    def wait(self, condition: str) -> None:
+        """Until a JavaScript expression holds: a quarter of a minute at most."""
+        for _ in range(750):
+            if self.value(f"Boolean({condition})"):
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"never: {condition}; {self.problems}")
 
     def text(self, selector: str) -> str:
         """The text of the first element that a CSS selector finds."""

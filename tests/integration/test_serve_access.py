@@ -164,7 +164,9 @@ def test_every_path_but_health_needs_the_key(monkeypatch):
             assert answer.headers["www-authenticate"].startswith("Bearer")
         assert answer_of(half_sent(url))[0] == 401  # before a byte of the body is waited for
         assert httpx.get(f"{url}/health").status_code == 200
-        for path in ("/v1/models", "/metrics", "/openapi.json", "/nowhere", "//health", "/health/", "/%2e/health"):
+        assert httpx.get(f"{url}/patients/page.js").status_code == 404  # a file of the page, which this server lacks
+        others = ("/nowhere", "//health", "/health/", "/%2e/health", "/patients-of/x", "//patients/page.js")
+        for path in ("/v1/models", "/metrics", "/openapi.json", *others):
             answer = httpx.get(url + path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), path
         assert openai.OpenAI(base_url=f"{url}/v1", api_key="s3cret").models.list().data[0].id == MODEL

@@ -1,0 +1,102 @@
+"""The page at /patients in a browser, and its picture in the documents.
+
+    python -m tests.helpers.patients_page docs/patients.png
+
+The picture's model learns for a minute from stays that are made up from the table of the page's own example, so that
+neither the model nor the patient has anything of a data set.
+"""
+
+import json
+import math
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+from attnzoo.clinical.variables import PHYSIONET2012
+from serve.clinical import page
+from serve.clinical.loading import load_clinic
+from serve.config import ServeConfig
+from serve.openai.routes import build_app
+from tests.helpers.browser import Browser, browser
+from tests.helpers.http_server import serving
+from tests.helpers.training import ROOT, command, finish
+
+HOURS = 48
+CONFIG = """\
+base: {base}
+name: made-up-mortality
+run_dir: {run}
+cache_dir: {cache}
+task: {{validation: 0.3}}
+data: {{path: {data}}}
+model: {{model_dim: 16, num_heads: 2, mlp_dim: 32, dropout: 0.1, hide_variables: 0.1, hide_hours: 0.2}}
+optim: {{lr: 0.003}}
+schedule: {{warmup_steps: 10}}
+train: {{steps: 40, batch_size: 32, micro_batch_size: 32, threads: 1}}
+eval: {{every: 10, keep_best: 3}}
+log: {{progress: false, tensorboard: false}}
+checkpoint: {{every: null}}
+"""
+
+
+def write_stays(directory: Path, stays: int) -> Path:
+    """Stays in the format of PhysioNet 2012, which follow the lines of the page's example to an end that lies anywhere
+    between its two; the worse it is, the likelier the death."""
+    courses = json.loads((page.DIRECTORY / "example.json").read_text())["courses"]
+    drawn, outcomes = random.Random(0), ["RecordID,SAPS-I,SOFA,Length_of_stay,Survival,In-hospital_death"]
+    records = directory / "set-a"
+    records.mkdir()
+    for number in range(1000, 1000 + stays):
+        worse, lines = drawn.random(), [f"00:00,RecordID,{number}", f"00:00,Age,{drawn.randint(30, 90)}"]
+        for name, variable in PHYSIONET2012.items():
+            first, bad, good, noise, hours, decimals = courses.get(variable.meaning, [0] * 4 + [HOURS * 9, 0])
+            level, hour = drawn.gauss(0, 2 * noise), drawn.uniform(0, min(hours, 3)) if hours < HOURS * 9 else HOURS
+            while hour < HOURS:
+                end = good + (bad - good) * worse
+                value = first + level + (end - first) * hour / HOURS + drawn.gauss(0, 2 * noise)
+                value = min(max(value, variable.plausible[0]), variable.plausible[1])
+                lines.append(f"{int(hour):02d}:{int(hour % 1 * 60):02d},{name},{value:.{decimals}f}")
+                hour += hours * drawn.uniform(0.8, 1.2)
+        died = int(drawn.random() < 1 / (1 + math.exp(9 * (0.75 - worse))))
+        outcomes.append(f"{number},6,1,5,-1,{died}")
+        (records / f"{number}.txt").write_text("\n".join(["Time,Parameter,Value", *sorted(lines)]) + "\n")
+    (directory / "Outcomes-a.txt").write_text("\n".join(outcomes) + "\n")
+    return records
+
+
+def trained(directory: Path, stays: int = 500) -> Path:
+    """A run on such stays."""
+    names = {"base": ROOT / "configs" / "tscan-mortality.yaml", "run": directory / "made-up-mortality"}
+    text = CONFIG.format(**names, cache=directory / "cache", data=write_stays(directory, stays))
+    (directory / "made-up.yaml").write_text(text, encoding="utf-8")
+    finish(command(directory / "made-up.yaml", ranks=1))
+    return names["run"]
+
+
+def visit(shown: Browser, url: str, width: int = 1280, height: int = 900) -> None:
+    """Opens the page and waits until it knows the server's model."""
+    shown.open(f"{url}/patients", width, height)
+    shown.wait("!document.querySelector('#example').disabled")
+
+
+def ask(shown: Browser, button: str = "#example") -> None:
+    """Asks for the example's prediction, and waits until it is shown."""
+    shown.click(button)
+    shown.click("#send")
+    shown.wait("document.querySelector('#result').dataset.whole === 'true' && !document.querySelector('#ask').open")
+
+
+def picture(path: Path, scheme: str = "light") -> None:
+    with tempfile.TemporaryDirectory(prefix="attnzoo-patients-") as directory, browser() as shown:
+        config = ServeConfig(checkpoint=str(trained(Path(directory))))
+        with serving(build_app(None, config, load_clinic(config))) as url:
+            shown.media(scheme)
+            visit(shown, url, 1280, 1400)
+            ask(shown)
+            shown.hover("#heat tbody tr:nth-child(2) td.measured:nth-child(n+34)")
+            shown.picture(path)
+
+
+if __name__ == "__main__":
+    picture(Path(sys.argv[1]), *sys.argv[2:])
