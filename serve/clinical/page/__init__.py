@@ -31,7 +31,7 @@ DIRECTORY = Path(__file__).parent
 
 
 def add_page(app: FastAPI) -> None:
-    """Adds `/patients` and the files it needs, read once: what is on the disk later does not change a running server."""
+    """Adds `/patients` and its files, which are read once: what changes on the disk changes no running server."""
     files = {path.name: path.read_bytes() for path in sorted(DIRECTORY.iterdir()) if path.suffix in TYPES}
 
     def response(name: str) -> Response:

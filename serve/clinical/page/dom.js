@@ -36,12 +36,13 @@ export function choices(fieldset, name, options, chosen, choose) {
 export function percent(share) {
   const value = share * 100;
   if (value > 0 && value < 0.1) return "< 0.1 %";
-  return `${value < 10 ? value.toFixed(1) : value.toFixed(0)} %`;
+  if (value < 100 && value > 99.9) return "> 99.9 %";
+  return `${value < 10 || (value > 99 && value < 100) ? value.toFixed(1) : value.toFixed(0)} %`;
 }
 
 export function range(low, high) {
   const [from, to] = [percent(low), percent(high)];
-  return from.startsWith("<") ? `${from} to ${to}` : `${from.replace(" %", "")} to ${to}`;
+  return /[<>]/.test(from + to) ? `${from} to ${to}` : `${from.replace(" %", "")} to ${to}`;
 }
 
 export function number(value) {

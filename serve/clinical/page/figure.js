@@ -94,6 +94,7 @@ export class Figure {
     const { map } = this, colour = palette(), most = largest(map);
     const sentence = [map.explains && `It explains ${map.explains}.`, map.faithfulness].filter(Boolean).join(" ");
     const title = map.signed ? `${map.title}.` : `${map.title}. Attention is where the model looked, not a cause.`;
+    $("meaning").classList.toggle("doubt", map.faithful === false);
     replace($("meaning"), element("strong", {}, title), ` ${sentence}`);
     const ramp = element("span", { class: "ramp", "aria-hidden": true });
     const stops = Array.from({ length: 17 }, (_, n) => colour(map.signed ? n / 8 - 1 : n / 16, map.signed));

@@ -63,7 +63,10 @@ async function run(options, hour = () => {}) {
     return await predict(state.sent, { ...options, key: $("key").value, signal: stop.signal, hour: (each) => !stop.signal.aborted && hour(each) });
   } catch (error) {
     if (!stop.signal.aborted) refuse(error);
-    else if (state.running === stop) $("progress").textContent = "Stopped. The request stands as it was.";
+    else if (state.running === stop) {
+      $("progress").textContent = "Stopped. The request stands as it was.";
+      $("ask").open = true;
+    }
     return null;
   } finally {
     if (state.running === stop) {
@@ -99,6 +102,7 @@ async function send() {
   const model = card(found), explains = (model?.explains ?? ["gradients"]).filter((each) => each !== "none");
   const most = model?.max_explained ?? Infinity; // of more patients at a time the server explains none
   const explain = found.patients > most ? "none" : explains.includes("gradients") ? "gradients" : (explains[0] ?? "none");
+  state.unexplained = found.patients > most ? `Of more than ${most} patients at a time none is explained.` : null;
   const stream = $("by-hour").checked && found.patients === 1;
   $("progress").textContent = "The model is at work …";
   const begun = { hours: [], cutoff: found.cutoff ?? model?.window_hours ?? 0 };
@@ -157,6 +161,7 @@ function list() {
 function show(index) {
   const patient = patientOf(state.reply, index), model = card({ model: state.reply.model.id });
   Object.assign(state, { patient, index });
+  patient.explanation_reason ??= state.unexplained;
   [...$("patients").children].forEach((each, at) => each.setAttribute("aria-current", String(at === index)));
   $("who").textContent = `Patient ${patient.id}`;
   $("warning").querySelector("span").textContent = state.reply.research_use_only;
