@@ -28,6 +28,9 @@ OPEN_PATHS, OPEN_FOLDER = ("/health", "/-/healthz", "/patients"), "/patients/"
 which a browser opens without a key."""
 JSON_KINDS, FHIR_PATH = ("application/json", "application/fhir+json"), "/v1/predict"
 """Kinds of bodies, and the path that takes the second one too."""
+CHARSET = {"", "charset=utf-8", "charset=utf8"}
+PARAMETERS = {JSON_KINDS[0]: CHARSET, JSON_KINDS[1]: CHARSET | {"fhirversion=4.0", "fhirversion=4.0.1"}}
+"""What a content-type may say behind the kind."""
 GRACE_S = 2.0
 """Seconds in which a half-read request is not ended in favour of a newer one: in a burst all requests are young."""
 STEERING = (

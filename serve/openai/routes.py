@@ -13,6 +13,7 @@ from starlette.middleware import Middleware
 from serve.async_engine import AsyncEngine
 from serve.clinical.answer import card as clinical_card
 from serve.clinical.clinic import Clinic
+from serve.clinical.page import add_page
 from serve.clinical.routes import add_predictions
 from serve.config import ServeConfig
 from serve.front.guard import Counted, error_response, guard
@@ -65,6 +66,7 @@ def build_app(engine: AsyncEngine | None, config: ServeConfig, clinic: Clinic | 
         clinic.metrics, app.state.clinic = metrics, clinic
         cards.append(clinical_card(clinic.predictor, int(time.time())))
         add_predictions(app, clinic)
+        add_page(app)
     _add_information(app, engine, clinic, {card["id"]: card for card in cards})
     _add_metrics(app, engine, metrics, maps)
     return app

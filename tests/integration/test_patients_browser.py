@@ -31,7 +31,7 @@ def cohort():
 
 @pytest.fixture(scope="module")
 def app_of(cohort, tmp_path_factory):
-    checkpoint = export(tmp_path_factory.mktemp("patients"), small_trained(cohort)).parent
+    checkpoint = export(tmp_path_factory.mktemp("patients"), small_trained(cohort, judged=0)).parent
 
     def build(**settings):
         config = ServeConfig(checkpoint=str(checkpoint), **settings)
@@ -232,6 +232,15 @@ def test_without_enough_data_there_is_no_number_and_ids_are_text(shown, cohort):
     assert shown.text("#words") == f"chest {EVIL} "
     shown.click("#labels input[value='PLAN']")
     assert shown.text("#words") == "aspirin "
+
+
+def test_more_patients_than_are_explained_get_numbers_and_the_reason(seen, app_of, cohort):
+    with serving(app_of(max_explained=1), lifespan="auto") as url:
+        visit(seen, url)
+        predict(seen, request_of(cohort, [0, 2]))
+        assert "max_explained" in seen.text("#findings")
+        assert seen.text("#risk .number").endswith(" %")
+        assert seen.value("document.querySelector('#heat').hidden && !document.querySelector('#curve').hidden")
 
 
 def test_refusals_are_told_in_the_servers_words_and_nothing_is_lost(shown, url, cohort):

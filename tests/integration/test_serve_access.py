@@ -144,7 +144,7 @@ def test_a_configured_name_is_served():
         assert httpx.get(f"{url}/health", headers={"host": "www.example.com"}).status_code == 403
 
 
-def test_every_path_but_health_needs_the_key(monkeypatch):
+def test_every_path_but_health_and_the_page_needs_the_key(monkeypatch):
     monkeypatch.setenv("TEST_KEY", "s3cret")
     with running(api_key_env="TEST_KEY") as (url, _):
         for given in ("Bearer s3cret", "bearer s3cret", "BEARER  s3cret", "bEaReR   s3cret"):

@@ -59,8 +59,15 @@ async function run(options, hour = () => {}) {
   $("stop").hidden = false;
   $("send").disabled = true;
   $("problem").hidden = true;
+  const asked = (more) =>
+    predict(state.sent, { ...options, ...more, key: $("key").value, signal: stop.signal, hour: (each) => !stop.signal.aborted && hour(each) });
   try {
-    return await predict(state.sent, { ...options, key: $("key").value, signal: stop.signal, hour: (each) => !stop.signal.aborted && hour(each) });
+    return await asked().catch((error) => {
+      // An explanation that the page wants and not the request: without it, and with the server's reason in its place.
+      if (error.code !== "too_many_patients" || error.param !== "explain" || state.keys.includes("explain")) throw error;
+      state.unexplained = error.message;
+      return asked({ explain: "none" });
+    });
   } catch (error) {
     if (!stop.signal.aborted) refuse(error);
     else if (state.running === stop) {
@@ -100,9 +107,8 @@ async function send() {
   }
   Object.assign(state, { sent: $("request").value, keys: found.kind === "request" ? found.keys : [] });
   const model = card(found), explains = (model?.explains ?? ["gradients"]).filter((each) => each !== "none");
-  const most = model?.max_explained ?? Infinity; // of more patients at a time the server explains none
-  const explain = found.patients > most ? "none" : explains.includes("gradients") ? "gradients" : (explains[0] ?? "none");
-  state.unexplained = found.patients > most ? `Of more than ${most} patients at a time none is explained.` : null;
+  const explain = explains.includes("gradients") ? "gradients" : (explains[0] ?? "none");
+  state.unexplained = null;
   const stream = $("by-hour").checked && found.patients === 1;
   $("progress").textContent = "The model is at work …";
   const begun = { hours: [], cutoff: found.cutoff ?? model?.window_hours ?? 0 };
