@@ -94,7 +94,7 @@ def picture(path: Path, scheme: str = "light") -> None:
             shown.media(scheme)
             visit(shown, url, 1280, 1400)
             ask(shown)
-            shown.hover("#heat tbody td.measured:nth-child(n+34)")
+            shown.hover("#heat tbody tr td.measured:nth-child(n+34)")
             shown.picture(path)
 
 
