@@ -49,6 +49,7 @@ def write_stays(directory: Path, stays: int) -> Path:
     records.mkdir()
     for number in range(1000, 1000 + stays):
         worse, lines = drawn.random(), [f"00:00,RecordID,{number}", f"00:00,Age,{drawn.randint(30, 90)}"]
+        rarer = drawn.uniform(1, 3)  # some are measured less than the example
         for name, variable in PHYSIONET2012.items():
             first, bad, good, noise, hours, decimals = courses.get(variable.meaning, [0] * 4 + [HOURS * 9, 0])
             level, hour = drawn.gauss(0, 2 * noise), drawn.uniform(0, min(hours, 3)) if hours < HOURS * 9 else HOURS
@@ -57,7 +58,7 @@ def write_stays(directory: Path, stays: int) -> Path:
                 value = first + level + (end - first) * hour / HOURS + drawn.gauss(0, 2 * noise)
                 value = min(max(value, variable.plausible[0]), variable.plausible[1])
                 lines.append(f"{int(hour):02d}:{int(hour % 1 * 60):02d},{name},{value:.{decimals}f}")
-                hour += hours * drawn.uniform(0.8, 1.2)
+                hour += hours * rarer * drawn.uniform(0.8, 1.2)
         died = int(drawn.random() < 1 / (1 + math.exp(9 * (0.75 - worse))))
         outcomes.append(f"{number},6,1,5,-1,{died}")
         (records / f"{number}.txt").write_text("\n".join(["Time,Parameter,Value", *sorted(lines)]) + "\n")
@@ -92,7 +93,7 @@ def picture(path: Path, scheme: str = "light") -> None:
         config = ServeConfig(checkpoint=str(trained(Path(directory))))
         with serving(build_app(None, config, load_clinic(config))) as url:
             shown.media(scheme)
-            visit(shown, url, 1280, 1400)
+            visit(shown, url, 1280, 1840)
             ask(shown)
             shown.hover("#heat tbody tr td.measured:nth-child(n+34)")
             shown.picture(path)

@@ -112,7 +112,7 @@ export function describe(patient, map, variable, hour) {
 
 export function lines(patient, map, variable, hour) {
   const { name, meaning, words } = patient.variables[variable], cell = patient.cells[variable][hour];
-  const title = `${name}${meaning && meaning !== name ? ` (${meaning})` : ""}, hour ${hour}`;
+  const title = `${name}${meaning && meaning.toLowerCase() !== name.toLowerCase() ? ` (${meaning})` : ""}, hour ${hour}`;
   if (!cell?.measured) return [title, "not measured", cell?.note].filter(Boolean);
   const count = cell.count > 1 ? `, the last of ${cell.count}` : "", value = map.values[variable][hour];
   const what = map.signed
