@@ -82,7 +82,7 @@ def test_evidence_travels_with_the_export(tmp_path: Path):
 
 def test_an_intercept_where_all_logits_are_far_away():
     """Newton's method jumps to and fro there: the fit of a small cohort whose classes are separated."""
-    labels, logits = np.array([1.0, 0.0, 0.0, 1.0, 0.0]), np.array([3.0, 2.0, -1.0, 14.0, -9.0])
+    labels, logits = np.array([1.0, 0.0, 0.0, 1.0, 0.0]), np.array([12.0, 8.0, -4.0, 15.0, -9.0])
     found = fit_calibrator(labels, logits)
     assert found.probabilities(logits).sum() == pytest.approx(2, abs=1e-6)
     assert found.temperature == pytest.approx(0.05)
