@@ -247,7 +247,7 @@ def test_refusals_are_told_in_the_servers_words_and_nothing_is_lost(shown, url, 
     request = request_of(cohort, [0])
     request["patients"][0]["measurements"][1]["value"] = EVIL
     broken = json.dumps(request_of(cohort, [0]))[:-1]
-    for content in (json.dumps(request), broken):
+    for content in (json.dumps(request), '{"patients": [], "patients": [1e400]}', broken):
         paste(shown, content)
         shown.click("#send")
         shown.wait("!document.querySelector('#problem').hidden")
