@@ -95,6 +95,7 @@ class ParallelComposition(Attention):
         edits: LayerPlan | None = None,
     ) -> Tensor:
         if edits is not None:
+            edits.check_layer(self)
             edits.check_lengths(len(x_BTD), x_BTD.shape[1], mask.starts_BT)
         x_BTD, context_BSD = existing(x_BTD, context_BSD, mask)
         qkv = self.projection(x_BTD, context_BSD)
@@ -202,6 +203,7 @@ class ComposedAttention(ParallelComposition, StreamingAttention):
         if edits is None:
             o_BNTH, mixing = self.mixing.extend(qkv, state.mixing, positions_BT, counts_B, self.impl)
         else:
+            edits.check_layer(self)
             edits.check_streams(self.editing, type(self).__name__)
             exists_BS = state.mixing.exists_BS if isinstance(state.mixing, SoftmaxContext) else None
             edits.check_context(None if exists_BS is None else exists_BS.shape[1], exists_BS)

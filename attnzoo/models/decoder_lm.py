@@ -114,7 +114,7 @@ class DecoderLM(nn.Module):
         x_BTD = self.embed(tokens_BT)
         if edits is not None:
             batch, tokens, _ = x_BTD.shape
-            check_rows(edits, batch, tokens, starts_BT)
+            check_rows(edits, batch, tokens, starts_BT, len(self.blocks))
         for layer, block in enumerate(self.layers()):
             if edits is not None:
                 x_BTD = block(x_BTD, mask, layer_plan(edits, layer))
@@ -268,7 +268,7 @@ class DecoderLM(nn.Module):
                 "tokens for each"
             )
         if edits is not None:
-            check_runs(edits, rows)
+            check_runs(edits, rows, len(self.blocks))
         layers = []
         for layer, (block, layer_state) in enumerate(zip(self.layers(), state.layers, strict=True)):
             if edits is None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from attnzoo.attention import build_attention
-from attnzoo.attention.edits import EditRun, Edits, Map, TokenLayout, layer_plan, layer_sizes
+from attnzoo.attention.edits import Add, EditRun, Edits, Hide, Map, TokenLayout, Where, layer_plan, layer_sizes
+from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.ops.common.masks import Mask, padding_starts
 from tests.helpers.serving import small_model
 
@@ -75,3 +76,44 @@ def test_there_is_an_entry_for_each_row():
             model.extend(tokens, model.init_state(1, 9), edits=entries)
     with pytest.raises(ValueError, match=r"starts_BT has shape \[1, 4\]; it must be \[1, 5\]"):
         model(tokens, torch.zeros(1, 4, dtype=torch.long), edits=[None])
+
+
+def decoder(kind="mha", layers=1, heads=4, dtype=torch.float32, **options):
+    config = DecoderConfig(
+        vocab_size=20,
+        model_dim=DIM,
+        num_layers=layers,
+        attention=[{"kind": kind, "num_heads": heads} | options],
+        max_positions=16,
+        tie_embeddings=False,
+        init_std=0.3,
+    )
+    return DecoderLM(config).eval().requires_grad_(False).to(dtype)
+
+
+def test_a_plan_made_for_another_model_is_refused_by_what_differs():
+    """In forward and extend. Kills: a key that linear attention is said to hide and does not; numbers that were checked
+    against float64 and are infinite in float32; edits of layers that are not there."""
+    tokens, hide = torch.zeros(1, 5, dtype=torch.long), Edits(Hide(Where(keys=0)))
+    exact = {"dtype": torch.float64}
+    for planned, run, edits, words in (
+        (exact, exact | {"kind": "linear"}, hide, "attention of MHA, and the layer is Linear"),
+        (exact, exact | {"kind": "mesa"}, Edits(Map()), "attention of MHA, and the layer is Mesa"),
+        ({}, {"heads": 2}, hide, "4 query heads, and the layer has 2"),
+        (exact, {}, Edits(Add(Where(keys=(1, 2)), 1e100)), "scores in float64, and those of the layer are float32"),
+        ({"layers": 2}, {}, hide, "2 layers, and the model has 1"),
+        ({}, {"layers": 2}, hide, "1 layers, and the model has 2"),
+        ({"dtype": torch.bfloat16}, exact, hide, None),
+    ):
+        plan = decoder(**planned).plan_edits(edits, TokenLayout(5), streams=False)
+        model = decoder(**run)
+        forms = (
+            lambda model=model, plan=plan: model(tokens, edits=[EditRun(plan)]),
+            lambda model=model, plan=plan: model.extend(tokens, model.init_state(1, 5), edits=[EditRun(plan)])[0],
+        )
+        for form in forms:
+            if words is None:
+                assert form().isfinite().all()
+                continue
+            with pytest.raises(ValueError, match=rf"edits\[0\] were planned for {words}.*; plan them for this model"):
+                form()

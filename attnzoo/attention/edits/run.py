@@ -14,7 +14,7 @@ from attnzoo.attention.edits.items import Edit
 from attnzoo.attention.edits.plan import EditPlan, LayerItems
 from attnzoo.attention.edits.reading import LayerRecord, Reading
 from attnzoo.attention.edits.spans import Sinks
-from attnzoo.attention.edits.traits import Editing, LayerSizes
+from attnzoo.attention.edits.traits import Editing, LayerSizes, layer_sizes
 from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.common.recent import recent
 
@@ -40,13 +40,18 @@ EditRuns = Sequence[EditRun | None]
 """One entry a row of a batch; None: untouched."""
 
 
-def check_runs(runs: Any, batch: int | None = None) -> None:
-    """Raises ValueError for what is no list of runs, of one for each of `batch` rows."""
+def check_runs(runs: Any, batch: int | None = None, layers: int | None = None) -> None:
+    """Raises ValueError for what is no list of runs, of one for each of `batch` rows, planned for so many layers."""
     if not isinstance(runs, list | tuple):
         raise ValueError(f"edits is a {type(runs).__name__}; give a list with EditRun(plan) or None for each row")
     for row, run in enumerate(runs):
         if run is not None and not isinstance(run, EditRun):
             raise ValueError(f"edits[{row}] is a {type(run).__name__}; give EditRun(plan) for a row, or None")
+        if run is not None and layers not in (None, len(run.records)):
+            raise ValueError(
+                f"edits[{row}] were planned for {len(run.records)} layers, and the model has {layers}; plan them for "
+                "this model"
+            )
     if batch is not None:
         _check_count(len(runs), batch)
 
@@ -105,6 +110,15 @@ class LayerPlan:
 
     def __post_init__(self) -> None:
         self.plans = tuple([None if entry is None else entry.record.plan for entry in self.rows])
+
+    def check_layer(self, attention: Any) -> None:
+        """Raises ValueError for plans of another layer than this one: of a variant of which other things can be edited,
+        of other heads, or in a dtype that holds larger numbers."""
+        found = layer_sizes(attention)
+        for row, entry in enumerate(self.rows):
+            difference = "" if entry is None else entry.size.difference(found)
+            if difference:
+                raise ValueError(f"edits[{row}] were planned for {difference}; plan them for this model")
 
     def check_lengths(self, batch: int, tokens: int, starts_BT: Tensor | None) -> None:
         """As `check_rows`."""
@@ -175,12 +189,6 @@ class LayerPlan:
         """The outputs with edits: those of the unedited call, but for the rows, heads and queries that edits name.
         None: all are replaced."""
         shape = (*call.q_BNTH.shape[:3], call.values_BKSH.shape[3])
-        for row, planned in enumerate(None if entry is None else entry.size.num_heads for entry in self.rows):
-            if planned not in (None, shape[1]):
-                raise ValueError(
-                    f"edits[{row}] were planned for {planned} query heads, and the layer has {shape[1]}; plan them for "
-                    "this model"
-                )
         new_BNTH = None
         few = is_few(call)
         for rows in _alike(self.plans, few):
@@ -283,11 +291,11 @@ def row_positions(mask: Mask, batch: int, tokens: int, device: torch.device) -> 
     return (index_1T - start_B[:, None]).masked_fill(mask.starts_BT != start_B[:, None], -1)
 
 
-def check_rows(runs: EditRuns, batch: int, tokens: int, starts_BT: Tensor | None) -> None:
-    """Raises ValueError for rows of the parallel form of which their plans do not speak: of several documents, and of
-    more tokens than were planned. Without `starts_BT` nothing says what is padding, and a row is only known to have
-    more where every row would."""
-    check_runs(runs, batch)
+def check_rows(runs: EditRuns, batch: int, tokens: int, starts_BT: Tensor | None, layers: int | None = None) -> None:
+    """Raises ValueError for rows of the parallel form of which their plans do not speak: of several documents, of more
+    tokens than were planned, and of a model with another number of layers. Without `starts_BT` nothing says what is
+    padding, and a row is only known to have more where every row would."""
+    check_runs(runs, batch, layers)
     if starts_BT is not None and starts_BT.shape != (batch, tokens):
         raise ValueError(
             f"starts_BT has shape {list(starts_BT.shape)}; it must be {[batch, tokens]}, one for each token"

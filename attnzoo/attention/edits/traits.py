@@ -40,6 +40,17 @@ class LayerSizes:
     model_dim: int | None = None
     scores_in: torch.dtype = torch.float32
 
+    def difference(self, layer: "LayerSizes") -> str:
+        """In what a layer is not the planned one, so that the plan does not hold for it; "" where it does."""
+        if (self.variant, self.editing) != (layer.variant, layer.editing):
+            return f"attention of {self.variant}, and the layer is {layer.variant}"
+        if self.num_heads != layer.num_heads:
+            return f"{self.num_heads} query heads, and the layer has {layer.num_heads}"
+        if torch.finfo(self.scores_in).max > torch.finfo(layer.scores_in).max:
+            planned, found = (str(dtype).removeprefix("torch.") for dtype in (self.scores_in, layer.scores_in))
+            return f"scores in {planned}, and those of the layer are {found}, which holds smaller numbers"
+        return ""
+
 
 def layer_sizes(attention: Any, *, context: bool = False) -> LayerSizes:
     """The sizes of an attention layer. context: its keys are those of another sequence."""
