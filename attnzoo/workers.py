@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -83,8 +84,10 @@ def _side_by_side(jobs: Mapping[str, Job], workers: int, progress: Progress) -> 
 
 
 def _work(tasks: Any, messages: Any) -> None:
-    """The main function of a worker: runs jobs until none is left. It ignores Ctrl-C, which the parent handles."""
+    """The main function of a worker: runs jobs until none is left. It ignores Ctrl-C, which the parent handles, and
+    gets SIGTERM when the parent is gone, however that ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_after, args=(multiprocessing.parent_process(),), daemon=True).start()
     while (item := tasks.get()) is not None:
         name, job = item
         counter = _Counter(name, messages)
@@ -94,6 +97,11 @@ def _work(tasks: Any, messages: Any) -> None:
             messages.put(_Message(name, problem=traceback.format_exc()))
             raise SystemExit(1) from None
         messages.put(_Message(name, counter.steps, ended=True, result=result))
+
+
+def _end_after(parent: BaseProcess) -> None:
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Counter:
