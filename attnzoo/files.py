@@ -4,7 +4,9 @@ import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,76 @@ def user_path(path: str | Path, where: str) -> Path:
         if error.errno == errno.ELOOP:
             raise ValueError(f"{where}={text!r} is a symbolic link that leads back to itself; give another") from None
     return Path(found)
+
+
+def output_file(path: str | Path, where: str, others: Mapping[str, str | Path] | None = None) -> Path:
+    """The path of a file that the user wants written, checked before any work is done. Only a regular file is replaced;
+    of a symbolic link it is the file that it leads to (`write_atomic`). others: what else the user has named, by field.
+
+    Raises ValueError, naming the field `where`, for an empty path and for `-`, for a device, a pipe, a directory and a
+    read-only file, for a file in no directory or in one that takes no files, for a file that is also one of `others`,
+    and as `user_path`.
+    """
+    named = f"{where}={str(path)!r}"
+    if str(path) in ("", "-"):
+        way = "write ./- for a file of that name" if str(path) else "give the path of a file"
+        raise ValueError(f"{named} is not the path of a file, and reports do not go to stdout; {way}")
+    found = user_path(path, where)
+    real = real_path(found)
+    try:
+        mode = os.stat(found).st_mode if found.exists() else None
+        if mode is not None:
+            _check_kind(mode, named)
+        for parent in real.parents:
+            if parent.exists() and not parent.is_dir():
+                raise ValueError(f"{named}: {str(parent)!r} is a file, not a directory; give another path")
+        if not real.parent.exists():
+            parent = real.parent if found.is_symlink() else found.parent
+            raise ValueError(f"{named}: there is no directory {str(parent)!r}; make it, or give another path")
+        if mode is not None and not (mode & 0o222 and os.access(real, os.W_OK)):  # root may write even without the bits
+            raise ValueError(f"{named} is a read-only file; give another path, or make it writable")
+        handle, probe = tempfile.mkstemp(prefix=f".{real.name}.", suffix=".tmp", dir=real.parent)
+        os.close(handle)
+        os.unlink(probe)
+    except OSError as error:
+        raise ValueError(f"{named} cannot be written ({error.strerror}); give another path") from None
+    for name, other in (others or {}).items():
+        if real == _real_or_none(other):
+            raise ValueError(f"{named} is also {name}, which would be lost; give another path")
+    return found
+
+
+def output_directory(path: str | Path, where: str) -> Path:
+    """The path of a directory that the user wants files in, which need not exist yet, checked before any work is done.
+    Raises ValueError, naming the field `where`, where files cannot be written below it, and as `user_path`."""
+    named = f"{where}={str(path)!r}"
+    if not str(path):
+        raise ValueError(f"{named} is empty; give the path of a directory")
+    found = user_path(path, where)
+    try:
+        there = next(each for each in (found.absolute(), *found.absolute().parents) if os.path.lexists(each))
+        if not there.is_dir():
+            raise ValueError(f"{named}: {str(there)!r} is not a directory; give another path")
+        os.rmdir(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=there))
+    except OSError as error:
+        raise ValueError(f"{named} cannot be written ({error.strerror}); give another directory") from None
+    return found
+
+
+def _check_kind(mode: int, named: str) -> None:
+    """Raises ValueError unless `mode` is that of a regular file. named: the path, for the message."""
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"{named} is a directory; give the path of a file in it")
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{named} is a device or a pipe, which is not replaced; give another path")
+
+
+def _real_or_none(path: str | Path) -> Path | None:
+    """The real path; None for a text that is no path."""
+    try:
+        return real_path(Path(os.path.expanduser(path)))
+    except (OSError, ValueError):
+        return None
 
 
 def home() -> Path:
@@ -79,7 +151,11 @@ def replace_directory(temporary: Path, final: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file atomically: after a crash the file has its old content or `data`."""
+    """Writes a file atomically: after a crash the file has its old content or `data`. A symbolic link stays, and the
+    file that it leads to is replaced. Raises ValueError for a directory, a device and a pipe."""
+    if path.exists():
+        _check_kind(os.stat(path).st_mode, repr(str(path)))
+    path = real_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:

@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from attnzoo.cli.outputs import OutputDirectory, OutputFile
 from attnzoo.report import available_cores
 
 EXPERIMENTS = ("icl-gd", "one-step-gd", "softmax-regression", "depth", "tscan", "tscan-los", "ldam", "ph-llm")
@@ -29,7 +30,7 @@ claim does not hold or a run fails.
 """
     parser.add_argument("settings", nargs="*", metavar="key=value", help="steps=200, variants=mha,rcmha, paper.steps=9")
     _json(parser)
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="write figures (PNG) here; needs matplotlib")
+    parser.add_argument("--figures", type=OutputDirectory, metavar="DIR", help="write figures (PNG) here; needs matplotlib")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, done within two minutes; not a measurement")
     parser.add_argument("--run-dir", type=Path, help="default: runs/compare, or runs/compare-quick")
     parser.add_argument("--workers", type=int, default=available_cores(), help="parallel runs (default: one a core)")
@@ -96,7 +97,7 @@ other parts.
     parser.add_argument("--workers", type=int, default=available_cores(), help="parallel parts (default: one a core)")
     parser.add_argument("--quick", action="store_true", help="small sizes, done within two minutes; not a measurement")
     _json(parser)
-    parser.add_argument("--results", type=Path, metavar="DIR", help="write figures and a JSON report an experiment")
+    parser.add_argument("--results", type=OutputDirectory, metavar="DIR", help="write figures and a JSON report an experiment")
 
 
 def bench_attention(parser: argparse.ArgumentParser) -> None:
@@ -171,7 +172,7 @@ own) is measured on the same weights and tokens."""
     parser.add_argument("--roofline", action="store_true", help="add roofline estimates for H100 and MI300X")
     _json(parser)
     parser.add_argument("--update", action="store_true", help="keep other sections that the --json file already has")
-    parser.add_argument("--figure", type=Path, metavar="PATH", help="draw quality against bytes to this PNG file")
+    parser.add_argument("--figure", type=OutputFile, metavar="PATH", help="draw quality against bytes to this PNG file")
     parser.add_argument("--quick", action="store_true", help="tiny random models, to try the code; not a measurement")
 
 
@@ -232,8 +233,16 @@ by step, and the ratio is the median over pairs of steps."""
     _quick(parser)
 
 
+def check_counts(options: argparse.Namespace) -> None:
+    """Raises ValueError, naming the option, unless --turns and --threads, where a benchmark has them, are at least 1."""
+    for name in ("turns", "threads"):
+        value = getattr(options, name, 1)
+        if value < 1:
+            raise ValueError(f"--{name}={value} must be at least 1")
+
+
 def _json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the report to this file")
+    parser.add_argument("--json", type=OutputFile, metavar="PATH", help="write the report to this file")
 
 
 def _quick(parser: argparse.ArgumentParser) -> None:

@@ -256,7 +256,8 @@ def memory_growth(tokens: int) -> dict[str, float]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures and prints a table; exit status 1 if a claim does not hold."""
+    """Measures and prints a table; exit status 1 if a claim does not hold. Raises ValueError for wrong usage."""
+    arguments.check_counts(options)
     torch.set_num_threads(options.threads)
     report = Report.start(command=options.command, quick=options.quick)
     if report.load_before > BUSY:

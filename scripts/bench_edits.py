@@ -261,7 +261,8 @@ def _timed(report: Report, what: str, tokens: int, contenders: dict[str, Call], 
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures and prints a table; exit status 1 if a claim does not hold."""
+    """Measures and prints a table; exit status 1 if a claim does not hold. Raises ValueError for wrong usage."""
+    arguments.check_counts(options)
     torch.set_num_threads(options.threads)
     report = Report.start(command=options.command, quick=options.quick)
     if report.load_before > BUSY:

@@ -206,7 +206,8 @@ def measure(checkpoint: Path, sizes: Sizes, report: Report) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures and prints a table; exit status 1 if a claim does not hold. Raises ValueError on a busy machine."""
+    """Measures and prints a table; exit status 1 if a claim does not hold. Raises ValueError on a busy machine and
+    for a wrong checkpoint."""
     load, cores = os.getloadavg()[0], available_cores()
     if load > cores / 2 and not (options.busy or options.quick):
         raise ValueError(f"load average {load:.2f} on {cores} cores makes timings unreliable; wait, or use --busy")
@@ -215,7 +216,7 @@ def run(options: argparse.Namespace) -> int:
         checkpoint = options.checkpoint or make_checkpoint(Path(directory))
         try:
             measure(checkpoint, QUICK if options.quick else FULL, report)
-        except (ValueError, RuntimeError) as error:
+        except RuntimeError as error:
             return complain("attnzoo bench serve", str(error), 1)
     report.print_table()
     if options.json:

@@ -84,6 +84,7 @@ def measure(steps: dict[str, StepFunction], batches: list[Batch], turns: int) ->
 def run(options: argparse.Namespace) -> int:
     """Measures and prints a table; exit status 1 if the claim does not hold. Raises ValueError for a wrong
     configuration."""
+    arguments.check_counts(options)
     size = ["train.batch_size=8", "train.micro_batch_size=8", "zero.stage=0", "train.threads=1"]
     if options.quick:
         size = [

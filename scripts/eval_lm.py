@@ -163,11 +163,6 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         raise ValueError(f"--limit={options.limit} must be at least 1")
     if options.num_fewshot is not None and options.num_fewshot < 0:
         raise ValueError(f"--num-fewshot={options.num_fewshot} must be at least 0")
-    if options.json:
-        try:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--json: '{options.json}' cannot be written ({error.strerror})") from None
     limit = min(options.limit or QUICK_LIMIT, QUICK_LIMIT) if options.quick else options.limit
     manager, names = find_tasks(options.tasks)
     lm = build_lm(options)

@@ -11,9 +11,9 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from attnzoo.errors import complain
+from attnzoo.files import output_file
 from attnzoo.report import Report
 from attnzoo.types import build_config
 from train.config_reader import load_config
@@ -35,11 +35,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="base.yaml", help="training config (default: %(default)s)")
     parser.add_argument("--orders", type=int, nargs="+", default=[3, 4, 5, 6], help="(default: 3 4 5 6)")
-    parser.add_argument("--json", type=Path, help="write the report to this file")
+    parser.add_argument("--json", help="write the report to this file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.source=my.txt")
     chosen = parser.parse_args()
     report = Report.start(command=["python", "scripts/ngram_baseline.py", *sys.argv[1:]])
     try:
+        out = None if chosen.json is None else output_file(chosen.json, "--json")
         train, validation = texts(chosen.config, chosen.overrides)
         start = time.perf_counter()
         bits = ngram_bits_per_byte(train, validation, chosen.orders)
@@ -51,8 +52,8 @@ def main() -> int:
     ]
     report.print_table()
     print(f"{time.perf_counter() - start:.1f} s")
-    if chosen.json:
-        report.write(chosen.json)
+    if out is not None:
+        report.write(out)
     return 0
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.checkpoint import load_model, load_tokenizer
+from attnzoo.files import output_file
 from attnzoo.figures import panels, save
 from attnzoo.kvcache import build_cache
 from attnzoo.models import DecoderLM
@@ -201,16 +202,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures and draws; exit status 1 if a claim does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="a finished run (default: %(default)s)")
-    parser.add_argument("--json", type=Path, default=STORED, help="the report (default: docs/results/promise.json)")
+    parser.add_argument("--json", default=STORED, help="the report (default: docs/results/promise.json)")
     parser.add_argument("--draw", action="store_true", help="only draw the stored report")
     chosen = parser.parse_args(arguments)
-    status = 0
+    status, stored = 0, Path(chosen.json)
     if not chosen.draw:
+        stored = output_file(chosen.json, "--json")
         report = measure(chosen.run_dir)
         report.figures.append("docs/promise.png")
-        report.write(chosen.json)
+        report.write(stored)
         status = report.exit_status()
-    print(draw(json.loads(chosen.json.read_text(encoding="utf-8")), FIGURE))
+    print(draw(json.loads(stored.read_text(encoding="utf-8")), FIGURE))
     return status
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.errors import complain
-from attnzoo.files import user_path, write_atomic
+from attnzoo.files import output_file, user_path, write_atomic
 from attnzoo.report import Report, format_table
 from attnzoo.settings import check_new
 from scripts.compare import CompareConfig, Comparison, Hooks, Run, parse_settings, run_one
@@ -50,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     130 after Ctrl-C."""
     chosen = _parse(arguments)
     try:
+        if chosen.json is not None:
+            output_file(chosen.json, "--json")
         trials = plan(chosen.settings, chosen.grid, Path(chosen.run_dir).resolve(), chosen.asha)
         _same_sweep(Path(chosen.run_dir).resolve(), trials, chosen.asha)
         results = run_trials(trials, chosen)
@@ -62,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     report.rows = table(results)
     print(format_table(report.rows))
     if chosen.json is not None:
-        report.write(chosen.json)
+        report.write(output_file(chosen.json, "--json"))
     failed = [result for result in results if result["problem"]]
     for result in failed:
         print(f"train.sweep: {result['name']}: {result['problem']}", file=sys.stderr)
@@ -261,7 +263,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         help="local, auto or HOST:PORT of a cluster (default: RAY_ADDRESS, else local)",
     )
     parser.add_argument("--cpus", type=int, help="CPUs of a local Ray, and so trials at a time (default: all cores)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the final table to this file as a report")
+    parser.add_argument("--json", metavar="PATH", help="write the final table to this file as a report")
     return parser.parse_intermixed_args(arguments)
 
 

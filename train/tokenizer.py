@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from attnzoo.errors import complain
-from attnzoo.files import user_path, write_atomic
+from attnzoo.files import output_file, user_path, write_atomic
 from attnzoo.tokenizer import load_tokenizer
 from attnzoo.tokenizer.sentencepiece import SPACE, SentencePieceTokenizer
 from train.data.config import DataConfig
@@ -146,19 +146,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--source", default=defaults["source"], help="as data.source (default: %(default)s)")
     parser.add_argument("--text-field", default=defaults["text_field"], help="of jsonl, parquet, hub sources")
     parser.add_argument("--vocab-size", type=int, default=2048, help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="model file to write")
+    parser.add_argument("--out", required=True, help="model file to write")
     chosen = parser.parse_args(arguments)
     try:
+        out = output_file(chosen.out, "--out")
         data = DataConfig(source=chosen.source, text_field=chosen.text_field)
         config = TokenizerConfig(vocab_size=chosen.vocab_size)
         start = time.perf_counter()
         head: list[str] = []
         train_tokenizer(
-            sample_lines(_noted(training_documents(data), head), SAMPLE_BYTES), config.vocab_size, chosen.out
+            sample_lines(_noted(training_documents(data), head), SAMPLE_BYTES), config.vocab_size, out
         )
     except ValueError as error:
         return complain("train.tokenizer", str(error))
-    tokenizer, sample = SentencePieceTokenizer.load(chosen.out), "\n".join(head)[:RATIO_BYTES]
+    tokenizer, sample = SentencePieceTokenizer.load(out), "\n".join(head)[:RATIO_BYTES]
     ratio = len(sample.encode()) / len(tokenizer.encode(sample))
     print(
         f"{chosen.out}: {tokenizer.vocab_size} pieces, {ratio:.2f} bytes per token, {time.perf_counter() - start:.1f} s"

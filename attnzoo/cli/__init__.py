@@ -19,6 +19,7 @@ from typing import Any
 
 import attnzoo
 from attnzoo import apps
+from attnzoo.cli.outputs import check_outputs
 from attnzoo.errors import ChangedSourceWarning, OutputError, complain, suggest
 from attnzoo.report import run_command
 
@@ -172,12 +173,14 @@ def carry_out(
 ) -> int:
     """Parses `words`, calls `run`, prints its error in one line, and returns the exit status.
 
-    name: the command as the user types it. `run` finds the whole command line in options.command, for reports."""
+    name: the command as the user types it. `run` finds the whole command line in options.command, for reports. What
+    the command is to write is checked before `run` is called."""
     parser = CommandParser(prog=name)
     add_arguments(parser)
     options = parser.parse_intermixed_args(words)
     options.command = [*name.split(), *words]
     try:
+        check_outputs(options)
         return run(options)
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError | OutputError):

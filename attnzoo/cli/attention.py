@@ -1,17 +1,16 @@
 """`attnzoo attention`: writes a page that shows the attention of every layer and head for a text."""
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attnzoo.cli.outputs import OutputFile
 from attnzoo.cli.text import add_model_arguments, load
 from attnzoo.errors import suggest
-from attnzoo.files import user_path, write_atomic
+from attnzoo.files import output_file, write_atomic
 from attnzoo.settings import parse_words
 
 if TYPE_CHECKING:
@@ -39,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", help="the text to read; - reads it from stdin")
     parser.add_argument("options", nargs="*", metavar="key=value", help="layers, heads, max_tokens")
     parser.add_argument(
-        "--out", default="attention.html", metavar="PATH", help="the file to write (default: %(default)s)"
+        "--out",
+        type=OutputFile,
+        default="attention.html",
+        metavar="PATH",
+        help="the file to write (default: %(default)s)",
     )
     parser.add_argument("--replace", action="store_true", help="replace the file if it is there")
 
@@ -49,19 +52,15 @@ def run(options: argparse.Namespace) -> int:
     from attnzoo.attention_page import check_maps, page, read_maps
     from attnzoo.report import counted
 
-    selection, out = _selection(options.options), user_path(options.out, "--out")
-    with _naming_out(options):
-        _check_place(out, options)
+    selection, out = _selection(options.options), options.out
     text = sys.stdin.read() if options.text == "-" else options.text
     lm = load(options)
     check_maps(lm, text, selection)
-    with _naming_out(options):
-        _check_free(out, options)
+    _check_free(out, options.replace)
     maps = read_maps(lm, text, selection)
     content = page(maps).encode()
-    with _naming_out(options):
-        _check_free(out, options)
-        write_atomic(out, content)
+    _check_free(out, options.replace)
+    write_atomic(out, content)
     heads = sum(len(each.heads) for each in maps.layers)
     parts = (counted(len(maps.layers), "layer"), counted(heads, "head"), counted(len(maps.tokens), "token"))
     print(f"{options.out}: {', '.join(parts)}, {len(content) / 1e6:,.1f} MB; open it in a browser")
@@ -82,31 +81,8 @@ def _selection(words: list[str]) -> "Selection":
     return Selection(**chosen)
 
 
-@contextlib.contextmanager
-def _naming_out(options: argparse.Namespace) -> Iterator[None]:
-    """Turns errors of the file system into ones that name the option."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"--out={options.out!r} cannot be written ({error.strerror}); give another path") from None
-
-
-def _check_free(out: Path, options: argparse.Namespace) -> None:
+def _check_free(out: Path, replace: bool) -> None:
     """Raises ValueError unless a file may be written there now."""
-    _check_place(out, options)
-    if os.path.lexists(out) and not options.replace:
-        raise ValueError(f"--out={options.out!r} is there already; give another path, or --replace to replace it")
-
-
-def _check_place(out: Path, options: argparse.Namespace) -> None:
-    """Raises ValueError unless there is a directory for the file, and nothing there but a file."""
-    where = f"--out={options.out!r}"
-    if out.is_dir():
-        raise ValueError(f"{where} is a directory; give the path of a file in it")
-    for parent in out.parents:
-        if parent.exists() and not parent.is_dir():
-            raise ValueError(f"{where}: {str(parent)!r} is a file, not a directory; give another path")
-    if not out.parent.exists():
-        raise ValueError(f"{where}: there is no directory {str(out.parent)!r}; make it, or give another path")
-    if out.exists() and not out.is_file():
-        raise ValueError(f"{where} is a device or a pipe, which is not replaced; give another path")
+    output_file(out, "--out")
+    if os.path.lexists(out) and not replace:
+        raise ValueError(f"--out={str(out)!r} is there already; give another path, or --replace to replace it")

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from attnzoo.cli.outputs import OutputDirectory
+
 EXAMPLES = """examples:
   attnzoo card runs/tscan-mortality
   attnzoo card runs/tscan-mortality --out cards --answers answers.yaml
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Write a model card, a data card and the items of TRIPOD+AI of a clinical run."
     parser.epilog = EXAMPLES
     parser.add_argument("run", type=Path, metavar="RUN", help="the run directory of a clinical task")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write them (default: RUN/card)")
+    parser.add_argument("--out", type=OutputDirectory, metavar="DIR", help="where to write them (default: RUN/card)")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="YAML with your answers to items, by number")
 
 
@@ -34,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     given = None
     if options.answers is not None:
         given = read_answers(user_path(options.answers, "--answers"), KNOWN)
-    out = user_path(options.out, "--out") if options.out is not None else facts.directory / "card"
+    out = options.out if options.out is not None else facts.directory / "card"
     texts = (model_card(facts), data_card(facts), items_card(facts, given, str(options.answers)))
     for name in NAMES:
         path = out / name

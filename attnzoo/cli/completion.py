@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from attnzoo.cli.outputs import OutputDirectory, OutputFile
+
 FILES = ("checkpoint", "config")
 """Arguments that take a path or a name; completion offers paths."""
 EXAMPLES = """examples:
@@ -28,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
 
     tree = command_tree()
     for action in _actions(tree):
-        if action.type is Path or action.dest in FILES:
+        if action.type in (Path, OutputFile, OutputDirectory) or action.dest in FILES:
             action.complete = shtab.FILE  # type: ignore[attr-defined]  # where shtab looks for it
     print(shtab.complete(tree, options.shell))
     return 0

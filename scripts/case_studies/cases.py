@@ -28,8 +28,7 @@ def carry_out(options: argparse.Namespace) -> int:
     study = CASE_STUDIES[options.kind]
     cohort = load_cohort("pmdata", user_path(options.data, "DATA"), days=options.days)
     rows = chosen_rows(cohort, study, options.stay, options.count, options.seed)
-    target = user_path(options.json, "--json") if options.json else None
-    path = user_path(options.answers, "--answers") if options.answers else None
+    target, path = options.json, options.answers
     report = Report.start(command=options.command, seed=options.seed)
     writer, rater = _endpoints(options)
     sampling = {"temperature": options.temperature, "max_tokens": options.max_tokens, "seed": options.seed}
@@ -50,7 +49,6 @@ def carry_out(options: argparse.Namespace) -> int:
         report.print_table()
         content["ratings"] = [vars(rating) for rating in judged.ratings]
     if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(target, (json.dumps({**report.to_dict(), **content}, indent=2) + "\n").encode("utf-8"))
     return 0
 

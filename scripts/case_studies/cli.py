@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from attnzoo.cli.outputs import OutputFile
+
 EXAMPLES = """examples:
   attnzoo case-study pmdata.tar.gz --url http://127.0.0.1:8000/v1 --stay "p03 2020-01-15"
   attnzoo case-study pmdata.tar.gz --url http://127.0.0.1:8000/v1 --kind fitness --count 10 --answers cases.jsonl
@@ -37,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge-url", metavar="URL", help="endpoint of the judge (default: the writer's)")
     parser.add_argument("--judge-model", default="", metavar="NAME", help="name of the judge (default: its only model)")
     parser.add_argument("--judge-key-variable", metavar="NAME", help="environment variable of the judge's key")
-    parser.add_argument("--answers", type=Path, metavar="FILE", help="keep answers here (.jsonl), and go on from them")
+    parser.add_argument("--answers", type=OutputFile, metavar="FILE", help="keep answers here (.jsonl), and go on from them")
     parser.add_argument("--seed", type=int, default=0, help="of samples and of --count (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write cases and ratings to this file")
+    parser.add_argument("--json", type=OutputFile, metavar="PATH", help="write cases and ratings to this file")
 
 
 def run(options: argparse.Namespace) -> int:

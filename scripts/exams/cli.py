@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from attnzoo.cli.outputs import OutputFile
 from attnzoo.files import user_path
 from attnzoo.report import Report
 
@@ -46,9 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--group", default="domain", metavar="COLUMN", help="for results by group (default: %(default)s)"
     )
-    parser.add_argument("--answers", type=Path, metavar="FILE", help="keep answers here (.jsonl), and go on from them")
+    parser.add_argument("--answers", type=OutputFile, metavar="FILE", help="keep answers here (.jsonl), and go on from them")
     parser.add_argument("--seed", type=int, default=0, help="of samples and orders (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the report to this file")
+    parser.add_argument("--json", type=OutputFile, metavar="PATH", help="write the report to this file")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -72,14 +73,10 @@ def run(options: argparse.Namespace) -> int:
     questions = everything[: options.limit]
     for question in questions:  # before anything is asked
         question.reordered(settings.orders - 1, settings.seed)
-    path = user_path(options.answers, "--answers") if options.answers else None
-    if options.json:
-        options.json = user_path(options.json, "--json")
-        options.json.parent.mkdir(parents=True, exist_ok=True)
     report = Report.start(command=options.command, seed=options.seed)
     with Endpoint(options.url, model=options.model, key=key_from(options.key_variable, "--key-variable")) as endpoint:
         kept = {"exam": fingerprint(everything), "model": endpoint.model, **asdict(settings)}
-        with Journal(path, kept) as journal:
+        with Journal(options.answers, kept) as journal:
             answered = take(endpoint, questions, settings, journal, options.parallel)
     report.rows += rows(answered, settings)
     report.print_table()
