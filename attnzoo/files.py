@@ -185,7 +185,7 @@ def read_text(path: Path, limit: int = MAX_JSON) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"'{path}' is not UTF-8 ({error}); copy it again") from None
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(path) from None
+        raise FileNotFoundError(f"there is no file '{path}'; give another path") from None
     except OSError as error:
         raise ValueError(f"'{path}' cannot be read ({error.strerror})") from None
 

@@ -270,7 +270,7 @@ class LanguageModel:
             tokens = len(self._encoded(prompts[0])[1])
         for name, value in (("prompt", tokens), ("batch", batch)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be at least 1")
+                raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
         self._room(tokens, 1)
         for name in FIELDS:
             if name in options:

@@ -67,6 +67,8 @@ def read_config(options: argparse.Namespace) -> "ServeConfig":
         options.checkpoint = options.model
     values |= parse_settings(words)
     values |= {key: value for key in ("checkpoint", "port") if (value := getattr(options, key)) is not None}
+    if "checkpoint" not in values:
+        raise ValueError("name what to serve: attnzoo serve CHECKPOINT, for example runs/demo or smollm2")
     config = build_serve_config(absolute_paths(values))
     check_checkpoint(config)
     return config

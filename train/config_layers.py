@@ -44,6 +44,9 @@ def _find_config(name: str) -> Path:
         raise ConfigError(str(error)) from None
     if path.is_file():
         return path
+    if path.exists():
+        what = "a directory" if path.is_dir() else "a device or a pipe"
+        raise ConfigError(f"--config={name!r} is {what}; give a file, which a resumed run can read again")
     known = sorted(p.name for p in CONFIGS.glob("*.yaml"))
     raise ConfigError(f"--config: no file {name!r}{suggest(name, known)}")
 

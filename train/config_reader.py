@@ -47,14 +47,23 @@ def _resolved(merged: Any, places: dict[str, str]) -> Config:
         raise ConfigError(f"{place_of(places, key)}: {key}: {str(error).splitlines()[0]}") from None
 
 
+EXAMPLES = {
+    "task": "task.kind=language",
+    "model": "model.num_layers=4",
+    "data": "data.source=text.txt",
+    "tokenizer": "tokenizer.vocab_size=2048",
+}
+"""A key of each section whose keys depend on the task."""
+
+
 def _check_keys(layer: ConfigLayer, merged: Any) -> None:
     """Raises ConfigError for an unknown key. merged: the layers below, whose keys it may suggest."""
     for prefix, values, known in _sections(layer.values):
         if values is None:
             continue
         if not isinstance(values, Mapping):
-            place, keys = place_of(layer.places, prefix), ", ".join(known)
-            raise ConfigError(f"{place}: {prefix}={values!r} must be a section with the keys {keys}")
+            way = f"a section with the keys {', '.join(known)}" if known else f"a section, for example {EXAMPLES[prefix]}"
+            raise ConfigError(f"{place_of(layer.places, prefix)}: {prefix}={values!r} must be {way}")
         for key in values:
             if known and key not in known:
                 name = f"{prefix}.{key}" if prefix else str(key)

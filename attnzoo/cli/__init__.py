@@ -95,6 +95,8 @@ INVALID_CHOICE = re.compile(r"argument (?P<name>\S+): invalid choice: '(?P<value
 """How argparse says that a value is none of the known ones."""
 REQUIRED = re.compile(r"the following arguments are required: (?P<name>--\S+)")
 UNRECOGNIZED = re.compile(r"unrecognized arguments: (?P<name>--?[a-zA-Z][\w-]*)(=(?P<value>\S+))?")
+TEXTS = ("prompt", "text")
+"""Arguments that are read from stdin for the word -."""
 WORD = "key=value"
 """The metavar of options that are written so."""
 
@@ -106,6 +108,7 @@ class CommandParser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*arguments, **options)
         self._words: list[str] = []
+        self._takes_words = False
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
         """Adds an argument; one with nargs "*" gets a default, so that messages do not list it as required."""
@@ -125,13 +128,15 @@ class CommandParser(argparse.ArgumentParser):
     def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does; messages may then name the words."""
         self._words = list(args or [])
+        self._takes_words = any(not action.option_strings and action.nargs is None for action in self._actions)
         return super().parse_intermixed_args(args, namespace)
 
     def _way_out(self, message: str) -> str:
         """What to write in place of an option that is missing, or that there is not."""
         missing = REQUIRED.fullmatch(message)
-        if missing is not None and self._words and not self._words[0].startswith("-") and "=" not in self._words[0]:
-            return f": write {missing['name']} {self._words[0]}"
+        word = self._words[0] if self._words and not self._takes_words else ""
+        if missing is not None and word and not word.startswith("-") and "=" not in word:
+            return f": write {missing['name']} {word}"
         found = UNRECOGNIZED.match(message)
         if found is None:
             return ""
@@ -139,6 +144,8 @@ class CommandParser(argparse.ArgumentParser):
         near = get_close_matches(found["name"], options, n=1, cutoff=0.7)
         if near:
             return f"; did you mean {near[0]}?"
+        if not found["name"].startswith("--") and any(action.dest in TEXTS for action in self._actions):
+            return "; a text that begins with - is read from stdin: write - in its place"
         if all(action.metavar != WORD for action in self._actions):
             return ""
         value = found["value"] or self._after(found["name"])

@@ -63,7 +63,9 @@ class DecoderConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
         specs = self.attention if isinstance(self.attention, list) else [self.attention]
-        if not specs or self.num_layers % len(specs):
+        if not specs:
+            raise ValueError("attention=[] names no variant; give one, or a list that is repeated over the layers")
+        if self.num_layers % len(specs):
             raise ValueError(
                 f"attention lists {len(specs)} variants, which does not divide num_layers={self.num_layers}; "
                 "the list is repeated over the layers"

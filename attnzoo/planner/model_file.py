@@ -37,8 +37,10 @@ def read_model(path: Path, vocab_size: int | None = None) -> ModelFile:
     config.json, a .gguf file, or a name that `find_checkpoint` accepts.
 
     A training config contributes its `model` section and `tokenizer.vocab_size`; `vocab_size` overrides the size.
-    Raises ValueError that names the file and the key.
+    Raises ValueError that names the file and the key, or the option.
     """
+    if vocab_size is not None and vocab_size < 1:
+        raise ValueError(f"--vocab-size={vocab_size} must be at least 1")
     path = find_checkpoint(str(path)) if str(path) in PACKAGED else path
     if path.suffix == ".gguf":
         config = open_checkpoint(path).config

@@ -98,6 +98,8 @@ def checked(options: argparse.Namespace, file: ModelFile) -> PlanOptions:
         )
     if nodes > options.gpus:
         raise ValueError(f"--nodes={nodes} is more than --gpus={options.gpus}; a machine needs at least one GPU")
+    if options.nodes is not None and options.gpus % nodes:
+        raise ValueError(f"--nodes={nodes} does not divide --gpus={options.gpus}; every machine has as many GPUs")
     if options.batch_tokens is not None and options.batch_tokens < options.gpus * context:
         raise ValueError(
             f"--batch-tokens={options.batch_tokens} is less than one sequence a GPU: --gpus={options.gpus} times "
@@ -281,7 +283,7 @@ def nothing_fits(request: PlanOptions) -> str:
     )
     memory = training_memory(request.model, leanest)
     largest_part = max(vars(memory), key=lambda name: getattr(memory, name))
-    ways = [f"--gpu-memory {memory.total / GIB / (1 - RESERVE):.1f}"]
+    ways = [f"--gpu-memory {math.ceil(10 * memory.total / GIB / (1 - RESERVE)) / 10}"]
     for gpus in (request.gpus * 2**i for i in range(1, 13)):
         if training_memory(request.model, replace(leanest, ranks=gpus, stage=3)).total <= request.memory:
             ways.append(f"--gpus {gpus}")

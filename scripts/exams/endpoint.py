@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -39,6 +40,13 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url={self.url!r} must begin with http:// or https://, and usually ends with /v1")
+        try:
+            parts = urlsplit(self.url)
+            whole = bool(parts.hostname) and parts.port != 0
+        except ValueError:  # a port that is no number, or above 65535
+            whole = False
+        if not whole:
+            raise ValueError(f"url={self.url!r} must have a host, and a port of 1 to 65535 where it names one")
         if self.tries < 1:
             raise ValueError(f"tries={self.tries} must be at least 1")
         headers = {"authorization": f"Bearer {self.key}"} if self.key else {}

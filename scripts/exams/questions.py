@@ -11,8 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from attnzoo.errors import suggest
 from attnzoo.files import read_text
 
+GROUP = "domain"
+"""The column of groups where none is named; a file need not have it."""
 COLUMNS = ("question", "choices", "answer")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER = re.compile(r"\(?([A-Z])\)?")
@@ -73,7 +76,7 @@ class Question:
         return replace(self, options=options, letters=newest, answer=names[newest.index(self.answer)])
 
 
-def read_questions(path: Path, group: str = "domain") -> list[Question]:
+def read_questions(path: Path, group: str = GROUP) -> list[Question]:
     """The questions of a csv or jsonl file.
 
     A row has `question`, `choices` (an object from letters to texts, or a list) and `answer` (a letter); `id` and the
@@ -89,6 +92,9 @@ def read_questions(path: Path, group: str = "domain") -> list[Question]:
         raise ValueError(f"'{path}' must be a .csv or a .jsonl file")
     if not rows:
         raise ValueError(f"'{path}' holds no question")
+    if group != GROUP and not any(group in row for row in rows):
+        columns = sorted({str(name) for row in rows for name in row})
+        raise ValueError(f"--group={group!r}: '{path}' has no such column{suggest(group, columns)}")
     found = [_question(row, n, f"'{path}' question {n}", group) for n, row in enumerate(rows, 1)]
     names = [question.id for question in found]
     again = next((name for name in names if names.count(name) > 1), None)

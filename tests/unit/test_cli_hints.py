@@ -1,5 +1,8 @@
 """The command `attnzoo`: what it says of options written the other way, and of plain modules."""
 
+import os
+import re
+
 import pytest
 from torch import nn
 
@@ -11,6 +14,8 @@ from attnzoo.attention import ATTENTION
     ("words", "message"),
     [
         ("train try.yaml", "the following arguments are required: --config: write --config try.yaml;"),
+        ("eval smollm2", "the following arguments are required: --tasks; see"),
+        ("generate smollm2 -x max_new_tokens=2", "-x; a text that begins with - is read from stdin: write - in its"),
         ("plan smollm2", "the following arguments are required: --model: write --model smollm2;"),
         ("attention smollm2 text --layers 1", "unrecognized arguments: --layers 1; write layers=1; see"),
         ("generate smollm2 text --max-new-tokens=3", "--max-new-tokens=3; write max_new_tokens=3; see"),
@@ -25,6 +30,41 @@ def test_options_written_the_other_way(words, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(words.split())
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("bench attention --threads 0 --quick", "--threads=0 must be at least 1"),
+        ("bench attention --turns 0 --quick", "--turns=0 must be at least 1"),
+        ("bench edits --threads -1 --quick", "--threads=-1 must be at least 1"),
+        ("bench edits --turns -1", "--turns=-1 must be at least 1"),
+        ("bench train --turns 0", "--turns=0 must be at least 1"),
+        ("bench serve --checkpoint nope --quick", "does not exist"),
+        ("exam nope.csv --url http://x", "there is no file 'nope.csv'; give another path"),
+        ("train --config rcmha.yaml --dry-run model=5", "model=5 must be a section, for example model.num_layers=4"),
+        ("train --config rcmha.yaml --dry-run task=language", "must be a section, for example task.kind=language"),
+        ("train --config rcmha.yaml --dry-run model.attention=[]", "command line: attention=[] names no variant"),
+        ("train --config FIFO --dry-run", "FIFO' is a device or a pipe; give a file"),
+        ("plan --model rcmha.yaml --vocab-size 0", "error: --vocab-size=0 must be at least 1"),
+        ("plan --model rcmha.yaml --gpus 3 --nodes 2", "--nodes=2 does not divide --gpus=3"),
+        ("serve", "name what to serve: attnzoo serve CHECKPOINT"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("FIFO")
+    assert main(words.split()) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+def test_a_memory_that_would_fit_fits(capsys):
+    """Kills: rounding the advice down, to 0.0 for a small model."""
+    assert main(["plan", "--model", "rcmha.yaml", "--gpu-memory", "1e-9", "--chip", "h100"]) == 1
+    advice = re.search(r"would fit: --gpu-memory ([\d.]+)", capsys.readouterr().err)[1]
+    assert main(["plan", "--model", "rcmha.yaml", "--gpu-memory", advice, "--chip", "h100"]) == 0
 
 
 def test_describe_of_plain_modules_is_that_of_the_class(capsys):

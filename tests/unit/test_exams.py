@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from scripts.exams.answers import likeliest, read_letter, vote
+from scripts.exams.endpoint import Endpoint
 from scripts.exams.exam import Answered, Settings, fingerprint, rows, wilson
 from scripts.exams.journal import Journal
 from scripts.exams.questions import Question, read_questions
@@ -65,6 +66,16 @@ def question(**changes) -> Question:
         "group": "g",
     }
     return Question(**values | changes)
+
+
+def test_endpoints_and_groups_that_there_are_not(tmp_path):
+    for url in ("http://", "http://127.0.0.1:99999/v1", "http://127.0.0.1:0/v1", "http://x:y/v1"):
+        with pytest.raises(ValueError, match="must have a host, and a port of 1 to 65535 where it names one"):
+            Endpoint(url, model="m")
+    path = write(tmp_path / "q.jsonl", {"question": "Which?", "choices": ["one", "two"], "answer": "A", "topic": "t"})
+    assert [each.group for group in ("domain", "topic") for each in read_questions(path, group)] == ["", "t"]
+    with pytest.raises(ValueError, match=r"--group='topics': .*has no such column; did you mean 'topic'\? known: answer"):
+        read_questions(path, "topics")
 
 
 def test_orders_of_the_options():
