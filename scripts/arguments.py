@@ -30,7 +30,9 @@ claim does not hold or a run fails.
 """
     parser.add_argument("settings", nargs="*", metavar="key=value", help="steps=200, variants=mha,rcmha, paper.steps=9")
     _json(parser)
-    parser.add_argument("--figures", type=OutputDirectory, metavar="DIR", help="write figures (PNG) here; needs matplotlib")
+    parser.add_argument(
+        "--figures", type=OutputDirectory, metavar="DIR", help="write figures (PNG) here; needs matplotlib"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, done within two minutes; not a measurement")
     parser.add_argument("--run-dir", type=Path, help="default: runs/compare, or runs/compare-quick")
     parser.add_argument("--workers", type=int, default=available_cores(), help="parallel runs (default: one a core)")
@@ -97,7 +99,9 @@ other parts.
     parser.add_argument("--workers", type=int, default=available_cores(), help="parallel parts (default: one a core)")
     parser.add_argument("--quick", action="store_true", help="small sizes, done within two minutes; not a measurement")
     _json(parser)
-    parser.add_argument("--results", type=OutputDirectory, metavar="DIR", help="write figures and a JSON report an experiment")
+    parser.add_argument(
+        "--results", type=OutputDirectory, metavar="DIR", help="write figures and a JSON report an experiment"
+    )
 
 
 def bench_attention(parser: argparse.ArgumentParser) -> None:
@@ -234,7 +238,7 @@ by step, and the ratio is the median over pairs of steps."""
 
 
 def check_counts(options: argparse.Namespace) -> None:
-    """Raises ValueError, naming the option, unless --turns and --threads, where a benchmark has them, are at least 1."""
+    """Raises ValueError, naming the option, unless --turns and --threads, where there are such, are at least 1."""
     for name in ("turns", "threads"):
         value = getattr(options, name, 1)
         if value < 1:

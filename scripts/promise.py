@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from attnzoo.checkpoint import load_model, load_tokenizer
-from attnzoo.files import output_file
 from attnzoo.figures import panels, save
+from attnzoo.files import output_file
 from attnzoo.kvcache import build_cache
 from attnzoo.models import DecoderLM
 from attnzoo.models.decoder_lm import DecoderState

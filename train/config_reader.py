@@ -62,7 +62,9 @@ def _check_keys(layer: ConfigLayer, merged: Any) -> None:
         if values is None:
             continue
         if not isinstance(values, Mapping):
-            way = f"a section with the keys {', '.join(known)}" if known else f"a section, for example {EXAMPLES[prefix]}"
+            way = (
+                f"a section with the keys {', '.join(known)}" if known else f"a section, for example {EXAMPLES[prefix]}"
+            )
             raise ConfigError(f"{place_of(layer.places, prefix)}: {prefix}={values!r} must be {way}")
         for key in values:
             if known and key not in known:

@@ -154,9 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = TokenizerConfig(vocab_size=chosen.vocab_size)
         start = time.perf_counter()
         head: list[str] = []
-        train_tokenizer(
-            sample_lines(_noted(training_documents(data), head), SAMPLE_BYTES), config.vocab_size, out
-        )
+        train_tokenizer(sample_lines(_noted(training_documents(data), head), SAMPLE_BYTES), config.vocab_size, out)
     except ValueError as error:
         return complain("train.tokenizer", str(error))
     tokenizer, sample = SentencePieceTokenizer.load(out), "\n".join(head)[:RATIO_BYTES]

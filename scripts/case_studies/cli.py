@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge-url", metavar="URL", help="endpoint of the judge (default: the writer's)")
     parser.add_argument("--judge-model", default="", metavar="NAME", help="name of the judge (default: its only model)")
     parser.add_argument("--judge-key-variable", metavar="NAME", help="environment variable of the judge's key")
-    parser.add_argument("--answers", type=OutputFile, metavar="FILE", help="keep answers here (.jsonl), and go on from them")
+    parser.add_argument(
+        "--answers", type=OutputFile, metavar="FILE", help="keep answers here (.jsonl), and go on from them"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of samples and of --count (default: %(default)s)")
     parser.add_argument("--json", type=OutputFile, metavar="PATH", help="write cases and ratings to this file")
 

@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--group", default="domain", metavar="COLUMN", help="for results by group (default: %(default)s)"
     )
-    parser.add_argument("--answers", type=OutputFile, metavar="FILE", help="keep answers here (.jsonl), and go on from them")
+    parser.add_argument(
+        "--answers", type=OutputFile, metavar="FILE", help="keep answers here (.jsonl), and go on from them"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of samples and orders (default: %(default)s)")
     parser.add_argument("--json", type=OutputFile, metavar="PATH", help="write the report to this file")
 

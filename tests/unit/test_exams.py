@@ -74,7 +74,9 @@ def test_endpoints_and_groups_that_there_are_not(tmp_path):
             Endpoint(url, model="m")
     path = write(tmp_path / "q.jsonl", {"question": "Which?", "choices": ["one", "two"], "answer": "A", "topic": "t"})
     assert [each.group for group in ("domain", "topic") for each in read_questions(path, group)] == ["", "t"]
-    with pytest.raises(ValueError, match=r"--group='topics': .*has no such column; did you mean 'topic'\? known: answer"):
+    with pytest.raises(
+        ValueError, match=r"--group='topics': .*has no such column; did you mean 'topic'\? known: answer"
+    ):
         read_questions(path, "topics")
 
 

@@ -72,7 +72,7 @@ def test_devices_are_refused_before_they_are_opened(place, monkeypatch):
     device = os.stat_result((0o020666, *real[1:]))
     monkeypatch.setattr(files.os, "stat", lambda path, **_: device if str(path) == "precious.txt" else real)
     monkeypatch.setattr(files.os, "open", lambda *_: pytest.fail("opened"))
-    with pytest.raises(ValueError, match="'precious.txt' is a device or a pipe"):
+    with pytest.raises(ValueError, match=r"'precious\.txt' is a device or a pipe"):
         output_file("precious.txt", "--out")
 
 
