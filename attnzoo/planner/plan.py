@@ -275,6 +275,11 @@ def step_table(request: PlanOptions, chosen: Option, chips: list[Chip]) -> str:
     return f"{format_table(rows)}\n{text}"
 
 
+def least_memory(need: int) -> float:
+    """GiB of a GPU that can use `need` bytes, rounded up to one decimal."""
+    return math.ceil(10 * need / GIB / (1 - RESERVE)) / 10
+
+
 def nothing_fits(request: PlanOptions) -> str:
     """The message when no setup fits: the missing memory, and the smallest single changes that would fit."""
     leanest = min(
@@ -283,7 +288,7 @@ def nothing_fits(request: PlanOptions) -> str:
     )
     memory = training_memory(request.model, leanest)
     largest_part = max(vars(memory), key=lambda name: getattr(memory, name))
-    ways = [f"--gpu-memory {math.ceil(10 * memory.total / GIB / (1 - RESERVE)) / 10}"]
+    ways = [f"--gpu-memory {least_memory(memory.total)}"]
     for gpus in (request.gpus * 2**i for i in range(1, 13)):
         if training_memory(request.model, replace(leanest, ranks=gpus, stage=3)).total <= request.memory:
             ways.append(f"--gpus {gpus}")
