@@ -7,7 +7,8 @@ from torch import nn
 
 from attnzoo.__main__ import main
 from attnzoo.attention import ATTENTION
-from attnzoo.planner.plan import GIB, RESERVE, least_memory
+from attnzoo.planner.fits import GIB
+from attnzoo.planner.plan import RESERVE, least_memory
 
 
 @pytest.mark.parametrize(
