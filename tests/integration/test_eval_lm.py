@@ -358,7 +358,10 @@ def test_wrong_usage(export, tmp_path):
         ([tmp_path / "none", "--tasks", TASKS], "does not exist"),
         ([export, "--tasks", TASKS, "--limit", "0"], "--limit=0 must be at least 1"),
         ([export, "--tasks", TASKS, "--num-fewshot", "-1"], "--num-fewshot=-1 must be at least 0"),
-        ([export, "--tasks", TASKS, "--json", broken / "task.yaml" / "eval.json"], "--json: "),
+        (
+            [export, "--tasks", TASKS, "--json", broken / "task.yaml" / "eval.json"],
+            "task.yaml' is a file, not a directory",
+        ),
         ([export, "--tasks", TASKS, "--dtype", "bfloat17"], "unknown dtype 'bfloat17'"),
         ([export, "--tasks", TASKS, "--device", "nowhere"], "--device: 'nowhere' cannot be used"),
         ([export, "--tasks", TASKS, "--max-length", "4096"], "at most the model's 128 positions"),
