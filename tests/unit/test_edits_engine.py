@@ -13,6 +13,7 @@ from attnzoo.attention.edits import (
     EditRun,
     Edits,
     Entropy,
+    Except,
     HeadFilter,
     Hide,
     KeySums,
@@ -190,6 +191,52 @@ def test_rows_that_do_the_same_are_one_pass(case, monkeypatch):
         for one, other in zip(*read, strict=True):
             assert one.queries_Q.tolist() == other.queries_Q.tolist()
             assert all(torch.allclose(one.values[name], other.values[name], atol=1e-6) for name in one.values)
+
+
+@pytest.mark.parametrize(("dense", "few"), [(False, 1), (False, 16), (True, 1)])
+def test_keys_of_next_to_no_weight(dense, few, monkeypatch):
+    """In each engine against float64: less than 1e-34 of a row is no weight. Such keys are not raised, receive nothing,
+    and leave a row without any. Kills: a division by a number so small that it overflows; engines that disagree."""
+    monkeypatch.setattr(engine, "FEW", few)
+    call, scores, visible, values, keys = random_call(2, 0)
+    call = replace(call, **{name: getattr(call, name).float() for name in ("q_BNTH", "keys_BKSH", "values_BKSH")})
+    image = ((keys >= 1) & (keys < 4))[:, :, None]
+    lists = (
+        [Raise(Where(keys="image"), 0.5)],
+        [Scale(Where(keys=Except("image")), 0.0)],
+        [Move(Where(keys=Except("image")), "image", 1.0)],
+        [Raise(Where(keys="image"), 0.5), Scale(Where(keys="image"), 1e19, renormalise=False)],
+    )
+    compared = [0, 0]
+    for value in (-55.0, -66.0, -75.0, -80.0, -84.0, -88.0, -96.0, -104.0, -120.0):
+        weights = (scores + value * image).masked_fill(~visible, -math.inf).softmax(-1)
+        theirs = (weights * image).sum(-1, keepdim=True)
+        some = theirs >= 1e-34
+        clear = ((theirs < 1e-35) | (theirs > 1e-33))[..., 0]
+        alone = weights * image / theirs.clamp(min=1e-300)
+        raised = torch.where(some & (theirs < 0.5), weights * (0.5 / theirs.clamp(min=1e-300)), weights)
+        raised = torch.where(image, raised, weights)
+        raised = raised / raised.sum(-1, keepdim=True)
+        expected = (
+            raised,
+            torch.where(some, alone, 0.0),
+            torch.where(some, alone, weights),
+            torch.where(image, raised * 1e19, raised),
+        )
+        for items, aim in zip(lists, expected, strict=True):
+            reads = [Mass(bins={"image": "image"}), *([Map(dtype="fp32")] if dense else [])]
+            added = [Add(Where(keys="image"), value), *items]
+            found, runs = run([*added, *(reads if len(items) == 1 else reads[1:])], call, 2, torch.zeros_like(call.q_BNTH))
+            assert runs[0].records[0].engines == {"dense" if dense or few > 1 else "partitioned"}
+            out = aim @ values
+            scale = out.abs().amax(-1, keepdim=True).clamp(min=1.0)
+            torch.testing.assert_close((found.double() / scale)[clear], (out / scale)[clear], rtol=1e-4, atol=1e-5)
+            if len(items) == 1:
+                masses = torch.stack([each.reading[0].mass["image"] for each in runs]).double()
+                torch.testing.assert_close(masses[clear], (aim * image).sum(-1)[clear], rtol=1e-4, atol=1e-6)
+        compared[0] += int((some[..., 0] & clear).sum())
+        compared[1] += int((~some[..., 0] & clear).sum())
+    assert min(compared) > 50
 
 
 def test_reads_are_what_the_map_says():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.attention.edits.spans import Chosen, Sinks
+from attnzoo.attention.edits.weights import least_weight
 from attnzoo.ops.common.recent import recent
 from attnzoo.types import accumulation_dtype
 
@@ -165,6 +166,7 @@ class MovedParts:
     def over(self, sums_NR4: Tensor, named_NR1: Tensor | None) -> Tensor:
         """What `back` is multiplied by: 0 in rows where nothing moves. named_NR1: where it may, None: everywhere."""
         still_NR1 = (sums_NR4 < self.least).any(-1, keepdim=True)
+        still_NR1 = still_NR1 | (sums_NR4[..., :1] * least_weight(sums_NR4.dtype) > sums_NR4[..., 1:2])
         if named_NR1 is not None:
             still_NR1 = still_NR1 | ~named_NR1
         return sums_NR4 / torch.where(still_NR1, self.infinite, sums_NR4[..., 1:2])
@@ -184,7 +186,7 @@ def moved_parts(
         for each in (rows, (receives, -share * given, nothing, nothing))
     )
     infinite = float("inf")
-    needs = (-infinite, torch.finfo(dtype).tiny, min_mass, 0.0 if min_mass > -infinite else -infinite)
+    needs = (-infinite, least_weight(dtype), min_mass, 0.0 if min_mass > -infinite else -infinite)
     least = torch.tensor((*needs, infinite), dtype=dtype, device=sums.device)
     sums, back = (x[0] if len(x) == 1 else x for x in (sums, back))
     return MovedParts(sums, least[:4], least[4], back)

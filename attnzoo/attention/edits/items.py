@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnzoo.attention.edits.classes import MovedParts, moved_parts
 from attnzoo.attention.edits.spans import ALL, Chosen, Picks, Positions, normal_picks, normal_positions
+from attnzoo.attention.edits.weights import is_some, with_sums_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +226,7 @@ class PutScores(ScoreEdit):
 @dataclass(frozen=True)
 class Scale(WeightEdit):
     """weight * factor; with `renormalise`, every row that is named keeps the sum it had, but for one that has no weight
-    left: a factor of 0 for all that it sees leaves 0."""
+    left (see `Raise`): a factor of 0 for all that it sees leaves 0."""
 
     factors: ClassVar[tuple[str, ...]] = ("factor",)
     factor: float
@@ -242,13 +243,14 @@ class Scale(WeightEdit):
 
     def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
         scaled = torch.where(here.meant, x_NRS * self.factor, x_NRS)
-        return _with_sums_of(x_NRS, scaled, here.named_NR1) if self.renormalise else scaled
+        return with_sums_of(x_NRS, scaled, here.named_NR1) if self.renormalise else scaled
 
 
 @dataclass(frozen=True)
 class Raise(WeightEdit):
     """Where the keys have less than `share` of a row's weight (and some), as if the logarithm of share over theirs were
-    added to their scores (Venkateswaran and Contractor 2025, arXiv 2505.12025)."""
+    added to their scores (Venkateswaran and Contractor 2025, arXiv 2505.12025). Less than 1e-34 of a row in float32,
+    1e-304 in float64, is no weight, here and wherever edits divide by it: such a row stays as it is."""
 
     share: float
     dense: ClassVar[bool] = False
@@ -261,10 +263,11 @@ class Raise(WeightEdit):
         return self.share == 0
 
     def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
-        had = _sum(x_NRS, here.meant) / nonzero(x_NRS.sum(-1, keepdim=True))
-        low_NR1 = here.named_NR1 & (had > 0) & (had < self.share)
-        raised = torch.where(low_NR1 & here.meant, x_NRS * (self.share / nonzero(had)), x_NRS)
-        return _with_sums_of(x_NRS, raised, low_NR1)
+        theirs_NR1, total_NR1 = _sum(x_NRS, here.meant), x_NRS.sum(-1, keepdim=True)
+        had = theirs_NR1 / torch.where(total_NR1 == 0, 1.0, total_NR1)
+        low_NR1 = here.named_NR1 & is_some(theirs_NR1, total_NR1) & (had > 0) & (had < self.share)
+        raised = torch.where(low_NR1 & here.meant, x_NRS * (self.share / torch.where(low_NR1, had, 1.0)), x_NRS)
+        return with_sums_of(x_NRS, raised, low_NR1)
 
 
 @dataclass(frozen=True)
@@ -287,7 +290,7 @@ class PutWeights(WeightEdit):
 
     def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
         put = torch.where(here.meant, here.place(self.weights.values.to(x_NRS)), x_NRS)
-        return _with_sums_of(x_NRS, put, here.named_NR1) if self.renormalise else put
+        return with_sums_of(x_NRS, put, here.named_NR1) if self.renormalise else put
 
 
 @dataclass(frozen=True)
@@ -330,7 +333,7 @@ class HeadFilter:
 @dataclass(frozen=True)
 class Move(WeightEdit):
     """Takes `share` of the weight of the keys and gives it to the keys `to`, each in proportion to the weight it has;
-    keys in both give. Nothing moves in a row where `to` has no weight, or that `only_heads` leaves out."""
+    keys in both give. Nothing moves in a row where `to` has no weight (see `Raise`), or that `only_heads` leaves out."""
 
     to: Positions
     share: float
@@ -387,14 +390,3 @@ def _check_shape(name: str, values: Values, heads: int, queries: Chosen, keys: C
 
 def _sum(x_NRS: Tensor, held: Tensor) -> Tensor:
     return (x_NRS * held).sum(-1, keepdim=True)
-
-
-def nonzero(x: Tensor) -> Tensor:
-    """x, with 1 in place of 0, to divide by."""
-    return torch.where(x == 0, 1.0, x)
-
-
-def _with_sums_of(before_NRS: Tensor, after_NRS: Tensor, rows_NR1: Tensor) -> Tensor:
-    """`after`, whose named rows are scaled to the sums that they had before, but for rows without any weight left."""
-    had, has = before_NRS.sum(-1, keepdim=True), after_NRS.sum(-1, keepdim=True)
-    return torch.where(rows_NR1, after_NRS * (had / nonzero(has)), after_NRS)

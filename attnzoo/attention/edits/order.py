@@ -31,19 +31,23 @@ class Weighed:
 @dataclass(frozen=True)
 class WeighedByClass:
     """weights_BNRS of keys and their sums_BNRC before weight edits; after_BNRC: the sums after them. empty_BNR1: rows
-    in which nothing can be seen; None: there are none."""
+    in which nothing can be seen; None: there are none. several: weight edits, whose factors together may overflow."""
 
     weights_BNRS: Tensor
     sums_BNRC: Tensor
     after_BNRC: Tensor
     empty_BNR1: Tensor | None
+    several: bool
 
     def edited_(self, table_LCS: Tensor) -> Tensor:
         """The weights of keys after weight edits, in place: each keeps its share of its class."""
         if self.after_BNRC is self.sums_BNRC and self.empty_BNR1 is None:
             return self.weights_BNRS
         least_BNRC = self.sums_BNRC.clamp(min=_TINY[self.sums_BNRC.dtype])  # of a class with any weight
-        return self.weights_BNRS.mul_(of_classes(self.after_BNRC / least_BNRC, table_LCS))
+        if not self.several:
+            return self.weights_BNRS.mul_(of_classes(self.after_BNRC / least_BNRC, table_LCS))
+        shares_BNRS = self.weights_BNRS.div_(of_classes(least_BNRC, table_LCS))
+        return shares_BNRS.mul_(of_classes(self.after_BNRC, table_LCS))
 
 
 def weighed(scores_NRS: Tensor, visible_NRS: Tensor, items: Sequence[tuple[Any, Here]]) -> Weighed:
@@ -73,7 +77,8 @@ def weighed_by_class(
     if hidden is not None:
         sums_BNRC = sums_BNRC.masked_fill(hidden, 0.0)
         empty = (sums_BNRC == 0).all(-1, keepdim=True)
-    return WeighedByClass(weights_BNRS, sums_BNRC, changed(sums_BNRC, None, items), empty)
+    several = sum(isinstance(item, WeightEdit) for item, _ in items) > 1
+    return WeighedByClass(weights_BNRS, sums_BNRC, changed(sums_BNRC, None, items), empty, several)
 
 
 def moved_weights(
