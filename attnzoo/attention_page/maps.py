@@ -98,14 +98,19 @@ def read_maps(lm: LanguageModel, text: str, selection: Selection) -> ModelMaps:
     without weights, and weights that float16 cannot hold.
     """
     sizes, chosen, notes, ids = _wanted(lm, text, selection)
-    reads = Edits(*(Map(Where(layers=layer, heads=list(heads))) for layer, heads in chosen.items()))
-    returned = sum(2 * len(heads) * len(ids) ** 2 for heads in chosen.values())
+    reads = Edits(
+        *(
+            Map(Where(layers=layer, heads=list(heads)), dtype="fp16" if sizes[layer].editing.bounded else "fp32")
+            for layer, heads in chosen.items()
+        )
+    )
+    returned = sum(4 * len(heads) * len(ids) ** 2 for heads in chosen.values())
     plan = lm.model.plan_edits(reads, TokenLayout(len(ids)), max_bytes=returned, streams=False)
     run = EditRun(plan)
     lm.model.hidden(torch.tensor([ids], device=lm.device), edits=[run])
     reading = run.reading
     found = tuple(
-        HeadMaps(layer, sizes[layer].variant, heads, reading[layer].map.cpu()) for layer, heads in chosen.items()
+        HeadMaps(layer, sizes[layer].variant, heads, reading[layer].map.half().cpu()) for layer, heads in chosen.items()
     )
     for each in found:
         if not torch.isfinite(each.weights_NTT).all():

@@ -128,6 +128,8 @@ class DecoderLM(nn.Module):
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """x_BTD of token ids; embeddings are returned as they are. Raises ValueError for no sequences, no tokens,
         embeddings of another width, and on a CPU for ids out of range."""
+        if not isinstance(tokens_BT, Tensor):
+            raise ValueError(f"tokens_BT is a {type(tokens_BT).__name__}; give a tensor of token ids or of embeddings")
         if tokens_BT.dim() == 3 and tokens_BT.is_floating_point():
             return self._given(tokens_BT)
         if tokens_BT.dim() != 2 or 0 in tokens_BT.shape:
@@ -233,6 +235,8 @@ class DecoderLM(nn.Module):
     ) -> EditPlan:
         """What reads and edits mean in this model, for a sequence of this layout and up to `new_tokens` tokens after
         its prompt; an `EditRun` of it goes with one pass over the sequence. Raises ValueError as `Edits.plan`."""
+        if not isinstance(edits, Edits):
+            raise ValueError(f"edits is a {type(edits).__name__}; give Edits(...) of reads and edits")
         sizes = [layer_sizes(block.attention) for block in self.layers()]
         return edits.plan(sizes, layout, new_tokens, max_bytes=max_bytes, streams=streams)
 

@@ -4,7 +4,21 @@ import pytest
 import torch
 
 from attnzoo.attention import build_attention
-from attnzoo.attention.edits import Add, EditRun, Edits, Hide, Map, TokenLayout, Where, layer_plan, layer_sizes
+from attnzoo.attention.edits import (
+    Add,
+    EditRun,
+    Edits,
+    Hide,
+    Map,
+    Move,
+    PutWeights,
+    Scale,
+    Sinks,
+    TokenLayout,
+    Where,
+    layer_plan,
+    layer_sizes,
+)
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.ops.common.masks import Mask, padding_starts
 from tests.helpers.serving import small_model
@@ -103,7 +117,9 @@ def test_a_plan_made_for_another_model_is_refused_by_what_differs():
         (exact, {}, Edits(Add(Where(keys=(1, 2)), 1e100)), "scores in float64, and those of the layer are float32"),
         ({"layers": 2}, {}, hide, "2 layers, and the model has 1"),
         ({}, {"layers": 2}, hide, "1 layers, and the model has 2"),
+        ({}, {"dtype": torch.float16}, hide, "outputs in float32, and those of the layer are float16"),
         ({"dtype": torch.bfloat16}, exact, hide, None),
+        ({}, {"dtype": torch.bfloat16}, hide, None),
     ):
         plan = decoder(**planned).plan_edits(edits, TokenLayout(5), streams=False)
         model = decoder(**run)
@@ -117,3 +133,46 @@ def test_a_plan_made_for_another_model_is_refused_by_what_differs():
                 continue
             with pytest.raises(ValueError, match=rf"edits\[0\] were planned for {words}.*; plan them for this model"):
                 form()
+
+
+def test_half_precision_that_would_hold_inf_is_refused():
+    """Where weights have no bound, or outputs are in fp16. Kills: an inf in a map or in logits without a word."""
+    layout, tokens = TokenLayout(5), torch.zeros(1, 5, dtype=torch.long)
+    open_ended = decoder("linear", normalise=False)
+    with pytest.raises(ValueError, match=r"edits\[0\].map: weights of layer 0 \(Linear\) have no bound.*dtype='fp32'"):
+        open_ended.plan_edits(Edits(Map()), layout, streams=False)
+    for model, reads in ((open_ended, Map(dtype="fp32")), (decoder("linear"), Map())):
+        run = EditRun(model.plan_edits(Edits(reads), layout, streams=False))
+        model(tokens, edits=[run])
+        assert run.reading[0].map.isfinite().all()
+    half = decoder(dtype=torch.float16)
+    for edit, field in (
+        (Scale(Where(keys=0), 1e6, renormalise=False), "scale"),
+        (PutWeights(Where(keys=0, queries=4), [[[1e5]]]), "put_weights"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"edits\[0\].{field} makes .* overflow; give smaller.*bfloat16 or float32"
+        ):
+            half.plan_edits(Edits(edit), layout)
+        assert decoder(dtype=torch.bfloat16).plan_edits(Edits(edit), layout).changes
+    run = EditRun(half.plan_edits(Edits(Scale(Where(keys=0), 200.0, renormalise=False)), layout))
+    assert half(tokens, edits=[run]).isfinite().all()
+
+
+def test_values_of_other_types_are_refused_by_name():
+    """Kills: AttributeError and TypeError from inside."""
+    model = decoder()
+    for call, words in (
+        (lambda: Move(Where(keys=0), to=1, share=0.5, only_heads="all"), "Move.only_heads='all' must be a HeadFilter"),
+        (lambda: model.plan_edits([Map()], TokenLayout(5)), r"edits is a list; give Edits\(...\)"),
+        (lambda: model.plan_edits(Edits(Map()), 8), r"layout=8 must be TokenLayout\(prompt=...\)"),
+        (lambda: Sinks(1, tau=1.0), "Sinks.channels=1 must be a list of one or more channel numbers"),
+        (lambda: Sinks("12", tau=1.0), "Sinks.channels='12' must be a list"),
+        (lambda: model([[1, 2]]), "tokens_BT is a list; give a tensor"),
+        (
+            lambda: model.extend(torch.ones(1, 2).numpy(), model.init_state(1, 4)),
+            "tokens_BT is a ndarray; give a tensor",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()

@@ -226,7 +226,9 @@ def test_keys_of_next_to_no_weight(dense, few, monkeypatch):
         for items, aim in zip(lists, expected, strict=True):
             reads = [Mass(bins={"image": "image"}), *([Map(dtype="fp32")] if dense else [])]
             added = [Add(Where(keys="image"), value), *items]
-            found, runs = run([*added, *(reads if len(items) == 1 else reads[1:])], call, 2, torch.zeros_like(call.q_BNTH))
+            found, runs = run(
+                [*added, *(reads if len(items) == 1 else reads[1:])], call, 2, torch.zeros_like(call.q_BNTH)
+            )
             assert runs[0].records[0].engines == {"dense" if dense or few > 1 else "partitioned"}
             out = aim @ values
             scale = out.abs().amax(-1, keepdim=True).clamp(min=1.0)

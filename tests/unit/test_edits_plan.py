@@ -117,7 +117,7 @@ def test_json_that_says_nothing_is_refused(data, message):
 def test_numbers_that_overflow_are_refused_by_field():
     """In the dtype of a layer's scores, before anything is computed. Kills: numbers that make NaN, for which weights
     are blamed; a bound for layers that compute in more."""
-    exact = replace(SOFTMAX, scores_in=torch.float64)
+    exact = replace(SOFTMAX, scores_in=torch.float64, outputs_in=torch.float64)
     for item, field in (
         (Add(Where(layers=1), 1e39), "add.value=1e"),
         (Temper(Where(), -1e39), "temper.factor=-1e"),

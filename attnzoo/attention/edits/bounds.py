@@ -38,19 +38,38 @@ def check_numbers(named: Sequence[tuple[str, Any]], size: LayerSizes, layer: int
         most = scores if isinstance(edit, ScoreEdit) else weights
         most |= {head: grown(edit, most, head) for head in meant.heads}
         largest = max(most.values())
-        if largest > finite / SCORES:
+        held = finite / SCORES
+        if not isinstance(edit, ScoreEdit):
+            held = min(held, _room(size.outputs_in))
+        if largest > held:
             raise ValueError(
                 f"{at} makes with the edits before it numbers of up to {largest:.1g} in layer {layer}, which overflow; "
-                "give smaller ones"
+                f"give smaller ones{_wider(size.outputs_in)}"
             )
     for name, meant in named:
         largest = max(weights[head] for head in meant.heads)
         read = meant.item
-        if isinstance(read, Map) and read.kept_in == torch.float16 and largest > torch.finfo(torch.float16).max:
+        half = isinstance(read, Map) and read.kept_in == torch.float16
+        if half and not size.editing.bounded:
+            raise ValueError(
+                f"edits[{meant.index}].{name}: weights of layer {layer} ({size.variant}) have no bound, as they "
+                "are not divided by their sum, and fp16 holds none above 65504; give dtype='fp32'"
+            )
+        if half and largest > torch.finfo(torch.float16).max:
             raise ValueError(
                 f"edits[{meant.index}].{name}: weights of up to {largest:.1g} may arise in layer {layer}, and fp16 "
                 "holds none above 65504; give dtype='fp32'"
             )
+
+
+def _room(dtype: torch.dtype) -> float:
+    """The largest weights that leave room for values in outputs of this dtype."""
+    finite: float = torch.finfo(dtype).max
+    return finite / min(SCORES, finite**0.5)
+
+
+def _wider(dtype: torch.dtype) -> str:
+    return ", renormalise, or compute in bfloat16 or float32" if dtype == torch.float16 else ""
 
 
 def _check_alone(edit: Edit, most: float, where: str, at: str) -> None:

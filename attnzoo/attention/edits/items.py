@@ -333,7 +333,8 @@ class HeadFilter:
 @dataclass(frozen=True)
 class Move(WeightEdit):
     """Takes `share` of the weight of the keys and gives it to the keys `to`, each in proportion to the weight it has;
-    keys in both give. Nothing moves in a row where `to` has no weight (see `Raise`), or that `only_heads` leaves out."""
+    keys in both give. Nothing moves in a row where `to` has no weight (see `Raise`), or which `only_heads` leaves
+    out."""
 
     to: Positions
     share: float
@@ -342,6 +343,8 @@ class Move(WeightEdit):
 
     def __post_init__(self) -> None:
         _number("Move.share", self.share, least=0.0, most=1.0)
+        if not isinstance(self.only_heads, HeadFilter | None):
+            raise ValueError(f"Move.only_heads={self.only_heads!r} must be a HeadFilter(...) or None")
         object.__setattr__(self, "to", normal_positions(self.to))
 
     @property

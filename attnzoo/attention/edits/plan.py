@@ -126,6 +126,8 @@ class Edits:
         streams: `extend` will be used, too, not `forward` alone. Raises ValueError for whatever cannot be done: numbers
         out of range, words that mean nothing, variants that cannot, and reads of more than `max_bytes`.
         """
+        if not isinstance(layout, TokenLayout):
+            raise ValueError(f"layout={layout!r} must be TokenLayout(prompt=...)")
         if type(new_tokens) is not int or new_tokens < 0:
             raise ValueError(f"new_tokens={new_tokens!r} must be at least 0")
         total = layout.prompt + new_tokens

@@ -7,7 +7,7 @@ numbers.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import hypot
@@ -65,9 +65,10 @@ class Sinks:
     tau: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "channels", tuple(self.channels))
-        if not self.channels or any(type(c) is not int or c < 0 for c in self.channels):
-            raise ValueError(f"Sinks.channels={self.channels!r} must be one or more channel numbers")
+        several = isinstance(self.channels, Iterable) and not isinstance(self.channels, str)
+        object.__setattr__(self, "channels", tuple(self.channels) if several else self.channels)
+        if not several or not self.channels or any(type(c) is not int or c < 0 for c in self.channels):
+            raise ValueError(f"Sinks.channels={self.channels!r} must be a list of one or more channel numbers")
         if type(self.tau) not in (int, float) or not 0 < self.tau < FAR:
             raise ValueError(f"Sinks.tau={self.tau!r} must be a number above 0; 20 is usual")
 

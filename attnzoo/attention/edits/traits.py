@@ -11,10 +11,11 @@ from attnzoo.types import accumulation_dtype
 @dataclass(frozen=True, kw_only=True)
 class Editing:
     """What can be done to a variant's attention. scores, weights: edited; reads: read; softmax: its weights are a
-    softmax of scores; streams: also in `extend`, not in `forward` alone. why_not: the reason for what cannot, in words
-    for users."""
+    softmax of scores; bounded: they are at most 1; streams: also in `extend`, not in `forward` alone. why_not: the
+    reason for what cannot, in words for users."""
 
     softmax: bool = True
+    bounded: bool = True
     scores: bool = False
     weights: bool = False
     reads: bool = False
@@ -29,7 +30,7 @@ SOFTMAX_EDITING = Editing(scores=True, weights=True, reads=True)
 @dataclass(frozen=True, kw_only=True)
 class LayerSizes:
     """One layer, as plans see it. variant: its name, for messages; context: its keys are those of another sequence;
-    scores_in: the dtype of its scores."""
+    scores_in, outputs_in: the dtypes of its scores and outputs."""
 
     num_heads: int
     num_kv_heads: int
@@ -39,16 +40,20 @@ class LayerSizes:
     context: bool = False
     model_dim: int | None = None
     scores_in: torch.dtype = torch.float32
+    outputs_in: torch.dtype = torch.float32
 
     def difference(self, layer: "LayerSizes") -> str:
         """In what a layer is not the planned one, so that the plan does not hold for it; "" where it does."""
         if (self.variant, self.editing) != (layer.variant, layer.editing):
-            return f"attention of {self.variant}, and the layer is {layer.variant}"
+            also = " with other options" if self.variant == layer.variant else ""
+            return f"attention of {self.variant}, and the layer is {layer.variant}{also}"
         if self.num_heads != layer.num_heads:
             return f"{self.num_heads} query heads, and the layer has {layer.num_heads}"
-        if torch.finfo(self.scores_in).max > torch.finfo(layer.scores_in).max:
-            planned, found = (str(dtype).removeprefix("torch.") for dtype in (self.scores_in, layer.scores_in))
-            return f"scores in {planned}, and those of the layer are {found}, which holds smaller numbers"
+        for what in ("scores", "outputs"):
+            planned, found = (getattr(size, f"{what}_in") for size in (self, layer))
+            if torch.finfo(planned).max > 2 * torch.finfo(found).max:  # bfloat16 holds about what float32 does
+                planned, found = (str(dtype).removeprefix("torch.") for dtype in (planned, found))
+                return f"{what} in {planned}, and those of the layer are {found}, which holds smaller numbers"
         return ""
 
 
@@ -65,4 +70,5 @@ def layer_sizes(attention: Any, *, context: bool = False) -> LayerSizes:
         context=context,
         model_dim=attention.config.model_dim,
         scores_in=accumulation_dtype(weight.dtype),
+        outputs_in=weight.dtype,
     )

@@ -126,7 +126,7 @@ class LinearMixing(Mixing):
 
     @property
     def editing(self) -> Editing:
-        return LINEAR_EDITING
+        return replace(LINEAR_EDITING, bounded=self.normalise)
 
     def edited(self, out_BNTH: Tensor | None, qkv: QKV, mask: Mask, impl: Impl, edits: LayerPlan) -> Tensor:
         """By the weights that the sums imply: gamma^(t-s) phi(q_t) . phi(k_s), over their sum where normalised."""
