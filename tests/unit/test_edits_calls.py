@@ -8,6 +8,7 @@ from attnzoo.attention.edits import (
     Add,
     EditRun,
     Edits,
+    HeadFilter,
     Hide,
     Map,
     Move,
@@ -114,7 +115,7 @@ def test_a_plan_made_for_another_model_is_refused_by_what_differs():
         (exact, exact | {"kind": "linear"}, hide, "attention of MHA, and the layer is Linear"),
         (exact, exact | {"kind": "mesa"}, Edits(Map()), "attention of MHA, and the layer is Mesa"),
         ({}, {"heads": 2}, hide, "4 query heads, and the layer has 2"),
-        (exact, {}, Edits(Add(Where(keys=(1, 2)), 1e100)), "scores in float64, and those of the layer are float32"),
+        (exact, {}, Edits(Add(Where(keys=(1, 2)), 1e13)), "scores in float64, and those of the layer are float32"),
         ({"layers": 2}, {}, hide, "2 layers, and the model has 1"),
         ({}, {"layers": 2}, hide, "1 layers, and the model has 2"),
         ({}, {"dtype": torch.float16}, hide, "outputs in float32, and those of the layer are float16"),
@@ -159,7 +160,7 @@ def test_half_precision_that_would_hold_inf_is_refused():
     assert half(tokens, edits=[run]).isfinite().all()
 
 
-def test_values_of_other_types_are_refused_by_name():
+def test_values_of_other_types_or_ranges_are_refused_by_name():
     """Kills: AttributeError and TypeError from inside."""
     model = decoder()
     for call, words in (
@@ -168,6 +169,10 @@ def test_values_of_other_types_are_refused_by_name():
         (lambda: model.plan_edits(Edits(Map()), 8), r"layout=8 must be TokenLayout\(prompt=...\)"),
         (lambda: Sinks(1, tau=1.0), "Sinks.channels=1 must be a list of one or more channel numbers"),
         (lambda: Sinks("12", tau=1.0), "Sinks.channels='12' must be a list"),
+        (lambda: model.plan_edits(Edits(Map()), TokenLayout(5), max_bytes=-1), "max_bytes=-1 must be at least 0"),
+        (lambda: Map(what="values"), "Map.what='values' must be 'weights' or 'scores'"),
+        (lambda: HeadFilter(min_mass=-1), "HeadFilter.min_mass=-1 must be a finite number of at least 0"),
+        (lambda: HeadFilter(min_share=5.0), "HeadFilter.min_share=5.0 must be .* at most 1"),
         (lambda: model([[1, 2]]), "tokens_BT is a list; give a tensor"),
         (
             lambda: model.extend(torch.ones(1, 2).numpy(), model.init_state(1, 4)),

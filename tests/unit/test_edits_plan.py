@@ -97,7 +97,7 @@ def test_json_and_back():
         ([{"hide": {}}], r'hide.where is missing: say what it changes, such as {"keys": "image"}; {} is everything'),
         ([{"scale": {"where": {"keys": 0}}}], r"edits\[0\].scale.factor is missing: say by how much to multiply"),
         ([{"move": {"where": {}, "share": 0.1}}], r"edits\[0\].move.to is missing: say which keys receive"),
-        ([{"map": {"dtype": "int8"}}], "weights or scores, in fp16"),
+        ([{"map": {"dtype": "int8"}}], "Map.dtype='int8' must be 'fp16', 'fp32', 'fp64' or left out"),
         ([{"map": {"what": "scores", "dtype": "fp16"}}], r"\[0\].map: Map.dtype='fp16' holds no scores beyond 65504"),
         ([{"top_keys": {"k": 0}}], "TopKeys.k=0"),
         ([{"mass": {"where": {"keys": 1}, "bins": {"a": 0}}}], "Mass: where.keys and bins both name keys"),
@@ -129,7 +129,14 @@ def test_numbers_that_overflow_are_refused_by_field():
             ValueError, match=rf"edits\[1\].{field}.39 overflows in layer [01], whose scores are float32"
         ):
             Edits(Map(), item).plan([SOFTMAX, SOFTMAX], LAYOUT)
-        assert Edits(item).plan([exact, exact], LAYOUT).changes
+        if not isinstance(item, Add):
+            assert Edits(item).plan([exact, exact], LAYOUT).changes
+    for size, most, words in ((SOFTMAX, 8e4, "give at most 8e.04 in magnitude, or use Hide"), (exact, 4e13, "4e.13")):
+        assert Edits(Add(Where(layers=0), -most)).plan([size], LAYOUT).changes
+        with pytest.raises(
+            ValueError, match=rf"edits\[0\].add.value=-.* leaves no digits of scores in layer 0.*{words}"
+        ):
+            Edits(Add(Where(layers=0), -1.2 * most)).plan([size], LAYOUT)
     with pytest.raises(ValueError, match="values must be numbers"):
         PutScores(Where(), [[[10**400]]])
     with pytest.raises(ValueError, match="values are complex; give real numbers"):
@@ -157,7 +164,7 @@ def test_numbers_that_overflow_together_are_refused():
             Edits(*items).plan([SOFTMAX], LAYOUT)
     apart = [Scale(Where(heads=head), 1e15, renormalise=False) for head in range(4)]
     kept = [Scale(Where(keys=0), 1e15)] * 4
-    sums = [Add(Where(keys=0), -1e15)] * 4
+    sums = [Add(Where(keys=0), -8e4)] * 4
     assert Edits(*apart, *kept, *sums).plan([SOFTMAX], LAYOUT).changes
 
 

@@ -22,6 +22,8 @@ from attnzoo.attention.edits.traits import LayerSizes
 
 SCORES = 1e6
 """Room that is left for the size of the model's own scores and values."""
+ROUNDING = 1e-2
+"""What an addend may take of a score's digits: more, and the order of computation shows in what comes of it."""
 
 
 def check_numbers(named: Sequence[tuple[str, Any]], size: LayerSizes, layer: int) -> None:
@@ -34,7 +36,10 @@ def check_numbers(named: Sequence[tuple[str, Any]], size: LayerSizes, layer: int
         at, edit = f"edits[{meant.index}].{name}", meant.item
         if not isinstance(edit, Edit):
             continue
-        _check_alone(edit, finite**0.5, f"layer {layer}, whose scores are {str(size.scores_in)[6:]}", at)
+        where = f"layer {layer}, whose scores are {str(size.scores_in)[6:]}"
+        _check_alone(edit, finite**0.5, where, at)
+        if isinstance(edit, Add):
+            _check_digits(edit, ROUNDING / torch.finfo(size.scores_in).eps, where, at)
         most = scores if isinstance(edit, ScoreEdit) else weights
         most |= {head: grown(edit, most, head) for head in meant.heads}
         largest = max(most.values())
@@ -81,6 +86,14 @@ def _check_alone(edit: Edit, most: float, where: str, at: str) -> None:
                 f"{at}.{name}={value:g} overflows in {where}: give at most {most:.1g} in magnitude, or use Hide to "
                 "take all weight from keys"
             )
+
+
+def _check_digits(edit: Add, most: float, where: str, at: str) -> None:
+    if abs(edit.value) > most:
+        raise ValueError(
+            f"{at}.value={edit.value:g} leaves no digits of scores in {where}: give at most {0.95 * most:.1g} in "
+            "magnitude, or use Hide to take all weight from keys, or from all others, Hide(Where(keys=Except(...)))"
+        )
 
 
 def grown(edit: Item, most: Mapping[int, float], head: int) -> float:

@@ -155,7 +155,8 @@ class WeightEdit(Edit):
 
 @dataclass(frozen=True)
 class Add(ScoreEdit):
-    """score + value. Beside 10,000 few digits of float32 are left: `Hide` is what takes all weight from keys."""
+    """score + value. From 10,000 on scores in float32 lose digits, and beyond 80,000 (4e13 in float64) the value is
+    refused: `Hide` is what takes all weight from keys."""
 
     factors: ClassVar[tuple[str, ...]] = ("value",)
     value: float
@@ -325,8 +326,8 @@ class HeadFilter:
     min_share: float = 0.0
 
     def __post_init__(self) -> None:
-        _number("HeadFilter.min_mass", self.min_mass)
-        _number("HeadFilter.min_share", self.min_share)
+        _number("HeadFilter.min_mass", self.min_mass, least=0.0)
+        _number("HeadFilter.min_share", self.min_share, least=0.0, most=1.0)
         object.__setattr__(self, "of", normal_positions(self.of))
 
 

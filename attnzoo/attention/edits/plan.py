@@ -130,6 +130,8 @@ class Edits:
             raise ValueError(f"layout={layout!r} must be TokenLayout(prompt=...)")
         if type(new_tokens) is not int or new_tokens < 0:
             raise ValueError(f"new_tokens={new_tokens!r} must be at least 0")
+        if type(max_bytes) is not int or max_bytes < 0:
+            raise ValueError(f"max_bytes={max_bytes!r} must be at least 0")
         total = layout.prompt + new_tokens
         layers: list[list[Meant]] = [[] for _ in sizes]
         for index, item in enumerate(self.items):
@@ -276,8 +278,8 @@ def _check_bytes(plan: EditPlan, most: int) -> None:
         found, each, number = max(per_item, key=lambda entry: entry[0])
         raise ValueError(
             f"the reads return {total:,} bytes, above the limit of {most:,}; edits[{each.index}] takes {found:,} of "
-            f"them in layer {number}: name fewer layers, heads, queries or keys, or read Mass or TopKeys in place of a "
-            "Map"
+            f"them in layer {number}: name fewer layers, heads, queries or keys, give TopKeys a smaller k, or read "
+            "Mass or TopKeys in place of a Map"
         )
 
 

@@ -69,8 +69,10 @@ class Map(Read):
     dtype: Literal["fp16", "fp32", "fp64"] | None = None
 
     def __post_init__(self) -> None:
-        if self.what not in ("weights", "scores") or self.dtype not in (None, "fp16", "fp32", "fp64"):
-            raise ValueError(f"Map(what={self.what!r}, dtype={self.dtype!r}): weights or scores, in fp16, fp32 or fp64")
+        if self.what not in ("weights", "scores"):
+            raise ValueError(f"Map.what={self.what!r} must be 'weights' or 'scores'")
+        if self.dtype not in (None, "fp16", "fp32", "fp64"):
+            raise ValueError(f"Map.dtype={self.dtype!r} must be 'fp16', 'fp32', 'fp64' or left out")
         if self.what == "scores" and self.dtype == "fp16":
             raise ValueError("Map.dtype='fp16' holds no scores beyond 65504: read scores in fp32, or leave dtype out")
 

@@ -178,7 +178,7 @@ class LayerPlan:
     def check_streams(self, editing: Editing, name: str) -> None:
         """Raises ValueError where edits do not stream."""
         if not editing.streams:
-            raise ValueError(f"edits of {name} work in forward alone: {editing.why_not}; plan them with streams=True")
+            raise ValueError(f"edits of {name} work in forward alone: {editing.why_not}; call forward over all tokens")
 
     def replaces(self, num_heads: int, queries_BT: Tensor) -> bool:
         """Whether every row has an edit that names all of its heads and queries, so that outputs without edits are not
