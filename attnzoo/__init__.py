@@ -9,10 +9,10 @@
 What a user needs first is named here; each name is loaded when it is first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as typing's, which takes its time to import
 if TYPE_CHECKING:
+    from typing import Any
+
     from attnzoo.attention import attention
     from attnzoo.generation import Continuation, Generation, GenerationStream
     from attnzoo.language_model import LanguageModel
@@ -62,7 +62,9 @@ def caches() -> list[str]:
     return CACHES.names()
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
+    import importlib
+
     if name == "attention":  # the package, which is callable: importing it binds it to this name in any case
         return importlib.import_module("attnzoo.attention")
     if name not in _WHERE:

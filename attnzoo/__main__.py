@@ -1,10 +1,25 @@
-"""`python -m attnzoo`: the command `attnzoo` (see `attnzoo.cli`)."""
+"""The entry point of the command `attnzoo` and of `python -m attnzoo`: says what Ctrl-C does, then imports the rest."""
 
 import sys
 
-from attnzoo.cli import entry, main
+from attnzoo import interrupts
 
-__all__ = ["main"]
+
+def entry() -> int:
+    """Runs the command (`attnzoo.cli.entry`) and returns its exit status, 130 after Ctrl-C."""
+    is_asked = interrupts.end_at_once()
+    from attnzoo.cli import entry as run
+
+    try:
+        if is_asked:
+            interrupts.end_in_order()
+        return run()
+    except KeyboardInterrupt:
+        return interrupts.INTERRUPTED
+    finally:
+        if is_asked:
+            interrupts.end_at_once()
+
 
 if __name__ == "__main__":
     sys.exit(entry())

@@ -78,7 +78,7 @@ KNOWN = {
 }
 """Meanings of keys that neither base.yaml nor a docstring explains."""
 COMMANDS = [
-    ("attnzoo", "attnzoo.__main__"),
+    ("attnzoo", "attnzoo.cli"),
     ("train/main.py", "train.main"),
     ("python -m train.sweep", "train.sweep"),
     ("python -m scripts.demo", "scripts.demo"),

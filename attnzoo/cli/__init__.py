@@ -21,11 +21,10 @@ import attnzoo
 from attnzoo import apps
 from attnzoo.cli.outputs import check_outputs
 from attnzoo.errors import ChangedSourceWarning, OutputError, complain, suggest
+from attnzoo.interrupts import INTERRUPTED
 from attnzoo.report import run_command
 
 PROGRAM = "attnzoo"
-INTERRUPTED = 130
-"""Exit status after Ctrl-C."""
 EXAMPLES = """examples:
   attnzoo list
   attnzoo describe rcmha
@@ -196,7 +195,7 @@ def carry_out(
 
 
 def entry() -> int:
-    """Entry point of the installed command: runs `main`, and ends without a traceback on Ctrl-C or a closed pipe."""
+    """Runs `main` for the entry point (`attnzoo.__main__`), and ends without a traceback on Ctrl-C or a closed pipe."""
     prepare_streams()
     try:
         return run_command(main)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import attnzoo.attention
-from attnzoo.__main__ import main
+from attnzoo.cli import main
 from attnzoo.attention import ATTENTION, load_plugins
 from attnzoo.checkpoint import load_model, open_checkpoint, save_model
 from attnzoo.models import DecoderConfig, DecoderLM

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from attnzoo.__main__ import main
+from attnzoo.cli import main
 from scripts.compare import Comparison, parse_settings, run_one
 from scripts.compare.config import QUICK
 from scripts.compare.runs import finished

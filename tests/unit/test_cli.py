@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from attnzoo import __version__
-from attnzoo.__main__ import main
+from attnzoo.cli import main
 from attnzoo.attention import ATTENTION
 from attnzoo.checkpoint import save_model
 from attnzoo.cli import BENCHMARKS, COMMANDS, CommandParser, arguments_of, command_tree, prepare_streams

@@ -5,7 +5,7 @@ import os
 import pytest
 from torch import nn
 
-from attnzoo.__main__ import main
+from attnzoo.cli import main
 from attnzoo.attention import ATTENTION
 from attnzoo.planner.fits import GIB
 from attnzoo.planner.plan import RESERVE, least_memory

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import attnzoo.hf
-from attnzoo.__main__ import main
+from attnzoo.cli import main
 from attnzoo.checkpoint import export_model, load_model, load_tokenizer, open_checkpoint, save_model
 from attnzoo.tokenizer.convert import to_huggingface
 from tests.helpers import serving

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnzoo.__main__ import main
+from attnzoo.cli import main
 from attnzoo.checkpoint import save_model
 from attnzoo.derived_memory import PassMemory
 from attnzoo.kvcache import build_cache
