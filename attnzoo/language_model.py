@@ -127,7 +127,7 @@ class LanguageModel:
         """
         batch, alone = as_batch(prompts)
         check_batch_size(batch_size)
-        task = self._task([self._encoded(prompt) for prompt in batch], generation_config, cache, options)
+        task = self._task(self._encoded(batch), generation_config, cache, options)
         found = run_batched(self.model, self.tokenizer, task, batch_size)
         return found[0] if alone else found
 
@@ -150,7 +150,7 @@ class LanguageModel:
         batch, alone = as_batch(prompt)
         if not alone:
             raise ValueError(f"stream takes one prompt, not a list of {len(batch)}; call it for each, or use generate")
-        return self._streamed(self._task([self._encoded(batch[0])], generation_config, cache, options))
+        return self._streamed(self._task(self._encoded(batch), generation_config, cache, options))
 
     @overload
     def chat(
@@ -236,7 +236,7 @@ class LanguageModel:
         """
         batch, alone = as_batch(texts)
         check_batch_size(batch_size)
-        tokens = [self._encoded(text)[1] for text in batch]
+        tokens = [ids for _, ids in self._encoded(batch)]
         for ids in tokens:
             self._room(len(ids), 0)
         found: list[TextLogprobs] = []
@@ -267,7 +267,7 @@ class LanguageModel:
             if not alone:
                 count = len(prompts)
                 raise ValueError(f"cost takes one prompt, not a list of {count}; give one, and batch={count}")
-            tokens = len(self._encoded(prompts[0])[1])
+            tokens = len(self._encoded(prompts)[0][1])
         for name, value in (("prompt", tokens), ("batch", batch)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
@@ -282,13 +282,17 @@ class LanguageModel:
     def _chat(self) -> ChatEncoder | None:
         return ChatEncoder.of(self.tokenizer)
 
-    def _encoded(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """(text, token ids). Raises ValueError for no tokens, or ids outside the vocabulary."""
-        text, ids = (prompt, self.encode(prompt)) if isinstance(prompt, str) else (None, list(prompt))
-        if not ids:
-            raise ValueError("the prompt is empty; give at least one character or token")
-        check_prompts([ids], self.tokenizer.vocab_size)
-        return text, ids
+    def _encoded(self, prompts: Sequence[Prompt]) -> list[tuple[str | None, list[int]]]:
+        """(text, token ids) of each prompt. Raises ValueError for an empty one, and for ids outside the vocabulary."""
+        found = []
+        for number, prompt in enumerate(prompts):
+            text, ids = (prompt, self.encode(prompt)) if isinstance(prompt, str) else (None, list(prompt))
+            if not ids or text == "":  # a begin token would precede the text; its id alone is a prompt
+                which = "the prompt" if len(prompts) == 1 else f"prompts[{number}]"
+                raise ValueError(f"{which} is empty; give at least one character or token")
+            check_prompts([ids], self.tokenizer.vocab_size)
+            found.append((text, ids))
+        return found
 
     def _task(
         self,

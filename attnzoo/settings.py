@@ -57,13 +57,17 @@ def parse_word(
 
     as_text: keys whose values are not parsed, for example paths. where: the beginning of error messages. hint: the end
     of the message about a malformed word. Raises ValueError for a word without "=" or with an empty part in its dotted
-    key (the message shows `example`), and for a value that is not YAML.
+    key (the message shows `example`), for a word without a value, and for a value that is not YAML.
     """
     key, equals, text = word.partition("=")
     key = key.strip()
     if not equals or not all(key.split(".")):
         raise ValueError(f"{where}{word!r} is not of the form key=value, for example {example}{hint}")
-    return key, text if key in as_text else parse_yaml(text, f"{where}{key}")
+    if key in as_text:
+        return key, text
+    if not text.strip():  # YAML would read null: a shell's variable that is not set would mean "no limit"
+        raise ValueError(f"{where}{key}= has no value; write {key}=null for none, or {key}=\"''\" for an empty text")
+    return key, parse_yaml(text, f"{where}{key}")
 
 
 def read_mapping(path: Path, name: str | None = None) -> tuple[dict[str, Any] | None, dict[str, int]]:

@@ -61,7 +61,7 @@ BELOW_ONE = ["optim.beta1", "optim.beta2", "optim.momentum", "lora.dropout"]
 """Must be below 1: at 1 a moving average would never change, and AdamW would divide by zero."""
 
 
-NAME = re.compile(r"\w([\w .+=@-]*[\w+=@-])?\Z")
+NAME = re.compile(r"\w([\w.+=@-]*[\w+=@-])?\Z")
 LARGEST_SEED, LARGEST = 2**32 - 1, 2**63 - 1
 
 

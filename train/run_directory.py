@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,7 +93,20 @@ def check_directories(config: Config) -> None:
                 f"{key}={path} cannot be written to: {there} does not allow it; set run_dir and cache_dir to "
                 "directories that this user may write to"
             )
+        try:
+            _try_to_write(there)
+        except OSError as error:
+            raise ValueError(f"{key}={path} cannot be used as a directory: {explain(error)}") from None
     _check_owner(config.run_path)
+
+
+def _try_to_write(directory: Path) -> None:
+    """Raises OSError if no file can be made in the directory. Nothing stays there. /proc, for one, allows root by its
+    permissions what it then refuses."""
+    try:
+        os.close(os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600))  # a file without a name
+    except OSError:  # also of file systems that know no such files
+        os.rmdir(tempfile.mkdtemp(prefix=".attnzoo.", suffix=".tmp", dir=directory))
 
 
 def _check_owner(directory: Path) -> None:

@@ -100,14 +100,28 @@ WORD = "key=value"
 """The metavar of options that are written so."""
 
 
+class Once(argparse._StoreAction):
+    """Stores an option's value. A second value is an error: one of the two would be lost without a word."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *rest: Any) -> None:
+        if isinstance(parser, CommandParser) and self.option_strings:
+            if self.dest in parser.given:
+                raise argparse.ArgumentError(self, "is given twice; keep one of them")
+            parser.given.add(self.dest)
+        super().__call__(parser, namespace, *rest)
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that prints the epilog unchanged and reports every mistake in one line."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*arguments, **options)
+        self.register("action", None, Once)
+        self.register("action", "store", Once)
         self._words: list[str] = []
         self._takes_words = False
+        self.given: set[str] = set()
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
         """Adds an argument; one with nargs "*" gets a default, so that messages do not list it as required."""
@@ -128,6 +142,7 @@ class CommandParser(argparse.ArgumentParser):
         """As argparse does; messages may then name the words."""
         self._words = list(args or [])
         self._takes_words = any(not action.option_strings and action.nargs is None for action in self._actions)
+        self.given.clear()
         return super().parse_intermixed_args(args, namespace)
 
     def _way_out(self, message: str) -> str:

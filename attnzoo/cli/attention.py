@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnzoo.cli.outputs import OutputFile
-from attnzoo.cli.text import add_model_arguments, load
+from attnzoo.cli.text import add_model_arguments, check_text, load
 from attnzoo.errors import suggest
 from attnzoo.files import output_file, write_atomic
 from attnzoo.settings import parse_words
@@ -49,9 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Writes the page and says what is in it. Raises ValueError for wrong usage."""
-    from attnzoo.attention_page import check_maps, page, read_maps
+    from attnzoo.attention_page import Selection, check_maps, page, read_maps
     from attnzoo.report import counted
 
+    check_text("text", options.text, [field.name for field in dataclasses.fields(Selection)])
     selection, out = _selection(options.options), options.out
     text = sys.stdin.read() if options.text == "-" else options.text
     lm = load(options)

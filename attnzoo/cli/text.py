@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.settings import parse_words
@@ -45,6 +45,23 @@ def generation_options(words: Sequence[str]) -> dict[str, Any]:
     chosen = parse_words(words, "max_new_tokens=64")
     read_options(None, chosen.get("cache"), {name: value for name, value in chosen.items() if name != "cache"})
     return chosen
+
+
+def check_prompt(word: str) -> None:
+    """Raises ValueError where the prompt was forgotten, so that the first option stands in its place."""
+    from attnzoo.kvcache import CACHES
+    from attnzoo.kvcache.choice import option_names
+    from attnzoo.models.generation_config import FIELDS
+
+    check_text("prompt", word, {"cache", *FIELDS, *(name for policy in CACHES for name in option_names(policy))})
+
+
+def check_text(what: str, word: str, options: Collection[str]) -> None:
+    """Raises ValueError where `word`, which should be a text, gives one of the options. what: the text's name."""
+    if "=" in word and word.partition("=")[0] in options:
+        raise ValueError(
+            f"the {what} is missing: {word!r} is an option; write it after the text, or - and the text on stdin"
+        )
 
 
 def show(piece: str) -> None:

@@ -13,7 +13,8 @@ class StepCost:
     """The cost of one forward pass for all sequences.
 
     flops: floating point operations; a multiply-add counts as two. bytes_moved: lower bound of the memory traffic:
-    weights, activations, and the state once. kv_bytes: size of the state after the pass.
+    weights, activations, and the state once. kv_bytes: memory of the state after the pass. Some cache policies hold new
+    tokens in pages of 64, which count whole; `CacheUse`, in answers, counts only what tokens fill.
     """
 
     flops: int

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import attnzoo.attention
-from attnzoo.cli import main
 from attnzoo.attention import ATTENTION, load_plugins
 from attnzoo.checkpoint import load_model, open_checkpoint, save_model
+from attnzoo.cli import main
 from attnzoo.models import DecoderConfig, DecoderLM
 from tests.contract.contract import ITEMS
 from tests.helpers.forked import start_script

@@ -259,3 +259,8 @@ def test_wrong_usage(words, message, checkpoint, tmp_path, monkeypatch, capsys):
     assert message in captured.err
     assert not captured.out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_forgotten_text(capsys):
+    assert main(["attention", "smollm2", "layers=1"]) == 2
+    assert "the text is missing: 'layers=1' is an option; write it after the text" in capsys.readouterr().err

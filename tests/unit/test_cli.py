@@ -16,10 +16,9 @@ from pathlib import Path
 import pytest
 
 from attnzoo import __version__
-from attnzoo.cli import main
 from attnzoo.attention import ATTENTION
 from attnzoo.checkpoint import save_model
-from attnzoo.cli import BENCHMARKS, COMMANDS, CommandParser, arguments_of, command_tree, prepare_streams
+from attnzoo.cli import BENCHMARKS, COMMANDS, CommandParser, arguments_of, command_tree, main, prepare_streams
 from attnzoo.settings import parse_words, read_mapping
 from tests.helpers import serving
 from tests.helpers.forked import start_script
@@ -178,6 +177,9 @@ def test_words_are_yaml():
     for word in ("a", "=1", "a..b=1", " =1"):
         with pytest.raises(ValueError, match=re.escape(f"{word!r} is not of the form key=value, for example a=1")):
             parse_words([word], "a=1")
+    assert parse_words(["path=", "a=''"], "a=1", as_text=["path"]) == {"path": "", "a": ""}
+    with pytest.raises(ValueError, match=r"^a= has no value; write a=null for none, or a=\"''\" for an empty text$"):
+        parse_words(["a= "], "a=1")
     with pytest.raises(ValueError, match=r"^layers is given twice; keep one of them$"):
         parse_words(["layers=0", "heads=1", "layers = 1"], "a=1")
 

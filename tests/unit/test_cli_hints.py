@@ -5,8 +5,8 @@ import os
 import pytest
 from torch import nn
 
-from attnzoo.cli import main
 from attnzoo.attention import ATTENTION
+from attnzoo.cli import main
 from attnzoo.planner.fits import GIB
 from attnzoo.planner.plan import RESERVE, least_memory
 
@@ -24,6 +24,8 @@ from attnzoo.planner.plan import RESERVE, least_memory
         ("generate smollm2 text --seed", "unrecognized arguments: --seed; write seed=...; see"),
         ("generate smollm2 text --devise cpu", "; did you mean --device? see"),
         ("serve runs/demo --host 0.0.0.0", "; write host=0.0.0.0; see"),
+        ("list --model-dim 64 --model-dim=128", "--model-dim: is given twice; keep one of them; see"),
+        ("train --config a.yaml --config b.yaml", "--config: is given twice; keep one of them; see"),
         ("list --nothing", "unrecognized arguments: --nothing; see attnzoo list --help"),
     ],
 )

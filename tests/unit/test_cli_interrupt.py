@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERRUPT = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\n"
-SWALLOWS = f"try:\n    import argparse\n    {INTERRUPT.strip().replace(chr(10), chr(10) + '    ')}\nexcept BaseException:\n    pass\n"
+SWALLOWS = f"try:\n    exec({INTERRUPT!r})\nexcept BaseException:\n    pass\n"
 COMMAND = """
 def add_arguments(parser):
     pass
@@ -53,16 +54,17 @@ def test_ctrl_c_before_the_command_is_known(tmp_path, module):
 def test_an_ignored_interrupt_stays_ignored(tmp_path):
     """A shell starts its background commands so."""
     (tmp_path / "difflib.py").write_text(INTERRUPT + "print('went on', flush=True)\nos._exit(0)\n")
-    before = "import signal, runpy\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nrunpy.run_module('attnzoo', run_name='__main__')"
+    before = "import signal, runpy\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    before += "runpy.run_module('attnzoo', run_name='__main__')"
     assert ended(tmp_path, "-c", before) == (0, "went on\n", "")
 
 
 def test_the_installed_command_begins_there():
-    import tomllib
-
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts["attnzoo"] == "attnzoo.__main__:entry"
-    heavy = "import attnzoo.__main__, sys; print([m for m in ('typing', 'argparse', 'attnzoo.cli') if m in sys.modules])"
+    heavy = (
+        "import attnzoo.__main__, sys; print([m for m in ('typing', 'argparse', 'attnzoo.cli') if m in sys.modules])"
+    )
     found = subprocess.run(
         [sys.executable, "-S", "-c", heavy], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )

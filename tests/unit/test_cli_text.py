@@ -104,6 +104,26 @@ def test_a_terminal_gets_no_control_characters(monkeypatch):
         assert sys.stdout.getvalue() == expected
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["max_new_tokens=2"], "the prompt is missing: 'max_new_tokens=2' is an option; write it after the text"),
+        (["keep_ratio=0.5", "cache=d2o"], "'keep_ratio=0.5' is an option"),
+        (["cache=d2o"], "'cache=d2o' is an option"),
+        (["def", "max_new_tokens="], "max_new_tokens= has no value; write max_new_tokens=null"),
+        ([""], "the prompt is empty; give at least one character"),
+        (["-"], "stdin is empty, and the prompt was to be read from it; give at least one character"),
+    ],
+)
+def test_words_that_are_no_prompt(words, message, chatty, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main(["generate", "tiny", *words]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, message in captured.err) == ("", True)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("max_new_tokens=2"))
+    assert main(["generate", "tiny", "-", "max_new_tokens=2"]) == main(["generate", "tiny", "a=2", "n=1"]) == 0
+
+
 def test_a_conversation_from_a_file(chatty, capsys, monkeypatch):
     """A line is a message; answers go to stdout, and belong to what the next message is answered with."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n\nAgain\n/reset\nNew\n/exit\nnever read\n"))

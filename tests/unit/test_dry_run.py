@@ -72,6 +72,10 @@ REFUSED = [
     (["run_dir={dir}/corpus.txt"], "corpus.txt cannot be used as a directory"),
     (["cache_dir=" + 300 * "x"], "cannot be used as a directory"),
     (["cache_dir=/dev/null"], "cache_dir=/dev/null cannot be used as a directory"),
+    (["run_dir=/proc/none"], "run_dir=/proc/none cannot be used as a directory"),
+    (["cache_dir=/proc/none/x", "run_dir={dir}/new"], "cache_dir=/proc/none/x cannot be used as a directory"),
+    (["name=a b"], "name='a b' must be the name of a directory"),
+    (["name="], "command line: name= has no value; write name=null for none"),
     (["cache_dir={dir}/corpus.txt/a/b"], "corpus.txt/a/b cannot be used as a directory"),
 ]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import attnzoo.hf
-from attnzoo.cli import main
 from attnzoo.checkpoint import export_model, load_model, load_tokenizer, open_checkpoint, save_model
+from attnzoo.cli import main
 from attnzoo.tokenizer.convert import to_huggingface
 from tests.helpers import serving
 from tests.helpers.foreign_tokenizers import check_same

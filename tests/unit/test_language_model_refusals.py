@@ -19,6 +19,8 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ([True], {}, r"prompts\[0\]=True has type bool"),
     (["a", None], {}, r"prompts\[1\]=None has type NoneType"),
     ([[]], {}, "the prompt is empty"),
+    ("", {}, "the prompt is empty"),
+    (["a", ""], {}, r"prompts\[1\] is empty"),
     ([400], {}, "prompt token 400 is outside the vocabulary of 400"),
     (b"abc", {}, "prompts has type bytes"),
     (["a", b"b"], {}, r"prompts\[1\]=b'b' has type bytes"),
@@ -69,8 +71,19 @@ def test_what_cannot_be_is_refused_by_name(prompts, options, message):
     with pytest.raises(ValueError, match=message):
         lm.generate(prompts, **options)
     if "batch_size" not in options:
-        with pytest.raises(ValueError, match=message if prompts != [[]] else "takes one prompt"):
+        with pytest.raises(ValueError, match=message if prompts not in ([[]], ["a", ""]) else "takes one prompt"):
             lm.stream(prompts, **options)  # before the first piece
+
+
+def test_an_empty_text_is_refused_though_a_begin_token_precedes_it():
+    lm = lm_of("mha")
+    assert lm.encode("") == [lm.tokenizer.bos_id]
+    for call in (lm.logprobs, lm.cost):
+        with pytest.raises(ValueError, match="the prompt is empty"):
+            call("")
+    with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
+        lm.logprobs(["a", ""])
+    assert lm.logprobs([lm.tokenizer.bos_id]).logprobs == (None,)
 
 
 def test_other_refusals():

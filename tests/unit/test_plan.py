@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnzoo.cli import main
 from attnzoo.checkpoint import save_model
+from attnzoo.cli import main
 from attnzoo.derived_memory import PassMemory
 from attnzoo.kvcache import build_cache
 from attnzoo.models import DecoderConfig, DecoderLM
