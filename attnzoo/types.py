@@ -198,3 +198,13 @@ def _finite(value: float, where: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{where}={number} must be a finite number")
     return number
+
+
+def check_cost_sizes(batch: int, tokens: int, context: int, *, continues: bool = True) -> None:
+    """Raises ValueError unless the sizes of a `cost` are whole numbers of at least 1. continues: the tokens are the
+    last ones of the context, so that there cannot be more of them."""
+    for name, value in (("batch", batch), ("tokens", tokens), ("context", context)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    if continues and tokens > context:
+        raise ValueError(f"tokens={tokens} is more than context={context}, which includes them")

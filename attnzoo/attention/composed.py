@@ -17,7 +17,7 @@ from attnzoo.kvcache.state import State, new_zeros, writable
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import CAUSAL, Mask
 from attnzoo.ops.common.recent import recent
-from attnzoo.types import dtype_bytes, floating
+from attnzoo.types import check_cost_sizes, dtype_bytes, floating
 
 
 @dataclass
@@ -121,6 +121,7 @@ class ParallelComposition(Attention):
         return self.conv(qkv, mask.starts_BT, impl)
 
     def cost(self, batch: int, tokens: int, context: int) -> Cost:
+        check_cost_sizes(batch, tokens, context)
         dtype = self.projection.query.weight.dtype
         width = dtype_bytes(dtype)
         state_bytes = batch * dtype_bytes(torch.int64) + self.mixing.state_bytes(batch, context, dtype)

@@ -42,7 +42,7 @@ from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.full import with_room
 from attnzoo.kvcache.state import State, new_zeros, writable
 from attnzoo.ops.common.masks import CAUSAL, Mask, MaskField
-from attnzoo.types import dtype_bytes, floating
+from attnzoo.types import check_cost_sizes, dtype_bytes, floating
 
 PREFIXES = (1, 4, 20)
 PROBE = 37
@@ -160,6 +160,7 @@ class ForwardOnly(Attention):
     def cost(self, batch: int, tokens: int, context: int) -> Cost:
         """A chunk of any length runs forward over all of the context. FLOPs are counted, pairs that a mask hides
         included; bytes are those of parameters, input, output and state."""
+        check_cost_sizes(batch, tokens, context)
         width, model_dim = dtype_bytes(self._like.dtype), self.config.model_dim
         state_bytes = self._state_bytes(batch, context)
         parameters = sum(p.nbytes for p in self.parameters())

@@ -19,7 +19,7 @@ from attnzoo.attention.edits.run import LayerPlan
 from attnzoo.attention.parts import Heads, Mixing, Projection
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import Mask
-from attnzoo.types import CheckedConfig, dtype_bytes
+from attnzoo.types import CheckedConfig, check_cost_sizes, dtype_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,7 @@ class InContextAttention(ParallelComposition):
 
     def cost(self, batch: int, tokens: int, context: int) -> Cost:
         """`tokens` of `context` tokens ask for outputs; those that are read pass W_K and W_V, state there is none."""
+        check_cost_sizes(batch, tokens, context, continues=False)
         read = max(context - self.config.num_queries, 0)
         width = self.projection.output.in_features
         maps = 4 * batch * width * self.config.model_dim * (tokens + read)

@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 from attnzoo.attention.base import ATTENTION, Cost, Traits
 from attnzoo.attention.composed import ParallelComposition
 from attnzoo.attention.parts import Heads, NoPosition, PairedProjection, Projection, SoftmaxMixing
-from attnzoo.types import CheckedConfig, dtype_bytes
+from attnzoo.types import CheckedConfig, check_cost_sizes, dtype_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,7 @@ class TSCAN(ParallelComposition):
 
     def cost(self, batch: int, tokens: int, context: int) -> Cost:
         """`tokens` queries read `context` tokens, which pass the maps of keys and values; there is no state."""
+        check_cost_sizes(batch, tokens, context, continues=False)
         of_queries = sum(m.weight.numel() for m in (self.projection.query, self.projection.output))
         of_keys = self.projection.flops(1, 1) // 2 - of_queries
         width = self.projection.output.in_features

@@ -123,6 +123,21 @@ def test_flops_of_a_decode_step(kind, options):
         assert ran == attention.cost(batch, 1, context).flops
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((-1, 1, 5), "batch=-1 must be a whole number of at least 1"),
+        ((1, 1.5, 5), "tokens=1.5 must be a whole number of at least 1"),
+        ((1, True, 5), "tokens=True must be a whole number"),
+        ((1, 1, 0), "context=0 must be a whole number of at least 1"),
+        ((1, 10, 5), "tokens=10 is more than context=5, which includes them"),
+    ],
+)
+def test_sizes_that_are_none(sizes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        build_attention("rmha", {"model_dim": DIM, "num_heads": 4}).cost(*sizes)
+
+
 def test_bytes_moved_by_hand():
     """A decode step reads the weights, the state and one vector, and writes one; rows of the table beyond the context
     stay where they are."""
