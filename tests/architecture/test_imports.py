@@ -12,6 +12,7 @@ ROOMS = ["attnzoo", "train", "serve"]
 SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
 ORDER = [
+    "interrupts",
     "errors",
     "files",
     "apps",
