@@ -1,7 +1,7 @@
 """Ctrl-C in the command `attnzoo`, also while Python imports. Imports no more than it needs: it comes first.
 
-A KeyboardInterrupt inside an import is lost if the imported package catches it, or aborts the process if it passes
-through C++. So the handler waits until the import is done.
+A KeyboardInterrupt inside an import is lost if the imported package catches it, and aborts the process if it passes
+through C++. So there the handler ends the process.
 """
 
 import os
@@ -9,8 +9,6 @@ import signal
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
-AGAIN_SECONDS = 0.02
-"""How often the handler looks whether the import is done."""
 
 
 def end_at_once() -> bool:
@@ -23,29 +21,13 @@ def end_at_once() -> bool:
 
 
 def end_in_order() -> None:
-    """Makes Ctrl-C raise KeyboardInterrupt: during an import when it is done, and a second one ends the process."""
+    """Makes Ctrl-C raise KeyboardInterrupt, so that what a command holds is put away; in an import it ends at once."""
     signal.signal(signal.SIGINT, _interrupt)
 
 
-def raise_pending() -> None:
-    """Raises KeyboardInterrupt if one waits. To be called before the process is replaced by another program."""
-    if signal.getsignal(signal.SIGALRM) is _interrupt:
-        _raise()
-
-
 def _interrupt(number: int, frame: object) -> None:
-    waits = signal.getsignal(signal.SIGALRM) is _interrupt
-    if not _imports(frame):
-        _raise()
-    if waits and number == signal.SIGINT:
+    if _imports(frame):
         os._exit(INTERRUPTED)
-    signal.signal(signal.SIGALRM, _interrupt)
-    signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
-
-
-def _raise() -> None:
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     raise KeyboardInterrupt
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from attnzoo import apps
-from attnzoo.interrupts import raise_pending
 
 EXAMPLES = """examples:
   attnzoo train --config rcmha.yaml --dry-run
@@ -48,7 +47,6 @@ def run(options: argparse.Namespace) -> int:
         environment = training_environment()
         command = launch_command(options.ranks or gpus() or 1, words)
     sys.stdout.flush()
-    raise_pending()
     os.execve(command[0], command, environment)
 
 

@@ -47,11 +47,11 @@ def _options(words: list[str], text: str) -> None:
 
 
 def _attnzoo(words: list[str]) -> None:
-    known = subcommands(_help("attnzoo.__main__"))
+    known = subcommands(_help("attnzoo.cli"))
     if not words or words[0] not in known:
         raise ValueError(f"attnzoo {' '.join(words)}: known are {', '.join(known)}")
     depth = 2 if words[0] == "bench" else 1
-    _options(words[depth:], _help("attnzoo.__main__", *words[:depth]))
+    _options(words[depth:], _help("attnzoo.cli", *words[:depth]))
     if words[0] == "serve":
         _settings(words[1:])
     if words[0] == "train":
