@@ -97,9 +97,9 @@ def test_other_refusals():
     with pytest.raises(ValueError, match="context is 64 tokens"):
         lm.logprobs("a" * 200)
     for size in (0, True):
-        with pytest.raises(ValueError, match=f"prompt={size} must be at least 1"):
+        with pytest.raises(ValueError, match=f"prompt={size} must be a whole number, at least 1"):
             lm.cost(size)
-    with pytest.raises(ValueError, match="batch=0 must be at least 1"):
+    with pytest.raises(ValueError, match="batch=0 must be a whole number, at least 1"):
         lm.cost(5, batch=0)
     with pytest.raises(ValueError, match="unknown option 'keep'"):
         lm.cost(5, keep=1)
