@@ -21,8 +21,8 @@ class LayerRecord:
     parts: (query positions, values) of every call by the read's index; sums: likewise, summed. held: of the last call,
     positions_BKS of entries, the logarithms of how many tokens each stands for, None: each for itself, and the row.
     empty: (head, query) of rows in which nothing could be seen. engines: those that ran. uncounted: as in
-    `AttentionCall`. reached: positions, or calls
-    where steps are calls, that it has seen.
+    `AttentionCall`. reached: positions, or calls where steps are calls, that it has seen. layer: the id of the
+    attention that is known to be the planned one.
     """
 
     plan: LayerItems
@@ -35,6 +35,7 @@ class LayerRecord:
     uncounted: bool = False
     heads: int = 0
     reached: int = 0
+    layer: int | None = None
     _sets: KeySets | None = None
 
     def sets(self, device: torch.device) -> KeySets:

@@ -114,11 +114,16 @@ class LayerPlan:
     def check_layer(self, attention: Any) -> None:
         """Raises ValueError for plans of another layer than this one: of a variant of which other things can be edited,
         of other heads, or in a dtype that holds larger numbers."""
+        if all(entry is None or entry.record.layer == id(attention) for entry in self.rows):
+            return
         found = layer_sizes(attention)
         for row, entry in enumerate(self.rows):
-            difference = "" if entry is None else entry.size.difference(found)
+            if entry is None:
+                continue
+            difference = entry.size.difference(found)
             if difference:
                 raise ValueError(f"edits[{row}] were planned for {difference}; plan them for this model")
+            entry.record.layer = id(attention)
 
     def check_lengths(self, batch: int, tokens: int, starts_BT: Tensor | None) -> None:
         """As `check_rows`."""
