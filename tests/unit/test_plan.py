@@ -44,7 +44,7 @@ def request(**changes) -> plan.PlanOptions:
 def test_a_config_is_read_as_training_reads_it(path):
     trained = load_config(path.name, [])
     if trained.task.get("kind", "language") != "language":
-        with pytest.raises(ValueError, match=r"task.kind='clinical' trains no language model, and only those are"):
+        with pytest.raises(ValueError, match=r"task.kind='[a-z-]+' trains no language model, and only those are"):
             read_model(path)
         return
     assert read_model(path).config == trained.model_config(trained.tokenizer["vocab_size"])
