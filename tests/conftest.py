@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,10 @@ from tests.helpers.interpreter import quicken
 from tests.helpers.shares import Kind, in_shares
 
 torch.set_num_threads(1)
+
+# Where the suite runs in the background Ctrl-C is ignored, and what tests start and interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Read when triton is first imported: without a GPU its kernels run in the interpreter, in the same process as all else.
 if not torch.cuda.is_available():

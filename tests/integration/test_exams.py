@@ -198,7 +198,7 @@ def test_case_studies_are_written_and_judged_over_an_endpoint(served, tmp_path, 
         (["--count", "2"], "--stay names the cases and --count draws them"),
         (["--judge-url", url], "--judge-url belongs to --rate; name a rubric"),
         (["--temperature", "-1"], "--temperature=-1.0 must be 0 or more"),
-        (["--max-tokens", "5"], "belongs to case studies with max_tokens=4, not 5"),
+        (["--seed", "1"], "belongs to case studies with seed=0, not 1"),
     ):
         assert main([*words, *more]) == 2
         assert message in capsys.readouterr().err

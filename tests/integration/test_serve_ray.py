@@ -212,7 +212,7 @@ def status_of(words: list[str]) -> int | str | None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "checkpoint is missing"),
+        ([], "name what to serve"),
         (["--checkpoint", "nowhere"], "nowhere"),
         (["--checkpoint", "x", "max_num_seq=4"], "did you mean 'max_num_seqs'"),
         (["--checkpoint", "x", "--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -254,7 +254,7 @@ def test_usage_errors_of_the_command():
     command = [sys.executable, "-m", "serve", "--port", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())
     assert (done.returncode, done.stdout) == (2, "")
-    assert "checkpoint is missing" in done.stderr
+    assert "name what to serve" in done.stderr
 
 
 def test_what_ends_the_constructor_reaches_the_terminal(tmp_path):

@@ -130,7 +130,7 @@ BASE = {"vocab_size": 50, "model_dim": 32, "num_layers": 4}
     [
         ({"attention": "rcmah"}, "unknown attention 'rcmah'; did you mean 'rcmha'"),
         ({"attention": ["mha", "linear", "rmha"]}, "lists 3 variants, which does not divide num_layers=4"),
-        ({"attention": []}, "lists 0 variants"),
+        ({"attention": []}, "names no variant"),
         ({"attention": {"num_heads": 4}}, "with `kind: <name>`"),
         (
             {"attention": {"kind": "mha", "num_hads": 4}},
