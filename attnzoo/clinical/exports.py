@@ -1,6 +1,6 @@
 """Directories of trained clinical models: config.json, model.safetensors and JSON files beside them, replaced as one.
 
-`attnzoo.clinical.trained` and `trained_ldam` say what is in them. Loading cannot run code.
+`attnzoo.clinical.trained`, `trained_ldam` and `trained_sensors` say what is in them. Loading cannot run code.
 """
 
 import json

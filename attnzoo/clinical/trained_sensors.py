@@ -5,8 +5,6 @@ language model with other weights is refused. Loading cannot run code.
 """
 
 import hashlib
-import json
-import shutil
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,23 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attnzoo.checkpoint import existing_checkpoint, load_model, load_tokenizer
-from attnzoo.checkpoint.target import check_native_target
+from attnzoo.clinical import exports
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.sensors import SensorQuestions, SensorStatistics
-from attnzoo.errors import suggest
-from attnzoo.files import read_object, real_path, replace_directory, temporary_directory
 from attnzoo.models import DecoderLM, PromptedLM, SensorAdapter, SensorConfig
 from attnzoo.models.sensor_lm import answer_scores
 from attnzoo.tokenizer import Tokenizer
 from attnzoo.types import build_config, parse_dtype
 
 FORMAT = "attnzoo-sensors-1"
-CONFIG, WEIGHTS, STATISTICS = "config.json", "model.safetensors", "statistics.json"
+STATISTICS = "statistics.json"
 KEYS = ("format", "model", "language_model", "questions", "data", "split", "metadata")
 """Keys of config.json."""
 
@@ -103,13 +97,11 @@ class TrainedSensors:
 
 def check_target(directory: Path) -> None:
     """Raises ValueError, naming what would be lost, unless `save_sensors` may write to `directory`."""
-    check_native_target(directory, config=CONFIG, format=FORMAT, names=(CONFIG, WEIGHTS, STATISTICS))
+    exports.check_target(directory, FORMAT, (STATISTICS,))
 
 
 def save_sensors(directory: Path, trained: TrainedSensors) -> Path:
     """Writes the adapter, replacing an earlier one; returns the directory. Raises ValueError as `check_target`."""
-    directory = real_path(directory)
-    check_target(directory)
     content = {
         "format": FORMAT,
         "model": trained.adapter.config.to_dict(),
@@ -119,16 +111,7 @@ def save_sensors(directory: Path, trained: TrainedSensors) -> Path:
         "split": trained.split,
         "metadata": trained.metadata,
     }
-    temporary = temporary_directory(directory)
-    try:
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in trained.adapter.state_dict().items()}
-        save_file(tensors, str(temporary / WEIGHTS))
-        for name, values in ((CONFIG, content), (STATISTICS, trained.statistics.to_dict())):
-            (temporary / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        replace_directory(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return directory
+    return exports.write(directory, content, trained.adapter, {STATISTICS: trained.statistics.to_dict()})
 
 
 def load_sensors(directory: Path | str, language_model: FrozenLM | None = None) -> TrainedSensors:
@@ -137,26 +120,14 @@ def load_sensors(directory: Path | str, language_model: FrozenLM | None = None) 
     language_model: None loads the one that the export names. Raises ValueError that names the file if one is missing,
     damaged or of another format, and for a language model with other weights than the adapter was trained with.
     """
-    path = Path(directory)
-    path = path / "export" if (path / "export" / CONFIG).is_file() else path
-    try:
-        content, statistics = read_object(path / CONFIG), read_object(path / STATISTICS)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} holds no sensor adapter ({error})") from None
-    if content.get("format") != FORMAT:
-        raise ValueError(f"{path / CONFIG}: format {content.get('format')!r} is not {FORMAT!r}")
-    for key in content:
-        if key not in KEYS:
-            raise ValueError(f"{path / CONFIG}: unknown key {key}{suggest(key, KEYS)}; export the model again")
-    try:
+    path = exports.find(directory)
+    content, statistics = exports.read(path, FORMAT, KEYS, (STATISTICS,))
+    with exports.damage(path):
         adapter = SensorAdapter(SensorConfig.from_dict(content["model"]))
-        adapter.load_state_dict(load_file(path / WEIGHTS))
+        exports.load_weights(path, adapter)
         fitted = SensorStatistics.from_dict(statistics)
         questions = build_config(SensorQuestions, content["questions"], "questions")
         named = {key: str(content["language_model"][key]) for key in ("checkpoint", "dtype", "digest")}
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{path} is damaged ({reason}); export the model again") from None
     frozen = language_model or FrozenLM.load(named["checkpoint"], named["dtype"])
     if frozen.digest != named["digest"]:
         raise ValueError(
@@ -164,4 +135,4 @@ def load_sensors(directory: Path | str, language_model: FrozenLM | None = None) 
             f"differ); give the weights of {named['checkpoint']} in {named['dtype']} that it was trained with"
         )
     parts = {name: dict(content.get(name, {})) for name in ("data", "split", "metadata")}
-    return TrainedSensors(adapter.eval(), frozen, fitted, questions, **parts)
+    return TrainedSensors(adapter, frozen, fitted, questions, **parts)

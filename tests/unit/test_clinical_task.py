@@ -16,9 +16,10 @@ from attnzoo.clinical.statistics import Statistics
 from attnzoo.clinical.trained import TrainedModel, check_target, load_trained, save_trained
 from attnzoo.models import EhrConfig, EhrEncoder
 from tests.helpers.clinical_data import small_cohort
+from tests.helpers.cohort_task import prepared_task
 from train.config_reader import load_config
 from train.main import main
-from train.tasks import ClinicalTask, build_task
+from train.tasks import ClinicalTask
 
 MODEL = [
     "task.validation=0.3",
@@ -32,13 +33,7 @@ MODEL = [
 
 def prepared(cohort: Cohort, *overrides: str) -> ClinicalTask:
     """The task on a cohort that is in memory."""
-    given = dict(word.split("=", 1) for word in ["task.split=patient", *MODEL, *overrides])
-    task = build_task(load_config("tscan-mortality.yaml", [f"{key}={value}" for key, value in given.items()]))
-    assert isinstance(task, ClinicalTask)
-    task.cohort = cohort
-    task.check()
-    task.prepare(is_main=True)
-    return task
+    return prepared_task(ClinicalTask, "tscan-mortality.yaml", cohort, ["task.split=patient", *MODEL, *overrides])
 
 
 @pytest.mark.parametrize(

@@ -23,20 +23,16 @@ from attnzoo.clinical.trained_ldam import TrainedLdam, load_ldam
 from attnzoo.clinical.words import Vocabulary
 from attnzoo.models import Ldam, LdamConfig, LdamInputs
 from tests.helpers.clinical_texts import TOPICS, text_cohort
+from tests.helpers.cohort_task import prepared_task
 from train.config_reader import load_config
-from train.tasks import LdamTask, build_task
+from train.tasks import LdamTask
 
 SMALL = ["model.model_dim=16", "task.least=1", "task.validation=0.3"]
 
 
 def prepared(cohort: Cohort, *overrides: str) -> LdamTask:
     """The task on a cohort that is in memory."""
-    task = build_task(load_config("ldam-sections.yaml", [*SMALL, *overrides]))
-    assert isinstance(task, LdamTask)
-    task.cohort = cohort
-    task.check()
-    task.prepare(is_main=True)
-    return task
+    return prepared_task(LdamTask, "ldam-sections.yaml", cohort, [*SMALL, *overrides])
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from attnzoo.clinical.trained_sensors import FrozenLM, TrainedSensors, check_tar
 from attnzoo.models import SensorAdapter, SensorConfig
 from tests.helpers import serving
 from tests.helpers.clinical_data import small_wearables
+from tests.helpers.cohort_task import prepared_task
 from train.config_reader import load_config
 from train.main import main
-from train.tasks import SensorTask, build_task
+from train.tasks import SensorTask
 
 QUESTIONS = "{fatigue: 'Tired?', stress: 'Stressed?'}"
 MODEL = [f"task.questions={QUESTIONS}", "task.template='{question}{sensors}!'", "model.tokens=2", "model.hidden=5"]
@@ -29,14 +30,8 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepared(cohort: Cohort, language_model: Path, *overrides: str) -> SensorTask:
-    given = dict(word.split("=", 1) for word in [*MODEL, f"model.language_model={language_model}", *overrides])
-    given.setdefault("model.dtype", "float32")
-    task = build_task(load_config("phllm-pro.yaml", [f"{key}={value}" for key, value in given.items()]))
-    assert isinstance(task, SensorTask)
-    task.cohort = cohort
-    task.check()
-    task.prepare(is_main=True)
-    return task
+    words = ["model.dtype=float32", *MODEL, f"model.language_model={language_model}", *overrides]
+    return prepared_task(SensorTask, "phllm-pro.yaml", cohort, words)
 
 
 def test_numbers_are_means_and_variances_of_what_was_measured() -> None:
@@ -197,7 +192,7 @@ def test_an_export_predicts_with_its_statistics_and_its_language_model_alone(
         (tmp_path / "export" / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=message):
             load_sensors(tmp_path, frozen)
-    with pytest.raises(ValueError, match="holds no sensor adapter"):
+    with pytest.raises(ValueError, match="holds no clinical model"):
         load_sensors(tmp_path / "nothing")
 
 
