@@ -4,6 +4,8 @@ from attnzoo.models.cache_use import CacheUse
 from attnzoo.models.compiled import CompiledDecode
 from attnzoo.models.config import DecoderConfig
 from attnzoo.models.decoder_lm import DecoderLM
+from attnzoo.models.diffusion import DiffusionUNet
+from attnzoo.models.diffusion_config import DiffusionConfig
 from attnzoo.models.ehr_config import EhrConfig
 from attnzoo.models.ehr_encoder import EhrEncoder, EhrMaps, EhrState
 from attnzoo.models.ehr_pretraining import EhrPretraining
@@ -22,6 +24,8 @@ __all__ = [
     "CompiledDecode",
     "DecoderConfig",
     "DecoderLM",
+    "DiffusionConfig",
+    "DiffusionUNet",
     "EhrConfig",
     "EhrEncoder",
     "EhrMaps",

@@ -26,6 +26,7 @@ ORDER = [
     "kvcache",
     "attention",
     "incontext",
+    "diffusion",
     "models",
     "tokenizer",
     "checkpoint",

@@ -1,0 +1,130 @@
+"""What a diffusion model is made of: blocks of convolutions told the time, blocks of attention, the text encoder."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnzoo.attention import Attention, build_attention
+from attnzoo.attention.edits import EditRuns, layer_plan
+from attnzoo.models.blocks import MLP, Block, build_norm
+from attnzoo.models.diffusion_config import DiffusionConfig
+from attnzoo.ops.common.masks import Mask
+
+
+class TimeEmbedding(nn.Module):
+    """What blocks are told of lambda: sines of it at rates from 1/8 to 8 turns over its range, and two layers."""
+
+    def __init__(self, dim: int, waves: int = 16) -> None:
+        super().__init__()
+        self.rates: Tensor
+        self.register_buffer("rates", 2 * math.pi * torch.logspace(-3, 3, waves, base=2.0) / 10, persistent=False)
+        self.layers = nn.Sequential(nn.Linear(2 * waves, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+
+    def forward(self, half_log_snr_N: Tensor) -> Tensor:
+        angles = half_log_snr_N[:, None].float() * self.rates.float()
+        out: Tensor = self.layers(torch.cat([angles.sin(), angles.cos()], dim=-1).to(half_log_snr_N.dtype))
+        return out
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm (arXiv 1803.08494) of at most 8 groups."""
+    return nn.GroupNorm(math.gcd(channels, 8), channels)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm conv(silu(norm x)))), the second norm scaled and shifted by the time (FiLM)."""
+
+    def __init__(self, channels: int, out: int, time: int, dropout: float) -> None:
+        super().__init__()
+        self.first_norm, self.first = group_norm(channels), nn.Conv2d(channels, out, 3, padding=1)
+        self.time = nn.Linear(time, 2 * out)
+        self.second_norm, self.second = group_norm(out), nn.Conv2d(out, out, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.time.weight)
+        nn.init.zeros_(self.time.bias)
+
+    def forward(self, x_NCHW: Tensor, time_ND: Tensor) -> Tensor:
+        hidden = self.first(F.silu(self.first_norm(x_NCHW)))
+        scale, shift = self.time(time_ND)[:, :, None, None].chunk(2, dim=1)
+        hidden = F.silu(self.second_norm(hidden) * (1 + scale) + shift)
+        out: Tensor = self.skip(x_NCHW) + self.second(self.dropout(hidden))
+        return out
+
+
+class ImageAttention(nn.Module):
+    """x + self(norm x), then x + cross(norm x, words), then x + mlp(norm x), over the places of an image."""
+
+    def __init__(self, config: DiffusionConfig, width: int) -> None:
+        super().__init__()
+        self.self_norm = build_norm("layernorm", width)
+        self.self_attention = build_attention(*config.image_attention("attention", width), "model.attention")
+        self.cross_norm = build_norm("layernorm", width)
+        self.from_words = nn.Linear(config.text_dim, width, bias=False)
+        self.cross_attention = build_attention(
+            *config.image_attention("cross_attention", width), "model.cross_attention"
+        )
+        self.mlp_norm = build_norm("layernorm", width)
+        self.mlp = MLP("gelu", width, 4 * width, bias=True)
+
+    def forward(
+        self, x_NCHW: Tensor, words: "Captions", self_edits: EditRuns | None, cross_edits: EditRuns | None
+    ) -> Tensor:
+        x_NTD = x_NCHW.flatten(2).transpose(1, 2)
+        x_NTD = x_NTD + attended(self.self_attention, self.self_norm(x_NTD), Mask.full(), self_edits)
+        context_NLD = self.from_words(words.encoded_NLD)
+        mask = Mask.full(words.exist_NL)
+        x_NTD = x_NTD + attended(self.cross_attention, self.cross_norm(x_NTD), mask, cross_edits, context_NLD)
+        x_NTD = x_NTD + self.mlp(self.mlp_norm(x_NTD))
+        return x_NTD.transpose(1, 2).reshape(x_NCHW.shape)
+
+
+def attended(
+    attention: Attention, x_NTD: Tensor, mask: Mask, edits: EditRuns | None, context_NSD: Tensor | None = None
+) -> Tensor:
+    """The output of a layer, read and edited as the runs say."""
+    given: dict[str, Any] = {"mask": mask}
+    if context_NSD is not None:
+        given["context_BSD"] = context_NSD
+    plan = layer_plan(edits, 0)
+    if plan is not None:
+        given["edits"] = plan
+    out: Tensor = attention(x_NTD, **given)
+    return out
+
+
+class Captions:
+    """Captions as the image reads them. encoded_NLD; exist_NL: which words there are."""
+
+    def __init__(self, encoded_NLD: Tensor, exist_NL: Tensor) -> None:
+        self.encoded_NLD, self.exist_NL = encoded_NLD, exist_NL
+
+
+class CaptionEncoder(nn.Module):
+    """Captions of captions that have seen one another: embeddings with a vector for each place, and pre-norm blocks."""
+
+    def __init__(self, config: DiffusionConfig) -> None:
+        super().__init__()
+        dim = config.text_dim
+        self.word = nn.Embedding(config.vocab_size, dim)
+        self.place = nn.Parameter(torch.empty(config.words, dim))
+        blocks = []
+        for _ in range(config.text_layers):
+            attention = build_attention(*config.image_attention("text_attention", dim), "model.text_attention")
+            blocks.append(Block(attention, MLP("gelu", dim, 4 * dim, bias=True), "layernorm", dim))  # type: ignore[arg-type]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = build_norm("layernorm", dim)
+        nn.init.normal_(self.word.weight, std=0.5)
+        nn.init.normal_(self.place, std=0.1)
+
+    def forward(self, words_NL: Tensor) -> Captions:
+        """words_NL: ids, those below 0 are no words."""
+        exist_NL = words_NL >= 0
+        x_NLD = self.word(words_NL.clamp(min=0)) + self.place[: words_NL.shape[1]]
+        for block in self.blocks:
+            x_NLD = block(x_NLD, Mask.full(exist_NL))
+        return Captions(self.norm(x_NLD), exist_NL)
