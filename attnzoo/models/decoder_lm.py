@@ -19,7 +19,7 @@ from attnzoo.attention.edits import (
     TokenLayout,
     check_rows,
     check_runs,
-    layer_plan,
+    layer_plans,
     layer_sizes,
 )
 from attnzoo.attention.edits.plan import MAX_BYTES
@@ -115,10 +115,10 @@ class DecoderLM(nn.Module):
         if edits is not None:
             batch, tokens, _ = x_BTD.shape
             check_rows(edits, batch, tokens, starts_BT, len(self.blocks))
-        for layer, block in enumerate(self.layers()):
-            if edits is not None:
-                x_BTD = block(x_BTD, mask, layer_plan(edits, layer))
-            elif self.activation_checkpointing and torch.is_grad_enabled():
+        for block, plan in zip(self.layers(), layer_plans(edits, range(len(self.blocks))), strict=True):
+            if plan is not None:
+                x_BTD = block(x_BTD, mask, plan)
+            elif edits is None and self.activation_checkpointing and torch.is_grad_enabled():
                 x_BTD = checkpoint(block, x_BTD, mask, use_reentrant=False)
             else:
                 x_BTD = block(x_BTD, mask)
@@ -274,11 +274,9 @@ class DecoderLM(nn.Module):
         if edits is not None:
             check_runs(edits, rows, len(self.blocks))
         layers = []
-        for layer, (block, layer_state) in enumerate(zip(self.layers(), state.layers, strict=True)):
-            if edits is None:
-                x_BTD, layer_state = block.extend(x_BTD, layer_state, counts_B)
-            else:
-                x_BTD, layer_state = block.extend(x_BTD, layer_state, counts_B, layer_plan(edits, layer))
+        plans = layer_plans(edits, range(len(self.blocks)))
+        for block, layer_state, plan in zip(self.layers(), state.layers, plans, strict=True):
+            x_BTD, layer_state = block.extend(x_BTD, layer_state, counts_B, plan)
             layers.append(layer_state)
         after = tuple(layers)
         if streams(after):

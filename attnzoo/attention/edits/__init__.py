@@ -29,7 +29,7 @@ from attnzoo.attention.edits.items import (
 from attnzoo.attention.edits.plan import EditPlan, Edits
 from attnzoo.attention.edits.reading import LayerReading, Reading, ReadResult
 from attnzoo.attention.edits.reads import Entropy, KeySums, Map, Mass, Read, TopKeys
-from attnzoo.attention.edits.run import EditRun, EditRuns, LayerPlan, check_rows, check_runs, layer_plan
+from attnzoo.attention.edits.run import EditRun, EditRuns, LayerPlan, check_rows, check_runs, layer_plan, layer_plans
 from attnzoo.attention.edits.spans import ALL, GENERATED, After, Except, Sinks, Span, TokenLayout
 from attnzoo.attention.edits.traits import Editing, LayerSizes, layer_sizes
 
@@ -76,5 +76,6 @@ __all__ = [
     "check_rows",
     "check_runs",
     "layer_plan",
+    "layer_plans",
     "layer_sizes",
 ]

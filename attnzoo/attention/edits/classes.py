@@ -1,8 +1,9 @@
 """Classes of keys, and fused attention over one class at a time with the logarithm of its sum of exponentials."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import is_
 from typing import Any, TypeVar
 
 import torch
@@ -55,6 +56,7 @@ class KeySets:
         self._class_P = torch.searchsorted(self._codes_C, code_P)
         self.members = class_members(sets, codes, device)
         self._made: dict[Any, Any] = {}
+        self._joined: tuple[list[Tensor], Tensor] | None = None
 
     def observe(self, found: dict[Sinks, Tensor], first: int, tokens: int) -> None:
         """Marks the sinks among the next `tokens` tokens, from position `first` on: found_T (bool), left out where none
@@ -110,6 +112,17 @@ class KeySets:
         found: T = self._made[name]
         return found
 
+    def joined(self, tables: list[Tensor]) -> Tensor:
+        """The tables [1, C, P] of rows of which this is the first as one, up to the shortest; kept from step to step
+        until one of them is another."""
+        if len(tables) == 1:
+            return tables[0]
+        if self._joined is None or len(self._joined[0]) != len(tables) or not all(map(is_, self._joined[0], tables)):
+            shortest = min(each.shape[2] for each in tables)
+            with torch.inference_mode(False):
+                self._joined = tables, torch.cat([each[:, :, :shortest] for each in tables])
+        return self._joined[1]
+
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
@@ -119,18 +132,17 @@ def class_members(sets: tuple[Chosen, ...], codes: tuple[int, ...], device: torc
     return {held: (codes_C >> bit & 1).bool()[None, None] for bit, held in enumerate(sets)}
 
 
-def class_table(tables: Sequence[Tensor], rows_BKS: Tensor | None, x_BNRS: Tensor) -> Tensor:
+def class_table(tables: list[Tensor], rows_BKS: Tensor | None, x_BNRS: Tensor, first: KeySets) -> Tensor:
     """in_class_LCS of the entries of a cache, of each row's kv heads, or of one for all: parts of tables [1, C, P] of
     each row, of which rows_BKS says where entries stand in them (`table_rows`). x_BNRS: what it is multiplied with, in
-    which query heads that share a kv head follow each other."""
+    which query heads that share a kv head follow each other. first: of the first row, which keeps what is joined."""
     if rows_BKS is None:
-        found = [each[:, :, 1 : x_BNRS.shape[3] + 1] for each in tables]
-    else:
-        found = [
-            each[0][:, rows_KS.clamp(max=each.shape[2] - 1)].transpose(0, 1)
-            for each, rows_KS in zip(tables, rows_BKS.expand(len(tables), -1, -1), strict=True)
-        ]
-    return (found[0] if len(found) == 1 else torch.cat(found)).to(x_BNRS.dtype)
+        return first.joined(tables)[:, :, 1 : x_BNRS.shape[3] + 1].to(x_BNRS.dtype)
+    found = [
+        each[0][:, rows_KS.clamp(max=each.shape[2] - 1)].transpose(0, 1)
+        for each, rows_KS in zip(tables, rows_BKS.expand(len(tables), -1, -1), strict=True)
+    ]
+    return torch.cat(found).to(x_BNRS.dtype)
 
 
 def of_classes(x_BNRX: Tensor, table_LXY: Tensor) -> Tensor:
@@ -153,23 +165,30 @@ def table_rows(positions_BKS: Tensor, keys: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class MovedParts:
-    """A move of weight between sets of keys, in products. sums: rows [N, 4, S] or [4, S] that sum up what is given,
-    what those have that receive it, the weight of a filter's keys, and by how much those of them that receive have more
-    than the part that they need. least: what a row needs of these where anything moves. back: rows of the same shape
-    that turn these, over what those have that receive, into the change of every key for its weight."""
+    """A move of weight between sets of keys, in products. table: rows [N, C, S] or [C, S] that sum up what is given,
+    what those have that receive it, and what is lost; and of a filter, the weight of its keys, and by how much those of
+    them that receive have more than the part that they need. least: what a row needs of these where anything moves."""
 
-    sums: Tensor
+    table: Tensor
     least: Tensor
     infinite: Tensor
-    back: Tensor
 
-    def over(self, sums_NR4: Tensor, named_NR1: Tensor | None) -> Tensor:
-        """What `back` is multiplied by: 0 in rows where nothing moves. named_NR1: where it may, None: everywhere."""
-        still_NR1 = (sums_NR4 < self.least).any(-1, keepdim=True)
-        still_NR1 = still_NR1 | (sums_NR4[..., :1] * least_weight(sums_NR4.dtype) > sums_NR4[..., 1:2])
+    def factors(self, sums_NRC: Tensor, named_NR1: Tensor | None, whole: bool = False) -> Tensor:
+        """By how much the second and the third row of the table (`back`) change the weight of each key, for its weight;
+        0 in rows where nothing moves. named_NR1: where it may, None: everywhere. whole: no row of weights has a sum
+        above 1, so that `least` says all of what is no weight."""
+        received_NR1 = sums_NRC[..., 1:2]
+        still_NR1 = (sums_NRC < self.least).any(-1, keepdim=True)
+        if not whole:
+            still_NR1 = still_NR1 | (sums_NRC[..., :1] * least_weight(sums_NRC.dtype) > received_NR1)
         if named_NR1 is not None:
             still_NR1 = still_NR1 | ~named_NR1
-        return sums_NR4 / torch.where(still_NR1, self.infinite, sums_NR4[..., 1:2])
+        return sums_NRC[..., :2] / torch.where(still_NR1, self.infinite, received_NR1)
+
+    @staticmethod
+    def back(table: Tensor) -> Tensor:
+        """The rows of a table that turn `factors` into the change of every key."""
+        return table[..., 1:3, :]
 
 
 @recent
@@ -178,18 +197,14 @@ def moved_parts(
 ) -> MovedParts:
     """numbers: the share that is given, and the least weight and the least part of a filter, -inf and 0 without."""
     share, min_mass, min_share = numbers
-    receives, given, counted = (x.to(dtype) for x in (to & ~giving, giving, of))
-    nothing = torch.zeros_like(given)
-    rows = (share * given, receives, counted, counted * receives - min_share * counted)
-    sums, back = (
-        torch.cat(torch.broadcast_tensors(*each), dim=-2)
-        for each in (rows, (receives, -share * given, nothing, nothing))
-    )
     infinite = float("inf")
-    needs = (-infinite, least_weight(dtype), min_mass, 0.0 if min_mass > -infinite else -infinite)
-    least = torch.tensor((*needs, infinite), dtype=dtype, device=sums.device)
-    sums, back = (x[0] if len(x) == 1 else x for x in (sums, back))
-    return MovedParts(sums, least[:4], least[4], back)
+    receives, given, counted = (x.to(dtype) for x in (to & ~giving, giving, of))
+    rows, needs = [share * given, receives, -share * given], [-infinite, least_weight(dtype), -infinite]
+    if min_mass > -infinite:
+        rows, needs = [*rows, counted, counted * receives - min_share * counted], [*needs, min_mass, 0.0]
+    table = torch.cat(torch.broadcast_tensors(*rows), dim=-2)
+    least = torch.tensor((*needs, infinite), dtype=dtype, device=table.device)
+    return MovedParts(table[0] if len(table) == 1 else table, least[:-1], least[-1])
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def _by_class(
 def _sum_of_classes(weights_NRC: Tensor, outs: list[Tensor]) -> Tensor:
     total = weights_NRC[..., :1] * outs[0]
     for number, out_NRH in enumerate(outs[1:], 1):
-        total = torch.addcmul(total, weights_NRC[..., number, None], out_NRH)
+        total.addcmul_(weights_NRC[..., number, None], out_NRH)
     return total
 
 

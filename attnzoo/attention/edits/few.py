@@ -103,15 +103,14 @@ def few_changes(call: AttentionCall, rows: slice, records: Sequence[LayerRecord]
         return []
     for row in shared.busy:
         records[row].engines.add("dense")
+    sets = [record.sets(call.q_BNTH.device) for record in records]
     scores_BNRS, empty_BNR1 = shared.scores(call)
     if shared.moves and empty_BNR1 is None:
         parts = [record.moved(scores_BNRS) for record in records]
-        sums_L4S = class_table([part.sums for part in parts], shared.places_BKS, scores_BNRS)
-        back_L4S = class_table([part.back for part in parts], shared.places_BKS, scores_BNRS)
-        weights_BNRS = moved_weights(scores_BNRS, parts[0], sums_L4S, back_L4S, shared.edited_BNR1)
+        table = class_table([part.table for part in parts], shared.places_BKS, scores_BNRS, sets[0])
+        weights_BNRS = moved_weights(scores_BNRS, parts[0], table)
     else:
-        tables = [record.sets(scores_BNRS.device).table for record in records]
-        table = class_table(tables, shared.places_BKS, scores_BNRS)
+        table = class_table([each.table for each in sets], shared.places_BKS, scores_BNRS, sets[0])
         found = weighed_by_class(scores_BNRS, empty_BNR1, table, shared.items)
         _add(shared, records, call.queries_BT[rows], found)
         if not shared.changes:

@@ -365,8 +365,8 @@ class Move(WeightEdit):
 
     def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
         parts = self.parts(here.keys, x_NRS.dtype)
-        over = parts.over(x_NRS @ parts.sums.mT, None if here.everywhere else here.named_NR1)
-        return torch.addcmul(x_NRS, x_NRS, over @ parts.back)
+        factors = parts.factors(x_NRS @ parts.table.mT, None if here.everywhere else here.named_NR1)
+        return torch.addcmul(x_NRS, x_NRS, factors @ parts.back(parts.table))
 
 
 def _number(name: str, value: Any, least: float = -float("inf"), most: float = float("inf")) -> None:

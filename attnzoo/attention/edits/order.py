@@ -81,16 +81,14 @@ def weighed_by_class(
     return WeighedByClass(weights_BNRS, sums_BNRC, changed(sums_BNRC, None, items), empty, several)
 
 
-def moved_weights(
-    scores_BNRS: Tensor, parts: MovedParts, sums_L4S: Tensor, back_L4S: Tensor, named_BNR1: Tensor | None
-) -> Tensor:
+def moved_weights(scores_BNRS: Tensor, parts: MovedParts, table_LCS: Tensor) -> Tensor:
     """Softmax attention weights after a move between sets of keys, the only edit, where no row is empty and without
-    gradients. sums, back: those of `parts` for every key of each row."""
+    gradients. table_LCS: that of `parts` for every key of each row. Heads and queries that the edit does not name have
+    its weights, too."""
     weights_BNRS = _softmax(scores_BNRS)
-    weights_LRS = weights_BNRS.view(len(sums_L4S), -1, scores_BNRS.shape[3])
-    named_LR1 = None if named_BNR1 is None else named_BNR1.reshape(len(weights_LRS), -1, 1)
-    over_LR4 = parts.over(torch.bmm(weights_LRS, sums_L4S.mT), named_LR1)
-    weights_LRS.addcmul_(weights_LRS, torch.bmm(over_LR4, back_L4S))
+    weights_LRS = weights_BNRS.view(len(table_LCS), -1, scores_BNRS.shape[3])
+    factors_LR2 = parts.factors(torch.bmm(weights_LRS, table_LCS.mT), None, whole=True)
+    weights_LRS.addcmul_(weights_LRS, torch.bmm(factors_LR2, parts.back(table_LCS)))
     return weights_BNRS
 
 

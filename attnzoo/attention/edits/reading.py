@@ -46,14 +46,14 @@ class LayerRecord:
 
     def moved(self, like: Tensor) -> MovedParts:
         """Of a `Move` that is all there is, what turns weights of all keys [., P], on their device and in their dtype,
-        into those after it: [1, 4, P]."""
+        into those after it: [1, C, P]."""
         sets = self.sets(like.device)
 
         def make() -> MovedParts:
             (meant,) = self.plan.items
             assert isinstance(meant.item, Move)
             parts = meant.item.parts({name: sets.rows(held) for name, held in meant.sets}, like.dtype)
-            return replace(parts, sums=parts.sums[None], back=parts.back[None])
+            return replace(parts, table=parts.table[None])
 
         return sets.made(like.dtype, make)
 

@@ -64,13 +64,25 @@ def _check_count(entries: int, batch: int) -> None:
 def layer_plan(runs: EditRuns | None, layer: int, step: int | None = None) -> "LayerPlan | None":
     """What one layer does in one call, None where there is nothing to do. step: the number of the call, for plans whose
     steps are calls. Raises ValueError for a run of a model with other layers."""
+    return layer_plans(runs, [layer], step)[0]
+
+
+def layer_plans(runs: EditRuns | None, layers: Sequence[int], step: int | None = None) -> "list[LayerPlan | None]":
+    """`layer_plan` of several layers."""
     if runs is None:
-        return None
+        return [None for _ in layers]
     check_runs(runs)
-    rows: list[Row | None] = []
+    _check_calls(runs, max(layers, default=0), step)
+    rows = [tuple([None if run is None else run.rows[layer] for run in runs]) for layer in layers]
+    placed = Placed()
+    return [LayerPlan(each, step, placed=placed) if any(each) else None for each in rows]
+
+
+def _check_calls(runs: EditRuns, layer: int, step: int | None) -> None:
+    """Raises ValueError for runs that are not of one sequence each, of plans without this layer, or of another kind of
+    steps."""
     for row, run in enumerate(runs):
         if run is None:
-            rows.append(None)
             continue
         if row and any(run is other for other in runs[:row]):
             raise ValueError(
@@ -86,8 +98,6 @@ def layer_plan(runs: EditRuns | None, layer: int, step: int | None = None) -> "L
             )
         if calls is not None and step is not None and not 0 <= step < calls:
             raise ValueError(f"edits[{row}]: step={step}, and the plan has {calls} calls, from 0 on")
-        rows.append(run.rows[layer])
-    return LayerPlan(tuple(rows), step) if any(rows) else None
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,25 @@ class Row:
 
 
 @dataclass
+class Placed:
+    """Where a chunk stands, for all layers of a call: queries_BT as in `AttentionCall`, and the `ends` of its rows.
+    given: positions and counts of which it was made."""
+
+    given: tuple[Tensor, Tensor | None] | None = None
+    queries_BT: Tensor | None = None
+    ends: list[tuple[int, int]] = field(default_factory=list)
+
+    def of(self, positions_BT: Tensor, counts_B: Tensor | None) -> Tensor:
+        """queries_BT of positions."""
+        if self.given is None or self.given[0] is not positions_BT or self.given[1] is not counts_B:
+            self.given = positions_BT, counts_B
+            self.queries_BT = positions_BT if counts_B is None else _real(positions_BT, counts_B)
+            self.ends = ends(self.queries_BT)
+        assert self.queries_BT is not None
+        return self.queries_BT
+
+
+@dataclass
 class LayerPlan:
     """What one layer does in one call, row by row; None: untouched. hidden_BTD: hidden states as they enter the block,
     by which `Sinks` are found; None: the layer's input."""
@@ -107,6 +136,7 @@ class LayerPlan:
     rows: tuple[Row | None, ...]
     step: int | None = None
     hidden_BTD: Tensor | None = field(default=None, repr=False)
+    placed: Placed = field(default_factory=Placed, repr=False)
 
     def __post_init__(self) -> None:
         self.plans = tuple([None if entry is None else entry.record.plan for entry in self.rows])
@@ -163,7 +193,10 @@ class LayerPlan:
         _check_count(len(self.rows), len(x_BTD))
         hidden_BTD = x_BTD if self.hidden_BTD is None else self.hidden_BTD
         found: dict[Sinks, list[list[bool]]] = {}
-        for row, (entry, (first, last)) in enumerate(zip(self.rows, ends(queries_BT), strict=True)):
+        known = queries_BT is self.placed.queries_BT
+        for row, (entry, (first, last)) in enumerate(
+            zip(self.rows, self.placed.ends if known else ends(queries_BT), strict=True)
+        ):
             if entry is None or last < 0:
                 continue
             real: Tensor | slice = slice(None)
@@ -213,9 +246,8 @@ class LayerPlan:
 
     def positions(self, queries_BT: Tensor, counts_B: Tensor | None = None) -> Tensor:
         """Positions of a chunk, -1 for right padding. Raises ValueError beyond what was planned."""
-        if counts_B is not None:
-            queries_BT = _real(queries_BT, counts_B)
-        for row, (entry, (_, last)) in enumerate(zip(self.rows, ends(queries_BT), strict=False)):
+        queries_BT = self.placed.of(queries_BT, counts_B)
+        for row, (entry, (_, last)) in enumerate(zip(self.rows, self.placed.ends, strict=False)):
             if entry is not None and last >= entry.total:
                 raise ValueError(
                     f"edits[{row}] were planned for {entry.total} tokens, and here is one at position {last}; plan "

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import hypot
 from typing import Any, Literal
 
 import torch
@@ -25,8 +24,8 @@ GENERATED = "generated"
 FAR = 2**40
 """A position beyond any sequence."""
 
-FEW_NUMBERS = 2048
-"""So many numbers are looked at one by one."""
+FEW_TOKENS = 16
+"""Numbers of so many tokens are looked at one by one."""
 
 Interval = tuple[int, int]
 
@@ -74,23 +73,29 @@ class Sinks:
 
     def found(self, x_BTD: Tensor) -> Tensor:
         """sink_BT (bool)."""
-        x = x_BTD.detach().to(torch.promote_types(x_BTD.dtype, torch.float32))
+        x = _exact(x_BTD)
         largest_BT = _norm(x.index_select(-1, _tensor(self.channels, x.device)), float("inf"), -1)
         return largest_BT >= _norm(x, 2, -1) * (self.tau * x.shape[-1] ** -0.5)
 
     def found_in(self, x_BTD: Tensor) -> list[list[bool]]:
-        """`found`, row by row. Few numbers are looked at one by one, which takes a third of the time that operations on
+        """`found`, row by row. Of few tokens numbers are compared one by one, which takes less time than operations on
         tensors take to start."""
-        if x_BTD.device.type != "cpu" or x_BTD.numel() > FEW_NUMBERS:
+        if x_BTD.device.type != "cpu" or x_BTD.shape[0] * x_BTD.shape[1] > FEW_TOKENS:
             found: list[list[bool]] = self.found(x_BTD).tolist()
             return found
-        least = self.tau * x_BTD.shape[-1] ** -0.5
+        x, least = _exact(x_BTD), self.tau * x_BTD.shape[-1] ** -0.5
+        named, norms = x.index_select(-1, _tensor(self.channels, x.device)).tolist(), _norm(x, 2, -1).tolist()
         return [
-            [max(abs(x_D[c]) for c in self.channels) >= least * hypot(*x_D) for x_D in row] for row in x_BTD.tolist()
+            [max(map(abs, some)) >= least * norm for some, norm in zip(*row, strict=True)]
+            for row in zip(named, norms, strict=True)
         ]
 
 
 _norm = torch.linalg.vector_norm
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 @lru_cache(maxsize=64)
