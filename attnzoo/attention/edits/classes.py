@@ -269,12 +269,16 @@ def _one_class(
     seen = seen_NRS.view(torch.uint8)
     if added_NRS is not None or not bool(seen.amin()):
         some = seen.amax(-1).bool()
-        zeros = content_NRH.new_zeros(()) if added_NRS is None else added_NRS.to(content_NRH.dtype)
-        mask = torch.where(seen_NRS, zeros, float("-inf"))
+        if added_NRS is not None:
+            mask = torch.where(seen_NRS, added_NRS.to(content_NRH.dtype), float("-inf"))
+        else:  # by arithmetic, faster than `where`; and rows without keys have finite outputs
+            lowest = torch.finfo(content_NRH.dtype).min
+            mask = torch.add(content_NRH.new_full((), lowest), seen.to(content_NRH.dtype), alpha=-lowest)
     out, lse = lse_attention(content_NRH, keys_KSH, values_KSH, mask, scale)
     out, lse = out.to(dtype), lse.to(dtype)
     if some is not None and not bool(some.all()):  # the fused operation's answers for rows without keys say nothing
-        out, lse = out.masked_fill(~some[..., None], 0.0), lse.masked_fill(~some, float("-inf"))
+        out = out if added_NRS is None else out.masked_fill(~some[..., None], 0.0)
+        lse = lse.masked_fill(~some, float("-inf"))
     return lse, out
 
 

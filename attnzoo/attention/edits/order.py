@@ -54,7 +54,9 @@ def weighed(scores_NRS: Tensor, visible_NRS: Tensor, items: Sequence[tuple[Any, 
     """Softmax attention weights with edits; other items are left out. What is not visible has no weight, whatever edits
     say."""
     hidden = ~visible_NRS
-    scores = scored(scores_NRS.masked_fill(hidden, 0.0), items).masked_fill(hidden, float("-inf"))
+    if any(isinstance(item, ScoreEdit) for item, _ in items):
+        scores_NRS = scored(scores_NRS.masked_fill(hidden, 0.0), items)
+    scores = scores_NRS.masked_fill(hidden, float("-inf"))
     empty = (scores == float("-inf")).all(-1, keepdim=True)
     weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
     return Weighed(scores, changed(weights, hidden, items), empty)

@@ -186,7 +186,7 @@ def sees(
     if not causal:
         return seen
     since = keys if starts is None else keys - starts
-    past = (since >= 0) & (keys <= queries)
+    past = keys <= queries if starts is None else (since >= 0) & (keys <= queries)
     if window is not None:
         past = past & ((queries - keys < window) | (since < sinks))
     if prefix is not None:
