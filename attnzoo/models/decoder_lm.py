@@ -16,6 +16,7 @@ from attnzoo.attention.edits import (
     EditPlan,
     EditRuns,
     Edits,
+    LayerPlan,
     TokenLayout,
     check_rows,
     check_runs,
@@ -115,7 +116,7 @@ class DecoderLM(nn.Module):
         if edits is not None:
             batch, tokens, _ = x_BTD.shape
             check_rows(edits, batch, tokens, starts_BT, len(self.blocks))
-        for block, plan in zip(self.layers(), layer_plans(edits, range(len(self.blocks))), strict=True):
+        for block, plan in zip(self.layers(), self._plans(edits), strict=True):
             if plan is not None:
                 x_BTD = block(x_BTD, mask, plan)
             elif edits is None and self.activation_checkpointing and torch.is_grad_enabled():
@@ -124,6 +125,10 @@ class DecoderLM(nn.Module):
                 x_BTD = block(x_BTD, mask)
         out: Tensor = self.norm(x_BTD)
         return out
+
+    def _plans(self, edits: EditRuns | None) -> list[LayerPlan | None]:
+        """What each layer does of edits in one call."""
+        return [None for _ in self.blocks] if edits is None else layer_plans(edits, range(len(self.blocks)))
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """x_BTD of token ids; embeddings are returned as they are. Raises ValueError for no sequences, no tokens,
@@ -274,8 +279,7 @@ class DecoderLM(nn.Module):
         if edits is not None:
             check_runs(edits, rows, len(self.blocks))
         layers = []
-        plans = layer_plans(edits, range(len(self.blocks)))
-        for block, layer_state, plan in zip(self.layers(), state.layers, plans, strict=True):
+        for block, layer_state, plan in zip(self.layers(), state.layers, self._plans(edits), strict=True):
             x_BTD, layer_state = block.extend(x_BTD, layer_state, counts_B, plan)
             layers.append(layer_state)
         after = tuple(layers)

@@ -222,7 +222,7 @@ def test_off_runs_nothing_of_edits(monkeypatch):
     def entered(*_args, **_options):
         raise AssertionError("edits were entered")
 
-    for name in ("attnzoo.models.decoder_lm.layer_plan", "attnzoo.attention.parts.mixing.StreamedEdits"):
+    for name in ("attnzoo.models.decoder_lm.layer_plans", "attnzoo.attention.parts.mixing.StreamedEdits"):
         monkeypatch.setattr(name, entered)
     assert torch.equal(model(tokens), expected)
     assert torch.equal(model.extend(tokens, model.init_state(2, 9))[0], streamed)

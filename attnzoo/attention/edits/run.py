@@ -64,13 +64,11 @@ def _check_count(entries: int, batch: int) -> None:
 def layer_plan(runs: EditRuns | None, layer: int, step: int | None = None) -> "LayerPlan | None":
     """What one layer does in one call, None where there is nothing to do. step: the number of the call, for plans whose
     steps are calls. Raises ValueError for a run of a model with other layers."""
-    return layer_plans(runs, [layer], step)[0]
+    return None if runs is None else layer_plans(runs, [layer], step)[0]
 
 
-def layer_plans(runs: EditRuns | None, layers: Sequence[int], step: int | None = None) -> "list[LayerPlan | None]":
+def layer_plans(runs: EditRuns, layers: Sequence[int], step: int | None = None) -> "list[LayerPlan | None]":
     """`layer_plan` of several layers."""
-    if runs is None:
-        return [None for _ in layers]
     check_runs(runs)
     _check_calls(runs, max(layers, default=0), step)
     rows = [tuple([None if run is None else run.rows[layer] for run in runs]) for layer in layers]
