@@ -220,7 +220,7 @@ def _of_query_heads(x: Tensor, heads: int) -> Tensor:
 
 def _cut(x: Tensor, rows: slice) -> Tensor:
     """Some rows of what is said of all, or of all in one."""
-    return x[rows] if len(x) > 1 and rows.stop - rows.start < len(x) else x
+    return x[rows] if x.shape[0] > 1 and rows.stop - rows.start < x.shape[0] else x
 
 
 def _cut_heads(x: Tensor, heads: slice) -> Tensor:

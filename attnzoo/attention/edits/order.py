@@ -88,7 +88,7 @@ def moved_weights(scores_BNRS: Tensor, parts: MovedParts, table_LCS: Tensor) -> 
     gradients. table_LCS: that of `parts` for every key of each row. Heads and queries that the edit does not name have
     its weights, too."""
     weights_BNRS = _softmax(scores_BNRS)
-    weights_LRS = weights_BNRS.view(len(table_LCS), -1, scores_BNRS.shape[3])
+    weights_LRS = weights_BNRS.view(table_LCS.shape[0], -1, scores_BNRS.shape[3])
     factors_LR2 = parts.factors(torch.bmm(weights_LRS, table_LCS.mT), None, whole=True)
     weights_LRS.addcmul_(weights_LRS, torch.bmm(factors_LR2, parts.back(table_LCS)))
     return weights_BNRS

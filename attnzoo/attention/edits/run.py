@@ -73,7 +73,12 @@ def layer_plans(runs: EditRuns, layers: Sequence[int], step: int | None = None) 
     _check_calls(runs, max(layers, default=0), step)
     rows = [tuple([None if run is None else run.rows[layer] for run in runs]) for layer in layers]
     placed = Placed()
-    return [LayerPlan(each, step, placed=placed) if any(each) else None for each in rows]
+    found = [LayerPlan(each, step, placed=placed) if any(each) else None for each in rows]
+    plans: dict[tuple[int, ...], tuple[LayerItems | None, ...]] = {}
+    for layer in found:
+        if layer is not None:  # layers that do the same have the same tuple, which is then found at a glance
+            layer.plans = plans.setdefault(tuple(map(id, layer.plans)), layer.plans)
+    return found
 
 
 def _check_calls(runs: EditRuns, layer: int, step: int | None) -> None:
@@ -188,7 +193,7 @@ class LayerPlan:
     def observe(self, x_BTD: Tensor, queries_BT: Tensor) -> None:
         """Finds the sinks among the tokens of a call; queries_BT as in `AttentionCall`. Raises ValueError for a run
         that has been there before."""
-        _check_count(len(self.rows), len(x_BTD))
+        _check_count(len(self.rows), x_BTD.shape[0])
         hidden_BTD = x_BTD if self.hidden_BTD is None else self.hidden_BTD
         found: dict[Sinks, list[list[bool]]] = {}
         known = queries_BT is self.placed.queries_BT

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import wraps
-from operator import is_
 from typing import Any, TypeVar
 
 import torch
@@ -34,7 +33,7 @@ def recent(function: F) -> F:
         # Tensors made in inference mode cannot be used outside of it.
         inference = torch.is_inference_mode_enabled()
         for made_in, given, then, result in known:
-            if made_in == inference and _same(given, arguments) and then == tuple(map(_written, arguments)):
+            if made_in == inference and _same(given, then, arguments):
                 return result
         written = tuple(map(_written, arguments))
         result = function(*arguments)
@@ -54,11 +53,14 @@ def _written(x: Any) -> Any:
     return tuple(x.tolist()) if x.dim() == 1 and len(x) <= FEW and x.device.type == "cpu" else None
 
 
-def _same(given: tuple[Any, ...], arguments: tuple[Any, ...]) -> bool:
-    return len(given) == len(arguments) and (
-        all(map(is_, given, arguments))
-        or all(
-            x is y or (not (isinstance(x, Tensor) or isinstance(y, Tensor)) and x == y)
-            for x, y in zip(given, arguments, strict=True)
-        )
-    )
+def _same(given: tuple[Any, ...], written: tuple[Any, ...], arguments: tuple[Any, ...]) -> bool:
+    """Whether the arguments are those given, as they were written then. A loop, as all layers of a step ask."""
+    if len(given) != len(arguments):
+        return False
+    for x, then, y in zip(given, written, arguments, strict=True):
+        tensor = isinstance(y, Tensor)
+        if x is not y and (tensor or isinstance(x, Tensor) or x != y):
+            return False
+        if tensor and then != _written(y):
+            return False
+    return True
