@@ -73,7 +73,7 @@ class Sinks:
 
     def found(self, x_BTD: Tensor) -> Tensor:
         """sink_BT (bool)."""
-        x = _exact(x_BTD)
+        x = _exact(x_BTD.detach())
         largest_BT = _norm(x.index_select(-1, _tensor(self.channels, x.device)), float("inf"), -1)
         return largest_BT >= _norm(x, 2, -1) * (self.tau * x.shape[-1] ** -0.5)
 
@@ -95,7 +95,7 @@ _norm = torch.linalg.vector_norm
 
 
 def _exact(x: Tensor) -> Tensor:
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @lru_cache(maxsize=64)
