@@ -269,11 +269,10 @@ def _one_class(
     seen = seen_NRS.view(torch.uint8)
     if added_NRS is not None or not bool(seen.amin()):
         some = seen.amax(-1).bool()
-        if added_NRS is not None:
-            mask = torch.where(seen_NRS, added_NRS.to(content_NRH.dtype), float("-inf"))
-        else:  # by arithmetic, faster than `where`; and rows without keys have finite outputs
-            lowest = torch.finfo(content_NRH.dtype).min
-            mask = torch.add(content_NRH.new_full((), lowest), seen.to(content_NRH.dtype), alpha=-lowest)
+        # A finite number hides, too, and rows without keys get finite outputs; but a bias may be as low.
+        lowest = torch.finfo(content_NRH.dtype).min if added_NRS is None else float("-inf")
+        shown = content_NRH.new_zeros(()) if added_NRS is None else added_NRS.to(content_NRH.dtype)
+        mask = torch.where(seen_NRS, shown, lowest)
     out, lse = lse_attention(content_NRH, keys_KSH, values_KSH, mask, scale)
     out, lse = out.to(dtype), lse.to(dtype)
     if some is not None and not bool(some.all()):  # the fused operation's answers for rows without keys say nothing
