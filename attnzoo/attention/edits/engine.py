@@ -161,7 +161,7 @@ def _by_class(
             if order_S is None:
                 visible, added = held.sorted(visible), None if added is None else held.sorted(added)
             passes.append(class_passes(block.content_NRH[heads], held, visible, added, call.scale))
-        lse_NRC = torch.cat([lse for lse, _ in passes])
+        lse_NRC = passes[0][0] if len(passes) == 1 else torch.cat([lse for lse, _ in passes])
         outs = [
             torch.cat(outs) if len(outs) > 1 else outs[0] for outs in zip(*(outs for _, outs in passes), strict=True)
         ]
