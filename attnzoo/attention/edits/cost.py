@@ -7,7 +7,7 @@ from attnzoo.attention.edits.reads import Entropy, KeySums, Map, Mass, Read, Top
 from attnzoo.attention.edits.traits import LayerSizes
 from attnzoo.types import dtype_bytes
 
-ROWS = 512
+ROWS = 256
 """Queries that the fused operation takes at a time."""
 BLOCK_BYTES = 16 << 20
 """Bytes of scores that are computed at once where every key has a score of its own."""
