@@ -35,7 +35,7 @@ from attnzoo.attention.edits import (
 from attnzoo.attention.edits import run as edits_run
 from attnzoo.attention.edits.engine import AttentionCall
 from attnzoo.attention.edits.few import few_changes
-from attnzoo.attention.edits.items import ScoreEdit, WeightEdit
+from attnzoo.attention.edits.items import Here, ScoreEdit, WeightEdit
 from attnzoo.attention.edits.order import weighed
 from attnzoo.ops.common.masks import Mask
 from tests.helpers.edits_cases import HEADS, LAYOUT, SINKS, TOKENS, drawn_items
@@ -247,6 +247,16 @@ def test_keys_of_next_to_no_weight(dense, few, monkeypatch):
         compared[0] += int((some[..., 0] & clear).sum())
         compared[1] += int((~some[..., 0] & clear).sum())
     assert min(compared) > 50
+
+
+def test_a_move_of_large_weights_gives_nothing_to_next_to_none():
+    """What an edit before it has enlarged. Kills: a receiver that has some weight, but none beside what is given."""
+    giving, shown = torch.tensor([[[True, False]]]), torch.ones(1, 1, 2, dtype=torch.bool)
+    here = Here(shown[..., :1], shown, {"keys": giving, "to": ~giving})
+    none, some = (torch.tensor([[[1e6, weight]]]) for weight in (1e-33, 1e-20))
+    move = Move(Where(keys=0), 1, 1.0)
+    assert torch.equal(move.apply(none, here), none)
+    torch.testing.assert_close(move.apply(some, here), torch.tensor([[[0.0, 1e6]]]))
 
 
 def test_reads_are_what_the_map_says():
