@@ -254,8 +254,7 @@ def class_passes(
             )
         )
         start = end
-    # Class after class in memory: what is summed over classes is then summed for many queries at a time.
-    return torch.stack([lse for lse, _ in found]).movedim(0, -1), [out for _, out in found]
+    return torch.stack([lse for lse, _ in found], dim=-1), [out for _, out in found]
 
 
 def _one_class(
