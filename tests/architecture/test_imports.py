@@ -38,6 +38,7 @@ ORDER = [
     "figures",
     "workers",
     "clinical",
+    "vision",
     "profiling",
     "tasks",
     "planner",
