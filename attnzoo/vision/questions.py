@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from attnzoo.vision.emoji import EMOJI, with_article
-from attnzoo.vision.scenes import SceneObject, Scene, SceneWorld, Split
+from attnzoo.vision.scenes import Scene, SceneObject, SceneWorld, Split
 
 MARGIN = 6.0
 """Pixels by which the middles of two objects must differ before one is left of, or above, the other."""

@@ -11,7 +11,7 @@ from attnzoo.vision import EMOJI, Baselines, SceneOptions, SceneQuestion, SceneW
 from attnzoo.vision.backgrounds import COLOURS, TEXTURES, background
 from attnzoo.vision.emoji import FONTS, EmojiFont
 from attnzoo.vision.questions import KINDS, MARGIN, NUMBERS, training_questions
-from attnzoo.vision.scenes import SceneObject, Scene
+from attnzoo.vision.scenes import Scene, SceneObject
 from tests.helpers.emoji_fonts import needs
 
 pytestmark = needs("openmoji")
