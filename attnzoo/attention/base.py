@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from attnzoo.attention.checks import check_counts, check_mask, check_tensor
 from attnzoo.attention.edits.traits import NO_EDITING, Editing
 from attnzoo.derived_memory import PassMemory, pass_memory, stand_in
 from attnzoo.errors import suggest
@@ -156,40 +157,13 @@ class Attention(nn.Module, ABC):
         """Raises ValueError for an input or context of another shape than [batch, tokens, model_dim], and for a context
         or a mask that the traits rule out."""
         name, model_dim = type(self).__name__, self.config.model_dim
+        check_tensor(name, "x", x_BTD, f"[batch, tokens, {model_dim}]")
         if x_BTD.dim() != 3 or x_BTD.shape[2] != model_dim:
             raise ValueError(f"{name} got x of shape {list(x_BTD.shape)}; it must be [batch, tokens, {model_dim}]")
         if context_BSD is not None:
             self.check_context(context_BSD, len(x_BTD))
-        if mask is None:
-            return
-        if not isinstance(mask, Mask):
-            raise ValueError(f"mask is a {type(mask).__name__}; give a Mask, for example Mask(pairs=...) of booleans")
-        traits = self.traits
-        beyond = sorted(mask.uses - traits.masks)
-        if beyond:
-            raise ValueError(
-                f"mask: {name} cannot compute {', '.join(MASK_WORDS[field] for field in beyond)}; "
-                f"it takes {', '.join(MASK_WORDS[field] for field in sorted(traits.masks)) or 'no mask'}"
-                f"{self.way_out()}"
-            )
-        if mask.window is not None or not mask.parallel:
-            given = "positions are those of a streaming state" if mask.window is None else "window is the layer's own"
-            raise ValueError(f"mask: {given} and not given to forward; leave it out, or build {name} with it")
-
-        read_BSD = x_BTD if context_BSD is None else context_BSD
-        fields = (("keys_BS", mask.keys_BS, read_BSD), ("starts_BT", mask.starts_BT, x_BTD))
-        for what, tensor, of in fields:
-            if tensor is not None and tensor.shape != of.shape[:2]:
-                raise ValueError(
-                    f"mask: {what} of {name} has shape {list(tensor.shape)}; it must be {list(of.shape[:2])}, one for "
-                    "each token"
-                )
-        if mask.starts_BT is not None and _known_wrong(
-            (mask.starts_BT > torch.arange(x_BTD.shape[1], device=x_BTD.device)) | (mask.starts_BT < 0)
-        ):
-            raise ValueError(
-                f"mask: starts_BT of {name} has a start after its own token, or below 0; a token sees itself at least"
-            )
+        if mask is not None:
+            check_mask(self, x_BTD, context_BSD, mask)
 
     def way_out(self) -> str:
         """The end of a message that refuses a context or a mask: what would make it possible."""
@@ -204,11 +178,14 @@ class Attention(nn.Module, ABC):
                 f"context_BSD: {name} as configured reads its own sequence alone (trait context=False); leave it out"
                 f"{self.way_out()}"
             )
+        check_tensor(name, "context_BSD", context_BSD, f"[batch, tokens, {expected[1]}]")
         if context_BSD.dim() != 3 or (context_BSD.shape[0], context_BSD.shape[2]) != expected:
             raise ValueError(
                 f"{name} got context_BSD of shape {list(context_BSD.shape)}; it must be [batch, tokens, model_dim] = "
                 f"[{batch}, S, {expected[1]}]"
             )
+        if keys_BS is not None:
+            check_tensor(name, "keys_BS", keys_BS, "bool, one for each token of the context")
         if keys_BS is not None and (keys_BS.shape != context_BSD.shape[:2] or keys_BS.dtype != torch.bool):
             raise ValueError(
                 f"keys_BS is {keys_BS.dtype} of shape {list(keys_BS.shape)}; it must be bool of "
@@ -260,18 +237,8 @@ class StreamingAttention(Attention):
             raise ValueError(
                 f"{name} got {len(x_BTD)} sequences in x, and the state holds {batch}; give a row for each"
             )
-        if counts_B is None:
-            return
-        if counts_B.shape != (batch,) or counts_B.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"{name} got counts_B of {counts_B.dtype} and shape {list(counts_B.shape)}; it must be int64 of "
-                f"[{batch}]"
-            )
-        tokens = x_BTD.shape[1]
-        if _known_wrong((counts_B < 0) | (counts_B > tokens)):
-            raise ValueError(
-                f"{name} got counts_B={counts_B.tolist()}; they must lie between 0 and the chunk's {tokens}"
-            )
+        if counts_B is not None:
+            check_counts(name, counts_B, batch, x_BTD.shape[1])
 
     @abstractmethod
     def init_state(
@@ -295,7 +262,9 @@ class StreamingAttention(Attention):
         """Continues sequences by a chunk of any length >= 1; returns (y_BTD, new state).
 
         `counts_B` (int64): how many of the T tokens of each row are real, the rest being right padding; outputs
-        of padding are undefined. None: all. The given state is consumed.
+        of padding are undefined. None: all. The given state is consumed: go on with the one that is returned, and copy
+        a state (`state.clone()`) before, to continue it in two ways. A state that another continuation has written over
+        is refused (ValueError).
         """
 
     def init_context(self, context_BSD: Tensor, keys_BS: Tensor | None = None) -> State:
@@ -323,16 +292,6 @@ def _why_not_streaming(attention: Attention) -> str:
     return f"{name} has no streaming form: make it a StreamingAttention, with init_state and extend"
 
 
-MASK_WORDS: dict[MaskField, str] = {
-    "causal": "causal masks",
-    "full": "masks that show all keys (causal=False)",
-    "prefix": "prefix_B",
-    "starts": "starts_BT",
-    "keys": "keys_BS",
-    "pairs": "pairs",
-}
-
-
 def existing(x_BTD: Tensor, context_BSD: Tensor | None, mask: Mask | None) -> tuple[Tensor, Tensor | None]:
     """(x, context) with zeros for tokens that `keys_BS` says do not exist, whatever stands there."""
     if mask is None or mask.keys_BS is None:
@@ -341,11 +300,6 @@ def existing(x_BTD: Tensor, context_BSD: Tensor | None, mask: Mask | None) -> tu
     if context_BSD is None:
         return x_BTD.masked_fill(gaps_BS1, 0.0), None
     return x_BTD, context_BSD.masked_fill(gaps_BS1, 0.0)
-
-
-def _known_wrong(wrong: Tensor) -> bool:
-    """Whether any value is known to be True: on a GPU, in compiled code and without values nobody looks."""
-    return not torch.compiler.is_compiling() and wrong.device.type == "cpu" and bool(wrong.any())
 
 
 def run_torch(module: nn.Module, x_BTD: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from attnzoo.attention.base import StreamingAttention
 from attnzoo.kvcache import CachedLayer, CachePolicy, State
 from attnzoo.kvcache.compressed import CompressedState, reading
+from attnzoo.kvcache.succession import check_current, succeed
 
 
 def cached_state(
@@ -43,6 +44,8 @@ def cached_layers(attentions: Sequence[StreamingAttention], states: Sequence[Any
 def compress_layers(attentions: Sequence[StreamingAttention], states: Sequence[Any], final: bool) -> tuple[State, ...]:
     """The states after their policy's `compress`; those of exact caches as they are. Raises ValueError for states that
     have been compressed, or hold no token."""
+    for state in states:
+        check_current(state)
     for _, layer in cached_layers(attentions, states):
         if not reading(layer.state):
             raise ValueError("compress: this state has been compressed already; extend it, or start a new one")
@@ -66,7 +69,9 @@ def _each(
     if layers:
         policy = layers[0][1].state.policy
         for (index, _), new in zip(layers, change(policy, [layer for _, layer in layers]), strict=True):
-            out[index] = replace(out[index], mixing=new)
+            after = replace(out[index], mixing=new)
+            succeed(out[index], after)
+            out[index] = after
     return tuple(out)
 
 

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention.base import Attention, Cost, StreamingAttention, Traits, existing
+from attnzoo.attention.checks import check_dtype, check_room, check_state
 from attnzoo.attention.edits.run import LayerPlan, row_positions
 from attnzoo.attention.edits.traits import Editing
 from attnzoo.attention.parts import QKV, ContextState, Mixing, Projection, QKVConv, QKVConvState
 from attnzoo.attention.parts.mixing import SoftmaxContext
 from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.state import State, new_zeros, writable
+from attnzoo.kvcache.succession import check_current, succeed
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import CAUSAL, Mask
 from attnzoo.ops.common.recent import recent
@@ -27,6 +29,13 @@ class ComposedState(State):
     lengths_B: Tensor
     conv: QKVConvState | None
     mixing: State
+
+    @property
+    def rewinds(self) -> bool:
+        return self.mixing.rewinds
+
+    def shares(self, after: Any) -> bool:
+        return self.mixing.shares(after.mixing)
 
 
 class ParallelComposition(Attention):
@@ -80,6 +89,10 @@ class ParallelComposition(Attention):
         edits: LayerPlan | None = None,
     ) -> Tensor:
         self.check_input(x_BTD, context_BSD, mask)
+        if impl != "reference" and not torch.compiler.is_compiling():
+            for what, given in (("x", x_BTD), ("context_BSD", context_BSD)):
+                if given is not None:
+                    check_dtype(type(self).__name__, what, given, self.projection.query.weight.dtype)
         if mask is None:
             mask = CAUSAL if context_BSD is None and self.traits.causal else Mask.full()
         if edits is not None:
@@ -157,6 +170,7 @@ class ComposedAttention(ParallelComposition, StreamingAttention):
         dtype: torch.dtype | None = None,
         cache: CachePolicy | None = None,
     ) -> ComposedState:
+        check_room(type(self).__name__, batch, capacity)
         weight = self.projection.query.weight
         device, dtype = device or weight.device, floating(dtype or weight.dtype)
         return ComposedState(
@@ -185,12 +199,10 @@ class ComposedAttention(ParallelComposition, StreamingAttention):
         *,
         edits: LayerPlan | None = None,
     ) -> tuple[Tensor, ComposedState]:
+        compiling = torch.compiler.is_compiling()
         self.check_input(x_BTD)
-        if (self.conv is None) != (state.conv is None):
-            raise ValueError(
-                f"{type(self).__name__} got the state of another variant, which remembers "
-                f"{'no' if state.conv is None else 'a'} convolution; begin with this layer's init_state"
-            )
+        if not compiling:
+            self.check_state(x_BTD, state)
         self.check_chunk(x_BTD, len(state.lengths_B), counts_B)
         state = writable(state, state.lengths_B)
         tokens = x_BTD.shape[1]
@@ -211,7 +223,27 @@ class ComposedAttention(ParallelComposition, StreamingAttention):
             edits.observe(x_BTD, edits.positions(positions_BT, counts_B))
             o_BNTH, mixing = self.mixing.extend_edited(qkv, state.mixing, positions_BT, counts_B, self.impl, edits)
         lengths_B = state.lengths_B + (tokens if counts_B is None else counts_B)
-        return self.projection.merge(o_BNTH), ComposedState(lengths_B, conv, mixing)
+        after = ComposedState(lengths_B, conv, mixing)
+        if not compiling:
+            succeed(state, after)
+        return self.projection.merge(o_BNTH), after
+
+    def check_state(self, x_BTD: Tensor, state: Any) -> None:
+        """Raises ValueError for a state of another layer, one that another continuation has written over, and x in
+        another dtype than the weights."""
+        name = type(self).__name__
+        check_state(name, state, ComposedState, {})
+        check_dtype(name, "x", x_BTD, self.projection.query.weight.dtype)
+        if (self.conv is None) != (state.conv is None):
+            raise ValueError(
+                f"{name} got the state of another variant, which remembers {'no' if state.conv is None else 'a'} "
+                "convolution; begin with this layer's init_state"
+            )
+        if self.conv is not None:
+            rows = (None, self.conv.width - 1, self.conv.heads.num_heads, self.conv.heads.head_dim)
+            check_state(name, state.conv, QKVConvState, {"query": rows})
+        self.mixing.check_state(name, state.mixing)
+        check_current(state)
 
 
 def _positions(lengths_B: Tensor, tokens: int) -> Tensor:

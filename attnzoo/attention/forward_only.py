@@ -36,11 +36,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from attnzoo.attention.base import Attention, Cost, StreamingAttention, Traits, existing
+from attnzoo.attention.checks import check_room, check_state
 from attnzoo.attention.signature import forward_takes, masks_of, options_of, refuse_unused, source_of
 from attnzoo.derived_flops import forward_flops
 from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.full import with_room
 from attnzoo.kvcache.state import State, new_zeros, writable
+from attnzoo.kvcache.succession import check_current, succeed
 from attnzoo.ops.common.masks import CAUSAL, Mask, MaskField
 from attnzoo.types import check_cost_sizes, dtype_bytes, floating
 
@@ -60,6 +62,9 @@ class InputsState(State):
     lengths_B: Tensor
     context_BSD: Tensor | None = None
     exists_BS: Tensor | None = None
+
+    def shares(self, after: Any) -> bool:
+        return isinstance(after, InputsState) and after.inputs_BTD is self.inputs_BTD
 
     def cut(self, tokens: int) -> "InputsState":
         return replace(self, inputs_BTD=self.inputs_BTD[:, :tokens])
@@ -209,6 +214,7 @@ class RecomputedAttention(ForwardOnly, StreamingAttention):
                 f"cache: {type(self).__name__} keeps a state of its own, the inputs of its forward, and no keys and "
                 "values to compress; use cache=None, or build it from attnzoo.attention.parts"
             )
+        check_room(type(self).__name__, batch, capacity)
         self.check_values()
         device, dtype = device or self._like.device, floating(dtype or self._like.dtype)
         return InputsState(
@@ -226,7 +232,10 @@ class RecomputedAttention(ForwardOnly, StreamingAttention):
 
     def extend(self, x_BTD: Tensor, state: InputsState, counts_B: Tensor | None = None) -> tuple[Tensor, InputsState]:
         self.check_input(x_BTD)
+        width = (None, None, self.config.model_dim)
+        check_state(type(self).__name__, state, InputsState, {"inputs_BTD": width})
         self.check_chunk(x_BTD, len(state.lengths_B), counts_B)
+        check_current(state)
         state = writable(state, state.lengths_B)
         if 0 in x_BTD.shape:
             return x_BTD.new_zeros(x_BTD.shape), state
@@ -245,6 +254,7 @@ class RecomputedAttention(ForwardOnly, StreamingAttention):
         shown = None if state.exists_BS is None else Mask.full(state.exists_BS)
         out_BTD = self._run(self.module, inputs_BTD[:, :used].to(x_BTD.dtype), state.context_BSD, shown)
         after = replace(state, inputs_BTD=inputs_BTD, lengths_B=ends_B)
+        succeed(state, after)
         return out_BTD[rows_BT, positions_BT.clamp(max=used - 1)], after
 
     def _state_bytes(self, batch: int, capacity: int) -> int:

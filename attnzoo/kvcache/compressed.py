@@ -84,6 +84,18 @@ class CompressedState(State):
     ring: Ring | None = None
     policy: Any = field(default=None, compare=False, metadata=STATIC)
 
+    @property
+    def rewinds(self) -> bool:
+        # The tail alone: entries of the ring are replaced, and accumulated attention is added to.
+        return self.accumulated_BKS is None and (self.ring is None or self.ring.keys_BKRH.shape[2] == 0)
+
+    def shares(self, after: Any) -> bool:
+        if not isinstance(after, CompressedState):
+            return False
+        if self.ring is not None and after.ring is not None and self.ring.keys_BKRH.shape[2]:
+            return after.ring.keys_BKRH is self.ring.keys_BKRH
+        return self.tail.shares(after.tail)
+
 
 def empty_state(
     policy: CachePolicy,

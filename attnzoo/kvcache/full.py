@@ -1,6 +1,7 @@
 """The full cache: keep every key and value, in the slot of its logical position."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ class FullCacheState(State):
 
     keys_BKSH: Tensor
     values_BKSH: Tensor
+
+    def shares(self, after: Any) -> bool:
+        return isinstance(after, FullCacheState) and after.keys_BKSH is self.keys_BKSH
 
     def cut(self, tokens: int) -> "FullCacheState":
         return FullCacheState(self.keys_BKSH[:, :, :tokens], self.values_BKSH[:, :, :tokens])

@@ -6,17 +6,20 @@ batch as its first axis, a server can hold one batched state and let sequences j
 what an attention variant keeps (keys and values, convolution tails, a matrix, ...).
 
 States are consumed: `extend` may write into the buffers of the state it is given when autograd is off.
-`clone()` first to continue one state in two ways.
+`clone()` first to continue one state in two ways; `extend` refuses a state that has lost its memory to another
+(`attnzoo.kvcache.succession`).
 """
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+
+from attnzoo.kvcache.succession import NO_CLAIM, Claim, check_current
 
 S = TypeVar("S", bound="State")
 
@@ -28,6 +31,17 @@ the text of its method `describe` instead."""
 
 class State:
     """Base of all states. Subclasses are dataclasses of Tensor | State | tuple[State, ...] | None."""
+
+    _claim: ClassVar[Claim | None] = None
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether a state can be continued again although `extend` has written later tokens into its memory."""
+        return True
+
+    def shares(self, after: Any) -> bool:
+        """Whether `extend`, which made `after` of this state, has written into this state's memory."""
+        return False
 
     def map(self: S, fn: Callable[[str, Tensor], Tensor]) -> S:
         """A state of the same structure with `fn(name, tensor)` for each tensor; names look like "layers.0.keys"."""
@@ -50,17 +64,19 @@ class State:
 
     def rows(self: S, index: slice) -> S:
         """Views of the sequences in `index`, not copies: in-place writes of `extend` reach this state."""
-        return self.map(lambda _, tensor: tensor[index])
+        return _view(self.map(lambda _, tensor: tensor[index]))
 
     def cut(self: S, tokens: int) -> S:
         """Views of the slots that sequences of at most `tokens` tokens fill: in-place writes reach this state.
 
         By default everything, for states of constant size; states that grow override it.
         """
-        return _cut(self, tokens)
+        return _view(_cut(self, tokens))
 
     def clone(self: S) -> S:
-        """An independent copy: the way to continue one state in two ways."""
+        """An independent copy: the way to continue one state in two ways. Raises ValueError for a state that another
+        continuation has written over."""
+        _check(self)
         return self.map(lambda _, tensor: tensor.clone())
 
     def store(self: S, index: slice, other: S) -> None:
@@ -88,7 +104,7 @@ class State:
         exists twice.
 
         The state with fewer slots gets empty ones, which are zeros in every variant's state. Raises ValueError if the
-        two differ in the names or dtypes of their tensors.
+        two differ in the names or dtypes of their tensors, or one has been written over.
         """
         self.check_joins(other)
         theirs = other.tensors()
@@ -105,6 +121,8 @@ class State:
 
     def check_joins(self, other: "State") -> None:
         """Raises ValueError if `joined` would; nothing is consumed."""
+        _check(self)
+        _check(other)
         mine, theirs = self.tensors(), other.tensors()
         if theirs.keys() != mine.keys():
             odd = sorted(theirs.keys() ^ mine.keys())
@@ -121,13 +139,41 @@ class State:
                     )
 
     def keep_rows(self: S, order: Sequence[int]) -> S:
-        """The sequences at these indices, in this order, in new memory. This state is consumed, tensor by tensor."""
+        """The sequences at these indices, in this order, in new memory. This state is consumed, tensor by tensor.
+
+        Raises ValueError for a state that another continuation has written over.
+        """
+        _check(self)
         return _consume(self, "", lambda _, x: x[torch.as_tensor(order, device=x.device, dtype=torch.long)])
 
     def reset(self, index: slice) -> None:
         """Empties the sequences in `index`, in place: every variant's empty state is all zeros."""
         for tensor in self.tensors().values():
             tensor[index].zero_()
+
+
+def _parts(node: Any) -> Iterator["State"]:
+    """All states of a tree."""
+    if isinstance(node, tuple):
+        for item in node:
+            yield from _parts(item)
+    elif isinstance(node, State):
+        yield node
+        for key, static in _fields(type(node)):
+            if not static:
+                yield from _parts(getattr(node, key))
+
+
+def _check(state: State) -> None:
+    for part in _parts(state):
+        check_current(part)
+
+
+def _view(state: S) -> S:
+    if not torch.compiler.is_compiling():
+        for part in _parts(state):
+            part._claim = NO_CLAIM
+    return state
 
 
 def writable(state: S, like: Tensor) -> S:
@@ -167,6 +213,8 @@ def _fill(mine: Any, theirs: Any, name: str) -> None:
             _fill(target, source, f"{name}.{i}")
     else:
         prefix = f"{name}." if name else ""
+        if not torch.compiler.is_compiling() and mine._claim is not NO_CLAIM:
+            mine._claim = None  # it holds what the other holds
         for key, static in _fields(type(mine)):
             if not static:
                 _fill(getattr(mine, key), getattr(theirs, key), prefix + key)
@@ -200,6 +248,7 @@ def _consume(node: Any, name: str, fn: Callable[[str, Tensor], Tensor]) -> Any:
         for key, static in _fields(type(node)):
             if not static:
                 setattr(node, key, _consume(getattr(node, key), f"{name}.{key}" if name else key, fn))
+        node._claim = None  # the memory is new
         return node
     assert node is None, f"a state may not hold {type(node).__name__} ({name})"
     return None
@@ -226,11 +275,13 @@ ORIGIN = "attnzoo.state"
 
 
 def save_state(state: State, path: Path) -> None:
-    """Writes a state to one safetensors file: its tensors, and descriptions of its model and cache policy."""
+    """Writes a state to one safetensors file: its tensors, and descriptions of its model and cache policy. Raises
+    ValueError for a state that another continuation has written over."""
     from safetensors.torch import save_file
 
     if not isinstance(state, State):
         raise ValueError(f"save_state takes a state and then a path, and got a {type(state).__name__}")
+    _check(state)
     tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()}
     save_file(tensors, str(path), metadata={ORIGIN: json.dumps(_origins(state))})
 
@@ -303,5 +354,15 @@ def _difference(theirs: str | None, mine: str) -> str:
 
 
 def new_zeros(*shape: int, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:
-    """An empty state's tensor. Zeros, not uninitialised memory: 0 * NaN would leak through a masked softmax."""
-    return torch.zeros(*shape, device=device, dtype=dtype)
+    """An empty state's tensor. Zeros, not uninitialised memory: 0 * NaN would leak through a masked softmax. Raises
+    ValueError where the memory of a CPU does not hold it."""
+    try:
+        return torch.zeros(*shape, device=device, dtype=dtype)
+    except RuntimeError as error:
+        # torch has no kind of error for "can't allocate memory" on a CPU, nor for a product of sizes that overflows.
+        if re.search("DefaultCPUAllocator|storage size|overflow", str(error), re.IGNORECASE):
+            raise ValueError(
+                f"a state with a tensor of {list(shape)} numbers in {dtype} does not fit into memory; give "
+                "init_state a smaller batch or capacity"
+            ) from None
+        raise

@@ -6,6 +6,7 @@ where StreamingLLM renumbers the cache.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,13 @@ class WindowCacheState(State):
     keys_BKCH: Tensor
     values_BKCH: Tensor
     next_positions_BC: Tensor
+
+    @property
+    def rewinds(self) -> bool:
+        return False
+
+    def shares(self, after: Any) -> bool:
+        return isinstance(after, WindowCacheState) and after.keys_BKCH is self.keys_BKCH
 
 
 class WindowCache(ExactCache):

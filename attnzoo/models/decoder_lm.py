@@ -30,6 +30,7 @@ from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.keep_all import KeepAll
 from attnzoo.kvcache.options import check_lengths
 from attnzoo.kvcache.state import STATIC, State
+from attnzoo.kvcache.succession import check_current
 from attnzoo.models.blocks import MLP, Block, build_norm
 from attnzoo.models.config import DecoderConfig
 from attnzoo.ops.common.masks import Mask
@@ -276,6 +277,9 @@ class DecoderLM(nn.Module):
                 f"tokens_BT has shape {tuple(tokens_BT.shape)}, the state holds {rows} sequences; give one row of "
                 "tokens for each"
             )
+        if not torch.compiler.is_compiling():
+            for layer_state in state.layers:  # all of them before the first is written to
+                check_current(layer_state)
         if edits is not None:
             check_runs(edits, rows, len(self.blocks))
         layers = []

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.attention.base import DOCUMENTS, Traits
+from attnzoo.attention.checks import check_state
 from attnzoo.attention.edits.items import Here
 from attnzoo.attention.edits.order import Weighed, changed
 from attnzoo.attention.edits.run import LayerPlan
@@ -170,6 +171,12 @@ class LinearMixing(Mixing):
         head_dim = self.heads.head_dim
         shape = (batch, self.heads.num_kv_heads, head_dim, head_dim + int(self.normalise))
         return LinearState(new_zeros(*shape, device=device, dtype=accumulation_dtype(dtype)))
+
+    def check_state(self, name: str, state: Any) -> None:
+        head_dim = self.heads.head_dim
+        sums = (None, self.heads.num_kv_heads, head_dim, head_dim + int(self.normalise))
+        what = "context_BKHH" if isinstance(state, LinearContext) else "memory_BKHH"
+        check_state(name, state, (LinearState, LinearContext), {what: sums})
 
     def extend(
         self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None, impl: Impl

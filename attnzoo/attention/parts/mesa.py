@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.attention.base import DOCUMENTS, Traits
+from attnzoo.attention.checks import check_state
 from attnzoo.attention.edits.traits import Editing
 from attnzoo.attention.parts.mixing import Mixing, refuse_cache
 from attnzoo.attention.parts.position import QKV
@@ -90,6 +91,10 @@ class MesaMixing(Mixing):
         shape = (batch, self.heads.num_kv_heads, self.heads.head_dim, self.heads.head_dim)
         gram, memory = (new_zeros(*shape, device=device, dtype=accumulation_dtype(dtype)) for _ in range(2))
         return MesaState(gram, memory)
+
+    def check_state(self, name: str, state: Any) -> None:
+        sums = (None, self.heads.num_kv_heads, self.heads.head_dim, self.heads.head_dim)
+        check_state(name, state, MesaState, {"gram_BKHH": sums, "memory_BKHH": sums})
 
     def extend(
         self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None, impl: Impl

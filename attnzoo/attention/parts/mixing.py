@@ -10,12 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.attention.base import Growth, Traits
+from attnzoo.attention.checks import check_state
 from attnzoo.attention.edits.run import LayerPlan
 from attnzoo.attention.edits.streamed import StreamedEdits, parallel_call
 from attnzoo.attention.edits.traits import NO_EDITING, SOFTMAX_EDITING, Editing
 from attnzoo.attention.parts.position import QKV, Position, visible_pairs
 from attnzoo.attention.parts.projection import Heads
-from attnzoo.kvcache import CachePolicy, CacheView, ExactCache, FullCache, WindowCache
+from attnzoo.kvcache import (
+    CachePolicy,
+    CacheView,
+    ExactCache,
+    FullCache,
+    FullCacheState,
+    WindowCache,
+    WindowCacheState,
+)
 from attnzoo.kvcache.base import Need
 from attnzoo.kvcache.compressed import CompressedState
 from attnzoo.kvcache.keep_all import KeepAll
@@ -86,6 +95,9 @@ class Mixing(nn.Module, ABC):
         self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None, impl: Impl
     ) -> tuple[Tensor, State]:
         """The streaming form: (o_BNTH, new state)."""
+
+    def check_state(self, name: str, state: Any) -> None:
+        """Raises ValueError for a state that this mixing has not made, by kind or sizes. name: of the layer."""
 
     def init_context(self, qkv: QKV, keys_BS: Tensor | None, impl: Impl) -> ContextState:
         """The state that holds a context, of which `keys_BS` exist (None: all); there are no queries yet."""
@@ -235,6 +247,21 @@ class SoftmaxMixing(Mixing):
                 )
             policy = cache
         return policy.init(batch, self.heads.num_kv_heads, self.heads.head_dim, capacity, device=device, dtype=dtype)
+
+    def check_state(self, name: str, state: Any) -> None:
+        keys = (None, self.heads.num_kv_heads, None, self.heads.head_dim)
+        if isinstance(state, CompressedState) and self.mask.window is None:
+            check_state(name, state.tail, FullCacheState, {"keys_BKSH": keys})
+        elif self.mask.window is None:
+            check_state(name, state, (FullCacheState, SoftmaxContext), {"keys_BKSH": keys})
+        else:
+            check_state(name, state, WindowCacheState, {"keys_BKCH": keys})
+            slots, most = state.keys_BKCH.shape[2], self.mask.sinks + self.mask.window
+            if slots > most:
+                raise ValueError(
+                    f"{name} got the state of another layer, of {slots} slots; a window of {self.mask.window} with "
+                    f"sinks={self.mask.sinks} has at most {most}; begin with this layer's init_state"
+                )
 
     def score_function(self, impl: Impl, edits: StreamedEdits | None = None) -> "SoftmaxScoreFunction":
         """The scores, as a compressing cache reads them."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.ops.common.rows import known
 from attnzoo.types import accumulation_dtype
 
 BLOCK = 64
@@ -39,10 +40,23 @@ def ridge_queries_torch(
             block = slice(first, min(first + BLOCK, tokens))
             sums_BKTHH = _running_sums(k[:, :, block], gram, None if starts_BT is None else starts_BT[:, block] - first)
             gram = sums_BKTHH[:, :, -1].clone()  # a view would keep the sums of the whole block alive
-            factor_BKTHH = torch.linalg.cholesky(sums_BKTHH + ridge_K1HH)
+            factor_BKTHH = _factor(sums_BKTHH + ridge_K1HH)
             solved.append(torch.cholesky_solve(q_BKTHG[:, :, block], factor_BKTHH))
         solved_BKTHG = torch.cat(solved, dim=2) if len(solved) > 1 else solved[0]
         return solved_BKTHG.permute(0, 1, 4, 2, 3).flatten(1, 2), gram
+
+
+def _factor(matrix_BKTHH: Tensor) -> Tensor:
+    """The Cholesky factor; NaN where the matrix holds NaN or infinities, so that other sequences keep their outputs.
+    Raises LinAlgError for one of finite numbers that has no factor."""
+    factor_BKTHH, info_BKT = torch.linalg.cholesky_ex(matrix_BKTHH)
+    failed_BKT = info_BKT > 0
+    if known(~failed_BKT):
+        return factor_BKTHH
+    finite_BKT = matrix_BKTHH.isfinite().all(-1).all(-1)
+    if known((failed_BKT & finite_BKT).any()):
+        return torch.linalg.cholesky(matrix_BKTHH)
+    return factor_BKTHH.masked_fill(failed_BKT[..., None, None], torch.nan)
 
 
 def _running_sums(k_BKTH: Tensor, gram_BKHH: Tensor, starts_BT: Tensor | None) -> Tensor:
