@@ -44,6 +44,11 @@ def load(
         if not isinstance(value, bool) and not (value is None and option == "pack_weights"):
             raise ValueError(f"{option}={value!r} must be {known}")
     path = existing_checkpoint(os.fspath(name))
+    if path.exists() and not path.is_dir() and path.suffix != ".gguf":
+        raise ValueError(
+            f"{path} is neither a directory nor a .gguf file; give the directory that holds config.json, the "
+            "weights and the tokenizer"
+        )
     if not isinstance(dtype, torch.dtype | str):
         raise ValueError(f'dtype={dtype!r} has type {type(dtype).__name__}; give a name such as "bfloat16"')
     kind = None if dtype == "auto" else parse_dtype(dtype)

@@ -269,7 +269,10 @@ class RecomputedAttention(ForwardOnly, StreamingAttention):
 
     def _check_alone(self, run: Callable[..., Any], x_BTD: Tensor) -> None:
         """Raises ValueError for a forward whose outputs are random, or change with the sequences beside."""
-        name, whole = type(self).__name__, self._probe(run, x_BTD, None)
+        name, given = type(self).__name__, x_BTD.clone()
+        whole = self._probe(run, x_BTD, None)
+        if not torch.equal(x_BTD, given):
+            raise ValueError(f"{name}.forward writes to its input; work on a copy of it (x = x + y, and not x += y)")
         if not bool(whole.isfinite().all()):
             raise ValueError(f"{name}.forward returns numbers that are not finite, for inputs of size 1")
         allowed = 2 * torch.finfo(whole.dtype).eps ** 0.5 * float(whole.abs().max())

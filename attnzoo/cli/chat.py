@@ -2,10 +2,11 @@
 
 import argparse
 import contextlib
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-from attnzoo.cli.text import OPTIONS, add_model_arguments, generation_options, load, show
+from attnzoo.cli.text import OPTIONS, add_model_arguments, check_utf8, generation_options, load, show
 from attnzoo.errors import complain
 
 if TYPE_CHECKING:
@@ -32,8 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Answers messages until the input ends. Raises ValueError for wrong usage, and, if stdin is not a terminal, for a
-    message that cannot be answered."""
+    """Answers messages until the input ends; returns 1 if a file held a line that is no message.
+
+    Raises ValueError for wrong usage, and, if stdin is not a terminal, for a message that cannot be answered.
+    """
     chosen = generation_options(options.options)
     lm = load(options)
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
@@ -43,15 +46,29 @@ def run(options: argparse.Namespace) -> int:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # input() then edits and remembers lines
         print(f"{lm}\n/reset starts a new conversation, /exit leaves, Ctrl-C stops an answer", file=sys.stderr)
-    messages = list(system)
+    messages, left_out = list(system), 0
     while (line := _read(terminal)) is not None:
         if line == "/exit":
             break
         if line == "/reset":
             messages = list(system)
+        elif (why := _no_message(line)) is not None:
+            complain("attnzoo chat", why)
+            left_out += 1
         elif line:
             messages = _turn(lm, messages, line, chosen, terminal)
-    return 0
+    return 1 if left_out and not terminal else 0
+
+
+def _no_message(line: str) -> str | None:
+    """Why a line is no message for the model."""
+    if re.fullmatch(r"/[a-z]+", line):
+        return f"unknown command {line}; known: /reset, /exit"
+    try:
+        check_utf8(line, "the line")
+    except ValueError as error:
+        return f"{error}; it is left out, and the conversation goes on"
+    return None
 
 
 def _read(terminal: bool) -> str | None:

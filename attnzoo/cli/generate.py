@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from attnzoo.cli.text import OPTIONS, add_model_arguments, check_prompt, generation_options, load, show
+from attnzoo.cli.text import OPTIONS, add_model_arguments, check_prompt, check_utf8, generation_options, load, show
 
 if TYPE_CHECKING:
     from attnzoo.generation import Generation
@@ -43,6 +43,7 @@ def run(options: argparse.Namespace) -> int:
     if not prompt:
         source = "stdin is empty, and the prompt was to be read from it" if options.prompt else "the prompt is empty"
         raise ValueError(f"{source}; give at least one character")
+    check_utf8(prompt, "stdin" if options.prompt == "-" else "the prompt")
     lm = load(options)
     if "max_new_tokens" not in chosen:
         chosen["max_new_tokens"] = max(1, min(LENGTH, lm.config.max_positions - len(lm.encode(prompt))))

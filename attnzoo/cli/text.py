@@ -64,6 +64,18 @@ def check_text(what: str, word: str, options: Collection[str]) -> None:
         )
 
 
+def check_utf8(text: str, where: str) -> None:
+    """Raises ValueError for text that was read from bytes that are no UTF-8. where: what was read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) & 0xFF
+        raise ValueError(
+            f"{where} is not UTF-8: byte 0x{byte:02X} at character {error.start + 1}; convert it, for example with "
+            "iconv -t UTF-8"
+        ) from None
+
+
 def show(piece: str) -> None:
     """Writes text and flushes. On a terminal, control characters other than newline and tab are replaced."""
     sys.stdout.write(CONTROLS.sub("\N{REPLACEMENT CHARACTER}", piece) if sys.stdout.isatty() else piece)

@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ the text of its method `describe` instead."""
 class State:
     """Base of all states. Subclasses are dataclasses of Tensor | State | tuple[State, ...] | None."""
 
-    _claim: ClassVar[Claim | None] = None
+    _claim: Claim | None = None  # no field: this class is no dataclass
 
     @property
     def rewinds(self) -> bool:

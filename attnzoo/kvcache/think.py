@@ -103,6 +103,8 @@ class ThinKCache(TailedCache):
     def why_whole(self, prompt: int, context: int) -> str:
         if self.lossless:
             return super().why_whole(prompt, context)
+        if prompt > self.config.window:
+            return f"{self.describe()} keeps all channels of a head of this size; a smaller channel_ratio drops one"
         return (
             f"{self.describe()} leaves the newest {self.config.window} tokens of a prompt and what is generated whole, "
             f"and the prompt has {prompt}"

@@ -12,7 +12,10 @@ hardly ever give another token."""
 FLAT = 1e30
 """From this temperature on, all tokens are equally likely in float32."""
 NOT_FINITE = "the model's logits are not finite numbers: its weights, or the precision it runs in, are at fault"
-EDITED_NOT_FINITE = "the model's logits are not finite numbers with these edits: their numbers are too large together"
+EDITED_NOT_FINITE = (
+    "the model's logits are not finite numbers with these edits: their numbers, alone or together, are too large for "
+    "the model's dtype; give smaller ones"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,11 @@ class Sequences:
     ) -> None:
         check_prompts(prompts, model.config.vocab_size)
         if edits is not None and config.n > 1:
-            raise ValueError(f"n={config.n} with edits: a run reads one sequence; ask for n=1, or call once for each")
+            changed = any(run is not None and run.plan.changes for run in edits)
+            raise ValueError(
+                f"n={config.n} with {'edits' if changed else 'read'}: a run reads one sequence; ask for n=1, or call "
+                "once for each"
+            )
         self.model, self.config = model, config
         self._cache = None if isinstance(cache, KeepAll) else cache
         self._vocab_size = vocab_size or model.config.vocab_size

@@ -30,6 +30,8 @@ def token_spans(tokenizer: Tokenizer, ids: Sequence[int], value: Any, name: str)
                 f"spans[{name!r}]={value!r}: give a text of the prompt, [start, stop) in tokens, or several"
             )
         return value
+    if not value:
+        raise ValueError(f"spans[{name!r}] is an empty text; give words of the prompt, or leave the name out")
     found: list[Interval] = []
     for first, stop in _pieces(tokenizer, ids, value):
         if found and first < found[-1][1]:

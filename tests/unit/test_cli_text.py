@@ -137,6 +137,21 @@ def test_a_conversation_from_a_file(chatty, capsys, monkeypatch):
     assert captured.err == ""
 
 
+def test_lines_that_are_no_messages_are_named_and_the_conversation_goes_on(chatty, capsys, monkeypatch):
+    """Kills: a byte that is no UTF-8 called a lone surrogate of the template, which ends all; /nope for the model."""
+    lines = "Hello\n/nope\nfr\udcfch\nAgain\n"
+    for stdin, status in ((io.StringIO(lines), 1), (Terminal(lines), 0)):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert main(["chat", "tiny", "max_new_tokens=4"]) == status
+        said = capsys.readouterr().err
+        assert "unknown command /nope; known: /reset, /exit" in said
+        assert "the line is not UTF-8: byte 0xFC at character 3; convert it" in said
+        assert [message["content"] for message in chatty.asked[-1]][::2] == ["Hello", "Again"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("fr\udcfch"))
+    assert main(["generate", "tiny", "-"]) == 2
+    assert "stdin is not UTF-8: byte 0xFC at character 3; convert it, for example with iconv" in capsys.readouterr().err
+
+
 def test_what_cannot_be_answered_ends_a_file_and_not_a_terminal(chatty, capsys, monkeypatch):
     long = "word " * 300
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{long}\nHi\n"))

@@ -8,13 +8,18 @@ from attnzoo.attention.edits import (
     Add,
     EditRun,
     Edits,
+    Entropy,
+    Except,
     HeadFilter,
     Hide,
     Map,
+    Mass,
     Move,
+    PutScores,
     PutWeights,
     Scale,
     Sinks,
+    Span,
     TokenLayout,
     Where,
     layer_plan,
@@ -160,6 +165,22 @@ def test_half_precision_that_would_hold_inf_is_refused():
     assert half(tokens, edits=[run]).isfinite().all()
 
 
+def test_a_filter_at_the_boundary_and_a_row_of_one_key():
+    """Kills: rounding that decides whether a row with all its weight on all keys has a mass of 1; an entropy of -0."""
+    model, tokens = decoder(), torch.randint(0, 40, (1, 60))
+    layout = TokenLayout(56, {"a": (0, 4), "b": (4, 9)})
+    moved = []
+    for read in (Mass(bins={"a": "a"}), Map(dtype="fp32"), Entropy()):
+        move = Move(Where(keys="a", queries=Span(10, 56)), "b", 1.0, HeadFilter(min_mass=1.0))
+        run = EditRun(model.plan_edits(Edits(move, read), layout, 4))
+        with torch.no_grad():
+            model(tokens, edits=[run])
+        moved.append(run.reading[0])
+    assert float(moved[0].mass["a"][:, :, 10:56].max()) < 1e-6, "a row was not moved in one pass"
+    assert float(moved[1].map[:, :, 10:56, :4].max()) < 1e-6, "a row was not moved in a map"
+    assert not bool(torch.signbit(moved[2].entropy).any())
+
+
 def test_values_of_other_types_or_ranges_are_refused_by_name():
     """Kills: AttributeError and TypeError from inside."""
     model = decoder()
@@ -172,6 +193,18 @@ def test_values_of_other_types_or_ranges_are_refused_by_name():
         (lambda: model.plan_edits(Edits(Map()), TokenLayout(5), max_bytes=-1), "max_bytes=-1 must be at least 0"),
         (lambda: Map(what="values"), "Map.what='values' must be 'weights' or 'scores'"),
         (lambda: HeadFilter(min_mass=-1), "HeadFilter.min_mass=-1 must be a finite number of at least 0"),
+        (lambda: Where(keys={1, 2}), r"Where.keys=\{1, 2\}: give positions, a Span, the name of a span, or a list"),
+        (lambda: Where(queries=slice(1, 2)), "Where.queries=slice"),
+        (lambda: Move(Where(keys=0), to=None, share=0.5), "Move.to=None: give positions"),
+        (lambda: Except([True]), "Except.of=True: give positions"),
+        (lambda: HeadFilter(of=1.5), "HeadFilter.of=1.5: give positions"),
+        (lambda: Mass(bins={1: 0}), "Mass.bins: 1 is no name"),
+        (lambda: Mass(bins={"": 0}), "Mass.bins: '' is no name"),
+        (lambda: Mass(bins={"a": {0}}), r"Mass.bins\['a'\]=\{0\}: give positions"),
+        (lambda: TokenLayout(5, {"": (0, 1)}), "TokenLayout.spans: '' is no name"),
+        (lambda: TokenLayout(5, {1: (0, 1)}), "TokenLayout.spans: 1 is no name"),
+        (lambda: PutWeights(Where(), [[[float("nan")]]]), "PutWeights.weights of shape .* must be finite"),
+        (lambda: PutScores(Where(), [[[float("inf")]]]), "PutScores.scores of shape .* must be finite"),
         (lambda: HeadFilter(min_share=5.0), "HeadFilter.min_share=5.0 must be .* at most 1"),
         (lambda: model([[1, 2]]), "tokens_BT is a list; give a tensor"),
         (

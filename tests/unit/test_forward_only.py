@@ -80,6 +80,7 @@ def test_a_forward_that_sees_the_future_is_refused_once_it_has_weights():
     ("forward", "message"),
     [
         (lambda self, x: x + torch.randn_like(x), "forward is random in evaluation mode"),
+        (lambda self, x: x.add_(1.0), "forward writes to its input; work on a copy of it"),
         (lambda self, x: x + x.cumsum(0), "forward mixes sequences: .* is batch_first=True missing"),
         (lambda self, x: x + self.gate * x.mean(1, keepdim=True), "forward sees the future"),
         (lambda self, x: x + self.small * x.mean(1, keepdim=True), "forward sees the future"),
@@ -87,7 +88,16 @@ def test_a_forward_that_sees_the_future_is_refused_once_it_has_weights():
         (lambda self, x: x + torch.cat([x[:, 10:], torch.zeros_like(x[:, :10])], 1)[:, : x.shape[1]], "forward sees"),
         (lambda self, x: x.log(), "forward returns numbers that are not finite"),
     ],
-    ids=["random", "rows mixed", "a gate that begins closed", "nearly closed", "LayerScale", "ten ahead", "NaN"],
+    ids=[
+        "random",
+        "input written",
+        "rows mixed",
+        "a gate that begins closed",
+        "nearly closed",
+        "LayerScale",
+        "ten ahead",
+        "NaN",
+    ],
 )
 def test_a_forward_that_cannot_be_continued_is_refused(forward, message):
     class Odd(Mine):

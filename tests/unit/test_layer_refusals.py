@@ -96,7 +96,7 @@ def test_masks_and_documents_that_count_no_tokens_are_refused():
             layer(x, mask=Mask(prefix_B=torch.tensor(prefix)))
     layer.check_input(x, None, Mask(prefix_B=torch.tensor([0, 6])))
     for edges in ([0, 3, 12], torch.tensor([0.0, 3.0, 12.0]), None):
-        with pytest.raises(ValueError, match="cu_seqlens has dtype .* it must be int64"):
+        with pytest.raises(ValueError, match=r"cu_seqlens has dtype .* it must be int64"):
             document_starts(edges, 2, 6)
 
 

@@ -91,6 +91,9 @@ def test_what_cannot_be_loaded_says_the_way_out(exports, tmp_path, monkeypatch):
     for name in (None, 3, b"smollm2", ["smollm2"]):
         with pytest.raises(ValueError, match=r"name=.* has type .*; give a path, or one of smollm2"):
             attnzoo.load(name)
+    for path in (exports / "run" / "export" / "config.json", Path("/dev/null")):
+        with pytest.raises(ValueError, match=r"is neither a directory nor a .gguf file; give the directory that holds"):
+            attnzoo.load(path)
     (tmp_path / "going" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="is a training run without an export"):
         attnzoo.load(tmp_path / "going")

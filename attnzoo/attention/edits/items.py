@@ -37,24 +37,28 @@ class Where:
         for name in ("layers", "heads", "steps"):
             object.__setattr__(self, name, normal_picks(getattr(self, name), f"Where.{name}"))
         for name in ("queries", "keys"):
-            object.__setattr__(self, name, normal_positions(getattr(self, name)))
+            object.__setattr__(self, name, normal_positions(getattr(self, name), f"Where.{name}"))
 
 
 class Values:
     """Numbers [heads, queries, keys] that an edit puts in place, in the order of what its `Where` names; one head
     stands for all. Compared and hashed by value."""
 
-    def __init__(self, values: Any) -> None:
+    def __init__(self, values: Any, name: str = "values") -> None:
         if isinstance(values, Tensor) and values.is_complex():
-            raise ValueError("values are complex; give real numbers")
+            raise ValueError(f"{name} are complex; give real numbers")
         try:
             self.values = torch.as_tensor(values, dtype=torch.float64).detach().cpu().clone()
         except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise ValueError("values must be numbers in nested lists of equal lengths, or a tensor") from None
+            raise ValueError(f"{name} must be numbers in nested lists of equal lengths, or a tensor") from None
         if self.values.dim() == 2:
             self.values = self.values[None]
         if self.values.dim() != 3 or not torch.isfinite(self.values).all():
-            raise ValueError(f"values of shape {list(self.values.shape)} must be finite numbers [heads, queries, keys]")
+            raise ValueError(f"{name} of shape {list(self.values.shape)} must be finite numbers [heads, queries, keys]")
+
+    @classmethod
+    def of(cls, given: Any, name: str) -> "Values":
+        return given if isinstance(given, Values) else cls(given, name)
 
     @property
     def largest(self) -> float:
@@ -215,7 +219,7 @@ class PutScores(ScoreEdit):
     scores: Values
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scores", self.scores if isinstance(self.scores, Values) else Values(self.scores))
+        object.__setattr__(self, "scores", Values.of(self.scores, "PutScores.scores"))
 
     def check(self, heads: int, queries: Chosen, keys: Chosen, num_heads: int, at: str) -> None:
         _check_shape(f"{at}.scores", self.scores, heads, queries, keys)
@@ -264,7 +268,7 @@ class Raise(WeightEdit):
         return self.share == 0
 
     def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
-        theirs_NR1, total_NR1 = _sum(x_NRS, here.meant), x_NRS.sum(-1, keepdim=True)
+        theirs_NR1, total_NR1 = (x_NRS * here.meant).sum(-1, keepdim=True), x_NRS.sum(-1, keepdim=True)
         had = theirs_NR1 / torch.where(total_NR1 == 0, 1.0, total_NR1)
         low_NR1 = here.named_NR1 & is_some(theirs_NR1, total_NR1) & (had > 0) & (had < self.share)
         raised = torch.where(low_NR1 & here.meant, x_NRS * (self.share / torch.where(low_NR1, had, 1.0)), x_NRS)
@@ -281,7 +285,7 @@ class PutWeights(WeightEdit):
     renormalise: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", self.weights if isinstance(self.weights, Values) else Values(self.weights))
+        object.__setattr__(self, "weights", Values.of(self.weights, "PutWeights.weights"))
         _flag("PutWeights.renormalise", self.renormalise)
         if bool((self.weights.values < 0).any()):
             raise ValueError("PutWeights.weights has numbers below 0; attention weights are at least 0")
@@ -328,7 +332,7 @@ class HeadFilter:
     def __post_init__(self) -> None:
         _number("HeadFilter.min_mass", self.min_mass, least=0.0)
         _number("HeadFilter.min_share", self.min_share, least=0.0, most=1.0)
-        object.__setattr__(self, "of", normal_positions(self.of))
+        object.__setattr__(self, "of", normal_positions(self.of, "HeadFilter.of"))
 
 
 @dataclass(frozen=True)
@@ -346,7 +350,7 @@ class Move(WeightEdit):
         _number("Move.share", self.share, least=0.0, most=1.0)
         if not isinstance(self.only_heads, HeadFilter | None):
             raise ValueError(f"Move.only_heads={self.only_heads!r} must be a HeadFilter(...) or None")
-        object.__setattr__(self, "to", normal_positions(self.to))
+        object.__setattr__(self, "to", normal_positions(self.to, "Move.to"))
 
     @property
     def idle(self) -> bool:
@@ -359,7 +363,8 @@ class Move(WeightEdit):
     def parts(self, keys: Mapping[str, Tensor], dtype: torch.dtype) -> MovedParts:
         """The move as products, for its sets of keys by name."""
         only = self.only_heads
-        needs = (-float("inf"), 0.0) if only is None else (only.min_mass, only.min_share)
+        near = 1 - 256 * torch.finfo(dtype).eps  # sums of weights in another order are as large
+        needs = (-float("inf"), 0.0) if only is None else (only.min_mass * near, only.min_share * near)
         of = keys["to" if only is None else "of"]
         return moved_parts(keys["keys"], keys["to"], of, (self.share, *needs), dtype)
 
@@ -375,7 +380,7 @@ def _number(name: str, value: Any, least: float = -float("inf"), most: float = f
         raise ValueError(f"{name} is a whole number beyond 1e308; it must be a finite number")
     if not right or not abs(value) < float("inf") or not least <= value <= most:
         bounds = f" of at least {least}" + ("" if most > 1 else f" and at most {most}")
-        bounds = "" if least == -float("inf") else bounds
+        bounds = bounds if least > -float("inf") else ""
         raise ValueError(f"{name}={value!r} must be a finite number{bounds}")
 
 
@@ -390,7 +395,3 @@ def _check_shape(name: str, values: Values, heads: int, queries: Chosen, keys: C
         raise ValueError(f"{name}: numbers for each key need keys and queries that are known before, not Sinks")
     if found[0] not in (1, heads) or found[1:] != expected[1:]:
         raise ValueError(f"{name} has shape {found}; `where` names {expected} [heads, queries, keys]")
-
-
-def _sum(x_NRS: Tensor, held: Tensor) -> Tensor:
-    return (x_NRS * held).sum(-1, keepdim=True)

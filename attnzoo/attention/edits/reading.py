@@ -79,7 +79,7 @@ def read_values(meant: Meant, here: Here, found: Weighed) -> dict[str, Tensor]:
         weights = weights * chosen.to(weights.dtype)
         total = weights.sum(-1, keepdim=True)
         share = weights / torch.where(total == 0, 1.0, total)
-        return {"entropy": _small(-torch.xlogy(share, share).sum(-1))}
+        return {"entropy": _small(0.0 - torch.xlogy(share, share).sum(-1))}
     if isinstance(read, TopKeys):
         return _top(read.k, weights, chosen & (found.scores_NRS != float("-inf")), here)
     assert here.key_row_NS is not None

@@ -30,7 +30,11 @@ class Mass(Read):
         bins = self.bins.items() if isinstance(self.bins, Mapping) else self.bins
         if bins and self.where.keys != ALL:
             raise ValueError("Mass: where.keys and bins both name keys; leave where.keys out")
-        object.__setattr__(self, "bins", tuple((name, normal_positions(of)) for name, of in bins))
+        for name, _ in bins:
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"Mass.bins: {name!r} is no name; give each set of keys one, such as {{'image': ...}}")
+        named = tuple((name, normal_positions(of, f"Mass.bins[{name!r}]")) for name, of in bins)
+        object.__setattr__(self, "bins", named)
 
     def key_sets(self) -> dict[str, Positions]:
         return dict(self.bins) if self.bins else {"keys": self.where.keys}

@@ -111,7 +111,7 @@ class Except:
     of: "Positions"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "of", normal_positions(self.of))
+        object.__setattr__(self, "of", normal_positions(self.of, "Except.of"))
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,14 @@ Positions = str | int | Span | After | Sinks | Except | tuple[Any, ...]
 """ALL, GENERATED, the name of a span, one position, any of the classes above, or a tuple of these: their union."""
 
 
-def normal_positions(positions: Any) -> Any:
-    """The positions, with tuples for lists, so that they can be compared and hashed."""
-    return tuple(map(normal_positions, positions)) if isinstance(positions, list | tuple) else positions
+def normal_positions(positions: Any, where: str) -> Any:
+    """The positions, with tuples for lists, so that they can be compared and hashed. Raises ValueError, naming `where`,
+    for what says no position."""
+    if isinstance(positions, list | tuple):
+        return tuple(normal_positions(each, where) for each in positions)
+    if isinstance(positions, bool) or not isinstance(positions, str | int | Span | After | Sinks | Except):
+        raise ValueError(f"{where}={positions!r}: give positions, a Span, the name of a span, or a list of these")
+    return positions
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,8 @@ class TokenLayout:
         if not isinstance(self.spans, Mapping):
             raise ValueError(f"TokenLayout.spans={self.spans!r} must be a mapping of intervals by name")
         for name in self.spans:
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"TokenLayout.spans: {name!r} is no name; give the span one, such as 'image'")
             if name in (ALL, GENERATED):
                 raise ValueError(f"TokenLayout.spans: {name!r} has a meaning of its own; give the span another name")
             if not isinstance(self.spans[name], NoPlace):

@@ -151,6 +151,8 @@ def _positions_from_json(value: Any, where: str) -> Any:
         return Sinks(tuple(given["channels"]), given["tau"])
     if kind == "except":
         return Except(_positions_from_json(given, f"{where}.except"))
+    if kind == "span":
+        raise ValueError(f'{where}={value!r} are no positions; give {{"span": [start]}} or {{"span": [start, stop]}}')
     known = ["span", "after", "sinks", "except"]
     raise ValueError(f"{where}={value!r} are no positions" + ("" if kind in known else suggest(kind, known)))
 
