@@ -76,18 +76,19 @@ def read_config(options: argparse.Namespace) -> "ServeConfig":
 
 def check_checkpoint(config: "ServeConfig") -> None:
     """Checks the configuration before Ray starts. Raises ValueError if the checkpoint or the API key is missing, the
-    port is taken, or the device cannot be used."""
+    port is taken, the device cannot be used, or sequences are to be longer than the model's."""
     from attnzoo.checkpoint import existing_checkpoint, load_tokenizer, open_checkpoint
     from attnzoo.tokenizer.chat import ChatTemplate
     from attnzoo.types import check_device
     from serve.clinical.loading import check_clinical, is_clinical
     from serve.front.guard import read_api_key
     from serve.front.port import free_port
+    from serve.loading import max_model_len
 
     path = existing_checkpoint(config.checkpoint)
     check_clinical(config)
     if not is_clinical(config.checkpoint):
-        open_checkpoint(path)
+        max_model_len(config, open_checkpoint(path).config.max_positions)
         ChatTemplate.of(load_tokenizer(path))
     read_api_key(config.api_key_env)
     if config.cluster is None:  # a cluster's machine may differ from this one

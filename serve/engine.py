@@ -65,7 +65,7 @@ class Engine:
             logger.warning(slow)
         self.chat_template = chat = ChatEncoder.of(self.tokenizer)
         self._control = self.tokenizer.control_tokens() if chat is None else chat.control
-        self.max_model_len = max_model_len(config, self.model)
+        self.max_model_len = max_model_len(config, self.model.config.max_positions)
         self.caches = CacheRules(config.cache or self.model.config.cache, config.cache_bounds)
         self._byte_model = lru_cache(maxsize=256)(lambda choice: self.model.byte_model(choice.build()))
         self.choose_cache(None)

@@ -32,9 +32,9 @@ def load_parts(
     return model, tokenizer
 
 
-def max_model_len(config: EngineConfig, model: DecoderLM) -> int:
-    """The most tokens of a sequence. Raises ValueError if config.max_model_len exceeds the model's max_positions."""
-    most = model.config.max_positions
+def max_model_len(config: EngineConfig, most: int) -> int:
+    """The most tokens of a sequence. most: the model's max_positions. Raises ValueError if config.max_model_len exceeds
+    it."""
     length = most if config.max_model_len is None else config.max_model_len
     if length > most:
         raise ValueError(

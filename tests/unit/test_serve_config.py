@@ -16,6 +16,7 @@ from serve.__main__ import add_arguments, read_config, warnings_of
 from serve.config import absolute, build_serve_config, parse_settings, read_config_file
 from serve.environment import _write_token, prepare_environment
 from serve.front.hosts import reachable
+from tests.helpers.serving import export, small_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -122,6 +123,16 @@ def test_two_checkpoints_are_refused(words, message):
     add_arguments(parser)
     with pytest.raises(ValueError, match=message):
         read_config(parser.parse_intermixed_args(words))
+
+
+def test_sequences_longer_than_the_models_are_refused_before_ray_starts(tmp_path):
+    export(tmp_path / "tiny", "mha")
+    most = small_model("mha").config.max_positions
+    for length, words in ((100_000, f"is more than the model's max_positions={most}"), (1, "leaves no room for a")):
+        parser = CommandParser()
+        add_arguments(parser)
+        with pytest.raises(ValueError, match=f"max_model_len={length} {words}"):
+            read_config(parser.parse_intermixed_args([str(tmp_path / "tiny"), f"max_model_len={length}"]))
 
 
 def test_an_open_server_says_so():
