@@ -263,6 +263,8 @@ class LanguageModel:
         if is_token(prompt):
             tokens = operator.index(prompt)  # type: ignore[arg-type]  # numpy's numbers as well
         elif not isinstance(prompt, int):
+            if not hasattr(prompt, "__iter__"):
+                raise ValueError(f"prompt={prompt!r} must be a text, token ids, or a number of tokens")
             prompts, alone = as_batch(prompt)
             if not alone:
                 count = len(prompts)

@@ -69,8 +69,13 @@ def check_counts(name: str, counts_B: Any, batch: int, tokens: int) -> None:
         raise ValueError(f"{name} got counts_B={counts_B.tolist()}; they must lie between 0 and the chunk's {tokens}")
 
 
-def check_dtype(name: str, what: str, x: Tensor, dtype: torch.dtype) -> None:
-    """Raises ValueError for numbers in another dtype than the weights', unless autocast converts them."""
+def check_dtype(name: str, what: str, x: Tensor, linear: torch.nn.Module) -> None:
+    """Raises ValueError for numbers in another dtype than the weights of a linear map, unless autocast converts them.
+    A map that someone has put in its place, such as one of quantised weights, takes what it takes."""
+    weight = getattr(linear, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return
+    dtype = weight.dtype
     if x.dtype != dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
         raise ValueError(
             f"{name} got {what} in {x.dtype}, and its weights are in {dtype}; convert one of them: {what}.to({dtype}), "

@@ -92,7 +92,7 @@ class ParallelComposition(Attention):
         if impl != "reference" and not torch.compiler.is_compiling():
             for what, given in (("x", x_BTD), ("context_BSD", context_BSD)):
                 if given is not None:
-                    check_dtype(type(self).__name__, what, given, self.projection.query.weight.dtype)
+                    check_dtype(type(self).__name__, what, given, self.projection.query)
         if mask is None:
             mask = CAUSAL if context_BSD is None and self.traits.causal else Mask.full()
         if edits is not None:
@@ -233,7 +233,7 @@ class ComposedAttention(ParallelComposition, StreamingAttention):
         another dtype than the weights."""
         name = type(self).__name__
         check_state(name, state, ComposedState, {})
-        check_dtype(name, "x", x_BTD, self.projection.query.weight.dtype)
+        check_dtype(name, "x", x_BTD, self.projection.query)
         if (self.conv is None) != (state.conv is None):
             raise ValueError(
                 f"{name} got the state of another variant, which remembers {'no' if state.conv is None else 'a'} "

@@ -101,6 +101,8 @@ def test_other_refusals():
             lm.cost(size)
     with pytest.raises(ValueError, match="batch=0 must be a whole number, at least 1"):
         lm.cost(5, batch=0)
+    with pytest.raises(ValueError, match=r"^prompt=1.5 must be a text, token ids, or a number of tokens"):
+        lm.cost(1.5)
     with pytest.raises(ValueError, match="unknown option 'keep'"):
         lm.cost(5, keep=1)
     with pytest.raises(ValueError, match="n=2 is a generation option; cost takes only cache options"):

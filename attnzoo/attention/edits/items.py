@@ -323,7 +323,7 @@ class CopyHead(WeightEdit):
 @dataclass(frozen=True, kw_only=True)
 class HeadFilter:
     """Heads and queries whose weight on the keys `of` is at least `min_mass`, and of which the keys that receive have
-    at least the part `min_share`."""
+    at least the part `min_share`, both but for rounding (256 units of it)."""
 
     of: Positions = ALL
     min_mass: float = 0.0
