@@ -2,15 +2,12 @@
 values where nobody has to wait for them."""
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnzoo.ops.common.masks import Mask, MaskField
-
-if TYPE_CHECKING:
-    from attnzoo.attention.base import Attention
 
 MASK_WORDS: dict[MaskField, str] = {
     "causal": "causal masks",
@@ -85,7 +82,7 @@ def check_dtype(name: str, what: str, x: Tensor, linear: torch.nn.Module) -> Non
         )
 
 
-def check_mask(layer: "Attention", x_BTD: Tensor, context_BSD: Tensor | None, mask: Any) -> None:
+def check_mask(layer: Any, x_BTD: Tensor, context_BSD: Tensor | None, mask: Any) -> None:
     """Raises ValueError for a mask that the layer's traits rule out, or that does not fit x and the context."""
     name, traits = type(layer).__name__, layer.traits
     if not isinstance(mask, Mask):

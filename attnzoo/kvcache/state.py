@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from attnzoo.kvcache.succession import NO_CLAIM, Claim, check_current
+from attnzoo.kvcache.succession import NO_CLAIM, MemoryClaim, check_current
 
 S = TypeVar("S", bound="State")
 
@@ -32,7 +32,7 @@ the text of its method `describe` instead."""
 class State:
     """Base of all states. Subclasses are dataclasses of Tensor | State | tuple[State, ...] | None."""
 
-    _claim: Claim | None = None  # no field: this class is no dataclass
+    _claim: MemoryClaim | None = None  # no field: this class is no dataclass
 
     @property
     def rewinds(self) -> bool:

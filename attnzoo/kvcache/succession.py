@@ -2,7 +2,7 @@
 
 `extend` writes into the buffers of the state that it is given, so that a state and the one that follows it share
 memory. A state may be continued once more from where it was, for example after a guess that was wrong, as long as
-nothing that it needs has been written over; what followed it before is then lost. Each state keeps a `Claim` on its
+nothing that it needs has been written over; what followed it before is then lost. Each state keeps a claim on its
 memory, which says so: a continuation of a state whose claim is gone would read keys of other tokens.
 
 Views of some rows or slots (`State.rows`, `State.cut`) keep no claim: who writes through them, as a server does, says
@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 S = TypeVar("S")
 
 
-class Claim:
+class MemoryClaim:
     """A state's claim on the memory that it shares with the states before and after it.
 
     lost: another continuation has written over the memory. successor: the claim of the state that `extend` has written
@@ -25,10 +25,10 @@ class Claim:
 
     def __init__(self) -> None:
         self.lost = False
-        self.successor: Claim | None = None
+        self.successor: MemoryClaim | None = None
 
 
-NO_CLAIM: Final = Claim()
+NO_CLAIM: Final = MemoryClaim()
 """What views have in place of a claim."""
 
 
@@ -57,8 +57,8 @@ def succeed(before: Any, after: Any) -> None:
     if claim is NO_CLAIM or after is before or not before.shares(after):
         return
     if claim is None:
-        claim = before._claim = Claim()
+        claim = before._claim = MemoryClaim()
     gone = claim.successor
     while gone is not None:
         gone.lost, gone = True, gone.successor
-    claim.successor = after._claim = Claim()
+    claim.successor = after._claim = MemoryClaim()

@@ -192,7 +192,7 @@ def test_texts_that_overlap_themselves_are_found_everywhere():
         ({"edits": EDITS, "spans": ["state"]}, r"spans\[0\]='state': give a mapping of names, or None"),
         ({"read": [Map(), Hide(Where())]}, r"read\[1\]=Hide\(...\) is an edit; move it to edits"),
         ({"edits": [Add(Where(heads=9), 1.0)]}, "where.heads=9 is out of range: there are 4"),
-        ({"read": [Mass()], "n": 2, "temperature": 1.0}, "n=2 with edits"),
+        ({"read": [Mass()], "n": 2, "temperature": 1.0}, "n=2 with read: a run reads one sequence"),
         ({"edits": [Scale(Where(keys=0), 1e39)]}, r"edits\[0\].scale.factor=1e\+39 overflows in layer 0"),
         (
             {"edits": [Scale(Where(keys=0), 1e19, renormalise=False)] * 4},

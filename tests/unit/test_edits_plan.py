@@ -137,7 +137,7 @@ def test_numbers_that_overflow_are_refused_by_field():
             ValueError, match=rf"edits\[0\].add.value=-.* leaves no digits of scores in layer 0.*{words}"
         ):
             Edits(Add(Where(layers=0), -1.2 * most)).plan([size], LAYOUT)
-    with pytest.raises(ValueError, match="values must be numbers"):
+    with pytest.raises(ValueError, match="must be numbers in nested lists"):
         PutScores(Where(), [[[10**400]]])
     with pytest.raises(ValueError, match="values are complex; give real numbers"):
         PutScores(Where(), torch.ones(1, 1, 1, dtype=torch.complex64))

@@ -55,11 +55,11 @@ def test_every_kind_is_an_edit_or_a_read():
         ({"read": [MASS], "spans": {"a": None}}, "attention.spans.a="),
         ({"read": [MASS], "spans": [1]}, "attention.spans="),
         ({"read": [MASS], "spans": {f"s{n}": "a" for n in range(17)}}, "has 17 names; at most 16"),
-        ({"edits": [{"put_weights": {"where": {}, "weights": [[[None]]]}}]}, "values must be numbers in nested lists"),
-        ({"edits": [{"put_scores": {"where": {}, "scores": {"a": 1}}}]}, "values must be numbers in nested lists"),
+        ({"edits": [{"put_weights": {"where": {}, "weights": [[[None]]]}}]}, "must be numbers in nested lists"),
+        ({"edits": [{"put_scores": {"where": {}, "scores": {"a": 1}}}]}, "must be numbers in nested lists"),
         (
             {"edits": [{"put_weights": {"where": {}, "weights": [[[1], [1, 2]]]}}]},
-            "values must be numbers in nested lists",
+            "must be numbers in nested lists",
         ),
         (
             {"edits": [{"scale": {"where": {}, "factor": 2, "renormalise": "no"}}]},
