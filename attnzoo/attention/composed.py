@@ -202,7 +202,10 @@ class ComposedAttention(ParallelComposition, StreamingAttention):
         compiling = torch.compiler.is_compiling()
         self.check_input(x_BTD)
         if not compiling:
-            self.check_state(x_BTD, state)
+            if getattr(state, "_made_by", None) != id(self):
+                self.check_state(state)
+            check_dtype(type(self).__name__, "x", x_BTD, self.projection.query)
+            check_current(state)
         self.check_chunk(x_BTD, len(state.lengths_B), counts_B)
         state = writable(state, state.lengths_B)
         tokens = x_BTD.shape[1]
@@ -225,15 +228,14 @@ class ComposedAttention(ParallelComposition, StreamingAttention):
         lengths_B = state.lengths_B + (tokens if counts_B is None else counts_B)
         after = ComposedState(lengths_B, conv, mixing)
         if not compiling:
+            after._made_by = id(self)
             succeed(state, after)
         return self.projection.merge(o_BNTH), after
 
-    def check_state(self, x_BTD: Tensor, state: Any) -> None:
-        """Raises ValueError for a state of another layer, one that another continuation has written over, and x in
-        another dtype than the weights."""
+    def check_state(self, state: Any) -> None:
+        """Raises ValueError for a state of another layer."""
         name = type(self).__name__
         check_state(name, state, ComposedState, {})
-        check_dtype(name, "x", x_BTD, self.projection.query)
         if (self.conv is None) != (state.conv is None):
             raise ValueError(
                 f"{name} got the state of another variant, which remembers {'no' if state.conv is None else 'a'} "
@@ -243,7 +245,6 @@ class ComposedAttention(ParallelComposition, StreamingAttention):
             rows = (None, self.conv.width - 1, self.conv.heads.num_heads, self.conv.heads.head_dim)
             check_state(name, state.conv, QKVConvState, {"query": rows})
         self.mixing.check_state(name, state.mixing)
-        check_current(state)
 
 
 def _positions(lengths_B: Tensor, tokens: int) -> Tensor:

@@ -32,7 +32,10 @@ the text of its method `describe` instead."""
 class State:
     """Base of all states. Subclasses are dataclasses of Tensor | State | tuple[State, ...] | None."""
 
-    _claim: MemoryClaim | None = None  # no field: this class is no dataclass
+    # No fields: this class is no dataclass.
+    _claim: MemoryClaim | None = None
+    _made_by: int = 0
+    """The id of the layer whose `extend` has made it, which need not look at its sizes again."""
 
     @property
     def rewinds(self) -> bool:
