@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from attnzoo.models import EhrEncoder
 from attnzoo.models.ehr_cells import CHANNELS, GAP, MEASURED, VALUE, hide_cells
-from attnzoo.models.ehr_encoder import EhrMaps
+from attnzoo.models.ehr_state import EhrMaps
 
 TOLERANCE = 0.05
 """How far the sum of integrated gradients may be from the difference of logits: this, times the difference where that

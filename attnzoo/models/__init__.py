@@ -7,8 +7,9 @@ from attnzoo.models.decoder_lm import DecoderLM
 from attnzoo.models.diffusion import DiffusionUNet
 from attnzoo.models.diffusion_config import DiffusionConfig
 from attnzoo.models.ehr_config import EhrConfig
-from attnzoo.models.ehr_encoder import EhrEncoder, EhrMaps, EhrState
+from attnzoo.models.ehr_encoder import EhrEncoder
 from attnzoo.models.ehr_pretraining import EhrPretraining
+from attnzoo.models.ehr_state import EhrMaps, EhrState
 from attnzoo.models.generate import generate
 from attnzoo.models.generation_config import GenerationConfig
 from attnzoo.models.ldam import Ldam, LdamInputs, LdamMaps

@@ -9,13 +9,14 @@ with V of `attnzoo/attention/tscan.py`, residual sums and norms. The last z of b
 side, and mapped to logits.
 
 Differs from the paper: cells are embedded with whether and how often they were measured, not as raw rows; the statics
-are a token of every chunk; a head on summary features is added to the logits (`summary="none"` leaves it out); hours
-and variables that do not exist are masked. Where every hour has a prediction (`hourly`), an hour sees none after it:
-hours of its chunk up to it, what the chunks before have become, and of the spatial branch the chunks before alone.
+are a token of every chunk; a head on summary features has a say in the logits (`summary="none"` leaves it out), and
+with `combine="mean"` it and each branch learn apart; hours and variables that do not exist are masked. Where every
+hour has a prediction (`hourly`), an hour sees none after it: hours of its chunk up to it, what the chunks before have
+become, and of the spatial branch the chunks before alone.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -23,56 +24,14 @@ from torch import Tensor, nn
 
 from attnzoo.attention import Attention
 from attnzoo.attention.edits import EditRun, EditRuns, Edits, Map, TokenLayout, layer_sizes
-from attnzoo.kvcache.state import State, new_zeros
+from attnzoo.kvcache.state import new_zeros
 from attnzoo.models.ehr_blocks import Branch, hinged
-from attnzoo.models.ehr_cells import CHANNELS, SUMMARY, Summary, hide_cells, summarise
+from attnzoo.models.ehr_cells import CHANNELS, GAP, SUMMARY, Summary, hide_cells, summarise
 from attnzoo.models.ehr_config import EhrConfig
+from attnzoo.models.ehr_state import EhrMaps, EhrState, Stays
 
 LayerEdits = Mapping[str, EditRuns]
 """What is read and changed of attention layers, by their names in `EhrEncoder.attentions`."""
-
-
-@dataclass
-class EhrState(State):
-    """A stay up to some hour. cells_NHVC: the open chunk's hours, zeros after them; temporal_NTD, spatial_NTD: z of the
-    chunk before it; exist_NV: which variables exist."""
-
-    hours_N: Tensor
-    statics_NS: Tensor
-    exist_NV: Tensor
-    cells_NHVC: Tensor
-    temporal_NTD: Tensor
-    spatial_NTD: Tensor
-    summary: Summary
-
-
-@dataclass(frozen=True)
-class EhrMaps:
-    """What attention looked at. maps: weights [N, heads, queries, keys] by the names of `EhrEncoder.attentions`, of
-    which the first query and key are the statics; hours_NT, variables_NV: weights of the last chunk's hours and of
-    variables in the pooled sums, None without that branch."""
-
-    maps: dict[str, Tensor]
-    hours_NT: Tensor | None
-    variables_NV: Tensor | None
-
-
-@dataclass(frozen=True)
-class _Stays:
-    """A batch ready for the branches: cells of whole chunks, zeros where nothing exists; exist_NV None: all exist."""
-
-    cells_NTVC: Tensor
-    statics_NS: Tensor
-    hours_N: Tensor
-    exist_NV: Tensor | None
-
-    def chunk(self, number: int, hours: int) -> Tensor:
-        return hinged(self.cells_NTVC[:, number * hours : (number + 1) * hours])
-
-    def take(self, rows: Tensor, first: int, hours: int) -> "_Stays":
-        exist_NV = None if self.exist_NV is None else self.exist_NV[rows]
-        cells_NTVC = self.cells_NTVC[:, first : first + hours][rows]
-        return _Stays(cells_NTVC, self.statics_NS[rows], self.hours_N[rows], exist_NV)
 
 
 class EhrEncoder(nn.Module):
@@ -90,7 +49,9 @@ class EhrEncoder(nn.Module):
         self.branches = nn.ModuleDict({name: Branch(config, name == "temporal") for name in names})
         scores = 1 if config.head == "ordinal" else config.outputs
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.width, scores)
+        self.head: nn.Linear | nn.ModuleDict = nn.Linear(config.width, scores)
+        if config.combine == "mean":
+            self.head = nn.ModuleDict({name: nn.Linear(config.width // len(names), scores) for name in names})
         features = config.variables * len(SUMMARY) + config.statics
         self.summary: nn.Module | None = None
         if config.summary == "linear":
@@ -109,25 +70,25 @@ class EhrEncoder(nn.Module):
         *,
         variables_NV: Tensor | None = None,
         edits: LayerEdits | None = None,
+        each_part: bool = False,
     ) -> Tensor:
         """Logits [N, outputs], or [N, T, outputs] where they are hourly: those of hours that do not exist are finite
         and mean nothing. variables_NV (bool): which variables exist in the source of a stay, None: all. edits: what is
-        read and changed of attention. Raises ValueError for shapes that do not fit the configuration, and for stays
-        that are longer than its chunks."""
+        read and changed of attention. each_part: logits [P, N, ...] of the parts that have a loss of their own: with
+        combine="mean" the branches and then the summary head, else one part. Raises ValueError for shapes that do not
+        fit the configuration, and for stays that are longer than its chunks."""
         tokens = cells_NTVC.shape[1]
         if self.training:
             cells_NTVC = self._with_cells_hidden(cells_NTVC)
         stays = self._stays(cells_NTVC, statics_NS, hours_N, variables_NV)
-        summary = None
-        if self.summary is not None:
-            summary = summarise(stays.cells_NTVC, each_hour=self.config.hourly)
+        features = None if self.summary is None else self._features(stays)
         found = {name: self._run(name, stays, edits) for name in self.branches}
         if not self.config.hourly:
             fused = [self._branch(name).pooled(zs[-1], self._last_exist(name, stays)) for name, zs in found.items()]
-            return self._logits(torch.cat(fused, -1), None if summary is None else summary.at(-1), stays.statics_NS)
+            return self._logits(fused, features, stays.statics_NS, each_part)
         fused = [self._each_hour(name, zs, stays) for name, zs in found.items()]
-        logits_NTO = self._logits(torch.cat(fused, -1), summary, stays.statics_NS[:, None])
-        return F.pad(logits_NTO, (0, 0, 0, max(tokens - logits_NTO.shape[1], 0)))[:, :tokens]
+        logits = self._logits(fused, features, stays.statics_NS[:, None], each_part)
+        return F.pad(logits, (0, 0, 0, max(tokens - logits.shape[-2], 0)))[..., :tokens, :]
 
     def encode(
         self, cells_NTVC: Tensor, statics_NS: Tensor, hours_N: Tensor, *, variables_NV: Tensor | None = None
@@ -155,7 +116,7 @@ class EhrEncoder(nn.Module):
         share = torch.rand(stays, 1, 1, device=device) * config.hide_hours
         return hide_cells(cells_NTVC, of_variables | (torch.rand(stays, hours, 1, device=device) < share))
 
-    def _stays(self, cells_NTVC: Tensor, statics_NS: Tensor, hours_N: Tensor, variables_NV: Tensor | None) -> _Stays:
+    def _stays(self, cells_NTVC: Tensor, statics_NS: Tensor, hours_N: Tensor, variables_NV: Tensor | None) -> Stays:
         self._check(cells_NTVC, statics_NS, hours_N, variables_NV)
         hours, longest = self.config.chunk_hours, self.config.longest
         if longest is not None and cells_NTVC.shape[1] > longest:
@@ -172,7 +133,7 @@ class EhrEncoder(nn.Module):
             cells_NTVC = cells_NTVC.masked_fill(gone[..., None, None], 0.0)
         if variables_NV is not None:
             cells_NTVC = cells_NTVC.masked_fill(~variables_NV[:, None, :, None], 0.0)
-        return _Stays(cells_NTVC, statics_NS, hours_N, variables_NV)
+        return Stays(cells_NTVC, statics_NS, hours_N, variables_NV)
 
     def _check(
         self,
@@ -197,7 +158,7 @@ class EhrEncoder(nn.Module):
                 f"{hours_name}={hours_N.tolist()} must lie between 0 and the {cells_NTVC.shape[1]} hours of cells_NTVC"
             )
 
-    def _run(self, name: str, stays: _Stays, edits: LayerEdits | None) -> list[Tensor]:
+    def _run(self, name: str, stays: Stays, edits: LayerEdits | None) -> list[Tensor]:
         """z after every chunk; a chunk of which a stay has no hour leaves its z as it was."""
         hours, found = self.config.chunk_hours, []
         z_NTD = None
@@ -220,7 +181,7 @@ class EhrEncoder(nn.Module):
         self,
         name: str,
         chunk: int,
-        stays: _Stays,
+        stays: Stays,
         cells_NHVX: Tensor,
         before_NTD: Tensor | None,
         edits: LayerEdits | None = None,
@@ -237,7 +198,7 @@ class EhrEncoder(nn.Module):
         out: Tensor = branch.encoder(chunk)(x_NTD, exist_NT, context, given)
         return out
 
-    def _last_exist(self, name: str, stays: _Stays) -> Tensor | None:
+    def _last_exist(self, name: str, stays: Stays) -> Tensor | None:
         """Which tokens of a stay's last chunk exist."""
         hours = self.config.chunk_hours
         if name == "temporal":
@@ -249,7 +210,7 @@ class EhrEncoder(nn.Module):
         some_N1 = (stays.hours_N > 0)[:, None]
         return None if stays.exist_NV is None and bool(some_N1.all()) else F.pad(exist_NV & some_N1, (1, 0), value=True)
 
-    def _each_hour(self, name: str, zs: list[Tensor], stays: _Stays) -> Tensor:
+    def _each_hour(self, name: str, zs: list[Tensor], stays: Stays) -> Tensor:
         """[N, T, 3 D] of what was known at each hour."""
         branch = self._branch(name)
         if name == "temporal":
@@ -258,16 +219,33 @@ class EhrEncoder(nn.Module):
         known = [torch.zeros_like(branch.pooled(zs[0], exist_NT)), *(branch.pooled(z, exist_NT) for z in zs[:-1])]
         return torch.stack(known, dim=1).repeat_interleave(self.config.chunk_hours, dim=1)
 
-    def _logits(self, fused: Tensor, summary: Summary | None, statics: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.dropout(fused))
+    def _features(self, stays: Stays) -> Tensor:
+        """Summary features of the stays, [N, F], or of each of their hours, [N, T, F]."""
+        cells_NTVC, hourly = stays.cells_NTVC, self.config.hourly
+        found = summarise(cells_NTVC, each_hour=hourly)
+        if hourly:
+            passed_T = torch.arange(1, cells_NTVC.shape[1] + 1, device=cells_NTVC.device)
+            return found.features(passed_T.expand(len(cells_NTVC), -1), cells_NTVC[..., GAP])
+        rows_N = torch.arange(len(cells_NTVC), device=cells_NTVC.device)
+        return found.at(-1).features(stays.hours_N, cells_NTVC[rows_N, (stays.hours_N - 1).clamp(min=0), :, GAP])
+
+    def _logits(self, fused: list[Tensor], features: Tensor | None, statics: Tensor, each_part: bool = False) -> Tensor:
+        of_summary = []
         if self.summary is not None:
-            assert summary is not None
-            features = summary.features()
-            logits = logits + self.summary(torch.cat([features, statics.expand(*features.shape[:-1], -1)], dim=-1))
+            assert features is not None
+            of_summary = [self.summary(torch.cat([features, statics.expand(*features.shape[:-1], -1)], dim=-1))]
+        if isinstance(self.head, nn.ModuleDict):
+            branches = [
+                head(self.dropout(of_branch)) for head, of_branch in zip(self.head.values(), fused, strict=True)
+            ]
+            kinds = [torch.stack(branches).mean(0), *of_summary]  # attention has half a say, however many its branches
+            logits = torch.stack([*branches, *of_summary] if each_part else kinds)
+        else:
+            logits = torch.stack([self.head(self.dropout(torch.cat(fused, -1))), *of_summary]).sum(0, keepdim=True)
         if self.config.head == "ordinal":  # thresholds that rise, so that P(bucket > k) falls
             rises = torch.cat([self.steps[:1], F.softplus(self.steps[1:])])
             logits = logits - rises.cumsum(0)
-        return logits
+        return logits if each_part else logits.mean(0)
 
     def attentions(self) -> dict[str, Attention]:
         """Attention layers by branch, chunk and kind, such as "temporal.2.cross"."""
@@ -311,7 +289,7 @@ class EhrEncoder(nn.Module):
 
     def init_state(self, statics_NS: Tensor, *, variables_NV: Tensor | None = None) -> EhrState:
         """The state of stays of which no hour has passed."""
-        config, stays, like = self.config, len(statics_NS), self.head.weight
+        config, stays, like = self.config, len(statics_NS), next(self.parameters())
 
         def zeros(*shape: int) -> Tensor:
             return new_zeros(stays, *shape, device=like.device, dtype=like.dtype)
@@ -376,7 +354,7 @@ class EhrEncoder(nn.Module):
         """(the state with z of the chunk where it is full, logits after its last hour) of stays that are in it."""
         some = state.map(lambda _, tensor: tensor[rows])
         exist_NV = None if bool(some.exist_NV.all()) else some.exist_NV
-        stays = _Stays(some.cells_NHVC, some.statics_NS, some.hours_N, exist_NV)
+        stays = Stays(some.cells_NHVC, some.statics_NS, some.hours_N, exist_NV)
         fused, full = [], some.hours_N % self.config.chunk_hours == 0
         for name in self.branches:
             branch, field = self._branch(name), f"{name}_NTD"
@@ -392,5 +370,9 @@ class EhrEncoder(nn.Module):
                 fused.append(known if chunk else torch.zeros_like(known))
             kept = getattr(state, field).index_copy(0, rows[full], z_NTD[full])
             state = replace(state, **{field: kept})
-        summary = None if self.summary is None else some.summary
-        return state, self._logits(torch.cat(fused, dim=-1), summary, some.statics_NS)
+        features = None
+        if self.summary is not None:
+            last_N = (some.hours_N - 1) % self.config.chunk_hours
+            gap_NV = some.cells_NHVC[torch.arange(len(rows), device=rows.device), last_N, :, GAP]
+            features = some.summary.features(some.hours_N, gap_NV)
+        return state, self._logits(fused, features, some.statics_NS)

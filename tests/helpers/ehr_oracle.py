@@ -127,18 +127,20 @@ def pooled(w: Weights, branch: str, z: Array, exist: Array) -> tuple[Array, Arra
 
 
 def summary(cells_TVC: Array) -> Array:
-    """Last, mean, smallest, largest, trend and count of each variable; 0 where there is no value."""
-    rows = []
+    """What `ehr_cells.SUMMARY` names, of each variable; 0 where there is no value."""
+    rows: list[float] = []
     for v in range(cells_TVC.shape[1]):
         hours = [t for t in range(len(cells_TVC)) if cells_TVC[t, v, 1] > 0]
-        count = math.log1p(sum(math.expm1(c) for c in cells_TVC[:, v, 2]))
         if not hours:
-            rows += [0.0] * 5 + [count]
+            rows += [0.0] * 11
             continue
         x, time = cells_TVC[hours, v, 0], np.array(hours) / 12
         spread = ((time - time.mean()) ** 2).sum()
         trend = ((time - time.mean()) * (x - x.mean())).sum() / (1 + spread)
-        rows += [x[-1], x.mean(), x.min(), x.max(), trend, count]
+        deviation = math.sqrt(x.std() ** 2 + 1e-4) - 1e-2
+        count = math.log1p(sum(math.expm1(c) for c in cells_TVC[:, v, 2]))
+        share, recency = len(hours) / len(cells_TVC), 1 - min((len(cells_TVC) - 1 - hours[-1]) / 48, 1)
+        rows += [x[-1], x[0], x.mean(), x.min(), x.max(), deviation, trend, count, share, recency, 1.0]
     return np.array(rows)
 
 
@@ -170,9 +172,15 @@ def hourly_logits(config: Any, w: Weights, cells_TVC: Array, statics: Array, hou
 
 
 def answer(config: Any, w: Weights, fused: Array, cells_TVC: Array, statics: Array) -> Array:
-    out = linear(w, "head", fused)
-    if config.summary == "linear":
-        out = out + linear(w, "summary", np.concatenate([summary(cells_TVC), statics]))
+    told = [linear(w, "summary", np.concatenate([summary(cells_TVC), statics]))] if config.summary == "linear" else []
+    if config.combine == "sum":
+        out = sum([linear(w, "head", fused), *told])
+    else:
+        names = [name for name in ("temporal", "spatial") if config.branches in ("both", name)]
+        width = 3 * config.model_dim
+        of_branches = [linear(w, f"head.{name}", fused[i * width :][:width]) for i, name in enumerate(names)]
+        halves = [sum(of_branches) / len(names), *told]
+        out = sum(halves) / len(halves)
     if config.head == "ordinal":
         steps = w["steps"]
         out = out - np.cumsum([steps[0], *(math.log1p(math.exp(step)) for step in steps[1:])])

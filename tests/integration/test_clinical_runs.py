@@ -108,7 +108,8 @@ def test_a_fold_of_the_reproduction_of_tscan(tiny: Path) -> None:
     (fitted,) = Stays({**values["stays"], "validation": [part.validation.tolist()]}).calibrators([Told.of(run)])
     assert fitted == Calibrator.from_dict(run["calibration"])
     assert values["stays"]["validation"][1] == part.validation.tolist()
-    for told in (run, *values["baselines, fold 1"].values()):
+    assert run["head"]["test"] != run["test"]
+    for told in (run, run["head"], *values["baselines, fold 1"].values()):
         assert told["rows"] == part.test.tolist()
         assert len(told["test"]) == len(part.test)
         assert len(told["validation"]) == len(part.validation)

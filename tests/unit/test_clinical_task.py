@@ -189,13 +189,29 @@ def test_hourly_buckets_are_trained_and_measured() -> None:
     assert task.score(metrics) == metrics["kappa"]
 
 
+def test_parts_that_learn_apart_have_the_mean_of_their_losses() -> None:
+    task = prepared(small_cohort(), "model.combine=mean", "model.summary=mlp", "model.dropout=0.0")
+    torch.manual_seed(0)
+    model, batch = task.model().eval(), task.train.next(8, 0, 1)
+    with torch.no_grad():
+        parts = model(*batch[:3], each_part=True)
+        losses = [F.binary_cross_entropy_with_logits(part[:, 0], batch[3]) for part in parts]
+        found = task.loss(model, batch, torch.tensor(8.0))
+    assert float(found) == pytest.approx(float(sum(losses)) / 3, rel=1e-5)
+    assert float(found) != pytest.approx(
+        float(F.binary_cross_entropy_with_logits(task.measure(model, batch)[:, 0], batch[3]))
+    )
+
+
 def test_the_export_is_calibrated_on_the_inner_validation_rows(tmp_path: Path) -> None:
     """And its predictions are the calibrated ones."""
     task = prepared(small_cohort(), "task.validation=0.5", "data.path=nowhere")
     torch.manual_seed(0)
     model = task.model().eval()
     with torch.no_grad():
-        model.head.bias.fill_(3.0)  # type: ignore[union-attr]
+        for name, bias in model.named_parameters():
+            if name.startswith("head.") and name.endswith("bias"):
+                bias.fill_(3.0)
     task.save(tmp_path / "export", model, {})
     found, rows = load_trained(tmp_path / "export"), task.fold.validation
     assert found.calibrator is not None

@@ -12,7 +12,7 @@ from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.grid import Grid
 from attnzoo.clinical.statistics import Statistics
 from attnzoo.models import EhrConfig, EhrEncoder, EhrPretraining
-from attnzoo.models.ehr_cells import COUNT, GAP, MEASURED, VALUE, gaps, hide_cells, summarise
+from attnzoo.models.ehr_cells import COUNT, GAP, MEASURED, SUMMARY, VALUE, gaps, hide_cells, summarise
 from attnzoo.models.shapes import without_storage
 from tests.helpers import ehr_oracle
 
@@ -24,6 +24,9 @@ OPTIONS = {
     "official": {"flavor": "official", "summary": "none"},
     "temporal, ordinal": {"branches": "temporal", "head": "ordinal", "outputs": 4},
     "spatial, odd": {"branches": "spatial", "clock": True, "model_dim": 9, "num_heads": 3, "outputs": 2},
+    "mean": {"combine": "mean", "outputs": 2},
+    "mean, ordinal": {"combine": "mean", "branches": "spatial", "head": "ordinal", "outputs": 3, "summary": "none"},
+    "hourly, mean": {"hourly": True, "combine": "mean", "outputs": 2},
     "hourly": {"hourly": True, "outputs": 2},
     "hourly, official": {"hourly": True, "flavor": "official", "clock": True},
     "hourly, spatial": {"hourly": True, "branches": "spatial", "head": "ordinal", "outputs": 3},
@@ -96,7 +99,9 @@ def test_padding_changes_nothing(name):
             if theirs[key].shape == tensor.shape:
                 theirs[key] = tensor
             elif key == "summary.weight":  # features of variables, then statics
-                theirs[key] = torch.cat([tensor[:, :-S], theirs[key][:, -S - 12 : -S], tensor[:, -S:]], dim=1)
+                theirs[key] = torch.cat(
+                    [tensor[:, :-S], theirs[key][:, -S - 2 * len(SUMMARY) : -S], tensor[:, -S:]], dim=1
+                )
             else:
                 theirs[key] = torch.cat([tensor, theirs[key][V:]])
         wider.load_state_dict(theirs)
@@ -188,17 +193,24 @@ def test_maps(flavor):
 
 
 def test_summary_and_hidden_cells():
-    """Of every hour, and continued from an hour before; a hidden cell leaves no trace in later gaps."""
-    found = summarise(CELLS)
-    close(summarise(CELLS, each_hour=False).at(0).features(), found.at(-1).features())
-    first = summarise(CELLS[:, :4]).at(-1)
-    later = summarise(CELLS[:, 4:], first, torch.full((len(CELLS),), 4))
+    """Of every hour, at once, after the last alone, and continued from an hour before, where some variables have not
+    been measured yet; a hidden cell leaves no trace in later gaps."""
+    given = CELLS.clone()
+    given[0, :9, 2:4], given[1, 2:, 5], given[1, :, 6] = 0.0, 0.0, 0.0  # late, early, and never
+    given = hide_cells(given, given[..., MEASURED] <= 0)
+    hours = torch.arange(1, 16).expand(len(given), -1)
+    found = summarise(given)
+    of_hours = found.features(hours, given[..., GAP])
+    whole = summarise(given, each_hour=False).at(0)
+    close(whole.features(hours[:, -1], given[:, -1, :, GAP]), of_hours[:, -1])
+    first = summarise(given[:, :4]).at(-1)
+    later = summarise(given[:, 4:], first, torch.full((len(given),), 4)).features(hours[:, 4:], given[:, 4:, :, GAP])
     for row in range(2):
         for hour in range(15):
-            expected = ehr_oracle.summary(CELLS[row, : hour + 1].numpy())
-            close(found.features()[row, hour], expected)
+            expected = ehr_oracle.summary(given[row, : hour + 1].numpy())
+            close(of_hours[row, hour], expected)
             if hour >= 4:
-                close(later.features()[row, hour - 4], expected)
+                close(later[row, hour - 4], expected)
     hidden = torch.rand(CELLS.shape[:3], generator=torch.Generator().manual_seed(3)) < 0.5
     kept = hide_cells(CELLS, hidden)
     assert not kept[..., :GAP][hidden].any()
@@ -279,11 +291,29 @@ def test_pretraining(branches):
 
 def test_every_parameter_has_a_part():
     """Gradients reach every parameter, in both flavours, from one batch."""
-    for flavor in ("paper", "official"):
-        encoder = model(flavor=flavor, head="ordinal", outputs=3).train()
+    for options in ({}, {"flavor": "official"}, {"combine": "mean"}):
+        encoder = model(head="ordinal", outputs=3, **options).train()
         encoder(CELLS, STATICS, HOURS).square().sum().backward()
         idle = [name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.any()]
-        assert not idle, f"{flavor}: no gradient for {idle}"
+        assert not idle, f"{options}: no gradient for {idle}"
+
+
+@pytest.mark.parametrize("hourly", [False, True])
+def test_parts_learn_apart(hourly):
+    """With combine="mean" the loss of a part has gradients for that part alone, and what is told is half the mean of
+    the branches and half the summary head; else there is one part."""
+    encoder = model(combine="mean", hourly=hourly, outputs=2)
+    parts = encoder(CELLS, STATICS, HOURS, each_part=True)
+    told = encoder(CELLS, STATICS, HOURS)
+    close((parts[0] + parts[1]) / 4 + parts[2] / 2, told)
+    for own, part in zip(("temporal", "spatial", "summary"), parts, strict=True):
+        encoder.zero_grad()
+        part.square().sum().backward(retain_graph=True)
+        moved = {name for name, p in encoder.named_parameters() if p.grad is not None and p.grad.any()}
+        assert moved
+        assert all(own in name.split(".") for name in moved), f"{own}: {moved}"
+    whole = model(hourly=hourly)
+    close(whole(CELLS, STATICS, HOURS, each_part=True), whole(CELLS, STATICS, HOURS)[None])
 
 
 def test_configuration():

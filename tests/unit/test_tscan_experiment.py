@@ -11,6 +11,8 @@ from train.experiments import tscan
 from train.experiments.base import ExperimentConfig, Values
 from train.experiments.tscan_figures import draw
 from train.experiments.tscan_judge import (
+    ATTENTION,
+    HEAD,
     LIGHTGBM,
     SEEDS,
     STACK,
@@ -45,10 +47,15 @@ def made_up(without: tuple[str, ...] = ()) -> dict[str, Values]:
         "stays": {"labels": labels.tolist(), "validation": [rows.tolist() for rows in validation], "groups": groups}
     }
     config = ExperimentConfig(quick=True, without=without)
-    kinds = [("both", seed, 0.7) for seed in tscan.seeds(config)] + [("temporal", 0, 2.0), ("spatial", 0, 1.6)]
-    for branches, seed, noise in kinds:
+    kinds = [("both", seed, 0.7) for seed in tscan.seeds(config)] + [
+        ("temporal", 0, 2.0),
+        ("spatial", 0, 1.6),
+        ("attention", 0, 2.5),
+    ]
+    for arm, seed, noise in kinds:
         for fold in range(FOLDS):
-            values[f"{branches}, seed {seed}, fold {fold}"] = told(fold, noise, sure=2.0)
+            head = {"head": told(fold, 1.4 + seed, sure=3.0)} if arm == "both" else {}
+            values[f"{arm}, seed {seed}, fold {fold}"] = {**told(fold, noise, sure=2.0), **head}
     for fold in range(FOLDS):
         names = ("logistic regression", "LightGBM", "LightGBM, inner rows too", "GRU")
         values[f"baselines, fold {fold}"] = {name: told(fold, 1.0) for name in names}
@@ -67,7 +74,10 @@ def test_every_claim_table_and_figure(tmp_path: Path) -> None:
     assert held["T3 AUROC above the temporal branch alone, low bound"]
     assert held["T5 peak MiB of two runs"]
     rows = {(row["table"], row.get("model")): row for row in judged.rows}
-    assert {model for table, model in rows if table == "T: models"} >= {TSCAN, SEEDS, STACK, LIGHTGBM}
+    wanted = {TSCAN, SEEDS, STACK, LIGHTGBM, HEAD, ATTENTION}
+    assert {model for table, model in rows if table == "T: models"} >= wanted
+    apart = {row["second"] for row in judged.rows if row["table"] == "T: first less second" and row["first"] == TSCAN}
+    assert apart >= {HEAD, ATTENTION, LIGHTGBM}
     groups = {row["group"]: row for row in judged.rows if row["table"] == "T: TSCAN by group"}
     female = np.arange(N) % 2 == 0
     deaths = int(np.array(values["stays"]["labels"])[female].sum())
@@ -94,6 +104,9 @@ def test_outcomes_of_test_rows_calibrate_nothing() -> None:
         assert np.array_equal(told.test, fitted.logits(before.test))
         labels = stays.labels[told.rows]
         assert auroc(labels, told.test) == auroc(labels, before.test)
+        alone = Told.of(values[f"both, seed 0, fold {fold}"]["head"])
+        fitted = fit_calibrator(stays.labels[inner[fold]], alone.validation)
+        assert np.array_equal(models[HEAD][fold].test, fitted.logits(alone.test))
     # Stays that a model has learned from cannot calibrate it.
     as_it_is = Told.of(values["baselines, fold 0"][WITH_INNER])
     assert np.array_equal(models[WITH_INNER][0].test, as_it_is.test)

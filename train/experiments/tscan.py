@@ -3,7 +3,7 @@ its own branches alone (arXiv 2306.01970).
 
 Every model learns from the same training rows of each fold; the inner validation rows select and calibrate; what is
 judged are the test rows of all folds together. A fold of TSCAN is a run of train/main.py with
-configs/tscan-mortality.yaml.
+configs/tscan-mortality.yaml, in which the summary head learns apart: what it tells alone says what attention adds.
 """
 
 import time
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import torch
 
 from attnzoo.clinical.baselines import Predictor, fit_lightgbm, fit_logistic_regression
 from attnzoo.clinical.calibration import logit
@@ -20,7 +21,7 @@ from attnzoo.clinical.gru import GruConfig, fit_gru
 from attnzoo.clinical.outcome import Outcome
 from attnzoo.clinical.splits import Fold, folds
 from attnzoo.clinical.summary import summary_features
-from attnzoo.clinical.trained import load_trained
+from attnzoo.clinical.trained import TrainedModel, inputs, load_trained
 from attnzoo.clinical.variables import STATICS
 from train.experiments.base import Experiment, ExperimentConfig, ExperimentPart, Tick, Values
 from train.experiments.runs import run_steps, trained_run
@@ -39,6 +40,15 @@ QUICK = (
     "eval.keep_best=1",
 )
 """What a quick run changes of a training run."""
+ARMS = {
+    "both": "model.branches=both",
+    "temporal": "model.branches=temporal",
+    "spatial": "model.branches=spatial",
+    "attention": "model.summary=none",
+}
+"""Forms of TSCAN, and what each changes of a run."""
+TOLD = ("test", "validation")
+"""Parts of a fold of which models tell logits."""
 AGES = (0, 50, 65, 80)
 """Where age bands begin, in years."""
 
@@ -93,12 +103,12 @@ def _age_band(age: float) -> str:
     return f"{AGES[at]} or more" if at == len(AGES) - 1 else f"{AGES[at]} to {AGES[at + 1] - 1}"
 
 
-def words(config: ExperimentConfig, fold: int, seed: int, branches: str) -> list[str]:
+def words(config: ExperimentConfig, fold: int, seed: int, arm: str) -> list[str]:
     """What a training run changes of its configuration."""
     return [
         f"data.path={config.data}",
         f"seed={seed}",
-        f"model.branches={branches}",
+        ARMS[arm],
         f"task.folds={fold_count(config)}",
         f"task.fold={fold}",
         f"task.validation={VALIDATION}",
@@ -107,23 +117,34 @@ def words(config: ExperimentConfig, fold: int, seed: int, branches: str) -> list
     ]
 
 
-def attention(config: ExperimentConfig, tick: Tick, fold: int, seed: int, branches: str) -> Values:
-    """One run of train/main.py. seconds: of the whole run, with reading the data, evaluations and the export."""
+def attention(config: ExperimentConfig, tick: Tick, fold: int, seed: int, arm: str) -> Values:
+    """One run of train/main.py. seconds: of the whole run, with reading the data, evaluations and the export. head:
+    what the summary head of the whole model tells alone."""
     start = time.perf_counter()
-    with trained_run(CONFIG, words(config, fold, seed, branches), tick) as run:
+    with trained_run(CONFIG, words(config, fold, seed, arm), tick) as run:
         seconds, model = time.perf_counter() - start, load_trained(run)
         memory = [
             record["peak_memory_mib"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "train"
         ]
     cohort = read(config)
     part = split(cohort, config)[fold]
+    alone = {name: of_head(model, cohort, getattr(part, name)) for name in TOLD} if arm == "both" else {}
     return {
-        **{name: model.logits(cohort, getattr(part, name))[:, 0].tolist() for name in ("test", "validation")},
+        **{name: model.logits(cohort, getattr(part, name))[:, 0].tolist() for name in TOLD},
+        **({"head": {"rows": part.test.tolist(), **alone}} if alone else {}),
         "rows": part.test.tolist(),
         "seconds": seconds,
         "peak_mib": max(memory),
         "calibration": None if model.calibrator is None else model.calibrator.to_dict(),
     }
+
+
+@torch.no_grad()
+def of_head(model: TrainedModel, cohort: Cohort, rows: np.ndarray) -> list[float]:
+    """Logits of the summary head alone, which is the last part."""
+    parts = model.model(*inputs(model.statistics, cohort, rows), each_part=True)
+    found: list[float] = parts[-1, :, 0].tolist()
+    return found
 
 
 def baselines(config: ExperimentConfig, tick: Tick, fold: int) -> Values:
@@ -142,12 +163,12 @@ def baselines(config: ExperimentConfig, tick: Tick, fold: int) -> Values:
     for name, (fit, rows) in fits.items():
         start = time.perf_counter()
         predict = fit(features_NF[rows], labels[rows])
-        told = {kind: logit(predict(features_NF[getattr(part, kind)])).tolist() for kind in ("test", "validation")}
+        told = {kind: logit(predict(features_NF[getattr(part, kind)])).tolist() for kind in TOLD}
         found[name] = {"rows": part.test.tolist(), **told, "seconds": time.perf_counter() - start}
         tick()
     start = time.perf_counter()
     gru = fit_gru(cohort, Outcome(), part, gru_config(config), seed=config.seed, tick=tick)
-    told = {kind: gru.logits(cohort, getattr(part, kind))[:, 0].tolist() for kind in ("test", "validation")}
+    told = {kind: gru.logits(cohort, getattr(part, kind))[:, 0].tolist() for kind in TOLD}
     found["GRU"] = {"rows": part.test.tolist(), **told, "seconds": time.perf_counter() - start}
     return found
 
@@ -158,15 +179,15 @@ def gru_config(config: ExperimentConfig) -> GruConfig:
 
 
 def parts(config: ExperimentConfig) -> dict[str, ExperimentPart]:
-    """The stays; a run for each fold, seed and choice of branches; the baselines of each fold."""
+    """The stays; a run for each fold, seed and form of TSCAN; the baselines of each fold."""
     found = {"stays": ExperimentPart(stays, 1)}
     first, *others = seeds(config)
-    kinds = [("both", first), ("temporal", first), ("spatial", first), *(("both", seed) for seed in others)]
+    kinds = [*((arm, first) for arm in ARMS), *(("both", seed) for seed in others)]
     steps = run_steps(CONFIG, words(config, 0, first, "both"))
-    for branches, seed in kinds:
+    for arm, seed in kinds:
         for fold in range(fold_count(config)):
-            run = partial(attention, fold=fold, seed=seed, branches=branches)
-            found[f"{branches}, seed {seed}, fold {fold}"] = ExperimentPart(run, steps)
+            run = partial(attention, fold=fold, seed=seed, arm=arm)
+            found[f"{arm}, seed {seed}, fold {fold}"] = ExperimentPart(run, steps)
     for fold in range(fold_count(config)):
         found[f"baselines, fold {fold}"] = ExperimentPart(partial(baselines, fold=fold), 4 + gru_config(config).epochs)
     return found

@@ -35,8 +35,9 @@ from train.experiments.base import ExperimentConfig, Judgement, Values
 ENSEMBLE = "ensemble"
 TSCAN, TEMPORAL, SPATIAL = "TSCAN", "TSCAN, temporal branch", "TSCAN, spatial branch"
 LIGHTGBM, WITH_INNER, SEEDS = "LightGBM", "LightGBM, inner rows too", "TSCAN, mean of seeds"
+ATTENTION, HEAD = "TSCAN without the summary head", "TSCAN, summary head alone"
 STACK = "stack of TSCAN and LightGBM"
-BRANCHES = {"both": TSCAN, "temporal": TEMPORAL, "spatial": SPATIAL}
+ARMS = {"both": TSCAN, "temporal": TEMPORAL, "spatial": SPATIAL, "attention": ATTENTION}
 BASELINES = ("logistic regression", LIGHTGBM, WITH_INNER, "GRU")
 MARGIN = 0.01
 """How much lower AUROC may be and still count as no worse."""
@@ -117,16 +118,18 @@ def predictions(values: dict[str, Values]) -> tuple[Stays, dict[str, list[Told]]
         told = [Told.of(each[name]) for each in of_folds]
         found[name] = told if name == WITH_INNER else stays.calibrated(told)
     by_seed: dict[str, list[list[Told]]] = {}
-    for branches, name in BRANCHES.items():
-        kinds = {part.rpartition(", fold ")[0] for part in values if part.startswith(f"{branches}, seed ")}
+    for arm, name in ARMS.items():
+        kinds = {part.rpartition(", fold ")[0] for part in values if part.startswith(f"{arm}, seed ")}
         for kind in sorted(kinds, key=lambda each: int(each.rpartition(" ")[2])):
             told = [Told.of(values[part]) for part in values if part.startswith(f"{kind}, fold ")]
             by_seed.setdefault(name, []).append(stays.calibrated(told))
         found[name] = by_seed[name][0]
+    heads = [Told.of(run["head"]) for part, run in values.items() if part.startswith("both, seed ")]
+    found[HEAD] = stays.calibrated(heads[: len(of_folds)])
     if len(by_seed[TSCAN]) > 1:
         found[SEEDS] = stays.mean(*by_seed[TSCAN])
     found[STACK] = stays.mean(found[TSCAN], found[LIGHTGBM])
-    order = [*BASELINES, TEMPORAL, SPATIAL, TSCAN, SEEDS, STACK]
+    order = [*BASELINES, HEAD, ATTENTION, TEMPORAL, SPATIAL, TSCAN, SEEDS, STACK]
     return stays, {name: found[name] for name in order if name in found}
 
 
@@ -193,7 +196,7 @@ def _row(found: Interval) -> dict[str, Any]:
 
 
 def _judge_pairs(out: Judgement, table: ModelTable) -> None:
-    others = (TEMPORAL, SPATIAL, LIGHTGBM, WITH_INNER, "logistic regression", "GRU")
+    others = (TEMPORAL, SPATIAL, HEAD, ATTENTION, LIGHTGBM, WITH_INNER, "logistic regression", "GRU")
     pairs = [(TSCAN, other) for other in others] + [(STACK, LIGHTGBM), (STACK, TSCAN)]
     pairs += [(SEEDS, LIGHTGBM), (SEEDS, WITH_INNER)] if SEEDS in table.found else []
     found = {pair: table.difference(auroc, *pair) for pair in pairs}

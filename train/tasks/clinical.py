@@ -175,16 +175,20 @@ class ClinicalTask(CohortTask):
         return int((~torch.isnan(batch[3])).sum())
 
     def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> Tensor:
-        """As `Outcome.loss_sum`, without class weights."""
-        return self.outcome.loss_sum(self.measure(model, batch), batch[3]) / count
+        """As `Outcome.loss_sum`, without class weights; the mean over parts that learn from a loss of their own."""
+        parts = self._logits(model, batch, each_part=True)
+        return torch.stack([self.outcome.loss_sum(part, batch[3]) for part in parts]).mean() / count
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def measure(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits [N, outputs], or [N, T, outputs] where they are hourly."""
+        return self._logits(model, batch)
+
+    def _logits(self, model: nn.Module, batch: Batch, **options: bool) -> Tensor:
         cells_NTVC, statics_NS, hours_N, _ = batch
         dtype = next(model.parameters()).dtype
-        logits: Tensor = model(cells_NTVC.to(dtype), statics_NS.to(dtype), hours_N)
+        logits: Tensor = model(cells_NTVC.to(dtype), statics_NS.to(dtype), hours_N, **options)
         return logits
 
     def metrics(self, batch: Batch, measured: Tensor) -> dict[str, float]:
