@@ -123,7 +123,7 @@ def test_a_loss_is_the_same_however_rows_are_cut() -> None:
     cohort = small_cohort()
     labels = cohort.labels["mortality"].copy()
     labels[::3] = np.nan
-    task = prepared(replace(cohort, labels={"mortality": labels}))
+    task = prepared(replace(cohort, labels={"mortality": labels}), "model.combine=sum")
     torch.manual_seed(0)
     model, batch = task.model().eval(), task.validation()
     assert not torch.isnan(batch[3]).any()  # stays without a label are no rows
