@@ -22,9 +22,10 @@ class EhrConfig(CheckedConfig):
     clock: whether tokens are told how many hours were before their chunk, not their place in it alone.
     chunks: encoders along time; chunk_hours: hours of a chunk. share_fusion: all fusion encoders are one, and stays may
     be longer than chunks * chunk_hours.
-    summary: a head on `ehr_cells.SUMMARY` of each variable: linear, with a hidden layer, or none.
+    summary: a head on the last, first, mean, smallest and largest value, deviation, trend, count, share and recency of
+    each variable: linear, with a hidden layer, or none.
     combine: "sum" adds the logits of all branches and the summary head, and they learn from one loss. "mean": each has
-    logits and a loss of its own; the mean of both branches and of the summary head is told.
+    logits and a loss of its own; half the mean of the branches and half the summary head's are told.
     dropout: of what is added to the residual stream, and before the head. hide_variables, hide_hours: in training a
     variable is hidden with this probability, and hours with one that is drawn between 0 and this for each stay.
     """
