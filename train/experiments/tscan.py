@@ -142,6 +142,7 @@ def attention(config: ExperimentConfig, tick: Tick, fold: int, seed: int, arm: s
 @torch.no_grad()
 def of_head(model: TrainedModel, cohort: Cohort, rows: np.ndarray) -> list[float]:
     """Logits of the summary head alone, which is the last part."""
+    assert model.model.config.combine == "mean"  # else it has learned to be added to the branches
     parts = model.model(*inputs(model.statistics, cohort, rows), each_part=True)
     found: list[float] = parts[-1, :, 0].tolist()
     return found
