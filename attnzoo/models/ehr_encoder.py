@@ -28,7 +28,7 @@ from attnzoo.kvcache.state import new_zeros
 from attnzoo.models.ehr_blocks import Branch, hinged
 from attnzoo.models.ehr_cells import CHANNELS, GAP, SUMMARY, Summary, hide_cells, summarise
 from attnzoo.models.ehr_config import EhrConfig
-from attnzoo.models.ehr_state import EhrMaps, EhrState, Stays
+from attnzoo.models.ehr_state import EhrMaps, EhrState, StayBatch
 
 LayerEdits = Mapping[str, EditRuns]
 """What is read and changed of attention layers, by their names in `EhrEncoder.attentions`."""
@@ -116,7 +116,7 @@ class EhrEncoder(nn.Module):
         share = torch.rand(stays, 1, 1, device=device) * config.hide_hours
         return hide_cells(cells_NTVC, of_variables | (torch.rand(stays, hours, 1, device=device) < share))
 
-    def _stays(self, cells_NTVC: Tensor, statics_NS: Tensor, hours_N: Tensor, variables_NV: Tensor | None) -> Stays:
+    def _stays(self, cells_NTVC: Tensor, statics_NS: Tensor, hours_N: Tensor, variables_NV: Tensor | None) -> StayBatch:
         self._check(cells_NTVC, statics_NS, hours_N, variables_NV)
         hours, longest = self.config.chunk_hours, self.config.longest
         if longest is not None and cells_NTVC.shape[1] > longest:
@@ -133,7 +133,7 @@ class EhrEncoder(nn.Module):
             cells_NTVC = cells_NTVC.masked_fill(gone[..., None, None], 0.0)
         if variables_NV is not None:
             cells_NTVC = cells_NTVC.masked_fill(~variables_NV[:, None, :, None], 0.0)
-        return Stays(cells_NTVC, statics_NS, hours_N, variables_NV)
+        return StayBatch(cells_NTVC, statics_NS, hours_N, variables_NV)
 
     def _check(
         self,
@@ -158,7 +158,7 @@ class EhrEncoder(nn.Module):
                 f"{hours_name}={hours_N.tolist()} must lie between 0 and the {cells_NTVC.shape[1]} hours of cells_NTVC"
             )
 
-    def _run(self, name: str, stays: Stays, edits: LayerEdits | None) -> list[Tensor]:
+    def _run(self, name: str, stays: StayBatch, edits: LayerEdits | None) -> list[Tensor]:
         """z after every chunk; a chunk of which a stay has no hour leaves its z as it was."""
         hours, found = self.config.chunk_hours, []
         z_NTD = None
@@ -181,7 +181,7 @@ class EhrEncoder(nn.Module):
         self,
         name: str,
         chunk: int,
-        stays: Stays,
+        stays: StayBatch,
         cells_NHVX: Tensor,
         before_NTD: Tensor | None,
         edits: LayerEdits | None = None,
@@ -198,7 +198,7 @@ class EhrEncoder(nn.Module):
         out: Tensor = branch.encoder(chunk)(x_NTD, exist_NT, context, given)
         return out
 
-    def _last_exist(self, name: str, stays: Stays) -> Tensor | None:
+    def _last_exist(self, name: str, stays: StayBatch) -> Tensor | None:
         """Which tokens of a stay's last chunk exist."""
         hours = self.config.chunk_hours
         if name == "temporal":
@@ -210,7 +210,7 @@ class EhrEncoder(nn.Module):
         some_N1 = (stays.hours_N > 0)[:, None]
         return None if stays.exist_NV is None and bool(some_N1.all()) else F.pad(exist_NV & some_N1, (1, 0), value=True)
 
-    def _each_hour(self, name: str, zs: list[Tensor], stays: Stays) -> Tensor:
+    def _each_hour(self, name: str, zs: list[Tensor], stays: StayBatch) -> Tensor:
         """[N, T, 3 D] of what was known at each hour."""
         branch = self._branch(name)
         if name == "temporal":
@@ -219,7 +219,7 @@ class EhrEncoder(nn.Module):
         known = [torch.zeros_like(branch.pooled(zs[0], exist_NT)), *(branch.pooled(z, exist_NT) for z in zs[:-1])]
         return torch.stack(known, dim=1).repeat_interleave(self.config.chunk_hours, dim=1)
 
-    def _features(self, stays: Stays) -> Tensor:
+    def _features(self, stays: StayBatch) -> Tensor:
         """Summary features of the stays, [N, F], or of each of their hours, [N, T, F]."""
         cells_NTVC, hourly = stays.cells_NTVC, self.config.hourly
         found = summarise(cells_NTVC, each_hour=hourly)
@@ -354,7 +354,7 @@ class EhrEncoder(nn.Module):
         """(the state with z of the chunk where it is full, logits after its last hour) of stays that are in it."""
         some = state.map(lambda _, tensor: tensor[rows])
         exist_NV = None if bool(some.exist_NV.all()) else some.exist_NV
-        stays = Stays(some.cells_NHVC, some.statics_NS, some.hours_N, exist_NV)
+        stays = StayBatch(some.cells_NHVC, some.statics_NS, some.hours_N, exist_NV)
         fused, full = [], some.hours_N % self.config.chunk_hours == 0
         for name in self.branches:
             branch, field = self._branch(name), f"{name}_NTD"

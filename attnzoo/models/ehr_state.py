@@ -35,7 +35,7 @@ class EhrMaps:
 
 
 @dataclass(frozen=True)
-class Stays:
+class StayBatch:
     """A batch ready for the branches: cells of whole chunks, zeros where nothing exists; exist_NV None: all exist."""
 
     cells_NTVC: Tensor
@@ -46,7 +46,7 @@ class Stays:
     def chunk(self, number: int, hours: int) -> Tensor:
         return hinged(self.cells_NTVC[:, number * hours : (number + 1) * hours])
 
-    def take(self, rows: Tensor, first: int, hours: int) -> "Stays":
+    def take(self, rows: Tensor, first: int, hours: int) -> "StayBatch":
         exist_NV = None if self.exist_NV is None else self.exist_NV[rows]
         cells_NTVC = self.cells_NTVC[:, first : first + hours][rows]
-        return Stays(cells_NTVC, self.statics_NS[rows], self.hours_N[rows], exist_NV)
+        return StayBatch(cells_NTVC, self.statics_NS[rows], self.hours_N[rows], exist_NV)
