@@ -34,11 +34,10 @@ SUMMARY = (
 )
 """What `Summary.features` has of each variable; all are 0 where it was never measured.
 
-deviation: the standard deviation of its values. trend: the slope of a line through them, drawn towards 0 as if by
-values spread one `TREND_HOURS`, so that two of one hour say little. count: log(1 + all measurements). share: of the
-hours so far, those with a measurement. recency: 1 less the time since the last, so 0 after `GAP_HOURS`. measured: 1."""
-LEAST_DEVIATION = 1e-2
-"""Below it a deviation bends towards 0, so that it has a slope where all values are alike."""
+deviation: variance / sqrt(1 + variance) of its values, their standard deviation where that is large. trend: the slope of
+a line through them, drawn towards 0 as if by values spread one `TREND_HOURS`, so that two of one hour say little. count:
+log(1 + all measurements). share: of the hours so far, those with a measurement. recency: 1 less the time since the last,
+so 0 after `GAP_HOURS`. measured: 1."""
 
 
 def gaps(measured_NTV: Tensor) -> Tensor:
@@ -83,7 +82,7 @@ class Summary(State):
         number = measured.clamp(min=1.0)
         mean = total / number
         variance = (of_squares / number - mean * mean).clamp(min=0.0)
-        deviation = (variance + LEAST_DEVIATION**2).sqrt() - LEAST_DEVIATION
+        deviation = variance / (1.0 + variance).sqrt()  # a slope of 1 where all values are alike, not an infinite one
         trend = (products - mean * times) / (1.0 + squares - times * times / number)
         share = measured / hours.clamp(min=1)[..., None]
         recency = (1.0 - gap_NV).masked_fill(measured <= 0, 0.0)

@@ -137,7 +137,7 @@ def summary(cells_TVC: Array) -> Array:
         x, time = cells_TVC[hours, v, 0], np.array(hours) / 12
         spread = ((time - time.mean()) ** 2).sum()
         trend = ((time - time.mean()) * (x - x.mean())).sum() / (1 + spread)
-        deviation = math.sqrt(x.std() ** 2 + 1e-4) - 1e-2
+        deviation = x.var() / math.sqrt(1 + x.var())
         count = math.log1p(sum(math.expm1(c) for c in cells_TVC[:, v, 2]))
         share, recency = len(hours) / len(cells_TVC), 1 - min((len(cells_TVC) - 1 - hours[-1]) / 48, 1)
         rows += [x[-1], x[0], x.mean(), x.min(), x.max(), deviation, trend, count, share, recency, 1.0]
