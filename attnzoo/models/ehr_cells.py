@@ -34,10 +34,10 @@ SUMMARY = (
 )
 """What `Summary.features` has of each variable; all are 0 where it was never measured.
 
-deviation: variance / sqrt(1 + variance) of its values, their standard deviation where that is large. trend: the slope of
-a line through them, drawn towards 0 as if by values spread one `TREND_HOURS`, so that two of one hour say little. count:
-log(1 + all measurements). share: of the hours so far, those with a measurement. recency: 1 less the time since the last,
-so 0 after `GAP_HOURS`. measured: 1."""
+deviation: variance / sqrt(1 + variance) of its values, their standard deviation where that is large. trend: the slope
+of a line through them, drawn towards 0 as if by values spread one `TREND_HOURS`, so that two of one hour say little.
+count: log(1 + all measurements). share: of the hours so far, those with a measurement. recency: 1 less the time since
+the last, so 0 after `GAP_HOURS`. measured: 1."""
 
 
 def gaps(measured_NTV: Tensor) -> Tensor:
