@@ -200,15 +200,23 @@ def _claim_row(claim: Claim) -> dict[str, Any]:
 
 def this_command() -> list[str]:
     """The command line of this process without absolute paths: `python -m module ...`, or the script's path relative to
-    the working directory (only its name if it lies elsewhere, as installed commands do)."""
+    the working directory (only its name if it lies elsewhere, as installed commands do); of files and directories that
+    are given as absolute paths, the names."""
+    words = [_named(word) for word in sys.argv[1:]]
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None:  # sys.argv[0] is then the full path of the module's file
-        return ["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
+        return ["python", "-m", spec.name.removesuffix(".__main__"), *words]
     script = Path(sys.argv[0])
     if script.is_absolute():
         inside = script.is_relative_to(Path.cwd())
         script = script.relative_to(Path.cwd()) if inside else Path(script.name)
-    return [*(["python"] if script.suffix == ".py" else []), str(script), *sys.argv[1:]]
+    return [*(["python"] if script.suffix == ".py" else []), str(script), *words]
+
+
+def _named(word: str) -> str:
+    """A word of a command line; only the last part of an absolute path, or of that after `=`."""
+    before, equals, path = word.rpartition("=")
+    return before + equals + Path(path).name if path.startswith("/") else word
 
 
 def _commit() -> str:

@@ -95,6 +95,11 @@ def test_command_holds_no_path_of_a_machine(tmp_path):
         (tmp_path, ["tools/bench.py", "-m", "b"], ["python", "tools/bench.py", "-m", "b"]),
         (tmp_path, [str(tmp_path / "tools/bench.py")], ["python", "tools/bench.py"]),
         (elsewhere, [str(tmp_path / "tools/bench.py")], ["python", "bench.py"]),
+        (
+            tmp_path,
+            ["tools/bench.py", "--data", "/a/set", "--out=/b/c/", "../d", "e/f", "k=/g"],
+            ["python", "tools/bench.py", "--data", "set", "--out=c", "../d", "e/f", "k=g"],
+        ),
     ]
     root = str(Path(__file__).resolve().parents[2])
     for folder, arguments, expected in cases:
