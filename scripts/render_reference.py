@@ -12,6 +12,7 @@ import dataclasses
 import importlib
 import inspect
 import io
+import json
 import os
 import re
 import sys
@@ -25,11 +26,13 @@ if __package__ in (None, ""):
 from attnzoo.attention import ATTENTION
 from attnzoo.clinical.formats import FORMATS
 from attnzoo.kvcache import CACHES
-from attnzoo.models import DecoderConfig, EhrConfig, LdamConfig, SensorConfig
+from attnzoo.models import DecoderConfig, DiffusionConfig, EhrConfig, LdamConfig, SensorConfig
+from attnzoo.vision import SceneOptions
 from serve.config import EngineConfig, ServeConfig
 from train.config import Config
 from train.data import DataConfig
-from train.tasks import ldam
+from train.data.pictures import SCENES, PictureOptions
+from train.tasks import diffusion, ldam
 from train.tasks.clinical import DERIVED, ClinicalOptions
 from train.tasks.sensors import FROM_DATA, LanguageModelOptions, SensorOptions
 from train.tokenizer import TokenizerConfig
@@ -188,6 +191,11 @@ def training() -> Iterator[str]:
     yield "\n### Sensor adapters\n\nWith `task.kind: sensor-lm` an adapter is trained in front of a frozen language "
     yield f"model (`data` as above).\n\nKeys of `task`:\n\n{table(SensorOptions)}\nKeys of `model`:\n\n"
     yield table(LanguageModelOptions) + "".join(table(SensorConfig, skip=FROM_DATA).splitlines(keepends=True)[2:])
+    yield "\n### Diffusion\n\nWith `task.kind: diffusion` pictures are drawn from captions. `data.source` is `scenes`; "
+    own = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in SCENES.items())
+    yield f"scenes have other defaults here: {own}.\n\nKeys of `data`:\n\n{table(SceneOptions)}"
+    yield "".join(table(PictureOptions).splitlines(keepends=True)[2:])
+    yield f"\nKeys of `model`:\n\n{table(DiffusionConfig, skip=diffusion.FROM_DATA)}"
 
 
 def configuration() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from attnzoo.clinical import exports
+from attnzoo.checkpoint import model_files
 from attnzoo.clinical.calibration import Calibrator
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.evidence import Evidence
@@ -85,7 +85,7 @@ def _cut(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 def check_target(directory: Path) -> None:
     """Raises ValueError, naming what would be lost, unless `save_trained` may write to `directory`."""
-    exports.check_target(directory, FORMAT, (STATISTICS,))
+    model_files.check_target(directory, FORMAT, (STATISTICS,))
 
 
 def save_trained(directory: Path, trained: TrainedModel) -> Path:
@@ -100,13 +100,13 @@ def save_trained(directory: Path, trained: TrainedModel) -> Path:
         "calibration": None if trained.calibrator is None else trained.calibrator.to_dict(),
         "evidence": None if trained.evidence is None else trained.evidence.to_dict(),
     }
-    return exports.write(directory, content, trained.model, {STATISTICS: trained.statistics.to_dict()})
+    return model_files.write(directory, content, trained.model, {STATISTICS: trained.statistics.to_dict()})
 
 
 def holds_trained(directory: Path | str) -> bool:
     """Whether a directory holds what `save_trained` wrote, damaged or not; errors are `load_trained`'s to tell."""
     try:
-        return read_object(exports.find(directory) / exports.CONFIG).get("format") == FORMAT
+        return read_object(model_files.find(directory) / model_files.CONFIG).get("format") == FORMAT
     except (OSError, ValueError):
         return False
 
@@ -116,12 +116,12 @@ def load_trained(directory: Path | str) -> TrainedModel:
 
     Raises ValueError that names the file if one is missing, damaged, or of another format.
     """
-    path = exports.find(directory)
-    content, statistics = exports.read(path, FORMAT, KEYS, (STATISTICS,))
-    with exports.damage(path):
+    path = model_files.find(directory)
+    content, statistics = model_files.read(path, FORMAT, KEYS, (STATISTICS,))
+    with model_files.damage(path):
         model = EhrEncoder(EhrConfig.from_dict(content["model"]))
         outcome, fitted = Outcome.from_dict(content["outcome"]), Statistics.from_dict(statistics)
-        exports.load_weights(path, model)
+        model_files.load_weights(path, model)
         calibration = content.get("calibration")
         calibrator = None if calibration is None else Calibrator.from_dict(calibration)
         known = content.get("evidence")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnzoo.clinical import exports
+from attnzoo.checkpoint import model_files
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.statistics import Statistics
 from attnzoo.clinical.words import Vocabulary
@@ -102,7 +102,7 @@ class TrainedLdam:
 
 def check_target(directory: Path) -> None:
     """Raises ValueError, naming what would be lost, unless `save_ldam` may write to `directory`."""
-    exports.check_target(directory, FORMAT, (VOCABULARY, STATISTICS))
+    model_files.check_target(directory, FORMAT, (VOCABULARY, STATISTICS))
 
 
 def save_ldam(directory: Path, trained: TrainedLdam) -> Path:
@@ -119,17 +119,19 @@ def save_ldam(directory: Path, trained: TrainedLdam) -> Path:
     }
     check_target(directory)
     statistics = {} if trained.statistics is None else {STATISTICS: trained.statistics.to_dict()}
-    return exports.write(directory, content, trained.model, {VOCABULARY: trained.vocabulary.to_dict(), **statistics})
+    return model_files.write(
+        directory, content, trained.model, {VOCABULARY: trained.vocabulary.to_dict(), **statistics}
+    )
 
 
 def load_ldam(directory: Path | str) -> TrainedLdam:
     """The model in a directory that `save_ldam` wrote, or in a run directory with such an export. Raises ValueError
     that names the file if one is missing, damaged, or of another format."""
-    path = exports.find(directory)
-    content, words = exports.read(path, FORMAT, KEYS, (VOCABULARY,))
-    with exports.damage(path):
+    path = model_files.find(directory)
+    content, words = model_files.read(path, FORMAT, KEYS, (VOCABULARY,))
+    with model_files.damage(path):
         model, vocabulary = Ldam(LdamConfig.from_dict(content["model"])), Vocabulary.from_dict(words)
-        exports.load_weights(path, model)
+        model_files.load_weights(path, model)
         trained = TrainedLdam(
             model,
             vocabulary,

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnzoo.checkpoint import existing_checkpoint, load_model, load_tokenizer
-from attnzoo.clinical import exports
+from attnzoo.checkpoint import existing_checkpoint, load_model, load_tokenizer, model_files
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.sensors import SensorQuestions, SensorStatistics
 from attnzoo.models import DecoderLM, PromptedLM, SensorAdapter, SensorConfig
@@ -97,7 +96,7 @@ class TrainedSensors:
 
 def check_target(directory: Path) -> None:
     """Raises ValueError, naming what would be lost, unless `save_sensors` may write to `directory`."""
-    exports.check_target(directory, FORMAT, (STATISTICS,))
+    model_files.check_target(directory, FORMAT, (STATISTICS,))
 
 
 def save_sensors(directory: Path, trained: TrainedSensors) -> Path:
@@ -111,7 +110,7 @@ def save_sensors(directory: Path, trained: TrainedSensors) -> Path:
         "split": trained.split,
         "metadata": trained.metadata,
     }
-    return exports.write(directory, content, trained.adapter, {STATISTICS: trained.statistics.to_dict()})
+    return model_files.write(directory, content, trained.adapter, {STATISTICS: trained.statistics.to_dict()})
 
 
 def load_sensors(directory: Path | str, language_model: FrozenLM | None = None) -> TrainedSensors:
@@ -120,11 +119,11 @@ def load_sensors(directory: Path | str, language_model: FrozenLM | None = None) 
     language_model: None loads the one that the export names. Raises ValueError that names the file if one is missing,
     damaged or of another format, and for a language model with other weights than the adapter was trained with.
     """
-    path = exports.find(directory)
-    content, statistics = exports.read(path, FORMAT, KEYS, (STATISTICS,))
-    with exports.damage(path):
+    path = model_files.find(directory)
+    content, statistics = model_files.read(path, FORMAT, KEYS, (STATISTICS,))
+    with model_files.damage(path):
         adapter = SensorAdapter(SensorConfig.from_dict(content["model"]))
-        exports.load_weights(path, adapter)
+        model_files.load_weights(path, adapter)
         fitted = SensorStatistics.from_dict(statistics)
         questions = build_config(SensorQuestions, content["questions"], "questions")
         named = {key: str(content["language_model"][key]) for key in ("checkpoint", "dtype", "digest")}

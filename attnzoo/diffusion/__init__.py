@@ -5,7 +5,7 @@ answers with and without a caption. The model is `attnzoo.models.DiffusionUNet`.
 """
 
 from attnzoo.diffusion.guidance import guided
-from attnzoo.diffusion.schedule import grid, image_part, noise_part, noised
+from attnzoo.diffusion.schedule import grid, image_part, noise_part, noised, training_time
 from attnzoo.diffusion.solver import Denoiser, solve
 
-__all__ = ["Denoiser", "grid", "guided", "image_part", "noise_part", "noised", "solve"]
+__all__ = ["Denoiser", "grid", "guided", "image_part", "noise_part", "noised", "solve", "training_time"]

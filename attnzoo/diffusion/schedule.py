@@ -5,6 +5,8 @@ of the logarithm of the signal-to-noise ratio (Kingma et al. 2021, arXiv 2107.00
 at -5 nearly all is noise, at 5 nearly all is image.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,10 +41,8 @@ def grid(steps: int, *, start: float = NOISE, end: float = IMAGE) -> Tensor:
     return torch.linspace(start, end, steps + 1, dtype=torch.float64)
 
 
-def drawn(count: int, generator: torch.Generator | None = None) -> Tensor:
-    """lambda of `count` training images, [count]: those of the cosine schedule (Nichol and Dhariwal 2021, arXiv
-    2102.09672), one in each of `count` equal parts of time, which makes the loss less noisy than independent ones."""
-    share = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    first, last = (torch.atan(torch.exp(torch.tensor(-value))) for value in (IMAGE, NOISE))
-    order = torch.randperm(count, generator=generator)
-    return -torch.log(torch.tan(first + (last - first) * share))[order]
+def training_time(share: Tensor) -> Tensor:
+    """lambda at a share, from 0 to 1, of the time of the cosine schedule (Nichol and Dhariwal 2021, arXiv 2102.09672),
+    which is that of training: 0 is `IMAGE`, 1 is `NOISE`."""
+    first, last = (math.atan(math.exp(-value)) for value in (IMAGE, NOISE))
+    return -torch.log(torch.tan(first + (last - first) * share))

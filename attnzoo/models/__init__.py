@@ -6,6 +6,7 @@ from attnzoo.models.config import DecoderConfig
 from attnzoo.models.decoder_lm import DecoderLM
 from attnzoo.models.diffusion import DiffusionUNet
 from attnzoo.models.diffusion_config import DiffusionConfig
+from attnzoo.models.diffusion_infusion import Infusion
 from attnzoo.models.ehr_config import EhrConfig
 from attnzoo.models.ehr_encoder import EhrEncoder
 from attnzoo.models.ehr_pretraining import EhrPretraining
@@ -33,6 +34,7 @@ __all__ = [
     "EhrPretraining",
     "EhrState",
     "GenerationConfig",
+    "Infusion",
     "Ldam",
     "LdamConfig",
     "LdamInputs",

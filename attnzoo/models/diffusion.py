@@ -31,6 +31,7 @@ from attnzoo.models.diffusion_blocks import (
     group_norm,
 )
 from attnzoo.models.diffusion_config import DiffusionConfig
+from attnzoo.models.diffusion_infusion import Infusion
 
 LayerEdits = Mapping[str, EditRuns]
 """What is read and changed of attention layers, by their names in `DiffusionUNet.attentions`."""
@@ -75,14 +76,21 @@ class DiffusionUNet(nn.Module):
         nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
     def forward(
-        self, x_NCHW: Tensor, half_log_snr_N: Tensor, words_NL: Tensor | Captions, *, edits: LayerEdits | None = None
+        self,
+        x_NCHW: Tensor,
+        half_log_snr_N: Tensor,
+        words_NL: Tensor | Captions,
+        *,
+        edits: LayerEdits | None = None,
+        infusion: Infusion | None = None,
     ) -> Tensor:
         """x0_NCHW. words_NL: ids of the caption's words, below 0 where there is none, or what `encode` made of them.
-        edits: what is read and changed of attention. Raises ValueError for shapes that do not fit the configuration."""
+        edits: what is read and changed of attention. infusion: what self-attention does in place of that, for rows in
+        two halves. Raises ValueError for shapes that do not fit the configuration."""
         self._check(x_NCHW, half_log_snr_N, words_NL)
         words = words_NL if isinstance(words_NL, Captions) else self.encode(words_NL)
         keep_N, share_N, size_N = self.scales(half_log_snr_N)
-        found = self._inside(x_NCHW * size_N, half_log_snr_N, words, edits or {})
+        found = self._inside(x_NCHW * size_N, half_log_snr_N, words, edits or {}, infusion)
         return keep_N * x_NCHW + share_N * found
 
     def encode(self, words_NL: Tensor) -> Captions:
@@ -99,34 +107,39 @@ class DiffusionUNet(nn.Module):
         keep, share, size = (part[:, None, None, None] for part in found)
         return keep, share, size
 
-    def _inside(self, x_NCHW: Tensor, half_log_snr_N: Tensor, words: Captions, edits: LayerEdits) -> Tensor:
+    def _inside(
+        self,
+        x_NCHW: Tensor,
+        half_log_snr_N: Tensor,
+        words: Captions,
+        edits: LayerEdits,
+        infusion: Infusion | None,
+    ) -> Tensor:
         time_ND, per = self.time(half_log_snr_N), self.config.residual_blocks
+
+        def run(name: str, block: nn.Module, x_NCHW: Tensor) -> Tensor:
+            assert isinstance(block, nn.ModuleList)
+            own = (edits.get(f"{name}.self"), edits.get(f"{name}.cross"), infusion)
+            out: Tensor = block[1](block[0](x_NCHW, time_ND), words, *own)
+            return out
+
         x = self.first(F.pixel_unshuffle(x_NCHW, self.config.patch))
         skips = [x]
-        for number in range(len(self.down)):
-            x = self._block(f"down.{number}", self.down[number], x, time_ND, words, edits)
+        for number, block in enumerate(self.down):
+            x = run(f"down.{number}", block, x)
             skips.append(x)
             level = number // per
             if number % per == per - 1 and level < len(self.shrink):
                 x = self.shrink[level](x)
                 skips.append(x)
-        x = self._block("middle", self.middle, x, time_ND, words, edits)
-        x = self.after_middle(x, time_ND)
-        for number in range(len(self.up)):
-            x = self._block(f"up.{number}", self.up[number], torch.cat([x, skips.pop()], 1), time_ND, words, edits)
+        x = self.after_middle(run("middle", self.middle, x), time_ND)
+        for number, block in enumerate(self.up):
+            x = run(f"up.{number}", block, torch.cat([x, skips.pop()], 1))
             level = number // (per + 1)
             if number % (per + 1) == per and level < len(self.grow):
                 x = self.grow[level](F.interpolate(x, scale_factor=2.0, mode="nearest"))
         x = self.last(F.silu(self.last_norm(x)))
         return F.pixel_shuffle(x, self.config.patch)
-
-    def _block(
-        self, name: str, block: nn.Module, x_NCHW: Tensor, time_ND: Tensor, words: Captions, edits: LayerEdits
-    ) -> Tensor:
-        assert isinstance(block, nn.ModuleList)
-        x_NCHW = block[0](x_NCHW, time_ND)
-        out: Tensor = block[1](x_NCHW, words, edits.get(f"{name}.self"), edits.get(f"{name}.cross"))
-        return out
 
     def _check(self, x_NCHW: Tensor, half_log_snr_N: Tensor, words_NL: Tensor | Captions) -> None:
         config, count = self.config, len(x_NCHW)
@@ -138,8 +151,6 @@ class DiffusionUNet(nn.Module):
         ids = words_NL.exist_NL if isinstance(words_NL, Captions) else words_NL
         if ids.dim() != 2 or len(ids) != count or ids.shape[1] > config.words:
             raise ValueError(f"words_NL has shape {list(ids.shape)}; it must be [{count}, {config.words} at most]")
-        if isinstance(words_NL, Tensor) and ids.numel() and int(ids.max()) >= config.vocab_size:
-            raise ValueError(f"words_NL holds id {int(ids.max())}; vocab_size={config.vocab_size}")
 
     def attentions(self) -> dict[str, Attention]:
         """Attention layers of the image by block and kind, such as "down.0.self", in the order of `forward`."""

@@ -11,6 +11,7 @@ from attnzoo.attention import Attention, build_attention
 from attnzoo.attention.edits import EditRuns, layer_plan
 from attnzoo.models.blocks import MLP, Block, build_norm
 from attnzoo.models.diffusion_config import DiffusionConfig
+from attnzoo.models.diffusion_infusion import Infusion
 from attnzoo.ops.common.masks import Mask
 
 
@@ -72,10 +73,19 @@ class ImageAttention(nn.Module):
         self.mlp = MLP("gelu", width, 4 * width, bias=True)
 
     def forward(
-        self, x_NCHW: Tensor, words: "Captions", self_edits: EditRuns | None, cross_edits: EditRuns | None
+        self,
+        x_NCHW: Tensor,
+        words: "Captions",
+        self_edits: EditRuns | None,
+        cross_edits: EditRuns | None,
+        infusion: Infusion | None,
     ) -> Tensor:
         x_NTD = x_NCHW.flatten(2).transpose(1, 2)
-        x_NTD = x_NTD + attended(self.self_attention, self.self_norm(x_NTD), Mask.full(), self_edits)
+        normed_NTD = self.self_norm(x_NTD)
+        if infusion is None:
+            x_NTD = x_NTD + attended(self.self_attention, normed_NTD, Mask.full(), self_edits)
+        else:
+            x_NTD = x_NTD + infusion.attend(self.self_attention, normed_NTD)
         context_NLD = self.from_words(words.encoded_NLD)
         mask = Mask.full(words.exist_NL)
         x_NTD = x_NTD + attended(self.cross_attention, self.cross_norm(x_NTD), mask, cross_edits, context_NLD)
@@ -122,9 +132,14 @@ class CaptionEncoder(nn.Module):
         nn.init.normal_(self.place, std=0.1)
 
     def forward(self, words_NL: Tensor) -> Captions:
-        """words_NL: ids, those below 0 are no words."""
+        """words_NL: ids, those below 0 are no words. Raises ValueError for ids that are not of the vocabulary."""
         exist_NL = words_NL >= 0
-        x_NLD = self.word(words_NL.clamp(min=0)) + self.place[: words_NL.shape[1]]
+        try:
+            x_NLD = self.word(words_NL.clamp(min=0))
+        except IndexError:
+            known = self.word.num_embeddings
+            raise ValueError(f"words_NL holds id {int(words_NL.max())}; vocab_size={known}") from None
+        x_NLD = x_NLD + self.place[: words_NL.shape[1]]
         for block in self.blocks:
             x_NLD = block(x_NLD, Mask.full(exist_NL))
         return Captions(self.norm(x_NLD), exist_NL)

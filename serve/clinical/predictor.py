@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnzoo.clinical import exports
+from attnzoo.checkpoint import model_files
 from attnzoo.clinical.evidence import ATTENTION, GRADIENTS
 from attnzoo.clinical.explain import StayCells
 from attnzoo.clinical.formats.fhir import TABLES
@@ -63,7 +63,7 @@ class Predictor:
     def load(cls, directory: Path, name: str, max_patients: int) -> "Predictor":
         """The model of an export. Raises ValueError as `load_trained`, and for one whose variables /v1/predict cannot
         ask for."""
-        path = exports.find(directory)
+        path = model_files.find(directory)
         trained = load_trained(path)
         statistics = trained.statistics
         if set(statistics.variables) <= set(PMDATA):
@@ -80,7 +80,7 @@ class Predictor:
             window=statistics.hours,
             max_patients=max_patients,
         )
-        content = [(path / file).read_bytes() for file in (exports.CONFIG, exports.WEIGHTS, STATISTICS)]
+        content = [(path / file).read_bytes() for file in (model_files.CONFIG, model_files.WEIGHTS, STATISTICS)]
         version = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in content)).hexdigest()
         weights = hashlib.sha256(content[1]).hexdigest()
         return cls(name=name, trained=trained, needs=needs, version=version[:16], weights_digest=weights)

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from attnzoo.checkpoint.model_files import CONFIG
 from attnzoo.clinical.calibration import fit_calibrator, sigmoid
 from attnzoo.clinical.evidence import ATTENTION, GRADIENTS, Evidence, bootstrap_calibrators, shares
-from attnzoo.clinical.exports import CONFIG
 from attnzoo.clinical.outcome import Outcome
 from attnzoo.clinical.trained import load_trained
 from tests.helpers.clinical_models import export, icu_cohort, small_trained

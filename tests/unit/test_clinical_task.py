@@ -272,7 +272,7 @@ def test_a_saved_model_predicts_the_same(saved: tuple[Path, TrainedModel]) -> No
         ),
         ("config.json", lambda text: text.replace('"model_dim": 8', '"model_dim": 12'), "is damaged .*size mismatch"),
         ("statistics.json", lambda text: text.replace('"means"', '"maens"'), "is damaged .*statistics: field 'means'"),
-        ("statistics.json", None, r"holds no clinical model \(.*statistics.json"),
+        ("statistics.json", None, r"holds no trained model of format .* \(.*statistics.json"),
         ("model.safetensors", None, "is damaged "),
     ],
 )

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from attnzoo.attention.edits import EditRun, Edits, Hide, Map, TokenLayout, Where, layer_sizes
-from attnzoo.diffusion import grid, guided, image_part, noise_part, noised, solve
-from attnzoo.diffusion.schedule import IMAGE, NOISE, drawn
+from attnzoo.diffusion import grid, guided, image_part, noise_part, noised, solve, training_time
+from attnzoo.diffusion.schedule import IMAGE, NOISE
 from attnzoo.models import DiffusionConfig, DiffusionUNet
 
 
@@ -70,14 +70,12 @@ def test_times_that_turn_are_refused(times):
         solve(torch.zeros(1, 1, 1, 1), lambda x, time: x, torch.tensor(times, dtype=torch.float64))
 
 
-def test_parts_and_drawn_times():
-    times = drawn(1000, torch.Generator().manual_seed(0))
-    assert torch.allclose(image_part(times) ** 2 + noise_part(times) ** 2, torch.ones(1000))
-    assert NOISE <= times.min() < -4
-    assert 4 < times.max() <= IMAGE
-    angle = torch.atan(torch.exp(-times)).sort().values  # even in time, one in each part
-    parts = (angle - angle.min()) / (angle.max() - angle.min()) * 1000
-    assert (parts - torch.arange(1000)).abs().max() < 2
+def test_parts_and_times():
+    times = training_time(torch.linspace(0, 1, 101, dtype=torch.float64))
+    assert torch.allclose(image_part(times) ** 2 + noise_part(times) ** 2, torch.ones(101, dtype=torch.float64))
+    assert torch.allclose(times[[0, 50, 100]], torch.tensor([IMAGE, 0.0, NOISE], dtype=torch.float64), atol=1e-9)
+    angle = torch.atan2(noise_part(times), image_part(times))  # the cosine schedule: even in the angle
+    assert torch.allclose(angle.diff(), angle.diff()[0].expand(100))
     with pytest.raises(ValueError, match="steps=0"):
         grid(0)
 

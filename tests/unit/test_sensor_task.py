@@ -192,7 +192,7 @@ def test_an_export_predicts_with_its_statistics_and_its_language_model_alone(
         (tmp_path / "export" / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=message):
             load_sensors(tmp_path, frozen)
-    with pytest.raises(ValueError, match="holds no clinical model"):
+    with pytest.raises(ValueError, match="holds no trained model of format"):
         load_sensors(tmp_path / "nothing")
 
 

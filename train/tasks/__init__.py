@@ -4,6 +4,7 @@ from train.config import Config
 from train.tasks.base import TASKS, Task
 from train.tasks.clinical import ClinicalTask
 from train.tasks.clinical_pretraining import ClinicalPretraining
+from train.tasks.diffusion import DiffusionTask
 from train.tasks.language import LanguageTask
 from train.tasks.ldam import LdamTask
 from train.tasks.sensors import SensorTask
@@ -23,6 +24,7 @@ __all__ = [
     "TASKS",
     "ClinicalPretraining",
     "ClinicalTask",
+    "DiffusionTask",
     "LanguageTask",
     "LdamTask",
     "SensorTask",

@@ -1,6 +1,8 @@
-"""Directories of trained clinical models: config.json, model.safetensors and JSON files beside them, replaced as one.
+"""Directories of trained models that are no language models: config.json, model.safetensors and JSON files beside them,
+replaced as one.
 
-`attnzoo.clinical.trained`, `trained_ldam` and `trained_sensors` say what is in them. Loading cannot run code.
+`attnzoo.clinical.trained`, `trained_ldam`, `trained_sensors` and `attnzoo.vision.trained_diffusion` say what is in
+them. Loading cannot run code.
 """
 
 import json
@@ -55,7 +57,7 @@ def read(path: Path, format: str, keys: tuple[str, ...], others: tuple[str, ...]
     try:
         content, *rest = [read_object(path / name) for name in (CONFIG, *others)]
     except FileNotFoundError as error:
-        raise ValueError(f"{path} holds no clinical model ({error})") from None
+        raise ValueError(f"{path} holds no trained model of format {format!r} ({error})") from None
     if content.get("format") != format:
         raise ValueError(f"{path / CONFIG}: format {content.get('format')!r} is not {format!r}")
     for key in content:
