@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from attnzoo.vision.backgrounds import COLOURS, TEXTURES
 from attnzoo.vision.emoji import EMOJI, with_article
+from attnzoo.vision.questions import NUMBERS
 from attnzoo.vision.scenes import Scene
 from attnzoo.vision.styles import STYLES
 
-NUMBERS = ("no", "one", "two", "three", "four")
 NONE = -1
 """The id of no word."""
 
