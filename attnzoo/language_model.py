@@ -18,9 +18,11 @@ from attnzoo.generation import (
     GenerationTask,
     Prompt,
     TextLogprobs,
+    TokenPrompt,
     as_batch,
     as_conversations,
     check_batch_size,
+    encode_conversation,
     generation_cost,
     is_token,
     read_options,
@@ -30,7 +32,7 @@ from attnzoo.generation import (
 from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.choice import CacheSpec, read_cache
 from attnzoo.kvcache.keep_all import KeepAll
-from attnzoo.models import DecoderConfig, DecoderLM, GenerationConfig
+from attnzoo.models import DecoderConfig, DecoderLM, EmbeddedPrompt, GenerationConfig
 from attnzoo.models.generation_config import FIELDS
 from attnzoo.models.score import score
 from attnzoo.models.sequences import check_prompts
@@ -109,7 +111,7 @@ class LanguageModel:
         batch_size: int = 8,
         **options: Unpack[GenerationOptions],
     ) -> Generation | list[Generation]:
-        """Continues a prompt, or each of a list of prompts: texts or token ids.
+        """Continues a prompt, or each of a list of prompts: texts, token ids, or an `attnzoo.models.EmbeddedPrompt`.
 
         Decoding is greedy unless temperature is set, whatever the checkpoint's generation_config.json recommends. A
         text ends at the checkpoint's end tokens. generation_config: its fields may also be given as keywords, which
@@ -185,7 +187,9 @@ class LanguageModel:
     ) -> Generation | list[Generation]:
         """Answers a conversation, or each of a list of conversations, formatted with the checkpoint's chat template.
         Control tokens that a message spells out are encoded as plain text. Without max_new_tokens an answer may fill
-        the context. edits and read may name messages: "user", "messages[0]" (`attnzoo.tokenizer.spans.message_spans`).
+        the context. A content may be a list of texts and embeddings: {"type": "text", "text": "..."} and
+        {"type": "embeddings", "embeddings": tensor of [rows, model_dim]}. edits and read may name messages: "user",
+        "messages[0]" (`attnzoo.tokenizer.spans.message_spans`), and embeddings: "embeddings[0]".
 
         >>> lm.chat([{"role": "user", "content": "Name a prime number."}]).text    # doctest: +SKIP
 
@@ -236,6 +240,8 @@ class LanguageModel:
         """
         batch, alone = as_batch(texts)
         check_batch_size(batch_size)
+        if any(isinstance(text, EmbeddedPrompt) for text in batch):
+            raise ValueError("an EmbeddedPrompt has no log probabilities: embeddings are no tokens; give texts or ids")
         tokens = [ids for _, ids in self._encoded(batch)]
         for ids in tokens:
             self._room(len(ids), 0)
@@ -284,21 +290,21 @@ class LanguageModel:
     def _chat(self) -> ChatEncoder | None:
         return ChatEncoder.of(self.tokenizer)
 
-    def _encoded(self, prompts: Sequence[Prompt]) -> list[tuple[str | None, list[int]]]:
+    def _encoded(self, prompts: Sequence[Prompt]) -> list[TokenPrompt]:
         """(text, token ids) of each prompt. Raises ValueError for an empty one, and for ids outside the vocabulary."""
         found = []
         for number, prompt in enumerate(prompts):
-            text, ids = (prompt, self.encode(prompt)) if isinstance(prompt, str) else (None, list(prompt))
+            text, ids = (prompt, self.encode(prompt)) if isinstance(prompt, str) else (None, prompt)
             if not ids or text == "":  # a begin token would precede the text; its id alone is a prompt
                 which = "the prompt" if len(prompts) == 1 else f"prompts[{number}]"
                 raise ValueError(f"{which} is empty; give at least one character or token")
-            check_prompts([ids], self.tokenizer.vocab_size)
+            check_prompts([ids], self.tokenizer.vocab_size, self.config.model_dim)
             found.append((text, ids))
         return found
 
     def _task(
         self,
-        prompts: list[tuple[str | None, list[int]]],
+        prompts: list[TokenPrompt],
         base: GenerationConfig | None,
         cache: CacheSpec | None,
         options: Mapping[str, Any],
@@ -327,8 +333,10 @@ class LanguageModel:
         if self._chat is None:
             raise ValueError(f"{self.name} has no chat template; continue a text with generate")
         default = GenerationConfig(max_new_tokens=None) if base is None else base
-        prompts: list[tuple[str | None, list[int]]] = [(None, self._chat.encode(each)) for each in conversations]
-        return self._task(prompts, default, cache, options, conversations)
+        found = [encode_conversation(self._chat, each) for each in conversations]
+        prompts: list[TokenPrompt] = [(None, ids) for _, ids in found]
+        check_prompts([ids for _, ids in prompts], self.tokenizer.vocab_size, self.config.model_dim)
+        return self._task(prompts, default, cache, options, [messages for messages, _ in found])
 
     def _checked_cache(self, policy: CachePolicy | None) -> CachePolicy | None:
         """The policy to use (default: that of the model's configuration); None for the exact cache. Raises ValueError

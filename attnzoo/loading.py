@@ -68,10 +68,15 @@ def load(
 def load_for_inference(
     path: Path, *, device: str | torch.device, dtype: torch.dtype | None, check_finite: bool, pack: bool | None
 ) -> DecoderLM:
-    """Calls `load_model`, then packs the weights. pack: None packs if the machine supports it. Raises the ValueError of
-    `load_model`, `check_device` and `pack_weights`."""
+    """Calls `load_model`, then `pack_for_inference`. Raises the ValueError of `load_model`, `check_device` and
+    `pack_weights`."""
     check_device(device)
     model = load_model(path, device=device, dtype=dtype, check_finite=check_finite)
+    pack_for_inference(model, pack)
+    return model
+
+
+def pack_for_inference(model: DecoderLM, pack: bool | None) -> None:
+    """Packs the weights. pack: None packs if the machine supports it. Raises the ValueError of `pack_weights`."""
     if pack or (pack is None and can_pack(model)):
         pack_weights(model)
-    return model

@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   attnzoo serve --checkpoint runs/demo cache='{policy: d2o, keep_ratio: 0.2}'
   attnzoo serve runs/tscan-mortality
   attnzoo serve runs/demo clinical=runs/tscan-mortality
+  attnzoo serve runs/phllm-pro
 
   curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
        -d '{"model": "demo", "prompt": "def ", "max_tokens": 32, "stream": true}'
@@ -83,13 +84,14 @@ def check_checkpoint(config: "ServeConfig") -> None:
     from serve.clinical.loading import check_clinical, is_clinical
     from serve.front.guard import read_api_key
     from serve.front.port import free_port
-    from serve.loading import max_model_len
+    from serve.loading import check_served, max_model_len
 
     path = existing_checkpoint(config.checkpoint)
     check_clinical(config)
     if not is_clinical(config.checkpoint):
         max_model_len(config, open_checkpoint(path).config.max_positions)
         ChatTemplate.of(load_tokenizer(path))
+        check_served(config)
     read_api_key(config.api_key_env)
     if config.cluster is None:  # a cluster's machine may differ from this one
         free_port(config.host, config.port)

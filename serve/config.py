@@ -9,7 +9,8 @@ from typing import Any
 
 from attnzoo.apps import find_config
 from attnzoo.attention.edits.plan import MAX_BYTES
-from attnzoo.checkpoint import PACKAGED, find_checkpoint
+from attnzoo.checkpoint import PACKAGED, existing_checkpoint, find_checkpoint
+from attnzoo.clinical.trained_sensors import holds_sensors, named_language_model
 from attnzoo.files import user_path
 from attnzoo.settings import parse_words, parse_yaml, read_mapping
 from attnzoo.types import CheckedConfig, build_config, parse_dtype
@@ -31,7 +32,9 @@ class EngineConfig(CheckedConfig):
     """Settings of the engine.
 
     checkpoint: a run or export directory of training, a directory that transformers has written, a .gguf file, the
-    name of a packaged model ("smollm2"), or the name of a model in $ATTNZOO_HOME/models. max_num_seqs: sequences that
+    name of a packaged model ("smollm2"), or the name of a model in $ATTNZOO_HOME/models; or the run or export directory
+    of a sensor adapter, which names its language model. sensors: that directory, where `checkpoint` says where its
+    language model is; messages may then hold sensor data (`serve.modalities.sensors`). max_num_seqs: sequences that
     run at the same time. max_model_len: most tokens of prompt and completion together; None takes the model's
     max_positions.
     max_batched_tokens: most tokens that one step sends through the model. itl_target_ms: target time between two tokens
@@ -57,6 +60,7 @@ class EngineConfig(CheckedConfig):
     """
 
     checkpoint: str
+    sensors: str | None = None
     max_num_seqs: int = 8
     max_model_len: int | None = None
     max_batched_tokens: int = 512
@@ -216,7 +220,17 @@ def _check_seconds(config: EngineConfig, name: str) -> None:
 SERVE_FIELDS = tuple(field.name for field in fields(ServeConfig))
 
 
-TEXT_FIELDS = ("checkpoint", "model_name", "clinical", "clinical_name", "host", "device", "dtype", "api_key_env")
+TEXT_FIELDS = (
+    "checkpoint",
+    "sensors",
+    "model_name",
+    "clinical",
+    "clinical_name",
+    "host",
+    "device",
+    "dtype",
+    "api_key_env",
+)
 """Settings that are names and paths; their values are not parsed as YAML."""
 
 
@@ -249,13 +263,36 @@ def absolute(checkpoint: Any) -> Any:
 
 
 def absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with `absolute` paths of models. Raises ValueError."""
+    """The settings with `absolute` paths of models, an adapter apart from its language model. Raises ValueError."""
     found = dict(values)
     if "checkpoint" in found:
         found["checkpoint"] = absolute(found["checkpoint"])
-    if isinstance(found.get("clinical"), str):
-        found["clinical"] = str(user_path(found["clinical"], "clinical").absolute())
+    for name in ("clinical", "sensors"):
+        if isinstance(found.get(name), str):
+            found[name] = str(user_path(found[name], name).absolute())
+    if isinstance(found.get("checkpoint"), str) and found.get("sensors") is None:
+        checkpoint, sensors = without_adapter(found["checkpoint"])
+        if sensors is not None:
+            found |= {"checkpoint": absolute(checkpoint), "sensors": sensors}
+            found["model_name"] = found.get("model_name") or name_of(sensors)
     return found
+
+
+def without_adapter(checkpoint: str) -> tuple[str, str | None]:
+    """(checkpoint of the language model, directory of the sensor adapter) where `checkpoint` is an adapter, else
+    (checkpoint, None). Raises ValueError for an adapter whose language model is not where it says."""
+    path = checkpoint and find_checkpoint(checkpoint)
+    if not path or not holds_sensors(path):
+        return checkpoint, None
+    named, _ = named_language_model(path)
+    try:
+        existing_checkpoint(named)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is a sensor adapter in front of another model: {error}; or say where that model is: "
+            f"checkpoint=... sensors={path}"
+        ) from None
+    return named, str(path)
 
 
 def build_serve_config(values: Mapping[str, Any]) -> ServeConfig:

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnzoo.attention.edits import EditPlan, EditRun
-from attnzoo.checkpoint import find_checkpoint
 from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models import DecoderLM
-from attnzoo.tokenizer.chat_tokens import ChatEncoder
 from attnzoo.tokenizer.text_stream import TextStream
 from serve.caches import CacheRules
 from serve.config import EngineConfig
@@ -23,7 +21,7 @@ from serve.loading import load_parts, max_model_len
 from serve.metrics import ServerMetrics
 from serve.pace import PromptPace
 from serve.pool import compiled_step
-from serve.prompts import Prompt, check_prompt, read_prompts, whole
+from serve.prompts import Prompt, PromptEncoder, as_prompt, check_prompt, read_prompts
 from serve.request import (
     Alone,
     CacheMemoryError,
@@ -59,13 +57,13 @@ class Engine:
         self.lock = threading.RLock()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        directory = find_checkpoint(config.checkpoint)
-        self.model, self.tokenizer = load_parts(directory, config, model, tokenizer)
+        parts = load_parts(config, model, tokenizer)
+        self.model, self.tokenizer, self.modalities = parts.model, parts.tokenizer, parts.modalities
         for slow in self.model.config.slow_streaming():
             logger.warning(slow)
-        self.chat_template = chat = ChatEncoder.of(self.tokenizer)
-        self._control = self.tokenizer.control_tokens() if chat is None else chat.control
         self.max_model_len = max_model_len(config, self.model.config.max_positions)
+        self.encoder = PromptEncoder(self.tokenizer, config.control_tokens, self.max_model_len)
+        self.chat_template = self.encoder.chat
         self.caches = CacheRules(config.cache or self.model.config.cache, config.cache_bounds)
         self._byte_model = lru_cache(maxsize=256)(lambda choice: self.model.byte_model(choice.build()))
         self.choose_cache(None)
@@ -96,31 +94,12 @@ class Engine:
         )
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of a text prompt, with the begin token if the model uses one. Raises ContextLengthError for a text
-        that must exceed the context, before encoding it."""
-        self._check_length(prompt)
-        if self.config.control_tokens == "template_only":
-            return [*self.tokenizer.encode("", bos=True), *self.tokenizer.encode_text(prompt, self._control)]
-        return self.tokenizer.encode(prompt, bos=True)
+        """Token ids of a text prompt, as `PromptEncoder.text`."""
+        return self.encoder.text(prompt)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation up to the assistant's answer. Raises ValueError without a chat template, or if it
-        refuses the conversation; ContextLengthError as `encode` does."""
-        if self.chat_template is None:
-            raise ValueError("this model has no chat template; give a prompt instead of messages")
-        text = self.chat_template.template.render(messages)
-        self._check_length(text)
-        if self.config.control_tokens == "everywhere":
-            return self.tokenizer.encode(text)
-        return self.chat_template.encode_rendered(text)
-
-    def _check_length(self, text: str) -> None:
-        least = self.tokenizer.least_tokens(text)
-        if least >= self.max_model_len:
-            raise ContextLengthError(
-                f"this model's context is {self.max_model_len} tokens, and a text of {len(text)} characters has at "
-                f"least {least}; shorten the prompt"
-            )
+        """Token ids of a conversation up to the assistant's answer, as `PromptEncoder.conversation`."""
+        return self.encoder.conversation(messages)[0]
 
     def choose_cache(self, asked: Mapping[str, Any] | None) -> CacheChoice:
         """The cache for a request. asked: {"policy": name, option: value}, or None for the engine's default.
@@ -156,7 +135,7 @@ class Engine:
     ) -> None:
         """Raises ValueError for a prompt that is empty or has unknown tokens, ContextLengthError if prompt and
         max_tokens exceed the context, CacheMemoryError if the request's cache exceeds `cache_mib`."""
-        check_prompt(prompt, self.tokenizer.vocab_size)
+        check_prompt(prompt, self.tokenizer.vocab_size, self.model.config.model_dim)
         total = len(prompt) + params.max_tokens
         if total > self.max_model_len:
             raise ContextLengthError(
@@ -187,7 +166,7 @@ class Engine:
         total = len(prompt) + params.max_tokens
         request = Request(
             request_id=request_id,
-            prompt=[whole(token) for token in prompt],
+            prompt=as_prompt(prompt),
             params=params,
             text=TextStream(self.tokenizer, params.stop),
             cache=cache,
@@ -307,7 +286,7 @@ class Engine:
 
     def _complete(
         self,
-        prompts: dict[str, list[int]],
+        prompts: dict[str, Sequence[int]],
         params: SamplingParams,
         cache: CacheChoice,
         done: dict[str, CompletionOutput],

@@ -13,12 +13,13 @@ from torch import Tensor
 from attnzoo.kvcache import CachePolicy
 from attnzoo.models import CompiledDecode, DecoderLM
 from attnzoo.models.decoder_lm import DecoderState
+from attnzoo.models.embedded import prompt_tensor
 from serve.request import Alone
 from serve.scheduler import Chunk
 from serve.slots import Release
 
 Prompts = Sequence[tuple[Chunk, Sequence[int]]]
-"""Chunks in neighbouring slots, each with the token ids of its whole prompt."""
+"""Chunks in neighbouring slots, each with its whole prompt: token ids, or an `EmbeddedPrompt`."""
 
 
 Step = Callable[[Tensor, DecoderState], tuple[Tensor, DecoderState]]
@@ -74,9 +75,8 @@ class SlotPool:
         counts = [chunk.count for chunk in chunks]
         width = max(counts)
         rows = [prompt[c.start : c.start + c.count] for c, prompt in prompts]
-        tokens_BT = _tensor(self.model, [[*row, *[0] * (width - len(row))] for row in rows])
         counts_B = _tensor(self.model, counts) if min(counts) < width else None
-        hidden_BTD = self._extend(tokens_BT, chunks[0].slot, counts_B)
+        hidden_BTD = self._extend(prompt_tensor(self.model, rows), chunks[0].slot, counts_B)
         ended = [row for row, chunk in enumerate(chunks) if chunk.last]
         return hidden_BTD[ended, [counts[row] - 1 for row in ended]]
 
@@ -86,7 +86,7 @@ class SlotPool:
         end = chunk.start + chunk.count
         for first in range(0, end, chunk.count):
             tokens = prompt[first : min(first + chunk.count, end)]
-            hidden_1TD = self._extend(_tensor(self.model, [tokens]), chunk.slot, None)
+            hidden_1TD = self._extend(prompt_tensor(self.model, [tokens]), chunk.slot, None)
         return hidden_1TD[:, -1] if chunk.last else hidden_1TD[:0, -1]
 
     def exchange(self, slots: tuple[int, int], tokens: int) -> None:
@@ -172,8 +172,8 @@ class CompactPool:
         state = self.prompts.pop(chunk.request_id, None)
         if state is None:
             state = self.model.init_state(1, self._room(chunk, prompt), cache=self.policy)
-        tokens_1T = _tensor(self.model, [prompt[chunk.start : chunk.start + chunk.count]])
-        hidden_1TD, state = self._extend(tokens_1T, state)
+        given = prompt_tensor(self.model, [prompt[chunk.start : chunk.start + chunk.count]])
+        hidden_1TD, state = self._extend(given, state)
         if not chunk.last:
             self.prompts[chunk.request_id] = state
             return hidden_1TD[:0, -1]

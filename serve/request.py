@@ -1,5 +1,6 @@
 """A request in the engine: its sampling parameters, its progress, and the results of each step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -125,11 +126,11 @@ class Delta:
 
 @dataclass(slots=True)
 class Request:
-    """One sequence in the engine. group: the requests that decode together with it, by their cache; or `Alone`. Times
-    are seconds of `time.perf_counter`."""
+    """One sequence in the engine. prompt: token ids, or an `EmbeddedPrompt`. group: the requests that decode together
+    with it, by their cache; or `Alone`. Times are seconds of `time.perf_counter`."""
 
     request_id: str
-    prompt: list[int]
+    prompt: Sequence[int]
     params: SamplingParams
     text: TextStream
     cache: CacheChoice

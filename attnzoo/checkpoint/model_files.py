@@ -51,6 +51,14 @@ def find(directory: Path | str) -> Path:
     return path / "export" if (path / "export" / CONFIG).is_file() else path
 
 
+def holds(directory: Path | str, format: str) -> bool:
+    """Whether a directory, or a run's export, holds a model of this format, damaged or not."""
+    try:
+        return read_object(find(directory) / CONFIG).get("format") == format
+    except (OSError, ValueError):
+        return False
+
+
 def read(path: Path, format: str, keys: tuple[str, ...], others: tuple[str, ...]) -> list[dict[str, Any]]:
     """config.json and the other files. Raises ValueError that names the file if one is missing or of another format,
     and for an unknown key."""

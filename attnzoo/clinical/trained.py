@@ -18,7 +18,6 @@ from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.evidence import Evidence
 from attnzoo.clinical.outcome import Outcome
 from attnzoo.clinical.statistics import Statistics
-from attnzoo.files import read_object
 from attnzoo.models import EhrConfig, EhrEncoder
 
 FORMAT = "attnzoo-ehr-1"
@@ -105,10 +104,7 @@ def save_trained(directory: Path, trained: TrainedModel) -> Path:
 
 def holds_trained(directory: Path | str) -> bool:
     """Whether a directory holds what `save_trained` wrote, damaged or not; errors are `load_trained`'s to tell."""
-    try:
-        return read_object(model_files.find(directory) / model_files.CONFIG).get("format") == FORMAT
-    except (OSError, ValueError):
-        return False
+    return model_files.holds(directory, FORMAT)
 
 
 def load_trained(directory: Path | str) -> TrainedModel:

@@ -17,8 +17,9 @@ from torch import Tensor
 from attnzoo.checkpoint import existing_checkpoint, load_model, load_tokenizer, model_files
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.sensors import SensorQuestions, SensorStatistics
+from attnzoo.clinical.variables import PMDATA, Table
 from attnzoo.models import DecoderLM, PromptedLM, SensorAdapter, SensorConfig
-from attnzoo.models.sensor_lm import answer_scores
+from attnzoo.models.sensor_lm import answer_scores, as_embeddings, embedding_unit
 from attnzoo.tokenizer import Tokenizer
 from attnzoo.types import build_config, parse_dtype
 
@@ -88,10 +89,45 @@ class TrainedSensors:
         parts = [answer_scores(self.reader.log_likelihoods(part)) for part in virtual_NMD.split(batch_size)]
         return torch.cat(parts).numpy()
 
+    @cached_property
+    def unit(self) -> float:
+        """Of the virtual tokens."""
+        return embedding_unit(self.language_model.model)
+
+    @torch.no_grad()
+    def embeddings(self, cohort: Cohort, rows: np.ndarray | None = None) -> Tensor:
+        """Embeddings [N, M, model_dim] of rows, for prompts of the language model (`attnzoo.models.Embedded`). Raises
+        ValueError for other sensors."""
+        numbers_NF = torch.from_numpy(self.statistics.standardised(cohort, rows))
+        return as_embeddings(self.adapter(numbers_NF), self.language_model.model, self.unit)
+
+    @property
+    def table(self) -> Table:
+        """The daily sensors in the order of the model. Raises ValueError for one that is not among them."""
+        names = [name.removesuffix(" mean") for name in self.statistics.names[::2]]
+        unknown = next((name for name in names if name not in PMDATA), None)
+        if unknown is not None:
+            raise ValueError(f"the sensor {unknown!r} has no row among the daily ones in attnzoo/clinical/variables.py")
+        return {name: PMDATA[name] for name in names}
+
     def predict(self, cohort: Cohort, rows: np.ndarray | None = None, batch_size: int = 16) -> np.ndarray:
         """Probabilities of yes [N, Q], in the order of `questions.labels`. Raises ValueError for other sensors."""
         scores_NQ = self.scores(self.statistics.standardised(cohort, rows), batch_size)
         return 1 / (1 + np.exp(-scores_NQ.astype(np.float64)))
+
+
+def holds_sensors(directory: Path | str) -> bool:
+    """Whether a directory, or a run's export, holds what `save_sensors` wrote, damaged or not."""
+    return model_files.holds(directory, FORMAT)
+
+
+def named_language_model(directory: Path | str) -> tuple[str, str]:
+    """(checkpoint, dtype) of the language model that an adapter was trained with. Raises ValueError as `load_sensors`,
+    without reading any weights."""
+    path = model_files.find(directory)
+    content, _ = model_files.read(path, FORMAT, KEYS, (STATISTICS,))
+    with model_files.damage(path):
+        return str(content["language_model"]["checkpoint"]), str(content["language_model"]["dtype"])
 
 
 def check_target(directory: Path) -> None:

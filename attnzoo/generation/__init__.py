@@ -2,6 +2,7 @@
 
 from attnzoo.generation.attention_wish import AttentionWish, Spans
 from attnzoo.generation.cost import GenerationCost, StepCost, generation_cost
+from attnzoo.generation.embeddings import encode_conversation
 from attnzoo.generation.inputs import Conversation, Prompt, as_batch, as_conversations, check_batch_size, is_token
 from attnzoo.generation.options import ELSEWHERE, GenerationOptions, read_options
 from attnzoo.generation.results import (
@@ -12,7 +13,7 @@ from attnzoo.generation.results import (
     TextLogprobs,
     Writer,
 )
-from attnzoo.generation.task import GenerationTask, run_batched, run_task
+from attnzoo.generation.task import GenerationTask, TokenPrompt, run_batched, run_task
 
 __all__ = [
     "ELSEWHERE",
@@ -29,10 +30,12 @@ __all__ = [
     "Spans",
     "StepCost",
     "TextLogprobs",
+    "TokenPrompt",
     "Writer",
     "as_batch",
     "as_conversations",
     "check_batch_size",
+    "encode_conversation",
     "generation_cost",
     "is_token",
     "read_options",

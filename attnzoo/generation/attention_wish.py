@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from attnzoo.attention.edits import ALL, GENERATED, Edit, EditPlan, Edits, Item, TokenLayout
-from attnzoo.models import DecoderLM
+from attnzoo.models import DecoderLM, EmbeddedPrompt
 from attnzoo.tokenizer import Tokenizer
 from attnzoo.tokenizer.spans import token_spans
 
@@ -19,7 +19,8 @@ class AttentionWish:
     """What is to be read and edited of attention while a text is generated. edits, read: in list order, edits first.
     spans: what the names in them mean, for each prompt: [start, stop) in tokens, several of these, or a text that
     stands in the prompt, with all of its tokens wherever it stands. In a chat, messages have names without it: "user",
-    "messages[0]" and so on (`attnzoo.tokenizer.spans.message_spans`); a name in `spans` takes precedence."""
+    "messages[0]" and so on (`attnzoo.tokenizer.spans.message_spans`), and so have embeddings (`Embedded.name`); a name
+    in `spans` takes precedence."""
 
     edits: Edits | Sequence[Item] = ()
     read: Edits | Sequence[Item] = ()
@@ -59,6 +60,7 @@ class AttentionWish:
         for index, (ids, known, own, limit) in enumerate(
             zip(prompts, named or [{}] * len(prompts), spans, limits, strict=True)
         ):
+            known = {**known, **(ids.spans if isinstance(ids, EmbeddedPrompt) else {})}
             found = {name: at for name, at in known.items() if name not in (ALL, GENERATED)}
             try:
                 found |= {name: token_spans(tokenizer, ids, value, name) for name, value in (own or {}).items()}

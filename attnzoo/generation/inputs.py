@@ -4,8 +4,10 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from attnzoo.models import EmbeddedPrompt
+
 Prompt = str | Sequence[int]
-"""A text, or its token ids."""
+"""A text, its token ids, or an `attnzoo.models.EmbeddedPrompt` of token ids and embeddings."""
 Conversation = Sequence[Mapping[str, Any]]
 """Messages with a role and a content, in their order."""
 
@@ -13,7 +15,7 @@ Conversation = Sequence[Mapping[str, Any]]
 def as_batch(prompts: Any) -> tuple[list[Prompt], bool]:
     """(list of prompts, whether a single prompt was given). Raises ValueError for anything but text and token ids."""
     prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | EmbeddedPrompt):
         return [prompts], True
     if isinstance(prompts, Mapping | bytes | bytearray) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts has type {type(prompts).__name__}; give text, token ids, or a list of either")
@@ -24,7 +26,7 @@ def as_batch(prompts: Any) -> tuple[list[Prompt], bool]:
     batch: list[Prompt] = []
     for index, item in enumerate(prompts):
         item = item.tolist() if hasattr(item, "tolist") else item
-        if isinstance(item, str):
+        if isinstance(item, str | EmbeddedPrompt):
             batch.append(item)
         elif (
             isinstance(item, Sequence)

@@ -37,7 +37,8 @@ class Continuation:
 class Generation:
     """A prompt and its continuations.
 
-    prompt: its text, None if token ids were given. prompt_token_ids: the tokens that the model read. outputs: `n`
+    prompt: its text, None if token ids were given. prompt_token_ids: the tokens that the model read, -1 for each
+    embedding. outputs: `n`
     continuations. reading: what was read of attention, by layer; None where nothing was asked for. `text`, `token_ids`,
     `logprobs`, `finish_reason` and `cache` are those of the first continuation.
     """

@@ -1,6 +1,6 @@
 """The run of a checked call of `generate`: all steps of the model, from token ids to texts."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -12,14 +12,16 @@ from attnzoo.tokenizer import Tokenizer
 from attnzoo.tokenizer.text_stream import TextStream
 
 T = TypeVar("T")
+TokenPrompt = tuple[str | None, Sequence[int]]
+"""(the text if one was given, its token ids or an `EmbeddedPrompt`)."""
 
 
 @dataclass(frozen=True)
 class GenerationTask:
-    """One call of `generate`. prompts: (text, token ids). limits: most new tokens of each. cache: None is exact. plans:
+    """One call of `generate`. limits: most new tokens of each. cache: None is exact. plans:
     what is read and edited of attention, None: nothing."""
 
-    prompts: list[tuple[str | None, list[int]]]
+    prompts: list[TokenPrompt]
     limits: list[int]
     config: GenerationConfig
     cache: CachePolicy | None

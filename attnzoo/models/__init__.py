@@ -11,6 +11,7 @@ from attnzoo.models.ehr_config import EhrConfig
 from attnzoo.models.ehr_encoder import EhrEncoder
 from attnzoo.models.ehr_pretraining import EhrPretraining
 from attnzoo.models.ehr_state import EhrMaps, EhrState
+from attnzoo.models.embedded import Embedded, EmbeddedPrompt
 from attnzoo.models.generate import generate
 from attnzoo.models.generation_config import GenerationConfig
 from attnzoo.models.ldam import Ldam, LdamInputs, LdamMaps
@@ -33,6 +34,8 @@ __all__ = [
     "EhrMaps",
     "EhrPretraining",
     "EhrState",
+    "Embedded",
+    "EmbeddedPrompt",
     "GenerationConfig",
     "Infusion",
     "Ldam",

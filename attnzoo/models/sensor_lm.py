@@ -87,6 +87,16 @@ class SensorAdapter(nn.Module):
         return out.view(-1, config.tokens, config.width)
 
 
+def embedding_unit(lm: DecoderLM) -> float:
+    """The root mean square of a language model's embeddings."""
+    return float(lm.embedding.weight.float().square().mean().sqrt())
+
+
+def as_embeddings(virtual_NMD: Tensor, lm: DecoderLM, unit: float) -> Tensor:
+    """Virtual tokens, which are in units of `embedding_unit`, as the language model reads them."""
+    return (virtual_NMD * unit).to(lm.embedding.weight.dtype)
+
+
 @dataclass(frozen=True)
 class Prompt:
     """Token ids of a question: what stands before the virtual tokens, what stands after them, and every answer."""
@@ -125,9 +135,7 @@ class PromptedLM:
         if len(counts) != 1:
             raise ValueError(f"prompts have {sorted(counts)} answers; give one or more prompts with equally many")
         (self.answers,) = counts
-        weight = lm.embedding.weight
-        self.unit = float(weight.float().square().mean().sqrt())
-        """The root mean square of the embeddings."""
+        self.unit = embedding_unit(lm)
         self._sequences: list[tuple[int, tuple[int, ...]]] = []
         """(question, tail) of every sequence that is read for a row."""
         places: list[tuple[int, int, tuple[int, ...]]] = []
@@ -193,7 +201,7 @@ class PromptedLM:
         rows, _, width = virtual_NMD.shape
         count, device = len(self._sequences), virtual_NMD.device
         tails = [tail for _, tail in self._sequences]
-        x_NRTD = (virtual_NMD * self.unit).to(self.lm.embedding.weight.dtype)[:, None].expand(-1, count, -1, -1)
+        x_NRTD = as_embeddings(virtual_NMD, self.lm, self.unit)[:, None].expand(-1, count, -1, -1)
         if (longest := max(map(len, tails))) > 0:
             ids_RT = torch.tensor([[*tail, *[0] * (longest - len(tail))] for tail in tails], device=device)
             x_NRTD = torch.cat([x_NRTD, self.lm.embed(ids_RT).expand(rows, -1, -1, -1)], dim=2)

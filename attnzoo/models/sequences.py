@@ -12,6 +12,7 @@ from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.keep_all import KeepAll
 from attnzoo.models.cache_use import CacheUse, compressed_use, exact_use
 from attnzoo.models.decoder_lm import DecoderLM, DecoderState
+from attnzoo.models.embedded import EmbeddedPrompt, prompt_tensor, token_ids
 from attnzoo.models.generation_config import LEAST_SEED, GenerationConfig
 from attnzoo.models.sampling import (
     EDITED_NOT_FINITE,
@@ -39,8 +40,8 @@ class Sequences:
     row; None: config.seed for the first continuation of every prompt, and the numbers that follow it for the others. A
     row depends on the others by rounding only.
 
-    Raises ValueError for no prompts, an empty prompt, a token outside the vocabulary, and a model whose cache cannot be
-    compressed.
+    Prompts are token ids, or an `EmbeddedPrompt` each. Raises ValueError for no prompts, an empty prompt, a token
+    outside the vocabulary, embeddings of another width, and a model whose cache cannot be compressed.
     """
 
     @torch.no_grad()
@@ -55,7 +56,7 @@ class Sequences:
         seeds: Sequence[int] | None = None,
         edits: EditRuns | None = None,
     ) -> None:
-        check_prompts(prompts, model.config.vocab_size)
+        check_prompts(prompts, model.config.vocab_size, model.config.model_dim)
         if edits is not None and config.n > 1:
             changed = any(run is not None and run.plan.changes for run in edits)
             raise ValueError(
@@ -159,18 +160,14 @@ def _read_together(
     edits: EditRuns | None,
 ) -> tuple[Tensor, DecoderState]:
     lengths, device = [len(prompt) for prompt in prompts], model.embedding.weight.device
-    tokens_BT = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        tokens_BT[row, : len(prompt)] = torch.tensor(list(prompt))
-    tokens_BT = tokens_BT.to(device)
     state = model.init_state(len(prompts), capacity, cache=cache)
     ends: dict[int, Tensor] = {}
     for first in range(0, max(lengths), PROMPT_CHUNK):
-        chunk_BT = tokens_BT[:, first : first + PROMPT_CHUNK]
-        counts = [min(max(length - first, 0), chunk_BT.shape[1]) for length in lengths]
-        padded = min(counts) < chunk_BT.shape[1]
+        chunk = prompt_tensor(model, [prompt[first : first + PROMPT_CHUNK] for prompt in prompts])
+        counts = [min(max(length - first, 0), chunk.shape[1]) for length in lengths]
+        padded = min(counts) < chunk.shape[1]
         hidden_BTD, state = model.extend_hidden(
-            chunk_BT, state, torch.tensor(counts, device=device) if padded else None, edits=edits
+            chunk, state, torch.tensor(counts, device=device) if padded else None, edits=edits
         )
         # Only for the prompts' last tokens: all logits of 8 x 2,048 tokens and a vocabulary of 49,152 take 3.2 GB.
         for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
@@ -193,12 +190,15 @@ def _generators(
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
-    """Raises ValueError for no prompts, an empty one, and a token that is not an integer below `vocabulary`."""
+def check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int, width: int) -> None:
+    """Raises ValueError for no prompts, an empty one, a token that is not an integer below `vocabulary`, and embeddings
+    that are not `width` numbers each."""
     if len(prompts) == 0 or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("prompts must hold at least one prompt, and no prompt may be empty: start with the bos token")
     for prompt in prompts:
-        for token in prompt:
+        if isinstance(prompt, EmbeddedPrompt):
+            prompt.check_width(width)
+        for token in token_ids(prompt):
             try:
                 number = operator.index(token)
             except TypeError:

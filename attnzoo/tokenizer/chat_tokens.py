@@ -6,7 +6,8 @@ speak for the system. Here a control token counts only where the template wrote 
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from attnzoo.tokenizer.base import Tokenizer
@@ -14,6 +15,19 @@ from attnzoo.tokenizer.chat import ChatTemplate
 from attnzoo.tokenizer.sourced import OWN, Sourced, own_of
 
 _OWN = re.compile(re.escape(OWN) + b"+")
+
+
+def new_mark() -> str:
+    """A text that stands in a message for embeddings. It is drawn anew each time, so that no message can spell it."""
+    return f"\ue000{secrets.token_hex(16)}\ue001"
+
+
+def join_content(parts: Sequence[str], marks: Collection[str]) -> str:
+    """The text of a message's content: a newline between two texts, as other servers write it, none around a mark."""
+    text = ""
+    for before, part in zip(["", *parts], parts, strict=False):
+        text += f"\n{part}" if text and not {before, part} & set(marks) else part
+    return text
 
 
 class ChatEncoder:
@@ -45,24 +59,46 @@ class ChatEncoder:
         """
         text = self.template.render(messages, add_generation_prompt=add_generation_prompt)
         # The template writes the special tokens itself, the first one included.
-        return self._tokenizer.encode(text) if everywhere else self.encode_rendered(text)
+        return self._piece(text, True, everywhere)
 
-    def encode_rendered(self, text: Sourced) -> list[int]:
-        """Ids of a rendered conversation."""
+    def encode_around(self, text: Sourced, marks: Sequence[str], *, everywhere: bool = False) -> list[list[int]]:
+        """Ids of a rendered conversation in pieces: before, between and after the `marks` in it (`new_mark`).
+
+        Raises ValueError where the template does not write each mark once, in their order.
+        """
+        pieces = []
+        for mark in marks:
+            before, found, after = text.partition(mark)
+            if not found or mark in after or any(other in before for other in marks):
+                raise ValueError(
+                    "the chat template leaves out, repeats or moves the contents of this conversation, so that "
+                    "embeddings have no place in it; give them in another message"
+                )
+            pieces.append(before)
+            text = after
+        return [self._piece(piece, number == 0, everywhere) for number, piece in enumerate([*pieces, text])]
+
+    def _piece(self, text: Sourced, begins: bool, everywhere: bool) -> list[int]:
+        if not everywhere:
+            return self.encode_rendered(text, begins=begins)
+        return self._tokenizer.encode(text) if begins else self._tokenizer.encode_text(text, frozenset(), begins=False)
+
+    def encode_rendered(self, text: Sourced, *, begins: bool = True) -> list[int]:
+        """Ids of a rendered conversation. begins: whether the text is its beginning."""
         ids: list[int] = []
         at = 0
         for start, end, token in self._found(text):
             mark = self._marks[token]
             piece = text[at:start]
-            ids += self._text(piece.rstrip() if mark.lstrip else piece, at)
+            ids += self._text(piece.rstrip() if mark.lstrip else piece, begins and at == 0)
             ids.append(token)
             at = end
             if mark.rstrip:
                 at = len(text) - len(text[end:].lstrip())
-        return ids + self._text(text[at:], at)
+        return ids + self._text(text[at:], begins and at == 0)
 
-    def _text(self, text: str, at: int) -> list[int]:
-        return self._tokenizer.encode_text(str.__str__(text), self.control, begins=at == 0) if text else []
+    def _text(self, text: str, begins: bool) -> list[int]:
+        return self._tokenizer.encode_text(str.__str__(text), self.control, begins=begins) if text else []
 
     def _found(self, text: Sourced) -> Iterator[tuple[int, int, int]]:
         """(start, end, token) of the control tokens that the template wrote."""

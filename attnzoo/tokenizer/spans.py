@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from attnzoo.attention.edits.spans import NoPlace
+from attnzoo.models.embedded import PLACE
 from attnzoo.tokenizer.base import Tokenizer
 from attnzoo.tokenizer.chat import ChatTemplate
 
@@ -13,6 +14,8 @@ Interval = tuple[int, int]
 
 MAX_MESSAGES = 64
 """Conversations of more messages have no names for them."""
+NO_TEXT = b"\xff"
+"""Stands for an embedding among the bytes of tokens: no text in UTF-8 has it, so that none is found across one."""
 WAY_OUT = "name them by spans, as a text that stands in the prompt or as [start, stop) in tokens"
 UNCERTAIN = (
     "the content of messages[{}] is empty, no text, written otherwise by the template, or stands elsewhere in the "
@@ -47,8 +50,9 @@ def token_spans(tokenizer: Tokenizer, ids: Sequence[int], value: Any, name: str)
 
 def _pieces(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> list[Interval]:
     """The tokens of every place where a text stands."""
-    ends = list(itertools.accumulate(len(tokenizer.token_bytes(token)) for token in ids))
-    whole, wanted = b"".join(map(tokenizer.token_bytes, ids)), text.encode()
+    spelled = [NO_TEXT if token == PLACE else tokenizer.token_bytes(token) for token in ids]
+    ends = list(itertools.accumulate(map(len, spelled)))
+    whole, wanted = b"".join(spelled), text.encode()
     return [
         (bisect.bisect_right(ends, at), bisect.bisect_left(ends, at + len(wanted)) + 1)
         for at in _all_places(whole, wanted)

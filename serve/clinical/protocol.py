@@ -1,13 +1,13 @@
 """The request of POST /v1/predict: typed, with units in the names of fields or beside the value, in UCUM."""
 
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
 from serve.openai.errors import ApiError, short_name
+from serve.openai.invalid import explain_invalid
 from serve.openai.json_body import read_object
-from serve.openai.protocol import Label, Strict, must, shown
+from serve.openai.protocol import Label, Strict
 
 Hour = Annotated[float, Field(ge=-1e6, le=1e6)]
 Explain = Literal["none", "attention", "gradients"]
@@ -103,30 +103,7 @@ def _validated(kind: type[Body], values: dict[str, Any]) -> Body:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise _explain(kind, error) from None
-
-
-def _explain(kind: type[BaseModel], error: ValidationError) -> ApiError:
-    found = error.errors(include_url=False, include_context=False)
-    # A field that is missing is perhaps there under a wrong name.
-    first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
-    where = first["loc"]
-    name = path(where)
-    if first["type"] == "extra_forbidden":
-        known = _fields(kind, where)
-        near = get_close_matches(short_name(str(where[-1])), known, n=1, cutoff=0.5)
-        way_out = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        return ApiError(400, f"unknown field {name!r}; {way_out}", param=name, code="unsupported")
-    if first["type"] == "missing":
-        return ApiError(400, f"{name} is missing", param=name)
-    value = "" if isinstance(first["input"], list | dict) else f"={shown(first['input'])}"
-    return ApiError(400, f"{name}{value} {must(first['msg'])}", param=name)
-
-
-def path(where: tuple[int | str, ...]) -> str:
-    """A place in a request as its client writes it: patients[0].measurements[3].hour."""
-    parts = [f"[{part}]" if isinstance(part, int) else f".{short_name(part)}" for part in where]
-    return "".join(parts).removeprefix(".")
+        raise explain_invalid(error, "", lambda where: _fields(kind, where)) from None
 
 
 def _fields(kind: type[BaseModel], where: tuple[int | str, ...]) -> list[str]:

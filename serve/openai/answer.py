@@ -3,6 +3,7 @@
 import asyncio
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,10 @@ from serve.scheduler import QueueFullError
 
 @dataclass(frozen=True)
 class GenerationWork:
-    """Token ids and parameters of every choice in the order of its index, the cache of all of them, and what they read
+    """Prompt and parameters of every choice in the order of its index, the cache of all of them, and what they read
     and edit of attention."""
 
-    choices: list[tuple[list[int], SamplingParams]]
+    choices: list[tuple[Sequence[int], SamplingParams]]
     cache: CacheChoice
     readings: Readings | None = None
 
@@ -60,7 +61,7 @@ def choose_cache(request: GenerationRequest, engine: AsyncEngine) -> CacheChoice
 
 
 def check_work(
-    tokens: list[int],
+    tokens: Sequence[int],
     params: SamplingParams,
     cache: CacheChoice,
     engine: AsyncEngine,

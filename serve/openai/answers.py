@@ -224,6 +224,38 @@ class AttentionCard(Reply):
     layers: list[AttentionOfLayer]
 
 
+class SensorVariable(Reply):
+    """A daily sensor. units: those that are known for it; plausible: values beyond are clipped."""
+
+    name: str
+    meaning: str
+    unit: str
+    plausible: list[float]
+    units: list[str]
+
+
+class SensorTraining(Reply):
+    """The prompt that the adapter was trained with, and its questions by label."""
+
+    template: str
+    questions: dict[str, str]
+
+
+class SensorCard(Reply):
+    """Parts of the type sensor_data: days of each sensor, and tokens of the prompt that a part takes."""
+
+    days: int
+    embeddings: int
+    variables: list[SensorVariable]
+    trained_with: SensorTraining
+
+
+class ContentCard(Reply):
+    """Parts of messages that the model takes beside text; null for those that it does not."""
+
+    sensor_data: SensorCard | None = None
+
+
 class ModelCard(Reply):
     """The served language model. max_model_len: most tokens of prompt and answer together."""
 
@@ -233,6 +265,7 @@ class ModelCard(Reply):
     owned_by: str
     kind: Literal["language"]
     max_model_len: int
+    content: ContentCard
     attention: AttentionCard
 
 

@@ -7,7 +7,7 @@ from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
 from serve.openai.answer import Answer, GenerationWork, check_choices, check_model, check_work, choose_cache
 from serve.openai.attention import Desk
-from serve.openai.encoding import encode_chat
+from serve.openai.content import encode_chat
 from serve.openai.errors import ApiError
 from serve.openai.protocol_chat import ChatRequest, chat_logprobs_object
 from serve.request import Delta, FinishReason
@@ -22,8 +22,7 @@ async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeC
     copies = request.n or 1
     check_choices(1, copies, config)
     cache = choose_cache(request, engine)
-    messages = request.conversation()
-    tokens = await encode_chat(messages, engine, "messages")
+    messages, tokens = await encode_chat(request.conversation(), engine, "messages")
     limit = request.limit or max(1, engine.engine.max_model_len - len(tokens))
     choices = []
     for copy in range(copies):

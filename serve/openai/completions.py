@@ -1,5 +1,6 @@
 """POST /v1/completions: takes prompts as texts or token ids, and answers with texts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from attnzoo.models.sampling import TokenLogprobs
@@ -10,7 +11,7 @@ from serve.openai.attention import Desk
 from serve.openai.encoding import check_tokens, encode_text
 from serve.openai.errors import ApiError
 from serve.openai.protocol import CompletionRequest, logprobs_object
-from serve.request import Delta, FinishReason
+from serve.request import Delta, FinishReason, SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -24,7 +25,8 @@ async def prepare(request: CompletionRequest, engine: AsyncEngine, config: Serve
         raise ApiError(400, "prompt is empty; give at least one character or token", param="prompt")
     check_choices(len(prompts), copies, config)
     cache = choose_cache(request, engine)
-    choices, planned = [], []
+    planned = []
+    choices: list[tuple[Sequence[int], SamplingParams]] = []
     for prompt in prompts:
         tokens = await encode_text(prompt, engine, "prompt") if isinstance(prompt, str) else prompt
         check_tokens(len(tokens), engine, "prompt")

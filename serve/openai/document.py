@@ -1,5 +1,6 @@
 """The OpenAPI document: every path with its requests and answers, errors included."""
 
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
@@ -8,11 +9,12 @@ from attnzoo.attention.edits import Edit, Read
 from attnzoo.attention.edits.wire import KINDS
 from serve.clinical import replies
 from serve.clinical.protocol import BundleOptions, PredictRequest
+from serve.modalities.base import Modality
 from serve.openai import answers
 from serve.openai.attention import MAX_ITEMS
 from serve.openai.neutral import Values
 from serve.openai.protocol import CompletionRequest, GenerationRequest
-from serve.openai.protocol_chat import ChatRequest
+from serve.openai.protocol_chat import ChatMessage, ChatRequest, content_schema
 
 VERSION = "3.1.0"
 REFUSALS = {
@@ -42,13 +44,15 @@ class ModelList(answers.Reply):
     data: Annotated[list[answers.ModelCard | replies.ClinicalCard], Field(min_length=1)]
 
 
-def document(title: str, *, language: bool = True, clinical: bool = False) -> dict[str, Any]:
-    """The OpenAPI document as a dictionary, of a server with these kinds of models."""
+def document(title: str, modalities: Mapping[str, Modality] | None, *, clinical: bool = False) -> dict[str, Any]:
+    """The OpenAPI document as a dictionary, of a server with these kinds of models. modalities: what reads parts of
+    messages beside text, None: there is no language model."""
     card = {"anyOf": [_ref("ModelCard"), _ref("ClinicalCard")]}
     found: dict[str, Any] = answers.schemas((*answers.REPLIES, ModelList))
     paths: dict[str, Any] = {}
-    if language:
+    if modalities is not None:
         found |= {**_requests(CompletionRequest), **_requests(ChatRequest)}
+        _add_parts(found, modalities.values())
         paths |= _language()
     if clinical:
         found |= {**answers.schemas((*replies.REPLIES, PredictRequest, FhirResource))}
@@ -171,6 +175,21 @@ def _requests(kind: type[GenerationRequest]) -> dict[str, Any]:
     for name, schema in (("cache", CACHE), ("attention", ATTENTION)):
         properties[name] = {"anyOf": [schema, {"type": "null"}], "default": None}
     return found
+
+
+def _add_parts(found: dict[str, Any], modalities: Collection[Modality]) -> None:
+    """Adds to the schemas of requests what a message may hold beside text."""
+    found |= answers.schemas(tuple(modality.body for modality in modalities))
+    parts = [
+        {
+            "type": "object",
+            "properties": {"type": {"type": "string", "const": each.kind}, each.kind: _ref(each.body.__name__)},
+            "required": ["type", each.kind],
+            "additionalProperties": False,
+        }
+        for each in modalities
+    ]
+    found[ChatMessage.__name__]["properties"]["content"] = content_schema(*parts)
 
 
 def _only_with(name: str, other: str) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""The requests of OpenAI's chat interface, for text without tools. See `serve.openai.protocol`."""
+"""The requests of OpenAI's chat interface, without tools. See `serve.openai.protocol`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, WithJsonSchema
 
 from attnzoo.models.sampling import TokenLogprobs
+from serve.modalities.base import KINDS
 from serve.openai.errors import ApiError, unsupported
 from serve.openai.neutral import CHAT, SHARED, Values
 from serve.openai.protocol import KNOWN, LEAST_LOGPROB, Count, GenerationRequest, Spell, Strict, parse_body, spell_token
@@ -22,7 +24,14 @@ TEXT_PART = {
     "required": ["type", "text"],
     "additionalProperties": False,
 }
-CONTENT = {"anyOf": [{"type": "string"}, {"type": "null"}, {"type": "array", "items": TEXT_PART, "minItems": 1}]}
+
+
+def content_schema(*parts: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a content. parts: schemas of parts beside text."""
+    items = {"anyOf": [TEXT_PART, *parts]} if parts else TEXT_PART
+    return {"anyOf": [{"type": "string"}, {"type": "null"}, {"type": "array", "items": items, "minItems": 1}]}
+
+
 MAX_NAME = 256
 """Longest name of a participant, in characters."""
 NAME = {"anyOf": [{"type": "string", "maxLength": MAX_NAME}, {"type": "null"}]}
@@ -31,12 +40,21 @@ NOTHING = {"anyOf": [{"type": "array", "items": {"type": "string"}, "maxItems": 
 Unused = Annotated[Any, WithJsonSchema(NOTHING)]
 
 
+@dataclass(frozen=True)
+class DataPart:
+    """A part of a content that is no text: {"type": kind, kind: value}. where: its name in errors."""
+
+    kind: str
+    value: Any
+    where: str
+
+
 class ChatMessage(Strict):
     """One message; null content is an empty text. Clients return an earlier answer with fields that this server does
     not support; these must be null or empty."""
 
     role: Annotated[Any, WithJsonSchema({"type": "string", "enum": list(ROLES)})]
-    content: Annotated[Any, WithJsonSchema(CONTENT)]
+    content: Annotated[Any, WithJsonSchema(content_schema())]
     name: Annotated[Any, WithJsonSchema(NAME)] = None
     refusal: Unused = None
     annotations: Unused = None
@@ -46,8 +64,9 @@ class ChatMessage(Strict):
     reasoning: Unused = None
     reasoning_content: Unused = None
 
-    def plain(self, where: str) -> dict[str, str]:
-        """The message for the chat template. where: the message's name in errors. Raises ApiError."""
+    def plain(self, where: str) -> dict[str, Any]:
+        """Role, content and name: the content as a text, or as a list of texts and `DataPart`. where: the message's
+        name in errors. Raises ApiError."""
         if isinstance(self.role, str) and self.role in ("tool", "function"):
             raise unsupported(f"{where}.role", "of a tool is not supported by this server: it has no tools")
         if not isinstance(self.role, str) or self.role not in ROLES:
@@ -55,7 +74,10 @@ class ChatMessage(Strict):
         for name in UNUSED:
             if getattr(self, name) not in EMPTY:
                 raise unsupported(f"{where}.{name}")
-        found = {"role": ROLES[self.role], "content": _text(self.content, f"{where}.content")}
+        found: dict[str, Any] = {"role": ROLES[self.role], "content": _content(self.content, f"{where}.content")}
+        if not isinstance(found["content"], str) and self.role != "user":
+            what = f"{where}.content holds parts that are no text; only messages of the role user may"
+            raise ApiError(400, what, param=f"{where}.content")
         if self.name is not None:
             if not isinstance(self.name, str) or len(self.name) > MAX_NAME:
                 message = f"{where}.name must be a text of at most {MAX_NAME} characters"
@@ -103,8 +125,8 @@ class ChatRequest(GenerationRequest):
             raise ApiError(400, "top_logprobs is only allowed with logprobs=true", param="top_logprobs")
         self.conversation()
 
-    def conversation(self) -> list[dict[str, str]]:
-        """The messages for the chat template. Raises ApiError."""
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages, as `ChatMessage.plain` returns them. Raises ApiError."""
         return [message.plain(f"messages[{index}]") for index, message in enumerate(self.messages)]
 
 
@@ -113,25 +135,31 @@ def parse_chat(body: bytes) -> ChatRequest:
     return parse_body(ChatRequest, body)
 
 
-def _text(content: Any, where: str) -> str:
-    """The text of a message's content; text parts are joined with newlines, as other servers do. Raises ApiError."""
+def _content(content: Any, where: str) -> str | list[str | DataPart]:
+    """A message's content; text parts alone are joined with newlines, as other servers do. Raises ApiError."""
     if content is None:
         return ""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
         raise ApiError(400, f"{where} must be a text or a list of text parts, at least one", param=where)
-    texts = []
-    for index, part in enumerate(content):
-        name = f"{where}[{index}]"
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind in PARTS:
-            raise unsupported(name, f"is of type {kind}, which is not supported by this server; send text")
-        if kind != "text" or not isinstance(part.get("text"), str) or len(part) != 2:
-            message = f'{name} must be {{"type": "text", "text": ...}} and nothing else'
-            raise ApiError(400, message, param=name)
-        texts.append(part["text"])
-    return "\n".join(texts)
+    parts = [_part(part, f"{where}[{index}]") for index, part in enumerate(content)]
+    texts = [part for part in parts if isinstance(part, str)]
+    return "\n".join(texts) if len(texts) == len(parts) else parts
+
+
+def _part(part: Any, name: str) -> str | DataPart:
+    given = part if isinstance(part, dict) else {}
+    kind, text = given.get("type"), given.get("text")
+    if kind in PARTS:
+        raise unsupported(name, f"is of type {kind}, which is not supported by this server; send text")
+    if isinstance(kind, str) and kind in KINDS:
+        if kind in given and len(given) == 2:
+            return DataPart(kind, given[kind], name)
+        raise ApiError(400, f'{name} must be {{"type": "{kind}", "{kind}": ...}} and nothing else', param=name)
+    if kind != "text" or not isinstance(text, str) or len(given) != 2:
+        raise ApiError(400, f'{name} must be {{"type": "text", "text": ...}} and nothing else', param=name)
+    return text
 
 
 def chat_logprobs_object(logprobs: Sequence[TokenLogprobs], spell: Spell) -> dict[str, Any]:

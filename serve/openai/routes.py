@@ -53,7 +53,8 @@ def build_app(engine: AsyncEngine | None, config: ServeConfig, clinic: Clinic | 
     middleware = [Middleware(Counted, answered=metrics.answered), *guard(config.front_limits)]
     app = FastAPI(title="attnzoo", lifespan=lifespan, docs_url=None, redoc_url=None, middleware=middleware)
     _add_error_handlers(app)
-    described = document("attnzoo", language=engine is not None, clinical=clinic is not None)
+    modalities = None if engine is None else engine.engine.modalities
+    described = document("attnzoo", modalities, clinical=clinic is not None)
     app.openapi = lambda: described  # type: ignore[method-assign]
     cards, maps = [], None
     if engine is not None:
@@ -133,6 +134,7 @@ def _card(engine: AsyncEngine, config: ServeConfig, desk: Desk) -> dict[str, Any
         "owned_by": "attnzoo",
         "kind": "language",
         "max_model_len": engine.engine.max_model_len,
+        "content": {kind: modality.card() for kind, modality in engine.engine.modalities.items()},
         "attention": desk.card(),
     }
 

@@ -62,6 +62,13 @@ def running(
     if delay_s:
         step = engine.step
         engine.step = lambda: (time.sleep(delay_s), step())[1]  # type: ignore[method-assign]
+    with running_engine(engine, config) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def running_engine(engine: Engine, config: ServeConfig) -> Iterator[tuple[str, AsyncEngine]]:
+    """A server of an engine; yields (URL, engine)."""
     owner = AsyncEngine(engine)
     with serving(build_app(owner, config), config.front_limits, log_level="warning", lifespan="auto") as url:
         yield url, owner

@@ -1,0 +1,1 @@
+"""Parts of a message that are no text: what reads each kind, and turns it into embeddings."""
