@@ -33,8 +33,8 @@ class EngineConfig(CheckedConfig):
 
     checkpoint: a run or export directory of training, a directory that transformers has written, a .gguf file, the
     name of a packaged model ("smollm2"), or the name of a model in $ATTNZOO_HOME/models; or the run or export directory
-    of a sensor adapter, which names its language model. sensors: that directory, where `checkpoint` says where its
-    language model is; messages may then hold sensor data (`serve.modalities.sensors`). max_num_seqs: sequences that
+    of a sensor adapter, which names its language model. sensors: the run or export directory of a sensor adapter whose
+    language model is `checkpoint`: messages may then hold sensor data. max_num_seqs: sequences that
     run at the same time. max_model_len: most tokens of prompt and completion together; None takes the model's
     max_positions.
     max_batched_tokens: most tokens that one step sends through the model. itl_target_ms: target time between two tokens

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from scripts.render_reference import help_of, subcommands
 from serve.config import SERVE_FIELDS, build_serve_config, parse_settings, read_config_file
@@ -152,7 +153,24 @@ def _curl(words: list[str]) -> None:
         known = set(_fields(path))
         if not body.keys() <= known:
             raise ValueError(f"{path} has no {', '.join(sorted(body.keys() - known))}")
+        if "chat" in path:
+            _chat(body)
     return None
+
+
+def _chat(body: dict[str, Any]) -> None:
+    """Reads a conversation as the server does, sensor data in it too."""
+    from serve.modalities.sensors import SensorData
+    from serve.openai.errors import ApiError
+    from serve.openai.protocol_chat import DataPart, parse_chat
+
+    try:
+        messages = parse_chat(json.dumps(body).encode()).conversation()
+    except ApiError as error:
+        raise ValueError(f"/v1/chat/completions: {error}") from None
+    for part in (part for one in messages for part in one["content"]):
+        if isinstance(part, DataPart):
+            SensorData.model_validate(part.value)
 
 
 def _predict(words: list[str], query: str) -> None:

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from attnzoo.checkpoint import save_model
+from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.trained import save_trained
-from tests.helpers import clinical_models, serving
+from tests.helpers import clinical_models, sensor_models, serving
 
 
 def small_checkpoint(directory: str) -> Path:
@@ -16,3 +17,14 @@ def small_clinical_model(directory: str) -> Path:
     """The same of a clinical one."""
     trained = clinical_models.small_trained(clinical_models.icu_cohort(), judged=0)
     return save_trained(Path(directory) / "export", trained)
+
+
+def small_sensors(directory: str) -> Path:
+    """The same of a sensor adapter, with its language model beside it."""
+    path = Path(directory).absolute()
+    return sensor_models.export(path, sensor_models.language_model(path.parent / "lm"))
+
+
+def small_days() -> Cohort:
+    """A few days of one person."""
+    return sensor_models.cohort_of(sensor_models.VALUES)
