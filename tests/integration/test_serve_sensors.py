@@ -131,20 +131,18 @@ def test_the_served_model_is_as_sure_as_predictions_are(url, run):
     trained = load_sensors(run)
     whole = prompt_of(run, "Tired? Data:", VALUES, " Answer:")
     (at,) = whole.embedded
-    found = post(url, message("Tired? Data:", sensor_part(), " Answer:"), max_tokens=1, logprobs=True, top_logprobs=5)
-    top = found.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    words = trained.language_model.tokenizer
-    answers = tuple(
-        (next(t for t in range(words.vocab_size) if list(words.token_bytes(t)) == one["bytes"] and one["bytes"]),)
-        for one in top
-        if one["bytes"]
-    )[:2]
-    reader = PromptedLM(trained.language_model.model, [Prompt(whole.ids[: at.start], whole.ids[at.stop :], answers)])
-    virtual_NMD = trained.adapter(torch.from_numpy(trained.statistics.standardised(cohort_of(VALUES))))
-    wanted = reader.log_likelihoods(virtual_NMD)[0, 0]
-    by_bytes = {tuple(one["bytes"]): one["logprob"] for one in top}
-    for answer, likelihood in zip(answers, wanted.tolist(), strict=True):
-        assert by_bytes[tuple(words.token_bytes(answer[0]))] == pytest.approx(likelihood, abs=1e-3)
+    lm = LanguageModel(trained.language_model.model, trained.language_model.tokenizer)
+    (first,) = lm.generate(whole, max_new_tokens=1, logprobs=4).logprobs
+    reader = PromptedLM(
+        trained.language_model.model,
+        [Prompt(whole.ids[: at.start], whole.ids[at.stop :], tuple((token,) for token, _ in first.top))],
+    )
+    numbers_1F = torch.from_numpy(trained.statistics.standardised(cohort_of(VALUES)))
+    wanted = reader.log_likelihoods(trained.adapter(numbers_1F))[0, 0].tolist()
+    assert [value for _, value in first.top] == pytest.approx(wanted, abs=1e-3)
+    asked = message("Tired? Data:", sensor_part(), " Answer:")
+    found = post(url, asked, max_tokens=1, logprobs=True, top_logprobs=4).json()["choices"][0]["logprobs"]["content"][0]
+    assert [one["logprob"] for one in found["top_logprobs"]] == pytest.approx(wanted, abs=1e-3)
 
 
 def test_streams_choices_caches_and_reads_work_with_sensor_data(url):
