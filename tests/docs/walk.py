@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from tests.docs.blocks import ROOT, Block, blocks
-from tests.docs.small import small_checkpoint, small_clinical_model
+from tests.docs.small import small_checkpoint, small_clinical_model, small_days, small_sensors
 
 
 def prepare(directory: Path) -> None:
@@ -66,7 +66,7 @@ def run_python(block: Block, names: dict[str, object]) -> None:
 
 def new_names() -> dict[str, object]:
     """What blocks find: what hidden ones call."""
-    made = {"small_checkpoint": small_checkpoint, "small_clinical_model": small_clinical_model}
+    made = {each.__name__: each for each in (small_checkpoint, small_clinical_model, small_days, small_sensors)}
     return {"__name__": "__main__", **made}
 
 
