@@ -21,6 +21,9 @@ import torch
 from attnzoo.errors import suggest
 
 C = TypeVar("C")
+PLACE = -1
+"""Stands among the token ids of a prompt where it has an embedding. No token has this id, so that whoever reads the ids
+alone refuses the prompt, and the embedding is not lost silently."""
 
 SCIENTIFIC = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]{1,3}\Z")
 

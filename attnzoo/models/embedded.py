@@ -14,10 +14,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.models.decoder_lm import DecoderLM
-
-PLACE = -1
-"""Stands among token ids where the prompt has an embedding. No token has this id, so that whoever reads the ids alone
-refuses the prompt, and the embedding is not lost silently."""
+from attnzoo.types import PLACE
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from attnzoo.attention.edits.spans import NoPlace
-from attnzoo.models.embedded import PLACE
 from attnzoo.tokenizer.base import Tokenizer
 from attnzoo.tokenizer.chat import ChatTemplate
+from attnzoo.types import PLACE
 
 Interval = tuple[int, int]
 
