@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from attnzoo.checkpoint import find_checkpoint, load_tokenizer
 from attnzoo.checkpoint.load import check_fit
-from attnzoo.clinical.trained_sensors import FrozenLM, load_sensors, named_language_model
+from attnzoo.clinical.trained_sensors import FrozenLM, holds_sensors, load_sensors, named_language_model
+from attnzoo.files import user_path
 from attnzoo.loading import load_for_inference, pack_for_inference
 from attnzoo.models import DecoderLM
 from attnzoo.types import parse_dtype
@@ -54,12 +55,17 @@ def load_parts(config: EngineConfig, model: DecoderLM | None, tokenizer: "Tokeni
 
 def sources(config: EngineConfig) -> tuple[str, str | None]:
     """(checkpoint of the language model, directory of the sensor adapter or None). Raises ValueError for two adapters,
-    and as `without_adapter`."""
+    for `sensors` that is none, and as `without_adapter`."""
     checkpoint, sensors = without_adapter(config.checkpoint)
     if sensors is not None and config.sensors is not None:
         raise ValueError(
             f"checkpoint={config.checkpoint!r} is a sensor adapter, and so is sensors={config.sensors!r}; give its "
             "language model as checkpoint, or leave sensors out"
+        )
+    if config.sensors is not None and not holds_sensors(user_path(config.sensors, "sensors")):
+        raise ValueError(
+            f"sensors={config.sensors!r} holds no sensor adapter; give the run or export directory of a training run "
+            "with task.kind=sensor-lm"
         )
     return checkpoint, sensors or config.sensors
 

@@ -350,7 +350,7 @@ def test_what_cannot_be_served_is_refused_at_the_start(run, tmp_path, monkeypatc
             {"checkpoint": str(lm), "sensors": str(run), "dtype": "bfloat16"},
             "dtype='bfloat16': the adapter in .* float32; leave dtype out",
         ),
-        ({"checkpoint": str(lm), "sensors": str(tmp_path)}, "holds no model"),
+        ({"checkpoint": str(lm), "sensors": str(tmp_path)}, "^sensors=.* holds no sensor adapter; give the run or"),
         ({"checkpoint": str(plain), "sensors": str(run)}, "has no chat template"),
     ):
         with pytest.raises(ValueError, match=said):
