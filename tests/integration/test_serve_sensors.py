@@ -266,6 +266,12 @@ def test_wrong_parts_are_refused_by_field(server, url, run):
     headers = {"content-type": "application/json"}
     answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers=headers)
     assert "NaN is no number in JSON" in answer.json()["error"]["message"]
+    # What cannot fit is refused before anything is encoded: embeddings count.
+    words = server[1].engine.tokenizer
+    text = "a" * (220 * words._longest)
+    assert words.least_tokens(text) < 256
+    error = post(url, message(*[part] * 16, text), max_tokens=1).json()["error"]
+    assert re.search(r"and 48 embeddings have at least 2\d\d; shorten the prompt", error["message"]), error["message"]
     with running_engine(*_plain(run)) as (other, _):
         answer = httpx.post(f"{other}/v1/chat/completions", json={"model": "lm", "messages": [message("a", part)]})
         error = answer.json()["error"]
