@@ -26,14 +26,24 @@ if __package__ in (None, ""):
 from attnzoo.attention import ATTENTION
 from attnzoo.clinical.formats import FORMATS
 from attnzoo.kvcache import CACHES
-from attnzoo.models import DecoderConfig, DiffusionConfig, EhrConfig, LdamConfig, SensorConfig
+from attnzoo.models import (
+    DecoderConfig,
+    DiffusionConfig,
+    EhrConfig,
+    LdamConfig,
+    ProjectorConfig,
+    SensorConfig,
+    VisionConfig,
+)
 from attnzoo.vision import SceneOptions
+from attnzoo.vision.turns import TurnFormat
 from serve.config import EngineConfig, ServeConfig
 from train.config import Config
 from train.data import DataConfig
 from train.data.pictures import SCENES, PictureOptions
 from train.tasks import diffusion, ldam
 from train.tasks.clinical import DERIVED, ClinicalOptions
+from train.tasks.picture_options import PictureModel, QuestionOptions
 from train.tasks.sensors import FROM_DATA, LanguageModelOptions, SensorOptions
 from train.tokenizer import TokenizerConfig
 
@@ -196,6 +206,11 @@ def training() -> Iterator[str]:
     yield f"scenes have other defaults here: {own}.\n\nKeys of `data`:\n\n{table(SceneOptions)}"
     yield "".join(table(PictureOptions).splitlines(keepends=True)[2:])
     yield f"\nKeys of `model`:\n\n{table(DiffusionConfig, skip=diffusion.FROM_DATA)}"
+    yield "\n### Pictures\n\nWith `task.kind: pictures` a language model reads pictures. `data.source` is `scenes`; "
+    yield "the other keys of `data` say what is in them. `model.decoder` has the keys of `model` above.\n\n"
+    yield f"Keys of `task`:\n\n{table(QuestionOptions)}\nKeys of `task.texts`:\n\n{table(TurnFormat)}\n"
+    yield f"Keys of `data`:\n\n{table(SceneOptions)}\nKeys of `model`:\n\n{table(PictureModel)}\n"
+    yield f"Keys of `model.vision`:\n\n{table(VisionConfig)}\nKeys of `model.projector`:\n\n{table(ProjectorConfig)}"
 
 
 def configuration() -> str:

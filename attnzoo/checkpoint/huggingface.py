@@ -27,6 +27,8 @@ def read_config(content: Mapping[str, Any], path: Path) -> DecoderConfig:
     family = content.get("model_type")
     if family == OWN:
         return _own_config(content, path)
+    if family == "llava":
+        raise ValueError(f"{path}: model_type='llava' reads pictures; load it with attnzoo.checkpoint.load_llava")
     if family not in FAMILIES:
         raise ValueError(f"{path}: model_type={family!r} is not supported; known: {', '.join(FAMILIES)}, {OWN}")
     try:

@@ -59,7 +59,17 @@ def load_model(
     weights become float32. Raises ValueError that names the file and the tensors that are missing, unexpected or of
     another shape, or (unless `check_finite` is False) hold NaN or infinity.
     """
-    checkpoint = open_checkpoint(path)
+    return read_model(open_checkpoint(path), device=device, dtype=dtype, check_finite=check_finite)
+
+
+def read_model(
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    check_finite: bool = True,
+) -> DecoderLM:
+    """As `load_model`, of a checkpoint that is open."""
     tied = checkpoint.config.tie_embeddings
     model = _frame(checkpoint)
     own = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "head.weight")}

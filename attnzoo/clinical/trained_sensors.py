@@ -4,7 +4,6 @@ The frozen language model is not part of it: config.json names its checkpoint an
 language model with other weights is refused. Loading cannot run code.
 """
 
-import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,49 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnzoo.checkpoint import existing_checkpoint, load_model, load_tokenizer, model_files
+from attnzoo.checkpoint import model_files
+from attnzoo.checkpoint.frozen import FrozenLM
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.sensors import SensorQuestions, SensorStatistics
 from attnzoo.clinical.variables import PMDATA, Table
-from attnzoo.models import DecoderLM, PromptedLM, SensorAdapter, SensorConfig
+from attnzoo.models import PromptedLM, SensorAdapter, SensorConfig
 from attnzoo.models.sensor_lm import answer_scores, as_embeddings, embedding_unit
-from attnzoo.tokenizer import Tokenizer
-from attnzoo.types import build_config, parse_dtype
+from attnzoo.types import build_config
 
 FORMAT = "attnzoo-sensors-1"
 STATISTICS = "statistics.json"
 KEYS = ("format", "model", "language_model", "questions", "data", "split", "metadata")
 """Keys of config.json."""
-
-
-@dataclass(frozen=True)
-class FrozenLM:
-    """A language model with its tokenizer. checkpoint: where it was found; dtype: of its weights."""
-
-    model: DecoderLM
-    tokenizer: Tokenizer
-    checkpoint: str
-    dtype: str
-
-    @classmethod
-    def load(cls, checkpoint: str, dtype: str = "float32") -> "FrozenLM":
-        """As `attnzoo.load` finds it. Raises ValueError."""
-        path, kind = existing_checkpoint(checkpoint), parse_dtype(dtype)
-        tokenizer = load_tokenizer(path)
-        return cls(load_model(path, dtype=kind), tokenizer, checkpoint, dtype)
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the weights and the tokenizer."""
-        found = hashlib.sha256(self.tokenizer.fingerprint().encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            found.update(name.encode())
-            found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return found.hexdigest()
-
-    def to_dict(self) -> dict[str, Any]:
-        """What names it in files."""
-        return {"checkpoint": self.checkpoint, "dtype": self.dtype, "digest": self.digest}
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ from attnzoo.models.generate import generate
 from attnzoo.models.generation_config import GenerationConfig
 from attnzoo.models.ldam import Ldam, LdamInputs, LdamMaps
 from attnzoo.models.ldam_config import LdamConfig
+from attnzoo.models.multimodal_lm import MultimodalLM, PictureConfig, PictureEncoder, ProjectorConfig
 from attnzoo.models.packing import can_pack, pack_weights
 from attnzoo.models.sampling import Sampling, TokenLogprobs
 from attnzoo.models.sensor_lm import Prompt, PromptedLM, SensorAdapter, SensorConfig
 from attnzoo.models.sequences import Sequences
 from attnzoo.models.shapes import buffer_dtype, build_shapes, materialise
+from attnzoo.models.vit import VisionConfig, ViT
 
 __all__ = [
     "CacheUse",
@@ -42,6 +44,10 @@ __all__ = [
     "LdamConfig",
     "LdamInputs",
     "LdamMaps",
+    "MultimodalLM",
+    "PictureConfig",
+    "PictureEncoder",
+    "ProjectorConfig",
     "Prompt",
     "PromptedLM",
     "Sampling",
@@ -49,6 +55,8 @@ __all__ = [
     "SensorConfig",
     "Sequences",
     "TokenLogprobs",
+    "ViT",
+    "VisionConfig",
     "buffer_dtype",
     "build_shapes",
     "can_pack",

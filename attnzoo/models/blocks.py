@@ -17,12 +17,20 @@ from attnzoo.kvcache.state import State
 from attnzoo.ops.common.masks import Mask
 
 Norm = Literal["rmsnorm", "layernorm"]
-Activation = Literal["swiglu", "gelu", "relu"]
+Activation = Literal["swiglu", "gelu", "quick_gelu", "relu"]
 
 
 def build_norm(kind: Norm, dim: int, eps: float = 1e-5) -> nn.RMSNorm | nn.LayerNorm:
     """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) with a learned gain."""
     return nn.RMSNorm(dim, eps=eps) if kind == "rmsnorm" else nn.LayerNorm(dim, eps=eps)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x), the approximation of GELU that OpenAI's CLIP was trained with (arXiv 1606.08415)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "quick_gelu": quick_gelu}
 
 
 class MLP(nn.Module):
@@ -33,7 +41,7 @@ class MLP(nn.Module):
         self.up = nn.Linear(dim, hidden, bias=bias)
         self.gate = nn.Linear(dim, hidden, bias=bias) if kind == "swiglu" else None
         self.down = nn.Linear(hidden, dim, bias=bias)
-        self.activation: Callable[[Tensor], Tensor] = F.relu if kind == "relu" else F.gelu
+        self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS.get(kind, F.gelu)
         self.joined: Callable[[Tensor], Tensor] | None = None
         """One product for gate and up; set where weights are packed for inference."""
 

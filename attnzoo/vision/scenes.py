@@ -32,10 +32,11 @@ REPEATS = 0.2
 @dataclass(frozen=True, kw_only=True)
 class SceneOptions(CheckedConfig):
     """image_size: pixels of a side. kinds: how many kinds of emoji there are. most_objects: in one scene. smallest,
-    largest: sizes of objects in pixels; up to a quarter of an object may be outside the picture. font, held_out_font:
-    names of `attnzoo.vision.emoji.FONTS` or paths; no held-out font: null. bias: the probability that the kind that
-    goes with one is there too. held_out_pairs: the share of pairs of kinds that are kept back; held_out_positions:
-    whether a place of every kind is. world: a seed that decides which."""
+    largest: sizes of objects in pixels; up to a quarter of an object may be outside the picture. font: of the emoji, a
+    name of `attnzoo.vision.emoji.FONTS` or a path. held_out_font: that of other emoji for evaluation; null: none. bias:
+    the probability that the kind that goes with one is there too. held_out_pairs: the share of pairs of kinds that
+    are never together in training. held_out_positions: whether there is a place for every kind where it never stands
+    in training. world: a seed that decides which pairs and places."""
 
     image_size: int = 64
     kinds: int = 16

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from attnzoo.checkpoint.frozen import FrozenLM
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.sensors import SensorQuestions, SensorStatistics, number_names, sensor_numbers
-from attnzoo.clinical.trained_sensors import FrozenLM, TrainedSensors, check_target, load_sensors, save_sensors
+from attnzoo.clinical.trained_sensors import TrainedSensors, check_target, load_sensors, save_sensors
 from attnzoo.models import SensorAdapter, SensorConfig
 from tests.helpers import serving
 from tests.helpers.clinical_data import small_wearables

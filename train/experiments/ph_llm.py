@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from attnzoo.checkpoint.frozen import FrozenLM
 from attnzoo.clinical.baselines import fit_logistic_regression
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.formats import load_cohort
@@ -21,7 +22,7 @@ from attnzoo.clinical.metrics import macro_auroc
 from attnzoo.clinical.ratings import all_pairs, pooled, read_ratings
 from attnzoo.clinical.sensors import SensorQuestions, sensor_numbers
 from attnzoo.clinical.splits import Fold, folds, time_split
-from attnzoo.clinical.trained_sensors import FrozenLM, TrainedSensors, load_sensors
+from attnzoo.clinical.trained_sensors import TrainedSensors, load_sensors
 from attnzoo.clinical.variables import PMDATA
 from train.experiments.base import Experiment, ExperimentConfig, ExperimentPart, Tick, Values
 from train.experiments.ph_llm_judge import draw, judge

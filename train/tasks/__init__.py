@@ -7,6 +7,7 @@ from train.tasks.clinical_pretraining import ClinicalPretraining
 from train.tasks.diffusion import DiffusionTask
 from train.tasks.language import LanguageTask
 from train.tasks.ldam import LdamTask
+from train.tasks.pictures import PictureTask
 from train.tasks.sensors import SensorTask
 
 
@@ -27,6 +28,7 @@ __all__ = [
     "DiffusionTask",
     "LanguageTask",
     "LdamTask",
+    "PictureTask",
     "SensorTask",
     "Task",
     "build_task",

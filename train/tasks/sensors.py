@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.checkpoint import existing_checkpoint, load_tokenizer, open_checkpoint
+from attnzoo.checkpoint.frozen import FrozenLM
 from attnzoo.clinical import trained_sensors
 from attnzoo.clinical.metrics import auprc, auroc
 from attnzoo.clinical.sensors import QUESTIONS, SensorQuestions, SensorStatistics
-from attnzoo.clinical.trained_sensors import FrozenLM, TrainedSensors
+from attnzoo.clinical.trained_sensors import TrainedSensors
 from attnzoo.errors import suggest
 from attnzoo.models import PromptedLM, SensorAdapter, SensorConfig
 from attnzoo.models.sensor_lm import answer_scores

@@ -1,0 +1,144 @@
+"""A trained model of pictures on disk: pictures.json and pictures.safetensors, written atomically.
+
+A language model that was trained with them stands in the same directory, as `attnzoo.load` reads it. A frozen one is
+only named, with a digest of its weights; with other weights it is refused. Loading cannot run code.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from attnzoo.checkpoint.frozen import FrozenLM
+from attnzoo.checkpoint.native import CONFIG, TOKENIZER, WEIGHTS, save_model
+from attnzoo.checkpoint.target import check_native_target
+from attnzoo.checkpoint.model_files import damage
+from attnzoo.errors import suggest
+from attnzoo.files import read_object, real_path, replace_directory, temporary_directory
+from attnzoo.models import MultimodalLM, PictureConfig, PictureEncoder
+from attnzoo.types import build_config
+from attnzoo.vision.turns import TurnFormat, Turns, padded
+
+FORMAT = "attnzoo-pictures-1"
+PICTURES, PICTURE_WEIGHTS = "pictures.json", "pictures.safetensors"
+KEYS = ("format", "pictures", "language_model", "image_token", "turns", "data", "metadata")
+"""Keys of pictures.json."""
+
+
+@dataclass(frozen=True)
+class TrainedPictures:
+    """A tower and projector with the language model that reads through them. own: whether it was trained with them.
+    data: the options of the scenes."""
+
+    pictures: PictureEncoder
+    language_model: FrozenLM
+    own: bool
+    turns: TurnFormat
+    data: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def model(self) -> MultimodalLM:
+        """Both as one model, in evaluation mode."""
+        return MultimodalLM(self.pictures, self.language_model.model).eval()
+
+    @cached_property
+    def reader(self) -> Turns:
+        """Makes tokens of questions."""
+        return Turns(
+            self.language_model.tokenizer,
+            self.turns,
+            image_token=self.model.image_token,
+            places=self.pictures.config.tokens,
+            longest=self.language_model.model.config.max_positions,
+        )
+
+    @torch.no_grad()
+    def log_likelihoods(self, images: np.ndarray | Tensor, question: str, answers: Sequence[str]) -> np.ndarray:
+        """float64 [I, A]: the log probability of each answer to one question about each of the 8-bit pictures
+        [I, height, width, channels]."""
+        pixels = torch.as_tensor(np.array(images)).permute(0, 3, 1, 2)
+        prompt, found = self.reader.prompt(question), []
+        vectors_IMD = self.pictures(pixels)
+        for answer in answers:
+            reply = self.reader.reply(answer)
+            targets = [-100] * (len(prompt) - 1) + reply
+            tokens_BT, targets_BT = padded([([*prompt, *reply[:-1]], targets)] * len(pixels))
+            log_probs = self.model.target_logits(tokens_BT, targets_BT, vectors_IMD)[0].double().log_softmax(-1)
+            picked = log_probs.gather(1, torch.tensor(reply * len(pixels))[:, None])
+            found.append(picked.view(len(pixels), -1).sum(1).numpy())
+        return np.stack(found, axis=1)
+
+
+def check_target(directory: Path) -> None:
+    """Raises ValueError, naming what would be lost, unless `save_pictures` may write to `directory`."""
+    names = (PICTURES, PICTURE_WEIGHTS, CONFIG, WEIGHTS, *TOKENIZER)
+    check_native_target(directory, config=PICTURES, format=FORMAT, names=names)
+
+
+def save_pictures(directory: Path, trained: TrainedPictures) -> Path:
+    """Writes the model, replacing an earlier one; returns the directory. Raises ValueError as `check_target`."""
+    directory = real_path(directory)
+    check_target(directory)
+    frozen, temporary = trained.language_model, temporary_directory(directory)
+    try:
+        if trained.own:
+            save_model(temporary, frozen.model, tokenizer=frozen.tokenizer, metadata=trained.metadata)
+        content = {
+            "format": FORMAT,
+            "pictures": trained.pictures.config.to_dict(),
+            "language_model": None if trained.own else frozen.to_dict(),
+            "image_token": trained.model.image_token,
+            "turns": asdict(trained.turns),
+            "data": trained.data,
+            "metadata": trained.metadata,
+        }
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in trained.pictures.state_dict().items()}
+        save_file(tensors, str(temporary / PICTURE_WEIGHTS))
+        (temporary / PICTURES).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        replace_directory(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return directory
+
+
+def load_pictures(directory: Path | str, language_model: FrozenLM | None = None) -> TrainedPictures:
+    """The model in a directory that `save_pictures` wrote, or in a run directory with such an export.
+
+    language_model: in place of loading the one that the export has or names. Raises ValueError that names the file if
+    one is missing, damaged or of another format, and for a frozen language model with other weights than in training.
+    """
+    path = Path(directory)
+    path = path / "export" if (path / "export" / PICTURES).is_file() else path
+    try:
+        content = read_object(path / PICTURES)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} holds no model of pictures ({error})") from None
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{path / PICTURES}: format {content.get('format')!r} is not {FORMAT!r}")
+    for key in content:
+        if key not in KEYS:
+            raise ValueError(f"{path / PICTURES}: unknown key {key}{suggest(key, KEYS)}; export the model again")
+    with damage(path):
+        pictures = PictureEncoder(PictureConfig.from_dict(content["pictures"]))
+        pictures.load_state_dict(load_file(path / PICTURE_WEIGHTS))
+        pictures.eval()
+        turns = build_config(TurnFormat, content["turns"], "turns")
+        named = content["language_model"]
+    own = named is None
+    frozen = language_model or (FrozenLM.load(str(path)) if own else FrozenLM.load(named["checkpoint"], named["dtype"]))
+    if not own and frozen.digest != named["digest"]:
+        raise ValueError(
+            f"{path} was trained with another language model than {frozen.checkpoint} in {frozen.dtype} (their digests "
+            f"differ); give the weights of {named['checkpoint']} in {named['dtype']} that it was trained with"
+        )
+    parts = {name: dict(content.get(name, {})) for name in ("data", "metadata")}
+    return TrainedPictures(pictures, frozen, own, turns, **parts)

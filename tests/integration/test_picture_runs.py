@@ -1,0 +1,50 @@
+"""Models of pictures are trained by the same loop as other models: a whole run, split and resumed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from attnzoo.vision.trained import load_pictures
+from tests.helpers.emoji_fonts import needs
+from tests.helpers.picture_task import OWN, prepared, words
+from tests.helpers.training import ROOT, launch, stay_records
+
+SMALL = [
+    *OWN,
+    "train={steps: 6, batch_size: 8, micro_batch_size: 2, threads: 1}",
+    "schedule={warmup_steps: 2}",
+    "eval={every: 3, batch_size: 20, max_blocks: 40}",
+    "log={every: 1, progress: false, tensorboard: false}",
+    "checkpoint={every: null}",
+]
+
+
+@needs("openmoji")
+def test_a_model_of_pictures_resumes_bit_for_bit_on_two_ranks(tmp_path: Path) -> None:
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    given, config = words(tmp_path / "cache", *SMALL), ROOT / "configs" / "vlm-small.yaml"
+    for run, *overrides in ((whole,), (split, "train.stop_at_step=4"), (split,)):
+        launch(config, f"run_dir={run}", *given, *overrides, ranks=2)
+    one, other = (stay_records(run) for run in (whole, split))
+    for records in (one, other):
+        for record in records.values():
+            record.pop("images_per_second", None)
+    assert one == other
+    for name in ("model.safetensors", "pictures.safetensors"):
+        weights, again = (load_file(run / "export" / name) for run in (whole, split))
+        assert weights.keys() == again.keys()
+        assert all(torch.equal(weights[key], again[key]) for key in weights)
+    assert one["train", 6]["loss"] < one["train", 1]["loss"]
+
+    trained = load_pictures(split)
+    task = prepared(tmp_path / "cache", *OWN)
+    with torch.no_grad():
+        measured = task.measure(trained.model, task.validation())
+    found = task.metrics(task.validation(), measured)
+    final = one["eval", 6]
+    assert found["loss"] == pytest.approx(final["loss"], rel=1e-5)
+    assert {name: found[name] for name in ("accuracy", "side", "blind")} == pytest.approx(
+        {name: final[name] for name in ("accuracy", "side", "blind")}, abs=0.02
+    )

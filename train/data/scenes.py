@@ -1,0 +1,51 @@
+"""Scenes of emoji with questions as training data. An index determines its scene, so that nothing is stored."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnzoo.vision import Scene, SceneQuestion, SceneWorld, training_questions
+from attnzoo.vision.turns import Turns, padded
+from train.data.base import Batch
+
+SOURCE = "scenes"
+
+
+def pictures(world: SceneWorld, scenes: Sequence[Scene]) -> Tensor:
+    """uint8 [B, channels, height, width]."""
+    return torch.from_numpy(np.stack([world.image(scene) for scene in scenes])).permute(0, 3, 1, 2).contiguous()
+
+
+class SceneStream:
+    """Training batches (images_BCHW, tokens_BT, targets_BT, groups_B): scene n of the stream is at place n of the
+    concatenated global batches. turns: questions about each; text_share: of them, about words alone."""
+
+    def __init__(self, world: SceneWorld, reader: Turns, seed: int, turns: int, text_share: float) -> None:
+        self._world, self._reader, self._seed, self._used = world, reader, seed, 0
+        self._turns, self._text_share = turns, text_share
+
+    def next(self, batch_size: int, rank: int, world: int) -> Batch:
+        """The batch of process `rank`."""
+        first = self._used + rank * batch_size
+        self._used += batch_size * world
+        scenes = [self._world.scene("train", self._seed, index) for index in range(first, first + batch_size)]
+        rows = [
+            self._reader.sequence(asked_about(self._world, scene, self._turns, self._text_share)) for scene in scenes
+        ]
+        tokens_BT, targets_BT = padded(rows)
+        return pictures(self._world, scenes), tokens_BT, targets_BT, torch.full((batch_size,), -1)
+
+    def state(self) -> dict[str, int]:
+        """The position in the stream."""
+        return {"used": self._used}
+
+    def load(self, state: Mapping[str, int]) -> None:
+        """Continues from a position that `state` has returned."""
+        self._used = int(state["used"])
+
+
+def asked_about(world: SceneWorld, scene: Scene, turns: int, text_share: float) -> list[SceneQuestion]:
+    """The questions about a training scene."""
+    return training_questions(world, scene, turns, text_share, (*scene.seed, 3))

@@ -1,0 +1,92 @@
+"""The sections of a configuration of `task.kind=pictures`, and what is refused in them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from attnzoo.errors import suggest
+from attnzoo.models import DecoderConfig, PictureConfig
+from attnzoo.types import CheckedConfig, build_config, parse_dtype
+from attnzoo.vision import SceneOptions
+from attnzoo.vision.turns import TurnFormat
+from train.config import Config
+from train.data.scenes import SOURCE
+from train.tasks.base import TaskOptions
+from train.tokenizer import TokenizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionOptions(TaskOptions, CheckedConfig):
+    """turns: questions about each training picture; text_share: of them, about words alone. questions: of each kind and
+    split in validation, each about a picture of its own. texts: what stands around pictures, questions and answers."""
+
+    turns: int = 6
+    text_share: float = 0.35
+    questions: int = 100
+    texts: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("turns", "questions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"task.{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.text_share < 1:
+            raise ValueError(f"task.text_share={self.text_share} must be at least 0 and below 1")
+        self.format()
+
+    def format(self) -> TurnFormat:
+        """The texts. Raises ValueError that names the key."""
+        return build_config(TurnFormat, self.texts, "task.texts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureModel(CheckedConfig):
+    """vision: sizes of the tower. projector: what maps its vectors to the decoder's. decoder: a decoder that is trained
+    too. language_model: in place of a decoder, a frozen language model, as `attnzoo.load` finds it. dtype: of the
+    weights of the language model."""
+
+    vision: dict = field(default_factory=dict)
+    projector: dict = field(default_factory=dict)
+    decoder: dict | None = None
+    language_model: str | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_dtype(self.dtype)
+        if (self.decoder is None) == (self.language_model is None):
+            raise ValueError("give one of model.decoder (trained) and model.language_model (frozen)")
+        if self.decoder is not None:
+            if "vocab_size" in self.decoder:
+                raise ValueError("model.decoder.vocab_size: the tokenizer determines it; leave it out")
+            build_config(DecoderConfig, {**self.decoder, "vocab_size": 1}, "model.decoder")
+        self.pictures(1, 1.0)
+
+    def pictures(self, width: int, unit: float) -> PictureConfig:
+        """Of the tower and the projector, for embeddings of that width and size."""
+        values = {"vision": self.vision, "projector": self.projector, "width": width, "unit": unit}
+        return PictureConfig.from_dict(values)
+
+
+def scene_options(values: Mapping[str, Any]) -> SceneOptions:
+    """The section `data` without its source."""
+    return build_config(SceneOptions, {key: value for key, value in values.items() if key != "source"}, "data")
+
+
+def check_data(config: Config) -> None:
+    """Raises ValueError that names the key of `data`."""
+    source = config.data.get("source")
+    if source != SOURCE:
+        raise ValueError(f"data.source={source!r}{suggest(str(source), [SOURCE])}: task.kind=pictures reads {SOURCE!r}")
+    options = scene_options(config.data)
+    size = build_config(PictureModel, config.model, "model").pictures(1, 1.0).vision.image_size
+    if size != options.image_size:
+        raise ValueError(f"data.image_size={options.image_size} differs from model.vision.image_size={size}")
+
+
+def check_tokenizer(config: Config) -> None:
+    """Raises ValueError that names the key of `tokenizer`."""
+    build_config(TokenizerConfig, config.tokenizer, "tokenizer")
+    if config.model.get("language_model") is not None and config.tokenizer:
+        key = next(iter(config.tokenizer))
+        raise ValueError(f"tokenizer.{key}: model.language_model has its own tokenizer; leave the section out")
