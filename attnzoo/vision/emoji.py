@@ -83,18 +83,21 @@ FONTS = {
 """Colour fonts by name."""
 
 
-def font_path(font: str) -> Path:
-    """The file of a font of `FONTS`, or a .ttf file by its path. Raises ValueError that says what to install."""
+def font_path(font: str, where: str = "font") -> Path:
+    """The file of a font of `FONTS`, or a .ttf file by its path. Raises ValueError that begins with the name of the
+    option, `where`, and says what to install."""
     if font.lower().endswith((".ttf", ".otf")):
-        path = user_path(font, "font")
+        path = user_path(font, where)
         if not path.is_file():
-            raise ValueError(f"font={font!r} is no file; give the path of a colour font, or one of {', '.join(FONTS)}")
+            raise ValueError(
+                f"{where}={font!r} is no file; give the path of a colour font, or one of {', '.join(FONTS)}"
+            )
         return path
     if font not in FONTS:
-        raise ValueError(f"unknown font {font!r}{suggest(font, FONTS)}, or the path of a .ttf file")
+        raise ValueError(f"{where}={font!r} is unknown{suggest(font, FONTS)}, or the path of a .ttf file")
     found = FONTS[font].find()
     if found is None or not found.is_file():
-        raise ValueError(f"font={font!r} is not installed: {FONTS[font].install} (licence: {FONTS[font].licence})")
+        raise ValueError(f"{where}={font!r} is not installed: {FONTS[font].install} (licence: {FONTS[font].licence})")
     return found
 
 

@@ -132,10 +132,20 @@ class SceneWorld:
         self._apart = {(a, b) for pair in self.held_out_pairs for a, b in (pair, pair[::-1])}
         self.held_out_cells = random.integers(0, CELLS * CELLS, options.kinds)
         """For each kind the number of the cell, row by row, where it never stands in training."""
-        for font in (options.font, options.held_out_font):
-            if font is not None:
-                font_path(font)
         self._bitmaps: dict[tuple[str, int], np.ndarray] = {}
+        self._look_for_fonts()
+
+    def _look_for_fonts(self) -> None:
+        """Raises ValueError that names the option for a font that is not installed or lacks an emoji."""
+        options = self.options
+        font_path(options.font)
+        self._emoji(options.font, options.largest)
+        if options.held_out_font is not None:
+            try:
+                font_path(options.held_out_font, "held_out_font")
+            except ValueError as error:
+                raise ValueError(f"{error}; or go without: held_out_font=null") from None
+            self._emoji(options.held_out_font, options.largest)
 
     # --- what is in a scene -------------------------------------------------------------------------------------
 

@@ -112,8 +112,8 @@ def test_a_loss_is_the_same_however_rows_are_cut_and_metrics_know_their_groups(t
     wrong = task.groups.index(("standard", "side"))
     right[batch[3] == wrong, 1] = 0.0
     found = task.metrics(batch, right)
-    assert tuple(found) == task.METRICS
-    assert (found["side"], found["count"], found["pairs"], found["font"]) == (0.0, 1.0, 1.0, 0.0)
+    assert found.keys() == {*task.METRICS, "pairs", "positions"}
+    assert (found["side"], found["count"], found["pairs"]) == (0.0, 1.0, 1.0)
     assert found["accuracy"] == task.score(found) == pytest.approx(7 / 8)
     assert all(np.isnan(value) for value in task.metrics(batch, right * float("nan")).values())
     few = task.validation(26)
@@ -251,6 +251,7 @@ def test_what_is_missing_is_refused_before_anything_is_prepared(
 ) -> None:
     for overrides, message in (
         (["data.font=lost.ttf"], "data.font='lost.ttf' is no file"),
+        (["data.held_out_font=lost.ttf"], "data.held_out_font='lost.ttf' is no file"),
         (["checkpoint.init_from=nowhere"], "checkpoint.init_from=nowhere: nowhere holds no model of pictures"),
         (["tokenizer.path=nowhere.model"], "nowhere.model"),
     ):

@@ -189,13 +189,15 @@ def test_what_makes_no_scene_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pat
     (tmp_path / "torn.ttf").write_bytes(b"no font")
     for font, message in (
         ("lost", r"font='lost' is not installed: apt-get install fonts-lost \(licence: a licence\)"),
-        ("openmojy", "unknown font 'openmojy'; did you mean 'openmoji'"),
+        ("openmojy", "font='openmojy' is unknown; did you mean 'openmoji'"),
         ("nowhere.ttf", "font='nowhere.ttf' is no file"),
         (str(tmp_path / "torn.ttf"), "torn.ttf cannot be read as a font"),
     ):
         with pytest.raises(ValueError, match=message):
             bitmaps(font, ["apple"], 9)
-    with pytest.raises(ValueError, match="is not installed"):
+    with pytest.raises(
+        ValueError, match=r"held_out_font='lost' is not installed: .*; or go without: held_out_font=null"
+    ):
         SceneWorld(replace(OPTIONS, held_out_font="lost"))
     with pytest.raises(ValueError, match="unknown emoji 'aple'; did you mean 'apple'"):
         bitmaps("openmoji", ["aple"], 9)

@@ -36,7 +36,6 @@ from train.tokenizer import TokenizerConfig, train_tokenizer
 LEARNED_FROM = 1500
 """Training scenes whose questions train the tokenizer and are what baselines know."""
 EVALUATED = tuple(KINDS)
-OTHER_SPLITS = ("pairs", "positions", "font")
 
 
 @TASKS.register("pictures")
@@ -45,7 +44,7 @@ class PictureTask(Task):
     number of a split and kind of question in `groups`, -1 in training."""
 
     ROW = UNIT = "image"
-    METRICS = ("loss", "accuracy", *EVALUATED, *OTHER_SPLITS, "majority", "blind")
+    METRICS = ("loss", "accuracy", *EVALUATED, "majority", "blind")
     UNUSED: ClassVar[tuple[str, ...]] = (
         "lora",
         "sample",
@@ -124,7 +123,7 @@ class PictureTask(Task):
         options = self.options
         self.train = SceneStream(self.world, self.reader, self.config.seed, options.turns, options.text_share)
         each = [evaluation_questions(self.world, split, kind, options.questions) for split, kind in self.groups]
-        # SceneQuestion by question through all groups, so that some of them spread over all.
+        # One after another through all groups, so that some of them spread over all.
         self.evaluated = [group[i] for i in range(options.questions) for group in each]
 
     def _tokenizer_path(self) -> Path:
@@ -200,24 +199,33 @@ class PictureTask(Task):
     # --- model and loss -----------------------------------------------------------------------------------------
 
     def model(self) -> nn.Module:
-        """New weights, or those of checkpoint.init_from: a `MultimodalLM`, or in front of a frozen language model the
-        `PictureEncoder` alone."""
+        """New weights, or those of checkpoint.init_from."""
+        made = self._new()
+        if self.config.checkpoint.init_from is None:
+            return made
+        initial = self._initial()
+        if isinstance(made, MultimodalLM):
+            made.load_state_dict(initial.model.state_dict())
+        else:
+            made.vision.load_state_dict(initial.pictures.vision.state_dict())
+        return made
+
+    def rebuilt(self, model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+        """Whether or not what the run began with is still there."""
+        with torch.random.fork_rng(devices=[]):
+            made = self._new()
+        made.load_state_dict(state)
+        return made.eval()
+
+    def _new(self) -> MultimodalLM | PictureEncoder:
+        """A `MultimodalLM`; in front of a frozen language model the `PictureEncoder` alone."""
         if self.parts.language_model is None:
             vocab_size = self.tokenizer.vocab_size if self.tokenizer is not None else self._tokenizer_config.vocab_size
             config = self._decoder_config(vocab_size)
-            lm = DecoderLM(config)
-            made = MultimodalLM(PictureEncoder(self.parts.pictures(config.model_dim, config.init_std)), lm)
-            encoder = made.pictures
-        else:
-            config = open_checkpoint(existing_checkpoint(self.parts.language_model)).config
-            encoder = PictureEncoder(self.parts.pictures(config.model_dim, self._unit))
-            made = None
-        if self.config.checkpoint.init_from is not None:
-            initial = self._initial()
-            encoder.vision.load_state_dict(initial.pictures.vision.state_dict())
-            if made is not None:
-                made.load_state_dict(initial.model.state_dict())
-        return encoder if made is None else made
+            encoder = PictureEncoder(self.parts.pictures(config.model_dim, config.init_std))
+            return MultimodalLM(encoder, DecoderLM(config))
+        config = open_checkpoint(existing_checkpoint(self.parts.language_model)).config
+        return PictureEncoder(self.parts.pictures(config.model_dim, self._unit))
 
     @cached_property
     def _unit(self) -> float:
@@ -239,10 +247,8 @@ class PictureTask(Task):
             same = found.pictures.config.projector == mine.projector and found.own
             if not same or theirs != self._decoder_config(theirs.vocab_size):
                 raise ValueError(f"checkpoint.init_from={name} has another projector or decoder: set them to its own")
-            if (
-                self.tokenizer is not None
-                and self.tokenizer.fingerprint() != found.language_model.tokenizer.fingerprint()
-            ):
+            mark = found.language_model.tokenizer.fingerprint()
+            if self.tokenizer is not None and self.tokenizer.fingerprint() != mark:
                 raise ValueError(f"checkpoint.init_from={name} has another tokenizer; set tokenizer.path={name}")
         return found
 
@@ -276,28 +282,22 @@ class PictureTask(Task):
         return torch.stack([sums_B, (wrong_B == 0).to(sums_B.dtype)], dim=1)
 
     def metrics(self, batch: Batch, measured: Tensor) -> dict[str, float]:
-        """loss: mean over tokens. The rest are shares of right answers, the mean of those of the kinds: accuracy, on
-        pictures as in training; each kind there; the other splits; and what the baselines have right (`baselines`)."""
+        """loss: mean over tokens. The rest are shares of right answers: of each kind on pictures as in training, and
+        their mean (accuracy); means of the other splits, by name; and what baselines have right (`baselines`)."""
         if not bool(torch.isfinite(measured).all()):
             return dict.fromkeys(self.METRICS, float("nan"))
         groups_B, right_B = batch[3], measured[:, 1].double()
-        shares = {
-            group: float(right_B[groups_B == number].mean())
-            for number, group in enumerate(self.groups)
-            if bool((groups_B == number).any())
-        }
-
-        def mean(split: str) -> float:
-            found = [share for (where, kind), share in shares.items() if where == split and kind != "text"]
-            return float(np.mean(found)) if found else 0.0
-
-        kinds = {kind: shares.get(("standard", kind), 0.0) for kind in EVALUATED}
+        shares: dict[str, dict[str, float]] = {}
+        for number, (split, kind) in enumerate(self.groups):
+            if bool((groups_B == number).any()):
+                shares.setdefault(split, {})[kind] = float(right_B[groups_B == number].mean())
+        standard = shares.pop("standard", {})
         known = [values for kind, values in self.baselines.items() if kind != "text"]
         return {
             "loss": float(measured[:, 0].double().sum()) / self.count(batch),
-            "accuracy": mean("standard"),
-            **kinds,
-            **{split: mean(split) for split in OTHER_SPLITS},
+            "accuracy": float(np.mean([share for kind, share in standard.items() if kind != "text"] or [0.0])),
+            **standard,
+            **{split: float(np.mean(list(kinds.values()))) for split, kinds in shares.items()},
             **{name: float(np.mean([values[name] for values in known])) for name in ("majority", "blind")},
         }
 
