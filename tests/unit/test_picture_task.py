@@ -106,7 +106,7 @@ def test_a_loss_is_the_same_however_rows_are_cut_and_metrics_know_their_groups(t
     torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=0)
     with torch.no_grad():
         measured = task.measure(model, some)
-    assert task.metrics(some, measured)["loss"] == pytest.approx(float(whole), rel=1e-5)
+    assert task.metrics(some, measured)["loss"] == pytest.approx(float(whole.detach()), rel=1e-5)
     # All right but the questions of one kind, on pictures as in training.
     right = torch.ones(len(batch[0]), 2)
     wrong = task.groups.index(("standard", "side"))
@@ -118,7 +118,7 @@ def test_a_loss_is_the_same_however_rows_are_cut_and_metrics_know_their_groups(t
     assert all(np.isnan(value) for value in task.metrics(batch, right * float("nan")).values())
     few = task.validation(26)
     assert len(few[0]) == 26
-    assert len(few[3].unique()) > 15
+    assert len(few[3].unique()) == 25
     baselines = task.baselines
     assert baselines.keys() == KINDS.keys()
     assert found["blind"] == pytest.approx(np.mean([v["blind"] for k, v in baselines.items() if k != "text"]))
@@ -155,7 +155,7 @@ def test_an_export_answers_as_the_model_did(task: PictureTask, tmp_path: Path) -
     batch = tuple(t[row : row + 1] for t in task.validation())
     with torch.no_grad():
         loss = float(task.measure(model, batch)[0, 0])
-    np.testing.assert_allclose(found[0, 2], -loss, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found[0, 2], -loss, rtol=1e-5)
     assert len({*found[0].tolist()}) == len(set(answers))
     assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [
         "config.json", "model.safetensors", "pictures.json", "pictures.safetensors", "tokenizer.model",
@@ -206,7 +206,7 @@ def test_in_front_of_a_frozen_language_model_only_pictures_train(
     found = trained.log_likelihoods(other.world.image(other.evaluated[0][0])[None], question.text, [question.answer])
     with torch.no_grad():
         loss = float(other.measure(model, tuple(t[:1] for t in batch))[0, 0])
-    np.testing.assert_allclose(found[0, 0], -loss, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found[0, 0], -loss, rtol=1e-5)
     frozen = FrozenLM.load(str(language_model))
     frozen.model.blocks[1].mlp.down.weight.data[3, 4] += 1e-3
     with pytest.raises(ValueError, match=r"trained with another language model than .* in float32 \(their digests"):
@@ -238,7 +238,7 @@ def test_in_front_of_a_frozen_language_model_only_pictures_train(
         (["model.decoder={vocab_size: 5}"], "model.decoder.vocab_size: the tokenizer"),
         (["model.projector={hiden: 5}"], "unknown key model.projector.hiden; did you mean 'hidden'"),
         (["tokenizer.vocab_size=20"], "tokenizer.vocab_size=20 must be between"),
-        (["lora.rank=2"], "task.kind=pictures has no use for lora="),
+        (["sample.every=5"], "task.kind=pictures has no use for sample="),
     ],
 )
 def test_wrong_options_are_refused_by_name_before_anything_is_read(overrides: list[str], message: str) -> None:

@@ -123,7 +123,7 @@ class PictureTask(Task):
         options = self.options
         self.train = SceneStream(self.world, self.reader, self.config.seed, options.turns, options.text_share)
         each = [evaluation_questions(self.world, split, kind, options.questions) for split, kind in self.groups]
-        # One after another through all groups, so that some of them spread over all.
+        # One after another through all groups, so that the first ones are of all.
         self.evaluated = [group[i] for i in range(options.questions) for group in each]
 
     def _tokenizer_path(self) -> Path:
@@ -175,12 +175,8 @@ class PictureTask(Task):
         return pictures(self.world, scenes), tokens_BT, targets_BT, groups_B
 
     def validation(self, most: int | None = None) -> Batch:
-        """All questions, or `most` of them, spread evenly."""
-        rows = len(self.evaluated)
-        if most is None or most >= rows:
-            return self._validation
-        chosen = torch.arange(most) * rows // most
-        return tuple(tensor[chosen] for tensor in self._validation)
+        """All questions, or the first `most` of them, which are of all groups."""
+        return tuple(tensor[:most] for tensor in self._validation)
 
     def content(self) -> dict[str, Any]:
         """All options, and digests of the emoji, the tokenizer and the language model."""
