@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attnzoo.checkpoint.frozen import FrozenLM
+from attnzoo.checkpoint.model_files import damage
 from attnzoo.checkpoint.native import CONFIG, TOKENIZER, WEIGHTS, save_model
 from attnzoo.checkpoint.target import check_native_target
-from attnzoo.checkpoint.model_files import damage
 from attnzoo.errors import suggest
 from attnzoo.files import read_object, real_path, replace_directory, temporary_directory
 from attnzoo.models import MultimodalLM, PictureConfig, PictureEncoder
