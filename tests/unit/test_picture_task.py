@@ -217,7 +217,7 @@ def test_in_front_of_a_frozen_language_model_only_pictures_train(
             cache,
             language_model,
             f"checkpoint.init_from={tmp_path / 'own'}",
-            "model.vision={patch_size: 4}",
+            "model.vision={image_size: 32, patch_size: 4}",
         )
     with pytest.raises(ValueError, match="has another projector or decoder"):
         prepared(cache, *OWN, f"checkpoint.init_from={tmp_path / 'own'}", "model.projector={hidden: 7}")
