@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from attnzoo.checkpoint import find_checkpoint, load_tokenizer
+from attnzoo.checkpoint.frozen import FrozenLM
 from attnzoo.checkpoint.load import check_fit
-from attnzoo.clinical.trained_sensors import FrozenLM, holds_sensors, load_sensors, named_language_model
+from attnzoo.clinical.trained_sensors import holds_sensors, load_sensors, named_language_model
 from attnzoo.files import user_path
 from attnzoo.loading import load_for_inference, pack_for_inference
 from attnzoo.models import DecoderLM

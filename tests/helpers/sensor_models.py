@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from attnzoo.checkpoint import save_model
+from attnzoo.checkpoint.frozen import FrozenLM
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.grid import Grid
 from attnzoo.clinical.sensors import SensorQuestions, SensorStatistics, number_names
-from attnzoo.clinical.trained_sensors import FrozenLM, TrainedSensors, save_sensors
+from attnzoo.clinical.trained_sensors import TrainedSensors, save_sensors
 from attnzoo.models import SensorAdapter, SensorConfig
 from attnzoo.tokenizer.convert import to_huggingface
 from tests.helpers.serving import chat_tokenizer, small_model

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from attnzoo.attention.edits import Mass
-from attnzoo.clinical.trained_sensors import FrozenLM, load_sensors, save_sensors
+from attnzoo.checkpoint.frozen import FrozenLM
+from attnzoo.clinical.trained_sensors import load_sensors, save_sensors
 from attnzoo.language_model import LanguageModel
 from attnzoo.models import Embedded, EmbeddedPrompt, Prompt, PromptedLM, generate
 from serve.__main__ import check_checkpoint

@@ -20,6 +20,7 @@ from attnzoo.checkpoint import existing_checkpoint, load_tokenizer, open_checkpo
 from attnzoo.checkpoint.frozen import FrozenLM
 from attnzoo.files import user_path
 from attnzoo.models import DecoderConfig, DecoderLM, MultimodalLM, PictureEncoder
+from attnzoo.models.sensor_lm import embedding_unit
 from attnzoo.tokenizer import Tokenizer
 from attnzoo.types import build_config
 from attnzoo.vision import Baselines, Scene, SceneQuestion, SceneWorld, evaluation_questions
@@ -221,12 +222,7 @@ class PictureTask(Task):
             encoder = PictureEncoder(self.parts.pictures(config.model_dim, config.init_std))
             return MultimodalLM(encoder, DecoderLM(config))
         config = open_checkpoint(existing_checkpoint(self.parts.language_model)).config
-        return PictureEncoder(self.parts.pictures(config.model_dim, self._unit))
-
-    @cached_property
-    def _unit(self) -> float:
-        """The root mean square of the frozen language model's embeddings."""
-        return float(self.language_model.model.embedding.weight.float().square().mean().sqrt())
+        return PictureEncoder(self.parts.pictures(config.model_dim, embedding_unit(self.language_model.model)))
 
     def _initial(self) -> TrainedPictures:
         """The export to begin with. Raises ValueError where its tower, or what else is taken, is another one."""
