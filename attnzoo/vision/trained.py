@@ -23,7 +23,7 @@ from attnzoo.checkpoint.native import CONFIG, TOKENIZER, WEIGHTS, save_model
 from attnzoo.checkpoint.target import check_native_target
 from attnzoo.errors import suggest
 from attnzoo.files import read_object, real_path, replace_directory, temporary_directory
-from attnzoo.models import MultimodalLM, PictureConfig, PictureEncoder
+from attnzoo.models import Embedded, EmbeddedPrompt, MultimodalLM, PictureConfig, PictureEncoder, generate
 from attnzoo.types import build_config
 from attnzoo.vision.turns import TurnFormat, Turns, padded
 
@@ -62,10 +62,26 @@ class TrainedPictures:
         )
 
     @torch.no_grad()
+    def prompt(self, image: np.ndarray | Tensor, question: str) -> EmbeddedPrompt:
+        """A prompt for whatever continues sequences of the language model: the 8-bit picture [height, width, channels],
+        whose vectors are named "image", and a question."""
+        (vectors_MD,) = self.pictures(_pixels(np.asarray(image)[None]))
+        ids, begin = self.reader.prompt(question), len(self.reader.begin)
+        return EmbeddedPrompt([ids[: begin - len(vectors_MD)], Embedded(vectors_MD, name="image"), ids[begin:]])
+
+    def answers(self, images: np.ndarray | Tensor, question: str, max_new_tokens: int = 8) -> list[str]:
+        """The likeliest text after a question about each picture, up to the text that ends an answer."""
+        prompts = [self.prompt(image, question) for image in np.asarray(images)]
+        frozen, (before, end) = self.language_model, self.turns.reply.split("{answer}")
+        stop = next(iter(frozen.tokenizer.encode(end)), None)
+        found = generate(frozen.model, prompts, max_new_tokens=max_new_tokens, stop_token=stop)
+        return [frozen.tokenizer.decode(tokens).removeprefix(before) for tokens in found]
+
+    @torch.no_grad()
     def log_likelihoods(self, images: np.ndarray | Tensor, question: str, answers: Sequence[str]) -> np.ndarray:
         """float64 [I, A]: the log probability of each answer to one question about each of the 8-bit pictures
         [I, height, width, channels]."""
-        pixels = torch.as_tensor(np.array(images)).permute(0, 3, 1, 2)
+        pixels = _pixels(images)
         prompt, found = self.reader.prompt(question), []
         vectors_IMD = self.pictures(pixels)
         for answer in answers:
@@ -76,6 +92,11 @@ class TrainedPictures:
             picked = log_probs.gather(1, torch.tensor(reply * len(pixels))[:, None])
             found.append(picked.view(len(pixels), -1).sum(1).numpy())
         return np.stack(found, axis=1)
+
+
+def _pixels(images_IHWC: np.ndarray | Tensor) -> Tensor:
+    """[I, channels, height, width]."""
+    return torch.as_tensor(np.array(images_IHWC)).permute(0, 3, 1, 2)
 
 
 def check_target(directory: Path) -> None:

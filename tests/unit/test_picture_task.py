@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attnzoo.checkpoint.frozen import FrozenLM
-from attnzoo.models import MultimodalLM, PictureEncoder
+from attnzoo.models import MultimodalLM, PictureEncoder, generate
 from attnzoo.vision.questions import KINDS, SceneQuestion
 from attnzoo.vision.trained import check_target, load_pictures, save_pictures
 from attnzoo.vision.turns import TurnFormat, Turns, padded
@@ -157,6 +157,19 @@ def test_an_export_answers_as_the_model_did(task: PictureTask, tmp_path: Path) -
         loss = float(task.measure(model, batch)[0, 0])
     np.testing.assert_allclose(found[0, 2], -loss, rtol=1e-5)
     assert len({*found[0].tolist()}) == len(set(answers))
+    # Generation from vectors in the prompt is the greedy text of whole passes over placeholders.
+    prompt, tokens = trained.prompt(image, question.text), task.reader.prompt(question.text)
+    assert prompt.spans == {"image": [(1, 17)]}
+    images = batch[0]
+    for _ in range(4):
+        with torch.no_grad():
+            tokens.append(int(trained.model(torch.tensor([tokens]), images)[0, -1].argmax()))
+    generated = generate(trained.language_model.model, [prompt], max_new_tokens=4)
+    assert generated == [tokens[-4:]]
+    ended = task.tokenizer.encode("\n")[0]
+    until = tokens[-4:].index(ended) if ended in tokens[-4:] else 4
+    text = task.tokenizer.decode(tokens[-4:][:until])
+    assert trained.answers(image[None], question.text, 4) == [text.removeprefix(" ")]
     assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [
         "config.json", "model.safetensors", "pictures.json", "pictures.safetensors", "tokenizer.model",
     ]  # fmt: skip
