@@ -40,7 +40,7 @@ from attnzoo.vision.turns import TurnFormat
 from serve.config import EngineConfig, ServeConfig
 from train.config import Config
 from train.data import DataConfig
-from train.data.pictures import SCENES, PictureOptions
+from train.data.captioned import SCENES, CaptionedOptions
 from train.tasks import diffusion, ldam
 from train.tasks.clinical import DERIVED, ClinicalOptions
 from train.tasks.picture_options import PictureModel, QuestionOptions
@@ -204,7 +204,7 @@ def training() -> Iterator[str]:
     yield "\n### Diffusion\n\nWith `task.kind: diffusion` pictures are drawn from captions. `data.source` is `scenes`; "
     own = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in SCENES.items())
     yield f"scenes have other defaults here: {own}.\n\nKeys of `data`:\n\n{table(SceneOptions)}"
-    yield "".join(table(PictureOptions).splitlines(keepends=True)[2:])
+    yield "".join(table(CaptionedOptions).splitlines(keepends=True)[2:])
     yield f"\nKeys of `model`:\n\n{table(DiffusionConfig, skip=diffusion.FROM_DATA)}"
     yield "\n### Pictures\n\nWith `task.kind: pictures` a language model reads pictures. `data.source` is `scenes`; "
     yield "the other keys of `data` say what is in them. `model.decoder` has the keys of `model` above.\n\n"

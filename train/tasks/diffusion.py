@@ -19,7 +19,7 @@ from attnzoo.vision.scenes import SceneOptions
 from attnzoo.vision.trained_diffusion import TrainedDiffusion
 from train.config import Config
 from train.data import Batch
-from train.data.pictures import PICTURE_KEYS, SCENES, PictureOptions, Pictures, PictureStream
+from train.data.captioned import CAPTIONED_KEYS, SCENES, CaptionedOptions, CaptionedScenes, CaptionedStream
 from train.tasks.base import TASKS, Task, TaskOptions
 
 FROM_DATA = ("vocab_size", "image_size", "channels")
@@ -33,8 +33,8 @@ class DiffusionOptions(TaskOptions, CheckedConfig):
 
 @TASKS.register("diffusion")
 class DiffusionTask(Task):
-    """A `DiffusionUNet` on scenes. Batches are those of `train.data.pictures.Pictures`. The loss of a row is the mean
-    squared error of x0 over its pixels, in units of what the linear estimate leaves (Karras et al. 2022, arXiv
+    """A `DiffusionUNet` on scenes. Batches are those of `train.data.captioned.CaptionedScenes`. The loss of a row is
+    the mean squared error of x0 over its pixels, in units of what the linear estimate leaves (Karras et al. 2022, arXiv
     2206.00364, table 1): 1 for a model that has learned nothing."""
 
     ROW = UNIT = "image"
@@ -72,14 +72,14 @@ class DiffusionTask(Task):
     # --- data ---------------------------------------------------------------------------------------------------
 
     @cached_property
-    def pictures(self) -> Pictures:
+    def pictures(self) -> CaptionedScenes:
         """The scenes. Raises ValueError where a font is not installed."""
         scenes, options = _options(self.config.data)
-        return Pictures(scenes, options, self._model_config().words, self.config.seed)
+        return CaptionedScenes(scenes, options, self._model_config().words, self.config.seed)
 
     def prepare(self, is_main: bool) -> None:
         """Nothing is stored: scenes are drawn as they are needed."""
-        self.train = PictureStream(self.pictures, self.config.seed)
+        self.train = CaptionedStream(self.pictures, self.config.seed)
 
     def content(self) -> dict[str, Any]:
         """All options, and a digest of what emoji look like."""
@@ -139,17 +139,17 @@ class DiffusionTask(Task):
         trained_diffusion.save_diffusion(directory, trained)
 
 
-def _options(values: Mapping[str, Any]) -> tuple[SceneOptions, PictureOptions]:
+def _options(values: Mapping[str, Any]) -> tuple[SceneOptions, CaptionedOptions]:
     """Raises ValueError that names the key of `data`."""
     if values.get("source") != "scenes":
         raise ValueError(f"data.source={values.get('source')!r}: diffusion is trained on scenes; set it to scenes")
-    own = {key: value for key, value in values.items() if key in PICTURE_KEYS}
-    rest = {key: value for key, value in values.items() if key not in (*PICTURE_KEYS, "source")}
+    own = {key: value for key, value in values.items() if key in CAPTIONED_KEYS}
+    rest = {key: value for key, value in values.items() if key not in (*CAPTIONED_KEYS, "source")}
     known = [f.name for f in fields(SceneOptions)]
     for key in rest:
         if key not in known:
-            raise ValueError(f"unknown key data.{key}{suggest(str(key), [*known, *PICTURE_KEYS])}")
-    return build_config(SceneOptions, {**SCENES, **rest}, "data"), build_config(PictureOptions, own, "data")
+            raise ValueError(f"unknown key data.{key}{suggest(str(key), [*known, *CAPTIONED_KEYS])}")
+    return build_config(SceneOptions, {**SCENES, **rest}, "data"), build_config(CaptionedOptions, own, "data")
 
 
 def _check_model(values: Mapping[str, Any]) -> None:

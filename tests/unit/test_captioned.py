@@ -14,7 +14,7 @@ from attnzoo.vision.trained_diffusion import TrainedDiffusion, from_pixels, save
 from tests.helpers.emoji_fonts import needs
 from tests.helpers.training import last_of
 from train.config_reader import load_config
-from train.data.pictures import SCENES, PictureOptions, Pictures, PictureStream
+from train.data.captioned import SCENES, CaptionedOptions, CaptionedScenes, CaptionedStream
 from train.tasks import build_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ def test_words_by_place_and_what_is_not_known():
 
 
 def test_rows_depend_on_their_number_alone():
-    pictures = Pictures(SceneOptions(**SCENES), PictureOptions(images=40, hidden_captions=0.3), 16, seed=3)
+    pictures = CaptionedScenes(SceneOptions(**SCENES), CaptionedOptions(images=40, hidden_captions=0.3), 16, seed=3)
     rows = np.arange(64)
     whole = pictures.batch("train", rows)
     part = pictures.batch("train", rows[[40, 3]])
@@ -95,15 +95,15 @@ def test_rows_depend_on_their_number_alone():
     parts = np.histogram(np.arctan(np.exp(-times.numpy())), 4)[0]
     assert parts.min() >= 14, "times are spread evenly in the cosine schedule"
     assert abs(float(noise.std()) - 1) < 0.02
-    other = Pictures(SceneOptions(**SCENES), PictureOptions(), 16, seed=4).batch("train", rows)
+    other = CaptionedScenes(SceneOptions(**SCENES), CaptionedOptions(), 16, seed=4).batch("train", rows)
     assert not torch.equal(other[0], images)
     validation = pictures.batch("standard", rows)
     assert not torch.equal(validation[0], images)
 
 
 def test_no_scene_comes_twice_and_ranks_share_a_batch():
-    pictures = Pictures(SceneOptions(**SCENES), PictureOptions(images=16), 16, seed=0)
-    alone, two = PictureStream(pictures, 0), [PictureStream(pictures, 0) for _ in range(2)]
+    pictures = CaptionedScenes(SceneOptions(**SCENES), CaptionedOptions(images=16), 16, seed=0)
+    alone, two = CaptionedStream(pictures, 0), [CaptionedStream(pictures, 0) for _ in range(2)]
     seen = []
     for _ in range(6):
         whole = alone.next(8, 0, 1)

@@ -19,7 +19,7 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureOptions(CheckedConfig):
+class CaptionedOptions(CheckedConfig):
     """styles: domains of pictures, of `attnzoo.vision.styles`. images: scenes of an epoch; no scene comes twice.
     validation_images: of a split of their own. hidden_captions: the share of rows without their caption, from which the
     model learns what guidance goes away from."""
@@ -43,16 +43,16 @@ class PictureOptions(CheckedConfig):
             raise ValueError(f"hidden_captions={self.hidden_captions} must be at least 0 and below 1")
 
 
-PICTURE_KEYS = tuple(f.name for f in fields(PictureOptions))
+CAPTIONED_KEYS = tuple(f.name for f in fields(CaptionedOptions))
 SCENES = {"image_size": 32, "kinds": 24, "most_objects": 2, "smallest": 12, "largest": 16, "held_out_font": None,
           "held_out_pairs": 0.0, "held_out_positions": False}  # fmt: skip
 """What scenes are by default where they are drawn from noise."""
 
 
-class Pictures:
+class CaptionedScenes:
     """Batches (images [N, C, H, W] between -1 and 1, words_NL, lambda_N, noise [N, C, H, W]) of scenes by number."""
 
-    def __init__(self, scenes: SceneOptions, options: PictureOptions, length: int, seed: int) -> None:
+    def __init__(self, scenes: SceneOptions, options: CaptionedOptions, length: int, seed: int) -> None:
         self.world, self.options, self.length, self.seed = SceneWorld(scenes), options, length, seed
         self.words = CaptionWords()
 
@@ -79,10 +79,10 @@ class Pictures:
         )
 
 
-class PictureStream(EpochStream):
+class CaptionedStream(EpochStream):
     """Training batches: other scenes in every epoch."""
 
-    def __init__(self, pictures: Pictures, seed: int) -> None:
+    def __init__(self, pictures: CaptionedScenes, seed: int) -> None:
         self._pictures = pictures
         super().__init__(seed)
 
@@ -92,7 +92,7 @@ class PictureStream(EpochStream):
         return self._epoch * images + random.permutation(images)
 
     def batch(self, rows: np.ndarray) -> Batch:
-        """As `Pictures` makes them."""
+        """As `CaptionedScenes` makes them."""
         return self._pictures.batch("train", rows)
 
     def too_few(self, wanted: int, rows: int) -> str:
