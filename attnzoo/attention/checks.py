@@ -70,7 +70,7 @@ def check_dtype(name: str, what: str, x: Tensor, linear: torch.nn.Module) -> Non
     """Raises ValueError for numbers in another dtype than the weights of a linear map, unless autocast converts them.
     A map that someone has put in its place, such as one of quantised weights, takes what it takes."""
     weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
         return
     dtype = weight.dtype
     if x.dtype != dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):

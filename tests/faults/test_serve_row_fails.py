@@ -180,11 +180,11 @@ def test_a_batch_that_fails_is_computed_again_for_each_alone(kind, part, monkeyp
     last = engine.model.layers()[-1]
     inner, whole, step = last.extend, getattr(SlotPool, part), iter(range(1000))
 
-    def extend(x, state, counts=None):
+    def extend(x, state, counts=None, edits=None):
         if fired and fired[-1] == "armed":
             fired[-1] = "raised"
             raise RuntimeError(SECRET)
-        return inner(x, state, counts)
+        return inner(x, state, counts, edits)
 
     def armed(self, work):
         if len(work) > 1 and next(step) in (0, 2, 5):

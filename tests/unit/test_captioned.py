@@ -182,7 +182,7 @@ def test_pixels_and_numbers():
         ("model.patch=3", "image_size=32 must be a multiple of 3"),
         ("model.words=12", "captions have up to 13 words"),
         ("data.most_objects=4", "captions have up to 19 words"),
-        ("data.font=nope", "unknown font 'nope'"),
+        ("data.font=nope", "font='nope' is unknown"),
         ("task.fold=1", "task"),
         ("lora.rank=4", "lora"),
     ],
