@@ -259,11 +259,11 @@ def test_usage_errors_of_the_command():
 
 def test_what_ends_the_constructor_reaches_the_terminal(tmp_path):
     """The engine says it in the replica's process, where nobody looks."""
-    checkpoint = export(tmp_path / "tiny" / "export", max_len=64)
-    command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", "0", "max_model_len=1"]
+    checkpoint = export(tmp_path / "tiny" / "export", "linear", max_len=64)
+    command = [sys.executable, "-m", "serve", "--checkpoint", str(checkpoint), "--port", "0", "cache={policy: d2o}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=300)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "attnzoo serve: error: max_model_len=1 leaves no room" in done.stderr
+    assert "attnzoo serve: error: cache: linear attention keeps a state of constant size" in done.stderr
     assert "Failed to update" not in done.stderr
     assert "Traceback" not in done.stderr
 
