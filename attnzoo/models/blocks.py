@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attnzoo.attention.base import StreamingAttention, run_torch
-from attnzoo.attention.edits import LayerPlan
+from attnzoo.attention.base import Attention, StreamingAttention, run_torch
+from attnzoo.attention.edits import EditRuns, LayerPlan, layer_plan
 from attnzoo.attention.segment_memory import SegmentMemory, attend_segment
 from attnzoo.derived_memory import PassMemory, pass_memory
 from attnzoo.kvcache.state import State
@@ -115,6 +115,21 @@ class Block(nn.Module):
                 "variant must keep the shape of its input: correct its forward or extend"
             )
         return out
+
+
+def attended(
+    attention: Attention, x_BTD: Tensor, mask: Mask, edits: EditRuns | None, context_BSD: Tensor | None = None
+) -> Tensor:
+    """The output of an attention layer that is planned alone, read and edited as the runs say. context_BSD: the
+    sequence that it attends to, None: its own."""
+    given: dict[str, Any] = {"mask": mask}
+    if context_BSD is not None:
+        given["context_BSD"] = context_BSD
+    plan = layer_plan(edits, 0)
+    if plan is not None:
+        given["edits"] = plan
+    out: Tensor = attention(x_BTD, **given)
+    return out
 
 
 def _edits(edits: LayerPlan | None, x_BTD: Tensor) -> dict[str, Any]:

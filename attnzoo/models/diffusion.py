@@ -73,7 +73,8 @@ class DiffusionUNet(nn.Module):
         self.last_norm = group_norm(channels)
         self.last = nn.Conv2d(channels, inside, 3, padding=1)
         nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
+        assert self.last.bias is not None
+        nn.init.zeros_(self.last.bias)
 
     def forward(
         self,
@@ -158,7 +159,9 @@ class DiffusionUNet(nn.Module):
         blocks += [("middle", self.middle), *((f"up.{number}", block) for number, block in enumerate(self.up))]
         found: dict[str, Attention] = {}
         for name, block in blocks:
-            attention = block[1]  # type: ignore[index]
+            assert isinstance(block, nn.ModuleList)
+            attention = block[1]
+            assert isinstance(attention, ImageAttention)
             found[f"{name}.self"], found[f"{name}.cross"] = attention.self_attention, attention.cross_attention
         return found
 

@@ -1,15 +1,15 @@
 """What a diffusion model is made of: blocks of convolutions told the time, blocks of attention, the text encoder."""
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.attention import Attention, build_attention
-from attnzoo.attention.edits import EditRuns, layer_plan
-from attnzoo.models.blocks import MLP, Block, build_norm
+from attnzoo.attention import build_attention
+from attnzoo.attention.base import streaming
+from attnzoo.attention.edits import EditRuns
+from attnzoo.models.blocks import MLP, Block, attended, build_norm
 from attnzoo.models.diffusion_config import DiffusionConfig
 from attnzoo.models.diffusion_infusion import Infusion
 from attnzoo.ops.common.masks import Mask
@@ -93,20 +93,6 @@ class ImageAttention(nn.Module):
         return x_NTD.transpose(1, 2).reshape(x_NCHW.shape)
 
 
-def attended(
-    attention: Attention, x_NTD: Tensor, mask: Mask, edits: EditRuns | None, context_NSD: Tensor | None = None
-) -> Tensor:
-    """The output of a layer, read and edited as the runs say."""
-    given: dict[str, Any] = {"mask": mask}
-    if context_NSD is not None:
-        given["context_BSD"] = context_NSD
-    plan = layer_plan(edits, 0)
-    if plan is not None:
-        given["edits"] = plan
-    out: Tensor = attention(x_NTD, **given)
-    return out
-
-
 class Captions:
     """Captions as the image reads them. encoded_NLD; exist_NL: which words there are."""
 
@@ -124,8 +110,10 @@ class CaptionEncoder(nn.Module):
         self.place = nn.Parameter(torch.empty(config.words, dim))
         blocks = []
         for _ in range(config.text_layers):
-            attention = build_attention(*config.image_attention("text_attention", dim), "model.text_attention")
-            blocks.append(Block(attention, MLP("gelu", dim, 4 * dim, bias=True), "layernorm", dim))  # type: ignore[arg-type]
+            attention = streaming(
+                build_attention(*config.image_attention("text_attention", dim), "model.text_attention")
+            )
+            blocks.append(Block(attention, MLP("gelu", dim, 4 * dim, bias=True), "layernorm", dim))
         self.blocks = nn.ModuleList(blocks)
         self.norm = build_norm("layernorm", dim)
         nn.init.normal_(self.word.weight, std=0.5)

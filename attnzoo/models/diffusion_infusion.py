@@ -14,7 +14,6 @@ object's own places meet, S is that of queries.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +29,9 @@ from attnzoo.attention.edits import (
     TokenLayout,
     Values,
     Where,
-    layer_plan,
     layer_sizes,
 )
+from attnzoo.models.blocks import attended
 from attnzoo.ops.common.masks import Mask
 
 
@@ -96,11 +95,4 @@ def _edited(
         layout = TokenLayout(x_NTD.shape[1], context=TokenLayout(context_NSD.shape[1]))
     sizes = [layer_sizes(attention, context=context_NSD is not None)]
     runs = [None if each is None else EditRun(each.plan(sizes, layout, streams=False)) for each in edits]
-    given: dict[str, Any] = {"mask": mask}
-    if context_NSD is not None:
-        given["context_BSD"] = context_NSD
-    plan = layer_plan(runs, 0)
-    if plan is not None:
-        given["edits"] = plan
-    out: Tensor = attention(x_NTD, **given)
-    return out, runs
+    return attended(attention, x_NTD, mask, runs, context_NSD), runs

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.attention import Attention, build_attention
-from attnzoo.attention.edits import EditRuns, layer_plan
-from attnzoo.models.blocks import MLP, build_norm
+from attnzoo.attention.edits import EditRuns
+from attnzoo.models.blocks import MLP, attended, build_norm
 from attnzoo.models.ehr_config import EhrConfig
 from attnzoo.ops.common.masks import Mask
 
@@ -150,14 +150,7 @@ class ChunkEncoder(nn.Module):
         if not self.looks_ahead:
             pairs = torch.ones(tokens, tokens, dtype=torch.bool, device=x_NTD.device).tril()
             pairs = pairs.expand(len(x_NTD), -1, -1)
-        given: dict[str, Any] = {"mask": Mask.full(keys_NT, pairs)}
-        if context_NTD is not None:
-            given["context_BSD"] = context_NTD
-        plan = layer_plan(edits, 0)
-        if plan is not None:
-            given["edits"] = plan
-        out: Tensor = attention(x_NTD, **given)
-        return out
+        return attended(attention, x_NTD, Mask.full(keys_NT, pairs), edits, context_NTD)
 
 
 class Branch(nn.Module):

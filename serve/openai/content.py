@@ -93,7 +93,7 @@ def _encoded(parts: Sequence[DataPart], read: Sequence[Content], modalities: Mod
         number = counts[part.kind] = counts.get(part.kind, -1) + 1
         try:
             found.append(Embedded(modalities[part.kind].encode(content), name=f"{part.kind}[{number}]"))
-        except Exception as failure:
+        except Exception as failure:  # whatever an encoder raises, the request must get an answer
             log(f"a part of type {part.kind} failed", failure)
             raise ApiError(500, message(failure), param=part.where, code="request_failed") from None
     return found
