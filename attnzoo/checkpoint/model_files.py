@@ -59,18 +59,20 @@ def holds(directory: Path | str, format: str) -> bool:
         return False
 
 
-def read(path: Path, format: str, keys: tuple[str, ...], others: tuple[str, ...]) -> list[dict[str, Any]]:
-    """config.json and the other files. Raises ValueError that names the file if one is missing or of another format,
-    and for an unknown key."""
+def read(
+    path: Path, format: str, keys: tuple[str, ...], others: tuple[str, ...], *, config: str = CONFIG
+) -> list[dict[str, Any]]:
+    """config.json (`config`: another name of it) and the other files. Raises ValueError that names the file if one is
+    missing or of another format, and for an unknown key."""
     try:
-        content, *rest = [read_object(path / name) for name in (CONFIG, *others)]
+        content, *rest = [read_object(path / name) for name in (config, *others)]
     except FileNotFoundError as error:
         raise ValueError(f"{path} holds no trained model of format {format!r} ({error})") from None
     if content.get("format") != format:
-        raise ValueError(f"{path / CONFIG}: format {content.get('format')!r} is not {format!r}")
+        raise ValueError(f"{path / config}: format {content.get('format')!r} is not {format!r}")
     for key in content:
         if key not in keys:
-            raise ValueError(f"{path / CONFIG}: unknown key {key}{suggest(key, keys)}; export the model again")
+            raise ValueError(f"{path / config}: unknown key {key}{suggest(key, keys)}; export the model again")
     return [content, *rest]
 
 

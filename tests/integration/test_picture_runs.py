@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from attnzoo.vision.trained import load_pictures
+from attnzoo.vision.trained_pictures import load_pictures
 from tests.helpers.emoji_fonts import needs
 from tests.helpers.picture_task import OWN, prepared, words
 from tests.helpers.training import ROOT, launch, stay_records

@@ -10,7 +10,7 @@ import torch
 from attnzoo.checkpoint.frozen import FrozenLM
 from attnzoo.models import MultimodalLM, PictureEncoder, generate
 from attnzoo.vision.questions import KINDS, SceneQuestion
-from attnzoo.vision.trained import check_target, load_pictures, save_pictures
+from attnzoo.vision.trained_pictures import check_target, load_pictures, save_pictures
 from attnzoo.vision.turns import TurnFormat, Turns, padded
 from tests.helpers import serving
 from tests.helpers.emoji_fonts import needs
@@ -188,7 +188,7 @@ def test_an_export_answers_as_the_model_did(task: PictureTask, tmp_path: Path) -
     (tmp_path / "export" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"holds 'notes\.txt' beside the model"):
         save_pictures(tmp_path / "export", trained)
-    with pytest.raises(ValueError, match="holds no model of pictures"):
+    with pytest.raises(ValueError, match="holds no trained model of format"):
         load_pictures(tmp_path / "nothing")
 
 
@@ -265,7 +265,7 @@ def test_what_is_missing_is_refused_before_anything_is_prepared(
     for overrides, message in (
         (["data.font=lost.ttf"], "data.font='lost.ttf' is no file"),
         (["data.held_out_font=lost.ttf"], "data.held_out_font='lost.ttf' is no file"),
-        (["checkpoint.init_from=nowhere"], "checkpoint.init_from=nowhere: nowhere holds no model of pictures"),
+        (["checkpoint.init_from=nowhere"], "checkpoint.init_from=nowhere: nowhere holds no trained model of format"),
         (["tokenizer.path=nowhere.model"], "nowhere.model"),
     ):
         given = words(tmp_path / "cache", *OWN, f"run_dir={tmp_path / 'run'}", *overrides)

@@ -25,7 +25,7 @@ from attnzoo.tokenizer import Tokenizer
 from attnzoo.types import build_config
 from attnzoo.vision import Baselines, Scene, SceneQuestion, SceneWorld, evaluation_questions
 from attnzoo.vision.questions import KINDS
-from attnzoo.vision.trained import TrainedPictures, check_target, load_pictures, save_pictures
+from attnzoo.vision.trained_pictures import TrainedPictures, check_target, load_pictures, save_pictures
 from attnzoo.vision.turns import Turns, padded
 from train.config import Config
 from train.data.base import IGNORED, Batch
@@ -53,7 +53,7 @@ class PictureTask(Task):
         "train.activation_checkpointing",
         "eval.below_ngrams",
     )
-    NEXT = "; attnzoo.vision.trained.load_pictures('{run}') answers"
+    NEXT = "; attnzoo.vision.trained_pictures.load_pictures('{run}') answers"
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -319,7 +319,7 @@ class PictureTask(Task):
         check_target(directory)
 
     def save(self, directory: Path, model: nn.Module, metadata: dict[str, Any]) -> None:
-        """As `attnzoo.vision.trained.load_pictures` reads it."""
+        """As `attnzoo.vision.trained_pictures.load_pictures` reads it."""
         whole, own = self.whole(model), self.parts.language_model is None
         assert self.tokenizer is not None
         frozen = FrozenLM(whole.decoder, self.tokenizer, "", "float32") if own else self.language_model

@@ -17,12 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from attnzoo.checkpoint import model_files
 from attnzoo.checkpoint.frozen import FrozenLM
-from attnzoo.checkpoint.model_files import damage
 from attnzoo.checkpoint.native import CONFIG, TOKENIZER, WEIGHTS, save_model
 from attnzoo.checkpoint.target import check_native_target
-from attnzoo.errors import suggest
-from attnzoo.files import read_object, real_path, replace_directory, temporary_directory
+from attnzoo.files import real_path, replace_directory, temporary_directory
 from attnzoo.models import Embedded, EmbeddedPrompt, MultimodalLM, PictureConfig, PictureEncoder, generate
 from attnzoo.types import build_config
 from attnzoo.vision.turns import TurnFormat, Turns, padded
@@ -139,16 +138,8 @@ def load_pictures(directory: Path | str, language_model: FrozenLM | None = None)
     """
     path = Path(directory)
     path = path / "export" if (path / "export" / PICTURES).is_file() else path
-    try:
-        content = read_object(path / PICTURES)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} holds no model of pictures ({error})") from None
-    if content.get("format") != FORMAT:
-        raise ValueError(f"{path / PICTURES}: format {content.get('format')!r} is not {FORMAT!r}")
-    for key in content:
-        if key not in KEYS:
-            raise ValueError(f"{path / PICTURES}: unknown key {key}{suggest(key, KEYS)}; export the model again")
-    with damage(path):
+    (content,) = model_files.read(path, FORMAT, KEYS, (), config=PICTURES)
+    with model_files.damage(path):
         pictures = PictureEncoder(PictureConfig.from_dict(content["pictures"]))
         pictures.load_state_dict(load_file(path / PICTURE_WEIGHTS))
         pictures.eval()
