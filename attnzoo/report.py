@@ -64,7 +64,7 @@ class Report:
     def start(cls, *, command: list[str] | None = None, seed: int = 0, quick: bool = False) -> "Report":
         """A report of this process. quick: sizes were reduced, so that the numbers are no measurement."""
         return cls(
-            command=this_command() if command is None else command,
+            command=this_command() if command is None else [_named(word) for word in command],
             commit=_commit(),
             seed=seed,
             device=_device(),

@@ -139,3 +139,9 @@ def test_table():
         "a     1,200",
         "long      7  0.1235",
     ]
+
+
+def test_a_report_names_no_directory_of_this_machine():
+    words = ["attnzoo", "reproduce", "tscan", "--data", "../set-a.tar.gz", "--results", "/home/me/results", "a=/b/c"]
+    started = Report.start(command=words)
+    assert started.command == [*words[:6], "results", "a=c"]

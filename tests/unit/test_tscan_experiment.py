@@ -25,6 +25,7 @@ from train.experiments.tscan_judge import (
     two_at_a_time,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 N, FOLDS = 600, 2
 
 
@@ -81,9 +82,12 @@ def test_every_claim_table_and_figure(tmp_path: Path) -> None:
     female = np.arange(N) % 2 == 0
     deaths = int(np.array(values["stays"]["labels"])[female].sum())
     assert (groups["sex: female"]["stays"], groups["sex: female"]["deaths"]) == (N // 2, deaths)
-    assert all(row["table"].startswith("T: ") for row in judged.rows)
+    page = (ROOT / "docs" / "experiments" / "tscan.md").read_text(encoding="utf-8")
+    for table in {row["table"] for row in judged.rows}:
+        assert f"<!-- rows tscan.json {table}" in page
     (figure,) = draw(values, tmp_path)
     assert figure.read_bytes().startswith(b"\x89PNG")
+    assert f"(../results/{figure.name})" in page
 
 
 def test_without_the_ensemble_nothing_is_claimed_of_it() -> None:
