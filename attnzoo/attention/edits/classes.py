@@ -1,4 +1,4 @@
-"""Classes of keys, and fused attention over one class at a time with the logarithm of its sum of exponentials."""
+"""Classes of keys: which positions are in which sets, and sums over the keys of each class."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,6 @@ from torch import Tensor
 from attnzoo.attention.edits.spans import Chosen, Sinks
 from attnzoo.attention.edits.weights import least_weight
 from attnzoo.ops.common.recent import recent
-from attnzoo.types import accumulation_dtype
 
 T = TypeVar("T")
 
@@ -205,105 +204,3 @@ def moved_parts(
     table = torch.cat(torch.broadcast_tensors(*rows), dim=-2)
     least = torch.tensor((*needs, infinite), dtype=dtype, device=table.device)
     return MovedParts(table[0] if len(table) == 1 else table, least[:-1], least[-1])
-
-
-@dataclass(frozen=True)
-class ByClass:
-    """Keys and values [K, S, H] of kv heads that hold the same entries: class after class, each in its order. order_S:
-    which entry stands where, None: as they were. ends: where each class ends."""
-
-    keys_KSH: Tensor
-    values_KSH: Tensor
-    order_S: Tensor | None
-    ends: list[int]
-
-    @staticmethod
-    def of(keys_KSH: Tensor, values_KSH: Tensor, class_S: Tensor, classes: int) -> "ByClass":
-        """class_S: the class of every entry, below `classes`."""
-        ends = class_S.bincount(minlength=classes).cumsum(0).tolist()
-        if bool((class_S[1:] >= class_S[:-1]).all()):
-            return ByClass(keys_KSH, values_KSH, None, ends)
-        order_S = class_S.argsort(stable=True)
-        return ByClass(keys_KSH.index_select(1, order_S), values_KSH.index_select(1, order_S), order_S, ends)
-
-    def sorted(self, x_NRS: Tensor) -> Tensor:
-        """What is said of the entries, in the order of the classes."""
-        return x_NRS if self.order_S is None else x_NRS.index_select(2, self.order_S)
-
-
-def class_passes(
-    content_NRH: Tensor, held: ByClass, visible_NRS: Tensor, added_NRS: Tensor | None, scale: float
-) -> tuple[Tensor, list[Tensor]]:
-    """(lse_NRC, out_NRH of every class), -inf and 0 where a query sees none of its keys. Heads are grouped by kv head,
-    as many in each. visible_NRS, added_NRS: in the order of classes."""
-    # Of bytes, the largest is found thirty times as fast as whether any is True.
-    seen_S, found, start = visible_NRS.view(torch.uint8).amax((0, 1)), [], 0
-    for end in held.ends:
-        # Keys after the last one that a query of the block sees are left out.
-        seen = seen_S[start:end].nonzero()[:, 0]
-        used = slice(start, start + (int(seen[-1]) + 1 if len(seen) else 0))
-        keys, values = held.keys_KSH[:, used], held.values_KSH[:, used]
-        found.append(
-            _one_class(
-                content_NRH,
-                keys,
-                values,
-                visible_NRS[..., used],
-                None if added_NRS is None else added_NRS[..., used],
-                scale,
-            )
-        )
-        start = end
-    return torch.stack([lse for lse, _ in found], dim=-1), [out for _, out in found]
-
-
-def _one_class(
-    content_NRH: Tensor, keys_KSH: Tensor, values_KSH: Tensor, seen_NRS: Tensor, added_NRS: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    heads, rows = content_NRH.shape[:2]
-    dtype = accumulation_dtype(content_NRH.dtype)
-    if keys_KSH.shape[1] == 0:
-        empty = content_NRH.new_full((heads, rows), float("-inf"), dtype=dtype)
-        return empty, content_NRH.new_zeros(heads, rows, values_KSH.shape[-1], dtype=dtype)
-    mask, some = None, None
-    seen = seen_NRS.view(torch.uint8)
-    if added_NRS is not None or not bool(seen.amin()):
-        some = seen.amax(-1).bool()
-        # A finite number hides, too, and rows without keys get finite outputs; but a bias may be as low.
-        lowest = torch.finfo(content_NRH.dtype).min if added_NRS is None else float("-inf")
-        shown = content_NRH.new_zeros(()) if added_NRS is None else added_NRS.to(content_NRH.dtype)
-        mask = torch.where(seen_NRS, shown, lowest)
-    out, lse = lse_attention(content_NRH, keys_KSH, values_KSH, mask, scale)
-    out, lse = out.to(dtype), lse.to(dtype)
-    if some is not None and not bool(some.all()):  # the fused operation's answers for rows without keys say nothing
-        out = out if added_NRS is None else out.masked_fill(~some[..., None], 0.0)
-        lse = lse.masked_fill(~some, float("-inf"))
-    return lse, out
-
-
-def lse_attention(
-    q_NRH: Tensor, k_KSH: Tensor, v_KSH: Tensor, mask_NRS: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """(out_NRH, lse_NR) of softmax attention; rows without keys have anything. torch's fused operation says the
-    logarithm on CPUs only; elsewhere it is computed from the scores."""
-    group = len(q_NRH) // len(k_KSH)
-    if q_NRH.device.type == "cpu" and q_NRH.shape[-1] == v_KSH.shape[-1]:
-        if q_NRH.shape[1] == 1:  # queries that share a kv head are rows of one product
-            heads = len(q_NRH)
-            mask = None if mask_NRS is None else mask_NRS.expand(heads, 1, -1).reshape(1, -1, group, k_KSH.shape[1])
-            out, lse = _fused(q_NRH.reshape(1, len(k_KSH), group, -1), k_KSH[None], v_KSH[None], mask, scale)
-            return out.reshape(heads, 1, -1), lse.reshape(heads, 1)
-        out, lse = _fused(q_NRH[None], k_KSH[None], v_KSH[None], None if mask_NRS is None else mask_NRS[None], scale)
-        return out[0], lse[0]
-    dtype = accumulation_dtype(q_NRH.dtype)
-    k_NSH, v_NSH = (x.repeat_interleave(group, dim=0).to(dtype) for x in (k_KSH, v_KSH))
-    scores = q_NRH.to(dtype) @ k_NSH.mT * scale
-    scores = scores if mask_NRS is None else scores + mask_NRS
-    return scores.softmax(-1).nan_to_num() @ v_NSH, scores.logsumexp(-1)
-
-
-def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, False, attn_mask=mask, scale=scale
-    )
-    return out, lse

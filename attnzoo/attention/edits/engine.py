@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from attnzoo.attention.edits.classes import ByClass, class_passes
 from attnzoo.attention.edits.cost import ROWS, rows_at_once
 from attnzoo.attention.edits.items import Edit, Here
 from attnzoo.attention.edits.order import Weighed, weighed
+from attnzoo.attention.edits.passes import ByClass, Passes, class_passes
 from attnzoo.attention.edits.plan import Meant
 from attnzoo.attention.edits.reading import LayerRecord, read_values
 from attnzoo.attention.edits.reads import Read
@@ -161,22 +161,18 @@ def _by_class(
             if order_S is None:
                 visible, added = held.sorted(visible), None if added is None else held.sorted(added)
             passes.append(class_passes(block.content_NRH[heads], held, visible, added, call.scale))
-        lse_NRC = passes[0][0] if len(passes) == 1 else torch.cat([lse for lse, _ in passes])
-        outs = [
-            torch.cat(outs) if len(outs) > 1 else outs[0] for outs in zip(*(outs for _, outs in passes), strict=True)
-        ]
+        lse_NRC = passes[0].lse_NRC if len(passes) == 1 else torch.cat([each.lse_NRC for each in passes])
         visible_NRC = lse_NRC > float("-inf")
         heres = [(meant, class_here(meant, _named(meant, block), visible_NRC, sets.members)) for meant in items]
         found = weighed(lse_NRC, visible_NRC, [(meant.item, here) for meant, here in heres])
-        with_values = partial(_sum_of_classes, outs=outs)
+        with_values = partial(_of_groups, groups=[heads for heads, _ in groups], passes=passes)
         yield from _finish(found, with_values, heres, block, record, call.q_BNTH.dtype)
 
 
-def _sum_of_classes(weights_NRC: Tensor, outs: list[Tensor]) -> Tensor:
-    total = weights_NRC[..., :1] * outs[0]
-    for number, out_NRH in enumerate(outs[1:], 1):
-        total.addcmul_(weights_NRC[..., number, None], out_NRH)
-    return total
+def _of_groups(weights_NRC: Tensor, groups: list[slice], passes: list[Passes]) -> Tensor:
+    """Outputs of all heads, where classes have the given weights."""
+    found = [each.total(weights_NRC[heads]) for heads, each in zip(groups, passes, strict=True)]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def span(tokens_R: Tensor) -> Tensor | slice:
