@@ -116,6 +116,8 @@ def answered(world: SceneWorld, scene: Scene, text: str) -> str:
         return "yes" if inside[1] in words else "no"
     if text == "what color is the background?":
         return scene.colour
+    if text == "what is there, from left to right?":
+        return ", ".join(name for name, x, _ in sorted(shown, key=lambda each: each[1]))
     if text == "how many objects are there?":
         return NUMBERS[len(shown)]
     if many := re.fullmatch(r"how many (\w+) are there\?", text):
