@@ -142,6 +142,6 @@ def test_table():
 
 
 def test_a_report_names_no_directory_of_this_machine():
-    words = ["attnzoo", "reproduce", "tscan", "--data", "../set-a.tar.gz", "--results", "/home/me/results", "a=/b/c"]
+    words = ["attnzoo", "reproduce", "tscan", "--data", "../set-a.tar.gz", "--results", "/data/results", "a=/b/c"]
     started = Report.start(command=words)
     assert started.command == [*words[:6], "results", "a=c"]
