@@ -1,5 +1,5 @@
-"""`attnzoo serve` (in a checkout also `python -m serve`): serves a language model over an OpenAI-compatible API, and a
-clinical model by /v1/predict."""
+"""`attnzoo serve` (in a checkout also `python -m serve`): serves a language model over an OpenAI-compatible API, and
+clinical models by /v1/predict."""
 
 import argparse
 import json
@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   attnzoo serve --checkpoint runs/demo cache='{policy: d2o, keep_ratio: 0.2}'
   attnzoo serve runs/tscan-mortality
   attnzoo serve runs/demo clinical=runs/tscan-mortality
+  attnzoo serve runs/tscan-mortality clinical=runs/ldam-sections
   attnzoo serve runs/phllm-pro
 
   curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
@@ -42,7 +43,7 @@ you set host=0.0.0.0; then set api_key_env too.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options and examples."""
-    parser.description = "Serve a language model over an OpenAI-compatible API, or a clinical model, on Ray Serve."
+    parser.description = "Serve a language model over an OpenAI-compatible API, or clinical models, on Ray Serve."
     parser.epilog = EXAMPLES
     parser.add_argument(
         "model",
@@ -123,24 +124,22 @@ def example(url: str, name: str, chat: bool) -> str:
 def greet(config: "ServeConfig", url: str) -> None:
     """Prints what is served and how to ask for it."""
     from attnzoo.checkpoint import find_checkpoint, load_tokenizer, open_checkpoint
-    from serve.clinical.loading import clinical_source
-    from serve.clinical.predictor import Predictor
+    from serve.clinical.describe import example_of
+    from serve.clinical.loading import clinical_sources, load_model
 
-    clinical = clinical_source(config)
-    names = dict.fromkeys((config.served_name, *([] if clinical is None else [clinical[1]])))
+    sources = clinical_sources(config)
+    names = dict.fromkeys((config.served_name, *(name for _, name in sources)))
     print(f"serving {' and '.join(map(repr, names))} on {url}", flush=True)
     path = find_checkpoint(config.checkpoint)
-    if clinical is None or clinical[0] != path:
+    if path not in [source for source, _ in sources]:
         chat = load_tokenizer(path).chat_template is not None
         print(f"  {example(url, config.served_name, chat)}", flush=True)
         for slow in open_checkpoint(path).config.slow_streaming():
             print(f"note: {slow}", file=sys.stderr, flush=True)
-    if clinical is not None:
-        variable = next(iter(Predictor.load(*clinical, config.max_patients).needs.table.values()))
-        value = {"variable": variable.name, "hour": 0, "value": variable.plausible[0], "unit": variable.unit}
-        body = json.dumps({"model": clinical[1], "patients": [{"id": "1", "measurements": [value]}]})
+    for source, name in sources:
+        body = json.dumps(example_of(load_model(source, name, config.max_patients)))
         print(f"  curl {url}/v1/predict -H 'content-type: application/json' -d {shlex.quote(body)}", flush=True)
-        print(f"  for research only; what the model takes: {url}/v1/models/{clinical[1]}", flush=True)
+        print(f"  for research only; what the model takes: {url}/v1/models/{name}", flush=True)
 
 
 def end_on_signals(ended: threading.Event) -> None:

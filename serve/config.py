@@ -129,8 +129,8 @@ class ServeConfig(EngineConfig):
     attention_max_bytes: most bytes that the reads of one request return, of all its choices. attention_total_bytes:
     most bytes of attention maps, those of running requests and those that wait for their download, together.
     attention_ttl_s: seconds for which a map can be downloaded.
-    clinical: the run or export directory of a clinical model, which /v1/predict serves beside the language model; None:
-    none, unless `checkpoint` itself is one. clinical_name: its name in the API; None takes that of its directory.
+    clinical: the run or export directory of a clinical model, which /v1/predict serves beside that of `checkpoint`, a
+    language model or another clinical one. clinical_name: its name in the API; None takes that of its directory.
     max_patients: most patients of one prediction. max_explained: of one with explanations. max_predictions: predictions
     that may run or wait. predict_timeout_s: seconds after which a prediction is given up.
     """

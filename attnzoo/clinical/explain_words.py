@@ -9,14 +9,16 @@ called that: it speaks of what was looked at. `attnzoo.clinical.faithfulness` me
 Letters: N texts, L words (T of a map), V = 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from attnzoo.clinical.evidence import ATTENTION, GRADIENTS, MapVerdict
 from attnzoo.clinical.explain import BATCH, TOLERANCE, CellMap, completed, quadrature
+from attnzoo.clinical.faithfulness import faithfulness
 from attnzoo.clinical.trained_ldam import TrainedLdam
 from attnzoo.clinical.words import spans
 from attnzoo.models import Ldam, LdamInputs
@@ -25,16 +27,29 @@ from attnzoo.models.ldam import tf_idf
 
 @dataclass(frozen=True, eq=False)
 class TextWords:
-    """Texts as token ids; labels_N: the label of each text whose prediction is explained."""
+    """Texts as token ids; labels_N: the label of each text whose prediction is explained. cells_NTVC, hours_N: the
+    series of the same stays, where the model reads them; they stay as they are, whatever word is taken away."""
 
     words_NL: Tensor
     lengths_N: Tensor
     labels_N: Tensor
+    cells_NTVC: Tensor | None = None
+    hours_N: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, tensor in (("lengths_N", self.lengths_N), ("labels_N", self.labels_N)):
             if tensor.shape != self.words_NL.shape[:1]:
                 raise ValueError(f"{name} has shape {list(tensor.shape)}; words_NL has {len(self)} texts")
+
+    def inputs(self, presence_NL: Tensor | None = None) -> LdamInputs:
+        """What an `Ldam` takes. presence_NL: how much of each word there is, None: all."""
+        return LdamInputs(
+            words_NL=self.words_NL,
+            lengths_N=self.lengths_N,
+            cells_NTVC=self.cells_NTVC,
+            hours_N=self.hours_N,
+            presence_NL=presence_NL,
+        )
 
     def __len__(self) -> int:
         return len(self.words_NL)
@@ -46,7 +61,8 @@ class TextWords:
         return (exist_NL & (self.words_NL > 0))[..., None]
 
     def rows(self, rows: slice | Tensor) -> "TextWords":
-        return TextWords(self.words_NL[rows], self.lengths_N[rows], self.labels_N[rows])
+        series = (None if tensor is None else tensor[rows] for tensor in (self.cells_NTVC, self.hours_N))
+        return TextWords(self.words_NL[rows], self.lengths_N[rows], self.labels_N[rows], *series)
 
     def blocks(self, size: int) -> Iterator["TextWords"]:
         for start in range(0, len(self), size):
@@ -55,9 +71,11 @@ class TextWords:
 
 @dataclass(frozen=True, eq=False)
 class LabelLogit:
-    """The log odds of each text's label. model: in evaluation mode. Raises ValueError."""
+    """The log odds of each text's label. model: in evaluation mode. before: called before the model is, to end what
+    takes too long. Raises ValueError."""
 
     model: Ldam
+    before: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         if self.model.training:
@@ -68,8 +86,9 @@ class LabelLogit:
         outputs = len(self.model.config.definitions)
         if len(texts) and not 0 <= int(texts.labels_N.min()) <= int(texts.labels_N.max()) < outputs:
             raise ValueError(f"labels_N={texts.labels_N.tolist()}: the model has labels 0 to {outputs - 1}")
-        inputs = LdamInputs(words_NL=texts.words_NL, lengths_N=texts.lengths_N, presence_NL=presence_NL)
-        logits_NK = self.model(inputs)
+        if self.before is not None:
+            self.before()
+        logits_NK = self.model(texts.inputs(presence_NL))
         chosen_N1 = texts.labels_N[:, None]
         of_N: Tensor = logits_NK.gather(1, chosen_N1)[:, 0]
         if not self.model.config.exclusive:
@@ -105,17 +124,17 @@ def word_gradients(logit: LabelLogit, texts: TextWords, *, tolerance: float = TO
             slopes_NL += weight * torch.autograd.grad(total, presence_NL)[0]
         return (slopes_NL[..., None]).masked_fill(~some.observed, 0.0)
 
-    return CellMap("integrated gradients", completed(difference_N, start, path, tolerance), signed=True)
+    return CellMap(GRADIENTS, completed(difference_N, start, path, tolerance), signed=True)
 
 
 def word_attention(model: Ldam, texts: TextWords) -> CellMap:
     """beta: the weights with which words were summed for the text's label; 0 for unknown words."""
     found = []
     for some in texts.blocks(BATCH):
-        maps = model.read_maps(LdamInputs(words_NL=some.words_NL, lengths_N=some.lengths_N))
+        maps = model.read_maps(some.inputs())
         assert maps.words_NKL is not None
         found.append(maps.words_NKL[torch.arange(len(some)), some.labels_N][..., None] * some.observed)
-    return CellMap("attention", torch.cat(found), signed=False)
+    return CellMap(ATTENTION, torch.cat(found), signed=False)
 
 
 def word_rarity(rarity_W: Tensor, texts: TextWords) -> CellMap:
@@ -144,3 +163,19 @@ def word_findings(cell_map: CellMap, trained: TrainedLdam, row: int, text: str, 
         for i in sorted(best)
         if amount_L[i]
     ]
+
+
+def judge_word_maps(model: Ldam, texts: TextWords) -> dict[str, MapVerdict]:
+    """Whether each map points at what the model uses, on these texts. What is explained of each is the label that
+    `texts` names."""
+    logit, found = LabelLogit(model), dict[str, MapVerdict]()
+    maps = [word_attention(model, texts)]
+    try:
+        maps.append(word_gradients(logit, texts))
+    except ValueError as error:
+        found[GRADIENTS] = MapVerdict(beats_random=None, words=f"{GRADIENTS} could not be measured: {error}")
+    rarity_W = model.get_buffer("rarity_W") if model.config.skip else torch.ones(model.config.vocab_size)
+    for name, one in faithfulness(logit, texts, maps, plain=word_rarity(rarity_W, texts)).items():
+        words = one.words.replace("random cells", "random words").replace("at cells", "at words")
+        found[name] = MapVerdict(beats_random=one.beats_random, words=f"On {len(texts)} texts {words}")
+    return {name: found[name] for name in (GRADIENTS, ATTENTION)}

@@ -1,7 +1,7 @@
 """A trained LDAM on disk: config.json, model.safetensors, vocabulary.json, and statistics.json where it reads series.
 
 What its predictions depend on travels with the weights: the words of training rows, the labels with their definitions,
-the statistics, and which rows it learned from.
+the statistics, the calibration, and which rows it learned from.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,16 @@ from torch import Tensor
 
 from attnzoo.checkpoint import model_files
 from attnzoo.clinical.cohort import Cohort
+from attnzoo.clinical.label_calibration import LabelCalibration
 from attnzoo.clinical.statistics import Statistics
+from attnzoo.clinical.text_evidence import TextEvidence
 from attnzoo.clinical.words import Vocabulary
 from attnzoo.files import read_object
 from attnzoo.models import Ldam, LdamConfig, LdamInputs
 
 FORMAT = "attnzoo-ldam-1"
 VOCABULARY, STATISTICS = "vocabulary.json", "statistics.json"
-KEYS = ("format", "model", "labels", "definitions", "longest", "data", "split", "metadata")
+KEYS = ("format", "model", "labels", "definitions", "longest", "data", "split", "metadata", "calibration", "evidence")
 """Keys of config.json."""
 
 
@@ -37,7 +39,9 @@ class TrainedLdam:
     """A model in evaluation mode with what its predictions depend on.
 
     labels: by output; definitions: in words, of each. longest: tokens of a text that are read. statistics: None where
-    the model reads no series. data, split, metadata: as of `attnzoo.clinical.trained.TrainedModel`.
+    the model reads no series. data, split, metadata: as of `attnzoo.clinical.trained.TrainedModel`. calibration: fitted
+    on the inner validation rows. evidence: what is known about the predictions. Both are None in exports of before
+    they were measured.
     """
 
     model: Ldam
@@ -49,6 +53,8 @@ class TrainedLdam:
     data: dict[str, Any] = field(default_factory=dict)
     split: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    calibration: LabelCalibration | None = None
+    evidence: TextEvidence | None = None
 
     def __post_init__(self) -> None:
         outputs, words = len(self.model.config.definitions), self.model.config.vocab_size
@@ -61,6 +67,12 @@ class TrainedLdam:
                 raise ValueError(f"{name} has {given} entries; the model has {wanted}")
         if (self.statistics is not None) != bool(self.model.config.variables):
             raise ValueError("statistics belong to a model of series, and to no other")
+        if self.calibration is not None:
+            wanted = 1 if self.model.config.exclusive else outputs
+            if (self.calibration.exclusive, len(self.calibration.calibrators)) != (self.model.config.exclusive, wanted):
+                raise ValueError("calibration is that of other labels than the model's")
+        if self.evidence is not None and len(self.evidence.shares) != outputs:
+            raise ValueError(f"evidence.shares has {len(self.evidence.shares)} entries; the model has {outputs}")
 
     def inputs(self, cohort: Cohort, rows: np.ndarray | None = None) -> tuple[Tensor, ...]:
         """What `inputs_of` takes, of rows of a cohort. Raises ValueError for a cohort without texts, and for other
@@ -85,7 +97,7 @@ class TrainedLdam:
         return np.concatenate(found)
 
     def predict(self, cohort: Cohort, rows: np.ndarray | None = None, batch_size: int = 64) -> np.ndarray:
-        """Probabilities [N, labels], not calibrated; with exclusive labels they add up to 1."""
+        """`probabilities` of these rows; with exclusive labels they add up to 1."""
         return self.probabilities(self.logits(cohort, rows, batch_size))
 
     @torch.no_grad()
@@ -95,7 +107,11 @@ class TrainedLdam:
         return self.probabilities(self.model(LdamInputs(words_NL=words_NL, lengths_N=lengths_N)).float().numpy())
 
     def probabilities(self, logits_NK: np.ndarray) -> np.ndarray:
-        """float64."""
+        """Of logits that the model told: calibrated, where a calibration is known. float64."""
+        return self.uncalibrated(logits_NK) if self.calibration is None else self.calibration.probabilities(logits_NK)
+
+    def uncalibrated(self, logits_NK: np.ndarray) -> np.ndarray:
+        """Probabilities as the model tells them, float64."""
         given = torch.from_numpy(np.asarray(logits_NK, np.float64))
         return (given.softmax(-1) if self.model.config.exclusive else given.sigmoid()).numpy()
 
@@ -116,12 +132,19 @@ def save_ldam(directory: Path, trained: TrainedLdam) -> Path:
         "data": trained.data,
         "split": trained.split,
         "metadata": trained.metadata,
+        "calibration": None if trained.calibration is None else trained.calibration.to_dict(),
+        "evidence": None if trained.evidence is None else trained.evidence.to_dict(),
     }
     check_target(directory)
     statistics = {} if trained.statistics is None else {STATISTICS: trained.statistics.to_dict()}
     return model_files.write(
         directory, content, trained.model, {VOCABULARY: trained.vocabulary.to_dict(), **statistics}
     )
+
+
+def holds_ldam(directory: Path | str) -> bool:
+    """Whether a directory holds what `save_ldam` wrote, damaged or not; errors are `load_ldam`'s to tell."""
+    return model_files.holds(directory, FORMAT)
 
 
 def load_ldam(directory: Path | str) -> TrainedLdam:
@@ -132,6 +155,7 @@ def load_ldam(directory: Path | str) -> TrainedLdam:
     with model_files.damage(path):
         model, vocabulary = Ldam(LdamConfig.from_dict(content["model"])), Vocabulary.from_dict(words)
         model_files.load_weights(path, model)
+        calibration, evidence = content.get("calibration"), content.get("evidence")
         trained = TrainedLdam(
             model,
             vocabulary,
@@ -139,7 +163,9 @@ def load_ldam(directory: Path | str) -> TrainedLdam:
             tuple(content["definitions"]),
             int(content["longest"]),
             None if not model.config.variables else _statistics(path),
-            *(dict(content.get(name, {})) for name in ("data", "split", "metadata")),
+            **{name: dict(content.get(name, {})) for name in ("data", "split", "metadata")},
+            calibration=None if calibration is None else LabelCalibration.from_dict(calibration),
+            evidence=None if evidence is None else TextEvidence.from_dict(evidence),
         )
     return trained
 

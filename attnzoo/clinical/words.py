@@ -60,6 +60,10 @@ class Vocabulary:
         """An id for each token."""
         return [self._ids.get(word, 0) for word in tokens(text)]
 
+    def knows(self, word: str) -> bool:
+        """Whether a word, in any case, has an id of its own."""
+        return self._ids.get(word.lower(), 0) > 0
+
     def inputs(self, texts: Sequence[str], longest: int) -> tuple[Tensor, Tensor]:
         """(words_NL, lengths_N) of the first `longest` tokens of each text, as an `Ldam` takes them."""
         ids = [self.encode(text)[:longest] for text in texts]

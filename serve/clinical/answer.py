@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from attnzoo.clinical.grid import Grid
 from attnzoo.clinical.statistics import coverage
 from attnzoo.clinical.units import spellings
-from attnzoo.clinical.variables import Variable
+from attnzoo.clinical.variables import Table, Variable
 from serve.clinical.explanations import explained
 from serve.clinical.intake import FIELDS, Intake
 from serve.clinical.predictor import Deadline, HourByHour, Predictor
@@ -45,7 +46,7 @@ def head(predictor: Predictor) -> dict[str, Any]:
         "interval_reason": reason,
         "early_hours": None if trained.outcome.hourly else EARLY.format(predictor.needs.window),
         "base_rate": predictor.base_rate(),
-        "variables": [_variable(variable) for variable in predictor.needs.table.values()],
+        "variables": [variable_of(variable) for variable in predictor.needs.table.values()],
     }
 
 
@@ -79,13 +80,18 @@ def card(predictor: Predictor, created: int) -> dict[str, Any]:
         "max_patients": predictor.needs.max_patients,
         "explains": ["none", *predictor.explains],
         "statics": [FIELDS[name] for name in predictor.needs.statics],
-        "variables": [
-            {**_variable(variable), "units": spellings(variable)} for variable in predictor.needs.table.values()
-        ],
+        "reads": ["measurements"],
+        "variables": variables_with_units(predictor.needs.table),
     }
 
 
-def _variable(variable: Variable) -> dict[str, Any]:
+def variables_with_units(table: Table) -> list[dict[str, Any]]:
+    """The variables that a model takes, with the spellings of units that are known."""
+    return [{**variable_of(variable), "units": spellings(variable)} for variable in table.values()]
+
+
+def variable_of(variable: Variable) -> dict[str, Any]:
+    """A variable, in whose unit all values of a reply are."""
     return {
         "name": variable.name,
         "meaning": variable.meaning,
@@ -97,12 +103,15 @@ def _variable(variable: Variable) -> dict[str, Any]:
 class Coverage:
     """The guard: the share of measured cells of each patient until each hour, against that of training stays."""
 
-    def __init__(self, predictor: Predictor, intake: Intake) -> None:
-        self.least = predictor.trained.statistics.least_coverage
-        grid = intake.cohort.grid
+    def __init__(self, least: float, grid: Grid) -> None:
+        self.least = least
         self.share_N = coverage(grid)
         measured_NT = np.cumsum(np.count_nonzero(grid.counts_NTV, axis=2), axis=1)
         self.share_NT = measured_NT / (len(grid.variables) * np.arange(1, grid.hours + 1))
+
+    def told(self, row: int) -> dict[str, float]:
+        """The part `coverage` of a patient."""
+        return {"measured": float(self.share_N[row]), "least": self.least}
 
     def reasons(self, share: float) -> list[str]:
         """Why there is no number; empty where there is enough data."""
@@ -111,6 +120,11 @@ class Coverage:
         if share == 0:
             return ["no value of the model's variables is known"]
         return [f"{share:.2%} of the cells are measured; 99 % of the training stays had {self.least:.2%} or more"]
+
+
+def guard_of(predictor: Predictor, intake: Intake) -> Coverage:
+    """The guard of the patients of a request."""
+    return Coverage(predictor.trained.statistics.least_coverage, intake.cohort.grid)
 
 
 def hour_of(guard: Coverage, row: int, hour: int, told: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +137,7 @@ def hour_of(guard: Coverage, row: int, hour: int, told: dict[str, Any]) -> dict[
 
 def by_hour(predictor: Predictor, intake: Intake, deadline: Deadline) -> list[list[dict[str, Any]]]:
     """For each patient the risk after each hour of the stay."""
-    guard, course = Coverage(predictor, intake), HourByHour(predictor, intake)
+    guard, course = guard_of(predictor, intake), HourByHour(predictor, intake)
     found: list[list[dict[str, Any]]] = [[] for _ in intake.patients]
     for hour, logits_NO in enumerate(course.all(deadline), 1):
         for row, told in enumerate(predictor.told(logits_NO)):
@@ -136,7 +150,7 @@ def patients_of(
     predictor: Predictor, intake: Intake, explain: str, hours: list[list[dict[str, Any]]] | None, deadline: Deadline
 ) -> list[dict[str, Any]]:
     """The patients of a reply. hours: `by_hour` where it is asked for."""
-    guard = Coverage(predictor, intake)
+    guard = guard_of(predictor, intake)
     logits_NO = predictor.logits(intake, deadline)
     found = []
     for row, (patient, told) in enumerate(zip(intake.patients, predictor.told(logits_NO), strict=True)):
@@ -153,7 +167,7 @@ def patients_of(
                 "id": patient.id,
                 "status": NOT_ENOUGH if reasons else OK,
                 "reasons": reasons,
-                "coverage": {"measured": share, "least": guard.least},
+                "coverage": guard.told(row),
                 "cutoff_hour": patient.hours,
                 "cutoff_time": None if patient.cutoff is None else patient.cutoff.isoformat(),
                 "input_digest": _digest(intake, row),

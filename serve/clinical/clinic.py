@@ -2,29 +2,51 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+from serve.clinical.notes.reader import NoteReader
 from serve.clinical.predictor import Deadline, LatePredictionError, Predictor
 from serve.config import ServeConfig
 from serve.faults import log, message
 from serve.metrics import ServerMetrics
+from serve.openai.answer import no_model
 from serve.openai.errors import ApiError
 
+Served = Predictor | NoteReader
+"""A clinical model, of measurements or of texts."""
 Result = TypeVar("Result")
 
 
 class Clinic:
-    """A predictor and the thread that computes for it. Call the methods from one event loop."""
+    """The clinical models of a server, and the thread that computes for them. Call the methods from one event loop."""
 
-    def __init__(self, predictor: Predictor, config: ServeConfig) -> None:
-        self.predictor, self.config = predictor, config
+    def __init__(self, models: Sequence[Served], config: ServeConfig) -> None:
+        self.models, self.config = tuple(models), config
         self.draining = False
         self.metrics: ServerMetrics | None = None
         self._running = 0
         self._pool = ThreadPoolExecutor(1, "attnzoo-predict")
+
+    def find(self, name: str) -> Served:
+        """The model of this name. Raises ApiError 404."""
+        for model in self.models:
+            if model.name == name:
+                return model
+        raise no_model(name, *(model.name for model in self.models))
+
+    def of_bundles(self, name: str | None) -> Predictor:
+        """The model that predicts from a FHIR bundle. name: None for the only one. Raises ApiError."""
+        found = [one for one in self.models if isinstance(one, Predictor)] if name is None else [self.find(name)]
+        if len(found) > 1:
+            known = " and ".join(repr(model.name) for model in found)
+            raise ApiError(400, f"model is missing, and this server has {known}; name one of them", param="model")
+        if not found or not isinstance(found[0], Predictor):
+            text = f"{(found or self.models)[0].name!r} reads texts, and is not asked with FHIR resources; send JSON"
+            raise ApiError(400, text, param="model", code="unsupported")
+        return found[0]
 
     @contextmanager
     def admitted(self) -> Iterator[Deadline]:

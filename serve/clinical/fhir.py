@@ -51,7 +51,7 @@ def read_bundle(body: bytes, options: BundleOptions, predictor: Predictor) -> In
         )
     except ValueError as error:
         raise ApiError(400, str(error)[:MAX_QUOTED], param=_field(str(error))) from None
-    check_number(len(found.cohort), needs, ENTRIES)
+    check_number(len(found.cohort), needs.max_patients, ENTRIES)
     return _intake(found, options, needs)
 
 

@@ -117,13 +117,8 @@ class Intake:
 
 def take_in(request: PredictRequest, needs: Needs) -> Intake:
     """The intake of a request in JSON. Raises ApiError 400 that names the field."""
-    check_number(len(request.patients), needs, "patients")
-    seen: dict[str, int] = {}
-    for row, entry in enumerate(request.patients):
-        if entry.id in seen:
-            what = f"patients[{row}].id={short_name(entry.id)!r} is that of patients[{seen[entry.id]}] too"
-            raise ApiError(400, f"{what}; give each patient an id of its own", param=f"patients[{row}].id")
-        seen[entry.id] = row
+    check_number(len(request.patients), needs.max_patients, "patients")
+    ids = check_ids([entry.id for entry in request.patients])
     found, values = [], []
     for row, entry in enumerate(request.patients):
         patient, own = _admit(row, entry, request.cutoff_hour, needs)
@@ -134,7 +129,7 @@ def take_in(request: PredictRequest, needs: Needs) -> Intake:
         name="request",
         hours_N=np.array([patient.hours for patient in found], np.int64),
         statics=statics,
-        stay_ids=tuple(seen),
+        stay_ids=ids,
     )
     cohort = cohort_of(facts, _events(values), needs.table, int(facts.hours_N.max()))
     patients = tuple(found)
@@ -143,10 +138,21 @@ def take_in(request: PredictRequest, needs: Needs) -> Intake:
     return Intake(cohort=cohort, patients=patients, cells=cells_of(values, patients, needs.table))
 
 
-def check_number(patients: int, needs: Needs, param: str) -> None:
+def check_ids(ids: Sequence[str]) -> tuple[str, ...]:
+    """The ids of the patients. Raises ApiError for one that two of them have."""
+    seen: dict[str, int] = {}
+    for row, name in enumerate(ids):
+        if name in seen:
+            what = f"patients[{row}].id={short_name(name)!r} is that of patients[{seen[name]}] too"
+            raise ApiError(400, f"{what}; give each patient an id of its own", param=f"patients[{row}].id")
+        seen[name] = row
+    return tuple(seen)
+
+
+def check_number(patients: int, max_patients: int, param: str) -> None:
     """Raises ApiError for more patients than one request may have."""
-    if patients > needs.max_patients:
-        most = f"{patients} patients are more than the {needs.max_patients} of max_patients; send several requests"
+    if patients > max_patients:
+        most = f"{patients} patients are more than the {max_patients} of max_patients; send several requests"
         raise ApiError(400, most, param=param, code="too_many_patients")
 
 

@@ -1,4 +1,4 @@
-"""Which clinical model a server has, and which settings are for it."""
+"""Which clinical models a server has, and which settings are for them."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -7,8 +7,10 @@ import torch
 
 from attnzoo.checkpoint import find_checkpoint
 from attnzoo.clinical.trained import holds_trained
+from attnzoo.clinical.trained_ldam import holds_ldam
 from attnzoo.files import user_path
-from serve.clinical.clinic import Clinic
+from serve.clinical.clinic import Clinic, Served
+from serve.clinical.notes.reader import NoteReader
 from serve.clinical.predictor import Predictor
 from serve.config import EngineConfig, ServeConfig, name_of
 
@@ -21,41 +23,48 @@ OF_CLINICAL = ("clinical_name", "max_patients", "max_explained", "max_prediction
 def is_clinical(checkpoint: str) -> bool:
     """Whether a checkpoint is a clinical model's export, or a run with one."""
     path = find_checkpoint(checkpoint)
-    return path.is_dir() and holds_trained(path)
+    return path.is_dir() and _holds_clinical(path)
 
 
-def clinical_source(config: ServeConfig) -> tuple[Path, str] | None:
-    """(directory, name) of the server's clinical model; None where it has none. Raises ValueError for two of them, for
-    a directory that holds none, and for settings of a kind of model that the server does not have."""
+def _holds_clinical(path: Path) -> bool:
+    return holds_trained(path) or holds_ldam(path)
+
+
+def clinical_sources(config: ServeConfig) -> list[tuple[Path, str]]:
+    """(directory, name) of each of the server's clinical models: `checkpoint` where it is one, and `clinical`. Raises
+    ValueError for a directory that holds none, for models of one name, and for settings of a kind of model that the
+    server does not have."""
+    found = []
     if is_clinical(config.checkpoint):
-        if config.clinical is not None:
-            raise ValueError(
-                f"checkpoint={config.checkpoint!r} is a clinical model, and so is clinical={config.clinical!r}; a "
-                "server has one of them: leave clinical out"
-            )
         names = [field.name for field in fields(EngineConfig) if field.name not in OF_BOTH]
-        _refuse(config, (*names, *OF_LANGUAGE, "clinical_name"), f"{config.checkpoint!r} is a clinical model")
-        return find_checkpoint(config.checkpoint), config.served_name
-    if config.clinical is None:
+        only = () if config.clinical else ("clinical_name",)
+        _refuse(config, (*names, *OF_LANGUAGE, *only), f"{config.checkpoint!r} is a clinical model")
+        found.append((find_checkpoint(config.checkpoint), config.served_name))
+    elif config.clinical is None:
         _refuse(config, OF_CLINICAL, "this server has no clinical model (setting clinical)")
-        return None
-    path = user_path(config.clinical, "clinical")
-    if not holds_trained(path):
-        raise ValueError(
-            f"clinical={config.clinical!r} holds no clinical model; give the run or export directory of a training run "
-            "with task.kind=clinical"
-        )
-    name = config.clinical_name or name_of(config.clinical)
-    if name == config.served_name:
-        raise ValueError(f"both models are called {name!r}; set clinical_name or model_name")
-    return path, name
+    if config.clinical is not None:
+        path = user_path(config.clinical, "clinical")
+        if not _holds_clinical(path):
+            raise ValueError(
+                f"clinical={config.clinical!r} holds no clinical model; give the run or export directory of a training "
+                "run with task.kind=clinical or ldam"
+            )
+        name = config.clinical_name or name_of(config.clinical)
+        if name == config.served_name:
+            raise ValueError(f"both models are called {name!r}; set clinical_name or model_name")
+        found.append((path, name))
+    return found
+
+
+def load_model(path: Path, name: str, max_patients: int) -> Served:
+    """The model of an export. Raises ValueError."""
+    return (NoteReader if holds_ldam(path) else Predictor).load(path, name, max_patients)
 
 
 def check_clinical(config: ServeConfig) -> None:
-    """Raises ValueError where the clinical model of a configuration cannot be served."""
-    source = clinical_source(config)
-    if source is not None:
-        Predictor.load(*source, config.max_patients)
+    """Raises ValueError where a clinical model of a configuration cannot be served."""
+    for source in clinical_sources(config):
+        load_model(*source, config.max_patients)
 
 
 def _refuse(config: ServeConfig, names: tuple[str, ...], why: str) -> None:
@@ -65,10 +74,10 @@ def _refuse(config: ServeConfig, names: tuple[str, ...], why: str) -> None:
 
 
 def load_clinic(config: ServeConfig) -> Clinic | None:
-    """The server's clinical model, ready to answer; None where it has none. Raises ValueError."""
-    source = clinical_source(config)
-    if source is None:
+    """The server's clinical models, ready to answer; None where it has none. Raises ValueError."""
+    sources = clinical_sources(config)
+    if not sources:
         return None
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    return Clinic(Predictor.load(*source, config.max_patients), config)
+    return Clinic([load_model(*source, config.max_patients) for source in sources], config)

@@ -20,6 +20,7 @@ from attnzoo.checkpoint import model_files
 from attnzoo.clinical.evidence import ATTENTION, GRADIENTS
 from attnzoo.clinical.explain import StayCells
 from attnzoo.clinical.formats.fhir import TABLES
+from attnzoo.clinical.statistics import Statistics
 from attnzoo.clinical.trained import STATISTICS, TrainedModel, inputs, load_trained
 from attnzoo.clinical.variables import PMDATA, STATICS, VARIABLES
 from serve.clinical.intake import Intake, Needs
@@ -31,6 +32,36 @@ BATCH = 256
 OUTCOMES = {"mortality": "death in hospital", "los": "remaining length of stay"}
 """Labels in words."""
 NOT_KNOWN = "it was exported before calibration was drawn again; export it again by the training command"
+
+
+def needs_of(statistics: Statistics, statics: tuple[str, ...], max_patients: int, path: Path) -> Needs:
+    """What a model with these statistics is asked by. Raises ValueError for what /v1/predict cannot ask for."""
+    if set(statistics.variables) <= set(PMDATA):
+        raise ValueError(f"{path}: the steps of this model are days; /v1/predict takes models of hourly grids")
+    unknown = [one for one in statistics.variables if one not in VARIABLES]
+    unknown += [one for one in statics if one not in STATICS]
+    if unknown:
+        raise ValueError(
+            f"{path}: {unknown[0]!r} has no row in attnzoo/clinical/variables.py, so that its unit is not known"
+        )
+    table = {name: VARIABLES[name] for name in statistics.variables}
+    return Needs(table=table, statics=statics, window=statistics.hours, max_patients=max_patients)
+
+
+def digests(path: Path, *others: str) -> tuple[str, str]:
+    """(version of an export, sha256 of its weights). others: names of its files beside configuration and weights."""
+    content = [(path / file).read_bytes() for file in (model_files.CONFIG, model_files.WEIGHTS, *others)]
+    version = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in content)).hexdigest()
+    return version[:16], hashlib.sha256(content[1]).hexdigest()
+
+
+def interval_words(what: str, draws: int, stays: int) -> str:
+    """What low and high mean. what: was fitted again to so many bootstrap samples of so many stays."""
+    return (
+        f"{LEVEL:.0%} interval of the calibrated probability: {what}, fitted again to {draws} bootstrap samples of the "
+        f"{stays:,} stays on which the model is calibrated. It tells how well the calibration is known, not how models "
+        "of other training runs would differ."
+    )
 
 
 class LatePredictionError(Exception):
@@ -65,25 +96,9 @@ class Predictor:
         ask for."""
         path = model_files.find(directory)
         trained = load_trained(path)
-        statistics = trained.statistics
-        if set(statistics.variables) <= set(PMDATA):
-            raise ValueError(f"{path}: the steps of this model are days; /v1/predict takes models of hourly grids")
-        unknown = [one for one in statistics.variables if one not in VARIABLES]
-        unknown += [one for one in statistics.static_names if one not in STATICS]
-        if unknown:
-            raise ValueError(
-                f"{path}: {unknown[0]!r} has no row in attnzoo/clinical/variables.py, so that its unit is not known"
-            )
-        needs = Needs(
-            table={name: VARIABLES[name] for name in statistics.variables},
-            statics=statistics.static_names,
-            window=statistics.hours,
-            max_patients=max_patients,
-        )
-        content = [(path / file).read_bytes() for file in (model_files.CONFIG, model_files.WEIGHTS, STATISTICS)]
-        version = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in content)).hexdigest()
-        weights = hashlib.sha256(content[1]).hexdigest()
-        return cls(name=name, trained=trained, needs=needs, version=version[:16], weights_digest=weights)
+        needs = needs_of(trained.statistics, trained.statistics.static_names, max_patients, path)
+        version, weights = digests(path, STATISTICS)
+        return cls(name=name, trained=trained, needs=needs, version=version, weights_digest=weights)
 
     @cached_property
     def names(self) -> str | None:
@@ -115,7 +130,7 @@ class Predictor:
             if self.trained.outcome.hourly:
                 logits = logits[np.arange(len(rows)), intake.cohort.grid.hours_N[rows] - 1]
             parts.append(logits)
-        return _finite(np.concatenate(parts))
+        return finite(np.concatenate(parts))
 
     def hours(self, intake: Intake) -> "HourByHour":
         """The same after each hour."""
@@ -157,12 +172,7 @@ class Predictor:
             return None, "the outcome has buckets, and no interval is defined for their probabilities"
         if self.trained.calibrator is None or evidence is None or not evidence.calibrators:
             return None, f"this model has no interval: {NOT_KNOWN}"
-        words = (
-            f"{LEVEL:.0%} interval of the calibrated probability: temperature and intercept fitted again to "
-            f"{len(evidence.calibrators)} bootstrap samples of the {evidence.calibration_stays:,} stays on which the "
-            "model is calibrated. It tells how well the calibration is known, not how models of other training runs "
-            "would differ."
-        )
+        words = interval_words("temperature and intercept", len(evidence.calibrators), evidence.calibration_stays)
         return {"level": LEVEL, "method": "calibration bootstrap", "words": words}, None
 
     def base_rate(self) -> dict[str, Any] | None:
@@ -204,7 +214,7 @@ class HourByHour:
         real_N = (self._hours_N > self._next).long()
         logits_N1O, self._state = self._model.extend(cells_N1VC, self._state, real_N)
         self._next += 1
-        return _finite(logits_N1O[:, 0].numpy())
+        return finite(logits_N1O[:, 0].numpy())
 
     def all(self, deadline: Deadline) -> Iterator[np.ndarray]:
         """The rest of the hours."""
@@ -213,7 +223,7 @@ class HourByHour:
             yield self.next()
 
 
-def _finite(logits: np.ndarray) -> np.ndarray:
+def finite(logits: np.ndarray) -> np.ndarray:
     """The same. Raises FloatingPointError for logits that are none."""
     if not np.isfinite(logits).all():
         raise FloatingPointError("the model's logits are not finite")

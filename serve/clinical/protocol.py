@@ -1,11 +1,13 @@
 """The request of POST /v1/predict: typed, with units in the names of fields or beside the value, in UCUM."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
 from serve.openai.errors import ApiError, short_name
-from serve.openai.invalid import explain_invalid
+from serve.openai.invalid import Where, explain_invalid
 from serve.openai.json_body import read_object
 from serve.openai.protocol import Label, Strict
 
@@ -54,6 +56,12 @@ class PredictOptions(Strict):
     stream: bool = False
 
 
+class NamedModel(Strict):
+    """What every request has."""
+
+    model: str
+
+
 class PredictRequest(PredictOptions):
     """Body of POST /v1/predict."""
 
@@ -69,13 +77,21 @@ class BundleOptions(PredictOptions):
     tz: Label | None = None
 
 
-def parse_predict(body: bytes) -> PredictRequest:
-    """Parses a body. Raises ApiError 400 that names the first field that is wrong or unknown."""
+def read_values(body: bytes) -> dict[str, Any]:
+    """The fields of a body, the model's name being a text. Raises ApiError 400 that names the field."""
     values = read_object(body, "model and patients")
     if "resourceType" in values:
         what = "the body is a FHIR resource; send it as content-type: application/fhir+json, options in the query"
         raise ApiError(400, what, param="resourceType")
-    return _validated(PredictRequest, values)
+    # Which fields a request has depends on its model.
+    named = {name: value for name, value in values.items() if name == "model"}
+    validated(NamedModel, named, lambda where: [])
+    return values
+
+
+def parse_predict(values: dict[str, Any]) -> PredictRequest:
+    """Reads the values of a body. Raises ApiError 400 that names the first field that is wrong or unknown."""
+    return validated(PredictRequest, values, partial(_fields, PredictRequest))
 
 
 def parse_bundle_options(query: list[tuple[str, str]]) -> BundleOptions:
@@ -87,7 +103,7 @@ def parse_bundle_options(query: list[tuple[str, str]]) -> BundleOptions:
         if name in values:
             raise ApiError(400, f"{short_name(name)} is given twice in the query; give it once", param=short_name(name))
         values[name] = _value(name, text)
-    return _validated(BundleOptions, values)
+    return validated(BundleOptions, values, partial(_fields, BundleOptions))
 
 
 def _value(name: str, text: str) -> Any:
@@ -99,11 +115,12 @@ def _value(name: str, text: str) -> Any:
     return text.replace(" ", "+") if name == "at" else text  # a plus sign means a space in a query
 
 
-def _validated(kind: type[Body], values: dict[str, Any]) -> Body:
+def validated(kind: type[Body], values: dict[str, Any], fields: Callable[[Where], list[str]]) -> Body:
+    """The request of a kind. fields: names of the fields that the object at a place may have. Raises ApiError 400."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise explain_invalid(error, "", lambda where: _fields(kind, where)) from None
+        raise explain_invalid(error, "", fields) from None
 
 
 def _fields(kind: type[BaseModel], where: tuple[int | str, ...]) -> list[str]:

@@ -204,14 +204,15 @@ class PredictionList(Reply):
 
 
 class ClinicalCard(Reply):
-    """A clinical model in the list of models. statics: fields of a patient that it takes; explains: values of
-    `explain`."""
+    """A clinical model of measurements in the list of models. statics: fields of a patient that it takes; explains:
+    values of `explain`."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     kind: Literal["clinical"]
+    reads: list[Literal["measurements"]]
     version: str
     research_use_only: str
     outcome: PredictedOutcome

@@ -1,4 +1,5 @@
-"""POST /v1/predict: risks of patients, from JSON or FHIR, whole or hour by hour, as JSON or as RiskAssessments."""
+"""POST /v1/predict: risks of patients, from JSON or FHIR, whole or hour by hour, as JSON or as RiskAssessments; and
+labels of their texts, from JSON."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -7,13 +8,16 @@ from fastapi import FastAPI, Request, Response
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from serve.clinical.answer import Coverage, head, hour_of, patients_of, reply
+from serve.clinical.answer import guard_of, head, hour_of, patients_of, reply
 from serve.clinical.clinic import Clinic
 from serve.clinical.fhir import assessments, read_bundle
 from serve.clinical.intake import Intake, take_in
+from serve.clinical.notes.answer import reply as notes_reply
+from serve.clinical.notes.protocol import parse_notes
+from serve.clinical.notes.reader import NoteReader
 from serve.clinical.predictor import Deadline, HourByHour, Predictor
-from serve.clinical.protocol import PredictOptions, parse_bundle_options, parse_predict
-from serve.openai.answer import no_model
+from serve.clinical.protocol import PredictOptions, parse_bundle_options, parse_predict, read_values
+from serve.config import ServeConfig
 from serve.openai.errors import ApiError, dump, event, short_name
 
 PATH = "/v1/predict"
@@ -28,37 +32,56 @@ def add_predictions(app: FastAPI, clinic: Clinic) -> None:
         body = await request.body()
         with ExitStack() as held:
             deadline = held.enter_context(clinic.admitted())
-            options, intake = await _read(clinic, deadline, request, body)
+            if request.headers.get("content-type", "").partition(";")[0].strip().lower() == FHIR:
+                options: PredictOptions = parse_bundle_options(request.query_params.multi_items())
+                model = clinic.of_bundles(options.model)
+                check_explain(options, model)
+                intake = await clinic.work(deadline, read_bundle, body, options, model)
+            else:
+                refuse_query(request)
+                values = await clinic.work(deadline, read_values, body)
+                found = clinic.find(values["model"])
+                if isinstance(found, NoteReader):
+                    refuse_fhir(request, found)
+                    content = await clinic.work(deadline, read_notes, found, values, clinic.config, deadline)
+                    return Response(content, media_type="application/json")
+                model, options = found, await clinic.work(deadline, parse_predict, values)
+                check_explain(options, model)
+                intake = await clinic.work(deadline, take_in, options, model.needs)
             check_size(options, intake, clinic.config.max_explained)
             if _wants_fhir(request, options):
-                content = await clinic.work(deadline, _assessed, clinic.predictor, intake, options, deadline)
+                content = await clinic.work(deadline, _assessed, model, intake, options, deadline)
                 return Response(content, media_type=FHIR)
             if options.stream:
-                return HourStream(clinic, intake, options, deadline, held.pop_all())
-            content = await clinic.work(deadline, _replied, clinic.predictor, intake, options, deadline)
+                return HourStream(clinic, model, intake, options, deadline, held.pop_all())
+            content = await clinic.work(deadline, _replied, model, intake, options, deadline)
             return Response(content, media_type="application/json")
 
 
-async def _read(clinic: Clinic, deadline: Deadline, request: Request, body: bytes) -> tuple[PredictOptions, Intake]:
-    """(what is asked for, the patients). Raises ApiError."""
+def refuse_query(request: Request) -> None:
+    """Raises ApiError for options in the query of a request in JSON."""
     query = request.query_params.multi_items()
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() == FHIR:
-        asked = parse_bundle_options(query)
-        check_options(asked, clinic)
-        return asked, await clinic.work(deadline, read_bundle, body, asked, clinic.predictor)
     if query:
         name = short_name(query[0][0])
         raise ApiError(400, f"{name} stands in the query; options of a JSON request stand in its body", param=name)
-    wanted = await clinic.work(deadline, parse_predict, body)
-    check_options(wanted, clinic)
-    return wanted, await clinic.work(deadline, take_in, wanted, clinic.predictor.needs)
 
 
-def check_options(options: PredictOptions, clinic: Clinic) -> None:
-    """Raises ApiError for a model or an explanation that this server does not have."""
-    predictor = clinic.predictor
-    if options.model not in (None, predictor.name):
-        raise no_model(options.model or "", predictor.name)
+def refuse_fhir(request: Request, reader: NoteReader) -> None:
+    """Raises ApiError where an answer about texts is wanted as a FHIR resource."""
+    if FHIR in _accepted(request):
+        text = f"the labels of a text have no place in a RiskAssessment; of {reader.name!r} accept application/json"
+        raise ApiError(400, text, param="accept", code="unsupported")
+
+
+def read_notes(reader: NoteReader, values: dict[str, Any], config: ServeConfig, deadline: Deadline) -> bytes:
+    """The reply to a request to a model of texts. Raises ApiError 400."""
+    asked = parse_notes(values, reader.trained.labels)
+    _check_explained(asked.explain, len(asked.patients), config.max_explained)
+    return dump(notes_reply(reader, reader.take_in(asked), asked, deadline))
+
+
+def check_explain(options: PredictOptions, predictor: Predictor) -> None:
+    """Raises ApiError for an explanation that a model does not have."""
     if options.explain not in ("none", *predictor.explains):
         text = (
             f"explain={options.explain!r} is not possible: a model that predicts every hour pools no attention; take "
@@ -72,17 +95,25 @@ def check_size(options: PredictOptions, intake: Intake, max_explained: int) -> N
     patients = len(intake.patients)
     if options.stream and patients != 1:
         raise ApiError(400, f"stream takes one patient; {patients} are given", param="stream")
-    if options.explain != "none" and patients > max_explained:
+    _check_explained(options.explain, patients, max_explained)
+
+
+def _check_explained(explain: str, patients: int, max_explained: int) -> None:
+    if explain != "none" and patients > max_explained:
         text = (
-            f"explain={options.explain!r} takes at most {max_explained} patients (max_explained); {patients} are "
+            f"explain={explain!r} takes at most {max_explained} patients (max_explained); {patients} are "
             "given: send several requests, or explain='none'"
         )
         raise ApiError(400, text, param="explain", code="too_many_patients")
 
 
+def _accepted(request: Request) -> list[str]:
+    """The media types that a client accepts."""
+    return [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")]
+
+
 def _wants_fhir(request: Request, options: PredictOptions) -> bool:
-    accepted = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")]
-    if FHIR not in accepted:
+    if FHIR not in _accepted(request):
         return False
     for name, neutral in (("stream", False), ("explain", "none"), ("hourly", False)):
         if getattr(options, name) != neutral:
@@ -104,11 +135,17 @@ class HourStream(StreamingResponse):
     """Server-sent events: one for each hour of the one patient, then the whole reply."""
 
     def __init__(
-        self, clinic: Clinic, intake: Intake, options: PredictOptions, deadline: Deadline, held: ExitStack
+        self,
+        clinic: Clinic,
+        predictor: Predictor,
+        intake: Intake,
+        options: PredictOptions,
+        deadline: Deadline,
+        held: ExitStack,
     ) -> None:
         self._held = held
         headers = {"cache-control": "no-cache"}
-        events = hourly_events(clinic, intake, options, deadline)
+        events = hourly_events(clinic, predictor, intake, options, deadline)
         super().__init__(events, headers=headers, media_type="text/event-stream; charset=utf-8")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,12 +153,14 @@ class HourStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def hourly_events(clinic: Clinic, intake: Intake, options: PredictOptions, deadline: Deadline) -> Any:
+async def hourly_events(
+    clinic: Clinic, predictor: Predictor, intake: Intake, options: PredictOptions, deadline: Deadline
+) -> Any:
     """The events as bytes. A failure on the way is an event of its own, and the last one."""
-    predictor, hours = clinic.predictor, list[dict[str, Any]]()
+    hours = list[dict[str, Any]]()
     try:
         course, guard = await clinic.work(
-            deadline, lambda: (HourByHour(predictor, intake), Coverage(predictor, intake))
+            deadline, lambda: (HourByHour(predictor, intake), guard_of(predictor, intake))
         )
         for hour in range(1, course.number + 1):
             (told,) = predictor.told(await clinic.work(deadline, course.next))

@@ -8,6 +8,8 @@ from pydantic import BaseModel, Field
 from attnzoo.attention.edits import Edit, Read
 from attnzoo.attention.edits.wire import KINDS
 from serve.clinical import replies
+from serve.clinical.notes import replies as notes
+from serve.clinical.notes.protocol import NotesRequest
 from serve.clinical.protocol import BundleOptions, PredictRequest
 from serve.modalities.base import Modality
 from serve.openai import answers
@@ -38,16 +40,16 @@ DONE = "Server-sent events: `data: ` and the JSON of one {name} each, then `data
 
 
 class ModelList(answers.Reply):
-    """The models of the server: a language model, a clinical one, or both."""
+    """The models of the server: a language model, clinical ones, or both."""
 
     object: Literal["list"]
-    data: Annotated[list[answers.ModelCard | replies.ClinicalCard], Field(min_length=1)]
+    data: Annotated[list[answers.ModelCard | replies.ClinicalCard | notes.NoteCard], Field(min_length=1)]
 
 
 def document(title: str, modalities: Mapping[str, Modality] | None, *, clinical: bool = False) -> dict[str, Any]:
     """The OpenAPI document as a dictionary, of a server with these kinds of models. modalities: what reads parts of
     messages beside text, None: there is no language model."""
-    card = {"anyOf": [_ref("ModelCard"), _ref("ClinicalCard")]}
+    card = {"anyOf": [_ref("ModelCard"), _ref("ClinicalCard"), _ref("NoteCard")]}
     found: dict[str, Any] = answers.schemas((*answers.REPLIES, ModelList))
     paths: dict[str, Any] = {}
     if modalities is not None:
@@ -55,7 +57,7 @@ def document(title: str, modalities: Mapping[str, Modality] | None, *, clinical:
         _add_parts(found, modalities.values())
         paths |= _language()
     if clinical:
-        found |= {**answers.schemas((*replies.REPLIES, PredictRequest, FhirResource))}
+        found |= {**answers.schemas((*replies.REPLIES, *notes.REPLIES, PredictRequest, NotesRequest, FhirResource))}
         paths |= {"/v1/predict": {"post": _predict()}}
     return {
         "openapi": VERSION,
@@ -90,19 +92,20 @@ class FhirResource(BaseModel):
 
 
 def _predict() -> dict[str, Any]:
-    """The path of a clinical model."""
+    """The path of clinical models."""
     resource = {"application/fhir+json": {"schema": _ref("FhirResource")}}
     events = {"type": "string", "description": DONE.format(name="HourEvent"), "x-event": _ref("HourEvent")}
-    content = {**_json("PredictionList"), "text/event-stream": {"schema": events}, **resource}
+    content = {**_json("PredictionList", "LabelList"), "text/event-stream": {"schema": events}, **resource}
     query = [
         {"name": name, "in": "query", "required": False, "schema": schema}
         for name, schema in BundleOptions.model_json_schema()["properties"].items()
     ]
     return {
         "operationId": "predict",
-        "summary": "Risks of patients, at once or after each hour; a FHIR bundle takes its options from the query",
+        "summary": "Risks of patients, at once or after each hour, or labels of their texts; a FHIR bundle takes its "
+        "options from the query",
         "parameters": query,
-        "requestBody": {"required": True, "content": {**_json("PredictRequest"), **resource}},
+        "requestBody": {"required": True, "content": {**_json("PredictRequest", "NotesRequest"), **resource}},
         "responses": {"200": {"description": "The risks", "content": content}, **_refusals()},
     }
 
@@ -156,8 +159,10 @@ def _refusals() -> dict[str, Any]:
     return found
 
 
-def _json(name: str) -> dict[str, Any]:
-    return {"application/json": {"schema": _ref(name)}}
+def _json(name: str, *others: str) -> dict[str, Any]:
+    """others: schemas that content may have instead."""
+    schema = {"anyOf": [_ref(name), *map(_ref, others)]} if others else _ref(name)
+    return {"application/json": {"schema": schema}}
 
 
 def _ref(name: str) -> dict[str, str]:

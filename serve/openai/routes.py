@@ -1,4 +1,4 @@
-"""The HTTP application, for Ray Serve or plain uvicorn: of a language model, a clinical model, or both."""
+"""The HTTP application, for Ray Serve or plain uvicorn: of a language model, clinical models, or both."""
 
 import asyncio
 import time
@@ -11,8 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from serve.async_engine import AsyncEngine
-from serve.clinical.answer import card as clinical_card
 from serve.clinical.clinic import Clinic
+from serve.clinical.describe import card_of
 from serve.clinical.page import add_page
 from serve.clinical.routes import add_predictions
 from serve.config import ServeConfig
@@ -39,7 +39,7 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
 
 
 def build_app(engine: AsyncEngine | None, config: ServeConfig, clinic: Clinic | None = None) -> FastAPI:
-    """The application for a running engine, for a clinical model, or for both. Its shutdown drains and stops them."""
+    """The application for a running engine, for clinical models, or for both. Its shutdown drains and stops them."""
     parts = [part for part in (engine, clinic) if part is not None]
 
     @asynccontextmanager
@@ -65,7 +65,7 @@ def build_app(engine: AsyncEngine | None, config: ServeConfig, clinic: Clinic | 
         _add_maps(app, desk.maps)
     if clinic is not None:
         clinic.metrics, app.state.clinic = metrics, clinic
-        cards.append(clinical_card(clinic.predictor, int(time.time())))
+        cards += [card_of(model, int(time.time())) for model in clinic.models]
         add_predictions(app, clinic)
         add_page(app)
     _add_information(app, engine, clinic, {card["id"]: card for card in cards})

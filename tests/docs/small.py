@@ -5,7 +5,7 @@ from pathlib import Path
 from attnzoo.checkpoint import save_model
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.trained import save_trained
-from tests.helpers import clinical_models, sensor_models, serving
+from tests.helpers import clinical_models, clinical_notes, sensor_models, serving
 
 
 def small_checkpoint(directory: str) -> Path:
@@ -17,6 +17,12 @@ def small_clinical_model(directory: str) -> Path:
     """The same of a clinical one."""
     trained = clinical_models.small_trained(clinical_models.icu_cohort(), judged=0)
     return save_trained(Path(directory) / "export", trained)
+
+
+def small_notes_model(directory: str) -> Path:
+    """The same of a model that reads texts."""
+    made = clinical_notes.export_notes(Path(directory).parent / "made", None, steps=20)
+    return made.rename(Path(directory))
 
 
 def small_sensors(directory: str) -> Path:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from tests.docs.blocks import ROOT, Block, blocks
-from tests.docs.small import small_checkpoint, small_clinical_model, small_days, small_sensors
+from tests.docs.small import small_checkpoint, small_clinical_model, small_days, small_notes_model, small_sensors
 
 
 def prepare(directory: Path) -> None:
@@ -66,8 +66,8 @@ def run_python(block: Block, names: dict[str, object]) -> None:
 
 def new_names() -> dict[str, object]:
     """What blocks find: what hidden ones call."""
-    made = {each.__name__: each for each in (small_checkpoint, small_clinical_model, small_days, small_sensors)}
-    return {"__name__": "__main__", **made}
+    made = (small_checkpoint, small_clinical_model, small_notes_model, small_days, small_sensors)
+    return {"__name__": "__main__", **{each.__name__: each for each in made}}
 
 
 if __name__ == "__main__":

@@ -9,9 +9,13 @@ neither the model nor the patient has anything of a data set.
 import json
 import math
 import random
+import re
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from attnzoo.clinical.variables import PHYSIONET2012
 from serve.clinical import page
@@ -23,6 +27,9 @@ from tests.helpers.http_server import serving
 from tests.helpers.training import ROOT, command, finish
 
 HOURS = 48
+EVIL = "</script><img src=x onerror=window.hurt=1>"
+WHOLE = "document.querySelector('#result').dataset.whole === 'true' && !document.querySelector('#ask').open"
+"""Holds while a whole reply is shown."""
 CONFIG = """\
 base: {base}
 name: made-up-mortality
@@ -81,11 +88,54 @@ def visit(shown: Browser, url: str, width: int = 1280, height: int = 900) -> Non
     shown.wait("!document.querySelector('#example').disabled")
 
 
+@contextmanager
+def alone(seen: Browser, url: str) -> Iterator[None]:
+    """The page is open, asks nobody but this server, and nothing of it is refused or thrown while the block lasts."""
+    seen.requests.clear()
+    seen.problems.clear()
+    visit(seen, url)
+    yield
+    assert {each.partition("/")[0] + "//" + each.split("/")[2] for each in seen.requests} == {url}
+    assert not seen.problems
+    assert seen.value("window.hurt") is None
+
+
+def paste(shown: Browser, content: Any) -> None:
+    """Puts a request into the page: a text, or what JSON makes of anything else."""
+    shown.value("document.querySelector('#request').value = ''")
+    shown.value("document.querySelector('#request').focus()")
+    shown.call("Input.insertText", text=content if isinstance(content, str) else json.dumps(content))
+
+
+def predict(shown: Browser, content: Any) -> None:
+    """Asks for the prediction of a request, and waits until it is shown."""
+    paste(shown, content)
+    shown.click("#send")
+    shown.wait(WHOLE)
+
+
+def channels(colour: str) -> list[int]:
+    """The numbers of a CSS colour."""
+    return [int(each) for each in re.findall(r"\d+", colour)]
+
+
+def contrast(one: list[int], other: list[int]) -> float:
+    """WCAG 2's ratio of two colours."""
+
+    def luminance(colour: list[int]) -> float:
+        parts = [each / 255 for each in colour[:3]]
+        red, green, blue = (p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
 def ask(shown: Browser, button: str = "#example") -> None:
     """Asks for the example's prediction, and waits until it is shown."""
     shown.click(button)
     shown.click("#send")
-    shown.wait("document.querySelector('#result').dataset.whole === 'true' && !document.querySelector('#ask').open")
+    shown.wait(WHOLE)
 
 
 def picture(path: Path, scheme: str = "light") -> None:

@@ -14,14 +14,12 @@ from tests.helpers.browser import PROGRAM, browser
 from tests.helpers.clinical_files import FHIR_START, fhir_bundle, fhir_observation, fhir_stays
 from tests.helpers.clinical_models import NAMES, WINDOW, export, icu_cohort, request_of, small_trained
 from tests.helpers.http_server import serving
-from tests.helpers.patients_page import ask, visit
+from tests.helpers.patients_page import EVIL, alone, ask, channels, contrast, paste, predict, visit
 
 pytestmark = pytest.mark.skipif(
     PROGRAM is None, reason="no Chromium is installed (apt-get install chromium-headless-shell)"
 )
-EVIL = "</script><img src=x onerror=window.hurt=1>"
 TIP = "[...document.querySelectorAll('#tip:not([hidden]) div')].map(e => e.textContent).join('; ')"
-WHOLE = "document.querySelector('#result').dataset.whole === 'true' && !document.querySelector('#ask').open"
 
 
 @pytest.fixture(scope="module")
@@ -54,27 +52,9 @@ def seen():
 
 @pytest.fixture
 def shown(seen, url):
-    """The page, which asks nobody but this server, and of which nothing is refused or thrown."""
-    seen.requests.clear()
-    seen.problems.clear()
-    visit(seen, url)
-    yield seen
-    assert {each.partition("/")[0] + "//" + each.split("/")[2] for each in seen.requests} == {url}
-    assert not seen.problems
-    assert seen.value("window.hurt") is None
-    assert seen.value("document.scripts.length + document.images.length") == 2  # the module and the icon
-
-
-def paste(shown, content):
-    shown.value("document.querySelector('#request').value = ''")
-    shown.value("document.querySelector('#request').focus()")
-    shown.call("Input.insertText", text=content if isinstance(content, str) else json.dumps(content))
-
-
-def predict(shown, content):
-    paste(shown, content)
-    shown.click("#send")
-    shown.wait(WHOLE)
+    with alone(seen, url):
+        yield seen
+        assert seen.value("document.scripts.length + document.images.length") == 2  # the module and the icon
 
 
 def answer(url, request, **fields):
@@ -89,10 +69,6 @@ def cells(shown):
         "getComputedStyle(e).backgroundColor])"
     )
     return {(hour, variable): rest for hour, variable, *rest in listed}
-
-
-def channels(colour):
-    return [int(each) for each in re.findall(r"\d+", colour)]
 
 
 @pytest.mark.parametrize("explain", ["gradients", "attention"])
@@ -225,13 +201,6 @@ def test_without_enough_data_there_is_no_number_and_ids_are_text(shown, cohort):
     assert (
         shown.value("[document.querySelector('#risk .number'), document.querySelector('#curve circle')]") == [None] * 2
     )
-    shown.value(
-        "import('/patients/panels.js').then(m => m.drawWords([{label: 'HISTORY', word: 'chest', weight: .75}, "
-        f"{{label: 'HISTORY', word: {json.dumps(EVIL)}, weight: .25}}, {{label: 'PLAN', word: 'aspirin', weight: 1}}]))"
-    )
-    assert shown.text("#words") == f"chest {EVIL} "
-    shown.click("#labels input[value='PLAN']")
-    assert shown.text("#words") == "aspirin "
 
 
 def test_more_patients_than_are_explained_get_numbers_and_the_reason(seen, app_of, cohort):
@@ -302,18 +271,6 @@ def test_on_a_narrow_screen(shown, url, scheme):
     )
     assert unnamed == []
     shown.media("light")
-
-
-def contrast(one, other):
-    """WCAG 2's ratio of two colours."""
-
-    def luminance(colour):
-        parts = [each / 255 for each in colour[:3]]
-        red, green, blue = (p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
-        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
 
 
 def test_the_page_is_open_and_asks_for_the_key(seen, app_of, cohort, monkeypatch):

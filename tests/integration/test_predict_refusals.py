@@ -18,7 +18,7 @@ from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.variables import PMDATA
 from serve.clinical import intake as intake_module
 from serve.clinical import predictor as predictor_module
-from serve.clinical.loading import check_clinical, clinical_source
+from serve.clinical.loading import check_clinical, clinical_sources
 from serve.clinical.predictor import Predictor
 from serve.config import ServeConfig
 from tests.helpers.clinical_models import NAMES, ask, clinical_client, export, icu_cohort, request_of, small_trained
@@ -171,7 +171,8 @@ def test_limits(checkpoint, cohort, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"checkpoint": "{clinical}", "clinical": "{clinical}"}, "a server has one of them: leave clinical out"),
+        ({"checkpoint": "{clinical}", "clinical": "{clinical}"}, "both models are called 'tiny'; set clinical_name"),
+        ({"checkpoint": "{clinical}", "clinical_name": "x"}, "clinical_name='x' has no effect"),
         ({"checkpoint": "{clinical}", "max_num_seqs": 4}, "max_num_seqs=4 has no effect: "),
         ({"checkpoint": "{clinical}", "attention": "read"}, "attention='read' has no effect"),
         ({"checkpoint": "none", "max_patients": 4}, "this server has no clinical model (setting clinical)"),
@@ -183,7 +184,7 @@ def test_limits(checkpoint, cohort, monkeypatch):
 def test_settings_that_mean_nothing(checkpoint, settings, words):
     given = {key: str(checkpoint.parent) if value == "{clinical}" else value for key, value in settings.items()}
     with pytest.raises(ValueError, match=re.escape(words)):
-        clinical_source(ServeConfig(**given))
+        clinical_sources(ServeConfig(**given))
 
 
 def test_models_that_cannot_be_asked_for(cohort, tmp_path):

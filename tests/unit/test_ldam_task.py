@@ -42,6 +42,7 @@ def prepared(cohort: Cohort, *overrides: str) -> LdamTask:
         (["task.lable=[CC]"], "unknown key task.lable; did you mean 'label"),
         (["task.split=time"], "task.split='time' is not one of 'patient', 'stay'"),
         (["task.longest=0"], "task.longest=0 must be at least 1"),
+        (["task.explained=-1"], "task.explained=-1 must be at least 0"),
         (["task.definitions={CC: 3}"], "task.definitions.CC=3 must say in words"),
         (["model.vocab_size=8"], "model.vocab_size=8: the cohort and the task determine it"),
         (["model.skpi=true"], "unknown key model.skpi; did you mean 'skip'"),
@@ -152,7 +153,7 @@ def test_an_export_predicts_what_the_run_did(learned: tuple[Path, LdamTask]) -> 
     assert found_NK.sum(1) == pytest.approx(1.0)
     assert (found_NK.argmax(1) == task.labels[test].argmax(1)).mean() > 0.9
     again = task.measure(trained.model, task.batch(test)).detach()
-    assert np.allclose(found_NK, again.softmax(1).numpy(), rtol=0, atol=1e-6)
+    assert np.allclose(found_NK, trained.probabilities(again.numpy()), rtol=0, atol=1e-6)
     assert task.cohort.texts is not None
     of_texts = trained.predict_texts([task.cohort.texts[row] for row in test])
     assert np.allclose(found_NK, of_texts, rtol=0, atol=1e-6)

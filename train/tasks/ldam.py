@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from attnzoo.clinical import trained_ldam
 from attnzoo.clinical.definitions import definitions
+from attnzoo.clinical.explain_words import TextWords, judge_word_maps
+from attnzoo.clinical.label_calibration import LabelCalibration, fit_label_calibration
 from attnzoo.clinical.metrics import macro_auroc
 from attnzoo.clinical.statistics import Statistics
+from attnzoo.clinical.text_evidence import TextEvidence, measure_texts
 from attnzoo.clinical.trained_ldam import TrainedLdam, inputs_of, save_ldam
 from attnzoo.clinical.variables import VARIABLES
 from attnzoo.clinical.words import Vocabulary, cooccurrence_vectors
@@ -34,8 +37,8 @@ class LdamOptions(CohortOptions):
     """labels: of the cohort, 0 or 1 for each stay; null: all of them. definitions: what labels mean, by their names,
     where `attnzoo.clinical.definitions` has no text or another one is wanted. least: texts of training rows in which a
     word must stand to be in the vocabulary. longest: tokens of a text that are read. vectors: what words begin with,
-    vectors from their neighbours in training texts, or random ones. The others as in
-    `train.tasks.cohort.CohortOptions`.
+    vectors from their neighbours in training texts, or random ones. explained: inner validation texts on which the
+    export's explanations are judged; 0: none. The others as in `train.tasks.cohort.CohortOptions`.
     """
 
     split: Literal["patient", "stay"] = "patient"
@@ -44,9 +47,12 @@ class LdamOptions(CohortOptions):
     least: int = 2
     longest: int = 256
     vectors: Literal["cooccurrence", "random"] = "cooccurrence"
+    explained: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.explained < 0:
+            raise ValueError(f"task.explained={self.explained} must be at least 0")
         for name in ("least", "longest"):
             if getattr(self, name) < 1:
                 raise ValueError(f"task.{name}={getattr(self, name)} must be at least 1")
@@ -229,9 +235,9 @@ class LdamTask(CohortTask):
 
     def save(self, directory: Path, model: nn.Module, metadata: dict[str, Any]) -> None:
         """As `attnzoo.clinical.trained_ldam.load_ldam` reads it."""
-        made, parts = self._trained, self._data_and_split()
+        made, parts, given = self._trained, self._data_and_split(), cast(Ldam, model)
         whole = TrainedLdam(
-            cast(Ldam, model),
+            given,
             made.vocabulary,
             made.labels,
             made.definitions,
@@ -239,8 +245,25 @@ class LdamTask(CohortTask):
             made.statistics,
             *parts,
             metadata,
+            *self._measured(given),
         )
         save_ldam(directory, whole)
+
+    @torch.no_grad()
+    def _measured(self, model: Ldam) -> tuple[LabelCalibration, TextEvidence]:
+        """The calibration, fitted on the inner validation rows, and what is known about predictions."""
+        size, labels_NK = self.config.eval.batch_size, self._validation[-1]
+        parts = zip(*(tensor.split(size) for tensor in self._validation), strict=True)
+        logits_NK = torch.cat([self.measure(model, part) for part in parts])
+        calibration = fit_label_calibration(labels_NK.numpy(), logits_NK.float().numpy(), exclusive=self.exclusive)
+        words_NL, lengths_N, *series = (tensor[: self.options.explained] for tensor in self._validation[:-1])
+        seen = TextWords(words_NL, lengths_N, logits_NK[: self.options.explained].argmax(1), *series)
+        maps = judge_word_maps(model, seen) if len(seen) > 1 else {}
+        made = self._trained
+        evidence = measure_texts(
+            self._training_texts(), self.labels[self.fold.train], made.vocabulary, made.longest, maps
+        )
+        return calibration, evidence
 
 
 def rarity(texts: list[list[int]], words: int) -> Tensor:

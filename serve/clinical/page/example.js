@@ -1,7 +1,7 @@
 // Patients that were made up for this page (example.json). Their measurements follow straight lines with noise, by what a
 // variable means, so that they fit models whose data sets use other names. Nothing of them was taken from a data set.
 
-const { courses } = await (await fetch(new URL("./example.json", import.meta.url))).json(); // by what a variable means
+const { courses, talks } = await (await fetch(new URL("./example.json", import.meta.url))).json(); // courses: by what a variable means
 const AGAIN = 4; // a variable that means what an earlier one means is measured more rarely
 
 // Numbers between -1 and 1, the same each time.
@@ -13,7 +13,7 @@ function noise(seed) {
   };
 }
 
-export const examples = (card) => Boolean(card?.variables.some(({ meaning }) => courses[meaning]));
+export const examples = (card) => Boolean(card?.reads?.includes("text") || card?.variables.some(({ meaning }) => courses[meaning]));
 
 function measurements(card, end, seed, share) {
   const draw = noise(seed), seen = new Set(), found = [], hours = Math.min(48, card.window_hours);
@@ -45,6 +45,7 @@ const person = (id, age, sex, more) => ({ id, age_years: age, sex, ...more });
 
 // A request for one made-up patient, or for three of whom the last was hardly measured.
 export function example(card, many = false) {
+  if (card.reads.includes("text")) return texts(card, many);
   const window = card.window_hours, statics = { height_cm: 168, weight_kg: 81.5, icu_type: "medical" };
   const worse = person("made-up 1", 71, "female", { ...statics, admitted: "2026-03-01T08:00:00+01:00", cutoff_hour: window });
   worse.measurements = [...measurements(card, 1, 7, 1), ...mistakes(card)].filter(({ hour }) => hour < window).sort((a, b) => a.hour - b.hour);
@@ -52,4 +53,11 @@ export function example(card, many = false) {
   const better = person("made-up 2", 58, "male", { ...statics, height_cm: 181, cutoff_hour: window, measurements: measurements(card, 2, 11, 1) });
   const hardly = person("made-up 3", 40, "unknown", { cutoff_hour: window, measurements: measurements(card, 2, 13, 1).slice(0, 2) });
   return { patients: [worse, better, hardly] };
+}
+
+// The same for a model of texts: made-up talks, the last of which says hardly anything.
+function texts(card, many) {
+  const also = card.reads.includes("measurements") ? { measurements: measurements(card, 1, 7, 1), cutoff_hour: card.window_hours } : {};
+  const found = talks.map((text, at) => ({ id: `made-up ${at + 1}`, text, ...also }));
+  return { patients: many ? found : found.slice(0, 1) };
 }

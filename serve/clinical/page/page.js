@@ -4,12 +4,14 @@
 import { $, counted, element, percent, replace } from "./dom.js";
 import { example, examples } from "./example.js";
 import { Figure } from "./figure.js";
-import { drawFacts, drawFindings, drawRisk, drawWords } from "./panels.js";
+import { NoteFigure, readsTexts } from "./notes.js";
+import { drawFacts, drawFindings, drawRisk } from "./panels.js";
 import { addMaps, patientOf } from "./reply.js";
 import { Refused, models, predict, read } from "./request.js";
 
 const state = { cards: [], before: null, keys: [], reply: null, sent: null, patient: null, index: 0, running: null };
 const figure = new Figure(ask, (map, patient) => drawFindings(map, patient.explanation_reason, (name) => figure.find(name)));
+const note = new NoteFigure(ask);
 
 // --- the request -------------------------------------------------------------------------------------------------
 
@@ -31,19 +33,34 @@ async function load(file) {
   if (file) put(await file.text());
 }
 
+// The model that a request is for: the one that it names, else the chosen one or the first that takes what it gives.
 function card(found) {
-  return state.cards.find((each) => each.id === found.model) ?? state.cards[0];
+  const named = state.cards.find((each) => each.id === found.model), given = Boolean(found.texts?.some((each) => each !== null));
+  const chosen = state.cards.find((each) => each.id === $("model").value) ?? state.cards[0];
+  return named ?? [chosen, ...state.cards].find((each) => readsTexts(each) === given) ?? chosen;
 }
 
 async function meet() {
   try {
     state.cards = await models($("key").value);
-    const names = state.cards.map((each) => `${each.id}: ${each.outcome?.words ?? "predictions"} from ${counted(each.variables.length, "variable")} over ${counted(each.window_hours, "hour")}`);
+    const names = state.cards.map((each) => `${each.id}: ${takes(each)}`);
     $("server").textContent = names.join("; ") || "This server has no clinical model.";
   } catch (error) {
     $("server").textContent = `The server does not say what models it has: ${error.message}`;
   }
-  const possible = examples(state.cards[0]);
+  replace($("model"), ...state.cards.map(({ id }) => element("option", { value: id }, id)));
+  $("models").hidden = state.cards.length < 2;
+  offer();
+}
+
+function takes(each) {
+  if (readsTexts(each)) return `${counted(each.outcome.labels.length, "label")} from the first ${counted(each.max_tokens, "token")} of a text`;
+  return `${each.outcome.words} from ${counted(each.variables.length, "variable")} over ${counted(each.window_hours, "hour")}`;
+}
+
+// Examples are for the chosen model.
+function offer() {
+  const possible = examples(card({ model: $("model").value }));
   for (const id of ["example", "examples"]) {
     $(id).disabled = !possible;
     $(id).title = possible ? "made up for this page" : "the example has no variable of this model";
@@ -105,14 +122,14 @@ async function send() {
     $("kind").textContent = "Paste a request first, or take the synthetic example.";
     return $("request").focus();
   }
-  Object.assign(state, { sent: $("request").value, keys: found.kind === "request" ? found.keys : [] });
+  Object.assign(state, { sent: $("request").value, texts: found.texts ?? [], keys: found.kind === "request" ? found.keys : [] });
   const model = card(found), explains = (model?.explains ?? ["gradients"]).filter((each) => each !== "none");
   const explain = explains.includes("gradients") ? "gradients" : (explains[0] ?? "none");
   state.unexplained = null;
-  const stream = $("by-hour").checked && found.patients === 1;
+  const ofHours = !readsTexts(model), stream = ofHours && $("by-hour").checked && found.patients === 1;
   $("progress").textContent = "The model is at work …";
   const begun = { hours: [], cutoff: found.cutoff ?? model?.window_hours ?? 0 };
-  const reply = await run({ model: model?.id, explain, hourly: true, stream }, (each) => during(begun, each, model));
+  const reply = await run({ model: model?.id, explain, hourly: ofHours || undefined, stream }, (each) => during(begun, each, model));
   if (!reply) return;
   state.reply = reply;
   $("progress").textContent = "";
@@ -140,14 +157,15 @@ function during(begun, hour, model) {
 
 // A map that the reply does not have: the same request again, for that map alone.
 async function ask(name) {
-  const { reply, patient, index } = state;
+  const { reply, patient, index } = state, ofTexts = reply.outcome.kind === "labels";
   $("progress").textContent = "The map is made …";
-  const more = await run({ model: reply.model.id, explain: name, hourly: false });
+  const more = await run({ model: reply.model.id, explain: name, hourly: ofTexts ? undefined : false });
   if (!more) return;
   $("progress").textContent = "";
   const same = more.patients[index];
   if (same?.input_digest !== patient.input_digest) return refuse(new Error("The server's second reply is about another input."));
-  addMaps(patient, same.explanations);
+  if (ofTexts) note.add(same.explanations);
+  else addMaps(patient, same.explanations);
 }
 
 // --- the reply ---------------------------------------------------------------------------------------------------
@@ -156,7 +174,9 @@ function list() {
   const { patients } = state.reply;
   $("patients").hidden = patients.length < 2;
   const buttons = patients.map((each, index) => {
-    const risk = each.status === "ok" ? (each.probability === null ? "" : percent(each.probability)) : "not enough data";
+    const best = each.labels ? each.labels.reduce((a, b) => (b.probability > a.probability ? b : a), { probability: -1 }) : each;
+    const told = typeof best.probability === "number" ? [best.label, percent(best.probability)].filter(Boolean).join(" ") : "";
+    const risk = each.status === "ok" ? told : "not enough data";
     const button = element("button", { type: "button" }, element("span", {}, each.id), element("small", {}, risk));
     button.addEventListener("click", () => show(index));
     return button;
@@ -165,22 +185,32 @@ function list() {
 }
 
 function show(index) {
-  const patient = patientOf(state.reply, index), model = card({ model: state.reply.model.id });
-  Object.assign(state, { patient, index });
-  patient.explanation_reason ??= state.unexplained;
+  const { reply } = state, model = card({ model: reply.model.id }), ofTexts = reply.outcome.kind === "labels";
+  const offered = (any) => (any && !state.keys.includes("explain") ? (model?.explains ?? []).filter((each) => each !== "none") : []);
+  state.index = index;
   [...$("patients").children].forEach((each, at) => each.setAttribute("aria-current", String(at === index)));
-  $("who").textContent = `Patient ${patient.id}`;
-  $("warning").querySelector("span").textContent = state.reply.research_use_only;
+  $("warning").querySelector("span").textContent = reply.research_use_only;
   $("result").hidden = false;
   $("result").dataset.whole = "true";
   $("facts").hidden = false;
-  drawRisk(state.reply, patient);
-  drawFacts(state.reply, patient);
-  drawWords(patient.words);
-  const asked = state.keys.includes("explain"); // the request itself says which map it wants
-  const offered = patient.maps.size && !asked ? (model?.explains ?? []).filter((each) => each !== "none") : [];
-  figure.show(patient, [...new Set([...patient.maps.keys(), ...offered])]);
-  $("reasons").hidden = patient.status !== "ok";
+  if (ofTexts) {
+    Object.assign(figure, { patient: null });
+    $("figure").hidden = true;
+    const given = reply.patients[index];
+    given.explanation_reason ??= state.unexplained;
+    state.patient = note.show(reply, index, state.texts[index], offered(given.explanations.length));
+  } else {
+    const patient = patientOf(reply, index);
+    Object.assign(note, { patient: null });
+    $("text").hidden = true;
+    patient.explanation_reason ??= state.unexplained;
+    state.patient = patient;
+    drawRisk(reply, patient);
+    figure.show(patient, [...new Set([...patient.maps.keys(), ...offered(patient.maps.size)])]);
+  }
+  $("who").textContent = `Patient ${state.patient.id}`;
+  drawFacts(reply, state.patient);
+  $("reasons").hidden = state.patient.status !== "ok";
 }
 
 // --- what people do ----------------------------------------------------------------------------------------------
@@ -196,7 +226,8 @@ $("file").addEventListener("change", async () => {
   $("file").value = "";
 });
 for (const id of ["example", "examples"])
-  $(id).addEventListener("click", () => put(JSON.stringify(example(state.cards[0], id === "examples"), null, 1)));
+  $(id).addEventListener("click", () => put(JSON.stringify(example(card({ model: $("model").value }), id === "examples"), null, 1)));
+$("model").addEventListener("change", offer);
 $("back").addEventListener("click", () => put(state.before));
 // A file that misses the field would replace the page, and with it what was pasted.
 for (const name of ["dragover", "drop"])

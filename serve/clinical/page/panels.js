@@ -1,6 +1,6 @@
-// The cards beside the figure: the risk, what moved it, what it rests on, and words by label.
+// The cards beside the figure: the risk, what moved it, and what it rests on.
 
-import { $, choices, counted, drawn, element, number, percent, range, replace } from "./dom.js";
+import { $, counted, drawn, element, number, percent, range, replace } from "./dom.js";
 import { palette } from "./colours.js";
 
 const NOT_ENOUGH = "Not enough data";
@@ -8,16 +8,7 @@ const NOT_ENOUGH = "Not enough data";
 // after: hours that a prediction of a stream has used so far; undefined: the prediction is whole.
 export function drawRisk(reply, patient, after) {
   const { outcome, interval, base_rate: base } = reply, words = outcome?.words ?? "the outcome";
-  if (patient.status !== "ok") {
-    replace(
-      $("risk"),
-      element("h3", {}, `Risk of ${words}`),
-      element("p", { class: "none" }, NOT_ENOUGH),
-      element("ul", { class: "plain" }, ...patient.reasons.map((each) => element("li", {}, each))),
-      coverage(patient),
-    );
-    return;
-  }
+  if (patient.status !== "ok") return drawNotEnough(`Risk of ${words}`, patient.reasons, coverageWords(patient));
   if (patient.buckets) return drawBuckets(words, patient);
   const band = patient.low !== null && patient.low !== undefined;
   const said = band ? `${Math.round((interval?.level ?? 0.95) * 100)} % interval ${range(patient.low, patient.high)}` : "no interval";
@@ -33,6 +24,17 @@ export function drawRisk(reply, patient, after) {
   );
 }
 
+// In the place of a number. known: what is said of the data that there are.
+export function drawNotEnough(title, reasons, known) {
+  replace(
+    $("risk"),
+    element("h3", {}, title),
+    element("p", { class: "none" }, NOT_ENOUGH),
+    element("ul", { class: "plain" }, ...reasons.map((each) => element("li", {}, each))),
+    known && element("p", { class: "soft small" }, known),
+  );
+}
+
 function gauge({ probability, low, high }, base) {
   const made = drawn("svg", { viewBox: "0 0 200 26", class: "gauge", role: "img", "aria-label": `risk ${percent(probability)}${base === null ? "" : `, base rate ${percent(base)}`}` });
   made.append(drawn("rect", { class: "track", x: 0, y: 9, width: 200, height: 8, rx: 4 }));
@@ -42,10 +44,15 @@ function gauge({ probability, low, high }, base) {
   return made;
 }
 
-function coverage({ coverage: found }) {
+function coverageWords({ coverage: found }) {
   if (!found) return null;
   const least = found.least === null || found.least === undefined ? "" : `, at least ${percent(found.least)} needed`;
-  return element("p", { class: "soft small" }, `${percent(found.measured)} of the cells are measured${least}.`);
+  return `${percent(found.measured)} of the cells are measured${least}.`;
+}
+
+function coverage(patient) {
+  const words = coverageWords(patient);
+  return words && element("p", { class: "soft small" }, words);
 }
 
 function drawBuckets(words, patient) {
@@ -79,8 +86,11 @@ export function drawFindings(map, reason, choose) {
 export function drawFacts(reply, patient) {
   const { model } = reply, trained = [model.training_stays && `${model.training_stays.toLocaleString("en")} stays`, model.trained_on && `of ${model.trained_on}`];
   const hash = (text) => text && element("code", { title: text, tabindex: 0 }, text.length > 16 ? `${text.slice(0, 12)}…` : text);
+  const { text } = patient;
   const facts = [
-    ["Cut-off", `${counted(patient.cutoff_hour, "hour")} of the stay${patient.cutoff_time ? `, ${patient.cutoff_time.replace("T", " ").replace(/:00(?=[+Z-])/, " ")}` : ""}`],
+    ["Text", text && `${text.tokens_read} of ${counted(text.tokens, "token")} read, ${counted(text.characters, "character")}`],
+    ["Measured", text && coverageWords(patient)],
+    ["Cut-off", patient.cutoff_hour !== null && `${counted(patient.cutoff_hour, "hour")} of the stay${patient.cutoff_time ? `, ${patient.cutoff_time.replace("T", " ").replace(/:00(?=[+Z-])/, " ")}` : ""}`],
     ["Model", `${model.id}`],
     ["Version", hash(model.version)],
     ["Training", trained.filter(Boolean).join(" ") || null],
@@ -111,22 +121,4 @@ function drawRejected(found, bundle) {
   };
   const more = [...listed("left out of the bundle", bundle?.left_out), ...listed("unknown units in the bundle", bundle?.unknown_units)];
   replace($("rejected").querySelector("ul"), ...rows, ...examples, ...more);
-}
-
-// Words of a note, coloured by their weight for one label.
-export function drawWords(words) {
-  const labels = [...new Set((words ?? []).map((each) => each.label))];
-  $("text").hidden = !labels.length;
-  if (!labels.length) return;
-  const show = (label) => {
-    const some = words.filter((each) => each.label === label), most = Math.max(...some.map((each) => each.weight)) || 1, colour = palette();
-    const marked = some.flatMap(({ word, weight }) => {
-      const made = element("mark", { tabindex: 0, title: `${percent(weight)} of the weight for ${label}`, "data-weight": weight }, word);
-      made.style.backgroundColor = colour((weight / most) * 0.45, false);
-      return [made, " "];
-    });
-    replace($("words"), ...marked);
-  };
-  choices($("labels"), "label", labels.map((value) => ({ value, text: value })), labels[0], show);
-  show(labels[0]);
 }

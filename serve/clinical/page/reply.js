@@ -3,7 +3,7 @@
 import { measured } from "./dom.js";
 
 export const TITLES = { gradients: "gradients, signed", attention: "attention" };
-const NAMES = { "integrated gradients": "gradients", attention: "attention" };
+export const NAMES = { "integrated gradients": "gradients", attention: "attention" };
 
 const grid = (patient, empty) => patient.variables.map(() => Array(patient.hours).fill(empty));
 

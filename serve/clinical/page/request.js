@@ -32,7 +32,7 @@ export async function models(key) {
   return (await response.json()).data.filter((each) => each.kind === "clinical");
 }
 
-// What a text is: {kind: "fhir" | "request" | "text", patients, keys, says}.
+// What a text is: {kind: "fhir" | "request" | "text", patients, keys, says, texts}. texts: of each patient, null without one.
 export function read(text) {
   let value = null;
   try {
@@ -48,8 +48,9 @@ export function read(text) {
     return { kind: "fhir", keys, patients: 0, model: null, says: `FHIR ${value.resourceType}${entries}` };
   }
   const patients = Array.isArray(value.patients) ? value.patients.length : 0;
+  const texts = patients ? value.patients.map((each) => (typeof each?.text === "string" ? each.text : null)) : [];
   const cutoff = value.patients?.[0]?.cutoff_hour ?? value.cutoff_hour;
-  return { kind: "request", keys, patients, model: value.model, cutoff, says: `request for ${patients} patient${patients === 1 ? "" : "s"}` };
+  return { kind: "request", keys, patients, model: value.model, cutoff, texts, says: `request for ${patients} patient${patients === 1 ? "" : "s"}` };
 }
 
 // options that the request does not have are put before what it says; nothing of it is written anew.

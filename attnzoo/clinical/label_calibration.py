@@ -1,0 +1,133 @@
+"""Calibration of a model that tells the logits of several labels, and how well it is known.
+
+Labels that exclude one another share one temperature, so that their probabilities still add up to 1. Other labels have
+a temperature and an intercept each, by `attnzoo.clinical.calibration`; one that all rows have, or none, is left as the
+model tells it. Letters: N rows, K labels, R weightings of the rows, D bootstrap samples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from attnzoo.clinical.bootstrap import resampled_weights
+from attnzoo.clinical.calibration import TEMPERATURES, Calibrator, fit_calibrator, fit_calibrators, sigmoid
+from attnzoo.clinical.checks import Array
+
+DRAWS = 200
+"""Bootstrap samples of the rows on which a model is calibrated."""
+HALVINGS = 50
+
+
+def softmax(logits: Array) -> Array:
+    """Over the last axis, without overflow."""
+    raised = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    found: Array = raised / raised.sum(axis=-1, keepdims=True)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelCalibration:
+    """rows: on which it was fitted. calibrators: one for all labels where they exclude one another (`exclusive`), else
+    one a label, None where the rows are all of one kind. drawn: for each of these, calibrators of bootstrap samples of
+    the rows. Raises ValueError."""
+
+    exclusive: bool
+    rows: int
+    calibrators: tuple[Calibrator | None, ...]
+    drawn: tuple[tuple[Calibrator, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.calibrators or len(self.drawn) != len(self.calibrators):
+            raise ValueError(f"drawn has {len(self.drawn)} entries for {len(self.calibrators)} calibrators")
+        if self.exclusive and (len(self.calibrators) != 1 or self.calibrators[0] is None):
+            raise ValueError("labels that exclude one another have one calibrator, with its temperature for all")
+
+    def probabilities(self, logits_NK: ArrayLike) -> Array:
+        """Calibrated probabilities [N, K], float64."""
+        given_NK = np.asarray(logits_NK, np.float64)
+        if self.exclusive:
+            (only,) = self.calibrators
+            assert only is not None
+            return softmax(only.logits(given_NK))
+        pairs = zip(self.calibrators, given_NK.T, strict=True)
+        return np.stack([sigmoid(x_N) if one is None else one.probabilities(x_N) for one, x_N in pairs], axis=1)
+
+    def interval(self, logits_NK: ArrayLike, level: float = 0.95) -> tuple[Array, Array]:
+        """(low, high) [N, K] of the calibrated probabilities; NaN where nothing was drawn. It tells how well the
+        calibration is known, not how models of other training runs would differ."""
+        given_NK, ends = np.asarray(logits_NK, np.float64), [(1 - level) / 2, (1 + level) / 2]
+        if self.exclusive and self.drawn[0]:
+            drawn_DNK = np.stack([softmax(one.logits(given_NK)) for one in self.drawn[0]])
+            low_NK, high_NK = np.quantile(drawn_DNK, ends, axis=0)
+            return low_NK, high_NK
+        found_2NK = np.full((2, *given_NK.shape), np.nan)
+        for label, drawn in enumerate(self.drawn):
+            if drawn:
+                of_label_DN = np.stack([one.probabilities(given_NK[:, label]) for one in drawn])
+                found_2NK[:, :, label] = np.quantile(of_label_DN, ends, axis=0)
+        return found_2NK[0], found_2NK[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A mapping that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "LabelCalibration":
+        """What `to_dict` wrote. Raises ValueError, KeyError or TypeError for other content."""
+        if set(content) != {"exclusive", "rows", "calibrators", "drawn"}:
+            raise ValueError(f"a calibration of labels has the keys {', '.join(map(str, content)) or 'none'}")
+        return cls(
+            exclusive=bool(content["exclusive"]),
+            rows=int(content["rows"]),
+            calibrators=tuple(None if one is None else Calibrator.from_dict(one) for one in content["calibrators"]),
+            drawn=tuple(tuple(Calibrator.from_dict(one) for one in some) for some in content["drawn"]),
+        )
+
+
+def fit_label_calibration(
+    labels_NK: ArrayLike, logits_NK: ArrayLike, *, exclusive: bool, draws: int = DRAWS, seed: int = 0
+) -> LabelCalibration:
+    """Of rows that neither trained the model nor are measured. labels_NK: 0 or 1; with exclusive ones, one 1 in each
+    row. Raises ValueError."""
+    known_NK, given_NK = np.asarray(labels_NK, np.float64), np.asarray(logits_NK, np.float64)
+    weights_RN = np.concatenate(list(resampled_weights(np.arange(len(known_NK)), draws, seed)))
+    if exclusive:
+        all_1N = np.ones((1, len(known_NK)))
+        first, *drawn = fit_temperatures(known_NK, given_NK, np.concatenate([all_1N, weights_RN]))
+        return LabelCalibration(exclusive=True, rows=len(known_NK), calibrators=(first,), drawn=(tuple(drawn),))
+    found: list[tuple[Calibrator | None, Sequence[Calibrator]]] = []
+    for label_N, logit_N in zip(known_NK.T, given_NK.T, strict=True):
+        both = 0 < label_N.sum() < len(label_N)
+        found.append(
+            (fit_calibrator(label_N, logit_N), fit_calibrators(label_N, logit_N, weights_RN)) if both else (None, ())
+        )
+    return LabelCalibration(
+        exclusive=False,
+        rows=len(known_NK),
+        calibrators=tuple(one for one, _ in found),
+        drawn=tuple(tuple(drawn) for _, drawn in found),
+    )
+
+
+def fit_temperatures(labels_NK: Array, logits_NK: Array, weights_RN: Array) -> list[Calibrator]:
+    """The temperature of greatest likelihood of a softmax, within `TEMPERATURES`, for each weighting of the rows.
+
+    The likelihood is concave in s = 1 / temperature, and its slope is sum_n w_n (z_n,y - E_p z_n): the root is found by
+    halving. Raises ValueError for logits that are not finite, and for rows without exactly one label.
+    """
+    if labels_NK.shape != logits_NK.shape or not (labels_NK.sum(axis=1) == 1).all():
+        raise ValueError(f"labels {labels_NK.shape} must have exactly one 1 in each row, as logits {logits_NK.shape}")
+    if not np.isfinite(logits_NK).all():
+        raise ValueError("logits hold numbers that are not finite")
+    of_label_N = (labels_NK * logits_NK).sum(axis=1)
+    low_R = np.full(len(weights_RN), 1.0 / TEMPERATURES[1])
+    high_R = np.full(len(weights_RN), 1.0 / TEMPERATURES[0])
+    for _ in range(HALVINGS):
+        s_R = (low_R + high_R) / 2
+        expected_RN = np.stack([(softmax(s * logits_NK) * logits_NK).sum(axis=1) for s in s_R])
+        rises_R = (weights_RN * (of_label_N - expected_RN)).sum(axis=1) > 0
+        low_R, high_R = np.where(rises_R, s_R, low_R), np.where(rises_R, high_R, s_R)
+    return [Calibrator(temperature=float(2.0 / (low + high))) for low, high in zip(low_R, high_R, strict=True)]

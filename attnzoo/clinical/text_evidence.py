@@ -1,0 +1,97 @@
+"""What is known about predictions from texts and told beside each of them: how frequent every label is, how many words
+a text must have that the model knows, and whether explanations point at what the model uses.
+
+Frequencies and words are those of training rows; explanations are measured on the inner validation rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from attnzoo.clinical.evidence import MapVerdict
+from attnzoo.clinical.words import Vocabulary, spans
+
+FEWEST = 0.01
+"""The share of training texts that have fewer words, or a smaller share of known ones, than is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordCount:
+    """Words of the part of a text that is read: without digits and marks of punctuation, which every text has. known:
+    of these in the vocabulary."""
+
+    words: int
+    known: int
+
+    @property
+    def share(self) -> float:
+        """Known words of all; 0 without any word."""
+        return self.known / max(self.words, 1)
+
+    @classmethod
+    def of(cls, text: str, vocabulary: Vocabulary, longest: int) -> "WordCount":
+        """Of the first `longest` tokens."""
+        read = [text[start:end] for start, end in spans(text)[:longest]]
+        is_known = [vocabulary.knows(word) for word in read if word[0].isalpha()]
+        return cls(words=len(is_known), known=sum(is_known))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEvidence:
+    """stays: in the training part. shares: of them with each label. least_known, least_share: known words of a text,
+    and their share of its words, that 99 % of the training texts reach. maps: what is known about explanations, by the
+    map's name."""
+
+    stays: int
+    shares: tuple[float, ...]
+    least_known: int
+    least_share: float
+    maps: Mapping[str, MapVerdict]
+
+    def reasons(self, found: WordCount) -> list[str]:
+        """Why a text is not enough; empty where it is."""
+        if found.known < self.least_known:
+            return [
+                f"{found.known} of the text's words are known to the model; 99 % of the training texts had "
+                f"{self.least_known} or more"
+            ]
+        if found.share < self.least_share:
+            return [
+                f"{found.share:.0%} of the text's words are known to the model; 99 % of the training texts had "
+                f"{self.least_share:.0%} or more"
+            ]
+        return []
+
+    def to_dict(self) -> dict[str, Any]:
+        """A mapping that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "TextEvidence":
+        """What `to_dict` wrote. Raises ValueError, KeyError or TypeError for other content."""
+        if set(content) != {one.name for one in fields(cls)}:
+            raise ValueError(f"evidence has the keys {', '.join(map(str, content)) or 'none'}")
+        return cls(
+            stays=int(content["stays"]),
+            shares=tuple(float(share) for share in content["shares"]),
+            least_known=int(content["least_known"]),
+            least_share=float(content["least_share"]),
+            maps={name: MapVerdict(**one) for name, one in content["maps"].items()},
+        )
+
+
+def measure_texts(
+    texts: Sequence[str], labels_NK: np.ndarray, vocabulary: Vocabulary, longest: int, maps: Mapping[str, MapVerdict]
+) -> TextEvidence:
+    """The evidence of training rows. maps: as `attnzoo.clinical.explain_words.judge_word_maps` gives them."""
+    counts = [WordCount.of(text, vocabulary, longest) for text in texts]
+    known_N, share_N = np.array([one.known for one in counts]), np.array([one.share for one in counts])
+    return TextEvidence(
+        stays=len(counts),
+        shares=tuple(float(share) for share in labels_NK.mean(axis=0, dtype=np.float64)),
+        least_known=int(np.quantile(known_N, FEWEST, method="lower")),
+        least_share=float(np.quantile(share_N, FEWEST, method="lower")),
+        maps=maps,
+    )
