@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from attnzoo.clinical.bootstrap import resampled_weights
+from attnzoo.clinical.bootstrap import NUMBERS_AT_ONCE, resampled_weights
 from attnzoo.clinical.calibration import TEMPERATURES, Calibrator, fit_calibrator, fit_calibrators, sigmoid
 from attnzoo.clinical.checks import Array
 
 DRAWS = 200
 """Bootstrap samples of the rows on which a model is calibrated."""
-HALVINGS = 50
+HALVINGS = 45
 
 
 def softmax(logits: Array) -> Array:
@@ -125,9 +125,12 @@ def fit_temperatures(labels_NK: Array, logits_NK: Array, weights_RN: Array) -> l
     of_label_N = (labels_NK * logits_NK).sum(axis=1)
     low_R = np.full(len(weights_RN), 1.0 / TEMPERATURES[1])
     high_R = np.full(len(weights_RN), 1.0 / TEMPERATURES[0])
+    blocks = min(len(weights_RN), 1 + len(weights_RN) * logits_NK.size // NUMBERS_AT_ONCE)
     for _ in range(HALVINGS):
         s_R = (low_R + high_R) / 2
-        expected_RN = np.stack([(softmax(s * logits_NK) * logits_NK).sum(axis=1) for s in s_R])
+        expected_RN = np.concatenate(
+            [(softmax(s_S[:, None, None] * logits_NK) * logits_NK).sum(axis=-1) for s_S in np.array_split(s_R, blocks)]
+        )
         rises_R = (weights_RN * (of_label_N - expected_RN)).sum(axis=1) > 0
         low_R, high_R = np.where(rises_R, s_R, low_R), np.where(rises_R, high_R, s_R)
     return [Calibrator(temperature=float(2.0 / (low + high))) for low, high in zip(low_R, high_R, strict=True)]

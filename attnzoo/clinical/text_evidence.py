@@ -1,7 +1,8 @@
 """What is known about predictions from texts and told beside each of them: how frequent every label is, how many words
 a text must have that the model knows, and whether explanations point at what the model uses.
 
-Frequencies and words are those of training rows; explanations are measured on the inner validation rows.
+Frequencies are those of training rows, the rest of inner validation rows: the vocabulary was made of the training
+texts, so that these have more known words than other texts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from attnzoo.clinical.evidence import MapVerdict
 from attnzoo.clinical.words import Vocabulary, spans
 
 FEWEST = 0.01
-"""The share of training texts that have fewer words, or a smaller share of known ones, than is asked for."""
+"""The share of texts that have fewer known words, or a smaller share of them, than is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,28 +41,25 @@ class WordCount:
 
 @dataclass(frozen=True, kw_only=True)
 class TextEvidence:
-    """stays: in the training part. shares: of them with each label. least_known, least_share: known words of a text,
-    and their share of its words, that 99 % of the training texts reach. maps: what is known about explanations, by the
-    map's name."""
+    """stays: in the training part. shares: of them with each label. texts: of the inner validation part. least_known,
+    least_share: known words of a text, and their share of its words, that 99 % of these texts reach. maps: what is
+    known about explanations, by the map's name."""
 
     stays: int
     shares: tuple[float, ...]
+    texts: int
     least_known: int
     least_share: float
     maps: Mapping[str, MapVerdict]
 
     def reasons(self, found: WordCount) -> list[str]:
         """Why a text is not enough; empty where it is."""
+        others = f"of {self.texts:,} texts that it had not seen in training 99 % had"
         if found.known < self.least_known:
-            return [
-                f"{found.known} of the text's words are known to the model; 99 % of the training texts had "
-                f"{self.least_known} or more"
-            ]
+            return [f"{found.known} of the text's words are known to the model; {others} {self.least_known} or more"]
         if found.share < self.least_share:
-            return [
-                f"{found.share:.0%} of the text's words are known to the model; 99 % of the training texts had "
-                f"{self.least_share:.0%} or more"
-            ]
+            few = f"{found.share:.0%} of the text's words are known to the model"
+            return [f"{few}; {others} {self.least_share:.0%} or more"]
         return []
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,6 +74,7 @@ class TextEvidence:
         return cls(
             stays=int(content["stays"]),
             shares=tuple(float(share) for share in content["shares"]),
+            texts=int(content["texts"]),
             least_known=int(content["least_known"]),
             least_share=float(content["least_share"]),
             maps={name: MapVerdict(**one) for name, one in content["maps"].items()},
@@ -83,14 +82,16 @@ class TextEvidence:
 
 
 def measure_texts(
-    texts: Sequence[str], labels_NK: np.ndarray, vocabulary: Vocabulary, longest: int, maps: Mapping[str, MapVerdict]
+    labels_NK: np.ndarray, texts: Sequence[str], vocabulary: Vocabulary, longest: int, maps: Mapping[str, MapVerdict]
 ) -> TextEvidence:
-    """The evidence of training rows. maps: as `attnzoo.clinical.explain_words.judge_word_maps` gives them."""
+    """The evidence. labels_NK: of the training rows; texts: of the inner validation rows. maps: as
+    `attnzoo.clinical.explain_words.judge_word_maps` gives them."""
     counts = [WordCount.of(text, vocabulary, longest) for text in texts]
     known_N, share_N = np.array([one.known for one in counts]), np.array([one.share for one in counts])
     return TextEvidence(
-        stays=len(counts),
+        stays=len(labels_NK),
         shares=tuple(float(share) for share in labels_NK.mean(axis=0, dtype=np.float64)),
+        texts=len(counts),
         least_known=int(np.quantile(known_N, FEWEST, method="lower")),
         least_share=float(np.quantile(share_N, FEWEST, method="lower")),
         maps=maps,

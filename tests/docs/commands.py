@@ -175,7 +175,9 @@ def _chat(body: dict[str, Any]) -> None:
 
 def _predict(words: list[str], query: str) -> None:
     """Reads what is asked for as the server does."""
-    from serve.clinical.protocol import parse_bundle_options, parse_predict
+    from attnzoo.clinical.definitions import SECTIONS
+    from serve.clinical.notes.protocol import parse_notes
+    from serve.clinical.protocol import parse_bundle_options, parse_predict, read_values
     from serve.openai.errors import ApiError
 
     try:
@@ -183,7 +185,9 @@ def _predict(words: list[str], query: str) -> None:
             [(name, value) for name, _, value in (one.partition("=") for one in query.split("&") if one)]
         )
         if "-d" in words:
-            parse_predict(words[words.index("-d") + 1].encode())
+            values = read_values(words[words.index("-d") + 1].encode())
+            of_texts = any("text" in patient for patient in values.get("patients", []))
+            parse_notes(values, tuple(SECTIONS)) if of_texts else parse_predict(values)
     except ApiError as error:
         raise ValueError(f"/v1/predict: {error}") from None
 

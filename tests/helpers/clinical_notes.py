@@ -1,5 +1,6 @@
 """Exports of small models of texts, as their task writes them, and requests to them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,18 @@ NAME = "notes"
 SMALL = ("model.model_dim=16", "task.least=1", "task.validation=0.3", "model.dropout=0.1", "model.skip=false")
 
 
+def named_texts(rows: int = 240) -> Cohort:
+    """Texts that have a name each, which no other text has: a word that a model knows of training rows alone."""
+    cohort = text_cohort(rows)
+    assert cohort.texts is not None
+    names = (f"q{row:b}".replace("0", "a").replace("1", "b") for row in range(rows))
+    return replace(cohort, texts=tuple(f"{text} {name}" for text, name in zip(cohort.texts, names, strict=True)))
+
+
 def export_notes(directory: Path, cohort: Cohort | None = None, *words: str, steps: int = 0) -> Path:
     """The run directory, called `NAME`, of a model that has learned for so many steps. words: overrides."""
     torch.manual_seed(0)
-    task = prepared_task(LdamTask, "ldam-sections.yaml", cohort or text_cohort(300), [*SMALL, *words])
+    task = prepared_task(LdamTask, "ldam-sections.yaml", cohort or named_texts(), [*SMALL, *words])
     model = task.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     for _ in range(steps):

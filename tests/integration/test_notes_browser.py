@@ -19,7 +19,7 @@ from tests.helpers.patients_page import EVIL, WHOLE, alone, channels, contrast, 
 pytestmark = pytest.mark.skipif(
     PROGRAM is None, reason="no Chromium is installed (apt-get install chromium-headless-shell)"
 )
-TEXT = "Doctor: how are you?\nPatient: I am fine, 𝒳🦠 penicillin gave me a rash today. And well"
+TEXT = "Doctor: how are you?\nPatient: I am fine, 𝒳🦠 penicillin, rash today. And well and fine."
 MARKS = (
     "[...document.querySelectorAll('#words mark')].map(e => [Number(e.dataset.word), e.textContent, "
     "Number(e.dataset.weight), e.title, getComputedStyle(e).backgroundColor])"
@@ -30,7 +30,7 @@ MARKS = (
 def url(tmp_path_factory):
     """A model of measurements, and one of texts."""
     path = tmp_path_factory.mktemp("notes")
-    notes = export_notes(path, None, "task.longest=24", "task.explained=8", steps=60)
+    notes = export_notes(path, None, "task.longest=24", "task.explained=8", steps=50)
     tiny = export(path, small_trained(icu_cohort(), judged=0)).parent
     config = ServeConfig(checkpoint=str(tiny), clinical=str(notes))
     with serving(build_app(None, config, load_clinic(config)), lifespan="auto") as url:
@@ -116,7 +116,7 @@ def test_labels_have_probability_interval_base_rate_and_definition(shown, url):
     assert facts["ALLERGY"]["definition"] in shown.text("#definition")
     assert "one temperature for all labels" in shown.text("#risk details")
     assert f"of {patient['text']['words']} words known" in shown.text("#risk")
-    for each in (patient["input_digest"][:12], card["version"][:12], "24 of 24 tokens read"):
+    for each in (patient["input_digest"][:12], card["version"][:12], f"of {patient['text']['tokens']} tokens read"):
         assert each in shown.text("#fact-list")
     assert shown.value("document.querySelector('#figure').hidden")
     assert "For research only" in shown.text("#warning")

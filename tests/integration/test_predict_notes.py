@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ from tests.helpers.clinical_notes import NAME, export_notes, notes_request
 from tests.helpers.clinical_texts import TOPICS, text_cohort
 from tests.helpers.engines import SECRET
 
-TEXT = "Doctor: how are you?\nPatient: I am fine, 𝒳 penicillin gave me a rash today."
+TEXT = "Doctor: how are you?\nPatient: I am fine, 𝒳 penicillin, rash today and well."
 FHIR = "application/fhir+json"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ("task.longest=24", "task.explained=12")
-    return export_notes(tmp_path_factory.mktemp("notes"), None, *words, steps=60)
+    return export_notes(tmp_path_factory.mktemp("notes"), None, *words, steps=50)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """A model of series and texts, which learned from stays without texts too, beside one of measurements alone."""
     cohort, path = text_cohort(60, variables=("HR", "Temp")), tmp_path_factory.mktemp("both")
     texts = tuple("" if row % 9 == 0 else text for row, text in enumerate(cohort.texts or ()))
-    object.__setattr__(cohort, "texts", texts)
-    notes = export_notes(path, cohort, "model.exclusive=false", "model.pooling=shared")
+    notes = export_notes(path, replace(cohort, texts=texts), "model.exclusive=false", "model.pooling=shared")
     tiny = export(path, small_trained(icu_cohort(), judged=0)).parent
     with clinical_client(tiny, clinical=str(notes)) as client:
         yield client
@@ -210,7 +210,7 @@ def test_two_clinical_models_on_one_server(both: TestClient) -> None:
     assert ask(both, {"patients": []}, status=400)["param"] == "model"
     assert "this server has 'tiny', 'notes'" in ask(both, {"model": "x", "patients": []}, status=404)["message"]
     empty = both.post("/v1/predict", content=b'{"resourceType": "Bundle"}', headers={"content-type": FHIR})
-    assert "entry" in empty.json()["error"]["message"], "it was read by the model of measurements"
+    assert "there is no Encounter" in empty.json()["error"]["message"], "it was read by the model of measurements"
 
 
 def test_fhir_is_refused_by_name(client: TestClient) -> None:
@@ -329,7 +329,7 @@ def test_replies_and_cards_are_as_described(client: TestClient, both: TestClient
 
 def test_limits_and_logs(run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """What takes too long ends, also within an explanation; no log and no metric holds a word of a text."""
-    secret = f"rash {SECRET} penicillin fine and well am i today ."
+    secret = f"rash {SECRET} {'penicillin fine and well am i today ' * 2}"
 
     def fails(*_: Any) -> None:
         raise RuntimeError(SECRET)

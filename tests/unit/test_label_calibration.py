@@ -96,13 +96,14 @@ def test_words_that_training_texts_have() -> None:
     vocabulary = Vocabulary(("<unknown>", ".", "1", "am", "fine", "i"))
     assert WordCount.of("I am 1 . ?! FINE zebra i i", vocabulary, 8) == WordCount(words=4, known=3)
     texts = ["i am fine"] * 150 + ["zebra"] + ["zebra i am"] * 49
-    labels_NK = np.stack([np.arange(200) < 30, np.arange(200) >= 30], axis=1).astype(np.float32)
-    found = measure_texts(texts, labels_NK, vocabulary, 9, {})
-    assert (found.stays, found.shares) == (200, (pytest.approx(0.15), pytest.approx(0.85)))
+    labels_NK = np.stack([np.arange(40) < 6, np.arange(40) >= 6], axis=1).astype(np.float32)
+    found = measure_texts(labels_NK, texts, vocabulary, 9, {})
+    assert (found.stays, found.shares, found.texts) == (40, (pytest.approx(0.15), pytest.approx(0.85)), 200)
     assert (found.least_known, found.least_share) == (2, pytest.approx(2 / 3))
     assert found.reasons(WordCount(words=3, known=2)) == []
-    assert "1 of the text's words are known" in found.reasons(WordCount(words=1, known=1))[0]
-    assert "50% of the text's words" in found.reasons(WordCount(words=8, known=4))[0]
+    few = "known to the model; of 200 texts that it had not seen in training 99 % had"
+    assert found.reasons(WordCount(words=1, known=1)) == [f"1 of the text's words are {few} 2 or more"]
+    assert found.reasons(WordCount(words=8, known=4)) == [f"50% of the text's words are {few} 67% or more"]
     assert TextEvidence.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 

@@ -143,16 +143,16 @@ class LdamTask(CohortTask):
     def vocabulary(self) -> Vocabulary:
         """Of the training rows' texts, of definitions and of descriptions, and of nothing else."""
         also = (*self.told, *self._described)
-        return Vocabulary.fit(self._training_texts(), least=self.options.least, also=also)
+        return Vocabulary.fit(self._texts(self.fold.train), least=self.options.least, also=also)
 
     @cached_property
     def statistics(self) -> Statistics | None:
         """Of the series of training rows; None without variables."""
         return Statistics.fit(self.cohort, self.fold.train) if self.cohort.grid.variables else None
 
-    def _training_texts(self) -> list[str]:
+    def _texts(self, rows: np.ndarray) -> list[str]:
         assert self.cohort.texts is not None
-        return [self.cohort.texts[row] for row in self.fold.train]
+        return [self.cohort.texts[row] for row in rows]
 
     @cached_property
     def _trained(self) -> TrainedLdam:
@@ -190,7 +190,7 @@ class LdamTask(CohortTask):
         made = Ldam(self._model_config())
         if made.head.weight.is_meta:
             return made
-        texts = [self.vocabulary.encode(text) for text in (*self._training_texts(), *self.told)]
+        texts = [self.vocabulary.encode(text) for text in (*self._texts(self.fold.train), *self.told)]
         with torch.no_grad():
             if self.options.vectors == "cooccurrence":
                 made.text.embedding.weight.copy_(
@@ -260,9 +260,8 @@ class LdamTask(CohortTask):
         seen = TextWords(words_NL, lengths_N, logits_NK[: self.options.explained].argmax(1), *series)
         maps = judge_word_maps(model, seen) if len(seen) > 1 else {}
         made = self._trained
-        evidence = measure_texts(
-            self._training_texts(), self.labels[self.fold.train], made.vocabulary, made.longest, maps
-        )
+        texts = self._texts(self.fold.validation)
+        evidence = measure_texts(self.labels[self.fold.train], texts, made.vocabulary, made.longest, maps)
         return calibration, evidence
 
 
