@@ -145,6 +145,12 @@ def _calibration(facts: RunFacts) -> str:
     fitted = facts.export.get("calibration")
     if not fitted:
         return "None is applied."
+    if "calibrators" in fitted:  # of several labels
+        names = ["all labels"] if fitted["exclusive"] else facts.export["labels"]
+        fitted = {
+            name: "as the model tells it" if one is None else one
+            for name, one in zip(names, fitted["calibrators"], strict=True)
+        }
     return f"Fitted on the inner validation part and applied by `predict`:\n\n{options(fitted)}"
 
 

@@ -44,6 +44,18 @@ def cards(run: Path, *words: str) -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted((run / "card").iterdir())}
 
 
+def test_a_calibration_of_several_labels_is_told_without_its_samples(run: Path) -> None:
+    path = run / "export" / "config.json"
+    content, one = json.loads(path.read_text()), {"temperature": 1.5, "intercept": 0.25}
+    fitted = {"exclusive": False, "rows": 9, "calibrators": [one, None], "drawn": [[one] * 5, []]}
+    for change, told in (({}, "`CC`"), ({"exclusive": True, "calibrators": [one]}, "`all labels`")):
+        path.write_text(json.dumps({**content, "labels": ["CC", "LABS"], "calibration": {**fitted, **change}}))
+        card = cards(run)["model-card.md"]
+        assert f'{told}: {{"temperature": 1.5, "intercept": 0.25}}' in card
+        assert ("`LABS`: as the model tells it" in card) == (not change)
+        assert card.count("temperature") == 1
+
+
 def test_cards_say_what_the_run_says(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = cards(run)
     names = ("data-card.md", "model-card.md", "tripod-ai.md")

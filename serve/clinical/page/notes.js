@@ -69,7 +69,7 @@ export class NoteFigure {
     const told = new Map(patient.labels.map((each) => [each.label, each]));
     const rows = this.ordered.map((name) => {
       const { probability, low, high } = told.get(name), { definition, base_rate: base } = facts.get(name);
-      const said = [low === null ? null : `95 % interval ${range(low, high)}`, base === null ? null : `base rate ${percent(base)}`].filter(Boolean).join(", ");
+      const said = [low === null ? null : `${Math.round(reply.interval.level * 100)} % interval ${range(low, high)}`, base === null ? null : `base rate ${percent(base)}`].filter(Boolean).join(", ");
       const button = element("button", { type: "button", class: "finding label", "aria-pressed": String(name === label), "data-label": name, title: definition }, element("span", {}, name), gauge(probability, low, high, base), element("span", {}, percent(probability)), element("small", { class: "soft" }, said));
       button.addEventListener("click", () => {
         this.label = name;
