@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from attnzoo.clinical.cohort import Cohort
@@ -16,11 +17,15 @@ SMALL = ("model.model_dim=16", "task.least=1", "task.validation=0.3", "model.dro
 
 
 def named_texts(rows: int = 240) -> Cohort:
-    """Texts that have a name each, which no other text has: a word that a model knows of training rows alone."""
+    """Texts that have a name each, which no other text has: a word that a model knows of training rows alone. One in
+    eight has the label of another text, so that nothing is certain."""
     cohort = text_cohort(rows)
     assert cohort.texts is not None
     names = (f"q{row:b}".replace("0", "a").replace("1", "b") for row in range(rows))
-    return replace(cohort, texts=tuple(f"{text} {name}" for text, name in zip(cohort.texts, names, strict=True)))
+    is_wrong_N = np.arange(rows) % 8 == 5
+    labels = {name: np.where(is_wrong_N, np.roll(label_N, 1), label_N) for name, label_N in cohort.labels.items()}
+    texts = tuple(f"{text} {name}" for text, name in zip(cohort.texts, names, strict=True))
+    return replace(cohort, texts=texts, labels=labels)
 
 
 def export_notes(directory: Path, cohort: Cohort | None = None, *words: str, steps: int = 0) -> Path:
