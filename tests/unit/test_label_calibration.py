@@ -47,8 +47,8 @@ def by_gradients(labels_NK: np.ndarray, logits_NK: np.ndarray, weights_N: np.nda
 def test_one_temperature_is_of_the_greatest_likelihood() -> None:
     """As torch finds it, of whole rows and of a bootstrap sample; the order of labels stays, and they add up to 1."""
     labels_NK, logits_NK = classes(300, 0)
-    found = fit_label_calibration(labels_NK, logits_NK, exclusive=True, draws=9, seed=3)
-    times_N = np.bincount(np.random.default_rng(3).integers(300, size=(9, 300))[7], minlength=300)
+    found = fit_label_calibration(labels_NK, logits_NK, exclusive=True, draws=100, seed=3)
+    times_N = np.bincount(np.random.default_rng(3).integers(300, size=(100, 300))[7], minlength=300)
     for one, weights_N in ((found.calibrators[0], np.ones(300)), (found.drawn[0][7], times_N)):
         assert one is not None
         assert one.temperature == pytest.approx(by_gradients(labels_NK, logits_NK, weights_N), rel=1e-6)
@@ -66,7 +66,7 @@ def test_intervals_of_labels_cover_the_true_probabilities() -> None:
     """About 95 of 100; it is binomial, so that 88 is the least in a thousand tries."""
     at_1K, held_K = np.array([[2.0, 0.5, -1.0, -4.0]]), np.zeros(4)
     for seed in range(100):
-        low_1K, high_1K = fit_label_calibration(*classes(120, seed), exclusive=True, draws=60).interval(at_1K)
+        low_1K, high_1K = fit_label_calibration(*classes(120, seed), exclusive=True, draws=100).interval(at_1K)
         true_1K = softmax(at_1K / 2)
         held_K += ((low_1K <= true_1K) & (true_1K <= high_1K))[0]
     assert (held_K >= 88).all(), held_K
@@ -78,7 +78,7 @@ def test_labels_by_themselves_have_a_calibrator_each() -> None:
     logits_NK = random.normal(size=(200, 3)) * 2
     labels_NK = (random.random((200, 3)) < sigmoid(logits_NK / 2 + 0.5)).astype(float)
     labels_NK[:, 1] = 0.0
-    found = fit_label_calibration(labels_NK, logits_NK, exclusive=False, draws=20)
+    found = fit_label_calibration(labels_NK, logits_NK, exclusive=False, draws=100)
     assert found.calibrators[0] == fit_calibrator(labels_NK[:, 0], logits_NK[:, 0])
     assert (found.calibrators[1], found.drawn[1]) == (None, ())
     told_NK, (low_NK, high_NK) = found.probabilities(logits_NK), found.interval(logits_NK)
