@@ -102,7 +102,7 @@ def alone(seen: Browser, url: str) -> Iterator[None]:
 
 def paste(shown: Browser, content: Any) -> None:
     """Puts a request into the page: a text, or what JSON makes of anything else."""
-    shown.value("document.querySelector('#request').value = ''")
+    shown.value("document.querySelector('#ask').open = true; document.querySelector('#request').value = ''")
     shown.value("document.querySelector('#request').focus()")
     shown.call("Input.insertText", text=content if isinstance(content, str) else json.dumps(content))
 
