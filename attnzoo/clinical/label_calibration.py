@@ -18,7 +18,7 @@ from attnzoo.clinical.checks import Array
 
 DRAWS = 200
 """Bootstrap samples of the rows on which a model is calibrated."""
-HALVINGS = 45
+HALVINGS = 36
 
 
 def softmax(logits: Array) -> Array:

@@ -56,7 +56,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
 
 def test_probabilities_are_those_of_the_model(client: TestClient, trained: TrainedLdam) -> None:
     """Together and alone; with intervals, definitions and base rates."""
-    texts = [*text_cohort(6, seed=5).texts, TEXT]  # type: ignore[misc]
+    texts = [*(f"{text} and i am fine today" for text in text_cohort(6, seed=5).texts or ()), TEXT]
     expected_NK = trained.predict_texts(texts)
     reply = ask(client, notes_request(*texts))
     assert trained.calibration is not None
@@ -103,6 +103,7 @@ def test_explanations_point_at_words_of_the_given_text(client: TestClient) -> No
     assert found["faithful"] in (True, False)
     assert found["faithfulness"].startswith("On 12 texts integrated gradients")
     assert [each["label"] for each in found["labels"]] == list(TOPICS)
+    by_label = {}
     for each in found["labels"]:
         assert each["explains"] == f"the log odds of {each['label']} against all other labels"
         weights = dict(zip((word["word"] for word in one["words"]), each["weights"], strict=True))
@@ -111,11 +112,11 @@ def test_explanations_point_at_words_of_the_given_text(client: TestClient) -> No
         assert sum(w or 0.0 for w in each["weights"]) == pytest.approx(total, abs=0.05 * max(1, abs(total)))
         assert weights["𝒳"] is None
         known = {word: weight for word, weight in weights.items() if weight is not None}
-        if each["label"] == "ALLERGY":
-            assert set(sorted(known, key=known.__getitem__)[-2:]) == {"penicillin", "rash"}
-            assert min(known["penicillin"], known["rash"]) > 0
-        else:
-            assert known["penicillin"] < 0, "what speaks of an allergy speaks against the others"
+        by_label[each["label"]] = known
+    allergy = by_label.pop("ALLERGY")
+    assert set(sorted(allergy, key=allergy.__getitem__)[-2:]) == {"penicillin", "rash"}
+    assert min(allergy["penicillin"], allergy["rash"]) > 0.3
+    assert all(allergy[word] > other[word] for other in by_label.values() for word in ("penicillin", "rash"))
     shown = ask(client, notes_request(TEXT, explain="attention", explain_labels=["LABS"]))["patients"][0]
     (seen,) = shown["explanations"]
     assert (seen["signed"], seen["unit"], [each["label"] for each in seen["labels"]]) == (False, "share", ["LABS"])

@@ -63,13 +63,13 @@ def test_one_temperature_is_of_the_greatest_likelihood() -> None:
 
 
 def test_intervals_of_labels_cover_the_true_probabilities() -> None:
-    """About 95 of 100; it is binomial, so that 88 is the least in a thousand tries."""
+    """About 38 of 40; it is binomial, so that 33 is the least in a thousand tries."""
     at_1K, held_K = np.array([[2.0, 0.5, -1.0, -4.0]]), np.zeros(4)
-    for seed in range(100):
-        low_1K, high_1K = fit_label_calibration(*classes(120, seed), exclusive=True, draws=100).interval(at_1K)
+    for seed in range(40):
+        low_1K, high_1K = fit_label_calibration(*classes(90, seed), exclusive=True, draws=100).interval(at_1K)
         true_1K = softmax(at_1K / 2)
         held_K += ((low_1K <= true_1K) & (true_1K <= high_1K))[0]
-    assert (held_K >= 88).all(), held_K
+    assert (held_K >= 33).all(), held_K
 
 
 def test_labels_by_themselves_have_a_calibrator_each() -> None:
