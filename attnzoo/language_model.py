@@ -26,6 +26,7 @@ from attnzoo.generation import (
     generation_cost,
     is_token,
     read_options,
+    read_policy,
     run_batched,
     run_task,
 )
@@ -283,7 +284,7 @@ class LanguageModel:
         for name in FIELDS:
             if name in options:
                 raise ValueError(f"{name}={options[name]!r} is a generation option; cost takes only cache options")
-        _, policy = read_options(None, cache, options)
+        policy = read_policy(cache, options)
         return generation_cost(self.model, tokens, batch, self._checked_cache(policy))
 
     @cached_property
@@ -311,7 +312,7 @@ class LanguageModel:
         conversations: Sequence[Conversation] = (),
     ) -> GenerationTask:
         wish, options = AttentionWish.taken_from(options)
-        config, policy = read_options(base, cache, options)
+        config, policy = read_options(base, cache, options, AttentionWish.NAMES)
         limits = [self._room(len(ids), config.max_new_tokens) for _, ids in prompts]
         tokens = [ids for _, ids in prompts]
         named = None

@@ -164,14 +164,24 @@ class _Stdout(io.FileIO):
 
 
 def _name_stdout() -> None:
-    """Makes `sys.stdout` raise OutputError where the process has a stdout of its own."""
+    """Makes `sys.stdout` raise OutputError where the process has a stdout of its own, with a buffer or, as under
+    PYTHONUNBUFFERED, without one."""
     out = sys.stdout
-    if not isinstance(out, io.TextIOWrapper) or not isinstance(getattr(out.buffer, "raw", None), io.FileIO):
+    if not isinstance(out, io.TextIOWrapper):
+        return
+    buffer: Any = out.buffer
+    unbuffered = isinstance(buffer, io.FileIO)
+    if not unbuffered and not isinstance(getattr(buffer, "raw", None), io.FileIO):
         return
     out.flush()
     raw = _Stdout(out.fileno(), "w", closefd=False)
+    writer: Any = raw if unbuffered else io.BufferedWriter(raw)
     sys.stdout = io.TextIOWrapper(
-        io.BufferedWriter(raw), out.encoding, out.errors, line_buffering=out.line_buffering or raw.isatty()
+        writer,
+        out.encoding,
+        out.errors,
+        line_buffering=out.line_buffering or raw.isatty(),
+        write_through=out.write_through,
     )
 
 

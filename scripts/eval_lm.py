@@ -5,9 +5,11 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 # datasets, transformers and lm-eval read these at import.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
@@ -134,6 +136,19 @@ def rows(results: dict[str, Any], truncated: dict[str, int]) -> list[dict[str, A
     return found
 
 
+@contextlib.contextmanager
+def without_surroundings() -> Iterator[None]:
+    """lm-eval asks git for the commit of the directory it is started in, whose complaints the user would see, and lists
+    the machine's packages, which takes seconds. Reports say commit and versions by themselves."""
+    from lm_eval import evaluator
+
+    with (
+        mock.patch.object(evaluator, "get_git_commit_hash", return_value=None, create=True),
+        mock.patch.object(evaluator, "add_env_info", return_value=None, create=True),
+    ):
+        yield
+
+
 def build_lm(options: argparse.Namespace) -> "AdaptedLM":
     """The checkpoint with lm-eval's interface. Raises ValueError."""
     from scripts.lm_adapter import AdaptedLM
@@ -170,20 +185,21 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     from lm_eval import simple_evaluate
 
     start = time.perf_counter()
-    results = simple_evaluate(
-        model=lm,
-        tasks=tasks,
-        task_manager=manager,
-        limit=limit,
-        num_fewshot=options.num_fewshot,
-        apply_chat_template=options.chat,
-        bootstrap_iters=RESAMPLES,
-        log_samples=False,
-        random_seed=options.seed,
-        numpy_random_seed=options.seed,
-        torch_random_seed=options.seed,
-        fewshot_random_seed=options.seed,
-    )
+    with without_surroundings():
+        results = simple_evaluate(
+            model=lm,
+            tasks=tasks,
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=options.num_fewshot,
+            apply_chat_template=options.chat,
+            bootstrap_iters=RESAMPLES,
+            log_samples=False,
+            random_seed=options.seed,
+            numpy_random_seed=options.seed,
+            torch_random_seed=options.seed,
+            fewshot_random_seed=options.seed,
+        )
     seconds = time.perf_counter() - start
     report.versions["lm_eval"] = metadata.version("lm_eval")
     report.rows += rows(results, lm.truncated)

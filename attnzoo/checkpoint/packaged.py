@@ -63,7 +63,8 @@ def _packaged(name: str) -> Path:
 
 
 def _exported(path: Path) -> Path:
-    """The export in a run directory; any other path as it is. Raises ValueError for a run that has none."""
+    """The export in a run directory; any other path as it is. Raises ValueError for a run that has none, and for a
+    directory inside a run, or above runs, that was taken for it."""
     if not path.is_dir() or (path / CONFIG).exists():
         return path
     if (path / EXPORT / CONFIG).exists():
@@ -73,6 +74,12 @@ def _exported(path: Path) -> Path:
             f"checkpoint={str(path)!r} is a training run without an export, which is written when training ends; start "
             "the training again by the same command, and it goes on from its last checkpoint"
         )
+    run = next((each.parent for each in (path, path.parent) if each.name == "checkpoints"), None)
+    if run is not None and (run / EXPORT / CONFIG).exists():
+        raise ValueError(f"checkpoint={str(path)!r} is for going on with training; give the run, {str(run)!r}")
+    runs = sorted(str(each.parent.parent) for each in path.glob(f"*/{EXPORT}/{CONFIG}"))
+    if runs:
+        raise ValueError(f"checkpoint={str(path)!r} holds runs; give one of them: {', '.join(runs)}")
     return path
 
 

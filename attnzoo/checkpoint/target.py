@@ -68,6 +68,9 @@ def _entries(directory: Path) -> list[Path]:
         if directory.is_symlink():  # links were followed before, so this one leads nowhere
             raise ValueError(f"'{directory}' is a link to itself; give a directory")
         if not directory.exists():
+            there = next(path for path in directory.absolute().parents if path.exists())
+            if not there.is_dir():
+                raise ValueError(f"'{directory}' lies in '{there}', which is a file; give another directory")
             return []
         if not directory.is_dir():
             raise ValueError(f"'{directory}' is a file; give a directory")

@@ -92,6 +92,8 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
 
 INVALID_CHOICE = re.compile(r"argument (?P<name>\S+): invalid choice: '(?P<value>.*)' \(choose from (?P<known>.*)\)")
 """How argparse says that a value is none of the known ones."""
+INVALID_NUMBER = re.compile(r"argument (?P<name>[^:]+): invalid (?P<kind>int|float) value: (?P<value>.*)")
+"""How argparse says that a value is no number."""
 REQUIRED = re.compile(r"the following arguments are required: (?P<name>--\S+)")
 UNRECOGNIZED = re.compile(r"unrecognized arguments: (?P<name>--?[a-zA-Z][\w-]*)(=(?P<value>\S+))?")
 TEXTS = ("prompt", "text")
@@ -134,9 +136,18 @@ class CommandParser(argparse.ArgumentParser):
         if choice is not None:
             known = re.findall(r"'([^']*)'", choice["known"]) or choice["known"].split(", ")
             message = f"{choice['name']}: no such choice {choice['value']!r}{suggest(choice['value'], known)}"
+        number = INVALID_NUMBER.fullmatch(message)
+        if number is not None:
+            right = "a whole number, for example 8" if number["kind"] == "int" else "a number, for example 0.5"
+            message = f"{number['name']}={number['value'][1:-1]} must be {right}"
         hint = self._way_out(message)
         end = " see" if hint.endswith("?") else "; see"
         raise SystemExit(complain(self.prog, f"{message}{hint}{end} {self.prog} --help"))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Prints help; argparse would keep silent about a stdout that cannot be written."""
+        if message:
+            (file or sys.stderr).write(message)
 
     def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does; messages may then name the words."""

@@ -38,6 +38,8 @@ def run(options: argparse.Namespace) -> int:
     Raises ValueError for wrong usage, and, if stdin is not a terminal, for a message that cannot be answered.
     """
     chosen = generation_options(options.options)
+    if chosen.get("logprobs") is not None:
+        raise ValueError(f"logprobs={chosen['logprobs']}: a chat prints text alone; use attnzoo generate --json")
     lm = load(options)
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
     lm.stream_chat([*system, {"role": "user", "content": "x"}], **chosen)  # reports wrong options at once

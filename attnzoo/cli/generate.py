@@ -39,6 +39,8 @@ def run(options: argparse.Namespace) -> int:
     """Generates and prints. Raises ValueError for wrong usage."""
     check_prompt(options.prompt)
     chosen = generation_options(options.options)
+    if chosen.get("logprobs") is not None and not options.json:
+        raise ValueError(f"logprobs={chosen['logprobs']} is printed as JSON only; add --json")
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not prompt:
         source = "stdin is empty, and the prompt was to be read from it" if options.prompt else "the prompt is empty"

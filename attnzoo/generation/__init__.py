@@ -4,7 +4,7 @@ from attnzoo.generation.attention_wish import AttentionWish, Spans
 from attnzoo.generation.cost import GenerationCost, StepCost, generation_cost
 from attnzoo.generation.embeddings import encode_conversation
 from attnzoo.generation.inputs import Conversation, Prompt, as_batch, as_conversations, check_batch_size, is_token
-from attnzoo.generation.options import ELSEWHERE, GenerationOptions, read_options
+from attnzoo.generation.options import ELSEWHERE, GenerationOptions, read_options, read_policy
 from attnzoo.generation.results import (
     Continuation,
     FinishReason,
@@ -39,6 +39,7 @@ __all__ = [
     "generation_cost",
     "is_token",
     "read_options",
+    "read_policy",
     "run_batched",
     "run_task",
 ]

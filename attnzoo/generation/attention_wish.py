@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from attnzoo.attention.edits import ALL, GENERATED, Edit, EditPlan, Edits, Item, TokenLayout
 from attnzoo.models import DecoderLM, EmbeddedPrompt
@@ -22,6 +22,7 @@ class AttentionWish:
     "messages[0]" and so on (`attnzoo.tokenizer.spans.message_spans`), and so have embeddings (`Embedded.name`); a name
     in `spans` takes precedence."""
 
+    NAMES: ClassVar = ("edits", "read", "spans")
     edits: Edits | Sequence[Item] = ()
     read: Edits | Sequence[Item] = ()
     spans: Spans = None
@@ -29,9 +30,8 @@ class AttentionWish:
     @classmethod
     def taken_from(cls, options: Mapping[str, Any]) -> "tuple[AttentionWish, dict[str, Any]]":
         """(the wish in keyword options, the other options)."""
-        mine = {each.name for each in fields(cls)}
-        rest = {name: value for name, value in options.items() if name not in mine}
-        return cls(**{name: value for name, value in options.items() if name in mine}), rest
+        rest = {name: value for name, value in options.items() if name not in cls.NAMES}
+        return cls(**{name: value for name, value in options.items() if name in cls.NAMES}), rest
 
     @property
     def is_empty(self) -> bool:
@@ -54,6 +54,8 @@ class AttentionWish:
                 raise ValueError(f"read[{index}]={type(item).__name__}(...) is an edit; move it to edits")
         items = [*edits, *reads]
         if not items:
+            if self.spans is not None:
+                raise ValueError("spans name parts of a prompt for edits and read, and there are none; leave it out")
             return None
         spans = _spans(self.spans, len(prompts))
         plans = []

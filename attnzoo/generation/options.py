@@ -1,6 +1,6 @@
 """Keyword options of `LanguageModel.generate` and its relatives."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 from attnzoo.attention.edits import Edits, Item
@@ -56,12 +56,12 @@ ELSEWHERE = {
 
 
 def read_options(
-    base: GenerationConfig | None, cache: CacheSpec | None, options: Mapping[str, Any]
+    base: GenerationConfig | None, cache: CacheSpec | None, options: Mapping[str, Any], also: Iterable[str] = ()
 ) -> tuple[GenerationConfig, CachePolicy | None]:
     """Splits keyword options into (generation config, cache policy); the policy is None if `cache` is.
 
-    base: supplies the fields that `options` leave out. Raises ValueError that names the option if it is unknown, or
-    belongs to a cache policy while `cache` is None; and the errors of `GenerationConfig` and `read_cache`.
+    base: supplies the fields that `options` leave out. also: options that the caller takes beside these, for messages.
+    Raises the errors of `read_policy` and `GenerationConfig`, which name the option.
     """
     if base is not None and not isinstance(base, GenerationConfig):
         raise ValueError(
@@ -70,17 +70,28 @@ def read_options(
         )
     mine = {name: value for name, value in options.items() if name in FIELDS}
     others = {name: value for name, value in options.items() if name not in FIELDS}
+    policy = read_policy(cache, others, {*FIELDS, *also})
+    return GenerationConfig(**_fields(base) | mine), policy
+
+
+def read_policy(cache: CacheSpec | None, options: Mapping[str, Any], also: Collection[str] = ()) -> CachePolicy | None:
+    """The cache policy with its keyword options; None if `cache` is.
+
+    also: options that the caller takes beside `cache` and those of the policy, for messages. Raises ValueError that
+    names the option if it is unknown, or belongs to a cache policy while `cache` is None; and the errors of
+    `read_cache`.
+    """
     known = _cache_options(cache)
-    for name in others:
+    for name in options:
         if name in ELSEWHERE:
             raise ValueError(f"unknown option {name!r}: {ELSEWHERE[name]}")
         owners = [policy for policy in CACHES if name in option_names(policy)]
         if cache is None and owners:
-            raise ValueError(f"{name}={others[name]!r} is an option of cache policies; name one, cache={owners[0]!r}")
+            raise ValueError(f"{name}={options[name]!r} is an option of cache policies; name one, cache={owners[0]!r}")
         if known is not None and name not in known:
-            raise ValueError(f"unknown option {name!r}{suggest(name, {*FIELDS, *known} - {*RENAMED, *ELSEWHERE})}")
-    config = GenerationConfig(**_fields(base) | mine)
-    return config, None if cache is None else read_cache(cache, others)
+            names = {"cache", *also, *known} - {*RENAMED, *ELSEWHERE}
+            raise ValueError(f"unknown option {name!r}{suggest(name, names)}")
+    return None if cache is None else read_cache(cache, options)
 
 
 def _fields(base: GenerationConfig | None) -> dict[str, Any]:

@@ -82,6 +82,9 @@ class State:
         _check(self)
         return self.map(lambda _, tensor: tensor.clone())
 
+    def __deepcopy__(self: S, memo: dict[int, Any]) -> S:
+        return self.clone()  # torch deep-copies no tensor that has a gradient to come
+
     def store(self: S, index: slice, other: S) -> None:
         """Writes `other` (a state of those rows) into the rows `index` of this one, in place.
 

@@ -268,7 +268,7 @@ def command(*arguments, cache, code=None):
     out, errors, script = (cache / name for name in ("out", "errors", "script.py"))
     script.write_text(code or "import sys\nfrom scripts.eval_lm import main\nsys.exit(main())")
     words = [str(script), *map(str, arguments)]
-    process = start_script(words, environment(HF_HOME=str(cache)), out, errors, cwd=ROOT)
+    process = start_script(words, environment(HF_HOME=str(cache), GIT_DIR=str(cache / "none")), out, errors, cwd=ROOT)
     process.join(300)
     return subprocess.CompletedProcess(words, process.exitcode, out.read_text(), errors.read_text())
 
@@ -288,6 +288,7 @@ def test_the_command_writes_a_report(export, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "attnzoo_choice" in done.stdout
     assert "request/s" in done.stderr
+    assert "fatal" not in done.stderr, "git is asked for a commit where there is none"
     report = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
     rows = {(row["task"], row["metric"]): row for row in report["rows"]}
     assert rows.keys() >= {

@@ -337,14 +337,15 @@ def test_streams_that_are_closed_or_narrow(monkeypatch, capsys, tmp_path):
 
 
 STDOUT = """
-import os, runpy, sys
+import io, os, runpy, sys
 if sys.argv.pop(1) == "closed":
     reading, writing = os.pipe()
     os.close(reading)
 else:
     writing = os.open("/dev/full", os.O_WRONLY)
 os.dup2(writing, 1)
-sys.stdout = open(1, "w", closefd=False)
+buffering = int(sys.argv.pop(1))
+sys.stdout = io.TextIOWrapper(open(1, "wb", buffering, closefd=False), write_through=not buffering)
 sys.argv = sys.argv[1:]
 sys.path[0] = os.getcwd()
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -353,23 +354,28 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    "command",
+    ("command", "buffering"),
     [
-        ["attnzoo/__main__.py", "list"],
-        ["train/main.py", "--config", "base.yaml", "--dry-run"],
-        ["attnzoo/__main__.py", "--help"],
+        (["attnzoo/__main__.py", "list"], -1),
+        (["train/main.py", "--config", "base.yaml", "--dry-run"], -1),
+        (["attnzoo/__main__.py", "--help"], -1),
+        (["attnzoo/__main__.py", "completion", "bash"], 0),
+        (["attnzoo/__main__.py", "--help"], 0),
     ],
 )
-def test_where_what_is_printed_cannot_be_written(command, tmp_path):
+def test_where_what_is_printed_cannot_be_written(command, buffering, tmp_path):
     """A reader that has read enough, as `| head`, ends a command without a word; a full disk is stdout's fault, and of
-    no run directory's. Kills: the help's way out, which flushes nothing."""
+    no run directory's. A stdout without a buffer is what PYTHONUNBUFFERED gives. Kills: the help's way out, which
+    flushes nothing, and argparse's, which keeps silent about errors."""
     script, errors = tmp_path / "piped.py", tmp_path / "errors"
     script.write_text(STDOUT)
     for stdout, said, status in (
         ("closed", "", 128 + signal.SIGPIPE),
         ("full", "attnzoo: error: stdout cannot be written: No space left on device\n", 1),
     ):
-        process = start_script([str(script), stdout, *command], os.environ, tmp_path / "out", errors, cwd=ROOT)
+        process = start_script(
+            [str(script), stdout, str(buffering), *command], os.environ, tmp_path / "out", errors, cwd=ROOT
+        )
         process.join(60)
         assert (errors.read_text(), process.exitcode) == (said, status)
 

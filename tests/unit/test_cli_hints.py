@@ -26,6 +26,8 @@ from attnzoo.planner.plan import RESERVE, least_memory
         ("serve runs/demo --host 0.0.0.0", "; write host=0.0.0.0; see"),
         ("list --model-dim 64 --model-dim=128", "--model-dim: is given twice; keep one of them; see"),
         ("train --config a.yaml --config b.yaml", "--config: is given twice; keep one of them; see"),
+        ("describe mha --context 1e3", "--context='1e3' must be a whole number, for example 8; see"),
+        ("plan --model mha.yaml --gpu-memory big", "--gpu-memory='big' must be a number, for example 0.5; see"),
         ("list --nothing", "unrecognized arguments: --nothing; see attnzoo list --help"),
     ],
 )

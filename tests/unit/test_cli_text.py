@@ -66,6 +66,7 @@ def test_generate_streams_what_python_generates(checkpoint, capsys, monkeypatch)
         (["max_new_tokens=0"], "max_new_tokens=0 must be at least 1"),
         (["max_tokens"], "'max_tokens' is not of the form key=value, for example max_new_tokens=64"),
         (["keep_ratio=0.5"], "name one, cache="),
+        (["logprobs=2"], "logprobs=2 is printed as JSON only; add --json"),
         (["cache=h2o"], "cache.policy='h2o' is not known"),
         (["stop=5"], "stop=5 must be a string"),
         (["prompt=x"], "unknown option 'prompt'"),

@@ -56,6 +56,7 @@ def test_command_refuses(tmp_path, capsys):
         ((own, own), "holds the checkpoint itself"),
         ((own, tmp_path), "holds the checkpoint itself"),
         ((own, tmp_path / "other"), "holds 'letter.txt', and no earlier export; give a new directory"),
+        ((own, tmp_path / "other" / "letter.txt" / "b"), "letter.txt', which is a file; give another directory"),
     ):
         status, out, err = run(capsys, *arguments)
         assert (status, out) == (2, "")

@@ -51,6 +51,12 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ("a", {"max_tokens": 5}, "unknown option 'max_tokens': use max_new_tokens"),
     ("a", {"do_sample": True}, "unknown option 'do_sample': set temperature instead"),
     ("a", {"temprature": 1}, "unknown option 'temprature'; did you mean 'temperature'"),
+    ("a", {"cahce": "d2o"}, "unknown option 'cahce'; did you mean 'cache'.* cache, edits, .* read, .* spans, "),
+    (
+        "a",
+        {"spans": {"word": "a"}},
+        "spans name parts of a prompt for edits and read, and there are none; leave it out",
+    ),
     ("a", {"keep_ratio": 0.5}, "keep_ratio=0.5 is an option of cache policies; name one, cache='d2o'"),
     ("a", {"cache": "d20"}, "cache.policy='d20' is not known; did you mean 'd2o'"),
     ("a", {"cache": 3}, "cache=3 has type int"),
@@ -103,7 +109,7 @@ def test_other_refusals():
         lm.cost(5, batch=0)
     with pytest.raises(ValueError, match=r"^prompt=1.5 must be a text, token ids, or a number of tokens"):
         lm.cost(1.5)
-    with pytest.raises(ValueError, match="unknown option 'keep'"):
+    with pytest.raises(ValueError, match=r"unknown option 'keep'; known: cache$"):
         lm.cost(5, keep=1)
     with pytest.raises(ValueError, match="n=2 is a generation option; cost takes only cache options"):
         lm.cost(5, n=2)

@@ -94,6 +94,15 @@ def test_what_cannot_be_loaded_says_the_way_out(exports, tmp_path, monkeypatch):
     for path in (exports / "run" / "export" / "config.json", Path("/dev/null")):
         with pytest.raises(ValueError, match=r"is neither a directory nor a .gguf file; give the directory that holds"):
             attnzoo.load(path)
+    step = exports / "run" / "checkpoints" / "step-00000002"
+    for path, message in (
+        (step, "step-00000002' is for going on with training; give the run, '.*/run'"),
+        (step.parent, "checkpoints' is for going on with training; give the run, '.*/run'"),
+        (exports, "holds runs; give one of them: .*/run$"),
+    ):
+        step.mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=message):
+            attnzoo.load(path)
     (tmp_path / "going" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="is a training run without an export"):
         attnzoo.load(tmp_path / "going")

@@ -1,5 +1,6 @@
 """A state that is continued in two ways gives right numbers, or is refused; a clone always gives right ones."""
 
+import copy
 import re
 
 import pytest
@@ -98,3 +99,13 @@ def test_a_compressed_state_continued_twice_is_right_or_refused(name, monkeypatc
             out, state = model.extend(part, state)
             outs.append(out)
         check_branches(model.extend, begin, tokens, cut, torch.cat(outs, 1))
+
+
+def test_a_deep_copy_is_a_clone():
+    """Also of a state with a gradient to come, whose tensors torch does not copy."""
+    layer, x = build_case("rcmha", {}), inputs(BATCH, TOKENS, MODEL_DIM)
+    _, state = layer.extend(x[:, :5], layer.init_state(BATCH, TOKENS))
+    assert any(tensor.requires_grad for tensor in state.tensors().values())
+    other = copy.deepcopy(state)
+    for each in (state, other):
+        assert_close(layer.extend(x[:, 5:], each)[0], layer(x)[:, 5:], "a deep copy", tolerance=1e-9)
