@@ -9,6 +9,7 @@ from attnzoo.report import available_cores
 
 EXPERIMENTS = ("icl-gd", "one-step-gd", "softmax-regression", "depth", "tscan", "tscan-los", "ldam", "ph-llm")
 CACHE_SECTIONS = ("symbols", "text", "parts", "speed")
+CACHE_CHECKPOINT = "smollm2"
 KVPRESS = "ATTNZOO_KVPRESS_PYTHON"
 QUICK_LIMIT = 4
 """Items of each task with `attnzoo eval --quick`."""
@@ -165,7 +166,9 @@ own) is measured on the same weights and tokens."""
     parser.add_argument(
         "--run-dir", type=Path, default=Path("runs/retrieval"), help="of the small model (default: %(default)s)"
     )
-    parser.add_argument("--checkpoint", default="smollm2", help="for text, parts and speed (default: %(default)s)")
+    parser.add_argument(
+        "--checkpoint", default=CACHE_CHECKPOINT, help="for text, parts and speed (default: %(default)s)"
+    )
     parser.add_argument(
         "--kvpress-python",
         type=Path,

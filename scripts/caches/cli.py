@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from attnzoo.report import Report, format_claims, format_table
-from scripts.arguments import CACHE_SECTIONS
+from scripts.arguments import CACHE_CHECKPOINT, CACHE_SECTIONS
 from scripts.caches import sections
 from scripts.caches.figure import plot_quality
 from scripts.caches.merge import merged, run_row
@@ -32,6 +32,10 @@ def measure(chosen: argparse.Namespace, train: Trainer, peer_script: Path) -> in
             raise ValueError(f"--sections: unknown section {name!r}; known: {', '.join(CACHE_SECTIONS)}")
     if chosen.roofline and "speed" not in names:
         raise ValueError("--roofline needs the bytes that the section speed measures; add it to --sections")
+    if chosen.quick and chosen.checkpoint != CACHE_CHECKPOINT:
+        raise ValueError(
+            f"--checkpoint={chosen.checkpoint!r}: --quick takes tiny random models; leave out one of the two"
+        )
     if chosen.update and chosen.json is None:
         raise ValueError("--update needs --json, the report to update")
     report = Report.start(command=_command(chosen), quick=chosen.quick)

@@ -40,6 +40,8 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url={self.url!r} must begin with http:// or https://, and usually ends with /v1")
+        if any(letter.isspace() for letter in self.url):
+            raise ValueError(f"url={self.url!r} has white space in it; leave it out")
         try:
             parts = urlsplit(self.url)
             whole = bool(parts.hostname) and parts.port != 0

@@ -38,7 +38,8 @@ class Settings:
             raise ValueError(f"mode={self.mode!r} must be one of {', '.join(MODES)}")
         for name in ("rounds", "orders", "tokens", "top"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                option = "max_tokens" if name == "tokens" else name  # what the user gave
+                raise ValueError(f"{option}={getattr(self, name)} must be at least 1")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature={self.temperature} must be 0 or more")
         if self.mode == "letters" and (self.rounds > 1 or self.temperature > 0):

@@ -63,7 +63,10 @@ class Question:
         for factor in range(2, len(names) + 1):
             orders *= factor
         if order >= orders:
-            raise ValueError(f"question {self.id!r} has {orders} orders of its options; order {order} does not exist")
+            raise ValueError(
+                f"question {self.id!r} has {orders} orders of its options, and orders={order + 1} asks for more; give "
+                f"{orders} or fewer"
+            )
         if order == 0:
             return self
         draw, seen = random.Random(f"{seed}:{self.id}"), {tuple(names)}

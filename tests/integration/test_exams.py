@@ -159,7 +159,7 @@ def test_the_command(tmp_path, capsys):
     assert main(["exam", str(file), "--url", NOWHERE, "--rounds", "5"]) == 2
     assert "rounds=5 needs a temperature above 0" in capsys.readouterr().err
     assert main(["exam", str(file), "--url", NOWHERE, "--orders", "25"]) == 2
-    assert "has 24 orders of its options; order 24 does not exist" in capsys.readouterr().err
+    assert "has 24 orders of its options, and orders=25 asks for more; give 24 or fewer" in capsys.readouterr().err
     assert main(["exam", str(file), "--url", "127.0.0.1"]) == 2
     assert "url='127.0.0.1' must begin with http://" in capsys.readouterr().err
     assert main(["exam", str(file), "--url", NOWHERE, "--key-variable", "NO_SUCH_NAME"]) == 2

@@ -46,6 +46,11 @@ def test_options_written_the_other_way(words, message, capsys):
         ("bench edits --turns -1", "--turns=-1 must be at least 1"),
         ("bench train --turns 0", "--turns=0 must be at least 1"),
         ("bench serve --checkpoint nope --quick", "does not exist"),
+        (
+            "bench cache --quick --checkpoint nope",
+            "--checkpoint='nope': --quick takes tiny random models; leave out one",
+        ),
+        ("exam nope.csv --url http://x --max-tokens 0", "max_tokens=0 must be at least 1"),
         ("exam nope.csv --url http://x", "there is no file 'nope.csv'; give another path"),
         ("train --config rcmha.yaml --dry-run model=5", "model=5 must be a section, for example model.num_layers=4"),
         ("train --config rcmha.yaml --dry-run task=language", "must be a section, for example task.kind=language"),

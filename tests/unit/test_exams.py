@@ -72,6 +72,8 @@ def test_endpoints_and_groups_that_there_are_not(tmp_path):
     for url in ("http://", "http://127.0.0.1:99999/v1", "http://127.0.0.1:0/v1", "http://x:y/v1"):
         with pytest.raises(ValueError, match="must have a host, and a port of 1 to 65535 where it names one"):
             Endpoint(url, model="m")
+    with pytest.raises(ValueError, match="url='http://x/v1 y' has white space in it"):
+        Endpoint("http://x/v1 y", model="m")
     path = write(tmp_path / "q.jsonl", {"question": "Which?", "choices": ["one", "two"], "answer": "A", "topic": "t"})
     assert [each.group for group in ("domain", "topic") for each in read_questions(path, group)] == ["", "t"]
     with pytest.raises(
@@ -91,7 +93,9 @@ def test_orders_of_the_options():
         assert all(asked.options[each.original(letter)] == text for letter, text in each.options.items())
         assert each.text.splitlines()[1] == f"(A) {each.options['A']}"
     assert asked.reordered(3, seed=1) == all_orders[3]
-    with pytest.raises(ValueError, match="question 'q' has 6 orders of its options; order 6 does not exist"):
+    with pytest.raises(
+        ValueError, match="question 'q' has 6 orders of its options, and orders=7 asks for more; give 6 or fewer"
+    ):
         asked.reordered(6, seed=1)
 
 
