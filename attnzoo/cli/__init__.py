@@ -139,7 +139,7 @@ class CommandParser(argparse.ArgumentParser):
         number = INVALID_NUMBER.fullmatch(message)
         if number is not None:
             right = "a whole number, for example 8" if number["kind"] == "int" else "a number, for example 0.5"
-            message = f"{number['name']}={number['value'][1:-1]} must be {right}"
+            message = f"{number['name']}={number['value']} must be {right}"
         hint = self._way_out(message)
         end = " see" if hint.endswith("?") else "; see"
         raise SystemExit(complain(self.prog, f"{message}{hint}{end} {self.prog} --help"))
