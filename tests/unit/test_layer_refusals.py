@@ -1,5 +1,7 @@
 """What a layer cannot take is refused by name, with a way out, before anything is computed."""
 
+import re
+
 import pytest
 import torch
 
@@ -109,3 +111,24 @@ def test_not_a_number_stays_in_its_sequence():
         x[1, 40] = torch.nan
         for y in (layer(x), layer.extend(x, layer.init_state(3, 70))[0]):
             torch.testing.assert_close(y[::2], right[::2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mha", "rmha", "mdha", "rcmha", "linear", "mesa"])
+def test_a_second_derivative_is_right_or_an_error(kind):
+    """Kills: torch's once_differentiable, with which `torch.autograd.grad` leaves an operation out of the sum."""
+    layer = build_attention(kind, {"model_dim": 8, "num_heads": 2}).double()
+    x = torch.randn(1, 6, 8, dtype=torch.float64, requires_grad=True)
+
+    def twice(forward):
+        (first,) = torch.autograd.grad(forward(x).pow(2).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), x)[0]
+
+    refused = ""
+    try:
+        found = twice(layer)
+    except RuntimeError as error:
+        refused = str(error)
+    if refused:
+        assert re.search("derivative|no autograd formula", refused)
+    else:
+        torch.testing.assert_close(found, twice(layer.reference))

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attnzoo.derived_memory import representative
+from attnzoo.ops.common.first_order import first_order
 from attnzoo.types import accumulation_dtype
 
 TILE_BYTES = 1 << 20
@@ -95,7 +95,7 @@ class _DepthwiseConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order("the depthwise convolution")
     def backward(ctx: Any, dy_BTNH: Tensor) -> tuple[Tensor | None, ...]:
         x_BTNH, kernel_NHW, tail_BWNH, age_BT = ctx.saved_tensors
         need_x, need_kernel, need_bias, *_ = ctx.needs_input_grad

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from attnzoo.ops.common.first_order import first_order
 from attnzoo.ops.depthwise_conv.kernels import ConvRows, backward_kernel, forward_kernel
 from attnzoo.ops.depthwise_conv.torch import add_tail_gradients
 
@@ -56,7 +56,7 @@ class _TritonDepthwiseConv(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @first_order("the depthwise convolution")
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         starts_BT, *tensors = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attnzoo.derived_memory import representative
+from attnzoo.ops.common.first_order import first_order
 from attnzoo.ops.linear_attention.weights import Weights, Work, chunks_of, tokens_of
 from attnzoo.types import accumulation_dtype
 
@@ -124,7 +124,7 @@ class _LinearAttention(torch.autograd.Function):
         return o_BNTH, memory
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear attention")
     def backward(ctx: Any, do_BNTH: Tensor, dmemory_BKHH: Tensor) -> tuple[Tensor | None, ...]:
         q_BNTH, k_BKTH, v_BKTH, decay_K, counts_B, starts_BT, o_BNTH, total_BNT, memories = ctx.saved_tensors
         work = Work.of(q_BNTH, k_BKTH, decay_K, counts_B, starts_BT)

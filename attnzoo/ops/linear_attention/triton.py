@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from attnzoo.ops.common.first_order import first_order
 from attnzoo.ops.common.strided import StridedRows, strided_rows
 from attnzoo.ops.linear_attention.kernels import (
     ChunkTile,
@@ -77,7 +77,7 @@ class _TritonLinearAttention(torch.autograd.Function):
         return o_BNTH, after
 
     @staticmethod
-    @once_differentiable
+    @first_order("linear attention")
     def backward(ctx: Any, do_BNTH: Tensor, dafter: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, decay_K, memory_BKHH, counts_B, starts_BT, o_BNTH, totals = ctx.saved_tensors
         tile, time = _tile((q, k, v), ctx.normalise), _time(decay_K, starts_BT, counts_B, q.shape[2])

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from attnzoo.ops.common.first_order import first_order
 from attnzoo.ops.common.launch import Launch
 from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.common.tables import Tables
@@ -99,7 +99,7 @@ class _Attend(torch.autograd.Function):
         return saved.out_BTNH.transpose(1, 2)
 
     @staticmethod
-    @once_differentiable
+    @first_order("relative attention by Triton")
     def backward(ctx: Any, out_grad_BNTH: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, key_bias_BNS, out_BTNH, log_sums_BNT, far_BNT = ctx.saved_tensors
         saved = Saved(out_BTNH=out_BTNH, log_sums_BNT=log_sums_BNT, far_BNT=far_BNT)
