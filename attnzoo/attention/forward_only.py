@@ -131,11 +131,13 @@ class ForwardOnly(Attention):
         return self._checked(call(x_BTD, **self._given(context_BSD, mask)), x_BTD)
 
     def _checked(self, out: Any, x_BTD: Tensor) -> Tensor:
-        if not isinstance(out, Tensor) or out.shape != x_BTD.shape:
-            found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        if not isinstance(out, Tensor) or out.shape != x_BTD.shape or not out.is_floating_point():
+            found: Any = type(out).__name__
+            if isinstance(out, Tensor):
+                found = out.dtype if out.shape == x_BTD.shape else list(out.shape)
             raise ValueError(
                 f"{type(self).__name__}.forward returned {found} for x of {list(x_BTD.shape)}; it must return one "
-                "tensor of the shape of x"
+                "tensor of the shape of x, of floating-point numbers"
             )
         return out
 

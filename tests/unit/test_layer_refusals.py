@@ -132,3 +132,18 @@ def test_a_second_derivative_is_right_or_an_error(kind):
         assert re.search("derivative|no autograd formula", refused)
     else:
         torch.testing.assert_close(found, twice(layer.reference))
+
+
+class Whole(Plain):
+    """Whole numbers. Source: none."""
+
+    def forward(self, x):
+        return x.long()
+
+
+def test_a_forward_that_gives_whole_numbers_is_told_so():
+    cls = as_variant(Whole)
+    with pytest.raises(
+        ValueError, match=r"Whole.forward returned torch.int64 for x of .*; .* of floating-point numbers"
+    ):
+        cls(cls.Config(model_dim=24))
