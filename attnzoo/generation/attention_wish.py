@@ -22,7 +22,7 @@ class AttentionWish:
     "messages[0]" and so on (`attnzoo.tokenizer.spans.message_spans`), and so have embeddings (`Embedded.name`); a name
     in `spans` takes precedence."""
 
-    NAMES: ClassVar = ("edits", "read", "spans")
+    NAMES: ClassVar[tuple[str, ...]] = ("edits", "read", "spans")
     edits: Edits | Sequence[Item] = ()
     read: Edits | Sequence[Item] = ()
     spans: Spans = None
