@@ -48,6 +48,7 @@ def build_attention(kind: str, values: dict[str, object], where: str = "attentio
             ) from None
         raise
     _check_tensors(built, f"{where}: {kind!r}")
+    _check_unsaved(built, f"{where}: {kind!r}")
     return built
 
 
@@ -71,6 +72,40 @@ def _check_tensors(built: Attention, where: str) -> None:
                     f"holds and no device is told of; write self.register_buffer({name!r}, ...), with persistent=False "
                     "where it follows from the options"
                 )
+
+
+def unsaved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that `state_dict` leaves out, by name."""
+    saved = module.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in module.named_buffers(remove_duplicate=False) if name not in saved}
+
+
+_FOLLOW: set[tuple[type[Attention], str]] = set()
+"""Variants with their options whose unsaved buffers are known to follow from the options."""
+
+
+def _check_unsaved(built: Attention, where: str) -> None:
+    """Raises ValueError for a buffer that no checkpoint would hold and that has other numbers in another layer of the
+    same options, such as random ones: a model that is loaded would be another one."""
+    unsaved = {name: x for name, x in unsaved_buffers(built).items() if x.numel() and not x.is_meta}
+    key = type(built), repr(built.config)
+    if not unsaved or key in _FOLLOW:
+        return
+    with torch.random.fork_rng(devices=[]):
+        again = unsaved_buffers(type(built)(built.config))
+    for name, x in unsaved.items():
+        if not _same(x, again[name]):
+            name = name.removeprefix("module.")
+            raise ValueError(
+                f"{where} keeps the buffer {name} with persistent=False, which no checkpoint holds, and its numbers "
+                "are others in every layer that is built: a loaded model would be another one. Leave persistent=False "
+                "out, or draw them from a generator with a seed of its own"
+            )
+    _FOLLOW.add(key)
+
+
+def _same(x: Tensor, other: Tensor) -> bool:
+    return x.shape == other.shape and not bool(((x != other) & ((x == x) | (other == other))).any())  # NaN as NaN
 
 
 def variant(kind: str) -> type[Attention]:

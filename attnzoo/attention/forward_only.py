@@ -25,18 +25,18 @@ read instead of x as well, or None. By default the mask is causal, or full over 
 
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from attnzoo.attention.base import Attention, Cost, StreamingAttention, Traits, existing
 from attnzoo.attention.checks import check_room, check_state
+from attnzoo.attention.forward_trial import PROBE, ForwardFailedError, Trial, exact, try_out, with_tensors
 from attnzoo.attention.signature import forward_takes, masks_of, options_of, refuse_unused, source_of
 from attnzoo.derived_flops import forward_flops
 from attnzoo.kvcache import CachePolicy
@@ -45,12 +45,6 @@ from attnzoo.kvcache.state import State, new_zeros, writable
 from attnzoo.kvcache.succession import check_current, succeed
 from attnzoo.ops.common.masks import CAUSAL, Mask, MaskField
 from attnzoo.types import check_cost_sizes, dtype_bytes, floating
-
-PREFIXES = (1, 4, 20)
-PROBE = 37
-"""A forward is run on a sequence of PROBE tokens and on its PREFIXES, whose outputs have to be the same."""
-CLOSED = 1e-2
-"""A parameter without a larger number is a gate that is not open yet."""
 
 
 @dataclass
@@ -116,9 +110,9 @@ class ForwardOnly(Attention):
         own = getattr(self.module, "reference", None)
         if own is not None:
             return self._run(own, x_BTD, context_BSD, mask)
-        exact = {name: _exact(x) for name, x in self.module.named_parameters()}
-        exact |= {name: _exact(x).clone() for name, x in self.module.named_buffers()}  # forward may count in them
-        call = partial(_with_tensors, self.module, exact)
+        weights = {name: exact(x) for name, x in self.module.named_parameters()}
+        weights |= {name: exact(x).clone() for name, x in self.module.named_buffers()}  # forward may count in them
+        call = partial(with_tensors, self.module, weights)
         context_BSD = None if context_BSD is None else context_BSD.double()
         return self._run(call, x_BTD.double(), context_BSD, mask).to(x_BTD.dtype)
 
@@ -146,16 +140,13 @@ class ForwardOnly(Attention):
         like = self._like
         if self._tried or like.is_meta:
             return
-        generator = torch.Generator().manual_seed(0)
-        shape = (2, PROBE, self.config.model_dim)
-        x_BTD, context_BSD = torch.randn(2, *shape, generator=generator).to(like.device, like.dtype)
-        with _probing(self.module) as run:
-            self._check_outputs(run, x_BTD, context_BSD)
+        x_BTD = like.new_empty(2, PROBE, self.config.model_dim)
+        try_out(type(self).__name__, self.module, self._run, self._check_outputs, x_BTD)
         self._tried = True
 
-    def _check_outputs(self, run: Callable[..., Any], x_BTD: Tensor, context_BSD: Tensor) -> None:
-        with suppress(RuntimeError, TypeError, IndexError, AttributeError):  # it may be for another number of tokens
-            self._run(run, x_BTD)
+    def _check_outputs(self, trial: Trial, x_BTD: Tensor, context_BSD: Tensor) -> None:
+        with suppress(ForwardFailedError):  # it may be for another number of tokens
+            trial.outputs(x_BTD)
 
     def _given(self, context_BSD: Tensor | None, mask: Mask | None) -> dict[str, Any]:
         """What forward takes beside x."""
@@ -263,93 +254,11 @@ class RecomputedAttention(ForwardOnly, StreamingAttention):
         row = capacity * self.config.model_dim * dtype_bytes(self._like.dtype)
         return batch * (row + dtype_bytes(torch.int64))
 
-    def _check_outputs(self, run: Callable[..., Any], x_BTD: Tensor, context_BSD: Tensor) -> None:
-        self._check_alone(run, x_BTD)
-        self._check_prefix(run, x_BTD, None)
+    def _check_outputs(self, trial: Trial, x_BTD: Tensor, context_BSD: Tensor) -> None:
+        trial.check_alone(x_BTD)
+        trial.check_prefixes(x_BTD)
         if "context" in self.takes:
-            self._check_prefix(run, x_BTD, context_BSD)
-
-    def _check_alone(self, run: Callable[..., Any], x_BTD: Tensor) -> None:
-        """Raises ValueError for a forward whose outputs are random, or change with the sequences beside."""
-        name, given = type(self).__name__, x_BTD.clone()
-        whole = self._probe(run, x_BTD, None)
-        if not torch.equal(x_BTD, given):
-            raise ValueError(f"{name}.forward writes to its input; work on a copy of it (x = x + y, and not x += y)")
-        if not bool(whole.isfinite().all()):
-            raise ValueError(f"{name}.forward returns numbers that are not finite, for inputs of size 1")
-        allowed = 2 * torch.finfo(whole.dtype).eps ** 0.5 * float(whole.abs().max())
-        again = float((whole - self._probe(run, x_BTD, None)).abs().max())
-        if again > allowed:
-            raise ValueError(
-                f"{name}.forward is random in evaluation mode: called twice on one input its outputs differ by "
-                f"{again:.2g}; draw random numbers in training mode alone (self.training)"
-            )
-        alone = torch.cat([self._probe(run, x_1TD, None) for x_1TD in x_BTD.split(1)])
-        beside = float((whole - alone).abs().max())
-        if beside > allowed:
-            raise ValueError(
-                f"{name}.forward mixes sequences: outputs of one change by {beside:.2g} with another in the batch. x "
-                "is [batch, tokens, model_dim]: is batch_first=True missing?"
-            )
-
-    def _check_prefix(self, run: Callable[..., Any], x_BTD: Tensor, context_BSD: Tensor | None) -> None:
-        name, whole = type(self).__name__, self._probe(run, x_BTD, context_BSD)
-        allowed = 2 * torch.finfo(whole.dtype).eps ** 0.5 * float(whole.abs().max())
-        for tokens in PREFIXES:
-            change = float((whole[:, :tokens] - self._probe(run, x_BTD[:, :tokens], context_BSD)).abs().max())
-            if change > allowed:
-                raise ValueError(
-                    f"{name}.forward sees the future: with {PROBE - tokens} tokens more, its outputs for the first "
-                    f"{tokens} change by {change:.2g}. Hide later tokens from earlier ones (for example "
-                    "torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)), or write `causal = "
-                    f"False` into {name}: then it has no streaming form, and no language model takes it"
-                )
-
-    def _probe(self, run: Callable[..., Any], x_BTD: Tensor, context_BSD: Tensor | None) -> Tensor:
-        try:
-            return self._run(run, x_BTD, context_BSD)
-        except (RuntimeError, TypeError, IndexError, AttributeError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(
-                f"{type(self).__name__}.forward fails on x of {list(x_BTD.shape)}: {type(error).__name__}: {reason}; "
-                "it has to take any number of tokens from 1 on"
-            ) from error
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x.double() if x.is_floating_point() else x
-
-
-def _with_tensors(module: nn.Module, tensors: dict[str, Tensor], x: Tensor, **others: Any) -> Any:
-    """`module(x, ...)` with other parameters and buffers."""
-    return functional_call(module, tensors, (x,), others)
-
-
-@contextmanager
-def _probing(module: nn.Module) -> Iterator[Callable[..., Any]]:
-    """A way to run a module that leaves no trace: in its evaluation mode, on copies of its buffers, with random numbers
-    that nobody else misses."""
-    modes = [(each, each.training) for each in module.modules()]
-    buffers = {name: x.clone() for name, x in module.named_buffers()}
-    devices = [x.device for x in module.parameters() if x.is_cuda][:1]
-    try:
-        module.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            yield partial(_with_tensors, module, _opened(module) | buffers)
-    finally:
-        for each, mode in modes:
-            each.training = mode
-
-
-def _opened(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of parameters that are all zero or tiny, with small numbers in them: a gate that begins closed, or nearly
-    so, is opened by training, and what lies behind it is tried too."""
-    generator, found = torch.Generator().manual_seed(1), {}
-    for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and parameter.numel() and float(parameter.abs().max()) < CLOSED:
-            small = torch.randn(parameter.shape, generator=generator) * 0.1
-            found[name] = small.to(parameter.device, parameter.dtype)
-    return found
+            trial.check_prefixes(x_BTD, context_BSD)
 
 
 MOST_TRIED = 1 << 26

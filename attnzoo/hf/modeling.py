@@ -11,12 +11,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
+from attnzoo.attention import unsaved_buffers
 from attnzoo.checkpoint.native import saved_tensors
 from attnzoo.checkpoint.sources import plugin_sources, warn_of_changes
 from attnzoo.hf.cache import DecoderCache
 from attnzoo.hf.config import AttnzooConfig
 from attnzoo.models import DecoderLM
-from attnzoo.models.shapes import fill_buffers, shared_parameters, tie_parameters, unsaved_buffers
+from attnzoo.models.shapes import fill_buffers, shared_parameters, tie_parameters
 
 
 class AttnzooForCausalLM(PreTrainedModel, GenerationMixin):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attnzoo.attention import Attention, build_attention
+from attnzoo.attention import Attention, build_attention, unsaved_buffers
 from attnzoo.models.config import DecoderConfig
 from attnzoo.models.decoder_lm import DecoderLM
 
@@ -140,9 +140,3 @@ def buffer_dtype(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
     if dtype is None or not own.is_floating_point:
         return own
     return dtype if dtype.itemsize < torch.float32.itemsize else torch.promote_types(own, dtype)
-
-
-def unsaved_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers that `state_dict` leaves out, by name."""
-    saved = module.state_dict(keep_vars=True).keys()
-    return {name: buffer for name, buffer in module.named_buffers(remove_duplicate=False) if name not in saved}

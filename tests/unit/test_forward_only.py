@@ -87,6 +87,9 @@ def test_a_forward_that_sees_the_future_is_refused_once_it_has_weights():
         (lambda self, x: x + self.scale * x.mean(1, keepdim=True), "forward sees the future"),
         (lambda self, x: x + torch.cat([x[:, 10:], torch.zeros_like(x[:, :10])], 1)[:, : x.shape[1]], "forward sees"),
         (lambda self, x: x.log(), "forward returns numbers that are not finite"),
+        (lambda self, x: x + 1e-4 * x.mean(0), "forward mixes sequences"),
+        (lambda self, x: 9 * x + 1e-3 * x.mean(1, keepdim=True), "forward sees the future: .* change by 0.00"),
+        (lambda self, x: x * (1 // (x.shape[1] > 3)), "forward fails on x of .2, 1, 6.: ZeroDivisionError"),
     ],
     ids=[
         "random",
@@ -97,6 +100,9 @@ def test_a_forward_that_sees_the_future_is_refused_once_it_has_weights():
         "LayerScale",
         "ten ahead",
         "NaN",
+        "rows mixed a little",
+        "a small leak without a gate",
+        "too short",
     ],
 )
 def test_a_forward_that_cannot_be_continued_is_refused(forward, message):
@@ -171,6 +177,12 @@ def test_a_small_leak_is_found_and_rounding_is_none():
 
     with pytest.raises(ValueError, match="sees the future"):
         attention(variant_of(Leaks), model_dim=64)
+
+    class Rounds(Mine):
+        def forward(self, x):
+            return torch.nn.functional.linear(super().forward(x).float(), torch.eye(64)).to(x.dtype)
+
+    attention(variant_of(Rounds), model_dim=64)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         layer = attention(variant_of(Mine, f"mine_{dtype}"), model_dim=64).to(dtype)
         layer._tried = False
@@ -283,6 +295,28 @@ def test_a_tensor_that_is_neither_parameter_nor_buffer_is_refused_when_it_is_bui
             ValueError, match=rf"'mine_plain' keeps {name}, .*write self.register_buffer\('{last}', ...\)"
         ):
             build()
+
+
+def test_random_numbers_that_no_checkpoint_holds_are_refused_when_they_are_drawn():
+    """Kills: a buffer that loading draws anew."""
+
+    class Draws(Mine):
+        def __init__(self, model_dim: int, seed: int = -1):
+            super().__init__(model_dim)
+            source = torch.Generator().manual_seed(seed) if seed >= 0 else None
+            self.register_buffer("features", torch.randn(model_dim, generator=source), persistent=False)
+            self.register_buffer("unknown", torch.full((2,), torch.nan), persistent=False)
+
+    kind = variant_of(Draws)
+    config = DecoderConfig(vocab_size=9, model_dim=6, num_layers=1, attention=kind, tie_embeddings=False)
+    for build in (lambda: attention(kind, model_dim=6), lambda: DecoderLM(config)):
+        with pytest.raises(ValueError, match=r"the buffer features with persistent=False.*a seed of its own"):
+            build()
+    torch.manual_seed(3)
+    expected = (Draws(6, 5), torch.rand(2))[1]
+    torch.manual_seed(3)
+    attention(kind, model_dim=6, seed=5)
+    assert torch.equal(torch.rand(2), expected)  # looking at it again draws nothing
 
 
 def test_the_reference_is_forward_in_float64_unless_it_is_written():

@@ -22,18 +22,36 @@ def class_codes(sets: tuple[Chosen, ...], keys: int) -> tuple[tuple[int, ...], t
     """(codes of positions below `keys`, of all), whatever hidden states say: bit m of a class's code says whether its
     keys are in set m. What holds nothing (position -1) has code 0."""
     sinks = tuple(dict.fromkeys(each for held in sets for each in held.sinks))
-    edges = {0, *(edge for held in sets for piece in held.intervals for edge in piece if edge < keys)}
-    inside = {
-        _code(sets, position, {each for index, each in enumerate(sinks) if bits >> index & 1})
-        for position in edges
-        for bits in range(2 ** len(sinks))
-    }
-    return tuple(sorted(inside)), tuple(sorted(inside | {0, _code(sets, keys, set())}))
+    marks, negated = [_bits(sets, each) for each in sinks], _negated(sets)
+    *held, (_, _, beyond) = _pieces(sets, keys)
+    found = {code for _, _, code in held}
+    for mark in marks:
+        found |= {code | mark for code in found}
+    inside = {code ^ negated for code in found}
+    return tuple(sorted(inside)), tuple(sorted(inside | {0, beyond ^ negated}))
 
 
-def _code(sets: tuple[Chosen, ...], position: int, found: set[Sinks]) -> int:
-    held = [each.covers(position, position) or not found.isdisjoint(each.sinks) for each in sets]
-    return sum((one ^ each.negated) << bit for bit, (one, each) in enumerate(zip(held, sets, strict=True)))
+def _pieces(sets: tuple[Chosen, ...], keys: int) -> list[tuple[int, int, int]]:
+    """(start, stop, code) of all positions from 0 to `keys`, which stands alone, by intervals alone: without sinks, and
+    sets as if not negated."""
+    turned = {0: 0, keys: 0}
+    for bit, each in enumerate(sets):
+        for edge in (edge for piece in each.intervals for edge in piece if edge <= keys):
+            turned[edge] = turned.get(edge, 0) ^ 1 << bit
+    code, starts, pieces = 0, sorted(turned), []
+    for start, stop in zip(starts, [*starts[1:], keys + 1], strict=True):
+        code ^= turned[start]
+        pieces.append((start, stop, code))
+    return pieces
+
+
+def _bits(sets: tuple[Chosen, ...], sinks: Sinks) -> int:
+    """The sets that these sinks are named in."""
+    return sum(1 << bit for bit, each in enumerate(sets) if sinks in each.sinks)
+
+
+def _negated(sets: tuple[Chosen, ...]) -> int:
+    return sum(1 << bit for bit, each in enumerate(sets) if each.negated)
 
 
 class KeySets:
@@ -47,12 +65,12 @@ class KeySets:
     @torch.inference_mode(False)
     def __init__(self, sets: tuple[Chosen, ...], codes: tuple[int, ...], keys: int, device: torch.device) -> None:
         self.sets, self.keys, self.seen = sets, keys, 0
-        positions_P = torch.arange(-1, keys + 1, device=device)
-        code_P = torch.zeros_like(positions_P)
-        for bit, each in enumerate(sets):
-            code_P += each.holds(positions_P).to(code_P.dtype) << bit
-        self._codes_C = torch.tensor(codes, device=device)
-        self._class_P = torch.searchsorted(self._codes_C, code_P)
+        self._codes, negated = codes, _negated(sets)
+        self._class = {code: number for number, code in enumerate(codes)}  # codes may have more bits than an int64
+        class_P = torch.full((keys + 2,), self._class[0])
+        for start, stop, code in _pieces(sets, keys):
+            class_P[start + 1 : stop + 1] = self._class[code ^ negated]
+        self._class_P = class_P.to(device)
         self.members = class_members(sets, codes, device)
         self._made: dict[Any, Any] = {}
         self._joined: tuple[list[Tensor], Tensor] | None = None
@@ -76,11 +94,9 @@ class KeySets:
 
     def _mark(self, sinks: Sinks, rows: Tensor) -> None:
         rows = rows[rows <= self.keys]
-        code = self._codes_C[self._class_P[rows]]
-        for bit, each in enumerate(self.sets):
-            if sinks in each.sinks:
-                code = code & ~(1 << bit) if each.negated else code | (1 << bit)
-        self._class_P[rows] = torch.searchsorted(self._codes_C, code)
+        marks, negated = _bits(self.sets, sinks), _negated(self.sets)
+        marked = [self._class.get((code ^ negated | marks) ^ negated, 0) for code in self._codes]
+        self._class_P[rows] = torch.tensor(marked, device=rows.device)[self._class_P[rows]]
         self._made.clear()
 
     def classes(self, positions: Tensor) -> Tensor:
@@ -96,7 +112,7 @@ class KeySets:
         """table_1CP: 1 where a row is of the class, else 0, in float32."""
         return self.made(
             "table",
-            lambda: F.one_hot(self._class_P, len(self._codes_C)).t().to(torch.float32, copy=True)[None].contiguous(),
+            lambda: F.one_hot(self._class_P, len(self._codes)).t().to(torch.float32, copy=True)[None].contiguous(),
         )
 
     def rows(self, held: Chosen) -> Tensor:
@@ -127,8 +143,8 @@ class KeySets:
 @torch.inference_mode(False)
 def class_members(sets: tuple[Chosen, ...], codes: tuple[int, ...], device: torch.device) -> dict[Chosen, Tensor]:
     """For each set, which classes are in it, [1, 1, C]. Layers share them."""
-    codes_C = torch.tensor(codes, device=device)
-    return {held: (codes_C >> bit & 1).bool()[None, None] for bit, held in enumerate(sets)}
+    members = torch.tensor([[code >> bit & 1 for code in codes] for bit in range(len(sets))], device=device).bool()
+    return {held: members_C[None, None] for held, members_C in zip(sets, members, strict=True)}
 
 
 def class_table(tables: list[Tensor], rows_BKS: Tensor | None, x_BNRS: Tensor, first: KeySets) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from attnzoo.attention.edits.reads import Entropy, KeySums, Map, Mass, Read, TopKeys
+from attnzoo.attention.edits.spans import joined
 from attnzoo.attention.edits.traits import LayerSizes
 from attnzoo.types import dtype_bytes
 
@@ -49,12 +50,13 @@ def layer_cost(layer: Any, size: LayerSizes, total: int, keys: int) -> LayerCost
     """The cost of one layer's `LayerItems`, None: nothing to do."""
     if layer is None:
         return LayerCost()
-    named = [0] * total
-    for each in layer.items:
-        for start, stop in each.queries.intervals:
-            named[start:stop] = [1] * (stop - start)
-    queries = sum(named)
-    pairs = queries * keys if size.context else sum(position + 1 for position, one in enumerate(named) if one)
+    named = [
+        (start, min(stop, total))
+        for start, stop in joined([piece for each in layer.items for piece in each.queries.intervals])
+    ]
+    queries = sum(stop - start for start, stop in named)
+    seen = sum((stop - start) * (start + stop + 1) // 2 for start, stop in named)
+    pairs = queries * keys if size.context else seen
     heads = len(layer.heads)
     returned = sum(returned_bytes(each, keys) for each in layer.items)
     if layer.engine == "dense":

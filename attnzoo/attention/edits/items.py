@@ -306,7 +306,7 @@ class CopyHead(WeightEdit):
 
     def check(self, heads: int, queries: Chosen, keys: Chosen, num_heads: int, at: str) -> None:
         if type(self.source) is not int or not 0 <= self.source < num_heads:
-            raise ValueError(f"{at}.source={self.source!r} is out of range: there are {num_heads} heads, from 0 on")
+            raise ValueError(f"{at}.source={self.source!r} must be the number of a head, 0 to {num_heads - 1}")
 
     def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
         assert here.positions_NS is not None

@@ -31,6 +31,8 @@ MAX_BYTES = 256 << 20
 """Bytes that all reads of a plan may return, unless the caller says otherwise."""
 MAX_CLASSES = 4
 """Keys that edits tell apart in more classes than this are computed one by one."""
+MAX_SINKS = 8
+"""Different Sinks of one layer: keys fall into twice as many classes with each."""
 
 Engine = Literal["partitioned", "dense"]
 
@@ -207,10 +209,7 @@ def _meant(
         if layout.context is None:
             raise ValueError(f"{at}: layer {layer} attends to a context; say by TokenLayout(context=...) what is in it")
         key_layout, keys = layout.context, layout.context.prompt
-    sets = {
-        name: chosen(of, key_layout, keys, f"{at}.where.keys" if name == "keys" else f"{at}.{name}")
-        for name, of in item.key_sets().items()
-    }
+    sets = {name: chosen(of, key_layout, keys, f"{at}.{_field(item, name)}") for name, of in item.key_sets().items()}
     for name, held in sets.items():
         for sinks in held.sinks:
             if size.context or not sinks.channels or max(sinks.channels) >= (size.model_dim or FAR):
@@ -226,6 +225,13 @@ def _meant(
     item.check(len(heads), queries, own, size.num_heads, at)
     sets.setdefault("keys", own)
     return Meant(index, item, heads, queries, calls, tuple(sets.items()))
+
+
+def _field(item: Item, name: str) -> str:
+    """The field of an item that says a set of keys."""
+    if isinstance(item, Mass) and item.bins:
+        return name
+    return {"keys": "where.keys", "of": "only_heads.of"}.get(name, name)
 
 
 def _ends(numbers: tuple[int, ...]) -> tuple[int, int]:
@@ -261,6 +267,12 @@ def _gathered(items: list[Meant], size: LayerSizes, layout: TokenLayout, total: 
     heads |= {each.item.source for each in items if isinstance(each.item, CopyHead)}
     sets = tuple(dict.fromkeys(held for each in items for name, held in each.sets))
     keys = layout.context.prompt if size.context and layout.context else total
+    sinks = dict.fromkeys(each for held in sets for each in held.sinks)
+    if len(sinks) > MAX_SINKS:
+        raise ValueError(
+            f"edits name {len(sinks)} different Sinks in one layer; at most {MAX_SINKS}: give one of them several "
+            "channels"
+        )
     inside, codes = class_codes(sets, keys)
     dense = not size.editing.softmax or any(each.item.dense for each in items) or len(inside) > MAX_CLASSES
     return LayerItems(tuple(items), "dense" if dense else "partitioned", tuple(sorted(heads)), sets, codes, keys)

@@ -48,7 +48,7 @@ class TopKeys(Read):
 
     def __post_init__(self) -> None:
         if type(self.k) is not int or self.k < 1:
-            raise ValueError(f"TopKeys.k={self.k!r} must be at least 1")
+            raise ValueError(f"TopKeys.k={self.k!r} must be a whole number of at least 1")
 
 
 @dataclass(frozen=True)

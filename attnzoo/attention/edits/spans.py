@@ -23,6 +23,8 @@ GENERATED = "generated"
 """The positions after the prompt."""
 FAR = 2**40
 """A position beyond any sequence."""
+MAX_DEPTH = 32
+"""Lists and Excepts that may stand in one another."""
 
 FEW_TOKENS = 16
 """Numbers of so many tokens are looked at one by one."""
@@ -111,7 +113,7 @@ class Except:
     of: "Positions"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "of", normal_positions(self.of, "Except.of"))
+        object.__setattr__(self, "of", normal_positions(self.of, "Except.of", MAX_DEPTH - 1))
 
 
 @dataclass(frozen=True)
@@ -125,14 +127,23 @@ Positions = str | int | Span | After | Sinks | Except | tuple[Any, ...]
 """ALL, GENERATED, the name of a span, one position, any of the classes above, or a tuple of these: their union."""
 
 
-def normal_positions(positions: Any, where: str) -> Any:
+def normal_positions(positions: Any, where: str, levels: int = MAX_DEPTH) -> Any:
     """The positions, with tuples for lists, so that they can be compared and hashed. Raises ValueError, naming `where`,
-    for what says no position."""
-    if isinstance(positions, list | tuple):
-        return tuple(normal_positions(each, where) for each in positions)
+    for what says no position, and for more than so many levels of lists and Excepts."""
+    several = isinstance(positions, list | tuple)
+    if levels < (1 if several else _depth(positions)):
+        raise ValueError(f"{where} has more than {MAX_DEPTH} levels of lists and Excepts; flatten it")
+    if several:
+        return tuple(normal_positions(each, where, levels - 1) for each in positions)
     if isinstance(positions, bool) or not isinstance(positions, str | int | Span | After | Sinks | Except):
         raise ValueError(f"{where}={positions!r}: give positions, a Span, the name of a span, or a list of these")
     return positions
+
+
+def _depth(positions: Any) -> int:
+    if isinstance(positions, tuple):
+        return 1 + max(map(_depth, positions), default=0)
+    return 1 + _depth(positions.of) if isinstance(positions, Except) else 0
 
 
 @dataclass(frozen=True)
@@ -193,7 +204,7 @@ class TokenLayout:
                 raise ValueError(
                     f"TokenLayout.spans[{name!r}]: {piece!r} must be [start, stop) within the {self.prompt} tokens"
                 )
-        return _joined([(int(start), int(stop)) for start, stop in pieces])
+        return joined([(int(start), int(stop)) for start, stop in pieces])
 
 
 @dataclass(frozen=True)
@@ -217,7 +228,7 @@ class Chosen:
     def also_in(self, other: "Chosen") -> "Chosen":
         """The positions that both have; neither may have sinks."""
         found = [piece for start, stop in other.intervals for piece in self.within(start, stop).intervals]
-        return Chosen(_joined(found))
+        return Chosen(joined(found))
 
     def holds(self, positions: Tensor) -> Tensor:
         """Which positions are among them, none of which is a sink; those below 0 are not."""
@@ -260,7 +271,7 @@ def _chosen(positions: Positions, layout: TokenLayout, total: int, where: str) -
         if len(parts) == 1:
             return parts[0]
         pieces = [piece for part in parts for piece in part.intervals]
-        return Chosen(_joined(pieces), tuple(dict.fromkeys(s for part in parts for s in part.sinks)))
+        return Chosen(joined(pieces), tuple(dict.fromkeys(s for part in parts for s in part.sinks)))
     if isinstance(positions, Sinks):
         return Chosen((), (positions,))
     if isinstance(positions, Except):
@@ -295,7 +306,7 @@ def _plain(positions: Any, layout: TokenLayout, total: int, where: str) -> tuple
     return ((start, stop),)
 
 
-def _joined(pieces: Sequence[Interval]) -> tuple[Interval, ...]:
+def joined(pieces: Sequence[Interval]) -> tuple[Interval, ...]:
     """Sorted, overlapping and touching pieces in one."""
     out: list[Interval] = []
     for start, stop in sorted(pieces):
@@ -378,7 +389,7 @@ def picked_steps(picks: Any, layout: TokenLayout, where: str) -> tuple[tuple[Int
     if picks == ALL:
         return ((0, FAR),), ((0, FAR),)
     if layout.steps is not None:
-        return ((0, FAR),), _joined([(step, step + 1) for step in picked(picks, layout.steps, where)])
+        return ((0, FAR),), joined([(step, step + 1) for step in picked(picks, layout.steps, where)])
     pieces: list[Interval] = []
     for item in picks:
         first, last = _edges(item) or (0, 0) if isinstance(item, str) else (item, item + 1)
@@ -386,4 +397,4 @@ def picked_steps(picks: Any, layout: TokenLayout, where: str) -> tuple[tuple[Int
         if low < 0 or high <= low:
             raise ValueError(f"{where}={item!r}: steps count from 0 (the prompt), and a range must hold one")
         pieces.append((0 if low == 0 else layout.prompt + low - 1, layout.prompt + high - 1))
-    return _joined(pieces), ((0, FAR),)
+    return joined(pieces), ((0, FAR),)
