@@ -182,7 +182,7 @@ def test_a_small_leak_is_found_and_rounding_is_none():
         def forward(self, x):
             return torch.nn.functional.linear(super().forward(x).float(), torch.eye(64)).to(x.dtype)
 
-    attention(variant_of(Rounds), model_dim=64)
+    attention(variant_of(Rounds, "rounds"), model_dim=64)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         layer = attention(variant_of(Mine, f"mine_{dtype}"), model_dim=64).to(dtype)
         layer._tried = False
