@@ -96,7 +96,7 @@ MISTAKES = {
     "noise": (
         "super().__init__(heads)\n",
         "super().__init__(heads)\n        self.register_buffer('noise', torch.rand(3), persistent=False)\n",
-        "saved",
+        "all",
     ),
     "meta": (
         "super().__init__(heads)\n",
