@@ -128,11 +128,13 @@ def test_mistakes_in_the_template_are_caught(contract_run, tmp_path):
         plugins[-1].write_text(changed.replace('{"num_kv_heads": 1}', ""), encoding="utf-8")
     result = contract_run("mine", ATTNZOO_PLUGINS=os.pathsep.join(map(str, plugins)))
     found = {name: re.findall(rf"FAILED .*\[mine_{name}-(\w+)\]", result.stdout) for name in MISTAKES}
-    assert len(found["plain"]) > 9, result.stdout
-    found["plain"] = ["all"]
+    for name in ("plain", "noise"):
+        assert len(found[name]) > 9, result.stdout
+        found[name] = ["all"]
     assert found == {name: (items or "").split() for name, (_, _, items) in MISTAKES.items()}, result.stdout
     assert "a variant reads values of tensors in __init__" in result.stdout
     assert "has dtype torch.complex64, which cannot be saved" in result.stdout
+    assert "keeps the buffer mixing.position.noise with persistent=False" in result.stdout
     assert "keeps mixing.position.ones, a tensor that is neither a parameter nor a buffer" in result.stdout
 
 
