@@ -41,3 +41,10 @@ def variant_of(cls: type[nn.Module], name: str = "mine_plain") -> str:
     """Registers a class; its name as a variant."""
     ATTENTION.register(name)(cls)
     return name
+
+
+class Future(Mine):
+    """Looks ahead."""
+
+    def forward(self, x):
+        return self.out(self.qkv(x).chunk(3, dim=-1)[2].mean(1, keepdim=True) + x)
