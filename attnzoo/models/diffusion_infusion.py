@@ -26,6 +26,7 @@ from attnzoo.attention.edits import (
     Except,
     Map,
     PutScores,
+    Span,
     TokenLayout,
     Values,
     Where,
@@ -42,6 +43,14 @@ def places(region_NHW: Tensor, side: int) -> Tensor:
     found_NT = share_NT >= 0.5
     most_NT = F.one_hot(share_NT.argmax(1), side * side).bool() & (share_NT.amax(1) > 0)[:, None]
     return torch.where(found_NT.any(1, keepdim=True), found_NT, most_NT)
+
+
+def spans_of(region_T: Tensor) -> tuple[Span, ...]:
+    """The places of a region as spans of neighbours, in order."""
+    numbers = region_T.nonzero()[:, 0].tolist()
+    firsts = [number for number in numbers if number == 0 or not region_T[number - 1]]
+    lasts = [number for number in numbers if number == len(region_T) - 1 or not region_T[number + 1]]
+    return tuple(Span(first, last + 1) for first, last in zip(firsts, lasts, strict=True))
 
 
 class Infusion:
@@ -61,23 +70,23 @@ class Infusion:
             self._places[tokens] = places(self.object_NHW, round(tokens**0.5))
         object_NT = self._places[tokens]
         generated, composed = x_MTD[:rows], x_MTD[rows:]
-        chosen = [tuple(row.nonzero()[:, 0].tolist()) for row in object_NT]
+        chosen = [spans_of(row) for row in object_NT]
         reads = [Edits(Map(Where(keys=keys), what="scores")) if keys else None for keys in chosen]
         mask = Mask.full(object_NT)
         composed, runs = _edited(attention, composed, reads, mask, generated)
         puts = [
-            _puts(keys, tokens, run.reading[0].map) if keys and run is not None else None
-            for keys, run in zip(chosen, runs, strict=True)
+            _puts(keys, row, run.reading[0].map) if run is not None else None
+            for keys, row, run in zip(chosen, object_NT, runs, strict=True)
         ]
         generated, _ = _edited(attention, generated, puts, Mask.full())
         return torch.cat([generated, composed])
 
 
-def _puts(keys: tuple[int, ...], tokens: int, scores_NTS: Tensor) -> Edits:
+def _puts(keys: tuple[Span, ...], object_T: Tensor, scores_NTS: Tensor) -> Edits:
     """The edits that put S into both directions."""
-    others = [place for place in range(tokens) if place not in keys]
+    others = ~object_T
     found = [PutScores(Where(keys=keys), Values(scores_NTS))]
-    if others:
+    if bool(others.any()):
         found.append(PutScores(Where(queries=keys, keys=Except(keys)), Values(scores_NTS[:, others].mT)))
     return Edits(*found)
 

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnzoo.attention.edits import EditRun, Edits, Except, Hide, TokenLayout, Where, layer_sizes
+from attnzoo.attention.edits import EditPlan, EditRun, Edits, Except, Hide, Span, TokenLayout, Where, layer_sizes
 from attnzoo.diffusion import grid, solve
 from attnzoo.diffusion.schedule import IMAGE, NOISE
 from attnzoo.models import DiffusionUNet, Infusion
-from attnzoo.models.diffusion_infusion import places
+from attnzoo.models.diffusion_infusion import places, spans_of
 from attnzoo.types import CheckedConfig
 from attnzoo.vision.captions import words_of
 from attnzoo.vision.trained_diffusion import TrainedDiffusion, from_pixels
@@ -125,21 +125,50 @@ def invert(trained: TrainedDiffusion, images_NCHW: Tensor, captions: Sequence[st
     return found[::-1]
 
 
+@dataclass(frozen=True)
+class Inverted:
+    """Latents of cases from noise to image, steps + 1 of each kind, [N, C, H, W]: of backgrounds, and of objects as
+    they are pasted on them. They depend on no option but the number of steps."""
+
+    background: list[Tensor]
+    thing: list[Tensor]
+
+
+def invert_cases(trained: TrainedDiffusion, cases: Sequence[Placement], steps: int) -> Inverted:
+    """What `compose` begins with. Raises ValueError as `compose` does."""
+    _check(trained, cases)
+    backgrounds = from_pixels(np.stack([case.background for case in cases]))
+    pasted = from_pixels(np.stack([case.pasted() for case in cases]))
+    return Inverted(
+        invert(trained, backgrounds, [case.background_caption for case in cases], steps),
+        invert(trained, pasted, [case.caption for case in cases], steps),
+    )
+
+
 @torch.no_grad()
-def compose(trained: TrainedDiffusion, cases: Sequence[Placement], options: ComposeOptions) -> Tensor:
-    """The composed pictures, between -1 and 1, [N, C, H, W]; nothing is drawn at random.
+def compose(
+    trained: TrainedDiffusion, cases: Sequence[Placement], options: ComposeOptions, inverted: Inverted | None = None
+) -> Tensor:
+    """The composed pictures, between -1 and 1, [N, C, H, W]; nothing is drawn at random. inverted: what `invert_cases`
+    has found of these cases, so that compositions with several options share it.
 
     Raises ValueError for pictures of another size than the model's, captions with words that it does not know, words of
-    an object that its caption has not, and objects outside of the picture.
+    an object that its caption has not, objects outside of the picture, and an inversion of other steps or cases.
     """
-    walk = _Walk(trained, cases, options)
+    walk = _Walk(trained, cases, options, inverted)
     return solve(walk.first(), walk.denoise, grid(options.steps), watch=walk.after).clamp(-1, 1)
 
 
 class _Walk:
     """One batch on its way from noise to pictures."""
 
-    def __init__(self, trained: TrainedDiffusion, cases: Sequence[Placement], options: ComposeOptions) -> None:
+    def __init__(
+        self,
+        trained: TrainedDiffusion,
+        cases: Sequence[Placement],
+        options: ComposeOptions,
+        inverted: Inverted | None = None,
+    ) -> None:
         _check(trained, cases)
         self.model, self.options, self.step = trained.model, options, 0
         regions = np.stack([case.region() for case in cases])
@@ -149,11 +178,15 @@ class _Walk:
         self.region_NHW, self.box_N1HW = torch.from_numpy(regions), torch.from_numpy(boxes)[:, None]
         self.words_NL = trained.encode([case.caption for case in cases])
         self.empty_NL = torch.full_like(self.words_NL, -1)
-        backgrounds = from_pixels(np.stack([case.background for case in cases]))
-        self.background = invert(trained, backgrounds, [case.background_caption for case in cases], options.steps)
-        pasted = from_pixels(np.stack([case.pasted() for case in cases]))
-        self.thing = invert(trained, pasted, [case.caption for case in cases], options.steps)
         self.spans = [words_of(case.caption, case.words) for case in cases]
+        found = invert_cases(trained, cases, options.steps) if inverted is None else inverted
+        if (len(found.background), len(found.background[0])) != (options.steps + 1, len(cases)):
+            raise ValueError(
+                f"inverted has {len(found.background) - 1} steps of {len(found.background[0])} cases; here are "
+                f"steps={options.steps} and {len(cases)} cases"
+            )
+        self.background, self.thing = found.background, found.thing
+        self._plans: dict[str, list[EditPlan]] = {}
 
     def composed(self, step: int) -> Tensor:
         """The background's latent with the object's pasted into it."""
@@ -194,24 +227,26 @@ class _Walk:
     def _confined(self, copies: int) -> dict[str, list[EditRun | None]]:
         """Cross attention in which the object's words have no weight outside of its region, for rows of which every
         second n have the caption."""
-        found: dict[str, list[EditRun | None]] = {}
+        self._plans = self._plans or {
+            name: self._confinement(name) for name in self.model.attentions() if name.endswith("cross")
+        }
         none: list[EditRun | None] = [None] * len(self.spans)
-        for name, layer in self.model.attentions().items():
-            if not name.endswith("cross"):
-                continue
-            side = self.model.side(name)
-            sizes = [layer_sizes(layer, context=True)]
-            layout = TokenLayout(side * side, context=TokenLayout(self.words_NL.shape[1]))
-            found[name] = []
+        found: dict[str, list[EditRun | None]] = {name: [] for name in self._plans}
+        for name, plans in self._plans.items():
             for copy in range(copies):
-                if copy % 2 == 0:
-                    found[name] += none
-                    continue
-                for region_T, span in zip(places(self.region_NHW, side), self.spans, strict=True):
-                    inside = tuple(region_T.nonzero()[:, 0].tolist())
-                    hide = Hide(Where(queries=Except(inside), keys=tuple(range(*span))))
-                    found[name].append(EditRun(Edits(hide).plan(sizes, layout, streams=False)))
+                found[name] += none if copy % 2 == 0 else [EditRun(plan) for plan in plans]
         return found
+
+    def _confinement(self, name: str) -> list[EditPlan]:
+        """What a layer of cross attention has to do in each case; the same in all steps."""
+        side = self.model.side(name)
+        sizes = [layer_sizes(self.model.attentions()[name], context=True)]
+        layout = TokenLayout(side * side, context=TokenLayout(self.words_NL.shape[1]))
+        hides = [
+            Hide(Where(queries=Except(spans_of(region_T)), keys=Span(*words)))
+            for region_T, words in zip(places(self.region_NHW, side), self.spans, strict=True)
+        ]
+        return [Edits(hide).plan(sizes, layout, streams=False) for hide in hides]
 
 
 def _check(trained: TrainedDiffusion, cases: Sequence[Placement]) -> None:

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from attnzoo.attention.edits import Span
 from attnzoo.models import DiffusionConfig, DiffusionUNet, Infusion
-from attnzoo.models.diffusion_infusion import places
+from attnzoo.models.diffusion_infusion import places, spans_of
 from attnzoo.vision import CaptionWords
-from attnzoo.vision.compose import ComposeOptions, Placement, _Walk, compose, invert
+from attnzoo.vision.compose import ComposeOptions, Placement, _Walk, compose, invert, invert_cases
 from attnzoo.vision.trained_diffusion import TrainedDiffusion, from_pixels, to_pixels
 
 
@@ -107,6 +108,25 @@ def test_latents_of_an_inversion_lead_back(trained):
 
     back = solve(latents[0], lambda x, time: trained.model(x, x.new_full((1,), time), words), grid(40))
     assert (back - image).abs().max() < 0.1
+
+
+@torch.no_grad()
+def test_compositions_share_an_inversion(trained):
+    cases, options = [case(), case(-2, 12, seed=1)], ComposeOptions(steps=3)
+    inverted = invert_cases(trained, cases, 3)
+    assert torch.equal(compose(trained, cases, options, inverted), compose(trained, cases, options))
+    for steps, some in ((4, cases), (3, cases[:1])):
+        with pytest.raises(
+            ValueError, match=f"inverted has 3 steps of 2 cases; here are steps={steps} and {len(some)}"
+        ):
+            compose(trained, some, ComposeOptions(steps=steps), inverted)
+
+
+def test_regions_as_spans():
+    region = torch.tensor([1, 1, 0, 1, 0, 0, 1, 1], dtype=torch.bool)
+    assert spans_of(region) == (Span(0, 2), Span(3, 4), Span(6, 8))
+    assert spans_of(~region) == (Span(2, 3), Span(4, 6))
+    assert spans_of(torch.zeros(3, dtype=torch.bool)) == ()
 
 
 @torch.no_grad()
