@@ -7,7 +7,17 @@ from pathlib import Path
 from attnzoo.cli.outputs import OutputDirectory, OutputFile
 from attnzoo.report import available_cores
 
-EXPERIMENTS = ("icl-gd", "one-step-gd", "softmax-regression", "depth", "tscan", "tscan-los", "ldam", "ph-llm")
+EXPERIMENTS = (
+    "icl-gd",
+    "one-step-gd",
+    "softmax-regression",
+    "depth",
+    "tscan",
+    "tscan-los",
+    "ldam",
+    "ph-llm",
+    "prime-composer",
+)
 CACHE_SECTIONS = ("symbols", "text", "parts", "speed")
 CACHE_CHECKPOINT = "smollm2"
 KVPRESS = "ATTNZOO_KVPRESS_PYTHON"
@@ -84,15 +94,17 @@ def reproduce(parser: argparse.ArgumentParser) -> None:
   attnzoo reproduce tscan --data set-a.tar.gz             # death in hospital, beside LightGBM and others
   attnzoo reproduce tscan-los --data los/eicu_demo        # length of stay; `all` leaves out what needs a data set
   attnzoo reproduce ph-llm --data DATA                    # DATA: a folder with pmdata.tar.gz and published tables
+  attnzoo reproduce prime-composer --run runs/diffusion-emoji   # composition, with a model that you have trained
 
-Experiments: icl-gd (A), one-step-gd (B), softmax-regression (C), depth (D), ph-llm (H), tscan-los (L), tscan (T). Exit
-status: 1 if a claim does not hold. Each part has its own random generators, so that its result does not depend on
-other parts.
+Experiments: icl-gd (A), one-step-gd (B), softmax-regression (C), depth (D), ph-llm (H), tscan-los (L), ldam (N),
+prime-composer (P), tscan (T). Exit status: 1 if a claim does not hold. Each part has its own random generators, so that
+its result does not depend on other parts.
 """
     parser.add_argument("experiment", choices=[*EXPERIMENTS, "all"])
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of --variant, for example num_heads=2")
     parser.add_argument("--variant", help="a variant to replace linear attention (icl-gd), or to add (depth)")
     parser.add_argument("--data", type=Path, metavar="PATH", help="the data set, for experiments that need one")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="the trained run, for experiments that need one")
     parser.add_argument(
         "--without", action="append", default=[], metavar="PART", help="leave an optional part out; may be repeated"
     )

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "architecture.svg"
 TOGETHER = {
     "foundations": ("interrupts", "errors", "files", "settings", "gguf_file", "types", "derived_memory", "registry"),
-    "reports": ("report", "progress", "figures", "workers"),
+    "reports": ("report", "intervals", "progress", "figures", "workers"),
     "front door": ("generation", "language_model", "loading"),
 }
 """Modules of attnzoo that are one box."""

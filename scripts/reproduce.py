@@ -28,8 +28,9 @@ def configure(chosen: argparse.Namespace) -> tuple[list[Experiment], ExperimentC
     experiments = known_experiments()
     names = [chosen.experiment]
     if chosen.experiment == "all":
-        names = [name for name, experiment in experiments.items() if not experiment.data]
-    data = _data([experiments[name] for name in names], chosen.data)
+        names = [name for name, experiment in experiments.items() if not experiment.data and not experiment.trained]
+    data = _place([experiments[name] for name in names], "data", chosen.data)
+    trained = _place([experiments[name] for name in names], "run", chosen.run)
     known = [group for name in names for group in experiments[name].optional]
     for group in chosen.without:
         if group not in known:
@@ -58,24 +59,27 @@ def configure(chosen: argparse.Namespace) -> tuple[list[Experiment], ExperimentC
         variant=chosen.variant,
         options=options,
         data=data,
+        trained=trained,
         without=tuple(chosen.without),
     )
     return [experiments[name] for name in names], config
 
 
-def _data(experiments: list[Experiment], given: Path | None) -> Path | None:
-    """The place of the data set that the experiments need. Raises ValueError where there is none."""
-    needing = [experiment for experiment in experiments if experiment.data]
+def _place(experiments: list[Experiment], option: str, given: Path | None) -> Path | None:
+    """The place of the data set, or of the run, that the experiments need. Raises ValueError where there is none."""
+    needs = {each.name: each.data if option == "data" else each.trained for each in experiments}
+    needing = [(name, what) for name, what in needs.items() if what]
     if given is None:
         if needing:
-            raise ValueError(f"{needing[0].name} needs --data PATH: {needing[0].data}")
+            name, what = needing[0]
+            raise ValueError(f"{name} needs --{option} PATH: {what}")
         return None
     if not needing:
-        names = ", ".join(experiment.name for experiment in experiments)
-        raise ValueError(f"--data={given} is of no use to {names}; leave it out")
-    path = user_path(str(given), "--data")
+        raise ValueError(f"--{option}={given} is of no use to {', '.join(needs)}; leave it out")
+    path = user_path(str(given), f"--{option}")
     if not path.exists():
-        raise ValueError(f"--data={given} does not exist; {needing[0].name} needs {needing[0].data}")
+        name, what = needing[0]
+        raise ValueError(f"--{option}={given} does not exist; {name} needs {what}")
     return path
 
 
@@ -90,8 +94,8 @@ def reproduce(
     reports = {}
     for experiment in experiments:
         values = {part: value for (name, part), value in found.items() if name == experiment.name}
-        judged = experiment.judge(config, values)
         times = [{"what": part, "seconds": round(seconds[experiment.name, part], 1)} for part in values]
+        judged = experiment.judge(config, values)
         times.append({"what": f"all of this run, {workers} at a time", "seconds": round(elapsed, 1)})
         judged.table(f"{experiment.letter}: seconds", times)
         drawn = [] if figures is None else experiment.draw(values, figures)

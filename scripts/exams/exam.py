@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from statistics import NormalDist
 from typing import Any, Literal
 
+from attnzoo.intervals import wilson
 from attnzoo.progress import Progress
 from scripts.exams.answers import likeliest, read_letter, vote
 from scripts.exams.endpoint import Endpoint, EndpointError, RefusedError
@@ -159,20 +159,6 @@ def _row(name: str, answered: Sequence[Answered], settings: Settings) -> dict[st
     if settings.orders > 1:
         row["orders_agree"] = sum(each.agrees for each in counted)
     return row
-
-
-def wilson(right: int, count: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share; NaN of nothing.
-
-    >>> [round(x, 3) for x in wilson(8, 10)]
-    [0.49, 0.943]
-    """
-    if not count:
-        return math.nan, math.nan
-    z, share = NormalDist().inv_cdf((1 + level) / 2), right / count
-    middle, below = share + z * z / (2 * count), 1 + z * z / count
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, (middle - half) / below), min(1.0, (middle + half) / below)
 
 
 def fingerprint(questions: Iterable[Question]) -> str:

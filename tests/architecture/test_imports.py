@@ -33,6 +33,7 @@ ORDER = [
     "generation",
     "language_model",
     "loading",
+    "intervals",
     "report",
     "progress",
     "figures",

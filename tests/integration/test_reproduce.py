@@ -7,14 +7,20 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import scripts.reproduce
 from attnzoo.attention import ATTENTION
 from attnzoo.incontext.descent import best_descents
+from attnzoo.models import DiffusionConfig, DiffusionUNet
 from attnzoo.report import Report
+from attnzoo.vision import STYLES, CaptionWords
+from attnzoo.vision.trained_diffusion import TrainedDiffusion, save_diffusion
 from attnzoo.workers import JobError
 from scripts.arguments import EXPERIMENTS
 from scripts.reproduce import configure, main
+from tests.helpers.emoji_fonts import needs
+from train.data.captioned import SCENES
 from train.experiments.base import Experiment, ExperimentConfig, ExperimentPart, Judgement
 from train.experiments.pool import known_experiments, measure
 
@@ -46,6 +52,37 @@ def test_a_quick_run_writes_report_and_figures(tmp_path, capsys):
         assert claim["name"] in printed
     assert report["figures"] == ["one_step_gd.png"]
     assert (tmp_path / "one_step_gd.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs("openmoji")
+def test_composition_with_a_trained_model(tmp_path, capsys):
+    """A quick run with a model that has learned nothing, which keeps its results beside the export, and goes on with
+    them."""
+    torch.manual_seed(0)
+    words = CaptionWords()
+    sizes = {"vocab_size": len(words), "widths": (8,), "patch": 4, "num_heads": 2, "text_dim": 8, "text_layers": 1}
+    data = {**SCENES, "kinds": 4, "source": "scenes", "styles": list(STYLES)}
+    run, results, second = tmp_path / "run", tmp_path / "results", tmp_path / "second.json"
+    trained = TrainedDiffusion(DiffusionUNet(DiffusionConfig(**sizes)).eval(), words, data)
+    save_diffusion(run / "export", trained)
+    command = ["prime-composer", "--quick", "--workers", "1", "--run", str(run)]
+    assert main([*command, "--results", str(results)]) == 1  # it has learned nothing
+    kept = {path: path.stat().st_mtime_ns for path in (run / "prime-composer").iterdir()}
+    assert len(kept) == 2 + 1 + 4  # readers, drawn prompts, and a case of each style
+    report = json.loads((results / "prime-composer.json").read_text(encoding="utf-8"))
+    assert {claim["name"].split()[0] for claim in report["claims"]} == {"P1", "P2", "P3", "P4"}
+    rows = {(row["table"], row.get("arm")): row for row in report["rows"]}
+    assert rows["P: arms", "right answer"]["object distance"] == "0.000 (0.000 to 0.000)"
+    assert rows["P: arms", "PrimeComposer"]["forwards"] > rows["P: arms", "without infusion"]["forwards"]
+    for figure in ("prime_composer_axes.png", "prime_composer_examples.png"):
+        assert figure in report["figures"]
+        assert (results / figure).read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert main([*command, "--json", str(second)]) == 1
+    assert {path: path.stat().st_mtime_ns for path in (run / "prime-composer").iterdir()} == kept
+    assert json.loads(second.read_text(encoding="utf-8"))["claims"] == report["claims"]
+    assert main(["prime-composer", "--run", str(tmp_path / "results")]) == 2
+    assert "config.json" in capsys.readouterr().err
 
 
 def test_parts_do_not_depend_on_what_else_runs():
@@ -87,6 +124,9 @@ def test_experiment_a_of_another_variant(capsys, monkeypatch):
         (["depth", "--variant", "in_context_linear"], "'in_context_linear' is not causal"),
         (["all", "--workers", "0"], "--workers=0 must be at least 1"),
         (["depth", "--data", "x.tar.gz"], "--data=x.tar.gz is of no use to depth; leave it out"),
+        (["depth", "--run", "runs/x"], "--run=runs/x is of no use to depth; leave it out"),
+        (["prime-composer"], "prime-composer needs --run PATH: a run of deepspeed train/main.py"),
+        (["prime-composer", "--run", "no/run"], "--run=no/run does not exist; prime-composer needs"),
         (["depth", "--without", "ensemble"], "--without=ensemble is no part of depth, which has no parts that may be"),
     ],
 )

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from attnzoo.intervals import wilson
 from scripts.exams.answers import likeliest, read_letter, vote
 from scripts.exams.endpoint import Endpoint
-from scripts.exams.exam import Answered, Settings, fingerprint, rows, wilson
+from scripts.exams.exam import Answered, Settings, fingerprint, rows
 from scripts.exams.journal import Journal
 from scripts.exams.questions import Question, read_questions
 

@@ -19,13 +19,15 @@ Values = dict[str, Any]
 class ExperimentConfig:
     """quick: reduce sizes to try the code; the numbers are then no measurement. variant, options: an attention variant
     to use instead of in-context linear attention (icl-gd and depth). data: the place of the data set, for experiments
-    that need one. without: names of optional groups of parts that are left out."""
+    that need one; trained: that of a run of train/main.py, likewise. without: names of optional groups of parts that
+    are left out."""
 
     seed: int = 0
     quick: bool = False
     variant: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     data: Path | None = None
+    trained: Path | None = None
     without: tuple[str, ...] = ()
 
     def steps(self, full: int) -> int:
@@ -64,8 +66,10 @@ class Judgement:
 @dataclass(frozen=True)
 class Experiment:
     """An experiment. name: on the command line. letter: begins the names of its claims. parts: returns its parts by
-    name. judge: turns values into results. draw: writes PNG files into a directory and returns their paths. data: the
-    data set that it needs, in words; empty: none. optional: names of groups of parts that may be left out."""
+    name. judge: turns values into results, and may add to the values what figures
+    need. draw: writes PNG files into a directory and returns their paths. data: the
+    data set that it needs, in words; empty: none. trained: the run that it needs, likewise. optional: names of groups
+    of parts that may be left out."""
 
     name: str
     letter: str
@@ -74,4 +78,5 @@ class Experiment:
     judge: Callable[[ExperimentConfig, dict[str, Values]], Judgement]
     draw: Callable[[dict[str, Values], Path], list[Path]]
     data: str = ""
+    trained: str = ""
     optional: tuple[str, ...] = ()

@@ -12,10 +12,21 @@ Found = dict[tuple[str, str], Values]
 
 def known_experiments() -> dict[str, Experiment]:
     """All experiments by their names on the command line."""
-    from train.experiments import depth, icl_claims, ldam, one_step_gd, ph_llm, softmax_regression, tscan, tscan_los
+    from train.experiments import (
+        depth,
+        icl_claims,
+        ldam,
+        one_step_gd,
+        ph_llm,
+        prime_composer,
+        softmax_regression,
+        tscan,
+        tscan_los,
+    )
 
     in_context = (icl_claims.EXPERIMENT, one_step_gd.EXPERIMENT, softmax_regression.EXPERIMENT, depth.EXPERIMENT)
-    found = (*in_context, tscan.EXPERIMENT, tscan_los.EXPERIMENT, ldam.EXPERIMENT, ph_llm.EXPERIMENT)
+    clinical = (tscan.EXPERIMENT, tscan_los.EXPERIMENT, ldam.EXPERIMENT, ph_llm.EXPERIMENT)
+    found = (*in_context, *clinical, prime_composer.EXPERIMENT)
     return {experiment.name: experiment for experiment in found}
 
 
