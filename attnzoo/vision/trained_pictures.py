@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from attnzoo.attention.edits import EditRun, Edits, TokenLayout
 from attnzoo.checkpoint import model_files
 from attnzoo.checkpoint.frozen import FrozenLM
 from attnzoo.checkpoint.native import CONFIG, TOKENIZER, WEIGHTS, save_model
@@ -68,13 +69,31 @@ class TrainedPictures:
         ids, begin = self.reader.prompt(question), len(self.reader.begin)
         return EmbeddedPrompt([ids[: begin - len(vectors_MD)], Embedded(vectors_MD, name="image"), ids[begin:]])
 
-    def answers(self, images: np.ndarray | Tensor, question: str, max_new_tokens: int = 8) -> list[str]:
-        """The likeliest text after a question about each picture, up to the text that ends an answer."""
-        prompts = [self.prompt(image, question) for image in np.asarray(images)]
-        frozen, (before, end) = self.language_model, self.turns.reply.split("{answer}")
-        stop = next(iter(frozen.tokenizer.encode(end)), None)
-        found = generate(frozen.model, prompts, max_new_tokens=max_new_tokens, stop_token=stop)
-        return [frozen.tokenizer.decode(tokens).removeprefix(before) for tokens in found]
+    def answers(
+        self,
+        images: np.ndarray | Tensor,
+        question: str | Sequence[str],
+        max_new_tokens: int = 8,
+        edits: Edits | None = None,
+    ) -> list[str]:
+        """The likeliest text after a question about each picture, up to the text that ends an answer. question: one for
+        all pictures, or one for each. edits: of the language model's attention, where "image" names the picture."""
+        pictures = np.asarray(images)
+        questions = [question] * len(pictures) if isinstance(question, str) else list(question)
+        if len(questions) != len(pictures):
+            raise ValueError(f"question has {len(questions)} texts for {len(pictures)} pictures; give one for each")
+        prompts = [self.prompt(image, text) for image, text in zip(pictures, questions, strict=True)]
+        model, tokenizer = self.language_model.model, self.language_model.tokenizer
+        before, end = self.turns.reply.split("{answer}")
+        runs = None if edits is None else [self.plan(prompt, edits, max_new_tokens) for prompt in prompts]
+        stop = next(iter(tokenizer.encode(end)), None)
+        found = generate(model, prompts, max_new_tokens=max_new_tokens, stop_token=stop, edits=runs)
+        return [tokenizer.decode(tokens).removeprefix(before) for tokens in found]
+
+    def plan(self, prompt: EmbeddedPrompt, edits: Edits, max_new_tokens: int) -> EditRun:
+        """A run of edits for one prompt and its continuation. Raises ValueError for edits that do not fit them."""
+        layout = TokenLayout(len(prompt), prompt.spans)
+        return EditRun(self.language_model.model.plan_edits(edits, layout, max_new_tokens))
 
     @torch.no_grad()
     def log_likelihoods(self, images: np.ndarray | Tensor, question: str, answers: Sequence[str]) -> np.ndarray:
