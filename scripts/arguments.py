@@ -17,6 +17,7 @@ EXPERIMENTS = (
     "ldam",
     "ph-llm",
     "prime-composer",
+    "var",
 )
 CACHE_SECTIONS = ("symbols", "text", "parts", "speed")
 CACHE_CHECKPOINT = "smollm2"
@@ -95,10 +96,11 @@ def reproduce(parser: argparse.ArgumentParser) -> None:
   attnzoo reproduce tscan-los --data los/eicu_demo        # length of stay; `all` leaves out what needs a data set
   attnzoo reproduce ph-llm --data DATA                    # DATA: a folder with pmdata.tar.gz and published tables
   attnzoo reproduce prime-composer --run runs/diffusion-emoji   # composition, with a model that you have trained
+  attnzoo reproduce var --run runs/vlm-small   # attention of sinks given to the picture
 
 Experiments: icl-gd (A), one-step-gd (B), softmax-regression (C), depth (D), ph-llm (H), tscan-los (L), ldam (N),
-prime-composer (P), tscan (T). Exit status: 1 if a claim does not hold. Each part has its own random generators, so that
-its result does not depend on other parts.
+prime-composer (P), tscan (T), var (V). Exit status: 1 if a claim does not hold. Each part has its own random
+generators, so that its result does not depend on other parts.
 """
     parser.add_argument("experiment", choices=[*EXPERIMENTS, "all"])
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of --variant, for example num_heads=2")

@@ -27,9 +27,10 @@ def generate(
     """Continues each prompt (token ids, unequal lengths welcome) by up to max_new_tokens; returns the new tokens.
 
     A sequence ends before `stop_token`, which is not returned. cache: a policy from `attnzoo.kvcache.build_cache`;
-    None: the full cache. edits: a run for each prompt, or None. seed: as in `GenerationConfig`. Training or evaluation mode stays as it is. Raises ValueError
-    for no prompts, an empty prompt, a token outside the vocabulary, max_new_tokens below 0, a seed of more than 64
-    bits, logits that are not finite, or a model whose cache cannot be compressed.
+    None: the full cache. edits: a run for each prompt, or None. seed: as in `GenerationConfig`. Training or evaluation
+    mode stays as it is. Raises ValueError for no prompts, an empty prompt, a token outside the vocabulary,
+    max_new_tokens below 0, a seed of more than 64 bits, logits that are not finite, or a model whose cache cannot be
+    compressed.
     """
     if type(max_new_tokens) is not int or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an integer of at least 0")

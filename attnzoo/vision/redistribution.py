@@ -7,7 +7,7 @@ layer (`find_sinks`): a fixed threshold makes nearly every token of a small mode
 token apart, there are no sinks to take from, and the edit is refused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,15 +60,21 @@ def find_sinks(model: DecoderLM, texts: Sequence[Sequence[int]]) -> FoundSinks:
     """
     if not texts or any(len(text) < 2 for text in texts):
         raise ValueError("texts: give one text or more, of at least two tokens each, to measure the sinks of a model")
-    states = _inputs(model, texts)
+    device = next(model.parameters()).device
+
+    def read() -> None:
+        for text in texts:
+            model.hidden(torch.tensor([list(text)], device=device))
+
+    states = layer_inputs(model, read)
     middle = states[len(states) // 3 : max(len(states) // 3 + 1, 2 * len(states) // 3)]
     first_D = torch.stack([_relative(x_TD[:1])[0] for layer in middle for x_TD in layer]).mean(0)
     channels = tuple((first_D >= SEVERAL * first_D.max()).nonzero()[:, 0].tolist())
     return FoundSinks(channels, tuple(_layer(number, layer, channels) for number, layer in enumerate(states)))
 
 
-def _inputs(model: DecoderLM, texts: Sequence[Sequence[int]]) -> list[list[Tensor]]:
-    """x_TD of each text as it enters each layer."""
+def layer_inputs(model: DecoderLM, read: Callable[[], object]) -> list[list[Tensor]]:
+    """x_TD of every sequence that the model reads in a call of `read`, one at a time, as it enters each layer."""
     states: list[list[Tensor]] = [[] for _ in model.blocks]
 
     def keep(number: int) -> Any:
@@ -76,12 +82,16 @@ def _inputs(model: DecoderLM, texts: Sequence[Sequence[int]]) -> list[list[Tenso
 
     hooks = [block.register_forward_pre_hook(keep(number)) for number, block in enumerate(model.layers())]
     try:
-        for text in texts:
-            model.hidden(torch.tensor([list(text)], device=next(model.parameters()).device))
+        read()
     finally:
         for hook in hooks:
             hook.remove()
     return states
+
+
+def is_massive(x_TD: Tensor) -> Tensor:
+    """massive_T (bool): tokens that have a massive number, by the median of their own layer and sequence."""
+    return x_TD.abs().amax(-1) > max(LEAST_RAW, TIMES_MEDIAN * float(x_TD.abs().median()))
 
 
 def _relative(x_TD: Tensor) -> Tensor:

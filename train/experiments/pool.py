@@ -22,11 +22,12 @@ def known_experiments() -> dict[str, Experiment]:
         softmax_regression,
         tscan,
         tscan_los,
+        var,
     )
 
     in_context = (icl_claims.EXPERIMENT, one_step_gd.EXPERIMENT, softmax_regression.EXPERIMENT, depth.EXPERIMENT)
     clinical = (tscan.EXPERIMENT, tscan_los.EXPERIMENT, ldam.EXPERIMENT, ph_llm.EXPERIMENT)
-    found = (*in_context, *clinical, prime_composer.EXPERIMENT)
+    found = (*in_context, *clinical, prime_composer.EXPERIMENT, var.EXPERIMENT)
     return {experiment.name: experiment for experiment in found}
 
 

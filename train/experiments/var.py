@@ -1,0 +1,154 @@
+"""Experiment V: attention of sinks given to the picture (visual attention redistribution, Kang et al. 2025, arXiv
+2503.03321), with a model of `configs/vlm-small.yaml` or `configs/vlm-smollm2.yaml`.
+
+First it is measured whether the model has sinks, and in which layers; then the same questions are answered with and
+without edits. A model without sinks has nothing to take from: it only answers unedited and with the published
+threshold, which takes most tokens of a small model for sinks.
+"""
+
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from attnzoo.attention.edits import Edits
+from attnzoo.vision.questions import KINDS, Baselines, SceneQuestion, evaluation_questions
+from attnzoo.vision.redistribution import FoundSinks, find_sinks, is_massive, layer_inputs
+from attnzoo.vision.scenes import Scene, SceneOptions, SceneWorld
+from attnzoo.vision.trained_pictures import TrainedPictures, load_pictures
+from train.data.scenes import asked_about
+from train.experiments.base import Experiment, ExperimentConfig, ExperimentPart, Tick, Values
+from train.experiments.var_arms import ARMS, FIXED, UNEDITED, VAR, fixed
+from train.experiments.var_figure import draw
+from train.experiments.var_judge import SINKS, judge
+
+ASKED = tuple(kind for kind in KINDS if kind not in ("text", "names"))
+"""Kinds of questions: those that need the picture and have one short answer."""
+QUESTIONS, QUICK_QUESTIONS = 500, 2
+"""Of each kind: 4,000 show one point of difference where 5 % of the answers change."""
+BATCH = 32
+TEXTS, TEXT_TURNS = 16, 5
+PICTURES_LOOKED_AT = 64
+LEARNED_FROM = 1500
+
+
+def model_of(config: ExperimentConfig) -> TrainedPictures:
+    """The trained model."""
+    assert config.trained is not None
+    return _loaded(config.trained)
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: Path) -> TrainedPictures:
+    return load_pictures(path)
+
+
+def world_of(config: ExperimentConfig) -> SceneWorld:
+    """The scenes that it has learned."""
+    names = SceneOptions.__dataclass_fields__
+    return SceneWorld(SceneOptions(**{key: value for key, value in model_of(config).data.items() if key in names}))
+
+
+def questions(config: ExperimentConfig) -> list[tuple[Scene, SceneQuestion]]:
+    """What is asked, kind by kind, each about a scene of its own."""
+    count = QUICK_QUESTIONS if config.quick else QUESTIONS
+    world = world_of(config)
+    return [pair for kind in ASKED for pair in evaluation_questions(world, "standard", kind, count, config.seed + 1)]
+
+
+def sinks_of(config: ExperimentConfig) -> FoundSinks:
+    """The language model's sinks, measured on turns about words alone, of the form that it has learned."""
+    trained, world = model_of(config), world_of(config)
+    texts = []
+    for index in range(TEXTS):
+        asked = asked_about(world, world.scene("train", config.seed + 2, index), TEXT_TURNS, 1.0)
+        texts.append(_words_alone(trained, asked))
+    return find_sinks(trained.language_model.model, texts)
+
+
+def _words_alone(trained: TrainedPictures, asked: list[SceneQuestion]) -> list[int]:
+    """The tokens of turns without a picture."""
+    reader, ids = trained.reader, list(trained.language_model.tokenizer.encode(trained.turns.before, bos=True))
+    for question in asked:
+        ids += reader.encode(trained.turns.ask.replace("{question}", question.text))
+        ids += reader.reply(question.answer)
+    return ids
+
+
+@torch.no_grad()
+def sinks(config: ExperimentConfig, tick: Tick) -> Values:
+    """What each layer says of sinks, and which share of the picture's tokens is massive there."""
+    trained, found, world = model_of(config), sinks_of(config), world_of(config)
+    model, begin = trained.model, len(trained.reader.begin)
+    inside = slice(begin - trained.pictures.config.tokens, begin)
+    asked = questions(config)[: 2 if config.quick else PICTURES_LOOKED_AT]
+
+    def read() -> None:
+        for scene, question in asked:
+            image = torch.from_numpy(world.image(scene)).permute(2, 0, 1)[None]
+            model(torch.tensor([trained.reader.prompt(question.text)]), image)
+
+    states = layer_inputs(model.decoder, read)
+    tick()
+    layers = [
+        {
+            "layer": each.layer,
+            "first": each.first,
+            "others": each.others,
+            "raw": each.raw,
+            "median": each.median,
+            "reason": each.reason,
+            "picture": float(torch.cat([is_massive(x_TD)[inside] for x_TD in states[each.layer]]).float().mean()),
+        }
+        for each in found.layers
+    ]
+    learned = [
+        question
+        for index in range(50 if config.quick else LEARNED_FROM)
+        for question in asked_about(world, world.scene("train", config.seed + 3, index), 6, 0.0)
+    ]
+    known = Baselines(learned)
+    return {
+        "channels": list(found.channels),
+        "layers": layers,
+        "kinds": [question.kind for _, question in questions(config)],
+        "majority": [known.majority(question) == question.answer for _, question in questions(config)],
+        "blind": [known.blind(question) == question.answer for _, question in questions(config)],
+    }
+
+
+def arm(config: ExperimentConfig, tick: Tick, name: str) -> Values:
+    """Which questions are answered rightly."""
+    trained, world = model_of(config), world_of(config)
+    found = sinks_of(config)
+    dim = trained.language_model.model.config.model_dim
+    items = ARMS[VAR](fixed(found, dim)) if name == FIXED else ARMS[name](found)
+    edits, pairs, right = Edits(*items) if items else None, questions(config), []
+    for first in range(0, len(pairs), BATCH):
+        some = pairs[first : first + BATCH]
+        images = np.stack([world.image(scene) for scene, _ in some])
+        said = trained.answers(images, [question.text for _, question in some], edits=edits)
+        right += [text == question.answer for text, (_, question) in zip(said, some, strict=True)]
+        tick()
+    return {"right": right}
+
+
+def parts(config: ExperimentConfig) -> dict[str, ExperimentPart]:
+    """The sinks, and every arm that there is for this model."""
+    has_sinks = any(each.tau is not None for each in sinks_of(config).layers[:-1])
+    names = [*(ARMS if has_sinks else [UNEDITED]), FIXED]
+    steps = -(-len(questions(config)) // BATCH)
+    found = {name: ExperimentPart(partial(arm, name=name), steps) for name in names}
+    return {SINKS: ExperimentPart(sinks, 1), **found}
+
+
+EXPERIMENT = Experiment(
+    "var",
+    "V",
+    "Visual attention redistribution",
+    parts,
+    judge,
+    draw,
+    trained="a run of deepspeed train/main.py --config vlm-small.yaml, such as runs/vlm-small",
+)

@@ -1,0 +1,50 @@
+"""The arms of experiment V: what is done to attention while a model answers questions about pictures."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from attnzoo.attention.edits import After, Hide, Item, Move
+from attnzoo.vision.redistribution import FoundSinks, redistribution
+
+UNEDITED = "unedited"
+VAR = "redistribution"
+FIXED = "fixed threshold"
+PUBLISHED_TAU, PUBLISHED_DIM = 20.0, 4096
+"""The published threshold, for a model of that width."""
+
+Arm = Callable[[FoundSinks], list[Item]]
+
+
+def _with(**options: float) -> Arm:
+    return lambda found: redistribution(found, **options)
+
+
+def _to_words(found: FoundSinks) -> list[Item]:
+    """The share goes to the words after the picture, for the same heads."""
+    moves = [item for item in redistribution(found) if isinstance(item, Move)]
+    return [replace(item, to=After("image")) for item in moves]
+
+
+def _sinks_hidden(found: FoundSinks) -> list[Item]:
+    moves = [item for item in redistribution(found) if isinstance(item, Move)]
+    return [Hide(item.where) for item in moves]
+
+
+def fixed(found: FoundSinks, dim: int) -> FoundSinks:
+    """The published threshold in every layer, for a model of this width."""
+    tau = PUBLISHED_TAU * (dim / PUBLISHED_DIM) ** 0.5
+    return replace(found, layers=tuple(replace(layer, tau=tau, reason="") for layer in found.layers))
+
+
+ARMS: dict[str, Arm] = {
+    UNEDITED: lambda found: [],
+    VAR: _with(),
+    "redistribution, rho 0.5": _with(rho=0.5),
+    "redistribution, rho 0.9": _with(rho=0.9),
+    "redistribution, p 0.3": _with(p=0.3),
+    "redistribution, p 0.9": _with(p=0.9),
+    "redistribution in every head": _with(rho=0.0, least=0.0),
+    "redistribution to the words": _to_words,
+    "sinks hidden": _sinks_hidden,
+}
+"""Arms of a model with sinks."""
