@@ -15,8 +15,8 @@ PUBLISHED_TAU, PUBLISHED_DIM = 20.0, 4096
 Arm = Callable[[FoundSinks], list[Item]]
 
 
-def _with(**options: float) -> Arm:
-    return lambda found: redistribution(found, **options)
+def _with(p: float = 0.6, rho: float = 0.8, least: float = 0.2) -> Arm:
+    return lambda found: redistribution(found, p=p, rho=rho, least=least)
 
 
 def _to_words(found: FoundSinks) -> list[Item]:
