@@ -5,8 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from attnzoo.clinical.variables import Variable
+
+FARTHEST = 2**30
+"""Minutes: any time that is farther away is outside every window."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,14 @@ class Events:
             raise ValueError(
                 f"events of unequal lengths {sorted(lengths)}; give one stay, minute, variable and value each"
             )
+
+    @classmethod
+    def of(cls, stays: ArrayLike, minutes: ArrayLike, variables: ArrayLike, values: ArrayLike) -> "Events":
+        """Of arrays or lists. Minutes farther than `FARTHEST` become that, because int32 holds no others."""
+        minutes_E = np.clip(np.asarray(minutes, np.int64), -FARTHEST, FARTHEST).astype(np.int32)
+        with np.errstate(over="ignore"):  # too large for float32: infinite, which `clean` drops and counts
+            values_E = np.asarray(values, np.float64).astype(np.float32)
+        return cls(np.asarray(stays, np.int32), minutes_E, np.asarray(variables, np.int16), values_E)
 
     def where(self, keep_E: np.ndarray) -> "Events":
         """The events at which `keep_E` is true."""

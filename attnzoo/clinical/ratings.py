@@ -1,9 +1,5 @@
 """Published ratings of case studies: who rated what how, and every pair of raters on what both rated."""
 
-import csv
-import gzip
-import io
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +7,8 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+
+from attnzoo.clinical.formats.tables import rows_of
 
 KEY = ("case_study_id", "tag", "principle", "conversation_source")
 """What was rated: a section (tag) of a case, by a principle, in the text of one source."""
@@ -35,21 +33,9 @@ class Pairs:
 def read_ratings(path: Path, column: str = "rating") -> Ratings:
     """The ratings in a tsv file, also gzipped, with the columns of `KEY`, `rater` and `column`. What a rater rated
     twice has the mean of both. Raises ValueError that names the file and the row."""
-    raw = path.read_bytes()
-    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t")
-    missing = [name for name in (*KEY, "rater", column) if name not in (rows.fieldnames or [])]
-    if missing:
-        raise ValueError(f"'{path}' has no column {missing[0]!r}; it has {', '.join(rows.fieldnames or [])}")
     found: dict[str, dict[Key, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for number, row in enumerate(rows, 2):
-        try:
-            value = float(row[column])
-        except (TypeError, ValueError):
-            value = math.nan
-        if not math.isfinite(value):
-            raise ValueError(f"'{path}' line {number}: {column} {row[column]!r} is no number")
-        found[row["rater"]][tuple(row[name] for name in KEY)].append(value)
+    for row in rows_of(path, (*KEY, "rater", column), delimiter="\t"):
+        found[row.fields["rater"]][tuple(row.fields[name] for name in KEY)].append(row.known(column))
     return {
         rater: {key: sum(values) / len(values) for key, values in each.items()} for rater, each in sorted(found.items())
     }

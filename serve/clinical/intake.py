@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from attnzoo.clinical.cohort import Cohort, StayFacts, cohort_of
-from attnzoo.clinical.events import Events, judged
+from attnzoo.clinical.events import FARTHEST, Events, judged
 from attnzoo.clinical.units import convert, scale_of, unknown_unit
 from attnzoo.clinical.variables import STATICS, Table, Variable
 from attnzoo.errors import suggest
@@ -26,8 +26,6 @@ FIELDS = {"age": "age_years", "height": "height_cm", "weight": "weight_kg", "sex
 """By static fact: its field of a patient."""
 MAX_EXAMPLES = 8
 """Most values of a patient that were left out and are told one by one."""
-FARTHEST = 2**30
-"""Minutes: any time that is farther away is outside every window."""
 ACCOUNTED = ("used", "clipped")
 
 
@@ -270,12 +268,8 @@ def _impossible(value: float, variable: Variable) -> str:
 
 
 def _events(values: Sequence[GivenValue]) -> Events:
-    return Events(
-        np.array([value.row for value in values], np.int32),
-        np.array([value.minute for value in values], np.int32),
-        np.array([value.variable for value in values], np.int16),
-        np.array([value.value for value in values], np.float32),
-    )
+    rows = [(value.row, value.minute, value.variable, value.value) for value in values]
+    return Events.of(*(zip(*rows, strict=True) if rows else ((),) * 4))
 
 
 def cells_of(

@@ -99,9 +99,17 @@ def test_what_was_rated_twice_has_the_mean(name, tmp_path):
 
 
 def test_tables_that_hold_no_ratings(tmp_path):
-    with pytest.raises(ValueError, match=r"x\.tsv' line 3: rating 'five' is no number"):
+    with pytest.raises(ValueError, match=r"x\.tsv, line 3: rating='five' is no number; mend"):
         r.read_ratings(table(tmp_path / "x.tsv", "c1 ann t p m 4", "c1 ann t p m five"))
-    with pytest.raises(ValueError, match="line 2: rating 'nan' is no number"):
+    with pytest.raises(ValueError, match="line 2: rating='nan' is no number"):
         r.read_ratings(table(tmp_path / "x.tsv", "c1 ann t p m nan"))
-    with pytest.raises(ValueError, match=r"has no column 'score'; it has case_study_id, rater"):
+    with pytest.raises(ValueError, match="has no column 'score'"):
         r.read_ratings(table(tmp_path / "x.tsv"), "score")
+    with pytest.raises(ValueError, match="line 3: a row of another length than the header's 6 fields"):
+        r.read_ratings(table(tmp_path / "x.tsv", "c1 ann t p m 4", "c1"))
+    (tmp_path / "y.tsv.gz").write_bytes(table(tmp_path / "x.tsv.gz", "c1 ann t p m 4").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"y\.tsv\.gz cannot be read"):
+        r.read_ratings(tmp_path / "y.tsv.gz")
+    marked = b"\xef\xbb\xbf" + table(tmp_path / "x.tsv", "c1 ann t p m 4").read_bytes()
+    (tmp_path / "z.tsv").write_bytes(marked.replace(b"\n", b"\r\n"))
+    assert r.read_ratings(tmp_path / "z.tsv") == {"ann": {("c1", "t", "p", "m"): 4.0}}

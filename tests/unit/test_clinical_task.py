@@ -45,6 +45,8 @@ def prepared(cohort: Cohort, *overrides: str) -> ClinicalTask:
         (["task.fold=5"], "command line: task.fold=5 must be from 0 to 4"),
         (["task.validation=0.0"], "command line: task.validation=0.0 must be between 0 and 1"),
         (["task.edges=[24, 12]"], r"command line: edges=\[24.0, 12.0\] must ascend"),
+        (["task.split=time", "task.fold=1"], "command line: task.fold=1 is of no use with task.split=time"),
+        (["task.split=time", "task.split_seed=1"], "command line: task.split_seed=1 is of no use with task.split=time"),
         (["model.model_dmi=8"], "command line: unknown key model.model_dmi; did you mean 'model_dim'"),
         (["model.variables=37"], "command line: model.variables=37: the cohort and the task determine it"),
         (["model.dropout=1.5"], "command line: dropout=1.5 must be at least 0 and below 1"),

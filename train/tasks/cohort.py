@@ -8,7 +8,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -44,7 +44,15 @@ class CohortOptions(TaskOptions, CheckedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.split != "time" and not 0 <= self.fold < self.folds:
+        if self.split == "time":
+            defaults = {field.name: field.default for field in fields(CohortOptions)}
+            for name in ("folds", "fold", "split_seed"):
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(
+                        f"task.{name}={getattr(self, name)} is of no use with task.split=time: its test part is the "
+                        "last dates; leave it out"
+                    )
+        elif not 0 <= self.fold < self.folds:
             raise ValueError(f"task.fold={self.fold} must be from 0 to {self.folds - 1}")
         if not 0 < self.validation < 1:
             raise ValueError(f"task.validation={self.validation} must be between 0 and 1; nothing else selects")

@@ -138,6 +138,8 @@ def _stays(path: Path, task: Task, hours: int) -> tuple[list[_Stay], dict[str, i
             raise row.error(STATUS, "is neither Alive nor Expired nor empty")
         if row.text(STAY) in seen:
             raise row.error(STAY, "stands in the table twice")
+        if not row.text(PATIENT):
+            raise row.error(PATIENT, "is empty, so that stays of one patient cannot be kept together")
         seen.add(row.text(STAY))
         stay = _Stay(row, row.integer(DISCHARGE), float(status == "Expired"))
         if task == "mortality" and stay.discharge < hours * 60:
@@ -207,12 +209,7 @@ class _Collected:
                         self.add(stay, row.integer("observationoffset"), name, row.number(column))
 
     def events(self) -> Events:
-        return Events(
-            np.array(self.stays, np.int32),
-            np.array(self.minutes, np.int32),
-            np.array(self.codes, np.int16),
-            np.array(self.values, np.float32),
-        )
+        return Events.of(self.stays, self.minutes, self.codes, self.values)
 
 
 def _required(directory: Path, name: str) -> Path:

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +227,10 @@ def _age(patient: Node, start: datetime) -> float:
     if not isinstance(born, str) or not is_date(born):
         return math.nan
     year, month, day = (*map(int, born.split("-")), 1, 1)[:3]
+    try:
+        date(year, month, day)
+    except ValueError:  # a month 13
+        return math.nan
     return start.year - year - ((start.month, start.day) < (month, day))
 
 
@@ -239,9 +243,5 @@ def _labels(stays: list[Stay], hours: int) -> dict[str, np.ndarray]:
 def _events(measurements: tuple[Measurement, ...], table: Table) -> Events:
     code = {name: i for i, name in enumerate(table)}
     own = [m for m in measurements if m.name in code]
-    return Events(
-        np.array([m.stay for m in own], np.int32),
-        np.array([m.minute for m in own], np.int32),
-        np.array([code[m.name] for m in own], np.int16),
-        np.array([m.value for m in own], np.float32),
-    )
+    rows = [(m.stay, m.minute, code[m.name], m.value) for m in own]
+    return Events.of(*(zip(*rows, strict=True) if rows else ((),) * 4))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from attnzoo.clinical.cohort import Cohort, StayFacts, cohort_of
-from attnzoo.clinical.events import Events
+from attnzoo.clinical.events import FARTHEST, Events
 from attnzoo.clinical.formats.tables import TableRow, check_hours, existing, rows_of
 from attnzoo.clinical.units import convert
 from attnzoo.clinical.variables import MIMIC3, Table, choose
@@ -104,14 +104,14 @@ class _Listed:
         if stay in self.stays and not self.is_hourly:
             raise row.error(STAY, "is listed twice")
         place = self.stays.setdefault(stay, len(self.stays))
-        period = row.number(PERIOD) if PERIOD in row.fields else self.hours
+        period = row.known(PERIOD) if PERIOD in row.fields else self.hours
         self.told.append((place, period, [row.number(name) for name in columns]))
 
     def lengths(self) -> np.ndarray:
         """The hours of data that a stay's rows name; where they name none, the window."""
         hours_N = np.zeros(len(self.stays), np.int64)
         for place, period, _ in self.told:
-            hours_N[place] = max(hours_N[place], int(np.ceil(period)))
+            hours_N[place] = max(hours_N[place], int(np.ceil(min(period, self.hours))))
         return hours_N
 
     def labels(self) -> dict[str, np.ndarray]:
@@ -144,7 +144,7 @@ def _events(directory: Path, stays: dict[str, int], table: Table) -> tuple[Event
     rows_E: list[tuple[int, int, int, float]] = []
     for stay, place in stays.items():
         for row in rows_of(existing(directory / stay, STAY), (HOURS, *table)):
-            minute = int(np.floor(row.number(HOURS) * 60 + 1e-6))
+            minute = int(np.floor(np.clip(row.known(HOURS) * 60 + 1e-6, -FARTHEST, FARTHEST)))
             for code, name in enumerate(table):
                 text = row.text(name)
                 if text.lower() in NOT_ASSESSED:
@@ -157,7 +157,7 @@ def _events(directory: Path, stays: dict[str, int], table: Table) -> tuple[Event
     for code, name in enumerate(table):
         if name == "Fraction inspired oxygen":
             values[codes == code] = convert(table[name], values[codes == code], "1")
-    return Events(np.array(stays_E, np.int32), np.array(minutes_E, np.int32), codes, values), dict(left_out)
+    return Events.of(stays_E, minutes_E, codes, values), dict(left_out)
 
 
 def _value(row: TableRow, name: str) -> float:

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from attnzoo.clinical.events import FARTHEST
 from attnzoo.clinical.formats.resources import (
     Clock,
     Node,
@@ -24,8 +25,6 @@ STATUSES = (*FINAL, "preliminary", "registered", "cancelled", "entered-in-error"
 COMPARATORS = ("<", "<=", ">=", ">")
 MEASURED_STATICS = ("height", "weight")
 MINUTE = timedelta(minutes=1)
-FARTHEST = 2**30
-"""Minutes: any time that is farther away is outside every window."""
 
 
 class LeftOutError(Exception):

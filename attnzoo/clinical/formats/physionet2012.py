@@ -6,6 +6,7 @@ not say which stays are of one patient. -1 stands for what is unknown.
 
 import tarfile
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def _statics(stays: np.ndarray, minutes: np.ndarray, codes: np.ndarray, values: 
 
 def _record(where: str, number: int, text: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(minutes, codes, values) of one file. Raises the ValueError of `_explain`."""
-    tokens = text.replace(b"\r\n", b"\n").rstrip(b"\n").replace(b"\n", b",").split(b",")
+    tokens = text.removeprefix(BOM_UTF8).replace(b"\r\n", b"\n").rstrip(b"\n").replace(b"\n", b",").split(b",")
     try:
         minutes = np.array([MINUTES[token] for token in tokens[3::3]], np.int32)
         codes = np.array([CODES[token] for token in tokens[4::3]], np.int16)
@@ -136,7 +137,7 @@ def _record(where: str, number: int, text: bytes) -> tuple[np.ndarray, np.ndarra
 
 def _explain(where: str, text: bytes) -> ValueError:
     """Says which line of a record is wrong."""
-    lines = text.decode("utf-8", "replace").splitlines()
+    lines = text.decode("utf-8-sig", "replace").splitlines()
     if not lines or lines[0].encode() != HEADER:
         return ValueError(
             f"{where}, line 1: {lines[0] if lines else ''!r} is not the header {HEADER.decode()!r}; is it a record?"

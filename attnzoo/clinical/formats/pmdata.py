@@ -11,7 +11,7 @@ import tarfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,10 @@ def _nights(where: str, content: bytes) -> Measured:
         day = entry["dateOfSleep"]
         for field, variable in NIGHT.items():
             yield day, variable, _number(entry[field], where)
-        start = datetime.fromisoformat(entry["startTime"])
+        try:
+            start = datetime.fromisoformat(entry["startTime"])
+        except ValueError:
+            raise ValueError(f"{where}: startTime={entry['startTime']!r} is no time; mend the entry") from None
         yield day, "bedtime", (start.hour + start.minute / 60 - 12) % 24
         for stage, variable in STAGES.items():
             if stage in entry["levels"].get("summary", {}):
@@ -242,11 +245,14 @@ def _entries(where: str, content: bytes, *keys: str) -> Iterator[dict[str, Any]]
 def _number(value: Any, where: str) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: {value!r} is no number; mend it or remove the entry") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{where}: {str(value)[:60]!r} is no number; mend it or remove the entry") from None
 
 
-def _day(text: str, where: str) -> str:
-    if not re.match(r"\d{4}-\d{2}-\d{2}", text):
-        raise ValueError(f"{where}: {text!r} does not begin with a day as in 2019-11-30; mend it")
-    return text[:10]
+def _day(text: Any, where: str) -> str:
+    try:
+        if re.match(r"\d{4}-\d{2}-\d{2}", text):
+            return date.fromisoformat(text[:10]).isoformat()
+    except (TypeError, ValueError):  # no text, a month 13
+        pass
+    raise ValueError(f"{where}: {text!r} does not begin with a day as in 2019-11-30; mend it")

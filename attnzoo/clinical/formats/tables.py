@@ -15,6 +15,8 @@ from attnzoo.files import user_path
 
 LONGEST = 366 * 24
 """The longest window: a year of hours."""
+LARGEST = 2**53
+"""The largest whole number of a table: up to it every one is a float64 too."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,19 @@ class TableRow:
     def integer(self, name: str) -> int:
         text = self.text(name)
         try:
-            return int(text)
+            value = int(text)
         except ValueError:
             raise self.error(name, "is no whole number") from None
+        if abs(value) > LARGEST:
+            raise self.error(name, "is too large")
+        return value
+
+    def known(self, name: str) -> float:
+        """As `number`, but an empty field is refused too."""
+        value = self.number(name)
+        if math.isnan(value):
+            raise self.error(name, "is empty")
+        return value
 
     def error(self, name: str, fault: str) -> ValueError:
         return ValueError(
@@ -53,7 +65,7 @@ class TableRow:
         )
 
 
-def rows_of(path: Path, columns: tuple[str, ...]) -> Iterator[TableRow]:
+def rows_of(path: Path, columns: tuple[str, ...], delimiter: str = ",") -> Iterator[TableRow]:
     """The rows of a table with at least these columns.
 
     Raises ValueError for a file that cannot be read, a column that is missing, and a row that is too short or too long.
@@ -61,14 +73,15 @@ def rows_of(path: Path, columns: tuple[str, ...]) -> Iterator[TableRow]:
     try:
         with path.open("rb") as file:
             content = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
-            yield from rows_in(str(path), cast(IO[bytes], content), columns)
+            yield from rows_in(str(path), cast(IO[bytes], content), columns, delimiter)
     except (OSError, EOFError, zlib.error) as error:
         raise unreadable(path, error) from None
 
 
-def rows_in(where: str, content: IO[bytes], columns: tuple[str, ...]) -> Iterator[TableRow]:
+def rows_in(where: str, content: IO[bytes], columns: tuple[str, ...], delimiter: str = ",") -> Iterator[TableRow]:
     """As `rows_of`, of an open file."""
-    reader = csv.DictReader(io.TextIOWrapper(content, encoding="utf-8-sig", newline=""), strict=True)
+    text = io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
+    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
     try:
         names = reader.fieldnames or ()
         for column in columns:

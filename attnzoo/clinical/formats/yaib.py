@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from attnzoo.clinical.cohort import Cohort, StayFacts, cohort_of
-from attnzoo.clinical.events import Events
-from attnzoo.clinical.formats.tables import check_hours, existing
+from attnzoo.clinical.events import FARTHEST, Events
+from attnzoo.clinical.formats.tables import LONGEST, check_hours, existing
 from attnzoo.clinical.units import convert
 from attnzoo.clinical.variables import YAIB, choose
 
@@ -35,6 +35,8 @@ def load(
     statics = _Parquet(directory / "sta.parquet", (STAY, *STATICS))
     stays = statics.column(STAY)
     place = {stay: row for row, stay in enumerate(stays.tolist())}
+    if not place:
+        raise ValueError(f"{statics.path} has no stay; give the cohort's sta.parquet")
     if len(place) < len(stays):
         raise ValueError(f"{statics.path} has several rows of one stay; keep one of each")
     measured = _Parquet(directory / "dyn.parquet", (STAY, TIME))
@@ -42,6 +44,10 @@ def load(
     outcomes = _Parquet(directory / "outc.parquet", (STAY, LABEL))
     step_R = measured.hours()
     window = hours or int(step_R.max(initial=0)) + 1
+    if window > LONGEST:
+        raise ValueError(
+            f"{measured.path}: {TIME} reaches hour {window - 1:,}; give hours={LONGEST} or fewer, or mend it"
+        )
     labels, hours_N = _labels(outcomes, place, window, label)
     facts = StayFacts(
         name=f"yaib {directory.parent.name}/{directory.name}",
@@ -50,7 +56,9 @@ def load(
         stay_ids=tuple(map(str, stays.tolist())),
         labels=labels,
     )
-    events = _events(measured, measured.rows(place), step_R, tuple(table))
+    stay_R = measured.rows(place)
+    measured.once(stay_R, step_R)
+    events = _events(measured, stay_R, step_R, tuple(table))
     return cohort_of(facts, events, table, window)
 
 
@@ -90,13 +98,25 @@ class _Parquet:
         """The hour of each row: `time` is a duration, or a number of hours."""
         time = self.column(TIME)
         if time.dtype.kind == "m":
-            return (time // np.timedelta64(1, "h")).astype(np.int64)
-        number = self.numbers(TIME)
-        if np.isnan(number).any():
+            hour_R = np.where(np.isnat(time), np.nan, time / np.timedelta64(1, "h"))
+        else:
+            hour_R = self.numbers(TIME)
+        if np.isnan(hour_R).any():
             raise ValueError(
-                f"{self.path}, row {int(np.isnan(number).argmax()) + 1}: {TIME} is empty; give each row its hour"
+                f"{self.path}, row {int(np.isnan(hour_R).argmax()) + 1}: {TIME} is empty; give each row its hour"
             )
-        return np.floor(number).astype(np.int64)
+        return np.floor(np.clip(hour_R, -FARTHEST, FARTHEST)).astype(np.int64)
+
+    def once(self, stay_R: np.ndarray, step_R: np.ndarray) -> None:
+        """Raises ValueError where a stay has two rows of one hour."""
+        order_R = np.lexsort((step_R, stay_R))
+        is_again_R = (np.diff(stay_R[order_R]) == 0) & (np.diff(step_R[order_R]) == 0)
+        if is_again_R.any():
+            row = int(order_R[1:][is_again_R].min())
+            raise ValueError(
+                f"{self.path}, row {row + 1}: {STAY}={self.column(STAY)[row]} has another row of hour {step_R[row]}; "
+                "keep one of them"
+            )
 
     def rows(self, place: dict[int, int]) -> np.ndarray:
         """The row of each row's stay in sta.parquet."""
@@ -124,9 +144,8 @@ def _events(measured: _Parquet, stay_R: np.ndarray, step_R: np.ndarray, names: t
         if name == "fio2":
             value_R = convert(YAIB[name], value_R, "%")
         rows = np.flatnonzero(~np.isnan(value_R))
-        minutes = (step_R[rows] * 60).astype(np.int32)
-        parts.append((stay_R[rows], minutes, np.full(len(rows), code, np.int16), value_R[rows].astype(np.float32)))
-    return Events(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        parts.append((stay_R[rows], step_R[rows] * 60, np.full(len(rows), code), value_R[rows]))
+    return Events.of(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def _labels(
@@ -134,6 +153,10 @@ def _labels(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """({name: [N] or [N, T]}, hours of each stay). Hours are told by hourly labels, never by a label's value."""
     stay_R, value_R = outcomes.rows(place), outcomes.numbers(LABEL)
+    if np.isinf(value_R).any():
+        raise ValueError(
+            f"{outcomes.path}, row {int(np.isinf(value_R).argmax()) + 1}: {LABEL} is infinite; mend the row"
+        )
     if TIME not in outcomes.names:
         if len(set(stay_R.tolist())) < len(stay_R):
             raise ValueError(f"{outcomes.path} has no {TIME} and several labels of one stay; keep one of each")
@@ -141,6 +164,7 @@ def _labels(
         label_N[stay_R] = value_R
         return {label or "mortality": label_N}, np.full(len(place), window)
     step_R = outcomes.hours()
+    outcomes.once(stay_R, step_R)
     hours_N = np.zeros(len(place), np.int64)
     np.maximum.at(hours_N, stay_R, step_R + 1)
     label_NT = np.full((len(place), window), np.nan, np.float32)
