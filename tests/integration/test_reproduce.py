@@ -188,7 +188,9 @@ def test_an_experiment_of_a_data_set_says_where_it_is_found(monkeypatch, capsys,
     ):
         assert main(words) == 2
         assert message in capsys.readouterr().err
-    chosen = argparse.Namespace(experiment="all", options=[], workers=1, variant=None, results=None, seed=0, quick=True)
+    chosen = argparse.Namespace(
+        experiment="all", options=[], workers=1, variant=None, results=None, run=None, seed=0, quick=True
+    )
     experiments, config = configure(argparse.Namespace(**vars(chosen), data=None, without=[]))
     assert (experiments, config.data) == ([], None)  # `all` is what needs no data
     experiments, config = configure(
