@@ -49,7 +49,7 @@ class Trial:
         def call(*given: Any, **others: Any) -> Any:
             try:
                 return self.call(*given, **others)
-            except Exception as error:
+            except Exception as error:  # whatever a user's module raises is told with its name and its input
                 reason = str(error).partition("\n")[0]
                 raise ForwardFailedError(
                     f"{self.name}.forward fails on x of {list(x_BTD.shape)}: {type(error).__name__}: {reason}; "

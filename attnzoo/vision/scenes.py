@@ -7,9 +7,10 @@ emoji of another font.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -134,6 +135,12 @@ class SceneWorld:
         """For each kind the number of the cell, row by row, where it never stands in training."""
         self._bitmaps: dict[tuple[str, int], np.ndarray] = {}
         self._look_for_fonts()
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> "SceneWorld":
+        """The scenes that a trained model has learned, from its `data`, whose other keys are left out."""
+        known = {each.name for each in fields(SceneOptions)}
+        return cls(SceneOptions(**{key: value for key, value in data.items() if key in known}))
 
     def _look_for_fonts(self) -> None:
         """Raises ValueError that names the option for a font that is not installed or lacks an emoji."""

@@ -59,15 +59,24 @@ class Turns:
         """The tokens of an answer and of its end."""
         return self.encode(self.texts.reply.replace("{answer}", answer))
 
+    def words(self, questions: Sequence[SceneQuestion]) -> list[int]:
+        """The tokens of turns without a picture."""
+        turns = [token for number, each in enumerate(questions) for part in self._turn(number, each) for token in part]
+        return [*self.encode(self.texts.before, bos=True), *turns]
+
+    def _turn(self, number: int, question: SceneQuestion) -> tuple[list[int], list[int]]:
+        """(what is asked, what is answered) in a turn that follows `number` others."""
+        between = self.encode(self.texts.between) if number else []
+        asked = self.encode(self.texts.ask.replace("{question}", question.text))
+        return [*between, *asked], self.reply(question.answer)
+
     def sequence(self, questions: Sequence[SceneQuestion]) -> tuple[list[int], list[int]]:
         """(tokens, targets) of the picture and all questions with their answers; targets are the next tokens of
         answers, -100 elsewhere."""
         tokens: list[int] = list(self.begin)
         told = [False] * len(tokens)
         for number, question in enumerate(questions):
-            between = self.encode(self.texts.between) if number else []
-            asked = [*between, *self.encode(self.texts.ask.replace("{question}", question.text))]
-            reply = self.reply(question.answer)
+            asked, reply = self._turn(number, question)
             if self.longest is not None and len(tokens) + len(asked) + len(reply) > self.longest:
                 break
             tokens += [*asked, *reply]

@@ -68,6 +68,7 @@ def test_turns_count_answers_alone_and_drop_what_does_not_fit() -> None:
     first = sum(map(len, parts[:2])) - 1
     assert targets[first : first + len(parts[2])] == parts[2]
     assert all(t in (IGNORED, following) for t, following in zip(targets, whole[1:], strict=True))
+    assert turns.words(questions) == [token for token in whole if token != 999]
     short = Turns(tokenizer, texts, image_token=999, places=3, longest=len(whole) - 1)
     assert short.sequence(questions) == turns.sequence(questions[:1])
     tokens_BT, targets_BT = padded([turns.sequence(questions), turns.sequence(questions[:1])])

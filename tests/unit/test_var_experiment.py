@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from attnzoo.attention.edits import Edits
+from attnzoo.models.embedded import prompt_tensor
 from tests.helpers.emoji_fonts import needs
 from tests.helpers.picture_task import OWN, prepared
 from train.experiments.base import ExperimentConfig
@@ -65,7 +66,7 @@ def test_every_part_row_claim_and_figure(run: tuple[ExperimentConfig, bool], tmp
     assert figure.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_arms_take_from_sinks_and_give_where_they_say(run: tuple[ExperimentConfig, bool]) -> None:
+def test_every_arm_changes_what_the_model_says(run: tuple[ExperimentConfig, bool]) -> None:
     config, has_sinks = run
     trained, found = model_of(config), sinks_of(config)
     tau = fixed(found, 1024).layers[0].tau
@@ -73,12 +74,15 @@ def test_arms_take_from_sinks_and_give_where_they_say(run: tuple[ExperimentConfi
     if not has_sinks:
         return
     _, question = questions(config)[0]
-    image = np.zeros((32, 32, 3), dtype=np.uint8)
-    prompt = trained.prompt(image, question.text)
+    prompt = trained.prompt(np.zeros((32, 32, 3), dtype=np.uint8), question.text)
+    model = trained.language_model.model.requires_grad_(False)
+    x_1TD = prompt_tensor(model, [prompt])
+    plain = model(x_1TD)
     for name, arm in ARMS.items():
         items = arm(found)
         assert [item.where.layers for item in items] == ([] if name == UNEDITED else [(0,)]), name
-        trained.plan(prompt, Edits(*items), 4)
+        run = trained.plan(prompt, Edits(*items), 4)
+        assert torch.allclose(model(x_1TD, edits=[run]), plain, atol=1e-4) == (name == UNEDITED), name
 
 
 def test_mcnemar_is_the_sign_test_of_answers_that_changed() -> None:

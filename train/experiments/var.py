@@ -15,7 +15,7 @@ import torch
 from attnzoo.attention.edits import Edits
 from attnzoo.vision.questions import KINDS, Baselines, SceneQuestion, evaluation_questions
 from attnzoo.vision.redistribution import FoundSinks, find_sinks, is_massive, layer_inputs
-from attnzoo.vision.scenes import Scene, SceneOptions, SceneWorld
+from attnzoo.vision.scenes import Scene, SceneWorld
 from attnzoo.vision.trained_pictures import TrainedPictures, load_pictures
 from train.data.scenes import asked_about
 from train.experiments.base import Experiment, ExperimentConfig, ExperimentPart, Tick, Values
@@ -46,8 +46,7 @@ def _loaded(path: Path) -> TrainedPictures:
 
 def world_of(config: ExperimentConfig) -> SceneWorld:
     """The scenes that it has learned."""
-    names = SceneOptions.__dataclass_fields__
-    return SceneWorld(SceneOptions(**{key: value for key, value in model_of(config).data.items() if key in names}))
+    return SceneWorld.of(model_of(config).data)
 
 
 def questions(config: ExperimentConfig) -> list[tuple[Scene, SceneQuestion]]:
@@ -60,20 +59,9 @@ def questions(config: ExperimentConfig) -> list[tuple[Scene, SceneQuestion]]:
 def sinks_of(config: ExperimentConfig) -> FoundSinks:
     """The language model's sinks, measured on turns about words alone, of the form that it has learned."""
     trained, world = model_of(config), world_of(config)
-    texts = []
-    for index in range(TEXTS):
-        asked = asked_about(world, world.scene("train", config.seed + 2, index), TEXT_TURNS, 1.0)
-        texts.append(_words_alone(trained, asked))
+    scenes = [world.scene("train", config.seed + 2, index) for index in range(TEXTS)]
+    texts = [trained.reader.words(asked_about(world, scene, TEXT_TURNS, 1.0)) for scene in scenes]
     return find_sinks(trained.language_model.model, texts)
-
-
-def _words_alone(trained: TrainedPictures, asked: list[SceneQuestion]) -> list[int]:
-    """The tokens of turns without a picture."""
-    reader, ids = trained.reader, list(trained.language_model.tokenizer.encode(trained.turns.before, bos=True))
-    for question in asked:
-        ids += reader.encode(trained.turns.ask.replace("{question}", question.text))
-        ids += reader.reply(question.answer)
-    return ids
 
 
 @torch.no_grad()
@@ -82,10 +70,11 @@ def sinks(config: ExperimentConfig, tick: Tick) -> Values:
     trained, found, world = model_of(config), sinks_of(config), world_of(config)
     model, begin = trained.model, len(trained.reader.begin)
     inside = slice(begin - trained.pictures.config.tokens, begin)
-    asked = questions(config)[: 2 if config.quick else PICTURES_LOOKED_AT]
+    asked = questions(config)
+    some = asked[:: -(-len(asked) // PICTURES_LOOKED_AT)]  # of every kind
 
     def read() -> None:
-        for scene, question in asked:
+        for scene, question in some:
             image = torch.from_numpy(world.image(scene)).permute(2, 0, 1)[None]
             model(torch.tensor([trained.reader.prompt(question.text)]), image)
 
@@ -112,9 +101,9 @@ def sinks(config: ExperimentConfig, tick: Tick) -> Values:
     return {
         "channels": list(found.channels),
         "layers": layers,
-        "kinds": [question.kind for _, question in questions(config)],
-        "majority": [known.majority(question) == question.answer for _, question in questions(config)],
-        "blind": [known.blind(question) == question.answer for _, question in questions(config)],
+        "kinds": [question.kind for _, question in asked],
+        "majority": [known.majority(question) == question.answer for _, question in asked],
+        "blind": [known.blind(question) == question.answer for _, question in asked],
     }
 
 

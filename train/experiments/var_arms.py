@@ -20,8 +20,9 @@ def _with(p: float = 0.6, rho: float = 0.8, least: float = 0.2) -> Arm:
 
 
 def _to_words(found: FoundSinks) -> list[Item]:
-    """The share goes to the words after the picture, for the same heads."""
-    moves = [item for item in redistribution(found) if isinstance(item, Move)]
+    """The share goes to the words after the picture, in every head that looks at the picture: words have no part of
+    its weight, so that `rho` can say nothing of them."""
+    moves = [item for item in redistribution(found, rho=0.0) if isinstance(item, Move)]
     return [replace(item, to=After("image")) for item in moves]
 
 

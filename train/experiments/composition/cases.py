@@ -6,12 +6,12 @@ both objects (`attnzoo.vision.styles`). Up to a quarter of an object may be outs
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from attnzoo.vision import STYLES, Scene, SceneOptions, SceneWorld, bitmaps, caption
+from attnzoo.vision import STYLES, Scene, SceneWorld, bitmaps, caption
 from attnzoo.vision.captions import phrase
 from attnzoo.vision.compose import Placement
 
@@ -60,11 +60,10 @@ class CompositionCase:
 
 def world_of(data: Mapping[str, Any]) -> SceneWorld:
     """The scenes that a trained model has learned, from its `data`. Raises ValueError for a model of single objects."""
-    known = {f.name for f in fields(SceneOptions)}
-    options = SceneOptions(**{key: value for key, value in data.items() if key in known})
-    if options.most_objects < 2:
+    world = SceneWorld.of(data)
+    if world.options.most_objects < 2:
         raise ValueError("the model was trained with data.most_objects=1; composition needs pictures of two objects")
-    return SceneWorld(options)
+    return world
 
 
 def make_cases(world: SceneWorld, styles: Sequence[str], seed: int, count: int) -> list[CompositionCase]:
