@@ -10,6 +10,7 @@ from attnzoo.attention.edits import (
     Except,
     HeadFilter,
     Hide,
+    LayerSizes,
     Move,
     PutScores,
     PutWeights,
@@ -25,6 +26,9 @@ from attnzoo.attention.edits import (
 HEADS, TOKENS = 4, 11
 LAYOUT = TokenLayout(7, {"image": (1, 4), "text": [(4, 6), (0, 1)]})
 SINKS = Sinks((2,), 1.4)
+PLANNED = TokenLayout(10, {"image": (2, 6), "system": [(0, 2), (8, 9)]})
+SOFTMAX = LayerSizes(num_heads=4, num_kv_heads=2, head_dim=8, variant="mha", model_dim=32)
+"""For plans alone: a layout, and a layer."""
 
 
 def drawn_items(draw: random.Random, dense: bool):

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from attnzoo.clinical.variables import PHYSIONET2012
 from serve.clinical import page
 from serve.clinical.loading import load_clinic
@@ -112,6 +114,12 @@ def predict(shown: Browser, content: Any) -> None:
     paste(shown, content)
     shown.click("#send")
     shown.wait(WHOLE)
+
+
+def answer(url: str, request: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """The server's own reply to a request, with more fields."""
+    found: dict[str, Any] = httpx.post(f"{url}/v1/predict", json={**request, **fields}, timeout=30).json()
+    return found
 
 
 def channels(colour: str) -> list[int]:

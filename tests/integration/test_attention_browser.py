@@ -8,11 +8,9 @@ import torch
 from attnzoo.attention_page import ModelMaps, Selection, Token, page, read_maps
 from attnzoo.attention_page.maps import HeadMaps
 from tests.helpers import serving
-from tests.helpers.browser import PROGRAM, browser
+from tests.helpers.browser import needs_browser
 
-pytestmark = pytest.mark.skipif(
-    PROGRAM is None, reason="no Chromium is installed (apt-get install chromium-headless-shell)"
-)
+pytestmark = needs_browser
 EVIL = "</script><img src=x onerror=window.hurt=1>"
 TOKENS = (Token("<s>", True), Token(EVIL), Token(" the"), Token("\u23ce"), Token("数据"))
 HALF = [[1.0], [0.25, 0.75], [0.5, 0.125, 0.375], [0.0, 0.0, 0.0625, 0.9375], [0.5, 0.25, 0.125, 0.0625, 0.0625]]
@@ -20,12 +18,6 @@ HALF = [[1.0], [0.25, 0.75], [0.5, 0.125, 0.375], [0.0, 0.0, 0.0625, 0.9375], [0
 
 def triangle(rows):
     return torch.tensor([row + [0.0] * (len(rows) - len(row)) for row in rows])
-
-
-@pytest.fixture(scope="module")
-def seen():
-    with browser() as found:
-        yield found
 
 
 @pytest.fixture

@@ -9,16 +9,14 @@ import pytest
 from serve.clinical.loading import load_clinic
 from serve.config import ServeConfig
 from serve.openai.routes import build_app
-from tests.helpers.browser import PROGRAM, browser
+from tests.helpers.browser import needs_browser
 from tests.helpers.clinical_models import export, icu_cohort, request_of, small_trained
 from tests.helpers.clinical_notes import NAME, export_notes, notes_request
 from tests.helpers.clinical_texts import TOPICS
 from tests.helpers.http_server import serving
-from tests.helpers.patients_page import EVIL, WHOLE, alone, channels, contrast, paste, predict, visit
+from tests.helpers.patients_page import EVIL, WHOLE, alone, answer, channels, contrast, paste, predict, visit
 
-pytestmark = pytest.mark.skipif(
-    PROGRAM is None, reason="no Chromium is installed (apt-get install chromium-headless-shell)"
-)
+pytestmark = needs_browser
 TEXT = "Doctor: how are you?\nPatient: I am fine, 𝒳🦠 penicillin, rash today. And well and fine."
 MARKS = (
     "[...document.querySelectorAll('#words mark')].map(e => [Number(e.dataset.word), e.textContent, "
@@ -37,27 +35,17 @@ def url(tmp_path_factory):
         yield url
 
 
-@pytest.fixture(scope="module")
-def seen():
-    with browser() as found:
-        yield found
-
-
 @pytest.fixture
 def shown(seen, url):
     with alone(seen, url):
         yield seen
 
 
-def answer(url, request, **fields):
-    return httpx.post(f"{url}/v1/predict", json={**request, **fields}, timeout=30).json()["patients"]
-
-
 @pytest.mark.parametrize("explain", ["gradients", "attention"])
 def test_words_are_highlighted_for_each_label(shown, url, explain):
     """The whole text stands there; each known word has the number of the reply, its colour and its words, for the
     likeliest label first and then for the one that is chosen."""
-    (patient,) = answer(url, notes_request(TEXT), explain=explain)
+    (patient,) = answer(url, notes_request(TEXT), explain=explain)["patients"]
     (explanation,) = patient["explanations"]
     predict(
         shown, {"patients": notes_request(TEXT)["patients"]}
@@ -99,7 +87,7 @@ def test_words_are_highlighted_for_each_label(shown, url, explain):
 
 def test_labels_have_probability_interval_base_rate_and_definition(shown, url):
     request = notes_request(TEXT)
-    (patient,) = answer(url, request)
+    (patient,) = answer(url, request)["patients"]
     card = httpx.get(f"{url}/v1/models/{NAME}").json()
     predict(shown, request)
     rows = shown.value(
@@ -127,7 +115,7 @@ def test_a_cut_text_an_empty_one_and_markup(shown, url):
     long = f"{TEXT} {EVIL}"
     request = notes_request(long, f"hm {EVIL}", "")
     request["patients"][1]["id"] = EVIL
-    cut, few, _ = answer(url, request)
+    cut, few, _ = answer(url, request)["patients"]
     predict(shown, request)
     assert shown.text("#words") == long
     assert shown.text("#words .unread") == long[cut["text"]["read_until"] :]

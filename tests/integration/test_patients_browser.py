@@ -10,15 +10,13 @@ from serve.clinical.loading import load_clinic
 from serve.clinical.page import DIRECTORY
 from serve.config import ServeConfig
 from serve.openai.routes import build_app
-from tests.helpers.browser import PROGRAM, browser
+from tests.helpers.browser import needs_browser
 from tests.helpers.clinical_files import FHIR_START, fhir_bundle, fhir_observation, fhir_stays
 from tests.helpers.clinical_models import NAMES, WINDOW, export, icu_cohort, request_of, small_trained
 from tests.helpers.http_server import serving
-from tests.helpers.patients_page import EVIL, alone, ask, channels, contrast, paste, predict, visit
+from tests.helpers.patients_page import EVIL, alone, answer, ask, channels, contrast, paste, predict, visit
 
-pytestmark = pytest.mark.skipif(
-    PROGRAM is None, reason="no Chromium is installed (apt-get install chromium-headless-shell)"
-)
+pytestmark = needs_browser
 TIP = "[...document.querySelectorAll('#tip:not([hidden]) div')].map(e => e.textContent).join('; ')"
 
 
@@ -44,21 +42,11 @@ def url(app_of):
         yield url
 
 
-@pytest.fixture(scope="module")
-def seen():
-    with browser() as found:
-        yield found
-
-
 @pytest.fixture
 def shown(seen, url):
     with alone(seen, url):
         yield seen
         assert seen.value("document.scripts.length + document.images.length") == 2  # the module and the icon
-
-
-def answer(url, request, **fields):
-    return httpx.post(f"{url}/v1/predict", json={**request, **fields}, timeout=30).json()
 
 
 def cells(shown):

@@ -8,7 +8,6 @@ from attnzoo.attention.edits import (
     Except,
     HeadFilter,
     Hide,
-    LayerSizes,
     Mass,
     Move,
     Sinks,
@@ -17,9 +16,8 @@ from attnzoo.attention.edits import (
     Where,
 )
 from attnzoo.attention.edits.classes import KeySets
-
-LAYOUT = TokenLayout(10, {"image": (2, 6), "system": [(0, 2), (8, 9)]})
-SOFTMAX = LayerSizes(num_heads=4, num_kv_heads=2, head_dim=8, variant="mha", model_dim=32)
+from tests.helpers.edits_cases import PLANNED as LAYOUT
+from tests.helpers.edits_cases import SOFTMAX
 
 
 def test_many_sets_and_long_sequences():

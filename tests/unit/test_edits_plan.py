@@ -34,9 +34,9 @@ from attnzoo.attention.edits import (
 )
 from attnzoo.attention.edits.classes import KeySets, class_codes
 from attnzoo.attention.edits.spans import chosen, picked_steps
+from tests.helpers.edits_cases import PLANNED as LAYOUT
+from tests.helpers.edits_cases import SOFTMAX
 
-LAYOUT = TokenLayout(10, {"image": (2, 6), "system": [(0, 2), (8, 9)]})
-SOFTMAX = LayerSizes(num_heads=4, num_kv_heads=2, head_dim=8, variant="mha", model_dim=32)
 LINEAR = LayerSizes(
     num_heads=4,
     num_kv_heads=2,
