@@ -3,7 +3,7 @@
 import hashlib
 import time
 import uuid
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,30 +24,59 @@ NOTHING = {"probability": None, "low": None, "high": None, "buckets": None}
 OK, NOT_ENOUGH = "ok", "not_enough_data"
 
 
-def head(predictor: Predictor) -> dict[str, Any]:
-    """What is the same for all patients of a reply."""
-    trained = predictor.trained
-    interval, reason = predictor.interval()
+class Served(Protocol):
+    """A clinical model that is served: what the head of its replies tells of it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def weights_digest(self) -> str: ...
+
+    @property
+    def trained(self) -> Any: ...
+
+    def interval(self) -> tuple[dict[str, Any] | None, str | None]:
+        """(what low and high mean, None), or (None, why there are none)."""
+
+
+def head_of(served: Served, trained_on: str | None, training_stays: int | None, **others: Any) -> dict[str, Any]:
+    """What is the same for all patients of a reply, of any model. others: what is told of this kind of model alone."""
+    interval, reason = served.interval()
     return {
         "id": f"predict-{uuid.uuid4().hex}",
         "object": "prediction.list",
         "created": int(time.time()),
         "model": {
-            "id": predictor.name,
-            "version": predictor.version,
-            "weights_digest": predictor.weights_digest,
-            "data_digest": trained.split.get("digest"),
-            "trained_on": trained.statistics.cohort,
-            "training_stays": trained.statistics.rows,
+            "id": served.name,
+            "version": served.version,
+            "weights_digest": served.weights_digest,
+            "data_digest": served.trained.split.get("digest"),
+            "trained_on": trained_on,
+            "training_stays": training_stays,
         },
         "research_use_only": NOTICE,
-        "outcome": outcome_of(predictor),
         "interval": interval,
         "interval_reason": reason,
-        "early_hours": None if trained.outcome.hourly else EARLY.format(predictor.needs.window),
-        "base_rate": predictor.base_rate(),
-        "variables": [variable_of(variable) for variable in predictor.needs.table.values()],
+        **others,
     }
+
+
+def head(predictor: Predictor) -> dict[str, Any]:
+    """What is the same for all patients of a reply."""
+    trained = predictor.trained
+    return head_of(
+        predictor,
+        trained.statistics.cohort,
+        trained.statistics.rows,
+        outcome=outcome_of(predictor),
+        early_hours=None if trained.outcome.hourly else EARLY.format(predictor.needs.window),
+        base_rate=predictor.base_rate(),
+        variables=[variable_of(variable) for variable in predictor.needs.table.values()],
+    )
 
 
 def outcome_of(predictor: Predictor) -> dict[str, Any]:

@@ -1,11 +1,9 @@
 """Writes the reply of a model that reads texts, and its card."""
 
-import time
-import uuid
 from typing import Any
 
 from attnzoo.clinical.words import spans
-from serve.clinical.answer import NOT_ENOUGH, NOTICE, OK, Coverage, variable_of, variables_with_units
+from serve.clinical.answer import NOT_ENOUGH, NOTICE, OK, Coverage, head_of, variable_of, variables_with_units
 from serve.clinical.notes.explanations import explained, words_of
 from serve.clinical.notes.protocol import MAX_CHARACTERS, NotesRequest
 from serve.clinical.notes.reader import NoteReader, Notes
@@ -26,25 +24,13 @@ def outcome_of(reader: NoteReader) -> dict[str, Any]:
 def head(reader: NoteReader) -> dict[str, Any]:
     """What is the same for all patients of a reply."""
     trained = reader.trained
-    interval, reason = reader.interval()
-    return {
-        "id": f"predict-{uuid.uuid4().hex}",
-        "object": "prediction.list",
-        "created": int(time.time()),
-        "model": {
-            "id": reader.name,
-            "version": reader.version,
-            "weights_digest": reader.weights_digest,
-            "data_digest": trained.split.get("digest"),
-            "trained_on": trained.data.get("cohort"),
-            "training_stays": None if trained.evidence is None else trained.evidence.stays,
-        },
-        "research_use_only": NOTICE,
-        "outcome": outcome_of(reader),
-        "interval": interval,
-        "interval_reason": reason,
-        "variables": [] if reader.needs is None else [variable_of(one) for one in reader.needs.table.values()],
-    }
+    return head_of(
+        reader,
+        trained.data.get("cohort"),
+        None if trained.evidence is None else trained.evidence.stays,
+        outcome=outcome_of(reader),
+        variables=[] if reader.needs is None else [variable_of(one) for one in reader.needs.table.values()],
+    )
 
 
 def card(reader: NoteReader, created: int) -> dict[str, Any]:
