@@ -203,7 +203,7 @@ def test_two_clinical_models_on_one_server(both: TestClient) -> None:
         (NAME, ["text", "measurements"]),
     ]
     assert ask(both, request_of(icu_cohort(), [0]))["outcome"]["kind"] == "yes_no"
-    for model in both.app.state.clinic.models:  # type: ignore[attr-defined]
+    for model in both.app.state.clinic.models:
         assert ask(both, example_of(model))["model"]["id"] == model.name
     error = ask(both, {**request_of(icu_cohort(), [0]), "model": NAME}, status=400)
     assert error["param"] == "patients[0].age_years"

@@ -37,10 +37,10 @@ def by_gradients(labels_NK: np.ndarray, logits_NK: np.ndarray, weights_N: np.nda
     def loss() -> torch.Tensor:
         steps.zero_grad()
         told = -(weights * (labels * (given * scale).log_softmax(1)).sum(1)).sum()
-        told.backward()  # type: ignore[no-untyped-call]
+        told.backward()
         return told
 
-    steps.step(loss)  # type: ignore[no-untyped-call]
+    steps.step(loss)
     return 1 / float(scale.detach())
 
 
@@ -88,7 +88,7 @@ def test_labels_by_themselves_have_a_calibrator_each() -> None:
     assert LabelCalibration.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     for change in ({"exclusive": True}, {"drawn": found.drawn[:2]}, {"calibrators": ()}):
         with pytest.raises(ValueError, match="calibrator"):
-            replace(found, **change)  # type: ignore[arg-type]
+            replace(found, **change)
 
 
 def test_words_that_training_texts_have() -> None:
