@@ -143,8 +143,8 @@ def without_surroundings() -> Iterator[None]:
     from lm_eval import evaluator
 
     with (
-        mock.patch.object(evaluator, "get_git_commit_hash", return_value=None, create=True),
-        mock.patch.object(evaluator, "add_env_info", return_value=None, create=True),
+        mock.patch.object(evaluator, "get_git_commit_hash", return_value=None),
+        mock.patch.object(evaluator, "add_env_info", return_value=None),
     ):
         yield
 
