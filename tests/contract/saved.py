@@ -84,14 +84,15 @@ def step(model: DecoderLM) -> Tensor:
 
 
 def through_transformers(model: DecoderLM, directory: Path) -> DecoderLM:
-    """What `from_pretrained` makes of the model's export."""
+    """What `from_pretrained` makes of the model's export, copied: it leaves weights where they begin in the file, and
+    some processors add in another order where that is not a multiple of 64 bytes."""
     import attnzoo.hf
 
     attnzoo.hf.export_model(directory, model)
     loaded = attnzoo.hf.AttnzooForCausalLM.from_pretrained(directory).model
     trained = [{name for name, p in each.named_parameters() if p.requires_grad} for each in (model, loaded)]
     assert trained[0] == trained[1], f"{trained[0] ^ trained[1]} trains on one side only once loaded by transformers"
-    return loaded
+    return copy.deepcopy(loaded)
 
 
 @torch.no_grad()
