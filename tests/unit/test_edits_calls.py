@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnzoo.attention import build_attention
 from attnzoo.attention.edits import (
@@ -83,6 +84,39 @@ def test_a_layer_refuses_what_its_plan_does_not_speak_of():
     regression = build_attention("softmax_regression", {"model_dim": DIM}).double()
     with pytest.raises(ValueError, match="planned for 3 tokens, and the row has 5"):
         regression(x[:1], edits=layer_plan(runs_of(regression, [[Map()]], TokenLayout(3), 3), 0))
+
+
+class Operations(TorchDispatchMode):
+    """The names of all operations that run, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["mha", "rcmha", "linear"])
+@torch.no_grad()
+def test_where_no_row_has_edits_the_same_operations_run(kind):
+    """Kills: what is prepared for edits, or copied, before it is known that there are any."""
+    model, tokens = small_model(kind), torch.arange(12).view(2, 6)
+    found = []
+    for edits in (None, [None, None]):
+        for _ in range(2):  # what a first call makes and keeps is not counted
+            with Operations() as operations:
+                outputs = [model(tokens, edits=edits)]
+                state = model.init_state(2, 9)
+                for chunk in (tokens, tokens[:, :1]):
+                    logits, state = model.extend(chunk, state, edits=edits)
+                    outputs.append(logits)
+        found.append((outputs, operations.names))
+    (without, expected), (idle, names) = found
+    assert names == expected
+    assert len(names) > 100
+    assert all(map(torch.equal, idle, without))
 
 
 def test_there_is_an_entry_for_each_row():
