@@ -95,6 +95,25 @@ def test_a_clinical_run_resumes_bit_for_bit_and_its_export_predicts(tiny: Path) 
     assert f"| test | {len(fold.test)} | {len(fold.test)} | {died} |" in (whole / "card" / "data-card.md").read_text()
 
 
+def test_a_run_begins_with_what_pretraining_exported(tiny: Path) -> None:
+    """Pretraining resumes bit for bit, too, and the first step of the run after it has its encoder."""
+    pretraining = ("task.kind=clinical-pretraining", "eval.keep_best=null", "train.steps=4")
+    whole, split = (tiny.parent / f"pretrained-{name}" for name in ("whole", "split"))
+    launch(tiny, f"run_dir={whole}", *pretraining)
+    launch(tiny, f"run_dir={split}", *pretraining, "train.stop_at_step=2")
+    launch(tiny, f"run_dir={split}", *pretraining)
+    one, other = (stay_records(run) for run in (whole, split))
+    assert one == other
+    assert len({record["loss"] for (kind, _), record in one.items() if kind == "train"}) == 4
+    encoders = [load_file(run / "export" / "model.safetensors") for run in (whole, split)]
+    assert all(torch.equal(encoders[1][name], weight) for name, weight in encoders[0].items())
+    begun = tiny.parent / "begun"
+    still = ("optim.lr=1e-30", "optim.weight_decay=0.0", "schedule.warmup_steps=0", "train.steps=1", "eval.every=1")
+    launch(tiny, f"run_dir={begun}", f"checkpoint.init_from={whole}", *still, "eval.keep_best=1")
+    for name, weight in load_file(begun / "export" / "model.safetensors").items():
+        torch.testing.assert_close(weight, encoders[0][name], rtol=0, atol=1e-20)
+
+
 def test_a_fold_of_the_reproduction_of_tscan(tiny: Path) -> None:
     """On the made-up stays: a real run, whose calibration is that of the judgement; every test row is told once."""
     config = ExperimentConfig(quick=True, data=tiny.parent / "set-a")
