@@ -1,9 +1,10 @@
 """The page at /patients in a browser, and its picture in the documents.
 
     python -m tests.helpers.patients_page docs/patients.png
+    python -m tests.helpers.patients_page docs/patients-words.png words
 
-The picture's model learns for a minute from stays that are made up from the table of the page's own example, so that
-neither the model nor the patient has anything of a data set.
+The first picture's model learns for a minute from stays that are made up from the table of the page's own example, the
+second's from texts of a few words, so that neither a model nor a patient has anything of a data set.
 """
 
 import json
@@ -25,10 +26,16 @@ from serve.clinical.loading import load_clinic
 from serve.config import ServeConfig
 from serve.openai.routes import build_app
 from tests.helpers.browser import Browser, browser
+from tests.helpers.clinical_notes import export_notes
 from tests.helpers.http_server import serving
 from tests.helpers.training import ROOT, command, finish
 
 HOURS = 48
+CONVERSATION = """\
+Doctor: how are you today?
+Patient: I am well, doctor. And you?
+Doctor: fine, and today I am well. How are you and penicillin?
+Patient: I am fine today, doctor. And penicillin? A rash, and the rash is well today."""
 EVIL = "</script><img src=x onerror=window.hurt=1>"
 WHOLE = "document.querySelector('#result').dataset.whole === 'true' && !document.querySelector('#ask').open"
 """Holds while a whole reply is shown."""
@@ -146,16 +153,35 @@ def ask(shown: Browser, button: str = "#example") -> None:
     shown.wait(WHOLE)
 
 
-def picture(path: Path, scheme: str = "light") -> None:
-    with tempfile.TemporaryDirectory(prefix="attnzoo-patients-") as directory, browser() as shown:
-        config = ServeConfig(checkpoint=str(trained(Path(directory))))
+@contextmanager
+def showing(model: Path, height: int) -> Iterator[Browser]:
+    """The page of a run's model."""
+    with browser() as shown:
+        config = ServeConfig(checkpoint=str(model))
         with serving(build_app(None, config, load_clinic(config))) as url:
-            shown.media(scheme)
-            visit(shown, url, 1280, 1840)
-            ask(shown)
-            shown.hover("#heat tbody tr td.measured:nth-child(n+34)")
-            shown.picture(path)
+            visit(shown, url, 1280, height)
+            yield shown
+
+
+def picture_of_hours(path: Path, directory: Path) -> None:
+    """A patient's risk by hour, and what moved it."""
+    with showing(trained(directory), 1840) as shown:
+        ask(shown)
+        shown.hover("#heat tbody tr td.measured:nth-child(n+34)")
+        shown.picture(path)
+
+
+def picture_of_words(path: Path, directory: Path) -> None:
+    """A conversation, and what its words are to a label."""
+    with showing(export_notes(directory, None, "task.longest=64", "task.explained=8", steps=60), 860) as shown:
+        predict(shown, {"patients": [{"id": "made-up", "text": CONVERSATION}]})
+        shown.hover("#words mark")
+        shown.picture(path)
+
+
+PICTURES = {"hours": picture_of_hours, "words": picture_of_words}
 
 
 if __name__ == "__main__":
-    picture(Path(sys.argv[1]), *sys.argv[2:])
+    with tempfile.TemporaryDirectory(prefix="attnzoo-patients-") as where:
+        PICTURES[sys.argv[2] if len(sys.argv) > 2 else "hours"](Path(sys.argv[1]), Path(where))
