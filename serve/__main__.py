@@ -126,17 +126,18 @@ def greet(config: "ServeConfig", url: str) -> None:
     from attnzoo.checkpoint import find_checkpoint, load_tokenizer, open_checkpoint
     from serve.clinical.describe import example_of
     from serve.clinical.loading import clinical_sources, load_model
+    from serve.loading import sources
 
-    sources = clinical_sources(config)
-    names = dict.fromkeys((config.served_name, *(name for _, name in sources)))
+    clinical = clinical_sources(config)
+    names = dict.fromkeys((config.served_name, *(name for _, name in clinical)))
     print(f"serving {' and '.join(map(repr, names))} on {url}", flush=True)
     path = find_checkpoint(config.checkpoint)
-    if path not in [source for source, _ in sources]:
-        chat = load_tokenizer(path).chat_template is not None
+    if path not in [source for source, _ in clinical]:
+        chat = load_tokenizer(path).chat_template is not None or sources(config).pictures is not None
         print(f"  {example(url, config.served_name, chat)}", flush=True)
         for slow in open_checkpoint(path).config.slow_streaming():
             print(f"note: {slow}", file=sys.stderr, flush=True)
-    for source, name in sources:
+    for source, name in clinical:
         body = json.dumps(example_of(load_model(source, name, config.max_patients)))
         print(f"  curl {url}/v1/predict -H 'content-type: application/json' -d {shlex.quote(body)}", flush=True)
         print(f"  for research only; what the model takes: {url}/v1/models/{name}", flush=True)

@@ -14,6 +14,8 @@ from attnzoo.clinical.trained_sensors import holds_sensors, named_language_model
 from attnzoo.files import user_path
 from attnzoo.settings import parse_words, parse_yaml, read_mapping
 from attnzoo.types import CheckedConfig, build_config, parse_dtype
+from attnzoo.vision import trained_pictures
+from attnzoo.vision.turns import MOST_PICTURES
 from serve.caches import CacheRules
 from serve.front.limits import Limits, check_host_name
 
@@ -23,6 +25,8 @@ MAX_REQUESTS = 1_000_000
 MAX_THREADS = 1024
 """Upper bound of threads; torch ends the process without a message if it cannot create them."""
 
+ADAPTERS = {"sensors": "a sensor adapter", "pictures": "a model of pictures"}
+"""What stands in front of a frozen language model, by the setting that names it."""
 CONTROL_TOKENS = ("template", "template_only", "everywhere")
 ATTENTION = ("off", "read", "edit")
 
@@ -33,9 +37,12 @@ class EngineConfig(CheckedConfig):
 
     checkpoint: a run or export directory of training, a directory that transformers has written, a .gguf file, the
     name of a packaged model ("smollm2"), or the name of a model in $ATTNZOO_HOME/models; or the run or export directory
-    of a sensor adapter, which names its language model. sensors: the run or export directory of a sensor adapter whose
-    language model is `checkpoint`: messages may then hold sensor data. max_num_seqs: sequences that
-    run at the same time. max_model_len: most tokens of prompt and completion together; None takes the model's
+    of a sensor adapter, or of a model of pictures in front of a frozen language model, which name their language model.
+    sensors: the run or export directory of a sensor adapter whose language model is `checkpoint`: messages may then
+    hold sensor data. pictures: likewise of a model of pictures in front of `checkpoint`; a model that was trained with
+    its own language model needs no setting. max_images: most pictures of a conversation. max_image_bytes: most bytes of
+    a picture's file. max_image_pixels: most pixels of a picture, width times height. max_num_seqs: sequences that run
+    at the same time. max_model_len: most tokens of prompt and completion together; None takes the model's
     max_positions.
     max_batched_tokens: most tokens that one step sends through the model. itl_target_ms: target time between two tokens
     of a stream, in milliseconds; while any sequence decodes, a step reads only so many prompt tokens (at least 32) as
@@ -61,6 +68,10 @@ class EngineConfig(CheckedConfig):
 
     checkpoint: str
     sensors: str | None = None
+    pictures: str | None = None
+    max_images: int = 1
+    max_image_bytes: int = 1 << 20
+    max_image_pixels: int = 1 << 24
     max_num_seqs: int = 8
     max_model_len: int | None = None
     max_batched_tokens: int = 512
@@ -86,6 +97,9 @@ class EngineConfig(CheckedConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        for name, most in (("max_images", MOST_PICTURES), ("max_image_bytes", 1 << 28), ("max_image_pixels", 1 << 26)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)} must be between 1 and {most}")
         if self.max_queue < 0:
             raise ValueError(f"max_queue={self.max_queue} must be at least 0")
         for name in ("max_num_seqs", "max_queue"):
@@ -223,6 +237,7 @@ SERVE_FIELDS = tuple(field.name for field in fields(ServeConfig))
 TEXT_FIELDS = (
     "checkpoint",
     "sensors",
+    "pictures",
     "model_name",
     "clinical",
     "clinical_name",
@@ -265,34 +280,44 @@ def absolute(checkpoint: Any) -> Any:
 def absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with `absolute` paths of models, an adapter apart from its language model. Raises ValueError."""
     found = dict(values)
-    if "checkpoint" in found:
-        found["checkpoint"] = absolute(found["checkpoint"])
-    for name in ("clinical", "sensors"):
+    for name in ("clinical", *ADAPTERS):
         if isinstance(found.get(name), str):
             found[name] = str(user_path(found[name], name).absolute())
-    if isinstance(found.get("checkpoint"), str) and found.get("sensors") is None:
-        checkpoint, sensors = without_adapter(found["checkpoint"])
-        if sensors is not None:
-            found |= {"checkpoint": absolute(checkpoint), "sensors": sensors}
-            found["model_name"] = found.get("model_name") or name_of(sensors)
+    if isinstance(found.get("checkpoint"), str):
+        checkpoint, adapter = without_adapter(found["checkpoint"])
+        if adapter and found.get(adapter[0]) is None:
+            found[adapter[0]] = adapter[1]
+            found["model_name"] = found.get("model_name") or name_of(adapter[1])
+        elif adapter:
+            checkpoint = adapter[1]  # which `serve.loading.sources` refuses
+        found["checkpoint"] = absolute(checkpoint)
     return found
 
 
-def without_adapter(checkpoint: str) -> tuple[str, str | None]:
-    """(checkpoint of the language model, directory of the sensor adapter) where `checkpoint` is an adapter, else
-    (checkpoint, None). Raises ValueError for an adapter whose language model is not where it says."""
-    path = checkpoint and find_checkpoint(checkpoint)
-    if not path or not holds_sensors(path):
+def without_adapter(checkpoint: str) -> tuple[str, tuple[str, str] | None]:
+    """(checkpoint of the language model, (setting, directory) of the adapter) where `checkpoint` is an adapter in front
+    of a frozen one, else (checkpoint, None). Raises ValueError for an adapter whose language model is not where it
+    says."""
+    if not checkpoint:
         return checkpoint, None
-    named, _ = named_language_model(path)
+    path = trained_pictures.holds_pictures(user_path(checkpoint, "checkpoint"))
+    named = None if path is None else trained_pictures.named_language_model(path)
+    setting = "pictures"
+    if path is None:
+        path = find_checkpoint(checkpoint)
+        named = named_language_model(path) if holds_sensors(path) else None
+        setting = "sensors"
+    if named is None:
+        return checkpoint, None
+    path = path.absolute()
     try:
-        existing_checkpoint(named)
+        existing_checkpoint(named[0])
     except ValueError as error:
         raise ValueError(
-            f"{path} is a sensor adapter in front of another model: {error}; or say where that model is: "
-            f"checkpoint=... sensors={path}"
+            f"{path} is {ADAPTERS[setting]} in front of another model: {error}; or say where that model is: "
+            f"checkpoint=... {setting}={path}"
         ) from None
-    return named, str(path)
+    return named[0], (setting, str(path))
 
 
 def build_serve_config(values: Mapping[str, Any]) -> ServeConfig:

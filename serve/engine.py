@@ -59,6 +59,7 @@ class Engine:
             torch.set_num_threads(config.threads)
         parts = load_parts(config, model, tokenizer)
         self.model, self.tokenizer, self.modalities = parts.model, parts.tokenizer, parts.modalities
+        self.pictures = parts.pictures
         for slow in self.model.config.slow_streaming():
             logger.warning(slow)
         self.max_model_len = max_model_len(config, self.model.config.max_positions)

@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING
 from attnzoo.checkpoint import find_checkpoint, load_tokenizer
 from attnzoo.checkpoint.frozen import FrozenLM
 from attnzoo.checkpoint.load import check_fit
-from attnzoo.clinical.trained_sensors import holds_sensors, load_sensors, named_language_model
+from attnzoo.clinical.trained_sensors import holds_sensors, load_sensors
+from attnzoo.clinical.trained_sensors import named_language_model as of_sensors
 from attnzoo.files import user_path
 from attnzoo.loading import load_for_inference, pack_for_inference
 from attnzoo.models import DecoderLM
+from attnzoo.tokenizer.chat_tokens import ChatEncoder, new_mark
 from attnzoo.types import parse_dtype
-from serve.config import EngineConfig, without_adapter
+from attnzoo.vision.trained_pictures import TrainedPictures, holds_pictures, load_pictures
+from attnzoo.vision.trained_pictures import named_language_model as of_pictures
+from attnzoo.vision.turns import chat_tokenizer
+from serve.config import ADAPTERS, EngineConfig, without_adapter
 from serve.modalities.base import Modality
+from serve.modalities.images import ImageModality
 from serve.modalities.sensors import SensorModality
 
 if TYPE_CHECKING:
@@ -22,19 +28,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadedParts:
-    """What an engine runs. modalities: by the kind of part that they read."""
+    """What an engine runs. modalities: by the kind of part that they read. pictures: the model of pictures, whose turns
+    conversations have; None for others."""
 
     model: DecoderLM
     tokenizer: "Tokenizer"
     modalities: Mapping[str, Modality] = field(default_factory=dict)
+    pictures: TrainedPictures | None = None
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where things are: the language model, and the adapter's directory in front of it by the setting that names it.
+    own: the directory of a model of pictures that has its own language model."""
+
+    checkpoint: str
+    sensors: str | None = None
+    pictures: str | None = None
+    own: bool = False
 
 
 def load_parts(config: EngineConfig, model: DecoderLM | None, tokenizer: "Tokenizer | None") -> LoadedParts:
     """Model and tokenizer that are None are read from the checkpoint. Raises ValueError if a file is damaged, the
     tokenizer has more tokens than the model, or an adapter does not belong to the model."""
-    checkpoint, sensors = sources(config)
-    directory, given = find_checkpoint(checkpoint), model
-    dtype = config.dtype if sensors is None else check_sensors(config)
+    found = sources(config)
+    directory, given = find_checkpoint(found.checkpoint), model
+    dtype = check_adapter(config, found)
     model = given or load_for_inference(
         directory,
         device=config.device,
@@ -45,42 +64,87 @@ def load_parts(config: EngineConfig, model: DecoderLM | None, tokenizer: "Tokeni
     tokenizer = tokenizer or load_tokenizer(directory)
     check_fit(model, tokenizer, str(directory))
     modalities: list[Modality] = []
-    if sensors is not None:
-        _check_chat(tokenizer, checkpoint)
-        frozen = FrozenLM(model, tokenizer, checkpoint, dtype or "float32")
-        modalities.append(SensorModality(load_sensors(sensors, frozen)))  # compares weights, so before they are packed
+    # Adapters compare weights, so before they are packed.
+    frozen = FrozenLM(model, tokenizer, found.checkpoint, dtype or "float32")
+    if found.sensors is not None:
+        _check_chat(tokenizer, found.checkpoint)
+        modalities.append(SensorModality(load_sensors(found.sensors, frozen)))
+    pictures = None
+    if found.pictures is not None:
+        pictures = load_pictures(found.pictures, frozen)
+        tokenizer = _chat_of(pictures)
+        modalities.append(ImageModality(pictures, config))
     if given is None:
         pack_for_inference(model, config.pack_weights)
-    return LoadedParts(model, tokenizer, {modality.kind: modality for modality in modalities})
+    return LoadedParts(model, tokenizer, {modality.kind: modality for modality in modalities}, pictures)
 
 
-def sources(config: EngineConfig) -> tuple[str, str | None]:
-    """(checkpoint of the language model, directory of the sensor adapter or None). Raises ValueError for two adapters,
-    for `sensors` that is none, and as `without_adapter`."""
-    checkpoint, sensors = without_adapter(config.checkpoint)
-    if sensors is not None and config.sensors is not None:
+def _chat_of(pictures: TrainedPictures) -> "Tokenizer":
+    """The tokenizer with a chat template of the turns that the model has learned. Raises ValueError for turns that a
+    chat template writes otherwise."""
+    tokenizer = chat_tokenizer(pictures.language_model.tokenizer, pictures.turns)
+    chat = ChatEncoder.of(tokenizer)
+    assert chat is not None
+    mark, asked = new_mark(), "how many?"
+    before, after = chat.encode_around(chat.template.render([{"role": "user", "content": mark + asked}]), [mark])
+    token = pictures.model.image_token
+    if [*before, *[token] * pictures.pictures.config.tokens, *after] != pictures.reader.prompt(asked):
         raise ValueError(
-            f"checkpoint={config.checkpoint!r} is a sensor adapter, and so is sensors={config.sensors!r}; give its "
-            "language model as checkpoint, or leave sensors out"
+            "task.texts: a tokenizer of this kind writes the turns of this model otherwise after a picture; ask it by "
+            "attnzoo.vision.trained_pictures"
         )
-    if config.sensors is not None and not holds_sensors(user_path(config.sensors, "sensors")):
+    return tokenizer
+
+
+def sources(config: EngineConfig) -> Sources:
+    """What is served. Raises ValueError for two adapters, for `sensors` and `pictures` that are none, and as
+    `without_adapter`."""
+    checkpoint, adapter = without_adapter(config.checkpoint)
+    own = holds_pictures(user_path(checkpoint, "checkpoint")) if adapter is None and checkpoint else None
+    given = {name: value for name in ADAPTERS if (value := getattr(config, name)) is not None}
+    found = dict([adapter]) if adapter else {} if own is None else {"pictures": str(own)}
+    for name, value in given.items():
+        if found:
+            first = next(iter(found))
+            raise ValueError(
+                f"checkpoint={config.checkpoint!r} is {ADAPTERS[first]}, and so is {name}={value!r}; give its language "
+                f"model as checkpoint, or leave {name} out"
+            )
+    if len(given) > 1:
+        raise ValueError("sensors and pictures are both given; one server has one of them")
+    if "sensors" in given and not holds_sensors(user_path(given["sensors"], "sensors")):
         raise ValueError(
             f"sensors={config.sensors!r} holds no sensor adapter; give the run or export directory of a training run "
             "with task.kind=sensor-lm"
         )
-    return checkpoint, sensors or config.sensors
+    if "pictures" in given and not holds_pictures(user_path(given["pictures"], "pictures")):
+        raise ValueError(
+            f"pictures={config.pictures!r} holds no model of pictures; give the run or export directory of a training "
+            "run with task.kind=pictures"
+        )
+    return Sources(checkpoint, **{**found, **given}, own=own is not None)
 
 
-def check_sensors(config: EngineConfig) -> str:
-    """The dtype of the language model that the server's adapter was trained with. Raises ValueError for an adapter that
-    is damaged or needs another dtype than `config` asks for."""
-    _, sensors = sources(config)
-    assert sensors is not None
-    _, dtype = named_language_model(sensors)
+def check_adapter(config: EngineConfig, found: Sources) -> str | None:
+    """The dtype of the weights: that of the frozen language model that the server's adapter was trained with, or
+    `config.dtype` without one. Raises ValueError for an adapter that is damaged or needs another dtype than `config`
+    asks for."""
+    named = None
+    if found.sensors is not None:
+        named = of_sensors(found.sensors)
+    elif found.pictures is not None and not found.own:
+        named = of_pictures(found.pictures)
+        if named is None:
+            raise ValueError(
+                f"pictures={found.pictures!r} has its own language model; give it as checkpoint, and leave pictures out"
+            )
+    if named is None:
+        return config.dtype
+    dtype = named[1]
     if config.dtype is not None and parse_dtype(config.dtype) != parse_dtype(dtype):
         raise ValueError(
-            f"dtype={config.dtype!r}: the adapter in {sensors!r} was trained with a language model in {dtype}; leave "
-            "dtype out"
+            f"dtype={config.dtype!r}: the adapter in {found.sensors or found.pictures!r} was trained with a language "
+            f"model in {dtype}; leave dtype out"
         )
     return dtype
 
@@ -95,10 +159,10 @@ def _check_chat(tokenizer: "Tokenizer", checkpoint: str) -> None:
 
 def check_served(config: EngineConfig) -> None:
     """Raises ValueError where the adapter of a configuration cannot be served; reads no weights."""
-    checkpoint, sensors = sources(config)
-    if sensors is not None:
-        check_sensors(config)
-        _check_chat(load_tokenizer(find_checkpoint(checkpoint)), checkpoint)
+    found = sources(config)
+    check_adapter(config, found)
+    if found.sensors is not None:
+        _check_chat(load_tokenizer(find_checkpoint(found.checkpoint)), found.checkpoint)
 
 
 def max_model_len(config: EngineConfig, most: int) -> int:

@@ -16,6 +16,9 @@ from attnzoo.tokenizer.sourced import OWN, Sourced, own_of
 
 _OWN = re.compile(re.escape(OWN) + b"+")
 
+MARK_LENGTH = 34
+"""Characters of a mark."""
+
 
 def new_mark() -> str:
     """A text that stands in a message for embeddings. It is drawn anew each time, so that no message can spell it."""

@@ -5,6 +5,7 @@ only named, with a digest of its weights; with other weights it is refused. Load
 """
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -84,7 +85,7 @@ class TrainedPictures:
             raise ValueError(f"question has {len(questions)} texts for {len(pictures)} pictures; give one for each")
         prompts = [self.prompt(image, text) for image, text in zip(pictures, questions, strict=True)]
         model, tokenizer = self.language_model.model, self.language_model.tokenizer
-        before, end = self.turns.reply.split("{answer}")
+        before, end = self.turns.lead, self.turns.end
         runs = None if edits is None else [self.plan(prompt, edits, max_new_tokens) for prompt in prompts]
         stop = next(iter(tokenizer.encode(end)), None)
         found = generate(model, prompts, max_new_tokens=max_new_tokens, stop_token=stop, edits=runs)
@@ -149,14 +150,35 @@ def save_pictures(directory: Path, trained: TrainedPictures) -> Path:
     return directory
 
 
+def _find(directory: Path | str) -> Path:
+    """The directory of the export: this one, or `export` in a run directory."""
+    path = Path(directory)
+    return path / "export" if os.path.isfile(path / "export" / PICTURES) else path
+
+
+def holds_pictures(directory: Path | str) -> Path | None:
+    """The directory itself, or a run's export, if it holds what `save_pictures` wrote, damaged or not."""
+    path = _find(directory)
+    return path if os.path.isfile(path / PICTURES) else None  # unlike Path.is_file, whatever the name
+
+
+def named_language_model(directory: Path | str) -> tuple[str, str] | None:
+    """(checkpoint, dtype) of the frozen language model that a model of pictures names; None: it has its own. Raises
+    ValueError as `load_pictures`, without reading any weights."""
+    path = _find(directory)
+    (content,) = model_files.read(path, FORMAT, KEYS, (), config=PICTURES)
+    with model_files.damage(path):
+        named = content["language_model"]
+        return None if named is None else (str(named["checkpoint"]), str(named["dtype"]))
+
+
 def load_pictures(directory: Path | str, language_model: FrozenLM | None = None) -> TrainedPictures:
     """The model in a directory that `save_pictures` wrote, or in a run directory with such an export.
 
     language_model: in place of loading the one that the export has or names. Raises ValueError that names the file if
     one is missing, damaged or of another format, and for a frozen language model with other weights than in training.
     """
-    path = Path(directory)
-    path = path / "export" if (path / "export" / PICTURES).is_file() else path
+    path = _find(directory)
     (content,) = model_files.read(path, FORMAT, KEYS, (), config=PICTURES)
     with model_files.damage(path):
         pictures = PictureEncoder(PictureConfig.from_dict(content["pictures"]))

@@ -1,5 +1,6 @@
 """Questions about a picture as tokens: one picture, then turns of question and answer."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -8,10 +9,13 @@ import torch
 from torch import Tensor
 
 from attnzoo.tokenizer import Tokenizer
+from attnzoo.tokenizer.chat_tokens import MARK_LENGTH
 from attnzoo.types import CheckedConfig
 from attnzoo.vision.questions import SceneQuestion
 
 NO_TARGET = -100
+MOST_PICTURES = 16
+"""Pictures at the beginning of a conversation, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,16 @@ class TurnFormat(CheckedConfig):
         for name, slot in (("ask", "{question}"), ("reply", "{answer}")):
             if getattr(self, name).count(slot) != 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must hold {slot} once")
+
+    @property
+    def lead(self) -> str:
+        """What stands before the text of an answer."""
+        return self.reply.partition("{answer}")[0]
+
+    @property
+    def end(self) -> str:
+        """What ends an answer."""
+        return self.reply.partition("{answer}")[2]
 
 
 class Turns:
@@ -94,3 +108,40 @@ def padded(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]
         tokens_BT[row, : len(tokens)] = torch.tensor(tokens)
         targets_BT[row, : len(targets)] = torch.tensor(targets)
     return tokens_BT, targets_BT
+
+
+def chat_tokenizer(tokenizer: Tokenizer, texts: TurnFormat) -> Tokenizer:
+    """The tokenizer with a chat template that writes conversations as turns: marks of pictures (`chat_tokens.new_mark`)
+    at the beginning of a user's message stand before its question. What ends an answer ends a text."""
+    found = copy.copy(tokenizer)
+    begins = tokenizer.bos_id is not None and tokenizer.encode("", bos=True) == [tokenizer.bos_id]
+    found.chat_template = _template(texts, begins)
+    found.stop_ids = tokenizer.stop_ids | set(tokenizer.encode(texts.end)[:1])
+    return found
+
+
+def _template(texts: TurnFormat, begins: bool) -> str:
+    """Jinja. begins: a text begins with the begin token."""
+    asked, then = map(ascii, texts.ask.split("{question}"))
+    before = f"bos_token ~ {texts.before!a}" if begins else ascii(texts.before)
+    last = MARK_LENGTH - 1
+    is_mark = f"m.content[s.at:s.at+1] == '\\ue000' and m.content[s.at+{last}:s.at+{MARK_LENGTH}] == '\\ue001'"
+    return f"""
+{{%- if add_generation_prompt and messages and messages[-1].role != 'user' -%}}
+{{{{- raise_exception('the last message must be of the role user') -}}}}
+{{%- endif -%}}
+{{%- set s = namespace(at=0) -%}}
+{{%- for m in messages -%}}
+{{%- if m.role != ('user', 'assistant')[loop.index0 % 2] -%}}
+{{{{- raise_exception('messages must be of the roles user and assistant in turn: the model has learned no others') -}}}}
+{{%- elif m.role == 'user' -%}}
+{{%- set s.at = 0 -%}}
+{{%- for _ in range({MOST_PICTURES}) -%}}
+{{%- if {is_mark} -%}}{{%- set s.at = s.at + {MARK_LENGTH} -%}}{{%- endif -%}}
+{{%- endfor -%}}
+{{{{- {before} if loop.first else {texts.between!a} -}}}}
+{{{{- m.content[:s.at] ~ {asked} ~ m.content[s.at:] ~ {then} -}}}}
+{{%- else -%}}
+{{{{- {texts.lead!a} ~ m.content ~ {texts.end!a} -}}}}
+{{%- endif -%}}
+{{%- endfor -%}}"""

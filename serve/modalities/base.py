@@ -14,9 +14,12 @@ from pydantic import BaseModel
 from torch import Tensor
 
 KINDS = {
+    "image_url": "it was not trained on pictures (task.kind=pictures)",
     "sensor_data": "its language model has no sensor adapter (setting sensors)",
 }
 """Every kind that a server may take, and why one without it refuses it."""
+MAX_PARTS = 16
+"""Most parts of a conversation that are no text."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,13 @@ class Content:
 
 class Modality(ABC):
     """Reads and encodes parts of one kind, for one model. Threads share it. body: the class of `value`, whose schema is
-    in the OpenAPI document."""
+    in the OpenAPI document. leads: whether parts stand at the beginning of the conversation, before the texts of the
+    first message, wherever in it they were given. most: how many a conversation may have."""
 
     kind: ClassVar[str]
     body: ClassVar[type[BaseModel]]
+    leads: ClassVar[bool] = False
+    most: int = MAX_PARTS
 
     @abstractmethod
     def read(self, value: Any, where: str) -> Content:

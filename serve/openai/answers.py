@@ -250,9 +250,22 @@ class SensorCard(Reply):
     trained_with: SensorTraining
 
 
+class ImageCard(Reply):
+    """Parts of the type image_url. formats: kinds of files; size: pixels of a side that the model sees; embeddings:
+    tokens of the prompt that a picture takes; max_images: of a conversation; max_bytes, max_pixels: of a file."""
+
+    formats: list[str]
+    size: int
+    embeddings: int
+    max_images: int
+    max_bytes: int
+    max_pixels: int
+
+
 class ContentCard(Reply):
     """Parts of messages that the model takes beside text; null for those that it does not."""
 
+    image_url: ImageCard | None = None
     sensor_data: SensorCard | None = None
 
 

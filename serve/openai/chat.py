@@ -44,9 +44,13 @@ class ChatAnswer(Answer):
     ) -> None:
         super().__init__(request, engine, work, interval_s=interval_s)
         self.begun: set[int] = set()
+        pictures = engine.engine.pictures
+        self.lead = "" if pictures is None else pictures.turns.lead
+        self.leads: dict[int, str] = {}
+        """What is left of `lead`, by choice."""
 
     def choice(self, index: int, text: str, logprobs: list[TokenLogprobs], reason: FinishReason) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text}
+        message = {"role": "assistant", "content": self._led(index, text)}
         return {"index": index, "message": message, "logprobs": self._logprobs(logprobs), "finish_reason": reason}
 
     def news(self, index: int, delta: Delta) -> list[dict[str, Any]]:
@@ -54,11 +58,21 @@ class ChatAnswer(Answer):
         if index not in self.begun:
             self.begun.add(index)
             chunks.append(_chunk(index, {"role": "assistant", "content": ""}))
-        if delta.text or delta.logprobs:
-            chunks.append(_chunk(index, {"content": delta.text}, self._logprobs(delta.logprobs)))
+        text = self._led(index, delta.text)
+        if text or delta.logprobs:
+            chunks.append(_chunk(index, {"content": text}, self._logprobs(delta.logprobs)))
         if delta.finish_reason is not None:
             chunks.append(_chunk(index, {}, reason=delta.finish_reason))
         return chunks
+
+    def _led(self, index: int, text: str) -> str:
+        """The next text of a choice, without what a model of pictures has learned to write before an answer."""
+        left = self.leads.get(index, self.lead)
+        if left and text:
+            cut = text.removeprefix(left) if text.startswith(left) else "" if left.startswith(text) else text
+            self.leads[index] = "" if cut else left[len(text) :]
+            return cut
+        return text
 
     def _logprobs(self, logprobs: list[TokenLogprobs]) -> dict[str, Any] | None:
         if self.request.alternatives is None:

@@ -9,7 +9,7 @@ from attnzoo.models import Embedded, EmbeddedPrompt
 from attnzoo.tokenizer.chat_tokens import join_content, new_mark
 from serve.async_engine import AsyncEngine
 from serve.faults import log, message
-from serve.modalities.base import KINDS, Content, Modality
+from serve.modalities.base import KINDS, MAX_PARTS, Content, Modality
 from serve.openai.encoding import in_data_thread, in_thread, too_long
 from serve.openai.errors import MAX_QUOTED, ApiError, unsupported
 from serve.openai.protocol_chat import DataPart
@@ -17,8 +17,6 @@ from serve.request import ContextLengthError
 
 MESSAGE_CHARACTERS = 16
 """Characters added to a message's length, because the chat template writes its role and its end."""
-MAX_PARTS = 16
-"""Most parts of a conversation that are no text."""
 
 Modalities = Mapping[str, Modality]
 Plain = list[dict[str, Any]]
@@ -33,7 +31,7 @@ async def encode_chat(
     if len(messages) > most:
         text = f"{param} holds {len(messages)} messages, and this model's context is {most} tokens; send fewer"
         raise ApiError(400, text, param=param, code="context_length_exceeded")
-    plain, parts = with_marks(messages)
+    plain, parts = with_marks(messages, modalities)
     check_parts(list(parts.values()), modalities, param)
     read = await in_data_thread(_read, list(parts.values()), modalities) if parts else []
     size = sum(len(one["content"]) + MESSAGE_CHARACTERS for one in plain)
@@ -50,15 +48,19 @@ async def encode_chat(
     return plain, EmbeddedPrompt.around(pieces, embedded)
 
 
-def with_marks(messages: Sequence[Mapping[str, Any]]) -> tuple[Plain, dict[str, DataPart]]:
+def with_marks(messages: Sequence[Mapping[str, Any]], modalities: Modalities) -> tuple[Plain, dict[str, DataPart]]:
     """(the messages with texts as contents, with a mark for each part that is no text; the parts by mark)."""
+
+    def later(part: str | DataPart) -> bool:
+        return isinstance(part, str) or part.kind not in modalities or not modalities[part.kind].leads
+
     parts: dict[str, DataPart] = {}
     plain = []
     for one in messages:
         content = one["content"]
         if not isinstance(content, str):
             texts = []
-            for part in content:
+            for part in sorted(content, key=later):
                 if isinstance(part, DataPart):
                     parts[mark := new_mark()] = part
                     texts.append(mark)
@@ -78,6 +80,15 @@ def check_parts(parts: Sequence[DataPart], modalities: Modalities, param: str) -
     if len(parts) > MAX_PARTS:
         text = f"{param} holds {len(parts)} parts that are no text, and at most {MAX_PARTS} are possible; send fewer"
         raise ApiError(400, text, param=param)
+    for kind, modality in modalities.items():
+        some = [part for part in parts if part.kind == kind]
+        if len(some) > modality.most:
+            what = f"{param} holds {len(some)} parts of type {kind}, and this server takes {modality.most}; send fewer"
+            raise ApiError(400, what, param=some[modality.most].where)
+        late = next((part for part in some if modality.leads and not part.where.startswith(f"{param}[0].")), None)
+        if late is not None:
+            what = "is not in the first message, where this model has learned to look at them; begin a conversation"
+            raise ApiError(400, f"{late.where} of type {kind} {what} with it", param=late.where)
 
 
 def _read(parts: Sequence[DataPart], modalities: Modalities) -> list[Content]:
@@ -86,7 +97,7 @@ def _read(parts: Sequence[DataPart], modalities: Modalities) -> list[Content]:
 
 @torch.inference_mode()
 def _encoded(parts: Sequence[DataPart], read: Sequence[Content], modalities: Modalities) -> list[Embedded]:
-    """The embeddings of each part, called sensor_data[0] and so on. Raises ApiError 500 where that fails."""
+    """The embeddings of each part, called image_url[0] and so on by its kind. Raises ApiError 500 where that fails."""
     counts: dict[str, int] = {}
     found = []
     for part, content in zip(parts, read, strict=True):

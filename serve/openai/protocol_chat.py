@@ -15,7 +15,7 @@ from serve.request import MAX_LOGPROBS
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 """Roles of the interface, and their names in chat templates: newer OpenAI clients write developer for system."""
-PARTS = ("file", "image_url", "input_audio", "refusal", "video_url")
+PARTS = ("file", "input_audio", "refusal", "video_url")
 """Kinds of content in OpenAI's interface that this server does not support."""
 
 TEXT_PART = {

@@ -159,7 +159,7 @@ def chat(**fields):
     return parse_chat(json.dumps({"model": "m", "messages": [USER], **fields}).encode())
 
 
-IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}
+VIDEO = {"type": "video_url", "video_url": {"url": "http://127.0.0.1:9/x.mp4"}}
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}
         ({"messages": [{**USER, "content": [{"type": "text", "text": "a", "b": 1}]}]}, "messages[0].content[0]", None),
         ({"messages": [{**USER, "content": [{"type": ["text"], "text": "a"}]}]}, "messages[0].content[0]", None),
         (
-            {"messages": [USER, {**USER, "content": [{"type": "text", "text": "a"}, IMAGE]}]},
+            {"messages": [USER, {**USER, "content": [{"type": "text", "text": "a"}, VIDEO]}]},
             "messages[1].content[1]",
             "unsupported",
         ),
