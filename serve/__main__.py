@@ -1,5 +1,5 @@
-"""`attnzoo serve` (in a checkout also `python -m serve`): serves a language model over an OpenAI-compatible API, and
-clinical models by /v1/predict."""
+"""`attnzoo serve` (in a checkout also `python -m serve`): serves a language model over an OpenAI-compatible API,
+clinical models by /v1/predict, and a diffusion model by /v1/images."""
 
 import argparse
 import json
@@ -31,6 +31,7 @@ EXAMPLES = """examples:
   attnzoo serve runs/demo clinical=runs/tscan-mortality
   attnzoo serve runs/tscan-mortality clinical=runs/ldam-sections
   attnzoo serve runs/phllm-pro
+  attnzoo serve runs/diffusion-emoji
 
   curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
        -d '{"model": "demo", "prompt": "def ", "max_tokens": 32, "stream": true}'
@@ -43,7 +44,9 @@ you set host=0.0.0.0; then set api_key_env too.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options and examples."""
-    parser.description = "Serve a language model over an OpenAI-compatible API, or clinical models, on Ray Serve."
+    parser.description = (
+        "Serve a language model over an OpenAI-compatible API, clinical models, or a diffusion model, on Ray Serve."
+    )
     parser.epilog = EXAMPLES
     parser.add_argument(
         "model",
@@ -82,14 +85,17 @@ def check_checkpoint(config: "ServeConfig") -> None:
     from attnzoo.checkpoint import existing_checkpoint, load_tokenizer, open_checkpoint
     from attnzoo.tokenizer.chat import ChatTemplate
     from attnzoo.types import check_device
-    from serve.clinical.loading import check_clinical, is_clinical
+    from serve.clinical.loading import check_clinical
+    from serve.drawing.loading import check_diffusion
     from serve.front.guard import read_api_key
     from serve.front.port import free_port
+    from serve.kinds import is_language
     from serve.loading import check_served, max_model_len
 
     path = existing_checkpoint(config.checkpoint)
     check_clinical(config)
-    if not is_clinical(config.checkpoint):
+    check_diffusion(config)
+    if is_language(config.checkpoint):
         max_model_len(config, open_checkpoint(path).config.max_positions)
         ChatTemplate.of(load_tokenizer(path))
         check_served(config)
@@ -126,13 +132,16 @@ def greet(config: "ServeConfig", url: str) -> None:
     from attnzoo.checkpoint import find_checkpoint, load_tokenizer, open_checkpoint
     from serve.clinical.describe import example_of
     from serve.clinical.loading import clinical_sources, load_model
+    from serve.drawing.loading import diffusion_source
+    from serve.kinds import is_language
     from serve.loading import sources
 
-    clinical = clinical_sources(config)
-    names = dict.fromkeys((config.served_name, *(name for _, name in clinical)))
+    clinical, drawing = clinical_sources(config), diffusion_source(config)
+    others = [name for _, name in (*clinical, *filter(None, (drawing,)))]
+    names = dict.fromkeys((config.served_name, *others))
     print(f"serving {' and '.join(map(repr, names))} on {url}", flush=True)
     path = find_checkpoint(config.checkpoint)
-    if path not in [source for source, _ in clinical]:
+    if is_language(config.checkpoint):
         chat = load_tokenizer(path).chat_template is not None or sources(config).pictures is not None
         print(f"  {example(url, config.served_name, chat)}", flush=True)
         for slow in open_checkpoint(path).config.slow_streaming():
@@ -141,6 +150,12 @@ def greet(config: "ServeConfig", url: str) -> None:
         body = json.dumps(example_of(load_model(source, name, config.max_patients)))
         print(f"  curl {url}/v1/predict -H 'content-type: application/json' -d {shlex.quote(body)}", flush=True)
         print(f"  for research only; what the model takes: {url}/v1/models/{name}", flush=True)
+    if drawing is not None:
+        body = json.dumps({"model": drawing[1], "prompt": "an apple"})
+        print(
+            f"  curl {url}/v1/images/generations -H 'content-type: application/json' -d {shlex.quote(body)}", flush=True
+        )
+        print(f"  in a browser: {url}/vision", flush=True)
 
 
 def end_on_signals(ended: threading.Event) -> None:

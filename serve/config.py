@@ -147,6 +147,10 @@ class ServeConfig(EngineConfig):
     language model or another clinical one. clinical_name: its name in the API; None takes that of its directory.
     max_patients: most patients of one prediction. max_explained: of one with explanations. max_predictions: predictions
     that may run or wait. predict_timeout_s: seconds after which a prediction is given up.
+    diffusion: the run or export directory of a diffusion model, which /v1/images serves beside that of `checkpoint`.
+    diffusion_name: its name in the API; None takes that of its directory. max_drawn: most pictures of one request.
+    max_draw_steps: most steps of a picture. max_draw_pixels: most pixels of a picture that a request holds.
+    max_drawings: requests for pictures that may run or wait. draw_timeout_s: seconds after which one is given up.
     """
 
     host: str = "127.0.0.1"
@@ -174,6 +178,13 @@ class ServeConfig(EngineConfig):
     max_explained: int = 8
     max_predictions: int = 16
     predict_timeout_s: float = 60.0
+    diffusion: str | None = None
+    diffusion_name: str | None = None
+    max_drawn: int = 4
+    max_draw_steps: int = 100
+    max_draw_pixels: int = 1 << 20
+    max_drawings: int = 16
+    draw_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,13 +203,15 @@ class ServeConfig(EngineConfig):
                 f"attention_max_bytes={self.attention_max_bytes}; raise the one, or lower the other"
             )
         at_least_one = ("max_patients", "max_explained", "max_predictions", "max_reading", "attention_max_bytes")
-        for name in ("max_body_bytes", "max_choices", "num_cpus", *at_least_one):
+        of_drawing = ("max_drawn", "max_draw_steps", "max_draw_pixels", "max_drawings")
+        for name in ("max_body_bytes", "max_choices", "num_cpus", *at_least_one, *of_drawing):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("drain_timeout_s", "stream_interval_ms"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a number, and not negative")
-        for name in ("header_timeout_s", "body_timeout_s", "write_timeout_s", "attention_ttl_s", "predict_timeout_s"):
+        of_work = ("attention_ttl_s", "predict_timeout_s", "draw_timeout_s")
+        for name in ("header_timeout_s", "body_timeout_s", "write_timeout_s", *of_work):
             _check_seconds(self, name)
         for host in self.allowed_hosts or ():
             check_host_name(host)
@@ -241,6 +254,8 @@ TEXT_FIELDS = (
     "model_name",
     "clinical",
     "clinical_name",
+    "diffusion",
+    "diffusion_name",
     "host",
     "device",
     "dtype",
@@ -280,7 +295,7 @@ def absolute(checkpoint: Any) -> Any:
 def absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with `absolute` paths of models, an adapter apart from its language model. Raises ValueError."""
     found = dict(values)
-    for name in ("clinical", *ADAPTERS):
+    for name in ("clinical", "diffusion", *ADAPTERS):
         if isinstance(found.get(name), str):
             found[name] = str(user_path(found[name], name).absolute())
     if isinstance(found.get("checkpoint"), str):

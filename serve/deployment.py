@@ -28,12 +28,14 @@ from starlette.types import ASGIApp
 
 from attnzoo.apps import directory, variables
 from serve.async_engine import AsyncEngine
-from serve.clinical.loading import is_clinical, load_clinic
+from serve.clinical.loading import load_clinic
 from serve.config import ServeConfig, absolute_paths, build_serve_config, parse_value, read_config_file
+from serve.drawing.loading import load_studio
 from serve.engine import Engine
 from serve.front.hosts import reachable
 from serve.front.limits import VARIABLE
 from serve.front.port import free_port
+from serve.kinds import is_language
 from serve.openai.routes import build_app
 from serve.processes import LocalRay, sigterm_held_back
 
@@ -48,17 +50,19 @@ CONFIG_VARIABLE = "ATTNZOO_SERVE_CONFIG"
 
 @serve.ingress()
 class Server:
-    """One replica: an engine in a thread, a clinical model, or both, and their HTTP application."""
+    """One replica: an engine in a thread, clinical models, a diffusion model, or several of these, and their HTTP
+    application."""
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
         keep_on_loopback()
         self._clinic = load_clinic(config)
-        self._engine = None if is_clinical(config.checkpoint) else AsyncEngine(Engine(config))
+        self._studio = load_studio(config)
+        self._engine = AsyncEngine(Engine(config)) if is_language(config.checkpoint) else None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Returns the application; Ray calls it after the constructor."""
-        return build_app(self._engine, self._config, self._clinic)
+        return build_app(self._engine, self._config, self._clinic, self._studio)
 
     def check_health(self) -> None:
         """Raises RuntimeError if the engine has failed; Ray calls it regularly and then replaces the replica."""
@@ -68,7 +72,7 @@ class Server:
 
     async def drain(self) -> bool:
         """Refuses new requests and waits for running ones; False if some did not finish in time."""
-        parts = [part for part in (self._engine, self._clinic) if part is not None]
+        parts = [part for part in (self._engine, self._clinic, self._studio) if part is not None]
         return all(await asyncio.gather(*(part.drain(self._config.drain_timeout_s) for part in parts)))
 
 
@@ -89,7 +93,7 @@ def keep_on_loopback() -> None:
 def build(config: ServeConfig) -> serve.Application:
     """The Ray Serve application for a configuration. The API key's variable must be set where the replica runs."""
     # The engine limits requests; Ray's limit is higher, so that the engine's answer 429 reaches the client.
-    limit = 4 * (config.max_num_seqs + config.max_queue + config.max_predictions) + 64
+    limit = 4 * (config.max_num_seqs + config.max_queue + config.max_predictions + config.max_drawings) + 64
     options: dict[str, Any] = {
         "max_ongoing_requests": limit,
         "graceful_shutdown_timeout_s": config.drain_timeout_s,

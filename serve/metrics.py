@@ -45,6 +45,7 @@ class ServerMetrics:
         self._itl = self._histogram("inter_token_latency_seconds", "Between tokens of a request", TOKEN_S)
         self._e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token", REQUEST_S)
         self._predictions = self._histogram("predict_time_seconds", "Arrival to answer of a prediction", REQUEST_S)
+        self._drawings = self._histogram("draw_time_seconds", "Arrival to answer of a request for pictures", REQUEST_S)
         self._steps = self._counter("steps", "Steps of the engine")
         self._step_tokens = self._counter("step_tokens", "Tokens that went through the model")
 
@@ -93,6 +94,10 @@ class ServerMetrics:
     def predicted(self, seconds: float) -> None:
         """Counts a prediction for patients that has ended, refused ones included."""
         self._predictions.observe(seconds)
+
+    def drawn(self, seconds: float) -> None:
+        """Counts a request for pictures that has ended, refused ones included."""
+        self._drawings.observe(seconds)
 
     def render(self) -> bytes:
         """The metrics as text for Prometheus."""

@@ -5,6 +5,7 @@ replaced as one.
 them. Loading cannot run code.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -57,6 +58,13 @@ def holds(directory: Path | str, format: str) -> bool:
         return read_object(find(directory) / CONFIG).get("format") == format
     except (OSError, ValueError):
         return False
+
+
+def digests(path: Path, *others: str) -> tuple[str, str]:
+    """(version of an export, sha256 of its weights). others: names of its files beside configuration and weights."""
+    content = [(path / file).read_bytes() for file in (CONFIG, WEIGHTS, *others)]
+    version = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in content)).hexdigest()
+    return version[:16], hashlib.sha256(content[1]).hexdigest()
 
 
 def read(

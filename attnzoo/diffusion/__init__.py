@@ -6,6 +6,6 @@ answers with and without a caption. The model is `attnzoo.models.DiffusionUNet`.
 
 from attnzoo.diffusion.guidance import guided
 from attnzoo.diffusion.schedule import grid, image_part, noise_part, noised, training_time
-from attnzoo.diffusion.solver import Denoiser, solve
+from attnzoo.diffusion.solver import Denoiser, solve, told
 
-__all__ = ["Denoiser", "grid", "guided", "image_part", "noise_part", "noised", "solve", "training_time"]
+__all__ = ["Denoiser", "grid", "guided", "image_part", "noise_part", "noised", "solve", "told", "training_time"]

@@ -16,6 +16,18 @@ Denoiser = Callable[[Tensor, float], Tensor]
 """From (x [N, C, H, W], lambda) to the image x0 that a model sees in it."""
 
 
+def told(denoise: Denoiser, tell: Callable[[Tensor], None] | None) -> Denoiser:
+    """The same denoiser; `tell` is given each x0 that it has found, and may raise to end the walk."""
+
+    def telling(x: Tensor, half_log_snr: float) -> Tensor:
+        x0 = denoise(x, half_log_snr)
+        if tell is not None:
+            tell(x0)
+        return x0
+
+    return telling
+
+
 def solve(
     x: Tensor, denoise: Denoiser, half_log_snr: Tensor, *, watch: Callable[[int, Tensor], Tensor] | None = None
 ) -> Tensor:

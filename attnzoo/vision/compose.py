@@ -14,7 +14,7 @@ signal-to-noise ratio; regions are pooled to the levels of the model by `places`
 all those of the object's phrase.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,13 +22,17 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention.edits import EditPlan, EditRun, Edits, Except, Hide, Span, TokenLayout, Where, layer_sizes
-from attnzoo.diffusion import grid, solve
+from attnzoo.diffusion import grid, solve, told
 from attnzoo.diffusion.schedule import IMAGE, NOISE
 from attnzoo.models import DiffusionUNet, Infusion
 from attnzoo.models.diffusion_infusion import places, spans_of
 from attnzoo.types import CheckedConfig
 from attnzoo.vision.captions import words_of
 from attnzoo.vision.trained_diffusion import TrainedDiffusion, from_pixels
+
+
+Tell = Callable[[Tensor], None]
+"""Gets what the model sees in the latents, [N, C, H, W], at each step, and may raise to end the work."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,9 @@ class ComposeOptions(CheckedConfig):
 
 
 @torch.no_grad()
-def invert(trained: TrainedDiffusion, images_NCHW: Tensor, captions: Sequence[str], steps: int) -> list[Tensor]:
+def invert(
+    trained: TrainedDiffusion, images_NCHW: Tensor, captions: Sequence[str], steps: int, tell: Tell | None = None
+) -> list[Tensor]:
     """Latents of pictures from noise to image, steps + 1 of them, each [N, C, H, W]: what generation without guidance
     walks through (Song et al. 2020, arXiv 2010.02502, section 4.3)."""
     words_NL = trained.encode(captions)
@@ -121,7 +127,7 @@ def invert(trained: TrainedDiffusion, images_NCHW: Tensor, captions: Sequence[st
         found.append(x)
         return x
 
-    solve(images_NCHW, denoise, grid(steps, start=IMAGE, end=NOISE), watch=watch)
+    solve(images_NCHW, told(denoise, tell), grid(steps, start=IMAGE, end=NOISE), watch=watch)
     return found[::-1]
 
 
@@ -134,29 +140,37 @@ class Inverted:
     thing: list[Tensor]
 
 
-def invert_cases(trained: TrainedDiffusion, cases: Sequence[Placement], steps: int) -> Inverted:
-    """What `compose` begins with. Raises ValueError as `compose` does."""
+def invert_cases(
+    trained: TrainedDiffusion, cases: Sequence[Placement], steps: int, tell: Tell | None = None
+) -> Inverted:
+    """What `compose` begins with; `tell` is called twice for each step. Raises ValueError as `compose` does."""
     _check(trained, cases)
     backgrounds = from_pixels(np.stack([case.background for case in cases]))
     pasted = from_pixels(np.stack([case.pasted() for case in cases]))
     return Inverted(
-        invert(trained, backgrounds, [case.background_caption for case in cases], steps),
-        invert(trained, pasted, [case.caption for case in cases], steps),
+        invert(trained, backgrounds, [case.background_caption for case in cases], steps, tell),
+        invert(trained, pasted, [case.caption for case in cases], steps, tell),
     )
 
 
 @torch.no_grad()
 def compose(
-    trained: TrainedDiffusion, cases: Sequence[Placement], options: ComposeOptions, inverted: Inverted | None = None
+    trained: TrainedDiffusion,
+    cases: Sequence[Placement],
+    options: ComposeOptions,
+    inverted: Inverted | None = None,
+    *,
+    tell: Tell | None = None,
 ) -> Tensor:
     """The composed pictures, between -1 and 1, [N, C, H, W]; nothing is drawn at random. inverted: what `invert_cases`
-    has found of these cases, so that compositions with several options share it.
+    has found of these cases, so that compositions with several options share it; without it, `tell` hears of its steps
+    too.
 
     Raises ValueError for pictures of another size than the model's, captions with words that it does not know, words of
     an object that its caption has not, objects outside of the picture, and an inversion of other steps or cases.
     """
-    walk = _Walk(trained, cases, options, inverted)
-    return solve(walk.first(), walk.denoise, grid(options.steps), watch=walk.after).clamp(-1, 1)
+    walk = _Walk(trained, cases, options, inverted, tell)
+    return solve(walk.first(), told(walk.denoise, tell), grid(options.steps), watch=walk.after).clamp(-1, 1)
 
 
 class _Walk:
@@ -168,6 +182,7 @@ class _Walk:
         cases: Sequence[Placement],
         options: ComposeOptions,
         inverted: Inverted | None = None,
+        tell: Tell | None = None,
     ) -> None:
         _check(trained, cases)
         self.model, self.options, self.step = trained.model, options, 0
@@ -179,7 +194,7 @@ class _Walk:
         self.words_NL = trained.encode([case.caption for case in cases])
         self.empty_NL = torch.full_like(self.words_NL, -1)
         self.spans = [words_of(case.caption, case.words) for case in cases]
-        found = invert_cases(trained, cases, options.steps) if inverted is None else inverted
+        found = invert_cases(trained, cases, options.steps, tell) if inverted is None else inverted
         if (len(found.background), len(found.background[0])) != (options.steps + 1, len(cases)):
             raise ValueError(
                 f"inverted has {len(found.background) - 1} steps of {len(found.background[0])} cases; here are "
@@ -249,15 +264,20 @@ class _Walk:
         return [Edits(hide).plan(sizes, layout, streams=False) for hide in hides]
 
 
-def _check(trained: TrainedDiffusion, cases: Sequence[Placement]) -> None:
+def check_model(trained: TrainedDiffusion) -> None:
+    """Raises ValueError for a model that cannot compose."""
     model: DiffusionUNet = trained.model
-    size = model.config.image_size
     for name, layer in model.attentions().items():
         if name.endswith("self") and not layer.traits.context:
             raise ValueError(
                 f"model.attention={model.config.attention!r} attends to no other picture (no context), which infusion "
                 "needs; train with mha and position none"
             )
+
+
+def _check(trained: TrainedDiffusion, cases: Sequence[Placement]) -> None:
+    check_model(trained)
+    size = trained.model.config.image_size
     if not cases:
         raise ValueError("cases=[] has nothing to compose")
     for number, case in enumerate(cases):

@@ -3,7 +3,7 @@
 Loading cannot run code.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.checkpoint import model_files
-from attnzoo.diffusion import grid, guided, solve
+from attnzoo.diffusion import grid, guided, solve, told
 from attnzoo.models import DiffusionConfig, DiffusionUNet
 from attnzoo.vision.captions import CaptionWords
 
@@ -53,8 +53,17 @@ class TrainedDiffusion:
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
     @torch.no_grad()
-    def draw(self, captions: Sequence[str], seeds: Sequence[int], *, steps: int = 20, guidance: float = 3.0) -> Tensor:
-        """Pictures between -1 and 1, [N, C, H, W]: the same for the same caption, seed, steps and guidance.
+    def draw(
+        self,
+        captions: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int = 20,
+        guidance: float = 3.0,
+        tell: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """Pictures between -1 and 1, [N, C, H, W]: the same for the same caption, seed, steps and guidance. tell: gets
+        what the model sees in the noise at each step, of the same shape.
 
         Raises ValueError for unknown words, and for another number of seeds than of captions.
         """
@@ -63,7 +72,7 @@ class TrainedDiffusion:
         weight = self.model.first.weight
         words_NL = self.encode(captions).to(weight.device)
         denoise = guided(self.model, words_NL, torch.full_like(words_NL, -1), guidance)
-        return solve(self.noise(seeds).to(weight), denoise, grid(steps)).clamp(-1, 1)
+        return solve(self.noise(seeds).to(weight), told(denoise, tell), grid(steps)).clamp(-1, 1)
 
 
 def save_diffusion(directory: Path, trained: TrainedDiffusion) -> Path:
@@ -76,6 +85,11 @@ def save_diffusion(directory: Path, trained: TrainedDiffusion) -> Path:
         "metadata": dict(trained.metadata),
     }
     return model_files.write(directory, content, trained.model, {})
+
+
+def holds_diffusion(directory: Path | str) -> bool:
+    """Whether a directory holds what `save_diffusion` wrote, damaged or not; errors are `load_diffusion`'s to tell."""
+    return model_files.holds(directory, FORMAT)
 
 
 def check_target(directory: Path) -> None:

@@ -13,7 +13,8 @@ from attnzoo.clinical.units import spellings
 from attnzoo.clinical.variables import Table, Variable
 from serve.clinical.explanations import explained
 from serve.clinical.intake import FIELDS, Intake
-from serve.clinical.predictor import Deadline, HourByHour, Predictor
+from serve.clinical.predictor import HourByHour, Predictor
+from serve.workplace import Deadline
 
 NOTICE = "For research only: this is no medical device, and nothing here may decide about a patient."
 EARLY = (

@@ -10,7 +10,8 @@ import torch
 
 from attnzoo.clinical.explain import CellMap, Finding, Logit, StayCells, attention, findings, integrated_gradients
 from serve.clinical.intake import Intake
-from serve.clinical.predictor import Deadline, Predictor
+from serve.clinical.predictor import Predictor
+from serve.workplace import Deadline
 
 TITLES = {
     "gradients": "What the model's logit is made of, beside that of the same stay without any measurement",

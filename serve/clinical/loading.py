@@ -1,33 +1,17 @@
-"""Which clinical models a server has, and which settings are for them."""
+"""Which clinical models a server has."""
 
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from attnzoo.checkpoint import find_checkpoint
-from attnzoo.clinical.trained import holds_trained
 from attnzoo.clinical.trained_ldam import holds_ldam
 from attnzoo.files import user_path
 from serve.clinical.clinic import Clinic, Served
 from serve.clinical.notes.reader import NoteReader
 from serve.clinical.predictor import Predictor
-from serve.config import EngineConfig, ServeConfig, name_of
-
-OF_BOTH = ("checkpoint", "threads")
-"""Settings of the engine that a server without a language model has too."""
-OF_LANGUAGE = ("max_choices", "stream_interval_ms", *(f.name for f in fields(ServeConfig) if "attention" in f.name))
-OF_CLINICAL = ("clinical_name", "max_patients", "max_explained", "max_predictions", "predict_timeout_s")
-
-
-def is_clinical(checkpoint: str) -> bool:
-    """Whether a checkpoint is a clinical model's export, or a run with one."""
-    path = find_checkpoint(checkpoint)
-    return path.is_dir() and _holds_clinical(path)
-
-
-def _holds_clinical(path: Path) -> bool:
-    return holds_trained(path) or holds_ldam(path)
+from serve.config import ServeConfig, name_of
+from serve.kinds import OF_CLINICAL, OF_LANGUAGE, holds_clinical, is_clinical, refuse
 
 
 def clinical_sources(config: ServeConfig) -> list[tuple[Path, str]]:
@@ -36,15 +20,14 @@ def clinical_sources(config: ServeConfig) -> list[tuple[Path, str]]:
     server does not have."""
     found = []
     if is_clinical(config.checkpoint):
-        names = [field.name for field in fields(EngineConfig) if field.name not in OF_BOTH]
         only = () if config.clinical else ("clinical_name",)
-        _refuse(config, (*names, *OF_LANGUAGE, *only), f"{config.checkpoint!r} is a clinical model")
+        refuse(config, (*OF_LANGUAGE, *only), f"{config.checkpoint!r} is a clinical model")
         found.append((find_checkpoint(config.checkpoint), config.served_name))
     elif config.clinical is None:
-        _refuse(config, OF_CLINICAL, "this server has no clinical model (setting clinical)")
+        refuse(config, OF_CLINICAL, "this server has no clinical model (setting clinical)")
     if config.clinical is not None:
         path = user_path(config.clinical, "clinical")
-        if not _holds_clinical(path):
+        if not holds_clinical(path):
             raise ValueError(
                 f"clinical={config.clinical!r} holds no clinical model; give the run or export directory of a training "
                 "run with task.kind=clinical or ldam"
@@ -65,12 +48,6 @@ def check_clinical(config: ServeConfig) -> None:
     """Raises ValueError where a clinical model of a configuration cannot be served."""
     for source in clinical_sources(config):
         load_model(*source, config.max_patients)
-
-
-def _refuse(config: ServeConfig, names: tuple[str, ...], why: str) -> None:
-    for field in fields(ServeConfig):
-        if field.name in names and getattr(config, field.name) != field.default:
-            raise ValueError(f"{field.name}={getattr(config, field.name)!r} has no effect: {why}; leave it out")
 
 
 def load_clinic(config: ServeConfig) -> Clinic | None:

@@ -4,8 +4,6 @@ Patients of one request are computed together. Everything here runs in a thread 
 two calls of the model once the request's deadline has passed.
 """
 
-import hashlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +22,7 @@ from attnzoo.clinical.statistics import Statistics
 from attnzoo.clinical.trained import STATISTICS, TrainedModel, inputs, load_trained
 from attnzoo.clinical.variables import PMDATA, STATICS, VARIABLES
 from serve.clinical.intake import Intake, Needs
+from serve.workplace import Deadline
 
 LEVEL = 0.95
 """Of the intervals."""
@@ -48,13 +47,6 @@ def needs_of(statistics: Statistics, statics: tuple[str, ...], max_patients: int
     return Needs(table=table, statics=statics, window=statistics.hours, max_patients=max_patients)
 
 
-def digests(path: Path, *others: str) -> tuple[str, str]:
-    """(version of an export, sha256 of its weights). others: names of its files beside configuration and weights."""
-    content = [(path / file).read_bytes() for file in (model_files.CONFIG, model_files.WEIGHTS, *others)]
-    version = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in content)).hexdigest()
-    return version[:16], hashlib.sha256(content[1]).hexdigest()
-
-
 def interval_words(what: str, draws: int, stays: int) -> str:
     """What low and high mean. what: was fitted again to so many bootstrap samples of so many stays."""
     return (
@@ -62,22 +54,6 @@ def interval_words(what: str, draws: int, stays: int) -> str:
         f"{stays:,} stays on which the model is calibrated. It tells how well the calibration is known, not how models "
         "of other training runs would differ."
     )
-
-
-class LatePredictionError(Exception):
-    """The request took longer than predict_timeout_s."""
-
-
-@dataclass(frozen=True)
-class Deadline:
-    """at: of time.perf_counter."""
-
-    at: float
-
-    def check(self) -> None:
-        """Raises LatePredictionError once the time is over."""
-        if time.perf_counter() > self.at:
-            raise LatePredictionError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +73,7 @@ class Predictor:
         path = model_files.find(directory)
         trained = load_trained(path)
         needs = needs_of(trained.statistics, trained.statistics.static_names, max_patients, path)
-        version, weights = digests(path, STATISTICS)
+        version, weights = model_files.digests(path, STATISTICS)
         return cls(name=name, trained=trained, needs=needs, version=version, weights_digest=weights)
 
     @cached_property

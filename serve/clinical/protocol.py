@@ -1,13 +1,12 @@
 """The request of POST /v1/predict: typed, with units in the names of fields or beside the value, in UCUM."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from serve.openai.errors import ApiError, short_name
-from serve.openai.invalid import Where, explain_invalid
+from serve.openai.invalid import validated
 from serve.openai.json_body import read_object
 from serve.openai.protocol import Label, Strict
 
@@ -15,7 +14,6 @@ Hour = Annotated[float, Field(ge=-1e6, le=1e6)]
 Explain = Literal["none", "attention", "gradients"]
 MAX_QUERY = 16
 """Most parameters of a query."""
-Body = TypeVar("Body", bound=BaseModel)
 
 
 class MeasurementEntry(Strict):
@@ -113,14 +111,6 @@ def _value(name: str, text: str) -> Any:
     if name == "cutoff_hour" and text.isascii() and text.isdigit() and len(text) < 10:
         return int(text)
     return text.replace(" ", "+") if name == "at" else text  # a plus sign means a space in a query
-
-
-def validated(kind: type[Body], values: dict[str, Any], fields: Callable[[Where], list[str]]) -> Body:
-    """The request of a kind. fields: names of the fields that the object at a place may have. Raises ApiError 400."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise explain_invalid(error, "", fields) from None
 
 
 def _fields(kind: type[BaseModel], where: tuple[int | str, ...]) -> list[str]:

@@ -15,10 +15,11 @@ from serve.clinical.intake import Intake, take_in
 from serve.clinical.notes.answer import reply as notes_reply
 from serve.clinical.notes.protocol import parse_notes
 from serve.clinical.notes.reader import NoteReader
-from serve.clinical.predictor import Deadline, HourByHour, Predictor
+from serve.clinical.predictor import HourByHour, Predictor
 from serve.clinical.protocol import PredictOptions, parse_bundle_options, parse_predict, read_values
 from serve.config import ServeConfig
 from serve.openai.errors import ApiError, dump, event, short_name
+from serve.workplace import Deadline
 
 PATH = "/v1/predict"
 FHIR = "application/fhir+json"

@@ -23,9 +23,9 @@ from serve.front.hosts import Hosts
 from serve.front.limits import MAX_HEADER_BYTES, Limits
 from serve.openai.errors import ApiError, dump
 
-OPEN_PATHS, OPEN_FOLDER = ("/health", "/-/healthz", "/patients"), "/patients/"
-"""Paths that need no API key: the server's health, that of Ray's proxy, and the static files of the page for patients,
-which a browser opens without a key."""
+OPEN_PATHS, OPEN_FOLDERS = ("/health", "/-/healthz", "/patients", "/vision"), ("/patients/", "/vision/")
+"""Paths that need no API key: the server's health, that of Ray's proxy, and the static files of the pages for patients
+and for pictures, which a browser opens without a key."""
 JSON_KINDS, FHIR_PATH = ("application/json", "application/fhir+json"), "/v1/predict"
 """Kinds of bodies, and the path that takes the second one too."""
 CHARSET = {"", "charset=utf-8", "charset=utf8"}
@@ -138,7 +138,7 @@ def _dashed(name: str) -> str:
 
 
 class ApiKey:
-    """Refuses requests without `Authorization: Bearer <key>` for all but `OPEN_PATHS` and `OPEN_FOLDER`."""
+    """Refuses requests without `Authorization: Bearer <key>` for all but `OPEN_PATHS` and `OPEN_FOLDERS`."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self.app, self._key = app, key.encode()
@@ -164,7 +164,7 @@ class ApiKey:
 
 
 def _is_open(path: str) -> bool:
-    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
 
 
 class Bodies:

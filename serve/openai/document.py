@@ -11,6 +11,8 @@ from serve.clinical import replies
 from serve.clinical.notes import replies as notes
 from serve.clinical.notes.protocol import NotesRequest
 from serve.clinical.protocol import BundleOptions, PredictRequest
+from serve.drawing import protocol as drawing_protocol
+from serve.drawing import replies as drawn
 from serve.modalities.base import Modality
 from serve.openai import answers
 from serve.openai.attention import MAX_ITEMS
@@ -34,22 +36,31 @@ REFUSALS = {
     503: "The server takes no requests now; try again after `Retry-After` seconds",
 }
 """Error statuses and their meanings. Some depend on the server's configuration."""
+DRAWING = (
+    ("/v1/images/generations", "images", drawing_protocol.ImageRequest, drawing_protocol.NEUTRAL),
+    ("/v1/images/compose", "compose", drawing_protocol.ComposeRequest, drawing_protocol.NEUTRAL_OF_COMPOSE),
+)
+"""Paths of a diffusion model with the names of their operations, their requests, and the fields that these refuse."""
 NEEDS = {"stream_options": "stream", "top_logprobs": "logprobs"}
 """Fields that are allowed only if another field is true."""
 DONE = "Server-sent events: `data: ` and the JSON of one {name} each, then `data: [DONE]`; after a failure an ErrorBody"
 
 
 class ModelList(answers.Reply):
-    """The models of the server: a language model, clinical ones, or both."""
+    """The models of the server: a language model, clinical ones, a diffusion model, or several of these."""
 
     object: Literal["list"]
-    data: Annotated[list[answers.ModelCard | replies.ClinicalCard | notes.NoteCard], Field(min_length=1)]
+    data: Annotated[
+        list[answers.ModelCard | replies.ClinicalCard | notes.NoteCard | drawn.DiffusionCard], Field(min_length=1)
+    ]
 
 
-def document(title: str, modalities: Mapping[str, Modality] | None, *, clinical: bool = False) -> dict[str, Any]:
+def document(
+    title: str, modalities: Mapping[str, Modality] | None, *, clinical: bool = False, drawing: bool = False
+) -> dict[str, Any]:
     """The OpenAPI document as a dictionary, of a server with these kinds of models. modalities: what reads parts of
     messages beside text, None: there is no language model."""
-    card = {"anyOf": [_ref("ModelCard"), _ref("ClinicalCard"), _ref("NoteCard")]}
+    card = {"anyOf": [_ref("ModelCard"), _ref("ClinicalCard"), _ref("NoteCard"), _ref("DiffusionCard")]}
     found: dict[str, Any] = answers.schemas((*answers.REPLIES, ModelList))
     paths: dict[str, Any] = {}
     if modalities is not None:
@@ -59,6 +70,15 @@ def document(title: str, modalities: Mapping[str, Modality] | None, *, clinical:
     if clinical:
         found |= {**answers.schemas((*replies.REPLIES, *notes.REPLIES, PredictRequest, NotesRequest, FhirResource))}
         paths |= {"/v1/predict": {"post": _predict()}}
+    if drawing:
+        found |= answers.schemas(drawn.REPLIES)
+        for path, name, kind, neutral in DRAWING:
+            schemas = answers.schemas((kind,))
+            for field, values in neutral.items():
+                schemas[kind.__name__]["properties"][field] = {"anyOf": _neutral(values), "default": None}
+            schemas[kind.__name__]["dependentSchemas"] = {"preview_every": _only_with("preview_every", "stream")}
+            found |= schemas
+            paths |= {path: {"post": _generate(name, kind, "ImageList", "ImageStep")}}
     return {
         "openapi": VERSION,
         "info": {"title": title, "version": "1"},
@@ -110,7 +130,7 @@ def _predict() -> dict[str, Any]:
     }
 
 
-def _generate(name: str, request: type[GenerationRequest], whole: str, chunk: str) -> dict[str, Any]:
+def _generate(name: str, request: type[BaseModel], whole: str, chunk: str) -> dict[str, Any]:
     events = {"type": "string", "description": DONE.format(name=chunk), "x-event": _ref(chunk)}
     content = {**_json(whole), "text/event-stream": {"schema": events}}
     return {

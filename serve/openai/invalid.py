@@ -2,13 +2,23 @@
 
 from collections.abc import Callable
 from difflib import get_close_matches
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from serve.openai.errors import ApiError, short_name
 from serve.openai.protocol import must, shown
 
 Where = tuple[int | str, ...]
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def validated(kind: type[Body], values: dict[str, Any], fields: Callable[[Where], list[str]]) -> Body:
+    """The request of a kind. fields: names of the fields that the object at a place may have. Raises ApiError 400."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise explain_invalid(error, "", fields) from None
 
 
 def explain_invalid(error: ValidationError, base: str, fields: Callable[[Where], list[str]]) -> ApiError:

@@ -1,4 +1,5 @@
-"""The HTTP application, for Ray Serve or plain uvicorn: of a language model, clinical models, or both."""
+"""The HTTP application, for Ray Serve or plain uvicorn: of a language model, clinical ones, a diffusion model, or
+several of these."""
 
 import asyncio
 import time
@@ -11,11 +12,15 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from serve.async_engine import AsyncEngine
+from serve.clinical import page as patients
 from serve.clinical.clinic import Clinic
 from serve.clinical.describe import card_of
-from serve.clinical.page import add_page
 from serve.clinical.routes import add_predictions
 from serve.config import ServeConfig
+from serve.drawing import page as vision
+from serve.drawing.answer import card as drawing_card
+from serve.drawing.routes import add_drawing
+from serve.drawing.studio import Studio
 from serve.front.guard import Counted, error_response, guard
 from serve.maps import MapStore
 from serve.metrics import CONTENT_TYPE, ServerMetrics
@@ -29,6 +34,8 @@ from serve.openai.errors import ApiError, dump, short_name
 from serve.openai.protocol import parse_completion
 from serve.openai.protocol_chat import parse_chat
 from serve.openai.readings import PATH
+from serve.pages import add_page
+from serve.workplace import Workplace
 
 READ = ["GET", "HEAD"]
 
@@ -38,9 +45,12 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
     return Response(dump(value), status, headers, media_type="application/json")
 
 
-def build_app(engine: AsyncEngine | None, config: ServeConfig, clinic: Clinic | None = None) -> FastAPI:
-    """The application for a running engine, for clinical models, or for both. Its shutdown drains and stops them."""
-    parts = [part for part in (engine, clinic) if part is not None]
+def build_app(
+    engine: AsyncEngine | None, config: ServeConfig, clinic: Clinic | None = None, studio: Studio | None = None
+) -> FastAPI:
+    """The application for a running engine, for clinical models, for a diffusion model, or for several of these. Its
+    shutdown drains and stops them."""
+    parts = [part for part in (engine, clinic, studio) if part is not None]
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -54,7 +64,7 @@ def build_app(engine: AsyncEngine | None, config: ServeConfig, clinic: Clinic | 
     app = FastAPI(title="attnzoo", lifespan=lifespan, docs_url=None, redoc_url=None, middleware=middleware)
     _add_error_handlers(app)
     modalities = None if engine is None else engine.engine.modalities
-    described = document("attnzoo", modalities, clinical=clinic is not None)
+    described = document("attnzoo", modalities, clinical=clinic is not None, drawing=studio is not None)
     app.openapi = lambda: described  # type: ignore[method-assign]
     cards, maps = [], None
     if engine is not None:
@@ -64,11 +74,16 @@ def build_app(engine: AsyncEngine | None, config: ServeConfig, clinic: Clinic | 
         _add_generation(app, engine, config, desk)
         _add_maps(app, desk.maps)
     if clinic is not None:
-        clinic.metrics, app.state.clinic = metrics, clinic
+        clinic.ended, app.state.clinic = metrics.predicted, clinic
         cards += [card_of(model, int(time.time())) for model in clinic.models]
         add_predictions(app, clinic)
-        add_page(app)
-    _add_information(app, engine, clinic, {card["id"]: card for card in cards})
+        add_page(app, "/patients", patients.DIRECTORY)
+    if studio is not None:
+        studio.ended, app.state.studio = metrics.drawn, studio
+        cards.append(drawing_card(studio.artist, studio, int(time.time())))
+        add_drawing(app, studio)
+        add_page(app, "/vision", patients.DIRECTORY, vision.DIRECTORY)
+    _add_information(app, engine, (clinic, studio), {card["id"]: card for card in cards})
     _add_metrics(app, engine, metrics, maps)
     return app
 
@@ -140,12 +155,15 @@ def _card(engine: AsyncEngine, config: ServeConfig, desk: Desk) -> dict[str, Any
 
 
 def _add_information(
-    app: FastAPI, engine: AsyncEngine | None, clinic: Clinic | None, cards: dict[str, dict[str, Any]]
+    app: FastAPI,
+    engine: AsyncEngine | None,
+    others: tuple[Workplace | None, ...],
+    cards: dict[str, dict[str, Any]],
 ) -> None:
     @app.api_route("/health", methods=READ)
     async def health() -> Response:
         problem = None if engine is None else engine.health()
-        draining = any(part is not None and part.draining for part in (engine, clinic))
+        draining = any(part is not None and part.draining for part in (engine, *others))
         if problem is not None or draining:
             raise ApiError(503, problem or "draining", code="unhealthy")
         return json_response({"status": "ok"})

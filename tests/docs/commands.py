@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("attnzoo/", "configs/", "docs/", "scripts/", "serve/", "tests/", "train/")
 TRAINING = {"--num_accelerators", "--num_gpus", "--num_nodes", "--hostfile"}
 """Options of the deepspeed command that the documents use."""
-ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/predict", "/v1/models", "/health", "/metrics")
+ROUTES = (
+    *("/v1/completions", "/v1/chat/completions", "/v1/predict", "/v1/images/generations", "/v1/images/compose"),
+    *("/v1/models", "/health", "/metrics"),
+)
 
 
 def check(line: str) -> None:
@@ -148,6 +151,8 @@ def _curl(words: list[str]) -> None:
         raise ValueError(f"the server has no {path}")
     if path == "/v1/predict":
         return _predict(words, query)
+    if path.startswith("/v1/images/") and "-d" in words:
+        return _draw(words[words.index("-d") + 1].encode(), path)
     if "-d" in words:
         body = json.loads(words[words.index("-d") + 1])
         known = set(_fields(path))
@@ -190,6 +195,17 @@ def _predict(words: list[str], query: str) -> None:
             parse_notes(values, tuple(SECTIONS)) if of_texts else parse_predict(values)
     except ApiError as error:
         raise ValueError(f"/v1/predict: {error}") from None
+
+
+def _draw(body: bytes, path: str) -> None:
+    """Reads what is asked for as the server does."""
+    from serve.drawing.protocol import parse_compose, parse_image
+    from serve.openai.errors import ApiError
+
+    try:
+        parse_compose(body) if path.endswith("/compose") else parse_image(body)
+    except ApiError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _fields(path: str) -> list[str]:

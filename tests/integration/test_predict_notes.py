@@ -345,7 +345,7 @@ def test_limits_and_logs(run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pyt
         assert error["code"] == "request_failed"
         assert "a prediction failed" in caplog.text
         ticks = iter(range(0, 10**6, 7))  # the deadline of 60 s passes while gradients are computed
-        monkeypatch.setattr("serve.clinical.predictor.time.perf_counter", lambda: float(next(ticks)))
+        monkeypatch.setattr("serve.workplace.time.perf_counter", lambda: float(next(ticks)))
         error = ask(client, notes_request(secret, explain="gradients"), status=503)
         assert "predict_timeout_s=60" in error["message"]
         monkeypatch.undo()

@@ -16,8 +16,8 @@ from starlette.testclient import TestClient
 
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.variables import PMDATA
+from serve import workplace
 from serve.clinical import intake as intake_module
-from serve.clinical import predictor as predictor_module
 from serve.clinical.loading import check_clinical, clinical_sources
 from serve.clinical.predictor import Predictor
 from serve.config import ServeConfig
@@ -158,7 +158,7 @@ def test_limits(checkpoint, cohort, monkeypatch):
             error = ask(client, request_of(cohort, [0]), status=429)
             assert "max_predictions" in error["message"]
         ask(client, request_of(cohort, [0]))
-        monkeypatch.setattr(predictor_module.time, "perf_counter", iter(range(0, 100000, 1000)).__next__)
+        monkeypatch.setattr(workplace.time, "perf_counter", iter(range(0, 100000, 1000)).__next__)
         error = ask(client, request_of(cohort, [0]), status=503)
         assert "predict_timeout_s=60" in error["message"]
         monkeypatch.undo()

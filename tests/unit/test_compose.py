@@ -218,3 +218,26 @@ def test_options_and_variants_that_cannot_be(trained):
             ComposeOptions(**wrong)
     with pytest.raises(ValueError, match="nothing to compose"):
         compose(trained, [], ComposeOptions())
+
+
+def test_each_step_is_told_and_may_end_the_work(trained):
+    """Inversion of background and paste, then generation; the last picture told is nearly that which is returned."""
+    seen = []
+    options = ComposeOptions(steps=4)
+    found = compose(trained, [case()], options, tell=seen.append)
+    assert torch.equal(found, compose(trained, [case()], options))
+    assert len(seen) == 3 * options.steps
+    assert all(each.shape == found.shape for each in seen)
+    inverted = invert_cases(trained, [case()], 4)
+    compose(trained, [case()], options, inverted, tell=seen.append)
+    assert len(seen) == 4 * options.steps
+    drawn = trained.draw(["a dog"], [1], steps=3, tell=seen.append)
+    assert torch.equal(drawn, trained.draw(["a dog"], [1], steps=3))
+    assert len(seen) == 4 * options.steps + 3
+
+    def ends(x0):
+        raise InterruptedError
+
+    for work in (lambda: compose(trained, [case()], options, tell=ends), lambda: trained.draw(["a"], [1], tell=ends)):
+        with pytest.raises(InterruptedError):
+            work()

@@ -7,7 +7,7 @@ from serve.clinical.answer import NOT_ENOUGH, NOTICE, OK, Coverage, head_of, var
 from serve.clinical.notes.explanations import explained, words_of
 from serve.clinical.notes.protocol import MAX_CHARACTERS, NotesRequest
 from serve.clinical.notes.reader import NoteReader, Notes
-from serve.clinical.predictor import Deadline
+from serve.workplace import Deadline
 
 
 def outcome_of(reader: NoteReader) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from attnzoo.clinical.evidence import ATTENTION, GRADIENTS
 from attnzoo.clinical.explain_words import LabelLogit, TextWords, word_attention, word_gradients
 from attnzoo.clinical.words import spans
 from serve.clinical.notes.reader import NoteReader, Notes
-from serve.clinical.predictor import Deadline
+from serve.workplace import Deadline
 
 NAMES = {"gradients": GRADIENTS, "attention": ATTENTION}
 TITLES = {

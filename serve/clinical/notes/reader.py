@@ -15,9 +15,10 @@ from attnzoo.clinical.text_evidence import WordCount
 from attnzoo.clinical.trained_ldam import STATISTICS, VOCABULARY, TrainedLdam, inputs_of, load_ldam
 from serve.clinical.intake import Admitted, Intake, Needs, check_ids, check_number, take_in
 from serve.clinical.notes.protocol import OF_SERIES, NotesRequest
-from serve.clinical.predictor import LEVEL, NOT_KNOWN, Deadline, digests, finite, interval_words, needs_of
+from serve.clinical.predictor import LEVEL, NOT_KNOWN, finite, interval_words, needs_of
 from serve.clinical.protocol import PatientEntry, PredictRequest
 from serve.openai.errors import ApiError
+from serve.workplace import Deadline
 
 PAIRS = 1 << 22
 """Pairs of tokens that the model compares at a time, over all texts that it is given."""
@@ -72,7 +73,7 @@ class NoteReader:
         statistics, needs = trained.statistics, None
         if statistics is not None:
             needs = needs_of(statistics, (), max_patients, path)
-        version, weights = digests(path, VOCABULARY, *([] if needs is None else [STATISTICS]))
+        version, weights = model_files.digests(path, VOCABULARY, *([] if needs is None else [STATISTICS]))
         return cls(
             name=name, trained=trained, needs=needs, max_patients=max_patients, version=version, weights_digest=weights
         )
