@@ -30,7 +30,6 @@ from attnzoo.types import CheckedConfig
 from attnzoo.vision.captions import words_of
 from attnzoo.vision.trained_diffusion import TrainedDiffusion, from_pixels
 
-
 Tell = Callable[[Tensor], None]
 """Gets what the model sees in the latents, [N, C, H, W], at each step, and may raise to end the work."""
 

@@ -1,36 +1,11 @@
 // What is sent to the server and how its answer is read. What the user pasted is sent as it stands, character by character.
 
-export class Refused extends Error {
-  constructor(status, error) {
-    super(error?.message ?? `the server answered with status ${status}`);
-    Object.assign(this, { status, param: error?.param ?? null, code: error?.code ?? null });
-  }
-}
+import { Refused, address, answer, cards, events, headers } from "./server.js";
 
-const address = (path, options = {}) => {
-  const found = new URL(path, document.baseURI);
-  for (const [name, value] of Object.entries(options)) found.searchParams.set(name, value);
-  return found;
-};
-
-const headers = (key, more = {}) => ({ accept: "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}), ...more });
-
-async function answer(response) {
-  if (response.ok) return response;
-  let body = null;
-  try {
-    body = await response.json();
-  } catch {
-    // an answer of something before the server: its status is all there is to say
-  }
-  throw new Refused(response.status, body?.error);
-}
+export { Refused };
 
 // The clinical models of the server.
-export async function models(key) {
-  const response = await answer(await fetch(address("v1/models"), { headers: headers(key) }));
-  return (await response.json()).data.filter((each) => each.kind === "clinical");
-}
+export const models = (key) => cards(key, "clinical");
 
 // What a text is: {kind: "fhir" | "request" | "text", patients, keys, says, texts}. texts: of each patient, null without one.
 export function read(text) {
@@ -76,21 +51,10 @@ export async function predict(text, { model, explain, hourly, stream, key, signa
 }
 
 async function streamed(response, hour) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "", whole = null;
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) break;
-    const events = (rest + value).split(/\r?\n\r?\n/);
-    rest = events.pop();
-    for (const event of events) {
-      const data = event.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trimStart()).join("\n");
-      if (!data || data === "[DONE]") continue;
-      const message = JSON.parse(data);
-      if (message.error) throw new Refused(200, message.error);
-      if (message.object === "prediction.hour") hour(message);
-      else whole = message;
-    }
+  let whole = null;
+  for await (const message of events(response)) {
+    if (message.object === "prediction.hour") hour(message);
+    else whole = message;
   }
   if (!whole) throw new Error("the stream ended before the prediction was complete");
   return whole;
