@@ -14,6 +14,7 @@ from attnzoo.attention.edits import EditPlan, EditRun
 from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models import DecoderLM
 from attnzoo.tokenizer.text_stream import TextStream
+from attnzoo.vision.redistribution import FoundSinks, sinks_of
 from serve.caches import CacheRules
 from serve.config import EngineConfig
 from serve.faults import DeviceError, SharedError, log, logger
@@ -60,6 +61,7 @@ class Engine:
         parts = load_parts(config, model, tokenizer)
         self.model, self.tokenizer, self.modalities = parts.model, parts.tokenizer, parts.modalities
         self.pictures = parts.pictures
+        self._sinks: FoundSinks | None = None
         for slow in self.model.config.slow_streaming():
             logger.warning(slow)
         self.max_model_len = max_model_len(config, self.model.config.max_positions)
@@ -93,6 +95,14 @@ class Engine:
             max_bytes=None if config.cache_mib is None else config.cache_mib << 20,
             default_group=self.caches.default,
         )
+
+    @synchronized
+    def sinks(self) -> FoundSinks:
+        """The sinks of a model of pictures, measured at the first call. Raises ValueError where they cannot be."""
+        assert self.pictures is not None, "the model reads no pictures"
+        if self._sinks is None:
+            self._sinks = sinks_of(self.pictures)
+        return self._sinks
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a text prompt, as `PromptEncoder.text`."""

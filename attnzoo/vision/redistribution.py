@@ -16,6 +16,9 @@ from torch import Tensor
 
 from attnzoo.attention.edits import After, HeadFilter, Item, Move, Sinks, Where
 from attnzoo.models import DecoderLM
+from attnzoo.vision.questions import training_questions
+from attnzoo.vision.scenes import SceneWorld
+from attnzoo.vision.trained_pictures import TrainedPictures
 
 LEAST_RAW, TIMES_MEDIAN = 100.0, 1000.0
 """A massive number is larger than both: than the first, and than the second times the median of its layer."""
@@ -24,6 +27,8 @@ LEAST_GAP = 1.2
 NEARLY_ALL = 0.999
 SEVERAL = 0.5
 """Channels count that are at least so large, as a part of the largest."""
+TEXTS, TEXT_TURNS = 16, 5
+"""Texts of turns by which `sinks_of` measures."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,15 @@ def find_sinks(model: DecoderLM, texts: Sequence[Sequence[int]]) -> FoundSinks:
     first_D = torch.stack([_relative(x_TD[:1])[0] for layer in middle for x_TD in layer]).mean(0)
     channels = tuple((first_D >= SEVERAL * first_D.max()).nonzero()[:, 0].tolist())
     return FoundSinks(channels, tuple(_layer(number, layer, channels) for number, layer in enumerate(states)))
+
+
+def sinks_of(trained: TrainedPictures, seed: int = 2) -> FoundSinks:
+    """`find_sinks` of a model of pictures, by turns about words alone, of the form that it has learned. Raises
+    ValueError where the font of its scenes is not installed."""
+    world = SceneWorld.of({**trained.data, "held_out_font": None})
+    scenes = [world.scene("train", seed, index) for index in range(TEXTS)]
+    asked = [training_questions(world, scene, TEXT_TURNS, 1.0, (*scene.seed, 3)) for scene in scenes]
+    return find_sinks(trained.language_model.model, [trained.reader.words(questions) for questions in asked])
 
 
 def layer_inputs(model: DecoderLM, read: Callable[[], object]) -> list[list[Tensor]]:

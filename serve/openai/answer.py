@@ -154,8 +154,8 @@ class Answer(Response):
             await self.readings.take(news)
 
     def _with_attention(self, choice: dict[str, Any], request_id: str) -> dict[str, Any]:
-        """A choice that ends, with what it has read of attention if it was asked to."""
-        return choice if self.readings is None else choice | {"attention": self.readings.reply(request_id)}
+        """A choice that ends, with what it has read and changed of attention if it was asked to."""
+        return choice if self.readings is None else choice | self.readings.reply(request_id)
 
     def _delivered(self) -> None:
         """The client has the whole answer."""

@@ -106,6 +106,29 @@ class AttentionReply(Reply):
     read: list[AttentionRead]
 
 
+class RedistributedLayer(Reply):
+    """What one layer gave to the picture, at so many queries. sinks: their positions. heads: those that were changed at
+    any query. moved: of each of them, the weight that its sinks gave, as a mean over the queries. picture, sink: the
+    weight of the picture and of all sinks before and after, as means over all heads and queries."""
+
+    layer: int
+    queries: int
+    sinks: list[int]
+    heads: list[int]
+    moved: list[float]
+    picture: list[float]
+    sink: list[float]
+
+
+class RedistributionReply(Reply):
+    """What a choice's field `redistribution` did. p, rho, least: as in the request; layers: those with sinks."""
+
+    p: float
+    rho: float
+    least: float
+    layers: list[RedistributedLayer]
+
+
 class CompletionChoice(Reply):
     """One continuation, or a part of it in an event. attention: where the request has the field, at the end."""
 
@@ -155,13 +178,14 @@ class AnswerMessage(Reply):
 
 
 class ChatChoice(Reply):
-    """One answer. attention: where the request has the field."""
+    """One answer. attention, redistribution: where the request has the field."""
 
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: Reason
     attention: AttentionReply | None = None
+    redistribution: RedistributionReply | None = None
 
 
 class ChatCompletion(Reply):
@@ -183,13 +207,14 @@ class MessageDelta(Reply):
 
 
 class ChunkChoice(Reply):
-    """A part of one answer. attention: in its last chunk, where the request has the field."""
+    """A part of one answer. attention, redistribution: in its last chunk, where the request has the field."""
 
     index: int
     delta: MessageDelta
     logprobs: ChatLogprobs | None
     finish_reason: Reason | None
     attention: AttentionReply | None = None
+    redistribution: RedistributionReply | None = None
 
 
 class ChatCompletionChunk(Reply):

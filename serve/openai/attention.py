@@ -21,6 +21,7 @@ from serve.openai.encoding import in_thread
 from serve.openai.errors import MAX_QUOTED, ApiError, unsupported
 from serve.openai.protocol import GenerationRequest
 from serve.openai.readings import INLINE_BYTES, Readings, inline_bytes, map_bytes
+from serve.openai.redistribution import Redistributed, items_of
 
 KEYS = ("edits", "read", "spans")
 MAX_ITEMS = 32
@@ -73,21 +74,23 @@ class Desk:
         prompts: Sequence[tuple[Sequence[int], int]],
         copies: int,
         messages: Sequence[Mapping[str, str]] = (),
+        redistributed: Redistributed | None = None,
     ) -> Readings | None:
         """Plans what the choices of a request read and edit, and reserves room for their maps; None: nothing.
 
-        prompts: (tokens, most new tokens) of each. messages: those of a conversation, whose contents have names. Raises
-        ApiError: 400 for all that cannot be, 429 without room.
+        prompts: (tokens, most new tokens) of each. messages: those of a conversation, whose contents have names.
+        redistributed: the edits of its field `redistribution`. Raises ApiError: 400 for all that cannot be, 429 without
+        room.
         """
-        if request.attention is None:
-            return None
         given = request.attention
+        if given is None and redistributed is None:
+            return None
         if self.config.attention == "off":
             raise unsupported("attention", "is turned off on this server (its setting attention=off); leave it out")
         try:
             size = sum(len(tokens) for tokens, _ in prompts)
-            plans = await in_thread(size, self._plans, given, prompts, messages)
-            self._check_bytes(plans, copies)
+            plans = await in_thread(size, self._plans, given, prompts, messages, redistributed)
+            self._check_bytes(plans, copies, 0 if redistributed is None else len(redistributed.reads))
         except ValueError as error:
             message = str(error) if str(error).startswith("attention") else f"attention: {error}"
             raise ApiError(400, message[:MAX_QUOTED], param="attention") from None
@@ -97,29 +100,33 @@ class Desk:
         except MapsFullError as error:
             message = f"{error}; try again when earlier maps have expired"
             raise ApiError(429, message, code="maps_full", headers={"retry-after": str(error.wait_s)}) from None
-        return Readings(plans, room, self.maps)
+        return Readings(plans, room, self.maps, given is not None, redistributed)
 
     def _plans(
         self,
-        given: Mapping[str, Any],
+        given: Mapping[str, Any] | None,
         prompts: Sequence[tuple[Sequence[int], int]],
-        messages: Sequence[Mapping[str, str]] = (),
+        messages: Sequence[Mapping[str, str]],
+        redistributed: Redistributed | None,
     ) -> list[EditPlan]:
         """A plan for every prompt. Raises ValueError that names the field."""
         engine = self.engine.engine
-        edits, reads, named = read_field(given, self.config.attention)
+        edits, reads, named = ([], [], {}) if given is None else read_field(given, self.config.attention)
+        if redistributed is not None and edits:
+            raise ValueError("attention.edits: the request has redistribution, too; give one of them")
+        moves, told = items_of(redistributed)
         plans: list[EditPlan] = []
         for tokens, limit in prompts:
             spans, known = _placed(engine.tokenizer, tokens, named), {}
             if messages and engine.chat_template is not None:
                 known = message_spans(engine.chat_template.template, engine.tokenizer, messages, tokens)
             check_size([*edits, *reads], known | spans)
-            wish = AttentionWish(edits, reads, spans)
+            wish = AttentionWish([*edits, *moves], [*told, *reads], spans)
             plans += wish.plans(engine.model, engine.tokenizer, [tokens], [limit], [known]) or []
         return plans
 
-    def _check_bytes(self, plans: Sequence[EditPlan], copies: int) -> None:
-        """Raises ValueError for reads that return too many bytes."""
+    def _check_bytes(self, plans: Sequence[EditPlan], copies: int, own: int) -> None:
+        """Raises ValueError for reads that return too many bytes. own: as in `inline_bytes`."""
         most = self.config.attention_max_bytes
         total = copies * sum(max(plan.cost.returned_bytes, map_bytes(plan)) for plan in plans)
         if total > most:
@@ -129,7 +136,7 @@ class Desk:
                 "of a map"
             )
         for plan in plans:
-            inline = inline_bytes(plan)
+            inline = inline_bytes(plan, own)
             if inline > INLINE_BYTES:
                 raise ValueError(
                     f"attention: reads in the answer take up to {inline:,} bytes of a choice, above {INLINE_BYTES:,}: "

@@ -10,6 +10,7 @@ from serve.openai.attention import Desk
 from serve.openai.content import encode_chat
 from serve.openai.errors import ApiError
 from serve.openai.protocol_chat import ChatRequest, chat_logprobs_object
+from serve.openai.redistribution import redistributed
 from serve.request import Delta, FinishReason
 
 
@@ -23,15 +24,16 @@ async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeC
     check_choices(1, copies, config)
     cache = choose_cache(request, engine)
     messages, tokens = await encode_chat(request.conversation(), engine, "messages")
+    given = await redistributed(request.redistributes, tokens, engine, config)
     limit = request.limit or max(1, engine.engine.max_model_len - len(tokens))
     choices = []
     for copy in range(copies):
         params = request.sampling(limit, copy)
         if copy == 0:  # the others differ only in their seed
-            alone = request.attention is not None
+            alone = request.attention is not None or given is not None
             check_work(tokens, params, cache, engine, ("messages", request.limit_name), alone)
         choices.append((tokens, params))
-    return GenerationWork(choices, cache, await desk.readings(request, [(tokens, limit)], copies, messages))
+    return GenerationWork(choices, cache, await desk.readings(request, [(tokens, limit)], copies, messages, given))
 
 
 class ChatAnswer(Answer):

@@ -11,6 +11,7 @@ from serve.modalities.base import KINDS
 from serve.openai.errors import ApiError, unsupported
 from serve.openai.neutral import CHAT, SHARED, Values
 from serve.openai.protocol import KNOWN, LEAST_LOGPROB, Count, GenerationRequest, Spell, Strict, parse_body, spell_token
+from serve.openai.redistribution import Redistribution, read_redistribution
 from serve.request import MAX_LOGPROBS
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -37,6 +38,7 @@ MAX_NAME = 256
 NAME = {"anyOf": [{"type": "string", "maxLength": MAX_NAME}, {"type": "null"}]}
 EMPTY: Values = (None, [])
 NOTHING = {"anyOf": [{"type": "array", "items": {"type": "string"}, "maxItems": 0}, {"type": "null"}]}
+REDISTRIBUTION = {"anyOf": [{"type": "boolean"}, Redistribution.model_json_schema(), {"type": "null"}]}
 Unused = Annotated[Any, WithJsonSchema(NOTHING)]
 
 
@@ -91,9 +93,13 @@ UNUSED = [name for name in ChatMessage.model_fields if name not in ("role", "con
 
 
 class ChatRequest(GenerationRequest):
-    """Body of POST /v1/chat/completions. The chat template is always the model's."""
+    """Body of POST /v1/chat/completions. The chat template is always the model's. `redistribution` is this server's:
+    attention of sinks is given to the picture (`serve.openai.redistribution`), true with the numbers of its paper."""
 
-    expected: ClassVar[dict[str, str]] = {"messages": "a list of messages, at least one"}
+    expected: ClassVar[dict[str, str]] = {
+        "messages": "a list of messages, at least one",
+        "redistribution": 'true, false, or an object such as {"p": 0.6, "rho": 0.8}',
+    }
     neutral: ClassVar[Mapping[str, Values]] = {**SHARED, **CHAT}
 
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
@@ -101,6 +107,12 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    redistribution: Annotated[bool | dict[str, Any] | None, WithJsonSchema(REDISTRIBUTION)] = None
+
+    @property
+    def redistributes(self) -> Redistribution | None:
+        """What `redistribution` says. Raises ApiError."""
+        return read_redistribution(self.redistribution)
 
     @property
     def alternatives(self) -> int | None:
@@ -123,6 +135,7 @@ class ChatRequest(GenerationRequest):
             raise ApiError(400, message, param="max_completion_tokens")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs is only allowed with logprobs=true", param="top_logprobs")
+        _ = self.redistributes
         self.conversation()
 
     def conversation(self) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from attnzoo.attention.edits.reads import Read
 from attnzoo.attention.edits.wire import NAMES
 from serve.maps import MapStore, Room
 from serve.openai.encoding import in_thread
+from serve.openai.redistribution import Redistributed
 from serve.request import Delta
 
 INLINE_BYTES = 64 << 10
@@ -48,49 +49,70 @@ class Found:
 
 
 class Readings:
-    """The plans of an answer's choices, and what they have read, choice by choice. room: of their maps in `maps`."""
+    """The plans of an answer's choices, and what they have read, choice by choice. room: of their maps in `maps`.
+    asked: whether the request has the field `attention`. redistributed: what its `redistribution` edits, whose reads
+    come before those of `attention`."""
 
-    def __init__(self, plans: list[EditPlan], room: Room, maps: MapStore) -> None:
+    def __init__(
+        self,
+        plans: list[EditPlan],
+        room: Room,
+        maps: MapStore,
+        asked: bool = True,
+        redistributed: Redistributed | None = None,
+    ) -> None:
         self.plans, self.room, self._maps = plans, room, maps
+        self._asked, self._redistributed = asked, redistributed
         self._replies: dict[str, dict[str, Any]] = {}
 
     async def take(self, news: Sequence[Delta]) -> None:
         """Writes what choices that have ended have read; `reply` has it afterwards."""
         for delta in news:
             if delta.run is not None:
-                found = await in_thread(0, written, delta.run)
-                delta.run = None
+                run, delta.run = delta.run, None
+                given = self._redistributed
+                found = await in_thread(0, written, run, 0 if given is None else len(given.reads))
                 for entry, data in found.files:
                     name = self.room.put(data)
                     self._maps.sweep_later()
                     expires = int(time.time() + self._maps.ttl_s)
                     entry |= {"id": name, "url": f"{PATH}/{name}", "expires_at": expires}
-                self._replies[delta.request_id] = found.reply
+                reply = {"attention": found.reply} if self._asked else {}
+                if given is not None:
+                    reply["redistribution"] = await in_thread(0, given.reply, run)
+                self._replies[delta.request_id] = reply
 
     def reply(self, request_id: str) -> dict[str, Any]:
-        """The object `attention` of a choice that has ended."""
+        """The fields that a choice that has ended has beside its text."""
         return self._replies.pop(request_id)
 
 
-def _reads(plan: EditPlan) -> Iterator[tuple[int, Meant]]:
-    """(layer, read) of all reads."""
+def _first(plan: EditPlan, own: int) -> int:
+    """The index of the first read that the client has asked for."""
+    items = plan.edits.items
+    return own + next((at for at, item in enumerate(items) if not isinstance(item, Edit)), len(items))
+
+
+def _reads(plan: EditPlan, own: int) -> Iterator[tuple[int, Meant]]:
+    """(layer, read) of all reads but the first `own` ones of the list."""
+    first = _first(plan, own)
     for number, layer in enumerate(plan.layers):
         for meant in () if layer is None else layer.items:
-            if isinstance(meant.item, Read):
+            if isinstance(meant.item, Read) and meant.index >= first:
                 yield number, meant
 
 
 def map_bytes(plan: EditPlan) -> int:
     """Bytes of the files of all maps, at most."""
-    maps = [(layer, meant) for layer, meant in _reads(plan) if isinstance(meant.item, Map)]
+    maps = [(layer, meant) for layer, meant in _reads(plan, 0) if isinstance(meant.item, Map)]
     return sum(HEADER_BYTES + returned_bytes(meant, plan.keys(plan.sizes[layer])) for layer, meant in maps)
 
 
-def inline_bytes(plan: EditPlan) -> int:
-    """Bytes of the object `attention` of a choice, at most."""
-    layers = {layer for layer, _ in _reads(plan)}
+def inline_bytes(plan: EditPlan, own: int = 0) -> int:
+    """Bytes of the object `attention` of a choice, at most. own: of the reads, the first ones that are not in it."""
+    layers = {layer for layer, _ in _reads(plan, own)}
     total = sum(OBJECT + 2 * POSITION * plan.sizes[layer].num_heads for layer in layers)
-    for _, meant in _reads(plan):
+    for _, meant in _reads(plan, own):
         read, heads, queries = meant.item, len(meant.heads), meant.queries.count
         keys = dict(meant.sets)["keys"]
         intervals = len(meant.queries.intervals) + len(keys.intervals)
@@ -107,15 +129,16 @@ def inline_bytes(plan: EditPlan) -> int:
     return total
 
 
-def written(run: EditRun) -> Found:
-    """What a run that has ended has read."""
+def written(run: EditRun, own: int = 0) -> Found:
+    """What a run that has ended has read, but for its first `own` reads."""
     reading, found = run.reading, Found({"layers": [], "read": []}, [])
-    first = next((at for at, item in enumerate(run.plan.edits.items) if not isinstance(item, Edit)), 0)
+    first, asked = _first(run.plan, own), list(_reads(run.plan, own))
     results: dict[int, Iterator[ReadResult]] = {}
-    for number in reading:
+    for number in (number for number in reading if any(number == layer for layer, _ in asked)):
         found.reply["layers"].append(_layer(number, reading[number]))
-        results[number] = iter(reading[number].results)
-    for number, meant in _reads(run.plan):
+        kept = sum(layer == number for layer, _ in asked)
+        results[number] = iter(reading[number].results[-kept:])
+    for number, meant in asked:
         entry = {
             "read": meant.index - first,
             "kind": NAMES[type(meant.item)],

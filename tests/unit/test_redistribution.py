@@ -94,6 +94,8 @@ def test_each_layer_is_edited_as_published_with_p_and_rho_the_other_way_round(rh
     for run in runs:
         model(torch.tensor([tokens]), edits=[run])
     before, after = (run.reading[1].map for run in runs)
+    assert runs[1].positions(1, items[0].where.keys) == [0, 4]
+    assert runs[1].positions(0, items[0].where.keys) == []
     sinks_S = torch.tensor([token == 0 for token in tokens])
     image_S = torch.tensor([PICTURE[0] <= place < PICTURE[1] for place in range(25)])
     expected = published(before, sinks_S, image_S, p, rho, least)

@@ -14,7 +14,8 @@ import torch
 
 from attnzoo.attention.edits import Edits
 from attnzoo.vision.questions import KINDS, Baselines, SceneQuestion, evaluation_questions
-from attnzoo.vision.redistribution import FoundSinks, find_sinks, is_massive, layer_inputs
+from attnzoo.vision.redistribution import FoundSinks, is_massive, layer_inputs
+from attnzoo.vision.redistribution import sinks_of as measured
 from attnzoo.vision.scenes import Scene, SceneWorld
 from attnzoo.vision.trained_pictures import TrainedPictures, load_pictures
 from train.data.scenes import asked_about
@@ -28,7 +29,6 @@ ASKED = tuple(kind for kind in KINDS if kind not in ("text", "names"))
 QUESTIONS, QUICK_QUESTIONS = 500, 2
 """Of each kind: 4,000 show one point of difference where 5 % of the answers change."""
 BATCH = 32
-TEXTS, TEXT_TURNS = 16, 5
 PICTURES_LOOKED_AT = 64
 LEARNED_FROM = 1500
 
@@ -57,11 +57,8 @@ def questions(config: ExperimentConfig) -> list[tuple[Scene, SceneQuestion]]:
 
 
 def sinks_of(config: ExperimentConfig) -> FoundSinks:
-    """The language model's sinks, measured on turns about words alone, of the form that it has learned."""
-    trained, world = model_of(config), world_of(config)
-    scenes = [world.scene("train", config.seed + 2, index) for index in range(TEXTS)]
-    texts = [trained.reader.words(asked_about(world, scene, TEXT_TURNS, 1.0)) for scene in scenes]
-    return find_sinks(trained.language_model.model, texts)
+    """The language model's sinks."""
+    return measured(model_of(config), config.seed + 2)
 
 
 @torch.no_grad()

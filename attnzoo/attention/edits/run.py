@@ -13,7 +13,7 @@ from attnzoo.attention.edits.few import FewChanged, few_changes
 from attnzoo.attention.edits.items import Edit
 from attnzoo.attention.edits.plan import EditPlan, LayerItems
 from attnzoo.attention.edits.reading import LayerRecord, Reading
-from attnzoo.attention.edits.spans import Sinks
+from attnzoo.attention.edits.spans import Chosen, Sinks
 from attnzoo.attention.edits.traits import Editing, LayerSizes, layer_sizes
 from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.common.recent import recent
@@ -34,6 +34,15 @@ class EditRun:
     def reading(self) -> Reading:
         """What has been read so far."""
         return Reading(self.plan, self.records)
+
+    def positions(self, layer: int, sinks: Sinks) -> list[int]:
+        """Where the layer, whose plan names these sinks by themselves, has found them so far."""
+        record = self.records[layer]
+        if record is None or record.reached == 0:
+            return []
+        sets = record.sets(torch.device("cpu"))
+        found: list[int] = (sets.rows(Chosen((), (sinks,)))[0, 0].nonzero()[:, 0] - 1).tolist()
+        return [position for position in found if 0 <= position < sets.seen]
 
 
 EditRuns = Sequence[EditRun | None]
