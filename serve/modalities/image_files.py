@@ -34,14 +34,14 @@ _PREFIX = re.compile(r"data:image/([a-z0-9.+-]{1,32});base64,", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class ImageLimits:
+class FileLimits:
     """most_bytes: of a file. most_pixels: width times height, before anything is decoded."""
 
     most_bytes: int
     most_pixels: int
 
 
-def pixels_of(url: str, limits: ImageLimits, size: int) -> np.ndarray:
+def pixels_of(url: str, limits: FileLimits, size: int) -> np.ndarray:
     """uint8 [size, size, 3] of a data URL. Raises ValueError that says what is wrong, without the data."""
     data, kind = _bytes(url, limits.most_bytes)
     with warnings.catch_warnings():

@@ -14,7 +14,7 @@ from torch import Tensor
 from attnzoo.vision.trained_pictures import TrainedPictures
 from serve.config import EngineConfig
 from serve.modalities.base import Content, Modality
-from serve.modalities.image_files import FORMATS, ImageLimits, pixels_of
+from serve.modalities.image_files import FORMATS, FileLimits, pixels_of
 from serve.openai.errors import ApiError
 from serve.openai.invalid import explain_invalid
 from serve.openai.protocol import Strict
@@ -41,7 +41,7 @@ class ImageModality(Modality):
             raise ValueError(f"pictures of {vision.channels} channels cannot be served: files have red, green and blue")
         self.trained, self.size, self.most = trained, vision.image_size, config.max_images
         self.rows = trained.pictures.config.tokens
-        self.limits = ImageLimits(config.max_image_bytes, config.max_image_pixels)
+        self.limits = FileLimits(config.max_image_bytes, config.max_image_pixels)
 
     def read(self, value: Any, where: str) -> Content:
         """The content is uint8 [size, size, 3]."""

@@ -164,7 +164,8 @@ def _curl(words: list[str]) -> None:
 
 
 def _chat(body: dict[str, Any]) -> None:
-    """Reads a conversation as the server does, sensor data in it too."""
+    """Reads a conversation as the server does, sensor data and pictures in it too."""
+    from serve.modalities.images import ImageUrl
     from serve.modalities.sensors import SensorData
     from serve.openai.errors import ApiError
     from serve.openai.protocol_chat import DataPart, parse_chat
@@ -175,7 +176,7 @@ def _chat(body: dict[str, Any]) -> None:
         raise ValueError(f"/v1/chat/completions: {error}") from None
     for part in (part for one in messages for part in one["content"]):
         if isinstance(part, DataPart):
-            SensorData.model_validate(part.value)
+            {"sensor_data": SensorData, "image_url": ImageUrl}[part.kind].model_validate(part.value)
 
 
 def _predict(words: list[str], query: str) -> None:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serve.modalities.image_files import ImageLimits, pixels_of
+from serve.modalities.image_files import FileLimits, pixels_of
 from tests.helpers.picture_models import SIZE, file_of, some_picture, url_of
 
-LIMITS = ImageLimits(most_bytes=20_000, most_pixels=10_000)
+LIMITS = FileLimits(most_bytes=20_000, most_pixels=10_000)
 
 
-def read(data: bytes, kind: str = "png", limits: ImageLimits = LIMITS) -> np.ndarray:
+def read(data: bytes, kind: str = "png", limits: FileLimits = LIMITS) -> np.ndarray:
     return pixels_of(url_of(data, kind), limits, SIZE)
 
 
@@ -172,7 +172,7 @@ def test_hostile_pictures_are_refused_within_the_limits(name):
 
 
 def test_a_text_bomb_of_few_bytes_is_not_unpacked():
-    limits = ImageLimits(most_bytes=1 << 20, most_pixels=10_000)
+    limits = FileLimits(most_bytes=1 << 20, most_pixels=10_000)
     data = png(SIZE, SIZE, TEXT)
     assert len(data) < limits.most_bytes
     with pytest.raises(ValueError, match="damaged"):
