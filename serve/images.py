@@ -8,6 +8,8 @@ of the library can be reached.
 import binascii
 import io
 import re
+import struct
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,11 @@ COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX")
 MAX_SCANS = 32
 """Most passes over the pixels that a JPEG may ask for; encoders write at most about ten. Each may cost the time of a
 whole picture and needs a few bytes."""
+
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""Numbers of a pixel by the colour type of a PNG file."""
+PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""(first column, first row, step of columns, step of rows) of an interlaced PNG file."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +86,16 @@ def _opened(data_url: Any, where: str, limits: ImageLimits) -> Any:
     kind = FORMATS[media]
     if kind == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
         raise _refused(where, f"is a JPEG of more than {MAX_SCANS} scans; save it again")
+    problem = None
     try:
-        image = pillow.Image.open(io.BytesIO(data), formats=[kind])
-        if (problem := _problem(image, limits)) is None:
+        if kind == "WEBP":  # the library makes room for the pixels of these when it opens them
+            problem = _size_problem(*_webp_size(data), limits)
+        if problem is None:
+            image = pillow.Image.open(io.BytesIO(data), formats=[kind])
+            problem = _size_problem(*image.size, limits) or _problem(image, kind)
+        if problem is None:
+            if kind == "PNG" and not _holds_rows(data):  # the library makes up those that are missing
+                raise ValueError("rows are missing")
             return pillow.ImageOps.exif_transpose(image).convert("RGBA")
     # What damaged files raise in the library is not one class: OSError, SyntaxError, ValueError, struct.error and more.
     except Exception:
@@ -89,19 +103,56 @@ def _opened(data_url: Any, where: str, limits: ImageLimits) -> Any:
     raise _refused(where, problem)
 
 
-def _problem(image: Any, limits: ImageLimits) -> str | None:
-    """What speaks against decoding a picture of which only the header has been read."""
-    width, height = image.size
+def _size_problem(width: int, height: int, limits: ImageLimits) -> str | None:
+    """What speaks against decoding a picture that says it has this size."""
     if max(width, height) > limits.max_side or width * height > limits.max_pixels:
         return (
             f"has {width} x {height} pixels; at most {limits.max_pixels} pixels, and {limits.max_side} a side, are "
             "taken: send it smaller"
         )
-    if getattr(image, "n_frames", 1) != 1:
+    return None
+
+
+def _problem(image: Any, kind: str) -> str | None:
+    """What else speaks against decoding a picture of which only the header has been read."""
+    if kind != "JPEG" and getattr(image, "n_frames", 1) != 1:  # in a JPEG they are smaller copies, as phones write them
         return "is animated; send one picture"
     if image.mode not in COLOURS:
         return f"has colours of the kind {image.mode!r}; save it as RGB with 8 bits a channel"
     return None
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of a WebP file's canvas. Raises ValueError where it has none."""
+    kind, head = data[12:16], data[20:30]
+    if len(head) == 10 and kind == b"VP8X":
+        return 1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:10], "little")
+    if len(head) == 10 and kind == b"VP8L" and head[0] == 0x2F:
+        bits = int.from_bytes(head[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if len(head) == 10 and kind == b"VP8 " and head[3:6] == b"\x9d\x01\x2a":
+        return int.from_bytes(head[6:8], "little") & 0x3FFF, int.from_bytes(head[8:10], "little") & 0x3FFF
+    raise ValueError("no canvas")
+
+
+def _holds_rows(data: bytes) -> bool:
+    """Whether a PNG file has an end, and all of its rows before it. Raises zlib.error for rows that are damaged."""
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+    passes = PASSES if interlaced else ((0, 0, 1, 1),)
+    sizes = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in passes]
+    bits = CHANNELS.get(colour, 1) * depth
+    missing = sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes if columns > 0 and rows > 0)
+    unpacked, at = zlib.decompressobj(), 8
+    while at + 12 <= len(data):
+        size, name = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        packed = data[at + 8 : at + 8 + size] if name == b"IDAT" else b""
+        while packed and missing > 0:
+            missing -= len(unpacked.decompress(packed, 1 << 20))
+            packed = unpacked.unconsumed_tail
+        if name == b"IEND":
+            return missing <= 0
+        at += 12 + size
+    return False
 
 
 def _file(data_url: Any, where: str, limits: ImageLimits) -> tuple[str, bytes]:

@@ -52,7 +52,7 @@ def some_picture(seed: int = 0, width: int = SIZE, height: int = SIZE) -> np.nda
     """uint8 [height, width, 3] of a few plain areas."""
     random = np.random.default_rng(seed)
     small = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.NEAREST))
+    return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.NEAREST))
 
 
 def file_of(picture: np.ndarray | Image.Image, kind: str = "png", **options: Any) -> bytes:

@@ -1,6 +1,7 @@
 """Pictures in requests: what is decoded, and what is refused before anything large is."""
 
 import base64
+import contextlib
 import io
 import struct
 import tracemalloc
@@ -43,6 +44,21 @@ def claims(width, height):
     """A PNG of a few bytes that says it has so many pixels."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def webp(kind, head):
+    """The beginning of a WebP file of a kind."""
+    body = b"WEBP" + kind + struct.pack("<I", len(head)) + head
+    return b"RIFF" + struct.pack("<I", len(body)) + body + bytes(20)
+
+
+def of_rows(rows, width=4, height=4, interlaced=0, *others):
+    """A PNG with these bytes for its rows."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, interlaced))
+    return b"".join([b"\x89PNG\r\n\x1a\n", head, *others, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")])
+
+
+TEXT = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(32 << 20)))
 
 
 def test_lossless_pictures_keep_their_pixels():
@@ -127,6 +143,22 @@ REFUSED = {
     "many pixels": (url(claims(400, 400)), "400 x 400 pixels"),
     "16 bits": (url(file_of(Image.fromarray(np.zeros((4, 4), np.uint16)))), "'I;16'"),
     "inks": (url(file_of(Image.new("CMYK", (4, 4)), "JPEG"), "image/jpeg"), "'CMYK'"),
+    "a png of whole rows, but too few": (url(of_rows(bytes(13 * 3))), "cannot be decoded"),
+    "an interlaced png of too few rows": (url(of_rows(bytes(13 * 4), 4, 4, 1)), "cannot be decoded"),
+    "png without an end": (url(PNG[:-12]), "cannot be decoded"),
+    "png of noise": (url(PNG[:60] + b"\x55" * 200), "cannot be decoded"),
+    "jpeg of noise": (url(JPEG[:20] + b"\x55" * 200, "image/jpeg"), "cannot be decoded"),
+    "text bomb": (url(of_rows(bytes(52), 4, 4, 0, TEXT)), "cannot be decoded"),
+    "no width": (url(of_rows(b"", 0, 4)), "cannot be decoded"),
+    "sound": (url(b"RIFF\0\0\0\0WAVEfmt ", "image/webp"), "cannot be decoded"),
+    "webp without a head": (url(b"RIFF\0\0\0\0WEBPVP8X", "image/webp"), "cannot be decoded"),
+    "webp of another kind": (url(webp(b"VP9 ", bytes(20)), "image/webp"), "cannot be decoded"),
+    "webp bomb": (url(webp(b"VP8X", b"\0\0\0\0" + b"\x7f\x3e\0" * 2), "image/webp"), "16000 x 16000 pixels"),
+    "webp bomb without loss": (url(webp(b"VP8L", b"\x2f\xff\xff\xff\x0f"), "image/webp"), "16384 x 16384 pixels"),
+    "webp bomb with loss": (
+        url(webp(b"VP8 ", b"\0\0\0\x9d\x01\x2a\xff\x3f\xff\x3f"), "image/webp"),
+        "16383 x 16383 pixels",
+    ),
     "scans": (url(scans(33), "image/jpeg"), "scans"),
 }
 
@@ -151,9 +183,10 @@ def test_animated_pictures_are_refused():
 
 def test_a_claimed_size_takes_no_memory():
     tracemalloc.start()
-    for _ in range(3):
-        with pytest.raises(ApiError):
-            decoded(url(claims(5_000, 5_000)), "image", LIMITS)
+    large = b"\0\0\0\0" + (4999).to_bytes(3, "little") * 2
+    for data in (url(claims(5_000, 5_000)), url(webp(b"VP8X", large), "image/webp")):
+        with pytest.raises(ApiError, match="5000 x 5000"):
+            decoded(data, "image", LIMITS)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
@@ -163,3 +196,28 @@ def test_limits_are_checked():
     for name in ("max_bytes", "max_side", "max_pixels"):
         with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
             ImageLimits(**{name: 0})
+
+
+def test_an_interlaced_picture_is_whole_with_the_rows_of_all_passes():
+    for width, height, rows in ((1, 1, 4), (3, 5, 55), (4, 4, 55), (9, 8, 231)):
+        assert not decoded(url(of_rows(bytes(rows), width, height, 1)), "image", LIMITS).any()
+        with pytest.raises(ApiError, match="cannot be decoded"):
+            decoded(url(of_rows(bytes(rows - 1), width, height, 1)), "image", LIMITS)
+
+
+def test_a_jpeg_with_smaller_copies_as_phones_write_it_is_one_picture():
+    whole, copy = Image.fromarray(pixels()), Image.fromarray(pixels()[::2, ::2].copy())
+    data = file_of(whole, "MPO", save_all=True, append_images=[copy])
+    assert decoded(url(data, "image/jpeg"), "image", LIMITS).shape == (3, 20, 30)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_whatever_bytes_are_changed_there_is_a_picture_or_a_refusal(kind):
+    random, whole = np.random.default_rng(0), file_of(Image.fromarray(pixels()), kind)
+    for _ in range(100):
+        data = bytearray(whole)
+        for at in random.integers(0, len(data), int(random.integers(1, 6))):
+            data[at] = random.integers(256)
+        with contextlib.suppress(ApiError):
+            found = decoded(url(bytes(data), f"image/{kind.lower()}"), "image", LIMITS)
+            assert found.shape[1] * found.shape[2] <= LIMITS.max_pixels
