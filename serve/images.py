@@ -92,7 +92,8 @@ def _opened(data_url: Any, where: str, limits: ImageLimits) -> Any:
             problem = _size_problem(*_webp_size(data), limits)
         if problem is None:
             image = pillow.Image.open(io.BytesIO(data), formats=[kind])
-            problem = _size_problem(*image.size, limits) or _problem(image, kind)
+            width, height = image.size
+            problem = _size_problem(width, height, limits) or _problem(image, kind)
         if problem is None:
             if kind == "PNG" and not _holds_rows(data):  # the library makes up those that are missing
                 raise ValueError("rows are missing")

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serve.drawing.protocol import Drawn
+from serve.drawing.protocol import PictureRequest
 from serve.drawing.studio import Artist, Draft, Painted, Studio
 from serve.front.guard import error_response
 from serve.openai.errors import ApiError, dump, event
@@ -62,7 +62,7 @@ class PicturesAnswer(Response):
     """The answer to a request. held: what ends with it."""
 
     def __init__(
-        self, studio: Studio, request: Drawn, drafts: Sequence[Draft], deadline: Deadline, held: ExitStack
+        self, studio: Studio, request: PictureRequest, drafts: Sequence[Draft], deadline: Deadline, held: ExitStack
     ) -> None:
         super().__init__()
         self._studio, self._request, self._drafts = studio, request, drafts

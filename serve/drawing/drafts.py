@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnzoo.vision.captions import words_of
 from attnzoo.vision.compose import Placement, Tell, compose
-from serve.drawing.protocol import GUIDANCE, MAX_SIDE, STEPS, ComposeRequest, Drawn, ImageRequest, Region
+from serve.drawing.protocol import GUIDANCE, MAX_SIDE, STEPS, ComposeRequest, ImageRequest, PictureRequest, Region
 from serve.drawing.studio import Artist, Draft, Studio
 from serve.images import decoded, decoded_with_opacity, import_pillow
 from serve.openai.errors import ApiError, short_name
@@ -103,7 +103,7 @@ def _scaled(thing_HWC: np.ndarray, region: Region) -> np.ndarray:
     return np.array(image, np.uint8)
 
 
-def _steps(request: Drawn, studio: Studio, default: int) -> int:
+def _steps(request: PictureRequest, studio: Studio, default: int) -> int:
     """The steps of a request whose limits hold. Raises ApiError 400."""
     steps, most = request.steps or default, studio.config.max_draw_steps
     if steps > most:

@@ -44,7 +44,7 @@ Place = Annotated[int, Field(ge=-MAX_PLACE, le=MAX_PLACE)]
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 
 
-class Drawn(Strict):
+class PictureRequest(Strict):
     """What both requests have. size: that of the model, or "auto". stream: send what happens step by step, with
     preview_every a small picture after every so many steps."""
 
@@ -63,7 +63,7 @@ class Drawn(Strict):
             raise ApiError(400, "preview_every is only allowed with stream=true", param="preview_every")
 
 
-class ImageRequest(Drawn):
+class ImageRequest(PictureRequest):
     """Body of POST /v1/images/generations. seed: of the first picture; those after it have the numbers after it."""
 
     n: Count | None = None
@@ -81,7 +81,7 @@ class Region(Strict):
     height: Side | None = None
 
 
-class ComposeRequest(Drawn):
+class ComposeRequest(PictureRequest):
     """Body of POST /v1/images/compose. background, object: data URLs, the object with its opacity. prompt: of the
     composed picture; object_words: those of it that name the object; background_prompt: of the background alone. The
     rest are options of `attnzoo.vision.compose.ComposeOptions`."""
@@ -109,7 +109,7 @@ class ComposeRequest(Drawn):
         return ComposeOptions(**{name: value for name, value in names.items() if value is not None})  # type: ignore[arg-type]
 
 
-Kind = TypeVar("Kind", bound=Drawn)
+Kind = TypeVar("Kind", bound=PictureRequest)
 
 
 def parse_image(body: bytes) -> ImageRequest:

@@ -8,6 +8,7 @@ import time
 import httpx
 import jsonschema
 import numpy as np
+import openai
 import pytest
 
 from attnzoo.vision.compose import ComposeOptions, Placement, compose
@@ -255,3 +256,14 @@ def test_a_draining_server_finishes_what_runs(checkpoint):
         assert asyncio.run(app.state.studio.drain(30))
         asking.join(30)
         assert found[0].status_code == 200
+
+
+def test_openais_client(checkpoint, trained):
+    with serving(app_of(checkpoint), lifespan="auto") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        own = {"seed": 4, "steps": 2}
+        found = client.images.generate(model=MODEL, prompt=GENERATE["prompt"], n=1, size="auto", extra_body=own)
+        expected = drawn(trained.draw([GENERATE["prompt"]], [4], steps=2))
+        assert np.array_equal(pixels_of(found.data[0].b64_json), expected)
+        with pytest.raises(openai.BadRequestError, match="negative_prompt is not supported"):
+            client.images.generate(model=MODEL, prompt="an apple", extra_body={"negative_prompt": "a dog"})
