@@ -1,6 +1,7 @@
 """A prediction as a FHIR R4 RiskAssessment: https://hl7.org/fhir/R4/riskassessment.html ."""
 
 import math
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -9,6 +10,18 @@ PERCENT = 100
 """R4 writes probabilityDecimal as a percentage."""
 DIGITS = 10
 """Digits of the percentage after its point: 100 * 0.137 is not 13.7 in binary."""
+
+
+REFERENCE = re.compile(r"[A-Z][A-Za-z]*/[A-Za-z0-9.-]{1,64}|[A-Za-z][A-Za-z0-9+.-]*:[!-~]+")
+"""Patient/7, or an absolute address: https://example.org/Patient/7, urn:uuid:7."""
+
+
+def check_reference(text: str) -> None:
+    """Raises ValueError for what is no reference to a resource."""
+    if REFERENCE.fullmatch(text) is None:
+        raise ValueError(
+            f"{text!r} is no reference of FHIR: an id has 1 to 64 letters, digits, - and . of ASCII; give such an id"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +48,8 @@ class Risk:
         for name in ("subject", "outcome", "method"):
             if not getattr(self, name):
                 raise ValueError(f"a RiskAssessment takes a {name}; got {getattr(self, name)!r}")
+        for reference in (self.subject, *([] if self.encounter is None else [self.encounter]), *self.basis):
+            check_reference(reference)
         if self.probability is None:
             if not self.rationale:
                 raise ValueError("a RiskAssessment without a probability takes a rationale that says why")

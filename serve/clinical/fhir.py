@@ -10,7 +10,7 @@ import numpy as np
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.formats.fhir import FhirCohort, FhirOptions, read
 from attnzoo.clinical.formats.observations import Measurement, Stay
-from attnzoo.clinical.risk_assessment import Risk, risk_assessment
+from attnzoo.clinical.risk_assessment import Risk, check_reference, risk_assessment
 from serve.clinical.intake import (
     Admitted,
     GivenValue,
@@ -57,7 +57,7 @@ def read_bundle(body: bytes, options: BundleOptions, predictor: Predictor) -> In
 
 def _field(message: str) -> str:
     """The field that an error of the parser is about."""
-    return next((name for name in ("at", "tz") if message.startswith(f"{name}=")), ENTRIES)
+    return next((name for name in ("at", "tz") if message.removeprefix("options: ").startswith(f"{name}=")), ENTRIES)
 
 
 def _intake(found: FhirCohort, options: BundleOptions, needs: Needs) -> Intake:
@@ -90,9 +90,10 @@ def _intake(found: FhirCohort, options: BundleOptions, needs: Needs) -> Intake:
                 id=stay.key,
                 hours=hours,
                 start=stay.start,
+                at=found.at,
                 account=account,
                 subject=stay.patient,
-                encounter=stay.key,
+                encounter=stay.key if stay.is_referable else None,
                 basis=whole.basis(stay.key),
             )
         )
@@ -108,7 +109,7 @@ def _hours(stay: Stay, own: list[Measurement], options: BundleOptions, window: i
         return options.cutoff_hour
     if options.at is not None or stay.end is not None:
         return min(stay.hours, window)
-    return last_hour([one.minute for one in own], window)
+    return last_hour([one.minute for one in own if one.is_possible], window)
 
 
 def _as_model(cohort: Cohort, needs: Needs) -> Cohort:
@@ -146,9 +147,17 @@ def _assessment(predictor: Predictor, intake: Intake, row: int, told: dict[str, 
         text = f"a RiskAssessment has a time, so it needs {where}, the time of hour 0; give it"
         raise ApiError(400, text, param=where)
     cutoff: datetime = patient.cutoff
+    subject = patient.subject or f"Patient/{patient.id}"
+    for reference in (subject, *filter(None, [patient.encounter]), *patient.basis):
+        try:
+            check_reference(reference)
+        except ValueError as error:
+            where = ENTRIES if patient.subject else f"patients[{row}].id"
+            what = f"{where}: {str(error)[:MAX_QUOTED]}, or accept application/json"
+            raise ApiError(400, what, param=where) from None
     return risk_assessment(
         Risk(
-            subject=patient.subject or f"Patient/{patient.id}",
+            subject=subject,
             encounter=patient.encounter,
             occurrence=cutoff,
             outcome=predictor.outcome_words,

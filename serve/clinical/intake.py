@@ -85,21 +85,26 @@ class GivenValue:
 
 @dataclass(frozen=True, kw_only=True)
 class Admitted:
-    """One patient of a request. hours: of the stay that are used. start: the time of hour 0, None: not told. subject,
-    encounter, basis: references to FHIR resources."""
+    """One patient of a request. hours: of the stay that are used. start: the time of hour 0, None: not told. at: the time
+    of the prediction, after which nothing is known, None: not told. subject, encounter, basis: references to FHIR
+    resources."""
 
     id: str
     hours: int
     start: datetime | None
     account: ValueAccount
+    at: datetime | None = None
     subject: str | None = None
     encounter: str | None = None
     basis: tuple[str, ...] = ()
 
     @property
     def cutoff(self) -> datetime | None:
-        """The time from which on nothing is used."""
-        return None if self.start is None else self.start + timedelta(hours=self.hours)
+        """The time from which on nothing is used: the end of the last hour, or a time of prediction within it."""
+        if self.start is None:
+            return None
+        end = self.start + timedelta(hours=self.hours)
+        return end if self.at is None else min(end, self.at)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,12 +177,14 @@ def _admit(row: int, entry: PatientEntry, cutoff_hour: int | None, needs: Needs)
         value = _given(row, f"{where}.measurements[{number}]", given, start, place, needs, account)
         if value is not None:
             timed.append(value)
-    hours = entry.cutoff_hour or cutoff_hour or last_hour([value.minute for value in timed], needs.window)
+    events = _events(timed)
+    is_possible_E, _ = judged(events.variables_E, events.values_E, list(needs.table.values()))
+    hours = entry.cutoff_hour or cutoff_hour or last_hour(events.minutes_E[is_possible_E].tolist(), needs.window)
     return Admitted(id=entry.id, hours=hours, start=start, account=account), within(timed, hours, needs.table, account)
 
 
 def last_hour(minutes: Sequence[int], window: int) -> int:
-    """Hours until the end of that of the last measurement; at least one."""
+    """Hours until the end of that of the last possible measurement; at least one."""
     return min(max(max(minutes, default=0) // 60 + 1, 1), window)
 
 
@@ -230,7 +237,10 @@ def _moment(text: str | None, where: str) -> datetime | None:
         found = datetime.fromisoformat(text)
     except ValueError:
         found = None
-    if found is None or found.tzinfo is None or not 1 < found.year < 9999:
+    offset = None if found is None else found.utcoffset()
+    # FHIR writes offsets in minutes, up to 14 hours.
+    is_offset = offset is not None and abs(offset) <= timedelta(hours=14) and not offset % timedelta(minutes=1)
+    if found is None or not is_offset or not 1 < found.year < 9999:
         shown = short_name(text)
         what = f"{where}={shown!r} is no time with its offset from UTC; write it as in 2026-03-01T08:00:00+01:00"
         raise ApiError(400, what, param=where)

@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from serve.clinical.accept import FHIR, prefers_fhir
 from serve.clinical.answer import guard_of, head, hour_of, patients_of, reply
 from serve.clinical.clinic import Clinic
 from serve.clinical.fhir import assessments, read_bundle
@@ -22,7 +23,6 @@ from serve.openai.errors import ApiError, dump, event, short_name
 from serve.workplace import Deadline
 
 PATH = "/v1/predict"
-FHIR = "application/fhir+json"
 
 
 def add_predictions(app: FastAPI, clinic: Clinic) -> None:
@@ -69,7 +69,7 @@ def refuse_query(request: Request) -> None:
 
 def refuse_fhir(request: Request, reader: NoteReader) -> None:
     """Raises ApiError where an answer about texts is wanted as a FHIR resource."""
-    if FHIR in _accepted(request):
+    if prefers_fhir(request.headers.getlist("accept")):
         text = f"the labels of a text have no place in a RiskAssessment; of {reader.name!r} accept application/json"
         raise ApiError(400, text, param="accept", code="unsupported")
 
@@ -108,13 +108,8 @@ def _check_explained(explain: str, patients: int, max_explained: int) -> None:
         raise ApiError(400, text, param="explain", code="too_many_patients")
 
 
-def _accepted(request: Request) -> list[str]:
-    """The media types that a client accepts."""
-    return [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")]
-
-
 def _wants_fhir(request: Request, options: PredictOptions) -> bool:
-    if FHIR not in _accepted(request):
+    if not prefers_fhir(request.headers.getlist("accept")):
         return False
     for name, neutral in (("stream", False), ("explain", "none"), ("hourly", False)):
         if getattr(options, name) != neutral:

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from attnzoo.clinical.events import Events
 from attnzoo.clinical.formats.observations import (
     FINAL,
     MEASURED_STATICS,
+    MODIFIER,
     LeftOutError,
     Measurement,
     Observations,
@@ -47,7 +48,7 @@ DISPOSITION = "http://terminology.hl7.org/CodeSystem/discharge-disposition"
 DIED = "exp"
 NO_STAY = ("planned", "cancelled", "entered-in-error")
 SEXES = {"female": 0.0, "male": 1.0}
-HOUR = timedelta(hours=1)
+HOUR, LATEST = timedelta(hours=1), datetime.max.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,8 @@ class FhirCohort:
     measurements: tuple[Measurement, ...]
     stays: tuple[Stay, ...]
     """The encounters, in the order of the cohort's rows."""
+    at: datetime | None = None
+    """The time of the prediction, in UTC; None: it was not told."""
 
     def basis(self, stay_id: str) -> tuple[str, ...]:
         """References of the observations that a stay's cells and statics hold, in the order of time."""
@@ -145,7 +148,7 @@ def read(documents: Iterable[Document], options: FhirOptions, name: str = "fhir"
     cohort = cohort_of(facts, _events(measurements, table), table, options.hours)
     compared = Counter(m.name for m in measurements if m.comparator)
     values = {name: {**row, "with a comparator": compared[name]} for name, row in cohort.report.values.items()}
-    return FhirCohort(replace(cohort, report=replace(cohort.report, values=values)), measurements, tuple(stays))
+    return FhirCohort(replace(cohort, report=replace(cohort.report, values=values)), measurements, tuple(stays), at)
 
 
 def _codes(table: Table, options: FhirOptions) -> dict[str, str]:
@@ -183,10 +186,14 @@ def _stay(encounter: Resource, resources: Resources, options: FhirOptions, clock
     patient = resources.key_of(mapping(content, "subject"))
     if patient is None:
         raise LeftOutError("without a patient")
+    if MODIFIER in content:
+        raise LeftOutError(f"with a {MODIFIER}")
     period = mapping(content, "period")
     start, end = (clock.moment(where, f"Encounter.period.{name}", period.get(name)) for name in ("start", "end"))
     if start is None:
         raise LeftOutError("without an hour of period.start")
+    if start > LATEST - options.hours * HOUR:
+        raise LeftOutError("that begin at the end of the calendar")
     if end is None and "end" in period:
         raise LeftOutError("without an hour of period.end")
     if end is not None and end < start:
@@ -197,7 +204,7 @@ def _stay(encounter: Resource, resources: Resources, options: FhirOptions, clock
     disposition = codes_of(mapping(content, "hospitalization", "dischargeDisposition"), (DISPOSITION,))
     is_told = end is not None and len(disposition) == 1
     died = float(DIED in disposition) if is_told else math.nan
-    return Stay(encounter.key, patient, start, end, (last - start) // HOUR + 1, died)
+    return Stay(encounter.key, patient, start, end, (last - start) // HOUR + 1, died, encounter.is_referable)
 
 
 def _statics(

@@ -24,6 +24,8 @@ FINAL = ("final", "amended", "corrected")
 STATUSES = (*FINAL, "preliminary", "registered", "cancelled", "entered-in-error", "unknown")
 COMPARATORS = ("<", "<=", ">=", ">")
 MEASURED_STATICS = ("height", "weight")
+MODIFIER = "modifierExtension"
+"""An element that may turn the meaning of what it stands in round; FHIR forbids to go on with one that is unknown."""
 MINUTE = timedelta(minutes=1)
 
 
@@ -45,6 +47,8 @@ class Stay:
     """That exist, without regard to the window."""
     died: float
     """1, 0, or NaN where it is not told."""
+    is_referable: bool = True
+    """Whether `key` is a reference, and not the place of an encounter without an id."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ class Observations:
         status = content.get("status")
         if status not in self.rules.statuses:
             raise LeftOutError(f"of status {status!r}" if status in STATUSES else "without a status of FHIR R4")
+        if MODIFIER in content:
+            raise LeftOutError(f"with a {MODIFIER}")
         named = []
         for part in _parts(content):
             try:
@@ -140,6 +146,8 @@ class Observations:
 
     def _name(self, part: Node) -> str:
         """The variable that a coded part measures."""
+        if MODIFIER in part:
+            raise LeftOutError(f"with a {MODIFIER}")
         codes = codes_of(mapping(part, "code"), SYSTEMS)
         if not codes:
             raise LeftOutError("without a LOINC code")
