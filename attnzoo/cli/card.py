@@ -29,20 +29,23 @@ def run(options: argparse.Namespace) -> int:
     """Writes the three files, and prints their paths. Raises ValueError for wrong usage."""
     from attnzoo.clinical.card import MARK, NAMES, data_card, model_card
     from attnzoo.clinical.card_items import KNOWN, items_card
-    from attnzoo.clinical.run_facts import read_answers, read_run
-    from attnzoo.files import user_path, write_atomic
+    from attnzoo.clinical.run_facts import damage, read_answers, read_run
+    from attnzoo.files import output_directory, output_file, user_path, write_atomic
 
     facts = read_run(user_path(options.run, "RUN"))
     given = None
     if options.answers is not None:
         given = read_answers(user_path(options.answers, "--answers"), KNOWN)
-    out = options.out if options.out is not None else facts.directory / "card"
-    texts = (model_card(facts), data_card(facts), items_card(facts, given, str(options.answers)))
+    out = options.out if options.out is not None else output_directory(facts.directory / "card", "--out")
+    with damage(facts.directory):
+        texts = (model_card(facts), data_card(facts), items_card(facts, given, str(options.answers)))
     for name in NAMES:
         path = out / name
         if path.exists() and not (path.is_file() and path.read_bytes().startswith(MARK.encode())):
             raise ValueError(f"{path} was not written by attnzoo card, and would be lost; give another --out")
     out.mkdir(parents=True, exist_ok=True)
+    for name in NAMES:  # all of them or none
+        output_file(out / name, "--out")
     for name, text in zip(NAMES, texts, strict=True):
         write_atomic(out / name, text.encode())
         print(out / name)

@@ -14,8 +14,9 @@ grows, so that kappa is low although raters agree. ICC(2,1) is of single raters,
 Source: Cohen 1968 (weighted kappa); Gwet, Handbook of Inter-Rater Reliability (AC2); Shrout and Fleiss 1979 (ICC).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
@@ -58,7 +59,9 @@ def _icc(first_N: Array, second_N: Array, weights_RN: Array) -> Array:
 
 
 def _two_raters(first: ArrayLike, second: ArrayLike) -> tuple[Array, Array]:
-    return checks.pair(first, second, ("the first rater's ratings", "the second rater's ratings"))
+    names = ("the first rater's ratings", "the second rater's ratings")
+    one_N, two_N = checks.pair(first, second, names)
+    return checks.moderate(one_N, names[0]), checks.moderate(two_N, names[1])
 
 
 exact_agreement = Metric("exact agreement", _exact, _two_raters)
@@ -89,12 +92,15 @@ def _of_table(
     name: str, categories: Sequence[int], weights: Weighting, formula: Callable[[Array, Array], Array]
 ) -> Metric:
     """A metric that is a function of the table of pairs."""
-    scale = tuple(categories)
-    if len(scale) < 2 or scale != tuple(range(scale[0], scale[0] + len(scale))):
-        raise ValueError(f"categories={scale} must be at least two whole numbers that follow one another, as 1, 2, 3")
+    scale = tuple(categories) if isinstance(categories, Iterable) else ()
+    is_whole = all(isinstance(one, Integral) for one in scale)
+    if len(scale) < 2 or not is_whole or scale != tuple(range(scale[0], scale[0] + len(scale))):
+        raise ValueError(
+            f"categories={scale or categories} must be at least two whole numbers that follow one another, as 1, 2, 3"
+        )
     distance_KK = np.abs(np.subtract.outer(np.arange(len(scale)), np.arange(len(scale)))) / (len(scale) - 1)
     by_weighting = {"linear": distance_KK, "quadratic": distance_KK**2, "none": (distance_KK > 0).astype(np.float64)}
-    if weights not in by_weighting:
+    if not isinstance(weights, str) or weights not in by_weighting:
         raise ValueError(f"weights={weights!r} must be one of {', '.join(by_weighting)}")
 
     def check(first: ArrayLike, second: ArrayLike) -> tuple[Array, Array]:

@@ -56,7 +56,7 @@ def interval(
     """
     labels_N, predictions_N = metric.check(labels, predictions)
     members_N, count = _numbered(patients, len(labels_N))
-    _checked(count, resamples, level)
+    _checked(count, resamples, level, seed)
     drawn_R = np.concatenate(
         [metric.weighted(labels_N, predictions_N, w_RN) for w_RN in _weights(members_N, count, resamples, seed)]
     )
@@ -79,7 +79,7 @@ def paired_difference(
     labels_N, first_N = metric.check(labels, first)
     _, second_N = metric.check(labels, second)
     members_N, count = _numbered(patients, len(labels_N))
-    _checked(count, resamples, level)
+    _checked(count, resamples, level, seed)
     drawn_R = np.concatenate(
         [
             metric.weighted(labels_N, first_N, w_RN) - metric.weighted(labels_N, second_N, w_RN)
@@ -103,12 +103,10 @@ def subgroup_intervals(
     """The metric in each group of rows (`groups` names one for each row), or why it cannot be measured there. Raises
     ValueError for what is wrong with all rows."""
     labels_N, predictions_N = metric.check(labels, predictions)
-    groups_N, patients_N = np.asarray(groups), np.asarray(patients)
-    for field, found in (("groups", groups_N), ("patients", patients_N)):
-        if found.shape != (len(labels_N),):
-            raise ValueError(
-                f"{field} has shape {found.shape}; one a row is needed, and there are {len(labels_N):,} rows"
-            )
+    groups_N, patients_N = (
+        checks.names(found, len(labels_N), field) for field, found in (("groups", groups), ("patients", patients))
+    )
+    _checked(2, resamples, LEVEL, seed)
     found_by_group: dict[str, Interval | str] = {}
     for group in np.unique(groups_N):
         rows = groups_N == group
@@ -123,8 +121,8 @@ def subgroup_intervals(
 
 def resampled_weights(patients: ArrayLike, resamples: int, seed: int = 0) -> Iterator[Array]:
     """How often each row was drawn when whole patients are, [some R, N] at a time. Raises ValueError."""
-    members_N, count = _numbered(patients, len(np.asarray(patients)))
-    _checked(count, resamples, LEVEL)
+    members_N, count = _numbered(patients, np.size(patients))
+    _checked(count, resamples, LEVEL, seed)
     return _weights(members_N, count, resamples, seed)
 
 
@@ -141,23 +139,20 @@ def _weights(members_N: Array, count: int, resamples: int, seed: int) -> Iterato
 
 def _numbered(patients: ArrayLike, rows: int) -> tuple[Array, int]:
     """The number of each row's patient, and how many patients there are. Raises ValueError."""
-    found_N = np.asarray(patients)
-    if found_N.shape != (rows,):
-        raise ValueError(f"patients has shape {found_N.shape}; one a row is needed, and there are {rows:,} rows")
-    if found_N.dtype.kind == "f":
-        checks.finite(found_N, "patients")
-    if found_N.dtype == object and any(patient is None for patient in found_N):
-        raise ValueError("patients holds None; name the patient of every row")
-    names, members_N = np.unique(found_N, return_inverse=True)
+    try:
+        names, members_N = np.unique(checks.names(patients, rows, "patients"), return_inverse=True)
+    except TypeError:
+        raise ValueError("patients holds names that have no order; give texts or numbers") from None
     return members_N, len(names)
 
 
-def _checked(count: int, resamples: int, level: float) -> None:
+def _checked(count: int, resamples: int, level: float, seed: int) -> None:
     checks.fraction(level, "level")
-    if resamples < 100:
-        raise ValueError(f"resamples={resamples} must be at least 100, or the bounds mean nothing")
+    checks.count(resamples, "resamples", 100, why=", or the bounds mean nothing")
+    checks.count(seed, "seed", 0)
     if count < 2:
-        raise ValueError("patients holds one patient; a bootstrap over patients needs at least 2")
+        held = "one patient" if count else "0 patients"
+        raise ValueError(f"patients holds {held}; a bootstrap over patients needs at least 2")
 
 
 def _summary(name: str, value: float, drawn_R: Array, level: float, patients: int) -> Interval:

@@ -9,6 +9,7 @@ Letters: N rows, R weightings of the rows (`attnzoo.clinical.metrics`).
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,13 @@ from attnzoo.clinical.metrics import Metric, mean
 
 MAX_LOGIT = 16.0
 """A probability of 1e-7 from 0 or 1."""
-BINS = 10
+BINS, MOST_BINS = 10, 10_000
 STEPS, CONVERGED = 100, 1e-9
 NEWTON_STEPS = 30
 LONGEST_STEP = 2.0
 """Of Newton's method: a longer step may overshoot."""
+LARGEST_LOGIT = 1e30
+"""Of larger logits no spread can be computed; a model that tells such has diverged."""
 FARTHEST = 40.0
 """From all logits an intercept lies at most so far away, whatever the share of positives."""
 TEMPERATURES = (0.05, 20.0)
@@ -44,8 +47,7 @@ class CalibrationCurve:
 def calibration_curve(labels: ArrayLike, probabilities: ArrayLike, bins: int = BINS) -> CalibrationCurve:
     """The points of a calibration plot. Raises ValueError."""
     labels_N, found_N = checks.probabilities(labels, probabilities)
-    if bins < 1:
-        raise ValueError(f"bins={bins} must be at least 1")
+    checks.count(bins, "bins", 1, MOST_BINS)
     rows_B, predicted_B, observed_B = (
         each[0] for each in _binned(labels_N, found_N, np.ones((1, len(labels_N))), bins)
     )
@@ -91,10 +93,10 @@ class Calibrator:
     intercept: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature={self.temperature} must be a positive number")
-        if not np.isfinite(self.intercept):
-            raise ValueError(f"intercept={self.intercept} must be a finite number")
+        if not (_is_finite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature={self.temperature!r} must be a positive number")
+        if not _is_finite(self.intercept):
+            raise ValueError(f"intercept={self.intercept!r} must be a finite number")
 
     def logits(self, logits: ArrayLike) -> Array:
         """Calibrated logits."""
@@ -115,10 +117,13 @@ class Calibrator:
             raise ValueError(
                 f"a calibrator holds temperature and intercept, not {', '.join(map(str, content)) or 'nothing'}"
             )
-        try:
-            return cls(temperature=float(content["temperature"]), intercept=float(content["intercept"]))
-        except TypeError:
-            raise ValueError(f"temperature and intercept must be numbers, not {dict(content)}") from None
+        if not all(_is_finite(value) for value in content.values()):
+            raise ValueError(f"temperature and intercept must be finite numbers, not {dict(content)}")
+        return cls(temperature=float(content["temperature"]), intercept=float(content["intercept"]))
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(np.isfinite(value))  # type: ignore[call-overload]
 
 
 def fit_calibrator(labels: ArrayLike, logits: ArrayLike) -> Calibrator:
@@ -136,6 +141,12 @@ def fit_calibrators(labels: ArrayLike, logits: ArrayLike, weights_RN: Array) -> 
     """As `fit_calibrator`, one for each weighting of the rows in which both classes have weight. Raises ValueError as
     `fit_calibrator`."""
     labels_N, logits_N = checks.scores(labels, logits)
+    checks.moderate(logits_N, "logits", LARGEST_LOGIT)
+    weights_RN = checks.numbers(weights_RN, "weights")
+    if weights_RN.ndim != 2 or weights_RN.shape[1] != len(labels_N):
+        raise ValueError(f"weights has shape {weights_RN.shape}; it must be [some, {len(labels_N)}], one a row")
+    if checks.finite(weights_RN, "weights").min(initial=0.0) < 0:
+        raise ValueError(f"weights holds {weights_RN.min():.6g}; a row is drawn at least 0 times")
     positive_R, all_R = weights_RN @ labels_N, weights_RN.sum(axis=1)
     weights_RN = weights_RN[(positive_R > 0) & (positive_R < all_R)]
     slope_R = np.ones(len(weights_RN))

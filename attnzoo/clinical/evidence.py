@@ -18,6 +18,7 @@ from attnzoo.clinical.explain import CellMap, Logit, StayCells, attention, integ
 from attnzoo.clinical.faithfulness import faithfulness
 from attnzoo.clinical.outcome import Outcome
 from attnzoo.models import EhrEncoder
+from attnzoo.types import build_config, checked
 
 DRAWS = 200
 """Bootstrap samples of the stays on which a model is calibrated."""
@@ -55,11 +56,11 @@ class Evidence:
         if set(content) != {one.name for one in fields(cls)}:
             raise ValueError(f"evidence has the keys {', '.join(map(str, content)) or 'none'}")
         return cls(
-            stays=int(content["stays"]),
-            shares=tuple(float(share) for share in content["shares"]),
-            calibration_stays=int(content["calibration_stays"]),
+            stays=checked(content["stays"], int, "evidence.stays"),
+            shares=read_shares(content["shares"]),
+            calibration_stays=checked(content["calibration_stays"], int, "evidence.calibration_stays"),
             calibrators=tuple(Calibrator.from_dict(one) for one in content["calibrators"]),
-            maps={name: MapVerdict(**one) for name, one in content["maps"].items()},
+            maps=read_verdicts(content["maps"]),
         )
 
     def interval(self, logits: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray] | None:
@@ -70,6 +71,19 @@ class Evidence:
         drawn = np.stack([one.probabilities(logits) for one in self.calibrators])
         low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
         return low, high
+
+
+def read_shares(content: Any) -> tuple[float, ...]:
+    """`shares` as JSON holds them. Raises ValueError for what is no share."""
+    found: tuple[float, ...] = checked(content, tuple[float, ...], "evidence.shares")
+    if not found or not all(0 <= share <= 1 for share in found):
+        raise ValueError(f"evidence.shares={list(found)} must be one or more numbers from 0 to 1")
+    return found
+
+
+def read_verdicts(content: Mapping[str, Any]) -> dict[str, MapVerdict]:
+    """`maps` as JSON holds them. Raises ValueError."""
+    return {name: build_config(MapVerdict, one, f"evidence.maps.{name}") for name, one in content.items()}
 
 
 def shares(outcome: Outcome, labels: np.ndarray) -> tuple[float, ...]:

@@ -152,8 +152,7 @@ def faithfulness(
     names = [cell_map.name for cell_map in maps]
     if len(set(names)) < len(names) or {plain.name, "random"} & set(names):
         raise ValueError(f"maps are named {names}; names must differ, and {plain.name} and random are added here")
-    if draws < 1:
-        raise ValueError(f"draws={draws} must be at least 1")
+    checks.count(draws, "draws", 1)
     first, second = (random_removal(logit, stays, draws, start) for start in (seed, seed + draws))
     found = {one.name: removal(logit, stays, one, seed=seed) for one in (*maps, plain)} | {"random": second}
     of_N = range(len(stays)) if patients is None else patients
@@ -188,7 +187,10 @@ def summarise(name: str, found: Removal, chance: Removal, patients: ArrayLike, s
 
 def rank_correlation(first_NTV: Tensor, second_NTV: Tensor, observed_NTV: Tensor) -> Tensor:
     """Spearman's rho of two maps over the measured cells of each stay, equal values sharing their mean rank; NaN where
-    a stay has fewer than two cells or a map is the same on all."""
+    a stay has fewer than two cells or a map is the same on all. Raises ValueError for maps of other shapes."""
+    for values in (first_NTV, second_NTV):
+        if values.shape != observed_NTV.shape:
+            raise ValueError(f"a map has shape {list(values.shape)}; it must be {list(observed_NTV.shape)}")
     seen = observed_NTV.flatten(1)
     centred = []
     for values in (first_NTV, second_NTV):
@@ -218,7 +220,10 @@ def randomisation_check(
     explain: Callable[[nn.Module], CellMap], model: nn.Module, stays: Cells, *, seeds: Sequence[int] = (0, 1, 2)
 ) -> float:
     """Mean rank correlation of a model's map and those of copies with shuffled weights (arXiv 1810.03292). A map that
-    explains the model is near 0; one that stays the same tells of the input alone. NaN where no stay has an order."""
+    explains the model is near 0; one that stays the same tells of the input alone. NaN where no stay has an order.
+    Raises ValueError."""
+    if not seeds:
+        raise ValueError("seeds is empty; name at least one")
     own = explain(model).values_NTV
     found = [
         rank_correlation(own, explain(with_shuffled_weights(model, seed)).values_NTV, stays.observed) for seed in seeds

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from attnzoo.clinical import checks
 from attnzoo.clinical.bootstrap import NUMBERS_AT_ONCE, resampled_weights
 from attnzoo.clinical.calibration import TEMPERATURES, Calibrator, fit_calibrator, fit_calibrators, sigmoid
 from attnzoo.clinical.checks import Array
@@ -47,7 +48,7 @@ class LabelCalibration:
 
     def probabilities(self, logits_NK: ArrayLike) -> Array:
         """Calibrated probabilities [N, K], float64."""
-        given_NK = np.asarray(logits_NK, np.float64)
+        given_NK = self._given(logits_NK)
         if self.exclusive:
             (only,) = self.calibrators
             assert only is not None
@@ -58,7 +59,8 @@ class LabelCalibration:
     def interval(self, logits_NK: ArrayLike, level: float = 0.95) -> tuple[Array, Array]:
         """(low, high) [N, K] of the calibrated probabilities; NaN where nothing was drawn. It tells how well the
         calibration is known, not how models of other training runs would differ."""
-        given_NK, ends = np.asarray(logits_NK, np.float64), [(1 - level) / 2, (1 + level) / 2]
+        checks.fraction(level, "level")
+        given_NK, ends = self._given(logits_NK), [(1 - level) / 2, (1 + level) / 2]
         if self.exclusive and self.drawn[0]:
             drawn_DNK = np.stack([softmax(one.logits(given_NK)) for one in self.drawn[0]])
             low_NK, high_NK = np.quantile(drawn_DNK, ends, axis=0)
@@ -69,6 +71,14 @@ class LabelCalibration:
                 of_label_DN = np.stack([one.probabilities(given_NK[:, label]) for one in drawn])
                 found_2NK[:, :, label] = np.quantile(of_label_DN, ends, axis=0)
         return found_2NK[0], found_2NK[1]
+
+    def _given(self, logits_NK: ArrayLike) -> Array:
+        """The logits [N, K], float64. Raises ValueError for another shape."""
+        given_NK = checks.numbers(logits_NK, "logits")
+        labels = given_NK.shape[-1] if self.exclusive and given_NK.ndim == 2 else len(self.calibrators)
+        if given_NK.ndim != 2 or given_NK.shape[1] != labels:
+            raise ValueError(f"logits has shape {given_NK.shape}; it must be [rows, labels], of {labels} labels")
+        return given_NK
 
     def to_dict(self) -> dict[str, Any]:
         """A mapping that JSON can hold."""
@@ -92,7 +102,7 @@ def fit_label_calibration(
 ) -> LabelCalibration:
     """Of rows that neither trained the model nor are measured. labels_NK: 0 or 1; with exclusive ones, one 1 in each
     row. Raises ValueError."""
-    known_NK, given_NK = np.asarray(labels_NK, np.float64), np.asarray(logits_NK, np.float64)
+    known_NK, given_NK = checks.many_labels(labels_NK, logits_NK)
     weights_RN = np.concatenate(list(resampled_weights(np.arange(len(known_NK)), draws, seed)))
     if exclusive:
         all_1N = np.ones((1, len(known_NK)))

@@ -11,6 +11,7 @@ Letters: N rows, R weightings, G distinct scores, K labels of a row. How calibra
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -126,7 +127,9 @@ def score_1_threshold(labels: ArrayLike, scores: ArrayLike) -> float:
 
 
 def score_1_at(threshold: float) -> Metric:
-    """Score 1 when rows with a score of at least `threshold` are called positive."""
+    """Score 1 when rows with a score of at least `threshold` are called positive. Raises ValueError."""
+    if not isinstance(threshold, Real) or threshold != threshold:
+        raise ValueError(f"threshold={threshold!r} must be a number")
 
     def at(labels_N: Array, scores_N: Array, weights_RN: Array) -> Array:
         called_N = scores_N >= threshold
@@ -148,9 +151,10 @@ def threshold_at(labels: ArrayLike, scores: ArrayLike, specificity: float) -> fl
 
 def sensitivity_at(specificity: float) -> Metric:
     """Sensitivity at the lowest threshold with at least that specificity; 0 where no score reaches it."""
+    least = checks.fraction(specificity, "specificity")
     return Metric(
-        f"sensitivity at specificity {specificity:g}",
-        partial(_at_specificity, checks.fraction(specificity, "specificity"), lambda cuts: cuts.sensitivity(), 0.0),
+        f"sensitivity at specificity {least:g}",
+        partial(_at_specificity, least, lambda cuts: cuts.sensitivity(), 0.0),
         checks.scores,
     )
 
@@ -158,11 +162,12 @@ def sensitivity_at(specificity: float) -> Metric:
 def precision_at(specificity: float) -> Metric:
     """Precision (positive predictivity) at the lowest threshold with at least that specificity; NaN where no score
     reaches it, because then nobody is called positive."""
+    least = checks.fraction(specificity, "specificity")
     return Metric(
-        f"precision at specificity {specificity:g}",
+        f"precision at specificity {least:g}",
         partial(
             _at_specificity,
-            checks.fraction(specificity, "specificity"),
+            least,
             lambda cuts: _ratio(cuts.true_RG, cuts.true_RG + cuts.false_RG),
             np.nan,
         ),
@@ -172,7 +177,8 @@ def precision_at(specificity: float) -> Metric:
 
 def macro_auroc(least: int = 10) -> Metric:
     """Mean AUROC over the labels (columns) that at least `least` rows have and at least one row lacks. Raises
-    ValueError when called with a table that has no such label."""
+    ValueError, also when called with a table that has no such label."""
+    least = checks.count(least, "least", 1)
 
     def check(labels: ArrayLike, predictions: ArrayLike) -> tuple[Array, Array]:
         labels_NK, scores_NK = checks.many_labels(labels, predictions)
@@ -216,6 +222,8 @@ def decision_curve(
 
     Raises ValueError."""
     labels_N, found_N = checks.probabilities(labels, probabilities)
+    if isinstance(thresholds, Real | str):
+        raise ValueError(f"thresholds={thresholds!r} must be a list of numbers between 0 and 1")
     at_T = np.array([checks.fraction(t, "thresholds") for t in thresholds])
     acted_TN = found_N >= at_T[:, None]
     odds_T = at_T / (1.0 - at_T)

@@ -65,10 +65,12 @@ class Rubric:
 
     def rating(self, answer: str) -> int | None:
         """The rating in a judge's answer: the last one that is marked; without a mark, an answer that is nothing but a
-        rating. None where there is none."""
-        marked = MARKED[self.kind].findall(answer)
+        rating. None where there is none, and where the last mark has several, as "1 to 5", or is of another scale."""
+        marked = list(MARKED[self.kind].finditer(answer))
         bare = BARE[self.kind].fullmatch(answer.strip())
-        word = marked[-1] if marked else bare[1] if bare else None
+        if marked and marked[-1]["more"]:
+            return None
+        word = marked[-1][1] if marked else bare[1] if bare else None
         if word is None:
             return None
         return int(word) if self.kind == "likert" else int(word.lower() == "yes")
@@ -78,12 +80,18 @@ FORMS = {
     "likert": "Rate how far this is true, from 1 (not at all) to 5 (fully). End with a line: Rating: NUMBER",
     "yes_no": "Answer with yes or no. End with a line: Rating: yes, or: Rating: no",
 }
+_OTHER_SCALE = r"(?:/|of|out\s+of)\s*(?!5(?!\d))"
+_RANGE = r"(?:[-–—,]\s*|(?:to|or|and)\s+)"
 MARKED = {
-    "likert": re.compile(r"\brating\W{0,6}([1-5])(?![\d.]*\d)", re.IGNORECASE),
-    "yes_no": re.compile(r"\brating\W{0,6}(yes|no)\b", re.IGNORECASE),
+    "likert": re.compile(
+        rf"\brating\W{{0,6}}(?<![-−])([1-5])(?![\d.]*\d)(?P<more>\s*(?:{_OTHER_SCALE}|{_RANGE})\d)?", re.IGNORECASE
+    ),
+    "yes_no": re.compile(
+        r"\brating\W{0,6}(yes|no)\b(?P<more>\W{0,6}(?:or|and)\W{0,3}(?:rating\W{0,6})?(?:yes|no)\b)?", re.IGNORECASE
+    ),
 }
 BARE = {
-    "likert": re.compile(r"\W*([1-5])(?:\s*/\s*5)?\W*"),
+    "likert": re.compile(r"\W*(?<![-−])([1-5])(?:\s*/\s*5)?\W*"),
     "yes_no": re.compile(r"\W*(yes|no)\W*", re.IGNORECASE),
 }
 

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attnzoo.checkpoint.model_files import WEIGHTS
 from attnzoo.errors import suggest
 from attnzoo.files import read_object, read_text
 from attnzoo.settings import read_mapping
@@ -72,11 +74,12 @@ def read_run(directory: Path) -> RunFacts:
     if not directory.is_dir():
         raise ValueError(f"{directory} is no directory; name the run directory that training has written")
     export = directory / "export"
-    if not (export / MODEL).is_file():
+    missing = next((name for name in (MODEL, WEIGHTS) if not (export / name).is_file()), None)
+    if missing is not None:
         there = (
             "it is an export: name the run directory above it" if (directory / MODEL).is_file() else "train it first"
         )
-        raise ValueError(f"{directory} has no export/{MODEL}: a card is written of a finished run; {there}")
+        raise ValueError(f"{directory} has no export/{missing}: a card is written of a finished run; {there}")
     content = read_object(export / MODEL)
     if not all(isinstance(content.get(key), dict) for key in CLINICAL):
         raise ValueError(
@@ -90,13 +93,26 @@ def read_run(directory: Path) -> RunFacts:
         raise ValueError(
             f"{directory} has no {REPORT} ({error}); finish the run: the same command resumes it"
         ) from None
-    kind = dict((settings or {}).get("task") or {}).get("kind")
+    with damage(directory):
+        kind = dict((settings or {}).get("task") or {}).get("kind")
     if kind == PRETRAINING:
         raise ValueError(f"{directory}: task.kind={kind} predicts nothing yet; name a run that began with its export")
     statistics = read_object(export / STATISTICS) if (export / STATISTICS).is_file() else {}
     files = sorted(path for path in export.iterdir() if path.is_file())
     digests = {f"export/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     return RunFacts(directory, content, report, settings or {}, statistics, _records(directory / RECORDS), digests)
+
+
+@contextmanager
+def damage(directory: Path) -> Iterator[None]:
+    """What goes wrong while the files of a run are told is a ValueError that says that they are damaged."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{directory} is damaged: its files do not hold what training writes there ({reason}); copy it again"
+        ) from None
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -109,7 +125,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:  # the last line of a run that was killed
+        except (ValueError, RecursionError):  # the last line of a run that was killed
             continue
         if isinstance(record, dict):
             records.append(record)

@@ -8,6 +8,7 @@ import numpy as np
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.grid import Grid
 from attnzoo.clinical.variables import STATICS, VARIABLES, refuse_forbidden
+from attnzoo.types import checked, field_types
 
 GAP_HOURS = 48
 """Gaps are shares of two days, whatever the length of the grid, so that padding changes no cell."""
@@ -136,19 +137,32 @@ class Statistics:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Statistics":
-        """What `to_dict` wrote. Raises ValueError that names a field that is missing, unknown or short."""
-        names = [f.name for f in fields(cls)]
+        """What `to_dict` wrote. Raises ValueError that names a field that is missing, unknown, short or of another
+        kind."""
+        names, hints = [f.name for f in fields(cls)], field_types(cls)
         for name in (*names, *content):
             if (name in names) != (name in content):
                 state = "missing" if name in names else "unknown"
                 raise ValueError(f"statistics: field {name!r} is {state}; take the file of the same checkpoint")
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
-        }
+        values = {name: checked(value, hints[name], f"statistics.{name}") for name, value in content.items()}
         for per, name in _ALIKE:
             if len(values[name]) != len(values[per]):
                 raise ValueError(f"statistics: {name!r} has {len(values[name])} entries for {len(values[per])} {per}")
-        return cls(**values)
+        found = cls(**values)
+        is_right = {
+            "rows": found.rows >= 1,
+            "hours": found.hours >= 1,
+            "variables": len(set(found.variables)) == len(found.variables),
+            "deviations": min(found.deviations, default=0.0) >= 0,
+            "static_deviations": min(found.static_deviations, default=0.0) >= 0,
+            "least_coverage": 0 <= found.least_coverage <= 1,
+        }
+        for name, right in is_right.items():
+            if not right:
+                raise ValueError(
+                    f"statistics: {name}={values[name]} is none of training rows; take the file as written"
+                )
+        return found
 
 
 def coverage(grid: Grid, rows: np.ndarray | None = None) -> np.ndarray:

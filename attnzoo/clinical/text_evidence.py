@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from attnzoo.clinical.evidence import MapVerdict
+from attnzoo.clinical.evidence import MapVerdict, read_shares, read_verdicts
 from attnzoo.clinical.words import Vocabulary, spans
+from attnzoo.types import checked
 
 FEWEST = 0.01
 """The share of texts that have fewer known words, or a smaller share of them, than is asked for."""
@@ -72,12 +73,10 @@ class TextEvidence:
         if set(content) != {one.name for one in fields(cls)}:
             raise ValueError(f"evidence has the keys {', '.join(map(str, content)) or 'none'}")
         return cls(
-            stays=int(content["stays"]),
-            shares=tuple(float(share) for share in content["shares"]),
-            texts=int(content["texts"]),
-            least_known=int(content["least_known"]),
-            least_share=float(content["least_share"]),
-            maps={name: MapVerdict(**one) for name, one in content["maps"].items()},
+            shares=read_shares(content["shares"]),
+            maps=read_verdicts(content["maps"]),
+            **{name: checked(content[name], int, f"evidence.{name}") for name in ("stays", "texts", "least_known")},
+            least_share=checked(content["least_share"], float, "evidence.least_share"),
         )
 
 

@@ -53,6 +53,9 @@ class TrainedModel:
     evidence: Evidence | None = None
 
     def __post_init__(self) -> None:
+        wanted = len(self.outcome.edges) + 1
+        if self.evidence is not None and len(self.evidence.shares) != wanted:
+            raise ValueError(f"evidence.shares has {len(self.evidence.shares)} entries; the outcome has {wanted}")
         if self.calibrator is not None and self.outcome.edges:
             raise ValueError("calibrator: temperature and intercept are those of a yes or no, and outcome has edges")
 
@@ -122,5 +125,6 @@ def load_trained(directory: Path | str) -> TrainedModel:
         calibrator = None if calibration is None else Calibrator.from_dict(calibration)
         known = content.get("evidence")
         evidence = None if known is None else Evidence.from_dict(known)
-    parts = {name: dict(content.get(name, {})) for name in ("data", "split", "metadata")}
-    return TrainedModel(model, fitted, outcome, **parts, calibrator=calibrator, evidence=evidence)
+        parts = {name: dict(content.get(name, {})) for name in ("data", "split", "metadata")}
+        trained = TrainedModel(model, fitted, outcome, **parts, calibrator=calibrator, evidence=evidence)
+    return trained

@@ -132,11 +132,11 @@ def load_sensors(directory: Path | str, language_model: FrozenLM | None = None) 
         fitted = SensorStatistics.from_dict(statistics)
         questions = build_config(SensorQuestions, content["questions"], "questions")
         named = {key: str(content["language_model"][key]) for key in ("checkpoint", "dtype", "digest")}
+        parts = {name: dict(content.get(name, {})) for name in ("data", "split", "metadata")}
     frozen = language_model or FrozenLM.load(named["checkpoint"], named["dtype"])
     if frozen.digest != named["digest"]:
         raise ValueError(
             f"{path} was trained with another language model than {frozen.checkpoint} in {frozen.dtype} (their digests "
             f"differ); give the weights of {named['checkpoint']} in {named['dtype']} that it was trained with"
         )
-    parts = {name: dict(content.get(name, {})) for name in ("data", "split", "metadata")}
     return TrainedSensors(adapter, frozen, fitted, questions, **parts)

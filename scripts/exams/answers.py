@@ -18,17 +18,28 @@ MARKED = re.compile(
 )
 BARE = re.compile(r"[\s*_`]*(?:\(([A-Za-z])\)|([A-Za-z])(?=\s*[):]|\s*\.(?!\w)|[\s*_`]*$))")
 """An answer that begins with a letter: "(C)", "C", "C) Light in the morning"."""
+SEVERAL = re.compile(
+    r"[)\]}\s*_`]*(?:,|/|&|\+|;|\b(?:and|or)\b)[\s*_`]*(?:(?:and|or)\s+)?(?:[Oo]ption\s+)?"
+    r"""(?:\(([A-Za-z])\)|([A-Z])(?=\s*(?:$|[.,;:!?)\]}*<"'&/+]|\n|(?:and|or)\b)))"""
+)
+"""What follows a letter where an answer names several: "(A) or (B)", "A, B"."""
 LISTED = re.compile(r"^[\s*_`]*\(?([A-Z])[).:]", re.MULTILINE)
 """A line that begins with a letter: an answer with several of them repeats the options."""
 
 
 def read_letter(answer: str, letters: Iterable[str]) -> str | None:
     """The letter that an answer gives: the last one that is marked as the answer; without a mark, the one that the
-    answer begins with. None where there is none, or where it is no letter of the question."""
-    marked = [next(filter(None, groups)) for groups in MARKED.findall(answer)]
+    answer begins with. None where there is none, where it is no letter of the question, and where the answer names
+    several of its letters at once."""
+    marked, known = list(MARKED.finditer(answer)), set(letters)
     bare = BARE.match(answer) if len(set(LISTED.findall(answer))) < 2 else None
-    found = marked[-1] if marked else bare and (bare[1] or bare[2])
-    return found.upper() if found and found.upper() in set(letters) else None
+    found = marked[-1] if marked else bare
+    if found is None or found.lastindex is None:
+        return None
+    letter = found[found.lastindex].upper()
+    also = SEVERAL.match(answer, found.end(found.lastindex))
+    others = {(also[1] or also[2]).upper()} & known - {letter} if also else set()
+    return letter if letter in known and not others else None
 
 
 def vote(given: Sequence[str | None]) -> tuple[str | None, bool]:

@@ -51,6 +51,8 @@ class Endpoint:
             raise ValueError(f"url={self.url!r} must have a host, and a port of 1 to 65535 where it names one")
         if self.tries < 1:
             raise ValueError(f"tries={self.tries} must be at least 1")
+        if not self.key.isascii() or any(not letter.isprintable() or letter.isspace() for letter in self.key):
+            raise ValueError("key holds a character that no header may have, as white space; give the key alone")
         headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
         self._client = httpx.Client(headers=headers, timeout=self.timeout_s)
         self.url = self.url.rstrip("/")
@@ -73,19 +75,30 @@ class Endpoint:
             "max_tokens": max_tokens,
             "seed": seed,
         }
-        content = self._post("/chat/completions", body)
-        return str(self._read(content, "choices", 0, "message", "content") or "")
+        text = self._read(self._post("/chat/completions", body), "choices", 0, "message", "content")
+        if not isinstance(text, str | None):
+            raise RefusedError(
+                f"{self.url} answered with a {type(text).__name__}, not a text; is it OpenAI's interface?"
+            )
+        return text or ""
 
     def next_tokens(self, prompt: str, count: int) -> dict[str, float]:
         """Log probabilities of the likeliest next tokens of a text, by token. Raises EndpointError and RefusedError."""
         body = {"model": self.model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": count}
-        top = self._read(self._post("/completions", body), "choices", 0, "logprobs", "top_logprobs", 0)
+        told = self._read(self._post("/completions", body), "choices", 0, "logprobs")
+        top = self._read(told, "top_logprobs", 0) if told is not None else None
         if not isinstance(top, dict):
             raise RefusedError(f"{self.url} gave no top_logprobs; it does not support logprobs={count} for completions")
+        for token, value in top.items():
+            if not is_logprob(value):
+                raise RefusedError(f"{self.url} gave {token!r} the log probability {value!r}, which is none")
         return {str(token): float(value) for token, value in top.items()}
 
     def _only_model(self) -> str:
-        names = [str(self._read(entry, "id")) for entry in self._read(self._send("GET", "/models", None), "data")]
+        listed = self._read(self._send("GET", "/models", None), "data")
+        names = [self._read(entry, "id") for entry in listed] if isinstance(listed, list) else [None]
+        if not all(isinstance(name, str) and name for name in names):
+            raise RefusedError(f"{self.url}/models lists no models by their ids; is it OpenAI's interface?")
         if len(names) != 1:
             raise ValueError(f"{self.url} has {len(names)} models; name one of them: {', '.join(names) or '(none)'}")
         return names[0]
@@ -100,7 +113,7 @@ class Endpoint:
                 time.sleep(min(self.wait_s * 2 ** (turn - 1), MOST_WAIT_S))
             try:
                 response = self._client.request(method, self.url + path, json=body)
-            except httpx.TransportError as error:
+            except (httpx.TransportError, httpx.DecodingError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 continue
             except httpx.InvalidURL as error:
@@ -118,19 +131,22 @@ class Endpoint:
     def _json(self, response: httpx.Response, path: str) -> Any:
         try:
             return response.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RefusedError(f"{self.url}{path} answered no JSON: {response.text[:200]!r}") from None
 
     def _read(self, content: Any, *path: str | int) -> Any:
-        """content[path[0]][path[1]]...; None in place of an object ends it. Raises RefusedError for other content."""
+        """content[path[0]][path[1]]... Raises RefusedError for other content."""
         for step in path:
-            if content is None:
-                return None
             try:
                 content = content[step]
             except (KeyError, IndexError, TypeError):
                 raise RefusedError(f"{self.url} answered without {step!r}; is it OpenAI's interface?") from None
         return content
+
+
+def is_logprob(value: Any) -> bool:
+    """Whether it is the logarithm of a probability; rounding may lead a little above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value < 1e-3
 
 
 def _said(response: httpx.Response) -> str:

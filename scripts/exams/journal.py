@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from attnzoo.files import read_text, write_atomic
+from scripts.exams.endpoint import is_logprob
 
 MAX_BYTES = 1 << 30
 
@@ -71,12 +72,21 @@ def _read(path: Path, what: str) -> list[dict[str, Any]]:
     for number, text in enumerate(texts[:-1] if len(texts) > 1 else texts, 1):
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             line = None
-        if not isinstance(line, dict) or (found and not isinstance(line.get("key"), str)):
+        if not isinstance(line, dict) or (found and not _is_entry(line)):
             raise ValueError(f"'{path}' is no journal of {what} (line {number}); name another file")
         found.append(line)
     return found
+
+
+def _is_entry(line: Mapping[str, Any]) -> bool:
+    """Whether a line has a key, and an answer: a text, or log probabilities by token."""
+    tokens = line.get("next_tokens")
+    is_answer = isinstance(line.get("text"), str) or (
+        isinstance(tokens, dict) and all(map(is_logprob, tokens.values()))
+    )
+    return isinstance(line.get("key"), str) and is_answer
 
 
 def _check_same(path: Path, what: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

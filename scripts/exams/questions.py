@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.errors import suggest
-from attnzoo.files import read_text
+from attnzoo.files import read_text, unique_keys
 
 GROUP = "domain"
 """The column of groups where none is named; a file need not have it."""
@@ -86,11 +86,11 @@ def read_questions(path: Path, group: str = GROUP) -> list[Question]:
     column `group` may follow. Options that stand in the question's text as well, from a line that begins with (A), are
     left out of the stem. Raises ValueError that names the file and the row.
     """
-    text = read_text(path)
+    text = read_text(path).removeprefix("\ufeff")
     if path.suffix == ".csv":
-        rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text, newline="")))
+        rows: list[dict[str, Any]] = _cells(text, path)
     elif path.suffix == ".jsonl":
-        rows = [_object(line, f"'{path}' line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        rows = [_object(line, f"'{path}' line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     else:
         raise ValueError(f"'{path}' must be a .csv or a .jsonl file")
     if not rows:
@@ -106,10 +106,27 @@ def read_questions(path: Path, group: str = GROUP) -> list[Question]:
     return found
 
 
+def _cells(text: str, path: Path) -> list[dict[str, Any]]:
+    """The rows of a .csv file by column. Raises ValueError for a name that two columns have, and for more cells than
+    columns."""
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        columns, rows = list(reader.fieldnames or ()), list(reader)
+    except csv.Error as error:
+        raise ValueError(f"'{path}' is not a table of comma-separated values ({error})") from None
+    again = next((name for name in columns if columns.count(name) > 1), None)
+    if again is not None:
+        raise ValueError(f"'{path}': the column {again!r} stands twice; keep one of them")
+    for number, row in enumerate(rows, 1):
+        if None in row:  # where csv puts cells without a column
+            raise ValueError(f"'{path}' question {number} has more cells than the {len(columns)} columns")
+    return rows
+
+
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
-        found = json.loads(line)
-    except ValueError as error:
+        found = json.loads(line, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{where} holds a {type(found).__name__}, not an object")
@@ -124,30 +141,37 @@ def _question(row: Mapping[str, Any], number: int, where: str, group: str) -> Qu
     letter = LETTER.fullmatch(str(row["answer"]).strip())
     if letter is None or letter[1] not in options:
         raise ValueError(f"{where}: answer {row['answer']!r} is none of its options {', '.join(options)}")
-    stem = str(row["question"]).strip()
+    stem = _text(row["question"], "question", where)
     inside = FIRST_OPTION.search(stem)
     stem = stem[: inside.start()].strip() if inside else stem
     if not stem:
         raise ValueError(f"{where} has no text before its options")
     return Question(
-        id=str(row.get("id") or number),
+        id=_text(row.get("id") or number, "id", where),
         stem=stem,
         options=options,
         answer=letter[1],
-        group=str(row.get(group) or ""),
+        group=_text(row.get(group) or "", group, where),
     )
+
+
+def _text(value: Any, what: str, where: str) -> str:
+    """A text or a number as a text. Raises ValueError."""
+    try:
+        if isinstance(value, str | int | float):
+            return str(value).strip().encode("utf-8").decode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: {what} holds half a surrogate pair, which is no text; remove it") from None
+    raise ValueError(f"{where}: {what} is {value!r}, not a text")
 
 
 def _options(choices: Any, where: str) -> dict[str, str]:
     """By letter, A first. Text is read as JSON, else as a Python literal. Raises ValueError."""
     if isinstance(choices, str):
         try:
-            choices = json.loads(choices)
-        except ValueError:
-            try:
-                choices = ast.literal_eval(choices)
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
-                raise ValueError(f"{where}: choices are neither a JSON object nor a list") from None
+            choices = _literal(choices)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise ValueError(f"{where}: choices are neither a JSON object nor a list") from None
     if isinstance(choices, list):
         choices = dict(zip(LETTERS, choices, strict=False)) if len(choices) <= len(LETTERS) else {}
     if not isinstance(choices, dict) or not 2 <= len(choices) <= len(LETTERS):
@@ -155,9 +179,22 @@ def _options(choices: Any, where: str) -> dict[str, str]:
     found = {}
     for name, text in choices.items():
         letter = LETTER.fullmatch(str(name).strip())
-        if letter is None or not str(text).strip():
-            raise ValueError(f"{where}: option {name!r} must have a letter and a text")
-        found[letter[1]] = str(text).strip()
+        shown = _text(text, f"option {name!r}", where)
+        if letter is None or not shown or letter[1] in found:
+            raise ValueError(f"{where}: option {name!r} must have a letter and a text, and no other that letter")
+        found[letter[1]] = shown
     if sorted(found) != list(LETTERS[: len(choices)]):
         raise ValueError(f"{where}: options have the letters {', '.join(found)}, not A to {LETTERS[len(choices) - 1]}")
     return dict(sorted(found.items()))
+
+
+def _literal(text: str) -> Any:
+    """JSON, else a Python literal. Raises ValueError and others for neither, and for a key that stands twice."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except json.JSONDecodeError:
+        tree = ast.parse(text.strip(), mode="eval").body
+    found = ast.literal_eval(tree)
+    if isinstance(found, dict) and isinstance(tree, ast.Dict) and len(found) < len(tree.keys):
+        raise ValueError("a key stands twice")
+    return found

@@ -85,9 +85,8 @@ class GivenValue:
 
 @dataclass(frozen=True, kw_only=True)
 class Admitted:
-    """One patient of a request. hours: of the stay that are used. start: the time of hour 0, None: not told. at: the time
-    of the prediction, after which nothing is known, None: not told. subject, encounter, basis: references to FHIR
-    resources."""
+    """One patient of a request. hours: of the stay that are used. start: time of hour 0; at: that of the prediction,
+    after which nothing is known; None: not told. subject, encounter, basis: references of FHIR."""
 
     id: str
     hours: int

@@ -1,5 +1,7 @@
 """Metrics of predictions for patients: against scikit-learn, by hand, and what they refuse."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy.optimize import minimize
@@ -112,8 +114,10 @@ def test_separated_and_constant_logits_have_a_finite_calibration():
     assert c.fit_calibrator(labels, 0.5 - labels).temperature == pytest.approx(c.TEMPERATURES[1])
     constant = c.fit_calibrator(labels, np.full(5, 3.0))
     assert constant.probabilities([3.0]) == pytest.approx([0.4])
-    for content in ({"temperature": 0, "intercept": 0}, {"temperature": 1, "intercept": "inf"}, {"temperature": 1}):
-        with pytest.raises(ValueError, match=r"temperature=0|intercept=inf|holds temperature and intercept, not"):
+    for content in ({"temperature": 0, "intercept": 0}, {"temperature": 1, "intercept": math.inf}, {"temperature": 1}):
+        with pytest.raises(
+            ValueError, match=r"temperature=0|must be finite numbers|holds temperature and intercept, not"
+        ):
             c.Calibrator.from_dict(content)
 
 
@@ -171,7 +175,7 @@ def test_settings_that_mean_nothing_are_refused():
             build()
     with pytest.raises(ValueError, match=r"thresholds=1\.0 must lie between 0 and 1"):
         m.decision_curve([0, 1], [0.1, 0.2], [1.0])
-    with pytest.raises(ValueError, match="bins=0 must be at least 1"):
+    with pytest.raises(ValueError, match="bins=0 must be a whole number of at least 1"):
         c.calibration_curve([0, 1], [0.1, 0.2], bins=0)
 
 

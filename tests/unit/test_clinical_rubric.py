@@ -16,8 +16,21 @@ LIKERT = [
     ("Rating: 0", None),
     ("There are 3 reasons.", None),
     ("", None),
+    ("Rating: 1 to 5", None),  # the scale, repeated
+    ("Rating: 1-5", None),
+    ("Rating: 4/10", None),
+    ("Rating: 4 out of 10", None),
+    ("Rating: 4,5", None),
+    ("Rating: 2\nRating: 3 or 4", None),
+    ("Rating: -3", None),
+    ("-3", None),
+    ("- 3", 3),
+    ("Rating: 3/5", 3),
+    ("Rating: 3 out of 5.", 3),
+    ("Rating: 1 to 5? I say\nRating: 2", 2),
 ]
 YES_NO = [("Rating: yes", 1), ("rating - No.", 0), ("Yes.", 1), ("Yes, it does", None), ("Rating: unknown", None)]
+YES_NO += [("Rating: yes or no", None), ("Rating: yes, or: Rating: no", None), ("Rating: yes or no?\nRating: no", 0)]
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,18 @@ ANSWERS = [
     ("I cannot tell.", None),
     ("", None),
     ("The answer is not B. The answer should be D!", "D"),
+    ("<answer>(A) or (B)</answer>", None),
+    ("<answer>A, B</answer>", None),
+    ("<answer>A and C</answer>", None),
+    ("The answer is (C) and (D).", None),
+    ("The answer is C or D", None),
+    (r"$\boxed{A, C}$", None),
+    ("(A) or (B)", None),
+    ("<answer>(A) or (B)</answer> No: <answer>B</answer>", "B"),
+    ("The answer is (C), not (D).", "C"),
+    ("The answer is (C), which (D) is not.", "C"),
+    ("<answer>(B), (b)</answer>", "B"),
+    ("<answer>(B) or (F)</answer>", "B"),  # the question ends at E
 ]
 
 
