@@ -60,6 +60,17 @@ class Cohort:
         return self.labels[name]
 
 
+def chosen_rows(cohort: Cohort, rows: np.ndarray | None) -> np.ndarray:
+    """Rows of a cohort as int64; None: all of them. Raises ValueError for what are no numbers of its rows."""
+    found = np.arange(len(cohort)) if rows is None else np.asarray(rows)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise ValueError(f"rows is an array of {found.dtype} of shape {found.shape}; give the numbers of rows")
+    if found.size and not 0 <= found.min() <= found.max() < len(cohort):
+        worst = found.min() if found.min() < 0 else found.max()
+        raise ValueError(f"rows holds {worst}; cohort {cohort.name!r} has the rows 0 to {len(cohort) - 1}")
+    return found.astype(np.int64)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StayFacts:
     """What a loader knows about N stays beside their events; `cohort_of` makes a cohort of both."""

@@ -312,6 +312,8 @@ def findings(
     """The variables with the largest sums in one stay, at most `most`. Raises ValueError."""
     if len(variables) != stays.cells_NTVC.shape[2]:
         raise ValueError(f"variables has {len(variables)} names; cells_NTVC has {stays.cells_NTVC.shape[2]} variables")
+    if most < 1:
+        raise ValueError(f"most={most} must be at least 1")
     if not 0 <= row < len(stays):
         raise ValueError(f"row={row} does not exist; there are {len(stays)} stays")
     values_TV, observed_TV = cell_map.values_NTV[row], stays.observed[row]

@@ -222,7 +222,7 @@ def decision_curve(
 
     Raises ValueError."""
     labels_N, found_N = checks.probabilities(labels, probabilities)
-    if isinstance(thresholds, Real | str):
+    if isinstance(thresholds, Real | str) or not len(thresholds):
         raise ValueError(f"thresholds={thresholds!r} must be a list of numbers between 0 and 1")
     at_T = np.array([checks.fraction(t, "thresholds") for t in thresholds])
     acted_TN = found_N >= at_T[:, None]

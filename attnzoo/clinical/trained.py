@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from attnzoo.checkpoint import model_files
+from attnzoo.clinical import checks
 from attnzoo.clinical.calibration import Calibrator
-from attnzoo.clinical.cohort import Cohort
+from attnzoo.clinical.cohort import Cohort, chosen_rows
 from attnzoo.clinical.evidence import Evidence
 from attnzoo.clinical.outcome import Outcome
 from attnzoo.clinical.statistics import Statistics
@@ -62,7 +63,8 @@ class TrainedModel:
     def logits(self, cohort: Cohort, rows: np.ndarray | None = None, batch_size: int = 256) -> np.ndarray:
         """[N, outputs] or [N, T, outputs], float32, as the model tells them: not calibrated. Raises ValueError for
         other variables than those of training."""
-        rows = np.arange(len(cohort)) if rows is None else np.asarray(rows)
+        rows = chosen_rows(cohort, rows)
+        checks.count(batch_size, "batch_size", 1)
         device = next(self.model.parameters()).device
         with torch.no_grad():
             parts = [
@@ -81,7 +83,7 @@ class TrainedModel:
 
 
 def _cut(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(rows), size):
+    for start in range(0, max(len(rows), 1), size):  # of no rows one part, so that the shape is known
         yield rows[start : start + size]
 
 

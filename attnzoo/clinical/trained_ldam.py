@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from attnzoo.checkpoint import model_files
-from attnzoo.clinical.cohort import Cohort
+from attnzoo.clinical import checks
+from attnzoo.clinical.cohort import Cohort, chosen_rows
 from attnzoo.clinical.label_calibration import LabelCalibration
 from attnzoo.clinical.statistics import Statistics
 from attnzoo.clinical.text_evidence import TextEvidence
@@ -77,7 +78,7 @@ class TrainedLdam:
     def inputs(self, cohort: Cohort, rows: np.ndarray | None = None) -> tuple[Tensor, ...]:
         """What `inputs_of` takes, of rows of a cohort. Raises ValueError for a cohort without texts, and for other
         variables than those of training."""
-        rows = np.arange(len(cohort)) if rows is None else np.asarray(rows)
+        rows = chosen_rows(cohort, rows)
         if cohort.texts is None:
             raise ValueError(f"cohort {cohort.name!r} has no texts; load it with them (eicu: texts=True)")
         words = self.vocabulary.inputs([cohort.texts[row] for row in rows], self.longest)
@@ -89,7 +90,8 @@ class TrainedLdam:
     @torch.no_grad()
     def logits(self, cohort: Cohort, rows: np.ndarray | None = None, batch_size: int = 64) -> np.ndarray:
         """[N, labels], float32."""
-        rows = np.arange(len(cohort)) if rows is None else np.asarray(rows)
+        rows = chosen_rows(cohort, rows)
+        checks.count(batch_size, "batch_size", 1)
         found = [np.zeros((0, len(self.labels)), np.float32)]
         for start in range(0, len(rows), batch_size):
             given = self.inputs(cohort, rows[start : start + batch_size])

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from attnzoo.checkpoint import model_files
 from attnzoo.checkpoint.frozen import FrozenLM
-from attnzoo.clinical.cohort import Cohort
+from attnzoo.clinical import checks
+from attnzoo.clinical.cohort import Cohort, chosen_rows
 from attnzoo.clinical.sensors import SensorQuestions, SensorStatistics
 from attnzoo.clinical.variables import PMDATA, Table
 from attnzoo.models import PromptedLM, SensorAdapter, SensorConfig
@@ -67,7 +68,7 @@ class TrainedSensors:
     def embeddings(self, cohort: Cohort, rows: np.ndarray | None = None) -> Tensor:
         """Embeddings [N, M, model_dim] of rows, for prompts of the language model (`attnzoo.models.Embedded`). Raises
         ValueError for other sensors."""
-        numbers_NF = torch.from_numpy(self.statistics.standardised(cohort, rows))
+        numbers_NF = torch.from_numpy(self.statistics.standardised(cohort, chosen_rows(cohort, rows)))
         return as_embeddings(self.adapter(numbers_NF), self.language_model.model, self.unit)
 
     @property
@@ -81,7 +82,8 @@ class TrainedSensors:
 
     def predict(self, cohort: Cohort, rows: np.ndarray | None = None, batch_size: int = 16) -> np.ndarray:
         """Probabilities of yes [N, Q], in the order of `questions.labels`. Raises ValueError for other sensors."""
-        scores_NQ = self.scores(self.statistics.standardised(cohort, rows), batch_size)
+        checks.count(batch_size, "batch_size", 1)
+        scores_NQ = self.scores(self.statistics.standardised(cohort, chosen_rows(cohort, rows)), batch_size)
         return 1 / (1 + np.exp(-scores_NQ.astype(np.float64)))
 
 

@@ -97,11 +97,12 @@ class Endpoint:
     def _only_model(self) -> str:
         listed = self._read(self._send("GET", "/models", None), "data")
         names = [self._read(entry, "id") for entry in listed] if isinstance(listed, list) else [None]
-        if not all(isinstance(name, str) and name for name in names):
+        known = [name for name in names if isinstance(name, str) and name]
+        if len(known) < len(names):
             raise RefusedError(f"{self.url}/models lists no models by their ids; is it OpenAI's interface?")
-        if len(names) != 1:
-            raise ValueError(f"{self.url} has {len(names)} models; name one of them: {', '.join(names) or '(none)'}")
-        return names[0]
+        if len(known) != 1:
+            raise ValueError(f"{self.url} has {len(known)} models; name one of them: {', '.join(known) or '(none)'}")
+        return known[0]
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         return self._send("POST", path, body)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from attnzoo.clinical.trained import load_trained
@@ -59,3 +60,22 @@ def test_a_value_that_training_does_not_write(
     finally:
         path.write_text(before)
     assert load_trained(checkpoint).statistics.hours == 12
+
+
+ROWS = [
+    ([99], "rows holds 99; cohort 'set-t' has the rows 0 to 29"),
+    ([-1], "rows holds -1"),
+    ([True] * 30, r"array of bool of shape \(30,\)"),
+    ([0.5], "array of float64"),
+    ([[0]], r"of shape \(1, 1\)"),
+]
+
+
+@pytest.mark.parametrize(("rows", "told"), ROWS)
+def test_rows_that_a_cohort_does_not_have(checkpoint: Path, rows: list[Any], told: str) -> None:
+    trained, cohort = load_trained(checkpoint), icu_cohort()
+    with pytest.raises(ValueError, match=told):
+        trained.predict(cohort, np.array(rows))
+    with pytest.raises(ValueError, match="batch_size=0 must be a whole number of at least 1"):
+        trained.predict(cohort, batch_size=0)
+    assert trained.predict(cohort, np.array([], int)).shape == (0,)

@@ -53,6 +53,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "specificity": (lambda: m.sensitivity_at(None), "specificity=None must lie between 0 and 1"),
     "thresholds": (lambda: m.decision_curve(Y, S, ["a"]), "thresholds='a' must lie between 0 and 1"),
     "one threshold": (lambda: m.decision_curve(Y, S, 0.3), "thresholds=0.3 must be a list"),
+    "no threshold": (lambda: m.decision_curve(Y, S, ()), r"thresholds=\(\) must be a list"),
     "least": (lambda: m.macro_auroc(-3), "least=-3 must be a whole number of at least 1"),
     "least of words": (lambda: m.macro_auroc("1"), "least='1' must be a whole number"),
     "bins": (lambda: c.calibration_curve(Y, S, 2.5), "bins=2.5 must be a whole number"),
