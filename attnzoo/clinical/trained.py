@@ -54,11 +54,11 @@ class TrainedModel:
     evidence: Evidence | None = None
 
     def __post_init__(self) -> None:
+        if self.calibrator is not None and self.outcome.edges:
+            raise ValueError("calibrator: temperature and intercept are those of a yes or no, and outcome has edges")
         wanted = len(self.outcome.edges) + 1
         if self.evidence is not None and len(self.evidence.shares) != wanted:
             raise ValueError(f"evidence.shares has {len(self.evidence.shares)} entries; the outcome has {wanted}")
-        if self.calibrator is not None and self.outcome.edges:
-            raise ValueError("calibrator: temperature and intercept are those of a yes or no, and outcome has edges")
 
     def logits(self, cohort: Cohort, rows: np.ndarray | None = None, batch_size: int = 256) -> np.ndarray:
         """[N, outputs] or [N, T, outputs], float32, as the model tells them: not calibrated. Raises ValueError for

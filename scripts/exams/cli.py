@@ -16,10 +16,10 @@ EXAMPLES = """examples:
 
 A question has a text, choices (an object from letters to texts, or a list) and an answer (a letter). Of an answer the
 last letter that it marks counts; without one, and with several at once, it is wrong, and counted as unread. A request
-that fails is counted apart, and asked again by the next run with the same --answers. low and high: Wilson's interval of 95 %. orders_agree:
-questions that get the same option in every order of their options. Exit status: 1 if a request failed as often as it
-was tried; 2, without a result, after wrong usage, for an endpoint that does not list its models, and for one that
-refuses a request or answers without OpenAI's interface.
+that fails is counted apart, and asked again by the next run with the same --answers. low and high: Wilson's interval of
+95 %. orders_agree: questions that get the same option in every order of their options. Exit status: 1 if a request
+failed as often as it was tried; 2, without a result, after wrong usage, for an endpoint that does not list its models,
+and for one that refuses a request or answers without OpenAI's interface.
 """
 
 
