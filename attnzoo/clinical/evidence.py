@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from attnzoo.clinical import checks
 from attnzoo.clinical.bootstrap import resampled_weights
 from attnzoo.clinical.calibration import Calibrator, fit_calibrators
 from attnzoo.clinical.explain import CellMap, Logit, StayCells, attention, integrated_gradients
@@ -56,9 +57,9 @@ class Evidence:
         if set(content) != {one.name for one in fields(cls)}:
             raise ValueError(f"evidence has the keys {', '.join(map(str, content)) or 'none'}")
         return cls(
-            stays=checked(content["stays"], int, "evidence.stays"),
+            stays=checks.count(content["stays"], "evidence.stays", 0),
             shares=read_shares(content["shares"]),
-            calibration_stays=checked(content["calibration_stays"], int, "evidence.calibration_stays"),
+            calibration_stays=checks.count(content["calibration_stays"], "evidence.calibration_stays", 0),
             calibrators=tuple(Calibrator.from_dict(one) for one in content["calibrators"]),
             maps=read_verdicts(content["maps"]),
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from attnzoo.clinical import checks
 from attnzoo.clinical.evidence import MapVerdict, read_shares, read_verdicts
 from attnzoo.clinical.words import Vocabulary, spans
 from attnzoo.types import checked
@@ -75,7 +76,7 @@ class TextEvidence:
         return cls(
             shares=read_shares(content["shares"]),
             maps=read_verdicts(content["maps"]),
-            **{name: checked(content[name], int, f"evidence.{name}") for name in ("stays", "texts", "least_known")},
+            **{name: checks.count(content[name], f"evidence.{name}", 0) for name in ("stays", "texts", "least_known")},
             least_share=checked(content["least_share"], float, "evidence.least_share"),
         )
 

@@ -17,6 +17,7 @@ DAMAGED: list[tuple[str, tuple[str | int, ...], Any]] = [
     (CONFIG, ("evidence", "shares"), [5.0]),
     (CONFIG, ("evidence", "shares"), [0.5, 0.5]),
     (CONFIG, ("evidence", "stays"), "10"),
+    (CONFIG, ("evidence", "stays"), -1),
     (CONFIG, ("evidence", "maps"), {"attention": {"beats_random": "no", "words": "x"}}),
     (CONFIG, ("evidence", "calibrators"), [{"temperature": "1", "intercept": 0}]),
     (CONFIG, ("calibration",), {"temperature": "1", "intercept": "0"}),
