@@ -192,6 +192,25 @@ def test_a_client_that_leaves_ends_the_work_between_two_steps(checkpoint, stream
         assert ask(httpx.Client(base_url=url), "draw", GENERATE)["forwards"] == 2
 
 
+def test_a_client_that_leaves_the_queue_costs_no_step(checkpoint):
+    app = app_of(checkpoint, max_draw_steps=100_000)
+    studio, steps = app.state.studio, []
+    with serving(app, lifespan="auto") as url:
+        first = open_request(url, {**GENERATE, "steps": 100_000})
+        wait_until(lambda: studio._running == 1, "the first is drawn")
+        second = open_request(url, {**GENERATE, "prompt": "a dog", "stream": True})
+        assert second.recv(12) == b"HTTP/1.1 200"
+        second.close()
+        wait_until(lambda: studio._running == 1, "the second has gone")
+        draw = studio.artist.trained.draw
+        object.__setattr__(studio.artist.trained, "draw", lambda captions, *_, **__: steps.append(captions))
+        first.close()
+        wait_until(lambda: studio._running == 0, "the first has gone")
+        studio._pool.submit(lambda: None).result(timeout=5)
+        object.__setattr__(studio.artist.trained, "draw", draw)
+        assert steps == []
+
+
 def test_limits_of_time_and_number(checkpoint, monkeypatch):
     monkeypatch.setenv("IMAGES_KEY", "k")
     with drawing_client(checkpoint, max_drawings=1, api_key_env="IMAGES_KEY") as client:
