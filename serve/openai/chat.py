@@ -48,11 +48,11 @@ class ChatAnswer(Answer):
         self.begun: set[int] = set()
         pictures = engine.engine.pictures
         self.lead = "" if pictures is None else pictures.turns.lead
-        self.leads: dict[int, str] = {}
-        """What is left of `lead`, by choice."""
+        self.held: dict[int, str | None] = {}
+        """By choice, the beginning of its text, as long as `lead` may begin with it; None: it is beyond that."""
 
     def choice(self, index: int, text: str, logprobs: list[TokenLogprobs], reason: FinishReason) -> dict[str, Any]:
-        message = {"role": "assistant", "content": self._led(index, text)}
+        message = {"role": "assistant", "content": text.removeprefix(self.lead)}
         return {"index": index, "message": message, "logprobs": self._logprobs(logprobs), "finish_reason": reason}
 
     def news(self, index: int, delta: Delta) -> list[dict[str, Any]]:
@@ -60,21 +60,24 @@ class ChatAnswer(Answer):
         if index not in self.begun:
             self.begun.add(index)
             chunks.append(_chunk(index, {"role": "assistant", "content": ""}))
-        text = self._led(index, delta.text)
+        text = self._led(index, delta.text, delta.finish_reason is not None)
         if text or delta.logprobs:
             chunks.append(_chunk(index, {"content": text}, self._logprobs(delta.logprobs)))
         if delta.finish_reason is not None:
             chunks.append(_chunk(index, {}, reason=delta.finish_reason))
         return chunks
 
-    def _led(self, index: int, text: str) -> str:
+    def _led(self, index: int, text: str, last: bool) -> str:
         """The next text of a choice, without what a model of pictures has learned to write before an answer."""
-        left = self.leads.get(index, self.lead)
-        if left and text:
-            cut = text.removeprefix(left) if text.startswith(left) else "" if left.startswith(text) else text
-            self.leads[index] = "" if cut else left[len(text) :]
-            return cut
-        return text
+        held = self.held.get(index, "")
+        if held is None:
+            return text
+        text = held + text
+        if not last and len(text) < len(self.lead) and self.lead.startswith(text):
+            self.held[index] = text
+            return ""
+        self.held[index] = None
+        return text.removeprefix(self.lead)
 
     def _logprobs(self, logprobs: list[TokenLogprobs]) -> dict[str, Any] | None:
         if self.request.alternatives is None:

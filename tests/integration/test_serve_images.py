@@ -21,6 +21,7 @@ from serve.config import EngineConfig, ServeConfig, absolute_paths, build_serve_
 from serve.engine import Engine
 from serve.loading import load_parts
 from serve.modalities.images import fitted
+from serve.openai.chat import ChatAnswer
 from tests.helpers import picture_models, sensor_models, serving
 from tests.helpers.http_server import events, running_engine
 from tests.helpers.picture_models import file_of, image_part, message, picture_model, some_picture, url_of
@@ -100,6 +101,24 @@ def test_turns_are_those_of_training(server: Server, trained: TrainedPictures) -
         error = post(server[0], *wrong).json()["error"]
         assert (error["code"], error["param"]) == ("chat_template_error", "messages")
         assert said in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        (["An", "swer: ", "yes"], "yes"),
+        (["Answer: yes", " it is"], "yes it is"),
+        (["Ans"], "Ans"),
+        (["An", " apple"], "An apple"),
+        (["", "Answer: Answer: "], "Answer: "),
+    ],
+)
+def test_what_stands_before_an_answer_is_no_part_of_it_in_streams_too(pieces: list[str], shown: str) -> None:
+    answer = object.__new__(ChatAnswer)
+    answer.lead, answer.held = "Answer: ", {}
+    last = len(pieces) - 1
+    assert "".join(answer._led(0, text, number == last) for number, text in enumerate(pieces)) == shown
+    assert "".join(pieces).removeprefix(answer.lead) == shown
 
 
 @pytest.mark.parametrize(
