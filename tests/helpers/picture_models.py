@@ -23,11 +23,15 @@ SCENES = SceneOptions(image_size=SIZE, kinds=6, smallest=8, largest=12, held_out
 
 
 def picture_model(*, sinks: bool = False, max_len: int = 128) -> TrainedPictures:
-    """sinks: the begin token has a massive number in one channel, which no layer takes away."""
+    """sinks: the begin token has a massive number in one channel, which no layer takes away, and some vectors of
+    pictures have little else."""
     decoder = small_model("mha", layers=3, max_len=max_len)
     if sinks:
         decoder.embedding.weight[tokenizer().bos_id, CHANNEL] = 3000.0
-    return in_front_of(FrozenLM(decoder, tokenizer(), "", "float32"), own=True)
+    found = in_front_of(FrozenLM(decoder, tokenizer(), "", "float32"), own=True)
+    if sinks:
+        found.pictures.output.weight[CHANNEL].mul_(20)
+    return found
 
 
 def in_front_of(frozen: FrozenLM, own: bool = False, texts: TurnFormat | None = None) -> TrainedPictures:

@@ -120,8 +120,12 @@ def test_the_reply_says_what_was_moved(url: str, trained: TrainedPictures, edits
         assert told["sinks"] == run.positions(edit.where.layers[0], edit.where.keys)
         assert 0 in told["sinks"]
     assert changed
-    first, last = reply["layers"][0]["picture"]
-    assert last >= first
+    first = reply["layers"][0]
+    inside = [place for start, stop in prompt.spans["image"] for place in range(start, stop) if place in first["sinks"]]
+    assert 0 < len(inside) < 16, "the picture has no sinks of its own"
+    assert len(first["heads"]) > 0
+    before, after = first["picture"]
+    assert after >= before
 
 
 def generated(trained: TrainedPictures, edits: Edits) -> list[list[int]]:
