@@ -221,6 +221,17 @@ class SceneWorld:
         column, row = (min(max(int(v // side), 0), CELLS - 1) for v in (placed.x, placed.y))
         return row * CELLS + column
 
+    def patch_kinds(self, scene: Scene, side: int) -> np.ndarray:
+        """int64 [side * side]: the kind of the object whose square covers the middle of each patch, row by row; the
+        number of kinds where there is none."""
+        size = self.options.image_size / side
+        middles = (np.arange(side) + 0.5) * size
+        found = np.full((side, side), self.options.kinds)
+        for placed in scene.objects:
+            rows, columns = (abs(middles - at) <= placed.size / 2 for at in (placed.y, placed.x))
+            found[np.ix_(rows, columns)] = placed.kind
+        return found.reshape(-1)
+
     # --- what it looks like -------------------------------------------------------------------------------------
 
     def image(self, scene: Scene) -> np.ndarray:

@@ -18,6 +18,7 @@ def words(cache: Path, *overrides: str) -> list[str]:
         f"model.vision={TOWER}",
         "task.questions=4",
         "task.turns=3",
+        "task.patch_loss=0.0",
         f"cache_dir={cache}",
         *overrides,
     ]

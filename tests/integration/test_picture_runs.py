@@ -18,6 +18,7 @@ SMALL = [
     "eval={every: 3, batch_size: 20, max_blocks: 40}",
     "log={every: 1, progress: false, tensorboard: false}",
     "checkpoint={every: null}",
+    "task.patch_loss=0.5",
 ]
 
 

@@ -19,12 +19,15 @@ def pictures(world: SceneWorld, scenes: Sequence[Scene]) -> Tensor:
 
 
 class SceneStream:
-    """Training batches (images_BCHW, tokens_BT, targets_BT, groups_B): scene n of the stream is at place n of the
-    concatenated global batches. turns: questions about each; text_share: of them, about words alone."""
+    """Training batches (images_BCHW, tokens_BT, targets_BT, groups_B, kinds_BP): scene n of the stream is at place n of
+    the concatenated global batches. turns: questions about each; text_share: of them, about words alone. side: patches
+    along a side of a picture, of which kinds_BP says what is there (`SceneWorld.patch_kinds`)."""
 
-    def __init__(self, world: SceneWorld, reader: Turns, seed: int, turns: int, text_share: float) -> None:
+    def __init__(
+        self, world: SceneWorld, reader: Turns, seed: int, *, turns: int, text_share: float, side: int
+    ) -> None:
         self._world, self._reader, self._seed, self._used = world, reader, seed, 0
-        self._turns, self._text_share = turns, text_share
+        self._turns, self._text_share, self._side = turns, text_share, side
 
     def next(self, batch_size: int, rank: int, world: int) -> Batch:
         """The batch of process `rank`."""
@@ -35,7 +38,8 @@ class SceneStream:
             self._reader.sequence(asked_about(self._world, scene, self._turns, self._text_share)) for scene in scenes
         ]
         tokens_BT, targets_BT = padded(rows)
-        return pictures(self._world, scenes), tokens_BT, targets_BT, torch.full((batch_size,), -1)
+        kinds_BP = torch.from_numpy(np.stack([self._world.patch_kinds(scene, self._side) for scene in scenes]))
+        return pictures(self._world, scenes), tokens_BT, targets_BT, torch.full((batch_size,), -1), kinds_BP
 
     def state(self) -> dict[str, int]:
         """The position in the stream."""

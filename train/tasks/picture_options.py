@@ -17,11 +17,13 @@ from train.tokenizer import TokenizerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionOptions(TaskOptions, CheckedConfig):
-    """turns: questions about each training picture; text_share: of them, about words alone. questions: of each kind and
+    """turns: questions about each training picture; text_share: of them, about words alone. patch_loss: the weight of a
+    second loss, by which the tower learns what is in each of its patches; 0: there is none. questions: of each kind and
     split in validation, each about a picture of its own. texts: what stands around pictures, questions and answers."""
 
     turns: int = 6
     text_share: float = 0.35
+    patch_loss: float = 0.0
     questions: int = 100
     texts: dict = field(default_factory=dict)
 
@@ -32,6 +34,8 @@ class QuestionOptions(TaskOptions, CheckedConfig):
                 raise ValueError(f"task.{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.text_share < 1:
             raise ValueError(f"task.text_share={self.text_share} must be at least 0 and below 1")
+        if self.patch_loss < 0:
+            raise ValueError(f"task.patch_loss={self.patch_loss} must be a number of at least 0")
         self.format()
 
     def format(self) -> TurnFormat:

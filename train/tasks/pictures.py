@@ -31,6 +31,7 @@ from train.config import Config
 from train.data.base import IGNORED, Batch
 from train.data.scenes import SceneStream, asked_about, pictures
 from train.tasks.base import TASKS, Task
+from train.tasks.patch_head import WithPatchHead
 from train.tasks.picture_options import PictureModel, QuestionOptions, check_data, check_tokenizer, scene_options
 from train.tokenizer import TokenizerConfig, train_tokenizer
 
@@ -41,8 +42,9 @@ EVALUATED = tuple(KINDS)
 
 @TASKS.register("pictures")
 class PictureTask(Task):
-    """Batches are (images_BCHW uint8, tokens_BT, targets_BT, groups_B). A target of -100 does not count; a group is the
-    number of a split and kind of question in `groups`, -1 in training."""
+    """Batches are (images_BCHW uint8, tokens_BT, targets_BT, groups_B), in training with kinds_BP (`patch_kinds`). A
+    target of -100 does not count; a group is the number of a split and kind of question in `groups`, -1 in training.
+    """
 
     ROW = UNIT = "image"
     METRICS = ("loss", "accuracy", *EVALUATED, "majority", "blind")
@@ -122,7 +124,14 @@ class PictureTask(Task):
         else:
             self.tokenizer = load_tokenizer(self._tokenizer_path())
         options = self.options
-        self.train = SceneStream(self.world, self.reader, self.config.seed, options.turns, options.text_share)
+        self.train = SceneStream(
+            self.world,
+            self.reader,
+            self.config.seed,
+            turns=options.turns,
+            text_share=options.text_share,
+            side=self.parts.pictures(1, 1.0).vision.side,
+        )
         each = [evaluation_questions(self.world, split, kind, options.questions) for split, kind in self.groups]
         # One after another through all groups, so that the first ones are of all.
         self.evaluated = [group[i] for i in range(options.questions) for group in each]
@@ -198,19 +207,21 @@ class PictureTask(Task):
     def model(self) -> nn.Module:
         """New weights, or those of checkpoint.init_from."""
         made = self._new()
-        if self.config.checkpoint.init_from is None:
-            return made
-        initial = self._initial()
-        if isinstance(made, MultimodalLM):
-            made.load_state_dict(initial.model.state_dict())
-        else:
-            made.vision.load_state_dict(initial.pictures.vision.state_dict())
-        return made
+        if self.config.checkpoint.init_from is not None:
+            initial = self._initial()
+            if isinstance(made, MultimodalLM):
+                made.load_state_dict(initial.model.state_dict())
+            else:
+                made.vision.load_state_dict(initial.pictures.vision.state_dict())
+        return self._with_head(made)
+
+    def _with_head(self, made: MultimodalLM | PictureEncoder) -> nn.Module:
+        return WithPatchHead(made, self.scenes.kinds) if self.options.patch_loss else made
 
     def rebuilt(self, model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
         """Whether or not what the run began with is still there."""
         with torch.random.fork_rng(devices=[]):
-            made = self._new()
+            made = self._with_head(self._new())
         made.load_state_dict(state)
         return made.eval()
 
@@ -246,6 +257,8 @@ class PictureTask(Task):
 
     def whole(self, model: nn.Module) -> MultimodalLM:
         """The model that answers: what is trained, with the frozen language model if there is one."""
+        if isinstance(model, WithPatchHead):
+            model = model.trained
         if isinstance(model, MultimodalLM):
             return model
         encoder = cast(PictureEncoder, model)
@@ -257,9 +270,14 @@ class PictureTask(Task):
         return int((batch[2] != IGNORED).sum())
 
     def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> Tensor:
-        """Cross entropy of the answers' tokens in nats."""
-        logits_AV, targets_A = self.whole(model).target_logits(batch[1], batch[2], batch[0])
-        return F.cross_entropy(logits_AV.float(), targets_A, reduction="sum") / count
+        """Cross entropy of the answers' tokens in nats, and with task.patch_loss that of the patches."""
+        images, patches = batch[0], torch.zeros((), device=count.device)
+        if isinstance(model, WithPatchHead):
+            images, patches = model.seen(images, batch[4])
+        logits_AV, targets_A = self.whole(model).target_logits(batch[1], batch[2], images)
+        answers = F.cross_entropy(logits_AV.float(), targets_A, reduction="sum") / count
+        # `count` is of the whole batch; of the patches, every picture of it has as many.
+        return answers + self.options.patch_loss * patches * (len(batch[0]) / self.config.train.batch_size)
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
