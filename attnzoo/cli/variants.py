@@ -4,8 +4,11 @@ import dataclasses
 import inspect
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from attnzoo.apps import directory
 from attnzoo.attention import ATTENTION, Attention, build_attention, slow_streaming, try_forward, variant
@@ -30,10 +33,23 @@ def state_growth(attention: Attention, context: int) -> tuple[int, int]:
 
 def configs_with(kind: str) -> list[str]:
     """Paths of the files under configs/ that use the variant, relative to the directory that holds configs/."""
-    pattern = re.compile(rf"(kind|attention):\s*(\[[^\]]*)?\b{re.escape(kind)}\b")
     root = directory()
     paths = sorted((root / "configs").rglob("*.yaml"))
-    return [path.relative_to(root).as_posix() for path in paths if pattern.search(path.read_text("utf-8"))]
+    read = {path: yaml.safe_load(path.read_text("utf-8")) for path in paths}
+    return [path.relative_to(root).as_posix() for path, values in read.items() if kind in set(_attention_kinds(values))]
+
+
+def _attention_kinds(values: Any) -> Iterator[str]:
+    """The variants that a configuration's keys `attention` name."""
+    if isinstance(values, list):
+        for each in values:
+            yield from _attention_kinds(each)
+    elif isinstance(values, dict):
+        for key, value in values.items():
+            yield from _attention_kinds(value)
+            if key == "attention":
+                for each in value if isinstance(value, list) else [value]:
+                    yield str(each.get("kind") if isinstance(each, dict) else each)
 
 
 def list_variants(model_dim: int, context: int) -> tuple[str, list[str]]:

@@ -25,7 +25,9 @@ Replicas = Callable[[], int | None]
 
 def restarting() -> ApiError:
     """The error 503 while no replica runs."""
-    message = "the model's process has ended and is being started anew; try again in a moment"
+    message = (
+        "no process of the model is ready: it is being loaded, or started anew after it ended; try again in a moment"
+    )
     return ApiError(503, message, code="unavailable", headers={"retry-after": str(RETRY_AFTER_S)})
 
 

@@ -19,6 +19,7 @@ from attnzoo import __version__
 from attnzoo.attention import ATTENTION
 from attnzoo.checkpoint import save_model
 from attnzoo.cli import BENCHMARKS, COMMANDS, CommandParser, arguments_of, command_tree, main, prepare_streams
+from attnzoo.cli.variants import configs_with
 from attnzoo.settings import parse_words, read_mapping
 from tests.helpers import serving
 from tests.helpers.forked import start_script
@@ -33,6 +34,14 @@ def test_list_names_every_variant_and_its_source(capsys):
     for kind in ATTENTION:
         assert f"\n{kind} " in printed
         assert ATTENTION.get(kind).source in printed
+
+
+def test_configs_of_a_variant_are_those_whose_attention_it_is():
+    """Kills: a text found under another key, such as the kind of a schedule, or in a comment."""
+    assert configs_with("rcmha") == ["configs/base.yaml", "configs/rcmha.yaml", "configs/try.yaml"]
+    assert "configs/vlm-small.yaml" in configs_with("mha")  # in a mapping, and deeper than the model
+    assert not configs_with("cosine")
+    assert not configs_with("clinical")
 
 
 def test_describe(capsys):

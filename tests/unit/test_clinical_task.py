@@ -90,7 +90,7 @@ def test_what_does_not_fit_the_cohort_is_refused() -> None:
 def test_missing_files_are_told_by_a_dry_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options = ["data.path=nowhere.tar.gz", f"run_dir={tmp_path / 'run'}"]
     assert main(["--config", "tscan-mortality.yaml", "--dry-run", *options]) == 2
-    assert "nowhere.tar.gz" in capfd.readouterr().err
+    assert "data.path=nowhere.tar.gz does not exist" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

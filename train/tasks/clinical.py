@@ -101,8 +101,9 @@ class ClinicalTask(CohortTask):
     @cached_property
     def labels(self) -> np.ndarray:
         """[N] or [N, T]."""
+        cohort = self.cohort  # what cannot be read is no fault of the label
         try:
-            return self.outcome.labels(self.cohort)
+            return self.outcome.labels(cohort)
         except ValueError as error:
             raise ValueError(f"task.label: {error}") from None
 

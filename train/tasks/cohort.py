@@ -124,7 +124,10 @@ class CohortTask(Task):
         """The whole cohort; read once, and never written anywhere."""
         options = {key: value for key, value in self.config.data.items() if key not in ("format", "path")}
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-        return load_cohort(self.config.data["format"], user_path(self.config.data["path"], "data.path"), **given)
+        path = user_path(self.config.data["path"], "data.path")
+        if not path.exists():
+            raise ValueError(f"data.path={path} does not exist; give the path of the data set in its original format")
+        return load_cohort(self.config.data["format"], path, **given)
 
     @cached_property
     def fold(self) -> Fold:
