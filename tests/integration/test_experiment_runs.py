@@ -34,7 +34,7 @@ def test_a_run_is_read_while_it_stands_and_then_deleted(tmp_path: Path) -> None:
 
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
     with (
-        pytest.raises(ValueError, match=r"a run of tscan-los.yaml ended with exit status 2: .*nowhere' does not exist"),
+        pytest.raises(ValueError, match=r"a run of tscan-los.yaml ended with exit status 2: .*nowhere does not exist"),
         trained_run("tscan-los.yaml", [f"data.path={tmp_path / 'nowhere'}"], lambda: None),
     ):
         pass

@@ -335,7 +335,7 @@ def test_serve_build_writes_a_deployment(tmp_path, monkeypatch):
     schema = ServeDeploySchema.model_validate(yaml.safe_load(written.read_text()))
     (application,) = schema.applications
     assert application.import_path == "attnzoo.apps:application"
-    assert application.deployments[0].max_ongoing_requests == 4 * (3 + 5 + 16) + 64
+    assert application.deployments[0].max_ongoing_requests == 4 * (3 + 5 + 16 + 16) + 64
     monkeypatch.delenv("ATTNZOO_SERVE_CONFIG")
     done = CliRunner().invoke(build_command, command)
     assert "set ATTNZOO_SERVE_CONFIG to a YAML file" in str(done.exception)
