@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attnzoo.vision.pillow import import_pillow
 from serve.openai.errors import ApiError, short_name
 
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/jpg": "JPEG", "image/webp": "WEBP"}
@@ -61,17 +62,6 @@ def decoded(data_url: Any, where: str, limits: ImageLimits) -> Tensor:
 def decoded_with_opacity(data_url: Any, where: str, limits: ImageLimits) -> Tensor:
     """As `decoded`, but uint8 [4, H, W] with the opacity last: 255 everywhere for a picture without transparency."""
     return _tensor(_opened(data_url, where, limits))
-
-
-def import_pillow() -> Any:
-    """The package, with the modules that are used. Raises ValueError that says what to install."""
-    try:
-        import PIL
-        import PIL.Image
-        import PIL.ImageOps
-    except ModuleNotFoundError:
-        raise ValueError("pictures are read by the package pillow: pip install 'attnzoo[vision]'") from None
-    return PIL
 
 
 def _tensor(image: Any) -> Tensor:

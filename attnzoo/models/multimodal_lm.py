@@ -110,6 +110,11 @@ class PictureEncoder(nn.Module):
         nn.init.normal_(self.output.weight, std=size * self.output.in_features**-0.5)
         nn.init.zeros_(self.output.bias)
 
+    def matrix_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Weights of linear maps."""
+        maps = [(name, module) for name, module in self.named_modules() if isinstance(module, nn.Linear)]
+        return [(f"{name}.weight", cast(nn.Parameter, module.weight)) for name, module in maps]
+
     def forward(self, images_ICHW: Tensor) -> Tensor:
         """As `ViT.forward` takes them."""
         return self.project(self.vision(images_ICHW))
@@ -212,8 +217,5 @@ class MultimodalLM(nn.Module):
 
     def matrix_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Weights of linear maps inside blocks, of tower and decoder, and of the projector."""
-        maps = [("decoder." + name, weight) for name, weight in self.decoder.matrix_parameters()]
-        for name, module in self.pictures.named_modules():
-            if isinstance(module, nn.Linear):
-                maps.append((f"pictures.{name}.weight", cast(nn.Parameter, module.weight)))
-        return maps
+        maps = [(f"decoder.{name}", weight) for name, weight in self.decoder.matrix_parameters()]
+        return maps + [(f"pictures.{name}", weight) for name, weight in self.pictures.matrix_parameters()]

@@ -14,6 +14,7 @@ import numpy as np
 
 from attnzoo.errors import suggest
 from attnzoo.files import user_path
+from attnzoo.vision.pillow import import_pillow
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def bitmaps(font: str, names: Sequence[str], size: int) -> np.ndarray:
 @lru_cache(maxsize=4096)
 def _resized(path: Path, name: str, size: int) -> np.ndarray:
     image = _drawn(path, name)
-    return np.asarray(image.resize((size, size), _pillow().Image.Resampling.LANCZOS))
+    return np.asarray(image.resize((size, size), import_pillow().Image.Resampling.LANCZOS))
 
 
 DRAWN = 109
@@ -128,7 +129,7 @@ DRAWN = 109
 @lru_cache(maxsize=256)
 def _drawn(path: Path, name: str) -> Any:
     """The emoji on a transparent square that it touches."""
-    pillow, character = _pillow(), EMOJI[name].character
+    pillow, character = import_pillow(), EMOJI[name].character
     try:
         face = pillow.ImageFont.truetype(str(path), DRAWN, layout_engine=pillow.ImageFont.Layout.BASIC)
         lacking = bytes(face.getmask("\U0010ffff")) == bytes(face.getmask(character))
@@ -144,15 +145,3 @@ def _drawn(path: Path, name: str) -> Any:
     square = pillow.Image.new("RGBA", (side, side), (0, 0, 0, 0))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
-
-
-def _pillow() -> Any:
-    """The package, with the modules that are used. Raises ValueError that says what to install."""
-    try:
-        import PIL
-        import PIL.Image
-        import PIL.ImageDraw
-        import PIL.ImageFont
-    except ModuleNotFoundError:
-        raise ValueError("emoji are drawn by the package pillow: pip install 'attnzoo[vision]'") from None
-    return PIL

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from attnzoo.vision.captions import words_of
 from attnzoo.vision.compose import Placement, Tell, compose
+from attnzoo.vision.pillow import import_pillow
 from serve.drawing.protocol import GUIDANCE, MAX_SIDE, STEPS, ComposeRequest, ImageRequest, PictureRequest, Region
 from serve.drawing.studio import Artist, Draft, Studio
-from serve.images import decoded, decoded_with_opacity, import_pillow
+from serve.images import decoded, decoded_with_opacity
 from serve.openai.errors import ApiError, short_name
 from serve.openai.json_body import MOST
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from attnzoo.checkpoint import model_files
 from attnzoo.vision.compose import Tell, check_model
+from attnzoo.vision.pillow import import_pillow
 from attnzoo.vision.trained_diffusion import TrainedDiffusion, load_diffusion, to_pixels
 from serve.config import ServeConfig
-from serve.images import ImageLimits, import_pillow
+from serve.images import ImageLimits
 from serve.openai.answer import no_model
 from serve.workplace import Deadline, Terms, Workplace
 

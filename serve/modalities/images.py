@@ -9,9 +9,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from attnzoo.vision.pillow import import_pillow
 from attnzoo.vision.trained_pictures import TrainedPictures
 from serve.config import EngineConfig
-from serve.images import ImageLimits, decoded, import_pillow
+from serve.images import ImageLimits, decoded
 from serve.modalities.base import Content, Modality
 from serve.openai.errors import ApiError
 from serve.openai.invalid import explain_invalid

@@ -15,6 +15,7 @@ from tests.helpers.clinical_files import FHIR_START, fhir_bundle, fhir_observati
 from tests.helpers.clinical_models import NAMES, WINDOW, export, icu_cohort, request_of, small_trained
 from tests.helpers.http_server import serving
 from tests.helpers.patients_page import EVIL, alone, answer, ask, channels, contrast, paste, predict, visit
+from tests.helpers.static_page import check_open, give_key
 
 pytestmark = needs_browser
 TIP = "[...document.querySelectorAll('#tip:not([hidden]) div')].map(e => e.textContent).join('; ')"
@@ -264,20 +265,9 @@ def test_on_a_narrow_screen(shown, url, scheme):
 def test_the_page_is_open_and_asks_for_the_key(seen, app_of, cohort, monkeypatch):
     monkeypatch.setenv("PATIENTS_KEY", "s3cret")
     with serving(app_of(api_key_env="PATIENTS_KEY"), lifespan="auto") as url:
-        answer = httpx.get(f"{url}/patients")
-        assert (answer.status_code, answer.headers["x-content-type-options"]) == (200, "nosniff")
-        policy = answer.headers["content-security-policy"]
-        assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'")
-        assert "unsafe" not in policy
-        assert httpx.head(f"{url}/patients/page.js").status_code == 200
-        for name in ("__init__.py", "..%2f__init__.py", "nothing.js"):
-            assert httpx.get(f"{url}/patients/{name}").status_code == 404
+        check_open(url, "/patients", "default-src 'none'; script-src 'self'; style-src 'self'")
         seen.problems.clear()
-        seen.open(f"{url}/patients")
-        seen.wait("document.querySelector('#server').textContent.includes('API key')")
-        seen.value("document.querySelector('#key').focus()")
-        seen.call("Input.insertText", text="s3cret")
-        seen.press("Tab")
+        give_key(seen, url, "/patients", "s3cret")
         seen.wait("!document.querySelector('#example').disabled")
         predict(seen, request_of(cohort, [1]))
         assert seen.text("#who") == "Patient stay 1"

@@ -25,6 +25,7 @@ from tests.helpers.diffusion_models import (
 )
 from tests.helpers.http_server import serving
 from tests.helpers.patients_page import channels, contrast
+from tests.helpers.static_page import check_open, give_key
 
 pytestmark = needs_browser
 READY = "!document.querySelector('#draw').disabled"
@@ -262,19 +263,8 @@ def test_stopping_ends_the_work(seen, checkpoint):
 def test_the_page_is_open_and_asks_for_the_key(seen, checkpoint, monkeypatch):
     monkeypatch.setenv("VISION_KEY", "s3cret")
     with serving(app_of(checkpoint, api_key_env="VISION_KEY"), lifespan="auto") as url:
-        answer = httpx.get(f"{url}/vision")
-        assert (answer.status_code, answer.headers["x-content-type-options"]) == (200, "nosniff")
-        policy = answer.headers["content-security-policy"]
-        assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'")
-        assert "unsafe" not in policy
-        assert httpx.head(f"{url}/vision/page.js").status_code == 200
-        for name in ("__init__.py", "..%2f__init__.py", "nothing.js"):
-            assert httpx.get(f"{url}/vision/{name}").status_code == 404
-        seen.open(f"{url}/vision")
-        seen.wait("document.querySelector('#server').textContent.includes('API key')")
-        seen.value("document.querySelector('#key').focus()")
-        seen.call("Input.insertText", text="s3cret")
-        seen.press("Tab")
+        check_open(url, "/vision", "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'")
+        give_key(seen, url, "/vision", "s3cret")
         seen.wait(READY)
 
 

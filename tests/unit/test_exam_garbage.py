@@ -1,10 +1,12 @@
 """Exams whose endpoint, questions or journal hold garbage: nothing of it is counted as an answer of the model."""
 
 import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from attnzoo.cli import main
@@ -13,22 +15,51 @@ from scripts.exams.journal import Journal
 from scripts.exams.questions import read_questions
 
 URL = "http://127.0.0.1:9/v1"
+"""Where nobody listens."""
 NAN = float("nan")
 
 
+class Garbage(HTTPServer):
+    """An endpoint. replies: what it answers by path: content, or a text that is sent as it stands; coding: what it says
+    of its coding."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answer)
+        self.replies: dict[str, Any] = {"/models": {"data": [{"id": "m"}]}}
+        self.coding: str | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class _Answer(BaseHTTPRequestHandler):
+    server: Garbage
+
+    def do_GET(self) -> None:
+        found = self.server.replies[self.path.removeprefix("/v1")]
+        body = (found if isinstance(found, str) else json.dumps(found)).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        if self.server.coding is not None:
+            self.send_header("content-encoding", self.server.coding)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.do_GET()
+
+    def log_message(self, *_: Any) -> None:
+        """Tests have nothing to say."""
+
+
 @pytest.fixture
-def reply(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the endpoint answers by path: content, or a text that is sent as it stands."""
-    replies: dict[str, Any] = {"/models": {"data": [{"id": "m"}]}}
-
-    def request(self: httpx.Client, method: str, url: str, json: Any = None) -> httpx.Response:
-        found = replies[url.removeprefix(URL)]
-        if isinstance(found, Exception):
-            raise found
-        return httpx.Response(200, text=found) if isinstance(found, str) else httpx.Response(200, json=found)
-
-    monkeypatch.setattr(httpx.Client, "request", request)
-    return replies
+def garbage() -> Iterator[Garbage]:
+    with Garbage() as found:
+        threading.Thread(target=found.serve_forever, args=(0.01,), daemon=True).start()
+        yield found
+        found.shutdown()
 
 
 def chat(message: Any) -> Any:
@@ -47,50 +78,51 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize(("content", "told"), GARBAGE, ids=[str(told) for _, told in GARBAGE])
-def test_garbage_is_no_answer(reply: dict[str, Any], content: Any, told: str) -> None:
-    reply["/chat/completions"] = content
-    with Endpoint(URL) as endpoint, pytest.raises(RefusedError, match=told):
+def test_garbage_is_no_answer(garbage: Garbage, content: Any, told: str) -> None:
+    garbage.replies["/chat/completions"] = content
+    with Endpoint(garbage.url) as endpoint, pytest.raises(RefusedError, match=told):
         endpoint.answer("?", temperature=0.0, max_tokens=1, seed=0)
 
 
-def test_an_answer_without_a_text_is_empty(reply: dict[str, Any]) -> None:
-    reply["/chat/completions"] = chat({"content": None, "refusal": "no"})
-    with Endpoint(URL) as endpoint:
+def test_an_answer_without_a_text_is_empty(garbage: Garbage) -> None:
+    garbage.replies["/chat/completions"] = chat({"content": None, "refusal": "no"})
+    with Endpoint(garbage.url) as endpoint:
         assert endpoint.answer("?", temperature=0.0, max_tokens=1, seed=0) == ""
 
 
-def test_a_wrong_coding_is_tried_again(reply: dict[str, Any]) -> None:
-    reply["/chat/completions"] = httpx.DecodingError("incorrect header check")
-    with Endpoint(URL, tries=2, wait_s=0.0) as endpoint, pytest.raises(EndpointError, match="failed 2 times"):
-        endpoint.answer("?", temperature=0.0, max_tokens=1, seed=0)
+def test_a_wrong_coding_is_tried_again(garbage: Garbage) -> None:
+    with Endpoint(garbage.url, tries=2, wait_s=0.0) as endpoint:
+        garbage.replies["/chat/completions"], garbage.coding = "not compressed", "gzip"
+        with pytest.raises(EndpointError, match="failed 2 times"):
+            endpoint.answer("?", temperature=0.0, max_tokens=1, seed=0)
 
 
 @pytest.mark.parametrize("value", [None, "x", "NaN", 1e4, True, [1]])
-def test_what_is_no_log_probability(reply: dict[str, Any], value: Any) -> None:
-    reply["/completions"] = json.dumps({"choices": [{"logprobs": {"top_logprobs": [{"A": value, "B": -1}]}}]})
+def test_what_is_no_log_probability(garbage: Garbage, value: Any) -> None:
+    garbage.replies["/completions"] = json.dumps({"choices": [{"logprobs": {"top_logprobs": [{"A": value, "B": -1}]}}]})
     if value == "NaN":
-        reply["/completions"] = reply["/completions"].replace('"NaN"', "NaN")
+        garbage.replies["/completions"] = garbage.replies["/completions"].replace('"NaN"', "NaN")
     with (
-        Endpoint(URL) as endpoint,
+        Endpoint(garbage.url) as endpoint,
         pytest.raises(RefusedError, match=r"gave 'A' the log probability .*, which is none"),
     ):
         endpoint.next_tokens("?", 20)
-    reply["/completions"] = {"choices": [{"logprobs": None}]}
-    with Endpoint(URL) as endpoint, pytest.raises(RefusedError, match="gave no top_logprobs"):
+    garbage.replies["/completions"] = {"choices": [{"logprobs": None}]}
+    with Endpoint(garbage.url) as endpoint, pytest.raises(RefusedError, match="gave no top_logprobs"):
         endpoint.next_tokens("?", 20)
 
 
 @pytest.mark.parametrize(
     "models", [{"data": None}, {"data": 5}, {"data": [{"id": None}]}, {"data": {"a": {"id": "x"}}}]
 )
-def test_a_list_of_models_that_is_none(reply: dict[str, Any], models: Any) -> None:
-    reply["/models"] = models
+def test_a_list_of_models_that_is_none(garbage: Garbage, models: Any) -> None:
+    garbage.replies["/models"] = models
     with pytest.raises(RefusedError, match="lists no models by their ids"):
-        Endpoint(URL)
+        Endpoint(garbage.url)
 
 
 @pytest.mark.parametrize("key", ["k\ny", "schlüssel", " ", "k y"])
-def test_a_key_that_no_header_can_hold(reply: dict[str, Any], key: str) -> None:
+def test_a_key_that_no_header_can_hold(key: str) -> None:
     with pytest.raises(ValueError, match="key holds a character that no header may have") as caught:
         Endpoint(URL, key=key)
     assert not key.strip() or key not in str(caught.value)

@@ -65,7 +65,7 @@ def test_the_loss_is_that_of_answers_and_of_patches(tmp_path: Path, frozen: bool
     matrices = model.matrix_parameters()
     assert all(named[name] is weight for name, weight in matrices)
     assert "trained.output.weight" in dict(matrices) if frozen else "trained.pictures.output.weight" in dict(matrices)
-    assert not any("head" in name for name, _ in matrices if name.startswith("head"))
+    assert all(name.startswith("trained.") for name, _ in matrices)
     task.save(tmp_path / "export", model, {})
     found = load_pictures(tmp_path / "export").pictures.state_dict()
     kept = model.encoder.state_dict()

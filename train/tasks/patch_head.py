@@ -4,8 +4,6 @@ Answers say little of where things are, and a tower that learns from them alone 
 anything.
 """
 
-from typing import cast
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,8 +35,4 @@ class WithPatchHead(nn.Module):
 
     def matrix_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Those of what is trained, without the head."""
-        trained = self.trained
-        if isinstance(trained, MultimodalLM):
-            return [(f"trained.{name}", weight) for name, weight in trained.matrix_parameters()]
-        maps = [(name, module) for name, module in trained.named_modules() if isinstance(module, nn.Linear)]
-        return [(f"trained.{name}.weight", cast(nn.Parameter, module.weight)) for name, module in maps]
+        return [(f"trained.{name}", weight) for name, weight in self.trained.matrix_parameters()]
