@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from attnzoo.attention.edits import After, EditRun, Edits, HeadFilter, Mass, TokenLayout, Where
+from attnzoo.attention.edits import After, EditRun, Edits, HeadFilter, Mass, Move, Sinks, TokenLayout, Where
 from attnzoo.models import generate
 from attnzoo.models.embedded import prompt_tensor
 from attnzoo.vision.redistribution import redistribution, sinks_of
@@ -19,6 +19,7 @@ from attnzoo.vision.trained_pictures import TrainedPictures, load_pictures
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
 from serve.engine import Engine
+from serve.openai.redistribution import IMAGE, Redistributed, Redistribution, _read_of
 from tests.helpers import picture_models, serving
 from tests.helpers.emoji_fonts import needs
 from tests.helpers.http_server import events, running_engine
@@ -232,3 +233,19 @@ def test_where_nothing_can_be_redistributed_the_reason_is_said(url: str, run: Pa
     model, words = serving.small_model("mha", max_len=128), serving.chat_tokenizer()
     with running_engine(Engine(plain, model=model, tokenizer=words), plain) as (other, _):
         assert "gives attention to pictures, and this server's model reads none" in refused(other, None)
+
+
+def test_where_no_token_is_a_sink_no_head_has_changed(trained: TrainedPictures) -> None:
+    """Whatever looks at the picture. Kills: heads that pass the filter, said to have been changed."""
+    model, prompt = trained.language_model.model, trained.prompt(PICTURES[0], ASKED)
+    spans = {IMAGE: prompt.spans["image"]}
+    moves = [
+        Move(Where(layers=layer, keys=Sinks((0,), 1e9), queries=After(IMAGE)), IMAGE, 0.6, HeadFilter(of=IMAGE))
+        for layer in range(2)
+    ]
+    given = Redistributed(Redistribution(least=0, rho=0), tuple(moves), tuple(map(_read_of, moves)))
+    run = EditRun(model.plan_edits(Edits(*moves, *given.reads), TokenLayout(len(prompt), spans), 1))
+    model(prompt_tensor(model, [prompt]), edits=[run])
+    for layer in given.reply(run)["layers"]:
+        assert (layer["sinks"], layer["heads"], layer["moved"]) == ([], [], [])
+        assert layer["picture"][0] == layer["picture"][1] > 0

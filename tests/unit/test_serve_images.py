@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import struct
+import sys
 import tracemalloc
 import zlib
 
@@ -221,3 +222,9 @@ def test_whatever_bytes_are_changed_there_is_a_picture_or_a_refusal(kind):
         with contextlib.suppress(ApiError):
             found = decoded(url(bytes(data), f"image/{kind.lower()}"), "image", LIMITS)
             assert found.shape[1] * found.shape[2] <= LIMITS.max_pixels
+
+
+def test_without_the_package_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ValueError, match=r"by the package pillow: pip install 'attnzoo\[vision\]'"):
+        decoded("data:image/png;base64,AAAA", "url", ImageLimits())
