@@ -65,9 +65,10 @@ def in_sequence(parts: Iterable[PassMemory]) -> PassMemory:
 
 
 def extrapolated(derive: Callable[[int], PassMemory], tokens: int, step: int) -> PassMemory:
-    """Memory at `tokens` of what runs block by block of `step` tokens, from a straight line through few blocks."""
+    """Memory at `tokens` of what runs block by block, from a straight line through few of them. `step`: tokens from
+    which on a block more only adds to what is held, a multiple of every block's length."""
     rest = tokens % step
-    low, high = 4 * step + rest, 8 * step + rest
+    low, high = 2 * step + rest, 3 * step + rest
     if tokens <= high:
         return derive(tokens)
     at_low, at_high = derive(low), derive(high)

@@ -11,6 +11,7 @@ Differs from the paper: the sums are solved against (Cholesky) instead of an inv
 positive number a kv head instead of a matrix, there is no forgetting, and heads share keys and values if asked.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +20,11 @@ from attnzoo.attention.base import ATTENTION
 from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.parts import Heads, MesaMixing, Projection
 from attnzoo.derived_memory import PassMemory, extrapolated
-from attnzoo.types import CheckedConfig
+from attnzoo.ops.linear_attention.weights import tokens_per_block
+from attnzoo.types import CheckedConfig, accumulation_dtype
 
-STEP = 256
-"""Tokens, whole blocks of the ridge's and chunks of linear attention's, at whose multiples memory is derived."""
+LEAST_STEP = 1024
+"""Tokens from which on the blocks hold most, not the projections. A multiple of the ridge's blocks of 64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,4 +51,7 @@ class Mesa(ComposedAttention):
 
     def memory_by_hand(self, batch: int, tokens: int, dtype: torch.dtype) -> PassMemory:
         """Autograd knows every block of tokens, so that a run of many, even without values, would take minutes."""
-        return extrapolated(lambda few: self.derived_memory(batch, few, dtype), tokens, STEP)
+        heads = self.projection.heads
+        block = tokens_per_block(batch, heads.num_heads * heads.head_dim, accumulation_dtype(dtype))
+        step = math.ceil(LEAST_STEP / block) * block
+        return extrapolated(lambda few: self.derived_memory(batch, few, dtype), tokens, step)

@@ -23,6 +23,12 @@ LEAST_CHUNKS = 4
 """Fewest chunks in a block, so that the memories kept for the backward stay small beside q, k and v."""
 
 
+def tokens_per_block(batch: int, width: int, dtype: torch.dtype) -> int:
+    """Tokens whose queries, of `width` numbers, are worked on at once: whole chunks."""
+    chunk_bytes = max(1, batch * width * dtype.itemsize) * CHUNK
+    return max(LEAST_CHUNKS, BLOCK_BYTES // chunk_bytes) * CHUNK
+
+
 @dataclass(frozen=True)
 class Weights:
     """Weights of the chunks of one block. Shapes broadcast to [B, K, chunks, ...]; None: all ones.
@@ -99,13 +105,12 @@ class Work:
         batch, heads, tokens, head_dim = q_BNTH.shape
         dtype = accumulation_dtype(q_BNTH.dtype)
         chunk = min(CHUNK, tokens)
-        row_bytes = max(1, batch * heads * head_dim * dtype.itemsize)
         return Work(
             batch=batch,
             kv_heads=k_BKTH.shape[1],
             tokens=tokens,
             chunk=chunk,
-            chunks_per_block=max(LEAST_CHUNKS, BLOCK_BYTES // (row_bytes * chunk)),
+            chunks_per_block=tokens_per_block(batch, heads * head_dim, dtype) // CHUNK,
             dtype=dtype,
             decay_K=None if decay_K is None else decay_K.to(dtype),
             counts_B=counts_B,
