@@ -117,6 +117,8 @@ class SceneWorld:
     def __init__(self, options: SceneOptions) -> None:
         self.options = options
         self.names = tuple(EMOJI)[: options.kinds]
+        self.words = {word: kind for kind, name in enumerate(self.names) for word in (name, EMOJI[name].plural)}
+        """What kinds are called, singular and plural."""
         kinds = np.arange(options.kinds)
         weights = 1 / np.sqrt(1 + kinds)
         self.popularity = weights / weights.sum()

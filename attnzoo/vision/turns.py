@@ -1,7 +1,8 @@
 """Questions about a picture as tokens: one picture, then turns of question and answer."""
 
 import copy
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -84,19 +85,46 @@ class Turns:
         asked = self.encode(self.texts.ask.replace("{question}", question.text))
         return [*between, *asked], self.reply(question.answer)
 
+    def _fitting(self, questions: Sequence[SceneQuestion]) -> Iterator[tuple[SceneQuestion, list[int], list[int]]]:
+        """Questions as far as they fit behind the picture, with what `_turn` says of them."""
+        used = len(self.begin)
+        for number, question in enumerate(questions):
+            asked, reply = self._turn(number, question)
+            used += len(asked) + len(reply)
+            if self.longest is not None and used > self.longest:
+                return
+            yield question, asked, reply
+
     def sequence(self, questions: Sequence[SceneQuestion]) -> tuple[list[int], list[int]]:
         """(tokens, targets) of the picture and all questions with their answers; targets are the next tokens of
         answers, -100 elsewhere."""
         tokens: list[int] = list(self.begin)
         told = [False] * len(tokens)
-        for number, question in enumerate(questions):
-            asked, reply = self._turn(number, question)
-            if self.longest is not None and len(tokens) + len(asked) + len(reply) > self.longest:
-                break
+        for _, asked, reply in self._fitting(questions):
             tokens += [*asked, *reply]
             told += [False] * len(asked) + [True] * len(reply)
         targets = [token if known else NO_TARGET for token, known in zip(tokens[1:], told[1:], strict=True)]
         return tokens[:-1], targets
+
+    def ends(self, questions: Sequence[SceneQuestion], words: Mapping[str, int]) -> list[tuple[int, int]]:
+        """(place in the tokens of `sequence`, number of the word in `words`) wherever one of these words ends in a
+        question or an answer."""
+        pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b")
+        found: list[tuple[int, int]] = []
+        place = len(self.begin)
+        for question, asked, reply in self._fitting(questions):
+            parts = (
+                self.texts.ask.replace("{question}", question.text),
+                self.texts.reply.replace("{answer}", question.answer),
+            )
+            # What stands between turns comes first in `asked`.
+            starts = (place + len(asked) - len(self.encode(parts[0])), place + len(asked))
+            for start, text in zip(starts, parts, strict=True):
+                for word in pattern.finditer(text):
+                    # A text up to the end of a word has the tokens that the whole text begins with.
+                    found.append((start + len(self.encode(text[: word.end()])) - 1, words[word.group()]))
+            place += len(asked) + len(reply)
+        return found
 
 
 def padded(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:

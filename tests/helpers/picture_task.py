@@ -19,6 +19,7 @@ def words(cache: Path, *overrides: str) -> list[str]:
         "task.questions=4",
         "task.turns=3",
         "task.patch_loss=0.0",
+        "task.word_loss=0.0",
         f"cache_dir={cache}",
         *overrides,
     ]

@@ -19,6 +19,7 @@ SMALL = [
     "log={every: 1, progress: false, tensorboard: false}",
     "checkpoint={every: null}",
     "task.patch_loss=0.5",
+    "task.word_loss=0.1",
 ]
 
 

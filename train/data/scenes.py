@@ -19,9 +19,10 @@ def pictures(world: SceneWorld, scenes: Sequence[Scene]) -> Tensor:
 
 
 class SceneStream:
-    """Training batches (images_BCHW, tokens_BT, targets_BT, groups_B, kinds_BP): scene n of the stream is at place n of
-    the concatenated global batches. turns: questions about each; text_share: of them, about words alone. side: patches
-    along a side of a picture, of which kinds_BP says what is there (`SceneWorld.patch_kinds`)."""
+    """Training batches (images_BCHW, tokens_BT, targets_BT, groups_B, kinds_BP, named_BT): scene n of the stream is at
+    place n of the concatenated global batches. turns: questions about each; text_share: of them, about words alone.
+    side: patches along a side of a picture, of which kinds_BP says what is there (`SceneWorld.patch_kinds`). named_BT:
+    the kind that a word names which ends with the token; -1 where none does."""
 
     def __init__(
         self, world: SceneWorld, reader: Turns, seed: int, *, turns: int, text_share: float, side: int
@@ -34,12 +35,15 @@ class SceneStream:
         first = self._used + rank * batch_size
         self._used += batch_size * world
         scenes = [self._world.scene("train", self._seed, index) for index in range(first, first + batch_size)]
-        rows = [
-            self._reader.sequence(asked_about(self._world, scene, self._turns, self._text_share)) for scene in scenes
-        ]
-        tokens_BT, targets_BT = padded(rows)
+        asked = [asked_about(self._world, scene, self._turns, self._text_share) for scene in scenes]
+        tokens_BT, targets_BT = padded([self._reader.sequence(questions) for questions in asked])
+        named_BT = torch.full_like(tokens_BT, -1)
+        for row, questions in zip(named_BT, asked, strict=True):
+            for place, kind in self._reader.ends(questions, self._world.words):
+                row[place] = kind
         kinds_BP = torch.from_numpy(np.stack([self._world.patch_kinds(scene, self._side) for scene in scenes]))
-        return pictures(self._world, scenes), tokens_BT, targets_BT, torch.full((batch_size,), -1), kinds_BP
+        unasked_B = torch.full((batch_size,), -1)
+        return pictures(self._world, scenes), tokens_BT, targets_BT, unasked_B, kinds_BP, named_BT
 
     def state(self) -> dict[str, int]:
         """The position in the stream."""

@@ -18,12 +18,15 @@ from train.tokenizer import TokenizerConfig
 @dataclass(frozen=True, kw_only=True)
 class QuestionOptions(TaskOptions, CheckedConfig):
     """turns: questions about each training picture; text_share: of them, about words alone. patch_loss: the weight of a
-    second loss, by which the tower learns what is in each of its patches; 0: there is none. questions: of each kind and
-    split in validation, each about a picture of its own. texts: what stands around pictures, questions and answers."""
+    second loss, by which the tower learns what is in each of its patches; 0: there is none. word_loss: that of a third
+    one, by which a decoder that is trained, too, learns where the things are that words name; 0: there is none.
+    questions: of each kind and split in validation, each about a picture of its own. texts: what stands around
+    pictures, questions and answers."""
 
     turns: int = 6
     text_share: float = 0.35
     patch_loss: float = 0.0
+    word_loss: float = 0.0
     questions: int = 100
     texts: dict = field(default_factory=dict)
 
@@ -34,8 +37,9 @@ class QuestionOptions(TaskOptions, CheckedConfig):
                 raise ValueError(f"task.{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.text_share < 1:
             raise ValueError(f"task.text_share={self.text_share} must be at least 0 and below 1")
-        if self.patch_loss < 0:
-            raise ValueError(f"task.patch_loss={self.patch_loss} must be a number of at least 0")
+        for name in ("patch_loss", "word_loss"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"task.{name}={getattr(self, name)} must be a number of at least 0")
         self.format()
 
     def format(self) -> TurnFormat:
@@ -75,6 +79,16 @@ class PictureModel(CheckedConfig):
 def scene_options(values: Mapping[str, Any]) -> SceneOptions:
     """The section `data` without its source."""
     return build_config(SceneOptions, {key: value for key, value in values.items() if key != "source"}, "data")
+
+
+def check_questions(config: Config) -> None:
+    """Raises ValueError that names the key of `task`."""
+    options = build_config(QuestionOptions, config.task, "task")
+    if options.word_loss and config.model.get("language_model") is not None:
+        raise ValueError(
+            f"task.word_loss={options.word_loss} needs a decoder that is trained, and model.language_model is frozen; "
+            "leave one out"
+        )
 
 
 def check_data(config: Config) -> None:

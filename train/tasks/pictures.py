@@ -31,8 +31,15 @@ from train.config import Config
 from train.data.base import IGNORED, Batch
 from train.data.scenes import SceneStream, asked_about, pictures
 from train.tasks.base import TASKS, Task
-from train.tasks.patch_head import WithPatchHead
-from train.tasks.picture_options import PictureModel, QuestionOptions, check_data, check_tokenizer, scene_options
+from train.tasks.picture_options import (
+    PictureModel,
+    QuestionOptions,
+    check_data,
+    check_questions,
+    check_tokenizer,
+    scene_options,
+)
+from train.tasks.scene_heads import WithSceneHeads
 from train.tokenizer import TokenizerConfig, train_tokenizer
 
 LEARNED_FROM = 1500
@@ -42,8 +49,9 @@ EVALUATED = tuple(KINDS)
 
 @TASKS.register("pictures")
 class PictureTask(Task):
-    """Batches are (images_BCHW uint8, tokens_BT, targets_BT, groups_B), in training with kinds_BP (`patch_kinds`). A
-    target of -100 does not count; a group is the number of a split and kind of question in `groups`, -1 in training.
+    """Batches are (images_BCHW uint8, tokens_BT, targets_BT, groups_B), in training with kinds_BP and named_BT (as
+    `SceneStream` says). A target of -100 does not count; a group is the number of a split and kind of question in
+    `groups`, -1 in training.
     """
 
     ROW = UNIT = "image"
@@ -71,7 +79,7 @@ class PictureTask(Task):
     def sections(cls, config: Config) -> Mapping[str, Callable[[], object]]:
         """The classes that define the sections' keys."""
         return {
-            "task": lambda: build_config(QuestionOptions, config.task, "task"),
+            "task": lambda: check_questions(config),
             "model": lambda: build_config(PictureModel, config.model, "model"),
             "data": lambda: check_data(config),
             "tokenizer": lambda: check_tokenizer(config),
@@ -213,15 +221,18 @@ class PictureTask(Task):
                 made.load_state_dict(initial.model.state_dict())
             else:
                 made.vision.load_state_dict(initial.pictures.vision.state_dict())
-        return self._with_head(made)
+        return self._with_heads(made)
 
-    def _with_head(self, made: MultimodalLM | PictureEncoder) -> nn.Module:
-        return WithPatchHead(made, self.scenes.kinds) if self.options.patch_loss else made
+    def _with_heads(self, made: MultimodalLM | PictureEncoder) -> nn.Module:
+        patch_loss, word_loss = self.options.patch_loss, self.options.word_loss
+        if not patch_loss and not word_loss:
+            return made
+        return WithSceneHeads(made, kinds=self.scenes.kinds, patch_loss=patch_loss, word_loss=word_loss)
 
     def rebuilt(self, model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
         """Whether or not what the run began with is still there."""
         with torch.random.fork_rng(devices=[]):
-            made = self._with_head(self._new())
+            made = self._with_heads(self._new())
         made.load_state_dict(state)
         return made.eval()
 
@@ -257,7 +268,7 @@ class PictureTask(Task):
 
     def whole(self, model: nn.Module) -> MultimodalLM:
         """The model that answers: what is trained, with the frozen language model if there is one."""
-        if isinstance(model, WithPatchHead):
+        if isinstance(model, WithSceneHeads):
             model = model.trained
         if isinstance(model, MultimodalLM):
             return model
@@ -270,14 +281,14 @@ class PictureTask(Task):
         return int((batch[2] != IGNORED).sum())
 
     def loss(self, model: nn.Module, batch: Batch, count: Tensor) -> Tensor:
-        """Cross entropy of the answers' tokens in nats, and with task.patch_loss that of the patches."""
-        images, patches = batch[0], torch.zeros((), device=count.device)
-        if isinstance(model, WithPatchHead):
-            images, patches = model.seen(images, batch[4])
-        logits_AV, targets_A = self.whole(model).target_logits(batch[1], batch[2], images)
+        """Cross entropy of the answers' tokens in nats, and what else is learned (`WithSceneHeads`)."""
+        if not isinstance(model, WithSceneHeads):
+            logits_AV, targets_A = self.whole(model).target_logits(batch[1], batch[2], batch[0])
+            return F.cross_entropy(logits_AV.float(), targets_A, reduction="sum") / count
+        logits_AV, targets_A, other = model.answered(self.whole(model), batch)
         answers = F.cross_entropy(logits_AV.float(), targets_A, reduction="sum") / count
-        # `count` is of the whole batch; of the patches, every picture of it has as many.
-        return answers + self.options.patch_loss * patches * (len(batch[0]) / self.config.train.batch_size)
+        # `count` is of the whole batch; the rest is a mean over these pictures.
+        return answers + other * (len(batch[0]) / self.config.train.batch_size)
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
