@@ -30,8 +30,9 @@ class DecoderConfig:
     ["rcmha", "linear"]. attention_impl: the implementation of its operations; "auto" chooses by device, any other name
     is used or refused, never replaced. max_positions: the longest context the model is meant for; variants with a
     position table get a table of that length unless they set their own `max_distance`. mlp_dim: None means 4 *
-    model_dim; for "swiglu", which has a third matrix, 8/3 * model_dim rounded up to a multiple of 32. cache: the cache
-    policy that servers use by default, {"policy": name, option: value}; None: the full cache.
+    model_dim; for "swiglu", which has a third matrix, 8/3 * model_dim rounded up to a multiple of 32. init_std: of new
+    weights; embedding_std: of new embeddings, None: init_std. cache: the cache policy that servers use by default,
+    {"policy": name, option: value}; None: the full cache.
     """
 
     vocab_size: int
@@ -47,6 +48,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     tie_embeddings: bool = True
     init_std: float = 0.02
+    embedding_std: float | None = None
     cache: dict | None = None
 
     def __post_init__(self) -> None:
@@ -59,9 +61,10 @@ class DecoderConfig:
                 raise ValueError(f"{name}={value} must be at least 1{or_null}")
             if value > limit:
                 raise ValueError(f"{name}={value} must be at most {limit}")
-        for name in ("init_std", "norm_eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
+        for name in ("init_std", "embedding_std", "norm_eps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be a positive number")
         specs = self.attention if isinstance(self.attention, list) else [self.attention]
         if not specs:
             raise ValueError("attention=[] names no variant; give one, or a list that is repeated over the layers")
@@ -98,6 +101,11 @@ class DecoderConfig:
         spec = specs[layer % len(specs)]
         where = f"model.attention[{layer % len(specs)}]" if len(specs) > 1 else "model.attention"
         return attention_options(spec, where, model_dim=self.model_dim, max_distance=self.max_positions)
+
+    @property
+    def embedding_size(self) -> float:
+        """The root mean square of new embeddings."""
+        return self.init_std if self.embedding_std is None else self.embedding_std
 
     def hidden_width(self) -> int:
         """Width of the MLP's hidden layer."""

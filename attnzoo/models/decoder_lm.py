@@ -90,7 +90,7 @@ class DecoderLM(nn.Module):
         """Initialises all weights from torch's global random state."""
         std = self.config.init_std
         output_std = std / (2 * self.config.num_layers) ** 0.5
-        nn.init.normal_(self.embedding.weight, std=std)
+        nn.init.normal_(self.embedding.weight, std=self.config.embedding_size)
         if not self.config.tie_embeddings:
             nn.init.normal_(self.head.weight, std=std)
         for block in self.layers():

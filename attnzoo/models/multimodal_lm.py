@@ -159,7 +159,7 @@ class MultimodalLM(nn.Module):
     ) -> "MultimodalLM":
         """A model with new weights, of the sections of a configuration. Raises ValueError that names the key."""
         lm = DecoderLM(decoder)
-        values = {"vision": vision, "projector": projector, "width": decoder.model_dim, "unit": decoder.init_std}
+        values = {"vision": vision, "projector": projector, "width": decoder.model_dim, "unit": decoder.embedding_size}
         return cls(PictureEncoder(PictureConfig.from_dict(values)), lm, image_token)
 
     def embed(self, tokens_BT: Tensor, images: Tensor | None = None) -> Tensor:

@@ -142,6 +142,7 @@ BASE = {"vocab_size": 50, "model_dim": 32, "num_layers": 4}
         ({"mlp": "silu"}, "model.mlp='silu' is not one of"),
         ({"mlp_dim": 0}, "mlp_dim=0"),
         ({"init_std": 0.0}, "init_std=0.0 must be a positive number"),
+        ({"embedding_std": -1.0}, "embedding_std=-1.0 must be a positive number"),
         ({"vocabsize": 3}, "unknown key model.vocabsize; did you mean 'vocab_size'"),
     ],
 )

@@ -241,7 +241,7 @@ class PictureTask(Task):
         if self.parts.language_model is None:
             vocab_size = self.tokenizer.vocab_size if self.tokenizer is not None else self._tokenizer_config.vocab_size
             config = self._decoder_config(vocab_size)
-            encoder = PictureEncoder(self.parts.pictures(config.model_dim, config.init_std))
+            encoder = PictureEncoder(self.parts.pictures(config.model_dim, config.embedding_size))
             return MultimodalLM(encoder, DecoderLM(config))
         config = open_checkpoint(existing_checkpoint(self.parts.language_model)).config
         return PictureEncoder(self.parts.pictures(config.model_dim, embedding_unit(self.language_model.model)))
