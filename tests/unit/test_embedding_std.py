@@ -4,7 +4,7 @@ import pytest
 
 from attnzoo.models import DecoderConfig, DecoderLM, MultimodalLM
 
-VISION = {"image_size": 16, "patch_size": 4, "model_dim": 24, "num_layers": 1, "attention": {"kind": "mha", "num_heads": 2}}
+VISION = {"image_size": 16, "patch_size": 4, "model_dim": 24, "num_layers": 1, "attention": "mha"}
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, 0.02), (0.7, 0.7)])
