@@ -19,9 +19,10 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from attnzoo.checkpoint.frozen import FrozenLM
 from serve.__main__ import main
 from serve.config import ServeConfig
-from tests.helpers import clinical_models
+from tests.helpers import clinical_models, diffusion_models, picture_models
 from tests.helpers.clinical_files import fhir_bundle, fhir_observation, fhir_stays
 from tests.helpers.http_server import events
 from tests.helpers.ray_server import DEPLOYMENT, ROOT, Running, environment, expected
@@ -40,10 +41,20 @@ TRACE = 'Error:\nTraceback (most recent call last):\n  File "x.py", line 5, in f
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def looks(tmp_path_factory):
+    """A model of pictures in front of what is served."""
+    lm = export(tmp_path_factory.mktemp("same") / "tiny" / "export", max_len=1024)
+    return picture_models.in_front_of(FrozenLM.load(str(lm)))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, looks):
     clinical = clinical_models.export(tmp_path_factory.mktemp("clinical"), clinical_models.small_trained(COHORT))
+    pictures = picture_models.export(tmp_path_factory.mktemp("pictures"), looks)
+    diffusion = diffusion_models.export(tmp_path_factory.mktemp("drawing"), diffusion_models.small_diffusion())
     own = ("max_num_seqs=2", "max_queue=2", "drain_timeout_s=120", f"clinical={clinical.parent}", "clinical_name=risk")
-    running = Running(tmp_path_factory.mktemp("server"), *own)
+    beside = (f"pictures={pictures}", f"diffusion={diffusion}", "diffusion_name=brush")
+    running = Running(tmp_path_factory.mktemp("server"), *own, *beside)
     yield running
     if running.process.poll() is None:
         running.process.kill()
@@ -79,7 +90,7 @@ def test_answers_and_refusals_go_through_unchanged(server):
     answer = server.client.completions.create(model="tiny", prompt="Hello", max_tokens=30, temperature=0)
     assert answer.choices[0].text == expected("Hello", 30)
     assert answer.usage.model_extra["attnzoo"]["kv_bytes"] > 0
-    assert [model.id for model in server.client.models.list()] == ["tiny", "risk"]
+    assert [model.id for model in server.client.models.list()] == ["tiny", "risk", "brush"]
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     for method, path, status in [("GET", "/nowhere", 404), ("GET", "/v1/completions", 405)]:
         response = httpx.request(method, server.url + path)
@@ -109,6 +120,29 @@ def test_a_clinical_model_beside_the_language_model(server):
     assert [entry["resource"]["resourceType"] for entry in answer.json()["entry"]] == ["RiskAssessment"] * 2
     assert httpx.post(f"{server.url}/v1/predict", json={}, timeout=60).json()["error"]["param"] == "model"
     assert server.metric("predict_time_seconds_count") == 4
+
+
+def test_pictures_are_seen_drawn_and_composed(server, looks):
+    """Through Ray and its proxy unchanged."""
+    picture, asked = picture_models.some_picture(2), "how many objects are there?"
+    body = {"model": "tiny", "temperature": 0, "max_tokens": 8}
+    message = picture_models.message(picture_models.image_part(picture), asked)
+    told = httpx.post(f"{server.url}/v1/chat/completions", json={**body, "messages": [message]}, timeout=60).json()
+    assert told["choices"][0]["message"]["content"] == looks.answers(picture[None], asked)[0]
+    brush = diffusion_models.small_diffusion()
+    wanted = {**diffusion_models.GENERATE, "model": "brush", "seed": 5}
+    drawn = httpx.post(f"{server.url}/v1/images/generations", json=wanted, timeout=60).json()["data"][0]["b64_json"]
+    alone = diffusion_models.drawn(brush.draw([wanted["prompt"]], [5], steps=2))
+    assert np.array_equal(diffusion_models.pixels_of(drawn), alone)
+    request = {**diffusion_models.composition(), "model": "brush"}
+    whole = httpx.post(f"{server.url}/v1/images/compose", json=request, timeout=60).json()
+    *steps, last = events(
+        httpx.post(f"{server.url}/v1/images/compose", json={**request, "stream": True}, timeout=60).text
+    )
+    assert steps
+    assert last["data"][0]["b64_json"] == whole["data"][0]["b64_json"]
+    refused = httpx.post(f"{server.url}/v1/images/compose", json={**request, "seed": 3}, timeout=60)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "seed")
 
 
 def test_a_request_with_a_compressed_cache_takes_less_memory(server):

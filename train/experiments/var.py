@@ -6,13 +6,15 @@ without edits. A model without sinks has nothing to take from: it only answers u
 threshold, which takes most tokens of a small model for sinks.
 """
 
+import math
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from attnzoo.attention.edits import Edits
+from attnzoo.attention.edits import Edits, Sinks
 from attnzoo.vision.questions import KINDS, Baselines, SceneQuestion, evaluation_questions
 from attnzoo.vision.redistribution import FoundSinks, is_massive, layer_inputs
 from attnzoo.vision.redistribution import sinks_of as measured
@@ -20,7 +22,15 @@ from attnzoo.vision.scenes import Scene, SceneWorld
 from attnzoo.vision.trained_pictures import TrainedPictures, load_pictures
 from train.data.scenes import asked_about
 from train.experiments.base import Experiment, ExperimentConfig, ExperimentPart, Tick, Values
-from train.experiments.var_arms import ARMS, FIXED, UNEDITED, VAR, fixed
+from train.experiments.var_arms import (
+    ARMS,
+    FIXED,
+    OTHERS_HIDDEN,
+    UNEDITED,
+    VAR,
+    fixed,
+    others_hidden,
+)
 from train.experiments.var_figure import draw
 from train.experiments.var_judge import SINKS, judge
 
@@ -61,21 +71,49 @@ def sinks_of(config: ExperimentConfig) -> FoundSinks:
     return measured(model_of(config), config.seed + 2)
 
 
+def places_of(trained: TrainedPictures) -> range:
+    """Where the picture stands in a prompt."""
+    end = len(trained.reader.begin)
+    return range(end - trained.pictures.config.tokens, end)
+
+
 @torch.no_grad()
-def sinks(config: ExperimentConfig, tick: Tick) -> Values:
-    """What each layer says of sinks, and which share of the picture's tokens is massive there."""
-    trained, found, world = model_of(config), sinks_of(config), world_of(config)
-    model, begin = trained.model, len(trained.reader.begin)
-    inside = slice(begin - trained.pictures.config.tokens, begin)
-    asked = questions(config)
-    some = asked[:: -(-len(asked) // PICTURES_LOOKED_AT)]  # of every kind
+def states_of(config: ExperimentConfig) -> list[list[Tensor]]:
+    """x_TD as it enters each layer, of some questions of every kind."""
+    trained, world, asked = model_of(config), world_of(config), questions(config)
+    some = asked[:: -(-len(asked) // PICTURES_LOOKED_AT)]
 
     def read() -> None:
         for scene, question in some:
             image = torch.from_numpy(world.image(scene)).permute(2, 0, 1)[None]
-            model(torch.tensor([trained.reader.prompt(question.text)]), image)
+            trained.model(torch.tensor([trained.reader.prompt(question.text)]), image)
 
-    states = layer_inputs(model.decoder, read)
+    return layer_inputs(trained.model.decoder, read)
+
+
+def picture_sinks(config: ExperimentConfig) -> dict[int, int]:
+    """How many of a picture's tokens are sinks in each layer with sinks, the mean rounded up."""
+    return _counted(config.trained, config.quick, config.seed)
+
+
+@lru_cache(maxsize=1)
+def _counted(trained: Path | None, quick: bool, seed: int) -> dict[int, int]:
+    config = ExperimentConfig(trained=trained, quick=quick, seed=seed)
+    found, states, places = sinks_of(config), states_of(config), places_of(model_of(config))
+    counts: dict[int, int] = {}
+    for each in found.layers[:-1]:
+        if each.tau is not None:
+            sinks = Sinks(found.channels, each.tau)
+            inside = [int(sinks.found(x_TD[None, places.start : places.stop]).sum()) for x_TD in states[each.layer]]
+            counts[each.layer] = math.ceil(sum(inside) / len(inside))
+    return counts
+
+
+def sinks(config: ExperimentConfig, tick: Tick) -> Values:
+    """What each layer says of sinks, and how many of the picture's tokens are sinks or massive there."""
+    trained, found, world = model_of(config), sinks_of(config), world_of(config)
+    places, asked, states, counts = places_of(trained), questions(config), states_of(config), picture_sinks(config)
+    inside = slice(places.start, places.stop)
     tick()
     layers = [
         {
@@ -85,6 +123,7 @@ def sinks(config: ExperimentConfig, tick: Tick) -> Values:
             "raw": each.raw,
             "median": each.median,
             "reason": each.reason,
+            "sinks": counts.get(each.layer, 0),
             "picture": float(torch.cat([is_massive(x_TD)[inside] for x_TD in states[each.layer]]).float().mean()),
         }
         for each in found.layers
@@ -109,9 +148,14 @@ def arm(config: ExperimentConfig, tick: Tick, name: str) -> Values:
     trained, world = model_of(config), world_of(config)
     found = sinks_of(config)
     dim = trained.language_model.model.config.model_dim
-    items = ARMS[VAR](fixed(found, dim)) if name == FIXED else ARMS[name](found)
-    edits, pairs, right = Edits(*items) if items else None, questions(config), []
+    pairs, right = questions(config), []
     for first in range(0, len(pairs), BATCH):
+        if name == OTHERS_HIDDEN:  # others in each batch
+            random = np.random.default_rng((config.seed, first))
+            items = others_hidden(picture_sinks(config), places_of(trained), random)
+        else:
+            items = ARMS[VAR](fixed(found, dim)) if name == FIXED else ARMS[name](found)
+        edits = Edits(*items) if items else None
         some = pairs[first : first + BATCH]
         images = np.stack([world.image(scene) for scene, _ in some])
         said = trained.answers(images, [question.text for _, question in some], edits=edits)
@@ -124,6 +168,8 @@ def parts(config: ExperimentConfig) -> dict[str, ExperimentPart]:
     """The sinks, and every arm that there is for this model."""
     has_sinks = any(each.tau is not None for each in sinks_of(config).layers[:-1])
     names = [*(ARMS if has_sinks else [UNEDITED]), FIXED]
+    if has_sinks and any(picture_sinks(config).values()):
+        names.append(OTHERS_HIDDEN)
     steps = -(-len(questions(config)) // BATCH)
     found = {name: ExperimentPart(partial(arm, name=name), steps) for name in names}
     return {SINKS: ExperimentPart(sinks, 1), **found}

@@ -54,6 +54,7 @@ def _layer(each: dict[str, Any]) -> dict[str, Any]:
         "nearly all others": each["others"],
         "first token": each["raw"],
         "median": each["median"],
+        "sinks in the picture": each["sinks"],
         "massive in the picture": each["picture"],
         "sinks": each["reason"].partition(":")[0] or "yes",
     }
