@@ -147,16 +147,17 @@ KINDS: dict[str, Ask] = {
 }
 """How each kind of question is asked."""
 LEARNED = {
-    "names": 0.25,
-    "presence_random": 0.2,
+    "names": 0.2,
+    "presence_random": 0.14,
     "count": 0.15,
-    "side": 0.1,
-    "height": 0.1,
-    "relation": 0.1,
-    "colour": 0.1,
+    "side": 0.17,
+    "height": 0.13,
+    "relation": 0.15,
+    "colour": 0.06,
 }
-"""Shares of the kinds in training, where absent objects are random ones. One answer in four names all objects: yes and
-no alone say little of what an object looks like."""
+"""Shares of the kinds in training, where absent objects are random ones. One answer in five names all objects: yes and
+no alone say little of what an object looks like. What is learned last, sides, is asked more than what is learned first,
+presence."""
 
 
 def training_questions(
