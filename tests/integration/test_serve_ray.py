@@ -53,7 +53,7 @@ def server(tmp_path_factory, looks):
     pictures = picture_models.export(tmp_path_factory.mktemp("pictures"), looks)
     diffusion = diffusion_models.export(tmp_path_factory.mktemp("drawing"), diffusion_models.small_diffusion())
     own = ("max_num_seqs=2", "max_queue=2", "drain_timeout_s=120", f"clinical={clinical.parent}", "clinical_name=risk")
-    beside = (f"pictures={pictures}", f"diffusion={diffusion}", "diffusion_name=brush")
+    beside = (f"pictures={pictures}", f"diffusion={diffusion}", "diffusion_name=painter")
     running = Running(tmp_path_factory.mktemp("server"), *own, *beside)
     yield running
     if running.process.poll() is None:
@@ -90,7 +90,7 @@ def test_answers_and_refusals_go_through_unchanged(server):
     answer = server.client.completions.create(model="tiny", prompt="Hello", max_tokens=30, temperature=0)
     assert answer.choices[0].text == expected("Hello", 30)
     assert answer.usage.model_extra["attnzoo"]["kv_bytes"] > 0
-    assert [model.id for model in server.client.models.list()] == ["tiny", "risk", "brush"]
+    assert [model.id for model in server.client.models.list()] == ["tiny", "risk", "painter"]
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     for method, path, status in [("GET", "/nowhere", 404), ("GET", "/v1/completions", 405)]:
         response = httpx.request(method, server.url + path)
@@ -129,12 +129,12 @@ def test_pictures_are_seen_drawn_and_composed(server, looks):
     message = picture_models.message(picture_models.image_part(picture), asked)
     told = httpx.post(f"{server.url}/v1/chat/completions", json={**body, "messages": [message]}, timeout=60).json()
     assert told["choices"][0]["message"]["content"] == looks.answers(picture[None], asked)[0]
-    brush = diffusion_models.small_diffusion()
-    wanted = {**diffusion_models.GENERATE, "model": "brush", "seed": 5}
+    painter = diffusion_models.small_diffusion()
+    wanted = {**diffusion_models.GENERATE, "model": "painter", "seed": 5}
     drawn = httpx.post(f"{server.url}/v1/images/generations", json=wanted, timeout=60).json()["data"][0]["b64_json"]
-    alone = diffusion_models.drawn(brush.draw([wanted["prompt"]], [5], steps=2))
+    alone = diffusion_models.drawn(painter.draw([wanted["prompt"]], [5], steps=2))
     assert np.array_equal(diffusion_models.pixels_of(drawn), alone)
-    request = {**diffusion_models.composition(), "model": "brush"}
+    request = {**diffusion_models.composition(), "model": "painter"}
     whole = httpx.post(f"{server.url}/v1/images/compose", json=request, timeout=60).json()
     *steps, last = events(
         httpx.post(f"{server.url}/v1/images/compose", json={**request, "stream": True}, timeout=60).text
