@@ -123,6 +123,8 @@ def test_what_a_client_accepts(client, accept, kind):
 @pytest.mark.parametrize(
     ("accept", "shown"),
     [
+        ("application/fhir+xml", "application/fhir+xml is not written here"),
+        ("text/xml;q=0.8, application/fhir+xml", "text/xml is not"),
         (f"{FHIR};q=abc", "q='abc'"),
         (f"{FHIR};q=nan", "q='nan'"),
         (f"{FHIR};q=2", "q='2'"),
