@@ -147,8 +147,6 @@ def problems(config: Config) -> Iterator[tuple[str, str]]:
     if config.lora.rank is not None:
         if not config.lora.targets:
             yield "lora.targets", "lora.targets is empty: nothing would train; name linear maps such as query"
-        if config.checkpoint.init_from is None:
-            yield "lora.rank", "lora.rank needs checkpoint.init_from: adapters of random weights learn nothing"
         if config.zero.stage == 3:
             yield "zero.stage", "zero.stage=3 does not work with lora.rank: it partitions frozen weights; use 0, 1 or 2"
         if config.optim.name == "muon":

@@ -49,7 +49,6 @@ from train.export import export
 from train.failures import report
 from train.limits import MEASURED_STEPS
 from train.loop import STOP_AT_STEP, TrainingRun, measure_selected, train
-from train.lora import add_adapters
 from train.metrics import MetricsWriter, check_wandb, read_metrics
 from train.plan import describe
 from train.stop import Launcher, find_launcher
@@ -124,7 +123,7 @@ def _begin(task: Task, device: torch.device, watchdog: Watchdog) -> tuple[Traini
     # Counted before ZeRO 3 partitions the weights.
     flops, parameters = task.flops(model), sum(parameter.numel() for parameter in model.parameters())
     if config.lora.rank is not None:
-        ranks.agree(lambda: add_adapters(model, config.lora))
+        ranks.agree(lambda: task.add_adapters(model))
     engine = TrainingEngine(task, model, device)
     settings = identity(config, task.content(), engine.world) | {PLUGINS: plugin_sources(model)}
     best = BestWeights(config.eval.keep_best or 0)

@@ -86,13 +86,19 @@ class Turns:
         return [*between, *asked], self.reply(question.answer)
 
     def _fitting(self, questions: Sequence[SceneQuestion]) -> Iterator[tuple[SceneQuestion, list[int], list[int]]]:
-        """Questions as far as they fit behind the picture, with what `_turn` says of them."""
+        """Questions as far as they fit behind the picture, with what `_turn` says of them. Raises ValueError where not
+        even the first one does."""
         used = len(self.begin)
         for number, question in enumerate(questions):
             asked, reply = self._turn(number, question)
             used += len(asked) + len(reply)
             if self.longest is not None and used > self.longest:
-                return
+                if number:
+                    return
+                raise ValueError(
+                    f"the picture with the question {question.text!r} and its answer takes {used} tokens, and "
+                    f"{self.longest} fit"
+                )
             yield question, asked, reply
 
     def sequence(self, questions: Sequence[SceneQuestion]) -> tuple[list[int], list[int]]:

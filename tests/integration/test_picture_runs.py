@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from attnzoo.checkpoint import load_model
 from attnzoo.vision.trained_pictures import load_pictures
+from tests.helpers import serving
 from tests.helpers.emoji_fonts import needs
 from tests.helpers.picture_task import OWN, prepared, words
 from tests.helpers.training import ROOT, launch, stay_records
@@ -50,3 +52,26 @@ def test_a_model_of_pictures_resumes_bit_for_bit_on_two_ranks(tmp_path: Path) ->
     assert {name: found[name] for name in ("accuracy", "side", "blind")} == pytest.approx(
         {name: final[name] for name in ("accuracy", "side", "blind")}, abs=0.02
     )
+
+
+@needs("openmoji")
+def test_adapters_of_a_language_model_are_trained_and_merged(tmp_path: Path) -> None:
+    """The tower and the projector train too; what is exported needs no other language model and no peft."""
+    lm, run = serving.export(tmp_path / "lm", "mha", max_len=256), tmp_path / "run"
+    adapted = [f"model.language_model={lm}", "model.projector={hidden: 20, grid: 2}", "model.dtype=float32"]
+    more = ["lora={rank: 3, targets: [query, output]}", "optim.lr=1e-2", "task.word_loss=0.1"]
+    small = [word for word in SMALL if not word.startswith(("model.decoder", "tokenizer"))]
+    given = words(tmp_path / "cache", *small, *adapted, *more)
+    launch(ROOT / "configs" / "vlm-smollm2.yaml", f"run_dir={run}", *given, ranks=2)
+    trained = load_pictures(run)
+    before, after = load_model(lm).state_dict(), trained.language_model.model.state_dict()
+    assert trained.own
+    assert before.keys() == after.keys()
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in after if name.endswith(("query.weight", "output.weight"))}
+    records = stay_records(run)
+    assert records["train", 6]["loss"] < records["train", 1]["loss"]
+    task = prepared(tmp_path / "cache", *given, config="vlm-smollm2.yaml")
+    with torch.no_grad():
+        measured = task.measure(trained.model, task.validation())
+    assert task.metrics(task.validation(), measured)["loss"] == pytest.approx(records["eval", 6]["loss"], rel=1e-4)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from attnzoo.models import MultimodalLM, PictureEncoder
-from attnzoo.vision import SceneOptions, SceneWorld
+from attnzoo.vision import SceneOptions, SceneQuestion, SceneWorld
 from attnzoo.vision.trained_pictures import load_pictures
 from tests.helpers import serving
 from tests.helpers.emoji_fonts import needs
@@ -122,6 +122,30 @@ def test_a_weight_below_0_is_refused(tmp_path: Path, name: str) -> None:
         load_config("vlm-small.yaml", words(tmp_path, *OWN, f"task.{name}=-1"))
 
 
+def test_a_question_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    """Later ones are left out."""
+    task = prepared(tmp_path, *OWN)
+    short, long = (SceneQuestion("text", text, "yes") for text in ("is it?", "is it so? " * 40))
+    reader = task.reader
+    assert reader.sequence([short, long]) == reader.sequence([short])
+    with pytest.raises(ValueError, match=r"^the picture with the question 'is it so\?.*takes \d+ tokens, and 96 fit$"):
+        reader.sequence([long, short])
+
+
 def test_a_frozen_language_model_learns_no_words(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"task\.word_loss=0\.1 .*model\.language_model"):
         load_config("vlm-smollm2.yaml", ["task.word_loss=0.1", f"cache_dir={tmp_path}"])
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "said"),
+    [
+        ("vlm-smollm2.yaml", ["lora.rank=4"], r"lora\.rank=4 with model\.dtype=bfloat16.*model\.dtype=float32"),
+        ("vlm-small.yaml", ["lora.rank=4", "optim.name=adamw"], r"lora\.rank=4 adapts model\.language_model"),
+    ],
+)
+def test_adapters_without_a_language_model_to_adapt_are_refused(
+    tmp_path: Path, config: str, given: list[str], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        load_config(config, [*given, f"cache_dir={tmp_path}"])

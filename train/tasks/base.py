@@ -25,6 +25,7 @@ from attnzoo.models.shapes import without_storage
 from attnzoo.registry import Registry
 from train.config import Config
 from train.data.base import Batch, Batches
+from train.lora import add_adapters
 from train.plot import plot_losses
 
 
@@ -109,6 +110,10 @@ class Task(ABC):
     def flops(self, model: nn.Module) -> int | None:
         """FLOPs of one training step over all ranks; None if unknown."""
         return None
+
+    def add_adapters(self, model: nn.Module) -> None:
+        """Adds the adapters of the section `lora`, and freezes what they stand for. Raises ValueError."""
+        add_adapters(model, self.config.lora)
 
     def rebuilt(self, model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
         """A model like `model` with the weights of `state` (float32, of all ranks), on the CPU in evaluation mode.

@@ -24,7 +24,14 @@ from train.lora import add_adapters, merge_adapters
 from train.plot import plot_losses
 from train.tasks.base import TASKS, Task, TaskOptions
 from train.tasks.initial import adopted_model, init_from
-from train.tasks.language_checks import check_data, check_init, check_length, check_model, check_model_section
+from train.tasks.language_checks import (
+    check_adapters,
+    check_data,
+    check_init,
+    check_length,
+    check_model,
+    check_model_section,
+)
 from train.tokenizer import TokenizerConfig, ensure_tokenizer
 
 MIB = 2**20
@@ -61,6 +68,7 @@ class LanguageTask(Task):
             "model": lambda: check_model_section(config),
             "data": lambda: build_config(DataConfig, config.data, "data"),
             "tokenizer": lambda: build_config(TokenizerConfig, config.tokenizer, "tokenizer"),
+            "lora": lambda: check_adapters(config),
         }
 
     # --- before anything is prepared ----------------------------------------------------------------------------

@@ -28,6 +28,12 @@ def check_model_section(config: Config) -> None:
     config.model_config(1)  # any vocabulary size will do
 
 
+def check_adapters(config: Config) -> None:
+    """Raises ValueError for adapters (`lora`) of new weights."""
+    if config.lora.rank is not None and config.checkpoint.init_from is None:
+        raise ValueError("lora.rank needs checkpoint.init_from: adapters of random weights learn nothing")
+
+
 def check_length(config: Config, model_config: DecoderConfig) -> None:
     """Raises ConfigError if sequences are longer than the model's context."""
     if config.sequence_length > model_config.max_positions:

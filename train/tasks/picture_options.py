@@ -84,10 +84,27 @@ def scene_options(values: Mapping[str, Any]) -> SceneOptions:
 def check_questions(config: Config) -> None:
     """Raises ValueError that names the key of `task`."""
     options = build_config(QuestionOptions, config.task, "task")
-    if options.word_loss and config.model.get("language_model") is not None:
+    frozen = config.model.get("language_model") is not None and config.lora.rank is None
+    if options.word_loss and frozen:
         raise ValueError(
             f"task.word_loss={options.word_loss} needs a decoder that is trained, and model.language_model is frozen; "
-            "leave one out"
+            "leave one out, or set lora.rank"
+        )
+
+
+def check_adapters(config: Config) -> None:
+    """Raises ValueError that names the key where adapters (`lora`) have nothing to adapt."""
+    if config.lora.rank is None:
+        return
+    if config.model.get("language_model") is None:
+        raise ValueError(
+            f"lora.rank={config.lora.rank} adapts model.language_model, and model.decoder is trained; leave it out"
+        )
+    dtype = config.model.get("dtype", "float32")
+    if dtype != "float32":
+        raise ValueError(
+            f"lora.rank={config.lora.rank} with model.dtype={dtype}: adapters are merged into float32 weights; set "
+            "model.dtype=float32, and precision=bf16_autocast for speed"
         )
 
 

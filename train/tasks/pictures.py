@@ -1,9 +1,11 @@
 """Language models that look at pictures: questions about scenes of emoji, answered by one or a few tokens.
 
 The language model is trained from the beginning with the pictures' tower (`model.decoder`), or it is a frozen one
-(`model.language_model`): that one is neither in checkpoints nor in the export, which name it.
+(`model.language_model`): that one is neither in checkpoints nor in the export, which name it. With adapters (`lora`) it
+is in both, in the export with the adapters merged.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -30,10 +32,12 @@ from attnzoo.vision.turns import Turns, padded
 from train.config import Config
 from train.data.base import IGNORED, Batch
 from train.data.scenes import SceneStream, asked_about, pictures
+from train.lora import add_adapters, merge_adapters
 from train.tasks.base import TASKS, Task
 from train.tasks.picture_options import (
     PictureModel,
     QuestionOptions,
+    check_adapters,
     check_data,
     check_questions,
     check_tokenizer,
@@ -57,7 +61,6 @@ class PictureTask(Task):
     ROW = UNIT = "image"
     METRICS = ("loss", "accuracy", *EVALUATED, "majority", "blind")
     UNUSED: ClassVar[tuple[str, ...]] = (
-        "lora",
         "sample",
         "checkpoint.adopt_model",
         "train.activation_checkpointing",
@@ -83,6 +86,7 @@ class PictureTask(Task):
             "model": lambda: build_config(PictureModel, config.model, "model"),
             "data": lambda: check_data(config),
             "tokenizer": lambda: check_tokenizer(config),
+            "lora": lambda: check_adapters(config),
         }
 
     # --- before anything is prepared ----------------------------------------------------------------------------
@@ -217,10 +221,11 @@ class PictureTask(Task):
         made = self._new()
         if self.config.checkpoint.init_from is not None:
             initial = self._initial()
-            if isinstance(made, MultimodalLM):
+            if self.parts.language_model is None:
                 made.load_state_dict(initial.model.state_dict())
             else:
-                made.vision.load_state_dict(initial.pictures.vision.state_dict())
+                encoder = made.pictures if isinstance(made, MultimodalLM) else made
+                encoder.vision.load_state_dict(initial.pictures.vision.state_dict())
         return self._with_heads(made)
 
     def _with_heads(self, made: MultimodalLM | PictureEncoder) -> nn.Module:
@@ -229,22 +234,35 @@ class PictureTask(Task):
             return made
         return WithSceneHeads(made, kinds=self.scenes.kinds, patch_loss=patch_loss, word_loss=word_loss)
 
+    def add_adapters(self, model: nn.Module) -> None:
+        """In the language model alone."""
+        add_adapters(self.whole(model).decoder, self.config.lora)
+
     def rebuilt(self, model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-        """Whether or not what the run began with is still there."""
+        """Whether or not what the run began with is still there; adapters are merged."""
         with torch.random.fork_rng(devices=[]):
             made = self._with_heads(self._new())
+            if self._adapted:
+                self.add_adapters(made)
         made.load_state_dict(state)
+        if self._adapted:
+            merge_adapters(self.whole(made).decoder)
         return made.eval()
 
+    @property
+    def _adapted(self) -> bool:
+        return self.config.lora.rank is not None
+
     def _new(self) -> MultimodalLM | PictureEncoder:
-        """A `MultimodalLM`; in front of a frozen language model the `PictureEncoder` alone."""
+        """A `MultimodalLM`; in front of a frozen language model without adapters the `PictureEncoder` alone."""
         if self.parts.language_model is None:
             vocab_size = self.tokenizer.vocab_size if self.tokenizer is not None else self._tokenizer_config.vocab_size
             config = self._decoder_config(vocab_size)
             encoder = PictureEncoder(self.parts.pictures(config.model_dim, config.embedding_size))
             return MultimodalLM(encoder, DecoderLM(config))
         config = open_checkpoint(existing_checkpoint(self.parts.language_model)).config
-        return PictureEncoder(self.parts.pictures(config.model_dim, embedding_unit(self.language_model.model)))
+        encoder = PictureEncoder(self.parts.pictures(config.model_dim, embedding_unit(self.language_model.model)))
+        return MultimodalLM(encoder, copy.deepcopy(self.language_model.model)) if self._adapted else encoder
 
     def _initial(self) -> TrainedPictures:
         """The export to begin with. Raises ValueError where its tower, or what else is taken, is another one."""
@@ -349,7 +367,7 @@ class PictureTask(Task):
 
     def save(self, directory: Path, model: nn.Module, metadata: dict[str, Any]) -> None:
         """As `attnzoo.vision.trained_pictures.load_pictures` reads it."""
-        whole, own = self.whole(model), self.parts.language_model is None
+        whole, own = self.whole(model), self.parts.language_model is None or self._adapted
         assert self.tokenizer is not None
         frozen = FrozenLM(whole.decoder, self.tokenizer, "", "float32") if own else self.language_model
         made = TrainedPictures(whole.pictures, frozen, own, self.options.format(), asdict(self.scenes), metadata)
