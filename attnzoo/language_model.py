@@ -32,7 +32,7 @@ from attnzoo.generation import (
 )
 from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.choice import CacheSpec, read_cache
-from attnzoo.kvcache.keep_all import KeepAll
+from attnzoo.kvcache.full import compressing
 from attnzoo.models import DecoderConfig, DecoderLM, EmbeddedPrompt, GenerationConfig
 from attnzoo.models.generation_config import FIELDS
 from attnzoo.models.score import score
@@ -344,9 +344,9 @@ class LanguageModel:
         if the policy does not work with this model."""
         if policy is None and self.config.cache is not None:
             policy = read_cache(self.config.cache)
-        if policy is None or isinstance(policy, KeepAll):
-            return None
-        self.model.byte_model(policy)
+        policy = compressing(policy)
+        if policy is not None:
+            self.model.byte_model(policy)
         return policy
 
     def _room(self, prompt: int, new: int | None) -> int:

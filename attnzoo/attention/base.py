@@ -28,7 +28,7 @@ from attnzoo.attention.checks import check_counts, check_mask, check_tensor
 from attnzoo.attention.edits.traits import NO_EDITING, Editing
 from attnzoo.derived_memory import PassMemory, pass_memory, stand_in
 from attnzoo.errors import suggest
-from attnzoo.kvcache import CachePolicy
+from attnzoo.kvcache import CachePolicy, KVLayer
 from attnzoo.kvcache.state import State
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import Mask, MaskField
@@ -228,6 +228,11 @@ class Attention(nn.Module, ABC):
 
 class StreamingAttention(Attention):
     """What can be continued from a state; `Traits.causal` is True."""
+
+    def kv_layers(self) -> tuple[KVLayer, ...]:
+        """Where this variant keeps keys and values that a cache policy may hold, in the order of the caches in its
+        state, which then has `lengths_B`; by default nowhere."""
+        return ()
 
     def check_chunk(self, x_BTD: Tensor, batch: int, counts_B: Tensor | None) -> None:
         """Raises ValueError for a chunk that does not fit a state of `batch` sequences, and for counts that are not

@@ -13,7 +13,7 @@ from attnzoo.attention.edits.run import LayerPlan, row_positions
 from attnzoo.attention.edits.traits import Editing
 from attnzoo.attention.parts import QKV, ContextState, Mixing, Projection, QKVConv, QKVConvState
 from attnzoo.attention.parts.mixing import SoftmaxContext
-from attnzoo.kvcache import CachePolicy
+from attnzoo.kvcache import CachePolicy, KVLayer
 from attnzoo.kvcache.state import State, new_zeros, writable
 from attnzoo.kvcache.succession import check_current, succeed
 from attnzoo.ops.common.impl import Impl
@@ -160,6 +160,9 @@ class ParallelComposition(Attention):
 
 class ComposedAttention(ParallelComposition, StreamingAttention):
     """All forms from the parts, which stream. This is what most variants are."""
+
+    def kv_layers(self) -> tuple[KVLayer, ...]:
+        return self.mixing.kv_layers()
 
     def init_state(
         self,

@@ -8,7 +8,17 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from attnzoo.kvcache.base import CACHES, EMPTY, CachedLayer, CachePolicy, CacheView, ExactCache, ScoreFunction
+from attnzoo.kvcache.base import (
+    CACHES,
+    EMPTY,
+    CachedLayer,
+    CachePolicy,
+    CacheSize,
+    CacheState,
+    CacheView,
+    KVLayer,
+    ScoreFunction,
+)
 from attnzoo.kvcache.full import FullCache, FullCacheState
 from attnzoo.kvcache.options import current_names
 from attnzoo.kvcache.state import State, load_state, save_state
@@ -34,11 +44,13 @@ __all__ = [
     "CACHES",
     "EMPTY",
     "CachePolicy",
+    "CacheSize",
+    "CacheState",
     "CacheView",
     "CachedLayer",
-    "ExactCache",
     "FullCache",
     "FullCacheState",
+    "KVLayer",
     "ScoreFunction",
     "State",
     "WindowCache",

@@ -9,20 +9,19 @@ ThinK always), so that memory stays constant.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CACHES, ScoreFunction
+from attnzoo.kvcache.base import CACHES, QKV, CacheSize, ScoreFunction
 from attnzoo.kvcache.channels import best_channels, channel_scores, greedy_scores, kept_channels, squares
-from attnzoo.kvcache.compressed import CompressedState
-from attnzoo.kvcache.d2o import D2OCache, D2OConfig
-from attnzoo.kvcache.entries import stored_norms
-from attnzoo.kvcache.eviction import QKV
+from attnzoo.kvcache.d2o import D2OCache, D2OConfig, D2OState
+from attnzoo.kvcache.entries import kept_columns, stored_norms
 from attnzoo.kvcache.options import check_least, check_ratio
 from attnzoo.kvcache.think import thin
+from attnzoo.ops.paged_decode import Entries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +45,20 @@ class D2OThinKConfig(D2OConfig):
             )
 
 
+@dataclass
+class D2OThinKState(D2OState):
+    """channels_BKC, value_channels_BKV (int64): the channels stored of kept keys and values; [B, K, 0] means all.
+    queries_BNWH: the last W queries of the prompt, the newest last; none once it has ended."""
+
+    channels_BKC: Tensor
+    value_channels_BKV: Tensor
+    queries_BNWH: Tensor
+
+    def compressed(self) -> Entries:
+        channels, values = cc.stored(self.channels_BKC), cc.stored(self.value_channels_BKV)
+        return replace(super().compressed(), channels_BKC=channels, value_channels_BKV=values)
+
+
 @CACHES.register("d2o+think")
 class D2OThinKCache(D2OCache):
     """D2O's eviction and merging, then ThinK's channel pruning."""
@@ -58,84 +71,63 @@ class D2OThinKCache(D2OCache):
         self.window = config.window
         self.thins = min(config.channel_ratio, config.value_channel_ratio) < 1.0
 
-    def key_width(self, head_dim: int) -> int:
-        return kept_channels(head_dim, self.config.channel_ratio)
+    def _widths(self, head_dim: int) -> tuple[int, int]:
+        """Channels of a kept key and value."""
+        ratios = self.config.channel_ratio, self.config.value_channel_ratio
+        return kept_channels(head_dim, ratios[0]), kept_channels(head_dim, ratios[1])
 
-    def value_width(self, head_dim: int) -> int:
-        return kept_channels(head_dim, self.config.value_channel_ratio)
+    def kept_columns(self, size: CacheSize, slots: int) -> dict[str, Tensor]:
+        # Before the prompt ends there are no slots, and all channels.
+        widths = self._widths(size.head_dim) if slots else (size.head_dim, size.head_dim)
+        return kept_columns(size, slots, *widths)
 
-    def index_bytes(self, head_dim: int) -> int:
-        return 8 * sum(width for width in (self.key_width(head_dim), self.value_width(head_dim)) if width < head_dim)
-
-    def init(
-        self,
-        batch: int,
-        num_kv_heads: int,
-        head_dim: int,
-        capacity: int,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype,
-    ) -> CompressedState:
-        state = super().init(batch, num_kv_heads, head_dim, capacity, device=device, dtype=dtype)
-        if not self.thins:
-            return state
-        index = state.starts_B.new_zeros(batch, num_kv_heads, 0)
-        return replace(
-            state,
-            prefix=replace(state.prefix, channels_BKC=index, value_channels_BKV=index.clone()),
-            queries_BNWH=state.tail.keys_BKSH.new_zeros(batch, 0, self.window, head_dim),
+    def empty(self, size: CacheSize, *, tail: int, prefix: int = 0, ended: bool = False) -> D2OThinKState:
+        chosen = [width if ended and width < size.head_dim else 0 for width in self._widths(size.head_dim)]
+        return D2OThinKState(
+            **self.parts(size, tail, prefix, ended),
+            channels_BKC=size.heads(chosen[0], dtype=torch.int64),
+            value_channels_BKV=size.heads(chosen[1], dtype=torch.int64),
+            queries_BNWH=size.zeros(size.num_heads if self.thins and not ended else 0, self.window, size.head_dim),
         )
 
-    def observed_nbytes(self, batch: int, num_heads: int, head_dim: int, tokens: int, dtype: torch.dtype) -> int:
-        if not self.thins:
-            return 0
-        return cc.observed_bytes(batch, num_heads, head_dim, min(tokens, self.window), dtype)
-
-    def attend(
+    def read(
         self,
-        state: CompressedState,
+        state: Any,
         score_function: ScoreFunction,
         qkv: QKV,
         positions_BT: Tensor,
         counts_B: Tensor | None,
-    ) -> tuple[Tensor, CompressedState]:
-        cc.check_call(*qkv)
-        if self.thins and state.ring is not None and state.ring.keys_BKRH.shape[2] == 0:
-            seen = cc.last_queries(state.queries_BNWH, qkv[0], counts_B, self.window)
-            state = replace(state, queries_BNWH=seen)
-        return super().attend(state, score_function, qkv, positions_BT, counts_B)
+    ) -> tuple[Tensor, Any]:
+        if self.thins and not state.decoding:
+            state = replace(state, queries_BNWH=cc.last_queries(state.queries_BNWH, qkv[0], counts_B))
+        return super().read(state, score_function, qkv, positions_BT, counts_B)
 
-    def thin(self, state: CompressedState) -> CompressedState:
+    def thin(self, state: D2OThinKState) -> D2OThinKState:
         """Scores channels on all kept tokens and prunes the tokens that are not in the ring."""
         if not self.thins:
             return state
-        prefix, ring, queries = state.prefix, state.ring, state.queries_BNWH
-        assert ring is not None
-        assert queries is not None
-        assert prefix.places_BKP is not None
+        kept, ring, queries = state.kept, state.ring, state.queries_BNWH
         # Empty slots are zero and add nothing to a score.
-        keys, values = (
-            torch.cat(pair, dim=2)
-            for pair in ((prefix.keys_BKPC, ring.keys_BKRH), (prefix.values_BKPV, ring.values_BKRH))
-        )
+        keys = torch.cat([kept.keys_BKPC, ring.keys_BKRH], dim=2)
+        values = torch.cat([kept.values_BKPV, ring.values_BKRH], dim=2)
         held = torch.ones(1, 1, 1, dtype=torch.bool, device=keys.device)
-        head_dim, channels, value_channels = keys.shape[3], prefix.channels_BKC, prefix.value_channels_BKV
-        if self.key_width(head_dim) < head_dim:
+        head_dim, channels, value_channels = keys.shape[3], state.channels_BKC, state.value_channels_BKV
+        key_width, value_width = self._widths(head_dim)
+        if key_width < head_dim:
             score = greedy_scores if self.config.score == "greedy" else channel_scores
-            channels = best_channels(score(queries, keys, held), self.key_width(head_dim))
-        if self.value_width(head_dim) < head_dim:
-            value_channels = best_channels(squares(values, held), self.value_width(head_dim))
-        pruned = thin(prefix.keys_BKPC, channels)
+            channels = best_channels(score(queries, keys, held), key_width)
+        if value_width < head_dim:
+            value_channels = best_channels(squares(values, held), value_width)
+        pruned: dict[str, Tensor] = {
+            "keys_BKPC": thin(kept.keys_BKPC, channels),
+            "values_BKPV": thin(kept.values_BKPV, value_channels),
+        }
+        if self.config.merge:
+            pruned["norms_BKP"] = stored_norms(pruned["keys_BKPC"], state.empty())
         return replace(
             state,
             queries_BNWH=queries[:, :0].clone(),
-            prefix=replace(
-                prefix,
-                keys_BKPC=pruned,
-                values_BKPV=thin(prefix.values_BKPV, value_channels),
-                channels_BKC=channels,
-                value_channels_BKV=value_channels,
-                norms_BKP=None if prefix.norms_BKP is None else stored_norms(pruned, prefix.places_BKP == 0),
-            ),
+            kept=replace(kept, **pruned),
+            channels_BKC=channels,
+            value_channels_BKV=value_channels,
         )

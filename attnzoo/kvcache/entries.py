@@ -1,79 +1,94 @@
-"""Evicting caches: all entries of prefix and tail in one set of tensors, and a new state from those that stay."""
+"""Entries that were chosen one by one, each with a position of its own, and what is left of them after an eviction."""
 
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CacheView
-from attnzoo.kvcache.compressed import CompressedState, Prefix
-from attnzoo.kvcache.full import FullCacheState
+from attnzoo.kvcache.base import CacheSize
+from attnzoo.kvcache.compressed import CompressedState, filled_tail
+from attnzoo.kvcache.state import State
 from attnzoo.ops.evict_merge import Merged
+from attnzoo.ops.paged_decode import Entries
 from attnzoo.types import accumulation_dtype
 
 
-def all_entries(state: CompressedState, lengths_B: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Any, Any]]:
-    """positions_BKS (K axis 1 before the first eviction), and (keys, values, accumulated attention, merge counts) of
-    prefix and tail."""
-    used = int((lengths_B - state.starts_B).max())
-    slots_S = torch.arange(used, device=lengths_B.device)
-    at_BS = state.starts_B[:, None] + slots_S
-    places = torch.where(at_BS < lengths_B[:, None], at_BS, -1)[:, None]
-    keys, values = state.tail.keys_BKSH[:, :, :used], state.tail.values_BKSH[:, :, :used]
-    accumulated = None if state.accumulated_BKS is None else state.accumulated_BKS[:, :, :used]
-    merge_counts = (
-        None
-        if state.prefix.merge_counts_BKP is None
-        else keys.new_ones(keys.shape[:3], dtype=state.prefix.merge_counts_BKP.dtype)
-    )
-    if state.prefix.slots == 0:
-        return places, (keys, values, accumulated, merge_counts)
-    prefix = state.prefix
-    view = cc.joined(state, CacheView(keys, values, places))
-    accumulated = (
-        None
-        if accumulated is None or prefix.accumulated_BKP is None
-        else torch.cat([prefix.accumulated_BKP, accumulated], dim=2)
-    )
-    merge_counts = (
-        None
-        if merge_counts is None or prefix.merge_counts_BKP is None
-        else torch.cat([prefix.merge_counts_BKP, merge_counts], dim=2)
-    )
-    return view.positions_BKS, (view.keys_BKSH, view.values_BKSH, accumulated, merge_counts)
+@dataclass
+class Kept(State):
+    """Chosen entries in P slots per kv head, of which the first hold one; positions_BKP (int32)."""
+
+    keys_BKPC: Tensor
+    values_BKPV: Tensor
+    positions_BKP: Tensor
 
 
-def packed(
-    state: CompressedState, merged: Merged, places_BKS: Tensor, accumulated_BKS: Tensor | None, lengths_B: Tensor
-) -> CompressedState:
-    """The state with the merged entries as its prefix and an empty tail."""
+@dataclass
+class KeptState(CompressedState):
+    """A state whose compressed entries were chosen one by one. held_B: how many slots of `kept` hold an entry, the
+    same in all kv heads."""
+
+    kept: Kept
+    held_B: Tensor
+
+    @property
+    def slots(self) -> int:
+        return self.kept.keys_BKPC.shape[2]
+
+    def held(self) -> Tensor:
+        return self.held_B
+
+    def positions(self) -> Tensor:
+        return self.kept.positions_BKP.long()
+
+    def compressed(self) -> Entries:
+        return Entries(keys_BKSC=self.kept.keys_BKPC, values_BKSV=self.kept.values_BKPV, positions_BKS=None)
+
+    def tail_columns(self, keys_BKSH: Tensor, values_BKSH: Tensor) -> dict[str, Tensor]:
+        """What is known of the tail's entries, by the names of the columns of `kept`."""
+        return {"keys": keys_BKSH, "values": values_BKSH}
+
+    def entries(self, lengths_B: Tensor) -> dict[str, Tensor]:
+        """The columns of all entries, kept ones first; "positions": int64, -1 in empty slots, K axis 1 where all kv
+        heads hold the same."""
+        view = filled_tail(self, lengths_B)
+        columns = {"positions": view.positions_BKS, **self.tail_columns(view.keys_BKSH, view.values_BKSH)}
+        if self.slots == 0:
+            return columns
+        mine = self.kept.columns() | {"positions": torch.where(self.empty(), -1, self.positions())}
+        columns["positions"] = columns["positions"].expand(-1, self.kept.keys_BKPC.shape[1], -1)
+        return {name: torch.cat([mine[name], x], dim=2) for name, x in columns.items()}
+
+
+def kept_columns(size: CacheSize, slots: int, key_width: int, value_width: int) -> dict[str, Tensor]:
+    """The fields of a `Kept` without an entry."""
+    return {
+        "keys_BKPC": size.heads(slots, key_width),
+        "values_BKPV": size.heads(slots, value_width),
+        "positions_BKP": size.heads(slots, dtype=torch.int32),
+    }
+
+
+def packed(kept: Any, merged: Merged, columns: dict[str, Tensor]) -> Any:
+    """The entries that stay of `columns`, in place of those of `kept`."""
     index, empty = merged.source_BKM.clamp(min=0), merged.source_BKM < 0
 
-    def picked(x_BKS: Tensor) -> Tensor:
-        return x_BKS.expand(*empty.shape[:2], -1).gather(-1, index).masked_fill(empty, 0)
+    def column(name: str, before: Tensor) -> Tensor:
+        match name.rpartition("_")[0]:
+            case "keys":
+                return merged.keys_BKMC
+            case "values":
+                return merged.values_BKMV
+            case "norms":
+                return stored_norms(merged.keys_BKMC, empty)
+            case "merge_counts":
+                assert merged.merge_counts_BKM is not None
+                return merged.merge_counts_BKM
+            case other:
+                picked = columns[other].expand(*empty.shape[:2], -1).gather(-1, index)
+                return picked.masked_fill(empty, 0).to(before.dtype)
 
-    old = state.prefix
-    prefix = Prefix(
-        keys_BKPC=merged.keys_BKMC,
-        values_BKPV=merged.values_BKMV,
-        channels_BKC=old.channels_BKC,
-        value_channels_BKV=old.value_channels_BKV,
-        places_BKP=picked(places_BKS + 1).to(torch.int32),
-        accumulated_BKP=None if accumulated_BKS is None else picked(accumulated_BKS),
-        norms_BKP=None if old.norms_BKP is None else stored_norms(merged.keys_BKMC, empty),
-        merge_counts_BKP=merged.merge_counts_BKM,
-    )
-    nothing = state.tail.keys_BKSH[:, :, :0]
-    return replace(
-        state,
-        prefix=prefix,
-        # New memory: a view of no slots would keep the whole buffer alive.
-        tail=FullCacheState(nothing.clone(), nothing.clone()),
-        starts_B=lengths_B.clone(),
-        accumulated_BKS=None if state.accumulated_BKS is None else state.accumulated_BKS[:, :, :0].clone(),
-    )
+    return kept.map(column)
 
 
 def stored_norms(keys_BKPC: Tensor, empty_BKP: Tensor) -> Tensor:

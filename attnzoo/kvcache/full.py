@@ -1,75 +1,117 @@
 """The full cache: keep every key and value, in the slot of its logical position."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.kvcache.base import EMPTY, CacheView, ExactCache, check_chunk
-from attnzoo.kvcache.state import State, new_zeros
+from attnzoo.kvcache.base import (
+    CACHES,
+    EMPTY,
+    QKV,
+    CachePolicy,
+    CacheSize,
+    CacheState,
+    CacheView,
+    Occupied,
+    ScoreFunction,
+    attend_view,
+    check_chunk,
+)
 from attnzoo.ops.common.recent import recent
-from attnzoo.types import dtype_bytes
 
 
 @dataclass
-class FullCacheState(State):
+class FullCacheState(CacheState):
     """keys_BKSH and values_BKSH with S slots; slot s holds the token of position s."""
 
     keys_BKSH: Tensor
     values_BKSH: Tensor
 
+    @property
+    def heads(self) -> tuple[int, int]:
+        return self.keys_BKSH.shape[1], self.keys_BKSH.shape[3]
+
+    @property
+    def slots(self) -> int:
+        return self.keys_BKSH.shape[2]
+
     def shares(self, after: Any) -> bool:
         return isinstance(after, FullCacheState) and after.keys_BKSH is self.keys_BKSH
 
     def cut(self, tokens: int) -> "FullCacheState":
-        return FullCacheState(self.keys_BKSH[:, :, :tokens], self.values_BKSH[:, :, :tokens])
+        return replace(self, keys_BKSH=self.keys_BKSH[:, :, :tokens], values_BKSH=self.values_BKSH[:, :, :tokens])
+
+    def occupied(self, row: int, length: int) -> Occupied:
+        used = self.rows(slice(row, row + 1)).cut(length)
+        return Occupied(length, used.nbytes())
 
 
-class FullCache(ExactCache):
-    """A cache that grows as needed; memory is 2 * K * H elements per token."""
+@dataclass(frozen=True, kw_only=True)
+class FullConfig:
+    """No options."""
 
-    def init(
-        self,
-        batch: int,
-        num_kv_heads: int,
-        head_dim: int,
-        capacity: int,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype,
-    ) -> FullCacheState:
-        shape = (batch, num_kv_heads, capacity, head_dim)
-        return FullCacheState(
-            new_zeros(*shape, device=device, dtype=dtype), new_zeros(*shape, device=device, dtype=dtype)
-        )
 
-    def nbytes(self, batch: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
-        return 2 * batch * num_kv_heads * capacity * head_dim * dtype_bytes(dtype)
+@CACHES.register("full")
+class FullCache(CachePolicy):
+    """A cache that grows as needed; memory is 2 * K * H elements per token. Where a model is given this policy, each
+    layer keeps its own exact cache: all tokens, or its window."""
 
-    def append(
+    source = "exact"
+    Config = FullConfig
+    exact = True
+    compiles = True
+
+    def __init__(self, config: FullConfig | None = None) -> None:
+        self.config = config or FullConfig()
+
+    def init(self, size: CacheSize, capacity: int) -> FullCacheState:
+        shape = (capacity, size.head_dim)
+        return FullCacheState(size.heads(*shape), size.heads(*shape), policy=self)
+
+    def attend(
         self,
         state: FullCacheState,
-        keys_BKTH: Tensor,
-        values_BKTH: Tensor,
+        score_function: ScoreFunction,
+        qkv: QKV,
         positions_BT: Tensor,
         counts_B: Tensor | None,
-    ) -> tuple[FullCacheState, CacheView]:
-        check_chunk(keys_BKTH)
-        # The compiler does not know lengths, which are values: callers cut the buffers to the used slots before.
-        compiling = torch.compiler.is_compiling()
-        slots = _slots(positions_BT, counts_B, state.keys_BKSH.shape[2] if compiling else None)
-        keys = with_room(state.keys_BKSH, slots.used, keys_BKTH)
-        values = with_room(state.values_BKSH, slots.used, values_BKTH)
-        slots.write(keys, keys_BKTH)
-        slots.write(values, values_BKTH)
-        view = CacheView(
-            keys[:, :, : slots.used], values[:, :, : slots.used], slots.positions_B1S, alone=slots.first == 0
-        )
-        if keys is state.keys_BKSH:
-            return state, view
-        return FullCacheState(keys, values), view
+    ) -> tuple[Tensor, FullCacheState]:
+        state, view = append(state, qkv[1], qkv[2], positions_BT, counts_B)
+        return attend_view(score_function, qkv[0], view, positions_BT), state
+
+    def compressed_nbytes(self, size: CacheSize, prompt: int, *, tokens: int = 0, joinable: bool = False) -> int:
+        return self.nbytes(size, prompt + tokens)
+
+
+def compressing(cache: Any) -> CachePolicy | None:
+    """The policy where it may keep less than the variant's own exact cache; None for None and for "full". Raises
+    ValueError for what is no policy, and for another exact one, which belongs to a variant."""
+    if cache is None or isinstance(cache, FullCache):
+        return None
+    if not isinstance(cache, CachePolicy) or cache.exact:
+        raise ValueError(f"cache={cache!r} is no cache policy; attnzoo.kvcache.build_cache makes one of a name")
+    return cache
+
+
+def append(
+    state: FullCacheState, keys_BKTH: Tensor, values_BKTH: Tensor, positions_BT: Tensor, counts_B: Tensor | None
+) -> tuple[FullCacheState, CacheView]:
+    """Adds a chunk: (new state, view of all tokens)."""
+    check_chunk(keys_BKTH)
+    # The compiler does not know lengths, which are values: callers cut the buffers to the used slots before.
+    compiling = torch.compiler.is_compiling()
+    slots = _slots(positions_BT, counts_B, state.keys_BKSH.shape[2] if compiling else None)
+    keys = with_room(state.keys_BKSH, slots.used, keys_BKTH)
+    values = with_room(state.values_BKSH, slots.used, values_BKTH)
+    slots.write(keys, keys_BKTH)
+    slots.write(values, values_BKTH)
+    view = CacheView(keys[:, :, : slots.used], values[:, :, : slots.used], slots.positions_B1S, alone=slots.first == 0)
+    if keys is state.keys_BKSH:
+        return state, view
+    return FullCacheState(keys, values, policy=state.policy), view
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ The choice depends on the seed and the kv head alone, so that it is reproducible
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from attnzoo.kvcache.base import CACHES
+from attnzoo.kvcache.base import CACHES, CacheSize
 from attnzoo.kvcache.channels import hashed_heads
 from attnzoo.kvcache.options import ChannelOptions, Prefill, check_least, check_seed
-from attnzoo.kvcache.think import ThinKCache
+from attnzoo.kvcache.think import PrunedState, ThinKCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,9 @@ class RandomChannelsCache(ThinKCache):
     Config = RandomChannelsConfig
     observes = False
 
-    def scores(self, queries_BNWH: Tensor | None, keys_BKSH: Tensor, held_BKS: Tensor, before_BKH: Tensor) -> Tensor:
+    def empty(self, size: CacheSize, *, tail: int, prefix: int = 0, ended: bool = False) -> PrunedState:
+        return PrunedState(**self.parts(size, tail, prefix, ended))
+
+    def scores(self, state: Any, keys_BKSH: Tensor, held_BKS: Tensor, before_BKH: Tensor) -> Tensor:
         batch, kv_heads, _, head_dim = keys_BKSH.shape
         return hashed_heads(kv_heads, head_dim, self.config.seed, keys_BKSH.device).expand(batch, -1, -1)

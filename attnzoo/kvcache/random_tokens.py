@@ -5,6 +5,7 @@ A token's random number depends on the seed, its position and the kv head alone,
 tokens in every run, in any batch and in chunks of any length.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,6 @@ class RandomTokensCache(EvictingCache):
     source = "control"
     Config = RandomTokensConfig
 
-    def priorities(self, taken_BKS: Tensor, accumulated_BKS: Tensor | None, kv_heads: int) -> Tensor:
-        heads_K1 = torch.arange(kv_heads, device=taken_BKS.device)[:, None]
-        return hashed((taken_BKS - 1) * 1021 + heads_K1, self.config.seed)
+    def priorities(self, positions_BKS: Tensor, entries: Mapping[str, Tensor]) -> Tensor:
+        heads_K1 = torch.arange(positions_BKS.shape[1], device=positions_BKS.device)[:, None]
+        return hashed(positions_BKS * 1021 + heads_K1, self.config.seed)

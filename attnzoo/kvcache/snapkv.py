@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CACHES, CachedLayer, CacheView, Need
+from attnzoo.kvcache.base import CACHES, CachedLayer, CacheSize, Need
 from attnzoo.kvcache.budgets import asked_tokens
-from attnzoo.kvcache.compressed import CompressedState, Prefix
+from attnzoo.kvcache.entries import Kept, KeptState, kept_columns, packed
 from attnzoo.kvcache.options import TokenOptions, check_least
 from attnzoo.kvcache.tailed import TailedCache, cut_tail
 from attnzoo.ops.accumulated_attention import accumulated_attention
 from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.evict_merge import MergeRule, evict_merge
-from attnzoo.types import accumulation_dtype, dtype_bytes
+from attnzoo.types import accumulation_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,13 @@ class SnapKVConfig(TokenOptions):
             raise ValueError(f"pool={self.pool} must be odd: as many neighbours on either side")
 
 
+@dataclass
+class SnapKVState(KeptState):
+    """queries_BNWH: the last W queries of the prompt, the newest last; none once it has ended."""
+
+    queries_BNWH: Tensor
+
+
 @CACHES.register("snapkv")
 class SnapKVCache(TailedCache):
     """Keeps what the observation window attends to."""
@@ -57,9 +64,12 @@ class SnapKVCache(TailedCache):
     def lossless(self) -> bool:
         return bool(self.config.lossless)
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset() if self.lossless else frozenset({"tables"})
+
     def budgets(self, lengths_B: Tensor) -> Tensor:
-        if self.lossless:
-            return lengths_B.clone()
+        """budgets_B: tokens kept of each prompt."""
         return asked_tokens(lengths_B, self.config.ratio, self.config.max_tokens, cc.least_kept(self.config))
 
     def why_whole(self, prompt: int, context: int) -> str:
@@ -68,95 +78,62 @@ class SnapKVCache(TailedCache):
         kept = int(self.budgets(torch.tensor([prompt]))[0])
         return f"{self.describe()} keeps {kept} tokens of a prompt of {prompt}, and what is generated"
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset() if self.lossless else frozenset({"tables"})
+    def empty(self, size: CacheSize, *, tail: int, prefix: int = 0, ended: bool = False) -> SnapKVState:
+        observed = 0 if self.lossless or ended else size.num_heads
+        return SnapKVState(
+            **cc.empty_tail(self, size, tail),
+            kept=Kept(**kept_columns(size, prefix, size.head_dim, size.head_dim)),
+            held_B=size.zeros(dtype=torch.int64),
+            queries_BNWH=size.zeros(observed, self.config.window, size.head_dim),
+        )
 
-    def init(
-        self,
-        batch: int,
-        num_kv_heads: int,
-        head_dim: int,
-        capacity: int,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype,
-    ) -> CompressedState:
-        state = super().init(batch, num_kv_heads, head_dim, capacity, device=device, dtype=dtype)
-        places = state.starts_B.new_zeros(batch, num_kv_heads, 0, dtype=torch.int32)
-        return state if self.lossless else replace(state, prefix=replace(state.prefix, places_BKP=places))
-
-    def shrink(self, layer: CachedLayer) -> CompressedState:
-        state, lengths_B, budgets_B = layer.state, layer.lengths_B, self.budgets(layer.lengths_B)
+    def shrink(self, layer: CachedLayer) -> SnapKVState:
+        state: SnapKVState = layer.state
+        lengths_B, budgets_B = layer.lengths_B, self.budgets(layer.lengths_B)
         if bool((lengths_B <= budgets_B).all()):
             return state
         first_B = torch.maximum(lengths_B - self.config.window, state.starts_B)
-        view = self._entries(state, lengths_B)
-        kv_heads = view.keys_BKSH.shape[1]
-        places = view.positions_BKS.expand(-1, kv_heads, -1)
-        before = (places >= 0) & (places < first_B[:, None, None])
+        entries = state.entries(lengths_B)
+        keys = entries["keys"]
+        positions_BKS = entries["positions"].expand(keys.shape[:3])
+        before = (positions_BKS >= 0) & (positions_BKS < first_B[:, None, None])
         # The window stays in any case; its own attention must not be smoothed into its neighbours.
-        seen = self._seen(layer, view).masked_fill(~before, 0.0)
+        seen = self._seen(layer, keys, entries["positions"]).masked_fill(~before, 0.0)
         rank = smoothed(seen, self.config.pool, self.config.kind)
-        rank = rank.masked_fill(places < self.config.sinks, torch.inf)
+        rank = rank.masked_fill(positions_BKS < self.config.sinks, torch.inf)
         order = rank.masked_fill(~before, -torch.inf).argsort(dim=-1, descending=True, stable=True)
         room_B = torch.where(lengths_B <= budgets_B, lengths_B, budgets_B - (lengths_B - first_B))
         within = torch.arange(order.shape[2], device=order.device) < room_B[:, None, None]
         keep = torch.zeros_like(before).scatter_(-1, order, within.expand_as(order)) & before
         merged = evict_merge(
-            view.keys_BKSH,
-            view.values_BKSH,
+            keys,
+            entries["values"],
             keep_BKS=keep,
             evict_BKS=before & ~keep,
             slots=int(keep.sum(-1).max()),
             rule=MergeRule(kind="drop"),
-            threshold_BK=torch.zeros(
-                keep.shape[:2], dtype=accumulation_dtype(view.keys_BKSH.dtype), device=keep.device
-            ),
+            threshold_BK=torch.zeros(keep.shape[:2], dtype=accumulation_dtype(keys.dtype), device=keep.device),
             impl=layer.score_function.impl,
         )
-        empty = merged.source_BKM < 0
-        kept = places.gather(-1, merged.source_BKM.clamp(min=0)).masked_fill(empty, -1)
-        prefix = Prefix(merged.keys_BKMC, merged.values_BKMV, places_BKP=(kept + 1).to(torch.int32))
-        return replace(state, prefix=prefix, tail=cut_tail(state, first_B, lengths_B), starts_B=first_B)
+        tail = cut_tail(state, first_B, lengths_B)
+        kept = packed(state.kept, merged, entries)
+        return replace(state, kept=kept, held_B=keep[:, 0].sum(-1), tail=tail, starts_B=first_B)
 
-    def _entries(self, state: CompressedState, lengths_B: Tensor) -> CacheView:
-        used = int((lengths_B - state.starts_B).max())
-        at_BS = state.starts_B[:, None] + torch.arange(used, device=lengths_B.device)
-        places = torch.where(at_BS < lengths_B[:, None], at_BS, -1)[:, None]
-        tail = CacheView(state.tail.keys_BKSH[:, :, :used], state.tail.values_BKSH[:, :, :used], places)
-        return tail if state.prefix.slots == 0 else cc.joined(state, tail)
-
-    def _seen(self, layer: CachedLayer, view: CacheView) -> Tensor:
+    def _seen(self, layer: CachedLayer, keys_BKSH: Tensor, positions_BKS: Tensor) -> Tensor:
         """accumulated_BKS of the observed queries; padding, at negative positions, sees nothing."""
-        steps = torch.arange(-layer.state.queries_BNWH.shape[2], 0, device=layer.lengths_B.device)
-        at_BW = layer.lengths_B[:, None] + steps
-        mask = Mask(query_positions_BT=at_BW, key_positions_BKS=view.positions_BKS)
-        tables = layer.score_function.tables(mask, len(steps))
-        return accumulated_attention(
-            layer.state.queries_BNWH, view.keys_BKSH, mask=mask, tables=tables, impl=layer.score_function.impl
-        )
+        queries, score_function = layer.state.queries_BNWH, layer.score_function
+        at_BW = layer.lengths_B[:, None] + torch.arange(-queries.shape[2], 0, device=keys_BKSH.device)
+        mask = Mask(query_positions_BT=at_BW, key_positions_BKS=positions_BKS)
+        tables = score_function.tables(mask, queries.shape[2])
+        return accumulated_attention(queries, keys_BKSH, mask=mask, tables=tables, impl=score_function.impl)
 
-    def compressed_nbytes(
-        self,
-        batch: int,
-        num_kv_heads: int,
-        head_dim: int,
-        prompt: int,
-        dtype: torch.dtype,
-        *,
-        tokens: int = 0,
-        joinable: bool = False,
-    ) -> int:
-        budget = int(self.budgets(torch.tensor([prompt]))[0])
-        if self.lossless or prompt <= budget:
+    def compressed_nbytes(self, size: CacheSize, prompt: int, *, tokens: int = 0, joinable: bool = False) -> int:
+        budget = prompt if self.lossless else int(self.budgets(torch.tensor([prompt]))[0])
+        kept, tail = budget - self.config.window, cc.pages(self.config.window + tokens)
+        if prompt <= budget:
             # The whole prompt is kept; later tokens take whole pages.
-            slots = prompt if tokens == 0 else cc.pages(prompt + tokens)
-            return self.nbytes(batch, num_kv_heads, head_dim, slots, dtype)
-        whole = 2 * head_dim * dtype_bytes(dtype)
-        slots = cc.pages(self.config.window + tokens)
-        prefix = budget - self.config.window
-        return batch * (num_kv_heads * (prefix * (whole + 4) + slots * whole) + 16)
+            kept, tail = 0, prompt if tokens == 0 else cc.pages(prompt + tokens)
+        return self.empty(replace(size, device="meta"), tail=tail, prefix=kept, ended=True).nbytes()
 
 
 def smoothed(accumulated_BKS: Tensor, pool: int, kind: Literal["mean", "max"]) -> Tensor:

@@ -61,6 +61,11 @@ class State:
         self.map(collect)
         return found
 
+    def columns(self) -> dict[str, Tensor]:
+        """This node's own tensors by what they hold: "keys" for keys_BKPC."""
+        own = [(name, getattr(self, name)) for name, static in fields_of(type(self)) if not static]
+        return {name.rpartition("_")[0]: x for name, x in own if isinstance(x, Tensor)}
+
     def nbytes(self) -> int:
         """Bytes of all tensors as allocated (whole capacity, masks, indices and tails included)."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
@@ -136,7 +141,7 @@ class State:
         for name, x in mine.items():
             if x.dtype != theirs[name].dtype or x.dim() != theirs[name].dim():
                 raise ValueError(f"state {name!r}: {x.dtype} of rank {x.dim()} cannot take {theirs[name].dtype}")
-            for axis, letter in enumerate(_axes(name)):
+            for axis, letter in enumerate(axes(name)):
                 sizes = (x.shape[axis], theirs[name].shape[axis])
                 if letter in FIXED_AXES and sizes[0] != sizes[1] and 0 not in sizes:
                     raise ValueError(
@@ -165,7 +170,7 @@ def _parts(node: Any) -> Iterator["State"]:
             yield from _parts(item)
     elif isinstance(node, State):
         yield node
-        for key, static in _fields(type(node)):
+        for key, static in fields_of(type(node)):
             if not static:
                 yield from _parts(getattr(node, key))
 
@@ -194,12 +199,12 @@ def _cut(node: Any, tokens: int) -> Any:
         return tuple(item.cut(tokens) for item in node)
     if not isinstance(node, State):
         return node
-    return _rebuilt(node, lambda _, value: value.cut(tokens) if isinstance(value, State) else _cut(value, tokens))
+    return rebuilt(node, lambda _, value: value.cut(tokens) if isinstance(value, State) else _cut(value, tokens))
 
 
-def _rebuilt(node: S, fn: Callable[[str, Any], Any]) -> S:
+def rebuilt(node: S, fn: Callable[[str, Any], Any]) -> S:
     """The state with `fn(name, value)` for its fields; static ones stay."""
-    fields = _fields(type(node))
+    fields = fields_of(type(node))
     return type(node)(**{key: getattr(node, key) if static else fn(key, getattr(node, key)) for key, static in fields})
 
 
@@ -221,12 +226,12 @@ def _fill(mine: Any, theirs: Any, name: str) -> None:
         prefix = f"{name}." if name else ""
         if not torch.compiler.is_compiling() and mine._claim is not NO_CLAIM:
             mine._claim = None  # it holds what the other holds
-        for key, static in _fields(type(mine)):
+        for key, static in fields_of(type(mine)):
             if not static:
                 _fill(getattr(mine, key), getattr(theirs, key), prefix + key)
 
 
-def _fields(kind: type[Any]) -> list[tuple[str, bool]]:
+def fields_of(kind: type[Any]) -> list[tuple[str, bool]]:
     """(name, whether it is static) of each."""
     # dataclasses.fields would say the same, but neither quickly nor to torch's compiler.
     return [(name, "static" in field.metadata) for name, field in kind.__dataclass_fields__.items()]
@@ -239,7 +244,7 @@ def _map(node: Any, name: str, fn: Callable[[str, Tensor], Tensor]) -> Any:
         return tuple(_map(item, f"{name}.{i}", fn) for i, item in enumerate(node))
     if isinstance(node, State):
         prefix = f"{name}." if name else ""
-        return _rebuilt(node, lambda key, value: _map(value, prefix + key, fn))
+        return rebuilt(node, lambda key, value: _map(value, prefix + key, fn))
     assert node is None, f"a state may not hold {type(node).__name__} ({name})"
     return None
 
@@ -251,7 +256,7 @@ def _consume(node: Any, name: str, fn: Callable[[str, Tensor], Tensor]) -> Any:
     if isinstance(node, tuple):
         return tuple(_consume(item, f"{name}.{i}", fn) for i, item in enumerate(node))
     if isinstance(node, State):
-        for key, static in _fields(type(node)):
+        for key, static in fields_of(type(node)):
             if not static:
                 setattr(node, key, _consume(getattr(node, key), f"{name}.{key}" if name else key, fn))
         node._claim = None  # the memory is new
@@ -267,7 +272,7 @@ def _origins(node: Any) -> dict[str, str]:
         for item in node:
             found |= _origins(item)
     elif isinstance(node, State):
-        for key, static in _fields(type(node)):
+        for key, static in fields_of(type(node)):
             value = getattr(node, key)
             if not static:
                 found |= _origins(value)
@@ -317,7 +322,7 @@ def load_state(template: S, path: Path) -> S:
                 f"{path}: {name} is {tensor.dtype} of rank {tensor.dim()}, "
                 f"the model needs {like.dtype} of rank {like.dim()}"
             )
-        for axis, letter in enumerate(_axes(name)):
+        for axis, letter in enumerate(axes(name)):
             if letter in FIXED_AXES and like.shape[axis] and tensor.shape[axis] != like.shape[axis]:
                 raise ValueError(
                     f"{path}: {name} has shape {tuple(tensor.shape)}, and axis {letter} is {like.shape[axis]} in this "
@@ -332,7 +337,7 @@ FIXED_AXES = "KHD"
 """Letters of the axes whose sizes the model fixes; a tensor's name ends with the letters of its axes."""
 
 
-def _axes(name: str) -> str:
+def axes(name: str) -> str:
     """The letters of a tensor's axes, in order; empty where its name has no such ending."""
     letters = re.search(r"_(B[A-Z0-9]*)$", name)
     return letters[1] if letters else ""

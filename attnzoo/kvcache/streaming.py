@@ -6,6 +6,7 @@ Differs from the paper: positions stay logical, where StreamingLLM counts them w
 the prompt is read with the full cache.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,5 +28,5 @@ class StreamingCache(EvictingCache):
     source = "Xiao et al. 2023, arXiv 2309.17453, section 3.2"
     Config = StreamingConfig
 
-    def priorities(self, taken_BKS: Tensor, accumulated_BKS: Tensor | None, kv_heads: int) -> Tensor:
-        return taken_BKS.expand(-1, kv_heads, -1).double()
+    def priorities(self, positions_BKS: Tensor, entries: Mapping[str, Tensor]) -> Tensor:
+        return positions_BKS.double()

@@ -1,5 +1,6 @@
-"""Caches that compress the prompt once and keep later tokens uncompressed: a fixed prefix and a growing tail."""
+"""Caches that compress the prompt once and keep later tokens whole: fixed compressed entries and a growing tail."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,88 +9,49 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CachedLayer, CachePolicy, ScoreFunction
+from attnzoo.kvcache.base import QKV, CachedLayer, ScoreFunction
 from attnzoo.kvcache.channels import condensed
-from attnzoo.kvcache.compressed import CompressedState
+from attnzoo.kvcache.compressed import CompressedState, CompressingCache
 from attnzoo.kvcache.full import FullCacheState
 
 
-class TailedCache(CachePolicy):
+class TailedCache(CompressingCache):
     """Base of these policies. Subclasses define `shrink` and `lossless`; `config` has `window` and `prefill`."""
 
     observes = False
-    """Whether the last `window` queries of the prompt are needed."""
+    """Whether the last `window` queries of the prompt are needed: the state then has queries_BNWH."""
     follows = False
     """Whether the last `window` queries are needed after the prompt too; they are then stored `condensed`."""
     one_by_one = False
     """Whether generated tokens must be added one at a time, because any of them may start a pruning."""
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    @property
-    def lossless(self) -> bool:
-        """Whether this configuration never compresses anything."""
-        raise NotImplementedError
-
+    @abstractmethod
     def shrink(self, layer: CachedLayer) -> CompressedState:
-        """The layer's state with all but the newest `window` tokens in the prefix."""
-        raise NotImplementedError
+        """The layer's state with all but the newest `window` tokens compressed."""
 
-    @property
-    def prefill(self) -> str:
-        return str(self.config.prefill)
-
-    def init(
+    def read(
         self,
-        batch: int,
-        num_kv_heads: int,
-        head_dim: int,
-        capacity: int,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype,
-    ) -> CompressedState:
-        state = cc.empty_state(self, batch, num_kv_heads, head_dim, capacity, device=device, dtype=dtype)
-        if not self.observes or self.lossless:
-            return state
-        # The axis of heads is empty until the first chunk shows how many query heads there are.
-        nothing = state.tail.keys_BKSH.new_zeros(batch, 0, self.config.window, head_dim)
-        return replace(state, queries_BNWH=nothing)
-
-    def nbytes(self, batch: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype) -> int:
-        return cc.empty_bytes(batch, num_kv_heads, head_dim, capacity, dtype)
-
-    def observed_nbytes(self, batch: int, num_heads: int, head_dim: int, tokens: int, dtype: torch.dtype) -> int:
-        if not self.observes or self.lossless:
-            return 0
-        return cc.observed_bytes(batch, num_heads, head_dim, min(tokens, self.config.window), dtype)
-
-    def attend(
-        self,
-        state: CompressedState,
+        state: Any,
         score_function: ScoreFunction,
-        qkv: tuple[Tensor, Tensor, Tensor],
+        qkv: QKV,
         positions_BT: Tensor,
         counts_B: Tensor | None,
     ) -> tuple[Tensor, CompressedState]:
-        cc.check_call(*qkv)
-        if positions_BT.shape[1] > 1 and self.one_by_one and not cc.reading(state):
+        if positions_BT.shape[1] > 1 and self.one_by_one and not state.reading:
             return self._one_by_one(state, score_function, qkv, positions_BT, counts_B)
         # Before the queries are updated: a pruning is scored by the queries before this chunk.
         state = self.before_append(state, score_function, positions_BT)
-        if state.queries_BNWH is not None and (self.follows or cc.reading(state)):
-            q_BNTH = qkv[0] if cc.reading(state) else condensed(qkv[0], qkv[1].shape[1])
-            seen = cc.last_queries(state.queries_BNWH, q_BNTH, counts_B, self.config.window)
-            state = replace(state, queries_BNWH=seen)
+        if self.observes and not self.lossless and (self.follows or state.reading):
+            q_BNTH = qkv[0] if state.reading else condensed(qkv[0], qkv[1].shape[1])
+            state = replace(state, queries_BNWH=cc.last_queries(state.queries_BNWH, q_BNTH, counts_B))
         state, view = cc.append(state, qkv[1], qkv[2], positions_BT, counts_B)
         return cc.attend(state, score_function, qkv[0], view, positions_BT), state
 
     def _one_by_one(
         self,
-        state: CompressedState,
+        state: Any,
         score_function: ScoreFunction,
-        qkv: tuple[Tensor, Tensor, Tensor],
+        qkv: QKV,
         positions_BT: Tensor,
         counts_B: Tensor | None,
     ) -> tuple[Tensor, CompressedState]:
@@ -100,35 +62,26 @@ class TailedCache(CachePolicy):
             if counts_B is not None:
                 # A sequence whose tokens have ended stays at its length.
                 at_B, active_B = positions_BT[:, 0] + counts_B.clamp(max=t), (counts_B > t).long()
-            out, state = self.attend(state, score_function, one, at_B[:, None], active_B)
+            out, state = self.read(state, score_function, one, at_B[:, None], active_B)
             outputs.append(out)
         return torch.cat(outputs, dim=2), state
 
-    def before_append(
-        self, state: CompressedState, score_function: ScoreFunction, positions_BT: Tensor
-    ) -> CompressedState:
+    def before_append(self, state: Any, score_function: ScoreFunction, positions_BT: Tensor) -> Any:
         """The state to append a chunk to; policies that prune the tail do it here."""
         return state
 
     def compress(self, layers: Sequence[CachedLayer], final: bool) -> list[Any]:
         return [self._compressed(layer, final) for layer in layers]
 
-    def _compressed(self, layer: CachedLayer, final: bool) -> CompressedState:
-        state = layer.state if self.lossless else self.shrink(layer)
+    def _compressed(self, layer: CachedLayer, final: bool) -> Any:
+        state: Any = layer.state if self.lossless else self.shrink(layer)
         if not final:
             return state
-        queries = state.queries_BNWH
-        if queries is not None:
-            kv_heads = state.tail.keys_BKSH.shape[1]
-            # Padded to the window's width, so that sequences can be joined.
-            seen = cc.front_padded(queries, self.config.window)
-            kept = condensed(seen, kv_heads) if self.follows and queries.shape[1] else seen[:, :0].clone()
+        if self.observes and not self.lossless:
+            seen = state.queries_BNWH
+            kept = condensed(seen, state.heads[0]) if self.follows else seen[:, :0].clone()
             state = replace(state, queries_BNWH=kept)
-        return replace(state, budgets_B=self.budgets(layer.lengths_B))
-
-    def budgets(self, lengths_B: Tensor) -> Tensor:
-        """budgets_B: tokens kept of each prompt; by default all."""
-        return lengths_B.clone()
+        return replace(state, ended_B=torch.ones_like(state.ended_B))
 
 
 def cut_tail(state: CompressedState, first_B: Tensor, lengths_B: Tensor) -> FullCacheState:

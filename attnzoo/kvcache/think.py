@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CACHES, EMPTY, CachedLayer, CacheView, Need, ScoreFunction
+from attnzoo.kvcache.base import CACHES, CachedLayer, CacheSize, CacheView, Need, ScoreFunction
 from attnzoo.kvcache.channels import (
     best_channels,
     change_channels,
@@ -39,10 +39,10 @@ from attnzoo.kvcache.channels import (
     stored_squares,
     take_channels,
 )
-from attnzoo.kvcache.compressed import CompressedState, Prefix
+from attnzoo.kvcache.compressed import CompressedState, filled_tail
 from attnzoo.kvcache.options import ChannelOptions, Prefill, check_least
 from attnzoo.kvcache.tailed import TailedCache, cut_tail
-from attnzoo.types import dtype_bytes
+from attnzoo.ops.paged_decode import Entries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,44 @@ class ThinKConfig(ChannelOptions):
             )
 
 
+@dataclass
+class PrunedState(CompressedState):
+    """The pruned entries: slot s holds position s, up to where the tail starts. channels_BKC, value_channels_BKV
+    (int64): the channels stored of their keys and values; [B, K, 0] means all."""
+
+    keys_BKPC: Tensor
+    values_BKPV: Tensor
+    channels_BKC: Tensor
+    value_channels_BKV: Tensor
+
+    @property
+    def slots(self) -> int:
+        return self.keys_BKPC.shape[2]
+
+    def held(self) -> Tensor:
+        return self.starts_B
+
+    def positions(self) -> Tensor:
+        return torch.arange(self.slots, device=self.starts_B.device).expand(len(self.starts_B), 1, -1)
+
+    def compressed(self) -> Entries:
+        return Entries(
+            keys_BKSC=self.keys_BKPC,
+            values_BKSV=self.values_BKPV,
+            positions_BKS=None,
+            channels_BKC=cc.stored(self.channels_BKC),
+            value_channels_BKV=cc.stored(self.value_channels_BKV),
+        )
+
+
+@dataclass
+class ThinKState(PrunedState):
+    """queries_BNWH: the last W queries, the newest last. Once the prompt has ended, those of each kv head `condensed`
+    where later prunings need them, else none."""
+
+    queries_BNWH: Tensor
+
+
 @CACHES.register("think")
 class ThinKCache(TailedCache):
     """Keeps all tokens, with fewer channels of their keys."""
@@ -114,12 +152,11 @@ class ThinKCache(TailedCache):
     def needs(self) -> frozenset[Need]:
         return frozenset() if self.lossless else frozenset({"terms"})
 
-    def scores(self, queries_BNWH: Tensor | None, keys_BKSH: Tensor, held_BKS: Tensor, before_BKH: Tensor) -> Tensor:
+    def scores(self, state: Any, keys_BKSH: Tensor, held_BKS: Tensor, before_BKH: Tensor) -> Tensor:
         """score_BKH of the key channels. before_BKH: sums of squares of the keys that have been pruned already."""
-        assert queries_BNWH is not None
         if self.config.score == "greedy":  # chooses once, when nothing has been pruned
-            return greedy_scores(queries_BNWH, keys_BKSH, held_BKS)
-        return channel_scores(queries_BNWH, keys_BKSH, held_BKS, before_BKH)
+            return greedy_scores(state.queries_BNWH, keys_BKSH, held_BKS)
+        return channel_scores(state.queries_BNWH, keys_BKSH, held_BKS, before_BKH)
 
     def value_scores(self, layer: CachedLayer, tail: CacheView, before_BKH: Tensor) -> Tensor:
         """score_BKH of the value channels."""
@@ -127,26 +164,29 @@ class ThinKCache(TailedCache):
             return output_scores(layer, tail)
         return squares(tail.values_BKSH, tail.positions_BKS >= 0) + before_BKH
 
-    def init(
-        self,
-        batch: int,
-        num_kv_heads: int,
-        head_dim: int,
-        capacity: int,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype,
-    ) -> CompressedState:
-        state = super().init(batch, num_kv_heads, head_dim, capacity, device=device, dtype=dtype)
-        index = state.starts_B.new_zeros(batch, num_kv_heads, 0)
-        prefix = replace(state.prefix, channels_BKC=index, value_channels_BKV=index.clone())
-        return state if self.lossless else replace(state, prefix=prefix)
+    def empty(self, size: CacheSize, *, tail: int, prefix: int = 0, ended: bool = False) -> PrunedState:
+        observed = size.num_kv_heads if self.follows else 0
+        if not ended:
+            observed = size.num_heads
+        queries = size.zeros(0 if self.lossless else observed, self.config.window, size.head_dim)
+        return ThinKState(**self.parts(size, tail, prefix, ended), queries_BNWH=queries)
 
-    def before_append(
-        self, state: CompressedState, score_function: ScoreFunction, positions_BT: Tensor
-    ) -> CompressedState:
+    def parts(self, size: CacheSize, tail: int, prefix: int, ended: bool) -> dict[str, Any]:
+        """The fields of `PrunedState`."""
+        whole = size.head_dim
+        widths = self._widths(whole) if ended else (whole, whole)
+        chosen = [width if width < whole else 0 for width in widths]
+        return {
+            **cc.empty_tail(self, size, tail),
+            "keys_BKPC": size.heads(prefix, widths[0]),
+            "values_BKPV": size.heads(prefix, widths[1]),
+            "channels_BKC": size.heads(chosen[0], dtype=torch.int64),
+            "value_channels_BKV": size.heads(chosen[1], dtype=torch.int64),
+        }
+
+    def before_append(self, state: Any, score_function: ScoreFunction, positions_BT: Tensor) -> Any:
         repack_every, lengths_B = self.config.repack_every, positions_BT[:, 0]
-        if repack_every is None or self.lossless or cc.reading(state):
+        if repack_every is None or self.lossless or state.reading:
             return state
         long_B = lengths_B - state.starts_B >= self.config.window + repack_every
         if not bool(long_B.any()):
@@ -155,44 +195,46 @@ class ThinKCache(TailedCache):
         ends_B = torch.where(long_B, lengths_B - self.config.window, state.starts_B)
         return self._pruned(CachedLayer(state, score_function, lengths_B), ends_B)
 
-    def shrink(self, layer: CachedLayer) -> CompressedState:
+    def shrink(self, layer: CachedLayer) -> Any:
         ends_B = torch.maximum(layer.lengths_B - self.config.window, layer.state.starts_B)
         return self._pruned(layer, ends_B)
 
-    def _pruned(self, layer: CachedLayer, ends_B: Tensor) -> CompressedState:
+    def _pruned(self, layer: CachedLayer, ends_B: Tensor) -> Any:
         """Prunes what the tail holds before position ends_B and moves it into the prefix. The first call chooses the
         channels, even if there is nothing to prune yet."""
-        state, old, starts_B = layer.state, layer.state.prefix, layer.state.starts_B
-        tail = _filled(layer)
-        masks = old.channels_BKC, old.value_channels_BKV
-        keys, values = old.keys_BKPC, old.values_BKPV
-        if _all_channels(masks[0]) and _all_channels(masks[1]):
+        state, starts_B = layer.state, layer.state.starts_B
+        tail = filled_tail(state, layer.lengths_B)
+        masks = state.channels_BKC, state.value_channels_BKV
+        keys, values = state.keys_BKPC, state.values_BKPV
+        if cc.stored(masks[0]) is None and cc.stored(masks[1]) is None:
             masks = self.masks(layer, tail)
         elif self.recomputes:
             moved_B11 = (ends_B > starts_B)[:, None, None]
             new = self.masks(layer, tail)
             masks = torch.where(moved_B11, new[0], masks[0]), torch.where(moved_B11, new[1], masks[1])
-            keys = _changed(keys, old.channels_BKC, masks[0], tail)
-            values = _changed(values, old.value_channels_BKV, masks[1], tail)
-        prefix = Prefix(
+            keys = _changed(keys, state.channels_BKC, masks[0], tail)
+            values = _changed(values, state.value_channels_BKV, masks[1], tail)
+        return replace(
+            state,
             keys_BKPC=_joined(keys, thin(tail.keys_BKSH, masks[0]), starts_B, ends_B),
             values_BKPV=_joined(values, thin(tail.values_BKSH, masks[1]), starts_B, ends_B),
             channels_BKC=masks[0],
             value_channels_BKV=masks[1],
+            tail=cut_tail(state, ends_B, layer.lengths_B),
+            starts_B=ends_B,
         )
-        return replace(state, prefix=prefix, tail=cut_tail(state, ends_B, layer.lengths_B), starts_B=ends_B)
 
     def masks(self, layer: CachedLayer, tail: CacheView) -> tuple[Tensor, Tensor]:
         """(channels_BKC, value_channels_BKV) for all entries of the layer; [B, K, 0] where all channels stay."""
-        prefix, head_dim = layer.state.prefix, tail.keys_BKSH.shape[3]
-        channels = values = prefix.channels_BKC.new_zeros(*tail.keys_BKSH.shape[:2], 0)
+        state, head_dim = layer.state, tail.keys_BKSH.shape[3]
+        channels = values = state.channels_BKC.new_zeros(*tail.keys_BKSH.shape[:2], 0)
         kept, kept_values = self._widths(head_dim)
         if kept < head_dim:
-            before = stored_squares(prefix.keys_BKPC, prefix.channels_BKC, head_dim)
+            before = stored_squares(state.keys_BKPC, state.channels_BKC, head_dim)
             held = tail.positions_BKS >= 0
-            channels = best_channels(self.scores(layer.state.queries_BNWH, tail.keys_BKSH, held, before), kept)
+            channels = best_channels(self.scores(state, tail.keys_BKSH, held, before), kept)
         if kept_values < head_dim:
-            before = stored_squares(prefix.values_BKPV, prefix.value_channels_BKV, head_dim)
+            before = stored_squares(state.values_BKPV, state.value_channels_BKV, head_dim)
             values = best_channels(self.value_scores(layer, tail, before), kept_values)
         return channels, values
 
@@ -202,31 +244,16 @@ class ThinKCache(TailedCache):
             head_dim, self.config.value_channel_ratio
         )
 
-    def compressed_nbytes(
-        self,
-        batch: int,
-        num_kv_heads: int,
-        head_dim: int,
-        prompt: int,
-        dtype: torch.dtype,
-        *,
-        tokens: int = 0,
-        joinable: bool = False,
-    ) -> int:
+    def compressed_nbytes(self, size: CacheSize, prompt: int, *, tokens: int = 0, joinable: bool = False) -> int:
         if self.lossless:
-            slots = prompt if tokens == 0 else cc.pages(prompt + tokens)
-            return self.nbytes(batch, num_kv_heads, head_dim, slots, dtype)
+            return self.nbytes(size, prompt if tokens == 0 else cc.pages(prompt + tokens))
         window, repack_every = self.config.window, self.config.repack_every
         tail = min(prompt, window) + tokens
         if repack_every is not None:
             # A tail of window + repack_every tokens is pruned to the window just before the next token is appended.
             tail -= max(0, tail - window - 1) // repack_every * repack_every
-        pruned = prompt + tokens - tail
-        slots = cc.pages(max(1, tail))
-        widths = self._widths(head_dim)
-        index = 8 * sum(count for count in widths if count < head_dim)
-        entries = pruned * sum(widths) + 2 * head_dim * slots + head_dim * window * int(self.follows)
-        return batch * (num_kv_heads * (entries * dtype_bytes(dtype) + index) + 16)
+        pruned, slots = prompt + tokens - tail, cc.pages(max(1, tail))
+        return self.empty(replace(size, device="meta"), tail=slots, prefix=pruned, ended=True).nbytes()
 
 
 def output_scores(layer: CachedLayer, tail: CacheView) -> Tensor:
@@ -239,31 +266,19 @@ def output_scores(layer: CachedLayer, tail: CacheView) -> Tensor:
     return grouped(o_BNWH, tail.keys_BKSH.shape[1]).square().sum(2)
 
 
-def _filled(layer: CachedLayer) -> CacheView:
-    """View of the tail's slots that the longest sequence fills."""
-    tail, starts_B, lengths_B = layer.state.tail, layer.state.starts_B, layer.lengths_B
-    steps_S = torch.arange(int((lengths_B - starts_B).max()), device=lengths_B.device)
-    places_BS = starts_B[:, None] + steps_S
-    places_BS = places_BS.masked_fill(places_BS >= lengths_B[:, None], EMPTY)
-    used = len(steps_S)
-    return CacheView(tail.keys_BKSH[:, :, :used], tail.values_BKSH[:, :, :used], places_BS[:, None])
-
-
 def _changed(x_BKPC: Tensor, before_BKC: Tensor, after_BKC: Tensor, tail: CacheView) -> Tensor:
     return (
-        x_BKPC if _all_channels(before_BKC) else change_channels(x_BKPC, before_BKC, after_BKC, tail.keys_BKSH.shape[3])
+        x_BKPC
+        if cc.stored(before_BKC) is None
+        else change_channels(x_BKPC, before_BKC, after_BKC, tail.keys_BKSH.shape[3])
     )
 
 
-def thin(x_BKSH: Tensor, channels_BKC: Tensor | None) -> Tensor:
+def thin(x_BKSH: Tensor, channels_BKC: Tensor) -> Tensor:
     """x_BKSC: the given channels of x, or all of x where none are given."""
-    if channels_BKC is None or _all_channels(channels_BKC):
+    if cc.stored(channels_BKC) is None:
         return x_BKSH
     return take_channels(x_BKSH, channels_BKC)
-
-
-def _all_channels(channels_BKC: Tensor | None) -> bool:
-    return channels_BKC is None or channels_BKC.shape[2] == 0
 
 
 def _joined(prefix_BKPC: Tensor, tail_BKSC: Tensor, starts_B: Tensor, ends_B: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from attnzoo.kvcache import CACHES, CachePolicy, WindowCache
+from attnzoo.kvcache import CACHES, CachePolicy
+from attnzoo.kvcache.base import caches_of
 from attnzoo.kvcache.choice import FULL
-from attnzoo.kvcache.compressed import CompressedState, occupied
 
 if TYPE_CHECKING:
     from attnzoo.models.decoder_lm import DecoderLM
@@ -37,10 +37,9 @@ def exact_use(model: "DecoderLM", context: int, kv_bytes: int) -> CacheUse:
     """Use of the model's own caches. kv_bytes: bytes of a state of `context` tokens."""
     kept = []
     for block in model.layers():
-        cache = getattr(getattr(block.attention, "mixing", None), "cache", None)
-        if isinstance(cache, WindowCache):
-            kept.append(min(context, cache.window + cache.sinks))
-        elif block.attention.traits.growth != "O(1)":
+        layers = block.attention.kv_layers()
+        kept += [layer.exact.kept(context) for layer in layers]
+        if not layers and block.attention.traits.growth != "O(1)":
             kept.append(context)
     return CacheUse(FULL, _mean(kept), kv_bytes, kv_bytes)
 
@@ -49,15 +48,13 @@ def compressed_use(policy: CachePolicy, layers: Sequence[Any], row: int, prompt:
     """Use of sequence `row` in the layers' states. prompt: its prompt's tokens. full: use of the full cache."""
     kv_bytes, kept, context, thinned = 0, [], 0, False
     for layer in layers:
-        cached = getattr(layer, "mixing", None)
-        if not isinstance(cached, CompressedState):
-            kv_bytes += layer.rows(slice(row, row + 1)).nbytes()
-            continue
-        context = int(layer.lengths_B[row])
-        there = occupied(cached, row, context)
-        kv_bytes += layer.rows(slice(row, row + 1)).nbytes() - cached.rows(slice(row, row + 1)).nbytes() + there.nbytes
-        kept.append(there.tokens)
-        thinned = thinned or there.thinned
+        kv_bytes += layer.rows(slice(row, row + 1)).nbytes()
+        for cache in caches_of(layer):
+            context = int(layer.lengths_B[row])
+            there = cache.occupied(row, context)
+            kv_bytes += there.nbytes - cache.rows(slice(row, row + 1)).nbytes()
+            kept.append(there.tokens)
+            thinned = thinned or there.thinned
     found = CacheUse(policy_name(policy), _mean(kept), kv_bytes, full.kv_bytes)
     reasons = []
     if not thinned and min(kept) == context:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention.composed import ComposedAttention
-from attnzoo.attention.parts import LinearMixing, SoftmaxMixing
-from attnzoo.kvcache import CachePolicy, FullCache, FullCacheState
-from attnzoo.kvcache.compressed import CompressedState
-from attnzoo.kvcache.keep_all import KeepAll
+from attnzoo.attention.parts import LinearMixing
+from attnzoo.kvcache import CachePolicy, FullCache
+from attnzoo.kvcache.base import caches_of, with_caches
+from attnzoo.kvcache.full import compressing
 from attnzoo.kvcache.state import State
 from attnzoo.models.blocks import Block
 from attnzoo.models.decoder_lm import DecoderLM, DecoderState
@@ -44,7 +44,7 @@ class CompiledDecode:
     """
 
     def __init__(self, model: DecoderLM, cache: CachePolicy | None = None) -> None:
-        cache = None if isinstance(cache, KeepAll) else cache
+        cache = compressing(cache)
         if model.embedding.weight.device.type == "cpu":
             _check_compiler()
         for number, block in enumerate(model.layers()):
@@ -75,7 +75,7 @@ class CompiledDecode:
 
     def _step(self, kind: str, block: Block, x_B1D: Tensor, layer: State) -> DecodeBlock:
         """The compiled code for a layer. Sizes of 1 get their own, as the compiler treats them as constants."""
-        key = (kind, len(x_B1D) > 1, _one_slot(getattr(layer, "mixing", None)))
+        key = (kind, len(x_B1D) > 1, _one_slot(layer))
         if key not in self._compiled:
             self._compiled[key] = _compile(_decode_block)
             self._compiled[key](block, *_example(x_B1D, layer))
@@ -86,8 +86,7 @@ class CompiledDecode:
         needed = int(state.layers[0].lengths_B.max()) + 1  # type: ignore[attr-defined]
         used = -(-needed // BUCKET) * BUCKET
         if self._cut is None or self._cut[0]() is not state or self._cut[1] != used:
-            for layer in state.layers:
-                self._check_policy(getattr(layer, "mixing", None))
+            self._check_policies(state)
             self._cut = (weakref.ref(state, self._forget), used, state.cut(used))
             slots = [x.shape[2] for name, x in self._cut[2].tensors().items() if name.endswith("_BKSH")]
             self._room = min(slots, default=used)
@@ -98,32 +97,29 @@ class CompiledDecode:
 
     def _ready(self, state: DecoderState) -> DecoderState:
         """The state itself, unless a compressed cache needs room."""
-        layers = []
-        for layer in state.layers:
-            self._check_policy(getattr(layer, "mixing", None))
-            layers.append(_ready_layer(layer))
+        self._check_policies(state)
+        layers = [_ready_layer(layer) for layer in state.layers]
         return state if all(map(operator.is_, layers, state.layers)) else replace(state, layers=tuple(layers))
 
-    def _check_policy(self, cached: object) -> None:
+    def _check_policies(self, state: DecoderState) -> None:
         """Raises ValueError for a state of another policy, which compiled code would misread."""
-        policy = cached.policy if isinstance(cached, CompressedState) else None
-        if policy is self._known or (policy is None and not isinstance(cached, FullCacheState)):
-            return
-        if type(policy) is not type(self._cache) or (policy and self._cache and policy.config != self._cache.config):
-            asked, given = (p.describe() if p else "the full cache" for p in (self._cache, policy))
-            raise ValueError(f"the step is compiled for states of {asked}, and this one is of {given}")
-        self._known = policy
+        right = self._cache or FullCache()
+        for cache in caches_of(state):
+            policy = cache.policy
+            if policy is not self._known:
+                if type(policy) is not type(right) or policy.config != right.config:
+                    asked, given = ("the full cache" if p.exact else p.describe() for p in (right, policy))
+                    raise ValueError(f"the step is compiled for states of {asked}, and this one is of {given}")
+                self._known = policy
 
     def _forget(self, _: object) -> None:
         """Drops views once their state is gone, so that they do not keep its memory."""
         self._cut = None
 
 
-def _one_slot(cached: object) -> bool:
+def _one_slot(layer: State) -> bool:
     """Whether a cache has a single slot, a size that the compiler treats as a constant."""
-    if isinstance(cached, CompressedState):
-        return cached.prefix.slots == 1
-    return isinstance(cached, FullCacheState) and cached.keys_BKSH.shape[2] == 1
+    return any(cache.slots == 1 for cache in caches_of(layer))
 
 
 def _decode_block(block: Block, x_B1D: Tensor, state: State) -> Tensor:
@@ -205,11 +201,9 @@ def _mark_sizes(x_B1D: Tensor, state: State) -> None:
 
 
 def _ready_layer(layer: State) -> State:
-    cached = getattr(layer, "mixing", None)
-    if not isinstance(cached, CompressedState):
-        return layer
-    ready = cached.policy.ready(cached, layer.lengths_B)  # type: ignore[attr-defined]
-    return layer if ready is cached else replace(layer, mixing=ready)  # type: ignore[type-var]
+    caches = list(caches_of(layer))
+    ready = [cache.policy.ready(cache, layer.lengths_B) for cache in caches]  # type: ignore[attr-defined]
+    return layer if all(map(operator.is_, ready, caches)) else with_caches(layer, iter(ready))
 
 
 def _check_compiler() -> None:
@@ -231,9 +225,9 @@ def _check(block: Block, layer: int, cache: CachePolicy | None) -> None:
         mixing = attention.mixing
         if isinstance(mixing, LinearMixing):
             return
-        keeps_all = isinstance(mixing, SoftmaxMixing) and type(mixing.cache) is FullCache
+        layers = attention.kv_layers()
         # Relative terms are looked up by distance, a value that the compiler does not know.
-        if keeps_all and not mixing.position.relative:  # type: ignore[union-attr]
+        if layers and all(each.exact.compiles and not each.score_function("auto").relative for each in layers):
             if cache is None or cache.compiles:
                 return
             raise ValueError(

@@ -27,7 +27,7 @@ from attnzoo.attention.edits.plan import MAX_BYTES
 from attnzoo.attention.segment_memory import SegmentMemory
 from attnzoo.derived_memory import PassMemory, in_sequence, pass_memory
 from attnzoo.kvcache import CachePolicy
-from attnzoo.kvcache.keep_all import KeepAll
+from attnzoo.kvcache.full import compressing
 from attnzoo.kvcache.options import check_lengths
 from attnzoo.kvcache.state import STATIC, State
 from attnzoo.kvcache.succession import check_current
@@ -197,7 +197,8 @@ class DecoderLM(nn.Module):
             raise ValueError(f"batch={batch} must be at least 1, capacity={capacity} at least 0")
         device, dtype = device or self.embedding.weight.device, dtype or self.embedding.weight.dtype
         attentions = [block.attention for block in self.layers()]
-        if cache is None or isinstance(cache, KeepAll):
+        cache = compressing(cache)
+        if cache is None:
             exact = [each.init_state(batch, capacity, device=device, dtype=dtype) for each in attentions]
             return DecoderState(tuple(exact), self)
         check_lengths(cache.config, self.config.max_positions)

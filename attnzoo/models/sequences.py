@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnzoo.attention.edits import EditRuns
 from attnzoo.kvcache import CachePolicy
-from attnzoo.kvcache.keep_all import KeepAll
+from attnzoo.kvcache.full import compressing
 from attnzoo.models.cache_use import CacheUse, compressed_use, exact_use
 from attnzoo.models.decoder_lm import DecoderLM, DecoderState
 from attnzoo.models.embedded import EmbeddedPrompt, prompt_tensor, token_ids
@@ -64,7 +64,7 @@ class Sequences:
                 "once for each"
             )
         self.model, self.config = model, config
-        self._cache = None if isinstance(cache, KeepAll) else cache
+        self._cache = compressing(cache)
         self._vocab_size = vocab_size or model.config.vocab_size
         self._edits = edits
         hidden_BD, state = _read(model, prompts, config.max_new_tokens, self._cache, edits)

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from attnzoo.attention.composed import ComposedAttention
-from attnzoo.attention.parts import SoftmaxMixing
 from attnzoo.kvcache import FullCache, build_cache
 from attnzoo.models import DecoderLM
 from attnzoo.planner.chips import Chip
@@ -20,17 +18,12 @@ def exact_caches(model: DecoderLM, context: int) -> dict[str, int]:
     configured = model.cost(1, 1, context).state_bytes
     dtype = model.embedding.weight.dtype
     full = configured
-    softmax = window = False
-    for block in model.layers():
-        attention = block.attention
-        if not (isinstance(attention, ComposedAttention) and isinstance(attention.mixing, SoftmaxMixing)):
-            continue
-        softmax, mixing = True, attention.mixing
-        if not isinstance(mixing.cache, FullCache):
-            window = True
-            everything = FullCache().nbytes(1, mixing.heads.num_kv_heads, mixing.heads.head_dim, context, dtype)
-            full += everything - mixing.state_bytes(1, context, dtype)
-    if not softmax:
+    layers = [layer for block in model.layers() for layer in block.attention.kv_layers()]
+    window = any(not isinstance(layer.exact, FullCache) for layer in layers)
+    for layer in layers:
+        size = layer.size(1, dtype)
+        full += FullCache().nbytes(size, context) - layer.exact.nbytes(size, context)
+    if not layers:
         constant = all(block.attention.traits.growth == "O(1)" for block in model.layers())
         return {"constant state" if constant else "state of its own": configured}
     return {"full": full, "window": configured} if window else {"full": configured}

@@ -9,7 +9,11 @@ smaller.
 from dataclasses import dataclass
 from typing import Any
 
+from attnzoo.kvcache.base import caches_of
 from attnzoo.kvcache.compressed import CompressedState
+from attnzoo.kvcache.d2o import D2OState
+from attnzoo.kvcache.entries import KeptState
+from attnzoo.kvcache.eviction import EvictingState
 from attnzoo.kvcache.full import FullCacheState
 from attnzoo.models import DecoderLM
 from attnzoo.ops.common.cost import OpCost
@@ -42,9 +46,9 @@ def attention_cost(model: DecoderLM, state: Any, batch: int) -> OpCost:
     Layers without keys are not counted."""
     costs = []
     for block, layer in zip(model.layers(), state.layers, strict=True):
-        mixing = getattr(layer, "mixing", None)
-        if isinstance(mixing, FullCacheState | CompressedState):
-            costs += _layer_costs(mixing, block.attention.config.num_heads, int(layer.lengths_B.max()) + 1, batch)
+        for kept, cache in zip(block.attention.kv_layers(), caches_of(layer), strict=True):
+            if isinstance(cache, FullCacheState | CompressedState):
+                costs += _layer_costs(cache, kept.num_heads, int(layer.lengths_B.max()) + 1, batch)
     return OpCost(
         bytes_read=sum(cost.bytes_read for cost in costs),
         bytes_written=sum(cost.bytes_written for cost in costs),
@@ -56,27 +60,27 @@ def _layer_costs(state: FullCacheState | CompressedState, heads: int, length: in
     """The costs of one layer with `length` tokens, including the new one."""
     if isinstance(state, FullCacheState):
         return [_decode_cost(state, (_whole(length, state.keys_BKSH.shape[3]),), heads, batch)]
-    prefix, ring = state.prefix, state.ring
-    kv_heads, head_dim = state.tail.keys_BKSH.shape[1], state.tail.keys_BKSH.shape[3]
-    evicts = ring is not None and ring.keys_BKRH.shape[2] > 0
-    tail = _whole(ring.keys_BKRH.shape[2] if evicts and ring else length - int(state.starts_B.min()), head_dim)
-    if prefix.slots == 0:
+    prefix, (kv_heads, head_dim) = state.compressed(), state.heads
+    ring = state.ring.slots if isinstance(state, EvictingState) else 0
+    tail = _whole(ring or length - int(state.starts_B.min()), head_dim)
+    if state.slots == 0:
         return [_decode_cost(state.tail, (tail,), heads, batch)]
-    width = dtype_bytes(prefix.keys_BKPC.dtype)
-    key_dim, value_dim = prefix.keys_BKPC.shape[3], prefix.values_BKPV.shape[3]
+    width = dtype_bytes(prefix.keys_BKSC.dtype)
+    key_dim, value_dim = prefix.keys_BKSC.shape[3], prefix.values_BKSV.shape[3]
     part = SegmentSizes(
         slots=prefix.slots,
         key_dim=key_dim,
         value_dim=value_dim,
-        position_heads=1 if prefix.places_BKP is None else kv_heads,
-        merge_counts=prefix.merge_counts_BKP is not None,
+        position_heads=kv_heads if isinstance(state, KeptState) else 1,
+        merge_counts=prefix.log_counts_BKS is not None,
         channels=key_dim < head_dim,
         value_channels=value_dim < head_dim,
     )
-    merges = evicts and prefix.norms_BKP is not None
+    d2o = ring > 0 and isinstance(state, D2OState)
+    merges = d2o and state.policy.config.merge
     options = {
         "probe_dim": key_dim if merges else 0,
-        "accumulated_attention": evicts and prefix.accumulated_BKP is not None,
+        "accumulated_attention": d2o,
     }
     costs = [_decode_cost(state.tail, (part, tail), heads, batch, **options)]
     if merges:

@@ -213,20 +213,20 @@ def check_bytes(variant: str, name: str) -> None:
     changes = {"budget": "uniform"} if name.startswith("d2o") and "official" not in name else {}
     policy = policy_of(name, **changes)
     attention = model.layers()[0].attention
-    heads = attention.mixing.heads
-    sizes = (2, heads.num_kv_heads, heads.head_dim)
+    (layer,) = attention.kv_layers()
+    size = layer.size(2, torch.float64)
     state = model.init_state(2, 61, cache=policy)
-    assert state.layers[1].mixing.nbytes() == policy.nbytes(*sizes, 61, torch.float64)
+    assert state.layers[1].mixing.nbytes() == policy.nbytes(size, 61)
     _, state = model.extend(tokens[:, :61], state)
     state = model.compress(state)
     for after in range(4):
         measured = [layer.mixing.nbytes() for layer in state.layers]
         if "official" in name:  # whole layers on either end
             measured = measured[2:3]
-        claimed = policy.compressed_nbytes(*sizes, 61, torch.float64, tokens=after)
+        claimed = policy.compressed_nbytes(size, 61, tokens=after)
         assert measured == [claimed] * len(measured), f"{measured} bytes a layer, the policy says {claimed}"
         if "think-" not in name and name not in ("think", "random_channels"):
-            assert claimed < policy.nbytes(*sizes, 61, torch.float64)
+            assert claimed < policy.nbytes(size, 61)
         for layer in state.layers:
             for tensor_name, x in layer.mixing.tensors().items():
                 assert x.untyped_storage().nbytes() <= x.nbytes, f"{tensor_name} keeps a larger buffer alive"
@@ -261,26 +261,19 @@ def check_positions(variant: str, name: str) -> None:
 def kept_keys(state: Any, length: int) -> list[list[list[tuple[int, Tensor, Tensor | None]]]]:
     """(position, key, its channels) of every entry, by sequence and kv head, read slot by slot."""
     out = []
-    prefix = state.prefix
+    prefix = state.compressed()
     for b in range(len(state.starts_B)):
         rows = []
-        for k in range(prefix.keys_BKPC.shape[1]):
-            entries = []
-            index = (
-                None if prefix.channels_BKC is None or prefix.channels_BKC.shape[2] == 0 else prefix.channels_BKC[b, k]
-            )
-            for s in range(prefix.slots):
-                if prefix.places_BKP is None:
-                    position = s if s < state.starts_B[b] else -1
-                else:
-                    position = int(prefix.places_BKP[b, k, s]) - 1
-                if position >= 0:
-                    entries.append((position, prefix.keys_BKPC[b, k, s], index))
-            ring = None if state.ring is None or state.ring.keys_BKRH.shape[2] == 0 else state.ring.keys_BKRH
-            if ring is None:
+        for k in range(prefix.keys_BKSC.shape[1]):
+            index = None if prefix.channels_BKC is None else prefix.channels_BKC[b, k]
+            places = state.positions().expand(-1, prefix.keys_BKSC.shape[1], -1)[b, k].tolist()
+            held = min(prefix.slots, int(state.held()[b]))
+            entries = [(places[s], prefix.keys_BKSC[b, k, s], index) for s in range(held)]
+            if not getattr(state, "decoding", False):
                 for s in range(length - int(state.starts_B[b])):
                     entries.append((int(state.starts_B[b]) + s, state.tail.keys_BKSH[b, k, s], None))
             else:
+                ring = state.ring.keys_BKRH
                 count = ring.shape[2]
                 # The oldest of the ring has moved into the prefix.
                 for p in range(max(0, length - count + 1), length):

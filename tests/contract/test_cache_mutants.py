@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnzoo.kvcache import State, compressed, eviction, ring_step, tailed, think
+from attnzoo.kvcache import State, compressed, d2o, eviction, ring, tailed, think
 from attnzoo.ops.evict_merge import torch as merge_torch
 from attnzoo.ops.paged_decode import torch as decode_torch
 from tests.contract.caches import CHECKS
@@ -38,12 +38,12 @@ def mask_of_the_first_query_head(patch: Patch) -> None:
 
 def merged_token_moves(patch: Patch) -> None:
     """A token takes the position of the one whose slot it gets."""
-    right = ring_step._put
+    right = d2o.put
 
-    def wrong(into, x, new):
-        right(into, x, new - 1 if x.dtype == torch.int32 else new)
+    def wrong(kept, choice, arriving):
+        right(kept, choice, arriving | {"positions": arriving["positions"] - 1})
 
-    patch.setattr(ring_step, "_put", wrong)
+    patch.setattr(d2o, "put", wrong)
 
 
 def weights_without_the_kept_token(patch: Patch) -> None:
@@ -58,10 +58,10 @@ def threshold_of_all_sequences(patch: Patch) -> None:
 
     def wrong(self, layer, budgets_B):
         before = last.get(self.__class__)
-        if before is not None and before.shape == layer.state.thresholds_BK.shape:
-            layer = replace(layer, state=replace(layer.state, thresholds_BK=before))
+        if before is not None and before["thresholds_BK"].shape == layer.state.thresholds_BK.shape:
+            layer = replace(layer, state=replace(layer.state, **before))
         state = right(self, layer, budgets_B)
-        last[self.__class__] = state.thresholds_BK
+        last[self.__class__] = {name: getattr(state, name) for name in ("thresholds_BK", "has_threshold_BK")}
         return state
 
     patch.setattr(eviction.EvictingCache, "_evicted", wrong)
@@ -91,18 +91,18 @@ def tail_positions_restart(patch: Patch) -> None:
 
 def idle_rows_enter_the_ring(patch: Patch) -> None:
     """Padding is written like a token."""
-    right = ring_step._enter
+    right = ring.enter
 
     def wrong(ring, k, v, now):
         right(ring, k, v, replace(now, entering=replace(now.entering, meant_BK=None)))
 
-    patch.setattr(ring_step, "_enter", wrong)
+    patch.setattr(eviction, "enter", wrong)
 
 
 def mass_of_padding(patch: Patch) -> None:
     """Padding queries of a short row count."""
-    right = eviction.accumulated_attention
-    patch.setattr(eviction, "accumulated_attention", lambda *args, **rest: right(*args, **(rest | {"counts_B": None})))
+    right = d2o.accumulated_attention
+    patch.setattr(d2o, "accumulated_attention", lambda *args, **rest: right(*args, **(rest | {"counts_B": None})))
 
 
 def sinks_may_leave(patch: Patch) -> None:

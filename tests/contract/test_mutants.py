@@ -117,12 +117,12 @@ def rotation_in_low_precision(patch: Patch) -> None:
 
 def cache_counts_padding(patch: Patch) -> None:
     """Padding of a short row enters its cache."""
-    right = full.FullCache.append
+    right = full.append
 
-    def wrong(self, state, keys, values, positions_BT, counts_B):
-        return right(self, state, keys, values, positions_BT, None)
+    def wrong(state, keys, values, positions_BT, counts_B):
+        return right(state, keys, values, positions_BT, None)
 
-    patch.setattr(full.FullCache, "append", wrong)
+    patch.setattr(full, "append", wrong)
 
 
 def cache_forgets_growth(patch: Patch) -> None:

@@ -112,7 +112,7 @@ def test_snapkv_does_not_smooth_what_the_window_received_over_its_neighbours(mon
     policy = build_cache("snapkv", {"max_tokens": 7, "window": 3, "pool": 3})
     _, state = run(model, policy, prompt(1, 21), 20)
     for layer in state.layers:
-        assert (layer.mixing.prefix.places_BKP - 1).sort(-1).values.tolist() == [[[4, 5, 6, 7]] * 2]
+        assert layer.mixing.kept.positions_BKP.sort(-1).values.tolist() == [[[4, 5, 6, 7]] * 2]
 
 
 def test_greedy_removal_sees_channels_that_cancel():
@@ -185,8 +185,8 @@ def test_d2o_keeps_the_asked_total_over_layers():
     assert len(set(budgets[:, 0].tolist())) > 1, "layers differ"
     for layer, budgets_B in zip(state.layers, budgets, strict=True):
         # One slot of the budget is the ring's, which takes the next token.
-        held = (layer.mixing.prefix.places_BKP > 0).sum(-1)
-        assert (held == budgets_B[:, None]).all()
+        assert torch.equal(layer.mixing.held_B, budgets_B)
+        assert layer.mixing.slots == budgets_B.max()
 
 
 def test_sinks_and_recent_tokens_are_protected_to_the_token():
@@ -194,7 +194,7 @@ def test_sinks_and_recent_tokens_are_protected_to_the_token():
     policy = build_cache("d2o", {"max_tokens": 20, "sinks": 4})
     lengths, budgets = torch.tensor([90, 70]), torch.tensor([20, 36])
     positions = torch.arange(-1, 90)
-    found = policy.protected((positions + 1).expand(2, 1, -1).int(), budgets, lengths)
+    found = policy.protected(positions.expand(2, 1, -1).int(), budgets, lengths)
     for row, (length, newest) in enumerate([(90, 4), (70, 8)]):
         expected = (positions < 4) | (positions >= length - newest)
         assert torch.equal(found[row, 0], expected)
@@ -227,9 +227,8 @@ def test_official_keeps_a_set_a_head_and_decides_by_the_mean_of_heads():
         states.append(run(model, policy, prompt(2, 30), 24)[1])
     for name, expected in states[0].tensors().items():
         torch.testing.assert_close(states[1].tensors()[name], expected, rtol=1e-9, atol=1e-9, msg=name)
-    places, thresholds = (getattr(x, y) for x, y in zip(
-        (states[1].layers[2].mixing.prefix, states[1].layers[2].mixing), ("places_BKP", "thresholds_BK"), strict=True
-    ))  # fmt: skip
+    cache = states[1].layers[2].mixing
+    places, thresholds = cache.kept.positions_BKP, cache.thresholds_BK
     assert not torch.equal(places[:, 0].sort().values, places[:, 1].sort().values)
     assert torch.equal(thresholds[:, 0], thresholds[:, 1])
 

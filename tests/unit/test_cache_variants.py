@@ -10,7 +10,7 @@ from torch import Tensor
 from attnzoo.attention import ATTENTION
 from attnzoo.attention.mha import MHA
 from attnzoo.attention.parts import RelativeTable
-from attnzoo.kvcache import FullCache, State, WindowCache, build_cache, load_state, save_state
+from attnzoo.kvcache import CacheSize, FullCache, State, WindowCache, build_cache, load_state, save_state
 from attnzoo.models import DecoderConfig, DecoderLM, generate
 from serve.config import EngineConfig
 from serve.engine import Engine
@@ -206,10 +206,10 @@ def test_empty_inputs_are_refused(name):
 @pytest.mark.parametrize("cache", [FullCache(), WindowCache(3)])
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 0), (0, 1), (0, 0)])
 def test_caches_refuse_chunks_of_nothing(cache, batch, tokens):
-    state = cache.init(batch, 2, 3, 4, device=None, dtype=torch.float32)
+    state = cache.init(CacheSize(batch, 2, 2, 3, torch.float32), 4)
     keys = torch.zeros(batch, 2, tokens, 3)
     with pytest.raises(ValueError, match="at least one token of at least one sequence"):
-        cache.append(state, keys, keys, torch.zeros(batch, tokens, dtype=torch.long), None)
+        cache.attend(state, None, (keys, keys, keys), torch.zeros(batch, tokens, dtype=torch.long), None)
 
 
 @pytest.mark.parametrize("name", ["d2o", "think", "snapkv", "streaming"])

@@ -9,7 +9,8 @@ from torch import Tensor
 from attnzoo import attention
 from attnzoo.attention.base import StreamingAttention
 from attnzoo.attention.cached import compress_layers
-from attnzoo.kvcache import CACHES, FullCache, State, build_cache, load_state, save_state
+from attnzoo.kvcache import CACHES, CacheSize, FullCache, State, build_cache, load_state, save_state
+from attnzoo.kvcache.full import append
 
 
 @dataclass
@@ -211,12 +212,13 @@ def test_a_state_of_inference_mode_goes_on_outside_of_it(name, case):
 
 def test_full_cache_grows_by_doubling_and_counts_its_bytes():
     cache = FullCache()
-    state = cache.init(1, 2, 3, 4, device=None, dtype=torch.float32)
-    assert state.nbytes() == cache.nbytes(1, 2, 3, 4, torch.float32) == 2 * 2 * 4 * 3 * 4
+    size = CacheSize(1, 2, 2, 3, torch.float32)
+    state = cache.init(size, 4)
+    assert state.nbytes() == cache.nbytes(size, 4) == 2 * 2 * 4 * 3 * 4
     capacities = set()
     for t in range(20):
         keys = torch.full((1, 2, 1, 3), float(t))
-        state, view = cache.append(state, keys, keys, torch.tensor([[t]]), None)
+        state, view = append(state, keys, keys, torch.tensor([[t]]), None)
         capacities.add(state.keys_BKSH.shape[2])
         assert view.positions_BKS.tolist() == [[list(range(t + 1))]]
         assert view.keys_BKSH[0, 1, :, 2].tolist() == list(range(t + 1))

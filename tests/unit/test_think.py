@@ -7,10 +7,11 @@ import torch
 
 from attnzoo.attention.parts.mixing import SoftmaxScoreFunction
 from attnzoo.attention.parts.position import NoPosition
-from attnzoo.kvcache import build_cache, compressed
+from attnzoo.kvcache import CacheSize, build_cache, compressed
 from attnzoo.kvcache.base import CachedLayer
 from attnzoo.kvcache.channels import change_channels, channel_scores, condensed
-from attnzoo.kvcache.think import _filled, output_scores
+from attnzoo.kvcache.compressed import filled_tail
+from attnzoo.kvcache.think import output_scores
 from attnzoo.ops.common.masks import CAUSAL
 from tests.contract.caches import build_model, prompt
 
@@ -61,18 +62,18 @@ def test_a_recomputed_mask_by_hand(mask):
     keys = tokens_of([[[3, 1], [1, 2], [0, 3], [4, 1], [1, 5]]])
     values = tokens_of([[[1, 0], [0, 1], [2, 2], [3, 1], [0, 4]]])
     queries = tokens_of([[[7, 9], [2, 1], [1, 2], [2, 1], [1, 3]], [[8, 5], [0, 1], [0, 1], [0, 2], [2, 0]]])
-    state = policy.init(1, 1, 2, 2, device=None, dtype=torch.float64)
+    state = policy.init(CacheSize(1, 2, 1, 2, torch.float64), 2)
     _, state = fed(policy, state, queries[:, :, :2], keys[:, :, :2], values[:, :, :2], 0)
     (state,) = policy.compress([CachedLayer(state, READER, torch.tensor([2]))], final=True)
-    assert state.prefix.channels_BKC.tolist() == [[[0]]]
-    assert state.prefix.keys_BKPC.tolist() == [[[[3.0]]]]
+    assert state.channels_BKC.tolist() == [[[0]]]
+    assert state.keys_BKPC.tolist() == [[[[3.0]]]]
     stored, channel = ([0.0, 2.0, 3.0], 1) if mask == "recomputed" else ([3.0, 1.0, 0.0], 0)
     for t in (2, 3, 4):
         one = slice(t, t + 1)
         out, state = fed(policy, state, queries[:, :, one], keys[:, :, one], values[:, :, one], t)
         if t > 2:
-            assert state.prefix.channels_BKC.tolist() == [[[channel]]]
-            assert state.prefix.keys_BKPC[0, 0, :, 0].tolist() == stored[: t - 1]
+            assert state.channels_BKC.tolist() == [[[channel]]]
+            assert state.keys_BKPC[0, 0, :, 0].tolist() == stored[: t - 1]
     for n in range(2):
         q = queries[0, n, 4]
         logits = [*(q[channel] * x for x in stored), q @ keys[0, 0, 3], q @ keys[0, 0, 4]]
@@ -104,13 +105,15 @@ def test_value_channels_by_what_is_read_by_hand():
     for score, channel in (("norm", 0), ("output", 1)):
         options = {"channel_ratio": 1.0, "value_channel_ratio": 0.5, "window": 1, "value_score": score}
         policy = build_cache("think", options)
-        state = policy.init(1, 1, 2, 3, device=None, dtype=torch.float64)
+        state = policy.init(CacheSize(1, 2, 1, 2, torch.float64), 3)
         _, state = fed(policy, state, queries, keys, values, 0)
         layer = CachedLayer(state, READER, torch.tensor([3]))
         if score == "output":
-            assert output_scores(layer, _filled(layer))[0, 0].tolist() == pytest.approx([0.005, 1.9208])
+            assert output_scores(layer, filled_tail(layer.state, layer.lengths_B))[0, 0].tolist() == pytest.approx(
+                [0.005, 1.9208]
+            )
         (state,) = policy.compress([layer], final=True)
-        assert state.prefix.value_channels_BKV.tolist() == [[[channel]]]
+        assert state.value_channels_BKV.tolist() == [[[channel]]]
 
 
 @pytest.mark.parametrize("variant", ["gqa", "rcmha", "sinusoid"])
@@ -123,7 +126,7 @@ def test_value_score_is_what_the_channel_adds_to_the_outputs(variant):
     _, state = model.extend(tokens, state, lengths)
     mixing = model.layers()[0].attention.mixing
     layer = CachedLayer(state.layers[0].mixing, mixing.score_function("auto"), lengths)
-    tail = _filled(layer)
+    tail = filled_tail(layer.state, layer.lengths_B)
     scores, queries = output_scores(layer, tail), layer.state.queries_BNWH
     for row, length in enumerate(lengths.tolist()):
         rows = min(5, length)
@@ -153,9 +156,9 @@ def test_a_mask_is_chosen_anew_after_every_chunk_of_a_prompt():
         found[mask] = state.layers[0].mixing
         assert torch.isfinite(model.extend(tokens[:, 20:], state)[0]).all()
     assert found["kept"].nbytes() == found["recomputed"].nbytes()
-    assert not torch.equal(found["kept"].prefix.channels_BKC, found["recomputed"].prefix.channels_BKC)
-    assert (found["recomputed"].prefix.keys_BKPC == 0).any()
-    assert not (found["kept"].prefix.keys_BKPC == 0).any()
+    assert not torch.equal(found["kept"].channels_BKC, found["recomputed"].channels_BKC)
+    assert (found["recomputed"].keys_BKPC == 0).any()
+    assert not (found["kept"].keys_BKPC == 0).any()
 
 
 @pytest.mark.parametrize("options", [{}, {"repack_every": 3}, {"repack_every": 3, "mask": "recomputed"}], ids=str)
@@ -165,10 +168,12 @@ def test_bytes_of_prompts_around_the_window(options, length, monkeypatch):
     monkeypatch.setattr(compressed, "PAGE", 4)
     model, tokens = build_model("gqa", layers=1), prompt(2, length + 22)
     policy = build_cache("think", {"window": 5, "value_channel_ratio": 0.5, **options})
+    (layer,) = model.layers()[0].attention.kv_layers()
+    size = layer.size(2, torch.float64)
     state = model.init_state(2, length, cache=policy)
     _, state = model.extend(tokens[:, :length], state)
     state = model.compress(state)
     for after in range(22):
-        claimed = policy.compressed_nbytes(2, 2, 6, length, torch.float64, tokens=after)
+        claimed = policy.compressed_nbytes(size, length, tokens=after)
         assert state.layers[0].mixing.nbytes() == claimed, f"after {after} tokens"
         _, state = model.extend(tokens[:, length + after : length + after + 1], state)

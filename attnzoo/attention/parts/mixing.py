@@ -16,18 +16,9 @@ from attnzoo.attention.edits.streamed import StreamedEdits, parallel_call
 from attnzoo.attention.edits.traits import NO_EDITING, SOFTMAX_EDITING, Editing
 from attnzoo.attention.parts.position import QKV, Position, visible_pairs
 from attnzoo.attention.parts.projection import Heads
-from attnzoo.kvcache import (
-    CachePolicy,
-    CacheView,
-    ExactCache,
-    FullCache,
-    FullCacheState,
-    WindowCache,
-    WindowCacheState,
-)
+from attnzoo.kvcache import CachePolicy, CacheState, CacheView, FullCache, KVLayer, WindowCache
 from attnzoo.kvcache.base import Need
-from attnzoo.kvcache.compressed import CompressedState
-from attnzoo.kvcache.keep_all import KeepAll
+from attnzoo.kvcache.full import compressing
 from attnzoo.kvcache.state import State
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import Mask, MaskField
@@ -55,6 +46,10 @@ class Mixing(nn.Module, ABC):
     @abstractmethod
     def forward(self, qkv: QKV, mask: Mask, impl: Impl) -> Tensor:
         """The parallel form, under a mask that the traits name."""
+
+    def kv_layers(self) -> tuple[KVLayer, ...]:
+        """Where this mixing keeps keys and values, by default nowhere."""
+        return ()
 
     @property
     def editing(self) -> Editing:
@@ -144,7 +139,7 @@ class SoftmaxMixing(Mixing):
         super().__init__()
         self.heads, self.position = heads, position
         self.mask = Mask(window=window, sinks=sinks)
-        self.cache: ExactCache = FullCache() if window is None else WindowCache(window, sinks)
+        self.cache: FullCache | WindowCache = FullCache() if window is None else WindowCache(window, sinks)
 
     @property
     def traits(self) -> Traits:
@@ -229,39 +224,47 @@ class SoftmaxMixing(Mixing):
         dtype: torch.dtype,
         cache: CachePolicy | None = None,
     ) -> State:
-        policy: ExactCache | CachePolicy = self.cache
-        if cache is not None and not isinstance(cache, KeepAll):
+        policy = compressing(cache)
+        if policy is not None:
             if self.mask.window is not None:
                 raise ValueError(
                     f"cache: attention with window={self.mask.window} keeps a constant number of tokens already; leave "
                     "the cache or the window out"
                 )
-            if not isinstance(cache, CachePolicy):
-                raise ValueError(f"cache={cache!r} is no cache policy; attnzoo.kvcache.build_cache makes one of a name")
-            self.position.check_says(cache.needs, cache.describe())
+            self.position.check_says(policy.needs, policy.describe())
             learned = next(self.position.parameters(), None)
             if learned is not None and learned.dtype != dtype:
                 raise ValueError(
-                    f"dtype={dtype}: {cache.describe()} of a layer with learned positions is kept in the dtype of its "
+                    f"dtype={dtype}: {policy.describe()} of a layer with learned positions is kept in the dtype of its "
                     f"weights, {learned.dtype}; leave dtype or the cache out"
                 )
-            policy = cache
-        return policy.init(batch, self.heads.num_kv_heads, self.heads.head_dim, capacity, device=device, dtype=dtype)
+        return (policy or self.cache).init(self._kv.size(batch, dtype, device), capacity)
+
+    @cached_property
+    def _kv(self) -> KVLayer:
+        heads = self.heads
+        return KVLayer(heads.num_heads, heads.num_kv_heads, heads.head_dim, self.cache, self.score_function)
+
+    def kv_layers(self) -> tuple[KVLayer, ...]:
+        return (self._kv,)
 
     def check_state(self, name: str, state: Any) -> None:
-        keys = (None, self.heads.num_kv_heads, None, self.heads.head_dim)
-        if isinstance(state, CompressedState) and self.mask.window is None:
-            check_state(name, state.tail, FullCacheState, {"keys_BKSH": keys})
-        elif self.mask.window is None:
-            check_state(name, state, (FullCacheState, SoftmaxContext), {"keys_BKSH": keys})
-        else:
-            check_state(name, state, WindowCacheState, {"keys_BKCH": keys})
-            slots, most = state.keys_BKCH.shape[2], self.mask.sinks + self.mask.window
-            if slots > most:
-                raise ValueError(
-                    f"{name} got the state of another layer, of {slots} slots; a window of {self.mask.window} with "
-                    f"sinks={self.mask.sinks} has at most {most}; begin with this layer's init_state"
-                )
+        sizes = (self.heads.num_kv_heads, self.heads.head_dim)
+        if isinstance(state, SoftmaxContext) and self.mask.window is None:
+            check_state(name, state, SoftmaxContext, {"keys_BKSH": (None, sizes[0], None, sizes[1])})
+            return
+        check_state(name, state, CacheState, {})
+        if state.heads != sizes:
+            raise ValueError(
+                f"{name} got the state of another layer: it has (kv heads, head_dim) = {state.heads}, and this layer "
+                f"{sizes}; begin with this layer's init_state"
+            )
+        own, found = self.cache.describe(), state.policy.describe()
+        if found != own and (state.policy.exact or not isinstance(self.cache, FullCache)):
+            raise ValueError(
+                f"{name} got the state of another layer, a cache of {found}, and this layer's is {own}; begin with "
+                "this layer's init_state"
+            )
 
     def score_function(self, impl: Impl, edits: StreamedEdits | None = None) -> "SoftmaxScoreFunction":
         """The scores, as a compressing cache reads them."""
@@ -283,7 +286,7 @@ class SoftmaxMixing(Mixing):
     ) -> tuple[Tensor, State]:
         queries_BT = edits.positions(positions_BT, counts_B)
         mask = Mask.full() if isinstance(state, SoftmaxContext) else self.mask
-        uncounted = isinstance(state, CompressedState) and state.policy.merges_uncounted
+        uncounted = isinstance(state, CacheState) and state.policy.merges_uncounted
         streamed = StreamedEdits(edits, queries_BT, mask, self.position.terms, uncounted)
         return self._extend(qkv, state, positions_BT, counts_B, self.score_function(impl, streamed))
 
@@ -299,17 +302,12 @@ class SoftmaxMixing(Mixing):
         if isinstance(state, SoftmaxContext):
             return self._read(q, state, positions_BT, score_function), state
         q, k = self.position.encode(q, k, positions_BT, score_function.impl)
-        if isinstance(state, CompressedState):
-            heads_first = [x.transpose(1, 2).to(state.tail.keys_BKSH.dtype) for x in (q, k, v)]
-            out, after = state.policy.attend(state, score_function, heads_first, positions_BT, counts_B)
-            return out.to(q.dtype), after
-        state, view = self.cache.append(state, k.transpose(1, 2), v.transpose(1, 2), positions_BT, counts_B)
-        if score_function.edits is not None:
-            return score_function.edits.over(q.transpose(1, 2), view, positions_BT, score_function.attend), state
-        return score_function.attend(q.transpose(1, 2), view, positions_BT), state
+        heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        out, after = state.policy.attend(state, score_function, heads_first, positions_BT, counts_B)
+        return out, after
 
     def state_bytes(self, batch: int, capacity: int, dtype: torch.dtype) -> int:
-        return self.cache.nbytes(batch, self.heads.num_kv_heads, self.heads.head_dim, capacity, dtype)
+        return self.cache.nbytes(self._kv.size(batch, dtype), capacity)
 
     def flops(self, batch: int, tokens: int, context: int) -> int:
         pairs = visible_pairs(tokens, context, self.mask)
@@ -336,7 +334,7 @@ def _in_dtype(q_BNTH: Tensor, view: CacheView) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class SoftmaxScoreFunction:
-    """`attnzoo.kvcache.Reader` of softmax attention with a position."""
+    """`attnzoo.kvcache.ScoreFunction` of softmax attention with a position."""
 
     position: Position
     mask: Mask
