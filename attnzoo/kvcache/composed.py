@@ -87,7 +87,9 @@ class D2OThinKCache(D2OCache):
             **self.parts(size, tail, prefix, ended),
             channels_BKC=size.heads(chosen[0], dtype=torch.int64),
             value_channels_BKV=size.heads(chosen[1], dtype=torch.int64),
-            queries_BNWH=size.zeros(size.num_heads if self.thins and not ended else 0, self.window, size.head_dim),
+            queries_BNWH=size.zeros(
+                size.num_heads if self.thins and not ended else 0, min(self.window, tail), size.head_dim
+            ),
         )
 
     def read(
@@ -99,7 +101,8 @@ class D2OThinKCache(D2OCache):
         counts_B: Tensor | None,
     ) -> tuple[Tensor, Any]:
         if self.thins and not state.decoding:
-            state = replace(state, queries_BNWH=cc.last_queries(state.queries_BNWH, qkv[0], counts_B))
+            seen = cc.last_queries(state.queries_BNWH, qkv[0], positions_BT, counts_B, self.window)
+            state = replace(state, queries_BNWH=seen)
         return super().read(state, score_function, qkv, positions_BT, counts_B)
 
     def thin(self, state: D2OThinKState) -> D2OThinKState:

@@ -294,14 +294,24 @@ def _concatenated(first_BKS: Tensor, second_BKS: Tensor) -> Tensor:
     return torch.cat([first_BKS.expand(-1, heads, -1), second_BKS.expand(-1, heads, -1)], dim=2)
 
 
-def last_queries(before_BNWH: Tensor, q_BNTH: Tensor, counts_B: Tensor | None) -> Tensor:
-    """The last W real queries of before_BNWH followed by q_BNTH, newest last; zeros in front where there are fewer."""
-    rows = torch.cat([before_BNWH, q_BNTH], dim=2)
+def last_queries(
+    before_BNWH: Tensor, q_BNTH: Tensor, positions_BT: Tensor, counts_B: Tensor | None, window: int
+) -> Tensor:
+    """The last real queries of before_BNWH followed by q_BNTH, newest last: `window` of them, fewer where no sequence is
+    as long. Shorter sequences have zeros in front."""
     width = before_BNWH.shape[2]
+    if width < window:
+        width = max(width, min(window, int(positions_BT.max()) + 1))
+    rows = torch.cat([front_padded(before_BNWH, width), q_BNTH], dim=2)
     if counts_B is None:
         return rows[:, :, rows.shape[2] - width :].clone()
     index_BW = counts_B[:, None] + torch.arange(width, device=q_BNTH.device)
     return rows.gather(2, index_BW[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3]))
+
+
+def front_padded(queries_BNWH: Tensor, width: int) -> Tensor:
+    """The queries with zeros in front, `width` in all."""
+    return F.pad(queries_BNWH, (0, 0, width - queries_BNWH.shape[2], 0))
 
 
 def stored(channels_BKC: Tensor) -> Tensor | None:

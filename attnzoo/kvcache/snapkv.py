@@ -84,7 +84,7 @@ class SnapKVCache(TailedCache):
             **cc.empty_tail(self, size, tail),
             kept=Kept(**kept_columns(size, prefix, size.head_dim, size.head_dim)),
             held_B=size.zeros(dtype=torch.int64),
-            queries_BNWH=size.zeros(observed, self.config.window, size.head_dim),
+            queries_BNWH=size.zeros(observed, min(self.config.window, tail), size.head_dim),
         )
 
     def shrink(self, layer: CachedLayer) -> SnapKVState:

@@ -43,7 +43,8 @@ class TailedCache(CompressingCache):
         state = self.before_append(state, score_function, positions_BT)
         if self.observes and not self.lossless and (self.follows or state.reading):
             q_BNTH = qkv[0] if state.reading else condensed(qkv[0], qkv[1].shape[1])
-            state = replace(state, queries_BNWH=cc.last_queries(state.queries_BNWH, q_BNTH, counts_B))
+            seen = cc.last_queries(state.queries_BNWH, q_BNTH, positions_BT, counts_B, self.config.window)
+            state = replace(state, queries_BNWH=seen)
         state, view = cc.append(state, qkv[1], qkv[2], positions_BT, counts_B)
         return cc.attend(state, score_function, qkv[0], view, positions_BT), state
 
@@ -78,7 +79,8 @@ class TailedCache(CompressingCache):
         if not final:
             return state
         if self.observes and not self.lossless:
-            seen = state.queries_BNWH
+            # Padded to the window's width, so that sequences can be joined.
+            seen = cc.front_padded(state.queries_BNWH, self.config.window)
             kept = condensed(seen, state.heads[0]) if self.follows else seen[:, :0].clone()
             state = replace(state, queries_BNWH=kept)
         return replace(state, ended_B=torch.ones_like(state.ended_B))

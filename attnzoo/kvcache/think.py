@@ -165,10 +165,10 @@ class ThinKCache(TailedCache):
         return squares(tail.values_BKSH, tail.positions_BKS >= 0) + before_BKH
 
     def empty(self, size: CacheSize, *, tail: int, prefix: int = 0, ended: bool = False) -> PrunedState:
-        observed = size.num_kv_heads if self.follows else 0
-        if not ended:
-            observed = size.num_heads
-        queries = size.zeros(0 if self.lossless else observed, self.config.window, size.head_dim)
+        heads, width = size.num_heads, min(self.config.window, tail)
+        if ended:
+            heads, width = size.num_kv_heads if self.follows else 0, self.config.window
+        queries = size.zeros(0 if self.lossless else heads, width, size.head_dim)
         return ThinKState(**self.parts(size, tail, prefix, ended), queries_BNWH=queries)
 
     def parts(self, size: CacheSize, tail: int, prefix: int, ended: bool) -> dict[str, Any]:
