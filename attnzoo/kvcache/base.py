@@ -34,8 +34,22 @@ from attnzoo.types import accumulation_dtype
 EMPTY = -1
 """Logical position, in a view, of a slot that holds nothing."""
 
-QKV = tuple[Tensor, Tensor, Tensor]
-"""(q_BNTH, k_BKTH, v_BKTH) of new tokens."""
+
+@dataclass(frozen=True)
+class Chunk:
+    """New tokens of every sequence: their queries, keys and values, and logical positions. counts_B: how many tokens of
+    each row are real, the rest being right padding; None: all."""
+
+    q_BNTH: Tensor
+    k_BKTH: Tensor
+    v_BKTH: Tensor
+    positions_BT: Tensor
+    counts_B: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.positions_BT.shape[1]
 
 
 @dataclass(frozen=True)
@@ -269,11 +283,8 @@ class CachePolicy(ABC):
         """An empty cache with room for `capacity` tokens per sequence before `compress`."""
 
     @abstractmethod
-    def attend(
-        self, state: Any, score_function: ScoreFunction, qkv: QKV, positions_BT: Tensor, counts_B: Tensor | None
-    ) -> tuple[Tensor, CacheState]:
-        """Adds the first `counts_B[b]` (None: all) new keys and values of each row, at logical positions positions_BT,
-        and attends: (o_BNTH, new state)."""
+    def attend(self, state: Any, score_function: ScoreFunction, new: Chunk) -> tuple[Tensor, CacheState]:
+        """Adds the new keys and values, and attends: (o_BNTH, new state)."""
 
     def compress(self, layers: Sequence[CachedLayer], final: bool) -> list[CacheState]:
         """The layers' states, compressed, while prompts are read. final: the prompt has ended, not only a chunk of

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CACHES, QKV, CacheSize, ScoreFunction
+from attnzoo.kvcache.base import CACHES, CacheSize, Chunk, ScoreFunction
 from attnzoo.kvcache.channels import best_channels, channel_scores, greedy_scores, kept_channels, squares
 from attnzoo.kvcache.d2o import D2OCache, D2OConfig, D2OState
 from attnzoo.kvcache.entries import kept_columns, stored_norms
@@ -92,18 +92,11 @@ class D2OThinKCache(D2OCache):
             ),
         )
 
-    def read(
-        self,
-        state: Any,
-        score_function: ScoreFunction,
-        qkv: QKV,
-        positions_BT: Tensor,
-        counts_B: Tensor | None,
-    ) -> tuple[Tensor, Any]:
+    def read(self, state: Any, score_function: ScoreFunction, new: Chunk) -> tuple[Tensor, Any]:
         if self.thins and not state.decoding:
-            seen = cc.last_queries(state.queries_BNWH, qkv[0], positions_BT, counts_B, self.window)
+            seen = cc.last_queries(state.queries_BNWH, new.q_BNTH, new, self.window)
             state = replace(state, queries_BNWH=seen)
-        return super().read(state, score_function, qkv, positions_BT, counts_B)
+        return super().read(state, score_function, new)
 
     def thin(self, state: D2OThinKState) -> D2OThinKState:
         """Scores channels on all kept tokens and prunes the tokens that are not in the ring."""

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from attnzoo.kvcache.base import (
     EMPTY,
-    QKV,
     CachePolicy,
     CacheSize,
     CacheState,
     CacheView,
+    Chunk,
     Occupied,
     ScoreFunction,
     attend_view,
@@ -119,22 +119,19 @@ class CompressingCache(CachePolicy):
         that there are once the prompt has ended."""
 
     @abstractmethod
-    def read(
-        self, state: Any, score_function: ScoreFunction, qkv: QKV, positions_BT: Tensor, counts_B: Tensor | None
-    ) -> tuple[Tensor, CompressedState]:
+    def read(self, state: Any, score_function: ScoreFunction, new: Chunk) -> tuple[Tensor, CompressedState]:
         """`attend`, for q, k and v in the dtype of the cache."""
 
     def init(self, size: CacheSize, capacity: int) -> CompressedState:
         return self.empty(size, tail=capacity)
 
-    def attend(
-        self, state: Any, score_function: ScoreFunction, qkv: QKV, positions_BT: Tensor, counts_B: Tensor | None
-    ) -> tuple[Tensor, CompressedState]:
-        check_chunk(qkv[1])
+    def attend(self, state: Any, score_function: ScoreFunction, new: Chunk) -> tuple[Tensor, CompressedState]:
+        check_chunk(new.k_BKTH)
+        qkv, dtype = (new.q_BNTH, new.k_BKTH, new.v_BKTH), state.tail.keys_BKSH.dtype
         if torch.is_grad_enabled() and any(x.requires_grad for x in qkv):
             raise ValueError("a compressed cache has no gradients: extend under torch.no_grad(), or use cache=None")
-        q, k, v = (x.to(state.tail.keys_BKSH.dtype) for x in qkv)
-        out, state = self.read(state, score_function, (q, k, v), positions_BT, counts_B)
+        q, k, v = (x.to(dtype) for x in qkv)
+        out, state = self.read(state, score_function, Chunk(q, k, v, new.positions_BT, new.counts_B))
         return out.to(qkv[0].dtype), state
 
 
@@ -155,17 +152,15 @@ def least_kept(config: Any) -> int:
     return int(max(config.least, PAGE if config.min_tokens is None else config.min_tokens))
 
 
-def append(
-    state: Any, k_BKTH: Tensor, v_BKTH: Tensor, positions_BT: Tensor, counts_B: Tensor | None
-) -> tuple[Any, CacheView]:
+def append(state: Any, new: Chunk) -> tuple[Any, CacheView]:
     """Appends a chunk to the tail: (new state, view of the tail with logical positions)."""
-    starts_B1 = state.starts_B[:, None]
+    starts_B1, positions_BT = state.starts_B[:, None], new.positions_BT
     tail = state.tail
     if state.slots or not state.reading:
         # The tail grows by pages instead of doubling, to keep memory after the prompt small.
-        needed = int((positions_BT[:, 0] - state.starts_B).max()) + positions_BT.shape[1]
+        needed = int((positions_BT[:, 0] - state.starts_B).max()) + new.tokens
         tail = FullCacheState(paged(tail.keys_BKSH, needed), paged(tail.values_BKSH, needed))
-    tail, view = append_all(tail, k_BKTH, v_BKTH, positions_BT - starts_B1, counts_B)
+    tail, view = append_all(tail, new.k_BKTH, new.v_BKTH, positions_BT - starts_B1, new.counts_B)
     if state.slots:
         places = torch.where(view.positions_BKS >= 0, view.positions_BKS + starts_B1[:, None], EMPTY)
         view = CacheView(view.keys_BKSH, view.values_BKSH, places)
@@ -294,18 +289,16 @@ def _concatenated(first_BKS: Tensor, second_BKS: Tensor) -> Tensor:
     return torch.cat([first_BKS.expand(-1, heads, -1), second_BKS.expand(-1, heads, -1)], dim=2)
 
 
-def last_queries(
-    before_BNWH: Tensor, q_BNTH: Tensor, positions_BT: Tensor, counts_B: Tensor | None, window: int
-) -> Tensor:
-    """The last real queries of before_BNWH followed by q_BNTH, newest last: `window` of them, fewer where no sequence is
-    as long. Shorter sequences have zeros in front."""
+def last_queries(before_BNWH: Tensor, q_BNTH: Tensor, new: Chunk, window: int) -> Tensor:
+    """The last real queries of before_BNWH followed by q_BNTH, those of a chunk, newest last: `window` of them, fewer
+    where no sequence is as long. Shorter sequences have zeros in front."""
     width = before_BNWH.shape[2]
     if width < window:
-        width = max(width, min(window, int(positions_BT.max()) + 1))
+        width = max(width, min(window, int(new.positions_BT.max()) + 1))
     rows = torch.cat([front_padded(before_BNWH, width), q_BNTH], dim=2)
-    if counts_B is None:
+    if new.counts_B is None:
         return rows[:, :, rows.shape[2] - width :].clone()
-    index_BW = counts_B[:, None] + torch.arange(width, device=q_BNTH.device)
+    index_BW = new.counts_B[:, None] + torch.arange(width, device=q_BNTH.device)
     return rows.gather(2, index_BW[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3]))
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CACHES, CachedLayer, CacheSize, CacheView, Need, ScoreFunction
+from attnzoo.kvcache.base import CACHES, CachedLayer, CacheSize, CacheView, Chunk, Need, ScoreFunction
 from attnzoo.kvcache.budgets import allocate, layer_weights, moments, variance
 from attnzoo.kvcache.channels import take_channels
 from attnzoo.kvcache.entries import Kept
@@ -198,28 +198,20 @@ class D2OCache(EvictingCache):
             budgets[i] = budget_B
         return budgets
 
-    def observed(
-        self,
-        state: D2OState,
-        score_function: ScoreFunction,
-        q_BNTH: Tensor,
-        view: CacheView,
-        positions_BT: Tensor,
-        counts_B: Tensor | None,
-    ) -> D2OState:
+    def observed(self, state: Any, score_function: ScoreFunction, new: Chunk, view: CacheView) -> D2OState:
         if self.lossless:
             return state
         seen, kept_slots = cc.joined(state, view), state.slots
-        mask = Mask(query_positions_BT=positions_BT, key_positions_BKS=seen.positions_BKS)
+        mask = Mask(query_positions_BT=new.positions_BT, key_positions_BKS=seen.positions_BKS)
         logs = state.compressed().log_counts_BKS if kept_slots else None
         if logs is not None:
             logs = torch.cat([logs, logs.new_zeros(*logs.shape[:2], view.keys_BKSH.shape[2])], dim=2)
         accumulated_BKS = accumulated_attention(
-            q_BNTH,
+            new.q_BNTH,
             seen.keys_BKSH,
             mask=mask,
-            counts_B=counts_B,
-            tables=score_function.tables(mask, q_BNTH.shape[2]),
+            counts_B=new.counts_B,
+            tables=score_function.tables(mask, new.tokens),
             log_counts_BKS=logs,
             impl=score_function.impl,
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import QKV, CachedLayer, CacheSize, CacheView, Need, ScoreFunction
+from attnzoo.kvcache.base import CachedLayer, CacheSize, CacheView, Chunk, ScoreFunction
 from attnzoo.kvcache.budgets import asked_tokens
 from attnzoo.kvcache.compressed import CompressingCache
 from attnzoo.kvcache.entries import Kept, KeptState, kept_columns, packed
@@ -100,15 +100,7 @@ class EvictingCache(CompressingCache):
         """Called when the kept entries of a prompt are final: policies that prune channels do it here."""
         return state
 
-    def observed(
-        self,
-        state: Any,
-        score_function: ScoreFunction,
-        q_BNTH: Tensor,
-        view: CacheView,
-        positions_BT: Tensor,
-        counts_B: Tensor | None,
-    ) -> Any:
+    def observed(self, state: Any, score_function: ScoreFunction, new: Chunk, view: CacheView) -> Any:
         """The state after a chunk whose queries read the kept entries and a view of the tail."""
         return state
 
@@ -156,51 +148,34 @@ class EvictingCache(CompressingCache):
         config = self.config
         return asked_tokens(lengths_B, config.ratio, config.max_tokens, cc.least_kept(config))
 
-    def read(
-        self,
-        state: Any,
-        score_function: ScoreFunction,
-        qkv: QKV,
-        positions_BT: Tensor,
-        counts_B: Tensor | None,
-    ) -> tuple[Tensor, EvictingState]:
-        if not self.lossless and not state.decoding and self._exceeds_budgets(state, positions_BT):
-            state = self._for_decoding(CachedLayer(state, score_function, positions_BT[:, 0]), state.budgets_B)
+    def read(self, state: Any, score_function: ScoreFunction, new: Chunk) -> tuple[Tensor, EvictingState]:
+        starts_B = new.positions_BT[:, 0]
+        if not self.lossless and not state.decoding:
+            # Whether a sequence whose prompt has ended exceeds its budget with this chunk.
+            over_B = state.ended_B & (starts_B + new.tokens > state.budgets_B)
+            if bool(over_B.any()):
+                state = self._for_decoding(CachedLayer(state, score_function, starts_B), state.budgets_B)
         if state.decoding:
-            steps = range(positions_BT.shape[1])
             outputs = []
-            for t in steps:
-                out, state = self._step(state, score_function, qkv, positions_BT, counts_B, t)
+            for t in range(new.tokens):
+                out, state = self._step(state, score_function, new, t)
                 outputs.append(out)
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), state
-        state, view = cc.append(state, qkv[1], qkv[2], positions_BT, counts_B)
-        o_BNTH = cc.attend(state, score_function, qkv[0], view, positions_BT)
-        return o_BNTH, self.observed(state, score_function, qkv[0], view, positions_BT, counts_B)
+        state, view = cc.append(state, new)
+        o_BNTH = cc.attend(state, score_function, new.q_BNTH, view, new.positions_BT)
+        return o_BNTH, self.observed(state, score_function, new, view)
 
-    def _exceeds_budgets(self, state: EvictingState, positions_BT: Tensor) -> bool:
-        """Whether this chunk exceeds the budget of a sequence whose prompt has ended."""
-        after_B = positions_BT[:, 0] + positions_BT.shape[1]
-        return bool((state.ended_B & (after_B > state.budgets_B)).any())
-
-    def _step(
-        self,
-        state: EvictingState,
-        score_function: ScoreFunction,
-        qkv: QKV,
-        positions_BT: Tensor,
-        counts_B: Tensor | None,
-        t: int,
-    ) -> tuple[Tensor, EvictingState]:
+    def _step(self, state: Any, score_function: ScoreFunction, new: Chunk, t: int) -> tuple[Tensor, EvictingState]:
         """(o_BN1H, state) for token t of each sequence; sequences without one keep their state.
 
         The new token enters the ring, attention reads `kept` and ring, and the oldest token of the ring takes the slot
         of the evicted one. A sequence below its budget takes an empty slot instead. All operations are batched, and
         depend on no values once there is room, so that a step can be compiled.
         """
-        q, k, v = (x[:, :, t : t + 1] for x in qkv)
+        q, k, v = (x[:, :, t : t + 1] for x in (new.q_BNTH, new.k_BKTH, new.v_BKTH))
         if not torch.compiler.is_compiling():
-            state = with_room(state, self.window, positions_BT[:, t])
-        now = step_info(positions_BT, counts_B, t, k.shape[1], self.window)
+            state = with_room(state, self.window, new.positions_BT[:, t])
+        now = step_info(new.positions_BT, new.counts_B, t, k.shape[1], self.window)
         choice = self._choose(state, now)
         enter(state.ring, k, v, now)
         read = read_ring(
@@ -334,8 +309,3 @@ class EvictingCache(CompressingCache):
         """How many of the newest tokens must stay."""
         share_B = ((budgets_B - self.config.sinks) * self.recent_share).long()
         return torch.minimum(share_B.clamp(min=max(1, self.window)), budgets_B - self.config.sinks - 1)
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Nothing: entries that are whole are read by the variant's own operation."""
-        return frozenset()

@@ -10,11 +10,11 @@ from torch import Tensor
 from attnzoo.kvcache.base import (
     CACHES,
     EMPTY,
-    QKV,
     CachePolicy,
     CacheSize,
     CacheState,
     CacheView,
+    Chunk,
     Occupied,
     ScoreFunction,
     attend_view,
@@ -71,16 +71,9 @@ class FullCache(CachePolicy):
         shape = (capacity, size.head_dim)
         return FullCacheState(size.heads(*shape), size.heads(*shape), policy=self)
 
-    def attend(
-        self,
-        state: FullCacheState,
-        score_function: ScoreFunction,
-        qkv: QKV,
-        positions_BT: Tensor,
-        counts_B: Tensor | None,
-    ) -> tuple[Tensor, FullCacheState]:
-        state, view = append(state, qkv[1], qkv[2], positions_BT, counts_B)
-        return attend_view(score_function, qkv[0], view, positions_BT), state
+    def attend(self, state: FullCacheState, score_function: ScoreFunction, new: Chunk) -> tuple[Tensor, FullCacheState]:
+        state, view = append(state, new.k_BKTH, new.v_BKTH, new.positions_BT, new.counts_B)
+        return attend_view(score_function, new.q_BNTH, view, new.positions_BT), state
 
     def compressed_nbytes(self, size: CacheSize, prompt: int, *, tokens: int = 0, joinable: bool = False) -> int:
         return self.nbytes(size, prompt + tokens)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import QKV, CachedLayer, ScoreFunction
+from attnzoo.kvcache.base import CachedLayer, Chunk, ScoreFunction
 from attnzoo.kvcache.channels import condensed
 from attnzoo.kvcache.compressed import CompressedState, CompressingCache
 from attnzoo.kvcache.full import FullCacheState
@@ -29,46 +29,33 @@ class TailedCache(CompressingCache):
     def shrink(self, layer: CachedLayer) -> CompressedState:
         """The layer's state with all but the newest `window` tokens compressed."""
 
-    def read(
-        self,
-        state: Any,
-        score_function: ScoreFunction,
-        qkv: QKV,
-        positions_BT: Tensor,
-        counts_B: Tensor | None,
-    ) -> tuple[Tensor, CompressedState]:
-        if positions_BT.shape[1] > 1 and self.one_by_one and not state.reading:
-            return self._one_by_one(state, score_function, qkv, positions_BT, counts_B)
+    def read(self, state: Any, score_function: ScoreFunction, new: Chunk) -> tuple[Tensor, CompressedState]:
+        if new.tokens > 1 and self.one_by_one and not state.reading:
+            return self._one_by_one(state, score_function, new)
         # Before the queries are updated: a pruning is scored by the queries before this chunk.
-        state = self.before_append(state, score_function, positions_BT)
+        state = self.before_append(state, score_function, new.positions_BT[:, 0])
         if self.observes and not self.lossless and (self.follows or state.reading):
-            q_BNTH = qkv[0] if state.reading else condensed(qkv[0], qkv[1].shape[1])
-            seen = cc.last_queries(state.queries_BNWH, q_BNTH, positions_BT, counts_B, self.config.window)
+            q_BNTH = new.q_BNTH if state.reading else condensed(new.q_BNTH, new.k_BKTH.shape[1])
+            seen = cc.last_queries(state.queries_BNWH, q_BNTH, new, self.config.window)
             state = replace(state, queries_BNWH=seen)
-        state, view = cc.append(state, qkv[1], qkv[2], positions_BT, counts_B)
-        return cc.attend(state, score_function, qkv[0], view, positions_BT), state
+        state, view = cc.append(state, new)
+        return cc.attend(state, score_function, new.q_BNTH, view, new.positions_BT), state
 
-    def _one_by_one(
-        self,
-        state: Any,
-        score_function: ScoreFunction,
-        qkv: QKV,
-        positions_BT: Tensor,
-        counts_B: Tensor | None,
-    ) -> tuple[Tensor, CompressedState]:
+    def _one_by_one(self, state: Any, score_function: ScoreFunction, new: Chunk) -> tuple[Tensor, CompressedState]:
         outputs = []
-        for t in range(positions_BT.shape[1]):
-            one = (qkv[0][:, :, t : t + 1], qkv[1][:, :, t : t + 1], qkv[2][:, :, t : t + 1])
-            at_B, active_B = positions_BT[:, t], None
-            if counts_B is not None:
+        for t in range(new.tokens):
+            q, k, v = (x[:, :, t : t + 1] for x in (new.q_BNTH, new.k_BKTH, new.v_BKTH))
+            at_B, active_B = new.positions_BT[:, t], None
+            if new.counts_B is not None:
                 # A sequence whose tokens have ended stays at its length.
-                at_B, active_B = positions_BT[:, 0] + counts_B.clamp(max=t), (counts_B > t).long()
-            out, state = self.read(state, score_function, one, at_B[:, None], active_B)
+                at_B = new.positions_BT[:, 0] + new.counts_B.clamp(max=t)
+                active_B = (new.counts_B > t).long()
+            out, state = self.read(state, score_function, Chunk(q, k, v, at_B[:, None], active_B))
             outputs.append(out)
         return torch.cat(outputs, dim=2), state
 
-    def before_append(self, state: Any, score_function: ScoreFunction, positions_BT: Tensor) -> Any:
-        """The state to append a chunk to; policies that prune the tail do it here."""
+    def before_append(self, state: Any, score_function: ScoreFunction, lengths_B: Tensor) -> Any:
+        """The state, of lengths_B tokens, to append a chunk to; policies that prune the tail do it here."""
         return state
 
     def compress(self, layers: Sequence[CachedLayer], final: bool) -> list[Any]:

@@ -184,8 +184,8 @@ class ThinKCache(TailedCache):
             "value_channels_BKV": size.heads(chosen[1], dtype=torch.int64),
         }
 
-    def before_append(self, state: Any, score_function: ScoreFunction, positions_BT: Tensor) -> Any:
-        repack_every, lengths_B = self.config.repack_every, positions_BT[:, 0]
+    def before_append(self, state: Any, score_function: ScoreFunction, lengths_B: Tensor) -> Any:
+        repack_every = self.config.repack_every
         if repack_every is None or self.lossless or state.reading:
             return state
         long_B = lengths_B - state.starts_B >= self.config.window + repack_every

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from attnzoo.kvcache.base import (
     EMPTY,
-    QKV,
     CachePolicy,
     CacheSize,
     CacheState,
     CacheView,
+    Chunk,
     Occupied,
     ScoreFunction,
     attend_view,
@@ -57,13 +57,12 @@ class WindowCacheState(CacheState):
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """Where a chunk goes. before_BC, after_BC: positions in C slots before and after it, `EMPTY` in empty ones; new_BT:
-    its positions, `EMPTY` for padding; rows_L, steps_L, slots_L: the tokens that are written, and where."""
+class _Plan:
+    """Where a chunk goes. slots: C after it; seen_B1S: the positions of what its queries may see, `EMPTY` in empty
+    slots and for padding; rows_L, steps_L, slots_L: the tokens that are written, and where."""
 
-    before_BC: Tensor
-    after_BC: Tensor
-    new_BT: Tensor
+    slots: int
+    seen_B1S: Tensor
     rows_L: Tensor
     steps_L: Tensor
     slots_L: Tensor
@@ -93,61 +92,43 @@ class WindowCache(CachePolicy):
         return self.nbytes(size, prompt + tokens)
 
     def attend(
-        self,
-        state: WindowCacheState,
-        score_function: ScoreFunction,
-        qkv: QKV,
-        positions_BT: Tensor,
-        counts_B: Tensor | None,
+        self, state: WindowCacheState, score_function: ScoreFunction, new: Chunk
     ) -> tuple[Tensor, WindowCacheState]:
-        state, view = self.append(state, qkv[1], qkv[2], positions_BT, counts_B)
-        return attend_view(score_function, qkv[0], view, positions_BT), state
-
-    def append(
-        self,
-        state: WindowCacheState,
-        keys_BKTH: Tensor,
-        values_BKTH: Tensor,
-        positions_BT: Tensor,
-        counts_B: Tensor | None,
-    ) -> tuple[WindowCacheState, CacheView]:
-        """Adds a chunk: (new state, view of what its queries may see)."""
-        check_chunk(keys_BKTH)
-        have = state.keys_BKCH.shape[2]
-        chunk = _chunk(positions_BT, counts_B, self.window, self.sinks, have)
-        if counts_B is not None:
+        check_chunk(new.k_BKTH)
+        keys, values = new.k_BKTH, new.v_BKTH
+        plan = _plan(new.positions_BT, new.counts_B, self.window, self.sinks, state.slots)
+        if new.counts_B is not None:
             # Padding may hold NaN, and 0 * NaN would leak through the sum of values.
-            padding_B1T1 = (chunk.new_BT < 0)[:, None, :, None]
-            keys_BKTH, values_BKTH = (x.masked_fill(padding_B1T1, 0.0) for x in (keys_BKTH, values_BKTH))
-        if positions_BT.shape[1] == 1:
+            padding_BT = torch.arange(new.tokens, device=keys.device) >= new.counts_B[:, None]
+            keys, values = (x.masked_fill(padding_BT[:, None, :, None], 0.0) for x in (keys, values))
+        held = state.keys_BKCH, state.values_BKCH
+        if new.tokens > 1:
+            # Early queries of the chunk may see what its last tokens overwrite: they attend to both.
+            both = [torch.cat([x, y.to(x.dtype)], dim=2) for x, y in zip(held, (keys, values), strict=True)]
+            state = self._written(state, keys, values, plan)
+        else:
             # The slot that one token takes held a token that has just left its window.
-            state = self._write(state, keys_BKTH, values_BKTH, chunk)
-            return state, CacheView(state.keys_BKCH, state.values_BKCH, chunk.after_BC[:, None])
-        # Early queries of the chunk may see what its last tokens overwrite: attend to both, then write.
-        view = CacheView(
-            torch.cat([state.keys_BKCH, keys_BKTH.to(state.keys_BKCH.dtype)], dim=2),
-            torch.cat([state.values_BKCH, values_BKTH.to(state.values_BKCH.dtype)], dim=2),
-            torch.cat([chunk.before_BC[:, :have], chunk.new_BT], dim=1)[:, None],
-        )
-        return self._write(state, keys_BKTH, values_BKTH, chunk), view
+            state = self._written(state, keys, values, plan)
+            both = [state.keys_BKCH, state.values_BKCH]
+        view = CacheView(both[0], both[1], plan.seen_B1S)
+        return attend_view(score_function, new.q_BNTH, view, new.positions_BT), state
 
-    def _write(
-        self, state: WindowCacheState, keys_BKTH: Tensor, values_BKTH: Tensor, chunk: _Chunk
-    ) -> WindowCacheState:
+    def _written(self, state: WindowCacheState, new_keys: Tensor, new_values: Tensor, plan: _Plan) -> WindowCacheState:
         """The state with the chunk's sinks and its last `window` tokens in their slots."""
-        missing = chunk.after_BC.shape[1] - state.keys_BKCH.shape[2]
-        keys, values = (F.pad(x, (0, 0, 0, missing)) if missing else x for x in (state.keys_BKCH, state.values_BKCH))
-        if torch.is_grad_enabled() and (keys_BKTH.requires_grad or keys.requires_grad):
+        keys, values, missing = state.keys_BKCH, state.values_BKCH, plan.slots - state.slots
+        if missing:
+            keys, values = F.pad(keys, (0, 0, 0, missing)), F.pad(values, (0, 0, 0, missing))
+        elif torch.is_grad_enabled() and (new_keys.requires_grad or keys.requires_grad):
             # Earlier steps of the graph hold these buffers for their backward pass.
             keys, values = keys.clone(), values.clone()
-        keys[chunk.rows_L, :, chunk.slots_L] = keys_BKTH[chunk.rows_L, :, chunk.steps_L].to(keys.dtype)
-        values[chunk.rows_L, :, chunk.slots_L] = values_BKTH[chunk.rows_L, :, chunk.steps_L].to(values.dtype)
+        keys[plan.rows_L, :, plan.slots_L] = new_keys[plan.rows_L, :, plan.steps_L].to(keys.dtype)
+        values[plan.rows_L, :, plan.slots_L] = new_values[plan.rows_L, :, plan.steps_L].to(values.dtype)
         return WindowCacheState(keys, values, policy=self)
 
 
 @recent
-def _chunk(positions_BT: Tensor, counts_B: Tensor | None, window: int, sinks: int, have: int) -> _Chunk:
-    """`_Chunk` for a cache of `have` slots, which gets as many as the longest sequence needs, at most sinks + window;
+def _plan(positions_BT: Tensor, counts_B: Tensor | None, window: int, sinks: int, have: int) -> _Plan:
+    """`_Plan` for a cache of `have` slots, which gets as many as the longest sequence needs, at most sinks + window;
     entries keep their slots."""
     tokens, before_B = positions_BT.shape[1], positions_BT[:, 0]
     after_B = before_B + (tokens if counts_B is None else counts_B)
@@ -156,14 +137,12 @@ def _chunk(positions_BT: Tensor, counts_B: Tensor | None, window: int, sinks: in
     kept_BT = (new_BT >= 0) & ((new_BT < sinks) | (new_BT >= after_B[:, None] - window))
     rows_L, steps_L = kept_BT.nonzero(as_tuple=True)
     at_L = new_BT[rows_L, steps_L]
-    return _Chunk(
-        before_BC=_positions(before_B, slots, window, sinks),
-        after_BC=_positions(after_B, slots, window, sinks),
-        new_BT=new_BT,
-        rows_L=rows_L,
-        steps_L=steps_L,
-        slots_L=torch.where(at_L < sinks, at_L, sinks + (at_L - sinks) % window),
-    )
+    if tokens == 1:
+        seen_BS = _positions(after_B, slots, window, sinks)
+    else:
+        seen_BS = torch.cat([_positions(before_B, have, window, sinks), new_BT], dim=1)
+    slots_L = torch.where(at_L < sinks, at_L, sinks + (at_L - sinks) % window)
+    return _Plan(slots, seen_BS[:, None], rows_L, steps_L, slots_L)
 
 
 def _positions(lengths_B: Tensor, slots: int, window: int, sinks: int) -> Tensor:

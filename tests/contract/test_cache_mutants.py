@@ -81,8 +81,8 @@ def tail_positions_restart(patch: Patch) -> None:
     """What follows a compressed prompt counts from 0."""
     right = compressed.append
 
-    def wrong(state, k, v, positions, counts):
-        state, view = right(state, k, v, positions, counts)
+    def wrong(state, new):
+        state, view = right(state, new)
         starts = state.starts_B[:, None, None]
         return state, replace(view, positions_BKS=torch.where(view.positions_BKS >= 0, view.positions_BKS - starts, -1))
 

@@ -1,16 +1,18 @@
 """What caches ask of a model: variants that cannot, layers that differ, states of other models, and nothing at all."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from attnzoo.attention import ATTENTION
+from attnzoo.attention import ATTENTION, build_attention
 from attnzoo.attention.mha import MHA
 from attnzoo.attention.parts import RelativeTable
-from attnzoo.kvcache import CacheSize, FullCache, State, WindowCache, build_cache, load_state, save_state
+from attnzoo.kvcache import CacheSize, FullCache, KVLayer, State, WindowCache, build_cache, load_state, save_state
+from attnzoo.kvcache.base import Chunk, caches_of
+from attnzoo.kvcache.window import _positions
 from attnzoo.models import DecoderConfig, DecoderLM, generate
 from serve.config import EngineConfig
 from serve.engine import Engine
@@ -124,6 +126,101 @@ def test_a_variant_with_a_state_of_its_own_says_why(kind, monkeypatch):
     assert generate(model, [[5, 6]], max_new_tokens=4, cache=build_cache("full")) == exact
 
 
+@dataclass
+class PairState(State):
+    lengths_B: Tensor
+    parts: tuple[State, ...]
+
+
+class Pair(MHA):
+    """Two attentions in a row, each with keys of its own; `kept` of them are said to be there."""
+
+    kept: ClassVar[int] = 2
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.second = MHA(config)
+
+    def parts(self) -> tuple[MHA, MHA]:
+        return super(), self.second  # type: ignore[return-value]
+
+    def kv_layers(self) -> tuple[KVLayer, ...]:
+        return (super().kv_layers() + self.second.kv_layers())[: self.kept]
+
+    def init_state(self, batch: int, capacity: int, *, device=None, dtype=None, cache=None) -> PairState:
+        made = [each.init_state(batch, capacity, device=device, dtype=dtype, cache=cache) for each in self.parts()]
+        return PairState(torch.zeros(batch, dtype=torch.int64, device=device), tuple(made))
+
+    def extend(self, x_BTD: Tensor, state: Any, counts_B: Tensor | None = None) -> tuple[Tensor, PairState]:
+        parts = []
+        for each, part in zip(self.parts(), state.parts, strict=True):
+            x_BTD, part = each.extend(x_BTD, part, counts_B)
+            parts.append(part)
+        return x_BTD, PairState(parts[0].lengths_B, tuple(parts))
+
+
+class HalfPair(Pair):
+    """It forgets to say the second."""
+
+    kept = 1
+
+
+def test_a_variant_with_keys_in_two_places_is_compressed_in_both_or_refused(monkeypatch):
+    """Kills: the second place left whole without a word."""
+    for name, kind in (("pair", Pair), ("half", HalfPair)):
+        monkeypatch.setitem(ATTENTION._items, name, kind)
+    model = DecoderLM(DecoderConfig(vocab_size=29, model_dim=16, num_layers=2, attention="pair")).eval()
+    policy = build_cache("streaming", {"max_tokens": 8})
+    with torch.no_grad():
+        _, state = model.extend(prompt(1, 20), model.init_state(1, 20, cache=policy))
+        state = model.compress(state)
+        _, state = model.extend(prompt(1, 3), state)
+    held = [int(cache.held_B) + cache.ring.slots for cache in caches_of(state)]
+    assert held == [9] * 4  # one slot of the ring is for the next token
+    assert model.byte_model(policy).compressed(20, 3) == state.nbytes()
+    half = DecoderLM(DecoderConfig(vocab_size=29, model_dim=16, num_layers=2, attention="half"))
+    with pytest.raises(ValueError, match="HalfPair keeps a state of its own"):
+        half.init_state(1, 20, cache=policy)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (3, 0), (4, 2), (5, 7)])
+def test_slots_of_a_window_hold_the_tokens_of_a_plain_count(window, sinks):
+    """Tokens put into their slots one after the other, at every length and number of slots."""
+    for slots in range(1, sinks + window + 1):
+        for length in range(slots if slots < sinks + window else 3 * (sinks + window)):
+            expected = [-1] * slots
+            for p in range(length):
+                expected[p if p < sinks else sinks + (p - sinks) % window] = p
+            assert _positions(torch.tensor([length]), slots, window, sinks).tolist() == [expected]
+
+
+def test_a_window_of_another_layer_is_refused():
+    narrow, wide = (build_attention("mha", {"model_dim": 8, "num_heads": 2, "window": n}) for n in (3, 4))
+    with pytest.raises(
+        ValueError, match=r"window\(window=3, sinks=0\), and this layer's is window\(window=4, sinks=0\)"
+    ):
+        wide.extend(torch.randn(1, 2, 8), narrow.init_state(1, 4))
+    with pytest.raises(ValueError, match="is no cache policy"):
+        build_attention("mha", {"model_dim": 8, "num_heads": 2}).init_state(1, 4, cache=WindowCache(3))
+
+
+@pytest.mark.parametrize("kind", sorted({kind for kind, _ in POLICIES.values()}))
+def test_no_policy_has_a_field_that_it_does_not_use(kind):
+    """Every tensor of a state holds something at some time under some options."""
+    filled, names = set(), set()
+    for name in [name for name in POLICIES if POLICIES[name][0] == kind]:
+        changes = {"value_channel_ratio": 0.5} if "channel_ratio" in POLICIES[name][1] else {}
+        model, policy = build_model("gqa", layers=2), policy_of(name, **changes)
+        _, state = model.extend(prompt(1, 12), model.init_state(1, 12, cache=policy))
+        for _ in range(3):
+            for cache in caches_of(state):
+                names |= cache.tensors().keys()
+                filled |= {field for field, x in cache.tensors().items() if x.count_nonzero()}
+            state = model.compress(state) if next(caches_of(state)).reading else state
+            _, state = model.extend(prompt(1, 3), state)
+    assert filled == names
+
+
 def test_the_exact_cache_is_every_variants():
     model = DecoderLM(DecoderConfig(vocab_size=29, model_dim=16, num_layers=2, attention="linear"))
     exact = generate(model, [[5, 6]], max_new_tokens=4)
@@ -209,7 +306,7 @@ def test_caches_refuse_chunks_of_nothing(cache, batch, tokens):
     state = cache.init(CacheSize(batch, 2, 2, 3, torch.float32), 4)
     keys = torch.zeros(batch, 2, tokens, 3)
     with pytest.raises(ValueError, match="at least one token of at least one sequence"):
-        cache.attend(state, None, (keys, keys, keys), torch.zeros(batch, tokens, dtype=torch.long), None)
+        cache.attend(state, None, Chunk(keys, keys, keys, torch.zeros(batch, tokens, dtype=torch.long)))
 
 
 @pytest.mark.parametrize("name", ["d2o", "think", "snapkv", "streaming"])
@@ -219,7 +316,7 @@ def test_policies_refuse_chunks_of_nothing(name):
     score_function = attention.mixing.score_function("torch")
     nothing = tuple(torch.zeros(1, heads, 0, 6).double() for heads in (4, 2, 2))
     with pytest.raises(ValueError, match="at least one token of at least one sequence"):
-        policy_of(name).attend(state.mixing, score_function, nothing, torch.zeros(1, 0, dtype=torch.long), None)
+        policy_of(name).attend(state.mixing, score_function, Chunk(*nothing, torch.zeros(1, 0, dtype=torch.long)))
 
 
 def saved(model: DecoderLM, path: Any, cache: Any = None) -> Any:
