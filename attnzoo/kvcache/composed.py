@@ -17,8 +17,9 @@ from torch import Tensor
 from attnzoo.kvcache import compressed as cc
 from attnzoo.kvcache.base import CACHES, CacheSize, Chunk, ScoreFunction
 from attnzoo.kvcache.channels import best_channels, channel_scores, greedy_scores, kept_channels, squares
-from attnzoo.kvcache.d2o import D2OCache, D2OConfig, D2OState
+from attnzoo.kvcache.d2o import D2OCache, D2OConfig
 from attnzoo.kvcache.entries import kept_columns, stored_norms
+from attnzoo.kvcache.merging import D2OState
 from attnzoo.kvcache.options import check_least, check_ratio
 from attnzoo.kvcache.think import thin
 from attnzoo.ops.paged_decode import Entries

@@ -11,10 +11,10 @@ from typing import Any
 
 from attnzoo.kvcache.base import caches_of
 from attnzoo.kvcache.compressed import CompressedState
-from attnzoo.kvcache.d2o import D2OState
 from attnzoo.kvcache.entries import KeptState
 from attnzoo.kvcache.eviction import EvictingState
 from attnzoo.kvcache.full import FullCacheState
+from attnzoo.kvcache.merging import D2OState
 from attnzoo.models import DecoderLM
 from attnzoo.ops.common.cost import OpCost
 from attnzoo.ops.evict_merge.cost import step_cost as merge_step_cost

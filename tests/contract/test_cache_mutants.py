@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnzoo.kvcache import State, compressed, d2o, eviction, ring, tailed, think
+from attnzoo.kvcache import State, compressed, eviction, merging, ring, tailed, think
 from attnzoo.ops.evict_merge import torch as merge_torch
 from attnzoo.ops.paged_decode import torch as decode_torch
 from tests.contract.caches import CHECKS
@@ -38,12 +38,12 @@ def mask_of_the_first_query_head(patch: Patch) -> None:
 
 def merged_token_moves(patch: Patch) -> None:
     """A token takes the position of the one whose slot it gets."""
-    right = d2o.put
+    right = merging.put
 
     def wrong(kept, choice, arriving):
         right(kept, choice, arriving | {"positions": arriving["positions"] - 1})
 
-    patch.setattr(d2o, "put", wrong)
+    patch.setattr(merging, "put", wrong)
 
 
 def weights_without_the_kept_token(patch: Patch) -> None:
@@ -101,8 +101,8 @@ def idle_rows_enter_the_ring(patch: Patch) -> None:
 
 def mass_of_padding(patch: Patch) -> None:
     """Padding queries of a short row count."""
-    right = d2o.accumulated_attention
-    patch.setattr(d2o, "accumulated_attention", lambda *args, **rest: right(*args, **(rest | {"counts_B": None})))
+    right = merging.accumulated_attention
+    patch.setattr(merging, "accumulated_attention", lambda *args, **rest: right(*args, **(rest | {"counts_B": None})))
 
 
 def sinks_may_leave(patch: Patch) -> None:

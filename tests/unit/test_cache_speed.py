@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from attnzoo.kvcache import build_cache, compressed, d2o
+from attnzoo.kvcache import build_cache, compressed, merging
 from attnzoo.models import CompiledDecode
 from attnzoo.ops.common.cost import OpCost
 from attnzoo.ops.evict_merge.cost import step_cost as merge_step_cost
@@ -119,7 +119,7 @@ def test_a_full_cache_in_the_roofline_by_hand(reader):
 def test_the_roofline_counts_what_operations_are_given(reader, policy, options, monkeypatch):
     """The costs of the operations themselves for what a decode step passes to them."""
     expected = []
-    decode, merge = compressed.paged_decode, d2o.evict_merge_step
+    decode, merge = compressed.paged_decode, merging.evict_merge_step
 
     def watched_decode(q, prefix, tail, **rest):
         parts = [
@@ -154,7 +154,7 @@ def test_the_roofline_counts_what_operations_are_given(reader, policy, options, 
     state = prefill(reader.model, tokens, build_cache(policy, options), chunk=96).state
     cost = attention_cost(reader.model, state, 3)
     monkeypatch.setattr(compressed, "paged_decode", watched_decode)
-    monkeypatch.setattr(d2o, "evict_merge_step", watched_merge)
+    monkeypatch.setattr(merging, "evict_merge_step", watched_merge)
     with torch.no_grad():
         reader.model.extend(tokens[:, :1], state)
     for name in ("bytes_read", "bytes_written", "flops"):
