@@ -20,6 +20,7 @@ def check_run(task: Task) -> None:
     check_resume(config.run_path / "checkpoints", config.checkpoint)
     read_metrics(config.run_path / "metrics.jsonl")
     task.check()
+    task.check_rows()
 
 
 def check_batches(config: Config, train: Batches) -> None:

@@ -51,6 +51,8 @@ class TrainingRun:
     """Whether a checkpoint is due that waits for a step with an update."""
     returned_to: set[str] = field(default_factory=set)
     started: float = field(default_factory=time.monotonic)
+    unrecorded: list[float] = field(default_factory=list)
+    """Seconds of each step since the last record of the metrics."""
 
     @property
     def task(self) -> Task:
@@ -205,9 +207,9 @@ def give_up_or_go_back(run: TrainingRun) -> None:
     run.returned_to.add(path.name)
     with run.watchdog.phase("load"):
         before = run.checkpoints.load(run.engine, run.checkpoints.choose(path, run.engine, fallback=False))
-    progress, elapsed = run.progress, _elapsed(run)
+    progress, seconds = run.progress, elapsed(run)
     progress.step, progress.total_steps, run.saved_step = before.step, before.total_steps, before.step
-    progress.seconds, run.started = elapsed, time.monotonic()
+    progress.seconds, run.started = seconds, time.monotonic()
     run.skips.clear()
     if run.metrics is not None:
         run.metrics.rewind(progress.step)
@@ -246,7 +248,7 @@ def fix_total_steps(run: TrainingRun) -> None:
         steps=progress.step_seconds,
         one_pass=progress.pass_seconds,
         first_evaluation=progress.evaluation_seconds,
-        elapsed=_elapsed(run),
+        elapsed=elapsed(run),
     )
     budget = plan_steps(config.train, config.schedule.warmup_steps, pace, evaluations)
     progress.budget = engine.from_main(budget.to_dict())
@@ -323,34 +325,37 @@ def report(run: TrainingRun, step: StepResult, bar: Any) -> None:
     bar.total = run.progress.total_steps
     bar.set_postfix(loss=f"{step.loss:.4f}", refresh=False)
     bar.update()
+    run.unrecorded.append(step.seconds)
     if run.progress.step % run.config.log.every:
         return
+    seconds = statistics.fmean(run.unrecorded)  # a step alone says little: other programs take the processor by turns
+    run.unrecorded.clear()
     values = {
         "loss": step.loss,
         "gradient_norm": step.gradient_norm,
         "learning_rate": step.factor * run.config.optim.lr,
-        "step_seconds": step.seconds,
-        f"{run.task.UNIT}s_per_second": run.units_per_step / step.seconds,
+        "step_seconds": seconds,
+        f"{run.task.UNIT}s_per_second": run.units_per_step / seconds,
         f"{run.task.UNIT}s": run.progress.step * run.units_per_step,
         "peak_memory_mib": peak_memory_mib(),
         "skipped_steps": run.progress.skipped,
     }
     peak = peak_flops(run.config)
     if peak is not None and run.flops_per_step is not None:
-        values["mfu"] = run.flops_per_step / step.seconds / (peak * run.engine.world)
+        values["mfu"] = run.flops_per_step / seconds / (peak * run.engine.world)
     run.metrics.write("train", run.progress.step, values)
 
 
 def save(run: TrainingRun) -> None:
     """Saves a checkpoint of the present step."""
-    run.progress.seconds, run.started = _elapsed(run), time.monotonic()
+    run.progress.seconds, run.started = elapsed(run), time.monotonic()
     with run.watchdog.phase("save"):
         run.checkpoints.save(run.engine, run.progress)
     run.saved_step = run.progress.step
 
 
-def _elapsed(run: TrainingRun) -> float:
-    """Seconds of training, including those before restarts."""
+def elapsed(run: TrainingRun) -> float:
+    """Seconds since the model was built, with evaluations, checkpoints and the export, and those before restarts."""
     return run.progress.seconds + time.monotonic() - run.started
 
 

@@ -48,7 +48,7 @@ from train.engine import TrainingEngine
 from train.export import export
 from train.failures import report
 from train.limits import MEASURED_STEPS
-from train.loop import STOP_AT_STEP, TrainingRun, measure_selected, train
+from train.loop import STOP_AT_STEP, TrainingRun, elapsed, measure_selected, train
 from train.metrics import MetricsWriter, check_wandb, read_metrics
 from train.plan import describe
 from train.stop import Launcher, find_launcher
@@ -192,16 +192,16 @@ def _summarize(run: TrainingRun, reason: str | None) -> None:
     """Writes loss.png and training.json, and prints a summary."""
     config, progress, task = run.config, run.progress, run.task
     records = [r for r in read_metrics(config.run_path / "metrics.jsonl") if r["kind"] == "train"]
-    seconds = sorted(r["step_seconds"] for r in records)
+    seconds = [r["step_seconds"] for r in records]
     report, about = Report.start(seed=config.seed), task.summary()
     report.rows.append(
         {
             "name": config.name,
             "steps": progress.step,
             "complete": reason is None,
-            "minutes": progress.seconds / 60,
+            "minutes": elapsed(run) / 60,
             **_metrics(run, reason),
-            f"{task.UNIT}s_per_second": run.units_per_step / seconds[len(seconds) // 2] if seconds else 0.0,
+            f"{task.UNIT}s_per_second": run.units_per_step * len(seconds) / sum(seconds) if seconds else 0.0,
             "ranks": run.engine.world,
             "parameters": run.parameters,
             **{name: value for name, value in about.items() if not isinstance(value, dict)},
@@ -210,8 +210,12 @@ def _summarize(run: TrainingRun, reason: str | None) -> None:
     report.figures.append(task.figure().name)
     report.print_table()
     # Too large for the printed table:
-    report.rows[0] |= {"data": about["data"], "budget": progress.budget}
+    report.rows[0] |= {"data": about["data"], "budget": progress.budget, **task.findings.row()}
+    if run.checkpoints.best.scores:
+        report.rows[0]["selected_steps"] = sorted(int(step) for step, _ in run.checkpoints.best.scores)
     report.write(config.run_path / "training.json")
+    for words in task.findings.words:
+        print(words)
     if progress.budget is not None and progress.budget["short"] is not None:
         print(f"warning: {progress.budget['short']}")
     if reason == STOP_AT_STEP:

@@ -64,6 +64,7 @@ def model_card(facts: RunFacts) -> str:
             "Training": _training(facts),
             "Figures": _figures(facts),
             "Calibration": _calibration(facts),
+            "Explanations": _explanations(facts),
             "Limits": _limits(facts),
             "How to predict with it": f"`load_trained({str(facts.directory)!r}).predict(cohort)` of "
             "`attnzoo.clinical.trained` (models of texts: `trained_ldam`, of sensors: `trained_sensors`), with a "
@@ -114,13 +115,11 @@ def _input(facts: RunFacts) -> str:
 
 def _training(facts: RunFacts) -> str:
     row, steps = facts.row, [int(record["step"]) for record in facts.evaluations if "step" in record]
-    keep = facts.section("eval").get("keep_best")
-    chosen = f"the mean of the weights of the {keep} best evaluations" if keep else "the last weights"
     return "\n\n".join(
         [
             f"{format_value(row.get('steps', UNKNOWN))} steps, complete: {row.get('complete', UNKNOWN)}. The loss "
             "weighs all labels alike: no class weights, no resampling.",
-            f"Selection: {chosen}, on the inner validation part; {len(steps)} evaluations in metrics.jsonl.",
+            f"Selection: {_selection(facts)}; {len(steps)} evaluations in metrics.jsonl.",
             f"How the values below were found: {UNKNOWN}.",
             *(
                 f"`{name}`:\n\n{options(facts.section(name))}"
@@ -131,27 +130,73 @@ def _training(facts: RunFacts) -> str:
     )
 
 
+def _selection(facts: RunFacts) -> str:
+    """What was exported, which need not be as many weights as `eval.keep_best` asks for."""
+    keep, steps = facts.section("eval").get("keep_best"), facts.row.get("selected_steps")
+    if not keep:
+        return "the last weights"
+    asked = f"those with the best figures on the inner validation part, at most {keep} (`eval.keep_best`)"
+    if steps is None:
+        return f"the mean of the weights after some evaluations, {asked}; after which steps is {UNKNOWN}"
+    after = f"after step {steps[0]}" if len(steps) == 1 else f"after steps {', '.join(map(str, steps))}, their mean"
+    return f"the weights {after}: {asked}"
+
+
 def _figures(facts: RunFacts) -> str:
-    figures = {key: value for key, value in facts.export["metadata"].items() if key not in ("steps", "name")}
+    told = dict(facts.export["metadata"])
+    served = dict(told.pop("as_served", None) or {})
+    figures = {key: value for key, value in told.items() if key not in ("steps", "name")}
     if not figures:
         return UNKNOWN
-    return (
+    where = (
         "On the inner validation part, which selected the weights, so that they flatter; without intervals, and not by "
-        "group:\n\n" + table(("measure", "value"), figures.items())
+        "group."
     )
+    if not served:
+        how = "The model before its calibration" if is_calibrated(facts) else "The model as it is served"
+        return f"{where} {how}:\n\n" + table(("measure", "value"), figures.items())
+    rows = [(name, value, served.get(name, "")) for name, value in figures.items()]
+    how = "The calibration below was fitted on the same rows, which flatters the served model's once more:"
+    return f"{where} {how}\n\n" + table(("measure", "before calibration", "as served, calibrated"), rows)
+
+
+def _fits(facts: RunFacts) -> dict[str, tuple[Any, str | None]]:
+    """By what is calibrated: the fit, None where none is applied, and why."""
+    fitted, evidence = facts.export.get("calibration"), dict(facts.export.get("evidence") or {})
+    if fitted and "calibrators" in fitted:  # of several labels
+        names = ["all labels"] if fitted["exclusive"] else facts.export["labels"]
+        why = fitted.get("refused") or [None] * len(names)
+        return {name: (one, no) for name, one, no in zip(names, fitted["calibrators"], why, strict=True)}
+    return {"": (fitted or None, evidence.get("uncalibrated"))}
+
+
+def is_calibrated(facts: RunFacts) -> bool:
+    """Whether predictions of the run's export are calibrated, of several labels at least one."""
+    return any(one is not None for one, _ in _fits(facts).values())
 
 
 def _calibration(facts: RunFacts) -> str:
-    fitted = facts.export.get("calibration")
-    if not fitted:
-        return "None is applied."
-    if "calibrators" in fitted:  # of several labels
-        names = ["all labels"] if fitted["exclusive"] else facts.export["labels"]
-        fitted = {
-            name: "as the model tells it" if one is None else one
-            for name, one in zip(names, fitted["calibrators"], strict=True)
+    fits = _fits(facts)
+    if not is_calibrated(facts):
+        reasons = list(dict.fromkeys(why for _, why in fits.values() if why is not None))
+        return " ".join(
+            ["None is applied. Predictions have no interval."] + [f"It was refused: {one}." for one in reasons]
+        )
+    if "" in fits:
+        told = fits[""][0]
+    else:
+        told = {
+            name: one if one is not None else f"as the model tells it{f' ({why})' if why else ''}"
+            for name, (one, why) in fits.items()
         }
-    return f"Fitted on the inner validation part and applied by `predict`:\n\n{options(fitted)}"
+    return f"Fitted on the inner validation part and applied by `predict`:\n\n{options(told)}"
+
+
+def _explanations(facts: RunFacts) -> str:
+    maps = dict((facts.export.get("evidence") or {}).get("maps") or {})
+    if not maps:
+        return "Whether they point at what the model uses was not measured (`task.explained`)."
+    return "\n".join(f"- {one['words']}" for one in maps.values())
 
 
 def _limits(facts: RunFacts) -> str:

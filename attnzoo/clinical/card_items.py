@@ -6,7 +6,7 @@ is not done until its author answers it in a file of answers.
 
 from collections.abc import Mapping
 
-from attnzoo.clinical.card import DATA_CARD, ITEMS, MODEL_CARD, document, table
+from attnzoo.clinical.card import DATA_CARD, ITEMS, MODEL_CARD, document, is_calibrated, table
 from attnzoo.clinical.run_facts import RunFacts
 from attnzoo.clinical.tripod import ITEMS as ALL
 from attnzoo.clinical.tripod import SOURCE
@@ -79,7 +79,7 @@ def _of_files(facts: RunFacts) -> dict[str, str]:
             found |= {number: partly(f"{DATA_CARD}, Parts has stays, but no events") for number in ("20a", "21")}
     if facts.statistics and facts.data.get("missing"):
         found["20b"] = partly(f"{DATA_CARD}, Variables and Missing values; there are no dates")
-    if facts.export.get("calibration"):
+    if is_calibrated(facts):
         found |= {number: done(MODEL_CARD, "Calibration") for number in ("12f", "24")}
     else:
         found |= {number: not_applicable("the model was not updated after training") for number in ("12f", "24")}

@@ -5,18 +5,18 @@ Everything is measured on rows of the run's own fold: frequencies on training ro
 rows. These also selected the weights, so the calibration is known a little less well than the bootstrap says.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
-import torch
 
 from attnzoo.clinical import checks
 from attnzoo.clinical.bootstrap import resampled_weights
-from attnzoo.clinical.calibration import Calibrator, fit_calibrators
+from attnzoo.clinical.calibration import Calibrator, fit_calibrator, fit_calibrators
+from attnzoo.clinical.calibration_rule import Fit, judged, too_few
 from attnzoo.clinical.explain import CellMap, Logit, StayCells, attention, integrated_gradients
-from attnzoo.clinical.faithfulness import faithfulness
+from attnzoo.clinical.faithfulness import Counted, faithfulness
 from attnzoo.clinical.outcome import Outcome
 from attnzoo.models import EhrEncoder
 from attnzoo.types import build_config, checked
@@ -25,6 +25,8 @@ DRAWS = 200
 """Bootstrap samples of the stays on which a model is calibrated."""
 ATTENTION, GRADIENTS = "attention", "integrated gradients"
 """Names of the maps."""
+KINDS = ("without", "with")
+"""How a stay has a label of 0 and of 1, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +40,15 @@ class MapVerdict:
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """stays: in the training part. shares: of its labels that are 1, or that lie in each bucket. calibration_stays: on
-    which the model is calibrated; calibrators: fitted again to bootstrap samples of them, none for buckets. maps: what
-    is known about explanations, by the map's name."""
+    which the model is calibrated; calibrators: fitted again to bootstrap samples of them, none for buckets.
+    uncalibrated: why no calibration is applied, as the end of a sentence; None: one is, or there are buckets. maps:
+    what is known about explanations, by the map's name."""
 
     stays: int
     shares: tuple[float, ...]
     calibration_stays: int
     calibrators: tuple[Calibrator, ...] = ()
+    uncalibrated: str | None = None
     maps: Mapping[str, MapVerdict]
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,13 +58,14 @@ class Evidence:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Evidence":
         """What `to_dict` wrote. Raises ValueError, KeyError or TypeError for other content."""
-        if set(content) != {one.name for one in fields(cls)}:
+        if set(content) | {"uncalibrated"} != {one.name for one in fields(cls)}:  # exports of before do not have it
             raise ValueError(f"evidence has the keys {', '.join(map(str, content)) or 'none'}")
         return cls(
             stays=checks.count(content["stays"], "evidence.stays", 0),
             shares=read_shares(content["shares"]),
             calibration_stays=checks.count(content["calibration_stays"], "evidence.calibration_stays", 0),
             calibrators=tuple(Calibrator.from_dict(one) for one in content["calibrators"]),
+            uncalibrated=checked(content.get("uncalibrated"), str | None, "evidence.uncalibrated"),
             maps=read_verdicts(content["maps"]),
         )
 
@@ -107,29 +112,38 @@ def bootstrap_calibrators(
     return tuple(fit_calibrators(labels[known], logits[known], weights))
 
 
+def calibrate(labels: np.ndarray, logits: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> Fit:
+    """Of a yes or no. labels, logits: as of `bootstrap_calibrators`. Hours of one stay tell nearly the same, so that
+    stays are counted: those with an hour of the kind."""
+    hours_NT, known = labels.reshape(len(labels), -1), ~np.isnan(labels)
+    counts = {f"stays {how} the label": int((hours_NT == kind).any(1).sum()) for kind, how in enumerate(KINDS)}
+    refused = too_few(counts, numbers=2)
+    if refused is not None:
+        return Fit(refused=refused)
+    drawn = bootstrap_calibrators(labels, logits, draws=draws, seed=seed)
+    return judged(fit_calibrator(labels[known], logits[known]), drawn)
+
+
 def measure(
-    model: EhrEncoder, outcome: Outcome, training_labels: np.ndarray, validation: tuple[torch.Tensor, ...], stays: int
+    outcome: Outcome, training_labels: np.ndarray, stays: int, fit: Fit, maps: Mapping[str, MapVerdict]
 ) -> Evidence:
-    """The evidence for a model in evaluation mode. validation: cells, statics, hours and labels of the inner validation
-    rows; stays: of them on which explanations are measured, 0 for none."""
-    cells_NTVC, statics_NS, hours_N, labels = validation
-    calibrators: tuple[Calibrator, ...] = ()
-    if not outcome.edges:
-        with torch.no_grad():
-            logits = torch.cat([model(*part) for part in zip(*(x.split(256) for x in validation[:3]), strict=True)])
-        calibrators = bootstrap_calibrators(labels.double().numpy(), logits[..., 0].double().numpy())
-    seen = StayCells(cells_NTVC[:stays], statics_NS[:stays], hours_N[:stays])
+    """The evidence. stays: of the inner validation part; fit: of the calibration to them. maps: as `judge_maps` gives
+    them."""
     return Evidence(
         stays=len(training_labels),
         shares=shares(outcome, training_labels),
-        calibration_stays=len(labels),
-        calibrators=calibrators,
-        maps=judge_maps(model, outcome, seen) if len(seen) > 1 else {},
+        calibration_stays=stays,
+        calibrators=fit.drawn,
+        uncalibrated=fit.refused,
+        maps=maps,
     )
 
 
-def judge_maps(model: EhrEncoder, outcome: Outcome, stays: StayCells) -> dict[str, MapVerdict]:
-    """Whether each map points at what the model uses, on these stays."""
+def judge_maps(
+    model: EhrEncoder, outcome: Outcome, stays: StayCells, tick: Callable[[], object] = lambda: None
+) -> dict[str, MapVerdict]:
+    """Whether each map points at what the model uses, on these stays. tick: as of
+    `attnzoo.clinical.faithfulness.Counted`."""
     logit = Logit(model, output=outcome.outputs // 2)
     maps: list[CellMap] = []
     found: dict[str, MapVerdict] = {}
@@ -138,7 +152,7 @@ def judge_maps(model: EhrEncoder, outcome: Outcome, stays: StayCells) -> dict[st
             maps.append(explain(logit, stays))
         except ValueError as error:
             found[name] = MapVerdict(beats_random=None, words=f"{name} could not be measured: {error}")
-    for name, one in faithfulness(logit, stays, maps).items():
+    for name, one in faithfulness(Counted(logit, tick), stays, maps).items():
         found[name] = MapVerdict(beats_random=one.beats_random, words=f"On {len(stays)} stays {one.words}")
     return {name: found[name] for name in (GRADIENTS, ATTENTION)}
 

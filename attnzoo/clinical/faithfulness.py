@@ -48,6 +48,25 @@ class Explained(Protocol):
     def without(self, stays: Any, hidden_NTV: Tensor | None = None) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Counted:
+    """A logit that calls `tick` once a pass over the stays."""
+
+    logit: Explained
+    tick: Callable[[], object]
+
+    def without(self, stays: Any, hidden_NTV: Tensor | None = None) -> Tensor:
+        """As the logit."""
+        found = self.logit.without(stays, hidden_NTV)
+        self.tick()
+        return found
+
+
+def passes(maps: int, draws: int = DRAWS) -> int:
+    """How often `faithfulness` of so many maps computes the logit of all stays."""
+    return (maps + 1 + 2 * draws) * (2 + 2 * len(SHARES) + 2 * len(PATH))
+
+
 @dataclass(frozen=True, eq=False)
 class Removal:
     """What taking cells away does in each stay; the module says how each is defined."""

@@ -1,12 +1,12 @@
 """Calibration of a model that tells the logits of several labels, and how well it is known.
 
 Labels that exclude one another share one temperature, so that their probabilities still add up to 1. Other labels have
-a temperature and an intercept each, by `attnzoo.clinical.calibration`; one that all rows have, or none, is left as the
-model tells it. Letters: N rows, K labels, R weightings of the rows, D bootstrap samples.
+a temperature and an intercept each, by `attnzoo.clinical.calibration`. What `attnzoo.clinical.calibration_rule` refuses
+is left as the model tells it. Letters: N rows, K labels, R weightings of the rows, D bootstrap samples.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,9 @@ from numpy.typing import ArrayLike
 from attnzoo.clinical import checks
 from attnzoo.clinical.bootstrap import NUMBERS_AT_ONCE, resampled_weights
 from attnzoo.clinical.calibration import TEMPERATURES, Calibrator, fit_calibrator, fit_calibrators, sigmoid
+from attnzoo.clinical.calibration_rule import Fit, judged, too_few
 from attnzoo.clinical.checks import Array
+from attnzoo.types import checked
 
 DRAWS = 200
 """Bootstrap samples of the rows on which a model is calibrated."""
@@ -32,29 +34,35 @@ def softmax(logits: Array) -> Array:
 @dataclass(frozen=True, kw_only=True)
 class LabelCalibration:
     """rows: on which it was fitted. calibrators: one for all labels where they exclude one another (`exclusive`), else
-    one a label, None where the rows are all of one kind. drawn: for each of these, calibrators of bootstrap samples of
-    the rows. Raises ValueError."""
+    one a label, None where none is applied. drawn: for each of these, calibrators of bootstrap samples of the rows.
+    refused: for each, why none is applied, as the end of a sentence; empty in exports of before it was said. Raises
+    ValueError."""
 
     exclusive: bool
     rows: int
     calibrators: tuple[Calibrator | None, ...]
     drawn: tuple[tuple[Calibrator, ...], ...]
+    refused: tuple[str | None, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.calibrators or len(self.drawn) != len(self.calibrators):
             raise ValueError(f"drawn has {len(self.drawn)} entries for {len(self.calibrators)} calibrators")
-        if self.exclusive and (len(self.calibrators) != 1 or self.calibrators[0] is None):
+        if self.exclusive and len(self.calibrators) != 1:
             raise ValueError("labels that exclude one another have one calibrator, with its temperature for all")
+        if self.refused and len(self.refused) != len(self.calibrators):
+            raise ValueError(f"refused has {len(self.refused)} entries for {len(self.calibrators)} calibrators")
+
+    def logits(self, logits_NK: ArrayLike) -> Array:
+        """Calibrated logits [N, K], float64."""
+        given_NK = self._given(logits_NK)
+        each = self.calibrators * (given_NK.shape[1] if self.exclusive else 1)
+        columns = [x_N if one is None else one.logits(x_N) for one, x_N in zip(each, given_NK.T, strict=True)]
+        return np.stack(columns, axis=1) if columns else given_NK
 
     def probabilities(self, logits_NK: ArrayLike) -> Array:
         """Calibrated probabilities [N, K], float64."""
-        given_NK = self._given(logits_NK)
-        if self.exclusive:
-            (only,) = self.calibrators
-            assert only is not None
-            return softmax(only.logits(given_NK))
-        pairs = zip(self.calibrators, given_NK.T, strict=True)
-        return np.stack([sigmoid(x_N) if one is None else one.probabilities(x_N) for one, x_N in pairs], axis=1)
+        found_NK = self.logits(logits_NK)
+        return softmax(found_NK) if self.exclusive else sigmoid(found_NK)
 
     def interval(self, logits_NK: ArrayLike, level: float = 0.95) -> tuple[Array, Array]:
         """(low, high) [N, K] of the calibrated probabilities; NaN where nothing was drawn. It tells how well the
@@ -87,13 +95,14 @@ class LabelCalibration:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "LabelCalibration":
         """What `to_dict` wrote. Raises ValueError, KeyError or TypeError for other content."""
-        if set(content) != {"exclusive", "rows", "calibrators", "drawn"}:
+        if set(content) | {"refused"} != {one.name for one in fields(cls)}:
             raise ValueError(f"a calibration of labels has the keys {', '.join(map(str, content)) or 'none'}")
         return cls(
             exclusive=bool(content["exclusive"]),
             rows=int(content["rows"]),
             calibrators=tuple(None if one is None else Calibrator.from_dict(one) for one in content["calibrators"]),
             drawn=tuple(tuple(Calibrator.from_dict(one) for one in some) for some in content["drawn"]),
+            refused=checked(content.get("refused", ()), tuple[str | None, ...], "calibration.refused"),
         )
 
 
@@ -107,19 +116,26 @@ def fit_label_calibration(
     if exclusive:
         all_1N = np.ones((1, len(known_NK)))
         first, *drawn = fit_temperatures(known_NK, given_NK, np.concatenate([all_1N, weights_RN]))
-        return LabelCalibration(exclusive=True, rows=len(known_NK), calibrators=(first,), drawn=(tuple(drawn),))
-    found: list[tuple[Calibrator | None, Sequence[Calibrator]]] = []
-    for label_N, logit_N in zip(known_NK.T, given_NK.T, strict=True):
-        both = 0 < label_N.sum() < len(label_N)
-        found.append(
-            (fit_calibrator(label_N, logit_N), fit_calibrators(label_N, logit_N, weights_RN)) if both else (None, ())
-        )
+        refused = too_few({"rows": len(known_NK)}, numbers=1)
+        fits = [judged(first, drawn) if refused is None else Fit(refused=refused)]
+    else:
+        fits = [_fit(*columns, weights_RN) for columns in zip(known_NK.T, given_NK.T, strict=True)]
     return LabelCalibration(
-        exclusive=False,
+        exclusive=exclusive,
         rows=len(known_NK),
-        calibrators=tuple(one for one, _ in found),
-        drawn=tuple(tuple(drawn) for _, drawn in found),
+        calibrators=tuple(one.calibrator for one in fits),
+        drawn=tuple(one.drawn for one in fits),
+        refused=tuple(one.refused for one in fits),
     )
+
+
+def _fit(label_N: Array, logit_N: Array, weights_RN: Array) -> Fit:
+    """Of one label by itself."""
+    with_it = int(label_N.sum())
+    refused = too_few({"rows without the label": len(label_N) - with_it, "rows with the label": with_it}, numbers=2)
+    if refused is not None:
+        return Fit(refused=refused)
+    return judged(fit_calibrator(label_N, logit_N), fit_calibrators(label_N, logit_N, weights_RN))
 
 
 def fit_temperatures(labels_NK: Array, logits_NK: Array, weights_RN: Array) -> list[Calibrator]:

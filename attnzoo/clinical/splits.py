@@ -5,9 +5,10 @@ order of the rows.
 """
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -67,6 +68,27 @@ def folds(
     return made
 
 
+def fold_of_run(
+    cohort: Cohort, split: Mapping[str, Any], *, label: str | Sequence[str] | None, labels: np.ndarray
+) -> Fold:
+    """The fold of a training run: `split` has the keys split, folds, fold, validation and split_seed, as an export's
+    split has. label: as of `folds`; labels: [N, ...], rows whose labels are all NaN are left out. Raises ValueError."""
+    if split["split"] == "time":
+        found = time_split(cohort, validation=split["validation"])
+    else:
+        options = {"label": label, "seed": split["split_seed"], "validation": split["validation"]}
+        found = folds(cohort, split["folds"], by=split["split"], **options)[split["fold"]]
+    known_N = ~np.isnan(labels.reshape(len(labels), -1)).all(axis=1)
+    return Fold(*(rows[known_N[rows]] for rows in (found.train, found.validation, found.test)))
+
+
+def digest_of(cohort: Cohort, fold: Fold) -> str:
+    """Of the stays of each part, by their identifiers."""
+    ids = np.array(cohort.stay_ids)
+    parts = [ids[rows].tolist() for rows in (fold.train, fold.validation, fold.test)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def time_split(cohort: Cohort, *, test: float = 0.3, validation: float = 0.125, gap_days: int = 0) -> Fold:
     """Tests the last `test` of each patient's dates (of all dates where patients are unknown), and validates with the
     last `validation` of those before.
@@ -105,7 +127,7 @@ def _groups(cohort: Cohort, by: str) -> tuple[list[str], np.ndarray]:
     if ids is None:
         raise ValueError(
             f"cohort {cohort.name!r} has no patient identifiers, so its rows cannot be split by patient: stays of one "
-            "patient might stand in training and test; ask for by='stay' to split by stay, and call the results that"
+            "patient might stand in training and test; split by stay (by='stay'; in a run task.split=stay)"
         )
     groups, group_N = np.unique(np.array(ids, dtype=str), return_inverse=True)
     return groups.tolist(), group_N

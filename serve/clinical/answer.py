@@ -18,8 +18,8 @@ from serve.workplace import Deadline
 
 NOTICE = "For research only: this is no medical device, and nothing here may decide about a patient."
 EARLY = (
-    "The model has learned from whole stays of up to {} hours, and is calibrated on such: whether its probabilities "
-    "hold after fewer hours was not checked."
+    "The model has learned from whole stays of up to {} hours: whether its probabilities hold after fewer hours was "
+    "not checked."
 )
 NOTHING = {"probability": None, "low": None, "high": None, "buckets": None}
 OK, NOT_ENOUGH = "ok", "not_enough_data"

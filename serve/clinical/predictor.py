@@ -32,6 +32,8 @@ OUTCOMES = {"mortality": "death in hospital", "los": "remaining length of stay"}
 """Labels in words."""
 NOT_KNOWN = "it was exported before calibration was drawn again; export it again by the training command"
 
+NOT_CALIBRATED = "this model is not calibrated, and has no interval"
+
 
 def needs_of(statistics: Statistics, statics: tuple[str, ...], max_patients: int, path: Path) -> Needs:
     """What a model with these statistics is asked by. Raises ValueError for what /v1/predict cannot ask for."""
@@ -146,6 +148,8 @@ class Predictor:
         evidence = self.trained.evidence
         if self.trained.outcome.edges:
             return None, "the outcome has buckets, and no interval is defined for their probabilities"
+        if evidence is not None and evidence.uncalibrated is not None:
+            return None, f"{NOT_CALIBRATED}: {evidence.uncalibrated}"
         if self.trained.calibrator is None or evidence is None or not evidence.calibrators:
             return None, f"this model has no interval: {NOT_KNOWN}"
         words = interval_words("temperature and intercept", len(evidence.calibrators), evidence.calibration_stays)

@@ -39,6 +39,21 @@ def write_physionet(root: Path, hours: int = 99, died: int = 1) -> Path:
     return root / "set-a"
 
 
+def write_stays(root: Path, stays: int = 64, hours: int = 12) -> Path:
+    """Stays in the format of PhysioNet 2012, of which those with a fast heart die more often."""
+    random, outcomes = np.random.default_rng(0), ["RecordID,SAPS-I,SOFA,Length_of_stay,Survival,In-hospital_death"]
+    (root / "set-a").mkdir()
+    for number in range(100, 100 + stays):
+        died = int(random.random() < 0.4)
+        lines = [f"00:00,RecordID,{number}", f"00:00,Age,{random.integers(30, 90)}", f"00:00,Gender,{number % 2}"]
+        lines += [f"{hour:02d}:15,HR,{70 + 20 * died + random.integers(0, 30)}" for hour in range(0, hours, 1 + died)]
+        lines += [f"{hour:02d}:30,Temp,{36 + random.random():.1f}" for hour in range(0, hours, 3)]
+        (root / "set-a" / f"{number}.txt").write_text("\n".join(["Time,Parameter,Value", *sorted(lines)]) + "\n")
+        outcomes.append(f"{number},6,1,5,-1,{died}")
+    (root / "Outcomes-a.txt").write_text("\n".join(outcomes) + "\n")
+    return root / "set-a"
+
+
 def write_yaib(root: Path, hours: int = 99, died: int = 1) -> Path:
     import pyarrow
     import pyarrow.parquet

@@ -10,8 +10,10 @@ import torch
 from starlette.testclient import TestClient
 
 from attnzoo.clinical.calibration import fit_calibrator
+from attnzoo.clinical.calibration_rule import Fit
 from attnzoo.clinical.cohort import Cohort
-from attnzoo.clinical.evidence import measure
+from attnzoo.clinical.evidence import bootstrap_calibrators, judge_maps, measure
+from attnzoo.clinical.explain import StayCells
 from attnzoo.clinical.grid import Grid
 from attnzoo.clinical.outcome import Outcome
 from attnzoo.clinical.statistics import Statistics
@@ -87,8 +89,10 @@ def small_trained(
         drawn = np.random.default_rng(1).logistic(scale=0.5 * logits.std(), size=logits.shape)
         labels = (logits + drawn > np.median(logits)).astype(np.float32)
         calibrator = fit_calibrator(labels.ravel(), logits.ravel())
-        validation = (*inputs(statistics, cohort, rows), torch.from_numpy(labels))
-        evidence = measure(model, outcome, cohort.label("mortality")[:10], validation, judged)
+        fit = Fit(calibrator, bootstrap_calibrators(labels, logits))  # of fewer stays than training would calibrate on
+        seen = StayCells(*inputs(statistics, cohort, rows[:judged]))
+        maps = judge_maps(model, outcome, seen) if judged > 1 else {}
+        evidence = measure(outcome, cohort.label("mortality")[:10], len(rows), fit, maps)
     return TrainedModel(
         model, statistics, outcome, {"format": "physionet2012"}, {"digest": "ab"}, {}, calibrator, evidence
     )

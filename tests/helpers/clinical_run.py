@@ -25,6 +25,7 @@ def written_run(root: Path) -> Path:
     told["parts"] = {"training": {"stays": 30, **outcome.counts(cohort.label("mortality")[train])}}
     told["missing"] = missing(cohort.grid, train)
     report.rows.append({"name": "tiny", "steps": 7, "complete": True, "parameters": 123, "data": told})
+    report.rows[0]["selected_steps"] = [4]
     report.write(root / "run" / "training.json")
     settings = "task: {kind: clinical}\ndata: {path: set-a}\nmodel: {model_dim: 8}\neval: {keep_best: 2}\n"
     (root / "run" / "config.yaml").write_text(settings)

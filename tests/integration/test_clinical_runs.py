@@ -9,15 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 from attnzoo.cli import main
-from attnzoo.clinical.calibration import Calibrator
 from attnzoo.clinical.formats import load_cohort
+from attnzoo.clinical.held_out import held_out
 from attnzoo.clinical.metrics import auroc
 from attnzoo.clinical.splits import folds
 from attnzoo.clinical.trained import load_trained
+from tests.helpers.clinical_files import write_stays
 from tests.helpers.training import ROOT, launch, stay_records
 from train.experiments import tscan
 from train.experiments.base import ExperimentConfig
-from train.experiments.tscan_judge import Stays, Told
 
 STAYS, HOURS = 64, 12
 CONFIG = """\
@@ -41,18 +41,9 @@ checkpoint: {{every: null}}
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stays of which those with a fast heart die more often, and a configuration."""
     directory = tmp_path_factory.mktemp("clinical")
-    random, outcomes = np.random.default_rng(0), ["RecordID,SAPS-I,SOFA,Length_of_stay,Survival,In-hospital_death"]
-    (directory / "set-a").mkdir()
-    for number in range(100, 100 + STAYS):
-        died = int(random.random() < 0.4)
-        lines = [f"00:00,RecordID,{number}", f"00:00,Age,{random.integers(30, 90)}", f"00:00,Gender,{number % 2}"]
-        lines += [f"{hour:02d}:15,HR,{70 + 20 * died + random.integers(0, 30)}" for hour in range(0, HOURS, 1 + died)]
-        lines += [f"{hour:02d}:30,Temp,{36 + random.random():.1f}" for hour in range(0, HOURS, 3)]
-        (directory / "set-a" / f"{number}.txt").write_text("\n".join(["Time,Parameter,Value", *sorted(lines)]) + "\n")
-        outcomes.append(f"{number},6,1,5,-1,{died}")
-    (directory / "Outcomes-a.txt").write_text("\n".join(outcomes) + "\n")
+    data = write_stays(directory, STAYS, HOURS)
     names = {"base": ROOT / "configs" / "tscan-mortality.yaml", "run": directory / "run", "cache": directory / "cache"}
-    (directory / "tiny.yaml").write_text(CONFIG.format(**names, data=directory / "set-a"), encoding="utf-8")
+    (directory / "tiny.yaml").write_text(CONFIG.format(**names, data=data), encoding="utf-8")
     return directory / "tiny.yaml"
 
 
@@ -81,14 +72,22 @@ def test_a_clinical_run_resumes_bit_for_bit_and_its_export_predicts(tiny: Path) 
     assert model.evidence is not None
     known = cohort.label("mortality")[folds(cohort, 4, by="stay", label="mortality", seed=0, validation=0.25)[0].train]
     assert (model.evidence.stays, model.evidence.shares) == (len(known), (float(known.mean(dtype=np.float64)),))
-    assert len(model.evidence.calibrators) > 150
+    assert model.evidence.uncalibrated is not None
+    assert model.evidence.uncalibrated.startswith("the part that calibrates has ")  # of its few stays
+    assert model.calibrator is None
     assert set(model.evidence.maps) == {"integrated gradients", "attention"}
     # The metrics of the export are those of what it predicts on the validation part, told anew by the same split.
     fold = folds(cohort, 4, by="stay", label="mortality", seed=0, validation=0.25)[0]
+    assert held_out(model, cohort).tolist() == fold.test.tolist()
     found = auroc(cohort.label("mortality")[fold.validation], model.predict(cohort, fold.validation))
     assert found == pytest.approx(one["selected", 6]["auroc"], abs=1e-9)
     row = json.loads((whole / "training.json").read_text())["rows"][0]
     assert row["auroc"] == one["selected", 6]["auroc"]
+    steps = [int(path.stem.split("-")[1]) for path in whole.glob("checkpoints/step-00000006/selected-*.safetensors")]
+    assert row["selected_steps"] == sorted(steps)
+    why, *verdicts = row["findings"]
+    assert why == f"warning: the model is not calibrated, and served without an interval: {model.evidence.uncalibrated}"
+    assert verdicts == [one.words for one in model.evidence.maps.values()]
     assert row["training_stays"] + row["validation_stays"] == STAYS - len(fold.test)
     assert main(["card", str(whole)]) == 0
     died = int(cohort.label("mortality")[fold.test].sum())
@@ -115,7 +114,7 @@ def test_a_run_begins_with_what_pretraining_exported(tiny: Path) -> None:
 
 
 def test_a_fold_of_the_reproduction_of_tscan(tiny: Path) -> None:
-    """On the made-up stays: a real run, whose calibration is that of the judgement; every test row is told once."""
+    """On the made-up stays, which are too few to calibrate on: a real run; every test row is told once."""
     config = ExperimentConfig(quick=True, data=tiny.parent / "set-a")
     parts = tscan.parts(config)
     values = {
@@ -124,8 +123,7 @@ def test_a_fold_of_the_reproduction_of_tscan(tiny: Path) -> None:
     json.dumps(values)
     cohort, run = tscan.read(config), values["both, seed 0, fold 1"]
     part = tscan.split(cohort, config)[1]
-    (fitted,) = Stays({**values["stays"], "validation": [part.validation.tolist()]}).calibrators([Told.of(run)])
-    assert fitted == Calibrator.from_dict(run["calibration"])
+    assert run["calibration"] is None
     assert values["stays"]["validation"][1] == part.validation.tolist()
     assert run["head"]["test"] != run["test"]
     for told in (run, run["head"], *values["baselines, fold 1"].values()):

@@ -46,7 +46,10 @@ def test_cards_say_what_the_run_says(run: Path, capsys: pytest.CaptureFixture[st
         "mortality, predicted by the run tiny",
         f"| export/model.safetensors | {weights} |",
         "| auroc | 0.625 |",
-        "the mean of the weights of the 2 best evaluations, on the inner validation part; 1 evaluations",
+        "Selection: the weights after step 4: those with the best figures on the inner validation part, at most 2",
+        "(`eval.keep_best`); 1 evaluations in metrics.jsonl.",
+        "The model as it is served:",
+        "Whether they point at what the model uses was not measured",
         "- `seed`: 3",
         "Command: `train/main.py --config x.yaml`",
         "None is applied.",
@@ -83,6 +86,35 @@ def test_cards_say_what_the_run_says(run: Path, capsys: pytest.CaptureFixture[st
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("done", "not applicable", "not done"))
     assert f"27 items, with their parts 52: {counts}." in items
     assert cards(run) == found  # written anew
+
+
+def test_figures_are_told_before_and_after_calibration(run: Path) -> None:
+    """And what became of the calibration and of explanations."""
+    path = run / "export" / "config.json"
+    export = json.loads(path.read_text())
+    export["calibration"] = {"temperature": 1.25, "intercept": -0.5}
+    export["evidence"] = {"maps": {"attention": {"beats_random": False, "words": "On 32 stays attention is not"}}}
+    export["metadata"] |= {"validation_loss": 0.5, "as_served": {"validation_loss": 0.375, "auroc": 0.625}}
+    path.write_text(json.dumps(export))
+    row = json.loads((run / "training.json").read_text())
+    row["rows"][0]["selected_steps"] = [44, 60]
+    (run / "training.json").write_text(json.dumps(row))
+    card = cards(run)["model-card.md"]
+    assert "| measure | before calibration | as served, calibrated |" in card
+    assert "| validation_loss | 0.5 | 0.375 |" in card
+    assert "Selection: the weights after steps 44, 60, their mean: those with" in card
+    assert "- On 32 stays attention is not" in card
+    del export["metadata"]["as_served"]  # an export of before
+    path.write_text(json.dumps(export))
+    assert "The model before its calibration:" in cards(run)["model-card.md"]
+    export |= {"calibration": None, "evidence": {"uncalibrated": "too few stays"}}
+    path.write_text(json.dumps(export))
+    found = cards(run)
+    assert "None is applied. Predictions have no interval. It was refused: too few stays." in found["model-card.md"]
+    assert "| 24 | " in found["tripod-ai.md"]
+    del row["rows"][0]["selected_steps"]  # a run of before
+    (run / "training.json").write_text(json.dumps(row))
+    assert "after which steps is unknown" in cards(run)["model-card.md"]
 
 
 def test_what_a_run_does_not_say_is_not_done(run: Path) -> None:

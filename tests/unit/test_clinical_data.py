@@ -189,7 +189,7 @@ def test_folds_are_stratified_and_the_same_everywhere():
 
 def test_a_split_by_patient_needs_patients():
     cohort = small_cohort(patients=None)
-    with pytest.raises(ValueError, match=r"has no patient identifiers.*ask for by='stay' to split by stay"):
+    with pytest.raises(ValueError, match=r"has no patient identifiers.*by='stay'; in a run task.split=stay"):
         folds(cohort, 5)
     for options, told in [
         ({"k": 1}, "k=1 folds"),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from attnzoo.clinical.calibration import Calibrator, fit_calibrator
 from attnzoo.clinical.cohort import Cohort
+from attnzoo.clinical.metrics import brier
 from attnzoo.clinical.outcome import Outcome
 from attnzoo.clinical.statistics import Statistics
 from attnzoo.clinical.trained import TrainedModel, check_target, load_trained, save_trained
@@ -204,17 +205,30 @@ def test_parts_that_learn_apart_have_the_mean_of_their_losses() -> None:
     assert float(found) != pytest.approx(float(of_mean), rel=1e-5)
 
 
-def test_the_export_is_calibrated_on_the_inner_validation_rows(tmp_path: Path) -> None:
-    """And its predictions are the calibrated ones."""
-    task = prepared(small_cohort(), "task.validation=0.5", "data.path=nowhere")
+def saved_by(task: ClinicalTask, directory: Path) -> TrainedModel:
+    """What the export of a model holds whose logits differ much, and are all too high."""
     torch.manual_seed(0)
     model = task.model().eval()
     with torch.no_grad():
-        for name, bias in model.named_parameters():
+        for name, weight in model.named_parameters():
             if name.startswith("head.") and name.endswith("bias"):
-                bias.fill_(3.0)
-    task.save(tmp_path / "export", model, {})
-    found, rows = load_trained(tmp_path / "export"), task.fold.validation
+                weight.fill_(3.0)
+            elif name.startswith("head."):
+                weight.mul_(200.0)
+    task.save(directory, model, {"validation_loss": 1.0, "brier": 0.5})
+    return load_trained(directory)
+
+
+def test_the_export_is_calibrated_on_the_inner_validation_rows(tmp_path: Path) -> None:
+    """And its predictions are the calibrated ones; the metrics as served stand beside the others."""
+    cohort = small_cohort(260)
+    task = prepared(cohort, "task.validation=0.5", "data.path=nowhere", "task.explained=0")
+    told_by = TrainedModel(saved_by(task, tmp_path / "first").model, task.statistics, Outcome())
+    order = np.random.default_rng(0).normal(size=260) + 3 * standardised(told_by.logits(cohort)[:, 0])
+    labels_N = (order > np.quantile(order, 0.7)).astype(np.float32)
+    cohort = replace(cohort, labels={"mortality": labels_N})
+    task = prepared(cohort, "task.validation=0.5", "data.path=nowhere", "task.explained=0")
+    found, rows = saved_by(task, tmp_path / "export"), task.fold.validation
     assert found.calibrator is not None
     labels, logits = task.cohort.label("mortality")[rows], found.logits(task.cohort, rows)
     assert found.calibrator == fit_calibrator(labels, logits[:, 0])
@@ -222,8 +236,40 @@ def test_the_export_is_calibrated_on_the_inner_validation_rows(tmp_path: Path) -
     assert told == pytest.approx(found.calibrator.probabilities(logits[:, 0]))
     assert np.array_equal(found.probabilities(logits), told)
     assert told.mean() == pytest.approx(labels.mean(), abs=1e-6)  # what temperature and intercept make sure of
+    served = {"validation_loss": pytest.approx(log_loss(labels, told), rel=1e-5), "brier": brier(labels, told)}
+    assert {name: found.metadata["as_served"][name] for name in served} == served
+    assert found.metadata["brier"] == 0.5  # of the weights as they were selected
+    assert task.findings.as_served == found.metadata["as_served"]
+    assert task.findings.words[0].startswith("as served, calibrated: validation_loss 0.")
     with pytest.raises(ValueError, match="calibrator: temperature and intercept are those of a yes or no"):
         replace(found, outcome=Outcome(label="los", edges=(24.0,)))
+
+
+def standardised(x: np.ndarray) -> np.ndarray:
+    found: np.ndarray = (x - x.mean()) / x.std()
+    return found
+
+
+def log_loss(labels: np.ndarray, told: np.ndarray) -> float:
+    return float(-np.log(np.where(labels == 1, told, 1 - told)).mean())
+
+
+def test_a_calibration_on_too_few_stays_is_refused_and_said(tmp_path: Path) -> None:
+    """In the export and in the run's last lines; the model predicts what it tells."""
+    task = prepared(small_cohort(), "task.validation=0.5", "data.path=nowhere", "task.explained=0")
+    found = saved_by(task, tmp_path / "export")
+    events = int(task.labels[task.fold.validation].sum())
+    why = (
+        f"the part that calibrates has {len(task.fold.validation) - events} stays without the label and {events} stays "
+        "with the label, and a fit needs 20 of each"
+    )
+    assert found.calibrator is None
+    assert found.evidence is not None
+    assert (found.evidence.uncalibrated, found.evidence.calibrators) == (why, ())
+    assert task.findings.words == (f"warning: the model is not calibrated, and served without an interval: {why}",)
+    assert "as_served" not in found.metadata
+    logits = found.logits(task.cohort)
+    assert found.predict(task.cohort) == pytest.approx(1 / (1 + np.exp(-logits[:, 0].astype(float))))
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from train.config import Config
 from train.data.base import Batch, Batches
 from train.lora import add_adapters
 from train.plot import plot_losses
+from train.tasks.findings import Findings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,8 @@ class Task(ABC):
     """What `prepare` prepares, in words."""
     train: Batches
     """The training batches; `prepare` sets it."""
+    findings: Findings = Findings()
+    """What `save` has found beside the metrics."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -74,6 +77,11 @@ class Task(ABC):
     @abstractmethod
     def check(self) -> None:
         """Raises ValueError if the run could not be carried out: missing files, options that do not fit together."""
+
+    def check_rows(self) -> None:
+        """Raises ValueError where what `check` has read is less than one global batch. A task that knows its rows only
+        after `prepare` leaves it to `train.checks.check_batches`."""
+        return
 
     def shapes(self) -> nn.Module:
         """The model that will be trained, without storage (device meta)."""

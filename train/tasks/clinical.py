@@ -5,7 +5,7 @@ calibrates on the inner validation rows; the fold's test rows are never looked a
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.clinical import trained
-from attnzoo.clinical.calibration import Calibrator, fit_calibrator
-from attnzoo.clinical.evidence import Evidence, measure
+from attnzoo.clinical.calibration_rule import Fit
+from attnzoo.clinical.evidence import MapVerdict, calibrate, judge_maps, measure
+from attnzoo.clinical.explain import StayCells
+from attnzoo.clinical.faithfulness import passes
 from attnzoo.clinical.outcome import Outcome
 from attnzoo.clinical.statistics import Statistics
 from attnzoo.errors import suggest
@@ -27,6 +29,7 @@ from train.config import Config
 from train.data import Batch
 from train.tasks.base import TASKS
 from train.tasks.cohort import CohortOptions, CohortTask, check_data, check_precision
+from train.tasks.findings import Findings, judging
 
 DERIVED = ("variables", "statics", "outputs", "hourly", "head")
 """Keys of the model that data and outcome determine."""
@@ -204,37 +207,34 @@ class ClinicalTask(CohortTask):
 
     def save(self, directory: Path, model: nn.Module, metadata: dict[str, Any]) -> None:
         """As `attnzoo.clinical.trained.load_trained` reads it."""
-        data, split = self._data_and_split()
-        whole = trained.TrainedModel(
-            cast(EhrEncoder, model),
-            self.statistics,
-            self.outcome,
-            data,
-            split,
-            metadata,
-            self.calibrator(model),
-            self.evidence(model),
-        )
-        trained.save_trained(directory, whole)
+        whole = trained.TrainedModel(cast(EhrEncoder, model), self.statistics, self.outcome, *self._data_and_split())
+        trained.save_trained(directory, self.judged(whole, metadata))
 
     def part_counts(self, rows: np.ndarray) -> dict[str, Any]:
         """Stays, known labels, and how they are distributed."""
         return {**super().part_counts(rows), **self.outcome.counts(self.labels[rows])}
 
     @torch.no_grad()
-    def calibrator(self, model: nn.Module) -> Calibrator | None:
-        """Temperature and intercept of a yes or no, fitted on the inner validation rows; None for buckets."""
-        if self.outcome.edges:
-            return None
-        labels, size = self._validation[3], self.config.eval.batch_size
+    def judged(self, whole: trained.TrainedModel, metadata: dict[str, Any]) -> trained.TrainedModel:
+        """With its calibration, fitted on the inner validation rows, and what is known about its predictions."""
+        size = self.config.eval.batch_size
         parts = zip(*(tensor.split(size) for tensor in self._validation), strict=True)
-        logits, known = torch.cat([self.measure(model, part) for part in parts]), ~torch.isnan(labels)
-        return fit_calibrator(labels[known].numpy(), logits[known][:, 0].numpy())
-
-    def evidence(self, model: nn.Module) -> Evidence | None:
-        """What is known about the model's predictions."""
-        training = self.labels[self.fold.train]
-        return measure(cast(EhrEncoder, model), self.outcome, training, self._validation, self.options.explained)
+        logits = torch.cat([self.measure(whole.model, part) for part in parts])
+        fit = Fit()
+        if not self.outcome.edges:
+            fit = calibrate(self._validation[3].double().numpy(), logits[..., 0].double().numpy())
+        seen = StayCells(*(tensor[: self.options.explained] for tensor in self._validation[:3]))
+        maps: dict[str, MapVerdict] = {}
+        if len(seen) > 1:
+            with judging(self.config, f"{len(seen):,} stays", passes(2)) as tick:
+                maps = judge_maps(whole.model, self.outcome, seen, tick)
+        served = None
+        if fit.calibrator is not None:
+            served = self.metrics(self._validation, torch.from_numpy(fit.calibrator.logits(logits.numpy())))
+        self.findings = Findings.of(served, {"the model": fit.refused}, (one.words for one in maps.values()))
+        evidence = measure(self.outcome, self.labels[self.fold.train], len(logits), fit, maps)
+        told = self.findings.metadata(metadata)
+        return replace(whole, metadata=told, calibrator=fit.calibrator, evidence=evidence)
 
 
 def _check_model(values: Mapping[str, Any]) -> None:

@@ -4,12 +4,14 @@ others.
 `checkpoint.init_from` of a clinical run of the same fold begins with the encoder that this task exports.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from attnzoo.clinical.trained import TrainedModel
 from attnzoo.models import EhrPretraining
 from train.config import Config
 from train.data import Batch
@@ -54,11 +56,9 @@ class ClinicalPretraining(ClinicalTask):
         """The lower the loss, the better."""
         return -metrics["loss"]
 
-    def calibrator(self, model: nn.Module) -> None:
-        """None: the head tells nothing yet."""
-
-    def evidence(self, model: nn.Module) -> None:
-        """None, for the same reason."""
+    def judged(self, whole: TrainedModel, metadata: dict[str, Any]) -> TrainedModel:
+        """Without a calibration and evidence: the head tells nothing yet."""
+        return replace(whole, metadata=metadata)
 
     def save(self, directory: Path, model: nn.Module, metadata: dict[str, Any]) -> None:
         """The encoder alone, in the form of `ClinicalTask`; its head has not learned anything."""

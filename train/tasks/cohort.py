@@ -19,7 +19,7 @@ import torch
 from attnzoo.clinical import trained
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.formats import check_options, load_cohort
-from attnzoo.clinical.splits import Fold, folds, time_split
+from attnzoo.clinical.splits import Fold, digest_of, fold_of_run
 from attnzoo.clinical.statistics import missing
 from attnzoo.files import user_path
 from attnzoo.types import CheckedConfig
@@ -27,6 +27,9 @@ from train.config import Config
 from train.data import Batch
 from train.data.loader import EpochStream
 from train.tasks.base import Task, TaskOptions
+
+SPLIT = ("split", "folds", "fold", "validation", "split_seed")
+"""Options that say how a cohort is split; they travel with the export."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,12 @@ class StayStream(EpochStream):
 
     def too_few(self, wanted: int, rows: int) -> str:
         """Advice for a small cohort."""
-        return f"one global batch takes {wanted} stays and the training part has {rows}; lower train.batch_size"
+        return too_few_stays(wanted, rows)
+
+
+def too_few_stays(wanted: int, rows: int) -> str:
+    """That a training part is too small."""
+    return f"one global batch takes {wanted} stays and the training part has {rows}; lower train.batch_size"
 
 
 class CohortTask(Task):
@@ -132,23 +140,17 @@ class CohortTask(Task):
     @cached_property
     def fold(self) -> Fold:
         """The rows of the run's fold that have a label. Raises ValueError that names `task.split`."""
-        options = self.options
+        split, labels = {name: getattr(self.options, name) for name in SPLIT}, self.labels
         try:
-            if options.split == "time":
-                found = time_split(self.cohort, validation=options.validation)
-            else:
-                found = folds(
-                    self.cohort,
-                    options.folds,
-                    by=options.split,
-                    label=self.strata,
-                    seed=options.split_seed,
-                    validation=options.validation,
-                )[options.fold]
+            return fold_of_run(self.cohort, split, label=self.strata, labels=labels)
         except ValueError as error:
-            raise ValueError(f"task.split={options.split}: {error}") from None
-        known_N = ~np.isnan(self.labels.reshape(len(self.labels), -1)).all(axis=1)
-        return Fold(*(rows[known_N[rows]] for rows in (found.train, found.validation, found.test)))
+            raise ValueError(f"task.split={self.options.split}: {error}") from None
+
+    def check_rows(self) -> None:
+        """As the class says."""
+        wanted, rows = self.config.train.batch_size, len(self.fold.train)
+        if rows < wanted:
+            raise ValueError(too_few_stays(wanted, rows))
 
     def prepare(self, is_main: bool) -> None:
         """Everything is in memory; each rank reads the files."""
@@ -182,16 +184,13 @@ class CohortTask(Task):
         }
 
     def _split_digest(self) -> str:
-        """Of the stays of each part, by their identifiers."""
-        ids, fold = np.array(self.cohort.stay_ids), self.fold
-        parts = [ids[rows].tolist() for rows in (fold.train, fold.validation, fold.test)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        """Of the stays of each part."""
+        return digest_of(self.cohort, self.fold)
 
     def _data_and_split(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(format and options of the cohort, which rows of it the run had), for the export."""
-        names = ("split", "folds", "fold", "validation", "split_seed")
         data = {key: value for key, value in self.config.data.items() if key != "path"}
-        split = {name: getattr(self.options, name) for name in names}
+        split = {name: getattr(self.options, name) for name in SPLIT}
         return (
             {**data, "cohort": self.cohort.name, "hours": self.cohort.grid.hours},
             {**split, "digest": self._split_digest()},

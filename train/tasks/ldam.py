@@ -1,7 +1,7 @@
 """LDAM: labels of stays, read from their texts (and series, where there are any) beside the labels' definitions."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from attnzoo.clinical import trained_ldam
 from attnzoo.clinical.definitions import definitions
+from attnzoo.clinical.evidence import MapVerdict
 from attnzoo.clinical.explain_words import TextWords, judge_word_maps
-from attnzoo.clinical.label_calibration import LabelCalibration, fit_label_calibration
+from attnzoo.clinical.faithfulness import passes
+from attnzoo.clinical.label_calibration import fit_label_calibration
 from attnzoo.clinical.metrics import macro_auroc
 from attnzoo.clinical.statistics import Statistics
-from attnzoo.clinical.text_evidence import TextEvidence, measure_texts
+from attnzoo.clinical.text_evidence import measure_texts
 from attnzoo.clinical.trained_ldam import TrainedLdam, inputs_of, save_ldam
 from attnzoo.clinical.variables import VARIABLES
 from attnzoo.clinical.words import Vocabulary, cooccurrence_vectors
@@ -27,6 +29,7 @@ from train.config import Config
 from train.data import Batch
 from train.tasks.base import TASKS
 from train.tasks.cohort import CohortOptions, CohortTask, check_data, check_precision
+from train.tasks.findings import Findings, judging
 
 DERIVED = ("vocab_size", "definitions", "variables", "channels")
 """Keys of the model that data and labels determine."""
@@ -235,34 +238,33 @@ class LdamTask(CohortTask):
 
     def save(self, directory: Path, model: nn.Module, metadata: dict[str, Any]) -> None:
         """As `attnzoo.clinical.trained_ldam.load_ldam` reads it."""
-        made, parts, given = self._trained, self._data_and_split(), cast(Ldam, model)
-        whole = TrainedLdam(
-            given,
-            made.vocabulary,
-            made.labels,
-            made.definitions,
-            made.longest,
-            made.statistics,
-            *parts,
-            metadata,
-            *self._measured(given),
-        )
-        save_ldam(directory, whole)
+        made = replace(self._trained, model=cast(Ldam, model))
+        data, split = self._data_and_split()
+        save_ldam(directory, self._judged(replace(made, data=data, split=split), metadata))
 
     @torch.no_grad()
-    def _measured(self, model: Ldam) -> tuple[LabelCalibration, TextEvidence]:
-        """The calibration, fitted on the inner validation rows, and what is known about predictions."""
+    def _judged(self, whole: TrainedLdam, metadata: dict[str, Any]) -> TrainedLdam:
+        """With its calibration, fitted on the inner validation rows, and what is known about predictions."""
         size, labels_NK = self.config.eval.batch_size, self._validation[-1]
         parts = zip(*(tensor.split(size) for tensor in self._validation), strict=True)
-        logits_NK = torch.cat([self.measure(model, part) for part in parts])
-        calibration = fit_label_calibration(labels_NK.numpy(), logits_NK.float().numpy(), exclusive=self.exclusive)
+        logits_NK = torch.cat([self.measure(whole.model, part) for part in parts]).float()
+        fit = fit_label_calibration(labels_NK.numpy(), logits_NK.numpy(), exclusive=self.exclusive)
         words_NL, lengths_N, *series = (tensor[: self.options.explained] for tensor in self._validation[:-1])
         seen = TextWords(words_NL, lengths_N, logits_NK[: self.options.explained].argmax(1), *series)
-        maps = judge_word_maps(model, seen) if len(seen) > 1 else {}
-        made = self._trained
+        maps: dict[str, MapVerdict] = {}
+        if len(seen) > 1:
+            with judging(self.config, f"{len(seen):,} texts", passes(2)) as tick:
+                maps = judge_word_maps(whole.model, seen, tick)
+        served = None
+        if any(one is not None for one in fit.calibrators):
+            served = self.metrics(self._validation, torch.from_numpy(fit.logits(logits_NK.numpy())))
+        names = ("the model",) if self.exclusive else tuple(f"the label {name!r}" for name in self.names)
+        self.findings = Findings.of(
+            served, dict(zip(names, fit.refused, strict=True)), (one.words for one in maps.values())
+        )
         texts = self._texts(self.fold.validation)
-        evidence = measure_texts(self.labels[self.fold.train], texts, made.vocabulary, made.longest, maps)
-        return calibration, evidence
+        evidence = measure_texts(self.labels[self.fold.train], texts, whole.vocabulary, whole.longest, maps)
+        return replace(whole, metadata=self.findings.metadata(metadata), calibration=fit, evidence=evidence)
 
 
 def rarity(texts: list[list[int]], words: int) -> Tensor:

@@ -15,7 +15,7 @@ from attnzoo.clinical.text_evidence import WordCount
 from attnzoo.clinical.trained_ldam import STATISTICS, VOCABULARY, TrainedLdam, inputs_of, load_ldam
 from serve.clinical.intake import Admitted, Intake, Needs, check_ids, check_number, take_in
 from serve.clinical.notes.protocol import OF_SERIES, NotesRequest
-from serve.clinical.predictor import LEVEL, NOT_KNOWN, finite, interval_words, needs_of
+from serve.clinical.predictor import LEVEL, NOT_CALIBRATED, NOT_KNOWN, finite, interval_words, needs_of
 from serve.clinical.protocol import PatientEntry, PredictRequest
 from serve.openai.errors import ApiError
 from serve.workplace import Deadline
@@ -153,10 +153,16 @@ class NoteReader:
         if calibration is None:
             return None, f"this model has no interval: {NOT_KNOWN}"
         number = max(map(len, calibration.drawn))
+        refused = [one for one in calibration.refused if one is not None]
         if not number:
-            return None, "this model has no interval: the texts on which it is calibrated have no label of both kinds"
+            why = refused[0] if refused else "the texts that calibrate it have no label of both kinds"
+            return None, f"{NOT_CALIBRATED}: {why}"
         what = "one temperature for all labels" if calibration.exclusive else "temperature and intercept of each label"
         words = interval_words(what, number, calibration.rows)
+        if refused:
+            bare = zip(self.trained.labels, calibration.refused, strict=True)
+            told = "; ".join(f"{label}: {why}" for label, why in bare if why is not None)
+            words = f"{words} Labels that are not calibrated have none: {told}."
         return {"level": LEVEL, "method": "calibration bootstrap", "words": words}, None
 
     def reasons(self, found: WordCount) -> list[str]:
