@@ -14,6 +14,11 @@ class ChangedSourceWarning(UserWarning):
     """A plug-in's file is not the one that a checkpoint was written with."""
 
 
+LONGEST_LIST = 2000
+"""Characters of known names that a message lists; of more it lists the first `SOME`."""
+SOME = 10
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """The end of an "unknown X" message: the nearest known name, and all known names.
 
@@ -25,7 +30,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
         return "; there are none"
     close = get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
-    return f"{hint} known: {', '.join(names)}"
+    told = ", ".join(names)
+    if len(told) > LONGEST_LIST:
+        told = f"{', '.join(names[:SOME])}, ... ({len(names):,} in all)"
+    return f"{hint} known: {told}"
 
 
 def complain(command: str, message: str, status: int = 2) -> int:

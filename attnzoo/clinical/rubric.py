@@ -98,11 +98,13 @@ BARE = {
 
 @dataclass(frozen=True)
 class CaseText:
-    """A case: its data, and the sections of the text about it, by tag ("insights", "etiology", ...)."""
+    """A case: its data, and the sections of the text about it, by tag ("insights", "etiology", ...). cut: tags of
+    sections that ended at a limit of tokens, perhaps within a sentence: they are not judged, nor is the whole."""
 
     id: str
     data: str
     sections: Mapping[str, str]
+    cut: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,13 +154,19 @@ def judge(rubric: Rubric, cases: Sequence[CaseText], ask: Judge) -> Judged:
     _check(cases)
     found = Judged(rubric)
     for case in cases:
-        whole = "\n\n".join(f"{tag}:\n{text}" for tag, text in case.sections.items())
         for principle in rubric.principles:
-            texts = {OVERALL: whole} if principle.whole else case.sections
-            for tag, text in texts.items():
+            for tag, text in judged_texts(case, principle).items():
                 answer = ask(rubric.prompt(principle, case.data, text))
                 found.ratings.append(Rating(case.id, tag, principle.name, rubric.rating(answer), answer))
     return found
+
+
+def judged_texts(case: CaseText, principle: Principle) -> dict[str, str]:
+    """The texts of a case that a principle judges, by tag: without those that were cut."""
+    if not principle.whole:
+        return {tag: text for tag, text in case.sections.items() if tag not in case.cut}
+    whole = "\n\n".join(f"{tag}:\n{text}" for tag, text in case.sections.items())
+    return {} if case.cut else {OVERALL: whole}
 
 
 def _check(cases: Sequence[CaseText]) -> None:
@@ -168,6 +176,9 @@ def _check(cases: Sequence[CaseText]) -> None:
             raise ValueError(f"case {case.id!r} stands twice")
         if not case.sections:
             raise ValueError(f"case {case.id!r} has no sections")
+        unknown = next((tag for tag in case.cut if tag not in case.sections), None)
+        if unknown is not None:
+            raise ValueError(f"case {case.id!r}: cut names {unknown!r}, and there is no such section")
         empty = next((tag for tag, text in case.sections.items() if not text.strip()), None)
         if empty is not None:
             raise ValueError(f"case {case.id!r}: section {empty!r} is empty")

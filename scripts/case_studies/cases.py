@@ -4,18 +4,29 @@ import argparse
 import hashlib
 import json
 import random
+import sys
+from dataclasses import replace
 from typing import Any
 
 from attnzoo.clinical.case_study import CASE_STUDIES, CaseStudy, data_text, measured_days, write_case
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.formats import load_cohort
-from attnzoo.clinical.rubric import CASE_STUDY, CASE_STUDY_YES_NO, CaseText, Judge, Judged, Rubric, judge
+from attnzoo.clinical.rubric import (
+    CASE_STUDY,
+    CASE_STUDY_YES_NO,
+    CaseText,
+    Judge,
+    Judged,
+    Rubric,
+    judge,
+    judged_texts,
+)
 from attnzoo.errors import complain, suggest
 from attnzoo.files import user_path, write_atomic
 from attnzoo.progress import Progress
-from attnzoo.report import Report
+from attnzoo.report import Report, counted
 from scripts.exams.cli import key_from
-from scripts.exams.endpoint import Endpoint, EndpointError
+from scripts.exams.endpoint import Answer, Endpoint, EndpointError
 from scripts.exams.journal import Journal
 
 RUBRICS = {"likert": CASE_STUDY, "yes_no": CASE_STUDY_YES_NO}
@@ -26,46 +37,87 @@ def carry_out(options: argparse.Namespace) -> int:
     ValueError."""
     _check(options)
     study = CASE_STUDIES[options.kind]
-    cohort = load_cohort("pmdata", user_path(options.data, "DATA"), days=options.days)
-    rows = chosen_rows(cohort, study, options.stay, options.count, options.seed)
-    target, path = options.json, options.answers
     report = Report.start(command=options.command, seed=options.seed)
     writer, rater = _endpoints(options)
     sampling = {"temperature": options.temperature, "max_tokens": options.max_tokens, "seed": options.seed}
+    path = options.answers
+    kept = f"'{path}' keeps what was answered" if path else "--answers FILE keeps what was answered"
     with writer, rater, Journal(path, sampling, "case studies") as journal:
         try:
+            # Read last: it takes long, and what is wrong with the rest is known at once.
+            cohort = load_cohort("pmdata", user_path(options.data, "DATA"), days=options.days)
+            rows = chosen_rows(cohort, study, options.stay, options.count, options.seed)
             cases = written(study, cohort, rows, Asked(writer, journal, sampling))
-            judging = Asked(rater, journal, sampling | {"temperature": 0.0})
+            told = _told_cut(cases, options.max_tokens, bool(options.rate))
+            judging = Asked(rater, journal, sampling | {"temperature": 0.0}, may_be_empty=True)
             judged = rated(RUBRICS[options.rate], cases, judging) if options.rate else None
         except EndpointError as error:
-            kept = f"'{path}' keeps what was answered" if path else "--answers FILE keeps what was answered"
             return complain("attnzoo case-study", f"{error}; {kept}", 1)
+        except KeyboardInterrupt:
+            again = "; the same command goes on from there" if path else ""
+            complain("attnzoo case-study", f"stopped; {kept}{again}")
+            raise
     for case in cases:
-        parts = [f"# {case.id}", *(f"## {tag}\n\n{text}" for tag, text in case.sections.items())]
+        parts = [f"# {case.id}", *(f"## {tag}{_mark(case, tag)}\n\n{text}" for tag, text in case.sections.items())]
         print("\n\n".join(parts), end="\n\n")
     content: dict[str, Any] = {"cases": [vars(case) for case in cases]}
     if judged is not None:
         report.rows += rating_rows(judged)
         report.print_table()
         content["ratings"] = [vars(rating) for rating in judged.ratings]
-    if target is not None:
-        write_atomic(target, (json.dumps({**report.to_dict(), **content}, indent=2) + "\n").encode("utf-8"))
+    if options.json is not None:
+        write_atomic(options.json, (json.dumps({**report.to_dict(), **content}, indent=2) + "\n").encode("utf-8"))
+    for line in told:
+        print(line, file=sys.stderr)
+    if judged is not None and judged.ratings and judged.unread == len(judged.ratings):
+        last = judged.ratings[-1].answer.strip()
+        what = f"none of the judge's {counted(judged.unread, 'answer')} held a rating; the last one began {last[:60]!r}"
+        return complain("attnzoo case-study", f"{what}; name another judge with --judge-url or --judge-model", 1)
     return 0
 
 
-class Asked:
-    """Answers of an endpoint that a journal remembers: what a model was asked once is not asked again."""
+def _mark(case: CaseText, tag: str) -> str:
+    return " (cut at the limit of tokens)" if tag in case.cut else ""
 
-    def __init__(self, endpoint: Endpoint, journal: Journal, sampling: dict[str, Any]) -> None:
-        self.endpoint, self.journal, self.sampling = endpoint, journal, sampling
+
+def _told_cut(cases: list[CaseText], most: int, is_judged: bool) -> list[str]:
+    """Which sections ended at the limit of tokens, a line for each case."""
+    also = " They are not judged, nor is the whole." if is_judged else ""
+    return [
+        f"{case.id}: {', '.join(case.cut)} ended at --max-tokens={most}, perhaps within a sentence; raise it.{also}"
+        for case in cases
+        if case.cut
+    ]
+
+
+class Asked:
+    """Answers of an endpoint that a journal remembers: what a model was asked once is not asked again.
+
+    may_be_empty: whether an answer without a text is one; otherwise it is a failed request, and not remembered."""
+
+    def __init__(
+        self, endpoint: Endpoint, journal: Journal, sampling: dict[str, Any], may_be_empty: bool = False
+    ) -> None:
+        self.endpoint, self.journal, self.sampling, self.may_be_empty = endpoint, journal, sampling, may_be_empty
 
     def __call__(self, prompt: str) -> str:
         """The answer to a prompt. Raises EndpointError and RefusedError."""
+        return self.answer(prompt).text
+
+    def answer(self, prompt: str) -> Answer:
+        """With whether it was cut. Raises EndpointError and RefusedError."""
         asked = json.dumps([self.endpoint.url, self.endpoint.model, self.sampling, prompt])
         key = hashlib.sha256(asked.encode()).hexdigest()[:32]
         if key not in self.journal.entries:
-            self.journal.add(key, {"text": self.endpoint.answer(prompt, **self.sampling)})
-        return str(self.journal.entries[key]["text"])
+            found = self.endpoint.answer(prompt, **self.sampling)
+            if not found.text.strip() and not self.may_be_empty:
+                raise EndpointError(
+                    f"{self.endpoint.url} answered without a text; run it again, or raise --max-tokens, or take "
+                    "another model"
+                )
+            self.journal.add(key, {"text": found.text, **({"cut": True} if found.is_cut else {})})
+        entry = self.journal.entries[key]
+        return Answer(str(entry["text"]), bool(entry.get("cut", False)))
 
 
 def chosen_rows(cohort: Cohort, study: CaseStudy, stays: list[str], count: int | None, seed: int) -> list[int]:
@@ -86,21 +138,36 @@ def chosen_rows(cohort: Cohort, study: CaseStudy, stays: list[str], count: int |
     return sorted(random.Random(seed).sample(enough, wanted))
 
 
-def written(study: CaseStudy, cohort: Cohort, rows: list[int], ask: Judge) -> list[CaseText]:
-    """A case for each row. Raises EndpointError, and ValueError for a section that comes without text."""
+def written(study: CaseStudy, cohort: Cohort, rows: list[int], asked: Asked) -> list[CaseText]:
+    """A case for each row. Raises EndpointError."""
     data = [data_text(cohort, row, study) for row in rows]  # before anything is asked
     progress = Progress(len(rows) * len(study.sections))
-    cases = []
+    cases, is_cut = [], list[bool]()
+
+    def write(prompt: str) -> str:
+        answer = asked.answer(prompt)
+        is_cut.append(answer.is_cut)
+        progress.add(1)
+        return answer.text
+
     for row, text in zip(rows, data, strict=True):
-        cases.append(write_case(study, cohort.stay_ids[row], text, _counted(ask, progress)))
+        is_cut.clear()
+        case = write_case(study, cohort.stay_ids[row], text, write)
+        cases.append(replace(case, cut=tuple(tag for tag, cut in zip(case.sections, is_cut, strict=True) if cut)))
     progress.close()
     return cases
 
 
 def rated(rubric: Rubric, cases: list[CaseText], ask: Judge) -> Judged:
     """The judge's ratings of every principle. Raises EndpointError."""
-    progress = Progress(sum(1 if p.whole else len(case.sections) for case in cases for p in rubric.principles))
-    judged = judge(rubric, cases, _counted(ask, progress))
+    progress = Progress(sum(len(judged_texts(case, p)) for case in cases for p in rubric.principles))
+
+    def counted_ask(prompt: str) -> str:
+        answer = ask(prompt)
+        progress.add(1)
+        return answer
+
+    judged = judge(rubric, cases, counted_ask)
     progress.close()
     return judged
 
@@ -117,15 +184,6 @@ def rating_rows(judged: Judged) -> list[dict[str, Any]]:
         }
         for principle in judged.rubric.principles
     ]
-
-
-def _counted(ask: Judge, progress: Progress) -> Judge:
-    def counted(prompt: str) -> str:
-        answer = ask(prompt)
-        progress.add(1)
-        return answer
-
-    return counted
 
 
 def _endpoints(options: argparse.Namespace) -> tuple[Endpoint, Endpoint]:

@@ -13,7 +13,9 @@ EXAMPLES = """examples:
 Each section is written with the sections before it in view: insights, etiology and recommendations of a sleep study;
 training load, sleep, health metrics and assessment of a fitness study. --rate asks for every principle of the rubric;
 a model that judges its own texts flatters them, so name another with --judge-url. Nothing here is medical advice.
-Exit status: 1 if a request failed; with --answers the next run asks only for what is missing.
+A section that ends at --max-tokens is marked as cut and not judged. Exit status: 1 if a request failed or came back
+without a text, and where no answer of the judge held a rating; with --answers the next run, as one after Ctrl-C, asks
+only for what is missing.
 """
 
 

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="sampled answers that vote (default: 1)")
     parser.add_argument("--temperature", type=float, default=0.0, help="above 0 for several rounds (default: 0)")
     parser.add_argument("--orders", type=int, default=1, metavar="N", help="orders of the options (default: 1)")
-    parser.add_argument("--max-tokens", type=int, default=1024, help="of an answer (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, help="of an answer; chat only (default: 1024)")
     parser.add_argument(
         "--parallel", type=int, default=4, metavar="N", help="requests at a time (default: %(default)s)"
     )
@@ -63,11 +63,13 @@ def run(options: argparse.Namespace) -> int:
     from scripts.exams.journal import Journal
     from scripts.exams.questions import read_questions
 
+    if options.mode == "letters" and options.max_tokens is not None:
+        raise ValueError(f"--max-tokens={options.max_tokens} has no use with --mode letters, which takes one token")
     settings = Settings(
         mode=options.mode,
         rounds=options.rounds,
         temperature=options.temperature,
-        tokens=options.max_tokens,
+        tokens=1024 if options.max_tokens is None else options.max_tokens,
         orders=options.orders,
         seed=options.seed,
     )

@@ -7,7 +7,7 @@ the server refuses, a wrong key) raises `RefusedError` at once.
 import time
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
@@ -22,6 +22,13 @@ class EndpointError(OSError):
 
 class RefusedError(ValueError):
     """The endpoint refuses a request, or answers what its interface does not have; trying again would not help."""
+
+
+class Answer(NamedTuple):
+    """text: of a chat model. is_cut: whether it ended at the limit of tokens, perhaps within a sentence."""
+
+    text: str
+    is_cut: bool = False
 
 
 @dataclass
@@ -66,7 +73,7 @@ class Endpoint:
     ) -> None:
         self._client.close()
 
-    def answer(self, prompt: str, *, temperature: float, max_tokens: int, seed: int) -> str:
+    def answer(self, prompt: str, *, temperature: float, max_tokens: int, seed: int) -> Answer:
         """A chat model's answer to one message. Raises EndpointError and RefusedError."""
         body = {
             "model": self.model,
@@ -75,18 +82,19 @@ class Endpoint:
             "max_tokens": max_tokens,
             "seed": seed,
         }
-        text = self._read(self._post("/chat/completions", body), "choices", 0, "message", "content")
+        choice = self._first(self._post("/chat/completions", body), "choices")
+        text = self._read(choice, "message", "content")
         if not isinstance(text, str | None):
             raise RefusedError(
                 f"{self.url} answered with a {type(text).__name__}, not a text; is it OpenAI's interface?"
             )
-        return text or ""
+        return Answer(text or "", choice.get("finish_reason") == "length")
 
     def next_tokens(self, prompt: str, count: int) -> dict[str, float]:
         """Log probabilities of the likeliest next tokens of a text, by token. Raises EndpointError and RefusedError."""
         body = {"model": self.model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": count}
-        told = self._read(self._post("/completions", body), "choices", 0, "logprobs")
-        top = self._read(told, "top_logprobs", 0) if told is not None else None
+        told = self._read(self._first(self._post("/completions", body), "choices"), "logprobs")
+        top = self._first(told, "top_logprobs") if told is not None else None
         if not isinstance(top, dict):
             raise RefusedError(f"{self.url} gave no top_logprobs; it does not support logprobs={count} for completions")
         for token, value in top.items():
@@ -100,8 +108,12 @@ class Endpoint:
         known = [name for name in names if isinstance(name, str) and name]
         if len(known) < len(names):
             raise RefusedError(f"{self.url}/models lists no models by their ids; is it OpenAI's interface?")
-        if len(known) != 1:
-            raise ValueError(f"{self.url} has {len(known)} models; name one of them: {', '.join(known) or '(none)'}")
+        if not known:
+            raise ValueError(
+                f"{self.url} lists no model; start its server with one, or name one that it has all the same"
+            )
+        if len(known) > 1:
+            raise ValueError(f"{self.url} has {len(known)} models; name one of them: {', '.join(known)}")
         return known[0]
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
@@ -135,14 +147,21 @@ class Endpoint:
         except (ValueError, RecursionError):
             raise RefusedError(f"{self.url}{path} answered no JSON: {response.text[:200]!r}") from None
 
-    def _read(self, content: Any, *path: str | int) -> Any:
+    def _read(self, content: Any, *path: str) -> Any:
         """content[path[0]][path[1]]... Raises RefusedError for other content."""
-        for step in path:
-            try:
-                content = content[step]
-            except (KeyError, IndexError, TypeError):
-                raise RefusedError(f"{self.url} answered without {step!r}; is it OpenAI's interface?") from None
+        for name in path:
+            if not isinstance(content, dict) or name not in content:
+                raise RefusedError(f"{self.url} answered without {name!r}; is it OpenAI's interface?")
+            content = content[name]
         return content
+
+    def _first(self, content: Any, name: str) -> Any:
+        """The first entry of the list content[name]. Raises RefusedError for other content, and for an empty list."""
+        listed = self._read(content, name)
+        if not isinstance(listed, list) or not listed:
+            told = "an empty list" if listed == [] else f"a {type(listed).__name__}"
+            raise RefusedError(f"{self.url} answered with {told} as {name!r}; is it OpenAI's interface?")
+        return listed[0]
 
 
 def is_logprob(value: Any) -> bool:

@@ -170,10 +170,10 @@ def fingerprint(questions: Iterable[Question]) -> str:
 def _asked(endpoint: Endpoint, question: Question, settings: Settings, turn: int) -> dict[str, Any]:
     if settings.mode == "letters":
         return {"next_tokens": endpoint.next_tokens(question.beginning(), settings.top)}
-    text = endpoint.answer(
+    answer = endpoint.answer(
         question.prompt(), temperature=settings.temperature, max_tokens=settings.tokens, seed=settings.seed + turn
     )
-    return {"text": text}
+    return {"text": answer.text, **({"cut": True} if answer.is_cut else {})}
 
 
 def _letter(entry: dict[str, Any], question: Question) -> str | None:

@@ -185,6 +185,10 @@ def _options(choices: Any, where: str) -> dict[str, str]:
         found[letter[1]] = shown
     if sorted(found) != list(LETTERS[: len(choices)]):
         raise ValueError(f"{where}: options have the letters {', '.join(found)}, not A to {LETTERS[len(choices) - 1]}")
+    for letter, text in found.items():
+        again = next((other for other in found if other > letter and found[other] == text), None)
+        if again is not None:
+            raise ValueError(f"{where}: the options {letter} and {again} are the same text {text!r}; keep one of them")
     return dict(sorted(found.items()))
 
 

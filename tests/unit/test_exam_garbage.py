@@ -68,7 +68,8 @@ def chat(message: Any) -> Any:
 
 GARBAGE = [
     ("null", "answered without 'choices'"),
-    ({"choices": None}, "answered without 0"),
+    ({"choices": None}, "answered with a NoneType as 'choices'"),
+    ({"choices": []}, "answered with an empty list as 'choices'; is it OpenAI's interface?"),
     (chat(None), "answered without 'content'"),
     (chat({"content": 5}), "answered with a int, not a text"),
     (chat({"content": {"a": 1}}), "answered with a dict, not a text"),
@@ -87,7 +88,7 @@ def test_garbage_is_no_answer(garbage: Garbage, content: Any, told: str) -> None
 def test_an_answer_without_a_text_is_empty(garbage: Garbage) -> None:
     garbage.replies["/chat/completions"] = chat({"content": None, "refusal": "no"})
     with Endpoint(garbage.url) as endpoint:
-        assert endpoint.answer("?", temperature=0.0, max_tokens=1, seed=0) == ""
+        assert endpoint.answer("?", temperature=0.0, max_tokens=1, seed=0) == ("", False)
 
 
 def test_a_wrong_coding_is_tried_again(garbage: Garbage) -> None:
@@ -143,6 +144,7 @@ TABLE = "question,choices,answer"
 BAD = {
     "two answers": ("x.jsonl", f'{{{ROW}, "choices": ["a", "b"], "answer": "B"}}', "'answer' is set twice"),
     "two of a letter": ("x.jsonl", f'{{{ROW}, "choices": {{"A": "1", "A": "2", "B": "3"}}}}', "'A' is set twice"),
+    "one text twice": ("x.jsonl", f'{{{ROW}, "choices": ["a", "a"]}}', "the options A and B are the same text 'a'"),
     "no text": ("x.jsonl", f'{{{ROW}, "choices": ["a", null]}}', "option 'B' is None, not a text"),
     "a list for a text": ("x.jsonl", f'{{{ROW}, "choices": [["a"], "b"]}}', "option 'A' is .*, not a text"),
     "a list for an id": ("x.jsonl", f'{{{ROW}, "id": [1], "choices": ["a", "b"]}}', r"id is \[1\], not a text"),
