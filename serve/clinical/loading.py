@@ -27,6 +27,8 @@ def clinical_sources(config: ServeConfig) -> list[tuple[Path, str]]:
         refuse(config, OF_CLINICAL, "this server has no clinical model (setting clinical)")
     if config.clinical is not None:
         path = user_path(config.clinical, "clinical")
+        if not path.is_dir():
+            raise ValueError(f"clinical={config.clinical!r} does not exist; train it first, or give another directory")
         if not holds_clinical(path):
             raise ValueError(
                 f"clinical={config.clinical!r} holds no clinical model; give the run or export directory of a training "

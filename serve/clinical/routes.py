@@ -76,7 +76,7 @@ def refuse_fhir(request: Request, reader: NoteReader) -> None:
 
 def read_notes(reader: NoteReader, values: dict[str, Any], config: ServeConfig, deadline: Deadline) -> bytes:
     """The reply to a request to a model of texts. Raises ApiError 400."""
-    asked = parse_notes(values, reader.trained.labels)
+    asked = parse_notes(values, reader.trained.labels, reader.needs is not None)
     _check_explained(asked.explain, len(asked.patients), config.max_explained)
     return dump(notes_reply(reader, reader.take_in(asked), asked, deadline))
 

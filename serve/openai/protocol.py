@@ -195,6 +195,7 @@ def _explain(request: type[GenerationRequest], error: ValidationError) -> ApiErr
 
 def must(message: str) -> str:
     """What pydantic says of a value, in the words of the other errors."""
+    message = message.replace(" after validation", "")  # of a list, which its client has not seen validated
     return re.sub(r"^(Input|\w+) should ", "must ", message) if " should " in message else f"is wrong: {message}"
 
 

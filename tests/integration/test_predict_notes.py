@@ -246,6 +246,8 @@ HOSTILE: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     ({"explain": "attention", "explain_labels": "LABS"}, {}, "explain_labels", "must be a valid list"),
     ({"explain": "attention", "explain_labels": ["LAB"]}, {}, "explain_labels[0]", "'LAB' is no label of this model"),
     ({"explain": "attention", "explain_labels": ["CC", "CC"]}, {}, "explain_labels[1]", "is given twice"),
+    ({"hourly": True}, {}, "hourly", "hourly is for models of measurements: a text is not read hour by hour"),
+    ({"stream": True}, {}, "stream", "stream is for models of measurements: a text is not read hour by hour"),
     ({"cutoff_hour": 3}, {}, "cutoff_hour", "'notes' reads texts alone; leave it out"),
     ({}, {"text": None}, f"{PATIENT}.text", "must be a valid string"),
     ({}, {"text": 7}, f"{PATIENT}.text", "must be a valid string"),

@@ -122,4 +122,6 @@ def check_hours(hours: int, what: str = "hours", most: int = LONGEST) -> None:
 
 def unreadable(path: Path, error: Exception) -> ValueError:
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    if str(error).startswith("file could not be opened successfully"):  # tarfile lists what every method said
+        reason = "it is no archive of tar, gzip, bzip2 or xz"
     return ValueError(f"{path} cannot be read ({' '.join(reason.split())}); is it the right file? else copy it again")

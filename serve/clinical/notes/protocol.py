@@ -1,5 +1,6 @@
 """The request of POST /v1/predict to a model that reads texts."""
 
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -38,9 +39,14 @@ class NotesRequest(Strict):
     patients: Annotated[list[NoteEntry], Field(fail_fast=True, min_length=1)]
 
 
-def parse_notes(values: dict[str, Any], labels: tuple[str, ...]) -> NotesRequest:
-    """Reads the values of a body. labels: of the model. Raises ApiError 400 that names the field."""
-    found = validated(NotesRequest, values, _fields)
+def parse_notes(values: dict[str, Any], labels: tuple[str, ...], of_series: bool = False) -> NotesRequest:
+    """Reads the values of a body. labels: of the model; of_series: whether it reads series beside texts. Raises
+    ApiError 400 that names the field."""
+    for name in ("hourly", "stream"):
+        if name in values:
+            text = f"{name} is for models of measurements: a text is not read hour by hour; leave it out"
+            raise ApiError(400, text, param=name, code="unsupported")
+    found = validated(NotesRequest, values, partial(_fields, of_series))
     _check_labels(found, labels)
     for row, entry in enumerate(found.patients):
         check_text(entry.text, f"patients[{row}].text")
@@ -72,8 +78,9 @@ def check_text(text: str, where: str) -> None:
             raise ApiError(400, f"{what}, which no note has; decode it as it was encoded, or remove it", param=where)
 
 
-def _fields(where: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields that the object at a place may have."""
+def _fields(of_series: bool, where: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields that the object at a place may have, of a model of texts alone those of texts."""
     if "measurements" in where[:-1]:
         return list(MeasurementEntry.model_fields)
-    return list(NoteEntry.model_fields if "patients" in where[:-1] else NotesRequest.model_fields)
+    names = NoteEntry.model_fields if "patients" in where[:-1] else NotesRequest.model_fields
+    return [name for name in names if of_series or name not in OF_SERIES]

@@ -18,7 +18,7 @@ export function drawRisk(reply, patient, after) {
     element("p", { class: "number" }, percent(patient.probability)),
     element("p", { class: "soft", title: interval?.words ?? reply.interval_reason }, said),
     gauge(patient, base?.probability ?? null),
-    element("p", { class: "soft small" }, base ? `Base rate ${percent(base.probability)}: ${base.words}.` : "The base rate of the training stays is not known."),
+    element("p", { class: "soft small" }, base ? `Base rate: ${base.words}.` : "The base rate of the training stays is not known."),
     after === undefined ? coverage(patient) : element("p", { class: "soft" }, `after ${counted(after, "hour")} …`),
     element("details", { class: "small" }, element("summary", {}, band ? "What the interval says" : "Why there is no interval"), element("p", {}, interval?.words ?? reply.interval_reason ?? "The server does not say.")),
   );
