@@ -1,6 +1,7 @@
-"""Writes docs/reference/configuration.md from the configuration classes, and docs/reference/commands.md from --help.
+"""Writes docs/reference: configuration.md from the configuration classes, commands.md from --help, and data-formats.md
+from the readers of clinical data.
 
-    python scripts/render_reference.py            # rewrites both pages
+    python scripts/render_reference.py            # rewrites the pages
     python scripts/render_reference.py --check    # exit status 1 if a page is out of date
 
 A key's meaning is its comment in configs/base.yaml, else the text after `key: ` in the docstring of its class.
@@ -37,6 +38,7 @@ from attnzoo.models import (
 )
 from attnzoo.vision import SceneOptions
 from attnzoo.vision.turns import TurnFormat
+from scripts import render_formats
 from serve.config import EngineConfig, ServeConfig
 from train.config import Config
 from train.data import DataConfig
@@ -194,7 +196,8 @@ def training() -> Iterator[str]:
         yield f"\n### {name}\n\n{escaped(intro)}{2 * chr(10) if intro else ''}{table(cls, name, skipped)}"
     yield "\n### Clinical models\n\nWith `task.kind: clinical` the sections above hold other keys. `data.format` is "
     yield f"one of {', '.join(f'`{name}`' for name in FORMATS)}; `data.path` is the place of the data set in its "
-    yield "original format, and all other keys of `data` are options of that format. There is no `tokenizer`.\n\n"
+    yield "original format, and all other keys of `data` are options of that format "
+    yield "([data formats](data-formats.md)). There is no `tokenizer`.\n\n"
     yield f"Keys of `task`:\n\n{table(ClinicalOptions)}\nKeys of `model`:\n\n{table(EhrConfig, skip=DERIVED)}"
     yield "\nWith `task.kind: ldam` the model reads texts, and series where there are any.\n\n"
     yield f"Keys of `task`:\n\n{table(ldam.LdamOptions)}\nKeys of `model`:\n\n{table(LdamConfig, skip=ldam.DERIVED)}"
@@ -278,7 +281,7 @@ def command(title: str, module: str, *words: str) -> str:
     return page + "".join(command(title, module, *words, word) for word in subcommands(text))
 
 
-PAGES = {"configuration.md": configuration, "commands.md": commands}
+PAGES = {"configuration.md": configuration, "commands.md": commands, "data-formats.md": render_formats.page}
 
 
 def main() -> int:

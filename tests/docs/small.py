@@ -6,6 +6,9 @@ from attnzoo.checkpoint import save_model
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.trained import save_trained
 from tests.helpers import clinical_models, clinical_notes, sensor_models, serving
+from tests.helpers.clinical_files import write_stays
+from train.config_reader import load_config
+from train.tasks import build_task
 
 
 def small_checkpoint(directory: str) -> Path:
@@ -17,6 +20,17 @@ def small_clinical_model(directory: str) -> Path:
     """The same of a clinical one."""
     trained = clinical_models.small_trained(clinical_models.icu_cohort(), judged=0)
     return save_trained(Path(directory) / "export", trained)
+
+
+def small_clinical_run(directory: str, data: str) -> Path:
+    """The same of a run, and the data that it is of, in the format of PhysioNet 2012."""
+    write_stays(Path(data).parent, 120)
+    words = [f"data.path={data}", "task.explained=0", "model.model_dim=8", "model.num_heads=2", "model.mlp_dim=16"]
+    task = build_task(load_config("tscan-mortality.yaml", words))
+    task.check()
+    task.prepare(is_main=True)
+    task.save(Path(directory) / "export", task.model().eval(), {})
+    return Path(directory)
 
 
 def small_notes_model(directory: str) -> Path:

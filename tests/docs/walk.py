@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.docs import small
 from tests.docs.blocks import ROOT, Block, blocks
-from tests.docs.small import small_checkpoint, small_clinical_model, small_days, small_notes_model, small_sensors
 
 
 def prepare(directory: Path) -> None:
@@ -66,8 +66,8 @@ def run_python(block: Block, names: dict[str, object]) -> None:
 
 def new_names() -> dict[str, object]:
     """What blocks find: what hidden ones call."""
-    made = (small_checkpoint, small_clinical_model, small_notes_model, small_days, small_sensors)
-    return {"__name__": "__main__", **{each.__name__: each for each in made}}
+    made = {name: each for name, each in vars(small).items() if name.startswith("small_")}
+    return {"__name__": "__main__", **made}
 
 
 if __name__ == "__main__":

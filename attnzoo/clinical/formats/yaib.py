@@ -1,8 +1,9 @@
 """YAIB's cohorts of MIMIC-III, MIMIC-IV, eICU, HiRID and AmsterdamUMCdb: dyn, sta and outc.parquet in one directory.
 
 https://github.com/rvandewater/YAIB . dyn holds one row an hour, sta one row a stay, outc one label a stay or an hour.
-The values of an hour are summaries already, so a measured cell counts as one measurement. There are no patient
-identifiers.
+`time` is a duration or a number of hours since admission, `sex` is Female or Male, age is in years, height in cm and
+weight in kg. The values of an hour are summaries already, so a measured cell counts as one measurement. There are no
+patient identifiers, so that a cohort is split by stay (`task.split=stay`).
 """
 
 from pathlib import Path
