@@ -17,6 +17,7 @@ from attnzoo.clinical.statistics import Statistics
 from attnzoo.clinical.trained import TrainedModel, check_target, load_trained, save_trained
 from attnzoo.models import EhrConfig, EhrEncoder
 from tests.helpers.clinical_data import small_cohort
+from tests.helpers.clinical_files import write_stays
 from tests.helpers.cohort_task import prepared_task
 from train.config_reader import load_config
 from train.main import main
@@ -93,6 +94,15 @@ def test_missing_files_are_told_by_a_dry_run(tmp_path: Path, capfd: pytest.Captu
     assert main(["--config", "tscan-mortality.yaml", "--dry-run", *options]) == 2
     assert "data.path=nowhere.tar.gz does not exist" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Fewer stays than a global batch takes."""
+    words = [f"data.path={write_stays(tmp_path)}", "data.hours=12", "model.chunks=1", f"run_dir={tmp_path / 'run'}"]
+    assert main(["--config", "tscan-mortality.yaml", "--dry-run", *words]) == 2
+    told = "one global batch takes 64 stays and the training part has 45; lower train.batch_size"
+    assert told in capfd.readouterr().err
+    assert main(["--config", "tscan-mortality.yaml", "--dry-run", *words, "train.batch_size=32"]) == 0
 
 
 def test_test_rows_change_nothing_that_is_learned() -> None:

@@ -25,6 +25,10 @@ def test_suggest():
     assert suggest("rmah", ["mha", "rmha"]) == "; did you mean 'rmha'? known: mha, rmha"
     assert suggest("xyz", ["mha"]) == "; known: mha"
     assert suggest("xyz", []) == "; there are none"
+    days = [f"p03 2020-01-{day:03d}" for day in range(1000)]
+    told = suggest("p03 2020-01-0077", days)  # no message of thousands of names
+    assert told.startswith("; did you mean 'p03 2020-01-077'? known: p03 2020-01-000, ")
+    assert told.endswith(", p03 2020-01-009, ... (1,000 in all)")
 
 
 def test_registry():
