@@ -185,10 +185,13 @@ def _options(choices: Any, where: str) -> dict[str, str]:
         found[letter[1]] = shown
     if sorted(found) != list(LETTERS[: len(choices)]):
         raise ValueError(f"{where}: options have the letters {', '.join(found)}, not A to {LETTERS[len(choices) - 1]}")
-    for letter, text in found.items():
-        again = next((other for other in found if other > letter and found[other] == text), None)
-        if again is not None:
-            raise ValueError(f"{where}: the options {letter} and {again} are the same text {text!r}; keep one of them")
+    first: dict[str, str] = {}
+    for name, text in sorted(found.items()):
+        if text in first:
+            raise ValueError(
+                f"{where}: the options {first[text]} and {name} are the same text {text!r}; keep one of them"
+            )
+        first[text] = name
     return dict(sorted(found.items()))
 
 

@@ -223,7 +223,8 @@ class ClinicalTask(CohortTask):
         fit = Fit()
         if not self.outcome.edges:
             fit = calibrate(self._validation[3].double().numpy(), logits[..., 0].double().numpy())
-        seen = StayCells(*(tensor[: self.options.explained] for tensor in self._validation[:3]))
+        cells_NTVC, statics_NS, hours_N, _ = (tensor[: self.options.explained] for tensor in self._validation)
+        seen = StayCells(cells_NTVC, statics_NS, hours_N)
         maps: dict[str, MapVerdict] = {}
         if len(seen) > 1:
             with judging(self.config, f"{len(seen):,} stays", passes(2)) as tick:
