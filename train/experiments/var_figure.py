@@ -20,6 +20,7 @@ def draw(values: dict[str, Values], directory: Path) -> list[Path]:
     axes[0].plot(numbers, [each["first"] for each in layers], "o-", markersize=3, label="first token")
     axes[0].plot(numbers, [each["others"] for each in layers], "o-", markersize=3, label="nearly all others")
     axes[0].set(xlabel="layer", ylabel="largest of the channels / root mean square", title="sinks by layer")
+    axes[0].locator_params(axis="x", integer=True)
     axes[0].legend(fontsize=8)
     arms = [name for name in values if name not in (SINKS, UNEDITED)]
     plain = np.array(values[UNEDITED]["right"], dtype=float)
