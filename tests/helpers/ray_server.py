@@ -40,8 +40,10 @@ class Running:
         self.errors: list[str] = []
         threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True).start()
         line = self.process.stdout.readline()
-        found = re.search(r"serving 'tiny'[^h]* on (http://127\.0\.0\.1:\d+)", line)
-        assert found, f"{line!r}, stderr: {''.join(self.errors)}"
+        found = re.search(r"serving 'tiny'.* on (http://127\.0\.0\.1:\d+)", line)
+        if not found:
+            self.process.kill()
+            raise AssertionError(f"{line!r}, stderr: {''.join(self.errors)}")
         self.url = found[1]
         self.curl = self.process.stdout.readline()
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
