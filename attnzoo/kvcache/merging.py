@@ -60,8 +60,8 @@ class D2OState(EvictingState):
         return False  # accumulated attention is added to
 
     def compressed(self) -> Entries:
-        counts = self.kept.merge_counts_BKP
-        return replace(super().compressed(), log_counts_BKS=None if counts is None else counts.clamp(min=1).log())
+        entries, counts = super().compressed(), self.kept.merge_counts_BKP
+        return entries if counts is None else replace(entries, log_counts_BKS=counts.clamp(min=1).log())
 
     def tail_columns(self, keys_BKSH: Tensor, values_BKSH: Tensor) -> dict[str, Tensor]:
         accumulated = self.accumulated_BKS[:, :, : keys_BKSH.shape[2]]
@@ -157,15 +157,14 @@ class MergingCache(EvictingCache):
         return {"thresholds_BK": threshold_BK.nan_to_num(nan=0.0), "has_threshold_BK": ~threshold_BK.isnan()}
 
     def _replaced(self, state: Any, now: StepInfo, choice: Choice, read: Decoded, score_function: ScoreFunction) -> Any:
-        kept, arriving = state.kept, now.leaving_columns(state.ring)
+        kept = state.kept
         if read.accumulated_BKS is not None:
             added_BKS = read.accumulated_BKS
             if now.active_B is not None:
                 added_BKS = added_BKS * now.active_B[:, None, None]
             kept.accumulated_BKP += added_BKS[:, :, : state.slots]
             state.ring.accumulated_BKR += added_BKS[:, :, state.slots :]
-            arriving["accumulated"] = now.leaving.take(state.ring.accumulated_BKR)
-        entries = state.compressed()
+        arriving, entries = now.leaving_columns(state.ring), state.compressed()
         for name, channels_BKC in (("keys", entries.channels_BKC), ("values", entries.value_channels_BKV)):
             if channels_BKC is not None:
                 arriving[name] = take_channels(arriving[name][:, :, None], channels_BKC)[:, :, 0]
