@@ -7,13 +7,11 @@ from train.tasks import PictureTask, build_task
 
 SCENES = ["image_size=32", "kinds=6", "smallest=8", "largest=12", "held_out_font=null"]
 TOWER = "{image_size: 32, patch_size: 8, model_dim: 16, num_layers: 1, attention: {num_heads: 2}}"
-DECODER = "{model_dim: 24, num_layers: 2, attention: {kind: mha, num_heads: 2}, max_positions: 96}"
-OWN = [
-    f"model.decoder={DECODER}",
-    "model.decoder.tie_embeddings=true",
-    "model.decoder.embedding_std=null",
-    "tokenizer.vocab_size=300",
-]
+DECODER = (
+    "{model_dim: 24, num_layers: 2, attention: {kind: mha, num_heads: 2}, max_positions: 96, "
+    "tie_embeddings: true, embedding_std: null}"
+)
+OWN = [f"model.decoder={DECODER}", "tokenizer.vocab_size=300"]
 
 
 def words(cache: Path, *overrides: str) -> list[str]:

@@ -91,11 +91,13 @@ def test_batches_are_the_same_however_ranks_share_them(task: PictureTask) -> Non
         assert torch.equal(half[2], two[2][2 * rank : 2 * rank + 2, :longest])
     assert not torch.equal(one[0], two[0])
     assert task.train.state() == {"used": 8}
-    images, tokens, targets, groups, _ = one
+    images, tokens, targets, groups, kinds, named = one
     assert images.dtype == torch.uint8
     assert images.shape == (4, 3, 32, 32)
     assert ((tokens == task.reader.begin[-1]).sum(1) == 16).all()
     assert (groups == -1).all()
+    assert kinds.shape == (4, 16)
+    assert named.shape == tokens.shape
     assert (targets != IGNORED).sum(1).min() >= 3 * 2  # three answers and their ends
 
 
