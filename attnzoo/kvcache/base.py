@@ -36,7 +36,7 @@ EMPTY = -1
 
 
 @dataclass(frozen=True)
-class Chunk:
+class NewTokens:
     """New tokens of every sequence: their queries, keys and values, and logical positions. counts_B: how many tokens of
     each row are real, the rest being right padding; None: all."""
 
@@ -283,7 +283,7 @@ class CachePolicy(ABC):
         """An empty cache with room for `capacity` tokens per sequence before `compress`."""
 
     @abstractmethod
-    def attend(self, state: Any, score_function: ScoreFunction, new: Chunk) -> tuple[Tensor, CacheState]:
+    def attend(self, state: Any, score_function: ScoreFunction, new: NewTokens) -> tuple[Tensor, CacheState]:
         """Adds the new keys and values, and attends: (o_BNTH, new state)."""
 
     def compress(self, layers: Sequence[CachedLayer], final: bool) -> list[CacheState]:

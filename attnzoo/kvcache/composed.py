@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CACHES, CacheSize, Chunk, ScoreFunction
+from attnzoo.kvcache.base import CACHES, CacheSize, NewTokens, ScoreFunction
 from attnzoo.kvcache.channels import best_channels, channel_scores, greedy_scores, kept_channels, squares
 from attnzoo.kvcache.d2o import D2OCache, D2OConfig
 from attnzoo.kvcache.entries import kept_columns, stored_norms
@@ -93,7 +93,7 @@ class D2OThinKCache(D2OCache):
             ),
         )
 
-    def read(self, state: Any, score_function: ScoreFunction, new: Chunk) -> tuple[Tensor, Any]:
+    def read(self, state: Any, score_function: ScoreFunction, new: NewTokens) -> tuple[Tensor, Any]:
         if self.thins and not state.decoding:
             seen = cc.last_queries(state.queries_BNWH, new.q_BNTH, new, self.window)
             state = replace(state, queries_BNWH=seen)

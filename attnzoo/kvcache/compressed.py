@@ -18,7 +18,7 @@ from attnzoo.kvcache.base import (
     CacheSize,
     CacheState,
     CacheView,
-    Chunk,
+    NewTokens,
     Occupied,
     ScoreFunction,
     attend_view,
@@ -119,19 +119,19 @@ class CompressingCache(CachePolicy):
         that there are once the prompt has ended."""
 
     @abstractmethod
-    def read(self, state: Any, score_function: ScoreFunction, new: Chunk) -> tuple[Tensor, CompressedState]:
+    def read(self, state: Any, score_function: ScoreFunction, new: NewTokens) -> tuple[Tensor, CompressedState]:
         """`attend`, for q, k and v in the dtype of the cache."""
 
     def init(self, size: CacheSize, capacity: int) -> CompressedState:
         return self.empty(size, tail=capacity)
 
-    def attend(self, state: Any, score_function: ScoreFunction, new: Chunk) -> tuple[Tensor, CompressedState]:
+    def attend(self, state: Any, score_function: ScoreFunction, new: NewTokens) -> tuple[Tensor, CompressedState]:
         check_chunk(new.k_BKTH)
         qkv, dtype = (new.q_BNTH, new.k_BKTH, new.v_BKTH), state.tail.keys_BKSH.dtype
         if torch.is_grad_enabled() and any(x.requires_grad for x in qkv):
             raise ValueError("a compressed cache has no gradients: extend under torch.no_grad(), or use cache=None")
         q, k, v = (x.to(dtype) for x in qkv)
-        out, state = self.read(state, score_function, Chunk(q, k, v, new.positions_BT, new.counts_B))
+        out, state = self.read(state, score_function, NewTokens(q, k, v, new.positions_BT, new.counts_B))
         return out.to(qkv[0].dtype), state
 
 
@@ -152,7 +152,7 @@ def least_kept(config: Any) -> int:
     return int(max(config.least, PAGE if config.min_tokens is None else config.min_tokens))
 
 
-def append(state: Any, new: Chunk) -> tuple[Any, CacheView]:
+def append(state: Any, new: NewTokens) -> tuple[Any, CacheView]:
     """Appends a chunk to the tail: (new state, view of the tail with logical positions)."""
     starts_B1, positions_BT = state.starts_B[:, None], new.positions_BT
     tail = state.tail
@@ -289,7 +289,7 @@ def _concatenated(first_BKS: Tensor, second_BKS: Tensor) -> Tensor:
     return torch.cat([first_BKS.expand(-1, heads, -1), second_BKS.expand(-1, heads, -1)], dim=2)
 
 
-def last_queries(before_BNWH: Tensor, q_BNTH: Tensor, new: Chunk, window: int) -> Tensor:
+def last_queries(before_BNWH: Tensor, q_BNTH: Tensor, new: NewTokens, window: int) -> Tensor:
     """The last real queries of before_BNWH followed by q_BNTH, those of a chunk, newest last: `window` of them, fewer
     where no sequence is as long. Shorter sequences have zeros in front."""
     width = before_BNWH.shape[2]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CachedLayer, CacheSize, CacheView, Chunk, ScoreFunction
+from attnzoo.kvcache.base import CachedLayer, CacheSize, CacheView, NewTokens, ScoreFunction
 from attnzoo.kvcache.budgets import asked_tokens
 from attnzoo.kvcache.compressed import CompressingCache
 from attnzoo.kvcache.entries import Kept, KeptState, kept_columns, packed
@@ -100,7 +100,7 @@ class EvictingCache(CompressingCache):
         """Called when the kept entries of a prompt are final: policies that prune channels do it here."""
         return state
 
-    def observed(self, state: Any, score_function: ScoreFunction, new: Chunk, view: CacheView) -> Any:
+    def observed(self, state: Any, score_function: ScoreFunction, new: NewTokens, view: CacheView) -> Any:
         """The state after a chunk whose queries read the kept entries and a view of the tail."""
         return state
 
@@ -148,7 +148,7 @@ class EvictingCache(CompressingCache):
         config = self.config
         return asked_tokens(lengths_B, config.ratio, config.max_tokens, cc.least_kept(config))
 
-    def read(self, state: Any, score_function: ScoreFunction, new: Chunk) -> tuple[Tensor, EvictingState]:
+    def read(self, state: Any, score_function: ScoreFunction, new: NewTokens) -> tuple[Tensor, EvictingState]:
         starts_B = new.positions_BT[:, 0]
         if not self.lossless and not state.decoding:
             # Whether a sequence whose prompt has ended exceeds its budget with this chunk.
@@ -165,7 +165,7 @@ class EvictingCache(CompressingCache):
         o_BNTH = cc.attend(state, score_function, new.q_BNTH, view, new.positions_BT)
         return o_BNTH, self.observed(state, score_function, new, view)
 
-    def _step(self, state: Any, score_function: ScoreFunction, new: Chunk, t: int) -> tuple[Tensor, EvictingState]:
+    def _step(self, state: Any, score_function: ScoreFunction, new: NewTokens, t: int) -> tuple[Tensor, EvictingState]:
         """(o_BN1H, state) for token t of each sequence; sequences without one keep their state.
 
         The new token enters the ring, attention reads `kept` and ring, and the oldest token of the ring takes the slot

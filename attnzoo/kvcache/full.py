@@ -14,7 +14,7 @@ from attnzoo.kvcache.base import (
     CacheSize,
     CacheState,
     CacheView,
-    Chunk,
+    NewTokens,
     Occupied,
     ScoreFunction,
     attend_view,
@@ -71,7 +71,9 @@ class FullCache(CachePolicy):
         shape = (capacity, size.head_dim)
         return FullCacheState(size.heads(*shape), size.heads(*shape), policy=self)
 
-    def attend(self, state: FullCacheState, score_function: ScoreFunction, new: Chunk) -> tuple[Tensor, FullCacheState]:
+    def attend(
+        self, state: FullCacheState, score_function: ScoreFunction, new: NewTokens
+    ) -> tuple[Tensor, FullCacheState]:
         state, view = append(state, new.k_BKTH, new.v_BKTH, new.positions_BT, new.counts_B)
         return attend_view(score_function, new.q_BNTH, view, new.positions_BT), state
 

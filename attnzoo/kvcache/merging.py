@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CacheSize, CacheView, Chunk, Need, ScoreFunction
+from attnzoo.kvcache.base import CacheSize, CacheView, Need, NewTokens, ScoreFunction
 from attnzoo.kvcache.budgets import moments
 from attnzoo.kvcache.channels import take_channels
 from attnzoo.kvcache.entries import Kept
@@ -110,7 +110,7 @@ class MergingCache(EvictingCache):
             "has_threshold_BK": size.heads(dtype=torch.bool) if merge else None,
         }
 
-    def observed(self, state: Any, score_function: ScoreFunction, new: Chunk, view: CacheView) -> D2OState:
+    def observed(self, state: Any, score_function: ScoreFunction, new: NewTokens, view: CacheView) -> D2OState:
         if self.lossless:
             return state
         seen, kept_slots = cc.joined(state, view), state.slots

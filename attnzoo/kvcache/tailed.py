@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.kvcache import compressed as cc
-from attnzoo.kvcache.base import CachedLayer, Chunk, ScoreFunction
+from attnzoo.kvcache.base import CachedLayer, NewTokens, ScoreFunction
 from attnzoo.kvcache.channels import condensed
 from attnzoo.kvcache.compressed import CompressedState, CompressingCache
 from attnzoo.kvcache.full import FullCacheState
@@ -29,7 +29,7 @@ class TailedCache(CompressingCache):
     def shrink(self, layer: CachedLayer) -> CompressedState:
         """The layer's state with all but the newest `window` tokens compressed."""
 
-    def read(self, state: Any, score_function: ScoreFunction, new: Chunk) -> tuple[Tensor, CompressedState]:
+    def read(self, state: Any, score_function: ScoreFunction, new: NewTokens) -> tuple[Tensor, CompressedState]:
         if new.tokens > 1 and self.one_by_one and not state.reading:
             return self._one_by_one(state, score_function, new)
         # Before the queries are updated: a pruning is scored by the queries before this chunk.
@@ -41,7 +41,7 @@ class TailedCache(CompressingCache):
         state, view = cc.append(state, new)
         return cc.attend(state, score_function, new.q_BNTH, view, new.positions_BT), state
 
-    def _one_by_one(self, state: Any, score_function: ScoreFunction, new: Chunk) -> tuple[Tensor, CompressedState]:
+    def _one_by_one(self, state: Any, score_function: ScoreFunction, new: NewTokens) -> tuple[Tensor, CompressedState]:
         outputs = []
         for t in range(new.tokens):
             q, k, v = (x[:, :, t : t + 1] for x in (new.q_BNTH, new.k_BKTH, new.v_BKTH))
@@ -50,7 +50,7 @@ class TailedCache(CompressingCache):
                 # A sequence whose tokens have ended stays at its length.
                 at_B = new.positions_BT[:, 0] + new.counts_B.clamp(max=t)
                 active_B = (new.counts_B > t).long()
-            out, state = self.read(state, score_function, Chunk(q, k, v, at_B[:, None], active_B))
+            out, state = self.read(state, score_function, NewTokens(q, k, v, at_B[:, None], active_B))
             outputs.append(out)
         return torch.cat(outputs, dim=2), state
 

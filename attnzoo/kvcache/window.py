@@ -18,7 +18,7 @@ from attnzoo.kvcache.base import (
     CacheSize,
     CacheState,
     CacheView,
-    Chunk,
+    NewTokens,
     Occupied,
     ScoreFunction,
     attend_view,
@@ -92,7 +92,7 @@ class WindowCache(CachePolicy):
         return self.nbytes(size, prompt + tokens)
 
     def attend(
-        self, state: WindowCacheState, score_function: ScoreFunction, new: Chunk
+        self, state: WindowCacheState, score_function: ScoreFunction, new: NewTokens
     ) -> tuple[Tensor, WindowCacheState]:
         check_chunk(new.k_BKTH)
         keys, values = new.k_BKTH, new.v_BKTH

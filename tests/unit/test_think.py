@@ -8,7 +8,7 @@ import torch
 from attnzoo.attention.parts.mixing import SoftmaxScoreFunction
 from attnzoo.attention.parts.position import NoPosition
 from attnzoo.kvcache import CacheSize, build_cache, compressed
-from attnzoo.kvcache.base import CachedLayer, Chunk
+from attnzoo.kvcache.base import CachedLayer, NewTokens
 from attnzoo.kvcache.channels import change_channels, channel_scores, condensed
 from attnzoo.kvcache.compressed import filled_tail
 from attnzoo.kvcache.think import output_scores
@@ -43,7 +43,7 @@ def tokens_of(rows):
 
 def fed(policy, state, queries, keys, values, first):
     positions = first + torch.arange(queries.shape[2])[None]
-    return policy.attend(state, READER, Chunk(queries, keys, values, positions))
+    return policy.attend(state, READER, NewTokens(queries, keys, values, positions))
 
 
 @pytest.mark.parametrize("mask", ["kept", "recomputed"])

@@ -17,7 +17,7 @@ from attnzoo.attention.edits.traits import NO_EDITING, SOFTMAX_EDITING, Editing
 from attnzoo.attention.parts.position import QKV, Position, visible_pairs
 from attnzoo.attention.parts.projection import Heads
 from attnzoo.kvcache import CachePolicy, CacheState, CacheView, FullCache, KVLayer, WindowCache
-from attnzoo.kvcache.base import Chunk, Need
+from attnzoo.kvcache.base import Need, NewTokens
 from attnzoo.kvcache.full import compressing
 from attnzoo.kvcache.state import State
 from attnzoo.ops.common.impl import Impl
@@ -304,7 +304,7 @@ class SoftmaxMixing(Mixing):
         if isinstance(state, SoftmaxContext):
             return self._read(q, state, positions_BT, score_function), state
         q, k = self.position.encode(q, k, positions_BT, score_function.impl)
-        new = Chunk(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), positions_BT, counts_B)
+        new = NewTokens(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), positions_BT, counts_B)
         out, after = state.policy.attend(state, score_function, new)
         return out, after
 
