@@ -16,7 +16,7 @@ from attnzoo.clinical.bootstrap import resampled_weights
 from attnzoo.clinical.calibration import Calibrator, fit_calibrator, fit_calibrators
 from attnzoo.clinical.calibration_rule import Fit, judged, too_few
 from attnzoo.clinical.explain import CellMap, Logit, StayCells, attention, integrated_gradients
-from attnzoo.clinical.faithfulness import Counted, faithfulness
+from attnzoo.clinical.faithfulness import Ticking, faithfulness
 from attnzoo.clinical.outcome import Outcome
 from attnzoo.models import EhrEncoder
 from attnzoo.types import build_config, checked
@@ -143,7 +143,7 @@ def judge_maps(
     model: EhrEncoder, outcome: Outcome, stays: StayCells, tick: Callable[[], object] = lambda: None
 ) -> dict[str, MapVerdict]:
     """Whether each map points at what the model uses, on these stays. tick: as of
-    `attnzoo.clinical.faithfulness.Counted`."""
+    `attnzoo.clinical.faithfulness.Ticking`."""
     logit = Logit(model, output=outcome.outputs // 2)
     maps: list[CellMap] = []
     found: dict[str, MapVerdict] = {}
@@ -152,7 +152,7 @@ def judge_maps(
             maps.append(explain(logit, stays))
         except ValueError as error:
             found[name] = MapVerdict(beats_random=None, words=f"{name} could not be measured: {error}")
-    for name, one in faithfulness(Counted(logit, tick), stays, maps).items():
+    for name, one in faithfulness(Ticking(logit, tick), stays, maps).items():
         found[name] = MapVerdict(beats_random=one.beats_random, words=f"On {len(stays)} stays {one.words}")
     return {name: found[name] for name in (GRADIENTS, ATTENTION)}
 

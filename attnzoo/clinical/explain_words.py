@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnzoo.clinical.evidence import ATTENTION, GRADIENTS, MapVerdict
 from attnzoo.clinical.explain import BATCH, TOLERANCE, CellMap, completed, quadrature
-from attnzoo.clinical.faithfulness import Counted, faithfulness
+from attnzoo.clinical.faithfulness import Ticking, faithfulness
 from attnzoo.clinical.trained_ldam import TrainedLdam
 from attnzoo.clinical.words import spans
 from attnzoo.models import Ldam, LdamInputs
@@ -167,7 +167,7 @@ def word_findings(cell_map: CellMap, trained: TrainedLdam, row: int, text: str, 
 
 def judge_word_maps(model: Ldam, texts: TextWords, tick: Callable[[], object] = lambda: None) -> dict[str, MapVerdict]:
     """Whether each map points at what the model uses, on these texts. What is explained of each is the label that
-    `texts` names. tick: as of `attnzoo.clinical.faithfulness.Counted`."""
+    `texts` names. tick: as of `attnzoo.clinical.faithfulness.Ticking`."""
     logit, found = LabelLogit(model), dict[str, MapVerdict]()
     maps = [word_attention(model, texts)]
     try:
@@ -175,7 +175,7 @@ def judge_word_maps(model: Ldam, texts: TextWords, tick: Callable[[], object] = 
     except ValueError as error:
         found[GRADIENTS] = MapVerdict(beats_random=None, words=f"{GRADIENTS} could not be measured: {error}")
     rarity_W = model.get_buffer("rarity_W") if model.config.skip else torch.ones(model.config.vocab_size)
-    for name, one in faithfulness(Counted(logit, tick), texts, maps, plain=word_rarity(rarity_W, texts)).items():
+    for name, one in faithfulness(Ticking(logit, tick), texts, maps, plain=word_rarity(rarity_W, texts)).items():
         words = one.words.replace("random cells", "random words").replace("at cells", "at words")
         found[name] = MapVerdict(beats_random=one.beats_random, words=f"On {len(texts)} texts {words}")
     return {name: found[name] for name in (GRADIENTS, ATTENTION)}

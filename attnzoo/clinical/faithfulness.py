@@ -49,7 +49,7 @@ class Explained(Protocol):
 
 
 @dataclass(frozen=True)
-class Counted:
+class Ticking:
     """A logit that calls `tick` once a pass over the stays."""
 
     logit: Explained
