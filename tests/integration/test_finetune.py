@@ -97,7 +97,7 @@ def test_all_weights(tiny: Path, source: Path) -> None:
     ("overrides", "message"),
     [
         (["checkpoint.adopt_model=true"], "checkpoint.adopt_model=true needs checkpoint.init_from"),
-        (["lora.rank=4"], "lora.rank needs checkpoint.init_from"),
+        (["lora.rank=4", "optim.name=adamw"], "lora.rank needs checkpoint.init_from"),
         ([*ADOPT, "lora.rank=4", "zero.stage=3"], "zero.stage=3 does not work with lora.rank"),
         ([*ADOPT, "lora.rank=4", "lora.targets=[querry]"], "lora.targets: 'querry' is no linear map of this model"),
         ([*ADOPT, "data.isolate_documents=true"], "data.isolate_documents=true needs a tokenizer"),
