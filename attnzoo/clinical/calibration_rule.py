@@ -6,7 +6,7 @@ as the model tells them, without an interval, where
 - there are fewer than `FOR_EACH_NUMBER` rows for each number, of a yes or no as many of either class: with fewer,
   the fit follows the accidents of single rows (the usual rule of ten events for each fitted number);
 - no temperature within `attnzoo.clinical.calibration.TEMPERATURES` is the best, so that a bound was taken: the classes
-  are separated, and any certainty fits them, or the logits rank them the wrong way round;
+  are separated, and any certainty fits them, or the logits rank them the wrong way round or are far too large;
 - more than `MOST_SEPARATED` of the bootstrap samples are separated: an end of the 95 % interval, which leaves out as
   many on either side, would be the bound's. Samples at the other bound stay: they make a model less sure, not more.
 """
@@ -56,7 +56,10 @@ def _without_best(found: Calibrator, drawn: Sequence[Calibrator]) -> str | None:
             f"(temperature at its bound {low:g})"
         )
     if found.temperature > high * (1 - NEAR):
-        return f"in the part that calibrates the logits do not rank the labels (temperature at its bound {high:g})"
+        return (
+            "in the part that calibrates the logits do not rank the labels, or are far too large "
+            f"(temperature at its bound {high:g})"
+        )
     lost = sum(map(_is_separated, drawn))
     if lost > MOST_SEPARATED * len(drawn):
         what = "bootstrap samples of the part that calibrates are separated"

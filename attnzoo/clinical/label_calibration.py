@@ -142,15 +142,19 @@ def fit_temperatures(labels_NK: Array, logits_NK: Array, weights_RN: Array) -> l
     """The temperature of greatest likelihood of a softmax, within `TEMPERATURES`, for each weighting of the rows.
 
     The likelihood is concave in s = 1 / temperature, and its slope is sum_n w_n (z_n,y - E_p z_n): the root is found by
-    halving. Raises ValueError for logits that are not finite, and for rows without exactly one label.
+    halving. Where every row's label has the largest logit there is no root, and the temperature is the least: it is not
+    left to the slope, which rounds to 0 where softmax rounds to 1. Raises ValueError for logits that are not finite,
+    and for rows without exactly one label.
     """
     if labels_NK.shape != logits_NK.shape or not (labels_NK.sum(axis=1) == 1).all():
         raise ValueError(f"labels {labels_NK.shape} must have exactly one 1 in each row, as logits {logits_NK.shape}")
     if not np.isfinite(logits_NK).all():
         raise ValueError("logits hold numbers that are not finite")
     of_label_N = (labels_NK * logits_NK).sum(axis=1)
-    low_R = np.full(len(weights_RN), 1.0 / TEMPERATURES[1])
+    largest_other_N = np.where(labels_NK == 1, -np.inf, logits_NK).max(axis=1)
+    separated_R = (weights_RN * (of_label_N <= largest_other_N)).sum(axis=1) == 0
     high_R = np.full(len(weights_RN), 1.0 / TEMPERATURES[0])
+    low_R = np.where(separated_R, high_R, 1.0 / TEMPERATURES[1])
     blocks = min(len(weights_RN), 1 + len(weights_RN) * logits_NK.size // NUMBERS_AT_ONCE)
     for _ in range(HALVINGS):
         s_R = (low_R + high_R) / 2

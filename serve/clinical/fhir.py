@@ -164,16 +164,18 @@ def _assessment(predictor: Predictor, intake: Intake, row: int, told: dict[str, 
             probability=told["probability"],
             method=f"attnzoo {predictor.name}, version {predictor.version}; research use only",
             basis=patient.basis,
-            rationale=_rationale(told),
+            rationale=_rationale(predictor, told),
         )
     )
 
 
-def _rationale(told: dict[str, Any]) -> str:
+def _rationale(predictor: Predictor, told: dict[str, Any]) -> str:
     if told["probability"] is None:
         return f"Not enough data for a number: {'; '.join(told['reasons'])}."
     known = told["coverage"]["measured"]
     parts = [f"Until hour {told['cutoff_hour']} of the stay, with {known:.1%} of the cells measured."]
     if told["low"] is not None:
         parts.append(f"95 % interval of the calibrated probability: {told['low']:.3f} to {told['high']:.3f}.")
+    else:
+        parts.append(f"No interval: {predictor.interval()[1]}.")
     return " ".join(parts)

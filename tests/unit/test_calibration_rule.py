@@ -53,7 +53,8 @@ def test_separated_stays_and_logits_that_rank_the_wrong_way_round() -> None:
         "(temperature at its bound 0.05)"
     )
     assert refused(labels, random.normal(size=200) - labels) == (
-        "in the part that calibrates the logits do not rank the labels (temperature at its bound 20)"
+        "in the part that calibrates the logits do not rank the labels, or are far too large "
+        "(temperature at its bound 20)"
     )
 
 
@@ -99,6 +100,23 @@ def test_labels_that_exclude_one_another() -> None:
     assert few.refused == ("the part that calibrates has 9 rows, and a fit needs 10",)
 
 
+@pytest.mark.parametrize("margin", [1.0, 3.0, 5.0, 12.0, 40.0])
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_exclusive_labels_that_are_separated_whatever_their_margin(margin: float, wrong: int) -> None:
+    """Also where softmax rounds to 1 long before the bound; and where one row of 300 is wrong, which a third of the
+    bootstrap samples leave out."""
+    random = np.random.default_rng(0)
+    rows = np.eye(3)[np.arange(300) % 3]
+    logits = margin * rows + 0.1 * random.normal(size=rows.shape)
+    labels = rows.copy()
+    labels[:wrong] = np.roll(labels[:wrong], 1, axis=1)
+    found = fit_label_calibration(labels, logits, exclusive=True)
+    assert found.calibrators == (None,)
+    assert found.drawn == ((),)
+    told = "any certainty fits the part" if not wrong else "bootstrap samples of the part that calibrates are separated"
+    assert told in str(found.refused[0])
+
+
 def test_an_answer_says_why_there_is_no_interval(tmp_path: Path) -> None:
     cohort = icu_cohort()
     path = export(tmp_path, small_trained(cohort))
@@ -107,6 +125,11 @@ def test_an_answer_says_why_there_is_no_interval(tmp_path: Path) -> None:
     (path / CONFIG).write_text(json.dumps({**content, "calibration": None}))
     with clinical_client(path) as client:
         reply = ask(client, request_of(cohort, [0]))
+        body = request_of(cohort, [0])
+        body["patients"][0] |= {"id": "s0", "admitted": "2026-03-01T08:00:00Z"}
+        risk = ask(client, body, headers={"accept": "application/fhir+json"})
+    said = risk["prediction"][0]["rationale"]
+    assert said.endswith(f"No interval: this model is not calibrated, and has no interval: {why}.")
     assert reply["interval"] is None
     assert reply["interval_reason"] == f"this model is not calibrated, and has no interval: {why}"
     (patient,) = reply["patients"]
