@@ -9,8 +9,9 @@ from attnzoo.clinical.trained_ldam import TrainedLdam
 
 
 def held_out(trained: TrainedModel | TrainedLdam, cohort: Cohort) -> np.ndarray:
-    """Rows of the cohort that the run left out, split as it did. Raises ValueError for another cohort than the run's,
-    also with other options (`trained.data`): its rows may be those that the model has learned from."""
+    """Rows of the cohort that the run left out, split as it did. Raises ValueError where ids or parts of the stays are
+    not the run's: rows may then be those that the model has learned from. Values are not compared, so load the data
+    with the run's options (`trained.data`)."""
     split = trained.split
     if "digest" not in split:
         raise ValueError("the export does not say how its run split the data; give one that a run has written")
