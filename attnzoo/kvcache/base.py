@@ -17,7 +17,7 @@ A variant says where it keeps keys and values (`StreamingAttention.kv_layers`), 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -147,9 +147,9 @@ def caches_of(node: Any) -> Iterator[CacheState]:
 def with_caches(node: S, new: Iterator[CacheState]) -> S:
     """The tree with the caches of `new`, in order, in place of its own."""
     if isinstance(node, CacheState):
-        return next(new)  # type: ignore[return-value]
+        return cast(S, next(new))
     if isinstance(node, tuple):
-        return tuple(with_caches(item, new) for item in node)  # type: ignore[return-value]
+        return cast(S, tuple(with_caches(item, new) for item in node))
     return rebuilt(node, lambda _, item: with_caches(item, new)) if isinstance(node, State) else node
 
 

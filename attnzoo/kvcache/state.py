@@ -63,7 +63,7 @@ class State:
 
     def columns(self) -> dict[str, Tensor]:
         """This node's own tensors by what they hold: "keys" for keys_BKPC."""
-        own = [(name, getattr(self, name)) for name in type(self).__dataclass_fields__]  # type: ignore[attr-defined]
+        own = [(name, getattr(self, name)) for name, _ in fields_of(type(self))]
         return {name.rpartition("_")[0]: x for name, x in own if isinstance(x, Tensor)}
 
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ class CompiledDecode:
 
     def _used(self, state: DecoderState) -> DecoderState:
         """Views of the slots that the longest row will fill."""
-        needed = int(state.layers[0].lengths_B.max()) + 1  # type: ignore[attr-defined]
+        needed = int(_lengths(state.layers[0]).max()) + 1
         used = -(-needed // BUCKET) * BUCKET
         if self._cut is None or self._cut[0]() is not state or self._cut[1] != used:
             self._check_policies(state)
@@ -200,9 +200,14 @@ def _mark_sizes(x_B1D: Tensor, state: State) -> None:
             torch._dynamo.mark_dynamic(tensor, axis, hint_override=EXPECTED_SLOTS)
 
 
+def _lengths(layer: State) -> Tensor:
+    """lengths_B, which the state of every layer with a cache has."""
+    return cast(Tensor, cast(Any, layer).lengths_B)
+
+
 def _ready_layer(layer: State) -> State:
     caches = list(caches_of(layer))
-    ready = [cache.policy.ready(cache, layer.lengths_B) for cache in caches]  # type: ignore[attr-defined]
+    ready = [cache.policy.ready(cache, _lengths(layer)) for cache in caches]
     return layer if all(map(operator.is_, ready, caches)) else with_caches(layer, iter(ready))
 
 

@@ -141,8 +141,8 @@ class Pair(MHA):
         super().__init__(config)
         self.second = MHA(config)
 
-    def parts(self) -> tuple[MHA, MHA]:
-        return super(), self.second  # type: ignore[return-value]
+    def parts(self) -> tuple[Any, MHA]:
+        return super(), self.second
 
     def kv_layers(self) -> tuple[KVLayer, ...]:
         return (super().kv_layers() + self.second.kv_layers())[: self.kept]

@@ -1,39 +1,55 @@
-"""`attnzoo case-study` without a server: texts that are cut or empty, judges who do not follow the form, and Ctrl-C."""
+"""`attnzoo case-study` at endpoints whose texts are cut or empty, whose judges do not follow the form, and Ctrl-C."""
 
 import json
+import signal
+import subprocess
+import sys
+import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from attnzoo.cli import main
 from attnzoo.clinical.case_study import SLEEP
-from scripts.exams.endpoint import Answer, Endpoint
+from tests.helpers.chat_endpoint import ChatEndpoint, chat_endpoint
 from tests.helpers.clinical_files import write_pmdata
+from tests.helpers.training import ROOT
 
 TAGS = [section.tag for section in SLEEP.sections]
 
 
 @pytest.fixture
-def words(tmp_path: Path) -> list[str]:
-    data = write_pmdata(tmp_path) / "pmdata"
-    stay = ["--stay", "p03 2020-01-09", "--days", "2", "--max-tokens", "9"]
-    return ["case-study", str(data), "--url", "http://127.0.0.1:9/v1", "--model", "m", *stay]
+def endpoint() -> Iterator[ChatEndpoint]:
+    with chat_endpoint() as found:
+        yield found
 
 
 @pytest.fixture
-def says(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Makes every endpoint say something to a prompt; what was asked is in the list."""
+def words(tmp_path: Path, endpoint: ChatEndpoint) -> list[str]:
+    data = write_pmdata(tmp_path) / "pmdata"
+    stay = ["--stay", "p03 2020-01-09", "--days", "2", "--max-tokens", "9"]
+    return ["case-study", str(data), "--url", endpoint.url, "--model", "m", *stay]
 
-    def set_answer(reply: Callable[[str], Answer]) -> list[str]:
+
+@pytest.fixture
+def says(endpoint: ChatEndpoint) -> Callable[..., list[str]]:
+    """Sets what the endpoint says to a prompt; texts for prompts with the words `cut` end at the limit of tokens. The
+    list holds what was asked."""
+
+    def set_answer(reply: Callable[[str], str], cut: str = "none at all") -> list[str]:
         asked: list[str] = []
 
-        def answer(self: Endpoint, prompt: str, **sampling: object) -> Answer:
+        def answer(request: dict[str, Any]) -> dict[str, Any]:
+            (message,) = request["messages"]
+            prompt = message["content"]
             asked.append(prompt)
-            return reply(prompt)
+            reason = "length" if cut in prompt else "stop"
+            return {"choices": [{"message": {"content": reply(prompt)}, "finish_reason": reason}]}
 
-        monkeypatch.setattr(Endpoint, "answer", answer)
+        endpoint.replies["/chat/completions"] = answer
         return asked
 
     return set_answer
@@ -50,9 +66,7 @@ def text_for(prompt: str) -> str:
 
 def test_a_section_that_was_cut_is_marked_and_not_judged(words, says, tmp_path, capsys) -> None:
     report, answers, insights = tmp_path / "r.json", tmp_path / "a.jsonl", SLEEP.sections[0].question
-    asked = says(
-        lambda prompt: Answer("Rating: 4") if is_judgement(prompt) else Answer(text_for(prompt), insights in prompt)
-    )
+    asked = says(lambda prompt: "Rating: 4" if is_judgement(prompt) else text_for(prompt), cut=insights)
     words += ["--rate", "likert", "--json", str(report), "--answers", str(answers)]
     for _ in range(2):  # the second time from the journal
         assert main(words) == 0
@@ -69,7 +83,7 @@ def test_a_section_that_was_cut_is_marked_and_not_judged(words, says, tmp_path, 
 
 def test_whole_sections_are_judged_each_and_together(words, says, tmp_path) -> None:
     report = tmp_path / "r.json"
-    asked = says(lambda prompt: Answer("Rating: 4" if is_judgement(prompt) else text_for(prompt)))
+    asked = says(lambda prompt: "Rating: 4" if is_judgement(prompt) else text_for(prompt))
     assert main([*words, "--rate", "likert", "--json", str(report)]) == 0
     content = json.loads(report.read_text())
     assert len(content["ratings"]) == 12 * 3 + 3
@@ -80,40 +94,57 @@ def test_whole_sections_are_judged_each_and_together(words, says, tmp_path) -> N
 
 def test_an_empty_answer_is_a_failed_request_and_asked_again(words, says, tmp_path, capsys) -> None:
     answers = tmp_path / "a.jsonl"
-    says(lambda prompt: Answer(""))
+    says(lambda prompt: "")
     assert main([*words, "--answers", str(answers)]) == 1
     error = capsys.readouterr().err
     assert "answered without a text; run it again, or raise --max-tokens, or take another model" in error
     assert f"'{answers}' keeps what was answered" in error
-    says(lambda prompt: Answer("A text."))
+    says(lambda prompt: "A text.")
     assert main([*words, "--answers", str(answers)]) == 0
 
 
 def test_a_judge_who_never_follows_the_form_is_told(words, says, capsys) -> None:
-    says(lambda prompt: Answer("Rating: 9" if is_judgement(prompt) else text_for(prompt)))
+    says(lambda prompt: "Rating: 9" if is_judgement(prompt) else text_for(prompt))
     assert main([*words, "--rate", "likert"]) == 1
     error = capsys.readouterr().err
     assert "none of the judge's 39 answers held a rating; the last one began 'Rating: 9'; name another judge" in error
 
 
-def test_ctrl_c_says_what_is_kept(words, says, tmp_path, capsys) -> None:
-    def interrupted(prompt: str) -> Answer:
-        raise KeyboardInterrupt
+def test_ctrl_c_says_what_is_kept(words, endpoint, tmp_path) -> None:
+    """Of a process of its own, while its endpoint thinks."""
+    path, asked, done = tmp_path / "a.jsonl", threading.Event(), threading.Event()
 
-    says(interrupted)
-    path = tmp_path / "a.jsonl"
-    with pytest.raises(KeyboardInterrupt):  # which the program turns into the exit status 130
-        main([*words, "--answers", str(path)])
-    assert f"stopped; '{path}' keeps what was answered; the same command goes on" in capsys.readouterr().err
+    def thinks(request: dict[str, Any]) -> dict[str, Any]:
+        asked.set()
+        done.wait(60)
+        return {"choices": [{"message": {"content": "Late."}}]}
+
+    endpoint.replies["/chat/completions"] = thinks
+    command = [sys.executable, "-m", "attnzoo", *words, "--answers", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    try:
+        assert asked.wait(120), process.communicate(timeout=60)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        done.set()
+        process.kill()
+        process.wait(10)
+    assert process.returncode == 130
+    assert f"stopped; '{path}' keeps what was answered; the same command goes on" in errors
+    assert "Traceback" not in errors
 
 
-def test_what_is_wrong_is_known_before_the_data_are_read(words, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("scripts.case_studies.cases.load_cohort", lambda *_, **__: pytest.fail("was read"))
+def test_what_is_wrong_is_known_before_the_data_are_read(words, endpoint, tmp_path, capsys) -> None:
+    """Data that cannot be read are not what is told."""
     (tmp_path / "x.jsonl").write_text("no journal\n")
-    words[words.index("--url") + 1] = "ftp://x"
+    (tmp_path / "damaged.tar.gz").write_text("no archive")
+    words[1] = str(tmp_path / "damaged.tar.gz")
+    at = words.index("--url") + 1
     assert main(words) == 2
+    assert "damaged.tar.gz" in capsys.readouterr().err
+    assert main([*words[:at], "ftp://x", *words[at + 1 :]]) == 2
     assert "must begin with http" in capsys.readouterr().err
-    words[words.index("--url") + 1] = "http://127.0.0.1:9/v1"
     assert main([*words, "--answers", str(tmp_path / "x.jsonl")]) == 2
     assert "is no journal of case studies" in capsys.readouterr().err
 

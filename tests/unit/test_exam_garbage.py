@@ -1,9 +1,7 @@
 """Exams whose endpoint, questions or journal hold garbage: nothing of it is counted as an answer of the model."""
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,53 +11,17 @@ from attnzoo.cli import main
 from scripts.exams.endpoint import Endpoint, EndpointError, RefusedError
 from scripts.exams.journal import Journal
 from scripts.exams.questions import read_questions
+from tests.helpers.chat_endpoint import ChatEndpoint, chat_endpoint
 
 URL = "http://127.0.0.1:9/v1"
 """Where nobody listens."""
 NAN = float("nan")
 
 
-class Garbage(HTTPServer):
-    """An endpoint. replies: what it answers by path: content, or a text that is sent as it stands; coding: what it says
-    of its coding."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Answer)
-        self.replies: dict[str, Any] = {"/models": {"data": [{"id": "m"}]}}
-        self.coding: str | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class _Answer(BaseHTTPRequestHandler):
-    server: Garbage
-
-    def do_GET(self) -> None:
-        found = self.server.replies[self.path.removeprefix("/v1")]
-        body = (found if isinstance(found, str) else json.dumps(found)).encode()
-        self.send_response(200)
-        self.send_header("content-length", str(len(body)))
-        if self.server.coding is not None:
-            self.send_header("content-encoding", self.server.coding)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["content-length"]))
-        self.do_GET()
-
-    def log_message(self, *_: Any) -> None:
-        """Tests have nothing to say."""
-
-
 @pytest.fixture
-def garbage() -> Iterator[Garbage]:
-    with Garbage() as found:
-        threading.Thread(target=found.serve_forever, args=(0.01,), daemon=True).start()
+def garbage() -> Iterator[ChatEndpoint]:
+    with chat_endpoint() as found:
         yield found
-        found.shutdown()
 
 
 def chat(message: Any) -> Any:
@@ -79,19 +41,19 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize(("content", "told"), GARBAGE, ids=[str(told) for _, told in GARBAGE])
-def test_garbage_is_no_answer(garbage: Garbage, content: Any, told: str) -> None:
+def test_garbage_is_no_answer(garbage: ChatEndpoint, content: Any, told: str) -> None:
     garbage.replies["/chat/completions"] = content
     with Endpoint(garbage.url) as endpoint, pytest.raises(RefusedError, match=told):
         endpoint.answer("?", temperature=0.0, max_tokens=1, seed=0)
 
 
-def test_an_answer_without_a_text_is_empty(garbage: Garbage) -> None:
+def test_an_answer_without_a_text_is_empty(garbage: ChatEndpoint) -> None:
     garbage.replies["/chat/completions"] = chat({"content": None, "refusal": "no"})
     with Endpoint(garbage.url) as endpoint:
         assert endpoint.answer("?", temperature=0.0, max_tokens=1, seed=0) == ("", False)
 
 
-def test_a_wrong_coding_is_tried_again(garbage: Garbage) -> None:
+def test_a_wrong_coding_is_tried_again(garbage: ChatEndpoint) -> None:
     with Endpoint(garbage.url, tries=2, wait_s=0.0) as endpoint:
         garbage.replies["/chat/completions"], garbage.coding = "not compressed", "gzip"
         with pytest.raises(EndpointError, match="failed 2 times"):
@@ -99,7 +61,7 @@ def test_a_wrong_coding_is_tried_again(garbage: Garbage) -> None:
 
 
 @pytest.mark.parametrize("value", [None, "x", "NaN", 1e4, True, [1]])
-def test_what_is_no_log_probability(garbage: Garbage, value: Any) -> None:
+def test_what_is_no_log_probability(garbage: ChatEndpoint, value: Any) -> None:
     garbage.replies["/completions"] = json.dumps({"choices": [{"logprobs": {"top_logprobs": [{"A": value, "B": -1}]}}]})
     if value == "NaN":
         garbage.replies["/completions"] = garbage.replies["/completions"].replace('"NaN"', "NaN")
@@ -116,7 +78,7 @@ def test_what_is_no_log_probability(garbage: Garbage, value: Any) -> None:
 @pytest.mark.parametrize(
     "models", [{"data": None}, {"data": 5}, {"data": [{"id": None}]}, {"data": {"a": {"id": "x"}}}]
 )
-def test_a_list_of_models_that_is_none(garbage: Garbage, models: Any) -> None:
+def test_a_list_of_models_that_is_none(garbage: ChatEndpoint, models: Any) -> None:
     garbage.replies["/models"] = models
     with pytest.raises(RefusedError, match="lists no models by their ids"):
         Endpoint(garbage.url)

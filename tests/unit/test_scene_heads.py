@@ -137,6 +137,23 @@ def test_a_frozen_language_model_learns_no_words(tmp_path: Path) -> None:
         load_config("vlm-smollm2.yaml", ["task.word_loss=0.1", f"cache_dir={tmp_path}"])
 
 
+def test_adapters_are_in_the_language_model_alone(tmp_path: Path) -> None:
+    """Tower, projector and heads train, and of the language model its adapters. Kills: adapters in the tower,
+    which freeze it."""
+    lm = serving.export(tmp_path / "lm", "mha", max_len=96)
+    own = [f"model.language_model={lm}", "model.projector={hidden: 20, grid: 2}", "model.dtype=float32"]
+    lora = ["lora={rank: 3, targets: [query, output]}", "task.patch_loss=0.5", "task.word_loss=0.1"]
+    task = prepared(tmp_path / "cache", *own, *lora, config="vlm-smollm2.yaml")
+    model = task.model()
+    task.add_adapters(model)
+    trains = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    names = {name for name, _ in model.named_parameters()}
+    inside = {name for name in names if name.startswith("trained.decoder.")}
+    assert trains - inside == names - inside
+    assert not any("lora" in name for name in names - inside)
+    assert trains & inside == {name for name in inside if ".lora_" in name} != set()
+
+
 @pytest.mark.parametrize(
     ("config", "given", "said"),
     [

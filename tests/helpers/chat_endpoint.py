@@ -1,0 +1,55 @@
+"""An endpoint of OpenAI's form over HTTP, which answers what a test wants."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+
+class ChatEndpoint(HTTPServer):
+    """replies: what it answers by path: content, a text that is sent as it stands, or a function of the request's
+    content that gives one of these. coding: what it says of its coding."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answer)
+        self.replies: dict[str, Any] = {"/models": {"data": [{"id": "m"}]}}
+        self.coding: str | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class _Answer(BaseHTTPRequestHandler):
+    server: ChatEndpoint
+
+    def do_GET(self) -> None:
+        self._answer(None)
+
+    def do_POST(self) -> None:
+        self._answer(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+
+    def _answer(self, request: Any) -> None:
+        reply = self.server.replies[self.path.removeprefix("/v1")]
+        found = reply(request) if callable(reply) else reply
+        body = (found if isinstance(found, str) else json.dumps(found)).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        if self.server.coding is not None:
+            self.send_header("content-encoding", self.server.coding)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Tests have nothing to say."""
+
+
+@contextmanager
+def chat_endpoint() -> Iterator[ChatEndpoint]:
+    """One that runs."""
+    with ChatEndpoint() as found:
+        threading.Thread(target=found.serve_forever, args=(0.01,), daemon=True).start()
+        yield found
+        found.shutdown()
