@@ -15,6 +15,7 @@ def entry() -> int:
             interrupts.end_in_order()
         return run()
     except KeyboardInterrupt:
+        interrupts.tell()
         return interrupts.INTERRUPTED
     finally:
         if is_asked:

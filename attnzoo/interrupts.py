@@ -4,19 +4,34 @@ A KeyboardInterrupt inside an import is lost if the imported package catches it,
 through C++. So there the handler ends the process.
 """
 
+import contextlib
 import os
 import signal
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
+_words = ""
+
+
+def say(words: str) -> None:
+    """Sets the line that Ctrl-C prints to stderr from now on; "": none. A command says here what it keeps."""
+    global _words
+    _words = words
+
+
+def tell() -> None:
+    """Prints the line that `say` has set, by no more than a system call: it may be within an import."""
+    if _words:
+        with contextlib.suppress(OSError):  # a full disk behind stderr changes no status
+            os.write(2, f"{_words}\n".encode("utf-8", "replace"))
 
 
 def end_at_once() -> bool:
-    """Makes Ctrl-C end this process at once, without a word: for the time in which there is nothing to put away. Does
-    nothing and returns False where something else handles it, or a shell has the command ignore it (cmd &)."""
+    """Makes Ctrl-C end this process at once: for the time in which there is nothing to put away. Does nothing and
+    returns False where something else handles it, or a shell has the command ignore it (cmd &)."""
     if signal.getsignal(signal.SIGINT) not in (signal.default_int_handler, _interrupt):
         return False
-    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    signal.signal(signal.SIGINT, lambda *_: _end())
     return True
 
 
@@ -27,8 +42,13 @@ def end_in_order() -> None:
 
 def _interrupt(number: int, frame: object) -> None:
     if _imports(frame):
-        os._exit(INTERRUPTED)
+        _end()
     raise KeyboardInterrupt
+
+
+def _end() -> None:
+    tell()
+    os._exit(INTERRUPTED)
 
 
 def _imports(frame: object) -> bool:

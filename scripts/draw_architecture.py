@@ -18,7 +18,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "architecture.svg"
 TOGETHER = {
-    "foundations": ("interrupts", "errors", "files", "settings", "gguf_file", "types", "derived_memory", "registry"),
+    "foundations": (
+        "interrupts",
+        "errors",
+        "files",
+        "settings",
+        "texts",
+        "gguf_file",
+        "types",
+        "derived_memory",
+        "registry",
+    ),
     "reports": ("report", "intervals", "progress", "figures", "workers"),
     "front door": ("generation", "language_model", "loading"),
 }

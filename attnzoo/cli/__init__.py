@@ -21,7 +21,7 @@ import attnzoo
 from attnzoo import apps
 from attnzoo.cli.outputs import check_outputs
 from attnzoo.errors import ChangedSourceWarning, OutputError, complain, suggest
-from attnzoo.interrupts import INTERRUPTED
+from attnzoo.interrupts import INTERRUPTED, tell
 from attnzoo.report import run_command
 
 PROGRAM = "attnzoo"
@@ -226,6 +226,7 @@ def entry() -> int:
     try:
         return run_command(main)
     except KeyboardInterrupt:
+        tell()
         return INTERRUPTED
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.rubric import CaseText
 from attnzoo.clinical.variables import VARIABLES
+from attnzoo.texts import is_blank
 
 Writer = Callable[[str], str]
 """From the prompt of a section to its text."""
@@ -123,7 +124,7 @@ def write_case(study: CaseStudy, case_id: str, data: str, write: Writer) -> Case
     written: dict[str, str] = {}
     for section in study.sections:
         text = write(study.prompt(section, data, written)).strip()
-        if not text:
+        if is_blank(text):
             raise ValueError(f"case {case_id!r}: the section {section.tag!r} came without a text")
         written[section.tag] = text
     return CaseText(case_id, data, written)

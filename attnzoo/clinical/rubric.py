@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from attnzoo.errors import suggest
+from attnzoo.texts import is_blank
 
 Judge = Callable[[str], str]
 """From a prompt to an answer."""
@@ -98,24 +99,27 @@ BARE = {
 
 @dataclass(frozen=True)
 class CaseText:
-    """A case: its data, and the sections of the text about it, by tag ("insights", "etiology", ...). cut: tags of
-    sections that ended at a limit of tokens, perhaps within a sentence: they are not judged, nor is the whole."""
+    """A case: its data, and the sections of the text about it, by tag ("insights", "etiology", ...). cut: how sections
+    ended that did not end by themselves ("length": at a limit of tokens), by tag, perhaps within a sentence: they are
+    not judged, nor is the whole."""
 
     id: str
     data: str
     sections: Mapping[str, str]
-    cut: tuple[str, ...] = ()
+    cut: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Rating:
-    """One judgement. tag: the section, or "overall". value None: the answer held no rating."""
+    """One judgement. tag: the section, or "overall". value None: the answer held no rating, or was cut. ended: how the
+    answer ended; one that did not end by itself ("stop") has no rating, because the last one counts."""
 
     case_id: str
     tag: str
     principle: str
     value: int | None
     answer: str
+    ended: str = "stop"
 
 
 @dataclass
@@ -179,7 +183,7 @@ def _check(cases: Sequence[CaseText]) -> None:
         unknown = next((tag for tag in case.cut if tag not in case.sections), None)
         if unknown is not None:
             raise ValueError(f"case {case.id!r}: cut names {unknown!r}, and there is no such section")
-        empty = next((tag for tag, text in case.sections.items() if not text.strip()), None)
+        empty = next((tag for tag, text in case.sections.items() if is_blank(text)), None)
         if empty is not None:
             raise ValueError(f"case {case.id!r}: section {empty!r} is empty")
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from attnzoo import interrupts
 from attnzoo.cli.outputs import OutputFile
 
 EXAMPLES = """examples:
@@ -13,9 +14,9 @@ EXAMPLES = """examples:
 Each section is written with the sections before it in view: insights, etiology and recommendations of a sleep study;
 training load, sleep, health metrics and assessment of a fitness study. --rate asks for every principle of the rubric;
 a model that judges its own texts flatters them, so name another with --judge-url. Nothing here is medical advice.
-A section that ends at --max-tokens is marked as cut and not judged. Exit status: 1 if a request failed or came back
-without a text, and where no answer of the judge held a rating; with --answers the next run, as one after Ctrl-C, asks
-only for what is missing.
+A section that does not end by itself (at --max-tokens, by a filter, by a call) is marked as cut and not judged, and a
+judge's answer that does not holds no rating. Exit status: 1 if a request failed or came back without a text, and where
+nothing was rated; with --answers the next run, as one after Ctrl-C, asks only for what is missing.
 """
 
 
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Writes the cases; returns the exit status. Raises ValueError."""
+    interrupts.say("attnzoo case-study: stopped before anything was asked")
     from scripts.case_studies.cases import carry_out
 
     return carry_out(options)

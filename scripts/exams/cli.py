@@ -2,24 +2,29 @@
 
 import argparse
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from attnzoo import interrupts
 from attnzoo.cli.outputs import OutputFile
+from attnzoo.errors import complain
 from attnzoo.files import user_path
 from attnzoo.report import Report
 
+KEEP = "--answers FILE keeps what was answered"
 EXAMPLES = """examples:
   attnzoo exam questions.csv --url http://127.0.0.1:8000/v1
   attnzoo exam questions.csv --url http://127.0.0.1:8000/v1 --rounds 5 --temperature 0.7 --answers answers.jsonl
   attnzoo exam questions.jsonl --url http://127.0.0.1:8000/v1 --mode letters --orders 4 --json exam.json
 
 A question has a text, choices (an object from letters to texts, or a list) and an answer (a letter). Of an answer the
-last letter that it marks counts; without one, and with several at once, it is wrong, and counted as unread. A request
-that fails is counted apart, and asked again by the next run with the same --answers. low and high: Wilson's interval of
-95 %. orders_agree: questions that get the same option in every order of their options. Exit status: 1 if a request
-failed as often as it was tried; 2, without a result, after wrong usage, for an endpoint that does not list its models,
-and for one that refuses a request or answers without OpenAI's interface.
+last letter that it marks counts; without one, with several at once, and where the answer did not end by itself (cut),
+it is wrong, and counted as unread. A request that fails is counted apart, and asked again by the next run with the same
+--answers. low and high: Wilson's interval of 95 %. orders_agree: questions that get the same option in every order of
+their options. Exit status: 1 if a request failed as often as it was tried, and where no answer can be read; 2, without
+a result, after wrong usage, for an endpoint that does not list its models, and for one that refuses a request or
+answers without OpenAI's interface.
 """
 
 
@@ -58,8 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Gives the exam and prints the results; returns the exit status. Raises ValueError."""
+    interrupts.say("attnzoo exam: stopped before anything was asked")
     from scripts.exams.endpoint import Endpoint
-    from scripts.exams.exam import Settings, fingerprint, rows, take
+    from scripts.exams.exam import Settings, fingerprint, rows, take, unread_answers
     from scripts.exams.journal import Journal
     from scripts.exams.questions import read_questions
 
@@ -83,12 +89,30 @@ def run(options: argparse.Namespace) -> int:
     with Endpoint(options.url, model=options.model, key=key_from(options.key_variable, "--key-variable")) as endpoint:
         kept = {"exam": fingerprint(everything), "model": endpoint.model, **asdict(settings)}
         with Journal(options.answers, kept) as journal:
+            interrupts.say(f"attnzoo exam: {stopped(options.answers)}")
             answered = take(endpoint, questions, settings, journal, options.parallel)
+    interrupts.say("")
     report.rows += rows(answered, settings)
     report.print_table()
     if options.json:
         report.write(options.json)
+    told, status = unread_answers(answered, settings.tokens, options.answers)
+    if status:
+        return complain("attnzoo exam", told, status)
+    if told:
+        print(told, file=sys.stderr)
     return 1 if any(each.failed for each in answered) else report.exit_status()
+
+
+def stopped(answers: Path | None) -> str:
+    """What Ctrl-C leaves, in words. answers: the file that keeps them."""
+    again = "; the same command goes on from there" if answers else ""
+    return f"stopped; {kept(answers)}{again}"
+
+
+def kept(answers: Path | None) -> str:
+    """Whether answers are kept, in words."""
+    return f"'{answers}' keeps what was answered" if answers else f"nothing is kept: only {KEEP}"
 
 
 def key_from(variable: str | None, option: str) -> str:

@@ -5,7 +5,10 @@ the server refuses, a wrong key) raises `RefusedError` at once.
 """
 
 import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -24,11 +27,31 @@ class RefusedError(ValueError):
     """The endpoint refuses a request, or answers what its interface does not have; trying again would not help."""
 
 
+STOP, LENGTH, UNSAID = "stop", "length", "unsaid"
+"""How answers end: by themselves; at the limit of tokens; the endpoint does not say."""
+LONGEST_REASON = 40
+
+
 class Answer(NamedTuple):
-    """text: of a chat model. is_cut: whether it ended at the limit of tokens, perhaps within a sentence."""
+    """text: of a chat model. ended: the endpoint's `finish_reason`. Only an answer that ended by "stop" is whole: what
+    follows may have been stopped, filtered, or be a call, and its last word is nobody's."""
 
     text: str
-    is_cut: bool = False
+    ended: str = STOP
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it did not end by itself, perhaps within a sentence."""
+        return self.ended != STOP
+
+    def entry(self) -> dict[str, str]:
+        """For a journal."""
+        return {"text": self.text, **({"ended": self.ended} if self.is_cut else {})}
+
+    @classmethod
+    def of_entry(cls, entry: Mapping[str, Any]) -> "Answer":
+        """What `entry` gave. Journals of before have "cut" for the limit of tokens and no other end."""
+        return cls(str(entry["text"]), str(entry.get("ended", LENGTH if entry.get("cut") else STOP)))
 
 
 @dataclass
@@ -88,7 +111,12 @@ class Endpoint:
             raise RefusedError(
                 f"{self.url} answered with a {type(text).__name__}, not a text; is it OpenAI's interface?"
             )
-        return Answer(text or "", choice.get("finish_reason") == "length")
+        ended = choice.get("finish_reason")
+        if not isinstance(ended, str | None):
+            raise RefusedError(
+                f"{self.url} answered with a {type(ended).__name__} as 'finish_reason'; is it OpenAI's interface?"
+            )
+        return Answer(text or "", (ended or UNSAID)[:LONGEST_REASON])
 
     def next_tokens(self, prompt: str, count: int) -> dict[str, float]:
         """Log probabilities of the likeliest next tokens of a text, by token. Raises EndpointError and RefusedError."""
@@ -162,6 +190,21 @@ class Endpoint:
             told = "an empty list" if listed == [] else f"a {type(listed).__name__}"
             raise RefusedError(f"{self.url} answered with {told} as {name!r}; is it OpenAI's interface?")
         return listed[0]
+
+
+def told_ends(ends: Iterable[str]) -> str:
+    """How cut answers ended, the most frequent first: "'length'", or "3 by 'length', 1 by 'content_filter'"."""
+    counts = Counter(ends).most_common()
+    return repr(counts[0][0]) if len(counts) == 1 else ", ".join(f"{count:,} by {end!r}" for end, count in counts)
+
+
+def way_out(ends: Iterable[str], most: int, answers: Path | None) -> str:
+    """What helps against cut answers. most: the limit of tokens. answers: the file that keeps them, which refuses
+    another limit."""
+    if set(ends) != {LENGTH}:
+        return "take another --model"
+    other = f", and name another --answers: '{answers}' belongs to this limit" if answers else ""
+    return f"raise --max-tokens={most}{other}"
 
 
 def is_logprob(value: Any) -> bool:

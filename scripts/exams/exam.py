@@ -3,15 +3,20 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any, Literal
 
 from attnzoo.intervals import wilson
 from attnzoo.progress import Progress
+from attnzoo.report import counted
 from scripts.exams.answers import likeliest, read_letter, vote
-from scripts.exams.endpoint import Endpoint, EndpointError, RefusedError
+from scripts.exams.endpoint import Answer, Endpoint, EndpointError, RefusedError, told_ends, way_out
 from scripts.exams.journal import Journal
 from scripts.exams.questions import Question
 
@@ -53,12 +58,14 @@ class Settings:
 @dataclass
 class Answered:
     """What came of one question. by_order: the answers' letters as the file has them, for each order and round; None
-    for an answer without a letter of the question. failed: requests without an answer."""
+    for an answer without a letter of the question, and for one that was cut: the last letter counts, and of a cut
+    answer nobody knows the last one. cut: how those ended. failed: requests without an answer."""
 
     question: Question
     by_order: dict[int, list[str | None]] = field(default_factory=dict)
     texts: set[str] = field(default_factory=set)
     failed: int = 0
+    cut: list[str] = field(default_factory=list)
 
     @property
     def letter(self) -> str | None:
@@ -80,7 +87,8 @@ def take(
     endpoint: Endpoint, questions: Sequence[Question], settings: Settings, journal: Journal, parallel: int
 ) -> list[Answered]:
     """Asks what the journal does not have yet, `parallel` requests at a time. What failed is not entered, so that it is
-    asked again by the next run. Raises ValueError where the endpoint refuses the first request."""
+    asked again by the next run. Ctrl-C waits for no answer. Raises ValueError where the endpoint refuses the first
+    request."""
     if parallel < 1:
         raise ValueError(f"parallel={parallel} must be at least 1")
     asked = [
@@ -95,15 +103,11 @@ def take(
     def ask(key: str, question: Question, turn: int) -> None:
         journal.add(key, _asked(endpoint, question, settings, turn))
 
-    with ThreadPoolExecutor(parallel) as pool:
-        try:
-            for wave in (left[:1], left[1:]):  # a wrong name or key is known after one request
-                for done in as_completed([pool.submit(ask, *each) for each in wave]):
-                    failures += _failed(done, may_be_refused=wave != left[:1])
-                    progress.add(1, f"{failures} failed" if failures else "")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    for wave in (left[:1], left[1:]):  # a wrong name or key is known after one request
+        with closing(_side_by_side([partial(ask, *each) for each in wave], parallel)) as ended:
+            for error in ended:
+                failures += _failed(error, may_be_refused=wave != left[:1])
+                progress.add(1, f"{failures} failed" if failures else "")
     progress.close()
     return results(questions, settings, journal)
 
@@ -120,7 +124,8 @@ def results(questions: Sequence[Question], settings: Settings, journal: Journal)
                 if entry is None:
                     answered.failed += 1
                     continue
-                letter = _letter(entry, asked)
+                letter, end = _letter(entry, asked)
+                answered.cut += [end] if end else []
                 answered.by_order.setdefault(order, []).append(letter and asked.original(letter))
                 if order == 0:
                     answered.texts.add(json.dumps(entry.get("text") or entry.get("next_tokens")))
@@ -151,6 +156,7 @@ def _row(name: str, answered: Sequence[Answered], settings: Settings) -> dict[st
         "high": high,
         "answers": len(given),
         "unread": given.count(None),
+        "cut": sum(len(each.cut) for each in answered),
         "failed": sum(each.failed for each in answered),
     }
     if settings.rounds > 1:
@@ -159,6 +165,22 @@ def _row(name: str, answered: Sequence[Answered], settings: Settings) -> dict[st
     if settings.orders > 1:
         row["orders_agree"] = sum(each.agrees for each in counted)
     return row
+
+
+def unread_answers(answered: Sequence[Answered], most: int, path: Path | None) -> tuple[str, int]:
+    """(what is wrong with answers and the way out, in words; exit status): that some were cut, or, with status 1, that
+    none can be read. "" where neither is so. most, path: as of `scripts.exams.endpoint.way_out`."""
+    given = [letter for each in answered for letters in each.by_order.values() for letter in letters]
+    cut = [end for each in answered for end in each.cut]
+    were = f"{'was' if len(cut) == 1 else 'were'} cut ({told_ends(cut)})" if cut else ""
+    way = way_out(cut, most, path)
+    if given and not any(given):
+        also = f"; {len(cut):,} {were}" if cut else ""
+        none = "none of the {:,} answers" if len(given) > 1 else "not the one answer"
+        return f"{none.format(len(given))} holds a letter that can be read{also}; {way}", 1
+    if not cut:
+        return "", 0
+    return f"{counted(len(cut), 'answer')} {were}, and {'counts' if len(cut) == 1 else 'count'} as unread; {way}", 0
 
 
 def fingerprint(questions: Iterable[Question]) -> str:
@@ -173,18 +195,53 @@ def _asked(endpoint: Endpoint, question: Question, settings: Settings, turn: int
     answer = endpoint.answer(
         question.prompt(), temperature=settings.temperature, max_tokens=settings.tokens, seed=settings.seed + turn
     )
-    return {"text": answer.text, **({"cut": True} if answer.is_cut else {})}
+    return answer.entry()
 
 
-def _letter(entry: dict[str, Any], question: Question) -> str | None:
+def _letter(entry: dict[str, Any], question: Question) -> tuple[str | None, str]:
+    """(the letter, how the answer was cut; "" for a whole one)."""
     if "next_tokens" in entry:
-        return likeliest(entry["next_tokens"], question.options)
-    return read_letter(entry["text"], question.options)
+        return likeliest(entry["next_tokens"], question.options), ""
+    answer = Answer.of_entry(entry)
+    return (None, answer.ended) if answer.is_cut else (read_letter(answer.text, question.options), "")
 
 
-def _failed(done: Future[None], *, may_be_refused: bool) -> bool:
+def _side_by_side(jobs: Sequence[Callable[[], None]], threads: int) -> Iterator[BaseException | None]:
+    """What each job raised, or None, as they end. Closed early, it begins no further job and waits for none: its
+    threads, unlike a pool's, do not keep the process from ending while an endpoint hangs."""
+    waiting: SimpleQueue[Callable[[], None]] = SimpleQueue()
+    ended: SimpleQueue[BaseException | None] = SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+
+    def work() -> None:
+        while True:
+            try:
+                job = waiting.get_nowait()
+            except Empty:
+                return
+            try:
+                job()
+            except BaseException as error:
+                ended.put(error)
+            else:
+                ended.put(None)
+
+    try:
+        for _ in range(min(threads, len(jobs))):
+            Thread(target=work, daemon=True).start()
+        for _ in jobs:
+            yield ended.get()
+    finally:
+        while not waiting.empty():
+            try:
+                waiting.get_nowait()
+            except Empty:
+                break
+
+
+def _failed(error: BaseException | None, *, may_be_refused: bool) -> bool:
     """Whether a request failed for a reason that concerns it alone. Raises every other error."""
-    error = done.exception()
     if error is None:
         return False
     if isinstance(error, EndpointError) or (may_be_refused and isinstance(error, RefusedError)):

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from attnzoo.files import read_text, write_atomic
-from scripts.exams.endpoint import is_logprob
+from scripts.exams.endpoint import STOP, is_logprob
 
 MAX_BYTES = 1 << 30
 
@@ -24,7 +24,7 @@ class Journal:
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any], what: str = "an exam") -> None:
         self.entries: dict[str, dict[str, Any]] = {}
-        self._lock, self._file = threading.Lock(), -1
+        self.path, self._lock, self._file = path, threading.Lock(), -1
         if path is None:
             return
         lines = _read(path, what) if path.exists() else []
@@ -41,9 +41,10 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        with self._lock:  # a thread may still add what came late
+            if self._file >= 0:
+                os.close(self._file)
+                self._file = -1
 
     def add(self, key: str, entry: Mapping[str, Any]) -> None:
         """Keeps an entry. Threads may call it side by side."""
@@ -81,9 +82,10 @@ def _read(path: Path, what: str) -> list[dict[str, Any]]:
 
 
 def _is_entry(line: Mapping[str, Any]) -> bool:
-    """Whether a line has a key, and an answer: a text, or log probabilities by token."""
+    """Whether a line has a key, and an answer: a text and how it ended, or log probabilities by token."""
     tokens = line.get("next_tokens")
-    is_answer = isinstance(line.get("text"), str) or (
+    is_text = isinstance(line.get("text"), str) and isinstance(line.get("ended", STOP), str)
+    is_answer = (is_text and isinstance(line.get("cut", False), bool)) or (
         isinstance(tokens, dict) and all(map(is_logprob, tokens.values()))
     )
     return isinstance(line.get("key"), str) and is_answer

@@ -4,6 +4,7 @@ import ast
 import csv
 import io
 import json
+import math
 import random
 import re
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 from attnzoo.errors import suggest
 from attnzoo.files import read_text, unique_keys
+from attnzoo.texts import is_blank
 
 GROUP = "domain"
 """The column of groups where none is named; a file need not have it."""
@@ -144,19 +146,24 @@ def _question(row: Mapping[str, Any], number: int, where: str, group: str) -> Qu
     stem = _text(row["question"], "question", where)
     inside = FIRST_OPTION.search(stem)
     stem = stem[: inside.start()].strip() if inside else stem
-    if not stem:
+    if is_blank(stem):
         raise ValueError(f"{where} has no text before its options")
     return Question(
-        id=_text(row.get("id") or number, "id", where),
+        id=_text(number if row.get("id") in (None, "") else row["id"], "id", where),
         stem=stem,
         options=options,
         answer=letter[1],
-        group=_text(row.get(group) or "", group, where),
+        group=_text("" if row.get(group) is None else row[group], group, where),
     )
 
 
 def _text(value: Any, what: str, where: str) -> str:
-    """A text or a number as a text. Raises ValueError."""
+    """A text or a number as a text. Raises ValueError, also for yes and no, of which nobody knows how the file's author
+    would write them."""
+    if isinstance(value, bool):
+        raise ValueError(f"{where}: {what} is {value}, not a text; write it in quotes")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: {what} is {value}, not a number that there is; write it in quotes")
     try:
         if isinstance(value, str | int | float):
             return str(value).strip().encode("utf-8").decode("utf-8")
@@ -180,7 +187,7 @@ def _options(choices: Any, where: str) -> dict[str, str]:
     for name, text in choices.items():
         letter = LETTER.fullmatch(str(name).strip())
         shown = _text(text, f"option {name!r}", where)
-        if letter is None or not shown or letter[1] in found:
+        if letter is None or is_blank(shown) or letter[1] in found:
             raise ValueError(f"{where}: option {name!r} must have a letter and a text, and no other that letter")
         found[letter[1]] = shown
     if sorted(found) != list(LETTERS[: len(choices)]):

@@ -34,6 +34,7 @@ ORDER = [
     "language_model",
     "loading",
     "intervals",
+    "texts",
     "report",
     "progress",
     "figures",

@@ -1,11 +1,16 @@
 """An endpoint of OpenAI's form over HTTP, which answers what a test wants."""
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
+
+from tests.helpers.training import ROOT
 
 
 class ChatEndpoint(HTTPServer):
@@ -53,3 +58,28 @@ def chat_endpoint() -> Iterator[ChatEndpoint]:
         threading.Thread(target=found.serve_forever, args=(0.01,), daemon=True).start()
         yield found
         found.shutdown()
+
+
+def stopped(endpoint: ChatEndpoint, words: list[str], path: str) -> str:
+    """What a command says on stderr after Ctrl-C while the endpoint thinks about a request for `path`. The command is a
+    process of its own; its status must be 130, and it must not wait for the endpoint."""
+    asked, done = threading.Event(), threading.Event()
+
+    def thinks(_: Any) -> Any:
+        asked.set()
+        done.wait(60)
+        return {}
+
+    endpoint.replies[path] = thinks
+    process = subprocess.Popen([sys.executable, "-m", "attnzoo", *words], cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    try:
+        assert asked.wait(120), process.communicate(timeout=60)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=50)
+        assert not done.is_set()
+    finally:
+        done.set()
+        process.kill()
+        process.wait(10)
+    assert process.returncode == 130, errors
+    return errors

@@ -130,7 +130,8 @@ def test_a_rubric_is_judged_over_an_endpoint(served):
 
 
 def test_the_command(tmp_path, capsys):
-    """The model always says B: of A, B, C, D, A, B two are right, and no question has one answer in all orders."""
+    """The model always says B: of A, B, C, D, A, B two are right, and no question has one answer in all orders. In a
+    chat it never ends by itself, so that no letter of it counts."""
     file, report = tmp_path / "q.jsonl", tmp_path / "report.json"
     lines = [
         {"question": q.stem, "choices": dict(q.options), "answer": q.answer, "domain": "odd" if n % 2 else "even"}
@@ -141,12 +142,14 @@ def test_the_command(tmp_path, capsys):
     answers = ["--answers", str(tmp_path / "answers.jsonl")]
     with running("mha", words=chat_tokenizer(), max_batched_tokens=64) as (url, owner):
         says_always(owner.engine.model, chat_tokenizer().encode("B")[-1])
-        words = ["exam", str(file), "--url", f"{url}/v1", "--max-tokens", "1", "--orders", "3", "--json", str(report)]
-        assert main([*words, *answers]) == 0
-        assert main(["exam", str(file), "--url", f"{url}/v1", "--mode", "letters", "--parallel", "1"]) == 0
-        assert main([*words, *answers, "--rounds", "2", "--temperature", "1"]) == 2
-        assert "belongs to an exam with rounds=1, not 2" in capsys.readouterr().err
-        assert main([*words, *answers, "--limit", "2"]) == 0  # nothing is asked again
+        words = ["exam", str(file), "--url", f"{url}/v1", "--json", str(report)]
+        assert main([*words, "--max-tokens", "1"]) == 1
+        assert "none of the 6 answers holds a letter that can be read; 6 were cut" in capsys.readouterr().err
+        words += ["--mode", "letters", *answers]
+        assert main([*words, "--orders", "3"]) == 0
+        assert main([*words, "--orders", "2"]) == 2
+        assert "belongs to an exam with orders=3, not 2" in capsys.readouterr().err
+        assert main([*words, "--orders", "3", "--limit", "2", "--parallel", "1"]) == 0  # nothing is asked again
     rows = json.loads(report.read_text("utf-8"))["rows"]
     assert [(row["questions"], row["answered"], row["right"], row["unread"], row["failed"]) for row in rows] == [
         ("all", 2, 1, 0, 0), ("even", 1, 0, 0, 0), ("odd", 1, 1, 0, 0)
@@ -184,16 +187,19 @@ def test_case_studies_are_written_and_judged_over_an_endpoint(served, tmp_path, 
             lambda prompt: endpoint.answer(prompt, temperature=0.0, max_tokens=4, seed=0).text,
         )
     printed = capsys.readouterr().out
-    mark = " (cut at the limit of tokens)"  # the model ends no text by itself
+    mark = " (cut: 'length')"  # the model ends no text by itself
     assert all(f"## {tag}{mark}\n\n{text}\n" in printed for tag, text in expected.sections.items())
-    assert main([*words, "--rate", "yes_no", "--json", str(report)]) == 0
+    assert main([*words, "--rate", "yes_no", "--json", str(report)]) == 1
     assert answers.read_text("utf-8").splitlines() == lines  # nothing is asked twice, and of cut texts nothing
     content = json.loads(report.read_text("utf-8"))
     assert content["cases"][0]["sections"] == dict(expected.sections)
-    assert content["cases"][0]["cut"] == list(expected.sections)
+    assert content["cases"][0]["cut"] == dict.fromkeys(expected.sections, "length")
     assert content["ratings"] == []
-    told = "ended at --max-tokens=4, perhaps within a sentence; raise it. They are not judged, nor is the whole."
-    assert f"p03 2020-01-09: {', '.join(expected.sections)} {told}" in capsys.readouterr().err
+    told = f"raise --max-tokens=4, and name another --answers: '{answers}' belongs to this limit"
+    all_of = f"p03 2020-01-09: {', '.join(expected.sections)} ended at the limit of tokens"
+    errors = capsys.readouterr().err
+    assert f"{all_of}, perhaps within a sentence; {told}. They are not judged, nor is the whole." in errors
+    assert f"nothing was rated: each of the 3 sections was cut ('length'); {told}" in errors
     for more, message in (
         (["--count", "2"], "--stay names the cases and --count draws them"),
         (["--judge-url", url], "--judge-url belongs to --rate; name a rubric"),

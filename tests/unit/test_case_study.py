@@ -13,6 +13,7 @@ from attnzoo.clinical.rubric import CASE_STUDY, OVERALL
 from attnzoo.clinical.variables import PMDATA
 from scripts.case_studies.cases import RUBRICS, chosen_rows, rated, rating_rows
 from scripts.case_studies.cli import add_arguments
+from scripts.exams.endpoint import Answer
 from tests.helpers.clinical_data import shared_data, small_cohort
 from tests.helpers.clinical_files import write_pmdata
 
@@ -100,7 +101,7 @@ def test_ratings_by_principle(cohort):
     found = rated(
         CASE_STUDY,
         [case],
-        lambda prompt: next((answer for question, answer in questions.items() if question in prompt), "Rating: 5"),
+        lambda prompt: Answer(next((told for question, told in questions.items() if question in prompt), "Rating: 5")),
     )
     rows = {row.pop("principle"): row for row in rating_rows(found)}
     assert len(rows) == 15

@@ -35,6 +35,7 @@ GARBAGE = [
     (chat(None), "answered without 'content'"),
     (chat({"content": 5}), "answered with a int, not a text"),
     (chat({"content": {"a": 1}}), "answered with a dict, not a text"),
+    ({"choices": [{"message": {"content": "x"}, "finish_reason": 5}]}, "answered with a int as 'finish_reason'"),
     (chat({"content": [{"type": "text", "text": "<answer>(A)</answer>"}]}), "answered with a list, not a text"),
     ("[" * 200_000, "answered no JSON"),
 ]
@@ -50,7 +51,7 @@ def test_garbage_is_no_answer(garbage: ChatEndpoint, content: Any, told: str) ->
 def test_an_answer_without_a_text_is_empty(garbage: ChatEndpoint) -> None:
     garbage.replies["/chat/completions"] = chat({"content": None, "refusal": "no"})
     with Endpoint(garbage.url) as endpoint:
-        assert endpoint.answer("?", temperature=0.0, max_tokens=1, seed=0) == ("", False)
+        assert endpoint.answer("?", temperature=0.0, max_tokens=1, seed=0) == ("", "unsaid")
 
 
 def test_a_wrong_coding_is_tried_again(garbage: ChatEndpoint) -> None:

@@ -205,7 +205,7 @@ def test_what_is_unread_is_wrong_and_what_failed_is_counted_apart():
     everything, one, two = rows(answered, Settings(rounds=3, temperature=1.0, orders=2))
     assert everything | {"low": 0, "high": 0} == {
         "questions": "all", "answered": 3, "right": 1, "accuracy": 1 / 3, "low": 0, "high": 0, "answers": 18,
-        "unread": 4, "failed": 5, "tied_votes": 1, "texts_differ": 2, "orders_agree": 1,
+        "unread": 4, "cut": 0, "failed": 5, "tied_votes": 1, "texts_differ": 2, "orders_agree": 1,
     }  # fmt: skip
     assert (one["questions"], one["answered"], one["right"]) == ("g", 2, 1)
     assert (two["questions"], two["answered"], two["right"], two["failed"]) == ("h", 1, 0, 5)
