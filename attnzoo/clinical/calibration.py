@@ -163,6 +163,16 @@ def fit_calibrators(labels: ArrayLike, logits: ArrayLike, weights_RN: Array) -> 
     ]
 
 
+def separated(labels_N: Array, logits_N: Array, weights_RN: Array) -> Array:
+    """Whether of the rows that have weight no negative has a larger logit than a positive, for each weighting [R], so
+    that the greater a slope is, the better it fits. False where a weighting has one class."""
+    drawn_RN, positive_N = weights_RN > 0, labels_N == 1
+    highest_R = np.where(drawn_RN & ~positive_N, logits_N, -np.inf).max(axis=1)
+    lowest_R = np.where(drawn_RN & positive_N, logits_N, np.inf).min(axis=1)
+    found_R: Array = (highest_R > -np.inf) & (lowest_R < np.inf) & (highest_R <= lowest_R)
+    return found_R
+
+
 def _separated(labels_N: Array, logits_N: Array, drawn_N: Array) -> float:
     """The slope where none is the best: the logits of the drawn rows are all alike, or separate the classes."""
     if np.ptp(logits_N[drawn_N]) == 0:

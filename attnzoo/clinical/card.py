@@ -256,6 +256,8 @@ def _source(facts: RunFacts) -> str:
 def _parts(facts: RunFacts) -> str:
     parts = facts.data.get("parts")
     split = f"The split:\n\n{options(facts.export['split'])}"
+    if "content" not in facts.export["split"]:
+        split += f"\n- digests of the values: {UNKNOWN}"
     if not parts:
         return f"Stays and events of each part: {UNKNOWN}.\n\n{split}"
     columns = list(dict.fromkeys(key for told in parts.values() for key in told))

@@ -13,8 +13,8 @@ import numpy as np
 
 from attnzoo.clinical import checks
 from attnzoo.clinical.bootstrap import resampled_weights
-from attnzoo.clinical.calibration import Calibrator, fit_calibrator, fit_calibrators
-from attnzoo.clinical.calibration_rule import Fit, judged, too_few
+from attnzoo.clinical.calibration import Calibrator, fit_calibrators
+from attnzoo.clinical.calibration_rule import Fit, fit_yes_no, too_few
 from attnzoo.clinical.explain import CellMap, Logit, StayCells, attention, integrated_gradients
 from attnzoo.clinical.faithfulness import Ticking, faithfulness
 from attnzoo.clinical.outcome import Outcome
@@ -106,10 +106,14 @@ def bootstrap_calibrators(
 ) -> tuple[Calibrator, ...]:
     """Calibrators of bootstrap samples of the stays. labels, logits: [N], or [N, T] with NaN in hours that have no
     label; hours of one stay are drawn together. Samples that hold one class only are left out."""
-    rows = np.broadcast_to(np.arange(len(labels)).reshape(-1, *[1] * (labels.ndim - 1)), labels.shape)
     known = ~np.isnan(labels)
-    weights = np.concatenate(list(resampled_weights(rows[known], draws, seed)))
-    return tuple(fit_calibrators(labels[known], logits[known], weights))
+    return tuple(fit_calibrators(labels[known], logits[known], _drawn(known, draws, seed)))
+
+
+def _drawn(known: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """Weights [draws, known labels] of bootstrap samples of the stays. known: [N] or [N, T]."""
+    rows = np.broadcast_to(np.arange(len(known)).reshape(-1, *[1] * (known.ndim - 1)), known.shape)
+    return np.concatenate(list(resampled_weights(rows[known], draws, seed)))
 
 
 def calibrate(labels: np.ndarray, logits: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> Fit:
@@ -120,8 +124,7 @@ def calibrate(labels: np.ndarray, logits: np.ndarray, *, draws: int = DRAWS, see
     refused = too_few(counts, numbers=2)
     if refused is not None:
         return Fit(refused=refused)
-    drawn = bootstrap_calibrators(labels, logits, draws=draws, seed=seed)
-    return judged(fit_calibrator(labels[known], logits[known]), drawn)
+    return fit_yes_no(labels[known], logits[known], _drawn(known, draws, seed))
 
 
 def measure(

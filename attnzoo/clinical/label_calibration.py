@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike
 
 from attnzoo.clinical import checks
 from attnzoo.clinical.bootstrap import NUMBERS_AT_ONCE, resampled_weights
-from attnzoo.clinical.calibration import TEMPERATURES, Calibrator, fit_calibrator, fit_calibrators, sigmoid
-from attnzoo.clinical.calibration_rule import Fit, judged, too_few
+from attnzoo.clinical.calibration import TEMPERATURES, Calibrator, sigmoid
+from attnzoo.clinical.calibration_rule import Fit, Seen, fit_yes_no, judged, too_few
 from attnzoo.clinical.checks import Array
 from attnzoo.types import checked
 
@@ -114,10 +114,12 @@ def fit_label_calibration(
     known_NK, given_NK = checks.many_labels(labels_NK, logits_NK)
     weights_RN = np.concatenate(list(resampled_weights(np.arange(len(known_NK)), draws, seed)))
     if exclusive:
-        all_1N = np.ones((1, len(known_NK)))
-        first, *drawn = fit_temperatures(known_NK, given_NK, np.concatenate([all_1N, weights_RN]))
+        all_RN = np.concatenate([np.ones((1, len(known_NK))), weights_RN])
+        first, *drawn = fit_temperatures(known_NK, given_NK, all_RN)
         refused = too_few({"rows": len(known_NK)}, numbers=1)
-        fits = [judged(first, drawn) if refused is None else Fit(refused=refused)]
+        within_NK = given_NK - given_NK.mean(axis=1, keepdims=True)  # what a softmax sees
+        seen = Seen.of(within_NK, _separated(known_NK, given_NK, all_RN))
+        fits = [judged(first, drawn, seen) if refused is None else Fit(refused=refused)]
     else:
         fits = [_fit(*columns, weights_RN) for columns in zip(known_NK.T, given_NK.T, strict=True)]
     return LabelCalibration(
@@ -135,7 +137,15 @@ def _fit(label_N: Array, logit_N: Array, weights_RN: Array) -> Fit:
     refused = too_few({"rows without the label": len(label_N) - with_it, "rows with the label": with_it}, numbers=2)
     if refused is not None:
         return Fit(refused=refused)
-    return judged(fit_calibrator(label_N, logit_N), fit_calibrators(label_N, logit_N, weights_RN))
+    return fit_yes_no(label_N, logit_N, weights_RN)
+
+
+def _separated(labels_NK: Array, logits_NK: Array, weights_RN: Array) -> Array:
+    """Whether every row that has weight has the largest logit at its label, for each weighting [R]."""
+    of_label_N = (labels_NK * logits_NK).sum(axis=1)
+    largest_other_N = np.where(labels_NK == 1, -np.inf, logits_NK).max(axis=1)
+    found_R: Array = (weights_RN * (of_label_N <= largest_other_N)).sum(axis=1) == 0
+    return found_R
 
 
 def fit_temperatures(labels_NK: Array, logits_NK: Array, weights_RN: Array) -> list[Calibrator]:
@@ -151,8 +161,7 @@ def fit_temperatures(labels_NK: Array, logits_NK: Array, weights_RN: Array) -> l
     if not np.isfinite(logits_NK).all():
         raise ValueError("logits hold numbers that are not finite")
     of_label_N = (labels_NK * logits_NK).sum(axis=1)
-    largest_other_N = np.where(labels_NK == 1, -np.inf, logits_NK).max(axis=1)
-    separated_R = (weights_RN * (of_label_N <= largest_other_N)).sum(axis=1) == 0
+    separated_R = _separated(labels_NK, logits_NK, weights_RN)
     high_R = np.full(len(weights_RN), 1.0 / TEMPERATURES[0])
     low_R = np.where(separated_R, high_R, 1.0 / TEMPERATURES[1])
     blocks = min(len(weights_RN), 1 + len(weights_RN) * logits_NK.size // NUMBERS_AT_ONCE)

@@ -74,6 +74,13 @@ class Outcome(CheckedConfig):
             found = np.where(gone_NT, np.float32(np.nan), found)
         return found if rows is None else found[rows]
 
+    def kinds(self, labels: np.ndarray) -> np.ndarray:
+        """0 or 1, or the bucket, of each label; NaN where there is none. Shape of labels."""
+        if not self.edges:
+            return labels
+        buckets = np.searchsorted(self.edges, labels, side="right").astype(np.float32)
+        return np.where(np.isnan(labels), np.float32(np.nan), buckets)
+
     def fitted(self, labels: np.ndarray) -> "Outcome":
         """With the median label of each bucket as its center; for an empty one the edge beside it."""
         if not self.edges:

@@ -40,8 +40,9 @@ class TrainedModel:
     """A model in evaluation mode with what its predictions depend on.
 
     data: format and options of the cohort that it learned from. split: which rows of it, with a digest of the stays of
-    each part. metadata: of the run. calibrator: fitted on the inner validation rows; of a yes or no alone.
-    evidence: what is known about the predictions; None in exports of before it was measured.
+    each part, and digests of the cohort's content. metadata: of the run. calibrator: fitted on the inner validation
+    rows; of a yes or no alone. evidence: what is known about the predictions; None in exports of before it was
+    measured.
     """
 
     model: EhrEncoder

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from attnzoo.clinical.content import data_digest
 from attnzoo.clinical.grid import Grid
 from attnzoo.clinical.statistics import coverage
 from attnzoo.clinical.units import spellings
@@ -55,7 +56,7 @@ def head_of(served: Served, trained_on: str | None, training_stays: int | None, 
             "id": served.name,
             "version": served.version,
             "weights_digest": served.weights_digest,
-            "data_digest": served.trained.split.get("digest"),
+            "data_digest": data_digest(served.trained.split),
             "trained_on": trained_on,
             "training_stays": training_stays,
         },

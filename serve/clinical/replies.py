@@ -9,7 +9,7 @@ Status = Literal["ok", "not_enough_data"]
 
 class ServedModel(Reply):
     """version: digest of the export. weights_digest, data_digest: sha256 of the weights, and of the stays of each part
-    of the split. trained_on: the data set."""
+    of the split with digests of their values; in exports of before of the stays alone. trained_on: the data set."""
 
     id: str
     version: str

@@ -49,8 +49,7 @@ def test_separated_stays_and_logits_that_rank_the_wrong_way_round() -> None:
     labels = (np.arange(200) < 80).astype(float)
     random = np.random.default_rng(1)
     assert refused(labels, labels * 4 + random.random(200)) == (
-        "any certainty fits the part that calibrates: its labels are separated, or the logits hardly differ "
-        "(temperature at its bound 0.05)"
+        "any certainty fits the part that calibrates: its labels are separated (temperature at its bound 0.05)"
     )
     assert refused(labels, random.normal(size=200) - labels) == (
         "in the part that calibrates the logits do not rank the labels, or are far too large "
@@ -64,6 +63,39 @@ def test_stays_that_one_of_them_keeps_from_being_separated() -> None:
     logits = labels * 4 + np.random.default_rng(1).random(200)
     logits[0] = -4.0
     assert "of 200 bootstrap samples of the part that calibrates are separated, so that any" in refused(labels, logits)
+
+
+@pytest.mark.parametrize("size", [1.0, 100.0])
+@pytest.mark.parametrize("noise", [0.0, 1e-8])
+def test_logits_that_are_all_alike_are_not_calibrated_to_the_base_rate(size: float, noise: float) -> None:
+    labels, random = (np.arange(200) < 80).astype(float), np.random.default_rng(1)
+    told = refused(labels, size * (-1.5 + noise * random.normal(size=200)))
+    assert told.startswith("the logits of the part that calibrates are all alike (standard deviation ")
+    assert told.endswith("): the model tells nothing apart, and no slope can be fitted")
+    rows_NK = np.tile([0.5, -0.5, 0.0], (60, 1))
+    alike = fit_label_calibration(np.eye(3)[np.arange(60) % 3], 0 * rows_NK + size, exclusive=True)
+    assert "are all alike (standard deviation 0)" in str(alike.refused[0])
+    either = fit_label_calibration(np.eye(3)[np.arange(60) % 3][:, :2], size * rows_NK[:, :2], exclusive=False)
+    assert ["are all alike" in str(one) for one in either.refused] == [True, True]
+
+
+def test_logits_that_hardly_differ_are_not_said_to_be_separated() -> None:
+    """They rank the labels with many mistakes, and only their scale is too small."""
+    random = np.random.default_rng(1)
+    labels = (np.arange(200) < 80).astype(float)
+    logits = labels + random.normal(size=200)
+    assert calibrate(labels, logits).refused is None
+    assert refused(labels, 0.01 * logits) == (
+        "the best temperature of the part that calibrates is below 0.05: its logits differ too little (standard "
+        f"deviation {0.01 * logits.std():.2g}) for how well they rank its labels"
+    )
+    some = refused(labels, 0.065 * logits)
+    assert "of 200 bootstrap samples of the part that calibrates have their best temperature below 0.05" in some
+    assert "logits differ too little" in some
+    rows_NK = np.eye(3)[np.arange(300) % 3]
+    near_NK = 0.01 * (rows_NK + random.normal(size=rows_NK.shape))
+    told = str(fit_label_calibration(rows_NK, near_NK, exclusive=True).refused[0])
+    assert told.startswith("the best temperature of the part that calibrates is below 0.05: its logits differ too")
 
 
 def test_labels_of_texts_follow_the_same_rule() -> None:

@@ -84,6 +84,28 @@ def test_what_does_not_fit_the_cohort_is_refused() -> None:
             prepared(cohort, *overrides)
     with pytest.raises(ValueError, match=r"task\.split=patient: cohort 'made up' has no patient identifiers"):
         prepared(replace(cohort, patient_ids=None))
+    for value in (0, 1):
+        alike = replace(cohort, labels={"mortality": np.full(40, value, np.float32)})
+        told = (
+            f"task.label: the cohort of 40 stays has no 'mortality' of both kinds: it is {value} wherever it is known"
+        )
+        with pytest.raises(
+            ValueError, match=f"{told}, so that nothing can be learned or calibrated; take another label"
+        ):
+            prepared(alike)
+    nobody = replace(cohort, labels={"mortality": np.full(40, np.nan, np.float32)})
+    with pytest.raises(ValueError, match="'mortality' of both kinds: it is not known of any row, so that nothing"):
+        prepared(nobody)
+    task = prepared(cohort)
+    kinds = cohort.label("mortality").copy()
+    kinds[task.fold.train] = 1
+    with pytest.raises(ValueError, match="x: the training part of .* has no 'died' of both kinds to learn from; lower"):
+        task.check_kinds("x", {"died": kinds})
+    long = replace(cohort, labels={"los": np.full(40, 7.0, np.float32)})
+    with pytest.raises(
+        ValueError, match=r"task\.label: the cohort of 40 stays has no 'los' of both kinds: it is 1 where"
+    ):
+        prepared(long, "task.label=los", "task.edges=[3,9]")
     days = replace(cohort, labels={"mortality": np.arange(40, dtype=np.float32)})
     with pytest.raises(ValueError, match="has values such as 2, not only 0 and 1; give the edges of its buckets"):
         prepared(days)

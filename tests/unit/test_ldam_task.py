@@ -62,7 +62,11 @@ def test_what_does_not_fit_the_cohort_is_refused() -> None:
         (cohort, ["task.labels=[death]"], "task.labels: cohort 'made up texts' has no label 'death'"),
         (cohort, ["task.labels=[CC, LABS]"], "model.exclusive=true: some stays have no label or several"),
         (three, [], "model.exclusive=true: some stays"),
-        (replace(cohort, labels={"CC": np.ones(60)}), [], "has no label of both kinds to select by"),
+        (
+            replace(cohort, labels={"CC": np.ones(60)}),
+            [],
+            "task.labels: the cohort of 60 dialogues has no 'CC' of both kinds",
+        ),
         (replace(cohort, labels={"mine": cohort.labels["CC"]}), ["model.exclusive=false"], "'mine' has no definition"),
         (replace(cohort, labels={"CC": np.full(60, 2.0)}), [], "task.labels: 'CC' is not one 0 or 1"),
         (replace(cohort, texts=None), [], "task.kind=ldam reads texts, and data.format=mts_dialog has none"),

@@ -90,7 +90,10 @@ def test_what_does_not_fit_is_refused(language_model: Path, tmp_path: Path, capf
     for overrides, message in (
         (["task.questions={los: 'Long?'}"], "task.questions: cohort 'made up' has no label 'los'"),
         (["task.template='" + "word " * 900 + "{question}{sensors}'"], "task.template: a prompt takes .*; shorten it"),
-        (["task.questions={mood: 'Bad?'}"], "part of 10 days has no 'mood' of both kinds to select by; raise task.val"),
+        (
+            ["task.questions={mood: 'Bad?'}"],
+            "task.questions: the cohort of 120 days has no 'mood' of both kinds: it is 0",
+        ),
         (["model.language_model=nowhere"], "checkpoint='nowhere' was not found"),
         (["task.answers=[' Yes', ' Yes']"], "two answers have the same tokens"),
     ):

@@ -88,13 +88,7 @@ class ClinicalTask(CohortTask):
         """Reads the cohort, splits it, and looks at checkpoint.init_from."""
         if self.config.checkpoint.init_from is not None:
             self._initial(self.config.checkpoint.init_from)
-        labels, validation = self.labels, self.fold.validation
-        known = labels[validation][~np.isnan(labels[validation])]
-        if not len(known) or (not self.outcome.edges and known.min() == known.max()):
-            raise ValueError(
-                f"the validation part of {len(validation)} stays has no {self.options.label!r} of both kinds to select "
-                "by; raise task.validation, or take fewer task.folds"
-            )
+        self.check_kinds("task.label", {self.options.label: self.outcome.kinds(self.labels)})
 
     @property
     def strata(self) -> str | None:

@@ -18,10 +18,12 @@ import torch
 
 from attnzoo.clinical import trained
 from attnzoo.clinical.cohort import Cohort
+from attnzoo.clinical.content import content_digests
 from attnzoo.clinical.formats import check_options, load_cohort
 from attnzoo.clinical.splits import Fold, digest_of, fold_of_run
 from attnzoo.clinical.statistics import missing
 from attnzoo.files import user_path
+from attnzoo.report import counted
 from attnzoo.types import CheckedConfig
 from train.config import Config
 from train.data import Batch
@@ -146,6 +148,17 @@ class CohortTask(Task):
         except ValueError as error:
             raise ValueError(f"task.split={self.options.split}: {error}") from None
 
+    def check_kinds(self, key: str, kinds: Mapping[str, np.ndarray], all_of_them: bool = True) -> None:
+        """Raises ValueError where a label, or without all_of_them each of several, is of one kind alone: in the cohort,
+        where nothing could be learned, in what is learned from, or in what selects. kinds: [N, ...] by label, NaN where
+        there is none."""
+        parts = {"cohort": np.arange(len(self.cohort)), "training part": self.fold.train}
+        for part, rows in (parts | {"validation part": self.fold.validation}).items():
+            alike = [name for name, of_label in kinds.items() if len(_known(of_label[rows])) < 2]
+            if alike and (all_of_them or len(alike) == len(kinds)):
+                found = _known(kinds[alike[0]][rows])
+                raise ValueError(_of_one_kind(key, alike[0], found, f"{part} of {counted(len(rows), self.ROW)}"))
+
     def check_rows(self) -> None:
         """As the class says."""
         wanted, rows = self.config.train.batch_size, len(self.fold.train)
@@ -193,7 +206,7 @@ class CohortTask(Task):
         split = {name: getattr(self.options, name) for name in SPLIT}
         return (
             {**data, "cohort": self.cohort.name, "hours": self.cohort.grid.hours},
-            {**split, "digest": self._split_digest()},
+            {**split, "digest": self._split_digest(), "content": content_digests(self.cohort, self.labels)},
         )
 
     def check_target(self, directory: Path) -> None:
@@ -211,6 +224,22 @@ class CohortTask(Task):
         report["parts"] = {name: self.part_counts(rows) for name, rows in parts.items()}
         report["missing"] = missing(self.cohort.grid, fold.train)
         return {"training_stays": len(fold.train), "validation_stays": len(fold.validation), "data": report}
+
+
+def _known(labels: np.ndarray) -> np.ndarray:
+    """The kinds that there are."""
+    return np.unique(labels[~np.isnan(labels)])
+
+
+def _of_one_kind(key: str, name: str, found: np.ndarray, part: str) -> str:
+    """That a label of a part is of one kind or none, and the way out. found: the kinds that there are."""
+    said = f"it is {found[0]:g} wherever it is known" if len(found) else "it is not known of any row"
+    begin = f"{key}: the {part} has no {name!r} of both kinds"
+    if part.startswith("cohort"):
+        return f"{begin}: {said}, so that nothing can be learned or calibrated; take another label, or other data"
+    if part.startswith("training"):
+        return f"{begin} to learn from; lower task.validation, take more task.folds, or take another label"
+    return f"{begin} to select by; raise task.validation, take fewer task.folds, or take another label"
 
 
 def check_precision(precision: str) -> None:

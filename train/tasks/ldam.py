@@ -98,12 +98,7 @@ class LdamTask(CohortTask):
                 f"task.kind=ldam reads texts, and data.format={self.config.data['format']} has none; take mts_dialog, "
                 "or eicu with data.texts=true"
             )
-        rows_NK = self.labels[self.fold.validation]
-        if not ((rows_NK.min(0) == 0) & (rows_NK.max(0) == 1)).any():
-            raise ValueError(
-                f"the validation part of {len(rows_NK)} stays has no label of both kinds to select by; raise "
-                "task.validation, or take fewer task.folds"
-            )
+        self.check_kinds("task.labels", dict(zip(self.names, self.labels.T, strict=True)), all_of_them=False)
         if self.exclusive and not (np.nansum(self.labels, axis=1) == 1).all():
             raise ValueError("model.exclusive=true: some stays have no label or several; set it to false")
 

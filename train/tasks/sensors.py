@@ -98,13 +98,7 @@ class SensorTask(CohortTask):
 
     def check(self) -> None:
         """Reads the cohort, splits it, and looks at the language model's tokenizer and length."""
-        for label, column_N in zip(self.questions.labels, self.labels[self.fold.validation].T, strict=True):
-            known = column_N[~np.isnan(column_N)]
-            if not len(known) or known.min() == known.max():
-                raise ValueError(
-                    f"the validation part of {len(column_N)} days has no {label!r} of both kinds to select by; raise "
-                    "task.validation, or leave the label out of task.questions"
-                )
+        self.check_kinds("task.questions", dict(zip(self.questions.labels, self.labels.T, strict=True)))
         path = existing_checkpoint(self._language_model.language_model)
         context = open_checkpoint(path).config.max_positions
         for prompt in self.questions.prompts(load_tokenizer(path)):
