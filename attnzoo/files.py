@@ -21,8 +21,11 @@ def real_path(path: Path) -> Path:
 
 def user_path(path: str | Path, where: str) -> Path:
     """A path from user input, with ~ expanded to the home directory. Raises ValueError, naming the field `where`, for
-    ~name of an unknown user, for a NUL character, and for a symbolic link that leads back to itself."""
+    an empty text, which would be the working directory, for ~name of an unknown user, for a NUL character, and for a
+    symbolic link that leads back to itself."""
     text = str(path)
+    if not text:
+        raise ValueError(f"{where}='' is empty; give a path")
     if "\0" in text:
         raise ValueError(f"{where}={text!r} contains a NUL character, which no path may; give another path")
     found = os.path.expanduser(text)

@@ -28,6 +28,24 @@ PLACES = {
 }
 """What `data.path` looks like."""
 
+RUNS = {
+    "physionet2012": "tscan-mortality.yaml",
+    "yaib": "tscan-mortality.yaml data.hours=24 model.chunks=2",
+    "eicu": "tscan-mortality.yaml task.split=patient",
+    "pmdata": "phllm-pro.yaml",
+    "mimic": "tscan-mortality.yaml task.split=patient",
+    "fhir": "tscan-mortality.yaml task.split=patient",
+    "mts_dialog": "ldam-sections.yaml",
+}
+"""A configuration that trains on data of the format, and what has to be set in it beside the data."""
+
+
+def run_of(name: str) -> str:
+    """A command that trains a model on data of a format."""
+    config, _, others = RUNS[name].partition(" ")
+    words = ["--config", config, f"data.format={name}", f"data.path={PLACES[name]}", *others.split()]
+    return f"deepspeed train/main.py {' '.join(words)}"
+
 
 def columns() -> dict[str, dict[str, Sequence[str]]]:
     """Columns by file, of formats whose files are tables; * stands for those that the variables name."""
@@ -72,7 +90,7 @@ def _parts() -> Iterator[str]:
     of_files = columns()
     for name in FORMATS:
         yield f"\n## {name}\n\n{_prose(sys.modules[FORMATS.get(name).__module__].__doc__)}\n\n"
-        yield f"In a configuration: `data.format={name} data.path={PLACES[name]}`.\n\n"
+        yield f"A model on it: `{run_of(name)}`.\n\n"
         yield f"{_prose(FORMATS.get(name).__doc__)}\n\n{_table(('option', 'type', 'default'), _options(name))}"
         if name in of_files:
             rows = [(f"`{file}`", ", ".join(f"`{one}`" for one in found)) for file, found in of_files[name].items()]

@@ -76,9 +76,9 @@ def _names(config: Config) -> Iterator[tuple[str, str]]:
     for key in ("run_dir", "cache_dir"):
         if getattr(config, key) == "":
             yield key, f"{key} is empty; give a directory, or null for the default"
-        else:
+        elif getattr(config, key) is not None:
             try:
-                user_path(getattr(config, key) or "", key)
+                user_path(getattr(config, key), key)
             except ValueError as error:
                 yield key, str(error)
 

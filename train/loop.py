@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from attnzoo.report import counted
 from train.bar import Bar
 from train.budget import Evaluations, MeasuredPace, plan_steps
 from train.checkpoint import Checkpoints, TrainingProgress
@@ -306,7 +307,7 @@ def measure_selected(run: TrainingRun) -> dict[str, float]:
 
 
 def _told(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    return ", ".join(f"{name} {value:z.4f}" for name, value in metrics.items())
 
 
 def write_samples(run: TrainingRun) -> None:
@@ -379,7 +380,9 @@ def _evaluation_bar(run: TrainingRun, most: int | None) -> Any:
     shown = _shows_progress(run)
     rows = len(run.task.validation(most)[0]) if shown else 0
     if shown and most is None:
-        tqdm.write(f"{run.config.name}: measuring on all {rows:,} validation {run.task.ROW}s", file=sys.stderr)
+        tqdm.write(
+            f"{run.config.name}: measuring on all {counted(rows, f'validation {run.task.ROW}')}", file=sys.stderr
+        )
     return Bar(
         total=passes(rows, run.config.eval.batch_size, run.engine.world),
         desc="validation",

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import attnzoo
@@ -143,6 +144,12 @@ class CommandParser(argparse.ArgumentParser):
         hint = self._way_out(message)
         end = " see" if hint.endswith("?") else "; see"
         raise SystemExit(complain(self.prog, f"{message}{hint}{end} {self.prog} --help"))
+
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        """As argparse does. An empty path would be the working directory."""
+        if action.type is Path and not text:
+            raise argparse.ArgumentError(action, "is empty; give a path")
+        return super()._get_value(action, text)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """Prints help; argparse would keep silent about a stdout that cannot be written."""

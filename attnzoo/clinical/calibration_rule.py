@@ -22,6 +22,7 @@ import numpy as np
 
 from attnzoo.clinical.calibration import TEMPERATURES, Calibrator, fit_calibrators, separated
 from attnzoo.clinical.checks import Array
+from attnzoo.report import counted
 
 FOR_EACH_NUMBER = 10
 MOST_SEPARATED = 0.025
@@ -69,13 +70,13 @@ def judged(found: Calibrator, drawn: Sequence[Calibrator], seen: Seen) -> Fit:
     return Fit(found, tuple(drawn)) if refused is None else Fit(refused=refused)
 
 
-def too_few(counts: Mapping[str, int], numbers: int) -> str | None:
+def too_few(counts: Mapping[str, int], numbers: int, row: str) -> str | None:
     """Why rows are too few for a fit of so many numbers, as the end of a sentence; None: they suffice. counts: of rows
-    of each kind that the fit tells apart, by what they are called."""
+    of each kind that the fit tells apart, by the kind's name, such as "with the label". row: what one is called."""
     least = FOR_EACH_NUMBER * numbers
     if min(counts.values()) >= least:
         return None
-    told = " and ".join(f"{count:,} {name}" for name, count in counts.items())
+    told = " and ".join(f"{counted(count, row)} {kind}".rstrip() for kind, count in counts.items())
     return f"the part that calibrates has {told}, and a fit needs {least}{' of each' if len(counts) > 1 else ''}"
 
 

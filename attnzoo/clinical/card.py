@@ -11,7 +11,7 @@ from attnzoo.clinical.formats import FORMATS
 from attnzoo.clinical.run_facts import UNKNOWN, RunFacts
 from attnzoo.clinical.statistics import GAP_HOURS, LARGEST
 from attnzoo.clinical.variables import STATICS, VARIABLES
-from attnzoo.report import format_value
+from attnzoo.report import counted, format_value
 
 MARK = "<!-- written by attnzoo card; written anew by the same command -->"
 MODEL_CARD, DATA_CARD, ITEMS = "model-card.md", "data-card.md", "tripod-ai.md"
@@ -90,7 +90,7 @@ def _outcome(facts: RunFacts) -> str:
     if told.get("edges"):
         lines.append(f"In buckets that end at {', '.join(f'{edge:g}' for edge in told['edges'])}, in the label's unit.")
     if told:
-        lines.append("Predicted anew every hour." if told.get("hourly") else "Predicted once for each stay.")
+        lines.append("Predicted anew every hour." if told.get("hourly") else f"Predicted once for each {facts.of_row}.")
     reader = reader_of(facts)
     return "\n\n".join([*lines, f"How and when it was assessed: {UNKNOWN}. {reader}".strip()])
 
@@ -107,8 +107,8 @@ def _input(facts: RunFacts) -> str:
     least = facts.statistics.get("least_coverage")
     if least is not None:
         lines.append(
-            f"Least coverage: in 99 % of training stays at least {100 * least:.2f} % of the cells were measured; below "
-            "that there is not enough data to predict from."
+            f"Least coverage: in 99 % of training {facts.of_row}s at least {100 * least:.2f} % of the cells were "
+            "measured; below that there is not enough data to predict from."
         )
     return "\n\n".join(lines)
 
@@ -117,9 +117,9 @@ def _training(facts: RunFacts) -> str:
     row, steps = facts.row, [int(record["step"]) for record in facts.evaluations if "step" in record]
     return "\n\n".join(
         [
-            f"{format_value(row.get('steps', UNKNOWN))} steps, complete: {row.get('complete', UNKNOWN)}. The loss "
+            f"{_steps(row.get('steps', UNKNOWN))}, complete: {row.get('complete', UNKNOWN)}. The loss "
             "weighs all labels alike: no class weights, no resampling.",
-            f"Selection: {_selection(facts)}; {len(steps)} evaluations in metrics.jsonl.",
+            f"Selection: {_selection(facts)}; {counted(len(steps), 'evaluation')} in metrics.jsonl.",
             f"How the values below were found: {UNKNOWN}.",
             *(
                 f"`{name}`:\n\n{options(facts.section(name))}"
@@ -128,6 +128,10 @@ def _training(facts: RunFacts) -> str:
             ),
         ]
     )
+
+
+def _steps(steps: Any) -> str:
+    return counted(steps, "step") if isinstance(steps, int) else f"steps: {steps}"
 
 
 def _selection(facts: RunFacts) -> str:
@@ -207,7 +211,8 @@ def _limits(facts: RunFacts) -> str:
         "- The figures above are of the part that selected.",
     ]
     if split.get("split") == "stay":
-        lines.append("- Split by stay: stays of one patient may be in several parts, which flatters.")
+        row = facts.of_row
+        lines.append(f"- Split by {row}: {row}s of one patient may be in several parts, which flatters.")
     if facts.row.get("complete") is False:
         lines.append("- The run was stopped before its last step.")
     return "\n".join(lines)
@@ -259,10 +264,11 @@ def _parts(facts: RunFacts) -> str:
     if "content" not in facts.export["split"]:
         split += f"\n- digests of the values: {UNKNOWN}"
     if not parts:
-        return f"Stays and events of each part: {UNKNOWN}.\n\n{split}"
+        return f"{facts.of_row.capitalize()}s and events of each part: {UNKNOWN}.\n\n{split}"
     columns = list(dict.fromkeys(key for told in parts.values() for key in told))
     rows = [[name, *(told.get(column, "") for column in columns)] for name, told in parts.items()]
-    return f"{table(('part', *columns), rows)}\n\n{split}"
+    named = [f"{facts.of_row}s" if column == "stays" else column for column in columns]
+    return f"{table(('part', *named), rows)}\n\n{split}"
 
 
 def _variables(facts: RunFacts) -> str:
@@ -290,11 +296,13 @@ def _variables(facts: RunFacts) -> str:
 
 def _missing(facts: RunFacts) -> str:
     shares = facts.data.get("missing")
-    handling = "An hour without a value is told as that (a value of 0 with `measured` 0); nothing is imputed."
+    handling = (
+        "A step of the grid without a value is told as that (a value of 0 with `measured` 0); nothing is imputed."
+    )
     if not shares:
         return f"{handling}\n\nShares of each variable: {UNKNOWN}."
     rows = [(name, share["hours"], share["stays"]) for name, share in shares.items()]
-    columns = ("variable", "hours without a value", "stays without any")
+    columns = ("variable", "steps without a value", f"{facts.of_row}s without any")
     return f"{handling} Shares in the training part:\n\n{table(columns, rows)}"
 
 

@@ -33,13 +33,13 @@ def partly(what: str) -> str:
 def answers(facts: RunFacts, given: Mapping[str, str] | None = None, source: str = "") -> dict[str, str]:
     """The answer to every item, by number. given: those of the author, from the file `source`; they come first where
     the run has none or only a part."""
-    found = dict.fromkeys(KNOWN, NOT_DONE) | _always() | _of_files(facts)
+    found = dict.fromkeys(KNOWN, NOT_DONE) | _always(facts.of_row) | _of_files(facts)
     for number, text in (given or {}).items():
         found[number] = f"done at {source}: {text}"
     return found
 
 
-def _always() -> dict[str, str]:
+def _always(row: str) -> dict[str, str]:
     research = "the model is meant for research alone, and has no place in care"
     no_evaluation = "nothing was evaluated on other data than the data set's own"
     return {
@@ -50,7 +50,9 @@ def _always() -> dict[str, str]:
         "6b": partly(f"{DATA_CARD}, Left out counts what the reader left out"),
         "7": done(DATA_CARD, "Preparation"),
         "8a": partly(f"{MODEL_CARD}, Outcome names the label; how and when it was assessed is unknown"),
-        "10": partly(f"{DATA_CARD}, Parts: all stays with a label were taken; whether they suffice was not calculated"),
+        "10": partly(
+            f"{DATA_CARD}, Parts: all {row}s with a label were taken; whether they suffice was not calculated"
+        ),
         "11": done(DATA_CARD, "Missing values"),
         "12a": done(DATA_CARD, "Parts"),
         "12c": partly(f"{MODEL_CARD}, Training has kind, values and selection; how the values were found is unknown"),
@@ -76,7 +78,9 @@ def _of_files(facts: RunFacts) -> dict[str, str]:
     if facts.data.get("parts"):
         found |= {number: done(DATA_CARD, "Parts") for number in ("20a", "21")}
         if not any("labels" in told for told in facts.data["parts"].values()):
-            found |= {number: partly(f"{DATA_CARD}, Parts has stays, but no events") for number in ("20a", "21")}
+            found |= {
+                number: partly(f"{DATA_CARD}, Parts has {facts.of_row}s, but no events") for number in ("20a", "21")
+            }
     if facts.statistics and facts.data.get("missing"):
         found["20b"] = partly(f"{DATA_CARD}, Variables and Missing values; there are no dates")
     if is_calibrated(facts):

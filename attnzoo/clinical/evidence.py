@@ -19,14 +19,15 @@ from attnzoo.clinical.explain import CellMap, Logit, StayCells, attention, integ
 from attnzoo.clinical.faithfulness import Ticking, faithfulness
 from attnzoo.clinical.outcome import Outcome
 from attnzoo.models import EhrEncoder
+from attnzoo.report import counted
 from attnzoo.types import build_config, checked
 
 DRAWS = 200
 """Bootstrap samples of the stays on which a model is calibrated."""
 ATTENTION, GRADIENTS = "attention", "integrated gradients"
 """Names of the maps."""
-KINDS = ("without", "with")
-"""How a stay has a label of 0 and of 1, in words."""
+KINDS = ("without the label", "with the label")
+"""How a row has a label of 0 and of 1, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +121,8 @@ def calibrate(labels: np.ndarray, logits: np.ndarray, *, draws: int = DRAWS, see
     """Of a yes or no. labels, logits: as of `bootstrap_calibrators`. Hours of one stay tell nearly the same, so that
     stays are counted: those with an hour of the kind."""
     hours_NT, known = labels.reshape(len(labels), -1), ~np.isnan(labels)
-    counts = {f"stays {how} the label": int((hours_NT == kind).any(1).sum()) for kind, how in enumerate(KINDS)}
-    refused = too_few(counts, numbers=2)
+    counts = {name: int((hours_NT == kind).any(1).sum()) for kind, name in enumerate(KINDS)}
+    refused = too_few(counts, numbers=2, row="stay")
     if refused is not None:
         return Fit(refused=refused)
     return fit_yes_no(labels[known], logits[known], _drawn(known, draws, seed))
@@ -156,7 +157,7 @@ def judge_maps(
         except ValueError as error:
             found[name] = MapVerdict(beats_random=None, words=f"{name} could not be measured: {error}")
     for name, one in faithfulness(Ticking(logit, tick), stays, maps).items():
-        found[name] = MapVerdict(beats_random=one.beats_random, words=f"On {len(stays)} stays {one.words}")
+        found[name] = MapVerdict(beats_random=one.beats_random, words=f"On {counted(len(stays), 'stay')} {one.words}")
     return {name: found[name] for name in (GRADIENTS, ATTENTION)}
 
 

@@ -23,6 +23,7 @@ from attnzoo.clinical.trained_ldam import TrainedLdam
 from attnzoo.clinical.words import spans
 from attnzoo.models import Ldam, LdamInputs
 from attnzoo.models.ldam import tf_idf
+from attnzoo.report import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,5 +178,5 @@ def judge_word_maps(model: Ldam, texts: TextWords, tick: Callable[[], object] = 
     rarity_W = model.get_buffer("rarity_W") if model.config.skip else torch.ones(model.config.vocab_size)
     for name, one in faithfulness(Ticking(logit, tick), texts, maps, plain=word_rarity(rarity_W, texts)).items():
         words = one.words.replace("random cells", "random words").replace("at cells", "at words")
-        found[name] = MapVerdict(beats_random=one.beats_random, words=f"On {len(texts)} texts {words}")
+        found[name] = MapVerdict(beats_random=one.beats_random, words=f"On {counted(len(texts), 'text')} {words}")
     return {name: found[name] for name in (GRADIENTS, ATTENTION)}

@@ -20,6 +20,7 @@ from attnzoo.clinical.outcome import Outcome
 from attnzoo.clinical.splits import Fold
 from attnzoo.clinical.statistics import CHANNELS, Statistics
 from attnzoo.clinical.trained import inputs
+from attnzoo.report import counted
 from attnzoo.types import CheckedConfig
 
 WARMUP = 0.05
@@ -136,7 +137,9 @@ def fit_gru(
         found = labels[rows][~torch.isnan(labels[rows])]
         if not len(found) or (not outcome.edges and found.min() == found.max()):
             kinds = "" if outcome.edges else " of both kinds"
-            raise ValueError(f"the {name} part of {len(rows)} stays has no {outcome.label!r}{kinds}; give more stays")
+            raise ValueError(
+                f"the {name} part of {counted(len(rows), 'stay')} has no {outcome.label!r}{kinds}; give more stays"
+            )
     statistics, outcome = Statistics.fit(cohort, parts["train"]), outcome.fitted(labels[parts["train"]].numpy())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -188,7 +191,7 @@ def _train(
     if not best:
         stays = len(parts["validation"])
         raise ValueError(
-            f"no epoch could be scored on {stays} validation stays; lower lr={config.lr}, or give more stays"
+            f"no epoch could be scored on {counted(stays, 'validation stay')}; lower lr={config.lr}, or give more stays"
         )
     network.load_state_dict({name: torch.stack([each[name] for _, each in best]).mean(0) for name in best[0][1]})
 

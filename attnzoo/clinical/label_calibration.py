@@ -107,21 +107,21 @@ class LabelCalibration:
 
 
 def fit_label_calibration(
-    labels_NK: ArrayLike, logits_NK: ArrayLike, *, exclusive: bool, draws: int = DRAWS, seed: int = 0
+    labels_NK: ArrayLike, logits_NK: ArrayLike, *, exclusive: bool, draws: int = DRAWS, seed: int = 0, row: str = "row"
 ) -> LabelCalibration:
     """Of rows that neither trained the model nor are measured. labels_NK: 0 or 1; with exclusive ones, one 1 in each
-    row. Raises ValueError."""
+    row. row: what one is called. Raises ValueError."""
     known_NK, given_NK = checks.many_labels(labels_NK, logits_NK)
     weights_RN = np.concatenate(list(resampled_weights(np.arange(len(known_NK)), draws, seed)))
     if exclusive:
         all_RN = np.concatenate([np.ones((1, len(known_NK))), weights_RN])
         first, *drawn = fit_temperatures(known_NK, given_NK, all_RN)
-        refused = too_few({"rows": len(known_NK)}, numbers=1)
+        refused = too_few({"": len(known_NK)}, numbers=1, row=row)
         within_NK = given_NK - given_NK.mean(axis=1, keepdims=True)  # what a softmax sees
         seen = Seen.of(within_NK, _separated(known_NK, given_NK, all_RN))
         fits = [judged(first, drawn, seen) if refused is None else Fit(refused=refused)]
     else:
-        fits = [_fit(*columns, weights_RN) for columns in zip(known_NK.T, given_NK.T, strict=True)]
+        fits = [_fit(*columns, weights_RN, row) for columns in zip(known_NK.T, given_NK.T, strict=True)]
     return LabelCalibration(
         exclusive=exclusive,
         rows=len(known_NK),
@@ -131,10 +131,10 @@ def fit_label_calibration(
     )
 
 
-def _fit(label_N: Array, logit_N: Array, weights_RN: Array) -> Fit:
+def _fit(label_N: Array, logit_N: Array, weights_RN: Array, row: str) -> Fit:
     """Of one label by itself."""
     with_it = int(label_N.sum())
-    refused = too_few({"rows without the label": len(label_N) - with_it, "rows with the label": with_it}, numbers=2)
+    refused = too_few({"without the label": len(label_N) - with_it, "with the label": with_it}, numbers=2, row=row)
     if refused is not None:
         return Fit(refused=refused)
     return fit_yes_no(label_N, logit_N, weights_RN)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.checkpoint.model_files import WEIGHTS
+from attnzoo.clinical.formats import row_name
 from attnzoo.errors import suggest
 from attnzoo.files import read_object, read_text
 from attnzoo.settings import read_mapping
@@ -61,6 +62,11 @@ class RunFacts:
         if labels:
             return ", ".join(map(str, labels))
         return str(dict(self.export.get("outcome") or {}).get("label") or UNKNOWN)
+
+    @property
+    def of_row(self) -> str:
+        """What a row of the data set is: a stay, a dialogue, a day."""
+        return row_name(str(self.export["data"].get("format")))
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.errors import suggest
+from attnzoo.report import counted
 
 By = Literal["patient", "stay"]
 UNLABELLED = -1
@@ -53,7 +54,9 @@ def folds(
     groups, group_N = _groups(cohort, by)
     strata = _strata(cohort, label, group_N, len(groups))
     if len(groups) < k:
-        raise ValueError(f"cohort {cohort.name!r} has {len(groups)} {by}s, fewer than k={k} folds; give a smaller k")
+        raise ValueError(
+            f"cohort {cohort.name!r} has {counted(len(groups), by)}, fewer than k={k} folds; give a smaller k"
+        )
     order = _dealt(groups, strata, f"{seed} folds")
     fold_G = np.empty(len(groups), np.int64)
     fold_G[order] = np.arange(len(groups)) % k
@@ -163,6 +166,7 @@ def _fold_of(part_N: np.ndarray, where: str) -> Fold:
     fold = Fold(*(np.flatnonzero(part_N == part) for part in (0, 1, 2)))
     if not len(fold.train) or not len(fold.test):
         raise ValueError(
-            f"{where} has {len(fold.train)} training and {len(fold.test)} test rows; give more rows or other shares"
+            f"{where} has {counted(len(fold.train), 'training row')} and "
+            f"{counted(len(fold.test), 'test row')}; give more rows or other shares"
         )
     return fold

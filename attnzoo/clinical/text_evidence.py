@@ -14,6 +14,7 @@ import numpy as np
 from attnzoo.clinical import checks
 from attnzoo.clinical.evidence import MapVerdict, read_shares, read_verdicts
 from attnzoo.clinical.words import Vocabulary, spans
+from attnzoo.report import counted
 from attnzoo.types import checked
 
 FEWEST = 0.01
@@ -56,9 +57,10 @@ class TextEvidence:
 
     def reasons(self, found: WordCount) -> list[str]:
         """Why a text is not enough; empty where it is."""
-        others = f"of {self.texts:,} texts that it had not seen in training 99 % had"
+        others = f"of {counted(self.texts, 'text')} that it had not seen in training 99 % had"
         if found.known < self.least_known:
-            return [f"{found.known} of the text's words are known to the model; {others} {self.least_known} or more"]
+            are = "is" if found.known == 1 else "are"
+            return [f"{found.known} of the text's words {are} known to the model; {others} {self.least_known} or more"]
         if found.share < self.least_share:
             few = f"{found.share:.0%} of the text's words are known to the model"
             return [f"{few}; {others} {self.least_share:.0%} or more"]

@@ -21,6 +21,7 @@ from attnzoo.clinical.formats.fhir import TABLES
 from attnzoo.clinical.statistics import Statistics
 from attnzoo.clinical.trained import STATISTICS, TrainedModel, inputs, load_trained
 from attnzoo.clinical.variables import PMDATA, STATICS, VARIABLES
+from attnzoo.report import counted
 from serve.clinical.intake import Intake, Needs
 from serve.workplace import Deadline
 
@@ -160,8 +161,8 @@ class Predictor:
         evidence = self.trained.evidence
         if evidence is None or self.trained.outcome.edges:
             return None
-        what = "hours of the" if self.trained.outcome.hourly else ""
-        words = f"{evidence.shares[0]:.1%} of the {what} {evidence.stays:,} training stays".replace("  ", " ")
+        what = "the hours of the" if self.trained.outcome.hourly else "the"
+        words = f"{evidence.shares[0]:.1%} of {what} {counted(evidence.stays, 'training stay')}"
         return {"probability": evidence.shares[0], "stays": evidence.stays, "words": words}
 
     def stay(self, intake: Intake, row: int) -> StayCells:

@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from attnzoo.report import counted
 from serve.clinical.accept import FHIR, prefers_fhir
 from serve.clinical.answer import guard_of, head, hour_of, patients_of, reply
 from serve.clinical.clinic import Clinic
@@ -102,7 +103,7 @@ def check_size(options: PredictOptions, intake: Intake, max_explained: int) -> N
 def _check_explained(explain: str, patients: int, max_explained: int) -> None:
     if explain != "none" and patients > max_explained:
         text = (
-            f"explain={explain!r} takes at most {max_explained} patients (max_explained); {patients} are "
+            f"explain={explain!r} takes at most {counted(max_explained, 'patient')} (max_explained); {patients} are "
             "given: send several requests, or explain='none'"
         )
         raise ApiError(400, text, param="explain", code="too_many_patients")

@@ -35,6 +35,25 @@ def test_a_calibration_of_several_labels_is_told_without_its_samples(run: Path) 
         assert card.count("temperature") == 1
 
 
+@pytest.mark.parametrize(("name", "row"), [("mts_dialog", "dialogue"), ("pmdata", "day"), ("physionet2012", "stay")])
+def test_cards_count_what_the_rows_are(run: Path, name: str, row: str) -> None:
+    path, report = run / "export" / "config.json", run / "training.json"
+    content, told = json.loads(path.read_text()), json.loads(report.read_text())
+    content["data"]["format"], content["metadata"]["validation_loss"] = name, -0.0
+    path.write_text(json.dumps(content))
+    told["rows"][0]["steps"] = 1
+    report.write_text(json.dumps(told))
+    found = cards(run)
+    model, data = found["model-card.md"], found["data-card.md"]
+    assert f"| part | {row}s | labels | events |" in data
+    assert f"- Split by {row}: {row}s of one patient may be in several parts" in model
+    assert f"Predicted once for each {row}." in model
+    assert f"all {row}s with a label were taken" in found["tripod-ai.md"]
+    assert "\n1 step, complete: " in model
+    assert "| validation_loss | 0 |" in model
+    assert "digests of the values: unknown: the run does not say" in data
+
+
 def test_cards_say_what_the_run_says(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = cards(run)
     names = ("data-card.md", "model-card.md", "tripod-ai.md")
@@ -47,7 +66,7 @@ def test_cards_say_what_the_run_says(run: Path, capsys: pytest.CaptureFixture[st
         f"| export/model.safetensors | {weights} |",
         "| auroc | 0.625 |",
         "Selection: the weights after step 4: those with the best figures on the inner validation part, at most 2",
-        "(`eval.keep_best`); 1 evaluations in metrics.jsonl.",
+        "(`eval.keep_best`); 1 evaluation in metrics.jsonl.",
         "The model as it is served:",
         "Whether they point at what the model uses was not measured",
         "- `seed`: 3",

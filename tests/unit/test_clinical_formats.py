@@ -10,8 +10,10 @@ from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.formats import FORMATS, load_cohort, physionet2012
 from attnzoo.clinical.splits import folds
 from attnzoo.clinical.statistics import Statistics
+from scripts.render_formats import run_of
 from tests.helpers.clinical_data import shared_data
 from tests.helpers.clinical_files import WRITERS, write_physionet
+from train.config_reader import load_config
 
 
 def assert_same_inputs(cut: Cohort, whole: Cohort, hours: int) -> None:
@@ -42,6 +44,21 @@ def test_what_comes_after_the_cut_changes_nothing_before(tmp_path, name, hours):
     shorter = load_cohort(name, path, hours=hours)
     places = [shorter.stay_ids.index(stay) for stay in whole.stay_ids]
     np.testing.assert_array_equal(shorter.grid.values_NTV[places], whole.grid.values_NTV[:, :hours])
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_the_command_of_the_page_trains_on_the_format(tmp_path, name):
+    """As far as can be known without the data: its keys, and that the format gives what it predicts."""
+    program, script, *words = run_of(name).split()
+    assert (program, script, words[0]) == ("deepspeed", "train/main.py", "--config")
+    config = load_config(words[1], words[2:])
+    assert config.data["format"] == name
+    if name in WRITERS:
+        options = {key: value for key, value in config.data.items() if key not in ("format", "path")}
+        cohort = load_cohort(name, WRITERS[name](tmp_path), **options)
+        assert set(np.unique(cohort.label(config.task["label"]))) == {0, 1}
+        assert cohort.grid.hours == config.model["chunks"] * config.model["chunk_hours"]
+        assert (cohort.patient_ids is None) == (config.task["split"] == "stay")
 
 
 def test_physionet_by_hand(tmp_path):

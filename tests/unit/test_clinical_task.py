@@ -99,7 +99,9 @@ def test_what_does_not_fit_the_cohort_is_refused() -> None:
     task = prepared(cohort)
     kinds = cohort.label("mortality").copy()
     kinds[task.fold.train] = 1
-    with pytest.raises(ValueError, match="x: the training part of .* has no 'died' of both kinds to learn from; lower"):
+    with pytest.raises(
+        ValueError, match=r"x: the training part of .* has no 'died' of both kinds to learn from; lower"
+    ):
         task.check_kinds("x", {"died": kinds})
     long = replace(cohort, labels={"los": np.full(40, 7.0, np.float32)})
     with pytest.raises(

@@ -19,7 +19,7 @@ import torch
 from attnzoo.clinical import trained
 from attnzoo.clinical.cohort import Cohort
 from attnzoo.clinical.content import content_digests
-from attnzoo.clinical.formats import check_options, load_cohort
+from attnzoo.clinical.formats import check_options, load_cohort, row_name
 from attnzoo.clinical.splits import Fold, digest_of, fold_of_run
 from attnzoo.clinical.statistics import missing
 from attnzoo.files import user_path
@@ -64,10 +64,10 @@ class CohortOptions(TaskOptions, CheckedConfig):
 
 
 class StayStream(EpochStream):
-    """Batches of stays: every row once an epoch."""
+    """Batches of stays: every row once an epoch. row: what one is, in words."""
 
-    def __init__(self, rows: np.ndarray, seed: int, batch_of: Callable[[np.ndarray], Batch]) -> None:
-        self._stays, self._batch_of = rows, batch_of
+    def __init__(self, rows: np.ndarray, seed: int, batch_of: Callable[[np.ndarray], Batch], row: str) -> None:
+        self._stays, self._batch_of, self._row = rows, batch_of, row
         super().__init__(seed)
 
     def epoch(self, random: np.random.Generator) -> np.ndarray:
@@ -80,12 +80,12 @@ class StayStream(EpochStream):
 
     def too_few(self, wanted: int, rows: int) -> str:
         """Advice for a small cohort."""
-        return too_few_stays(wanted, rows)
+        return too_few_rows(wanted, rows, self._row)
 
 
-def too_few_stays(wanted: int, rows: int) -> str:
+def too_few_rows(wanted: int, rows: int, row: str) -> str:
     """That a training part is too small."""
-    return f"one global batch takes {wanted} stays and the training part has {rows}; lower train.batch_size"
+    return f"one global batch takes {counted(wanted, row)} and the training part has {rows:,}; lower train.batch_size"
 
 
 class CohortTask(Task):
@@ -104,7 +104,8 @@ class CohortTask(Task):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.preparing = f"the stays of data.path={config.data.get('path')!r}"
+        self.ROW = self.UNIT = row_name(str(config.data.get("format")))  # type: ignore[misc]
+        self.preparing = f"the {self.ROW}s of data.path={config.data.get('path')!r}"
         self._validation: Batch = ()
 
     # --- what a subclass says -----------------------------------------------------------------------------------
@@ -163,11 +164,11 @@ class CohortTask(Task):
         """As the class says."""
         wanted, rows = self.config.train.batch_size, len(self.fold.train)
         if rows < wanted:
-            raise ValueError(too_few_stays(wanted, rows))
+            raise ValueError(too_few_rows(wanted, rows, self.ROW))
 
     def prepare(self, is_main: bool) -> None:
         """Everything is in memory; each rank reads the files."""
-        self.train = StayStream(self.fold.train, self.config.seed, self.batch)
+        self.train = StayStream(self.fold.train, self.config.seed, self.batch, self.ROW)
         self._validation = self.batch(self.fold.validation)
 
     def validation(self, most: int | None = None) -> Batch:

@@ -33,7 +33,7 @@ class Findings:
             if why is not None
         ]
         if told:
-            words.append(f"as served, calibrated: {', '.join(f'{name} {value:.4f}' for name, value in told.items())}")
+            words.append(f"as served, calibrated: {', '.join(f'{name} {value:z.4f}' for name, value in told.items())}")
         return cls(told, (*words, *explanations))
 
     def metadata(self, given: Mapping[str, Any]) -> dict[str, Any]:

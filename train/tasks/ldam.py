@@ -243,7 +243,7 @@ class LdamTask(CohortTask):
         size, labels_NK = self.config.eval.batch_size, self._validation[-1]
         parts = zip(*(tensor.split(size) for tensor in self._validation), strict=True)
         logits_NK = torch.cat([self.measure(whole.model, part) for part in parts]).float()
-        fit = fit_label_calibration(labels_NK.numpy(), logits_NK.numpy(), exclusive=self.exclusive)
+        fit = fit_label_calibration(labels_NK.numpy(), logits_NK.numpy(), exclusive=self.exclusive, row=self.ROW)
         words_NL, lengths_N, *series = (tensor[: self.options.explained] for tensor in self._validation[:-1])
         seen = TextWords(words_NL, lengths_N, logits_NK[: self.options.explained].argmax(1), *series)
         maps: dict[str, MapVerdict] = {}

@@ -72,7 +72,6 @@ class SensorTask(CohortTask):
     """A `SensorAdapter` on a cohort of daily sensors. Batches are (numbers_NF, labels_NQ), float32; a label of NaN does
     not count."""
 
-    ROW = UNIT = "day"
     METRICS = ("loss", "auroc", "auprc")
     UNUSED: ClassVar[tuple[str, ...]] = (*CohortTask.UNUSED, "checkpoint.init_from")
     NEXT = "; attnzoo.clinical.trained_sensors.load_sensors('{run}').predict(cohort) predicts"
@@ -154,7 +153,7 @@ class SensorTask(CohortTask):
     def prepare(self, is_main: bool) -> None:
         """Everything is in memory; each rank reads the files."""
         super().prepare(is_main)
-        self.train = StayStream(self.learned, self.config.seed, self.batch)
+        self.train = StayStream(self.learned, self.config.seed, self.batch, self.ROW)
 
     def batch(self, rows: np.ndarray) -> Batch:
         """As the class says."""

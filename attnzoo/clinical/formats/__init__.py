@@ -14,6 +14,14 @@ FORMATS: Registry[Callable[..., Cohort]] = Registry("data format")
 for _module in (physionet2012, yaib, eicu, pmdata, mimic, fhir, mts_dialog):
     FORMATS.register(_module.__name__.rpartition(".")[2])(_module.load)
 
+ROWS = {"mts_dialog": "dialogue", "pmdata": "day"}
+"""What a row of a cohort is, by the format's name; of the others a stay."""
+
+
+def row_name(format: str) -> str:
+    """What a row of a cohort of this format is, in words."""
+    return ROWS.get(format, "stay")
+
 
 def load_cohort(format: str, path: str | Path, **options: Any) -> Cohort:
     """The cohort at `path`. options: those of the format's `load`, for example hours and variables.
