@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -206,7 +206,7 @@ def _letter(entry: dict[str, Any], question: Question) -> tuple[str | None, str]
     return (None, answer.ended) if answer.is_cut else (read_letter(answer.text, question.options), "")
 
 
-def _side_by_side(jobs: Sequence[Callable[[], None]], threads: int) -> Iterator[BaseException | None]:
+def _side_by_side(jobs: Sequence[Callable[[], None]], threads: int) -> Generator[BaseException | None, None, None]:
     """What each job raised, or None, as they end. Closed early, it begins no further job and waits for none: its
     threads, unlike a pool's, do not keep the process from ending while an endpoint hangs."""
     waiting: SimpleQueue[Callable[[], None]] = SimpleQueue()

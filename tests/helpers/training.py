@@ -191,7 +191,14 @@ def losses(run: Path, kind: str = "train", field: str = "loss") -> dict[int, flo
 def stay_records(run: Path) -> dict[tuple[str, int], dict[str, float]]:
     """metrics.jsonl of a run on stays, by kind and step, without what depends on the machine."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    measured = ("seconds", "step_seconds", "stays_per_second", "days_per_second", "peak_memory_mib")
+    measured = (
+        "seconds",
+        "step_seconds",
+        "stays_per_second",
+        "days_per_second",
+        "dialogues_per_second",
+        "peak_memory_mib",
+    )
     return {
         (line["kind"], line["step"]): {key: value for key, value in line.items() if key not in measured}
         for line in lines

@@ -80,7 +80,7 @@ def test_a_line_of_another_kind(run: Path, file: str, line: str, capsys: pytest.
 def test_lines_that_cannot_be_read_are_those_of_a_run_that_was_killed(run: Path) -> None:
     (run / "metrics.jsonl").write_text("\n".join(["[" * 100_000, "9" * 5000, '{"kind": "eval", "step": 4}']))
     assert main(["card", str(run)]) == 0
-    assert "1 evaluations" in (run / "card" / "model-card.md").read_text()
+    assert "1 evaluation in" in (run / "card" / "model-card.md").read_text()
 
 
 def test_a_run_without_its_weights_is_not_finished(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from attnzoo.cli import main
 from attnzoo.files import user_path
+from tests.helpers.clinical_files import write_stays
 from train.main import main as train
 
 COMMANDS = {
@@ -41,9 +42,9 @@ def test_data_and_checkpoints_of_a_run_that_are_empty_paths(
     words = ["--config", "tscan-mortality.yaml", "--dry-run"]
     assert train([*words, "data.path=''"]) == 2
     assert "data.path='' is empty; give a path" in capfd.readouterr().err
-    assert train([*words, f"data.path={tmp_path}", "data.outcomes=''"]) == 2
-    assert "outcomes='' is empty; give a path" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
+    assert train([*words, f"data.path={write_stays(tmp_path)}", "data.outcomes=''"]) == 2
+    assert "outcomes='' is empty; give a path" in capfd.readouterr().err
 
 
 def test_user_path_refuses_it_by_name() -> None:

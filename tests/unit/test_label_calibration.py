@@ -102,7 +102,7 @@ def test_words_that_training_texts_have() -> None:
     assert (found.least_known, found.least_share) == (2, pytest.approx(2 / 3))
     assert found.reasons(WordCount(words=3, known=2)) == []
     few = "known to the model; of 200 texts that it had not seen in training 99 % had"
-    assert found.reasons(WordCount(words=1, known=1)) == [f"1 of the text's words are {few} 2 or more"]
+    assert found.reasons(WordCount(words=1, known=1)) == [f"1 of the text's words is {few} 2 or more"]
     assert found.reasons(WordCount(words=8, known=4)) == [f"50% of the text's words are {few} 67% or more"]
     assert TextEvidence.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
