@@ -61,9 +61,10 @@ class EngineConfig(CheckedConfig):
     cache if it has none. cache_bounds: what requests may choose, {policy: {option: [least, most]}}
     (`serve.caches.CacheRules`); None: any policy that compresses, with options up to what the model can hold.
     max_caches: number of different caches besides the default that may run at the same time (each needs its own pass
-    through the model); requests for others wait. cache_mib: memory in MiB for compressed caches and for the prompts
-    being read into them; requests wait for free memory. Sizes come from the policies' byte models and from measured
-    rows; padding of the newest row, where layers have different budgets, may exceed it. None: no limit.
+    through the model); requests for others wait. cache_mib: memory in MiB for the caches of all requests, and for
+    prompts being read into compressed ones; requests wait for free memory. A full cache counts as the pages that its
+    prompt and max_tokens fill, compressed ones by the policies' byte models and by measured rows; padding of the newest
+    row, where layers have different budgets, may exceed it. None: no limit.
     """
 
     checkpoint: str

@@ -132,10 +132,12 @@ class Engine:
             raise ValueError(f"cache_bounds.{choice.policy}: this model cannot have it: {error}") from None
 
     def _demand(self, choice: CacheChoice, prompt: int, tokens: int, alone: bool = False) -> Demand:
-        """The memory that counts against `cache_mib`: none for the full cache, which is allocated at the start, but for
-        a request that runs alone."""
+        """The memory that counts against `cache_mib`."""
+        if choice.exact and alone:
+            return Demand(choice, own_bytes=self.runner.full_bytes(prompt + tokens))
         if choice.exact:
-            return Demand(choice, row_bytes=self.runner.full_bytes(prompt + tokens) if alone else 0)
+            assert self.runner.full is not None, "there is no full cache"
+            return Demand(choice, own_bytes=self.runner.full.row_bytes(prompt + tokens))
         model = self._byte_model(choice)
         streamed = model.policy.prefill == "stream"
         room = min(self.config.max_batched_tokens, prompt) if streamed else prompt

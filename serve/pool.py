@@ -1,6 +1,7 @@
 """Holds states on the device. Sequences that decode together are the rows of one batched state.
 
-`SlotPool` holds full caches in rows of fixed size, allocated once; prompts are read directly into their rows.
+`SlotPool` holds full caches in rows for the longest context, of which memory is taken as they fill (`serve.arena`);
+prompts are read directly into their rows.
 `CompactPool` holds compressed caches: a prompt is read into a state of its own, compressed, and joined to the pool,
 which is only as large as its sequences need. `AlonePool` holds one sequence whose attention is read or edited.
 """
@@ -14,6 +15,8 @@ from attnzoo.kvcache import CachePolicy
 from attnzoo.models import CompiledDecode, DecoderLM
 from attnzoo.models.decoder_lm import DecoderState
 from attnzoo.models.embedded import prompt_tensor
+from serve.arena import ElasticState
+from serve.faults import logger
 from serve.request import Alone
 from serve.scheduler import Chunk
 from serve.slots import Release
@@ -34,13 +37,15 @@ class SlotPool:
     """Full caches of `rows` sequences with room for `tokens` tokens each.
 
     compile_decode: compile decode steps in the constructor. Raises ValueError if the model's steps cannot be compiled,
-    or there is no C++ compiler.
+    there is no C++ compiler, or the memory of the rows, where it is taken at once, is more than there is.
     """
 
     def __init__(self, model: DecoderLM, rows: int, tokens: int, compile_decode: bool = False) -> None:
         self.model = model
-        self.state = model.init_state(rows, tokens)
-        self.nbytes = self.state.nbytes()
+        self._elastic = elastic_state(model, rows, tokens)
+        self.state = whole_state(model, rows, tokens) if self._elastic is None else self._elastic.state
+        self.lengths = [0] * rows
+        """Tokens in each slot."""
         # The tensors never move, so that each view of rows is made only once.
         self._views: dict[tuple[int, int], DecoderState] = {}
         self._compiled = CompiledDecode(model) if compile_decode else None
@@ -51,7 +56,20 @@ class SlotPool:
         """Compiles for one sequence and for several, so that no request waits for compilation."""
         for count in {1, min(2, rows)}:
             step(_tensor(self.model, [[0]] * count), self._rows(slice(0, count)))
-            self.state.reset(slice(0, count))
+            for slot in range(count):
+                self._empty(slot)
+
+    # Another thread calls it.
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that are taken."""
+        if self._elastic is None:
+            return self.state.nbytes()
+        return self._elastic.always + sum(self._elastic.nbytes(tokens) for tokens in list(self.lengths))
+
+    def row_bytes(self, tokens: int) -> int:
+        """Bytes that a sequence of so many tokens takes; 0 where rows take all their memory from the start."""
+        return 0 if self._elastic is None else self._elastic.nbytes(tokens)
 
     @property
     def repeats(self) -> bool:
@@ -63,7 +81,9 @@ class SlotPool:
         """hidden_BD of the next token of the first B slots."""
         if self._compiled is None:
             return self._extend(tokens_B1, 0, None)[:, -1]
-        return self._compiled(tokens_B1, self._rows(slice(0, len(tokens_B1))))[0][:, -1]
+        hidden_BTD, _ = self._compiled(tokens_B1, self._rows(slice(0, len(tokens_B1))))
+        self._count(0, [1] * len(tokens_B1))
+        return hidden_BTD[:, -1]
 
     def decode_one(self, token: int, slot: int) -> Tensor:
         """hidden_1D of the next token of one slot; repeats a failed `decode` if `repeats` is True."""
@@ -75,39 +95,49 @@ class SlotPool:
         counts = [chunk.count for chunk in chunks]
         width = max(counts)
         rows = [prompt[c.start : c.start + c.count] for c, prompt in prompts]
-        counts_B = _tensor(self.model, counts) if min(counts) < width else None
-        hidden_BTD = self._extend(prompt_tensor(self.model, rows), chunks[0].slot, counts_B)
+        hidden_BTD = self._extend(prompt_tensor(self.model, rows), chunks[0].slot, counts if min(counts) < width else None)
         ended = [row for row, chunk in enumerate(chunks) if chunk.last]
         return hidden_BTD[ended, [counts[row] - 1 for row in ended]]
 
     def read_again(self, chunk: Chunk, prompt: Sequence[int]) -> Tensor:
         """Repeats `prefill` of one prompt, from its beginning, after a failure left its row in an unknown state."""
-        self.state.reset(slice(chunk.slot, chunk.slot + 1))
+        self._empty(chunk.slot)
         end = chunk.start + chunk.count
         for first in range(0, end, chunk.count):
             tokens = prompt[first : min(first + chunk.count, end)]
             hidden_1TD = self._extend(prompt_tensor(self.model, [tokens]), chunk.slot, None)
         return hidden_1TD[:, -1] if chunk.last else hidden_1TD[:0, -1]
 
-    def exchange(self, slots: tuple[int, int], tokens: int) -> None:
-        """Exchanges the sequences in two slots, which have at most `tokens` tokens."""
-        first, second = (self.state.rows(slice(slot, slot + 1)).cut(max(tokens, 1)) for slot in slots)
+    def exchange(self, slots: tuple[int, int]) -> None:
+        """Exchanges the sequences in two slots."""
+        most = max(self.lengths[slot] for slot in slots)
+        first, second = (self.state.rows(slice(slot, slot + 1)).cut(max(most, 1)) for slot in slots)
         kept = first.clone()
         first.fill(second)
         second.fill(kept)
+        self.lengths[slots[0]], self.lengths[slots[1]] = self.lengths[slots[1]], self.lengths[slots[0]]
+        for slot in slots if self._elastic is not None else ():
+            self._elastic.release(slot, self.lengths[slot])
 
     def clear(self) -> None:
         """Empties all rows."""
-        self.state.reset(slice(None))
+        for slot in range(len(self.lengths)):
+            self._empty(slot)
 
-    def _extend(self, tokens_BT: Tensor, first_slot: int, counts_B: Tensor | None) -> Tensor:
+    def _extend(self, tokens_BT: Tensor, first_slot: int, counts: Sequence[int] | None) -> Tensor:
         rows = self._rows(slice(first_slot, first_slot + len(tokens_BT)))
+        counts_B = None if counts is None else _tensor(self.model, counts)
         hidden_BTD, state = self.model.extend_hidden(tokens_BT, rows, counts_B)
         try:
             rows.fill(state)
         except Exception as failure:
             raise HalfWrittenError("a state could not be written back") from failure
+        self._count(first_slot, counts or [tokens_BT.shape[1]] * len(tokens_BT))
         return hidden_BTD
+
+    def _count(self, first_slot: int, counts: Sequence[int]) -> None:
+        for slot, count in enumerate(counts, first_slot):
+            self.lengths[slot] += count
 
     def _rows(self, rows: slice) -> DecoderState:
         key = (rows.start, rows.stop)
@@ -115,11 +145,41 @@ class SlotPool:
             self._views[key] = self.state.rows(rows)
         return self._views[key]
 
+    def _empty(self, slot: int) -> None:
+        """Empties a row, so that no data of its sequence remains."""
+        self.lengths[slot] = 0
+        if self._elastic is None:
+            self.state.reset(slice(slot, slot + 1))
+        else:
+            self._elastic.release(slot)
+
     def release(self, request_id: str, release: Release) -> None:
-        """Moves rows, and empties the freed one so that no data of its sequence remains."""
+        """Moves rows, and empties the freed one."""
         for source, target in release.moves:
-            self.state.store(slice(target, target + 1), self.state.rows(slice(source, source + 1)))
-        self.state.reset(slice(release.freed, release.freed + 1))
+            self._empty(target)
+            tokens = self.lengths[source]
+            self.state.rows(slice(target, target + 1)).cut(tokens).fill(self.state.rows(slice(source, source + 1)).cut(tokens))
+            self.lengths[target] = tokens
+        self._empty(release.freed)
+
+
+def elastic_state(model: DecoderLM, rows: int, tokens: int) -> ElasticState | None:
+    """`ElasticState` of a model on a CPU; None, with a line in the log, where the system refuses it."""
+    if model.embedding.weight.device.type != "cpu":
+        return None
+    try:
+        return ElasticState(model, rows, tokens)
+    except OSError as refusal:
+        logger.warning("each of %d sequences takes the memory of %d tokens from the start: %s", rows, tokens, refusal)
+        return None
+
+
+def whole_state(model: DecoderLM, rows: int, tokens: int) -> DecoderState:
+    """A state that takes all its memory at once. Raises ValueError where there is less."""
+    try:
+        return model.init_state(rows, tokens)
+    except ValueError as error:
+        raise ValueError(f"max_num_seqs={rows} sequences of max_model_len={tokens} tokens: {error}") from None
 
 
 class CompactPool:

@@ -93,7 +93,7 @@ class Runner:
         for exchange in plan.exchanges:
             pool = self._pool(exchange.group)
             if isinstance(pool, SlotPool):
-                pool.exchange(exchange.slots, exchange.tokens)
+                pool.exchange(exchange.slots)
         held: dict[object, list[str]] = {group: list(ids) for group, ids in plan.decode}
         for group, ids in plan.decode:
             found = self._decode(group, [requests[request_id] for request_id in ids], failed)

@@ -30,16 +30,18 @@ class QueueFullError(Exception):
 
 @dataclass(frozen=True)
 class Demand:
-    """Memory of a sequence in its `group`: `row_bytes` while it decodes, `prompt_bytes` while its prompt is read."""
+    """Memory of a sequence in its `group`: `row_bytes` while it decodes, as much as the largest row of the group takes,
+    `prompt_bytes` while its prompt is read, and `own_bytes`, whatever others take, from its beginning to its end."""
 
     group: Group = None
     row_bytes: int = 0
     prompt_bytes: int = 0
+    own_bytes: int = 0
 
     @property
     def most(self) -> int:
-        """Most bytes that the sequence takes: at the end of its prompt it takes both."""
-        return self.row_bytes + self.prompt_bytes
+        """Most bytes that the sequence takes: at the end of its prompt it takes all of them."""
+        return self.row_bytes + self.prompt_bytes + self.own_bytes
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Exchanges the sequences in two slots of a group. tokens: the larger number of tokens in their states."""
+    """Exchanges the sequences in two slots of a group."""
 
     group: Group
     slots: tuple[int, int]
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -246,8 +247,7 @@ class Scheduler:
         exchanges = []
         for group, table in self.tables.items():
             ended = [r for r in counts if last[r] and self._demand[r].group == group]
-            tokens = max((self._planned[r] for r in table.ids[table.decoding :]), default=0)
-            exchanges += [Exchange(group, pair, tokens) for pair in table.promote(ended)]
+            exchanges += [Exchange(group, pair) for pair in table.promote(ended)]
         chunks = []
         for ends in (True, False):
             for group, table in self.tables.items():
@@ -278,11 +278,12 @@ class Scheduler:
         of prompts in `reading`, only one exists at a time: the request's, or one in `ending`, which are read whole in
         this step."""
         rows: dict[Group, int] = {}
-        largest = dict(self._row_bytes)
+        own, largest = 0, dict(self._row_bytes)
         for running in (*self._planned, request_id):
             demand = self._demand[running]
+            own += demand.own_bytes
             rows[demand.group] = rows.get(demand.group, 0) + 1
             largest[demand.group] = max(largest.get(demand.group, 0), demand.row_bytes)
         prompts = sum(self._demand[other].prompt_bytes for other in reading)
         prompts += max(self._demand[other].prompt_bytes for other in (*ending, request_id))
-        return prompts + sum(count * largest[group] for group, count in rows.items())
+        return own + prompts + sum(count * largest[group] for group, count in rows.items())
