@@ -95,7 +95,9 @@ class SlotPool:
         counts = [chunk.count for chunk in chunks]
         width = max(counts)
         rows = [prompt[c.start : c.start + c.count] for c, prompt in prompts]
-        hidden_BTD = self._extend(prompt_tensor(self.model, rows), chunks[0].slot, counts if min(counts) < width else None)
+        hidden_BTD = self._extend(
+            prompt_tensor(self.model, rows), chunks[0].slot, counts if min(counts) < width else None
+        )
         ended = [row for row, chunk in enumerate(chunks) if chunk.last]
         return hidden_BTD[ended, [counts[row] - 1 for row in ended]]
 
@@ -158,7 +160,9 @@ class SlotPool:
         for source, target in release.moves:
             self._empty(target)
             tokens = self.lengths[source]
-            self.state.rows(slice(target, target + 1)).cut(tokens).fill(self.state.rows(slice(source, source + 1)).cut(tokens))
+            self.state.rows(slice(target, target + 1)).cut(tokens).fill(
+                self.state.rows(slice(source, source + 1)).cut(tokens)
+            )
             self.lengths[target] = tokens
         self._empty(release.freed)
 

@@ -36,7 +36,9 @@ def filled(pool: SlotPool, lengths) -> None:
 
 def taken(pool: SlotPool) -> int:
     """Bytes of the arena in memory."""
-    first = next((x for x in pool.state.tensors().values() if not any(x is small for small in pool._elastic._small)), None)
+    first = next(
+        (x for x in pool.state.tensors().values() if not any(x is small for small in pool._elastic._small)), None
+    )
     return 0 if first is None else resident_at(first.data_ptr())
 
 
