@@ -65,6 +65,9 @@ class EngineConfig(CheckedConfig):
     prompts being read into compressed ones; requests wait for free memory. A full cache counts as the pages that its
     prompt and max_tokens fill, compressed ones by the policies' byte models and by measured rows; padding of the newest
     row, where layers have different budgets, may exceed it. None: no limit.
+    prefix_mib: memory in MiB for beginnings of prompts, which later prompts that begin alike copy in place of computing
+    them; the text is the same, bit for bit. 0: nothing is kept. prefix_cell: tokens of the pieces that are kept and in
+    which prompts are read; larger ones compute a little faster, smaller ones match more.
     """
 
     checkpoint: str
@@ -90,6 +93,8 @@ class EngineConfig(CheckedConfig):
     cache_bounds: dict | None = None
     max_caches: int = 4
     cache_mib: int | None = None
+    prefix_mib: int = 256
+    prefix_cell: int = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,6 +106,9 @@ class EngineConfig(CheckedConfig):
         for name, most in (("max_images", MOST_PICTURES), ("max_image_bytes", 1 << 28), ("max_image_pixels", 1 << 26)):
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name}={getattr(self, name)} must be between 1 and {most}")
+        for name, least in (("prefix_mib", 0), ("prefix_cell", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.max_queue < 0:
             raise ValueError(f"max_queue={self.max_queue} must be at least 0")
         for name in ("max_num_seqs", "max_queue"):

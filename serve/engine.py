@@ -22,6 +22,7 @@ from serve.loading import load_parts, max_model_len
 from serve.metrics import ServerMetrics
 from serve.pace import PromptPace
 from serve.pool import compiled_step
+from serve.prefix import PrefixCache
 from serve.prompts import Prompt, PromptEncoder, as_prompt, check_prompt, read_prompts
 from serve.request import (
     Alone,
@@ -69,6 +70,8 @@ class Engine:
         self.chat_template = self.encoder.chat
         self.caches = CacheRules(config.cache or self.model.config.cache, config.cache_bounds)
         self._byte_model = lru_cache(maxsize=256)(lambda choice: self.model.byte_model(choice.build()))
+        cell = min(config.prefix_cell, config.max_batched_tokens - config.max_num_seqs)  # what any step has room for
+        self.prefixes = PrefixCache(self.model, config.prefix_mib << 20, cell, self.tokenizer.stop_ids)
         self.choose_cache(None)
         for choice in self.caches.examples():
             self._check_bounds(choice)
@@ -77,7 +80,7 @@ class Engine:
         choice, steps = self.caches.default, {}
         if config.compile_decode and not choice.exact:
             steps[choice] = compiled_step(self.model, choice.build(), config.max_num_seqs, self.max_model_len)
-        self.runner = Runner(self.model, rows, self.max_model_len, config.compile_decode, steps)
+        self.runner = Runner(self.model, rows, self.max_model_len, config.compile_decode, steps, self.prefixes)
         self.metrics = ServerMetrics()
         self.pace = PromptPace(None if config.itl_target_ms is None else config.itl_target_ms / 1000)
         self._requests: dict[str, Request] = {}
@@ -94,6 +97,7 @@ class Engine:
             max_groups=config.max_caches,
             max_bytes=None if config.cache_mib is None else config.cache_mib << 20,
             default_group=self.caches.default,
+            prefixes=self.prefixes,
         )
 
     @synchronized
@@ -105,7 +109,7 @@ class Engine:
         return self._sinks
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of a text prompt, as `PromptEncoder.text`."""
+        """As `PromptEncoder.text`."""
         return self.encoder.text(prompt)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -188,7 +192,9 @@ class Engine:
             arrived=time.perf_counter() if arrived is None else arrived,
         )
         demand = self._demand(cache, len(prompt), params.max_tokens, plan is not None)
-        self.scheduler.add(request_id, len(prompt), replace(demand, group=request.group))
+        borders = self.prefixes.borders(request.prompt)
+        self.scheduler.add(request_id, len(prompt), replace(demand, group=request.group), borders)
+        self.prefixes.add(request_id, request.prompt, borders, cache, alone=plan is not None)
         self._requests[request_id] = request
 
     def has_work(self) -> bool:
@@ -267,6 +273,7 @@ class Engine:
         """The metrics in Prometheus' text format, with the bytes in use. Any thread may call it."""
         running = [request for request in list(self._requests.values()) if request.started]
         self.metrics.memory(sum(self.runner.kv_bytes(request) for request in running), self.runner.pool_bytes)
+        self.metrics.prefixes(*self.prefixes.counts())
         return self.metrics.render()
 
     @synchronized
@@ -363,6 +370,8 @@ class Engine:
         if reason is not None:
             delta.prompt_tokens = len(request.prompt)
             delta.ttft_s = request.first_token - request.arrived
+            reuse = self.prefixes.plans[request.request_id]
+            delta.cached_tokens, delta.not_cached = reuse.reused, reuse.why_not
             delta.run = request.group.run if isinstance(request.group, Alone) else None
             self._report_memory(delta, request)
         return delta
@@ -379,13 +388,14 @@ class Engine:
         if release is not None:
             self.runner.release(request, release)
         del self._requests[request.request_id]
+        self.prefixes.remove(request.request_id)
         self.metrics.finished(request, reason)
 
     def _mark_started(self, plan: StepPlan) -> None:
         now = time.perf_counter()
         for chunk in plan.prefill:
-            if chunk.start == 0:
-                self._requests[chunk.request_id].started = now
+            request = self._requests[chunk.request_id]
+            request.started = request.started or now
 
     def _publish_load(self) -> None:
         self.metrics.load(self.scheduler.num_running, self.scheduler.num_waiting)

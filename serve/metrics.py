@@ -22,6 +22,11 @@ class ServerMetrics:
         self._waiting = self._gauge("num_requests_waiting", "Requests without a slot")
         self._kv_bytes = self._gauge("kv_bytes", "Bytes of the state filled by running sequences")
         self._pool_bytes = self._gauge("kv_pool_bytes", "Bytes of the state as allocated")
+        self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens that were looked up")
+        self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens that were copied, not computed")
+        self._prefix_before = (0, 0, 0)
+        self._prefix_bytes = self._gauge("prefix_cache_bytes", "Bytes of beginnings of prompts that are kept")
+        self._prefix_evictions = self._counter("prefix_cache_evictions", "Cells of prompts that left for room")
         self._map_bytes = self._gauge("attention_map_bytes", "Bytes of attention maps, reserved and kept")
         self._prompt = self._counter(
             "prompt_tokens", "Prompt tokens of finished and aborted requests, once for all choices of one"
@@ -63,6 +68,15 @@ class ServerMetrics:
         """Sets the bytes of the states that running sequences fill, and of all allocated states."""
         self._kv_bytes.set(filled)
         self._pool_bytes.set(allocated)
+
+    def prefixes(self, queries: int, hits: int, nbytes: int, evictions: int) -> None:
+        """Sets what was looked up, copied, kept and given up of beginnings of prompts."""
+        self._prefix_bytes.set(nbytes)
+        counters = (self._prefix_queries, self._prefix_hits, self._prefix_evictions)
+        now = (queries, hits, evictions)
+        for counter, count, before in zip(counters, now, self._prefix_before, strict=True):
+            counter.inc(count - before)
+        self._prefix_before = now
 
     def maps(self, nbytes: int) -> None:
         """Sets the bytes of attention maps: of running requests, and of those that wait for their download."""

@@ -18,11 +18,17 @@ from attnzoo.models.embedded import prompt_tensor
 from serve.arena import ElasticState
 from serve.faults import logger
 from serve.request import Alone
-from serve.scheduler import Chunk
+from serve.scheduler import Chunk, Reuse
 from serve.slots import Release
 
 Prompts = Sequence[tuple[Chunk, Sequence[int]]]
 """Chunks in neighbouring slots, each with its whole prompt: token ids, or an `EmbeddedPrompt`."""
+
+
+Copied = Callable[[DecoderState, int, int], DecoderState]
+"""The state of one sequence of so many tokens, continued to so many, in place where its tensors are as large."""
+Keep = Callable[[DecoderState], None]
+"""Called with a sequence's exact state after a chunk of its prompt."""
 
 
 Step = Callable[[Tensor, DecoderState], tuple[Tensor, DecoderState]]
@@ -100,6 +106,15 @@ class SlotPool:
         )
         ended = [row for row, chunk in enumerate(chunks) if chunk.last]
         return hidden_BTD[ended, [counts[row] - 1 for row in ended]]
+
+    def row(self, slot: int) -> DecoderState:
+        """A view of the state of the sequence in a slot."""
+        return self._rows(slice(slot, slot + 1))
+
+    def restore(self, reuse: Reuse, copied: Copied) -> None:
+        """Continues the sequence in a slot by what `copied` writes into its state."""
+        copied(self.row(reuse.slot), reuse.start, reuse.end)
+        self.lengths[reuse.slot] = reuse.end
 
     def read_again(self, chunk: Chunk, prompt: Sequence[int]) -> Tensor:
         """Repeats `prefill` of one prompt, from its beginning, after a failure left its row in an unknown state."""
@@ -230,7 +245,14 @@ class CompactPool:
         hidden_BTD, self.state = self._step(tokens_B1, self.state)
         return hidden_BTD[:, -1]
 
-    def read(self, chunk: Chunk, prompt: Sequence[int]) -> Tensor:
+    def restore(self, reuse: Reuse, prompt: Sequence[int], copied: Copied) -> None:
+        """Continues a sequence whose prompt is read by what `copied` writes into its state."""
+        state = self.prompts.pop(reuse.request_id, None)
+        if state is None:
+            state = self.model.init_state(1, len(prompt), cache=self.policy)
+        self.prompts[reuse.request_id] = copied(state, reuse.start, reuse.end)
+
+    def read(self, chunk: Chunk, prompt: Sequence[int], keep: Keep) -> Tensor:
         """Reads a chunk, and returns hidden_1D of its last token, or no rows if the prompt goes on. If it raises, the
         prompt's state is gone; if `state` is then None, all other rows are lost too."""
         state = self.prompts.pop(chunk.request_id, None)
@@ -238,6 +260,7 @@ class CompactPool:
             state = self.model.init_state(1, self._room(chunk, prompt), cache=self.policy)
         given = prompt_tensor(self.model, [prompt[chunk.start : chunk.start + chunk.count]])
         hidden_1TD, state = self._extend(given, state)
+        keep(state)
         if not chunk.last:
             self.prompts[chunk.request_id] = state
             return hidden_1TD[:0, -1]

@@ -101,10 +101,11 @@ class Delta:
     """The progress of one request in one step; the last delta of a request has a `finish_reason`.
 
     text: new characters that are final. tokens: number of tokens generated so far. prompt_tokens, ttft_s (seconds from
-    arrival to the first token), policy and the fields of `attnzoo.models.cache_use.CacheUse`: only in the last delta.
+    arrival to the first token), policy and the fields of `attnzoo.models.cache_use.CacheUse`: only in the last delta,
+    as cached_tokens, the tokens of the prompt that were copied from earlier ones, and not_cached, why none can be.
     error: with finish_reason "error", the message for the request's owner; it may quote the prompt. param: the field of
-    the request that is at fault, if one is. run: in the last
-    delta of a request that reads or edits attention, what it has read.
+    the request that is at fault, if one is. run: in the last delta of a request that reads or edits attention, what it
+    has read.
     """
 
     request_id: str
@@ -119,6 +120,8 @@ class Delta:
     kv_bytes: int = 0
     kv_bytes_full: int = 0
     not_compressed: str | None = None
+    cached_tokens: int = 0
+    not_cached: str | None = None
     error: str | None = None
     param: str | None = None
     run: EditRun | None = None

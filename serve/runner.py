@@ -14,10 +14,12 @@ from torch import Tensor
 from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models import CompiledDecode, DecoderLM
 from attnzoo.models.cache_use import CacheUse, compressed_use, exact_use
-from serve.faults import DeviceError, SharedError
+from attnzoo.models.decoder_lm import DecoderState
+from serve.faults import DeviceError, SharedError, log
 from serve.pool import AlonePool, CompactPool, HalfWrittenError, SlotPool
+from serve.prefix import PrefixCache
 from serve.request import Alone, Request
-from serve.scheduler import Chunk, StepPlan
+from serve.scheduler import Chunk, Reuse, StepPlan
 from serve.slots import Release
 
 
@@ -38,6 +40,7 @@ class Runner:
     """Runs plans, with one pool of states for each cache in use.
 
     max_num_seqs, max_model_len: rows of the full cache and tokens of each; max_num_seqs=0: there is no full cache.
+    prefixes: beginnings of prompts that were read before.
     compile_decode: compile the full cache's decode steps. steps: compiled decode steps of compressed caches. Raises the
     errors of `SlotPool`.
     """
@@ -49,8 +52,10 @@ class Runner:
         max_model_len: int,
         compile_decode: bool = False,
         steps: Mapping[CacheChoice, CompiledDecode] | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self.model = model
+        self.prefixes = prefixes
         self.device = model.embedding.weight.device
         with torch.inference_mode():
             self.full = SlotPool(model, max_num_seqs, max_model_len, compile_decode) if max_num_seqs else None
@@ -94,11 +99,16 @@ class Runner:
             pool = self._pool(exchange.group)
             if isinstance(pool, SlotPool):
                 pool.exchange(exchange.slots)
+        for reuse in plan.reused:
+            self._restore(reuse, requests[reuse.request_id], failed)
         held: dict[object, list[str]] = {group: list(ids) for group, ids in plan.decode}
         for group, ids in plan.decode:
             found = self._decode(group, [requests[request_id] for request_id in ids], failed)
             (alone if isinstance(group, Alone) else parts).extend(found)
-        for chunks in _batches(plan.prefill):
+        for batch in _batches(plan.prefill):
+            chunks = [chunk for chunk in batch if chunk.request_id not in failed]
+            if not chunks:
+                continue
             found = self._prefill(chunks, requests, failed)
             (alone if isinstance(chunks[0].group, Alone) else parts).extend(found)
             rows = held.setdefault(chunks[0].group, [])
@@ -128,6 +138,30 @@ class Runner:
             failed.update(dict.fromkeys(ids, _shared(failure, ids)))
             return []
 
+    def _restore(self, reuse: Reuse, request: Request, failed: dict[str, Exception]) -> None:
+        """Copies what of a prompt was read before. No other sequence has a part in it."""
+        assert self.prefixes is not None
+        copied, pool = partial(self.prefixes.restore, reuse.request_id), self._pool(reuse.group)
+        try:
+            if isinstance(pool, SlotPool):
+                pool.restore(reuse, copied)
+            else:
+                pool.restore(reuse, request.prompt, copied)
+        except Exception as failure:
+            self.check_device(failure)
+            failed[reuse.request_id] = failure
+
+    def _keep(self, chunk: Chunk, state: DecoderState) -> None:
+        """Keeps what was read of a prompt for others that begin alike. A failure ends that, and fails no request."""
+        if self.prefixes is None:
+            return
+        try:
+            self.prefixes.keep(chunk.request_id, state, chunk.start, chunk.start + chunk.count)
+        except Exception as failure:
+            self.check_device(failure)
+            self.prefixes.remove_keys(chunk.request_id)
+            log("the beginning of a prompt could not be kept", failure)
+
     def _prefill(
         self, chunks: list[Chunk], requests: Mapping[str, Request], failed: dict[str, Exception]
     ) -> list[Part]:
@@ -135,9 +169,12 @@ class Runner:
         prompts = [(chunk, requests[chunk.request_id].prompt) for chunk in chunks]
         ids = [chunk.request_id for chunk in chunks]
         if isinstance(pool, CompactPool):
-            return self._one_by_one(ids, [partial(pool.read, *prompts[0])], failed)
+            return self._one_by_one(ids, [partial(pool.read, *prompts[0], partial(self._keep, chunks[0]))], failed)
         try:
-            return [([chunk.request_id for chunk in chunks if chunk.last], pool.prefill(prompts))]
+            hidden_RD = pool.prefill(prompts)
+            for chunk in chunks:
+                self._keep(chunk, pool.row(chunk.slot))
+            return [([chunk.request_id for chunk in chunks if chunk.last], hidden_RD)]
         except Exception as failure:
             self.check_device(failure)
             if len(ids) == 1:
@@ -196,8 +233,10 @@ class Runner:
 
     @torch.inference_mode()
     def clear(self) -> None:
-        """Clears the states of all sequences."""
+        """Clears the states of all sequences, and what is kept of their prompts."""
         self.compact.clear()
+        if self.prefixes is not None:
+            self.prefixes.clear()
         if self.full is not None:
             self.full.clear()
 

@@ -13,8 +13,10 @@ group or for memory, others may start before it; once it is overdue, no request 
 The default group never waits for other groups.
 """
 
-from collections.abc import Collection, Hashable
+from bisect import bisect_right
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from serve.slots import Release, SlotTable
 
@@ -57,6 +59,18 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Reuse:
+    """The prompt of the sequence in `slot` of `group`, of which `start` tokens were read, goes on from the `end`-th:
+    what lies between is copied."""
+
+    request_id: str
+    group: Group
+    slot: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Exchange:
     """Exchanges the sequences in two slots of a group."""
 
@@ -66,12 +80,13 @@ class Exchange:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step: first exchanges of slots, then decoding sequences by group (index i is in slot i of its group), then
-    chunks of prompts, those with `last` first."""
+    """One step: first exchanges of slots, then copies, then decoding sequences by group (index i is in slot i of its
+    group), then chunks of prompts, those of prompts that end first, and of each in order."""
 
     decode: tuple[tuple[Group, tuple[str, ...]], ...]
     prefill: tuple[Chunk, ...]
     exchanges: tuple[Exchange, ...] = ()
+    reused: tuple[Reuse, ...] = ()
 
     @property
     def decoding(self) -> list[str]:
@@ -89,10 +104,32 @@ class StepPlan:
         return [*self.decoding, *(chunk.request_id for chunk in self.prefill if chunk.last)]
 
 
+class Prefixes(Protocol):
+    """What is known of beginnings of prompts that were read before."""
+
+    def reach(self, request_id: str, at: int) -> int:
+        """From where a prompt of which `at` tokens were read may go on; `at` where nothing more is known."""
+
+    def claim(self, request_id: str, at: int) -> Hashable:
+        """What its next tokens will make known, which others wait for; None: nothing."""
+
+
+class NoPrefixes:
+    """Where nothing is reused."""
+
+    def reach(self, request_id: str, at: int) -> int:
+        """`at`."""
+        return at
+
+    def claim(self, request_id: str, at: int) -> None:
+        """None."""
+
+
 class Scheduler:
     """Queues requests, plans steps, and assigns slots. max_num_seqs: slots, over all groups. max_batched_tokens: most
     tokens of a step. max_queue: requests that may wait while all slots are taken. max_groups: groups besides
     `default_group` that may run at the same time. max_bytes: limit of the sum of the demands (None: no limit).
+    prefixes: what beginnings of prompts need not be read again.
 
     Raises ValueError for limits under which prompts could not advance.
     """
@@ -106,6 +143,7 @@ class Scheduler:
         max_groups: int = 1,
         max_bytes: int | None = None,
         default_group: Group = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         if max_num_seqs < 1 or max_queue < 0:
             raise ValueError(f"max_num_seqs={max_num_seqs} must be at least 1, max_queue={max_queue} at least 0")
@@ -120,12 +158,14 @@ class Scheduler:
         self.max_groups = max_groups
         self.max_bytes = max_bytes
         self.default_group = default_group
+        self._prefixes = prefixes or NoPrefixes()
         self.tables: dict[Group, SlotTable] = {}
         self.clock = 0
         self._waiting: dict[str, None] = {}
         self._arrival: dict[str, int] = {}
         """The clock at the arrival of each unfinished request, in order of arrival."""
         self._prompt: dict[str, int] = {}
+        self._borders: dict[str, Sequence[int]] = {}
         self._demand: dict[str, Demand] = {}
         self._planned: dict[str, int] = {}
         self._row_bytes: dict[Group, int] = {}
@@ -144,9 +184,12 @@ class Scheduler:
         """Whether any request is unfinished."""
         return bool(self._prompt)
 
-    def add(self, request_id: str, prompt_tokens: int, demand: Demand | None = None) -> None:
-        """Queues a request. Raises QueueFullError if the queue is full, ValueError for an id in use, an empty prompt or
-        a demand larger than max_bytes."""
+    def add(
+        self, request_id: str, prompt_tokens: int, demand: Demand | None = None, borders: Sequence[int] = ()
+    ) -> None:
+        """Queues a request. borders: where chunks of its prompt must end, ascending, the prompt's own end included;
+        without, they end anywhere. Raises QueueFullError if the queue is full, ValueError for an id in use, an empty
+        prompt or a demand larger than max_bytes."""
         demand = demand or Demand(self.default_group)
         if request_id in self._prompt:
             raise ValueError(f"request id {request_id!r} is in use; give every request its own")
@@ -157,6 +200,7 @@ class Scheduler:
         if len(self._prompt) >= self.max_num_seqs + self.max_queue:
             raise QueueFullError(f"{self.num_running} requests are running and {self.num_waiting} waiting")
         self._prompt[request_id] = prompt_tokens
+        self._borders[request_id] = borders
         self._demand[request_id] = demand
         self._arrival[request_id] = self.clock
         self._waiting[request_id] = None
@@ -172,8 +216,9 @@ class Scheduler:
         budget = self.max_batched_tokens - decoding
         if decoding and prompt_tokens is not None:
             budget = min(budget, max(1, prompt_tokens))
-        counts = self._share(budget)
-        plan = self._placed(decode, counts)
+        reused: dict[str, tuple[int, int]] = {}
+        counts = self._share(budget, reused)
+        plan = self._placed(decode, counts, reused)
         for request_id, count in counts.items():
             self._planned[request_id] += count
         self.clock += plan.num_tokens
@@ -188,7 +233,7 @@ class Scheduler:
 
         Raises KeyError for an unknown id.
         """
-        del self._prompt[request_id], self._arrival[request_id]
+        del self._prompt[request_id], self._borders[request_id], self._arrival[request_id]
         group = self._demand.pop(request_id).group
         if self._planned.pop(request_id, None) is None:
             del self._waiting[request_id]
@@ -208,8 +253,9 @@ class Scheduler:
         patience = PATIENCE * (self._left(request_id) + self.max_batched_tokens)
         return self.clock - self._arrival[request_id] >= patience
 
-    def _share(self, budget: int) -> dict[str, int]:
-        """The number of prompt tokens of each request in this step; requests that start get a slot."""
+    def _share(self, budget: int, reused: dict[str, tuple[int, int]]) -> dict[str, int]:
+        """The number of prompt tokens of each request in this step; requests that start get a slot. What need not be
+        read is noted in `reused`, and counts as read."""
         unread = {request_id for table in self.tables.values() for request_id in table.ids[table.decoding :]}
         reading, counts = set(unread), dict[str, int]()
         """Prompts that hold a state of their own until the end of the step, even if they end in it."""
@@ -218,22 +264,49 @@ class Scheduler:
         prompts = [request_id for request_id in self._arrival if request_id in unread or request_id in self._waiting]
         overdue = [request_id for request_id in prompts if self._overdue(request_id)]
         shortest = sorted(prompts, key=self._left)
-        blocked = None
+        blocked, claimed = None, dict[Hashable, str]()
         for order, tokens in ((overdue, -(-budget // 2)), (shortest, budget)):
             for request_id in order:
                 room = tokens - sum(counts.values())
                 if room == 0:
                     break
+                at = self._planned.get(request_id, 0) + counts.get(request_id, 0)
+                further = at if request_id in counts else self._prefixes.reach(request_id, at)
+                claim = self._prefixes.claim(request_id, further)
+                if claim is not None and claimed.setdefault(claim, request_id) != request_id:
+                    continue  # another prompt reads the same now, and this one copies it in the next step
+                count = self._whole_cells(request_id, further, room, first=not counts)
+                if not count:
+                    continue
                 if request_id not in self._planned:
                     if not self._may_start(request_id, reading, counts.keys() - reading, blocked):
                         blocked = blocked or (request_id if order is overdue else None)
                         continue
                     self._start(request_id)
-                done = counts.get(request_id, 0)
-                counts[request_id] = done + min(room, self._left(request_id) - done)
+                if further > at:
+                    reused[request_id] = (at, further)
+                    self._planned[request_id] = further
+                counts[request_id] = counts.get(request_id, 0) + count
                 if counts[request_id] < self._left(request_id):
                     reading.add(request_id)
         return counts
+
+    def _whole_cells(self, request_id: str, at: int, room: int, first: bool) -> int:
+        """How many tokens from `at` on fit into `room`, up to a border. first: at least up to the next one."""
+        end = min(at + room, self._prompt[request_id])
+        borders = self._borders[request_id]
+        if not borders:
+            return end - at
+        index = bisect_right(borders, end)
+        if index and borders[index - 1] > at:
+            return borders[index - 1] - at
+        return borders[index] - at if first else 0
+
+    def _cells(self, request_id: str, at: int, count: int) -> list[tuple[int, int]]:
+        """(start, tokens) of the chunks in which `count` tokens from `at` on are read."""
+        borders = self._borders[request_id]
+        ends = borders[bisect_right(borders, at) : bisect_right(borders, at + count)] or (at + count,)
+        return [(start, end - start) for start, end in zip((at, *ends), ends, strict=False)]
 
     def _start(self, request_id: str) -> None:
         """Gives a waiting request a slot."""
@@ -241,20 +314,31 @@ class Scheduler:
         self.tables.setdefault(self._demand[request_id].group, SlotTable(self.max_num_seqs)).take(request_id)
         self._planned[request_id] = 0
 
-    def _placed(self, decode: tuple[tuple[Group, tuple[str, ...]], ...], counts: dict[str, int]) -> StepPlan:
+    def _placed(
+        self,
+        decode: tuple[tuple[Group, tuple[str, ...]], ...],
+        counts: dict[str, int],
+        reused: dict[str, tuple[int, int]],
+    ) -> StepPlan:
         """The plan; prompts that end in it are first moved to the slots in which they will decode."""
         last = {r: self._planned[r] + count == self._prompt[r] for r, count in counts.items()}
         exchanges = []
         for group, table in self.tables.items():
             ended = [r for r in counts if last[r] and self._demand[r].group == group]
             exchanges += [Exchange(group, pair) for pair in table.promote(ended)]
-        chunks = []
+        chunks, copies = [], []
         for ends in (True, False):
             for group, table in self.tables.items():
-                for slot, r in enumerate(table.ids):
-                    if r in counts and last[r] == ends:
-                        chunks.append(Chunk(r, group, slot, self._planned[r], counts[r], last=ends))
-        return StepPlan(decode, tuple(chunks), tuple(exchanges))
+                cells = {r: self._cells(r, self._planned[r], counts[r]) for r in counts if last[r] == ends}
+                for turn in range(max(map(len, cells.values()), default=0)):
+                    for slot, r in enumerate(table.ids):
+                        if turn < len(cells.get(r, ())):
+                            start, count = cells[r][turn]
+                            ended = ends and turn == len(cells[r]) - 1
+                            chunks.append(Chunk(r, group, slot, start, count, last=ended))
+        for group, table in self.tables.items():
+            copies += [Reuse(r, group, slot, *reused[r]) for slot, r in enumerate(table.ids) if r in reused]
+        return StepPlan(decode, tuple(chunks), tuple(exchanges), tuple(copies))
 
     def _may_start(
         self, request_id: str, reading: Collection[str], ending: Collection[str], blocked: str | None

@@ -274,6 +274,12 @@ class CachePolicy(ABC):
         return False
 
     @property
+    def resumes(self) -> int | None:
+        """How many last tokens of a prompt must be read with this policy, where those before them were read without
+        it: 0 for a policy that decides at the end of the prompt by what it keeps. None: it must read all of them."""
+        return 0 if self.exact else None
+
+    @property
     def needs(self) -> frozenset[Need]:
         """The optional methods of `ScoreFunction` that this policy needs in its configuration."""
         return frozenset()

@@ -88,6 +88,10 @@ class EvictingCache(CompressingCache):
     def lossless(self) -> bool:
         return bool(self.config.lossless)
 
+    @property
+    def resumes(self) -> int | None:
+        return None if self.accumulates else 0
+
     def priorities(self, positions_BKS: Tensor, entries: Mapping[str, Tensor]) -> Tensor:
         """priority_BKS of each entry; the lowest is evicted first. entries: what else is known of them, by name."""
         raise NotImplementedError

@@ -25,6 +25,10 @@ class TailedCache(CompressingCache):
     one_by_one = False
     """Whether generated tokens must be added one at a time, because any of them may start a pruning."""
 
+    @property
+    def resumes(self) -> int:
+        return int(self.config.window) if self.observes and not self.lossless else 0
+
     @abstractmethod
     def shrink(self, layer: CachedLayer) -> CompressedState:
         """The layer's state with all but the newest `window` tokens compressed."""

@@ -242,16 +242,21 @@ class Answer(Response):
 
         kv_bytes, kv_bytes_full: bytes of the states as kept, and as a full cache would keep them. Both are for `held`
         tokens, because the model never reads the last one. not_compressed: why the cache did not compress, or None.
+        cached_tokens: of the first choice of each prompt, as prompt_tokens; not_cached: why there cannot be any.
         """
         deltas = list(self.last.values())
         completion = sum(delta.tokens for delta in deltas)
         kv_bytes = sum(delta.kv_bytes for delta in deltas)
         held = sum(delta.prompt_tokens + delta.tokens - 1 for delta in deltas)
         reasons = dict.fromkeys(delta.not_compressed for delta in deltas if delta.not_compressed)
+        unshared = dict.fromkeys(delta.not_cached for delta in deltas if delta.not_cached)
+        of_prompts = set(list(self.index)[:: self.request.n or 1])
+        firsts = [delta for delta in deltas if delta.request_id in of_prompts]
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self.prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(delta.cached_tokens for delta in firsts)},
             "attnzoo": {
                 "policy": deltas[0].policy if deltas else "full",
                 "kv_bytes": kv_bytes,
@@ -259,6 +264,7 @@ class Answer(Response):
                 "kv_bytes_per_token": round(kv_bytes / max(held, 1), 3),
                 "kept_tokens": sum(delta.kept_tokens for delta in deltas),
                 "not_compressed": "; ".join(reasons) or None,
+                "not_cached": "; ".join(unshared) or None,
                 "ttft_ms": round(1000 * min((delta.ttft_s for delta in deltas), default=0.0), 3),
             },
         }

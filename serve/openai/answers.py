@@ -31,7 +31,8 @@ class ErrorBody(Reply):
 class Extension(Reply):
     """Extension of this server: the cache `policy` and its memory. kv_bytes: bytes of the states of all choices at
     their end, with kept_tokens tokens; kv_bytes_full: bytes that the full cache would take. not_compressed: why the
-    policy did not compress. ttft_ms: time to the first token."""
+    policy did not compress. not_cached: why no beginning of the prompt could be copied from an earlier one. ttft_ms:
+    time to the first token."""
 
     policy: str
     kv_bytes: int
@@ -39,7 +40,14 @@ class Extension(Reply):
     kv_bytes_per_token: float
     kept_tokens: int
     not_compressed: str | None
+    not_cached: str | None
     ttft_ms: float
+
+
+class PromptDetails(Reply):
+    """cached_tokens: tokens of the prompts that were copied from earlier ones, not computed."""
+
+    cached_tokens: int
 
 
 class Usage(Reply):
@@ -48,6 +56,7 @@ class Usage(Reply):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
     attnzoo: Extension
 
 
