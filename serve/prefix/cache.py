@@ -25,8 +25,9 @@ CHEAP = 8
 @dataclass(eq=False)
 class PrefixPlan:
     """What may be reused of one prompt. borders: ends of its cells; keys: a digest of each, none where nothing can be
-    reused or kept, and `why_not` says why. kind: of the rests that it takes and gives; names: of their tensors. latest: the
-    last place from which the prompt may go on. wanted: borders at which the rest is kept, whatever it takes.
+    reused or kept; why_not: why nothing can be reused. kind: of the rests that it takes and gives; names: of their
+    tensors. latest: the last place from which the prompt may go on. wanted: borders at which the rest is kept, whatever
+    it takes.
 
     reused: tokens that were copied so far. node: the cell before the next one, None: there is none."""
 

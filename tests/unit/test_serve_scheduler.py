@@ -4,19 +4,35 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.scheduler import PATIENCE, Chunk, Demand, QueueFullError, Scheduler, StepPlan
+from serve.scheduler import PATIENCE, Chunk, Demand, QueueFullError, Reuse, Scheduler, StepPlan
 from serve.slots import Release, SlotTable
 
 MAX_BYTES = 100
+FAMILIES = 2
+
+
+def family_of(request_id: str) -> int:
+    """The family of a request: those of one begin with the same tokens."""
+    return int(request_id[1:]) % FAMILIES
 
 
 class Simulation:
     """A device of strings: which sequence's state lies in which row of its group, and how much of its prompt was
-    read."""
+    read. cell: prompts are read in cells of so many tokens, and requests of one of `FAMILIES` begin alike: what one has
+    read, the others may copy. None: in chunks of any size, and nothing is copied."""
 
-    def __init__(self, max_num_seqs: int, budget: int, max_groups: int) -> None:
+    def __init__(self, max_num_seqs: int, budget: int, max_groups: int, cell: int | None = None) -> None:
+        self.cell = cell
+        self.known = [0] * FAMILIES
+        self.copied = 0
         self.scheduler = Scheduler(
-            max_num_seqs, budget, max_queue=1000, max_groups=max_groups, max_bytes=MAX_BYTES, default_group="x"
+            max_num_seqs,
+            budget,
+            max_queue=1000,
+            max_groups=max_groups,
+            max_bytes=MAX_BYTES,
+            default_group="x",
+            prefixes=self if cell else None,
         )
         self.rows: dict[str, list[str | None]] = {group: [None] * max_num_seqs for group in "xyz"}
         self.demand: dict[str, Demand] = {}
@@ -28,15 +44,28 @@ class Simulation:
 
     def add(self, prompt: int, new_tokens: int, demand: Demand) -> None:
         request_id = f"r{len(self.arrived)}"
-        self.scheduler.add(request_id, prompt, demand)
+        self.scheduler.add(request_id, prompt, demand, self.borders(prompt) if self.cell else ())
         self.arrived.append(request_id)
         self.demand[request_id] = demand
         self.prompt[request_id], self.left[request_id], self.read[request_id] = prompt, new_tokens, 0
 
+    def borders(self, prompt: int) -> tuple[int, ...]:
+        return (*range(self.cell, prompt, self.cell), prompt)
+
+    def reach(self, request_id: str, at: int) -> int:
+        """What the scheduler is told: as far as its family is known, but never the whole prompt."""
+        known, prompt = self.known[family_of(request_id)], self.prompt[request_id]
+        return max([border for border in self.borders(prompt) if at < border <= min(known, prompt - 1)], default=at)
+
+    def claim(self, request_id: str, at: int) -> object:
+        """Whole cells before the last are of use to others."""
+        end = at // self.cell * self.cell + self.cell
+        return (family_of(request_id), end) if end < self.prompt[request_id] else None
+
     def step(self, prompt_tokens: int | None = None) -> StepPlan:
         plan = self.scheduler.schedule(prompt_tokens)
         if prompt_tokens is not None and plan.decode:
-            assert sum(chunk.count for chunk in plan.prefill) <= max(1, prompt_tokens)
+            assert sum(chunk.count for chunk in plan.prefill) <= max(self.cell or 1, prompt_tokens)
         self.run(plan)
         return plan
 
@@ -45,12 +74,14 @@ class Simulation:
         for exchange in plan.exchanges:
             rows, (a, b) = self.rows[exchange.group], exchange.slots
             rows[a], rows[b] = rows[b], rows[a]
+        for reuse in plan.reused:
+            self.copy(reuse)
         decoding = {group: len(ids) for group, ids in plan.decode}
         for group in "xyz":
             slots = [chunk.slot for chunk in plan.prefill if chunk.group == group]
             first = decoding.get(group, 0)
             ended = [chunk.slot for chunk in plan.prefill if chunk.group == group and chunk.last]
-            assert slots == sorted(slots)
+            assert self.cell or slots == sorted(slots)
             assert ended == list(range(first, first + len(ended)))
         for group, ids in plan.decode:
             assert ids, "an empty group"
@@ -59,8 +90,10 @@ class Simulation:
                 assert self.read[request_id] == self.prompt[request_id], "decoded before its prompt was read"
         for chunk in plan.prefill:
             self.prefill(chunk)
-        ends = [chunk.last for chunk in plan.prefill]
+        ends = [chunk.request_id in plan.sampled for chunk in plan.prefill]
         assert ends == sorted(ends, reverse=True), "a prompt that goes on is read before one that ends"
+        for chunk in plan.prefill if self.cell else ():
+            self.compute(chunk)
         for request_id in plan.sampled:
             self.left[request_id] -= 1
         for request_id in [r for r in plan.sampled if self.left[r] == 0]:
@@ -79,6 +112,24 @@ class Simulation:
         assert chunk.last == (self.read[chunk.request_id] == self.prompt[chunk.request_id])
         assert self.bytes(chunk) <= MAX_BYTES
         assert sum(any(self.rows[group]) for group in "yz") <= self.scheduler.max_groups
+
+    def copy(self, reuse: Reuse) -> None:
+        rows = self.rows[reuse.group]
+        assert rows[reuse.slot] == (reuse.request_id if reuse.start else None)
+        assert self.read[reuse.request_id] == reuse.start < reuse.end <= self.known[family_of(reuse.request_id)]
+        if not reuse.start:
+            self.started.append(reuse.request_id)
+        rows[reuse.slot], self.read[reuse.request_id] = reuse.request_id, reuse.end
+        self.copied += reuse.end - reuse.start
+
+    def compute(self, chunk: Chunk) -> None:
+        """A cell becomes known; nobody has computed it before, unless it is the last of its prompt."""
+        end, family = chunk.start + chunk.count, family_of(chunk.request_id)
+        assert end in self.borders(self.prompt[chunk.request_id])
+        assert chunk.count <= self.cell
+        if end < self.prompt[chunk.request_id]:
+            assert self.known[family] == chunk.start, "computed what was known, or what another computes"
+            self.known[family] = end
 
     def bytes(self, reading: Chunk) -> int:
         """Rows as large as the largest of their group, and the prompts that are being read."""
@@ -125,9 +176,10 @@ LIMITS = st.none() | st.integers(0, 5)
     extra_budget=st.integers(1, 11),
     max_groups=st.integers(1, 3),
     traffic=st.lists(st.tuples(ARRIVALS, st.integers(0, 30), LIMITS), min_size=1, max_size=25),
+    cell=st.none() | st.integers(1, 5),
 )
-def test_invariants_over_random_traffic(max_num_seqs, extra_budget, max_groups, traffic):
-    simulation = Simulation(max_num_seqs, max_num_seqs + extra_budget, max_groups)
+def test_invariants_over_random_traffic(max_num_seqs, extra_budget, max_groups, traffic, cell):
+    simulation = Simulation(max_num_seqs, max_num_seqs + extra_budget, max_groups, cell and min(cell, extra_budget))
     scheduler = simulation.scheduler
     for arrivals, abort, limit in traffic:
         for prompt, new_tokens, demand in arrivals:
