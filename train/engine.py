@@ -26,7 +26,7 @@ from train.deepspeed_config import clips_itself, deepspeed_config
 from train.failures import TrainingError, make_directory
 from train.finite import GradientCheck, describe, first_non_finite
 from train.optim import MatrixAdamW, build_optimizer, set_rate
-from train.ranks import agree, check_port, free_port, from_main, gather, port_taken
+from train.ranks import agree, check_port, free_port, from_main, gather, port_taken, threads_of_rank
 from train.shards import layouts
 from train.tasks import Task
 
@@ -48,8 +48,9 @@ def start(config: Config, local_rank: int) -> torch.device:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(free_port())
     check_port()
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
+    threads = threads_of_rank(config.train.threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(max(local_rank, 0))
     deepspeed = _deepspeed()

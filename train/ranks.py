@@ -143,6 +143,16 @@ def port_taken(port: int | str) -> ValueError:
     )
 
 
+def threads_of_rank(asked: int | None) -> int | None:
+    """CPU threads of this rank: as asked, else its part of the cores of its machine, where several ranks share them and
+    OMP_NUM_THREADS says nothing: ranks that wait for one another's threads take half as long again. None: torch's own
+    number."""
+    ranks = int(os.environ.get("LOCAL_SIZE", "1"))
+    if asked is not None or ranks == 1 or "OMP_NUM_THREADS" in os.environ:
+        return asked
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
 def free_port() -> int:
     """A free port of this machine."""
     with socket.socket() as probe:

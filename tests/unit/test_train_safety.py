@@ -24,7 +24,7 @@ from train.digests import check_files, digest_files, write_digests
 from train.failures import explain
 from train.finite import GradientCheck, describe, finite_or_none, first_non_finite
 from train.metrics import MetricsWriter
-from train.ranks import check_port
+from train.ranks import check_port, threads_of_rank
 from train.run_directory import _tidy_run, check_space, checkpoint_bytes, locked, preparing
 
 
@@ -353,3 +353,25 @@ def test_a_rank_does_not_join_another_run_at_the_same_port(monkeypatch: pytest.M
     with socket.create_server(("", 0)) as own:  # a child of this process's parent, as rank 0 is of rank 1's
         monkeypatch.setenv("MASTER_PORT", str(own.getsockname()[1]))
         check_port()
+
+
+@pytest.mark.parametrize(
+    ("environment", "asked", "expected"),
+    [
+        ({"LOCAL_SIZE": "2"}, None, "half"),
+        ({"LOCAL_SIZE": "1000"}, None, 1),
+        ({"LOCAL_SIZE": "2"}, 3, 3),
+        ({"LOCAL_SIZE": "2", "OMP_NUM_THREADS": "5"}, None, None),
+        ({}, None, None),
+        ({}, 2, 2),
+    ],
+)
+def test_ranks_share_the_cores_of_their_machine(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], asked: int | None, expected: int | str | None
+) -> None:
+    for name in ("LOCAL_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    half = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert threads_of_rank(asked) == (half if expected == "half" else expected)
