@@ -119,8 +119,7 @@ class Engine:
     def choose_cache(self, asked: Mapping[str, Any] | None) -> CacheChoice:
         """The cache for a request. asked: {"policy": name, option: value}, or None for the engine's default.
 
-        Raises ValueError that names the field if it is unknown, out of range, not allowed, or does not work with this
-        model.
+        Raises ValueError that names the field if it is unknown, out of range, not allowed, or not for this model.
         """
         choice = self.caches.choose(asked)
         if not choice.exact:
@@ -140,7 +139,7 @@ class Engine:
         if choice.exact and alone:
             return Demand(choice, own_bytes=self.runner.full_bytes(prompt + tokens))
         if choice.exact:
-            assert self.runner.full is not None, "there is no full cache"
+            assert self.runner.full is not None
             return Demand(choice, own_bytes=self.runner.full.row_bytes(prompt + tokens))
         model = self._byte_model(choice)
         streamed = model.policy.prefill == "stream"

@@ -4,6 +4,7 @@ An exception in the computation of one sequence fails that sequence. After an ex
 sequence is computed alone if that is safe; else all of them fail. All other sequences of the step go on.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -99,13 +100,15 @@ class Runner:
             pool = self._pool(exchange.group)
             if isinstance(pool, SlotPool):
                 pool.exchange(exchange.slots)
-        for reuse in plan.reused:
-            self._restore(reuse, requests[reuse.request_id], failed)
+        reused = {reuse.request_id: reuse for reuse in plan.reused}
         held: dict[object, list[str]] = {group: list(ids) for group, ids in plan.decode}
         for group, ids in plan.decode:
             found = self._decode(group, [requests[request_id] for request_id in ids], failed)
             (alone if isinstance(group, Alone) else parts).extend(found)
         for batch in _batches(plan.prefill):
+            for chunk in batch:
+                if chunk.request_id in reused:
+                    self._restore(reused.pop(chunk.request_id), requests[chunk.request_id], failed)
             chunks = [chunk for chunk in batch if chunk.request_id not in failed]
             if not chunks:
                 continue
@@ -277,7 +280,7 @@ def _batches(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
     """Groups chunks that go through the model together: neighbours in the full cache, as long as padding at most
     doubles the work. Prompts for compressed caches are read one by one."""
     batches: list[list[Chunk]] = []
-    for chunk in chunks:
+    for chunk in _in_turns(chunks):
         before = batches[-1][-1] if batches else None
         exact = isinstance(chunk.group, CacheChoice) and chunk.group.exact
         neighbours = exact and before is not None and before.group == chunk.group and before.slot + 1 == chunk.slot
@@ -287,6 +290,19 @@ def _batches(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
         else:
             batches.append([chunk])
     return batches
+
+
+def _in_turns(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Chunks in the full cache so that the first ones of all prompts come before the second ones."""
+    seen: Counter[str] = Counter()
+    order: list[tuple[int, int]] = []
+    for index, chunk in enumerate(chunks):
+        follows = index > 0 and chunks[index - 1].group == chunk.group
+        block = order[-1][0] + (not follows) if order else 0
+        exact = isinstance(chunk.group, CacheChoice) and chunk.group.exact
+        order.append((block, seen[chunk.request_id] if exact else 0))
+        seen[chunk.request_id] += 1
+    return [chunks[index] for index in sorted(range(len(chunks)), key=order.__getitem__)]
 
 
 def _padded(chunks: Sequence[Chunk]) -> int:

@@ -80,8 +80,9 @@ class Exchange:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step: first exchanges of slots, then copies, then decoding sequences by group (index i is in slot i of its
-    group), then chunks of prompts, those of prompts that end first, and of each in order."""
+    """One step: first exchanges of slots, then decoding sequences by group (index i is in slot i of its group), then
+    chunks of prompts, those of prompts that end first, and of each in order. What is reused of a prompt is copied
+    before its first chunk, and not earlier, since its memory counts from then on."""
 
     decode: tuple[tuple[Group, tuple[str, ...]], ...]
     prefill: tuple[Chunk, ...]
@@ -273,7 +274,7 @@ class Scheduler:
                 at = self._planned.get(request_id, 0) + counts.get(request_id, 0)
                 further = at if request_id in counts else self._prefixes.reach(request_id, at)
                 claim = self._prefixes.claim(request_id, further)
-                if claim is not None and claimed.setdefault(claim, request_id) != request_id:
+                if claimed.get(claim, request_id) != request_id:
                     continue  # another prompt reads the same now, and this one copies it in the next step
                 count = self._whole_cells(request_id, further, room, first=not counts)
                 if not count:
@@ -286,6 +287,8 @@ class Scheduler:
                 if further > at:
                     reused[request_id] = (at, further)
                     self._planned[request_id] = further
+                if claim is not None:
+                    claimed[claim] = request_id
                 counts[request_id] = counts.get(request_id, 0) + count
                 if counts[request_id] < self._left(request_id):
                     reading.add(request_id)
@@ -329,13 +332,12 @@ class Scheduler:
         chunks, copies = [], []
         for ends in (True, False):
             for group, table in self.tables.items():
-                cells = {r: self._cells(r, self._planned[r], counts[r]) for r in counts if last[r] == ends}
-                for turn in range(max(map(len, cells.values()), default=0)):
-                    for slot, r in enumerate(table.ids):
-                        if turn < len(cells.get(r, ())):
-                            start, count = cells[r][turn]
-                            ended = ends and turn == len(cells[r]) - 1
-                            chunks.append(Chunk(r, group, slot, start, count, last=ended))
+                for slot, r in enumerate(table.ids):
+                    if r in counts and last[r] == ends:
+                        cells = self._cells(r, self._planned[r], counts[r])
+                        for start, count in cells:
+                            is_last = ends and (start, count) == cells[-1]
+                            chunks.append(Chunk(r, group, slot, start, count, last=is_last))
         for group, table in self.tables.items():
             copies += [Reuse(r, group, slot, *reused[r]) for slot, r in enumerate(table.ids) if r in reused]
         return StepPlan(decode, tuple(chunks), tuple(exchanges), tuple(copies))

@@ -251,7 +251,7 @@ class Answer(Response):
         reasons = dict.fromkeys(delta.not_compressed for delta in deltas if delta.not_compressed)
         unshared = dict.fromkeys(delta.not_cached for delta in deltas if delta.not_cached)
         of_prompts = set(list(self.index)[:: self.request.n or 1])
-        firsts = [delta for delta in deltas if delta.request_id in of_prompts]
+        firsts = [delta for request_id, delta in self.last.items() if request_id in of_prompts]
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion,

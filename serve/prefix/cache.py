@@ -15,7 +15,7 @@ from attnzoo.models.decoder_lm import DecoderState
 from attnzoo.models.embedded import EmbeddedPrompt
 from serve.prefix.grid import cut, digests
 from serve.prefix.parts import cell_of, others, rest_of, restored
-from serve.prefix.tree import Node, PrefixTree
+from serve.prefix.tree import PrefixNode, PrefixTree
 
 EXACT = "exact"
 CHEAP = 8
@@ -39,8 +39,8 @@ class PrefixPlan:
     latest: int = 0
     wanted: frozenset[int] = frozenset()
     reused: int = 0
-    node: Node | None = None
-    found: dict[int, Node] = field(default_factory=dict)
+    node: PrefixNode | None = None
+    found: dict[int, PrefixNode] = field(default_factory=dict)
 
 
 class PrefixCache:

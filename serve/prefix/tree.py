@@ -19,12 +19,12 @@ OVERHEAD = 2048
 
 
 @dataclass(eq=False)
-class Node:
+class PrefixNode:
     """end: tokens up to its end. keys_values: of its tokens. cost: what computing them took, in any unit. rests: by
     kind of state, tensors by name. worth: by which it stays. following: nodes after it."""
 
     key: bytes
-    before: "Node | None"
+    before: "PrefixNode | None"
     end: int
     keys_values: list[Tensor]
     cost: float
@@ -45,16 +45,16 @@ class PrefixTree:
         self.budget = budget
         self.nbytes = 0
         self.evicted = 0
-        self._nodes: dict[bytes, Node] = {}
+        self._nodes: dict[bytes, PrefixNode] = {}
         self._known: OrderedDict[bytes, None] = OrderedDict()
         self._floor = 0.0
 
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def path(self, keys: Sequence[bytes]) -> list[Node]:
+    def path(self, keys: Sequence[bytes]) -> list[PrefixNode]:
         """The nodes of these cells, as far as they are kept."""
-        found: list[Node] = []
+        found: list[PrefixNode] = []
         for key in keys:
             node = self._nodes.get(key)
             if node is None:
@@ -62,15 +62,15 @@ class PrefixTree:
             found.append(node)
         return found
 
-    def use(self, nodes: Sequence[Node]) -> None:
+    def use(self, nodes: Sequence[PrefixNode]) -> None:
         """Notes that nodes have been of use."""
         for node in nodes:
             node.worth = self._worth(node)
 
-    def _worth(self, node: Node) -> float:
+    def _worth(self, node: PrefixNode) -> float:
         return self._floor + node.cost / node.nbytes
 
-    def has(self, node: Node) -> bool:
+    def has(self, node: PrefixNode) -> bool:
         """Whether a node is still kept."""
         return self._nodes.get(node.key) is node
 
@@ -88,16 +88,16 @@ class PrefixTree:
     def put(
         self,
         key: bytes,
-        before: Node | None,
+        before: PrefixNode | None,
         end: int,
         keys_values: list[Tensor],
         rests: Mapping[str, dict[str, Tensor]],
         cost: float,
-    ) -> Node | None:
+    ) -> PrefixNode | None:
         """Keeps a cell after `before`, or adds to one that is kept. None where there is no room for it."""
         node = self._nodes.get(key)
         if node is None:
-            node = Node(key, before, end, keys_values, cost)
+            node = PrefixNode(key, before, end, keys_values, cost)
         added = {kind: rest for kind, rest in rests.items() if kind not in node.rests}
         new = key not in self._nodes
         size = sum(map(_bytes, added.values())) + (node.nbytes if new else 0)
@@ -113,7 +113,7 @@ class PrefixTree:
                 before.following += 1
         return node
 
-    def _make_room(self, size: int, kept: Node) -> bool:
+    def _make_room(self, size: int, kept: PrefixNode) -> bool:
         if size > self.budget:
             return False
         while self.nbytes + size > self.budget:
@@ -127,7 +127,7 @@ class PrefixTree:
             self.evicted += 1
         return True
 
-    def _remove(self, node: Node) -> None:
+    def _remove(self, node: PrefixNode) -> None:
         del self._nodes[node.key]
         self.nbytes -= node.nbytes
         if node.before is not None:
@@ -145,7 +145,7 @@ def _bytes(rest: Mapping[str, Tensor]) -> int:
     return sum(x.nbytes for x in rest.values())
 
 
-def _way(node: Node | None) -> list[Node]:
+def _way(node: PrefixNode | None) -> list[PrefixNode]:
     """A node and all before it."""
     found = []
     while node is not None:

@@ -356,6 +356,5 @@ def test_memory_of_an_edited_request_counts():
         engine.step()
     assert engine.runner.pool_bytes == before
     engine.scheduler.max_bytes = engine.runner.full_bytes(12) - 1
-    engine.check([5, 6, 7], greedy(9))
     with pytest.raises(CacheMemoryError, match="cache_mib"):
         engine.check([5, 6, 7], greedy(9), alone=True)

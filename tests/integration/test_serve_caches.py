@@ -62,7 +62,9 @@ def test_a_row_that_does_not_move_with_its_sequence_is_caught(monkeypatch):
 
 
 def test_memory_is_that_of_what_is_kept_and_goes_with_the_sequence():
-    engine = make_engine("mha", max_num_seqs=4, cache={"policy": "streaming", "max_tokens": 10}, max_batched_tokens=64)
+    engine = make_engine(
+        "mha", max_num_seqs=4, cache={"policy": "streaming", "max_tokens": 10}, max_batched_tokens=64, prefix_cell=8
+    )
     assert engine.runner.full is None
     assert engine.runner.pool_bytes == 0
     for index in range(3):
@@ -117,7 +119,9 @@ def test_a_prompt_that_is_compressed_as_it_is_read_never_has_its_full_cache():
 
 
 def test_rows_that_are_larger_than_expected_count():
-    engine = make_engine("mha", max_num_seqs=4, cache={"policy": "d2o", "max_tokens": 10}, max_batched_tokens=64)
+    engine = make_engine(
+        "mha", max_num_seqs=4, cache={"policy": "d2o", "max_tokens": 10}, max_batched_tokens=64, prefix_cell=8
+    )
     for index in range(3):
         engine.add_request(str(index), [5 + index] * 40, greedy(3))
     engine.step()

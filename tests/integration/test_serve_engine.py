@@ -65,7 +65,7 @@ def test_slots_that_are_not_exchanged_are_caught(monkeypatch):
     work = [(prompt, greedy(2 + index % 7)) for index, prompt in enumerate(prompts(20))]
     right = run_staggered(make_engine(), work)
     exchanged = []
-    monkeypatch.setattr(SlotPool, "exchange", lambda self, slots, tokens: exchanged.append(slots))
+    monkeypatch.setattr(SlotPool, "exchange", lambda self, slots: exchanged.append(slots))
     engine = make_engine()
     monkeypatch.setattr("tests.helpers.engines.assert_empty", lambda engine: None)
     assert run_staggered(engine, work) != right
@@ -73,7 +73,7 @@ def test_slots_that_are_not_exchanged_are_caught(monkeypatch):
 
 
 def test_a_long_prompt_holds_up_neither_a_stream_nor_a_short_prompt():
-    engine = make_engine(max_batched_tokens=50, max_num_seqs=3)
+    engine = make_engine(max_batched_tokens=50, max_num_seqs=3, prefix_cell=32)
     expected = {
         name: generate(engine.model, [prompt], max_new_tokens=count)[0]
         for name, prompt, count in (("stream", [5, 6], 40), ("long", [7] * 55, 5), ("short", [9, 8], 5))
@@ -84,8 +84,8 @@ def test_a_long_prompt_holds_up_neither_a_stream_nor_a_short_prompt():
     engine.add_request("long", [7] * 55, greedy(5))
     engine.add_request("short", [9, 8], greedy(5))
     tokens = {name: engine._requests[name].generated for name in expected}
-    first = [{delta.request_id for delta in engine.step()} for _ in range(2)]
-    assert first == [{"stream", "short"}, {"stream", "short", "long"}]
+    first = [{delta.request_id for delta in engine.step()} for _ in range(3)]
+    assert first == [{"stream", "short"}, {"stream", "short"}, {"stream", "short", "long"}]
     while engine.has_work():
         engine.step()
     assert tokens == expected
@@ -95,7 +95,7 @@ def test_a_slot_that_is_not_emptied_is_caught(monkeypatch):
     work = [(prompt[:5], greedy(2 + index % 7)) for index, prompt in enumerate(prompts(20))]
     engine = make_engine("linear")
     right = run_staggered(engine, work)
-    monkeypatch.setattr(engine.runner.full.state, "reset", lambda rows: None)
+    monkeypatch.setattr(engine.runner.full, "_empty", lambda slot: None)
     with pytest.raises(AssertionError, match="holds something"):
         run_staggered(engine, work)
     monkeypatch.setattr("tests.helpers.engines.assert_empty", lambda engine: None)

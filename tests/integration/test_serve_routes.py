@@ -14,6 +14,7 @@ from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
 from serve.engine import Engine
 from serve.openai.completions import CompletionAnswer
+from serve.openai.protocol import CompletionRequest
 from serve.request import Delta, SamplingParams
 from tests.helpers.http_server import MODEL, events, post, running, wait_until
 from tests.helpers.serving import small_model, tokenizer
@@ -263,13 +264,22 @@ def test_usage_says_how_the_state_was_kept(url, monkeypatch):
     ours = post(url, max_tokens=4, ignore_eos=True).json()["usage"]["attnzoo"]
     assert ours["policy"] == "full"
     assert set(ours) == {
-        "policy", "kv_bytes", "kv_bytes_full", "kv_bytes_per_token", "kept_tokens", "not_compressed", "ttft_ms"
+        "policy", "kv_bytes", "kv_bytes_full", "kv_bytes_per_token", "kept_tokens", "not_compressed", "not_cached",
+        "ttft_ms",
     }  # fmt: skip
     # What the engine says of each choice is added up; reasons are given once.
     delta = Delta("r", "", 3, finish_reason="stop", prompt_tokens=5, policy="d2o", kept_tokens=4, kv_bytes=70)
     answer = CompletionAnswer.__new__(CompletionAnswer)
-    answer.prompt_tokens = 5
-    answer.last = {"a": replace(delta, kv_bytes_full=90), "b": replace(delta, kv_bytes_full=80, not_compressed="short")}
+    answer.prompt_tokens, answer.index, answer.request = (
+        5,
+        {"a": 0, "b": 1},
+        CompletionRequest(model="m", prompt="p", n=2),
+    )
+    first = replace(delta, kv_bytes_full=90, cached_tokens=3)
+    answer.last = {"a": first, "b": replace(delta, kv_bytes_full=80, not_compressed="short", cached_tokens=4)}
+    assert answer._usage()["prompt_tokens_details"] == {"cached_tokens": 3}, (
+        "a prompt counts once, as it was first read"
+    )
     found = answer._usage()["attnzoo"]
     assert (found["policy"], found["kept_tokens"], found["kv_bytes"], found["kv_bytes_full"]) == ("d2o", 8, 140, 170)
     assert (found["not_compressed"], found["kv_bytes_per_token"]) == ("short", 10.0)

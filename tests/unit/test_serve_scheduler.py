@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.scheduler import PATIENCE, Chunk, Demand, QueueFullError, Reuse, Scheduler, StepPlan
-from serve.slots import Release, SlotTable
+from serve.slots import Release
 
 MAX_BYTES = 100
 FAMILIES = 2
@@ -74,22 +74,24 @@ class Simulation:
         for exchange in plan.exchanges:
             rows, (a, b) = self.rows[exchange.group], exchange.slots
             rows[a], rows[b] = rows[b], rows[a]
-        for reuse in plan.reused:
-            self.copy(reuse)
         decoding = {group: len(ids) for group, ids in plan.decode}
         for group in "xyz":
             slots = [chunk.slot for chunk in plan.prefill if chunk.group == group]
             first = decoding.get(group, 0)
             ended = [chunk.slot for chunk in plan.prefill if chunk.group == group and chunk.last]
-            assert self.cell or slots == sorted(slots)
+            assert slots == sorted(slots)
             assert ended == list(range(first, first + len(ended)))
         for group, ids in plan.decode:
             assert ids, "an empty group"
             for slot, request_id in enumerate(ids):
                 assert self.rows[group][slot] == request_id
                 assert self.read[request_id] == self.prompt[request_id], "decoded before its prompt was read"
+        reused = {reuse.request_id: reuse for reuse in plan.reused}
         for chunk in plan.prefill:
+            if chunk.request_id in reused:
+                self.copy(reused.pop(chunk.request_id))
             self.prefill(chunk)
+        assert not reused, "copied, and nothing read"
         ends = [chunk.request_id in plan.sampled for chunk in plan.prefill]
         assert ends == sorted(ends, reverse=True), "a prompt that goes on is read before one that ends"
         for chunk in plan.prefill if self.cell else ():
@@ -375,40 +377,3 @@ def test_queue_is_bounded_and_frees():
     scheduler.finish("b")
     scheduler.add("d", 1)
     assert scheduler.num_waiting == 3
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"max_num_seqs": 0, "max_batched_tokens": 8, "max_queue": 1}, "max_num_seqs=0"),
-        ({"max_num_seqs": 8, "max_batched_tokens": 8, "max_queue": 1}, "max_batched_tokens=8"),
-        ({"max_num_seqs": 1, "max_batched_tokens": 8, "max_queue": -1}, "max_queue=-1"),
-    ],
-)
-def test_impossible_limits_are_refused(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        Scheduler(**kwargs)
-
-
-def test_bad_requests_are_refused():
-    scheduler = Scheduler(2, 8, 2)
-    scheduler.add("a", 1)
-    with pytest.raises(ValueError, match="in use"):
-        scheduler.add("a", 1)
-    with pytest.raises(ValueError, match="prompt_tokens=0"):
-        scheduler.add("b", 0)
-    with pytest.raises(KeyError):
-        scheduler.finish("b")
-
-
-def test_release_moves_the_last_decoding_and_then_an_unfinished_prompt():
-    table = SlotTable(6)
-    for name in "abcpqr":
-        table.take(name)
-    table.decoding = 3
-    assert table.release("a") == Release(moves=((2, 0), (5, 2)), freed=5)
-    assert table.ids == ["c", "b", "r", "p", "q"]
-    assert table.promote(["q", "r"]) == [(2, 4), (3, 4)]
-    assert (table.ids, table.decoding) == (["c", "b", "q", "r", "p"], 4)
-    assert table.release("p") == Release(moves=(), freed=4)
-    assert table.release("b") == Release(moves=((3, 1),), freed=3)
