@@ -133,8 +133,9 @@ class SlotPool:
         first.fill(second)
         second.fill(kept)
         self.lengths[slots[0]], self.lengths[slots[1]] = self.lengths[slots[1]], self.lengths[slots[0]]
-        for slot in slots if self._elastic is not None else ():
-            self._elastic.release(slot, self.lengths[slot])
+        if self._elastic is not None:
+            for slot in slots:
+                self._elastic.release(slot, self.lengths[slot])
 
     def clear(self) -> None:
         """Empties all rows."""
