@@ -6,15 +6,17 @@ prompts are read directly into their rows.
 which is only as large as its sequences need. `AlonePool` holds one sequence whose attention is read or edited.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from attnzoo.attention.edits import EditRuns
 from attnzoo.kvcache import CachePolicy
 from attnzoo.models import CompiledDecode, DecoderLM
 from attnzoo.models.decoder_lm import DecoderState
 from attnzoo.models.embedded import prompt_tensor
+from attnzoo.ops.common.step_inputs import StepInputs
 from serve.arena import ElasticState
 from serve.faults import logger
 from serve.request import Alone
@@ -29,10 +31,6 @@ Copied = Callable[[DecoderState, int, int], DecoderState]
 """The state of one sequence of so many tokens, continued to so many, in place where its tensors are as large."""
 Keep = Callable[[DecoderState], None]
 """Called with a sequence's exact state after a chunk of its prompt."""
-
-
-Step = Callable[[Tensor, DecoderState], tuple[Tensor, DecoderState]]
-"""Sends tokens_BT through the model: (hidden_BTD, the state after them)."""
 
 
 class HalfWrittenError(RuntimeError):
@@ -83,27 +81,25 @@ class SlotPool:
         a repetition overwrites. A compiled step advances its token counts layer by layer and cannot be repeated."""
         return self._compiled is None
 
-    def decode(self, tokens_B1: Tensor) -> Tensor:
-        """hidden_BD of the next token of the first B slots."""
+    def decode(self, tokens_B1: Tensor, lengths: Sequence[int]) -> Tensor:
+        """hidden_BD of the next token of the first B slots, which have as many tokens as lengths says."""
         if self._compiled is None:
-            return self._extend(tokens_B1, 0, None)[:, -1]
+            return self._extend(tokens_B1, 0, lengths)[:, -1]
         hidden_BTD, _ = self._compiled(tokens_B1, self._rows(slice(0, len(tokens_B1))))
-        self._count(0, [1] * len(tokens_B1))
+        self._note(0, [length + 1 for length in lengths])
         return hidden_BTD[:, -1]
 
-    def decode_one(self, token: int, slot: int) -> Tensor:
+    def decode_one(self, token: int, slot: int, length: int) -> Tensor:
         """hidden_1D of the next token of one slot; repeats a failed `decode` if `repeats` is True."""
-        return self._extend(_tensor(self.model, [[token]]), slot, None)[:, -1]
+        return self._extend(_tensor(self.model, [[token]]), slot, [length])[:, -1]
 
     def prefill(self, prompts: Prompts) -> Tensor:
         """Reads chunks, and returns hidden_RD of the last tokens of the R prompts that end in them."""
         chunks = [chunk for chunk, _ in prompts]
         counts = [chunk.count for chunk in chunks]
-        width = max(counts)
         rows = [prompt[c.start : c.start + c.count] for c, prompt in prompts]
-        hidden_BTD = self._extend(
-            prompt_tensor(self.model, rows), chunks[0].slot, counts if min(counts) < width else None
-        )
+        lengths = [chunk.start for chunk in chunks]
+        hidden_BTD = self._extend(prompt_tensor(self.model, rows), chunks[0].slot, lengths, counts)
         ended = [row for row, chunk in enumerate(chunks) if chunk.last]
         return hidden_BTD[ended, [counts[row] - 1 for row in ended]]
 
@@ -122,7 +118,7 @@ class SlotPool:
         end = chunk.start + chunk.count
         for first in range(0, end, chunk.count):
             tokens = prompt[first : min(first + chunk.count, end)]
-            hidden_1TD = self._extend(prompt_tensor(self.model, [tokens]), chunk.slot, None)
+            hidden_1TD = self._extend(prompt_tensor(self.model, [tokens]), chunk.slot, [first])
         return hidden_1TD[:, -1] if chunk.last else hidden_1TD[:0, -1]
 
     def exchange(self, slots: tuple[int, int]) -> None:
@@ -142,20 +138,22 @@ class SlotPool:
         for slot in range(len(self.lengths)):
             self._empty(slot)
 
-    def _extend(self, tokens_BT: Tensor, first_slot: int, counts: Sequence[int] | None) -> Tensor:
+    def _extend(
+        self, tokens_BT: Tensor, first_slot: int, lengths: Sequence[int], counts: Sequence[int] | None = None
+    ) -> Tensor:
         rows = self._rows(slice(first_slot, first_slot + len(tokens_BT)))
-        counts_B = None if counts is None else _tensor(self.model, counts)
-        hidden_BTD, state = self.model.extend_hidden(tokens_BT, rows, counts_B)
+        step = StepInputs.planned(lengths, tokens_BT.shape[1], counts, tokens_BT.device)
+        hidden_BTD, state = self.model.extend_hidden(tokens_BT, rows, step=step)
         try:
             rows.fill(state)
         except Exception as failure:
             raise HalfWrittenError("a state could not be written back") from failure
-        self._count(first_slot, counts or [tokens_BT.shape[1]] * len(tokens_BT))
+        given = counts or [tokens_BT.shape[1]] * len(tokens_BT)
+        self._note(first_slot, [length + count for length, count in zip(lengths, given, strict=True)])
         return hidden_BTD
 
-    def _count(self, first_slot: int, counts: Sequence[int]) -> None:
-        for slot, count in enumerate(counts, first_slot):
-            self.lengths[slot] += count
+    def _note(self, first_slot: int, lengths: Sequence[int]) -> None:
+        self.lengths[first_slot : first_slot + len(lengths)] = lengths
 
     def _rows(self, rows: slice) -> DecoderState:
         key = (rows.start, rows.stop)
@@ -210,12 +208,13 @@ class CompactPool:
 
     def __init__(self, model: DecoderLM, policy: CachePolicy, compiled: CompiledDecode | None = None) -> None:
         self.model, self.policy = model, policy
-        self._step: Step = compiled or model.extend_hidden
+        self._compiled = compiled
         self.state: DecoderState | None = None
         self.slots: list[int] = []
         """The slot of each row, ascending: 0, 1, ... between steps. A failed prompt leaves a gap until its release."""
         self.prompts: dict[str, DecoderState] = {}
         """States of prompts that are being read, by request."""
+        self._edits: EditRuns | None = None
 
     @property
     def rows(self) -> int:
@@ -240,10 +239,13 @@ class CompactPool:
             return prompt.nbytes()
         return 0 if state is None else state.nbytes() // state.batch
 
-    def decode(self, tokens_B1: Tensor) -> Tensor:
-        """hidden_BD of the next token of all rows."""
+    def decode(self, tokens_B1: Tensor, lengths: Sequence[int]) -> Tensor:
+        """hidden_BD of the next token of all rows, which have seen as many tokens as lengths says."""
         assert self.state is not None
-        hidden_BTD, self.state = self._step(tokens_B1, self.state)
+        if self._compiled is None:
+            hidden_BTD, self.state = self._extend(tokens_B1, self.state, lengths)
+        else:
+            hidden_BTD, self.state = self._compiled(tokens_B1, self.state)
         return hidden_BTD[:, -1]
 
     def restore(self, reuse: Reuse, prompt: Sequence[int], copied: Copied) -> None:
@@ -260,7 +262,7 @@ class CompactPool:
         if state is None:
             state = self.model.init_state(1, self._room(chunk, prompt), cache=self.policy)
         given = prompt_tensor(self.model, [prompt[chunk.start : chunk.start + chunk.count]])
-        hidden_1TD, state = self._extend(given, state)
+        hidden_1TD, state = self._extend(given, state, [chunk.start])
         keep(state)
         if not chunk.last:
             self.prompts[chunk.request_id] = state
@@ -272,8 +274,9 @@ class CompactPool:
         """Tokens for which a prompt's state has room. A policy that compresses while reading needs less."""
         return chunk.count if self.policy.prefill == "stream" else len(prompt)
 
-    def _extend(self, tokens_BT: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        return self.model.extend_hidden(tokens_BT, state)
+    def _extend(self, tokens_BT: Tensor, state: DecoderState, lengths: Sequence[int]) -> tuple[Tensor, DecoderState]:
+        step = StepInputs.planned(lengths, tokens_BT.shape[1], device=tokens_BT.device)
+        return self.model.extend_hidden(tokens_BT, state, step=step, edits=self._edits)
 
     def _compressed(self, state: DecoderState) -> DecoderState:
         return self.model.compress(state, joinable=True)
@@ -314,14 +317,10 @@ class AlonePool(CompactPool):
 
     def __init__(self, model: DecoderLM, alone: Alone) -> None:
         super().__init__(model, alone.cache.build())
-        self._step = self._extend
-        self._alone = alone
+        self._alone, self._edits = alone, [alone.run]
 
     def _room(self, chunk: Chunk, prompt: Sequence[int]) -> int:
         return self._alone.tokens if self._alone.cache.exact else super()._room(chunk, prompt)
-
-    def _extend(self, tokens_BT: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        return self.model.extend_hidden(tokens_BT, state, edits=[self._alone.run])
 
     def _compressed(self, state: DecoderState) -> DecoderState:
         return state if self._alone.cache.exact else super()._compressed(state)

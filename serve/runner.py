@@ -128,13 +128,14 @@ class Runner:
     def _decode(self, group: object, requests: list[Request], failed: dict[str, Exception]) -> list[Part]:
         pool = self._pool(group)
         ids, last = [request.request_id for request in requests], [request.generated[-1] for request in requests]
+        lengths = [request.context for request in requests]
         tokens_B1 = torch.tensor(last, dtype=torch.long, device=self.device)[:, None]
         try:
-            return [(ids, pool.decode(tokens_B1))]
+            return [(ids, pool.decode(tokens_B1, lengths))]
         except Exception as failure:
             self.check_device(failure)
             if isinstance(pool, SlotPool) and pool.repeats and not isinstance(failure, HalfWrittenError):
-                again = [partial(pool.decode_one, token, slot) for slot, token in enumerate(last)]
+                again = [partial(pool.decode_one, *one) for one in zip(last, range(len(ids)), lengths, strict=True)]
                 return self._one_by_one(ids, again, failed)
             if isinstance(pool, CompactPool):
                 pool.drop()

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnzoo.models.sampling import EDITED_NOT_FINITE, NOT_FINITE, TokenLogprobs, greedy, sample, token_logprobs
+from attnzoo.models.sampling import (
+    EDITED_NOT_FINITE,
+    NOT_FINITE,
+    TokenLogprobs,
+    best_tokens,
+    greedy,
+    sample,
+    token_logprobs,
+)
 from serve.faults import EditsError, LogitsError
 from serve.request import Alone, Request, SamplingParams
 
@@ -24,11 +32,9 @@ def make_generator(params: SamplingParams, device: torch.device) -> torch.Genera
 
 def sample_rows(logits_RV: Tensor, requests: Sequence[Request]) -> list[Drawn | Exception]:
     """The token of each row of logits_RV, or the row's error; a failing row does not affect the others."""
-    largest_R, best_R = logits_RV.max(-1)
-    finite, best = largest_R.isfinite().tolist(), best_R.tolist()
     return [
-        _attempt(logits_RV[row : row + 1], request, best[row]) if finite[row] else _not_finite(request)
-        for row, request in enumerate(requests)
+        _not_finite(request) if best is None else _attempt(logits_RV[row : row + 1], request, best)
+        for row, (request, best) in enumerate(zip(requests, best_tokens(logits_RV), strict=True))
     ]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnzoo.attention.base import Attention, Cost, StreamingAttention, Traits, existing
 from attnzoo.attention.checks import check_dtype, check_room, check_state
-from attnzoo.attention.edits.run import LayerPlan, row_positions
+from attnzoo.attention.edits.run import LayerPlan, Placed, row_positions
 from attnzoo.attention.edits.traits import Editing
 from attnzoo.attention.parts import QKV, ContextState, Mixing, Projection, QKVConv, QKVConvState
 from attnzoo.attention.parts.mixing import SoftmaxContext
@@ -18,7 +18,7 @@ from attnzoo.kvcache.state import State, new_zeros, writable
 from attnzoo.kvcache.succession import check_current, succeed
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import CAUSAL, Mask
-from attnzoo.ops.common.recent import recent
+from attnzoo.ops.common.step_inputs import StepInputs
 from attnzoo.types import check_cost_sizes, dtype_bytes, floating
 
 
@@ -118,9 +118,9 @@ class ParallelComposition(Attention):
             qkv = self._convolved(qkv, context_BSD is not None, mask, impl)
         if edits is None:
             return self.projection.merge(self.mixing(qkv, mask, impl))
-        queries_BT = row_positions(mask, x_BTD.shape[0], x_BTD.shape[1], x_BTD.device)
-        edits.observe(x_BTD, queries_BT)
-        whole = edits.replaces(qkv[0].shape[2], queries_BT)
+        placed = Placed(row_positions(mask, x_BTD.shape[0], x_BTD.shape[1], x_BTD.device))
+        edits.observe(x_BTD, placed)
+        whole = edits.replaces(qkv[0].shape[2], placed)
         out_BNTH = None if whole else self.mixing(qkv, mask, impl)
         return self.projection.merge(self.mixing.edited(out_BNTH, qkv, mask, impl, edits))
 
@@ -201,7 +201,10 @@ class ComposedAttention(ParallelComposition, StreamingAttention):
         counts_B: Tensor | None = None,
         *,
         edits: LayerPlan | None = None,
+        step: StepInputs | None = None,
     ) -> tuple[Tensor, ComposedState]:
+        """As `StreamingAttention.extend`. step: the call as all layers of a model share it, with counts_B; None: this
+        layer's own."""
         compiling = torch.compiler.is_compiling()
         self.check_input(x_BTD)
         if not compiling:
@@ -209,25 +212,29 @@ class ComposedAttention(ParallelComposition, StreamingAttention):
                 self.check_state(state)
             check_dtype(type(self).__name__, "x", x_BTD, self.projection.query)
             check_current(state)
+        counts_B = counts_B if step is None else step.counts_B
         self.check_chunk(x_BTD, len(state.lengths_B), counts_B)
         state = writable(state, state.lengths_B)
         tokens = x_BTD.shape[1]
+        if step is None:
+            step = StepInputs.of(state.lengths_B, tokens, counts_B)
+        elif step.positions_BT.shape != x_BTD.shape[:2]:
+            raise ValueError(f"step is of {list(step.positions_BT.shape)} tokens, and x has {list(x_BTD.shape[:2])}")
         of_context = isinstance(state.mixing, ContextState)
         qkv, conv = self.projection(x_BTD, x_BTD[:, :0] if of_context else None), state.conv
         if 0 in qkv[0].shape:
             return self.projection.merge(qkv[0].transpose(1, 2)), state
         if self.conv is not None and conv is not None:  # both or neither
             qkv, conv = self.conv.extend(qkv, conv, counts_B, self.impl)
-        positions_BT = _positions(state.lengths_B, tokens)
         if edits is None:
-            o_BNTH, mixing = self.mixing.extend(qkv, state.mixing, positions_BT, counts_B, self.impl)
+            o_BNTH, mixing = self.mixing.extend(qkv, state.mixing, step, self.impl)
         else:
             edits.check_layer(self)
             edits.check_streams(self.editing, type(self).__name__)
             exists_BS = state.mixing.exists_BS if isinstance(state.mixing, SoftmaxContext) else None
             edits.check_context(None if exists_BS is None else exists_BS.shape[1], exists_BS)
-            edits.observe(x_BTD, edits.positions(positions_BT, counts_B))
-            o_BNTH, mixing = self.mixing.extend_edited(qkv, state.mixing, positions_BT, counts_B, self.impl, edits)
+            edits.observe(x_BTD, edits.placed(step))
+            o_BNTH, mixing = self.mixing.extend_edited(qkv, state.mixing, step, self.impl, edits)
         lengths_B = state.lengths_B + (tokens if counts_B is None else counts_B)
         after = ComposedState(lengths_B, conv, mixing)
         if not compiling:
@@ -248,15 +255,3 @@ class ComposedAttention(ParallelComposition, StreamingAttention):
             rows = (None, self.conv.width - 1, self.conv.heads.num_heads, self.conv.heads.head_dim)
             check_state(name, state.conv, QKVConvState, {"query": rows})
         self.mixing.check_state(name, state.mixing)
-
-
-def _positions(lengths_B: Tensor, tokens: int) -> Tensor:
-    """positions_BT of the tokens that come next, one tensor for all layers of a step."""
-    if lengths_B.device.type != "cpu" or torch.compiler.is_compiling():  # values would have to be waited for
-        return lengths_B[:, None] + torch.arange(tokens, device=lengths_B.device)
-    return _positions_after(tuple(lengths_B.tolist()), tokens)
-
-
-@recent
-def _positions_after(lengths: tuple[int, ...], tokens: int) -> Tensor:
-    return torch.tensor(lengths)[:, None] + torch.arange(tokens)

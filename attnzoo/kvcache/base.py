@@ -26,6 +26,7 @@ from attnzoo.kvcache.state import STATIC, State, new_zeros, rebuilt
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.common.pair_bias import PairBias
+from attnzoo.ops.common.step_inputs import StepInputs
 from attnzoo.ops.common.tables import Tables
 from attnzoo.ops.paged_decode import Entries
 from attnzoo.registry import Registry
@@ -37,19 +38,17 @@ EMPTY = -1
 
 @dataclass(frozen=True)
 class NewTokens:
-    """New tokens of every sequence: their queries, keys and values, and logical positions. counts_B: how many tokens of
-    each row are real, the rest being right padding; None: all."""
+    """New tokens of every sequence: their queries, keys and values, and where they stand."""
 
     q_BNTH: Tensor
     k_BKTH: Tensor
     v_BKTH: Tensor
-    positions_BT: Tensor
-    counts_B: Tensor | None = None
+    step: StepInputs
 
     @property
     def tokens(self) -> int:
         """T."""
-        return self.positions_BT.shape[1]
+        return self.step.tokens
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,19 @@ class CacheView:
 
     keys_BKSH, values_BKSH; positions_BKS: int64 logical positions, `EMPTY` where an entry holds nothing; its K axis is
     1 when all kv heads keep the same entries. alone: the view holds only the new tokens of every row, in order and
-    without padding, so that the mask is plainly causal.
+    without padding, so that the mask is plainly causal. mask: what the step's queries see of the entries, where layers
+    share it; None: each layer makes its own (`shown`).
     """
 
     keys_BKSH: Tensor
     values_BKSH: Tensor
     positions_BKS: Tensor
     alone: bool = False
+    mask: Mask | None = None
+
+    def shown(self, mask: Mask, positions_BT: Tensor) -> Mask:
+        """What queries at these positions see of the entries under a layer's mask."""
+        return self.mask or replace(mask, query_positions_BT=positions_BT, key_positions_BKS=self.positions_BKS)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from attnzoo.kvcache.full import append as append_all
 from attnzoo.kvcache.state import axes
 from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.common.rows import known
+from attnzoo.ops.common.step_inputs import StepInputs
 from attnzoo.ops.paged_decode import Decoded, Entries, paged_decode
 from attnzoo.types import accumulation_dtype
 
@@ -131,7 +132,7 @@ class CompressingCache(CachePolicy):
         if torch.is_grad_enabled() and any(x.requires_grad for x in qkv):
             raise ValueError("a compressed cache has no gradients: extend under torch.no_grad(), or use cache=None")
         q, k, v = (x.to(dtype) for x in qkv)
-        out, state = self.read(state, score_function, NewTokens(q, k, v, new.positions_BT, new.counts_B))
+        out, state = self.read(state, score_function, NewTokens(q, k, v, new.step))
         return out.to(qkv[0].dtype), state
 
 
@@ -154,15 +155,16 @@ def least_kept(config: Any) -> int:
 
 def append(state: Any, new: NewTokens) -> tuple[Any, CacheView]:
     """Appends a chunk to the tail: (new state, view of the tail with logical positions)."""
-    starts_B1, positions_BT = state.starts_B[:, None], new.positions_BT
-    tail = state.tail
+    tail, step = state.tail, new.step
+    if state.slots:  # without compressed entries every tail begins at position 0
+        step = StepInputs.of(step.before() - state.starts_B, step.tokens, step.counts_B)
     if state.slots or not state.reading:
         # The tail grows by pages instead of doubling, to keep memory after the prompt small.
-        needed = int((positions_BT[:, 0] - state.starts_B).max()) + new.tokens
+        needed = max(step.integers()[0]) + new.tokens
         tail = FullCacheState(paged(tail.keys_BKSH, needed), paged(tail.values_BKSH, needed))
-    tail, view = append_all(tail, new.k_BKTH, new.v_BKTH, positions_BT - starts_B1, new.counts_B)
+    tail, view = append_all(tail, new.k_BKTH, new.v_BKTH, step)
     if state.slots:
-        places = torch.where(view.positions_BKS >= 0, view.positions_BKS + starts_B1[:, None], EMPTY)
+        places = torch.where(view.positions_BKS >= 0, view.positions_BKS + state.starts_B[:, None, None], EMPTY)
         view = CacheView(view.keys_BKSH, view.values_BKSH, places)
     return replace(state, tail=tail), view
 
@@ -294,11 +296,11 @@ def last_queries(before_BNWH: Tensor, q_BNTH: Tensor, new: NewTokens, window: in
     where no sequence is as long. Shorter sequences have zeros in front."""
     width = before_BNWH.shape[2]
     if width < window:
-        width = max(width, min(window, int(new.positions_BT.max()) + 1))
+        width = max(width, min(window, max(new.step.integers()[0]) + new.tokens))
     rows = torch.cat([front_padded(before_BNWH, width), q_BNTH], dim=2)
-    if new.counts_B is None:
+    if new.step.counts_B is None:
         return rows[:, :, rows.shape[2] - width :].clone()
-    index_BW = new.counts_B[:, None] + torch.arange(width, device=q_BNTH.device)
+    index_BW = new.step.counts_B[:, None] + torch.arange(width, device=q_BNTH.device)
     return rows.gather(2, index_BW[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3]))
 
 

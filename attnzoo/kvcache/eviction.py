@@ -153,7 +153,7 @@ class EvictingCache(CompressingCache):
         return asked_tokens(lengths_B, config.ratio, config.max_tokens, cc.least_kept(config))
 
     def read(self, state: Any, score_function: ScoreFunction, new: NewTokens) -> tuple[Tensor, EvictingState]:
-        starts_B = new.positions_BT[:, 0]
+        starts_B = new.step.positions_BT[:, 0]
         if not self.lossless and not state.decoding:
             # Whether a sequence whose prompt has ended exceeds its budget with this chunk.
             over_B = state.ended_B & (starts_B + new.tokens > state.budgets_B)
@@ -166,7 +166,7 @@ class EvictingCache(CompressingCache):
                 outputs.append(out)
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), state
         state, view = cc.append(state, new)
-        o_BNTH = cc.attend(state, score_function, new.q_BNTH, view, new.positions_BT)
+        o_BNTH = cc.attend(state, score_function, new.q_BNTH, view, new.step.positions_BT)
         return o_BNTH, self.observed(state, score_function, new, view)
 
     def _step(self, state: Any, score_function: ScoreFunction, new: NewTokens, t: int) -> tuple[Tensor, EvictingState]:
@@ -178,8 +178,8 @@ class EvictingCache(CompressingCache):
         """
         q, k, v = (x[:, :, t : t + 1] for x in (new.q_BNTH, new.k_BKTH, new.v_BKTH))
         if not torch.compiler.is_compiling():
-            state = with_room(state, self.window, new.positions_BT[:, t])
-        now = step_info(new.positions_BT, new.counts_B, t, k.shape[1], self.window)
+            state = with_room(state, self.window, new.step.positions_BT[:, t])
+        now = new.step.once(step_info, t, k.shape[1], self.window)
         choice = self._choose(state, now)
         enter(state.ring, k, v, now)
         read = read_ring(
@@ -205,9 +205,8 @@ class EvictingCache(CompressingCache):
             victim_BK = torch.where(grows_B[:, None], -1, victim_BK)
         if now.some_leave:
             leaves_B1 = (now.leaving_B >= 0)[:, None]
-            same = victim_BK is slot_BK
             slot_BK = torch.where(leaves_B1, slot_BK, -1)
-            victim_BK = slot_BK if same else torch.where(leaves_B1, victim_BK, -1)
+            victim_BK = slot_BK if grows_B is None else torch.where(leaves_B1, victim_BK, -1)
         into = places_or_none(slot_BK, positions.shape[2])
         return Choice(slot_BK, into, victim_BK, held, grows_B, positions.shape[2])
 

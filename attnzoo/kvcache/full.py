@@ -1,5 +1,6 @@
 """The full cache: keep every key and value, in the slot of its logical position."""
 
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,8 @@ from attnzoo.kvcache.base import (
     attend_view,
     check_chunk,
 )
-from attnzoo.ops.common.recent import recent
+from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.step_inputs import StepInputs
 
 
 @dataclass
@@ -74,8 +76,8 @@ class FullCache(CachePolicy):
     def attend(
         self, state: FullCacheState, score_function: ScoreFunction, new: NewTokens
     ) -> tuple[Tensor, FullCacheState]:
-        state, view = append(state, new.k_BKTH, new.v_BKTH, new.positions_BT, new.counts_B)
-        return attend_view(score_function, new.q_BNTH, view, new.positions_BT), state
+        state, view = append(state, new.k_BKTH, new.v_BKTH, new.step)
+        return attend_view(score_function, new.q_BNTH, view, new.step.positions_BT), state
 
     def compressed_nbytes(self, size: CacheSize, prompt: int, *, tokens: int = 0, joinable: bool = False) -> int:
         return self.nbytes(size, prompt + tokens)
@@ -92,18 +94,19 @@ def compressing(cache: Any) -> CachePolicy | None:
 
 
 def append(
-    state: FullCacheState, keys_BKTH: Tensor, values_BKTH: Tensor, positions_BT: Tensor, counts_B: Tensor | None
+    state: FullCacheState, keys_BKTH: Tensor, values_BKTH: Tensor, step: StepInputs
 ) -> tuple[FullCacheState, CacheView]:
-    """Adds a chunk: (new state, view of all tokens)."""
+    """Adds a chunk, whose positions say its slots: (new state, view of all tokens)."""
     check_chunk(keys_BKTH)
     # The compiler does not know lengths, which are values: callers cut the buffers to the used slots before.
     compiling = torch.compiler.is_compiling()
-    slots = _slots(positions_BT, counts_B, state.keys_BKSH.shape[2] if compiling else None)
+    slots = step.once(_slots, state.keys_BKSH.shape[2] if compiling else None)
     keys = with_room(state.keys_BKSH, slots.used, keys_BKTH)
     values = with_room(state.values_BKSH, slots.used, values_BKTH)
     slots.write(keys, keys_BKTH)
     slots.write(values, values_BKTH)
-    view = CacheView(keys[:, :, : slots.used], values[:, :, : slots.used], slots.positions_B1S, alone=slots.first == 0)
+    held = keys[:, :, : slots.used], values[:, :, : slots.used]
+    view = CacheView(*held, slots.positions_B1S, alone=slots.first == 0, mask=slots.mask)
     if keys is state.keys_BKSH:
         return state, view
     return FullCacheState(keys, values, policy=state.policy), view
@@ -115,7 +118,7 @@ class _Slots:
 
     first: the slot of the first token where all rows are equally long and all tokens are real; else None, and `rows`
     and `targets` index B and S for the tokens that real_BT picks (None: all). used: slots of the longest row after the
-    chunk; positions_B1S: the logical positions in them.
+    chunk; positions_B1S: the logical positions in them; mask: causality between these and the chunk's.
     """
 
     first: int | None
@@ -124,6 +127,7 @@ class _Slots:
     real_BT: Tensor | None
     used: int
     positions_B1S: Tensor
+    mask: Mask
 
     def write(self, buffer_BKSH: Tensor, new_BKTH: Tensor) -> None:
         if self.first is not None:
@@ -135,27 +139,27 @@ class _Slots:
             buffer_BKSH[self.rows, :, self.targets] = new.to(buffer_BKSH.dtype)
 
 
-@recent
-def _slots(positions_BT: Tensor, counts_B: Tensor | None, used: int | None) -> _Slots:
+def _slots(step: StepInputs, used: int | None) -> _Slots:
     """used: slots in use after the chunk; None: computed from the positions."""
+    positions_BT, ends_B = step.positions_BT, step.after()
     batch, tokens = positions_BT.shape
-    starts_B = positions_BT[:, 0]
-    ends_B = starts_B + (tokens if counts_B is None else counts_B)
     first = None
     if used is None:
-        starts, ends = starts_B.tolist(), ends_B.tolist()
-        used = max(ends)
-        first = starts[0] if min(starts) == max(starts) == min(ends) - tokens else None
-    real_BT = None if counts_B is None else positions_BT < ends_B[:, None]
+        lengths, counts = step.integers()
+        used = max(map(operator.add, lengths, counts))
+        first = lengths[0] if min(lengths) == max(lengths) and min(counts) == tokens else None
+    real_BT = None if step.counts_B is None else positions_BT < ends_B[:, None]
     rows_BT = torch.arange(batch, device=positions_BT.device)[:, None].expand(batch, tokens)
     slots_S = torch.arange(used, device=positions_BT.device)
+    positions_B1S = torch.where(slots_S < ends_B[:, None], slots_S, EMPTY)[:, None]
     return _Slots(
         first=first,
         rows=rows_BT if real_BT is None else rows_BT[real_BT],
         targets=positions_BT if real_BT is None else positions_BT[real_BT],
         real_BT=real_BT,
         used=used,
-        positions_B1S=torch.where(slots_S < ends_B[:, None], slots_S, EMPTY)[:, None],
+        positions_B1S=positions_B1S,
+        mask=Mask(query_positions_BT=positions_BT, key_positions_BKS=positions_B1S),
     )
 
 

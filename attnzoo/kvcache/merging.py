@@ -114,7 +114,7 @@ class MergingCache(EvictingCache):
         if self.lossless:
             return state
         seen, kept_slots = cc.joined(state, view), state.slots
-        mask = Mask(query_positions_BT=new.positions_BT, key_positions_BKS=seen.positions_BKS)
+        mask = Mask(query_positions_BT=new.step.positions_BT, key_positions_BKS=seen.positions_BKS)
         logs = state.compressed().log_counts_BKS if kept_slots else None
         if logs is not None:
             logs = torch.cat([logs, logs.new_zeros(*logs.shape[:2], view.keys_BKSH.shape[2])], dim=2)
@@ -122,7 +122,7 @@ class MergingCache(EvictingCache):
             new.q_BNTH,
             seen.keys_BKSH,
             mask=mask,
-            counts_B=new.counts_B,
+            counts_B=new.step.counts_B,
             tables=score_function.tables(mask, new.tokens),
             log_counts_BKS=logs,
             impl=score_function.impl,
@@ -181,7 +181,11 @@ class MergingCache(EvictingCache):
             ),
             victim_BK=choice.victim_BK,
             dots_BKP=read.dots_BKP,
-            arrival=Arrival(key_BKC=arriving.pop("keys"), value_BKV=arriving.pop("values"), slot_BK=choice.slot_BK),
+            arrival=Arrival(
+                key_BKC=arriving.pop("keys"),
+                value_BKV=arriving.pop("values"),
+                slot_BK=None if choice.grows_B is None else choice.slot_BK,
+            ),
             rule=self.rule,
             threshold_BK=self.threshold(state),
             impl=score_function.impl,

@@ -14,8 +14,8 @@ from torch import Tensor
 from attnzoo.kvcache import compressed as cc
 from attnzoo.kvcache.base import CacheSize, CacheView, ScoreFunction
 from attnzoo.kvcache.state import State
-from attnzoo.ops.common.recent import recent
 from attnzoo.ops.common.rows import Places, known, places, places_or_none
+from attnzoo.ops.common.step_inputs import StepInputs
 from attnzoo.ops.paged_decode import Decoded, Entries
 
 
@@ -60,9 +60,8 @@ class StepInfo:
 @dataclass(frozen=True)
 class Choice:
     """What a layer decides before attention. slot_BK: the slot of `kept` for the token that leaves the ring, -1 where
-    none leaves; into: the same as `Places`. victim_BK: slot_BK where that slot holds a token, else -1 (the same tensor
-    where both are equal). held: no slot is empty. grows_B (bool): sequences that take an empty slot, None: none. slots:
-    P."""
+    none leaves; into: the same as `Places`. victim_BK: slot_BK where that slot holds a token, else -1. held: no slot is
+    empty. grows_B (bool): sequences that take an empty slot, None: none, and both slots are equal. slots: P."""
 
     slot_BK: Tensor
     into: Places
@@ -74,7 +73,7 @@ class Choice:
     @property
     def victims(self) -> Places:
         """`Places` of the tokens that are evicted."""
-        if self.victim_BK is self.slot_BK:
+        if self.grows_B is None:
             return self.into
         return places_or_none(self.victim_BK, self.slots)
 
@@ -117,11 +116,10 @@ def with_room(state: Any, window: int, at_B: Tensor) -> Any:
     return replace(state, kept=state.kept.map(lambda _, x: F.pad(x, (0, 0, *pad) if x.dim() == 4 else pad)))
 
 
-@recent
-def step_info(positions_BT: Tensor, counts_B: Tensor | None, t: int, kv_heads: int, window: int) -> StepInfo:
+def step_info(step: StepInputs, t: int, kv_heads: int, window: int) -> StepInfo:
     """`StepInfo` of token t of a chunk; rows with fewer tokens are inactive."""
-    at_B, slots = positions_BT[:, t], window + 1
-    active_B = None if counts_B is None else counts_B > t
+    at_B, slots = step.positions_BT[:, t], window + 1
+    active_B = None if step.counts_B is None else step.counts_B > t
     if active_B is not None and known(active_B):
         active_B = None
     leaving_B = at_B - window

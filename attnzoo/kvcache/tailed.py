@@ -13,6 +13,7 @@ from attnzoo.kvcache.base import CachedLayer, NewTokens, ScoreFunction
 from attnzoo.kvcache.channels import condensed
 from attnzoo.kvcache.compressed import CompressedState, CompressingCache
 from attnzoo.kvcache.full import FullCacheState
+from attnzoo.ops.common.step_inputs import token_of
 
 
 class TailedCache(CompressingCache):
@@ -37,24 +38,19 @@ class TailedCache(CompressingCache):
         if new.tokens > 1 and self.one_by_one and not state.reading:
             return self._one_by_one(state, score_function, new)
         # Before the queries are updated: a pruning is scored by the queries before this chunk.
-        state = self.before_append(state, score_function, new.positions_BT[:, 0])
+        state = self.before_append(state, score_function, new.step.positions_BT[:, 0])
         if self.observes and not self.lossless and (self.follows or state.reading):
             q_BNTH = new.q_BNTH if state.reading else condensed(new.q_BNTH, new.k_BKTH.shape[1])
             seen = cc.last_queries(state.queries_BNWH, q_BNTH, new, self.config.window)
             state = replace(state, queries_BNWH=seen)
         state, view = cc.append(state, new)
-        return cc.attend(state, score_function, new.q_BNTH, view, new.positions_BT), state
+        return cc.attend(state, score_function, new.q_BNTH, view, new.step.positions_BT), state
 
     def _one_by_one(self, state: Any, score_function: ScoreFunction, new: NewTokens) -> tuple[Tensor, CompressedState]:
         outputs = []
         for t in range(new.tokens):
             q, k, v = (x[:, :, t : t + 1] for x in (new.q_BNTH, new.k_BKTH, new.v_BKTH))
-            at_B, active_B = new.positions_BT[:, t], None
-            if new.counts_B is not None:
-                # A sequence whose tokens have ended stays at its length.
-                at_B = new.positions_BT[:, 0] + new.counts_B.clamp(max=t)
-                active_B = (new.counts_B > t).long()
-            out, state = self.read(state, score_function, NewTokens(q, k, v, at_B[:, None], active_B))
+            out, state = self.read(state, score_function, NewTokens(q, k, v, new.step.once(token_of, t)))
             outputs.append(out)
         return torch.cat(outputs, dim=2), state
 

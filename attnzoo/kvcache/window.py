@@ -5,6 +5,7 @@ a variant that masks by the same window: only entries that no later query may se
 where StreamingLLM renumbers the cache.
 """
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,8 @@ from attnzoo.kvcache.base import (
     attend_view,
     check_chunk,
 )
-from attnzoo.ops.common.masks import check_window
-from attnzoo.ops.common.recent import recent
+from attnzoo.ops.common.masks import Mask, check_window
+from attnzoo.ops.common.step_inputs import StepInputs
 
 
 @dataclass
@@ -59,10 +60,12 @@ class WindowCacheState(CacheState):
 @dataclass(frozen=True)
 class _Plan:
     """Where a chunk goes. slots: C after it; seen_B1S: the positions of what its queries may see, `EMPTY` in empty
-    slots and for padding; rows_L, steps_L, slots_L: the tokens that are written, and where."""
+    slots and for padding; mask: the window between them; rows_L, steps_L, slots_L: the tokens that are written, and
+    where."""
 
     slots: int
     seen_B1S: Tensor
+    mask: Mask
     rows_L: Tensor
     steps_L: Tensor
     slots_L: Tensor
@@ -96,10 +99,10 @@ class WindowCache(CachePolicy):
     ) -> tuple[Tensor, WindowCacheState]:
         check_chunk(new.k_BKTH)
         keys, values = new.k_BKTH, new.v_BKTH
-        plan = _plan(new.positions_BT, new.counts_B, self.window, self.sinks, state.slots)
-        if new.counts_B is not None:
+        plan = new.step.once(_plan, self.window, self.sinks, state.slots)
+        if new.step.counts_B is not None:
             # Padding may hold NaN, and 0 * NaN would leak through the sum of values.
-            padding_BT = torch.arange(new.tokens, device=keys.device) >= new.counts_B[:, None]
+            padding_BT = torch.arange(new.tokens, device=keys.device) >= new.step.counts_B[:, None]
             keys, values = (x.masked_fill(padding_BT[:, None, :, None], 0.0) for x in (keys, values))
         held = state.keys_BKCH, state.values_BKCH
         if new.tokens > 1:
@@ -110,8 +113,8 @@ class WindowCache(CachePolicy):
             # The slot that one token takes held a token that has just left its window.
             state = self._written(state, keys, values, plan)
             both = [state.keys_BKCH, state.values_BKCH]
-        view = CacheView(both[0], both[1], plan.seen_B1S)
-        return attend_view(score_function, new.q_BNTH, view, new.positions_BT), state
+        view = CacheView(both[0], both[1], plan.seen_B1S, mask=plan.mask)
+        return attend_view(score_function, new.q_BNTH, view, new.step.positions_BT), state
 
     def _written(self, state: WindowCacheState, new_keys: Tensor, new_values: Tensor, plan: _Plan) -> WindowCacheState:
         """The state with the chunk's sinks and its last `window` tokens in their slots."""
@@ -126,23 +129,23 @@ class WindowCache(CachePolicy):
         return WindowCacheState(keys, values, policy=self)
 
 
-@recent
-def _plan(positions_BT: Tensor, counts_B: Tensor | None, window: int, sinks: int, have: int) -> _Plan:
+def _plan(step: StepInputs, window: int, sinks: int, have: int) -> _Plan:
     """`_Plan` for a cache of `have` slots, which gets as many as the longest sequence needs, at most sinks + window;
     entries keep their slots."""
-    tokens, before_B = positions_BT.shape[1], positions_BT[:, 0]
-    after_B = before_B + (tokens if counts_B is None else counts_B)
+    positions_BT, before_B, after_B = step.positions_BT, step.before(), step.after()
     new_BT = torch.where(positions_BT < after_B[:, None], positions_BT, EMPTY)
-    slots = max(have, min(int(after_B.max()), sinks + window))
+    slots = max(have, min(max(map(operator.add, *step.integers())), sinks + window))
     kept_BT = (new_BT >= 0) & ((new_BT < sinks) | (new_BT >= after_B[:, None] - window))
     rows_L, steps_L = kept_BT.nonzero(as_tuple=True)
     at_L = new_BT[rows_L, steps_L]
-    if tokens == 1:
+    if step.tokens == 1:
         seen_BS = _positions(after_B, slots, window, sinks)
     else:
         seen_BS = torch.cat([_positions(before_B, have, window, sinks), new_BT], dim=1)
     slots_L = torch.where(at_L < sinks, at_L, sinks + (at_L - sinks) % window)
-    return _Plan(slots, seen_BS[:, None], rows_L, steps_L, slots_L)
+    seen_B1S = seen_BS[:, None]
+    mask = Mask(window=window, sinks=sinks, query_positions_BT=positions_BT, key_positions_BKS=seen_B1S)
+    return _Plan(slots, seen_B1S, mask, rows_L, steps_L, slots_L)
 
 
 def _positions(lengths_B: Tensor, slots: int, window: int, sinks: int) -> Tensor:

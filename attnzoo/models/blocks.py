@@ -1,5 +1,6 @@
 """What a decoder is made of besides attention: norms, MLPs, and the pre-norm block."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from attnzoo.attention.segment_memory import SegmentMemory, attend_segment
 from attnzoo.derived_memory import PassMemory, pass_memory
 from attnzoo.kvcache.state import State
 from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.step_inputs import StepInputs
 
 Norm = Literal["rmsnorm", "layernorm"]
 Activation = Literal["swiglu", "gelu", "quick_gelu", "relu"]
@@ -77,6 +79,7 @@ class Block(nn.Module):
         self.attention = attention
         self.mlp_norm = build_norm(norm, dim, eps)
         self.mlp = mlp
+        self._shares_steps = "step" in inspect.signature(attention.extend).parameters
 
     def forward(self, x_BTD: Tensor, mask: Mask | None = None, edits: LayerPlan | None = None) -> Tensor:
         given: dict[str, Any] = {} if mask is None else {"mask": mask}  # a variant of someone's may take nothing but x
@@ -99,9 +102,18 @@ class Block(nn.Module):
         return pass_memory(self, x_BTD, run=run, dtype=dtype, inner=True)
 
     def extend(
-        self, x_BTD: Tensor, state: Any, counts_B: Tensor | None, edits: LayerPlan | None = None
+        self,
+        x_BTD: Tensor,
+        state: Any,
+        counts_B: Tensor | None,
+        edits: LayerPlan | None = None,
+        step: StepInputs | None = None,
     ) -> tuple[Tensor, State]:
+        """`StreamingAttention.extend`, and the MLP. step: the call as all layers share it, given to attention that
+        takes it; with counts_B."""
         given = _edits(edits, x_BTD)
+        if step is not None and self._shares_steps:
+            given["step"] = step
         mixed, state = self.attention.extend(self.attention_norm(x_BTD), state, counts_B, **given)
         x_BTD = x_BTD + self._mixed(mixed, x_BTD)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), state

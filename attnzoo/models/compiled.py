@@ -24,6 +24,7 @@ from attnzoo.kvcache.full import compressing
 from attnzoo.kvcache.state import State
 from attnzoo.models.blocks import Block
 from attnzoo.models.decoder_lm import DecoderLM, DecoderState
+from attnzoo.models.torch_compiler import has_compiler, vary, without_guards
 
 BUCKET = 64
 """Attention reads the slots of a full cache in multiples of this many, so that its views are rarely made anew."""
@@ -45,8 +46,11 @@ class CompiledDecode:
 
     def __init__(self, model: DecoderLM, cache: CachePolicy | None = None) -> None:
         cache = compressing(cache)
-        if model.embedding.weight.device.type == "cpu":
-            _check_compiler()
+        if model.embedding.weight.device.type == "cpu" and not has_compiler():
+            raise ValueError(
+                "compile_decode=True needs a C++ compiler (g++, or another named by the variable CXX), and there is "
+                "none: install one or set compile_decode=False"
+            )
         for number, block in enumerate(model.layers()):
             _check(block, number, cache)
         self._model = model
@@ -129,15 +133,12 @@ def _decode_block(block: Block, x_B1D: Tensor, state: State) -> Tensor:
 
 
 def _compile(function: DecodeBlock) -> DecodeBlock:
-    """A compiled copy of a function, without torch's guards (checking them costs as much as all operations besides the
-    products). The caller keeps one copy for every kind of block and every set of sizes that vary."""
+    """A compiled copy of a function. The caller keeps one for every kind of block and every set of sizes that vary, as
+    nothing checks that it is the right one."""
     assert isinstance(function, FunctionType)
     # torch keeps compiled code by code object, so every copy needs its own.
     copy = FunctionType(function.__code__.replace(), function.__globals__)
-    # Reordering would read a cache after it is written, which costs a copy of it.
-    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "reorder_for_locality": False}
-    compiled: DecodeBlock = torch.compile(copy, fullgraph=True, options=options)
-    return compiled
+    return without_guards(copy)
 
 
 def _example(x_B1D: Tensor, layer: State) -> tuple[Tensor, State]:
@@ -194,10 +195,10 @@ def _mark_sizes(x_B1D: Tensor, state: State) -> None:
     tensors = state.tensors()
     if len(x_B1D) > 1:
         for tensor in (x_B1D, *tensors.values()):
-            torch._dynamo.mark_dynamic(tensor, 0, hint_override=EXPECTED_BATCH)
+            vary(tensor, 0, EXPECTED_BATCH)
     for name, tensor in tensors.items():
         for axis in _slot_axes(name, tensor):
-            torch._dynamo.mark_dynamic(tensor, axis, hint_override=EXPECTED_SLOTS)
+            vary(tensor, axis, EXPECTED_SLOTS)
 
 
 def _lengths(layer: State) -> Tensor:
@@ -209,19 +210,6 @@ def _ready_layer(layer: State) -> State:
     caches = list(caches_of(layer))
     ready = [cache.policy.ready(cache, _lengths(layer)) for cache in caches]
     return layer if all(map(operator.is_, ready, caches)) else with_caches(layer, iter(ready))
-
-
-def _check_compiler() -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        raise ValueError(
-            "compile_decode=True needs a C++ compiler (g++, or another named by the variable CXX), and there is none: "
-            "install one or set compile_decode=False"
-        ) from None
 
 
 def _check(block: Block, layer: int, cache: CachePolicy | None) -> None:

@@ -34,6 +34,7 @@ from attnzoo.kvcache.succession import check_current
 from attnzoo.models.blocks import MLP, Block, build_norm
 from attnzoo.models.config import DecoderConfig
 from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.step_inputs import StepInputs
 
 
 @dataclass
@@ -267,10 +268,13 @@ class DecoderLM(nn.Module):
         counts_B: Tensor | None = None,
         *,
         edits: EditRuns | None = None,
+        step: StepInputs | None = None,
     ) -> tuple[Tensor, DecoderState]:
-        """`extend` up to the final norm, for callers that need the logits of few rows.
+        """`extend` up to the final norm, for callers that need the logits of few rows. step: what a caller who knows
+        the lengths hands down, in place of counts_B; None: it is made from the state.
 
-        Raises ValueError for a chunk without tokens, or for another number of sequences than the state has."""
+        Raises ValueError for a chunk without tokens, for another number of sequences than the state has, and for a step
+        of others."""
         x_BTD = self.embed(tokens_BT)
         rows = len(getattr(state.layers[0], "lengths_B", tokens_BT))
         if len(tokens_BT) != rows:
@@ -283,14 +287,34 @@ class DecoderLM(nn.Module):
                 check_current(layer_state)
         if edits is not None:
             check_runs(edits, rows, len(self.blocks))
+        step = self._step(x_BTD, state, counts_B, step)
+        counts_B = counts_B if step is None else step.counts_B
         layers = []
         for block, layer_state, plan in zip(self.layers(), state.layers, self._plans(edits), strict=True):
-            x_BTD, layer_state = block.extend(x_BTD, layer_state, counts_B, plan)
+            x_BTD, layer_state = block.extend(x_BTD, layer_state, counts_B, plan, step)
             layers.append(layer_state)
         after = tuple(layers)
         if streams(after):
             after = compress_layers([block.attention for block in self.layers()], after, final=False)
         return self.norm(x_BTD), replace(state, layers=after)
+
+    def _step(
+        self, x_BTD: Tensor, state: DecoderState, counts_B: Tensor | None, given: StepInputs | None
+    ) -> StepInputs | None:
+        """What the layers share of a call; None where no layer counts its tokens. Raises ValueError for one that does
+        not fit the state."""
+        lengths_B = next((x.lengths_B for x in state.layers if hasattr(x, "lengths_B")), None)
+        if given is None:
+            return None if lengths_B is None else StepInputs.of(lengths_B, x_BTD.shape[1], counts_B)
+        if counts_B is not None:
+            raise ValueError("counts_B: step says how many tokens are real; leave counts_B out")
+        if given.positions_BT.shape != x_BTD.shape[:2]:
+            raise ValueError(f"step is of {list(given.positions_BT.shape)} tokens, not {list(x_BTD.shape[:2])}")
+        if lengths_B is not None and lengths_B.device.type == "cpu" and not torch.compiler.is_compiling():
+            begins, held = list(given.integers()[0]), lengths_B.tolist()
+            if begins != held:
+                raise ValueError(f"step begins at {begins}, and the state holds {held} tokens")
+        return given
 
     def init_memory(self, batch: int, length: int) -> tuple[SegmentMemory, ...]:
         """Transformer-XL's memory of `length` tokens per layer, empty. Raises ValueError for a length below 1."""

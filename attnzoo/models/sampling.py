@@ -101,6 +101,12 @@ def sample(
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
+def best_tokens(logits_BV: Tensor) -> list[int | None]:
+    """The most likely token of each row, None where the logits are not finite; a device is waited for once."""
+    largest_B, best_B = logits_BV.max(-1)  # NaN is larger than everything
+    return [None if token < 0 else token for token in best_B.masked_fill(~largest_B.isfinite(), -1).tolist()]
+
+
 def token_logprobs(logits_V: Tensor, token: int, alternatives: int) -> TokenLogprobs:
     """`TokenLogprobs` of `token`, with the `alternatives` most likely tokens."""
     values_V = logits_V.float().log_softmax(-1)

@@ -18,6 +18,7 @@ from attnzoo.models.sampling import (
     EDITED_NOT_FINITE,
     NOT_FINITE,
     TokenLogprobs,
+    best_tokens,
     choice_seed,
     greedy,
     sample,
@@ -94,14 +95,14 @@ class Sequences:
             hidden_BTD, self._state = self.model.extend_hidden(next_B[:, None], self._state, edits=edits)
             self._hidden_BD = hidden_BTD[:, -1]
         logits_BV = self.model.logits(self._hidden_BD)[:, : self._vocab_size]
-        largest_B, best_B = logits_BV.max(-1)  # NaN is larger than everything
-        finite, best = largest_B.isfinite().tolist(), best_B.tolist()
+        best = best_tokens(logits_BV)
         drawn = []
         for row in self.running:
-            if not finite[row]:
+            token = best[row]
+            if token is None:
                 run = None if self._edits is None else self._edits[row]
                 raise ValueError(EDITED_NOT_FINITE if run is not None and run.plan.changes else NOT_FINITE)
-            token, logits_1V = best[row], logits_BV[row : row + 1]
+            logits_1V = logits_BV[row : row + 1]
             if not greedy(self.config.temperature):
                 config = self.config
                 token = int(sample(logits_1V, config.temperature, config.top_p, config.top_k, self._generators[row]))

@@ -15,6 +15,7 @@ from attnzoo.attention.composed import ComposedAttention
 from attnzoo.attention.forward_only import ForwardOnly
 from attnzoo.attention.parts import SoftmaxMixing
 from attnzoo.ops.common.masks import Mask, document_starts, padding_starts
+from attnzoo.ops.common.step_inputs import StepInputs
 from tests.contract.by_hand import BY_HAND
 from tests.contract.cases import (
     BATCH,
@@ -180,7 +181,7 @@ def check_shift(build: Build) -> None:
 
     def run(shift: int, dtype: torch.dtype) -> Tensor:
         positions = torch.arange(TOKENS).expand(BATCH, TOKENS) + shift
-        turned_q, turned_k = position.to(dtype).encode(q.to(dtype), k.to(dtype), positions, "auto")
+        turned_q, turned_k = position.to(dtype).encode(q.to(dtype), k.to(dtype), StepInputs(positions), "auto")
         qkv = (turned_q.transpose(1, 2), turned_k.transpose(1, 2), v.to(dtype).transpose(1, 2))
         mask = Mask(query_positions_BT=positions, key_positions_BKS=positions[:, None])
         return position.attend(qkv, mask, "auto").double()

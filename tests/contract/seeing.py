@@ -11,6 +11,7 @@ from torch import Tensor
 from attnzoo.attention import ATTENTION, Attention, StreamingAttention
 from attnzoo.attention.composed import ParallelComposition
 from attnzoo.ops.common.masks import Mask, padding_keys
+from attnzoo.ops.common.step_inputs import StepInputs
 from tests.contract.by_hand import BY_HAND
 from tests.contract.cases import BATCH, MODEL_DIM, TOKENS, Build, assert_close, gradients, inputs, stream
 
@@ -139,7 +140,7 @@ def check_order(build: Build) -> None:
     def run(order: Tensor) -> Tensor:
         if position is None:
             return mixing(tuple(x[:, order] for x in qkv), Mask.full(), "auto")
-        q, k = position.encode(qkv[0][:, order], qkv[1][:, order], order[None], "auto")
+        q, k = position.encode(qkv[0][:, order], qkv[1][:, order], StepInputs(order[None]), "auto")
         where_BT = order.expand(BATCH, TOKENS)
         mask = Mask(causal=False, query_positions_BT=where_BT, key_positions_BKS=where_BT[:, None])
         return position.attend((q.transpose(1, 2), k.transpose(1, 2), qkv[2][:, order].transpose(1, 2)), mask, "auto")

@@ -14,6 +14,7 @@ from attnzoo.attention import in_context
 from attnzoo.attention.parts import Projection, Rope, convolution, linear, mesa, mixing, position
 from attnzoo.kvcache import full, window
 from attnzoo.ops.common import masks, row_blocks
+from attnzoo.ops.common.step_inputs import StepInputs
 from attnzoo.ops.linear_attention import torch as linear_torch
 from attnzoo.ops.rope import torch as rope_torch
 from attnzoo.ops.sinusoid_sdpa import torch as sinusoid_torch
@@ -99,13 +100,13 @@ def rotation_restarts(patch: Patch) -> None:
     """Rotary positions count from the start of the chunk."""
     right = mixing.SoftmaxMixing.extend
 
-    def wrong(self, qkv, state, positions_BT, counts_B, impl):
+    def wrong(self, qkv, state, step, impl):
         q, k, v = qkv
-        chunk_BT = positions_BT - positions_BT[:, :1]
-        q, k = self.position.encode(q, k, chunk_BT, "auto")
+        chunk = StepInputs(step.positions_BT - step.positions_BT[:, :1])
+        q, k = self.position.encode(q, k, chunk, "auto")
         with patch.context() as inside:
-            inside.setattr(type(self.position), "encode", lambda _, q, k, positions, impl: (q, k))
-            return right(self, (q, k, v), state, positions_BT, counts_B, impl)
+            inside.setattr(type(self.position), "encode", lambda _, q, k, step, impl: (q, k))
+            return right(self, (q, k, v), state, step, impl)
 
     patch.setattr(mixing.SoftmaxMixing, "extend", wrong)
 

@@ -14,7 +14,7 @@ def test_a_dead_device_ends_the_engine(monkeypatch):
     engine = make_engine()
     engine.add_request("a", [5, 6], greedy(5))
     engine.step()
-    monkeypatch.setattr(SlotPool, "decode", lambda self, tokens: Fault().fire())
+    monkeypatch.setattr(SlotPool, "decode", lambda self, *given: Fault().fire())
     monkeypatch.setattr(torch, "ones", lambda *_, **__: Fault().fire())
     with pytest.raises(DeviceError, match="cpu does not answer"):
         engine.step()

@@ -14,6 +14,7 @@ from attnzoo.kvcache import CacheSize, FullCache, KVLayer, State, WindowCache, b
 from attnzoo.kvcache.base import NewTokens, caches_of
 from attnzoo.kvcache.window import _positions
 from attnzoo.models import DecoderConfig, DecoderLM, generate
+from attnzoo.ops.common.step_inputs import StepInputs
 from serve.config import EngineConfig
 from serve.engine import Engine
 from tests.contract.caches import LOSSLESS, POLICIES, build_model, layers_of, policy_of, prompt, run
@@ -306,7 +307,7 @@ def test_caches_refuse_chunks_of_nothing(cache, batch, tokens):
     state = cache.init(CacheSize(batch, 2, 2, 3, torch.float32), 4)
     keys = torch.zeros(batch, 2, tokens, 3)
     with pytest.raises(ValueError, match="at least one token of at least one sequence"):
-        cache.attend(state, None, NewTokens(keys, keys, keys, torch.zeros(batch, tokens, dtype=torch.long)))
+        cache.attend(state, None, NewTokens(keys, keys, keys, StepInputs.of(torch.zeros(batch).long(), tokens)))
 
 
 @pytest.mark.parametrize("name", ["d2o", "think", "snapkv", "streaming"])
@@ -316,7 +317,7 @@ def test_policies_refuse_chunks_of_nothing(name):
     score_function = attention.mixing.score_function("torch")
     nothing = tuple(torch.zeros(1, heads, 0, 6).double() for heads in (4, 2, 2))
     with pytest.raises(ValueError, match="at least one token of at least one sequence"):
-        policy_of(name).attend(state.mixing, score_function, NewTokens(*nothing, torch.zeros(1, 0, dtype=torch.long)))
+        policy_of(name).attend(state.mixing, score_function, NewTokens(*nothing, StepInputs.planned([0], 0)))
 
 
 def saved(model: DecoderLM, path: Any, cache: Any = None) -> Any:

@@ -105,7 +105,8 @@ def test_every_cache(name, variant, monkeypatch):
     losses = set()
     for edits, out, q, positions, segments, found in seen:
         number = by_plan[id(edits.plan.rows[0].record)]
-        real = positions[0] <= edits.queries_BT[0].max()  # the row's tokens may have ended, others of the batch go on
+        # The row's tokens may have ended, others of the batch go on.
+        real = positions[0] <= edits.queries.positions_BT[0].max()
         assert torch.equal(found[0, :, ~real], out[0, :, ~real])
         mixing = layers[number]
         kv_heads, group = mixing.heads.num_kv_heads, HEADS // mixing.heads.num_kv_heads

@@ -37,6 +37,7 @@ from attnzoo.attention.edits.engine import AttentionCall
 from attnzoo.attention.edits.few import few_changes
 from attnzoo.attention.edits.items import Here, ScoreEdit, WeightEdit
 from attnzoo.attention.edits.order import weighed
+from attnzoo.attention.edits.placed import Placed
 from attnzoo.ops.common.masks import Mask
 from tests.helpers.edits_cases import HEADS, LAYOUT, SINKS, TOKENS, drawn_items
 from tests.helpers.edits_oracle import Oracle
@@ -68,7 +69,7 @@ def random_call(kv_heads, seed, *, per_head_keys=False, counts=False):
         return q_BNRH, None if bias is None else torch.stack([bias[row][:, at - (7 if row else 3)] for row, at in rows])
 
     mask = Mask(query_positions_BT=queries_BT, key_positions_BKS=keys_BKS)
-    call = AttentionCall(q, k, v, mask, terms, 0.4, queries_BT, keys_BKS, log_counts)
+    call = AttentionCall(q, k, v, mask, terms, 0.4, Placed(queries_BT), keys_BKS, log_counts)
     group = HEADS // kv_heads
     scores = 0.4 * q @ k.repeat_interleave(group, 1).mT + (0 if bias is None else bias)
     if log_counts is not None:
@@ -108,7 +109,7 @@ def test_random_lists_of_edits(kv_heads, per_head, counts, dense, few, monkeypat
         engines |= runs[0].records[0].engines
         for row in range(2):
             oracle = Oracle(items, LAYOUT, TOKENS, sinks={SINKS: set(FOUND.tolist())})
-            queries = call.queries_BT[row].tolist()
+            queries = call.queries.numbers[row]
             arrays = (scores[row].numpy(), visible[row].numpy(), values[row].numpy())
             expected, weights, edited = oracle.run(*arrays, queries, keys[row].tolist())
             named = {(n, t) for item in items for n, t, _, _ in oracle.rows(item, HEADS, queries)}
@@ -138,7 +139,7 @@ def test_rows_that_do_the_same_are_one_pass(case, monkeypatch):
         order = torch.randperm(11)
         k, v, keys_BKS = k[:, :, order], v[:, :, order], keys_BKS[..., order]
     mask = Mask(query_positions_BT=queries_BT, key_positions_BKS=keys_BKS)
-    call = AttentionCall(q, k, v, mask, lambda q, _: (q, None), 0.4, queries_BT, keys_BKS)
+    call = AttentionCall(q, k, v, mask, lambda q, _: (q, None), 0.4, Placed(queries_BT), keys_BKS)
     items = [
         Move(Where(heads="1:", keys=SINKS), "image", 0.6),
         Add(Where(heads=[1, 2], queries=Span(8, 10)), 0.5),
@@ -183,7 +184,7 @@ def test_rows_that_do_the_same_are_one_pass(case, monkeypatch):
         others = torch.tensor([0, 3])
         placed = Mask(query_positions_BT=queries_BT[others], key_positions_BKS=keys_BKS[others])
         cut = AttentionCall(
-            *(x[others] for x in (q, k, v)), placed, call.terms, 0.4, queries_BT[others], keys_BKS[others]
+            *(x[others] for x in (q, k, v)), placed, call.terms, 0.4, Placed(queries_BT[others]), keys_BKS[others]
         )
         beside = layer_plan([runs[0], runs[3]], 0).apply(cut, torch.full_like(cut.q_BNTH, 99.0))
         torch.testing.assert_close(beside, found[others], rtol=1e-9, atol=1e-9)
@@ -192,7 +193,7 @@ def test_rows_that_do_the_same_are_one_pass(case, monkeypatch):
         row = slice(n, n + 1)
         placed = Mask(query_positions_BT=queries_BT[row], key_positions_BKS=keys_BKS[row])
         alone, (run,) = changed(
-            AttentionCall(q[row], k[row], v[row], placed, call.terms, 0.4, queries_BT[row], keys_BKS[row]), [n]
+            AttentionCall(q[row], k[row], v[row], placed, call.terms, 0.4, Placed(queries_BT[row]), keys_BKS[row]), [n]
         )
         torch.testing.assert_close(found[n], alone[0], rtol=1e-9, atol=1e-9)
         read = [made.reading[0].results if len(items) > 1 else () for made in (runs[n], run)]
@@ -317,7 +318,7 @@ def test_only_what_is_named_changes_and_bytes_are_as_said():
     short = random_call(2, 1)[0]
     first = AttentionCall(
         short.q_BNTH[:1], short.keys_BKSH[:1, :, :4], short.values_BKSH[:1, :, :4], Mask(), lambda q, m: (q, None), 0.4,
-        torch.arange(4)[None], torch.arange(4)[None, None],
+        Placed(torch.arange(4)[None]), torch.arange(4)[None, None],
     )  # fmt: skip
     layer_plan([one_run], 0).apply(first, out[:1])
     assert one_run.reading.nbytes == whole.cost.returned_bytes
@@ -331,12 +332,12 @@ def test_half_precision_and_gradients():
     exact, _ = run(items, call, 2, torch.zeros(2, HEADS, 4, WIDTH, dtype=torch.float64))
     for dtype in (torch.bfloat16, torch.float16):
         small = [x.to(dtype) for x in (call.q_BNTH, call.keys_BKSH, call.values_BKSH)]
-        half = AttentionCall(*small, call.mask, call.terms, call.scale, call.queries_BT, call.positions_BKS)
+        half = AttentionCall(*small, call.mask, call.terms, call.scale, call.queries, call.positions_BKS)
         found, _ = run(items, half, 2, torch.zeros(2, HEADS, 4, WIDTH, dtype=dtype))
         torch.testing.assert_close(found.double(), exact, rtol=0.05, atol=0.05)
     q = call.q_BNTH.clone().requires_grad_()
     with_grad = AttentionCall(
-        q, call.keys_BKSH, call.values_BKSH, call.mask, call.terms, call.scale, call.queries_BT, call.positions_BKS
+        q, call.keys_BKSH, call.values_BKSH, call.mask, call.terms, call.scale, call.queries, call.positions_BKS
     )
     found, runs = run([*items, Mass(bins={"image": "image"})], with_grad, 2, torch.zeros_like(exact))
     torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
@@ -378,7 +379,7 @@ def test_a_window_pairs_and_padding_hide_what_edits_may_not_show():
     pairs = torch.rand(2, HEADS, 6, 6) < 0.6
     mask = Mask(window=3, sinks=1, starts_BT=starts, pairs=pairs)
     queries = torch.tensor([[-1, -1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]])
-    call = AttentionCall(q, k, v, mask, lambda q, m: (q, None), 0.4, queries, queries[:, None])
+    call = AttentionCall(q, k, v, mask, lambda q, m: (q, None), 0.4, Placed(queries), queries[:, None])
     layout = TokenLayout(4)
     edits = [PutScores(Where(), torch.full((1, 6, 6), 5.0).tolist()), PutWeights(Where(), torch.ones(1, 6, 6).tolist())]
     runs = [EditRun(Edits(*edits, Map(dtype="fp32")).plan(sizes(HEADS), layout, 2)) for _ in range(2)]

@@ -14,6 +14,7 @@ from attnzoo.kvcache import compressed
 from attnzoo.ops import pairwise_sdpa as op
 from attnzoo.ops.accumulated_attention import accumulated_attention
 from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.step_inputs import StepInputs
 from attnzoo.ops.pairwise_sdpa import PairBias, pairwise_sdpa
 from tests.contract.caches import check_registered
 from tests.helpers.masked_ops import B, H, K, N, hiding_bias, rand
@@ -233,9 +234,8 @@ def test_positions_that_a_causal_mask_hides_are_not_asked_for():
     mixing = SoftmaxMixing(HEADS, ScoreBias(HEADS, function))
     qkv = [rand(2, 5, 3, 4, seed=seed) for seed in range(3)]
     state = mixing.init_state(2, 9, device=None, dtype=torch.float64)
-    positions = torch.arange(5).expand(2, 5)
-    out, state = mixing.extend(qkv, state, positions, torch.tensor([5, 2]), "auto")
-    mixing.extend([x[:, :1] for x in qkv], state, torch.tensor([[5], [2]]), None, "auto")
+    out, state = mixing.extend(qkv, state, StepInputs.planned([0, 0], 5, [5, 2]), "auto")
+    mixing.extend([x[:, :1] for x in qkv], state, StepInputs.planned([5, 2], 1), "auto")
     assert min(asked) >= 0
     assert out[0].isfinite().all()
     assert op.IMPLEMENTATIONS.keys() == {"reference", "torch"}

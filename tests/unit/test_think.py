@@ -13,6 +13,7 @@ from attnzoo.kvcache.channels import change_channels, channel_scores, condensed
 from attnzoo.kvcache.compressed import filled_tail
 from attnzoo.kvcache.think import output_scores
 from attnzoo.ops.common.masks import CAUSAL
+from attnzoo.ops.common.step_inputs import StepInputs
 from tests.contract.caches import build_model, prompt
 
 READER = SoftmaxScoreFunction(NoPosition(), CAUSAL, "auto")
@@ -42,8 +43,8 @@ def tokens_of(rows):
 
 
 def fed(policy, state, queries, keys, values, first):
-    positions = first + torch.arange(queries.shape[2])[None]
-    return policy.attend(state, READER, NewTokens(queries, keys, values, positions))
+    step = StepInputs.planned([first], queries.shape[2])
+    return policy.attend(state, READER, NewTokens(queries, keys, values, step))
 
 
 @pytest.mark.parametrize("mask", ["kept", "recomputed"])

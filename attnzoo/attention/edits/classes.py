@@ -12,7 +12,6 @@ from torch import Tensor
 
 from attnzoo.attention.edits.spans import Chosen, Sinks
 from attnzoo.attention.edits.weights import least_weight
-from attnzoo.ops.common.recent import recent
 
 T = TypeVar("T")
 
@@ -206,7 +205,6 @@ class MovedParts:
         return table[..., 1:3, :]
 
 
-@recent
 def moved_parts(
     giving: Tensor, to: Tensor, of: Tensor, numbers: tuple[float, float, float], dtype: torch.dtype
 ) -> MovedParts:

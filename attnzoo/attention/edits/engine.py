@@ -12,6 +12,7 @@ from attnzoo.attention.edits.cost import ROWS, rows_at_once
 from attnzoo.attention.edits.items import Edit, Here
 from attnzoo.attention.edits.order import Weighed, weighed
 from attnzoo.attention.edits.passes import ByClass, Passes, class_passes
+from attnzoo.attention.edits.placed import Placed
 from attnzoo.attention.edits.plan import Meant
 from attnzoo.attention.edits.reading import LayerRecord, read_values
 from attnzoo.attention.edits.reads import Read
@@ -31,7 +32,7 @@ Weigh = Callable[[Tensor, Tensor, tuple[Tensor, Tensor], list[tuple[Meant, Here]
 @dataclass(frozen=True)
 class AttentionCall:
     """One call of attention, as engines read it. terms: the scores as content . key * scale + bias (`Position.terms`);
-    mask: what is visible, with the positions that `terms` reads. queries_BT, positions_BKS: positions in the sequence
+    mask: what is visible, with the positions that `terms` reads. queries, positions_BKS: positions in the sequence
     that edits speak of, -1 for what is not of it. log_counts_BKS: logarithm of the number of tokens that an entry
     stands for, part of its score. approximate: keys lack channels. uncounted: an entry may stand for several
     tokens that are not counted. weigh: weights from products of content and keys, for a variant without softmax."""
@@ -42,7 +43,7 @@ class AttentionCall:
     mask: Mask
     terms: Terms
     scale: float
-    queries_BT: Tensor
+    queries: Placed
     positions_BKS: Tensor
     log_counts_BKS: Tensor | None = None
     approximate: bool = False
@@ -81,7 +82,7 @@ def row_changes(
     """Runs the edits and reads of one row: yields what edits change, and adds what is read to the record."""
     row, record = rows.start, records[0]
     items = [meant for meant in record.plan.items if meant.in_call(step)]
-    queries_T = call.queries_BT[row]
+    queries_T = call.queries.positions_BT[row]
     wanted_T = torch.zeros_like(queries_T, dtype=torch.bool)
     for meant in items:
         wanted_T |= meant.queries.holds(queries_T)
@@ -265,7 +266,7 @@ class _Block:
             row,
             heads_N,
             tokens_R,
-            call.queries_BT[row, tokens_R],
+            call.queries.positions_BT[row, tokens_R],
             visible_NRS,
             content[0] if len(heads_N) == num_heads else content[0].index_select(0, heads_N),
             added,

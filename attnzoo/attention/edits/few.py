@@ -18,7 +18,6 @@ from attnzoo.attention.edits.reading import LayerRecord, masses
 from attnzoo.attention.edits.reads import Mass
 from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.common.products import with_keys, with_values
-from attnzoo.ops.common.recent import recent
 from attnzoo.ops.common.rows import known
 from attnzoo.types import accumulation_dtype
 
@@ -98,7 +97,11 @@ def few_changes(call: AttentionCall, rows: slice, records: Sequence[LayerRecord]
     """Runs the edits and reads of rows whose plans are of one kind: returns what edits change, and adds what is read to
     the records."""
     plans, shapes = tuple([record.plan for record in records]), (call.q_BNTH.shape, call.keys_BKSH.shape)
-    shared = _shared(call.queries_BT, call.positions_BKS, call.mask, rows, plans, step, shapes, call.q_BNTH.dtype)
+    given = ((rows.start, rows.stop), call.queries.numbers[rows], plans, step, shapes, call.q_BNTH.dtype)
+    if call.mask.parallel:  # positions in the sequence of a row are not those of the mask
+        shared = _shared(call.mask, call.positions_BKS, *given)
+    else:
+        shared = call.mask.once(_streamed, *given)
     if not shared.busy:
         return []
     for row in shared.busy:
@@ -112,27 +115,31 @@ def few_changes(call: AttentionCall, rows: slice, records: Sequence[LayerRecord]
     else:
         table = class_table([each.table for each in sets], shared.places_BKS, scores_BNRS, sets[0])
         found = weighed_by_class(scores_BNRS, empty_BNR1, table, shared.items)
-        _add(shared, records, call.queries_BT[rows], found)
+        _add(shared, records, call.queries.positions_BT[rows], found)
         if not shared.changes:
             return []
         weights_BNRS = found.edited_(table)
     return [FewChanged(rows, shared.heads, shared.outputs(call, weights_BNRS), shared.edited_BNR1)]
 
 
-@recent
+def _streamed(mask: Mask, *given: Any) -> _Shared:
+    assert mask.key_positions_BKS is not None
+    return _shared(mask, mask.key_positions_BKS, *given)
+
+
 def _shared(
-    queries_BT: Tensor,
-    positions_BKS: Tensor,
     mask: Mask,
-    rows: slice,
+    positions_BKS: Tensor,
+    ends: tuple[int, int],
+    numbers: tuple[tuple[int, ...], ...],
     plans: tuple[LayerItems, ...],
     step: int | None,
     shapes: tuple[torch.Size, torch.Size],
     dtype: torch.dtype,
 ) -> _Shared:
-    """shapes: of the queries and of the keys. Layers of the same plan share it."""
+    """ends: of the rows; numbers: positions of their queries; shapes: of the queries and of the keys."""
     (_, num_heads, tokens, _), (_, kv_heads, entries, _) = shapes
-    numbers, device, group = queries_BT[rows].tolist(), queries_BT.device, num_heads // kv_heads
+    rows, device, group = slice(*ends), positions_BKS.device, num_heads // kv_heads
     first, last = plans[0].heads[0] // group, plans[0].heads[-1] // group
     heads, held = slice(first * group, (last + 1) * group), slice(first, last + 1)
     hidden, empty = (

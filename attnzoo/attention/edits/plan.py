@@ -54,7 +54,7 @@ class Meant:
         return step is None or any(start <= step < stop for start, stop in self.calls)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerItems:
     """What one layer does for one sequence. heads: all that must be computed; sets: the sets of keys to tell apart;
     codes: their classes, as `class_codes` has them; keys: how many there are in the end."""

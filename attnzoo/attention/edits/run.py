@@ -11,12 +11,13 @@ from torch import Tensor
 from attnzoo.attention.edits.engine import AttentionCall, is_few, row_changes
 from attnzoo.attention.edits.few import FewChanged, few_changes
 from attnzoo.attention.edits.items import Edit
+from attnzoo.attention.edits.placed import Placed
 from attnzoo.attention.edits.plan import EditPlan, LayerItems
 from attnzoo.attention.edits.reading import LayerRecord, Reading
 from attnzoo.attention.edits.spans import Chosen, Sinks
 from attnzoo.attention.edits.traits import Editing, LayerSizes, layer_sizes
 from attnzoo.ops.common.masks import Mask
-from attnzoo.ops.common.recent import recent
+from attnzoo.ops.common.step_inputs import StepInputs
 
 
 class EditRun:
@@ -81,13 +82,7 @@ def layer_plans(runs: EditRuns, layers: Sequence[int], step: int | None = None) 
     check_runs(runs)
     _check_calls(runs, max(layers, default=0), step)
     rows = [tuple([None if run is None else run.rows[layer] for run in runs]) for layer in layers]
-    placed = Placed()
-    found = [LayerPlan(each, step, placed=placed) if any(each) else None for each in rows]
-    plans: dict[tuple[int, ...], tuple[LayerItems | None, ...]] = {}
-    for layer in found:
-        if layer is not None:  # layers that do the same have the same tuple, which is then found at a glance
-            layer.plans = plans.setdefault(tuple(map(id, layer.plans)), layer.plans)
-    return found
+    return [LayerPlan(each, step) if any(each) else None for each in rows]
 
 
 def _check_calls(runs: EditRuns, layer: int, step: int | None) -> None:
@@ -122,25 +117,6 @@ class Row:
 
 
 @dataclass
-class Placed:
-    """Where a chunk stands, for all layers of a call: queries_BT as in `AttentionCall`, and the `ends` of its rows.
-    given: positions and counts of which it was made."""
-
-    given: tuple[Tensor, Tensor | None] | None = None
-    queries_BT: Tensor | None = None
-    ends: list[tuple[int, int]] = field(default_factory=list)
-
-    def of(self, positions_BT: Tensor, counts_B: Tensor | None) -> Tensor:
-        """queries_BT of positions."""
-        if self.given is None or self.given[0] is not positions_BT or self.given[1] is not counts_B:
-            self.given = positions_BT, counts_B
-            self.queries_BT = positions_BT if counts_B is None else _real(positions_BT, counts_B)
-            self.ends = ends(self.queries_BT)
-        assert self.queries_BT is not None
-        return self.queries_BT
-
-
-@dataclass
 class LayerPlan:
     """What one layer does in one call, row by row; None: untouched. hidden_BTD: hidden states as they enter the block,
     by which `Sinks` are found; None: the layer's input."""
@@ -148,7 +124,6 @@ class LayerPlan:
     rows: tuple[Row | None, ...]
     step: int | None = None
     hidden_BTD: Tensor | None = field(default=None, repr=False)
-    placed: Placed = field(default_factory=Placed, repr=False)
 
     def __post_init__(self) -> None:
         self.plans = tuple([None if entry is None else entry.record.plan for entry in self.rows])
@@ -199,16 +174,13 @@ class LayerPlan:
                 "TokenLayout(context=...) and layer_sizes(layer, context=...)"
             )
 
-    def observe(self, x_BTD: Tensor, queries_BT: Tensor) -> None:
-        """Finds the sinks among the tokens of a call; queries_BT as in `AttentionCall`. Raises ValueError for a run
-        that has been there before."""
+    def observe(self, x_BTD: Tensor, placed: Placed) -> None:
+        """Finds the sinks among the tokens of a call. Raises ValueError for a run that has been there before."""
         _check_count(len(self.rows), x_BTD.shape[0])
         hidden_BTD = x_BTD if self.hidden_BTD is None else self.hidden_BTD
         found: dict[Sinks, list[list[bool]]] = {}
-        known = queries_BT is self.placed.queries_BT
-        for row, (entry, (first, last)) in enumerate(
-            zip(self.rows, self.placed.ends if known else ends(queries_BT), strict=True)
-        ):
+        queries_BT = placed.positions_BT
+        for row, (entry, (first, last)) in enumerate(zip(self.rows, placed.ends, strict=True)):
             if entry is None or last < 0:
                 continue
             real: Tensor | slice = slice(None)
@@ -230,10 +202,10 @@ class LayerPlan:
         if not editing.streams:
             raise ValueError(f"edits of {name} work in forward alone: {editing.why_not}; call forward over all tokens")
 
-    def replaces(self, num_heads: int, queries_BT: Tensor) -> bool:
+    def replaces(self, num_heads: int, placed: Placed) -> bool:
         """Whether every row has an edit that names all of its heads and queries, so that outputs without edits are not
-        needed. queries_BT as in `AttentionCall`."""
-        return _replaced(queries_BT, self.plans, num_heads, self.step)
+        needed."""
+        return placed.once(_replaced, self.plans, num_heads, self.step)
 
     def apply(self, call: AttentionCall, out_BNTH: Tensor | None) -> Tensor:
         """The outputs with edits: those of the unedited call, but for the rows, heads and queries that edits name.
@@ -241,7 +213,7 @@ class LayerPlan:
         shape = (*call.q_BNTH.shape[:3], call.values_BKSH.shape[3])
         new_BNTH = None
         few = is_few(call)
-        for rows in _alike(self.plans, few):
+        for rows in call.queries.once(_alike, self.plans, few):
             records = [entry.record for entry in self.rows[rows] if entry is not None]
             for row, record in enumerate(records, rows.start):
                 _note(call, row, record)
@@ -256,16 +228,16 @@ class LayerPlan:
             return call.q_BNTH.new_zeros(shape) if out_BNTH is None else out_BNTH
         return new_BNTH
 
-    def positions(self, queries_BT: Tensor, counts_B: Tensor | None = None) -> Tensor:
-        """Positions of a chunk, -1 for right padding. Raises ValueError beyond what was planned."""
-        queries_BT = self.placed.of(queries_BT, counts_B)
-        for row, (entry, (_, last)) in enumerate(zip(self.rows, self.placed.ends, strict=False)):
+    def placed(self, step: StepInputs) -> Placed:
+        """Where a chunk stands, the same for all layers of a call. Raises ValueError beyond what was planned."""
+        placed = step.once(Placed.of)
+        for row, (entry, (_, last)) in enumerate(zip(self.rows, placed.ends, strict=False)):
             if entry is not None and last >= entry.total:
                 raise ValueError(
                     f"edits[{row}] were planned for {entry.total} tokens, and here is one at position {last}; plan "
                     "with more new_tokens"
                 )
-        return queries_BT
+        return placed
 
 
 def _advance(record: LayerRecord, row: int, step: int | None, first: int, last: int) -> None:
@@ -278,9 +250,8 @@ def _advance(record: LayerRecord, row: int, step: int | None, first: int, last: 
     record.reached = end
 
 
-@recent
-def _replaced(queries_BT: Tensor, plans: tuple[LayerItems | None, ...], num_heads: int, step: int | None) -> bool:
-    """`LayerPlan.replaces`; layers of the same plans share it."""
+def _replaced(placed: Placed, plans: tuple[LayerItems | None, ...], num_heads: int, step: int | None) -> bool:
+    """`LayerPlan.replaces`."""
     return all(
         plan is not None
         and any(
@@ -290,12 +261,11 @@ def _replaced(queries_BT: Tensor, plans: tuple[LayerItems | None, ...], num_head
             and meant.queries.covers(first, last)
             for meant in plan.items
         )
-        for plan, (first, last) in zip(plans, ends(queries_BT), strict=True)
+        for plan, (first, last) in zip(plans, placed.ends, strict=True)
     )
 
 
-@recent
-def _alike(plans: tuple[LayerItems | None, ...], few: bool) -> list[slice]:
+def _alike(_: Placed, plans: tuple[LayerItems | None, ...], few: bool) -> list[slice]:
     """The rows with edits, of which each slice is computed at once: where queries are few, those that follow each other
     and do the same, else one by one."""
 
@@ -313,18 +283,6 @@ def _note(call: AttentionCall, row: int, record: LayerRecord) -> None:
     record.held = (call.positions_BKS, call.log_counts_BKS, row)
     record.approximate |= call.approximate
     record.uncounted |= call.uncounted
-
-
-@recent
-def _real(queries_BT: Tensor, counts_B: Tensor) -> Tensor:
-    index_T = torch.arange(queries_BT.shape[1], device=queries_BT.device)
-    return queries_BT.masked_fill(index_T >= counts_B[:, None], -1)
-
-
-@recent
-def ends(queries_BT: Tensor) -> list[tuple[int, int]]:
-    """The first and the last of each row's positions, which follow each other but for those of -1."""
-    return list(zip(queries_BT.amin(1).tolist(), queries_BT.amax(1).tolist(), strict=True))
 
 
 def row_positions(mask: Mask, batch: int, tokens: int, device: torch.device) -> Tensor:
@@ -352,9 +310,8 @@ def check_rows(runs: EditRuns, batch: int, tokens: int, starts_BT: Tensor | None
     _check_lengths(tuple(None if run is None else run.plan.total for run in runs), tokens, starts_BT)
 
 
-@recent
 def _check_lengths(totals: tuple[int | None, ...], tokens: int, starts_BT: Tensor | None) -> None:
-    """`check_rows` for what was planned of each row; layers share it."""
+    """`check_rows` for what was planned of each row."""
     batch = len(totals)
     documents = [1] * batch if starts_BT is None else (_document_sizes(starts_BT) > 1).sum(-1).tolist()
     for row, (total, count) in enumerate(zip(totals, documents, strict=True)):

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention.edits.engine import AttentionCall, Terms
+from attnzoo.attention.edits.placed import Placed
 from attnzoo.attention.edits.run import LayerPlan, row_positions
 from attnzoo.kvcache.base import CacheView
 from attnzoo.ops.common.masks import Mask
-from attnzoo.ops.common.recent import recent
 from attnzoo.ops.paged_decode import Entries
 
 Attend = Callable[[Tensor, CacheView, Tensor], Tensor]
@@ -23,7 +23,7 @@ def parallel_call(qkv: tuple[Tensor, Tensor, Tensor], mask: Mask, terms: Terms) 
     queries_BT = row_positions(mask, q.shape[0], q.shape[2], q.device)
     of_context = k.shape[2] != q.shape[2]
     keys_BS = torch.arange(k.shape[2], device=q.device).expand(len(q), -1) if of_context else queries_BT
-    return AttentionCall(*qkv, mask, terms, q.shape[-1] ** -0.5, queries_BT, keys_BS[:, None])
+    return AttentionCall(*qkv, mask, terms, q.shape[-1] ** -0.5, Placed(queries_BT), keys_BS[:, None])
 
 
 @dataclass(frozen=True)
@@ -31,49 +31,42 @@ class StreamedEdits:
     """A layer's edits in one call of `extend`: what caches call once they have read
     (`attnzoo.kvcache.base.EditedRead`).
 
-    queries_BT: positions of the chunk, -1 for padding; mask: what the layer shows, without positions; terms: its
-    scores; uncounted: as in `AttentionCall`.
+    queries: where the chunk stands; mask: what the layer shows, without positions; terms: its scores; uncounted: as in
+    `AttentionCall`.
     """
 
     plan: LayerPlan
-    queries_BT: Tensor
+    queries: Placed
     mask: Mask
     terms: Terms
     uncounted: bool = False
 
     def over(self, q_BNTH: Tensor, view: CacheView, positions_BT: Tensor, attend: Attend) -> Tensor:
         """Attention over the view of an exact cache, with edits; without, it is `attend`."""
-        replaced = self.plan.replaces(q_BNTH.shape[1], self.queries_BT)
+        replaced = self.plan.replaces(q_BNTH.shape[1], self.queries)
         out_BNTH = None if replaced else attend(q_BNTH, view, positions_BT)
         qkv = (q_BNTH, view.keys_BKSH.to(q_BNTH.dtype), view.values_BKSH.to(q_BNTH.dtype))
-        return self.plan.apply(self._call(qkv, positions_BT, view.positions_BKS, self.queries_BT), out_BNTH)
+        return self.plan.apply(self._call(qkv, view.shown(self.mask, positions_BT), self.queries), out_BNTH)
 
     def __call__(self, out_BNTH: Tensor, q_BNTH: Tensor, positions_BT: Tensor, segments: Sequence[Entries]) -> Tensor:
         width, values_width = q_BNTH.shape[-1], out_BNTH.shape[-1]
         keys = [_whole(each.keys_BKSC, each.channels_BKC, width) for each in segments]
         values = [_whole(each.values_BKSV, each.value_channels_BKV, values_width) for each in segments]
-        last_B1 = self.queries_BT.amax(1, keepdim=True)
-        queries_BT = positions_BT.masked_fill(positions_BT > last_B1, -1)  # a row whose tokens have ended stays
+        last_B1 = self.queries.positions_BT.amax(1, keepdim=True)
+        queries = Placed(positions_BT.masked_fill(positions_BT > last_B1, -1))  # a row whose tokens have ended stays
         qkv = (q_BNTH, torch.cat(keys, 2), torch.cat(values, 2))
+        mask = replace(self.mask, query_positions_BT=positions_BT, key_positions_BKS=_positions(segments))
         call = replace(
-            self._call(qkv, positions_BT, _positions(segments), queries_BT),
+            self._call(qkv, mask, queries),
             log_counts_BKS=_log_counts(segments),
             approximate=any(each.channels_BKC is not None for each in segments),
             uncounted=self.uncounted,
         )
         return self.plan.apply(call, out_BNTH)
 
-    def _call(
-        self, qkv: tuple[Tensor, Tensor, Tensor], positions_BT: Tensor, keys_BKS: Tensor, queries_BT: Tensor
-    ) -> AttentionCall:
-        mask = _placed(self.mask, positions_BT, keys_BKS)
-        return AttentionCall(*qkv, mask, self.terms, qkv[0].shape[-1] ** -0.5, queries_BT, keys_BKS)
-
-
-@recent
-def _placed(mask: Mask, positions_BT: Tensor, keys_BKS: Tensor) -> Mask:
-    """What a layer shows, at positions that layers share."""
-    return replace(mask, query_positions_BT=positions_BT, key_positions_BKS=keys_BKS)
+    def _call(self, qkv: tuple[Tensor, Tensor, Tensor], mask: Mask, queries: Placed) -> AttentionCall:
+        assert mask.key_positions_BKS is not None
+        return AttentionCall(*qkv, mask, self.terms, qkv[0].shape[-1] ** -0.5, queries, mask.key_positions_BKS)
 
 
 def _whole(x_BKSC: Tensor, channels_BKC: Tensor | None, width: int) -> Tensor:

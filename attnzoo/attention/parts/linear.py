@@ -21,6 +21,7 @@ from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.step_inputs import StepInputs
 from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.ops.linear_attention.full import full_linear_attention, normalised, read, summed
 from attnzoo.types import accumulation_dtype, dtype_bytes
@@ -178,13 +179,11 @@ class LinearMixing(Mixing):
         what = "context_BKHH" if isinstance(state, LinearContext) else "memory_BKHH"
         check_state(name, state, (LinearState, LinearContext), {what: sums})
 
-    def extend(
-        self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None, impl: Impl
-    ) -> tuple[Tensor, State]:
+    def extend(self, qkv: QKV, state: Any, step: StepInputs, impl: Impl) -> tuple[Tensor, State]:
         if isinstance(state, LinearContext):
             return read(self._features(qkv[0].transpose(1, 2)), state.context_BKHH, self.normalise), state
         memory_BKHH = state.memory_BKHH.to(accumulation_dtype(qkv[0].dtype))
-        o_BNTH, memory = self._run(qkv, impl, memory_BKHH=memory_BKHH, counts_B=counts_B)
+        o_BNTH, memory = self._run(qkv, impl, memory_BKHH=memory_BKHH, counts_B=step.counts_B)
         return o_BNTH, LinearState(memory.to(state.memory_BKHH.dtype))
 
     def state_bytes(self, batch: int, capacity: int, dtype: torch.dtype) -> int:

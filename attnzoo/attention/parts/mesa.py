@@ -17,6 +17,7 @@ from attnzoo.kvcache import CachePolicy
 from attnzoo.kvcache.state import State, new_zeros
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import Mask
+from attnzoo.ops.common.step_inputs import StepInputs
 from attnzoo.ops.linear_attention import linear_attention
 from attnzoo.ops.ridge_queries import ridge_queries
 from attnzoo.types import accumulation_dtype, dtype_bytes
@@ -96,10 +97,8 @@ class MesaMixing(Mixing):
         sums = (None, self.heads.num_kv_heads, self.heads.head_dim, self.heads.head_dim)
         check_state(name, state, MesaState, {"gram_BKHH": sums, "memory_BKHH": sums})
 
-    def extend(
-        self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None, impl: Impl
-    ) -> tuple[Tensor, MesaState]:
-        out, after = self._run(qkv, impl, state, counts_B=counts_B)
+    def extend(self, qkv: QKV, state: Any, step: StepInputs, impl: Impl) -> tuple[Tensor, MesaState]:
+        out, after = self._run(qkv, impl, state, counts_B=step.counts_B)
         return out, after.map(lambda _, x: x.to(state.gram_BKHH.dtype))
 
     def state_bytes(self, batch: int, capacity: int, dtype: torch.dtype) -> int:

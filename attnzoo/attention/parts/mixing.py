@@ -23,6 +23,7 @@ from attnzoo.kvcache.state import State
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import Mask, MaskField
 from attnzoo.ops.common.pair_bias import PairBias
+from attnzoo.ops.common.step_inputs import StepInputs
 from attnzoo.ops.common.tables import Tables
 
 
@@ -64,8 +65,7 @@ class Mixing(nn.Module, ABC):
         self,
         qkv: QKV,
         state: Any,
-        positions_BT: Tensor,
-        counts_B: Tensor | None,
+        step: StepInputs,
         impl: Impl,
         edits: LayerPlan,
     ) -> tuple[Tensor, State]:
@@ -86,9 +86,7 @@ class Mixing(nn.Module, ABC):
         none."""
 
     @abstractmethod
-    def extend(
-        self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None, impl: Impl
-    ) -> tuple[Tensor, State]:
+    def extend(self, qkv: QKV, state: Any, step: StepInputs, impl: Impl) -> tuple[Tensor, State]:
         """The streaming form: (o_BNTH, new state)."""
 
     def check_state(self, name: str, state: Any) -> None:
@@ -164,7 +162,7 @@ class SoftmaxMixing(Mixing):
 
     def forward(self, qkv: QKV, mask: Mask, impl: Impl) -> Tensor:
         tokens, device = qkv[0].shape[1], qkv[0].device
-        q, k = self._encode(qkv, torch.arange(tokens, device=device)[None], impl)
+        q, k = self._encode(qkv, _parallel(tokens, device), impl)
         return self.position.attend((q, k, qkv[2].transpose(1, 2)), self._own(mask), impl)
 
     @cached_property
@@ -175,7 +173,7 @@ class SoftmaxMixing(Mixing):
 
     def edited(self, out_BNTH: Tensor | None, qkv: QKV, mask: Mask, impl: Impl, edits: LayerPlan) -> Tensor:
         mask = self._own(mask)
-        q, k = self._encode(qkv, torch.arange(qkv[0].shape[1], device=qkv[0].device)[None], impl)
+        q, k = self._encode(qkv, _parallel(qkv[0].shape[1], qkv[0].device), impl)
         call = parallel_call((q, k, qkv[2].transpose(1, 2)), mask, self.position.terms)
         return edits.apply(call, out_BNTH)
 
@@ -183,28 +181,27 @@ class SoftmaxMixing(Mixing):
         """The mask with the layer's window, which is causal."""
         return replace(mask, window=self.mask.window, sinks=self.mask.sinks) if mask.causal else mask
 
-    def _encode(self, qkv: QKV, positions_BT: Tensor, impl: Impl) -> tuple[Tensor, Tensor]:
+    def _encode(self, qkv: QKV, step: StepInputs, impl: Impl) -> tuple[Tensor, Tensor]:
         """(q_BNTH, k_BKSH) as they enter the scores; tokens of a context stand at 0..S-1."""
         q, k, _ = qkv
         if k.shape[1] == q.shape[1]:
-            q, k = self.position.encode(q, k, positions_BT, impl)
+            q, k = self.position.encode(q, k, step, impl)
         else:
-            keys_1S = torch.arange(k.shape[1], device=k.device)[None]
-            q, _ = self.position.encode(q, q[:, :, :0], positions_BT, impl)
-            _, k = self.position.encode(k[:, :, :0], k, keys_1S, impl)
+            q, _ = self.position.encode(q, q[:, :, :0], step, impl)
+            _, k = self.position.encode(k[:, :, :0], k, _parallel(k.shape[1], k.device), impl)
         return q.transpose(1, 2), k.transpose(1, 2)
 
     def init_context(self, qkv: QKV, keys_BS: Tensor | None, impl: Impl) -> SoftmaxContext:
-        _, k_BKSH = self._encode(qkv, torch.arange(0, device=qkv[0].device)[None], impl)
+        _, k_BKSH = self._encode(qkv, _parallel(0, qkv[0].device), impl)
         if keys_BS is None:
             keys_BS = torch.ones(k_BKSH.shape[0], k_BKSH.shape[2], dtype=torch.bool, device=k_BKSH.device)
         keys_BS = keys_BS.clone()  # a caller may fill the same buffer for the next batch
         return SoftmaxContext(k_BKSH.contiguous(), qkv[2].transpose(1, 2).contiguous(), keys_BS)
 
     def _read(
-        self, q: Tensor, context: SoftmaxContext, positions_BT: Tensor, score_function: "SoftmaxScoreFunction"
+        self, q: Tensor, context: SoftmaxContext, step: StepInputs, score_function: "SoftmaxScoreFunction"
     ) -> Tensor:
-        q, _ = self.position.encode(q, q[:, :, :0], positions_BT, score_function.impl)
+        q, _ = self.position.encode(q, q[:, :, :0], step, score_function.impl)
         view = CacheView(context.keys_BKSH, context.values_BKSH, context.positions())
 
         def attend(q_BNTH: Tensor, view: CacheView, positions_BT: Tensor) -> Tensor:
@@ -212,8 +209,8 @@ class SoftmaxMixing(Mixing):
             return self.position.attend(_in_dtype(q_BNTH, view), mask, score_function.impl)
 
         if score_function.edits is not None:
-            return score_function.edits.over(q.transpose(1, 2), view, positions_BT, attend)
-        return attend(q.transpose(1, 2), view, positions_BT)
+            return score_function.edits.over(q.transpose(1, 2), view, step.positions_BT, attend)
+        return attend(q.transpose(1, 2), view, step.positions_BT)
 
     def init_state(
         self,
@@ -272,39 +269,34 @@ class SoftmaxMixing(Mixing):
         """The scores, as a compressing cache reads them."""
         return SoftmaxScoreFunction(self.position, self.mask, impl, edits)
 
-    def extend(
-        self, qkv: QKV, state: Any, positions_BT: Tensor, counts_B: Tensor | None, impl: Impl
-    ) -> tuple[Tensor, State]:
-        return self._extend(qkv, state, positions_BT, counts_B, self.score_function(impl))
+    def extend(self, qkv: QKV, state: Any, step: StepInputs, impl: Impl) -> tuple[Tensor, State]:
+        return self._extend(qkv, state, step, self.score_function(impl))
 
     def extend_edited(
         self,
         qkv: QKV,
         state: Any,
-        positions_BT: Tensor,
-        counts_B: Tensor | None,
+        step: StepInputs,
         impl: Impl,
         edits: LayerPlan,
     ) -> tuple[Tensor, State]:
-        queries_BT = edits.positions(positions_BT, counts_B)
         mask = Mask.full() if isinstance(state, SoftmaxContext) else self.mask
         uncounted = isinstance(state, CacheState) and state.policy.merges_uncounted
-        streamed = StreamedEdits(edits, queries_BT, mask, self.position.terms, uncounted)
-        return self._extend(qkv, state, positions_BT, counts_B, self.score_function(impl, streamed))
+        streamed = StreamedEdits(edits, edits.placed(step), mask, self.position.terms, uncounted)
+        return self._extend(qkv, state, step, self.score_function(impl, streamed))
 
     def _extend(
         self,
         qkv: QKV,
         state: Any,
-        positions_BT: Tensor,
-        counts_B: Tensor | None,
+        step: StepInputs,
         score_function: "SoftmaxScoreFunction",
     ) -> tuple[Tensor, State]:
         q, k, v = qkv
         if isinstance(state, SoftmaxContext):
-            return self._read(q, state, positions_BT, score_function), state
-        q, k = self.position.encode(q, k, positions_BT, score_function.impl)
-        new = NewTokens(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), positions_BT, counts_B)
+            return self._read(q, state, step, score_function), state
+        q, k = self.position.encode(q, k, step, score_function.impl)
+        new = NewTokens(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), step)
         out, after = state.policy.attend(state, score_function, new)
         return out, after
 
@@ -321,6 +313,11 @@ class SoftmaxMixing(Mixing):
 
     def reset_parameters(self, std: float) -> None:
         self.position.reset_parameters(std)
+
+
+def _parallel(tokens: int, device: torch.device) -> StepInputs:
+    """Tokens of the parallel form, one row for all."""
+    return StepInputs(torch.arange(tokens, device=device)[None])
 
 
 def refuse_cache(cache: CachePolicy | None, name: str) -> None:
@@ -351,13 +348,7 @@ class SoftmaxScoreFunction:
         heads_first = _in_dtype(q_BNTH, view)
         if view.alone:  # a whole prompt: the parallel form computes no pair that causality hides
             return self.position.attend(heads_first, self.mask, self.impl)
-        mask = Mask(
-            window=self.mask.window,
-            sinks=self.mask.sinks,
-            query_positions_BT=positions_BT,
-            key_positions_BKS=view.positions_BKS,
-        )
-        return self.position.attend(heads_first, mask, self.impl)
+        return self.position.attend(heads_first, view.shown(self.mask, positions_BT), self.impl)
 
     @property
     def says(self) -> frozenset[Need]:

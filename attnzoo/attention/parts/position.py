@@ -17,10 +17,11 @@ from attnzoo.kvcache.base import Need
 from attnzoo.ops.common.impl import Impl
 from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.common.pair_bias import PairBias
+from attnzoo.ops.common.step_inputs import StepInputs
 from attnzoo.ops.common.tables import Tables
 from attnzoo.ops.relative_sdpa import relative_sdpa
 from attnzoo.ops.relative_sdpa.torch import streamed_bias
-from attnzoo.ops.rope import RopeScaling, rope
+from attnzoo.ops.rope import RopeScaling, rope, rope_waves, turned
 from attnzoo.ops.sdpa import sdpa
 from attnzoo.ops.sinusoid_sdpa import sinusoid_sdpa
 from attnzoo.ops.sinusoid_sdpa.torch import as_tables, streamed_waves
@@ -43,8 +44,8 @@ class Position(nn.Module, ABC):
     ahead: bool = True
     """Whether the scores of keys after the query are said, for masks that show such."""
 
-    def encode(self, q_BTNH: Tensor, k_BTKH: Tensor, positions_BT: Tensor, impl: Impl) -> tuple[Tensor, Tensor]:
-        """q and k as they enter the scores and the cache."""
+    def encode(self, q_BTNH: Tensor, k_BTKH: Tensor, step: StepInputs, impl: Impl) -> tuple[Tensor, Tensor]:
+        """q and k of the step's tokens as they enter the scores and the cache."""
         return q_BTNH, k_BTKH
 
     @abstractmethod
@@ -134,11 +135,20 @@ class Rope(NoPosition):
             raise ValueError(f"rope_theta={theta} must be a positive number; 10000.0 is usual")
         self.theta, self.scaling, self.head_dim = theta, scaling, heads.head_dim
 
-    def encode(self, q_BTNH: Tensor, k_BTKH: Tensor, positions_BT: Tensor, impl: Impl) -> tuple[Tensor, Tensor]:
+    def encode(self, q_BTNH: Tensor, k_BTKH: Tensor, step: StepInputs, impl: Impl) -> tuple[Tensor, Tensor]:
+        how = self.theta, self.scaling
+        if impl == "reference":
+            q, k = rope(q_BTNH, k_BTKH, positions_BT=step.positions_BT, theta=how[0], scaling=how[1], impl=impl)
+            return q, k
         # Elementwise, and torch's on every device: there is no kernel to ask for.
-        impl = "reference" if impl == "reference" else "torch"
-        q, k = rope(q_BTNH, k_BTKH, positions_BT=positions_BT, theta=self.theta, scaling=self.scaling, impl=impl)
-        return q, k
+        waves = step.once(_waves, self.head_dim, *how, q_BTNH.dtype)
+        return turned(q_BTNH, waves), turned(k_BTKH, waves)
+
+
+def _waves(
+    step: StepInputs, head_dim: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return rope_waves(step.positions_BT, head_dim, theta, scaling, dtype)
 
 
 class RelativeTable(Position):

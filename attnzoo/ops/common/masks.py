@@ -1,19 +1,21 @@
 """Which query may look at which key: causality, a prefix, padding, documents, a sliding window and attention sinks."""
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from attnzoo.ops.common.recent import recent
 from attnzoo.ops.common.rows import known
+from attnzoo.ops.common.step_inputs import Once
 
+T = TypeVar("T")
 MaskField = Literal["causal", "full", "prefix", "starts", "keys", "pairs"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mask:
+class Mask(Once):
     """Which keys a query may look at; all softmax operations share it. The query at position i sees the key at j where
 
         the key exists  and  pairs say so  and  (not causal  or  past  or  i and j are both below prefix)
@@ -30,7 +32,8 @@ class Mask:
     all pairs.
 
     Streaming: `query_positions_BT` and `key_positions_BKS` (int64) are logical positions; a key position below 0
-    marks an entry that holds nothing; the K axis is 1 when all kv heads hold the same entries.
+    marks an entry that holds nothing; the K axis is 1 when all kv heads hold the same entries. They are not written to
+    afterwards: what follows from them is kept.
 
     Both: `causal`. `window`: only keys at a distance below it are visible, so a window of 1 is the token itself
     (Beltagy et al. 2020, arXiv 2004.05150). `sinks`: the first tokens of the sequence or document stay visible at any
@@ -136,19 +139,25 @@ class Mask:
     def visible(self, tokens: int, entries: int, device: torch.device) -> Tensor:
         """visible_BKTS: True where the query may look. B may be 1, and K is 1, the kv heads, or with pairs the query
         heads."""
-        return _visible(*self._fields(tokens, entries, device)).expand(-1, -1, tokens, -1)
+        return _visible(self, tokens, entries, device).expand(-1, -1, tokens, -1)
 
     def opened(self, tokens: int, entries: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """(visible_BKTS, empty_BKT1): as `visible`, but that queries which see nothing see all, so that no softmax
         meets a row of nothing; `empty` says which: their outputs are to be replaced by zeros. None: there are none, as
-        far as can be told without waiting. T may be 1, too, where all see the same. Layers that give the same positions
-        of one query share it."""
-        return (_opened_step if tokens == 1 else _opened)(*self._fields(tokens, entries, device))
+        far as can be told without waiting. T may be 1, too, where all see the same. That of one query is
+        computed once for all layers that share the mask."""
+        if tokens > 1:  # large to keep
+            return _opened(self, tokens, entries, device)
+        return self.once(_opened, tokens, entries, device)
 
     def bias(self, tokens: int, entries: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """`opened` as (bias_BKTS, empty_BKT1) to be added to scores: 0 where the query may look, -inf elsewhere. Layers
-        that give the same positions share it."""
-        return _bias(dtype, *self._fields(tokens, entries, device))
+        """`opened` as (bias_BKTS, empty_BKT1) to be added to scores: 0 where the query may look, -inf elsewhere. It is
+        computed once for all layers that share the mask."""
+        return self.once(_bias, tokens, entries, device, dtype)
+
+    def once(self, make: Callable[..., T], *arguments: Hashable) -> T:
+        """As `Once`. A mask without positions is not bound to a step, and may live for long: it keeps nothing."""
+        return make(self, *arguments) if self.parallel else super().once(make, *arguments)
 
     def of_block(self, rows: slice, queries: range, keys: range, device: torch.device) -> Tensor:
         """`visible` of some rows of the parallel form without pairs, for some queries and keys: [B, R, W], of which B
@@ -164,10 +173,6 @@ class Mask:
             starts=None if self.starts_BT is None else self.starts_BT[rows, block, None],
             exists=None if self.keys_BS is None else self.keys_BS[rows, None, span],
         )
-
-    def _fields(self, tokens: int, entries: int, device: torch.device) -> tuple[Any, ...]:
-        where = self.positions(tokens, entries, device)
-        return (*where, self.causal, self.window, self.sinks, self.prefix_B, self.starts_BT, self.keys_BS, self.pairs)
 
 
 def sees(
@@ -194,23 +199,15 @@ def sees(
     return seen & past
 
 
-def _visible(
-    queries_BT: Tensor,
-    keys_BKS: Tensor,
-    causal: bool,
-    window: int | None,
-    sinks: int,
-    prefix_B: Tensor | None,
-    starts_BT: Tensor | None,
-    keys_BS: Tensor | None,
-    pairs: Tensor | None,
-) -> Tensor:
+def _visible(mask: Mask, tokens: int, entries: int, device: torch.device) -> Tensor:
+    queries_BT, keys_BKS = mask.positions(tokens, entries, device)
+    prefix_B, starts_BT, keys_BS, pairs = mask.prefix_B, mask.starts_BT, mask.keys_BS, mask.pairs
     seen_BKTS = sees(
         queries_BT[:, None, :, None],
         keys_BKS[:, :, None, :],
-        causal=causal,
-        window=window,
-        sinks=sinks,
+        causal=mask.causal,
+        window=mask.window,
+        sinks=mask.sinks,
         prefix=None if prefix_B is None else prefix_B[:, None, None, None],
         starts=None if starts_BT is None else starts_BT[:, None, :, None],
         exists=None if keys_BS is None else keys_BS[:, None, None],
@@ -220,8 +217,8 @@ def _visible(
     return seen_BKTS
 
 
-def _opened(*fields: Any) -> tuple[Tensor, Tensor | None]:
-    seen_BKTS = _visible(*fields)
+def _opened(mask: Mask, tokens: int, entries: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    seen_BKTS = _visible(mask, tokens, entries, device)
     some_BKT1 = seen_BKTS.any(-1, keepdim=True)
     if known(some_BKT1):
         return seen_BKTS, None
@@ -229,13 +226,11 @@ def _opened(*fields: Any) -> tuple[Tensor, Tensor | None]:
     return seen_BKTS | empty_BKT1, empty_BKT1
 
 
-_opened_step = recent(_opened)  # not of chunks, which would be large to keep
-
-
-@recent
-def _bias(dtype: torch.dtype, *fields: Any) -> tuple[Tensor, Tensor | None]:
-    seen_BKTS, empty_BKT1 = _opened(*fields)
-    zeros = torch.zeros(seen_BKTS.shape, dtype=dtype, device=seen_BKTS.device)
+def _bias(
+    mask: Mask, tokens: int, entries: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    seen_BKTS, empty_BKT1 = _opened(mask, tokens, entries, device)
+    zeros = torch.zeros(seen_BKTS.shape, dtype=dtype, device=device)
     return zeros.masked_fill_(~seen_BKTS, float("-inf")), empty_BKT1
 
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnzoo.ops.common.recent import recent
-
 
 @dataclass(frozen=True)
 class Places:
@@ -56,8 +54,8 @@ class Places:
 def places(place_BK: Tensor, slots: int, meant_BK: Tensor | None = None) -> Places:
     """`Places` of the slots place_BK in tensors with `slots` slots (P)."""
     batch, heads = place_BK.shape
-    heads_BK = _heads(batch, heads, place_BK.device)
-    return Places(place_BK, torch.add(place_BK, heads_BK, alpha=slots).flatten(), meant_BK)
+    heads_L = torch.arange(batch * heads, device=place_BK.device)
+    return Places(place_BK, torch.add(place_BK.flatten(), heads_L, alpha=slots), meant_BK)
 
 
 def places_or_none(place_BK: Tensor, slots: int) -> Places:
@@ -72,8 +70,3 @@ def known(true: Tensor) -> bool:
     """Whether all values are known to be True. False on a GPU, which would have to be waited for, and in compiled code,
     which cannot read values."""
     return not torch.compiler.is_compiling() and true.device.type == "cpu" and bool(true.all())
-
-
-@recent
-def _heads(batch: int, heads: int, device: torch.device) -> Tensor:
-    return torch.arange(batch * heads, device=device).view(batch, heads)

@@ -77,9 +77,9 @@ def evict_merge_step(
     for name, tensor in (("norms", slots.norms_BKP), ("dots", dots_BKP), ("values", slots.values_BKPV[..., 0])):
         if tensor.shape != shape:
             raise ValueError(f"{name} {tuple(tensor.shape)} does not fit keys {tuple(slots.keys_BKPC.shape)}")
-    for name, tensor in (("victim", victim_BK), ("slot", arrival.slot_BK), ("threshold", threshold_BK)):
-        if tensor.shape != shape[:2]:
-            raise ValueError(f"{name}_BK {tuple(tensor.shape)} must be {tuple(shape[:2])}")
+    for name, given in (("victim", victim_BK), ("slot", arrival.slot_BK), ("threshold", threshold_BK)):
+        if given is not None and given.shape != shape[:2]:
+            raise ValueError(f"{name}_BK {tuple(given.shape)} must be {tuple(shape[:2])}")
     run = choose("evict_merge_step", impl, STEPS, slots.keys_BKPC)
     out: Tensor = run(slots, victim_BK, dots_BKP, arrival, rule, threshold_BK)
     return out

@@ -139,7 +139,7 @@ def step_launches(
         after=None if near is None else thresholds[1],
         new_key=arrival.key_BKC.contiguous(),
         new_value=arrival.value_BKV.contiguous(),
-        arrivals=arrival.slot_BK.contiguous(),
+        arrivals=(victim_BK if arrival.slot_BK is None else arrival.slot_BK).contiguous(),
         beta=float(rule.beta),
     )
 

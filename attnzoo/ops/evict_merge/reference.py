@@ -112,7 +112,7 @@ def evict_merge_step_reference(
                     _merge_one(slots, (b, k), i, int(cosines[k].argmax()), best[k], rule)
             if i >= 0:
                 slots.norms_BKP[b, k, i] = 0.0
-            place = int(arrival.slot_BK[b, k])
+            place = i if arrival.slot_BK is None else int(arrival.slot_BK[b, k])
             if place >= 0:
                 slots.keys_BKPC[b, k, place] = arrival.key_BKC[b, k]
                 slots.values_BKPV[b, k, place] = arrival.value_BKV[b, k]

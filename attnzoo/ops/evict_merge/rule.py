@@ -50,8 +50,8 @@ class Slots:
 
 @dataclass(frozen=True, kw_only=True)
 class Arrival:
-    """One entry per kv head, to be written to slot_BK (int64; -1: none)."""
+    """One entry per kv head, to be written to slot_BK (int64; -1: none); None: to the slots of the victims."""
 
     key_BKC: Tensor
     value_BKV: Tensor
-    slot_BK: Tensor
+    slot_BK: Tensor | None = None

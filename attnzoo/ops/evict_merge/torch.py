@@ -145,7 +145,7 @@ def evict_merge_step_torch(
 ) -> Tensor:
     norms, count = slots.norms_BKP, slots.norms_BKP.shape[2]
     victims = places_or_none(victim_BK, count)
-    arrivals = victims if arrival.slot_BK is victim_BK else places_or_none(arrival.slot_BK, count)
+    arrivals = victims if arrival.slot_BK is None else places_or_none(arrival.slot_BK, count)
     if rule.kind != "drop":
         threshold_BK = _merge_victims(slots, victims, dots_BKP, rule, threshold_BK)
     victims.fill(norms, 0.0)
@@ -176,11 +176,11 @@ def _merge_victims(slots: Slots, victims: Places, dots_BKP: Tensor, rule: MergeR
     total = own + (weight_BK if rule.kind == "paper" else count)
     own_BK = torch.where(merge_BK, own / total, 1.0)
     weight_BK = torch.where(merge_BK, weight_BK / total, 0.0)
-    for tensor in (slots.keys_BKPC, slots.values_BKPV):
+    for tensor, keys in ((slots.keys_BKPC, True), (slots.values_BKPV, False)):
         kept, gone = (where.take(tensor).to(dtype) for where in (nearest, victims))
         mixed = (own_BK[..., None] * kept).addcmul_(weight_BK[..., None], gone).to(tensor.dtype)
         nearest.put(tensor, mixed)
-        if tensor is slots.keys_BKPC:
+        if keys:
             length_BK = mixed.to(dtype).norm(dim=-1).to(norms.dtype)
             nearest.put(norms, torch.where(merge_BK, length_BK, nearest.take(norms)))
     return threshold_BK

@@ -5,7 +5,7 @@ from torch import Tensor
 from attnzoo.ops.common.impl import Impl, choose
 from attnzoo.ops.rope.reference import rope_reference
 from attnzoo.ops.rope.scaling import RopeScaling
-from attnzoo.ops.rope.torch import rope_torch
+from attnzoo.ops.rope.torch import rope_torch, rope_waves, turned
 
 
 def rope(
@@ -29,4 +29,4 @@ def rope(
     return out
 
 
-__all__ = ["RopeScaling", "rope"]
+__all__ = ["RopeScaling", "rope", "rope_waves", "turned"]
