@@ -1,7 +1,7 @@
 """What a decoder is made of besides attention: norms, MLPs, and the pre-norm block."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -127,6 +127,25 @@ class Block(nn.Module):
                 "variant must keep the shape of its input: correct its forward or extend"
             )
         return out
+
+
+def step_of(
+    states: Sequence[Any], x_BTD: Tensor, counts_B: Tensor | None, given: StepInputs | None
+) -> StepInputs | None:
+    """What layers share of a call, `given` or made from their states; None where no layer counts its tokens. Raises
+    ValueError for one that does not fit the states."""
+    lengths_B = next((state.lengths_B for state in states if hasattr(state, "lengths_B")), None)
+    if given is None:
+        return None if lengths_B is None else StepInputs.of(lengths_B, x_BTD.shape[1], counts_B)
+    if counts_B is not None:
+        raise ValueError("counts_B: step says how many tokens are real; leave counts_B out")
+    if given.positions_BT.shape != x_BTD.shape[:2]:
+        raise ValueError(f"step is of {list(given.positions_BT.shape)} tokens, not {list(x_BTD.shape[:2])}")
+    if lengths_B is not None and lengths_B.device.type == "cpu" and not torch.compiler.is_compiling():
+        begins, held = list(given.integers()[0]), lengths_B.tolist()
+        if begins != held:
+            raise ValueError(f"step begins at {begins}, and the state holds {held} tokens")
+    return given
 
 
 def attended(

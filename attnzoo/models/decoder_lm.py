@@ -31,7 +31,7 @@ from attnzoo.kvcache.full import compressing
 from attnzoo.kvcache.options import check_lengths
 from attnzoo.kvcache.state import STATIC, State
 from attnzoo.kvcache.succession import check_current
-from attnzoo.models.blocks import MLP, Block, build_norm
+from attnzoo.models.blocks import MLP, Block, build_norm, step_of
 from attnzoo.models.config import DecoderConfig
 from attnzoo.ops.common.masks import Mask
 from attnzoo.ops.common.step_inputs import StepInputs
@@ -287,7 +287,7 @@ class DecoderLM(nn.Module):
                 check_current(layer_state)
         if edits is not None:
             check_runs(edits, rows, len(self.blocks))
-        step = self._step(x_BTD, state, counts_B, step)
+        step = step_of(state.layers, x_BTD, counts_B, step)
         counts_B = counts_B if step is None else step.counts_B
         layers = []
         for block, layer_state, plan in zip(self.layers(), state.layers, self._plans(edits), strict=True):
@@ -297,24 +297,6 @@ class DecoderLM(nn.Module):
         if streams(after):
             after = compress_layers([block.attention for block in self.layers()], after, final=False)
         return self.norm(x_BTD), replace(state, layers=after)
-
-    def _step(
-        self, x_BTD: Tensor, state: DecoderState, counts_B: Tensor | None, given: StepInputs | None
-    ) -> StepInputs | None:
-        """What the layers share of a call; None where no layer counts its tokens. Raises ValueError for one that does
-        not fit the state."""
-        lengths_B = next((x.lengths_B for x in state.layers if hasattr(x, "lengths_B")), None)
-        if given is None:
-            return None if lengths_B is None else StepInputs.of(lengths_B, x_BTD.shape[1], counts_B)
-        if counts_B is not None:
-            raise ValueError("counts_B: step says how many tokens are real; leave counts_B out")
-        if given.positions_BT.shape != x_BTD.shape[:2]:
-            raise ValueError(f"step is of {list(given.positions_BT.shape)} tokens, not {list(x_BTD.shape[:2])}")
-        if lengths_B is not None and lengths_B.device.type == "cpu" and not torch.compiler.is_compiling():
-            begins, held = list(given.integers()[0]), lengths_B.tolist()
-            if begins != held:
-                raise ValueError(f"step begins at {begins}, and the state holds {held} tokens")
-        return given
 
     def init_memory(self, batch: int, length: int) -> tuple[SegmentMemory, ...]:
         """Transformer-XL's memory of `length` tokens per layer, empty. Raises ValueError for a length below 1."""

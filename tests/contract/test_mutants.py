@@ -120,8 +120,8 @@ def cache_counts_padding(patch: Patch) -> None:
     """Padding of a short row enters its cache."""
     right = full.append
 
-    def wrong(state, keys, values, positions_BT, counts_B):
-        return right(state, keys, values, positions_BT, None)
+    def wrong(state, keys, values, step):
+        return right(state, keys, values, StepInputs(step.positions_BT))
 
     patch.setattr(full, "append", wrong)
 

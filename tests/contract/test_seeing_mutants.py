@@ -9,6 +9,7 @@ import pytest
 from attnzoo.attention.composed import ParallelComposition
 from attnzoo.attention.parts import Projection, linear, mixing, position
 from attnzoo.ops.common import masks
+from attnzoo.ops.common.step_inputs import StepInputs
 from attnzoo.ops.linear_attention import full
 from tests.contract.cases import all_cases, build_case
 from tests.contract.contract import ITEMS
@@ -76,8 +77,8 @@ def positions_restart_over_a_held_context(patch: Patch) -> None:
     """Every chunk begins at position 0."""
     right = mixing.SoftmaxMixing._read
 
-    def wrong(self, q, context, positions_BT, impl):
-        return right(self, q, context, positions_BT - positions_BT[:, :1], impl)
+    def wrong(self, q, context, step, impl):
+        return right(self, q, context, StepInputs(step.positions_BT - step.positions_BT[:, :1]), impl)
 
     patch.setattr(mixing.SoftmaxMixing, "_read", wrong)
 

@@ -1,6 +1,6 @@
 """Classes of keys: which positions are in which sets, and sums over the keys of each class."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import is_
@@ -206,15 +206,22 @@ class MovedParts:
 
 
 def moved_parts(
-    giving: Tensor, to: Tensor, of: Tensor, numbers: tuple[float, float, float], dtype: torch.dtype
+    keys: Mapping[str, Tensor], of: str, numbers: tuple[float, float, float], dtype: torch.dtype
 ) -> MovedParts:
-    """numbers: the share that is given, and the least weight and the least part of a filter, -inf and 0 without."""
+    """keys: sets of keys by name, of which "keys" give to "to", and a filter counts `of`; numbers: the share that is
+    given, and the least weight and the least part of a filter, -inf and 0 without."""
+    giving, to = keys["keys"], keys["to"]
     share, min_mass, min_share = numbers
     infinite = float("inf")
-    receives, given, counted = (x.to(dtype) for x in (to & ~giving, giving, of))
+    receives, given, counted = (x.to(dtype) for x in (to & ~giving, giving, keys[of]))
     rows, needs = [share * given, receives, -share * given], [-infinite, least_weight(dtype), -infinite]
     if min_mass > -infinite:
         rows, needs = [*rows, counted, counted * receives - min_share * counted], [*needs, min_mass, 0.0]
     table = torch.cat(torch.broadcast_tensors(*rows), dim=-2)
     least = torch.tensor((*needs, infinite), dtype=dtype, device=table.device)
     return MovedParts(table[0] if len(table) == 1 else table, least[:-1], least[-1])
+
+
+def moved_here(here: Any, *how: Any) -> MovedParts:
+    """`moved_parts` of the sets of keys that an item means in a call."""
+    return moved_parts(here.keys, *how)

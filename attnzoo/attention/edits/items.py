@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnzoo.attention.edits.classes import MovedParts, moved_parts
+from attnzoo.attention.edits.classes import MovedParts, moved_here, moved_parts
 from attnzoo.attention.edits.spans import ALL, Chosen, Picks, Positions, normal_picks, normal_positions
 from attnzoo.attention.edits.weights import is_some, with_sums_of
 from attnzoo.ops.common.step_inputs import Once
@@ -363,29 +363,18 @@ class Move(WeightEdit):
 
     def parts(self, keys: Mapping[str, Tensor], dtype: torch.dtype) -> MovedParts:
         """The move as products, for its sets of keys by name."""
-        return moved_parts(keys["keys"], keys["to"], keys[self._of], self._numbers(dtype), dtype)
+        return moved_parts(keys, *self._how(dtype))
 
-    @property
-    def _of(self) -> str:
-        """The set of keys that its filter counts."""
-        return "to" if self.only_heads is None else "of"
-
-    def _numbers(self, dtype: torch.dtype) -> tuple[float, float, float]:
-        """What `moved_parts` takes."""
+    def _how(self, dtype: torch.dtype) -> tuple[str, tuple[float, float, float], torch.dtype]:
         only = self.only_heads
         near = 1 - 256 * torch.finfo(dtype).eps  # sums of weights in another order are as large
         needs = (-float("inf"), 0.0) if only is None else (only.min_mass * near, only.min_share * near)
-        return self.share, *needs
+        return "to" if only is None else "of", (self.share, *needs), dtype
 
     def apply(self, x_NRS: Tensor, here: Here) -> Tensor:
-        parts = here.once(_parts_of, self._of, self._numbers(x_NRS.dtype), x_NRS.dtype)
+        parts = here.once(moved_here, *self._how(x_NRS.dtype))
         factors = parts.factors(x_NRS @ parts.table.mT, None if here.everywhere else here.named_NR1)
         return torch.addcmul(x_NRS, x_NRS, factors @ parts.back(parts.table))
-
-
-def _parts_of(here: Here, of: str, numbers: tuple[float, float, float], dtype: torch.dtype) -> MovedParts:
-    """`Move.parts`; layers that share what is meant share it."""
-    return moved_parts(here.keys["keys"], here.keys["to"], here.keys[of], numbers, dtype)
 
 
 def _number(name: str, value: Any, least: float = -float("inf"), most: float = float("inf")) -> None:

@@ -312,6 +312,8 @@ def check_rows(runs: EditRuns, batch: int, tokens: int, starts_BT: Tensor | None
 
 def _check_lengths(totals: tuple[int | None, ...], tokens: int, starts_BT: Tensor | None) -> None:
     """`check_rows` for what was planned of each row."""
+    if all(total is None for total in totals):
+        return
     batch = len(totals)
     documents = [1] * batch if starts_BT is None else (_document_sizes(starts_BT) > 1).sum(-1).tolist()
     for row, (total, count) in enumerate(zip(totals, documents, strict=True)):
