@@ -10,7 +10,7 @@ import attnzoo
 from attnzoo.kvcache import build_cache
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.ops.common.masks import Mask
-from attnzoo.ops.common.step_inputs import Once, StepInputs, token_of
+from attnzoo.ops.common.step_inputs import Memo, StepInputs, token_of
 from tests.helpers.serving import small_model
 
 KINDS = {
@@ -59,7 +59,7 @@ def test_values_are_kept_by_function_and_arguments():
         calls.append(factor)
         return torch.ones(2) * factor
 
-    first, second = Once(), Once()
+    first, second = Memo(), Memo()
     assert first.once(double, 2) is first.once(double, 2)
     assert calls == [2]
     assert first.once(double, 3) is not first.once(double, 2)

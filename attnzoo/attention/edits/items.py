@@ -17,7 +17,7 @@ from torch import Tensor
 from attnzoo.attention.edits.classes import MovedParts, moved_here, moved_parts
 from attnzoo.attention.edits.spans import ALL, Chosen, Picks, Positions, normal_picks, normal_positions
 from attnzoo.attention.edits.weights import is_some, with_sums_of
-from attnzoo.ops.common.step_inputs import Once
+from attnzoo.ops.common.step_inputs import Memo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Values:
 
 
 @dataclass(frozen=True)
-class Here(Once):
+class Here(Memo):
     """Which of the heads N, queries R and keys S of a call an item means.
 
     named_NR1: its heads and queries. visible_NRS: what the mask shows, of one head or query for all. keys: its sets of

@@ -5,10 +5,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from attnzoo.ops.common.step_inputs import Once, StepInputs
+from attnzoo.ops.common.step_inputs import Memo, StepInputs
 
 
-class Placed(Once):
+class Placed(Memo):
     """Where the queries of a call stand in their sequences, for all layers that share it.
 
     positions_BT: -1 for what is not of the sequence, such as padding. It is not written to afterwards.

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from attnzoo.ops.common.rows import known
-from attnzoo.ops.common.step_inputs import Once
+from attnzoo.ops.common.step_inputs import Memo
 
 T = TypeVar("T")
 MaskField = Literal["causal", "full", "prefix", "starts", "keys", "pairs"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mask(Once):
+class Mask(Memo):
     """Which keys a query may look at; all softmax operations share it. The query at position i sees the key at j where
 
         the key exists  and  pairs say so  and  (not causal  or  past  or  i and j are both below prefix)
@@ -156,7 +156,7 @@ class Mask(Once):
         return self.once(_bias, tokens, entries, device, dtype)
 
     def once(self, make: Callable[..., T], *arguments: Hashable) -> T:
-        """As `Once`. A mask without positions is not bound to a step, and may live for long: it keeps nothing."""
+        """As `Memo`. A mask without positions is not bound to a step, and may live for long: it keeps nothing."""
         return make(self, *arguments) if self.parallel else super().once(make, *arguments)
 
     def of_block(self, rows: slice, queries: range, keys: range, device: torch.device) -> Tensor:

@@ -12,8 +12,8 @@ Integers = tuple[tuple[int, ...], tuple[int, ...]]
 """(lengths, counts) of rows: tokens before a call, and real ones in it."""
 
 
-class Once:
-    """Base of objects from which values follow that several layers need."""
+class Memo:
+    """Base of objects that keep what follows from them, for all layers that have the object."""
 
     def once(self, make: Callable[..., T], *arguments: Hashable) -> T:
         """`make(self, *arguments)`, computed the first time and kept as long as this object: by the function and equal
@@ -28,7 +28,7 @@ class Once:
 
 
 @dataclass(frozen=True, eq=False)
-class StepInputs(Once):
+class StepInputs(Memo):
     """The tokens of one call of `extend`, for all of its layers; made by `of` or `planned`.
 
     positions_BT (int64): their logical positions. counts_B: how many of them are real in each row, the rest being right
