@@ -31,7 +31,7 @@ def model_of(attention, dtype=torch.float32):
 def filled(pool: SlotPool, lengths) -> None:
     """Every slot gets a sequence of its own, one after the other."""
     for slot, length in enumerate(lengths):
-        pool._extend(torch.arange(length)[None] % 64, slot, None)
+        pool._extend(torch.arange(length)[None] % 64, slot, [0])
 
 
 def taken(pool: SlotPool) -> int:
