@@ -6,7 +6,7 @@ prompts are read directly into their rows.
 which is only as large as its sequences need. `AlonePool` holds one sequence whose attention is read or edited.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
