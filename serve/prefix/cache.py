@@ -29,7 +29,8 @@ class PrefixPlan:
     tensors. latest: the last place from which the prompt may go on. wanted: borders at which the rest is kept, whatever
     it takes.
 
-    reused: tokens that were copied so far. node: the cell before the next one, None: there is none."""
+    reused: tokens that were copied so far. node: the cell before the next one, None: there is none. found: cells that
+    are to be copied, by their ends."""
 
     borders: tuple[int, ...]
     keys: tuple[bytes, ...] = ()
@@ -109,9 +110,10 @@ class PrefixCache:
         if not plan.keys:
             return at
         nodes = self.tree.path(plan.keys)
-        plan.found = {node.end: node for node in nodes}
         ends = [node.end for node in nodes if at < node.end <= plan.latest and plan.kind in node.rests]
-        return max(ends, default=at)
+        further = max(ends, default=at)
+        plan.found = {node.end: node for node in nodes if at < node.end <= further}
+        return further
 
     def claim(self, request_id: str, at: int) -> Hashable:
         """What a prompt computes next that others may wait for; None: nothing."""
@@ -125,10 +127,10 @@ class PrefixCache:
     def restore(self, request_id: str, state: DecoderState, start: int, tokens: int) -> DecoderState:
         """A state of one sequence of `start` tokens, continued to `tokens`, which `reach` has found."""
         plan = self.plans[request_id]
-        node, nodes = plan.found[tokens], [each for end, each in sorted(plan.found.items()) if end <= tokens]
+        nodes, node = [each for _, each in sorted(plan.found.items())], plan.found[tokens]
+        plan.found = {}  # what leaves the tree must leave memory
         self.tree.use(nodes)
-        cells = [each.keys_values for each in nodes if each.end > start]
-        state = restored(state, cells, node.rests[plan.kind], start, tokens)
+        state = restored(state, [each.keys_values for each in nodes], node.rests[plan.kind], start, tokens)
         plan.node, plan.reused = node, plan.reused + tokens - start
         self.reused += tokens - start
         return state
