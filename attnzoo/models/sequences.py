@@ -25,9 +25,9 @@ from attnzoo.models.sampling import (
     token_logprobs,
 )
 
-PROMPT_CHUNK = 512
-"""Tokens of a prompt that are read at a time, the default of a server's step too: a policy with prefill="stream"
-compresses after each chunk."""
+PROMPT_CHUNK = 128
+"""Tokens of a prompt that are read at a time, the default of a server's cells (`prefix_cell`) too: a policy with
+prefill="stream" compresses after each chunk."""
 ROOM = 512
 """Tokens beyond the prompt that a full cache has room for from the start; it grows for more."""
 

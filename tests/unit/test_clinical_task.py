@@ -265,7 +265,10 @@ def test_the_export_is_calibrated_on_the_inner_validation_rows(tmp_path: Path) -
     found, rows = saved_by(task, tmp_path / "export"), task.fold.validation
     assert found.calibrator is not None
     labels, logits = task.cohort.label("mortality")[rows], found.logits(task.cohort, rows)
-    assert found.calibrator == fit_calibrator(labels, logits[:, 0])
+    again = fit_calibrator(labels, logits[:, 0])
+    # Logits of a batch of other rows may differ in their last bit.
+    assert found.calibrator.temperature == pytest.approx(again.temperature, rel=1e-9)
+    assert found.calibrator.intercept == pytest.approx(again.intercept, rel=1e-9)
     told = found.predict(task.cohort, rows)
     assert told == pytest.approx(found.calibrator.probabilities(logits[:, 0]))
     assert np.array_equal(found.probabilities(logits), told)

@@ -92,9 +92,9 @@ def one_sum(output: Any) -> float:
 )
 def test_texts_and_caches_are_the_server_s(kind, chance, monkeypatch):
     """Tokens, text, log probabilities and what the cache did, prompts being read in chunks by both."""
-    monkeypatch.setattr("attnzoo.models.sequences.PROMPT_CHUNK", 13)
+    monkeypatch.setattr("attnzoo.models.sequences.PROMPT_CHUNK", 12)
     lm, texts = lm_of(kind), [TEXTS[3] * 2, TEXTS[1], TEXTS[0]]
-    settings = EngineConfig(checkpoint="none", max_num_seqs=1, max_batched_tokens=13, cache_bounds=None)
+    settings = EngineConfig(checkpoint="none", max_num_seqs=1, max_batched_tokens=13, prefix_cell=12, cache_bounds=None)
     engine = Engine(settings, model=lm.model, tokenizer=lm.tokenizer)
     for cache in POLICIES:
         params = SamplingParams(max_tokens=10, logprobs=2, stop=("zzz",), **chance)
