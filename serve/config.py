@@ -94,7 +94,7 @@ class EngineConfig(CheckedConfig):
     max_caches: int = 4
     cache_mib: int | None = None
     prefix_mib: int = 256
-    prefix_cell: int = 128
+    prefix_cell: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()

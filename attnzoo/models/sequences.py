@@ -25,7 +25,7 @@ from attnzoo.models.sampling import (
     token_logprobs,
 )
 
-PROMPT_CHUNK = 128
+PROMPT_CHUNK = 256
 """Tokens of a prompt that are read at a time, the default of a server's cells (`prefix_cell`) too: a policy with
 prefill="stream" compresses after each chunk."""
 ROOM = 512

@@ -11,6 +11,7 @@ from attnzoo.attention.base import StreamingAttention
 from attnzoo.attention.cached import compress_layers
 from attnzoo.kvcache import CACHES, CacheSize, FullCache, State, build_cache, load_state, save_state
 from attnzoo.kvcache.full import append
+from attnzoo.ops.common.step_inputs import StepInputs
 
 
 @dataclass
@@ -218,7 +219,7 @@ def test_full_cache_grows_by_doubling_and_counts_its_bytes():
     capacities = set()
     for t in range(20):
         keys = torch.full((1, 2, 1, 3), float(t))
-        state, view = append(state, keys, keys, torch.tensor([[t]]), None)
+        state, view = append(state, keys, keys, StepInputs.of(torch.tensor([t]), 1))
         capacities.add(state.keys_BKSH.shape[2])
         assert view.positions_BKS.tolist() == [[list(range(t + 1))]]
         assert view.keys_BKSH[0, 1, :, 2].tolist() == list(range(t + 1))
