@@ -79,7 +79,8 @@ class Block(nn.Module):
         self.attention = attention
         self.mlp_norm = build_norm(norm, dim, eps)
         self.mlp = mlp
-        self._shares_steps = "step" in inspect.signature(attention.extend).parameters
+        extend = getattr(attention, "extend", None)  # towers hold variants that do not stream
+        self._shares_steps = extend is not None and "step" in inspect.signature(extend).parameters
 
     def forward(self, x_BTD: Tensor, mask: Mask | None = None, edits: LayerPlan | None = None) -> Tensor:
         given: dict[str, Any] = {} if mask is None else {"mask": mask}  # a variant of someone's may take nothing but x
