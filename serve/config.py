@@ -67,7 +67,8 @@ class EngineConfig(CheckedConfig):
     row, where layers have different budgets, may exceed it. None: no limit.
     prefix_mib: memory in MiB for beginnings of prompts, which later prompts that begin alike copy in place of computing
     them; the text is the same, bit for bit. 0: nothing is kept. prefix_cell: tokens of the pieces that are kept and in
-    which prompts are read; larger ones compute a little faster, smaller ones match more.
+    which prompts are read, at most max_batched_tokens - max_num_seqs; larger ones compute a little faster, smaller ones
+    match more.
     """
 
     checkpoint: str

@@ -108,7 +108,7 @@ class ByteModel:
         return self.fixed + sum(count * self.policy.nbytes(size, room) for size, count in self.layers.items())
 
     def compressed(self, prompt: int, tokens: int) -> int:
-        """Memo the prompt is compressed and joinable, and `tokens` more have come."""
+        """Once the prompt is compressed and joinable, and `tokens` more have come."""
         return self.fixed + sum(
             count * self.policy.compressed_nbytes(size, prompt, tokens=tokens, joinable=True)
             for size, count in self.layers.items()

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 from tests.helpers.training import ROOT
@@ -83,3 +84,12 @@ def stopped(endpoint: ChatEndpoint, words: list[str], path: str) -> str:
         process.wait(10)
     assert process.returncode == 130, errors
     return errors
+
+
+def told_when_stopped(path: str, answers: Path | None) -> str:
+    """What a command must say after Ctrl-C during a request for `path`. answers: the file that keeps them."""
+    if path == "/models":
+        return "stopped before anything was asked"
+    if answers is None:
+        return "stopped; nothing is kept: only --answers FILE keeps what was answered"
+    return f"stopped; '{answers}' keeps what was answered; the same command goes on from there"

@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,10 @@ import pytest
 
 from attnzoo.cli import main
 from attnzoo.clinical.case_study import SLEEP
-from tests.helpers.chat_endpoint import ChatEndpoint, chat_endpoint, stopped
+from tests.helpers.chat_endpoint import ChatEndpoint, stopped, told_when_stopped
 from tests.helpers.clinical_files import write_pmdata
 
 TAGS = [section.tag for section in SLEEP.sections]
-
-
-@pytest.fixture
-def endpoint() -> Iterator[ChatEndpoint]:
-    with chat_endpoint() as found:
-        yield found
 
 
 @pytest.fixture
@@ -185,12 +179,7 @@ def test_ctrl_c_says_what_is_kept(words, endpoint, tmp_path, is_kept: bool, path
     at = words.index("--model")
     words = [*words[:at], *words[at + 2 :], *(["--answers", str(answers)] if is_kept else [])]
     told = stopped(endpoint, words, path)
-    if path == "/models":
-        said = "stopped before anything was asked"
-    elif is_kept:
-        said = f"stopped; '{answers}' keeps what was answered; the same command goes on from there"
-    else:
-        said = "stopped; nothing is kept: only --answers FILE keeps what was answered"
+    said = told_when_stopped(path, answers if is_kept else None)
     assert told == f"attnzoo case-study: {said}\n"
 
 

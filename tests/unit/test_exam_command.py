@@ -1,20 +1,13 @@
 """`attnzoo exam` at endpoints whose answers are cut, questions that say what they do not mean, and Ctrl-C."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from attnzoo.cli import main
-from tests.helpers.chat_endpoint import ChatEndpoint, chat_endpoint, stopped
-
-
-@pytest.fixture
-def endpoint() -> Iterator[ChatEndpoint]:
-    with chat_endpoint() as found:
-        yield found
+from tests.helpers.chat_endpoint import ChatEndpoint, stopped, told_when_stopped
 
 
 @pytest.fixture
@@ -83,12 +76,7 @@ def test_an_exam_without_an_answer_that_can_be_read_has_failed(words, endpoint, 
 def test_ctrl_c_says_what_is_kept_and_waits_for_nobody(words, endpoint, tmp_path, is_kept: bool, path: str) -> None:
     answers = tmp_path / "a.jsonl"
     words += ["--answers", str(answers)] if is_kept else []
-    if path == "/models":
-        said = "stopped before anything was asked"
-    elif is_kept:
-        said = f"stopped; '{answers}' keeps what was answered; the same command goes on from there"
-    else:
-        said = "stopped; nothing is kept: only --answers FILE keeps what was answered"
+    said = told_when_stopped(path, answers if is_kept else None)
     assert stopped(endpoint, words, path) == f"attnzoo exam: {said}\n"
 
 

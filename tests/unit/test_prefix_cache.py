@@ -156,6 +156,18 @@ def test_a_system_prompt_that_fifty_requests_share_is_computed_once():
     assert read - own <= 1.1 * 896
 
 
+@pytest.mark.parametrize("kind", ["mha", "linear"])
+def test_requests_that_arrive_together_wait_for_one_that_reads_for_all(kind):
+    """There is room for two of them in the first step; the second would read the same as the first."""
+    engine = engine_of(kind, True)
+    shared = list(range(5, 5 + 3 * CELL))
+    for index in range(4):
+        engine.add_request(str(index), [*shared, 50 + index, 60], greedy(2))
+    while engine.has_work():
+        engine.step()
+    assert engine.prefixes.reused == 3 * len(shared)
+
+
 def test_a_turn_ends_a_cell():
     ends = {2}
     prompt = [*range(10, 23), 2, *range(10, 25), 2, 5, 5, 2, 6]

@@ -45,9 +45,9 @@ class Task(ABC):
     every rank and do not communicate. An error for the user is a ValueError that names the key.
     """
 
-    ROW: ClassVar[str]
+    ROW: str
     """What a row is called: sequence, stay, image."""
-    UNIT: ClassVar[str]
+    UNIT: str
     """What throughput counts: token, stay, image."""
     METRICS: ClassVar[tuple[str, ...]]
     """Names of the metrics, "loss" first."""

@@ -104,7 +104,7 @@ class CohortTask(Task):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.ROW = self.UNIT = row_name(str(config.data.get("format")))  # type: ignore[misc]
+        self.ROW = self.UNIT = row_name(str(config.data.get("format")))
         self.preparing = f"the {self.ROW}s of data.path={config.data.get('path')!r}"
         self._validation: Batch = ()
 
