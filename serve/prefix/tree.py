@@ -66,6 +66,8 @@ class PrefixTree:
         """Notes that nodes have been of use."""
         for node in nodes:
             node.worth = self._worth(node)
+            if self.has(node):  # of those worth as much, what was used last stays
+                self._nodes[node.key] = self._nodes.pop(node.key)
 
     def _worth(self, node: PrefixNode) -> float:
         return self._floor + node.cost / node.nbytes

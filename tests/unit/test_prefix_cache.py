@@ -79,6 +79,7 @@ def test_a_prompt_that_is_sent_twice_computes_its_last_cell(kind, length):
     prompt = list(range(5, 5 + length))
     before = said(engine, prompt)
     assert said(engine, prompt) == (before[0], (length - 1) // CELL * CELL)
+    assert len(engine.prefixes.tree) == length // CELL, "what the prompt's end has cut is of no other prompt"
 
 
 @pytest.mark.parametrize("kind", ["mha", "rcmha", "linear", "mixed"])
@@ -189,6 +190,16 @@ def test_digests_differ_by_salt_tokens_and_borders():
     assert digests([*prompt[:15], 99], (8, 16), b"a")[1] != keys[1]
 
 
+def test_what_was_copied_is_not_held_by_the_request():
+    """What leaves the tree must leave memory, also while the request that copied it goes on."""
+    engine = engine_of("mha", True)
+    said(engine, list(range(5, 30)))
+    engine.add_request("runs", list(range(5, 30)), greedy(9))
+    engine.step()
+    assert engine.prefixes.plans["runs"].reused == 3 * CELL
+    assert engine.prefixes.plans["runs"].found == {}
+
+
 def test_two_servers_never_share_a_key():
     model = small_model("mha")
     keys = []
@@ -206,9 +217,9 @@ def tensors(nbytes):
 def test_what_was_used_long_ago_and_costs_little_goes_first_and_never_before_what_follows_it():
     size = 10_000 + OVERHEAD
     tree = PrefixTree(3 * size)
+    dear = tree.put(b"c", None, 8, tensors(10_000), {}, cost=9 * size)
     a = tree.put(b"a", None, 8, tensors(10_000), {}, cost=size)
     b = tree.put(b"b", a, 16, tensors(10_000), {}, cost=size)
-    dear = tree.put(b"c", None, 8, tensors(10_000), {}, cost=9 * size)
     assert tree.nbytes == 3 * size
     tree.put(b"d", None, 8, tensors(10_000), {}, cost=size)
     assert not tree.has(b), "the cheap end of a chain"
@@ -221,6 +232,17 @@ def test_what_was_used_long_ago_and_costs_little_goes_first_and_never_before_wha
     for number in range(40):  # what is dear goes, too, when all that came later was worth more
         tree.put(b"%d" % number, None, 8, tensors(10_000), {}, cost=size)
     assert not tree.has(dear)
+
+
+def test_what_has_been_of_use_stays_longer():
+    size = 10_000 + OVERHEAD
+    tree = PrefixTree(2 * size)
+    old, other = (tree.put(key, None, 8, tensors(10_000), {}, cost=size) for key in (b"a", b"b"))
+    tree.put(b"c", None, 8, tensors(10_000), {}, cost=size)
+    assert not tree.has(old)
+    tree.use([other])
+    tree.put(b"d", None, 8, tensors(10_000), {}, cost=size)
+    assert tree.has(other)
 
 
 def test_what_does_not_fit_is_not_kept_and_nothing_leaves_for_it():

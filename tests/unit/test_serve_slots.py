@@ -1,8 +1,10 @@
-"""What the scheduler refuses, and how slots are assigned."""
+"""What the scheduler refuses, how slots are assigned, and what goes through the model together."""
 
 import pytest
 
-from serve.scheduler import Scheduler
+from attnzoo.kvcache.choice import read_choice
+from serve.runner import _batches
+from serve.scheduler import Chunk, Scheduler
 from serve.slots import Release, SlotTable
 
 
@@ -41,3 +43,16 @@ def test_release_moves_the_last_decoding_and_then_an_unfinished_prompt():
     assert (table.ids, table.decoding) == (["c", "b", "q", "r", "p"], 4)
     assert table.release("p") == Release(moves=(), freed=4)
     assert table.release("b") == Release(moves=((3, 1),), freed=3)
+
+
+def test_cells_of_several_prompts_go_through_the_model_together():
+    """The first cells of all, then the second ones; prompts of compressed caches one by one, each whole."""
+    for choice, together in (({"policy": "full"}, True), ({"policy": "d2o"}, False)):
+        group = read_choice(choice)
+        cells = [("a", 0, 0, 8), ("a", 0, 8, 8), ("b", 1, 0, 8), ("b", 1, 8, 5)]
+        chunks = [Chunk(name, group, slot, start, count, last=False) for name, slot, start, count in cells]
+        found = [[(chunk.request_id, chunk.start) for chunk in batch] for batch in _batches(chunks)]
+        if together:
+            assert found == [[("a", 0), ("b", 0)], [("a", 8), ("b", 8)]]
+        else:
+            assert found == [[("a", 0)], [("a", 8)], [("b", 0)], [("b", 8)]]
