@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import psutil
 import torch.distributed as dist
 
+from attnzoo.report import available_cores
 from train.failures import AgreedError, TrainingError, explain, status_of
 from train.stop import find_launcher
 
@@ -150,7 +151,7 @@ def threads_of_rank(asked: int | None) -> int | None:
     ranks = int(os.environ.get("LOCAL_SIZE", "1"))
     if asked is not None or ranks == 1 or "OMP_NUM_THREADS" in os.environ:
         return asked
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
+    return max(1, available_cores() // ranks)
 
 
 def free_port() -> int:

@@ -129,7 +129,6 @@ def test_a_choice_that_is_none_has_the_nearest_one(capsys):
         ("model/out", "lies in the checkpoint"),  # whose next export would be refused for it
         ("model/out/below", "lies in the checkpoint"),
         (".", "is the current directory"),  # which a shell would be left in after it is gone
-        ("", "is the current directory"),
     ],
 )
 def test_an_export_that_is_out_of_place(where, message, tmp_path, monkeypatch, capsys):
