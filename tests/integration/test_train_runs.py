@@ -175,7 +175,8 @@ def test_the_last_evaluation_covers_all_validation_text(trained: Runner, tiny: P
     run = trained(FREE, "zero.stage=1")
     config = load_config(str(tiny), [])
     data_config = build_config(DataConfig, {"seed": config.seed, **config.data}, "data")
-    data = prepare(data_config, run / "export" / "tokenizer.model", config.cache_path, is_main=False)
+    # is_main: another process may have trained, with a cache of its own.
+    data = prepare(data_config, run / "export" / "tokenizer.model", config.cache_path, is_main=True)
     tokens, targets = data.validation_blocks()
     assert len(tokens) > config.eval.max_blocks
     with torch.no_grad():
