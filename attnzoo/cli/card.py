@@ -27,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Writes the three files, and prints their paths. Raises ValueError for wrong usage."""
-    from attnzoo.clinical.card import MARK, NAMES, data_card, model_card
+    from attnzoo.clinical.card import NAMES, data_card, model_card
     from attnzoo.clinical.card_items import KNOWN, items_card
+    from attnzoo.clinical.card_markdown import MARK
     from attnzoo.clinical.run_facts import damage, read_answers, read_run
     from attnzoo.files import output_directory, output_file, user_path, write_atomic
 

@@ -2,46 +2,17 @@
 say. `attnzoo.clinical.card_items` answers the items of TRIPOD+AI from the same facts."""
 
 import inspect
-import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from attnzoo.clinical.card_markdown import document, options, table
+from attnzoo.clinical.card_reading import input_of, missing_of, preparation_of, variables_of
 from attnzoo.clinical.formats import FORMATS
 from attnzoo.clinical.run_facts import UNKNOWN, RunFacts
-from attnzoo.clinical.statistics import GAP_HOURS, LARGEST
-from attnzoo.clinical.variables import STATICS, VARIABLES
 from attnzoo.report import counted, format_value
 
-MARK = "<!-- written by attnzoo card; written anew by the same command -->"
 MODEL_CARD, DATA_CARD, ITEMS = "model-card.md", "data-card.md", "tripod-ai.md"
 NAMES = (MODEL_CARD, DATA_CARD, ITEMS)
-Sections = Mapping[str, str]
-"""Texts by the titles of their sections."""
-
-
-def document(title: str, sections: Sections) -> str:
-    """A whole Markdown file."""
-    parts = [MARK, f"# {title}", *(f"## {name}\n\n{text.strip()}" for name, text in sections.items())]
-    return "\n\n".join(parts) + "\n"
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
-    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-    lines += [f"| {' | '.join(_cell(value) for value in row)} |" for row in rows]
-    return "\n".join(lines)
-
-
-def _cell(value: object) -> str:
-    text = format_value(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def options(values: Mapping[str, Any]) -> str:
-    """A list of `key: value`."""
-    told = [f"- `{key}`: {json.dumps(value) if not isinstance(value, str) else value}" for key, value in values.items()]
-    return "\n".join(told) or UNKNOWN
 
 
 # --- model card -------------------------------------------------------------------------------------------------
@@ -60,15 +31,13 @@ def model_card(facts: RunFacts) -> str:
             "or hours than those of data-card.md.",
             "Outcome": _outcome(facts),
             "Output": _output(facts),
-            "Input": _input(facts),
+            "Input": input_of(facts),
             "Training": _training(facts),
             "Figures": _figures(facts),
             "Calibration": _calibration(facts),
             "Explanations": _explanations(facts),
             "Limits": _limits(facts),
-            "How to predict with it": f"`load_trained({str(facts.directory)!r}).predict(cohort)` of "
-            "`attnzoo.clinical.trained` (models of texts: `trained_ldam`, of sensors: `trained_sensors`), with a "
-            "cohort of `load_cohort`.",
+            "How to predict with it": f"{_call(facts)}, with a cohort of `attnzoo.clinical.formats.load_cohort`.",
             "Versions": _versions(facts),
             "Files": table(("file", "SHA-256"), facts.digests.items()),
         },
@@ -76,12 +45,28 @@ def model_card(facts: RunFacts) -> str:
 
 
 def _kind(facts: RunFacts) -> str:
-    task = facts.section("task")
+    task, beside = facts.section("task"), ""
+    if facts.reads_sensors:
+        named = facts.export["language_model"]
+        beside = (
+            f"It stands in front of a frozen language model, `{named['checkpoint']}` in {named['dtype']} (digest "
+            f"{named['digest']}), whose weights are none of these. "
+        )
     return (
         f"The development of a prediction model: `task.kind` {task.get('kind', UNKNOWN)}, format of the export "
-        f"{facts.export.get('format', UNKNOWN)}, {format_value(facts.row.get('parameters', 0))} weights. "
+        f"{facts.export.get('format', UNKNOWN)}, {format_value(facts.row.get('parameters', 0))} weights. {beside}"
         "It has not been evaluated on other data in this run."
     )
+
+
+def _call(facts: RunFacts) -> str:
+    """What predicts with this kind of model, in Python."""
+    module, function = "trained", "load_trained"
+    if facts.reads_texts:
+        module, function = "trained_ldam", "load_ldam"
+    if facts.reads_sensors:
+        module, function = "trained_sensors", "load_sensors"
+    return f"`{function}({str(facts.directory)!r}).predict(cohort)` of `attnzoo.clinical.{module}`"
 
 
 def _outcome(facts: RunFacts) -> str:
@@ -102,23 +87,13 @@ def _output(facts: RunFacts) -> str:
     return "A probability of each label. There is no threshold to act on."
 
 
-def _input(facts: RunFacts) -> str:
-    lines = ["Cells that were not measured are input: the model is told that they were not. Nothing is imputed."]
-    least = facts.statistics.get("least_coverage")
-    if least is not None:
-        lines.append(
-            f"Least coverage: in 99 % of training {facts.of_row}s at least {100 * least:.2f} % of the cells were "
-            "measured; below that there is not enough data to predict from."
-        )
-    return "\n\n".join(lines)
-
-
 def _training(facts: RunFacts) -> str:
     row, steps = facts.row, [int(record["step"]) for record in facts.evaluations if "step" in record]
     return "\n\n".join(
         [
             f"{_steps(row.get('steps', UNKNOWN))}, complete: {row.get('complete', UNKNOWN)}. The loss "
             "weighs all labels alike: no class weights, no resampling.",
+            *_began(facts),
             f"Selection: {_selection(facts)}; {counted(len(steps), 'evaluation')} in metrics.jsonl.",
             f"How the values below were found: {UNKNOWN}.",
             *(
@@ -128,6 +103,14 @@ def _training(facts: RunFacts) -> str:
             ),
         ]
     )
+
+
+def _began(facts: RunFacts) -> list[str]:
+    """Where the weights come from that training began with, if another run learned them."""
+    first = facts.section("checkpoint").get("init_from")
+    if first is None:
+        return []
+    return [f"It began with the weights of `{first}` (`checkpoint.init_from`), learned from the same training part."]
 
 
 def _steps(steps: Any) -> str:
@@ -213,6 +196,8 @@ def _limits(facts: RunFacts) -> str:
     if split.get("split") == "stay":
         row = facts.of_row
         lines.append(f"- Split by {row}: {row}s of one patient may be in several parts, which flatters.")
+    if split.get("split") == "time":
+        lines.append("- Split in time: the same patients may be in all parts. Of other patients nothing is known.")
     if facts.row.get("complete") is False:
         lines.append("- The run was stopped before its last step.")
     return "\n".join(lines)
@@ -236,9 +221,9 @@ def data_card(facts: RunFacts) -> str:
             "Source": _source(facts),
             "People": f"Who they are, where and when they were treated, who was eligible, consent: {UNKNOWN}.",
             "Parts": _parts(facts),
-            "Variables": _variables(facts),
-            "Missing values": _missing(facts),
-            "Preparation": _preparation(facts),
+            "Variables": variables_of(facts),
+            "Missing values": missing_of(facts),
+            "Preparation": preparation_of(facts),
             "Left out": _left_out(facts),
         },
     )
@@ -269,56 +254,6 @@ def _parts(facts: RunFacts) -> str:
     rows = [[name, *(told.get(column, "") for column in columns)] for name, told in parts.items()]
     named = [f"{facts.of_row}s" if column == "stays" else column for column in columns]
     return f"{table(('part', *named), rows)}\n\n{split}"
-
-
-def _variables(facts: RunFacts) -> str:
-    fitted = facts.statistics
-    if not fitted:
-        return f"Measured variables: {UNKNOWN}."
-    rows = []
-    for kind, known in (("", VARIABLES), ("static_", STATICS)):
-        names = fitted["variables"] if not kind else fitted["static_names"]
-        logged = fitted["logged"] if not kind else [False] * len(names)
-        columns = (names, fitted[f"{kind}means"], fitted[f"{kind}deviations"], logged)
-        for name, mean, deviation, is_logged in zip(*columns, strict=True):
-            about = known.get(name)
-            facts_of = (
-                (about.meaning, about.unit, f"{about.plausible[0]:g} to {about.plausible[1]:g}") if about else ("",) * 3
-            )
-            rows.append((name, *facts_of, mean, deviation, "log(1 + x)" if is_logged else "as it is"))
-    columns_told = ("variable", "meaning", "unit", "plausible", "mean in training", "deviation", "scale")
-    about_them = (
-        "All that the reader gave or `data.variables` chose, each in hours since admission. Mean and deviation are "
-        "those of measured cells of the training part, on the scale named; both are 0 where nothing was measured."
-    )
-    return f"{about_them}\n\n{table(columns_told, rows)}"
-
-
-def _missing(facts: RunFacts) -> str:
-    shares = facts.data.get("missing")
-    handling = (
-        "A step of the grid without a value is told as that (a value of 0 with `measured` 0); nothing is imputed."
-    )
-    if not shares:
-        return f"{handling}\n\nShares of each variable: {UNKNOWN}."
-    rows = [(name, share["hours"], share["stays"]) for name, share in shares.items()]
-    columns = ("variable", "steps without a value", f"{facts.of_row}s without any")
-    return f"{handling} Shares in the training part:\n\n{table(columns, rows)}"
-
-
-def _preparation(facts: RunFacts) -> str:
-    counts = facts.data.get("values") or {}
-    lines = [
-        "Values of an hour: the last one, and how many there were. A value outside a variable's possible range is "
-        "dropped, one outside its plausible range is clipped; an unknown unit is refused and counted.",
-        f"Values are standardised by mean and deviation of the training part and clipped to {LARGEST:g} deviations; "
-        f"counts as log(1 + n); time since the last value as a share of {GAP_HOURS} hours.",
-    ]
-    if counts:
-        columns = list(dict.fromkeys(key for told in counts.values() for key in told))
-        rows = [[name, *(told.get(column, 0) for column in columns)] for name, told in counts.items()]
-        lines.append(table(("values of", *columns), rows))
-    return "\n\n".join(lines)
 
 
 def _left_out(facts: RunFacts) -> str:

@@ -6,7 +6,8 @@ is not done until its author answers it in a file of answers.
 
 from collections.abc import Mapping
 
-from attnzoo.clinical.card import DATA_CARD, ITEMS, MODEL_CARD, document, is_calibrated, table
+from attnzoo.clinical.card import DATA_CARD, ITEMS, MODEL_CARD, is_calibrated
+from attnzoo.clinical.card_markdown import document, table
 from attnzoo.clinical.run_facts import RunFacts
 from attnzoo.clinical.tripod import ITEMS as ALL
 from attnzoo.clinical.tripod import SOURCE
@@ -75,6 +76,9 @@ def _of_files(facts: RunFacts) -> dict[str, str]:
     if facts.statistics:
         found |= {number: done(DATA_CARD, "Variables") for number in ("9a", "9b")}
         found |= {"12b": done(DATA_CARD, "Preparation and Variables"), "27a": done(MODEL_CARD, "Input")}
+    elif facts.reads_texts:
+        found |= {"12b": done(DATA_CARD, "Preparation and Variables")}
+        found |= {"9b": partly(f"{DATA_CARD}, Variables has the words that are read, but not who wrote them and when")}
     if facts.data.get("parts"):
         found |= {number: done(DATA_CARD, "Parts") for number in ("20a", "21")}
         if not any("labels" in told for told in facts.data["parts"].values()):

@@ -58,7 +58,7 @@ class RunFacts:
     @property
     def outcome(self) -> str:
         """What is predicted, by name."""
-        labels = self.export.get("labels")
+        labels = self.export.get("labels") or dict(dict(self.export.get("questions") or {}).get("questions") or {})
         if labels:
             return ", ".join(map(str, labels))
         return str(dict(self.export.get("outcome") or {}).get("label") or UNKNOWN)
@@ -67,6 +67,26 @@ class RunFacts:
     def of_row(self) -> str:
         """What a row of the data set is: a stay, a dialogue, a day."""
         return row_name(str(self.export["data"].get("format")))
+
+    @property
+    def step(self) -> str:
+        """What a step of the grid is: an hour, or a day."""
+        return "day" if self.of_row == "day" else "hour"
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether the model reads texts: its export says how many tokens of one."""
+        return "longest" in self.export
+
+    @property
+    def reads_sensors(self) -> bool:
+        """Whether the model reads daily sensors in front of a language model: its export says what it is asked."""
+        return "questions" in self.export
+
+    @property
+    def reads_series(self) -> bool:
+        """Whether the model reads cells of a grid; a model of texts does where it has statistics of them."""
+        return not self.reads_sensors and (bool(self.statistics) or not self.reads_texts)
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
