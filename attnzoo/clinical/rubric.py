@@ -81,15 +81,22 @@ FORMS = {
     "likert": "Rate how far this is true, from 1 (not at all) to 5 (fully). End with a line: Rating: NUMBER",
     "yes_no": "Answer with yes or no. End with a line: Rating: yes, or: Rating: no",
 }
-_OTHER_SCALE = r"(?:/|of|out\s+of)\s*(?!5(?!\d))"
-_RANGE = r"(?:[-–—,]\s*|(?:to|or|and)\s+)"
+_OTHER_SCALE = (
+    r"[ \t*_)\]]*[(\[*_]{0,3}[ \t]*(?:/|out\s+of|(?:points?\s+)?of|on\s+a\s+scale\s+(?:of|to))\s*(?!5(?!\d))\d"
+)
+"""A scale that does not end at 5: "4/10", "4 (out of 10)"."""
+_RANGE = r"[*_]{0,2}[^\S\n]*(?:[-–—~→|,;&\\]\W{0,3}?|(?:to|or|and|through)\s+|(?<=\s))\d"
+"""A second number of the line: "1 to 5", "1|2|3|4|5", "1 2 3 4 5"."""
+_SEVERAL_WORDS = (
+    r"\W{0,6}(?:or|and)\W{0,3}(?:rating\W{0,6})?(?:yes|no)\b"  # yes, or: Rating: no
+    r"|\s*[/|\\]\s*(?:yes|no)\b"  # yes/no: the form, repeated
+    r"|\s*,\s*(?:yes|no)\s*(?=\W?\s*$)"  # yes, no
+)
 MARKED = {
     "likert": re.compile(
-        rf"\brating\W{{0,6}}(?<![-−])([1-5])(?![\d.]*\d)(?P<more>\s*(?:{_OTHER_SCALE}|{_RANGE})\d)?", re.IGNORECASE
+        rf"\brating\W{{0,6}}(?<![-−])([1-5])(?![\d.]*\d)(?P<more>{_OTHER_SCALE}|{_RANGE}|[½¼¾%])?", re.IGNORECASE
     ),
-    "yes_no": re.compile(
-        r"\brating\W{0,6}(yes|no)\b(?P<more>\W{0,6}(?:or|and)\W{0,3}(?:rating\W{0,6})?(?:yes|no)\b)?", re.IGNORECASE
-    ),
+    "yes_no": re.compile(rf"\brating\W{{0,6}}(yes|no)\b(?P<more>{_SEVERAL_WORDS})?", re.IGNORECASE | re.MULTILINE),
 }
 BARE = {
     "likert": re.compile(r"\W*(?<![-−])([1-5])(?:\s*/\s*5)?\W*"),

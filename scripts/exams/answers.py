@@ -9,12 +9,15 @@ _LETTER = (
     r"""(?:\(([A-Za-z])\)|([B-HJ-Z])\b(?!['’]\w)|([AI])(?=\s*(?:$|[.,;:!?)\]}*<"'—–-]|\n))|([a-z])(?=[\s.*_`]*$))"""
 )
 """(C), C, or c at the end. "The answer is A good night's sleep" and "... I think" name no option."""
+_INSIDE = r"""(?:([B-HJ-Zb-hj-z])\b(?!['’]\w)|([AIai])(?=\s*(?:$|[^\w\s'’]|['’](?!\w))))"""
+"""A letter where the answer alone should stand. There, too, "A good night's sleep" is a text."""
 _IS = r"(?:\s+(?:is|would be|should be))"
+_OPENS = r"""[\s:=*_`"'“‘\[]*"""
 MARKED = re.compile(
-    r"<answer>\W*(?:option\W*)?([A-Za-z])\b[^<]*(?:</answer>|$)"  # <answer>(C)</answer>
-    r"|\\boxed\{\W*(?:\\text\{)?\W*([A-Za-z])\b"  # \boxed{C}
-    rf"|\b(?:[Aa]nswer|ANSWER){_IS}?[\s:=*_`]*(?:[Oo]ption\s+)?{_LETTER}"  # The answer is (C)
-    rf"|\b(?:[Oo]ption|[Cc]hoice)(?:{_IS}|\s*:)[\s:=*_`]*{_LETTER}"  # The best option is (C)
+    rf"<answer>\W*(?:[Oo]ption\W*)?{_INSIDE}[^<]*(?:</answer>|$)"  # <answer>(C)</answer>
+    rf"|\\boxed\{{\W*(?:\\text\{{)?\W*{_INSIDE}"  # \boxed{C}
+    rf"|\b(?:[Aa]nswer|ANSWER){_IS}?{_OPENS}(?:[Oo]ption\s+)?{_LETTER}"  # The answer is (C)
+    rf"|\b(?:[Oo]ption|[Cc]hoice)(?:{_IS}|\s*:){_OPENS}{_LETTER}"  # The best option is (C)
 )
 BARE = re.compile(r"[\s*_`]*(?:\(([A-Za-z])\)|([A-Za-z])(?=\s*[):]|\s*\.(?!\w)|[\s*_`]*$))")
 """An answer that begins with a letter: "(C)", "C", "C) Light in the morning"."""

@@ -28,9 +28,30 @@ LIKERT = [
     ("Rating: 3/5", 3),
     ("Rating: 3 out of 5.", 3),
     ("Rating: 1 to 5? I say\nRating: 2", 2),
+    ("Rating: 4 (out of 10)", None),  # other scales
+    ("Rating: **4** (of 10)", None),
+    ("Rating: **4**/10", None),
+    ("Rating: **4**/5", 4),
+    ("Rating: 4 points of 10", None),
+    ("Rating: 4 on a scale of 10", None),
+    ("Rating: 5%", None),
+    ("Rating: 4½", None),
+    ("Rating: 1|2|3|4|5", None),  # the form, repeated
+    ("Rating: [1|5]", None),
+    ("Rating: 1 2 3 4 5", None),
+    ("Rating: 1 → 5", None),
+    ("Rating: 3~4", None),
+    ("Rating: 3 through 5", None),
+    ("Rating: 4 (out of 5)", 4),
+    ("Rating: 4. Of 10 values, 9 are right.", 4),
+    ("Rating: 4\n10 values are right.", 4),
+    ("Rating: 4, because 2 values are wrong", 4),
+    ("Rating: 5 (not 4)", 5),
 ]
 YES_NO = [("Rating: yes", 1), ("rating - No.", 0), ("Yes.", 1), ("Yes, it does", None), ("Rating: unknown", None)]
 YES_NO += [("Rating: yes or no", None), ("Rating: yes, or: Rating: no", None), ("Rating: yes or no?\nRating: no", 0)]
+YES_NO += [("Rating: yes/no", None), ("Rating: [yes | no]", None), ("Rating: yes, no.", None)]
+YES_NO += [("Rating: yes/no\nRating: yes", 1), ("Rating: yes, no errors", 1), ("Rating: yes\nno value is wrong", 1)]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,16 @@ ANSWERS = [
     ("First <answer>(A)</answer>. Wait, that is wrong: <answer>(D)</answer>", "D"),
     ("The tag was forgotten: <answer>B", "B"),
     ("<answer>option (e), the last</answer>", "E"),
+    ("<answer>Option C</answer>", "C"),
+    ("<answer>A good night's sleep</answer>", None),  # an option's text, of which A is a word
+    ("<answer>I'd say so</answer>", None),
+    ("<answer>A: a good night's sleep</answer>", "A"),
+    ("<answer>a</answer>", "A"),
+    (r"\boxed{\text{A good night}}", None),
+    (r"\boxed{\text{A}}", "A"),
+    ('The answer is "C".', "C"),
+    ("The correct option is: [D]", "D"),
+    ("The answer is 'A good night'", None),
     ("<answer>(F)</answer>", None),  # the question ends at E
     ("<answer>(A)</answer> or rather <answer>(F)</answer>", None),  # nor does an earlier letter count then
     ("So the answer is (B).", "B"),
