@@ -92,7 +92,7 @@ def cohort_of(facts: StayFacts, events: Events, table: Table, hours: int, step_h
     """The cohort of the first `hours` steps, with implausible values clipped or dropped by rule and counted."""
     events, report = clean(events, list(table.values()), facts.unknown_units)
     grid, outside = grid_of(events, facts.hours_N, hours, tuple(table), step_hours)
-    statics_NS, counts = _clean_statics(facts.statics, len(grid))
+    statics_NS, counts = _clean_statics(facts, len(grid))
     values = {**report.values, **{f"{name} at admission": row for name, row in counts.items()}}
     return Cohort(
         name=facts.name,
@@ -107,15 +107,15 @@ def cohort_of(facts: StayFacts, events: Events, table: Table, hours: int, step_h
     )
 
 
-def _clean_statics(statics: dict[str, np.ndarray], stays: int) -> tuple[np.ndarray, dict[str, dict[str, int]]]:
+def _clean_statics(facts: StayFacts, stays: int) -> tuple[np.ndarray, dict[str, dict[str, int]]]:
     """([N, S] after the same rule as for measurements, counts by name)."""
-    statics_NS = np.full((stays, len(statics)), np.nan, np.float32)
+    statics_NS = np.full((stays, len(facts.statics)), np.nan, np.float32)
     counts = {}
-    for column, (name, value_N) in enumerate(statics.items()):
+    for column, (name, value_N) in enumerate(facts.statics.items()):
         known = np.flatnonzero(~np.isnan(value_N))
         zeros = np.zeros(len(known), np.int32)
         given = Events(known.astype(np.int32), zeros, zeros.astype(np.int16), value_N[known].astype(np.float32))
-        kept, report = clean(given, [STATICS[name]])
+        kept, report = clean(given, [STATICS[name]], facts.unknown_units)
         statics_NS[kept.stays_E, column] = kept.values_E
         counts.update(report.values)
     return statics_NS, counts

@@ -99,7 +99,11 @@ def _intake(found: FhirCohort, options: BundleOptions, needs: Needs) -> Intake:
         )
     report = found.cohort.report
     units = Counter({name: row["unknown unit"] for name, row in report.values.items() if row["unknown unit"]})
-    bundle = {"left_out": {what: n for what, n in report.left_out.items() if n}, "unknown_units": dict(units)}
+    lost = {
+        f"{name} that is impossible": row["dropped"] for name, row in report.values.items() if name not in needs.table
+    }
+    left_out = {what: n for what, n in {**report.left_out, **lost}.items() if n}
+    bundle = {"left_out": left_out, "unknown_units": dict(units)}
     kept = tuple(patients)
     return Intake(cohort=whole.cohort, patients=kept, cells=cells_of(values, kept, needs.table), bundle=bundle)
 

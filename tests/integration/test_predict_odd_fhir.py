@@ -65,6 +65,18 @@ def test_an_assessment_is_of_the_time_that_was_asked_for(client, query, minutes)
     assert told["cutoff_hour"] == min(-(-(minutes + ("at" in query and minutes in (180, 200))) // 60), WINDOW)
 
 
+def test_facts_of_a_patient_that_are_not_used_are_told(client):
+    """They change the number as values do, so that losing them is no secret."""
+    content = bundle(PULSE, fhir_observation("height", 3, "8302-2", 170, "parsec"))
+    content["entry"][0]["resource"] |= {"birthDate": "1800", "gender": "M"}
+    told = post(client, content, accept="application/json")["bundle"]
+    assert told["left_out"] == {
+        "age at admission that is impossible": 1,
+        "patients whose gender is no code of FHIR": 1,
+    }
+    assert told["unknown_units"] == {"height at admission": 1}
+
+
 def test_a_time_without_its_zone_is_named(client):
     error = post(client, bundle(PULSE), status=400, at="2026-03-01T12:50:00")
     assert (error["param"], "tz=" in error["message"]) == ("at", True)

@@ -71,10 +71,29 @@ def test_bundle_by_hand():
     np.testing.assert_allclose(cohort.statics_NS[0], [75, 0, np.nan, 68.0388555, np.nan], err_msg="height is too late")
     np.testing.assert_array_equal(cohort.statics_NS[1], [46, 1, np.nan, np.nan, np.nan])
     np.testing.assert_array_equal(cohort.label("mortality"), [1, 0])
-    assert left_out(found) == {}
+    assert left_out(found) == {"values of height after the first hour": 1}
     assert found.basis("Encounter/e1") == tuple(
         f"Observation/{name}" for name in ("early", "gcs", "weight", "late", "panel")
     )
+
+
+def test_facts_that_are_not_used_are_counted():
+    """A height of an unknown unit, one in metres that is told as centimetres, a date and a gender that are no codes."""
+    patient, *others = fhir_stays()
+    heights = [("parsec", 170), ("cm", 1.7), ("cm", 170)]
+    given = [fhir_observation(f"h{i}", i, "8302-2", value, unit) for i, (unit, value) in enumerate(heights)]
+    changed = {**patient, "birthDate": "03.02.1959", "gender": "M"}
+    found = read([("request", fhir_bundle([changed, *others, *given]))], FhirOptions())
+    assert left_out(found) == {
+        "values of height that are impossible": 1,
+        "patients whose birthDate cannot be read": 1,
+        "patients whose gender is no code of FHIR": 1,
+    }
+    assert found.cohort.report.values["height at admission"]["unknown unit"] == 1
+    for born, dropped in (("1800", 1), ("2030-01-01", 1), ("1951-03", 0)):
+        changed = {**patient, "birthDate": born}
+        found = read([("request", fhir_bundle([changed, *others]))], FhirOptions())
+        assert (left_out(found), found.cohort.report.values["age at admission"]["dropped"]) == ({}, dropped)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ DISPOSITION = "http://terminology.hl7.org/CodeSystem/discharge-disposition"
 DIED = "exp"
 NO_STAY = ("planned", "cancelled", "entered-in-error")
 SEXES = {"female": 0.0, "male": 1.0}
+GENDERS = (*SEXES, "other", "unknown")
+"""Codes of Patient.gender."""
 HOUR, LATEST = timedelta(hours=1), datetime.max.replace(tzinfo=UTC)
 
 
@@ -142,7 +144,13 @@ def read(documents: Iterable[Document], options: FhirOptions, name: str = "fhir"
         stay_ids=tuple(stay.key for stay in stays),
         patient_ids=tuple(stay.patient for stay in stays),
         labels=_labels(stays, options.hours),
-        left_out=dict(resources.left_out + left_out + observations.left_out),
+        left_out=dict(
+            resources.left_out
+            + left_out
+            + observations.left_out
+            + _unused_statics(measurements, table)
+            + _unread_facts(stays, resources)
+        ),
         unknown_units=observations.unknown_units,
     )
     cohort = cohort_of(facts, _events(measurements, table), table, options.hours)
@@ -228,17 +236,44 @@ def _statics(
     return statics
 
 
+def _unused_statics(measurements: tuple[Measurement, ...], table: Table) -> Counter[str]:
+    """Heights and weights that are no variables of the table and no facts of admission either, by reason."""
+    left_out = Counter[str]()
+    for m in measurements:
+        if m.name not in table and not m.is_possible:
+            left_out[f"values of {m.name} that are impossible"] += 1
+        elif m.name not in table and not m.is_static:
+            left_out[f"values of {m.name} after the first hour"] += 1
+    return left_out
+
+
+def _unread_facts(stays: list[Stay], resources: Resources) -> Counter[str]:
+    """Facts of the stays' patients that are told and cannot be read, by reason."""
+    left_out = Counter[str]()
+    for key in {stay.patient for stay in stays} & resources["Patient"].keys():
+        content = resources["Patient"][key].content
+        left_out["patients whose birthDate cannot be read"] += "birthDate" in content and _born(content) is None
+        left_out["patients whose gender is no code of FHIR"] += content.get("gender", "unknown") not in GENDERS
+    return left_out
+
+
 def _age(patient: Node, start: datetime) -> float:
     """In whole years; a birthDate without month or day counts from the first one."""
-    born = patient.get("birthDate")
-    if not isinstance(born, str) or not is_date(born):
+    born = _born(patient)
+    if born is None:
         return math.nan
-    year, month, day = (*map(int, born.split("-")), 1, 1)[:3]
+    return start.year - born.year - ((start.month, start.day) < (born.month, born.day))
+
+
+def _born(patient: Node) -> date | None:
+    text = patient.get("birthDate")
+    if not isinstance(text, str) or not is_date(text):
+        return None
+    year, month, day = (*map(int, text.split("-")), 1, 1)[:3]
     try:
-        date(year, month, day)
+        return date(year, month, day)
     except ValueError:  # a month 13
-        return math.nan
-    return start.year - year - ((start.month, start.day) < (month, day))
+        return None
 
 
 def _labels(stays: list[Stay], hours: int) -> dict[str, np.ndarray]:
