@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -36,6 +37,12 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"{hint} known: {told}"
 
 
+def harmless(text: str) -> str:
+    """A text of others, such as a server's or a model's, with its control characters as escapes, so that no terminal
+    obeys them; newlines and tabs stay."""
+    return "".join(one if one in "\n\t" or unicodedata.category(one) != "Cc" else repr(one)[1:-1] for one in text)
+
+
 def complain(command: str, message: str, status: int = 2) -> int:
     """Prints one line to stderr that says why a command ends, and returns the exit status `status` (2: wrong usage).
     Every command reports its errors through this function.
@@ -43,5 +50,6 @@ def complain(command: str, message: str, status: int = 2) -> int:
     command: the command as the user types it, for example "attnzoo list".
     """
     with contextlib.suppress(OSError):  # a full disk behind stderr changes no status
-        print(f"{command}: error: {message}", file=sys.stderr, flush=True)
+        line = harmless(" ".join(message.splitlines()))
+        print(f"{command}: error: {line}", file=sys.stderr, flush=True)
     return status

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from attnzoo.errors import OutputError, complain
+from attnzoo.errors import OutputError, complain, harmless
 from attnzoo.files import write_atomic
 
 PACKAGES = ("attnzoo", "torch", "deepspeed", "ray", "sentencepiece")
@@ -191,7 +191,7 @@ def format_value(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:z.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else harmless(str(value))
 
 
 def _claim_row(claim: Claim) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from attnzoo.clinical.rubric import (
     judge,
     judged_texts,
 )
-from attnzoo.errors import complain, suggest
+from attnzoo.errors import complain, harmless, suggest
 from attnzoo.files import user_path, write_atomic
 from attnzoo.progress import Progress
 from attnzoo.report import Report, counted
@@ -59,7 +59,7 @@ def carry_out(options: argparse.Namespace) -> int:
     interrupts.say("")
     for case in cases:
         parts = [f"# {case.id}", *(f"## {tag}{_mark(case, tag)}\n\n{text}" for tag, text in case.sections.items())]
-        print("\n\n".join(parts), end="\n\n")
+        print(harmless("\n\n".join(parts)), end="\n\n")
     content: dict[str, Any] = {"cases": [vars(case) for case in cases]}
     if judged is not None:
         report.rows += rating_rows(judged)
@@ -71,7 +71,7 @@ def carry_out(options: argparse.Namespace) -> int:
     if options.json is not None:
         write_atomic(options.json, (json.dumps({**report.to_dict(), **content}, indent=2) + "\n").encode("utf-8"))
     for line in told:
-        print(line, file=sys.stderr)
+        print(harmless(line), file=sys.stderr)
     return 0 if judged is None else _judged_badly(judged, cases, most, path)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from attnzoo import interrupts
 from attnzoo.cli.outputs import OutputFile
-from attnzoo.errors import complain
+from attnzoo.errors import complain, harmless
 from attnzoo.files import user_path
-from attnzoo.report import Report
+from attnzoo.report import Report, counted
 
 KEEP = "--answers FILE keeps what was answered"
 EXAMPLES = """examples:
@@ -90,12 +90,17 @@ def run(options: argparse.Namespace) -> int:
         kept = {"exam": fingerprint(everything), "model": endpoint.model, **asdict(settings)}
         with Journal(options.answers, kept) as journal:
             interrupts.say(f"attnzoo exam: {stopped(options.answers)}")
-            answered = take(endpoint, questions, settings, journal, options.parallel)
+            failures = list[str]()
+            answered = take(endpoint, questions, settings, journal, options.parallel, failures)
     interrupts.say("")
     report.rows += rows(answered, settings)
     report.print_table()
     if options.json:
         report.write(options.json)
+    if failures:
+        way = "the same command asks again" if options.answers else KEEP
+        told = f"{counted(len(failures), 'request')} failed, the last one so: {failures[-1]}; {way}"
+        print(harmless(told), file=sys.stderr)
     told, status = unread_answers(answered, settings.tokens, options.answers)
     if status:
         return complain("attnzoo exam", told, status)

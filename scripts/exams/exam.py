@@ -84,11 +84,16 @@ class Answered:
 
 
 def take(
-    endpoint: Endpoint, questions: Sequence[Question], settings: Settings, journal: Journal, parallel: int
+    endpoint: Endpoint,
+    questions: Sequence[Question],
+    settings: Settings,
+    journal: Journal,
+    parallel: int,
+    failures: list[str] | None = None,
 ) -> list[Answered]:
     """Asks what the journal does not have yet, `parallel` requests at a time. What failed is not entered, so that it is
-    asked again by the next run. Ctrl-C waits for no answer. Raises ValueError where the endpoint refuses the first
-    request."""
+    asked again by the next run, and `failures` is given why. Ctrl-C waits for no answer. Raises ValueError where the
+    endpoint refuses the first request."""
     if parallel < 1:
         raise ValueError(f"parallel={parallel} must be at least 1")
     asked = [
@@ -98,7 +103,7 @@ def take(
         for turn in range(settings.rounds)
     ]
     left = [each for each in asked if each[0] not in journal.entries]
-    progress, failures = Progress(len(left)), 0
+    progress, why = Progress(len(left)), [] if failures is None else failures
 
     def ask(key: str, question: Question, turn: int) -> None:
         journal.add(key, _asked(endpoint, question, settings, turn))
@@ -106,8 +111,9 @@ def take(
     for wave in (left[:1], left[1:]):  # a wrong name or key is known after one request
         with closing(_side_by_side([partial(ask, *each) for each in wave], parallel)) as ended:
             for error in ended:
-                failures += _failed(error, may_be_refused=wave != left[:1])
-                progress.add(1, f"{failures} failed" if failures else "")
+                if _failed(error, may_be_refused=wave != left[:1]):
+                    why.append(str(error))
+                progress.add(1, f"{len(why)} failed" if why else "")
     progress.close()
     return results(questions, settings, journal)
 

@@ -16,7 +16,7 @@ from tests.helpers.training import ROOT
 
 class ChatEndpoint(HTTPServer):
     """replies: what it answers by path: content, a text that is sent as it stands, or a function of the request's
-    content that gives one of these. coding: what it says of its coding."""
+    content that gives one of these, or a status and one of these. coding: what it says of its coding."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Answer)
@@ -40,8 +40,9 @@ class _Answer(BaseHTTPRequestHandler):
     def _answer(self, request: Any) -> None:
         reply = self.server.replies[self.path.removeprefix("/v1")]
         found = reply(request) if callable(reply) else reply
-        body = (found if isinstance(found, str) else json.dumps(found)).encode()
-        self.send_response(200)
+        status, content = found if isinstance(found, tuple) else (200, found)
+        body = (content if isinstance(content, str) else json.dumps(content)).encode()
+        self.send_response(status)
         self.send_header("content-length", str(len(body)))
         if self.server.coding is not None:
             self.send_header("content-encoding", self.server.coding)

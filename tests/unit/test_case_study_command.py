@@ -201,3 +201,12 @@ def test_a_wrong_name_is_told_in_a_short_line(words, capsys) -> None:
     words[words.index("--stay") + 1] = "garbage"
     assert main(words) == 2
     assert len(capsys.readouterr().err) < 600
+
+
+def test_a_text_is_shown_and_not_obeyed_by_the_terminal(words, says, tmp_path, capsys) -> None:
+    """The file of the report has it as it came."""
+    says(lambda prompt: "\x1b[2JSleep\n\tmore\x07")
+    assert main([*words, "--json", str(tmp_path / "r.json")]) == 0
+    assert "\n\\x1b[2JSleep\n\tmore\\x07\n" in capsys.readouterr().out
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert content["cases"][0]["sections"][TAGS[0]] == "\x1b[2JSleep\n\tmore\x07"

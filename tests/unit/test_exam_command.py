@@ -116,3 +116,24 @@ def test_an_id_of_zero_is_an_id(tmp_path) -> None:
     path.write_text('{"id": 0, "question": "Which?", "choices": ["one", "two"], "answer": "A", "domain": 0}')
     (found,) = read_questions(path)
     assert (found.id, found.group) == ("0", "0")
+
+
+def test_what_an_endpoint_says_is_shown_and_not_obeyed(words, endpoint, tmp_path, capsys) -> None:
+    """Its errors in one line; the reason of requests that failed, and whether they are asked again."""
+    told = "\x1b[2Jno such\nthing\x07"
+    asked = says(endpoint, "<answer>(B)</answer>", "stop")
+    answer = endpoint.replies["/chat/completions"]
+
+    def refuse(request: dict[str, Any]) -> Any:
+        return (400, {"error": {"message": told}}) if asked else answer(request)
+
+    endpoint.replies["/chat/completions"] = refuse
+    assert main([*words, "--answers", str(tmp_path / "a.jsonl")]) == 1
+    error = capsys.readouterr().err
+    assert "3 requests failed, the last one so: " in error
+    assert r"(status 400): \x1b[2Jno such" in error
+    assert "; the same command asks again" in error
+    assert main(words) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("attnzoo exam: error: ")
+    assert line.endswith(r"\x1b[2Jno such thing\x07")
