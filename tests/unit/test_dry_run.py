@@ -8,6 +8,7 @@ import torch
 from attnzoo.attention import ATTENTION
 from attnzoo.checkpoint import save_model
 from attnzoo.models import DecoderConfig, DecoderLM
+from tests.helpers.clinical_files import write_stays
 from tests.helpers.plain_modules import Mine, registered, variant_of
 from tests.helpers.training import write_tiny
 from train.data import DataConfig
@@ -271,3 +272,13 @@ def test_a_checkpoint_that_is_in_the_way_is_told_by_both(
         for resume, expected in (("never", "set run_dir to a new directory"), ("auto", "no file latest")):
             assert main(["--config", str(tiny), *dry, f"run_dir={tmp_path}", f"checkpoint.resume={resume}"]) == 2
             assert expected in capfd.readouterr().err
+
+
+def test_stays_that_are_longer_than_the_model_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A clinical run said so at its first evaluation, after everything had been prepared."""
+    words = [f"data.path={write_stays(tmp_path)}", "data.hours=12", "train.batch_size=32", "model.chunks=1"]
+    begin = ["--config", "tscan-mortality.yaml", "--dry-run", *words, f"run_dir={tmp_path / 'run'}"]
+    assert main(begin) == 0
+    assert main([*begin, "model.chunk_hours=6"]) == 2
+    told = "model.chunks=1 of model.chunk_hours=6 hold 6 hours, and a stay has 12; raise one of them, lower data.hours"
+    assert told in capfd.readouterr().err

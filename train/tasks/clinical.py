@@ -85,10 +85,20 @@ class ClinicalTask(CohortTask):
     # --- before anything is prepared ----------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Reads the cohort, splits it, and looks at checkpoint.init_from."""
+        """Reads the cohort, splits it, looks at checkpoint.init_from, and whether stays fit the model."""
         if self.config.checkpoint.init_from is not None:
             self._initial(self.config.checkpoint.init_from)
         self.check_kinds("task.label", {self.options.label: self.outcome.kinds(self.labels)})
+        self._check_hours()
+
+    def _check_hours(self) -> None:
+        """Raises ValueError where a stay is longer than the model's chunks."""
+        model, most = self._model_config(), int(self.cohort.grid.hours_N.max())
+        if model.longest is not None and most > model.longest:
+            raise ValueError(
+                f"model.chunks={model.chunks} of model.chunk_hours={model.chunk_hours} hold {model.longest} hours, and "
+                f"a stay has {most}; raise one of them, lower data.hours, or set model.share_fusion=true"
+            )
 
     @property
     def strata(self) -> str | None:
