@@ -16,8 +16,8 @@ from attnzoo.attention.edits import EditPlan
 from attnzoo.kvcache.choice import CacheChoice
 from serve.engine import Engine
 from serve.faults import DeviceError, log, message
-from serve.request import Delta, SamplingParams
-from serve.scheduler import QueueFullError
+from serve.request import USUAL, Delta, SamplingParams, Urgency
+from serve.scheduling import QueueFullError
 
 MAX_FAULTS = 3
 """The engine ends after so many failed steps in a row."""
@@ -131,9 +131,10 @@ class AsyncEngine:
         params: Sequence[SamplingParams],
         cache: CacheChoice | None = None,
         plans: Sequence[EditPlan | None] | None = None,
+        urgency: Urgency = USUAL,
     ) -> Stream:
-        """Queues all prompts or none of them, with the same `cache`. The stream's `request_ids` are in their order.
-        plans: what each reads and edits of attention.
+        """Queues all prompts or none of them, with the same `cache` and urgency. The stream's `request_ids` are in
+        their order. plans: what each reads and edits of attention.
 
         Raises the errors of `Engine.check`; QueueFullError; EngineUnavailableError; RuntimeError outside an event loop,
         and while requests of another event loop are open.
@@ -151,7 +152,7 @@ class AsyncEngine:
         commands: list[Callable[[], object]] = []
         for request_id, prompt, param, plan in zip(stream.request_ids, prompts, params, plans, strict=True):
             self._streams[request_id] = stream
-            commands.append(partial(self._admit, request_id, prompt, param, arrived, cache, plan))
+            commands.append(partial(self._admit, request_id, prompt, param, arrived, cache, plan, urgency))
         self._send(commands)
         return stream
 
@@ -210,10 +211,11 @@ class AsyncEngine:
         arrived: float,
         cache: CacheChoice | None,
         plan: EditPlan | None,
+        urgency: Urgency,
     ) -> None:
         """Runs in the engine's thread. A request that passed `check` may still fail here; then only it fails."""
         try:
-            self.engine.add_request(request_id, prompt, params, arrived, cache, plan)
+            self.engine.add_request(request_id, prompt, params, arrived, cache, plan, urgency)
         except Exception as failure:
             log(f"request {request_id} failed", failure)
             self._post(self._deliver, [Delta(request_id, "", 0, finish_reason="error", error=message(failure))])

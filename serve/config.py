@@ -63,12 +63,13 @@ class EngineConfig(CheckedConfig):
     max_caches: number of different caches besides the default that may run at the same time (each needs its own pass
     through the model); requests for others wait. cache_mib: memory in MiB for the caches of all requests, and for
     prompts being read into compressed ones; requests wait for free memory. A full cache counts as the pages that its
-    prompt and max_tokens fill, compressed ones by the policies' byte models and by measured rows; padding of the newest
-    row, where layers have different budgets, may exceed it. None: no limit.
+    tokens fill, and 256 more tokens of its text; where sequences grow beyond the limit, the least urgent one that came
+    last is set aside, and goes on later. Compressed caches count by the policies' byte models and by measured rows;
+    padding of the newest row, where layers have different budgets, may exceed the limit. None: no limit.
     prefix_mib: memory in MiB for beginnings of prompts, which later prompts that begin alike copy in place of computing
-    them; the text is the same, bit for bit. 0: nothing is kept. prefix_cell: tokens of the pieces that are kept and in
-    which prompts are read, at most max_batched_tokens - max_num_seqs; larger ones compute a little faster, smaller ones
-    match more.
+    them, and for the states of sequences that were set aside; the text is the same, bit for bit. 0: nothing is kept,
+    and what was set aside is computed anew. prefix_cell: tokens of the pieces that are kept and in which prompts are
+    read, at most max_batched_tokens - max_num_seqs; larger ones compute a little faster, smaller ones match more.
     """
 
     checkpoint: str
@@ -141,7 +142,8 @@ class ServeConfig(EngineConfig):
     largest request body.
     stream_interval_ms: shortest time between two events of a stream; the later one carries all new text. This saves
     work when tokens come faster than anyone reads; 0 sends every token at once. max_choices: most completions (prompts
-    times n) of one request, never more than max_num_seqs + max_queue. num_cpus: CPUs of the local Ray.
+    times n) of one request, never more than max_num_seqs + max_queue. priorities: whether requests may say how urgent
+    they are, and take slots and memory of less urgent ones. num_cpus: CPUs of the local Ray.
     drain_timeout_s: seconds that running requests may take to finish at shutdown. allowed_hosts: host names of this
     server besides loopback's ("api.example.com", "*.example.com", "*" for any); None: no others if `host` is on
     loopback, else IP addresses and this machine's name too. header_timeout_s, body_timeout_s: seconds in which a client
@@ -169,6 +171,7 @@ class ServeConfig(EngineConfig):
     api_key_env: str | None = None
     max_body_bytes: int = 1 << 20
     max_choices: int = 16
+    priorities: bool = False
     stream_interval_ms: float = 0.0
     num_cpus: int = 2
     drain_timeout_s: float = 30.0

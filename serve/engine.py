@@ -5,39 +5,40 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from attnzoo.attention.edits import EditPlan, EditRun
 from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models import DecoderLM
 from attnzoo.tokenizer.text_stream import TextStream
 from attnzoo.vision.redistribution import FoundSinks, sinks_of
-from serve.caches import CacheRules
+from serve.admission import Admission
+from serve.batch import complete_all
 from serve.config import EngineConfig
 from serve.faults import DeviceError, SharedError, log, logger
 from serve.loading import load_parts, max_model_len
 from serve.metrics import ServerMetrics
-from serve.pace import PromptPace
 from serve.pool import compiled_step
+from serve.preemption import AHEAD, Preemption
 from serve.prefix import PrefixCache
-from serve.prompts import Prompt, PromptEncoder, as_prompt, check_prompt, read_prompts
+from serve.prompts import Prompt, PromptEncoder, as_prompt, read_prompts
 from serve.request import (
+    USUAL,
     Alone,
-    CacheMemoryError,
     CompletionOutput,
-    ContextLengthError,
     Delta,
     FinishReason,
     Request,
     SamplingParams,
+    Urgency,
     failed,
 )
-from serve.runner import Runner, StepOutput
+from serve.runner import Runner
 from serve.sampler import Drawn, make_generator, sample_rows
-from serve.scheduler import Demand, Scheduler, StepPlan
+from serve.scheduling import PromptPace, Scheduler, StepPlan
 from serve.synchronized import synchronized
 
 if TYPE_CHECKING:
@@ -68,13 +69,10 @@ class Engine:
         self.max_model_len = max_model_len(config, self.model.config.max_positions)
         self.encoder = PromptEncoder(self.tokenizer, config.control_tokens, self.max_model_len)
         self.chat_template = self.encoder.chat
-        self.caches = CacheRules(config.cache or self.model.config.cache, config.cache_bounds)
-        self._byte_model = lru_cache(maxsize=256)(lambda choice: self.model.byte_model(choice.build()))
+        self.admission = Admission(config, self.model, self.tokenizer, self.max_model_len)
+        self.caches = self.admission.caches
         cell = min(config.prefix_cell, config.max_batched_tokens - config.max_num_seqs)  # what any step has room for
         self.prefixes = PrefixCache(self.model, config.prefix_mib << 20, cell, self.tokenizer.stop_ids)
-        self.choose_cache(None)
-        for choice in self.caches.examples():
-            self._check_bounds(choice)
         self.scheduler = self._new_scheduler()
         rows = config.max_num_seqs if self.caches.exact else 0
         choice, steps = self.caches.default, {}
@@ -82,6 +80,7 @@ class Engine:
             steps[choice] = compiled_step(self.model, choice.build(), config.max_num_seqs, self.max_model_len)
         self.runner = Runner(self.model, rows, self.max_model_len, config.compile_decode, steps, self.prefixes)
         self.metrics = ServerMetrics()
+        self.preemption = Preemption(self.runner, self.prefixes, self.metrics)
         self.pace = PromptPace(None if config.itl_target_ms is None else config.itl_target_ms / 1000)
         self._requests: dict[str, Request] = {}
         self._unread: list[Delta] = []
@@ -95,7 +94,7 @@ class Engine:
             config.max_batched_tokens,
             config.max_queue,
             max_groups=config.max_caches,
-            max_bytes=None if config.cache_mib is None else config.cache_mib << 20,
+            max_bytes=self.admission.max_bytes,
             default_group=self.caches.default,
             prefixes=self.prefixes,
         )
@@ -121,49 +120,15 @@ class Engine:
 
         Raises ValueError that names the field if it is unknown, out of range, not allowed, or not for this model.
         """
-        choice = self.caches.choose(asked)
-        if not choice.exact:
-            self._byte_model(choice)  # raises if the policy does not work with this model
-        return choice
-
-    def _check_bounds(self, choice: CacheChoice) -> None:
-        """Raises ValueError if the bounds allow a policy that does not work with this model."""
-        try:
-            if not choice.exact:
-                self._byte_model(choice)
-        except ValueError as error:
-            raise ValueError(f"cache_bounds.{choice.policy}: this model cannot have it: {error}") from None
-
-    def _demand(self, choice: CacheChoice, prompt: int, tokens: int, alone: bool = False) -> Demand:
-        """The memory that counts against `cache_mib`."""
-        if choice.exact and alone:
-            return Demand(choice, own_bytes=self.runner.full_bytes(prompt + tokens))
-        if choice.exact:
-            assert self.runner.full is not None
-            return Demand(choice, own_bytes=self.runner.full.row_bytes(prompt + tokens))
-        model = self._byte_model(choice)
-        streamed = model.policy.prefill == "stream"
-        room = min(self.config.max_batched_tokens, prompt) if streamed else prompt
-        return Demand(choice, row_bytes=model.compressed(prompt, tokens), prompt_bytes=model.reading(room))
+        return self.admission.choose(asked)
 
     def check(
         self, prompt: Sequence[int], params: SamplingParams, cache: CacheChoice | None = None, alone: bool = False
     ) -> None:
         """Raises ValueError for a prompt that is empty or has unknown tokens, ContextLengthError if prompt and
-        max_tokens exceed the context, CacheMemoryError if the request's cache exceeds `cache_mib`."""
-        check_prompt(prompt, self.tokenizer.vocab_size, self.model.config.model_dim)
-        total = len(prompt) + params.max_tokens
-        if total > self.max_model_len:
-            raise ContextLengthError(
-                f"this model's context is {self.max_model_len} tokens, but {total} were asked for "
-                f"({len(prompt)} in the prompt, max_tokens={params.max_tokens}); shorten the prompt or lower max_tokens"
-            )
-        most = self._demand(cache or self.caches.default, len(prompt), params.max_tokens, alone).most
-        if self.scheduler.max_bytes is not None and most > self.scheduler.max_bytes:
-            raise CacheMemoryError(
-                f"this request's cache needs {most / 2**20:.1f} MiB, and there are cache_mib={self.config.cache_mib}; "
-                "shorten the prompt, or keep less of it"
-            )
+        max_tokens exceed the context, CacheMemoryError if the request's cache exceeds `cache_mib`. alone: it reads or
+        edits attention."""
+        self.admission.check(self.runner, prompt, params, cache or self.caches.default, alone)
 
     @synchronized
     def add_request(
@@ -174,12 +139,15 @@ class Engine:
         arrived: float | None = None,
         cache: CacheChoice | None = None,
         plan: EditPlan | None = None,
-    ) -> None:
-        """Queues a request. arrived: its arrival by time.perf_counter, for the metrics (None: now). cache: from
-        `choose_cache`. plan: what it reads and edits of attention. Raises the errors of `check` and `Scheduler.add`."""
-        cache = cache or self.caches.default
-        self.check(prompt, params, cache, plan is not None)
+        urgency: Urgency = USUAL,
+    ) -> Request:
+        """Queues a request, and returns it. arrived: its arrival by time.perf_counter, for the metrics and its deadline
+        (None: now). cache: from `choose_cache`. plan: what it reads and edits of attention. Raises the errors of
+        `check` and `Scheduler.add`."""
+        cache, alone = cache or self.caches.default, plan is not None
+        self.check(prompt, params, cache, alone)
         total = len(prompt) + params.max_tokens
+        ahead = min(params.max_tokens, AHEAD) if cache.exact and not alone else params.max_tokens
         request = Request(
             request_id=request_id,
             prompt=as_prompt(prompt),
@@ -189,12 +157,15 @@ class Engine:
             group=cache if plan is None else Alone(cache, EditRun(plan), total),
             generator=make_generator(params, self.runner.device),
             arrived=time.perf_counter() if arrived is None else arrived,
+            urgency=urgency,
+            room=len(prompt) + ahead,
         )
-        demand = self._demand(cache, len(prompt), params.max_tokens, plan is not None)
+        demand = replace(self.admission.demand(self.runner, cache, len(prompt), ahead, alone), group=request.group)
         borders = self.prefixes.borders(request.prompt)
-        self.scheduler.add(request_id, len(prompt), replace(demand, group=request.group), borders)
-        self.prefixes.add(request_id, request.prompt, borders, cache, alone=plan is not None)
+        self.scheduler.add(request_id, len(prompt), demand, borders, priority=urgency.priority, movable=not alone)
+        self.prefixes.add(request_id, request.prompt, borders, cache, alone=alone)
         self._requests[request_id] = request
+        return request
 
     def has_work(self) -> bool:
         """Whether any request is unfinished, or `step` has deltas to return."""
@@ -222,27 +193,43 @@ class Engine:
     def _run_step(self, deltas: list[Delta]) -> None:
         """Appends each delta to `deltas` at once, so that none is lost when a later part of the step raises."""
         started = time.perf_counter()
+        for request in [request for request in self._requests.values() if request.is_late]:
+            self._end_late(request, deltas)
+        self.preemption.make_room(self.scheduler, self._requests)
         plan = self.scheduler.schedule(self.pace.prompt_tokens)
         self._mark_started(plan)
         ran = self.runner.run(plan, self._requests)
+        for resume in plan.resumed:
+            self.preemption.forget(self._requests[resume.request_id])
         for group, row_bytes in self.runner.joined(plan):
             self.scheduler.measured(group, row_bytes)
-        rows = [self._requests[request_id] for request_id in ran.sampled]
-        drawn = self._draw(ran, rows)
+        sampled = [self._requests[request_id] for request_id in ran.sampled]
+        new = [row for row, request in enumerate(sampled) if not request.repeats]
+        for request in sampled:
+            request.repeat()
+        rows = [sampled[row] for row in new]
+        drawn = self._draw(ran.logits_RV if len(rows) == len(sampled) else ran.logits_RV[new], rows)
         decoding = len(plan.decoding)
-        self.pace.measured(decoding, plan.num_tokens - decoding, time.perf_counter() - started)
+        if plan.num_tokens:
+            self.pace.measured(decoding, plan.num_tokens - decoding, time.perf_counter() - started)
         for request_id, failure in ran.failed.items():
             self._fail(self._requests[request_id], failure, deltas)
         self._update(rows, drawn, deltas)
         self.metrics.step(plan.num_tokens)
         self._publish_load()
 
-    def _draw(self, ran: StepOutput, rows: list[Request]) -> list[Drawn | Exception]:
+    def _end_late(self, request: Request, deltas: list[Delta]) -> None:
+        """Ends a request whose deadline has passed, with the text that there is."""
+        text = request.text.finish()
+        deltas.append(self._delta(request, text, "stop" if request.text.stopped else "deadline"))
+        self._leave(request, "deadline")
+
+    def _draw(self, logits_RV: Tensor, rows: list[Request]) -> list[Drawn | Exception]:
         if not rows:
             return []
         try:
             # A model's vocabulary may be padded; tokens that the tokenizer does not have are never chosen.
-            return sample_rows(ran.logits_RV[:, : self.tokenizer.vocab_size], rows)
+            return sample_rows(logits_RV[:, : self.tokenizer.vocab_size], rows)
         except Exception as failure:
             self.runner.check_device(failure)
             return [SharedError(failure)] * len(rows)
@@ -270,9 +257,10 @@ class Engine:
 
     def render_metrics(self) -> bytes:
         """The metrics in Prometheus' text format, with the bytes in use. Any thread may call it."""
-        running = [request for request in list(self._requests.values()) if request.started]
+        running = [r for r in list(self._requests.values()) if r.started and r.aside is None]
         self.metrics.memory(sum(self.runner.kv_bytes(request) for request in running), self.runner.pool_bytes)
         self.metrics.prefixes(*self.prefixes.counts())
+        self.metrics.aside(self.prefixes.tree.lent)
         return self.metrics.render()
 
     @synchronized
@@ -293,43 +281,23 @@ class Engine:
         for prompt in pending:
             self.check(prompt, params, choice)
         call = next(self._ids)
-        indices = {f"generate-{call}-{index}": index for index in range(len(pending))}
-        done: dict[str, CompletionOutput] = {}
+        named = {f"generate-{call}-{index}": prompt for index, prompt in enumerate(pending)}
         try:
-            self._complete(dict(zip(indices, pending, strict=True)), params, choice, done)
+            done = complete_all(self, named, params, choice)
         finally:
-            for request_id in indices:
+            for request_id in named:
                 self.abort(request_id)
-            self._unread = [delta for delta in self._unread if delta.request_id not in indices]
-        return [done[request_id] for request_id in indices]
+            self._unread = [delta for delta in self._unread if delta.request_id not in named]
+        return [done[request_id] for request_id in named]
 
-    def _complete(
-        self,
-        prompts: dict[str, Sequence[int]],
-        params: SamplingParams,
-        cache: CacheChoice,
-        done: dict[str, CompletionOutput],
-    ) -> None:
-        """Runs steps until all prompts are in `done`; keeps the deltas of other requests for the next `step`."""
-        todo = list(prompts.items())[::-1]
-        parts: dict[str, list[Delta]] = {request_id: [] for request_id in prompts}
-        others: list[Delta] = []
-        try:
-            while len(done) < len(prompts):
-                while todo and len(self._requests) < self.config.max_num_seqs:
-                    request_id, prompt = todo.pop()
-                    self.add_request(request_id, prompt, params, cache=cache)
-                running = dict(self._requests)
-                for delta in self.step():
-                    if delta.request_id not in parts:
-                        others.append(delta)
-                        continue
-                    parts[delta.request_id].append(delta)
-                    if delta.finish_reason is not None:
-                        tokens = running[delta.request_id].generated
-                        done[delta.request_id] = CompletionOutput.of(parts[delta.request_id], tokens)
-        finally:
-            self._unread = others + self._unread
+    def put_back(self, deltas: list[Delta]) -> None:
+        """The next `step` returns these first."""
+        self._unread = deltas + self._unread
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._requests)
 
     def _update(self, rows: list[Request], drawn: list[Drawn | Exception], deltas: list[Delta]) -> None:
         now = time.perf_counter()
@@ -350,6 +318,8 @@ class Engine:
         """Appends a token to a request, and returns the delta."""
         token, logprob = drawn
         request.generated.append(token)
+        if not request.first_token:
+            request.cached = self.prefixes.plans[request.request_id].reused
         self.metrics.token(request, now)
         ends = token in self.tokenizer.stop_ids and not request.params.ignore_eos
         last = len(request.generated) >= request.params.max_tokens
@@ -368,17 +338,19 @@ class Engine:
             delta.logprobs = request.text.take_logprobs(finished=reason is not None)
         if reason is not None:
             delta.prompt_tokens = len(request.prompt)
-            delta.ttft_s = request.first_token - request.arrived
-            reuse = self.prefixes.plans[request.request_id]
-            delta.cached_tokens, delta.not_cached = reuse.reused, reuse.why_not
+            delta.ttft_s = request.first_token - request.arrived if request.first_token else 0.0
+            delta.cached_tokens = request.cached
+            delta.not_cached = self.prefixes.plans[request.request_id].why_not
             delta.run = request.group.run if isinstance(request.group, Alone) else None
-            self._report_memory(delta, request)
+            delta.policy = request.cache.policy
+            if self.scheduler.decodes(request.request_id):
+                self._report_memory(delta, request)
         return delta
 
     def _report_memory(self, delta: Delta, request: Request) -> None:
         slot = self.scheduler.tables[request.group].slot_of(request.request_id)
         memory = self.runner.memory(request, slot)
-        delta.policy, delta.kept_tokens = request.cache.policy, memory.kept_tokens
+        delta.kept_tokens = memory.kept_tokens
         delta.kv_bytes, delta.kv_bytes_full = memory.kv_bytes, memory.kv_bytes_full
         delta.not_compressed = memory.not_compressed
 
@@ -386,6 +358,7 @@ class Engine:
         release = self.scheduler.finish(request.request_id)
         if release is not None:
             self.runner.release(request, release)
+        self.preemption.forget(request)
         del self._requests[request.request_id]
         self.prefixes.remove(request.request_id)
         self.metrics.finished(request, reason)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -27,6 +28,12 @@ class ServerMetrics:
         self._prefix_before = (0, 0, 0)
         self._prefix_bytes = self._gauge("prefix_cache_bytes", "Bytes of beginnings of prompts that are kept")
         self._prefix_evictions = self._counter("prefix_cache_evictions", "Cells of prompts that left for room")
+        self._aside_bytes = self._gauge("aside_bytes", "Bytes of the state of sequences that were set aside")
+        self._preempted = Counter(
+            "attnzoo_num_preemptions", "Sequences that were set aside", ["state"], registry=self.registry
+        )
+        for state in ("kept", "dropped"):
+            self._preempted.labels(state)
         self._map_bytes = self._gauge("attention_map_bytes", "Bytes of attention maps, reserved and kept")
         self._prompt = self._counter(
             "prompt_tokens", "Prompt tokens of finished and aborted requests, once for all choices of one"
@@ -35,7 +42,7 @@ class ServerMetrics:
         self._requests = Counter(
             "attnzoo_request_success", "Requests that left the engine", ["finished_reason"], registry=self.registry
         )
-        for reason in ("stop", "length", "abort", "error"):
+        for reason in get_args(FinishReason):
             self._requests.labels(reason)
         self._answers = Counter(
             "attnzoo_http_responses",
@@ -69,6 +76,14 @@ class ServerMetrics:
         self._kv_bytes.set(filled)
         self._pool_bytes.set(allocated)
 
+    def preempted(self, *, kept: bool) -> None:
+        """Counts a sequence that was set aside, with its state or without."""
+        self._preempted.labels("kept" if kept else "dropped").inc()
+
+    def aside(self, nbytes: int) -> None:
+        """Sets the bytes of sequences that were set aside."""
+        self._aside_bytes.set(nbytes)
+
     def prefixes(self, queries: int, hits: int, nbytes: int, evictions: int) -> None:
         """Sets what was looked up, copied, kept and given up of beginnings of prompts."""
         self._prefix_bytes.set(nbytes)
@@ -98,7 +113,7 @@ class ServerMetrics:
         self._requests.labels(reason).inc()
         if request.params.counts_prompt:
             self._prompt.inc(len(request.prompt))
-        if reason in ("stop", "length"):
+        if reason in ("stop", "length", "deadline"):
             self._e2e.observe(time.perf_counter() - request.arrived)
 
     def answered(self, status: int) -> None:

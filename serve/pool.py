@@ -20,8 +20,7 @@ from attnzoo.ops.common.step_inputs import StepInputs
 from serve.arena import ElasticState
 from serve.faults import logger
 from serve.request import Alone
-from serve.scheduler import Chunk, Reuse
-from serve.slots import Release
+from serve.scheduling import Chunk, Release, Reuse
 
 Prompts = Sequence[tuple[Chunk, Sequence[int]]]
 """Chunks in neighbouring slots, each with its whole prompt: token ids, or an `EmbeddedPrompt`."""
@@ -106,6 +105,19 @@ class SlotPool:
     def row(self, slot: int) -> DecoderState:
         """A view of the state of the sequence in a slot."""
         return self._rows(slice(slot, slot + 1))
+
+    def held(self, slot: int) -> int:
+        """Bytes of `copy` of the sequence in a slot."""
+        return self.row(slot).cut(self.lengths[slot]).nbytes()
+
+    def copy(self, slot: int) -> DecoderState:
+        """The state of the sequence in a slot, as large as its tokens need."""
+        return self.row(slot).cut(self.lengths[slot]).clone()
+
+    def put(self, slot: int, tokens: int, state: DecoderState) -> None:
+        """Puts a sequence of so many tokens, which `copy` has given, into an empty slot."""
+        self.row(slot).cut(tokens).fill(state)
+        self.lengths[slot] = tokens
 
     def restore(self, reuse: Reuse, copied: Copied) -> None:
         """Continues the sequence in a slot by what `copied` writes into its state."""
@@ -247,6 +259,21 @@ class CompactPool:
         else:
             hidden_BTD, self.state = self._compiled(tokens_B1, self.state)
         return hidden_BTD[:, -1]
+
+    def held(self, slot: int) -> int:
+        """Bytes of `copy` of the sequence in a slot."""
+        assert self.state is not None
+        return self.state.nbytes() // self.state.batch
+
+    def copy(self, slot: int) -> DecoderState:
+        """The state of the sequence in a slot."""
+        assert self.state is not None
+        row = self.row_of(slot)
+        return self.state.rows(slice(row, row + 1)).clone()
+
+    def put(self, slot: int, tokens: int, state: DecoderState) -> None:
+        """Adds a sequence that `copy` has given, behind all others."""
+        self._join(slot, state)
 
     def restore(self, reuse: Reuse, prompt: Sequence[int], copied: Copied) -> None:
         """Continues a sequence whose prompt is read by what `copied` writes into its state."""

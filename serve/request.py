@@ -1,5 +1,6 @@
 """A request in the engine: its sampling parameters, its progress, and the results of each step."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -13,9 +14,12 @@ from serve.faults import EditsError, message
 if TYPE_CHECKING:
     import torch
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+    from attnzoo.models.decoder_lm import DecoderState
+
+FinishReason = Literal["stop", "length", "deadline", "abort", "error"]
 
 MAX_STOP_STRINGS, MAX_STOP_LENGTH, MAX_LOGPROBS = 8, 256, 20
+MAX_PRIORITY, MAX_DEADLINE_S = 1000, 86_400
 
 
 class ContextLengthError(ValueError):
@@ -86,6 +90,30 @@ class SamplingParams:
             raise ValueError(f"stop strings must be between 1 and {MAX_STOP_LENGTH} characters long")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Urgency:
+    """priority: the lower, the earlier; a more urgent request may take the slot and the memory of a less urgent one,
+    which goes on later. deadline_s: seconds from its arrival after which a request ends with what there is. Raises
+    ValueError that names the field."""
+
+    priority: int = 0
+    deadline_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
+            raise ValueError(f"priority={self.priority!r} must be a whole number; the lower, the earlier")
+        if abs(self.priority) > MAX_PRIORITY:
+            raise ValueError(f"priority={self.priority} must lie between -{MAX_PRIORITY} and {MAX_PRIORITY}")
+        limit = self.deadline_s
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float)):
+            raise ValueError(f"deadline_s={limit!r} must be a number of seconds")
+        if limit is not None and not 0 < limit <= MAX_DEADLINE_S:
+            raise ValueError(f"deadline_s={limit} must be greater than 0 and at most {MAX_DEADLINE_S}")
+
+
+USUAL = Urgency()
+
+
 @dataclass(frozen=True, eq=False)
 class Alone:
     """The group of one request that reads or edits attention, and so runs by itself. run: what it reads and edits;
@@ -130,7 +158,11 @@ class Delta:
 @dataclass(slots=True)
 class Request:
     """One sequence in the engine. prompt: token ids, or an `EmbeddedPrompt`. group: the requests that decode together
-    with it, by their cache; or `Alone`. Times are seconds of `time.perf_counter`."""
+    with it, by their cache; or `Alone`. Times are seconds of `time.perf_counter`.
+
+    aside: its state while it is set aside, if that is kept. known: tokens that it had generated when it was set aside
+    without its state; they are given to the model once more. room: tokens, prompt and text together, that memory is
+    counted for. cached: tokens of its prompt that were copied when it was first read."""
 
     request_id: str
     prompt: Sequence[int]
@@ -140,7 +172,12 @@ class Request:
     group: CacheChoice | Alone
     generator: "torch.Generator | None"
     arrived: float
+    urgency: Urgency = USUAL
+    room: int = 0
     generated: list[int] = field(default_factory=list)
+    known: list[int] = field(default_factory=list)
+    aside: "DecoderState | None" = None
+    cached: int = 0
     started: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0
@@ -149,6 +186,22 @@ class Request:
     def context(self) -> int:
         """Number of tokens in the state: all but the newest, which the model has not read yet."""
         return len(self.prompt) + max(len(self.generated) - 1, 0)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether its next token is known."""
+        return len(self.generated) < len(self.known)
+
+    def repeat(self) -> None:
+        """Takes the next token if it is known."""
+        if self.repeats:
+            self.generated.append(self.known[len(self.generated)])
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its deadline has passed."""
+        limit = self.urgency.deadline_s
+        return limit is not None and time.perf_counter() - self.arrived >= limit
 
 
 def failed(request: Request, failure: BaseException) -> Delta:

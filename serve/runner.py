@@ -20,8 +20,7 @@ from serve.faults import DeviceError, SharedError, log
 from serve.pool import AlonePool, CompactPool, HalfWrittenError, SlotPool
 from serve.prefix import PrefixCache
 from serve.request import Alone, Request
-from serve.scheduler import Chunk, Reuse, StepPlan
-from serve.slots import Release
+from serve.scheduling import Chunk, Release, Resume, Reuse, StepPlan
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,8 @@ class Runner:
         for group, ids in plan.decode:
             found = self._decode(group, [requests[request_id] for request_id in ids], failed)
             (alone if isinstance(group, Alone) else parts).extend(found)
+        for resume in plan.resumed:
+            self._resume(resume, requests[resume.request_id], held.setdefault(resume.group, []), failed)
         for batch in _batches(plan.prefill):
             for chunk in batch:
                 if chunk.request_id in reused:
@@ -141,6 +142,26 @@ class Runner:
                 pool.drop()
             failed.update(dict.fromkeys(ids, _shared(failure, ids)))
             return []
+
+    def held(self, request: Request, slot: int) -> int:
+        """Bytes of `copy`."""
+        return self._pool(request.group).held(slot)
+
+    @torch.inference_mode()
+    def copy(self, request: Request, slot: int) -> DecoderState:
+        """The state of a sequence that decodes, to go on with later."""
+        return self._pool(request.group).copy(slot)
+
+    def _resume(self, resume: Resume, request: Request, rows: list[str], failed: dict[str, Exception]) -> None:
+        """Puts back the state of a sequence that was set aside. rows: the others of its group, and then it, too."""
+        assert request.aside is not None
+        rows.append(resume.request_id)
+        try:
+            self._pool(resume.group).put(resume.slot, request.context, request.aside)
+        except Exception as failure:
+            self.check_device(failure)
+            failed[resume.request_id] = failure
+            self._fail_lost_rows(resume.group, rows, failed)
 
     def _restore(self, reuse: Reuse, request: Request, failed: dict[str, Exception]) -> None:
         """Copies what of a prompt was read before. No other sequence has a part in it."""
@@ -246,7 +267,7 @@ class Runner:
 
     def joined(self, plan: StepPlan) -> list[tuple[CacheChoice | Alone, int]]:
         """(group, bytes of a row) for each compressed pool that got new rows in this step."""
-        choices = dict.fromkeys(chunk.group for chunk in plan.prefill if chunk.last)
+        choices = dict.fromkeys([*(c.group for c in plan.prefill if c.last), *(r.group for r in plan.resumed)])
         pools = [(choice, self.compact[choice]) for choice in choices if choice in self.compact]
         return [(choice, pool.state.nbytes() // pool.rows) for choice, pool in pools if pool.state is not None]
 

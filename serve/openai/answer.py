@@ -18,18 +18,19 @@ from serve.openai.encoding import too_long
 from serve.openai.errors import MAX_QUOTED, ApiError, dump, event, short_name
 from serve.openai.protocol import GenerationRequest
 from serve.openai.readings import Readings
-from serve.request import CacheMemoryError, ContextLengthError, Delta, FinishReason, SamplingParams
-from serve.scheduler import QueueFullError
+from serve.request import USUAL, CacheMemoryError, ContextLengthError, Delta, FinishReason, SamplingParams, Urgency
+from serve.scheduling import QueueFullError
 
 
 @dataclass(frozen=True)
 class GenerationWork:
-    """Prompt and parameters of every choice in the order of its index, the cache of all of them, and what they read
-    and edit of attention."""
+    """Prompt and parameters of every choice in the order of its index, the cache and the urgency of all of them, and
+    what they read and edit of attention."""
 
     choices: list[tuple[Sequence[int], SamplingParams]]
     cache: CacheChoice
     readings: Readings | None = None
+    urgency: Urgency = USUAL
 
 
 def check_model(name: str, config: ServeConfig) -> None:
@@ -60,6 +61,14 @@ def choose_cache(request: GenerationRequest, engine: AsyncEngine) -> CacheChoice
         raise ApiError(400, str(error)[:MAX_QUOTED], param="cache") from None
 
 
+def urgency_of(request: GenerationRequest, config: ServeConfig) -> Urgency:
+    """Its place among other requests. Raises ApiError for a priority where there are none."""
+    if request.priority and not config.priorities:
+        message = f"priority={request.priority}: this server takes all requests alike (priorities: false); leave it out"
+        raise ApiError(400, message, param="priority")
+    return request.urgency
+
+
 def check_work(
     tokens: Sequence[int],
     params: SamplingParams,
@@ -87,7 +96,7 @@ def submit(engine: AsyncEngine, work: GenerationWork) -> Stream:
     plans = None if work.readings is None else work.readings.plans
     tokens, params = [tokens for tokens, _ in work.choices], [params for _, params in work.choices]
     try:
-        return engine.submit(tokens, params, work.cache, plans)
+        return engine.submit(tokens, params, work.cache, plans, work.urgency)
     except QueueFullError as error:
         message = f"the server is at its limit ({error}); try again in a moment"
         raise ApiError(429, message, code="queue_full", headers={"retry-after": "1"}) from None

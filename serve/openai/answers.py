@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Reason = Literal["stop", "length", "abort"]
+Reason = Literal["stop", "length", "deadline", "abort"]
 
 
 class Reply(BaseModel):

@@ -5,7 +5,7 @@ from typing import Any
 from attnzoo.models.sampling import TokenLogprobs
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
-from serve.openai.answer import Answer, GenerationWork, check_choices, check_model, check_work, choose_cache
+from serve.openai.answer import Answer, GenerationWork, check_choices, check_model, check_work, choose_cache, urgency_of
 from serve.openai.attention import Desk
 from serve.openai.content import encode_chat
 from serve.openai.errors import ApiError
@@ -22,7 +22,7 @@ async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeC
         raise ApiError(400, message, param="model", code="no_chat_template")
     copies = request.n or 1
     check_choices(1, copies, config)
-    cache = choose_cache(request, engine)
+    cache, urgency = choose_cache(request, engine), urgency_of(request, config)
     messages, tokens = await encode_chat(request.conversation(), engine, "messages")
     given = await redistributed(request.redistributes, tokens, engine, config)
     limit = request.limit or max(1, engine.engine.max_model_len - len(tokens))
@@ -33,7 +33,8 @@ async def prepare_chat(request: ChatRequest, engine: AsyncEngine, config: ServeC
             alone = request.attention is not None or given is not None
             check_work(tokens, params, cache, engine, ("messages", request.limit_name), alone)
         choices.append((tokens, params))
-    return GenerationWork(choices, cache, await desk.readings(request, [(tokens, limit)], copies, messages, given))
+    readings = await desk.readings(request, [(tokens, limit)], copies, messages, given)
+    return GenerationWork(choices, cache, readings, urgency)
 
 
 class ChatAnswer(Answer):

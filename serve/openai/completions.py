@@ -6,7 +6,7 @@ from typing import Any
 from attnzoo.models.sampling import TokenLogprobs
 from serve.async_engine import AsyncEngine
 from serve.config import ServeConfig
-from serve.openai.answer import Answer, GenerationWork, check_choices, check_model, check_work, choose_cache
+from serve.openai.answer import Answer, GenerationWork, check_choices, check_model, check_work, choose_cache, urgency_of
 from serve.openai.attention import Desk
 from serve.openai.encoding import check_tokens, encode_text
 from serve.openai.errors import ApiError
@@ -24,7 +24,7 @@ async def prepare(request: CompletionRequest, engine: AsyncEngine, config: Serve
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ApiError(400, "prompt is empty; give at least one character or token", param="prompt")
     check_choices(len(prompts), copies, config)
-    cache = choose_cache(request, engine)
+    cache, urgency = choose_cache(request, engine), urgency_of(request, config)
     planned = []
     choices: list[tuple[Sequence[int], SamplingParams]] = []
     for prompt in prompts:
@@ -39,7 +39,8 @@ async def prepare(request: CompletionRequest, engine: AsyncEngine, config: Serve
                 alone = request.attention is not None
                 check_work(tokens, params, cache, engine, ("prompt", "max_tokens"), alone)
             choices.append((tokens, params))
-    return GenerationWork(choices, cache, await desk.readings(request, planned, copies))
+    readings = await desk.readings(request, planned, copies)
+    return GenerationWork(choices, cache, readings, urgency)
 
 
 class CompletionAnswer(Answer):

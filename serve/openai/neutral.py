@@ -47,7 +47,6 @@ SHARED: Mapping[str, Values] = {
     "guided_regex": (None,),
     "kv_transfer_params": (None, {}),
     "mm_payload": (None, "tensors", "none"),
-    "priority": (None, 0),
     "request_id": (None,),
     "response_format": (None, {"type": "text"}),
     "return_mm_kwargs": ANY_BOOL,

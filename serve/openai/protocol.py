@@ -15,7 +15,15 @@ from attnzoo.models.sampling import TokenLogprobs, choice_seed
 from serve.openai.errors import MAX_NAME, ApiError, short_name, unsupported
 from serve.openai.json_body import MOST, read_object
 from serve.openai.neutral import COMPLETION, SHARED, Values, take_neutral
-from serve.request import MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_STRINGS, SamplingParams
+from serve.request import (
+    MAX_DEADLINE_S,
+    MAX_LOGPROBS,
+    MAX_PRIORITY,
+    MAX_STOP_LENGTH,
+    MAX_STOP_STRINGS,
+    SamplingParams,
+    Urgency,
+)
 
 MAX_LABEL = 512
 """Longest name of a user, session or cache, in characters."""
@@ -47,10 +55,10 @@ Stop = StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX
 
 
 class GenerationRequest(Strict):
-    """The fields of both interfaces. `top_k` (0 or -1: off) and `ignore_eos` are vLLM's extensions. `cache` is this
-    server's: the cache policy, {"policy": "d2o", "keep_ratio": 0.2}; and so is `attention`: what is read and edited of
-    attention (`serve.openai.attention`). `user`, `session_id`, `safety_identifier`,
-    `prompt_cache_key`, `cache_salt` and `metadata` identify the sender and change no answer.
+    """The fields of both interfaces. `top_k` (0 or -1: off), `ignore_eos` and `priority` (`serve.request.Urgency`) are
+    vLLM's extensions. This server's are `cache`, the cache policy, {"policy": "d2o", "keep_ratio": 0.2}; `attention`,
+    what is read and edited of attention (`serve.openai.attention`); and `deadline_s`. `user`, `session_id`,
+    `safety_identifier`, `prompt_cache_key`, `cache_salt` and `metadata` identify the sender and change no answer.
 
     expected: descriptions of a subclass's fields, for error messages. neutral: unsupported fields and their neutral
     values (`serve.openai.neutral`).
@@ -71,6 +79,8 @@ class GenerationRequest(Strict):
     ignore_eos: bool | None = None
     cache: dict[str, Any] | None = None
     attention: dict[str, Any] | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    deadline_s: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S)] | None = None
     user: Label | None = None
     session_id: Label | None = None
     safety_identifier: Label | None = None
@@ -89,6 +99,11 @@ class GenerationRequest(Strict):
             raise unsupported("stream_options.continuous_usage_stats")
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is only allowed with stream=true", param="stream_options")
+
+    @property
+    def urgency(self) -> Urgency:
+        """Its place among other requests."""
+        return Urgency(priority=self.priority or 0, deadline_s=self.deadline_s)
 
     def sampling(self, max_tokens: int, choice: int) -> SamplingParams:
         """Sampling parameters of choice number `choice` (from 0 to n-1). Raises ApiError that names the field."""

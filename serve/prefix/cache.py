@@ -68,6 +68,11 @@ class PrefixCache:
         """Notes what may be reused of a request's prompt. alone: its attention is read or edited."""
         self.plans[request_id] = self._plan(prompt, borders, choice, alone)
 
+    def begin_again(self, request_id: str) -> None:
+        """The prompt of a request is read once more from its beginning."""
+        plan = self.plans[request_id]
+        plan.reused, plan.node, plan.found = 0, None, {}
+
     def remove(self, request_id: str) -> None:
         """Forgets the plan of a request; what its prompt has made known stays."""
         self.plans.pop(request_id, None)

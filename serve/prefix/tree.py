@@ -39,11 +39,12 @@ class PrefixNode:
 
 
 class PrefixTree:
-    """At most `budget` bytes. evicted: how many nodes have left for room."""
+    """At most `budget` bytes, `lent` ones included. nbytes: of its nodes. evicted: how many have left for room."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.nbytes = 0
+        self.lent = 0
         self.evicted = 0
         self._nodes: dict[bytes, PrefixNode] = {}
         self._known: OrderedDict[bytes, None] = OrderedDict()
@@ -115,10 +116,21 @@ class PrefixTree:
                 before.following += 1
         return node
 
-    def _make_room(self, size: int, kept: PrefixNode) -> bool:
-        if size > self.budget:
+    def lend(self, nbytes: int) -> bool:
+        """Gives so many bytes of the budget to something else, until `take_back`, if nodes can make room for it."""
+        if not self._make_room(nbytes, None):
             return False
-        while self.nbytes + size > self.budget:
+        self.lent += nbytes
+        return True
+
+    def take_back(self, nbytes: int) -> None:
+        """Ends what `lend` has begun."""
+        self.lent -= nbytes
+
+    def _make_room(self, size: int, kept: PrefixNode | None) -> bool:
+        if self.lent + size > self.budget:
+            return False
+        while self.nbytes + self.lent + size > self.budget:
             way = {id(node) for node in _way(kept)}
             free = [node for node in self._nodes.values() if not node.following and id(node) not in way]
             if not free:
@@ -140,7 +152,7 @@ class PrefixTree:
         """Forgets everything."""
         self._nodes.clear()
         self._known.clear()
-        self.nbytes = 0
+        self.nbytes = self.lent = 0
 
 
 def _bytes(rest: Mapping[str, Tensor]) -> int:

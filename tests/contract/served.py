@@ -1,7 +1,8 @@
 """From a variant to an answer: the server says what the model says."""
 
+import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -34,17 +35,27 @@ def check_served(build: Callable[[], Attention]) -> None:
         expected = [generate(model, [prompt], max_new_tokens=NEW_TOKENS)[0] for prompt in PROMPTS]
         assert generate(loaded, PROMPTS, max_new_tokens=NEW_TOKENS) == expected, "loaded, it generates another text"
         assert answers(path) == expected, "the server says something else than the model"
+        for kept in (True, False):
+            said = answers(path, moves=(3, 5, 8), kept=kept)
+            assert said == expected, (
+                f"set aside, {'with' if kept else 'without'} its state, a sequence goes on otherwise"
+            )
 
 
-def answers(path: Path) -> list[list[int]]:
-    """The server's engine, all prompts at once."""
-    settings = {"max_num_seqs": 4, "max_batched_tokens": 9, "max_queue": 100}
+def answers(path: Path, moves: Collection[int] = (), kept: bool = True) -> list[list[int]]:
+    """The server's engine, all prompts at once. moves: steps before which all that run are set aside; kept: whether
+    there is memory for their states."""
+    settings = {"max_num_seqs": 4, "max_batched_tokens": 9, "max_queue": 100, "prefix_mib": 64 if kept else 0}
     engine = Engine(EngineConfig(checkpoint=str(path), **settings))
     params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
     requests = []
     for index, prompt in enumerate(PROMPTS):
-        engine.add_request(str(index), prompt, params)
-        requests.append(engine._requests[str(index)])
-    while engine.has_work():
+        requests.append(engine.add_request(str(index), prompt, params))
+    for step in itertools.count():
+        if not engine.has_work():
+            break
+        for table in list(engine.scheduler.tables.values()) if step in moves else ():
+            for request_id in list(table.ids):
+                engine.preemption.set_aside(engine.scheduler, engine._requests[request_id])
         engine.step()
     return [list(request.generated) for request in requests]

@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 
 from serve.config import EngineConfig
 from serve.engine import Engine
-from serve.request import SamplingParams
+from serve.request import Request, SamplingParams
 from tests.helpers.serving import TOKENS, small_model, tokenizer
 
 
@@ -22,29 +22,43 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
 
 
 def run_staggered(
-    engine: Engine, work: list[tuple[list[int], SamplingParams]], seed: int = 1, caches: list[dict] | None = None
+    engine: Engine,
+    work: list[tuple[list[int], SamplingParams]],
+    seed: int = 1,
+    caches: list[dict] | None = None,
+    moves: float = 0.0,
 ) -> list[list[int]]:
-    """Requests arrive at random steps; returns their tokens. `caches`: what each asks for."""
+    """Requests arrive at random steps; returns their tokens. `caches`: what each asks for. moves: how often, in a step,
+    a running request is set aside."""
     draw = random.Random(seed)
     waiting = list(enumerate(work))[::-1]
     out: dict[int, list[int]] = {}
-    seen: dict[str, list[int]] = {}
+    seen: dict[str, Request] = {}
     while waiting or engine.has_work():
         while waiting and (draw.random() < 0.4 or not engine.has_work()):
             index, (prompt, params) = waiting.pop()
             cache = engine.choose_cache(caches[index]) if caches else None
-            engine.add_request(str(index), prompt, params, cache=cache)
-            seen[str(index)] = engine._requests[str(index)].generated
+            seen[str(index)] = engine.add_request(str(index), prompt, params, cache=cache)
+        if draw.random() < moves:
+            set_one_aside(engine, draw)
         for delta in engine.step():
             if delta.finish_reason is not None:
-                out[int(delta.request_id)] = seen[delta.request_id]
+                out[int(delta.request_id)] = seen[delta.request_id].generated
     assert_empty(engine)
     return [out[index] for index in range(len(work))]
+
+
+def set_one_aside(engine: Engine, draw: random.Random) -> None:
+    """One of those that run, by chance, if there is one."""
+    running = [request_id for table in engine.scheduler.tables.values() for request_id in table.ids]
+    if running:
+        engine.preemption.set_aside(engine.scheduler, engine._requests[draw.choice(running)])
 
 
 def assert_empty(engine: Engine) -> None:
     """No request is left, and nothing of one in any slot."""
     assert engine.scheduler.num_running == engine.scheduler.num_waiting == 0
+    assert not engine.prefixes.tree.lent, "the state of a sequence that left is kept"
     held = {} if engine.runner.full is None else engine.runner.full.state.tensors()
     for name, tensor in held.items():
         assert not tensor.any(), f"{name} holds something of a sequence that left"

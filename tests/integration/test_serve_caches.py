@@ -126,12 +126,13 @@ def test_rows_that_are_larger_than_expected_count():
         engine.add_request(str(index), [5 + index] * 40, greedy(3))
     engine.step()
     engine.step()
-    engine.add_request("one more", [5] * 40, greedy(3))
     # Each prompt gives its layers budgets of its own, and a layer's rows are as long as its longest.
     padded = engine.runner.pool_bytes // 3
     assert padded > engine.model.byte_model(build(engine.config.cache)).compressed(40, 3)
     prompt = engine.model.init_state(1, 40, cache=build(engine.config.cache)).nbytes()
-    assert engine.scheduler._bytes("one more") == 4 * padded + prompt
+    engine.add_request("one more", [5] * 40, greedy(3))
+    *running, one_more = engine.scheduler._entries.values()
+    assert engine.scheduler.room.taken([*running, one_more], [one_more]) == 4 * padded + prompt
 
 
 def test_requests_wait_for_room_in_memory():

@@ -9,7 +9,7 @@ from attnzoo.models import generate
 from serve.engine import Engine
 from serve.pool import SlotPool
 from serve.request import ContextLengthError, Request, SamplingParams
-from serve.slots import Release
+from serve.scheduling import Release
 from tests.helpers.engines import assert_empty, greedy, make_engine, prompts, run_staggered
 from tests.helpers.serving import KINDS, MAX_LEN, TOKENS, small_model
 

@@ -217,7 +217,7 @@ def test_memory_of_the_window_is_refused_at_admission():
     asked = engine.choose_cache(asking("d2o+think", window=2048))
     with pytest.raises(ValueError, match=r"this request's cache needs .* MiB, and there are cache_mib=4"):
         engine.generate([[5, 6]], SamplingParams(max_tokens=2), cache={"policy": "d2o+think", "window": 2048})
-    assert engine._byte_model(asked).compressed(2, 1) > 2048 * 256 * 4 * 2 * 4
+    assert engine.admission._byte_model(asked).compressed(2, 1) > 2048 * 256 * 4 * 2 * 4
 
 
 def test_old_names_of_options_work_with_a_warning():

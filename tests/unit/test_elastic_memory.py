@@ -11,7 +11,7 @@ from serve.arena import PAGE, Arena, ElasticState
 from serve.engine import Engine, EngineConfig
 from serve.pool import SlotPool
 from serve.request import CacheMemoryError
-from serve.slots import Release
+from serve.scheduling import Release
 from tests.helpers.engines import greedy
 from tests.helpers.resident import resident_at
 from tests.helpers.serving import small_model, tokenizer

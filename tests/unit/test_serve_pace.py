@@ -2,7 +2,7 @@
 
 import pytest
 
-from serve.pace import FIRST, LEAST, PromptPace
+from serve.scheduling.pace import FIRST, LEAST, PromptPace
 
 
 def run(pace: PromptPace, seconds, steps: int = 30) -> int:

@@ -1,11 +1,23 @@
 """The scheduler's promises, checked over random traffic against a plain model of the slots."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.scheduler import PATIENCE, Chunk, Demand, QueueFullError, Reuse, Scheduler, StepPlan
-from serve.slots import Release
+from serve.scheduling import (
+    PATIENCE,
+    Chunk,
+    Demand,
+    QueueFullError,
+    Release,
+    Resume,
+    Reuse,
+    Scheduler,
+    StepPlan,
+)
 
 MAX_BYTES = 100
 FAMILIES = 2
@@ -19,10 +31,18 @@ def family_of(request_id: str) -> int:
 class Simulation:
     """A device of strings: which sequence's state lies in which row of its group, and how much of its prompt was
     read. cell: prompts are read in cells of so many tokens, and requests of one of `FAMILIES` begin alike: what one has
-    read, the others may copy. None: in chunks of any size, and nothing is copied."""
+    read, the others may copy. None: in chunks of any size, and nothing is copied. keeps: whether the state of the
+    next sequence that is set aside is kept, again and again."""
 
-    def __init__(self, max_num_seqs: int, budget: int, max_groups: int, cell: int | None = None) -> None:
-        self.cell = cell
+    def __init__(
+        self,
+        max_num_seqs: int,
+        budget: int,
+        max_groups: int,
+        cell: int | None = None,
+        keeps: tuple[bool, ...] = (True,),
+    ) -> None:
+        self.cell, self.max_groups, self.keeps = cell, max_groups, itertools.cycle(keeps)
         self.known = [0] * FAMILIES
         self.copied = 0
         self.scheduler = Scheduler(
@@ -39,12 +59,18 @@ class Simulation:
         self.prompt: dict[str, int] = {}
         self.read: dict[str, int] = {}
         self.left: dict[str, int] = {}
+        self.wanted: dict[str, int] = {}
+        self.priority: dict[str, int] = {}
+        self.movable: dict[str, bool] = {}
+        self.aside: set[str] = set()
+        self.set_aside = 0
         self.started: list[str] = []
         self.arrived: list[str] = []
 
-    def add(self, prompt: int, new_tokens: int, demand: Demand) -> None:
-        request_id = f"r{len(self.arrived)}"
-        self.scheduler.add(request_id, prompt, demand, self.borders(prompt) if self.cell else ())
+    def add(self, prompt: int, new_tokens: int, demand: Demand, priority: int = 0, movable: bool = True) -> None:
+        request_id, borders = f"r{len(self.arrived)}", self.borders(prompt) if self.cell else ()
+        self.scheduler.add(request_id, prompt, demand, borders, priority=priority, movable=movable)
+        self.wanted[request_id], self.priority[request_id], self.movable[request_id] = new_tokens, priority, movable
         self.arrived.append(request_id)
         self.demand[request_id] = demand
         self.prompt[request_id], self.left[request_id], self.read[request_id] = prompt, new_tokens, 0
@@ -62,12 +88,56 @@ class Simulation:
         end = at // self.cell * self.cell + self.cell
         return (family_of(request_id), end) if end < self.prompt[request_id] else None
 
+    def grow(self, index: int, own_bytes: int) -> None:
+        """A sequence that runs and may be set aside needs more, but never more than there is."""
+        running = [r for r in self.running() if self.movable[r]]
+        if running:
+            request_id = running[index % len(running)]
+            demand = self.demand[request_id]
+            own_bytes = min(demand.own_bytes + own_bytes, MAX_BYTES - demand.row_bytes - demand.prompt_bytes)
+            self.demand[request_id] = replace(demand, own_bytes=own_bytes)
+            self.scheduler.grows(request_id, own_bytes)
+
+    def make_room(self) -> None:
+        """Sets aside whom the scheduler names: nobody in vain, and nobody for one who is no more urgent."""
+        victims, exceeded = self.scheduler.victims(), self.taken() > MAX_BYTES
+        idle = [r for r in self.prompt if not any(r in rows for rows in self.rows.values())]
+        most = min((self.priority[r] for r in idle), default=None)
+        for request_id in victims:
+            if not exceeded:
+                assert self.priority[request_id] > most
+            exceeded = exceeded and self.taken(without=request_id) > MAX_BYTES
+            kept = self.read[request_id] == self.prompt[request_id] and next(self.keeps)
+            group = self.demand[request_id].group
+            self.apply(group, self.scheduler.set_aside(request_id, kept=kept))
+            self.set_aside += 1
+            if kept:
+                self.aside.add(request_id)
+            else:
+                self.read[request_id], self.left[request_id] = 0, self.wanted[request_id]
+
     def step(self, prompt_tokens: int | None = None) -> StepPlan:
+        self.make_room()
+        before = self.running()
         plan = self.scheduler.schedule(prompt_tokens)
         if prompt_tokens is not None and plan.decode:
             assert sum(chunk.count for chunk in plan.prefill) <= max(self.cell or 1, prompt_tokens)
         self.run(plan)
+        assert self.taken() <= MAX_BYTES or len(before) == 1
         return plan
+
+    def running(self) -> list[str]:
+        return [r for rows in self.rows.values() for r in rows if r is not None]
+
+    def taken(self, without: str | None = None) -> int:
+        """Bytes of all that run."""
+        total = 0
+        for rows in self.rows.values():
+            demands = [self.demand[r] for r in rows if r is not None and r != without]
+            total += len(demands) * max((d.row_bytes for d in demands), default=0)
+            total += sum(d.own_bytes for d in demands)
+        reading = [r for r in self.running() if r != without and self.read[r] < self.prompt[r]]
+        return total + sum(self.demand[r].prompt_bytes for r in reading)
 
     def run(self, plan: StepPlan) -> None:
         assert plan.num_tokens <= self.scheduler.max_batched_tokens
@@ -77,7 +147,7 @@ class Simulation:
         decoding = {group: len(ids) for group, ids in plan.decode}
         for group in "xyz":
             slots = [chunk.slot for chunk in plan.prefill if chunk.group == group]
-            first = decoding.get(group, 0)
+            first = decoding.get(group, 0) + sum(resume.group == group for resume in plan.resumed)
             ended = [chunk.slot for chunk in plan.prefill if chunk.group == group and chunk.last]
             assert slots == sorted(slots)
             assert ended == list(range(first, first + len(ended)))
@@ -86,6 +156,8 @@ class Simulation:
             for slot, request_id in enumerate(ids):
                 assert self.rows[group][slot] == request_id
                 assert self.read[request_id] == self.prompt[request_id], "decoded before its prompt was read"
+        for resume in plan.resumed:
+            self.resume(resume, decoding.get(resume.group, 0))
         reused = {reuse.request_id: reuse for reuse in plan.reused}
         for chunk in plan.prefill:
             if chunk.request_id in reused:
@@ -101,6 +173,16 @@ class Simulation:
         for request_id in [r for r in plan.sampled if self.left[r] == 0]:
             self.leave(request_id)
 
+    def resume(self, resume: Resume, decoding: int) -> None:
+        """Goes on where it was, in the next slot behind those that decode."""
+        rows, request_id = self.rows[resume.group], resume.request_id
+        self.aside.remove(request_id)
+        assert rows[resume.slot] is None
+        assert resume.slot == decoding or rows[resume.slot - 1] is not None
+        assert self.read[request_id] == self.prompt[request_id]
+        rows[resume.slot] = request_id
+        assert self.taken() <= MAX_BYTES
+
     def prefill(self, chunk: Chunk) -> None:
         rows = self.rows[chunk.group]
         assert chunk.count >= 1
@@ -113,7 +195,7 @@ class Simulation:
         self.read[chunk.request_id] += chunk.count
         assert chunk.last == (self.read[chunk.request_id] == self.prompt[chunk.request_id])
         assert self.bytes(chunk) <= MAX_BYTES
-        assert sum(any(self.rows[group]) for group in "yz") <= self.scheduler.max_groups
+        assert sum(any(self.rows[group]) for group in "yz") <= self.max_groups
 
     def copy(self, reuse: Reuse) -> None:
         rows = self.rows[reuse.group]
@@ -145,6 +227,7 @@ class Simulation:
 
     def leave(self, request_id: str) -> None:
         self.apply(self.demand[request_id].group, self.scheduler.finish(request_id))
+        self.aside.discard(request_id)
         del self.prompt[request_id]
 
     def apply(self, group: str, release: Release | None) -> None:
@@ -169,7 +252,11 @@ DEMANDS = st.builds(
     own_bytes=st.integers(0, 30),
 )
 ARRIVALS = st.lists(st.tuples(st.integers(1, 13), st.integers(1, 7), DEMANDS), max_size=4)
+URGENT_ARRIVALS = st.lists(
+    st.tuples(st.integers(1, 13), st.integers(1, 7), DEMANDS, st.integers(-1, 2), st.booleans()), max_size=4
+)
 LIMITS = st.none() | st.integers(0, 5)
+GROWTH = st.tuples(st.integers(0, 9), st.integers(0, 40))
 
 
 @settings(max_examples=150, deadline=None)
@@ -182,23 +269,61 @@ LIMITS = st.none() | st.integers(0, 5)
 )
 def test_invariants_over_random_traffic(max_num_seqs, extra_budget, max_groups, traffic, cell):
     simulation = Simulation(max_num_seqs, max_num_seqs + extra_budget, max_groups, cell and min(cell, extra_budget))
-    scheduler = simulation.scheduler
     for arrivals, abort, limit in traffic:
-        for prompt, new_tokens, demand in arrivals:
-            simulation.add(prompt, new_tokens, demand)
-        unfinished = list(simulation.prompt)
-        if unfinished and abort < len(unfinished):
-            simulation.leave(unfinished[abort])
+        for arrival in arrivals:
+            simulation.add(*arrival)
+        abort_one(simulation, abort)
         simulation.step(limit)
+    assert not simulation.set_aside, "nobody is more urgent, and nobody grows"
+    end(simulation)
+
+
+def abort_one(simulation: Simulation, number: int) -> None:
+    unfinished = list(simulation.prompt)
+    if number < len(unfinished):
+        simulation.leave(unfinished[number])
+
+
+def end(simulation: Simulation) -> None:
+    """Every step does something until all have ended."""
     steps = 0
-    work = sum(simulation.prompt[r] - simulation.read[r] + simulation.left[r] for r in simulation.prompt)
-    while scheduler.has_work():
-        simulation.step()
+    while simulation.scheduler.has_work():
+        work = sum(simulation.prompt[r] - simulation.read[r] + simulation.left[r] for r in simulation.prompt)
+        before = simulation.set_aside
+        plan = simulation.step()
+        after = sum(simulation.prompt[r] - simulation.read[r] + simulation.left[r] for r in simulation.prompt)
+        assert after < work or plan.resumed or simulation.set_aside > before, "a step without progress"
         steps += 1
-        assert steps <= work, "a step without progress"
+        assert steps < 5000
     assert not simulation.prompt
-    assert scheduler.num_running == scheduler.num_waiting == 0
-    assert not scheduler.tables
+    assert simulation.scheduler.num_running == simulation.scheduler.num_waiting == 0
+    assert not simulation.scheduler.tables
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    max_num_seqs=st.integers(1, 5),
+    extra_budget=st.integers(1, 11),
+    max_groups=st.integers(1, 3),
+    traffic=st.lists(
+        st.tuples(URGENT_ARRIVALS, st.integers(0, 30), LIMITS, st.lists(GROWTH, max_size=2)), min_size=1, max_size=25
+    ),
+    cell=st.none() | st.integers(1, 5),
+    keeps=st.lists(st.booleans(), min_size=1, max_size=5),
+)
+def test_urgent_requests_and_growing_ones(max_num_seqs, extra_budget, max_groups, traffic, cell, keeps):
+    """What was set aside goes on or begins anew, and all end. No sequence that may be set aside runs while a more
+    urgent one waits for what it has."""
+    cell = cell and min(cell, extra_budget)
+    simulation = Simulation(max_num_seqs, max_num_seqs + extra_budget, max_groups, cell, tuple(keeps))
+    for arrivals, abort, limit, growth in traffic:
+        for arrival in arrivals:
+            simulation.add(*arrival)
+        abort_one(simulation, abort)
+        for grown in growth:
+            simulation.grow(*grown)
+        simulation.step(limit)
+    end(simulation)
 
 
 @settings(max_examples=30, deadline=None)

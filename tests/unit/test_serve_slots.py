@@ -4,8 +4,7 @@ import pytest
 
 from attnzoo.kvcache.choice import read_choice
 from serve.runner import _batches
-from serve.scheduler import Chunk, Scheduler
-from serve.slots import Release, SlotTable
+from serve.scheduling import Chunk, Release, Scheduler, SlotTable
 
 
 @pytest.mark.parametrize(
