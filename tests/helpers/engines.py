@@ -11,7 +11,8 @@ from tests.helpers.serving import TOKENS, small_model, tokenizer
 
 def make_engine(kind: str = "rcmha", **settings: Any) -> Engine:
     """Four slots and small steps, so that requests wait, are read in pieces and move."""
-    settings = {"max_num_seqs": 4, "max_batched_tokens": 9, "max_queue": 100, **settings}
+    # itl_target_ms: steps are not cut by how long they take on this machine.
+    settings = {"max_num_seqs": 4, "max_batched_tokens": 9, "max_queue": 100, "itl_target_ms": None, **settings}
     return Engine(EngineConfig(checkpoint="none", **settings), model=small_model(kind), tokenizer=tokenizer())
 
 
