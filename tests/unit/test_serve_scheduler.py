@@ -243,3 +243,46 @@ def test_queue_is_bounded_and_frees():
     scheduler.finish("b")
     scheduler.add("d", 1)
     assert scheduler.num_waiting == 3
+
+
+def test_what_a_more_urgent_request_waits_for_is_not_given_to_others():
+    scheduler = Scheduler(max_num_seqs=4, max_batched_tokens=50, max_queue=10, max_bytes=10)
+    scheduler.add("runs", 2, Demand(own_bytes=6), movable=False)
+    scheduler.schedule()
+    scheduler.add("usual", 2, Demand(own_bytes=3))
+    scheduler.add("urgent", 30, Demand(own_bytes=8), priority=-1)
+    scheduler.add("takes nothing", 2)
+    assert scheduler.victims() == []
+    assert scheduler.schedule().sampled == ["runs", "takes nothing"]
+    scheduler.finish("runs")
+    assert scheduler.schedule().sampled == ["takes nothing", "urgent"]
+
+
+def test_what_was_set_aside_goes_on_before_others_take_its_room():
+    scheduler = Scheduler(max_num_seqs=2, max_batched_tokens=50, max_queue=10)
+    scheduler.add("usual", 2)
+    scheduler.add("stays", 2, movable=False)
+    scheduler.schedule()
+    scheduler.add("urgent", 2, priority=-1)
+    assert scheduler.victims() == ["usual"]
+    scheduler.set_aside("usual", kept=True)
+    scheduler.add("later", 1)
+    plan = scheduler.schedule()
+    assert plan.sampled == ["stays", "urgent"]
+    scheduler.finish("urgent")
+    assert scheduler.victims() == []
+    plan = scheduler.schedule()
+    assert [resume.request_id for resume in plan.resumed] == ["usual"]
+    assert scheduler.schedule().sampled == ["stays", "usual"]
+    with pytest.raises(ValueError, match="'later' is waiting, with 1 tokens of its prompt left"):
+        scheduler.set_aside("later", kept=False)
+
+
+def test_as_few_as_possible_make_way():
+    """Not the small one, if the large one is enough."""
+    scheduler = Scheduler(max_num_seqs=4, max_batched_tokens=50, max_queue=10, max_bytes=10)
+    scheduler.add("large", 2, Demand(own_bytes=7), priority=1)
+    scheduler.add("small", 2, Demand(own_bytes=3), priority=1)
+    scheduler.schedule()
+    scheduler.add("urgent", 2, Demand(own_bytes=6))
+    assert scheduler.victims() == ["large"]
