@@ -111,7 +111,10 @@ def _clean_statics(facts: StayFacts, stays: int) -> tuple[np.ndarray, dict[str, 
     """([N, S] after the same rule as for measurements, counts by name)."""
     statics_NS = np.full((stays, len(facts.statics)), np.nan, np.float32)
     counts = {}
-    for column, (name, value_N) in enumerate(facts.statics.items()):
+    for column, (name, given_N) in enumerate(facts.statics.items()):
+        codes = [code for code, _ in STATICS[name].categories]
+        # A kind that does not exist is as impossible as a value that cannot be.
+        value_N = np.where(np.isnan(given_N) | np.isin(given_N, codes), given_N, np.inf) if codes else given_N
         known = np.flatnonzero(~np.isnan(value_N))
         zeros = np.zeros(len(known), np.int32)
         given = Events(known.astype(np.int32), zeros, zeros.astype(np.int16), value_N[known].astype(np.float32))

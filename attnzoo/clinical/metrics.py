@@ -8,7 +8,7 @@ Letters: N rows, R weightings, G distinct scores, K labels of a row. How calibra
 `attnzoo.clinical.calibration`; agreement between raters, and kappa: `attnzoo.clinical.agreement`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -222,7 +222,8 @@ def decision_curve(
 
     Raises ValueError."""
     labels_N, found_N = checks.probabilities(labels, probabilities)
-    if isinstance(thresholds, Real | str) or not len(thresholds):
+    is_list = isinstance(thresholds, Iterable) and not isinstance(thresholds, str) and np.ndim(thresholds) == 1
+    if not is_list or not len(thresholds):
         raise ValueError(f"thresholds={thresholds!r} must be a list of numbers between 0 and 1")
     at_T = np.array([checks.fraction(t, "thresholds") for t in thresholds])
     acted_TN = found_N >= at_T[:, None]

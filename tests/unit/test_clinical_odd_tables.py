@@ -17,6 +17,7 @@ from tests.helpers.clinical_files import (
     write_mimic,
     write_physionet,
     write_pmdata,
+    write_stays,
     write_yaib,
 )
 
@@ -125,3 +126,22 @@ def test_records_with_a_byte_order_mark_and_the_line_ends_of_windows(tmp_path):
     marked = load_cohort("physionet2012", tmp_path / "set-a")
     np.testing.assert_array_equal(marked.grid.values_NTV, plain.grid.values_NTV)
     np.testing.assert_array_equal(marked.statics_NS, plain.statics_NS)
+
+
+def test_a_record_of_carriage_returns_alone_is_refused(tmp_path):
+    (path := write_stays(tmp_path, 1) / "100.txt").write_bytes(b"Time,Parameter,Value\r00:00,RecordID,100\r")
+    with pytest.raises(
+        ValueError, match=r"100\.txt, line 1: 'Time,Parameter,Value\\r00:00,RecordID,100\\r' is not the"
+    ):
+        load_cohort("physionet2012", path.parent)
+
+
+def test_a_kind_that_does_not_exist_is_dropped_and_counted(tmp_path):
+    """A sex between two, and a unit of none of the four kinds: neither is known, and both were told as if they were."""
+    path = write_stays(tmp_path, 2) / "100.txt"
+    path.write_text(path.read_text().replace("Gender,0", "Gender,0.5").replace(",Age", ",ICUType,2.5\n00:00,Age", 1))
+    cohort = load_cohort("physionet2012", path.parent)
+    column = {name: cohort.statics_NS[:, i] for i, name in enumerate(cohort.statics)}
+    assert (np.isnan(column["sex"]).tolist(), np.isnan(column["icu_type"]).tolist()) == ([True, False], [True, True])
+    counts = cohort.report.values
+    assert [counts[f"{name} at admission"]["dropped"] for name in ("sex", "icu_type", "age")] == [1, 1, 0]

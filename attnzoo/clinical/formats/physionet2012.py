@@ -137,11 +137,10 @@ def _record(where: str, number: int, text: bytes) -> tuple[np.ndarray, np.ndarra
 
 def _explain(where: str, text: bytes) -> ValueError:
     """Says which line of a record is wrong."""
-    lines = text.decode("utf-8-sig", "replace").splitlines()
-    if not lines or lines[0].encode() != HEADER:
-        return ValueError(
-            f"{where}, line 1: {lines[0] if lines else ''!r} is not the header {HEADER.decode()!r}; is it a record?"
-        )
+    # The lines that `_record` sees: Python's own also end at a carriage return alone.
+    lines = text.decode("utf-8-sig", "replace").replace("\r\n", "\n").rstrip("\n").split("\n")
+    if lines[0].encode() != HEADER:
+        return ValueError(f"{where}, line 1: {lines[0][:60]!r} is not the header {HEADER.decode()!r}; is it a record?")
     for number, line in enumerate(lines[1:], 2):
         fields = line.split(",")
         at = f"{where}, line {number}: "
