@@ -9,8 +9,9 @@ pages, as an integer, before it is taken.
 import ctypes
 import mmap
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import gcd, lcm, prod
 
 import torch
@@ -57,6 +58,19 @@ class Arena:
 def pages(nbytes: int) -> int:
     """`nbytes` rounded up to whole pages."""
     return -(-nbytes // PAGE) * PAGE
+
+
+@lru_cache(maxsize=1)
+def _trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+def give_back_freed() -> None:
+    """Gives memory that is free in the heap back to the system, where the C library (glibc) can. It would keep as much
+    as was ever in use."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,36 @@
 """Completes a list of prompts with an engine, in this thread."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from attnzoo.kvcache.choice import CacheChoice
+from serve.config import EngineConfig
 from serve.request import CompletionOutput, Delta, Request, SamplingParams
 
-if TYPE_CHECKING:
-    from serve.engine import Engine
+
+class Steps(Protocol):
+    """What of an `Engine` is needed."""
+
+    config: EngineConfig
+
+    @property
+    def num_requests(self) -> int:
+        """As `Engine.num_requests`."""
+
+    def add_request(
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams, *, cache: CacheChoice
+    ) -> Request:
+        """As `Engine.add_request`."""
+
+    def step(self) -> list[Delta]:
+        """As `Engine.step`."""
+
+    def put_back(self, deltas: list[Delta]) -> None:
+        """As `Engine.put_back`."""
 
 
 def complete_all(
-    engine: "Engine", prompts: Mapping[str, Sequence[int]], params: SamplingParams, cache: CacheChoice
+    engine: Steps, prompts: Mapping[str, Sequence[int]], params: SamplingParams, cache: CacheChoice
 ) -> dict[str, CompletionOutput]:
     """Runs steps until the prompts, which are named by ids of requests, are completed. They may be more than the queue
     holds. Deltas of other requests wait for the next `Engine.step`."""

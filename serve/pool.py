@@ -17,7 +17,7 @@ from attnzoo.models import CompiledDecode, DecoderLM
 from attnzoo.models.decoder_lm import DecoderState
 from attnzoo.models.embedded import prompt_tensor
 from attnzoo.ops.common.step_inputs import StepInputs
-from serve.arena import ElasticState
+from serve.arena import ElasticState, give_back_freed
 from serve.faults import logger
 from serve.request import Alone
 from serve.scheduling import Chunk, Release, Reuse
@@ -317,6 +317,7 @@ class CompactPool:
             rows, self.state, slots, self.slots = self.state, None, self.slots, []
             self.state = rows.joined(row)  # consumes `rows`
             self.slots = slots
+            give_back_freed()
         self.slots.append(slot)
 
     def drop(self) -> None:
@@ -335,6 +336,7 @@ class CompactPool:
         order = [rows[slot] for slot in sorted(rows)]
         if self.state is not None and order != list(range(self.rows)):
             self.state = self.state.keep_rows(order) if order else None
+            give_back_freed()
         self.slots = sorted(rows)
 
 

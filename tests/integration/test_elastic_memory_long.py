@@ -1,0 +1,64 @@
+"""Long contexts of all cache policies in one budget of memory, by the system's own accounting."""
+
+import gc
+import sys
+
+import pytest
+import torch
+
+from attnzoo.models import DecoderConfig, DecoderLM
+from serve.config import EngineConfig
+from serve.engine import Engine
+from serve.request import SamplingParams
+from tests.helpers.resident import resident
+from tests.helpers.serving import TOKENS, tokenizer
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="elsewhere rows take all their memory from the start"),
+]
+
+BUDGET_MIB, SLOTS, CONTEXT, WHOLE, NEW = 2048, 64, 8192, 20, 60
+SMALL = (
+    {"policy": "d2o", "keep_ratio": 0.2},
+    {"policy": "snapkv", "keep_ratio": 0.2},
+    {"policy": "streaming", "max_tokens": 1600},
+    {"policy": "think", "channel_ratio": 0.5, "value_channel_ratio": 0.5},
+    {"policy": "random_tokens", "keep_ratio": 0.2},
+)
+
+
+def test_64_sequences_of_8k_tokens_take_no_more_than_the_budget():
+    """Full caches of all of them would take twice as much. Prompts are the same, so that most of them are copied."""
+    torch.manual_seed(0)
+    # Few heads: what a step computes by the way is small beside the caches.
+    attention = {"kind": "mha", "num_heads": 2}
+    shape = {"vocab_size": TOKENS, "model_dim": 256, "num_layers": 4, "max_positions": CONTEXT}
+    model = DecoderLM(DecoderConfig(attention=attention, **shape)).eval()
+    settings = {"max_num_seqs": SLOTS, "max_batched_tokens": 1024, "max_model_len": CONTEXT, "max_queue": SLOTS}
+    config = EngineConfig(
+        checkpoint="none", cache_mib=BUDGET_MIB, max_caches=len(SMALL), itl_target_ms=None, **settings,
+        cache_bounds={"full": None, **{options["policy"]: None for options in SMALL}},
+    )  # fmt: skip
+    engine = Engine(config, model=model, tokenizer=tokenizer())
+    params = SamplingParams(max_tokens=NEW, ignore_eos=True)
+    engine.generate([[5, 6, 7] * 100], params)
+    prompt = torch.randint(3, TOKENS, (CONTEXT - NEW,)).tolist()
+    gc.collect()
+    before, most, together, budget = resident(), 0, 0, BUDGET_MIB << 20
+    for index in range(SLOTS):
+        cache = {"policy": "full"} if index < WHOLE else SMALL[index % len(SMALL)]
+        engine.add_request(str(index), prompt, params, cache=engine.choose_cache(cache))
+    while engine.has_work():
+        for delta in engine.step():
+            assert delta.finish_reason in (None, "length")
+        together = max(together, engine.scheduler.num_running)
+        counted = engine.runner.pool_bytes
+        most = max(most, counted)
+        assert counted <= budget
+        assert resident() - before - engine.prefixes.tree.nbytes <= 1.05 * budget
+    assert together >= 60
+    assert most > 0.9 * budget
+    engine.prefixes.clear()
+    gc.collect()
+    assert resident() - before <= 0.05 * budget
