@@ -39,8 +39,19 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def harmless(text: str) -> str:
     """A text of others, such as a server's or a model's, with its control characters as escapes, so that no terminal
-    obeys them; newlines and tabs stay."""
-    return "".join(one if one in "\n\t" or unicodedata.category(one) != "Cc" else repr(one)[1:-1] for one in text)
+    obeys them; newlines and tabs stay. Halves of characters, which cannot be printed at all, are escapes too."""
+    return "".join(repr(one)[1:-1] if _is_obeyed(one) else one for one in text)
+
+
+OBEYED = ("Cc", "Cs", "Zl", "Zp")
+"""Categories of control characters, of halves of characters, and of ends of lines that only some programs know."""
+TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+"""Characters that turn what follows, so that a line says something else than is read."""
+
+
+def _is_obeyed(one: str) -> bool:
+    is_control = unicodedata.category(one) in OBEYED or unicodedata.bidirectional(one) in TURNING
+    return is_control and one not in "\n\t"
 
 
 def complain(command: str, message: str, status: int = 2) -> int:

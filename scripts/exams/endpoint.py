@@ -4,6 +4,7 @@ What may pass (a server that is busy or restarts, a connection that breaks) is t
 the server refuses, a wrong key) raises `RefusedError` at once.
 """
 
+import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,7 @@ import httpx
 
 TRIED_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 MOST_WAIT_S = 20.0
+JSON = {"content-type": "application/json"}
 
 
 class EndpointError(OSError):
@@ -148,12 +150,12 @@ class Endpoint:
         return self._send("POST", path, body)
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        problem = ""
+        content, problem = None if body is None else _dump(body), ""
         for turn in range(self.tries):
             if turn:
                 time.sleep(min(self.wait_s * 2 ** (turn - 1), MOST_WAIT_S))
             try:
-                response = self._client.request(method, self.url + path, json=body)
+                response = self._client.request(method, self.url + path, content=content, headers=JSON)
             except (httpx.TransportError, httpx.DecodingError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 continue
@@ -210,6 +212,12 @@ def way_out(ends: Iterable[str], most: int, answers: Path | None) -> str:
 def is_logprob(value: Any) -> bool:
     """Whether it is the logarithm of a probability; rounding may lead a little above 0."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value < 1e-3
+
+
+def _dump(body: Mapping[str, Any]) -> bytes:
+    """JSON of a request. Halves of characters, as of an emoji that another server cut, become question marks: no text
+    in UTF-8 has them, and a judge is asked about texts as they came."""
+    return json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
 
 
 def _said(response: httpx.Response) -> str:

@@ -210,3 +210,16 @@ def test_a_text_is_shown_and_not_obeyed_by_the_terminal(words, says, tmp_path, c
     assert "\n\\x1b[2JSleep\n\tmore\\x07\n" in capsys.readouterr().out
     content = json.loads((tmp_path / "r.json").read_text())
     assert content["cases"][0]["sections"][TAGS[0]] == "\x1b[2JSleep\n\tmore\x07"
+
+
+def test_halves_of_characters_and_characters_that_turn_a_line_are_shown_as_escapes(words, says, tmp_path, capsys):
+    """An emoji that the writer's server cut, and a text that turns: shown, judged, and kept as they came."""
+    report, written = (
+        tmp_path / "r.json",
+        "Sleep \ud83d \u202eevil\u2066 line\u2028end \N{WOMAN}\u200d\N{STAFF OF AESCULAPIUS}",
+    )
+    says(lambda prompt: "Rating: 4" if is_judgement(prompt) else written)
+    assert main([*words, "--rate", "likert", "--json", str(report)]) == 0
+    shown = r"Sleep \ud83d \u202eevil\u2066 line\u2028end" + " \N{WOMAN}\u200d\N{STAFF OF AESCULAPIUS}"
+    assert f"\n{shown}\n" in capsys.readouterr().out
+    assert json.loads(report.read_text())["cases"][0]["sections"][TAGS[0]] == written

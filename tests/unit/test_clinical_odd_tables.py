@@ -145,3 +145,11 @@ def test_a_kind_that_does_not_exist_is_dropped_and_counted(tmp_path):
     assert (np.isnan(column["sex"]).tolist(), np.isnan(column["icu_type"]).tolist()) == ([True, False], [True, True])
     counts = cohort.report.values
     assert [counts[f"{name} at admission"]["dropped"] for name in ("sex", "icu_type", "age")] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("value", ["７３", "٧٣", "\u00a073", "73\u2003"])
+def test_a_number_in_digits_or_spaces_of_other_scripts_is_refused_by_its_line(tmp_path, value):
+    path = write_stays(tmp_path, 1) / "100.txt"
+    path.write_text(path.read_text() + f"47:00,HR,{value}\n")
+    with pytest.raises(ValueError, match=r"100\.txt, line \d+: HR='.+' is no number; mend the line or remove it"):
+        load_cohort("physionet2012", path.parent)

@@ -152,7 +152,8 @@ def _explain(where: str, text: bytes) -> ValueError:
         if name.encode() not in CODES:
             return ValueError(f"{at}unknown Parameter {name!r}{suggest(name, [n.decode() for n in CODES])}")
         try:
-            if np.isfinite(float(value)):
+            # Of bytes, as `_record` reads them: of a text, float takes digits of other scripts and their spaces, too.
+            if np.isfinite(float(value.encode())):
                 continue
         except ValueError:
             pass
