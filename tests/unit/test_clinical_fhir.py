@@ -77,6 +77,21 @@ def test_bundle_by_hand():
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"id": "P1"}, "patients of no stay"),  # the encounter names p1
+        ({"modifierExtension": [{"url": "http://x.org/not"}]}, "patients with a modifierExtension"),
+    ],
+)
+def test_patients_whose_facts_no_stay_has_are_counted(changes, reason):
+    content = fhir_bundle([*fhir_stays(), fhir_observation("a", 2, *PULSE)])
+    content["entry"][0]["resource"] = content["entry"][0]["resource"] | changes
+    found = read([("request", content)], FhirOptions())
+    assert left_out(found) == {reason: 1}
+    assert np.isnan(found.cohort.statics_NS[0, :2]).all()
+
+
 def test_facts_that_are_not_used_are_counted():
     """A height of an unknown unit, one in metres that is told as centimetres, a date and a gender that are no codes."""
     patient, *others = fhir_stays()

@@ -221,7 +221,7 @@ def _statics(
     """Age and sex of the patient; height and weight as known last before the end of the first hour. FHIR does not tell
     PhysioNet's kinds of units."""
     patients = [resources["Patient"].get(stay.patient) for stay in stays]
-    contents = [patient.content if patient is not None else {} for patient in patients]
+    contents = [{} if patient is None or MODIFIER in patient.content else patient.content for patient in patients]
     statics = {
         "age": np.array([_age(content, stay.start) for content, stay in zip(contents, stays, strict=True)]),
         "sex": np.array([SEXES.get(str(content.get("gender")), math.nan) for content in contents]),
@@ -248,10 +248,15 @@ def _unused_statics(measurements: tuple[Measurement, ...], table: Table) -> Coun
 
 
 def _unread_facts(stays: list[Stay], resources: Resources) -> Counter[str]:
-    """Facts of the stays' patients that are told and cannot be read, by reason."""
-    left_out = Counter[str]()
-    for key in {stay.patient for stay in stays} & resources["Patient"].keys():
+    """Facts of patients that are told and cannot be read or belong to no stay, by reason."""
+    named = {stay.patient for stay in stays}
+    # A subject that names the patient by another id leaves the stay without age and sex.
+    left_out = Counter({"patients of no stay": len(resources["Patient"].keys() - named)})
+    for key in named & resources["Patient"].keys():
         content = resources["Patient"][key].content
+        if MODIFIER in content:
+            left_out[f"patients with a {MODIFIER}"] += 1
+            continue
         left_out["patients whose birthDate cannot be read"] += "birthDate" in content and _born(content) is None
         left_out["patients whose gender is no code of FHIR"] += content.get("gender", "unknown") not in GENDERS
     return left_out
