@@ -282,3 +282,7 @@ def test_stays_that_are_longer_than_the_model_are_refused(tmp_path: Path, capfd:
     assert main([*begin, "model.chunk_hours=6"]) == 2
     told = "model.chunks=1 of model.chunk_hours=6 hold 6 hours, and a stay has 12; raise one of them, lower data.hours"
     assert told in capfd.readouterr().err
+    assert main([*begin, "model.chunk_hours=6", "model.share_fusion=true"]) == 2  # one chunk has no fusion to share
+    assert "share_fusion=true with at least model.chunks=2" in capfd.readouterr().err
+    two = ["model.chunks=2" if word == "model.chunks=1" else word for word in begin]
+    assert main([*two, "model.chunk_hours=3", "model.share_fusion=true"]) == 0

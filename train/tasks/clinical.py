@@ -97,7 +97,8 @@ class ClinicalTask(CohortTask):
         if model.longest is not None and most > model.longest:
             raise ValueError(
                 f"model.chunks={model.chunks} of model.chunk_hours={model.chunk_hours} hold {model.longest} hours, and "
-                f"a stay has {most}; raise one of them, lower data.hours, or set model.share_fusion=true"
+                f"a stay has {most}; raise one of them, lower data.hours, or set model.share_fusion=true with at "
+                "least model.chunks=2"
             )
 
     @property
