@@ -5,27 +5,35 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+_NO_WORD = r"""\b(?!['’]\w|[-‐‑–]\w|\s+(?:vitamins?|cells?|lymphocytes?|coli|dimer|peptide)\b|\+(?!\w))"""
+"""Letters that begin a word's name are no options: B-cells, C-reactive, D-dimer, vitamins, K+."""
 _LETTER = (
-    r"""(?:\(([A-Za-z])\)|([B-HJ-Z])\b(?!['’]\w)|([AI])(?=\s*(?:$|[.,;:!?)\]}*<"'—–-]|\n))|([a-z])(?=[\s.*_`]*$))"""
+    rf"""(?:\(([A-Za-z])\)|([B-HJ-Z]){_NO_WORD}|([AI])(?=\s*(?:$|[.,;:!?)\]}}*<"'»—–-]|\n)){_NO_WORD}"""
+    r"""|([a-z])(?=[\s.*_`]*$))"""
 )
 """(C), C, or c at the end. "The answer is A good night's sleep" and "... I think" name no option."""
-_INSIDE = r"""(?:([B-HJ-Zb-hj-z])\b(?!['’]\w)|([AIai])(?=\s*(?:$|[^\w\s'’]|['’](?!\w))))"""
+_INSIDE = rf"""(?:([B-HJ-Zb-hj-z]){_NO_WORD}|([AIai])(?=\s*(?:$|[^\w\s'’]|['’](?!\w))){_NO_WORD})"""
 """A letter where the answer alone should stand. There, too, "A good night's sleep" is a text."""
 _IS = r"(?:\s+(?:is|would be|should be))"
-_OPENS = r"""[\s:=*_`"'“‘\[]*"""
+_OPENS = r"""[\s:=*_`"'“‘«<{\[]{0,9}"""
+_OPTION = r"(?:[Oo]ption|OPTION|[Cc]hoice|CHOICE)"
 MARKED = re.compile(
-    rf"<answer>\W*(?:[Oo]ption\W*)?{_INSIDE}[^<]*(?:</answer>|$)"  # <answer>(C)</answer>
-    rf"|\\boxed\{{\W*(?:\\text\{{)?\W*{_INSIDE}"  # \boxed{C}
-    rf"|\b(?:[Aa]nswer|ANSWER){_IS}?{_OPENS}(?:[Oo]ption\s+)?{_LETTER}"  # The answer is (C)
+    rf"<(?:answer|Answer|ANSWER)>\W{{0,9}}(?:{_OPTION}\W{{0,9}})?{_INSIDE}[^<]*(?:</|$)"  # <answer>(C)</answer>
+    rf"|\\boxed\{{\W{{0,9}}(?:\\(?:text|math)\w*\{{)?\W{{0,9}}(?:{_OPTION}\W{{0,9}})?{_INSIDE}"  # \boxed{C}
+    rf"|\b(?:[Aa]nswer|ANSWER){_IS}?{_OPENS}(?:{_OPTION}\s+)?{_LETTER}"  # The answer is (C)
     rf"|\b(?:[Oo]ption|[Cc]hoice)(?:{_IS}|\s*:){_OPENS}{_LETTER}"  # The best option is (C)
 )
-BARE = re.compile(r"[\s*_`]*(?:\(([A-Za-z])\)|([A-Za-z])(?=\s*[):]|\s*\.(?!\w)|[\s*_`]*$))")
+BARE = re.compile(r"""[\s*_`"'“‘\[]*(?:\(([A-Za-z])\)|([A-Za-z])(?=\s*[):]|\s*\.(?!\w)|[\s*_`"'”’\]]*$))""")
 """An answer that begins with a letter: "(C)", "C", "C) Light in the morning"."""
+_ALONE = r"""(?=\s*(?:$|[,;:!?)\]}*<"'&/+|\\]|\.(?!\s*[a-z])|\n|(?:and|or)\b))"""
 SEVERAL = re.compile(
-    r"[)\]}\s*_`]*(?:,|/|&|\+|;|\b(?:and|or)\b)[\s*_`]*(?:(?:and|or)\s+)?(?:[Oo]ption\s+)?"
-    r"""(?:\(([A-Za-z])\)|([A-Z])(?=\s*(?:$|[.,;:!?)\]}*<"'&/+]|\n|(?:and|or)\b)))"""
+    r"(?:[)\]}*_`]|[^\S\n]){0,9}"
+    r"(?:(?:,|/|&amp;|&|\+|;|\||\\(?:text\{)?|[-‐‑–—→~]"
+    r"|\b(?:and|or|nor|to|through|then|vs|versus|as\s+well\s+as|perhaps|maybe|possibly|rather)\b)[\s*_`.}]{0,9}){1,4}"
+    rf"(?:[Oo]ption\s+)?(?:\(([A-Za-z])\)|([A-Z]){_ALONE})"
+    r"|[^\S\n]{1,9}([A-Z])(?=[.\s]*(?:$|[<}]))"
 )
-"""What follows a letter where an answer names several: "(A) or (B)", "A, B"."""
+"""What follows a letter where an answer names several: "(A) or (B)", "A, B", "A-C", "A B"."""
 LISTED = re.compile(r"^[\s*_`]*\(?([A-Z])[).:]", re.MULTILINE)
 """A line that begins with a letter: an answer with several of them repeats the options."""
 
@@ -41,7 +49,7 @@ def read_letter(answer: str, letters: Iterable[str]) -> str | None:
         return None
     letter = found[found.lastindex].upper()
     also = SEVERAL.match(answer, found.end(found.lastindex))
-    others = {(also[1] or also[2]).upper()} & known - {letter} if also else set()
+    others = {(also[1] or also[2] or also[3]).upper()} & known - {letter} if also else set()
     return letter if letter in known and not others else None
 
 

@@ -63,6 +63,14 @@ ANSWERS = [
     ("<answer>(B), (b)</answer>", "B"),
     ("<answer>(B) or (F)</answer>", "B"),  # the question ends at E
 ]
+NAMES = ("B vitamins", "B-cells", "C-reactive protein", "D-dimer", "E coli", "K+")  # no letters of options
+TWO = ("C D", "C | D", "C-D", "C–D", "C vs D", "C then D", "C, or perhaps D", "C as well as D", "C &amp; D", "C\\D")
+FORMS = ("<answer>{}</answer>", "The answer is {}", "\\boxed{{{}}}")
+ANSWERS += [(form.format(text), None) for form in FORMS for text in (*NAMES, *TWO)]
+ANSWERS += [("\\boxed{A \\text{ and } B}", None), ("<answer>A|B|C|D</answer>", None)]
+ANSWERS += [(text, "C") for text in ("<Answer>C</Answer>", "\\boxed{\\mathbf{C}}", "\\boxed{\\text{Option C}}")]
+ANSWERS += [(text, "C") for text in ("The answer is «C».", "<answer>Choice (C)</answer>", "[C]", '"C"', "C) D-dimer")]
+ANSWERS += [(text, "C") for text in ("<answer>C: a B vitamin</answer>", "Answer: C\nD is wrong", "Answer: C - B-cells")]
 
 
 @pytest.mark.parametrize(("answer", "letter"), ANSWERS, ids=[text[:30] or "empty" for text, _ in ANSWERS])
