@@ -67,11 +67,14 @@ class Rubric:
     def rating(self, answer: str) -> int | None:
         """The rating in a judge's answer: the last one that is marked; without a mark, an answer that is nothing but a
         rating. None where there is none, and where the last mark has several, as "1 to 5", or is of another scale."""
-        marked = list(MARKED[self.kind].finditer(answer))
-        bare = BARE[self.kind].fullmatch(answer.strip())
-        if marked and marked[-1]["more"]:
-            return None
-        word = marked[-1][1] if marked else bare[1] if bare else None
+        found = [
+            mark for mark in MARK.finditer(answer) if ":" in mark["between"] or WORD[self.kind].match(mark["line"])
+        ]
+        if not found:
+            bare = BARE[self.kind].fullmatch(answer.strip())
+            word = bare[1] if bare else None
+        else:
+            word = _marked(self.kind, found[-1], answer[found[-1].end() :])
         if word is None:
             return None
         return int(word) if self.kind == "likert" else int(word.lower() == "yes")
@@ -81,27 +84,51 @@ FORMS = {
     "likert": "Rate how far this is true, from 1 (not at all) to 5 (fully). End with a line: Rating: NUMBER",
     "yes_no": "Answer with yes or no. End with a line: Rating: yes, or: Rating: no",
 }
-_OTHER_SCALE = (
-    r"[ \t*_)\]]*[(\[*_]{0,3}[ \t]*(?:/|out\s+of|(?:points?\s+)?of|on\s+a\s+scale\s+(?:of|to))\s*(?!5(?!\d))\d"
+MARK = re.compile(r"(?<![^\W_])rating(?P<between>[\W_]{0,8}?)(?=[^\W_])(?P<line>[^\n]*)", re.IGNORECASE)
+WORD = {
+    "likert": re.compile(r"([1-5])(?:\.0)?(?![\d.]*[\d²³½¼¾⅓⅔])(?P<rest>.*)", re.DOTALL),
+    "yes_no": re.compile(r"(yes|no)\b(?P<rest>.*)", re.IGNORECASE | re.DOTALL),
+}
+NOT_EXACTLY = re.compile(r"[<>~≈≤≥$\]−±]|-$")
+"""Between a mark and its number: "≥4", "[ ] 4"."""
+SCALE_OF_5 = re.compile(r"[\s*_(\[]{0,6}(?:/|out of|of|on a scale (?:of|from) 1 to)\s{0,3}5(?!\d)", re.IGNORECASE)
+CLOSED = " \t\r*_`\"'”’)]}.!"
+REMARK = re.compile(
+    r"(?:[,;:]|\((?!\W*of\b)|[.–—-]\s)\W{0,6}(?!\d)"
+    r"(?!(?:maybe|perhaps|possibly|or|to|rather|rating|max|out of)\b|(?:yes|no)\W*$)\w",
+    re.IGNORECASE,
 )
-"""A scale that does not end at 5: "4/10", "4 (out of 10)"."""
-_RANGE = r"[*_]{0,2}[^\S\n]*(?:[-–—~→|,;&\\]\W{0,3}?|(?:to|or|and|through)\s+|(?<=\s))\d"
-"""A second number of the line: "1 to 5", "1|2|3|4|5", "1 2 3 4 5"."""
-_SEVERAL_WORDS = (
-    r"\W{0,6}(?:or|and)\W{0,3}(?:rating\W{0,6})?(?:yes|no)\b"  # yes, or: Rating: no
-    r"|\s*[/|\\]\s*(?:yes|no)\b"  # yes/no: the form, repeated
-    r"|\s*,\s*(?:yes|no)\s*(?=\W?\s*$)"  # yes, no
-)
-MARKED = {
+"""What may follow a rating: a reason, not another rating, a range or a scale."""
+OTHERS = {
     "likert": re.compile(
-        rf"\brating\W{{0,6}}(?<![-−])([1-5])(?![\d.]*\d)(?P<more>{_OTHER_SCALE}|{_RANGE}|[½¼¾%])?", re.IGNORECASE
+        r"\brating\b|\b(?:to|or|vs|through|max|out of|scale of|scale from)\W{0,3}\d|\d\W{0,3}point", re.IGNORECASE
     ),
-    "yes_no": re.compile(rf"\brating\W{{0,6}}(yes|no)\b(?P<more>{_SEVERAL_WORDS})?", re.IGNORECASE | re.MULTILINE),
+    "yes_no": re.compile(r"\brating\b", re.IGNORECASE),
 }
+
+
+def _marked(kind: str, mark: re.Match[str], after: str) -> str | None:
+    """The rating behind a mark, if it is followed by nothing, a scale that ends at 5, or a reason, and if the next line
+    is no rating, as in a repeated form. It looks at each part of the answer once."""
+    found = WORD[kind].match(mark["line"])
+    following = after.lstrip().partition("\n")[0][:40]
+    if found is None or NOT_EXACTLY.search(mark["between"]) or (BARE[kind].fullmatch(following) and following):
+        return None
+    rest = found["rest"]
+    scale = SCALE_OF_5.match(rest) if kind == "likert" else None
+    rest = (rest[scale.end() :] if scale else rest).strip(CLOSED)
+    if rest.lower() in ("", "point", "points"):
+        return found[1]
+    said = found["rest"][scale.end() if scale else 0 :].lstrip(" *_`\"'”’)]}")
+    return found[1] if REMARK.match(said) and not OTHERS[kind].search(rest) else None
+
+
+_OPEN, _CLOSE = r"(?:\s*[-–•]\s)?[\s*_`\"'“‘(\[]*", r"[\s*_`\"'”’)\].!]*"
 BARE = {
-    "likert": re.compile(r"\W*(?<![-−])([1-5])(?:\s*/\s*5)?\W*"),
-    "yes_no": re.compile(r"\W*(yes|no)\W*", re.IGNORECASE),
+    "likert": re.compile(rf"{_OPEN}([1-5])(?:\s*/\s*5)?{_CLOSE}"),
+    "yes_no": re.compile(rf"{_OPEN}(yes|no){_CLOSE}", re.IGNORECASE),
 }
+"""Answers that are nothing but a rating."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from serve.scheduling.plan import (
     Reuse,
     StepPlan,
 )
-from serve.scheduling.room import Room
+from serve.scheduling.capacity import Capacity
 from serve.scheduling.slots import Release, SlotTable
 
 PATIENCE = 4
@@ -77,7 +77,7 @@ class Scheduler:
         self.max_queue = max_queue
         self.max_bytes = max_bytes
         self.default_group = default_group
-        self.room = Room(max_num_seqs, max_groups, max_bytes, default_group)
+        self.capacity = Capacity(max_num_seqs, max_groups, max_bytes, default_group)
         self.tables: dict[Group, SlotTable] = {}
         self.clock = 0
         self._prefixes = prefixes or NoPrefixes()
@@ -139,7 +139,7 @@ class Scheduler:
         running = self._running()
         movable = sorted((entry for entry in running if entry.movable), key=lambda entry: entry.rank, reverse=True)
         found: list[Entry] = []
-        while movable and len(running) > 1 and self.room.exceeded(running):
+        while movable and len(running) > 1 and self.capacity.exceeded(running):
             found.append(movable.pop(0))
             running.remove(found[-1])
         waiting = [entry for entry in self._entries.values() if entry.place != "running"]
@@ -153,11 +153,11 @@ class Scheduler:
         """Of the candidates as few as possible, from the first on, without whom the request fits."""
         for count in range(len(candidates) + 1):
             out = candidates[:count]
-            if not self.room.fits(first, [entry for entry in running if entry not in out]):
+            if not self.capacity.fits(first, [entry for entry in running if entry not in out]):
                 continue
             for entry in tuple(out):
                 fewer = [other for other in out if other is not entry]
-                if self.room.fits(first, [other for other in running if other not in fewer]):
+                if self.capacity.fits(first, [other for other in running if other not in fewer]):
                     out = fewer
             return out
         return []
@@ -194,7 +194,7 @@ class Scheduler:
 
     def measured(self, group: Group, row_bytes: int) -> None:
         """Records the measured bytes of a row in a running group, which may be more than the demand."""
-        self.room.row_bytes[group] = row_bytes
+        self.capacity.row_bytes[group] = row_bytes
 
     def grows(self, request_id: str, own_bytes: int) -> None:
         """A sequence will take so many `own_bytes` from now on. If that is more than there is, `victims` says who makes
@@ -215,7 +215,7 @@ class Scheduler:
         release = table.release(entry.request_id)
         if not table:
             del self.tables[entry.group]
-            self.room.row_bytes.pop(entry.group, None)
+            self.capacity.row_bytes.pop(entry.group, None)
         return release
 
     def _running(self) -> list[Entry]:
@@ -272,9 +272,9 @@ class Scheduler:
         self, entry: Entry, running: list[Entry], ending: Collection[Entry] = (), late: bool = False
     ) -> bool:
         """Whether there is room, and nobody waits for it who comes first. late: a request that is overdue waits."""
-        if not self.room.fits(entry, running, ending):
+        if not self.capacity.fits(entry, running, ending):
             return False
-        return not self.room.delays(entry, running) or not (late or self._awaited(entry))
+        return not self.capacity.delays(entry, running) or not (late or self._awaited(entry))
 
     def _awaited(self, entry: Entry) -> bool:
         """Whether a more urgent request waits for room, or one as urgent that was set aside."""

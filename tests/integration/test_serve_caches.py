@@ -132,7 +132,7 @@ def test_rows_that_are_larger_than_expected_count():
     prompt = engine.model.init_state(1, 40, cache=build(engine.config.cache)).nbytes()
     engine.add_request("one more", [5] * 40, greedy(3))
     *running, one_more = engine.scheduler._entries.values()
-    assert engine.scheduler.room.taken([*running, one_more], [one_more]) == 4 * padded + prompt
+    assert engine.scheduler.capacity.taken([*running, one_more], [one_more]) == 4 * padded + prompt
 
 
 def test_requests_wait_for_room_in_memory():

@@ -48,10 +48,25 @@ LIKERT = [
     ("Rating: 4, because 2 values are wrong", 4),
     ("Rating: 5 (not 4)", 5),
 ]
+UNSURE = "4 out of ten;4 %;4+;1 (not at all) to 5 (fully);4 (1-10);4 on a 10-point scale;4th;3 hours of sleep;3 vs 4"
+UNSURE += ";3, maybe 4;3, perhaps four;3 => 4;3+4;≥4;> 3;~4;4⁄10;4 in 10;4 von 10;4 (max 10);4 ½;4⅔;4²;1−5;1•2•3•4•5"
+UNSURE += ";(1) (2) (3);☐1 ☐2 ☑3;1 \n2 \n3;3\nRating: 4.5;3, Rating: 4;4k"
+LIKERT += [(f"Rating: {text}", None) for text in UNSURE.split(";")] + [("4%", None), ("$4", None), ("≥4", None)]
+LIKERT += [(f"Rating: {text}", 4) for text in ("4.0/5", "4, since 2 of 3 are right", "4 — good", "4 points", "4!")]
+LIKERT += [('{"rating": 4, "why": "good"}', 4), ("__Rating:__ 4", 4), ("Rating: 4 on a scale of 1 to 5", 4)]
+LIKERT += [("Rating: 4" + more * 20_000 + "9", None) for more in (" ", ")", "x")]  # read in little time
 YES_NO = [("Rating: yes", 1), ("rating - No.", 0), ("Yes.", 1), ("Yes, it does", None), ("Rating: unknown", None)]
 YES_NO += [("Rating: yes or no", None), ("Rating: yes, or: Rating: no", None), ("Rating: yes or no?\nRating: no", 0)]
 YES_NO += [("Rating: yes/no", None), ("Rating: [yes | no]", None), ("Rating: yes, no.", None)]
 YES_NO += [("Rating: yes/no\nRating: yes", 1), ("Rating: yes, no errors", 1), ("Rating: yes\nno value is wrong", 1)]
+BOTH = "yes-no;yes no;(yes)/(no);yes → no;yes & no;yes (1) / no (0);[ ] yes [x] no;yes? no?;yes or rather no"
+NO_WORDS = "no. 3;no idea;no answer;No rating can be given;no one can tell;no-one"
+YES_NO += [(f"Rating: {text}", None) for text in [*f"{BOTH};{NO_WORDS}".split(";"), "yes; no", "yes\nno"]]
+YES_NO += [
+    ("Rating: yes, there are no errors", 1),
+    ("Rating: no, because yes would be wrong", 0),
+    ("Rating: no - vague", 0),
+]
 
 
 @pytest.mark.parametrize(

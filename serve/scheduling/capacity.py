@@ -7,7 +7,7 @@ from serve.scheduling.plan import Entry, Group
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """slots: sequences over all groups. groups: those besides `default_group` that may run at the same time. nbytes:
     limit of the sum of the demands; None: there is none. row_bytes: by group, the measured bytes of a row, which may be
     more than the demand."""
