@@ -22,6 +22,7 @@ from bisect import bisect_right
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import replace
 
+from serve.scheduling.capacity import Capacity
 from serve.scheduling.plan import (
     Chunk,
     Demand,
@@ -34,7 +35,6 @@ from serve.scheduling.plan import (
     Reuse,
     StepPlan,
 )
-from serve.scheduling.capacity import Capacity
 from serve.scheduling.slots import Release, SlotTable
 
 PATIENCE = 4
