@@ -40,7 +40,7 @@ def run_staggered(
             index, (prompt, params) = waiting.pop()
             cache = engine.choose_cache(caches[index]) if caches else None
             seen[str(index)] = engine.add_request(str(index), prompt, params, cache=cache)
-        if draw.random() < moves:
+        if moves and draw.random() < moves:
             set_one_aside(engine, draw)
         for delta in engine.step():
             if delta.finish_reason is not None:

@@ -3,35 +3,40 @@
 python -m tests.helpers.vision_page docs/vision.png runs/diffusion-emoji      # a picture of a composition on it
 """
 
-import base64
-import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from attnzoo.vision.trained_diffusion import load_diffusion
 from tests.helpers.browser import Browser, browser
-from tests.helpers.diffusion_models import app_of
+from tests.helpers.diffusion_models import app_of, data_url
 from tests.helpers.http_server import serving
 from train.experiments.composition.cases import make_cases, world_of
 
 WIDTH, HEIGHT = 1280, 1000
 
 
-def drop(page: Browser, selector: str, pixels: np.ndarray) -> None:
-    """Lets go a PNG over an element."""
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
+def drop(page: Browser, selector: str, pixels: np.ndarray, name: str = "a.png") -> None:
+    """Lets go a file over an element."""
+    content = data_url(pixels).partition(",")[2]
     page.value(
-        f"(() => {{ const bytes = Uint8Array.from(atob('{base64.b64encode(out.getvalue()).decode()}'), "
-        "(each) => each.charCodeAt(0)); const files = new DataTransfer(); "
-        "files.items.add(new File([bytes], 'a.png', {type: 'image/png'})); "
+        f"(() => {{ const bytes = Uint8Array.from(atob({content!r}), (each) => each.charCodeAt(0)); "
+        f"const files = new DataTransfer(); files.items.add(new File([bytes], {name!r}, {{type: 'image/png'}})); "
         f"document.querySelector({selector!r}).dispatchEvent(new DragEvent('drop', "
         "{dataTransfer: files, bubbles: true, cancelable: true})); })()"
     )
+
+
+def put(page: Browser, **values: Any) -> None:
+    """Types into fields as a change by the keyboard would."""
+    for name, value in values.items():
+        page.value(
+            f"(() => {{ const e = document.querySelector('#{name}'); e.value = {json.dumps(value)}; "
+            "e.dispatchEvent(new Event('input')); e.dispatchEvent(new Event('change')); })()"
+        )
 
 
 def composed(path: Path, run: Path, style: str = "painting") -> None:
@@ -48,11 +53,7 @@ def composed(path: Path, run: Path, style: str = "painting") -> None:
         drop(page, "#stage", placement.background)
         drop(page, "#object", placement.thing)
         page.wait(f"document.querySelector('#object').width === {side}")
-        for name, value in fields.items():
-            page.value(
-                f"(() => {{ const e = document.querySelector('#{name}'); e.value = {json.dumps(str(value))}; "
-                "e.dispatchEvent(new Event('input')); e.dispatchEvent(new Event('change')); })()"
-            )
+        put(page, **fields)
         page.click("#compose")
         page.wait("!document.querySelector('#keep').hidden")
         page.value("window.scrollTo(0, 0)")

@@ -355,6 +355,6 @@ def test_memory_of_an_edited_request_counts():
     while engine.has_work():
         engine.step()
     assert engine.runner.pool_bytes == before
-    engine.scheduler.max_bytes = engine.runner.full_bytes(12) - 1
+    engine.admission.max_bytes = engine.runner.full_bytes(12) - 1
     with pytest.raises(CacheMemoryError, match="cache_mib"):
         engine.check([5, 6, 7], greedy(9), alone=True)

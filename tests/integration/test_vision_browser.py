@@ -1,7 +1,6 @@
 """The page at /vision in headless Chromium, with a real mouse and keyboard, before a server with a diffusion model."""
 
 import base64
-import json
 import re
 import time
 
@@ -16,7 +15,6 @@ from tests.helpers.diffusion_models import (
     SIDE,
     app_of,
     backdrop,
-    data_url,
     drawn,
     export,
     pixels_of,
@@ -26,6 +24,7 @@ from tests.helpers.diffusion_models import (
 from tests.helpers.http_server import serving
 from tests.helpers.patients_page import channels, contrast
 from tests.helpers.static_page import check_open, give_key
+from tests.helpers.vision_page import drop, put
 
 pytestmark = needs_browser
 READY = "!document.querySelector('#draw').disabled"
@@ -71,17 +70,6 @@ def shown(seen, url):
     assert not seen.problems
 
 
-def drop(seen, selector, pixels, name="a.png"):
-    """Lets go a file over an element."""
-    content = data_url(pixels).partition(",")[2]
-    seen.value(
-        f"(() => {{ const bytes = Uint8Array.from(atob({content!r}), (each) => each.charCodeAt(0)); "
-        f"const files = new DataTransfer(); files.items.add(new File([bytes], {name!r}, {{type: 'image/png'}})); "
-        f"document.querySelector({selector!r}).dispatchEvent(new DragEvent('drop', "
-        "{dataTransfer: files, bubbles: true, cancelable: true})); })()"
-    )
-
-
 def pixels(seen, selector):
     """uint8 [H, W, 4] of a canvas."""
     height, width, data = seen.value(
@@ -94,15 +82,6 @@ def pixels(seen, selector):
 
 def region(seen):
     return [int(seen.value(f"document.querySelector('#{name}').value")) for name in ("left", "top", "width", "height")]
-
-
-def put(seen, **values):
-    """Types into fields as a change by the keyboard would."""
-    for name, value in values.items():
-        seen.value(
-            f"(() => {{ const e = document.querySelector('#{name}'); e.value = {json.dumps(value)}; "
-            "e.dispatchEvent(new Event('input')); e.dispatchEvent(new Event('change')); })()"
-        )
 
 
 def mouse(seen, kind, x, y):

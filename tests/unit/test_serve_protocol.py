@@ -290,7 +290,7 @@ def test_what_clients_of_vllm_always_write_is_accepted():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("min_tokens", 1), ("min_tokens", False), ("skip_special_tokens", False), ("skip_special_tokens", 1), ("echo", 0),
-     ("repetition_penalty", 1.1), ("repetition_penalty", True), ("min_p", 0.01), ("bad_words", ["x"]), ("priority", 1),
+     ("repetition_penalty", 1.1), ("repetition_penalty", True), ("min_p", 0.01), ("bad_words", ["x"]),
      ("stop_token_ids", [5]), ("response_format", {"type": "json_object"}), ("response_format", {}), ("best_of", True),
      ("length_penalty", "1"), ("vllm_xargs", {"a": 1}), ("add_special_tokens", False), ("prompt_logprobs", 0)],
 )  # fmt: skip
