@@ -16,7 +16,7 @@ from tests.helpers.diffusion_models import app_of, data_url
 from tests.helpers.http_server import serving
 from train.experiments.composition.cases import make_cases, world_of
 
-WIDTH, HEIGHT = 1280, 1000
+WIDTH, HEIGHT = 1280, 820
 
 
 def drop(page: Browser, selector: str, pixels: np.ndarray, name: str = "a.png") -> None:
