@@ -333,7 +333,7 @@ class Engine:
         self._leave(request, "error")
 
     def _delta(self, request: Request, text: str, reason: FinishReason | None) -> Delta:
-        delta = Delta(request.request_id, text, len(request.generated), finish_reason=reason)
+        delta = Delta(request.request_id, text, request.count, finish_reason=reason)
         if request.params.logprobs is not None:
             delta.logprobs = request.text.take_logprobs(finished=reason is not None)
         if reason is not None:

@@ -192,6 +192,11 @@ class Request:
         """Whether its next token is known."""
         return len(self.generated) < len(self.known)
 
+    @property
+    def count(self) -> int:
+        """Number of tokens that it has generated, with those that it is given once more."""
+        return max(len(self.generated), len(self.known))
+
     def repeat(self) -> None:
         """Takes the next token if it is known."""
         if self.repeats:
@@ -209,7 +214,7 @@ def failed(request: Request, failure: BaseException) -> Delta:
     return Delta(
         request.request_id,
         "",
-        len(request.generated),
+        request.count,
         finish_reason="error",
         prompt_tokens=len(request.prompt),
         error=message(failure),

@@ -215,3 +215,17 @@ def test_a_deadline_ends_a_request_with_what_there_is():
 def test_urgencies_that_are_none(options, message):
     with pytest.raises(ValueError, match=message):
         Urgency(**options)
+
+
+def test_a_deadline_while_tokens_are_given_once_more_counts_them_all():
+    engine = make_engine(prefix_mib=0)
+    request = engine.add_request("a", [5, 6, 7], greedy(50), urgency=Urgency(deadline_s=60))
+    deltas = [delta for _ in range(10) for delta in engine.step()]
+    engine.preemption.set_aside(engine.scheduler, request)
+    for _ in range(4):
+        deltas += engine.step()
+    assert len(request.generated) < deltas[-1].tokens == 10
+    request.arrived -= 60
+    (last,) = engine.step()
+    assert (last.finish_reason, last.tokens) == ("deadline", 10)
+    assert_empty(engine)
