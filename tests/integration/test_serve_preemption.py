@@ -229,3 +229,20 @@ def test_a_deadline_while_tokens_are_given_once_more_counts_them_all():
     (last,) = engine.step()
     assert (last.finish_reason, last.tokens) == ("deadline", 10)
     assert_empty(engine)
+
+
+def test_a_prompt_that_is_read_anew_counts_what_was_copied_once():
+    engine = make_engine(prefix_cell=5)
+    beginning = [7] * 20
+    engine.generate([[*beginning, 9]], greedy(1))
+    request = engine.add_request("a", [*beginning, *range(30, 55)], greedy(2))
+    for _ in range(2):
+        engine.step()
+    assert not request.generated
+    engine.preemption.set_aside(engine.scheduler, request)
+    deltas = []
+    while engine.has_work():
+        deltas += engine.step()
+    assert deltas[-1].cached_tokens == 20
+    assert request.generated == make_engine(prefix_mib=0).generate([list(request.prompt)], greedy(2))[0].tokens
+    assert_empty(engine)
