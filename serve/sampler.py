@@ -1,4 +1,4 @@
-"""Chooses the next token of every row: greedy rows together, sampled rows each with its own generator."""
+"""Chooses the next token of every row together, each by its own options and random numbers."""
 
 import secrets
 from collections.abc import Sequence
@@ -6,19 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnzoo.models.sampling import (
-    EDITED_NOT_FINITE,
-    NOT_FINITE,
-    TokenLogprobs,
-    best_tokens,
-    greedy,
-    sample,
-    token_logprobs,
-)
+from attnzoo.models.row_sampling import Chosen, RowWish, choose_rows, row_wish
+from attnzoo.models.sampling import EDITED_NOT_FINITE, NOT_FINITE, greedy
 from serve.faults import EditsError, LogitsError
 from serve.request import Alone, Request, SamplingParams
 
-Drawn = tuple[int, TokenLogprobs | None]
+Drawn = Chosen
 """A token id, and its log probabilities if the request wants them."""
 
 
@@ -31,31 +24,44 @@ def make_generator(params: SamplingParams, device: torch.device) -> torch.Genera
 
 
 def sample_rows(logits_RV: Tensor, requests: Sequence[Request]) -> list[Drawn | Exception]:
-    """The token of each row of logits_RV, or the row's error; a failing row does not affect the others."""
-    return [
-        _not_finite(request) if best is None else _attempt(logits_RV[row : row + 1], request, best)
-        for row, (request, best) in enumerate(zip(requests, best_tokens(logits_RV), strict=True))
-    ]
+    """The token of each row of logits_RV, or the row's error; a failing row does not affect the others. A greedy
+    request may have several rows."""
+    wishes = [_attempt_wish(request, logits_RV) for request in requests]
+    found: list[Drawn | Exception | None] = [wish if isinstance(wish, Exception) else None for wish in wishes]
+    able = {row: wish for row, wish in enumerate(wishes) if isinstance(wish, RowWish)}
+    some_SV = logits_RV if len(able) == len(wishes) else logits_RV[list(able)]
+    for row, one in zip(able, _choose(some_SV, list(able.values())), strict=True):
+        found[row] = one
+    return [_not_finite(request) if one is None else one for one, request in zip(found, requests, strict=True)]
+
+
+def _choose(logits_RV: Tensor, wishes: Sequence[RowWish]) -> Sequence[Drawn | Exception | None]:
+    """All rows together; where that fails, each alone, with the random numbers that it has drawn already."""
+    try:
+        return choose_rows(logits_RV, wishes)
+    except Exception:
+        return [_attempt_row(logits_RV[row : row + 1], wish) for row, wish in enumerate(wishes)]
+
+
+def _attempt_row(logits_1V: Tensor, wish: RowWish) -> Drawn | Exception | None:
+    try:
+        return choose_rows(logits_1V, [wish])[0]
+    except Exception as failure:
+        return failure
+
+
+def _attempt_wish(request: Request, logits_RV: Tensor) -> RowWish | Exception:
+    try:
+        return wish_of(request, logits_RV)
+    except Exception as failure:
+        return failure
+
+
+def wish_of(request: Request, logits_RV: Tensor) -> RowWish:
+    """What a request wants of a row; draws its random numbers."""
+    return row_wish(request.params, logits_RV, request.generator)
 
 
 def _not_finite(request: Request) -> LogitsError:
     edited = isinstance(request.group, Alone) and request.group.run.plan.changes
     return EditsError(f"attention.edits: {EDITED_NOT_FINITE}") if edited else LogitsError(NOT_FINITE)
-
-
-def _attempt(logits_1V: Tensor, request: Request, best: int) -> Drawn | Exception:
-    try:
-        return sample_row(logits_1V, request, best)
-    except Exception as failure:
-        return failure
-
-
-def sample_row(logits_1V: Tensor, request: Request, best: int) -> Drawn:
-    """The token of one row. best: its most likely token. Log probabilities are the model's, before temperature, top_k
-    and top_p."""
-    params, token = request.params, best
-    if not greedy(params.temperature):
-        token = int(sample(logits_1V, params.temperature, params.top_p, params.top_k, request.generator))
-    if params.logprobs is None:
-        return token, None
-    return token, token_logprobs(logits_1V[0], token, params.logprobs)

@@ -14,16 +14,8 @@ from attnzoo.models.cache_use import CacheUse, compressed_use, exact_use
 from attnzoo.models.decoder_lm import DecoderLM, DecoderState
 from attnzoo.models.embedded import EmbeddedPrompt, prompt_tensor, token_ids
 from attnzoo.models.generation_config import LEAST_SEED, GenerationConfig
-from attnzoo.models.sampling import (
-    EDITED_NOT_FINITE,
-    NOT_FINITE,
-    TokenLogprobs,
-    best_tokens,
-    choice_seed,
-    greedy,
-    sample,
-    token_logprobs,
-)
+from attnzoo.models.row_sampling import choose_rows, row_wish
+from attnzoo.models.sampling import EDITED_NOT_FINITE, NOT_FINITE, TokenLogprobs, choice_seed, greedy
 
 PROMPT_CHUNK = 256
 """Tokens of a prompt that are read at a time, the default of a server's cells (`prefix_cell`) too: a policy with
@@ -95,23 +87,16 @@ class Sequences:
             hidden_BTD, self._state = self.model.extend_hidden(next_B[:, None], self._state, edits=edits)
             self._hidden_BD = hidden_BTD[:, -1]
         logits_BV = self.model.logits(self._hidden_BD)[:, : self._vocab_size]
-        best = best_tokens(logits_BV)
+        wishes = [row_wish(self.config, logits_BV, self._generators[row]) for row in self.running]
+        chosen = choose_rows(logits_BV if len(wishes) == len(logits_BV) else logits_BV[self.running], wishes)
         drawn = []
-        for row in self.running:
-            token = best[row]
-            if token is None:
+        for row, found in zip(self.running, chosen, strict=True):
+            if found is None:
                 run = None if self._edits is None else self._edits[row]
                 raise ValueError(EDITED_NOT_FINITE if run is not None and run.plan.changes else NOT_FINITE)
-            logits_1V = logits_BV[row : row + 1]
-            if not greedy(self.config.temperature):
-                config = self.config
-                token = int(sample(logits_1V, config.temperature, config.top_p, config.top_k, self._generators[row]))
-            found = None
-            if self.config.logprobs is not None:
-                found = token_logprobs(logits_1V[0], token, self.config.logprobs)
-            self._tokens[row] = token
+            self._tokens[row] = found[0]
             self._new_counts[row] += 1
-            drawn.append((row, token, found))
+            drawn.append((row, *found))
         return drawn
 
     def end(self, row: int) -> None:

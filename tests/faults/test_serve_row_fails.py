@@ -54,24 +54,30 @@ def undisturbed(kind: str, compressed: bool = False) -> dict[str, tuple]:
     return texts(engine, D2O if compressed else None)
 
 
-def at_sampling(fault: Fault, patch: pytest.MonkeyPatch, engine: Engine) -> None:
-    inner = serve.sampler.sample_row
+def at_random_numbers(fault: Fault, patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    inner = serve.sampler.wish_of
 
-    def sample_row(logits: torch.Tensor, request: Request, best: int):
+    def wish_of(request: Request, logits: torch.Tensor):
         if request.request_id == VICTIM and len(request.generated) == 2:
             fault.fire()
-        return inner(logits, request, best)
+        return inner(request, logits)
 
-    patch.setattr(serve.sampler, "sample_row", sample_row)
+    patch.setattr(serve.sampler, "wish_of", wish_of)
 
 
-def at_logprobs(fault: Fault, patch: pytest.MonkeyPatch, engine: Engine) -> None:
-    inner = serve.sampler.token_logprobs
-    patch.setattr(
-        serve.sampler,
-        "token_logprobs",
-        lambda logits, token, count: fault.fire() if fault.fired == 0 else inner(logits, token, count),
-    )
+def at_sampling(fault: Fault, patch: pytest.MonkeyPatch, engine: Engine) -> None:
+    """The rows of a step together, and of these one once more when it is tried alone."""
+    inner, guilty = serve.sampler.choose_rows, []
+
+    def choose_rows(logits: torch.Tensor, wishes: list):
+        if not guilty and len(wishes) > 2:
+            guilty.append(wishes[1])
+            raise RuntimeError
+        if guilty and wishes[0] is guilty[0]:
+            fault.fire()
+        return inner(logits, wishes)
+
+    patch.setattr(serve.sampler, "choose_rows", choose_rows)
 
 
 def at_detokenising(fault: Fault, patch: pytest.MonkeyPatch, engine: Engine) -> None:
@@ -134,7 +140,7 @@ def at_joining(fault: Fault, patch: pytest.MonkeyPatch, engine: Engine) -> None:
     patch.setattr(CompactPool, "_join", join)
 
 
-ANYWHERE = [at_sampling, at_detokenising, at_the_end_of_the_text, at_bad_logits]
+ANYWHERE = [at_random_numbers, at_sampling, at_detokenising, at_the_end_of_the_text, at_bad_logits]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +170,7 @@ def test_log_probabilities_that_fail_fail_alone(monkeypatch):
     expected = texts(make_engine(), logprobs=2)
     engine, fault = make_engine(), Fault()
     with monkeypatch.context() as patch:
-        at_logprobs(fault, patch, engine)
+        at_sampling(fault, patch, engine)
         found = texts(engine, logprobs=2)
     failed = [request_id for request_id, (_, reason, _) in found.items() if reason == "error"]
     assert len(failed) == fault.fired == 1
