@@ -86,6 +86,15 @@ def test_the_nucleus_is_that_of_all_tokens_in_order(dtype, spread, monkeypatch):
             assert torch.equal(found[row], kept_logits(logits[row : row + 1], 0, mass)[0])
 
 
+@pytest.mark.parametrize("width", range(2, 40, 3))
+def test_where_a_sum_is_top_p_itself_rounding_decides_as_it_always_did(width):
+    top_p = [part / width for part in range(1, width)]
+    logits = torch.zeros(width - 1, width)
+    found = rows.filter_rows(logits, [0] * (width - 1), top_p)
+    expected = torch.cat([kept_logits(row[None], 0, mass) for row, mass in zip(logits, top_p, strict=True)])
+    assert torch.equal(found, expected)
+
+
 def test_usual_logits_are_not_sorted(monkeypatch):
     sorted_rows = []
     inner = rows._nucleus_by_sorting
