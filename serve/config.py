@@ -18,6 +18,7 @@ from attnzoo.vision import trained_pictures
 from attnzoo.vision.turns import MOST_PICTURES
 from serve.caches import CacheRules
 from serve.front.limits import Limits, check_host_name
+from serve.prompt_dtype import check_prompt_dtype
 
 MAX_REQUESTS = 1_000_000
 """Upper bound of max_num_seqs and max_queue; Ray counts requests in 32 bits."""
@@ -49,10 +50,13 @@ class EngineConfig(CheckedConfig):
     earlier steps' times allow; None: as many as max_batched_tokens allows. max_queue: requests that may wait.
     dtype: of the weights; None keeps the checkpoint's. check_weights: refuse a checkpoint with NaN or infinity.
     pack_weights: store bfloat16 and float32 weights in a layout that makes decoding on a CPU about twice as fast; None:
-    if the machine supports it. compile_decode: compile decode steps of the full cache (if it may be used) and of
-    `cache` with torch's compiler; on a CPU a quarter faster or more; needs a C++ compiler and 15 seconds to two minutes
-    at the start. threads: CPU threads of torch; None keeps torch's number. step_timeout_s: a step that takes longer
-    makes the engine unhealthy.
+    if the machine supports it. prompt_dtype: in which the matrix products of prompts, in chunks of at least 32 tokens,
+    are computed on a CPU with bfloat16 or float16 weights: "float32", which widens a weight for the time of a product
+    (four bytes for each number of the largest one), or the weights' dtype; "auto" takes the faster one by a measurement
+    of some hundredths of a second at the start, so that texts of two starts may differ by rounding.
+    compile_decode: compile decode steps of the full cache (if it may be used) and of `cache` with torch's compiler; on
+    a CPU a quarter faster or more; needs a C++ compiler and 15 seconds to two minutes at the start. threads: CPU
+    threads of torch; None keeps torch's number. step_timeout_s: a step that takes longer makes the engine unhealthy.
     control_tokens: where control tokens such as <|im_end|> may come from. "template": in chats only from the chat
     template, so that text in a message never becomes a control token; prompts of /v1/completions may contain them.
     "template_only": prompts may not contain them either. "everywhere": prompts and messages may, as in transformers and
@@ -87,6 +91,7 @@ class EngineConfig(CheckedConfig):
     dtype: str | None = None
     check_weights: bool = True
     pack_weights: bool | None = None
+    prompt_dtype: str = "auto"
     compile_decode: bool = False
     threads: int | None = None
     step_timeout_s: float = 120.0
@@ -130,6 +135,7 @@ class EngineConfig(CheckedConfig):
         _check_seconds(self, "step_timeout_s")
         if self.dtype is not None:
             parse_dtype(self.dtype)
+        check_prompt_dtype(self.prompt_dtype, self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

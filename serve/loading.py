@@ -21,6 +21,7 @@ from serve.config import ADAPTERS, EngineConfig, without_adapter
 from serve.modalities.base import Modality
 from serve.modalities.images import ImageModality
 from serve.modalities.sensors import SensorModality
+from serve.prompt_dtype import apply_prompt_dtype
 
 if TYPE_CHECKING:
     from attnzoo.tokenizer import Tokenizer
@@ -50,7 +51,8 @@ class Sources:
 
 def load_parts(config: EngineConfig, model: DecoderLM | None, tokenizer: "Tokenizer | None") -> LoadedParts:
     """Model and tokenizer that are None are read from the checkpoint. Raises ValueError if a file is damaged, the
-    tokenizer has more tokens than the model, or an adapter does not belong to the model."""
+    tokenizer has more tokens than the model, an adapter does not belong to the model, or `prompt_dtype` is not
+    possible. A given model is neither packed nor measured."""
     found = sources(config)
     directory, given = find_checkpoint(found.checkpoint), model
     dtype = check_adapter(config, found)
@@ -76,6 +78,8 @@ def load_parts(config: EngineConfig, model: DecoderLM | None, tokenizer: "Tokeni
         modalities.append(ImageModality(pictures, config))
     if given is None:
         pack_for_inference(model, config.pack_weights)
+    if given is None or config.prompt_dtype != "auto":
+        apply_prompt_dtype(model, config.prompt_dtype)
     return LoadedParts(model, tokenizer, {modality.kind: modality for modality in modalities}, pictures)
 
 

@@ -106,7 +106,7 @@ class Runner:
             (alone if isinstance(group, Alone) else parts).extend(found)
         for resume in plan.resumed:
             self._resume(resume, requests[resume.request_id], held.setdefault(resume.group, []), failed)
-        for batch in _batches(plan.prefill):
+        for batch in _batches(plan.prefill, self.model.many_rows):
             for chunk in batch:
                 if chunk.request_id in reused:
                     self._restore(reused.pop(chunk.request_id), requests[chunk.request_id], failed)
@@ -298,14 +298,17 @@ def _shared(failure: Exception, ids: Sequence[str]) -> Exception:
     return failure if len(ids) == 1 else SharedError(failure)
 
 
-def _batches(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
+def _batches(chunks: Sequence[Chunk], many: int | None = None) -> list[list[Chunk]]:
     """Groups chunks that go through the model together: neighbours in the full cache, as long as padding at most
-    doubles the work. Prompts for compressed caches are read one by one."""
+    doubles the work. Prompts for compressed caches are read one by one. many: chunks of so many tokens and shorter ones
+    are not computed together, so that what is computed of each does not depend on its neighbours."""
     batches: list[list[Chunk]] = []
     for chunk in _in_turns(chunks):
         before = batches[-1][-1] if batches else None
         exact = isinstance(chunk.group, CacheChoice) and chunk.group.exact
         neighbours = exact and before is not None and before.group == chunk.group and before.slot + 1 == chunk.slot
+        if neighbours and before is not None and many is not None:
+            neighbours = (before.count >= many) == (chunk.count >= many)
         together = [*batches[-1], chunk] if neighbours else []
         if together and _padded(together) <= 2 * sum(c.count for c in together):
             batches[-1].append(chunk)

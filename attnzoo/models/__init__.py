@@ -23,6 +23,7 @@ from attnzoo.models.sensor_lm import Prompt, PromptedLM, SensorAdapter, SensorCo
 from attnzoo.models.sequences import Sequences
 from attnzoo.models.shapes import buffer_dtype, build_shapes, materialise
 from attnzoo.models.vit import VisionConfig, ViT
+from attnzoo.models.widening import can_widen, widen_products
 
 __all__ = [
     "CacheUse",
@@ -60,7 +61,9 @@ __all__ = [
     "buffer_dtype",
     "build_shapes",
     "can_pack",
+    "can_widen",
     "generate",
     "materialise",
     "pack_weights",
+    "widen_products",
 ]

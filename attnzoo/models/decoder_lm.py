@@ -60,6 +60,8 @@ class DecoderLM(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.many_rows: int | None = None
+        """Chunks of so many tokens are computed in another dtype than shorter ones (`widen_products`); None: none."""
         self.embedding = nn.Embedding(config.vocab_size, config.model_dim)
         self.blocks = nn.ModuleList(self._block(layer) for layer in range(config.num_layers))
         self.norm = build_norm(config.norm, config.model_dim, config.norm_eps)

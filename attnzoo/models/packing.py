@@ -18,7 +18,8 @@ ROWS = {torch.bfloat16: 1, torch.float32: 64}
 one row costs sixteen rows a third of their speed, and a layout for 64 costs one row nothing."""
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, width: int = 0) -> Tensor:
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None, width: int = 0) -> Tensor:
+    """x W^T + b by oneDNN; the weight may be packed. width: for the compiler alone."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 
@@ -26,10 +27,14 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, width: int = 0) -> 
 # The compiler sees an operation with a known output shape: it has no rule for packed weights that are arguments.
 _LIBRARY = torch.library.Library("attnzoo", "FRAGMENT")
 _LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias, int width) -> Tensor")
-_LIBRARY.impl("packed_linear", _product, "CompositeExplicitAutograd")
+_LIBRARY.impl("packed_linear", onednn_product, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "attnzoo::packed_linear", lambda x, weight, bias, width: x.new_empty(*x.shape[:-1], width), lib=_LIBRARY
 )
+
+
+OtherWay = Callable[[Tensor, Callable[[], Tensor], Tensor | None, torch.dtype], Tensor | None]
+"""The outputs for an input, by the weight in float32, the bias, and the weight's dtype; None: the usual way."""
 
 
 class PackedMaps:
@@ -39,14 +44,24 @@ class PackedMaps:
         weight = torch.cat([layer.weight.detach() for layer in maps])
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS[weight.dtype])
         biases = [weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in maps]
-        self._width = len(weight)
-        self._bias = None if all(layer.bias is None for layer in maps) else torch.cat(biases)
+        self._width, self.dtype = len(weight), weight.dtype
+        self.bias = None if all(layer.bias is None for layer in maps) else torch.cat(biases)
+        self.wide: OtherWay | None = None
+        """Another way for some inputs (`attnzoo.models.widening.Wide`)."""
+
+    def float32_weight(self) -> Tensor:
+        """The weight in float32, as torch keeps one; made anew in every call."""
+        weight: Tensor = self._weight.to_dense(torch.float32)
+        return weight
 
     def __call__(self, x: Tensor) -> Tensor:
+        found = None if self.wide is None else self.wide(x, self.float32_weight, self.bias, self.dtype)
+        if found is not None:
+            return found
         if torch.compiler.is_compiling():
-            opaque: Tensor = torch.ops.attnzoo.packed_linear.default(x, self._weight, self._bias, self._width)
+            opaque: Tensor = torch.ops.attnzoo.packed_linear.default(x, self._weight, self.bias, self._width)
             return opaque
-        return _product(x, self._weight, self._bias)
+        return onednn_product(x, self._weight, self.bias)
 
 
 class PackedLinear(nn.Linear):
@@ -56,10 +71,10 @@ class PackedLinear(nn.Linear):
         options = {"device": "meta", "dtype": layer.weight.dtype}
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, **options)
         self.requires_grad_(False)
-        self._maps = PackedMaps(layer)
+        self.maps = PackedMaps(layer)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._maps(input)
+        return self.maps(input)
 
 
 class PackedDecoderLM(DecoderLM):
