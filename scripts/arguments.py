@@ -225,13 +225,30 @@ def bench_serve(parser: argparse.ArgumentParser) -> None:
 
 (a) the engine in this process, (b) the server over streaming HTTP, with client and server on one machine. Each client
 sends its next request when the last one has ended. ttft_ms: from sending to the first text; tpot_ms: time per output
-token after that. Results are medians over all requests; both sides take turns, so that drift affects both."""
+token after that. Results are medians over all requests; both sides take turns, so that drift affects both.
+
+With --streams: throughput and latencies of one server or several (--side) with so many requests open at a time. A side
+is "NAME", "NAME@DIRECTORY" for the server of another tree of this project, each with settings as key=value behind it,
+or "NAME=URL/MODEL" for a server that runs already."""
     parser.epilog = """examples:
   attnzoo bench serve                                    # a model of random weights
+  attnzoo bench serve --streams 1 8 32 --side now --side "float32 prompt_dtype=float32" --checkpoint smollm2
+  attnzoo bench serve --streams 8 --sampled --side now --side vllm=http://127.0.0.1:8001/model
   attnzoo bench serve --checkpoint runs/demo/export --json docs/results/serve.json
   attnzoo bench serve --quick
 """
     parser.add_argument("--checkpoint", type=Path, help="an export directory (default: a model of random weights)")
+    parser.add_argument("--streams", type=int, nargs="+", metavar="N", help="measure load: requests at a time")
+    parser.add_argument("--side", action="append", metavar="WORDS", help="a server to measure under load; repeatable")
+    for name, value, what in (
+        ("requests", 2, "of each stream in a round"),
+        ("rounds", 3, "turns of each side"),
+        ("prompt-tokens", 64, "of each request under load"),
+        ("new-tokens", 64, "of each request under load"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{what} (default: {value})")
+    parser.add_argument("--sampled", action="store_true", help="temperature 0.8 and top_p 0.95 under load, not greedy")
+    parser.add_argument("--logprobs", type=int, metavar="N", help="log probabilities of N alternatives under load")
     _json(parser)
     parser.add_argument("--quick", action="store_true", help="fewer requests, to check that it runs; not a measurement")
     parser.add_argument("--busy", action="store_true", help="measure even if the machine is busy")

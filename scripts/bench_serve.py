@@ -1,12 +1,9 @@
-"""`attnzoo bench serve`: the overhead of Ray Serve and HTTP over the plain engine."""
+"""`attnzoo bench serve`: the overhead of Ray Serve and HTTP over the plain engine, or servers under load."""
 
 import argparse
 import asyncio
-import json
 import os
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,13 +15,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as Ray sets it for a replica wi
 
 import torch
 
-from attnzoo.checkpoint import save_model
+from attnzoo.checkpoint import find_checkpoint, load_tokenizer, save_model
 from attnzoo.cli import carry_out
 from attnzoo.errors import complain
 from attnzoo.models import DecoderConfig, DecoderLM
 from attnzoo.report import Claim, Report, available_cores
 from attnzoo.tokenizer import SentencePieceTokenizer
 from scripts import arguments
+from scripts.serve_client import Server, Timing, run_http
+from scripts.serve_load import Load, measure_load, read_side
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.request import SamplingParams
@@ -40,15 +39,6 @@ class Sizes:
     rounds: int
     prompt_tokens: int
     new_tokens: int
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Times of one request in seconds. ttft: to the first text. tpot: per output token after it."""
-
-    ttft: float
-    tpot: float
-    text: str
 
 
 FULL = Sizes(requests=24, rounds=3, prompt_tokens=64, new_tokens=64)
@@ -98,75 +88,6 @@ def run_engine(engine: Engine, prompts: Sequence[list[int]], clients: int, sizes
     return [timings[str(index)] for index in range(len(prompts))]
 
 
-async def run_http(port: int, model: str, prompts: Sequence[list[int]], clients: int, sizes: Sizes) -> list[Timing]:
-    """Runs all prompts as HTTP streams, over `clients` connections that stay open."""
-    timings: dict[int, Timing] = {}
-    todo = list(range(len(prompts)))[::-1]
-
-    async def client() -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        while todo:
-            index = todo.pop()
-            body = {"model": model, "prompt": prompts[index], "max_tokens": sizes.new_tokens, "temperature": 0}
-            timings[index] = await stream(reader, writer, {**body, "ignore_eos": True, "stream": True}, sizes)
-        writer.close()
-
-    await asyncio.gather(*(client() for _ in range(clients)))
-    return [timings[index] for index in range(len(prompts))]
-
-
-async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: dict, sizes: Sizes) -> Timing:
-    """Runs one streamed completion over an open connection, with little work on the client's side."""
-    data = json.dumps(body).encode()
-    fields = f"host: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}"
-    head = f"POST /v1/completions HTTP/1.1\r\n{fields}\r\n\r\n"
-    sent = time.perf_counter()
-    writer.write(head.encode() + data)
-    answer = await reader.readuntil(b"\r\n\r\n")
-    if not answer.startswith(b"HTTP/1.1 200"):
-        raise RuntimeError(f"the server answered {answer.splitlines()[0].decode()}")
-    first = last = 0.0
-    events = []
-    while size := int((await reader.readuntil(b"\r\n")).strip(), 16):
-        chunk = await reader.readexactly(size + 2)
-        last = time.perf_counter()
-        first = first or last
-        events.append(chunk[:-2])
-    await reader.readuntil(b"\r\n")
-    choices = [json.loads(event[6:])["choices"][0] for event in b"".join(events).split(b"\n\n") if event[6:7] == b"{"]
-    return Timing(first - sent, (last - first) / (sizes.new_tokens - 1), "".join(c["text"] for c in choices))
-
-
-class Server:
-    """A context manager that runs `attnzoo serve` on a free port."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "attnzoo",
-            "serve",
-            "--checkpoint",
-            str(checkpoint),
-            "--port",
-            "0",
-            "threads=1",
-        ]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        found = re.search(r"serving '(.+)' on http://127\.0\.0\.1:(\d+)", self.process.stdout.readline())
-        if not found:
-            raise RuntimeError("the server did not start; its messages are above")
-        self.model, self.port = found[1], int(found[2])
-
-    def __enter__(self) -> "Server":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.wait(60)
-
-
 def median_ms(values: Sequence[float]) -> float:
     """Median in milliseconds."""
     return round(1000 * statistics.median(values), 3)
@@ -177,16 +98,17 @@ def measure(checkpoint: Path, sizes: Sizes, report: Report) -> None:
     engine = Engine(EngineConfig(checkpoint=str(checkpoint), threads=1))
     prompts = make_prompts(engine.tokenizer.vocab_size, sizes)
     different = 0
-    with Server(checkpoint) as server:
+    fields = {"max_tokens": sizes.new_tokens, "temperature": 0, "ignore_eos": True}
+    with Server(checkpoint, ["threads=1"]) as server:
         for clients in (1, 4):
             plain: list[Timing] = []
             served: list[Timing] = []
             warm = prompts[: 2 * clients]
             run_engine(engine, warm, clients, sizes)
-            asyncio.run(run_http(server.port, server.model, warm, clients, sizes))
+            asyncio.run(run_http(server.target, warm, clients, fields))
             for _ in range(sizes.rounds):
                 plain += run_engine(engine, prompts, clients, sizes)
-                served += asyncio.run(run_http(server.port, server.model, prompts, clients, sizes))
+                served += asyncio.run(run_http(server.target, prompts, clients, fields))
             different += sum(a.text != b.text for a, b in zip(plain, served, strict=True))
             sides = {"engine": plain, "ray serve": served}
             rows = {
@@ -205,9 +127,29 @@ def measure(checkpoint: Path, sizes: Sizes, report: Report) -> None:
     report.claims.append(Claim(name="texts that differ", expected=0, measured=different, kind="equal"))
 
 
+def load_of(options: argparse.Namespace) -> Load:
+    """The load that the options describe."""
+    rounds = 1 if options.quick else options.rounds
+    return Load(
+        tuple(options.streams),
+        options.requests,
+        rounds,
+        options.prompt_tokens,
+        options.new_tokens,
+        options.sampled,
+        options.logprobs,
+    )
+
+
 def run(options: argparse.Namespace) -> int:
     """Measures and prints a table; exit status 1 if a claim does not hold. Raises ValueError on a busy machine and
     for a wrong checkpoint."""
+    sides = [read_side(words) for words in options.side or ["ours"]]
+    if len({side.name for side in sides}) < len(sides):
+        raise ValueError("two sides have the same name")
+    if options.side and not options.streams:
+        raise ValueError("--side needs --streams, for example --streams 1 8 32")
+    load_of_servers = load_of(options) if options.streams else None
     load, cores = os.getloadavg()[0], available_cores()
     if load > cores / 2 and not (options.busy or options.quick):
         raise ValueError(f"load average {load:.2f} on {cores} cores makes timings unreliable; wait, or use --busy")
@@ -215,7 +157,11 @@ def run(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = options.checkpoint or make_checkpoint(Path(directory))
         try:
-            measure(checkpoint, QUICK if options.quick else FULL, report)
+            if load_of_servers is not None:
+                vocabulary = load_tokenizer(find_checkpoint(str(checkpoint))).vocab_size
+                measure_load(checkpoint, sides, load_of_servers, vocabulary, report)
+            else:
+                measure(checkpoint, QUICK if options.quick else FULL, report)
         except RuntimeError as error:
             return complain("attnzoo bench serve", str(error), 1)
     report.print_table()
