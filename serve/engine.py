@@ -21,7 +21,7 @@ from serve.config import EngineConfig
 from serve.faults import DeviceError, SharedError, log, logger
 from serve.loading import load_parts, max_model_len
 from serve.metrics import ServerMetrics
-from serve.pool import compiled_step
+from serve.pools import compiled_step
 from serve.preemption import AHEAD, Preemption
 from serve.prefix import PrefixCache
 from serve.prompts import Prompt, PromptEncoder, as_prompt, read_prompts
@@ -39,6 +39,7 @@ from serve.request import (
 from serve.runner import Runner
 from serve.sampler import Drawn, make_generator, sample_rows
 from serve.scheduling import PromptPace, Scheduler, StepPlan
+from serve.speculation import Speculation
 from serve.synchronized import synchronized
 
 if TYPE_CHECKING:
@@ -75,10 +76,19 @@ class Engine:
         self.prefixes = PrefixCache(self.model, config.prefix_mib << 20, cell, self.tokenizer.stop_ids)
         self.scheduler = self._new_scheduler()
         rows = config.max_num_seqs if self.caches.exact else 0
+        if config.prompt_lookup and not rows:
+            raise ValueError(
+                f"prompt_lookup={config.prompt_lookup} guesses tokens of the full cache, which no request may have "
+                "here (cache, cache_bounds); set prompt_lookup=0"
+            )
         choice, steps = self.caches.default, {}
         if config.compile_decode and not choice.exact:
             steps[choice] = compiled_step(self.model, choice.build(), config.max_num_seqs, self.max_model_len)
-        self.runner = Runner(self.model, rows, self.max_model_len, config.compile_decode, steps, self.prefixes)
+        vocab_size = self.tokenizer.vocab_size
+        self.runner = Runner(
+            self.model, rows, self.max_model_len, config.compile_decode, steps, self.prefixes, vocab_size
+        )
+        self.speculation = Speculation(config.prompt_lookup)
         self.metrics = ServerMetrics()
         self.preemption = Preemption(self.runner, self.prefixes, self.metrics)
         self.pace = PromptPace(None if config.itl_target_ms is None else config.itl_target_ms / 1000)
@@ -192,13 +202,15 @@ class Engine:
 
     def _run_step(self, deltas: list[Delta]) -> None:
         """Appends each delta to `deltas` at once, so that none is lost when a later part of the step raises."""
-        started = time.perf_counter()
+        started, config = time.perf_counter(), self.config
         for request in [request for request in self._requests.values() if request.is_late]:
             self._end_late(request, deltas)
         self.preemption.make_room(self.scheduler, self._requests)
         plan = self.scheduler.schedule(self.pace.prompt_tokens)
         self._mark_started(plan)
-        ran = self.runner.run(plan, self._requests)
+        decoding = len(plan.decoding)
+        guesses = self.speculation.guesses(plan, self._requests, config.max_batched_tokens - decoding)
+        ran = self.runner.run(plan, self._requests, guesses)
         for resume in plan.resumed:
             self.preemption.forget(self._requests[resume.request_id])
         for group, row_bytes in self.runner.joined(plan):
@@ -209,13 +221,16 @@ class Engine:
             request.repeat()
         rows = [sampled[row] for row in new]
         drawn = self._draw(ran.logits_RV if len(rows) == len(sampled) else ran.logits_RV[new], rows)
-        decoding = len(plan.decoding)
-        if plan.num_tokens:
-            self.pace.measured(decoding, plan.num_tokens - decoding, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        if plan.num_tokens and not guesses:
+            self.pace.measured(decoding, plan.num_tokens - decoding, seconds)
+        self.speculation.measured(plan, guesses, ran.sampled, self._requests, seconds)
         for request_id, failure in ran.failed.items():
             self._fail(self._requests[request_id], failure, deltas)
         self._update(rows, drawn, deltas)
-        self.metrics.step(plan.num_tokens)
+        guessed = sum(map(len, guesses.values()))
+        self.metrics.step(plan.num_tokens + guessed)
+        self.metrics.guessed(len(guesses), guessed, len(ran.sampled) - len(set(ran.sampled)))
         self._publish_load()
 
     def _end_late(self, request: Request, deltas: list[Delta]) -> None:
@@ -302,6 +317,8 @@ class Engine:
     def _update(self, rows: list[Request], drawn: list[Drawn | Exception], deltas: list[Delta]) -> None:
         now = time.perf_counter()
         for request, found in zip(rows, drawn, strict=True):
+            if request.request_id not in self._requests:
+                continue  # it has ended with an earlier one of its tokens
             try:
                 if isinstance(found, Exception):
                     raise found
@@ -341,6 +358,8 @@ class Engine:
             delta.ttft_s = request.first_token - request.arrived if request.first_token else 0.0
             delta.cached_tokens = request.cached
             delta.not_cached = self.prefixes.plans[request.request_id].why_not
+            delta.accepted_tokens = request.guesses.accepted
+            delta.rejected_tokens = request.guesses.guessed - request.guesses.accepted
             delta.run = request.group.run if isinstance(request.group, Alone) else None
             delta.policy = request.cache.policy
             if self.scheduler.decodes(request.request_id):

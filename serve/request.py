@@ -10,6 +10,7 @@ from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models.sampling import TokenLogprobs
 from attnzoo.tokenizer.text_stream import TextStream
 from serve.faults import EditsError, message
+from serve.history import Guesses
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +131,8 @@ class Delta:
 
     text: new characters that are final. tokens: number of tokens generated so far. prompt_tokens, ttft_s (seconds from
     arrival to the first token), policy and the fields of `attnzoo.models.cache_use.CacheUse`: only in the last delta,
-    as cached_tokens, the tokens of the prompt that were copied from earlier ones, and not_cached, why none can be.
+    as cached_tokens, the tokens of the prompt that were copied from earlier ones, not_cached, why none can be, and how
+    many tokens that were guessed ahead were accepted and rejected.
     error: with finish_reason "error", the message for the request's owner; it may quote the prompt. param: the field of
     the request that is at fault, if one is. run: in the last delta of a request that reads or edits attention, what it
     has read.
@@ -150,6 +152,8 @@ class Delta:
     not_compressed: str | None = None
     cached_tokens: int = 0
     not_cached: str | None = None
+    accepted_tokens: int = 0
+    rejected_tokens: int = 0
     error: str | None = None
     param: str | None = None
     run: EditRun | None = None
@@ -162,7 +166,7 @@ class Request:
 
     aside: its state while it is set aside, if that is kept. known: tokens that it had generated when it was set aside
     without its state; they are given to the model once more. room: tokens, prompt and text together, that memory is
-    counted for. cached: tokens of its prompt that were copied when it was first read."""
+    counted for. cached: tokens of its prompt that were copied when it was first read. guesses: of its next tokens."""
 
     request_id: str
     prompt: Sequence[int]
@@ -178,6 +182,7 @@ class Request:
     known: list[int] = field(default_factory=list)
     aside: "DecoderState | None" = None
     cached: int = 0
+    guesses: Guesses = field(default_factory=Guesses)
     started: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0

@@ -1,4 +1,4 @@
-"""Runs a step's plan and returns logits. Only this module, `serve.pool` and `serve.sampler` compute on the device.
+"""Runs a step's plan and returns logits. Only this module, `serve.pools` and `serve.sampler` compute on the device.
 
 An exception in the computation of one sequence fails that sequence. After an exception in a joint computation each
 sequence is computed alone if that is safe; else all of them fail. All other sequences of the step go on.
@@ -8,24 +8,29 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models import CompiledDecode, DecoderLM
 from attnzoo.models.cache_use import CacheUse, compressed_use, exact_use
 from attnzoo.models.decoder_lm import DecoderState
+from attnzoo.models.sampling import best_tokens
 from serve.faults import DeviceError, SharedError, log
-from serve.pool import AlonePool, CompactPool, HalfWrittenError, SlotPool
+from serve.pools import AlonePool, CompactPool, HalfWrittenError, SlotPool
 from serve.prefix import PrefixCache
 from serve.request import Alone, Request
 from serve.scheduling import Chunk, Release, Resume, Reuse, StepPlan
+from serve.speculation import accepted
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """The result of a step: logits_RV of the `sampled` requests in their order, and the error of each failed one."""
+    """The result of a step: logits_RV of the `sampled` requests in their order, and the error of each failed one. A
+    request that was guessed ahead is there several times, once for each of its tokens."""
 
     sampled: list[str]
     logits_RV: Tensor
@@ -40,7 +45,8 @@ class Runner:
     """Runs plans, with one pool of states for each cache in use.
 
     max_num_seqs, max_model_len: rows of the full cache and tokens of each; max_num_seqs=0: there is no full cache.
-    prefixes: beginnings of prompts that were read before.
+    prefixes: beginnings of prompts that were read before. vocab_size: tokens that can be chosen; None: all of the
+    model's.
     compile_decode: compile the full cache's decode steps. steps: compiled decode steps of compressed caches. Raises the
     errors of `SlotPool`.
     """
@@ -53,8 +59,9 @@ class Runner:
         compile_decode: bool = False,
         steps: Mapping[CacheChoice, CompiledDecode] | None = None,
         prefixes: PrefixCache | None = None,
+        vocab_size: int | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.vocab_size = model, vocab_size
         self.prefixes = prefixes
         self.device = model.embedding.weight.device
         with torch.inference_mode():
@@ -90,10 +97,14 @@ class Runner:
         return self.model.cost(batch=1, tokens=1, context=context).state_bytes
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, requests: Mapping[str, Request]) -> StepOutput:
-        """Computes the plan. Raises DeviceError if the device no longer works."""
+    def run(
+        self, plan: StepPlan, requests: Mapping[str, Request], guesses: Mapping[str, Sequence[int]] | None = None
+    ) -> StepOutput:
+        """Computes the plan. guesses: tokens that may follow the newest ones of decoding sequences in the full cache.
+        Raises DeviceError if the device no longer works."""
         parts: list[Part] = []
         alone: list[Part] = []
+        verified: list[StepOutput] = []
         failed: dict[str, Exception] = {}
         for exchange in plan.exchanges:
             pool = self._pool(exchange.group)
@@ -102,7 +113,13 @@ class Runner:
         reused = {reuse.request_id: reuse for reuse in plan.reused}
         held: dict[object, list[str]] = {group: list(ids) for group, ids in plan.decode}
         for group, ids in plan.decode:
-            found = self._decode(group, [requests[request_id] for request_id in ids], failed)
+            sequences = [requests[request_id] for request_id in ids]
+            if guesses and not guesses.keys().isdisjoint(ids):
+                output = self._verify(group, sequences, guesses, failed)
+                if output is not None:
+                    verified.append(output)
+                    continue
+            found = self._decode(group, sequences, failed)
             (alone if isinstance(group, Alone) else parts).extend(found)
         for resume in plan.resumed:
             self._resume(resume, requests[resume.request_id], held.setdefault(resume.group, []), failed)
@@ -118,10 +135,10 @@ class Runner:
             rows = held.setdefault(chunks[0].group, [])
             rows += [request_id for ids, _ in found for request_id in ids]
             self._fail_lost_rows(chunks[0].group, rows, failed)
-        if not alone:
+        if not alone and not verified:
             return self._logits(parts, failed)
         # The rounding of a row depends on how many there are, so that a request that runs alone has its own logits.
-        outputs = [self._logits(some, failed) for some in (parts, *([part] for part in alone))]
+        outputs = [self._logits(some, failed) for some in (parts, *([part] for part in alone))] + verified
         outputs = [output for output in outputs if output.sampled] or outputs[:1]
         sampled = [request_id for output in outputs for request_id in output.sampled]
         return StepOutput(sampled, torch.cat([output.logits_RV for output in outputs]), failed)
@@ -142,6 +159,43 @@ class Runner:
                 pool.drop()
             failed.update(dict.fromkeys(ids, _shared(failure, ids)))
             return []
+
+    def _verify(
+        self,
+        group: object,
+        requests: list[Request],
+        guesses: Mapping[str, Sequence[int]],
+        failed: dict[str, Exception],
+    ) -> StepOutput | None:
+        """Reads what is guessed behind the newest tokens of sequences in the full cache, and keeps what the model
+        chooses itself. None where that failed and left no trace, so that they may decode without."""
+        pool, ids = self._pool(group), [request.request_id for request in requests]
+        assert isinstance(pool, SlotPool)
+        given = [[request.generated[-1], *guesses.get(request.request_id, ())] for request in requests]
+        counts = [len(tokens) for tokens in given]
+        tokens_BT = pad_sequence([torch.tensor(tokens) for tokens in given], batch_first=True).to(self.device)
+        read = None
+        try:
+            hidden_BTD, read = pool.verify(tokens_BT, [request.context for request in requests], counts)
+            logits_RV = self.model.logits(torch.cat([hidden_BTD[row, :count] for row, count in enumerate(counts)]))
+            best = best_tokens(logits_RV[:, : self.vocab_size])
+        except Exception as failure:
+            self.check_device(failure)
+            if read is not None:
+                pool.put_back(read)
+            log("tokens could not be guessed ahead", failure)
+            return None
+        starts = list(accumulate(counts, initial=0))[:-1]
+        kept = [accepted(tokens, best[start:]) for tokens, start in zip(given, starts, strict=True)]
+        try:
+            pool.keep(read, kept)
+        except Exception as failure:
+            self.check_device(failure)
+            failed.update(dict.fromkeys(ids, _shared(failure, ids)))
+            return StepOutput([], logits_RV[:0], failed)
+        rows = [row for start, count in zip(starts, kept, strict=True) for row in range(start, start + count)]
+        names = [name for name, count in zip(ids, kept, strict=True) for _ in range(count)]
+        return StepOutput(names, logits_RV[rows], failed)
 
     def held(self, request: Request, slot: int) -> int:
         """Bytes of `copy`."""

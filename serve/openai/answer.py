@@ -266,6 +266,10 @@ class Answer(Response):
             "completion_tokens": completion,
             "total_tokens": self.prompt_tokens + completion,
             "prompt_tokens_details": {"cached_tokens": sum(delta.cached_tokens for delta in firsts)},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": sum(delta.accepted_tokens for delta in deltas),
+                "rejected_prediction_tokens": sum(delta.rejected_tokens for delta in deltas),
+            },
             "attnzoo": {
                 "policy": deltas[0].policy if deltas else "full",
                 "kv_bytes": kv_bytes,

@@ -50,6 +50,14 @@ class PromptDetails(Reply):
     cached_tokens: int
 
 
+class CompletionDetails(Reply):
+    """Of the tokens that were guessed ahead (`prompt_lookup`), those that the model chose, too, and the others, which
+    are in no text."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(Reply):
     """Number of tokens in prompts and completions."""
 
@@ -57,6 +65,7 @@ class Usage(Reply):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
     attnzoo: Extension
 
 

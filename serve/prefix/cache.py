@@ -13,8 +13,8 @@ from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models import DecoderLM
 from attnzoo.models.decoder_lm import DecoderState
 from attnzoo.models.embedded import EmbeddedPrompt
+from serve.pools.parts import cell_of, others, rest_of, restored
 from serve.prefix.grid import cut, digests
-from serve.prefix.parts import cell_of, others, rest_of, restored
 from serve.prefix.tree import PrefixNode, PrefixTree
 
 EXACT = "exact"

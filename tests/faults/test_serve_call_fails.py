@@ -6,7 +6,7 @@ import torch
 from attnzoo.tokenizer.text_stream import TextStream
 from serve.engine import Engine
 from serve.faults import DeviceError
-from serve.pool import SlotPool
+from serve.pools import SlotPool
 from tests.helpers.engines import D2O, SECRET, Fault, assert_empty, greedy, make_engine, prompts
 
 

@@ -14,7 +14,7 @@ from attnzoo.kvcache.state import State
 from attnzoo.models import DecoderLM
 from attnzoo.tokenizer.text_stream import TextStream
 from serve.engine import Engine
-from serve.pool import CompactPool, SlotPool
+from serve.pools import CompactPool, SlotPool
 from serve.request import Request
 from tests.helpers.engines import D2O, SECRET, Fault, assert_empty, greedy, make_engine, prompts
 from tests.helpers.http_server import (

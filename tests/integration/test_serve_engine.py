@@ -7,7 +7,7 @@ import torch
 
 from attnzoo.models import generate
 from serve.engine import Engine
-from serve.pool import SlotPool
+from serve.pools import SlotPool
 from serve.request import ContextLengthError, Request, SamplingParams
 from serve.scheduling import Release
 from tests.helpers.engines import assert_empty, greedy, make_engine, prompts, run_staggered

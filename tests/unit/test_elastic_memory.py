@@ -9,7 +9,7 @@ import torch
 from attnzoo.models import DecoderConfig, DecoderLM
 from serve.arena import PAGE, Arena, ElasticState
 from serve.engine import Engine, EngineConfig
-from serve.pool import SlotPool
+from serve.pools import SlotPool
 from serve.request import CacheMemoryError
 from serve.scheduling import Release
 from tests.helpers.engines import greedy
@@ -118,7 +118,7 @@ REFUSED = """
 import resource, logging, sys
 import torch
 from attnzoo.models import DecoderConfig, DecoderLM
-from serve.pool import SlotPool
+from serve.pools import SlotPool
 
 model = DecoderLM(DecoderConfig(vocab_size=64, model_dim=128, num_layers=2, attention="mha"))
 now = int(open("/proc/self/statm").read().split()[0]) * 4096

@@ -1,6 +1,6 @@
 """A sequence's state in two parts: keys and values that only ever grow, token by token, and all the rest."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -9,6 +9,9 @@ from attnzoo.kvcache.compressed import CompressedState
 from attnzoo.kvcache.full import FullCacheState
 from attnzoo.kvcache.state import axes
 from attnzoo.models.decoder_lm import DecoderState
+
+Copied = Callable[[DecoderState, int, int], DecoderState]
+"""The state of one sequence of so many tokens, continued to so many, in place where its tensors are as large."""
 
 
 def keys_values(state: DecoderState) -> list[Tensor]:
