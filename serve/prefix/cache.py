@@ -126,6 +126,10 @@ class PrefixCache:
         if not plan.keys or at not in (0, *plan.borders):
             return None
         index = 0 if at == 0 else plan.borders.index(at) + 1
+        if index < len(self.tree.path(plan.keys)):
+            # The keys and values of the next cell are known, and its rest is not kept: the next that will be counts.
+            ahead = range(index, len(plan.keys) - 1)
+            index = next((i for i in ahead if plan.borders[i] in plan.wanted), index)
         # Of the last cell nobody else can know more than this prompt itself.
         return (plan.keys[index], plan.kind) if index < len(plan.keys) - 1 else None
 

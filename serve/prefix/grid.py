@@ -10,16 +10,21 @@ from collections.abc import Collection, Sequence
 
 LEAST = 4
 """A turn ends a cell that is at least this part of a whole one; many short turns would make many short passes."""
+OPENING = 16
+"""The first turn of at least so many tokens always ends a cell: conversations share their system prompt, and go on
+differently behind it. A start token, which may be an end token too, is no turn."""
 
 
 def cut(prompt: Sequence[int], ends: Collection[int], cell: int) -> tuple[int, ...]:
     """Ends of a prompt's cells, ascending: each has `cell` tokens, or fewer where a turn ends with one of the tokens
     `ends`, or the prompt."""
     found, start = [], 0
+    opening = next((end for end in range(OPENING, len(prompt)) if prompt[end - 1] in ends), 0)
     while start < len(prompt):
         stop = min(start + cell, len(prompt))
         turns = range(start + max(1, cell // LEAST), stop)
-        start = next((end for end in turns if prompt[end - 1] in ends), stop)
+        turn = next((end for end in turns if prompt[end - 1] in ends), stop)
+        start = opening if start < opening < turn else turn
         found.append(start)
     return tuple(found)
 

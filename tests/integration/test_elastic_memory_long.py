@@ -62,3 +62,34 @@ def test_64_sequences_of_8k_tokens_take_no_more_than_the_budget():
     engine.prefixes.clear()
     gc.collect()
     assert resident() - before <= 0.05 * budget
+
+
+ROWS = 8
+"""Sequences of the full cache that the budget holds."""
+
+
+def test_d2o_at_a_fifth_runs_four_times_as_many_sequences():
+    """In the same budget, at once: those that decode, by the scheduler, and their bytes as allocated."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": TOKENS, "model_dim": 64, "num_layers": 2, "max_positions": CONTEXT}
+    model = DecoderLM(DecoderConfig(attention={"kind": "mha", "num_heads": 2}, **shape)).eval()
+    prompt = torch.randint(3, TOKENS, (CONTEXT - NEW,)).tolist()
+    row = model.cost(batch=1, tokens=1, context=CONTEXT).state_bytes
+    together = {}
+    for policy, options in {"full": {}, "d2o": {"keep_ratio": 0.2}}.items():
+        config = EngineConfig(
+            checkpoint="none", cache={"policy": policy, **options}, cache_mib=ROWS * row >> 20, itl_target_ms=None,
+            max_num_seqs=SLOTS, max_batched_tokens=1024, max_queue=SLOTS,
+        )  # fmt: skip
+        engine = Engine(config, model=model, tokenizer=tokenizer())
+        engine.generate([prompt], SamplingParams(max_tokens=1, ignore_eos=True))  # from now on prompts are copied
+        for index in range(SLOTS):
+            engine.add_request(str(index), prompt, SamplingParams(max_tokens=NEW, ignore_eos=True))
+        most = 0
+        while engine.has_work():
+            assert all(delta.error is None for delta in engine.step())
+            most = max(most, sum(table.decoding for table in engine.scheduler.tables.values()))
+            assert engine.runner.pool_bytes <= 1.001 * ROWS * row  # lengths of empty rows beside them
+        together[policy] = most
+    assert together["full"] >= ROWS - 1, together
+    assert together["d2o"] >= 4 * together["full"], together

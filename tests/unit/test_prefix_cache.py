@@ -180,6 +180,14 @@ def test_a_turn_ends_a_cell():
         assert cut(prompt[:length], ends, 8)[:-1] == cut(prompt, ends, 8)[: len(cut(prompt[:length], ends, 8)) - 1]
 
 
+def test_the_first_turn_always_ends_a_cell():
+    """However little is left of it behind a whole cell: conversations go on differently behind a system prompt."""
+    system, ends = [*range(10, 28), 2], {2}
+    assert cut([*system, *range(30, 50)], ends, 16) == (16, 19, 35, 39)
+    assert cut([*system, *range(30, 50)], ends, 64) == (19, 39)
+    assert cut([2, *system, 7, 2, *range(30, 50)], ends, 64) == (20, 42), "a start token is no turn"
+
+
 def test_digests_differ_by_salt_tokens_and_borders():
     prompt = list(range(20))
     keys = digests(prompt, (8, 16, 20), b"a")
