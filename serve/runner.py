@@ -18,7 +18,7 @@ from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models import CompiledDecode, DecoderLM
 from attnzoo.models.cache_use import CacheUse, compressed_use, exact_use
 from attnzoo.models.decoder_lm import DecoderState
-from attnzoo.models.sampling import best_tokens
+from attnzoo.models.row_sampling import RowWish, choose_rows
 from serve.faults import DeviceError, SharedError, log
 from serve.pools import AlonePool, CompactPool, HalfWrittenError, SlotPool
 from serve.prefix import PrefixCache
@@ -178,13 +178,14 @@ class Runner:
         try:
             hidden_BTD, read = pool.verify(tokens_BT, [request.context for request in requests], counts)
             logits_RV = self.model.logits(torch.cat([hidden_BTD[row, :count] for row, count in enumerate(counts)]))
-            best = best_tokens(logits_RV[:, : self.vocab_size])
+            chosen = choose_rows(logits_RV[:, : self.vocab_size], [RowWish()] * len(logits_RV))
         except Exception as failure:
             self.check_device(failure)
             if read is not None:
                 pool.put_back(read)
             log("tokens could not be guessed ahead", failure)
             return None
+        best = [None if found is None else found[0] for found in chosen]
         starts = list(accumulate(counts, initial=0))[:-1]
         kept = [accepted(tokens, best[start:]) for tokens, start in zip(given, starts, strict=True)]
         try:
