@@ -5,7 +5,8 @@ import pytest
 from serve.engine import Engine
 from serve.request import Request, SamplingParams
 from tests.helpers.engines import assert_empty, greedy, make_engine, prompts, run_staggered
-from tests.helpers.guesses import sources, speculating
+from tests.helpers.guesses import guess_always, sources, speculating
+from tests.helpers.http_server import events, post, running
 from tests.helpers.serving import KINDS
 
 
@@ -136,3 +137,19 @@ def test_bad_guesses_are_given_up() -> None:
     assert fast.generated == request.generated
     assert fast.guesses.times == 8
     assert (deltas[-1].accepted_tokens, deltas[-1].rejected_tokens) == (0, 40)
+
+
+def test_usage_counts_guessed_tokens_over_http() -> None:
+    prompt = [7, 8, 9] * 6
+    request, _ = finish(speculating(), prompt, greedy(20))
+    assert request.guesses.guessed
+    with running("rcmha", prompt_lookup=5, max_num_seqs=4, max_batched_tokens=9) as (url, owner):
+        guess_always(owner.engine, None)
+        body = {"prompt": prompt, "max_tokens": 20, "ignore_eos": True, "temperature": 0}
+        usage = post(url, **body).json()["usage"]
+        streamed = events(post(url, **body, stream=True, stream_options={"include_usage": True}).text)[-1]["usage"]
+    rejected = request.guesses.guessed - request.guesses.accepted
+    expected = {"accepted_prediction_tokens": request.guesses.accepted, "rejected_prediction_tokens": rejected}
+    assert usage["completion_tokens_details"] == expected
+    assert streamed["completion_tokens_details"] == expected
+    assert usage["completion_tokens"] == 20
