@@ -22,8 +22,8 @@ def speculating(kind: str = "rcmha", source: Source | None = None, most: int = 5
     return guess_always(make_engine(kind, prompt_lookup=most, **settings), source)
 
 
-def guess_always(engine: Engine, source: Source | None) -> Engine:
-    """The engine, with guesses of this source."""
+def guess_always(engine: Engine, source: Source | None = None) -> Engine:
+    """The engine, with guesses of this source (None: what is looked up)."""
     engine.speculation = Speculation(engine.config.prompt_lookup, source)
     engine.speculation.speed = Always()
     return engine

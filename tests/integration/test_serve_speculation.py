@@ -1,13 +1,16 @@
 """Tokens that are guessed ahead: the same text, whatever is guessed."""
 
 import pytest
+import torch
 
+from attnzoo.models import DecoderLM
+from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.request import Request, SamplingParams
 from tests.helpers.engines import assert_empty, greedy, make_engine, prompts, run_staggered
 from tests.helpers.guesses import guess_always, sources, speculating
 from tests.helpers.http_server import events, post, running
-from tests.helpers.serving import KINDS
+from tests.helpers.serving import KINDS, small_model, tokenizer
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,17 +142,37 @@ def test_bad_guesses_are_given_up() -> None:
     assert (deltas[-1].accepted_tokens, deltas[-1].rejected_tokens) == (0, 40)
 
 
+def repeating() -> DecoderLM:
+    """A model whose next token depends on the newest one alone, so that its text comes back to where it was."""
+    model = small_model("rcmha")
+    with torch.no_grad():
+        for block in model.layers():
+            for parameter in block.attention.parameters():
+                parameter.zero_()
+    return model
+
+
+def test_a_text_that_repeats_itself_is_looked_up() -> None:
+    plain, engine = (
+        guess_always(
+            Engine(EngineConfig(checkpoint="none", prompt_lookup=most), model=repeating(), tokenizer=tokenizer())
+        )
+        for most in (0, 5)
+    )
+    expected, _ = finish(plain, [7, 8, 9], greedy(60))
+    request, _ = finish(engine, [7, 8, 9], greedy(60))
+    assert request.generated == expected.generated
+    assert request.guesses.accepted > 20
+    assert request.guesses.accepted == request.guesses.guessed
+    assert expected.guesses.times == 0
+
+
 def test_usage_counts_guessed_tokens_over_http() -> None:
-    prompt = [7, 8, 9] * 6
-    request, _ = finish(speculating(), prompt, greedy(20))
-    assert request.guesses.guessed
     with running("rcmha", prompt_lookup=5, max_num_seqs=4, max_batched_tokens=9) as (url, owner):
-        guess_always(owner.engine, None)
-        body = {"prompt": prompt, "max_tokens": 20, "ignore_eos": True, "temperature": 0}
+        guess_always(owner.engine, sources({(7, 8, 9): [3] * 40})["right"])
+        body = {"prompt": [7, 8, 9], "max_tokens": 20, "ignore_eos": True, "temperature": 0}
         usage = post(url, **body).json()["usage"]
         streamed = events(post(url, **body, stream=True, stream_options={"include_usage": True}).text)[-1]["usage"]
-    rejected = request.guesses.guessed - request.guesses.accepted
-    expected = {"accepted_prediction_tokens": request.guesses.accepted, "rejected_prediction_tokens": rejected}
-    assert usage["completion_tokens_details"] == expected
-    assert streamed["completion_tokens_details"] == expected
+    assert usage["completion_tokens_details"] == streamed["completion_tokens_details"]
+    assert usage["completion_tokens_details"]["rejected_prediction_tokens"] == 40, "eight guesses, and no more"
     assert usage["completion_tokens"] == 20

@@ -14,7 +14,7 @@ from attnzoo.profiling.memory import peak_bytes
 from serve import prompt_dtype
 from serve.config import EngineConfig, ServeConfig
 from serve.engine import Engine
-from serve.pool import SlotPool
+from serve.pools import SlotPool
 from serve.runner import _batches
 from serve.scheduling import Chunk
 from tests.helpers.engines import greedy, run_staggered
