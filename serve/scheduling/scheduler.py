@@ -75,7 +75,6 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
         self.max_queue = max_queue
-        self.max_bytes = max_bytes
         self.default_group = default_group
         self.capacity = Capacity(max_num_seqs, max_groups, max_bytes, default_group)
         self.tables: dict[Group, SlotTable] = {}
@@ -123,8 +122,9 @@ class Scheduler:
             raise ValueError(f"request id {request_id!r} is in use; give every request its own")
         if prompt_tokens < 1:
             raise ValueError(f"prompt_tokens={prompt_tokens} must be at least 1")
-        if self.max_bytes is not None and demand.most > self.max_bytes:
-            raise ValueError(f"the request needs {demand.most} bytes, more than the {self.max_bytes} there are")
+        most = self.capacity.nbytes
+        if most is not None and demand.most > most:
+            raise ValueError(f"the request needs {demand.most} bytes, more than the {most} there are")
         if len(self._entries) >= self.max_num_seqs + self.max_queue:
             raise QueueFullError(f"{self.num_running} requests are running and {self.num_waiting} waiting")
         self._entries[request_id] = Entry(

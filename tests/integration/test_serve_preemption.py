@@ -108,7 +108,7 @@ def test_sequences_that_grow_beyond_memory_make_way(prefix_mib, monkeypatch):
     work = [(prompt, greedy(120)) for prompt in prompts(6, seed=2)]
     expected = run_staggered(engine_with(), work)
     engine = engine_with(cache_mib=2)
-    assert engine.runner.full.row_bytes(140) > engine.scheduler.max_bytes / 6
+    assert engine.runner.full.row_bytes(140) > engine.scheduler.capacity.nbytes / 6
     requests = [engine.add_request(str(index), *one) for index, one in enumerate(work)]
     most_running = 0
     while engine.has_work():
