@@ -48,8 +48,8 @@ def _kept(key: tuple[str, int, torch.device, torch.dtype], rows: int, make: Call
         return shared(lambda: make(rows))
     table = _TABLES.get(key)
     if table is None or len(table) < rows:
-        # Doubling keeps the cost of a context that grows token by token linear in its final length. A table that was made
-        # in inference mode could not be used in training.
+        # Doubling keeps the cost of a context that grows token by token linear in its final length. A table made in
+        # inference mode could not be used in training.
         with torch.inference_mode(False):
             table = _TABLES[key] = make(max(rows, 0 if table is None else 2 * len(table)))
     return table[:rows]
