@@ -127,14 +127,20 @@ def _target(stack: ExitStack, side: Side, checkpoint: Path) -> Target:
     return stack.enter_context(Server(checkpoint, ("max_num_seqs=64", *side.settings), side.directory)).target
 
 
+def rotated(names: list[str], turn: int) -> list[str]:
+    """The names, each turn beginning with another one: what comes first in a turn may be slower."""
+    first = turn % len(names)
+    return names[first:] + names[:first]
+
+
 def _measure_streams(targets: dict[str, Target], streams: int, load: Load, vocabulary: int) -> dict[str, dict]:
     timings: dict[str, list[Timing]] = {name: [] for name in targets}
     seconds: dict[str, list[float]] = {name: [] for name in targets}
     for turn in range(load.rounds + 1):
         prompts = random_prompts(streams * load.requests, load, vocabulary, 1000 * streams + turn)
-        for name, target in targets.items():
+        for name in rotated(list(targets), turn):
             begin = time.perf_counter()
-            found = asyncio.run(run_http(target, prompts, streams, load.fields))
+            found = asyncio.run(run_http(targets[name], prompts, streams, load.fields))
             if turn:  # the first one warms up
                 timings[name] += found
                 seconds[name].append(time.perf_counter() - begin)

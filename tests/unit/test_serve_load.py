@@ -8,7 +8,7 @@ import pytest
 from attnzoo.report import Report
 from scripts.bench_serve import main
 from scripts.serve_client import Target, Timing
-from scripts.serve_load import Load, Side, measure_load, quantile_ms, read_side, summary
+from scripts.serve_load import Load, Side, measure_load, quantile_ms, read_side, rotated, summary
 from tests.helpers.http_server import MODEL, running
 from tests.helpers.serving import TOKENS
 
@@ -39,6 +39,12 @@ def test_a_summary_is_of_all_rounds():
     found = summary(timings, [4.0, 2.0, 5.0], new_tokens=20)
     assert (found["requests"], found["tokens/s"], found["best"]) == (3, 5.0, 10.0)
     assert (found["ttft p50 ms"], found["tpot p50 ms"], found["gap p99 ms"]) == (200.0, 10.0, 20.0)
+
+
+def test_every_side_is_the_first_of_as_many_turns():
+    turns = [rotated(["a", "b", "c"], turn) for turn in range(6)]
+    assert [turn[0] for turn in turns] == list("abcabc")
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
 
 
 def test_servers_take_turns_and_are_compared():
