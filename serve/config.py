@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -251,9 +252,9 @@ class ServeConfig(EngineConfig):
         values = {name: getattr(self, name) for name in same}
         return Limits(allowed_hosts=hosts, max_reading=self.max_reading, **values)
 
-    @property
+    @cached_property
     def served_name(self) -> str:
-        """The model's name in the API."""
+        """The model's name in the API. Every request asks for it, and links in a path are followed only once."""
         return self.model_name or name_of(self.checkpoint)
 
 

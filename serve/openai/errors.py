@@ -8,6 +8,7 @@ MAX_QUOTED = 500
 """Longest message that may quote a request, in characters."""
 BREAKS = str.maketrans({char: f"\\u{ord(char):04x}" for char in "\x7f\x85\u2028\u2029"})
 """Characters that JSON need not escape, but at which some readers break lines."""
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 MAX_NAME = 64
 """Longest part of a field's name that an answer repeats, in characters."""
 
@@ -36,8 +37,10 @@ class ApiError(Exception):
 
 def dump(value: Any) -> bytes:
     """Compact JSON on one line. Raises ValueError for NaN and infinity."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.translate(BREAKS).encode()
+    text = _encode(value)
+    if not text.isascii() or "\x7f" in text:  # the table takes as long as all of the rest
+        text = text.translate(BREAKS)
+    return text.encode()
 
 
 def event(value: Any) -> bytes:

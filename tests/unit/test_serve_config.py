@@ -38,6 +38,14 @@ def test_the_served_name_is_the_run():
     assert build_serve_config({"checkpoint": "models/tiny"}).served_name == "tiny"
 
 
+def test_links_of_a_path_are_followed_once(tmp_path, monkeypatch):
+    config, resolve, count = build(), Path.resolve, []
+    monkeypatch.setattr(Path, "resolve", lambda self, *given: count.append(1) or resolve(self, *given))
+    assert [config.served_name for _ in range(5)] == ["demo"] * 5
+    assert len(count) == 1
+    assert config == build(), "what is kept is no setting"
+
+
 def test_checkpoints_are_found_as_load_finds_them(tmp_path, monkeypatch):
     monkeypatch.setenv("ATTNZOO_HOME", str(tmp_path / "home"))
     for place in ("run/export", "home/models/mine"):

@@ -170,3 +170,13 @@ def test_an_object_with_too_many_names_is_refused_by_its_field(name):
     body = {"model": "m", "prompt": "x", **(many if name is None else {name: many})}
     error = refused(parse_completion, json.dumps(body).encode())
     assert (error.param, f"more than {MAX_NAMES} names" in error.message) == (name, True)
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", "é", "数", "a\x7fb", "\x85", "\u2028é", "\u2029", "\u2028", 'q"\\\n\x00', "🙂"]
+)
+def test_an_answer_is_one_line_that_is_the_same_json(text):
+    line = dump({"text": [text]})
+    assert json.loads(line) == {"text": [text]}
+    assert len(line.decode().splitlines()) == 1
+    assert b"\x7f" not in line
