@@ -26,6 +26,17 @@ def test_the_text_is_the_same_whatever_is_guessed(kind: str) -> None:
         assert run_staggered(computed_anew, work, moves=0.2) == expected, f"{name}, and set aside"
 
 
+@pytest.mark.parametrize("kind", ["mha", "linear"])
+def test_guesses_go_with_compiled_steps(kind: str) -> None:
+    given = [*prompts(3, seed=4), [7, 8, 9] * 4]
+    work = [(prompt, greedy(9 + 4 * index)) for index, prompt in enumerate(given)]
+    expected = run_staggered(make_engine(kind), work)
+    texts = {tuple(prompt): text for prompt, text in zip(given, expected, strict=True)}
+    engine = speculating(kind, sources(texts)["half"], compile_decode=True)
+    assert run_staggered(engine, work) == expected
+    assert "spec_decode_num_accepted_tokens_total 0.0" not in engine.render_metrics().decode()
+
+
 def finish(engine: Engine, prompt: list[int], params: SamplingParams) -> tuple[Request, list]:
     """One request alone: (it, its deltas)."""
     request, deltas = engine.add_request("a", prompt, params), []
