@@ -202,14 +202,14 @@ class Engine:
 
     def _run_step(self, deltas: list[Delta]) -> None:
         """Appends each delta to `deltas` at once, so that none is lost when a later part of the step raises."""
-        started, config = time.perf_counter(), self.config
+        started = time.perf_counter()
         for request in [request for request in self._requests.values() if request.is_late]:
             self._end_late(request, deltas)
         self.preemption.make_room(self.scheduler, self._requests)
         plan = self.scheduler.schedule(self.pace.prompt_tokens)
         self._mark_started(plan)
         decoding = len(plan.decoding)
-        guesses = self.speculation.guesses(plan, self._requests, config.max_batched_tokens - decoding)
+        guesses = self.speculation.guesses(plan, self._requests, self.config.max_batched_tokens - decoding)
         ran = self.runner.run(plan, self._requests, guesses)
         for resume in plan.resumed:
             self.preemption.forget(self._requests[resume.request_id])

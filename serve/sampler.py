@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnzoo.models.row_sampling import Chosen, RowWish, choose_rows, row_wish
 from attnzoo.models.sampling import EDITED_NOT_FINITE, NOT_FINITE, greedy
-from serve.faults import EditsError, LogitsError
+from serve.faults import EditsError, LogitsError, log
 from serve.request import Alone, Request, SamplingParams
 
 Drawn = Chosen
@@ -39,7 +39,8 @@ def _choose(logits_RV: Tensor, wishes: Sequence[RowWish]) -> Sequence[Drawn | Ex
     """All rows together; where that fails, each alone, with the random numbers that it has drawn already."""
     try:
         return choose_rows(logits_RV, wishes)
-    except Exception:
+    except Exception as failure:
+        log("tokens could not be chosen together, and are chosen row by row", failure)
         return [_attempt_row(logits_RV[row : row + 1], wish) for row, wish in enumerate(wishes)]
 
 

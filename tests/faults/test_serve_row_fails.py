@@ -162,6 +162,7 @@ def test_one_sequence_fails_alone(where, cache, monkeypatch, caplog):
     assert ("not finite" if where is at_bad_logits else SECRET) in error
     assert SECRET not in caplog.text
     assert "failed" in caplog.text
+    assert ("row by row" in caplog.text) == (where is at_sampling), "that rows are chosen one by one is told"
     # The engine is as good as new.
     assert texts(engine, cache) == expected
 
