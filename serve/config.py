@@ -19,7 +19,7 @@ from attnzoo.vision import trained_pictures
 from attnzoo.vision.turns import MOST_PICTURES
 from serve.caches import CacheRules
 from serve.front.limits import Limits, check_host_name
-from serve.history import MOST_GUESSED
+from serve.history import MOST_DRAFTED
 from serve.prompt_dtype import check_prompt_dtype
 
 MAX_REQUESTS = 1_000_000
@@ -76,9 +76,9 @@ class EngineConfig(CheckedConfig):
     them, and for the states of sequences that were set aside; the text is the same, bit for bit. 0: nothing is kept,
     and what was set aside is computed anew. prefix_cell: tokens of the pieces that are kept and in which prompts are
     read, at most max_batched_tokens - max_num_seqs; larger ones compute a little faster, smaller ones match more.
-    prompt_lookup: most tokens that are guessed ahead of a greedy sequence in the full cache, by what followed the same
+    prompt_lookup: most tokens that are drafted for a greedy sequence in the full cache, by what followed the same
     tokens in its prompt and text; those that the model chooses itself are computed in one pass. For texts that repeat
-    their prompts (corrected, quoted, code) and up to four sequences at a time; guesses that take longer than they save
+    their prompts (corrected, quoted, code) and up to four sequences at a time; drafts that take longer than they save
     are left out. 0: none.
     """
 
@@ -123,8 +123,8 @@ class EngineConfig(CheckedConfig):
         for name, least in (("prefix_mib", 0), ("prefix_cell", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        if not 0 <= self.prompt_lookup <= MOST_GUESSED:
-            raise ValueError(f"prompt_lookup={self.prompt_lookup} must be between 0 (off) and {MOST_GUESSED}")
+        if not 0 <= self.prompt_lookup <= MOST_DRAFTED:
+            raise ValueError(f"prompt_lookup={self.prompt_lookup} must be between 0 (off) and {MOST_DRAFTED}")
         if self.max_queue < 0:
             raise ValueError(f"max_queue={self.max_queue} must be at least 0")
         for name in ("max_num_seqs", "max_queue"):

@@ -78,7 +78,7 @@ class Engine:
         rows = config.max_num_seqs if self.caches.exact else 0
         if config.prompt_lookup and not rows:
             raise ValueError(
-                f"prompt_lookup={config.prompt_lookup} guesses tokens of the full cache, which no request may have "
+                f"prompt_lookup={config.prompt_lookup} drafts tokens of the full cache, which no request may have "
                 "here (cache, cache_bounds); set prompt_lookup=0"
             )
         choice, steps = self.caches.default, {}
@@ -209,8 +209,8 @@ class Engine:
         plan = self.scheduler.schedule(self.pace.prompt_tokens)
         self._mark_started(plan)
         decoding = len(plan.decoding)
-        guesses = self.speculation.guesses(plan, self._requests, self.config.max_batched_tokens - decoding)
-        ran = self.runner.run(plan, self._requests, guesses)
+        drafts = self.speculation.drafts(plan, self._requests, self.config.max_batched_tokens - decoding)
+        ran = self.runner.run(plan, self._requests, drafts)
         for resume in plan.resumed:
             self.preemption.forget(self._requests[resume.request_id])
         for group, row_bytes in self.runner.joined(plan):
@@ -222,15 +222,15 @@ class Engine:
         rows = [sampled[row] for row in new]
         drawn = self._draw(ran.logits_RV if len(rows) == len(sampled) else ran.logits_RV[new], rows)
         seconds = time.perf_counter() - started
-        if plan.num_tokens and not guesses:
+        if plan.num_tokens and not drafts:
             self.pace.measured(decoding, plan.num_tokens - decoding, seconds)
-        self.speculation.measured(plan, guesses, ran.sampled, self._requests, seconds)
+        self.speculation.measured(plan, drafts, ran.sampled, self._requests, seconds)
         for request_id, failure in ran.failed.items():
             self._fail(self._requests[request_id], failure, deltas)
         self._update(rows, drawn, deltas)
-        guessed = sum(map(len, guesses.values()))
-        self.metrics.step(plan.num_tokens + guessed)
-        self.metrics.guessed(len(guesses), guessed, len(ran.sampled) - len(set(ran.sampled)))
+        drafted = sum(map(len, drafts.values()))
+        self.metrics.step(plan.num_tokens + drafted)
+        self.metrics.drafted(len(drafts), drafted, len(ran.sampled) - len(set(ran.sampled)))
         self._publish_load()
 
     def _end_late(self, request: Request, deltas: list[Delta]) -> None:
@@ -358,8 +358,8 @@ class Engine:
             delta.ttft_s = request.first_token - request.arrived if request.first_token else 0.0
             delta.cached_tokens = request.cached
             delta.not_cached = self.prefixes.plans[request.request_id].why_not
-            delta.accepted_tokens = request.guesses.accepted
-            delta.rejected_tokens = request.guesses.guessed - request.guesses.accepted
+            delta.accepted_tokens = request.drafts.accepted
+            delta.rejected_tokens = request.drafts.drafted - request.drafts.accepted
             delta.run = request.group.run if isinstance(request.group, Alone) else None
             delta.policy = request.cache.policy
             if self.scheduler.decodes(request.request_id):

@@ -3,16 +3,16 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-MOST_GUESSED = 16
-"""Most tokens that are guessed at once."""
+MOST_DRAFTED = 16
+"""Most tokens that are drafted at once."""
 LEAST_MATCH, MOST_MATCH = 3, 8
 """Tokens that must have stood before a place that is copied from, and those that are compared."""
 PLACES = 8
 """Newest places that are compared."""
 PATIENCE, LEAST_ACCEPTED = 8, 0.3
-"""A sequence is guessed no more once fewer than this share stayed of its guessed tokens, in so many guesses."""
+"""Nothing more is drafted for a sequence once fewer than this share stayed of its drafted tokens, in so many drafts."""
 WEIGHT = 0.25
-"""Weight of the newest guess in the expectation."""
+"""Weight of the newest draft in the expectation."""
 
 
 class History:
@@ -35,9 +35,9 @@ class History:
             if matches:
                 self._newest[run] = place
 
-    def guess(self, most: int) -> list[int]:
+    def draft(self, most: int) -> list[int]:
         """At most so many tokens that may follow: those behind the place whose tokens before it agree longest with the
-        newest ones, of equal places the newest. Where that reaches the end, it goes on with what it guesses."""
+        newest ones, of equal places the newest. Where that reaches the end, it goes on with what it drafts."""
         place = max(self._places(), key=self._agreement, default=0)
         if not place:
             return []
@@ -64,12 +64,12 @@ class History:
 
 
 @dataclass
-class Guesses:
-    """What was guessed of one sequence. guessed, accepted: tokens; times: guesses; expected: tokens that the next guess
+class Drafts:
+    """What was drafted for one sequence. drafted, accepted: tokens; times: drafts; expected: tokens that the next draft
     may bring."""
 
     history: History = field(default_factory=History)
-    guessed: int = 0
+    drafted: int = 0
     accepted: int = 0
     times: int = 0
     expected: float = 1.0
@@ -77,11 +77,11 @@ class Guesses:
     @property
     def given_up(self) -> bool:
         """Whether too few tokens stayed."""
-        return self.times >= PATIENCE and self.accepted < LEAST_ACCEPTED * self.guessed
+        return self.times >= PATIENCE and self.accepted < LEAST_ACCEPTED * self.drafted
 
-    def note(self, guessed: int, accepted: int) -> None:
-        """Counts one guess."""
+    def note(self, drafted: int, accepted: int) -> None:
+        """Counts one draft."""
         self.times += 1
-        self.guessed += guessed
+        self.drafted += drafted
         self.accepted += accepted
         self.expected += WEIGHT * (accepted - self.expected)

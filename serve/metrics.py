@@ -58,8 +58,8 @@ class ServerMetrics:
         self._e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token", REQUEST_S)
         self._predictions = self._histogram("predict_time_seconds", "Arrival to answer of a prediction", REQUEST_S)
         self._drawings = self._histogram("draw_time_seconds", "Arrival to answer of a request for pictures", REQUEST_S)
-        self._guesses = self._counter("spec_decode_num_drafts", "Times that tokens of a sequence were guessed ahead")
-        self._guessed = self._counter("spec_decode_num_draft_tokens", "Tokens that were guessed ahead")
+        self._drafts = self._counter("spec_decode_num_drafts", "Times that tokens were drafted for a sequence")
+        self._drafted = self._counter("spec_decode_num_draft_tokens", "Tokens that were drafted")
         self._accepted = self._counter("spec_decode_num_accepted_tokens", "Of these, tokens that the model chose, too")
         self._steps = self._counter("steps", "Steps of the engine")
         self._step_tokens = self._counter("step_tokens", "Tokens that went through the model")
@@ -69,10 +69,10 @@ class ServerMetrics:
         self._steps.inc()
         self._step_tokens.inc(tokens)
 
-    def guessed(self, times: int, tokens: int, accepted: int) -> None:
-        """Counts guesses of a step, their tokens, and how many of these were right."""
-        self._guesses.inc(times)
-        self._guessed.inc(tokens)
+    def drafted(self, times: int, tokens: int, accepted: int) -> None:
+        """Counts drafts of a step, their tokens, and how many of these were right."""
+        self._drafts.inc(times)
+        self._drafted.inc(tokens)
         self._accepted.inc(accepted)
 
     def load(self, running: int, waiting: int) -> None:

@@ -10,7 +10,7 @@ from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models.sampling import TokenLogprobs
 from attnzoo.tokenizer.text_stream import TextStream
 from serve.faults import EditsError, message
-from serve.history import Guesses
+from serve.history import Drafts
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +132,7 @@ class Delta:
     text: new characters that are final. tokens: number of tokens generated so far. prompt_tokens, ttft_s (seconds from
     arrival to the first token), policy and the fields of `attnzoo.models.cache_use.CacheUse`: only in the last delta,
     as cached_tokens, the tokens of the prompt that were copied from earlier ones, not_cached, why none can be, and how
-    many tokens that were guessed ahead were accepted and rejected.
+    many tokens that were drafted were accepted and rejected.
     error: with finish_reason "error", the message for the request's owner; it may quote the prompt. param: the field of
     the request that is at fault, if one is. run: in the last delta of a request that reads or edits attention, what it
     has read.
@@ -166,7 +166,7 @@ class Request:
 
     aside: its state while it is set aside, if that is kept. known: tokens that it had generated when it was set aside
     without its state; they are given to the model once more. room: tokens, prompt and text together, that memory is
-    counted for. cached: tokens of its prompt that were copied when it was first read. guesses: of its next tokens."""
+    counted for. cached: tokens of its prompt that were copied when it was first read. drafts: of its next tokens."""
 
     request_id: str
     prompt: Sequence[int]
@@ -182,7 +182,7 @@ class Request:
     known: list[int] = field(default_factory=list)
     aside: "DecoderState | None" = None
     cached: int = 0
-    guesses: Guesses = field(default_factory=Guesses)
+    drafts: Drafts = field(default_factory=Drafts)
     started: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0

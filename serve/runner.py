@@ -30,7 +30,7 @@ from serve.speculation import accepted
 @dataclass(frozen=True)
 class StepOutput:
     """The result of a step: logits_RV of the `sampled` requests in their order, and the error of each failed one. A
-    request that was guessed ahead is there several times, once for each of its tokens."""
+    request with drafted tokens is there several times, once for each of its tokens."""
 
     sampled: list[str]
     logits_RV: Tensor
@@ -98,9 +98,9 @@ class Runner:
 
     @torch.inference_mode()
     def run(
-        self, plan: StepPlan, requests: Mapping[str, Request], guesses: Mapping[str, Sequence[int]] | None = None
+        self, plan: StepPlan, requests: Mapping[str, Request], drafts: Mapping[str, Sequence[int]] | None = None
     ) -> StepOutput:
-        """Computes the plan. guesses: tokens that may follow the newest ones of decoding sequences in the full cache.
+        """Computes the plan. drafts: tokens that may follow the newest ones of decoding sequences in the full cache.
         Raises DeviceError if the device no longer works."""
         parts: list[Part] = []
         alone: list[Part] = []
@@ -114,8 +114,8 @@ class Runner:
         held: dict[object, list[str]] = {group: list(ids) for group, ids in plan.decode}
         for group, ids in plan.decode:
             sequences = [requests[request_id] for request_id in ids]
-            if guesses and not guesses.keys().isdisjoint(ids):
-                output = self._verify(group, sequences, guesses, failed)
+            if drafts and not drafts.keys().isdisjoint(ids):
+                output = self._verify(group, sequences, drafts, failed)
                 if output is not None:
                     verified.append(output)
                     continue
@@ -164,14 +164,14 @@ class Runner:
         self,
         group: object,
         requests: list[Request],
-        guesses: Mapping[str, Sequence[int]],
+        drafts: Mapping[str, Sequence[int]],
         failed: dict[str, Exception],
     ) -> StepOutput | None:
-        """Reads what is guessed behind the newest tokens of sequences in the full cache, and keeps what the model
+        """Reads what is drafted behind the newest tokens of sequences in the full cache, and keeps what the model
         chooses itself. None where that failed and left no trace, so that they may decode without."""
         pool, ids = self._pool(group), [request.request_id for request in requests]
         assert isinstance(pool, SlotPool)
-        given = [[request.generated[-1], *guesses.get(request.request_id, ())] for request in requests]
+        given = [[request.generated[-1], *drafts.get(request.request_id, ())] for request in requests]
         counts = [len(tokens) for tokens in given]
         tokens_BT = pad_sequence([torch.tensor(tokens) for tokens in given], batch_first=True).to(self.device)
         read = None
@@ -183,7 +183,7 @@ class Runner:
             self.check_device(failure)
             if read is not None:
                 pool.put_back(read)
-            log("tokens could not be guessed ahead", failure)
+            log("tokens could not be drafted", failure)
             return None
         best = [None if found is None else found[0] for found in chosen]
         starts = list(accumulate(counts, initial=0))[:-1]

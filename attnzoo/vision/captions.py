@@ -1,6 +1,6 @@
 """Captions of scenes, their words as ids, and where in a caption an object is named."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from attnzoo.vision.backgrounds import COLOURS, TEXTURES
 from attnzoo.vision.emoji import EMOJI, with_article
@@ -35,13 +35,18 @@ def background_phrase(colour: str, texture: str) -> str:
 
 
 class CaptionWords:
-    """The words of captions by id. Every caption that `caption` makes of the known emoji can be encoded."""
+    """The words of captions by id. words: None for those of every caption that `caption` makes of the known emoji."""
 
     def __init__(self, words: Sequence[str] | None = None) -> None:
-        self.words = tuple(_all_words() if words is None else words)
+        self.words = tuple(_words(EMOJI, STYLES, len(NUMBERS) - 1) if words is None else words)
         self._ids = {word: number for number, word in enumerate(self.words)}
         if len(self._ids) != len(self.words):
             raise ValueError("words holds a word twice")
+
+    @classmethod
+    def of(cls, kinds: Iterable[str], styles: Iterable[str], most_objects: int) -> "CaptionWords":
+        """Those of the captions of scenes of these kinds of emoji and styles, with so many objects at most."""
+        return cls(_words(kinds, styles, most_objects))
 
     def __len__(self) -> int:
         return len(self.words)
@@ -67,8 +72,8 @@ def words_of(text: str, part: str) -> tuple[int, int]:
     return found[0], found[0] + len(wanted)
 
 
-def _all_words() -> list[str]:
-    known = {"a", "an", "and", "of", "on", "background", *NUMBERS[2:], *STYLES, *COLOURS, *TEXTURES}
-    for name, emoji in EMOJI.items():
-        known |= {name, emoji.plural}
+def _words(kinds: Iterable[str], styles: Iterable[str], most_objects: int) -> list[str]:
+    known = {"a", "an", "and", "of", "on", "background", *NUMBERS[2 : most_objects + 1], *styles, *COLOURS, *TEXTURES}
+    for name in kinds:
+        known |= {name, EMOJI[name].plural}
     return sorted(known)

@@ -70,6 +70,11 @@ class SceneOptions(CheckedConfig):
             raise ValueError(f"world={self.world} must be at least 0")
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What the kinds are called."""
+        return tuple(EMOJI)[: self.kinds]
+
+    @property
     def splits(self) -> tuple[Split, ...]:
         """The splits of evaluation that these options have."""
         kept: dict[Split, bool] = {
@@ -116,7 +121,7 @@ class SceneWorld:
 
     def __init__(self, options: SceneOptions) -> None:
         self.options = options
-        self.names = tuple(EMOJI)[: options.kinds]
+        self.names = options.names
         self.words = {word: kind for kind, name in enumerate(self.names) for word in (name, EMOJI[name].plural)}
         """What kinds are called, singular and plural."""
         kinds = np.arange(options.kinds)

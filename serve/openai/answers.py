@@ -51,7 +51,7 @@ class PromptDetails(Reply):
 
 
 class CompletionDetails(Reply):
-    """Of the tokens that were guessed ahead (`prompt_lookup`), those that the model chose, too, and the others, which
+    """Of the tokens that were drafted (`prompt_lookup`), those that the model chose, too, and the others, which
     are in no text."""
 
     accepted_prediction_tokens: int

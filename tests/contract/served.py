@@ -16,7 +16,7 @@ from serve.request import SamplingParams
 from serve.speculation import Source
 from tests.contract.cases import streams
 from tests.contract.saved import decoder_of
-from tests.helpers.guesses import guess_always, sources
+from tests.helpers.drafting import draft_always, sources
 from tests.helpers.serving import tokenizer
 
 PROMPTS = [[5, 17, 301, 44, 9], [7], [29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39]]
@@ -44,18 +44,18 @@ def check_served(build: Callable[[], Attention]) -> None:
             )
         texts = {tuple(prompt): text for prompt, text in zip(PROMPTS, expected, strict=True)}
         said = answers(path, source=sources(texts)["half"])
-        assert said == expected, "with tokens that are guessed ahead, the text is another one"
+        assert said == expected, "with tokens that are drafted, the text is another one"
 
 
 def answers(
     path: Path, moves: Collection[int] = (), kept: bool = True, source: Source | None = None
 ) -> list[list[int]]:
     """The server's engine, all prompts at once. moves: steps before which all that run are set aside; kept: whether
-    there is memory for their states. source: guesses of their next tokens; None: there are none."""
+    there is memory for their states. source: drafts of their next tokens; None: there are none."""
     settings = {"max_num_seqs": 4, "max_batched_tokens": 9, "max_queue": 100, "prefix_mib": 64 if kept else 0}
     engine = Engine(EngineConfig(checkpoint=str(path), prompt_lookup=0 if source is None else 2, **settings))
     if source is not None:
-        guess_always(engine, source)
+        draft_always(engine, source)
     params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
     requests = []
     for index, prompt in enumerate(PROMPTS):

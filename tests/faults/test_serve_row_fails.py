@@ -106,8 +106,8 @@ def at_the_end_of_the_text(fault: Fault, patch: pytest.MonkeyPatch, engine: Engi
 def at_bad_logits(fault: Fault, patch: pytest.MonkeyPatch, engine: Engine) -> None:
     inner = engine.runner.run
 
-    def run(plan, requests, guesses):
-        ran = inner(plan, requests, guesses)
+    def run(plan, requests, drafts):
+        ran = inner(plan, requests, drafts)
         if VICTIM in ran.sampled and len(requests[VICTIM].generated) == 2:
             fault.fired += 1
             bad = ran.logits_RV.clone()

@@ -133,8 +133,8 @@ def test_every_stop_token_ends_an_answer(route):
         with running(words=chat_tokenizer()) as (forced, owner):
             run = owner.engine.runner.run
 
-            def only(plan, requests, guesses, run=run, token=token):
-                ran = run(plan, requests, guesses)
+            def only(plan, requests, drafts, run=run, token=token):
+                ran = run(plan, requests, drafts)
                 rows = torch.full((len(ran.sampled),), token)
                 return replace(ran, logits_RV=torch.nn.functional.one_hot(rows, TOKENS).float())
 

@@ -1,4 +1,4 @@
-"""Tokens that are guessed ahead: the same text, whatever is guessed."""
+"""Tokens that are drafted: the same text, whatever is drafted."""
 
 import pytest
 import torch
@@ -7,14 +7,14 @@ from attnzoo.models import DecoderLM
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.request import Request, SamplingParams
+from tests.helpers.drafting import draft_always, sources, speculating
 from tests.helpers.engines import assert_empty, greedy, make_engine, prompts, run_staggered
-from tests.helpers.guesses import guess_always, sources, speculating
 from tests.helpers.http_server import events, post, running
 from tests.helpers.serving import KINDS, small_model, tokenizer
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_text_is_the_same_whatever_is_guessed(kind: str) -> None:
+def test_the_text_is_the_same_whatever_is_drafted(kind: str) -> None:
     given = [*prompts(3, seed=4), [7, 8, 9] * 4]
     work = [(prompt, greedy(9 + 4 * index, logprobs=2)) for index, prompt in enumerate(given)]
     expected = run_staggered(make_engine(kind), work)
@@ -27,7 +27,7 @@ def test_the_text_is_the_same_whatever_is_guessed(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mha", "linear"])
-def test_guesses_go_with_compiled_steps(kind: str) -> None:
+def test_drafts_go_with_compiled_steps(kind: str) -> None:
     given = [*prompts(3, seed=4), [7, 8, 9] * 4]
     work = [(prompt, greedy(9 + 4 * index)) for index, prompt in enumerate(given)]
     expected = run_staggered(make_engine(kind), work)
@@ -46,7 +46,7 @@ def finish(engine: Engine, prompt: list[int], params: SamplingParams) -> tuple[R
     return request, deltas
 
 
-def test_right_guesses_save_steps_and_are_counted() -> None:
+def test_right_drafts_save_steps_and_are_counted() -> None:
     prompt = prompts(1)[0]
     plain = make_engine()
     request, _ = finish(plain, prompt, greedy(19))
@@ -55,14 +55,14 @@ def test_right_guesses_save_steps_and_are_counted() -> None:
     assert fast.generated == request.generated
     assert [delta.tokens for delta in deltas] == [*range(1, 20)], "a token was not told, or not in order"
     # 18 tokens after the first one, 6 a step.
-    assert fast.guesses.times == 3
+    assert fast.drafts.times == 3
     assert (deltas[-1].accepted_tokens, deltas[-1].rejected_tokens) == (15, 0)
     told = engine.render_metrics().decode()
     for name, count in {"drafts": 3, "draft_tokens": 15, "accepted_tokens": 15}.items():
         assert f"attnzoo_spec_decode_num_{name}_total {count}.0" in told
 
 
-def test_the_end_of_a_text_within_a_guess_is_its_end() -> None:
+def test_the_end_of_a_text_within_a_draft_is_its_end() -> None:
     prompt = prompts(1)[0]
     request, _ = finish(make_engine(), prompt, greedy(19))
     right = sources({tuple(prompt): request.generated})["right"]
@@ -95,7 +95,7 @@ def _logprobs(deltas: list) -> list:
     return [entry for delta in deltas for entry in delta.logprobs]
 
 
-def test_what_is_drawn_is_not_guessed_nor_is_a_compressed_cache() -> None:
+def test_what_is_drawn_is_not_drafted_nor_is_a_compressed_cache() -> None:
     asked: list[str] = []
 
     def note(request: Request, most: int) -> list[int]:
@@ -111,7 +111,7 @@ def test_what_is_drawn_is_not_guessed_nor_is_a_compressed_cache() -> None:
     assert set(asked) == {"greedy"}
 
 
-def test_no_guess_is_longer_than_its_request_its_memory_or_the_step_has_room_for() -> None:
+def test_no_draft_is_longer_than_its_request_its_memory_or_the_step_has_room_for() -> None:
     most: list[int] = []
 
     def note(request: Request, allowed: int) -> list[int]:
@@ -125,13 +125,13 @@ def test_no_guess_is_longer_than_its_request_its_memory_or_the_step_has_room_for
     assert max(most) == 8, "nine tokens of a step, one of which is the newest"
 
 
-def test_more_than_four_sequences_are_not_guessed() -> None:
+def test_more_than_four_sequences_are_not_drafted() -> None:
     asked: list[str] = []
     engine = speculating(source=lambda request, most: asked.append(request.request_id) or [], max_num_seqs=5)
     for index in range(5):
         engine.add_request(str(index), [5, 6, 7], greedy(6 if index else 30))
     while engine.num_requests == 5:
-        assert not asked, "five sequences, and one was guessed"
+        assert not asked, "five sequences, and one was drafted"
         engine.step()
     while engine.has_work():
         engine.step()
@@ -139,17 +139,17 @@ def test_more_than_four_sequences_are_not_guessed() -> None:
 
 
 def test_where_no_request_may_have_the_full_cache_it_is_refused() -> None:
-    with pytest.raises(ValueError, match="prompt_lookup=5 guesses tokens of the full cache"):
+    with pytest.raises(ValueError, match="prompt_lookup=5 drafts tokens of the full cache"):
         make_engine("mha", prompt_lookup=5, cache={"policy": "d2o", "keep_ratio": 0.5})
 
 
-def test_bad_guesses_are_given_up() -> None:
+def test_bad_drafts_are_given_up() -> None:
     prompt = [11, 12, 13]
     request, _ = finish(make_engine(), prompt, greedy(60))
     engine = speculating(source=sources({tuple(prompt): request.generated})["wrong"])
     fast, deltas = finish(engine, prompt, greedy(60))
     assert fast.generated == request.generated
-    assert fast.guesses.times == 8
+    assert fast.drafts.times == 8
     assert (deltas[-1].accepted_tokens, deltas[-1].rejected_tokens) == (0, 40)
 
 
@@ -165,7 +165,7 @@ def repeating() -> DecoderLM:
 
 def test_a_text_that_repeats_itself_is_looked_up() -> None:
     plain, engine = (
-        guess_always(
+        draft_always(
             Engine(EngineConfig(checkpoint="none", prompt_lookup=most), model=repeating(), tokenizer=tokenizer())
         )
         for most in (0, 5)
@@ -173,17 +173,17 @@ def test_a_text_that_repeats_itself_is_looked_up() -> None:
     expected, _ = finish(plain, [7, 8, 9], greedy(60))
     request, _ = finish(engine, [7, 8, 9], greedy(60))
     assert request.generated == expected.generated
-    assert request.guesses.accepted > 20
-    assert request.guesses.accepted == request.guesses.guessed
-    assert expected.guesses.times == 0
+    assert request.drafts.accepted > 20
+    assert request.drafts.accepted == request.drafts.drafted
+    assert expected.drafts.times == 0
 
 
-def test_usage_counts_guessed_tokens_over_http() -> None:
+def test_usage_counts_drafted_tokens_over_http() -> None:
     with running("rcmha", prompt_lookup=5, max_num_seqs=4, max_batched_tokens=9) as (url, owner):
-        guess_always(owner.engine, sources({(7, 8, 9): [3] * 40})["right"])
+        draft_always(owner.engine, sources({(7, 8, 9): [3] * 40})["right"])
         body = {"prompt": [7, 8, 9], "max_tokens": 20, "ignore_eos": True, "temperature": 0}
         usage = post(url, **body).json()["usage"]
         streamed = events(post(url, **body, stream=True, stream_options={"include_usage": True}).text)[-1]["usage"]
     assert usage["completion_tokens_details"] == streamed["completion_tokens_details"]
-    assert usage["completion_tokens_details"]["rejected_prediction_tokens"] == 40, "eight guesses, and no more"
+    assert usage["completion_tokens_details"]["rejected_prediction_tokens"] == 40, "eight drafts, and no more"
     assert usage["completion_tokens"] == 20

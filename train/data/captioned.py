@@ -49,12 +49,17 @@ SCENES = {"image_size": 32, "kinds": 24, "most_objects": 2, "smallest": 12, "lar
 """What scenes are by default where they are drawn from noise."""
 
 
+def words_of_captions(scenes: SceneOptions, options: CaptionedOptions) -> CaptionWords:
+    """The words that a model of these pictures learns, and no others."""
+    return CaptionWords.of(scenes.names, options.styles, scenes.most_objects)
+
+
 class CaptionedScenes:
     """Batches (images [N, C, H, W] between -1 and 1, words_NL, lambda_N, noise [N, C, H, W]) of scenes by number."""
 
     def __init__(self, scenes: SceneOptions, options: CaptionedOptions, length: int, seed: int) -> None:
         self.world, self.options, self.length, self.seed = SceneWorld(scenes), options, length, seed
-        self.words = CaptionWords()
+        self.words = words_of_captions(scenes, options)
 
     def batch(self, split: Split, rows: np.ndarray) -> Batch:
         """Of the scenes with these numbers."""

@@ -14,12 +14,19 @@ from attnzoo.errors import suggest
 from attnzoo.models import DiffusionConfig, DiffusionUNet
 from attnzoo.types import CheckedConfig, build_config
 from attnzoo.vision import trained_diffusion
-from attnzoo.vision.captions import CaptionWords, longest_caption
+from attnzoo.vision.captions import longest_caption
 from attnzoo.vision.scenes import SceneOptions
 from attnzoo.vision.trained_diffusion import TrainedDiffusion
 from train.config import Config
 from train.data import Batch
-from train.data.captioned import CAPTIONED_KEYS, SCENES, CaptionedOptions, CaptionedScenes, CaptionedStream
+from train.data.captioned import (
+    CAPTIONED_KEYS,
+    SCENES,
+    CaptionedOptions,
+    CaptionedScenes,
+    CaptionedStream,
+    words_of_captions,
+)
 from train.tasks.base import TASKS, Task, TaskOptions
 
 FROM_DATA = ("vocab_size", "image_size", "channels")
@@ -98,8 +105,12 @@ class DiffusionTask(Task):
     # --- model and loss -----------------------------------------------------------------------------------------
 
     def _model_config(self) -> DiffusionConfig:
-        scenes, _ = _options(self.config.data)
-        derived = {"vocab_size": len(CaptionWords()), "image_size": scenes.image_size, "channels": 3}
+        scenes, options = _options(self.config.data)
+        derived = {
+            "vocab_size": len(words_of_captions(scenes, options)),
+            "image_size": scenes.image_size,
+            "channels": 3,
+        }
         return DiffusionConfig.from_dict({**self.config.model, **derived})
 
     def model(self) -> DiffusionUNet:

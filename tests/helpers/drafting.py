@@ -1,4 +1,4 @@
-"""Guesses of next tokens that are right, wrong, and both."""
+"""Drafts of next tokens that are right, wrong, and both."""
 
 import random
 from typing import Any
@@ -11,26 +11,26 @@ from tests.helpers.serving import TOKENS
 
 
 class Always(Speed):
-    """Guesses whatever that takes, so that no clock decides what a test sees."""
+    """Drafts whatever that takes, so that no clock decides what a test sees."""
 
     def pays(self, rows: int, expected: float) -> bool:
         return True
 
 
 def speculating(kind: str = "rcmha", source: Source | None = None, most: int = 5, **settings: Any) -> Engine:
-    """An engine that guesses wherever the source does (None: what is looked up)."""
-    return guess_always(make_engine(kind, prompt_lookup=most, **settings), source)
+    """An engine that drafts wherever the source does (None: what is looked up)."""
+    return draft_always(make_engine(kind, prompt_lookup=most, **settings), source)
 
 
-def guess_always(engine: Engine, source: Source | None = None) -> Engine:
-    """The engine, with guesses of this source (None: what is looked up)."""
+def draft_always(engine: Engine, source: Source | None = None) -> Engine:
+    """The engine, with drafts of this source (None: what is looked up)."""
     engine.speculation = Speculation(engine.config.prompt_lookup, source)
     engine.speculation.speed = Always()
     return engine
 
 
 def sources(texts: dict[tuple[int, ...], list[int]]) -> dict[str, Source]:
-    """Guesses by what is known of the right texts, by their prompts."""
+    """Drafts by what is known of the right texts, by their prompts."""
     draw = random.Random(0)
 
     def right(request: Request, most: int) -> list[int]:

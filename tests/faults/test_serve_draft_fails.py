@@ -1,4 +1,4 @@
-"""Guesses that fail cost time, and no text."""
+"""Drafts that fail cost time, and no text."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,8 @@ import pytest
 
 from serve.engine import Engine
 from serve.pools import SlotPool
+from tests.helpers.drafting import sources, speculating
 from tests.helpers.engines import SECRET, Fault, assert_empty, greedy, make_engine, prompts
-from tests.helpers.guesses import sources, speculating
 
 WORK = prompts(3, seed=4)
 KINDS = ["mha", "window", "mixed"]
@@ -22,8 +22,8 @@ def texts(engine: Engine) -> list[list[int]]:
     return [request.generated for request in requests]
 
 
-def guessing(kind: str) -> tuple[Engine, list[list[int]]]:
-    """(an engine whose guesses are right and wrong, the right texts)"""
+def drafting(kind: str) -> tuple[Engine, list[list[int]]]:
+    """(an engine whose drafts are right and wrong, the right texts)"""
     expected = texts(make_engine(kind))
     known = {tuple(prompt): text for prompt, text in zip(WORK, expected, strict=True)}
     return speculating(kind, sources(known)["half"]), expected
@@ -62,22 +62,22 @@ def in_the_logits(engine: Engine, fault: Fault, patch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("where", [in_the_last_layer, in_the_logits])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_guess_that_fails_is_not_made(
+def test_a_draft_that_fails_is_not_made(
     kind: str, where: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine, expected = guessing(kind)
+    engine, expected = drafting(kind)
     fault = Fault()
     where(engine, fault, monkeypatch)
     assert texts(engine) == expected
     assert fault.fired
-    assert "tokens could not be guessed ahead" in caplog.text
+    assert "tokens could not be drafted" in caplog.text
     assert SECRET not in caplog.text
 
 
 def test_where_tokens_cannot_be_taken_back_their_requests_fail_and_the_engine_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine, expected = guessing("mixed")
+    engine, expected = drafting("mixed")
     fault = Fault()
     for index, prompt in enumerate(WORK):
         engine.add_request(str(index), prompt, greedy(12))
