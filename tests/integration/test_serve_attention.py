@@ -355,6 +355,8 @@ def test_memory_of_an_edited_request_counts():
     while engine.has_work():
         engine.step()
     assert engine.runner.pool_bytes == before
-    engine.admission.max_bytes = engine.runner.full_bytes(12) - 1
+    engine.admission.max_bytes = engine.runner.full_bytes(12)
+    engine.check([5, 6, 7], greedy(9), alone=True)  # to the byte: not the pages of a slot, which it does not take
+    engine.admission.max_bytes -= 1
     with pytest.raises(CacheMemoryError, match="cache_mib"):
         engine.check([5, 6, 7], greedy(9), alone=True)
