@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.front.hosts import Hosts
 from serve.front.limits import MAX_HEADER_BYTES, Limits
 from serve.openai.errors import ApiError, dump
+from serve.relay.frames import HEADER
 
 OPEN_PATHS, OPEN_FOLDERS = ("/health", "/-/healthz", "/patients", "/vision"), ("/patients/", "/vision/")
 """Paths that need no API key: the server's health, that of Ray's proxy, and the static files of the pages for patients
@@ -39,9 +40,10 @@ STEERING = (
     "serve-multiplexed-model-id",
     "x-session-id",
     "traceparent",
+    HEADER.decode(),
 )
 """Headers with which Ray 2.60 lets a client set deadline, cancellation, replica and trace of a request; Ray also takes
-`_` for `-`. Clients must not control these."""
+`_` for `-`. And the one that says where events go. Clients must not control these."""
 STEERING_PREFIX = "x-serve-router-"
 REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 """An X-Request-ID that may appear in logs and answers; for any other Ray generates one."""

@@ -17,6 +17,7 @@ from serve.front.guard import guard
 from serve.front.limits import VARIABLE, Limits
 from serve.front.protocol import bounded_protocol
 from serve.front.retry import Retry
+from serve.relay.receiver import Relay
 
 
 def middlewares() -> list[Middleware]:
@@ -24,7 +25,7 @@ def middlewares() -> list[Middleware]:
     limits = Limits.from_json(os.environ.get(VARIABLE))
     # Ray lets uvicorn choose the protocol; "auto" then means this one.
     uvicorn.config.HTTP_PROTOCOLS["auto"] = bounded_protocol(limits)  # type: ignore[assignment]
-    return [Middleware(ReplicaRetry), *reversed(guard(limits))]
+    return [Middleware(Relay), Middleware(ReplicaRetry), *reversed(guard(limits))]
 
 
 class ReplicaRetry(Retry):
@@ -42,9 +43,9 @@ def count_replicas(app: Any) -> int | None:
     ask the router. tests/faults/test_serve_replica_dies.py kills a replica.
     """
     while not hasattr(app, "proxy_router"):
-        if not hasattr(app, "_app"):
+        app = getattr(app, "app", None) or getattr(app, "_app", None)
+        if app is None:
             return None
-        app = app._app
     try:
         found = app.proxy_router.match_route("/")
         if found is None:

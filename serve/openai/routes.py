@@ -35,6 +35,7 @@ from serve.openai.protocol import parse_completion
 from serve.openai.protocol_chat import parse_chat
 from serve.openai.readings import PATH
 from serve.pages import add_page
+from serve.relay.sender import Outlet
 from serve.workplace import Workplace
 
 READ = ["GET", "HEAD"]
@@ -60,7 +61,8 @@ def build_app(
             part.stop()
 
     metrics = ServerMetrics() if engine is None else engine.engine.metrics
-    middleware = [Middleware(Counted, answered=metrics.answered), *guard(config.front_limits)]
+    counted = Middleware(Counted, answered=metrics.answered)
+    middleware = [Middleware(Outlet), counted, *guard(config.front_limits)]
     app = FastAPI(title="attnzoo", lifespan=lifespan, docs_url=None, redoc_url=None, middleware=middleware)
     _add_error_handlers(app)
     modalities = None if engine is None else engine.engine.modalities
