@@ -15,6 +15,8 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,13 @@ from ray.serve.schema import ApplicationStatus
 from starlette.types import ASGIApp
 
 from attnzoo.apps import directory, variables
+from attnzoo.report import available_cores
 from serve.async_engine import AsyncEngine
+from serve.clinical.clinic import Clinic
 from serve.clinical.loading import load_clinic
-from serve.config import ServeConfig, absolute_paths, build_serve_config, parse_value, read_config_file
+from serve.config import MAX_THREADS, ServeConfig, absolute_paths, build_serve_config, parse_value, read_config_file
 from serve.drawing.loading import load_studio
+from serve.drawing.studio import Studio
 from serve.engine import Engine
 from serve.front.hosts import reachable
 from serve.front.limits import VARIABLE
@@ -56,9 +61,8 @@ class Server:
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
         keep_on_loopback()
-        self._clinic = load_clinic(config)
-        self._studio = load_studio(config)
-        self._engine = AsyncEngine(Engine(config)) if is_language(config.checkpoint) else None
+        engine, self._clinic, self._studio = load_apart(config)
+        self._engine = None if engine is None else AsyncEngine(engine)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Returns the application; Ray calls it after the constructor."""
@@ -74,6 +78,25 @@ class Server:
         """Refuses new requests and waits for running ones; False if some did not finish in time."""
         parts = [part for part in (self._engine, self._clinic, self._studio) if part is not None]
         return all(await asyncio.gather(*(part.drain(self._config.drain_timeout_s) for part in parts)))
+
+
+Loaded = tuple[Engine | None, Clinic | None, Studio | None]
+
+
+def load(config: ServeConfig) -> Loaded:
+    """What a configuration serves. Raises ValueError."""
+    engine = Engine(config) if is_language(config.checkpoint) else None
+    return engine, load_clinic(config), load_studio(config)
+
+
+def load_apart(config: ServeConfig) -> Loaded:
+    """`load` in a thread that ends.
+
+    OpenMP keeps a team of threads for each thread that has computed in parallel, until it ends. While all teams
+    together have more threads than there are cores, none waits awake: a step of a small model takes twice as long.
+    """
+    with ThreadPoolExecutor(1) as loading:
+        return loading.submit(load, config).result()
 
 
 def keep_on_loopback() -> None:
@@ -105,6 +128,14 @@ def build(config: ServeConfig) -> serve.Application:
     if found := variables():  # an installed package: the replica finds no `serve` by itself
         options["ray_actor_options"]["runtime_env"] = {"env_vars": found}
     return serve.deployment(name="attnzoo", num_replicas=1, **options)(Server).bind(config)
+
+
+def with_threads(config: ServeConfig) -> ServeConfig:
+    """The configuration for a local Ray with a thread of torch for each core, unless it or OMP_NUM_THREADS says how
+    many. Ray by itself gives each of its processes one."""
+    if config.cluster is not None or config.threads is not None or "OMP_NUM_THREADS" in os.environ:
+        return config
+    return replace(config, threads=min(available_cores(), MAX_THREADS))
 
 
 def app(args: Mapping[str, Any]) -> serve.Application:
@@ -141,7 +172,7 @@ def start(
     that ended if a local Ray ends by itself. Raises ValueError for a wrong configuration, RuntimeError if the
     deployment fails.
     """
-    application = build(config)
+    application = build(with_threads(config))
     port = free_port(config.host, config.port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with sigterm_held_back():

@@ -11,6 +11,8 @@ QUIET = {
     "RAY_SERVE_ENABLE_HA_PROXY": "0",  # its proxy ignores `host` and listens on all interfaces
     # The engine's thread never blocks the event loop, so that a second loop would only add hops.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # Two messages of Ray's own for each answer cost less than objects in its store.
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
     # Without a cluster, Ray then takes loopback for the node's address instead of a public one.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Ray's memory monitor kills Ray's processes when memory runs out, even if others have used it.

@@ -24,6 +24,7 @@ class Relay:
         self._numbers = itertools.count()
         self._open: dict[int, Incoming] = {}
         self._listening: asyncio.Task[bool] | None = None
+        self._server: asyncio.Server | None = None  # kept: uvloop closes one that nobody holds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._listening is None:
@@ -48,7 +49,7 @@ class Relay:
         own = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             own.bind(address(self._name))
-            await asyncio.get_running_loop().create_unix_server(lambda: Inlet(self._open), sock=own)
+            self._server = await asyncio.get_running_loop().create_unix_server(lambda: Inlet(self._open), sock=own)
         except OSError:
             own.close()
             return False

@@ -77,6 +77,17 @@ def test_two_streams_one_cancelled(server):
     assert server.metric("kv_bytes") == 0
 
 
+def test_events_come_beside_ray_and_clients_see_nothing_of_it(server):
+    body = {"model": "tiny", "prompt": "One", "max_tokens": 5, "stream": True}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, headers={"x-attnzoo-relay": "f" * 32 + " 0"})
+    assert answer.text.endswith("data: [DONE]\n\n")
+    assert not [name for name in answer.headers if "relay" in name]
+    sockets = [each.laddr for process in server.family() for each in process.net_connections(kind="unix")]
+    lines = [path for path in sockets if "attnzoo-relay-" in path]
+    assert len(set(lines)) == 1, "one proxy"
+    assert len(lines) == 2, "where it listens, and the replica's line"
+
+
 def test_answers_and_refusals_go_through_unchanged(server):
     answer = server.client.completions.create(model="tiny", prompt="Hello", max_tokens=30, temperature=0)
     assert answer.choices[0].text == expected("Hello", 30)
