@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as Ray sets it for a replica with one CPU
-
 import torch
 
 from attnzoo.checkpoint import find_checkpoint, load_tokenizer, save_model
@@ -95,7 +93,8 @@ def median_ms(values: Sequence[float]) -> float:
 
 def measure(checkpoint: Path, sizes: Sizes, report: Report) -> None:
     """Fills the report: for each number of clients a row for each side and one for their difference."""
-    engine = Engine(EngineConfig(checkpoint=str(checkpoint), threads=1))
+    threads = None if "OMP_NUM_THREADS" in os.environ else available_cores()  # as the server
+    engine = Engine(EngineConfig(checkpoint=str(checkpoint), threads=threads))
     prompts = make_prompts(engine.tokenizer.vocab_size, sizes)
     different = 0
     fields = {"max_tokens": sizes.new_tokens, "temperature": 0, "ignore_eos": True}
