@@ -229,10 +229,13 @@ token after that. Results are medians over all requests; both sides take turns, 
 
 With --streams: throughput and latencies of one server or several (--side) with so many requests open at a time. A side
 is "NAME", "NAME@DIRECTORY" for the server of another tree of this project, each with settings as key=value behind it,
-or "NAME=URL/MODEL" for a server that runs already."""
+or "NAME=URL/MODEL" for a server that runs already. tokens/s is the median of the rounds, best the fastest round, "times
+the first" the tokens/s as a share of the first side's; gaps are between pieces of an answer. All sides are up during
+the whole measurement: one that computes while it has no requests disturbs the others."""
     parser.epilog = """examples:
   attnzoo bench serve                                    # a model of random weights
-  attnzoo bench serve --streams 1 8 32 --side now --side "float32 prompt_dtype=float32" --checkpoint smollm2
+  attnzoo bench serve --streams 1 8 32 --checkpoint smollm2 \\
+      --side "auto dtype=bfloat16" --side "float32 dtype=bfloat16 prompt_dtype=float32"
   attnzoo bench serve --streams 8 --sampled --side now --side vllm=http://127.0.0.1:8001/model
   attnzoo bench serve --checkpoint runs/demo/export --json docs/results/serve.json
   attnzoo bench serve --quick

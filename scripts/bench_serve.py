@@ -98,7 +98,7 @@ def measure(checkpoint: Path, sizes: Sizes, report: Report) -> None:
     prompts = make_prompts(engine.tokenizer.vocab_size, sizes)
     different = 0
     fields = {"max_tokens": sizes.new_tokens, "temperature": 0, "ignore_eos": True}
-    with Server(checkpoint, ["threads=1"]) as server:
+    with Server(checkpoint, []) as server:
         for clients in (1, 4):
             plain: list[Timing] = []
             served: list[Timing] = []

@@ -205,7 +205,7 @@ def run(options: argparse.Namespace) -> int:
             status = complain(NAME, "Ray has ended and does not come back; start again", 1)
             deployment.stop(config)
             return status
-    print("finishing running requests ...", file=sys.stderr)
+    print(f"finishing running requests, for at most {config.drain_timeout_s:g} s ...", file=sys.stderr)
     if not deployment.drain(config.drain_timeout_s):
         print(f"some requests did not end within drain_timeout_s={config.drain_timeout_s}", file=sys.stderr)
     deployment.stop(config)

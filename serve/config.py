@@ -80,7 +80,7 @@ class EngineConfig(CheckedConfig):
     prompt_lookup: most tokens that are drafted for a greedy sequence in the full cache, by what followed the same
     tokens in its prompt and text; those that the model chooses itself are computed in one pass. For texts that repeat
     their prompts (corrected, quoted, code) and up to four sequences at a time; drafts that take longer than they save
-    are left out. 0: none.
+    are left out. At most 16; 0: none. In bfloat16 the text may become another one by rounding.
     """
 
     checkpoint: str

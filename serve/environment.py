@@ -13,6 +13,8 @@ QUIET = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     # Two messages of Ray's own for each answer cost less than objects in its store.
     "RAY_SERVE_PROXY_USE_GRPC": "1",
+    # Ray runs its processes at nice 15: the server would wait for everything else on the machine, its clients included.
+    "RAY_worker_niceness": "0",
     # Without a cluster, Ray then takes loopback for the node's address instead of a public one.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Ray's memory monitor kills Ray's processes when memory runs out, even if others have used it.

@@ -1,5 +1,9 @@
 """The dtype in which the products of prompts are computed: as asked for, or the faster one by a short measurement."""
 
+from typing import Any
+
+import torch
+
 from attnzoo.models import DecoderLM, can_widen, widen_products
 from attnzoo.models.widening import product_times
 from attnzoo.types import parse_dtype
@@ -21,8 +25,8 @@ def check_prompt_dtype(asked: str, weights: str | None) -> None:
         ) from None
     if weights is not None and dtype not in (parse_dtype("float32"), parse_dtype(weights)):
         raise ValueError(
-            f"prompt_dtype={asked!r} with weights in {weights}: their products are computed in {weights}, or in "
-            "float32; leave prompt_dtype out"
+            f"prompt_dtype={asked!r} with weights in {weights}: a product is computed in the weights' dtype or in "
+            f"float32; leave prompt_dtype out, or serve the weights in it, too: dtype={asked}"
         )
 
 
@@ -51,3 +55,14 @@ def apply_prompt_dtype(model: DecoderLM, asked: str) -> None:
         )
     if parse_dtype(asked) != model.embedding.weight.dtype:
         widen_products(model)
+
+
+def in_effect(model: DecoderLM, threads: int | None) -> dict[str, Any]:
+    """What the model computes with: the dtype of its weights, that of prompts' products, and threads of torch."""
+    weights = str(model.embedding.weight.dtype).removeprefix("torch.")
+    wide = model.many_rows is not None
+    return {
+        "dtype": weights,
+        "prompt_dtype": "float32" if wide else weights,
+        "threads": threads or torch.get_num_threads(),
+    }

@@ -313,7 +313,8 @@ class ContentCard(Reply):
 
 
 class ModelCard(Reply):
-    """The served language model. max_model_len: most tokens of prompt and answer together."""
+    """The served language model. max_model_len: most tokens of prompt and answer together. dtype: of its weights;
+    prompt_dtype: of the products of prompts; threads: that it computes with."""
 
     id: str
     object: Literal["model"]
@@ -321,6 +322,9 @@ class ModelCard(Reply):
     owned_by: str
     kind: Literal["language"]
     max_model_len: int
+    dtype: str
+    prompt_dtype: str
+    threads: int
     content: ContentCard
     attention: AttentionCard
 

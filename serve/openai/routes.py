@@ -35,6 +35,7 @@ from serve.openai.protocol import parse_completion
 from serve.openai.protocol_chat import parse_chat
 from serve.openai.readings import PATH
 from serve.pages import add_page
+from serve.prompt_dtype import in_effect
 from serve.relay.sender import Outlet
 from serve.workplace import Workplace
 
@@ -151,6 +152,7 @@ def _card(engine: AsyncEngine, config: ServeConfig, desk: Desk) -> dict[str, Any
         "owned_by": "attnzoo",
         "kind": "language",
         "max_model_len": engine.engine.max_model_len,
+        **in_effect(engine.engine.model, config.threads),
         "content": {kind: modality.card() for kind, modality in engine.engine.modalities.items()},
         "attention": desk.card(),
     }

@@ -88,6 +88,13 @@ def test_events_come_beside_ray_and_clients_see_nothing_of_it(server):
     assert len(lines) == 2, "where it listens, and the replica's line"
 
 
+def test_the_servers_processes_wait_no_longer_than_others_and_say_what_they_compute_with(server):
+    """Ray would run them at nice 15."""
+    assert {process.nice() for process in server.family()} == {psutil.Process().nice()}
+    card = httpx.get(f"{server.url}/v1/models/tiny").json()
+    assert (card["dtype"], card["prompt_dtype"], card["threads"]) == ("float32", "float32", 1)
+
+
 def test_answers_and_refusals_go_through_unchanged(server):
     answer = server.client.completions.create(model="tiny", prompt="Hello", max_tokens=30, temperature=0)
     assert answer.choices[0].text == expected("Hello", 30)

@@ -169,6 +169,8 @@ def test_the_faster_one_is_taken_and_said_once(own, wide, many, checkpoint, monk
     said = [r.message for r in caplog.records if "prompts are computed" in r.message]
     assert len(said) == 1
     assert f"computed in {'float32' if many else 'bfloat16'}:" in said[0]
+    told = prompt_dtype.in_effect(engine.model, 3)
+    assert told == {"dtype": "bfloat16", "prompt_dtype": "float32" if many else "bfloat16", "threads": 3}
 
 
 @pytest.mark.parametrize(("asked", "many"), [("float32", MANY), ("bfloat16", None), ("bf16", None)])
@@ -189,7 +191,7 @@ def test_where_there_is_no_choice_nothing_is_measured(checkpoint, monkeypatch):
     ("options", "message"),
     [
         ({"prompt_dtype": "fast"}, "prompt_dtype='fast' is not known; give auto, float32, or"),
-        ({"prompt_dtype": "bfloat16", "dtype": "float32"}, "prompt_dtype='bfloat16' with weights in float32"),
+        ({"prompt_dtype": "bfloat16", "dtype": "float32"}, "too: dtype=bfloat16"),
         ({"prompt_dtype": "float16"}, "prompt_dtype='float16' with weights in bfloat16"),
         ({"prompt_dtype": "float32", "dtype": "float64"}, "products of weights in float64 on cpu are not computed in"),
     ],
