@@ -50,7 +50,7 @@ class Load:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         if min(self.streams, default=0) < 1:
-            raise ValueError(f"--streams {self.streams} must be numbers of at least 1")
+            raise ValueError(f"--streams {' '.join(map(str, self.streams))}: give numbers of at least 1")
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -124,7 +124,11 @@ def measure_load(checkpoint: Path, sides: Sequence[Side], load: Load, vocabulary
 def _target(stack: ExitStack, side: Side, checkpoint: Path) -> Target:
     if side.target is not None:
         return side.target
-    return stack.enter_context(Server(checkpoint, ("max_num_seqs=64", *side.settings), side.directory)).target
+    try:
+        server = Server(checkpoint, ("max_num_seqs=64", *side.settings), side.directory)
+    except RuntimeError as error:
+        raise RuntimeError(f"side {side.name}: {error}") from error
+    return stack.enter_context(server).target
 
 
 def rotated(names: list[str], turn: int) -> list[str]:
@@ -140,7 +144,12 @@ def _measure_streams(targets: dict[str, Target], streams: int, load: Load, vocab
         prompts = random_prompts(streams * load.requests, load, vocabulary, 1000 * streams + turn)
         for name in rotated(list(targets), turn):
             begin = time.perf_counter()
-            found = asyncio.run(run_http(targets[name], prompts, streams, load.fields))
+            try:
+                found = asyncio.run(run_http(targets[name], prompts, streams, load.fields))
+            except (OSError, EOFError, RuntimeError) as error:
+                target = targets[name]
+                where = f"http://{target.host}:{target.port}/{target.model}"
+                raise RuntimeError(f"side {name}, {where}: {error}; is it up, and the model's name right?") from error
             if turn:  # the first one warms up
                 timings[name] += found
                 seconds[name].append(time.perf_counter() - begin)

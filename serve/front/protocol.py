@@ -3,20 +3,23 @@
 uvicorn with httptools accepts headers of any size and waits for them without end. Here a request whose headers exceed
 `MAX_HEADER_BYTES` gets status 431, and one whose headers take longer than `header_timeout_s` gets 408. A client that
 does not read its answer for `write_timeout_s` is disconnected. Of more than `MAX_WAITING` connections without a running
-request the oldest is closed. A request that is not HTTP is refused in OpenAI's format. `serve.front.guard` limits
-bodies; this module handles the part of a body that arrives after the answer.
+request the oldest is closed. A request that is not HTTP is refused in OpenAI's format. A client that hangs up ends the
+request that is being answered, also where it has sent the next ones already, of which uvicorn would tell the last
+alone. `serve.front.guard` limits bodies; this module handles the part of a body that arrives after the answer.
 """
 
 import asyncio
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from serve.front.limits import MAX_HEADER_BYTES, Limits
 from serve.openai.errors import ApiError, dump
 
 MAX_WAITING = 512
+MAX_PIPELINED = 8
+"""Requests of one connection that may wait for the answer to the one before."""
 LINGER_S = 5.0
 """Seconds for which input is read and discarded after a refusal; closing at once could lose the answer."""
 
@@ -63,6 +66,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._discarding = False
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._answered: RequestResponseCycle | None = None  # or was answered last
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -75,6 +79,10 @@ class BoundedProtocol(HttpToolsProtocol):
                 timer.cancel()
         self._timer = self._write_timer = None
         self.waiting.pop(self, None)
+        for cycle in (self._answered, *(queued for queued, _ in self.pipeline)):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -117,6 +125,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._cancel_timer()
         self.waiting.pop(self, None)
         super().on_headers_complete()
+        if not self.pipeline:
+            self._answered = self.cycle
+        elif len(self.pipeline) > MAX_PIPELINED:
+            self.transport.abort()
+        else:
+            self.flow.resume_reading()  # uvicorn has paused it, and would not see a client that hangs up
 
     def without_upgrade(self) -> bytes | None:
         """The last head without its header Upgrade; None if it has none, or if the upgrade is accepted."""
@@ -137,6 +151,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        if self.pipeline:
+            self._answered = self.pipeline[-1][0]
         super().on_response_complete()
         if self.transport.is_closing():
             return

@@ -1,8 +1,9 @@
 """What both ends of the socket share: its address, who may be at the other end, and how events are written.
 
-A frame is the number of an answer (8 bytes), the length of what follows (4 bytes), and that much of the answer's body.
-Length 0 is its end. The socket is of Linux's abstract namespace: it has no file, so that nothing is left behind by a
-process that is killed, and no rights, so that either end asks the system whose process the other one is.
+A frame is the number of an answer (8 bytes), the length of what follows (4 bytes, at most `MOST`), and that much of the
+answer's body. Length 0 is its end. Numbers are random: who does not know one cannot add to its answer. The socket is of
+Linux's abstract namespace: it has no file, so that nothing is left behind by a process that is killed, and no rights,
+so that either end asks the system whose process the other one is.
 """
 
 import os
@@ -16,6 +17,8 @@ HEADER = b"x-attnzoo-relay"
 Clients neither send nor see it."""
 SUPPORTED = sys.platform == "linux"
 """Whether this system has abstract sockets."""
+MOST = 1 << 20
+"""Bytes of a body in one frame."""
 _FRAME = struct.Struct("!QI")
 _CREDENTIALS = struct.Struct("3i")  # process, user and group of the other end (unix(7), SO_PEERCRED)
 
@@ -31,9 +34,10 @@ def is_own(connection: socket.socket) -> bool:
     return bool(_CREDENTIALS.unpack(found)[1] == os.getuid())
 
 
-def frame(number: int, data: bytes) -> bytes:
+def frames(number: int, data: bytes) -> bytes:
     """Some of an answer's body; without data its end."""
-    return _FRAME.pack(number, len(data)) + data
+    parts = [data[at : at + MOST] for at in range(0, max(len(data), 1), MOST)]
+    return b"".join(_FRAME.pack(number, len(part)) + part for part in parts)
 
 
 class Frames:
@@ -43,10 +47,13 @@ class Frames:
         self._rest = b""
 
     def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
-        """(number of the answer, some of its body) of all frames that are complete."""
+        """(number of the answer, some of its body) of all frames that are complete. Raises ValueError for one that is
+        longer than any may be."""
         data, at = self._rest + data, 0
         while len(data) - at >= _FRAME.size:
             number, length = _FRAME.unpack_from(data, at)
+            if length > MOST:
+                raise ValueError(f"a frame of {length} bytes, and {MOST} is the most")
             end = at + _FRAME.size + length
             if end > len(data):
                 break

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import secrets
 import socket
 from typing import cast
@@ -21,7 +20,6 @@ class Relay:
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self._name = secrets.token_hex(16)
-        self._numbers = itertools.count()
         self._open: dict[int, Incoming] = {}
         self._listening: asyncio.Task[bool] | None = None
         self._server: asyncio.Server | None = None  # kept: uvloop closes one that nobody holds
@@ -32,7 +30,7 @@ class Relay:
         if scope["type"] != "http" or not await asyncio.shield(self._listening):
             await self.app(scope, receive, send)
             return
-        number = next(self._numbers)
+        number = secrets.randbits(63)
         incoming = self._open[number] = Incoming()
         target = (HEADER, f"{self._name} {number}".encode())
         answer = RelayedAnswer(send, incoming)
@@ -140,17 +138,21 @@ class Inlet(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Only this user's processes are let in."""
+        self._transport = cast(asyncio.Transport, transport)
         if not is_own(transport.get_extra_info("socket")):
-            cast(asyncio.Transport, transport).abort()
+            self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """Hands out the frames; those of answers that are closed are for nobody."""
-        for number, some in self._frames.feed(data):
-            if (answer := self._answers.get(number)) is not None:
-                self._begun.add(number)
-                answer.put(some)
-            if not some or answer is None:
-                self._begun.discard(number)
+        """Hands out the frames; those of answers that are closed are for nobody. Who sends others is no replica."""
+        try:
+            for number, some in self._frames.feed(data):
+                if (answer := self._answers.get(number)) is not None:
+                    self._begun.add(number)
+                    answer.put(some)
+                if not some or answer is None:
+                    self._begun.discard(number)
+        except ValueError:
+            self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The answers that this replica has begun get nothing more."""

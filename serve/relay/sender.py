@@ -8,7 +8,7 @@ from typing import cast
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.relay.frames import HEADER, SUPPORTED, address, frame, is_own, without
+from serve.relay.frames import HEADER, SUPPORTED, address, frames, is_own, without
 
 TARGET = re.compile(rb"([0-9a-f]{32}) ([0-9]{1,19})")
 """The name of a proxy's socket and the number of an answer."""
@@ -69,7 +69,7 @@ class Departing:
                 message = {**message, "headers": [*message["headers"], (HEADER, b"1")]}
         elif self._relayed:
             if message.get("body"):
-                self._line.write(frame(self._number, message["body"]))
+                self._line.write(frames(self._number, message["body"]))
             if message.get("more_body"):
                 return
             self.end()
@@ -80,7 +80,7 @@ class Departing:
         """Says that no more events come. May be called twice."""
         if self._relayed:
             self._relayed = False
-            self._line.write(frame(self._number, b""))
+            self._line.write(frames(self._number, b""))
 
 
 class Line(asyncio.Protocol):

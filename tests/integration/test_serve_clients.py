@@ -74,6 +74,40 @@ def test_a_client_that_goes_away_frees_its_slot(stream):
         assert post(url, max_tokens=2).status_code == 200
 
 
+HEALTH = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    "behind", [HEALTH, 3 * HEALTH, 30 * HEALTH, HEALTH[:20]], ids=["one", "three", "thirty", "part"]
+)
+def test_a_client_that_goes_away_has_asked_for_more_already(stream, behind):
+    """What it sent behind its request is not begun, and the request ends."""
+    with running(delay_s=0.1, max_num_seqs=1) as (url, owner):
+        scheduler = owner.engine.scheduler
+        decoding = open_request(url, max_tokens=240, stream=stream)
+        wait_until(lambda: scheduler.num_running == 1, "running")
+        decoding.sendall(behind)
+        if behind.count(HEALTH) < 30:
+            time.sleep(0.2)
+            assert scheduler.num_running == 1
+        decoding.close()
+        wait_until(lambda: scheduler.num_running == 0, "gone from its slot")
+        assert owner.engine.metrics.registry.get_sample_value("attnzoo_steps_total") < 200
+        assert post(url, max_tokens=2).status_code == 200
+
+
+def test_requests_that_are_sent_at_once_are_answered_in_order(server):
+    url, _ = server
+    connection = open_request(url, max_tokens=3, stream=False)
+    connection.sendall(7 * HEALTH + HEALTH.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+    received = b""
+    while data := connection.recv(65536):
+        received += data
+    assert received.count(b"HTTP/1.1 200 OK") == 9
+    assert received.index(b"usage") < received.index(b'{"status":"ok"}')
+
+
 def test_a_client_gone_in_its_body_is_no_error(caplog):
     with caplog.at_level("DEBUG"), running() as (url, _):
         for sent in (b"", b'{"model"'):

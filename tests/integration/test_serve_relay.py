@@ -13,7 +13,8 @@ from serve.front.guard import HeaderFilter
 from serve.front.limits import Limits
 from serve.front.retry import Retry
 from serve.relay import frames, receiver, sender
-from serve.relay.frames import HEADER, Frames, frame
+from serve.relay.frames import HEADER, MOST, Frames
+from serve.relay.frames import frames as written
 from serve.relay.receiver import Relay
 from serve.relay.sender import Outlet
 from tests.helpers.http_server import running
@@ -170,7 +171,7 @@ def test_events_of_one_turn_leave_in_one_piece(monkeypatch):
         pieces.clear()
         go.set()
         await asyncio.sleep(0.05)
-        assert pieces == [16 * len(frame(0, b"second"))]
+        assert pieces == [16 * len(written(0, b"second"))]
         await asyncio.gather(*answers)
 
     asyncio.run(together())
@@ -285,7 +286,7 @@ def test_the_next_answer_finds_a_new_line():
 def test_frames_begin_and_end_anywhere():
     chance = random.Random(0)
     sent = [(chance.getrandbits(60), chance.randbytes(chance.choice([0, 1, 11, 12, 13, 5000]))) for _ in range(300)]
-    stream = b"".join(frame(number, data) for number, data in sent)
+    stream = b"".join(written(number, data) for number, data in sent)
     for longest in (1, 7, 12, 100, len(stream)):
         reader, found, at = Frames(), [], 0
         while at < len(stream):
@@ -293,6 +294,42 @@ def test_frames_begin_and_end_anywhere():
             found += reader.feed(stream[at : at + step])
             at += step
         assert found == sent
+
+
+def test_long_bodies_are_cut_and_longer_frames_refused():
+    chance = random.Random(1)
+    body = chance.randbytes(2 * MOST + 5)
+    found = list(Frames().feed(written(7, body)))
+    assert [len(data) for _, data in found] == [MOST, MOST, 5]
+    assert b"".join(data for _, data in found) == body
+    with pytest.raises(ValueError, match="is the most"):
+        list(Frames().feed((7).to_bytes(8, "big") + (MOST + 1).to_bytes(4, "big")))
+
+
+def test_what_no_replica_sends_ends_its_connection_and_nobodys_answer():
+    """Numbers that were not given out reach nothing."""
+
+    async def attacked() -> tuple[bytes, bytes]:
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        async def said(body):
+            await body(b"data: 1\n\n")
+            begun.set()
+            await go.wait()
+            await body(b"data: [DONE]\n\n", False)
+
+        relay = Relay(Ray(Outlet(application(said))))
+        answer = asyncio.ensure_future(ask(relay))
+        await begun.wait()
+        reader, writer = await asyncio.open_unix_connection(frames.address(relay._name))
+        writer.write(b"".join(written(number, data) for number in range(5000) for data in (b"evil", b"")))
+        writer.write(b"\xff" * 64)
+        rest = await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+        go.set()
+        return rest, text_of(await answer)
+
+    assert asyncio.run(attacked()) == (b"", b"data: 1\n\ndata: [DONE]\n\n")
 
 
 def test_a_real_stream_is_the_same_with_and_without_it():
