@@ -106,34 +106,13 @@ def _one_query(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, scale
         return o_BKGH.reshape(batch, heads, 1, -1)
     sums = accumulation_dtype(q_BN1H.dtype)
     bias_BK1S, empty_BK11 = mask.bias(1, k_BKSH.shape[2], q_BN1H.device, sums)
-    compiling = torch.compiler.is_compiling()
-    if k_BKSH.itemsize > 2 or (compiling and k_BKSH.device.type != "cpu"):
-        # torch copies nothing, and the kv heads of all sequences fill the threads better than those of one.
-        o_BKGH = _products(q_BKGH, k_BKSH, v_BKSH, bias_BK1S, scale)
-    else:
-        # To the compiler an operation of its own: it cannot have a number of parts that the sizes decide.
-        few = torch.ops.attnzoo.few_at_a_time if compiling else _few_at_a_time
-        o_BKGH = few(q_BKGH, k_BKSH, v_BKSH, bias_BK1S, scale)
+    # In other dtypes torch copies nothing, and the kv heads of all sequences fill the threads better than those of one.
+    whole = k_BKSH.itemsize > 2 or torch.compiler.is_compiling()
+    rows = batch if whole else max(1, COPIED_BYTES // (k_BKSH[0].numel() * k_BKSH.itemsize))
+    parts = [x.split(rows) for x in (q_BKGH, k_BKSH, v_BKSH, bias_BK1S.expand(batch, -1, -1, -1))]
+    o_BKGH = torch.cat([_products(q, k, v, bias, scale) for q, k, v, bias in zip(*parts, strict=True)])
     o_BKGH = o_BKGH if empty_BK11 is None else o_BKGH.masked_fill(empty_BK11, 0.0)
     return o_BKGH.reshape(batch, heads, 1, -1)
-
-
-def _few_at_a_time(q_BKGH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_BK1S: Tensor, scale: float) -> Tensor:
-    """`_products`, of as many sequences at a time as have `COPIED_BYTES` of keys."""
-    batch = q_BKGH.shape[0]
-    rows = max(1, COPIED_BYTES // max(1, k_BKSH[0].numel() * k_BKSH.itemsize))
-    parts = [x.split(rows) for x in (q_BKGH, k_BKSH, v_BKSH, bias_BK1S.expand(batch, -1, -1, -1))]
-    return torch.cat([_products(q, k, v, bias, scale) for q, k, v, bias in zip(*parts, strict=True)])
-
-
-_LIBRARY = torch.library.Library("attnzoo", "FRAGMENT")
-_LIBRARY.define("few_at_a_time(Tensor q, Tensor k, Tensor v, Tensor bias, float scale) -> Tensor")
-_LIBRARY.impl("few_at_a_time", _few_at_a_time, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "attnzoo::few_at_a_time",
-    lambda q, k, v, bias, scale: v.new_empty(*q.shape[:-1], v.shape[-1]),
-    lib=_LIBRARY,
-)
 
 
 def _products(q_BKGH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, bias_BK1S: Tensor, scale: float) -> Tensor:
