@@ -57,9 +57,9 @@ class EngineConfig(CheckedConfig):
     (four bytes for each number of the largest one), or the weights' dtype; "auto" takes the faster one by a measurement
     of some hundredths of a second at the start, so that texts of two starts may differ by rounding.
     compile_decode: compile decode steps of the full cache (if it may be used) and of `cache` with torch's compiler; on
-    a CPU a quarter faster or more; needs a C++ compiler and 15 seconds to two minutes at the start. threads: CPU
-    threads of torch; None: as OMP_NUM_THREADS says, else under `attnzoo serve` one for each core, and on a cluster the
-    one that Ray gives. step_timeout_s: a step that takes longer makes the engine unhealthy.
+    a CPU a third faster with one sequence, a seventh with eight; needs a C++ compiler and 15 seconds to two minutes.
+    threads: CPU threads of torch; None: as OMP_NUM_THREADS says, else under `attnzoo serve` one for each core, and on
+    a cluster the one that Ray gives. step_timeout_s: a step that takes longer makes the engine unhealthy.
     control_tokens: where control tokens such as <|im_end|> may come from. "template": in chats only from the chat
     template, so that text in a message never becomes a control token; prompts of /v1/completions may contain them.
     "template_only": prompts may not contain them either. "everywhere": prompts and messages may, as in transformers and

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from attnzoo.checkpoint import find_checkpoint, load_tokenizer
 from attnzoo.checkpoint.frozen import FrozenLM
@@ -181,3 +183,16 @@ def max_model_len(config: EngineConfig, most: int) -> int:
     if length < 2:
         raise ValueError(f"max_model_len={length} leaves no room for a prompt and a token")
     return length
+
+
+def in_effect(model: DecoderLM, config: EngineConfig) -> dict[str, Any]:
+    """What the model computes with, as `/v1/models` tells it."""
+    weights = str(model.embedding.weight.dtype).removeprefix("torch.")
+    wide = model.many_rows is not None
+    return {
+        "dtype": weights,
+        "prompt_dtype": "float32" if wide else weights,
+        "threads": config.threads or torch.get_num_threads(),
+        "compile_decode": config.compile_decode,
+        "prompt_lookup": config.prompt_lookup,
+    }

@@ -1,9 +1,5 @@
 """The dtype in which the products of prompts are computed: as asked for, or the faster one by a short measurement."""
 
-from typing import Any
-
-import torch
-
 from attnzoo.models import DecoderLM, can_widen, widen_products
 from attnzoo.models.widening import product_times
 from attnzoo.types import parse_dtype
@@ -55,14 +51,3 @@ def apply_prompt_dtype(model: DecoderLM, asked: str) -> None:
         )
     if parse_dtype(asked) != model.embedding.weight.dtype:
         widen_products(model)
-
-
-def in_effect(model: DecoderLM, threads: int | None) -> dict[str, Any]:
-    """What the model computes with: the dtype of its weights, that of prompts' products, and threads of torch."""
-    weights = str(model.embedding.weight.dtype).removeprefix("torch.")
-    wide = model.many_rows is not None
-    return {
-        "dtype": weights,
-        "prompt_dtype": "float32" if wide else weights,
-        "threads": threads or torch.get_num_threads(),
-    }

@@ -314,7 +314,7 @@ class ContentCard(Reply):
 
 class ModelCard(Reply):
     """The served language model. max_model_len: most tokens of prompt and answer together. dtype: of its weights;
-    prompt_dtype: of the products of prompts; threads: that it computes with."""
+    prompt_dtype: of the products of prompts; threads: that it computes with; the rest: settings."""
 
     id: str
     object: Literal["model"]
@@ -325,6 +325,8 @@ class ModelCard(Reply):
     dtype: str
     prompt_dtype: str
     threads: int
+    compile_decode: bool
+    prompt_lookup: int
     content: ContentCard
     attention: AttentionCard
 

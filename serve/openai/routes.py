@@ -22,6 +22,7 @@ from serve.drawing.answer import card as drawing_card
 from serve.drawing.routes import add_drawing
 from serve.drawing.studio import Studio
 from serve.front.guard import Counted, error_response, guard
+from serve.loading import in_effect
 from serve.maps import MapStore
 from serve.metrics import CONTENT_TYPE, ServerMetrics
 from serve.openai.answer import no_model
@@ -35,7 +36,6 @@ from serve.openai.protocol import parse_completion
 from serve.openai.protocol_chat import parse_chat
 from serve.openai.readings import PATH
 from serve.pages import add_page
-from serve.prompt_dtype import in_effect
 from serve.relay.sender import Outlet
 from serve.workplace import Workplace
 
@@ -152,7 +152,7 @@ def _card(engine: AsyncEngine, config: ServeConfig, desk: Desk) -> dict[str, Any
         "owned_by": "attnzoo",
         "kind": "language",
         "max_model_len": engine.engine.max_model_len,
-        **in_effect(engine.engine.model, config.threads),
+        **in_effect(engine.engine.model, config),
         "content": {kind: modality.card() for kind, modality in engine.engine.modalities.items()},
         "attention": desk.card(),
     }

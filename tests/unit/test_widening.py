@@ -14,6 +14,7 @@ from attnzoo.profiling.memory import peak_bytes
 from serve import prompt_dtype
 from serve.config import EngineConfig, ServeConfig
 from serve.engine import Engine
+from serve.loading import in_effect
 from serve.pools import SlotPool
 from serve.runner import _batches
 from serve.scheduling import Chunk
@@ -169,8 +170,9 @@ def test_the_faster_one_is_taken_and_said_once(own, wide, many, checkpoint, monk
     said = [r.message for r in caplog.records if "prompts are computed" in r.message]
     assert len(said) == 1
     assert f"computed in {'float32' if many else 'bfloat16'}:" in said[0]
-    told = prompt_dtype.in_effect(engine.model, 3)
-    assert told == {"dtype": "bfloat16", "prompt_dtype": "float32" if many else "bfloat16", "threads": 3}
+    told = in_effect(engine.model, EngineConfig(checkpoint=checkpoint, threads=3, prompt_lookup=2))
+    assert (told["dtype"], told["prompt_dtype"]) == ("bfloat16", "float32" if many else "bfloat16")
+    assert (told["threads"], told["prompt_lookup"], told["compile_decode"]) == (3, 2, False)
 
 
 @pytest.mark.parametrize(("asked", "many"), [("float32", MANY), ("bfloat16", None), ("bf16", None)])
