@@ -18,8 +18,8 @@ from serve.front.limits import MAX_HEADER_BYTES, Limits
 from serve.openai.errors import ApiError, dump
 
 MAX_WAITING = 512
-MAX_PIPELINED = 8
-"""Requests of one connection that may wait for the answer to the one before."""
+MAX_PIPELINED = 64
+"""Requests of one connection that may wait for the answer to the one before; more end the connection."""
 LINGER_S = 5.0
 """Seconds for which input is read and discarded after a refusal; closing at once could lose the answer."""
 
@@ -125,12 +125,24 @@ class BoundedProtocol(HttpToolsProtocol):
         self._cancel_timer()
         self.waiting.pop(self, None)
         super().on_headers_complete()
-        if not self.pipeline:
+        if self.pipeline:
+            self._read_on()
+        else:
             self._answered = self.cycle
-        elif len(self.pipeline) > MAX_PIPELINED:
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        if self.pipeline:
+            self._read_on()
+
+    def _read_on(self) -> None:
+        """Reads what is behind the request that is being answered, because a client that hangs up would not be seen:
+        uvicorn has paused it. Ends the connection if that becomes more than one request may be, or too many."""
+        waiting = sum(len(cycle.body) for cycle, _ in self.pipeline)
+        if len(self.pipeline) > MAX_PIPELINED or waiting > self.limits.max_body_bytes:
             self.transport.abort()
         else:
-            self.flow.resume_reading()  # uvicorn has paused it, and would not see a client that hangs up
+            self.flow.resume_reading()
 
     def without_upgrade(self) -> bytes | None:
         """The last head without its header Upgrade; None if it has none, or if the upgrade is accepted."""
