@@ -234,8 +234,7 @@ the first" the tokens/s as a share of the first side's; gaps are between pieces 
 the whole measurement: one that computes while it has no requests disturbs the others."""
     parser.epilog = """examples:
   attnzoo bench serve                                    # a model of random weights
-  attnzoo bench serve --streams 1 8 32 --checkpoint smollm2 \\
-      --side "auto dtype=bfloat16" --side "float32 dtype=bfloat16 prompt_dtype=float32"
+  attnzoo bench serve --streams 1 8 32 --checkpoint smollm2 --side stored --side "half dtype=bfloat16"
   attnzoo bench serve --streams 8 --sampled --side now --side vllm=http://127.0.0.1:8001/model
   attnzoo bench serve --checkpoint runs/demo/export --json docs/results/serve.json
   attnzoo bench serve --quick
