@@ -145,7 +145,7 @@ class WatchdogConfig:
 
     start: joining the ranks, and compiling an extension at the first start. data: preparing tokenizer and tokens. load:
     building the model and reading a checkpoint. step, evaluate, save: each time. stop: from a signal to the end of the
-    phase.
+    phase, and of each step after it.
     """
 
     start: float | None = 900.0

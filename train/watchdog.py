@@ -1,8 +1,9 @@
 """Ends a run that hangs: every phase has a time limit, after which each rank prints its stacks and exits with status 1.
 
 When a rank has stopped or a link is cut, the other ranks wait inside a collective, where Python handles no signals. So
-a thread watches the time. Signals wake it through a file descriptor; a rank that does not stop within `watchdog.stop`
-seconds after a signal is ended too.
+a thread watches the time. Signals wake it through a file descriptor; a rank that does not end its phase within
+`watchdog.stop` seconds after a signal is ended too. So is one whose later steps take that long: the signal may come
+after what a step has to agree on, and then the next step waits for the rank that has stopped.
 """
 
 import contextlib
@@ -42,6 +43,7 @@ class Watchdog:
     def __init__(self, limits: WatchdogConfig) -> None:
         self._limits = limits
         self._phase: _Phase | None = None
+        self._told = False  # to stop, by a signal
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -79,6 +81,8 @@ class Watchdog:
         with self._lock:
             deadline = None if limit is None else time.monotonic() + limit
             self._phase = None if name is None else _Phase(name, limit, deadline)
+            if self._told and name == "step":  # what is saved then takes the time that it takes
+                self._shorten(self._phase)
         if limit is None:
             faulthandler.cancel_dump_traceback_later()
         else:
@@ -99,15 +103,18 @@ class Watchdog:
                 self._end(phase)
 
     def _hurry(self) -> None:
-        """After a signal: limits the rest of the present phase to `watchdog.stop` seconds."""
-        limit = self._limits.stop
+        """After a signal: limits the rest of the present phase, and every later step, to `watchdog.stop` seconds."""
         with self._lock:
-            phase = self._phase
-            if phase is None or limit is None or phase.stopping:
-                return
-            soon = time.monotonic() + limit
-            if phase.deadline is None or soon < phase.deadline:
-                phase.deadline, phase.stopping = soon, True
+            self._told = True
+            self._shorten(self._phase)
+
+    def _shorten(self, phase: _Phase | None) -> None:
+        limit = self._limits.stop
+        if phase is None or limit is None or phase.stopping:
+            return
+        soon = time.monotonic() + limit
+        if phase.deadline is None or soon < phase.deadline:
+            phase.deadline, phase.stopping = soon, True
 
     def _end(self, phase: _Phase) -> None:
         rank = os.environ.get("RANK", "0")

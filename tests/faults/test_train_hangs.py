@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import termios
 import time
 from pathlib import Path
@@ -270,3 +271,35 @@ def test_a_phase_that_lasts_too_long(
     assert process.exitcode == status, err.read_text()
     assert words in err.read_text()
     assert ("done" in out.read_text()) == (status == 0)
+
+
+TOLD = """
+import os, signal, sys, time
+from train.config import WatchdogConfig
+from train.watchdog import Watchdog
+
+signal.signal(signal.SIGTERM, lambda *_: None)
+with Watchdog(WatchdogConfig(stop=0.5)) as watchdog:
+    if sys.argv[1] == "in a step":
+        with watchdog.phase("step"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.4)
+    else:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.4)
+    with watchdog.phase("save"):
+        time.sleep(1.5)
+    print("saved", flush=True)
+    with watchdog.phase("step"):
+        time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize("when", ["in a step", "between steps"])
+def test_a_signal_limits_every_later_step_and_no_save(when: str) -> None:
+    """Ranks agree on a stop in a step: one that was told at the end of one, or between two, waits in the next."""
+    done = subprocess.run(
+        [sys.executable, "-c", TOLD, when], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (1, "saved\n"), done.stderr
+    assert "was told to stop and its phase step did not end in 0.5 s (watchdog.stop)" in done.stderr
