@@ -23,6 +23,9 @@ def words(cache: Path, *overrides: str) -> list[str]:
         "task.turns=3",
         "task.patch_loss=0.0",
         "task.word_loss=0.0",
+        "task.name_loss=0.0",
+        "lora.rank=null",
+        "precision=fp32",
         f"cache_dir={cache}",
         *overrides,
     ]

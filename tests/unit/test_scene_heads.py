@@ -116,7 +116,55 @@ def test_the_loss_is_that_of_answers_patches_and_words(tmp_path: Path, frozen: b
     assert torch.equal(again.patch_head.weight, model.patch_head.weight)
 
 
-@pytest.mark.parametrize("name", ["patch_loss", "word_loss"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_vectors_learn_the_names_of_what_they_show(tmp_path: Path, frozen: bool) -> None:
+    """Vector by vector: what most of its patches show, by the angle to what tells a name from the others, whatever the
+    vector's size. Kills: patches of another place; a thing that half of a vector's patches show taken for none; sizes
+    that count; a mean over words that all names share."""
+    torch.manual_seed(0)
+    own = [*OWN, "model.projector={hidden: 20, grid: 2, output: small}"]
+    if frozen:
+        language_model = serving.export(tmp_path / "lm", "mha", max_len=96)
+        own = [f"model.language_model={language_model}", "model.projector={hidden: 20, grid: 2}", "model.dtype=float32"]
+    config = "vlm-smollm2.yaml" if frozen else "vlm-small.yaml"
+    task = prepared(tmp_path / "cache", *own, "task.name_loss=0.5", "train.batch_size=4", config=config)
+    model = task.model()
+    assert isinstance(model, WithSceneHeads)
+    assert model.patch_head is None
+    batch = task.train.next(4, 0, 1)
+    count = torch.tensor(float(task.count(batch)))
+    loss = task.loss(model, batch, count)
+    tokenizer, kinds = task.tokenizer, len(task.world.names)
+    assert tokenizer is not None
+    spelled = [tokenizer.decode(name).strip() for name in model.names]
+    assert spelled == list(task.world.names)
+    seen = set()
+    with torch.no_grad():
+        whole = task.whole(model)
+        logits, targets = whole.target_logits(batch[1], batch[2], batch[0])
+        embeddings = whole.decoder.embed(torch.arange(tokenizer.vocab_size)[None])[0]
+        words = torch.stack([embeddings[torch.tensor(name)].mean(0) for name in model.names])
+        each = []
+        for row, image in enumerate(batch[0]):
+            vectors = model.encoder(image[None])[0]
+            for number, vector in enumerate(vectors):
+                top, left = divmod(number, 2)
+                patches = batch[4][row].view(4, 4)[2 * top : 2 * top + 2, 2 * left : 2 * left + 2].flatten()
+                shown = [int((patches == kind).sum()) for kind in range(kinds)]
+                most = max(range(kinds), key=shown.__getitem__)
+                target = most if shown[most] >= 2 else kinds  # one of four patches is less than a third
+                seen.add((target == kinds, shown[most]))
+                cosines = F.cosine_similarity(vector[None], words - words.mean(0))
+                logit = 20 * torch.cat([cosines, torch.tensor([0.3])])
+                each.append(-logit.log_softmax(0)[target])
+        expected = F.cross_entropy(logits, targets) + 0.5 * sum(each) / len(each)
+    assert {(True, 0), (True, 1), (False, 2)} <= seen
+    torch.testing.assert_close(loss.detach(), expected)
+    halves = [task.loss(model, tuple(t[i : i + 2] for t in batch), count) for i in (0, 2)]
+    torch.testing.assert_close(sum(halves).detach(), expected)
+
+
+@pytest.mark.parametrize("name", ["patch_loss", "word_loss", "name_loss"])
 def test_a_weight_below_0_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=rf"task\.{name}=-1\.0 must be a number of at least 0"):
         load_config("vlm-small.yaml", words(tmp_path, *OWN, f"task.{name}=-1"))
@@ -134,7 +182,7 @@ def test_a_question_that_does_not_fit_is_named(tmp_path: Path) -> None:
 
 def test_a_frozen_language_model_learns_no_words(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"task\.word_loss=0\.1 .*model\.language_model"):
-        load_config("vlm-smollm2.yaml", ["task.word_loss=0.1", f"cache_dir={tmp_path}"])
+        load_config("vlm-smollm2.yaml", ["task.word_loss=0.1", "lora.rank=null", f"cache_dir={tmp_path}"])
 
 
 def test_adapters_are_in_the_language_model_alone(tmp_path: Path) -> None:
@@ -157,7 +205,11 @@ def test_adapters_are_in_the_language_model_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "given", "said"),
     [
-        ("vlm-smollm2.yaml", ["lora.rank=4"], r"lora\.rank=4 with model\.dtype=bfloat16.*model\.dtype=float32"),
+        (
+            "vlm-smollm2.yaml",
+            ["model.dtype=bfloat16"],
+            r"lora\.rank=8 with model\.dtype=bfloat16.*model\.dtype=float32",
+        ),
         ("vlm-small.yaml", ["lora.rank=4", "optim.name=adamw"], r"lora\.rank=4 adapts model\.language_model"),
     ],
 )

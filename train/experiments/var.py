@@ -38,6 +38,8 @@ ASKED = tuple(kind for kind in KINDS if kind not in ("text", "names"))
 """Kinds of questions: those that need the picture and have one short answer."""
 QUESTIONS, QUICK_QUESTIONS = 500, 2
 """Of each kind: 4,000 show one point of difference where 5 % of the answers change."""
+MORE_QUESTIONS = "more-questions"
+"""Without them a quarter is asked: of a large language model, whose 12 arms take an hour then."""
 BATCH = 32
 PICTURES_LOOKED_AT = 64
 LEARNED_FROM = 1500
@@ -61,7 +63,8 @@ def world_of(config: ExperimentConfig) -> SceneWorld:
 
 def questions(config: ExperimentConfig) -> list[tuple[Scene, SceneQuestion]]:
     """What is asked, kind by kind, each about a scene of its own."""
-    count = QUICK_QUESTIONS if config.quick else QUESTIONS
+    asked = QUESTIONS // 4 if MORE_QUESTIONS in config.without else QUESTIONS
+    count = QUICK_QUESTIONS if config.quick else asked
     world = world_of(config)
     return [pair for kind in ASKED for pair in evaluation_questions(world, "standard", kind, count, config.seed + 1)]
 
@@ -93,12 +96,12 @@ def states_of(config: ExperimentConfig) -> list[list[Tensor]]:
 
 def picture_sinks(config: ExperimentConfig) -> dict[int, int]:
     """How many of a picture's tokens are sinks in each layer with sinks, the mean rounded up."""
-    return _counted(config.trained, config.quick, config.seed)
+    return _counted(config.trained, config.quick, config.seed, config.without)
 
 
 @lru_cache(maxsize=1)
-def _counted(trained: Path | None, quick: bool, seed: int) -> dict[int, int]:
-    config = ExperimentConfig(trained=trained, quick=quick, seed=seed)
+def _counted(trained: Path | None, quick: bool, seed: int, without: tuple[str, ...]) -> dict[int, int]:
+    config = ExperimentConfig(trained=trained, quick=quick, seed=seed, without=without)
     found, states, places = sinks_of(config), states_of(config), places_of(model_of(config))
     counts: dict[int, int] = {}
     for each in found.layers[:-1]:
@@ -183,4 +186,5 @@ EXPERIMENT = Experiment(
     judge,
     draw,
     trained="a run of deepspeed train/main.py --config vlm-small.yaml, such as runs/vlm-small",
+    optional=(MORE_QUESTIONS,),
 )

@@ -14,12 +14,17 @@ from train.data.scenes import SOURCE
 from train.tasks.base import TaskOptions
 from train.tokenizer import TokenizerConfig
 
+LOSSES = ("patch_loss", "word_loss", "name_loss")
+"""Keys of `task`: weights of what is learned besides answers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionOptions(TaskOptions, CheckedConfig):
     """turns: questions about each training picture; text_share: of them, about words alone. patch_loss: the weight of a
     second loss, by which the tower learns what is in each of its patches; 0: there is none. word_loss: that of a third
     one, by which a decoder that is trained, too, learns where the things are that words name; 0: there is none.
+    name_loss: that of a fourth one, by which a picture's vectors learn to be near the embeddings of the names of what
+    they show, so that a language model that has read much knows them; 0: there is none.
     questions: of each kind and split in validation, each about a picture of its own. texts: what stands around
     pictures, questions and answers."""
 
@@ -27,6 +32,7 @@ class QuestionOptions(TaskOptions, CheckedConfig):
     text_share: float = 0.35
     patch_loss: float = 0.0
     word_loss: float = 0.0
+    name_loss: float = 0.0
     questions: int = 100
     texts: dict = field(default_factory=dict)
 
@@ -37,7 +43,7 @@ class QuestionOptions(TaskOptions, CheckedConfig):
                 raise ValueError(f"task.{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.text_share < 1:
             raise ValueError(f"task.text_share={self.text_share} must be at least 0 and below 1")
-        for name in ("patch_loss", "word_loss"):
+        for name in LOSSES:
             if getattr(self, name) < 0:
                 raise ValueError(f"task.{name}={getattr(self, name)} must be a number of at least 0")
         self.format()

@@ -35,6 +35,7 @@ from train.data.scenes import SceneStream, asked_about, pictures
 from train.lora import add_adapters, merge_adapters
 from train.tasks.base import TASKS, Task
 from train.tasks.picture_options import (
+    LOSSES,
     PictureModel,
     QuestionOptions,
     check_adapters,
@@ -229,10 +230,16 @@ class PictureTask(Task):
         return self._with_heads(made)
 
     def _with_heads(self, made: MultimodalLM | PictureEncoder) -> nn.Module:
-        patch_loss, word_loss = self.options.patch_loss, self.options.word_loss
-        if not patch_loss and not word_loss:
+        losses = {name: getattr(self.options, name) for name in LOSSES}
+        if not any(losses.values()):
             return made
-        return WithSceneHeads(made, kinds=self.scenes.kinds, patch_loss=patch_loss, word_loss=word_loss)
+        return WithSceneHeads(made, names=[self._word(name) for name in self.world.names], **losses)
+
+    def _word(self, name: str) -> list[int]:
+        """Tokens of a word inside a sentence; none before there is a tokenizer, when nothing is trained."""
+        if self.tokenizer is None:
+            return []
+        return self.tokenizer.encode(f"a {name}")[len(self.tokenizer.encode("a")) :]
 
     def add_adapters(self, model: nn.Module) -> None:
         """In the language model alone."""
