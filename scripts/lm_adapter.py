@@ -30,7 +30,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from attnzoo.models import DecoderLM, GenerationConfig, Sequences
-from attnzoo.models.sampling import check_sampling, choice_seed
+from attnzoo.models.sampling import Sampling, choice_seed
 from attnzoo.tokenizer import StreamDecoder, Tokenizer
 from attnzoo.tokenizer.chat import ChatTemplate
 from train.bar import Bar
@@ -70,7 +70,7 @@ class Generation:
             raise ValueError(f"generation_kwargs: do_sample=true needs a temperature above 0, not {temperature}")
         top_p, top_k = float(known.get("top_p", 1.0)), int(known.get("top_k", 0))
         try:
-            check_sampling(temperature, top_p, top_k)
+            Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
         except ValueError as error:
             raise ValueError(f"generation_kwargs: {error}") from None
         tokens = known["max_gen_toks"]

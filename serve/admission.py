@@ -61,6 +61,7 @@ class Admission:
     ) -> None:
         """As `Engine.check`."""
         check_prompt(prompt, self.tokenizer.vocab_size, self.model.config.model_dim)
+        params.check_tokens(self.tokenizer.vocab_size)
         total = len(prompt) + params.max_tokens
         if total > self.max_model_len:
             raise ContextLengthError(

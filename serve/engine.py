@@ -13,6 +13,7 @@ from torch import Tensor
 from attnzoo.attention.edits import EditPlan, EditRun
 from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models import DecoderLM
+from attnzoo.models.logit_changes import LogitChanges
 from attnzoo.tokenizer.text_stream import TextStream
 from attnzoo.vision.redistribution import FoundSinks, sinks_of
 from serve.admission import Admission
@@ -166,6 +167,8 @@ class Engine:
             cache=cache,
             group=cache if plan is None else Alone(cache, EditRun(plan), total),
             generator=make_generator(params, self.runner.device),
+            changes=self._changes(prompt, params),
+            ends=params.ends(self.tokenizer.stop_ids),
             arrived=time.perf_counter() if arrived is None else arrived,
             urgency=urgency,
             room=len(prompt) + ahead,
@@ -176,6 +179,10 @@ class Engine:
         self.prefixes.add(request_id, request.prompt, borders, cache, alone=alone)
         self._requests[request_id] = request
         return request
+
+    def _changes(self, prompt: Sequence[int], params: SamplingParams) -> LogitChanges | None:
+        bars = params.min_tokens > 0
+        return LogitChanges.of(params, prompt, self.tokenizer.vocab_size, self.runner.device, bars=bars)
 
     def has_work(self) -> bool:
         """Whether any request is unfinished, or `step` has deltas to return."""
@@ -334,13 +341,13 @@ class Engine:
     def _advance(self, request: Request, drawn: Drawn, now: float) -> Delta:
         """Appends a token to a request, and returns the delta."""
         token, logprob = drawn
+        stops = request.may_end  # a stop string counts behind `min_tokens` tokens, as a token that ends the text does
         request.generated.append(token)
         if not request.first_token:
             request.cached = self.prefixes.plans[request.request_id].reused
         self.metrics.token(request, now)
-        ends = token in self.tokenizer.stop_ids and not request.params.ignore_eos
         last = len(request.generated) >= request.params.max_tokens
-        text, reason = request.text.advance(token, logprob, ends=ends, last=last)
+        text, reason = request.text.advance(token, logprob, ends=token in request.ends, last=last, stops=stops)
         return self._delta(request, text, reason)
 
     def _fail(self, request: Request, failure: Exception, deltas: list[Delta]) -> None:

@@ -1,13 +1,14 @@
 """A request in the engine: its sampling parameters, its progress, and the results of each step."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from attnzoo.attention.edits import EditRun
 from attnzoo.kvcache.choice import CacheChoice
-from attnzoo.models.sampling import TokenLogprobs
+from attnzoo.models.logit_changes import LogitChanges
+from attnzoo.models.sampling import Sampling, TokenLogprobs, check_type
 from attnzoo.tokenizer.text_stream import TextStream
 from serve.faults import EditsError, message
 from serve.history import Drafts
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "deadline", "abort", "error"]
 
-MAX_STOP_STRINGS, MAX_STOP_LENGTH, MAX_LOGPROBS = 8, 256, 20
+MAX_STOP_STRINGS, MAX_STOP_LENGTH, MAX_STOP_TOKENS, MAX_LOGPROBS, MAX_BIASED = 8, 256, 64, 20, 300
+MAX_TEMPERATURE = 100
 MAX_PRIORITY, MAX_DEADLINE_S = 1000, 86_400
 
 
@@ -31,45 +33,44 @@ class CacheMemoryError(ValueError):
     """The request's compressed cache exceeds the memory for such caches (`cache_mib`)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How to choose tokens and when to stop.
+class TokenIdError(ValueError):
+    """A field of the request has a token that the vocabulary does not have. param: the field."""
 
-    temperature: 0, or less than 1e-5, is greedy. top_k: 0 is off. seed: the same seed gives the same text, alone or in
-    a batch; None draws a random seed. stop: strings that end the text and are not part of it. logprobs: number of
-    alternatives to report for each token; None: no log probabilities. counts_prompt: whether metrics count the prompt,
-    which they do for one of a prompt's choices. Raises ValueError that names the field.
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams(Sampling):
+    """How to choose tokens and when to stop: the fields of `Sampling`, and these.
+
+    seed: the same seed gives the same text, alone or in a batch; None draws a random seed. stop: strings that end the
+    text and are not part of it. stop_token_ids: tokens that do the same. ignore_eos: go on after the model's own tokens
+    that end a text. min_tokens: before so many tokens nothing ends the text. logprobs: number of alternatives to report
+    for each token; None: no log probabilities. counts_prompt: whether metrics count the prompt, which they do for one
+    of a prompt's choices. Raises ValueError that names the field.
     """
 
     max_tokens: int = 16
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
+    min_tokens: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
     counts_prompt: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "top_k", "seed", "logprobs"):
-            value = getattr(self, name)
-            if (value is not None or name in ("max_tokens", "top_k")) and (
-                isinstance(value, bool) or not isinstance(value, int)
-            ):
-                raise ValueError(f"{name}={value!r} has type {type(value).__name__}; it must be a whole number")
-        for name in ("temperature", "top_p"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"{name}={value!r} has type {type(value).__name__}; it must be a number")
+        super().__post_init__()
+        for name in ("max_tokens", "min_tokens", "seed", "logprobs"):
+            check_type(name, getattr(self, name), int, "a whole number", optional=name in ("seed", "logprobs"))
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
-        if not 0.0 <= self.temperature <= 100.0:
-            raise ValueError(f"temperature={self.temperature} must be between 0 (greedy) and 100")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p={self.top_p} must be greater than 0 and at most 1")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must be 0 (off) or at least 1")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} must be between 0 and max_tokens={self.max_tokens}")
+        if self.temperature > MAX_TEMPERATURE:
+            raise ValueError(f"temperature={self.temperature} must be between 0 (greedy) and {MAX_TEMPERATURE}")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must fit into 64 bits")
         for name in ("ignore_eos", "counts_prompt"):
@@ -79,6 +80,19 @@ class SamplingParams:
         self._check_stop()
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise ValueError(f"logprobs={self.logprobs} must be between 0 and {MAX_LOGPROBS}")
+        if len(self.logit_bias) > MAX_BIASED:
+            raise ValueError(f"logit_bias holds {len(self.logit_bias)} tokens; at most {MAX_BIASED} are possible")
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """Raises TokenIdError for a token that a vocabulary of this size does not have."""
+        for name, tokens in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            unknown = next((token for token in tokens if token >= vocab_size), None)
+            if unknown is not None:
+                raise TokenIdError(name, f"{name} has token {unknown}, which is outside the vocabulary of {vocab_size}")
+
+    def ends(self, stop_ids: Collection[int]) -> frozenset[int]:
+        """Tokens that end the text. stop_ids: those that end the model's texts."""
+        return frozenset(self.stop_token_ids) if self.ignore_eos else frozenset({*stop_ids, *self.stop_token_ids})
 
     def _check_stop(self) -> None:
         if isinstance(self.stop, str):
@@ -89,6 +103,12 @@ class SamplingParams:
             raise ValueError(f"stop holds {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are possible")
         if not all(0 < len(text) <= MAX_STOP_LENGTH for text in self.stop):
             raise ValueError(f"stop strings must be between 1 and {MAX_STOP_LENGTH} characters long")
+        tokens = self.stop_token_ids
+        whole = isinstance(tokens, tuple | list) and all(isinstance(t, int) and not isinstance(t, bool) for t in tokens)
+        if not whole or any(token < 0 for token in tokens):
+            raise ValueError(f"stop_token_ids={tokens!r} must be token ids in a tuple, such as (2,)")
+        if len(tokens) > MAX_STOP_TOKENS:
+            raise ValueError(f"stop_token_ids holds {len(tokens)} tokens; at most {MAX_STOP_TOKENS} are possible")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +182,8 @@ class Delta:
 @dataclass(slots=True)
 class Request:
     """One sequence in the engine. prompt: token ids, or an `EmbeddedPrompt`. group: the requests that decode together
-    with it, by their cache; or `Alone`. Times are seconds of `time.perf_counter`.
+    with it, by their cache; or `Alone`. changes: of its logits. ends: tokens that end it. Times are seconds of
+    `time.perf_counter`.
 
     aside: its state while it is set aside, if that is kept. known: tokens that it had generated when it was set aside
     without its state; they are given to the model once more. room: tokens, prompt and text together, that memory is
@@ -175,6 +196,8 @@ class Request:
     cache: CacheChoice
     group: CacheChoice | Alone
     generator: "torch.Generator | None"
+    changes: LogitChanges | None
+    ends: frozenset[int]
     arrived: float
     urgency: Urgency = USUAL
     room: int = 0
@@ -206,6 +229,11 @@ class Request:
         """Takes the next token if it is known."""
         if self.repeats:
             self.generated.append(self.known[len(self.generated)])
+
+    @property
+    def may_end(self) -> bool:
+        """Whether its next token may end it."""
+        return len(self.generated) >= self.params.min_tokens
 
     @property
     def is_late(self) -> bool:

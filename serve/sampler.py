@@ -2,11 +2,12 @@
 
 import secrets
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from attnzoo.models.row_sampling import Chosen, RowWish, choose_rows, row_wish
+from attnzoo.models.row_sampling import Change, Chosen, RowWish, choose_rows, row_wish
 from attnzoo.models.sampling import EDITED_NOT_FINITE, NOT_FINITE, greedy
 from serve.faults import EditsError, LogitsError, log
 from serve.request import Alone, Request, SamplingParams
@@ -60,7 +61,14 @@ def _attempt_wish(request: Request, logits_RV: Tensor) -> RowWish | Exception:
 
 def wish_of(request: Request, logits_RV: Tensor) -> RowWish:
     """What a request wants of a row; draws its random numbers."""
-    return row_wish(request.params, logits_RV, request.generator)
+    return row_wish(request.params, logits_RV, request.generator, _change(request))
+
+
+def _change(request: Request) -> Change | None:
+    if request.changes is None:
+        return None
+    barred = () if request.may_end else tuple(request.ends)
+    return partial(request.changes.apply, tokens=request.generated, barred=barred)
 
 
 def _not_finite(request: Request) -> LogitsError:

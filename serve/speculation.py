@@ -88,6 +88,7 @@ class Speculation:
     def _draft(self, request: Request, room: int) -> list[int]:
         cache = request.group
         usual = isinstance(cache, CacheChoice) and cache.exact and greedy(request.params.temperature)
+        usual = usual and request.changes is None  # which are of one token
         if not usual or request.repeats or request.drafts.given_up:
             return []
         # The last token is not read, and memory is counted up to `request.room`.

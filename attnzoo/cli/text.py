@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from attnzoo.language_model import LanguageModel
 
 OPTIONS = """Options are written key=value and named as in attnzoo.GenerationConfig: max_new_tokens, temperature (0:
-greedy), top_p, top_k, seed, stop (a string or [a, list]), ignore_eos; cache=POLICY (d2o, think, snapkv, streaming,
-...) and the policy's options, such as keep_ratio=0.5. Values are YAML: stop="\\n\\n" is two newlines.
+greedy), top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias, seed, stop (a string
+or [a, list]), ignore_eos; cache=POLICY (d2o, think, snapkv, streaming, ...) and the policy's options, such as
+keep_ratio=0.5. Values are YAML: stop="\\n\\n" is two newlines.
 """
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Control characters that a terminal would interpret."""

@@ -22,6 +22,11 @@ class GenerationOptions(TypedDict, total=False):
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: Mapping[int, float]
     seed: int | None
     stop: str | Sequence[str]
     logprobs: int | None
@@ -48,8 +53,6 @@ ELSEWHERE = {
     "stop_strings": "use stop",
     "return_dict_in_generate": "leave it out: results always hold token ids, log probabilities and cache use",
     "num_beams": "there is no beam search",
-    "min_p": "it is not supported; top_p and top_k are",
-    "repetition_penalty": "it is not supported",
     "sampling_params": "use generation_config",
 }
 """Option names of transformers and vLLM, and the advice that the error message gives."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from attnzoo.models.sampling import Sampling, greedy
+from attnzoo.models.sampling import Sampling, check_type, greedy
 
 LEAST_SEED, SEEDS = -(2**63), 2**64
 """Seeds are from LEAST_SEED to SEEDS - 1."""
@@ -16,9 +16,8 @@ MOST_CONTINUATIONS = 16384
 class GenerationConfig(Sampling):
     """Length, sampling and ends of continuations, in the words of transformers and vLLM.
 
-    temperature: 0 (the default) takes the most likely token. top_p: draw from the smallest set of tokens with this
-    probability, 1.0 is off. top_k: draw from this many most likely tokens, 0 is off. max_new_tokens: length in tokens
-    at most, without the prompt; None: until the model's context is full. seed: the same seed gives the same text, alone
+    The fields of `Sampling`, and: max_new_tokens: length in tokens at most, without the prompt; None: until the model's
+    context is full. seed: the same seed gives the same text, alone
     or in a batch; None draws one from torch's global generator. stop: one string or several that end the text and are
     no part of it. logprobs: how many alternatives to report for each token; 0 reports the chosen token alone, None
     nothing. n: number of continuations of each prompt, at most MOST_CONTINUATIONS. ignore_eos: go on after tokens that
@@ -40,14 +39,11 @@ class GenerationConfig(Sampling):
     def __post_init__(self) -> None:
         for name, optional in (
             ("max_new_tokens", True),
-            ("top_k", False),
             ("seed", True),
             ("logprobs", True),
             ("n", False),
         ):
-            _check_type(name, getattr(self, name), int, "a whole number" + " or None" * optional, optional)
-        for name in ("temperature", "top_p"):
-            _check_type(name, getattr(self, name), int | float, "a number")
+            check_type(name, getattr(self, name), int, "a whole number" + " or None" * optional, optional)
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(
                 f"ignore_eos={self.ignore_eos!r} has type {type(self.ignore_eos).__name__}; it must be a bool"
@@ -70,12 +66,6 @@ class GenerationConfig(Sampling):
 
 
 FIELDS = tuple(field.name for field in fields(GenerationConfig))
-
-
-def _check_type(name: str, value: Any, kind: Any, what: str, optional: bool = False) -> None:
-    if (value is None and optional) or (isinstance(value, kind) and not isinstance(value, bool)):
-        return
-    raise ValueError(f"{name}={value!r} has type {type(value).__name__}; it must be {what}")
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ A row's token and log probabilities are the same bits alone and among others. Re
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,9 @@ BLOCK = 1 << 19
 """Numbers of the logits that are worked on at a time, which bounds memory: some 20 bytes each."""
 
 
+Change = Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class RowDraw:
     """How a row's token is drawn: as `attnzoo.models.Sampling` says, with noise_V from `exponential_noise`."""
@@ -30,16 +33,19 @@ class RowDraw:
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
     noise_V: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class RowWish:
     """What is wanted of a row. draw: None takes the most likely token. logprobs: number of alternatives whose log
-    probabilities are reported beside the token's; None: no log probabilities."""
+    probabilities are reported beside the token's; None: no log probabilities. change: of logits_V, before the token is
+    chosen (`LogitChanges`)."""
 
     draw: RowDraw | None = None
     logprobs: int | None = None
+    change: Change | None = None
 
 
 class RowOptions(Protocol):
@@ -55,11 +61,14 @@ class RowOptions(Protocol):
     def top_k(self) -> int: ...
 
     @property
+    def min_p(self) -> float: ...
+
+    @property
     def logprobs(self) -> int | None: ...
 
 
 Chosen = tuple[int, TokenLogprobs | None]
-"""A token id, and its log probabilities where they are wanted: the model's, before temperature, top_k and top_p."""
+"""A token id, and its log probabilities where they are wanted: the model's, before anything changes them."""
 
 
 def exponential_noise(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -72,12 +81,15 @@ def exponential_noise(shape: Sequence[int], generator: torch.Generator | None, d
     return uniform.neg_().log1p_().neg_().float()
 
 
-def row_wish(options: RowOptions, logits_RV: Tensor, generator: torch.Generator | None) -> RowWish:
+def row_wish(
+    options: RowOptions, logits_RV: Tensor, generator: torch.Generator | None, change: Change | None = None
+) -> RowWish:
     """The wish for a row of logits_RV; draws the row's random numbers, unless it takes the most likely token."""
     if greedy(options.temperature):
-        return RowWish(logprobs=options.logprobs)
+        return RowWish(logprobs=options.logprobs, change=change)
     noise_V = exponential_noise([logits_RV.shape[-1]], generator, logits_RV.device)
-    return RowWish(RowDraw(options.temperature, options.top_p, options.top_k, noise_V), options.logprobs)
+    draw = RowDraw(options.temperature, options.top_p, options.top_k, options.min_p, noise_V)
+    return RowWish(draw, options.logprobs, change)
 
 
 def choose_rows(logits_RV: Tensor, wishes: Sequence[RowWish]) -> list[Chosen | None]:
@@ -85,11 +97,12 @@ def choose_rows(logits_RV: Tensor, wishes: Sequence[RowWish]) -> list[Chosen | N
     which is of no consequence for the other rows."""
     if not wishes:
         return []
-    largest_R1, best_R1 = logits_RV.max(-1, keepdim=True)  # NaN is larger than everything
+    changed_RV = _changed(logits_RV, wishes)
+    largest_R1, best_R1 = changed_RV.max(-1, keepdim=True)  # NaN is larger than everything
     tokens_R = best_R1[:, 0].clone()
     drawn = {row: wish.draw for row, wish in enumerate(wishes) if wish.draw is not None}
     for rows in _blocks(list(drawn), logits_RV):
-        tokens_R[rows] = draw_tokens(logits_RV[rows], largest_R1[rows], [drawn[row] for row in rows])
+        tokens_R[rows] = draw_tokens(changed_RV[rows], largest_R1[rows], [drawn[row] for row in rows])
     by_count: dict[int, list[int]] = defaultdict(list)
     for row, wish in enumerate(wishes):
         if wish.logprobs is not None:
@@ -103,6 +116,17 @@ def choose_rows(logits_RV: Tensor, wishes: Sequence[RowWish]) -> list[Chosen | N
             places += [(row, count) for row in rows]
     numbers: list[float] = torch.cat(parts).tolist()
     return _unpacked(numbers, len(wishes), places)
+
+
+def _changed(logits_RV: Tensor, wishes: Sequence[RowWish]) -> Tensor:
+    """logits_RV as they are, or a float32 copy in which some rows are changed."""
+    changes = [(row, wish.change) for row, wish in enumerate(wishes) if wish.change is not None]
+    if not changes:
+        return logits_RV
+    changed_RV = logits_RV.float().clone()
+    for row, change in changes:
+        changed_RV[row] = change(changed_RV[row])
+    return changed_RV
 
 
 def _unpacked(numbers: list[float], rows: int, places: list[tuple[int, int]]) -> list[Chosen | None]:
@@ -123,13 +147,25 @@ def _blocks(rows: list[int], logits_RV: Tensor) -> Iterator[list[int]]:
 
 
 def draw_tokens(logits_BV: Tensor, largest_B1: Tensor, draws: Sequence[RowDraw]) -> Tensor:
-    """tokens_B drawn from softmax(logits / temperature) after top_k and top_p. largest_B1: the largest of each row."""
+    """tokens_B drawn from softmax(logits / temperature) after min_p, top_k and top_p. largest_B1: of each row."""
     temperature_B1 = _column([float(min(draw.temperature, FLAT)) for draw in draws], logits_BV.device)
     # The largest is 0, so none overflows to inf; those that overflow to -inf have probability 0.
     scaled_BV = (logits_BV.float() - largest_B1.float()) / temperature_B1
+    scaled_BV = drop_unlikely(scaled_BV, [draw.min_p for draw in draws])
     scaled_BV = filter_rows(scaled_BV, [draw.top_k for draw in draws], [draw.top_p for draw in draws])
     # Of exponential times with the rates p, the first is token i's with probability p_i: as `torch.multinomial` draws.
     return scaled_BV.softmax(-1).div_(torch.stack([draw.noise_V for draw in draws])).argmax(-1)
+
+
+def drop_unlikely(scaled_BV: Tensor, min_p: Sequence[float]) -> Tensor:
+    """scaled_BV with -inf, in each row, for tokens less likely than min_p (0: none) times the most likely one (Nguyen
+    et al. 2024, arXiv 2407.01082). scaled_BV: logits of which the largest is 0."""
+    bounded = [row for row, share in enumerate(min_p) if share > 0]
+    if not bounded:
+        return scaled_BV
+    some_SV = scaled_BV[bounded]
+    least_S1 = _column([min_p[row] for row in bounded], scaled_BV.device).log()
+    return _replaced(scaled_BV, bounded, some_SV.masked_fill(some_SV < least_S1, -torch.inf))
 
 
 def filter_rows(scaled_BV: Tensor, top_k: Sequence[int], top_p: Sequence[float]) -> Tensor:

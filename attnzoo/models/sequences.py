@@ -3,6 +3,7 @@ text."""
 
 import operator
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from attnzoo.models.cache_use import CacheUse, compressed_use, exact_use
 from attnzoo.models.decoder_lm import DecoderLM, DecoderState
 from attnzoo.models.embedded import EmbeddedPrompt, prompt_tensor, token_ids
 from attnzoo.models.generation_config import LEAST_SEED, GenerationConfig
-from attnzoo.models.row_sampling import choose_rows, row_wish
-from attnzoo.models.sampling import EDITED_NOT_FINITE, NOT_FINITE, TokenLogprobs, choice_seed, greedy
+from attnzoo.models.logit_changes import LogitChanges
+from attnzoo.models.row_sampling import Change, choose_rows, row_wish
+from attnzoo.models.sampling import EDITED_NOT_FINITE, NOT_FINITE, TokenLogprobs, check_biased, choice_seed, greedy
 
 PROMPT_CHUNK = 256
 """Tokens of a prompt that are read at a time, the default of a server's cells (`prefix_cell`) too: a policy with
@@ -59,6 +61,7 @@ class Sequences:
         self.model, self.config = model, config
         self._cache = compressing(cache)
         self._vocab_size = vocab_size or model.config.vocab_size
+        check_biased(config.logit_bias, self._vocab_size)
         self._edits = edits
         hidden_BD, state = _read(model, prompts, config.max_new_tokens, self._cache, edits)
         order = [row for row in range(len(prompts)) for _ in range(config.n)]
@@ -66,9 +69,10 @@ class Sequences:
             hidden_BD, state = hidden_BD[order], state.keep_rows(order)
         self._hidden_BD, self._state = hidden_BD, state
         self._prompt_lengths = [len(prompts[row]) for row in order]
-        self._generators = _generators(config, len(order), model.embedding.weight.device, seeds)
-        self._tokens = [0] * len(order)
-        self._new_counts = [0] * len(order)
+        device = model.embedding.weight.device
+        self._generators = _generators(config, len(order), device, seeds)
+        self._changes = [LogitChanges.of(config, prompts[row], self._vocab_size, device) for row in order]
+        self._tokens: list[list[int]] = [[] for _ in order]
         self.running = list(range(len(order)))
         """Rows that have not ended."""
 
@@ -79,25 +83,28 @@ class Sequences:
         Raises ValueError where the model's logits are not finite.
         """
         device = self.model.embedding.weight.device
-        if any(self._new_counts):
-            next_B = torch.tensor(self._tokens, device=device)
+        if any(self._tokens):
+            next_B = torch.tensor([tokens[-1] for tokens in self._tokens], device=device)
             edits = self._edits
             if edits is not None:  # rows that have ended go on without
                 edits = [run if row in self.running else None for row, run in enumerate(edits)]
             hidden_BTD, self._state = self.model.extend_hidden(next_B[:, None], self._state, edits=edits)
             self._hidden_BD = hidden_BTD[:, -1]
         logits_BV = self.model.logits(self._hidden_BD)[:, : self._vocab_size]
-        wishes = [row_wish(self.config, logits_BV, self._generators[row]) for row in self.running]
+        wishes = [row_wish(self.config, logits_BV, self._generators[row], self._change(row)) for row in self.running]
         chosen = choose_rows(logits_BV if len(wishes) == len(logits_BV) else logits_BV[self.running], wishes)
         drawn = []
         for row, found in zip(self.running, chosen, strict=True):
             if found is None:
                 run = None if self._edits is None else self._edits[row]
                 raise ValueError(EDITED_NOT_FINITE if run is not None and run.plan.changes else NOT_FINITE)
-            self._tokens[row] = found[0]
-            self._new_counts[row] += 1
+            self._tokens[row].append(found[0])
             drawn.append((row, *found))
         return drawn
+
+    def _change(self, row: int) -> Change | None:
+        changes = self._changes[row]
+        return None if changes is None else partial(changes.apply, tokens=self._tokens[row])
 
     def end(self, row: int) -> None:
         """Stops a row: `step` draws no further token of it."""
@@ -105,7 +112,7 @@ class Sequences:
 
     def cache_use(self, row: int) -> CacheUse:
         """What the cache did for a running row. Its newest token has not been through the model and is not counted."""
-        context = self._prompt_lengths[row] + max(self._new_counts[row] - 1, 0)
+        context = self._prompt_lengths[row] + max(len(self._tokens[row]) - 1, 0)
         kv_bytes = self.model.cost(batch=1, tokens=1, context=context).state_bytes
         full = exact_use(self.model, context, kv_bytes)
         if self._cache is None:

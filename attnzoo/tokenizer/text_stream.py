@@ -31,24 +31,25 @@ class TextStream:
         return self._emitted + len(self._held)
 
     def advance(
-        self, token: int, logprobs: TokenLogprobs | None = None, *, ends: bool, last: bool
+        self, token: int, logprobs: TokenLogprobs | None = None, *, ends: bool, last: bool, stops: bool = True
     ) -> tuple[str, Literal["stop", "length"] | None]:
         """Adds a token: (text that became final, why the continuation ends or None while it goes on).
 
-        ends: whether it is an end token, which is no part of the text. last: whether no token may follow.
+        ends: whether it is an end token, which is no part of the text. last: whether no token may follow. stops:
+        whether stop strings end it yet; what is in the text before is not looked at again.
         """
-        text = "" if ends else self.push(token, logprobs)
+        text = "" if ends else self.push(token, logprobs, stops)
         if not (ends or last or self.stopped):
             return text, None
         text += self.finish()
         # The rest of a character or a held back text may complete a stop string.
         return text, "stop" if ends or self.stopped else "length"
 
-    def push(self, token: int, logprobs: TokenLogprobs | None = None) -> str:
-        """Adds a token that ends nothing; returns the text that is final."""
+    def push(self, token: int, logprobs: TokenLogprobs | None = None, stops: bool = True) -> str:
+        """Adds a token that ends nothing; returns the text that is final. stops: as in `advance`."""
         if logprobs is not None:
             self._logprobs.append(replace(logprobs, offset=self.offset))
-        return self._add(self._decoder.push(token))
+        return self._add(self._decoder.push(token), stops)
 
     def finish(self) -> str:
         """The text that was held back; no token may follow."""
@@ -70,8 +71,8 @@ class TextStream:
         out, self._logprobs = self._logprobs[:count], self._logprobs[count:]
         return out
 
-    def _add(self, text: str) -> str:
-        if not self._stop:
+    def _add(self, text: str, stops: bool = True) -> str:
+        if not (self._stop and stops):
             self._emitted += len(text)
             return text
         self._held += text

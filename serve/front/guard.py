@@ -24,9 +24,9 @@ from serve.front.limits import MAX_HEADER_BYTES, Limits
 from serve.openai.errors import ApiError, dump
 from serve.relay.frames import HEADER
 
-OPEN_PATHS, OPEN_FOLDERS = ("/health", "/-/healthz", "/patients", "/vision"), ("/patients/", "/vision/")
-"""Paths that need no API key: the server's health, that of Ray's proxy, and the static files of the pages for patients
-and for pictures, which a browser opens without a key."""
+OPEN_PATHS, OPEN_FOLDERS = ("/health", "/ready", "/-/healthz", "/patients", "/vision"), ("/patients/", "/vision/")
+"""Paths that need no API key: the server's health and whether it takes requests, the health of Ray's proxy, and the
+static files of the pages for patients and for pictures, which a browser opens without a key."""
 JSON_KINDS, FHIR_PATH = ("application/json", "application/fhir+json"), "/v1/predict"
 """Kinds of bodies, and the path that takes the second one too."""
 CHARSET = {"", "charset=utf-8", "charset=utf8"}

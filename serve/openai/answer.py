@@ -18,7 +18,16 @@ from serve.openai.encoding import too_long
 from serve.openai.errors import MAX_QUOTED, ApiError, dump, event, short_name
 from serve.openai.protocol import GenerationRequest
 from serve.openai.readings import Readings
-from serve.request import USUAL, CacheMemoryError, ContextLengthError, Delta, FinishReason, SamplingParams, Urgency
+from serve.request import (
+    USUAL,
+    CacheMemoryError,
+    ContextLengthError,
+    Delta,
+    FinishReason,
+    SamplingParams,
+    TokenIdError,
+    Urgency,
+)
 from serve.scheduling import QueueFullError
 
 
@@ -84,6 +93,8 @@ def check_work(
         engine.engine.check(tokens, params, cache, alone)
     except CacheMemoryError as error:
         raise ApiError(400, str(error), param="cache", code="cache_memory_exceeded") from None
+    except TokenIdError as error:
+        raise ApiError(400, str(error), param=error.param) from None
     except ContextLengthError as error:
         param = prompt if len(tokens) >= engine.engine.max_model_len else limit
         raise too_long(error, param) from None

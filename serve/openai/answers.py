@@ -331,10 +331,31 @@ class ModelCard(Reply):
     attention: AttentionCard
 
 
+class TokenList(Reply):
+    """The tokens of a prompt. max_model_len: most tokens of prompt and answer together."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class TokenText(Reply):
+    """The text of tokens."""
+
+    prompt: str
+
+
 class Health(Reply):
-    """Body of /health if the server is healthy."""
+    """Body of /health and /ready if the server is healthy and takes requests."""
 
     status: Literal["ok"]
+
+
+class Version(Reply):
+    """The version of attnzoo."""
+
+    version: str
 
 
 REPLIES: tuple[type[BaseModel], ...] = (
@@ -344,6 +365,7 @@ REPLIES: tuple[type[BaseModel], ...] = (
     ChatCompletionChunk,
     ModelCard,
     Health,
+    Version,
 )
 
 

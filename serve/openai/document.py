@@ -16,9 +16,10 @@ from serve.drawing import replies as drawn
 from serve.modalities.base import Modality
 from serve.openai import answers
 from serve.openai.attention import MAX_ITEMS
-from serve.openai.neutral import Values
+from serve.openai.neutral import TOKENS, Values
 from serve.openai.protocol import CompletionRequest, GenerationRequest
 from serve.openai.protocol_chat import ChatMessage, ChatRequest, content_schema
+from serve.openai.tokens import DetokenizeRequest, TokenizeRequest
 
 VERSION = "3.1.0"
 REFUSALS = {
@@ -41,6 +42,8 @@ DRAWING = (
     ("/v1/images/compose", "compose", drawing_protocol.ComposeRequest, drawing_protocol.NEUTRAL_OF_COMPOSE),
 )
 """Paths of a diffusion model with the names of their operations, their requests, and the fields that these refuse."""
+ONE_OF = ("prompt", "messages")
+"""Fields of which /tokenize takes one."""
 NEEDS = {"stream_options": "stream", "top_logprobs": "logprobs"}
 """Fields that are allowed only if another field is true."""
 DONE = "Server-sent events: `data: ` and the JSON of one {name} each, then `data: [DONE]`; after a failure an ErrorBody"
@@ -64,7 +67,7 @@ def document(
     found: dict[str, Any] = answers.schemas((*answers.REPLIES, ModelList))
     paths: dict[str, Any] = {}
     if modalities is not None:
-        found |= {**_requests(CompletionRequest), **_requests(ChatRequest)}
+        found |= {**_requests(CompletionRequest), **_requests(ChatRequest), **_token_requests()}
         _add_parts(found, modalities.values())
         paths |= _language()
     if clinical:
@@ -87,6 +90,8 @@ def document(
             "/v1/models": {"get": {"operationId": "models", **_get("The models", _ref("ModelList"))}},
             "/v1/models/{model_id}": {"get": {"operationId": "model", **_get("One model", card, "model_id")}},
             "/health": {"get": {"operationId": "health", **_get("Whether the server is well", _ref("Health"))}},
+            "/ready": {"get": {"operationId": "ready", **_get("Whether it takes requests", _ref("Health"))}},
+            "/version": {"get": {"operationId": "version", **_get("The version", _ref("Version"))}},
             "/metrics": {"get": {"operationId": "metrics", **_text("Metrics in the format of Prometheus")}},
         },
         "components": {"schemas": found, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
@@ -101,6 +106,8 @@ def _language() -> dict[str, Any]:
         "/v1/chat/completions": {
             "post": _generate("chat_completions", ChatRequest, "ChatCompletion", "ChatCompletionChunk")
         },
+        "/tokenize": {"post": _post("tokenize", "The tokens of a prompt", "TokenizeRequest", "TokenList")},
+        "/detokenize": {"post": _post("detokenize", "The text of tokens", "DetokenizeRequest", "TokenText")},
         "/v1/attention/{map_id}": {"get": {"operationId": "attention_map", **_file("An attention map", "map_id")}},
     }
 
@@ -141,6 +148,15 @@ def _generate(name: str, request: type[BaseModel], whole: str, chunk: str) -> di
             "200": {"description": "The answer, or with `stream` its events", "content": content},
             **_refusals(),
         },
+    }
+
+
+def _post(name: str, summary: str, request: str, answer: str) -> dict[str, Any]:
+    return {
+        "operationId": name,
+        "summary": summary,
+        "requestBody": {"required": True, "content": _json(request)},
+        "responses": {"200": {"description": summary, "content": _json(answer)}, **_refusals()},
     }
 
 
@@ -199,6 +215,16 @@ def _requests(kind: type[GenerationRequest]) -> dict[str, Any]:
     found[kind.__name__]["dependentSchemas"] = needs
     for name, schema in (("cache", CACHE), ("attention", ATTENTION)):
         properties[name] = {"anyOf": [schema, {"type": "null"}], "default": None}
+    return found
+
+
+def _token_requests() -> dict[str, Any]:
+    """The schemas of /tokenize and /detokenize."""
+    found = answers.schemas((TokenizeRequest, DetokenizeRequest, answers.TokenList, answers.TokenText))
+    tokenize = found[TokenizeRequest.__name__]
+    tokenize["properties"] |= {name: {"anyOf": _neutral(values), "default": None} for name, values in TOKENS.items()}
+    given = {name: {"properties": {name: {"not": {"type": "null"}}}, "required": [name]} for name in ONE_OF}
+    tokenize["oneOf"] = list(given.values())
     return found
 
 

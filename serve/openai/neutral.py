@@ -1,7 +1,7 @@
 """Unsupported fields that clients of OpenAI and vLLM send, with their neutral values.
 
 A neutral value changes nothing and is accepted; any other value is refused with the field's name. So a client that
-always sends `repetition_penalty: 1.0` is served, and a client that sends 1.2 learns that there is no penalty.
+always sends `length_penalty: 1.0` is served, and a client that sends 1.2 learns that there is no such penalty.
 """
 
 from collections.abc import Mapping
@@ -15,22 +15,14 @@ ANY_BOOL: Values = (None, True, False)
 OFF: Values = (None, False)
 
 SHARED: Mapping[str, Values] = {
-    # OpenAI's
-    "frequency_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
     # vLLM's for sampling
     "allowed_token_ids": (None,),
     "bad_words": (None, []),
     "include_stop_str_in_output": OFF,
     "length_penalty": (None, 1),
     "logprob_token_ids": (None, []),
-    "min_p": (None, 0),
-    "min_tokens": (None, 0),
     "prompt_logprobs": (None,),
     "repetition_detection": (None,),
-    "repetition_penalty": (None, 1),
-    "stop_token_ids": (None, []),
     "thinking_token_budget": (None, -1),
     "truncate_prompt_tokens": (None,),
     "truncation_side": (None, "left", "right"),  # prompts are never truncated
@@ -64,6 +56,15 @@ COMPLETION: Mapping[str, Values] = {
     "echo": OFF,
     "prompt_embeds": (None,),
     "suffix": (None, ""),
+}
+TOKENS: Mapping[str, Values] = {
+    "add_generation_prompt": (None, True),
+    "add_special_tokens": (None, True),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "continue_final_message": OFF,
+    "mm_processor_kwargs": (None, {}),
+    "tools": (None, []),
 }
 CHAT: Mapping[str, Values] = {
     "add_generation_prompt": (None, True),

@@ -11,16 +11,18 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from attnzoo.models.sampling import TokenLogprobs, choice_seed
+from attnzoo.models.sampling import MOST_BIAS, MOST_PENALTY, MOST_REPETITION, TokenLogprobs, choice_seed
 from serve.openai.errors import MAX_NAME, ApiError, short_name, unsupported
 from serve.openai.json_body import MOST, read_object
 from serve.openai.neutral import COMPLETION, SHARED, Values, take_neutral
 from serve.request import (
+    MAX_BIASED,
     MAX_DEADLINE_S,
     MAX_LOGPROBS,
     MAX_PRIORITY,
     MAX_STOP_LENGTH,
     MAX_STOP_STRINGS,
+    MAX_STOP_TOKENS,
     SamplingParams,
     Urgency,
 )
@@ -51,14 +53,20 @@ Label = Annotated[str, Field(max_length=MAX_LABEL)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 # Validation of a list ends at its first error, because pydantic holds the GIL while it collects errors.
+Penalty = Annotated[float, Field(ge=-MOST_PENALTY, le=MOST_PENALTY)]
+TokenId = Annotated[int, Field(ge=0, le=MOST)]
+StopTokens = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_TOKENS)]
+TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Biases = Annotated[dict[TokenName, Annotated[float, Field(ge=-MOST_BIAS, le=MOST_BIAS)]], Field(max_length=MAX_BIASED)]
 Stop = StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)]
 
 
 class GenerationRequest(Strict):
-    """The fields of both interfaces. `top_k` (0 or -1: off), `ignore_eos` and `priority` (`serve.request.Urgency`) are
-    vLLM's extensions. This server's are `cache`, the cache policy, {"policy": "d2o", "keep_ratio": 0.2}; `attention`,
-    what is read and edited of attention (`serve.openai.attention`); and `deadline_s`. `user`, `session_id`,
-    `safety_identifier`, `prompt_cache_key`, `cache_salt` and `metadata` identify the sender and change no answer.
+    """The fields of both interfaces. `top_k` (0 or -1: off), `min_p`, `repetition_penalty`, `stop_token_ids`,
+    `min_tokens`, `ignore_eos` and `priority` (`serve.request.Urgency`) are vLLM's extensions. This server's are
+    `cache`, the cache policy, {"policy": "d2o", "keep_ratio": 0.2}; `attention`, what is read and edited of attention
+    (`serve.openai.attention`); and `deadline_s`. `user`, `session_id`, `safety_identifier`, `prompt_cache_key`,
+    `cache_salt` and `metadata` identify the sender and change no answer.
 
     expected: descriptions of a subclass's fields, for error messages. neutral: unsupported fields and their neutral
     values (`serve.openai.neutral`).
@@ -71,9 +79,16 @@ class GenerationRequest(Strict):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MOST)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=MOST_REPETITION)] | None = None
+    logit_bias: Biases | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=MOST)] | None = None
     n: Count | None = None
     stop: Stop | None = None
+    stop_token_ids: StopTokens | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MOST)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
@@ -114,6 +129,13 @@ class GenerationRequest(Strict):
                 temperature=1.0 if self.temperature is None else self.temperature,
                 top_p=1.0 if self.top_p is None else self.top_p,
                 top_k=max(self.top_k or 0, 0),
+                min_p=self.min_p or 0.0,
+                presence_penalty=self.presence_penalty or 0.0,
+                frequency_penalty=self.frequency_penalty or 0.0,
+                repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+                logit_bias={int(token): value for token, value in (self.logit_bias or {}).items()},
+                stop_token_ids=tuple(self.stop_token_ids or ()),
+                min_tokens=self.min_tokens or 0,
                 # The choices of a prompt differ, and the first is the same as with n=1.
                 seed=None if self.seed is None else choice_seed(self.seed, choice),
                 stop=tuple(stop),
@@ -197,6 +219,8 @@ def _explain(request: type[GenerationRequest], error: ValidationError) -> ApiErr
         return ApiError(400, f"{name} is missing", param=name)
     expected = {
         "stop": STOP_HELP,
+        "stop_token_ids": STOP_TOKENS_HELP,
+        "logit_bias": BIAS_HELP,
         "cache": CACHE_HELP,
         "attention": ATTENTION_HELP,
         "metadata": METADATA_HELP,
@@ -223,6 +247,12 @@ def shown(value: Any) -> str:
 KNOWN: dict[str, Any] = {"stream_options": StreamOptions.model_fields}
 """Fields of the objects in a request, by the request's field."""
 STOP_HELP = f"a text or a list of at most {MAX_STOP_STRINGS} texts, of 1 to {MAX_STOP_LENGTH} characters each"
+STOP_TOKENS_HELP = f"a list of at most {MAX_STOP_TOKENS} token ids"
+BIAS_HELP = (
+    f"an object of at most {MAX_BIASED} token ids, written as texts, with numbers from -{MOST_BIAS:g} to "
+    f"{MOST_BIAS:g}: "
+    '{"50256": -100}'
+)
 METADATA_HELP = f"at most 16 names with a text each, of at most {MAX_LABEL} characters"
 CACHE_HELP = 'an object such as {"policy": "d2o", "keep_ratio": 0.2}'
 ATTENTION_HELP = 'an object such as {"edits": [...], "read": [{"mass": {"where": {"layers": -1, "keys": 0}}}]}'

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
+import attnzoo
 from serve.async_engine import AsyncEngine
 from serve.clinical import page as patients
 from serve.clinical.clinic import Clinic
@@ -35,6 +36,7 @@ from serve.openai.errors import ApiError, dump, short_name
 from serve.openai.protocol import parse_completion
 from serve.openai.protocol_chat import parse_chat
 from serve.openai.readings import PATH
+from serve.openai.tokens import detokenize, parse_detokenize, parse_tokenize, tokenize
 from serve.pages import add_page
 from serve.relay.sender import Outlet
 from serve.workplace import Workplace
@@ -75,6 +77,7 @@ def build_app(
         maps = desk.maps
         cards.append(_card(engine, config, desk))
         _add_generation(app, engine, config, desk)
+        _add_tokens(app, engine, config)
         _add_maps(app, desk.maps)
     if clinic is not None:
         clinic.ended, app.state.clinic = metrics.predicted, clinic
@@ -107,6 +110,18 @@ def _add_generation(app: FastAPI, engine: AsyncEngine, config: ServeConfig, desk
         chat = await in_thread(len(body), parse_chat, body)
         work = await prepare_chat(chat, engine, config, desk)
         return ChatAnswer(chat, engine, work, interval_s=interval_s)
+
+
+def _add_tokens(app: FastAPI, engine: AsyncEngine, config: ServeConfig) -> None:
+    @app.post("/tokenize")
+    async def tokens_of(request: Request) -> Response:
+        body = await request.body()
+        return json_response(await tokenize(await in_thread(len(body), parse_tokenize, body), engine, config))
+
+    @app.post("/detokenize")
+    async def text_of(request: Request) -> Response:
+        body = await request.body()
+        return json_response(await detokenize(await in_thread(len(body), parse_detokenize, body), engine, config))
 
 
 def _add_maps(app: FastAPI, maps: MapStore) -> None:
@@ -165,12 +180,17 @@ def _add_information(
     cards: dict[str, dict[str, Any]],
 ) -> None:
     @app.api_route("/health", methods=READ)
+    @app.api_route("/ready", methods=READ)
     async def health() -> Response:
         problem = None if engine is None else engine.health()
         draining = any(part is not None and part.draining for part in (engine, *others))
         if problem is not None or draining:
             raise ApiError(503, problem or "draining", code="unhealthy")
         return json_response({"status": "ok"})
+
+    @app.api_route("/version", methods=READ)
+    async def version() -> Response:
+        return json_response({"version": attnzoo.__version__})
 
     @app.api_route("/v1/models", methods=READ)
     async def models() -> Response:

@@ -83,11 +83,11 @@ def at_sampling(fault: Fault, patch: pytest.MonkeyPatch, engine: Engine) -> None
 def at_detokenising(fault: Fault, patch: pytest.MonkeyPatch, engine: Engine) -> None:
     inner = TextStream.push
 
-    def push(self, token, logprobs=None):
+    def push(self, token, *others):
         victim = engine._requests.get(VICTIM)
         if victim is not None and self is victim.text and len(victim.generated) == 3:
             fault.fire()
-        return inner(self, token, logprobs)
+        return inner(self, token, *others)
 
     patch.setattr(TextStream, "push", push)
 
@@ -288,11 +288,11 @@ def test_over_http_the_owner_reads_why_and_the_others_nothing(monkeypatch, caplo
         fine = post(url, prompt="Other", max_tokens=30, ignore_eos=True, temperature=0).json()["choices"][0]["text"]
         inner = TextStream.push
 
-        def push(self, token, logprobs=None):
+        def push(self, token, *others):
             mine = [r for r in owner.engine._requests.values() if r.text is self]
             if mine and mine[0].params.max_tokens == 77 and len(mine[0].generated) == 3:
                 Fault().fire()
-            return inner(self, token, logprobs)
+            return inner(self, token, *others)
 
         monkeypatch.setattr(TextStream, "push", push)
         for stream in (False, True):

@@ -72,7 +72,7 @@ def test_no_schema_says_nothing(document):
 def test_all_paths_are_there(document, url):
     assert set(document["paths"]) == {
         "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model_id}", "/v1/attention/{map_id}",
-        "/health", "/metrics"
+        "/tokenize", "/detokenize", "/health", "/ready", "/version", "/metrics"
     }  # fmt: skip
     for path, methods in document["paths"].items():
         for method, described in methods.items():
@@ -86,7 +86,14 @@ def test_all_paths_are_there(document, url):
 
 CASES = [
     ("GET", "/health", None, 200),
+    ("GET", "/ready", None, 200),
+    ("GET", "/version", None, 200),
     ("GET", "/metrics", None, 200),
+    ("POST", "/tokenize", {"prompt": "Hello"}, 200),
+    ("POST", "/tokenize", {"messages": USER, "return_token_strs": True, "add_generation_prompt": True}, 200),
+    ("POST", "/tokenize", {}, 400),
+    ("POST", "/detokenize", {"tokens": [5, 6]}, 200),
+    ("POST", "/detokenize", {"tokens": [-1]}, 400),
     ("GET", "/v1/models", None, 200),
     ("GET", f"/v1/models/{MODEL}", None, 200),
     ("GET", "/v1/models/other", None, 404),
@@ -99,6 +106,8 @@ CASES = [
     ("POST", "/v1/completions", {"prompt": "a", "attention": {"read": [{"mass": {"where": {"layers": 9}}}]}}, 400),
     ("GET", "/v1/attention/unknown", None, 404),
     ("POST", "/v1/completions", {"prompt": "a", "temperature": -1}, 400),
+    ("POST", "/v1/completions", {"prompt": "a", "logit_bias": {"5": -1.5}, "stop_token_ids": [6], "min_p": 0.1}, 200),
+    ("POST", "/v1/completions", {"prompt": "a", "logit_bias": {"x": 1}}, 400),
     ("POST", "/v1/completions", {"prompt": "a", "model": "x"}, 404),
     ("POST", "/v1/completions", {"prompt": "a" * (1 << 20)}, 413),
     ("POST", "/v1/chat/completions", {"messages": USER, "max_tokens": 3}, 200),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnzoo.models import GenerationConfig
 from attnzoo.models import row_sampling as rows
+from attnzoo.models.logit_changes import LogitChanges
 from attnzoo.models.row_sampling import choose_rows, exponential_noise, row_wish
 from serve.request import SamplingParams
 from serve.sampler import sample_rows
@@ -127,6 +128,7 @@ class Row:
     params: SamplingParams
     generator: torch.Generator | None
     group: object = None
+    changes: LogitChanges | None = None
 
 
 def requests() -> list[Row]:
