@@ -13,7 +13,6 @@ from torch import Tensor
 from attnzoo.attention.edits import EditPlan, EditRun
 from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models import DecoderLM
-from attnzoo.models.logit_changes import LogitChanges
 from attnzoo.tokenizer.text_stream import TextStream
 from attnzoo.vision.redistribution import FoundSinks, sinks_of
 from serve.admission import Admission
@@ -25,6 +24,7 @@ from serve.metrics import ServerMetrics
 from serve.pools import compiled_step
 from serve.preemption import AHEAD, Preemption
 from serve.prefix import PrefixCache
+from serve.prompt_scores import PromptScores
 from serve.prompts import Prompt, PromptEncoder, as_prompt, read_prompts
 from serve.request import (
     USUAL,
@@ -36,9 +36,10 @@ from serve.request import (
     SamplingParams,
     Urgency,
     failed,
+    whole_reason,
 )
 from serve.runner import Runner
-from serve.sampler import Drawn, make_generator, sample_rows
+from serve.sampler import Drawn, make_changes, make_generator, sample_rows
 from serve.scheduling import PromptPace, Scheduler, StepPlan
 from serve.speculation import Speculation
 from serve.synchronized import synchronized
@@ -167,7 +168,8 @@ class Engine:
             cache=cache,
             group=cache if plan is None else Alone(cache, EditRun(plan), total),
             generator=make_generator(params, self.runner.device),
-            changes=self._changes(prompt, params),
+            changes=make_changes(params, prompt, self.tokenizer.vocab_size, self.runner.device),
+            scores=PromptScores.of(as_prompt(prompt), params.prompt_logprobs),
             ends=params.ends(self.tokenizer.stop_ids),
             arrived=time.perf_counter() if arrived is None else arrived,
             urgency=urgency,
@@ -176,13 +178,9 @@ class Engine:
         demand = replace(self.admission.demand(self.runner, cache, len(prompt), ahead, alone), group=request.group)
         borders = self.prefixes.borders(request.prompt)
         self.scheduler.add(request_id, len(prompt), demand, borders, priority=urgency.priority, movable=not alone)
-        self.prefixes.add(request_id, request.prompt, borders, cache, alone=alone)
+        self.prefixes.add(request_id, request.prompt, borders, cache, whole=whole_reason(request))
         self._requests[request_id] = request
         return request
-
-    def _changes(self, prompt: Sequence[int], params: SamplingParams) -> LogitChanges | None:
-        bars = params.min_tokens > 0
-        return LogitChanges.of(params, prompt, self.tokenizer.vocab_size, self.runner.device, bars=bars)
 
     def has_work(self) -> bool:
         """Whether any request is unfinished, or `step` has deltas to return."""
@@ -360,6 +358,8 @@ class Engine:
         delta = Delta(request.request_id, text, request.count, finish_reason=reason)
         if request.params.logprobs is not None:
             delta.logprobs = request.text.take_logprobs(finished=reason is not None)
+        if request.scores is not None and request.count == 1:
+            delta.prompt_logprobs = request.scores.found
         if reason is not None:
             delta.prompt_tokens = len(request.prompt)
             delta.ttft_s = request.first_token - request.arrived if request.first_token else 0.0

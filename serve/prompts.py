@@ -67,13 +67,13 @@ class PromptEncoder:
         self._tokenizer, self._control_tokens, self._most = tokenizer, control_tokens, most
         self._control = tokenizer.control_tokens() if self.chat is None else self.chat.control
 
-    def text(self, prompt: str) -> list[int]:
-        """Ids of a text, with the begin token if the model uses one. Raises ContextLengthError for a text that must
-        exceed the context, before encoding it."""
+    def text(self, prompt: str, bos: bool = True) -> list[int]:
+        """Ids of a text, with the begin token if the model uses one and bos says so. Raises ContextLengthError for a
+        text that must exceed the context, before encoding it."""
         self._check_length(prompt, 0)
         if self._control_tokens == "template_only":
-            return [*self._tokenizer.encode("", bos=True), *self._tokenizer.encode_text(prompt, self._control)]
-        return self._tokenizer.encode(prompt, bos=True)
+            return [*self._tokenizer.encode("", bos=bos), *self._tokenizer.encode_text(prompt, self._control)]
+        return self._tokenizer.encode(prompt, bos=bos)
 
     def conversation(
         self, messages: Sequence[Mapping[str, Any]], marks: Sequence[str] = (), embeddings: int = 0

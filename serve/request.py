@@ -12,6 +12,7 @@ from attnzoo.models.sampling import Sampling, TokenLogprobs, check_type
 from attnzoo.tokenizer.text_stream import TextStream
 from serve.faults import EditsError, message
 from serve.history import Drafts
+from serve.prompt_scores import PromptScores
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +49,9 @@ class SamplingParams(Sampling):
     seed: the same seed gives the same text, alone or in a batch; None draws a random seed. stop: strings that end the
     text and are not part of it. stop_token_ids: tokens that do the same. ignore_eos: go on after the model's own tokens
     that end a text. min_tokens: before so many tokens nothing ends the text. logprobs: number of alternatives to report
-    for each token; None: no log probabilities. counts_prompt: whether metrics count the prompt, which they do for one
-    of a prompt's choices. Raises ValueError that names the field.
+    for each token; None: no log probabilities. prompt_logprobs: the same for the tokens of the prompt. counts_prompt:
+    whether metrics count the prompt, which they do for one of a prompt's choices. Raises ValueError that names the
+    field.
     """
 
     max_tokens: int = 16
@@ -58,13 +60,14 @@ class SamplingParams(Sampling):
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     ignore_eos: bool = False
     counts_prompt: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_tokens", "min_tokens", "seed", "logprobs"):
-            check_type(name, getattr(self, name), int, "a whole number", optional=name in ("seed", "logprobs"))
+        for name in ("max_tokens", "min_tokens", "seed", "logprobs", "prompt_logprobs"):
+            check_type(name, getattr(self, name), int, "a whole number", optional="_tokens" not in name)
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
         if not 0 <= self.min_tokens <= self.max_tokens:
@@ -78,8 +81,10 @@ class SamplingParams(Sampling):
             if not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} has type {type(value).__name__}; it must be True or False")
         self._check_stop()
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise ValueError(f"logprobs={self.logprobs} must be between 0 and {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None and not 0 <= count <= MAX_LOGPROBS:
+                raise ValueError(f"{name}={count} must be between 0 and {MAX_LOGPROBS}")
         if len(self.logit_bias) > MAX_BIASED:
             raise ValueError(f"logit_bias holds {len(self.logit_bias)} tokens; at most {MAX_BIASED} are possible")
 
@@ -149,7 +154,8 @@ class Alone:
 class Delta:
     """The progress of one request in one step; the last delta of a request has a `finish_reason`.
 
-    text: new characters that are final. tokens: number of tokens generated so far. prompt_tokens, ttft_s (seconds from
+    text: new characters that are final. tokens: number of tokens generated so far. prompt_logprobs: with the first
+    token, those of the prompt, if they are wanted. prompt_tokens, ttft_s (seconds from
     arrival to the first token), policy and the fields of `attnzoo.models.cache_use.CacheUse`: only in the last delta,
     as cached_tokens, the tokens of the prompt that were copied from earlier ones, not_cached, why none can be, and how
     many tokens that were drafted were accepted and rejected.
@@ -162,6 +168,7 @@ class Delta:
     text: str
     tokens: int
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     ttft_s: float = 0.0
@@ -182,8 +189,8 @@ class Delta:
 @dataclass(slots=True)
 class Request:
     """One sequence in the engine. prompt: token ids, or an `EmbeddedPrompt`. group: the requests that decode together
-    with it, by their cache; or `Alone`. changes: of its logits. ends: tokens that end it. Times are seconds of
-    `time.perf_counter`.
+    with it, by their cache; or `Alone`. changes: of its logits. scores: of its prompt. ends: tokens that end it. Times
+    are seconds of `time.perf_counter`.
 
     aside: its state while it is set aside, if that is kept. known: tokens that it had generated when it was set aside
     without its state; they are given to the model once more. room: tokens, prompt and text together, that memory is
@@ -197,6 +204,7 @@ class Request:
     group: CacheChoice | Alone
     generator: "torch.Generator | None"
     changes: LogitChanges | None
+    scores: PromptScores | None
     ends: frozenset[int]
     arrived: float
     urgency: Urgency = USUAL
@@ -240,6 +248,13 @@ class Request:
         """Whether its deadline has passed."""
         limit = self.urgency.deadline_s
         return limit is not None and time.perf_counter() - self.arrived >= limit
+
+
+def whole_reason(request: Request) -> str | None:
+    """Why all of its prompt must be computed, also what was read before; None: it need not be."""
+    if isinstance(request.group, Alone):
+        return "a request that reads or edits attention computes all of it"
+    return None if request.scores is None else "a request for log probabilities of its prompt computes all of it"
 
 
 def failed(request: Request, failure: BaseException) -> Delta:

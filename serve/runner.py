@@ -248,10 +248,12 @@ class Runner:
         pool = self._pool(chunks[0].group)
         prompts = [(chunk, requests[chunk.request_id].prompt) for chunk in chunks]
         ids = [chunk.request_id for chunk in chunks]
+        seen = partial(self._seen, requests)
         if isinstance(pool, CompactPool):
-            return self._one_by_one(ids, [partial(pool.read, *prompts[0], partial(self._keep, chunks[0]))], failed)
+            read = partial(pool.read, *prompts[0], partial(self._keep, chunks[0]), seen)
+            return self._one_by_one(ids, [read], failed)
         try:
-            hidden_RD = pool.prefill(prompts)
+            hidden_RD = pool.prefill(prompts, seen)
             for chunk in chunks:
                 self._keep(chunk, pool.row(chunk.slot))
             return [([chunk.request_id for chunk in chunks if chunk.last], hidden_RD)]
@@ -260,7 +262,14 @@ class Runner:
             if len(ids) == 1:
                 failed[ids[0]] = failure
                 return []
-            return self._one_by_one(ids, [partial(pool.read_again, chunk, prompt) for chunk, prompt in prompts], failed)
+            again = [partial(pool.read_again, chunk, prompt, seen) for chunk, prompt in prompts]
+            return self._one_by_one(ids, again, failed)
+
+    def _seen(self, requests: Mapping[str, Request], request_id: str, start: int, hidden_TD: Tensor) -> None:
+        """Notes what a part of a prompt says of its own tokens, where the request wants to know."""
+        scores = requests[request_id].scores
+        if scores is not None:
+            scores.note(start, hidden_TD, lambda hidden: self.model.logits(hidden)[:, : self.vocab_size])
 
     def _one_by_one(
         self, ids: Sequence[str], work: Sequence[Callable[[], Tensor]], failed: dict[str, Exception]

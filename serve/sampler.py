@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from attnzoo.models.logit_changes import LogitChanges
 from attnzoo.models.row_sampling import Change, Chosen, RowWish, choose_rows, row_wish
 from attnzoo.models.sampling import EDITED_NOT_FINITE, NOT_FINITE, greedy
 from serve.faults import EditsError, LogitsError, log
@@ -22,6 +23,13 @@ def make_generator(params: SamplingParams, device: torch.device) -> torch.Genera
         return None
     seed = params.seed if params.seed is not None else secrets.randbits(63)
     return torch.Generator(device).manual_seed(seed)
+
+
+def make_changes(
+    params: SamplingParams, prompt: Sequence[int], vocab_size: int, device: torch.device
+) -> LogitChanges | None:
+    """What changes the logits of a request; None: nothing does."""
+    return LogitChanges.of(params, prompt, vocab_size, device, bars=params.min_tokens > 0)
 
 
 def sample_rows(logits_RV: Tensor, requests: Sequence[Request]) -> list[Drawn | Exception]:

@@ -112,7 +112,7 @@ def choose_rows(logits_RV: Tensor, wishes: Sequence[RowWish]) -> list[Chosen | N
     places: list[tuple[int, int]] = []
     for count, reported in by_count.items():
         for rows in _blocks(reported, logits_RV):
-            parts.append(_logprobs(logits_RV[rows], tokens_R[rows], count).flatten())
+            parts.append(row_logprobs(logits_RV[rows], tokens_R[rows], count).flatten())
             places += [(row, count) for row in rows]
     numbers: list[float] = torch.cat(parts).tolist()
     return _unpacked(numbers, len(wishes), places)
@@ -234,7 +234,7 @@ def _nucleus_of_few(scaled_BV: Tensor, top_p_B1: Tensor) -> tuple[Tensor, Tensor
     return scaled_BV.masked_fill(~stays_BV, -torch.inf), sure_B
 
 
-def _logprobs(logits_BV: Tensor, tokens_B: Tensor, count: int) -> Tensor:
+def row_logprobs(logits_BV: Tensor, tokens_B: Tensor, count: int) -> Tensor:
     """[rows, 1 + 2 * count] in float64: the logarithm of the token's probability, and the ids and logarithms of the
     `count` most likely ones."""
     values_BV = logits_BV.float().log_softmax(-1)

@@ -33,13 +33,14 @@ from serve.scheduling import QueueFullError
 
 @dataclass(frozen=True)
 class GenerationWork:
-    """Prompt and parameters of every choice in the order of its index, the cache and the urgency of all of them, and
-    what they read and edit of attention."""
+    """Prompt and parameters of every choice in the order of its index, the cache and the urgency of all of them, what
+    they read and edit of attention, and the prompts as they were sent."""
 
     choices: list[tuple[Sequence[int], SamplingParams]]
     cache: CacheChoice
     readings: Readings | None = None
     urgency: Urgency = USUAL
+    sent: Sequence[str | Sequence[int]] = ()
 
 
 def check_model(name: str, config: ServeConfig) -> None:
@@ -257,6 +258,11 @@ class Answer(Response):
             choices[-1] = self._with_attention(choices[-1], delta.request_id)
         return b"".join(event({**self.head, "choices": [choice]}) for choice in choices)
 
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of all choices."""
+        return sum(delta.tokens for delta in self.last.values())
+
     def _usage(self) -> dict[str, Any]:
         """The `usage` object: token counts, and the memory of all choices' states when they finished.
 
@@ -265,7 +271,7 @@ class Answer(Response):
         cached_tokens: of the first choice of each prompt, as prompt_tokens; not_cached: why there cannot be any.
         """
         deltas = list(self.last.values())
-        completion = sum(delta.tokens for delta in deltas)
+        completion = self.completion_tokens
         kv_bytes = sum(delta.kv_bytes for delta in deltas)
         held = sum(delta.prompt_tokens + delta.tokens - 1 for delta in deltas)
         reasons = dict.fromkeys(delta.not_compressed for delta in deltas if delta.not_compressed)

@@ -70,11 +70,11 @@ class Usage(Reply):
 
 
 class CompletionLogprobs(Reply):
-    """Log probabilities of the tokens of a text."""
+    """Log probabilities of the tokens of a text; null for the first token of a prompt (`echo`)."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
@@ -346,6 +346,16 @@ class TokenText(Reply):
     prompt: str
 
 
+class TokenizerInfo(Reply):
+    """The tokenizer: spellings of its control tokens, and the template that turns a conversation into a text."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    vocab_size: int
+    chat_template: str | None
+
+
 class Health(Reply):
     """Body of /health and /ready if the server is healthy and takes requests."""
 
@@ -367,6 +377,8 @@ REPLIES: tuple[type[BaseModel], ...] = (
     Health,
     Version,
 )
+TOKENS: tuple[type[BaseModel], ...] = (TokenList, TokenText, TokenizerInfo)
+"""Answers about tokens, of a language model."""
 
 
 def schemas(models: tuple[type[BaseModel], ...]) -> dict[str, Any]:

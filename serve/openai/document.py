@@ -108,6 +108,7 @@ def _language() -> dict[str, Any]:
         },
         "/tokenize": {"post": _post("tokenize", "The tokens of a prompt", "TokenizeRequest", "TokenList")},
         "/detokenize": {"post": _post("detokenize", "The text of tokens", "DetokenizeRequest", "TokenText")},
+        "/tokenizer_info": {"get": {"operationId": "tokenizer_info", **_get("The tokenizer", _ref("TokenizerInfo"))}},
         "/v1/attention/{map_id}": {"get": {"operationId": "attention_map", **_file("An attention map", "map_id")}},
     }
 
@@ -220,7 +221,7 @@ def _requests(kind: type[GenerationRequest]) -> dict[str, Any]:
 
 def _token_requests() -> dict[str, Any]:
     """The schemas of /tokenize and /detokenize."""
-    found = answers.schemas((TokenizeRequest, DetokenizeRequest, answers.TokenList, answers.TokenText))
+    found = answers.schemas((TokenizeRequest, DetokenizeRequest, *answers.TOKENS))
     tokenize = found[TokenizeRequest.__name__]
     tokenize["properties"] |= {name: {"anyOf": _neutral(values), "default": None} for name, values in TOKENS.items()}
     given = {name: {"properties": {name: {"not": {"type": "null"}}}, "required": [name]} for name in ONE_OF}

@@ -58,10 +58,11 @@ async def in_data_thread(work: Callable[..., Result], *arguments: Any) -> Result
     return await _DATA.run(work, *arguments)
 
 
-async def encode_text(text: str, engine: AsyncEngine, param: str) -> list[int]:
-    """Token ids of a prompt. Raises ApiError that names the field `param`."""
+async def encode_text(text: str, engine: AsyncEngine, param: str, bos: bool = True) -> list[int]:
+    """Token ids of a prompt. bos: with the begin token if the model uses one. Raises ApiError that names the field
+    `param`."""
     try:
-        return await in_thread(len(text), engine.engine.encode, text)
+        return await in_thread(len(text), engine.engine.encoder.text, text, bos)
     except ContextLengthError as error:
         raise too_long(error, param) from None
 

@@ -53,13 +53,11 @@ SHARED: Mapping[str, Values] = {
 COMPLETION: Mapping[str, Values] = {
     "add_special_tokens": (None, True),
     "best_of": (None, 1),
-    "echo": OFF,
     "prompt_embeds": (None,),
     "suffix": (None, ""),
 }
 TOKENS: Mapping[str, Values] = {
     "add_generation_prompt": (None, True),
-    "add_special_tokens": (None, True),
     "chat_template": (None,),
     "chat_template_kwargs": (None, {}),
     "continue_final_message": OFF,

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from attnzoo.models.sampling import MOST_BIAS, MOST_PENALTY, MOST_REPETITION, TokenLogprobs, choice_seed
+from serve.openai.echo import Echo
 from serve.openai.errors import MAX_NAME, ApiError, short_name, unsupported
 from serve.openai.json_body import MOST, read_object
 from serve.openai.neutral import COMPLETION, SHARED, Values, take_neutral
@@ -108,6 +109,11 @@ class GenerationRequest(Strict):
         """Number of alternatives to report for each token; None: no log probabilities."""
         raise NotImplementedError
 
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return None
+
     def check(self) -> None:
         """Raises ApiError for fields that contradict one another."""
         if self.stream_options is not None and self.stream_options.continuous_usage_stats:
@@ -140,6 +146,7 @@ class GenerationRequest(Strict):
                 seed=None if self.seed is None else choice_seed(self.seed, choice),
                 stop=tuple(stop),
                 logprobs=self.alternatives,
+                prompt_logprobs=self.prompt_alternatives,
                 ignore_eos=bool(self.ignore_eos),
                 counts_prompt=choice == 0,
             )
@@ -164,12 +171,23 @@ class CompletionRequest(GenerationRequest):
         | Annotated[list[str], Field(fail_fast=True, min_length=1)]
         | Annotated[list[Tokens], Field(fail_fast=True, min_length=1)]
     )
-    max_tokens: Count | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MOST)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool | None = None
 
     @property
     def alternatives(self) -> int | None:
         return self.logprobs
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        return self.logprobs if self.echo else None
+
+    def check(self) -> None:
+        super().check()
+        if self.max_tokens == 0 and not self.echo:
+            message = "max_tokens=0 is only allowed with echo=true, which returns the prompt; give at least 1"
+            raise ApiError(400, message, param="max_tokens")
 
     def texts_or_tokens(self) -> list[str | list[int]]:
         """The prompts as a list."""
@@ -261,15 +279,22 @@ Spell = Callable[[int], bytes]
 """Returns the bytes of a token id."""
 
 
-def logprobs_object(logprobs: Sequence[TokenLogprobs], alternatives: int, spell: Spell) -> dict[str, Any]:
-    """The `logprobs` object of a completion's choice."""
-    tops = [{spell_token(spell(token)): max(value, LEAST_LOGPROB) for token, value in x.top} for x in logprobs]
+def logprobs_object(
+    logprobs: Sequence[TokenLogprobs], alternatives: int, spell: Spell, echo: Echo | None = None
+) -> dict[str, Any]:
+    """The `logprobs` object of a completion's choice. echo: the prompt, if it stands before the text."""
+    given, known, before = ((), (), ()) if echo is None else (echo.tokens, echo.logprobs, echo.offsets)
+    every = [*known, *logprobs]
     return {
-        "tokens": [spell_token(spell(x.token)) for x in logprobs],
-        "token_logprobs": [max(x.logprob, LEAST_LOGPROB) for x in logprobs],
-        "top_logprobs": tops if alternatives else None,
-        "text_offset": [x.offset for x in logprobs],
+        "tokens": [spell_token(spell(token)) for token in (*given, *(x.token for x in logprobs))],
+        "token_logprobs": [None if x is None else max(x.logprob, LEAST_LOGPROB) for x in every],
+        "top_logprobs": [None if x is None else _top(x, spell) for x in every] if alternatives else None,
+        "text_offset": [*before, *(x.offset for x in logprobs)],
     }
+
+
+def _top(logprobs: TokenLogprobs, spell: Spell) -> dict[str, float]:
+    return {spell_token(spell(token)): max(value, LEAST_LOGPROB) for token, value in logprobs.top}
 
 
 def spell_token(data: bytes) -> str:

@@ -36,7 +36,7 @@ from serve.openai.errors import ApiError, dump, short_name
 from serve.openai.protocol import parse_completion
 from serve.openai.protocol_chat import parse_chat
 from serve.openai.readings import PATH
-from serve.openai.tokens import detokenize, parse_detokenize, parse_tokenize, tokenize
+from serve.openai.tokens import detokenize, parse_detokenize, parse_tokenize, tokenize, tokenizer_info
 from serve.pages import add_page
 from serve.relay.sender import Outlet
 from serve.workplace import Workplace
@@ -122,6 +122,10 @@ def _add_tokens(app: FastAPI, engine: AsyncEngine, config: ServeConfig) -> None:
     async def text_of(request: Request) -> Response:
         body = await request.body()
         return json_response(await detokenize(await in_thread(len(body), parse_detokenize, body), engine, config))
+
+    @app.api_route("/tokenizer_info", methods=READ)
+    async def info() -> Response:
+        return json_response(tokenizer_info(engine))
 
 
 def _add_maps(app: FastAPI, maps: MapStore) -> None:

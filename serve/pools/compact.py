@@ -13,7 +13,7 @@ from attnzoo.models.decoder_lm import DecoderState
 from attnzoo.models.embedded import prompt_tensor
 from attnzoo.ops.common.step_inputs import StepInputs
 from serve.arena import give_back_freed
-from serve.pools.parts import Copied
+from serve.pools.parts import Copied, Seen
 from serve.request import Alone
 from serve.scheduling import Chunk, Release, Reuse
 
@@ -91,7 +91,7 @@ class CompactPool:
             state = self.model.init_state(1, len(prompt), cache=self.policy)
         self.prompts[reuse.request_id] = copied(state, reuse.start, reuse.end)
 
-    def read(self, chunk: Chunk, prompt: Sequence[int], keep: Keep) -> Tensor:
+    def read(self, chunk: Chunk, prompt: Sequence[int], keep: Keep, seen: Seen) -> Tensor:
         """Reads a chunk, and returns hidden_1D of its last token, or no rows if the prompt goes on. If it raises, the
         prompt's state is gone; if `state` is then None, all other rows are lost too."""
         state = self.prompts.pop(chunk.request_id, None)
@@ -100,6 +100,7 @@ class CompactPool:
         given = prompt_tensor(self.model, [prompt[chunk.start : chunk.start + chunk.count]])
         hidden_1TD, state = self._extend(given, state, [chunk.start])
         keep(state)
+        seen(chunk.request_id, chunk.start, hidden_1TD[0])
         if not chunk.last:
             self.prompts[chunk.request_id] = state
             return hidden_1TD[:0, -1]

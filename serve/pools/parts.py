@@ -13,6 +13,9 @@ from attnzoo.models.decoder_lm import DecoderState
 Copied = Callable[[DecoderState, int, int], DecoderState]
 """The state of one sequence of so many tokens, continued to so many, in place where its tensors are as large."""
 
+Seen = Callable[[str, int, Tensor], None]
+"""Called with the request of a prompt that is read, where a part of it begins, and hidden_TD of the part's tokens."""
+
 
 def keys_values(state: DecoderState) -> list[Tensor]:
     """Keys, then values, [B, K, S, H], of each cache in which slot s holds the token of position s."""

@@ -12,7 +12,7 @@ from attnzoo.models.embedded import prompt_tensor
 from attnzoo.ops.common.step_inputs import StepInputs
 from serve.arena import ElasticState
 from serve.faults import logger
-from serve.pools.parts import Copied, others
+from serve.pools.parts import Copied, Seen, others
 from serve.scheduling import Chunk, Release, Reuse
 
 Prompts = Sequence[tuple[Chunk, Sequence[int]]]
@@ -124,13 +124,15 @@ class SlotPool:
         """hidden_1D of the next token of one slot; repeats a failed `decode` if `repeats` is True."""
         return self._extend(_tensor(self.model, [[token]]), slot, [length])[:, -1]
 
-    def prefill(self, prompts: Prompts) -> Tensor:
+    def prefill(self, prompts: Prompts, seen: Seen) -> Tensor:
         """Reads chunks, and returns hidden_RD of the last tokens of the R prompts that end in them."""
         chunks = [chunk for chunk, _ in prompts]
         counts = [chunk.count for chunk in chunks]
         rows = [prompt[c.start : c.start + c.count] for c, prompt in prompts]
         lengths = [chunk.start for chunk in chunks]
         hidden_BTD = self._extend(prompt_tensor(self.model, rows), chunks[0].slot, lengths, counts)
+        for chunk, hidden_TD in zip(chunks, hidden_BTD, strict=True):
+            seen(chunk.request_id, chunk.start, hidden_TD[: chunk.count])
         ended = [row for row, chunk in enumerate(chunks) if chunk.last]
         return hidden_BTD[ended, [counts[row] - 1 for row in ended]]
 
@@ -156,13 +158,14 @@ class SlotPool:
         copied(self.row(reuse.slot), reuse.start, reuse.end)
         self.lengths[reuse.slot] = reuse.end
 
-    def read_again(self, chunk: Chunk, prompt: Sequence[int]) -> Tensor:
+    def read_again(self, chunk: Chunk, prompt: Sequence[int], seen: Seen) -> Tensor:
         """Repeats `prefill` of one prompt, from its beginning, after a failure left its row in an unknown state."""
         self._empty(chunk.slot)
         end = chunk.start + chunk.count
         for first in range(0, end, chunk.count):
             tokens = prompt[first : min(first + chunk.count, end)]
             hidden_1TD = self._extend(prompt_tensor(self.model, [tokens]), chunk.slot, [first])
+            seen(chunk.request_id, first, hidden_1TD[0])
         return hidden_1TD[:, -1] if chunk.last else hidden_1TD[:0, -1]
 
     def exchange(self, slots: tuple[int, int]) -> None:

@@ -63,10 +63,16 @@ class PrefixCache:
         return cut(prompt, self.ends, self.cell)
 
     def add(
-        self, request_id: str, prompt: Sequence[int], borders: tuple[int, ...], choice: CacheChoice, *, alone: bool
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        borders: tuple[int, ...],
+        choice: CacheChoice,
+        *,
+        whole: str | None = None,
     ) -> None:
-        """Notes what may be reused of a request's prompt. alone: its attention is read or edited."""
-        self.plans[request_id] = self._plan(prompt, borders, choice, alone)
+        """Notes what may be reused of a request's prompt. whole: why nothing may be."""
+        self.plans[request_id] = self._plan(prompt, borders, choice, whole)
 
     def begin_again(self, request_id: str) -> None:
         """The prompt of a request is read once more from its beginning."""
@@ -77,15 +83,17 @@ class PrefixCache:
         """Forgets the plan of a request; what its prompt has made known stays."""
         self.plans.pop(request_id, None)
 
-    def _plan(self, prompt: Sequence[int], borders: tuple[int, ...], choice: CacheChoice, alone: bool) -> PrefixPlan:
+    def _plan(
+        self, prompt: Sequence[int], borders: tuple[int, ...], choice: CacheChoice, whole: str | None
+    ) -> PrefixPlan:
         policy = None if choice.exact else choice.build()
         resumes = 0 if policy is None else policy.resumes
         latest = len(prompt) - max(1, resumes or 0)
         why_not = None
         if not self.tree.budget:
             why_not = "this server keeps no beginnings of prompts (prefix_mib=0)"
-        elif alone:
-            why_not = "a request that reads or edits attention computes all of it"
+        elif whole is not None:
+            why_not = whole
         elif isinstance(prompt, EmbeddedPrompt):
             why_not = "the prompt holds embeddings"
         elif policy is not None and policy.prefill == "stream":

@@ -72,7 +72,7 @@ def test_no_schema_says_nothing(document):
 def test_all_paths_are_there(document, url):
     assert set(document["paths"]) == {
         "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{model_id}", "/v1/attention/{map_id}",
-        "/tokenize", "/detokenize", "/health", "/ready", "/version", "/metrics"
+        "/tokenize", "/detokenize", "/tokenizer_info", "/health", "/ready", "/version", "/metrics"
     }  # fmt: skip
     for path, methods in document["paths"].items():
         for method, described in methods.items():
@@ -89,7 +89,8 @@ CASES = [
     ("GET", "/ready", None, 200),
     ("GET", "/version", None, 200),
     ("GET", "/metrics", None, 200),
-    ("POST", "/tokenize", {"prompt": "Hello"}, 200),
+    ("GET", "/tokenizer_info", None, 200),
+    ("POST", "/tokenize", {"prompt": "Hello", "add_special_tokens": False}, 200),
     ("POST", "/tokenize", {"messages": USER, "return_token_strs": True, "add_generation_prompt": True}, 200),
     ("POST", "/tokenize", {}, 400),
     ("POST", "/detokenize", {"tokens": [5, 6]}, 200),

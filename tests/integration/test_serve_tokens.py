@@ -33,6 +33,22 @@ def test_tokens_are_those_of_a_completion_and_go_back(served, text):
     assert ask(url, "detokenize", tokens=answer["tokens"]).json() == {"prompt": text}
 
 
+def test_a_prompt_without_the_begin_token(served):
+    url, owner = served
+    tokens = ask(url, "tokenize", prompt="Hello", add_special_tokens=False).json()["tokens"]
+    assert tokens == owner.engine.tokenizer.encode("Hello")
+    assert tokens != owner.engine.encode("Hello")
+
+
+def test_the_tokenizer_tells_its_control_tokens(served):
+    url, owner = served
+    told, tokenizer = httpx.get(f"{url}/tokenizer_info").json(), owner.engine.tokenizer
+    assert told["vocab_size"] == tokenizer.vocab_size
+    assert told["chat_template"] == tokenizer.chat_template
+    assert told["eos_token"] == tokenizer.spelling(tokenizer.eos_id)
+    assert told["bos_token"] == tokenizer.spelling(tokenizer.bos_id)
+
+
 def test_a_conversation_has_the_tokens_of_a_chat(served):
     url, owner = served
     answer = ask(url, "tokenize", messages=USER, add_generation_prompt=True).json()
@@ -51,7 +67,7 @@ def test_a_conversation_has_the_tokens_of_a_chat(served):
         ("tokenize", {"promt": "a"}, "promt", "did you mean 'prompt'"),
         ("tokenize", {"prompt": 5}, "prompt", "must be"),
         ("tokenize", {"prompt": "a " * 5000}, "prompt", "context"),
-        ("tokenize", {"prompt": "a", "add_special_tokens": False}, "add_special_tokens", "not supported"),
+        ("tokenize", {"messages": USER, "add_special_tokens": True}, "add_special_tokens", "is for prompts"),
         ("tokenize", {"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role", "tool"),
         ("tokenize", {"messages": USER, "add_generation_prompt": False}, "add_generation_prompt", "not supported"),
         ("detokenize", {}, "tokens", "tokens is missing"),

@@ -213,7 +213,7 @@ def test_two_servers_never_share_a_key():
     keys = []
     for _ in range(2):
         cache = PrefixCache(model, 1 << 20, CELL, ())
-        cache.add("r", range(20), (8, 16, 20), read_choice({"policy": "full"}), alone=False)
+        cache.add("r", range(20), (8, 16, 20), read_choice({"policy": "full"}))
         keys.append(cache.plans["r"].keys)
     assert not set(keys[0]) & set(keys[1])
 

@@ -57,7 +57,8 @@ def parse(**fields):
         ({"stream": True, "stream_options": {"odd": 1}}, "stream_options.odd"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "end"}, "suffix"),
-        ({"echo": True}, "echo"),
+        ({"max_tokens": 0, "echo": False}, "max_tokens"),
+        ({"echo": "yes"}, "echo"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": {"five": 1}}, "logit_bias"),
         ({"logit_bias": {"-5": 1}}, "logit_bias"),
@@ -306,7 +307,7 @@ def test_what_clients_of_vllm_always_write_is_accepted():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("skip_special_tokens", False), ("skip_special_tokens", 1), ("echo", 0), ("bad_words", ["x"]),
+    [("skip_special_tokens", False), ("skip_special_tokens", 1), ("bad_words", ["x"]),
      ("response_format", {"type": "json_object"}), ("response_format", {}), ("best_of", True), ("length_penalty", "1"),
      ("length_penalty", True), ("vllm_xargs", {"a": 1}), ("add_special_tokens", False), ("prompt_logprobs", 0)],
 )  # fmt: skip
