@@ -51,12 +51,12 @@ class CompletionAnswer(Answer):
     `echo` the prompt stands in the first of them, and with max_tokens=0 nothing else does."""
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
+    request: CompletionRequest
 
     def __init__(
         self, request: CompletionRequest, engine: AsyncEngine, work: GenerationWork, *, interval_s: float = 0.0
     ) -> None:
         super().__init__(request, engine, work, interval_s=interval_s)
-        self.only_prompt = request.max_tokens == 0
         copies = request.n or 1
         prompts = [(work.sent[index // copies], tokens) for index, (tokens, _) in enumerate(work.choices)]
         self.unsent = dict(enumerate(prompts)) if request.echo else {}
@@ -87,6 +87,11 @@ class CompletionAnswer(Answer):
 
     def news(self, index: int, delta: Delta) -> list[dict[str, Any]]:
         return [self.choice(index, delta.text, delta.logprobs, delta.finish_reason)]
+
+    @property
+    def only_prompt(self) -> bool:
+        """Whether nothing but the prompt is sent."""
+        return self.request.max_tokens == 0
 
     @property
     def completion_tokens(self) -> int:

@@ -132,11 +132,11 @@ def test_a_failed_step_reads_embeddings_again(monkeypatch):
     wanted = [run_directly(engine.model, prompt, 4, {"policy": "full"}) for prompt in given]
     read, failed = engine.runner.full.prefill, []
 
-    def sometimes(chunks):
+    def sometimes(chunks, seen):
         if len(chunks) > 1:
             failed.append(len(chunks))
             raise RuntimeError("together")
-        return read(chunks)
+        return read(chunks, seen)
 
     monkeypatch.setattr(engine.runner.full, "prefill", sometimes)
     assert run_staggered(engine, [(prompt, greedy(4)) for prompt in given], seed=2) == wanted
