@@ -61,6 +61,28 @@ def test_log_probabilities_are_those_of_the_parallel_form(kind, cache, moves):
             assert all(value == x.logprob for token, value in x.top if token == x.token)
 
 
+def test_pieces_that_are_read_again_are_noted(monkeypatch):
+    """Where prompts cannot be read side by side, each is read alone from its beginning."""
+    engine, given = make_engine("mha", max_batched_tokens=40), prompts(4, seed=9)
+    read, failed = engine.runner.full.prefill, []
+
+    def sometimes(chunks, seen):
+        if len(chunks) > 1:
+            failed.append(len(chunks))
+            raise RuntimeError("together")
+        return read(chunks, seen)
+
+    monkeypatch.setattr(engine.runner.full, "prefill", sometimes)
+    requests = [engine.add_request(str(n), prompt, wanted()) for n, prompt in enumerate(given)]
+    scores = [request.scores for request in requests]
+    while engine.has_work():
+        engine.step()
+    assert failed
+    for prompt, found in zip(given, scores, strict=True):
+        (expected,) = score(engine.model, [prompt], engine.tokenizer.vocab_size)
+        assert [x.logprob for x in found.found[1:]] == pytest.approx(expected, abs=1e-4)
+
+
 def test_the_prompt_is_computed_anew_and_is_there_for_others():
     engine = make_engine("mha", max_batched_tokens=64, prefix_cell=16)
     prompt = list(range(3, 40))

@@ -7,6 +7,7 @@ import pytest
 
 from attnzoo.models import Sampling
 from serve.request import SamplingParams, TokenIdError
+from tests.helpers.drafting import speculating
 from tests.helpers.engines import make_engine, prompts, run_staggered
 from tests.helpers.http_server import MODEL, post, running
 from tests.helpers.penalty_oracle import OPTIONS, greedy_tokens, soft
@@ -87,8 +88,10 @@ def test_penalised_requests_are_not_drafted():
     """Drafted tokens are verified together, and penalties depend on each before."""
     prompt = [5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7]
     params = SamplingParams(max_tokens=12, ignore_eos=True, frequency_penalty=0.3)
-    engine = make_engine("mha", prompt_lookup=4, max_batched_tokens=32)
+    engine = speculating("mha", lambda request, most: [7] * most, max_batched_tokens=32)
     soft(engine.model)
+    (plain,) = engine.generate([prompt], SamplingParams(max_tokens=12, ignore_eos=True))
+    assert plain.last.accepted_tokens + plain.last.rejected_tokens > 0
     (found,) = engine.generate([prompt], params)
     assert found.tokens == greedy_tokens(engine.model, prompt, Sampling(frequency_penalty=0.3), 12)
     assert found.last.accepted_tokens == found.last.rejected_tokens == 0

@@ -33,9 +33,11 @@ def test_logits_are_those_of_a_loop_over_numbers(name):
         tokens.append(draw.choice([3, 4, 5, 5, 5, 12]))
 
 
-def test_logits_stay_as_they_are_for_others():
-    """Row by row in one batch, in bfloat16 too; log probabilities are the model's own."""
-    logits = torch.randn(3, 16).to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_stay_as_they_are_for_others(dtype):
+    """Row by row in one batch; log probabilities are the model's own, and what was given is not written to."""
+    logits = torch.randn(3, 16).to(dtype)
+    given = logits.clone()
     options = GenerationConfig(logit_bias={5: 90.0}, logprobs=2)
     changes = LogitChanges.of(options, [1], 16, CPU)
     wishes = [row_wish(GenerationConfig(logprobs=2), logits, None) for _ in range(3)]
@@ -47,6 +49,8 @@ def test_logits_stay_as_they_are_for_others():
     assert token == 5
     assert logprobs.logprob == pytest.approx(float(logits[1].float().log_softmax(-1)[5]))
     assert logprobs.top == plain[1][1].top
+    changes.apply(logits[1], [2])
+    assert torch.equal(logits, given)
 
 
 def test_what_is_not_finite_stays_so():
