@@ -16,12 +16,11 @@ MOST_CONTINUATIONS = 16384
 class GenerationConfig(Sampling):
     """Length, sampling and ends of continuations, in the words of transformers and vLLM.
 
-    The fields of `Sampling`, and: max_new_tokens: length in tokens at most, without the prompt; None: until the model's
-    context is full. seed: the same seed gives the same text, alone
-    or in a batch; None draws one from torch's global generator. stop: one string or several that end the text and are
-    no part of it. logprobs: how many alternatives to report for each token; 0 reports the chosen token alone, None
-    nothing. n: number of continuations of each prompt, at most MOST_CONTINUATIONS. ignore_eos: go on after tokens that
-    end a text.
+    The fields of `Sampling`, and these. max_new_tokens: length in tokens at most, without the prompt; None: until the
+    model's context is full. seed: the same seed gives the same text, alone or in a batch; None draws one from torch's
+    global generator. stop: one string or several that end the text and are no part of it. logprobs: how many
+    alternatives to report for each token; 0 reports the chosen token alone, None nothing. n: number of continuations of
+    each prompt, at most MOST_CONTINUATIONS. ignore_eos: go on after tokens that end a text.
 
     >>> GenerationConfig(max_new_tokens=64, temperature=0.7, stop="\\n").stop
     ('\\n',)

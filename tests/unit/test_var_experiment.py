@@ -1,5 +1,6 @@
 """Experiment V at the smallest sizes: with a model that has sinks, and with one that has none."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from attnzoo.models.embedded import prompt_tensor
 from tests.helpers.emoji_fonts import needs
 from tests.helpers.picture_task import OWN, prepared
 from train.experiments.base import ExperimentConfig
-from train.experiments.var import ASKED, model_of, parts, picture_sinks, places_of, questions, sinks_of
+from train.experiments.var import ASKED, MORE_QUESTIONS, model_of, parts, picture_sinks, places_of, questions, sinks_of
 from train.experiments.var_arms import (
     ARMS,
     FIXED,
@@ -120,3 +121,13 @@ def test_mcnemar_is_the_sign_test_of_answers_that_changed() -> None:
     first, second = np.array([1, 1, 1, 1, 1, 0, 1, 0], dtype=bool), np.array([0, 0, 0, 0, 0, 1, 1, 0], dtype=bool)
     assert mcnemar(first, second) == pytest.approx(2 * (1 + 6) / 2**6)  # five against one
     assert mcnemar(first, first) == 1.0
+
+
+def test_fewer_questions_are_the_first_of_each_kind(run: tuple[ExperimentConfig, str]) -> None:
+    """So that what they say is comparable. Kills: a quarter of all kinds together."""
+    every = questions(replace(run[0], quick=False))
+    some = questions(replace(run[0], quick=False, without=(MORE_QUESTIONS,)))
+    assert (len(every), len(some)) == (4000, 1000)
+    for kind in ASKED:
+        texts = [[question.text for _, question in asked if question.kind == kind] for asked in (every, some)]
+        assert texts[1] == texts[0][:125]
