@@ -229,6 +229,16 @@ def _anything(words: list[str]) -> None:
     """Programs of the system, with files of the tree or of the reader's."""
 
 
+def _lm_eval(words: list[str]) -> None:
+    """Tasks that are asked for are in the folder that is named."""
+    options = dict(zip(words[::2], words[1::2], strict=True))
+    folder = ROOT / options["--include_path"]
+    known = re.findall(r"^task: (\w+)$", "\n".join(path.read_text("utf-8") for path in folder.glob("*.yaml")), re.M)
+    for task in options["--tasks"].split(","):
+        if task not in known:
+            raise ValueError(f"lm_eval --tasks {task}: {folder.relative_to(ROOT)} has {', '.join(known)}")
+
+
 PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "attnzoo": _attnzoo,
     "python": _python,
@@ -237,6 +247,7 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "serve": _ray,
     "curl": _curl,
     "pip": _pip,
+    "lm_eval": _lm_eval,
     **dict.fromkeys(("cp", "cd", "git", "pytest", "export", "env", "."), _anything),
 }
 assert "checkpoint" in SERVE_FIELDS

@@ -216,7 +216,9 @@ def test_explanations_are_of_the_measured_cells_and_add_up(client, cohort):
 
 def test_replies_are_as_described(client, cohort):
     document = client.get("/openapi.json").json()
-    assert set(document["paths"]) == {"/v1/predict", "/v1/models", "/v1/models/{model_id}", "/health", "/metrics"}
+    assert set(document["paths"]) == {
+        "/v1/predict", "/v1/models", "/v1/models/{model_id}", "/health", "/ready", "/version", "/metrics"
+    }  # fmt: skip
     described = document["paths"]["/v1/predict"]["post"]
 
     def check(value: Any, schema: dict[str, Any]) -> None:

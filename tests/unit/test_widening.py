@@ -132,9 +132,9 @@ def test_how_a_chunk_is_computed_does_not_depend_on_its_neighbours(monkeypatch):
     """Requests that arrive and are set aside at random, with and without what is kept."""
     seen, inner = set(), SlotPool.prefill
 
-    def prefill(self, prompts):
+    def prefill(self, prompts, noted):
         seen.add((len(prompts) > 1, *{chunk.count >= ROWS for chunk, _ in prompts}))
-        return inner(self, prompts)
+        return inner(self, prompts, noted)
 
     monkeypatch.setattr(SlotPool, "prefill", prefill)
     draw = random.Random(3)
