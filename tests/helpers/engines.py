@@ -3,8 +3,13 @@
 import random
 from typing import Any, NoReturn
 
+import pytest
+from torch import Tensor
+
 from serve.config import EngineConfig
 from serve.engine import Engine
+from serve.pools.parts import Seen
+from serve.pools.slots import Prompts
 from serve.request import Request, SamplingParams
 from tests.helpers.serving import TOKENS, small_model, tokenizer
 
@@ -68,6 +73,20 @@ def assert_empty(engine: Engine) -> None:
 def greedy(count: int, **options: Any) -> SamplingParams:
     """Exactly `count` tokens, the likeliest each."""
     return SamplingParams(max_tokens=count, ignore_eos=True, **options)
+
+
+def read_one_by_one(patch: pytest.MonkeyPatch, engine: Engine) -> list[int]:
+    """Prompts cannot be read side by side from now on; returns, as it grows, how many each time could not."""
+    read, failed = engine.runner.full.prefill, list[int]()
+
+    def sometimes(chunks: Prompts, seen: Seen) -> Tensor:
+        if len(chunks) > 1:
+            failed.append(len(chunks))
+            raise RuntimeError("together")
+        return read(chunks, seen)
+
+    patch.setattr(engine.runner.full, "prefill", sometimes)
+    return failed
 
 
 SECRET = "SECRET prompt"

@@ -7,7 +7,7 @@ import pytest
 
 from attnzoo.models.score import score
 from serve.request import SamplingParams
-from tests.helpers.engines import D2O, make_engine, prompts, run_staggered
+from tests.helpers.engines import D2O, make_engine, prompts, read_one_by_one, run_staggered
 from tests.helpers.http_server import MODEL, events, post, running
 from tests.helpers.penalty_oracle import soft
 
@@ -64,15 +64,7 @@ def test_log_probabilities_are_those_of_the_parallel_form(kind, cache, moves):
 def test_pieces_that_are_read_again_are_noted(monkeypatch):
     """Where prompts cannot be read side by side, each is read alone from its beginning."""
     engine, given = make_engine("mha", max_batched_tokens=40), prompts(4, seed=9)
-    read, failed = engine.runner.full.prefill, []
-
-    def sometimes(chunks, seen):
-        if len(chunks) > 1:
-            failed.append(len(chunks))
-            raise RuntimeError("together")
-        return read(chunks, seen)
-
-    monkeypatch.setattr(engine.runner.full, "prefill", sometimes)
+    failed = read_one_by_one(monkeypatch, engine)
     requests = [engine.add_request(str(n), prompt, wanted()) for n, prompt in enumerate(given)]
     scores = [request.scores for request in requests]
     while engine.has_work():

@@ -9,7 +9,7 @@ from attnzoo.kvcache import CACHES, build_cache
 from attnzoo.models import DecoderLM, Embedded, EmbeddedPrompt, generate
 from serve.engine import Engine
 from serve.request import ContextLengthError, SamplingParams
-from tests.helpers.engines import assert_empty, greedy, make_engine, prompts, run_staggered
+from tests.helpers.engines import assert_empty, greedy, make_engine, prompts, read_one_by_one, run_staggered
 from tests.helpers.serving import KINDS
 
 POLICIES = [
@@ -130,15 +130,7 @@ def test_a_failed_step_reads_embeddings_again(monkeypatch):
     engine = make_engine("rcmha", max_batched_tokens=12)
     given = mixed_prompts(engine.model, 3)
     wanted = [run_directly(engine.model, prompt, 4, {"policy": "full"}) for prompt in given]
-    read, failed = engine.runner.full.prefill, []
-
-    def sometimes(chunks, seen):
-        if len(chunks) > 1:
-            failed.append(len(chunks))
-            raise RuntimeError("together")
-        return read(chunks, seen)
-
-    monkeypatch.setattr(engine.runner.full, "prefill", sometimes)
+    failed = read_one_by_one(monkeypatch, engine)
     assert run_staggered(engine, [(prompt, greedy(4)) for prompt in given], seed=2) == wanted
     assert failed
 
