@@ -97,12 +97,16 @@ def test_without_a_chat_template_there_are_no_conversations():
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "no_chat_template")
 
 
-def test_ready_and_version(served, monkeypatch):
-    url, owner = served
+def test_ready_and_version(served):
+    url, _ = served
     assert httpx.get(f"{url}/version").json() == {"version": attnzoo.__version__}
     assert httpx.get(f"{url}/ready").json() == {"status": "ok"}
-    monkeypatch.setattr(owner, "draining", True)
-    assert httpx.get(f"{url}/ready").status_code == 503
+
+
+def test_a_server_that_ends_is_not_ready():
+    with running() as (url, owner):
+        owner.stop()
+        assert httpx.get(f"{url}/ready").status_code == 503
 
 
 def test_only_health_and_readiness_are_open_with_a_key(monkeypatch):
