@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from attnzoo.attention.edits import EditRun
 from attnzoo.kvcache.choice import CacheChoice
 from attnzoo.models.logit_changes import LogitChanges
-from attnzoo.models.sampling import Sampling, TokenLogprobs, check_type
+from attnzoo.models.sampling import Sampling, TokenLogprobs, check_known, check_type
 from attnzoo.tokenizer.text_stream import TextStream
 from serve.faults import EditsError, message
 from serve.history import Drafts
@@ -32,14 +32,6 @@ class ContextLengthError(ValueError):
 
 class CacheMemoryError(ValueError):
     """The request's compressed cache exceeds the memory for such caches (`cache_mib`)."""
-
-
-class TokenIdError(ValueError):
-    """A field of the request has a token that the vocabulary does not have. param: the field."""
-
-    def __init__(self, param: str, message: str) -> None:
-        super().__init__(message)
-        self.param = param
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +82,8 @@ class SamplingParams(Sampling):
 
     def check_tokens(self, vocab_size: int) -> None:
         """Raises TokenIdError for a token that a vocabulary of this size does not have."""
-        for name, tokens in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
-            unknown = next((token for token in tokens if token >= vocab_size), None)
-            if unknown is not None:
-                raise TokenIdError(name, f"{name} has token {unknown}, which is outside the vocabulary of {vocab_size}")
+        check_known("logit_bias", self.logit_bias, vocab_size)
+        check_known("stop_token_ids", self.stop_token_ids, vocab_size)
 
     def ends(self, stop_ids: Collection[int]) -> frozenset[int]:
         """Tokens that end the text. stop_ids: those that end the model's texts."""

@@ -1,7 +1,7 @@
 """How the next token is chosen from logits: options, what is reported, and what is refused."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,11 +102,19 @@ def check_bias(bias: Any) -> None:
             raise ValueError(f"logit_bias[{token}]={value} must be between -{MOST_BIAS:g} and {MOST_BIAS:g}")
 
 
-def check_biased(bias: Mapping[int, float], vocab_size: int) -> None:
-    """Raises ValueError for a token id that the vocabulary does not have."""
-    unknown = next((token for token in bias if token >= vocab_size), None)
+class TokenIdError(ValueError):
+    """An option has a token that the vocabulary does not have. param: the option."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+def check_known(name: str, tokens: Iterable[int], vocab_size: int) -> None:
+    """Raises TokenIdError where one of an option's tokens is outside the vocabulary."""
+    unknown = next((token for token in tokens if token >= vocab_size), None)
     if unknown is not None:
-        raise ValueError(f"logit_bias has token {unknown}, which is outside the vocabulary of {vocab_size}")
+        raise TokenIdError(name, f"{name} has token {unknown}, which is outside the vocabulary of {vocab_size}")
 
 
 def greedy(temperature: float) -> bool:

@@ -17,7 +17,7 @@ from attnzoo.models.embedded import EmbeddedPrompt, prompt_tensor, token_ids
 from attnzoo.models.generation_config import LEAST_SEED, GenerationConfig
 from attnzoo.models.logit_changes import LogitChanges
 from attnzoo.models.row_sampling import Change, choose_rows, row_wish
-from attnzoo.models.sampling import EDITED_NOT_FINITE, NOT_FINITE, TokenLogprobs, check_biased, choice_seed, greedy
+from attnzoo.models.sampling import EDITED_NOT_FINITE, NOT_FINITE, TokenLogprobs, check_known, choice_seed, greedy
 
 PROMPT_CHUNK = 256
 """Tokens of a prompt that are read at a time, the default of a server's cells (`prefix_cell`) too: a policy with
@@ -61,7 +61,7 @@ class Sequences:
         self.model, self.config = model, config
         self._cache = compressing(cache)
         self._vocab_size = vocab_size or model.config.vocab_size
-        check_biased(config.logit_bias, self._vocab_size)
+        check_known("logit_bias", config.logit_bias, self._vocab_size)
         self._edits = edits
         hidden_BD, state = _read(model, prompts, config.max_new_tokens, self._cache, edits)
         order = [row for row in range(len(prompts)) for _ in range(config.n)]

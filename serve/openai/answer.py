@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from attnzoo.kvcache.choice import CacheChoice
-from attnzoo.models.sampling import TokenLogprobs
+from attnzoo.models.sampling import TokenIdError, TokenLogprobs
 from serve.async_engine import AsyncEngine, EngineFailedError, EngineUnavailableError, RequestFailedError, Stream
 from serve.config import ServeConfig
 from serve.openai.encoding import too_long
@@ -25,7 +25,6 @@ from serve.request import (
     Delta,
     FinishReason,
     SamplingParams,
-    TokenIdError,
     Urgency,
 )
 from serve.scheduling import QueueFullError

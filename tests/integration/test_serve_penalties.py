@@ -6,7 +6,8 @@ import httpx
 import pytest
 
 from attnzoo.models import Sampling
-from serve.request import SamplingParams, TokenIdError
+from attnzoo.models.sampling import TokenIdError
+from serve.request import SamplingParams
 from tests.helpers.drafting import speculating
 from tests.helpers.engines import make_engine, prompts, run_staggered
 from tests.helpers.http_server import MODEL, post, running

@@ -10,7 +10,7 @@ import torch
 from attnzoo.models import GenerationConfig, Sampling, generate
 from attnzoo.models.logit_changes import LogitChanges
 from attnzoo.models.row_sampling import choose_rows, draw_tokens, drop_unlikely, row_wish
-from attnzoo.models.sampling import check_biased
+from attnzoo.models.sampling import check_known
 from serve.request import SamplingParams
 from tests.helpers.penalty_oracle import OPTIONS, greedy_tokens, penalised, soft
 from tests.helpers.serving import TOKENS, small_model
@@ -133,9 +133,9 @@ def test_what_is_out_of_range_is_named(kind, given, said):
 
 
 def test_a_biased_token_is_one_of_the_vocabulary():
-    check_biased({7: 1.0}, 8)
+    check_known("logit_bias", {7: 1.0}, 8)
     with pytest.raises(ValueError, match="logit_bias has token 8, which is outside the vocabulary of 8"):
-        check_biased({8: 1.0}, 8)
+        check_known("logit_bias", {8: 1.0}, 8)
     with pytest.raises(ValueError, match=f"logit_bias has token {TOKENS + 500}"):
         generate(small_model("mha"), [[5]], max_new_tokens=2, sampling=Sampling(logit_bias={TOKENS + 500: 1.0}))
 
